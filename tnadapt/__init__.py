@@ -1,0 +1,42 @@
+"""tnadapt: weight updates as small tensor networks, written once and run on NumPy, torch, JAX and CuPy.
+
+The updates of all chosen weights are one long vector, cut into groups; each group is
+``F(scale * kron_k(core_k x_1 A_k1 … x_M A_kM))``, unfolded and cut to length (SuperLoRA, arXiv 2403.11887).
+Importing this imports no framework.
+"""
+
+from . import presets
+from .backends import register_backend
+from .config import Config
+from .errors import BackendError, ConfigError, ShapeError, TnadaptError
+from .folding import from_hypercube, hypercube_shape, to_hypercube
+from .geometry import geometry
+from .hadamard import fwht
+from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
+from .projection import Projection
+from .superlora import SuperLoRA, parameter_count
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Config",
+    "ConfigError",
+    "Projection",
+    "ShapeError",
+    "SuperLoRA",
+    "TnadaptError",
+    "cp_to_tensor",
+    "from_hypercube",
+    "fwht",
+    "geometry",
+    "hypercube_shape",
+    "kron_matvec",
+    "kronecker",
+    "parameter_count",
+    "presets",
+    "register_backend",
+    "to_hypercube",
+    "tt_to_tensor",
+    "tucker_to_tensor",
+]

@@ -1,0 +1,223 @@
+"""All that differs between array libraries, and nothing else.
+
+Design requirements of this room:
+
+* A backend is found from the *type* of the arrays, once per public call; there is no global
+  ``set_backend`` and no environment variable.
+* Importing tnadapt imports no framework: a library is looked at only when it is already in
+  ``sys.modules``, or when the caller asks for it by name.
+* An operation never asks which backend it got. What differs between libraries is a method of
+  :class:`~tnadapt.backends.base.Backend`.
+* Adding a library is one class and one call of :func:`register_backend`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import BackendError
+from .base import Backend
+
+__all__ = ["Backend", "available_backends", "get_backend", "load_backend", "register_backend"]
+
+
+def _numpy() -> Backend:
+    from .numpy import NumpyBackend
+
+    return NumpyBackend()
+
+
+def _torch() -> Backend:
+    from .torch import TorchBackend
+
+    return TorchBackend()
+
+
+def _jax() -> Backend:
+    from .jax import JaxBackend
+
+    return JaxBackend()
+
+
+def _cupy() -> Backend:
+    from .cupy import CupyBackend
+
+    return CupyBackend()
+
+
+# The name is the library's top-level module, so that `name in sys.modules` says whether it is loaded.
+_factories: dict[str, Callable[[], Backend]] = {
+    "numpy": _numpy,
+    "torch": _torch,
+    "jax": _jax,
+    "cupy": _cupy,
+}
+_instances: dict[str, Backend] = {}
+_by_type: dict[type, Backend] = {}
+
+
+def register_backend(name: str, factory: Callable[[], Backend]) -> None:
+    """Make another array library known.
+
+    Parameters
+    ----------
+    name : str
+        The library's top-level module, e.g. ``"array_api_strict"``.
+    factory : callable
+        Called without arguments, the first time an array of that library is seen, or the library
+        is asked for by name; returns a :class:`Backend`.
+
+    Raises
+    ------
+    BackendError
+        If the name is already taken by another factory.
+
+    Examples
+    --------
+    >>> import array_api_strict
+    >>> import tnadapt as tna
+    >>> from tnadapt.backends import Backend, register_backend
+    >>> class Strict(Backend):
+    ...     name = "array_api_strict"
+    ...     def __init__(self):
+    ...         super().__init__(array_api_strict)
+    >>> register_backend("array_api_strict", Strict)
+    >>> tna.fwht(array_api_strict.asarray([1.0, 2.0]), normalize=False)
+    Array([ 3., -1.], dtype=array_api_strict.float64)
+    """
+    known = _factories.get(name)
+    if known is not None and known is not factory:
+        if getattr(known, "__qualname__", None) != getattr(factory, "__qualname__", ""):
+            raise BackendError(f"a backend named {name!r} is registered already; choose another name")
+        _instances.pop(name, None)
+        for kind in [kind for kind, backend in _by_type.items() if backend.name == name]:
+            del _by_type[kind]
+    _factories[name] = factory
+
+
+def load_backend(name: str) -> Backend:
+    """The backend of that name; its library is imported if need be.
+
+    Parameters
+    ----------
+    name : str
+        ``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"`` or a registered name.
+
+    Returns
+    -------
+    Backend
+
+    Raises
+    ------
+    BackendError
+        If the name is unknown or the library is not installed.
+
+    Examples
+    --------
+    >>> load_backend("numpy").name
+    'numpy'
+    """
+    if isinstance(name, str) and name in _instances:
+        return _instances[name]
+    if not isinstance(name, str) or name not in _factories:
+        raise BackendError(
+            f"no backend named {name!r}; known: {', '.join(sorted(_factories))}; "
+            "others can be added with register_backend(name, factory)"
+        )
+    try:
+        backend = _factories[name]()
+    except ImportError as error:
+        raise BackendError(f"backend {name!r} needs a library that cannot be imported here: {error}") from error
+    _instances[name] = backend
+    return backend
+
+
+def available_backends() -> list[str]:
+    """Names of the registered backends whose library can be used on this machine.
+
+    This imports each library: it is for tests and ``tnadapt verify``, not for hot paths.
+
+    Examples
+    --------
+    >>> "numpy" in available_backends()
+    True
+    """
+    names = []
+    for name in _factories:
+        try:
+            usable = load_backend(name).usable()
+        except BackendError:
+            continue
+        if usable:
+            names.append(name)
+    return names
+
+
+def get_backend(*arrays: Any) -> Backend:
+    """The one backend that all these arrays belong to.
+
+    Parameters
+    ----------
+    *arrays : array
+        At least one array, all of one library, dtype and device.
+
+    Returns
+    -------
+    Backend
+
+    Raises
+    ------
+    BackendError
+        If an argument is no array of a known library, or two of them differ in library, dtype or
+        device; both are named.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> get_backend(np.zeros(2), np.ones(3)).name
+    'numpy'
+    >>> get_backend([1.0, 2.0])
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.BackendError: expected an array of one of numpy, torch, jax, cupy; got list ...
+    """
+    if not arrays:
+        raise BackendError("expected at least one array; got none")
+    first = arrays[0]
+    backend = _backend_of(first)
+    for other in arrays[1:]:
+        found = _backend_of(other)
+        if found is not backend:
+            raise BackendError(
+                f"arrays of two libraries in one call: {backend.name} and {found.name}; convert one of them first"
+            )
+        if other.dtype != first.dtype:
+            raise BackendError(
+                f"arrays of two dtypes in one call: {backend.dtype_name(first)} and {backend.dtype_name(other)}; "
+                "cast one of them first"
+            )
+        places = backend.device(first), backend.device(other)
+        if None not in places and places[0] != places[1]:
+            raise BackendError(
+                f"arrays on two devices in one call: {places[0]} and {places[1]}; move one of them first"
+            )
+    return backend
+
+
+def _backend_of(array: Any) -> Backend:
+    kind = type(array)
+    backend = _by_type.get(kind)
+    if backend is not None:
+        return backend
+    for name in _factories:
+        if name in sys.modules:
+            backend = load_backend(name)
+            if backend.owns(array):
+                _by_type[kind] = backend
+                return backend
+    raise BackendError(
+        f"expected an array of one of {', '.join(_factories)}; got {kind.__name__}: convert it first, "
+        "e.g. by numpy.asarray"
+    )

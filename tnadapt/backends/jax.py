@@ -1,0 +1,54 @@
+"""JAX: jax.numpy is an array-API namespace of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import BackendError
+from .base import Array, Backend
+
+
+class JaxBackend(Backend):
+    """JAX arrays and tracers; differentiable by jax.grad, through jit and vmap."""
+
+    name = "jax"
+
+    def __init__(self) -> None:
+        super().__init__(jnp)
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, jax.Array)
+
+    def is_concrete(self, x: Array) -> bool:
+        return not isinstance(x, jax.core.Tracer)
+
+    def device(self, x: Array) -> Any:
+        # A tracer has no device of its own.
+        return x.device if self.is_concrete(x) else None
+
+    def dtype(self, name: str) -> Any:
+        if name == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+            raise BackendError(
+                "JAX computes in float32 unless 64-bit numbers are switched on: "
+                "jax.config.update('jax_enable_x64', True), or ask for dtype='float32'"
+            )
+        return super().dtype(name)
+
+    def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
+        if isinstance(device, str):
+            kind, _, number = device.partition(":")
+            try:
+                device = jax.devices(kind)[int(number or 0)]
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise BackendError(f"JAX has no device {device!r} here: {error}") from error
+        return jnp.array(array, dtype=None if dtype is None else self.dtype(dtype), device=device)
+
+    def constant(self, array: np.ndarray, device: Any) -> Array:
+        return jnp.asarray(array, device=device)
+
+    def zeros(self, shape: Any, like: Array) -> Array:
+        return jnp.zeros(tuple(shape), dtype=like.dtype, device=self.device(like))

@@ -1,0 +1,38 @@
+"""NumPy: the array API through array-api-compat, so that NumPy 1.26 and 2 read alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat.numpy as namespace
+import numpy as np
+
+from ..errors import BackendError
+from .base import Array, Backend
+
+
+class NumpyBackend(Backend):
+    """NumPy arrays on the host."""
+
+    name = "numpy"
+
+    def __init__(self) -> None:
+        super().__init__(namespace)
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, np.ndarray)
+
+    def device(self, x: Array) -> Any:
+        return "cpu"
+
+    def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
+        if device not in (None, "cpu"):
+            raise BackendError(f"numpy arrays live on 'cpu'; got device {device!r}")
+        return np.array(array, dtype=None if dtype is None else self.dtype(dtype))
+
+    def constant(self, array: np.ndarray, device: Any) -> Array:
+        return array
+
+    def split(self, x: Array, sizes: Sequence[int]) -> list[Array]:
+        return np.split(x, np.cumsum(sizes)[:-1].tolist())

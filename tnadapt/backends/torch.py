@@ -1,0 +1,70 @@
+"""torch: the array API through array-api-compat; what torch.compile must not look into is marked so."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import array_api_compat.torch as namespace
+import numpy as np
+import torch
+
+from ..errors import BackendError
+from .base import Array, Backend, FixedArrays
+
+
+class TorchBackend(Backend):
+    """torch tensors, on any device; differentiable by autograd and torch.func."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        super().__init__(namespace)
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, torch.Tensor)
+
+    def is_concrete(self, x: Array) -> bool:
+        # Under a compiler or a functional transform a tensor is a stand-in that must not be kept.
+        return type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+    def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
+        try:
+            place = torch.device("cpu" if device is None else device)
+        except (RuntimeError, TypeError) as error:
+            raise BackendError(f"torch knows no device {device!r}: {error}") from error
+        kind = None if dtype is None else self.dtype(dtype)
+        try:
+            return torch.tensor(array, dtype=kind, device=place)
+        except (RuntimeError, AssertionError) as error:
+            raise BackendError(f"torch cannot use device {device!r} here: {error}") from error
+
+    def constant(self, array: np.ndarray, device: Any) -> Array:
+        # Kept and used again: it must not become an inference tensor, which autograd refuses to save.
+        with torch.inference_mode(False):
+            return torch.from_numpy(array).to(device)
+
+    def fixed(self, source: FixedArrays, key: Hashable, device: Any, keep: bool = True) -> Array:
+        if not torch.compiler.is_compiling():
+            return super().fixed(source, key, device, keep)
+        # torch.compile must not trace the drawing (NumPy's integer arithmetic), so that runs outside
+        # the graph; what it left on `source` is then read as any tensor that the graph finds.
+        return getattr(source, self._place(source, key, device))
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _place(self, source: FixedArrays, key: Hashable, device: Any) -> str:
+        name = f"placed on {device}: {key}"
+        if name not in source.__dict__:
+            source.__dict__[name] = super().fixed(source, key, device)
+        return name
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        x = x.detach().cpu()
+        return np.asarray(x.float() if x.dtype is torch.bfloat16 else x)
+
+    def split(self, x: Array, sizes: Sequence[int]) -> list[Array]:
+        # One node in the graph: its backward writes the whole gradient once.
+        return list(torch.split(x, list(sizes)))
+
+    def take(self, x: Array, indices: Array, axis: int = -1) -> Array:
+        return torch.index_select(x, axis, indices)

@@ -1,0 +1,347 @@
+"""Sizes, and nothing but sizes: how a vector is folded to a tensor, and which box of it a slice needs.
+
+Paper symbols: N (length of the long vector), M (order), d_m (size of mode m), K (splits).
+All arithmetic is on Python integers: a floating-point root is wrong at exact powers (64 ** (1/3) < 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .backends import get_backend
+from .backends.base import Array
+from .errors import ConfigError, ShapeError
+
+__all__ = [
+    "Box",
+    "balanced_factors",
+    "balanced_shape",
+    "boxes",
+    "from_hypercube",
+    "hypercube_shape",
+    "kronecker_sizes",
+    "to_hypercube",
+]
+
+
+def _check_size_order(size: int, order: int) -> None:
+    if size < 1 or order < 1:
+        raise ShapeError(f"a fold needs size >= 1 and order >= 1; got size={size}, order={order}")
+
+
+def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
+    """Sizes of the smallest hypercube of that order with room for ``size`` elements.
+
+    Parameters
+    ----------
+    size : int
+        Number of elements n, at least 1.
+    order : int
+        Number of modes M, at least 1.
+
+    Returns
+    -------
+    tuple of int
+        ``(d, …, d)`` with d the least integer for which ``d ** order >= size``.
+
+    Raises
+    ------
+    ShapeError
+        If size or order is below 1.
+
+    Notes
+    -----
+    The paper's "reshaping to regular tensor" (section 3.2, appendix A.3).
+
+    Examples
+    --------
+    >>> hypercube_shape(64, 3), hypercube_shape(65, 3)
+    ((4, 4, 4), (5, 5, 5))
+    >>> hypercube_shape(24 * 768 * 768, 2)
+    (3763, 3763)
+    """
+    _check_size_order(size, order)
+    low, high = 1, 1 << -(-size.bit_length() // order)
+    while low < high:
+        middle = (low + high) // 2
+        if middle**order >= size:
+            high = middle
+        else:
+            low = middle + 1
+    return (low,) * order
+
+
+def balanced_shape(size: int, order: int) -> tuple[int, ...]:
+    """The tightest nearly equal sizes: each is d or d - 1, with d that of the hypercube.
+
+    Parameters
+    ----------
+    size, order : int
+        As for :func:`hypercube_shape`.
+
+    Returns
+    -------
+    tuple of int
+        Largest first; the product is at least ``size`` and never more than the hypercube's.
+
+    Raises
+    ------
+    ShapeError
+        If size or order is below 1.
+
+    Examples
+    --------
+    >>> balanced_shape(60, 3), balanced_shape(49, 3)
+    ((4, 4, 4), (4, 4, 4))
+    >>> balanced_shape(48, 3), balanced_shape(30, 3)
+    ((4, 4, 3), (4, 3, 3))
+    """
+    d = hypercube_shape(size, order)[0]
+    smaller = max(k for k in range(order) if d ** (order - k) * (d - 1) ** k >= size)
+    return (d,) * (order - smaller) + (d - 1,) * smaller
+
+
+def to_hypercube(vec: Array, order: int) -> Array:
+    """A vector folded to a hypercube, with zeros where it is too short.
+
+    Parameters
+    ----------
+    vec : array, shape (n,)
+        Of any supported library and dtype.
+    order : int
+        Number of modes M.
+
+    Returns
+    -------
+    array, shape (d, …, d)
+        In the library, dtype and device of ``vec``; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If ``vec`` is no vector of at least one element, or order is below 1.
+    BackendError
+        If ``vec`` is no array of a known library.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> to_hypercube(np.arange(3.0), 2)
+    array([[0., 1.],
+           [2., 0.]])
+    """
+    backend = get_backend(vec)
+    if len(vec.shape) != 1:
+        raise ShapeError(f"to_hypercube expects a vector, shape (n,); got shape {tuple(vec.shape)}")
+    shape = hypercube_shape(vec.shape[0], order)
+    return backend.reshape(backend.pad_last(vec, math.prod(shape)), shape)
+
+
+def from_hypercube(tensor: Array, size: int) -> Array:
+    """The first ``size`` elements of ``vec(tensor)``: undoes :func:`to_hypercube`.
+
+    Parameters
+    ----------
+    tensor : array, any shape
+        In C order, the last axis fastest.
+    size : int
+        Length of the vector, at most the number of elements of ``tensor``.
+
+    Returns
+    -------
+    array, shape (size,)
+        In the library, dtype and device of ``tensor``; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If the tensor has fewer than ``size`` elements, or size is below 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from_hypercube(to_hypercube(np.arange(3.0), 2), 3)
+    array([0., 1., 2.])
+    """
+    backend = get_backend(tensor)
+    elements = math.prod(tensor.shape)
+    if not 1 <= size <= elements:
+        raise ShapeError(
+            f"cannot take {size} elements of a tensor of shape {tuple(tensor.shape)}, which has {elements}"
+        )
+    return backend.flatten(tensor)[:size]
+
+
+def balanced_factors(size: int, parts: int) -> tuple[int, ...]:
+    """``size`` factored exactly into integers as equal as can be, smallest first.
+
+    Parameters
+    ----------
+    size : int
+        The number to factor, at least 1.
+    parts : int
+        How many factors K, at least 1.
+
+    Returns
+    -------
+    tuple of int
+        Of all exact factorisations the one of least sum (the arithmetic mean is least where the factors
+        are equal); of two with one sum, the one with the larger first factor.
+
+    Raises
+    ------
+    ShapeError
+        If size or parts is below 1.
+
+    Examples
+    --------
+    >>> balanced_factors(768, 2), balanced_factors(768, 3), balanced_factors(7, 2)
+    ((24, 32), (8, 8, 12), (1, 7))
+    """
+    _check_size_order(size, parts)
+    divisors = _divisors(size)
+
+    def best(rest: int, parts: int, least: int) -> tuple[int, ...] | None:
+        if parts == 1:
+            return (rest,) if rest >= least else None
+        found = None
+        for d in divisors:
+            if d < least or rest % d:
+                continue
+            if d**parts > rest:
+                break
+            tail = best(rest // d, parts - 1, d)
+            if tail is not None and (found is None or d + sum(tail) <= sum(found)):
+                found = (d, *tail)
+        return found
+
+    return best(size, parts, 1)  # type: ignore[return-value]  # (1, …, 1, size) always is one
+
+
+def _divisors(size: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    return small + [size // d for d in reversed(small) if d * d != size]
+
+
+def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str) -> list[tuple[int, ...]]:
+    """Sizes of the K tensors whose Kronecker product covers a tensor of ``sizes``.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        ``d_1 … d_M``.
+    splits : int
+        K, at least 1.
+    split_size : int or "balanced"
+        An integer f: splits 1 to K - 1 have size f in every mode and the last one
+        ``ceil(d_m / f ** (K - 1))`` (the paper uses 6, 8 and 10). ``"balanced"``: each ``d_m`` is
+        factored by :func:`balanced_factors`.
+
+    Returns
+    -------
+    list of tuple of int
+        One a split. Their product in mode m is at least ``d_m``; the product tensor is cut to it.
+
+    Raises
+    ------
+    ConfigError
+        If split_size is neither "balanced" nor an integer of at least 1.
+
+    Examples
+    --------
+    >>> kronecker_sizes((768, 768), 2, "balanced")
+    [(24, 24), (32, 32)]
+    >>> kronecker_sizes((752, 752), 3, 8)
+    [(8, 8), (8, 8), (12, 12)]
+    """
+    if split_size == "balanced":
+        return list(zip(*(balanced_factors(d, splits) for d in sizes), strict=True))
+    if isinstance(split_size, str) or split_size < 1:
+        raise ConfigError(f'split_size must be "balanced" or an integer of at least 1; got {split_size!r}')
+    last = tuple(-(-d // split_size ** (splits - 1)) for d in sizes)
+    return [(split_size,) * len(sizes)] * (splits - 1) + [last]
+
+
+class Box(NamedTuple):
+    """A box of a tensor whose elements lie one after another in ``vec``.
+
+    Attributes
+    ----------
+    ranges : tuple of (int, int)
+        Start and stop in every mode.
+    start : int
+        Position in ``vec`` of its first element.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    start: int
+
+
+# A box may compute this share more than is asked for where that saves cutting it in three.
+_SLACK = 0.25
+
+
+def boxes(sizes: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Boxes that together hold elements ``start`` to ``stop - 1`` of ``vec`` of a tensor, in order.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        ``d_1 … d_M`` of the tensor.
+    start, stop : int
+        The slice, ``0 <= start < stop <= prod(sizes)``.
+
+    Returns
+    -------
+    list of Box
+        At most 2 M - 1. The first may begin before ``start`` and the last end after ``stop``, by a
+        quarter of what is asked for at most, so that a slice of a few rows is one box and not three.
+
+    Raises
+    ------
+    ShapeError
+        If the slice is empty or leaves the tensor.
+
+    Notes
+    -----
+    The leading modes in which the slice stays at one index are fixed, the next mode is cut to the rows
+    that it touches, the rest is whole. A tensor network restricted to a box is the same network with
+    its factors restricted to those rows, which is why nothing else needs to be formed.
+
+    Examples
+    --------
+    >>> boxes((4, 10), 10, 30)
+    [Box(ranges=((1, 3), (0, 10)), start=10)]
+    >>> boxes((4, 10), 19, 21)
+    [Box(ranges=((1, 2), (9, 10)), start=19), Box(ranges=((2, 3), (0, 1)), start=20)]
+    """
+    if not 0 <= start < stop <= math.prod(sizes):
+        raise ShapeError(f"no slice {start}:{stop} of a tensor of sizes {tuple(sizes)} ({math.prod(sizes)} elements)")
+    return _boxes(tuple(sizes), start, stop)
+
+
+def _boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    if len(sizes) == 1:
+        return [Box(((start, stop),), start)]
+    row = math.prod(sizes[1:])
+    whole = tuple((0, size) for size in sizes[1:])
+    first, end = start // row, -(-stop // row)
+
+    def inside(index: int, lo: int, hi: int) -> list[Box]:
+        """The part from lo to hi of one row."""
+        return [Box(((index, index + 1), *box.ranges), index * row + box.start) for box in _boxes(sizes[1:], lo, hi)]
+
+    if end - first == 1:
+        return inside(first, start - first * row, stop - first * row)
+    if (end - first) * row <= (1 + _SLACK) * (stop - start):
+        return [Box(((first, end), *whole), first * row)]
+    head: list[Box] = []
+    tail: list[Box] = []
+    if start % row:
+        head, first = inside(first, start % row, row), first + 1
+    if stop % row:
+        tail, end = inside(end - 1, 0, stop % row), end - 1
+    middle = [Box(((first, end), *whole), first * row)] if first < end else []
+    return head + middle + tail

@@ -1,0 +1,235 @@
+"""What one split of one group is made of: dense, CP, Tucker or a tensor train.
+
+One class a format, each with two questions: which arrays, and what tensor do they make on a box. A new
+format is one more class and one more line in :data:`FORMATS`; :class:`tnadapt.testing.FormatContract` checks
+it against its own whole tensor. Paper symbols: C the core (``core``), A_m the plane factors (``factor0`` …),
+r the rank, d_m the sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from .backends import Backend
+from .backends.base import Array
+from .errors import ConfigError
+from .products import cp_tensor, tt_tensor, tucker_tensor
+
+__all__ = ["FORMATS", "Format"]
+
+Rank = int | tuple[int | None, ...]
+Ranges = Sequence[tuple[int, int]]
+
+
+class Format:
+    """One way of making a tensor of given sizes from a few arrays.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        ``d_1 … d_M``.
+    rank : int or tuple
+        As in :class:`~tnadapt.Config`.
+
+    Attributes
+    ----------
+    shapes : dict of str to tuple of int
+        The arrays, in order.
+    zero : str
+        The array that is zero at the start of a linear adapter: the factor of the leading mode.
+    ones : frozenset of str
+        Arrays that start at one.
+
+    Examples
+    --------
+    >>> FORMATS["cp"]((5, 7), 2).shapes
+    {'factor0': (5, 2), 'factor1': (7, 2)}
+    """
+
+    zero: str
+    ones: frozenset[str] = frozenset()
+
+    def __init__(self, sizes: Sequence[int], rank: Rank) -> None:
+        self.sizes = tuple(sizes)
+        self.shapes: dict[str, tuple[int, ...]] = self._shapes(rank)
+
+    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+        raise NotImplementedError
+
+    def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
+        """The tensor on a box.
+
+        Parameters
+        ----------
+        backend : Backend
+            Of the arrays.
+        arrays : mapping of str to array
+            Of the shapes in ``shapes``.
+        ranges : sequence of (int, int)
+            Start and stop in every mode.
+
+        Returns
+        -------
+        array
+            Of the box's sizes.
+        """
+        raise NotImplementedError
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all arrays."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def paths(self, name: str) -> int:
+        """How many elements of one array each element of the tensor is a sum over."""
+        raise NotImplementedError
+
+    @property
+    def total_paths(self) -> int:
+        """How many products of one element of each array an element of the tensor is a sum of."""
+        raise NotImplementedError
+
+
+def _rows(array: Array, bounds: tuple[int, int], axis: int = 0) -> Array:
+    start, stop = bounds
+    if (start, stop) == (0, array.shape[axis]):
+        return array
+    return array[(slice(None),) * axis + (slice(start, stop),)]
+
+
+class Dense(Format):
+    """The tensor itself. With M = 1, dense fine-tuning (the paper's table 1, first row)."""
+
+    zero = "dense"
+
+    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+        return {"dense": self.sizes}
+
+    def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
+        block = arrays["dense"]
+        for axis, bounds in enumerate(ranges):
+            block = _rows(block, bounds, axis)
+        return block
+
+    def paths(self, name: str) -> int:
+        return 1
+
+    @property
+    def total_paths(self) -> int:
+        return 1
+
+
+class CP(Format):
+    """``sum_r outer(A_1[:, r], …, A_M[:, r])``: identity core; M = 2 is LoRA."""
+
+    zero = "factor0"
+
+    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+        assert isinstance(rank, int)  # Config lets no other rank through
+        self.rank = rank
+        return {f"factor{mode}": (size, rank) for mode, size in enumerate(self.sizes)}
+
+    def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
+        factors = [_rows(arrays[f"factor{mode}"], bounds) for mode, bounds in enumerate(ranges)]
+        return cp_tensor(backend, arrays.get("weights"), factors)
+
+    def paths(self, name: str) -> int:
+        return self.rank
+
+    @property
+    def total_paths(self) -> int:
+        return self.rank
+
+
+class WeightedCP(CP):
+    """CP with a weight a component: the diagonal core."""
+
+    ones = frozenset({"weights"})
+
+    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+        return {"weights": (rank,), **super()._shapes(rank)}  # type: ignore[dict-item]
+
+
+class Tucker(Format):
+    """``core x_1 A_1 … x_M A_M`` with ``r_m = min(r, d_m)``: the paper's equation 3, LoRTA."""
+
+    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+        wanted = (rank,) * len(self.sizes) if isinstance(rank, int) else rank
+        self.core = tuple(d if r is None else min(r, d) for r, d in zip(wanted, self.sizes, strict=True))
+        self.modes = [mode for mode, r in enumerate(wanted) if r is not None]
+        self.zero = f"factor{self.modes[0]}" if self.modes else "core"
+        return {"core": self.core} | {f"factor{mode}": (self.sizes[mode], self.core[mode]) for mode in self.modes}
+
+    def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
+        core = arrays["core"]
+        factors: list[Array | None] = []
+        for mode, bounds in enumerate(ranges):
+            if mode in self.modes:
+                factors.append(_rows(arrays[f"factor{mode}"], bounds))
+            else:
+                core = _rows(core, bounds, mode)
+                factors.append(None)
+        return tucker_tensor(backend, core, factors)
+
+    def paths(self, name: str) -> int:
+        return self.total_paths if name == "core" else self.core[int(name.removeprefix("factor"))]
+
+    @property
+    def total_paths(self) -> int:
+        return math.prod(self.core[mode] for mode in self.modes)
+
+
+class TensorTrain(Format):
+    """``G_1[i_1] G_2[i_2] … G_M[i_M]``: products of slices of three-way cores; ranks cut to what the sizes allow."""
+
+    zero = "core0"
+
+    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+        inner = len(self.sizes) - 1
+        wanted = (rank,) * inner if isinstance(rank, int) else rank
+        left = itertools.accumulate(self.sizes[:-1], lambda a, b: a * b)
+        right = reversed(list(itertools.accumulate(reversed(self.sizes[1:]), lambda a, b: a * b)))
+        # Config lets no None through here: a train has a bond between any two modes.
+        cut = [min(r or 1, before, after) for r, before, after in zip(wanted, left, right, strict=True)]
+        self.ranks: tuple[int, ...] = (1, *cut, 1)
+        return {f"core{mode}": (self.ranks[mode], size, self.ranks[mode + 1]) for mode, size in enumerate(self.sizes)}
+
+    def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
+        return tt_tensor(backend, [_rows(arrays[f"core{mode}"], bounds, 1) for mode, bounds in enumerate(ranges)])
+
+    def paths(self, name: str) -> int:
+        mode = int(name.removeprefix("core"))
+        return self.ranks[mode] * self.ranks[mode + 1]
+
+    @property
+    def total_paths(self) -> int:
+        return math.prod(self.ranks)
+
+
+FORMATS: dict[str, type[Format]] = {
+    "dense": Dense,
+    "cp": CP,
+    "cp-weighted": WeightedCP,
+    "tucker": Tucker,
+    "tt": TensorTrain,
+}
+
+
+def make_format(name: str, sizes: Sequence[int], rank: Rank) -> Format:
+    """The format of that name for a tensor of these sizes.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name.
+
+    Examples
+    --------
+    >>> make_format("tt", (4, 5, 6), 100).shapes
+    {'core0': (1, 4, 4), 'core1': (4, 5, 6), 'core2': (6, 6, 1)}
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"no format {name!r}; expected one of {', '.join(FORMATS)}")
+    return FORMATS[name](sizes, rank)

@@ -1,0 +1,203 @@
+"""One group before F: ``scale * sum_t kron_k(split_tk)``, whole or on any slice of its vector.
+
+Paper: the argument of F in equation (2). Symbols: T terms, K splits, M modes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from .backends import Backend
+from .backends.base import Array
+from .config import Config
+from .errors import ConfigError, ShapeError
+from .folding import balanced_shape, boxes, hypercube_shape, kronecker_sizes
+from .formats import Format, make_format
+from .products import hadamard_tensor, kronecker_tensor
+
+__all__ = ["Network", "fold_sizes"]
+
+
+def fold_sizes(config: Config, size: int, columns: int = 1) -> tuple[int, ...]:
+    """Sizes ``d_1 … d_M`` that a group's vector is folded to (SPEC section 3).
+
+    Parameters
+    ----------
+    config : Config
+        Its ``fold`` and ``order`` are used.
+    size : int
+        Elements of the vector.
+    columns : int
+        c, for ``fold="stack"``: the greatest common divisor of the columns of the group's weights.
+
+    Returns
+    -------
+    tuple of int
+        Their product is at least ``size``.
+
+    Raises
+    ------
+    ShapeError
+        If a stack of c columns does not come out even, or given sizes are too small.
+
+    Examples
+    --------
+    >>> fold_sizes(Config(groups=1), 24 * 768 * 768, columns=768)
+    (18432, 768)
+    """
+    if config.order == 1:
+        sizes: tuple[int, ...] = (size,)
+    elif config.fold == "stack":
+        if size % columns:
+            raise ShapeError(
+                f"fold='stack' needs groups that are a multiple of {columns} columns; one has {size} elements: "
+                "use fold='hypercube', or groups that end where weights do"
+            )
+        sizes = (size // columns, columns)
+    elif config.fold == "hypercube":
+        sizes = hypercube_shape(size, config.order)
+    elif config.fold == "balanced":
+        sizes = balanced_shape(size, config.order)
+    else:
+        assert not isinstance(config.fold, str)  # Config has refused any other word
+        sizes = config.fold
+    if math.prod(sizes) < size:
+        raise ShapeError(
+            f"fold={sizes} holds {math.prod(sizes)} elements and a group has {size}; "
+            "give larger sizes, or fold='balanced'"
+        )
+    return sizes
+
+
+class Network:
+    """A vector of ``size`` elements made from a few arrays.
+
+    Parameters
+    ----------
+    config : Config
+        Its fold, format, rank, splits, terms and combine are used.
+    size : int
+        Length of the vector.
+    columns : int
+        See :func:`fold_sizes`.
+
+    Attributes
+    ----------
+    sizes : tuple of int
+        Of the folded tensor, whose ``vec`` is cut to ``size``.
+    splits : list of Format
+        K of them; every term has its own arrays of the same shapes.
+    shapes : dict of str to tuple of int
+        The arrays: ``"split0.factor0"``, or ``"term0.split0.factor0"`` where there are several terms.
+
+    Examples
+    --------
+    >>> Network(Config(rank=2, fold="hypercube"), 30).shapes
+    {'split0.factor0': (6, 2), 'split0.factor1': (6, 2)}
+    """
+
+    def __init__(self, config: Config, size: int, columns: int = 1) -> None:
+        self.size = size
+        self.scale = config.scale
+        self.kronecker = config.combine == "kronecker"
+        self.sizes = fold_sizes(config, size, columns)
+        if self.kronecker:
+            split_sizes = kronecker_sizes(self.sizes, config.splits, config.split_size)
+        else:
+            split_sizes = [self.sizes] * config.splits
+        leading = "dense" if config.leading == "dense" else config.format
+        names = [leading] * (config.splits - 1) + [config.format]
+        self.splits: list[Format] = [
+            make_format(name, sizes, config.rank) for name, sizes in zip(names, split_sizes, strict=True)
+        ]
+        self.terms = config.terms
+
+    @functools.cached_property
+    def prefixes(self) -> list[list[str]]:
+        """What the names of the arrays of one term's splits begin with."""
+        several = self.terms > 1
+        return [
+            [f"{f'term{term}.' if several else ''}split{k}." for k in range(len(self.splits))]
+            for term in range(self.terms)
+        ]
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array, in order."""
+        return {
+            prefix + name: shape
+            for term in self.prefixes
+            for prefix, split in zip(term, self.splits, strict=True)
+            for name, shape in split.shapes.items()
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all arrays."""
+        return self.terms * sum(split.num_parameters for split in self.splits)
+
+    def whole(self, backend: Backend, arrays: Mapping[str, Array]) -> Array:
+        """The vector, shape (size,)."""
+        return self.slice(backend, arrays, 0, self.size)
+
+    def slice(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
+        """Elements ``start`` to ``stop - 1`` of the vector; nothing larger is formed than the boxes they lie in."""
+        pieces = []
+        for ranges, first in boxes(self.sizes, start, stop):
+            vec = backend.flatten(self._sum(backend, arrays, ranges))
+            lo, hi = max(start - first, 0), min(stop - first, vec.shape[0])
+            pieces.append(vec if (lo, hi) == (0, vec.shape[0]) else vec[lo:hi])
+        vec = backend.concat(pieces)
+        return vec if self.scale == 1.0 else vec * self.scale
+
+    def _sum(self, backend: Backend, arrays: Mapping[str, Array], ranges: Sequence[tuple[int, int]]) -> Array:
+        """The tensor on a box: the sum over terms."""
+        total = None
+        for prefixes in self.prefixes:
+            own = [
+                {name: arrays[prefix + name] for name in split.shapes}
+                for prefix, split in zip(prefixes, self.splits, strict=True)
+            ]
+            term = self._kronecker(backend, own, ranges) if self.kronecker else self._hadamard(backend, own, ranges)
+            total = term if total is None else total + term
+        if total is None:
+            raise ConfigError("a network needs at least one term")
+        return total
+
+    def _hadamard(
+        self, backend: Backend, own: Sequence[Mapping[str, Array]], ranges: Sequence[tuple[int, int]]
+    ) -> Array:
+        return hadamard_tensor(
+            [split.tensor(backend, arrays, ranges) for split, arrays in zip(self.splits, own, strict=True)]
+        )
+
+    def _kronecker(
+        self, backend: Backend, own: Sequence[Mapping[str, Array]], ranges: Sequence[tuple[int, int]]
+    ) -> Array:
+        if len(self.splits) == 1:
+            return self.splits[0].tensor(backend, own[0], ranges)
+        # In each mode the index is a number with K digits, one a split, the first the slow one: a range
+        # of it is a box of digits, or a few of them one after another.
+        digits = []
+        for mode, (lo, hi) in enumerate(ranges):
+            found = boxes([split.sizes[mode] for split in self.splits], lo, hi)
+            if len(found) > 1:
+                edges = [lo, *(box.start for box in found[1:]), hi]
+                parts = [
+                    self._kronecker(backend, own, [*ranges[:mode], edge, *ranges[mode + 1 :]])
+                    for edge in itertools.pairwise(edges)
+                ]
+                return backend.concat(parts, axis=mode)
+            digits.append(found[0])
+        tensor = kronecker_tensor(
+            backend,
+            [
+                split.tensor(backend, arrays, [box.ranges[k] for box in digits])
+                for k, (split, arrays) in enumerate(zip(self.splits, own, strict=True))
+            ],
+        )
+        cut = tuple(slice(lo - box.start, hi - box.start) for (lo, hi), box in zip(ranges, digits, strict=True))
+        return tensor[cut]

@@ -1,0 +1,399 @@
+"""The fixed projections F of SPEC section 5, their adjoints and their slices.
+
+Paper symbols (equation 4, appendix A.6): H the Walsh–Hadamard matrix, G the Gaussian diagonal, Π the
+permutation, B the signs (G' in the v2 kinds), ρ = n_in / n_out.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from . import draws
+from .backends import Backend, get_backend
+from .backends.base import Array, FixedArrays
+from .errors import ConfigError, ShapeError
+from .hadamard import fwht_last
+
+__all__ = ["KINDS", "NONLINEAR", "Projection"]
+
+KINDS = ("identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2")
+SQUARE = ("identity", "shuffle")  # ρ = 1 only
+NONLINEAR = ("nonlinear", "nonlinear_v2")
+
+# How much of the long vector a slice draws at a time.
+_SLICE_CHUNK = 1 << 20
+# Shorter slices than this are cut from a block of this length, to keep the matrix products thick.
+_LEAST_BLOCK = 1 << 10
+# Streams longer than this are digested by their two ends: each element is a pure function of its index.
+_DIGEST_ENDS = 1 << 19
+
+
+class Projection:
+    """A fixed map F from a vector of ``n_in`` elements to one of ``n_out``, made again from a seed.
+
+    Parameters
+    ----------
+    kind : {"identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2"}
+        Which of the paper's six.
+    n_in, n_out : int
+        Lengths, at least 1. Identity and shuffle need ``n_in == n_out``. ``n_in > n_out`` is allowed
+        for the others: the projection then reduces.
+    seed : int
+        0 to 2**64 - 1.
+    group : int
+        Stream of the draws: 0 where all groups share one F.
+
+    Attributes
+    ----------
+    padded : int
+        L, the length of the Hadamard transforms: the least power of two that is at least
+        ``max(n_in, n_out)``.
+    digest : str
+        SHA-256 of the draws.
+
+    Raises
+    ------
+    ConfigError
+        If the kind is unknown, lengths do not suit it, or seed or group is out of range.
+
+    Notes
+    -----
+    With H orthonormal of size L, g normal and Π a permutation (all from :mod:`tnadapt.draws`)::
+
+        linear     v = H pad(x);  z[j] = (g v)[perm[j]];  y = (H z)[:n_out] * signs
+        linear_v2  the same with a normal vector g' in place of signs
+        nonlinear, nonlinear_v2   t - tanh(t) of those
+
+    The transform of the zero-padded x is computed as the small transform of x, repeated; it is exactly
+    equal. One call costs ``L log2 L`` additions and a gather; its state is 9 bytes an element of L
+    (12 for the v2 kinds), drawn at the first call and kept. Half precision is computed in float32.
+
+    References
+    ----------
+    Le, Sarlós, Smola, "Fastfood: approximating kernel expansions in loglinear time" (ICML 2013).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> f = Projection("linear", n_in=3, n_out=5, seed=0)
+    >>> x, y = np.array([1.0, 2.0, 3.0]), np.arange(5.0)
+    >>> f(x).shape
+    (5,)
+    >>> bool(np.isclose(f(x) @ y, x @ f.adjoint(y)))
+    True
+    """
+
+    def __init__(self, kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> None:
+        if kind not in KINDS:
+            raise ConfigError(f"no projection {kind!r}; expected one of {', '.join(KINDS)}")
+        try:
+            n_in, n_out, seed, group = (operator.index(value) for value in (n_in, n_out, seed, group))
+        except TypeError as error:
+            raise ConfigError("n_in, n_out, seed and group of a projection must be integers") from error
+        if n_in < 1 or n_out < 1:
+            raise ConfigError(f"a projection needs n_in >= 1 and n_out >= 1; got n_in={n_in}, n_out={n_out}")
+        if kind in SQUARE and n_in != n_out:
+            raise ConfigError(f"{kind!r} keeps the length; got n_in={n_in}, n_out={n_out}: use 'linear'")
+        if not 0 <= seed < 1 << 64 or not 0 <= group < 1 << 32:
+            raise ConfigError(f"seed must be in [0, 2**64) and group in [0, 2**32); got {seed} and {group}")
+        self.kind, self.n_in, self.n_out, self.seed, self.group = kind, n_in, n_out, seed, group
+        self.padded = 1 << (max(n_in, n_out) - 1).bit_length()
+        # Length of the transform that is left of H pad(x) once its zeros are pruned.
+        self._pruned = 1 << (n_in - 1).bit_length()
+        self._draws = _Draws(kind, n_out, self.padded, self._pruned, seed, group)
+
+    def __repr__(self) -> str:
+        return f"Projection({self.kind!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
+
+    @property
+    def linear(self) -> bool:
+        """Whether F is a linear map."""
+        return self.kind not in NONLINEAR
+
+    # -- F -----------------------------------------------------------------------------------
+
+    def __call__(self, x: Array) -> Array:
+        """F(x).
+
+        Parameters
+        ----------
+        x : array, shape (…, n_in)
+            Leading axes are a batch; real floating dtype.
+
+        Returns
+        -------
+        array, shape (…, n_out)
+            In the library, dtype and device of x; differentiable.
+
+        Raises
+        ------
+        ShapeError
+            If the last axis is not ``n_in`` long.
+        BackendError
+            If x is no array of a known library or not real floating.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> Projection("shuffle", 4, 4, seed=0)(np.array([0.0, 1.0, 2.0, 3.0]))
+        array([3., 1., 2., 0.])
+        """
+        return _in_float32(self._apply, self._checked(x, self.n_in))
+
+    def slice(self, x: Array, start: int, stop: int) -> Array:
+        """``F(x)[..., start:stop]`` without the rest.
+
+        Parameters
+        ----------
+        x : array, shape (…, n_in)
+            As for a call.
+        start, stop : int
+            ``0 <= start < stop <= n_out``.
+
+        Returns
+        -------
+        array, shape (…, stop - start)
+            Equal to the slice of the whole but for the order of summation.
+
+        Raises
+        ------
+        ShapeError
+            If the slice is empty or leaves the output, or x does not fit.
+
+        Notes
+        -----
+        ``H = H_high ⊗ H_low`` with ``H_low`` as long as the slice: rows of ``H_high`` combine the blocks
+        of z, which are drawn and dropped a piece at a time, and one transform by ``H_low`` ends it.
+        Memory is the slice and x; the draws of all of z are gone through, which takes time in
+        proportion to L.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> f, x = Projection("linear", 3, 100, seed=1), np.array([1.0, 2.0, 3.0])
+        >>> bool(np.allclose(f.slice(x, 30, 40), f(x)[30:40]))
+        True
+        """
+        x = self._checked(x, self.n_in)
+        if not 0 <= start < stop <= self.n_out:
+            raise ShapeError(f"no slice {start}:{stop} of the {self.n_out} outputs of {self!r}")
+        if (start, stop) == (0, self.n_out):
+            return self(x)
+        return _in_float32(functools.partial(self._slice, start=start, stop=stop), x)
+
+    def adjoint(self, y: Array, at: Array | None = None) -> Array:
+        """``Fᵀ y``; for the nonlinear kinds the adjoint of F's derivative at a point.
+
+        Parameters
+        ----------
+        y : array, shape (…, n_out)
+            What the adjoint is applied to.
+        at : array, shape (…, n_in), optional
+            The point x at which a nonlinear F is differentiated; required for those, unused by the others.
+
+        Returns
+        -------
+        array, shape (…, n_in)
+            In the library, dtype and device of y; differentiable.
+
+        Raises
+        ------
+        ShapeError
+            If an array does not fit.
+        ConfigError
+            If F is nonlinear and no point is given.
+
+        Notes
+        -----
+        ``<F x, y> = <x, Fᵀ y>``. The derivative of ``t - tanh(t)`` is ``tanh(t)**2``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> Projection("shuffle", 4, 4, seed=0).adjoint(np.array([3.0, 1.0, 2.0, 0.0]))
+        array([0., 1., 2., 3.])
+        """
+        y = self._checked(y, self.n_out)
+        if self.linear:
+            return _in_float32(self._adjoint, y)
+        if at is None:
+            raise ConfigError(f"{self.kind!r} has an adjoint at a point only: give adjoint(y, at=x)")
+        get_backend(y, at)
+        return _in_float32(self._adjoint_at, y, self._checked(at, self.n_in))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of kind, sizes and draws: equal where F is the same map.
+
+        Streams of more than 2**20 elements are digested by their first and last 2**19: every element is
+        computed from its index alone, in the same way.
+        """
+        lengths = {"identity": {}, "shuffle": {"perm": self.n_out}}.get(
+            self.kind, {"perm": self.padded, "g": self.padded, "diagonal": self.n_out}
+        )
+        head = f"tnadapt {self.kind} {self.n_in} {self.n_out}".encode()
+        return draws.digest(iter([head]), *(self._stream_bytes(*stream) for stream in lengths.items()))
+
+    def _stream_bytes(self, name: str, length: int) -> Iterator[bytes]:
+        ends = [(0, length)]
+        if length > 2 * _DIGEST_ENDS:
+            ends = [(0, _DIGEST_ENDS), (length - _DIGEST_ENDS, length)]
+        for first, last in ends:
+            for lo, hi in draws.chunks(first, last):
+                yield self._draws.part(name, lo, hi).astype("<i8" if name == "perm" else "<f4").tobytes()
+
+    # -- What they compute -------------------------------------------------------------------
+
+    def _checked(self, x: Array, length: int) -> Array:
+        backend = get_backend(x)
+        backend.require_float(x, "the input of a projection")
+        if len(x.shape) < 1 or x.shape[-1] != length:
+            raise ShapeError(f"{self!r} got an array of shape {tuple(x.shape)}; expected (…, {length})")
+        return x
+
+    def _apply(self, backend: Backend, x: Array) -> Array:
+        if self.kind == "identity":
+            return x
+        if self.kind == "shuffle":
+            return backend.take(x, self._draws.on(backend, "perm", x))
+        z = backend.take(self._small_transform(backend, x), self._draws.on(backend, "index", x))
+        z = z * self._draws.on(backend, "gain", x, backend.dtype_name(x))
+        y = fwht_last(backend, z)[..., : self.n_out] * self._draws.on(backend, "diagonal", x, backend.dtype_name(x))
+        return y if self.linear else _tanhshrink(backend, y)
+
+    def _small_transform(self, backend: Backend, x: Array) -> Array:
+        """One period of ``H pad(x)``, which repeats itself where the padding was zero."""
+        return fwht_last(backend, backend.pad_last(x, self._pruned)) * math.sqrt(self._pruned / self.padded)
+
+    def _adjoint(self, backend: Backend, y: Array) -> Array:
+        if self.kind == "identity":
+            return y
+        if self.kind == "shuffle":
+            return backend.take(y, self._draws.on(backend, "inverse", y))
+        kind = backend.dtype_name(y)
+        u = fwht_last(backend, backend.pad_last(y * self._draws.on(backend, "diagonal", y, kind), self.padded))
+        v = backend.take(u * self._draws.on(backend, "gain", y, kind), self._draws.on(backend, "inverse", y))
+        # The adjoint of repeating is summing over the repeats.
+        v = backend.reshape(v, (*v.shape[:-1], self.padded // self._pruned, self._pruned))
+        v = backend.sum(v, axis=-2) * math.sqrt(self._pruned / self.padded)
+        return fwht_last(backend, v)[..., : self.n_in]
+
+    def _adjoint_at(self, backend: Backend, y: Array, at: Array) -> Array:
+        twin = self._linear_twin
+        slope = backend.tanh(twin._apply(backend, at))
+        return twin._adjoint(backend, y * slope * slope)
+
+    @functools.cached_property
+    def _linear_twin(self) -> Projection:
+        """The same draws without the nonlinearity."""
+        twin = Projection(self.kind.removeprefix("non"), self.n_in, self.n_out, self.seed, self.group)
+        twin._draws = self._draws
+        return twin
+
+    def _slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        if self.kind == "identity":
+            return x[..., start:stop]
+        if self.kind == "shuffle":
+            return backend.take(x, self._draws.piece(backend, "perm", start, stop, x))
+        kind = backend.dtype_name(x)
+        low = min(self.padded, max(_LEAST_BLOCK, 1 << (stop - start).bit_length() - 1))
+        high = self.padded // low
+        first, end = start // low, (stop - 1) // low + 1
+        small = self._small_transform(backend, x)
+        mixed = None
+        step = max(1, _SLICE_CHUNK // low)
+        for block in range(0, high, step):
+            lo, hi = block * low, min(block + step, high) * low
+            z = backend.take(small, self._draws.piece(backend, "index", lo, hi, x))
+            z = z * self._draws.piece(backend, "gain", lo, hi, x, kind)
+            z = backend.reshape(z, (*x.shape[:-1], (hi - lo) // low, low))
+            rows = _hadamard_rows.on(backend, (first, end, lo // low, hi // low, high), x, kind, keep=False)
+            part = backend.matmul(rows, z)
+            mixed = part if mixed is None else mixed + part
+        y = fwht_last(backend, mixed)
+        y = backend.reshape(y, (*x.shape[:-1], (end - first) * low))[..., start - first * low : stop - first * low]
+        y = y * self._draws.piece(backend, "diagonal", start, stop, x, kind)
+        return y if self.linear else _tanhshrink(backend, y)
+
+
+class _Draws(FixedArrays):
+    """The vectors that make one F: perm, inverse, g and diagonal as drawn; index and gain as used.
+
+    ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the
+    period and ``gain = g[perm]``.
+    """
+
+    def __init__(self, kind: str, length: int, padded: int, pruned: int, seed: int, group: int) -> None:
+        super().__init__()
+        self.lengths = {"diagonal": length}
+        self.whole = length if kind == "shuffle" else padded
+        self.signs = not kind.endswith("_v2")
+        self.pruned, self.seed, self.group = pruned, seed, group
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements ``start`` to ``stop - 1`` of one of them, drawn without the rest."""
+        if name in ("perm", "inverse"):
+            return draws.permutation(self.whole, self.seed, self.group, start, stop, inverse=name == "inverse")
+        if name == "g":
+            return draws.normals(self.seed, self.group, draws.PURPOSE["gaussian"], start, stop)
+        if name == "index":
+            return self.part("perm", start, stop) & (self.pruned - 1)
+        if name == "gain":
+            return draws.normals_at(self.seed, self.group, draws.PURPOSE["gaussian"], self.part("perm", start, stop))
+        if self.signs:
+            return draws.signs(self.seed, self.group, start, stop)
+        return draws.normals(self.seed, self.group, draws.PURPOSE["gaussian_v2"], start, stop)
+
+    def make(self, key: Any) -> np.ndarray:
+        if isinstance(key, tuple):
+            return self.part(*key)
+        length = self.lengths.get(key, self.whole)
+        if key == "gain":
+            # Drawing in order and gathering costs a quarter of drawing at scattered places.
+            return np.take(self.part("g", 0, length), self.part("perm", 0, length))
+        whole = self.part(key, 0, length)
+        # Half the memory where positions fit in 32 bits.
+        return whole.astype(np.int32) if whole.dtype == np.int64 and self.whole <= 1 << 31 else whole
+
+    def piece(self, backend: Backend, name: str, start: int, stop: int, like: Array, dtype: str | None = None) -> Array:
+        """:meth:`part` in like's library; from the whole where that has been drawn already."""
+        if name in self.kept:
+            whole = self.on(backend, name, like)[start:stop]
+            return whole if dtype is None else backend.astype(whole, dtype)
+        return self.on(backend, (name, start, stop), like, dtype, keep=False)
+
+
+def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
+    """``compute`` on arrays of at least single precision; half precision is rounded once, at the end."""
+    backend = get_backend(*arrays)
+    kind = backend.dtype_name(arrays[0])
+    if kind in ("float16", "bfloat16"):
+        return backend.astype(compute(backend, *(backend.astype(x, "float32") for x in arrays)), kind)
+    return compute(backend, *arrays)
+
+
+def _tanhshrink(backend: Backend, t: Array) -> Array:
+    return t - backend.tanh(t)
+
+
+class _HadamardRows(FixedArrays):
+    """Parts of orthonormal Hadamard matrices: entry (i, j) is (-1) ** popcount(i & j) / sqrt(size).
+
+    Keys are (first row, last row + 1, first column, last column + 1, size).
+    """
+
+    def make(self, key: Any) -> np.ndarray:
+        row_start, row_stop, col_start, col_stop, size = key
+        bits: np.ndarray = np.bitwise_and.outer(np.arange(row_start, row_stop), np.arange(col_start, col_stop))
+        for shift in (32, 16, 8, 4, 2, 1):
+            bits = bits ^ (bits >> shift)
+        return np.asarray((1 - 2 * (bits & 1)) / math.sqrt(size))
+
+
+_hadamard_rows = _HadamardRows()

@@ -1,0 +1,425 @@
+"""SuperLoRA: the plan of an adapter, and the four steps it is used in.
+
+``Config`` + shapes -> :class:`SuperLoRA` (only integers) -> ``init`` (arrays) -> ``deltas`` (arrays). Everything
+else in the library is built on these; nothing else computes a ΔW.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from .backends import Backend, get_backend, load_backend
+from .backends.base import Array
+from .config import Config
+from .errors import BackendError, ConfigError, ShapeError
+from .layout import Piece, make_layout
+from .network import Network
+from .projection import Projection
+from .start import Start
+
+__all__ = ["SuperLoRA", "parameter_count"]
+
+
+class SuperLoRA:
+    """The weight updates of a model as one long vector, cut into groups, each made from a small tensor network.
+
+    ``ΔW_group = F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, unfolded and cut to length.
+
+    Parameters
+    ----------
+    config : Config
+        What each group is made of.
+    shapes : sequence of (rows, cols)
+        Of the weights to update, in torch's order ``(out_features, in_features)``.
+    layers : sequence of hashable, optional
+        One key a weight, for ``groups="layer"``.
+
+    Attributes
+    ----------
+    config : Config
+    shapes : tuple of (int, int)
+    size : int
+        N, the number of elements of all weights.
+    num_groups : int
+        G.
+
+    Raises
+    ------
+    ConfigError
+        If the config does not suit these weights.
+    ShapeError
+        If a shape is not two integers of at least 1, or a fold does not fit a group.
+
+    Notes
+    -----
+    Equation (2) of the paper. The object is a plan in integers: it makes no arrays and imports no
+    framework, and takes microseconds for a model of any size. (A group's draws and starting arrays, once
+    used, are kept.)
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> ad = SuperLoRA(tna.Config(rank=22, groups=1, fold="hypercube"), [(768, 768)] * 24)
+    >>> ad.num_parameters, ad.param_shapes
+    (165572, {'group0.split0.factor0': (3763, 22), 'group0.split0.factor1': (3763, 22)})
+    >>> params = ad.init()
+    >>> deltas = ad.deltas(params)
+    >>> len(deltas), deltas[0].shape, bool(deltas[0].any())
+    (24, (768, 768), False)
+    """
+
+    def __init__(
+        self, config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None
+    ) -> None:
+        if not isinstance(config, Config):
+            raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
+        self.config = config
+        self._layout = make_layout(config.groups, shapes, layers)
+        self.shapes = self._layout.shapes
+        self.size = self._layout.size
+        self.num_groups = self._layout.num_groups
+        self._networks: dict[tuple[int, int], Network] = {}
+        self._projections: dict[tuple[int, int], Projection] = {}
+        self._starts: dict[int, Start] = {}
+        for group, _, _ in self._layout.same_size():
+            self._network(group)
+
+    def __repr__(self) -> str:
+        return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
+
+    # -- The plan ----------------------------------------------------------------------------
+
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        """Trainable elements; nothing is allocated to count them."""
+        if self._stacked:
+            return sum(self._network(group).num_parameters for group in range(self.num_groups))
+        return sum(count * self._network(group).num_parameters for group, count, _ in self._layout.same_size())
+
+    @functools.cached_property
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array, in order.
+
+        Names are ``group{g}.split{k}.{array}``, with ``term{t}.`` before the split where there are several
+        terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train).
+        """
+        return {
+            f"group{group}.{name}": shape
+            for group in range(self.num_groups)
+            for name, shape in self._network(group).shapes.items()
+        }
+
+    @property
+    def _stacked(self) -> bool:
+        return self.config.fold == "stack" and self.config.order == 2
+
+    def _network(self, group: int) -> Network:
+        size = self._layout.group_size(group)
+        columns = self._layout.columns(group) if self._stacked else 1
+        found = self._networks.get((size, columns))
+        if found is None:
+            found = Network(self.config, _ratio_of(self.config.ratio, size), columns)
+            self._networks[size, columns] = found
+        return found
+
+    def projection(self, group: int) -> Projection:
+        """F of one group.
+
+        Parameters
+        ----------
+        group : int
+            ``0 <= group < num_groups``.
+
+        Returns
+        -------
+        Projection
+            Groups of one length share it where ``config.shared``.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> SuperLoRA(tna.presets.fastfood(ratio=0.1), [(10, 10)]).projection(0)
+        Projection('linear', n_in=10, n_out=100, seed=0, group=0)
+        """
+        size, stream = self._layout.group_size(group), 0 if self.config.shared else group
+        found = self._projections.get((size, stream))
+        if found is None:
+            n_in = _ratio_of(self.config.ratio, size)
+            found = Projection(self.config.projection, n_in, size, self.config.seed, stream)
+            self._projections[size, stream] = found
+        return found
+
+    def _start(self, group: int) -> Start:
+        found = self._starts.get(group)
+        if found is None:
+            found = Start(self._network(group), self.projection(group), self.config.seed, group)
+            self._starts[group] = found
+        return found
+
+    # -- Arrays ------------------------------------------------------------------------------
+
+    def init(self, backend: str = "numpy", dtype: str = "float32", device: Any = None) -> dict[str, Array]:
+        """Fresh parameters: ΔW is exactly zero, and its gradient is not.
+
+        Parameters
+        ----------
+        backend : str
+            ``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"`` or a registered name.
+        dtype : str
+            ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
+        device : optional
+            Where the library puts them; its default if None.
+
+        Returns
+        -------
+        dict of str to array
+            In the order of ``param_shapes``. The same numbers in every library.
+
+        Raises
+        ------
+        BackendError
+            If the library, dtype or device is not to be had.
+
+        Notes
+        -----
+        For a linear F the factor of the leading mode of the last split is zero, in every term, and the
+        other arrays are normal; for a nonlinear F all are normal, and ``deltas`` subtracts what they give.
+        All drawn from ``config.seed``, with the one standard deviation for which the first SGD step moves
+        ΔW by 1/32 of what it moves in dense fine-tuning (white gradient, root mean square), whatever rank,
+        order, splits and ρ are. :mod:`tnadapt.start` has the formula.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> params = SuperLoRA(tna.Config(rank=1), [(2, 3)]).init()
+        >>> params["group0.split0.factor0"].tolist()
+        [[0.0], [0.0]]
+        """
+        library = load_backend(backend)
+        if not library.usable():
+            raise BackendError(f"{backend} is installed and finds no device to compute on here")
+        if not isinstance(dtype, str):
+            raise BackendError(f"dtype must be a name such as 'float32'; got {dtype!r}")
+        library.dtype(dtype)
+        return {
+            f"group{group}.{name}": library.asarray(self._start(group).host(name), dtype, device)
+            for group in range(self.num_groups)
+            for name in self._network(group).shapes
+        }
+
+    def deltas(self, params: Mapping[str, Array]) -> list[Array]:
+        """The update of every weight.
+
+        Parameters
+        ----------
+        params : mapping of str to array
+            Named and shaped as ``param_shapes`` says; one library, dtype and device.
+
+        Returns
+        -------
+        list of array, shape (rows, cols)
+            In the library, dtype and device of the parameters; differentiable in torch and JAX.
+
+        Raises
+        ------
+        ShapeError
+            If an array is missing, unknown or of another shape.
+        BackendError
+            If libraries, dtypes or devices are mixed, or the dtype is not real floating.
+
+        Notes
+        -----
+        Each group is formed whole, once, and handed out in pieces. Memory: the long vector, N elements,
+        and for a projection as much again.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> ad = SuperLoRA(tna.Config(rank=1), [(2, 3)])
+        >>> b, a = np.array([[1.0], [2.0]]), np.array([[1.0], [10.0], [100.0]])
+        >>> ad.deltas({"group0.split0.factor0": b, "group0.split0.factor1": a})[0]
+        array([[  1.,  10., 100.],
+               [  2.,  20., 200.]])
+        """
+        backend = self._checked(params)
+        parts: dict[int, list[Array]] = {weight: [] for weight in range(len(self.shapes))}
+        for group in range(self.num_groups):
+            pieces = self._layout.of_group(group)
+            vec = self._of_group(backend, params, group, 0, self._layout.group_size(group))
+            found = backend.split(vec, [piece.length for piece in pieces])
+            for piece, part in zip(pieces, found, strict=True):
+                parts[piece.weight].append(part)
+        # Groups cut the long vector in order, so the parts of a weight come in its own order.
+        return [backend.reshape(backend.concat(parts[weight]), shape) for weight, shape in enumerate(self.shapes)]
+
+    def delta(self, params: Mapping[str, Array], i: int) -> Array:
+        """The update of one weight, without forming the others.
+
+        Parameters
+        ----------
+        params : mapping of str to array
+            As for :meth:`deltas`.
+        i : int
+            Which weight, ``0 <= i < len(shapes)``.
+
+        Returns
+        -------
+        array, shape (rows, cols)
+            Equal to ``deltas(params)[i]`` but for the order of summation.
+
+        Raises
+        ------
+        ShapeError
+            If there is no weight i, or the parameters do not fit.
+
+        Notes
+        -----
+        For CP, Tucker, tensor trains and Kronecker products only the rows of the factors that the weight's
+        elements need take part; of a linear F only the slice of the last transform is formed, in memory
+        of the slice and the compressed vector (time goes through all of F's draws). A shuffle forms the
+        whole group.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> ad = SuperLoRA(tna.Config(groups=1, fold="hypercube"), [(2, 3), (4, 5)])
+        >>> ad.delta(ad.init(), 1).shape
+        (4, 5)
+        """
+        backend = self._checked(params)
+        i = _index("weight", i, len(self.shapes))
+        return backend.reshape(self._assembled(backend, params, self._layout.of_weight(i)), self.shapes[i])
+
+    def vector(self, params: Mapping[str, Array], start: int = 0, stop: int | None = None) -> Array:
+        """A slice of the long vector: all updates one after another, each in C order.
+
+        Parameters
+        ----------
+        params : mapping of str to array
+            As for :meth:`deltas`.
+        start, stop : int
+            ``0 <= start < stop <= size``; all of it by default.
+
+        Returns
+        -------
+        array, shape (stop - start,)
+
+        Raises
+        ------
+        ShapeError
+            If the slice is empty or leaves the vector, or the parameters do not fit.
+
+        Notes
+        -----
+        As :meth:`delta`, nothing outside the slice is formed where the format allows it.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> ad = SuperLoRA(tna.Config(groups=1, fold="hypercube"), [(2, 3), (4, 5)])
+        >>> ad.vector(ad.init(), 4, 9).shape
+        (5,)
+        """
+        backend = self._checked(params)
+        start = _index("start", start, self.size)
+        stop = self.size if stop is None else _index("stop", stop, self.size + 1)
+        if start >= stop:
+            raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements; start must be below stop")
+        return self._assembled(backend, params, self._layout.of_slice(start, stop))
+
+    # -- How they come about -----------------------------------------------------------------
+
+    def _assembled(self, backend: Backend, params: Mapping[str, Array], pieces: Sequence[Piece]) -> Array:
+        return backend.concat(
+            [
+                self._of_group(backend, params, piece.group, piece.group_start, piece.group_start + piece.length)
+                for piece in pieces
+            ]
+        )
+
+    def _of_group(self, backend: Backend, params: Mapping[str, Array], group: int, start: int, stop: int) -> Array:
+        """Elements ``start`` to ``stop - 1`` of one group's update."""
+        network, projection = self._network(group), self.projection(group)
+        arrays = {name: params[f"group{group}.{name}"] for name in network.shapes}
+        update = _projected(backend, network, projection, arrays, start, stop)
+        if projection.linear:
+            return update
+        like = next(iter(arrays.values()))
+        fixed, kind = self._start(group), backend.dtype_name(like)
+        begun = {name: fixed.on(backend, name, like, kind) for name in network.shapes}
+        return update - _projected(backend, network, projection, begun, start, stop)
+
+    def _checked(self, params: Mapping[str, Array]) -> Backend:
+        """The backend of parameters that are exactly those of the plan."""
+        if not isinstance(params, Mapping):
+            raise ShapeError(f"params must be a mapping of names to arrays; got {type(params).__name__}")
+        expected = self.param_shapes
+        if params.keys() != expected.keys():
+            missing = [name for name in expected if name not in params]
+            unknown = [name for name in params if name not in expected]
+            raise ShapeError(
+                f"params must have exactly the names of param_shapes; missing: {_some(missing)}; "
+                f"unknown: {_some(unknown)}"
+            )
+        backend = get_backend(*params.values())
+        for name, shape in expected.items():
+            backend.require_float(params[name], f"params[{name!r}]")
+            if tuple(params[name].shape) != shape:
+                raise ShapeError(f"params[{name!r}] has shape {tuple(params[name].shape)}; expected {shape}")
+        return backend
+
+
+def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None) -> int:
+    """Trainable elements of a config on these weights: ``SuperLoRA(…).num_parameters``.
+
+    Parameters
+    ----------
+    config, shapes, layers
+        As for :class:`SuperLoRA`.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> parameter_count(tna.presets.lora(rank=4), [(768, 768)] * 24)
+    147456
+    """
+    return SuperLoRA(config, shapes, layers).num_parameters
+
+
+def _projected(
+    backend: Backend, network: Network, projection: Projection, arrays: Mapping[str, Array], start: int, stop: int
+) -> Array:
+    """``F(network)`` from ``start`` to ``stop``; without F, only that part of the network."""
+    if projection.kind == "identity":
+        return network.slice(backend, arrays, start, stop)
+    return projection.slice(network.whole(backend, arrays), start, stop)
+
+
+def _ratio_of(ratio: float, size: int) -> int:
+    """``max(1, ceil(ratio * size))`` with the ratio as the decimal it prints as (0.07 of 100 is 7)."""
+    return max(1, math.ceil(Fraction(str(ratio)) * size))
+
+
+def _index(what: str, value: Any, end: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ShapeError(f"{what} must be an integer; got {value!r}") from None
+    if not 0 <= number < end:
+        raise ShapeError(f"{what} must be from 0 to {end - 1}; got {number}")
+    return number
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of the names, for a message."""
+    shown: Iterator[str] = iter(names[:4])
+    return (", ".join(map(repr, shown)) or "none") + (f" and {len(names) - 4} more" if len(names) > 4 else "")
