@@ -15,6 +15,7 @@ from .hadamard import fwht
 from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from .projection import Projection
 from .superlora import SuperLoRA, parameter_count
+from .verify import verify
 
 __version__ = "0.1.0"
 
@@ -39,4 +40,5 @@ __all__ = [
     "to_hypercube",
     "tt_to_tensor",
     "tucker_to_tensor",
+    "verify",
 ]

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from .backends import Backend
 from .backends.base import Array
+from .boxes import boxes
 from .config import Config
 from .errors import ConfigError, ShapeError
-from .folding import balanced_shape, boxes, hypercube_shape, kronecker_sizes
+from .folding import balanced_shape, hypercube_shape, kronecker_sizes
 from .formats import Format, make_format
 from .products import hadamard_tensor, kronecker_tensor
 

@@ -148,9 +148,12 @@ def tucker_tensor(backend: Backend, core: Array, factors: Sequence[Array | None]
     """:func:`tucker_to_tensor` of checked arrays."""
     sizes = [core.shape[m] if factor is None else factor.shape[0] for m, factor in enumerate(factors)]
     # The leading mode is contracted and its result put last: after M turns the modes stand in order again.
-    for rank, factor in zip(core.shape, factors, strict=True):
-        rest = backend.matrix_transpose(backend.reshape(core, (rank, math.prod(core.shape) // rank)))
+    shape = list(core.shape)
+    for factor, size in zip(factors, sizes, strict=True):
+        rank = shape.pop(0)
+        rest = backend.matrix_transpose(backend.reshape(core, (rank, math.prod(shape))))
         core = rest if factor is None else backend.matmul(rest, backend.matrix_transpose(factor))
+        shape.append(size)
     return backend.reshape(core, sizes)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,18 @@ class Backend:
     def tanh(self, x: Array) -> Array:
         """Hyperbolic tangent, element by element."""
         return self.xp.tanh(x)
+
+    # -- What a check of the laws asks besides -----------------------------------------------
+
+    def double_precision(self) -> AbstractContextManager[Any]:
+        """A context in which float64 arrays can be made, where that is not always so."""
+        return nullcontext()
+
+    def gradient(
+        self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
+    ) -> dict[str, Array] | None:
+        """Derivatives of a scalar function of named arrays; None where the library has none to offer."""
+        return None
 
     # -- Built from the above, the same for all ----------------------------------------------
 

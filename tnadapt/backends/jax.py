@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -49,6 +51,15 @@ class JaxBackend(Backend):
 
     def constant(self, array: np.ndarray, device: Any) -> Array:
         return jnp.asarray(array, device=device)
+
+    def double_precision(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = jax.enable_x64(True)
+        return context
+
+    def gradient(
+        self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
+    ) -> dict[str, Array] | None:
+        return dict(jax.grad(function)(arrays))
 
     def zeros(self, shape: Any, like: Array) -> Array:
         return jnp.zeros(tuple(shape), dtype=like.dtype, device=self.device(like))

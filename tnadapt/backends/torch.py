@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import array_api_compat.torch as namespace
@@ -61,6 +61,13 @@ class TorchBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray:
         x = x.detach().cpu()
         return np.asarray(x.float() if x.dtype is torch.bfloat16 else x)
+
+    def gradient(
+        self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
+    ) -> dict[str, Array] | None:
+        leaves = {name: array.detach().requires_grad_() for name, array in arrays.items()}
+        found = torch.autograd.grad(function(leaves), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True))
 
     def split(self, x: Array, sizes: Sequence[int]) -> list[Array]:
         # One node in the graph: its backward writes the whole gradient once.

@@ -1,0 +1,72 @@
+"""Profiles of Hypothesis, and every array library that is installed as a parameter.
+
+Two profiles: ``ci`` (the default) is derandomised, so that a run tells of the change and not of luck;
+``HYPOTHESIS_PROFILE=long`` searches anew, ten times as far.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tnadapt.backends import Backend, load_backend, register_backend
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, suppress_health_check=SLOW)
+settings.register_profile("long", deadline=None, max_examples=600, suppress_health_check=SLOW)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+if installed("jax"):
+    import jax
+
+    # Laws are checked in float64. What happens without it has a test of its own.
+    jax.config.update("jax_enable_x64", True)
+
+if installed("array_api_strict"):
+    import array_api_strict
+
+    class StrictBackend(Backend):
+        """The reference of the array API standard: it has nothing that the standard does not promise."""
+
+        name = "array_api_strict"
+
+        def __init__(self) -> None:
+            super().__init__(array_api_strict)
+
+    register_backend("array_api_strict", StrictBackend)
+
+LIBRARIES = ("numpy", "array_api_strict", "torch", "jax", "cupy")
+
+
+@pytest.fixture(params=LIBRARIES, scope="session")
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each library in turn; skipped, with the reason, where it cannot compute here."""
+    name = request.param
+    if not installed(name):
+        pytest.skip(f"{name} is not installed")
+    found = load_backend(name)
+    if not found.usable():
+        pytest.skip(f"{name} finds no device to compute on")
+    return found
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20240318)
+
+
+def relative_error(found: object, expected: object) -> float:
+    """Largest difference, relative to the largest element expected."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    scale = np.max(np.abs(expected), initial=0.0)
+    return float(np.max(np.abs(found - expected), initial=0.0) / (scale or 1.0))

@@ -1,0 +1,92 @@
+"""fwht: an involution, SciPy's matrix, any axis and batch, every library and dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.linalg import hadamard
+
+import tnadapt as tna
+from tnadapt.backends import Backend
+
+from .conftest import relative_error
+
+
+@pytest.mark.parametrize("bits", range(13))
+def test_it_is_scipys_matrix_and_its_own_inverse(backend: Backend, bits: int, rng: np.random.Generator) -> None:
+    host = rng.normal(size=(2, 1 << bits))
+    x = backend.asarray(host, "float64")
+    assert relative_error(backend.to_numpy(tna.fwht(x, normalize=False)), host @ hadamard(1 << bits)) < 1e-12
+    assert relative_error(backend.to_numpy(tna.fwht(tna.fwht(x))), host) < 1e-12
+    again = tna.fwht(tna.fwht(x, normalize=False), normalize=False)
+    assert relative_error(backend.to_numpy(again), host * (1 << bits)) < 1e-12
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.data())
+def test_any_axis_of_any_batch(batch: list[int], data: st.DataObject) -> None:
+    axis = data.draw(st.integers(-len(batch), len(batch) - 1))
+    shape = [*batch]
+    shape[axis] = 1 << data.draw(st.integers(0, 6))
+    x = np.random.default_rng(0).normal(size=shape)
+    expected = np.apply_along_axis(lambda v: hadamard(len(v)) @ v, axis, x) if x.size else x
+    found = tna.fwht(x, axis=axis, normalize=False)
+    assert found.shape == x.shape
+    assert relative_error(found, expected) < 1e-12
+
+
+def test_strided_and_read_only_input(rng: np.random.Generator) -> None:
+    x = rng.normal(size=(8, 6))[:, ::3].T
+    x.flags.writeable = False
+    kept = x.copy()
+    assert relative_error(tna.fwht(x, normalize=False), x @ hadamard(8)) < 1e-12
+    assert np.array_equal(x, kept)
+
+
+def test_half_precision_is_computed_in_single_and_rounded_once(backend: Backend, rng: np.random.Generator) -> None:
+    host = (200.0 * rng.normal(size=4096)).astype(np.float16).astype(np.float64)
+    for dtype, tolerance in (("float16", 2.0**-10), ("bfloat16", 2.0**-7)):
+        try:
+            x = backend.asarray(host, dtype)
+        except tna.BackendError:
+            continue
+        found = tna.fwht(x)
+        assert backend.dtype_name(found) == dtype
+        exact = tna.fwht(backend.to_numpy(x).astype(np.float64))
+        # Unnormalised sums reach 2**6 times the result: in float16 they would overflow.
+        assert relative_error(backend.to_numpy(found).astype(np.float64), exact) < tolerance
+
+
+def test_float32_error_grows_like_its_logarithm(rng: np.random.Generator) -> None:
+    for bits in (4, 10, 16, 20):
+        x = rng.normal(size=1 << bits)
+        error = relative_error(tna.fwht(x.astype(np.float32)), tna.fwht(x))
+        assert error < 2.0**-24 * 4 * bits
+
+
+def test_what_is_not_finite_spreads_and_nothing_else(rng: np.random.Generator) -> None:
+    x = rng.normal(size=(2, 64))
+    x[0, 3] = np.nan
+    found = tna.fwht(x)
+    assert np.isnan(found[0]).all()
+    assert relative_error(found[1], tna.fwht(x[1])) == 0.0
+
+
+@pytest.mark.parametrize("length", [0, 3, 6, 12, 1000])
+def test_a_length_that_is_no_power_of_two(backend: Backend, length: int) -> None:
+    with pytest.raises(tna.ShapeError, match="power of two"):
+        tna.fwht(backend.asarray(np.zeros((2, length)), "float32"))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(tna.ShapeError, match="axis 2"):
+        tna.fwht(np.zeros((4, 4)), axis=2)
+    with pytest.raises(tna.ShapeError, match="axis"):
+        tna.fwht(np.array(1.0))
+    with pytest.raises(tna.BackendError, match="int64"):
+        tna.fwht(np.zeros(4, np.int64))
+    with pytest.raises(tna.BackendError, match="complex"):
+        tna.fwht(np.zeros(4, complex))
+    with pytest.raises(tna.BackendError, match="got list"):
+        tna.fwht([1.0, 2.0])
