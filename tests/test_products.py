@@ -17,7 +17,7 @@ from tnadapt.backends import Backend
 
 from .conftest import relative_error
 
-ONES22 = np.ones((2, 2))
+ONES22, ONES33 = np.ones((2, 2)), np.ones((3, 3))
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=5)
 
 
@@ -122,12 +122,12 @@ def test_every_library_gives_numpys_value_and_the_exact_gradient(
     ("message", "call"),
     [
         ("at least one factor", lambda: tna.cp_to_tensor((None, []))),
-        (r"factor 1 has shape \(3, 3\); expected \(size, 2\)", lambda: tna.cp_to_tensor((None, [ONES22, np.ones((3, 3))]))),
+        (r"factor 1 has shape \(3, 3\); expected \(size, 2\)", lambda: tna.cp_to_tensor((None, [ONES22, ONES33]))),
         (r"weights have shape \(3,\)", lambda: tna.cp_to_tensor((np.ones(3), [np.ones((2, 2))]))),
         ("needs 2 factors; got 1", lambda: tna.tucker_to_tensor((np.ones((2, 2)), [np.ones((2, 2))]))),
         (r"expected \(size, 3\)", lambda: tna.tucker_to_tensor((np.ones((2, 3)), [None, np.ones((2, 2))]))),
         (r"core 0 has shape \(2, 3, 1\); expected \(1, size, 1\)", lambda: tna.tt_to_tensor([np.ones((2, 3, 1))])),
-        (r"core 1 has shape \(3, 2, 1\); expected \(2, size", lambda: tna.tt_to_tensor([ONES22[None], np.ones((3, 2, 1))])),
+        (r"core 1 has shape \(3, 3\); expected \(2, size", lambda: tna.tt_to_tensor([ONES22[None], ONES33])),
         (r"core 1 has shape", lambda: tna.tt_to_tensor([np.ones((1, 2, 2)), np.ones((2, 2, 2))])),
         ("at least one core", lambda: tna.tt_to_tensor([])),
         ("at least one array", lambda: tna.kronecker([])),

@@ -96,7 +96,7 @@ def _rows(array: Array, bounds: tuple[int, int], axis: int = 0) -> Array:
     start, stop = bounds
     if (start, stop) == (0, array.shape[axis]):
         return array
-    return array[(slice(None),) * axis + (slice(start, stop),)]
+    return array[(*(slice(None),) * axis, slice(start, stop), ...)]
 
 
 class Dense(Format):
