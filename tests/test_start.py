@@ -77,7 +77,7 @@ def test_what_is_drawn_is_the_specs_stream() -> None:
     params = plan.init()
     for group in range(2):
         names = [name for name in plan.param_shapes if name.startswith(f"group{group}.")]
-        std = plan._start(group).std
+        std = plan.groups[group].start.std
         for j, name in enumerate(names):
             if name.endswith("split1.factor0"):
                 assert not params[name].any()
@@ -102,7 +102,7 @@ def test_a_nonlinear_start_is_alive_and_small() -> None:
     config = P.superlora(4, projection="nonlinear", ratio=0.1)
     plan = tna.SuperLoRA(config, SHAPES)
     params = plan.init(dtype="float64")
-    network = Network(config, plan.projection(0).n_in)
+    network = Network(config, plan.groups[0].network.size)
     linear = tna.Projection("linear", network.size, plan.size)
     begun = {name.removeprefix("group0."): array for name, array in params.items()}
     from tnadapt.backends import load_backend

@@ -39,8 +39,8 @@ def flat(arrays: list[np.ndarray]) -> np.ndarray:
 def test_deltas_are_the_textbook_formula(data: st.DataObject) -> None:
     plan = data.draw(plans())
     params = data.draw(parameters(plan))
-    layers = plan._layout  # the plan was made with layers; the reference is told the groups themselves
-    groups = [[piece.weight for piece in layers.of_group(g)] for g in range(plan.num_groups)]
+    # The plan was made with layers; the reference is told the groups themselves.
+    groups = [[piece.weight for piece in group.pieces] for group in plan.groups]
     config = plan.config if isinstance(plan.config.groups, int) else plan.config.replace(groups=groups)
     expected = reference.deltas(config, plan.shapes, params, start=start_of(plan))
     found = plan.deltas(params)
@@ -68,7 +68,7 @@ def test_a_slice_is_the_whole_cut(data: st.DataObject) -> None:
 
 
 def _layers(plan: tna.SuperLoRA) -> list[int]:
-    return [plan._layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
+    return [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
 
 
 @given(plans())

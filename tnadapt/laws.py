@@ -254,10 +254,8 @@ class _Case:
         return np.concatenate([delta.reshape(-1) for delta in found])
 
     def _projections(self) -> None:
-        for group in range(self.plan.num_groups):
-            f = self.plan.projection(group)
-            for law in _projection_laws(self.label, f, self.backend, self.rng):
-                self.collector.found.append(law)
+        for group in self.plan.groups:
+            self.collector.found += _projection_laws(self.label, group.projection, self.backend, self.rng)
 
 
 def _projection_laws(label: str, f: Projection, backend: Backend, rng: np.random.Generator) -> list[Law]:

@@ -154,10 +154,9 @@ class Layout:
         if not 0 <= start <= stop <= self.size:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements")
         pieces = []
-        for weight in range(bisect_right(self._starts, start) - 1, len(self.shapes)):
-            base = self._starts[weight]
-            if base >= stop:
-                break
+        for weight, base in enumerate(self._starts[:-1]):
+            if base >= stop or base + self._sizes[weight] <= start:
+                continue
             for piece in self.of_weight(weight):
                 lo = max(start, base + piece.weight_start)
                 hi = min(stop, base + piece.weight_start + piece.length)

@@ -20,6 +20,7 @@ within the group (zeros and ones use up a purpose too); element i of the array i
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -47,11 +48,6 @@ class Start(FixedArrays):
     seed, group : int
         Of the draws.
 
-    Attributes
-    ----------
-    std : float
-        σ of the random arrays.
-
     Examples
     --------
     >>> from tnadapt import Config
@@ -64,9 +60,12 @@ class Start(FixedArrays):
 
     def __init__(self, network: Network, projection: Projection, seed: int, group: int) -> None:
         super().__init__()
-        self.network, self.seed, self.group = network, seed, group
-        self.nonlinear = not projection.linear
-        self.std = _nonlinear_std(network, projection) if self.nonlinear else _linear_std(network, projection)
+        self.network, self.projection, self.seed, self.group = network, projection, seed, group
+
+    @functools.cached_property
+    def std(self) -> float:
+        """σ of the random arrays."""
+        return (_linear_std if self.projection.linear else _nonlinear_std)(self.network, self.projection)
 
     def make(self, key: Any) -> np.ndarray:
         """One array, float32: numbers that every floating dtype of at least that precision holds exactly."""
@@ -76,7 +75,7 @@ class Start(FixedArrays):
         name = key.rpartition(".")[2]
         if name in split.ones:
             return np.ones(shape, np.float32)
-        if not self.nonlinear and key.endswith(last + split.zero):
+        if self.projection.linear and key.endswith(last + split.zero):
             return np.zeros(shape, np.float32)
         purpose = draws.PURPOSE["start"] + list(self.network.shapes).index(key)
         drawn = draws.normals(self.seed, self.group, purpose, 0, math.prod(shape))

@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from .backends import Backend, get_backend, load_backend
 from .backends.base import Array
@@ -22,7 +22,50 @@ from .network import Network
 from .projection import Projection
 from .start import Start
 
-__all__ = ["SuperLoRA", "parameter_count"]
+__all__ = ["Group", "SuperLoRA", "parameter_count"]
+
+
+class Group(NamedTuple):
+    """One group: what its part of the long vector is made of, and whose elements it holds.
+
+    Attributes
+    ----------
+    size : int
+        Elements of its update.
+    network : Network
+        What F is applied to.
+    projection : Projection
+        F.
+    start : Start
+        Its arrays at the start of training.
+    names : dict of str to str
+        The name of each of the network's arrays -> its name among the plan's.
+    pieces : list of Piece
+        Of which weights its elements are, in order.
+    """
+
+    size: int
+    network: Network
+    projection: Projection
+    start: Start
+    names: dict[str, str]
+    pieces: list[Piece]
+
+    def update(self, backend: Backend, params: Mapping[str, Array], start: int, stop: int) -> Array:
+        """Elements ``start`` to ``stop - 1`` of the update: ``F(x)``, or ``F(x) - F(x_start)`` where F is nonlinear."""
+        arrays = {name: params[full] for name, full in self.names.items()}
+        found = self._projected(backend, arrays, start, stop)
+        if self.projection.linear:
+            return found
+        like = next(iter(arrays.values()))
+        kind = backend.dtype_name(like)
+        begun = {name: self.start.on(backend, name, like, kind) for name in self.names}
+        return found - self._projected(backend, begun, start, stop)
+
+    def _projected(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
+        if self.projection.kind == "identity":
+            return self.network.slice(backend, arrays, start, stop)
+        return self.projection.slice(self.network.whole(backend, arrays), start, stop)
 
 
 class SuperLoRA:
@@ -47,6 +90,8 @@ class SuperLoRA:
         N, the number of elements of all weights.
     num_groups : int
         G.
+    layout : Layout
+        Which part of which weight lies in which group.
 
     Raises
     ------
@@ -79,14 +124,13 @@ class SuperLoRA:
         if not isinstance(config, Config):
             raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
         self.config = config
-        self._layout = make_layout(config.groups, shapes, layers)
-        self.shapes = self._layout.shapes
-        self.size = self._layout.size
-        self.num_groups = self._layout.num_groups
+        self.layout = make_layout(config.groups, shapes, layers)
+        self.shapes = self.layout.shapes
+        self.size = self.layout.size
+        self.num_groups = self.layout.num_groups
         self._networks: dict[tuple[int, int], Network] = {}
-        self._projections: dict[tuple[int, int], Projection] = {}
-        self._starts: dict[int, Start] = {}
-        for group, _, _ in self._layout.same_size():
+        # What does not fit is said now: a network for each size that groups have.
+        for group, _, _ in self.layout.same_size():
             self._network(group)
 
     def __repr__(self) -> str:
@@ -99,7 +143,7 @@ class SuperLoRA:
         """Trainable elements; nothing is allocated to count them."""
         if self._stacked:
             return sum(self._network(group).num_parameters for group in range(self.num_groups))
-        return sum(count * self._network(group).num_parameters for group, count, _ in self._layout.same_size())
+        return sum(count * self._network(group).num_parameters for group, count, _ in self.layout.same_size())
 
     @functools.cached_property
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -108,57 +152,44 @@ class SuperLoRA:
         Names are ``group{g}.split{k}.{array}``, with ``term{t}.`` before the split where there are several
         terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train).
         """
-        return {
-            f"group{group}.{name}": shape
-            for group in range(self.num_groups)
-            for name, shape in self._network(group).shapes.items()
-        }
+        return {full: group.network.shapes[name] for group in self.groups for name, full in group.names.items()}
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """What each group is made of, and which pieces of which weights it holds.
+
+        Groups of one length share their network, and their F where ``config.shared``.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> SuperLoRA(tna.presets.fastfood(ratio=0.1), [(10, 10)]).groups[0].projection
+        Projection('linear', n_in=10, n_out=100, seed=0, group=0)
+        """
+        config, found = self.config, list[Group]()
+        projections: dict[tuple[int, int], Projection] = {}
+        for index in range(self.num_groups):
+            network, size = self._network(index), self.layout.group_size(index)
+            key = size, 0 if config.shared else index
+            if key not in projections:
+                projections[key] = Projection(config.projection, network.size, *key[:1], config.seed, key[1])
+            names = {name: f"group{index}.{name}" for name in network.shapes}
+            start = Start(network, projections[key], config.seed, index)
+            found.append(Group(size, network, projections[key], start, names, self.layout.of_group(index)))
+        return found
 
     @property
     def _stacked(self) -> bool:
         return self.config.fold == "stack" and self.config.order == 2
 
     def _network(self, group: int) -> Network:
-        size = self._layout.group_size(group)
-        columns = self._layout.columns(group) if self._stacked else 1
+        size = self.layout.group_size(group)
+        columns = self.layout.columns(group) if self._stacked else 1
         found = self._networks.get((size, columns))
         if found is None:
-            found = Network(self.config, _ratio_of(self.config.ratio, size), columns)
-            self._networks[size, columns] = found
-        return found
-
-    def projection(self, group: int) -> Projection:
-        """F of one group.
-
-        Parameters
-        ----------
-        group : int
-            ``0 <= group < num_groups``.
-
-        Returns
-        -------
-        Projection
-            Groups of one length share it where ``config.shared``.
-
-        Examples
-        --------
-        >>> import tnadapt as tna
-        >>> SuperLoRA(tna.presets.fastfood(ratio=0.1), [(10, 10)]).projection(0)
-        Projection('linear', n_in=10, n_out=100, seed=0, group=0)
-        """
-        size, stream = self._layout.group_size(group), 0 if self.config.shared else group
-        found = self._projections.get((size, stream))
-        if found is None:
-            n_in = _ratio_of(self.config.ratio, size)
-            found = Projection(self.config.projection, n_in, size, self.config.seed, stream)
-            self._projections[size, stream] = found
-        return found
-
-    def _start(self, group: int) -> Start:
-        found = self._starts.get(group)
-        if found is None:
-            found = Start(self._network(group), self.projection(group), self.config.seed, group)
-            self._starts[group] = found
+            # The ratio is the decimal it prints as: 0.07 of 100 is 7, not 8.
+            n_in = max(1, math.ceil(Fraction(str(self.config.ratio)) * size))
+            found = self._networks[size, columns] = Network(self.config, n_in, columns)
         return found
 
     # -- Arrays ------------------------------------------------------------------------------
@@ -207,9 +238,9 @@ class SuperLoRA:
             raise BackendError(f"dtype must be a name such as 'float32'; got {dtype!r}")
         library.dtype(dtype)
         return {
-            f"group{group}.{name}": library.asarray(self._start(group).host(name), dtype, device)
-            for group in range(self.num_groups)
-            for name in self._network(group).shapes
+            full: library.asarray(group.start.host(name), dtype, device)
+            for group in self.groups
+            for name, full in group.names.items()
         }
 
     def deltas(self, params: Mapping[str, Array]) -> list[Array]:
@@ -248,11 +279,10 @@ class SuperLoRA:
         """
         backend = self._checked(params)
         parts: dict[int, list[Array]] = {weight: [] for weight in range(len(self.shapes))}
-        for group in range(self.num_groups):
-            pieces = self._layout.of_group(group)
-            vec = self._of_group(backend, params, group, 0, self._layout.group_size(group))
-            found = backend.split(vec, [piece.length for piece in pieces])
-            for piece, part in zip(pieces, found, strict=True):
+        for group in self.groups:
+            vec = group.update(backend, params, 0, group.size)
+            found = backend.split(vec, [piece.length for piece in group.pieces])
+            for piece, part in zip(group.pieces, found, strict=True):
                 parts[piece.weight].append(part)
         # Groups cut the long vector in order, so the parts of a weight come in its own order.
         return [backend.reshape(backend.concat(parts[weight]), shape) for weight, shape in enumerate(self.shapes)]
@@ -293,7 +323,7 @@ class SuperLoRA:
         """
         backend = self._checked(params)
         i = _index("weight", i, len(self.shapes))
-        return backend.reshape(self._assembled(backend, params, self._layout.of_weight(i)), self.shapes[i])
+        return backend.reshape(self._assembled(backend, params, self.layout.of_weight(i)), self.shapes[i])
 
     def vector(self, params: Mapping[str, Array], start: int = 0, stop: int | None = None) -> Array:
         """A slice of the long vector: all updates one after another, each in C order.
@@ -330,29 +360,17 @@ class SuperLoRA:
         stop = self.size if stop is None else _index("stop", stop, self.size + 1)
         if start >= stop:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements; start must be below stop")
-        return self._assembled(backend, params, self._layout.of_slice(start, stop))
+        return self._assembled(backend, params, self.layout.of_slice(start, stop))
 
     # -- How they come about -----------------------------------------------------------------
 
     def _assembled(self, backend: Backend, params: Mapping[str, Array], pieces: Sequence[Piece]) -> Array:
         return backend.concat(
             [
-                self._of_group(backend, params, piece.group, piece.group_start, piece.group_start + piece.length)
+                self.groups[piece.group].update(backend, params, piece.group_start, piece.group_start + piece.length)
                 for piece in pieces
             ]
         )
-
-    def _of_group(self, backend: Backend, params: Mapping[str, Array], group: int, start: int, stop: int) -> Array:
-        """Elements ``start`` to ``stop - 1`` of one group's update."""
-        network, projection = self._network(group), self.projection(group)
-        arrays = {name: params[f"group{group}.{name}"] for name in network.shapes}
-        update = _projected(backend, network, projection, arrays, start, stop)
-        if projection.linear:
-            return update
-        like = next(iter(arrays.values()))
-        fixed, kind = self._start(group), backend.dtype_name(like)
-        begun = {name: fixed.on(backend, name, like, kind) for name in network.shapes}
-        return update - _projected(backend, network, projection, begun, start, stop)
 
     def _checked(self, params: Mapping[str, Array]) -> Backend:
         """The backend of parameters that are exactly those of the plan."""
@@ -393,20 +411,6 @@ def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: S
     147456
     """
     return SuperLoRA(config, shapes, layers).num_parameters
-
-
-def _projected(
-    backend: Backend, network: Network, projection: Projection, arrays: Mapping[str, Array], start: int, stop: int
-) -> Array:
-    """``F(network)`` from ``start`` to ``stop``; without F, only that part of the network."""
-    if projection.kind == "identity":
-        return network.slice(backend, arrays, start, stop)
-    return projection.slice(network.whole(backend, arrays), start, stop)
-
-
-def _ratio_of(ratio: float, size: int) -> int:
-    """``max(1, ceil(ratio * size))`` with the ratio as the decimal it prints as (0.07 of 100 is 7)."""
-    return max(1, math.ceil(Fraction(str(ratio)) * size))
 
 
 def _index(what: str, value: Any, end: int) -> int:

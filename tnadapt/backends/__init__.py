@@ -54,6 +54,7 @@ _factories: dict[str, Callable[[], Backend]] = {
     "jax": _jax,
     "cupy": _cupy,
 }
+BUILT_IN = tuple(_factories)
 _instances: dict[str, Backend] = {}
 _by_type: dict[type, Backend] = {}
 
@@ -72,7 +73,11 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
     Raises
     ------
     BackendError
-        If the name is already taken by another factory.
+        If the name is one of tnadapt's own.
+
+    Notes
+    -----
+    A name registered before is replaced, so that a notebook's cell can be run again.
 
     Examples
     --------
@@ -87,13 +92,11 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
     >>> tna.fwht(array_api_strict.asarray([1.0, 2.0]), normalize=False)
     Array([ 3., -1.], dtype=array_api_strict.float64)
     """
-    known = _factories.get(name)
-    if known is not None and known is not factory:
-        if getattr(known, "__qualname__", None) != getattr(factory, "__qualname__", ""):
-            raise BackendError(f"a backend named {name!r} is registered already; choose another name")
-        _instances.pop(name, None)
-        for kind in [kind for kind, backend in _by_type.items() if backend.name == name]:
-            del _by_type[kind]
+    if name in BUILT_IN:
+        raise BackendError(f"{name!r} is one of tnadapt's own backends and cannot be replaced; choose another name")
+    _instances.pop(name, None)
+    for kind in [kind for kind, backend in _by_type.items() if backend.name == name]:
+        del _by_type[kind]
     _factories[name] = factory
 
 
@@ -131,6 +134,8 @@ def load_backend(name: str) -> Backend:
     except ImportError as error:
         raise BackendError(f"backend {name!r} needs a library that cannot be imported here: {error}") from error
     _instances[name] = backend
+    # Known before they are first met, so that a compiled program does not come to depend on when that was.
+    _by_type.update(dict.fromkeys(backend.types, backend))
     return backend
 
 

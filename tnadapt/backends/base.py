@@ -64,6 +64,8 @@ class Backend:
     ----------
     name : str
         The library's top-level module.
+    types : tuple of type
+        Its usual array types, if it has few; others are asked about by ``owns``.
 
     Notes
     -----
@@ -81,6 +83,7 @@ class Backend:
     """
 
     name: str = ""
+    types: tuple[type, ...] = ()
 
     def __init__(self, namespace: Any) -> None:
         self.xp = namespace

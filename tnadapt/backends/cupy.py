@@ -17,6 +17,7 @@ class CupyBackend(Backend):
     """CuPy arrays on the current CUDA device, or on the one that an array lives on."""
 
     name = "cupy"
+    types = (cupy.ndarray,)
 
     def __init__(self) -> None:
         super().__init__(namespace)

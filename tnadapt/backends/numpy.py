@@ -16,6 +16,7 @@ class NumpyBackend(Backend):
     """NumPy arrays on the host."""
 
     name = "numpy"
+    types = (np.ndarray,)
 
     def __init__(self) -> None:
         super().__init__(namespace)

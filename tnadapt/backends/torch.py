@@ -17,6 +17,7 @@ class TorchBackend(Backend):
     """torch tensors, on any device; differentiable by autograd and torch.func."""
 
     name = "torch"
+    types = (torch.Tensor, torch.nn.Parameter)
 
     def __init__(self) -> None:
         super().__init__(namespace)
@@ -53,7 +54,8 @@ class TorchBackend(Backend):
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _place(self, source: FixedArrays, key: Hashable, device: Any) -> str:
-        name = f"placed on {device}: {key}"
+        # An attribute's name, as the compiler reads it, has no dots.
+        name = f"placed on {device}: {key}".replace(".", "/")
         if name not in source.__dict__:
             source.__dict__[name] = super().fixed(source, key, device)
         return name

@@ -1,0 +1,71 @@
+"""Importing tnadapt imports no framework, prints nothing, and what is declared is what is imported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_no_framework_is_imported() -> None:
+    # Nor what only some functions need.
+    unwanted = ["torch", "jax", "cupy", "tensorly", "scipy", "matplotlib", "hypothesis", "pytest", "typer", "rich"]
+    code = f"import sys, tnadapt; print([name for name in {unwanted} if name in sys.modules])"
+    assert run(code).strip() == "[]"
+
+
+def test_using_numpy_imports_no_framework() -> None:
+    code = """
+import sys, numpy as np, tnadapt as tna
+plan = tna.SuperLoRA(tna.presets.superlora(2, projection="nonlinear", ratio=0.5), [(8, 8)])
+plan.deltas(plan.init())
+print([n for n in ('torch', 'jax', 'cupy', 'tensorly', 'scipy') if n in sys.modules])
+"""
+    assert run(code).strip() == "[]"
+
+
+def test_the_core_works_where_no_framework_can_be_imported() -> None:
+    code = """
+import sys
+for name in ("torch", "jax", "cupy"):
+    sys.modules[name] = None
+import tnadapt as tna
+from tnadapt.backends import available_backends
+assert available_backends() == ["numpy"], available_backends()
+try:
+    tna.SuperLoRA(tna.Config(), [(4, 4)]).init("torch")
+except tna.BackendError as error:
+    print(error)
+print(tna.verify(tna.presets.lora(1)).holds)
+"""
+    printed = run(code)
+    assert "backend 'torch' needs a library that cannot be imported here" in printed
+    assert printed.strip().endswith("True")
+
+
+def test_every_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {"scipy", "numpy", "tensorly", "array_api_compat"}
+    declared = {d.split(">")[0].split("[")[0].replace("-", "_") for d in project["dependencies"]}
+    optional = {"torch", "jax", "cupy", "typer", "rich", "hypothesis", "pytest"}
+    extras = {
+        d.split(">")[0].split("[")[0].replace("-", "_") for e in project["optional-dependencies"].values() for d in e
+    }
+    assert optional - {"cupy"} <= extras
+    assert "cupy_cuda12x" in extras
+    assert names <= declared
+    for path in (ROOT / "tnadapt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in found:
+                top = module.split(".")[0]
+                assert top in sys.stdlib_module_names | names | optional, f"{path} imports {module}"

@@ -1,0 +1,494 @@
+"""``lora``, ``lokr``, ``krona`` and ``loha`` against the computation of PEFT and of LyCORIS themselves.
+
+Their adapter tensors, filled with random numbers, become our parameters; the ΔW, the outputs and the gradients
+must be theirs to 1e-12 in float64. Where a peer errs or has a convention of its own, a test named ``test_fault_…``
+or ``test_convention_…`` asserts what it does, so that a release that changes it is noticed: such a test that
+fails means that the peer was mended and that whatever here works around it is due.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from tnadapt import Config, SuperLoRA, presets
+from tnadapt.errors import ConfigError
+
+TOLERANCE = 1e-12
+
+SIZES = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30))
+RANKS = st.integers(1, 6)
+SEEDS = st.integers(0, 2**32 - 1)
+# None is our "alpha = rank"; floats at random are never the rank.
+ALPHAS = st.none() | st.floats(0.125, 32.0)
+# Products of two, so that a balanced split has a W1 that is more than one row.
+PRODUCTS = st.tuples(st.integers(1, 7), st.integers(1, 7)).map(lambda pair: pair[0] * pair[1])
+
+
+@pytest.fixture(scope="module")
+def torch() -> Iterator[Any]:
+    torch = pytest.importorskip("torch")
+    # These matrices are tiny, and threads that wait for each other on busy cores take ten times as long.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def peft(torch: Any) -> Any:
+    return pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def lycoris(torch: Any) -> Any:
+    pytest.importorskip("lycoris")
+    from lycoris.functional import factorization, locon, loha, lokr
+    from lycoris.modules.locon import LoConModule
+    from lycoris.modules.loha import LohaModule
+    from lycoris.modules.lokr import LokrModule
+
+    return types.SimpleNamespace(
+        factorization=factorization,
+        functional=types.SimpleNamespace(lora=locon, loha=loha, lokr=lokr),
+        modules={"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule},
+    )
+
+
+# -- Comparing ---------------------------------------------------------------------------------
+
+
+def error(ours: Any, theirs: Any) -> float:
+    """The largest difference, relative to the largest of their elements."""
+    ours, theirs = (np.asarray(a.detach() if hasattr(a, "detach") else a) for a in (ours, theirs))
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype == np.float64
+    largest = np.abs(theirs).max()
+    assert largest > 0.0  # or there is nothing to be equal to
+    return float(np.abs(ours - theirs).max() / largest)
+
+
+def check_equal(configs: Sequence[Config], arrays: Sequence[Mapping[str, Any]], theirs: Sequence[Any]) -> list[Any]:
+    """Our ΔW of these arrays, one dict a weight, is theirs, through NumPy and through torch.
+
+    Weights of one config are the groups of one adapter. Returns the torch ones.
+    """
+    ours: dict[int, Any] = {}
+    for config in dict.fromkeys(configs):
+        members = [i for i, own in enumerate(configs) if own == config]
+        adapter = SuperLoRA(config, [tuple(theirs[i].shape) for i in members])
+        params = {f"group{g}.{name}": array for g, i in enumerate(members) for name, array in arrays[i].items()}
+        host = adapter.deltas({name: array.detach().numpy() for name, array in params.items()})
+        for i, numpy_delta, torch_delta in zip(members, host, adapter.deltas(params), strict=True):
+            assert isinstance(numpy_delta, np.ndarray)
+            assert error(numpy_delta, theirs[i]) <= TOLERANCE
+            assert error(torch_delta, theirs[i]) <= TOLERANCE
+            ours[i] = torch_delta
+    return [ours[i] for i in range(len(theirs))]
+
+
+def check_gradients(ours: Sequence[Any], theirs: Sequence[Any], modules: Sequence[Any], draw: Callable) -> None:
+    """The gradient that the peer's own parameters get through our ΔW is the one they get through its own."""
+    from torch.autograd import grad
+
+    for own, other, module in zip(ours, theirs, modules, strict=True):
+        leaves = [param for param in module.parameters() if param.requires_grad]
+        assert leaves
+        weights = draw(*other.shape)
+        through_ours, through_theirs = (grad((delta * weights).sum(), leaves) for delta in (own, other))
+        for mine, its in zip(through_ours, through_theirs, strict=True):
+            assert error(mine, its) <= TOLERANCE
+
+
+def drawer(seed: int) -> Callable:
+    """Normal float64 tensors, one after another, from a generator of their own."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def fill(module: Any, draw: Callable) -> None:
+    """Random numbers in every parameter: adapters start at ΔW = 0, and 0 = 0 proves nothing."""
+    for param in module.parameters():
+        param.data.copy_(draw(*param.shape))
+
+
+def our_arrays(method: str, get: Callable[[str], Any]) -> dict[str, Any]:
+    """Their tensors under our names; ``get`` finds one by its name in PEFT, or None. Views, so gradients flow."""
+    if method == "lora":
+        return {"split0.factor0": get("lora_B"), "split0.factor1": get("lora_A").T}
+    stem = {"lokr": "lokr_w", "loha": "hada_w"}[method]
+    arrays = {}
+    for k in (0, 1):
+        whole = get(f"{stem}{k + 1}")
+        if whole is not None:
+            arrays[f"split{k}.dense"] = whole
+        else:
+            arrays[f"split{k}.factor0"] = get(f"{stem}{k + 1}_a")
+            arrays[f"split{k}.factor1"] = get(f"{stem}{k + 1}_b").T
+    return arrays
+
+
+def split_shapes(shape: tuple[int, int], split_size: int | str) -> list[tuple[int, ...]]:
+    """Shapes of our W1 and W2."""
+    found = SuperLoRA(presets.krona(split_size=split_size), [shape]).param_shapes
+    return [found["group0.split0.dense"], found["group0.split1.dense"]]
+
+
+def lokr_config(
+    shape: tuple[int, int], rank: int, alpha: float | None, both: bool = False, split_size: int | str = "balanced"
+) -> Config:
+    """Our config for the LoKr that PEFT and LyCORIS make of a weight: both have the rule of ``full`` below.
+
+    The rule is held to their code by what this config is used for: arrays of another kind or shape than
+    they have made are refused with a ShapeError.
+    """
+    w1, w2 = split_shapes(shape, split_size)
+    full = (not (both and rank < max(w1) / 2), rank >= max(w2) / 2)
+    # A W1 of two factors beside a whole W2 needs a W1 that is larger than W2; no setting of ours makes it.
+    assume(full != (False, True))
+    if all(full):
+        return presets.krona(rank=rank, alpha=alpha, split_size=split_size)
+    leading = "dense" if full[0] else "same"
+    return presets.lokr(rank=rank, alpha=alpha, leading=leading, split_size=split_size)
+
+
+# -- PEFT --------------------------------------------------------------------------------------
+
+
+def peft_model(peft: Any, config: Any, sizes: Sequence[int], draw: Callable) -> tuple[Any, list[Any]]:
+    """Linear layers from size to size, adapted, all of it random; and the adapted layers."""
+    import torch
+
+    layers = [torch.nn.Linear(cols, rows) for cols, rows in itertools.pairwise(sizes)]
+    config.target_modules = [str(i) for i in range(len(layers))]
+    model = peft.get_peft_model(torch.nn.Sequential(*layers), config).double().eval()
+    fill(model, draw)
+    return model, list(model.base_model.model)
+
+
+def peft_arrays(method: str, layer: Any) -> dict[str, Any]:
+    def get(name: str) -> Any:
+        held = getattr(layer, name, {})
+        if "default" not in held:
+            return None
+        return held["default"].weight if method == "lora" else held["default"]
+
+    return our_arrays(method, get)
+
+
+def check_peft(
+    peft: Any, method: str, peft_config: Any, configs: Sequence[Config], sizes: Sequence[int], seed: int
+) -> list[dict[str, Any]]:
+    """ΔW, its gradients, the output of the model and the merged weights; returns the arrays of each layer."""
+    import torch
+
+    draw = drawer(seed)
+    model, layers = peft_model(peft, peft_config, sizes, draw)
+    arrays = [peft_arrays(method, layer) for layer in layers]
+    theirs = [layer.get_delta_weight("default") for layer in layers]
+    ours = check_equal(configs, arrays, theirs)
+    check_gradients(ours, theirs, layers, draw)
+    with torch.no_grad():
+        weights = [layer.base_layer.weight + delta for layer, delta in zip(layers, ours, strict=True)]
+        x = draw(5, sizes[0])
+        expected = x
+        for layer, weight in zip(layers, weights, strict=True):
+            expected = expected @ weight.T + layer.base_layer.bias
+        assert error(expected, model(x)) <= TOLERANCE
+        for layer, weight in zip(model.merge_and_unload(), weights, strict=True):
+            assert error(weight, layer.weight) <= TOLERANCE
+    return arrays
+
+
+@given(sizes=SIZES, rank=RANKS, alpha=ALPHAS, seed=SEEDS)
+@example(sizes=(12, 8, 18), rank=3, alpha=16.0, seed=0)
+def test_lora_is_peft_s(peft: Any, sizes: tuple[int, ...], rank: int, alpha: float | None, seed: int) -> None:
+    theirs = peft.LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha)
+    check_peft(peft, "lora", theirs, [presets.lora(rank=rank, alpha=alpha)] * 2, sizes, seed)
+
+
+# PEFT rounds LoHa's alpha / r to float32 (a test below): here are scales that float32 has.
+@given(sizes=SIZES, rank=RANKS, sixteenths=st.integers(1, 64), seed=SEEDS)
+@example(sizes=(12, 8, 18), rank=3, sixteenths=40, seed=0)
+def test_loha_is_peft_s(peft: Any, sizes: tuple[int, ...], rank: int, sixteenths: int, seed: int) -> None:
+    alpha = rank * sixteenths / 16
+    theirs = peft.LoHaConfig(r=rank, alpha=alpha)
+    check_peft(peft, "loha", theirs, [presets.loha(rank=rank, alpha=alpha)] * 2, sizes, seed)
+
+
+@given(
+    sizes=st.tuples(PRODUCTS, PRODUCTS, PRODUCTS), rank=st.integers(1, 4), alpha=ALPHAS, both=st.booleans(), seed=SEEDS
+)
+@example(sizes=(12, 8, 18), rank=1, alpha=16.0, both=False, seed=0)
+def test_lokr_and_krona_of_balanced_sizes_are_peft_s(
+    peft: Any, sizes: tuple[int, ...], rank: int, alpha: float | None, both: bool, seed: int
+) -> None:
+    configs = [lokr_config((rows, cols), rank, alpha, both) for cols, rows in itertools.pairwise(sizes)]
+    theirs = peft.LoKrConfig(r=rank, alpha=rank if alpha is None else alpha, decompose_both=both)
+    check_peft(peft, "lokr", theirs, configs, sizes, seed)
+
+
+W1 = {"split0.dense"}
+W2 = {"split1.dense"}
+LOW_W1 = {"split0.factor0", "split0.factor1"}
+LOW_W2 = {"split1.factor0", "split1.factor1"}
+
+
+# Each kind of LoKr, and both sides of each bound: what the test above may or may not come upon.
+@pytest.mark.parametrize(
+    ("cols", "rows", "rank", "both", "preset", "changes", "names"),
+    [
+        (12, 8, 1, False, presets.lokr, {}, W1 | LOW_W2),  # W2 is (4, 4)
+        (12, 8, 2, False, presets.krona, {}, W1 | W2),  # just half of 4
+        (8, 20, 2, False, presets.lokr, {}, W1 | LOW_W2),  # W2 is (5, 4), and 2 is below 2.5
+        (8, 20, 3, False, presets.krona, {}, W1 | W2),
+        (36, 30, 2, True, presets.lokr, {"leading": "same"}, LOW_W1 | LOW_W2),  # W1 is (5, 6), W2 (6, 6)
+        (36, 30, 3, True, presets.krona, {}, W1 | W2),
+        (39, 22, 1, True, presets.lokr, {"leading": "same"}, LOW_W1 | LOW_W2),  # W1 is (2, 3), W2 (11, 13)
+        (39, 22, 2, True, presets.lokr, {}, W1 | LOW_W2),  # decompose_both, and W1 is whole all the same
+        (13, 7, 1, False, presets.lokr, {}, W1 | LOW_W2),  # primes: W1 is (1, 1)
+    ],
+)
+def test_each_kind_of_lokr_is_peft_s(
+    peft: Any, cols: int, rows: int, rank: int, both: bool, preset: Callable, changes: dict[str, Any], names: set[str]
+) -> None:
+    theirs = peft.LoKrConfig(r=rank, alpha=5, decompose_both=both)
+    config = preset(rank=rank, alpha=5, **changes)
+    (arrays,) = check_peft(peft, "lokr", theirs, [config], (cols, rows), seed=rank)
+    assert set(arrays) == names
+
+
+# PEFT's decompose_factor f is our split_size=f wherever f divides, even where W1 is then the larger of the two.
+@given(
+    factor=st.integers(1, 7),
+    of_cols=st.integers(1, 9),
+    of_rows=st.integers(1, 9),
+    rank=st.integers(1, 4),
+    alpha=ALPHAS,
+    both=st.booleans(),
+    seed=SEEDS,
+)
+@example(factor=7, of_cols=9, of_rows=2, rank=3, alpha=16.0, both=True, seed=0)
+@example(factor=7, of_cols=2, of_rows=3, rank=1, alpha=16.0, both=False, seed=0)
+def test_lokr_of_a_given_size_is_peft_s(
+    peft: Any, factor: int, of_cols: int, of_rows: int, rank: int, alpha: float | None, both: bool, seed: int
+) -> None:
+    cols, rows = factor * of_cols, factor * of_rows
+    config = lokr_config((rows, cols), rank, alpha, both, split_size=factor)
+    theirs = peft.LoKrConfig(
+        r=rank, alpha=rank if alpha is None else alpha, decompose_both=both, decompose_factor=factor
+    )
+    check_peft(peft, "lokr", theirs, [config], (cols, rows), seed)
+
+
+def test_balanced_sizes_are_peft_s_and_lycoris_s(peft: Any, lycoris: Any) -> None:
+    from peft.tuners.lokr.layer import factorization
+
+    for size in range(1, 513):
+        w1, w2 = split_shapes((size, size), "balanced")
+        assert (w1[0], w2[0]) == factorization(size, -1) == lycoris.factorization(size, -1)
+
+
+@pytest.mark.parametrize("factor", range(1, 13))
+def test_given_sizes_are_the_peers_where_the_factor_divides(peft: Any, lycoris: Any, factor: int) -> None:
+    from peft.tuners.lokr.layer import factorization
+
+    for size in range(1, 145):
+        w1, w2 = split_shapes((size, size), factor)
+        ours, divides = (w1[0], w2[0]), size % factor == 0
+        # Where f does not divide, ours is larger and cut; theirs is another f.
+        assert (ours == factorization(size, factor)) == divides
+        # LyCORIS puts the smaller first: W1 is not f where f is above the square root.
+        assert (ours == lycoris.factorization(size, factor)) == (divides and factor**2 <= size)
+
+
+def test_fault_peft_rounds_the_scale_of_loha_to_float32(peft: Any) -> None:
+    _, (layer,) = peft_model(peft, peft.LoHaConfig(r=3, alpha=1.0), (12, 8), drawer(0))
+    arrays = {f"group0.{name}": array for name, array in peft_arrays("loha", layer).items()}
+    theirs = layer.get_delta_weight("default")
+    rounded = 3 * float(np.float32(1 / 3))
+    ours = {alpha: SuperLoRA(presets.loha(rank=3, alpha=alpha), [(8, 12)]).deltas(arrays)[0] for alpha in (1, rounded)}
+    assert error(ours[rounded], theirs) <= TOLERANCE
+    assert error(ours[1], theirs) > 1e-9
+
+
+# -- LyCORIS -----------------------------------------------------------------------------------
+
+
+def lycoris_module(
+    lycoris: Any, method: str, shape: tuple[int, int], rank: int, alpha: float | None, draw: Callable, **settings: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A linear layer, its LyCORIS module, all of it random, and the arrays by our names."""
+    import torch
+
+    rows, cols = shape
+    linear = torch.nn.Linear(cols, rows).double()
+    fill(linear, draw)
+    linear.requires_grad_(False)
+    module = lycoris.modules[method]("adapter", linear, 1.0, rank, alpha, **settings).double().eval()
+    fill(module, draw)
+
+    def get(name: str) -> Any:
+        if method == "lora":
+            return {"lora_B": module.lora_up, "lora_A": module.lora_down}[name].weight
+        return getattr(module, name, None)
+
+    return linear, module, our_arrays(method, get)
+
+
+def check_lycoris(
+    lycoris: Any, method: str, config: Config, shape: tuple[int, int], seed: int, **settings: Any
+) -> dict[str, Any]:
+    """ΔW as the forward pass makes it, its gradients, and both forms of the forward pass; returns the arrays."""
+    import torch
+
+    draw = drawer(seed)
+    linear, module, arrays = lycoris_module(lycoris, method, shape, config.rank, config.alpha, draw, **settings)
+    if method == "lora":
+        theirs = module.get_diff_weight()[0]
+        assert theirs.shape == shape
+    else:
+        theirs = module.get_weight(shape)  # get_diff_weight scales once more: a test below
+    ours = check_equal([config], [arrays], [theirs])
+    check_gradients(ours, [theirs], [module], draw)
+    x = draw(5, shape[1])
+    with torch.no_grad():
+        assert error(x @ (linear.weight + ours[0]).T + linear.bias, module(x)) <= TOLERANCE
+        assert error(x @ ours[0].T, module.bypass_forward_diff(x)) <= TOLERANCE
+    return arrays
+
+
+SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 30))
+
+
+@given(shape=SHAPES, rank=RANKS, alpha=ALPHAS, seed=SEEDS)
+@example(shape=(8, 12), rank=3, alpha=16.0, seed=0)
+def test_lora_is_lycoris_s(lycoris: Any, shape: tuple[int, int], rank: int, alpha: float | None, seed: int) -> None:
+    arrays = check_lycoris(lycoris, "lora", presets.lora(rank=rank, alpha=alpha), shape, seed)
+    gamma = 1.0 if alpha is None else alpha / rank
+    up, down = (array.detach() for array in (arrays["split0.factor0"], arrays["split0.factor1"].T))
+    theirs = lycoris.functional.lora.diff_weight(down, up, None, gamma=gamma)
+    check_equal([presets.lora(rank=rank, alpha=alpha)], [arrays], [theirs])
+
+
+@given(shape=SHAPES, rank=RANKS, alpha=ALPHAS, seed=SEEDS)
+@example(shape=(8, 12), rank=3, alpha=16.0, seed=0)
+def test_loha_is_lycoris_s(lycoris: Any, shape: tuple[int, int], rank: int, alpha: float | None, seed: int) -> None:
+    arrays = check_lycoris(lycoris, "loha", presets.loha(rank=rank, alpha=alpha), shape, seed)
+    gamma = 1.0 if alpha is None else alpha / rank
+    halves = []
+    for k in (0, 1):
+        halves += [arrays[f"split{k}.factor1"].T.detach(), arrays[f"split{k}.factor0"].detach()]
+    theirs = lycoris.functional.loha.diff_weight(*halves, None, None, gamma=gamma)
+    check_equal([presets.loha(rank=rank, alpha=alpha)], [arrays], [theirs])
+
+
+def lycoris_lokr_weights(arrays: Mapping[str, Any]) -> list[Any]:
+    """w1, w1a, w1b, w2, w2a, w2b, t2: what the functions of ``lycoris.functional.lokr`` take."""
+    weights = []
+    for k in (0, 1):
+        if f"split{k}.dense" in arrays:
+            weights += [arrays[f"split{k}.dense"].detach(), None, None]
+        else:
+            weights += [None, arrays[f"split{k}.factor0"].detach(), arrays[f"split{k}.factor1"].T.detach()]
+    return [*weights, None]
+
+
+@given(shape=st.tuples(PRODUCTS, PRODUCTS), rank=st.integers(1, 4), alpha=ALPHAS, both=st.booleans(), seed=SEEDS)
+@example(shape=(8, 12), rank=1, alpha=16.0, both=False, seed=0)
+@example(shape=(8, 12), rank=2, alpha=None, both=False, seed=0)
+@example(shape=(30, 36), rank=2, alpha=16.0, both=True, seed=0)
+def test_lokr_and_krona_are_lycoris_s(
+    lycoris: Any, shape: tuple[int, int], rank: int, alpha: float | None, both: bool, seed: int
+) -> None:
+    config = lokr_config(shape, rank, alpha, both)
+    if config.format == "dense":
+        config = config.replace(alpha=None)  # the one alpha that LyCORIS takes there: a test below
+    arrays = check_lycoris(lycoris, "lokr", config, shape, seed, decompose_both=both)
+    # This function, and only this one, divides gamma by the rank itself: a test below.
+    gamma = rank if config.alpha is None else config.alpha
+    theirs = lycoris.functional.lokr.diff_weight(*lycoris_lokr_weights(arrays), gamma=gamma)
+    check_equal([config], [arrays], [theirs])
+
+
+# LyCORIS has f in W1 as we do up to the square root of the size.
+@given(factor=st.integers(1, 6), times=st.tuples(st.integers(0, 6), st.integers(0, 6)), alpha=ALPHAS, seed=SEEDS)
+@example(factor=3, times=(0, 4), alpha=16.0, seed=0)
+def test_lokr_of_a_given_size_is_lycoris_s(
+    lycoris: Any, factor: int, times: tuple[int, int], alpha: float | None, seed: int
+) -> None:
+    rows, cols = (factor * (factor + extra) for extra in times)
+    config = lokr_config((rows, cols), 1, alpha, split_size=factor)
+    assume(config.format == "cp")
+    check_lycoris(lycoris, "lokr", config, (rows, cols), seed, factor=factor)
+
+
+def changed(what: str) -> str:
+    return f"LyCORIS no longer {what}: see what here allows for it"
+
+
+# Both factors are whole: rank 2 is half of the 4 × 4 of W2.
+@pytest.mark.parametrize("alpha", [1.0, 8.0])
+def test_fault_lycoris_ignores_alpha_if_both_factors_of_lokr_are_full(lycoris: Any, alpha: float) -> None:
+    draw = drawer(0)
+    _, module, arrays = lycoris_module(lycoris, "lokr", (8, 12), 2, alpha, draw)
+    theirs, weights, x = module.get_weight((8, 12)), lycoris_lokr_weights(arrays), draw(5, 12)
+    unscaled = check_equal([presets.krona(rank=2, alpha=2)], [arrays], [theirs])[0]
+    what = "ignores alpha where both factors of LoKr are full"
+    scaled = SuperLoRA(presets.krona(rank=2, alpha=alpha), [(8, 12)]).deltas(
+        {f"group0.{name}": array for name, array in arrays.items()}
+    )[0]
+    assert error(scaled, theirs) > 0.1, changed(what)
+    # So do its functions, and what it saves as alpha is the rank.
+    function = lycoris.functional.lokr
+    assert error(unscaled, function.diff_weight(*weights, gamma=alpha)) <= TOLERANCE, changed(what)
+    output = function.bypass_forward_diff(x, None, *weights, gamma=alpha)
+    assert error(x @ unscaled.T, output) <= TOLERANCE, changed(what)
+    assert module.state_dict()["alpha"].item() == 2.0, changed(what)
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize(("method", "times"), [("lora", 1), ("loha", 2), ("lokr", 2)])
+def test_fault_lycoris_scales_lokr_and_loha_twice_on_merge(
+    lycoris: Any, method: str, times: int, precise: bool
+) -> None:
+    rank, alpha, shape = 1, 3.0, (8, 12)
+    linear, module, arrays = lycoris_module(lycoris, method, shape, rank, alpha, drawer(0))
+    # As if alpha were alpha² / r: the scale squared. LoRA (LoCon) has it once, as it should be.
+    config = getattr(presets, method)(rank=rank, alpha=rank * (alpha / rank) ** times)
+    what = f"scales {method} {times} times on merge"
+    params = {f"group0.{name}": array.detach() for name, array in arrays.items()}
+    ours = SuperLoRA(config, [shape]).deltas(params)[0]
+    assert error(ours, module.get_diff_weight(shape=shape)[0]) <= TOLERANCE, changed(what)
+    expected = linear.weight + ours
+    assert error(expected, module.get_merged_weight(shape=shape)[0]) <= TOLERANCE, changed(what)
+    module.merge_to(precise=precise)
+    assert error(expected, linear.weight) <= TOLERANCE, changed(what)
+
+
+def test_convention_lycoris_s_lokr_function_divides_gamma_by_the_rank(lycoris: Any) -> None:
+    rank, alpha = 2, 6.0
+    _, _, arrays = lycoris_module(lycoris, "lokr", (30, 36), rank, alpha, drawer(0))
+    weights = lycoris_lokr_weights(arrays)
+    # Its docstring says alpha / rank, which is what its siblings for LoRA and LoHa take.
+    theirs = lycoris.functional.lokr.diff_weight(*weights, gamma=alpha / rank)
+    check_equal([presets.lokr(rank=rank, alpha=alpha / rank)], [arrays], [theirs])
+
+
+@pytest.mark.parametrize("method", ["lora", "loha", "lokr"])
+def test_convention_lycoris_takes_alpha_0_for_the_rank(lycoris: Any, method: str) -> None:
+    _, module, arrays = lycoris_module(lycoris, method, (30, 36), 2, 0.0, drawer(0))
+    theirs = module.get_diff_weight(shape=(30, 36))[0]  # scale 1, which may be applied twice
+    check_equal([getattr(presets, method)(rank=2, alpha=2)], [arrays], [theirs])
+    # Ours refuses it: "no scaling" is alpha=None, and a scale of 0 would never learn.
+    with pytest.raises(ConfigError, match="alpha must be above 0"):
+        getattr(presets, method)(rank=2, alpha=0.0)
