@@ -79,7 +79,8 @@ class Report:
         """The table as plain text."""
         table = [("law", "backend", "cases", "largest error", "allowed", ""), *self.rows()]
         widths = [max(len(row[column]) for row in table) for column in range(5)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]]) for row in table]
+        cells = ([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]] for row in table)
+        lines = ["  ".join(row).rstrip() for row in cells]
         lines += [f"{name}: not checked: {why}" for name, why in self.absent.items()]
         lines.append("all laws hold" if self.holds else "NOT all laws hold")
         return "\n".join(lines)
