@@ -16,7 +16,7 @@ pytest.importorskip("typer")
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tnadapt.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "tnadapt", *arguments], capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -81,6 +81,13 @@ def test_a_users_mistake_is_exit_code_2_and_no_traceback(arguments: list[str], m
     assert done.returncode == 2
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from tnadapt.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert 'pip install "tnadapt[cli]"' in done.stderr
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{", '{"rank": NaN}', "[" * 100_000, '{"rank": {"a": 1}}', "\x00"])

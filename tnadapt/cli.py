@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from . import Config, TnadaptError, __version__, presets, verify
+import typer
+from rich.console import Console
+from rich.table import Table
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.table import Table
-except ImportError as error:  # pragma: no cover  (a core installation)
-    raise SystemExit(f'the tnadapt command needs its extra: pip install "tnadapt[cli]" ({error})') from None
+from . import Config, TnadaptError, __version__, presets, verify
 
 app = typer.Typer(
     name="tnadapt",
@@ -122,16 +118,3 @@ def _print(report: Any) -> None:
     for name, why in report.absent.items():
         console.print(f"{name}: not checked: {why}")
     console.print("all laws hold" if report.holds else "NOT all laws hold")
-
-
-def main() -> None:
-    """The entry point: a user's mistake is one line and exit code 2, never a traceback."""
-    try:
-        app()
-    except TnadaptError as error:
-        print(f"tnadapt: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,25 @@
+"""``tnadapt`` and ``python -m tnadapt``: a user's mistake is one line and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+from .errors import TnadaptError
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from .cli import app
+    except ImportError as error:
+        print(f'tnadapt: the command line needs its extra: pip install "tnadapt[cli]" ({error})', file=sys.stderr)
+        raise SystemExit(2) from None
+    try:
+        app()
+    except TnadaptError as error:
+        print(f"tnadapt: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
