@@ -72,7 +72,7 @@ def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--backend", "tensorflow"], "no backend named 'tensorflow'"),
         (["--set", "groups=layer"], "needs layers"),
         (["--preset"], "requires an argument"),
-        (["--seed", "-1"], "greater than or equal to 0"),
+        (["--seed", "-1"], "Invalid value for '--seed'"),
         (["--nonsense"], "No such option"),
     ],
 )
@@ -90,7 +90,18 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     assert 'pip install "tnadapt[cli]"' in done.stderr
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{", '{"rank": NaN}', "[" * 100_000, '{"rank": {"a": 1}}', "\x00"])
+HOSTILE = {
+    "a list": "[1, 2]",
+    "half": "{",
+    "no number": '{"rank": NaN}',
+    "deep": "[" * 100_000,
+    "an object for a number": '{"rank": {"a": 1}}',
+    "a zero byte": "\x00",
+    "a long number": '{"rank": 1' + "0" * 10_000 + "}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_files(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)

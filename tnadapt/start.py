@@ -54,8 +54,8 @@ class Start(FixedArrays):
     >>> start = Start(Network(Config(rank=8), 768 * 768, 768), Projection("identity", 768**2, 768**2), 0, 0)
     >>> round(start.std, 4)  # PEFT's LoRA: 1 / sqrt(3 * 768) = 0.0208
     0.0199
-    >>> start.host("split0.factor0").any(), start.host("split0.factor1").shape
-    (np.False_, (768, 8))
+    >>> bool(start.host("split0.factor0").any()), start.host("split0.factor1").shape
+    (False, (768, 8))
     """
 
     def __init__(self, network: Network, projection: Projection, seed: int, group: int) -> None:

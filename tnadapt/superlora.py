@@ -129,8 +129,9 @@ class SuperLoRA:
         self.size = self.layout.size
         self.num_groups = self.layout.num_groups
         self._networks: dict[tuple[int, int], Network] = {}
-        # What does not fit is said now: a network for each size that groups have.
-        for group, _, _ in self.layout.same_size():
+        # What does not fit is said now. Groups of one size are alike but for a stack's columns.
+        alike = range(self.num_groups) if self._stacked else (first for first, _, _ in self.layout.same_size())
+        for group in alike:
             self._network(group)
 
     def __repr__(self) -> str:
