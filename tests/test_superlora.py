@@ -106,6 +106,10 @@ def test_a_fresh_adapter_changes_nothing_and_learns_from_its_first_step(plan: tn
         assert not plan.vector(fresh, 0, 1).any()
     begun, rng = start_of(plan), np.random.default_rng(0)
     for group in range(plan.num_groups):
+        if plan.config.projection.startswith("nonlinear") and plan.groups[group].size < 16:
+            # Its slope goes with the square of a product of normal numbers, nine of them at worst: of a
+            # handful of elements all may be so small that differences drown. Autograd sees them: test_torch.
+            continue
         # Along a random direction of the group's parameters ΔW moves to first order.
         h = 1e-6
         way = {n: rng.normal(size=a.shape) for n, a in begun.items() if n.startswith(f"group{group}.")}

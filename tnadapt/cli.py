@@ -54,7 +54,10 @@ def verify_command(
     """
     chosen = _config(preset, settings or [], config)
     shapes = [one for text in shape or [] for one in _shapes(text)] or None
-    report = verify(chosen, shapes, backends=backend, seed=seed)
+    with Console(stderr=True).status("checking") as status:
+        report = verify(
+            chosen, shapes, backends=backend, seed=seed, progress=lambda line: status.update(f"checking {line}")
+        )
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -105,15 +108,18 @@ def _shapes(text: str) -> list[tuple[int, int]]:
 
 
 def _print(report: Any) -> None:
+    console = Console()
+    if not console.is_terminal:
+        typer.echo(str(report))
+        return
     table = Table(box=None, pad_edge=False)
-    for title in ("law", "backend"):
-        table.add_column(title, no_wrap=True)
+    table.add_column("law", overflow="fold")
+    table.add_column("backend", no_wrap=True)
     for title in ("cases", "largest error", "allowed"):
-        table.add_column(title, justify="right")
-    table.add_column("")
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
     for row in report.rows():
         table.add_row(*row, style=None if row[-1] == "holds" else "bold red")
-    console = Console()
     console.print(table)
     for name, why in report.absent.items():
         console.print(f"{name}: not checked: {why}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,7 @@ def verify(
     layers: Sequence[Hashable] | None = None,
     backends: Sequence[str] | None = None,
     seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Check the laws.
 
@@ -109,6 +110,8 @@ def verify(
         Libraries to check on; all that are usable here by default.
     seed : int
         Of the random parameters.
+    progress : callable, optional
+        Called with a line of what is checked next.
 
     Returns
     -------
@@ -140,17 +143,20 @@ def verify(
     if config is None and shapes is not None:
         raise ConfigError("shapes belong to a config; give verify(config, shapes)")
     names, absent = _usable(backends)
+    tell = progress or (lambda line: None)
     found: list[Law] = []
     for name in names:
         backend = load_backend(name)
         with backend.double_precision():
             rng = np.random.default_rng(seed)
+            tell(f"{name}: {'the operations' if config is None else 'the config'}")
             if config is not None:
                 where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
                 found += rules.of_config("config", config, where, layers, backend, rng)
                 continue
             found += rules.of_library(backend, rng)
             for label, (example, where) in examples().items():
+                tell(f"{name}: {label}")
                 found += rules.of_config(label, example, where, None, backend, rng)
     return Report(tuple(found), absent)
 
