@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tnadapt import ConfigError
+from tnadapt import ConfigError, config
 from tnadapt.formats import FORMATS, make_format
 from tnadapt.testing import FormatContract
 
@@ -27,6 +27,10 @@ class TestTucker(FormatContract):
 
 class TestTensorTrain(FormatContract):
     kind = FORMATS["tt"]
+
+
+def test_config_knows_the_same_names() -> None:
+    assert set(config.FORMATS) == set(FORMATS)
 
 
 def test_none_is_forgotten() -> None:

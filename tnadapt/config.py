@@ -28,8 +28,8 @@ MAX_INT = 1 << 40
 class Config:
     """What each group of weight updates is made of.
 
-    The group's update is ``F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, cut to length (SPEC; the
-    paper's equation 2).
+    The group's update is ``F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, cut to length (the paper's
+    equation 2).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The fixed random numbers of SPEC section 5: the same bits on every machine, backend and release.
+"""The fixed random numbers: the same bits on every machine, backend and release.
 
 Each element is a pure function of ``(seed, group, purpose, index)``, so any slice can be drawn without
 the rest, and in any order. Words come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as
@@ -255,7 +255,7 @@ def _inverse_normal(u: NDArray[np.float64]) -> NDArray[np.float64]:
 def permutation(
     size: int, seed: int, group: int, start: int = 0, stop: int | None = None, inverse: bool = False
 ) -> NDArray[np.int64]:
-    """Part of a fixed random permutation of ``0 .. size - 1``.
+    """Part of a fixed random permutation of the integers below ``size``.
 
     Parameters
     ----------

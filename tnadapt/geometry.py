@@ -20,7 +20,7 @@ class Geometry(NamedTuple):
     Attributes
     ----------
     d_left, d_right : float
-        d_L and d_R, in [1 / sqrt(k), 1] where the spaces share a direction, 0 at least; 1 for one space.
+        d_L and d_R, from 0 to 1 up to rounding: 0 for spaces without a common direction, 1 for equal ones.
     d_euclid : float
         d_E, 0 for equal updates.
     """

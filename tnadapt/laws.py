@@ -30,7 +30,7 @@ TIGHT = 1e-12
 # A central difference of step 1e-5 has an error of some 1e-10 of what it differentiates.
 DIFFERENCE = 1e-6
 
-# SPEC section 5: (seed, group, purpose, first word), and the words from there.
+# (seed, group, purpose, first word), and the words from there.
 KNOWN_WORDS = (
     ((0, 0, 1, 0), ("844515e1", "f08d6eaa", "0f19c053", "83f875f0", "ca7cf69e")),
     (((1 << 40) + 7, 3, 2, 6), ("63e2c124", "276e314f")),

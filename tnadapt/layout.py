@@ -1,6 +1,6 @@
 """Which part of which weight lies in which group, and where: integers only.
 
-The updates of all weights are one long vector (SPEC section 1): weight after weight, each in C order.
+The updates of all weights are one long vector: weight after weight, each in C order.
 A layout cuts it into G groups. Paper: appendix A.3, figure 13.
 """
 
@@ -63,7 +63,7 @@ class Layout:
     size : int
         N, the number of elements of all weights.
     num_groups : int
-        G.
+        G, the number of groups.
 
     Notes
     -----
@@ -169,7 +169,7 @@ class Layout:
 
 
 def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None) -> Layout:
-    """The layout that ``Config.groups`` means for these weights (SPEC section 2).
+    """The layout that ``Config.groups`` means for these weights.
 
     Parameters
     ----------

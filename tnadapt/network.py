@@ -23,7 +23,7 @@ __all__ = ["Network", "fold_sizes"]
 
 
 def fold_sizes(config: Config, size: int, columns: int = 1) -> tuple[int, ...]:
-    """Sizes ``d_1 … d_M`` that a group's vector is folded to (SPEC section 3).
+    """Sizes ``d_1 … d_M`` that a group's vector is folded to.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Every named method as a :class:`~tnadapt.Config`: table 1 of the paper and the field (SPEC section 7).
+"""Every named method as a :class:`~tnadapt.Config`: table 1 of the paper and the field.
 
 Each preset is proved, in the tests, to be the method's own formula. Keyword arguments that a preset does
 not name are fields of :class:`~tnadapt.Config` (``alpha``, ``seed``, …) and override its choice.

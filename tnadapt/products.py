@@ -1,6 +1,6 @@
 """Tensor products: CP, Tucker, tensor train, Kronecker, Hadamard; written with matmul, reshape and ``*``.
 
-Conventions are TensorLy's (SPEC section 1): factors are ``(size, rank)``, a CP tensor is ``(weights,
+Conventions are TensorLy's: factors are ``(size, rank)``, a CP tensor is ``(weights,
 factors)``, a Tucker tensor ``(core, factors)``, a tensor train a list of ``(r_left, size, r_right)``. TensorLy's
 own CPTensor, TuckerTensor and TTTensor objects go in as they are.
 

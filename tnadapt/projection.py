@@ -1,4 +1,4 @@
-"""The fixed projections F of SPEC section 5, their adjoints and their slices.
+"""The fixed projections F, their adjoints and their slices.
 
 Paper symbols (equation 4, appendix A.6): H the Walsh–Hadamard matrix, G the Gaussian diagonal, Π the
 permutation, B the signs (G' in the v2 kinds), ρ = n_in / n_out.

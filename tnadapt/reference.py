@@ -1,4 +1,4 @@
-"""The plain twin of the library: SPEC read aloud in float64 NumPy, one line of it a line here.
+"""The plain twin of the library: the definitions read aloud in float64 NumPy, one at a time.
 
 Nothing is sliced, pruned or reordered; sizes are found by trying; products are ``einsum`` and
 ``numpy.kron``; F is a dense matrix. It shares with the rest of the library the draws alone, which have known
@@ -29,7 +29,7 @@ Shapes = Sequence[tuple[int, int]]
 
 
 def positions(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = None) -> list[NDArray[np.int64]]:
-    """Which elements of the long vector each group holds (SPEC section 2).
+    """Which elements of the long vector each group holds.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ def _split(kind: str, own: Params, order: int) -> Float:
 
 
 def count(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = None) -> int:
-    """Trainable elements, by the formulas of SPEC section 4's table.
+    """Trainable elements, by the formula of each format.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
 
 
 def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Float:
-    """The dense matrix of a linear F, or of the linear part of a nonlinear one (SPEC section 5).
+    """The dense matrix of a linear F, or of the linear part of a nonlinear one.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Where training starts: ΔW = 0 to the bit, and a gradient that is not (SPEC section 6).
+"""Where training starts: ΔW = 0 to the bit, and a gradient that is not.
 
 **Linear F.** In every term, the array of the last split that carries the leading mode (``lora_B``'s place)
 is zero; all others are normal with one standard deviation σ. ΔW is then exactly zero, and the zero
@@ -123,7 +123,7 @@ def _spread(network: Network, k: int, name: str) -> float:
 
 
 def _gain(projection: Projection) -> float:
-    """Root mean square of ``F Fᵀ g`` for a white g."""
+    """Root mean square of ``F δ``, δ white and as large as ``Fᵀ g``: the two passes taken as independent."""
     if projection.kind in ("identity", "shuffle"):
         return 1.0
     return math.sqrt(projection.n_in * projection.n_out) / projection.padded

@@ -89,7 +89,7 @@ class SuperLoRA:
     size : int
         N, the number of elements of all weights.
     num_groups : int
-        G.
+        G, the number of groups.
     layout : Layout
         Which part of which weight lies in which group.
 
@@ -266,8 +266,8 @@ class SuperLoRA:
 
         Notes
         -----
-        Each group is formed whole, once, and handed out in pieces. Memory: the long vector, N elements,
-        and for a projection as much again.
+        Each group is formed whole, once, and handed out in pieces. Memory: the long vector, N elements;
+        for a linear F some three times its padded length L, twice that at the first call, which draws.
 
         Examples
         --------
@@ -312,8 +312,8 @@ class SuperLoRA:
         -----
         For CP, Tucker, tensor trains and Kronecker products only the rows of the factors that the weight's
         elements need take part; of a linear F only the slice of the last transform is formed, in memory
-        of the slice and the compressed vector (time goes through all of F's draws). A shuffle forms the
-        whole group.
+        of the slice, the compressed vector and a few pieces of 2**20 elements (time goes through all of
+        F's draws). A shuffle forms the whole group before F.
 
         Examples
         --------

@@ -1,4 +1,4 @@
-"""The laws, as a library call: does this config, on this machine and library, compute what SPEC says?
+"""The laws, as a library call: does this config, on this machine and library, compute what it says?
 
 Each law gives the largest error seen and the error it allows; a report holds where none exceeds it.
 :mod:`tnadapt.laws` has them one by one.
@@ -127,7 +127,7 @@ def verify(
 
     Notes
     -----
-    The laws: parameters counted = elements made = the formula of SPEC section 4; ΔW = the textbook formula =
+    The laws: parameters counted = elements made = the formula of the format; ΔW = the textbook formula =
     the method's own; a slice = the whole's; at the start ΔW is exactly 0 and its gradient is not; the
     gradient = the exact derivative; F = its dense matrix, its adjoint passes the dot test; every library =
     NumPy; draws = known answers.

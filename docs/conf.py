@@ -1,0 +1,58 @@
+"""Sphinx: ``python -m sphinx -W --keep-going -b html docs docs/_build/html``, from the repository root."""
+
+import sys
+from pathlib import Path
+
+import tnadapt
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sphinx_help import IsProperty
+
+project = "tnadapt"
+author = "the tnadapt authors"
+copyright = author
+version = release = tnadapt.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "numpydoc",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+default_role = "literal"
+smartquotes = False
+
+autosummary_generate = True
+autosummary_context = {"is_property": IsProperty()}
+autodoc_typehints = "none"  # types and shapes are in the Parameters sections
+numpydoc_show_class_members = False  # the templates list them
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "auto_examples",
+    "within_subsection_order": "sphinx_help.Order",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "min_reported_time": 0,
+    "show_signature": False,
+    "matplotlib_animations": False,
+    "thumbnail_size": (400, 250),
+}
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"tnadapt {version}"
+html_static_path = ["_static"]
+html_css_files = ["tnadapt.css"]
+html_show_copyright = False
+html_show_sphinx = False
+html_theme_options = {
+    "navbar_align": "left",
+    "navigation_with_keys": False,
+    "footer_start": [],
+    "footer_end": [],
+}
+html_sidebars = {"citing": [], "auto_examples/index": []}

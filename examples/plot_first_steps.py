@@ -1,0 +1,123 @@
+"""
+First steps
+===========
+
+``Config`` and shapes make a plan, the plan makes arrays, and the arrays make weight updates. This script takes
+these steps on NumPy and on torch, looks at the gradient at the start, and fits a given update by gradient
+descent.
+"""
+
+# %%
+# A plan
+# ------
+#
+# Sixteen weights stand for query and value of eight layers. The settings below are the paper's headline: all weights
+# in one group, folded to a square, a factorisation of rank 4. A plan is integers alone: it allocates nothing.
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import tnadapt as tna
+
+torch.set_num_threads(1)  # the arrays are small
+
+shapes = [(32, 32)] * 16
+cfg = tna.Config(rank=4, order=2, groups=1, fold="hypercube", format="cp")
+ad = tna.SuperLoRA(cfg, shapes)
+
+print(f"{ad.size} elements of ΔW, {ad.num_parameters} parameters")
+for name, shape in ad.param_shapes.items():
+    print(name, shape)
+
+# %%
+# Arrays
+# ------
+#
+# ``init`` draws the start from ``cfg.seed``. It is the same numbers in every library, and ΔW is exactly zero.
+
+on_numpy = ad.init()
+on_torch = ad.init(backend="torch")
+
+for name, array in on_numpy.items():
+    same = np.array_equal(array, on_torch[name].numpy())
+    print(f"{name}: the same bits in NumPy and torch: {same}")
+deltas = ad.deltas(on_numpy)
+print(f"{len(deltas)} updates of shape {deltas[0].shape}, largest element {max(np.abs(d).max() for d in deltas)}")
+
+# %%
+# The gradient at the start
+# -------------------------
+#
+# Zero is where training starts, not where it stays. One factor is zero and the other is not, so the zero one has a
+# gradient. After its first step the other one has a gradient as well.
+
+
+def gradient_norms(ad, params, target):
+    """Norm of the gradient of half the squared distance to a target, of each array."""
+    leaves = {name: array.clone().requires_grad_() for name, array in params.items()}
+    loss = 0.5 * (ad.vector(leaves) - target).square().sum()
+    loss.backward()
+    return {name: float(leaf.grad.norm()) for name, leaf in leaves.items()}
+
+
+rng = np.random.default_rng(0)
+common = rng.normal(size=(2, 32))  # the row space of all updates
+signal = np.stack([rng.normal(size=(32, 2)) @ common for _ in shapes])
+noise = 0.3 * rng.normal(size=signal.shape)
+target = torch.tensor((signal + noise).reshape(-1), dtype=torch.float32)
+target /= target.norm()
+
+for name, norm in gradient_norms(ad, on_torch, target).items():
+    print(f"{name}: gradient of norm {norm:.2e}")
+
+# %%
+# A given update, fitted
+# ----------------------
+#
+# The target was made above: sixteen updates of rank two with one row space in common, and noise. Four methods fit
+# it by plain gradient descent, all with one learning rate. They can have that in common, because the start is scaled so
+# that the first step moves ΔW alike, whatever the rank, the order and the format are.
+
+methods = {
+    "LoRA, one group a weight": tna.presets.lora(rank=2),
+    "SuperLoRA, one group": tna.presets.superlora(rank=8),
+    "LoTR, weights × rows × cols": tna.presets.lotr(rank=8, weights=16, rows=32, cols=32),
+    "SuperLoRA, linear F, ρ = 0.5": tna.presets.superlora(rank=8, projection="linear", ratio=0.5),
+}
+rate, steps = 0.6, 150
+
+curves = {}
+for name, method in methods.items():
+    plan = tna.SuperLoRA(method, shapes)
+    params = {key: array.requires_grad_() for key, array in plan.init("torch").items()}
+    optimizer = torch.optim.SGD(params.values(), lr=rate)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (plan.vector(params) - target).square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    curves[f"{name}: {plan.num_parameters} parameters"] = losses
+    print(f"{name}: {plan.num_parameters} parameters, {losses[-1]:.3f} of the target's square left")
+
+fig, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+for label, losses in curves.items():
+    axes.plot(np.arange(1, steps + 1), losses, label=label)
+floor = np.square(noise).sum() / np.square(signal + noise).sum()
+axes.axhline(floor, color="grey", linestyle=":", label="the noise in the target")
+axes.set(xlabel="step", ylabel="‖ΔW − target‖² / ‖target‖²", xscale="log", xlim=(1, steps), ylim=(0, 1.05))
+axes.set_title("Four methods, one learning rate, one target")
+fig.legend(loc="outside lower center", ncols=2, frameon=False)
+plt.show()
+
+# %%
+# Which curve ends lowest is a matter of the target. Here every update has rank two, which is what LoRA of rank 2 can
+# hold, and a row space in common, which a row of the square, four rows of a weight, keeps. LoTR shares rows *and*
+# columns, and a linear F mixes all elements, so that a structure of rows is none to it: these two fit less.
+#
+# The updates come back as matrices, one a weight, to be added to it.
+
+for weight, delta in enumerate(plan.deltas(params)[:2]):
+    print(f"weight {weight}: ΔW of shape {tuple(delta.shape)}, norm {delta.norm().item():.3f}")
