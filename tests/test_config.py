@@ -104,7 +104,11 @@ BAD = [
     ({"ratio": float("nan"), "projection": "linear"}, "ratio must be finite"),
     ({"ratio": "0.5", "projection": "linear"}, "ratio must be a number"),
     ({"shared": 1}, "shared must be True or False"),
-    ({"alpha": 0}, "alpha must be above 0"),
+    ({"alpha": 0}, r"alpha must be from 1e-09 to 1e\+09"),
+    ({"alpha": 1e-300}, "alpha must be from"),
+    ({"rank": 10**5000}, "an integer of 16610 bits"),
+    ({"terms": 2**40}, "terms must be from 1"),
+    ({"split_size": np.array([2, 3])}, "split_size must be an integer"),
     ({"alpha": float("inf")}, "alpha must be finite"),
     ({"alpha": True}, "alpha must be a number"),
     ({"seed": -1}, "seed must be from 0"),
@@ -122,7 +126,10 @@ def test_what_cannot_be_is_refused_with_the_way_out(fields: dict, message: str) 
 
 
 def test_unknown_fields() -> None:
-    with pytest.raises(tna.ConfigError, match="no field 'rnk'; did you mean 'rank'"):
+    for call in (tna.Config.from_dict, lambda d: tna.Config(**d), lambda d: tna.Config().replace(**d)):
+        with pytest.raises(tna.ConfigError, match="no field 'rnk'; did you mean 'rank'"):
+            call({"rnk": 3})
+    with pytest.raises(tna.ConfigError, match="no field 'rnk'"):
         tna.Config.from_dict({"rnk": 3})
     with pytest.raises(tna.ConfigError, match="no field 5"):
         tna.Config.from_dict({5: 3})  # type: ignore[dict-item]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, integer, shown
+from .folding import MAX_ORDER
 from .projection import KINDS, SQUARE
 
 __all__ = ["Config"]
@@ -18,10 +19,10 @@ FORMATS = ("dense", "cp", "cp-weighted", "tucker", "tt")
 COMBINES = ("kronecker", "hadamard")
 LEADINGS = ("dense", "same")
 
-# NumPy arrays have at most 64 axes; a Kronecker product of order M is computed with 2 M of them.
-MAX_ORDER = 32
-# Beyond this a rank, a number of splits or of terms is a slip of the hand or hostile, not a wish.
+# Beyond these a setting is a slip of the hand or hostile, not a wish.
 MAX_INT = 1 << 40
+MAX_TERMS = 1 << 16
+MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Config:
     ----------
     rank : int or tuple
         r, the rank of each factorisation. Tucker also takes one rank a mode, None meaning no factor in
-        that mode (partial Tucker); a tensor train also takes its M - 1 inner ranks. Unused by "dense".
+        that mode (partial Tucker); a tensor train also takes its M - 1 inner ranks. Of "dense" only ``alpha / rank``
+        uses it.
     order : int
         M, the number of modes that a group is folded to; 1 is a vector.
     splits : int
@@ -99,11 +101,16 @@ class Config:
     alpha: float | None = None
     seed: int = 0
 
+    def __new__(cls, *args: Any, **settings: Any) -> Config:
+        # A dataclass says TypeError of a field that it does not know; here it is a ConfigError like the others.
+        _known(settings)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)  # the class is frozen
 
-        for name, low, high in (("order", 1, MAX_ORDER), ("splits", 1, MAX_ORDER), ("terms", 1, MAX_INT)):
+        for name, low, high in (("order", 1, MAX_ORDER), ("splits", 1, MAX_ORDER), ("terms", 1, MAX_TERMS)):
             put(name, _integer(name, getattr(self, name), low, high))
         put("seed", _integer("seed", self.seed, 0, (1 << 64) - 1))
         for name, words in (
@@ -116,7 +123,7 @@ class Config:
         put("rank", self._checked_rank())
         put("groups", _checked_groups(self.groups))
         put("fold", self._checked_fold())
-        if self.split_size != "balanced":
+        if not isinstance(self.split_size, str) or self.split_size != "balanced":
             put("split_size", _integer("split_size", self.split_size, 1, MAX_INT, 'or "balanced"'))
         put("ratio", _number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
@@ -127,11 +134,13 @@ class Config:
                 f"projection={self.projection!r} does not: use projection='linear', or ratio=1"
             )
         if not isinstance(self.shared, bool):
-            raise ConfigError(f"shared must be True or False; got {self.shared!r}")
+            raise ConfigError(f"shared must be True or False; got {shown(self.shared)}")
         if self.alpha is not None:
             put("alpha", _number("alpha", self.alpha))
-            if self.alpha <= 0.0:
-                raise ConfigError(f"alpha must be above 0, or None for a scale of 1; got {self.alpha!r}")
+            if not MIN_ALPHA <= self.alpha <= MAX_ALPHA:
+                raise ConfigError(
+                    f"alpha must be from {MIN_ALPHA:g} to {MAX_ALPHA:g}, or None for a scale of 1; got {self.alpha!r}"
+                )
         if self.combine == "hadamard" and self.splits > 1 and self.split_size != "balanced":
             raise ConfigError(
                 "split_size sizes Kronecker splits; with combine='hadamard' every split has the full sizes: "
@@ -143,11 +152,11 @@ class Config:
             return _integer("rank", self.rank, 1, MAX_INT, "or a tuple of one rank a mode")
         expected = {"tucker": self.order, "tt": self.order - 1}.get(self.format)
         if expected is None:
-            raise ConfigError(f"format={self.format!r} has one rank; got rank={self.rank!r}: give an integer")
+            raise ConfigError(f"format={self.format!r} has one rank; got rank={shown(self.rank)}: give an integer")
         if len(self.rank) != expected:
             raise ConfigError(
                 f"format={self.format!r} of order {self.order} needs {expected} ranks; "
-                f"got {len(self.rank)}: {self.rank!r}"
+                f"got {len(self.rank)}: {shown(self.rank)}"
             )
         none = self.format == "tucker"
         return tuple(
@@ -217,10 +226,7 @@ class Config:
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise ConfigError(f"Config has no field {name!r};{_meant(name, known)} Fields: {', '.join(known)}")
+        _known(settings)
         return cls(**settings)
 
     def replace(self, **changes: Any) -> Config:
@@ -234,11 +240,16 @@ class Config:
         return Config.from_dict({**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **changes})
 
 
-def _meant(name: object, known: list[str]) -> str:
+def _known(settings: Mapping[str, Any]) -> None:
+    """A ConfigError unless every name is a field's."""
     import difflib
 
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f" did you mean {close[0]!r}?" if close else ""
+    known = [field.name for field in dataclasses.fields(Config)]
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            meant = f" did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"Config has no field {shown(name)};{meant} Fields: {', '.join(known)}")
 
 
 def _listed(value: Any) -> Any:
@@ -246,25 +257,17 @@ def _listed(value: Any) -> Any:
 
 
 def _integer(name: str, value: Any, low: int, high: int, other: str = "") -> int:
-    other = f" {other}" if other else ""
-    if isinstance(value, bool):
-        raise ConfigError(f"{name} must be an integer{other}; got {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ConfigError(f"{name} must be an integer{other}; got {value!r}") from None
-    if not low <= number <= high:
-        raise ConfigError(f"{name} must be from {low} to {high}; got {number}")
-    return number
+    return integer(name, value, low, high, ConfigError, other)
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, (bool, str)):
-        raise ConfigError(f"{name} must be a number; got {value!r}")
+        raise ConfigError(f"{name} must be a number; got {shown(value)}")
     try:
-        number = float(value)
+        # As the decimal that it prints as: a float32 of 0.07 means 0.07, not 0.07000000029802322.
+        number = float(value) if isinstance(value, (int, float, Fraction)) else float(str(value))
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} must be a number; got {value!r}") from None
+        raise ConfigError(f"{name} must be a number; got {shown(value)}") from None
     if not math.isfinite(number):
         raise ConfigError(f"{name} must be finite; got {number!r}")
     return number
@@ -274,18 +277,18 @@ def _word(name: str, value: Any, words: tuple[str, ...], other: str = "") -> Non
     if not isinstance(value, str) or value not in words:
         listed = ", ".join(repr(word) for word in words)
         other = f" {other}" if other else ""
-        raise ConfigError(f"{name} must be one of {listed}{other}; got {value!r}")
+        raise ConfigError(f"{name} must be one of {listed}{other}; got {shown(value)}")
 
 
 def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
     what = '"weight", "layer", an integer of at least 1, or a list of lists of weight indices'
     if isinstance(groups, str):
         if groups not in ("weight", "layer"):
-            raise ConfigError(f"groups must be {what}; got {groups!r}")
+            raise ConfigError(f"groups must be {what}; got {shown(groups)}")
         return groups
     if isinstance(groups, (list, tuple)):
         if not groups or not all(isinstance(group, (list, tuple)) and group for group in groups):
-            raise ConfigError(f"groups must be {what}, none of them empty; got {groups!r}")
+            raise ConfigError(f"groups must be {what}, none of them empty; got {shown(groups)}")
         return tuple(
             tuple(_integer(f"groups[{g}]", weight, 0, MAX_INT) for weight in group) for g, group in enumerate(groups)
         )

@@ -4,6 +4,11 @@ All derive from :class:`TnadaptError`, which is a ``ValueError``: code that does
 still catches them. A message says what was given, what was expected, and the way out.
 """
 
+from __future__ import annotations
+
+import operator
+from typing import Any
+
 
 class TnadaptError(ValueError):
     """Anything a caller of tnadapt did that cannot be carried out."""
@@ -19,3 +24,43 @@ class ShapeError(TnadaptError):
 
 class BackendError(TnadaptError):
     """An array library, dtype or device that is not known, not available, or mixed with another."""
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: short, and never an error of its own.
+
+    Examples
+    --------
+    >>> shown("cp"), shown(10**5000)
+    ("'cp'", 'an integer of 16610 bits')
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        # Python refuses to print integers of more than 4300 digits, and lists nested too deep.
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:200] + " …"
+
+
+def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError], other: str = "") -> int:
+    """``value`` as an integer from low to high, or an error that names it.
+
+    Examples
+    --------
+    >>> integer("rank", 4, 1, 8, ConfigError)
+    4
+    >>> integer("rank", 4.0, 1, 8, ConfigError)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: rank must be an integer; got 4.0
+    """
+    other = f" {other}" if other else ""
+    if isinstance(value, bool):
+        raise error(f"{name} must be an integer{other}; got {value}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise error(f"{name} must be an integer{other}; got {shown(value)}") from None
+    if not low <= number <= high:
+        raise error(f"{name} must be from {low} to {high}; got {shown(number)}")
+    return number

@@ -6,12 +6,13 @@ All arithmetic is on Python integers: a floating-point root is wrong at exact po
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 from .backends import get_backend
 from .backends.base import Array
-from .errors import ConfigError, ShapeError
+from .errors import ConfigError, ShapeError, integer
 
 __all__ = [
     "balanced_factors",
@@ -23,9 +24,12 @@ __all__ = [
 ]
 
 
-def _check_size_order(size: int, order: int) -> None:
-    if size < 1 or order < 1:
-        raise ShapeError(f"a fold needs size >= 1 and order >= 1; got size={size}, order={order}")
+# NumPy arrays have at most 64 axes; a Kronecker product of order M is computed with 2 M of them.
+MAX_ORDER = 32
+# The long vector's positions are 64-bit integers.
+MAX_SIZE = 1 << 62
+# Beyond this, finding a number's divisors by trial takes minutes.
+_MAX_FACTORED = 1 << 44
 
 
 def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
@@ -46,7 +50,7 @@ def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
     Raises
     ------
     ShapeError
-        If size or order is below 1.
+        If size or order is no integer or below 1, or order above 32.
 
     Notes
     -----
@@ -59,7 +63,7 @@ def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
     >>> hypercube_shape(24 * 768 * 768, 2)
     (3763, 3763)
     """
-    _check_size_order(size, order)
+    size, order = _checked(size), integer("order", order, 1, MAX_ORDER, ShapeError)
     low, high = 1, 1 << -(-size.bit_length() // order)
     while low < high:
         middle = (low + high) // 2
@@ -86,7 +90,7 @@ def balanced_shape(size: int, order: int) -> tuple[int, ...]:
     Raises
     ------
     ShapeError
-        If size or order is below 1.
+        If size or order is no integer or below 1, or order above 32.
 
     Examples
     --------
@@ -96,6 +100,7 @@ def balanced_shape(size: int, order: int) -> tuple[int, ...]:
     ((4, 4, 3), (4, 3, 3))
     """
     d = hypercube_shape(size, order)[0]
+    order = int(order)
     smaller = max(k for k in range(order) if d ** (order - k) * (d - 1) ** k >= size)
     return (d,) * (order - smaller) + (d - 1,) * smaller
 
@@ -164,7 +169,8 @@ def from_hypercube(tensor: Array, size: int) -> Array:
     """
     backend = get_backend(tensor)
     elements = math.prod(tensor.shape)
-    if not 1 <= size <= elements:
+    size = _checked(size)
+    if size > elements:
         raise ShapeError(
             f"cannot take {size} elements of a tensor of shape {tuple(tensor.shape)}, which has {elements}"
         )
@@ -190,16 +196,21 @@ def balanced_factors(size: int, parts: int) -> tuple[int, ...]:
     Raises
     ------
     ShapeError
-        If size or parts is below 1.
+        If size or parts is no integer, below 1, or too large.
 
     Examples
     --------
     >>> balanced_factors(768, 2), balanced_factors(768, 3), balanced_factors(7, 2)
     ((24, 32), (8, 8, 12), (1, 7))
     """
-    _check_size_order(size, parts)
+    size, parts = _checked(size), integer("parts", parts, 1, MAX_ORDER, ShapeError)
+    if parts == 1:
+        return (size,)
+    if size > _MAX_FACTORED:
+        raise ShapeError(f"{size} is too large to be factored evenly; give split_size as an integer")
     divisors = _divisors(size)
 
+    @functools.cache
     def best(rest: int, parts: int, least: int) -> tuple[int, ...] | None:
         if parts == 1:
             return (rest,) if rest >= least else None
@@ -215,6 +226,11 @@ def balanced_factors(size: int, parts: int) -> tuple[int, ...]:
         return found
 
     return best(size, parts, 1)  # type: ignore[return-value]  # (1, …, 1, size) always is one
+
+
+def _checked(size: int) -> int:
+    # Only arithmetic is done with it, so it may be larger than any array.
+    return integer("size", size, 1, 1 << 1024, ShapeError)
 
 
 def _divisors(size: int) -> list[int]:
@@ -253,9 +269,8 @@ def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str) ->
     >>> kronecker_sizes((752, 752), 3, 8)
     [(8, 8), (8, 8), (12, 12)]
     """
-    if split_size == "balanced":
+    if isinstance(split_size, str) and split_size == "balanced":
         return list(zip(*(balanced_factors(d, splits) for d in sizes), strict=True))
-    if isinstance(split_size, str) or split_size < 1:
-        raise ConfigError(f'split_size must be "balanced" or an integer of at least 1; got {split_size!r}')
+    split_size = integer("split_size", split_size, 1, MAX_SIZE, ConfigError, 'or "balanced"')
     last = tuple(-(-d // split_size ** (splits - 1)) for d in sizes)
     return [(split_size,) * len(sizes)] * (splits - 1) + [last]

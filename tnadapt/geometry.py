@@ -9,7 +9,7 @@ import numpy as np
 
 from .backends import get_backend
 from .backends.base import Array
-from .errors import ShapeError
+from .errors import ShapeError, integer
 
 __all__ = ["Geometry", "geometry"]
 
@@ -48,7 +48,7 @@ def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
     Raises
     ------
     ShapeError
-        If they are not two matrices of one shape, or k does not fit.
+        If they are not two finite matrices of one shape, or k does not fit.
     BackendError
         If libraries, dtypes or devices are mixed.
 
@@ -75,9 +75,10 @@ def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
         raise ShapeError(
             f"geometry compares two matrices of one shape; got {tuple(dense.shape)} and {tuple(variant.shape)}"
         )
-    if not 1 <= k <= min(dense.shape):
-        raise ShapeError(f"k must be from 1 to {min(dense.shape)} for matrices of shape {tuple(dense.shape)}; got {k}")
+    k = integer("k", k, 1, min(dense.shape), ShapeError)
     ours, theirs = (backend.to_numpy(x).astype(np.float64) for x in (dense, variant))
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        raise ShapeError("geometry needs finite updates; one of them has a NaN or an infinity")
     u, _, vt = np.linalg.svd(ours, full_matrices=False)
     u2, _, vt2 = np.linalg.svd(theirs, full_matrices=False)
     left = np.linalg.norm(u[:, :k].T @ u2[:, :k]) / math.sqrt(k)

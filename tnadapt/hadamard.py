@@ -9,7 +9,7 @@ import numpy as np
 
 from .backends import Backend, get_backend
 from .backends.base import Array, FixedArrays
-from .errors import ShapeError
+from .errors import ShapeError, integer
 
 __all__ = ["fwht"]
 
@@ -58,8 +58,9 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True) -> Array:
     backend = get_backend(x)
     backend.require_float(x, "the input of fwht")
     ndim = len(x.shape)
-    if not -ndim <= axis < ndim:
-        raise ShapeError(f"fwht has no axis {axis} in an array of shape {tuple(x.shape)}")
+    if ndim == 0:
+        raise ShapeError("fwht has no axis to transform in an array of shape ()")
+    axis = integer(f"axis, in an array of shape {tuple(x.shape)},", axis, -ndim, ndim - 1, ShapeError)
     length = x.shape[axis]
     if length < 1 or length & (length - 1):
         raise ShapeError(

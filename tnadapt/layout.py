@@ -10,11 +10,12 @@ import itertools
 import math
 import operator
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from .errors import ConfigError, ShapeError
+from .errors import ConfigError, ShapeError, shown
+from .folding import MAX_SIZE
 
 __all__ = ["Layout", "Piece", "make_layout"]
 
@@ -108,8 +109,15 @@ class Layout:
             return [*runs, (last, 1, self.group_size(last))]
         return [(group, 1, self.group_size(group)) for group in range(self.num_groups)]
 
+    @cached_property
+    def equal_columns(self) -> bool:
+        """Whether all weights have one number of columns."""
+        return len({cols for _, cols in self.shapes}) == 1
+
     def columns(self, group: int) -> int:
         """c: the greatest common divisor of the columns of the weights that have elements in the group."""
+        if self.equal_columns:
+            return self.shapes[0][1]
         return math.gcd(*(self.shapes[piece.weight][1] for piece in self.of_group(group)))
 
     @cached_property
@@ -150,10 +158,13 @@ class Layout:
         return pieces
 
     def of_slice(self, start: int, stop: int) -> list[Piece]:
-        """The pieces of elements ``start`` to ``stop - 1`` of the long vector, in order."""
+        """Runs of elements ``start`` to ``stop - 1`` of the long vector, in order, each in one group.
+
+        As :meth:`of_weight`, but where weights follow each other in a group, they are one run.
+        """
         if not 0 <= start <= stop <= self.size:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements")
-        pieces = []
+        pieces: list[Piece] = []
         for weight, base in enumerate(self._starts[:-1]):
             if base >= stop or base + self._sizes[weight] <= start:
                 continue
@@ -162,9 +173,12 @@ class Layout:
                 hi = min(stop, base + piece.weight_start + piece.length)
                 if lo < hi:
                     skip = lo - base - piece.weight_start
-                    pieces.append(
-                        Piece(weight, piece.weight_start + skip, piece.group, piece.group_start + skip, hi - lo)
-                    )
+                    found = Piece(weight, piece.weight_start + skip, piece.group, piece.group_start + skip, hi - lo)
+                    last = pieces[-1] if pieces else None
+                    if last and (last.group, last.group_start + last.length) == (found.group, found.group_start):
+                        pieces[-1] = last._replace(length=last.length + found.length)
+                    else:
+                        pieces.append(found)
         return pieces
 
 
@@ -200,20 +214,10 @@ def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Seque
     2
     """
     shapes = _checked_shapes(shapes)
-    if layers is not None and len(layers) != len(shapes):
-        raise ConfigError(f"layers has {len(layers)} keys for {len(shapes)} weights; give one a weight")
     if groups == "weight":
         return Layout(shapes, [(weight,) for weight in range(len(shapes))])
     if groups == "layer":
-        if layers is None:
-            raise ConfigError(
-                'groups="layer" needs layers=[…], one key a weight, to know which weights share a layer; '
-                'or use groups="weight"'
-            )
-        members: dict[Hashable, list[int]] = {}
-        for weight, key in enumerate(layers):
-            members.setdefault(key, []).append(weight)
-        return Layout(shapes, list(members.values()))
+        return Layout(shapes, _by_layer(layers, len(shapes)))
     if isinstance(groups, int):
         size = sum(rows * cols for rows, cols in shapes)
         if groups > size:
@@ -228,17 +232,37 @@ def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Seque
     return Layout(shapes, groups)
 
 
+def _by_layer(layers: Iterable[Hashable] | None, weights: int) -> list[list[int]]:
+    if layers is None:
+        raise ConfigError(
+            'groups="layer" needs layers=[…], one key a weight, to know which weights share a layer; '
+            'or use groups="weight"'
+        )
+    try:
+        keys = list(layers)
+        members: dict[Hashable, list[int]] = {}
+        for weight, key in enumerate(keys):
+            members.setdefault(key, []).append(weight)
+    except TypeError as error:
+        raise ConfigError(f"layers must be a list of hashable keys, one a weight; got {shown(layers)}") from error
+    if len(keys) != weights:
+        raise ConfigError(f"layers has {len(keys)} keys for {weights} weights; give one a weight")
+    return list(members.values())
+
+
 def _checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     try:
         checked = [tuple(operator.index(size) for size in shape) for shape in shapes]
     except TypeError as error:
-        raise ShapeError(f"shapes must be a list of (rows, cols) integers; got {shapes!r}") from error
+        raise ShapeError(f"shapes must be a list of (rows, cols) integers; got {shown(shapes)}") from error
     if not checked:
         raise ShapeError("shapes is empty: there is no weight to update")
     for position, shape in enumerate(checked):
         if len(shape) != 2 or min(shape) < 1:
             raise ShapeError(
-                f"shapes[{position}] is {shape}; expected (rows, cols), both at least 1 "
+                f"shapes[{position}] is {shown(shape)}; expected (rows, cols), both at least 1 "
                 "(a convolution's weight is seen as (out, in * height * width))"
             )
+    if sum(math.prod(shape) for shape in checked) > MAX_SIZE:
+        raise ShapeError("the weights have more than 2**62 elements together, which 64-bit positions cannot count")
     return [(rows, cols) for rows, cols in checked]

@@ -15,7 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 from .config import Config
-from .errors import ConfigError
+from .errors import ConfigError, integer
+from .folding import MAX_SIZE
 
 __all__ = [
     "cara",
@@ -258,8 +259,9 @@ def cara(rank: int = 4, *, weights: int, rows: int, cols: int, heads: int, **cha
 
 
 def _head_size(rows: int, heads: int) -> int:
-    if not isinstance(heads, int) or heads < 1 or rows % heads:
-        raise ConfigError(f"heads must divide rows; got heads={heads!r}, rows={rows!r}")
+    rows, heads = (integer(name, value, 1, MAX_SIZE, ConfigError) for name, value in (("rows", rows), ("heads", heads)))
+    if rows % heads:
+        raise ConfigError(f"heads must divide rows; got heads={heads}, rows={rows}")
     return rows // heads
 
 

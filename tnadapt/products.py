@@ -17,9 +17,25 @@ from typing import Any
 
 from .backends import Backend, get_backend
 from .backends.base import Array
-from .errors import ShapeError
+from .errors import ShapeError, shown
+from .folding import MAX_ORDER
 
 __all__ = ["cp_to_tensor", "kron_matvec", "kronecker", "tt_to_tensor", "tucker_to_tensor"]
+
+
+def _several(given: Any, what: str, form: str) -> list[Any]:
+    try:
+        return list(given)
+    except TypeError:
+        raise ShapeError(f"{what} takes {form}; got {shown(given)}") from None
+
+
+def _two(given: Any, what: str, form: str) -> tuple[Any, list[Any]]:
+    """``(one array, several)``, TensorLy's objects included."""
+    parts = _several(given, what, form)
+    if len(parts) != 2:
+        raise ShapeError(f"{what} is {form}; got {len(parts)} parts")
+    return parts[0], _several(parts[1], what, form)
 
 
 def cp_to_tensor(cp: Any) -> Array:
@@ -56,8 +72,7 @@ def cp_to_tensor(cp: Any) -> Array:
     array([[3., 4.],
            [6., 8.]])
     """
-    weights, factors = cp
-    factors = list(factors)
+    weights, factors = _two(cp, "a CP tensor", "(weights, factors)")
     if not factors:
         raise ShapeError("a CP tensor needs at least one factor; got none")
     backend = get_backend(*factors, *([] if weights is None else [weights]))
@@ -130,8 +145,7 @@ def tucker_to_tensor(tucker: Any) -> Array:
     array([[2.],
            [4.]])
     """
-    core, factors = tucker
-    factors = list(factors)
+    core, factors = _two(tucker, "a Tucker tensor", "(core, factors)")
     backend = get_backend(core, *(factor for factor in factors if factor is not None))
     if len(factors) != len(core.shape):
         raise ShapeError(f"a core of shape {tuple(core.shape)} needs {len(core.shape)} factors; got {len(factors)}")
@@ -190,14 +204,14 @@ def tt_to_tensor(cores: Any) -> Array:
     array([[3., 3.],
            [3., 3.]])
     """
-    cores = list(cores)
+    cores = _several(cores, "a tensor train", "a list of cores")
     if not cores:
         raise ShapeError("a tensor train needs at least one core; got none")
     backend = get_backend(*cores)
     left = 1
     for mode, core in enumerate(cores):
         right = 1 if mode == len(cores) - 1 else "r"
-        if len(core.shape) != 3 or core.shape[0] != left or (right == 1 and core.shape[2] != 1):
+        if len(core.shape) != 3 or core.shape[0] != left or core.shape[2] < 1 or (right == 1 and core.shape[2] != 1):
             raise ShapeError(f"TT core {mode} has shape {tuple(core.shape)}; expected ({left}, size, {right})")
         left = core.shape[2]
     return tt_tensor(backend, cores)
@@ -252,7 +266,7 @@ def kronecker(arrays: Sequence[Array]) -> Array:
     >>> kronecker([np.array([1.0, 2.0]), np.array([1.0, 10.0])])
     array([ 1., 10.,  2., 20.])
     """
-    arrays = list(arrays)
+    arrays = _several(arrays, "a Kronecker product", "a list of arrays")
     if not arrays:
         raise ShapeError("a Kronecker product needs at least one array; got none")
     backend = get_backend(*arrays)
@@ -261,6 +275,8 @@ def kronecker(arrays: Sequence[Array]) -> Array:
             "a Kronecker product needs arrays of one order; got shapes "
             + ", ".join(str(tuple(array.shape)) for array in arrays)
         )
+    if len(arrays[0].shape) > MAX_ORDER:
+        raise ShapeError(f"a Kronecker product takes arrays of at most {MAX_ORDER} axes; got {len(arrays[0].shape)}")
     return kronecker_tensor(backend, arrays)
 
 
@@ -310,7 +326,7 @@ def kron_matvec(matrices: Sequence[Array], x: Array) -> Array:
     >>> kron_matvec([a, b], np.array([1.0, 2.0, 3.0, 4.0]))
     array([7., 3.])
     """
-    matrices = list(matrices)
+    matrices = _several(matrices, "kron_matvec", "a list of matrices")
     if not matrices:
         raise ShapeError("kron_matvec needs at least one matrix; got none")
     backend = get_backend(x, *matrices)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from . import draws
 from .config import Config
 
-__all__ = ["count", "deltas", "matrix", "positions", "project"]
+__all__ = ["count", "deltas", "matrix", "positions", "project", "tanhshrink"]
 
 Float = NDArray[np.floating[Any]]
 Params = Mapping[str, Float]
@@ -298,4 +298,17 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0) -> Float:
     array([3., 1., 2., 0.])
     """
     y = matrix(config.projection, len(x), n_out, config.seed, stream) @ x
-    return np.asarray(y - np.tanh(y) if config.projection.startswith("nonlinear") else y)
+    return tanhshrink(y) if config.projection.startswith("nonlinear") else np.asarray(y)
+
+
+def tanhshrink(t: Float) -> Float:
+    """``t - tanh(t)``, near 0 as ``(t cosh t - sinh t) / cosh t``: a series without two signs does not cancel.
+
+    Examples
+    --------
+    >>> tanhshrink(np.array([1e-5, 5.0]))
+    array([3.33333333e-16, 4.00009080e+00])
+    """
+    near = np.where(np.abs(t) < 3.0, t, 0.0)
+    terms = [2 * k * near ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(1, 26)]
+    return np.asarray(np.where(np.abs(t) < 3.0, sum(terms) / np.cosh(near), t - np.tanh(t)))

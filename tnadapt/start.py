@@ -1,21 +1,25 @@
 """Where training starts: ΔW = 0 to the bit, and a gradient that is not.
 
 **Linear F.** In every term, the array of the last split that carries the leading mode (``lora_B``'s place)
-is zero; all others are normal with one standard deviation σ. ΔW is then exactly zero, and the zero
+is zero; all others are random with one root mean square σ. ΔW is then exactly zero, and the zero
 array has a gradient.
 
 **Nonlinear F.** ``tanhshrink'(0) = 0``: from a zero start nothing would ever move. There every array is
-normal with one σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` drawn again from the seed.
+random with one σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` made again from the seed.
 
 **σ** is chosen so that the first SGD step moves ΔW equally far whatever the rank, order, splits, terms
-and ρ: for a white gradient, the root mean square of ΔW after one step is ``STEP`` times what the same
-step of dense fine-tuning gives. That is what PEFT's LoRA of rank 8 on 768 columns does, so that
-learning rates carry over from it. With an array Z of which each element of ΔW sums q entries, and n
-elements of ΔW in all, the step is ``V * sqrt(q (q + P))`` of the dense one, V being the variance of
-what an entry of Z is multiplied with and ``P = n q / |Z|`` the elements of ΔW that an entry touches.
+and ρ: for a white gradient and a scale of 1, the root mean square of ΔW after one step is ``STEP`` times
+what the same step of dense fine-tuning gives. That is what PEFT's LoRA of rank 8 on 768 columns does, so
+that learning rates carry over from it; the scale ``alpha / rank`` acts as it does there, squared. With an
+array Z of which each element of ΔW sums q entries, and n elements of ΔW in all, the step is
+``V * sqrt(q (q + P))`` of the dense one, V being the variance of what an entry of Z is multiplied with
+and ``P = n q / |Z|`` the elements of ΔW that an entry touches. Where nothing is random (dense, and every
+format at order 1) there is nothing to choose, and the step is that of dense fine-tuning, times the rank.
 
-The CP weights start at one. Draws: purpose 16 and up, one an array in the order of ``param_shapes``
-within the group (zeros and ones use up a purpose too); element i of the array is word i.
+**Draws**: purpose 16 and up, one an array in the order of ``param_shapes`` within the group (zeros and ones
+use up a purpose too); element i of the array is the normal number of word i. An array of up to 2**14
+numbers is then scaled to the root mean square σ exactly: products of a few unlucky normal numbers would be
+next to nothing, and the group dead. The CP weights start at one.
 """
 
 from __future__ import annotations
@@ -65,10 +69,15 @@ class Start(FixedArrays):
     @functools.cached_property
     def std(self) -> float:
         """σ of the random arrays."""
-        return (_linear_std if self.projection.linear else _nonlinear_std)(self.network, self.projection)
+        # To single precision: a power's last bit differs between machines, and x_start must not.
+        return float(
+            np.float32((_linear_std if self.projection.linear else _nonlinear_std)(self.network, self.projection))
+        )
 
     def make(self, key: Any) -> np.ndarray:
-        """One array, float32: numbers that every floating dtype of at least that precision holds exactly."""
+        """One array, float32, by name; or by (name, dtype), with its numbers rounded to what that dtype holds."""
+        if isinstance(key, tuple):
+            return _rounded(self.make(key[0]), key[1])
         shape = self.network.shapes[key]
         last = f"split{len(self.network.splits) - 1}."
         split = self.network.splits[int(key.rpartition(".")[0].rpartition("split")[2])]
@@ -79,7 +88,31 @@ class Start(FixedArrays):
             return np.zeros(shape, np.float32)
         purpose = draws.PURPOSE["start"] + list(self.network.shapes).index(key)
         drawn = draws.normals(self.seed, self.group, purpose, 0, math.prod(shape))
-        return (drawn * np.float32(self.std)).reshape(shape)
+        return _scaled(drawn, self.std).reshape(shape)
+
+
+# Longer arrays have their root mean square to half a percent by themselves.
+_SHORT = 1 << 14
+
+
+def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
+    """Normal numbers scaled to a root mean square."""
+    if drawn.size > _SHORT:
+        return drawn * np.float32(std)
+    # fsum is exactly rounded: the same bits on every machine, which a vectorised sum does not promise.
+    wide = drawn.astype(np.float64)
+    return (wide * (std / math.sqrt(math.fsum((wide * wide).tolist()) / wide.size))).astype(np.float32)
+
+
+def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 numbers rounded to those of another dtype, as libraries round: to nearest, ties to even."""
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return array.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = array.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return array
 
 
 def _linear_std(network: Network, projection: Projection) -> float:
@@ -89,13 +122,15 @@ def _linear_std(network: Network, projection: Projection) -> float:
         return 0.0
     # V = paths * std ** (2 * arrays), paths being how many products an entry of Z is multiplied with.
     paths = math.prod(split.total_paths for split in network.splits) / last.paths(last.zero)
-    step = network.scale**2 * _spread(network, -1, last.zero) * _gain(projection)
+    step = _spread(network, -1, last.zero) * _gain(projection)
     return float((STEP / (step * paths)) ** (1.0 / (2 * arrays)))
 
 
 def _nonlinear_std(network: Network, projection: Projection) -> float:
-    # t = F's argument has variance tau² = scale² paths n_in / L * std ** (2 arrays). A step is weakened by the
-    # derivative tanh(t)² ~ t² on the way back and on the way out: by E[t⁴] = 3 tau⁴. Every array moves.
+    # t, tanhshrink's argument, has variance tau = scale² paths n_in / L * std ** (2 arrays). A step is weakened by
+    # the derivative tanh(t)² ~ t² on the way back and on the way out: together by E[t⁴] = 3 tau², or in the v2
+    # kinds, where t = g' u and the step passes g' too, by E[g'² t⁴] = 15 * 3 tau². Every array moves.
+    moment = 45.0 if projection.kind.endswith("_v2") else 3.0
     arrays = _random_arrays(network)
     paths = network.terms * math.prod(split.total_paths for split in network.splits)
     tau = network.scale**2 * paths * projection.n_in / projection.padded
@@ -105,7 +140,7 @@ def _nonlinear_std(network: Network, projection: Projection) -> float:
         for name in split.shapes
         if name not in split.ones
     )
-    step = 3.0 * tau**2 * network.scale**2 * paths * moved * _gain(projection)
+    step = moment * tau**2 * paths * moved * _gain(projection)
     return float((STEP / step) ** (1.0 / (6 * arrays - 2)))
 
 

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from .backends import Backend, get_backend, load_backend
 from .backends.base import Array
 from .config import Config
-from .errors import BackendError, ConfigError, ShapeError
+from .errors import BackendError, ConfigError, ShapeError, integer, shown
 from .layout import Piece, make_layout
 from .network import Network
 from .projection import Projection
 from .start import Start
 
 __all__ = ["Group", "SuperLoRA", "parameter_count"]
+
+# Plans of up to so many groups are laid out when they are made; larger ones when their arrays are asked for.
+LAID_OUT = 4096
 
 
 class Group(NamedTuple):
@@ -54,13 +58,21 @@ class Group(NamedTuple):
     def update(self, backend: Backend, params: Mapping[str, Array], start: int, stop: int) -> Array:
         """Elements ``start`` to ``stop - 1`` of the update: ``F(x)``, or ``F(x) - F(x_start)`` where F is nonlinear."""
         arrays = {name: params[full] for name, full in self.names.items()}
-        found = self._projected(backend, arrays, start, stop)
         if self.projection.linear:
-            return found
+            return self._projected(backend, arrays, start, stop)
         like = next(iter(arrays.values()))
         kind = backend.dtype_name(like)
-        begun = {name: self.start.on(backend, name, like, kind) for name in self.names}
-        return found - self._projected(backend, begun, start, stop)
+        # The difference of two near numbers: taken in single precision at least, and rounded once.
+        wide = kind if kind == "float64" else "float32"
+        begun = [self.start.on(backend, (name, kind), like, wide) for name in self.names]
+        moved = [backend.astype(array, wide) for array in arrays.values()]
+        # A compiler that computed the two by different routes would not find them equal at the start.
+        both = backend.apart([*moved, *begun])
+        now, then = both[: len(moved)], both[len(moved) :]
+        found = backend.apart(
+            [self._projected(backend, dict(zip(self.names, half, strict=True)), start, stop) for half in (now, then)]
+        )
+        return backend.astype(found[0] - found[1], kind)
 
     def _projected(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
         if self.projection.kind == "identity":
@@ -129,10 +141,12 @@ class SuperLoRA:
         self.size = self.layout.size
         self.num_groups = self.layout.num_groups
         self._networks: dict[tuple[int, int], Network] = {}
-        # What does not fit is said now. Groups of one size are alike but for a stack's columns.
-        alike = range(self.num_groups) if self._stacked else (first for first, _, _ in self.layout.same_size())
-        for group in alike:
+        # What does not fit is said now.
+        for group in self._different:
             self._network(group)
+        if self.num_groups <= LAID_OUT:
+            # Laid out at once, so that no compiler that traces a call comes to trace this.
+            _ = self.param_shapes
 
     def __repr__(self) -> str:
         return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
@@ -142,7 +156,7 @@ class SuperLoRA:
     @functools.cached_property
     def num_parameters(self) -> int:
         """Trainable elements; nothing is allocated to count them."""
-        if self._stacked:
+        if self._columns_vary:
             return sum(self._network(group).num_parameters for group in range(self.num_groups))
         return sum(count * self._network(group).num_parameters for group, count, _ in self.layout.same_size())
 
@@ -173,7 +187,7 @@ class SuperLoRA:
             network, size = self._network(index), self.layout.group_size(index)
             key = size, 0 if config.shared else index
             if key not in projections:
-                projections[key] = Projection(config.projection, network.size, *key[:1], config.seed, key[1])
+                projections[key] = Projection(config.projection, network.size, size, config.seed, key[1])
             names = {name: f"group{index}.{name}" for name in network.shapes}
             start = Start(network, projections[key], config.seed, index)
             found.append(Group(size, network, projections[key], start, names, self.layout.of_group(index)))
@@ -182,6 +196,16 @@ class SuperLoRA:
     @property
     def _stacked(self) -> bool:
         return self.config.fold == "stack" and self.config.order == 2
+
+    @property
+    def _columns_vary(self) -> bool:
+        """Whether groups of one size may still differ: in a stack's columns."""
+        return self._stacked and not self.layout.equal_columns
+
+    @property
+    def _different(self) -> Iterable[int]:
+        """Groups that between them have every network there is."""
+        return range(self.num_groups) if self._columns_vary else [first for first, _, _ in self.layout.same_size()]
 
     def _network(self, group: int) -> Network:
         size = self.layout.group_size(group)
@@ -216,14 +240,17 @@ class SuperLoRA:
         ------
         BackendError
             If the library, dtype or device is not to be had.
+        ConfigError
+            If the dtype cannot hold the start (float16, a nonlinear F and a tiny alpha).
 
         Notes
         -----
         For a linear F the factor of the leading mode of the last split is zero, in every term, and the
-        other arrays are normal; for a nonlinear F all are normal, and ``deltas`` subtracts what they give.
-        All drawn from ``config.seed``, with the one standard deviation for which the first SGD step moves
-        ΔW by 1/32 of what it moves in dense fine-tuning (white gradient, root mean square), whatever rank,
-        order, splits and ρ are. :mod:`tnadapt.start` has the formula.
+        other arrays are random; for a nonlinear F all are, and ``deltas`` subtracts what they give. They are
+        normal numbers drawn from ``config.seed``, each array scaled to one root mean square, the one for
+        which the first SGD step moves ΔW by 1/32 of what it moves in dense fine-tuning (white gradient,
+        scale 1), whatever rank, order, splits and ρ are. :mod:`tnadapt.start` has the formula, and what it
+        says of order 1.
 
         Examples
         --------
@@ -236,13 +263,20 @@ class SuperLoRA:
         if not library.usable():
             raise BackendError(f"{backend} is installed and finds no device to compute on here")
         if not isinstance(dtype, str):
-            raise BackendError(f"dtype must be a name such as 'float32'; got {dtype!r}")
-        library.dtype(dtype)
-        return {
-            full: library.asarray(group.start.host(name), dtype, device)
-            for group in self.groups
-            for name, full in group.names.items()
-        }
+            raise BackendError(f"dtype must be a name such as 'float32'; got {shown(dtype)}")
+        # An empty array first: a dtype or device that is not there is said before anything is drawn.
+        library.asarray(np.zeros(0), dtype, device)
+        made = {}
+        for group in self.groups:
+            for name, full in group.names.items():
+                host = group.start.host(name)
+                if dtype == "float16" and np.max(np.abs(host)) > np.finfo(np.float16).max:
+                    raise ConfigError(
+                        f"{full} starts at numbers of up to {np.max(np.abs(host)):.1e}, which float16 cannot hold; "
+                        f"use float32, or a larger alpha than {self.config.alpha}"
+                    )
+                made[full] = library.asarray(host, dtype, device)
+        return made
 
     def deltas(self, params: Mapping[str, Array]) -> list[Array]:
         """The update of every weight.
@@ -267,7 +301,8 @@ class SuperLoRA:
         Notes
         -----
         Each group is formed whole, once, and handed out in pieces. Memory: the long vector, N elements;
-        for a linear F some three times its padded length L, twice that at the first call, which draws.
+        for a linear F some three times its padded length L, twice that at the first call, which draws. A
+        result may share memory with the parameters (a dense update is a view of them): do not write to it.
 
         Examples
         --------
@@ -323,7 +358,7 @@ class SuperLoRA:
         (4, 5)
         """
         backend = self._checked(params)
-        i = _index("weight", i, len(self.shapes))
+        i = integer("weight", i, 0, len(self.shapes) - 1, ShapeError)
         return backend.reshape(self._assembled(backend, params, self.layout.of_weight(i)), self.shapes[i])
 
     def vector(self, params: Mapping[str, Array], start: int = 0, stop: int | None = None) -> Array:
@@ -357,8 +392,8 @@ class SuperLoRA:
         (5,)
         """
         backend = self._checked(params)
-        start = _index("start", start, self.size)
-        stop = self.size if stop is None else _index("stop", stop, self.size + 1)
+        start = integer("start", start, 0, self.size - 1, ShapeError)
+        stop = self.size if stop is None else integer("stop", stop, 0, self.size, ShapeError)
         if start >= stop:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements; start must be below stop")
         return self._assembled(backend, params, self.layout.of_slice(start, stop))
@@ -412,16 +447,6 @@ def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: S
     147456
     """
     return SuperLoRA(config, shapes, layers).num_parameters
-
-
-def _index(what: str, value: Any, end: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ShapeError(f"{what} must be an integer; got {value!r}") from None
-    if not 0 <= number < end:
-        raise ShapeError(f"{what} must be from 0 to {end - 1}; got {number}")
-    return number
 
 
 def _some(names: Sequence[str]) -> str:

@@ -229,7 +229,9 @@ class BackendContract:
         self._same(b.matrix_transpose(x), host.T)
         self._same(b.moveaxis(self._arange(2, 3, 4), 0, -1), np.moveaxis(np.arange(24.0).reshape(2, 3, 4), 0, -1))
         self._same(b.flatten(x), host.reshape(-1))
-        self._same(b.broadcast_to(self._arange(1, 3), (2, 3)), np.broadcast_to(np.arange(3.0), (2, 3)))
+        self._same(b.where(x < 2.0, x, -x), np.where(host < 2.0, host, -host))
+        for found, expected in zip(b.apart([x, x]), [host, host], strict=True):
+            self._same(found, expected)
         self._same(b.pad_last(x, 4), np.pad(host, ((0, 0), (0, 1))))
         self._same(b.zeros((2, 2), x), np.zeros((2, 2)))
         self._same(x[:, 1:], host[:, 1:])

@@ -187,9 +187,9 @@ class Backend:
         """The elements of x at these positions (an integer vector) along an axis."""
         return self.xp.take(x, indices, axis=axis)
 
-    def broadcast_to(self, x: Array, shape: Sequence[int]) -> Array:
-        """x seen with that shape."""
-        return self.xp.broadcast_to(x, tuple(shape))
+    def where(self, condition: Array, a: Array, b: Array) -> Array:
+        """Elements of a where the condition holds, else of b."""
+        return self.xp.where(condition, a, b)
 
     # -- Arithmetic --------------------------------------------------------------------------
 
@@ -204,6 +204,10 @@ class Backend:
     def tanh(self, x: Array) -> Array:
         """Hyperbolic tangent, element by element."""
         return self.xp.tanh(x)
+
+    def apart(self, arrays: Sequence[Array]) -> list[Array]:
+        """The same arrays, computed as if nothing were known of them: no compiler folds one into another."""
+        return list(arrays)
 
     # -- What a check of the laws asks besides -----------------------------------------------
 

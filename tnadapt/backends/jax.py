@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -42,14 +42,28 @@ class JaxBackend(Backend):
 
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
         if isinstance(device, str):
-            kind, _, number = device.partition(":")
+            platform, _, number = device.partition(":")
             try:
-                device = jax.devices(kind)[int(number or 0)]
+                device = jax.devices(platform)[int(number or 0)]
             except (RuntimeError, ValueError, IndexError) as error:
                 raise BackendError(f"JAX has no device {device!r} here: {error}") from error
-        return jnp.array(array, dtype=None if dtype is None else self.dtype(dtype), device=device)
+        kind = None if dtype is None else self.dtype(dtype)
+        try:
+            return jnp.array(array, dtype=kind, device=device)
+        except (TypeError, ValueError) as error:
+            raise BackendError(f"JAX cannot use device {device!r}: {error}") from error
+
+    def apart(self, arrays: Sequence[Array]) -> list[Array]:
+        return list(jax.lax.optimization_barrier(tuple(arrays)))  # type: ignore[no-untyped-call]
 
     def constant(self, array: np.ndarray, device: Any) -> Array:
+        if array.dtype == np.int64 and jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
+            # JAX would keep the low 32 bits without a word.
+            if array.size and array.max() >= 1 << 31:
+                raise BackendError(
+                    "positions past 2**31 need 64-bit integers: jax.config.update('jax_enable_x64', True)"
+                )
+            array = array.astype(np.int32)
         return jnp.asarray(array, device=device)
 
     def double_precision(self) -> AbstractContextManager[Any]:

@@ -22,7 +22,8 @@ class NumpyBackend(Backend):
         super().__init__(namespace)
 
     def owns(self, x: Any) -> bool:
-        return isinstance(x, np.ndarray)
+        # A matrix multiplies by `*`, and a masked array hides numbers: neither is an array of the standard.
+        return isinstance(x, np.ndarray) and not isinstance(x, (np.matrix, np.ma.MaskedArray))
 
     def device(self, x: Array) -> Any:
         return "cpu"

@@ -71,6 +71,19 @@ class TorchBackend(Backend):
         found = torch.autograd.grad(function(leaves), list(leaves.values()))
         return dict(zip(leaves, found, strict=True))
 
+    def matmul(self, a: Array, b: Array) -> Array:
+        return self._plain(torch.matmul, a, b)
+
+    def sum(self, x: Array, axis: int) -> Array:
+        return self._plain(torch.sum, x, axis)
+
+    def _plain(self, function: Callable[..., Array], x: Array, *rest: Any) -> Array:
+        # Autocast would take the product in half precision, and give a ΔW of another dtype than its parameters'.
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(x, *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *rest)
+
     def split(self, x: Array, sizes: Sequence[int]) -> list[Array]:
         # One node in the graph: its backward writes the whole gradient once.
         return list(torch.split(x, list(sizes)))
