@@ -61,6 +61,13 @@ def test_subclasses_are_their_librarys() -> None:
     assert get_backend(torch.nn.Parameter(torch.zeros(2))).name == "torch"
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_what_looks_like_an_array_and_is_none() -> None:
+    for thing in (np.matrix([[1.0, 2.0]]), np.ma.masked_array([1.0, 2.0])):
+        with pytest.raises(tna.BackendError, match="expected an array"):
+            tna.fwht(thing)
+
+
 def test_mixed_libraries_name_both() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(tna.BackendError, match="two libraries in one call: numpy and torch"):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tnadapt.backends import load_backend
 
 from .conftest import relative_error
-from .test_torch import PRESETS, SHAPES
+from .test_torch import LARGER, NONLINEAR, PRESETS, SHAPES
 
 jax = pytest.importorskip("jax")
 torch = pytest.importorskip("torch")
@@ -84,3 +85,21 @@ def test_some_parameters_may_be_constants_of_the_program() -> None:
     fixed = {k: params[k] for k in rest}
     found = jax.jit(lambda a: plan.vector({first: a} | fixed))(params[first])
     assert relative_error(found, plan.vector(params)) < 1e-12
+
+
+@pytest.mark.parametrize("name", NONLINEAR)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_a_larger_start_under_jit(name: str, dtype: str) -> None:
+    plan = tna.SuperLoRA(NONLINEAR[name], LARGER)
+    params = plan.init("jax", dtype)
+    assert not any(np.asarray(delta, np.float64).any() for delta in jax.jit(plan.deltas)(params))
+    assert not np.asarray(jax.jit(lambda p: plan.delta(p, 2))(params), np.float64).any()
+
+
+def test_positions_past_2_31_are_not_truncated() -> None:
+    backend = load_backend("jax")
+    with jax.enable_x64(False):
+        with pytest.raises(tna.BackendError, match="positions past 2"):
+            backend.constant(np.array([2**31 + 5]), None)
+        assert int(backend.constant(np.array([2**31 - 1]), None)[0]) == 2**31 - 1
+    assert int(backend.constant(np.array([2**31 + 5]), None)[0]) == 2**31 + 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -337,6 +336,10 @@ def test_bad_init() -> None:
         plan.init(dtype=np.float32)  # type: ignore[arg-type]
     with pytest.raises(tna.BackendError, match="live on 'cpu'"):
         plan.init(device="cuda")
+    large = tna.SuperLoRA(tna.presets.lora(512), [(4096, 4096)])
+    with pytest.raises(tna.BackendError):
+        assert peak_of(lambda: large.init(device="cuda")) == 0  # never reached
+    assert not large.groups[0].start.kept
 
 
 def test_what_is_refused_is_refused_before_anything_is_allocated() -> None:
@@ -355,8 +358,34 @@ def test_what_is_refused_is_refused_before_anything_is_allocated() -> None:
     assert peak_of(attempts) < 1 << 20
 
 
-def test_math_is_not_hidden_by_names() -> None:
-    """Every public name says what it is: no stub, no docstring missing."""
+def test_neighbours_in_one_group_are_one_slice() -> None:
+    plan = tna.SuperLoRA(tna.presets.superlora(2), [(5, 4)] * 6)
+    assert len(plan.layout.of_slice(0, plan.size)) == 1
+    assert len(plan.layout.of_slice(7, 93)) == 1
+    listed = tna.SuperLoRA(tna.presets.superlora(2, groups=[[1, 0], [2]]), [(5, 4)] * 3)
+    assert len(listed.layout.of_slice(0, 60)) == 3
+
+
+def test_construction_is_small_and_ends_for_any_values() -> None:
+    for config, shapes in (
+        (tna.Config(fold=(1 << 61, 2)), [(10, 10)]),
+        (tna.Config(fold=(2**8 * 3**4 * 5**2 * 7 * 11 * 13, 2), splits=8), [(10, 10)]),
+        (tna.Config(groups=10**9), [(10**9, 10)]),
+        (tna.Config(terms=1 << 16), [(4, 4)]),
+    ):
+        assert peak_of(lambda c=config, s=shapes: tna.SuperLoRA(c, s).num_parameters) < 200 << 20
+    for config, shapes in (
+        (tna.Config(), [(10**5000, 2)]),
+        (tna.Config(), [(1 << 40, 1 << 40)]),
+        (tna.Config(fold=((1 << 61) - 1, 2), splits=2), [(10, 10)]),
+    ):
+        with pytest.raises(tna.ShapeError):
+            tna.SuperLoRA(config, shapes)
+    for layers in ([[0]], 5, iter([0, 1])):
+        with pytest.raises(tna.ConfigError, match="layers"):
+            tna.SuperLoRA(tna.Config(groups="layer"), [(2, 2)], layers=layers)  # type: ignore[arg-type]
+
+
+def test_every_public_name_says_what_it_is() -> None:
     for name in tna.__all__:
         assert getattr(tna, name).__doc__, name
-    assert math.prod(tna.SuperLoRA(tna.Config(), [(2, 2)]).shapes[0]) == 4

@@ -102,7 +102,10 @@ def _shapes(text: str) -> list[tuple[int, int]]:
     size, _, times = text.partition("*")
     rows, _, cols = size.partition("x")
     try:
-        return [(int(rows), int(cols))] * int(times or 1)
+        repeat = int(times or 1)
+        if repeat < 1:
+            raise ValueError
+        return [(int(rows), int(cols))] * repeat
     except ValueError:
         raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {text!r}") from None
 

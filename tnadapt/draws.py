@@ -260,7 +260,7 @@ def permutation(
     Parameters
     ----------
     size : int
-        Length of the whole permutation, 1 to 2**63.
+        Length of the whole permutation, 1 to 2**63 - 1.
     seed, group : int
         Which permutation.
     start, stop : int

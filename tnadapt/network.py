@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 from .backends import Backend
 from .backends.base import Array
 from .boxes import boxes
 from .config import Config
-from .errors import ConfigError, ShapeError
+from .errors import ShapeError
 from .folding import balanced_shape, hypercube_shape, kronecker_sizes
 from .formats import Format, make_format
 from .products import hadamard_tensor, kronecker_tensor
@@ -156,17 +157,15 @@ class Network:
 
     def _sum(self, backend: Backend, arrays: Mapping[str, Array], ranges: Sequence[tuple[int, int]]) -> Array:
         """The tensor on a box: the sum over terms."""
-        total = None
+        compute = self._kronecker if self.kronecker else self._hadamard
+        terms = []
         for prefixes in self.prefixes:
             own = [
                 {name: arrays[prefix + name] for name in split.shapes}
                 for prefix, split in zip(prefixes, self.splits, strict=True)
             ]
-            term = self._kronecker(backend, own, ranges) if self.kronecker else self._hadamard(backend, own, ranges)
-            total = term if total is None else total + term
-        if total is None:
-            raise ConfigError("a network needs at least one term")
-        return total
+            terms.append(compute(backend, own, ranges))
+        return functools.reduce(operator.add, terms)
 
     def _hadamard(
         self, backend: Backend, own: Sequence[Mapping[str, Array]], ranges: Sequence[tuple[int, int]]

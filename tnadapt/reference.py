@@ -20,8 +20,12 @@ from numpy.typing import NDArray
 
 from . import draws
 from .config import Config
+from .errors import ConfigError
 
 __all__ = ["count", "deltas", "matrix", "positions", "project", "tanhshrink"]
+
+# F is compared as a dense matrix up to this length: half a gigabyte.
+LARGEST = 1 << 13
 
 Float = NDArray[np.floating[Any]]
 Params = Mapping[str, Float]
@@ -246,6 +250,11 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
     -------
     ndarray of float64, shape (n_out, n_in)
 
+    Raises
+    ------
+    ConfigError
+        If a side is longer than 2**13.
+
     Notes
     -----
     ``diag(B) H[:n] Π diag(G) H[:, :n_in]``: the transpose of the paper's equation (4), which writes F from
@@ -261,6 +270,11 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
     """
     from scipy.linalg import hadamard
 
+    if max(n_in, n_out) > LARGEST:
+        raise ConfigError(
+            f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
+            "a side: give smaller shapes, or more groups"
+        )
     if kind == "identity":
         return np.eye(n_out)
     if kind == "shuffle":
@@ -277,7 +291,7 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
 
 
 def project(config: Config, x: Float, n_out: int, stream: int = 0) -> Float:
-    """F(x) by the dense matrix.
+    """F(x) by the dense matrix (the identity needs none).
 
     Parameters
     ----------
@@ -297,7 +311,7 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0) -> Float:
     >>> project(Config(projection="shuffle"), np.array([0.0, 1.0, 2.0, 3.0]), 4)
     array([3., 1., 2., 0.])
     """
-    y = matrix(config.projection, len(x), n_out, config.seed, stream) @ x
+    y = x if config.projection == "identity" else matrix(config.projection, len(x), n_out, config.seed, stream) @ x
     return tanhshrink(y) if config.projection.startswith("nonlinear") else np.asarray(y)
 
 

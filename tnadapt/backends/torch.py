@@ -49,7 +49,8 @@ class TorchBackend(Backend):
         if not torch.compiler.is_compiling():
             return super().fixed(source, key, device, keep)
         # torch.compile must not trace the drawing (NumPy's integer arithmetic), so that runs outside
-        # the graph; what it left on `source` is then read as any tensor that the graph finds.
+        # the graph; what it left on `source` is then read as any tensor that the graph finds. It is kept
+        # in any case: the compiled program needs it as long as it lives.
         return getattr(source, self._place(source, key, device))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
