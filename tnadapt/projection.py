@@ -10,16 +10,14 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any
-
-import numpy as np
 
 from . import draws
 from .backends import Backend, get_backend
-from .backends.base import Array, FixedArrays
+from .backends.base import Array
 from .errors import ConfigError, ShapeError, integer, shown
 from .folding import MAX_SIZE
 from .hadamard import fwht_last
+from .projection_draws import ProjectionDraws, hadamard_rows
 
 __all__ = ["KINDS", "NONLINEAR", "Projection"]
 
@@ -103,7 +101,7 @@ class Projection:
         self.padded = 1 << (max(n_in, n_out) - 1).bit_length()
         # Length of the transform that is left of H pad(x) once its zeros are pruned.
         self._pruned = 1 << (n_in - 1).bit_length()
-        self._draws = _Draws(kind, n_out, self.padded, self._pruned, seed, group)
+        self._draws = ProjectionDraws(kind, n_out, self.padded, self._pruned, seed, group)
 
     def __repr__(self) -> str:
         return f"Projection({self.kind!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
@@ -313,60 +311,13 @@ class Projection:
             z = backend.take(small, self._draws.piece(backend, "index", lo, hi, x))
             z = z * self._draws.piece(backend, "gain", lo, hi, x, kind)
             z = backend.reshape(z, (*x.shape[:-1], (hi - lo) // low, low))
-            rows = _hadamard_rows.on(backend, (first, end, lo // low, hi // low, high), x, kind, keep=False)
+            rows = hadamard_rows.on(backend, (first, end, lo // low, hi // low, high), x, kind, keep=False)
             part = backend.matmul(rows, z)
             mixed = part if mixed is None else mixed + part
         y = fwht_last(backend, mixed)
         y = backend.reshape(y, (*x.shape[:-1], (end - first) * low))[..., start - first * low : stop - first * low]
         y = y * self._draws.piece(backend, "diagonal", start, stop, x, kind)
         return y if self.linear else _tanhshrink(backend, y)
-
-
-class _Draws(FixedArrays):
-    """The vectors that make one F: perm, inverse, g and diagonal as drawn; index and gain as used.
-
-    ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the
-    period and ``gain = g[perm]``.
-    """
-
-    def __init__(self, kind: str, length: int, padded: int, pruned: int, seed: int, group: int) -> None:
-        super().__init__()
-        self.lengths = {"diagonal": length}
-        self.whole = length if kind == "shuffle" else padded
-        self.signs = not kind.endswith("_v2")
-        self.pruned, self.seed, self.group = pruned, seed, group
-
-    def part(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements ``start`` to ``stop - 1`` of one of them, drawn without the rest."""
-        if name in ("perm", "inverse"):
-            return draws.permutation(self.whole, self.seed, self.group, start, stop, inverse=name == "inverse")
-        if name == "g":
-            return draws.normals(self.seed, self.group, draws.PURPOSE["gaussian"], start, stop)
-        if name == "index":
-            return self.part("perm", start, stop) & (self.pruned - 1)
-        if name == "gain":
-            return draws.normals_at(self.seed, self.group, draws.PURPOSE["gaussian"], self.part("perm", start, stop))
-        if self.signs:
-            return draws.signs(self.seed, self.group, start, stop)
-        return draws.normals(self.seed, self.group, draws.PURPOSE["gaussian_v2"], start, stop)
-
-    def make(self, key: Any) -> np.ndarray:
-        if isinstance(key, tuple):
-            return self.part(*key)
-        length = self.lengths.get(key, self.whole)
-        if key == "gain":
-            # Drawing in order and gathering costs a quarter of drawing at scattered places.
-            return np.take(self.part("g", 0, length), self.part("perm", 0, length))
-        whole = self.part(key, 0, length)
-        # Half the memory where positions fit in 32 bits.
-        return whole.astype(np.int32) if whole.dtype == np.int64 and self.whole <= 1 << 31 else whole
-
-    def piece(self, backend: Backend, name: str, start: int, stop: int, like: Array, dtype: str | None = None) -> Array:
-        """:meth:`part` in like's library; from the whole where that has been drawn already."""
-        if name in self.kept:
-            whole = self.on(backend, name, like)[start:stop]
-            return whole if dtype is None else backend.astype(whole, dtype)
-        return self.on(backend, (name, start, stop), like, dtype, keep=False)
 
 
 def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
@@ -397,20 +348,3 @@ def _shrink_series(terms: int) -> list[float]:
 
 # For |t| < 1/4 what is left out is below 1e-15 of the sum: each term is at most 0.026 of the one before.
 _SHRINK_SERIES = _shrink_series(9)
-
-
-class _HadamardRows(FixedArrays):
-    """Parts of orthonormal Hadamard matrices: entry (i, j) is (-1) ** popcount(i & j) / sqrt(size).
-
-    Keys are (first row, last row + 1, first column, last column + 1, size).
-    """
-
-    def make(self, key: Any) -> np.ndarray:
-        row_start, row_stop, col_start, col_stop, size = key
-        bits: np.ndarray = np.bitwise_and.outer(np.arange(row_start, row_stop), np.arange(col_start, col_stop))
-        for shift in (32, 16, 8, 4, 2, 1):
-            bits = bits ^ (bits >> shift)
-        return np.asarray((1 - 2 * (bits & 1)) / math.sqrt(size))
-
-
-_hadamard_rows = _HadamardRows()
