@@ -156,6 +156,12 @@ def test_a_nonlinear_start_is_alive_and_small() -> None:
     assert 0.05 < np.sqrt(np.mean(t**2)) < 0.6
 
 
+def test_thousands_of_terms_start_in_time_that_grows_with_their_number() -> None:
+    # Looking each array's number up in a list would take a billion steps.
+    params = tna.SuperLoRA(tna.Config(rank=1, terms=1 << 14), [(2, 2)]).init()
+    assert len(params) == 2 << 14
+
+
 def test_a_start_of_one_group_is_not_another_groups() -> None:
     params = tna.SuperLoRA(P.lora(2), [(6, 6)] * 2).init()
     assert not np.array_equal(params["group0.split0.factor1"], params["group1.split0.factor1"])

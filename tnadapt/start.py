@@ -74,6 +74,10 @@ class Start(FixedArrays):
             np.float32((_linear_std if self.projection.linear else _nonlinear_std)(self.network, self.projection))
         )
 
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.network.shapes)}
+
     def make(self, key: Any) -> np.ndarray:
         """One array, float32, by name; or by (name, dtype), with its numbers rounded to what that dtype holds."""
         if isinstance(key, tuple):
@@ -86,7 +90,7 @@ class Start(FixedArrays):
             return np.ones(shape, np.float32)
         if self.projection.linear and key.endswith(last + split.zero):
             return np.zeros(shape, np.float32)
-        purpose = draws.PURPOSE["start"] + list(self.network.shapes).index(key)
+        purpose = draws.PURPOSE["start"] + self._numbers[key]
         drawn = draws.normals(self.seed, self.group, purpose, 0, math.prod(shape))
         return _scaled(drawn, self.std).reshape(shape)
 
