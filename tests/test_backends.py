@@ -104,6 +104,8 @@ def test_devices_that_are_not_there() -> None:
 def test_registering() -> None:
     with pytest.raises(tna.BackendError, match="cannot be replaced"):
         register_backend("numpy", lambda: load_backend("numpy"))
+    with pytest.raises(tna.BackendError, match="a name and a callable"):
+        register_backend("mine", None)  # type: ignore[arg-type]
     with pytest.raises(tna.BackendError, match="no backend named 'nonsense'"):
         load_backend("nonsense")
 

@@ -130,6 +130,8 @@ def test_streams_of_other_seeds_groups_and_purposes_differ() -> None:
         (ConfigError, lambda: draws.words(2**64, 0, 0, 0, 1)),
         (ConfigError, lambda: draws.words(0, 2**32, 0, 0, 1)),
         (ShapeError, lambda: draws.words(0, 0, 0, 2, 1)),
+        (ConfigError, lambda: draws.words("a", 0, 0, 0, 1)),
+        (ShapeError, lambda: draws.permutation("a", 0, 0)),
         (ShapeError, lambda: draws.permutation(0, 0, 0)),
         (ShapeError, lambda: draws.permutation(5, 0, 0, 0, 6)),
         (ShapeError, lambda: draws.normals(0, 0, 2, -1, 1)),

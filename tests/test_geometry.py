@@ -56,5 +56,7 @@ def test_zero_updates_and_bad_input() -> None:
     for k in (0, 4):
         with pytest.raises(tna.ShapeError, match="k must be from 1 to 3"):
             tna.geometry(np.eye(3), np.eye(3), k)
+    with pytest.raises(tna.BackendError, match="complex128"):
+        tna.geometry(1j * np.eye(3), np.eye(3, dtype=complex), 1)
     with pytest.raises(tna.BackendError, match="dtypes"):
         tna.geometry(np.eye(3), np.eye(3, dtype=np.float32))

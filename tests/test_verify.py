@@ -134,6 +134,11 @@ def test_errors_of_arrays_of_other_shapes_are_infinite() -> None:
 def test_bad_input() -> None:
     with pytest.raises(tna.ConfigError, match="shapes belong to a config"):
         verify(shapes=[(2, 2)])
+    for wanted in ([], "numpy"):
+        with pytest.raises(tna.ConfigError, match="a list of one or more names"):
+            verify(backends=wanted)
+    with pytest.raises(tna.ConfigError, match="seed must be from 0"):
+        verify(tna.Config(), backends=["numpy"], seed=-1)
     with pytest.raises(tna.BackendError, match="no backend named 'nope'"):
         verify(backends=["nope"])
     with pytest.raises(tna.ConfigError, match="needs layers"):

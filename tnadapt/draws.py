@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ConfigError, ShapeError
+from .errors import ConfigError, ShapeError, integer
 
 __all__ = [
     "PURPOSE",
@@ -52,10 +52,10 @@ def chunks(start: int, stop: int, size: int = CHUNK) -> Iterator[tuple[int, int]
 
 
 def _check_stream(seed: int, group: int, start: int, stop: int) -> None:
-    if not 0 <= seed < 1 << 64:
-        raise ConfigError(f"seed must be an integer from 0 to 2**64 - 1; got {seed!r}")
-    if not 0 <= group < 1 << 32:
-        raise ConfigError(f"group must be an integer from 0 to 2**32 - 1; got {group!r}")
+    integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
+    integer("group", group, 0, (1 << 32) - 1, ConfigError)
+    for name, value in (("start", start), ("stop", stop)):
+        integer(name, value, 0, 1 << 63, ShapeError)
     if not 0 <= start <= stop:
         raise ShapeError(f"a draw needs 0 <= start <= stop; got start={start}, stop={stop}")
 
@@ -292,10 +292,11 @@ def permutation(
     >>> permutation(16, seed=0, group=0, start=14, stop=16, inverse=True).tolist()
     [0, 7]
     """
+    integer("size", size, 1, (1 << 63) - 1, ShapeError)
     stop = size if stop is None else stop
     _check_stream(seed, group, start, stop)
-    if not 1 <= size < 1 << 63 or stop > size:
-        raise ShapeError(f"a permutation needs 1 <= size < 2**63 and stop <= size; got size={size}, stop={stop}")
+    if stop > size:
+        raise ShapeError(f"a permutation of {size} has no element {stop - 1}; got stop={stop}")
     bits = (size - 1).bit_length()
     step = _feistel(bits, words(seed, group, PURPOSE["permutation"], 0, 8), inverse)
     out = np.empty(stop - start, np.int64)

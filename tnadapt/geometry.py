@@ -50,7 +50,7 @@ def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
     ShapeError
         If they are not two finite matrices of one shape, or k does not fit.
     BackendError
-        If libraries, dtypes or devices are mixed.
+        If libraries, dtypes or devices are mixed, or the dtype is not real floating.
 
     Notes
     -----
@@ -71,6 +71,7 @@ def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
     Geometry(d_left=1.0, d_right=1.0, d_euclid=0.0)
     """
     backend = get_backend(dense, variant)
+    backend.require_float(dense, "an update")
     if len(dense.shape) != 2 or tuple(dense.shape) != tuple(variant.shape):
         raise ShapeError(
             f"geometry compares two matrices of one shape; got {tuple(dense.shape)} and {tuple(variant.shape)}"

@@ -17,7 +17,7 @@ from . import laws as rules
 from . import presets
 from .backends import available_backends, load_backend
 from .config import Config
-from .errors import ConfigError
+from .errors import ConfigError, integer, shown
 from .laws import Law
 
 __all__ = ["Law", "Report", "examples", "verify"]
@@ -121,7 +121,8 @@ def verify(
     Raises
     ------
     ConfigError
-        If shapes are given without a config, or the config does not suit them.
+        If shapes are given without a config, the config does not suit them, seed is no integer from 0 to
+        2**64 - 1, or backends names nothing.
     BackendError
         If a backend is unknown.
 
@@ -142,6 +143,7 @@ def verify(
     """
     if config is None and shapes is not None:
         raise ConfigError("shapes belong to a config; give verify(config, shapes)")
+    seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
     names, absent = _usable(backends)
     tell = progress or (lambda line: None)
     found: list[Law] = []
@@ -187,5 +189,7 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
 def _usable(wanted: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
     if wanted is None:
         return available_backends(), {}
+    if isinstance(wanted, str) or not wanted:
+        raise ConfigError(f'backends must be a list of one or more names, e.g. ["numpy"]; got {shown(wanted)}')
     absent = {name: "no device to compute on" for name in wanted if not load_backend(name).usable()}
     return [name for name in wanted if name not in absent], absent

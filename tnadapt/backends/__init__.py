@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import BackendError
+from ..errors import BackendError, shown
 from .base import Backend
 
 __all__ = ["Backend", "available_backends", "get_backend", "load_backend", "register_backend"]
@@ -73,7 +73,7 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
     Raises
     ------
     BackendError
-        If the name is one of tnadapt's own.
+        If the name is one of tnadapt's own, or the two are no name and no callable.
 
     Notes
     -----
@@ -92,6 +92,8 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
     >>> tna.fwht(array_api_strict.asarray([1.0, 2.0]), normalize=False)
     Array([ 3., -1.], dtype=array_api_strict.float64)
     """
+    if not isinstance(name, str) or not callable(factory):
+        raise BackendError(f"register_backend takes a name and a callable; got {shown(name)} and {shown(factory)}")
     if name in BUILT_IN:
         raise BackendError(f"{name!r} is one of tnadapt's own backends and cannot be replaced; choose another name")
     _instances.pop(name, None)
