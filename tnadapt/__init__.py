@@ -8,24 +8,31 @@ Importing this imports no framework.
 from . import presets
 from .backends import register_backend
 from .config import Config
-from .errors import BackendError, ConfigError, ShapeError, TnadaptError
+from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
+from .files import AdapterFile, load, save
 from .folding import from_hypercube, hypercube_shape, to_hypercube
 from .geometry import geometry
 from .hadamard import fwht
 from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from .projection import Projection
 from .superlora import SuperLoRA, parameter_count
+from .target import Rows, Target
 from .verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterFile",
     "BackendError",
     "Config",
     "ConfigError",
+    "FileError",
     "Projection",
+    "Rows",
     "ShapeError",
     "SuperLoRA",
+    "Target",
+    "TargetError",
     "TnadaptError",
     "cp_to_tensor",
     "from_hypercube",
@@ -34,9 +41,11 @@ __all__ = [
     "hypercube_shape",
     "kron_matvec",
     "kronecker",
+    "load",
     "parameter_count",
     "presets",
     "register_backend",
+    "save",
     "to_hypercube",
     "tt_to_tensor",
     "tucker_to_tensor",

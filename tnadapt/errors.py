@@ -26,6 +26,14 @@ class BackendError(TnadaptError):
     """An array library, dtype or device that is not known, not available, or mixed with another."""
 
 
+class FileError(TnadaptError):
+    """A file that is damaged, hostile, of another format, or does not belong to what it is used with."""
+
+
+class TargetError(TnadaptError):
+    """A weight of a model that cannot be found, is there twice, or cannot be updated in the way that was asked."""
+
+
 def shown(value: Any) -> str:
     """A value as a message shows it: short, and never an error of its own.
 

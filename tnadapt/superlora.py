@@ -140,6 +140,7 @@ class SuperLoRA:
         self.shapes = self.layout.shapes
         self.size = self.layout.size
         self.num_groups = self.layout.num_groups
+        self._layers = None if layers is None else list(layers)
         self._networks: dict[tuple[int, int], Network] = {}
         # What does not fit is said now.
         for group in self._different:
@@ -150,6 +151,13 @@ class SuperLoRA:
 
     def __repr__(self) -> str:
         return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made again from its few integers, rather than with every draw that it keeps.
+        return SuperLoRA, (self.config, self.shapes, self._layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
+        return self  # nothing in it changes
 
     # -- The plan ----------------------------------------------------------------------------
 

@@ -1,0 +1,807 @@
+"""The adapter file: exact, small, the same bytes each time, and safe to open whatever is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt import AdapterFile, Config, FileError, Rows, SuperLoRA, Target, files
+from tnadapt.fingerprint import Fingerprint, fingerprint
+
+from . import forge
+from .test_adapter_file import CONFIGS, LORA, arrays_of, brain, made
+
+Recipe = dict[str, Any]
+Stored = dict[str, tuple[str, np.ndarray]]
+
+FULL_TARGETS = (
+    Target("model.blocks.0.attn.qkv", (12, 4), "q", rows=Rows(0, 4, 12), layer="0"),
+    Target("model.blocks.0.attn.qkv", (12, 4), "v", rows=Rows(1, 2, 3, 4), layer="0"),
+    Target("blöcke.1.attn", (4, 9), "k", parameter="in_proj_weight", transposed=True, layer="1"),
+    Target("conv", (2, 2, 3, 3), "conv", layer="1"),
+    Target("", (3, 3), layer="2"),
+)
+
+
+def full(config: Config | None = None, dtype: str = "float32") -> AdapterFile:
+    """A file that has everything a file can have."""
+    rng = np.random.default_rng(3)
+    config = config or tna.presets.superlora(1, projection="linear", ratio=0.5, seed=9)
+    shapes = [target.shape for target in FULL_TARGETS]
+    plan = SuperLoRA(config, shapes, layers=[target.layer for target in FULL_TARGETS])
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in plan.param_shapes.items()}
+    next(iter(arrays.values())).flat[:3] = (-0.0, np.finfo(dtype).tiny / 2, np.finfo(dtype).max)
+    kept = {
+        "head.weight": rng.standard_normal((3, 2)),
+        "head.bias": brain(rng.standard_normal(3)),
+        "head.scale": np.float16(1.5)[...],
+        "steps": np.int64(-7)[...],
+        "none": np.zeros((0, 3), np.uint8),
+        "mask": np.array([True, False]),
+    }
+    base = fingerprint([rng.standard_normal(shape).astype(np.float32) for shape in shapes], "float32")
+    return AdapterFile(config, FULL_TARGETS, arrays, kept, {"kept.head.bias": "bfloat16"}, base, "gelu", "Vît")
+
+
+def same(one: AdapterFile, other: AdapterFile) -> None:
+    """Equal to the bit."""
+    for name in ("config", "targets", "dtypes", "base", "activation", "model", "draws"):
+        assert getattr(one, name) == getattr(other, name)
+    mine, theirs = dict(one.tensors()), dict(other.tensors())
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        assert (array.dtype, array.shape) == (theirs[name].dtype, theirs[name].shape)
+        assert array.tobytes() == theirs[name].tobytes()
+
+
+def content_of(file: AdapterFile, folder: Path) -> bytes:
+    tna.save(folder / "made", file)
+    return (folder / "made").read_bytes()
+
+
+def read(folder: Path, content: bytes, **settings: Any) -> AdapterFile:
+    path = folder / "adapter.safetensors"
+    forge.write(path, content)
+    return tna.load(path, **settings)
+
+
+def refusal(folder: Path, content: bytes, **settings: Any) -> str:
+    with pytest.raises(FileError) as caught:
+        read(folder, content, **settings)
+    path = f"{folder / 'adapter.safetensors'}: "
+    assert str(caught.value).startswith(path)
+    assert str(caught.value).count(path) == 1
+    return str(caught.value)[len(path) :]
+
+
+# -- What is saved is what is loaded ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_a_round_trip_is_exact(tmp_path: Path, name: str, dtype: str) -> None:
+    arrays = arrays_of(CONFIGS[name], "float32" if dtype == "bfloat16" else dtype)
+    dtypes = {}
+    if dtype == "bfloat16":
+        arrays = {array: brain(values) for array, values in arrays.items()}
+        dtypes = dict.fromkeys(arrays, dtype)
+    file = made(CONFIGS[name], arrays=arrays, dtypes=dtypes)
+    content = content_of(file, tmp_path)
+    found = read(tmp_path, content)
+    same(file, found)
+    assert content_of(found, tmp_path) == content
+    itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
+    assert len(content) == 8 + int.from_bytes(content[:8], "little") + itemsize * file.num_parameters
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("groups", [1, "layer"])
+def test_everything_it_can_hold_comes_back(tmp_path: Path, dtype: str, groups: Any) -> None:
+    file = full(Config(rank=1, groups=groups, fold="hypercube", alpha=0.1), dtype)
+    found = read(tmp_path, content_of(file, tmp_path))
+    same(file, found)
+    assert [target.layer for target in found.targets] == (["0", "0", "1", "1", "2"] if groups == "layer" else [""] * 5)
+    assert all(array.flags.writeable and array.flags.c_contiguous for _, array in found.tensors())
+
+
+def test_a_path_is_a_string_or_a_path(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "one"), tmp_path / "two", os.fsencode(tmp_path / "three")):
+        tna.save(path, full())
+        same(tna.load(path), full())
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_order_of_dictionaries_and_strides_do_not_show(tmp_path: Path) -> None:
+    file = full()
+    content = content_of(file, tmp_path)
+    turned = AdapterFile(
+        file.config,
+        file.targets,
+        {name: np.asfortranarray(array) for name, array in reversed(file.arrays.items())},
+        {name: np.asarray(array, order="F") for name, array in reversed(file.kept.items())},
+        file.dtypes,
+        file.base,
+        file.activation,
+        file.model,
+    )
+    assert not turned.kept["head.weight"].flags.c_contiguous
+    assert content_of(turned, tmp_path) == content_of(file, tmp_path) == content
+
+
+def test_the_bytes_are_known(tmp_path: Path) -> None:
+    # Format version 1, for ever: with the defaults of Config, the draws of F, and the order of keys and tensors.
+    assert hashlib.sha256(content_of(full(), tmp_path)).hexdigest() == (
+        "5fb6f79ebc0661aec1b57df9686a9a71ed69890fa19e8ac4474d46545a15cadf"
+    )
+
+
+def test_the_defaults_of_the_format_are_all_of_config_s_fields() -> None:
+    assert Config().to_dict() == files._DEFAULTS
+
+
+def test_files_do_not_change_with_config_s_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made(Config(rank=3))
+    recipe, tensors = forge.parsed(content_of(file, tmp_path))
+    assert recipe["config"] == {"rank": 3}
+    # As if Config's default had been another when the format was made.
+    monkeypatch.setitem(files._DEFAULTS, "rank", 3)
+    assert forge.parsed(content_of(file, tmp_path))[0]["config"] == {}
+    same(read(tmp_path, forge.adapter({**recipe, "config": {}}, tensors)), file)
+
+
+# -- The format is what its specification says --------------------------------------------------
+
+
+def test_a_reader_by_the_specification_reads_it(tmp_path: Path) -> None:
+    file = full()
+    recipe, tensors = forge.parsed(content_of(file, tmp_path))
+    shapes = [target.shape for target in FULL_TARGETS]
+    assert file.base is not None
+    assert recipe == {
+        "version": 1,
+        "config": {"rank": 1, "groups": 1, "fold": "hypercube", "projection": "linear", "ratio": 0.5, "seed": 9},
+        "targets": [
+            ["model.blocks.0.attn.qkv", [12, 4], "q", {"rows": [0, 4, 12, 1]}],
+            ["model.blocks.0.attn.qkv", [12, 4], "v", {"rows": [1, 2, 3, 4]}],
+            ["blöcke.1.attn", [4, 9], "k", {"parameter": "in_proj_weight", "transposed": True}],
+            ["conv", [2, 2, 3, 3], "conv"],
+            ["", [3, 3], "linear"],
+        ],
+        "model": "Vît",
+        "activation": "gelu",
+        "base": {"dtype": "float32", "sha256": file.base.sha256, "sketch": list(file.base.sketch)},
+        "draws": file.draws,
+    }
+    assert shapes == [(4, 4), (8, 4), (9, 4), (2, 18), (3, 3)]
+    assert {name: (dtype, array.shape) for name, (dtype, array) in tensors.items()} == {
+        "group0.split0.factor0": ("F32", (9, 1)),
+        "group0.split0.factor1": ("F32", (9, 1)),
+        "kept.head.weight": ("F64", (3, 2)),
+        "kept.head.bias": ("BF16", (3,)),
+        "kept.head.scale": ("F16", ()),
+        "kept.steps": ("I64", ()),
+        "kept.none": ("U8", (0, 3)),
+        "kept.mask": ("BOOL", (2,)),
+    }
+    assert np.array_equal(tensors["group0.split0.factor0"][1], file.arrays["group0.split0.factor0"])
+
+
+def test_a_writer_by_the_specification_is_read(tmp_path: Path) -> None:
+    file = full()
+    content = content_of(file, tmp_path)
+    recipe, tensors = forge.parsed(content)
+    same(read(tmp_path, forge.adapter(recipe, tensors)), file)
+    # Neither the order of the tensors nor how the JSON is written is laid down.
+    same(read(tmp_path, forge.adapter(recipe, tensors, sorted(tensors, reverse=True))), file)
+    header, data = forge.listed(tensors)
+    loose = json.dumps({"__metadata__": {"tnadapt": forge.seal(recipe, tensors)}, **header}, indent=1)
+    same(read(tmp_path, forge.container(loose, data)), file)
+
+
+def test_safetensors_reads_it(tmp_path: Path) -> None:
+    file = full()
+    content = content_of(file, tmp_path)
+    theirs = dict(safetensors.deserialize(content))
+    assert {name: bytes(tensor["data"]) for name, tensor in theirs.items()} == {
+        name: array.tobytes() for name, (_, array) in forge.parsed(content)[1].items()
+    }
+    with safetensors.safe_open(str(tmp_path / "made"), framework="np") as opened:
+        assert list(opened.metadata()) == ["tnadapt"]
+        assert np.array_equal(opened.get_tensor("kept.head.weight"), file.kept["head.weight"])
+
+
+def test_what_is_as_usual_is_not_stored(tmp_path: Path) -> None:
+    file = AdapterFile(Config(), [Target("fc", (2, 2))], SuperLoRA(Config(), [(2, 2)]).init())
+    recipe, _ = forge.parsed(content_of(file, tmp_path))
+    assert recipe == {"version": 1, "config": {}, "targets": [["fc", [2, 2], "linear"]]}
+
+
+def test_the_smallest_adapter_of_the_paper_is_a_small_file(tmp_path: Path) -> None:
+    # The U-Net's 42 projections, and 31 parameters: LoRTA of order 5 before F of ratio 0.01.
+    sizes = [64] * 2 + [128] * 6 + [128] + [128] * 9 + [64] * 3
+    targets = [
+        Target(f"downblocks.{block}.attn.proj_{role}", (size, size, 1, 1), role)
+        for block, size in enumerate(sizes)
+        for role in "qv"
+    ]
+    config = Config(
+        rank=1,
+        order=5,
+        groups=1,
+        fold="hypercube",
+        format="tucker",
+        projection="linear",
+        ratio=0.01,
+        alpha=16.0,
+        seed=1,
+    )
+    shapes = [target.shape for target in targets]
+    base = fingerprint([np.full(shape, 0.01, np.float32) for shape in shapes], "float32")
+    file = AdapterFile(config, targets, SuperLoRA(config, shapes).init(), base=base, model="UNet2DModel")
+    assert (len(targets), file.num_parameters) == (42, 31)
+    content = content_of(file, tmp_path)
+    assert len(content) < 6000
+    same(read(tmp_path, content), file)
+
+
+# -- Damage -------------------------------------------------------------------------------------
+
+
+def small(tmp_path: Path) -> bytes:
+    config = tna.presets.superlora(1, projection="shuffle")
+    target = Target("fc", (2, 3), rows=Rows(0, 1, 2))
+    base = Fingerprint("0" * 64, "float16", (0.5,) * 8)
+    arrays = SuperLoRA(config, [(1, 3)]).init()
+    return content_of(AdapterFile(config, [target], arrays, {"head": np.ones(1)}, base=base, model="M"), tmp_path)
+
+
+def test_cut_off_anywhere_it_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path)
+    for length in range(len(content)):
+        refusal(tmp_path, content[:length])
+    for more in (b"\0", b" ", content):
+        refusal(tmp_path, content + more)
+
+
+def test_whichever_byte_is_changed_it_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path)
+    for position in range(len(content)):
+        for flip in (0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0xFF):
+            refusal(tmp_path, content[:position] + bytes([content[position] ^ flip]) + content[position + 1 :])
+
+
+def test_whatever_a_byte_is_changed_to_it_is_refused(tmp_path: Path) -> None:
+    # All 255 others, where one that means the same is likeliest: in the padding, and among the outer punctuation.
+    content = small(tmp_path)
+    header = content[: 8 + int.from_bytes(content[:8], "little")]
+    positions = list(range(len(header.rstrip(b" ")), len(header)))
+    assert positions
+    positions += [7, 8, 9, 24, header.index(b'"F64"'), header.index(b"[", header.index(b"shape")) + 1]
+    for position, value in itertools.product(positions, range(256)):
+        if content[position] != value:
+            refusal(tmp_path, content[:position] + bytes([value]) + content[position + 1 :])
+
+
+def test_a_byte_too_many_or_too_few_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path)
+    for position in range(len(content)):
+        refusal(tmp_path, content[:position] + content[position + 1 :])
+        refusal(tmp_path, content[:position] + b"0" + content[position:])
+
+
+def test_swapped_tensors_are_noticed(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(made(), tmp_path))
+    header, data = forge.listed(tensors)
+    one, other = "group0.split0.factor0", "group2.split0.factor0"
+    header[one]["data_offsets"], header[other]["data_offsets"] = (
+        header[other]["data_offsets"],
+        header[one]["data_offsets"],
+    )
+    text = forge.seal(recipe, tensors)
+    assert "is damaged" in refusal(tmp_path, forge.container({"__metadata__": {"tnadapt": text}, **header}, data))
+
+
+# -- Files of others ----------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (Path("exploded"),)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("value", [Bomb(), 1, {"lora_A": [1.0] * 100}])
+def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int, value: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    why = refusal(tmp_path, pickle.dumps(value, protocol))
+    assert why.startswith("is a pickle, which can run any program when it is opened: it was not.")
+    assert not Path("exploded").exists()
+
+
+def test_a_file_of_torch_is_not_opened(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb()))
+    assert "is a zip archive, as torch.save makes it of a pickle" in refusal(tmp_path, buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "likeness"),
+    [
+        ("base_model.model.fc.lora_A.weight", {"format": "pt"}, "an adapter of PEFT: 1 tensor such as 'base_model.mod"),
+        ("lora_unet_fc.lora_up.weight", {}, "an adapter of LyCORIS or kohya: 1 tensor"),
+        ("lycoris_fc.lokr_w1", {}, "an adapter of LyCORIS or kohya: 1 tensor"),
+        ("model.fc.weight", {"format": "pt"}, "weights that torch saved: 1 tensor such as 'model.fc.weight'"),
+        ("x", None, "a file of another library: 1 tensor such as 'x'"),
+    ],
+)
+def test_somebody_else_s_file_is_named(tmp_path: Path, name: str, metadata: Any, likeness: str) -> None:
+    header, data = forge.listed({name: ("F32", np.ones((2, 2)))})
+    if metadata is not None:
+        header["__metadata__"] = metadata
+    why = refusal(tmp_path, forge.container(header, data))
+    assert why.startswith("is no tnadapt adapter: its metadata has no entry 'tnadapt'. It looks like " + likeness)
+
+
+def test_no_file_and_no_path(tmp_path: Path) -> None:
+    for path, why in ((tmp_path / "missing", "No such file"), (tmp_path, "is a folder; give the path of a file in it")):
+        with pytest.raises(FileError, match=f"^{path}: {why}"):
+            tna.load(path)
+    for path in (3, None, "a\0b", "\ud8ff", ["a"]):
+        for use in (tna.load, lambda path: tna.save(path, full())):
+            with pytest.raises(FileError, match="a path must be a string or PathLike that can name a file"):
+                use(path)
+
+
+def test_a_newer_format_says_so(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(small(tmp_path))
+    why = refusal(tmp_path, forge.adapter({**recipe, "version": 2, "more": "unheard of"}, tensors))
+    assert why == "has format version 2, and this tnadapt reads up to 1: update tnadapt"
+
+
+# -- A recipe that is none ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"version": 0}, "the format version 0; expected 1"),
+        ({"version": True}, "the format version True; expected 1"),
+        ({"version": 1.0}, "the format version 1.0; expected 1"),
+        ({"version": "1"}, "the format version '1'; expected 1"),
+        ({"version": None}, "the format version None; expected 1"),
+        ({"more": 1}, "unknown keys: 'more'; lacks: none"),
+        ({"config": ...}, "unknown keys: none; lacks: 'config'"),
+        ({"targets": ...}, "unknown keys: none; lacks: 'targets'"),
+        ({"config": []}, "config must be an object; got []"),
+        ({"config": None}, "config must be an object; got None"),
+        ({"config": {"rnak": 3}}, "config has unknown fields: 'rnak'"),
+        ({"config": {"rank": -1}}, "config: rank must be from 1 to"),
+        ({"config": {"rank": 1.5}}, "config: rank must be an integer"),
+        ({"config": {"rank": [1, None]}}, "config: format='cp' has one rank"),
+        ({"config": {"fold": ["stack"]}}, "config: fold[0] must be an integer"),
+        ({"config": {"ratio": "1"}}, "config: ratio must be a number"),
+        ({"config": {"groups": [[0], []]}}, "config: groups must be"),
+        ({"config": {"groups": [[0], [7]]}}, "explicit groups must name each of the weights"),
+        ({"config": {"groups": 100}}, "groups=100 is more than the 3 elements"),
+        ({"targets": {}}, "targets must be a list; got {}"),
+        ({"targets": []}, "shapes is empty"),
+        ({"targets": ["fc"]}, "target 0: a target must be [module, shape, role]"),
+        ({"targets": [["fc", [2, 3], "linear"], ["fc", [2], "q"]]}, "target 1: a target's stored shape must be"),
+        ({"targets": [["fc", [2, 3], ["q"]]]}, "target 0: a target's role must be one of"),
+        ({"targets": [["fc", [2, 3], "q", None]]}, "target 0: a target's settings must be among"),
+        ({"targets": [["fc", [2, 3], "q", {"rows": [0, 9, 2, 1]}]]}, "target 0: rows 0 to 8"),
+        ({"targets": [["fc", [2, 1 << 62], "q"]]}, "more than 2**62 elements"),
+        ({"targets": [["\ud800", [1, 3], "q"]]}, "half a surrogate pair"),
+        ({"model": 1}, "model must be a string; got 1"),
+        ({"activation": "sine"}, "activation must be None or one of"),
+        ({"activation": None}, "activation must be a string; got None"),
+        ({"base": {}}, "base must have dtype, sha256 and sketch; got {}"),
+        ({"base": {"dtype": "float32", "sha256": "0", "sketch": [0.0] * 8}}, "a fingerprint's sha256 must be"),
+        ({"base": {"dtype": "float32", "sha256": "0" * 64, "sketch": [0.0] * 7}}, "a fingerprint's sketch must be"),
+        ({"draws": "0" * 63}, "draws must be 64 lower-case hex digits"),
+        ({"draws": "0" * 64 + "\n"}, "draws must be 64 lower-case hex digits"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(tmp_path: Path, changes: Recipe, why: str) -> None:
+    recipe, tensors = forge.parsed(small(tmp_path))
+    changed = {key: value for key, value in {**recipe, **changes}.items() if value is not ...}
+    header, data = forge.listed(tensors)
+    # Escaped, as JSON can be, so that half a surrogate pair gets in.
+    text = forge.seal(changed, tensors, escaped="\\ud800" in repr(changes))
+    assert why in refusal(tmp_path, forge.container({"__metadata__": {"tnadapt": text}, **header}, data))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "the tnadapt entry is not JSON"),
+        ("[]", "the tnadapt entry must be a JSON object; got []"),
+        ('{"version":1,"version":1}', "the tnadapt entry has the key 'version' twice"),
+        ('{"config":{"rank":1,"rank":2}}', "the tnadapt entry has the key 'rank' twice"),
+        ('{"version":NaN}', "the tnadapt entry has the number 'NaN', which is not finite"),
+        ('{"config":' + "[" * 10**5, "the tnadapt entry is nested too deep"),
+        ('{"version":1,"config":{},"targets":[],"sha256":"F"}', "sha256 must be 64 lower-case hex digits; got 'F'"),
+    ],
+)
+def test_an_entry_that_is_none_is_refused(tmp_path: Path, text: str, why: str) -> None:
+    assert why in refusal(tmp_path, forge.container({"__metadata__": {"tnadapt": text}}))
+
+
+def test_there_is_one_entry_of_metadata(tmp_path: Path) -> None:
+    content = small(tmp_path)
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"]["format"] = "pt"
+    why = refusal(tmp_path, forge.container(header, content[8 + length :]))
+    assert why == "must have 'tnadapt' as its only entry of metadata; it also has 'format'"
+    half = forge.container('{"__metadata__":{"tnadapt":"\\ud800"}}')
+    assert "the tnadapt entry has half a surrogate pair" in refusal(tmp_path, half)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "why"),
+    [
+        ("group0.split0.factor0", None, "missing: 'group0.split0.factor0'; unknown: none"),
+        ("group0.split0.factor9", ("F32", np.ones(2)), "missing: none; unknown: 'group0.split0.factor9'"),
+        ("group0.split0.factor0", ("F32", np.ones((1, 2))), "shape (1, 2); config and targets make it (2, 1)"),
+        ("group0.split0.factor0", ("F64", np.ones((2, 1))), "one dtype; got float32 and float64"),
+        ("group0.split0.factor0", ("I64", np.ones((2, 1))), "has dtype int64; expected one of"),
+        ("group0.split0.factor0", ("F32", np.full((2, 1), np.nan)), "'group0.split0.factor0' holds NaN or infinity"),
+        ("kept.head", ("BF16", np.full(1, 0x7F80)), "'kept.head' holds NaN or infinity"),
+        ("kept.", ("F32", np.ones(2)), "kept must be named by strings; got ''"),
+        ("head", ("F32", np.ones(2)), "missing: none; unknown: 'head'"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(tmp_path: Path, name: str, tensor: Any, why: str) -> None:
+    recipe, tensors = forge.parsed(small(tmp_path))
+    changed = {key: value for key, value in {**tensors, name: tensor}.items() if value is not None}
+    assert why in refusal(tmp_path, forge.adapter(recipe, changed))
+
+
+def test_a_name_that_is_none_is_refused(tmp_path: Path) -> None:
+    # What is kept may have any name, and the name is hashed.
+    recipe, tensors = forge.parsed(small(tmp_path))
+    header, data = forge.listed(tensors)
+    header["kept.\ud800"] = header.pop("kept.head")
+    text = json.dumps({"__metadata__": {"tnadapt": forge.seal(recipe, tensors)}, **header})
+    assert "'kept.\\ud800' has half a surrogate pair" in refusal(tmp_path, forge.container(text, data))
+
+
+# -- Draws --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", ["shuffle", "linear", "nonlinear"])
+def test_other_draws_are_refused_by_both_names(tmp_path: Path, projection: str) -> None:
+    file = full(tna.presets.superlora(1, projection=projection))
+    recipe, tensors = forge.parsed(content_of(file, tmp_path))
+    assert recipe["draws"] == file.draws
+    other = forge.adapter({**recipe, "draws": "ab" * 32}, tensors)
+    why = refusal(tmp_path, other)
+    assert f"digest is {'ab' * 32}; on this machine it is {file.draws}" in why
+    same(read(tmp_path, other, check_draws=False), file)
+    missing = forge.adapter({key: value for key, value in recipe.items() if key != "draws"}, tensors)
+    assert "digest is None" in refusal(tmp_path, missing)
+
+
+def test_the_identity_draws_nothing(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(made(), tmp_path))
+    assert "draws" not in recipe
+    assert "on this machine it is None" in refusal(tmp_path, forge.adapter({**recipe, "draws": "ab" * 32}, tensors))
+
+
+# -- Hostile files ------------------------------------------------------------------------------
+
+
+def lora_tensors(count: int, shape: tuple[int, ...] = (1, 1)) -> Stored:
+    return {f"group{n // 2}.split0.factor{n % 2}": ("F16", np.zeros(shape)) for n in range(count)}
+
+
+HUGE = [["fc", [1 << 31, 1 << 31], "q"]]
+MANY_DIVISORS = 9316358251200  # 10,752 of them, which are tried against each other
+TT = {"order": 32, "format": "tt", "fold": "hypercube", "groups": 1}
+
+
+def tt_start_beyond_floats() -> tuple[Recipe, list[Any], Stored]:
+    """Its first step would be a power of 4 beyond the largest float64."""
+    config = {**TT, "rank": 4, "splits": 32, "leading": "same", "combine": "hadamard", "projection": "nonlinear"}
+    shapes = SuperLoRA(Config(**config), [(1 << 16, 1 << 16)]).param_shapes
+    return config, [["fc", [1 << 16, 1 << 16], "q"]], {name: ("F16", np.zeros(s)) for name, s in shapes.items()}
+
+
+HOSTILE: dict[str, tuple[Recipe, list[Any], Stored]] = {
+    "rank": ({"rank": 10**12}, HUGE, lora_tensors(2)),
+    "groups": ({"groups": 1 << 40, "fold": "hypercube"}, HUGE, lora_tensors(2)),
+    "more groups than there are elements": ({"groups": 1 << 62, "fold": "hypercube"}, HUGE, lora_tensors(2)),
+    "terms": ({"terms": 1 << 16, "groups": 1, "fold": "hypercube"}, HUGE, lora_tensors(2)),
+    "terms of a train": ({**TT, "terms": 1 << 16, "splits": 32, "leading": "same"}, HUGE, lora_tensors(2)),
+    "4096 groups of them": (
+        {**TT, "terms": 1 << 16, "splits": 32, "leading": "same", "groups": 4096},
+        HUGE,
+        lora_tensors(2),
+    ),
+    "order": ({"order": 32, "rank": 1 << 40, "groups": 1, "fold": "hypercube", "format": "tucker"}, HUGE, {}),
+    "fold": ({"order": 32, "fold": [1 << 62] * 32, "rank": 1 << 40, "format": "tucker"}, HUGE, lora_tensors(2)),
+    "dense": ({"order": 1, "format": "dense", "groups": 1}, HUGE, {"group0.split0.dense": ("F16", np.zeros(1))}),
+    "a number to factor": (
+        {"order": 1, "splits": 16, "groups": 1},
+        [["fc", [1, MANY_DIVISORS], "q"]],
+        {f"group0.split{k}.{'dense' if k < 15 else 'factor0'}": ("F16", np.zeros(1)) for k in range(16)},
+    ),
+    "many numbers to factor": (
+        {"order": 1, "splits": 2},
+        [["fc", [1, MANY_DIVISORS // (n + 1)], "q"] for n in range(300)],
+        {f"group{n}.split{k}.{'factor0' if k else 'dense'}": ("F16", np.zeros(1)) for n in range(300) for k in (0, 1)},
+    ),
+    "sizes of a fold to factor": (
+        {"order": 32, "splits": 16, "groups": 1, "fold": [MANY_DIVISORS] * 32, "leading": "same"},
+        HUGE,
+        {f"group0.split{k}.factor{m}": ("F16", np.zeros((1, 4))) for k in range(16) for m in range(32)},
+    ),
+    "targets": ({}, [["fc", [1 << 20, 1 << 20], "q"]] * 20_000, lora_tensors(2)),
+    "targets of one group": ({"groups": 1, "fold": "hypercube"}, HUGE * 20_000, lora_tensors(2)),
+    "a group too many": ({"groups": 1001, "fold": "hypercube"}, HUGE, lora_tensors(2000)),
+    "a start beyond floats": tt_start_beyond_floats(),
+    "a shape to print": ({"rank": [10**4000] * 100}, HUGE, {}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:
+    config, targets, tensors = HOSTILE[name]
+    content = forge.adapter({"version": 1, "config": config, "targets": targets, "draws": "0" * 64}, tensors)
+    path = tmp_path / "adapter.safetensors"
+    forge.write(path, content)
+    begin = time.process_time()
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileError) as caught:
+            tna.load(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "SHA-256" not in str(caught.value)  # it is refused for what it claims
+    # In proportion to the file that is there, and to nothing in it.
+    assert peak < (4 << 20) + 40 * len(content)
+    assert time.process_time() - begin < 5.0
+
+
+def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
+    # 64 GiB that take no room on the disk, and would in memory.
+    size = 1 << 36
+    recipe = {"version": 1, "config": {}, "targets": [["fc", [2, 2], "q"]], "sha256": "0" * 64}
+    entry = {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}
+    path = tmp_path / "adapter.safetensors"
+    with open(path, "wb") as file:
+        head = forge.container({"__metadata__": {"tnadapt": forge.compact(recipe)}, "group0.split0.factor0": entry})
+        file.write(head)
+        file.truncate(len(head) + size)
+    with pytest.raises(FileError, match=r"missing: 'group0\.split0\.factor1'"):
+        tna.load(path)
+
+
+# -- Fuzz ---------------------------------------------------------------------------------------
+
+TEXT = st.text(max_size=5) | st.just("kept.\ud800")
+JSON_LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 70)
+    | st.sampled_from([1 << 40, 1 << 62, 1 << 64, -(1 << 63), 10**400])
+    | st.floats(allow_nan=True)
+    | TEXT
+    | st.sampled_from(["weight", "layer", "hypercube", "balanced", "dense", "tucker", "tt", "nonlinear", "hadamard"])
+)
+JSON = st.recursive(JSON_LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=3))
+FIELDS = sorted(Config().to_dict())
+FUZZED = 5 * settings.default.max_examples
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a structure of dictionaries and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at] + [place for key, item in items for place in places(item, (*at, key))]
+
+
+def changed(value: Any, place: tuple[Any, ...], change: Callable[[Any], Any]) -> Any:
+    """A structure with one place of it changed; ``...`` takes it out."""
+    if not place:
+        return change(value)
+    twin = dict(value) if isinstance(value, dict) else list(value)
+    twin[place[0]] = changed(value[place[0]], place[1:], change)
+    if twin[place[0]] is ...:
+        del twin[place[0]]
+    return twin
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, value: Any) -> Any:
+    """A structure with some places replaced, taken out, or exchanged for one another."""
+    for _ in range(draw(st.integers(1, 3))):
+        where = places(value)
+        place, other = draw(st.sampled_from(where)), draw(st.sampled_from(where))
+        kind = draw(st.sampled_from(["replace", "take out", "copy"]))
+        if kind == "replace":
+            value = changed(value, place, lambda _: draw(JSON))
+        elif kind == "take out" and place:
+            value = changed(value, place, lambda _: ...)
+        else:
+            copied = value
+            for key in other:
+                copied = copied[key]
+            value = changed(value, place, lambda _: copied)  # noqa: B023
+        if not isinstance(value, dict):
+            return value
+    return value
+
+
+def survives(folder: Path, content: bytes) -> None:
+    """It is a file, or it is refused by a FileError; quickly, and in little memory."""
+    path = folder / "fuzz.safetensors"
+    forge.write(path, content)
+    begin = time.process_time()
+    refused = f"{path}: "
+    tracemalloc.start()
+    try:
+        tna.load(path)
+    except FileError as error:
+        refused = str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert refused.startswith(f"{path}: ")
+    assert peak < (4 << 20) + 40 * len(content)
+    assert time.process_time() - begin < 5.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+HONEST: list[tuple[Recipe, Stored]] = []
+
+
+def honest(folder: Path) -> list[tuple[Recipe, Stored]]:
+    if not HONEST:
+        HONEST.extend(forge.parsed(content_of(made(config), folder)) for config in CONFIGS.values())
+        HONEST.append(forge.parsed(content_of(full(), folder)))
+    return HONEST
+
+
+@given(data=st.data())
+@settings(max_examples=FUZZED)
+def test_fuzzed_recipes_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
+    recipe, tensors = data.draw(st.sampled_from(honest(folder)))
+    recipe = data.draw(spoiled(recipe))
+    if not isinstance(recipe, dict):
+        header, raw = forge.listed(tensors)
+        text = json.dumps(recipe)
+        survives(folder, forge.container({"__metadata__": {"tnadapt": text}, **header}, raw))
+        return
+    # The SHA-256 is right, so that what is behind it is reached.
+    survives(folder, forge.adapter(recipe, tensors, escaped=True))
+
+
+@given(data=st.data())
+@settings(max_examples=FUZZED)
+def test_fuzzed_configs_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
+    recipe, tensors = data.draw(st.sampled_from(honest(folder)))
+    settings = data.draw(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+    survives(folder, forge.adapter({**recipe, "config": {**recipe["config"], **settings}}, tensors, escaped=True))
+
+
+@given(data=st.data())
+@settings(max_examples=FUZZED)
+def test_fuzzed_headers_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
+    recipe, tensors = data.draw(st.sampled_from(honest(folder)))
+    header, raw = forge.listed(tensors)
+    header = data.draw(spoiled({"__metadata__": {"tnadapt": forge.seal(recipe, tensors)}, **header}))
+    survives(folder, forge.container(json.dumps(header), raw))
+
+
+@given(JSON, st.binary(max_size=20))
+@example({"__metadata__": {}}, b"")
+def test_any_json_is_refused(folder: Path, header: Any, data: bytes) -> None:
+    survives(folder, forge.container(json.dumps(header), data))
+
+
+@given(st.binary(max_size=60))
+@example(b"\x80")
+@example(b"PK\x03\x04")
+@example((2).to_bytes(8, "little") + b"{}")
+def test_any_bytes_are_refused(folder: Path, content: bytes) -> None:
+    survives(folder, content)
+
+
+# -- Saving -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_not_saved(tmp_path: Path, kept: bool, bad: float) -> None:
+    path = tmp_path / "adapter.safetensors"
+    tna.save(path, made())
+    before = path.read_bytes()
+    arrays = arrays_of(LORA)
+    arrays["group1.split0.factor1"][2, 1] = bad
+    file = made(kept={"head": np.array(bad)}) if kept else made(arrays=arrays)
+    name = "kept.head" if kept else "group1.split0.factor1"
+    with pytest.raises(FileError, match=f"^{path}: '{name}' holds NaN or infinity"):
+        tna.save(path, file)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileError, match=f"^{tmp_path}: is a folder; give the path of a file in it"):
+        tna.save(tmp_path, made())
+    path = tmp_path / "no" / "adapter"
+    with pytest.raises(FileError, match=f"^{path}: the folder {tmp_path / 'no'} does not exist; make it first"):
+        tna.save(path, made())
+    with pytest.raises(FileError, match="an AdapterFile can be saved there; got dict"):
+        tna.save(path, {})  # type: ignore[arg-type]
+    monkeypatch.setattr(files, "MAX_HEADER", 100)
+    with pytest.raises(FileError, match="6 arrays need a header of more than 100 bytes; use fewer groups"):
+        tna.save(tmp_path / "adapter", made())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied"), OSError(28, "No space left on device"), OSError("nothing known")],
+)
+def test_a_disk_that_will_not_is_a_file_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    path = tmp_path / "adapter.safetensors"
+    tna.save(path, made())
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(FileError, match=f"^{path}: {error.strerror or 'nothing known'}$") as caught:
+        tna.save(path, full())
+    assert caught.value.__cause__ is error
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# -- What it needs ------------------------------------------------------------------------------
+
+
+def test_saving_and_loading_need_no_framework(tmp_path: Path) -> None:
+    code = """
+import sys
+for name in ("torch", "jax", "cupy"):
+    sys.modules[name] = None
+import tnadapt as tna
+print("safetensors" in sys.modules)
+config = tna.presets.superlora(1, projection="linear")
+file = tna.AdapterFile(config, [tna.Target("fc", (4, 4))], tna.SuperLoRA(config, [(4, 4)]).init())
+tna.save(sys.argv[1], file)
+print(tna.load(sys.argv[1]))
+"""
+    path = str(tmp_path / "adapter")
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\nAdapterFile(8 parameters in 2 arrays, 1 target, 0 kept)\n"

@@ -1,0 +1,328 @@
+"""The safetensors container: read strictly, written atomically. It knows nothing of adapters.
+
+A file is the length of the header in 8 bytes, little-endian; the header, JSON of one object, padded with spaces;
+and the tensors' bytes, little-endian, in C order, one after another. Under each tensor's name the header has
+``{"dtype": …, "shape": […], "data_offsets": [begin, end]}``, counted from the end of the header, and under
+``__metadata__`` an object of strings. Whatever is in a file, reading it gives arrays or a FileError, and
+nothing is allocated before it is known that its bytes are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import FileError, TnadaptError, shown
+
+__all__ = [
+    "DTYPES",
+    "Container",
+    "Entry",
+    "about",
+    "opened",
+    "raw_bytes",
+    "raw_dtype",
+    "replace_file",
+    "serialized",
+    "strict_json",
+]
+
+# A dtype's name in a file -> its name everywhere else.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+MAX_HEADER = 1 << 26
+_MAX_AXES = 64  # NumPy's own limit
+_MAX_BYTES = 1 << 62
+
+
+def raw_dtype(name: str) -> np.dtype[Any]:
+    """What NumPy reads the bytes of a dtype of ``DTYPES`` as: it has no bfloat16, and its bits are a uint16."""
+    return np.dtype("uint16" if name == "BF16" else DTYPES[name]).newbyteorder("<")
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a C-contiguous array, without a copy."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies.
+
+    Attributes
+    ----------
+    dtype : str
+        One of ``DTYPES``.
+    shape : tuple of int
+    start, stop : int
+        Its first byte, and the one after its last, counted from the end of the header.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Container:
+    """An open safetensors file whose header has been read and holds together.
+
+    Attributes
+    ----------
+    entries : dict of str to Entry
+        By the tensors' names.
+    metadata : dict of str to str
+    """
+
+    def __init__(self, file: io.BufferedReader, size: int) -> None:
+        head = file.read(16)
+        length = _header_length(head, size)
+        file.seek(8)
+        self._file, self._data = file, 8 + length
+        header = strict_json(_decoded(file.read(length)), "the header")
+        self.metadata = _checked_metadata(header.pop("__metadata__", {}))
+        self.entries = {name: _entry(name, value) for name, value in header.items()}
+        _check_cover(self.entries, size - self._data)
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor of the file; little-endian, and of bfloat16 its bits as uint16."""
+        entry = self.entries[name]
+        made = np.empty(entry.shape, raw_dtype(entry.dtype))
+        self._file.seek(self._data + entry.start)
+        # A tensor without elements has no bytes to read.
+        if made.size and self._file.readinto(raw_bytes(made)) != made.nbytes:
+            raise FileError(f"the file ended within {shown(name)}, while it was read")
+        if entry.dtype == "BOOL" and made.size and made.view(np.uint8).max() > 1:
+            raise FileError(f"{shown(name)} is BOOL and has bytes other than 0 and 1")
+        return made
+
+
+@contextlib.contextmanager
+def about(path: str) -> Iterator[None]:
+    """Whatever goes wrong within is a FileError that begins with the path."""
+    try:
+        yield
+    except TnadaptError as error:
+        raise FileError(f"{path}: {error}") from error
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise FileError(f"{path}: there is not enough memory for it") from error
+    except ArithmeticError as error:
+        raise FileError(f"{path}: its settings lead to numbers beyond all bounds: {error}") from error
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Container]:
+    """The container at a path.
+
+    Raises
+    ------
+    FileError
+        If there is no file, or it is none that holds together: the message says what it is instead.
+    OSError
+        If it cannot be read.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise FileError("is a folder; give the path of a file in it")
+    if not stat.S_ISREG(mode):
+        # Opening a pipe would wait for somebody to write.
+        raise FileError("is neither a file nor a folder")
+    with open(path, "rb") as file:
+        yield Container(file, os.fstat(file.fileno()).st_size)
+
+
+def _header_length(head: bytes, size: int) -> int:
+    # The first bytes of a pickle can be those of a length, too; then the header's brace follows.
+    pickled = head[:1] == b"\x80" and head[1:2] <= b"\x10"
+    if head[8:9] != b"{" and (pickled or head[:4] == b"PK\x03\x04"):
+        what = "a pickle" if pickled else "a zip archive, as torch.save makes it of a pickle"
+        raise FileError(
+            f"is {what}, which can run any program when it is opened: it was not. "
+            "Save the adapter as a safetensors file, by tnadapt.save"
+        )
+    if size < 8:
+        raise FileError(f"is no safetensors file: it has {size} bytes, and the header's length alone takes 8")
+    length = int.from_bytes(head[:8], "little")
+    if length > size - 8:
+        raise FileError(f"is cut off, or no safetensors file: the header is said to have {length} bytes of {size - 8}")
+    if length > MAX_HEADER:
+        raise FileError(f"has a header of {length} bytes; at most {MAX_HEADER} are read")
+    if head[8:9] != b"{":
+        raise FileError("is no safetensors file: its header does not begin with '{'")
+    return length
+
+
+def _decoded(header: bytes) -> str:
+    text = header.rstrip(b" ")  # the padding; no other is allowed
+    if not text.endswith(b"}"):
+        raise FileError("the header does not end with '}'")
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"the header is not UTF-8: {error}") from error
+
+
+def strict_json(text: str, what: str) -> dict[str, Any]:
+    """The JSON object of a text: no key twice, no NaN or infinity, nothing nested too deep.
+
+    Examples
+    --------
+    >>> strict_json('{"a": 1, "a": 2}', "the header")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: the header has the key 'a' twice
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen = set[str]()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise FileError(f"{what} has the key {shown(twice)} twice")
+        return found
+
+    def number(text: str) -> float:
+        value = float(text)  # 1e999 is infinity; so are the words that JSON does not have
+        if not math.isfinite(value):
+            raise FileError(f"{what} has the number {shown(text)}, which is not finite")
+        return value
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=number)
+    except FileError:
+        raise
+    except ValueError as error:
+        raise FileError(f"{what} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise FileError(f"{what} is nested too deep") from error
+    if not isinstance(found, dict):
+        raise FileError(f"{what} must be a JSON object; got {shown(found)}")
+    return found
+
+
+def _checked_metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise FileError(f"the header's __metadata__ must be an object of strings; got {shown(value)}")
+    return value
+
+
+def _entry(name: str, value: Any) -> Entry:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise FileError(f"the header's {shown(name)} has half a surrogate pair, and is no name") from None
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FileError(
+            f"the header's {shown(name)} must be an object of dtype, shape and data_offsets; got {shown(value)}"
+        )
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FileError(f"{shown(name)} has the dtype {shown(dtype)}; expected one of {', '.join(DTYPES)}")
+    if not _naturals(shape) or len(shape) > _MAX_AXES:
+        raise FileError(f"{shown(name)} has the shape {shown(shape)}; expected up to {_MAX_AXES} natural numbers")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise FileError(f"{shown(name)} has the data_offsets {shown(offsets)}; expected two natural numbers")
+    itemsize = raw_dtype(dtype).itemsize
+    # Sizes beside a 0 count, too: NumPy multiplies them before it sees the 0.
+    if math.prod(max(size, 1) for size in shape) * itemsize > _MAX_BYTES:
+        raise FileError(f"{shown(name)} has the shape {shown(shape)}, of more than 2**62 bytes")
+    needed, (start, stop) = math.prod(shape) * itemsize, offsets
+    if stop - start != needed:
+        raise FileError(f"{shown(name)} needs {needed} bytes; its data_offsets {start} and {stop} do not hold that")
+    return Entry(dtype, tuple(shape), start, stop)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_BYTES for item in value)
+
+
+def _check_cover(entries: Mapping[str, Entry], size: int) -> None:
+    """The tensors follow each other from the first byte to the last."""
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != position:
+            problem = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
+            raise FileError(f"{shown(name)} begins at byte {entry.start} and {problem}, which ends at {position}")
+        position = entry.stop
+    if position != size:
+        raise FileError(f"is cut off or too long: the tensors have {position} bytes, and {size} follow the header")
+
+
+def serialized(tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file.
+
+    Parameters
+    ----------
+    tensors : mapping of str to (str, ndarray)
+        Dtype, one of ``DTYPES``, and the array in the form of :meth:`Container.array`.
+    metadata : mapping of str to str
+        Of several keys the order is not fixed: use one.
+    """
+    import safetensors
+
+    # Up to 0.7 it takes bytes, from 0.8 on addresses; a C order array stays where it is while ``tensors`` lives.
+    spec = getattr(safetensors, "TensorSpec", None)
+    given: dict[str, Any] = {}
+    for name, (dtype, array) in tensors.items():
+        common = {"dtype": DTYPES[dtype], "shape": list(array.shape)}
+        if spec is None:
+            given[name] = {**common, "data": array.tobytes()}
+        else:
+            assert array.flags.c_contiguous
+            given[name] = spec(**common, data_ptr=array.ctypes.data, data_len=array.nbytes)
+    return bytes(safetensors.serialize(given, dict(metadata)))
+
+
+def replace_file(path: str, content: bytes) -> None:
+    """Write a file so that at any time either the old one or the new one is there, whole.
+
+    Raises
+    ------
+    FileError
+        If the path is a folder or the like, or its folder does not exist.
+    OSError
+        If it cannot be written; nothing has changed then.
+    """
+    path = os.path.realpath(path)  # where a link leads, the link stays
+    folder = os.path.dirname(path)
+    if os.path.isdir(path):
+        raise FileError("is a folder; give the path of a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileError("is neither a file nor a folder")
+    if not os.path.isdir(folder):
+        raise FileError(f"the folder {folder} does not exist; make it first")
+    beside = os.path.join(folder, f".tnadapt-{secrets.token_hex(8)}.tmp")
+    # Mode 0o666 leaves it to the umask who may read the file, which tempfile does not.
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(path):
+            os.chmod(beside, stat.S_IMODE(os.stat(path).st_mode))
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+    # The name is made to last as well, where the system lets a folder be synchronised.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
