@@ -196,3 +196,10 @@ def test_what_a_dtype_cannot_hold_is_refused() -> None:
 def test_nothing_random_gives_no_scale() -> None:
     config = P.dense()
     assert Start(Network(config, 12), tna.Projection("identity", 12, 12), 0, 0).std == 0.0
+
+
+def test_a_start_beyond_floats_is_refused_in_words() -> None:
+    config = tna.Config(rank=1 << 20, splits=32, combine="hadamard", leading="same", projection="nonlinear")
+    plan = tna.SuperLoRA(config, [(1 << 20, 1 << 20)])
+    with pytest.raises(tna.ConfigError, match="beyond floating-point numbers"):
+        _ = plan.groups[0].start.std

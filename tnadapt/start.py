@@ -32,6 +32,7 @@ import numpy as np
 
 from . import draws
 from .backends.base import FixedArrays
+from .errors import ConfigError
 from .network import Network
 from .projection import Projection
 
@@ -69,10 +70,16 @@ class Start(FixedArrays):
     @functools.cached_property
     def std(self) -> float:
         """σ of the random arrays."""
+        formula = _linear_std if self.projection.linear else _nonlinear_std
+        try:
+            found = formula(self.network, self.projection)
+        except OverflowError:
+            raise ConfigError(
+                f"so many arrays of such ranks are multiplied that their start is beyond floating-point numbers "
+                f"({len(self.network.shapes)} arrays a group); use a smaller rank, order or number of splits"
+            ) from None
         # To single precision: a power's last bit differs between machines, and x_start must not.
-        return float(
-            np.float32((_linear_std if self.projection.linear else _nonlinear_std)(self.network, self.projection))
-        )
+        return float(np.float32(found))
 
     @functools.cached_property
     def _numbers(self) -> dict[str, int]:

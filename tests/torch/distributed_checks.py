@@ -1,0 +1,284 @@
+"""What a model that is spread over processes must allow or refuse; every process runs each of these checks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import functional
+
+import tnadapt.torch
+from tnadapt import files, presets
+from tnadapt.errors import TargetError, TnadaptError
+from tnadapt.torch.sharding import whole
+from tnadapt.torch.storage import to_file
+
+from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread
+
+SHARDED = Job("fsdp2")
+
+
+def stirred(job: Job) -> tuple[Model, tnadapt.torch.Adapter]:
+    model, adapter = build(job)
+    adapter.load_arrays(other_arrays(adapter, 1))
+    return model, adapter
+
+
+def other_arrays(adapter: tnadapt.torch.Adapter, seed: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: 0.3 * torch.randn(shape, generator=random) for name, shape in adapter.plan.param_shapes.items()}
+
+
+def sample() -> Tensor:
+    return torch.randn(BATCH, TOKENS, 6, generator=torch.Generator().manual_seed(3))
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(sample())
+
+
+def expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise AssertionError(what)
+
+
+def merge_is_refused() -> None:
+    model, adapter = stirred(SHARDED)
+    running = spread(SHARDED, model)
+    before = outputs(running)
+    try:
+        adapter.merge()
+    except TargetError as error:
+        expect("sharded" in str(error), str(error))
+    else:
+        expect(False, "a sharded weight was merged into")
+    expect(torch.equal(outputs(running), before), "a refused merge changed the model")
+
+
+def attach_after_sharding_is_refused() -> None:
+    running = spread(SHARDED, Model())
+    try:
+        tnadapt.torch.attach(running)
+    except TargetError as error:
+        expect("attach first" in str(error), str(error))
+    else:
+        expect(False, "attached to a sharded model")
+
+
+def disabled_is_the_base() -> None:
+    model, adapter = stirred(SHARDED)
+    with adapter.disabled():
+        expected = outputs(model)
+    running = spread(SHARDED, model)
+    expect(not torch.equal(outputs(running), expected), "the adapter does nothing")
+    with adapter.disabled():
+        expect(torch.equal(outputs(running), expected), "disabled, it is not the base")
+
+
+def changed_parameters_act_at_once() -> None:
+    model, adapter = stirred(SHARDED)
+    running = spread(SHARDED, model)
+    outputs(running)
+    running(sample()).square().mean().backward()
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.5)
+    optimizer.step()
+    found = outputs(running)
+    arrays = adapter.arrays()
+    alone, other = build(SHARDED)
+    other.load_arrays(arrays)
+    torch.testing.assert_close(found, outputs(alone), rtol=1e-6, atol=1e-6)
+
+
+def new_arrays_stay() -> None:
+    """Given after a forward pass, when torch holds the gathered parameters still, and the next pass sends them back."""
+    model, adapter = stirred(SHARDED)
+    running = spread(SHARDED, model)
+    outputs(running)
+    wanted = other_arrays(adapter, 2)
+    adapter.load_arrays(wanted)
+    running(sample()).square().mean().backward()
+    same_arrays(adapter.arrays(), wanted)
+
+
+def same_arrays(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name, array in wanted.items():
+        expect(torch.equal(found[name], array), f"{name} is not what was wanted")
+
+
+def from_the_meta_device() -> None:
+    """No process ever holds the whole model: built without numbers, sharded, then filled."""
+    with torch.device("meta"):
+        model = Model()
+    adapter = tnadapt.torch.attach(model, keep_trainable="head")
+    running = spread(SHARDED, model)
+    model.to_empty(device="cpu")
+    alone, fresh = build(SHARDED)
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    base = {name: value for name, value in alone.state_dict().items() if "tnadapt" not in name}
+    set_model_state_dict(model, base, options=options)
+    adapter.reset()
+    same_arrays(adapter.arrays(), fresh.arrays())
+    torch.testing.assert_close(outputs(running), outputs(alone), rtol=1e-6, atol=1e-6)
+
+
+def swapped_from_a_file(folder: Path) -> None:
+    source, alone = stirred(SHARDED)
+    with torch.no_grad():
+        source.head.bias += 1.0
+    path = folder / f"swap.{dist.get_rank()}.safetensors"
+    files.save(path, to_file(alone))
+    model, adapter = build(SHARDED)
+    running = spread(SHARDED, model)
+    adapter.swap(path)
+    same_arrays(adapter.arrays(), alone.arrays())
+    torch.testing.assert_close(outputs(running), outputs(source), rtol=1e-6, atol=1e-6)
+
+
+def process_zero_may_save_alone(folder: Path) -> None:
+    """As many scripts do; where every process holds the whole model there is nothing to gather."""
+    job = Job("ddp")
+    model, adapter = stirred(job)
+    spread(job, model)(sample()).square().mean().backward()
+    if dist.get_rank() == 0:
+        adapter.save(folder / "alone.safetensors")
+    dist.barrier()
+    expect((folder / "alone.safetensors").exists(), "there is no file")
+
+
+def half_precision_blocks() -> None:
+    """The blocks compute in bfloat16; the root, with the adapter, does not."""
+    model, adapter = stirred(SHARDED)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    running = fully_shard(model)
+    seen = []
+    adapter.sites[0].host.register_forward_pre_hook(lambda *_: seen.extend(p.dtype for p in adapter.parameters()))
+    y = running(sample())
+    y.square().mean().backward()
+    expect(set(seen) == {torch.float32}, f"the adapter computed with was {seen}")
+    for name, parameter in adapter.named_parameters():
+        expect(parameter.dtype == torch.float32, f"{name} is {parameter.dtype}")
+        expect(bool(whole(parameter.grad).any()), f"{name} has no gradient")
+
+
+def state_saved_and_resumed() -> None:
+    """By torch's own state dicts of sharded models and optimizers."""
+
+    def steps(running: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+        losses = []
+        for ((x, y),) in batches(SHARDED):
+            loss = functional.cross_entropy(running(x), y)
+            losses.append(float(loss.detach()))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model, _ = build(SHARDED)
+        running = spread(SHARDED, model)
+        return running, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    running, optimizer = start()
+    steps(running, optimizer)
+    saved = copy.deepcopy(get_state_dict(running, optimizer))
+    expected = steps(running, optimizer)
+    again, fresh = start()
+    set_state_dict(again, fresh, model_state_dict=saved[0], optim_state_dict=saved[1])
+    found = steps(again, fresh)
+    expect(found == expected, f"{found} instead of {expected}")
+
+
+def groups_one_after_another() -> None:
+    model = Model()
+    adapter = tnadapt.torch.attach(model, presets.superlora(2, groups=2))
+    adapter.load_arrays(other_arrays(adapter, 1))
+    running = spread(SHARDED, model)
+    for group in (0, 1, 0):
+        outputs(running)
+        adapter.set_trainable(groups=group)
+        running(sample()).square().mean().backward()
+        for name, parameter in adapter.named_parameters():
+            gradient = parameter.grad is not None and bool(whole(parameter.grad).any())
+            expect(gradient == name.startswith(f"group{group}."), f"{name} in the turn of group {group}")
+        running.zero_grad()
+
+
+def several_adapters() -> None:
+    model, _ = stirred(SHARDED)
+    second = tnadapt.torch.attach(model, presets.lora(2), name="second")
+    second.load_arrays(other_arrays(second, 2))
+    weights: tuple[dict[str, float], ...] = ({"default": 1.0}, {"second": 1.0}, {"default": 0.3, "second": 0.7})
+
+    def each(model: nn.Module) -> list[Tensor]:
+        found = []
+        for mixed in weights:
+            tnadapt.torch.mix(model, mixed)
+            found.append(outputs(model))
+        return found
+
+    expected = each(model)
+    for one, other in zip(each(spread(SHARDED, model)), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def compiled() -> None:
+    for how in ("ddp", "fsdp2"):
+        job = Job(how)
+        model, adapter = stirred(job)
+        expected = outputs(model)
+        running = torch.compile(spread(job, model), backend="aot_eager")
+        torch.testing.assert_close(outputs(running), expected, rtol=1e-6, atol=1e-6)
+        running(sample()).square().mean().backward()
+        expect(all(bool(whole(p.grad).any()) for p in adapter.parameters()), f"{how}: no gradient")
+
+
+def reentrant_without_static_graph() -> None:
+    """DDP sends a gradient round when it first comes, and reentrant checkpoints bring it block by block."""
+    job = Job("ddp", reentrant=True)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    gradients = []
+    for running in (stirred(job)[0], spread(job, stirred(job)[0])):
+        x = sample() if isinstance(running, Model) else sample()[rank::world]
+        try:
+            running(x).square().mean().backward()
+        except (TnadaptError, RuntimeError) as error:
+            expect("static_graph" in str(error), str(error))
+            return
+        gradients.append([p.grad for name, p in running.named_parameters() if "tnadapt" in name])
+    for one, many in zip(*gradients, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-7)
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    check.__name__: check
+    for check in (
+        merge_is_refused,
+        attach_after_sharding_is_refused,
+        disabled_is_the_base,
+        changed_parameters_act_at_once,
+        new_arrays_stay,
+        from_the_meta_device,
+        swapped_from_a_file,
+        process_zero_may_save_alone,
+        half_precision_blocks,
+        state_saved_and_resumed,
+        groups_one_after_another,
+        several_adapters,
+        compiled,
+        reentrant_without_static_graph,
+    )
+}

@@ -1,0 +1,62 @@
+"""What each process of ``test_distributed.py`` runs: ``torchrun -m tests.torch.distributed_main FOLDER NAME …``."""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tnadapt.torch import Adapter
+
+from .distributed_checks import CHECKS
+from .distributed_jobs import JOBS, train, train_by_trainer
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Run jobs and checks; every process leaves what it has, and process 0 the adapters' files."""
+    # Should the one that started it be killed, nothing is left behind.
+    signal.alarm(300)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        for name in names:
+            if name in CHECKS:
+                found: dict[str, Any] = {"error": checked(CHECKS[name], folder)}
+            elif name == "trainer":
+                losses, adapter = train_by_trainer(folder / name, world)
+                found = {"losses": losses, "arrays": detached(adapter)}
+            else:
+                losses, adapter, kept = train(JOBS[name], rank, world)
+                found = {"losses": losses, "kept": kept, "arrays": detached(adapter)}
+                for time in ("once", "twice"):
+                    adapter.save(folder / f"{name}.{time}.safetensors")
+            torch.save(found, folder / f"{name}.{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def detached(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in adapter.arrays().items()}
+
+
+def checked(check: Callable[..., None], folder: Path) -> str | None:
+    """What a check raised."""
+    try:
+        check(folder) if inspect.signature(check).parameters else check()
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

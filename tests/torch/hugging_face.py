@@ -1,0 +1,86 @@
+"""Tiny transformers models, data for them, and a Trainer that is quick and silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+CLASSES = 3
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        num_labels=CLASSES,
+        # Ten times the usual: attention then matters, which no pretraining has taught it here.
+        initializer_range=0.2,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def vit() -> Any:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=8,
+        patch_size=4,
+        num_labels=CLASSES,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def sentences(number: int = 16) -> list[dict[str, Any]]:
+    """Sentences of eight words, of the class of their first word."""
+    words = torch.randint(4, 40, (number, 8), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(8, dtype=torch.long)
+    return [{"input_ids": row, "attention_mask": mask, "labels": int(row[0]) % CLASSES} for row in words]
+
+
+def images(number: int = 16) -> list[dict[str, Any]]:
+    pixels = torch.randn(number, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return [{"pixel_values": one, "labels": index % CLASSES} for index, one in enumerate(pixels)]
+
+
+def trainer_of(model: Any, folder: Path, data: Any = None, **settings: Any) -> Any:
+    """A Trainer that is quick, silent, and stays on the CPU."""
+    data = sentences() if data is None else data
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "learning_rate": 2e-2,
+        **settings,
+    }
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        use_cpu=True,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **settings,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.remove_callback(transformers.PrinterCallback)
+    # BERT takes any keyword, and the Trainer would trust it to divide its loss by the size of the whole step.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def checkpointing(reentrant: bool) -> dict[str, Any]:
+    """The settings of activation checkpointing, under the name that this release has for them."""
+    fields = transformers.TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": reentrant}}

@@ -1,0 +1,75 @@
+"""A small model with an adapter that is not fresh, and what tests of training ask of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tnadapt import Config, presets
+from tnadapt.torch import Adapter, attach
+
+from .distributed_jobs import TOKENS, WIDTH, Block
+
+CONFIGS: dict[str, Config | None] = {
+    "default": None,
+    "linear": presets.superlora(4, projection="linear", ratio=0.5),
+    "nonlinear": presets.superlora(4, projection="nonlinear", ratio=0.5),
+    "lora": presets.lora(2),
+    "lokr": presets.lokr(2),
+    "lorta": presets.lorta(2),
+    "dense": presets.dense(),
+}
+
+
+def make(config: str = "default", parts: int = 3) -> tuple[nn.Sequential, Adapter]:
+    """A fused qkv, attention that reads its weight itself, and separate projections; the adapter is not fresh."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.Sequential(Block(True), layer, Block(False))[:parts]
+    adapter = attach(model, CONFIGS[config])
+    move(adapter)
+    return model, adapter
+
+
+def move(adapter: Adapter, seed: int = 1) -> None:
+    """Another adapter than it was."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=random).to(parameter.dtype)
+
+
+def batch(size: int = 4, seed: int = 2) -> Tensor:
+    return torch.randn(size, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model: Any, x: Tensor) -> Tensor:
+    return functional.smooth_l1_loss(model(x), x.roll(1, 1))
+
+
+def gradients(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def bits(model: nn.Module, head: str) -> dict[str, Tensor]:
+    """The base's state: all but the adapter and the head that is trained with it."""
+    return {
+        name: value.clone()
+        for name, value in model.state_dict().items()
+        if "tnadapt" not in name and head not in name.split(".")
+    }
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def snapshot(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: array.detach().clone() for name, array in adapter.arrays().items()}

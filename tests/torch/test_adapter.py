@@ -1,0 +1,765 @@
+"""RELIABILITY's laws 7 to 12 of an attached adapter, over variants and every form that weights are kept in."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+
+from .small import batch, small, stir  # noqa: E402
+
+P = tna.presets
+# Small.blocks has ten targets: q and v of five blocks, v of the second smaller than q.
+VARIANTS: dict[str, tna.Config | None] = {
+    "default": None,
+    "dense": P.dense(),
+    "lora": P.lora(2),
+    "lora alpha": P.lora(2, alpha=8.0),
+    "lokr": P.lokr(2),
+    "loha": P.loha(2),
+    "lonkr": P.lonkr(2),
+    "lorta": P.lorta(2),
+    "fastfood": P.fastfood(0.1),
+    "compacter": P.compacter(1, terms=2),
+    "superlora groups": P.superlora(3, groups=4),
+    "superlora layer": P.superlora(3, groups="layer"),
+    "superlora shuffle": P.superlora(3, projection="shuffle"),
+    "superlora linear": P.superlora(3, projection="linear", ratio=0.3),
+    "superlora linear_v2": P.superlora(3, projection="linear_v2", ratio=0.3, groups=3, shared=False),
+    "superlora nonlinear": P.superlora(3, projection="nonlinear", ratio=0.3),
+    "superlora nonlinear_v2": P.superlora(3, projection="nonlinear_v2", ratio=0.3),
+    "tt": tna.Config(rank=3, groups=1, fold="balanced", order=4, format="tt"),
+    "cp-weighted": tna.Config(rank=3, groups=1, fold="hypercube", order=3, format="cp-weighted"),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def attached(variant: str = "default", **settings: object) -> tuple[nn.Module, tt.Adapter]:
+    model = small()
+    return model, tt.attach(model, VARIANTS[variant], **settings)
+
+
+def run(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batch() if x is None else x)
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """Of the base's parameters and buffers."""
+    return {
+        name: tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("tnadapt_")
+    }
+
+
+def plain_twin(adapter: tt.Adapter) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]:
+    """The same model with W + ΔW put in by functional_call: nothing of the adapter's machinery."""
+    arrays = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
+    dtype = next(iter(arrays.values())).dtype
+    twin = small().to(dtype)
+    weights = {name: p.detach() for name, p in twin.named_parameters()}
+    for target, delta in zip(adapter.targets, adapter.plan.deltas(arrays), strict=True):
+        weight = weights[target.name]
+        rows = list(range(target.shape[0])) if target.rows is None else target.rows.indices()
+        change = torch.zeros(weight.shape[0], target.shape[1], dtype=dtype).index_add(0, torch.tensor(rows), delta)
+        weights[target.name] = weight + change.reshape(weight.shape)
+    return lambda x: torch.func.functional_call(twin, weights, x), arrays
+
+
+# -- 7: a fresh adapter, and the first step ------------------------------------------------------------------
+
+
+@variants
+def test_a_fresh_adapter_changes_no_bit_of_the_output(variant: str) -> None:
+    base = small()
+    free = base(batch())
+    model, adapter = attached(variant)
+    assert torch.equal(run(model), run(base))
+    assert torch.equal(model(batch()), free)
+    assert [tuple(d.shape) for d in adapter.deltas()] == [target.shape for target in adapter.targets]
+
+
+@variants
+def test_training_moves_every_array_and_no_bit_of_the_base(variant: str) -> None:
+    model, adapter = attached(variant)
+    before, started = bits(model), {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.5)
+    first = None
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(batch()), torch.tensor([0, 1, 2]))
+        loss.backward()
+        if first is None:
+            first = loss.item()
+            moving = [name for name, p in adapter.named_parameters() if bool(p.grad.any())]
+            # A linear F has one array that starts from zero, and the others wait for it; a nonlinear one none.
+            zero = [name for name, start in started.items() if not start.any()]
+            assert set(moving) >= (set(zero) or set(started))
+        optimizer.step()
+    assert all(not torch.equal(p, started[name]) for name, p in adapter.named_parameters())
+    assert nn.functional.cross_entropy(run(model), torch.tensor([0, 1, 2])).item() < first
+    assert bits(model) == before
+
+
+@variants
+def test_attached_is_the_base_with_its_weights_changed(variant: str) -> None:
+    model, adapter = attached(variant)
+    stir(adapter)
+    arrays = {name: p.detach().double().numpy() for name, p in adapter.named_parameters()}
+    if "nonlinear" in variant:  # whose start is float32's
+        arrays = {name: p.detach().numpy() for name, p in adapter.named_parameters()}
+    by_hand = small()
+    for target, delta in zip(adapter.targets, adapter.plan.deltas(arrays), strict=True):
+        weight = by_hand.get_parameter(target.name).data
+        rows = list(range(target.shape[0])) if target.rows is None else target.rows.indices()
+        weight[rows] += torch.tensor(delta, dtype=torch.float32).reshape(len(rows), *weight.shape[1:])
+    moved = (run(by_hand) - run(small())).abs().max()
+    assert (run(model) - run(by_hand)).abs().max() < 1e-5 * max(1.0, moved)
+    assert moved > 1e-3
+
+
+@variants
+def test_gradients_are_those_of_the_plain_formula(variant: str) -> None:
+    model, adapter = attached(variant)
+    model.double()
+    stir(adapter)
+    model(batch().double()).square().sum().backward()
+    twin, arrays = plain_twin(adapter)
+    twin(batch().double()).square().sum().backward()
+    for name, parameter in adapter.named_parameters():
+        scale = arrays[name].grad.abs().max()
+        assert (parameter.grad - arrays[name].grad).abs().max() <= 1e-10 * scale, name
+
+
+# -- 8: disabled, and what is refused ------------------------------------------------------------------------
+
+
+def test_disabled_gives_the_bases_bits_also_after_an_exception() -> None:
+    model, adapter = attached()
+    stir(adapter)
+    on = run(model)
+    with adapter.disabled():
+        assert torch.equal(run(model), run(small()))
+    assert torch.equal(run(model), on)
+    with contextlib.suppress(ZeroDivisionError), adapter.disabled():
+        raise ZeroDivisionError
+    assert torch.equal(run(model), on)
+    adapter.merge()
+    with adapter.disabled():
+        assert torch.equal(run(model), run(small()))
+    assert adapter.merged is not None
+
+
+def test_a_forward_that_fails_leaves_the_model_as_it_was() -> None:
+    model, adapter = attached()
+    stir(adapter)
+    on, free = run(model), bits(model)
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(2, 5, 7))
+    with pytest.raises(AssertionError):
+        model.blocks[3](torch.zeros(2, 5, 7))
+    assert torch.equal(run(model), on)
+    assert bits(model) == free
+    assert all("in_proj_weight" not in module.__dict__ for module in model.modules())
+
+
+def test_refusals_list_what_was_there_and_change_nothing() -> None:
+    model = small()
+    before = (
+        repr(model),
+        sorted(model.state_dict()),
+        [p.requires_grad for p in model.parameters()],
+        dict(model.__dict__),
+    )
+
+    def refused(error: type[Exception], words: str, **settings: object) -> None:
+        with pytest.raises(error, match=words):
+            tt.attach(model, **settings)
+        now = (
+            repr(model),
+            sorted(model.state_dict()),
+            [p.requires_grad for p in model.parameters()],
+            dict(model.__dict__),
+        )
+        assert now == before
+        assert all("forward" not in module.__dict__ for module in model.modules())
+
+    refused(
+        tna.TargetError, "keep_trainable: no parameter lies at or below 'haed'; .*: blocks, head", keep_trainable="haed"
+    )
+    refused(tna.TargetError, "letters, digits", name="a.b")
+    refused(tna.TargetError, "letters, digits", name="")
+    refused(tna.TargetError, "is both a target and in keep_trainable", keep_trainable="q_proj")
+    refused(tna.ConfigError, "strategy must be one of", strategy="fast")
+    refused(tna.ConfigError, "activation must be one of", activation="step")
+    refused(tna.ConfigError, "needs one low-rank matrix a weight", strategy="factored")
+    refused(tna.ConfigError, "use tnadapt.presets.lora", activation="relu")
+    refused(tna.BackendError, "dtype must be one of", dtype=torch.int32)
+    refused(tna.ConfigError, "more than the", cfg=P.superlora(2, groups=10**9))
+    refused(tna.TargetError, "nothing like that at all", targets="nothing like that at all")
+    with pytest.raises(tna.TargetError, match="needs a torch module; got dict"):
+        tt.attach({})
+    with pytest.raises(tna.TargetError, match=r"1 linear or convolution weights: 0\.weight"):
+        tt.attach(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_a_second_adapter_of_one_name_is_refused() -> None:
+    model, adapter = attached()
+    with pytest.raises(tna.TargetError, match="there is an adapter 'default' on this model already"):
+        tt.attach(model)
+    assert list(tt.adapters(model)) == ["default"]
+    adapter.detach()
+    assert tt.adapters(model) == {}
+    tt.attach(model)
+
+
+def test_a_row_is_not_updated_twice() -> None:
+    whole = tna.Target("blocks.0.qkv", (48, 16))
+    q = tna.Target("blocks.0.qkv", (48, 16), "q", rows=tna.Rows(0, 16, 48))
+    for targets in ([whole, q], [q, tna.Target("blocks.0.qkv", (48, 16), "v", rows=tna.Rows(8, 16, 48))]):
+        with pytest.raises(tna.TargetError, match=r"blocks\.0\.qkv\.weight"):
+            tt.attach(small(), targets=targets)
+
+
+# -- 9: fused and tied weights -------------------------------------------------------------------------------
+
+
+def test_the_keys_of_a_fused_weight_keep_their_bits() -> None:
+    model, adapter = attached()
+    stir(adapter)
+    keys = slice(16, 32)
+    names = ["blocks.0.qkv.weight", "blocks.3.attn.in_proj_weight", "blocks.4.self_attn.in_proj_weight"]
+    base = {name: small().get_parameter(name)[keys] for name in names}
+    k = small().blocks[0].qkv(batch())[..., keys]
+    assert torch.equal(model.blocks[0].qkv(batch())[..., keys], k)
+    adapter.merge()
+    for name in names:
+        assert torch.equal(model.get_parameter(name)[keys], base[name])
+        assert not torch.equal(model.get_parameter(name), small().get_parameter(name))
+
+
+def test_tied_weights_are_refused_or_untied_by_wish() -> None:
+    def tied() -> nn.Module:
+        model = small()
+        model.blocks[1].q_proj.weight = model.blocks[0].proj.weight
+        return model
+
+    targets = ["blocks.0.proj", "blocks.1.q_proj"]
+    with pytest.raises(tna.TargetError, match=r"one tensor \(tied weights\).*untie=True"):
+        tt.attach(tied(), targets=targets)
+    model = tied()
+    adapter = tt.attach(model, targets=targets, untie=True)
+    assert torch.equal(run(model), run(tied()))
+    stir(adapter)
+    adapter.merge()
+    assert not torch.equal(model.blocks[1].q_proj.weight, model.blocks[0].proj.weight)
+
+
+# -- 10: merging ---------------------------------------------------------------------------------------------
+
+
+@variants
+def test_merged_is_attached(variant: str) -> None:
+    model, adapter = attached(variant)
+    stir(adapter)
+    on = run(model)
+    adapter.merge()
+    assert (run(model) - on).abs().max() < 1e-5
+    assert not torch.equal(run(model), run(small()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["default", "lora", "superlora nonlinear", "dense"])
+def test_ten_merges_and_unmerges_give_the_very_bits_back(variant: str, dtype: torch.dtype) -> None:
+    model = small().to(dtype)
+    with torch.no_grad():  # numbers that arithmetic would not bring back
+        model.blocks[1].q_proj.weight[0, :3] = torch.tensor([-0.0, 1e-7, 300.0])
+    before = bits(model)
+    adapter = tt.attach(model, VARIANTS[variant])
+    stir(adapter)
+    for _ in range(10):
+        adapter.merge()
+        assert bits(model) != before
+        adapter.unmerge()
+    assert bits(model) == before
+
+
+def test_a_second_merge_and_other_misuse_are_refused() -> None:
+    model, adapter = attached()
+    stir(adapter)
+    with pytest.raises(tna.TargetError, match="not merged"):
+        adapter.unmerge()
+    adapter.merge()
+    merged = bits(model)
+    for call, words in [
+        (adapter.merge, "merged already"),
+        (adapter.detach, r"call unmerge\(\) first"),
+        (adapter.reset, r"call unmerge\(\) first"),
+        (lambda: adapter.load_arrays(adapter.plan.init()), r"call unmerge\(\) first"),
+        (lambda: adapter.set_weight(0.5), r"call unmerge\(\) first"),
+    ]:
+        with pytest.raises(tna.TargetError, match=words):
+            call()
+        assert bits(model) == merged
+    adapter.unmerge()
+    adapter.detach()
+    for call in (adapter.detach, adapter.merge):
+        with pytest.raises(tna.TargetError, match="not attached"):
+            call()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_touches_no_weight(bad: float) -> None:
+    model, adapter = attached("superlora groups")
+    stir(adapter)
+    before = bits(model)
+    with torch.no_grad():  # in the last group: the others are good
+        list(adapter.parameters())[-1][0, 0] = bad
+    with pytest.raises(tna.BackendError, match=r"not finite.*no weight was touched"):
+        adapter.merge()
+    assert bits(model) == before
+    assert adapter.merged is None
+
+
+def test_a_sum_that_leaves_the_range_touches_no_weight() -> None:
+    model = small().to(torch.float16)
+    adapter = tt.attach(model, P.dense())
+    before = bits(model)
+    with torch.no_grad():
+        list(adapter.parameters())[-1][0] = 1e6
+    with pytest.raises(tna.BackendError, match=r"leaves the range of torch\.float16"):
+        adapter.merge()
+    assert bits(model) == before
+
+
+def test_what_was_changed_since_is_not_thrown_away() -> None:
+    model, adapter = attached()
+    stir(adapter)
+    adapter.merge()
+    with torch.no_grad():
+        model.blocks[1].v_proj.weight[0, 0] += 1
+    changed = bits(model)
+    with pytest.raises(tna.TargetError, match="was changed after"):
+        adapter.unmerge()
+    assert bits(model) == changed
+    model.half()
+    with pytest.raises(tna.TargetError, match=r"float32 when it was merged and is torch\.float16"):
+        adapter.unmerge()
+
+
+def test_baking_leaves_nothing_of_the_adapter() -> None:
+    model, adapter = attached()
+    stir(adapter)
+    on = run(model)
+    assert adapter.bake() is model
+    assert (run(model) - on).abs().max() < 1e-5
+    assert set(model.state_dict()) == set(small().state_dict())
+    assert vars(model).keys() == vars(small()).keys()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_detaching_gives_the_model_back_as_it_was() -> None:
+    model = small()
+    model.head.bias.requires_grad_(False)
+    adapter = tt.attach(model, keep_trainable="blocks.0.proj")
+    assert [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("tnadapt_")] == [
+        "blocks.0.proj.weight",
+        "blocks.0.proj.bias",
+    ]
+    second = tt.attach(model, name="second", keep_trainable="head")
+    stir(adapter)
+    stir(second)
+    adapter.detach()
+    second.detach()
+    assert torch.equal(run(model), run(small()))
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"head.bias"}
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+# -- 11: dtypes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["default", "lora", "superlora linear", "superlora nonlinear", "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_have_float32_adapters(variant: str, dtype: torch.dtype) -> None:
+    base = small().to(dtype)
+    x = batch().to(dtype)
+    free = run(base, x)
+    adapter = tt.attach(base, VARIANTS[variant])
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    y = base(x)
+    assert y.dtype == dtype
+    assert torch.equal(run(base, x), free)
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in adapter.parameters())
+    assert any(p.grad.any() for p in adapter.parameters())
+    wish = tt.attach(small().to(dtype), VARIANTS[variant], dtype=torch.bfloat16)
+    assert {p.dtype for p in wish.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("variant", ["default", "lora", "superlora linear", "superlora nonlinear", "dense"])
+def test_autocast(variant: str) -> None:
+    base = small()
+    with torch.autocast("cpu", torch.bfloat16):
+        free = base(batch())
+    model, adapter = attached(variant)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(batch()), free)
+    stir(adapter)  # outside: autocast remembers what it has cast
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(batch())
+        assert {d.dtype for d in adapter.deltas()} == {torch.float32}
+    assert y.dtype == free.dtype
+    y.float().square().sum().backward()
+    assert {p.grad.dtype for p in adapter.parameters()} == {torch.float32}
+    # As near to float32's gradients as those of the plain formula under autocast are.
+    exact, fine = attached(variant)
+    stir(fine)
+    exact(batch()).square().sum().backward()
+    plain, arrays = plain_twin(fine)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = plain(batch())
+    z.float().square().sum().backward()
+    want = [p.grad for p in fine.parameters()]
+    error, plains = (
+        sum(float((a - b).square().sum()) for a, b in zip(found, want, strict=True)) ** 0.5
+        for found in ([p.grad for p in adapter.parameters()], [array.grad for array in arrays.values()])
+    )
+    assert error <= 1.5 * plains
+
+
+# -- 12: copies, meta, accumulation, checkpointing, compilation ------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("variant", ["default", "lora", "superlora linear"])
+def test_copies_are_independent(variant: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    model, adapter = attached(variant)
+    stir(adapter)
+    on = run(model)
+    twin = copied(model)
+    assert torch.equal(run(twin), on)
+    other = tt.adapters(twin)["default"]
+    assert other is not adapter
+    assert other.model is twin
+    stir(other, seed=9)
+    assert not torch.equal(run(twin), on)
+    assert torch.equal(run(model), on)
+    other.merge()
+    other.unmerge()
+    other.detach()
+    assert torch.equal(run(twin), run(small()))
+    assert torch.equal(run(model), on)
+    adapter.detach()
+    assert torch.equal(run(model), run(small()))
+
+
+def test_torch_save_of_the_whole_model() -> None:
+    model, adapter = attached()
+    stir(adapter)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(run(torch.load(file, weights_only=False)), run(model))
+
+
+def test_on_the_meta_device_nothing_is_allocated() -> None:
+    with torch.device("meta"):
+        model = small()
+    adapter = tt.attach(model, P.superlora(4, projection="linear", ratio=0.1))
+    assert {p.device.type for p in adapter.parameters()} == {"meta"}
+    assert adapter.num_parameters == sum(p.numel() for p in adapter.parameters())
+    with pytest.raises(tna.TargetError, match="meta device"):
+        adapter.merge()
+    model.to_empty(device="cpu")
+    model.load_state_dict(small().state_dict(), strict=False)
+    adapter.reset()
+    assert torch.equal(run(model), run(small()))
+
+
+@variants
+def test_two_backward_passes_without_a_step(variant: str) -> None:
+    model, adapter = attached(variant)
+    stir(adapter)
+    model(batch(size=4)).sum().backward()
+    whole = [p.grad.clone() for p in adapter.parameters()]
+    model.zero_grad()
+    # Of the model, and of its parts called by themselves, which share one node of the graph.
+    for half in batch(size=4).split(2):
+        model(half).sum().backward()
+    for p, want in zip(adapter.parameters(), whole, strict=True):
+        assert (p.grad - want).abs().max() <= 1e-5 * want.abs().max()
+    for _ in range(2):
+        model.blocks[1](batch()).sum().backward()
+
+
+def test_a_change_between_forward_and_backward_is_noticed() -> None:
+    model, adapter = attached()
+    loss = model(batch()).sum()
+    stir(adapter)
+    with pytest.raises(RuntimeError, match="changed in place between the forward pass"):
+        loss.backward()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.model, self.reentrant = small(), reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        for block in self.model.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.model.head(x.mean(-2))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@variants
+def test_checkpointing_gives_the_same_gradients(variant: str, reentrant: bool) -> None:
+    found = []
+    for mode in (None, reentrant):
+        model = Checkpointed(mode)
+        adapter = tt.attach(model, VARIANTS[variant])
+        stir(adapter)
+        for _ in range(2):
+            model(batch().requires_grad_()).square().sum().backward()
+        found.append([p.grad for p in adapter.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+# torch asks every input of a compiled program for its .grad, and hides the warning from its users.
+asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@asks_for_grad
+@pytest.mark.parametrize("variant", ["default", "lora", "lorta", "superlora linear", "superlora nonlinear", "dense"])
+def test_compiled_whole_is_eager(variant: str) -> None:
+    model, adapter = attached(variant)
+    stir(adapter)
+    model(batch()).square().sum().backward()
+    eager = [p.grad.clone() for p in adapter.parameters()]
+    model.zero_grad()
+    torch._dynamo.reset()
+    program = torch.compile(model, fullgraph=True, backend="aot_eager")
+    y = program(batch())
+    y.square().sum().backward()
+    assert (y - model(batch())).abs().max() < 1e-5
+    for p, want in zip(adapter.parameters(), eager, strict=True):
+        assert (p.grad - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@asks_for_grad
+@pytest.mark.parametrize("variant", ["default", "lora", "superlora linear"])
+def test_a_swap_of_adapters_recompiles_nothing(variant: str) -> None:
+    model, a = attached(variant, name="a")
+    b = tt.attach(model, VARIANTS[variant], name="b")
+    stir(a, seed=1)
+    stir(b, seed=2)
+    mixes = [{"a": 1.0}, {"b": 1.0}, {"a": 0.3, "b": 0.7}]
+    eager = []
+    for weights in mixes:
+        tt.mix(model, weights)
+        eager.append(run(model))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    program = torch.compile(model, fullgraph=True, backend="aot_eager")
+    graphs = set()
+    for weights, want in zip(mixes, eager, strict=True):
+        tt.mix(model, weights)
+        assert (run(program) - want).abs().max() < 1e-5
+        graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    a.load_arrays({name: p.detach() for name, p in b.named_parameters()})
+    a.activate()
+    assert (run(program) - eager[1]).abs().max() < 1e-5
+    with torch.no_grad():
+        next(b.parameters())[0, 0] = float("nan")  # inactive: adds nothing, whatever is in it
+    assert (run(program) - eager[1]).abs().max() < 1e-5
+    graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1
+
+
+# -- Several adapters ----------------------------------------------------------------------------------------
+
+
+def test_adapters_add_up_by_their_weights() -> None:
+    model, a = attached("default", name="a")
+    b = tt.attach(model, P.lora(2), name="b", targets="q")
+    stir(a, seed=1)
+    stir(b, seed=2)
+    tt.mix(model, {"a": 0.5, "b": -2.0})
+    mixed = run(model)
+    by_hand = small()
+    for adapter, weight in ((a, 0.5), (b, -2.0)):
+        for target, delta in zip(adapter.targets, adapter.deltas(), strict=True):
+            stored = by_hand.get_parameter(target.name).data
+            target.block(stored).add_(weight * target.like_block(delta.detach()))
+    assert (mixed - run(by_hand)).abs().max() < 1e-5
+    a.activate()
+    assert (a.weight, b.weight) == (1.0, 0.0)
+    with pytest.raises(tna.TargetError, match="no adapter 'c' on this model; there are: 'a', 'b'"):
+        tt.mix(model, {"c": 1.0})
+    with pytest.raises(tna.ConfigError, match="finite"):
+        b.set_weight(float("nan"))
+    a.merge()
+    with pytest.raises(tna.TargetError, match="merged"):
+        b.activate()
+    assert (a.weight, b.weight) == (1.0, 0.0)
+    with pytest.raises(tna.TargetError, match=r"not active.*activate\(\)"):
+        b.merge()
+
+
+def test_adapters_are_unmerged_in_the_other_order() -> None:
+    model, a = attached("default", name="a")
+    b = tt.attach(model, VARIANTS["lora"], name="b")
+    stir(a, seed=1)
+    stir(b, seed=2)
+    on, before = run(model), bits(model)
+    a.merge()
+    b.merge()
+    assert (run(model) - on).abs().max() < 1e-5
+    with pytest.raises(tna.TargetError, match="by another adapter"):
+        a.unmerge()
+    b.unmerge()
+    a.unmerge()
+    assert bits(model) == before
+
+
+# -- What is trained -----------------------------------------------------------------------------------------
+
+
+def test_groups_one_after_another_and_frozen_factors() -> None:
+    model, adapter = attached("superlora groups")
+    adapter.set_trainable(groups=2)
+    assert len(list(adapter.parameters())) == 2
+    stir(adapter)
+    model(batch()).sum().backward()
+    assert {name.split(".")[0] for name, p in adapter.named_parameters() if p.grad is not None} == {"group2"}
+    adapter.set_trainable(arrays="factor0")
+    assert len(list(adapter.parameters())) == 4
+    adapter.set_trainable()
+    assert len(list(adapter.parameters())) == 8
+    with pytest.raises(tna.ConfigError, match=r"groups 0 to 3 and arrays factor0, factor1"):
+        adapter.set_trainable(arrays="core")
+    with pytest.raises(tna.ConfigError, match="no arrays"):
+        adapter.set_trainable(groups=[7])
+
+
+def test_parameter_groups_of_lora_plus() -> None:
+    _, adapter = attached("lora")
+    slow, fast = adapter.parameter_groups(1e-3, ratio=16)
+    assert (slow["lr"], fast["lr"]) == (1e-3, 16e-3)
+    assert all(p.any() for p in slow["params"])
+    assert not any(p.any() for p in fast["params"])
+    assert len(slow["params"]) == len(fast["params"]) == 10
+    _, nonlinear = attached("superlora nonlinear")
+    assert [group["lr"] for group in nonlinear.parameter_groups(1e-3)] == [1e-3]
+
+
+# -- Strategies ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "lora alpha"])
+def test_the_three_ways_are_one(variant: str) -> None:
+    targets = ["blocks.0.proj", "blocks.1.q_proj", "blocks.1.v_proj"]
+    found = {}
+    for strategy in ("weight", "factored", "beside"):
+        model, adapter = attached(variant, targets=targets, strategy=strategy)
+        assert set(adapter.strategy) == {strategy}
+        stir(adapter)
+        y = model(batch())
+        y.square().sum().backward()
+        found[strategy] = [y.detach(), *(p.grad for p in adapter.parameters())]
+    for other in ("factored", "beside"):
+        for a, b in zip(found["weight"], found[other], strict=True):
+            assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+def test_loda_is_a_nonlinearity_between_the_factors() -> None:
+    targets = ["blocks.1.q_proj"]
+    model, adapter = attached("lora", targets=targets, activation="relu")
+    assert torch.equal(run(model), run(small()))
+    stir(adapter)
+    b, a = (p.detach() for _, p in adapter.named_parameters())
+    x = batch()
+    want = small().blocks[1].q_proj(x) + torch.relu(x @ a) @ b.T
+    assert (run(model.blocks[1].q_proj, x) - want).abs().max() < 1e-6
+    model(batch()).sum().backward()
+    assert all(p.grad.any() for p in adapter.parameters())
+    for call in (adapter.merge, adapter.deltas, adapter.bake):
+        with pytest.raises(tna.ConfigError, match=r"LoDA.*depends on the input"):
+            call()
+
+
+def test_a_quantised_weight_is_adapted_beside() -> None:
+    class Quantised(nn.Module):
+        """A linear layer of 8-bit integers, as quantisation libraries make them."""
+
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.scale = linear.weight.detach().abs().max().item() / 127
+            rounded = (linear.weight / self.scale).round().to(torch.int8)
+            self.weight = nn.Parameter(rounded, requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.weight.to(x.dtype) * self.scale).T
+
+    def quantised() -> nn.Module:
+        model = small()
+        for name in ("q_proj", "v_proj"):
+            setattr(model.blocks[1], name, Quantised(getattr(model.blocks[1], name)))
+        return model
+
+    model = quantised()
+    targets = ["blocks.1.q_proj", "blocks.1.v_proj"]
+    adapter = tt.attach(model, targets=targets)
+    assert set(adapter.strategy) == {"beside"}
+    assert torch.equal(run(model), run(quantised()))
+    model(batch()).sum().backward()
+    assert any(p.grad.any() for p in adapter.parameters())
+    stir(adapter)
+    with pytest.raises(tna.TargetError, match="quantised"):
+        adapter.merge()
+    with pytest.raises(tna.ConfigError, match="quantised: use 'beside'"):
+        tt.attach(quantised(), targets=targets, strategy="weight")
+
+
+def test_the_summary_has_every_slice_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    _, adapter = attached("superlora groups", keep_trainable="head")
+    summary = adapter.summary()
+    assert capsys.readouterr() == ("", "")
+    assert len(summary.rows) == 10
+    total = sum(stop - start for row in summary.rows for _, start, stop in row.slices)
+    assert total == summary.adapted == adapter.plan.size
+    assert summary.kept == 16 * 3 + 3
+    assert summary.base == sum(p.numel() for p in small().parameters())
+    assert re.search(r"^blocks\.1\.v_proj\.weight +v +8×16 +\d\[\d+:\d+\]", str(summary), flags=re.MULTILINE)
+    assert " + " in str(summary)  # a weight that straddles groups
+    assert f"{adapter.num_parameters:,} parameters in 4 groups" in str(summary)
+    assert "51 of its own kept trainable" in str(summary)
+
+
+def test_shapes_of_other_arrays_are_refused_and_change_nothing() -> None:
+    _, adapter = attached()
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    for arrays in ({}, {"a": np.zeros(3)}, {name: np.zeros((1, 1)) for name in before}):
+        with pytest.raises(tna.ShapeError, match="needs arrays named and shaped"):
+            adapter.load_arrays(arrays)
+    assert all(torch.equal(p, before[name]) for name, p in adapter.named_parameters())

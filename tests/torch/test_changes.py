@@ -1,0 +1,211 @@
+"""However an adapter's arrays are changed, no layer ever uses the update they made before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", minversion="2.6")
+
+from torch import Tensor, nn  # noqa: E402
+
+from tnadapt.torch import Adapter, attach  # noqa: E402
+
+from .distributed_jobs import Block  # noqa: E402
+from .loops import CONFIGS, batch, gradients, loss_of, make, move  # noqa: E402
+
+
+def by_optimizer(kind: Callable[..., torch.optim.Optimizer], **settings: Any) -> Callable[..., None]:
+    def change(model: nn.Module, adapter: Adapter) -> None:
+        optimizer = kind(adapter.parameters(), lr=0.1, **settings)
+        loss_of(model, batch()).backward()
+        optimizer.step()
+
+    return change
+
+
+def by_data(model: nn.Module, adapter: Adapter) -> None:
+    for p in adapter.parameters():
+        p.data.copy_(p.data + 0.1)
+
+
+def by_other_data(model: nn.Module, adapter: Adapter) -> None:
+    for p in adapter.parameters():
+        p.data = p.data + 0.1
+
+
+def by_numpy(model: nn.Module, adapter: Adapter) -> None:
+    for p in adapter.parameters():
+        p.detach().numpy()[...] += 0.1
+
+
+def by_one_element(model: nn.Module, adapter: Adapter) -> None:
+    next(adapter.parameters()).data.view(-1)[0] += 1.0
+
+
+def by_state_dict(model: nn.Module, adapter: Adapter) -> None:
+    state = {name: value + 0.1 if "tnadapt" in name else value for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+def by_assigned_state_dict(model: nn.Module, adapter: Adapter) -> None:
+    state = {name: value + 0.1 if "tnadapt" in name else value for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def by_foreach(model: nn.Module, adapter: Adapter) -> None:
+    with torch.no_grad():
+        torch._foreach_add_(list(adapter.parameters()), 0.1)
+
+
+def by_inference_mode(model: nn.Module, adapter: Adapter) -> None:
+    with torch.inference_mode():
+        for p in adapter.parameters():
+            p.data.add_(0.1)
+
+
+def by_new_parameters(model: nn.Module, adapter: Adapter) -> None:
+    names = [name for name, _ in model.named_parameters() if "tnadapt" in name]
+    for name in names:
+        setattr(model, name, nn.Parameter(getattr(model, name).detach() + 0.1))
+
+
+def by_arrays(model: nn.Module, adapter: Adapter) -> None:
+    adapter.load_arrays({name: array.detach() + 0.1 for name, array in adapter.arrays().items()})
+
+
+def by_clipping(model: nn.Module, adapter: Adapter) -> None:
+    torch.nn.utils.vector_to_parameters(
+        torch.nn.utils.parameters_to_vector(adapter.parameters()).detach() * 1.5, adapter.parameters()
+    )
+
+
+CHANGES: dict[str, Callable[[nn.Module, Adapter], None]] = {
+    "sgd": by_optimizer(torch.optim.SGD, momentum=0.9),
+    "adamw": by_optimizer(torch.optim.AdamW),
+    "adamw-foreach": by_optimizer(torch.optim.AdamW, foreach=True),
+    "adamw-fused": by_optimizer(torch.optim.AdamW, fused=True),
+    **{
+        change.__name__: change
+        for change in (
+            by_data,
+            by_other_data,
+            by_numpy,
+            by_one_element,
+            by_state_dict,
+            by_assigned_state_dict,
+            by_foreach,
+            by_inference_mode,
+            by_new_parameters,
+            by_arrays,
+            by_clipping,
+        )
+    },
+}
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+CALLS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "whole": lambda model: model,
+    "forward": lambda model: model.forward,
+    "part": lambda model: model[0],
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_adapter_acts_at_once(change: str, mode: str, call: str) -> None:
+    model, adapter = make()
+    x = batch()
+    with MODES[mode]():
+        before = CALLS[call](model)(x)
+    CHANGES[change](model, adapter)
+    with MODES[mode]():
+        after = CALLS[call](model)(x)
+        # A copy keeps no update of the original's.
+        expected = CALLS[call](copy.deepcopy(model))(x)
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_averaged_weights_swapped_in_and_out(config: str) -> None:
+    model, adapter = make(config)
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
+    x = batch()
+    for _ in range(2):
+        loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(model)
+    mine = [p.detach().clone() for p in adapter.parameters()]
+    averaged = [p for name, p in ema.module.named_parameters() if "tnadapt" in name]
+    with torch.no_grad():
+        trained, smooth = model(x), ema(x)
+        for p, average in zip(adapter.parameters(), averaged, strict=True):
+            p.data.copy_(average.data)
+        swapped = model(x)
+        for p, original in zip(adapter.parameters(), mine, strict=True):
+            p.data.copy_(original)
+        back = model(x)
+    assert torch.equal(swapped, smooth)
+    assert torch.equal(back, trained)
+    assert not torch.equal(smooth, trained)
+
+
+def test_changed_between_forward_and_backward_is_refused() -> None:
+    model, adapter = make()
+    loss = loss_of(model, batch())
+    with torch.no_grad():
+        next(adapter.parameters()).add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_a_forward_that_turns_gradients_on_itself() -> None:
+    class Guided(nn.Module):
+        """Takes a gradient with respect to its input in the middle of inference, as guided sampling does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Block(True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return self.inner(x)
+
+    torch.manual_seed(0)
+    model = Guided()
+    adapter = attach(model)
+    move(adapter)
+    with torch.no_grad():
+        y = model(batch())
+    y.square().mean().backward()
+    assert len(gradients(adapter)) == len(adapter.plan.param_shapes)
+
+
+def test_a_pass_interrupted_from_the_keyboard_leaves_no_old_update() -> None:
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Block(True)
+            self.interrupted = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            if self.interrupted:
+                raise KeyboardInterrupt
+            return x
+
+    model = Slow()
+    adapter = attach(model)
+    move(adapter)
+    with pytest.raises(KeyboardInterrupt):
+        model(batch())
+    move(adapter, 5)
+    model.interrupted = False
+    with torch.no_grad():
+        assert torch.equal(model.inner(batch()), model(batch()))

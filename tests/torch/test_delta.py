@@ -1,0 +1,112 @@
+"""The update with autograd: one node that keeps nothing, and what is kept between passes."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.testing import plans  # noqa: E402
+from tnadapt.torch.apply import SummedLinear, summed  # noqa: E402
+from tnadapt.torch.delta import Updates, pieces, vector  # noqa: E402
+
+P = tna.presets
+
+
+def moved(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    arrays = plan.init("torch", "float64")
+    return {n: (a + 0.3 * torch.randn(a.shape, generator=made).double()).requires_grad_() for n, a in arrays.items()}
+
+
+@given(plans(), st.integers(0, 100))
+def test_the_node_is_its_plain_twin(plan: tna.SuperLoRA, seed: int) -> None:
+    arrays = moved(plan, seed)
+    weights = torch.randn(plan.size, generator=torch.Generator().manual_seed(seed)).double()
+    twin = {name: array.detach().clone().requires_grad_() for name, array in arrays.items()}
+    found, plain = vector(plan, arrays), torch.cat([d.reshape(-1) for d in plan.deltas(twin)])
+    assert torch.allclose(found, plain, rtol=1e-12, atol=1e-12)
+    for _ in range(2):  # the same node twice, without retain_graph
+        (found * weights).sum().backward()
+    (plain * weights).sum().backward()
+    for name, array in arrays.items():
+        scale = float(twin[name].grad.abs().max()) + 1.0
+        assert float((array.grad - 2 * twin[name].grad).abs().max()) <= 1e-12 * scale
+
+
+@pytest.mark.parametrize("config", [P.superlora(2), P.dense(), P.superlora(2, projection="nonlinear", ratio=0.5)])
+def test_first_and_second_derivatives(config: tna.Config) -> None:
+    plan = tna.SuperLoRA(config, [(3, 2), (2, 2)])
+    arrays = moved(plan)
+
+    def function(*values: torch.Tensor) -> torch.Tensor:
+        return vector(plan, dict(zip(arrays, values, strict=True)))
+
+    assert torch.autograd.gradcheck(function, tuple(arrays.values()))
+    assert torch.autograd.gradgradcheck(function, tuple(arrays.values()))
+
+
+def test_derivatives_of_a_linear_layer_on_the_sum() -> None:
+    made = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=made).double().requires_grad_() for s in ((2, 3, 4), (6, 4), (6,)))
+    targets = (
+        tna.Target("a", (6, 4), "q", rows=tna.Rows(0, 1, 3, 2)),
+        tna.Target("a", (6, 4), "v", rows=tna.Rows(2, 1, 3, 2)),
+    )
+    q, v = (torch.randn(2, 4, generator=made).double().requires_grad_() for _ in range(2))
+
+    def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *deltas: torch.Tensor) -> torch.Tensor:
+        return SummedLinear.apply(x, w, b, targets, *deltas)
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias, q, v))
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias, q, v))
+    plain = torch.nn.functional.linear(x, summed(weight, list(zip(targets, (q, v), strict=True))), bias)
+    assert torch.equal(function(x, weight, bias, q, v), plain)
+
+
+def test_a_checkpointed_region_saves_nothing_for_the_update() -> None:
+    plan = tna.SuperLoRA(P.superlora(2), [(8, 8)])
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        found = pieces(plan, vector(plan, moved(plan)))
+    assert saved == []
+    assert found[0].requires_grad
+
+
+def test_what_is_kept_is_compared_by_content() -> None:
+    plan = tna.SuperLoRA(P.superlora(2), [(8, 8)])
+    arrays, updates = moved(plan), Updates(plan)
+    first = updates.get(lambda: arrays, 0)
+    assert updates.get(lambda: arrays, 0) is first
+    with torch.no_grad():
+        assert updates.get(lambda: arrays, 0) is not first  # no graph is wanted here
+        assert torch.equal(updates.get(lambda: arrays, 0), first)
+    name = next(iter(arrays))
+    arrays[name].data.copy_(arrays[name].data * 2)  # no version counter sees this
+    assert torch.allclose(updates.get(lambda: arrays, 0), 2 * first)
+    other = dict(arrays, **{name: arrays[name].detach().clone().requires_grad_()})
+    assert updates.get(lambda: other, 0) is not updates.get(lambda: arrays, 0)  # another leaf, for all that it is equal
+    arrays[name].requires_grad_(False)
+    assert torch.equal(updates.get(lambda: arrays, 0), 2 * first)
+    with torch.inference_mode():
+        kept = updates.get(lambda: arrays, 0)
+        assert updates.get(lambda: arrays, 0) is kept
+    assert not updates.get(lambda: arrays, 0).is_inference()
+
+
+def test_averaged_weights_swapped_in_by_data_are_seen() -> None:
+    from .small import batch, small, stir
+
+    model = small()
+    adapter = tt.attach(model)
+    with torch.no_grad():
+        before = model(batch())
+        for parameter in adapter.parameters():
+            parameter.data.add_(0.05)
+        assert not torch.equal(model(batch()), before)
+    stir(adapter)

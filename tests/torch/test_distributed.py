@@ -1,0 +1,243 @@
+"""Several processes: DDP and FSDP2 train the adapter that one process trains, however they are started."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", minversion="2.6")
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this torch has no Gloo", allow_module_level=True)
+if sys.platform == "win32":
+    pytest.skip("processes are started and stopped as POSIX does", allow_module_level=True)
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch  # noqa: E402
+
+from . import distributed_jobs as jobs  # noqa: E402
+from .distributed_checks import CHECKS  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "distributed"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+JOBS = ["-m", f"{__package__}.distributed_main"]
+TRAINER = all(importlib.util.find_spec(name) for name in ("accelerate", "transformers"))
+# Four processes take a job of each kind; two take all.
+FOUR = ["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed"]
+
+
+def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:
+    """Start these commands together and wait for them; what each printed. No process outlives it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    started = [
+        subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands
+    ]
+    try:
+        printed = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                # torchrun ends its workers when it is asked to end, and could not if it were killed.
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+    for process, text in zip(started, printed, strict=True):
+        assert process.returncode == 0, text
+    return printed
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made of every job and check."""
+    folder = tmp_path_factory.mktemp("two")
+    trainer = ["trainer"] if TRAINER else []
+    run([*TORCHRUN, "--standalone", "--nproc-per-node", 2, *JOBS, folder, *jobs.JOBS, *CHECKS, *trainer])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    run([*TORCHRUN, "--standalone", "--nproc-per-node", 4, *JOBS, folder, *FOUR])
+    return folder
+
+
+def results(folder: Path, name: str, world: int) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(world)]
+
+
+def relative(found: Any, expected: Any) -> float:
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+def is_as_by_one_process(folder: Path, name: str, world: int) -> None:
+    job = jobs.JOBS[name]
+    losses, adapter, _ = jobs.train(job)
+    ranks = results(folder, name, world)
+    assert len(set(losses)) == len(losses)
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(losses, rel=1e-6)
+        assert rank["kept"]
+        for array, tensor in ranks[0]["arrays"].items():
+            assert torch.equal(rank["arrays"][array], tensor), array
+    _, fresh = jobs.build(job)
+    for array, tensor in adapter.arrays().items():
+        assert relative(ranks[0]["arrays"][array], tensor) < 1e-6, array
+        assert relative(fresh.arrays()[array], tensor) > 1e-4, array
+
+
+@pytest.mark.parametrize("name", jobs.JOBS)
+def test_two_processes_train_as_one(two: Path, name: str) -> None:
+    is_as_by_one_process(two, name, 2)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes_train_as_one(four: Path, name: str) -> None:
+    is_as_by_one_process(four, name, 4)
+
+
+@pytest.mark.parametrize("name", jobs.JOBS)
+def test_the_file_is_that_of_one_process(two: Path, tmp_path: Path, name: str) -> None:
+    once, twice = (two / f"{name}.{time}.safetensors" for time in ("once", "twice"))
+    assert once.read_bytes() == twice.read_bytes()
+    _, alone, _ = jobs.train(jobs.JOBS[name])
+    alone.save(tmp_path / "alone.safetensors")
+    expected, found = tna.load(tmp_path / "alone.safetensors"), tna.load(once)
+    for field in ("config", "targets", "base", "dtypes", "activation"):
+        assert getattr(found, field) == getattr(expected, field), field
+    for there, here in ((found.arrays, expected.arrays), (found.kept, expected.kept)):
+        assert list(there) == list(here)
+        for array in here:
+            assert relative(torch.tensor(there[array]), torch.tensor(here[array])) < 1e-6, array
+    model = jobs.Model()
+    model.load_state_dict(jobs.build(jobs.JOBS[name])[0].state_dict(), strict=False)
+    loaded = tnadapt.torch.load(model, once)
+    for array, tensor in results(two, name, 2)[0]["arrays"].items():
+        assert torch.equal(loaded.arrays()[array], tensor)
+
+
+@pytest.mark.parametrize("config", jobs.CONFIGS)
+def test_sharded_and_replicated_leave_the_same_bytes(two: Path, config: str) -> None:
+    replicated, sharded = (two / f"{how}-{config}.once.safetensors" for how in ("ddp", "fsdp2"))
+    assert replicated.read_bytes() == sharded.read_bytes()
+
+
+@pytest.mark.skipif(not TRAINER, reason="transformers' Trainer is not installed")
+def test_trainer_on_two_processes(two: Path, tmp_path: Path) -> None:
+    losses, adapter = jobs.train_by_trainer(tmp_path)
+    for rank in results(two, "trainer", 2):
+        for array, tensor in adapter.arrays().items():
+            assert relative(rank["arrays"][array], tensor) < 1e-6, array
+    # Process 0 keeps the log, which is rounded to four digits.
+    assert results(two, "trainer", 2)[0]["losses"] == pytest.approx(losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_several_processes(two: Path, check: str) -> None:
+    for rank in results(two, check, 2):
+        assert rank["error"] is None, rank["error"]
+
+
+# -- The scripts of the documentation --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("task", EXAMPLES / "task.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def by_one_process(task: ModuleType, shuffled: bool, start: Path | None = None) -> tna.AdapterFile:
+    """The adapter that the scripts train, by a plain loop."""
+    model = task.pretrained_model()
+    fresh = start is None
+    adapter = tnadapt.torch.attach(model, keep_trainable="head") if fresh else tnadapt.torch.load(model, start)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    data = task.Bars()
+    order = torch.utils.data.DistributedSampler(data, num_replicas=1, rank=0, seed=0, shuffle=shuffled)
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        for images, labels in torch.utils.data.DataLoader(data, 16, sampler=order):
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return tnadapt.torch.storage.to_file(adapter)
+
+
+def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:
+    assert (found.config, found.targets, found.base) == (expected.config, expected.targets, expected.base)
+    for there, here in ((found.arrays, expected.arrays), (found.kept, expected.kept)):
+        for name in here:
+            # AdamW divides by a gradient's size: where it is next to nothing, rounding decides.
+            torch.testing.assert_close(torch.tensor(there[name]), torch.tensor(here[name]), rtol=0, atol=1e-5)
+
+
+def test_torchrun_on_one_machine(task: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "adapter.safetensors"
+    (printed,) = run(
+        [*TORCHRUN, "--standalone", "--nproc-per-node", 2, EXAMPLES / "train.py", "--epochs", 2, "--out", out]
+    )
+    assert printed.count("loss") == 2
+    is_like(tna.load(out), by_one_process(task, shuffled=True))
+
+
+def test_torchrun_on_two_machines(task: ModuleType, tmp_path: Path) -> None:
+    start, out = tmp_path / "start.safetensors", tmp_path / "adapter.safetensors"
+    first = tnadapt.torch.attach(task.pretrained_model(), tna.presets.lora(2), keep_trainable="head")
+    first.save(start)
+    port = free_port()
+    machine = [
+        *TORCHRUN,
+        *("--nnodes", 2, "--nproc-per-node", 1),
+        *("--rdzv-id", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"),
+        *(EXAMPLES / "train.py", "--how", "fsdp2", "--epochs", 2, "--adapter", start, "--out", out),
+    ]
+    printed = run(machine, machine)
+    assert "".join(printed).count("loss") == 2
+    is_like(tna.load(out), by_one_process(task, shuffled=True, start=start))
+
+
+def test_accelerate_launch(task: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    out = tmp_path / "adapter.safetensors"
+    (printed,) = run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--main_process_port", free_port()),
+            *(EXAMPLES / "train_accelerate.py", "--epochs", 2, "--out", out),
+        ]
+    )
+    assert printed.count("loss") == 2
+    is_like(tna.load(out), by_one_process(task, shuffled=False))

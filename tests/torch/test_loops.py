@@ -1,0 +1,215 @@
+"""Training by hand: gradients accumulated, copies, dtypes, compilers and functional calls."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", minversion="2.6")
+
+from torch import Tensor, nn  # noqa: E402
+from torch.func import functional_call, grad, vmap  # noqa: E402
+
+import tnadapt.torch  # noqa: E402
+from tnadapt.torch import Adapter, attach  # noqa: E402
+
+from .distributed_jobs import Block  # noqa: E402
+from .loops import CONFIGS, batch, gradients, loss_of, make, relative  # noqa: E402
+
+# -- Gradients accumulated over batches ------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_accumulated_gradients_are_those_of_one_big_batch(config: str) -> None:
+    model, adapter = make(config)
+    x = batch(8)
+    loss_of(model, x).backward()
+    expected = gradients(adapter)
+    model.zero_grad()
+    for part in x.chunk(4):
+        (loss_of(model, part) / 4).backward()
+    found = gradients(adapter)
+    assert len(expected) == len(adapter.plan.param_shapes)
+    for name, gradient in expected.items():
+        assert relative(found[name], gradient) < 1e-6, name
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_one_forward_and_two_backwards(config: str) -> None:
+    model, adapter = make(config)
+    y = model(batch())
+    y.square().mean().backward(retain_graph=True)
+    once = gradients(adapter)
+    y.square().mean().backward()
+    for name, gradient in gradients(adapter).items():
+        torch.testing.assert_close(gradient, 2 * once[name], rtol=1e-6, atol=0)
+
+
+# -- Copies and dtypes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_copy_made_in_training_goes_its_own_way(config: str) -> None:
+    model, adapter = make(config)
+    x = batch()
+
+    def steps(model: nn.Module, adapter: Adapter, number: int) -> list[float]:
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+        losses = []
+        for _ in range(number):
+            loss = loss_of(model, x)
+            losses.append(float(loss.detach()))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    steps(model, adapter, 2)
+    twin = copy.deepcopy(model)
+    (other,) = tnadapt.torch.adapters(twin).values()
+    with torch.no_grad():
+        before = twin(x)
+    first = steps(model, adapter, 3)
+    with torch.no_grad():
+        assert torch.equal(twin(x), before)
+    assert steps(twin, other, 3) == first
+    assert first[0] > first[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_half_precision_models_train(config: str, dtype: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(True), Block(False)).to(dtype)
+    adapter = attach(model, CONFIGS[config])
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = loss_of(model, batch().to(dtype)).float()
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert min(losses[1:]) < losses[0]
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_model_converted_with_its_adapter(config: str, dtype: Any) -> None:
+    model, adapter = make(config)
+    x = batch()
+    with torch.no_grad():
+        before = model(x)
+    model.to(dtype)
+    assert {p.dtype for p in adapter.parameters()} == {dtype}
+    after = model(x.to(dtype))
+    assert after.dtype == dtype
+    tolerance = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}[dtype]
+    assert relative(after.detach().float(), before) < tolerance
+    after.float().square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in adapter.parameters())
+
+
+# -- Compiled --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any] | None) -> list[float]:
+    model, adapter = make(config, parts)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    running = model if compiled_by is None else compiled_by(model)
+    losses = []
+    for _ in range(3):
+        loss = loss_of(running, batch())
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if compiled_by is not None:
+            torch.compiler.set_stance("fail_on_recompile")
+    return losses
+
+
+# Of inductor itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("config", "backend"), [*((config, "aot_eager") for config in CONFIGS), ("default", "inductor")]
+)
+def test_compiled_training(config: str, backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    # inductor compiles for seconds a layer.
+    parts = 1 if backend == "inductor" else 3
+    eager = three_losses(config, parts, None)
+    compiled = three_losses(config, parts, lambda model: torch.compile(model, fullgraph=True, backend=backend))
+    assert eager[2] < eager[1] < eager[0]
+    assert compiled == pytest.approx(eager, rel=1e-6)
+
+
+# -- torch.func ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_functional_call_with_other_parameters(config: str) -> None:
+    model, adapter = make(config)
+    x = batch()
+    with torch.no_grad():
+        before = model(x)
+    names = [name for name, _ in model.named_parameters() if "tnadapt" in name]
+    swapped = {name: model.get_parameter(name).detach().mul(1.5).requires_grad_() for name in names}
+    y = functional_call(model, swapped, (x,))
+    y.square().mean().backward()
+    assert all(p.grad is None for p in adapter.parameters())
+    assert all(bool(p.grad.any()) for p in swapped.values())
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+        for name in names:
+            model.get_parameter(name).copy_(swapped[name])
+        assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gradients_by_torch_func(config: str) -> None:
+    model, _ = make(config)
+    x = batch()
+    loss_of(model, x).backward()
+    names = [name for name, _ in model.named_parameters() if "tnadapt" in name]
+    parameters = {name: model.get_parameter(name).detach() for name in names}
+    found = grad(lambda values: loss_of(lambda x: functional_call(model, values, (x,)), x))(parameters)
+    for name in names:
+        torch.testing.assert_close(found[name], model.get_parameter(name).grad, rtol=1e-5, atol=1e-8)
+
+
+# Of torch, which has no rule yet to take its attention over samples.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gradients_of_each_sample(config: str) -> None:
+    model, _ = make(config)
+    x = batch()
+    names = [name for name, _ in model.named_parameters() if "tnadapt" in name]
+    parameters = {name: model.get_parameter(name).detach() for name in names}
+
+    def one(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return loss_of(lambda x: functional_call(model, values, (x,)), sample[None])
+
+    found = vmap(grad(one), in_dims=(None, 0))(parameters, x)
+    for index, sample in enumerate(x):
+        model.zero_grad()
+        loss_of(model, sample[None]).backward()
+        for name in names:
+            torch.testing.assert_close(found[name][index], model.get_parameter(name).grad, rtol=1e-4, atol=1e-7)

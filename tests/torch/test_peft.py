@@ -1,0 +1,686 @@
+"""The PEFT plug-in on transformers' BERT and Llama, as people who know PEFT use it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from peft import (  # noqa: E402
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch.peft as plugin  # noqa: E402
+from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
+
+# PEFT 0.21 asks transformers 5 for a property under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+plugin.register()
+
+SUPERLORA = {"preset": "superlora", "settings": {"rank": 3, "projection": "linear", "ratio": 0.5}}
+LORA = {"preset": "lora", "settings": {"rank": 2}}
+
+
+def bert(seed: int = 0, **settings: Any) -> BertForSequenceClassification:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, **settings}
+    config = BertConfig(num_hidden_layers=2, num_labels=3, max_position_embeddings=16, **sizes)
+    return seeded(seed, lambda: BertForSequenceClassification(config))
+
+
+def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
+    """Grouped-query: v has half the rows of q."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, **settings}
+    config = LlamaConfig(num_hidden_layers=2, intermediate_size=24, bos_token_id=1, eos_token_id=2, **sizes)
+    return seeded(seed, lambda: LlamaForCausalLM(config))
+
+
+def seeded(seed: int, make: Callable[[], Any]) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().eval()
+
+
+MODELS: dict[str, tuple[Callable[..., Any], str]] = {"bert": (bert, "SEQ_CLS"), "llama": (llama, "CAUSAL_LM")}
+models = pytest.mark.parametrize("kind", MODELS)
+
+
+def adapted(kind: str, model: Any = None, **settings: Any) -> PeftModel:
+    make, task = MODELS[kind]
+    return get_peft_model(model or make(), TnadaptConfig(task_type=task, **(settings or SUPERLORA)))
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 50, (4, 7), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def run(model: Any) -> torch.Tensor:
+    return model(input_ids=ids()).logits
+
+
+def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def stir(model: PeftModel, seed: int = 0, name: str = "default") -> PeftModel:
+    """Give an adapter, and what is trained beside it, other numbers, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if f"tnadapt_{name}_" in path or f"modules_to_save.{name}." in path:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+# -- Registering ---------------------------------------------------------------------------------
+
+
+def test_register_is_needed_and_idempotent(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+
+    assert plugin.register() is None
+    monkeypatch.delitem(CONFIGS, "TNADAPT")
+    with pytest.raises(tna.ConfigError, match=r"call tnadapt\.torch\.peft\.register\(\)"):
+        TnadaptConfig()
+    monkeypatch.setitem(CONFIGS, "TNADAPT", PeftConfig)
+    with pytest.raises(tna.ConfigError, match="knows a method 'TNADAPT' already"):
+        plugin.register()
+
+
+def test_missing_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("tnadapt.torch.peft")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r'pip install "tnadapt\[peft\]"') as error:
+        importlib.import_module("tnadapt.torch.peft")
+    assert isinstance(error.value, tna.TnadaptError)
+
+
+# -- The config ----------------------------------------------------------------------------------
+
+
+def test_config_survives_its_file(tmp_path: Path) -> None:
+    config = TnadaptConfig(
+        task_type="SEQ_CLS",
+        preset="lotr",
+        settings={"rank": 2, "weights": 4, "rows": 16, "cols": 16},
+        modules_to_save="x",
+    )
+    config.save_pretrained(str(tmp_path))
+    again = PeftConfig.from_pretrained(str(tmp_path))
+    assert again == config
+    assert type(again) is TnadaptConfig
+    assert tna.Config.from_dict(again.settings) == tna.presets.lotr(2, weights=4, rows=16, cols=16)
+    # A file that a later release wrote may have fields that this one does not know: PEFT warns.
+    text = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**text, "new": 1}))
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
+        assert PeftConfig.from_pretrained(str(tmp_path)) == config
+
+
+def test_settings_may_be_a_config() -> None:
+    cfg = tna.Config(rank=3, groups=[[0, 1], [2, 3]])
+    assert tna.Config.from_dict(TnadaptConfig(settings=cfg).settings) == cfg
+    assert TnadaptConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"preset": "superlorra"}, "preset must be one of cara, .*; got 'superlorra'"),
+        ({"preset": "lora", "settings": {"rnak": 2}}, "did you mean 'rank'"),
+        ({"preset": "lora", "settings": {"rank": 0}}, "rank must be from 1"),
+        ({"preset": "lora", "settings": tna.Config()}, "settings must be a mapping"),
+        ({"preset": "lotr", "settings": {"rank": 2}}, "missing 3 required keyword-only arguments"),
+        ({"settings": {"format": "cpp"}}, "format must be one of"),
+        ({"settings": 3}, "expected a mapping"),
+        ({"target_modules": lambda path, module: True}, "target_modules must be a name or a list of names"),
+        ({"target_modules": []}, "target_modules must be a name or a list of names"),
+        ({"modules_to_save": [3]}, "modules_to_save must be"),
+        ({"strategy": "fast"}, "strategy must be one of"),
+        ({"activation": "sine"}, "activation must be one of"),
+        ({"base": "mine"}, "base is what save_pretrained wrote"),
+    ],
+)
+def test_a_wrong_config_is_refused_when_it_is_made(wrong: dict[str, Any], match: str) -> None:
+    with pytest.raises(tna.ConfigError, match=match):
+        TnadaptConfig(**wrong)
+
+
+# -- A fresh adapter -----------------------------------------------------------------------------
+
+
+@models
+@pytest.mark.parametrize("settings", [{}, SUPERLORA, LORA, {"preset": "lokr", "strategy": "weight"}])
+def test_fresh_changes_nothing(kind: str, settings: dict[str, Any]) -> None:
+    base = MODELS[kind][0]()
+    before, expected = bits(base), run(base)
+    own = sum(parameter.numel() for parameter in base.parameters())
+    model = adapted(kind, base, **settings or {"target_modules": "qv"})
+    assert torch.equal(run(model), expected)
+    handle = tt.adapters(model)["default"]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = {name for name in trained if "modules_to_save" in name}
+    assert len(head) == (2 if kind == "bert" else 0)
+    assert trained - head == {name for name, _ in model.named_parameters() if ".tnadapt_default_" in name}
+    beside = 3 * 16 + 3 if kind == "bert" else 0
+    assert model.get_nb_trainable_parameters() == (
+        handle.num_parameters + beside,
+        own + handle.num_parameters + beside,
+    )
+    assert all(torch.equal(base.state_dict()[name], before[name]) for name in before.keys() & base.state_dict().keys())
+    assert len(handle.targets) == 4
+
+
+def test_default_is_that_of_attach() -> None:
+    model, other = adapted("llama", target_modules="qv"), llama()
+    assert tt.adapters(model)["default"].config == tt.attach(other).config
+    assert tna.Config.from_dict(model.peft_config["default"].settings) == tt.adapters(other)["default"].config
+
+
+def test_one_config_for_several_models(tmp_path: Path) -> None:
+    config = TnadaptConfig(task_type="CAUSAL_LM", target_modules="qv")
+    before = copy.deepcopy(config)
+    get_peft_model(llama(), config).save_pretrained(tmp_path)
+    get_peft_model(llama(1, hidden_size=32), config)
+    assert config == before
+
+
+def test_the_parts_that_peft_reports_on() -> None:
+    model = adapted("bert")
+    status = model.get_model_status()
+    assert (status.enabled, status.active_adapters, status.available_adapters) == (True, ["default"], ["default"])
+    assert (status.peft_types, status.adapter_model_type) == ({"default": "TNADAPT"}, "TnadaptModel")
+    assert (status.requires_grad, status.devices) == ({"default": True}, {"default": ["cpu"]})
+    layer = model.get_layer_status()[-1]
+    assert (layer.name, layer.module_type) == ("tnadapt", "TnadaptLayer")
+    assert "<tnadapt adapter 'default'" in repr(model)
+    assert not model.supports_lora_conversion()
+    assert not hasattr(model.base_model.tnadapt, "weight")
+
+
+def test_modules_to_save_are_not_adapted() -> None:
+    model = adapted("bert", target_modules="all-linear", modules_to_save=["pooler"], **LORA)
+    # A second one finds PEFT's copies of them in the model.
+    model.add_adapter("second", TnadaptConfig(task_type="SEQ_CLS", target_modules="all-linear", **LORA))
+    names = [target.name for target in tt.adapters(model)["default"].targets]
+    assert len(names) == 12
+    assert not any("pooler" in name or "classifier" in name for name in names)
+    assert [target.name for target in tt.adapters(model)["second"].targets] == names
+    with pytest.raises(tna.TargetError, match="names nothing outside of modules_to_save"):
+        adapted("bert", target_modules=["pooler.dense"], modules_to_save=["pooler"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = llama().to(dtype)
+    before, expected = bits(base), run(base)
+    model = adapted("llama", base)
+    assert torch.equal(run(model), expected)
+    assert {parameter.dtype for parameter in tt.adapters(model)["default"].parameters()} == {torch.float32}
+    stir(model).merge_adapter()
+    model.unmerge_adapter()
+    assert same(bits(model.unload()), before)
+
+
+# -- Training and files --------------------------------------------------------------------------
+
+
+def train(model: Any, kind: str) -> list[float]:
+    labels = ids() if kind == "llama" else torch.tensor([0, 1, 2, 0])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids(), labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@models
+def test_train_save_load(kind: str, tmp_path: Path) -> None:
+    base = MODELS[kind][0]()
+    before = bits(base)
+    model = adapted(kind, base)
+    losses = train(model, kind)
+    assert losses[-1] < losses[0]
+    frozen = {name: tensor for name, tensor in base.state_dict().items() if name in before}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.items())
+    model.save_pretrained(tmp_path)
+    kept = load_file(tmp_path / "adapter_model.safetensors")
+    arrays = {"base_model.model.tnadapt.group0.split0.factor0", "base_model.model.tnadapt.group0.split0.factor1"}
+    head = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+    assert set(kept) == (arrays | head if kind == "bert" else arrays)
+    assert same(kept, get_peft_model_state_dict(model))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["settings"]["rank"] == 3
+    assert config["base"]["weights"] == ({"16x16": 4} if kind == "bert" else {"16x16": 2, "8x16": 2})
+    for low in (False, True):
+        again = PeftModel.from_pretrained(MODELS[kind][0](), tmp_path, low_cpu_mem_usage=low)
+        assert torch.equal(run(again), run(model))
+        assert not any(parameter.requires_grad for parameter in again.parameters())
+    again = PeftModel.from_pretrained(MODELS[kind][0](), tmp_path, is_trainable=True)
+    assert train(again, kind) == train(model, kind)
+
+
+def test_in_a_new_process(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = stir(adapted("llama"))
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save({"ids": ids(), "logits": run(model)}, tmp_path / "expected.pt")
+    script = """
+import sys, torch, tnadapt.torch.peft
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from transformers import AutoModelForCausalLM
+tables = PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+assert not any("TNADAPT" in table for table in tables), "registered by importing"
+tnadapt.torch.peft.register()
+folder = sys.argv[1]
+base = AutoModelForCausalLM.from_pretrained(folder + "/base").eval()
+model = PeftModel.from_pretrained(base, folder + "/adapter")
+expected = torch.load(folder + "/expected.pt")
+with torch.no_grad():
+    assert torch.equal(model(input_ids=expected["ids"]).logits, expected["logits"]), "other logits"
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=expected["ids"]).logits, expected["logits"], rtol=0, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+def test_trainer(tmp_path: Path) -> None:
+    model = adapted("bert")
+    data = [{"input_ids": row, "labels": torch.tensor(index % 3)} for index, row in enumerate(ids())]
+    settings = {"per_device_train_batch_size": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    arguments = TrainingArguments(str(tmp_path), max_steps=4, save_steps=2, learning_rate=0.02, **settings)
+    Trainer(model, arguments, train_dataset=data).train()
+    model.eval()
+    last = PeftModel.from_pretrained(bert(), tmp_path / "checkpoint-4")
+    assert torch.equal(run(last), run(model))
+    # From the checkpoint in the middle to the same end.
+    again = adapted("bert")
+    Trainer(again, arguments, train_dataset=data).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(run(again.eval()), run(model))
+    assert not torch.equal(run(model), run(bert()))
+
+
+# -- Merging -------------------------------------------------------------------------------------
+
+
+@models
+def test_merge_and_unmerge(kind: str) -> None:
+    model = stir(adapted(kind))
+    before, expected = bits(model), run(model)
+    for _ in range(3):
+        model.merge_adapter()
+        assert model.get_layer_status()[-1].merged_adapters == ["default"]
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+        with pytest.warns(UserWarning, match="already merged"):
+            model.merge_adapter()
+        model.unmerge_adapter()
+        assert same(bits(model), before)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+    assert torch.equal(run(model), expected)
+
+
+def traces(model: torch.nn.Module) -> list[str]:
+    """What is left of tnadapt or PEFT on a model."""
+    found = [name for name in model.state_dict() if "tnadapt" in name or "modules_to_save" in name]
+    for path, module in model.named_modules():
+        found += [
+            f"{path}.{name}" for name in module.__dict__ if "tnadapt" in name or name in ("forward", "peft_config")
+        ]
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        found += [f"{path}: {hook}" for hook in hooks if "tnadapt" in str(hook)]
+        found += [f"{path}: {type(module)}"] if "peft" in type(module).__module__ else []
+    return found
+
+
+@models
+def test_merge_and_unload(kind: str) -> None:
+    base = MODELS[kind][0]()
+    names, free = set(base.state_dict()), [p.requires_grad for p in base.parameters()]
+    model = stir(adapted(kind, base))
+    expected = run(model)
+    assert traces(base) != []
+    found = model.merge_and_unload(safe_merge=True)
+    assert found is base
+    assert not model.base_model.tnadapt.handles
+    assert traces(found) == []
+    assert set(found.state_dict()) == names
+    assert [p.requires_grad for p in found.parameters()] == free
+    torch.testing.assert_close(run(found), expected, rtol=0, atol=1e-5)
+
+
+@models
+@pytest.mark.parametrize("merged", [False, True])
+def test_unload(kind: str, merged: bool) -> None:
+    base = MODELS[kind][0]()
+    before = bits(base)
+    model = stir(adapted(kind, base))
+    if merged:
+        model.merge_adapter()
+    found = model.unload()
+    assert traces(found) == []
+    after = bits(found)
+    if kind == "bert":
+        # PEFT leaves what was trained whole.
+        assert not torch.equal(after.pop("classifier.weight"), before.pop("classifier.weight"))
+        del after["classifier.bias"], before["classifier.bias"]
+    assert same(after, before)
+
+
+def test_not_finite_is_refused() -> None:
+    model = stir(adapted("llama"))
+    model.add_adapter("second", TnadaptConfig(task_type="CAUSAL_LM", **LORA))
+    with torch.no_grad():
+        next(iter(dict(tt.adapters(model)["second"].named_parameters()).values())).fill_(float("nan"))
+    before, expected = bits(model), run(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(tna.BackendError, match="'second'"):
+            merge(adapter_names=["default", "second"])
+        torch.testing.assert_close(bits(model), before, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(run(model), expected)
+    assert model.get_model_status().merged_adapters == []
+
+
+def test_loda_is_not_merged() -> None:
+    model = stir(adapted("llama", activation="relu", **LORA))
+    before, expected = bits(model), run(model)
+    with pytest.raises(tna.ConfigError, match="LoDA"):
+        model.merge_and_unload()
+    assert same(bits(model), before)
+    assert torch.equal(run(model), expected)
+    assert not torch.equal(run(model.unload()), expected)
+
+
+# -- Switching -----------------------------------------------------------------------------------
+
+
+@models
+def test_disable_adapter(kind: str) -> None:
+    base = MODELS[kind][0]()
+    plain = run(base)
+    model = stir(adapted(kind, base))
+    expected, free = run(model), [p.requires_grad for p in model.parameters()]
+    with model.disable_adapter():
+        assert torch.equal(run(model), plain)
+    assert [p.requires_grad for p in model.parameters()] == free
+    with pytest.raises(KeyError), model.disable_adapter():
+        raise KeyError
+    assert torch.equal(run(model), expected)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(run(model), plain)
+    assert torch.equal(run(model), expected)
+
+
+def test_several_adapters(tmp_path: Path) -> None:
+    model = stir(adapted("bert"))
+    plain, first = run(bert()), run(model)
+    free = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.add_adapter("second", TnadaptConfig(task_type="SEQ_CLS", **LORA))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == free
+    assert torch.equal(run(model), first)
+    model.set_adapter("second")
+    assert torch.equal(run(model), plain)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".tnadapt_second_" in name or ".modules_to_save.second." in name for name in names)
+    assert len(names) == 2 * 4 + 2
+    second = run(stir(model, 1, "second"))
+    assert not torch.equal(second, plain)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "third")
+    model.load_adapter(tmp_path / "second", "fourth", low_cpu_mem_usage=True)
+    assert torch.equal(run(model), second)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == names
+    for name, expected in {"third": first, "fourth": second, "default": first, "second": second}.items():
+        model.set_adapter(name)
+        assert torch.equal(run(model), expected)
+        assert tt.adapters(model)[name].weight == 1.0
+        model.merge_adapter()
+        torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+        with pytest.warns(UserWarning, match="Unmerging the model first"):
+            model.set_adapter(name)
+    with pytest.raises(ValueError, match="not found"):
+        model.set_adapter("fifth")
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter("second", TnadaptConfig(task_type="SEQ_CLS"))
+    assert torch.equal(run(model), second)
+    for name in ("third", "fourth"):
+        model.delete_adapter(name)
+    assert torch.equal(run(model), second)
+    model.merge_adapter()
+    with pytest.raises(tna.TargetError, match="unmerge_adapter"):
+        model.delete_adapter("second")
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        model.delete_adapter("second")
+    assert model.active_adapters == ["default"]
+    assert torch.equal(run(model), first)
+    assert not any("second" in name for name in model.state_dict())
+
+
+def test_low_cpu_mem_usage_makes_no_numbers() -> None:
+    model = adapted("llama")
+    model.add_adapter("second", TnadaptConfig(task_type="CAUSAL_LM", **LORA), low_cpu_mem_usage=True)
+    assert {p.device.type for _, p in tt.adapters(model)["second"].named_parameters()} == {"meta"}
+    assert {p.device.type for _, p in tt.adapters(model)["default"].named_parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_half_precision_file(upcast: bool, tmp_path: Path) -> None:
+    stir(adapted("llama")).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: array.bfloat16() for name, array in load_file(path).items()}, path)
+    settings = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": upcast}
+    model = PeftModel.from_pretrained(llama(), tmp_path, **settings)
+    expected = torch.float32 if upcast else torch.bfloat16
+    assert {array.dtype for array in tt.adapters(model)["default"].arrays().values()} == {expected}
+    assert torch.isfinite(run(model)).all()
+
+
+def test_together_and_mixed() -> None:
+    model = stir(adapted("llama"))
+    model.add_adapter("second", TnadaptConfig(task_type="CAUSAL_LM", **LORA))
+    stir(model, 1, "second")
+    model.base_model.set_adapter(["default", "second"])
+    both = run(model)
+    model.merge_adapter()
+    torch.testing.assert_close(run(model), both, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(run(model), both)
+    # One merged: the other does not act beside it, as with PEFT's own layers.
+    model.set_adapter("second")
+    second = run(model)
+    model.set_adapter("default")
+    model.merge_adapter(adapter_names=["second"])
+    torch.testing.assert_close(run(model), second, rtol=0, atol=1e-5)
+    with pytest.warns(UserWarning, match="Unmerging them first"):
+        model.add_adapter("third", TnadaptConfig(task_type="CAUSAL_LM", **LORA))
+    model.base_model.set_adapter(["default", "second"])
+    tt.mix(model, {"default": 0.25, "second": 0.75})
+    mixed = run(model)
+    assert not torch.equal(mixed, both)
+    with model.disable_adapter():
+        assert torch.equal(run(model), run(llama()))
+    assert torch.equal(run(model), mixed)
+    torch.testing.assert_close(run(copy.deepcopy(model).merge_and_unload()), mixed, rtol=0, atol=1e-5)
+    # A new adapter begins with weight 1, whatever one of its name had.
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    model.add_adapter("second", TnadaptConfig(task_type="CAUSAL_LM", **LORA))
+    model.set_adapter("second")
+    assert (tt.adapters(model)["second"].weight, tt.adapters(model)["default"].weight) == (1.0, 0.0)
+
+
+def test_copies_are_independent() -> None:
+    model = stir(adapted("bert"))
+    expected = run(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(other), expected)
+        stir(other, 2).merge_adapter()
+        assert not torch.equal(run(other), expected)
+        assert torch.equal(run(model), expected)
+
+
+def test_generate() -> None:
+    model = stir(adapted("llama"), 3)
+    prompt = ids()[:2, :3]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(input_ids=prompt, **settings)
+    with model.disable_adapter():
+        plain = model.generate(input_ids=prompt, **settings)
+    assert torch.equal(plain, llama().generate(prompt, **settings))
+    assert not torch.equal(found, plain)
+    assert torch.equal(model.merge_and_unload().generate(prompt, **settings), found)
+
+
+# -- What is refused -----------------------------------------------------------------------------
+
+
+def test_wrong_base_is_refused(tmp_path: Path) -> None:
+    model = stir(adapted("llama"))
+    expected = run(model)
+    model.save_pretrained(tmp_path)
+    for base, match in (
+        (llama(hidden_size=32), r"shapes \{'16x16': 2, '8x16': 2\}, .* find \{'32x32': 2, '16x32': 2\}"),
+        (llama(1), "another base model than this LlamaForCausalLM"),
+    ):
+        before = bits(base)
+        with pytest.raises(tna.FileError, match=match):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert same(bits(base), before)
+        assert traces(base) == []
+        assert all(parameter.requires_grad for parameter in base.parameters())
+    # The same in another precision is no other model.
+    PeftModel.from_pretrained(llama().to(torch.bfloat16), tmp_path)
+    # By explicit wish.
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    config.base = None
+    assert not torch.equal(run(PeftModel.from_pretrained(llama(1), tmp_path, config=config)), expected)
+
+
+def test_other_draws_are_refused(tmp_path: Path) -> None:
+    adapted("llama").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    text = json.loads(path.read_text())
+    text["base"]["draws"] = "0" * 64
+    path.write_text(json.dumps(text))
+    with pytest.raises(tna.FileError, match="digest is '0000"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+    text["base"] = {**model_base(llama()), "fingerprint": {"sha256": "mine"}}
+    path.write_text(json.dumps(text))
+    with pytest.raises(tna.FileError, match="fingerprint of the base model"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def model_base(model: Any) -> dict[str, Any]:
+    found = adapted("llama", model)
+    get_peft_model_state_dict(found)
+    return found.peft_config["default"].base
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_arrays_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None:
+    model = stir(adapted("llama"))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    arrays = load_file(path)
+    name = min(arrays)
+    if change == "missing":
+        del arrays[name]
+    elif change == "unknown":
+        arrays[name.replace("group0", "group1")] = torch.zeros(2)
+    else:
+        arrays[name] = arrays[name][:-1].clone()
+    save_file(arrays, path)
+    before, expected = bits(model), run(model)
+    with pytest.raises(tna.FileError, match=r"none was loaded; what differs: .*split0\.factor0"):
+        model.load_adapter(tmp_path, "default")
+    assert same(bits(model), before)
+    assert torch.equal(run(model), expected)
+
+
+def test_load_into_a_merged_adapter_is_refused(tmp_path: Path) -> None:
+    model = stir(adapted("llama"))
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.raises(tna.TargetError, match="unmerge_adapter"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_saved_while_merged(tmp_path: Path) -> None:
+    model = stir(adapted("llama"))
+    expected = run(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "one")
+    assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path / "one")), expected)
+    assert model.peft_config["default"].base == model_base(llama())
+    # Where the weights hold another one's update, they are not the base's.
+    model.unmerge_adapter()
+    model.add_adapter("second", TnadaptConfig(task_type="CAUSAL_LM", **LORA))
+    stir(model, 1, "second").merge_adapter(adapter_names=["default", "second"])
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["second"].base is None
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["second"].base["fingerprint"] == model_base(llama())["fingerprint"]
+
+
+def test_wrapping_twice_and_wrong_targets() -> None:
+    base = llama()
+    with pytest.raises(tna.TargetError, match="nothing_such"):
+        adapted("llama", base, target_modules=["nothing_such"])
+    assert traces(base) == []
+    model = adapted("llama", base)
+    there = pytest.raises(tna.TargetError, match="adapter 'default' on this model already")
+    with there, pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        adapted("llama", base)
+    with pytest.raises(tna.TargetError, match="letters, digits and underscores"):
+        model.add_adapter("my-adapter", TnadaptConfig(task_type="CAUSAL_LM"))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_what_peft_does_with_its_own_methods_only() -> None:
+    with pytest.raises(ValueError, match="shared state"):
+        inject_adapter_in_model(TnadaptConfig(), llama())
+    with pytest.raises(ValueError, match="TNADAPT"):
+        get_peft_model(llama(), TnadaptConfig(task_type="CAUSAL_LM"), mixed=True)
+    with pytest.raises(tna.ConfigError, match="run a batch for each adapter"):
+        adapted("llama")(input_ids=ids(), adapter_names=["default"] * 4)

@@ -1,0 +1,330 @@
+"""RELIABILITY's laws 14 and 17 to 19 of adapters on models: files there and back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+
+from .small import WIDTH, Separate, Small, batch, small, stir  # noqa: E402
+from .unet import UNet  # noqa: E402
+
+P = tna.presets
+ROOT = Path(__file__).parents[2]
+
+
+def trained(config: tna.Config | None = None, **settings: object) -> tuple[nn.Module, tt.Adapter]:
+    model = small()
+    adapter = tt.attach(model, config, **settings)
+    stir(adapter)
+    return model, adapter
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batch())
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        P.lora(2, alpha=4),
+        P.dense(),
+        P.lokr(2),
+        P.superlora(3, groups="layer"),
+        P.superlora(3, groups=4, projection="nonlinear", ratio=0.3, seed=5),
+        P.superlora(3, projection="linear_v2", ratio=0.3, shared=False),
+    ],
+)
+def test_a_round_trip_is_exact_to_the_bit(config: tna.Config | None, tmp_path: Path) -> None:
+    model, adapter = trained(config)
+    on, path = run(model), tmp_path / "a.safetensors"
+    adapter.save(path)
+    first = path.read_bytes()
+    adapter.save(path)
+    assert path.read_bytes() == first
+    fresh = small()
+    loaded = tt.load(fresh, path)
+    assert loaded.config == adapter.config
+    assert torch.equal(run(fresh), on)
+    for (name, p), (other, q) in zip(adapter.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(p, q)
+    loaded.save(path)
+    assert path.read_bytes() == first
+    adapter.merge()
+    adapter.save(path)  # of what it was trained on, not of what it is merged into
+    assert path.read_bytes() == first
+
+
+def test_it_is_read_with_numpy_alone(tmp_path: Path) -> None:
+    _, adapter = trained(P.superlora(3, projection="linear", ratio=0.3))
+    adapter.save(tmp_path / "a.safetensors")
+    code = """
+import sys
+sys.modules["torch"] = None
+import numpy as np, tnadapt as tna
+file = tna.load(sys.argv[1])
+np.savez(sys.argv[2], *file.deltas())
+print(file.num_parameters, [target.name for target in file.targets][:2])
+"""
+    arguments = [sys.executable, "-c", code, tmp_path / "a.safetensors", tmp_path / "deltas.npz"]
+    printed = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert printed.startswith(f"{adapter.num_parameters} ['blocks.0.qkv.weight', 'blocks.0.qkv.weight']")
+    with np.load(tmp_path / "deltas.npz") as found:
+        for delta, want in zip(found.values(), adapter.deltas(), strict=True):
+            assert np.abs(delta - want.detach().numpy()).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_adapters_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, adapter = trained(None, dtype=dtype)
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = small()
+    loaded = tt.load(fresh, tmp_path / "a.safetensors")
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert torch.equal(run(fresh), run(model))
+
+
+def test_the_31_parameters_of_the_papers_unet_are_under_6_kb(tmp_path: Path) -> None:
+    adapter = tt.attach(UNet(), P.lorta(1, order=5, projection="linear", ratio=0.01))
+    assert (adapter.num_parameters, len(adapter.targets)) == (31, 42)
+    stir(adapter)
+    adapter.save(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_size < 6_000
+    tt.load(adapter.model, tmp_path / "a.safetensors", "again")
+
+
+def test_what_was_kept_trainable_is_saved(tmp_path: Path) -> None:
+    model, adapter = trained(None, keep_trainable="head")
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = small()
+    loaded = tt.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(run(fresh), run(model))
+    assert fresh.head.weight.requires_grad
+    assert set(loaded.kept) == {"head.weight", "head.bias"}
+    wider = small()
+    wider.head = nn.Linear(WIDTH, 5)
+    before = state(wider)
+    with pytest.raises(tna.FileError, match=r"keeps 'head.bias' of shape \(3,\), and this model's is \(5,\)"):
+        tt.load(wider, tmp_path / "a.safetensors")
+    assert same(state(wider), before)
+    assert tt.adapters(wider) == {}
+
+
+def test_running_statistics_of_a_kept_part_are_saved_with_it(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        made = small()
+        made.head = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 3))
+        return made.eval()
+
+    torch.manual_seed(0)
+    one = model()
+    adapter = tt.attach(one, keep_trainable="head")
+    one.train()(batch(size=8))
+    one.eval()
+    adapter.save(tmp_path / "a.safetensors")
+    other = model()
+    tt.load(other, tmp_path / "a.safetensors")
+    assert torch.equal(run(other), run(one))
+
+
+# -- 17: other bases -------------------------------------------------------------------------------------------
+
+
+def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    _, adapter = trained()
+    adapter.save(tmp_path / "a.safetensors")
+    other = small(seed=7)
+    before = state(other)
+    with pytest.raises(tna.FileError, match=r"a\.safetensors: it was trained on another base model.*check_base=False"):
+        tt.load(other, tmp_path / "a.safetensors")
+    assert same(state(other), before)
+    assert all(p.requires_grad for p in other.parameters())
+    tt.load(other, tmp_path / "a.safetensors", check_base=False)
+
+
+def test_the_same_base_in_half_precision_is_accepted(tmp_path: Path) -> None:
+    model, adapter = trained()
+    adapter.save(tmp_path / "a.safetensors")
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        half = small().to(dtype)
+        tt.load(half, tmp_path / "a.safetensors")
+        with torch.no_grad():
+            assert (half(batch().to(dtype)).float() - run(model)).abs().max() < 0.05
+        with pytest.raises(tna.FileError, match="their sketches differ"):
+            tt.load(small(seed=7).to(dtype), tmp_path / "a.safetensors")
+
+
+class Other(Separate):
+    """The same attention, its projections called by other names."""
+
+    def __init__(self, old: Separate) -> None:
+        nn.Module.__init__(self)
+        self.query, self.key, self.value, self.output = old.q_proj, old.k_proj, old.v_proj, old.o_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.query(x).unflatten(-1, (2, -1)).transpose(-2, -3)
+        k, v = (proj(x).unsqueeze(-3) for proj in (self.key, self.value))
+        y = nn.functional.scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q))
+        return x + self.output(y.transpose(-2, -3).flatten(-2))
+
+
+class Renamed(Small):
+    """The same model after a release that calls things by other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = self.blocks
+        del self.blocks
+        self.layers[1] = Other(self.layers[1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.layers:
+            x = block(x)
+        return self.head(x.mean(-2))
+
+
+def test_renamed_modules_are_matched_by_role_and_shape(tmp_path: Path) -> None:
+    model, adapter = trained(P.superlora(3, groups="layer"))
+    adapter.save(tmp_path / "a.safetensors")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        renamed = Renamed().eval()
+    tt.load(renamed, tmp_path / "a.safetensors")
+    assert torch.equal(run(renamed), run(model))
+
+
+def test_a_model_with_other_weights_is_refused_whole(tmp_path: Path) -> None:
+    _, adapter = trained()
+    adapter.save(tmp_path / "a.safetensors")
+    shorter = small()
+    shorter.blocks = shorter.blocks[:4]
+    before = state(shorter)
+    with pytest.raises(
+        tna.FileError, match=r"does not have its weights \(there is no blocks\.4\.self_attn\.in_proj_weight"
+    ):
+        tt.load(shorter, tmp_path / "a.safetensors")
+    assert same(state(shorter), before)
+    assert all("forward" not in module.__dict__ for module in shorter.modules())
+
+
+# -- 18, 19 and the rest -------------------------------------------------------------------------------------------
+
+
+def test_draws_of_another_machine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, adapter = trained(P.superlora(3, projection="linear", ratio=0.3))
+    adapter.save(tmp_path / "a.safetensors")
+    monkeypatch.setattr("tnadapt.adapter_file.AdapterFile.draws", "0" * 64)
+    with pytest.raises(tna.FileError, match="0000000"):
+        tt.load(small(), tmp_path / "a.safetensors")
+
+
+def test_a_pickle_and_other_peoples_files_are_refused(tmp_path: Path) -> None:
+    model, adapter = trained()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    with pytest.raises(tna.FileError, match="pickle"):
+        tt.load(small(), tmp_path / "a.pt")
+    with pytest.raises(tna.FileError, match=r"none\.safetensors"):
+        tt.load(small(), tmp_path / "none.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(2)}, tmp_path / "p.safetensors", metadata={"format": "pt"})
+    with pytest.raises(tna.FileError, match="tnadapt"):
+        adapter.swap(tmp_path / "p.safetensors")
+
+
+def test_folders(tmp_path: Path) -> None:
+    model, adapter = trained()
+    adapter.save_pretrained(tmp_path / "new" / "folder")
+    fresh = small()
+    tt.from_pretrained(fresh, tmp_path / "new" / "folder", "mine")
+    assert list(tt.adapters(fresh)) == ["mine"]
+    assert torch.equal(run(fresh), run(model))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(tna.FileError, match="cannot make this folder"):
+        adapter.save_pretrained(tmp_path / "file" / "sub")
+    with pytest.raises(tna.FileError):
+        adapter.save(tmp_path / "no" / "such" / "folder.safetensors")
+
+
+def test_swapping_takes_what_fits(tmp_path: Path) -> None:
+    model, adapter = trained()
+    on = run(model)
+    adapter.save(tmp_path / "a.safetensors")
+    stir(adapter, seed=5)
+    adapter.swap(tmp_path / "a.safetensors")
+    assert torch.equal(run(model), on)
+    _, other = trained(P.superlora(3))
+    other.save(tmp_path / "b.safetensors")
+    with pytest.raises(tna.FileError, match=r"its config is not that of adapter 'default'"):
+        adapter.swap(tmp_path / "b.safetensors")
+    assert torch.equal(run(model), on)
+    foreign = tt.attach(small(seed=7))
+    foreign.save(tmp_path / "c.safetensors")
+    with pytest.raises(tna.FileError, match="another base model"):
+        adapter.swap(tmp_path / "c.safetensors")
+
+
+def test_loda_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    model, adapter = trained(P.lora(2), targets=["blocks.1.q_proj"], activation="tanh")
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = small()
+    assert tt.load(fresh, tmp_path / "a.safetensors").activation == "tanh"
+    assert torch.equal(run(fresh), run(model))
+
+
+def test_what_cannot_be_saved_or_loaded_now(tmp_path: Path) -> None:
+    model, adapter = trained(name="a")
+    other = tt.attach(model, name="b")
+    adapter.save(tmp_path / "a.safetensors")
+    stir(other)
+    other.merge()
+    with pytest.raises(tna.TargetError, match="'b' is merged into the base"):
+        adapter.save(tmp_path / "b.safetensors")
+    with pytest.raises(tna.FileError, match="'b' is merged into the base"):
+        tt.load(model, tmp_path / "a.safetensors", "c")
+    assert not (tmp_path / "b.safetensors").exists()
+    other.unmerge()
+    with pytest.raises(tna.TargetError, match="there is an adapter 'a'"):
+        tt.load(model, tmp_path / "a.safetensors", "a")
+    adapter.detach()
+    with pytest.raises(tna.TargetError, match="not attached"):
+        adapter.save(tmp_path / "b.safetensors")
+    with torch.device("meta"):
+        meta = tt.attach(small())
+    with pytest.raises(tna.TargetError, match="meta device"):
+        meta.save(tmp_path / "b.safetensors")
+
+
+def test_one_sorted_metadata_entry_and_nothing_of_this_machine(tmp_path: Path) -> None:
+    _, adapter = trained()
+    adapter.save(tmp_path / "a.safetensors")
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert list(header["__metadata__"]) == ["tnadapt"]
+    entry = header["__metadata__"]["tnadapt"]
+    assert entry == json.dumps(json.loads(entry), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert json.loads(entry)["model"] == "Small"

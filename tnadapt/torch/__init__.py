@@ -1,0 +1,19 @@
+"""Adapters on torch models: ``attach``, train, ``save``, ``load``, ``merge``.
+
+Examples
+--------
+>>> import torch, tnadapt.torch
+>>> model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+>>> adapter = tnadapt.torch.attach(model)
+>>> adapter.num_parameters, sum(p.requires_grad for p in model.parameters())
+(368, 2)
+"""
+
+from ..target import Rows, Target
+from .adapter import Adapter
+from .attach import attach
+from .registry import adapters, mix
+from .storage import from_pretrained, load
+from .targets import find_targets
+
+__all__ = ["Adapter", "Rows", "Target", "adapters", "attach", "find_targets", "from_pretrained", "load", "mix"]

@@ -1,0 +1,440 @@
+"""The handle of an adapter on a model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..errors import ConfigError, ShapeError, TargetError, shown
+from ..superlora import SuperLoRA
+from ..target import Target
+from . import merging
+from .apply import Part, Site
+from .delta import Updates
+from .registry import BOOK, PREFIX, mix
+from .sharding import refuse_reentrant, reshard, spread, whole
+from .summary import Summary
+
+__all__ = ["Adapter"]
+
+
+class Adapter:
+    """An adapter on a model; :func:`tnadapt.torch.attach` makes it.
+
+    Attributes
+    ----------
+    model : Module
+        What it is attached to. Its parameters are registered there, once, as ``tnadapt_{name}_{array}``.
+    name : str
+    config : Config
+    targets : tuple of Target
+        The weights it updates.
+    plan : SuperLoRA
+        What it computes; see :class:`tnadapt.SuperLoRA`.
+    strategy : tuple of str
+        How each weight is updated: ``"weight"``, ``"factored"`` or ``"beside"``.
+    activation : str or None
+        LoDA's nonlinearity between the two factors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        plan: SuperLoRA,
+        targets: Sequence[Target],
+        kept: Sequence[str],
+        activation: str | None,
+    ) -> None:
+        self.model, self.name, self.plan = model, name, plan
+        #: Before anything that shards the model gives it a class of its own.
+        self.model_name = type(model).__name__
+        self.targets = tuple(targets)
+        self.activation = activation
+        self.kept = tuple(kept)
+        self.parts: list[Part] = []
+        self.sites: list[Site] = []
+        #: requires_grad of the base's parameters before.
+        self.was_trainable: dict[str, bool] = {}
+        self.merged: list[merging.Merged] | None = None
+        self._updates = Updates(plan)
+        self._enabled = True
+        self._weight = 1.0
+        # What a compiled program reads instead of the number, so that a swap changes no program.
+        self._mix = torch.tensor(1.0)
+        self._names = {array: f"{PREFIX}{name}_{array.replace('.', '_')}" for array in plan.param_shapes}
+
+    def __repr__(self) -> str:
+        state = "merged" if self.merged is not None else "attached" if self._enabled else "disabled"
+        return (
+            f"<tnadapt adapter {self.name!r}: {self.num_parameters:,} parameters for {len(self.targets)} weights of "
+            f"{type(self.model).__name__}, {state}, weight {self._weight:g}>"
+        )
+
+    # -- What it is --------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Config:
+        """Its settings."""
+        return self.plan.config
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of its arrays."""
+        return self.plan.num_parameters
+
+    @property
+    def strategy(self) -> tuple[str, ...]:
+        """How each weight is updated."""
+        return tuple(part.strategy for part in self.parts)
+
+    def summary(self) -> Summary:
+        """A table of targets, shapes, groups and slices, and the counts; ``print`` it, or read its ``rows``."""
+        return Summary(self)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its arrays, trainable or not, under their names in the plan (``group0.split0.factor0``)."""
+        for array, name in self._names.items():
+            yield array, self.model._parameters[name]  # type: ignore[misc]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of its arrays that are trained: what an optimiser is given.
+
+        Parameters of the model that ``keep_trainable`` left free are not among them; those of
+        ``model.parameters()`` that require a gradient are both together.
+        """
+        return (parameter for _, parameter in self.named_parameters() if parameter.requires_grad)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Its arrays by name, whole: sharded ones are gathered (every process must call)."""
+        return {name: whole(parameter) for name, parameter in self.named_parameters()}
+
+    def deltas(self) -> list[Tensor]:
+        """The update of every target, ``(rows, cols)``, differentiable; not weighted by its mixing weight.
+
+        Raises
+        ------
+        ConfigError
+            If there is an activation between its factors: then there is no ΔW.
+        """
+        self.need_linear("there is no ΔW")
+        return self.plan.deltas(self.arrays())
+
+    def need_linear(self, what: str) -> None:
+        """A ConfigError where the update depends on the input."""
+        if self.activation is not None:
+            raise ConfigError(
+                f"adapter {self.name!r} has {self.activation!r} between its factors (LoDA), so that its update "
+                f"depends on the input: {what}. Keep it attached, or train with activation=None"
+            )
+
+    # -- Training ----------------------------------------------------------------------------
+
+    def set_trainable(self, groups: Any = None, arrays: Any = None) -> None:
+        """Choose what is trained: the groups and arrays named, and no others.
+
+        Parameters
+        ----------
+        groups : int or sequence of int, optional
+            Groups to train, all if None. One after another is Local LoRA.
+        arrays : str or sequence of str, optional
+            The last parts of array names (``"factor0"``, ``"core"``, ``"dense"`` …), all if None. ``"factor0"``
+            alone leaves the factor of the columns as it was drawn: asymmetric LoRA.
+
+        Raises
+        ------
+        ConfigError
+            If nothing is of that name or number.
+
+        Notes
+        -----
+        Make the optimiser anew afterwards, or give it all parameters with ``weight_decay=0``: an optimiser skips
+        parameters that have no gradient.
+        """
+        chosen = list(self._names)
+        if groups is not None:
+            numbers = [groups] if isinstance(groups, int) else list(groups)
+            chosen = [name for name in chosen if int(name.partition(".")[0][len("group") :]) in numbers]
+        if arrays is not None:
+            words = [arrays] if isinstance(arrays, str) else list(arrays)
+            chosen = [name for name in chosen if name.rpartition(".")[2] in words]
+        if not chosen:
+            last = sorted({name.rpartition(".")[2] for name in self._names})
+            raise ConfigError(
+                f"adapter {self.name!r} has no arrays {shown(arrays)} in groups {shown(groups)}; it has groups 0 to "
+                f"{self.plan.num_groups - 1} and arrays {', '.join(last)}"
+            )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in chosen)
+
+    def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+        """Parameter groups of LoRA+ for an optimiser.
+
+        ``lr * ratio`` is for what starts from zero (LoRA's B), ``lr`` for the rest; where nothing does (a nonlinear F),
+        all have ``lr``.
+
+        References
+        ----------
+        Hayou, Ghosh, Yu, "LoRA+: efficient low rank adaptation of large models", arXiv 2402.12354.
+        """
+        zero = set(self._start_zero())
+        fast = [p for name, p in self.named_parameters() if p.requires_grad and name in zero]
+        slow = [p for name, p in self.named_parameters() if p.requires_grad and name not in zero]
+        if not slow:
+            return [{"params": fast, "lr": lr}]
+        return [{"params": slow, "lr": lr}, *([{"params": fast, "lr": lr * ratio}] if fast else [])]
+
+    def _start_zero(self) -> Iterator[str]:
+        for group in self.plan.groups:
+            for name, full in group.names.items():
+                if not group.start.host(name).any():
+                    yield full
+
+    def reset(self) -> None:
+        """Start again: ΔW = 0. Also what fills the arrays after ``model.to_empty()`` of a meta-device model."""
+        self._need_unmerged("reset()")
+        self.load_arrays(self.plan.init())
+
+    def load_arrays(self, arrays: Mapping[str, Any]) -> None:
+        """Copy arrays into its parameters, in place: a swap that recompiles nothing and keeps the optimiser's view.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            NumPy arrays or tensors, named and shaped as ``plan.param_shapes``.
+
+        Raises
+        ------
+        ShapeError
+            If a name or a shape does not fit; nothing is changed then.
+        """
+        self._need_unmerged("new arrays")
+        expected = self.plan.param_shapes
+        found = {name: tuple(array.shape) for name, array in arrays.items()}
+        if found != expected:
+            wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
+            raise ShapeError(
+                f"adapter {self.name!r} needs arrays named and shaped as its plan says; differing: {wrong}"
+            )
+        reshard(self.model)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                source = torch.as_tensor(arrays[name], dtype=parameter.dtype, device=parameter.device)
+                parameter.copy_(spread(source, parameter))
+
+    # -- Which adapters act ------------------------------------------------------------------
+
+    @property
+    def weight(self) -> float:
+        """What its update is multiplied with; 0 is inactive. :meth:`activate` and :func:`mix` set it."""
+        return self._weight
+
+    def activate(self) -> None:
+        """Let this adapter act, with weight 1, and no other on this model."""
+        mix(self.model, {self.name: 1.0})
+
+    def set_weight(self, weight: float) -> None:
+        """Set the mixing weight."""
+        number = float(weight)
+        if not number == number or number in (float("inf"), float("-inf")):
+            raise ConfigError(f"a mixing weight must be finite; got {weight!r}")
+        if number != self._weight:
+            self._need_unmerged("another weight")
+        self._weight = number
+        self._mix.fill_(number)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside ``with`` the base model, bit for bit (and other adapters, where there are); merged or not."""
+        was, merged = self._enabled, self.merged is not None
+        if merged:
+            self.unmerge()
+        self._enabled = False
+        try:
+            yield
+        finally:
+            self._enabled = was
+            if merged:
+                self.merge()
+
+    # -- Merging -----------------------------------------------------------------------------
+
+    def merge(self) -> None:
+        """Add ΔW to the weights themselves; the model then runs at the base's own speed.
+
+        Raises
+        ------
+        TargetError
+            If it is merged, inactive, or a weight cannot be written to (quantised, sharded); nothing is changed.
+        ConfigError
+            If its update depends on the input (LoDA).
+        BackendError
+            If an update or a sum is not finite; **no** weight is touched.
+
+        Notes
+        -----
+        The sum is rounded once to the weight's dtype. The original rows are kept: :meth:`unmerge` gives the very
+        bits back, in every dtype. Memory: that of the adapted weights, once.
+        """
+        merging.merge(self)
+
+    def unmerge(self) -> None:
+        """Give the weights the bits back that they had before :meth:`merge`.
+
+        Raises
+        ------
+        TargetError
+            If it is not merged, or a weight was changed since.
+        """
+        merging.unmerge(self)
+
+    def detach(self) -> None:
+        """Take the adapter off: the model is what it was, its parameters trainable as before.
+
+        Raises
+        ------
+        TargetError
+            If it is merged (unmerge first, or keep it merged by :meth:`bake`), or not attached any more.
+        """
+        self._need_unmerged("detach()")
+        self.need_attached()
+        for site in dict.fromkeys(self.sites):
+            site.remove(self)
+        for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del hooks[key]
+                    self.model._forward_hooks_always_called.pop(key, None)
+        for name in self._names.values():
+            self.model._parameters.pop(name, None)
+        book = self.model.__dict__[BOOK]
+        del book[self.name]
+        if not book:
+            del self.model.__dict__[BOOK]
+            self._restore_trainable()
+
+    def bake(self) -> nn.Module:
+        """Merge for good and take the adapter off; returns the model, which then knows nothing of tnadapt.
+
+        Examples
+        --------
+        >>> import torch, tnadapt.torch
+        >>> model = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
+        >>> names = [name for name, _ in model.named_parameters()]
+        >>> _ = tnadapt.torch.attach(model).bake()
+        >>> [name for name, _ in model.named_parameters()] == names
+        True
+        """
+        if self.merged is None:
+            self.merge()
+        self.merged = None
+        self.detach()
+        return self.model
+
+    def _restore_trainable(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, trainable in self.was_trainable.items():
+            if name in parameters:
+                parameters[name].requires_grad_(trainable)
+
+    def _need_unmerged(self, what: str) -> None:
+        if self.merged is not None:
+            raise TargetError(f"adapter {self.name!r} is merged, and {what} needs it unmerged: call unmerge() first")
+
+    def need_attached(self) -> None:
+        """A TargetError where it was taken off."""
+        if self.model.__dict__.get(BOOK, {}).get(self.name) is not self:
+            raise TargetError(f"adapter {self.name!r} is not attached to its model any more")
+
+    # -- Files (the room that reads them attaches, too, and so lies below this one) -------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file: its arrays, what ``keep_trainable`` kept, and the recipe.
+
+        Parameters
+        ----------
+        path : path-like
+            Written beside and renamed, so that a file that is there stays whole until the new one is.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written, or an array is not finite.
+
+        Notes
+        -----
+        Under ``torch.distributed`` every process must call (sharded arrays are gathered), and process 0 writes.
+        """
+        from .storage import save
+
+        save(self, path)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the file as ``adapter.safetensors`` in a folder, which is made if need be."""
+        from .storage import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def swap(self, path: str | os.PathLike[str]) -> None:
+        """Take the arrays of another adapter's file of the same config and targets, in place, without recompiling.
+
+        Raises
+        ------
+        FileError
+            If the file does not fit; nothing is changed.
+        """
+        from .storage import swap
+
+        swap(self, path)
+
+    # -- What sites and hooks ask for --------------------------------------------------------
+
+    @property
+    def acts(self) -> bool:
+        """Whether it has a part in a forward pass."""
+        if not self._enabled or self.merged is not None:
+            return False
+        return torch.compiler.is_compiling() or self._weight != 0.0
+
+    def update(self, index: int) -> Tensor:
+        """The update of one weight, weighted."""
+        if self._updates.began_with_gradients and not torch.is_grad_enabled():
+            refuse_reentrant(self.name)
+        return self.weighted(self._updates.get(self._live, index))
+
+    def factors(self, index: int) -> tuple[Tensor, Tensor, float]:
+        """Of a low-rank matrix a weight: the factor of the rows, that of the columns, and the scale."""
+        group = self.plan.groups[index]
+        b, a = (cast(Tensor, self.model._parameters[self._names[full]]) for full in group.names.values())
+        return b, a, group.network.scale
+
+    def weighted(self, value: Tensor) -> Tensor:
+        """Something times the mixing weight."""
+        if torch.compiler.is_compiling():
+            # An inactive adapter adds nothing, whatever is in it.
+            return torch.where(self._mix == 0, torch.zeros_like(value), value * self._mix)
+        return value if self._weight == 1.0 else value * self._weight
+
+    def _live(self) -> dict[str, Tensor]:
+        """Its arrays as the model has them at this moment."""
+        return {array: self.model._parameters[name] for array, name in self._names.items()}  # type: ignore[misc]
+
+    @property
+    def shares(self) -> bool:
+        """Whether some weight needs the updates formed (not the factors alone)."""
+        return any(part.strategy != "factored" for part in self.parts)
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Hook: a forward pass of the whole model starts."""
+        if self.acts and self.shares:
+            self._updates.begin(self._live())
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook: it is over, or failed."""
+        self._updates.end()

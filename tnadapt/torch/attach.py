@@ -1,0 +1,266 @@
+"""Putting an adapter on a model."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backends import load_backend
+from ..config import Config
+from ..errors import BackendError, ConfigError, TargetError, shown
+from ..presets import superlora
+from ..superlora import SuperLoRA
+from ..target import Target
+from .adapter import Adapter
+from .apply import ACTIVATIONS, STRATEGIES, Part, Site
+from .registry import BOOK, PREFIX, adapters
+from .sharding import is_sharded
+from .targets import find_targets, host_of, tied
+
+__all__ = ["attach"]
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def attach(
+    model: nn.Module,
+    cfg: Config | None = None,
+    targets: Any = "qv",
+    name: str = "default",
+    *,
+    keep_trainable: str | Sequence[str] = (),
+    strategy: str = "auto",
+    activation: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    untie: bool = False,
+) -> Adapter:
+    """Adapt the query and value projections, or other weights, of any torch model.
+
+    The base is frozen and changes in nothing; a fresh adapter leaves every output as it was, to the bit.
+
+    Parameters
+    ----------
+    model : Module
+        Any model whose attention tnadapt knows: see :func:`tnadapt.torch.find_targets`.
+    cfg : Config, optional
+        What the updates are made of. By default ``tnadapt.presets.superlora(rank=8)``, the paper's headline: all
+        weights are one group, reshaped to a square and given one low-rank matrix. It fits weights of any number and
+        any shapes (grouped-query attention, Swin's stages), where LoRA's stacking needs equal columns, and of all
+        settings of its size it is the one that the paper found best.
+    targets : str, list or function
+        Which weights: ``"qv"`` and other roles, ``"all-linear"``, ``"conv"``, a regular expression, a list of paths or
+        of :class:`tnadapt.Target`, a function; see :func:`tnadapt.torch.find_targets`.
+    name : str
+        Several adapters on one model have different names; letters, digits and underscores.
+    keep_trainable : str or sequence of str
+        Parameters of the base that stay free, by whole parts of their paths: ``"classifier"`` is every parameter
+        below a module of that name. They are saved with the adapter.
+    strategy : {"auto", "weight", "factored", "beside"}
+        How a layer uses its update; see :mod:`tnadapt.torch.apply`. ``"auto"`` factors one low-rank matrix a weight
+        (LoRA) and adds all others to the weight.
+    activation : {"relu", "gelu", "silu", "tanh"}, optional
+        A nonlinearity between the two factors, on the activations (LoDA). Needs one low-rank matrix a weight.
+    dtype : torch.dtype
+        Of the adapter's parameters. float32 also on half-precision models: small updates would vanish in less.
+    untie : bool
+        Where two targets are one tensor (tied weights): give the second a copy of its own. Otherwise they are
+        refused.
+
+    Returns
+    -------
+    Adapter
+        The handle.
+
+    Raises
+    ------
+    TargetError
+        If there is no target, a name is taken or not a name, weights are tied, or ``keep_trainable`` matches nothing.
+    ConfigError
+        If the config does not suit the weights, or the strategy not the config.
+    BackendError
+        If the dtype is not a floating one. In each case the model is as it was.
+
+    Examples
+    --------
+    >>> import torch, tnadapt.torch
+    >>> model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    >>> adapter = tnadapt.torch.attach(model)
+    >>> print(adapter.summary())
+    adapter 'default' on TransformerEncoderLayer
+    target                    role  shape  group[slice]  strategy
+    self_attn.in_proj_weight  q     16×16  0[0:256]      weight
+    self_attn.in_proj_weight  v     16×16  0[256:512]    weight
+    368 parameters in 1 group for 512 elements of 2 weights; 16.5 % of the base's 2,224
+    >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
+    _check_name(model, name)
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {shown(strategy)}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {shown(activation)}")
+    if dtype not in _DTYPES:
+        raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {shown(dtype)}")
+    cfg = superlora(rank=8) if cfg is None else cfg
+    found = find_targets(model, targets, untie=untie)
+    _check_overlap(found)
+    plan = SuperLoRA(cfg, [target.shape for target in found], layers=[target.layer for target in found])
+    kept = _matching(model, keep_trainable, {target.name for target in found})
+    owners = [model.get_submodule(target.module) for target in found]
+    hosts = [model.get_submodule(host_of(model, target)) for target in found]
+    strategies = [
+        _strategy(strategy, plan, target, owner, host, activation)
+        for target, owner, host in zip(found, owners, hosts, strict=True)
+    ]
+    arrays = _arrays(plan, owners[0]._parameters[found[0].parameter], dtype)
+    # Nothing can fail from here on.
+    for _, second in tied(model, found):
+        _untie(model, second)
+    adapter = Adapter(model, name, plan, found, kept, activation)
+    _freeze(adapter)
+    for array, tensor in arrays.items():
+        model.register_parameter(adapter._names[array], nn.Parameter(tensor))
+    for index, (target, owner, host, chosen) in enumerate(zip(found, owners, hosts, strategies, strict=True)):
+        site = Site.of(host)
+        if site is None:
+            site = Site(host)
+            site.install()
+        part = Part(adapter, index, target, chosen)
+        site.add(owner, part)
+        adapter.parts.append(part)
+        adapter.sites.append(site)
+    model.register_forward_pre_hook(adapter.begin)
+    model.register_forward_hook(adapter.end, always_call=True)
+    model.__dict__.setdefault(BOOK, {})[name] = adapter
+    return adapter
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"\w+", name, flags=re.ASCII):
+        raise TargetError(f"an adapter's name must be letters, digits and underscores; got {shown(name)}")
+    taken = adapters(model)
+    if name in taken:
+        raise TargetError(
+            f"there is an adapter {name!r} on this model already ({taken[name]!r}); give another name, or "
+            "detach() it first"
+        )
+
+
+def _check_overlap(targets: Sequence[Target]) -> None:
+    """Two targets must not share rows: an update would be added twice."""
+    by_weight: dict[str, list[Target]] = {}
+    for target in targets:
+        by_weight.setdefault(target.name, []).append(target)
+    for name, several in by_weight.items():
+        if len(several) < 2:
+            continue
+        if any(target.rows is None for target in several):
+            raise TargetError(f"{name} is a target twice; name each weight, or each part of its rows, once")
+        rows = [row for target in several if target.rows is not None for row in target.rows.indices()]
+        if len(set(rows)) != len(rows):
+            raise TargetError(f"targets of {name} share rows; name each row once")
+
+
+def _matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
+    """Parameters and buffers whose dotted path has one of the patterns among its whole parts, in order."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    state = set(model.state_dict(keep_vars=True))
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    names = [name for name, _ in tensors if name in state and not name.rpartition(".")[2].startswith(PREFIX)]
+    kept: dict[str, None] = {}
+    for pattern in patterns:
+        found = [name for name in names if f".{pattern}." in f".{name}."]
+        if not found:
+            modules = ", ".join(name for name, _ in model.named_children())
+            raise TargetError(
+                f"keep_trainable: no parameter lies at or below {shown(pattern)}; the model's parts are: {modules}"
+            )
+        kept.update(dict.fromkeys(found))
+    both = [name for name in targets if name in kept]
+    if both:
+        raise TargetError(
+            f"{both[0]} is both a target and in keep_trainable; it can be adapted or trained itself, not both"
+        )
+    return list(kept)
+
+
+def _strategy(
+    wanted: str, plan: SuperLoRA, target: Target, owner: nn.Module, host: nn.Module, activation: str | None
+) -> str:
+    config = plan.config
+    low_rank = (
+        (config.groups, config.fold, config.order, config.splits, config.terms) == ("weight", "stack", 2, 1, 1)
+        and config.format == "cp"
+        and config.projection == "identity"
+    )
+    own = host is owner and len(target.stored) == 2 and target.parameter == "weight"
+    can_factor = low_rank and own
+    weight = owner._parameters.get(target.parameter)
+    quantised = weight is None or not weight.is_floating_point()
+    if activation is not None:
+        if not can_factor or wanted not in ("auto", "factored"):
+            raise ConfigError(
+                f"activation={activation!r} acts between the two factors of one low-rank matrix a weight, in the "
+                f"factored strategy; {target.name} with {shown(config)} has none: use tnadapt.presets.lora(rank)"
+            )
+        return "factored"
+    if wanted == "factored" and not can_factor:
+        raise ConfigError(
+            f"strategy='factored' needs one low-rank matrix a weight of a linear layer, as tnadapt.presets.lora(rank); "
+            f"{target.name} has {shown(config)}: use strategy='auto'"
+        )
+    if wanted == "beside" and not own:
+        raise ConfigError(
+            f"strategy='beside' needs a linear layer; {target.name} is read by {type(host).__name__} itself: "
+            "use 'weight'"
+        )
+    if wanted == "weight" and quantised:
+        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantised: use 'beside'")
+    if wanted != "auto":
+        return wanted
+    if can_factor:
+        return "factored"
+    if quantised and not own:
+        raise TargetError(
+            f"{target.name} is quantised and read by {type(host).__name__} itself: leave it out of the targets"
+        )
+    return "beside" if quantised else "weight"
+
+
+def _arrays(plan: SuperLoRA, like: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    # Known before a program is compiled, which would otherwise be compiled again when NumPy is first met.
+    load_backend("numpy")
+    device = torch.device("cpu") if like is None else like.device
+    if like is not None and is_sharded(like):
+        raise TargetError("the model is sharded already; attach first, then fully_shard(model)")
+    if device.type == "meta":
+        # There is nothing to compute with: nothing is drawn.
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
+    return plan.init("torch", _DTYPES[dtype], device)
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    module, _, parameter = name.rpartition(".")
+    owner = model.get_submodule(module)
+    old = owner._parameters[parameter]
+    assert old is not None
+    owner._parameters[parameter] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+
+
+def _freeze(adapter: Adapter) -> None:
+    others = list(adapter.model.__dict__.get(BOOK, {}).values())
+    free = {name for one in [adapter, *others] for name in one.kept}
+    for name, parameter in adapter.model.named_parameters():
+        if name.rpartition(".")[2].startswith(PREFIX):
+            continue
+        adapter.was_trainable[name] = parameter.requires_grad
+        parameter.requires_grad_(name in free)
+    if others:
+        # What was before the first of them: the last to be detached gives it back.
+        adapter.was_trainable = dict(others[0].was_trainable)

@@ -1,0 +1,190 @@
+"""ΔW with autograd: computed once for all layers that share it, and again in backward rather than kept.
+
+A group's update belongs to many layers. Its graph is one node, :class:`Update`, that keeps the small arrays and nothing
+else: gone through a second time (gradient accumulation without an optimiser step, reentrant checkpointing) it
+finds all it needs, and a checkpointed region that meets it saves no tensor on its account.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..superlora import SuperLoRA
+
+__all__ = ["Update", "Updates", "pieces", "vector"]
+
+
+class Update(torch.autograd.Function):
+    """The long vector of a plan from its arrays; backward forms it again and differentiates that."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(plan: SuperLoRA, names: Sequence[str], *arrays: Tensor) -> Tensor:
+        return cast(Tensor, plan.vector(dict(zip(names, arrays, strict=True))))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.plan, ctx.names, *ctx.arrays = inputs
+        # Not by save_for_backward: what that keeps is dropped after the first backward.
+        ctx.versions = [_version(array) for array in ctx.arrays]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if [_version(array) for array in ctx.arrays] != ctx.versions:
+            raise RuntimeError(
+                "an array of the adapter was changed in place between the forward pass and this backward pass, which "
+                "needs the values it had: call optimizer.step() after the last backward() of a step"
+            )
+        again = torch.is_grad_enabled()
+        wanted = [index for index, _ in enumerate(ctx.arrays) if ctx.needs_input_grad[2 + index]]
+        arrays = list(ctx.arrays)
+        if not again:
+            arrays = [array.detach().requires_grad_(index in wanted) for index, array in enumerate(arrays)]
+        with torch.enable_grad():
+            found = ctx.plan.vector(dict(zip(ctx.names, arrays, strict=True)))
+        parts = torch.autograd.grad(found, [arrays[index] for index in wanted], grads[0], create_graph=again)
+        result: list[Tensor | None] = [None] * (2 + len(arrays))
+        for index, part in zip(wanted, parts, strict=True):
+            result[2 + index] = part
+        return tuple(result)
+
+
+def _version(array: Tensor) -> int:
+    return -1 if array.is_inference() else array._version
+
+
+def vector(plan: SuperLoRA, arrays: Mapping[str, Tensor]) -> Tensor:
+    """The long vector, differentiable; in a compiled program by plain operations, which the compiler plans itself."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, plan.vector(arrays))
+    return cast(Tensor, Update.apply(plan, tuple(arrays), *arrays.values()))  # type: ignore[no-untyped-call]
+
+
+def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:
+    """The update of every weight, ``(rows, cols)``, as views of the long vector in the order of the weights."""
+    sizes = [rows * cols for rows, cols in plan.shapes]
+    # One split, not many slices: its backward writes the whole gradient once.
+    return [part.view(shape) for part, shape in zip(torch.split(vec, sizes), plan.shapes, strict=True)]
+
+
+class Updates:
+    """The updates of one plan, kept as long as the arrays they came from have not changed.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+        What is computed.
+
+    Notes
+    -----
+    Inside one forward pass of the whole model (:meth:`begin` to :meth:`end`) they are made once and handed out as
+    they are. Elsewhere (a part of the model called by itself, a checkpointed part run again in backward) they are
+    compared, by content, with what they were made from: a version counter would miss ``param.data.copy_()``, with
+    which averaged weights are commonly swapped in.
+    """
+
+    def __init__(self, plan: SuperLoRA) -> None:
+        self.plan = plan
+        self._now: list[Tensor] | None = None
+        #: What they were made from, how often that had been written to, and whether with gradients.
+        self._from: tuple[list[Tensor], int, bool] = [], 0, True
+        self._kept: dict[tuple[bool, bool], _Kept] = {}
+
+    def begin(self, arrays: Mapping[str, Tensor]) -> None:
+        """A forward pass of the whole model starts."""
+        if torch.compiler.is_compiling():
+            self._now = pieces(self.plan, vector(self.plan, arrays))
+            self._from = [], 0, torch.is_grad_enabled()
+            return
+        given = list(arrays.values())
+        self._from = given, sum(map(_version, given)), torch.is_grad_enabled()
+        if torch.is_grad_enabled():
+            # A step of training: what was kept for evaluation is of arrays that have moved since.
+            self._kept.clear()
+            self._now = self._made(arrays)
+        else:
+            self._now = self._same(arrays) or self._made(arrays)
+
+    def end(self) -> None:
+        """It is over, or failed."""
+        self._now = None
+
+    @property
+    def began_with_gradients(self) -> bool:
+        """Whether a forward pass of the whole model is under way that began with gradients."""
+        return self._now is not None and self._from[2]
+
+    def get(self, arrays: Callable[[], Mapping[str, Tensor]], index: int) -> Tensor:
+        """The update of one weight; ``arrays`` is called where those of the pass will not do."""
+        now = self._ready()
+        if now is not None:
+            return now[index]
+        return self._elsewhere(arrays(), index)
+
+    def _ready(self) -> list[Tensor] | None:
+        """The updates of the pass that is under way, if they are still true and have the graph that is wanted."""
+        if self._now is None or torch.compiler.is_compiling():
+            return self._now
+        given, version, graph = self._from
+        if torch.is_grad_enabled() and not graph:
+            return None  # the model itself turns gradients on, as guided sampling does
+        # A pass that the keyboard interrupted has not been ended: torch calls no hook then.
+        return self._now if sum(map(_version, given)) == version else None
+
+    def _elsewhere(self, arrays: Mapping[str, Tensor], index: int) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.plan.delta(arrays, index)  # type: ignore[no-any-return]
+        return (self._same(arrays) or self._made(arrays))[index]
+
+    def forget(self) -> None:
+        """Drop what is kept."""
+        self._kept.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Updates:
+        return Updates(self.plan)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Updates, (self.plan,)
+
+    def _made(self, arrays: Mapping[str, Tensor]) -> list[Tensor]:
+        # The old ones go before the new ones come.
+        self._kept.pop(_mode(), None)
+        made = pieces(self.plan, vector(self.plan, arrays))
+        given = list(arrays.values())
+        with torch.no_grad():
+            copies = [array.detach().clone() for array in given]
+        self._kept[_mode()] = _Kept(given, _state(given), copies, made)
+        return made
+
+    def _same(self, arrays: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """What is kept for this grad mode, if it was made from these very arrays, as they still are."""
+        kept = self._kept.get(_mode())
+        if kept is None:
+            return None
+        given = list(arrays.values())
+        # Another object would be another leaf: its gradient must not go to the old one.
+        if any(a is not b for a, b in zip(given, kept.given, strict=True)) or _state(given) != kept.state:
+            return None
+        if not all(torch.equal(a, b) for a, b in zip(given, kept.copies, strict=True)):
+            return None
+        return kept.made
+
+
+class _Kept(NamedTuple):
+    given: list[Tensor]
+    state: list[Hashable]
+    copies: list[Tensor]
+    made: list[Tensor]
+
+
+def _state(arrays: Sequence[Tensor]) -> list[Hashable]:
+    return [(array.device, array.dtype, array.requires_grad, _version(array)) for array in arrays]
+
+
+def _mode() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()

@@ -1,0 +1,118 @@
+"""Adding updates to the weights themselves, and giving the very bits back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError, TargetError
+from .apply import summed
+from .sharding import is_sharded, whole
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+__all__ = ["Merged", "merge", "original", "stored", "unmerge"]
+
+
+class Merged(NamedTuple):
+    """One weight that holds an update: what its rows were, and a checksum of what they are."""
+
+    before: Tensor
+    checksum: int
+
+
+@torch.no_grad()
+def merge(adapter: Adapter) -> None:
+    """See :meth:`Adapter.merge`."""
+    adapter.need_attached()
+    if adapter.merged is not None:
+        raise TargetError(f"adapter {adapter.name!r} is merged already; a second merge would add its update twice")
+    adapter.need_linear("it cannot be merged")
+    if adapter.weight == 0.0:
+        raise TargetError(f"adapter {adapter.name!r} is not active (its weight is 0): call activate() first")
+    weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
+    # Everything is computed and looked at before the first weight is touched.
+    sums = []
+    for target, weight, delta in zip(adapter.targets, weights, adapter.deltas(), strict=True):
+        if not bool(torch.isfinite(delta).all()):
+            raise BackendError(
+                f"the update of {target.name} is not finite (NaN or infinity in adapter {adapter.name!r}); "
+                "no weight was touched: load a good one, or reset()"
+            )
+        block = summed(weight, [(target, delta if adapter.weight == 1.0 else delta * adapter.weight)])
+        after = target.select(block)
+        if not bool(torch.isfinite(after).all()) and bool(torch.isfinite(target.select(weight)).all()):
+            raise BackendError(
+                f"{target.name} with its update leaves the range of {weight.dtype}; no weight was touched: "
+                "merge in a wider dtype, or into the float32 model"
+            )
+        sums.append(after.clone() if target.rows is not None else after)
+    merged = []
+    for target, weight, after in zip(adapter.targets, weights, sums, strict=True):
+        merged.append(Merged(target.select(weight).clone(), _checksum(after)))
+        target.block(weight).copy_(target.like_block(after))
+    adapter.merged = merged
+    adapter._updates.forget()
+
+
+@torch.no_grad()
+def unmerge(adapter: Adapter) -> None:
+    """See :meth:`Adapter.unmerge`."""
+    if adapter.merged is None:
+        raise TargetError(f"adapter {adapter.name!r} is not merged; there is nothing to take back")
+    weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
+    for target, weight, merged in zip(adapter.targets, weights, adapter.merged, strict=True):
+        if weight.dtype != merged.before.dtype:
+            raise TargetError(
+                f"{target.name} was {merged.before.dtype} when it was merged and is {weight.dtype} now: the bits it "
+                "had cannot come back; convert the model to what it was, or detach by bake()"
+            )
+        if _checksum(target.select(weight)) != merged.checksum:
+            raise TargetError(
+                f"{target.name} was changed after adapter {adapter.name!r} was merged into it (by another adapter, "
+                "training or loading), and unmerging would throw that away: undo it first, or detach by bake()"
+            )
+    for target, weight, merged in zip(adapter.targets, weights, adapter.merged, strict=True):
+        target.block(weight).copy_(target.like_block(merged.before))
+    adapter.merged = None
+
+
+def original(adapter: Adapter, index: int) -> Tensor:
+    """A target's weight ``(rows, cols)`` without this adapter's update, merged or not."""
+    if adapter.merged is not None:
+        return adapter.merged[index].before
+    return cast(Tensor, adapter.targets[index].select(whole(stored(adapter, index).detach())))
+
+
+def stored(adapter: Adapter, index: int) -> Tensor:
+    """The parameter that holds a target, as the model keeps it."""
+    part = adapter.parts[index]
+    for weight in adapter.sites[index].weights:
+        if part in weight.parts:
+            return weight.tensor
+    raise TargetError(f"adapter {adapter.name!r} is not attached to its model any more")
+
+
+def _writable(adapter: Adapter, index: int) -> Tensor:
+    weight = stored(adapter, index)
+    name = adapter.targets[index].name
+    if not weight.is_floating_point():
+        raise TargetError(
+            f"{name} is of {weight.dtype} (quantised): an update cannot be merged into it; keep it attached"
+        )
+    if is_sharded(weight):
+        raise TargetError(f"{name} is sharded over processes: save the adapter and merge it in one process")
+    if weight.device.type == "meta":
+        raise TargetError(f"{name} is on the meta device and has no numbers to merge into")
+    return weight.detach()
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of the bits: the sum, and the sum weighted by position, of the elements as integers."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.contiguous().view(kind).reshape(-1).to(torch.int64)
+    place = torch.arange(1, bits.numel() + 1, device=bits.device)
+    return hash((int(bits.sum()), int((bits * place).sum())))

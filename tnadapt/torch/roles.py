@@ -1,0 +1,147 @@
+"""What the projections of an attention module are called.
+
+A name is read word by word: one word, or several in a row, says which of q, k and v a weight makes (``query``, ``kv``,
+``query_key_value``), and every other word must be one of those that only say "projection" (``to``, ``proj``, ``lin``)
+or which stream it reads (``add``, ``text``, ``global``). So ``to_q``, ``q_proj``, ``add_q_proj`` and ``Wq`` are
+queries, and ``pool_q``, ``pos_query_proj`` and ``q_norm`` are not. The words are those of transformers, timm,
+diffusers and torchvision.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import NamedTuple
+
+__all__ = ["AMBIGUOUS_OUTPUTS", "OUTPUTS", "Name", "hints", "is_attention", "read"]
+
+_LETTERS = {
+    "q": "q", "qs": "q", "query": "q", "queries": "q",
+    "k": "k", "ks": "k", "key": "k", "keys": "k",
+    "v": "v", "vs": "v", "value": "v", "values": "v",
+    "qk": "qk", "kv": "kv", "qkv": "qkv", "qkvz": "qkv",
+}  # fmt: skip
+
+# Words that make a name a projection's, whoever its parent is.
+_PROJECTION = {"to", "w", "proj", "projection", "project", "lin", "linear"}
+
+# Words that say no more than that this is a layer, or which of an attention's parts it belongs to. "b": the upper half
+# of a query or key-value projection in two steps (DeepSeek's latent attention).
+_LAYER = {"layer", "head", "net", "fc", "dense", "weight", "in", "attn", "att", "attention", "self", "cross", "b"}
+
+# Which input the projection reads, where an attention has several.
+_STREAM = {
+    "add", "added", "global", "layout", "img", "image", "txt", "text", "vision", "cam", "t", "content", "mlp",
+    "protein", "structure", "msa", "w2e", "e2w", "e2e",
+}  # fmt: skip
+
+# With one of these a value is as likely that of a state, in reinforcement learning.
+_HEAD = {"head", "net", "fc"}
+
+# Names that do not say what they make; the second ones make it in attention modules only.
+_WHOLE = {"c_attn": "qkv", "att_proj": "qkv", "W_pack": "qkv"}
+_WHOLE_IN_ATTENTION = {"in_proj": "qkv", "in_proj_weight": "qkv"}
+
+OUTPUTS = frozenset(
+    {
+        "o", "o_proj", "o_b_proj", "o_lin", "o_linear", "o_net", "out_proj", "out_lin", "out_linear", "out_layer",
+        "out_projection", "output_proj", "to_out", "to_add_out", "wo", "Wo", "W_o", "lin_o", "lin_out", "linear_o",
+        "linear_out", "proj_o", "proj_out", "c_proj", "fc_o", "fc_out", "attention_out", "attn_out", "attn_out_proj",
+        "attn_proj", "proj_attn", "img_attn_proj", "txt_attn_proj",
+    }
+)  # fmt: skip
+# Called so only where none of the above is there: elsewhere they are something else's.
+AMBIGUOUS_OUTPUTS = frozenset({"proj", "projection", "projection_layer", "dense", "out", "output", "post"})
+
+
+class Name(NamedTuple):
+    """A role name, taken apart.
+
+    Attributes
+    ----------
+    letters : str
+        Which of q, k and v it makes, in the order of its words.
+    family : str
+        The name without them: q, k and v of one attention usually share it.
+    plain : bool
+        Whether the name alone says that this is a projection: ``to_q`` and ``query`` do; ``q``, ``v_head`` and
+        ``fc_q`` may be a Q-function's.
+    """
+
+    letters: str
+    family: str
+    plain: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def read(name: str, attention: bool = False) -> Name | None:
+    """What a module or parameter of this name makes; None if it says nothing of q, k or v.
+
+    Parameters
+    ----------
+    name : str
+        The last part of a dotted path.
+    attention : bool
+        Whether it lies in an attention module, where ``in_proj`` is q, k and v too.
+
+    Examples
+    --------
+    >>> read("add_q_proj"), read("Wqkv").letters, read("pool_q")
+    (Name(letters='q', family='add_*_proj', plain=True), 'qkv', None)
+    """
+    whole = _WHOLE.get(name) or (_WHOLE_IN_ATTENTION.get(name) if attention else None)
+    if whole is not None:
+        return Name(whole, name, True)
+    letters, family, long = "", [], False
+    previous = False
+    for word in _words(name):
+        found = _LETTERS.get(word)
+        if found is not None:
+            if letters and not previous:
+                return None
+            letters += found
+            long = long or (len(word) > 2 and word not in ("qkv", "qkvz"))
+            if not previous:
+                family.append("*")
+        elif word in _PROJECTION or word in _LAYER or word in _STREAM:
+            family.append(word)
+        else:
+            return None
+        previous = found is not None
+    if letters not in ("q", "k", "v", "qk", "kv", "qkv"):
+        return None
+    plain = not _PROJECTION.isdisjoint(family) or (long and _HEAD.isdisjoint(family))
+    return Name(letters, "_".join(family), plain)
+
+
+def hints(name: str) -> str:
+    """Letters of q, k and v that a name has among its words, whatever its other words are.
+
+    Examples
+    --------
+    >>> hints("q_gate_proj"), read("q_gate_proj")
+    ('q', None)
+    """
+    return "".join(_LETTERS.get(word, "") for word in _words(name))
+
+
+def is_attention(*names: str) -> bool:
+    """Whether one of these names, of a class or of a path's last part, is an attention's.
+
+    Examples
+    --------
+    >>> is_attention("BertSelfAttention"), is_attention("WindowAttn"), is_attention("LatentPooling")
+    (True, True, False)
+    """
+    return any(re.search(r"attention|attn|mhsa|mha\b|^mla$", name, re.IGNORECASE) for name in names)
+
+
+def _words(name: str) -> list[str]:
+    found = []
+    for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name):
+        word = word.lower()
+        if word not in _LETTERS and word[0] == "w" and word[1:] in _LETTERS:
+            found += ["w", word[1:]]
+        else:
+            found.append(word)
+    return found

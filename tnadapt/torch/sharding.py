@@ -1,0 +1,60 @@
+"""Models that are spread over processes."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+__all__ = ["is_sharded", "refuse_reentrant", "reshard", "spread", "whole"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it only (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor as one process would have it; every process must call."""
+    return cast(Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, equal on all processes, spread over them as another one is."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the shards be the model's parameters: what is written into gathered ones is dropped at the next pass.
+
+    FSDP2 keeps its outermost module gathered after a forward pass.
+    """
+    for module in model.modules():
+        again = getattr(module, "reshard", None)
+        if callable(again) and hasattr(module, "unshard"):
+            again()
+
+
+def refuse_reentrant(name: str) -> None:
+    """An error where DistributedDataParallel would give wrong gradients without a word.
+
+    Reentrant checkpointing runs a backward pass of its own for each region. DistributedDataParallel takes the first
+    of them for the whole gradient of an array that several regions share, unless it was told that its graph is static.
+    """
+    import torch.distributed as distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    active = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)()
+    if active is not None and not getattr(active, "static_graph", False):
+        raise RuntimeError(
+            "a part of the model runs without gradients inside a training pass of DistributedDataParallel, as "
+            f"reentrant checkpointing does, and adapter {name!r} is shared by several parts: its gradients would be wrong. Use "
+            "checkpointing with use_reentrant=False, or DistributedDataParallel(…, static_graph=True)"
+        )

@@ -1,0 +1,286 @@
+"""Adapters to and from files, and onto the models they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..adapter_file import KEPT, AdapterFile
+from ..errors import FileError, TargetError, TnadaptError
+from ..fingerprint import Fingerprint, fingerprint
+from ..target import Target
+from . import merging
+from .attach import attach
+from .registry import BOOK, adapters
+from .sharding import reshard, spread, whole
+from .targets import find_targets
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+__all__ = ["FILE_NAME", "base_fingerprint", "from_pretrained", "load", "save", "save_pretrained", "swap", "to_file"]
+
+FILE_NAME = "adapter.safetensors"
+
+_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+# -- Out -----------------------------------------------------------------------------------------------------
+
+
+def to_file(adapter: Adapter) -> AdapterFile:
+    """What a file of an adapter holds; every process must call where the model is sharded."""
+    dtypes: dict[str, str] = {}
+
+    def host(name: str, tensor: Tensor) -> np.ndarray:
+        if tensor.device.type == "meta":
+            raise TargetError(f"adapter {adapter.name!r} is on the meta device and has no numbers to save")
+        tensor = whole(tensor.detach()).cpu()
+        if tensor.dtype is torch.bfloat16:
+            dtypes[name] = "bfloat16"
+            tensor = tensor.float()
+        return tensor.numpy().copy()
+
+    own = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
+    return AdapterFile(
+        config=adapter.config,
+        targets=adapter.targets,
+        arrays={name: host(name, parameter) for name, parameter in adapter.named_parameters()},
+        kept={name: host(KEPT + name, own[name]) for name in adapter.kept},
+        dtypes=dtypes,
+        base=base_fingerprint(adapter),
+        activation=adapter.activation,
+        model=adapter.model_name,
+    )
+
+
+def base_fingerprint(adapter: Adapter) -> Fingerprint | None:
+    """Of the weights it updates, as they are without it; None for quantised ones, or several dtypes."""
+    for name, other in adapters(adapter.model).items():
+        if other is not adapter and other.merged is not None:
+            raise TargetError(f"adapter {name!r} is merged into the base: unmerge it before another is saved or loaded")
+    weights = [merging.original(adapter, index) for index in range(len(adapter.targets))]
+    return _fingerprint(weights)
+
+
+def _fingerprint(weights: list[Tensor]) -> Fingerprint | None:
+    kinds = {weight.dtype for weight in weights}
+    if len(kinds) != 1 or not kinds <= _NAMES.keys() or weights[0].device.type == "meta":
+        return None
+
+    def host() -> Iterator[np.ndarray]:
+        for weight in weights:
+            one = weight.detach().cpu().contiguous()
+            yield one.view(torch.int16).numpy().view(np.uint16) if one.dtype is torch.bfloat16 else one.numpy()
+
+    return fingerprint(host(), _NAMES[kinds.pop()])
+
+
+def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """See :meth:`Adapter.save`."""
+    adapter.need_attached()
+    file = to_file(adapter)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        files.save(path, file)
+
+
+def save_pretrained(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
+    """See :meth:`Adapter.save_pretrained`."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{os.fspath(folder)}: cannot make this folder: {error}") from None
+    save(adapter, Path(folder) / FILE_NAME)
+
+
+# -- In ------------------------------------------------------------------------------------------------------
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> Adapter:
+    """Attach the adapter of a file.
+
+    Parameters
+    ----------
+    model : Module
+        The base model that it was trained on.
+    path : path-like
+        A file that :meth:`Adapter.save` or :func:`tnadapt.save` wrote.
+    name : str
+        Of the adapter on this model.
+    check_base : bool
+        Whether the model's weights must be those that it was trained on. False applies it to another model whose
+        weights have the same shapes.
+
+    Returns
+    -------
+    Adapter
+        Attached, its parameters and what was kept trainable as they were saved.
+
+    Raises
+    ------
+    FileError
+        If the file is damaged, draws other numbers than this machine, or does not belong to this model: names, shapes,
+        or the fingerprint of the adapted weights. The model is as it was then.
+    TargetError
+        If there is an adapter of that name on the model.
+
+    Notes
+    -----
+    Weights are found by their paths; where a model's modules have been renamed since, by role and shape, all or none.
+
+    Examples
+    --------
+    >>> import tempfile, torch, tnadapt.torch
+    >>> model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     adapter = tnadapt.torch.attach(model)
+    ...     adapter.save(folder + "/adapter.safetensors")
+    ...     adapter.detach()
+    ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
+    368
+    """
+    file = files.load(path)
+    with _about(path):
+        targets = _located(model, file)
+        kept = _kept(model, file)
+        base = _base(model, targets)
+        if check_base and file.base is not None and base is not None:
+            difference = file.base.difference(base)
+            if difference is not None:
+                raise FileError(
+                    f"it was trained on another base model than this {type(model).__name__}: of the adapted weights, "
+                    f"{difference}. Give the model it was trained on, or check_base=False"
+                )
+        dtype = getattr(torch, file.dtype)
+    adapter = attach(
+        model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype
+    )
+    adapter.kept = tuple(file.kept)
+    adapter.load_arrays(file.arrays)
+    _copy_kept(model, file)
+    return adapter
+
+
+def from_pretrained(
+    model: nn.Module, folder: str | os.PathLike[str], name: str = "default", *, check_base: bool = True
+) -> Adapter:
+    """Attach the adapter that :meth:`Adapter.save_pretrained` wrote to a folder; see :func:`load`."""
+    return load(model, Path(folder) / FILE_NAME, name, check_base=check_base)
+
+
+def swap(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """See :meth:`Adapter.swap`."""
+    adapter.need_attached()
+    file = files.load(path)
+    with _about(path):
+        for what, theirs, ours in (
+            ("config", file.config, adapter.config),
+            ("activation", file.activation, adapter.activation),
+            ("targets", [(t.name, t.shape) for t in file.targets], [(t.name, t.shape) for t in adapter.targets]),
+        ):
+            if theirs != ours:
+                raise FileError(f"its {what} is not that of adapter {adapter.name!r}: load it under a name of its own")
+        _kept(adapter.model, file)
+        base = base_fingerprint(adapter)
+        if file.base is not None and base is not None and not file.base.matches(base):
+            raise FileError(f"it was trained on another base model: {file.base.difference(base)}")
+    adapter.load_arrays(file.arrays)
+    _copy_kept(adapter.model, file)
+
+
+class _about:  # noqa: N801  # a context manager reads as a word
+    """Errors inside are FileErrors that begin with the path."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = os.fsdecode(path)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, TnadaptError):
+            raise FileError(f"{self.path}: {error}") from error
+
+
+def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
+    """The file's targets on this model: where it says, or else those of the same roles and shapes."""
+    wrong = [problem for target in file.targets if (problem := _missing(model, target)) is not None]
+    if not wrong:
+        return list(file.targets)
+    roles = "".join(dict.fromkeys(target.role for target in file.targets))
+    if not set(roles) <= set("qkvo"):
+        raise FileError(f"this {type(model).__name__} does not have its weights: {wrong[0]}")
+    try:
+        found = find_targets(model, roles)
+    except TargetError:
+        found = []
+    theirs, ours = ([(target.role, target.shape) for target in targets] for targets in (file.targets, found))
+    if theirs != ours:
+        raise FileError(
+            f"this {type(model).__name__} does not have its weights ({wrong[0]}), nor weights of the same roles and "
+            f"shapes: the file has {_counted(theirs)}, the model {_counted(ours)}"
+        )
+    return [dataclasses.replace(new, layer=old.layer) for new, old in zip(found, file.targets, strict=True)]
+
+
+def _missing(model: nn.Module, target: Target) -> str | None:
+    try:
+        parameter = model.get_submodule(target.module)._parameters.get(target.parameter)
+    except AttributeError:
+        parameter = None
+    if parameter is None:
+        return f"there is no {target.name}"
+    shape = tuple(parameter.shape)
+    return None if shape == target.stored else f"{target.name} is {shape}, and the file has it as {target.stored}"
+
+
+def _counted(weights: list[tuple[str, tuple[int, int]]]) -> str:
+    counts: dict[tuple[str, tuple[int, int]], int] = {}
+    for weight in weights:
+        counts[weight] = counts.get(weight, 0) + 1
+    listed = [f"{count} {role} of {rows}×{cols}" for (role, (rows, cols)), count in list(counts.items())[:6]]
+    return ", ".join(listed) + (", …" if len(counts) > 6 else "") or "none"
+
+
+def _kept(model: nn.Module, file: AdapterFile) -> dict[str, nn.Parameter]:
+    """The model's parameters among those that the file keeps; an error if it lacks any, or their shapes differ."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, array in file.kept.items():
+        there = parameters.get(name, buffers.get(name))
+        if there is None:
+            raise FileError(f"it keeps {name!r}, which this {type(model).__name__} does not have")
+        if tuple(there.shape) != array.shape:
+            raise FileError(
+                f"it keeps {name!r} of shape {array.shape}, and this model's is {tuple(there.shape)}: "
+                "build the model with the head that it was trained with"
+            )
+    return {name: parameters[name] for name in file.kept if name in parameters}
+
+
+def _copy_kept(model: nn.Module, file: AdapterFile) -> None:
+    reshard(model)
+    own: Mapping[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, array in file.kept.items():
+            own[name].copy_(spread(torch.from_numpy(array.copy()).to(own[name].device), own[name]))
+
+
+def _base(model: nn.Module, targets: list[Target]) -> Fingerprint | None:
+    merged = [name for name, adapter in model.__dict__.get(BOOK, {}).items() if adapter.merged is not None]
+    if merged:
+        raise TargetError(f"adapter {merged[0]!r} is merged into the base: unmerge it before another one is loaded")
+    weights = []
+    for target in targets:
+        parameter = model.get_submodule(target.module)._parameters[target.parameter]
+        assert parameter is not None
+        weights.append(target.select(whole(parameter.detach())))
+    return _fingerprint(weights)
