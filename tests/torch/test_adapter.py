@@ -8,6 +8,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -739,6 +740,50 @@ def test_a_quantised_weight_is_adapted_beside() -> None:
         adapter.merge()
     with pytest.raises(tna.ConfigError, match="quantised: use 'beside'"):
         tt.attach(quantised(), targets=targets, strategy="weight")
+
+
+def test_a_linear_layer_of_another_forward_is_adapted_in_its_weight() -> None:
+    class Halved(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2
+
+    model = small()
+    model.blocks[1].q_proj.__class__ = Halved
+    adapter = tt.attach(model, P.lora(2), ["blocks.1.q_proj"])
+    assert adapter.strategy == ("weight",)
+    stir(adapter)
+    on = run(model)
+    adapter.merge()
+    assert (run(model) - on).abs().max() < 1e-6
+    with pytest.raises(tna.ConfigError, match="needs one low-rank matrix a weight of a linear layer"):
+        tt.attach(model, P.lora(2), ["blocks.1.q_proj"], "b", strategy="factored")
+
+
+def test_a_quantised_layer_without_a_weight_of_that_name(tmp_path: Path) -> None:
+    class Packed(nn.Module):
+        """As GPTQ's: integers under another name."""
+
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.register_buffer("qweight", (linear.weight.detach() * 64).round().to(torch.int8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.qweight.to(x.dtype) / 64).T
+
+    model = small()
+    model.blocks[1].q_proj = Packed(model.blocks[1].q_proj)
+    target = tna.Target("blocks.1.q_proj", (16, 16), "q")
+    adapter = tt.attach(model, P.superlora(2), lambda path, _: path == target.module)
+    assert adapter.strategy == ("beside",)
+    model(batch()).sum().backward()
+    assert any(p.grad.any() for p in adapter.parameters())
+    with pytest.raises(tna.TargetError, match="quantised"):
+        adapter.merge()
+    adapter.save(tmp_path / "a.safetensors")
+    assert tna.load(tmp_path / "a.safetensors").base is None
+    adapter.detach()
+    assert tt.load(model, tmp_path / "a.safetensors").strategy == ("beside",)
 
 
 def test_the_summary_has_every_slice_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ class Stored:
     @property
     def tensor(self) -> Tensor:
         """The base weight, as the module has it now."""
-        return self.owner._parameters[self.parameter]  # type: ignore[return-value]
+        return cast(Tensor, self.owner._parameters[self.parameter])
 
 
 def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:

@@ -118,7 +118,7 @@ def attach(
         _strategy(strategy, plan, target, owner, host, activation)
         for target, owner, host in zip(found, owners, hosts, strict=True)
     ]
-    arrays = _arrays(plan, owners[0]._parameters[found[0].parameter], dtype)
+    arrays = _arrays(plan, _beside(owners[0], found[0].parameter), dtype)
     # Nothing can fail from here on.
     for _, second in tied(model, found):
         _untie(model, second)
@@ -199,10 +199,13 @@ def _strategy(
         and config.format == "cp"
         and config.projection == "identity"
     )
-    own = host is owner and len(target.stored) == 2 and target.parameter == "weight"
-    can_factor = low_rank and own
     weight = owner._parameters.get(target.parameter)
     quantised = weight is None or not weight.is_floating_point()
+    # What is added to the output must be what a change of the weight would add: of a layer whose forward is another
+    # than the linear one, that is not known.
+    linear = quantised or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
+    own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
+    can_factor = low_rank and own
     if activation is not None:
         if not can_factor or wanted not in ("auto", "factored"):
             raise ConfigError(
@@ -233,7 +236,7 @@ def _strategy(
     return "beside" if quantised else "weight"
 
 
-def _arrays(plan: SuperLoRA, like: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     # Known before a program is compiled, which would otherwise be compiled again when NumPy is first met.
     load_backend("numpy")
     device = torch.device("cpu") if like is None else like.device
@@ -243,6 +246,12 @@ def _arrays(plan: SuperLoRA, like: Any, dtype: torch.dtype) -> dict[str, torch.T
         # There is nothing to compute with: nothing is drawn.
         return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
     return plan.init("torch", _DTYPES[dtype], device)
+
+
+def _beside(owner: nn.Module, parameter: str) -> torch.Tensor | None:
+    """The weight, or what a quantised layer has instead: the arrays are to lie beside it."""
+    weight = owner._parameters.get(parameter)
+    return weight if weight is not None else next(itertools.chain(owner.parameters(), owner.buffers()), None)
 
 
 def _untie(model: nn.Module, name: str) -> None:

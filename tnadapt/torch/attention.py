@@ -1,7 +1,8 @@
 """Queries, keys, values and outputs of every attention in a model, found by what they do there.
 
 A module is an attention if projections to q and v (one weight or several, or k and v of a query that is learned) lie
-beside each other in it. A lone ``value`` or ``query`` elsewhere is none.
+beside each other in it. A lone ``value`` or ``query`` elsewhere is none, nor is deformable attention, which has values
+alone.
 """
 
 from __future__ import annotations

@@ -80,29 +80,30 @@ def unmerge(adapter: Adapter) -> None:
     adapter.merged = None
 
 
-def original(adapter: Adapter, index: int) -> Tensor:
-    """A target's weight ``(rows, cols)`` without this adapter's update, merged or not."""
+def original(adapter: Adapter, index: int) -> Tensor | None:
+    """A target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if it is quantised."""
     if adapter.merged is not None:
         return adapter.merged[index].before
-    return cast(Tensor, adapter.targets[index].select(whole(stored(adapter, index).detach())))
+    weight = stored(adapter, index)
+    if weight is None or not weight.is_floating_point():
+        return None
+    return cast(Tensor, adapter.targets[index].select(whole(weight.detach())))
 
 
-def stored(adapter: Adapter, index: int) -> Tensor:
-    """The parameter that holds a target, as the model keeps it."""
+def stored(adapter: Adapter, index: int) -> Tensor | None:
+    """The parameter that holds a target, as the model keeps it; None if a quantised layer has none of that name."""
     part = adapter.parts[index]
     for weight in adapter.sites[index].weights:
         if part in weight.parts:
-            return weight.tensor
+            return weight.owner._parameters.get(weight.parameter)
     raise TargetError(f"adapter {adapter.name!r} is not attached to its model any more")
 
 
 def _writable(adapter: Adapter, index: int) -> Tensor:
     weight = stored(adapter, index)
     name = adapter.targets[index].name
-    if not weight.is_floating_point():
-        raise TargetError(
-            f"{name} is of {weight.dtype} (quantised): an update cannot be merged into it; keep it attached"
-        )
+    if weight is None or not weight.is_floating_point():
+        raise TargetError(f"{name} is quantised: an update cannot be merged into it; keep it attached")
     if is_sharded(weight):
         raise TargetError(f"{name} is sharded over processes: save the adapter and merge it in one process")
     if weight.device.type == "meta":

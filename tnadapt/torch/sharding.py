@@ -55,6 +55,6 @@ def refuse_reentrant(name: str) -> None:
     if active is not None and not getattr(active, "static_graph", False):
         raise RuntimeError(
             "a part of the model runs without gradients inside a training pass of DistributedDataParallel, as "
-            f"reentrant checkpointing does, and adapter {name!r} is shared by several parts: its gradients would be wrong. Use "
-            "checkpointing with use_reentrant=False, or DistributedDataParallel(…, static_graph=True)"
+            f"reentrant checkpointing does, and adapter {name!r} is shared by several parts: its gradients would be "
+            "wrong. Use checkpointing with use_reentrant=False, or DistributedDataParallel(…, static_graph=True)"
         )

@@ -67,17 +67,17 @@ def base_fingerprint(adapter: Adapter) -> Fingerprint | None:
     for name, other in adapters(adapter.model).items():
         if other is not adapter and other.merged is not None:
             raise TargetError(f"adapter {name!r} is merged into the base: unmerge it before another is saved or loaded")
-    weights = [merging.original(adapter, index) for index in range(len(adapter.targets))]
-    return _fingerprint(weights)
+    return _fingerprint([merging.original(adapter, index) for index in range(len(adapter.targets))])
 
 
-def _fingerprint(weights: list[Tensor]) -> Fingerprint | None:
-    kinds = {weight.dtype for weight in weights}
-    if len(kinds) != 1 or not kinds <= _NAMES.keys() or weights[0].device.type == "meta":
+def _fingerprint(weights: list[Tensor | None]) -> Fingerprint | None:
+    known = [weight for weight in weights if weight is not None and weight.device.type != "meta"]
+    kinds = {weight.dtype for weight in known}
+    if len(known) != len(weights) or len(kinds) != 1 or not kinds <= _NAMES.keys():
         return None
 
     def host() -> Iterator[np.ndarray]:
-        for weight in weights:
+        for weight in known:
             one = weight.detach().cpu().contiguous()
             yield one.view(torch.int16).numpy().view(np.uint16) if one.dtype is torch.bfloat16 else one.numpy()
 
@@ -213,12 +213,13 @@ class _about:  # noqa: N801  # a context manager reads as a word
 
 def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
     """The file's targets on this model: where it says, or else those of the same roles and shapes."""
-    wrong = [problem for target in file.targets if (problem := _missing(model, target)) is not None]
-    if not wrong:
-        return list(file.targets)
+    try:
+        return find_targets(model, list(file.targets), untie=True)
+    except TargetError as error:
+        wrong = str(error).partition(";")[0]
     roles = "".join(dict.fromkeys(target.role for target in file.targets))
     if not set(roles) <= set("qkvo"):
-        raise FileError(f"this {type(model).__name__} does not have its weights: {wrong[0]}")
+        raise FileError(f"this {type(model).__name__} does not have its weights: {wrong}")
     try:
         found = find_targets(model, roles)
     except TargetError:
@@ -226,21 +227,10 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
     theirs, ours = ([(target.role, target.shape) for target in targets] for targets in (file.targets, found))
     if theirs != ours:
         raise FileError(
-            f"this {type(model).__name__} does not have its weights ({wrong[0]}), nor weights of the same roles and "
+            f"this {type(model).__name__} does not have its weights ({wrong}), nor weights of the same roles and "
             f"shapes: the file has {_counted(theirs)}, the model {_counted(ours)}"
         )
     return [dataclasses.replace(new, layer=old.layer) for new, old in zip(found, file.targets, strict=True)]
-
-
-def _missing(model: nn.Module, target: Target) -> str | None:
-    try:
-        parameter = model.get_submodule(target.module)._parameters.get(target.parameter)
-    except AttributeError:
-        parameter = None
-    if parameter is None:
-        return f"there is no {target.name}"
-    shape = tuple(parameter.shape)
-    return None if shape == target.stored else f"{target.name} is {shape}, and the file has it as {target.stored}"
 
 
 def _counted(weights: list[tuple[str, tuple[int, int]]]) -> str:
@@ -278,9 +268,9 @@ def _base(model: nn.Module, targets: list[Target]) -> Fingerprint | None:
     merged = [name for name, adapter in model.__dict__.get(BOOK, {}).items() if adapter.merged is not None]
     if merged:
         raise TargetError(f"adapter {merged[0]!r} is merged into the base: unmerge it before another one is loaded")
-    weights = []
+    weights: list[Tensor | None] = []
     for target in targets:
-        parameter = model.get_submodule(target.module)._parameters[target.parameter]
-        assert parameter is not None
-        weights.append(target.select(whole(parameter.detach())))
+        parameter = model.get_submodule(target.module)._parameters.get(target.parameter)
+        plain = parameter is not None and parameter.is_floating_point()
+        weights.append(target.select(whole(parameter.detach())) if parameter is not None and plain else None)
     return _fingerprint(weights)
