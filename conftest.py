@@ -16,3 +16,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in re.findall(r"^(?:import|from) (\w+)", source, flags=re.MULTILINE):
             if importlib.util.find_spec(name) is None:
                 item.add_marker(pytest.mark.skip(reason=f"its example imports {name}, which is not installed"))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example that writes a file writes it somewhere else than here."""
+    if isinstance(request.node, pytest.DoctestItem):
+        monkeypatch.chdir(request.getfixturevalue("tmp_path"))

@@ -18,6 +18,7 @@ def run(code: str) -> str:
 def test_no_framework_is_imported() -> None:
     # Nor what only some functions need.
     unwanted = ["torch", "jax", "cupy", "tensorly", "scipy", "matplotlib", "hypothesis", "pytest", "typer", "rich"]
+    unwanted += ["safetensors", "transformers", "peft", "sklearn"]
     code = f"import sys, tnadapt; print([name for name in {unwanted} if name in sys.modules])"
     assert run(code).strip() == "[]"
 
@@ -53,14 +54,27 @@ print(tna.verify(tna.presets.lora(1)).holds)
 
 def test_every_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {"scipy", "numpy", "tensorly", "array_api_compat"}
+    names = {"scipy", "numpy", "tensorly", "array_api_compat", "safetensors"}
     declared = {d.split(">")[0].split("[")[0].replace("-", "_") for d in project["dependencies"]}
-    optional = {"torch", "jax", "cupy", "typer", "rich", "hypothesis", "pytest"}
+    optional = {
+        "torch",
+        "jax",
+        "cupy",
+        "typer",
+        "rich",
+        "hypothesis",
+        "pytest",
+        "peft",
+        "matplotlib",
+        "transformers",
+        "timm",
+    }
+    optional |= {"datasets", "sklearn", "PIL"}
     extras = {
         d.split(">")[0].split("[")[0].replace("-", "_") for e in project["optional-dependencies"].values() for d in e
     }
-    assert optional - {"cupy"} <= extras
-    assert "cupy_cuda12x" in extras
+    assert optional - {"cupy", "sklearn", "PIL"} <= extras
+    assert {"cupy_cuda12x", "scikit_learn", "pillow"} <= extras
     assert names <= declared
     for path in (ROOT / "tnadapt").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -48,3 +48,4 @@ def test_setup_and_tests_are_what_ci_runs() -> None:
     for command in ("-m venv", '-m pip install --quiet -e ".[dev]"', "python -m pytest\n", "python -m sphinx"):
         assert command in ci
         assert command.replace(" --quiet", "") in TEXT
+    assert "tnadapt finetune" in TEXT

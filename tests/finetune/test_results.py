@@ -1,0 +1,104 @@
+"""The file of results: whole lines, of one study, by one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tnadapt.errors import FileError
+from tnadapt.finetune.results import FORMAT, Results
+
+STUDY = {"epochs": 3, "batch": 32}
+
+
+def start(path: Path, *keys: str) -> None:
+    with Results(path, STUDY) as results:
+        results.begin_session(jobs=1)
+        for key in keys:
+            results.add({"key": key, "value": 1.5})
+
+
+def test_lines_are_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "results.jsonl"
+    start(path, "a", "b")
+    with Results(path, STUDY) as results:
+        assert list(results.records) == ["a", "b"]
+        results.add({"key": "b", "value": 2})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0]["format"] == FORMAT
+    assert lines[0]["study"] == STUDY
+    assert set(lines[1]["session"]) >= {"versions", "cores", "jobs"}
+    with Results(path, STUDY) as results:
+        assert results.records["b"]["value"] == 2
+
+
+@pytest.mark.parametrize("cut", range(1, 22))
+def test_a_line_that_was_not_finished_is_dropped(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "results.jsonl"
+    start(path, "a", "b")
+    path.write_bytes(path.read_bytes()[:-cut])
+    with Results(path, STUDY) as results:
+        assert list(results.records) == ["a"]
+        results.add({"key": "c"})
+    with Results(path, STUDY) as results:
+        assert list(results.records) == ["a", "c"]
+
+
+def test_a_first_line_that_was_not_finished_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    start(path)
+    path.write_bytes(path.read_bytes()[:20])
+    with Results(path, STUDY) as results:
+        assert results.records == {}
+    assert json.loads(path.read_text().splitlines()[0])["study"] == STUDY
+
+
+@pytest.mark.parametrize("line", [b"{half\n", b"[1]\n", b"\xff\n", b"[" * 5000 + b"\n"])
+def test_a_damaged_line_in_between_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "results.jsonl"
+    start(path, "a")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
+    with pytest.raises(FileError, match=r"results\.jsonl, line 3 is damaged"):
+        Results(path, STUDY)
+
+
+@pytest.mark.parametrize("content", [b"a diary\n", b"a diary", b'{"some": "JSON"}\n'])
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"is no file of results|line 1 is damaged"):
+        Results(path, STUDY)
+    assert path.read_bytes() == content
+
+
+def test_another_study_is_refused_and_told(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    start(path, "a")
+    before = path.read_bytes()
+    with pytest.raises(
+        FileError, match=r"results of another study \(epochs was 3, now 4; keep was null, now \[\]\); .*--fresh"
+    ):
+        Results(path, {**STUDY, "epochs": 4, "keep": []})
+    assert path.read_bytes() == before
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    path = tmp_path / "results.jsonl"
+    with Results(path, STUDY), pytest.raises(FileError, match="being written by another process"):
+        Results(path, STUDY)
+    Results(path, STUDY).close()
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="give another folder with --out"):
+        Results(tmp_path / "file" / "results.jsonl", STUDY)
+    (tmp_path / "results.jsonl").mkdir()
+    with pytest.raises(FileError, match="give another folder with --out"):
+        Results(tmp_path / "results.jsonl", STUDY)

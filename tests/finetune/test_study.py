@@ -1,0 +1,344 @@
+"""A study from end to end, resumed, and side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+
+import tnadapt as tna  # noqa: E402
+from tnadapt.errors import FileError, TargetError, TnadaptError  # noqa: E402
+from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem  # noqa: E402
+from tnadapt.finetune.best import prove  # noqa: E402
+from tnadapt.finetune.loop import Schedule, fit, threads  # noqa: E402
+from tnadapt.finetune.problem import free, weights_digest  # noqa: E402
+from tnadapt.finetune.report import points_in  # noqa: E402
+from tnadapt.finetune.train import train, usable_device  # noqa: E402
+
+from .small import CHOICE, TRAINING, spec, study  # noqa: E402
+
+
+class Counting(Reporter):
+    def __init__(self) -> None:
+        self.begun: tuple[int, int] | None = None
+        self.done: list[str] = []
+        self.fractions: list[float] = []
+
+    def begins(self, tasks: int, finished: int) -> None:
+        self.begun = (tasks, finished)
+
+    def training(self, task: Task, done: float) -> None:
+        self.fractions.append(done)
+
+    def finished(self, task: Task, record: Mapping[str, Any]) -> None:
+        self.done.append(task.key)
+
+
+@pytest.fixture(scope="module")
+def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("run") / "new" / "folder"
+    return out, study(cache).run(out, jobs=1)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return [line for line in found if "key" in line]
+
+
+def test_the_outcome(finished: tuple[Path, Any]) -> None:
+    out, outcome = finished
+    assert [point.method.name for point in outcome.points] == ["head alone", "LoRA r = 1", "SuperLoRA r = 1"]
+    assert [point.parameters for point in outcome.points] == [0, 1024, 364]
+    assert {point.kept for point in outcome.points} == {325}
+    assert (outcome.trained, outcome.reused) == (6, 0)
+    assert outcome.best is not None
+    assert outcome.best.parameters
+    assert outcome.proof is not None
+    assert outcome.proof.holds
+    assert outcome.proof.samples == 269
+    assert outcome.proof.largest < 1e-4
+    assert outcome.picture == out / "pareto.png"
+    assert outcome.picture.stat().st_size > 5000
+    assert outcome.adapter == out / "best.safetensors"
+    assert len(tna.load(outcome.adapter).targets) == 8
+
+
+def test_the_lines(finished: tuple[Path, Any]) -> None:
+    out, _ = finished
+    records = lines(out)
+    assert len(records) == 6
+    for record in records:
+        assert 0 <= record["validation"] <= 1
+        assert record["seconds"] > 0
+        assert record["epochs"] == 1
+        assert ("adapter" in record) == (record["config"] is not None)
+        if record["config"] is not None:
+            assert tna.Config.from_dict(record["config"]).seed == record["seed"] == 0
+            assert (out / "adapters" / record["adapter"]).is_file()
+    assert {record["rate"] for record in records} == {0.01, 0.03}
+
+
+def test_a_file_of_results_gives_the_points_again(finished: tuple[Path, Any]) -> None:
+    out, outcome = finished
+    assert [one.to_dict() for one in points_in(out / "results.jsonl")] == [one.to_dict() for one in outcome.points]
+
+
+def test_what_is_finished_is_not_done_again(finished: tuple[Path, Any], cache: Path) -> None:
+    out, before = finished
+    reporter = Counting()
+    again = Study(spec(cache), CHOICE, TRAINING, (0.01, 0.03), reporter=reporter).run(out)
+    assert reporter.begun == (6, 6)
+    assert reporter.done == []
+    assert (again.trained, again.reused) == (0, 6)
+    assert again.points == before.points
+    assert again.proof == before.proof
+
+
+def test_a_study_grows_by_rates_seeds_and_methods(finished: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
+    out, _ = finished
+    (tmp_path / "results.jsonl").write_bytes((out / "results.jsonl").read_bytes())
+    reporter = Counting()
+    choice = Choice(presets=("lora",), ranks=(1, 2))
+    outcome = Study(spec(cache), choice, TRAINING, (0.03,), 2, reporter).run(tmp_path, jobs=1)
+    # Of head, r = 1 and r = 2 at one rate, seed 0 of the first two was there. The best one's file was not copied.
+    assert reporter.begun == (6, 2)
+    assert [len(point.test) for point in outcome.points] == [2, 2, 2]
+    assert outcome.proof is not None
+    assert outcome.proof.holds
+    first = {one["key"]: one["predictions"] for one in lines(out)}
+    assert all(one["predictions"] == first.get(one["key"], one["predictions"]) for one in lines(tmp_path))
+
+
+def test_side_by_side_gives_the_same_numbers(finished: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
+    out, _ = finished
+    study(cache).run(tmp_path, jobs=2)
+
+    def numbers(folder: Path) -> dict[str, Any]:
+        return {one["key"]: {name: value for name, value in one.items() if name != "seconds"} for one in lines(folder)}
+
+    assert numbers(tmp_path) == numbers(out)
+
+
+def test_other_settings_are_another_study(finished: tuple[Path, Any], cache: Path) -> None:
+    out, _ = finished
+    other = Study(spec(cache), CHOICE, dataclasses.replace(TRAINING, epochs=2), (0.01,))
+    with pytest.raises(FileError, match="another study \\(epochs was 1, now 2\\)"):
+        other.run(out)
+
+
+def test_fresh_starts_anew(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text("a diary\n")
+    (tmp_path / "kept.txt").write_text("mine")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "old.safetensors").write_text("")
+    one = study(cache, Choice(presets=("lora",), ranks=(1,)), (0.03,))
+    with pytest.raises(FileError, match="line 1 is damaged"):
+        one.run(tmp_path)
+    one.run(tmp_path, jobs=1, fresh=True)
+    assert len(lines(tmp_path)) == 2
+    assert (tmp_path / "kept.txt").read_text() == "mine"
+    assert len(list((tmp_path / "adapters").iterdir())) == 1
+
+
+def test_out_is_a_file(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(FileError, match="is a file; --out takes a folder"):
+        study(cache).run(tmp_path / "out")
+
+
+def test_the_proof_notices_another_adapter(finished: tuple[Path, Any], cache: Path) -> None:
+    out, outcome = finished
+    problem = open_problem(spec(cache))
+    own = outcome.best.records[0]
+    others = [one for one in lines(out) if one["config"] and one["predictions"] != own["predictions"]]
+    assert prove(problem, own, out / "best.safetensors").holds
+    assert not prove(problem, own, out / "adapters" / others[0]["adapter"]).loaded_same
+
+
+def test_a_rate_that_explodes_is_a_line_and_no_adapter(cache: Path, tmp_path: Path) -> None:
+    outcome = study(cache, Choice(presets=("lora",), ranks=(1,)), (1e30,)).run(tmp_path, jobs=1)
+    record = next(one for one in lines(tmp_path) if one["config"])
+    assert record["diverged"]
+    assert record["training_loss"] is None
+    assert "adapter" not in record
+    assert outcome.best is None
+    assert outcome.adapter is None
+
+
+def test_training_touches_no_global_random_state_and_no_threads(cache: Path) -> None:
+    problem = open_problem(spec(cache))
+    state, count = torch.get_rng_state(), torch.get_num_threads()
+    (method,) = Choice(presets=("lora",), ranks=(1,)).methods([(64, 64)] * 8, 4)[1:]
+    fractions: list[float] = []
+    train(problem, Task(method, 0, 0.01), TRAINING, progress=fractions.append)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == count
+    assert fractions == [step / 7 for step in range(1, 8)]
+
+
+def test_the_base_is_the_same_whatever_the_seed_and_the_head_is_not(cache: Path) -> None:
+    problem = open_problem(spec(cache))
+    one, other = problem.build(0), problem.build(1)
+    assert weights_digest(one, problem.keep) == weights_digest(other, problem.keep) == problem.digests["base"]
+    assert weights_digest(one) != weights_digest(other)
+    assert weights_digest(one) == weights_digest(problem.build(0))
+
+
+def test_a_method_that_does_not_fit_is_named(cache: Path) -> None:
+    with pytest.raises(
+        TnadaptError, match=r"LoRA r = 1, projection = linear, ratio = 0\.1 does not fit the targets: fold="
+    ):
+        study(cache, Choice(presets=("lora",), ranks=(1,), changes={"projection": "linear", "ratio": 0.1}))
+
+
+@pytest.mark.parametrize("keep", [("nothing",), ("head", "nothing")])
+def test_a_name_to_keep_that_is_not_there(cache: Path, tmp_path: Path, keep: tuple[str, ...]) -> None:
+    one = Study(dataclasses.replace(spec(cache), keep=keep), CHOICE, TRAINING, (0.01,))
+    with pytest.raises(TargetError, match="nothing"):
+        one.run(tmp_path, jobs=1)
+    with pytest.raises(TargetError, match="--keep nothing: the model has no such"):
+        free(one.problem.build(0), keep)
+
+
+def test_another_part_to_keep(cache: Path, tmp_path: Path) -> None:
+    one = Study(dataclasses.replace(spec(cache), keep=("head", "norm")), CHOICE, TRAINING, (0.01,))
+    outcome = one.run(tmp_path, jobs=1)
+    assert {point.kept for point in outcome.points} == {325 + 128}
+    assert outcome.proof is not None
+    assert outcome.proof.holds
+
+
+def test_a_worker_that_cannot_open_the_problem_says_why(cache: Path, tmp_path: Path) -> None:
+    one = study(cache)
+    one.spec = Spec(model="no/such")
+    with pytest.raises(TnadaptError, match="--model needs --data, too"):
+        one.run(tmp_path, jobs=2)
+
+
+def test_a_device_that_is_not_here() -> None:
+    assert usable_device("cpu") == "cpu"
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(TnadaptError, match=f"no device '{name}' here"):
+            usable_device(name)
+
+
+def test_only_one_of_model_and_data() -> None:
+    with pytest.raises(TnadaptError, match="--data needs --model, too"):
+        open_problem(Spec(data="a.csv"))
+
+
+# -- The cache ---------------------------------------------------------------------------------
+
+
+def test_the_pretrained_model_is_kept_and_made_anew_where_damaged(tmp_path: Path) -> None:
+    one = Spec(cache=tmp_path / "made" / "here", pretrain_epochs=1)
+    told: list[str] = []
+    first = open_problem(one, lambda what, done: told.append(what)).digests["base"]
+    assert told
+    (file,) = (tmp_path / "made" / "here" / "digits").iterdir()
+    told.clear()
+    assert open_problem(one, lambda what, done: told.append(what)).digests["base"] == first
+    assert not told
+    whole = file.read_bytes()
+    for damage in (b"", whole[:1000], whole[:200] + b"\xff" * 4096 + whole[4296:], b"\0" * 64):
+        file.write_bytes(damage)
+        assert open_problem(one, lambda what, done: told.append(what)).digests["base"] == first
+        assert told
+        assert file.read_bytes() == whole
+        told.clear()
+
+
+def test_another_recipe_is_another_file(tmp_path: Path) -> None:
+    open_problem(Spec(cache=tmp_path, pretrain_epochs=1))
+    open_problem(Spec(cache=tmp_path, pretrain_epochs=2))
+    assert len(list((tmp_path / "digits").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(FileError, match="give another folder with --cache"):
+        open_problem(Spec(cache=tmp_path / "cache", pretrain_epochs=1))
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME"])
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str) -> None:
+    from tnadapt.finetune.digits import cache_folder
+
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert cache_folder() == tmp_path / "tnadapt"
+    monkeypatch.delenv(variable)
+    assert cache_folder().name == "tnadapt" or cache_folder().parent.name == "tnadapt"
+
+
+# -- The loop ----------------------------------------------------------------------------------
+
+
+def test_the_schedule_rises_and_falls_to_nothing() -> None:
+    schedule = Schedule(1.0, warmup=0.1)
+    factors = [schedule.factor(step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert factors[10] == 1.0
+    assert all(one > other for one, other in itertools.pairwise(factors[10:]))
+    assert factors[-1] < 1e-3
+    assert Schedule(1.0, warmup=0.0).factor(0, 1) == 1.0
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path) -> None:
+    problem = open_problem(spec(cache))
+    model = problem.build(0)
+    before = weights_digest(model)
+    steps = list(
+        fit(
+            model,
+            lambda model, x: problem.logits(model, x) * float("nan"),
+            problem.parts["training"],
+            list(model.parameters()),
+            Schedule(0.1),
+            3,
+            64,
+            torch.device("cpu"),
+        )
+    )
+    assert len(steps) == 1
+    assert weights_digest(model) == before
+
+
+def test_texts_of_like_length_share_a_batch(cache: Path) -> None:
+    from tnadapt.finetune.loop import _batches
+
+    part = open_problem(spec(cache)).parts["training"]
+    part.lengths = torch.arange(len(part.labels)).flip(0)
+    batches = _batches(part, 10)
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(part.labels)))
+    assert len(batches) == -(-len(part.labels) // 10)
+    spans = [int(part.lengths[batch].max() - part.lengths[batch].min()) for batch in batches]
+    assert sum(spans) / len(spans) < 60  # of 448, in random batches it would be above 350
+
+
+def test_threads_are_given_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+    inside = 0
+
+    def fail() -> None:
+        nonlocal inside
+        with threads(before + 1):
+            inside = torch.get_num_threads()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert inside == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_training_settings() -> None:
+    assert Training(1, 1, targets=("q", "v")).selection == ["q", "v"]
+    assert Training(1, 1).selection == "qv"

@@ -1,0 +1,38 @@
+"""The command line. Needs ``pip install "tnadapt[cli]"``; everything it does is a library call."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .finetune import finetune_command
+from .verify import verify_command
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="tnadapt",
+    help="Weight updates as small tensor networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tnadapt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Weight updates as small tensor networks: SuperLoRA and its relatives."""
+
+
+app.command("finetune")(finetune_command)
+app.command("verify")(verify_command)

@@ -1,0 +1,39 @@
+"""The job behind ``tnadapt finetune``: a pretrained model adapted with several methods, compared and reported.
+
+:class:`Study` is the whole of it::
+
+    from pathlib import Path
+    from tnadapt.finetune import Choice, Spec, Study, Training
+
+    study = Study(Spec(), Choice(), Training(epochs=25, batch=32), rates=[0.008, 0.03, 0.1])
+    outcome = study.run(Path("runs/digits"))
+
+It prints nothing: a :class:`Reporter` is told how far it is. Needs torch and ``pip install "tnadapt[demo]"``.
+"""
+
+from .budget import within
+from .choice import Choice
+from .methods import Method, default_methods
+from .opening import open_problem
+from .problem import Problem, Spec
+from .report import Point, pareto_front
+from .study import Outcome, Reporter, Study
+from .train import Task, Training, usable_device
+
+__all__ = [
+    "Choice",
+    "Method",
+    "Outcome",
+    "Point",
+    "Problem",
+    "Reporter",
+    "Spec",
+    "Study",
+    "Task",
+    "Training",
+    "default_methods",
+    "open_problem",
+    "pareto_front",
+    "usable_device",
+    "within",
+]

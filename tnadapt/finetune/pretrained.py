@@ -1,0 +1,267 @@
+"""A pretrained model of the user's: a local folder or a hub name through transformers, or ``timm:NAME``."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FileError, TnadaptError, shown
+from .data import Data, Samples, choose, divide
+from .encode import Images, Texts
+from .problem import Part, Problem, Spec, weights_digest
+from .sources import first_line, quiet, read
+
+__all__ = ["pretrained"]
+
+HEADS = ("classifier", "score", "head", "classification_head", "fc")
+LONGEST = 256
+
+
+def pretrained(spec: Spec) -> Problem:
+    """The problem of a user's model and data.
+
+    Parameters
+    ----------
+    spec : Spec
+        With ``model`` and ``data``.
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such model or data, they do not go together, or a library for them is missing.
+    """
+    assert spec.model is not None
+    assert spec.data is not None
+    data = read(spec.data, spec.text_column, spec.label_column)
+    test = None if data.test is None else choose(data.test, spec.limit)
+    data = Data(data.name, data.kind, data.classes, choose(data.samples, spec.limit), test)
+    samples = divide(data)
+    if spec.model.startswith("timm:"):
+        return _timm(spec, data, samples)
+    return _transformers(spec, data, samples)
+
+
+# -- transformers ------------------------------------------------------------------------------
+
+
+def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Problem:
+    name = str(spec.model)
+    if not Path(name).exists() and name.startswith((".", "/", "~")):
+        raise FileError(f"no model at {name}: there is no such folder")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise FileError(f"no model at {name}: the folder has no config.json")
+    if Path(name).is_file():
+        raise FileError(f"no model at {name}: expected a folder with a config.json, or a hub name, not a file")
+    try:
+        import transformers
+    except ImportError:
+        raise TnadaptError("models are read with transformers, which is not here: pip install 'tnadapt[hub]'") from None
+    kind = "SequenceClassification" if data.kind == "text" else "ImageClassification"
+    auto = getattr(transformers, f"AutoModelFor{kind}")
+    new: list[str] = []
+    settings: dict[str, Any] = {}
+
+    def build(seed: int) -> nn.Module:
+        with _silent(transformers), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, loaded = auto.from_pretrained(
+                name,
+                num_labels=len(data.classes),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+            )
+        new[:] = sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})
+        for setting, value in settings.items():
+            setattr(model.config, setting, value)
+        return model  # type: ignore[no-any-return]
+
+    with _refused(f"cannot load {shown(name)} for {data.kind}s through transformers"):
+        model = build(0)
+    keep = spec.keep or _head(model, new)
+    parts: dict[str, Part]
+    if data.kind == "text":
+        tokenizer = _tokenizer(name, transformers)
+        settings["pad_token_id"] = tokenizer.pad_token_id
+        parts = dict(_texts(spec, tokenizer, samples, model))
+    else:
+        parts = dict(_images(spec, samples, model.config, _processor(name, transformers)))
+    return Problem(
+        f"{data.name} with {Path(name).name}",
+        data.kind,
+        data.classes,
+        parts,
+        build,
+        _logits(model, data.kind),
+        keep,
+        {"data": data.digest(), "base": weights_digest(model, keep)},
+    )
+
+
+def _logits(model: nn.Module, kind: str) -> Callable[[nn.Module, Any], Tensor]:
+    if kind == "text":
+        return lambda model, inputs: model(**inputs).logits
+    more = {"interpolate_pos_encoding": True}
+    if "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
+        more = {}
+    return lambda model, inputs: model(pixel_values=inputs, **more).logits
+
+
+def _head(model: nn.Module, new: list[str]) -> tuple[str, ...]:
+    """What the checkpoint did not bring must be trained; a head that it did bring is one of the usual names."""
+    if new:
+        return tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
+    found = tuple(name for name in HEADS if hasattr(model, name))
+    if not found:
+        raise TnadaptError(
+            f"which part of {type(model).__name__} is its head? Its parts are "
+            f"{', '.join(name for name, _ in model.named_children())}: give --keep NAME"
+        )
+    return found
+
+
+def _tokenizer(name: str, transformers: Any) -> Any:
+    with _refused(f"no tokenizer in {shown(name)}"), _silent(transformers):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise TnadaptError(f"the tokenizer of {name} has no token to pad with")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _texts(spec: Spec, tokenizer: Any, samples: dict[str, Samples], model: Any) -> Iterator[tuple[str, Part]]:
+    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    longest = spec.max_length or min(LONGEST, positions, tokenizer.model_max_length)
+    known = model.get_input_embeddings().num_embeddings
+    special = torch.tensor(tokenizer.all_special_ids)
+    for part, some in samples.items():
+        texts = Texts(some, tokenizer, longest, tokenizer.pad_token_id)
+        # transformers gives a tokenizer that knows no word where there is none in the folder.
+        if all(bool(torch.isin(tokens, special).all()) for tokens in texts.tokens):
+            raise TnadaptError(f"no tokenizer in {shown(spec.model)} that knows a word of the texts")
+        top = max((int(tokens.max()) for tokens in texts.tokens if len(tokens)), default=0)
+        if top >= known:
+            raise TnadaptError(
+                f"the tokenizer gives token {top} and the model knows {known}: they do not belong together"
+            )
+        yield part, texts
+
+
+def _processor(name: str, transformers: Any) -> dict[str, Any]:
+    """The image settings that come with a model, or none."""
+    with contextlib.suppress(Exception), _silent(transformers):
+        return dict(transformers.AutoImageProcessor.from_pretrained(name).to_dict())
+    return {}
+
+
+def _images(
+    spec: Spec, samples: dict[str, Samples], config: Any, processor: dict[str, Any]
+) -> Iterator[tuple[str, Part]]:
+    size = spec.image_size or _side(processor.get("crop_size")) or _side(processor.get("size"))
+    size = size or _side(getattr(config, "image_size", None)) or 224
+    channels = int(getattr(config, "num_channels", 3))
+    given = processor.get("image_mean"), processor.get("image_std")
+    yield from _divided(samples, size, channels, None if None in given else given)
+
+
+def _divided(samples: dict[str, Samples], size: int, channels: int, given: Any) -> Iterator[tuple[str, Part]]:
+    """The parts as images, normalised alike: as the model says, or by the training images."""
+    if channels not in (1, 3):
+        raise TnadaptError(f"the model takes images of {channels} channels; only 1 and 3 are known here")
+    statistics = None
+    if given is not None:
+        mean, std = (torch.tensor(numbers, dtype=torch.float32).expand(channels)[:, None, None] for numbers in given)
+        statistics = mean, std
+    for part, some in samples.items():
+        images = Images(some, size, channels, statistics)
+        statistics = images.statistics
+        yield part, images
+
+
+def _side(size: Any) -> int | None:
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    if isinstance(size, (list, tuple)):
+        size = size[0]
+    return int(size) if size else None
+
+
+# -- timm --------------------------------------------------------------------------------------
+
+
+def _timm(spec: Spec, data: Data, samples: dict[str, Samples]) -> Problem:
+    if data.kind != "image":
+        raise TnadaptError(f"{spec.model} is a model of images, and {data.name} has texts")
+    try:
+        import timm
+    except ImportError:
+        raise TnadaptError("timm is not here: pip install 'tnadapt[hub]'") from None
+    name = str(spec.model).removeprefix("timm:")
+
+    def build(seed: int) -> nn.Module:
+        more: dict[str, Any] = {"img_size": spec.image_size} if spec.image_size else {}
+        with quiet("timm", "huggingface_hub"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                return timm.create_model(name, pretrained=True, num_classes=len(data.classes), **more)  # type: ignore[no-any-return]
+            except TypeError:  # a model that takes any size takes none
+                return timm.create_model(name, pretrained=True, num_classes=len(data.classes))  # type: ignore[no-any-return]
+
+    with _refused(f"cannot load {shown(name)} through timm"):
+        model = build(0)
+    config: Any = model.pretrained_cfg
+    keep = spec.keep or _timm_head(model, config)
+    channels, *_, side = config["input_size"]
+    parts: dict[str, Part] = dict(_divided(samples, spec.image_size or side, channels, (config["mean"], config["std"])))
+    return Problem(
+        f"{data.name} with {Path(name).name}",
+        data.kind,
+        data.classes,
+        parts,
+        build,
+        lambda model, images: model(images),
+        keep,
+        {"data": data.digest(), "base": weights_digest(model, keep)},
+    )
+
+
+def _timm_head(model: nn.Module, config: Any) -> tuple[str, ...]:
+    named = config.get("classifier") or "head"
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+# -- Other libraries' words --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever a hub, a proxy or a loader raises, as one line."""
+    try:
+        yield
+    except TnadaptError:
+        raise
+    except Exception as error:
+        raise TnadaptError(f"{what}: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _silent(transformers: Any) -> Iterator[None]:
+    """Without transformers' remarks and progress bars."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with quiet("transformers", "huggingface_hub"):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,139 @@
+"""A pretrained model and what it is to learn: all that a training needs to know of either."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TargetError
+
+__all__ = ["Part", "Problem", "Spec", "free", "under", "weights_digest"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Which problem: everything that :func:`~tnadapt.finetune.open_problem` needs, and a worker can be sent.
+
+    Attributes
+    ----------
+    model, data : str, optional
+        Both None for scikit-learn's digits.
+    text_column, label_column : str, optional
+    image_size, max_length, limit : int, optional
+        Pixels a side, tokens of a text, samples of each part that the source brings.
+    keep : tuple of str
+        Modules or parameters that are trained beside every adapter; the head if empty.
+    cache : Path, optional
+        Where the model of the digits is kept.
+    pretrain_epochs : int
+        Of that model.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    max_length: int | None = None
+    limit: int | None = None
+    keep: tuple[str, ...] = ()
+    cache: Path | None = None
+    pretrain_epochs: int = 60
+
+
+class Part(Protocol):
+    """Training, validation or test samples in the model's form."""
+
+    labels: Tensor
+    """int64, shape (n,)."""
+
+    lengths: Tensor | None
+    """Of texts, in tokens: those of like length are batched together. None where all inputs are of one size."""
+
+    def batch(self, indices: Tensor, device: torch.device) -> Any:
+        """The inputs of these samples, as :attr:`Problem.logits` takes them."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A pretrained model and labelled samples in its own form.
+
+    Attributes
+    ----------
+    name : str
+    kind : {"image", "text"}
+    classes : tuple of str
+    parts : dict of str to Part
+        ``training``, ``validation``, ``test``.
+    build : callable
+        ``build(seed)``: the base model anew, with a head drawn from the seed.
+    logits : callable
+        ``logits(model, inputs)``: shape (n, classes).
+    keep : tuple of str
+        Modules or parameters that are trained beside every adapter: the head.
+    digests : dict of str to str
+        Of the data and of the base's weights.
+    threads : int, optional
+        How many a training wants; all that there are if None.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    parts: dict[str, Part]
+    build: Callable[[int], nn.Module]
+    logits: Callable[[nn.Module, Any], Tensor]
+    keep: tuple[str, ...]
+    digests: dict[str, str]
+    threads: int | None = None
+
+
+def under(name: str, keep: Sequence[str]) -> bool:
+    """Whether a parameter has one of these among the whole parts of its path, as ``keep_trainable`` asks.
+
+    Examples
+    --------
+    >>> under("model.head.weight", ["head"]), under("header.weight", ["head"])
+    (True, False)
+    """
+    return any(f".{kept}." in f".{name}." for kept in keep)
+
+
+def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
+    """Freeze all but the kept parameters, and return these.
+
+    Raises
+    ------
+    TargetError
+        If a name to keep matches nothing.
+    """
+    named = dict(model.named_parameters())
+    for kept in keep:
+        if not any(under(name, [kept]) for name in named):
+            tops = sorted({name.split(".")[0] for name in named})
+            raise TargetError(f"--keep {kept}: the model has no such parameter or module; at its top are {tops}")
+    found = []
+    for name, parameter in named.items():
+        parameter.requires_grad_(under(name, keep))
+        if parameter.requires_grad:
+            found.append(parameter)
+    return found
+
+
+def weights_digest(model: nn.Module, skip: Iterable[str] = ()) -> str:
+    """SHA-256 of names, types, shapes and bytes of a model's weights, but for the modules to skip."""
+    skip = tuple(skip)
+    seen = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if under(name, skip):
+            continue
+        seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return seen.hexdigest()

@@ -1,0 +1,229 @@
+"""From results to points: each method at its better rate, the Pareto front, and the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from .methods import Method
+from .train import Task
+
+__all__ = ["Point", "best_point", "columns", "pareto_front", "points_in", "points_of", "rows_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One method at the rate that was better on the validation samples.
+
+    Attributes
+    ----------
+    method : Method
+    parameters : int
+        Of the adapter; kept parameters are not among them.
+    kept : int
+        Parameters that are trained beside it: the head.
+    rate : float
+    validation, test : tuple of float
+        Accuracies, one a seed.
+    seconds : float
+        Of one training, the mean.
+    records : tuple of mapping
+        The lines of results, one a seed.
+    front : bool
+        Whether no other point has at most as many parameters and a better test accuracy.
+    """
+
+    method: Method
+    parameters: int
+    kept: int
+    rate: float
+    validation: tuple[float, ...]
+    test: tuple[float, ...]
+    seconds: float
+    records: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
+    front: bool = False
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over seeds on the test samples."""
+        return statistics.fmean(self.test)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation over seeds of the test accuracy; 0 for one seed."""
+        return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return {
+            "family": self.method.family,
+            "label": self.method.label,
+            "config": None if self.method.config is None else self.method.config.to_dict(),
+            "parameters": self.parameters,
+            "kept": self.kept,
+            "rate": self.rate,
+            "validation": list(self.validation),
+            "test": list(self.test),
+            "seconds": round(self.seconds, 2),
+            "front": self.front,
+        }
+
+
+def points_of(
+    records: Mapping[str, Mapping[str, Any]], methods: Sequence[Method], rates: Sequence[float], seeds: Sequence[int]
+) -> list[Point]:
+    """A point a method, at the rate with the best mean validation accuracy; the lower loss decides between equals.
+
+    Parameters
+    ----------
+    records : mapping of str to mapping
+        Lines of results by key.
+    methods, rates, seeds : sequence
+        Of these, those with all their seeds there are considered.
+
+    Returns
+    -------
+    list of Point
+        With the front marked.
+    """
+    points = []
+    for method in methods:
+        tried = []
+        for rate in rates:
+            keys = [Task(method, seed, rate).key for seed in seeds]
+            if all(key in records for key in keys):
+                tried.append((rate, [records[key] for key in keys]))
+        if tried:
+            rate, chosen = max(tried, key=lambda one: _quality(one[1]))
+            points.append(_point(method, rate, chosen))
+    front = set(pareto_front([(point.parameters, point.accuracy) for point in points]))
+    return [dataclasses.replace(point, front=index in front) for index, point in enumerate(points)]
+
+
+def points_in(path: str | os.PathLike[str]) -> list[Point]:
+    """The points of a whole file of results: of all methods, rates and seeds that it has.
+
+    Parameters
+    ----------
+    path : path-like
+        A ``results.jsonl``.
+
+    Returns
+    -------
+    list of Point
+        As :func:`points_of` gives them.
+
+    Raises
+    ------
+    OSError, ValueError
+        If it cannot be read, or is none.
+    """
+    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    records = {line["key"]: line for line in lines if "key" in line}
+    methods = dict.fromkeys(map(_method, records.values()))
+    rates, seeds = (sorted({line[name] for line in records.values()}) for name in ("rate", "seed"))
+    return points_of(records, list(methods), rates, seeds)
+
+
+def _method(line: Mapping[str, Any]) -> Method:
+    # Lines of one method differ in the seed alone, which Task puts into the config again.
+    config = line["config"] and Config.from_dict(line["config"]).replace(seed=0)
+    return Method(line["family"], line["label"], config)
+
+
+def _quality(records: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    records = list(records)
+    losses = [math.inf if one["validation_loss"] is None else one["validation_loss"] for one in records]
+    return statistics.fmean(one["validation"] for one in records), -sum(losses)
+
+
+def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]]) -> Point:
+    return Point(
+        method,
+        records[0]["parameters"],
+        records[0]["kept"],
+        rate,
+        tuple(one["validation"] for one in records),
+        tuple(one["test"] for one in records),
+        statistics.fmean(one["seconds"] for one in records),
+        tuple(records),
+    )
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, quality) that no other one beats, by rising cost.
+
+    A point is beaten by one that costs no more and is better, or is as good and costs less. Of equal points, the
+    first stands for all.
+
+    Examples
+    --------
+    >>> pareto_front([(10, 0.8), (5, 0.8), (1, 0.5), (20, 0.9), (30, 0.9)])
+    [2, 1, 3]
+    """
+    front: list[int] = []
+    best = -math.inf
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        if points[index][1] > best:
+            best = points[index][1]
+            front.append(index)
+    return front
+
+
+def best_point(points: Sequence[Point]) -> Point | None:
+    """The adapter with the best validation accuracy, the smaller of equals; the test has no say in it.
+
+    Head alone and dense are there to compare with, and are not considered, nor is what diverged.
+    """
+    own = [
+        point for point in points if not point.method.reference and not any(one["diverged"] for one in point.records)
+    ]
+    return min(own, key=lambda point: (-statistics.fmean(point.validation), point.parameters), default=None)
+
+
+def columns(seeds: int) -> list[str]:
+    """The titles of :func:`rows_of`."""
+    return [
+        "",
+        "method",
+        "setting",
+        "parameters",
+        "rate",
+        "validation",
+        "test" if seeds == 1 else "test, mean ± sd",
+        "s",
+    ]
+
+
+def rows_of(points: Sequence[Point]) -> list[list[str]]:
+    """The table: smallest first, the front marked with a dot.
+
+    Returns
+    -------
+    list of list of str
+    """
+    rows = []
+    for point in sorted(points, key=lambda one: (one.parameters, one.accuracy)):
+        test = f"{point.accuracy:.1%}"
+        if len(point.test) > 1:
+            test += f" ± {100 * point.spread:.1f}"
+        rows.append(
+            [
+                "●" if point.front else "",
+                point.method.family,
+                point.method.label,
+                f"{point.parameters:,}",
+                f"{point.rate:g}",
+                f"{statistics.fmean(point.validation):.1%}",
+                test,
+                f"{point.seconds:.1f}",
+            ]
+        )
+    return rows

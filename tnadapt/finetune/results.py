@@ -1,0 +1,178 @@
+"""Results as JSON lines: one a finished training, whole or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError
+
+__all__ = ["FORMAT", "Results", "machine"]
+
+FORMAT = "tnadapt finetune 1"
+
+
+class Results:
+    """The results of one study, in a file that grows by whole lines.
+
+    The first line has the study's settings and their digest. Then come lines with ``session``, one each time that the
+    job is started (machine, versions), and lines with ``key``, one a finished training. A line that was not finished
+    when the process was killed is dropped.
+
+    Parameters
+    ----------
+    path : Path
+        Made if it is not there.
+    study : mapping
+        All that a training's outcome depends on but for method, seed and rate. Lines of another study are refused.
+
+    Attributes
+    ----------
+    records : dict of str to dict
+        The finished trainings by key.
+
+    Raises
+    ------
+    FileError
+        If the file is no such file, is damaged before its last line, belongs to another study, is in use by another
+        process, or cannot be written.
+    """
+
+    def __init__(self, path: Path, study: Mapping[str, Any]) -> None:
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b")  # noqa: SIM115 (kept open, and locked, until close)
+        except OSError as error:
+            raise FileError(
+                f"cannot write results to {path}: {error.strerror}; give another folder with --out"
+            ) from None
+        try:
+            _lock(self._file, path)
+            self._read(dict(study))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self, study: dict[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            if not whole and not content.startswith(b'{"format"'):
+                raise FileError(f"{self.path} is no file of results; move it away, or give another folder with --out")
+            self._file.truncate(whole)
+        lines = content[:whole].splitlines()
+        if not lines:
+            self._append({"format": FORMAT, "digest": digest, "study": study})
+            return
+        found = [self._line(number, line) for number, line in enumerate(lines, 1)]
+        if found[0].get("format") != FORMAT or not isinstance(found[0].get("study"), dict):
+            raise FileError(f"{self.path} is no file of results; move it away, or give another folder with --out")
+        if found[0].get("digest") != digest:
+            raise FileError(
+                f"{self.path} has the results of another study ({_difference(found[0]['study'], study)}); "
+                "give another folder with --out, or --fresh to start anew"
+            )
+        self.records = {line["key"]: line for line in found[1:] if "key" in line}
+
+    def _line(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise FileError(
+                f"{self.path}, line {number} is damaged; remove the line, or give another folder with --out"
+            )
+        return found
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise FileError(f"cannot write results to {self.path}: {error.strerror}") from None
+
+    def begin_session(self, **more: Any) -> None:
+        """Note that the job was started, and where."""
+        self._append({"session": {**machine(), **more}})
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write a finished training; it is on the disk when this returns."""
+        self._append(record)
+        self.records[record["key"]] = record
+
+    def close(self) -> None:
+        """Let others write."""
+        self._file.close()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _lock(file: Any, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: two at once are not noticed
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise FileError(f"{path} is being written by another process; wait for it, or give another --out") from None
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What two studies do not agree in."""
+    names = sorted({*there, *here})
+    found = [
+        f"{name} was {_short(there.get(name))}, now {_short(here.get(name))}"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+    return "; ".join(found) or "its digest does not fit its settings"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:24] + "…"
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that numbers may depend on, and no names of hosts or users."""
+    versions = {"python": platform.python_version()}
+    for name in ("tnadapt", "numpy", "torch", "scikit-learn", "transformers", "timm", "datasets"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

@@ -1,0 +1,265 @@
+"""Data of the user's own: a CSV of texts, a folder of images, an ``.npz``, or a ``datasets`` name."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import logging
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import FileError, TnadaptError, shown
+from .data import Data, Samples
+
+__all__ = ["read"]
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+TEST_FOLDERS = ("test", "validation", "valid", "val")
+TEXT_COLUMNS = ("text", "sentence", "review", "content")
+LABEL_COLUMNS = ("label", "labels", "class", "target")
+IMAGE_COLUMNS = ("image", "img")
+
+
+def read(source: str, text_column: str | None = None, label_column: str | None = None) -> Data:
+    """Read what ``--data`` names.
+
+    Parameters
+    ----------
+    source : str
+        A ``.csv`` or ``.tsv`` file with a line of column names; a folder with a sub-folder a class (or with ``train``
+        and ``test`` in it, which have them); an ``.npz`` with ``x_train``, ``y_train``, ``x_test``, ``y_test``, with
+        ``x`` and ``y``, or with ``images`` and ``labels``; a folder that ``datasets`` saved; else a name for
+        ``datasets.load_dataset``, as ``NAME`` or ``NAME:CONFIG``.
+    text_column, label_column : str, optional
+        Of a table; found by their usual names otherwise.
+
+    Returns
+    -------
+    Data
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such thing, or it does not hold labelled texts or images.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return _from_datasets(source, text_column, label_column)
+        return _folder(path)
+    if path.is_file():
+        if path.suffix.lower() in (".csv", ".tsv"):
+            return _csv(path, text_column, label_column)
+        if path.suffix.lower() == ".npz":
+            return _npz(path)
+        raise FileError(f"cannot read data from {path}: expected a .csv, .tsv or .npz file, or a folder of images")
+    if path.suffix.lower() in (".csv", ".tsv", ".npz") or source.startswith((".", "/", "~")):
+        raise FileError(f"no data at {path}: there is no such file or folder")
+    return _from_datasets(source, text_column, label_column)
+
+
+def _labelled(name: str, kind: str, inputs: Any, labels: Sequence[Any], test: tuple[Any, Any] | None = None) -> Data:
+    """Data whose classes are the different labels, sorted (numbers as numbers)."""
+    found = sorted(set(labels) if test is None else set(labels) | set(test[1]))
+    place = {label: index for index, label in enumerate(found)}
+
+    def samples(inputs: Any, labels: Sequence[Any]) -> Samples:
+        return Samples(inputs, np.array([place[label] for label in labels], np.int64))
+
+    return Data(
+        name,
+        kind,
+        tuple(str(label) for label in found),
+        samples(inputs, labels),
+        None if test is None else samples(*test),
+    )
+
+
+# -- Tables ------------------------------------------------------------------------------------
+
+
+def _csv(path: Path, text_column: str | None, label_column: str | None) -> Data:
+    texts, labels = [], []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            names = reader.fieldnames or []
+            text = _column(str(path), "text", text_column, TEXT_COLUMNS, names)
+            label = _column(str(path), "label", label_column, LABEL_COLUMNS, names)
+            for row in reader:
+                if not row[text] or not row[label]:
+                    missing = text if not row[text] else label
+                    raise FileError(f"{path}, line {reader.line_num}: nothing in column {missing!r}")
+                texts.append(row[text])
+                labels.append(row[label].strip())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FileError(f"cannot read {path} as a table in UTF-8: {error}") from None
+    if not texts:
+        raise FileError(f"{path} has no rows under its line of column names")
+    return _labelled(path.name, "text", texts, labels)
+
+
+def _column(source: str, what: str, given: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
+    if given is not None:
+        if given in names:
+            return given
+        raise FileError(f"{source} has no column {given!r}; its columns are {', '.join(map(repr, names))}")
+    lower = {name.strip().lower(): name for name in reversed(list(names)) if name}
+    for name in usual:
+        if name in lower:
+            return lower[name]
+    raise FileError(
+        f"which column of {source} is the {what}? It has {', '.join(map(repr, names))}: give --{what}-column NAME"
+    )
+
+
+# -- Images ------------------------------------------------------------------------------------
+
+
+def _folder(path: Path) -> Data:
+    names = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] != "."}
+    if "train" in names and set(names) <= {"train", *TEST_FOLDERS}:
+        test = next((names[name] for name in TEST_FOLDERS if name in names), None)
+        divided = None if test is None else _class_folders(test)
+        return _labelled(path.name, "image", *_class_folders(names["train"]), divided)
+    return _labelled(path.name, "image", *_class_folders(path))
+
+
+def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
+    files, labels = [], []
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."):
+        inside = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
+        if not inside:
+            raise FileError(f"no image in {folder}: expected a folder of images for each class")
+        files += inside
+        labels += [folder.name] * len(inside)
+    if not files:
+        raise FileError(f"no sub-folders with images in {path}: expected one for each class")
+    return files, labels
+
+
+def _npz(path: Path) -> Data:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name.lower(): file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise FileError(f"cannot read {path} as an .npz of plain arrays: {error}") from None
+    for x, y in (("x_train", "y_train"), ("x", "y"), ("images", "labels")):
+        if x in arrays and y in arrays:
+            inputs, labels = _images(path, x, arrays[x]), _labels(path, y, arrays[y], len(arrays[x]))
+            test = None
+            if x == "x_train" and {"x_test", "y_test"} <= set(arrays):
+                test = (
+                    _images(path, "x_test", arrays["x_test"]),
+                    _labels(path, "y_test", arrays["y_test"], len(arrays["x_test"])),
+                )
+                if test[0].dtype != inputs.dtype:
+                    raise FileError(f"x_train and x_test of {path} are of different types")
+            return _labelled(path.name, "image", inputs, labels, test)
+    raise FileError(
+        f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; expected x_train, y_train, x_test and y_test, "
+        "or x and y, or images and labels"
+    )
+
+
+def _images(path: Path, name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Images as ``(n, height, width[, channels])``, uint8 or float32 from 0 to 1."""
+    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3, 4):
+        array = np.moveaxis(array, 1, 3)
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)) or 0 in array.shape:
+        raise FileError(
+            f"{name} of {path} has shape {array.shape}; expected images: (n, height, width), "
+            "(n, height, width, channels) or (n, channels, height, width), of 1, 3 or 4 channels"
+        )
+    if array.dtype == np.uint8:
+        return np.asarray(array, np.uint8)
+    if array.dtype.kind not in "fiub":
+        raise FileError(f"{name} of {path} is of type {array.dtype}; expected numbers")
+    low, high = float(array.min()), float(array.max())
+    if low >= 0 and high <= 1:
+        return np.asarray(array, np.float32)
+    if low >= 0 and high <= 255:
+        return np.asarray(np.rint(array), np.uint8)
+    raise FileError(
+        f"the pixels of {name} of {path} go from {low:g} to {high:g}; expected 0 to 255, or fractions from 0 to 1"
+    )
+
+
+def _labels(path: Path, name: str, array: NDArray[Any], count: int) -> list[Any]:
+    if array.size != count or array.ndim not in (1, 2) or array.dtype.kind not in "iubUS":
+        raise FileError(
+            f"{name} of {path} is {array.dtype} of shape {array.shape}; expected {count} integers or words, "
+            "one an image"
+        )
+    labels: list[Any] = array.reshape(-1).tolist()
+    return [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in labels]
+
+
+# -- The datasets library ----------------------------------------------------------------------
+
+
+def _from_datasets(source: str, text_column: str | None, label_column: str | None) -> Data:
+    try:
+        import datasets
+    except ImportError:
+        raise TnadaptError(
+            f"no file or folder {shown(source)}; to read it as a datasets name, pip install 'tnadapt[hub]'"
+        ) from None
+    name, _, config = source.partition(":")
+    try:
+        with quiet("datasets", "huggingface_hub"):
+            if Path(source).is_dir():
+                found = datasets.load_from_disk(source)
+            else:
+                found = datasets.load_dataset(name, config or None)
+    except Exception as error:  # whatever a hub, a proxy or a parser raises
+        raise TnadaptError(
+            f"no file or folder {shown(source)}, and datasets cannot load that name: {first_line(error)}"
+        ) from None
+    if not isinstance(found, dict):
+        found = {"train": found}
+    train = found.get("train")
+    if train is None:
+        raise TnadaptError(f"{source} has the splits {', '.join(found)}; expected one named train")
+    test = next((found[split] for split in TEST_FOLDERS if split in found), None)
+    label = _column(source, "label", label_column, LABEL_COLUMNS, train.column_names)
+    pictured = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
+    if text_column is None and pictured:
+        kind, column = "image", next((name for name in IMAGE_COLUMNS if name in pictured), pictured[0])
+    else:
+        kind, column = "text", _column(source, "text", text_column, TEXT_COLUMNS, train.column_names)
+    data = _labelled(
+        source,
+        kind,
+        list(train[column]),
+        list(train[label]),
+        None if test is None else (list(test[column]), list(test[label])),
+    )
+    words = getattr(train.features[label], "names", None)
+    if words and data.classes == tuple(map(str, range(len(words)))):
+        return Data(data.name, data.kind, tuple(words), data.samples, data.test)
+    return data
+
+
+def first_line(error: Exception) -> str:
+    """An error of another library, in one line of bearable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Other libraries' remarks are not for the reader of a table."""
+    before = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,240 @@
+"""All trainings of a comparison: planned, done or found done, reported."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import torch as tnt
+from ..errors import FileError, TnadaptError
+from ..superlora import SuperLoRA
+from .best import Proof, prove
+from .choice import Choice
+from .methods import Method
+from .opening import open_problem
+from .problem import Problem, Spec
+from .report import Point, best_point, points_of
+from .results import Results
+from .train import Task, Training
+from .workers import cores, run_tasks
+
+__all__ = ["Outcome", "Reporter", "Study"]
+
+
+class Reporter:
+    """Is told how far a study is; this one keeps it to itself. Make a subclass to show it."""
+
+    def preparing(self, what: str, done: float) -> None:
+        """The base is pretrained: the fraction done."""
+
+    def begins(self, tasks: int, finished: int) -> None:
+        """So many trainings in all, of which so many were found finished."""
+
+    def training(self, task: Task, done: float) -> None:
+        """A training goes on: the fraction done."""
+
+    def finished(self, task: Task, record: Mapping[str, Any]) -> None:
+        """A training is finished; its line of results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a study gave.
+
+    Attributes
+    ----------
+    points : list of Point
+    best : Point, optional
+        The adapter with the best validation accuracy; None where there was only the head.
+    adapter : Path, optional
+        Its file.
+    proof : Proof, optional
+        That the file, loaded and merged, predicts the same.
+    picture : Path, optional
+        None where matplotlib is not installed.
+    trained, reused : int
+        Trainings done now, and found done.
+    """
+
+    points: list[Point]
+    best: Point | None
+    adapter: Path | None
+    proof: Proof | None
+    picture: Path | None
+    trained: int
+    reused: int
+
+
+class Study:
+    """A comparison of methods on one problem, in one folder.
+
+    Parameters
+    ----------
+    spec : Spec
+        The model and the data.
+    choice : Choice
+        Which methods.
+    training : Training
+        How each is trained.
+    rates : sequence of float
+        Learning rates: every method is trained at all of them.
+    seeds : int
+        Every method and rate with seeds 0 to ``seeds - 1``.
+    reporter : Reporter, optional
+
+    Attributes
+    ----------
+    problem : Problem
+    targets : list of Target
+        The weights that are adapted.
+    methods : list of Method
+
+    Raises
+    ------
+    TnadaptError
+        If the problem cannot be opened, there are no targets, or a method does not fit them.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        choice: Choice,
+        training: Training,
+        rates: Sequence[float],
+        seeds: int = 1,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.spec, self.training = spec, training
+        self.rates, self.seeds = sorted(set(rates)), range(seeds)
+        self.reporter = reporter or Reporter()
+        self.problem: Problem = open_problem(spec, self.reporter.preparing)
+        self.targets = tnt.find_targets(self.problem.build(0), training.selection)
+        self.layers = [target.layer for target in self.targets]
+        self.shapes = [target.shape for target in self.targets]
+        self.methods = self._chosen(choice)
+        self.tasks = [Task(method, seed, rate) for seed in self.seeds for method in self.methods for rate in self.rates]
+
+    def _chosen(self, choice: Choice) -> list[Method]:
+        methods = choice.methods(self.shapes, len(set(self.layers)))
+        for method in methods:
+            if method.config is not None:
+                try:
+                    SuperLoRA(method.config, self.shapes, self.layers)
+                except TnadaptError as error:
+                    raise TnadaptError(f"{method.name} does not fit the targets: {error}") from None
+        # Two names of one config are one training.
+        return list({Task(method, 0, 1.0).key: method for method in reversed(methods)}.values())[::-1]
+
+    def parameters(self, method: Method) -> int:
+        """Of a method's adapter on these targets."""
+        return 0 if method.config is None else SuperLoRA(method.config, self.shapes, self.layers).num_parameters
+
+    def settings(self) -> dict[str, Any]:
+        """All that the outcome of a training depends on, but for method, seed and rate."""
+        training = dataclasses.asdict(self.training)
+        del training["device"]
+        return {
+            "problem": self.problem.name,
+            "classes": list(self.problem.classes),
+            "samples": {name: len(part.labels) for name, part in self.problem.parts.items()},
+            "image_size": self.spec.image_size,
+            "max_length": self.spec.max_length,
+            "keep": list(self.problem.keep),
+            "targets_found": [target.to_list() for target in self.targets],
+            **{f"{name}_digest": digest for name, digest in self.problem.digests.items()},
+            **training,
+        }
+
+    def run(self, out: Path, jobs: int = 0, fresh: bool = False) -> Outcome:
+        """Do what is not yet done, and report all.
+
+        Parameters
+        ----------
+        out : Path
+            The folder: ``results.jsonl``, ``pareto.png``, ``best.safetensors`` and the adapters. Made if need be.
+        jobs : int
+            Trainings at once; 0 for as many as there are cores where a training wants one thread, else 1.
+        fresh : bool
+            Remove what an earlier run left there.
+
+        Returns
+        -------
+        Outcome
+
+        Raises
+        ------
+        FileError
+            If the folder cannot be used: see :class:`~tnadapt.finetune.results.Results`.
+        """
+        _prepare(out, fresh)
+        jobs = jobs or (cores() if self.problem.threads == 1 and self.training.device == "cpu" else 1)
+        adapters = out / "adapters"
+        with Results(out / "results.jsonl", self.settings()) as results:
+            missing = [task for task in self.tasks if task.key not in results.records]
+            self.reporter.begins(len(self.tasks), len(self.tasks) - len(missing))
+            if missing:
+                results.begin_session(jobs=jobs, device=self.training.device)
+                self._train(missing, results, adapters, jobs)
+            points = points_of(results.records, self.methods, self.rates, self.seeds)
+            best = best_point(points)
+            adapter, proof = None, None
+            if best is not None:
+                adapter, proof = self._saved(best, results, adapters, out)
+        picture = self._draw(points, out / "pareto.png")
+        return Outcome(points, best, adapter, proof, picture, len(missing), len(self.tasks) - len(missing))
+
+    def _train(self, tasks: Sequence[Task], results: Results, adapters: Path, jobs: int) -> None:
+        done = run_tasks(self.problem, self.spec, tasks, self.training, adapters, jobs, self.reporter.training)
+        with contextlib.closing(done):  # an exception here must end the workers now
+            for task, record in done:
+                results.add(record)
+                self.reporter.finished(task, record)
+
+    def _saved(self, best: Point, results: Results, adapters: Path, out: Path) -> tuple[Path, Proof]:
+        # Of several seeds, the one that was best on the validation samples.
+        record = max(best.records, key=lambda one: (one["validation"], -one["seed"]))
+        task = Task(best.method, record["seed"], best.rate)
+        if not (adapters / task.file_name()).is_file():
+            self._train([task], results, adapters, 1)
+            record = results.records[task.key]
+        path = out / "best.safetensors"
+        shutil.copyfile(adapters / task.file_name(), path)
+        return path, prove(self.problem, record, path, self.training.device)
+
+    def _draw(self, points: Sequence[Point], path: Path) -> Path | None:
+        from ..plot import Mark, pareto
+
+        marks = [
+            Mark(point.method.family, point.method.label, point.parameters, point.test, point.front) for point in points
+        ]
+        sizes = " / ".join(f"{len(part.labels):,}" for part in self.problem.parts.values())
+        counted = f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}"
+        try:
+            pareto(
+                marks,
+                path,
+                title=f"Adapting {len(self.targets)} weights to {self.problem.name}",
+                note=f"{sizes} samples to train on, choose the rate by, and test; {counted}; "
+                f"each at the better of {len(self.rates)} rates",
+            )
+        except ImportError:
+            return None
+        return path
+
+
+def _prepare(out: Path, fresh: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileError(f"{out} is a file; --out takes a folder")
+    if not fresh:
+        return
+    try:
+        for name in ("results.jsonl", "pareto.png", "best.safetensors"):
+            (out / name).unlink(missing_ok=True)
+        for path in (out / "adapters").glob("*.safetensors"):
+            path.unlink()
+    except OSError as error:
+        raise FileError(f"cannot empty {out}: {error}") from None

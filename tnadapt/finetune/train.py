@@ -1,0 +1,192 @@
+"""One training: a method, a seed and a rate; what came out, as a line of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import torch as tnt
+from ..errors import TnadaptError
+from .loop import Schedule, evaluate, fit
+from .methods import Method
+from .problem import Problem, free
+
+__all__ = ["Task", "Training", "predictions_digest", "train", "usable_device"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How every method is trained, the same for all.
+
+    Attributes
+    ----------
+    epochs, batch : int
+    targets : str or tuple of str
+        As :func:`tnadapt.torch.attach` takes them.
+    device : str
+    warmup, weight_decay, clip : float
+        See :class:`~tnadapt.finetune.loop.Schedule`.
+    """
+
+    epochs: int
+    batch: int
+    targets: str | tuple[str, ...] = "qv"
+    device: str = "cpu"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def schedule(self, rate: float) -> Schedule:
+        """For one rate."""
+        return Schedule(rate, self.warmup, self.weight_decay, self.clip)
+
+    @property
+    def selection(self) -> str | list[str]:
+        """The targets, as attach takes them."""
+        return self.targets if isinstance(self.targets, str) else list(self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One training to be done."""
+
+    method: Method
+    seed: int
+    rate: float
+
+    @property
+    def key(self) -> str:
+        """What tells its line of results from others of the same study."""
+        return hashlib.sha256(repr((self.settings(), self.seed, self.rate)).encode()).hexdigest()[:16]
+
+    def settings(self) -> dict[str, Any] | None:
+        """The config with this seed, as JSON keeps it."""
+        if self.method.config is None:
+            return None
+        return self.method.config.replace(seed=self.seed).to_dict()
+
+    def file_name(self) -> str:
+        """Of its adapter."""
+        words = re.findall(r"[a-z0-9.]+", self.method.name.lower())
+        return f"{'-'.join([*words, self.key])}.safetensors"
+
+
+def usable_device(name: str | None) -> str:
+    """A device's name, if it can be used; CUDA where there is, else the CPU, for None.
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such device here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # torch raises several kinds of it
+        raise TnadaptError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def train(
+    problem: Problem,
+    task: Task,
+    training: Training,
+    adapters: Path | None = None,
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Adapt a fresh copy of the base and measure it.
+
+    Parameters
+    ----------
+    problem : Problem
+    task : Task
+    training : Training
+    adapters : Path, optional
+        A folder to save the adapter in (of references, none is saved).
+    progress : callable
+        Is told the fraction of steps that are done.
+
+    Returns
+    -------
+    dict
+        A line of results, as JSON keeps it. ``test`` is measured once, after the last step; nothing is chosen by it.
+    """
+    began = time.perf_counter()
+    device = torch.device(training.device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model = problem.build(task.seed).to(device)
+        torch.manual_seed(task.seed)
+        adapter = None
+        if task.method.config is None:
+            free(model, problem.keep)
+        else:
+            config = task.method.config.replace(seed=task.seed)
+            adapter = tnt.attach(model, config, training.selection, keep_trainable=problem.keep)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        value = math.nan
+        steps = fit(
+            model, problem.logits, problem.parts["training"], parameters, training.schedule(task.rate),
+            training.epochs, training.batch, device,
+        )  # fmt: skip
+        for done, all_steps, loss in steps:
+            value = loss
+            progress(done / all_steps)
+    own = 0 if adapter is None else adapter.num_parameters
+    record: dict[str, Any] = {
+        "key": task.key,
+        "family": task.method.family,
+        "label": task.method.label,
+        "config": task.settings(),
+        "seed": task.seed,
+        "rate": task.rate,
+        "epochs": training.epochs,
+        "parameters": own,
+        "kept": sum(parameter.numel() for parameter in parameters) - own,
+        "diverged": not math.isfinite(value),
+        "training_loss": _finite(value),
+        **_measured(problem, model, device),
+    }
+    record["seconds"] = round(time.perf_counter() - began, 2)
+    if adapter is not None and adapters is not None and not task.method.reference and not record["diverged"]:
+        adapters.mkdir(parents=True, exist_ok=True)
+        adapter.save(adapters / task.file_name())
+        record["adapter"] = task.file_name()
+    return record
+
+
+def _measured(problem: Problem, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("validation", "test"):
+        part = problem.parts[name]
+        logits = evaluate(model, problem.logits, part, device)
+        found[name] = round(float((logits.argmax(1) == part.labels).double().mean()), 6)
+        found[f"{name}_loss"] = _finite(float(nn.functional.cross_entropy(logits, part.labels)))
+    found["predictions"] = predictions_digest(logits)
+    return found
+
+
+def _finite(value: float) -> float | None:
+    # JSON has no NaN.
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def predictions_digest(logits: Tensor) -> str:
+    """SHA-256 of the predicted classes, in order.
+
+    Examples
+    --------
+    >>> predictions_digest(torch.eye(3)) == predictions_digest(2 * torch.eye(3)) != predictions_digest(torch.ones(3, 3))
+    True
+    """
+    return hashlib.sha256(logits.argmax(1).to(torch.int64).cpu().numpy().astype("<i8").tobytes()).hexdigest()
