@@ -14,7 +14,7 @@ from tnadapt.plot import STYLES, Mark, pareto
 
 MARKS = [
     Mark("head alone", "", 0, (0.7, 0.71)),
-    Mark("dense q/v", "", 32768, (0.95, 0.96)),
+    Mark("dense", "", 32768, (0.95, 0.96)),
     *(Mark(family, "r = 1", 100 * place, (0.8 + place / 100,), place < 3) for place, family in enumerate(STYLES, 1)),
     Mark("a method of one's own", "r = 2", 50, (0.75, 0.8, 0.7), True),
 ]
@@ -24,7 +24,7 @@ MARKS = [
     "marks", [MARKS, MARKS[:1], MARKS[1:2], MARKS[2:3], []], ids=["all", "head alone", "dense alone", "one", "none"]
 )
 def test_a_picture_is_written(tmp_path: Path, marks: list[Mark]) -> None:
-    pareto(marks, tmp_path / "a.png", "a title", "a note")
+    pareto(marks, tmp_path / "a.png", "a title with $x_$ in it", "a note")
     content = (tmp_path / "a.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 5000

@@ -16,7 +16,7 @@ def main() -> None:
         raise SystemExit(2) from None
     try:
         app()
-    except TnadaptError as error:
+    except (TnadaptError, OSError) as error:  # a full disk, a name that is too long
         print(f"tnadapt: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

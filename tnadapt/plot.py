@@ -37,7 +37,7 @@ class Mark:
     label : str
         Written beside the mark where it is on the front.
     parameters : int
-        0 is drawn as a line of reference, as is the family ``dense q/v``.
+        0 is drawn as a line of reference, as is the family ``dense``.
     accuracies : tuple of float
         One a seed, 0 to 1.
     front : bool
@@ -108,11 +108,11 @@ def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "",
     for family in dict.fromkeys(mark.family for mark in points):
         _family(axes, family, [mark for mark in points if mark.family == family], points)
     _labels(axes, points)
-    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=10)
+    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=10, parse_math=False)
     if points:
         axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=1.0)
     if note:
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color=_PALE)
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color=_PALE, parse_math=False)
     figure.savefig(path)
 
 

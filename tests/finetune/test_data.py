@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from tnadapt.errors import FileError, TnadaptError
 pytest.importorskip("torch")
 
 from tnadapt.finetune.data import PARTS, Data, Samples, choose, divide
+from tnadapt.finetune.digits import Pixels
+from tnadapt.finetune.problem import samples_digest
 from tnadapt.finetune.sources import read
 
 
@@ -84,14 +88,21 @@ def test_a_limit_takes_from_all_classes_alike(counts: list[int], limit: int) -> 
         assert abs(taken - len(chosen) * count / len(samples)) <= len(counts)
 
 
-def test_the_digest_sees_every_sample_and_label() -> None:
-    data = toy([4, 4])
-    other = toy([4, 4])
-    other.samples.inputs[3] += 1
-    relabelled = toy([4, 4])
-    relabelled.samples.labels[0] = 1
-    assert data.digest() == toy([4, 4]).digest()
-    assert len({data.digest(), other.digest(), relabelled.digest(), toy([4, 4], [1, 1]).digest()}) == 4
+def test_the_digest_sees_every_pixel_token_label_and_statistic() -> None:
+    def digest(change: Any = None, mean: float = 0.0) -> str:
+        samples = Samples(np.zeros((4, 2, 2)), np.array([0, 0, 1, 1]))
+        if change is not None:
+            change(samples)
+        return samples_digest({"training": Pixels(samples, mean, 1.0)})
+
+    def brighter(samples: Samples) -> None:
+        samples.inputs[3, 1, 1] = 0.5
+
+    def relabelled(samples: Samples) -> None:
+        samples.labels[0] = 1
+
+    assert digest() == digest()
+    assert len({digest(), digest(brighter), digest(relabelled), digest(mean=0.1)}) == 4
 
 
 # -- Tables ------------------------------------------------------------------------------------
@@ -125,7 +136,11 @@ def test_a_table_with_named_columns_and_tabs(tmp_path: Path) -> None:
         ("text,b\n1,2\n", {}, "which column of .* is the label\\?"),
         ("text,label\n1,2\n", {"text_column": "txt"}, "has no column 'txt'; its columns are 'text', 'label'"),
         ("text,label\n", {}, "has no rows"),
-        ("", {}, "which column"),
+        ("", {}, "is empty; expected a line of column names"),
+        ("text,label\nfilm 1, good,1\n", {}, "line 2: more fields than column names; a text that has commas in it"),
+        ("text,label,text\na,1,b\n", {}, "has more than one column 'text'"),
+        ("text,label\nx,  \n", {}, "line 2: nothing in column 'label'"),
+        ("text,label\n  ,1\n", {}, "line 2: nothing in column 'text'"),
         ("text,label\nx,\n", {}, "line 2: nothing in column 'label'"),
         ("text,label\nx\n", {}, "line 2: nothing in column 'label'"),
         ("text,label\n,1\n", {}, "line 2: nothing in column 'text'"),
@@ -210,6 +225,23 @@ def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
         read(write(tmp_path / "a.npz", "PK and no more"))
 
 
+def test_an_archive_that_is_damaged_inside(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, x=np.random.default_rng(0).integers(0, 9, (20, 8, 8), np.uint8), y=np.arange(20) % 2)
+    content = bytearray(path.read_bytes())
+    for place in range(60, len(content), 37):
+        broken = bytearray(content)
+        broken[place : place + 20] = b"\xff" * 20
+        path.write_bytes(broken)
+        with contextlib.suppress(FileError):
+            read(str(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", "text")
+        archive.writestr("y.npy", "text")
+    with pytest.raises(FileError):
+        read(str(path))
+
+
 # -- Folders and the datasets library ----------------------------------------------------------
 
 
@@ -237,6 +269,15 @@ def test_a_folder_that_comes_divided(tmp_path: Path) -> None:
     assert data.test is not None
     assert (len(data.samples), len(data.test)) == (4, 4)
     assert data.classes == ("cat", "dog")
+
+
+def test_a_folder_that_may_be_divided_or_not(tmp_path: Path) -> None:
+    for name in ("train", "test", "unlabelled"):
+        pictures(tmp_path / name / "cat", 1, 10)
+    with pytest.raises(
+        FileError, match=r"divided into train and test, or are these classes\? Beside them is unlabelled"
+    ):
+        read(str(tmp_path))
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
@@ -272,6 +313,54 @@ def test_images_that_datasets_saved(tmp_path: Path) -> None:
     data = read(str(tmp_path / "saved"))
     assert (data.kind, data.classes) == ("image", ("7", "8"))
     np.testing.assert_array_equal(np.asarray(data.samples.inputs[1]), pixels[1])
+
+
+def test_images_that_datasets_saved_are_decoded_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("PIL")
+    pixels = [np.full((5, 5, 3), shade, np.uint8) for shade in range(20)]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"img": pixels, "label": [0, 1] * 10}, features=features).save_to_disk(
+        tmp_path / "saved"
+    )
+    decoded = []
+    decode = datasets.Image.decode_example
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *a, **k: (decoded.append(1), decode(*a, **k))[1])
+    few = choose(read(str(tmp_path / "saved")).samples, 4)
+    assert decoded == []
+    shades = [int(np.asarray(few.inputs[index])[0, 0, 0]) for index in range(len(few))]
+    assert [shade % 2 for shade in shades] == few.labels.tolist()
+    assert len(decoded) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"text": ["a", "b"], "label": [0, None]}, "are of type NoneType, int; expected words, or integers"),
+        ({"text": ["a", "b"], "label": [[0], [1]]}, "are of type list"),
+        ({"text": ["a", "b"], "label": [0.5, 1.5]}, "are of type float"),
+        ({"text": ["a", None], "label": [0, 1]}, "the text of sample 1 of .* is None"),
+        ({"text": [1, 2], "label": [0, 1]}, "the text of sample 0 of .* is 1"),
+    ],
+)
+def test_bad_rows_that_datasets_saved(tmp_path: Path, rows: dict[str, Any], message: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(FileError, match=message):
+        read(str(tmp_path / "saved"))
+
+
+def test_a_test_part_without_labels_is_none(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one, unlabelled, held = (
+        datasets.Dataset.from_dict({"text": ["a", "b"], "label": labels}) for labels in ([0, 1], [-1, -1], [1, 0])
+    )
+    parts = datasets.DatasetDict({"train": one, "test": unlabelled, "validation": held})
+    parts.save_to_disk(tmp_path / "saved")
+    data = read(str(tmp_path / "saved"))
+    assert data.classes == ("0", "1")
+    assert data.test is not None
+    assert data.test.labels.tolist() == [1, 0]
 
 
 def test_a_datasets_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,7 @@ def test_presets_that_want_the_number_of_heads(name: str) -> None:
         ({"presets": ("dense",), "changes": {"dropout": 1}}, "no field 'dropout'"),
         ({"budgets": (10,), "ranks": (1,)}, "a budget or settings, not both"),
         ({"budgets": (10, -3)}, "at least 1 parameter"),
+        ({"presets": ("lora",), "changes": {"seed": 5}}, "goes with the training's: give --seeds N"),
     ],
 )
 def test_bad_choices(given: dict[str, Any], message: str) -> None:

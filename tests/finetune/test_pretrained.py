@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
+from safetensors import torch as safetensors_torch  # noqa: E402
+
 from tnadapt.errors import FileError, TnadaptError  # noqa: E402
 from tnadapt.finetune import Choice, Spec, Study, Training, open_problem  # noqa: E402
 from tnadapt.finetune.data import Samples  # noqa: E402
@@ -249,6 +251,49 @@ def test_a_tokenizer_of_another_model(bert: Path, table: Path, tmp_path: Path) -
         open_problem(Spec(model=str(tmp_path), data=str(table)))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_length": 1000}, "--max-length must be from 3 to 24 .*; got 1000"),
+        ({"max_length": 2}, "--max-length must be from 3 to 24 .*; got 2"),
+    ],
+)
+def test_lengths_that_cannot_be(bert: Path, table: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TnadaptError, match=message):
+        open_problem(Spec(model=str(bert), data=str(table), **given))
+
+
+def test_images_that_the_model_does_not_take(vit: Path, shades: Path, tmp_path: Path) -> None:
+    with pytest.raises(TnadaptError, match=r"does not take the samples of shades.npz: ") as caught:
+        open_problem(Spec(model=str(vit), data=str(shades), image_size=4))  # the patch is 8
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_names_brings_nothing(bert: Path, table: Path, tmp_path: Path) -> None:
+    for path in bert.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = safetensors_torch.load_file(bert / "model.safetensors")
+    safetensors_torch.save_file({f"my.{name}": one for name, one in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(TnadaptError, match="brings none of the weights of BertForSequenceClassification"):
+        open_problem(Spec(model=str(tmp_path), data=str(table)))
+
+
+def test_a_new_head_is_kept_whatever_else_is(bert: Path, table: Path, tmp_path: Path) -> None:
+    spec = Spec(model=str(bert), data=str(table), keep=("pooler",))
+    problem = open_problem(spec)
+    assert (problem.keep, problem.drawn) == (("pooler", "classifier"), ("classifier",))
+    assert run(spec, tmp_path).proof.holds
+
+
+def test_sixteen_bits_a_pixel() -> None:
+    image = pytest.importorskip("PIL.Image")
+    numbers = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    (one,) = Images(Samples([image.fromarray(numbers)], np.zeros(1, np.int64)), 8, 1).pixels
+    np.testing.assert_allclose(one[0], numbers / 257, atol=0.5)
+    with pytest.raises(FileError, match=r"the pixels of an image go from 0 to 0\.5; expected integers of 8 or 16 bits"):
+        Images(Samples([image.fromarray(np.float32([[0, 0.5]]))], np.zeros(1, np.int64)), 1, 1)
+
+
 def test_the_study_is_told_apart_by_data_and_base(bert: Path, table: Path, tmp_path: Path) -> None:
     one = Spec(model=str(bert), data=str(table))
     training = Training(epochs=1, batch=8)
@@ -264,3 +309,22 @@ def test_the_study_is_told_apart_by_data_and_base(bert: Path, table: Path, tmp_p
     other = Study(Spec(model=str(tmp_path), data=str(table)), CHOICE, training, (0.02,)).settings()
     assert settings["base_digest"] != other["base_digest"]
     assert settings["data_digest"] == other["data_digest"]
+    # Nor is what a model does all in its weights.
+    config = json.loads((bert / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attention_probs_dropout_prob": 0.5}))
+    (tmp_path / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes())
+    other = Study(Spec(model=str(tmp_path), data=str(table)), CHOICE, training, (0.02,)).settings()
+    assert settings["base_digest"] != other["base_digest"]
+
+
+def test_the_study_is_told_apart_by_the_image_settings(vit: Path, shades: Path, tmp_path: Path) -> None:
+    for path in vit.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((vit / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.4] * 3}))
+    one, other = (
+        Study(Spec(model=str(folder), data=str(shades)), CHOICE, Training(1, 8), (0.02,)).settings()
+        for folder in (vit, tmp_path)
+    )
+    assert one["base_digest"] == other["base_digest"]
+    assert one["data_digest"] != other["data_digest"]

@@ -17,7 +17,7 @@ from tnadapt.finetune.train import Task
 
 LORA = Method("LoRA", "r = 1", tna.presets.lora(1))
 SUPER = Method("SuperLoRA", "r = 1", tna.presets.superlora(1))
-DENSE = Method("dense q/v", "", tna.presets.dense())
+DENSE = Method("dense", "", tna.presets.dense())
 
 places = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12)
 
@@ -86,6 +86,17 @@ def test_the_best_is_chosen_by_validation_among_adapters_that_did_not_diverge() 
     best = best_point(points_of(gone, [LORA, SUPER], [0.1], [0]))
     assert best is not None
     assert best.method == SUPER
+
+
+def test_what_diverged_stands_behind_and_off_the_front() -> None:
+    records = keyed(
+        record(LORA, 0.1, 0, 0.9, 0.9, diverged=True), record(LORA, 0.2, 0, 0.3, 0.3),
+        record(SUPER, 0.1, 0, 0.9, 0.9, diverged=True), record(SUPER, 0.2, 0, 0.95, 0.95, diverged=True),
+    )  # fmt: skip
+    one, other = points_of(records, [LORA, SUPER], [0.1, 0.2], [0])
+    assert (one.rate, one.diverged, one.front) == (0.2, False, True)
+    assert (other.diverged, other.front) == (True, False)
+    assert rows_of([other])[0][5] == "diverged"
 
 
 def test_of_equals_the_smaller_is_best() -> None:

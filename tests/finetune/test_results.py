@@ -15,11 +15,17 @@ from tnadapt.finetune.results import FORMAT, Results
 STUDY = {"epochs": 3, "batch": 32}
 
 
+def training(key: str, **more: object) -> dict[str, object]:
+    """A line of a training, all of whose numbers are 1."""
+    names = ["config", "seed", "rate", "parameters", "kept", "diverged", "validation", "validation_loss", "test"]
+    return {"key": key, **dict.fromkeys([*names, "predictions", "seconds"], 1), **more}
+
+
 def start(path: Path, *keys: str) -> None:
     with Results(path, STUDY) as results:
         results.begin_session(jobs=1)
         for key in keys:
-            results.add({"key": key, "value": 1.5})
+            results.add(training(key))
 
 
 def test_lines_are_found_again(tmp_path: Path) -> None:
@@ -27,13 +33,13 @@ def test_lines_are_found_again(tmp_path: Path) -> None:
     start(path, "a", "b")
     with Results(path, STUDY) as results:
         assert list(results.records) == ["a", "b"]
-        results.add({"key": "b", "value": 2})
+        results.add(training("b", test=2))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0]["format"] == FORMAT
     assert lines[0]["study"] == STUDY
     assert set(lines[1]["session"]) >= {"versions", "cores", "jobs"}
     with Results(path, STUDY) as results:
-        assert results.records["b"]["value"] == 2
+        assert results.records["b"]["test"] == 2
 
 
 @pytest.mark.parametrize("cut", range(1, 22))
@@ -43,7 +49,7 @@ def test_a_line_that_was_not_finished_is_dropped(tmp_path: Path, cut: int) -> No
     path.write_bytes(path.read_bytes()[:-cut])
     with Results(path, STUDY) as results:
         assert list(results.records) == ["a"]
-        results.add({"key": "c"})
+        results.add(training("c"))
     with Results(path, STUDY) as results:
         assert list(results.records) == ["a", "c"]
 
@@ -57,7 +63,7 @@ def test_a_first_line_that_was_not_finished_is_written_anew(tmp_path: Path) -> N
     assert json.loads(path.read_text().splitlines()[0])["study"] == STUDY
 
 
-@pytest.mark.parametrize("line", [b"{half\n", b"[1]\n", b"\xff\n", b"[" * 5000 + b"\n"])
+@pytest.mark.parametrize("line", [b"{half\n", b"[1]\n", b"\xff\n", b"[" * 5000 + b"\n", b'{"key": "a", "seed": 0}\n'])
 def test_a_damaged_line_in_between_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "results.jsonl"
     start(path, "a")
@@ -67,12 +73,13 @@ def test_a_damaged_line_in_between_is_named(tmp_path: Path, line: bytes) -> None
         Results(path, STUDY)
 
 
-@pytest.mark.parametrize("content", [b"a diary\n", b"a diary", b'{"some": "JSON"}\n'])
-def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"a diary\n", b"a diary", b'{"some": "JSON"}\n', b'{"mine": 1}\n{"mine": 2}'])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes, fresh: bool) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(content)
-    with pytest.raises(FileError, match=r"is no file of results|line 1 is damaged"):
-        Results(path, STUDY)
+    with pytest.raises(FileError, match=r"is no file of results"):
+        Results(path, STUDY, fresh)
     assert path.read_bytes() == content
 
 
@@ -90,9 +97,29 @@ def test_another_study_is_refused_and_told(tmp_path: Path) -> None:
 def test_two_at_once(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     path = tmp_path / "results.jsonl"
-    with Results(path, STUDY), pytest.raises(FileError, match="being written by another process"):
-        Results(path, STUDY)
-    Results(path, STUDY).close()
+    for fresh in (False, True):
+        with Results(path, STUDY) as results:
+            results.add(training("a"))
+            with pytest.raises(FileError, match="being written by another process"):
+                Results(path, STUDY, fresh)
+    with Results(path, STUDY) as results:
+        assert list(results.records) == ["a"]
+
+
+def test_a_fresh_beginning_knows_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with Results(path, STUDY) as results:
+        results.add(training("a", adapter="lora-a.safetensors"))
+    with Results(path, {"epochs": 7}, fresh=True) as results:
+        assert (results.records, results.dropped) == ({}, ["lora-a.safetensors"])
+    assert len(path.read_text().splitlines()) == 1
+
+
+def test_a_study_is_the_same_after_a_turn_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    Results(path, {"epochs": 3, "targets": ("q", "v")}).close()
+    with pytest.raises(FileError, match=r"another study \(epochs was 3, now 4\)"):
+        Results(path, {"epochs": 4, "targets": ("q", "v")})
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

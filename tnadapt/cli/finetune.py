@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +37,9 @@ class Usual(NamedTuple):
     rates: tuple[float, ...]
 
 
-# Tried on the digits: the smallest adapters want the last of these rates, dense the first.
+# Tried, on the digits and on a BERT and a ViT: dense wants the first of these rates, the smallest adapters the last.
 DIGITS = Usual(25, 32, (0.008, 0.03, 0.1))
-OTHERS = Usual(3, 32, (0.001, 0.004, 0.016))
+OTHERS = Usual(3, 32, (0.0003, 0.002, 0.016))
 
 
 def finetune_command(
@@ -97,9 +96,7 @@ def finetune_command(
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A module or parameter to train beside every adapter; the head if not given.", rich_help_panel=HOW
-        ),
+        typer.Option(help="A module or parameter to train beside every adapter and a new head.", rich_help_panel=HOW),
     ] = None,
     lr: Annotated[
         list[float] | None,
@@ -195,8 +192,8 @@ def _word(source: str | None) -> str:
 
 def _rates(given: Sequence[float]) -> Sequence[float]:
     for rate in given:
-        if not 0.0 < rate < math.inf:
-            raise TnadaptError(f"--lr must be above 0 and finite; got {rate}")
+        if not 0.0 < rate <= 1e6:
+            raise TnadaptError(f"--lr must be above 0 and at most 1e6; got {rate}")
     return given
 
 

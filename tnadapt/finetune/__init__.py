@@ -5,8 +5,9 @@
     from pathlib import Path
     from tnadapt.finetune import Choice, Spec, Study, Training
 
-    study = Study(Spec(), Choice(), Training(epochs=25, batch=32), rates=[0.008, 0.03, 0.1])
-    outcome = study.run(Path("runs/digits"))
+    if __name__ == "__main__":  # trainings side by side are processes of their own, which import this file
+        study = Study(Spec(), Choice(), Training(epochs=25, batch=32), rates=[0.008, 0.03, 0.1])
+        outcome = study.run(Path("runs/digits"), jobs=2)
 
 It prints nothing: a :class:`Reporter` is told how far it is. Needs torch and ``pip install "tnadapt[demo]"``.
 """

@@ -11,7 +11,7 @@ import torch
 from .. import torch as tnt
 from .loop import evaluate
 from .problem import Problem
-from .train import predictions_digest
+from .train import Training, predictions_digest
 
 __all__ = ["Proof", "prove"]
 
@@ -42,7 +42,7 @@ class Proof(NamedTuple):
         return self.loaded_same and not self.merged_different
 
 
-def prove(problem: Problem, record: Mapping[str, Any], path: Path, device: str = "cpu") -> Proof:
+def prove(problem: Problem, record: Mapping[str, Any], path: Path, training: Training) -> Proof:
     """Load an adapter on a fresh base, predict the test samples, merge, predict again.
 
     Parameters
@@ -52,7 +52,8 @@ def prove(problem: Problem, record: Mapping[str, Any], path: Path, device: str =
         The line of results of the training that it comes from.
     path : Path
         The adapter's file.
-    device : str
+    training : Training
+        Its ``device`` and ``batch`` are looked at.
 
     Returns
     -------
@@ -63,14 +64,14 @@ def prove(problem: Problem, record: Mapping[str, Any], path: Path, device: str =
     FileError
         If the file is damaged or does not fit the base.
     """
-    where = torch.device(device)
+    where = torch.device(training.device)
     # Another seed: the head must come from the file.
     model = problem.build(record["seed"] + 1).to(where)
     adapter = tnt.load(model, path)
     part = problem.parts["test"]
-    loaded = evaluate(model, problem.logits, part, where)
+    loaded = evaluate(model, problem.logits, part, where, training.batch)
     adapter.merge()
-    merged = evaluate(model, problem.logits, part, where)
+    merged = evaluate(model, problem.logits, part, where, training.batch)
     return Proof(
         len(part.labels),
         predictions_digest(loaded) == record["predictions"],

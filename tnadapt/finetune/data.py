@@ -1,10 +1,8 @@
-"""Labelled samples: what every source of data becomes, how it is divided, and its digest."""
+"""Labelled samples: what every source of data becomes, and how it is divided."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import TnadaptError
 
-__all__ = ["PARTS", "Data", "Samples", "choose", "divide"]
+__all__ = ["PARTS", "Data", "Labels", "Samples", "choose", "divide"]
 
 PARTS = ("training", "validation", "test")
 
@@ -27,7 +25,7 @@ class Samples:
     ----------
     inputs : sequence
         Texts; or images, each an array ``(height, width[, channels])`` of uint8 or of floats from 0 to 1, a path, or
-        a PIL image.
+        a PIL image. Where they have a ``take``, it is used.
     labels : array of int64, shape (n,)
         Indices into :attr:`Data.classes`.
     """
@@ -42,6 +40,8 @@ class Samples:
         """These samples, in this order."""
         if isinstance(self.inputs, np.ndarray):
             return Samples(self.inputs[indices], self.labels[indices])
+        if hasattr(self.inputs, "take"):
+            return Samples(self.inputs.take(indices), self.labels[indices])
         return Samples([self.inputs[int(i)] for i in indices], self.labels[indices])
 
 
@@ -66,29 +66,6 @@ class Data:
     classes: tuple[str, ...]
     samples: Samples
     test: Samples | None = None
-
-    def digest(self) -> str:
-        """SHA-256 of everything that training sees of the data (of files: their names and sizes)."""
-        seen = hashlib.sha256(repr((self.kind, self.classes)).encode())
-        for samples in (self.samples, self.test):
-            if samples is None:
-                continue
-            seen.update(np.ascontiguousarray(samples.labels).tobytes())
-            if isinstance(samples.inputs, np.ndarray):
-                seen.update(repr((samples.inputs.shape, str(samples.inputs.dtype))).encode())
-                seen.update(np.ascontiguousarray(samples.inputs).tobytes())
-                continue
-            for item in samples.inputs:
-                seen.update(_bytes(item) + b"\0")
-        return seen.hexdigest()
-
-
-def _bytes(item: Any) -> bytes:
-    if isinstance(item, Path):
-        return f"{item.parent.name}/{item.name}:{item.stat().st_size}".encode()
-    if isinstance(item, str):
-        return item.encode("utf-8", "surrogatepass")
-    return np.asarray(item).tobytes()
 
 
 def divide(data: Data, seed: int = 0, validation: float = 0.2, test: float = 0.3) -> dict[str, Samples]:

@@ -20,7 +20,7 @@ from ..errors import FileError, TnadaptError
 from .data import Data, Samples, choose, divide
 from .loop import Schedule, accuracy, fit, threads
 from .models import SmallViT, ViTSizes
-from .problem import Part, Problem, Spec, weights_digest
+from .problem import Part, Problem, Spec, samples_digest
 
 __all__ = ["cache_folder", "digits"]
 
@@ -65,13 +65,16 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     TnadaptError
         If scikit-learn is not installed, or the cache cannot be written.
     """
+    if spec.image_size is not None or spec.max_length is not None:
+        raise TnadaptError("--image-size and --max-length are for a model and data of your own; the digits are 8 x 8")
     old, new = _read(OLD), _read(NEW)
-    parts = divide(old, validation=0.1, test=0.1)
-    mean, std = float(parts["training"].inputs.mean()), float(parts["training"].inputs.std())
+    samples = divide(old, validation=0.1, test=0.1)
+    mean, std = float(samples["training"].inputs.mean()), float(samples["training"].inputs.std())
+    parts = {name: Pixels(part, mean, std) for name, part in samples.items()}
     sizes = ViTSizes()
     recipe = {
         "version": 1,
-        "data": old.digest(),
+        "data": samples_digest(parts),
         "sizes": dataclasses.asdict(sizes),
         "epochs": spec.pretrain_epochs,
         "schedule": dataclasses.asdict(Schedule(RATE, weight_decay=DECAY)),
@@ -80,7 +83,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     weights = _cached(
         (spec.cache or cache_folder()) / "digits",
         recipe,
-        lambda: _pretrain({name: Pixels(part, mean, std) for name, part in parts.items()}, sizes, recipe, progress),
+        lambda: _pretrain(parts, sizes, recipe, progress),
         SmallViT(len(OLD), sizes),
     )
 
@@ -92,7 +95,6 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
         return model
 
     limited = dataclasses.replace(new, samples=choose(new.samples, spec.limit))
-    keep = spec.keep or ("head",)
     own: dict[str, Part] = {name: Pixels(part, mean, std) for name, part in divide(limited).items()}
     return Problem(
         "the digits 5 to 9",
@@ -101,8 +103,8 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
         own,
         build,
         _plain,
-        keep,
-        {"data": limited.digest(), "base": weights_digest(build(0), keep)},
+        tuple(dict.fromkeys([*spec.keep, "head"])),
+        ("head",),
         # Products of this size do not gain from a second thread; a second training beside it does.
         threads=1,
     )
@@ -185,14 +187,23 @@ def _cached(
             return found
     except (OSError, SafetensorError):
         pass
+    _make_folder(folder)
     made = {name: tensor.detach().clone().contiguous() for name, tensor in make().items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             save_file(made, Path(beside) / path.name)
             os.replace(Path(beside) / path.name, path)
     except (OSError, SafetensorError) as error:
-        raise FileError(
-            f"cannot keep the pretrained model in {folder}: {error}; give another folder with --cache"
-        ) from None
+        raise _unkept(folder, error) from None
     return made
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unkept(folder, error) from None
+
+
+def _unkept(folder: Path, error: Exception) -> FileError:
+    return FileError(f"cannot keep the pretrained model in {folder}: {error}; give another folder with --cache")

@@ -76,6 +76,8 @@ class Images:
         self.labels = torch.from_numpy(samples.labels)
         kept = len(samples) * channels * size**2 <= KEPT_BYTES
         self.pixels = torch.from_numpy(self._read(range(len(samples)))) if kept else None
+        if kept:
+            del self.inputs
         self.statistics = statistics or self._statistics()
 
     def batch(self, indices: Tensor, device: torch.device) -> Tensor:
@@ -86,14 +88,14 @@ class Images:
         return (pixels.to(device).float() / 255 - mean) / std
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        some = (
-            self.pixels[:2000]
-            if self.pixels is not None
-            else torch.from_numpy(self._read(range(min(500, len(self.labels)))))
-        )
-        some = some.double() / 255
-        mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3)).clamp_min(1e-3)
+        some = range(min(2000, len(self.labels)))
+        images = (self._image(index).double() / 255 for index in some)
+        moments = torch.stack([torch.stack([x.mean((1, 2)), x.square().mean((1, 2))]) for x in images]).mean(0)
+        mean, std = moments[0], (moments[1] - moments[0].square()).clamp_min(1e-6).sqrt()
         return mean.float()[:, None, None], std.float()[:, None, None]
+
+    def _image(self, index: int) -> Tensor:
+        return torch.from_numpy(self._read([index]))[0] if self.pixels is None else self.pixels[index]
 
     def _read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         found = np.empty((len(indices), self.channels, self.size, self.size), np.uint8)
@@ -117,7 +119,7 @@ def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(image) as opened:
-                    picture = opened.convert("RGB" if channels == 3 else "L")
+                    picture = _eight_bits(opened).convert("RGB" if channels == 3 else "L")
         except (
             OSError,
             ValueError,
@@ -129,12 +131,25 @@ def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
     else:
         if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 1:
             image = image[:, :, 0]
-        picture = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert(
-            "RGB" if channels == 3 else "L"
-        )
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else _eight_bits(image)
+        picture = picture.convert("RGB" if channels == 3 else "L")
     width, height = picture.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     array = np.asarray(picture, np.uint8)
     return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
+
+
+def _eight_bits(picture: Any) -> Any:
+    """A picture of 16 bits a pixel as one of 8, which Pillow's own conversion would cut off at 255."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    from PIL import Image
+
+    numbers = np.asarray(picture, np.float64)
+    low, high = numbers.min(), numbers.max()
+    if picture.mode == "F" or low < 0 or high > 65535:
+        raise FileError(f"the pixels of an image go from {low:g} to {high:g}; expected integers of 8 or 16 bits")
+    wide = picture.mode != "I" or high > 255
+    return Image.fromarray(np.rint(numbers / 257 if wide else numbers).astype(np.uint8))

@@ -17,7 +17,8 @@ __all__ = ["Schedule", "accuracy", "evaluate", "fit", "threads"]
 
 Logits = Callable[[nn.Module, Any], Tensor]
 
-EVALUATION_BATCH = 256
+# Without gradients so many times a training's batch fit, and more than so many samples gain nothing.
+EVALUATION_FACTOR, EVALUATION_BATCH = 4, 256
 
 # Batches' worth of texts that are sorted by length at a time.
 POOL = 16
@@ -97,11 +98,17 @@ def _batches(part: Part, size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, logits: Logits, part: Part, device: torch.device) -> Tensor:
-    """The logits of every sample, in the order of the labels: float32 on the CPU, shape (n, classes)."""
+def evaluate(
+    model: nn.Module, logits: Logits, part: Part, device: torch.device, batch: int = EVALUATION_BATCH
+) -> Tensor:
+    """The logits of every sample, in the order of the labels: float32 on the CPU, shape (n, classes).
+
+    ``batch`` is a training's: a few times as many samples go through at once.
+    """
     model.eval()
     order = torch.arange(len(part.labels)) if part.lengths is None else part.lengths.argsort(stable=True)
-    pieces = [logits(model, part.batch(some, device)).float().cpu() for some in torch.split(order, EVALUATION_BATCH)]
+    size = min(EVALUATION_BATCH, EVALUATION_FACTOR * batch)
+    pieces = [logits(model, part.batch(some, device)).float().cpu() for some in torch.split(order, size)]
     found = torch.cat(pieces)
     back = torch.empty_like(found)
     back[order] = found

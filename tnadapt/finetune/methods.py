@@ -23,7 +23,7 @@ FAMILIES = {
 }  # fmt: skip
 
 HEAD = "head alone"
-DENSE = "dense q/v"
+DENSE = "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +165,8 @@ def methods_of(
     >>> [m.name for m in methods_of(["lora"], [1, 8], {"alpha": 16}, [(64, 64)] * 8, 4)]
     ['LoRA r = 1, alpha = 16', 'LoRA r = 8, alpha = 16']
     """
+    if "seed" in changes:
+        raise TnadaptError("the seed of F and of the start goes with the training's: give --seeds N for 0 to N - 1")
     found = []
     for name in dict.fromkeys(names or ["superlora"]):
         if name not in presets.__all__:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import FileError, TnadaptError, shown
 from .data import Data, Samples, choose, divide
 from .encode import Images, Texts
-from .problem import Part, Problem, Spec, weights_digest
+from .problem import Part, Problem, Spec, under
 from .sources import first_line, quiet, read
 
 __all__ = ["pretrained"]
@@ -84,24 +84,18 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
 
     with _refused(f"cannot load {shown(name)} for {data.kind}s through transformers"):
         model = build(0)
-    keep = spec.keep or _head(model, new)
+    drawn = tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
+    if len(new) == len(model.state_dict()):
+        raise TnadaptError(f"{shown(name)} brings none of the weights of {type(model).__name__}")
     parts: dict[str, Part]
     if data.kind == "text":
         tokenizer = _tokenizer(name, transformers)
         settings["pad_token_id"] = tokenizer.pad_token_id
+        model = build(0)
         parts = dict(_texts(spec, tokenizer, samples, model))
     else:
         parts = dict(_images(spec, samples, model.config, _processor(name, transformers)))
-    return Problem(
-        f"{data.name} with {Path(name).name}",
-        data.kind,
-        data.classes,
-        parts,
-        build,
-        _logits(model, data.kind),
-        keep,
-        {"data": data.digest(), "base": weights_digest(model, keep)},
-    )
+    return _problem(spec, data, parts, model, build, _logits(model, data.kind), drawn, () if drawn else _head(model))
 
 
 def _logits(model: nn.Module, kind: str) -> Callable[[nn.Module, Any], Tensor]:
@@ -113,10 +107,8 @@ def _logits(model: nn.Module, kind: str) -> Callable[[nn.Module, Any], Tensor]:
     return lambda model, inputs: model(pixel_values=inputs, **more).logits
 
 
-def _head(model: nn.Module, new: list[str]) -> tuple[str, ...]:
-    """What the checkpoint did not bring must be trained; a head that it did bring is one of the usual names."""
-    if new:
-        return tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
+def _head(model: nn.Module) -> tuple[str, ...]:
+    """A head that the checkpoint brought has one of the usual names."""
     found = tuple(name for name in HEADS if hasattr(model, name))
     if not found:
         raise TnadaptError(
@@ -137,12 +129,17 @@ def _tokenizer(name: str, transformers: Any) -> Any:
 
 
 def _texts(spec: Spec, tokenizer: Any, samples: dict[str, Samples], model: Any) -> Iterator[tuple[str, Part]]:
-    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST
-    longest = spec.max_length or min(LONGEST, positions, tokenizer.model_max_length)
+    most = min(getattr(model.config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
+    longest, least = spec.max_length or min(LONGEST, most), tokenizer.num_special_tokens_to_add() + 1
+    if not least <= longest <= most:
+        raise TnadaptError(f"--max-length must be from {least} to {most} for {shown(spec.model)}; got {longest}")
     known = model.get_input_embeddings().num_embeddings
     special = torch.tensor(tokenizer.all_special_ids)
     for part, some in samples.items():
         texts = Texts(some, tokenizer, longest, tokenizer.pad_token_id)
+        if texts.lengths is not None and not bool(texts.lengths.all()):
+            empty = samples[part].inputs[int(texts.lengths.argmin())]
+            raise TnadaptError(f"the tokenizer of {shown(spec.model)} finds no token in {shown(empty)}")
         # transformers gives a tokenizer that knows no word where there is none in the folder.
         if all(bool(torch.isin(tokens, special).all()) for tokens in texts.tokens):
             raise TnadaptError(f"no tokenizer in {shown(spec.model)} that knows a word of the texts")
@@ -217,24 +214,37 @@ def _timm(spec: Spec, data: Data, samples: dict[str, Samples]) -> Problem:
     with _refused(f"cannot load {shown(name)} through timm"):
         model = build(0)
     config: Any = model.pretrained_cfg
-    keep = spec.keep or _timm_head(model, config)
+    named = config.get("classifier") or "head"
+    head = (named,) if isinstance(named, str) else tuple(named)
     channels, *_, side = config["input_size"]
     parts: dict[str, Part] = dict(_divided(samples, spec.image_size or side, channels, (config["mean"], config["std"])))
-    return Problem(
-        f"{data.name} with {Path(name).name}",
-        data.kind,
-        data.classes,
-        parts,
-        build,
-        lambda model, images: model(images),
-        keep,
-        {"data": data.digest(), "base": weights_digest(model, keep)},
-    )
+    return _problem(spec, data, parts, model, build, lambda model, images: model(images), head)
 
 
-def _timm_head(model: nn.Module, config: Any) -> tuple[str, ...]:
-    named = config.get("classifier") or "head"
-    return (named,) if isinstance(named, str) else tuple(named)
+# -- Both --------------------------------------------------------------------------------------
+
+
+def _problem(
+    spec: Spec,
+    data: Data,
+    parts: dict[str, Part],
+    model: nn.Module,
+    build: Callable[[int], nn.Module],
+    logits: Callable[[nn.Module, Any], Tensor],
+    drawn: tuple[str, ...],
+    head: tuple[str, ...] = (),
+) -> Problem:
+    """The problem, once the model has been seen to take a batch of the samples."""
+    with _refused(f"{shown(spec.model)} does not take the samples of {data.name}"), torch.no_grad():
+        part = parts["training"]
+        largest = torch.arange(len(part.labels)) if part.lengths is None else part.lengths.argsort(descending=True)
+        found = logits(model.eval(), part.batch(largest[:2], torch.device("cpu")))
+        if found.shape[1:] != (len(data.classes),):
+            raise TnadaptError(f"{shown(spec.model)} gives {tuple(found.shape)} for two samples of {data.name}")
+    # What was drawn must be trained and saved, whatever else is kept.
+    keep = (*(spec.keep or head), *(name for name in drawn if not under(name, spec.keep or head)))
+    name = Path(str(spec.model).removeprefix("timm:")).name
+    return Problem(f"{data.name} with {name}", data.kind, data.classes, parts, build, logits, keep, drawn)
 
 
 # -- Other libraries' words --------------------------------------------------------------------

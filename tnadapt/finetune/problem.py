@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 
-__all__ = ["Part", "Problem", "Spec", "free", "under", "weights_digest"]
+__all__ = ["Part", "Problem", "Spec", "base_digest", "free", "samples_digest", "under"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Spec:
     image_size, max_length, limit : int, optional
         Pixels a side, tokens of a text, samples of each part that the source brings.
     keep : tuple of str
-        Modules or parameters that are trained beside every adapter; the head if empty.
+        Modules or parameters that are trained beside every adapter, the new head in any case.
     cache : Path, optional
         Where the model of the digits is kept.
     pretrain_epochs : int
@@ -77,9 +78,9 @@ class Problem:
     logits : callable
         ``logits(model, inputs)``: shape (n, classes).
     keep : tuple of str
-        Modules or parameters that are trained beside every adapter: the head.
-    digests : dict of str to str
-        Of the data and of the base's weights.
+        Modules or parameters that are trained beside every adapter: all of ``drawn``, and others.
+    drawn : tuple of str
+        Those that ``build`` draws from the seed, such as a new head; the rest is the base.
     threads : int, optional
         How many a training wants; all that there are if None.
     """
@@ -91,7 +92,7 @@ class Problem:
     build: Callable[[int], nn.Module]
     logits: Callable[[nn.Module, Any], Tensor]
     keep: tuple[str, ...]
-    digests: dict[str, str]
+    drawn: tuple[str, ...]
     threads: int | None = None
 
 
@@ -127,12 +128,34 @@ def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
     return found
 
 
-def weights_digest(model: nn.Module, skip: Iterable[str] = ()) -> str:
-    """SHA-256 of names, types, shapes and bytes of a model's weights, but for the modules to skip."""
-    skip = tuple(skip)
+def samples_digest(parts: Mapping[str, Part], batch: int = 256) -> str:
+    """SHA-256 of labels and inputs as the model sees them: tokens, or normalised pixels."""
     seen = hashlib.sha256()
+    for name, part in parts.items():
+        seen.update(name.encode())
+        seen.update(part.labels.numpy().tobytes())
+        for indices in torch.split(torch.arange(len(part.labels)), batch):
+            inputs = part.batch(indices, torch.device("cpu"))
+            for tensor in inputs.values() if isinstance(inputs, Mapping) else [inputs]:
+                seen.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                seen.update(tensor.contiguous().numpy().tobytes())
+    return seen.hexdigest()
+
+
+# What a transformers config says of where a model came from, and not of what it is.
+_ORIGIN = ("_name_or_path", "transformers_version", "architectures")
+
+
+def base_digest(model: nn.Module, drawn: Iterable[str] = ()) -> str:
+    """SHA-256 of what a model is (modules, their settings) and of its weights, but for the modules drawn anew."""
+    drawn = tuple(drawn)
+    seen = hashlib.sha256(repr(model).encode())
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        settings = {name: value for name, value in config.to_dict().items() if name not in _ORIGIN}
+        seen.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if under(name, skip):
+        if under(name, drawn):
             continue
         seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

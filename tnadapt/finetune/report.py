@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class Point:
         return statistics.fmean(self.test)
 
     @property
+    def diverged(self) -> bool:
+        """Whether it did with some seed, at every rate."""
+        return any(one["diverged"] for one in self.records)
+
+    @property
     def spread(self) -> float:
         """The standard deviation over seeds of the test accuracy; 0 for one seed."""
         return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
@@ -81,6 +86,8 @@ def points_of(
 ) -> list[Point]:
     """A point a method, at the rate with the best mean validation accuracy; the lower loss decides between equals.
 
+    A rate at which it diverged with some seed stands behind all at which it did not.
+
     Parameters
     ----------
     records : mapping of str to mapping
@@ -103,7 +110,7 @@ def points_of(
         if tried:
             rate, chosen = max(tried, key=lambda one: _quality(one[1]))
             points.append(_point(method, rate, chosen))
-    front = set(pareto_front([(point.parameters, point.accuracy) for point in points]))
+    front = set(pareto_front([(p.parameters, -math.inf if p.diverged else p.accuracy) for p in points]))
     return [dataclasses.replace(point, front=index in front) for index, point in enumerate(points)]
 
 
@@ -138,10 +145,10 @@ def _method(line: Mapping[str, Any]) -> Method:
     return Method(line["family"], line["label"], config)
 
 
-def _quality(records: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
-    records = list(records)
+def _quality(records: Sequence[Mapping[str, Any]]) -> tuple[bool, float, float]:
+    sound = not any(one["diverged"] for one in records)
     losses = [math.inf if one["validation_loss"] is None else one["validation_loss"] for one in records]
-    return statistics.fmean(one["validation"] for one in records), -sum(losses)
+    return sound, statistics.fmean(one["validation"] for one in records), -sum(losses)
 
 
 def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]]) -> Point:
@@ -182,9 +189,7 @@ def best_point(points: Sequence[Point]) -> Point | None:
 
     Head alone and dense are there to compare with, and are not considered, nor is what diverged.
     """
-    own = [
-        point for point in points if not point.method.reference and not any(one["diverged"] for one in point.records)
-    ]
+    own = [point for point in points if not point.method.reference and not point.diverged]
     return min(own, key=lambda point: (-statistics.fmean(point.validation), point.parameters), default=None)
 
 
@@ -221,7 +226,7 @@ def rows_of(points: Sequence[Point]) -> list[list[str]]:
                 point.method.label,
                 f"{point.parameters:,}",
                 f"{point.rate:g}",
-                f"{statistics.fmean(point.validation):.1%}",
+                "diverged" if point.diverged else f"{statistics.fmean(point.validation):.1%}",
                 test,
                 f"{point.seconds:.1f}",
             ]

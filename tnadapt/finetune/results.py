@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,12 @@ from ..errors import FileError
 __all__ = ["FORMAT", "Results", "machine"]
 
 FORMAT = "tnadapt finetune 1"
+_BEGINNING = f'{{"format": "{FORMAT}", '.encode()
+# What is read of a line of a training.
+_FIELDS = {
+    "key", "config", "seed", "rate", "parameters", "kept", "diverged", "validation", "validation_loss", "test",
+    "predictions", "seconds",
+}  # fmt: skip
 
 
 class Results:
@@ -31,11 +38,15 @@ class Results:
         Made if it is not there.
     study : mapping
         All that a training's outcome depends on but for method, seed and rate. Lines of another study are refused.
+    fresh : bool
+        Begin anew, whatever study the file has.
 
     Attributes
     ----------
     records : dict of str to dict
         The finished trainings by key.
+    dropped : list of str
+        The adapters' files of the lines that were there before a fresh beginning.
 
     Raises
     ------
@@ -44,9 +55,10 @@ class Results:
         process, or cannot be written.
     """
 
-    def __init__(self, path: Path, study: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, study: Mapping[str, Any], fresh: bool = False) -> None:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
+        self.dropped: list[str] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+b")  # noqa: SIM115 (kept open, and locked, until close)
@@ -56,32 +68,32 @@ class Results:
             ) from None
         try:
             _lock(self._file, path)
-            self._read(dict(study))
+            self._read(json.loads(json.dumps(study)), fresh)
         except BaseException:
             self._file.close()
             raise
 
-    def _read(self, study: dict[str, Any]) -> None:
+    def _read(self, study: dict[str, Any], fresh: bool) -> None:
         digest = hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            if not whole and not content.startswith(b'{"format"'):
-                raise FileError(f"{self.path} is no file of results; move it away, or give another folder with --out")
-            self._file.truncate(whole)
+        if not content.startswith(_BEGINNING[: len(content)]):
+            raise FileError(f"{self.path} is no file of results; move it away, or give another folder with --out")
         lines = content[:whole].splitlines()
-        if not lines:
+        if fresh or not lines:
+            self.dropped = re.findall(r'"adapter": "([\w.-]+)"', content.decode("utf-8", "replace"))
+            self._file.truncate(0)
             self._append({"format": FORMAT, "digest": digest, "study": study})
             return
         found = [self._line(number, line) for number, line in enumerate(lines, 1)]
-        if found[0].get("format") != FORMAT or not isinstance(found[0].get("study"), dict):
-            raise FileError(f"{self.path} is no file of results; move it away, or give another folder with --out")
         if found[0].get("digest") != digest:
+            what = _difference(found[0].get("study"), study)
             raise FileError(
-                f"{self.path} has the results of another study ({_difference(found[0]['study'], study)}); "
+                f"{self.path} has the results of another study ({what}); "
                 "give another folder with --out, or --fresh to start anew"
             )
+        self._file.truncate(whole)
         self.records = {line["key"]: line for line in found[1:] if "key" in line}
 
     def _line(self, number: int, line: bytes) -> dict[str, Any]:
@@ -89,7 +101,7 @@ class Results:
             found = json.loads(line)
         except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or ("key" in found and not found.keys() >= _FIELDS):
             raise FileError(
                 f"{self.path}, line {number} is damaged; remove the line, or give another folder with --out"
             )
@@ -97,7 +109,7 @@ class Results:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -130,12 +142,15 @@ def _lock(file: Any, path: Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise FileError(f"{path} is being written by another process; wait for it, or give another --out") from None
+    except OSError:  # some network disks have no locks
+        return
 
 
-def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def _difference(there: Any, here: Mapping[str, Any]) -> str:
     """What two studies do not agree in."""
+    there = there if isinstance(there, dict) else {}
     names = sorted({*there, *here})
     found = [
         f"{name} was {_short(there.get(name))}, now {_short(here.get(name))}"

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import logging
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FileError, TnadaptError, shown
-from .data import Data, Samples
+from .data import Data, Labels, Samples
 
 __all__ = ["read"]
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+ARRAYS = frozenset({"x_train", "y_train", "x_test", "y_test", "x", "y", "images", "labels"})
 TEST_FOLDERS = ("test", "validation", "valid", "val")
 TEXT_COLUMNS = ("text", "sentence", "review", "content")
 LABEL_COLUMNS = ("label", "labels", "class", "target")
@@ -65,6 +67,8 @@ def read(source: str, text_column: str | None = None, label_column: str | None =
 
 def _labelled(name: str, kind: str, inputs: Any, labels: Sequence[Any], test: tuple[Any, Any] | None = None) -> Data:
     """Data whose classes are the different labels, sorted (numbers as numbers)."""
+    for part in [(inputs, labels)] if test is None else [(inputs, labels), test]:
+        _check(name, kind, *part)
     found = sorted(set(labels) if test is None else set(labels) | set(test[1]))
     place = {label: index for index, label in enumerate(found)}
 
@@ -80,6 +84,17 @@ def _labelled(name: str, kind: str, inputs: Any, labels: Sequence[Any], test: tu
     )
 
 
+def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
+    """Labels are words or integers, and texts are texts."""
+    kinds = {type(label) for label in labels}
+    if not kinds or not (kinds == {str} or kinds <= {int, bool}):
+        known = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
+    for index, text in enumerate(inputs if kind == "text" else []):
+        if not isinstance(text, str):
+            raise FileError(f"the text of sample {index} of {name} is {shown(text)}")
+
+
 # -- Tables ------------------------------------------------------------------------------------
 
 
@@ -87,14 +102,24 @@ def _csv(path: Path, text_column: str | None, label_column: str | None) -> Data:
     texts, labels = [], []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            tabs = path.suffix.lower() == ".tsv"
+            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
             names = reader.fieldnames or []
+            if not names:
+                raise FileError(f"{path} is empty; expected a line of column names and rows of texts and labels")
+            if doubled := {name for name in names if names.count(name) > 1}:
+                raise FileError(f"{path} has more than one column {sorted(doubled)[0]!r}")
             text = _column(str(path), "text", text_column, TEXT_COLUMNS, names)
             label = _column(str(path), "label", label_column, LABEL_COLUMNS, names)
             for row in reader:
-                if not row[text] or not row[label]:
-                    missing = text if not row[text] else label
-                    raise FileError(f"{path}, line {reader.line_num}: nothing in column {missing!r}")
+                if None in row:
+                    raise FileError(
+                        f"{path}, line {reader.line_num}: more fields than column names; a text that has "
+                        f"{'a tab' if tabs else 'commas'} in it needs quotes"
+                    )
+                for name in (text, label):
+                    if not (row[name] or "").strip():
+                        raise FileError(f"{path}, line {reader.line_num}: nothing in column {name!r}")
                 texts.append(row[text])
                 labels.append(row[label].strip())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -123,7 +148,10 @@ def _column(source: str, what: str, given: str | None, usual: Sequence[str], nam
 
 def _folder(path: Path) -> Data:
     names = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] != "."}
-    if "train" in names and set(names) <= {"train", *TEST_FOLDERS}:
+    if "train" in names and not names.keys().isdisjoint(TEST_FOLDERS) and not names.keys() <= {"train", *TEST_FOLDERS}:
+        others = ", ".join(sorted(names.keys() - {"train", *TEST_FOLDERS}))
+        raise FileError(f"is {path} divided into train and test, or are these classes? Beside them is {others}")
+    if "train" in names and names.keys() <= {"train", *TEST_FOLDERS}:
         test = next((names[name] for name in TEST_FOLDERS if name in names), None)
         divided = None if test is None else _class_folders(test)
         return _labelled(path.name, "image", *_class_folders(names["train"]), divided)
@@ -145,9 +173,20 @@ def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
 
 def _npz(path: Path) -> Data:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name.lower(): file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        # NumPy leaves a file that it opened itself open where the archive is damaged.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {name.lower(): np.asarray(file[name]) for name in file.files if name.lower() in ARRAYS}
+            known = ", ".join(sorted(file.files)) or "nothing"
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise FileError(f"cannot read {path} as an .npz of plain arrays: {error}") from None
     for x, y in (("x_train", "y_train"), ("x", "y"), ("images", "labels")):
         if x in arrays and y in arrays:
@@ -162,8 +201,7 @@ def _npz(path: Path) -> Data:
                     raise FileError(f"x_train and x_test of {path} are of different types")
             return _labelled(path.name, "image", inputs, labels, test)
     raise FileError(
-        f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; expected x_train, y_train, x_test and y_test, "
-        "or x and y, or images and labels"
+        f"{path} holds {known}; expected x_train, y_train, x_test and y_test, or x and y, or images and labels"
     )
 
 
@@ -226,24 +264,37 @@ def _from_datasets(source: str, text_column: str | None, label_column: str | Non
     train = found.get("train")
     if train is None:
         raise TnadaptError(f"{source} has the splits {', '.join(found)}; expected one named train")
-    test = next((found[split] for split in TEST_FOLDERS if split in found), None)
     label = _column(source, "label", label_column, LABEL_COLUMNS, train.column_names)
+    # Of a contest's data the test part comes with no labels: all are -1.
+    test = next((found[part] for part in TEST_FOLDERS if part in found and set(found[part][label]) != {-1}), None)
     pictured = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
     if text_column is None and pictured:
         kind, column = "image", next((name for name in IMAGE_COLUMNS if name in pictured), pictured[0])
     else:
         kind, column = "text", _column(source, "text", text_column, TEXT_COLUMNS, train.column_names)
-    data = _labelled(
-        source,
-        kind,
-        list(train[column]),
-        list(train[label]),
-        None if test is None else (list(test[column]), list(test[label])),
-    )
+    inputs: Any = _Pictures if kind == "image" else lambda rows, column: list(rows[column])
+    divided = None if test is None else (inputs(test, column), list(test[label]))
+    data = _labelled(source, kind, inputs(train, column), list(train[label]), divided)
     words = getattr(train.features[label], "names", None)
     if words and data.classes == tuple(map(str, range(len(words)))):
         return Data(data.name, data.kind, tuple(words), data.samples, data.test)
     return data
+
+
+class _Pictures:
+    """A column of images, each decoded when it is asked for."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self.rows, self.column = rows.select_columns([column]), column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index][self.column]
+
+    def take(self, indices: Labels) -> _Pictures:
+        return _Pictures(self.rows.select(indices), self.column)
 
 
 def first_line(error: Exception) -> str:

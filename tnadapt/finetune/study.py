@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from .. import torch as tnt
-from ..errors import FileError, TnadaptError
+from ..errors import FileError, TnadaptError, shown
 from ..superlora import SuperLoRA
 from .best import Proof, prove
 from .choice import Choice
+from .loop import threads
 from .methods import Method
 from .opening import open_problem
-from .problem import Problem, Spec
+from .problem import Problem, Spec, base_digest, samples_digest
 from .report import Point, best_point, points_of
 from .results import Results
 from .train import Task, Training
-from .workers import cores, run_tasks
+from .workers import cores, run_tasks, threads_each
 
 __all__ = ["Outcome", "Reporter", "Study"]
 
@@ -112,7 +113,12 @@ class Study:
         self.rates, self.seeds = sorted(set(rates)), range(seeds)
         self.reporter = reporter or Reporter()
         self.problem: Problem = open_problem(spec, self.reporter.preparing)
-        self.targets = tnt.find_targets(self.problem.build(0), training.selection)
+        model = self.problem.build(0)
+        self.targets = tnt.find_targets(model, training.selection)
+        self._digests = {
+            "data_digest": samples_digest(self.problem.parts),
+            "base_digest": base_digest(model, self.problem.drawn),
+        }
         self.layers = [target.layer for target in self.targets]
         self.shapes = [target.shape for target in self.targets]
         self.methods = self._chosen(choice)
@@ -141,15 +147,15 @@ class Study:
             "problem": self.problem.name,
             "classes": list(self.problem.classes),
             "samples": {name: len(part.labels) for name, part in self.problem.parts.items()},
-            "image_size": self.spec.image_size,
-            "max_length": self.spec.max_length,
             "keep": list(self.problem.keep),
             "targets_found": [target.to_list() for target in self.targets],
-            **{f"{name}_digest": digest for name, digest in self.problem.digests.items()},
+            "image_size": self.spec.image_size,
+            "max_length": self.spec.max_length,
+            **self._digests,
             **training,
         }
 
-    def run(self, out: Path, jobs: int = 0, fresh: bool = False) -> Outcome:
+    def run(self, out: Path, jobs: int = 1, fresh: bool = False) -> Outcome:
         """Do what is not yet done, and report all.
 
         Parameters
@@ -157,7 +163,8 @@ class Study:
         out : Path
             The folder: ``results.jsonl``, ``pareto.png``, ``best.safetensors`` and the adapters. Made if need be.
         jobs : int
-            Trainings at once; 0 for as many as there are cores where a training wants one thread, else 1.
+            Trainings at once, each in a process of its own where there are several (a script then needs
+            ``if __name__ == "__main__"``); 0 for as many as there are cores where a training wants one thread, else 1.
         fresh : bool
             Remove what an earlier run left there.
 
@@ -170,10 +177,13 @@ class Study:
         FileError
             If the folder cannot be used: see :class:`~tnadapt.finetune.results.Results`.
         """
-        _prepare(out, fresh)
+        _check(out)
         jobs = jobs or (cores() if self.problem.threads == 1 and self.training.device == "cpu" else 1)
         adapters = out / "adapters"
-        with Results(out / "results.jsonl", self.settings()) as results:
+        with Results(out / "results.jsonl", self.settings(), fresh) as results:
+            for name in results.dropped:
+                with contextlib.suppress(OSError):
+                    (adapters / name).unlink()
             missing = [task for task in self.tasks if task.key not in results.records]
             self.reporter.begins(len(self.tasks), len(self.tasks) - len(missing))
             if missing:
@@ -183,7 +193,7 @@ class Study:
             best = best_point(points)
             adapter, proof = None, None
             if best is not None:
-                adapter, proof = self._saved(best, results, adapters, out)
+                adapter, proof = self._saved(best, results, adapters, out, jobs)
         picture = self._draw(points, out / "pareto.png")
         return Outcome(points, best, adapter, proof, picture, len(missing), len(self.tasks) - len(missing))
 
@@ -194,16 +204,19 @@ class Study:
                 results.add(record)
                 self.reporter.finished(task, record)
 
-    def _saved(self, best: Point, results: Results, adapters: Path, out: Path) -> tuple[Path, Proof]:
+    def _saved(self, best: Point, results: Results, adapters: Path, out: Path, jobs: int) -> tuple[Path, Proof]:
         # Of several seeds, the one that was best on the validation samples.
         record = max(best.records, key=lambda one: (one["validation"], -one["seed"]))
         task = Task(best.method, record["seed"], best.rate)
         if not (adapters / task.file_name()).is_file():
+            self.reporter.begins(1, 0)
             self._train([task], results, adapters, 1)
-            record = results.records[task.key]
+            record, jobs = results.records[task.key], 1
         path = out / "best.safetensors"
         shutil.copyfile(adapters / task.file_name(), path)
-        return path, prove(self.problem, record, path, self.training.device)
+        # Sums in the order that they had in training: other numbers of threads round otherwise.
+        with threads(threads_each(self.problem, min(jobs, len(self.tasks)))):
+            return path, prove(self.problem, record, path, self.training)
 
     def _draw(self, points: Sequence[Point], path: Path) -> Path | None:
         from ..plot import Mark, pareto
@@ -226,15 +239,13 @@ class Study:
         return path
 
 
-def _prepare(out: Path, fresh: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise FileError(f"{out} is a file; --out takes a folder")
-    if not fresh:
-        return
-    try:
-        for name in ("results.jsonl", "pareto.png", "best.safetensors"):
-            (out / name).unlink(missing_ok=True)
-        for path in (out / "adapters").glob("*.safetensors"):
-            path.unlink()
-    except OSError as error:
-        raise FileError(f"cannot empty {out}: {error}") from None
+def _check(out: Path) -> None:
+    """What cannot be written is better known before an hour of training."""
+    for path, folder in ((out, True), (out / "adapters", True), (out / "pareto.png", False)):
+        try:
+            wrong = path.exists() and path.is_dir() != folder
+        except OSError as error:  # a name that is too long
+            raise FileError(f"cannot use {shown(str(path))}: {error.strerror}") from None
+        if wrong:
+            kinds = ("a file", "a folder") if folder else ("a folder", "a file")
+            raise FileError(f"{path} is {kinds[0]} and should be {kinds[1]}; give another folder with --out")

@@ -91,7 +91,7 @@ def usable_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except Exception as error:  # torch raises several kinds of it
         raise TnadaptError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
     return name
@@ -132,7 +132,10 @@ def train(
             free(model, problem.keep)
         else:
             config = task.method.config.replace(seed=task.seed)
-            adapter = tnt.attach(model, config, training.selection, keep_trainable=problem.keep)
+            try:
+                adapter = tnt.attach(model, config, training.selection, keep_trainable=problem.keep)
+            except MemoryError:
+                raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         value = math.nan
         steps = fit(
@@ -143,6 +146,8 @@ def train(
             value = loss
             progress(done / all_steps)
     own = 0 if adapter is None else adapter.num_parameters
+    measured = _measured(problem, model, device, training.batch)
+    diverged = not math.isfinite(value) or None in measured.values()
     record: dict[str, Any] = {
         "key": task.key,
         "family": task.method.family,
@@ -153,23 +158,24 @@ def train(
         "epochs": training.epochs,
         "parameters": own,
         "kept": sum(parameter.numel() for parameter in parameters) - own,
-        "diverged": not math.isfinite(value),
+        "diverged": diverged,
         "training_loss": _finite(value),
-        **_measured(problem, model, device),
+        **measured,
     }
     record["seconds"] = round(time.perf_counter() - began, 2)
-    if adapter is not None and adapters is not None and not task.method.reference and not record["diverged"]:
+    if adapter is not None and adapters is not None and not task.method.reference and not diverged:
         adapters.mkdir(parents=True, exist_ok=True)
         adapter.save(adapters / task.file_name())
         record["adapter"] = task.file_name()
     return record
 
 
-def _measured(problem: Problem, model: nn.Module, device: torch.device) -> dict[str, Any]:
+def _measured(problem: Problem, model: nn.Module, device: torch.device, batch: int) -> dict[str, Any]:
+    """Accuracies, and losses, which are None where they are not finite."""
     found: dict[str, Any] = {}
     for name in ("validation", "test"):
         part = problem.parts[name]
-        logits = evaluate(model, problem.logits, part, device)
+        logits = evaluate(model, problem.logits, part, device, batch)
         found[name] = round(float((logits.argmax(1) == part.labels).double().mean()), 6)
         found[f"{name}_loss"] = _finite(float(nn.functional.cross_entropy(logits, part.labels)))
     found["predictions"] = predictions_digest(logits)

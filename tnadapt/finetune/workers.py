@@ -23,7 +23,7 @@ from .opening import open_problem
 from .problem import Problem, Spec
 from .train import Task, Training, train
 
-__all__ = ["cores", "run_tasks"]
+__all__ = ["cores", "run_tasks", "threads_each"]
 
 Progress = Callable[[Task, float], None]
 
@@ -34,6 +34,11 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
+
+
+def threads_each(problem: Problem, jobs: int) -> int:
+    """How many threads each of so many trainings at once gets."""
+    return problem.threads or max(1, torch.get_num_threads() // max(1, jobs))
 
 
 def run_tasks(
@@ -66,7 +71,7 @@ def run_tasks(
         If a task cannot be done, or a worker dies.
     """
     jobs = min(jobs, len(tasks))
-    share = problem.threads or max(1, torch.get_num_threads() // max(1, jobs))
+    share = threads_each(problem, jobs)
     if jobs < 2:
         for task in tasks:
             with threads(share):
@@ -136,7 +141,8 @@ class _Worker:
         self.process.join(timeout=5)
         raise TnadaptError(
             f"a worker ended (exit code {self.process.exitcode}) while it trained {self.task.method.name}; if memory "
-            "was short, use --jobs 1. What is finished is kept: the same command goes on from there"
+            "was short, use --jobs 1; in a script of your own, start under if __name__ == '__main__'. What is "
+            "finished is kept: the same command goes on from there"
         ) from None
 
     def stop(self) -> None:
