@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,7 +19,7 @@ from ..target import Target
 from . import merging
 from .apply import Part, Site
 from .delta import Updates
-from .registry import BOOK, PREFIX, mix
+from .registry import BOOK, PREFIX, finite, mix, overlapping
 from .sharding import refuse_reentrant, reshard, spread, whole
 from .summary import Summary
 
@@ -62,10 +64,16 @@ class Adapter:
         self.sites: list[Site] = []
         #: requires_grad of the base's parameters before.
         self.was_trainable: dict[str, bool] = {}
+        #: Where a tied weight got a copy of its own: module, name there, and the parameter that it was.
+        self.untied: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.merged: list[merging.Merged] | None = None
         self._updates = Updates(plan)
         self._enabled = True
         self._weight = 1.0
+        #: The threads in whose forward pass a site has acted for it.
+        self.used: set[int] = set()
+        self._warned = False
+        self._began: tuple[bool, float, bool] | None = None
         # What a compiled program reads instead of the number, so that a swap changes no program.
         self._mix = torch.tensor(1.0)
         self._names = {array: f"{PREFIX}{name}_{array.replace('.', '_')}" for array in plan.param_shapes}
@@ -157,15 +165,11 @@ class Adapter:
         Make the optimiser anew afterwards, or give it all parameters with ``weight_decay=0``: an optimiser skips
         parameters that have no gradient.
         """
-        chosen = list(self._names)
-        if groups is not None:
-            numbers = [groups] if isinstance(groups, int) else list(groups)
-            chosen = [name for name in chosen if int(name.partition(".")[0][len("group") :]) in numbers]
-        if arrays is not None:
-            words = [arrays] if isinstance(arrays, str) else list(arrays)
-            chosen = [name for name in chosen if name.rpartition(".")[2] in words]
+        places = {name: (int(name.partition(".")[0][len("group") :]), name.rpartition(".")[2]) for name in self._names}
+        last = sorted({word for _, word in places.values()})
+        numbers, words = _listed(groups, range(self.plan.num_groups)), _listed(arrays, last)
+        chosen = [name for name, (number, word) in places.items() if number in numbers and word in words]
         if not chosen:
-            last = sorted({name.rpartition(".")[2] for name in self._names})
             raise ConfigError(
                 f"adapter {self.name!r} has no arrays {shown(arrays)} in groups {shown(groups)}; it has groups 0 to "
                 f"{self.plan.num_groups - 1} and arrays {', '.join(last)}"
@@ -241,9 +245,7 @@ class Adapter:
 
     def set_weight(self, weight: float) -> None:
         """Set the mixing weight."""
-        number = float(weight)
-        if not number == number or number in (float("inf"), float("-inf")):
-            raise ConfigError(f"a mixing weight must be finite; got {weight!r}")
+        number = finite(weight)
         if number != self._weight:
             self._need_unmerged("another weight")
         self._weight = number
@@ -317,7 +319,7 @@ class Adapter:
         del book[self.name]
         if not book:
             del self.model.__dict__[BOOK]
-            self._restore_trainable()
+        self._restore()
 
     def bake(self) -> nn.Module:
         """Merge for good and take the adapter off; returns the model, which then knows nothing of tnadapt.
@@ -334,13 +336,23 @@ class Adapter:
         if self.merged is None:
             self.merge()
         self.merged = None
+        self.untied.clear()  # its copy has the update in it
         self.detach()
         return self.model
 
-    def _restore_trainable(self) -> None:
+    def _restore(self) -> None:
+        """What ``attach`` did to the base is undone, but for what another adapter still needs."""
+        for module, name, parameter in self.untied:
+            module._parameters[name] = parameter
         parameters = dict(self.model.named_parameters())
+        held = {
+            id(parameter)
+            for other in overlapping(self.model)
+            for name, parameter in other.model.named_parameters()
+            if name in other.was_trainable
+        }
         for name, trainable in self.was_trainable.items():
-            if name in parameters:
+            if name in parameters and id(parameters[name]) not in held:
                 parameters[name].requires_grad_(trainable)
 
     def _need_unmerged(self, what: str) -> None:
@@ -396,11 +408,27 @@ class Adapter:
     # -- What sites and hooks ask for --------------------------------------------------------
 
     @property
+    def enabled(self) -> bool:
+        """False inside :meth:`disabled`."""
+        return self._enabled
+
+    @property
     def acts(self) -> bool:
         """Whether it has a part in a forward pass."""
         if not self._enabled or self.merged is not None:
             return False
         return torch.compiler.is_compiling() or self._weight != 0.0
+
+    def need_same(self) -> None:
+        """A RuntimeError where a checkpointed region runs again otherwise than it did in the forward pass."""
+        if self._began not in (None, self._state()):
+            raise RuntimeError(
+                f"adapter {self.name!r} was activated, mixed, merged or disabled between a forward pass with "
+                "activation checkpointing and its backward pass, which runs a part of it again: do so after backward()"
+            )
+
+    def _state(self) -> tuple[bool, float, bool]:
+        return self._enabled, self._weight, self.merged is not None
 
     def update(self, index: int) -> Tensor:
         """The update of one weight, weighted."""
@@ -432,9 +460,37 @@ class Adapter:
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Hook: a forward pass of the whole model starts."""
+        if getattr(module, "_is_replica", False):
+            raise TargetError(
+                "nn.DataParallel copies the model for each device, and an adapter is on one model: use "
+                "DistributedDataParallel, a process a device"
+            )
+        if not torch.compiler.is_compiling():
+            self.used.discard(threading.get_ident())
+            if torch.is_grad_enabled():
+                self._began = self._state()
         if self.acts and self.shares:
             self._updates.begin(self._live())
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook: it is over, or failed."""
         self._updates.end()
+        if torch.compiler.is_compiling() or self._warned or output is None or not self.acts:
+            return
+        if threading.get_ident() in self.used:
+            return
+        self._warned = True
+        warnings.warn(
+            f"no module that adapter {self.name!r} is on was called in a forward pass of "
+            f"{type(self.model).__name__}: its updates had no part in the result. If the model reads the weights in "
+            f"another way than by calling {self.targets[0].module!r}, as fused projections do, merge() is the way",
+            stacklevel=2,
+        )
+
+
+def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
+    """What was asked for, as a list; all that is known for None, and nothing where one of them is not known."""
+    if given is None:
+        return list(known)
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    return listed if all(type(one) in (int, str) and one in known for one in listed) else []

@@ -13,7 +13,9 @@ path, parameters and state dict stay what they were.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,7 +60,9 @@ class Stored:
     @property
     def tensor(self) -> Tensor:
         """The base weight, as the module has it now."""
-        return cast(Tensor, self.owner._parameters[self.parameter])
+        found = self.owner._parameters.get(self.parameter)
+        # A parametrised weight is no parameter, but computed.
+        return cast(Tensor, getattr(self.owner, self.parameter) if found is None else found)
 
 
 def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
@@ -72,8 +76,8 @@ def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
         if target.rows is None:
             total = total + (delta.T if target.transposed else delta.reshape(stored.shape))
         else:
-            # The other rows stay as they are, to the bit.
-            total = total.clone()
+            # The other rows stay as they are, to the bit. Of a weight in channels_last a block would be a copy.
+            total = total.clone(memory_format=torch.contiguous_format)
             target.block(total).add_(target.like_block(delta))
     return total.to(stored.dtype)
 
@@ -85,7 +89,10 @@ class SummedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Sequence[Target], *deltas: Tensor) -> Tensor:
-        return functional.linear(x, summed(weight, list(zip(targets, deltas, strict=True))), bias)
+        y = functional.linear(x, summed(weight, list(zip(targets, deltas, strict=True))), bias)
+        # Of a batch it is a view, and a view that is made in here must not be written to in place, as an inplace ReLU
+        # after the layer would. This is the same numbers, and no view.
+        return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,6 +137,14 @@ class Site:
         self.before: Callable[..., Any] | None = host.__dict__.get("forward")
         #: Whether it is the forward of torch's Linear or convolutions, on the host's own weight.
         self.is_plain = False
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # No lock can be copied or pickled.
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     @classmethod
     def of(cls, host: nn.Module) -> Site | None:
@@ -168,11 +183,17 @@ class Site:
         """The module's forward, with every active update."""
         changes: list[tuple[Stored, list[tuple[Target, Tensor]]]] = []
         added: list[Part] = []
+        compiling = torch.compiler.is_compiling()
+        again = not compiling and _in_backward()
         for stored in self.weights:
             here = []
             for part in stored.parts:
+                if again:
+                    part.adapter.need_same()
                 if not part.adapter.acts:
                     continue
+                if not compiling:
+                    part.adapter.used.add(threading.get_ident())
                 if part.strategy == "weight":
                     here.append((part.target, part.adapter.update(part.index)))
                 else:
@@ -216,14 +237,16 @@ class Site:
         """
         names = [(stored.owner, stored.parameter) for stored, _ in changes]
         sums = [summed(stored.tensor, here) for stored, here in changes]
-        try:
-            for (owner, name), total in zip(names, sums, strict=True):
-                owner.__dict__[name] = total
-            return self._original(*args, **kwargs)
-        finally:
-            for owner, name in names:
-                if name in owner.__dict__:
-                    del owner.__dict__[name]
+        # One thread at a time: another would find this one's sum, or take it away.
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock:
+            try:
+                for (owner, name), total in zip(names, sums, strict=True):
+                    owner.__dict__[name] = total
+                return self._original(*args, **kwargs)
+            finally:
+                for owner, name in names:
+                    if name in owner.__dict__:
+                        del owner.__dict__[name]
 
     def _output(self, part: Part, x: Tensor) -> Tensor:
         """What the update adds to the output."""
@@ -242,11 +265,17 @@ class Site:
         return adapter.weighted(functional.linear(hidden, b.to(x.device)) * scale)
 
 
+def _in_backward() -> bool:
+    """Whether this is a part of a backward pass, as a checkpointed region that runs again is."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
 _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: list[tuple[Target, Tensor]]) -> Tensor:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_nested:
         return functional.linear(x, summed(weight, changes), bias)
     targets, deltas = zip(*changes, strict=True)
     return cast(Tensor, SummedLinear.apply(x, weight, bias, targets, *deltas))  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from ..superlora import SuperLoRA
 from ..target import Target
 from .adapter import Adapter
 from .apply import ACTIVATIONS, STRATEGIES, Part, Site
-from .registry import BOOK, PREFIX, adapters
+from .registry import BOOK, PREFIX, overlapping
 from .sharding import is_sharded
 from .targets import find_targets, host_of, tied
 
@@ -118,11 +118,12 @@ def attach(
         _strategy(strategy, plan, target, owner, host, activation)
         for target, owner, host in zip(found, owners, hosts, strict=True)
     ]
-    arrays = _arrays(plan, _beside(owners[0], found[0].parameter), dtype)
+    # Also under inference_mode: what is made there could never be trained.
+    with torch.inference_mode(False):
+        arrays = _arrays(plan, _beside(owners[0], found[0].parameter), dtype)
     # Nothing can fail from here on.
-    for _, second in tied(model, found):
-        _untie(model, second)
     adapter = Adapter(model, name, plan, found, kept, activation)
+    adapter.untied = [_untie(model, second) for _, second in tied(model, found)]
     _freeze(adapter)
     for array, tensor in arrays.items():
         model.register_parameter(adapter._names[array], nn.Parameter(tensor))
@@ -144,7 +145,7 @@ def attach(
 def _check_name(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name, flags=re.ASCII):
         raise TargetError(f"an adapter's name must be letters, digits and underscores; got {shown(name)}")
-    taken = adapters(model)
+    taken = {adapter.name: adapter for adapter in overlapping(model)}
     if name in taken:
         raise TargetError(
             f"there is an adapter {name!r} on this model already ({taken[name]!r}); give another name, or "
@@ -171,11 +172,21 @@ def _matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable
     """Parameters and buffers whose dotted path has one of the patterns among its whole parts, in order."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     state = set(model.state_dict(keep_vars=True))
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    names = [name for name, _ in tensors if name in state and not name.rpartition(".")[2].startswith(PREFIX)]
+    # A tied weight has several names, and is kept under the first.
+    tensors = list(
+        itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    )
+    first: dict[int, str] = {}
+    for name, tensor in tensors:
+        first.setdefault(id(tensor), name)
+    names = {
+        name: first[id(tensor)]
+        for name, tensor in tensors
+        if name in state and not name.rpartition(".")[2].startswith(PREFIX)
+    }
     kept: dict[str, None] = {}
     for pattern in patterns:
-        found = [name for name in names if f".{pattern}." in f".{name}."]
+        found = [own for name, own in names.items() if f".{pattern}." in f".{name}."]
         if not found:
             modules = ", ".join(name for name, _ in model.named_children())
             raise TargetError(
@@ -250,26 +261,37 @@ def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> d
 
 def _beside(owner: nn.Module, parameter: str) -> torch.Tensor | None:
     """The weight, or what a quantised layer has instead: the arrays are to lie beside it."""
-    weight = owner._parameters.get(parameter)
-    return weight if weight is not None else next(itertools.chain(owner.parameters(), owner.buffers()), None)
+    weight: torch.Tensor | None = owner._parameters.get(parameter)
+    weight = weight if weight is not None else next(itertools.chain(owner.parameters(), owner.buffers()), None)
+    if weight is not None and weight.device.type == "meta" and hasattr(owner, "_hf_hook"):
+        raise TargetError(
+            "the model is offloaded by accelerate, which keeps each weight elsewhere until its module is called, and "
+            "would keep the adapter there: attach to a model that is in memory whole"
+        )
+    return weight
 
 
-def _untie(model: nn.Module, name: str) -> None:
+def _untie(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
     module, _, parameter = name.rpartition(".")
     owner = model.get_submodule(module)
     old = owner._parameters[parameter]
     assert old is not None
     owner._parameters[parameter] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+    return owner, parameter, old
 
 
 def _freeze(adapter: Adapter) -> None:
-    others = list(adapter.model.__dict__.get(BOOK, {}).values())
-    free = {name for one in [adapter, *others] for name in one.kept}
+    free: set[int] = set()
+    before: dict[int, bool] = {}
+    for other in [*overlapping(adapter.model), adapter]:
+        for name, parameter in other.model.named_parameters():
+            if name in other.kept:
+                free.add(id(parameter))
+            if name in other.was_trainable:
+                before[id(parameter)] = other.was_trainable[name]
     for name, parameter in adapter.model.named_parameters():
         if name.rpartition(".")[2].startswith(PREFIX):
             continue
-        adapter.was_trainable[name] = parameter.requires_grad
-        parameter.requires_grad_(name in free)
-    if others:
         # What was before the first of them: the last to be detached gives it back.
-        adapter.was_trainable = dict(others[0].was_trainable)
+        adapter.was_trainable[name] = before.get(id(parameter), parameter.requires_grad)
+        parameter.requires_grad_(id(parameter) in free)

@@ -164,7 +164,7 @@ class Updates:
     def _same(self, arrays: Mapping[str, Tensor]) -> list[Tensor] | None:
         """What is kept for this grad mode, if it was made from these very arrays, as they still are."""
         kept = self._kept.get(_mode())
-        if kept is None:
+        if kept is None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # a trace keeps it for good
             return None
         given = list(arrays.values())
         # Another object would be another leaf: its gradient must not go to the old one.

@@ -74,8 +74,8 @@ def reads_outside(model: nn.Module, target: Target) -> list[str]:
 
     Notes
     -----
-    Seen are reads by attributes of ``self``, also through a local name, an index or a loop, in ``forward`` and the
-    methods that it uses. What a function elsewhere reads, or a class without source, is not seen.
+    Seen are reads by attributes of ``self``, also through local names, ``getattr``, an index or a loop, in ``forward``
+    and the methods that it uses. What a function elsewhere reads, or a class without source, is not seen.
 
     Examples
     --------
@@ -141,24 +141,49 @@ def _chains(function: ast.FunctionDef | None) -> Iterator[tuple[str, ...]]:
         return
     known: dict[str, tuple[str, ...]] = {function.args.args[0].arg: ()}
     for node in ast.walk(function):
-        # ``attn = self.attn``, and ``for layer in self.layers``.
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            chain = _chain(node.value, known)
-            if chain:
-                known.setdefault(node.targets[0].id, chain)
-        elif isinstance(node, (ast.For, ast.comprehension)) and isinstance(node.target, ast.Name):
-            chain = _chain(node.iter, known)
-            if chain:
-                known.setdefault(node.target.id, (*chain, _ANY))
+        for name, chain in _named(node, known):
+            known.setdefault(name, chain)
     inner: set[int] = set()
     for node in ast.walk(function):
         if isinstance(node, (ast.Attribute, ast.Subscript)):
             if isinstance(node, ast.Attribute) and node.attr in _ABOUT:
                 inner.add(id(node.value))
                 continue
-            chain = _chain(node, known)
-            if chain and id(node) not in inner:
-                yield chain
+            read = _chain(node, known)
+            if read and id(node) not in inner:
+                yield read
+
+
+def _named(node: ast.AST, known: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Names that stand for a chain from here on: ``attn = self.attn``, and ``for layer in self.layers``."""
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            yield from _assigned(target, node.value, known)
+    elif isinstance(node, (ast.NamedExpr, ast.AnnAssign)) and node.value is not None:
+        yield from _assigned(node.target, node.value, known)
+    elif isinstance(node, (ast.For, ast.comprehension)) and isinstance(node.target, ast.Name):
+        several = isinstance(node.iter, (ast.Tuple, ast.List))
+        found = _common(node.iter, known) if several else _chain(node.iter, known)
+        if found:
+            yield node.target.id, found if several else (*found, _ANY)
+
+
+def _assigned(
+    target: ast.AST, value: ast.AST, known: dict[str, tuple[str, ...]]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        for one, other in zip(target.elts, value.elts, strict=False):
+            yield from _assigned(one, other, known)
+    elif isinstance(target, ast.Name) and (chain := _chain(value, known)):
+        yield target.id, chain
+
+
+def _common(several: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """One chain for ``(self.q, self.v)``: ("*",)."""
+    chains = [chain for item in ast.iter_child_nodes(several) if (chain := _chain(item, known))]
+    if len({len(chain) for chain in chains}) != 1:
+        return None
+    return tuple(steps[0] if len(set(steps)) == 1 else _ANY for steps in zip(*chains, strict=True))
 
 
 def _chain(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
@@ -173,4 +198,11 @@ def _chain(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] 
         index = node.slice
         step = str(index.value) if isinstance(index, ast.Constant) else _ANY
         return None if before is None else (*before, step)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args[1:]:
+        before = _chain(node.args[0], known)
+        index = node.args[1]
+        step = str(index.value) if isinstance(index, ast.Constant) else _ANY
+        return None if before is None else (*before, step)
+    if isinstance(node, ast.NamedExpr):
+        return _chain(node.value, known)
     return None

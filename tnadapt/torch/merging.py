@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import BackendError, TargetError
+from ..target import Target
 from .apply import summed
 from .sharding import is_sharded, whole
 
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-__all__ = ["Merged", "merge", "original", "stored", "unmerge"]
+__all__ = ["Merged", "computed", "merge", "original", "stored", "unmerge"]
 
 
 class Merged(NamedTuple):
@@ -30,6 +31,8 @@ def merge(adapter: Adapter) -> None:
     adapter.need_attached()
     if adapter.merged is not None:
         raise TargetError(f"adapter {adapter.name!r} is merged already; a second merge would add its update twice")
+    if not adapter.enabled:
+        raise TargetError(f"adapter {adapter.name!r} is disabled; merge it outside of disabled()")
     adapter.need_linear("it cannot be merged")
     if adapter.weight == 0.0:
         raise TargetError(f"adapter {adapter.name!r} is not active (its weight is 0): call activate() first")
@@ -53,7 +56,7 @@ def merge(adapter: Adapter) -> None:
     merged = []
     for target, weight, after in zip(adapter.targets, weights, sums, strict=True):
         merged.append(Merged(target.select(weight).clone(), _checksum(after)))
-        target.block(weight).copy_(target.like_block(after))
+        _write(target, weight, after)
     adapter.merged = merged
     adapter._updates.forget()
 
@@ -76,15 +79,31 @@ def unmerge(adapter: Adapter) -> None:
                 "training or loading), and unmerging would throw that away: undo it first, or detach by bake()"
             )
     for target, weight, merged in zip(adapter.targets, weights, adapter.merged, strict=True):
-        target.block(weight).copy_(target.like_block(merged.before))
+        _write(target, weight, merged.before)
     adapter.merged = None
 
 
+def _write(target: Target, weight: Tensor, matrix: Tensor) -> None:
+    """Put ``(rows, cols)`` where it belongs in a stored weight."""
+    if weight.ndim == 2 or weight.is_contiguous():
+        target.block(weight).copy_(target.like_block(matrix))
+        return
+    # Of a convolution in channels_last, a block would be a copy.
+    whole = weight.contiguous()
+    target.block(whole).copy_(target.like_block(matrix))
+    weight.copy_(whole)
+
+
 def original(adapter: Adapter, index: int) -> Tensor | None:
-    """A target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if it is quantised."""
+    """A target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if it is quantised.
+
+    Of a parametrised weight, what it is computed to be.
+    """
     if adapter.merged is not None:
         return adapter.merged[index].before
     weight = stored(adapter, index)
+    if weight is None:
+        weight = computed(owner_of(adapter, index), adapter.targets[index].parameter)
     if weight is None or not weight.is_floating_point():
         return None
     return cast(Tensor, adapter.targets[index].select(whole(weight.detach())))
@@ -92,16 +111,32 @@ def original(adapter: Adapter, index: int) -> Tensor | None:
 
 def stored(adapter: Adapter, index: int) -> Tensor | None:
     """The parameter that holds a target, as the model keeps it; None if a quantised layer has none of that name."""
+    return owner_of(adapter, index)._parameters.get(adapter.targets[index].parameter)
+
+
+def computed(owner: nn.Module, parameter: str) -> Tensor | None:
+    """What a parametrised weight is at this moment; None if it is not parametrised."""
+    with torch.no_grad():
+        return getattr(owner, parameter) if hasattr(owner, "parametrizations") else None
+
+
+def owner_of(adapter: Adapter, index: int) -> nn.Module:
+    """The module that holds a target's weight."""
     part = adapter.parts[index]
     for weight in adapter.sites[index].weights:
         if part in weight.parts:
-            return weight.owner._parameters.get(weight.parameter)
+            return weight.owner
     raise TargetError(f"adapter {adapter.name!r} is not attached to its model any more")
 
 
 def _writable(adapter: Adapter, index: int) -> Tensor:
     weight = stored(adapter, index)
     name = adapter.targets[index].name
+    if weight is None and computed(owner_of(adapter, index), adapter.targets[index].parameter) is not None:
+        raise TargetError(
+            f"{name} is parametrised, computed from other parameters: an update cannot be merged into it; keep it "
+            "attached, or torch.nn.utils.parametrize.remove_parametrizations() first"
+        )
     if weight is None or not weight.is_floating_point():
         raise TargetError(f"{name} is quantised: an update cannot be merged into it; keep it attached")
     if is_sharded(weight):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from ..errors import TargetError
+from ..errors import ConfigError, TargetError, shown
+from .apply import Site
 
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-__all__ = ["BOOK", "PREFIX", "adapters", "mix"]
+__all__ = ["BOOK", "PREFIX", "adapters", "finite", "mix", "overlapping"]
 
 #: How the names of an adapter's parameters on its model begin.
 PREFIX = "tnadapt_"
@@ -38,8 +41,28 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     """
     found: dict[str, Adapter] = {}
     for module in model.modules():
-        found.update(module.__dict__.get(BOOK, {}))
+        for name, adapter in module.__dict__.get(BOOK, {}).items():
+            if name in found:
+                one, other = (type(a.model).__name__ for a in (found[name], adapter))
+                raise TargetError(
+                    f"two adapters of this model have the name {name!r}, one attached to a {one} in it and one to a "
+                    f"{other}: ask either for its own, or attach them under two names"
+                )
+            found[name] = adapter
     return found
+
+
+def overlapping(model: nn.Module) -> list[Adapter]:
+    """The adapters on a model, on parts of it, and on what it is a part of, as far as they act in it."""
+    found: dict[int, Adapter] = {}
+    for module in model.modules():
+        for adapter in module.__dict__.get(BOOK, {}).values():
+            found[id(adapter)] = adapter
+        site = Site.of(module)
+        for stored in site.weights if site is not None else ():
+            for part in stored.parts:
+                found[id(part.adapter)] = part.adapter
+    return list(found.values())
 
 
 def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, float]]) -> None:
@@ -57,6 +80,9 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     TargetError
         If a name is none of the model's, or an adapter whose weight would change is merged; nothing is changed.
 
+    ConfigError
+        If a weight is no finite number; nothing is changed.
+
     Examples
     --------
     >>> import torch, tnadapt.torch
@@ -67,7 +93,7 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     (0.25, 0.75)
     """
     there = adapters(model)
-    wanted = dict(weights)
+    wanted = {name: finite(weight) for name, weight in dict(weights).items()}
     for name in wanted:
         if name not in there:
             raise TargetError(f"no adapter {name!r} on this model; there are: {', '.join(map(repr, there)) or 'none'}")
@@ -76,3 +102,15 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
             raise TargetError(f"adapter {name!r} is merged, and another weight needs it unmerged: call unmerge() first")
     for name, adapter in there.items():
         adapter.set_weight(wanted.get(name, 0.0))
+
+
+def finite(weight: float) -> float:
+    """A mixing weight as a number that float32 has, or a ConfigError."""
+    try:
+        number = float(weight)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    # NaN is not below anything.
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ConfigError(f"a mixing weight must be a finite number; got {shown(weight)}")
+    return number

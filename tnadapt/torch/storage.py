@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..fingerprint import Fingerprint, fingerprint
 from ..target import Target
 from . import merging
 from .attach import attach
-from .registry import BOOK, adapters
+from .registry import overlapping
 from .sharding import reshard, spread, whole
 from .targets import find_targets
 
@@ -63,25 +64,34 @@ def to_file(adapter: Adapter) -> AdapterFile:
 
 
 def base_fingerprint(adapter: Adapter) -> Fingerprint | None:
-    """Of the weights it updates, as they are without it; None for quantised ones, or several dtypes."""
-    for name, other in adapters(adapter.model).items():
-        if other is not adapter and other.merged is not None:
-            raise TargetError(f"adapter {name!r} is merged into the base: unmerge it before another is saved or loaded")
+    """Of the weights it updates, as they are without it; None for quantised ones."""
+    _need_base(adapter.model, adapter)
     return _fingerprint([merging.original(adapter, index) for index in range(len(adapter.targets))])
 
 
 def _fingerprint(weights: list[Tensor | None]) -> Fingerprint | None:
     known = [weight for weight in weights if weight is not None and weight.device.type != "meta"]
     kinds = {weight.dtype for weight in known}
-    if len(known) != len(weights) or len(kinds) != 1 or not kinds <= _NAMES.keys():
+    if len(known) != len(weights) or not known or not kinds <= _NAMES.keys():
         return None
+    # Of several dtypes, the one that has all their numbers.
+    kind = functools.reduce(torch.promote_types, kinds)
 
     def host() -> Iterator[np.ndarray]:
         for weight in known:
-            one = weight.detach().cpu().contiguous()
+            one = weight.detach().cpu().to(kind).contiguous()
             yield one.view(torch.int16).numpy().view(np.uint16) if one.dtype is torch.bfloat16 else one.numpy()
 
-    return fingerprint(host(), _NAMES[kinds.pop()])
+    return fingerprint(host(), _NAMES[kind])
+
+
+def _need_base(model: nn.Module, but: Adapter | None = None) -> None:
+    """A TargetError where another adapter is merged into the weights."""
+    for other in overlapping(model):
+        if other is not but and other.merged is not None:
+            raise TargetError(
+                f"adapter {other.name!r} is merged into the base: unmerge it before another is saved or loaded"
+            )
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -105,7 +115,14 @@ def save_pretrained(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 # -- In ------------------------------------------------------------------------------------------------------
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, check_base: bool = True) -> Adapter:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    check_base: bool = True,
+    untie: bool = False,
+) -> Adapter:
     """Attach the adapter of a file.
 
     Parameters
@@ -119,6 +136,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     check_base : bool
         Whether the model's weights must be those that it was trained on. False applies it to another model whose
         weights have the same shapes.
+    untie : bool
+        As :func:`tnadapt.torch.attach` takes it: an adapter that was attached so is loaded so.
 
     Returns
     -------
@@ -162,8 +181,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
                 )
         dtype = getattr(torch, file.dtype)
     adapter = attach(
-        model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype
-    )
+        model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
+        untie=untie,
+    )  # fmt: skip
     adapter.kept = tuple(file.kept)
     adapter.load_arrays(file.arrays)
     _copy_kept(model, file)
@@ -171,10 +191,15 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
 
 
 def from_pretrained(
-    model: nn.Module, folder: str | os.PathLike[str], name: str = "default", *, check_base: bool = True
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    check_base: bool = True,
+    untie: bool = False,
 ) -> Adapter:
     """Attach the adapter that :meth:`Adapter.save_pretrained` wrote to a folder; see :func:`load`."""
-    return load(model, Path(folder) / FILE_NAME, name, check_base=check_base)
+    return load(model, Path(folder) / FILE_NAME, name, check_base=check_base, untie=untie)
 
 
 def swap(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -186,6 +211,7 @@ def swap(adapter: Adapter, path: str | os.PathLike[str]) -> None:
             ("config", file.config, adapter.config),
             ("activation", file.activation, adapter.activation),
             ("targets", [(t.name, t.shape) for t in file.targets], [(t.name, t.shape) for t in adapter.targets]),
+            ("list of kept parameters", sorted(file.kept), sorted(adapter.kept)),
         ):
             if theirs != ours:
                 raise FileError(f"its {what} is not that of adapter {adapter.name!r}: load it under a name of its own")
@@ -265,12 +291,12 @@ def _copy_kept(model: nn.Module, file: AdapterFile) -> None:
 
 
 def _base(model: nn.Module, targets: list[Target]) -> Fingerprint | None:
-    merged = [name for name, adapter in model.__dict__.get(BOOK, {}).items() if adapter.merged is not None]
-    if merged:
-        raise TargetError(f"adapter {merged[0]!r} is merged into the base: unmerge it before another one is loaded")
+    _need_base(model)
     weights: list[Tensor | None] = []
     for target in targets:
-        parameter = model.get_submodule(target.module)._parameters.get(target.parameter)
+        owner = model.get_submodule(target.module)
+        parameter: Tensor | None = owner._parameters.get(target.parameter)
+        parameter = merging.computed(owner, target.parameter) if parameter is None else parameter
         plain = parameter is not None and parameter.is_floating_point()
         weights.append(target.select(whole(parameter.detach())) if parameter is not None and plain else None)
     return _fingerprint(weights)

@@ -1,0 +1,489 @@
+"""What once went wrong on models, in loops or in an order that nobody had thought of: a named case each."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+
+from .small import batch, small, stir  # noqa: E402
+
+P = tna.presets
+
+
+def run(model: nn.Module, *given: Any) -> Tensor:
+    with torch.no_grad():
+        return model(*(given or (batch(),)))
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "tnadapt_" not in name}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# -- Memory layout -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [None, tna.Rows(2, 3, 8)])
+def test_a_convolution_in_channels_last_is_merged(rows: tna.Rows | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
+    adapter = tt.attach(model, targets=[tna.Target("0", (8, 4, 3, 3), "conv", rows=rows)])
+    stir(adapter, 0.3)
+    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    before, attached = bits(model), run(model, x)
+    with adapter.disabled():
+        base = run(model, x)
+    adapter.merge()
+    assert (run(model, x) - attached).abs().max() < 1e-5 < (attached - base).abs().max()
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    adapter.unmerge()
+    assert same(bits(model), before)
+    assert (adapter.bake()(x) - attached).abs().max() < 1e-5
+
+
+# -- Operations after the layer ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), None])
+def test_a_layer_s_output_may_be_written_to_in_place(after: nn.Module | None) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x *= 2
+            return x
+
+    model = nn.Sequential(nn.Linear(8, 8), after or Scaled(), nn.Linear(8, 3))
+    adapter = tt.attach(model, targets="all-linear")
+    stir(adapter)
+    model(torch.randn(2, 5, 8)).sum().backward()
+    assert all(p.grad.any() for p in adapter.parameters())
+    model.eval()
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(model(x), run(model, x))
+
+
+def test_an_output_of_other_strides_has_the_bits_of_the_base() -> None:
+    torch.manual_seed(0)
+    # Frozen: torch multiplies otherwise where a weight requires a gradient, also under no_grad.
+    model = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    x = torch.randn(5, 3, 8).transpose(0, 1)
+    before = run(model, x)
+    tt.attach(model, targets=["0"])
+    assert torch.equal(model(x), before)
+
+
+def test_jagged_batches() -> None:
+    x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapter = tt.attach(model, targets=["0"])
+    model(x).values().sum().backward()
+    assert any(p.grad.any() for p in adapter.parameters())
+
+
+# -- Reads of a weight -------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """Reads weights of its children in a way that a subclass says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class ByPair(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = self.q_proj, self.v_proj
+        return functional.linear(x, q.weight) + x @ v.weight.T
+
+
+class ByLoop(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.q_proj, self.v_proj):
+            x = x @ layer.weight.T
+        return x
+
+
+class ByName(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        for name in "qv":
+            x = x @ getattr(self, name + "_proj").weight.T
+        return x
+
+
+class ByWalrus(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        if (q := self.q_proj) is not None:
+            x = x @ q.weight.T
+        return x @ (self.v_proj).weight.T
+
+
+class ByComprehension(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        weights = [layer.weight for layer in [self.q_proj, self.v_proj]]
+        return x @ weights[0].T @ weights[1].T
+
+
+@pytest.mark.parametrize("cls", [ByPair, ByLoop, ByName, ByWalrus, ByComprehension])
+def test_weights_that_a_parent_reads(cls: type[Reader]) -> None:
+    model = cls()
+    adapter = tt.attach(model, P.superlora(2))
+    x = torch.randn(4, 8)
+    base = run(model, x)
+    stir(adapter)
+    attached = run(model, x)
+    model(x).sum().backward()
+    assert all(p.grad.any() for p in adapter.parameters())
+    adapter.merge()
+    assert (run(model, x) - attached).abs().max() < 1e-5 < (attached - base).abs().max()
+
+
+def through(x: Tensor, layer: nn.Linear) -> Tensor:
+    return x @ layer.weight.T
+
+
+class Elsewhere(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return through(x, self.q_proj) + through(x, self.v_proj)
+
+
+def test_a_read_that_is_not_seen_is_said_once() -> None:
+    model = Elsewhere()
+    adapter = tt.attach(model)
+    with pytest.warns(UserWarning, match="no module that adapter 'default' is on was called in a forward pass of Else"):
+        run(model, torch.randn(4, 8))
+    run(model, torch.randn(4, 8))
+    adapter.merge()
+    run(model, torch.randn(4, 8))
+
+
+# -- One model in another ----------------------------------------------------------------------
+
+
+def test_an_adapter_on_a_part_and_one_on_the_whole() -> None:
+    model = small()
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    part = tt.attach(model.blocks[1], P.lora(2), name="part", keep_trainable="o_proj")
+    whole = tt.attach(model, P.superlora(2), name="whole", keep_trainable="head")
+    free = {name for name, p in model.named_parameters() if p.requires_grad and "tnadapt_" not in name}
+    assert free == {"blocks.1.o_proj.weight", "blocks.1.o_proj.bias", "head.weight", "head.bias"}
+    assert set(tt.adapters(model)) == {"part", "whole"}
+    part.detach()
+    assert not model.blocks[1].k_proj.weight.requires_grad  # the whole's still
+    whole.detach()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+
+
+@pytest.mark.parametrize("first", ["part", "whole"])
+def test_one_name_in_a_part_and_the_whole_is_refused(first: str) -> None:
+    model = small()
+    one, other = (model.blocks[1], model) if first == "part" else (model, model.blocks[1])
+    tt.attach(one)
+    with pytest.raises(tna.TargetError, match="there is an adapter 'default' on this model already"):
+        tt.attach(other)
+
+
+def test_one_name_in_two_parts_is_told_by_who_is_asked() -> None:
+    model = small()
+    one, other = tt.attach(model.blocks[0]), tt.attach(model.blocks[1])
+    for asked in (tt.adapters, lambda model: tt.mix(model, {"default": 0.0})):
+        with pytest.raises(tna.TargetError, match="two adapters of this model have the name 'default', one attached"):
+            asked(model)
+    assert (one.weight, other.weight) == (1.0, 1.0)
+
+
+def test_the_fingerprint_does_not_take_another_s_sum_for_the_base(tmp_path: Path) -> None:
+    model = small()
+    part = tt.attach(model.blocks[1], P.lora(2), name="part")
+    whole = tt.attach(model, name="whole")
+    stir(whole)
+    whole.merge()
+    with pytest.raises(tna.TargetError, match="adapter 'whole' is merged into the base"):
+        part.save(tmp_path / "a.safetensors")
+    whole.unmerge()
+    part.save(tmp_path / "a.safetensors")
+
+
+# -- Between forward and backward --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["activate", "mix", "merge", "disable"])
+def test_a_change_before_a_checkpointed_region_runs_again_is_noticed(change: str) -> None:
+    model = small()
+    a, b = (tt.attach(model, name=name) for name in "ab")
+    for seed, adapter in enumerate((a, b)):
+        stir(adapter, seed=seed)
+    a.activate()
+    for block in model.blocks:
+        block.forward = lambda x, block=block, plain=block.forward: checkpoint(plain, x, use_reentrant=False)
+    model(batch()).sum().backward()
+    y = model(batch().requires_grad_())
+    undo: Callable[[], Any] = a.activate
+    if change == "activate":
+        b.activate()
+    elif change == "mix":
+        tt.mix(model, {"a": 0.5})
+    elif change == "merge":
+        a.merge()
+        undo = a.unmerge
+    else:
+        context = a.disabled()
+        context.__enter__()
+
+        def undo() -> None:
+            context.__exit__(None, None, None)
+
+    with pytest.raises(RuntimeError, match="adapter 'a' was activated, mixed, merged or disabled between"):
+        y.sum().backward()
+    undo()
+    model(batch()).sum().backward()
+
+
+def test_a_merge_inside_of_disabled_is_refused() -> None:
+    model = small()
+    adapter = tt.attach(model)
+    stir(adapter)
+    before = bits(model)
+    with adapter.disabled(), pytest.raises(tna.TargetError, match="is disabled; merge it outside of disabled"):
+        adapter.merge()
+    assert same(bits(model), before)
+
+
+# -- Swap, mix, set_trainable ------------------------------------------------------------------
+
+
+def test_a_swap_takes_the_same_kept_parameters_or_nothing(tmp_path: Path) -> None:
+    other = small()
+    theirs = tt.attach(other, keep_trainable="blocks.1.o_proj")
+    stir(theirs)
+    with torch.no_grad():
+        other.blocks[1].o_proj.weight += 1
+    theirs.save(tmp_path / "other.safetensors")
+    bare = tt.attach(small(), P.superlora(8))
+    bare.save(tmp_path / "bare.safetensors")
+    model = small()
+    adapter = tt.attach(model, keep_trainable="head")
+    before, arrays = bits(model), {name: array.clone() for name, array in adapter.arrays().items()}
+    for name in ("other", "bare"):
+        with pytest.raises(tna.FileError, match="its list of kept parameters is not that of adapter 'default'"):
+            adapter.swap(tmp_path / f"{name}.safetensors")
+    assert same(bits(model), before)
+    assert same(adapter.arrays(), arrays)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e39, "x", None, [1.0]])
+def test_a_mix_is_done_whole_or_not_at_all(weight: Any) -> None:
+    model = small()
+    a, b = (tt.attach(model, name=name) for name in "ab")
+    with pytest.raises(tna.ConfigError, match="a mixing weight must be a finite number; got"):
+        tt.mix(model, {"a": 0.5, "b": weight})
+    assert (a.weight, b.weight) == (1.0, 1.0)
+    with pytest.raises(tna.ConfigError, match="a mixing weight must be a finite number"):
+        a.set_weight(weight)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"groups": [0, 7]}, {"arrays": ["factor0", "factorX"]}, {"groups": True}, {"groups": 1.0}, {"arrays": 3},
+     {"groups": [[0]]}],
+)  # fmt: skip
+def test_a_group_or_array_that_is_not_there(given: dict[str, Any]) -> None:
+    adapter = tt.attach(small(), P.superlora(2, groups=2))
+    before = [p.requires_grad for _, p in adapter.named_parameters()]
+    with pytest.raises(tna.ConfigError, match="it has groups 0 to 1 and arrays factor0, factor1"):
+        adapter.set_trainable(**given)
+    assert [p.requires_grad for _, p in adapter.named_parameters()] == before
+
+
+# -- Threads, replicas, tracing ----------------------------------------------------------------
+
+
+def test_threads_that_share_a_model() -> None:
+    model = small()
+    adapter = tt.attach(model, P.superlora(2))
+    stir(adapter, 0.2)
+    given = [batch(seed) for seed in range(3)]
+    expected = [run(model, x) for x in given]
+    wrong: list[float] = []
+
+    def work(index: int) -> None:
+        for _ in range(60):
+            difference = float((run(model, given[index]) - expected[index]).abs().max())
+            if difference > 1e-5:
+                wrong.append(difference)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
+def test_copies_and_pickles_have_locks_of_their_own() -> None:
+    model = small()
+    stir(tt.attach(model))
+    expected = run(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(twin), expected)
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    model = small()
+    tt.attach(model)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(tna.TargetError, match="use DistributedDataParallel, a process a device"):
+        replica(batch())
+    run(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_computes_the_update_from_the_arrays() -> None:
+    model = small()
+    adapter = tt.attach(model)
+    stir(adapter)
+    run(model)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, batch())
+        before = traced(batch())
+        assert torch.allclose(before, run(model), atol=1e-6)
+        for name, parameter in traced.named_parameters():
+            if "tnadapt_" in name:
+                parameter.mul_(3)
+        assert (traced(batch()) - before).abs().max() > 1e-3
+
+
+# -- Weights that are not plain parameters -----------------------------------------------------
+
+
+def test_a_parametrised_weight(tmp_path: Path) -> None:
+    def made(seed: int) -> nn.Module:
+        model = small(seed)
+        nn.utils.parametrizations.weight_norm(model.blocks[1].q_proj)
+        return model
+
+    model = made(0)
+    adapter = tt.attach(model)
+    stir(adapter)
+    attached = run(model)
+    with pytest.raises(tna.TargetError, match=r"q_proj.weight is parametrised.*remove_parametrizations\(\) first"):
+        adapter.merge()
+    adapter.save(tmp_path / "a.safetensors")
+    assert torch.equal(run(tt.load(made(0), tmp_path / "a.safetensors").model), attached)
+    with pytest.raises(tna.FileError, match="trained on another base model"):
+        tt.load(made(1), tmp_path / "a.safetensors")
+
+
+def test_a_weight_that_is_parametrised_after_attaching() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapter = tt.attach(model, targets=["0"])
+    stir(adapter)
+    x = torch.randn(3, 8)
+    attached = run(model, x)
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert torch.allclose(run(model, x), attached, atol=1e-5)
+
+
+def test_the_fingerprint_of_a_base_of_two_dtypes(tmp_path: Path) -> None:
+    def made(seed: int) -> nn.Module:
+        model = small(seed)
+        model.blocks[1].to(torch.bfloat16)
+        return model
+
+    model = made(0)
+    tt.attach(model).save(tmp_path / "a.safetensors")
+    base = tna.load(tmp_path / "a.safetensors").base
+    assert base is not None
+    assert base.dtype == "float32"
+    tt.load(made(0), tmp_path / "a.safetensors")
+    tt.load(small().to(torch.bfloat16), tmp_path / "a.safetensors")
+    with pytest.raises(tna.FileError, match="trained on another base model"):
+        tt.load(made(1), tmp_path / "a.safetensors")
+
+
+# -- Tied weights ------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(20, 8)
+        self.inner = nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 20, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(self.inner(self.embed(tokens)))
+
+
+def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(tmp_path: Path) -> None:
+    tokens = torch.arange(6)
+    model = Tied()
+    base = run(model, tokens)
+    adapter = tt.attach(model, targets=["lm_head", "inner"], untie=True)
+    stir(adapter)
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = Tied()
+    with pytest.raises(tna.TargetError, match="untie=True"):
+        tt.load(fresh, tmp_path / "a.safetensors")
+    loaded = tt.load(fresh, tmp_path / "a.safetensors", untie=True)
+    assert torch.equal(run(fresh, tokens), run(model, tokens))
+    loaded.detach()
+    assert fresh.lm_head.weight is fresh.embed.weight
+    assert torch.equal(run(fresh, tokens), base)
+    attached = run(model, tokens)
+    adapter.bake()
+    assert model.lm_head.weight is not model.embed.weight
+    assert torch.allclose(run(model, tokens), attached, atol=1e-5)
+
+
+def test_a_tied_head_is_kept_by_either_name() -> None:
+    for name in ("embed", "lm_head"):
+        adapter = tt.attach(Tied(), targets=["inner"], keep_trainable=name)
+        assert adapter.kept == ("embed.weight",)
+
+
+# -- Where it is made --------------------------------------------------------------------------
+
+
+def test_attached_in_inference_mode_it_can_be_trained() -> None:
+    model = small()
+    with torch.inference_mode():
+        adapter = tt.attach(model)
+    model(batch()).sum().backward()
+    assert any(p.grad.any() for p in adapter.parameters())
+
+
+def test_a_model_that_accelerate_has_offloaded_is_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(*small().blocks[:2])
+    before = run(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(tna.TargetError, match=r"is offloaded by accelerate.*attach to a model that is in memory whole"):
+        tt.attach(model)
+    assert torch.equal(run(model), before)
