@@ -6,22 +6,24 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..errors import ConfigError, ShapeError, TargetError, shown
+from ..errors import ConfigError, ShapeError, TargetError
 from ..superlora import SuperLoRA
 from ..target import Target
 from . import merging
 from .apply import Part, Site
 from .delta import Updates
-from .registry import BOOK, PREFIX, finite, mix, overlapping
+from .freezing import Untied, restore
+from .registry import BOOK, PREFIX, finite, mix
 from .sharding import refuse_reentrant, reshard, spread, whole
 from .summary import Summary
+from .trainable import choose, parameter_groups
 
 __all__ = ["Adapter"]
 
@@ -64,8 +66,7 @@ class Adapter:
         self.sites: list[Site] = []
         #: requires_grad of the base's parameters before.
         self.was_trainable: dict[str, bool] = {}
-        #: Where a tied weight got a copy of its own: module, name there, and the parameter that it was.
-        self.untied: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self.untied: list[Untied] = []
         self.merged: list[merging.Merged] | None = None
         self._updates = Updates(plan)
         self._enabled = True
@@ -165,17 +166,7 @@ class Adapter:
         Make the optimiser anew afterwards, or give it all parameters with ``weight_decay=0``: an optimiser skips
         parameters that have no gradient.
         """
-        places = {name: (int(name.partition(".")[0][len("group") :]), name.rpartition(".")[2]) for name in self._names}
-        last = sorted({word for _, word in places.values()})
-        numbers, words = _listed(groups, range(self.plan.num_groups)), _listed(arrays, last)
-        chosen = [name for name, (number, word) in places.items() if number in numbers and word in words]
-        if not chosen:
-            raise ConfigError(
-                f"adapter {self.name!r} has no arrays {shown(arrays)} in groups {shown(groups)}; it has groups 0 to "
-                f"{self.plan.num_groups - 1} and arrays {', '.join(last)}"
-            )
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in chosen)
+        choose(self, groups, arrays)
 
     def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
         """Parameter groups of LoRA+ for an optimiser.
@@ -187,18 +178,7 @@ class Adapter:
         ----------
         Hayou, Ghosh, Yu, "LoRA+: efficient low rank adaptation of large models", arXiv 2402.12354.
         """
-        zero = set(self._start_zero())
-        fast = [p for name, p in self.named_parameters() if p.requires_grad and name in zero]
-        slow = [p for name, p in self.named_parameters() if p.requires_grad and name not in zero]
-        if not slow:
-            return [{"params": fast, "lr": lr}]
-        return [{"params": slow, "lr": lr}, *([{"params": fast, "lr": lr * ratio}] if fast else [])]
-
-    def _start_zero(self) -> Iterator[str]:
-        for group in self.plan.groups:
-            for name, full in group.names.items():
-                if not group.start.host(name).any():
-                    yield full
+        return parameter_groups(self, lr, ratio)
 
     def reset(self) -> None:
         """Start again: ΔW = 0. Also what fills the arrays after ``model.to_empty()`` of a meta-device model."""
@@ -319,7 +299,7 @@ class Adapter:
         del book[self.name]
         if not book:
             del self.model.__dict__[BOOK]
-        self._restore()
+        restore(self)
 
     def bake(self) -> nn.Module:
         """Merge for good and take the adapter off; returns the model, which then knows nothing of tnadapt.
@@ -339,21 +319,6 @@ class Adapter:
         self.untied.clear()  # its copy has the update in it
         self.detach()
         return self.model
-
-    def _restore(self) -> None:
-        """What ``attach`` did to the base is undone, but for what another adapter still needs."""
-        for module, name, parameter in self.untied:
-            module._parameters[name] = parameter
-        parameters = dict(self.model.named_parameters())
-        held = {
-            id(parameter)
-            for other in overlapping(self.model)
-            for name, parameter in other.model.named_parameters()
-            if name in other.was_trainable
-        }
-        for name, trainable in self.was_trainable.items():
-            if name in parameters and id(parameters[name]) not in held:
-                parameters[name].requires_grad_(trainable)
 
     def _need_unmerged(self, what: str) -> None:
         if self.merged is not None:
@@ -486,11 +451,3 @@ class Adapter:
             f"another way than by calling {self.targets[0].module!r}, as fused projections do, merge() is the way",
             stacklevel=2,
         )
-
-
-def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
-    """What was asked for, as a list; all that is known for None, and nothing where one of them is not known."""
-    if given is None:
-        return list(known)
-    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    return listed if all(type(one) in (int, str) and one in known for one in listed) else []

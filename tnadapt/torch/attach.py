@@ -16,6 +16,7 @@ from ..errors import BackendError, ConfigError, TargetError, shown
 from ..presets import superlora
 from ..superlora import SuperLoRA
 from ..target import Target
+from . import freezing
 from .adapter import Adapter
 from .apply import ACTIVATIONS, STRATEGIES, Part, Site
 from .registry import BOOK, PREFIX, overlapping
@@ -123,8 +124,8 @@ def attach(
         arrays = _arrays(plan, _beside(owners[0], found[0].parameter), dtype)
     # Nothing can fail from here on.
     adapter = Adapter(model, name, plan, found, kept, activation)
-    adapter.untied = [_untie(model, second) for _, second in tied(model, found)]
-    _freeze(adapter)
+    adapter.untied = [freezing.untie(model, second) for _, second in tied(model, found)]
+    freezing.freeze(adapter)
     for array, tensor in arrays.items():
         model.register_parameter(adapter._names[array], nn.Parameter(tensor))
     for index, (target, owner, host, chosen) in enumerate(zip(found, owners, hosts, strategies, strict=True)):
@@ -269,29 +270,3 @@ def _beside(owner: nn.Module, parameter: str) -> torch.Tensor | None:
             "would keep the adapter there: attach to a model that is in memory whole"
         )
     return weight
-
-
-def _untie(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
-    module, _, parameter = name.rpartition(".")
-    owner = model.get_submodule(module)
-    old = owner._parameters[parameter]
-    assert old is not None
-    owner._parameters[parameter] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-    return owner, parameter, old
-
-
-def _freeze(adapter: Adapter) -> None:
-    free: set[int] = set()
-    before: dict[int, bool] = {}
-    for other in [*overlapping(adapter.model), adapter]:
-        for name, parameter in other.model.named_parameters():
-            if name in other.kept:
-                free.add(id(parameter))
-            if name in other.was_trainable:
-                before[id(parameter)] = other.was_trainable[name]
-    for name, parameter in adapter.model.named_parameters():
-        if name.rpartition(".")[2].startswith(PREFIX):
-            continue
-        # What was before the first of them: the last to be detached gives it back.
-        adapter.was_trainable[name] = before.get(id(parameter), parameter.requires_grad)
-        parameter.requires_grad_(id(parameter) in free)
