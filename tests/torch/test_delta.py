@@ -51,6 +51,32 @@ def test_first_and_second_derivatives(config: tna.Config) -> None:
     assert torch.autograd.gradgradcheck(function, tuple(arrays.values()))
 
 
+@pytest.mark.parametrize("config", [None, P.lora(2)])
+def test_the_transforms_of_torch_func(config: tna.Config | None) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+    adapter = tt.attach(model, config, "all-linear", dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def function(*values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, dict(zip(named, values, strict=True)), (x,))
+
+    given = tuple(p.detach() for p in named.values())
+    rows = [torch.autograd.grad(y, list(named.values()), retain_graph=True) for y in model(x).flatten()]
+    found = torch.func.jacrev(function, argnums=tuple(range(len(given))))(*given)
+    for index, jacobian in enumerate(found):
+        expected = torch.stack([row[index] for row in rows]).view(jacobian.shape)
+        assert torch.allclose(jacobian, expected, rtol=1e-10, atol=1e-12)
+    seed = torch.randn(4, 3, dtype=torch.float64)
+    pulled = torch.func.vjp(function, *given)[1](seed)
+    for one, jacobian in zip(pulled, found, strict=True):
+        assert torch.allclose(one, torch.tensordot(seed, jacobian, 2), rtol=1e-10, atol=1e-12)
+
+
 def test_derivatives_of_a_linear_layer_on_the_sum() -> None:
     made = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*s, generator=made).double().requires_grad_() for s in ((2, 3, 4), (6, 4), (6,)))

@@ -40,15 +40,18 @@ class Update(torch.autograd.Function):
                 "an array of the adapter was changed in place between the forward pass and this backward pass, which "
                 "needs the values it had: call optimizer.step() after the last backward() of a step"
             )
-        again = torch.is_grad_enabled()
         wanted = [index for index, _ in enumerate(ctx.arrays) if ctx.needs_input_grad[2 + index]]
-        arrays = list(ctx.arrays)
-        if not again:
-            arrays = [array.detach().requires_grad_(index in wanted) for index, array in enumerate(arrays)]
-        with torch.enable_grad():
-            found = ctx.plan.vector(dict(zip(ctx.names, arrays, strict=True)))
-        parts = torch.autograd.grad(found, [arrays[index] for index in wanted], grads[0], create_graph=again)
-        result: list[Tensor | None] = [None] * (2 + len(arrays))
+
+        def made(*moved: Tensor) -> Tensor:
+            arrays = list(ctx.arrays)
+            for index, array in zip(wanted, moved, strict=True):
+                arrays[index] = array
+            return cast(Tensor, ctx.plan.vector(dict(zip(ctx.names, arrays, strict=True))))
+
+        # Of torch.func, as a backward pass may be batched or differentiated itself.
+        pull: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(made, *(ctx.arrays[i] for i in wanted))[1]
+        parts = pull(grads[0])
+        result: list[Tensor | None] = [None] * (2 + len(ctx.arrays))
         for index, part in zip(wanted, parts, strict=True):
             result[2 + index] = part
         return tuple(result)
