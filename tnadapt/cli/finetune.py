@@ -244,10 +244,11 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
     )
     typer.echo(_sizes(study))
     if best is not None and proof is not None:
+        logits = f"logits within {proof.largest:.1g}" if proof.largest else "logits equal to the bit"
         typer.echo(
             f"best adapter by validation: {best.method.name} ({best.parameters:,} parameters), {outcome.adapter}\n"
             f"  loaded on a fresh base: {_same(proof.loaded_same)} on {proof.samples:,} test samples; merged: "
-            f"{_same(not proof.merged_different, proof.merged_different)}, logits within {proof.largest:.1g}"
+            f"{_same(not proof.merged_different, proof.merged_different)}, {logits}"
         )
     typer.echo(f"results: {folder / 'results.jsonl'}")
     if outcome.picture is None:
