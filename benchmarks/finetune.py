@@ -2,8 +2,8 @@
 
 Fetches into FOLDER what is not there (see ``fetch.py``), compares methods at several rates with three seeds, and puts
 the results beside this file: ``results/NAME.jsonl``, a line a training, and made of it ``results/NAME.csv``, the table,
-and ``results/NAME.png``, the picture. On two idle cores, the digits take five minutes and the others half an hour each. Run it
-again after a stop: it goes on from the results that are there.
+and ``results/NAME.png``, the picture. On two idle cores, the digits take five minutes and the others half an hour
+each. Run it again after a stop: it goes on from the results that are there.
 """
 
 from __future__ import annotations

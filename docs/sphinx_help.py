@@ -4,7 +4,16 @@ import functools
 import importlib
 from pathlib import Path
 
-GALLERY = ("plot_first_steps", "plot_parameters", "plot_layout", "plot_projection", "plot_geometry")
+GALLERY = (
+    "plot_first_steps",
+    "plot_attach_vit",
+    "plot_trainer_minilm",
+    "plot_read_with_numpy",
+    "plot_parameters",
+    "plot_layout",
+    "plot_projection",
+    "plot_geometry",
+)
 
 
 class Order:
