@@ -7,6 +7,9 @@ import re
 
 import pytest
 
+# Two packages that cannot be imported without torch, though some of their modules could be alone.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["tnadapt/torch", "tnadapt/finetune"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
