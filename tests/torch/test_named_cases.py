@@ -487,3 +487,29 @@ def test_a_model_that_accelerate_has_offloaded_is_refused() -> None:
     with pytest.raises(tna.TargetError, match=r"is offloaded by accelerate.*attach to a model that is in memory whole"):
         tt.attach(model)
     assert torch.equal(run(model), before)
+
+
+@pytest.mark.parametrize("reference_first", [True, False])
+def test_a_reference_pass_before_a_checkpointed_region_runs_again_is_no_change(reference_first: bool) -> None:
+    """As in preference training: the base's answer beside the adapter's, and one backward pass."""
+
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        model = small()
+        adapter = tt.attach(model)
+        stir(adapter)
+        if checkpointed:
+            for block in model.blocks:
+                block.forward = lambda x, plain=block.forward: checkpoint(plain, x, use_reentrant=False)
+
+        def reference() -> Tensor:
+            with adapter.disabled():
+                return model(batch()).detach()
+
+        for _ in range(2):
+            base = reference() if reference_first else None
+            y = model(batch())
+            (y - (reference() if base is None else base)).square().sum().backward()
+        return [p.grad for p in adapter.parameters()]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

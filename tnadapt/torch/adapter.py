@@ -74,7 +74,8 @@ class Adapter:
         #: The threads in whose forward pass a site has acted for it.
         self.used: set[int] = set()
         self._warned = False
-        self._began: tuple[bool, float, bool] | None = None
+        # With which states passes with gradients have begun since its arrays were last written to.
+        self._began: tuple[int, set[tuple[bool, float, bool]]] = -1, set()
         # What a compiled program reads instead of the number, so that a swap changes no program.
         self._mix = torch.tensor(1.0)
         self._names = {array: f"{PREFIX}{name}_{array.replace('.', '_')}" for array in plan.param_shapes}
@@ -386,11 +387,18 @@ class Adapter:
 
     def need_same(self) -> None:
         """A RuntimeError where a checkpointed region runs again otherwise than it did in the forward pass."""
-        if self._began not in (None, self._state()):
+        if self._began[1] and self._state() not in self._began[1]:
             raise RuntimeError(
                 f"adapter {self.name!r} was activated, mixed, merged or disabled between a forward pass with "
                 "activation checkpointing and its backward pass, which runs a part of it again: do so after backward()"
             )
+
+    def _remember(self) -> None:
+        # Several passes may come before one backward pass, as the base's answer beside the adapter's does.
+        written = sum(parameter._version for _, parameter in self.named_parameters() if not parameter.is_inference())
+        if written != self._began[0]:
+            self._began = written, set()
+        self._began[1].add(self._state())
 
     def _state(self) -> tuple[bool, float, bool]:
         return self._enabled, self._weight, self.merged is not None
@@ -433,7 +441,7 @@ class Adapter:
         if not torch.compiler.is_compiling():
             self.used.discard(threading.get_ident())
             if torch.is_grad_enabled():
-                self._began = self._state()
+                self._remember()
         if self.acts and self.shares:
             self._updates.begin(self._live())
 
