@@ -15,8 +15,8 @@ from torch import nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 from tnadapt.errors import TargetError  # noqa: E402
+from tnadapt.roles import is_attention, read  # noqa: E402
 from tnadapt.target import Rows, Target  # noqa: E402
-from tnadapt.torch.roles import is_attention, read  # noqa: E402
 from tnadapt.torch.targets import find_targets, tied  # noqa: E402
 
 from .architectures import MODELS, build  # noqa: E402

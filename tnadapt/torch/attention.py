@@ -13,13 +13,13 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import TargetError
+from ..roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, hints, is_attention, layer_of, read
 from ..target import Rows, Target
 from .fused import rows_of
 from .layouts import is_known
-from .roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, hints, is_attention, read
 from .weights import Weight, join, modules_of, plain, projections_in, weights_of
 
-__all__ = ["Attention", "attentions", "layer_of"]
+__all__ = ["Attention", "attentions"]
 
 
 class Attention(NamedTuple):
@@ -106,7 +106,7 @@ def attentions(model: nn.Module) -> Iterator[Attention]:
         named = is_attention(type(module).__name__, plain(path).rpartition(".")[2])
         called = _called(path, module, named or is_known(module))
         outputs = _children(path, module, OUTPUTS)
-        called = _evident(called, named, bool(outputs))
+        called = [called[place] for place in evident([name for _, name, _ in called], named, bool(outputs))]
         inputs = [
             (child, name, named_first(weights[0]))
             for child, name, weights in called
@@ -118,19 +118,6 @@ def attentions(model: nn.Module) -> Iterator[Attention]:
         outputs = outputs or _children(path, module, AMBIGUOUS_OUTPUTS) or _outputs_of_parent(path, by_plain_path)
         outputs = [named_first(weight) for weight in outputs if new(weight)]
         yield Attention(path, module, _in_use(module, inputs), outputs, unclear)
-
-
-def layer_of(path: str) -> str:
-    """The path up to its last number: what ``groups="layer"`` takes for one layer.
-
-    Examples
-    --------
-    >>> layer_of("encoder.layer.3.attention.self"), layer_of("middle.attention")
-    ('encoder.layer.3', 'middle.attention')
-    """
-    parts = path.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[-1] + 1]) if numbers else path
 
 
 # A child's or parameter's name, what it says, and the weights in it.
@@ -154,26 +141,6 @@ def _called(path: str, module: nn.Module, attention: bool) -> list[_Called]:
         found = [(child, name._replace(letters="kv") if child == "c_attn" else name, ws) for child, name, ws in found]
     separate = [entry for entry in found if entry[1].family not in ("in_proj", "in_proj_weight")]
     return separate or found
-
-
-def _evident(called: list[_Called], named: bool, has_output: bool) -> list[_Called]:
-    """Those that together make an attention."""
-
-    def letters(entries: list[_Called]) -> set[str]:
-        return {letter for _, name, _ in entries for letter in name.letters}
-
-    made = letters(called)
-    if named and ({"q", "v"} <= made or {"k", "v"} <= made or ("q" in made and has_output)):
-        return called
-    families: dict[str, list[_Called]] = {}
-    for entry in called:
-        families.setdefault(entry[1].family, []).append(entry)
-    kept = []
-    for family in families.values():
-        made = letters(family)
-        if made == {"q", "k", "v"} or (made == {"q", "v"} and all(name.plain for _, name, _ in family)):
-            kept += family
-    return kept
 
 
 def _unclear(module: nn.Module, called: list[_Called]) -> list[tuple[str, str]]:

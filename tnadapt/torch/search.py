@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import TargetError, shown
+from ..roles import layer_of
 from ..target import Target
-from .attention import Attention, attentions, layer_of
+from .attention import Attention, attentions
 from .weights import Weight, modules_of, plain, weights_of, wraps
 
 __all__ = ["Search"]

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["AMBIGUOUS_OUTPUTS", "OUTPUTS", "Name", "hints", "is_attention", "read"]
+__all__ = ["AMBIGUOUS_OUTPUTS", "OUTPUTS", "Name", "evident", "hints", "is_attention", "layer_of", "read"]
 
 _LETTERS = {
     "q": "q", "qs": "q", "query": "q", "queries": "q",
@@ -134,6 +135,57 @@ def is_attention(*names: str) -> bool:
     (True, True, False)
     """
     return any(re.search(r"attention|attn|mhsa|mha\b|^mla$", name, re.IGNORECASE) for name in names)
+
+
+def evident(names: Sequence[Name], named: bool, has_output: bool) -> list[int]:
+    """Which of the names that lie beside each other together make an attention, by their places.
+
+    Parameters
+    ----------
+    names : sequence of Name
+        Of the weights in one module.
+    named : bool
+        Whether the module itself is called an attention.
+    has_output : bool
+        Whether an output projection lies beside them.
+
+    Examples
+    --------
+    >>> evident([read("q_proj"), read("v_proj")], named=False, has_output=False)
+    [0, 1]
+    >>> evident([read("value")], named=True, has_output=True)
+    []
+    """
+    made = _letters(names)
+    if named and ({"q", "v"} <= made or {"k", "v"} <= made or ("q" in made and has_output)):
+        return list(range(len(names)))
+    families: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        families.setdefault(name.family, []).append(place)
+    kept = []
+    for places in families.values():
+        family = [names[place] for place in places]
+        made = _letters(family)
+        if made == {"q", "k", "v"} or (made == {"q", "v"} and all(name.plain for name in family)):
+            kept += places
+    return kept
+
+
+def _letters(names: Iterable[Name]) -> set[str]:
+    return {letter for name in names for letter in name.letters}
+
+
+def layer_of(path: str) -> str:
+    """The path up to its last number: what ``groups="layer"`` takes for one layer.
+
+    Examples
+    --------
+    >>> layer_of("encoder.layer.3.attention.self"), layer_of("middle.attention")
+    ('encoder.layer.3', 'middle.attention')
+    """
+    parts = path.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else path
 
 
 def _words(name: str) -> list[str]:
