@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from .backends import Backend
 from .backends.base import Array
 from .errors import ConfigError
-from .products import cp_tensor, tt_tensor, tucker_tensor
+from .products import cp_tensor, khatri_rao, tt_tensor, tucker_tensor
 
 __all__ = ["FORMATS", "Format"]
 
@@ -77,6 +77,24 @@ class Format:
         """
         raise NotImplementedError
 
+    def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
+        """The gradient of ``<tensor, T>`` with respect to each array, T being what the arrays make.
+
+        T is linear in each array, so this is the adjoint of each of these maps, the other arrays held.
+
+        Parameters
+        ----------
+        backend : Backend
+        arrays : mapping of str to array
+        tensor : array, shape (d_1, …, d_M)
+
+        Returns
+        -------
+        dict of str to array
+            In the shapes of ``shapes``.
+        """
+        raise NotImplementedError
+
     @property
     def num_parameters(self) -> int:
         """Elements of all arrays."""
@@ -90,6 +108,12 @@ class Format:
     def total_paths(self) -> int:
         """How many products of one element of each array an element of the tensor is a sum of."""
         raise NotImplementedError
+
+
+def _unfolded(backend: Backend, tensor: Array, mode: int) -> Array:
+    """One mode as rows, the others in order as columns."""
+    moved = backend.moveaxis(tensor, mode, 0)
+    return backend.reshape(moved, (tensor.shape[mode], math.prod(tensor.shape) // tensor.shape[mode]))
 
 
 def _rows(array: Array, bounds: tuple[int, int], axis: int = 0) -> Array:
@@ -113,6 +137,9 @@ class Dense(Format):
             block = _rows(block, bounds, axis)
         return block
 
+    def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
+        return {"dense": tensor}
+
     def paths(self, name: str) -> int:
         return 1
 
@@ -134,6 +161,20 @@ class CP(Format):
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
         factors = [_rows(arrays[f"factor{mode}"], bounds) for mode, bounds in enumerate(ranges)]
         return cp_tensor(backend, arrays.get("weights"), factors)
+
+    def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
+        factors = [arrays[f"factor{mode}"] for mode in range(len(self.sizes))]
+        weights = arrays.get("weights")
+        found: dict[str, Array] = {}
+        for mode, factor in enumerate(factors):
+            others = factors[:mode] + factors[mode + 1 :]
+            rows = _unfolded(backend, tensor, mode)
+            # Where there is one mode only, a component is its column itself.
+            product = backend.matmul(rows, khatri_rao(backend, others)) if others else rows + 0.0 * factor
+            if mode == 0 and weights is not None:
+                found["weights"] = backend.sum(factor * product, axis=0)
+            found[f"factor{mode}"] = product if weights is None else product * weights
+        return found
 
     def paths(self, name: str) -> int:
         return self.rank
@@ -173,6 +214,19 @@ class Tucker(Format):
                 factors.append(None)
         return tucker_tensor(backend, core, factors)
 
+    def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
+        turned = {mode: backend.matrix_transpose(arrays[f"factor{mode}"]) for mode in self.modes}
+
+        def projected(skipped: int | None) -> Array:
+            factors = [None if mode == skipped else turned.get(mode) for mode in range(len(self.sizes))]
+            return tucker_tensor(backend, tensor, factors)
+
+        found = {"core": projected(None)}
+        for mode in self.modes:
+            rows, core = _unfolded(backend, projected(mode), mode), _unfolded(backend, arrays["core"], mode)
+            found[f"factor{mode}"] = backend.matmul(rows, backend.matrix_transpose(core))
+        return found
+
     def paths(self, name: str) -> int:
         return self.total_paths if name == "core" else self.core[int(name.removeprefix("factor"))]
 
@@ -198,6 +252,27 @@ class TensorTrain(Format):
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
         return tt_tensor(backend, [_rows(arrays[f"core{mode}"], bounds, 1) for mode, bounds in enumerate(ranges)])
+
+    def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
+        cores = [arrays[f"core{mode}"] for mode in range(len(self.sizes))]
+        found = {}
+        # What is left of the tensor once all cores before this one are contracted: (r, d_m, …, d_M).
+        rest = backend.reshape(tensor, (1, math.prod(self.sizes)))
+        for mode, core in enumerate(cores):
+            left, size, right = core.shape
+            rows = backend.reshape(rest, (left * size, math.prod(self.sizes[mode + 1 :])))
+            after = None
+            for later in reversed(cores[mode + 1 :]):
+                flat = backend.reshape(later, (-1, later.shape[2]))
+                after = flat if after is None else backend.matmul(flat, after)
+                after = backend.reshape(after, (later.shape[0], -1))
+            found[f"core{mode}"] = (
+                backend.reshape(rows, core.shape)
+                if after is None
+                else backend.reshape(backend.matmul(rows, backend.matrix_transpose(after)), core.shape)
+            )
+            rest = backend.matmul(backend.matrix_transpose(backend.reshape(core, (left * size, right))), rows)
+        return found
 
     def paths(self, name: str) -> int:
         mode = int(name.removeprefix("core"))

@@ -19,6 +19,7 @@ from .errors import ShapeError
 from .folding import balanced_shape, hypercube_shape, kronecker_sizes
 from .formats import Format, make_format
 from .products import hadamard_tensor, kronecker_tensor
+from .rearranging import contracted, rearranged
 
 __all__ = ["Network", "fold_sizes"]
 
@@ -155,16 +156,63 @@ class Network:
         vec = backend.concat(pieces)
         return vec if self.scale == 1.0 else vec * self.scale
 
+    def adjoint(self, backend: Backend, arrays: Mapping[str, Array], vec: Array) -> dict[str, Array]:
+        """The gradient of ``<vec, whole(arrays)>`` with respect to each array.
+
+        The vector is linear in each array by itself: this is the adjoint of each of these maps.
+
+        Parameters
+        ----------
+        backend : Backend
+        arrays : mapping of str to array
+            Of the shapes in ``shapes``.
+        vec : array, shape (size,)
+
+        Returns
+        -------
+        dict of str to array
+            In the order and shapes of ``shapes``.
+
+        Notes
+        -----
+        Each contraction costs as much as forming the vector; memory is a few times its length.
+        """
+        scaled = vec if self.scale == 1.0 else vec * self.scale
+        tensor = backend.reshape(backend.pad_last(scaled, math.prod(self.sizes)), self.sizes)
+        found: dict[str, Array] = {}
+        for prefixes in self.prefixes:
+            own = self._own(prefixes, arrays)
+            for k, (prefix, split) in enumerate(zip(prefixes, self.splits, strict=True)):
+                reached = self._reached(backend, own, tensor, k)
+                found |= {prefix + name: g for name, g in split.adjoint(backend, own[k], reached).items()}
+        return {name: found[name] for name in self.shapes}
+
+    def _own(self, prefixes: Sequence[str], arrays: Mapping[str, Array]) -> list[dict[str, Array]]:
+        """The arrays of one term, split by split."""
+        return [
+            {name: arrays[prefix + name] for name in split.shapes}
+            for prefix, split in zip(prefixes, self.splits, strict=True)
+        ]
+
+    def _reached(self, backend: Backend, own: Sequence[Mapping[str, Array]], tensor: Array, k: int) -> Array:
+        """The gradient of ``<tensor, T>`` with respect to the tensor of one split of a term."""
+        if len(self.splits) == 1:
+            return tensor
+        others = [
+            None if j == k else split.tensor(backend, own[j], [(0, size) for size in split.sizes])
+            for j, split in enumerate(self.splits)
+        ]
+        if not self.kronecker:
+            return hadamard_tensor([tensor, *(other for other in others if other is not None)])
+        sizes = [split.sizes for split in self.splits]
+        return contracted(backend, rearranged(backend, tensor, sizes), others, sizes[k])
+
     def _sum(self, backend: Backend, arrays: Mapping[str, Array], ranges: Sequence[tuple[int, int]]) -> Array:
         """The tensor on a box: the sum over terms."""
         compute = self._kronecker if self.kronecker else self._hadamard
         terms = []
         for prefixes in self.prefixes:
-            own = [
-                {name: arrays[prefix + name] for name in split.shapes}
-                for prefix, split in zip(prefixes, self.splits, strict=True)
-            ]
-            terms.append(compute(backend, own, ranges))
+            terms.append(compute(backend, self._own(prefixes, arrays), ranges))
         return functools.reduce(operator.add, terms)
 
     def _hadamard(

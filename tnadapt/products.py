@@ -95,12 +95,12 @@ def cp_tensor(backend: Backend, weights: Array | None, factors: Sequence[Array])
         return backend.sum(left, axis=1)
     # The two halves are formed; cut where they are smallest together.
     cut = min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
-    rows = _khatri_rao(backend, [left, *factors[1:cut]])
-    cols = _khatri_rao(backend, factors[cut:])
+    rows = khatri_rao(backend, [left, *factors[1:cut]])
+    cols = khatri_rao(backend, factors[cut:])
     return backend.reshape(backend.matmul(rows, backend.matrix_transpose(cols)), sizes)
 
 
-def _khatri_rao(backend: Backend, factors: Sequence[Array]) -> Array:
+def khatri_rao(backend: Backend, factors: Sequence[Array]) -> Array:
     """Columnwise Kronecker product of (d_m, r) factors: shape (prod d_m, r)."""
 
     def pair(a: Array, b: Array) -> Array:

@@ -321,6 +321,20 @@ class FormatContract:
                 doubled = split.tensor(backend, {**arrays, name: 2.0 * array}, whole)
                 np.testing.assert_allclose(doubled, 2.0 * expected, rtol=1e-12, atol=1e-12)
 
+    def test_the_adjoint_is_that_of_each_linear_map(self) -> None:
+        rng = np.random.default_rng(1)
+        for split, arrays in self._each():
+            backend = get_backend(*arrays.values())
+            whole = [(0, d) for d in split.sizes]
+            tensor = rng.normal(size=split.sizes)
+            found = split.adjoint(backend, arrays, tensor)
+            assert {name: tuple(gradient.shape) for name, gradient in found.items()} == split.shapes
+            for name, array in arrays.items():
+                # At an array of its own, so that nothing but the map itself is tested.
+                other = rng.normal(size=array.shape)
+                made = split.tensor(backend, {**arrays, name: other}, whole)
+                np.testing.assert_allclose((other * found[name]).sum(), (made * tensor).sum(), rtol=1e-9, atol=1e-9)
+
     def test_paths_are_the_variance(self) -> None:
         """Of independent unit numbers, elements have variance ``total_paths``: what the start counts on."""
         rng = np.random.default_rng(0)

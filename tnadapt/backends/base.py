@@ -145,6 +145,10 @@ class Backend:
         """The numbers of x as a NumPy array on the host, detached from any gradient."""
         return np.asarray(x)
 
+    def detached(self, x: Array) -> Array:
+        """The numbers of x where they are, without any gradient; may share memory."""
+        return x
+
     def astype(self, x: Array, dtype: str) -> Array:
         """x in another floating dtype; x itself where it is that already."""
         return x if self.dtype_name(x) == dtype else self.xp.astype(x, self.dtype(dtype))

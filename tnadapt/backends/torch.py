@@ -65,6 +65,9 @@ class TorchBackend(Backend):
         x = x.detach().cpu()
         return np.asarray(x.float() if x.dtype is torch.bfloat16 else x)
 
+    def detached(self, x: Array) -> Array:
+        return x.detach()
+
     def gradient(
         self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
     ) -> dict[str, Array] | None:
