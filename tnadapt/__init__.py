@@ -8,6 +8,7 @@ Importing this imports no framework.
 from . import presets
 from .backends import register_backend
 from .config import Config
+from .decomposition import decompose, search_rank
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
 from .files import AdapterFile, load, save
 from .folding import from_hypercube, hypercube_shape, to_hypercube
@@ -35,6 +36,7 @@ __all__ = [
     "TargetError",
     "TnadaptError",
     "cp_to_tensor",
+    "decompose",
     "from_hypercube",
     "fwht",
     "geometry",
@@ -46,6 +48,7 @@ __all__ = [
     "presets",
     "register_backend",
     "save",
+    "search_rank",
     "to_hypercube",
     "tt_to_tensor",
     "tucker_to_tensor",

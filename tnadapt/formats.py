@@ -110,7 +110,7 @@ class Format:
         raise NotImplementedError
 
 
-def _unfolded(backend: Backend, tensor: Array, mode: int) -> Array:
+def unfolded(backend: Backend, tensor: Array, mode: int) -> Array:
     """One mode as rows, the others in order as columns."""
     moved = backend.moveaxis(tensor, mode, 0)
     return backend.reshape(moved, (tensor.shape[mode], math.prod(tensor.shape) // tensor.shape[mode]))
@@ -168,7 +168,7 @@ class CP(Format):
         found: dict[str, Array] = {}
         for mode, factor in enumerate(factors):
             others = factors[:mode] + factors[mode + 1 :]
-            rows = _unfolded(backend, tensor, mode)
+            rows = unfolded(backend, tensor, mode)
             # Where there is one mode only, a component is its column itself.
             product = backend.matmul(rows, khatri_rao(backend, others)) if others else rows + 0.0 * factor
             if mode == 0 and weights is not None:
@@ -223,7 +223,7 @@ class Tucker(Format):
 
         found = {"core": projected(None)}
         for mode in self.modes:
-            rows, core = _unfolded(backend, projected(mode), mode), _unfolded(backend, arrays["core"], mode)
+            rows, core = unfolded(backend, projected(mode), mode), unfolded(backend, arrays["core"], mode)
             found[f"factor{mode}"] = backend.matmul(rows, backend.matrix_transpose(core))
         return found
 

@@ -156,7 +156,9 @@ class Network:
         vec = backend.concat(pieces)
         return vec if self.scale == 1.0 else vec * self.scale
 
-    def adjoint(self, backend: Backend, arrays: Mapping[str, Array], vec: Array) -> dict[str, Array]:
+    def adjoint(
+        self, backend: Backend, arrays: Mapping[str, Array], vec: Array, only: str | None = None
+    ) -> dict[str, Array]:
         """The gradient of ``<vec, whole(arrays)>`` with respect to each array.
 
         The vector is linear in each array by itself: this is the adjoint of each of these maps.
@@ -167,6 +169,8 @@ class Network:
         arrays : mapping of str to array
             Of the shapes in ``shapes``.
         vec : array, shape (size,)
+        only : str, optional
+            The name of one array: no more than those of its split are computed then.
 
         Returns
         -------
@@ -181,14 +185,16 @@ class Network:
         tensor = backend.reshape(backend.pad_last(scaled, math.prod(self.sizes)), self.sizes)
         found: dict[str, Array] = {}
         for prefixes in self.prefixes:
-            own = self._own(prefixes, arrays)
+            own = self.of_term(prefixes, arrays)
             for k, (prefix, split) in enumerate(zip(prefixes, self.splits, strict=True)):
+                if only is not None and only.rpartition(".")[0] + "." != prefix:
+                    continue
                 reached = self._reached(backend, own, tensor, k)
                 found |= {prefix + name: g for name, g in split.adjoint(backend, own[k], reached).items()}
-        return {name: found[name] for name in self.shapes}
+        return {name: found[name] for name in self.shapes if name in found}
 
-    def _own(self, prefixes: Sequence[str], arrays: Mapping[str, Array]) -> list[dict[str, Array]]:
-        """The arrays of one term, split by split."""
+    def of_term(self, prefixes: Sequence[str], arrays: Mapping[str, Array]) -> list[dict[str, Array]]:
+        """The arrays of one term, split by split, under the names that their formats give them."""
         return [
             {name: arrays[prefix + name] for name in split.shapes}
             for prefix, split in zip(prefixes, self.splits, strict=True)
@@ -212,7 +218,7 @@ class Network:
         compute = self._kronecker if self.kronecker else self._hadamard
         terms = []
         for prefixes in self.prefixes:
-            terms.append(compute(backend, self._own(prefixes, arrays), ranges))
+            terms.append(compute(backend, self.of_term(prefixes, arrays), ranges))
         return functools.reduce(operator.add, terms)
 
     def _hadamard(

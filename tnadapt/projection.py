@@ -19,7 +19,7 @@ from .folding import MAX_SIZE
 from .hadamard import fwht_last
 from .projection_draws import ProjectionDraws, hadamard_rows
 
-__all__ = ["KINDS", "NONLINEAR", "Projection"]
+__all__ = ["KINDS", "NONLINEAR", "Projection", "tanhshrink"]
 
 KINDS = ("identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2")
 SQUARE = ("identity", "shuffle")  # ρ = 1 only
@@ -110,6 +110,12 @@ class Projection:
     def linear(self) -> bool:
         """Whether F is a linear map."""
         return self.kind not in NONLINEAR
+
+    @property
+    def linear_part(self) -> Projection:
+        """F without the nonlinearity that ends it: the same draws."""
+        kind = self.kind.replace("nonlinear", "linear")
+        return self if kind == self.kind else Projection(kind, self.n_in, self.n_out, self.seed, self.group)
 
     # -- F -----------------------------------------------------------------------------------
 
@@ -261,7 +267,7 @@ class Projection:
 
     def _apply(self, backend: Backend, x: Array) -> Array:
         y = self._linear_part(backend, x)
-        return y if self.linear else _tanhshrink(backend, y)
+        return y if self.linear else tanhshrink(backend, y)
 
     def _linear_part(self, backend: Backend, x: Array) -> Array:
         if self.kind == "identity":
@@ -317,7 +323,7 @@ class Projection:
         y = fwht_last(backend, mixed)
         y = backend.reshape(y, (*x.shape[:-1], (end - first) * low))[..., start - first * low : stop - first * low]
         y = y * self._draws.piece(backend, "diagonal", start, stop, x, kind)
-        return y if self.linear else _tanhshrink(backend, y)
+        return y if self.linear else tanhshrink(backend, y)
 
 
 def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
@@ -329,7 +335,7 @@ def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
     return compute(backend, *arrays)
 
 
-def _tanhshrink(backend: Backend, t: Array) -> Array:
+def tanhshrink(backend: Backend, t: Array) -> Array:
     """``t - tanh(t)``; near 0, where that would cancel to nothing, its series in odd powers."""
     square = t * t
     series = square * 0.0 + _SHRINK_SERIES[-1]

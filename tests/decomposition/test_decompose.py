@@ -1,0 +1,452 @@
+"""decompose: what holds for every config, and the optimum where algebra knows it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorly
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt import presets
+from tnadapt.backends import Backend
+from tnadapt.decomposition import Step
+from tnadapt.errors import BackendError, ConfigError, ShapeError
+from tnadapt.testing import parameters, plans
+
+
+def _error(plan: tna.SuperLoRA, params: dict[str, Any], given: list[np.ndarray]) -> float:
+    """Relative Frobenius error, by NumPy alone."""
+    wrong = sum(float(((a - b) ** 2).sum()) for a, b in zip(plan.deltas(params), given, strict=True))
+    total = sum(float((b**2).sum()) for b in given)
+    return math.sqrt(wrong / total)
+
+
+def _normal(rng: np.random.Generator, plan: tna.SuperLoRA) -> list[np.ndarray]:
+    return [rng.normal(size=shape) for shape in plan.shapes]
+
+
+# -- Of every config ---------------------------------------------------------------------------
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_config_is_fitted_as_its_report_says(data: st.DataObject) -> None:
+    plan = data.draw(plans())
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    given = _normal(rng, plan)
+    layers = plan._layers
+    params, report = tna.decompose(given, plan.config, layers=layers, max_iterations=10)
+    assert {name: array.shape for name, array in params.items()} == plan.param_shapes
+    assert list(params) == list(plan.param_shapes)
+    assert all(array.dtype == np.float64 and np.isfinite(array).all() for array in params.values())
+    assert report.error == pytest.approx(_error(plan, params, given), rel=1e-6, abs=1e-12)
+    # Never worse than nothing, and never better than what is possible.
+    assert 0.0 <= report.bound <= report.error <= 1.0 + 1e-12
+    again, same = tna.decompose(given, plan.config, layers=layers, max_iterations=10)
+    assert all(np.array_equal(params[name], again[name]) for name in params)
+    assert same.to_dict() == report.to_dict()
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_nothing_near_an_optimum_is_better(data: st.DataObject) -> None:
+    plan = data.draw(plans())
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    given = _normal(rng, plan)
+    params, report = tna.decompose(given, plan.config, layers=plan._layers, max_iterations=20)
+    certified = [g for g, found in zip(plan.groups, report.groups, strict=True) if found.certified]
+    for group in certified:
+        for size in (1e-1, 1e-3):
+            near = dict(params)
+            for full in group.names.values():
+                near[full] = params[full] + size * rng.normal(size=params[full].shape)
+            # Least squares through F end at a tolerance, and so does this.
+            assert _error(plan, near, given) >= report.error - 1e-5
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_an_update_of_zeros_is_the_start_of_training(data: st.DataObject) -> None:
+    plan = data.draw(plans())
+    zeros = [np.zeros(shape) for shape in plan.shapes]
+    params, report = tna.decompose(zeros, plan.config, layers=plan._layers)
+    started = plan.init(dtype="float64")
+    assert all(np.array_equal(params[name], started[name]) for name in started)
+    assert report.error == 0.0
+    assert report.certified
+
+
+RECOVERED = {
+    "dense": presets.dense(),
+    "lora": presets.lora(3),
+    "lora of two terms": presets.lora(2, terms=2),
+    "lora by alpha": presets.lora(3, alpha=12),
+    "lokr": presets.lokr(3),
+    "lokr, all factored": presets.lokr(2, leading="same"),
+    "krona": presets.krona(),
+    "krona of two terms": presets.krona(terms=2),
+    "lonkr": presets.lonkr(3, split_size=2),
+    "lotr": presets.lotr(3, weights=4, rows=12, cols=24),
+    "lotr as a train": presets.lotr(3, weights=4, rows=12, cols=24, train=True),
+    "fact_tk": presets.fact_tk(3, weights=4, rows=12, cols=24),
+    "lorta": presets.lorta(3, order=3),
+    "lorta of order 5": presets.lorta(2, order=5),
+    "superlora": presets.superlora(3),
+    "superlora of order 3": presets.superlora(3, order=3),
+    "superlora in three groups": presets.superlora(3, groups=3),
+    "shuffle": presets.superlora(3, projection="shuffle"),
+    "fastfood": presets.fastfood(0.3),
+    "linear F": presets.superlora(3, projection="linear", ratio=0.3),
+    "linear_v2 F": presets.superlora(3, projection="linear_v2", ratio=0.3),
+    "balanced": tna.Config(rank=2, order=4, groups=1, fold="balanced"),
+}
+
+
+@pytest.mark.parametrize("name", RECOVERED)
+def test_what_a_config_made_is_found_again(name: str) -> None:
+    config = RECOVERED[name]
+    plan = tna.SuperLoRA(config, [(12, 24)] * 4)
+    rng = np.random.default_rng(0)
+    made = plan.deltas({full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
+    _, report = tna.decompose(made, config, max_iterations=500)
+    # An alternation ends where a step gains less than 1e-6; the slowest of them makes a hundred such steps.
+    assert report.error < 1e-4
+
+
+@pytest.mark.parametrize("name", ["dense", "lora", "lora of two terms", "krona", "lotr", "lotr as a train"])
+def test_and_to_the_last_bits_where_algebra_knows_it(name: str) -> None:
+    config = RECOVERED[name]
+    plan = tna.SuperLoRA(config, [(12, 24)] * 4)
+    rng = np.random.default_rng(0)
+    made = plan.deltas({full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
+    _, report = tna.decompose(made, config)
+    assert report.error < 1e-13
+    assert report.certified
+
+
+@pytest.mark.parametrize("kind", ["nonlinear", "nonlinear_v2"])
+def test_a_nonlinear_f_is_found_again(kind: str) -> None:
+    plan = tna.SuperLoRA(presets.superlora(2, projection=kind, ratio=0.5), [(12, 24)] * 4)
+    rng = np.random.default_rng(0)
+    made = plan.deltas({full: 0.5 * rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
+    _, report = tna.decompose(made, plan.config, max_iterations=500)
+    assert report.error < 1e-4
+
+
+# -- The optimum, by formulas of their own -----------------------------------------------------
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
+def test_lora_is_the_truncated_svd(rows: int, cols: int, rank: int, seed: int) -> None:
+    delta = np.random.default_rng(seed).normal(size=(rows, cols))
+    _, report = tna.decompose([delta], presets.lora(rank, alpha=2.0))
+    left = np.linalg.svd(delta, compute_uv=False)[rank:]
+    assert report.error == pytest.approx(math.sqrt((left**2).sum()) / np.linalg.norm(delta), abs=1e-12)
+    assert report.certified
+
+
+def _nearest_kronecker(delta: np.ndarray, m: int, n: int) -> float:
+    """Van Loan & Pitsianis by loops: the relative error of the nearest A ⊗ B with A of (m, n)."""
+    p, q = delta.shape[0] // m, delta.shape[1] // n
+    rows = [delta[i * p : (i + 1) * p, j * q : (j + 1) * q].reshape(-1) for i in range(m) for j in range(n)]
+    values = np.linalg.svd(np.array(rows), compute_uv=False)
+    return math.sqrt((values[1:] ** 2).sum() / (values**2).sum())
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 1000))
+def test_krona_is_the_nearest_kronecker_product(rows: int, cols: int, seed: int) -> None:
+    delta = np.random.default_rng(seed).normal(size=(3 * rows, 3 * cols))
+    _, report = tna.decompose([delta], presets.krona(split_size=3))
+    assert report.error == pytest.approx(_nearest_kronecker(delta, 3, 3), abs=1e-12)
+    assert report.certified
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear_v2"])
+def test_dense_through_f_is_least_squares(kind: str) -> None:
+    config = presets.fastfood(0.4, projection=kind)
+    given = [np.random.default_rng(0).normal(size=(6, 7))]
+    plan = tna.SuperLoRA(config, [(6, 7)])
+    matrix = plan.groups[0].projection(np.eye(plan.num_parameters)).T
+    expected, *_ = np.linalg.lstsq(matrix, given[0].reshape(-1), rcond=None)
+    params, report = tna.decompose(given, config, tol=1e-12)
+    np.testing.assert_allclose(params["group0.split0.dense"], expected, rtol=1e-6, atol=1e-8)
+    assert report.certified
+
+
+@given(st.lists(st.integers(2, 4), min_size=3, max_size=4), st.integers(1, 3), st.integers(0, 1000))
+def test_a_train_is_within_its_bound(sizes: list[int], rank: int, seed: int) -> None:
+    tensor = np.random.default_rng(seed).normal(size=sizes)
+    config = tna.Config(rank=rank, order=len(sizes), fold=tuple(sizes), format="tt")
+    _, report = tna.decompose(tensor, config)
+    # Oseledets: √(d - 1) times the optimum, which is no less than the bound.
+    assert report.error <= math.sqrt(len(sizes) - 1) * report.bound + 1e-6
+
+
+@given(st.lists(st.integers(2, 5), min_size=3, max_size=4), st.integers(1, 3), st.integers(0, 1000))
+def test_tucker_is_no_worse_than_tensorlys(sizes: list[int], rank: int, seed: int) -> None:
+    tensor = np.random.default_rng(seed).normal(size=sizes)
+    config = tna.Config(rank=rank, order=len(sizes), fold=tuple(sizes), format="tucker")
+    _, report = tna.decompose(tensor, config)
+    ranks = [min(rank, size) for size in sizes]
+    with tensorly.backend_context("numpy", local_threadsafe=True):
+        theirs = tensorly.tucker_to_tensor(tensorly.decomposition.tucker(tensor, ranks))
+    assert report.error <= np.linalg.norm(theirs - tensor) / np.linalg.norm(tensor) + 1e-4
+
+
+def test_a_kronecker_product_of_factored_splits_gains_in_every_sweep() -> None:
+    rng = np.random.default_rng(0)
+    errors: list[float] = []
+    _, report = tna.decompose(
+        [rng.normal(size=(24, 36))],
+        presets.lokr(2, leading="same", terms=2),
+        tol=0.0,
+        progress=lambda step: None if step.error is None else errors.append(step.error),
+    )
+    assert len(errors) > 3
+    assert all(after <= before + 1e-12 for before, after in itertools.pairwise(errors))
+    assert errors[-1] == pytest.approx(report.error, rel=1e-9)
+
+
+# -- Free padding ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tna.Config(rank=1, groups=1, fold="hypercube"),
+        tna.Config(rank=2, order=3, groups=1, fold="hypercube"),
+        tna.Config(rank=2, order=3, groups=1, fold="hypercube", format="tucker"),
+        tna.Config(rank=2, order=3, groups=1, fold="hypercube", format="tt"),
+        tna.Config(rank=2, groups=1, fold="hypercube", splits=2, split_size=4),
+    ],
+)
+def test_padding_is_not_fitted_to_zero(config: tna.Config) -> None:
+    # 190 = 14² - 6 elements, of 6³ = 216 at order 3: cut in the midst of a row.
+    plan = tna.SuperLoRA(config, [(19, 10)])
+    rng = np.random.default_rng(1)
+    made = plan.deltas({full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
+    _, report = tna.decompose(made, config, max_iterations=1000, tol=1e-9)
+    network = plan.groups[0].network
+    zeros = np.zeros(math.prod(network.sizes))
+    zeros[: network.size] = made[0].reshape(-1)
+    # The same numbers with zeros after them are not within the config's reach.
+    whole = config.replace(fold=network.sizes)
+    _, fitted_to_zero = tna.decompose([zeros.reshape(1, -1)], whole, max_iterations=1000, tol=1e-9)
+    # Filling in gains ever less in a round: after a thousand the slowest of these is at 2e-4, and goes on.
+    assert report.error < 1e-3 < 1e-2 < fitted_to_zero.error
+
+
+# -- Libraries, dtypes, devices ----------------------------------------------------------------
+
+EACH = {
+    "lora": presets.lora(2),
+    "lokr": presets.lokr(2),
+    "krona": presets.krona(),
+    "loha": presets.loha(2),
+    "lorta": presets.lorta(2),
+    "cp": tna.Config(rank=2, order=3, groups=1, fold="hypercube"),
+    "weighted": tna.Config(rank=2, order=3, groups=1, fold="balanced", format="cp-weighted"),
+    "train": tna.Config(rank=2, order=3, groups=1, fold="hypercube", format="tt"),
+    "fastfood": presets.fastfood(0.5),
+    "linear": presets.superlora(2, projection="linear", ratio=0.5),
+    "nonlinear": presets.superlora(2, projection="nonlinear", ratio=0.5),
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_library_fits_as_numpy_does_and_keeps_its_arrays(name: str, backend: Backend) -> None:
+    config = EACH[name]
+    rng = np.random.default_rng(0)
+    given = [rng.normal(size=(6, 8)), rng.normal(size=(6, 8))]
+    _, expected = tna.decompose(given, config, max_iterations=30)
+    before = tensorly.get_backend()
+    own = [backend.asarray(delta, "float64") for delta in given]
+    params, report = tna.decompose(own, config, max_iterations=30)
+    assert tensorly.get_backend() == before
+    for array in params.values():
+        assert backend.owns(array)
+        assert backend.dtype_name(array) == "float64"
+        assert backend.device(array) == backend.device(own[0])
+    # Iterations amplify the last bits; the error they end at is the same.
+    assert report.error == pytest.approx(expected.error, rel=1e-3)
+    plan = report.plan
+    assert _error(plan, {n: backend.to_numpy(a) for n, a in params.items()}, given) == pytest.approx(report.error)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_single_and_half_precision_are_fitted_in_single(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    delta = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(getattr(torch, kind)).requires_grad_()
+    params, report = tna.decompose([delta], presets.lora(2))
+    assert all(array.dtype == torch.float32 and not array.requires_grad for array in params.values())
+    left = torch.linalg.svdvals(delta.detach().double())[2:].norm() / delta.detach().double().norm()
+    assert report.error == pytest.approx(float(left), rel=1e-5)
+
+
+def test_numpys_random_state_is_neither_read_nor_moved() -> None:
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=(5, 6, 7))
+    config = tna.Config(rank=6, order=3, fold=(5, 6, 7))  # more than a mode's size: filled up at random
+    np.random.seed(1)
+    random.seed(1)
+    before = np.random.get_state()[1].tolist(), random.getstate()
+    first = tna.decompose(given, config)[1]
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before
+    np.random.seed(2)
+    assert tna.decompose(given, config)[1].error == first.error
+
+
+def test_tensorlys_backend_of_other_threads_stays() -> None:
+    import threading
+
+    torch = pytest.importorskip("torch")
+    seen = []
+    tna.decompose(
+        torch.randn(3, 4, 5),
+        tna.Config(rank=2, order=3, fold=(3, 4, 5)),
+        progress=lambda step: seen.append(_in_thread(threading, tensorly.get_backend)),
+    )
+    assert set(seen) == {"numpy"}
+    assert _in_thread(threading, tensorly.get_backend) == "numpy"
+
+
+def _in_thread(threading: Any, ask: Any) -> str:
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(ask()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+# -- What else is promised ---------------------------------------------------------------------
+
+
+def test_random_projections_find_what_stands_out_and_certify_nothing() -> None:
+    rng = np.random.default_rng(0)
+    u, v = np.linalg.qr(rng.normal(size=(80, 5)))[0], np.linalg.qr(rng.normal(size=(60, 5)))[0]
+    delta = (u * [5.0, 4.0, 3.0, 2.0, 1.0]) @ v.T + 1e-3 * rng.normal(size=(80, 60))
+    full = tna.decompose([delta], presets.lora(5), svd="full")[1]
+    found = tna.decompose([delta], presets.lora(5), svd="randomized")[1]
+    assert full.certified
+    assert found.groups[0].method == "randomised SVD"
+    assert full.error <= found.error <= full.error * 1.001
+
+
+def test_progress_tells_of_every_group_and_iteration() -> None:
+    rng = np.random.default_rng(0)
+    steps: list[Step] = []
+    config = tna.Config(rank=1, splits=2, groups="weight")
+    tna.decompose([rng.normal(size=(6, 6)) for _ in range(3)], config, progress=steps.append)
+    assert [step.group for step in steps if step.iteration == 0] == [0, 1, 2]
+    assert {step.groups for step in steps} == {3}
+    assert all(0 < step.error < 1 for step in steps if step.error is not None)
+
+
+def test_one_tensor_of_any_order() -> None:
+    rng = np.random.default_rng(0)
+    params, report = tna.decompose(rng.normal(size=7), tna.Config(order=1, format="dense"))
+    assert report.plan.shapes == ((1, 7),)
+    assert report.certified
+    tensor = rng.normal(size=(3, 4, 5))
+    params, report = tna.decompose(tensor, tna.Config(rank=3, order=3, fold=(3, 4, 5), format="tucker"))
+    made = tna.tucker_to_tensor(
+        (params["group0.split0.core"], [params[f"group0.split0.factor{mode}"] for mode in range(3)])
+    )
+    assert np.linalg.norm(made - tensor) / np.linalg.norm(tensor) == pytest.approx(report.error)
+
+
+def test_groups_by_layer() -> None:
+    rng = np.random.default_rng(0)
+    given = [rng.normal(size=(4, 4)) for _ in range(4)]
+    _, report = tna.decompose(given, tna.Config(rank=1, groups="layer"), layers=["a", "a", "b", "b"])
+    assert len(report.groups) == 2
+    with pytest.raises(ConfigError, match="needs layers"):
+        tna.decompose(given, tna.Config(rank=1, groups="layer"))
+
+
+def test_one_wrong_number_is_said() -> None:
+    good = np.ones((2, 3))
+    config = tna.Config(rank=1)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ShapeError, match="NaN, infinity"):
+            tna.decompose([good, np.where(np.eye(2, 3) > 0, bad, 1.0)], config)
+    for deltas, error, match in (
+        ([], ShapeError, "is empty"),
+        ("x", BackendError, "must be a list of arrays"),
+        ([np.ones((2, 3, 4))], ShapeError, "given by itself"),
+        (np.ones(()), ShapeError, "must have elements"),
+        (np.ones((0, 3)), ShapeError, "must have elements"),
+        ([np.ones((2, 3), int)], BackendError, "real floating"),
+        ([good, good.astype("float32")], BackendError, "two dtypes"),
+    ):
+        with pytest.raises(error, match=match):
+            tna.decompose(deltas, config)
+    for settings_, match in (
+        ({"tol": -1.0}, "tol"),
+        ({"tol": "x"}, "tol"),
+        ({"max_iterations": 0}, "max_iterations"),
+        ({"svd": "best"}, "svd must be one of"),
+        ({"seed": -1}, "seed"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            tna.decompose([good], config, **settings_)
+    with pytest.raises(ConfigError, match=r"expected a tnadapt\.Config"):
+        tna.decompose([good], {"rank": 1})
+
+
+# -- search_rank -------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 9), st.integers(2, 9), st.floats(0.01, 0.9), st.integers(0, 1000))
+def test_the_rank_found_is_the_smallest(rows: int, cols: int, error: float, seed: int) -> None:
+    delta = np.random.default_rng(seed).normal(size=(rows, cols))
+    found = tna.search_rank([delta], presets.lora(), error=error)
+    values = np.linalg.svd(delta, compute_uv=False) ** 2
+    tails = [math.sqrt(values[rank:].sum() / values.sum()) for rank in range(len(values) + 1)]
+    assert found.rank == max(1, next(rank for rank, tail in enumerate(tails) if tail <= error))
+    assert found.config.rank == found.rank
+    assert found.report.error <= error
+
+
+@pytest.mark.parametrize("name", ["cp", "weighted", "train", "lorta"])
+def test_a_rank_is_found_for_other_formats(name: str) -> None:
+    config = EACH[name]
+    plan = tna.SuperLoRA(config, [(6, 8)] * 2)
+    rng = np.random.default_rng(0)
+    made = plan.deltas({full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
+    found = tna.search_rank(made, config.replace(rank=7), error=1e-3)
+    assert found.rank <= 2
+
+
+def test_a_search_that_cannot_end_well() -> None:
+    rng = np.random.default_rng(0)
+    delta = rng.normal(size=(12, 12))
+    with pytest.raises(ConfigError, match=r"no rank up to \d+ comes within 0.1: the error there is"):
+        tna.search_rank([delta], presets.lokr(), error=0.1)
+    with pytest.raises(ConfigError, match="no rank up to 2 "):
+        tna.search_rank([delta], presets.lora(), error=0.1, max_rank=2)
+    with pytest.raises(ConfigError, match="no rank to search"):
+        tna.search_rank([delta], presets.dense())
+    with pytest.raises(ConfigError, match="several"):
+        tna.search_rank([delta], tna.Config(rank=(1, 2), format="tucker"))
+    for error in (-0.1, 1.0, "x"):
+        with pytest.raises(ConfigError, match="error must be"):
+            tna.search_rank([delta], presets.lora(), error=error)
+
+
+@given(st.data())
+def test_parameters_of_its_own_come_back_as_updates(data: st.DataObject) -> None:
+    """Whatever a linear plan without F and order up to 2 can make by one split is made again."""
+    plan = data.draw(plans(("identity", "shuffle")))
+    if plan.config.splits > 1 or plan.config.order > 2 or plan.config.terms > 1:
+        return
+    made = plan.deltas(data.draw(parameters(plan)))
+    _, report = tna.decompose(made, plan.config, layers=plan._layers, max_iterations=1000, tol=1e-10)
+    assert report.error < 1e-5

@@ -1,0 +1,12 @@
+"""Given updates to the parameters that make them: the standalone decomposition call.
+
+One solver a file: SVD, ALS, HOOI and TT-SVD of one tensor (``single``), Kronecker products and sums (``splits``), free
+padding (``networks``), least squares through F (``least_squares``, ``arrays``), gradients (``gradient``), and what no
+parameters can fall below (``bounds``).
+"""
+
+from .api import decompose
+from .report import GroupReport, Report, Step
+from .search import Found, search_rank
+
+__all__ = ["Found", "GroupReport", "Report", "Step", "decompose", "search_rank"]

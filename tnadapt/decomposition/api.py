@@ -1,0 +1,169 @@
+"""``tnadapt.decompose``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from ..backends import Backend, get_backend, load_backend
+from ..backends.base import Array
+from ..config import Config
+from ..errors import BackendError, ConfigError, ShapeError, integer, shown
+from ..superlora import SuperLoRA
+from .algebra import TENSORLY, Algebra
+from .fit import fit_plan
+from .report import Report, Step
+from .single import Limits
+
+__all__ = ["decompose"]
+
+_SVD = ("auto", "full", "randomized")
+
+
+def decompose(
+    deltas: Any,
+    cfg: Config,
+    *,
+    layers: Sequence[Hashable] | None = None,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
+    svd: str = "auto",
+    seed: int = 0,
+    progress: Callable[[Step], None] | None = None,
+) -> tuple[dict[str, Array], Report]:
+    """Fit a config to given updates: the parameters whose ``deltas`` are nearest to them.
+
+    Parameters
+    ----------
+    deltas : list of array, or one array
+        The updates, each of shape (rows, cols); one library, real floating dtype and device. Or one tensor of any
+        order, which counts as one weight of shape (d_1, d_2 ⋯ d_M): decompose it in its own modes with
+        ``Config(order=M, fold=(d_1, …, d_M), …)``.
+    cfg : Config
+        What the updates are to be made of.
+    layers : sequence of hashable, optional
+        One key a weight, for ``groups="layer"``.
+    tol : float
+        An iteration ends when a step makes the relative error smaller by no more than this.
+    max_iterations : int
+        Of each group, at least 1.
+    svd : {"auto", "full", "randomized"}
+        How leading singular vectors are found: of the whole matrix, or by random projections (Halko et al.), which
+        "auto" does where both sides are longer than 1024 and few are asked for. A result of those is never certified.
+    seed : int
+        Of random projections and starts.
+    progress : callable, optional
+        Called with a :class:`~tnadapt.decomposition.Step` as it goes.
+
+    Returns
+    -------
+    params : dict of str to array
+        As ``SuperLoRA(cfg, shapes).param_shapes`` names and shapes them; library, device and dtype of the updates (half
+        precision is computed, and given, in float32). Not differentiable.
+    report : Report
+        Relative Frobenius error and a lower bound of it, of all and of each group, iterations, and whether the
+        optimum is certified; ``report.plan.deltas(params)`` are the fitted updates.
+
+    Raises
+    ------
+    ShapeError
+        If an update is no matrix, holds NaN or infinity, or the config does not fit the shapes.
+    ConfigError
+        If a setting is out of range.
+    BackendError
+        If the arrays are of several libraries, dtypes or devices.
+
+    Notes
+    -----
+    Each group by itself; what is done for one of n elements, by its config:
+
+    ============================================ =========================================================
+    dense; anything of order 1                   exact
+    CP, M = 2 (LoRA)                             truncated SVD: the optimum (Eckart & Young)
+    CP, M > 2                                    ALS (TensorLy), no guarantee
+    Tucker                                       HOSVD, then HOOI (TensorLy)
+    tensor train                                 TT-SVD (TensorLy): within √(M - 1) of the optimum
+    K = 2 dense splits                           nearest Kronecker product, by rearrangement and SVD: the optimum
+    other Kronecker splits, sums                 from that, one split after another; no step makes it worse
+    Hadamard splits                              L-BFGS on all arrays
+    shuffle                                      as without F, of the shuffled vector
+    dense through linear F                       least squares by F and its adjoint (LSQR): the optimum
+    others through linear F                      from that, array after array by least squares
+    nonlinear F                                  from tanhshrink's inverse, L-BFGS on all arrays
+    ============================================ =========================================================
+
+    Elements that a fold or a cut adds are free: they are not fitted to zero, but left to take what suits the others.
+    An update of zeros gives the parameters at which training starts. Nothing global changes, TensorLy's backend
+    least. Memory is a few times the largest group.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> rng = np.random.default_rng(0)
+    >>> delta = rng.normal(size=(12, 3)) @ rng.normal(size=(3, 8))
+    >>> params, report = decompose([delta], tna.Config(rank=3))
+    >>> bool(np.allclose(report.plan.deltas(params)[0], delta)), report.certified
+    (True, True)
+    >>> tensor = rng.normal(size=(4, 5, 6))
+    >>> params, report = decompose(tensor, tna.Config(rank=2, order=3, fold=(4, 5, 6), format="tt"))
+    >>> [array.shape for array in params.values()], report.bound <= report.error < 1
+    ([(1, 4, 2), (2, 5, 2), (2, 6, 1)], True)
+    """
+    given = _listed(deltas)
+    backend = get_backend(*given)
+    for number, delta in enumerate(given):
+        backend.require_float(delta, f"deltas[{number}]")
+    plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(given)], layers)
+    limits = _limits(tol, max_iterations)
+    if svd not in _SVD:
+        raise ConfigError(f"svd must be one of {', '.join(_SVD)}; got {shown(svd)}")
+    seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
+    # A library that TensorLy does not know is computed for on the host.
+    own = backend if backend.name in TENSORLY else load_backend("numpy")
+    kind = backend.dtype_name(given[0])
+    wide = kind if kind == "float64" else "float32"
+
+    def read(weight: int) -> Array:
+        delta = given[weight]
+        delta = backend.detached(delta) if own is backend else backend.to_numpy(delta)
+        return own.reshape(own.astype(delta, wide), plan.shapes[weight])
+
+    algebra = Algebra(own, read(0), svd, seed)
+    params, report = fit_plan(algebra, plan, read, limits, progress)
+    if own is not backend:
+        device = backend.device(given[0])
+        params = {name: backend.asarray(own.to_numpy(array), wide, device) for name, array in params.items()}
+    return params, report
+
+
+def _listed(deltas: Any) -> list[Array]:
+    if isinstance(deltas, (list, tuple)):
+        if not deltas:
+            raise ShapeError("deltas is empty: there is no update to decompose")
+        return list(deltas)
+    if not hasattr(deltas, "shape"):
+        raise BackendError(f"deltas must be a list of arrays, or one array; got {type(deltas).__name__}")
+    if len(deltas.shape) < 1 or not all(deltas.shape):
+        raise ShapeError(f"a tensor to decompose must have elements; got shape {tuple(deltas.shape)}")
+    order = len(deltas.shape)
+    if order == 2:
+        return [deltas]
+    backend: Backend = get_backend(deltas)
+    rows = deltas.shape[0] if order > 1 else 1
+    return [backend.reshape(deltas, (rows, math.prod(deltas.shape) // rows))]
+
+
+def _shape(delta: Array, number: int) -> tuple[int, int]:
+    if len(delta.shape) != 2:
+        raise ShapeError(
+            f"deltas[{number}] has shape {tuple(delta.shape)}; expected (rows, cols). One tensor of another order is "
+            "given by itself, not in a list"
+        )
+    return int(delta.shape[0]), int(delta.shape[1])
+
+
+def _limits(tol: float, iterations: int) -> Limits:
+    if isinstance(tol, (bool, str)) or not isinstance(tol, (int, float)) or not 0.0 <= tol < 1.0:
+        raise ConfigError(f"tol must be from 0 to below 1; got {shown(tol)}")
+    return Limits(float(tol), integer("max_iterations", iterations, 1, 1 << 31, ConfigError))

@@ -1,0 +1,116 @@
+"""One group with its F to the arrays that make its update.
+
+- identity, shuffle: F keeps all distances, so the network is fitted to ``Fᵀ y``.
+- linear F: least squares for the vector before F. Where that vector is the parameter (dense), it is the answer;
+  else the network is fitted to it, and then array after array through F.
+- nonlinear F: the same for what tanhshrink's argument would have to be, then L-BFGS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..backends.base import Array
+from ..formats import Dense
+from ..network import Network
+from ..projection import Projection, tanhshrink
+from ..superlora import Group
+from .algebra import Algebra
+from .arrays import alternate
+from .gradient import refine
+from .least_squares import least_squares
+from .networks import fit_network
+from .single import Fit, Limits
+
+__all__ = ["fit_group"]
+
+Watch = Callable[[int, float], None]
+
+_STEPS = 50  # of least squares for a first guess
+
+
+def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
+    """The arrays of a group that make its part of the long vector, as nearly as is known.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    group : Group
+    y : array, shape (size,)
+    limits : Limits
+    watch : callable
+        Called with a number and the relative error as it goes.
+
+    Returns
+    -------
+    Fit
+        Arrays under the network's names.
+    """
+    network, projection = group.network, group.projection
+    if algebra.squares(y) == 0.0:
+        return Fit(started(algebra, group), True, 0, "zero")
+    if not projection.linear:
+        return _nonlinear(algebra, group, y, limits, watch)
+    if projection.kind in ("identity", "shuffle"):
+        return fit_network(algebra, network, projection.adjoint(y), limits, watch)
+    plain = len(network.splits) == 1 and isinstance(network.splits[0], Dense)
+    before = _before(algebra, projection, y, limits, limits.iterations if plain else _STEPS)
+    if algebra.squares(before.arrays["x"]) == 0.0:
+        # Nothing of y is within F's reach.
+        return Fit({name: algebra.zeros(shape) for name, shape in network.shapes.items()}, False, 0, before.method)
+    found = fit_network(algebra, network, before.arrays["x"], limits, lambda *_: None)
+    if plain:
+        return found._replace(optimal=before.optimal, iterations=before.iterations, method=before.method)
+    return alternate(algebra, network, projection, y, found.arrays, limits, watch)
+
+
+def started(algebra: Algebra, group: Group) -> dict[str, Array]:
+    """The arrays at the start of training, whose update is zero."""
+    return {name: algebra.array(group.start.host(name)) for name in group.network.shapes}
+
+
+def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, steps: int) -> Fit:
+    """The vector before a linear F: least squares by F and its adjoint."""
+    start = algebra.zeros((projection.n_in,))
+    tol = min(limits.tol, 1e-6)
+    found = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
+    return Fit({"x": found.x}, found.converged, found.iterations, "least squares through F")
+
+
+def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
+    backend, network, projection = algebra.backend, group.network, group.projection
+    begun = started(algebra, group)
+    # The update is F(x) - F(x_start).
+    wanted = y + projection(network.whole(backend, begun))
+    guesses = [begun]
+    before = _before(algebra, projection.linear_part, _unshrunk(algebra, wanted), limits, _STEPS).arrays["x"]
+    if algebra.squares(before) > 0.0:
+        few = limits._replace(iterations=min(limits.iterations, 10))
+        guesses.append(_near(algebra, network, before, few, begun))
+
+    def error(arrays: dict[str, Array]) -> float:
+        return algebra.norm(projection(network.whole(backend, arrays)) - wanted)
+
+    best = min(guesses, key=error)
+    return refine(algebra, network, projection, wanted, best, limits, watch)
+
+
+def _near(algebra: Algebra, network: Network, vec: Array, limits: Limits, begun: dict[str, Array]) -> dict[str, Array]:
+    """Arrays fitted to a vector, moved a little from where two zeros would hold each other."""
+    found = fit_network(algebra, network, vec, limits, lambda *_: None).arrays
+    return {name: found[name] + begun[name] * 1e-3 for name in network.shapes}
+
+
+def _unshrunk(algebra: Algebra, y: Array) -> Array:
+    """The t with ``t - tanh(t) = y``, by Newton's method from the cube root of 3 y."""
+    backend = algebra.backend
+    cube = y * 3.0
+    root = backend.where(y > 0.0, y * 0.0 + 1.0, y * 0.0 - 1.0)
+    for _ in range(60):
+        root = root * (2.0 / 3.0) + cube / (root * root + 1e-30) * (1.0 / 3.0)
+    t = root
+    for _ in range(20):
+        slope = backend.tanh(t)
+        t = t - (tanhshrink(backend, t) - y) / (slope * slope + 1e-30)
+    # Where y is all but nothing, so is t.
+    return backend.where(y * y > 1e-36, t, y * 0.0)
