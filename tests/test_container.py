@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import pytest
 import safetensors
 
 from tnadapt import FileError
-from tnadapt.container import DTYPES, MAX_HEADER, about, opened, raw_dtype, replace_file, serialized, strict_json
+from tnadapt.container import DTYPES, MAX_HEADER, about, opened, raw_dtype, serialized, strict_json
 
 from . import forge
 
@@ -197,117 +193,7 @@ def test_about_names_the_path_whatever_happens() -> None:
         assert caught.value.__cause__ is error
 
 
-# -- Writing ------------------------------------------------------------------------------------
-
-
-def test_a_file_is_written_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    for content in (b"one", b"two", b""):
-        replace_file(str(path), content)
-        assert path.read_bytes() == content
-        assert list(tmp_path.iterdir()) == [path]
-
-
-def test_who_may_read_it_is_the_umask_s_affair_and_the_old_file_s(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    before = os.umask(0o027)
-    try:
-        replace_file(str(path), b"one")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    path.chmod(0o604)
-    replace_file(str(path), b"two")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o604
-
-
-def test_a_link_is_followed(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    target, link = tmp_path / "there" / "file", tmp_path / "link"
-    link.symlink_to(target)
-    replace_file(str(link), b"new")
-    assert link.is_symlink()
-    assert target.read_bytes() == b"new"
-
-
-def test_a_relative_path_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    replace_file("file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"new"
-
-
-@pytest.mark.parametrize(
-    ("path", "why"),
-    [("", "is a folder"), ("missing/file", "does not exist; make it first"), ("taken/file", "does not exist")],
-)
-def test_where_nothing_can_be_written(tmp_path: Path, path: str, why: str) -> None:
-    (tmp_path / "taken").write_bytes(b"a file, and no folder")
-    with pytest.raises(FileError, match=why):
-        replace_file(str(tmp_path / path), b"new")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
-
-
-def test_a_device_is_not_replaced() -> None:
-    with pytest.raises(FileError, match="neither a file nor a folder"):
-        replace_file(os.devnull, b"new")
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-
-
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileError, match="pipe: is neither a file nor a folder"):
         read(str(tmp_path / "pipe"))
-
-
-@pytest.mark.parametrize("step", ["open", "fsync", "replace", "chmod"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_what_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
-) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail(*args: Any, **settings: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(os, step, fail)
-    with pytest.raises(type(error)):
-        replace_file(str(path), b"new")
-    monkeypatch.undo()
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    # A limit on the length of files, which writing meets half-way.
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    code = """
-import resource, sys
-from tnadapt.container import replace_file
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-try:
-    replace_file(sys.argv[1], bytes(1 << 20))
-except OSError as error:
-    print(type(error).__name__)
-"""
-    assert run(code, str(path)).stdout == "OSError\n"
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    code = """
-import os, signal, sys
-from tnadapt.container import replace_file
-os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-replace_file(sys.argv[1], b"new" * 1000)
-"""
-    assert run(code, str(path)).returncode == -signal.SIGKILL
-    assert path.read_bytes() == b"old"

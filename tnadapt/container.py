@@ -1,4 +1,4 @@
-"""The safetensors container: read strictly, written atomically. It knows nothing of adapters.
+"""The safetensors container, read strictly. It knows nothing of adapters.
 
 A file is the length of the header in 8 bytes, little-endian; the header, JSON of one object, padded with spaces;
 and the tensors' bytes, little-endian, in C order, one after another. Under each tensor's name the header has
@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -25,13 +24,13 @@ from .errors import FileError, TnadaptError, shown
 
 __all__ = [
     "DTYPES",
+    "FOREIGN",
     "Container",
     "Entry",
     "about",
     "opened",
     "raw_bytes",
     "raw_dtype",
-    "replace_file",
     "serialized",
     "strict_json",
 ]
@@ -40,6 +39,12 @@ __all__ = [
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+# Others that safetensors knows and NumPy does not, and their bits: a checkpoint may have them, an adapter not.
+FOREIGN = {
+    "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F4": 4,
 }  # fmt: skip
 
 MAX_HEADER = 1 << 26
@@ -63,7 +68,7 @@ class Entry(NamedTuple):
     Attributes
     ----------
     dtype : str
-        One of ``DTYPES``.
+        One of ``DTYPES``, or of ``FOREIGN`` where those were let in.
     shape : tuple of int
     start, stop : int
         Its first byte, and the one after its last, counted from the end of the header.
@@ -83,23 +88,29 @@ class Container:
     entries : dict of str to Entry
         By the tensors' names.
     metadata : dict of str to str
+    data : int
+        Where in the file the tensors begin.
     """
 
-    def __init__(self, file: io.BufferedReader, size: int) -> None:
+    def __init__(self, file: io.BufferedReader, size: int, foreign: bool = False) -> None:
         head = file.read(16)
         length = _header_length(head, size)
         file.seek(8)
-        self._file, self._data = file, 8 + length
+        self._file, self.data = file, 8 + length
         header = strict_json(_decoded(file.read(length)), "the header")
         self.metadata = _checked_metadata(header.pop("__metadata__", {}))
-        self.entries = {name: _entry(name, value) for name, value in header.items()}
-        _check_cover(self.entries, size - self._data)
+        self.entries = {name: _entry(name, value, foreign) for name, value in header.items()}
+        _check_cover(self.entries, size - self.data)
 
     def array(self, name: str) -> np.ndarray:
         """A tensor of the file; little-endian, and of bfloat16 its bits as uint16."""
         entry = self.entries[name]
+        if entry.dtype in FOREIGN:
+            raise FileError(
+                f"{shown(name)} is {entry.dtype}, which NumPy does not have: its bytes can be copied, no more"
+            )
         made = np.empty(entry.shape, raw_dtype(entry.dtype))
-        self._file.seek(self._data + entry.start)
+        self._file.seek(self.data + entry.start)
         # A tensor without elements has no bytes to read.
         if made.size and self._file.readinto(raw_bytes(made)) != made.nbytes:
             raise FileError(f"the file ended within {shown(name)}, while it was read")
@@ -124,8 +135,14 @@ def about(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Container]:
+def opened(path: str, foreign: bool = False) -> Iterator[Container]:
     """The container at a path.
+
+    Parameters
+    ----------
+    path : str
+    foreign : bool
+        Whether its tensors may have the dtypes of ``FOREIGN``, too.
 
     Raises
     ------
@@ -141,7 +158,7 @@ def opened(path: str) -> Iterator[Container]:
         # Opening a pipe would wait for somebody to write.
         raise FileError("is neither a file nor a folder")
     with open(path, "rb") as file:
-        yield Container(file, os.fstat(file.fileno()).st_size)
+        yield Container(file, os.fstat(file.fileno()).st_size, foreign)
 
 
 def _header_length(head: bytes, size: int) -> int:
@@ -151,7 +168,7 @@ def _header_length(head: bytes, size: int) -> int:
         what = "a pickle" if pickled else "a zip archive, as torch.save makes it of a pickle"
         raise FileError(
             f"is {what}, which can run any program when it is opened: it was not. "
-            "Save the adapter as a safetensors file, by tnadapt.save"
+            "Save it as a safetensors file: an adapter by tnadapt.save, a model by save_pretrained"
         )
     if size < 8:
         raise FileError(f"is no safetensors file: it has {size} bytes, and the header's length alone takes 8")
@@ -219,7 +236,7 @@ def _checked_metadata(value: Any) -> dict[str, str]:
     return value
 
 
-def _entry(name: str, value: Any) -> Entry:
+def _entry(name: str, value: Any, foreign: bool) -> Entry:
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -229,17 +246,20 @@ def _entry(name: str, value: Any) -> Entry:
             f"the header's {shown(name)} must be an object of dtype, shape and data_offsets; got {shown(value)}"
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise FileError(f"{shown(name)} has the dtype {shown(dtype)}; expected one of {', '.join(DTYPES)}")
+    known = [*DTYPES, *FOREIGN] if foreign else list(DTYPES)
+    if not isinstance(dtype, str) or dtype not in known:
+        raise FileError(f"{shown(name)} has the dtype {shown(dtype)}; expected one of {', '.join(known)}")
     if not _naturals(shape) or len(shape) > _MAX_AXES:
         raise FileError(f"{shown(name)} has the shape {shown(shape)}; expected up to {_MAX_AXES} natural numbers")
     if not _naturals(offsets) or len(offsets) != 2:
         raise FileError(f"{shown(name)} has the data_offsets {shown(offsets)}; expected two natural numbers")
-    itemsize = raw_dtype(dtype).itemsize
+    bits = FOREIGN[dtype] if dtype in FOREIGN else 8 * raw_dtype(dtype).itemsize
     # Sizes beside a 0 count, too: NumPy multiplies them before it sees the 0.
-    if math.prod(max(size, 1) for size in shape) * itemsize > _MAX_BYTES:
+    if math.prod(max(size, 1) for size in shape) * bits > 8 * _MAX_BYTES:
         raise FileError(f"{shown(name)} has the shape {shown(shape)}, of more than 2**62 bytes")
-    needed, (start, stop) = math.prod(shape) * itemsize, offsets
+    if math.prod(shape) * bits % 8:
+        raise FileError(f"{shown(name)} has the shape {shown(shape)} of {dtype}, which is no whole number of bytes")
+    needed, (start, stop) = math.prod(shape) * bits // 8, offsets
     if stop - start != needed:
         raise FileError(f"{shown(name)} needs {needed} bytes; its data_offsets {start} and {stop} do not hold that")
     return Entry(dtype, tuple(shape), start, stop)
@@ -284,45 +304,3 @@ def serialized(tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[
             assert array.flags.c_contiguous
             given[name] = spec(**common, data_ptr=array.ctypes.data, data_len=array.nbytes)
     return bytes(safetensors.serialize(given, dict(metadata)))
-
-
-def replace_file(path: str, content: bytes) -> None:
-    """Write a file so that at any time either the old one or the new one is there, whole.
-
-    Raises
-    ------
-    FileError
-        If the path is a folder or the like, or its folder does not exist.
-    OSError
-        If it cannot be written; nothing has changed then.
-    """
-    path = os.path.realpath(path)  # where a link leads, the link stays
-    folder = os.path.dirname(path)
-    if os.path.isdir(path):
-        raise FileError("is a folder; give the path of a file in it")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise FileError("is neither a file nor a folder")
-    if not os.path.isdir(folder):
-        raise FileError(f"the folder {folder} does not exist; make it first")
-    beside = os.path.join(folder, f".tnadapt-{secrets.token_hex(8)}.tmp")
-    # Mode 0o666 leaves it to the umask who may read the file, which tempfile does not.
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(path):
-            os.chmod(beside, stat.S_IMODE(os.stat(path).st_mode))
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
-    # The name is made to last as well, where the system lets a folder be synchronised.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

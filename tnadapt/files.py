@@ -69,10 +69,10 @@ from .container import (
     opened,
     raw_bytes,
     raw_dtype,
-    replace_file,
     serialized,
     strict_json,
 )
+from .durable import replace_file
 from .errors import FileError, TnadaptError, shown
 from .fingerprint import Fingerprint
 from .target import Target
