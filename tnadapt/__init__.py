@@ -10,6 +10,7 @@ from .backends import register_backend
 from .config import Config
 from .decomposition import decompose, search_rank
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
+from .extraction import extract
 from .files import AdapterFile, load, save
 from .folding import from_hypercube, hypercube_shape, to_hypercube
 from .geometry import geometry
@@ -37,6 +38,7 @@ __all__ = [
     "TnadaptError",
     "cp_to_tensor",
     "decompose",
+    "extract",
     "from_hypercube",
     "fwht",
     "geometry",

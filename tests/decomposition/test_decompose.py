@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorly
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
@@ -35,7 +35,6 @@ def _normal(rng: np.random.Generator, plan: tna.SuperLoRA) -> list[np.ndarray]:
 # -- Of every config ---------------------------------------------------------------------------
 
 
-@settings(max_examples=150)
 @given(st.data())
 def test_any_config_is_fitted_as_its_report_says(data: st.DataObject) -> None:
     plan = data.draw(plans())
@@ -54,7 +53,6 @@ def test_any_config_is_fitted_as_its_report_says(data: st.DataObject) -> None:
     assert same.to_dict() == report.to_dict()
 
 
-@settings(max_examples=100)
 @given(st.data())
 def test_nothing_near_an_optimum_is_better(data: st.DataObject) -> None:
     plan = data.draw(plans())
@@ -71,7 +69,6 @@ def test_nothing_near_an_optimum_is_better(data: st.DataObject) -> None:
             assert _error(plan, near, given) >= report.error - 1e-5
 
 
-@settings(max_examples=60)
 @given(st.data())
 def test_an_update_of_zeros_is_the_start_of_training(data: st.DataObject) -> None:
     plan = data.draw(plans())
@@ -388,7 +385,7 @@ def test_one_wrong_number_is_said() -> None:
     ):
         with pytest.raises(error, match=match):
             tna.decompose(deltas, config)
-    for settings_, match in (
+    for settings, match in (
         ({"tol": -1.0}, "tol"),
         ({"tol": "x"}, "tol"),
         ({"max_iterations": 0}, "max_iterations"),
@@ -396,7 +393,7 @@ def test_one_wrong_number_is_said() -> None:
         ({"seed": -1}, "seed"),
     ):
         with pytest.raises(ConfigError, match=match):
-            tna.decompose([good], config, **settings_)
+            tna.decompose([good], config, **settings)
     with pytest.raises(ConfigError, match=r"expected a tnadapt\.Config"):
         tna.decompose([good], {"rank": 1})
 

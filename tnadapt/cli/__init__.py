@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .extract import extract_command
 from .finetune import finetune_command
 from .verify import verify_command
 
@@ -42,4 +43,5 @@ def _help(command: Callable[..., None]) -> str:
 
 
 app.command("finetune", help=_help(finetune_command))(finetune_command)
+app.command("extract", help=_help(extract_command))(extract_command)
 app.command("verify", help=_help(verify_command))(verify_command)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+from .. import presets
+from ..config import Config
 from ..errors import TnadaptError
 
-__all__ = ["setting", "word_or_number"]
+__all__ = ["chosen_config", "setting", "word_or_number"]
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -30,3 +33,33 @@ def word_or_number(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def chosen_config(preset: str | None, settings: list[str], path: Path | None) -> Config | None:
+    """The config of ``--preset``, ``--config`` and ``--set``; None where none of them is given.
+
+    Examples
+    --------
+    >>> chosen_config("lora", ["rank=2"], None).rank
+    2
+    """
+    changes = dict(setting(text) for text in settings)
+    if preset is not None and path is not None:
+        raise TnadaptError("--preset and --config both name a config; give one of them")
+    if preset is not None:
+        if preset not in presets.__all__:
+            raise TnadaptError(f"no preset {preset!r}; expected one of {', '.join(presets.__all__)}")
+        try:
+            made = getattr(presets, preset)(**changes)
+        except TypeError as error:
+            raise TnadaptError(f"preset {preset!r}: {error}; give it by --set NAME=VALUE") from None
+        return made  # type: ignore[no-any-return]
+    if path is not None:
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise TnadaptError(f"cannot read a config from {path}: {error}") from None
+        if not isinstance(read, dict):
+            raise TnadaptError(f"{path} holds {type(read).__name__}; expected a JSON object of Config fields")
+        return Config.from_dict({**read, **changes})
+    return Config.from_dict(changes) if changes else None

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .. import Config, TnadaptError, presets, verify
-from .settings import setting
+from .. import TnadaptError, verify
+from .settings import chosen_config
 
 __all__ = ["verify_command"]
 
@@ -33,7 +33,7 @@ def verify_command(
 
     Exit code: 0 where all hold, 1 where one does not, 2 for a question that cannot be asked.
     """
-    chosen = _config(preset, settings or [], config)
+    chosen = chosen_config(preset, settings or [], config)
     shapes = [one for text in shape or [] for one in _shapes(text)] or None
     with Console(stderr=True).status("checking") as status:
         report = verify(
@@ -44,29 +44,6 @@ def verify_command(
     else:
         _print(report)
     raise typer.Exit(0 if report.holds else 1)
-
-
-def _config(preset: str | None, settings: list[str], path: Path | None) -> Config | None:
-    changes = dict(setting(text) for text in settings)
-    if preset is not None and path is not None:
-        raise TnadaptError("--preset and --config both name a config; give one of them")
-    if preset is not None:
-        if preset not in presets.__all__:
-            raise TnadaptError(f"no preset {preset!r}; expected one of {', '.join(presets.__all__)}")
-        try:
-            made = getattr(presets, preset)(**changes)
-        except TypeError as error:
-            raise TnadaptError(f"preset {preset!r}: {error}; give it by --set NAME=VALUE") from None
-        return made  # type: ignore[no-any-return]
-    if path is not None:
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise TnadaptError(f"cannot read a config from {path}: {error}") from None
-        if not isinstance(read, dict):
-            raise TnadaptError(f"{path} holds {type(read).__name__}; expected a JSON object of Config fields")
-        return Config.from_dict({**read, **changes})
-    return Config.from_dict(changes) if changes else None
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:

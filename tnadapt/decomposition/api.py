@@ -16,9 +16,38 @@ from .fit import fit_plan
 from .report import Report, Step
 from .single import Limits
 
-__all__ = ["decompose"]
+__all__ = ["Settings", "decompose"]
 
 _SVD = ("auto", "full", "randomized")
+
+
+class Settings:
+    """How a decomposition is done; checked.
+
+    Parameters
+    ----------
+    tol, max_iterations, svd, seed
+        As for :func:`decompose`.
+    """
+
+    def __init__(self, tol: float = 1e-6, max_iterations: int = 100, svd: str = "auto", seed: int = 0) -> None:
+        if isinstance(tol, (bool, str)) or not isinstance(tol, (int, float)) or not 0.0 <= tol < 1.0:
+            raise ConfigError(f"tol must be from 0 to below 1; got {shown(tol)}")
+        self.limits = Limits(float(tol), integer("max_iterations", max_iterations, 1, 1 << 31, ConfigError))
+        if svd not in _SVD:
+            raise ConfigError(f"svd must be one of {', '.join(_SVD)}; got {shown(svd)}")
+        self.svd, self.seed = svd, integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
+
+    def fit(
+        self,
+        backend: Backend,
+        like: Array,
+        plan: SuperLoRA,
+        read: Callable[[int], Array],
+        progress: Callable[[Step], None] | None = None,
+    ) -> tuple[dict[str, Array], Report]:
+        """:func:`~tnadapt.decomposition.fit.fit_plan` on arrays of like's library, dtype and device."""
+        return fit_plan(Algebra(backend, like, self.svd, self.seed), plan, read, self.limits, progress)
 
 
 def decompose(
@@ -115,10 +144,7 @@ def decompose(
     for number, delta in enumerate(given):
         backend.require_float(delta, f"deltas[{number}]")
     plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(given)], layers)
-    limits = _limits(tol, max_iterations)
-    if svd not in _SVD:
-        raise ConfigError(f"svd must be one of {', '.join(_SVD)}; got {shown(svd)}")
-    seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
+    settings = Settings(tol, max_iterations, svd, seed)
     # A library that TensorLy does not know is computed for on the host.
     own = backend if backend.name in TENSORLY else load_backend("numpy")
     kind = backend.dtype_name(given[0])
@@ -129,8 +155,7 @@ def decompose(
         delta = backend.detached(delta) if own is backend else backend.to_numpy(delta)
         return own.reshape(own.astype(delta, wide), plan.shapes[weight])
 
-    algebra = Algebra(own, read(0), svd, seed)
-    params, report = fit_plan(algebra, plan, read, limits, progress)
+    params, report = settings.fit(own, read(0), plan, read, progress)
     if own is not backend:
         device = backend.device(given[0])
         params = {name: backend.asarray(own.to_numpy(array), wide, device) for name, array in params.items()}
@@ -161,9 +186,3 @@ def _shape(delta: Array, number: int) -> tuple[int, int]:
             "given by itself, not in a list"
         )
     return int(delta.shape[0]), int(delta.shape[1])
-
-
-def _limits(tol: float, iterations: int) -> Limits:
-    if isinstance(tol, (bool, str)) or not isinstance(tol, (int, float)) or not 0.0 <= tol < 1.0:
-        raise ConfigError(f"tol must be from 0 to below 1; got {shown(tol)}")
-    return Limits(float(tol), integer("max_iterations", iterations, 1, 1 << 31, ConfigError))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..backends.base import Array
 from ..config import Config
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, integer, shown
+from ..folding import MAX_SIZE
 from ..formats import CP, Dense, TensorTrain, Tucker
 from .api import decompose
 from .report import Report
 
-__all__ = ["Found", "search_rank"]
+__all__ = ["Found", "search_rank", "smallest_rank"]
 
 
 class Found(NamedTuple):
@@ -71,16 +74,25 @@ def search_rank(deltas: Any, cfg: Config, error: float = 0.1, *, max_rank: int |
     >>> search_rank([delta], tna.presets.lora(), error=1e-6).rank
     3
     """
+    return smallest_rank(lambda config: decompose(deltas, config, **settings), cfg, error, max_rank)
+
+
+def smallest_rank(
+    fit: Callable[[Config], tuple[dict[str, Array], Report]], cfg: Config, error: float, max_rank: int | None = None
+) -> Found:
+    """:func:`search_rank` by any function that fits a config."""
     if isinstance(error, (bool, str)) or not isinstance(error, (int, float)) or not 0.0 <= error < 1.0:
         raise ConfigError(f"error must be from 0 to below 1, relative to the updates; got {shown(error)}")
     if not isinstance(cfg, Config):
         raise ConfigError(f"expected a tnadapt.Config; got {type(cfg).__name__}")
     if not isinstance(cfg.rank, int):
         raise ConfigError(f"one rank can be searched, and rank={cfg.rank} has several: give an integer")
+    if max_rank is not None:
+        max_rank = integer("max_rank", max_rank, 1, MAX_SIZE, ConfigError)
 
     def at(rank: int) -> Found:
         config = cfg.replace(rank=rank)
-        return Found(rank, config, *decompose(deltas, config, **settings))
+        return Found(rank, config, *fit(config))
 
     found = at(1)
     useful = _useful(found.report)
@@ -112,9 +124,7 @@ def _useful(report: Report) -> int | None:
         for split in group.network.splits:
             if isinstance(split, Dense):
                 continue
-            total = 1
-            for size in split.sizes:
-                total *= size
+            total = math.prod(split.sizes)
             if isinstance(split, CP):
                 own = total // max(split.sizes)
             elif isinstance(split, Tucker):

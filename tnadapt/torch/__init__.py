@@ -12,8 +12,20 @@ Examples
 from ..target import Rows, Target
 from .adapter import Adapter
 from .attach import attach
+from .extract import extract
 from .registry import adapters, mix
 from .storage import from_pretrained, load
 from .targets import find_targets
 
-__all__ = ["Adapter", "Rows", "Target", "adapters", "attach", "find_targets", "from_pretrained", "load", "mix"]
+__all__ = [
+    "Adapter",
+    "Rows",
+    "Target",
+    "adapters",
+    "attach",
+    "extract",
+    "find_targets",
+    "from_pretrained",
+    "load",
+    "mix",
+]

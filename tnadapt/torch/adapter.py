@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
+from ..decomposition import Report
 from ..errors import ConfigError, ShapeError, TargetError
 from ..superlora import SuperLoRA
 from ..target import Target
@@ -45,6 +46,8 @@ class Adapter:
         How each weight is updated: ``"weight"``, ``"factored"`` or ``"beside"``.
     activation : str or None
         LoDA's nonlinearity between the two factors.
+    report : Report or None
+        How near it came, where :func:`tnadapt.torch.extract` made it.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Adapter:
         self.targets = tuple(targets)
         self.activation = activation
         self.kept = tuple(kept)
+        self.report: Report | None = None
         self.parts: list[Part] = []
         self.sites: list[Site] = []
         #: requires_grad of the base's parameters before.

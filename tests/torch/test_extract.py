@@ -1,0 +1,173 @@
+"""An adapter from a model that was tuned whole, in memory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch  # noqa: E402
+from tnadapt import presets  # noqa: E402
+from tnadapt.errors import ConfigError, ShapeError, TargetError  # noqa: E402
+
+from .architectures import build, output  # noqa: E402
+
+
+def _tuned(model: nn.Module, rank: int = 2, targets: Any = "qv", size: float = 0.3) -> nn.Module:
+    """A copy whose targets have changed by matrices of a low rank."""
+    tuned = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for target in tnadapt.torch.find_targets(tuned, targets):
+            weight = tuned.get_submodule(target.module)._parameters[target.parameter]
+            rows, cols = target.shape
+            update = torch.randn(rows, rank, generator=generator) @ torch.randn(rank, cols, generator=generator)
+            target.block(weight).add_(target.like_block(size * update / cols).to(weight))
+    return tuned
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "gpt_neox", "timm_vit", "torch_encoder", "paper_unet", "t5"])
+def test_the_adapted_base_is_the_tuned_model(name: str) -> None:
+    model, inputs = build(name)
+    tuned = _tuned(model)
+    adapter = tnadapt.torch.extract(model, tuned, presets.lora(2))
+    assert adapter.report.error < 1e-5
+    assert adapter.report.certified
+    with torch.no_grad():
+        torch.testing.assert_close(output(model, inputs), output(tuned, inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        presets.dense(),
+        presets.superlora(4),
+        presets.lokr(4),
+        presets.fastfood(0.5),
+        presets.superlora(4, projection="linear", ratio=0.5),
+        presets.superlora(4, projection="nonlinear"),
+        presets.lorta(3),
+    ],
+)
+def test_the_report_is_of_the_updates_that_are_attached(config: tna.Config) -> None:
+    model, _ = build("bert")
+    tuned = _tuned(model, rank=8)
+    adapter = tnadapt.torch.extract(model, tuned, config, max_iterations=20)
+    total = wrong = 0.0
+    for target, delta in zip(adapter.targets, adapter.deltas(), strict=True):
+        before, after = (m.get_submodule(target.module).weight.detach().double() for m in (model, tuned))
+        total += float(((after - before) ** 2).sum())
+        wrong += float(((after - before - delta.detach().double()) ** 2).sum())
+    assert adapter.report.error == pytest.approx((wrong / total) ** 0.5, rel=1e-3, abs=1e-6)
+
+
+def test_it_can_be_saved_loaded_and_trained_on(tmp_path: Path) -> None:
+    model, inputs = build("bert")
+    base = copy.deepcopy(model)
+    tuned = _tuned(model)
+    adapter = tnadapt.torch.extract(model, tuned, presets.lora(2))
+    adapter.save(tmp_path / "adapter.safetensors")
+    tnadapt.torch.load(base, tmp_path / "adapter.safetensors")
+    with torch.no_grad():
+        assert torch.equal(output(base, inputs), output(model, inputs))
+    output(model, inputs).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters())
+
+
+def test_the_same_as_from_disk(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model, _ = build("bert")
+    tuned = _tuned(model, rank=6)
+    for name, one in (("base", model), ("tuned", tuned)):
+        save_file({key: value.contiguous() for key, value in one.state_dict().items()}, tmp_path / name)
+    found = tna.extract(tmp_path / "base", tmp_path / "tuned", presets.superlora(3))
+    adapter = tnadapt.torch.extract(model, tuned, presets.superlora(3))
+    assert [t.name for t in found.file.targets] == [t.name for t in adapter.targets]
+    assert found.report.error == pytest.approx(adapter.report.error, rel=1e-5)
+    for ours, theirs in zip(found.file.deltas(), adapter.deltas(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs.detach(), rtol=1e-3, atol=1e-5)
+    # And the file belongs to the base that the fingerprint was taken of.
+    tna.save(tmp_path / "adapter.safetensors", found.file)
+    adapter.detach()
+    tnadapt.torch.load(model, tmp_path / "adapter.safetensors")
+
+
+def test_a_state_dict_does() -> None:
+    model, _ = build("bert")
+    tuned = _tuned(model)
+    assert tnadapt.torch.extract(model, tuned.state_dict(), presets.lora(2)).report.error < 1e-5
+
+
+def test_a_head_is_kept_and_what_is_not_is_warned_of() -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+            self.head = nn.Linear(16, 3)
+
+    model = Classifier()
+    tuned = _tuned(model)
+    with torch.no_grad():
+        tuned.head.weight.add_(1.0)
+        tuned.encoder.self_attn.in_proj_weight[20].add_(1.0)  # a row of k
+    with pytest.warns(UserWarning, match=r"differ in encoder\.self_attn\.in_proj_weight, head\.weight, which"):
+        tnadapt.torch.extract(model, tuned, presets.lora(2)).detach()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapter = tnadapt.torch.extract(model, tuned, presets.lora(2), keep="head")
+    assert ["head.weight" not in str(one.message) for one in told] == [True]
+    assert torch.equal(model.head.weight, tuned.head.weight)
+    assert adapter.kept == ("head.weight", "head.bias")
+
+
+def test_the_smallest_rank_within_an_error() -> None:
+    model, _ = build("bert")
+    adapter = tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), error=1e-3)
+    assert adapter.config.rank == 3
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_dtypes(kind: Any) -> None:
+    model, _ = build("bert")
+    model = model.to(kind)
+    tuned = _tuned(model, size=8.0)
+    adapter = tnadapt.torch.extract(model, tuned, presets.dense())
+    assert adapter.report.error < 1e-6
+    assert next(iter(adapter.parameters())).dtype is (torch.float64 if kind is torch.float64 else torch.float32)
+
+
+def test_what_cannot_be_done_leaves_the_base_as_it_was() -> None:
+    model, _ = build("bert")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other, _ = build("llama")
+    nan = _tuned(model)
+    with torch.no_grad():
+        next(iter(p for n, p in nan.named_parameters() if "query.weight" in n)).fill_(float("nan"))
+    for tuned, error, match in (
+        (other, TargetError, "the tuned model has no"),
+        ("a path", TargetError, "must be a torch module or a state dict"),
+        (nan, ShapeError, "NaN"),
+    ):
+        with pytest.raises(error, match=match):
+            tnadapt.torch.extract(model, tuned, presets.lora(2))
+    with pytest.raises(ConfigError, match="no rank up to 1 "):
+        tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), error=1e-3, max_rank=1)
+    assert not tnadapt.torch.adapters(model)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    adapter = tnadapt.torch.attach(model)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_()
+    adapter.merge()
+    with pytest.raises(TargetError, match="is merged into the base"):
+        tnadapt.torch.extract(model, _tuned(model), name="other")
