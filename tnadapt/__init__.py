@@ -15,6 +15,7 @@ from .files import AdapterFile, load, save
 from .folding import from_hypercube, hypercube_shape, to_hypercube
 from .geometry import geometry
 from .hadamard import fwht
+from .planner import plan
 from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from .projection import Projection
 from .superlora import SuperLoRA, parameter_count
@@ -47,6 +48,7 @@ __all__ = [
     "kronecker",
     "load",
     "parameter_count",
+    "plan",
     "presets",
     "register_backend",
     "save",

@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 
 from tnadapt.finetune import Choice, default_methods, within
 from tnadapt.finetune.methods import DENSE, HEAD, methods_of
+from tnadapt.planner.families import usual
 
 SMALL = [(64, 64)] * 8
 
@@ -66,7 +67,7 @@ def test_a_budget_of_nothing() -> None:
 def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     from tnadapt.finetune import budget
 
-    monkeypatch.setattr(budget, "_families", lambda shapes, size: [[(budget.lora_of, None)], [(budget.lokr_of, None)]])
+    monkeypatch.setattr(budget, "usual", lambda shapes: usual(shapes)[:2])
     with pytest.raises(
         TnadaptError, match=r"a budget of 100 is less than any setting needs on these 8 weights; .* is 640"
     ):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import presets
 from ..config import Config
 from ..errors import TnadaptError
+from ..planner import known_as
 
 __all__ = ["DENSE", "HEAD", "Method", "Shapes", "default_methods", "head_alone", "methods_of"]
 
@@ -59,35 +60,37 @@ def head_alone() -> Method:
     return Method(HEAD, "", None)
 
 
+def method_of(config: Config) -> Method:
+    """A config by the name that people know it by."""
+    return Method(*known_as(config), config)
+
+
+def lora_of(rank: int) -> Method:
+    return method_of(presets.lora(rank))
+
+
+def lokr_of(rank: int) -> Method:
+    return method_of(presets.lokr(rank))
+
+
+def superlora_of(rank: int) -> Method:
+    return method_of(presets.superlora(rank))
+
+
 def projected_of(rank: int, ratio: float) -> Method:
-    config = presets.superlora(rank, projection="linear", ratio=ratio)
-    return Method("SuperLoRA + F", f"r = {rank}, ρ = {_decimal(ratio)}", config)
+    return method_of(presets.superlora(rank, projection="linear", ratio=ratio))
 
 
 def lonkr_of(rank: int, splits: int, size: int) -> Method:
-    config = presets.lonkr(rank, splits=splits, split_size=size)
-    return Method("LoNKr", f"K = {splits}, f = {size}, r = {rank}", config)
+    return method_of(presets.lonkr(rank, splits=splits, split_size=size))
 
 
 def lorta_of(rank: int, order: int) -> Method:
-    return Method("LoRTA", f"M = {order}, r = {rank}", presets.lorta(rank, order))
+    return method_of(presets.lorta(rank, order))
 
 
 def fastfood_of(ratio: float) -> Method:
-    return Method("fastfood", f"ρ = {_decimal(ratio)}", presets.fastfood(ratio))
-
-
-def _ranked(family: str, preset: Callable[[int], Config]) -> Callable[[int], Method]:
-    return lambda rank: Method(family, f"r = {rank}", preset(rank))
-
-
-lora_of = _ranked("LoRA", presets.lora)
-lokr_of = _ranked("LoKr", presets.lokr)
-superlora_of = _ranked("SuperLoRA", presets.superlora)
-
-
-def _decimal(ratio: float) -> str:
-    return f"{ratio:.4g}"
+    return method_of(presets.fastfood(ratio))
 
 
 def default_methods(short: bool = False) -> list[Method]:
