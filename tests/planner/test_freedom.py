@@ -76,10 +76,18 @@ def may_be_defective(plan: tna.SuperLoRA) -> bool:
     return False
 
 
+def hadamard(name: str) -> tna.SuperLoRA:
+    config = tna.Config(2, 3, 2, groups=1, fold=(4, 4, 4), format=name, combine="hadamard", leading="same")
+    return tna.SuperLoRA(config, [(8, 8)])
+
+
 @given(plans(projections=LINEAR))
 @example(tna.SuperLoRA(tna.Config(3, 4, groups=1, fold="hypercube"), [(4, 4)]))  # 15 expected, 14 there
 @example(tna.SuperLoRA(tna.Config((3, 1), 3, fold=(7, 7, 6), format="tt"), [(9, 7)]))
 @example(tna.SuperLoRA(tna.Config(1, 1, format="tucker", fold="hypercube"), [(5, 5)]))
+@example(hadamard("tucker"))
+@example(hadamard("tt"))
+@example(hadamard("cp"))
 def test_never_less_than_the_rank_of_the_jacobian(plan: tna.SuperLoRA) -> None:
     assume(plan.num_parameters <= MOST)
     assert rank(jacobian(plan)) <= degrees_of_freedom(plan) <= min(plan.size, plan.num_parameters)
