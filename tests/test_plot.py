@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from tnadapt.plot import STYLES, Mark, pareto
+import tnadapt as tna
+from tnadapt.errors import ShapeError
+from tnadapt.plot import STYLES, Mark, layout, parameters, pareto
+from tnadapt.plot.counts import counted
 
 MARKS = [
     Mark("head alone", "", 0, (0.7, 0.71)),
@@ -50,3 +55,84 @@ tnadapt.plot.pareto([tnadapt.plot.Mark("LoRA", "r = 1", 4, (0.5,))], {str(tmp_pa
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+VIT = [(768, 768)] * 24
+UNET = [(c, c) for c in [64] * 2 + [128] * 6 + [128] + [128] * 9 + [64] * 3 for _ in "qv"]
+
+
+def test_the_counts_of_the_paper() -> None:
+    oracle = json.loads((Path(__file__).parent / "oracles.json").read_text())
+    known = {row["what"]: row["parameters"] for group in ("vit_base_qv", "unet_qv") for row in oracle[group]["counts"]}
+    assert list(counted(VIT, 2, 22))[-1] == (22, known["SuperLoRA 2D, reshape (hypercube), G=1, r=22"])
+    assert list(counted(UNET, 2, 1)) == [(1, known["2D, hypercube, G=1, r=1 ('beyond 1000')"])]
+    # LoRTA of rank 1 is CP of rank 1 and the one number of its core.
+    lorta = {order: next(counted(UNET, order, 1))[1] + 1 for order in (3, 5)}
+    assert lorta[3] == known["LoRTA 3D, hypercube, G=1, r=1 ('beyond 200')"]
+    assert lorta[5] == known["LoRTA 5D, hypercube, G=1, r=1 ('less than 80'; '120-fold')"]
+
+
+def texts(path: Path) -> list[str]:
+    """What is written in a picture of vectors."""
+    lines = path.read_text().splitlines()
+    return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
+
+
+def test_parameters_against_rank(tmp_path: Path) -> None:
+    path = tmp_path / "a.svg"
+    parameters(VIT, path, budget=10_000, title="a title with $x_$ in it")
+    found = texts(path)
+    for text in ("M = 2", "M = 5", "LoRA, a group a weight", "budget, 10,000", "all 14,155,776 elements"):
+        assert text in found
+    # The largest rank of each order that stays within the budget.
+    for order in (2, 3, 4, 5):
+        rank = max(rank for rank, count in counted(VIT, order, 128) if count <= 10_000)
+        assert f"r = {rank}" in found
+
+
+@pytest.mark.parametrize("shapes", [[(1, 1)], [(3, 3)], [(12, 8)] * 3, [(4096, 4096)] * 64], ids=str)
+@pytest.mark.parametrize("budget", [None, 1, 10**12])
+def test_parameters_of_any_weights(tmp_path: Path, shapes: list[tuple[int, int]], budget: int | None) -> None:
+    parameters(shapes, tmp_path / "a.png", budget=budget, ranks=16)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tna.presets.lora(1), tna.presets.superlora(1), tna.presets.superlora(1, groups=5),
+        tna.presets.superlora(1, groups=2, projection="linear", ratio=0.1), tna.presets.lonkr(1, splits=2),
+        tna.presets.dense(), tna.Config(groups=[[1, 0], [*range(2, 42)]], fold="balanced", order=3, rank=1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_layout_is_drawn(tmp_path: Path, config: tna.Config) -> None:
+    plan = tna.SuperLoRA(config, UNET)
+    path = tmp_path / "a.svg"
+    layout(plan, path, roles=["q", "v"] * 21, title="a title with $x_$ in it")
+    found = texts(path)
+    assert ("padding" in found) == (config.projection == "identity" and any(
+        math.prod(group.network.sizes) > group.size for group in plan.groups
+    ))  # fmt: skip
+    straddled = any(len(plan.layout.of_weight(weight)) > 1 for weight in range(42))
+    assert ("goes on in another group" in found) == straddled
+    assert any(text.endswith("18 more groups") for text in found) == (plan.num_groups == 42)
+    assert {"q", "v"} <= set(found)
+
+
+def test_hundreds_of_weights_and_of_groups(tmp_path: Path) -> None:
+    many = [(64, 64), (16, 64)] * 200
+    layout(tna.SuperLoRA(tna.presets.superlora(1), many), tmp_path / "a.svg")
+    shown = [int(text) for text in texts(tmp_path / "a.svg") if text.isdigit()]
+    assert 10 < len(shown) < 60
+    layout(tna.SuperLoRA(tna.presets.lora(1), many), tmp_path / "b.svg")
+    assert any(text.endswith("376 more groups") for text in texts(tmp_path / "b.svg"))
+
+
+def test_one_name_and_one_role_a_weight(tmp_path: Path) -> None:
+    plan = tna.SuperLoRA(tna.presets.lora(1), [(4, 4)] * 3)
+    with pytest.raises(ShapeError, match="names has 2 entries for 3 weights"):
+        layout(plan, tmp_path / "a.png", names=["a", "b"])
+    with pytest.raises(ShapeError, match="roles has 1 entries for 3 weights"):
+        layout(plan, tmp_path / "a.png", roles=["q"])
+    assert not (tmp_path / "a.png").exists()

@@ -11,12 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .. import TnadaptError
 from .progress import reporter
 from .settings import setting, word_or_number
+from .tables import print_table
 
 if TYPE_CHECKING:
     from ..finetune import Outcome, Study
@@ -206,7 +205,7 @@ def _print_plan(study: Study, as_json: bool) -> None:
         listed = [{"family": m.family, "label": m.label, "parameters": count} for m, count in counts]
         typer.echo(json.dumps({"study": study.settings(), "methods": listed, "trainings": len(study.tasks)}, indent=2))
         return
-    _print_table(["method", "setting", "parameters"], [[m.family, m.label, f"{n:,}"] for m, n in counts], right=(2,))
+    print_table(["method", "setting", "parameters"], [[m.family, m.label, f"{n:,}"] for m, n in counts], right=(2,))
     typer.echo(_sizes(study))
 
 
@@ -237,7 +236,7 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
         return
     from ..finetune.report import columns, rows_of
 
-    _print_table(columns(len(study.seeds)), rows_of(outcome.points), right=(3, 4, 5, 6, 7))
+    print_table(columns(len(study.seeds)), rows_of(outcome.points), right=(3, 4, 5, 6, 7))
     typer.echo("● Pareto front: no other has as few parameters and a better test accuracy. Each is shown at the rate")
     typer.echo(
         f"  that was better on the validation samples; {outcome.points[0].kept:,} parameters of the head beside each."
@@ -261,22 +260,3 @@ def _same(same: bool, different: int | None = None) -> str:
     if same:
         return "the same predictions"
     return "OTHER predictions" if different is None else f"OTHER predictions for {different}"
-
-
-def _print_table(titles: list[str], rows: list[list[str]], right: tuple[int, ...]) -> None:
-    console = Console()
-    if console.is_terminal:
-        table = Table(box=None, pad_edge=False)
-        for index, title in enumerate(titles):
-            table.add_column(title, justify="right" if index in right else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row, style="bold" if row[0] == "●" else None)
-        console.print(table)
-        return
-    widths = [max(len(row[index]) for row in [titles, *rows]) for index in range(len(titles))]
-    for row in [titles, *rows]:
-        cells = [
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        typer.echo("  ".join(cells).rstrip())

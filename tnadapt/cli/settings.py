@@ -10,7 +10,7 @@ from .. import presets
 from ..config import Config
 from ..errors import TnadaptError
 
-__all__ = ["chosen_config", "setting", "word_or_number"]
+__all__ = ["chosen_config", "setting", "shapes_of", "word_or_number"]
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -63,3 +63,22 @@ def chosen_config(preset: str | None, settings: list[str], path: Path | None) ->
             raise TnadaptError(f"{path} holds {type(read).__name__}; expected a JSON object of Config fields")
         return Config.from_dict({**read, **changes})
     return Config.from_dict(changes) if changes else None
+
+
+def shapes_of(text: str) -> list[tuple[int, int]]:
+    """``ROWSxCOLS``, with ``*TIMES``.
+
+    Examples
+    --------
+    >>> shapes_of("12x8*2")
+    [(12, 8), (12, 8)]
+    """
+    size, _, times = text.partition("*")
+    rows, _, cols = size.partition("x")
+    try:
+        repeat = int(times or 1)
+        if repeat < 1:
+            raise ValueError
+        return [(int(rows), int(cols))] * repeat
+    except ValueError:
+        raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {text!r}") from None

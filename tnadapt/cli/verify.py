@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .. import TnadaptError, verify
-from .settings import chosen_config
+from .. import verify
+from .settings import chosen_config, shapes_of
 
 __all__ = ["verify_command"]
 
@@ -34,7 +34,7 @@ def verify_command(
     Exit code: 0 where all hold, 1 where one does not, 2 for a question that cannot be asked.
     """
     chosen = chosen_config(preset, settings or [], config)
-    shapes = [one for text in shape or [] for one in _shapes(text)] or None
+    shapes = [one for text in shape or [] for one in shapes_of(text)] or None
     with Console(stderr=True).status("checking") as status:
         report = verify(
             chosen, shapes, backends=backend, seed=seed, progress=lambda line: status.update(f"checking {line}")
@@ -44,18 +44,6 @@ def verify_command(
     else:
         _print(report)
     raise typer.Exit(0 if report.holds else 1)
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    size, _, times = text.partition("*")
-    rows, _, cols = size.partition("x")
-    try:
-        repeat = int(times or 1)
-        if repeat < 1:
-            raise ValueError
-        return [(int(rows), int(cols))] * repeat
-    except ValueError:
-        raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {text!r}") from None
 
 
 def _print(report: Any) -> None:

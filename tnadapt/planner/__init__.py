@@ -2,6 +2,7 @@
 
 from .cost import step_cost
 from .freedom import degrees_of_freedom
+from .headers import model_targets
 from .names import Name, known_as
 from .planned import Plan
 from .rank import Rank, largest_rank
@@ -16,6 +17,7 @@ __all__ = [
     "degrees_of_freedom",
     "known_as",
     "largest_rank",
+    "model_targets",
     "padding_waste",
     "plan",
     "step_cost",

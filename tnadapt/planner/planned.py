@@ -101,8 +101,8 @@ class Plan:
             "  beside it, of each method the one with the most freedom",
             "rank: the largest that a weight's update can have; step: multiply-adds of updates and gradients",
             "freedom: the dimension of the set of all updates, and its share of their elements",
-            f"{len(self.shapes)} weights of {self.size:,} elements; at most {self.budget:,} parameters; "
-            f"{len(self.rows)} settings compared",
+            f"{_counted(len(self.shapes), 'weight')} of {_counted(self.size, 'element')}; at most "
+            f"{_counted(self.budget, 'parameter')}; {_counted(len(self.rows), 'setting')} compared",
         ]
 
     def to_dict(self, every: bool = False) -> dict[str, Any]:
@@ -114,14 +114,22 @@ class Plan:
         }  # fmt: skip
 
 
-TITLES = ("", "method", "setting", "parameters", "bytes", "rank of ΔW", "freedom", "share", "padding", "step")
+TITLES = ("", "method", "setting", "parameters", "bytes", "rank", "freedom", "share", "padding", "step")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         "●" if row.front else "", row.name.family, row.name.label, f"{row.parameters:,}", f"{row.bytes:,}",
-        str(row.rank), f"{row.freedom:,}", f"{100 * row.fraction:.2g}%", f"{row.waste:.1%}", _short(row.cost),
+        str(row.rank), f"{row.freedom:,}", _percent(row.fraction), f"{row.waste:.1%}", _short(row.cost),
     )  # fmt: skip
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def _short(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Pictures. matplotlib is imported inside the functions, and draws into files: no window, no global state."""
+"""Accuracy against parameters, with the front."""
 
 from __future__ import annotations
 
@@ -9,21 +9,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["STYLES", "Mark", "pareto"]
+from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet
 
-# Colours of Okabe and Ito, which people of every colour vision tell apart, and a shape each for print in grey.
-STYLES: dict[str, tuple[str, str]] = {
-    "LoRA": ("#0072B2", "s"),
-    "LoKr": ("#56B4E9", "D"),
-    "LoNKr": ("#009E73", "P"),
-    "LoRTA": ("#E69F00", "^"),
-    "SuperLoRA": ("#D55E00", "o"),
-    "SuperLoRA + F": ("#CC79A7", "v"),
-    "fastfood": ("#7F7F7F", "X"),
-}
-_OTHERS = (("#332288", "h"), ("#117733", "<"), ("#882255", ">"), ("#AA4499", "p"), ("#999933", "*"), ("#44AA99", "d"))
-_INK = "#222222"
-_PALE = "#8A8A8A"
+__all__ = ["Mark", "pareto"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +81,7 @@ def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "",
         ]
         pareto(marks, "front.png", "two methods")
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.6, 5.2), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor="white")
+    drawn, axes = figure(8.6, 5.2)
     points = [mark for mark in marks if mark.parameters]
     lines = [mark for mark in marks if not mark.parameters]
     _axes(axes, points or marks, marks)
@@ -108,12 +91,12 @@ def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "",
     for family in dict.fromkeys(mark.family for mark in points):
         _family(axes, family, [mark for mark in points if mark.family == family], points)
     _labels(axes, points)
-    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=10, parse_math=False)
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
     if points:
         axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=1.0)
     if note:
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=7, color=_PALE, parse_math=False)
-    figure.savefig(path)
+        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+    drawn.savefig(path)
 
 
 def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark]) -> None:
@@ -126,23 +109,17 @@ def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark]) -> None:
     high = max((mark.mean + mark.spread for mark in marks), default=100.0)
     room = max(2.0, 0.08 * (high - low))
     axes.set_ylim(max(0.0, low - room), min(101.0, high + 1.6 * room))
-    axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=_INK)
-    axes.set_ylabel("test accuracy, %", fontsize=9, color=_INK)
+    axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=INK)
+    axes.set_ylabel("test accuracy, %", fontsize=9, color=INK)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=8, length=3)
-    axes.tick_params(which="minor", length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_PALE)
+    quiet(axes)
 
 
 def _line(axes: Any, mark: Mark) -> None:
-    axes.axhline(mark.mean, color=_PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    axes.axhline(mark.mean, color=PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     if mark.spread:
-        axes.axhspan(mark.mean - mark.spread, mark.mean + mark.spread, color=_PALE, alpha=0.12, linewidth=0, zorder=0)
+        axes.axhspan(mark.mean - mark.spread, mark.mean + mark.spread, color=PALE, alpha=0.12, linewidth=0, zorder=0)
     axes.annotate(
         f"{mark.family}, {mark.mean:.1f} %", (0.005, mark.mean), xycoords=("axes fraction", "data"),
         xytext=(0, 3), textcoords="offset points", fontsize=8, color="#666666",
@@ -157,26 +134,26 @@ def _front(axes: Any, front: Sequence[Mark]) -> None:
     right = axes.get_xlim()[1]
     axes.step(
         [*counts, right], [*(mark.mean for mark in front), front[-1].mean], where="post",
-        color=_INK, linewidth=1.3, alpha=0.75, zorder=2, label="Pareto front",
+        color=INK, linewidth=1.3, alpha=0.75, zorder=2, label="Pareto front",
     )  # fmt: skip
 
 
 def _family(axes: Any, family: str, marks: Sequence[Mark], points: Sequence[Mark]) -> None:
     if family.startswith("dense"):
-        colour, shape = _INK, "*"
+        colour, shape = INK, "*"
         _line(axes, marks[0])
     elif family in STYLES:
         colour, shape = STYLES[family]
     else:
         others = [name for name in dict.fromkeys(mark.family for mark in points) if name not in STYLES]
-        colour, shape = _OTHERS[others.index(family) % len(_OTHERS)]
+        colour, shape = OTHERS[others.index(family) % len(OTHERS)]
     size = 9.0 if shape in "*P" else 6.5
     style = {"linestyle": "none", "marker": shape, "color": colour}
     for mark in marks:
         # What is on the front has a dark edge, so that it is told from what is beaten.
         axes.errorbar(
             [mark.parameters], [mark.mean], yerr=[mark.spread] if mark.spread else None, ecolor=colour, elinewidth=1.0,
-            markersize=size + 1.5 * mark.front, markeredgecolor=_INK if mark.front else "white",
+            markersize=size + 1.5 * mark.front, markeredgecolor=INK if mark.front else "white",
             markeredgewidth=0.9 if mark.front else 0.7, zorder=5 if mark.front else 4, **style,
         )  # fmt: skip
     axes.plot([], [], markersize=size, markeredgecolor="white", markeredgewidth=0.7, label=family, **style)
@@ -192,6 +169,6 @@ def _labels(axes: Any, points: Sequence[Mark]) -> None:
         last = height
         axes.annotate(
             mark.label, (mark.parameters, height), xytext=(-4, 4), textcoords="offset points",
-            fontsize=7.5, color=_INK, ha="right", va="bottom", zorder=6,
+            fontsize=7.5, color=INK, ha="right", va="bottom", zorder=6,
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
         )  # fmt: skip
