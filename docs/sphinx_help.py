@@ -10,6 +10,7 @@ GALLERY = (
     "plot_trainer_minilm",
     "plot_read_with_numpy",
     "plot_parameters",
+    "plot_plan_budget",
     "plot_layout",
     "plot_projection",
     "plot_geometry",
