@@ -39,12 +39,12 @@ print(found)
 others = iter([("#332288", "h"), ("#882255", "p")])
 styles = {name: plot.STYLES.get(name) or next(others) for name in dict.fromkeys(row.name.family for row in found.rows)}
 fig, axes = plt.subplots(figsize=(8.6, 4.6), layout="constrained")
-for row in sorted(found.rows, key=lambda row: row.front):
+for row in sorted(found.rows, key=lambda row: row in found.front):
     if row.parameters > 1000:
         colour, marker = styles[row.name.family]
-        edge = "black" if row.front else "white"
+        edge = "black" if row in found.front else "white"
         axes.scatter(row.freedom, row.cost, s=70, color=colour, marker=marker, edgecolors=edge, label=row.name.family)
-        if row.front:
+        if row in found.front:
             axes.annotate(str(row.name), (row.freedom, row.cost), xytext=(0, -15), textcoords="offset points",
                           ha="right" if row.freedom > 5000 else "left", fontsize="small")  # fmt: skip
 axes.set(yscale="log", xlabel="degrees of freedom", ylabel="multiply-adds of a step", ylim=(2.5e7, 6e9))

@@ -102,7 +102,7 @@ def test_by_and_all() -> None:
     found = tna.plan([(64, 64)] * 8, 300, by=["rank", "cost"])
     read = json.loads(done.stdout)
     assert read["by"] == ["rank", "cost"]
-    assert [row["front"] for row in read["rows"]] == [row.front for row in found.rows]
+    assert [row["front"] for row in read["rows"]] == [row in found.front for row in found.rows]
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120, 200])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,21 +50,43 @@ def test_formulas_of_a_weight_of_its_own(r: int, name: str, shape: tuple[int, in
     assert known == rank(plan.delta(point(plan), 0))
 
 
+def in_blocks(matrix: np.ndarray, limit: int, rng: np.random.Generator, rows: int = 37) -> Rank:
+    def blocks() -> Iterator[np.ndarray]:
+        for lo in range(0, len(matrix), rows):
+            yield matrix[lo : lo + rows]
+
+    return sketched(blocks, matrix.shape, limit, rng)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [
+        tna.SuperLoRA(config, [(20, 30), (90, 80), (5, 5)])
+        for config in (
+            tna.presets.superlora(1),
+            tna.presets.lonkr(1, splits=2),
+            tna.Config(3, 3, groups=2, fold="balanced"),
+        )
+    ]
+    whole = [largest_rank(plan) for plan in plans]
+    monkeypatch.setattr("tnadapt.planner.rank.BLOCK", 80 * 7)
+    assert [largest_rank(plan) for plan in plans] == whole
+
+
 @pytest.mark.parametrize("size", [(200, 300), (300, 200), (64, 64), (65, 300)])
 @pytest.mark.parametrize("r", [1, 63, 64, 65, 127, 128, 150, 400])
 @pytest.mark.parametrize("limit", [50, 128, 1024])
 def test_sketches_tell_ranks_apart(size: tuple[int, int], r: int, limit: int, rng: np.random.Generator) -> None:
     matrix = rng.standard_normal((size[0], r)) @ rng.standard_normal((r, size[1]))
     true = min(r, *size)
-    found = sketched(matrix, limit, rng)
+    found = in_blocks(matrix, limit, rng)
     assert found == (Rank(true, True) if true < min(limit, *size) or limit >= min(size) else Rank(limit, False))
 
 
 def test_a_square_part_may_be_singular_where_the_whole_is_not(rng: np.random.Generator) -> None:
     # Rows come in equal pairs: of 128 random ones of 400 some are equal, and the rank is 200.
     matrix = np.repeat(rng.standard_normal((200, 300)), 2, axis=0)
-    assert sketched(matrix, 128, rng) == Rank(128, False)
-    assert sketched(matrix, 1024, rng) == Rank(200, True)
+    assert in_blocks(matrix, 128, rng) == Rank(128, False)
+    assert in_blocks(matrix, 1024, rng) == Rank(200, True)
 
 
 def test_aligned_powers_of_two_keep_the_rank_low() -> None:

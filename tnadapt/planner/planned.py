@@ -35,6 +35,10 @@ class Plan:
         What the front is of.
     rows : tuple of Row
         All settings that were compared, the most parameters first.
+    front : tuple of Row
+        Those that no other beats, which is as good in everything that ``by`` names, and better in something. Parameters
+        count by tenths: rows between a tenth of the budget and all of it have equally many, and are told apart by them
+        only where all else is equal.
     largest : tuple of Row
         Of each method, the one with the most freedom.
 
@@ -51,6 +55,7 @@ class Plan:
     shapes: tuple[tuple[int, int], ...]
     by: tuple[str, ...]
     rows: tuple[Row, ...]
+    front: tuple[Row, ...]
     largest: tuple[Row, ...]
 
     @property
@@ -59,18 +64,9 @@ class Plan:
         return sum(rows * cols for rows, cols in self.shapes)
 
     @property
-    def front(self) -> tuple[Row, ...]:
-        """The rows that no other beats, which is as good in everything that ``by`` names, and better in something.
-
-        Parameters count by tenths: rows between a tenth of the budget and all of it have equally many, and are told
-        apart by them only where all else is equal.
-        """
-        return tuple(row for row in self.rows if row.front)
-
-    @property
     def shown(self) -> tuple[Row, ...]:
         """What the table has: the front, and of each method the one with the most freedom."""
-        return tuple(row for row in self.rows if row.front or row in self.largest)
+        return tuple(row for row in self.rows if row in self.front or row in self.largest)
 
     def table(self, every: bool = False) -> list[tuple[str, ...]]:
         """The cells of the table, the titles first.
@@ -81,7 +77,7 @@ class Plan:
             All rows, not only ``shown``; each rank is computed, which may take a while.
         """
         rows = self.rows if every else self.shown
-        return [TITLES, *(_cells(row) for row in rows)]
+        return [TITLES, *(_cells(row, row in self.front) for row in rows)]
 
     def __str__(self) -> str:
         """The table as plain text."""
@@ -110,16 +106,17 @@ class Plan:
         rows = self.rows if every else self.shown
         return {
             "budget": self.budget, "dtype": self.dtype, "weights": len(self.shapes), "elements": self.size,
-            "by": list(self.by), "compared": len(self.rows), "rows": [row.to_dict() for row in rows],
+            "by": list(self.by), "compared": len(self.rows),
+            "rows": [{**row.to_dict(), "front": row in self.front} for row in rows],
         }  # fmt: skip
 
 
 TITLES = ("", "method", "setting", "parameters", "bytes", "rank", "freedom", "share", "padding", "step")
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, front: bool) -> tuple[str, ...]:
     return (
-        "●" if row.front else "", row.name.family, row.name.label, f"{row.parameters:,}", f"{row.bytes:,}",
+        "●" if front else "", row.name.family, row.name.label, f"{row.parameters:,}", f"{row.bytes:,}",
         str(row.rank), f"{row.freedom:,}", _percent(row.fraction), f"{row.waste:.1%}", _short(row.cost),
     )  # fmt: skip
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +18,13 @@ from ..superlora import SuperLoRA
 
 __all__ = ["LIMIT", "Rank", "largest_rank"]
 
+Blocks = Iterator[np.ndarray]
+
 # Telling a rank of k from a larger one takes singular values of a k × k matrix.
 LIMIT = 1024
 _FIRST = 64
+# Elements of ΔW that are formed at once.
+BLOCK = 1 << 22
 # Below this share of the largest singular value, one is rounding.
 _ROUNDING = 1e-11
 
@@ -73,9 +80,10 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     products (ranks multiply, up to full); a vector whose elements are free; and F with its transforms, which
     makes of every vector, over its own random draws, a vector with a density: full rank.
 
-    Otherwise ΔW of random parameters is formed by :meth:`SuperLoRA.delta <tnadapt.SuperLoRA.delta>` in float64 and
-    sketched from both sides by k random vectors, k doubling: the rank of the k × k sketch is that of ΔW where it is
-    below k. A square part of ΔW of full rank says the same at once. Memory: some three times ΔW.
+    Otherwise ΔW of random parameters is formed in float64, some rows at a time, by :meth:`SuperLoRA.vector
+    <tnadapt.SuperLoRA.vector>`, and sketched from both sides by k random vectors, k doubling: the rank of the k × k
+    sketch is that of ΔW where it is below k. A square part of ΔW of full rank says the same at once. Memory: some
+    times 2**22 elements, and what the format needs to form them.
 
     Examples
     --------
@@ -100,28 +108,51 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     params = {
         name: rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 1.5, shape) for name, shape in plan.param_shapes.items()
     }
-    return sketched(plan.delta(params, weight), limit, rng)
+    start = sum(math.prod(shape) for shape in shapes[:weight])
+    rows, cols = shapes[weight]
+    step = max(1, BLOCK // cols)
+
+    def blocks() -> Blocks:
+        for lo in range(0, rows, step):
+            hi = min(lo + step, rows)
+            yield plan.vector(params, start + lo * cols, start + hi * cols).reshape(hi - lo, cols)
+
+    return sketched(blocks, (rows, cols), limit, rng)
 
 
-def sketched(matrix: np.ndarray, limit: int, rng: np.random.Generator) -> Rank:
-    side = min(limit, *matrix.shape)
-    full = side == min(matrix.shape)
+def sketched(blocks: Callable[[], Blocks], shape: tuple[int, int], limit: int, rng: np.random.Generator) -> Rank:
+    """The rank of a matrix that comes in blocks of rows, one after another, as often as is asked."""
+    side = min(limit, *shape)
+    full = side == min(shape)
     k = min(_FIRST, side)
     while True:
-        found = _count(_sketch(matrix, k, rng))
+        found = _count(_sketch(blocks(), shape, k, rng))
         if found < k or k == side:
             return Rank(found, full or found < k)
-        if k == _FIRST:
-            rows, cols = (np.sort(rng.permutation(size)[:side]) for size in matrix.shape)
-            if _count(matrix[np.ix_(rows, cols)]) == side:
-                return Rank(side, full)
+        if k == _FIRST and _count(_part(blocks(), shape, side, rng)) == side:
+            return Rank(side, full)
         k = min(2 * k, side)
 
 
-def _sketch(matrix: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    rows, cols = matrix.shape
-    right = matrix if cols == k else matrix @ rng.standard_normal((cols, k))
-    return right if rows == k else rng.standard_normal((k, rows)) @ right
+def _sketch(blocks: Blocks, shape: tuple[int, int], k: int, rng: np.random.Generator) -> np.ndarray:
+    """``left @ matrix @ right``, k × k, with a normal left and right where the side is longer than k."""
+    rows, cols = shape
+    right = None if cols == k else rng.standard_normal((cols, k))
+    narrow = (block if right is None else block @ right for block in blocks)
+    if rows == k:
+        return np.concatenate(list(narrow))
+    return functools.reduce(operator.iadd, (rng.standard_normal((k, len(block))) @ block for block in narrow))
+
+
+def _part(blocks: Blocks, shape: tuple[int, int], side: int, rng: np.random.Generator) -> np.ndarray:
+    """Some of the rows and columns, as many of each."""
+    rows, cols = (np.sort(rng.permutation(size)[:side]) for size in shape)
+    found, first = [], 0
+    for block in blocks:
+        inside = rows[(first <= rows) & (rows < first + len(block))]
+        found.append(block[np.ix_(inside - first, cols)])
+        first += len(block)
+    return np.concatenate(found)
 
 
 def _count(matrix: np.ndarray) -> int:

@@ -37,8 +37,8 @@ class Row:
         Dimension of the set of updates that it can make: :func:`~tnadapt.planner.degrees_of_freedom`.
     cost : int
         Multiply-adds of forming all updates and their gradients once: :func:`~tnadapt.planner.step_cost`.
-    front : bool
-        Whether no other row of its plan beats it.
+    adapter : SuperLoRA
+        The setting on the plan's weights.
 
     Examples
     --------
@@ -55,8 +55,7 @@ class Row:
     waste: float
     freedom: int
     cost: int
-    front: bool = dataclasses.field(default=False, compare=False)
-    adapter: SuperLoRA | None = dataclasses.field(default=None, compare=False, repr=False)
+    adapter: SuperLoRA = dataclasses.field(compare=False, repr=False)
 
     @classmethod
     def of(cls, adapter: SuperLoRA, each: int = 4) -> Row:
@@ -64,19 +63,20 @@ class Row:
         count = adapter.num_parameters
         return cls(
             adapter.config, known_as(adapter.config), count, count * each, padding_waste(adapter),
-            degrees_of_freedom(adapter), step_cost(adapter), adapter=adapter,
+            degrees_of_freedom(adapter), step_cost(adapter), adapter,
         )  # fmt: skip
 
     @functools.cached_property
     def rank(self) -> Rank:
-        """The largest matrix rank that an update can have: :func:`~tnadapt.planner.largest_rank`, when asked."""
-        assert self.adapter is not None
+        """The largest matrix rank that an update can have, of the first weight whose smaller side is largest.
+
+        Computed when it is asked for, by :func:`~tnadapt.planner.largest_rank`, and kept.
+        """
         return largest_rank(self.adapter)
 
     @property
     def fraction(self) -> float:
         """``freedom`` as a share of the elements of all updates."""
-        assert self.adapter is not None
         return self.freedom / self.adapter.size
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Row:
         return {
             "family": self.name.family, "label": self.name.label, "parameters": self.parameters, "bytes": self.bytes,
             "rank": self.rank.value, "rank_exact": self.rank.exact, "freedom": self.freedom,
-            "fraction": self.fraction, "waste": self.waste, "cost": self.cost, "front": self.front,
+            "fraction": self.fraction, "waste": self.waste, "cost": self.cost,
             "config": self.config.to_dict(),
         }  # fmt: skip
 

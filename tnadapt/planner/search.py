@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Sequence
 
 from ..config import Config
@@ -91,9 +90,8 @@ def plan(
         )
     rows = [Row.of(search.adapter(config), each) for config in found]
     rows.sort(key=lambda row: (-row.parameters, row.cost, -row.freedom))
-    front = {row.config for row in front_of(rows, names, wanted)}
-    rows = [dataclasses.replace(row, front=row.config in front) for row in rows]
-    return Plan(wanted, dtype, shapes, names, tuple(rows), tuple(_freest(rows)))
+    front = tuple(front_of(rows, names, wanted))
+    return Plan(wanted, dtype, shapes, names, tuple(rows), front, tuple(_freest(rows)))
 
 
 def _freest(rows: Sequence[Row]) -> list[Row]:
