@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tnadapt as tna
@@ -19,6 +19,8 @@ from .test_freedom import point, rank
 
 
 @given(plans(projections=("identity", "shuffle", "linear", "linear_v2")))
+# Three groups in one weight that share an F of one element: the same two rows thrice.
+@example(tna.SuperLoRA(tna.Config(1, 1, groups=3, format="dense", projection="linear", ratio=0.07), [(6, 6)]))
 def test_the_rank_of_random_updates(plan: tna.SuperLoRA) -> None:
     deltas = plan.deltas(point(plan, seed=5))
     for weight, delta in enumerate(deltas):

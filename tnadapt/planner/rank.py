@@ -77,8 +77,8 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     -----
     Ranks cannot fall at a random point: all parameters but a set of measure zero give this rank (it is generic). By
     formula where one holds: a matrix of its own, rank r, and their Kronecker products (ranks multiply) and Hadamard
-    products (ranks multiply, up to full); a vector whose elements are free; and F with its transforms, which
-    makes of every vector, over its own random draws, a vector with a density: full rank.
+    products (ranks multiply, up to full); a vector whose elements are free; and F with its transforms (of
+    one group), which makes of every vector, over its own random draws, a vector with a density: full rank.
 
     Otherwise ΔW of random parameters is formed in float64, some rows at a time, by :meth:`SuperLoRA.vector
     <tnadapt.SuperLoRA.vector>`, and sketched from both sides by k random vectors, k doubling: the rank of the k × k
@@ -163,10 +163,12 @@ def _count(matrix: np.ndarray) -> int:
 def by_formula(plan: SuperLoRA, weight: int) -> int | None:
     """The rank where a formula has it, else None."""
     config, shape = plan.config, plan.shapes[weight]
-    free = config.order == 1 and (config.splits == 1 or config.combine == "hadamard")
-    if free or config.projection not in SQUARE:
-        return min(shape)
     pieces = plan.layout.of_weight(weight)
+    free = config.order == 1 and (config.splits == 1 or config.combine == "hadamard")
+    # Groups that share F may repeat each other within a weight.
+    drawn = config.projection not in SQUARE and (len(pieces) == 1 or not config.shared)
+    if drawn or (free and config.projection in SQUARE):
+        return min(shape)
     group = plan.groups[pieces[0].group]
     alone = len(pieces) == 1 and group.size == math.prod(shape)
     if config.projection != "identity" or not alone or group.network.sizes != shape:
