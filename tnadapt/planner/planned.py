@@ -86,14 +86,14 @@ class Plan:
     def notes(self) -> list[str]:
         """What the table must be read with."""
         names = {
-            "parameters": "parameters (by tenths of the budget)",
+            "parameters": "parameters (by tenths)",
             "cost": "step",
             "waste": "padding",
             "rank": "rank",
         }
         told = ", ".join(names.get(name, name) for name in self.by)
         return [
-            f"● front: no other is as good in {told}, and better in one of them",
+            f"● front: no other is as good in {told}, and better in one",
             "  beside it, of each method the one with the most freedom",
             "rank: the largest that a weight's update can have; step: multiply-adds of updates and gradients",
             "freedom: the dimension of the set of all updates, and its share of their elements",
