@@ -51,7 +51,7 @@ def test_every_row(drawn: tuple[Plan, Any]) -> None:
 def at_least(one: Row, other: Row, found: Plan) -> list[tuple[Any, Any]]:
     """(one's, the other's), more being better, of all that the front is of."""
     value = {
-        "parameters": lambda row: rung(row.parameters, found.budget),
+        "parameters": lambda row: rung(row.parameters, min(found.budget, found.size)),
         "freedom": lambda row: row.freedom,
         "cost": lambda row: -row.cost,
         "rank": lambda row: row.rank.value,
@@ -89,16 +89,16 @@ def test_the_same_again(shapes: list[tuple[int, int]], budget: int) -> None:
 
 def test_each_method_is_there_with_its_freest() -> None:
     found = tna.plan(VIT, 200_000)
-    methods = {row.name.family for row in found.largest}
+    methods = {row.name.family for row in found.freest}
     assert methods == {
         "LoRA", "LoHa", "LoKr", "KronA", "LoTR", "LoNKr", "LoRTA", "LoRTA + F", "SuperLoRA", "SuperLoRA + F",
         "fastfood",
     }  # fmt: skip
-    for row in found.largest:
+    for row in found.freest:
         assert row.freedom == max(other.freedom for other in found.rows if other.name.family == row.name.family)
-    lora = next(row for row in found.largest if row.name.family == "LoRA")
+    lora = next(row for row in found.freest if row.name.family == "LoRA")
     assert (lora.config, lora.parameters) == (tna.presets.lora(5), 5 * 24 * 1536)
-    assert set(found.front) | set(found.largest) == set(found.shown)
+    assert set(found.front) | set(found.freest) == set(found.shown)
 
 
 def test_names_are_told_apart() -> None:

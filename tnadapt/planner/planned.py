@@ -39,7 +39,7 @@ class Plan:
         Those that no other beats, which is as good in everything that ``by`` names, and better in something. Parameters
         count by tenths: rows between a tenth of the budget and all of it have equally many, and are told apart by them
         only where all else is equal.
-    largest : tuple of Row
+    freest : tuple of Row
         Of each method, the one with the most freedom.
 
     Examples
@@ -56,7 +56,7 @@ class Plan:
     by: tuple[str, ...]
     rows: tuple[Row, ...]
     front: tuple[Row, ...]
-    largest: tuple[Row, ...]
+    freest: tuple[Row, ...]
 
     @property
     def size(self) -> int:
@@ -66,7 +66,7 @@ class Plan:
     @property
     def shown(self) -> tuple[Row, ...]:
         """What the table has: the front, and of each method the one with the most freedom."""
-        return tuple(row for row in self.rows if row in self.front or row in self.largest)
+        return tuple(row for row in self.rows if row in self.front or row in self.freest)
 
     def table(self, every: bool = False) -> list[tuple[str, ...]]:
         """The cells of the table, the titles first.
@@ -85,12 +85,7 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What the table must be read with."""
-        names = {
-            "parameters": "parameters (by tenths)",
-            "cost": "step",
-            "waste": "padding",
-            "rank": "rank",
-        }
+        names = {"parameters": "parameters (by tenths)", "cost": "step", "waste": "padding"}
         told = ", ".join(names.get(name, name) for name in self.by)
         return [
             f"● front: no other is as good in {told}, and better in one",

@@ -44,7 +44,7 @@ def plan(
     Returns
     -------
     Plan
-        ``print`` it for a table; ``rows``, ``front``, ``largest``; ``to_dict()``.
+        ``print`` it for a table; ``rows``, ``front``, ``freest``; ``to_dict()``.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def plan(
         )
     rows = [Row.of(search.adapter(config), each) for config in found]
     rows.sort(key=lambda row: (-row.parameters, row.cost, -row.freedom))
-    front = tuple(front_of(rows, names, wanted))
+    front = tuple(front_of(rows, names, min(wanted, size)))
     return Plan(wanted, dtype, shapes, names, tuple(rows), front, tuple(_freest(rows)))
 
 
