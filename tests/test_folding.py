@@ -63,7 +63,7 @@ def test_the_specs_examples() -> None:
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 9))
 def test_kronecker_sizes_cover(sizes: list[int], splits: int, f: int) -> None:
-    for split_size in (f, "balanced"):
+    for split_size in (f, "balanced", tuple(f + mode for mode in range(len(sizes)))):
         found = kronecker_sizes(sizes, splits, split_size)
         assert len(found) == splits
         for mode, d in enumerate(sizes):
@@ -122,7 +122,8 @@ def test_bad_input() -> None:
         tna.to_hypercube(np.zeros((2, 2)), 2)
     with pytest.raises(tna.ShapeError, match="cannot take 10"):
         tna.from_hypercube(np.zeros((3, 3)), 10)
-    with pytest.raises(tna.ConfigError, match="split_size"):
-        kronecker_sizes((4, 4), 2, 0)
+    for split_size in (0, (2, 0), (2,), (2, 2, 2)):
+        with pytest.raises(tna.ConfigError, match="split_size"):
+            kronecker_sizes((4, 4), 2, split_size)
     with pytest.raises(tna.ShapeError, match="no slice"):
         boxes((4, 4), 3, 3)

@@ -52,8 +52,9 @@ class Config:
         What each split is made of.
     combine : "kronecker" or "hadamard"
         How splits are combined.
-    split_size : int or "balanced"
-        Sizes of the Kronecker splits: f in every mode of all but the last, or each mode factored evenly.
+    split_size : int, "balanced" or tuple of int
+        Sizes of the Kronecker splits: f in every mode of all but the last, each mode factored evenly, or one size a
+        mode of all but the last.
     leading : "dense" or "same"
         What splits 1 to K - 1 are made of: dense arrays, or ``format`` like the last.
     terms : int
@@ -92,7 +93,7 @@ class Config:
     fold: str | tuple[int, ...] = "stack"
     format: str = "cp"
     combine: str = "kronecker"
-    split_size: int | str = "balanced"
+    split_size: int | str | tuple[int, ...] = "balanced"
     leading: str = "dense"
     terms: int = 1
     projection: str = "identity"
@@ -123,8 +124,7 @@ class Config:
         put("rank", self._checked_rank())
         put("groups", _checked_groups(self.groups))
         put("fold", self._checked_fold())
-        if not isinstance(self.split_size, str) or self.split_size != "balanced":
-            put("split_size", _integer("split_size", self.split_size, 1, MAX_INT, 'or "balanced"'))
+        put("split_size", self._checked_split_size())
         put("ratio", _number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio must be above 0 and at most 1; got {self.ratio!r}")
@@ -178,6 +178,20 @@ class Config:
                 f"fold='stack' makes matrices only and order is {self.order}; use fold='hypercube' or 'balanced'"
             )
         return self.fold
+
+    def _checked_split_size(self) -> int | str | tuple[int, ...]:
+        if isinstance(self.split_size, (tuple, list)):
+            sizes = tuple(
+                _integer(f"split_size[{mode}]", size, 1, MAX_INT) for mode, size in enumerate(self.split_size)
+            )
+            if len(sizes) != self.order:
+                raise ConfigError(
+                    f"split_size={shown(sizes)} has {len(sizes)} sizes and order is {self.order}: give one a mode"
+                )
+            return sizes
+        if isinstance(self.split_size, str) and self.split_size == "balanced":
+            return self.split_size
+        return _integer("split_size", self.split_size, 1, MAX_INT, 'or "balanced", or a tuple of one size a mode')
 
     @property
     def scale(self) -> float:

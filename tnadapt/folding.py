@@ -238,7 +238,7 @@ def _divisors(size: int) -> list[int]:
     return small + [size // d for d in reversed(small) if d * d != size]
 
 
-def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str) -> list[tuple[int, ...]]:
+def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str | Sequence[int]) -> list[tuple[int, ...]]:
     """Sizes of the K tensors whose Kronecker product covers a tensor of ``sizes``.
 
     Parameters
@@ -247,10 +247,10 @@ def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str) ->
         ``d_1 … d_M``.
     splits : int
         K, at least 1.
-    split_size : int or "balanced"
+    split_size : int, "balanced" or sequence of int
         An integer f: splits 1 to K - 1 have size f in every mode and the last one
-        ``ceil(d_m / f ** (K - 1))`` (the paper uses 6, 8 and 10). ``"balanced"``: each ``d_m`` is
-        factored by :func:`balanced_factors`.
+        ``ceil(d_m / f ** (K - 1))`` (the paper uses 6, 8 and 10). One integer a mode: the same, with ``f_m``.
+        ``"balanced"``: each ``d_m`` is factored by :func:`balanced_factors`.
 
     Returns
     -------
@@ -260,7 +260,7 @@ def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str) ->
     Raises
     ------
     ConfigError
-        If split_size is neither "balanced" nor an integer of at least 1.
+        If split_size is neither "balanced" nor an integer of at least 1, nor one such integer a mode.
 
     Examples
     --------
@@ -268,9 +268,14 @@ def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str) ->
     [(24, 24), (32, 32)]
     >>> kronecker_sizes((752, 752), 3, 8)
     [(8, 8), (8, 8), (12, 12)]
+    >>> kronecker_sizes((64, 48), 2, (8, 4))
+    [(8, 4), (8, 12)]
     """
     if isinstance(split_size, str) and split_size == "balanced":
         return list(zip(*(balanced_factors(d, splits) for d in sizes), strict=True))
-    split_size = integer("split_size", split_size, 1, MAX_SIZE, ConfigError, 'or "balanced"')
-    last = tuple(-(-d // split_size ** (splits - 1)) for d in sizes)
-    return [(split_size,) * len(sizes)] * (splits - 1) + [last]
+    given = split_size if isinstance(split_size, (tuple, list)) else (split_size,) * len(sizes)
+    if len(given) != len(sizes):
+        raise ConfigError(f"split_size={tuple(given)} has {len(given)} sizes for {len(sizes)} modes: give one a mode")
+    first = tuple(integer("split_size", f, 1, MAX_SIZE, ConfigError, 'or "balanced"') for f in given)
+    last = tuple(-(-d // f ** (splits - 1)) for d, f in zip(sizes, first, strict=True))
+    return [first] * (splits - 1) + [last]

@@ -145,8 +145,9 @@ def _split_sizes(config: Config, sizes: tuple[int, ...]) -> list[tuple[int, ...]
     if config.split_size == "balanced":
         per_mode = [_even_factors(d, k) for d in sizes]
         return [tuple(factors[split] for factors in per_mode) for split in range(k)]
-    f = int(config.split_size)
-    return [(f,) * len(sizes)] * (k - 1) + [tuple(math.ceil(d / f ** (k - 1)) for d in sizes)]
+    own = isinstance(config.split_size, tuple)
+    f = [int(config.split_size[m] if own else config.split_size) for m in range(len(sizes))]  # type: ignore[index,arg-type]
+    return [tuple(f)] * (k - 1) + [tuple(math.ceil(d / f[m] ** (k - 1)) for m, d in enumerate(sizes))]
 
 
 def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...]) -> Float:

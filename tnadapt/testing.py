@@ -97,7 +97,11 @@ def configs(draw: st.DrawFn, weights: list[tuple[int, int]], projections: tuple[
         fold=fold,
         format=name,
         combine=combine,
-        split_size=draw(st.just("balanced") | st.integers(1, 3)) if combine == "kronecker" else "balanced",
+        split_size=(
+            draw(st.just("balanced") | st.integers(1, 3) | st.tuples(*[st.integers(1, 3)] * order))
+            if combine == "kronecker"
+            else "balanced"
+        ),
         leading=draw(st.sampled_from(LEADINGS)),
         terms=draw(st.sampled_from([1, 1, 2])),
         projection=projection,
