@@ -8,6 +8,7 @@ Importing this imports no framework.
 from . import presets
 from .backends import register_backend
 from .config import Config
+from .convert import convert
 from .decomposition import decompose, search_rank
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
 from .extraction import extract
@@ -37,6 +38,7 @@ __all__ = [
     "Target",
     "TargetError",
     "TnadaptError",
+    "convert",
     "cp_to_tensor",
     "decompose",
     "extract",

@@ -1,0 +1,93 @@
+"""What the tests of conversion share: small models, adapters of ours, and random numbers for theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tnadapt import AdapterFile, Config, SuperLoRA, Target
+
+# Of what the peers make in float32 and we in float64, and once more in between: a few roundings of 6e-8.
+TOLERANCE = 1e-6
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "blocks.0.attn.q_proj": (12, 18),
+    "blocks.0.attn.v_proj": (8, 18),
+    "blocks.10.mlp.fc_1": (24, 12),
+}
+CONVS: dict[str, tuple[int, ...]] = {
+    "stem.conv": (8, 6, 3, 3),
+    "stem.point": (4, 8, 1, 1),
+    "stem.line": (6, 4, 3),
+}
+
+
+def model(shapes: dict[str, tuple[int, ...]] | None = None) -> Any:
+    """A torch model with these weights, random, each in a Linear or a convolution without a bias."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    root = nn.Module()
+    for path, shape in (shapes or SHAPES).items():
+        *parents, last = path.split(".")
+        holder = root
+        for name in parents:
+            if not hasattr(holder, name):
+                holder.add_module(name, nn.Module())
+            holder = getattr(holder, name)
+        kinds = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}
+        if len(shape) == 2:
+            layer = nn.Linear(shape[1], shape[0], bias=False)
+        else:
+            layer = kinds[len(shape)](shape[1], shape[0], shape[2:], bias=False)
+        holder.add_module(last, layer)
+    return root.requires_grad_(False)
+
+
+def made(
+    config: Config, shapes: dict[str, tuple[int, ...]] | None = None, seed: int = 0, dtype: str = "f4"
+) -> AdapterFile:
+    """An adapter of ours on a model's weights, with random numbers."""
+    targets = [
+        Target(path, shape, "linear" if len(shape) == 2 else "conv", layer=path.split(".")[1])
+        for path, shape in (shapes or SHAPES).items()
+    ]
+    rng = np.random.default_rng(seed)
+    plan = SuperLoRA(config, [target.shape for target in targets], [target.layer for target in targets])
+    arrays = {name: (rng.standard_normal(shape) / 2).astype(dtype) for name, shape in plan.param_shapes.items()}
+    return AdapterFile(config, targets, arrays)
+
+
+def updates(file: AdapterFile) -> dict[str, np.ndarray]:
+    """Path -> update in the shape in which the weight is stored."""
+    found: dict[str, np.ndarray] = {}
+    wide = {name: array.astype(np.float64) for name, array in file.arrays.items()}
+    for number, target in enumerate(file.targets):
+        whole = found.setdefault(target.module, np.zeros(target.stored))
+        target.block(whole)[...] += target.like_block(file.plan.delta(wide, number))
+    return found
+
+
+def error(one: Any, other: Any) -> float:
+    """Relative Frobenius error."""
+    one, other = (np.asarray(a.detach().double() if hasattr(a, "detach") else a, np.float64) for a in (one, other))
+    assert one.shape == other.shape, (one.shape, other.shape)
+    return float(np.linalg.norm(one - other) / max(np.linalg.norm(other), 1e-30))
+
+
+def fill(parameters: Iterator[Any], seed: int = 0, scale: float = 0.5) -> None:
+    """Random numbers in all of them."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+__all__ = ["CONVS", "SHAPES", "TOLERANCE", "error", "fill", "made", "model", "pytest", "tna", "updates"]

@@ -1,0 +1,182 @@
+"""PEFT loads what we write, and we load what it writes: the same updates, by its own code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tnadapt import Config
+
+from .convert_help import CONVS, SHAPES, TOLERANCE, error, fill, made, model, updates
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+BOTH = SHAPES | CONVS
+
+
+def theirs(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], seed: int = 1) -> dict[str, Any]:
+    """An adapter that PEFT makes, fills and saves; its updates."""
+    wrapped = peft.get_peft_model(model(shapes), config)
+    fill((p for name, p in wrapped.named_parameters() if "lora_" in name or "lokr_" in name or "hada_" in name), seed)
+    wrapped.save_pretrained(folder)
+    return deltas(wrapped)
+
+
+def deltas(wrapped: Any) -> dict[str, Any]:
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+LINEAR = ["q_proj", "v_proj", "fc_1"]
+ALL = [*LINEAR, "conv", "point", "line"]
+
+CONFIGS: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL),
+    "lora-odd": lambda: peft.LoraConfig(r=3, lora_alpha=16, target_modules=LINEAR),
+    "lora-rs": lambda: peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=LINEAR),
+    "lora-patterns": lambda: peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=ALL, rank_pattern={"q_proj": 5, "^stem.conv": 3},
+        alpha_pattern={"blocks.[0-9]+.mlp.fc_1": 7, "q_proj": 1},
+    ),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=LINEAR),
+    "lokr-full": lambda: peft.LoKrConfig(r=64, alpha=16, target_modules=LINEAR),
+    "lokr-both": lambda: peft.LoKrConfig(r=1, alpha=3, decompose_both=True, target_modules=["fc_1"]),
+    "lokr-factor": lambda: peft.LoKrConfig(r=1, alpha=3, decompose_factor=2, target_modules=LINEAR),
+    "lokr-conv": lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["conv", "point"]),
+    "lokr-conv-full": lambda: peft.LoKrConfig(r=9, alpha=3, target_modules=["conv", "point"]),
+    "lokr-tucker": lambda: peft.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, target_modules=["conv", "point"]),
+    "lokr-line": lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["line"]),
+    "loha": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=ALL),
+    "loha-tucker": lambda: peft.LoHaConfig(r=2, alpha=5, use_effective_conv2d=True, target_modules=ALL),
+    "loha-patterns": lambda: peft.LoHaConfig(
+        r=3, alpha=5, target_modules=LINEAR, rank_pattern={"v_proj": 1}, alpha_pattern={"v_proj": 0.25}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_peft_saved_gives_its_updates(name: str, tmp_path: Path) -> None:
+    shapes = {path: BOTH[path] for path in BOTH}
+    expected = theirs(tmp_path / "theirs", CONFIGS[name](), shapes)
+    # Base: LoKr and LoHa do not tell the kernel of a convolution.
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=shapes)
+    assert found.exact
+    assert found.error <= TOLERANCE
+    ours = updates(tna.load(tmp_path / "ours.safetensors"))
+    assert ours.keys() == expected.keys()
+    for path, delta in expected.items():
+        assert error(ours[path], delta) <= TOLERANCE, path
+
+
+def test_lokr_of_several_sizes_is_stored_dense(tmp_path: Path) -> None:
+    expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=9, alpha=3, target_modules=ALL), BOTH)
+    found = tna.convert(tmp_path / "theirs", base=BOTH)
+    assert found.file is not None
+    assert found.file.config.format == "dense"
+    assert "stored dense, as one config cannot say" in str(found)
+    for path, delta in expected.items():
+        # That of the one-dimensional convolution is PEFT's own, which multiplies other axes than LyCORIS.
+        assert error(updates(found.file)[path], delta) <= TOLERANCE, path
+    without = [target for target in found.file.targets if target.module != "stem.line"]
+    places = [found.file.targets.index(target) for target in without]
+    arrays = {
+        f"group{new}.split0.dense": found.file.arrays[f"group{old}.split0.dense"] for new, old in enumerate(places)
+    }
+    file = tna.AdapterFile(found.file.config, without, arrays)
+    with pytest.raises(tna.ConfigError, match=r"no LoKr by itself: give rank="):
+        tna.convert(file, to="peft-lokr")
+    again = tna.convert(file, tmp_path / "again", to="peft-lokr", rank=9, max_error=1e-6)
+    assert not again.exact  # but for the rounding of what is stored
+    assert again.error <= TOLERANCE
+    check_loaded(tmp_path / "again", {target.module: expected[target.module] for target in without})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_and_back_again(name: str, tmp_path: Path) -> None:
+    expected = theirs(tmp_path / "theirs", CONFIGS[name](), BOTH)
+    kind = name.partition("-")[0]
+    file = tna.convert(tmp_path / "theirs", base=BOTH).file
+    found = tna.convert(file, tmp_path / "again", to=f"peft-{kind}", max_error=1e-6)
+    assert found.exact
+    check_loaded(tmp_path / "again", expected)
+
+
+def check_loaded(folder: Path, expected: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None = None) -> None:
+    """PEFT's loader, its update of every weight, what it merges, and its outputs."""
+    base = model(shapes or BOTH)
+    wrapped = peft.PeftModel.from_pretrained(model(shapes or BOTH), folder)
+    found = deltas(wrapped)
+    assert found.keys() == expected.keys()
+    before, after = dict(base.named_parameters()), {}
+    generator = torch.Generator().manual_seed(3)
+    for path, delta in expected.items():
+        assert error(found[path], delta) <= TOLERANCE, path
+        layer, plain = wrapped.get_submodule(f"base_model.model.{path}"), base.get_submodule(path)
+        size = BOTH[path] if shapes is None else shapes[path]
+        x = torch.randn((5, size[1], *(5 for _ in size[2:])), generator=generator)
+        weight = plain.weight.double() + torch.as_tensor(np.asarray(delta, np.float64))
+        with torch.no_grad():
+            plain.double().weight.copy_(weight)
+            assert error(layer(x), plain(x.double())) <= TOLERANCE, path
+        after[f"{path}.weight"] = weight
+    merged = dict(wrapped.merge_and_unload().named_parameters())
+    assert merged.keys() == before.keys()
+    for name, weight in after.items():
+        assert error(merged[name], weight) <= TOLERANCE, name
+
+
+OURS: dict[str, tuple[Config, str]] = {
+    "lora": (tna.presets.lora(3, alpha=7), "peft-lora"),
+    "cp-weighted": (Config(rank=3, format="cp-weighted"), "peft-lora"),
+    "tucker": (Config(rank=(2, 3), format="tucker"), "peft-lora"),
+    "tucker, one factor": (Config(rank=(None, 3), format="tucker"), "peft-lora"),
+    "tt": (Config(rank=3, format="tt", alpha=2), "peft-lora"),
+    "terms": (Config(rank=2, terms=3), "peft-lora"),
+    "a CP across weights": (tna.presets.superlora(2, groups=2), "peft-lora"),
+    "krona": (tna.presets.krona(alpha=3), "peft-lokr"),
+    "lokr": (tna.presets.lokr(1, alpha=3), "peft-lokr"),
+    "lokr of low-rank W1": (tna.presets.lokr(1, leading="same"), "peft-lokr"),
+    "lokr of a factor": (tna.presets.lokr(1, split_size=2), "peft-lokr"),
+    "lonkr": (tna.presets.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "peft-lokr"),
+    "lora to lokr": (tna.presets.lora(2), "peft-lokr"),
+    "loha": (tna.presets.loha(2, alpha=3), "peft-loha"),
+    "lora to loha": (tna.presets.lora(2, alpha=6), "peft-loha"),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
+    config, to = OURS[name]
+    file = made(config, SHAPES)
+    if name == "a CP across weights":
+        found = tna.convert(file, tmp_path / "theirs", to=to, rank=8)
+    else:
+        found = tna.convert(file, tmp_path / "theirs", to=to)
+    assert found.exact
+    assert found.error <= TOLERANCE
+    check_loaded(tmp_path / "theirs", updates(file), SHAPES)
+    again = tna.convert(tmp_path / "theirs").file
+    for path, delta in updates(file).items():
+        assert error(updates(again)[path], delta) <= TOLERANCE
+
+
+def test_factors_keep_their_bits(tmp_path: Path) -> None:
+    file = made(tna.presets.lora(3, alpha=7), SHAPES)
+    found = tna.convert(file, tmp_path / "a", to="peft-lora")
+    again = tna.convert(tmp_path / "a").file
+    assert again.config == file.config
+    order = [again.targets.index(t) for t in again.targets]
+    assert [again.targets[i].module for i in order] == list(SHAPES)
+    for key, array in file.arrays.items():
+        assert np.array_equal(again.arrays[key], array)
+    assert found.parameters == (file.num_parameters, file.num_parameters)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lora_alpha"] == 7

@@ -1,0 +1,106 @@
+"""Files of other libraries: the same content gives the same bytes, and what is there is whole at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..container import DTYPES, raw_bytes, raw_dtype
+from ..durable import replace_file, sync_folder
+from ..errors import FileError
+
+__all__ = ["content_of", "json_text", "replace_folder"]
+
+_TAGS = {name: tag for tag, name in DTYPES.items()}
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON with sorted keys: one text for one value."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    return json.dumps(value, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
+
+
+def content_of(tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file.
+
+    Parameters
+    ----------
+    tensors : mapping of str to ndarray
+    dtypes : mapping of str to str
+        Which float32 arrays are to be stored as "bfloat16", whose numbers they have.
+    metadata : mapping of str to str
+        Written in the order of its keys, which safetensors' own writer does not promise.
+    """
+    tags = {name: _TAGS[dtypes.get(name, array.dtype.name)] for name, array in tensors.items()}
+    # Wide elements first, so that every tensor lies at a multiple of its element's size.
+    order = sorted(tensors, key=lambda name: (-raw_dtype(tags[name]).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position, pieces = 0, list[bytes | memoryview]()
+    for name in order:
+        raw = _raw(tensors[name], tags[name])
+        header[name] = {
+            "dtype": tags[name],
+            "shape": list(raw.shape),
+            "data_offsets": [position, position + raw.nbytes],
+        }
+        position += raw.nbytes
+        pieces.append(raw_bytes(raw) if raw.size else b"")
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
+
+
+def _raw(array: np.ndarray, tag: str) -> np.ndarray:
+    if tag == "BF16":
+        array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    return np.asarray(array, raw_dtype(tag), order="C")
+
+
+def replace_folder(path: str, files: Mapping[str, bytes]) -> None:
+    """Write files to a folder, which is made if it is not there; in it, the last of them comes last.
+
+    A new folder appears with all of them. In one that is there, each takes its place whole, one after another, when all
+    have been written.
+
+    Raises
+    ------
+    FileError
+        If the path is no folder.
+    OSError
+        If they cannot be written; nothing has changed then.
+    """
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise FileError("is a file; an adapter of PEFT is a folder")
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        raise FileError(f"the folder {parent} does not exist; make it first")
+    there = os.path.isdir(path)
+    with _beside(path if there else parent) as stage:
+        for name, content in files.items():
+            replace_file(os.path.join(stage, name), content)
+        if not there:
+            os.rename(stage, path)
+            sync_folder(parent)
+            return
+        for name in files:
+            os.replace(os.path.join(stage, name), os.path.join(path, name))
+        sync_folder(path)
+
+
+@contextlib.contextmanager
+def _beside(folder: str) -> Iterator[str]:
+    """A new folder in this one, which is gone in the end unless it was renamed."""
+    stage = os.path.join(folder, f".tnadapt-{secrets.token_hex(8)}.tmp")
+    os.mkdir(stage)
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
