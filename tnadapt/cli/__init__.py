@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .convert import convert_command
 from .extract import extract_command
 from .finetune import finetune_command
 from .plan import plan_command
@@ -43,6 +44,7 @@ def _help(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(text.split()) for text in inspect.getdoc(command).split("\n\n"))  # type: ignore[union-attr]
 
 
+app.command("convert", help=_help(convert_command))(convert_command)
 app.command("finetune", help=_help(finetune_command))(finetune_command)
 app.command("extract", help=_help(extract_command))(extract_command)
 app.command("plan", help=_help(plan_command))(plan_command)
