@@ -18,6 +18,8 @@ from tnadapt.convert import FORMS
 from tnadapt.convert.base import as_base
 from tnadapt.convert.kronecker_rules import lycoris_factorization, peft_factorization
 from tnadapt.convert.lycoris_reading import read_lycoris
+from tnadapt.convert.measuring import low_rank_squares, squares_of
+from tnadapt.convert.updates import Pair, Update
 from tnadapt.testing import plans
 
 from .convert_help import TOLERANCE, error, made, updates
@@ -176,6 +178,29 @@ def test_lokr_of_any_sizes_is_loaded_or_refused(
     again = updates(tna.convert(out).file)  # type: ignore[arg-type]
     for path, delta in updates(file).items():
         assert error(again[path], delta) <= TOLERANCE
+
+
+@given(
+    rows=st.integers(8, 30), cols=st.integers(8, 30), ranks=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    near=st.sampled_from([0.0, 1e-12, 1e-7, 1.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_error_by_factors_is_the_dense_one(
+    rows: int, cols: int, ranks: tuple[int, int], near: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    b, a = rng.standard_normal((rows, ranks[0])), rng.standard_normal((cols, ranks[0]))
+    old = Update("lora", (rows, cols), (Pair(b, a),), 0.5)
+    moved = Pair(np.hstack([b * (1 + near), near * rng.standard_normal((rows, ranks[1]))]),
+                 np.hstack([a, rng.standard_normal((cols, ranks[1]))]))  # fmt: skip
+    new = Update("lora", (rows, cols), (moved,), 0.5)
+    found = low_rank_squares(old, new)
+    if 2 * (old.rank + new.rank) > min(rows, cols):
+        assert found is None
+        return
+    assert found is not None
+    off, whole = squares_of(0.5 * b @ a.T, 0.5 * moved.b @ moved.a.T)
+    assert math.sqrt(found[0]) == pytest.approx(math.sqrt(off), rel=1e-6, abs=1e-14 * math.sqrt(whole))
+    assert found[1] == pytest.approx(whole, rel=1e-12)
 
 
 def test_a_base_is_a_file_a_folder_a_list_or_a_mapping(tmp_path: Any) -> None:

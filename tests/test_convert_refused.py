@@ -237,9 +237,12 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     refused(tmp_path / "half" / "other.safetensors", "no use without adapter_config.json")
     save_file({"x": np.ones(2, "f4")}, tmp_path / "x.safetensors")
     refused(tmp_path / "x.safetensors", "has no entry 'tnadapt'")
-    for wrong in (5, None, ["a"]):
-        with pytest.raises(tna.ConfigError, match="source must be a path or an AdapterFile"):
+    for wrong in (5, None, ["a"], "", "a\0b", "\ud800"):
+        with pytest.raises(tna.ConfigError, match="a path must be a string or PathLike"):
             tna.convert(wrong)  # type: ignore[arg-type]
+        if wrong is not None:
+            with pytest.raises(tna.ConfigError, match="a path must be a string or PathLike"):
+                tna.convert(made(tna.presets.lora(1)), wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +287,14 @@ def test_the_base_of_our_own_file_is_checked(tmp_path: Path) -> None:
     other = {**SHAPES, "blocks.0.attn.v_proj": (8, 19)}
     refused(tmp_path / "ours.safetensors", "(8, 18), and the weight in base has (8, 19)", base=other)
     assert tna.convert(tmp_path / "ours.safetensors", base=SHAPES, to="peft-lora").exact
+
+
+def test_an_update_that_no_memory_holds(tmp_path: Path) -> None:
+    side = 3000
+    given = {"lycoris_x.lokr_w1": np.zeros((side, side), "f2"), "lycoris_x.lokr_w2": np.zeros((side, side), "f2")}
+    save_file(given, tmp_path / "huge.safetensors")
+    with pytest.raises(tna.TnadaptError, match="memory for"):  # 81 terabytes
+        tna.convert(tmp_path / "huge.safetensors")
 
 
 # -- Writing -------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from ..adapter_file import AdapterFile
 from ..errors import ConfigError, integer, shown
 from .choosing import Wish
 from .conversion import Conversion, check_free
-from .measuring import errors_of, squares_of
+from .measuring import errors_of, low_rank_squares, squares_of
 from .numbers import check_range, rounded
 from .outward import to_foreign
 from .reading import read
-from .source import Source
+from .source import Source, path_of
 from .taking_apart import Wide
 
 __all__ = ["FORMS", "convert"]
@@ -110,12 +110,18 @@ def convert(
     """
     wish = _checked(to, rank, max_error, dtype)
     if out is not None:
-        check_free(os.fsdecode(out), to, overwrite)
+        check_free(path_of(out), to, overwrite)
     found = read(source, base, part)
     if without_kept:
         found = found._replace(file=_bare(found.file))
     found.file.check_finite()
-    made = _own(found, dtype) if wish is None else to_foreign(found, wish, to, dtype)
+    try:
+        made = _own(found, dtype) if wish is None else to_foreign(found, wish, to, dtype)
+    except MemoryError as error:
+        rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
+        raise ConfigError(
+            f"there is not enough memory for the largest update, {rows} × {cols}: is the adapter what it says?"
+        ) from error
     _check_error(made, max_error)
     if out is not None:
         made.save(out, overwrite)
@@ -182,6 +188,10 @@ def _own(found: Source, dtype: str | None) -> Conversion:
     given = found.updates or [None] * len(file.targets)
     squares = {}
     for number, (target, update) in enumerate(zip(file.targets, given, strict=True)):
+        found_by_factors = low_rank_squares(before.form(number) if update is None else update, after.form(number))
+        if found_by_factors is not None:
+            squares[f"{target.name}{_place(target.rows)}"] = found_by_factors
+            continue
         old = before.delta(number) if update is None else update.delta()
         squares[f"{target.name}{_place(target.rows)}"] = squares_of(old, after.delta(number))
     error, errors = errors_of(squares)

@@ -15,6 +15,7 @@ from ..durable import replace_file
 from ..errors import FileError
 from ..files import save
 from .peft_reading import CONFIG, WEIGHTS
+from .source import path_of
 from .writing import json_text, replace_folder
 
 __all__ = ["Conversion", "check_free"]
@@ -113,7 +114,7 @@ class Conversion:
         FileError
             If there is something and ``overwrite`` is not given, or it cannot be written. Nothing has changed then.
         """
-        where = os.fsdecode(path)
+        where = path_of(path)
         check_free(where, self.kind, overwrite)
         if self.file is not None:
             save(where, self.file)

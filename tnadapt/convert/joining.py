@@ -16,6 +16,9 @@ from .updates import Float, Pair, Update, alpha_of, padded, product, scaled
 
 __all__ = ["Found", "joined"]
 
+# Factoring longer sides evenly takes too long to be worth a shorter config.
+_MAX_BALANCED = 1 << 20
+
 
 class Found(NamedTuple):
     """One weight of another library's file.
@@ -104,7 +107,8 @@ def _common(updates: Sequence[Update]) -> Config | None:
 def _split_size(updates: Sequence[Update]) -> str | int | tuple[int, ...] | None:
     """The ``split_size`` that gives every update the sizes it has; the one that says the least."""
     first = updates[0].parts[0].shape
-    candidates: list[str | int | tuple[int, ...]] = ["balanced"]
+    small = max(side for update in updates for side in update.shape) <= _MAX_BALANCED
+    candidates: list[str | int | tuple[int, ...]] = ["balanced"] if small else []
     candidates += [first[0]] if len(set(first)) == 1 else []
     candidates.append(first)
     for size in candidates:

@@ -7,13 +7,13 @@ from typing import Any
 
 from ..adapter_file import AdapterFile
 from ..container import about, opened
-from ..errors import ConfigError, FileError, shown
+from ..errors import FileError
 from ..files import ENTRY, load
 from .base import Base, as_base
 from .lycoris_reading import looks_like_lycoris, read_lycoris
 from .peft_reading import CONFIG, WEIGHTS, read_peft
 from .peft_settings import PREFIX
-from .source import Source
+from .source import Source, path_of
 
 __all__ = ["read"]
 
@@ -44,10 +44,7 @@ def read(source: Any, base: Any = None, part: str | None = None) -> Source:
             known = as_base(base)
     if isinstance(source, AdapterFile):
         return _own(source, known)
-    try:
-        path = os.fsdecode(source)
-    except TypeError:
-        raise ConfigError(f"source must be a path or an AdapterFile; got {shown(source)}") from None
+    path = path_of(source)
     with about(path):
         if os.path.isdir(path):
             if os.path.exists(os.path.join(path, CONFIG)):
