@@ -89,6 +89,17 @@ def test_lora_of_a_lower_rank_is_the_truncated_svd(rows: int, cols: int, have: i
     assert found.exact == (best < 1e-12)
 
 
+@given(sides=st.tuples(*[st.integers(1, 4)] * 4), rank=st.integers(1, 6), seed=st.integers(0, 99))
+def test_a_kronecker_product_has_the_products_of_singular_values(sides: tuple[int, ...], rank: int, seed: int) -> None:
+    p, q, k, n = sides
+    config = Config(splits=2, split_size=(p, q), format="dense", alpha=3, rank=2)
+    file = made(config, {"a.q": (p * k, q * n)}, seed)
+    found = tna.convert(file, to="lycoris-lora", rank=rank, max_error=1.0)
+    values = np.linalg.svd(updates(file)["a.q"], compute_uv=False)
+    best = math.sqrt(float(np.sum(values[rank:] ** 2)) / float(np.sum(values**2)))
+    assert found.error == pytest.approx(best, abs=TOLERANCE)
+
+
 def test_the_smallest_rank_within_an_error() -> None:
     file = made(tna.presets.krona(), {"a.q": (16, 16), "b.q": (16, 16)})
     found = tna.convert(file, to="peft-lora", max_error=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,24 @@ def test_lokr_of_several_sizes_is_stored_dense(tmp_path: Path) -> None:
     check_loaded(tmp_path / "again", {target.module: expected[target.module] for target in without})
 
 
+def test_lokr_of_several_sizes_goes_straight_to_the_other_library(tmp_path: Path) -> None:
+    """What one config cannot say need not be said where the file is never ours."""
+    shapes = {path: shape for path, shape in BOTH.items() if path != "stem.line"}
+    expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=2, alpha=3, target_modules=ALL[:-1]), shapes)
+    for to in ("peft-lokr", "lycoris-lokr", "lycoris-full"):
+        found = tna.convert(tmp_path / "theirs", tmp_path / to, to=to, base=shapes)
+        assert found.exact
+        assert found.error <= TOLERANCE
+        assert found.parameters[1] == found.parameters[0] or to == "lycoris-full"
+        assert not found.notes
+    check_loaded(tmp_path / "peft-lokr", expected, shapes)
+    pytest.importorskip("lycoris")
+    from .test_convert_lycoris import check_loaded as by_lycoris
+
+    os.rename(tmp_path / "lycoris-lokr", tmp_path / "lycoris.safetensors")  # its loader goes by the ending
+    by_lycoris(tmp_path / "lycoris.safetensors", expected, shapes)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_and_back_again(name: str, tmp_path: Path) -> None:
     expected = theirs(tmp_path / "theirs", CONFIGS[name](), BOTH)
@@ -180,3 +199,34 @@ def test_factors_keep_their_bits(tmp_path: Path) -> None:
         assert np.array_equal(again.arrays[key], array)
     assert found.parameters == (file.num_parameters, file.num_parameters)
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lora_alpha"] == 7
+
+
+# Paths that are expressions for other paths, or none at all.
+TRICKY: dict[str, tuple[int, ...]] = {"q": (6, 8), "a.q": (6, 8), "aXq": (6, 8), "b.a.q": (6, 8), "a+(c": (6, 8)}
+
+
+def test_no_weight_takes_another_s_rank_or_scale(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors, expected = {}, {}
+    for number, path in enumerate(TRICKY, start=1):
+        up, down = rng.standard_normal((6, number)).astype("f4"), rng.standard_normal((number, 8)).astype("f4")
+        name = f"lycoris_{path.replace('.', '_')}"
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        tensors[f"{name}.alpha"] = np.asarray(number * number, "f4")
+        expected[path] = number * up.astype("f8") @ down
+    from safetensors.numpy import save_file
+
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    found = tna.convert(tmp_path / "theirs.safetensors", tmp_path / "out", to="peft-lora", base=TRICKY)
+    assert found.exact
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert len(config["rank_pattern"]) == len(TRICKY) - 1
+    check_loaded(tmp_path / "out", expected, TRICKY)
+
+
+def test_plain_paths_are_left_plain(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs", CONFIGS["lora-patterns"](), BOTH)
+    config = tna.convert(tmp_path / "theirs", to="peft-lora", base=BOTH).config
+    assert config is not None
+    assert config["rank_pattern"] == {"blocks.0.attn.q_proj": 5, "stem.conv": 3}
+    assert config["target_modules"] == sorted(BOTH)

@@ -287,16 +287,15 @@ def _entry_text(container: Container) -> str:
 
 def _likeness(container: Container) -> str:
     """What a safetensors file of somebody else seems to be."""
-    names = list(container.entries)
+    names, hint = list(container.entries), "; tnadapt.convert makes it one"
     if any(name.startswith("base_model.model.") for name in names):
         what = "an adapter of PEFT"
     elif any(name.startswith(("lycoris_", "lora_unet_", "lora_te")) for name in names):
         what = "an adapter of LyCORIS or kohya"
-    elif container.metadata.get("format") == "pt":
-        what = "weights that torch saved"
     else:
-        what = "a file of another library"
-    return f"{what}: {counted(len(names), 'tensor')}" + (f" such as {shown(min(names))}" if names else "")
+        torch, hint = container.metadata.get("format") == "pt", ""
+        what = "weights that torch saved" if torch else "a file of another library"
+    return f"{what}: {counted(len(names), 'tensor')}" + (f" such as {shown(min(names))}" if names else "") + hint
 
 
 def _checked_recipe(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -184,20 +184,11 @@ def _own(found: Source, dtype: str | None) -> Conversion:
         names = [target.name for target in file.targets]
         return Conversion("tnadapt", found.kind, True, 0.0, dict.fromkeys(names, 0.0),
                           (found.parameters, file.num_parameters), found.notes, file)  # fmt: skip
-    before, after = Wide(found.file), Wide(file)
-    given = found.updates or [None] * len(file.targets)
-    squares = {}
-    for number, (target, update) in enumerate(zip(file.targets, given, strict=True)):
-        found_by_factors = low_rank_squares(before.form(number) if update is None else update, after.form(number))
-        if found_by_factors is not None:
-            squares[f"{target.name}{_place(target.rows)}"] = found_by_factors
-            continue
-        old = before.delta(number) if update is None else update.delta()
-        squares[f"{target.name}{_place(target.rows)}"] = squares_of(old, after.delta(number))
+    before, after, squares = Wide(found.file, found.updates), Wide(file), {}
+    for number, target in enumerate(file.targets):
+        pair = low_rank_squares(before.form(number), after.form(number))
+        place = "" if target.rows is None else f"[{target.rows.start}:{target.rows.start + target.rows.length}]"
+        squares[f"{target.name}{place}"] = pair or squares_of(before.delta(number), after.delta(number))
     error, errors = errors_of(squares)
     sizes = found.parameters, file.num_parameters
     return Conversion("tnadapt", found.kind, True, error, errors, sizes, found.notes, file)
-
-
-def _place(rows: Any) -> str:
-    return "" if rows is None else f"[{rows.start}:{rows.start + rows.length}]"

@@ -11,7 +11,7 @@ import numpy as np
 
 from .choosing import Choice
 from .modules import Module, flat_name
-from .peft_settings import PREFIX
+from .peft_settings import PREFIX, pattern_value
 from .updates import Float, Pair, Update, alpha_of, padded, scaled
 
 __all__ = ["lycoris_tensors", "peft_tensors"]
@@ -89,8 +89,8 @@ def _config(modules: Sequence[Module], choice: Choice, alphas: Sequence[float], 
         "r": rank,
         ("lora_alpha" if kind == "lora" else "alpha"): _number(alpha),
         "target_modules": _targeted(paths),
-        "rank_pattern": {_anchored(p): r for p, r in zip(paths, ranks, strict=True) if r != rank},
-        "alpha_pattern": {_anchored(p): _number(a) for p, a in zip(paths, alphas, strict=True) if a != alpha},
+        "rank_pattern": _pattern(paths, ranks, rank),
+        "alpha_pattern": _pattern(paths, [_number(value) for value in alphas], _number(alpha)),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in kept}) or None,
     }
     if kind == "lora":
@@ -102,8 +102,18 @@ def _number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def _anchored(path: str) -> str:
-    return "^" + re.escape(path)
+def _pattern(paths: Sequence[str], values: Sequence[float], default: float) -> dict[str, float]:
+    """The values that are not the default, by expressions: plain paths where these are clear.
+
+    A path is an expression that may match the end of another path, and whose dots match other letters, too. Where PEFT
+    would take one weight's value for another's, the expressions are anchored and escaped.
+    """
+    plain = {path: value for path, value in zip(paths, values, strict=True) if value != default}
+    try:
+        clear = all(pattern_value(plain, p, default) == value for p, value in zip(paths, values, strict=True))
+    except re.error:
+        clear = False
+    return plain if clear else {f"^{re.escape(path)}": value for path, value in plain.items()}
 
 
 def _targeted(paths: Sequence[str]) -> list[str] | str:

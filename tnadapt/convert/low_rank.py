@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ConfigError, shown
 from .modules import Module
 from .taking_apart import Wide
-from .updates import Float, Pair, Update, scaled
+from .updates import Float, Pair, Update, product, scaled
 
 __all__ = ["Chosen", "Spectrum", "exact_pair", "low_rank", "spectrum_of"]
 
@@ -70,15 +70,34 @@ def spectrum_of(module: Module, wide: Wide, form: Update | None, kept: int | Non
         (left, upper), (right, lower) = np.linalg.qr(pair.b), np.linalg.qr(pair.a)
         u, s, vt = np.linalg.svd(upper @ lower.T, full_matrices=False)
         u, v = left @ u, right @ vt.T
+    elif form is not None and form.kind == "lokr":
+        return _of_kronecker(form, kept)
     else:
         u, s, vt = np.linalg.svd(module.delta(wide), full_matrices=False)
         v = vt.T
-    # NumPy's own bound for what a matrix's rank is.
-    rank = int(np.count_nonzero(s > s[0] * max(module.shape) * np.finfo(np.float64).eps))
-    if kept is None:
-        kept = rank if _smaller(rank, module.shape) else 0
+    rank, kept = _ranks(s, module.shape, kept)
     # Copies, so that what is left out is given back.
-    return Spectrum(u[:, : min(kept, rank)].copy(), s[:rank], v[:, : min(kept, rank)].copy())
+    return Spectrum(u[:, :kept].copy(), s[:rank], v[:, :kept].copy())
+
+
+def _of_kronecker(form: Update, kept: int | None) -> Spectrum:
+    """The decomposition of a Kronecker product by those of its factors: singular values and vectors are products."""
+    one, two = (np.linalg.svd(product(part), full_matrices=False) for part in scaled(form).parts)
+    s = np.outer(one.S, two.S).reshape(-1)
+    order = np.argsort(-s, kind="stable")
+    rank, kept = _ranks(s[order], form.shape, kept)
+    first, last = np.divmod(order[:kept], two.S.size)
+    u = (one.U[:, None, first] * two.U[None, :, last]).reshape(form.shape[0], kept)
+    v = (one.Vh.T[:, None, first] * two.Vh.T[None, :, last]).reshape(form.shape[1], kept)
+    return Spectrum(u, s[order[:rank]], v)
+
+
+def _ranks(s: Float, shape: tuple[int, int], kept: int | None) -> tuple[int, int]:
+    """The rank that descending singular values say, by NumPy's own bound; and of how many the vectors are kept."""
+    rank = int(np.count_nonzero(s > s[0] * max(shape) * np.finfo(np.float64).eps))
+    if kept is None:
+        kept = rank if _smaller(rank, shape) else 0
+    return rank, min(kept, rank)
 
 
 def _smaller(rank: int, shape: tuple[int, int]) -> bool:

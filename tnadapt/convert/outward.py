@@ -40,7 +40,7 @@ def to_foreign(found: Source, wish: Wish, to: str, dtype: str | None) -> Convers
     file = found.file
     if file.activation is not None:
         file.deltas()  # says why it has none
-    modules, wide = modules_of(file, wish.library, wish.kind), Wide(file)
+    modules, wide = modules_of(file, wish.library, wish.kind), Wide(file, found.updates)
     _check_kept(file, wish.library, modules)
     choice = choose(modules, wide, wish)
     config = None
@@ -60,9 +60,7 @@ def to_foreign(found: Source, wish: Wish, to: str, dtype: str | None) -> Convers
     record["error"] = float(f"{error:.2e}")
     content = _content(tensors, kinds, record, config)
     sizes = found.parameters, count
-    return Conversion(
-        to, found.kind, choice.exact, error, errors, sizes, found.notes, None, tensors, kinds, config, content
-    )
+    return Conversion(to, found.kind, choice.exact, error, errors, sizes, (), None, tensors, kinds, config, content)
 
 
 def _stored(wanted: Mapping[str, Float], dtype: str, rounding: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -20,10 +20,13 @@ class Wide:
     Parameters
     ----------
     file : AdapterFile
+    updates : sequence of Update
+        Of each target, as another library's file had them: what is asked for then is these, which the file may hold
+        in another form, and rounded.
     """
 
-    def __init__(self, file: AdapterFile) -> None:
-        self.file = file
+    def __init__(self, file: AdapterFile, updates: Sequence[Update] = ()) -> None:
+        self.file, self.updates = file, updates
         self.arrays: dict[str, Float] = {name: array.astype(np.float64) for name, array in file.arrays.items()}
 
     def delta(self, weight: int) -> Float:
@@ -31,6 +34,8 @@ class Wide:
 
         A nonlinear F subtracts where training began, in the dtype in which it began.
         """
+        if self.updates:
+            return self.updates[weight].delta()
         plan = self.file.plan
         linear = plan.groups[0].projection.linear
         found: Float = plan.delta(self.arrays, weight) if linear else self._nonlinear[weight].astype(np.float64)
@@ -42,6 +47,8 @@ class Wide:
 
     def form(self, weight: int) -> Update | None:
         """The update of one target as matrices that multiply to it exactly; None where its arrays are not like that."""
+        if self.updates:
+            return self.updates[weight]
         plan, shape = self.file.plan, self.file.targets[weight].shape
         pieces = plan.layout.of_weight(weight)
         group = plan.groups[pieces[0].group]
