@@ -44,7 +44,7 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     refused = run("convert", source, "-o", str(tmp_path / "theirs"), "--to", "peft-lora", "--rank", "2")
     assert refused.returncode == 2
     assert "would change the updates by a relative error of" in refused.stderr
-    assert "give a larger rank, --max-error 0." in refused.stderr
+    assert "give a larger rank or a wider dtype, --max-error 0." in refused.stderr
     assert "or --to lycoris-full" in refused.stderr
     assert not (tmp_path / "theirs").exists()
     done = run("convert", source, "--to", "peft-lora", "--rank", "2", "--max-error", "0.9")

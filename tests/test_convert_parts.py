@@ -206,6 +206,17 @@ def test_what_has_to_be_rounded_becomes_float32(tmp_path: Path) -> None:
         tna.convert(large, dtype="float16")
 
 
+def test_factors_that_cancel_lose_more_than_their_last_digit() -> None:
+    rng = np.random.default_rng(0)
+    b, a = rng.standard_normal((8, 1)), rng.standard_normal((12, 1))
+    near = {"group0.split0.factor0": np.hstack([b, b + 1e-6]), "group0.split0.factor1": np.hstack([a, -a])}
+    file = AdapterFile(tna.presets.lora(2), [Target("a.q", (8, 12))], near)
+    assert tna.convert(file, to="peft-lora").error == 0.0  # in float64, as it was
+    with pytest.raises(tna.ConfigError, match=r"nothing but rounding is allowed: give a larger rank or a wider dtype"):
+        tna.convert(file, to="peft-lora", dtype="float32")
+    assert not tna.convert(file, to="peft-lora", dtype="float32", max_error=0.5).exact
+
+
 def test_ranks_and_scales_that_differ_keep_the_update(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tensors, deltas = {}, {}

@@ -226,6 +226,18 @@ def test_a_pickle_is_not_opened(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
+def test_paths_that_lead_to_an_adapter(tmp_path: Path) -> None:
+    where = folder(tmp_path / "theirs")
+    for source in (where, str(where), f"{where}/", os.fsencode(where), where / "adapter_model.safetensors"):
+        assert tna.convert(source).origin == "peft-lora"  # type: ignore[arg-type]
+    (tmp_path / "ours").mkdir()
+    tna.save(tmp_path / "ours" / "adapter.safetensors", made(tna.presets.lora(1)))
+    assert tna.convert(tmp_path / "ours").origin == "tnadapt"
+    assert tna.convert(tna.load(tmp_path / "ours" / "adapter.safetensors")).origin == "tnadapt"
+    with pytest.raises(FileError, match=r"like an adapter of PEFT: .* tnadapt\.convert makes it one"):
+        tna.load(where / "adapter_model.safetensors")
+
+
 def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "No such file or directory")
     (tmp_path / "empty").mkdir()
@@ -257,8 +269,11 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         ({"to": "peft-lora", "max_error": float("nan")}, "max_error must be a number from 0 to 1"),
         ({"dtype": "int8"}, "dtype must be one of float32"),
         ({"to": "peft-lora", "rank": 1}, "the conversion to peft-lora would change the updates by a relative error of"),
-        ({"to": "peft-lora", "rank": 1, "max_error": 0.1}, "and max_error=0.1 is allowed: give a larger rank"),
-        ({"to": "lycoris-full", "dtype": "float16", "max_error": 0.0}, "give another dtype"),
+        (
+            {"to": "peft-lora", "rank": 1, "max_error": 0.1},
+            "and max_error=0.1 is allowed: give a larger rank or a wider dtype",
+        ),
+        ({"to": "lycoris-full", "dtype": "float16", "max_error": 0.0}, "give a wider dtype"),
     ],
 )
 def test_wishes_that_cannot_be(more: dict[str, Any], message: str, tmp_path: Path) -> None:

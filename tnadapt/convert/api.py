@@ -11,7 +11,7 @@ from ..adapter_file import AdapterFile
 from ..errors import ConfigError, integer, shown
 from .choosing import Wish
 from .conversion import Conversion, check_free
-from .measuring import errors_of, low_rank_squares, squares_of
+from .measuring import errors_of, is_rounding, low_rank_squares, squares_of
 from .numbers import check_range, rounded
 from .outward import to_foreign
 from .reading import read
@@ -156,7 +156,7 @@ def _check_error(made: Conversion, max_error: float | None) -> None:
     if made.error <= (max_error or 0.0) or (made.exact and max_error is None):
         return
     allowed = "nothing but rounding is allowed" if max_error is None else f"max_error={max_error:g} is allowed"
-    ways = {"tnadapt": "another dtype", "lycoris-full": "another dtype"}.get(made.kind, "a larger rank")
+    ways = "a wider dtype" if made.kind in ("tnadapt", "lycoris-full") else "a larger rank or a wider dtype"
     full = "" if made.kind in ("tnadapt", "lycoris-full") else ", or to='lycoris-full', which holds every update"
     raise ConfigError(
         f"the conversion to {made.kind} would change the updates by a relative error of {made.error:.3g}, and "
@@ -191,4 +191,5 @@ def _own(found: Source, dtype: str | None) -> Conversion:
         squares[f"{target.name}{place}"] = pair or squares_of(before.delta(number), after.delta(number))
     error, errors = errors_of(squares)
     sizes = found.parameters, file.num_parameters
-    return Conversion("tnadapt", found.kind, True, error, errors, sizes, found.notes, file)
+    exact = is_rounding(error, file.dtype, True)
+    return Conversion("tnadapt", found.kind, exact, error, errors, sizes, found.notes, file)

@@ -32,7 +32,7 @@ class Conversion:
     origin : str
         What it was; "lycoris" where a file mixed methods.
     exact : bool
-        Whether nothing but rounding was lost, by algebra.
+        Whether the error is that of rounding.
     error : float
         ``|new - old| / |old|``, the Frobenius norms of all updates together, measured on what is written; 0 where all
         are zero.

@@ -9,7 +9,27 @@ import numpy as np
 
 from .updates import Float, Pair, Update, scaled
 
-__all__ = ["errors_of", "low_rank_squares", "squares_of"]
+__all__ = ["errors_of", "is_rounding", "low_rank_squares", "squares_of"]
+
+# Errors that a few roundings explain: of arrays that multiply to the same update, and of any that do.
+_ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+_SAME = {"float64": 1e-12, "float32": 1e-6, "float16": 1e-6, "bfloat16": 1e-6}
+
+
+def is_rounding(error: float, dtype: str, algebra: bool) -> bool:
+    """Whether an error is that of rounding to a dtype.
+
+    Parameters
+    ----------
+    error : float
+        Measured.
+    dtype : str
+        Of the arrays.
+    algebra : bool
+        Whether these arrays, unrounded, are known to make the same update. Factors that nearly cancel may lose
+        far more by rounding than their last digit.
+    """
+    return error <= (_ROUNDING if algebra else _SAME)[dtype]
 
 
 def squares_of(old: Float, new: Float) -> tuple[float, float]:

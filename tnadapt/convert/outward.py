@@ -16,7 +16,7 @@ from .choosing import Wish, choose
 from .conversion import Conversion
 from .encoding import lycoris_tensors, peft_tensors
 from .lycoris_reading import NAMES, RECORD, read_lycoris
-from .measuring import errors_of, low_rank_squares, squares_of
+from .measuring import errors_of, is_rounding, low_rank_squares, squares_of
 from .modules import Module, flat_name, modules_of
 from .numbers import check_range, narrowed, rounded
 from .peft_reading import adapter_of
@@ -53,14 +53,16 @@ def to_foreign(found: Source, wish: Wish, to: str, dtype: str | None) -> Convers
     for name, array in file.kept.items():
         tensors[PREFIX + name] = array
         kinds |= {PREFIX + name: "bfloat16"} if f"kept.{name}" in file.dtypes else {}
-    record: dict[str, Any] = {"from": found.kind, "to": to, "exact": choice.exact, "config": file.config.to_dict()}
+    record: dict[str, Any] = {"from": found.kind, "to": to, "config": file.config.to_dict()}
     if config is None:
         record[NAMES] = {flat_name(module.path): [module.path, list(module.stored)] for module in modules}
     error, errors = _measured(modules, wide, _content(tensors, kinds, record, config), config)
-    record["error"] = float(f"{error:.2e}")
+    written = next(kinds.get(n, array.dtype.name) for n, array in tensors.items() if not n.endswith(".alpha"))
+    exact = is_rounding(error, written, choice.exact)
+    record |= {"exact": exact, "error": float(f"{error:.2e}")}
     content = _content(tensors, kinds, record, config)
     sizes = found.parameters, count
-    return Conversion(to, found.kind, choice.exact, error, errors, sizes, (), None, tensors, kinds, config, content)
+    return Conversion(to, found.kind, exact, error, errors, sizes, (), None, tensors, kinds, config, content)
 
 
 def _stored(wanted: Mapping[str, Float], dtype: str, rounding: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
