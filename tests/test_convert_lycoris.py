@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt import Config
@@ -159,3 +161,31 @@ def test_convolutions(to: str, tmp_path: Path) -> None:
     check_loaded(tmp_path / "theirs.safetensors", updates(file), CONVS)
     again = tna.convert(tmp_path / "theirs.safetensors").file
     assert [t.stored for t in again.targets] == [CONVS[t.module] for t in again.targets]
+
+
+SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0] * pair[1])
+
+
+@given(
+    shape=st.tuples(SIDES, SIDES), kernel=st.sampled_from([(), (), (1, 1), (3, 2), (2,)]), rank=st.integers(1, 6),
+    alpha=st.sampled_from([0.0, 0.5, 1.0, 3.0]), kind=st.sampled_from(["lora", "lokr", "loha", "full"]),
+    both=st.booleans(), factor=st.sampled_from([-1, 1, 2, 3, 4]), tucker=st.booleans(), unbalanced=st.booleans(),
+)  # fmt: skip
+def test_any_adapter_of_lycoris_is_read_and_loaded_or_refused(
+    shape: tuple[int, int], kernel: tuple[int, ...], rank: int, alpha: float, kind: str, both: bool, factor: int,
+    tucker: bool, unbalanced: bool, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    tmp_path = tmp_path_factory.mktemp("lycoris")
+    shapes = {"block.0.w": (*shape, *kernel)}
+    more = {"use_tucker": tucker, "decompose_both": both, "factor": factor, "unbalanced_factorization": unbalanced}
+    expected = theirs(tmp_path / "theirs.safetensors", shapes, kind, rank, alpha, **(more if kind != "full" else {}))
+    found = tna.convert(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", base=shapes)
+    assert found.exact
+    assert error(updates(tna.load(tmp_path / "ours.safetensors"))["block.0.w"], expected["block.0.w"]) <= TOLERANCE
+    again = tmp_path / "again.safetensors"
+    try:
+        assert tna.convert(tmp_path / "theirs.safetensors", again, to=f"lycoris-{kind}", base=shapes).exact
+    except tna.ConfigError:
+        assert kind == "lokr"  # of sizes that its loader does not arrive at
+        return
+    check_loaded(again, expected, shapes)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt import Config
@@ -230,3 +232,45 @@ def test_plain_paths_are_left_plain(tmp_path: Path) -> None:
     assert config is not None
     assert config["rank_pattern"] == {"blocks.0.attn.q_proj": 5, "stem.conv": 3}
     assert config["target_modules"] == sorted(BOTH)
+
+
+SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0] * pair[1])
+
+
+@given(
+    shape=st.tuples(SIDES, SIDES), kernel=st.sampled_from([(), (), (1, 1), (3, 2), (2,)]), rank=st.integers(1, 6),
+    alpha=st.integers(1, 9), kind=st.sampled_from(["lora", "lokr", "loha"]), both=st.booleans(),
+    factor=st.sampled_from([-1, 1, 2, 3, 4]), effective=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+@example(  # a factor that divides neither side
+    shape=(2, 16), kernel=(), rank=2, alpha=1, kind="lokr", both=False, factor=3, effective=False, seed=0
+)
+def test_any_adapter_of_peft_goes_there_and_back(
+    shape: tuple[int, int], kernel: tuple[int, ...], rank: int, alpha: int, kind: str, both: bool, factor: int,
+    effective: bool, seed: int, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    tmp_path = tmp_path_factory.mktemp("peft")
+    if kind == "lora":
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["w"])
+    elif kind == "loha":
+        config = peft.LoHaConfig(r=rank, alpha=alpha, use_effective_conv2d=effective, target_modules=["w"])
+    else:
+        # The tensor of a one-dimensional convolution in this form is more than PEFT can multiply.
+        effective = effective and len(kernel) != 1
+        config = peft.LoKrConfig(
+            r=rank, alpha=alpha, decompose_both=both, decompose_factor=factor, use_effective_conv2d=effective,
+            target_modules=["w"],
+        )  # fmt: skip
+    shapes = {"block.0.w": (*shape, *kernel)}
+    expected = theirs(tmp_path / "theirs", config, shapes, seed)
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=shapes)
+    assert found.exact
+    assert error(updates(tna.load(tmp_path / "ours.safetensors"))["block.0.w"], expected["block.0.w"]) <= TOLERANCE
+    # Straight back, every LoRA, LoKr and LoHa is one, the faulty product of one-dimensional convolutions excepted.
+    try:
+        again = tna.convert(tmp_path / "theirs", tmp_path / "again", to=f"peft-{kind}", base=shapes)
+    except tna.ConfigError:
+        assert (kind, len(kernel)) == ("lokr", 1)
+        return
+    assert again.exact
+    check_loaded(tmp_path / "again", expected, shapes)

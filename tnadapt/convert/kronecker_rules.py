@@ -14,6 +14,8 @@ from .updates import Float, Pair, Update, padded, product
 
 __all__ = ["Fit", "lycoris_fit", "peft_factorization", "peft_fits", "sizes_of"]
 
+_BEYOND, _MOST = 64, 1 << 16
+
 
 class Fit(NamedTuple):
     """A LoKr update as one of the two libraries holds it.
@@ -88,10 +90,15 @@ def peft_fits(updates: Sequence[Update], stored: Sequence[Sequence[int]]) -> tup
 
 
 def _peft_factor(sizes: Sequence[tuple[int, int, int, int]], stored: Sequence[Sequence[int]]) -> int | None:
-    for factor in dict.fromkeys([-1, *(side for size in sizes for side in size[:2])]):
+    """One ``decompose_factor`` for which every weight has its sizes, or None."""
+    wanted = dict.fromkeys((size, tuple(shape[:2])) for size, shape in zip(sizes, stored, strict=False))
+    sides = [side for size, _ in wanted for side in size[:2]]
+    # A factor that does not divide is a limit: one somewhat above the sides may do where they themselves divide more.
+    factors: list[int] = [-1, *sides, *range(1, max(sides, default=0) + _BEYOND)]
+    for factor in dict.fromkeys(factors[:_MOST]):
         if all(
-            peft_factorization(shape[0], factor) == (p, k) and peft_factorization(shape[1], factor) == (q, n)
-            for (p, q, k, n), shape in zip(sizes, stored, strict=False)
+            peft_factorization(rows, factor) == (p, k) and peft_factorization(cols, factor) == (q, n)
+            for (p, q, k, n), (rows, cols) in wanted
         ):
             return factor
     return None
