@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pytest
 
-import tnadapt as tna
 from tnadapt import AdapterFile, Config, SuperLoRA, Target
 
 # Of what the peers make in float32 and we in float64, and once more in between: a few roundings of 6e-8.
@@ -88,6 +86,3 @@ def fill(parameters: Iterator[Any], seed: int = 0, scale: float = 0.5) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-
-
-__all__ = ["CONVS", "SHAPES", "TOLERANCE", "error", "fill", "made", "model", "pytest", "tna", "updates"]
