@@ -15,6 +15,7 @@ from .files import AdapterFile, load, save
 from .folding import from_hypercube, hypercube_shape, to_hypercube
 from .geometry import geometry
 from .hadamard import fwht
+from .merge_files import MergeReport, merge
 from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from .projection import Projection
 from .superlora import SuperLoRA, parameter_count
@@ -29,6 +30,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "FileError",
+    "MergeReport",
     "Projection",
     "Rows",
     "ShapeError",
@@ -46,6 +48,7 @@ __all__ = [
     "kron_matvec",
     "kronecker",
     "load",
+    "merge",
     "parameter_count",
     "presets",
     "register_backend",

@@ -77,7 +77,7 @@ from .errors import FileError, TnadaptError, shown
 from .fingerprint import Fingerprint
 from .target import Target
 
-__all__ = ["AdapterFile", "load", "save"]
+__all__ = ["AdapterFile", "content_of", "load", "save"]
 
 VERSION = 1
 ENTRY = "tnadapt"
@@ -131,7 +131,7 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
     with about(where):
         if not isinstance(adapter_file, AdapterFile):
             raise FileError(f"an AdapterFile can be saved there; got {type(adapter_file).__name__}")
-        replace_file(where, _content(adapter_file))
+        replace_file(where, content_of(adapter_file))
 
 
 def _path(path: Any) -> str:
@@ -145,7 +145,8 @@ def _path(path: Any) -> str:
     return found
 
 
-def _content(file: AdapterFile) -> bytes:
+def content_of(file: AdapterFile) -> bytes:
+    """The bytes of an adapter's file."""
     file.check_finite()
     stored = {name: _stored(array, file.dtypes.get(name, array.dtype.name)) for name, array in file.tensors()}
     recipe = _recipe(file)
