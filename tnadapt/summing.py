@@ -128,10 +128,10 @@ def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.
     >>> add_in_place(weight, "float16", [(1, np.array([0.5, 2.0]))]), weight.tolist()
     (None, [1.0, 1.5, 3.0])
     """
-    for start, piece in pieces:
-        part = weight[start : start + piece.size]
-        before = widened(part, dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+        for start, piece in pieces:
+            part = weight[start : start + piece.size]
+            before = widened(part, dtype)
             after = before + piece
             if not _in_range(after, dtype) and (~_finite(after, dtype) & np.isfinite(before)).any():
                 return "range" if np.isfinite(piece).all() else "update"
