@@ -21,7 +21,7 @@ from .files import content_of, load
 from .fingerprint import compare
 from .partial import SUFFIX, Partial, partial
 from .placing import FLOATS, Placed, place
-from .shards import Change, Writer
+from .shards import Change, Shard, Writer
 from .summing import ExactUpdates, add_in_place, rounded, widened
 from .target import Target
 
@@ -141,55 +141,64 @@ def merge(
     ([[2.0, 1.0], [1.0, 1.5]], 1)
     """
     checkpoint = open_checkpoint(base)
-    file = adapter if isinstance(adapter, AdapterFile) else load(adapter)
-    name = "the adapter" if isinstance(adapter, AdapterFile) else os.fsdecode(adapter)
+    file, digest, name = _adapter(adapter)
     if file.activation is not None:
         raise ConfigError(
-            f"{name} has {file.activation!r} between its factors (LoDA), so that its update depends on the input: it "
-            "cannot be merged; attach it to the model"
+            f"{name or 'the adapter'} has {file.activation!r} between its factors (LoDA), so that its update depends "
+            "on the input: it cannot be merged; attach it to the model"
         )
-    if isinstance(adapter, AdapterFile):
-        file.check_finite()
-    where = destination(out, checkpoint, None if isinstance(adapter, AdapterFile) else os.fsdecode(adapter))
+    where = destination(out, checkpoint, name)
     with about(checkpoint.path):
-        job = _Job(checkpoint, file, place(checkpoint, file), where)
+        job = _Job(checkpoint, file, digest, place(checkpoint, file), where)
         identity = job.identity
     with about(where.path):
         if not os.path.lexists(where.path + SUFFIX):  # else an earlier run may have moved what is there
             where.need_free(overwrite)
-    if check_base:
-        with about(checkpoint.path):
-            job.check_base()
-    with about(where.path), partial(where.path, identity) as work:
-        if work.complete:
-            job.resumed = len(checkpoint.files)
-            return job.report(check_base)
-        where.need_free(overwrite)
-        try:
-            job.run(work, progress or (lambda done, total: None))
-            work.publish(where.name, overwrite)
-        except OSError as error:
-            if not work.done:
+    try:
+        with about(where.path), partial(where.path, identity) as work:
+            if work.complete:
+                job.resumed = len(checkpoint.files)
+                return job.report(check_base)
+            where.need_free(overwrite)
+            try:
+                job.run(work, progress or (lambda done, total: None), job.check_base if check_base else None)
+                work.publish(where.name, overwrite)
+            except OSError as error:
+                if not work.done:
+                    raise
+                raise FileError(
+                    f"{error.strerror or error}. {counted(len(work.done), 'finished file')} of {len(checkpoint.files)} "
+                    f"are kept in {work.root}: run the same again to go on from there, or remove it"
+                ) from error
+            except _Unfit:
+                work.remove()
                 raise
-            raise FileError(
-                f"{error.strerror or error}. {counted(len(work.done), 'finished file')} of {len(checkpoint.files)} "
-                f"are kept in {work.root}: run the same again to go on from there, or remove it"
-            ) from error
-        except _Unfit:
-            work.remove()
-            raise
+    except _Unfit as error:
+        raise FileError(f"{checkpoint.path}: {error}") from None
     return job.report(check_base)
 
 
-class _Unfit(FileError):  # noqa: N818  # what did not fit is the message
-    """The numbers do not fit: no other run would do better."""
+def _adapter(given: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str, str | None]:
+    """The adapter, the SHA-256 of its file, and its path if it has one."""
+    if isinstance(given, AdapterFile):
+        return given, hashlib.sha256(content_of(given)).hexdigest(), None
+    file, path = load(given), os.fsdecode(given)
+    with about(path), open(path, "rb") as content:
+        return file, hashlib.file_digest(content, "sha256").hexdigest(), path
+
+
+class _Unfit(Exception):  # noqa: N818  # what does not fit is the message
+    """The base does not fit the adapter: no other run would do better, and nothing is kept for one."""
 
 
 class _Job:
     """One merge: what becomes of each tensor."""
 
-    def __init__(self, checkpoint: Checkpoint, file: AdapterFile, placed: Placed, where: Destination) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, file: AdapterFile, digest: str, placed: Placed, where: Destination
+    ) -> None:
         self.checkpoint, self.file, self.placed, self.where = checkpoint, file, placed, where
+        self.digest = digest
         self.updates = ExactUpdates(file.plan, file.arrays, file.dtype)
         self.of: dict[str, list[tuple[int, Target]]] = {}
         for index, target in enumerate(placed.targets):
@@ -202,7 +211,7 @@ class _Job:
         return {
             "arithmetic": _ARITHMETIC,
             "base": self._state_of_base(),
-            "adapter": hashlib.sha256(content_of(self.file)).hexdigest(),
+            "adapter": self.digest,
         }
 
     def _state_of_base(self) -> dict[str, list[int]]:
@@ -215,7 +224,7 @@ class _Job:
     # -- Looking before writing --------------------------------------------------------------
 
     def check_base(self) -> None:
-        """A FileError where the base is not the one that the adapter was trained on."""
+        """An error where the base is not the one that the adapter was trained on."""
         known, entries = self.file.base, self.checkpoint.entries
         if known is None:
             return
@@ -224,7 +233,7 @@ class _Job:
         kind = kinds.pop() if len(kinds) == 1 else "float64" if "float64" in kinds else "float32"
         difference = compare(known, self._weights(kind), kind)
         if difference is not None:
-            raise FileError(
+            raise _Unfit(
                 f"is another base model than the one that the adapter was trained on: of the adapted weights, "
                 f"{difference}. Give that one, or check_base=False (--any-base)"
             )
@@ -240,8 +249,8 @@ class _Job:
 
     # -- Writing -----------------------------------------------------------------------------
 
-    def run(self, work: Partial, progress: Callable[[int, int], None]) -> None:
-        """Make all files."""
+    def run(self, work: Partial, progress: Callable[[int, int], None], meanwhile: Callable[[], None] | None) -> None:
+        """Make all files; ``meanwhile`` is called once, when that has begun, and may end it."""
         checkpoint = self.checkpoint
         self.resumed = len(work.done)
         left = [file for file in checkpoint.files if os.path.basename(file) not in work.done]
@@ -260,14 +269,17 @@ class _Job:
             _copy_small(os.path.join(checkpoint.folder, name), path)
         if checkpoint.index is not None:
             self._write_index(work.path(os.path.basename(checkpoint.index)))
-        with Writer(checkpoint, told) as writer:
-            for file in left:
-                name = os.path.basename(file)
-                added = self._added if file == checkpoint.files[-1] else {}
-                writer.write(file, work.path(name), self._changes(file), added, functools.partial(work.finished, name))
-            writer.wait()
+        shards = [
+            Shard(
+                file, work.path(name), self._changes(file), added if file == checkpoint.files[-1] else {},
+                functools.partial(work.finished, name),
+            )
+            for file in left
+            for name in [os.path.basename(file)]
+        ]  # fmt: skip
+        Writer(checkpoint, told).write(shards, meanwhile)
         if self._state_of_base() != self.identity["base"]:
-            raise _Unfit(f"{shown(checkpoint.path)} was changed while it was merged: run it again")
+            raise _Unfit("was changed while it was merged: run it again")
 
     def _changes(self, file: str) -> dict[str, Change]:
         """In the order of the long vector, which F is made in."""

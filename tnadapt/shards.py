@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -15,13 +15,37 @@ from .checkpoint import Checkpoint
 from .container import Entry, raw_bytes
 from .copying import Stopped, copy_range, write_at
 
-__all__ = ["Writer", "extended"]
+__all__ = ["Change", "Shard", "Writer", "extended"]
 
 Change = Callable[[np.ndarray], np.ndarray]
 
 
+class Shard(NamedTuple):
+    """One file to write.
+
+    Attributes
+    ----------
+    file : str
+        Which file of the checkpoint it is like.
+    out : str
+        Where to.
+    changes : dict of str to callable
+        Of each tensor to be changed: what it becomes, in the same dtype and shape; in this order.
+    added : dict of str to (str, ndarray)
+        Tensors to come after the others, with their dtypes.
+    finished : callable
+        Called, by another thread, when the file is whole and synchronised.
+    """
+
+    file: str
+    out: str
+    changes: dict[str, Change]
+    added: dict[str, tuple[str, np.ndarray]]
+    finished: Callable[[], None]
+
+
 class Writer:
-    """Writes files of a checkpoint anew, two things at once: untouched bytes are copied while tensors are computed.
+    """Writes files of a checkpoint anew: while tensors are computed, one thread copies what is untouched.
 
     Parameters
     ----------
@@ -32,80 +56,78 @@ class Writer:
 
     Notes
     -----
-    A context manager. Memory: one tensor that is changed, and what changing it takes.
+    Memory: one tensor that is changed, and what changing it takes. A third thread waits for the disk.
     """
 
     def __init__(self, checkpoint: Checkpoint, told: Callable[[int], None]) -> None:
         self.checkpoint, self._told = checkpoint, told
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._copier = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            self._stop.set()
-        self._copier.shutdown(cancel_futures=kind is not None)
-
-    def write(
-        self,
-        file: str,
-        out: str,
-        changes: Mapping[str, Change],
-        added: Mapping[str, tuple[str, np.ndarray]],
-        finished: Callable[[], None],
-    ) -> None:
-        """Write one file.
+    def write(self, shards: Sequence[Shard], meanwhile: Callable[[], None] | None = None) -> None:
+        """Write files, one after another.
 
         Parameters
         ----------
-        file : str
-            Which file of the checkpoint.
-        out : str
-            Where to.
-        changes : mapping of str to callable
-            Of each tensor to be changed: what it becomes, in the same dtype and shape; in this order.
-        added : mapping of str to (str, ndarray)
-            Tensors to come after the others, with their dtypes.
-        finished : callable
-            Called when the file is whole and synchronised, at :meth:`wait` or the next :meth:`write` at the latest.
+        shards : sequence of Shard
+        meanwhile : callable, optional
+            Called first, when the copying has begun. What it raises ends the work.
+
+        Raises
+        ------
+        OSError
+            If a file cannot be read or written. Files that are unfinished then are left there.
         """
-        entries = {
-            name: entry for name, entry in self.checkpoint.entries.items() if self.checkpoint.shard[name] == file
-        }
-        old, size = self.checkpoint.data[file], max((entry.stop for entry in entries.values()), default=0)
-        head = extended(entries, self.checkpoint.metadata[file], added) if added else b""
-        new = len(head) if added else old
-        # Untouched runs of bytes; with the header itself, where that stays.
-        spots = sorted(entries[name][2:] for name in changes)
-        edges = [-old if not added else 0, *(edge for spot in spots for edge in spot), size]
-        runs = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
-        with open(out, "xb", buffering=0) as target:
-            target.truncate(new + size + sum(array.nbytes for _, array in added.values()))
-            copied = self._copier.submit(self._copy, file, out, [(old + a, new + a, b - a) for a, b in runs])
-            if added:
+        with ThreadPoolExecutor(1) as copier, ThreadPoolExecutor(1) as syncer:
+            try:
+                plans = [self._laid_out(shard) for shard in shards]
+                copies = [copier.submit(self._copy, *plan) for plan in plans]
+                if meanwhile is not None:
+                    meanwhile()
+                synced = []
+                for shard, copied in zip(shards, copies, strict=True):
+                    self._compute(shard, copied)
+                    copied.result()
+                    synced.append(syncer.submit(_synchronise, shard.out, shard.finished))
+                for future in synced:
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                copier.shutdown(cancel_futures=True)
+                raise
+
+    def _laid_out(self, shard: Shard) -> tuple[str, str, list[tuple[int, int, int]]]:
+        """Make the file, in its full length, with its head where that is new; returns what is to be copied."""
+        entries, old = self.checkpoint.of_file(shard.file), self.checkpoint.data[shard.file]
+        size = max((entry.stop for entry in entries.values()), default=0)
+        # The head itself is among what is copied, where it stays.
+        first, new = -old, old
+        with open(shard.out, "xb", buffering=0) as target:
+            if shard.added:
+                head = extended(entries, self.checkpoint.metadata[shard.file], shard.added)
+                first, new = 0, len(head)
                 self._put(target, 0, head)
                 at = new + size
-                for _, array in added.values():
+                for _, array in shard.added.values():
                     self._put(target, at, raw_bytes(array))
                     at += array.nbytes
-            for name, change in changes.items():
+            else:
+                target.truncate(new + size)
+        spots = sorted(entries[name][2:] for name in shard.changes)
+        edges = [first, *(edge for spot in spots for edge in spot), size]
+        runs = zip(edges[::2], edges[1::2], strict=True)
+        return shard.file, shard.out, [(old + a, new + a, b - a) for a, b in runs if a < b]
+
+    def _compute(self, shard: Shard, copied: Future[None]) -> None:
+        size = os.path.getsize(shard.out) - sum(array.nbytes for _, array in shard.added.values())
+        entries = self.checkpoint.of_file(shard.file)
+        new = size - max((entry.stop for entry in entries.values()), default=0)
+        with open(shard.out, "r+b", buffering=0) as target:
+            for name, change in shard.changes.items():
                 if copied.done() and copied.exception() is not None:
-                    break
+                    return  # a full disk, say: what is computed has no place to go
                 made = change(self.checkpoint.array(name))
                 self._put(target, new + entries[name].start, raw_bytes(made))
                 del made
-            copied.result()
-        self.wait()
-        self._last = self._copier.submit(_synchronise, out, finished)
-
-    def wait(self) -> None:
-        """Until the last file is synchronised."""
-        if self._last is not None:
-            self._last.result()
-            self._last = None
 
     def _copy(self, file: str, out: str, runs: Sequence[tuple[int, int, int]]) -> None:
         with open(file, "rb", buffering=0) as source, open(out, "r+b", buffering=0) as target:
