@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt import copying, merge_files, summing
+from tnadapt import copying, summing
 from tnadapt.errors import TnadaptError
 from tnadapt.fingerprint import fingerprint
 from tnadapt.testing import configs
@@ -422,7 +422,7 @@ def test_overwriting(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 import tnadapt as tna
-from tnadapt import merge_files, partial, shards
+from tnadapt import partial, shards
 base, adapter, out, point, count = sys.argv[1:]
 left = int(count)
 
@@ -624,9 +624,4 @@ def test_memory_is_one_tensor(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # The tensor, a few pieces of an eighth of a million numbers in float64, and no part of the 32 MiB.
-    assert peak < 2 * (512 * 512 * 4) + 8 * 8 * merge_files_piece()
-
-
-def merge_files_piece() -> int:
-    assert merge_files.ExactUpdates is summing.ExactUpdates
-    return summing.PIECE
+    assert peak < 2 * (512 * 512 * 4) + 8 * 8 * summing.PIECE

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from .adapter_file import KEPT, AdapterFile, counted
-from .checkpoint import Checkpoint, open_checkpoint
-from .container import DTYPES, about
-from .destination import Destination, destination
-from .errors import ConfigError, FileError, shown
+from .adapter_file import AdapterFile, counted
+from .checkpoint import open_checkpoint
+from .container import about
+from .destination import destination
+from .errors import ConfigError, FileError
 from .files import content_of, load
-from .fingerprint import compare
-from .partial import SUFFIX, Partial, partial
-from .placing import FLOATS, Placed, place
-from .shards import Change, Shard, Writer
-from .summing import ExactUpdates, add_in_place, rounded, widened
-from .target import Target
+from .merge_job import Job, Unfit
+from .partial import SUFFIX, partial
+from .placing import place
 
 __all__ = ["MergeReport", "merge"]
-
-# In the identity of what is half made: another number where a release would compute other bits.
-_ARITHMETIC = 1
-
-_TAGS = {name: tag for tag, name in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +119,7 @@ def merge(
     Examples
     --------
     >>> import tempfile, tnadapt as tna
+    >>> import numpy as np
     >>> from safetensors.numpy import load_file, save_file
     >>> config, targets = tna.presets.dense(), [tna.Target("layer.q", (2, 2), "q")]
     >>> file = tna.AdapterFile(config, targets, {"group0.split0.dense": np.array([1.0, 0.0, 0.0, 0.5], np.float32)})
@@ -149,7 +138,7 @@ def merge(
         )
     where = destination(out, checkpoint, name)
     with about(checkpoint.path):
-        job = _Job(checkpoint, file, digest, place(checkpoint, file), where)
+        job = Job(checkpoint, file, digest, place(checkpoint, file), where)
         identity = job.identity
     with about(where.path):
         if not os.path.lexists(where.path + SUFFIX):  # else an earlier run may have moved what is there
@@ -158,7 +147,7 @@ def merge(
         with about(where.path), partial(where.path, identity) as work:
             if work.complete:
                 job.resumed = len(checkpoint.files)
-                return job.report(check_base)
+                return _report(job, check_base)
             where.need_free(overwrite)
             try:
                 job.run(work, progress or (lambda done, total: None), job.check_base if check_base else None)
@@ -170,12 +159,12 @@ def merge(
                     f"{error.strerror or error}. {counted(len(work.done), 'finished file')} of {len(checkpoint.files)} "
                     f"are kept in {work.root}: run the same again to go on from there, or remove it"
                 ) from error
-            except _Unfit:
+            except Unfit:
                 work.remove()
                 raise
-    except _Unfit as error:
+    except Unfit as error:
         raise FileError(f"{checkpoint.path}: {error}") from None
-    return job.report(check_base)
+    return _report(job, check_base)
 
 
 def _adapter(given: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str, str | None]:
@@ -187,187 +176,15 @@ def _adapter(given: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, 
         return file, hashlib.file_digest(content, "sha256").hexdigest(), path
 
 
-class _Unfit(Exception):  # noqa: N818  # what does not fit is the message
-    """The base does not fit the adapter: no other run would do better, and nothing is kept for one."""
-
-
-class _Job:
-    """One merge: what becomes of each tensor."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, file: AdapterFile, digest: str, placed: Placed, where: Destination
-    ) -> None:
-        self.checkpoint, self.file, self.placed, self.where = checkpoint, file, placed, where
-        self.digest = digest
-        self.updates = ExactUpdates(file.plan, file.arrays, file.dtype)
-        self.of: dict[str, list[tuple[int, Target]]] = {}
-        for index, target in enumerate(placed.targets):
-            self.of.setdefault(target.name, []).append((index, target))
-        self.resumed = 0
-
-    @functools.cached_property
-    def identity(self) -> dict[str, Any]:
-        """What tells this merge from another: where an unfinished one has it, it is gone on with."""
-        return {
-            "arithmetic": _ARITHMETIC,
-            "base": self._state_of_base(),
-            "adapter": self.digest,
-        }
-
-    def _state_of_base(self) -> dict[str, list[int]]:
-        found = {}
-        for path in self.checkpoint.files:
-            state = os.stat(path)
-            found[os.path.realpath(path)] = [state.st_size, state.st_mtime_ns]
-        return found
-
-    # -- Looking before writing --------------------------------------------------------------
-
-    def check_base(self) -> None:
-        """An error where the base is not the one that the adapter was trained on."""
-        known, entries = self.file.base, self.checkpoint.entries
-        if known is None:
-            return
-        kinds = {FLOATS[entries[name].dtype] for name in self.of}
-        # Of several dtypes, the one that has all their numbers, as when it was taken.
-        kind = kinds.pop() if len(kinds) == 1 else "float64" if "float64" in kinds else "float32"
-        difference = compare(known, self._weights(kind), kind)
-        if difference is not None:
-            raise _Unfit(
-                f"is another base model than the one that the adapter was trained on: of the adapted weights, "
-                f"{difference}. Give that one, or check_base=False (--any-base)"
-            )
-
-    def _weights(self, kind: str) -> Iterator[np.ndarray]:
-        last: tuple[str, np.ndarray] | None = None
-        for target in self.placed.targets:
-            if last is None or last[0] != target.name:
-                last = None
-                last = target.name, self.checkpoint.array(target.name)
-            weight, own = target.select(last[1]), FLOATS[self.checkpoint.entries[target.name].dtype]
-            yield weight if own == kind else widened(weight, own).astype(kind)
-
-    # -- Writing -----------------------------------------------------------------------------
-
-    def run(self, work: Partial, progress: Callable[[int, int], None], meanwhile: Callable[[], None] | None) -> None:
-        """Make all files; ``meanwhile`` is called once, when that has begun, and may end it."""
-        checkpoint = self.checkpoint
-        self.resumed = len(work.done)
-        left = [file for file in checkpoint.files if os.path.basename(file) not in work.done]
-        sizes = [os.path.getsize(file) for file in left]
-        added = {} if checkpoint.files[-1] not in left else self._added
-        total, done = sum(sizes) + sum(array.nbytes for _, array in added.values()), 0
-
-        def told(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, max(total, done))
-
-        for name in self.where.others:
-            path = work.path(name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            _copy_small(os.path.join(checkpoint.folder, name), path)
-        if checkpoint.index is not None:
-            self._write_index(work.path(os.path.basename(checkpoint.index)))
-        shards = [
-            Shard(
-                file, work.path(name), self._changes(file), added if file == checkpoint.files[-1] else {},
-                functools.partial(work.finished, name),
-            )
-            for file in left
-            for name in [os.path.basename(file)]
-        ]  # fmt: skip
-        Writer(checkpoint, told).write(shards, meanwhile)
-        if self._state_of_base() != self.identity["base"]:
-            raise _Unfit("was changed while it was merged: run it again")
-
-    def _changes(self, file: str) -> dict[str, Change]:
-        """In the order of the long vector, which F is made in."""
-        shard = self.checkpoint.shard
-        found: dict[str, Change] = {
-            name: functools.partial(self._updated, name) for name in self.of if shard[name] == file
-        }
-        for name, stored in self.placed.kept.items():
-            if shard[stored] == file:
-                found[stored] = functools.partial(self._replaced, name, stored)
-        return found
-
-    def _updated(self, name: str, stored: np.ndarray) -> np.ndarray:
-        dtype = FLOATS[self.checkpoint.entries[name].dtype]
-        for index, target in self.of[name]:
-            flat = np.ascontiguousarray(target.select(stored)).reshape(-1)
-            problem = add_in_place(flat, dtype, self.updates.of(index))
-            if problem == "update":
-                raise _Unfit(f"the update of {shown(name)} is not finite; nothing was merged")
-            if problem is not None:
-                raise _Unfit(
-                    f"{shown(name)} with its update leaves the range of {dtype}; nothing was merged: merge into the "
-                    "checkpoint in a wider dtype"
-                )
-            if not np.may_share_memory(flat, stored):
-                target.block(stored)[...] = target.like_block(flat.reshape(target.shape))
-        return stored
-
-    def _replaced(self, name: str, stored_name: str, stored: np.ndarray) -> np.ndarray:
-        tag = self.checkpoint.entries[stored_name].dtype
-        return self._cast(name, tag)
-
-    def _cast(self, name: str, tag: str) -> np.ndarray:
-        """A kept parameter as a checkpoint has it."""
-        array = self.file.kept[name]
-        if tag not in FLOATS:
-            return array.astype(array.dtype.newbyteorder("<"), copy=False)
-        with np.errstate(over="ignore"):
-            found = rounded(array.astype(np.float64), FLOATS[tag])
-        if not np.isfinite(widened(found, FLOATS[tag])).all():
-            raise _Unfit(f"what the adapter keeps as {shown(name)} leaves the range of {FLOATS[tag]}")
-        return np.asarray(found.astype(found.dtype.newbyteorder("<"), copy=False), order="C")
-
-    @functools.cached_property
-    def _added(self) -> dict[str, tuple[str, np.ndarray]]:
-        found = {}
-        for name, new in self.placed.added.items():
-            tag = _TAGS[self.file.dtypes.get(KEPT + name, self.file.kept[name].dtype.name)]
-            found[new] = tag, self._cast(name, tag)
-        return found
-
-    def _write_index(self, path: str) -> None:
-        assert self.checkpoint.index is not None
-        if not self._added:
-            _copy_small(self.checkpoint.index, path)
-            return
-        with open(self.checkpoint.index, encoding="utf-8") as file:
-            index = json.load(file)
-        last = os.path.basename(self.checkpoint.files[-1])
-        index["weight_map"].update(dict.fromkeys(self._added, last))
-        size = sum(array.nbytes for _, array in self._added.values())
-        if isinstance(index.get("metadata"), dict) and isinstance(index["metadata"].get("total_size"), int):
-            index["metadata"]["total_size"] += size
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def report(self, check_base: bool) -> MergeReport:
-        """What came of it."""
-        files = (
-            [self.where.path]
-            if self.where.name
-            else [os.path.join(self.where.path, os.path.basename(file)) for file in self.checkpoint.files]
-        )
-        return MergeReport(
-            out=self.where.path, files=len(files), tensors=len(self.checkpoint.entries) + len(self.placed.added),
-            bytes=sum(os.path.getsize(file) for file in files), targets=len(self.placed.targets), changed=len(self.of),
-            names=self.placed.how, base_checked=check_base and self.file.base is not None,
-            replaced=tuple(sorted(self.placed.kept.values())), added=tuple(sorted(self.placed.added.values())),
-            copied=self.where.others, left_out=self.where.left_out, resumed=self.resumed,
-        )  # fmt: skip
-
-
-def _copy_small(source: str, target: str) -> None:
-    import shutil
-
-    shutil.copyfile(source, target)
-    handle = os.open(target, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _report(job: Job, check_base: bool) -> MergeReport:
+    where, placed, checkpoint = job.where, job.placed, job.checkpoint
+    files = (
+        [where.path] if where.name else [os.path.join(where.path, os.path.basename(file)) for file in checkpoint.files]
+    )
+    return MergeReport(
+        out=where.path, files=len(files), tensors=len(checkpoint.entries) + len(placed.added),
+        bytes=sum(os.path.getsize(file) for file in files), targets=len(placed.targets), changed=len(job.of),
+        names=placed.how, base_checked=check_base and job.file.base is not None,
+        replaced=tuple(sorted(placed.kept.values())), added=tuple(sorted(placed.added.values())),
+        copied=where.others, left_out=where.left_out, resumed=job.resumed,
+    )  # fmt: skip
