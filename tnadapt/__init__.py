@@ -9,6 +9,7 @@ from . import presets
 from .backends import register_backend
 from .config import Config
 from .decomposition import decompose, search_rank
+from .describing import info
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
 from .extraction import extract
 from .files import AdapterFile, load, save
@@ -45,6 +46,7 @@ __all__ = [
     "fwht",
     "geometry",
     "hypercube_shape",
+    "info",
     "kron_matvec",
     "kronecker",
     "load",

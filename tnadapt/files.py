@@ -77,7 +77,7 @@ from .errors import FileError, TnadaptError, shown
 from .fingerprint import Fingerprint
 from .target import Target
 
-__all__ = ["AdapterFile", "content_of", "load", "save"]
+__all__ = ["AdapterFile", "content_of", "likeness", "load", "save"]
 
 VERSION = 1
 ENTRY = "tnadapt"
@@ -274,7 +274,8 @@ def _entry_text(container: Container) -> str:
     metadata = container.metadata
     if ENTRY not in metadata:
         raise FileError(
-            f"is no tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {_likeness(container)}"
+            f"is no tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {likeness(container)}"
+            + ("; tnadapt convert makes it one" if "adapter of" in likeness(container) else "")
         )
     if len(metadata) > 1:
         others = some(metadata.keys() - {ENTRY})
@@ -286,7 +287,7 @@ def _entry_text(container: Container) -> str:
     return metadata[ENTRY]
 
 
-def _likeness(container: Container) -> str:
+def likeness(container: Container) -> str:
     """What a safetensors file of somebody else seems to be."""
     names = list(container.entries)
     if any(name.startswith("base_model.model.") for name in names):

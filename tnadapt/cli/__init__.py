@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from .extract import extract_command
 from .finetune import finetune_command
+from .info import info_command
 from .merge import merge_command
 from .verify import verify_command
 
@@ -45,5 +46,6 @@ def _help(command: Callable[..., None]) -> str:
 
 app.command("finetune", help=_help(finetune_command))(finetune_command)
 app.command("extract", help=_help(extract_command))(extract_command)
+app.command("info", help=_help(info_command))(info_command)
 app.command("merge", help=_help(merge_command))(merge_command)
 app.command("verify", help=_help(verify_command))(verify_command)

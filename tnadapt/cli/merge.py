@@ -10,8 +10,9 @@ import typer
 
 from ..merge_files import MergeReport, merge
 from .progress import bytes_bar
+from .sizes import size
 
-__all__ = ["merge_command", "size"]
+__all__ = ["merge_command"]
 
 
 def merge_command(
@@ -77,19 +78,3 @@ def _print(report: MergeReport, any_base: bool) -> None:
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def size(count: int) -> str:
-    """A number of bytes for people.
-
-    Examples
-    --------
-    >>> size(999), size(4_300_000_000)
-    ('999 bytes', '4.30 GB')
-    """
-    number = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            break
-        number /= 1000
-    return f"{count} bytes" if unit == "bytes" else f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
