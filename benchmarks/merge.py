@@ -35,7 +35,7 @@ TAG = {"bfloat16": "BF16", "float32": "F32"}
 
 CASES = {
     "lora": (tna.presets.lora(16), "bfloat16"),
-    "superlora": (tna.presets.superlora(64), "bfloat16"),
+    "superlora": (tna.presets.superlora(16), "bfloat16"),
     "lora, float32": (tna.presets.lora(16), "float32"),
 }
 

@@ -208,6 +208,7 @@ def compare(known: Fingerprint, weights: Iterable[np.ndarray], dtype: str) -> st
         digest.update(f"{raw.shape[0]},{raw.shape[1]};".encode())
         for piece in _pieces(raw):
             digest.update(piece.view(np.uint8).data)
+        del raw, weight  # before the next one is read
     return known.difference(dataclasses.replace(known, sha256=digest.hexdigest()))
 
 

@@ -150,7 +150,7 @@ def merge(
                 return _report(job, check_base)
             where.need_free(overwrite)
             try:
-                job.run(work, progress or (lambda done, total: None), job.check_base if check_base else None)
+                job.run(work, progress or (lambda done, total: None), check_base)
                 work.publish(where.name, overwrite)
             except OSError as error:
                 if not work.done:

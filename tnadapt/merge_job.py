@@ -22,6 +22,7 @@ from .placing import FLOATS, Placed
 from .shards import Change, Shard, Writer
 from .summing import ExactUpdates, add_in_place, rounded, widened
 from .target import Target
+from .threads import one_blas_thread
 
 __all__ = ["Job", "Unfit"]
 
@@ -67,7 +68,7 @@ class Job:
 
     # -- Looking before writing --------------------------------------------------------------
 
-    def check_base(self) -> None:
+    def _check_base(self) -> None:
         """An error where the base is not the one that the adapter was trained on."""
         known, entries = self.file.base, self.checkpoint.entries
         if known is None:
@@ -93,8 +94,8 @@ class Job:
 
     # -- Writing -----------------------------------------------------------------------------
 
-    def run(self, work: Partial, progress: Callable[[int, int], None], meanwhile: Callable[[], None] | None) -> None:
-        """Make all files; ``meanwhile`` is called once, when that has begun, and may end it."""
+    def run(self, work: Partial, progress: Callable[[int, int], None], check_base: bool) -> None:
+        """Make all files."""
         checkpoint = self.checkpoint
         self.resumed = len(work.done)
         left = [file for file in checkpoint.files if os.path.basename(file) not in work.done]
@@ -107,12 +108,6 @@ class Job:
             done += count
             progress(done, max(total, done))
 
-        for name in self.where.others:
-            path = work.path(name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            _copy_small(os.path.join(checkpoint.folder, name), path)
-        if checkpoint.index is not None:
-            self._write_index(work.path(os.path.basename(checkpoint.index)))
         shards = [
             Shard(
                 file, work.path(name), self._changes(file), added if file == checkpoint.files[-1] else {},
@@ -121,9 +116,24 @@ class Job:
             for file in left
             for name in [os.path.basename(file)]
         ]  # fmt: skip
-        Writer(checkpoint, told).write(shards, meanwhile)
+
+        def beside() -> None:
+            if check_base:
+                self._check_base()
+            self._copy_others(work)
+
+        with one_blas_thread():
+            Writer(checkpoint, told).write(shards, beside)
         if self._state_of_base() != self.identity["base"]:
             raise Unfit("was changed while it was merged: run it again")
+
+    def _copy_others(self, work: Partial) -> None:
+        for name in self.where.others:
+            path = work.path(name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            _copy_small(os.path.join(self.checkpoint.folder, name), path)
+        if self.checkpoint.index is not None:
+            self._write_index(work.path(os.path.basename(self.checkpoint.index)))
 
     def _changes(self, file: str) -> dict[str, Change]:
         """In the order of the long vector, which F is made in."""

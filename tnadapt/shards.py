@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -16,6 +17,9 @@ from .container import Entry, raw_bytes
 from .copying import Stopped, copy_range, write_at
 
 __all__ = ["Change", "Shard", "Writer", "extended"]
+
+# Of larger tensors, one is in memory at a time.
+_LARGE = 1 << 26
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -56,7 +60,9 @@ class Writer:
 
     Notes
     -----
-    Memory: one tensor that is changed, and what changing it takes. A third thread waits for the disk.
+    Memory: one tensor that is changed, and what changing it takes. Of tensors of up to 64 MiB, another one may be on
+    its way to the disk, and one more in the hands of ``meanwhile``. Besides the caller's thread there are one that
+    copies, one that writes what was computed, one that waits for the disk, and one for ``meanwhile``.
     """
 
     def __init__(self, checkpoint: Checkpoint, told: Callable[[int], None]) -> None:
@@ -70,30 +76,36 @@ class Writer:
         ----------
         shards : sequence of Shard
         meanwhile : callable, optional
-            Called first, when the copying has begun. What it raises ends the work.
+            Called once, in a thread of its own. What it raises ends the work.
 
         Raises
         ------
         OSError
             If a file cannot be read or written. Files that are unfinished then are left there.
         """
-        with ThreadPoolExecutor(1) as copier, ThreadPoolExecutor(1) as syncer:
+        with contextlib.ExitStack() as stack:
+            copier, writer, syncer, other = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(4))
             try:
                 plans = [self._laid_out(shard) for shard in shards]
                 copies = [copier.submit(self._copy, *plan) for plan in plans]
-                if meanwhile is not None:
-                    meanwhile()
+                beside = other.submit(meanwhile or (lambda: None))
+                if self._largest(shards) > _LARGE:
+                    beside.result()
                 synced = []
                 for shard, copied in zip(shards, copies, strict=True):
-                    self._compute(shard, copied)
+                    self._compute(shard, (copied, beside), writer)
                     copied.result()
                     synced.append(syncer.submit(_synchronise, shard.out, shard.finished))
-                for future in synced:
+                for future in (beside, *synced):
                     future.result()
             except BaseException:
                 self._stop.set()
                 copier.shutdown(cancel_futures=True)
                 raise
+
+    def _largest(self, shards: Sequence[Shard]) -> int:
+        entries = [self.checkpoint.entries[name] for shard in shards for name in shard.changes]
+        return max((entry.stop - entry.start for entry in entries), default=0)
 
     def _laid_out(self, shard: Shard) -> tuple[str, str, list[tuple[int, int, int]]]:
         """Make the file, in its full length, with its head where that is new; returns what is to be copied."""
@@ -117,17 +129,27 @@ class Writer:
         runs = zip(edges[::2], edges[1::2], strict=True)
         return shard.file, shard.out, [(old + a, new + a, b - a) for a, b in runs if a < b]
 
-    def _compute(self, shard: Shard, copied: Future[None]) -> None:
+    def _compute(self, shard: Shard, others: Sequence[Future[None]], writer: ThreadPoolExecutor) -> None:
         size = os.path.getsize(shard.out) - sum(array.nbytes for _, array in shard.added.values())
         entries = self.checkpoint.of_file(shard.file)
         new = size - max((entry.stop for entry in entries.values()), default=0)
+        written: Future[None] | None = None
         with open(shard.out, "r+b", buffering=0) as target:
-            for name, change in shard.changes.items():
-                if copied.done() and copied.exception() is not None:
-                    return  # a full disk, say: what is computed has no place to go
-                made = change(self.checkpoint.array(name))
-                self._put(target, new + entries[name].start, raw_bytes(made))
-                del made
+            try:
+                for name, change in shard.changes.items():
+                    for other in others:
+                        if other.done():
+                            other.result()  # a full disk, say: what is computed would have no place to go
+                    made = change(self.checkpoint.array(name))
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(self._put, target, new + entries[name].start, raw_bytes(made))
+                    if made.nbytes > _LARGE:
+                        written.result()
+                    del made
+            finally:
+                if written is not None:
+                    written.result()
 
     def _copy(self, file: str, out: str, runs: Sequence[tuple[int, int, int]]) -> None:
         with open(file, "rb", buffering=0) as source, open(out, "r+b", buffering=0) as target:

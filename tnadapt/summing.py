@@ -24,7 +24,7 @@ from .superlora import SuperLoRA
 __all__ = ["ExactUpdates", "add_in_place", "rounded", "widened"]
 
 # Elements computed at once: a few such pieces in float64 stay in the cache.
-PIECE = 1 << 17
+PIECE = 1 << 18
 # The same where F goes through all of its draws for each piece: a span is kept for the weights that share it.
 SPAN = 1 << 24
 
@@ -128,14 +128,50 @@ def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.
     >>> add_in_place(weight, "float16", [(1, np.array([0.5, 2.0]))]), weight.tolist()
     (None, [1.0, 1.5, 3.0])
     """
+    scratch = _Scratch(min(PIECE, weight.size))
     with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
         for start, piece in pieces:
-            part = weight[start : start + piece.size]
-            before = widened(part, dtype)
-            after = before + piece
-            if not _in_range(after, dtype) and (~_finite(after, dtype) & np.isfinite(before)).any():
-                return "range" if np.isfinite(piece).all() else "update"
-            part[...] = rounded(after, dtype)
+            for lo in range(0, piece.size, PIECE):
+                some = piece[lo : lo + PIECE]
+                problem = _add(weight[start + lo : start + lo + some.size], dtype, some, scratch)
+                if problem is not None:
+                    return problem
+    return None
+
+
+class _Scratch:
+    """Room for a piece: made anew for each, its pages would cost more than the sums."""
+
+    def __init__(self, size: int) -> None:
+        self.total = np.empty(size, np.float64)
+        self.single = np.empty(size, np.float32)
+        self.bits = np.empty(size, np.uint32)
+
+
+def _add(part: np.ndarray, dtype: str, piece: np.ndarray, scratch: _Scratch) -> str | None:
+    """:func:`rounded` of :func:`widened` and a piece, in room that is there."""
+    size = piece.size
+    total, single, bits = scratch.total[:size], scratch.single[:size], scratch.bits[:size]
+    before = part
+    if dtype == "bfloat16":
+        np.copyto(bits, part)
+        np.left_shift(bits, 16, out=bits)
+        before = bits.view(np.float32)
+    elif dtype == "float16":
+        before = single
+        np.copyto(single, part)
+    np.add(before, piece, out=total)
+    if not _in_range(total, dtype) and (~_finite(total, dtype) & np.isfinite(widened(part, dtype))).any():
+        return "range" if np.isfinite(piece).all() else "update"
+    if dtype == "float64":
+        np.copyto(part, total)
+        return None
+    np.copyto(single, total, casting="same_kind")
+    if dtype == "bfloat16":
+        _to_bfloat16(single, bits)
+        np.copyto(part, bits, casting="same_kind")
+    else:
+        np.copyto(part, single, casting="same_kind")
     return None
 
 
@@ -175,16 +211,21 @@ def rounded(numbers: np.ndarray, dtype: str) -> np.ndarray:
 
 def _bfloat16(single: np.ndarray) -> np.ndarray:
     """The bits of float32 numbers in bfloat16."""
+    found = np.empty(single.shape, np.uint32)
+    _to_bfloat16(single, found)
+    return found.astype(np.uint16)
+
+
+def _to_bfloat16(single: np.ndarray, out: np.ndarray) -> None:
     bits = single.view(np.uint32)
-    found = bits >> np.uint32(16)
-    found &= np.uint32(1)
-    found += np.uint32(0x7FFF)
-    found += bits
-    found >>= np.uint32(16)
+    np.right_shift(bits, 16, out=out)
+    np.bitwise_and(out, 1, out=out)
+    np.add(out, 0x7FFF, out=out)
+    np.add(out, bits, out=out)
+    np.right_shift(out, 16, out=out)
     nan = np.isnan(single)
     if nan.any():
-        found[nan] = 0x7FC0  # adding would carry into its sign
-    return found.astype(np.uint16)
+        out[nan] = 0x7FC0  # adding would carry into its sign
 
 
 # Below these, rounding leads to no infinity; above, it is looked at.
