@@ -193,12 +193,15 @@ def _check_target(target: Target, entry: Entry) -> None:
 def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: _Shift) -> tuple[dict[str, str], dict[str, str]]:
     kept: dict[str, str] = {}
     added: dict[str, str] = {}
-    tops = {name.partition(".")[0] for name in entries}
+    # Modules beside those of the adapter; under the prefix, where there is one.
+    tops = {
+        name.removeprefix(shift.given).partition(".")[0] for name in entries if name.startswith(shift.given)
+    }  # fmt: skip
     for name, array in file.kept.items():
         moved = shift.of(name) or name
         there = next((one for one in (moved, name) if one in entries), None)
         if there is None:
-            if moved.partition(".")[0] in tops:
+            if moved.removeprefix(shift.given).partition(".")[0] in tops:
                 close = difflib.get_close_matches(moved, entries, 3, 0.5)
                 raise FileError(
                     f"the adapter keeps {shown(name)}, which the checkpoint does not have, though it has others of "

@@ -20,6 +20,8 @@ __all__ = ["Change", "Shard", "Writer", "extended"]
 
 # Of larger tensors, one is in memory at a time.
 _LARGE = 1 << 26
+# How much is copied before the disk is asked to take it.
+_FLUSHED = 1 << 28
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -87,7 +89,7 @@ class Writer:
             copier, writer, syncer, other = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(4))
             try:
                 plans = [self._laid_out(shard) for shard in shards]
-                copies = [copier.submit(self._copy, *plan) for plan in plans]
+                copies = [copier.submit(self._copy, *plan, syncer) for plan in plans]
                 beside = other.submit(meanwhile or (lambda: None))
                 if self._largest(shards) > _LARGE:
                     beside.result()
@@ -151,16 +153,24 @@ class Writer:
                 if written is not None:
                     written.result()
 
-    def _copy(self, file: str, out: str, runs: Sequence[tuple[int, int, int]]) -> None:
+    def _copy(self, file: str, out: str, runs: Sequence[tuple[int, int, int]], syncer: ThreadPoolExecutor) -> None:
+        dirty = 0
+        flushed: Future[None] | None = None
+
+        def told(count: int) -> None:
+            nonlocal dirty, flushed
+            if self._stop.is_set():
+                raise Stopped
+            with self._lock:
+                self._told(count)
+            dirty += count
+            if dirty >= _FLUSHED and (flushed is None or flushed.done()):
+                # So that the disk has work from the start, and little is left at the end.
+                dirty, flushed = 0, syncer.submit(_synchronise, out)
+
         with open(file, "rb", buffering=0) as source, open(out, "r+b", buffering=0) as target:
             for start, at, count in runs:
-                copy_range(source, start, target, at, count, self._copied)
-
-    def _copied(self, count: int) -> None:
-        if self._stop.is_set():
-            raise Stopped
-        with self._lock:
-            self._told(count)
+                copy_range(source, start, target, at, count, told)
 
     def _put(self, target: BinaryIO, at: int, content: bytes | memoryview) -> None:
         write_at(target, at, content)
@@ -168,13 +178,14 @@ class Writer:
             self._told(len(content))
 
 
-def _synchronise(path: str, finished: Callable[[], None]) -> None:
+def _synchronise(path: str, finished: Callable[[], None] | None = None) -> None:
     handle = os.open(path, os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-    finished()
+    if finished is not None:
+        finished()
 
 
 def extended(
