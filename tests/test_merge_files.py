@@ -575,6 +575,33 @@ def test_a_full_disk_is_an_error_and_nothing_is_lost(shards: int, tmp_path: Path
     assert report.resumed == 0 if shards == 1 else report.resumed <= 1
 
 
+def test_a_disk_that_is_full_indeed(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small disk can be mounted by root alone")
+    try:
+        base, adapter, _ = small(tmp_path)
+        tensors = cp.read(base)
+        (base / "model.safetensors").unlink()
+        for number in range(3):
+            tensors[f"big.{number}"] = "F32", np.zeros(150_000, "<f4")
+        cp.write(base, tensors, 3)
+        with pytest.raises(tna.FileError, match=r"No space left on device.* of 3 files. Run the same again"):
+            tna.merge(base, adapter, disk / "out")
+        assert os.listdir(disk) == [f"out{PARTIAL}"]
+        subprocess.run([*mount[:4], "remount,size=8m", *mount[5:]], check=True)
+        assert tna.merge(base, adapter, disk / "out").resumed == 1
+        tna.merge(base, adapter, tmp_path / "expected")  # on another file system
+        assert content(disk / "out") == content(tmp_path / "expected")
+        assert os.listdir(disk) == ["out"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_interrupted_it_stops_and_goes_on(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path, 3)
 

@@ -156,8 +156,8 @@ def merge(
                 if not work.done:
                     raise
                 raise FileError(
-                    f"{error.strerror or error}. {counted(len(work.done), 'finished file')} of {len(checkpoint.files)} "
-                    f"are kept in {work.root}: run the same again to go on from there, or remove it"
+                    f"{error.strerror or error}. Finished, and kept in {work.root}: {len(work.done)} of "
+                    f"{counted(len(checkpoint.files), 'file')}. Run the same again to go on from there, or remove it"
                 ) from error
             except Unfit:
                 work.remove()

@@ -172,6 +172,8 @@ def partial(out: str, identity: Mapping[str, Any]) -> Iterator[Partial]:
                 for name in set(os.listdir(work.folder)) - set(work.done):
                     with contextlib.suppress(OSError):
                         _unlink(work.path(name))
+                with contextlib.suppress(OSError):
+                    work._write()  # a full disk had no room for it before
             else:
                 work.remove()
             raise
