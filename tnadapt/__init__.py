@@ -10,12 +10,14 @@ from .backends import register_backend
 from .config import Config
 from .convert import convert
 from .decomposition import decompose, search_rank
+from .describing import info
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
 from .extraction import extract
 from .files import AdapterFile, load, save
 from .folding import from_hypercube, hypercube_shape, to_hypercube
 from .geometry import geometry
 from .hadamard import fwht
+from .merge_files import MergeReport, merge
 from .planner import plan
 from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from .projection import Projection
@@ -31,6 +33,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "FileError",
+    "MergeReport",
     "Projection",
     "Rows",
     "ShapeError",
@@ -46,9 +49,11 @@ __all__ = [
     "fwht",
     "geometry",
     "hypercube_shape",
+    "info",
     "kron_matvec",
     "kronecker",
     "load",
+    "merge",
     "parameter_count",
     "plan",
     "presets",

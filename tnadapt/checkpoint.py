@@ -80,6 +80,10 @@ class Checkpoint:
         """The bytes of all tensors."""
         return sum(entry.stop - entry.start for entry in self.entries.values())
 
+    def of_file(self, file: str) -> dict[str, Entry]:
+        """The tensors of one of the files, in the order of their bytes."""
+        return {name: entry for name, entry in self.entries.items() if self.shard[name] == file}
+
     @functools.cached_property
     def config(self) -> dict[str, Any] | None:
         """What ``config.json`` beside the files says, or None where there is none.

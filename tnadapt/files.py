@@ -77,7 +77,7 @@ from .errors import FileError, TnadaptError, shown
 from .fingerprint import Fingerprint
 from .target import Target
 
-__all__ = ["AdapterFile", "load", "save"]
+__all__ = ["AdapterFile", "content_of", "likeness", "load", "save"]
 
 VERSION = 1
 ENTRY = "tnadapt"
@@ -131,7 +131,7 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
     with about(where):
         if not isinstance(adapter_file, AdapterFile):
             raise FileError(f"an AdapterFile can be saved there; got {type(adapter_file).__name__}")
-        replace_file(where, _content(adapter_file))
+        replace_file(where, content_of(adapter_file))
 
 
 def _path(path: Any) -> str:
@@ -145,7 +145,8 @@ def _path(path: Any) -> str:
     return found
 
 
-def _content(file: AdapterFile) -> bytes:
+def content_of(file: AdapterFile) -> bytes:
+    """The bytes of an adapter's file."""
     file.check_finite()
     stored = {name: _stored(array, file.dtypes.get(name, array.dtype.name)) for name, array in file.tensors()}
     recipe = _recipe(file)
@@ -273,7 +274,8 @@ def _entry_text(container: Container) -> str:
     metadata = container.metadata
     if ENTRY not in metadata:
         raise FileError(
-            f"is no tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {_likeness(container)}"
+            f"is no tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {likeness(container)}"
+            + ("; tnadapt convert makes it one" if "adapter of" in likeness(container) else "")
         )
     if len(metadata) > 1:
         others = some(metadata.keys() - {ENTRY})
@@ -285,7 +287,7 @@ def _entry_text(container: Container) -> str:
     return metadata[ENTRY]
 
 
-def _likeness(container: Container) -> str:
+def likeness(container: Container) -> str:
     """What a safetensors file of somebody else seems to be."""
     names, hint = list(container.entries), "; tnadapt.convert makes it one"
     if any(name.startswith("base_model.model.") for name in names):

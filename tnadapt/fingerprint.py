@@ -40,7 +40,7 @@ from . import draws
 from .backends.base import FLOAT_DTYPES
 from .errors import BackendError, ConfigError, ShapeError, shown
 
-__all__ = ["TOLERANCE", "Fingerprint", "fingerprint"]
+__all__ = ["TOLERANCE", "Fingerprint", "compare", "fingerprint"]
 
 TOLERANCE = 0.005
 
@@ -171,6 +171,45 @@ def fingerprint(weights: Iterable[np.ndarray], dtype: str) -> Fingerprint:
     # Adding 0.0 turns -0.0 into 0.0: one text for one number.
     sketch = tuple(round(float(found) / norm, _DECIMALS) + 0.0 if norm else 0.0 for found in sums)
     return Fingerprint(digest.hexdigest(), dtype, sketch)
+
+
+def compare(known: Fingerprint, weights: Iterable[np.ndarray], dtype: str) -> str | None:
+    """In words what tells a base model's weights from those of a fingerprint, or None where they match.
+
+    As ``known.difference(fingerprint(weights, dtype))``, but no sketch is computed where it is not looked at, which
+    takes a tenth of the time.
+
+    Parameters
+    ----------
+    known : Fingerprint
+    weights, dtype
+        As for :func:`fingerprint`.
+
+    Returns
+    -------
+    str or None
+
+    Raises
+    ------
+    BackendError, ShapeError
+        As :func:`fingerprint`.
+
+    Examples
+    --------
+    >>> weights = [np.full((1, 8), 0.5)]
+    >>> compare(fingerprint(weights, "float64"), weights, "float64") is None
+    True
+    """
+    if known.dtype != dtype:
+        return known.difference(fingerprint(weights, dtype))
+    digest = hashlib.sha256()
+    for number, weight in enumerate(weights):
+        raw = _raw(weight, dtype, f"weight {number}")
+        digest.update(f"{raw.shape[0]},{raw.shape[1]};".encode())
+        for piece in _pieces(raw):
+            digest.update(piece.view(np.uint8).data)
+        del raw, weight  # before the next one is read
+    return known.difference(dataclasses.replace(known, sha256=digest.hexdigest()))
 
 
 def _raw(weight: np.ndarray, dtype: str, what: str) -> np.ndarray:

@@ -55,8 +55,13 @@ class Group(NamedTuple):
     names: dict[str, str]
     pieces: list[Piece]
 
-    def update(self, backend: Backend, params: Mapping[str, Array], start: int, stop: int) -> Array:
-        """Elements ``start`` to ``stop - 1`` of the update: ``F(x)``, or ``F(x) - F(x_start)`` where F is nonlinear."""
+    def update(
+        self, backend: Backend, params: Mapping[str, Array], start: int, stop: int, trained: str | None = None
+    ) -> Array:
+        """Elements ``start`` to ``stop - 1`` of the update: ``F(x)``, or ``F(x) - F(x_start)`` where F is nonlinear.
+
+        ``trained`` is the dtype that the parameters began in, to whose numbers x_start is rounded; by default theirs.
+        """
         arrays = {name: params[full] for name, full in self.names.items()}
         if self.projection.linear:
             return self._projected(backend, arrays, start, stop)
@@ -64,7 +69,7 @@ class Group(NamedTuple):
         kind = backend.dtype_name(like)
         # The difference of two near numbers: taken in single precision at least, and rounded once.
         wide = kind if kind == "float64" else "float32"
-        begun = [self.start.on(backend, (name, kind), like, wide) for name in self.names]
+        begun = [self.start.on(backend, (name, trained or kind), like, wide) for name in self.names]
         moved = [backend.astype(array, wide) for array in arrays.values()]
         # A compiler that computed the two by different routes would not find them equal at the start.
         both = backend.apart([*moved, *begun])

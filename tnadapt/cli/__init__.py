@@ -12,6 +12,8 @@ from .. import __version__
 from .convert import convert_command
 from .extract import extract_command
 from .finetune import finetune_command
+from .info import info_command
+from .merge import merge_command
 from .plan import plan_command
 from .verify import verify_command
 
@@ -44,8 +46,10 @@ def _help(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(text.split()) for text in inspect.getdoc(command).split("\n\n"))  # type: ignore[union-attr]
 
 
-app.command("convert", help=_help(convert_command))(convert_command)
 app.command("finetune", help=_help(finetune_command))(finetune_command)
-app.command("extract", help=_help(extract_command))(extract_command)
 app.command("plan", help=_help(plan_command))(plan_command)
+app.command("extract", help=_help(extract_command))(extract_command)
+app.command("convert", help=_help(convert_command))(convert_command)
+app.command("merge", help=_help(merge_command))(merge_command)
+app.command("info", help=_help(info_command))(info_command)
 app.command("verify", help=_help(verify_command))(verify_command)

@@ -266,8 +266,9 @@ class Adapter:
 
         Notes
         -----
-        The sum is rounded once to the weight's dtype. The original rows are kept: :meth:`unmerge` gives the very
-        bits back, in every dtype. Memory: that of the adapted weights, once.
+        The sum is made in float64 and rounded to float32 and then to the weight's dtype, as :func:`tnadapt.merge` does
+        it on disk (:mod:`tnadapt.summing`). The original rows are kept: :meth:`unmerge` gives the very bits back, in
+        every dtype. Memory: that of the adapted weights, twice while it is merging, then once.
         """
         merging.merge(self)
 

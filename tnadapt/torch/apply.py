@@ -3,7 +3,7 @@
 A :class:`Site` stands in for the ``forward`` of one module. Nothing else of the module changes: its class,
 path, parameters and state dict stay what they were.
 
-- *weight*: ``x (W + ΔW)ᵀ``; the sum is rounded once to the weight's dtype, as merging would, and formed again in
+- *weight*: ``x (W + ΔW)ᵀ``; the sum is rounded once to the weight's dtype, and formed again in
   backward, not kept. The only way for weights that several rows share, that are read by something other than
   their own module's forward, or that belong to a convolution.
 - *factored*: ``x Wᵀ + s (x A) Bᵀ`` for one low-rank matrix a weight; ΔW never exists. With an ``activation`` between

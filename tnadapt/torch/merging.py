@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError, TargetError
+from ..summing import PIECE, ExactUpdates, add_in_place
 from ..target import Target
-from .apply import summed
 from .sharding import is_sharded, whole
 
 if TYPE_CHECKING:
@@ -38,27 +40,82 @@ def merge(adapter: Adapter) -> None:
         raise TargetError(f"adapter {adapter.name!r} is not active (its weight is 0): call activate() first")
     weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
     # Everything is computed and looked at before the first weight is touched.
-    sums = []
-    for target, weight, delta in zip(adapter.targets, weights, adapter.deltas(), strict=True):
-        if not bool(torch.isfinite(delta).all()):
-            raise BackendError(
-                f"the update of {target.name} is not finite (NaN or infinity in adapter {adapter.name!r}); "
-                "no weight was touched: load a good one, or reset()"
-            )
-        block = summed(weight, [(target, delta if adapter.weight == 1.0 else delta * adapter.weight)])
-        after = target.select(block)
-        if not bool(torch.isfinite(after).all()) and bool(torch.isfinite(target.select(weight)).all()):
-            raise BackendError(
-                f"{target.name} with its update leaves the range of {weight.dtype}; no weight was touched: "
-                "merge in a wider dtype, or into the float32 model"
-            )
-        sums.append(after.clone() if target.rows is not None else after)
+    updates = _Exact(adapter)
+    sums = [
+        updates.sum(index, target, weight)
+        for index, (target, weight) in enumerate(zip(adapter.targets, weights, strict=True))
+    ]
     merged = []
     for target, weight, after in zip(adapter.targets, weights, sums, strict=True):
         merged.append(Merged(target.select(weight).clone(), _checksum(after)))
         _write(target, weight, after)
     adapter.merged = merged
     adapter._updates.forget()
+
+
+# A cache on the one, as few kernels as may be on the other.
+_PIECES = {"cpu": PIECE, "cuda": 1 << 24}
+
+
+class _Exact:
+    """The sums of weights and updates by the arithmetic of :mod:`tnadapt.summing`, on the device of each weight."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._arrays = {name: array.detach() for name, array in adapter.arrays().items()}
+        self._trained = str(next(iter(self._arrays.values())).dtype).removeprefix("torch.")
+        self._updates: dict[torch.device, ExactUpdates] = {}
+
+    def sum(self, index: int, target: Target, weight: Tensor) -> Tensor:
+        """The weight with its update, ``(rows, cols)``, in its own dtype and memory of its own."""
+        # Where a device has no float64, it is done on the host.
+        where = weight.device if weight.device.type == "cuda" else torch.device("cpu")
+        dtype = str(weight.dtype).removeprefix("torch.")
+        after = target.select(weight).to(where, copy=True).contiguous()
+        pieces: Iterator[tuple[int, Any]] = self._on(where).of(index)
+        if self.adapter.weight != 1.0:
+            pieces = ((start, piece * self.adapter.weight) for start, piece in pieces)
+        flat = after.view(-1)
+        problem = add_in_place(_bits(flat), dtype, pieces) if where.type == "cpu" else _add_in_place(flat, pieces)
+        if problem == "update":
+            raise BackendError(
+                f"the update of {target.name} is not finite (NaN or infinity in adapter {self.adapter.name!r}); "
+                "no weight was touched: load a good one, or reset()"
+            )
+        if problem is not None:
+            raise BackendError(
+                f"{target.name} with its update leaves the range of {weight.dtype}; no weight was touched: "
+                "merge in a wider dtype, or into the float32 model"
+            )
+        return cast(Tensor, after.to(weight.device))
+
+    def _on(self, where: torch.device) -> ExactUpdates:
+        if where not in self._updates:
+            moved = {name: array.to(where) for name, array in self._arrays.items()}
+            arrays = {name: _numbers(array) for name, array in moved.items()} if where.type == "cpu" else moved
+            self._updates[where] = ExactUpdates(self.adapter.plan, arrays, self._trained, _PIECES[where.type])
+        return self._updates[where]
+
+
+def _numbers(array: Tensor) -> np.ndarray:
+    return (array.float() if array.dtype is torch.bfloat16 else array).numpy()
+
+
+def _bits(flat: Tensor) -> np.ndarray:
+    """A tensor as NumPy has it, in the same memory; bfloat16 as its bits."""
+    return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype is torch.bfloat16 else flat.numpy()
+
+
+def _add_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> str | None:
+    """:func:`tnadapt.summing.add_in_place` where the weight is."""
+    for start, piece in pieces:
+        part = flat[start : start + piece.numel()]
+        total = part.double() + piece
+        after = (total if part.dtype is torch.float64 else total.float()).to(part.dtype)
+        if bool((~torch.isfinite(after) & torch.isfinite(part)).any()):
+            return "range" if bool(torch.isfinite(piece).all()) else "update"
+        part.copy_(after)
+    return None
 
 
 @torch.no_grad()
@@ -137,7 +194,8 @@ def _writable(adapter: Adapter, index: int) -> Tensor:
             f"{name} is parametrised, computed from other parameters: an update cannot be merged into it; keep it "
             "attached, or torch.nn.utils.parametrize.remove_parametrizations() first"
         )
-    if weight is None or not weight.is_floating_point():
+    # Eight bits and fewer are floating-point numbers, too, to torch.
+    if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
         raise TargetError(f"{name} is quantised: an update cannot be merged into it; keep it attached")
     if is_sharded(weight):
         raise TargetError(f"{name} is sharded over processes: save the adapter and merge it in one process")

@@ -1,0 +1,182 @@
+"""RELIABILITY's law 20: a checkpoint merged on disk is, byte for byte, the model merged in memory and saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.checkpoint import open_checkpoint  # noqa: E402
+
+from .hugging_face import bert, vit  # noqa: E402
+from .small import stir  # noqa: E402
+
+P = tna.presets
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def neox() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+MODELS = {"bert": bert, "vit": vit, "gpt2": gpt2, "llama": llama, "neox": neox}
+CONFIGS = {
+    "lora": P.lora(2, alpha=4),
+    "dense": P.dense(),
+    "lokr": P.lokr(2),
+    "krona": P.krona(),
+    "loha": P.loha(2),
+    "lonkr": P.lonkr(2, groups=3),
+    "lotr": P.lotr(2, weights=4, rows=32, cols=32),
+    "fact_tt": P.fact_tt(2, weights=4, rows=32, cols=32),
+    "fact_tk": P.fact_tk(2, weights=4, rows=32, cols=32),
+    "fastfood": P.fastfood(ratio=0.1),
+    "compacter": P.compacter(2),
+    "lorta_cp": P.lorta_cp(2, layers=2, rows=32, cols=32, heads=2),
+    "cara": P.cara(2, weights=4, rows=32, cols=32, heads=2),
+    "lorta": P.lorta(2, order=5),
+    "superlora": P.superlora(3, groups=3),
+    "linear": P.superlora(3, projection="linear", ratio=0.3),
+    "linear_v2": P.superlora(3, projection="linear_v2", ratio=0.3, groups=2, shared=False),
+    "nonlinear": P.superlora(3, projection="nonlinear", ratio=0.3, groups=2),
+    "nonlinear_v2": P.superlora(3, projection="nonlinear_v2", ratio=0.3),
+    "shuffle": P.superlora(3, projection="shuffle"),
+    "layer": P.superlora(3, groups="layer", seed=7),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {one.name: one.read_bytes() for one in folder.iterdir()}
+
+
+def both_ways(model: Any, adapter: tt.Adapter, folder: Path, **settings: Any) -> tuple[Path, Path, tna.MergeReport]:
+    """The model merged in memory and saved, and its checkpoint merged on disk: two folders."""
+    adapter.save(folder / "adapter.safetensors")
+    adapter.bake()
+    model.save_pretrained(folder / "memory", max_shard_size="30KB")
+    report = tna.merge(folder / "base", folder / "adapter.safetensors", folder / "disk", **settings)
+    return folder / "memory", folder / "disk", report
+
+
+def made(name: str, config: tna.Config | None, kind: Any, folder: Path, **settings: Any) -> tuple[Any, tt.Adapter]:
+    model = MODELS[name]().to(kind)
+    model.save_pretrained(folder / "base", max_shard_size="30KB")
+    adapter = tt.attach(model, config, **settings)
+    stir(adapter)
+    return model, adapter
+
+
+def test_no_preset_is_left_out() -> None:
+    assert set(P.__all__) <= CONFIGS.keys()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_is_merged_to_the_byte(config: str, dtype: Any, tmp_path: Path) -> None:
+    model, adapter = made("bert", CONFIGS[config], dtype, tmp_path)
+    memory, disk, report = both_ways(model, adapter, tmp_path)
+    assert contents(memory) == contents(disk)
+    assert report.files > 1
+    assert contents(disk) != contents(tmp_path / "base")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize("targets", ["qv", "qkvo"])
+def test_fused_interleaved_and_transposed_weights(name: str, targets: str, dtype: Any, tmp_path: Path) -> None:
+    model, adapter = made(name, P.superlora(3, groups=3), dtype, tmp_path, targets=targets)
+    memory, disk, _ = both_ways(model, adapter, tmp_path)
+    assert contents(memory) == contents(disk)
+
+
+def test_modules_that_were_renamed_are_found_by_role(tmp_path: Path) -> None:
+    # On disk encoder.layer.0.attention.attention.query, in memory layers.0.attention.q_proj, since transformers 5.
+    model, adapter = made("vit", P.lora(2), torch.float32, tmp_path)
+    memory, disk, report = both_ways(model, adapter, tmp_path)
+    assert contents(memory) == contents(disk)
+    on_disk = open_checkpoint(tmp_path / "base").entries
+    if any(target.name not in on_disk for target in adapter.targets):
+        assert report.names == "weights of the same roles and shapes under other names"
+    again = type(model).from_pretrained(disk)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_head_that_was_trained_beside_it(dtype: Any, tmp_path: Path) -> None:
+    model, adapter = made("bert", P.lora(2), dtype, tmp_path, keep_trainable="classifier")
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+    memory, disk, report = both_ways(model, adapter, tmp_path)
+    assert contents(memory) == contents(disk)
+    assert report.replaced == ("classifier.bias", "classifier.weight")
+
+
+def test_a_base_without_its_head_gets_one(tmp_path: Path) -> None:
+    model, adapter = made("bert", P.lora(2), torch.float32, tmp_path, keep_trainable="classifier")
+    model.bert.save_pretrained(tmp_path / "headless", max_shard_size="30KB")
+    adapter.save(tmp_path / "adapter.safetensors")
+    adapter.bake()
+    report = tna.merge(tmp_path / "headless", tmp_path / "adapter.safetensors", tmp_path / "out", check_base=True)
+    assert report.names == "names without 'bert.'"
+    assert report.added == ("classifier.bias", "classifier.weight")
+    found = type(model).from_pretrained(tmp_path / "out", num_labels=3).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_prefix_more(tmp_path: Path) -> None:
+    model = MODELS["bert"]()
+    model.save_pretrained(tmp_path / "base")
+    adapter = tt.attach(model.bert, P.lora(2))
+    stir(adapter)
+    adapter.save(tmp_path / "adapter.safetensors")
+    report = tna.merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
+    assert report.names == "names with 'bert.' before them"
+    adapter.bake()
+    found = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("projection", ["identity", "nonlinear"])
+def test_adapters_of_every_dtype(trained: Any, projection: str, tmp_path: Path) -> None:
+    config = P.superlora(3, groups=2, projection=projection, ratio=1.0 if projection == "identity" else 0.3)
+    model, adapter = made("bert", config, torch.float32, tmp_path, dtype=trained)
+    memory, disk, _ = both_ways(model, adapter, tmp_path)
+    assert contents(memory) == contents(disk)
+
+
+def test_what_is_merged_does_what_was_attached(tmp_path: Path) -> None:
+    model, adapter = made("bert", P.superlora(3), torch.float32, tmp_path)
+    words = torch.arange(4, 20).reshape(2, 8)
+    with torch.no_grad():
+        attached = model.eval()(words).logits
+    adapter.save(tmp_path / "adapter.safetensors")
+    tna.merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
+    with torch.no_grad():
+        merged = type(model).from_pretrained(tmp_path / "out").eval()(words).logits
+    assert (merged - attached).abs().max() < 1e-5

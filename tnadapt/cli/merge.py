@@ -1,0 +1,80 @@
+"""``tnadapt merge``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..merge_files import MergeReport, merge
+from .progress import bytes_bar
+from .sizes import size
+
+__all__ = ["merge_command"]
+
+
+def merge_command(
+    base: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BASE", help="A folder with a model, an index, or a .safetensors file.", show_default=False
+        ),
+    ],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Its .safetensors file.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="What to make: a folder, or a file where BASE is a file.", show_default=False),
+    ],
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a checkpoint that is at OUT.")] = False,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Merge even if the adapter was trained on other weights.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Add an adapter to a model on disk, and write the sum as a model of its own, which needs no tnadapt.
+
+    BASE is not changed. OUT has the same files, shards and dtypes; config.json, the tokenizer and the like are copied.
+    One tensor at a time is in memory, and torch is not needed. The weights are, to the byte, those of adapter.merge()
+    and save_pretrained() in memory.
+
+    OUT appears when it is whole. Until then it is made in OUT.tnadapt-partial: stopped or killed, the same command goes
+    on with the files that were finished.
+
+    Exit code: 0; 2 for what cannot be done, with nothing at OUT; 130 after Ctrl-C.
+    """
+    try:
+        with bytes_bar("merging") as progress:
+            report = merge(base, adapter, out, overwrite=force, check_base=not any_base, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; there is nothing new at {out}, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print(report, any_base)
+
+
+def _print(report: MergeReport, any_base: bool) -> None:
+    files = f"{report.files} file" + "s" * (report.files != 1)
+    typer.echo(f"{report.out}: {size(report.bytes)} in {files}")
+    typer.echo(f"  {report.targets} updates added to {report.changed} of {report.tensors} tensors")
+    if report.names:
+        typer.echo(f"  {report.names}")
+    if report.replaced:
+        typer.echo(f"  trained beside the adapter, and put in place: {_some(report.replaced)}")
+    if report.added:
+        typer.echo(f"  trained beside the adapter, and added: {_some(report.added)}")
+        typer.echo("  config.json is the base's: give it what these need (num_labels, architectures)")
+    if report.left_out:
+        typer.echo(f"  not copied, weights without the update or hidden: {_some(report.left_out)}")
+    if not report.base_checked:
+        why = "--any-base" if any_base else "the adapter does not say on which"
+        typer.echo(f"  not checked whether it was trained on this base ({why})")
+    if report.resumed:
+        typer.echo(f"  {report.resumed} of {files} had been finished before")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

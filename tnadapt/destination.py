@@ -1,0 +1,132 @@
+"""Where a merged checkpoint goes, and which other files of the base's folder go with it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from .checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from .errors import FileError, shown
+
+__all__ = ["Destination", "destination"]
+
+# Weights in other forms than the one that is merged, which are the base's: beside merged ones they would be a trap.
+_WEIGHTS = (
+    SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".hdf5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml",
+    ".tflite", ".npz", ".npy", ".mlmodel", ".pb", ".engine", ".index.json",
+)  # fmt: skip
+
+
+class Destination(NamedTuple):
+    """Where the result goes.
+
+    Attributes
+    ----------
+    path : str
+        Absolute, links followed.
+    name : str or None
+        Of the one file that is made, or None where a folder is.
+    others : tuple of str
+        Files of the base's folder that are copied, relative to it.
+    left_out : tuple of str
+        Those that are not, and hidden folders.
+    """
+
+    path: str
+    name: str | None
+    others: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def need_free(self, overwrite: bool) -> None:
+        """A FileError unless nothing is there, or a checkpoint that may be overwritten."""
+        if not os.path.lexists(self.path):
+            return
+        if not overwrite:
+            raise FileError("is there already: choose another name, or allow it to be overwritten (--force)")
+        if self.name is None and not _is_checkpoint(self.path):
+            raise FileError("is no folder of a checkpoint, and is not overwritten: remove it, or choose another name")
+
+
+def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destination:
+    """Where a merged checkpoint is to go.
+
+    Raises
+    ------
+    FileError
+        If it is the base, the adapter, in the base's folder or around it; not of the base's kind (a file or a
+        folder); or in a folder that does not exist.
+    """
+    try:
+        given = os.fsdecode(out)
+    except TypeError:
+        raise FileError(f"{shown(out)}: a path must be a string or PathLike that can name a file") from None
+    if not given or "\0" in given:
+        raise FileError(f"{shown(out)}: a path must be a string or PathLike that can name a file")
+    path = os.path.realpath(given)
+    single = checkpoint.index is None and not os.path.isdir(checkpoint.path)
+
+    def refuse(why: str) -> FileError:
+        return FileError(f"{given}: {why}")
+
+    own = [os.path.realpath(file) for file in checkpoint.files]
+    if path in own or (adapter is not None and path == os.path.realpath(adapter)):
+        raise refuse("is what is to be read: give another name for what is to be written")
+    if single:
+        if os.path.isdir(path):
+            raise refuse("is a folder, and the base is one file: give the path of a file in it")
+        if not path.endswith(SUFFIX):
+            raise refuse(f"must end with {SUFFIX}, as the base is one file")
+    else:
+        folder = os.path.realpath(checkpoint.folder)
+        if path == folder:
+            raise refuse("is the folder of the base: the result goes to another one")
+        if _inside(path, folder):
+            raise refuse("is in the folder of the base: give a place outside of it")
+        inside = [*own, folder, *([os.path.realpath(adapter)] if adapter is not None else [])]
+        if any(_inside(one, path) for one in inside):
+            raise refuse("has what is to be read in it: give another place")
+        if path.endswith((SUFFIX, ".json")):
+            raise refuse("would be a folder, as the base is one: give the name of a folder")
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise refuse("is a file, and the base is a folder: give the name of a folder")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise refuse(f"the folder {os.path.dirname(path)} does not exist; make it first")
+    if single:
+        return Destination(path, os.path.basename(checkpoint.files[0]))
+    return Destination(path, None, *_others(checkpoint))
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path.startswith(os.path.join(folder, ""))
+
+
+def _is_checkpoint(folder: str) -> bool:
+    try:
+        open_checkpoint(folder)
+    except FileError:
+        return False
+    return True
+
+
+def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The other files of the base's folder: those to copy, and those not."""
+    own = {os.path.basename(file) for file in checkpoint.files}
+    if checkpoint.index is not None:
+        own.add(os.path.basename(checkpoint.index))
+    copied: list[str] = []
+    left: list[str] = []
+    for root, folders, files in os.walk(checkpoint.folder):
+        here = os.path.relpath(root, checkpoint.folder)
+        for name in sorted(folders):
+            path = os.path.normpath(os.path.join(here, name))
+            # A link may lead anywhere, round in a circle too.
+            if name.startswith(".") or os.path.islink(os.path.join(root, name)):
+                folders.remove(name)
+                left.append(path + os.sep)
+        for name in sorted(files):
+            path = os.path.normpath(os.path.join(here, name))
+            if here == "." and name in own:
+                continue
+            usable = os.path.isfile(os.path.join(root, name)) and not name.endswith(_WEIGHTS)
+            (copied if usable else left).append(path)
+    return tuple(copied), tuple(left)

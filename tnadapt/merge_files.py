@@ -1,0 +1,190 @@
+"""``tnadapt.merge``: an adapter's updates added to a checkpoint on disk, one tensor at a time, without a framework."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from .adapter_file import AdapterFile, counted
+from .checkpoint import open_checkpoint
+from .container import about
+from .destination import destination
+from .errors import ConfigError, FileError
+from .files import content_of, load
+from .merge_job import Job, Unfit
+from .partial import SUFFIX, partial
+from .placing import place
+
+__all__ = ["MergeReport", "merge"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes
+    ----------
+    out : str
+        The file or folder that was made.
+    files, tensors, bytes : int
+        Safetensors files of it, tensors in them, and bytes of these files.
+    targets, changed : int
+        Weights of the adapter, and tensors that they are in.
+    names : str
+        How the adapter's weights were found where they have other names in the checkpoint; else empty.
+    base_checked : bool
+        Whether the base is known to be the one that the adapter was trained on.
+    replaced, added : tuple of str
+        Tensors that the adapter keeps (a trained head): those of the checkpoint that they replaced, and those that it
+        lacked.
+    copied, left_out : tuple of str
+        Other files of the folder: those that were copied, and those that were not, as they are weights without the
+        update, or hidden folders.
+    resumed : int
+        Files that an earlier run had finished.
+    """
+
+    out: str
+    files: int
+    tensors: int
+    bytes: int
+    targets: int
+    changed: int
+    names: str
+    base_checked: bool
+    replaced: tuple[str, ...]
+    added: tuple[str, ...]
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+    resumed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON knows them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | AdapterFile,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    check_base: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Add an adapter's updates to a checkpoint on disk, and write the result as another checkpoint.
+
+    Parameters
+    ----------
+    base : path-like
+        A ``.safetensors`` file, an index, or a folder (:func:`~tnadapt.checkpoint.open_checkpoint`). It is not changed.
+    adapter : path-like or AdapterFile
+        What :func:`tnadapt.save` or :meth:`tnadapt.torch.Adapter.save` wrote.
+    out : path-like
+        A file where the base is one, else a folder: files of the same names, with the same tensors in the same places.
+        Other files of the folder, such as ``config.json`` and a tokenizer, are copied; weights in other formats
+        are left out, as they would be the base's.
+    overwrite : bool
+        Whether a checkpoint that is there may be replaced, once the new one is whole.
+    check_base : bool
+        Whether the base's weights must be those that the adapter was trained on.
+    progress : callable, optional
+        Called with the bytes that are written and all there are to write, many times; by one thread at a time.
+
+    Returns
+    -------
+    MergeReport
+
+    Raises
+    ------
+    FileError
+        If base or adapter is damaged, they do not belong together (names, shapes, fingerprint), a weight is
+        quantised, an update or a sum leaves the range of the weight's dtype, something is there, or nothing can be
+        written. There is nothing at ``out`` then, or what was there before.
+    ConfigError
+        If the adapter acts on activations (LoDA): that is no update of weights.
+
+    Notes
+    -----
+    The arithmetic is that of :mod:`tnadapt.summing`: the bytes are those of ``adapter.merge()`` and
+    ``save_pretrained`` in memory. Memory: the largest tensor that is changed, some megabytes, and what F takes
+    (:class:`~tnadapt.summing.ExactUpdates`). Tensors that are not changed are copied by the kernel.
+
+    Files are made in ``OUT.tnadapt-partial`` and renamed when all is there. Killed, or out of disk space, the same call
+    goes on with the files that were finished; where base or adapter have changed since, it starts anew.
+
+    Examples
+    --------
+    >>> import tempfile, tnadapt as tna
+    >>> import numpy as np
+    >>> from safetensors.numpy import load_file, save_file
+    >>> config, targets = tna.presets.dense(), [tna.Target("layer.q", (2, 2), "q")]
+    >>> file = tna.AdapterFile(config, targets, {"group0.split0.dense": np.array([1.0, 0.0, 0.0, 0.5], np.float32)})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"layer.q.weight": np.ones((2, 2), np.float16)}, folder + "/base.safetensors")
+    ...     report = tna.merge(folder + "/base.safetensors", file, folder + "/merged.safetensors")
+    ...     load_file(folder + "/merged.safetensors")["layer.q.weight"].tolist(), report.changed
+    ([[2.0, 1.0], [1.0, 1.5]], 1)
+    """
+    checkpoint = open_checkpoint(base)
+    file, digest, name = _adapter(adapter)
+    if file.activation is not None:
+        raise ConfigError(
+            f"{name or 'the adapter'} has {file.activation!r} between its factors (LoDA), so that its update depends "
+            "on the input: it cannot be merged; attach it to the model"
+        )
+    where = destination(out, checkpoint, name)
+    with about(checkpoint.path):
+        job = Job(checkpoint, file, digest, place(checkpoint, file), where)
+        identity = job.identity
+    with about(where.path):
+        if not os.path.lexists(where.path + SUFFIX):  # else an earlier run may have moved what is there
+            where.need_free(overwrite)
+    try:
+        with about(where.path), partial(where.path, identity) as work:
+            if work.complete:
+                job.resumed = len(checkpoint.files)
+                return _report(job, check_base)
+            where.need_free(overwrite)
+            try:
+                job.run(work, progress or (lambda done, total: None), check_base)
+                work.publish(where.name, overwrite)
+            except OSError as error:
+                if not work.done:
+                    raise
+                raise FileError(
+                    f"{error.strerror or error}. Finished, and kept in {work.root}: {len(work.done)} of "
+                    f"{counted(len(checkpoint.files), 'file')}. Run the same again to go on from there, or remove it"
+                ) from error
+            except Unfit:
+                work.remove()
+                raise
+    except Unfit as error:
+        raise FileError(f"{checkpoint.path}: {error}") from None
+    return _report(job, check_base)
+
+
+def _adapter(given: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str, str | None]:
+    """The adapter, the SHA-256 of its file, and its path if it has one."""
+    if isinstance(given, AdapterFile):
+        return given, hashlib.sha256(content_of(given)).hexdigest(), None
+    file, path = load(given), os.fsdecode(given)
+    with about(path), open(path, "rb") as content:
+        return file, hashlib.file_digest(content, "sha256").hexdigest(), path
+
+
+def _report(job: Job, check_base: bool) -> MergeReport:
+    where, placed, checkpoint = job.where, job.placed, job.checkpoint
+    files = (
+        [where.path] if where.name else [os.path.join(where.path, os.path.basename(file)) for file in checkpoint.files]
+    )
+    return MergeReport(
+        out=where.path, files=len(files), tensors=len(checkpoint.entries) + len(placed.added),
+        bytes=sum(os.path.getsize(file) for file in files), targets=len(placed.targets), changed=len(job.of),
+        names=placed.how, base_checked=check_base and job.file.base is not None,
+        replaced=tuple(sorted(placed.kept.values())), added=tuple(sorted(placed.added.values())),
+        copied=where.others, left_out=where.left_out, resumed=job.resumed,
+    )  # fmt: skip

@@ -1,0 +1,221 @@
+"""Where in a checkpoint the weights of an adapter are, which may have other names there than in the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from .adapter_file import AdapterFile, counted, some
+from .checkpoint import Checkpoint
+from .container import DTYPES, Entry
+from .errors import FileError, TargetError, shown
+from .stored_targets import find_stored
+from .target import Target
+
+__all__ = ["FLOATS", "Placed", "place"]
+
+# What an update can be added to.
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Placed(NamedTuple):
+    """An adapter's targets and kept parameters, as a checkpoint calls them.
+
+    Attributes
+    ----------
+    targets : tuple of Target
+        In the order of the adapter's.
+    kept : dict of str to str
+        Of each kept parameter that the checkpoint has: its name there.
+    added : dict of str to str
+        Of each that it lacks: the name that it is to have.
+    how : str
+        How the names came about, for people; empty where they are the adapter's own.
+    """
+
+    targets: tuple[Target, ...]
+    kept: dict[str, str]
+    added: dict[str, str]
+    how: str
+
+
+class _Shift(NamedTuple):
+    """A prefix that names have in one place and not in the other."""
+
+    taken: str = ""
+    given: str = ""
+
+    def of(self, name: str) -> str | None:
+        """The other name, or None where the prefix cannot be taken off."""
+        return self.given + name.removeprefix(self.taken) if name.startswith(self.taken) else None
+
+    def __str__(self) -> str:
+        if self.taken:
+            return f"names without {shown(self.taken)}"
+        return f"names with {shown(self.given)} before them" if self.given else ""
+
+
+def place(checkpoint: Checkpoint, file: AdapterFile) -> Placed:
+    """Find an adapter's weights in a checkpoint: all of them, or none.
+
+    By their names; else by their names with one prefix more or less, the same for all (``bert.``, ``model.``); else by
+    role and shape, in order, as modules are renamed between releases.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    file : AdapterFile
+
+    Returns
+    -------
+    Placed
+
+    Raises
+    ------
+    FileError
+        If a weight is not there, or has another shape or a dtype that nothing can be added to; or a kept
+        parameter does not fit, or its module is there under another name.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, tnadapt as tna
+    >>> from safetensors.numpy import save_file
+    >>> from tnadapt.checkpoint import open_checkpoint
+    >>> config, targets = tna.Config(rank=1), [tna.Target("bert.layer.0.query", (4, 6), "q")]
+    >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"layer.0.query.weight": np.ones((4, 6), np.float32)}, folder + "/model.safetensors")
+    ...     found = place(open_checkpoint(folder), file)
+    >>> found.targets[0].name, found.how
+    ('layer.0.query.weight', "names without 'bert.'")
+    """
+    entries = checkpoint.entries
+    shift = _shift(entries, file.targets)
+    if shift is not None:
+        targets = tuple(_moved(target, shift) for target in file.targets)
+        how = str(shift)
+    else:
+        targets, how = _by_role(checkpoint, file), "weights of the same roles and shapes under other names"
+    for target in targets:
+        _check_target(target, entries[target.name])
+    kept, added = _kept(entries, file, shift or _Shift())
+    both = {target.name for target in targets}.intersection(kept.values())
+    if both:
+        raise FileError(f"the adapter both updates and replaces {some(both)}")
+    return Placed(targets, kept, added, how)
+
+
+def _shift(entries: Mapping[str, Entry], targets: Sequence[Target]) -> _Shift | None:
+    """The prefix that makes all names fit; None if there is none."""
+    names = [target.name for target in targets]
+    if all(name in entries for name in names):
+        return _Shift()
+    fitting = [
+        shift for shift in _shifts(entries, names[0]) if all((shift.of(name) or "") in entries for name in names)
+    ]
+    if len(fitting) > 1:
+        # Several parts of a model may have modules of the same names: an encoder and a decoder.
+        shaped = [shift for shift in fitting if all(entries[shift.of(t.name) or ""].shape == t.stored for t in targets)]
+        if len(shaped) != 1:
+            raise FileError(
+                f"{shown(names[0])} may be any of {some(shift.of(names[0]) or '' for shift in fitting)}, and nothing "
+                "says which: merge the adapter into a checkpoint of the model that it was trained on"
+            )
+        fitting = shaped
+    return fitting[0] if fitting else None
+
+
+def _shifts(entries: Mapping[str, Entry], name: str) -> Iterator[_Shift]:
+    for entry in entries:
+        if entry.endswith(f".{name}"):
+            yield _Shift(given=entry.removesuffix(name))
+    for position, letter in enumerate(name):
+        if letter == "." and name[position + 1 :] in entries:
+            yield _Shift(taken=name[: position + 1])
+
+
+def _moved(target: Target, shift: _Shift) -> Target:
+    name = shift.of(target.name) or ""
+    module = name.removesuffix(target.parameter).removesuffix(".")
+    return dataclasses.replace(target, module=module)
+
+
+def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
+    missing = [target.name for target in file.targets if target.name not in checkpoint.entries]
+    roles = "".join(dict.fromkeys(target.role for target in file.targets))
+    found: list[Target] = []
+    if set(roles) <= set("qkvo"):
+        shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+        try:
+            found = find_stored(shapes, roles, checkpoint.config)
+        except TargetError:
+            found = []
+    if [(t.role, t.shape) for t in found] != [(t.role, t.shape) for t in file.targets]:
+        raise _missing(checkpoint, missing, len(file.targets))
+    return tuple(dataclasses.replace(new, layer=old.layer) for new, old in zip(found, file.targets, strict=True))
+
+
+def _missing(checkpoint: Checkpoint, missing: list[str], targets: int) -> FileError:
+    name, entries = missing[0], checkpoint.entries
+    what = f"{len(missing)} of the adapter's {counted(targets, 'weight')}" if targets > 1 else "the adapter's weight"
+    module = name.rpartition(".")[0]
+    packed = [entry for entry in entries if entry.startswith(f"{module}.")] if module else []
+    if packed:
+        near = f"its module has {some(packed)}: is the checkpoint quantised?"
+    else:
+        close = difflib.get_close_matches(name, entries, 3, 0.5)
+        near = f"nearest: {', '.join(map(shown, close))}" if close else f"it has {some(entries)}"
+    way = ""
+    if checkpoint.index is None and "-of-" in checkpoint.files[0]:
+        way = ". This file looks like one of several: give the folder, or the index"
+    return FileError(
+        f"the checkpoint lacks {what}, such as {shown(name)}, under any prefix, and has no weights of the same roles "
+        f"and shapes; {near}{way}"
+    )
+
+
+def _check_target(target: Target, entry: Entry) -> None:
+    if entry.dtype not in FLOATS:
+        kind = "no weight" if entry.dtype in ("BOOL", "C64") else "quantised or packed"
+        raise FileError(
+            f"{shown(target.name)} is {entry.dtype}, {kind}: an update cannot be added to it. Merge into a checkpoint "
+            "of the model in bfloat16, float16 or float32, and quantise the result"
+        )
+    if entry.shape != target.stored:
+        raise FileError(
+            f"{shown(target.name)} has shape {entry.shape} in the checkpoint, and the adapter was trained on one of "
+            f"{target.stored}"
+        )
+
+
+def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: _Shift) -> tuple[dict[str, str], dict[str, str]]:
+    kept: dict[str, str] = {}
+    added: dict[str, str] = {}
+    # Modules beside those of the adapter; under the prefix, where there is one.
+    tops = {
+        name.removeprefix(shift.given).partition(".")[0] for name in entries if name.startswith(shift.given)
+    }  # fmt: skip
+    for name, array in file.kept.items():
+        moved = shift.of(name) or name
+        there = next((one for one in (moved, name) if one in entries), None)
+        if there is None:
+            if moved.removeprefix(shift.given).partition(".")[0] in tops:
+                close = difflib.get_close_matches(moved, entries, 3, 0.5)
+                raise FileError(
+                    f"the adapter keeps {shown(name)}, which the checkpoint does not have, though it has others of "
+                    f"that module; nearest: {', '.join(map(shown, close)) or 'none'}"
+                )
+            added[name] = moved
+            continue
+        entry, theirs = entries[there], file.dtypes.get(f"kept.{name}", array.dtype.name)
+        if entry.shape != array.shape:
+            raise FileError(
+                f"the adapter keeps {shown(name)} of shape {array.shape}, and the checkpoint's is {entry.shape}: give "
+                "a checkpoint with the head that it was trained with, or without any"
+            )
+        if DTYPES.get(entry.dtype) != theirs and not (entry.dtype in FLOATS and theirs in FLOATS.values()):
+            raise FileError(f"the adapter keeps {shown(name)} as {theirs}, and the checkpoint's is {entry.dtype}")
+        kept[name] = there
+    return kept, added
