@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 import tnadapt as tna
 from tnadapt import presets
 from tnadapt.errors import ConfigError, FileError, ShapeError, TargetError
-from tnadapt.stored_targets import located
 
 COLS = 12
 
@@ -169,7 +168,7 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, pair: Any) -> None:
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
     for paths, error, match in (
         ((base, wrong), TargetError, r"shape \(12, 12\) in the base checkpoint, and \(12, 5\)"),
-        ((lacks, tuned), TargetError, "the checkpoint lacks 'layers.0.attn.q_proj.weight'"),
+        ((lacks, tuned), TargetError, "lacks 1 of 6 targets, such as 'layers.0.attn.q_proj.weight'"),
         ((base, packed), TargetError, "is I8, and updates are taken of"),
         ((base, nan), ShapeError, "NaN or infinity"),
         ((base, tmp_path / "missing"), FileError, "No such file"),
@@ -181,12 +180,6 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, pair: Any) -> None:
         tna.extract(base, tuned, targets=["nothing"])
     with pytest.raises(ConfigError, match="error must be"):
         tna.extract(base, tuned, error=2.0)
-
-
-def test_names_that_no_prefix_explains() -> None:
-    with pytest.raises(TargetError, match=r"and 1 more; near it: model\.layer\.0\.q\.weight"):
-        located(["layer.0.q.weight", "layer.0.v.weight"], {"model.layer.0.q.weight", "other.layer.0.v.weight"})
-    assert located(["a.weight"], {"b.a.weight", "c.b.a.weight"}) == {"a.weight": "b.a.weight"}
 
 
 # -- The command --------------------------------------------------------------------------------

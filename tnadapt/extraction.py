@@ -19,8 +19,9 @@ from .container import DTYPES
 from .decomposition import Report, Settings, Step, smallest_rank
 from .errors import FileError, ShapeError, TargetError, shown
 from .fingerprint import Fingerprint, fingerprint
+from .prefixes import Prefix, found_prefix, near_names
 from .presets import superlora
-from .stored_targets import find_stored, located
+from .stored_targets import find_stored
 from .superlora import SuperLoRA
 from .target import Target
 
@@ -125,7 +126,8 @@ def extract(
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     shapes = {name: entry.shape for name, entry in after.entries.items()}
     found = find_stored(shapes, targets, after.config)
-    places = located([target.name for target in found], before.entries)
+    prefix = _prefix(found, before)
+    places = {target.name: prefix.target(target).name for target in found}
     for target in found:
         _check(target, after, target.name, "tuned")
         _check(target, before, places[target.name], "base")
@@ -150,7 +152,7 @@ def extract(
         base=_fingerprint(found, before, places),
         model=_model(after),
     )
-    others = tuple(_others(before, after, found, places, set(kept))) if compare else ()
+    others = tuple(_others(before, after, found, prefix, set(kept))) if compare else ()
     return Extraction(file, report, others)
 
 
@@ -174,6 +176,19 @@ def within(
         return *fit(cfg), cfg
     found = smallest_rank(fit, cfg, error, max_rank)
     return found.params, found.report, found.config
+
+
+def _prefix(targets: Sequence[Target], base: Checkpoint) -> Prefix:
+    stored = {name: entry.shape for name, entry in base.entries.items()}
+    found = found_prefix(targets, stored)
+    if found is None:
+        missing = [target.name for target in targets if target.name not in stored]
+        near = near_names(missing[0], stored)
+        raise TargetError(
+            f"the base checkpoint lacks {len(missing)} of {len(targets)} targets, such as {shown(missing[0])}, under "
+            f"any prefix{'; ' + near if near else ''}: give two checkpoints of one model"
+        )
+    return found
 
 
 # -- Reading ---------------------------------------------------------------------------------------
@@ -249,23 +264,20 @@ def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -
 
 
 def _others(
-    base: Checkpoint, tuned: Checkpoint, targets: Sequence[Target], places: dict[str, str], kept: set[str]
+    base: Checkpoint, tuned: Checkpoint, targets: Sequence[Target], prefix: Prefix, kept: set[str]
 ) -> Iterator[str]:
     adapted = {target.name for target in targets}
-    # The prefix that the targets have more or less, all others have.
-    first, place = targets[0].name, places[targets[0].name]
-    longer = first.removesuffix(place) if first.endswith(place) else ""
-    shorter = place.removesuffix(first) if place.endswith(first) else ""
     for name, entry in tuned.entries.items():
         if name in kept:
             continue
-        place = shorter + name.removeprefix(longer)
-        place = place if place in base.entries else name
-        there = base.entries.get(place)
-        if name in adapted:
-            differs = _rest_differs([t for t in targets if t.name == name], base, places[name], tuned)
+        # What lies outside of the backbone may have the same name in both.
+        place = next((one for one in (prefix.of(name), name) if one in base.entries), None)
+        if place is None:
+            differs = True
+        elif name in adapted:
+            differs = _rest_differs([t for t in targets if t.name == name], base, place, tuned)
         else:
-            differs = there is None or there[:2] != entry[:2] or not _same_bytes(base, place, tuned, name)
+            differs = base.entries[place][:2] != entry[:2] or not _same_bytes(base, place, tuned, name)
         if differs:
             yield f"{name} (rows of no target)" if name in adapted else name
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from .adapter_file import AdapterFile, counted, some
 from .checkpoint import Checkpoint
 from .container import DTYPES, Entry
 from .errors import FileError, TargetError, shown
+from .prefixes import Prefix, found_prefix
 from .stored_targets import find_stored
 from .target import Target
 
@@ -39,22 +40,6 @@ class Placed(NamedTuple):
     kept: dict[str, str]
     added: dict[str, str]
     how: str
-
-
-class _Shift(NamedTuple):
-    """A prefix that names have in one place and not in the other."""
-
-    taken: str = ""
-    given: str = ""
-
-    def of(self, name: str) -> str | None:
-        """The other name, or None where the prefix cannot be taken off."""
-        return self.given + name.removeprefix(self.taken) if name.startswith(self.taken) else None
-
-    def __str__(self) -> str:
-        if self.taken:
-            return f"names without {shown(self.taken)}"
-        return f"names with {shown(self.given)} before them" if self.given else ""
 
 
 def place(checkpoint: Checkpoint, file: AdapterFile) -> Placed:
@@ -92,54 +77,22 @@ def place(checkpoint: Checkpoint, file: AdapterFile) -> Placed:
     ('layer.0.query.weight', "names without 'bert.'")
     """
     entries = checkpoint.entries
-    shift = _shift(entries, file.targets)
+    try:
+        shift = found_prefix(file.targets, {name: entry.shape for name, entry in entries.items()})
+    except TargetError as error:
+        raise FileError(str(error)) from error
     if shift is not None:
-        targets = tuple(_moved(target, shift) for target in file.targets)
+        targets = tuple(shift.target(target) for target in file.targets)
         how = str(shift)
     else:
         targets, how = _by_role(checkpoint, file), "weights of the same roles and shapes under other names"
     for target in targets:
         _check_target(target, entries[target.name])
-    kept, added = _kept(entries, file, shift or _Shift())
+    kept, added = _kept(entries, file, shift or Prefix())
     both = {target.name for target in targets}.intersection(kept.values())
     if both:
         raise FileError(f"the adapter both updates and replaces {some(both)}")
     return Placed(targets, kept, added, how)
-
-
-def _shift(entries: Mapping[str, Entry], targets: Sequence[Target]) -> _Shift | None:
-    """The prefix that makes all names fit; None if there is none."""
-    names = [target.name for target in targets]
-    if all(name in entries for name in names):
-        return _Shift()
-    fitting = [
-        shift for shift in _shifts(entries, names[0]) if all((shift.of(name) or "") in entries for name in names)
-    ]
-    if len(fitting) > 1:
-        # Several parts of a model may have modules of the same names: an encoder and a decoder.
-        shaped = [shift for shift in fitting if all(entries[shift.of(t.name) or ""].shape == t.stored for t in targets)]
-        if len(shaped) != 1:
-            raise FileError(
-                f"{shown(names[0])} may be any of {some(shift.of(names[0]) or '' for shift in fitting)}, and nothing "
-                "says which: merge the adapter into a checkpoint of the model that it was trained on"
-            )
-        fitting = shaped
-    return fitting[0] if fitting else None
-
-
-def _shifts(entries: Mapping[str, Entry], name: str) -> Iterator[_Shift]:
-    for entry in entries:
-        if entry.endswith(f".{name}"):
-            yield _Shift(given=entry.removesuffix(name))
-    for position, letter in enumerate(name):
-        if letter == "." and name[position + 1 :] in entries:
-            yield _Shift(taken=name[: position + 1])
-
-
-def _moved(target: Target, shift: _Shift) -> Target:
-    name = shift.of(target.name) or ""
-    module = name.removesuffix(target.parameter).removesuffix(".")
-    return dataclasses.replace(target, module=module)
 
 
 def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
@@ -190,7 +143,7 @@ def _check_target(target: Target, entry: Entry) -> None:
         )
 
 
-def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: _Shift) -> tuple[dict[str, str], dict[str, str]]:
+def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tuple[dict[str, str], dict[str, str]]:
     kept: dict[str, str] = {}
     added: dict[str, str] = {}
     # Modules beside those of the adapter; under the prefix, where there is one.

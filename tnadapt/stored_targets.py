@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .errors import TargetError, shown
 from .roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, is_attention, layer_of, read
 from .target import ROLES, Rows, Target
 
-__all__ = ["find_stored", "located"]
+__all__ = ["find_stored"]
 
 _LETTERS = frozenset("qkvo")
 
@@ -67,56 +67,6 @@ def find_stored(
     if not found:
         raise _nothing(targets, weights)
     return found
-
-
-def located(wanted: Iterable[str], stored: Collection[str]) -> dict[str, str]:
-    """Where a checkpoint stores tensors of these names: under the same, or all with one prefix more or less.
-
-    A model's backbone is saved without the prefix that it has within the model for a task, such as ``bert.``.
-
-    Parameters
-    ----------
-    wanted : iterable of str
-    stored : collection of str
-        The names in the checkpoint.
-
-    Returns
-    -------
-    dict of str to str
-        Each wanted name to the stored one.
-
-    Raises
-    ------
-    TargetError
-        If they are not all there under one prefix.
-
-    Examples
-    --------
-    >>> located(["bert.layer.0.q.weight"], {"layer.0.q.weight", "pooler.weight"})
-    {'bert.layer.0.q.weight': 'layer.0.q.weight'}
-    """
-    names, there = list(wanted), frozenset(stored)
-    missing = [name for name in names if name not in there]
-    if not missing:
-        return {name: name for name in names}
-    first = missing[0]
-    parts = first.split(".")
-    removed = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
-    added = sorted({name.removesuffix(first) for name in there if name.endswith("." + first)}, key=len)
-    for prefix in added:
-        found = {name: prefix + name for name in names}
-        if there.issuperset(found.values()):
-            return found
-    for prefix in removed:
-        found = {name: name.removeprefix(prefix) for name in names}
-        if there.issuperset(found.values()) and all(name.startswith(prefix) for name in names):
-            return found
-    near = difflib.get_close_matches(first, there, 3, 0.6)
-    raise TargetError(
-        f"the checkpoint lacks {shown(first)}"
-        + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        + (f"; near it: {', '.join(near)}" if near else f"; it has {len(there)} tensors")
-    )
 
 
 def _is_weight(name: str, shape: Sequence[int]) -> bool:

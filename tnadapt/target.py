@@ -144,6 +144,10 @@ class Target:
             out, cols = self.stored[0], math.prod(self.stored[1:])
         return (out if self.rows is None else self.rows.length * self.rows.count), cols
 
+    def renamed(self, module: str) -> Target:
+        """The same view of a parameter of another module."""
+        return dataclasses.replace(self, module=module)
+
     def block(self, stored: Array) -> Array:
         """The weight as a view of the stored array, of shape ``(blocks, rows of each, cols)``.
 
