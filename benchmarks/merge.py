@@ -170,8 +170,9 @@ def measure(name: str, folder: Path, size: float, rounds: int) -> dict[str, obje
         "merge": lambda: merge(base, adapter, out),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    memory = 0
+    memory, loads = 0, []
     for number in range(rounds + 1):
+        loads.append(round(os.getloadavg()[0], 2))
         for way, work in ways.items():
             took, used = timed(work, out)
             memory = max(memory, used)
@@ -194,7 +195,8 @@ def measure(name: str, folder: Path, size: float, rounds: int) -> dict[str, obje
         "least_merge_over_cp": round(least["merge"] / least["cp"], 3),
         "peak_bytes": memory, "largest_tensor": largest, "largest_updated_tensor": updated,
         "peak_beyond_largest_updated": memory - updated,
-        "machine": {"cpus": os.cpu_count(), "processor": processor(), "system": platform.platform()},
+        # What others had the machine do meanwhile: of the last minute, before each round.
+        "load": loads, "machine": {"cpus": os.cpu_count(), "processor": processor(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "tnadapt": tna.__version__},
     }  # fmt: skip
 

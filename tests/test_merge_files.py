@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -590,11 +591,23 @@ def test_a_disk_that_is_full_indeed(tmp_path: Path) -> None:
         for number in range(3):
             tensors[f"big.{number}"] = "F32", np.zeros(150_000, "<f4")
         cp.write(base, tensors, 3)
-        with pytest.raises(tna.FileError, match=r"No space left on device.* of 3 files. Run the same again"):
+        # Too small from the start: not begun.
+        with pytest.raises(tna.FileError, match=r"1,80\d,\d+ bytes are to be written, and the disk has 1,0"):
             tna.merge(base, adapter, disk / "out")
-        assert os.listdir(disk) == [f"out{PARTIAL}"]
-        subprocess.run([*mount[:4], "remount,size=8m", *mount[5:]], check=True)
-        assert tna.merge(base, adapter, disk / "out").resumed == 1
+        assert os.listdir(disk) == []
+        subprocess.run([*mount[:4], "remount,size=3m", *mount[5:]], check=True)
+
+        def fill(done: int, total: int) -> None:
+            # Somebody else takes the room meanwhile.
+            with contextlib.suppress(OSError), open(disk / "filler", "ab", buffering=0) as filler:
+                while filler.write(bytes(4096)):
+                    pass
+
+        with pytest.raises(tna.FileError, match="out: No space left on device"):
+            tna.merge(base, adapter, disk / "out", progress=fill)
+        assert not (disk / "out").exists()
+        (disk / "filler").unlink()
+        tna.merge(base, adapter, disk / "out")
         tna.merge(base, adapter, tmp_path / "expected")  # on another file system
         assert content(disk / "out") == content(tmp_path / "expected")
         assert os.listdir(disk) == ["out"]

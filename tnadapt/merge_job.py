@@ -15,7 +15,7 @@ from .adapter_file import KEPT, AdapterFile
 from .checkpoint import Checkpoint
 from .container import DTYPES
 from .destination import Destination
-from .errors import shown
+from .errors import FileError, shown
 from .fingerprint import compare
 from .partial import Partial
 from .placing import FLOATS, Placed
@@ -102,6 +102,12 @@ class Job:
         sizes = [os.path.getsize(file) for file in left]
         added = {} if checkpoint.files[-1] not in left else self._added
         total, done = sum(sizes) + sum(array.nbytes for _, array in added.values()), 0
+
+        free = shutil.disk_usage(work.root).free
+        if free < total:
+            raise FileError(
+                f"{total:,} bytes are to be written, and the disk has {free:,} free: make room, or choose another place"
+            )
 
         def told(count: int) -> None:
             nonlocal done
