@@ -182,6 +182,23 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, pair: Any) -> None:
         tna.extract(base, tuned, error=2.0)
 
 
+@pytest.mark.parametrize("narrow_first", [True, False])
+def test_a_copy_in_another_dtype_is_no_change(tmp_path: Path, narrow_first: bool) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save_torch
+
+    rng = np.random.default_rng(0)
+    wide = {name: torch.from_numpy(array) for name, array in _base(rng).items()}
+    narrow = {name: tensor.bfloat16() for name, tensor in wide.items()}
+    changed = narrow if narrow_first else wide
+    changed["layers.0.norm.weight"] = changed["layers.0.norm.weight"] + 1
+    save_torch(narrow, tmp_path / "narrow")
+    save_torch(wide, tmp_path / "wide")
+    paths = ("narrow", "wide") if narrow_first else ("wide", "narrow")
+    found = tna.extract(*(tmp_path / path for path in paths), presets.dense())
+    assert found.others == ("layers.0.norm.weight",)
+
+
 # -- The command --------------------------------------------------------------------------------
 
 
@@ -209,6 +226,20 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "288 parameters for 6 weights" in done.stdout
     assert tna.load(out).config.rank == 2
+    done = _run(base, tuned, "-o", out, "--force", "--rank", "3")
+    assert done.returncode == 0
+    assert tna.load(out).config == presets.superlora(3)
+    # Not over a model, not even by force, and not among its files.
+    before = base.read_bytes()
+    done = _run(base, tuned, "-o", base, "--force")
+    assert done.returncode == 2
+    assert "is a file of the model" in done.stderr
+    assert base.read_bytes() == before
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "weights.safetensors").write_bytes(before)
+    done = _run(tmp_path / "folder", tuned, "-o", tmp_path / "folder" / "adapter.safetensors")
+    assert done.returncode == 2
+    assert "among the weights of" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -219,6 +250,7 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
         (["--set", "rnak=3"], "did you mean 'rank'"),
         (["--targets", "("], "no regular expression"),
         (["--svd", "best"], "svd must be one of"),
+        (["--max-rank", "3"], "is the largest rank that --error tries"),
     ],
 )
 def test_a_mistake_is_one_line(pair: Any, tmp_path: Path, arguments: list[str], match: str) -> None:

@@ -22,6 +22,7 @@ from .fingerprint import Fingerprint, fingerprint
 from .prefixes import Prefix, found_prefix, near_names
 from .presets import superlora
 from .stored_targets import find_stored
+from .summing import rounded, widened
 from .superlora import SuperLoRA
 from .target import Target
 
@@ -102,8 +103,9 @@ def extract(
 
     Notes
     -----
-    In memory are two tensors and one group's part of the long vector at a time. The difference is taken in float64
-    and fitted in float32.
+    In memory are what is kept, two tensors with their difference, and one group's part of the long vector a few times
+    over. The difference is taken in float64 and fitted in float32. With ``error`` all of it is read for each rank that
+    is tried.
 
     Examples
     --------
@@ -125,7 +127,7 @@ def extract(
     chosen = Settings(**settings)
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     shapes = {name: entry.shape for name, entry in after.entries.items()}
-    found = find_stored(shapes, targets, after.config)
+    found = find_stored(shapes, targets, after.config or before.config)
     prefix = _prefix(found, before)
     places = {target.name: prefix.target(target).name for target in found}
     for target in found:
@@ -218,7 +220,8 @@ def _numbers(checkpoint: Checkpoint, name: str) -> np.ndarray:
 
 def _difference(target: Target, base: Checkpoint, place: str, tuned: Checkpoint) -> np.ndarray:
     after = target.select(_numbers(tuned, target.name)).astype(np.float64)
-    found: np.ndarray = (after - target.select(_numbers(base, place))).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        found: np.ndarray = (after - target.select(_numbers(base, place))).astype(np.float32)
     if not np.isfinite(found).all():
         raise ShapeError(f"{target.name} holds NaN or infinity, or differs by more than float32 can hold")
     return found
@@ -276,8 +279,12 @@ def _others(
             differs = True
         elif name in adapted:
             differs = _rest_differs([t for t in targets if t.name == name], base, place, tuned)
+        elif base.entries[place].shape != entry.shape:
+            differs = True
+        elif base.entries[place].dtype != entry.dtype:
+            differs = not _same_numbers(base, place, tuned, name)
         else:
-            differs = base.entries[place][:2] != entry[:2] or not _same_bytes(base, place, tuned, name)
+            differs = not _same_bytes(base, place, tuned, name)
         if differs:
             yield f"{name} (rows of no target)" if name in adapted else name
 
@@ -285,10 +292,27 @@ def _others(
 def _rest_differs(own: Sequence[Target], base: Checkpoint, place: str, tuned: Checkpoint) -> bool:
     if any(target.rows is None for target in own):
         return False
-    before, after = _numbers(base, place), _numbers(tuned, own[0].name)
+    before, after = _alike(base, place, tuned, own[0].name)
     for target in own:
         target.block(after)[...] = target.block(before)
     return not np.array_equal(before, after, equal_nan=True)
+
+
+def _same_numbers(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> bool:
+    if base.entries[place].dtype not in _FLOATS or tuned.entries[name].dtype not in _FLOATS:
+        return False
+    return np.array_equal(*_alike(base, place, tuned, name), equal_nan=True)
+
+
+def _alike(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two tensors; of two dtypes, rounded to the one that keeps less: a copy in another dtype is no change."""
+    before, after = _numbers(base, place), _numbers(tuned, name)
+    kinds = base.entries[place].dtype, tuned.entries[name].dtype
+    if kinds[0] == kinds[1]:
+        return before, after
+    # Of bfloat16 and float16 neither holds the other's numbers; whichever comes first is as good.
+    narrow = DTYPES[min(kinds, key=_FLOATS[::-1].index)]
+    return tuple(widened(rounded(one.astype(np.float64), narrow), narrow) for one in (before, after))  # type: ignore[return-value]
 
 
 def _same_bytes(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> bool:

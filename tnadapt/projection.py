@@ -337,11 +337,18 @@ def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
 
 def tanhshrink(backend: Backend, t: Array) -> Array:
     """``t - tanh(t)``; near 0, where that would cancel to nothing, its series in odd powers."""
-    square = t * t
+    none = t * 0.0
+
+    def near(inside: Array, outside: Array) -> Array:
+        return backend.where(t > -0.25, backend.where(t < 0.25, inside, outside), outside)
+
+    # Zero where the series is not used: its powers would be beyond all numbers there.
+    small = near(t, none)
+    square = small * small
     series = square * 0.0 + _SHRINK_SERIES[-1]
     for coefficient in reversed(_SHRINK_SERIES[:-1]):
         series = series * square + coefficient
-    return backend.where(square < 0.0625, t * square * series, t - backend.tanh(t))
+    return near(small * square * series, t - backend.tanh(t))
 
 
 def _shrink_series(terms: int) -> list[float]:

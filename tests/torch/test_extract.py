@@ -119,12 +119,16 @@ def test_a_head_is_kept_and_what_is_not_is_warned_of() -> None:
     with torch.no_grad():
         tuned.head.weight.add_(1.0)
         tuned.encoder.self_attn.in_proj_weight[20].add_(1.0)  # a row of k
-    with pytest.warns(UserWarning, match=r"differ in encoder\.self_attn\.in_proj_weight, head\.weight, which"):
+    with pytest.warns(UserWarning, match=r"differ in encoder\.self_attn\.in_proj_weight, head\.weight, which") as told:
         tnadapt.torch.extract(model, tuned, presets.lora(2)).detach()
-    with warnings.catch_warnings(record=True) as told:
+    assert told[0].filename == __file__
+    more = {**tuned.state_dict(), "pooler.weight": torch.zeros(2)}
+    with pytest.warns(UserWarning, match=r"pooler\.weight"):
+        tnadapt.torch.extract(model, more, presets.lora(2)).detach()
+    with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         adapter = tnadapt.torch.extract(model, tuned, presets.lora(2), keep="head")
-    assert ["head.weight" not in str(one.message) for one in told] == [True]
+    assert ["head.weight" not in str(one.message) for one in heard] == [True]
     assert torch.equal(model.head.weight, tuned.head.weight)
     assert adapter.kept == ("head.weight", "head.bias")
 
@@ -161,6 +165,11 @@ def test_what_cannot_be_done_leaves_the_base_as_it_was() -> None:
             tnadapt.torch.extract(model, tuned, presets.lora(2))
     with pytest.raises(ConfigError, match="no rank up to 1 "):
         tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), error=1e-3, max_rank=1)
+    steps: list[Any] = []
+    for arguments in ({"keep": "nothing"}, {"name": "not a name"}):
+        with pytest.raises(TargetError):
+            tnadapt.torch.extract(model, _tuned(model), presets.lora(2), progress=steps.append, **arguments)
+    assert steps == []  # before anything is fitted
     assert not tnadapt.torch.adapters(model)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

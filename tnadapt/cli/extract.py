@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import TnadaptError, extract, save
+from ..checkpoint import open_checkpoint
 from ..decomposition import Step
 from ..extraction import Extraction
 from .settings import chosen_config
@@ -42,6 +44,7 @@ def extract_command(
     ] = None,
     compare: Annotated[bool, typer.Option(help="Look for other tensors that differ, which reads both whole.")] = True,
     iterations: Annotated[int, typer.Option(min=1, help="Of alternating methods, at most.")] = 100,
+    tol: Annotated[float, typer.Option(help="They end at a step that gains no more relative error than this.")] = 1e-6,
     svd: Annotated[str, typer.Option(help="auto, full or randomized.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of random projections and starts.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter file that is there.")] = False,
@@ -58,12 +61,18 @@ def extract_command(
         raise TnadaptError(f"{out} exists; give another path, or --force to replace it")
     if not out.absolute().parent.is_dir():
         raise TnadaptError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
+    _check_place(out, base, tuned)
+    if max_rank is not None and error is None:
+        raise TnadaptError("--max-rank is the largest rank that --error tries; give both, or --rank")
     changes = [*(settings or []), *([f"rank={rank}"] if rank is not None else [])]
+    if preset is None and config is None:
+        # What the library takes where nothing is given, with what is given changed.
+        preset, changes = "superlora", ["rank=8", *changes]
     chosen = chosen_config(preset, changes, config)
     with _bar() as bar:
         found = extract(
             base, tuned, chosen, _targets(targets), error=error, max_rank=max_rank, keep=keep or (), compare=compare,
-            progress=bar, max_iterations=iterations, svd=svd, seed=seed,
+            progress=bar, max_iterations=iterations, tol=tol, svd=svd, seed=seed,
         )  # fmt: skip
     save(out, found.file)
     if as_json:
@@ -72,9 +81,24 @@ def extract_command(
         _print(found, out)
 
 
+def _check_place(out: Path, base: Path, tuned: Path) -> None:
+    """The adapter must not be written over, or among, the files of a model."""
+    for checkpoint in (open_checkpoint(base), open_checkpoint(tuned)):
+        files = [*checkpoint.files, *([checkpoint.index] if checkpoint.index else [])]
+        if out.exists() and any(os.path.samefile(out, file) for file in files):
+            raise TnadaptError(f"{out} is a file of the model {checkpoint.path}: give another path for the adapter")
+        folder = os.path.isdir(checkpoint.path) and os.path.samefile(out.absolute().parent, checkpoint.folder)
+        if folder and out.suffix == ".safetensors":
+            raise TnadaptError(
+                f"{out} would lie among the weights of {checkpoint.path}, and be taken for some: give another folder"
+            )
+
+
 def _targets(given: list[str] | None) -> Any:
     if not given:
         return "qv"
+    if all(set(one) <= set("qkvo") for one in given):
+        return "".join(dict.fromkeys("".join(given)))
     return given[0] if len(given) == 1 else given
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,16 +47,19 @@ def tensorly_on(backend: Backend) -> Iterator[Any]:
     """
     import tensorly
 
+    own = getattr(tensorly.backend.BackendManager, "_THREAD_LOCAL_DATA", None)
+    # A thread that has set none follows the process, and is to follow it again.
+    follows = own is not None and "backend" not in own.__dict__
     before = tensorly.get_backend()
     tensorly.set_backend(TENSORLY[backend.name], local_threadsafe=True)
     try:
-        with warnings.catch_warnings():
-            # A rank above a mode's size is filled up by TensorLy at random, and alternates from there.
-            warnings.filterwarnings("ignore", "Trying to compute SVD")
-            yield tensorly
+        yield tensorly
     finally:
         # backend_context would set it back for every thread.
-        tensorly.set_backend(before, local_threadsafe=True)
+        if own is not None and follows:
+            del own.backend
+        else:
+            tensorly.set_backend(before, local_threadsafe=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +106,18 @@ class Algebra:
         return self.backend.zeros(shape, like=self.like)
 
     def squares(self, x: Array) -> float:
-        """The sum of the squares, added up in float64 over pieces."""
+        """The sum of the squares: taken in the dtype, over pieces of 2**16, which are added up in float64."""
         backend = self.backend
         flat = backend.flatten(x)
-        # The squares of numbers near the end of the dtype's range would be 0 or infinite.
         whole = flat.shape[0] // _PIECE * _PIECE
         total = 0.0
-        if whole:
-            pieces = backend.reshape(flat[:whole], (-1, _PIECE))
-            total = float(backend.to_numpy(backend.sum(pieces * pieces, axis=1)).astype(np.float64).sum())
-        if whole < flat.shape[0]:
-            rest = flat[whole:]
-            total += float(backend.to_numpy(backend.sum(rest * rest, axis=0)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            if whole:
+                pieces = backend.reshape(flat[:whole], (-1, _PIECE))
+                total = float(backend.to_numpy(backend.sum(pieces * pieces, axis=1)).astype(np.float64).sum())
+            if whole < flat.shape[0]:
+                rest = flat[whole:]
+                total += float(backend.to_numpy(backend.sum(rest * rest, axis=0)))
         return total
 
     def norm(self, x: Array) -> float:
@@ -160,6 +162,6 @@ class Algebra:
                 "random_state": self.rng,
             }  # fmt: skip
         with tensorly_on(self.backend):
-            u, s, v = svd_interface(matrix, n_eigenvecs=rank, **settings)
+            u, s, v = svd_interface(matrix, n_eigenvecs=rank, flip_sign=False, **settings)
         values = self.backend.to_numpy(s).astype(np.float64)
         return u, values, self.backend.matrix_transpose(v), not random

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..backends import Backend, get_backend, load_backend
 from ..backends.base import Array
 from ..config import Config
@@ -31,7 +33,7 @@ class Settings:
     """
 
     def __init__(self, tol: float = 1e-6, max_iterations: int = 100, svd: str = "auto", seed: int = 0) -> None:
-        if isinstance(tol, (bool, str)) or not isinstance(tol, (int, float)) or not 0.0 <= tol < 1.0:
+        if isinstance(tol, bool) or not isinstance(tol, (int, float, np.floating)) or not 0.0 <= tol < 1.0:
             raise ConfigError(f"tol must be from 0 to below 1; got {shown(tol)}")
         self.limits = Limits(float(tol), integer("max_iterations", max_iterations, 1, 1 << 31, ConfigError))
         if svd not in _SVD:
@@ -143,6 +145,8 @@ def decompose(
     backend = get_backend(*given)
     for number, delta in enumerate(given):
         backend.require_float(delta, f"deltas[{number}]")
+        if str(backend.device(delta)) == "meta":
+            raise BackendError(f"deltas[{number}] is on the meta device, and has no numbers")
     plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(given)], layers)
     settings = Settings(tol, max_iterations, svd, seed)
     # A library that TensorLy does not know is computed for on the host.

@@ -24,6 +24,8 @@ __all__ = ["lower_bound"]
 # Unfoldings whose smaller side is longer are not looked at, nor tensors of more elements.
 _SIDE = 512
 _ELEMENTS = 1 << 25
+# Columns whose products are summed in the dtype; the sums are added up in float64.
+_BLOCK = 1 << 10
 
 
 def lower_bound(algebra: Algebra, network: Network, vec: Array) -> float:
@@ -97,8 +99,12 @@ def _beyond(algebra: Algebra, matrix: Array, rank: int) -> float:
         return 0.0
     if matrix.shape[0] > matrix.shape[1]:
         matrix = backend.matrix_transpose(matrix)
-    gram = backend.to_numpy(backend.matmul(matrix, backend.matrix_transpose(matrix))).astype(np.float64)
+    gram = np.zeros((short, short))
+    for start in range(0, matrix.shape[1], _BLOCK):
+        block = matrix[:, start : start + _BLOCK]
+        gram += backend.to_numpy(backend.matmul(block, backend.matrix_transpose(block))).astype(np.float64)
     values = np.linalg.eigvalsh(gram)[: short - rank]
-    # Each entry of the Gram matrix is rounded, by the norm's square times eps at most, and each eigenvalue short-fold.
-    slack = 4.0 * short * algebra.eps * float(np.trace(gram))
+    # An entry of a block's Gram matrix is a sum of as many products as the block is long, which is off by eps times the
+    # root of that number as a rule, and by four times that here; eigenvalues are off by short times as much at most.
+    slack = 4.0 * short * math.sqrt(_BLOCK) * algebra.eps * float(np.trace(gram))
     return math.sqrt(max(0.0, float(values.sum()) - slack))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
 
 from ..backends.base import Array
 from ..errors import ShapeError
@@ -85,24 +88,57 @@ def fit_plan(
 def _fitted(
     algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Callable[[int, float | None], None]
 ) -> tuple[dict[str, Array], GroupReport]:
-    norm = algebra.norm(y)
-    if not norm < float("inf"):
+    unit = _unit(algebra, y) if group.projection.linear else 1.0
+    scaled = y if unit == 1.0 else _times(y, 1.0 / unit)
+    norm = algebra.norm(scaled)
+    if not norm < math.inf:
         raise ShapeError("an update holds NaN, infinity, or numbers whose squares are infinite: nothing fits it")
-    found = fit_group(algebra, group, y, limits, watch)
-    error = _error(algebra, group, found, y)
+    found = fit_group(algebra, group, scaled, limits, watch)
+    error = _error(algebra, group, found, scaled)
     if not error <= norm:
         # Never worse than nothing at all.
         found = Fit(started(algebra, group), False, found.iterations, f"{found.method}: no better than zero")
-        error = _error(algebra, group, found, y)
+        error = _error(algebra, group, found, scaled)
     bound = 0.0
     if norm and group.projection.kind in SQUARE:
-        bound = min(error, lower_bound(algebra, group.network, group.projection.adjoint(y)))
-    if found.optimal:
-        bound = error
+        bound = lower_bound(algebra, group.network, group.projection.adjoint(scaled))
     rounding = _ROUNDING * algebra.eps * norm
     certified = found.optimal or error <= rounding or error <= bound * (1.0 + _MET)
+    bound = error if found.optimal else min(error, bound)
     relative = (error / norm, bound / norm) if norm else (0.0, 0.0)
-    return found.arrays, GroupReport(group.size, norm, *relative, certified, found.iterations, found.method)
+    arrays = _at_size(group, found.arrays, unit) if norm else found.arrays
+    return arrays, GroupReport(group.size, norm * unit, *relative, certified, found.iterations, found.method)
+
+
+def _unit(algebra: Algebra, y: Array) -> float:
+    """The power of two nearest to an update's root mean square: divided by it, no square is beyond the dtype.
+
+    A linear F and the network are homogeneous, and powers of two change no digit.
+    """
+    total = algebra.squares(y)
+    if 1e-20 < total < 1e20:
+        size = math.sqrt(total / y.shape[0])
+    else:
+        # By the largest number; seldom, so that it may pass through the host.
+        size = float(np.max(np.abs(algebra.backend.to_numpy(y)), initial=0.0))
+        if not math.isfinite(size):
+            return 1.0
+    return 2.0 ** round(math.log2(size)) if size else 1.0
+
+
+def _times(y: Array, factor: float) -> Array:
+    """An array times a power of two that may itself be beyond the dtype."""
+    root = 2.0 ** (math.frexp(factor)[1] // 2)
+    return y * root * (factor / root)
+
+
+def _at_size(group: Group, arrays: Mapping[str, Array], unit: float) -> dict[str, Array]:
+    """The arrays that make the update itself, one of each term times its unit."""
+    last = group.network.splits[-1]
+    scaled = {f"{prefixes[-1]}{last.zero}" for prefixes in group.network.prefixes}
+    if unit == 1.0:
+        return dict(arrays)
+    return {name: _times(array, unit) if name in scaled else array for name, array in arrays.items()}
 
 
 def _error(algebra: Algebra, group: Group, found: Fit, y: Array) -> float:

@@ -100,6 +100,8 @@ def _completed(algebra: Algebra, network: Network, way: _Way, target: Array, lim
 
     left = residual(found.arrays)
     error, rounds = algebra.norm(left), found.iterations
+    if error == 0.0:
+        return found
     # A few steps of a method's own in each round: the next goes on from there.
     few = limits._replace(iterations=min(limits.iterations, 5))
     for count in range(limits.iterations):
@@ -150,12 +152,13 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
 
     def solve(tensor: Array, start: Mapping[str, Array] | None, limits: Limits, watch: Watch) -> Fit:
         found = fit_format(algebra, whole, tensor, None if start is None else joined(start), limits)
+        watch(max(1, found.iterations), algebra.norm(tensor - made(found.arrays)) / algebra.norm(tensor))
         return found._replace(arrays=parted(found.arrays))
 
-    def make(arrays: Mapping[str, Array]) -> Array:
-        return whole.tensor(backend, joined(arrays), [(0, size) for size in sizes])
+    def made(arrays: Mapping[str, Array]) -> Array:
+        return whole.tensor(backend, arrays, [(0, size) for size in sizes])
 
-    return _Way(sizes, fold, solve, make)
+    return _Way(sizes, fold, solve, lambda arrays: made(joined(arrays)))
 
 
 # -- Sums, and Kronecker products -----------------------------------------------------------------
@@ -199,18 +202,27 @@ def _hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits, wa
     dense = [k for k, split in enumerate(splits) if isinstance(split, Dense)]
     first = dense[0] if dense else 0
     ones, rng = algebra.array(np.ones(network.sizes)), algebra.rng
-    arrays: Arrays = {}
+    plain: Arrays = {}
+    moved: Arrays = {}
     for term, prefixes in enumerate(network.prefixes):
         for k, (prefix, split) in enumerate(zip(prefixes, splits, strict=True)):
             wanted = tensor if k == first else ones
             if term and k == first:
                 wanted = tensor * 0.0
-            found = fit_format(algebra, split, wanted, None, limits).arrays
-            for name, array in found.items():
+            for name, array in fit_format(algebra, split, wanted, None, limits).arrays.items():
+                plain[prefix + name] = array
                 # What is exactly zero, or exactly one, would stay so: the other arrays have no say in it.
                 noise = algebra.array(rng.normal(size=split.shapes[name])) * _NOISE
-                arrays[prefix + name] = array if dense or k == first else array + noise
+                moved[prefix + name] = array if k == first else array + noise
     if dense:
-        return Fit(arrays, True, 0, "exact")
+        return Fit(plain, True, 0, "exact")
     identity = Projection("identity", network.size, network.size)
-    return refine(algebra, network, identity, vec, arrays, limits, watch)
+    found = refine(algebra, network, identity, vec, moved, limits, watch)
+
+    def error(arrays: Mapping[str, Array]) -> float:
+        return algebra.norm(network.whole(backend, arrays) - vec)
+
+    # One split alone, the others being ones, is among what it can be.
+    if not error(found.arrays) < error(plain):
+        return Fit(plain, False, found.iterations, "one split alone")
+    return found

@@ -115,6 +115,8 @@ class Report:
 
     def __str__(self) -> str:
         count = len(self.groups)
+        if not any(group.norm for group in self.groups):
+            return f"the updates are zero, in {count} group{'s' * (count != 1)}: there is nothing to fit"
         known = "the optimum" if self.certified else "not known to be the optimum"
         if self.bound and not self.certified:
             known += f" (no less than {self.bound:.3g})"

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..backends.base import Array
 from ..config import Config
 from ..errors import ConfigError, integer, shown
@@ -45,7 +47,7 @@ def search_rank(deltas: Any, cfg: Config, error: float = 0.1, *, max_rank: int |
     cfg : Config
         Its rank, an integer, is what is searched; a scale of ``alpha / rank`` goes with it.
     error : float
-        Relative Frobenius error of all updates together, from 0 to below 1.
+        Relative Frobenius error of all updates together, above 0 and below 1.
     max_rank : int, optional
         The largest to try; by default that beyond which a rank is of no use.
     **settings
@@ -81,8 +83,8 @@ def smallest_rank(
     fit: Callable[[Config], tuple[dict[str, Array], Report]], cfg: Config, error: float, max_rank: int | None = None
 ) -> Found:
     """:func:`search_rank` by any function that fits a config."""
-    if isinstance(error, (bool, str)) or not isinstance(error, (int, float)) or not 0.0 <= error < 1.0:
-        raise ConfigError(f"error must be from 0 to below 1, relative to the updates; got {shown(error)}")
+    if isinstance(error, bool) or not isinstance(error, (int, float, np.floating)) or not 0.0 < error < 1.0:
+        raise ConfigError(f"error must be above 0 and below 1, relative to the updates; got {shown(error)}")
     if not isinstance(cfg, Config):
         raise ConfigError(f"expected a tnadapt.Config; got {type(cfg).__name__}")
     if not isinstance(cfg.rank, int):

@@ -6,7 +6,7 @@ One function a format. Where algebra knows the optimum, it is what is returned; 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from ..backends.base import Array
 from ..errors import ConfigError
 from ..formats import CP, Dense, Format, TensorTrain, Tucker, WeightedCP, unfolded
+from ..products import cp_tensor
 from ..rearranging import padded_to
 from .algebra import Algebra, tensorly_on
 
@@ -137,60 +138,104 @@ def _components(
     factors, iterations = _als(algebra, rank, tensor, start, limits)
     norms = [algebra.columns(factor) for factor in factors]
     units = [
-        factor * algebra.array(1.0 / np.where(norm > 0.0, norm, 1.0))
+        factor * algebra.array(1.0 / np.where(norm > 1e-30, norm, 1.0))
         for factor, norm in zip(factors, norms, strict=True)
     ]
     sizes: np.ndarray = np.prod(norms, axis=0)
     return units, sizes, Fit({}, False, iterations, "ALS")
 
 
+# Sweeps between two looks at the error; starts of a small tensor, and what is small; how far the first is moved.
+_SWEEPS = 10
+_STARTS, _SMALL = 3, 1 << 14
+_MOVED = 0.01
+
+
 def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits) -> tuple[list[Array], int]:
+    """Alternating least squares: from one start, or of a small tensor the best of several."""
+    if start is not None:
+        begun = [start[f"factor{mode}"][:size, :rank] for mode, size in enumerate(tensor.shape)]
+        factors, _, sweeps = _descent(algebra, rank, tensor, begun, limits)
+        return factors, sweeps
+    rng, norm = algebra.rng, algebra.norm(tensor)
+    first = _singular_start(algebra, rank, tensor, rng)
+    factors, error, sweeps = _descent(algebra, rank, tensor, first, limits)
+    if math.prod(tensor.shape) <= _SMALL and limits.iterations > _SWEEPS:
+        for _ in range(_STARTS - 1):
+            if error <= 64.0 * algebra.eps * norm:
+                break
+            begun = [algebra.array(rng.normal(size=(size, rank))) for size in tensor.shape]
+            found, other, more = _descent(algebra, rank, tensor, begun, limits)
+            sweeps += more
+            if other < error:
+                factors, error = found, other
+    return factors, sweeps
+
+
+def _descent(
+    algebra: Algebra, rank: int, tensor: Array, begun: Sequence[Array], limits: Limits
+) -> tuple[list[Array], float, int]:
+    """A few sweeps at a time, the error measured after each few, and the best kept."""
+    backend = algebra.backend
+    norm = algebra.norm(tensor)
+    best, error, sweeps = list(begun), math.inf, 0
+    # Components that come to lie on one another make the equations singular, or grow against each other without end;
+    # then a little is added to them, and it goes on from where it was.
+    ridges = [0.0, 100.0 * algebra.eps, algebra.eps**0.5]
+    while sweeps < limits.iterations and ridges:
+        few = min(_SWEEPS, limits.iterations - sweeps)
+        found = _swept(algebra, rank, tensor, best, few, ridges[0] * norm ** (2.0 / len(tensor.shape)))
+        now = math.inf if found is None else algebra.norm(tensor - cp_tensor(backend, None, found))
+        if found is None or not now < error:
+            ridges.pop(0)
+            if math.isfinite(error) and found is not None:
+                break  # rounding, at the end
+            continue
+        sweeps += few
+        gain, best, error = error - now, found, now
+        if gain <= limits.tol * few * norm:
+            break
+    if not error < norm:
+        # It cannot be helped: nothing is made, and the report shows it.
+        return [algebra.zeros((size, rank)) for size in tensor.shape], norm, sweeps
+    return best, error, sweeps
+
+
+def _swept(
+    algebra: Algebra, rank: int, tensor: Array, begun: Sequence[Array], sweeps: int, ridge: float
+) -> list[Array] | None:
+    """TensorLy's sweeps from given factors; None where they come to nothing."""
     from tensorly.decomposition import parafac
 
-    # The size does not matter to the method, and 1 keeps its squares within the dtype.
-    norm = algebra.norm(tensor)
-    unit = tensor * (1.0 / norm)
-    if start is None:
-        begun = _singular_start(algebra, rank, unit)
-    else:
-        begun = [start[f"factor{mode}"][:size] for mode, size in enumerate(tensor.shape)]
-        begun[0] = begun[0] * (1.0 / norm)
-    begun = [factor[:, :rank] for factor in begun]
     ones = algebra.array(np.ones(rank))
-    with tensorly_on(algebra.backend):
-        # Components that come to lie on one another make its equations singular, or grow against each other without
-        # end; then a little is added to them.
-        for ridge in (0.0, 100.0 * algebra.eps, algebra.eps**0.5):
-            try:
-                (weights, factors), errors = parafac(
-                    unit, rank, n_iter_max=limits.iterations, init=(ones, list(begun)), l2_reg=ridge,
-                    tol=max(limits.tol, algebra.eps), random_state=algebra.rng, return_errors=True,
-                )  # fmt: skip
-            except (np.linalg.LinAlgError, RuntimeError):  # torch's is a RuntimeError
-                continue
-            sizes = np.prod([algebra.columns(factor) for factor in factors], axis=0)
-            if np.isfinite(sizes).all() and sizes.max() < algebra.eps**-0.5:
-                break
-        else:
-            # It cannot be helped: nothing is made, and the report shows it.
-            return [algebra.zeros((size, rank)) for size in tensor.shape], 0
-    first = factors[0] * weights * norm
-    return [first, *factors[1:]], len(errors)
+    with tensorly_on(algebra.backend), np.errstate(all="ignore"):
+        try:
+            weights, factors = parafac(
+                tensor, rank, n_iter_max=sweeps, init=(ones, list(begun)), l2_reg=ridge, tol=0, random_state=algebra.rng
+            )
+        except (np.linalg.LinAlgError, RuntimeError):  # torch's is a RuntimeError
+            return None
+    sizes = np.prod([algebra.columns(factor) for factor in factors], axis=0)
+    if not np.isfinite(sizes).all() or sizes.max() > algebra.norm(tensor) * algebra.eps**-0.5:
+        return None
+    return [factors[0] * weights, *factors[1:]]
 
 
-def _singular_start(algebra: Algebra, rank: int, tensor: Array) -> list[Array]:
-    """The leading singular vectors of each unfolding, filled up at random where there are too few.
+def _singular_start(algebra: Algebra, rank: int, tensor: Array, rng: np.random.RandomState) -> list[Array]:
+    """The leading singular vectors of each unfolding, moved a little, and filled up at random where there are too few.
 
-    TensorLy's own start, which has too few columns where an unfolding has fewer columns than the rank.
+    A structured tensor may hold them at a saddle for ever. (TensorLy's own start has too few columns where an unfolding
+    has fewer columns than the rank.)
     """
-    rng, found = algebra.rng, []
+    found = []
     for mode, size in enumerate(tensor.shape):
         rows = unfolded(algebra.backend, tensor, mode)
         known = min(rank, *rows.shape)
         columns = [algebra.svd(rows, known)[0]]
         if known < rank:
             columns.append(algebra.array(rng.uniform(size=(size, rank - known))))
-        found.append(algebra.backend.concat(columns, axis=1))
+        moved = algebra.array(rng.normal(size=(size, rank)) * (_MOVED / math.sqrt(size)))
+        found.append(algebra.backend.concat(columns, axis=1) + moved)
     return found
 
 
@@ -205,22 +250,29 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
         return Fit({"core": tensor}, True, 0, "exact")
     ranks = _possible_ranks([min(r, d) for r, d in zip(split.core, sizes, strict=True)], split.modes)
     cut = [mode for mode in split.modes if ranks[mode] < sizes[mode]]
+    if len(sizes) == len(split.modes) == 2:
+        u, values, v, exact = algebra.svd(tensor, ranks[0])
+        core = algebra.array(np.diag(values))
+        return Fit({"core": core, "factor0": u, "factor1": v}, exact, 0, "SVD" if exact else "randomised SVD")
     norm = algebra.norm(tensor)
     init: Any = "svd"
     if start is not None:
         shapes = {"core": ranks, **{f"factor{mode}": (sizes[mode], ranks[mode]) for mode in split.modes}}
         begun = _cut(start, shapes)
         init = (begun["core"] * (1.0 / norm), [begun[f"factor{mode}"] for mode in split.modes])
+    total = math.prod(sizes)
+    random = any(algebra.randomized((sizes[mode], total // sizes[mode]), ranks[mode]) for mode in cut)
     # One sweep is all it takes where no mode but one is cut.
     sweeps = limits.iterations if len(cut) > 1 else 1
     with tensorly_on(algebra.backend):
         (core, factors), errors = partial_tucker(
             tensor * (1.0 / norm), rank=[ranks[mode] for mode in split.modes], modes=split.modes, init=init,
             n_iter_max=sweeps, tol=max(limits.tol, algebra.eps), random_state=algebra.rng,
+            svd="randomized_svd" if random else "truncated_svd",
         )  # fmt: skip
     arrays = {"core": core * norm} | {f"factor{mode}": one for mode, one in zip(split.modes, factors, strict=True)}
     if len(cut) <= 1:
-        return Fit(arrays, True, 1, "SVD")
+        return Fit(arrays, not random, 1, "randomised SVD" if random else "SVD")
     return Fit(arrays, False, len(errors), "HOSVD, HOOI")
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ..backends.base import Array
 from ..formats import Dense
 from ..network import Network
@@ -27,6 +29,7 @@ __all__ = ["fit_group"]
 Watch = Callable[[int, float], None]
 
 _STEPS = 50  # of least squares for a first guess
+_FORMED = 1 << 21  # elements of F as a matrix, up to which it is one
 
 
 def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
@@ -71,10 +74,17 @@ def started(algebra: Algebra, group: Group) -> dict[str, Array]:
 
 def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, steps: int) -> Fit:
     """The vector before a linear F: least squares by F and its adjoint."""
+    if projection.n_in * projection.n_out <= _FORMED:
+        # Of F as a matrix, in float64: a small gradient alone would not tell how near the optimum it is.
+        backend = algebra.backend
+        rows = backend.to_numpy(projection(algebra.array(np.eye(projection.n_in)))).astype(np.float64)
+        x, *_ = np.linalg.lstsq(rows.T, backend.to_numpy(y).astype(np.float64), rcond=None)
+        return Fit({"x": algebra.array(x)}, True, 0, "least squares through F")
     start = algebra.zeros((projection.n_in,))
     tol = min(limits.tol, 1e-6)
     found = least_squares(algebra, projection, projection.adjoint, y, start, tol, steps)
-    return Fit({"x": found.x}, found.converged, found.iterations, "least squares through F")
+    method = "least squares through F by LSQR" + (", converged" if found.converged else "")
+    return Fit({"x": found.x}, False, found.iterations, method)
 
 
 def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:

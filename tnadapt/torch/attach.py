@@ -23,7 +23,7 @@ from .registry import BOOK, PREFIX, overlapping
 from .sharding import is_sharded
 from .targets import find_targets, host_of, tied
 
-__all__ = ["attach"]
+__all__ = ["attach", "check_name", "matching"]
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -101,7 +101,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
-    _check_name(model, name)
+    check_name(model, name)
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {shown(strategy)}")
     if activation is not None and activation not in ACTIVATIONS:
@@ -112,7 +112,7 @@ def attach(
     found = find_targets(model, targets, untie=untie)
     _check_overlap(found)
     plan = SuperLoRA(cfg, [target.shape for target in found], layers=[target.layer for target in found])
-    kept = _matching(model, keep_trainable, {target.name for target in found})
+    kept = matching(model, keep_trainable, {target.name for target in found})
     owners = [model.get_submodule(target.module) for target in found]
     hosts = [model.get_submodule(host_of(model, target)) for target in found]
     strategies = [
@@ -143,7 +143,8 @@ def attach(
     return adapter
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str) -> None:
+    """A TargetError where a name is none, or is taken on this model."""
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name, flags=re.ASCII):
         raise TargetError(f"an adapter's name must be letters, digits and underscores; got {shown(name)}")
     taken = {adapter.name: adapter for adapter in overlapping(model)}
@@ -169,7 +170,7 @@ def _check_overlap(targets: Sequence[Target]) -> None:
             raise TargetError(f"targets of {name} share rows; name each row once")
 
 
-def _matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
+def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
     """Parameters and buffers whose dotted path has one of the patterns among its whole parts, in order."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     state = set(model.state_dict(keep_vars=True))

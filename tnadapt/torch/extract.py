@@ -18,7 +18,7 @@ from ..superlora import SuperLoRA
 from ..target import Target
 from . import merging
 from .adapter import Adapter
-from .attach import attach
+from .attach import attach, check_name, matching
 from .registry import overlapping
 from .sharding import whole
 from .targets import find_targets
@@ -26,7 +26,6 @@ from .targets import find_targets
 __all__ = ["extract"]
 
 
-@torch.no_grad()
 def extract(
     base: nn.Module,
     tuned: nn.Module | Mapping[str, Tensor],
@@ -107,6 +106,9 @@ def extract(
         if other.merged is not None:
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it first")
     found = find_targets(base, targets)
+    # What attach would refuse after the fit is said before it.
+    check_name(base, name)
+    matching(base, keep, {target.name for target in found})
     theirs = _state(tuned)
     weights = [(_weight(base, target), _theirs(theirs, target)) for target in found]
     kind = torch.float64 if weights[0][0].dtype is torch.float64 else torch.float32
@@ -122,17 +124,18 @@ def extract(
         plan = SuperLoRA(config, [target.shape for target in found], [target.layer for target in found])
         return chosen.fit(load_backend("torch"), like, plan, read, progress)
 
-    if error is None:
-        arrays, report = fit(cfg)
-    else:
-        _, cfg, arrays, report = smallest_rank(fit, cfg, error, max_rank)
-    adapter = attach(base, cfg, found, name, keep_trainable=keep, dtype=kind)
-    try:
-        _copy_kept(adapter, theirs)
-        adapter.load_arrays(arrays)
-    except BaseException:
-        adapter.detach()
-        raise
+    with torch.no_grad():
+        if error is None:
+            arrays, report = fit(cfg)
+        else:
+            _, cfg, arrays, report = smallest_rank(fit, cfg, error, max_rank)
+        adapter = attach(base, cfg, found, name, keep_trainable=keep, dtype=kind)
+        try:
+            _copy_kept(adapter, theirs)
+            adapter.load_arrays(arrays)
+        except BaseException:
+            adapter.detach()
+            raise
     adapter.report = report
     others = list(_others(base, theirs, found, adapter))
     if others:
@@ -193,17 +196,19 @@ def _copy_kept(adapter: Adapter, theirs: Mapping[str, Tensor]) -> None:
 def _others(
     base: nn.Module, theirs: Mapping[str, Tensor], targets: Sequence[Target], adapter: Adapter
 ) -> Iterator[str]:
-    """Parameters that differ, and are neither targets nor kept."""
+    """Parameters and buffers that differ, and are neither targets nor kept."""
     kept, adapted = set(adapter.kept), {target.name for target in targets}
     own = set(adapter._names.values())
-    for name, ours in base.named_parameters():
-        if name in kept or name in own or ours.device.type == "meta":
+    parameters = dict(base.named_parameters(remove_duplicate=False))  # a tied weight under each of its names
+    ours = {**parameters, **dict(base.named_buffers())}
+    for name, there in theirs.items():
+        before = ours.get(name)
+        if name in kept or (before is not None and before.device.type == "meta"):
             continue
-        there = theirs.get(name)
-        if there is None or there.shape != ours.shape:
+        if before is None or there.shape != before.shape:
             yield name
             continue
-        before, after = whole(ours.detach()), whole(there.detach()).to(ours)
+        before, after = whole(before.detach()), whole(there.detach()).to(before)
         if name in adapted:
             mine = [target for target in targets if target.name == name]
             if any(target.rows is None for target in mine):
@@ -213,3 +218,5 @@ def _others(
                 target.block(after).copy_(target.block(before))
         if not torch.equal(before, after):
             yield name
+    # A state dict leaves out buffers that are made again.
+    yield from (name for name in parameters if name not in theirs and name not in own)
