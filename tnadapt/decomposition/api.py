@@ -111,15 +111,15 @@ def decompose(
 
     ============================================ =========================================================
     dense; anything of order 1                   exact
-    CP, M = 2 (LoRA)                             truncated SVD: the optimum (Eckart & Young)
-    CP, M > 2                                    ALS (TensorLy), no guarantee
+    CP, M = 2 (LoRA)                             truncated SVD: without padding the optimum (Eckart & Young)
+    CP, M > 2                                    ALS (TensorLy), no guarantee; of a small tensor from three starts
     Tucker                                       HOSVD, then HOOI (TensorLy)
     tensor train                                 TT-SVD (TensorLy): within √(M - 1) of the optimum
     K = 2 dense splits                           nearest Kronecker product, by rearrangement and SVD: the optimum
     other Kronecker splits, sums                 from that, one split after another; no step makes it worse
-    Hadamard splits                              L-BFGS on all arrays
+    Hadamard splits                              L-BFGS on all arrays, from near one split alone
     shuffle                                      as without F, of the shuffled vector
-    dense through linear F                       least squares by F and its adjoint (LSQR): the optimum
+    dense through linear F                       least squares: small F directly, the optimum; large by LSQR
     others through linear F                      from that, array after array by least squares
     nonlinear F                                  from tanhshrink's inverse, L-BFGS on all arrays
     ============================================ =========================================================
