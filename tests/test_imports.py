@@ -69,7 +69,7 @@ def test_every_import_is_declared() -> None:
         "transformers",
         "timm",
     }
-    optional |= {"datasets", "huggingface_hub", "sklearn", "PIL"}
+    optional |= {"datasets", "huggingface_hub", "sklearn", "PIL", "threadpoolctl"}
     extras = {
         d.split(">")[0].split("[")[0].replace("-", "_") for e in project["optional-dependencies"].values() for d in e
     }
