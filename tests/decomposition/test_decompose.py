@@ -422,6 +422,15 @@ def test_a_rank_is_found_for_other_formats(name: str) -> None:
     assert found.rank <= 2
 
 
+def test_a_rank_of_some_modes_is_searched() -> None:
+    rng = np.random.default_rng(0)
+    config = presets.lotr(2, weights=3, rows=6, cols=8)
+    plan = tna.SuperLoRA(config, [(6, 8)] * 3)
+    made = plan.deltas({full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
+    found = tna.search_rank(made, config.replace(rank=(None, 5, 5)), error=1e-6)
+    assert (found.rank, found.config.rank) == (2, (None, 2, 2))
+
+
 def test_a_search_that_cannot_end_well() -> None:
     rng = np.random.default_rng(0)
     delta = rng.normal(size=(12, 12))
@@ -431,9 +440,9 @@ def test_a_search_that_cannot_end_well() -> None:
         tna.search_rank([delta], presets.lora(), error=0.1, max_rank=2)
     with pytest.raises(ConfigError, match="no rank to search"):
         tna.search_rank([delta], presets.dense())
-    with pytest.raises(ConfigError, match="several"):
+    with pytest.raises(ConfigError, match="has 2: give an integer"):
         tna.search_rank([delta], tna.Config(rank=(1, 2), format="tucker"))
-    for error in (-0.1, 1.0, "x"):
+    for error in (-0.1, 0.0, 1.0, "x"):
         with pytest.raises(ConfigError, match="error must be"):
             tna.search_rank([delta], presets.lora(), error=error)
 

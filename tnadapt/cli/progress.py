@@ -32,7 +32,7 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: None
         return
     bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
         TimeRemainingColumn(), console=console, transient=True,
     )  # fmt: skip
     with bars:

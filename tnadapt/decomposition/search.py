@@ -45,7 +45,8 @@ def search_rank(deltas: Any, cfg: Config, error: float = 0.1, *, max_rank: int |
     deltas : list of array, or one array
         As for :func:`tnadapt.decompose`.
     cfg : Config
-        Its rank, an integer, is what is searched; a scale of ``alpha / rank`` goes with it.
+        Its rank is what is searched; a scale of ``alpha / rank`` goes with it. Of a rank for each mode, those that are
+        not None must be equal, and stay so.
     error : float
         Relative Frobenius error of all updates together, above 0 and below 1.
     max_rank : int, optional
@@ -87,13 +88,15 @@ def smallest_rank(
         raise ConfigError(f"error must be above 0 and below 1, relative to the updates; got {shown(error)}")
     if not isinstance(cfg, Config):
         raise ConfigError(f"expected a tnadapt.Config; got {type(cfg).__name__}")
-    if not isinstance(cfg.rank, int):
-        raise ConfigError(f"one rank can be searched, and rank={cfg.rank} has several: give an integer")
+    ranks = {cfg.rank} if isinstance(cfg.rank, int) else set(cfg.rank) - {None}
+    if len(ranks) != 1:
+        raise ConfigError(f"one rank can be searched, and rank={cfg.rank} has {len(ranks)}: give an integer")
     if max_rank is not None:
         max_rank = integer("max_rank", max_rank, 1, MAX_SIZE, ConfigError)
 
     def at(rank: int) -> Found:
-        config = cfg.replace(rank=rank)
+        several = not isinstance(cfg.rank, int) and tuple(None if r is None else rank for r in cfg.rank)
+        config = cfg.replace(rank=several or rank)
         return Found(rank, config, *fit(config))
 
     found = at(1)
@@ -130,7 +133,7 @@ def _useful(report: Report) -> int | None:
             if isinstance(split, CP):
                 own = total // max(split.sizes)
             elif isinstance(split, Tucker):
-                own = max(split.sizes)
+                own = max((split.sizes[mode] for mode in split.modes), default=1)
             elif isinstance(split, TensorTrain):
                 own = _largest_bond(split.sizes, total)
             else:
