@@ -157,6 +157,17 @@ def test_factorizations_are_the_peers(size: int, factor: int) -> None:
 SIDES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
 
 
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Any]:
+    """Checks by the peers' own loaders. (Imported here, as Hypothesis refuses tests that are defined within a test.)"""
+    pytest.importorskip("peft")
+    pytest.importorskip("lycoris")
+    from .test_convert_lycoris import check_loaded as by_lycoris
+    from .test_convert_peft import check_loaded as by_peft
+
+    return {"peft-lokr": by_peft, "lycoris-lokr": by_lycoris}
+
+
 @given(
     sides=SIDES,
     low=st.tuples(st.booleans(), st.booleans()),
@@ -164,14 +175,14 @@ SIDES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.in
     form=st.sampled_from(["peft-lokr", "lycoris-lokr"]),
 )
 def test_lokr_of_any_sizes_is_loaded_or_refused(
-    sides: tuple[int, ...], low: tuple[bool, bool], rank: int, form: str, tmp_path_factory: pytest.TempPathFactory
+    sides: tuple[int, ...],
+    low: tuple[bool, bool],
+    rank: int,
+    form: str,
+    loaded: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """The peers' own loaders: what is called exact is exact there."""
-    pytest.importorskip("peft")
-    pytest.importorskip("lycoris")
-    from .test_convert_lycoris import check_loaded as by_lycoris
-    from .test_convert_peft import check_loaded as by_peft
-
     p, q, k, n = sides
     config = Config(
         rank=rank, splits=2, split_size=(p, q), alpha=3, leading="same" if low[0] and low[1] else "dense",
@@ -185,7 +196,7 @@ def test_lokr_of_any_sizes_is_loaded_or_refused(
     except tna.ConfigError:
         return
     assert found.exact
-    (by_peft if form == "peft-lokr" else by_lycoris)(out, updates(file), shapes)
+    loaded[form](out, updates(file), shapes)
     again = updates(tna.convert(out).file)  # type: ignore[arg-type]
     for path, delta in updates(file).items():
         assert error(again[path], delta) <= TOLERANCE

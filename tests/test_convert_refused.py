@@ -250,10 +250,10 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     save_file({"x": np.ones(2, "f4")}, tmp_path / "x.safetensors")
     refused(tmp_path / "x.safetensors", "has no entry 'tnadapt'")
     for wrong in (5, None, ["a"], "", "a\0b", "\ud800"):
-        with pytest.raises(tna.ConfigError, match="a path must be a string or PathLike"):
+        with pytest.raises(tna.FileError, match="a path must be a string or PathLike"):
             tna.convert(wrong)  # type: ignore[arg-type]
         if wrong is not None:
-            with pytest.raises(tna.ConfigError, match="a path must be a string or PathLike"):
+            with pytest.raises(tna.FileError, match="a path must be a string or PathLike"):
                 tna.convert(made(tna.presets.lora(1)), wrong)  # type: ignore[arg-type]
 
 

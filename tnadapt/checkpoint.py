@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .container import FOREIGN, MAX_HEADER, Entry, about, opened, raw_dtype, strict_json
+from .container import FOREIGN, MAX_HEADER, Entry, about, opened, path_of, raw_dtype, strict_json
 from .errors import FileError, shown
 
 __all__ = ["INDEX_SUFFIX", "SUFFIX", "Checkpoint", "open_checkpoint"]
@@ -162,7 +162,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ...
     tnadapt.errors.FileError: missing: No such file or directory
     """
-    given = _given(path)
+    given = path_of(path)
     with about(given):
         where = os.path.abspath(given)
         if os.path.isdir(where):
@@ -170,17 +170,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         elif not os.path.lexists(where):
             raise FileError("No such file or directory")
     return _indexed(given, where) if where.endswith(".json") else Checkpoint(given, (where,))
-
-
-def _given(path: Any) -> str:
-    try:
-        found = os.fsdecode(path)
-        usable = bool(found) and b"\0" not in os.fsencode(found)
-    except (TypeError, UnicodeEncodeError):
-        usable = False
-    if not usable:
-        raise FileError(f"{shown(path)}: a path must be a string or PathLike that can name a file")
-    return found
 
 
 def _main(folder: str) -> str:

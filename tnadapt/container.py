@@ -29,6 +29,7 @@ __all__ = [
     "Entry",
     "about",
     "opened",
+    "path_of",
     "raw_bytes",
     "raw_dtype",
     "serialized",
@@ -117,6 +118,31 @@ class Container:
         if entry.dtype == "BOOL" and made.size and made.view(np.uint8).max() > 1:
             raise FileError(f"{shown(name)} is BOOL and has bytes other than 0 and 1")
         return made
+
+
+def path_of(value: Any) -> str:
+    """A path that can name a file, as a string.
+
+    Raises
+    ------
+    FileError
+        If it cannot.
+
+    Examples
+    --------
+    >>> path_of(3)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: 3: a path must be a string or PathLike that can name a file
+    """
+    try:
+        found = os.fsdecode(value)
+        usable = bool(found) and b"\0" not in os.fsencode(found)
+    except (TypeError, UnicodeEncodeError):
+        usable = False
+    if not usable:
+        raise FileError(f"{shown(value)}: a path must be a string or PathLike that can name a file")
+    return found
 
 
 @contextlib.contextmanager

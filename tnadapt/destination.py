@@ -6,7 +6,8 @@ import os
 from typing import Any, NamedTuple
 
 from .checkpoint import SUFFIX, Checkpoint, open_checkpoint
-from .errors import FileError, shown
+from .container import path_of
+from .errors import FileError
 
 __all__ = ["Destination", "destination"]
 
@@ -56,12 +57,7 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
         If it is the base, the adapter, in the base's folder or around it; not of the base's kind (a file or a
         folder); or in a folder that does not exist.
     """
-    try:
-        given = os.fsdecode(out)
-    except TypeError:
-        raise FileError(f"{shown(out)}: a path must be a string or PathLike that can name a file") from None
-    if not given or "\0" in given:
-        raise FileError(f"{shown(out)}: a path must be a string or PathLike that can name a file")
+    given = path_of(out)
     path = os.path.realpath(given)
     single = checkpoint.index is None and not os.path.isdir(checkpoint.path)
 

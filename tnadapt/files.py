@@ -67,6 +67,7 @@ from .container import (
     Container,
     about,
     opened,
+    path_of,
     raw_bytes,
     raw_dtype,
     serialized,
@@ -127,22 +128,11 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
     >>> found.config == config, found.targets == tuple(targets), found.deltas()[0].shape
     (True, True, (4, 6))
     """
-    where = _path(path)
+    where = path_of(path)
     with about(where):
         if not isinstance(adapter_file, AdapterFile):
             raise FileError(f"an AdapterFile can be saved there; got {type(adapter_file).__name__}")
         replace_file(where, content_of(adapter_file))
-
-
-def _path(path: Any) -> str:
-    try:
-        found = os.fsdecode(path)
-        usable = b"\0" not in os.fsencode(found)
-    except (TypeError, UnicodeEncodeError):
-        usable = False
-    if not usable:
-        raise FileError(f"{shown(path)}: a path must be a string or PathLike that can name a file")
-    return found
 
 
 def content_of(file: AdapterFile) -> bytes:
@@ -230,7 +220,7 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
         ...
     tnadapt.errors.FileError: missing.safetensors: No such file or directory
     """
-    where = _path(path)
+    where = path_of(path)
     with about(where):
         with opened(where) as container:
             found, draws = _read(container)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["AMBIGUOUS_OUTPUTS", "OUTPUTS", "Name", "evident", "hints", "is_attention", "layer_of", "read"]
+__all__ = ["AMBIGUOUS_OUTPUTS", "OUTPUTS", "Name", "evident", "hints", "is_attention", "layer_of", "natural", "read"]
 
 _LETTERS = {
     "q": "q", "qs": "q", "query": "q", "queries": "q",
@@ -186,6 +186,17 @@ def layer_of(path: str) -> str:
     parts = path.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[-1] + 1]) if numbers else path
+
+
+def natural(path: str) -> list[tuple[bool, int, str]]:
+    """What dotted paths are sorted by: layer 2 before layer 10.
+
+    Examples
+    --------
+    >>> sorted(["layers.10", "layers.2"], key=natural)
+    ['layers.2', 'layers.10']
+    """
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in path.split(".")]
 
 
 def _words(name: str) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .errors import TargetError, shown
-from .roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, is_attention, layer_of, read
+from .roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, is_attention, layer_of, natural, read
 from .target import ROLES, Rows, Target
 
 __all__ = ["find_stored"]
@@ -62,7 +62,7 @@ def find_stored(
         found = _by_roles(weights, targets, settings)
     else:
         chosen = _chosen(targets)
-        names = sorted((name for name in weights if chosen(_module(name))), key=_natural)
+        names = sorted((name for name in weights if chosen(_module(name))), key=natural)
         found = [_whole(name, weights[name], settings) for name in names]
     if not found:
         raise _nothing(targets, weights)
@@ -78,11 +78,6 @@ def _is_weight(name: str, shape: Sequence[int]) -> bool:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _natural(path: str) -> list[tuple[bool, int, str]]:
-    """Layer 2 before layer 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
 
 
 def _chosen(targets: Any) -> Callable[[str], bool]:
@@ -137,7 +132,7 @@ def _by_roles(weights: Mapping[str, tuple[int, ...]], roles: str, config: Mappin
         parent, child = (module, parameter) if parameter != "weight" else (_module(module), module.rpartition(".")[2])
         children.setdefault(parent, {})[child] = name
     found: list[Target] = []
-    for parent in sorted(children, key=_natural):
+    for parent in sorted(children, key=natural):
         own = children[parent]
         named = is_attention(*parent.split(".")[-2:])
         called = [(child, says) for child in own if (says := read(child, named)) is not None]
@@ -149,7 +144,7 @@ def _by_roles(weights: Mapping[str, tuple[int, ...]], roles: str, config: Mappin
         for place in evident([says for _, says in called], named, bool(outputs)):
             child, says = called[place]
             inputs += _parts(own[child], weights[own[child]], says, roles, config)
-        found += sorted(inputs, key=lambda target: (ROLES.index(target.role), _natural(target.module)))
+        found += sorted(inputs, key=lambda target: (ROLES.index(target.role), natural(target.module)))
         if "o" in roles and called:
             found += [_whole(stored, weights[stored], config, "o") for stored in outputs]
     return found

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from ..adapter_file import AdapterFile
+from ..container import path_of
 from ..errors import ConfigError, integer, shown
 from .choosing import Wish
 from .conversion import Conversion, check_free
@@ -15,7 +16,7 @@ from .measuring import errors_of, is_rounding, low_rank_squares, squares_of
 from .numbers import check_range, rounded
 from .outward import to_foreign
 from .reading import read
-from .source import Source, path_of
+from .source import Source
 from .taking_apart import Wide
 
 __all__ = ["FORMS", "convert"]

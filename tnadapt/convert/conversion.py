@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..adapter_file import AdapterFile
-from ..container import about
+from ..container import about, path_of
 from ..durable import replace_file
 from ..errors import FileError
 from ..files import save
 from .peft_reading import CONFIG, WEIGHTS
-from .source import path_of
 from .writing import json_text, replace_folder
 
 __all__ = ["Conversion", "check_free"]

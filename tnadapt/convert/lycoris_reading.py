@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from ..adapter_file import some
 from ..container import DTYPES, Container
 from ..errors import FileError, shown
+from ..roles import natural
 from .base import Base, missing_base, target_of
 from .joining import Found, joined
 from .numbers import widened, widest
-from .source import Source, natural, sourced
+from .source import Source, sourced
 from .tensors import DIFF, LOHA, LOKR, kind_of, update_of
 from .updates import Float
 

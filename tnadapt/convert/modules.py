@@ -9,8 +9,8 @@ import numpy as np
 
 from ..adapter_file import AdapterFile
 from ..errors import ConfigError, shown
+from ..roles import natural
 from ..target import Target
-from .source import natural
 from .taking_apart import Wide
 from .updates import Float, Pair, Update, scaled
 

@@ -11,11 +11,12 @@ import numpy as np
 from ..adapter_file import some
 from ..container import DTYPES, Container, opened, raw_dtype, strict_json
 from ..errors import FileError, shown
+from ..roles import natural
 from .base import Base, target_of
 from .joining import Found, joined
 from .numbers import widened, widest
 from .peft_settings import PREFIX, Settings, settings_of
-from .source import Source, natural, sourced
+from .source import Source, sourced
 from .tensors import LOHA, LOKR, kind_of, update_of
 from .updates import Float
 

@@ -6,14 +6,14 @@ import os
 from typing import Any
 
 from ..adapter_file import AdapterFile
-from ..container import about, opened
+from ..container import about, opened, path_of
 from ..errors import FileError
 from ..files import ENTRY, load
 from .base import Base, as_base
 from .lycoris_reading import looks_like_lycoris, read_lycoris
 from .peft_reading import CONFIG, WEIGHTS, read_peft
 from .peft_settings import PREFIX
-from .source import Source, path_of
+from .source import Source
 
 __all__ = ["read"]
 

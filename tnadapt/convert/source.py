@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..adapter_file import AdapterFile
-from ..errors import ConfigError, shown
 from .joining import Found
 from .updates import Update
 
-__all__ = ["Source", "natural", "path_of", "sourced"]
+__all__ = ["Source", "sourced"]
 
 
 class Source(NamedTuple):
@@ -41,20 +39,3 @@ def sourced(kind: str, file: AdapterFile, found: Sequence[Found], notes: Sequenc
     """The adapter of another library's file."""
     updates = tuple(one.update for one in found)
     return Source(kind, file, sum(update.num_parameters for update in updates), tuple(notes), updates)
-
-
-def path_of(value: Any) -> str:
-    """A path that can name a file, or a ConfigError."""
-    try:
-        found = os.fsdecode(value)
-        usable = bool(found) and b"\0" not in os.fsencode(found)
-    except (TypeError, UnicodeEncodeError):
-        usable = False
-    if not usable:
-        raise ConfigError(f"a path must be a string or PathLike that can name a file; got {shown(value)}")
-    return found
-
-
-def natural(path: str) -> list[tuple[bool, int, str]]:
-    """Sorts layer 2 before layer 10."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in path.split(".")]
