@@ -63,4 +63,5 @@ for epoch in range(options.epochs):
 
 # start: saving
 adapter.save(options.out)  # every process calls it, process 0 writes
+dist.barrier()  # none takes its end of the connections down while another still writes
 dist.destroy_process_group()
