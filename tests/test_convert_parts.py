@@ -98,9 +98,11 @@ def test_transposed_weights_are_peft_s_fan_in_fan_out(tmp_path: Path) -> None:
     for path, delta in found.items():
         assert error(delta, mine.get_submodule(f"base_model.model.{path}").get_delta_weight("default")) <= TOLERANCE
     # The base says how a weight that is not square is stored.
-    plain = tna.convert(tmp_path / "mine", base={"h.c_attn": (24, 8), "h.c_square": (8, 8)}).file
-    assert plain is not None
-    assert [target.transposed for target in plain.targets] == [False, True]
+    known = tna.convert(tmp_path / "mine", base={"h.c_attn": (8, 24), "h.c_square": (8, 8)}).file
+    assert known is not None
+    assert [target.transposed for target in known.targets] == [True, True]
+    with pytest.raises(tna.FileError, match=r"of the square 'h\.c_square' nothing says how it is stored"):
+        tna.convert(tmp_path / "mine", base={"h.c_attn": (24, 8), "h.c_square": (8, 8)})
     for to in ("peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"):
         with pytest.raises(tna.ConfigError, match=r"stored as \(in, out\).*convert to 'peft-lora'"):
             tna.convert(file, to=to)

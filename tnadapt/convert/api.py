@@ -159,8 +159,10 @@ def _check_error(made: Conversion, max_error: float | None) -> None:
     allowed = "nothing but rounding is allowed" if max_error is None else f"max_error={max_error:g} is allowed"
     ways = "a wider dtype" if made.kind in ("tnadapt", "lycoris-full") else "a larger rank or a wider dtype"
     full = "" if made.kind in ("tnadapt", "lycoris-full") else ", or to='lycoris-full', which holds every update"
+    worst = max(made.errors, key=lambda name: made.errors[name])
     raise ConfigError(
-        f"the conversion to {made.kind} would change the updates by a relative error of {made.error:.3g}, and "
+        f"the conversion to {made.kind} would change the updates by a relative error of {made.error:.3g}, that of "
+        f"{worst} by {made.errors[worst]:.3g}, and "
         f"{allowed}: give {ways}, a max_error of {_above(made.error):g} to accept it{full}"
     )
 
@@ -192,5 +194,5 @@ def _own(found: Source, dtype: str | None) -> Conversion:
         squares[f"{target.name}{place}"] = pair or squares_of(before.delta(number), after.delta(number))
     error, errors = errors_of(squares)
     sizes = found.parameters, file.num_parameters
-    exact = is_rounding(error, file.dtype, True)
+    exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
     return Conversion("tnadapt", found.kind, exact, error, errors, sizes, found.notes, file)

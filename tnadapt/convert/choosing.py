@@ -129,7 +129,19 @@ def _lokr(modules: Sequence[Module], wide: Wide, wish: Wish) -> Choice:
         return found
     if wish.rank is None:
         raise _no_rank(next(m for m, pair in zip(modules, own, strict=True) if isinstance(pair, Spectrum)), "LoKr")
-    found = _loaded([_nearest_lokr(module, wide, wish.rank) for module in modules], modules, wish.library)
+    deltas = [module.delta(wide) for module in modules]
+    fitted = [_nearest_lokr(module, wide, wish.rank) for module in modules]
+    # LoRA beside a W1 of 1 × 1 is LoKr of the same rank, and often the nearer one.
+    plain = [
+        _beside_one(module, pair if isinstance(pair, Pair) else pair.pair(wish.rank))
+        for module, pair in zip(modules, own, strict=True)
+    ]
+
+    def off(updates: Sequence[Update]) -> float:
+        return math.fsum(float(np.sum((u.delta() - d) ** 2)) for u, d in zip(updates, deltas, strict=True))
+
+    nearest = sorted((fitted, plain), key=off)
+    found = next((made for updates in nearest if (made := _loaded(updates, modules, wish.library))), None)
     if found is None:
         raise ConfigError(
             "PEFT multiplies other axes where W2 of a one-dimensional convolution is full, as it is at this rank: "

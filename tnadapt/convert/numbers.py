@@ -19,6 +19,8 @@ def widened(name: str, tag: str, array: np.ndarray) -> Float:
     """A stored tensor as float64; an error unless it is of real numbers, all finite."""
     if tag == "BF16":
         array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if name.endswith(".alpha") and array.dtype.kind in "iu":
+        return array.astype(np.float64)  # some scripts count the ranks
     if array.dtype.kind != "f":
         raise FileError(f"{shown(name)} is {tag}; the tensors of an adapter are floating-point numbers")
     if not np.isfinite(array).all():

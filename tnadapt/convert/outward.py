@@ -19,7 +19,7 @@ from .lycoris_reading import NAMES, RECORD, read_lycoris
 from .measuring import errors_of, is_rounding, low_rank_squares, squares_of
 from .modules import Module, flat_name, modules_of
 from .numbers import check_range, narrowed, rounded
-from .peft_reading import adapter_of
+from .peft_reading import TURNED, adapter_of
 from .peft_settings import PREFIX, settings_of
 from .source import Source
 from .taking_apart import Wide
@@ -56,9 +56,11 @@ def to_foreign(found: Source, wish: Wish, to: str, dtype: str | None) -> Convers
     record: dict[str, Any] = {"from": found.kind, "to": to, "config": file.config.to_dict()}
     if config is None:
         record[NAMES] = {flat_name(module.path): [module.path, list(module.stored)] for module in modules}
+    else:
+        record[TURNED] = {module.path: module.transposed for module in modules}
     error, errors = _measured(modules, wide, _content(tensors, kinds, record, config), config)
     written = next(kinds.get(n, array.dtype.name) for n, array in tensors.items() if not n.endswith(".alpha"))
-    exact = is_rounding(error, written, choice.exact)
+    exact = all(is_rounding(one, written, choice.exact) for one in (error, *errors.values()))
     record |= {"exact": exact, "error": float(f"{error:.2e}")}
     content = _content(tensors, kinds, record, config)
     sizes = found.parameters, count

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from ..adapter_file import some
 from ..container import DTYPES, Container, opened, raw_dtype, strict_json
 from ..errors import FileError, shown
 from ..roles import natural
+from ..target import Target
 from .base import Base, target_of
 from .joining import Found, joined
 from .numbers import widened, widest
@@ -20,7 +23,10 @@ from .source import Source, sourced
 from .tensors import LOHA, LOKR, kind_of, update_of
 from .updates import Float
 
-__all__ = ["CONFIG", "WEIGHTS", "adapter_of", "read_peft"]
+__all__ = ["CONFIG", "RECORD", "TURNED", "WEIGHTS", "adapter_of", "read_peft"]
+
+# The entry of metadata in which a conversion says what it did, and what in it says which weights are (in, out).
+RECORD, TURNED = "tnadapt.convert", "transposed"
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -83,16 +89,46 @@ def adapter_of(container: Container, settings: Settings, base: Base | None) -> S
         raise FileError(f"has tensors that are no part of a {settings.kind} adapter: {some(unknown)}")
     if not modules:
         raise FileError("has no adapted weight")
-    found = []
+    wrapped = next((path for path in modules if ".base_layer." in f".{path}."), None)
+    if wrapped is not None:
+        raise FileError(
+            f"{shown(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds its update "
+            "of the output projection twice, and of q, k and v to a parameter that is no module's weight"
+        )
+    turned, found = _recorded(container.metadata), []
     for path in sorted(modules, key=natural):
         kind = kind_of(path, modules[path])
         if kind != settings.kind:
             raise FileError(f"{shown(path)} has tensors of {kind}, and {CONFIG} says {settings.kind}")
         update, shape = update_of(path, modules[path], functools.partial(settings.scale, path), peft=True)
-        target = target_of(path, shape, base, settings.transposed and len(shape) == 2, settings.kind == "lora")
+        says = turned.get(path, settings.transposed)
+        target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
         found.append(Found(target, update))
+    if base is not None and settings.kind == "lora":
+        _check_turned([one.target for one in found if one.target.module not in turned], settings.transposed)
     file, notes = joined(found, widest(dtypes), kept, bits, settings.model)
     return sourced(f"peft-{settings.kind}", file, found, notes)
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, bool]:
+    """Of a folder that this library wrote: whether each module's weight is stored as ``(in, out)``."""
+    try:
+        listed = json.loads(metadata.get(RECORD, "{}")).get(TURNED, {})
+        return {path: turned for path, turned in listed.items() if isinstance(turned, bool)}
+    except (ValueError, RecursionError, AttributeError):
+        return {}
+
+
+def _check_turned(targets: Sequence[Target], says: bool) -> None:
+    """A FileError where the one word that PEFT has for all weights is wrong for some, and all there is for others."""
+    flat = [target for target in targets if len(target.stored) == 2]
+    wrong = [target for target in flat if target.stored[0] != target.stored[1] and target.transposed != says]
+    square = [target for target in flat if target.stored[0] == target.stored[1]]
+    if wrong and square:
+        raise FileError(
+            f"fan_in_fan_out is {says} for all weights, which is not so of {shown(wrong[0].module)} in base: of the "
+            f"square {shown(square[0].module)} nothing says how it is stored. Save one adapter for each kind of layer"
+        )
 
 
 def _taken_apart(name: str) -> tuple[str, str]:

@@ -23,6 +23,8 @@ Blocks = Iterator[np.ndarray]
 # Telling a rank of k from a larger one takes singular values of a k × k matrix.
 LIMIT = 1024
 _FIRST = 64
+# Ranks of a config that are tried before a larger one: nearly always ΔW has the largest rank there is with these.
+_FEW = (16, 256)
 # Elements of ΔW that are formed at once.
 BLOCK = 1 << 22
 # Below this share of the largest singular value, one is rounding.
@@ -103,6 +105,14 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     known = by_formula(plan, weight)
     if known is not None:
         return Rank(known, True)
+    most = min(limit, *shapes[weight])
+    smaller = [few for few in _FEW if isinstance(plan.config.rank, int) and plan.config.rank > 2 * few]
+    if smaller:
+        # A larger rank makes all that a smaller one does, and takes long to form.
+        fewer = SuperLoRA(plan.config.replace(rank=smaller[-1]), shapes, plan._layers)
+        found = largest_rank(fewer, weight, limit, seed)
+        if found.value >= most:
+            return Rank(most, most == min(shapes[weight]))
     rng = np.random.default_rng(seed)
     # Numbers of about one size: products of many normal ones would leave most of ΔW in the last digits.
     params = {
