@@ -11,6 +11,7 @@ import torch
 
 from ..errors import BackendError
 from .base import Array, Backend, FixedArrays
+from .torch_kernels import hadamard
 
 
 class TorchBackend(Backend):
@@ -83,7 +84,8 @@ class TorchBackend(Backend):
 
     def _plain(self, function: Callable[..., Array], x: Array, *rest: Any) -> Array:
         # Autocast would take the product in half precision, and give a ΔW of another dtype than its parameters'.
-        if not torch.is_autocast_enabled(x.device.type):
+        # torch knows no autocast on the device that computes nothing.
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return function(x, *rest)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *rest)
@@ -94,3 +96,6 @@ class TorchBackend(Backend):
 
     def take(self, x: Array, indices: Array, axis: int = -1) -> Array:
         return torch.index_select(x, axis, indices)
+
+    def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
+        return hadamard(x, scale, axis)
