@@ -138,9 +138,10 @@ def _planned(unit: int, bits: int, itemsize: int, least_blocks: int) -> _Plan:
     low = min(bits, (run // unit).bit_length() - 1) if unit < run and unit & (unit - 1) == 0 else 0
     if low and unit << bits < run:
         return _Plan(True, low, low, low, ())
+    # What is read besides, and what comes next, is in the caches, too.
+    first, second = cache_sizes()
     near, within = (
-        min(bits, (elements // unit).bit_length() - 1 if elements >= unit else 0)
-        for elements in (size // 2 // itemsize for size in cache_sizes())
+        min(bits, max((size // itemsize // unit).bit_length() - 1, 0)) for size in (first * 3 // 4, second // 2)
     )
     within = max(low, min(within, bits - (least_blocks - 1).bit_length()))
     if -(-bits // _STRIP_BITS) <= -(-(bits - within) // _STRIP_BITS) and not low:
