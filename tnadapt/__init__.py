@@ -71,8 +71,8 @@ __all__ = [
     "verify",
 ]
 
-# Rooms that are imported when one of their names is first asked for: most programs need few of them. (A function that is
-# called as its room, such as convert, is not among them: whoever imported the room would find it in its place.)
+# Rooms that are imported when one of their names is first asked for: most programs need few of them. (A function that
+# is called as its room, such as convert, is not among them: whoever imported the room would find it in its place.)
 _LATER = {
     "AdapterFile": "files",
     "MergeReport": "merge_files",
