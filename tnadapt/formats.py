@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from .backends import Backend
 from .backends.base import Array
 from .errors import ConfigError
-from .products import cp_tensor, khatri_rao, tt_tensor, tucker_tensor
+from .products import cp_tensor, khatri_rao, kronecker_tensor, tt_halves, tt_tensor, tucker_tensor
 
 __all__ = ["FORMATS", "Format"]
 
@@ -95,6 +95,31 @@ class Format:
         """
         raise NotImplementedError
 
+    def width(self, cut: int) -> int | None:
+        """Inner size of :meth:`halves`; None where the tensor has no such form."""
+        return None
+
+    def halves(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges, cut: int) -> tuple[Array, Array]:
+        """The tensor on a box as a matrix, the first ``cut`` modes by the others, in two factors.
+
+        Parameters
+        ----------
+        backend : Backend
+        arrays : mapping of str to array
+        ranges : sequence of (int, int)
+            As for :meth:`tensor`.
+        cut : int
+            ``0 < cut < M``.
+
+        Returns
+        -------
+        left : array, shape (rows, width)
+            Rows are the elements of the box's first modes, in C order.
+        right : array, shape (cols, width)
+            ``left @ right.T`` is the tensor reshaped. It depends on the ranges of the other modes alone.
+        """
+        raise NotImplementedError
+
     @property
     def num_parameters(self) -> int:
         """Elements of all arrays."""
@@ -162,6 +187,15 @@ class CP(Format):
         factors = [_rows(arrays[f"factor{mode}"], bounds) for mode, bounds in enumerate(ranges)]
         return cp_tensor(backend, arrays.get("weights"), factors)
 
+    def width(self, cut: int) -> int | None:
+        return self.rank
+
+    def halves(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges, cut: int) -> tuple[Array, Array]:
+        first, *others = (_rows(arrays[f"factor{mode}"], bounds) for mode, bounds in enumerate(ranges))
+        weights = arrays.get("weights")
+        factors = [first if weights is None else first * weights, *others]
+        return khatri_rao(backend, factors[:cut]), khatri_rao(backend, factors[cut:])
+
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         factors = [arrays[f"factor{mode}"] for mode in range(len(self.sizes))]
         weights = arrays.get("weights")
@@ -204,15 +238,31 @@ class Tucker(Format):
         return {"core": self.core} | {f"factor{mode}": (self.sizes[mode], self.core[mode]) for mode in self.modes}
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
+        return self._expanded(backend, arrays, ranges, self.modes)
+
+    def _expanded(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges, modes: Sequence[int]) -> Array:
+        """The core cut to a box, and in some modes expanded by the factor there."""
         core = arrays["core"]
         factors: list[Array | None] = []
         for mode, bounds in enumerate(ranges):
-            if mode in self.modes:
+            if mode in modes:
                 factors.append(_rows(arrays[f"factor{mode}"], bounds))
             else:
                 core = _rows(core, bounds, mode)
                 factors.append(None)
         return tucker_tensor(backend, core, factors)
+
+    def width(self, cut: int) -> int | None:
+        # A mode of the columns without a factor would be as wide as itself.
+        return math.prod(self.core[cut:]) if all(m in self.modes for m in range(cut, len(self.sizes))) else None
+
+    def halves(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges, cut: int) -> tuple[Array, Array]:
+        sizes = [stop - start for start, stop in ranges]
+        whole = [(0, rank) for rank in self.core[cut:]]
+        left = self._expanded(backend, arrays, [*ranges[:cut], *whole], [mode for mode in self.modes if mode < cut])
+        cols = [_rows(arrays[f"factor{mode}"], ranges[mode]) for mode in range(cut, len(sizes))]
+        width = math.prod(self.core[cut:])
+        return backend.reshape(left, (math.prod(sizes[:cut]), width)), kronecker_tensor(backend, cols)
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         turned = {mode: backend.matrix_transpose(arrays[f"factor{mode}"]) for mode in self.modes}
@@ -252,6 +302,14 @@ class TensorTrain(Format):
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
         return tt_tensor(backend, [_rows(arrays[f"core{mode}"], bounds, 1) for mode, bounds in enumerate(ranges)])
+
+    def width(self, cut: int) -> int | None:
+        return self.ranks[cut]
+
+    def halves(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges, cut: int) -> tuple[Array, Array]:
+        cores = [_rows(arrays[f"core{mode}"], bounds, 1) for mode, bounds in enumerate(ranges)]
+        rows, cols = tt_halves(backend, cores, cut)
+        return rows, backend.matrix_transpose(cols)
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         cores = [arrays[f"core{mode}"] for mode in range(len(self.sizes))]

@@ -223,6 +223,12 @@ def tt_tensor(backend: Backend, cores: Sequence[Array]) -> Array:
     if len(cores) == 1:
         return backend.reshape(cores[0], sizes)
     cut = min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
+    rows, cols = tt_halves(backend, cores, cut)
+    return backend.reshape(backend.matmul(rows, cols), sizes)
+
+
+def tt_halves(backend: Backend, cores: Sequence[Array], cut: int) -> tuple[Array, Array]:
+    """The two matrices, ``(left, r)`` and ``(r, right)``, whose product is a train's tensor cut before mode ``cut``."""
     rows = cores[0]
     for core in cores[1:cut]:
         rows = backend.matmul(backend.reshape(rows, (-1, core.shape[0])), backend.reshape(core, (core.shape[0], -1)))
@@ -231,7 +237,7 @@ def tt_tensor(backend: Backend, cores: Sequence[Array]) -> Array:
     for core in reversed(cores[cut:-1]):
         cols = backend.matmul(backend.reshape(core, (-1, core.shape[2])), backend.reshape(cols, (core.shape[2], -1)))
     rank = cores[cut].shape[0]
-    return backend.reshape(backend.matmul(backend.reshape(rows, (-1, rank)), backend.reshape(cols, (rank, -1))), sizes)
+    return backend.reshape(rows, (-1, rank)), backend.reshape(cols, (rank, -1))
 
 
 def kronecker(arrays: Sequence[Array]) -> Array:
