@@ -6,8 +6,8 @@ tensor whose last modes together are its columns is one product, too: LoTR, CP a
 with the weights digit for digit. Kronecker products of matrices stay what they are (LoKr, KronA, Compacter), and a
 Hadamard product of low-rank matrices is one of the product of the ranks (LoHa).
 
-What is separate is read off the integers of the plan, and is exact. Where a fold cuts through rows, F mixes elements, or a
-Kronecker product is cut to size, there are no such factors.
+What is separate is read off the integers of the plan, and is exact. Where a fold cuts through rows, F mixes elements,
+or a Kronecker product is cut to size, there are no such factors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .backends import Backend
 from .backends.base import Array
@@ -24,7 +24,7 @@ from .boxes import Box, boxes
 from .formats import Format, Ranges
 from .network import Network
 from .products import kronecker_tensor
-from .superlora import SuperLoRA
+from .superlora import Group, SuperLoRA
 
 __all__ = ["Factored", "Factoring", "Matrix", "factoring"]
 
@@ -87,8 +87,8 @@ class Factoring:
         How many products are summed.
     sizes : tuple of Size
         Of the matrices of each.
-    names : tuple of str
-        The plan's arrays that the factors are made of.
+    shared : bool
+        Whether other weights are made of them, too.
     """
 
     network: Network
@@ -100,9 +100,14 @@ class Factoring:
     kept: tuple[tuple[int, int], ...]
     terms: int
     sizes: tuple[Size, ...]
+    shared: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factoring:
+        return self  # nothing in it changes
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The plan's arrays that the factors are made of."""
         return tuple(self.keys.values())
 
     @functools.cached_property
@@ -163,7 +168,7 @@ def _beside(backend: Backend, a: Array, b: Array) -> Array:
 
 
 def _extent(ranges: Ranges) -> int:
-    return math.prod(stop - start for start, stop in ranges)
+    return math.prod([stop - start for start, stop in ranges])
 
 
 def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
@@ -202,7 +207,7 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
     found = boxes(network.sizes[:cut], first, first + rows)
     many = len(network.splits)
     if network.kronecker and many > 1:
-        return _of_kronecker(network, group.names, cut, found, rows)
+        return _of_kronecker(group, cut, found, rows)
     widths = [split.width(cut) for split in network.splits]
     if any(width is None for width in widths):
         return None
@@ -213,14 +218,13 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
     ]
     whole = [(0, size) for size in network.sizes[cut:]]
     runs = [tuple([[*box.ranges, *whole]] * many) for box in found]
-    return Factoring(network, group.names, cut, tuple(runs), tuple(kept), 1, (Size(rows, cols, width),))
+    shared, size = len(group.pieces) > 1, Size(rows, cols, width)
+    return Factoring(network, group.names, cut, tuple(runs), tuple(kept), 1, (size,), shared)
 
 
-def _of_kronecker(
-    network: Network, keys: Mapping[str, str], cut: int, found: Sequence[Box], rows: int
-) -> Factoring | None:
+def _of_kronecker(group: Group, cut: int, found: Sequence[Box], rows: int) -> Factoring | None:
     """Where the rows are one index and the columns another, the product of matrices is one of their unfoldings."""
-    ranges = found[0].ranges
+    network, ranges = group.network, found[0].ranges
     if len(found) > 1 or _extent(ranges) != rows:
         return None
     if sum(hi - lo > 1 for lo, hi in ranges) > 1 or sum(size > 1 for size in network.sizes[cut:]) > 1:
@@ -237,7 +241,8 @@ def _of_kronecker(
     for split, own in zip(network.splits, run, strict=True):
         r, c, width = _extent(own[:cut]), _extent(own[cut:]), split.width(cut)
         sizes_of.append(Size(r, c, width if width is not None and width * (r + c) < r * c else None))
-    return Factoring(network, keys, cut, (run,), ((0, rows),), network.terms, tuple(sizes_of))
+    shared = len(group.pieces) > 1
+    return Factoring(network, group.names, cut, (run,), ((0, rows),), network.terms, tuple(sizes_of), shared)
 
 
 def _cut(sizes: Sequence[int], cols: int) -> int | None:
