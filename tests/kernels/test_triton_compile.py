@@ -19,7 +19,8 @@ from tnadapt.draws import _CENTRE, _TAIL
 
 triton = pytest.importorskip("triton")
 
-from tnadapt.kernels.gpu import fastfood, hadamard, passes  # noqa: E402
+from tnadapt.kernels.gpu import passes, triton_fastfood, triton_hadamard  # noqa: E402
+from tnadapt.kernels.gpu.triton_launcher import TritonLauncher, warps  # noqa: E402
 
 compiler = pytest.importorskip("triton.compiler")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
@@ -27,7 +28,8 @@ GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
 BITS = 24
-SHORT, ROWS, COLUMNS = passes.passes(12, 4)[0], *passes.passes(BITS, 4)
+TILE = TritonLauncher.tile_bytes
+SHORT, ROWS, COLUMNS = passes.passes(12, 4, TILE)[0], *passes.passes(BITS, 4, TILE)
 # A tile in shared memory must fit what the smallest of them, that of graphics cards, gives a program.
 SHARED = 99 << 10
 
@@ -83,7 +85,7 @@ def stack(made: Any, tmp_path: Path) -> int:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("step", [SHORT, ROWS, COLUMNS], ids=["short", "rows", "columns"])
 def test_fwht(step: passes.Pass, capability: int, tmp_path: Path) -> None:
-    made = compiled(hadamard._pass, capability, step.warps, LENGTH=1 << BITS, **shape(step))
+    made = compiled(triton_hadamard.hadamard_pass, capability, warps(step), LENGTH=1 << BITS, **shape(step))
     check(made, tmp_path)
     # Four numbers at once from and to memory, and as few exchanges as the digits in registers allow.
     assert "ld.global.v4.b32" in made.asm["ptx"]
@@ -91,9 +93,9 @@ def test_fwht(step: passes.Pass, capability: int, tmp_path: Path) -> None:
     assert made.asm["ttgir"].count("convert_layout") <= 3
 
 
-@pytest.mark.parametrize("step", passes.passes(BITS, 8), ids=lambda step: f"stride {step.stride}")
+@pytest.mark.parametrize("step", passes.passes(BITS, 8, TILE), ids=lambda step: f"stride {step.stride}")
 def test_fwht_in_double_precision(step: passes.Pass, tmp_path: Path) -> None:
-    check(compiled(hadamard._pass, 80, step.warps, "fp64", LENGTH=1 << BITS, **shape(step)), tmp_path)
+    check(compiled(triton_hadamard.hadamard_pass, 80, warps(step), "fp64", LENGTH=1 << BITS, **shape(step)), tmp_path)
 
 
 PASSES = {
@@ -112,7 +114,7 @@ def test_fastfood(name: str, tmp_path: Path) -> None:
     step, load, store, signs = PASSES[name]
     bits = 12 if step is SHORT else BITS
     made = compiled(
-        fastfood._drawn_pass, 90 if name == "gathers" else 80, step.warps, LENGTH=1 << bits, LOG_LENGTH=bits,
+        triton_fastfood.drawn_pass, 90 if name == "gathers" else 80, warps(step), LENGTH=1 << bits, LOG_LENGTH=bits,
         PERIOD=1 << bits if load == "unpermuted" else 1 << 10, LOAD=load, STORE=store, SIGNS=signs, **shape(step),
     )  # fmt: skip
     check(made, tmp_path)
@@ -123,14 +125,22 @@ def test_fastfood(name: str, tmp_path: Path) -> None:
 def test_the_gathering_sum(tmp_path: Path) -> None:
     for dtype in ("fp32", "fp64"):
         made = compiled(
-            fastfood._gathered_sum, 80, 4, dtype, LENGTH=1 << 24, LOG_LENGTH=24, PERIOD=1 << 18, ROWS=8, COLUMNS=128
+            triton_fastfood.gathered_sum,
+            80,
+            4,
+            dtype,
+            LENGTH=1 << 24,
+            LOG_LENGTH=24,
+            PERIOD=1 << 18,
+            ROWS=8,
+            COLUMNS=128,
         )
         check(made, tmp_path)
         constants_of_normals(made)
 
 
 def test_the_shuffle(tmp_path: Path) -> None:
-    check(compiled(fastfood._shuffle, 80, 4, BITS=24, INVERSE=False, TILE=256), tmp_path)
+    check(compiled(triton_fastfood.shuffle, 80, 4, BITS=24, INVERSE=False, TILE=256), tmp_path)
 
 
 def constants_of_normals(made: Any) -> None:

@@ -57,7 +57,7 @@ def there_are_kernels(x: Tensor) -> bool:
 
 def fwht(x: Tensor, scale: float, axis: int) -> Tensor | None:
     """``scale * H x`` along an axis; None where Triton cannot be imported."""
-    room = kernels("gpu.hadamard")
+    room = kernels("gpu.triton_launcher")
     if room is None or x.dtype not in (torch.float32, torch.float64):
         return None
     length = x.shape[axis]
@@ -68,12 +68,10 @@ def fwht(x: Tensor, scale: float, axis: int) -> Tensor | None:
 
 def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool) -> Tensor | None:
     """The linear part of F along the last axis, or its adjoint; None where Triton cannot be imported."""
-    room = kernels("gpu.fastfood")
+    room = kernels("gpu.triton_launcher")
     if room is None or x.dtype not in (torch.float32, torch.float64):
         return None
-    f = room.Drawn(
-        n_in, draws.lengths["diagonal"], draws.whole, draws.pruned, draws.seed, draws.group, bool(draws.signs)
-    )
+    f = room.Drawn.of(draws, n_in)
     there = functools.partial(_by_rows, functools.partial(room.fastfood, f=f))
     back = functools.partial(_by_rows, functools.partial(room.fastfood_adjoint, f=f))
     return _apply(x, back, there) if adjoint else _apply(x, there, back)
