@@ -106,11 +106,12 @@ def test_every_import_is_declared() -> None:
         "timm",
     }
     optional |= {"datasets", "huggingface_hub", "sklearn", "threadpoolctl", "PIL", "numba"}
+    optional |= {"triton"}  # comes with torch, where torch is for CUDA
     optional |= {"llvmlite"}  # numba's own compiler, of the version that numba asks for
     extras = {
         d.split(">")[0].split("[")[0].replace("-", "_") for e in project["optional-dependencies"].values() for d in e
     }
-    assert optional - {"cupy", "sklearn", "PIL", "llvmlite"} <= extras
+    assert optional - {"cupy", "sklearn", "PIL", "llvmlite", "triton"} <= extras
     assert {"cupy_cuda12x", "scikit_learn", "pillow"} <= extras
     assert names <= declared
     for path in (ROOT / "tnadapt").rglob("*.py"):

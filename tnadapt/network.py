@@ -155,9 +155,9 @@ class Network:
 
         One matrix product where the formats have one (see :mod:`tnadapt.unfolding`), else a box after another.
         """
-        cut = best_cut(self.sizes, start, stop, self._inner)
+        cut = best_cut(self.sizes, start, stop, self._thin)
         if cut is not None:
-            vec = backend.flatten(self._unfolded(backend, arrays, cut))
+            vec = backend.flatten(self._product(backend, arrays, cut))
             lo, hi = start - cut.start, stop - cut.start
             return vec if (lo, hi) == (0, vec.shape[0]) else vec[lo:hi]
         vec = along(
@@ -222,20 +222,33 @@ class Network:
         sizes = [split.sizes for split in self.splits]
         return contracted(backend, rearranged(backend, tensor, sizes), others, sizes[k])
 
-    def _inner(self, modes: int) -> int | None:
-        """Columns of L where the sum over terms is one ``L R``; None where it is none, or forming it costs less."""
+    def inner(self, modes: int) -> int | None:
+        """Columns of L where the first ``modes`` modes are rows and the sum is one ``L R``; None for no such."""
         if len(self.splits) > 1 and self.kronecker:
             return None
-        inner = 1
+        inner = self.terms
         for split in self.splits:
             found = split.inner(modes)
             if found is None:
                 return None
             inner *= found
-        return None if len(self.splits) > 1 and inner > _THICK else inner * self.terms
+        return inner
 
-    def _unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> Array:
-        """A part of the unfolded sum over terms, as one matrix product."""
+    def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
+        """L and R of a part of the unfolding, without the scale; where :meth:`inner` says that there are such.
+
+        Parameters
+        ----------
+        backend : Backend
+        arrays : mapping of str to array
+        cut : Cut
+            Which modes are rows, and which rows and columns are wanted.
+
+        Returns
+        -------
+        (array, array)
+            Of shapes (rows, inner) and (inner, columns).
+        """
         lefts, rights = [], []
         for prefixes in self.prefixes:
             own = self.of_term(prefixes, arrays)
@@ -243,7 +256,16 @@ class Network:
             # Of an elementwise product L has the products of all columns, R those of all rows.
             lefts.append(rowwise(backend, [left for left, _ in halves]))
             rights.append(khatri_rao(backend, [right for _, right in halves]))
-        left, right = backend.concat(lefts, axis=1), backend.concat(rights, axis=0)
+        return backend.concat(lefts, axis=1), backend.concat(rights, axis=0)
+
+    def _thin(self, modes: int) -> int | None:
+        """:meth:`inner`, where one matrix product is the way that costs least."""
+        inner = self.inner(modes)
+        return None if inner is None or (len(self.splits) > 1 and inner > _THICK * self.terms) else inner
+
+    def _product(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> Array:
+        """A part of the unfolded sum over terms, as one matrix product, times the scale."""
+        left, right = self.unfolded(backend, arrays, cut)
         if self.scale == 1.0:
             return backend.matmul(left, right)
         if backend.dtype_name(left) in ("float16", "bfloat16"):
