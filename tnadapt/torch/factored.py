@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ..factoring import Factored, Matrix
 from ..target import Target
+from .summed import transformed
 
 __all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
 
@@ -90,20 +91,15 @@ def factored_linear(
         tensors += [tensor for term in factored.terms for matrix in term for tensor in matrix if tensor is not None]
     if torch.is_grad_enabled():
         return cast(Tensor, FactoredLinear.apply(x, weight, bias, tuple(branches), *tensors)[0])  # type: ignore[no-untyped-call]
-    return FactoredLinear.forward(x, weight, bias, branches, *tensors)[0]
+    return _forward(x, weight, bias, branches, tensors)[0]
 
 
 def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
     """Whether all is of one dtype and device, and no transformation of torch.func is at work, nor a compiler."""
-    if torch.compiler.is_compiling() or _transformed() or x.is_nested or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or transformed() or x.is_nested or torch.is_autocast_enabled(x.device.type):
         return False
     tensors = [t for _, factored in changes for term in factored.terms for matrix in term for t in matrix]
     return all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in [weight, *tensors])
-
-
-def _transformed() -> bool:
-    active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return active is None or active()
 
 
 class FactoredLinear(torch.autograd.Function):
@@ -111,37 +107,21 @@ class FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], *tensors: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        y = functional.linear(rows, weight, bias)
-        kept = []
-        for branch, own in _shared_out(branches, tensors):
-            part = _part(branch.target, y)
-            for term in branch.gathered(own):
-                inner = _inner(rows, term)
-                if _is_kept(term):
-                    kept.append(inner)
-                _accumulate(part, _middle(inner, rows.shape[0], term), term[-1].left, branch.scale)
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        # The same numbers, and no view: a view that is made in here must not be written to in place.
-        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y, *kept
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, ctx.branches, *tensors = inputs
-        ctx.sizes = len(tensors), len(output) - 1
-        ctx.save_for_backward(x, weight, *tensors, *output[1:])
+        y, kept = _forward(x, weight, bias, branches, tensors)
+        ctx.branches, ctx.number = branches, len(tensors)
+        ctx.save_for_backward(x, weight, *tensors, *kept)
         ctx.set_materialize_grads(False)
+        return y, *kept
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, *rest = ctx.saved_tensors
-        count, _ = ctx.sizes
-        tensors, kept = rest[:count], iter(rest[count:])
+        tensors, kept = rest[: ctx.number], iter(rest[ctx.number :])
         need_x, need_weight, need_bias, _, *needed = ctx.needs_input_grad
         rows = x.reshape(-1, x.shape[-1])
-        found: list[Tensor | None] = [None] * (4 + count)
+        found: list[Tensor | None] = [None] * (4 + len(tensors))
         moved: Tensor | None = None
         features: Tensor | None = None
         if grads[0] is not None:
@@ -162,6 +142,24 @@ class FactoredLinear(torch.autograd.Function):
                     at += 1
         found[0] = None if moved is None else moved.view(x.shape)
         return tuple(found)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], tensors: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and of each term what x has become by its right factor, where that is narrow."""
+    rows = x.reshape(-1, x.shape[-1])
+    y, kept = functional.linear(rows, weight, bias), []
+    for branch, own in _shared_out(branches, tensors):
+        part = _part(branch.target, y)
+        for term in branch.gathered(own):
+            inner = _inner(rows, term)
+            if _is_kept(term):
+                kept.append(inner)
+            _accumulate(part, _middle(inner, rows.shape[0], term), term[-1].left, branch.scale)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    # The same numbers, and no view: a view that is made in here must not be written to in place.
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y, kept
 
 
 def _pulled(
