@@ -49,15 +49,17 @@ def _inner(rows: Tensor, term: Sequence[Matrix]) -> Tensor:
 
 def _middle(inner: Tensor, count: int, term: Sequence[Matrix]) -> Tensor:
     """That through the other matrices, a mode each, the first mode first."""
-    for matrix in term[:-1]:
-        cols = matrix.left.shape[1] if matrix.right is None else matrix.right.shape[0]
+    # Sizes are all written out: of no rows at all, none could be found from the others.
+    sizes = [matrix.left.shape[1] if matrix.right is None else matrix.right.shape[0] for matrix in term[:-1]]
+    sizes.append(term[-1].left.shape[1])
+    for place, matrix in enumerate(term[:-1]):
         # Rows of x, digits that are done, this digit; and the rest, which the matrix leaves as it is.
-        stacked = inner.reshape(count, cols, -1)
+        stacked = inner.reshape(count, sizes[place], math.prod(sizes[place + 1 :]))
         if matrix.right is not None:
             stacked = torch.matmul(matrix.right.mT, stacked)
         inner = torch.matmul(matrix.left, stacked)
         count *= matrix.left.shape[0]
-    return inner.reshape(count, -1)
+    return inner.reshape(count, sizes[-1])
 
 
 class Branch(NamedTuple):
@@ -235,6 +237,6 @@ def _part(target: Target, features: Tensor) -> Tensor:
 def _accumulate(part: Tensor, z: Tensor, left: Tensor, scale: float) -> None:
     """``part += scale * z leftᵀ``, in place; several rows of z may make one of ``part``."""
     if part.is_contiguous() or (part.ndim == 2 and len(z) == len(part)):
-        part.view(len(z), -1).addmm_(z, left.T, alpha=scale)
+        part.view(len(z), left.shape[0]).addmm_(z, left.T, alpha=scale)
     else:
         part.add_((z @ left.T).view(part.shape), alpha=scale)
