@@ -93,6 +93,23 @@ def test_a_fresh_one_changes_no_bit_and_learns(name: str) -> None:
     assert {n for n, p in adapter.named_parameters() if p.grad is not None and p.grad.any()} == started
 
 
+@each
+def test_inputs_of_other_strides_and_of_many_lengths(name: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    x = torch.randn(5, 3, 8).transpose(0, 1)
+    jagged = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
+    with torch.no_grad():
+        before = model(x)
+    adapter = tt.attach(model, CONFIGS[name], ["0"], strategy="factored")
+    assert torch.equal(model(x), before)
+    stir(adapter, 0.5)
+    torch.testing.assert_close(model(x), model(x.contiguous()))
+    found = model(jagged)
+    torch.testing.assert_close(found.values(), model(jagged.values()))
+    found.values().sum().backward()
+    assert all(p.grad.any() for p in adapter.parameters())
+
+
 def factors(name: str) -> Factored:
     made = torch.Generator().manual_seed(2)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..backends import load_backend
 from ..factoring import Factored, Matrix
 from ..target import Target
 from .summed import transformed
@@ -25,18 +26,29 @@ __all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
 
 def product(x: Tensor, factored: Factored, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """``x ΔWᵀ`` by plain operations, with a nonlinearity between two factors where one is given."""
-    rows = x.reshape(-1, x.shape[-1])
-    total: Tensor | None = None
-    for term in factored.terms:
-        inner = _inner(rows, term)
-        if activation is not None:
-            inner = activation(inner)
-        one = functional.linear(_middle(inner, rows.shape[0], term), term[-1].left)
-        total = one if total is None else total + one
-    assert total is not None
-    out = math.prod([matrix.left.shape[0] for matrix in factored.terms[0]])
-    total = total.reshape(*x.shape[:-1], out)
+    if len(factored.terms[0]) == 1:
+        ((last,),) = factored.terms
+        assert last.right is not None
+        inner = functional.linear(x, last.right.T)
+        total = functional.linear(inner if activation is None else activation(inner), last.left)
+    elif x.is_nested:
+        # Its rows cannot be cut into digits.
+        total = functional.linear(x, cast(Tensor, factored._replace(scale=1.0).dense(load_backend("torch"))))
+    else:
+        total = _kronecker(x, factored)
     return total if factored.scale == 1.0 else total * factored.scale
+
+
+def _kronecker(x: Tensor, factored: Factored) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    several = [
+        functional.linear(_middle(_inner(rows, term), rows.shape[0], term), term[-1].left) for term in factored.terms
+    ]
+    total = several[0]
+    for one in several[1:]:
+        total = total + one
+    out = math.prod([matrix.left.shape[0] for matrix in factored.terms[0]])
+    return total.reshape(*x.shape[:-1], out)
 
 
 def _inner(rows: Tensor, term: Sequence[Matrix]) -> Tensor:
@@ -100,6 +112,8 @@ def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored
     """Whether all is of one dtype and device, and no transformation of torch.func is at work, nor a compiler."""
     if torch.compiler.is_compiling() or transformed() or x.is_nested or torch.is_autocast_enabled(x.device.type):
         return False
+    if not x.is_contiguous():
+        return False  # of other strides torch takes its products in another order, and rounds otherwise
     tensors = [t for _, factored in changes for term in factored.terms for matrix in term for t in matrix]
     return all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in [weight, *tensors])
 
