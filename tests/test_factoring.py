@@ -115,7 +115,6 @@ def test_a_cp_that_lines_up_is_a_low_rank_matrix_of_its_own_rank() -> None:
         (P.superlora(2, projection="shuffle"), [(4, 4)]),
         (P.fastfood(0.5), [(4, 4)]),
         (P.lokr(1, split_size=5), [(13, 13)]),  # a product of 15 by 15 is cut
-        (tna.Config(groups=1, order=3, fold=(3, 4, 4), format="tucker", rank=(2, 2, None)), [(4, 4)] * 3),
     ],
 )
 def test_what_does_not_factor(config: tna.Config, shapes: list[tuple[int, int]]) -> None:

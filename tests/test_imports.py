@@ -18,8 +18,8 @@ def run(code: str) -> str:
 def test_no_framework_is_imported() -> None:
     # Nor what only some functions need.
     unwanted = ["torch", "jax", "cupy", "tensorly", "scipy", "matplotlib", "hypothesis", "pytest", "typer", "rich"]
-    unwanted += ["safetensors", "transformers", "peft", "sklearn"]
-    code = f"import sys, tnadapt; print([name for name in {unwanted} if name in sys.modules])"
+    unwanted += ["safetensors", "transformers", "peft", "sklearn", "numba", "llvmlite", "triton"]
+    code = f"import sys, tnadapt, tnadapt.backends; print([name for name in {unwanted} if name in sys.modules])"
     assert run(code).strip() == "[]"
 
 
@@ -36,7 +36,7 @@ print([n for n in ('torch', 'jax', 'cupy', 'tensorly', 'scipy') if n in sys.modu
 def test_the_core_works_where_no_framework_can_be_imported() -> None:
     code = """
 import sys
-for name in ("torch", "jax", "cupy"):
+for name in ("torch", "jax", "cupy", "numba"):
     sys.modules[name] = None
 import tnadapt as tna
 from tnadapt.backends import available_backends
@@ -69,11 +69,13 @@ def test_every_import_is_declared() -> None:
         "transformers",
         "timm",
     }
-    optional |= {"datasets", "huggingface_hub", "sklearn", "threadpoolctl", "PIL"}
+    optional |= {"datasets", "huggingface_hub", "sklearn", "threadpoolctl", "PIL", "numba"}
+    optional |= {"triton"}  # comes with torch, where torch is for CUDA
+    optional |= {"llvmlite"}  # numba's own compiler, of the version that numba asks for
     extras = {
         d.split(">")[0].split("[")[0].replace("-", "_") for e in project["optional-dependencies"].values() for d in e
     }
-    assert optional - {"cupy", "sklearn", "PIL"} <= extras
+    assert optional - {"cupy", "sklearn", "PIL", "llvmlite", "triton"} <= extras
     assert {"cupy_cuda12x", "scikit_learn", "pillow"} <= extras
     assert names <= declared
     for path in (ROOT / "tnadapt").rglob("*.py"):

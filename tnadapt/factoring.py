@@ -16,15 +16,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .backends import Backend
 from .backends.base import Array
-from .boxes import Box, boxes
+from .boxes import boxes
 from .formats import Format, Ranges
 from .network import Network
 from .products import kronecker_tensor
 from .superlora import Group, SuperLoRA
+from .unfolding import Cut
 
 __all__ = ["Factored", "Factoring", "Matrix", "factoring"]
 
@@ -93,17 +94,11 @@ class Factoring:
 
     network: Network
     keys: Mapping[str, str]
-    cut: int
-    #: Of each run of rows, of each split: the ranges of its tensor. Several runs only where there is one matrix a term.
-    runs: tuple[tuple[Ranges, ...], ...]
-    #: Of each run, which of its rows are the weight's.
-    kept: tuple[tuple[int, int], ...]
+    #: Of each matrix of a term: which part of the unfolding of its split, or of the whole network, it is.
+    cuts: tuple[Cut, ...]
     terms: int
     sizes: tuple[Size, ...]
     shared: bool = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Factoring:
-        return self  # nothing in it changes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,56 +114,23 @@ class Factoring:
         """The factors made of these parameters (of the names in ``names``); differentiable."""
         network = self.network
         arrays = {name: params[full] for name, full in self.keys.items()}
+        if len(self.sizes) == 1:
+            left, right = network.unfolded(backend, arrays, self.cuts[0])
+            return Factored([[Matrix(left, backend.matrix_transpose(right))]], network.scale)
         found = []
         for prefixes in network.prefixes:
-            own = network.of_term(prefixes, arrays)
-            if network.kronecker and len(network.splits) > 1:
-                found.append(
-                    [
-                        self._matrix(backend, split, mine, ranges, size.width)
-                        for split, mine, ranges, size in zip(network.splits, own, self.runs[0], self.sizes, strict=True)
-                    ]
-                )
-            else:
-                found.append([self._low_rank(backend, own)])
-        if len(found) > 1 and len(self.sizes) == 1:
-            # Low-rank matrices side by side are one.
-            pairs = [matrix for (matrix,) in found]
-            found = [[Matrix(*(backend.concat([pair[side] for pair in pairs], axis=1) for side in (0, 1)))]]
+            own = zip(network.splits, network.of_term(prefixes, arrays), self.cuts, self.sizes, strict=True)
+            found.append([_matrix(backend, split, mine, cut, size) for split, mine, cut, size in own])
         return Factored(found, network.scale)
 
-    def _matrix(
-        self, backend: Backend, split: Format, arrays: Mapping[str, Array], ranges: Ranges, width: int | None
-    ) -> Matrix:
-        if width is not None:
-            return Matrix(*split.halves(backend, arrays, ranges, self.cut))
-        rows, cols = _extent(ranges[: self.cut]), _extent(ranges[self.cut :])
-        return Matrix(backend.reshape(split.tensor(backend, arrays, ranges), (rows, cols)), None)
 
-    def _low_rank(self, backend: Backend, own: Sequence[Mapping[str, Array]]) -> Matrix:
-        """One product: of one split, or of several that are multiplied element by element."""
-        lefts, right = [], None
-        for run, (lo, hi) in zip(self.runs, self.kept, strict=True):
-            pairs = [
-                split.halves(backend, arrays, ranges, self.cut)
-                for split, arrays, ranges in zip(self.network.splits, own, run, strict=True)
-            ]
-            left = functools.reduce(lambda a, b: _beside(backend, a, b), [pair[0] for pair in pairs])
-            lefts.append(left if (lo, hi) == (0, left.shape[0]) else left[lo:hi])
-            if right is None:
-                right = functools.reduce(lambda a, b: _beside(backend, a, b), [pair[1] for pair in pairs])
-        return Matrix(backend.concat(lefts), right)
-
-
-def _beside(backend: Backend, a: Array, b: Array) -> Array:
-    """Each row's products: ``(a bᵀ)`` of two matrices multiplied element by element has these for factors."""
-    shape = (a.shape[0], a.shape[1], b.shape[1])
-    product = backend.reshape(a, (*shape[:2], 1)) * backend.reshape(b, (shape[0], 1, shape[2]))
-    return backend.reshape(product, (shape[0], shape[1] * shape[2]))
-
-
-def _extent(ranges: Ranges) -> int:
-    return math.prod([stop - start for start, stop in ranges])
+def _matrix(backend: Backend, split: Format, arrays: Mapping[str, Array], cut: Cut, size: Size) -> Matrix:
+    """A part of the unfolding of one split, in two factors where that is less."""
+    if size.width is not None:
+        left, right = split.unfolded(backend, arrays, cut)
+        return Matrix(left, backend.matrix_transpose(right))
+    whole = backend.reshape(split.tensor(backend, arrays, [(0, d) for d in split.sizes]), (-1, size.cols))
+    return Matrix(whole[cut.rows[0] : cut.rows[1]], None)
 
 
 def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
@@ -204,45 +166,55 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
     if cut is None or piece.group_start % cols:
         return None
     first, rows = piece.group_start // cols, plan.shapes[i][0]
-    found = boxes(network.sizes[:cut], first, first + rows)
-    many = len(network.splits)
-    if network.kronecker and many > 1:
-        return _of_kronecker(group, cut, found, rows)
-    widths = [split.width(cut) for split in network.splits]
-    if any(width is None for width in widths):
+    shared = len(group.pieces) > 1
+    if network.kronecker and len(network.splits) > 1:
+        return _of_kronecker(group, cut, (first, first + rows), shared)
+    width = network.inner(cut)
+    if width is None:
         return None
-    width = network.terms * math.prod(width or 1 for width in widths)
-    ends = [box.start + _extent(box.ranges) for box in found]
-    kept = [
-        (max(first - box.start, 0), min(first + rows, end) - box.start) for box, end in zip(found, ends, strict=True)
-    ]
-    whole = [(0, size) for size in network.sizes[cut:]]
-    runs = [tuple([[*box.ranges, *whole]] * many) for box in found]
-    shared, size = len(group.pieces) > 1, Size(rows, cols, width)
-    return Factoring(network, group.names, cut, tuple(runs), tuple(kept), 1, (size,), shared)
+    part = Cut(cut, (first, first + rows), (0, cols), piece.group_start)
+    return Factoring(network, group.names, (part,), 1, (Size(rows, cols, width),), shared)
 
 
-def _of_kronecker(group: Group, cut: int, found: Sequence[Box], rows: int) -> Factoring | None:
+def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -> Factoring | None:
     """Where the rows are one index and the columns another, the product of matrices is one of their unfoldings."""
-    network, ranges = group.network, found[0].ranges
-    if len(found) > 1 or _extent(ranges) != rows:
+    network = group.network
+    found = boxes(network.sizes[:cut], *rows)
+    if len(found) > 1 or _extent(found[0].ranges) != rows[1] - rows[0]:
         return None
-    if sum(hi - lo > 1 for lo, hi in ranges) > 1 or sum(size > 1 for size in network.sizes[cut:]) > 1:
+    ranges = [*found[0].ranges, *((0, size) for size in network.sizes[cut:])]
+    if any(sum(hi - lo > 1 for lo, hi in side) > 1 for side in (ranges[:cut], ranges[cut:])):
         return None
     digits = []
-    for mode, (lo, hi) in enumerate([*ranges, *((0, size) for size in network.sizes[cut:])]):
-        sizes = [split.sizes[mode] for split in network.splits]
-        inner = boxes(sizes, lo, hi)
+    for mode, (lo, hi) in enumerate(ranges):
+        inner = boxes([split.sizes[mode] for split in network.splits], lo, hi)
         if len(inner) > 1 or _extent(inner[0].ranges) != hi - lo:
             return None
         digits.append(inner[0].ranges)
-    run = tuple([digit[k] for digit in digits] for k in range(len(network.splits)))
-    sizes_of = []
-    for split, own in zip(network.splits, run, strict=True):
-        r, c, width = _extent(own[:cut]), _extent(own[cut:]), split.width(cut)
-        sizes_of.append(Size(r, c, width if width is not None and width * (r + c) < r * c else None))
-    shared = len(group.pieces) > 1
-    return Factoring(network, group.names, cut, (run,), ((0, rows),), network.terms, tuple(sizes_of), shared)
+    cuts, sizes = [], []
+    for k, split in enumerate(network.splits):
+        own = [digit[k] for digit in digits]
+        run = _run(split.sizes[:cut], own[:cut])
+        if run is None or any(bounds != (0, size) for bounds, size in zip(own[cut:], split.sizes[cut:], strict=True)):
+            return None
+        r, c, width = run[1] - run[0], math.prod(split.sizes[cut:]), split.inner(cut)
+        cuts.append(Cut(cut, run, (0, c), run[0] * c))
+        sizes.append(Size(r, c, width if width is not None and width * (r + c) < r * c else None))
+    return Factoring(network, group.names, tuple(cuts), network.terms, tuple(sizes), shared)
+
+
+def _run(sizes: Sequence[int], ranges: Ranges) -> tuple[int, int] | None:
+    """Start and stop, in ``vec``, of a box whose elements lie one after another; None where they do not."""
+    start = 0
+    for size, (lo, _) in zip(sizes, ranges, strict=True):
+        start = start * size + lo
+    length = _extent(ranges)
+    found = boxes(sizes, start, start + length)
+    return (start, start + length) if [list(box.ranges) for box in found] == [list(ranges)] else None
+
+
+def _extent(ranges: Ranges) -> int:
+    return math.prod(stop - start for start, stop in ranges)
 
 
 def _cut(sizes: Sequence[int], cols: int) -> int | None:

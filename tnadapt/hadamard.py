@@ -67,20 +67,37 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True) -> Array:
             f"fwht needs a length that is a power of two; axis {axis} of shape {tuple(x.shape)} has {length}: "
             f"pad it with zeros to {1 << (length - 1).bit_length() if length > 1 else 1}"
         )
-    moved = backend.moveaxis(x, axis, -1)
-    return backend.moveaxis(fwht_last(backend, moved, normalize), -1, axis)
+    return _fwht_along(backend, x, axis, normalize)
 
 
 def fwht_last(backend: Backend, x: Array, normalize: bool = True) -> Array:
     """:func:`fwht` of a checked array along its last axis."""
+    return _fwht_along(backend, x, -1, normalize)
+
+
+def _fwht_along(backend: Backend, x: Array, axis: int, normalize: bool) -> Array:
     kind = backend.dtype_name(x)
     if kind in ("float16", "bfloat16"):
-        return backend.astype(fwht_last(backend, backend.astype(x, "float32"), normalize), kind)
+        return backend.astype(_fwht_along(backend, backend.astype(x, "float32"), axis, normalize), kind)
+    length = x.shape[axis]
+    if length == 1 or math.prod(x.shape) == 0:
+        return x
+    found = backend.fwht(x, 1.0 / math.sqrt(length) if normalize else 1.0, axis)
+    if found is not None:
+        return found
+    moved = backend.moveaxis(x, axis, -1)
+    return backend.moveaxis(fwht_plain(backend, moved, normalize), -1, axis)
+
+
+def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:
+    """:func:`fwht_last` in the library's own matrix products: what every kernel must equal.
+
+    For float32 and float64, and no empty batch.
+    """
+    kind = backend.dtype_name(x)
     shape = x.shape
     length = shape[-1]
     bits = length.bit_length() - 1
-    if bits == 0 or math.prod(shape) == 0:
-        return x
     batch = tuple(shape[:-1])
     # The leading digit is transformed and put last; after all digits had their turn they stand in
     # order again. The last small matrix carries the scale.

@@ -274,6 +274,9 @@ class Projection:
             return x
         if self.kind == "shuffle":
             return backend.take(x, self._draws.on(backend, "perm", x))
+        found = backend.fastfood(x, self._draws, self.n_in, adjoint=False)
+        if found is not None:
+            return found
         kind = backend.dtype_name(x)
         z = backend.take(self._small_transform(backend, x), self._draws.on(backend, "index", x))
         z = z * self._draws.on(backend, "gain", x, kind)
@@ -288,6 +291,9 @@ class Projection:
             return y
         if self.kind == "shuffle":
             return backend.take(y, self._draws.on(backend, "inverse", y))
+        found = backend.fastfood(y, self._draws, self.n_in, adjoint=True)
+        if found is not None:
+            return found
         kind = backend.dtype_name(y)
         u = fwht_last(backend, backend.pad_last(y * self._draws.on(backend, "diagonal", y, kind), self.padded))
         v = backend.take(u * self._draws.on(backend, "gain", y, kind), self._draws.on(backend, "inverse", y))

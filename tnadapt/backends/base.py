@@ -213,6 +213,23 @@ class Backend:
         """The same arrays, computed as if nothing were known of them: no compiler folds one into another."""
         return list(arrays)
 
+    # -- Kernels: faster ways to the same numbers --------------------------------------------
+    # None where there is no kernel for this array: the plain way is taken, which each must equal.
+
+    def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
+        """``scale * H x`` along one axis, the entries of H being 1 and -1.
+
+        x is float32 or float64 and not empty; the axis is a power of two long, at least 2.
+        """
+        return None
+
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
+        """The linear part of a projection F along the last axis, or its adjoint.
+
+        ``draws`` are the :class:`tnadapt.projection_draws.ProjectionDraws` that make F.
+        """
+        return None
+
     # -- What a check of the laws asks besides -----------------------------------------------
 
     def double_precision(self) -> AbstractContextManager[Any]:

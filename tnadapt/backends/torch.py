@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import BackendError
+from . import torch_gpu
 from .base import Array, Backend, FixedArrays
 
 
@@ -94,3 +95,9 @@ class TorchBackend(Backend):
 
     def take(self, x: Array, indices: Array, axis: int = -1) -> Array:
         return torch.index_select(x, axis, indices)
+
+    def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
+        return torch_gpu.fwht(x, scale, axis) if torch_gpu.there_are_kernels(x) else None
+
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
+        return torch_gpu.fastfood(x, draws, n_in, adjoint) if torch_gpu.there_are_kernels(x) else None

@@ -1,0 +1,127 @@
+"""torch's way to the Triton kernels: derivatives of every order, vmap, strides; the kernels in a model's place.
+
+As in test_triton.py: on a device, or under the interpreter in a process of its own, where tensors on the CPU are taken
+for tensors on a device.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tnadapt.hadamard import fwht_plain
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from tnadapt.backends import get_backend, torch_gpu  # noqa: E402
+
+# torch's own forward derivatives compile some of theirs with what torch calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device; done by test_under_the_interpreter"
+)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this is the interpreter, or there is a device")
+def test_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Every run of a kernel, so that no test passes by the plain way."""
+    made: list[Any] = []
+    by_rows = torch_gpu._by_rows
+
+    def counted(kernel: Any, x: Any) -> Any:
+        made.append(kernel)
+        return by_rows(kernel, x)
+
+    monkeypatch.setattr(torch_gpu, "_by_rows", counted)
+    if INTERPRETED:
+        monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: not torch.compiler.is_compiling())
+    yield made
+    if INTERPRETED or torch.cuda.is_available():
+        assert made
+
+
+def plain_f(f: tna.Projection, x: Any) -> Any:
+    return x @ torch.tensor(f(np.eye(f.n_in)).T, device=DEVICE, dtype=x.dtype).T
+
+
+@kernels
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_fwht_along_any_axis(axis: int) -> None:
+    x = torch.randn(4, 8, 2, dtype=torch.float64, device=DEVICE)[:, ::2].requires_grad_()
+    found = tna.fwht(x, axis=axis)
+    expected = fwht_plain(get_backend(x), x.movedim(axis, -1)).movedim(-1, axis)
+    assert torch.allclose(found, expected, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda t: tna.fwht(t, axis=axis), (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda t: tna.fwht(t, axis=axis), (x,), fast_mode=True)
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["linear", "nonlinear_v2"])
+def test_derivatives_of_f(kind: str) -> None:
+    f = tna.Projection(kind, 3, 7, seed=1)
+    x = torch.randn(2, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    # Along one random direction: each call takes the interpreter a tenth of a second.
+    assert torch.autograd.gradcheck(f, (x,), check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(f.linear_part.adjoint, (torch.randn_like(f(x)).requires_grad_(),), fast_mode=True)
+
+
+@kernels
+def test_under_vmap_and_vjp() -> None:
+    f = tna.Projection("linear", 5, 12, seed=1)
+    x = torch.randn(5, 3, 2, dtype=torch.float64, device=DEVICE)
+    found = torch.func.vmap(torch.func.vmap(f, in_dims=1), in_dims=2)(x)
+    assert torch.allclose(found, plain_f(f, x.permute(2, 1, 0)))
+    y = torch.randn(4, 12, dtype=torch.float64, device=DEVICE)
+    _, pull = torch.func.vjp(f, x[:, 0, 0])
+    assert torch.allclose(torch.func.vmap(pull)(y)[0], f.adjoint(y))
+    assert torch.allclose(torch.func.jacrev(f)(x[:, 0, 0]), torch.func.jacfwd(f)(x[:, 0, 0]))
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_half_precision_is_computed_in_single(kind: str) -> None:
+    f = tna.Projection("linear", 50, 200, seed=1)
+    x = torch.randn(50, dtype=getattr(torch, kind), device=DEVICE)
+    found = f(x)
+    assert found.dtype == x.dtype
+    assert torch.equal(found, f(x.float()).to(x.dtype))
+    assert torch.equal(tna.fwht(found[:128]), tna.fwht(found[:128].float()).to(x.dtype))
+
+
+@kernels
+def test_autocast_changes_nothing() -> None:
+    f = tna.Projection("linear", 50, 200, seed=1)
+    x = torch.randn(50, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = f(x)
+    assert torch.equal(found, f(x))
+
+
+@kernels
+def test_a_step_of_a_plan() -> None:
+    plan = tna.SuperLoRA(tna.presets.superlora(2, projection="linear", ratio=0.3), [(12, 10), (10, 10)])
+    host = {name: np.asarray(a) + 0.1 for name, a in plan.init().items()}
+    arrays = {name: torch.tensor(a, device=DEVICE, requires_grad=True) for name, a in host.items()}
+    found = plan.vector(arrays)
+    assert np.allclose(found.detach().cpu().numpy(), plan.vector(host), atol=1e-5)
+    assert all(grad is not None for grad in torch.autograd.grad(found.square().sum(), list(arrays.values())))
