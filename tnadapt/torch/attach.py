@@ -22,7 +22,7 @@ from .adapter import Adapter
 from .apply import ACTIVATIONS, STRATEGIES, Part, Site
 from .registry import BOOK, PREFIX, overlapping
 from .sharding import is_sharded
-from .targets import find_targets, host_of, tied
+from .targets import find_targets, host_of, paths_of, tied
 
 __all__ = ["attach", "check_name", "matching"]
 
@@ -115,7 +115,8 @@ def attach(
     plan = SuperLoRA(cfg, [target.shape for target in found], layers=[target.layer for target in found])
     kept = matching(model, keep_trainable, {target.name for target in found})
     owners = [model.get_submodule(target.module) for target in found]
-    hosts = [model.get_submodule(host_of(model, target)) for target in found]
+    paths = paths_of(model)
+    hosts = [model.get_submodule(host_of(model, target, paths)) for target in found]
     strategies = [
         _strategy(strategy, plan, index, target, owner, host, activation)
         for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
