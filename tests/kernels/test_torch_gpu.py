@@ -20,7 +20,7 @@ import tnadapt as tna
 from tnadapt.hadamard import fwht_plain
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.5")
 
 from tnadapt.backends import get_backend, torch_gpu  # noqa: E402
 
