@@ -25,7 +25,7 @@ from tnadapt import draws
 from ..conftest import relative_error
 
 torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.5")
 
 import triton.language as tl  # noqa: E402
 

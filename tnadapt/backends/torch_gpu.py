@@ -80,6 +80,6 @@ def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool) -> Tensor | None:
 def _by_rows(kernel: Map, x: Tensor) -> Tensor:
     """A kernel of (vectors, n_in), run on x's own device, for x of any batch and strides."""
     batch = x.shape[:-1]
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         rows = kernel(x.reshape(batch.numel(), x.shape[-1]).contiguous())
     return rows.reshape(*batch, rows.shape[-1])

@@ -24,7 +24,7 @@ from .apply import ACTIVATIONS, STRATEGIES, Part, Site
 from .cost import MACHINES, TOKENS, choose
 from .registry import BOOK, PREFIX, overlapping
 from .sharding import is_sharded
-from .targets import find_targets, host_of, tied
+from .targets import find_targets, host_of, paths_of, tied
 
 __all__ = ["attach", "check_name", "matching"]
 
@@ -121,7 +121,8 @@ def attach(
     plan = SuperLoRA(cfg, [target.shape for target in found], layers=[target.layer for target in found])
     kept = matching(model, keep_trainable, {target.name for target in found})
     owners = [model.get_submodule(target.module) for target in found]
-    hosts = [model.get_submodule(host_of(model, target)) for target in found]
+    paths = paths_of(model)
+    hosts = [model.get_submodule(host_of(model, target, paths)) for target in found]
     strategies = [
         _strategy(strategy, plan, index, tokens, target, owner, host, activation)
         for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
