@@ -65,6 +65,10 @@ class Whole:
     def __init__(self, plan: SuperLoRA, names: Sequence[str]) -> None:
         self.plan, self.names = plan, tuple(names)
 
+    def __repr__(self) -> str:
+        # A trace has it in its graph, and compares two of them: no address.
+        return f"Whole({self.plan!r})"
+
     def __call__(self, *arrays: Tensor) -> Tensor:
         return cast(Tensor, self.plan.vector(dict(zip(self.names, arrays, strict=True))))
 
@@ -76,8 +80,6 @@ class Slice:
     ----------
     names : tuple of str
         These arrays' names in the plan.
-    shared : bool
-        Whether other weights are made of them, too.
     """
 
     def __init__(self, plan: SuperLoRA, index: int) -> None:
@@ -85,7 +87,9 @@ class Slice:
         self._pieces = plan.layout.of_weight(index)
         self._groups = {piece.group: plan.groups[piece.group] for piece in self._pieces}
         self.names = tuple(full for group in self._groups.values() for full in group.names.values())
-        self.shared = any(len(group.pieces) > 1 for group in self._groups.values())
+
+    def __repr__(self) -> str:
+        return f"Slice(shape={self._shape}, pieces={self._pieces})"
 
     def __call__(self, *arrays: Tensor) -> Tensor:
         # The plan has checked the arrays' shapes when they were made; a check at each layer would cost as much as this.
