@@ -53,6 +53,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return by_rows(kernel, x)
 
     monkeypatch.setattr(torch_gpu, "_by_rows", counted)
+    # Where what is short takes the plain way.
+    monkeypatch.setattr("tnadapt.draws.WORTH", 0, raising=False)
     if INTERPRETED:
         monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: not torch.compiler.is_compiling())
     yield made
@@ -96,6 +98,18 @@ def test_under_vmap_and_vjp() -> None:
     _, pull = torch.func.vjp(f, x[:, 0, 0])
     assert torch.allclose(torch.func.vmap(pull)(y)[0], f.adjoint(y))
     assert torch.allclose(torch.func.jacrev(f)(x[:, 0, 0]), torch.func.jacfwd(f)(x[:, 0, 0]))
+
+
+@kernels
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_batch_of_gradients_at_once() -> None:
+    f = tna.Projection("linear", 5, 12, seed=2**64 - 1)
+    x = torch.randn(2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = torch.randn(3, 2, 12, dtype=torch.float64, device=DEVICE)
+    (found,) = torch.autograd.grad(f(x), x, y, is_grads_batched=True)
+    assert torch.allclose(found, f.adjoint(y))
+    (found,) = torch.autograd.grad(tna.fwht(x, axis=0), x, y[..., :5], is_grads_batched=True)
+    assert torch.allclose(found, tna.fwht(y[..., :5], axis=1))
 
 
 @kernels
