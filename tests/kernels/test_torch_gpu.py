@@ -53,8 +53,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return by_rows(kernel, x)
 
     monkeypatch.setattr(torch_gpu, "_by_rows", counted)
-    # Where what is short takes the plain way.
-    monkeypatch.setattr("tnadapt.draws.WORTH", 0, raising=False)
     if INTERPRETED:
         monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: not torch.compiler.is_compiling())
     yield made
@@ -121,6 +119,14 @@ def test_half_precision_is_computed_in_single(kind: str) -> None:
     assert found.dtype == x.dtype
     assert torch.equal(found, f(x.float()).to(x.dtype))
     assert torch.equal(tna.fwht(found[:128]), tna.fwht(found[:128].float()).to(x.dtype))
+
+
+@kernels
+def test_numbers_that_are_not_in_memory_yet() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, device=DEVICE)
+    assert torch.equal(tna.fwht(torch._neg_view(x)), tna.fwht(-x))
+    assert not tna.fwht(torch._efficientzerotensor(3, 8, dtype=torch.float64, device=DEVICE)).any()
+    assert torch.equal(tna.fwht(x[:1].expand(3, 8)), tna.fwht(x[:1].repeat(3, 1)))
 
 
 @kernels

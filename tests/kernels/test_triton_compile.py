@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tnadapt.draws import _CENTRE, _TAIL
+from tnadapt.plain_draws import _CENTRE, _TAIL
 
 triton = pytest.importorskip("triton", minversion="3.5")
 

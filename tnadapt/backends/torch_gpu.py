@@ -121,6 +121,8 @@ torch.library.custom_op(
 def _by_rows(kernel: Map, x: Tensor) -> Tensor:
     """A kernel of (vectors, n_in), run on x's own device, for x of any batch and strides."""
     batch = x.shape[:-1]
+    # Zeros and opposites that torch has not yet made have no memory of that content.
+    x = x.clone() if x._is_zerotensor() else x.resolve_neg()
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         rows = kernel(x.reshape(batch.numel(), x.shape[-1]).contiguous())
     return rows.reshape(*batch, rows.shape[-1])
