@@ -45,7 +45,9 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True) -> Array:
     Notes
     -----
     ``H_{2n} = [[H_n, H_n], [H_n, -H_n]]``; the paper's Walsh–Hadamard matrix of appendix A.6. Costs
-    ``n log2 n`` additions in ``log16 n`` passes and as much memory again as x.
+    ``n log2 n`` additions, as two passes over memory for n up to 2**26 where there is a compiled kernel for x
+    (NumPy's arrays and torch's tensors on the CPU, with the extra ``fast``), else in ``log16 n`` passes, and as
+    much memory again as x.
 
     Examples
     --------
@@ -60,7 +62,8 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True) -> Array:
     ndim = len(x.shape)
     if ndim == 0:
         raise ShapeError("fwht has no axis to transform in an array of shape ()")
-    axis = integer(f"axis, in an array of shape {tuple(x.shape)},", axis, -ndim, ndim - 1, ShapeError)
+    if type(axis) is not int or not -ndim <= axis < ndim:
+        axis = integer(f"axis, in an array of shape {tuple(x.shape)},", axis, -ndim, ndim - 1, ShapeError)
     length = x.shape[axis]
     if length < 1 or length & (length - 1):
         raise ShapeError(

@@ -20,9 +20,10 @@ import tnadapt as tna
 from tnadapt.hadamard import fwht_plain
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.5")
 
 from tnadapt.backends import get_backend, torch_gpu  # noqa: E402
+from tnadapt.torch.delta import vector  # noqa: E402
 
 # torch's own forward derivatives compile some of theirs with what torch calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -98,6 +99,18 @@ def test_under_vmap_and_vjp() -> None:
 
 
 @kernels
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_batch_of_gradients_at_once() -> None:
+    f = tna.Projection("linear", 5, 12, seed=2**64 - 1)
+    x = torch.randn(2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = torch.randn(3, 2, 12, dtype=torch.float64, device=DEVICE)
+    (found,) = torch.autograd.grad(f(x), x, y, is_grads_batched=True)
+    assert torch.allclose(found, f.adjoint(y))
+    (found,) = torch.autograd.grad(tna.fwht(x, axis=0), x, y[..., :5], is_grads_batched=True)
+    assert torch.allclose(found, tna.fwht(y[..., :5], axis=1))
+
+
+@kernels
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_half_precision_is_computed_in_single(kind: str) -> None:
     f = tna.Projection("linear", 50, 200, seed=1)
@@ -106,6 +119,14 @@ def test_half_precision_is_computed_in_single(kind: str) -> None:
     assert found.dtype == x.dtype
     assert torch.equal(found, f(x.float()).to(x.dtype))
     assert torch.equal(tna.fwht(found[:128]), tna.fwht(found[:128].float()).to(x.dtype))
+
+
+@kernels
+def test_numbers_that_are_not_in_memory_yet() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, device=DEVICE)
+    assert torch.equal(tna.fwht(torch._neg_view(x)), tna.fwht(-x))
+    assert not tna.fwht(torch._efficientzerotensor(3, 8, dtype=torch.float64, device=DEVICE)).any()
+    assert torch.equal(tna.fwht(x[:1].expand(3, 8)), tna.fwht(x[:1].repeat(3, 1)))
 
 
 @kernels
@@ -118,10 +139,17 @@ def test_autocast_changes_nothing() -> None:
 
 
 @kernels
-def test_a_step_of_a_plan() -> None:
-    plan = tna.SuperLoRA(tna.presets.superlora(2, projection="linear", ratio=0.3), [(12, 10), (10, 10)])
-    host = {name: np.asarray(a) + 0.1 for name, a in plan.init().items()}
-    arrays = {name: torch.tensor(a, device=DEVICE, requires_grad=True) for name, a in host.items()}
-    found = plan.vector(arrays)
-    assert np.allclose(found.detach().cpu().numpy(), plan.vector(host), atol=1e-5)
-    assert all(grad is not None for grad in torch.autograd.grad(found.square().sum(), list(arrays.values())))
+@pytest.mark.parametrize("projection", ["linear", "nonlinear_v2"])
+def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tna.SuperLoRA(tna.presets.superlora(2, projection=projection, ratio=0.3), [(12, 10), (10, 10)])
+    host = plan.init(dtype="float64")
+    arrays = {name: torch.tensor(a + 0.1, device=DEVICE, requires_grad=True) for name, a in host.items()}
+
+    def step() -> list[Any]:
+        update = vector(plan, arrays)
+        return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
+
+    found = step()
+    monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: False)
+    for ours, plain in zip(found, step(), strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)

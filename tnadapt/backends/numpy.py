@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import array_api_compat.numpy as namespace
 import numpy as np
 
 from ..errors import BackendError
+from ..kernels import kernels
 from ..kernels.thin_product import thin_product
 from .base import Array, Backend
 
@@ -25,6 +27,9 @@ class NumpyBackend(Backend):
     def owns(self, x: Any) -> bool:
         # A matrix multiplies by `*`, and a masked array hides numbers: neither is an array of the standard.
         return isinstance(x, np.ndarray) and not isinstance(x, (np.matrix, np.ma.MaskedArray))
+
+    def dtype_name(self, x: Array) -> str:
+        return _dtype_name(x.dtype)
 
     def device(self, x: Array) -> Any:
         return "cpu"
@@ -43,3 +48,21 @@ class NumpyBackend(Backend):
     def matmul(self, a: Array, b: Array) -> Array:
         found = thin_product(a, b)
         return a @ b if found is None else found
+
+    def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
+        # Other subclasses may have ideas of their own of what becomes of them.
+        compiled = kernels("hadamard") if type(x) in (np.ndarray, np.memmap) else None
+        return None if compiled is None else compiled.transform(x, scale, axis)
+
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
+        ours = type(x) in (np.ndarray, np.memmap) and x.dtype == np.float32 and x.size > 0
+        compiled = kernels("fastfood") if ours and draws.long else None
+        if compiled is None or not compiled.takes(draws.padded):
+            return None
+        return compiled.linear(x, draws, n_in, adjoint)
+
+
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
+    # To write a dtype out takes NumPy longer than to transform a thousand numbers.
+    return str(dtype)

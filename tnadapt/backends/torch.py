@@ -12,6 +12,7 @@ import torch
 from ..errors import BackendError
 from . import torch_gpu
 from .base import Array, Backend, FixedArrays
+from .torch_kernels import fastfood, hadamard
 
 
 class TorchBackend(Backend):
@@ -84,7 +85,8 @@ class TorchBackend(Backend):
 
     def _plain(self, function: Callable[..., Array], x: Array, *rest: Any) -> Array:
         # Autocast would take the product in half precision, and give a ΔW of another dtype than its parameters'.
-        if not torch.is_autocast_enabled(x.device.type):
+        # torch knows no autocast on the device that computes nothing.
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return function(x, *rest)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *rest)
@@ -97,7 +99,8 @@ class TorchBackend(Backend):
         return torch.index_select(x, axis, indices)
 
     def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
-        return torch_gpu.fwht(x, scale, axis) if torch_gpu.there_are_kernels(x) else None
+        return torch_gpu.fwht(x, scale, axis) if torch_gpu.there_are_kernels(x) else hadamard(x, scale, axis)
 
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
-        return torch_gpu.fastfood(x, draws, n_in, adjoint) if torch_gpu.there_are_kernels(x) else None
+        kernel = torch_gpu.fastfood if torch_gpu.there_are_kernels(x) else fastfood
+        return kernel(x, draws, n_in, adjoint)

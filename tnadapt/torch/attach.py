@@ -12,14 +12,16 @@ from torch import nn
 
 from ..backends import load_backend
 from ..config import Config
-from ..errors import BackendError, ConfigError, TargetError, shown
+from ..errors import BackendError, ConfigError, TargetError, integer, shown
 from ..factoring import Factoring, factoring
+from ..folding import MAX_SIZE
 from ..presets import superlora
 from ..superlora import SuperLoRA
 from ..target import Target
 from . import freezing
 from .adapter import Adapter
 from .apply import ACTIVATIONS, STRATEGIES, Part, Site
+from .cost import MACHINES, TOKENS, choose
 from .registry import BOOK, PREFIX, overlapping
 from .sharding import is_sharded
 from .targets import find_targets, host_of, paths_of, tied
@@ -37,6 +39,7 @@ def attach(
     *,
     keep_trainable: str | Sequence[str] = (),
     strategy: str = "auto",
+    tokens: int = TOKENS,
     activation: str | None = None,
     dtype: torch.dtype = torch.float32,
     untie: bool = False,
@@ -63,8 +66,10 @@ def attach(
         Parameters of the base that stay free, by whole parts of their paths: ``"classifier"`` is every parameter
         below a module of that name. They are saved with the adapter.
     strategy : {"auto", "weight", "factored", "beside"}
-        How a layer uses its update; see :mod:`tnadapt.torch.apply`. ``"auto"`` factors one low-rank matrix a weight
-        (LoRA) and adds all others to the weight.
+        How a layer uses its update; see :mod:`tnadapt.torch.apply`. ``"auto"`` takes for each weight the one whose
+        training step costs least by a count of operations and bytes (:mod:`tnadapt.torch.cost`); the summary shows it.
+    tokens : int
+        For ``"auto"``: how many rows a layer is called with, batch times tokens.
     activation : {"relu", "gelu", "silu", "tanh"}, optional
         A nonlinearity between the two factors, on the activations (LoDA). Needs one low-rank matrix a weight.
     dtype : torch.dtype
@@ -103,6 +108,7 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
     check_name(model, name)
+    tokens = integer("tokens", tokens, 1, MAX_SIZE, ConfigError)
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {shown(strategy)}")
     if activation is not None and activation not in ACTIVATIONS:
@@ -118,7 +124,7 @@ def attach(
     paths = paths_of(model)
     hosts = [model.get_submodule(host_of(model, target, paths)) for target in found]
     strategies = [
-        _strategy(strategy, plan, index, target, owner, host, activation)
+        _strategy(strategy, plan, index, tokens, target, owner, host, activation)
         for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
     ]
     # Also under inference_mode: what is made there could never be trained.
@@ -209,6 +215,7 @@ def _strategy(
     wanted: str,
     plan: SuperLoRA,
     index: int,
+    tokens: int,
     target: Target,
     owner: nn.Module,
     host: nn.Module,
@@ -244,6 +251,10 @@ def _strategy(
         raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantised: use 'beside'")
     if wanted != "auto":
         return wanted, how if wanted == "factored" else None
+    if own and not quantised:
+        device = weight.device.type if weight is not None else "cpu"
+        chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]))
+        return chosen, how if chosen == "factored" else None
     if can_factor:
         return "factored", how
     if quantised and not own:

@@ -16,26 +16,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..backends import load_backend
 from ..factoring import Factored, Matrix
 from ..target import Target
+from .summed import transformed
 
 __all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
 
 
 def product(x: Tensor, factored: Factored, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """``x ΔWᵀ`` by plain operations, with a nonlinearity between two factors where one is given."""
-    rows = x.reshape(-1, x.shape[-1])
-    total: Tensor | None = None
-    for term in factored.terms:
-        inner = _inner(rows, term)
-        if activation is not None:
-            inner = activation(inner)
-        one = functional.linear(_middle(inner, rows.shape[0], term), term[-1].left)
-        total = one if total is None else total + one
-    assert total is not None
-    out = math.prod([matrix.left.shape[0] for matrix in factored.terms[0]])
-    total = total.reshape(*x.shape[:-1], out)
+    if len(factored.terms[0]) == 1:
+        ((last,),) = factored.terms
+        assert last.right is not None
+        inner = functional.linear(x, last.right.T)
+        total = functional.linear(inner if activation is None else activation(inner), last.left)
+    elif x.is_nested:
+        # Its rows cannot be cut into digits.
+        total = functional.linear(x, cast(Tensor, factored._replace(scale=1.0).dense(load_backend("torch"))))
+    else:
+        total = _kronecker(x, factored)
     return total if factored.scale == 1.0 else total * factored.scale
+
+
+def _kronecker(x: Tensor, factored: Factored) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    several = [
+        functional.linear(_middle(_inner(rows, term), rows.shape[0], term), term[-1].left) for term in factored.terms
+    ]
+    total = several[0]
+    for one in several[1:]:
+        total = total + one
+    out = math.prod([matrix.left.shape[0] for matrix in factored.terms[0]])
+    return total.reshape(*x.shape[:-1], out)
 
 
 def _inner(rows: Tensor, term: Sequence[Matrix]) -> Tensor:
@@ -48,15 +61,17 @@ def _inner(rows: Tensor, term: Sequence[Matrix]) -> Tensor:
 
 def _middle(inner: Tensor, count: int, term: Sequence[Matrix]) -> Tensor:
     """That through the other matrices, a mode each, the first mode first."""
-    for matrix in term[:-1]:
-        cols = matrix.left.shape[1] if matrix.right is None else matrix.right.shape[0]
+    # Sizes are all written out: of no rows at all, none could be found from the others.
+    sizes = [matrix.left.shape[1] if matrix.right is None else matrix.right.shape[0] for matrix in term[:-1]]
+    sizes.append(term[-1].left.shape[1])
+    for place, matrix in enumerate(term[:-1]):
         # Rows of x, digits that are done, this digit; and the rest, which the matrix leaves as it is.
-        stacked = inner.reshape(count, cols, -1)
+        stacked = inner.reshape(count, sizes[place], math.prod(sizes[place + 1 :]))
         if matrix.right is not None:
             stacked = torch.matmul(matrix.right.mT, stacked)
         inner = torch.matmul(matrix.left, stacked)
         count *= matrix.left.shape[0]
-    return inner.reshape(count, -1)
+    return inner.reshape(count, sizes[-1])
 
 
 class Branch(NamedTuple):
@@ -90,20 +105,17 @@ def factored_linear(
         tensors += [tensor for term in factored.terms for matrix in term for tensor in matrix if tensor is not None]
     if torch.is_grad_enabled():
         return cast(Tensor, FactoredLinear.apply(x, weight, bias, tuple(branches), *tensors)[0])  # type: ignore[no-untyped-call]
-    return FactoredLinear.forward(x, weight, bias, branches, *tensors)[0]
+    return _forward(x, weight, bias, branches, tensors)[0]
 
 
 def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
     """Whether all is of one dtype and device, and no transformation of torch.func is at work, nor a compiler."""
-    if torch.compiler.is_compiling() or _transformed() or x.is_nested or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or transformed() or x.is_nested or torch.is_autocast_enabled(x.device.type):
         return False
+    if not x.is_contiguous():
+        return False  # of other strides torch takes its products in another order, and rounds otherwise
     tensors = [t for _, factored in changes for term in factored.terms for matrix in term for t in matrix]
     return all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in [weight, *tensors])
-
-
-def _transformed() -> bool:
-    active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return active is None or active()
 
 
 class FactoredLinear(torch.autograd.Function):
@@ -111,37 +123,21 @@ class FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], *tensors: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        y = functional.linear(rows, weight, bias)
-        kept = []
-        for branch, own in _shared_out(branches, tensors):
-            part = _part(branch.target, y)
-            for term in branch.gathered(own):
-                inner = _inner(rows, term)
-                if _is_kept(term):
-                    kept.append(inner)
-                _accumulate(part, _middle(inner, rows.shape[0], term), term[-1].left, branch.scale)
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        # The same numbers, and no view: a view that is made in here must not be written to in place.
-        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y, *kept
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, ctx.branches, *tensors = inputs
-        ctx.sizes = len(tensors), len(output) - 1
-        ctx.save_for_backward(x, weight, *tensors, *output[1:])
+        y, kept = _forward(x, weight, bias, branches, tensors)
+        ctx.branches, ctx.number = branches, len(tensors)
+        ctx.save_for_backward(x, weight, *tensors, *kept)
         ctx.set_materialize_grads(False)
+        return y, *kept
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, *rest = ctx.saved_tensors
-        count, _ = ctx.sizes
-        tensors, kept = rest[:count], iter(rest[count:])
+        tensors, kept = rest[: ctx.number], iter(rest[ctx.number :])
         need_x, need_weight, need_bias, _, *needed = ctx.needs_input_grad
         rows = x.reshape(-1, x.shape[-1])
-        found: list[Tensor | None] = [None] * (4 + count)
+        found: list[Tensor | None] = [None] * (4 + len(tensors))
         moved: Tensor | None = None
         features: Tensor | None = None
         if grads[0] is not None:
@@ -162,6 +158,24 @@ class FactoredLinear(torch.autograd.Function):
                     at += 1
         found[0] = None if moved is None else moved.view(x.shape)
         return tuple(found)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], tensors: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and of each term what x has become by its right factor, where that is narrow."""
+    rows = x.reshape(-1, x.shape[-1])
+    y, kept = functional.linear(rows, weight, bias), []
+    for branch, own in _shared_out(branches, tensors):
+        part = _part(branch.target, y)
+        for term in branch.gathered(own):
+            inner = _inner(rows, term)
+            if _is_kept(term):
+                kept.append(inner)
+            _accumulate(part, _middle(inner, rows.shape[0], term), term[-1].left, branch.scale)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    # The same numbers, and no view: a view that is made in here must not be written to in place.
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y, kept
 
 
 def _pulled(
@@ -237,6 +251,6 @@ def _part(target: Target, features: Tensor) -> Tensor:
 def _accumulate(part: Tensor, z: Tensor, left: Tensor, scale: float) -> None:
     """``part += scale * z leftᵀ``, in place; several rows of z may make one of ``part``."""
     if part.is_contiguous() or (part.ndim == 2 and len(z) == len(part)):
-        part.view(len(z), -1).addmm_(z, left.T, alpha=scale)
+        part.view(len(z), left.shape[0]).addmm_(z, left.T, alpha=scale)
     else:
         part.add_((z @ left.T).view(part.shape), alpha=scale)

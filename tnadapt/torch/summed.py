@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..target import Target
 
-__all__ = ["Source", "SummedLinear", "summed"]
+__all__ = ["Source", "SummedLinear", "summed", "transformed"]
 
 
 class Source(NamedTuple):
@@ -53,27 +53,38 @@ def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
     return total.to(stored.dtype)
 
 
-class SummedLinear(torch.autograd.Function):
-    """``x (W + ΔW)ᵀ + b``; the sum, and ΔW if it is made here, are formed again in backward instead of being kept."""
+def _summed_in_place(stored: Tensor, changes: Sequence[tuple[Target, Tensor]], arrays: Sequence[Tensor]) -> Tensor:
+    """The same sum, in the memory of an update that was made for it alone, where there is one: it is no more then."""
+    target, delta = changes[0]
+    alike = (delta.dtype, delta.device, delta.shape) == (stored.dtype, stored.device, stored.shape)
+    if len(changes) > 1 or not alike or target.rows is not None or target.transposed or not delta.is_contiguous():
+        return summed(stored, changes)
+    memory = delta.untyped_storage()._cdata
+    if any(array.untyped_storage()._cdata == memory for array in arrays):
+        return summed(stored, changes)  # a dense update is a view of its parameters
+    return delta.add_(stored)
 
-    generate_vmap_rule = True
+
+class SummedLinear(torch.autograd.Function):
+    """``x (W + ΔW)ᵀ + b``; the sum, and ΔW if it is made here, are formed again in backward instead of being kept.
+
+    Not for what :func:`transformed` says yes to.
+    """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, sources: Sequence[Source], *arrays: Tensor) -> Tensor:
-        deltas = []
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sources: Sequence[Source], *arrays: Tensor
+    ) -> Tensor:
+        ctx.sources = sources
+        ctx.save_for_backward(x, weight, *arrays)
+        changes = []
         for source, own in _shared_out(sources, arrays):
             delta = own[0] if source.made is None else source.made(*own)
-            deltas.append(delta if source.weight == 1.0 else delta * source.weight)
-        total = summed(weight, [(source.target, delta) for source, delta in zip(sources, deltas, strict=True)])
-        y = functional.linear(x, total, bias)
+            changes.append((source.target, delta if source.weight == 1.0 else delta * source.weight))
+        y = functional.linear(x, _summed_in_place(weight, changes, arrays), bias)
         # Of a batch it is a view, and a view that is made in here must not be written to in place, as an inplace ReLU
         # after the layer would. This is the same numbers, and no view.
         return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.sources, *arrays = inputs
-        ctx.save_for_backward(x, weight, *arrays)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,30 +93,46 @@ class SummedLinear(torch.autograd.Function):
         # Under autocast the output, and so its gradient, is of the lower precision: so are the products.
         rows = grads[0].reshape(-1, grads[0].shape[-1])
         inputs = x.reshape(-1, x.shape[-1]).to(rows.dtype)
+        # What is differentiated again, or batched, keeps every number that it has made.
+        once = not torch.is_grad_enabled() and not transformed()
         changes: list[tuple[Target, Tensor]] = []
         pulls: list[Callable[[Tensor], Sequence[Tensor | None]] | None] = []
         start = 0
         for source, own in _shared_out(ctx.sources, arrays):
-            delta, pull = _with_pull(source, own, needed[start : start + source.number])
+            delta, pull = _with_pull(source, own, needed[start : start + source.number], once)
             changes.append((source.target, delta))
             pulls.append(pull)
             start += source.number
+        kinds = [delta.dtype for _, delta in changes]
         found: list[Tensor | None] = [None] * 4
+        room: Tensor | None = None
         if need_x:
-            total = summed(weight, changes)
+            total = _summed_in_place(weight, changes, arrays) if once else summed(weight, changes)
             found[0] = (rows @ total.to(rows.dtype)).to(x.dtype).view(x.shape)
-            del total
+            room = total if once and total.dtype == rows.dtype else None
+        del changes
         whole = rows.T @ inputs if need_weight else None
         found[1] = None if whole is None else whole.to(weight.dtype)
-        for source, (target, delta), pull in zip(ctx.sources, changes, pulls, strict=True):
+        for source, pull, kind in zip(ctx.sources, pulls, kinds, strict=True):
             if pull is None:
                 found += [None] * source.number
-                continue
-            moved = _of_rows(target, rows).T @ inputs if whole is None else target.select(whole)
-            found += pull(moved.to(delta))
+            elif whole is not None:
+                found += pull(source.target.select(whole).to(kind))
+            elif room is not None and room.shape == source.target.shape and room.is_contiguous():
+                # The sum has been used: its memory is in the cache, and need not be asked for.
+                found += pull(torch.mm(rows.T, inputs, out=room).to(kind))
+                room = None
+            else:
+                found += pull((_of_rows(source.target, rows).T @ inputs).to(kind))
         if need_bias:
             found[2] = rows.sum(0)
         return tuple(found)
+
+
+def transformed() -> bool:
+    """Whether a transformation of torch.func is at work, or a batched backward pass."""
+    active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or active()
 
 
 def _shared_out(sources: Sequence[Source], arrays: Sequence[Tensor]) -> list[tuple[Source, Sequence[Tensor]]]:
@@ -118,7 +145,7 @@ def _shared_out(sources: Sequence[Source], arrays: Sequence[Tensor]) -> list[tup
 
 
 def _with_pull(
-    source: Source, arrays: Sequence[Tensor], needed: Sequence[bool]
+    source: Source, arrays: Sequence[Tensor], needed: Sequence[bool], once: bool
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]] | None]:
     """The update again, and what takes its gradient to the gradients of the arrays (None: none is needed)."""
     if source.made is None:
@@ -135,8 +162,8 @@ def _with_pull(
 
     if not wanted:
         return of(), None
-    # Of torch.func, as a backward pass may be batched or differentiated itself.
-    delta, pulled = cast(Any, torch.func.vjp(of, *(arrays[index] for index in wanted)))
+    vjp = cast(Any, _pull_once if once else torch.func.vjp)
+    delta, pulled = vjp(of, *(arrays[index] for index in wanted))
 
     def pull(moved: Tensor) -> list[Tensor | None]:
         result: list[Tensor | None] = [None] * len(arrays)
@@ -145,6 +172,18 @@ def _with_pull(
         return result
 
     return delta, pull
+
+
+def _pull_once(made: Callable[..., Tensor], *arrays: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """As torch.func.vjp, for what is differentiated once: a third of its overhead."""
+    leaves = [array.detach().requires_grad_() for array in arrays]
+    with torch.enable_grad():
+        value = made(*leaves)
+
+    def pull(moved: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, leaves, moved)
+
+    return value.detach(), pull
 
 
 def _of_rows(target: Target, features: Tensor) -> Tensor:

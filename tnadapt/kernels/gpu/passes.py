@@ -40,14 +40,15 @@ class Pass(NamedTuple):
 def passes(bits: int, itemsize: int, tile_bytes: int) -> list[Pass]:
     """The passes of a transform of ``2**bits`` points of so many bytes each, by tiles of so many bytes.
 
-    By tiles of 64 KiB: one pass to 2**14 points of float32, two to 2**24, three to 2**34.
+    By tiles of 32 KiB: one pass to 2**13 points of float32, two to 2**22, three to 2**31.
 
     Examples
     --------
-    >>> for step in passes(24, 4, 1 << 16):
+    >>> for step in passes(24, 4, 1 << 15):
     ...     print(step)
-    Pass(stride=1, bits=14, rows=128, columns=128)
-    Pass(stride=16384, bits=10, rows=1024, columns=16)
+    Pass(stride=1, bits=10, rows=32, columns=128)
+    Pass(stride=1024, bits=7, rows=128, columns=64)
+    Pass(stride=131072, bits=7, rows=128, columns=64)
     """
     tile = (tile_bytes // itemsize).bit_length() - 1
     most = (tile_bytes // _LEAST_WIDTH).bit_length() - 1

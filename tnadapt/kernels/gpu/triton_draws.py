@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+if not hasattr(tl, "map_elementwise"):
+    # Older ones also exchange a tile's points through shared memory at almost every stage of a transform.
+    raise ImportError(f"Triton {triton.__version__} is too old: 3.5 is needed, which comes with torch 2.9")
+
 __all__ = [
     "feistel",
     "feistel_keys",
@@ -71,7 +75,8 @@ def _log(x):
     bits = x.to(tl.int64, bitcast=True)
     exponent = (bits >> 52) - 1022
     mantissa = ((bits & 0xFFFFFFFFFFFFF) | 0x3FE0000000000000).to(tl.float64, bitcast=True)
-    low = mantissa < 0.7071067811865476
+    # Compared with 0, as Triton before 3.8 takes a number that something is compared with in single precision.
+    low = mantissa - 0.7071067811865476 < 0.0
     mantissa = tl.where(low, mantissa * 2.0, mantissa)
     power = (exponent - low.to(tl.int64)).to(tl.float64)
     s = (mantissa - 1.0) / (mantissa + 1.0)
@@ -103,12 +108,12 @@ def normal_of(word):
         6.89767334985100004550e-1, 1.67638483018380384940e0, 2.05319162663775882187e0, 1.0,
     )  # fmt: skip
     tail = tl.where(q < 0.0, -tail, tail)
-    return tl.where(tl.abs(q) > 0.425, tail, centre).to(tl.float32)
+    return tl.where(tl.abs(q) - 0.425 > 0.0, tail, centre).to(tl.float32)
 
 
 # A number's some hundred operations one number after another: Triton would do each operation for all of a thread's
 # numbers before the next, and what is between them would not fit into registers. The interpreter has no such thing.
-_MAPPED = tl.constexpr(hasattr(tl, "map_elementwise") and isinstance(normal_of, triton.JITFunction))
+_MAPPED = tl.constexpr(isinstance(normal_of, triton.JITFunction))
 
 
 @triton.jit

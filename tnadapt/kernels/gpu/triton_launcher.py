@@ -23,9 +23,9 @@ _SHUFFLE_TILE = 256
 class TritonLauncher:
     """See :class:`~tnadapt.kernels.gpu.plans.Launcher`; arrays are torch's, of which methods alone are used."""
 
-    #: Goes once through a multiprocessor's shared memory on every GPU since 2020 (two of them on those for servers),
-    #: and is 32 float32 registers for each of 512 threads.
-    tile_bytes = 1 << 16
+    #: Two of them at least go through a multiprocessor's shared memory at once, so that one computes while another
+    #: waits for memory, and a thread has 16 numbers of it, beside which the draws find room in registers.
+    tile_bytes = 1 << 15
 
     def empty(self, x: Any, *shape: int) -> Any:
         return x.new_empty(shape)
@@ -60,7 +60,7 @@ class TritonLauncher:
 
 
 def warps(step: Pass) -> int:
-    """Warps for a tile: sixteen points a thread, 32 where that would be more than 512 threads."""
+    """Warps for a tile: sixteen points a thread, eight of double precision in the longest."""
     return max(1, min(16, step.rows * step.columns // 512))
 
 
@@ -93,6 +93,7 @@ def shuffle(x: Any, seed: int, group: int, inverse: bool = False) -> Any:
     out = x.new_empty((vectors, size))
     if vectors:
         shuffle_kernel[(vectors * -(-size // _SHUFFLE_TILE),)](
-            x, out, size, group, seed, BITS=(size - 1).bit_length(), INVERSE=inverse, TILE=_SHUFFLE_TILE, num_warps=4
-        )
+            x, out, size, group, seed, BITS=(size - 1).bit_length(), INVERSE=inverse, TILE=_SHUFFLE_TILE, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return out

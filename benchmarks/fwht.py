@@ -1,0 +1,224 @@
+"""``tnadapt.fwht`` against a copy of the same bytes and against its peers: ``python benchmarks/fwht.py [--smoke]``.
+
+The copy is made by two threads, half each, by ``numpy.copyto``. Peers, left out where not installed: FFHT, in C
+(through PyPI's fht-cpu, one thread), and PyPI's hadamard-transform (torch). *In place* and *into an array* there is
+time for nothing but the numbers; *a new array* is the public call, and there the copy, too, goes to new memory, for
+which the system's zeroing of it is a good part of the time.
+
+Each round goes through all contestants, each once untimed and then timed, so that each finds its arrays as it left
+them; a ratio is the median over the rounds of the ratio within one. Take the machine for yourself meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+import tnadapt as tna
+from tnadapt.backends import load_backend
+from tnadapt.hadamard import fwht_plain
+from tnadapt.kernels import kernels
+
+Contestants = dict[str, Callable[[], object]]
+
+POOL = ThreadPoolExecutor(1)
+SECONDS = 0.6  # for each contestant of a case
+ROUNDS = 5  # at least
+
+
+def copy(to: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """A copy by two threads."""
+    half = len(of) // 2
+    other = POOL.submit(np.copyto, to[:half], of[:half])
+    np.copyto(to[half:], of[half:])
+    other.result()
+    return to
+
+
+def optional(name: str) -> Any:
+    """A peer's module, or None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def timed(contestants: Contestants, reset: Callable[[], object], smoke: bool) -> dict[str, Any]:
+    """Median seconds of each, and median ratios of ours to theirs."""
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    repeats = {}
+    for name, run in contestants.items():
+        reset()
+        run()
+        start = time.perf_counter()
+        run()
+        repeats[name] = 1 if smoke else max(1, int(0.002 / (time.perf_counter() - start)))
+    begun = time.perf_counter()
+    while True:
+        for name, run in contestants.items():
+            reset()
+            run()
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
+            taken[name].append((time.perf_counter() - start) / repeats[name])
+        rounds = len(taken[name])
+        if smoke or (rounds >= ROUNDS and time.perf_counter() - begun > SECONDS * len(contestants)):
+            break
+    found: dict[str, Any] = {name: statistics.median(times) for name, times in taken.items()}
+    for name in contestants:
+        if name != "ours":
+            ratios = [ours / theirs for ours, theirs in zip(taken["ours"], taken[name], strict=True)]
+            found[f"ours/{name}"] = statistics.median(ratios)
+    return found
+
+
+def close(found: Any, expected: Any, dtype: str) -> None:
+    error = np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
+    assert error < {"float32": 1e-5, "float64": 1e-13}[dtype], f"off by {error}"
+
+
+def numbers(size: int, dtype: str) -> np.ndarray:
+    """Normal numbers, and room as a kernel likes it."""
+    compiled = kernels("memory")
+    room: np.ndarray = np.empty(size, dtype) if compiled is None else compiled.aligned_empty((size,), np.dtype(dtype))
+    room[...] = np.random.default_rng(0).standard_normal(size, dtype=np.dtype(dtype).type)
+    return room
+
+
+def in_memory_that_is_there(bits: int, dtype: str, smoke: bool) -> list[dict[str, Any]]:
+    """In place against FFHT in place, and from one array into another against a copy."""
+    compiled, ffht = kernels("hadamard"), optional("fht_cpu._core")
+    if compiled is None:
+        return []
+    x, y = numbers(1 << bits, dtype), numbers(1 << bits, dtype)
+    kept, scale = x.copy(), 2.0 ** (-bits / 2)
+    ours: Contestants = {"ours": lambda: compiled.transform_into(x, x, scale), "copy": lambda: copy(y, kept)}
+    if ffht is not None:
+        peer = ffht.fht_1d_f32 if dtype == "float32" else ffht.fht_1d_f64
+        ours["FFHT"] = lambda: peer(x)
+    head = {"size": 1 << bits, "dtype": dtype}
+    if smoke:
+        compiled.transform_into(x, x, 1.0)
+        close(x, plain(kept), dtype)
+        if ffht is not None:
+            x[...] = kept
+            peer(x)
+            close(x, plain(kept), dtype)
+    rows = [{"case": "in place", **head, **timed(ours, lambda: copy(x, kept), smoke)}]
+    into: Contestants = {"ours": lambda: compiled.transform_into(kept, y, scale), "copy": lambda: copy(x, kept)}
+    return [*rows, {"case": "into an array", **head, **timed(into, lambda: None, smoke)}]
+
+
+def plain(x: np.ndarray) -> np.ndarray:
+    return np.asarray(fwht_plain(load_backend("numpy"), x, normalize=False))
+
+
+def in_a_new_array(bits: int, dtype: str, smoke: bool) -> list[dict[str, Any]]:
+    """The public call on NumPy's and torch's arrays, the plain ways, peers, and a copy, all to new memory."""
+    x = numbers(1 << bits, dtype)
+    ffht, torch, peer = optional("fht_cpu"), optional("torch"), optional("hadamard_transform")
+    there = np.empty_like(x)
+    others: Contestants = {
+        "copy": lambda: copy(np.empty_like(x), x),
+        "copy to memory that is there": lambda: copy(there, x),
+    }
+    if ffht is not None:
+        others["FFHT"] = lambda: ffht.fht(x, inplace=False)
+    rows = []
+    ways: dict[str, Callable[[], Any]] = {
+        "NumPy": lambda: tna.fwht(x, normalize=False),
+        "NumPy, plain": lambda: plain(x),
+    }
+    if torch is not None:
+        t = torch.from_numpy(x)
+        ways["torch"] = lambda: tna.fwht(t, normalize=False)
+        ways["torch, plain"] = lambda: fwht_plain(load_backend("torch"), t, False)
+        if peer is not None and bits <= 20:
+            others["hadamard-transform"] = lambda: peer.hadamard_transform(t)
+    for name, ours in ways.items():
+        if smoke:
+            close(ours(), plain(x), dtype)
+        found = timed({"ours": ours, **others}, lambda: None, smoke)
+        rows.append({"case": f"a new array, {name}", "size": 1 << bits, "dtype": dtype, **found})
+    return rows
+
+
+def along_axes(bits: int, smoke: bool) -> list[dict[str, Any]]:
+    """Batches and other axes, against one transform of as many numbers; all in place."""
+    compiled = kernels("hadamard")
+    if compiled is None:
+        return []
+    rows, half = [], bits // 2
+    shapes = {
+        "rows of 64": ((1 << bits - 6, 64), 1),
+        f"rows of 2^{half}": ((1 << bits - half, 1 << half), 1),
+        f"columns of 2^{half}": ((1 << half, 1 << bits - half), 0),
+        "columns, 3 of them": (((1 << bits) // 4, 3), 0),
+        "columns, 24 of them": (((1 << bits) // 32, 24), 0),
+        "an axis between, 5 after it": ((4, (1 << bits) // 32, 5), 1),
+    }
+    for name, (shape, axis) in shapes.items():
+        x = numbers(int(np.prod(shape)), "float32").reshape(shape)
+        whole, kept = numbers(1 << bits, "float32"), x.copy()
+        if smoke:
+            compiled.transform_into(x, x, 1.0, axis)
+            close(np.moveaxis(x, axis, -1), plain(np.ascontiguousarray(np.moveaxis(kept, axis, -1))), "float32")
+        runs: Contestants = {
+            "ours": lambda x=x, axis=axis: compiled.transform_into(x, x, x.shape[axis] ** -0.5, axis),  # type: ignore[misc]
+            "one of as many": lambda whole=whole: compiled.transform_into(whole, whole, len(whole) ** -0.5),  # type: ignore[misc]
+        }
+        found = timed(runs, lambda: None, smoke)
+        # As many numbers, if not quite.
+        found["ours/one of as many"] *= whole.size / x.size
+        rows.append({"case": name, "size": x.size, "dtype": "float32", **found})
+    return rows
+
+
+def double(bits: int, smoke: bool) -> list[dict[str, Any]]:
+    """float64 against float32, in place."""
+    compiled = kernels("hadamard")
+    if compiled is None:
+        return []
+    x, y, scale = numbers(1 << bits, "float64"), numbers(1 << bits, "float32"), 2.0 ** (-bits / 2)
+    runs: Contestants = {
+        "ours": lambda: compiled.transform_into(x, x, scale),
+        "float32": lambda: compiled.transform_into(y, y, scale),
+    }
+    return [{"case": "in place", "size": 1 << bits, "dtype": "float64", **timed(runs, lambda: None, smoke)}]
+
+
+def measure(smoke: bool = False) -> list[dict[str, Any]]:
+    """A row a case: median seconds of ``ours`` and of each other, and median ratios ``ours/other``."""
+    rows: list[dict[str, Any]] = []
+    for bits in (6, 10) if smoke else (10, 16, 20, 24, 26):
+        rows += in_memory_that_is_there(bits, "float32", smoke)
+    for bits in (6, 10) if smoke else (10, 16, 20, 24):
+        rows += in_a_new_array(bits, "float32", smoke)
+    rows += along_axes(12 if smoke else 22, smoke)
+    if not smoke:
+        rows += along_axes(24, smoke)
+    for bits in (10,) if smoke else (10, 16, 20, 24):
+        rows += double(bits, smoke)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="small sizes, once: are the numbers right")
+    for row in measure(parser.parse_args().smoke):
+        ratios = ", ".join(f"{key} {value:.2f}" for key, value in row.items() if "/" in key)
+        print(
+            f"{row['case']:28} {row['size']:>10} {row['dtype']}  {row['ours'] * 1e6:>10.2f} us   {ratios}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Butterflies in the registers of the processor: what numba's own loops do not reach.
+
+numba's vectoriser does not keep sixteen vectors in registers over several stages, so these are written in
+LLVM's terms: explicit vectors as wide as the host's, loads and stores that need no alignment. All are
+called from compiled loops only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+__all__ = [
+    "LOW_VECTORS",
+    "RADIX_BITS",
+    "VECTOR_BYTES",
+    "butterfly",
+    "butterfly_of_four",
+    "butterfly_of_one",
+    "low_stages",
+]
+
+# What numba compiles for, and keeps compiled code apart by: triple, processor, features.
+_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32
+
+# What the low stages hold at once: sixteen vectors of a half or a whole of the registers there are.
+LOW_VECTORS = 16
+
+# Stages that are made at once across rows: sixteen vectors, too.
+RADIX_BITS = 4
+
+_INT32 = ir.IntType(32)
+
+
+def _inlined(function: Callable[..., Any]) -> Any:
+    """The function as numba's intrinsic: called from compiled code, without its first argument."""
+    return intrinsic(function)
+
+
+class _Lanes:
+    """Loads, stores and sums of vectors of some lanes (one lane is a number)."""
+
+    def __init__(self, context: Any, builder: Any, element: Any, lanes: int) -> None:
+        self.context, self.builder, self.lanes = context, builder, lanes
+        self.element = context.get_data_type(element)
+        self.type = ir.VectorType(self.element, lanes) if lanes > 1 else self.element
+        self.itemsize = element.bitwidth // 8
+
+    def data(self, array_type: Any, array: Any) -> Any:
+        return self.context.make_array(array_type)(self.context, self.builder, array).data
+
+    def offset(self, count: int, like: Any) -> Any:
+        return ir.Constant(like.type, count)
+
+    def _at(self, data: Any, offset: Any) -> Any:
+        return self.builder.bitcast(self.builder.gep(data, [offset]), self.type.as_pointer())
+
+    def load(self, data: Any, offset: Any) -> Any:
+        return self.builder.load(self._at(data, offset), align=self.itemsize)
+
+    def store(self, value: Any, data: Any, offset: Any) -> None:
+        self.builder.store(value, self._at(data, offset), align=self.itemsize)
+
+    def fetch(self, data: Any, offset: Any) -> None:
+        """Ask for what lies there: it is on its way to the second cache while other work is done."""
+        pointer = ir.IntType(8).as_pointer()
+        hint = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+        fetch = self.builder.module.declare_intrinsic("llvm.prefetch", [pointer], hint)
+        read, second_cache, of_data = (ir.Constant(_INT32, number) for number in (0, 2, 1))
+        place = self.builder.bitcast(self.builder.gep(data, [offset]), pointer)
+        self.builder.call(fetch, [place, read, second_cache, of_data])
+
+    def spread(self, number: Any) -> Any:
+        if self.lanes == 1:
+            return number
+        one = self.builder.insert_element(ir.Constant(self.type, ir.Undefined), number, ir.Constant(_INT32, 0))
+        zeros = ir.Constant(ir.VectorType(_INT32, self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(one, ir.Constant(self.type, ir.Undefined), zeros)
+
+    def between(self, values: Sequence[Any], stages: Sequence[int]) -> list[Any]:
+        """The stages whose pairs are two vectors: stage s pairs vector i with i + 2**s."""
+        values = list(values)
+        for half in (1 << stage for stage in stages):
+            for low in (i for i in range(len(values)) if not i & half):
+                a, b = values[low], values[low + half]
+                values[low], values[low + half] = self.builder.fadd(a, b), self.builder.fsub(a, b)
+        return values
+
+    def within(self, value: Any, stage: int) -> Any:
+        """A stage whose pairs are two lanes of one vector, 2**stage apart."""
+        half = 1 << stage
+        swapped = self.builder.shuffle_vector(
+            value,
+            ir.Constant(self.type, ir.Undefined),
+            ir.Constant(ir.VectorType(_INT32, self.lanes), [lane ^ half for lane in range(self.lanes)]),
+        )
+        signs = ir.Constant(self.type, [-1.0 if lane & half else 1.0 for lane in range(self.lanes)])
+        # Fused, one instruction; a product with 1 or -1 is exact, so that it rounds as a sum does.
+        return self.builder.fadd(self.builder.fmul(value, signs, flags=("contract",)), swapped, flags=("contract",))
+
+    def stage(self, values: list[Any], number: int) -> list[Any]:
+        """Stage of that number of vectors in a row: its pairs are 2**number elements apart."""
+        inside = self.lanes.bit_length() - 1
+        if number >= inside:
+            return self.between(values, [number - inside])
+        return [self.within(value, number) for value in values]
+
+    def where(self, condition: Any, values: list[Any], change: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """The values changed where the condition holds: a branch, foreseen where it always goes one way."""
+        before = self.builder.block
+        with self.builder.if_then(condition):
+            changed = change(values)
+            after = self.builder.block
+        merged = []
+        for old, new in zip(values, changed, strict=True):
+            merged.append(self.builder.phi(self.type))
+            merged[-1].add_incoming(old, before)
+            merged[-1].add_incoming(new, after)
+        return merged
+
+    def times(self, values: list[Any], scale: Any) -> list[Any]:
+        """The values times a number; as they are where it is 1."""
+        other = self.builder.fcmp_unordered("!=", scale, ir.Constant(self.element, 1.0))
+        return self.where(other, values, lambda those: [self.builder.fmul(v, self.spread(scale)) for v in those])
+
+
+@_inlined
+def low_stages(typing: Any, src: Any, at: Any, dst: Any, to: Any, first: Any, last: Any, scale: Any, ahead: Any) -> Any:
+    """Stages first to last - 1 of sixteen vectors in a row: ``dst[to:] = stages(scale * src[at:])``.
+
+    Stage s pairs elements 2**s apart. Asks for as much of src from ``at + ahead`` on: nothing is read there,
+    so that it may be past the end.
+    """
+    intp = types.intp
+    signature = types.void(src, intp, dst, intp, intp, intp, src.dtype, intp)
+    lanes = VECTOR_BYTES * 8 // src.dtype.bitwidth
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v = _Lanes(context, builder, src.dtype, lanes)
+        source, target = v.data(src, args[0]), v.data(dst, args[2])
+        steps = [ir.Constant(args[1].type, i * lanes) for i in range(LOW_VECTORS)]
+        later = builder.add(args[1], args[7])
+        for step in steps:
+            v.fetch(source, builder.add(later, step))
+        values = v.times([v.load(source, builder.add(args[1], step)) for step in steps], args[6])
+        for stage in range((lanes * LOW_VECTORS).bit_length() - 1):
+            number = ir.Constant(args[4].type, stage)
+            wanted = builder.and_(builder.icmp_signed("<=", args[4], number), builder.icmp_signed("<", number, args[5]))
+            values = v.where(wanted, values, functools.partial(v.stage, number=stage))
+        for value, step in zip(values, steps, strict=True):
+            v.store(value, target, builder.add(args[3], step))
+        return context.get_dummy_value()
+
+    return signature, emit
+
+
+def _butterfly(lanes: int | None) -> Any:
+    def butterfly(
+        typing: Any,
+        src: Any,
+        at: Any,
+        apart: Any,
+        dst: Any,
+        to: Any,
+        to_apart: Any,
+        bits: Any,
+        scale: Any,
+        coming: Any,
+        ahead: Any,
+    ) -> Any:
+        """``2**bits`` vectors, ``apart`` elements from each other, times scale and transformed across; bits 1 to 4.
+
+        Asks for as many vectors of ``coming``, from ``at + ahead`` on, unless that is 0.
+        """
+        intp = types.intp
+        signature = types.void(src, intp, intp, dst, intp, intp, intp, src.dtype, coming, intp)
+
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            v = _Lanes(context, builder, src.dtype, lanes or VECTOR_BYTES * 8 // src.dtype.bitwidth)
+            source, target, later = v.data(src, args[0]), v.data(dst, args[3]), v.data(coming, args[8])
+            asked = builder.icmp_signed("!=", args[9], ir.Constant(args[9].type, 0))
+            for count in range(RADIX_BITS, 0, -1):
+                with builder.if_then(builder.icmp_signed("==", args[6], ir.Constant(args[6].type, count))):
+                    offsets = [args[1]]
+                    while len(offsets) < 1 << count:
+                        offsets.append(builder.add(offsets[-1], args[2]))
+                    with builder.if_then(asked):
+                        for offset in offsets:
+                            v.fetch(later, builder.add(offset, args[9]))
+                    values = v.times([v.load(source, offset) for offset in offsets], args[7])
+                    offset = args[4]
+                    for value in v.between(values, range(count)):
+                        v.store(value, target, offset)
+                        offset = builder.add(offset, args[5])
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return _inlined(butterfly)
+
+
+butterfly = _butterfly(None)
+# For what is left where columns are no whole number of vectors.
+butterfly_of_four = _butterfly(4)
+butterfly_of_one = _butterfly(1)
