@@ -99,6 +99,18 @@ def test_under_vmap_and_vjp() -> None:
 
 
 @kernels
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_batch_of_gradients_at_once() -> None:
+    f = tna.Projection("linear", 5, 12, seed=2**64 - 1)
+    x = torch.randn(2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = torch.randn(3, 2, 12, dtype=torch.float64, device=DEVICE)
+    (found,) = torch.autograd.grad(f(x), x, y, is_grads_batched=True)
+    assert torch.allclose(found, f.adjoint(y))
+    (found,) = torch.autograd.grad(tna.fwht(x, axis=0), x, y[..., :5], is_grads_batched=True)
+    assert torch.allclose(found, tna.fwht(y[..., :5], axis=1))
+
+
+@kernels
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_half_precision_is_computed_in_single(kind: str) -> None:
     f = tna.Projection("linear", 50, 200, seed=1)
@@ -107,6 +119,14 @@ def test_half_precision_is_computed_in_single(kind: str) -> None:
     assert found.dtype == x.dtype
     assert torch.equal(found, f(x.float()).to(x.dtype))
     assert torch.equal(tna.fwht(found[:128]), tna.fwht(found[:128].float()).to(x.dtype))
+
+
+@kernels
+def test_numbers_that_are_not_in_memory_yet() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, device=DEVICE)
+    assert torch.equal(tna.fwht(torch._neg_view(x)), tna.fwht(-x))
+    assert not tna.fwht(torch._efficientzerotensor(3, 8, dtype=torch.float64, device=DEVICE)).any()
+    assert torch.equal(tna.fwht(x[:1].expand(3, 8)), tna.fwht(x[:1].repeat(3, 1)))
 
 
 @kernels

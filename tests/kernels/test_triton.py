@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt import draws
+from tnadapt import draws, plain_draws
 
 from ..conftest import relative_error
 
@@ -113,7 +113,7 @@ def test_normals_of_words_everywhere(rng: np.random.Generator) -> None:
     words = np.concatenate([edges, rng.integers(0, 1 << 32, (1 << 18) - len(edges))]).astype(np.uint32)
     found = torch.zeros(words.size, device=DEVICE)
     _normal_of[(64,)](torch.tensor(words.view(np.int32), device=DEVICE), found, N=1 << 12, enable_fp_fusion=False)
-    assert np.array_equal(numpy(found), draws._normal_of(words))
+    assert np.array_equal(numpy(found), plain_draws._normal_of(words))
 
 
 @kernels

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from tnadapt.draws import _CENTRE, _TAIL
+from tnadapt.plain_draws import _CENTRE, _TAIL
 
 triton = pytest.importorskip("triton", minversion="3.5")
 
-from tnadapt.kernels.gpu import passes, triton_fastfood, triton_hadamard  # noqa: E402
+from tnadapt.kernels.gpu import passes, triton_fastfood, triton_hadamard, triton_launcher  # noqa: E402
+from tnadapt.kernels.gpu.plans import Drawn  # noqa: E402
 from tnadapt.kernels.gpu.triton_launcher import TritonLauncher, warps  # noqa: E402
 
 compiler = pytest.importorskip("triton.compiler")
@@ -142,6 +143,42 @@ def test_the_gathering_sum(tmp_path: Path) -> None:
 
 def test_the_shuffle(tmp_path: Path) -> None:
     check(compiled(triton_fastfood.shuffle, 80, 4, BITS=24, INVERSE=False, TILE=256), tmp_path)
+
+
+class NoDevice:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_device(self) -> int:
+        return 99  # of which nothing is kept for a device that is there
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 80, 32)
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "signs"), [(1, 1, True), (100, 1000, True), (300, 30000, False)])
+def test_what_is_launched_compiles(n_in: int, n_out: int, signs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's own calls, all but the launch: arguments, their types, and what is compiled of them."""
+    torch = pytest.importorskip("torch")
+    made = []
+    run = triton.JITFunction.run
+
+    def prepare(self: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        made.append(run(self, *args, warmup=True, **options))
+        return made[-1]
+
+    monkeypatch.setattr(triton.JITFunction, "run", prepare)
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
+    length = 1 << (max(n_in, n_out) - 1).bit_length()
+    f = Drawn(n_in, n_out, length, 1 << (n_in - 1).bit_length(), 2**64 - 1, 2**32 - 1, signs)
+    assert triton_launcher.fastfood(torch.zeros(2, n_in), f).shape == (2, n_out)
+    assert triton_launcher.fastfood_adjoint(torch.zeros(2, n_out), f).shape == (2, n_in)
+    assert triton_launcher.fwht(torch.zeros(2, length, dtype=torch.float64), length, 0.1, length).shape == (2, length)
+    assert triton_launcher.shuffle(torch.zeros(2, n_out), f.seed, f.group).shape == (2, n_out)
+    assert len(made) >= 6
+    assert all(kernel.asm["cubin"] for kernel in made)
 
 
 def constants_of_normals(made: Any) -> None:

@@ -42,6 +42,13 @@ class FixedArrays:
         found = self.kept.get(key)
         return self.make(key) if found is None else found
 
+    def held(self, key: Hashable) -> np.ndarray:
+        """The array of that name on the host, made once and kept. Not to be written to."""
+        found = self.kept.get(key)
+        if found is None:
+            found = self.kept[key] = self.make(key)
+        return found
+
     def on(self, backend: Backend, key: Hashable, like: Array, dtype: str | None = None, keep: bool = True) -> Array:
         """The array of that name in like's library and on its device, in ``dtype`` where one is given."""
         found = backend.fixed(self, key, backend.device(like), keep)

@@ -54,6 +54,13 @@ class NumpyBackend(Backend):
         compiled = kernels("hadamard") if type(x) in (np.ndarray, np.memmap) else None
         return None if compiled is None else compiled.transform(x, scale, axis)
 
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
+        ours = type(x) in (np.ndarray, np.memmap) and x.dtype == np.float32 and x.size > 0
+        compiled = kernels("fastfood") if ours and draws.long else None
+        if compiled is None or not compiled.takes(draws.padded):
+            return None
+        return compiled.linear(x, draws, n_in, adjoint)
+
 
 @functools.cache
 def _dtype_name(dtype: Any) -> str:

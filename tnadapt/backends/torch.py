@@ -12,7 +12,7 @@ import torch
 from ..errors import BackendError
 from . import torch_gpu
 from .base import Array, Backend, FixedArrays
-from .torch_kernels import hadamard
+from .torch_kernels import fastfood, hadamard
 
 
 class TorchBackend(Backend):
@@ -102,4 +102,5 @@ class TorchBackend(Backend):
         return torch_gpu.fwht(x, scale, axis) if torch_gpu.there_are_kernels(x) else hadamard(x, scale, axis)
 
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
-        return torch_gpu.fastfood(x, draws, n_in, adjoint) if torch_gpu.there_are_kernels(x) else None
+        kernel = torch_gpu.fastfood if torch_gpu.there_are_kernels(x) else fastfood
+        return kernel(x, draws, n_in, adjoint)

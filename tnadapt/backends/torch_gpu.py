@@ -7,17 +7,54 @@ backward, are itself and the adjoint again; a batch of vmap is a batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..kernels import kernels
 
 __all__ = ["LinearMap", "fastfood", "fwht", "there_are_kernels"]
 
 Map = Callable[[Tensor], Tensor]
+
+
+def there_are_kernels(x: Tensor) -> bool:
+    """Whether x is what Triton's kernels take, or stands for it in a transformation of torch.func.
+
+    Not so a tensor of another class, or that a compiler or a mode looks at: these follow torch's own operations, and
+    would see none.
+    """
+    return (
+        x.is_cuda
+        and not torch.compiler.is_compiling()
+        and torch.version.hip is None
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.layout is torch.strided
+        and _get_current_dispatch_mode() is None
+        and not torch._is_functional_tensor(x)
+    )
+
+
+def fwht(x: Tensor, scale: float, axis: int) -> Tensor | None:
+    """``scale * H x`` along an axis; None where Triton cannot be imported."""
+    if kernels("gpu.triton_launcher") is None or x.dtype not in (torch.float32, torch.float64):
+        return None
+    # H is symmetric.
+    there = functools.partial(_run, "transform", scale=scale)
+    return _apply(x.movedim(axis, -1), there, there).movedim(-1, axis)
+
+
+def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool) -> Tensor | None:
+    """The linear part of F along the last axis, or its adjoint; None where Triton cannot be imported."""
+    room = kernels("gpu.triton_launcher")
+    if room is None or x.dtype not in (torch.float32, torch.float64):
+        return None
+    f = room.Drawn.of(draws, n_in)
+    there, back = (functools.partial(_run, "project", f=f, adjoint=way) for way in (adjoint, not adjoint))
+    return _apply(x, there, back)
 
 
 class LinearMap(torch.autograd.Function):
@@ -50,36 +87,42 @@ def _apply(x: Tensor, there: Map, back: Map) -> Tensor:
     return cast(Tensor, LinearMap.apply(x, there, back))  # type: ignore[no-untyped-call]
 
 
-def there_are_kernels(x: Tensor) -> bool:
-    """Whether x is what Triton's kernels take. A compiled program is better off with what its compiler can see into."""
-    return x.is_cuda and torch.version.hip is None and not torch.compiler.is_compiling()
+def _run(name: str, x: Tensor, **how: Any) -> Tensor:
+    # A batch of gradients at once (is_grads_batched) has no memory; an operation that torch knows by its name gets
+    # one gradient after another.
+    if torch._C._functorch.is_legacy_batchedtensor(x):
+        if "f" in how:
+            # torch's integers have signs.
+            how["f"] = [number - (number >> 63 << 64) for number in how["f"]]
+        return cast(Tensor, getattr(torch.ops.tnadapt, name)(x, **how))
+    return _KERNELS[name](x, **how)
 
 
-def fwht(x: Tensor, scale: float, axis: int) -> Tensor | None:
-    """``scale * H x`` along an axis; None where Triton cannot be imported."""
+def _transform(x: Tensor, scale: float) -> Tensor:
+    length = x.shape[-1]
+    return _by_rows(lambda rows: kernels("gpu.triton_launcher").fwht(rows, length, scale, length), x)
+
+
+def _project(x: Tensor, f: Sequence[int], adjoint: bool) -> Tensor:
     room = kernels("gpu.triton_launcher")
-    if room is None or x.dtype not in (torch.float32, torch.float64):
-        return None
-    length = x.shape[axis]
-    # H is symmetric.
-    there = functools.partial(_by_rows, functools.partial(room.fwht, length=length, scale=scale, n_out=length))
-    return _apply(x.movedim(axis, -1), there, there).movedim(-1, axis)
+    drawn = room.Drawn(*(number & (1 << 64) - 1 for number in f))
+    return _by_rows(lambda rows: (room.fastfood_adjoint if adjoint else room.fastfood)(rows, drawn), x)
 
 
-def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool) -> Tensor | None:
-    """The linear part of F along the last axis, or its adjoint; None where Triton cannot be imported."""
-    room = kernels("gpu.triton_launcher")
-    if room is None or x.dtype not in (torch.float32, torch.float64):
-        return None
-    f = room.Drawn.of(draws, n_in)
-    there = functools.partial(_by_rows, functools.partial(room.fastfood, f=f))
-    back = functools.partial(_by_rows, functools.partial(room.fastfood_adjoint, f=f))
-    return _apply(x, back, there) if adjoint else _apply(x, there, back)
+_KERNELS: dict[str, Callable[..., Tensor]] = {"transform": _transform, "project": _project}
+torch.library.custom_op(
+    "tnadapt::transform", _transform, mutates_args=(), schema="(Tensor x, float scale) -> Tensor"
+)  # fmt: skip
+torch.library.custom_op(
+    "tnadapt::project", _project, mutates_args=(), schema="(Tensor x, int[] f, bool adjoint) -> Tensor"
+)  # fmt: skip
 
 
 def _by_rows(kernel: Map, x: Tensor) -> Tensor:
     """A kernel of (vectors, n_in), run on x's own device, for x of any batch and strides."""
     batch = x.shape[:-1]
+    # Zeros and opposites that torch has not yet made have no memory of that content.
+    x = x.clone() if x._is_zerotensor() else x.resolve_neg()
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         rows = kernel(x.reshape(batch.numel(), x.shape[-1]).contiguous())
     return rows.reshape(*batch, rows.shape[-1])

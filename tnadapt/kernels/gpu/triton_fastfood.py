@@ -23,7 +23,7 @@ def _diagonal(tile, first, COLUMNS: tl.constexpr, SIGNS: tl.constexpr, group, se
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vectors", "scale_bits", "group", "seed"])
 def drawn_pass(
     x, out, vectors: tl.int64, n_in: tl.int64, n_out: tl.int64, scale_bits: tl.int64, group: tl.int64, seed: tl.uint64,
     LENGTH: tl.constexpr, LOG_LENGTH: tl.constexpr, PERIOD: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr,
@@ -53,7 +53,7 @@ def drawn_pass(
     tl.store(out + (vector * n_out)[:, None] + j, tile, mask=inside & (j < n_out))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "seed"])
 def gathered_sum(
     x, out, group: tl.int64, seed: tl.uint64,
     LENGTH: tl.constexpr, LOG_LENGTH: tl.constexpr, PERIOD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -72,7 +72,7 @@ def gathered_sum(
     tl.store(out + program * COLUMNS + tl.arange(0, COLUMNS), tl.sum(tile, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "group", "seed"])
 def shuffle(
     x, out, size: tl.int64, group: tl.int64, seed: tl.uint64,
     BITS: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,

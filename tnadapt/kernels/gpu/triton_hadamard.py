@@ -53,7 +53,8 @@ def scaled(x, scale_bits):
     return x * scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(x.dtype)
 
 
-@triton.jit
+# What does not say where numbers lie in memory is no reason to compile anew.
+@triton.jit(do_not_specialize=["vectors", "scale_bits"])
 def hadamard_pass(
     x, out, vectors: tl.int64, n_in: tl.int64, n_out: tl.int64, scale_bits: tl.int64,
     LENGTH: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

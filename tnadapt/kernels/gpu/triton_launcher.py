@@ -93,6 +93,7 @@ def shuffle(x: Any, seed: int, group: int, inverse: bool = False) -> Any:
     out = x.new_empty((vectors, size))
     if vectors:
         shuffle_kernel[(vectors * -(-size // _SHUFFLE_TILE),)](
-            x, out, size, group, seed, BITS=(size - 1).bit_length(), INVERSE=inverse, TILE=_SHUFFLE_TILE, num_warps=4
-        )
+            x, out, size, group, seed, BITS=(size - 1).bit_length(), INVERSE=inverse, TILE=_SHUFFLE_TILE, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return out
