@@ -6,6 +6,7 @@ of 64 tokens). All contestants live in one process and share the frozen weights;
 order that rotates, and each round gives each of them one ratio to the step of PEFT's LoRA of rank 4 in that round.
 What is printed is the median of the ratios. ``--memory`` runs each case alone in a process of its own, and prints by
 how much the peak of its resident memory is above that of PEFT's LoRA.
+``--inference`` compares forward passes without gradients, attached and merged, with the base's own.
 
 Rows are appended to a file of JSON lines. The machine should have nothing else to do.
 """
@@ -282,6 +283,38 @@ def memory(kind: str, names: Iterable[str], layers: int | None) -> list[dict[str
     ]
 
 
+# -- Inference -------------------------------------------------------------------------------
+
+
+def inference(problem: Problem, rounds: int, seconds: float = float("inf")) -> list[dict[str, Any]]:
+    """Forward passes without gradients, in turn: attached, with the update kept, and merged, against the base."""
+    models = {"base": copy.deepcopy(problem.model).requires_grad_(False).eval()}
+    for name, config in {"superlora": P.superlora(8), "lora": P.lora(4)}.items():
+        for state in ("attached", "merged"):
+            model = copy.deepcopy(problem.model).eval()
+            adapter = tnadapt.torch.attach(model, config)
+            if state == "merged":
+                adapter.merge()
+            models[f"{name} {state}"] = model
+    times: dict[str, list[float]] = {name: [] for name in models}
+    began = time.monotonic()
+    with torch.no_grad():
+        for turn in range(-1, rounds):
+            for index in range(len(models)):
+                name = list(models)[(turn + index) % len(models)]
+                start = time.perf_counter()
+                models[name](**problem.batch)
+                if turn >= 0:  # the first is to warm up
+                    times[name].append(time.perf_counter() - start)
+            if turn >= 0 and time.monotonic() - began > seconds:
+                break
+    rows = []
+    for name, several in times.items():
+        ratios = [mine / base for mine, base in zip(several, times["base"], strict=True)]
+        rows.append({"case": f"inference, {name}", "ratio": round(statistics.median(ratios), 4), "rounds": len(ratios)})
+    return rows
+
+
 # -- All together ----------------------------------------------------------------------------
 
 
@@ -327,6 +360,7 @@ def measure(smoke: bool) -> list[dict[str, Any]]:
         for index in range(0, len(names), 3):
             for row in compare(make(), names[index : index + 3], rounds=8):
                 rows.append({"problem": kind, **row, **used[row["case"]]})
+        rows += [{"problem": kind, **row} for row in inference(make(), rounds=15)]
     return rows
 
 
@@ -338,6 +372,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so long")
     parser.add_argument("--memory", action="store_true", help="peaks of memory instead of times")
+    parser.add_argument("--inference", action="store_true", help="forward passes without gradients, against the base")
     parser.add_argument("--peak", metavar="CASE", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true", help="tiny models, one step, equality alone")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -350,6 +385,10 @@ def main() -> None:
         rows = measure(smoke=True)
     elif given.memory:
         rows = [{"problem": given.problem, **row} for row in memory(given.problem, given.cases or CASES, given.layers)]
+    elif given.inference:
+        problem = PROBLEMS[given.problem](layers=given.layers)
+        found = inference(problem, given.rounds, given.seconds)
+        rows = [{"problem": given.problem, "layers": problem.layers, **row} for row in found]
     else:
         problem = PROBLEMS[given.problem](layers=given.layers)
         found = compare(problem, given.cases or list(CASES), given.rounds, given.seconds)

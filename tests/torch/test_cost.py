@@ -38,7 +38,7 @@ def test_a_kronecker_product_of_dense_matrices_goes_into_the_weight_of_many_toke
 
 def test_what_does_not_factor_is_never_factored() -> None:
     for tokens in (1, 1024, 8192):
-        assert chosen(P.superlora(8, groups="weight", fold=(3072, 192)), 768, tokens) in ("weight", "beside")
+        assert chosen(P.superlora(8, groups="weight", fold=(3072, 192)), 768, tokens) == "weight"
 
 
 @given(plans(), st.sampled_from([1, 10, 1000]), st.sampled_from(sorted(MACHINES)))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st  # noqa: E402
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.testing import plans  # noqa: E402
-from tnadapt.torch.delta import Updates, pieces, vector  # noqa: E402
+from tnadapt.torch.delta import pieces, vector  # noqa: E402
+from tnadapt.torch.kept import Updates  # noqa: E402
 from tnadapt.torch.summed import Source, SummedLinear, summed  # noqa: E402
 
 P = tna.presets

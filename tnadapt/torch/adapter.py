@@ -22,8 +22,9 @@ from ..superlora import SuperLoRA
 from ..target import Target
 from . import merging
 from .apply import Part, Site
-from .delta import Update, Updates
+from .delta import Update
 from .freezing import Untied, restore
+from .kept import Updates
 from .registry import BOOK, PREFIX, finite, mix
 from .sharding import refuse_reentrant, reshard, spread, whole
 from .summary import Summary

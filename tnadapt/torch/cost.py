@@ -47,7 +47,7 @@ class Machine(NamedTuple):
 
 #: Of one core, or of several: that their numbers grow alike is assumed.
 MACHINES: Mapping[str, Machine] = {
-    "cpu": Machine(operations=1.7e11, narrow=6e10, bytes=1.5e10, call=1.0e-5),
+    "cpu": Machine(operations=1.7e11, narrow=1e11, bytes=1.25e10, call=2.0e-5),
     # Not measured: a card of 60 teraflops in TF32, 1.5 TB/s, and what a launch from Python takes.
     "cuda": Machine(operations=6e13, narrow=1e13, bytes=1.5e12, call=1.0e-5),
 }
@@ -116,8 +116,8 @@ def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKE
     found = {
         # The sum twice, and the gradient of the sum.
         "weight": update + Work(product, 0.0, 5.0 * size, 14),
-        # Three products more, none of them kept from reading ΔW; y and the gradient of x are added to.
-        "beside": update + Work(3 * product, 0.0, 3.0 * size + 4.0 * tokens * (rows + cols), 20),
+        # Three products of that size, which read ΔW twice; y and the gradient of x are added to.
+        "beside": update + Work(3 * product, 0.0, 5.0 * size + 4.0 * tokens * (rows + cols), 20),
     }
     if how is not None:
         found["factored"] = _factored(how, tokens)
@@ -153,8 +153,9 @@ def _factored(how: Factoring, tokens: int) -> Work:
             # This mode's columns become its rows; all else stays.
             after = inner // size.cols * size.rows
             operations = 2.0 * (inner * size.rows if size.width is None else (inner + after) * size.width)
-            # Made in forward and again in backward, where there are two gradients.
-            total += Work(0.0, 4 * operations, 4.0 * (inner + after), 24)
+            # Made in forward and again in backward, where there are two gradients; a small product for each row of x,
+            # at half the speed of one long one.
+            total += Work(0.0, 8 * operations, 8.0 * (inner + after), 24)
             inner = after
     return total
 
