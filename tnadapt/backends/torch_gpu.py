@@ -20,6 +20,9 @@ __all__ = ["LinearMap", "fastfood", "fwht", "shuffle", "there_are_kernels"]
 
 Map = Callable[[Tensor], Tensor]
 
+#: The least that Triton promises to compile for.
+_CAPABILITY = (8, 0)
+
 
 def there_are_kernels(x: Tensor) -> bool:
     """Whether x is what Triton's kernels take, or stands for it in a transformation of torch.func.
@@ -30,7 +33,9 @@ def there_are_kernels(x: Tensor) -> bool:
     return (
         x.is_cuda
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.layout is torch.strided
         and _get_current_dispatch_mode() is None
