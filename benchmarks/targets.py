@@ -161,7 +161,7 @@ TARGETS: list[Target] = [
         "on a graphics card: fwht of 2^24 over a device copy",
         5.0,
         "gpu",
-        largest("× copy", what="fwht", size=1 << 24),
+        largest("× copy", what="fwht", points="2^24"),
         "No card was to be had.",
     ),
     Target(
