@@ -23,6 +23,42 @@ def test_no_framework_is_imported() -> None:
     assert run(code).strip() == "[]"
 
 
+def test_rooms_that_few_need_are_imported_when_asked_for() -> None:
+    rooms = ["convert.work", "decomposition", "extraction", "files", "merge_files", "planner"]
+    code = f"import sys, tnadapt; print([name for name in {rooms} if f'tnadapt.{{name}}' in sys.modules])"
+    assert run(code).strip() == "[]"
+    code = "import sys, tnadapt; tnadapt.plan; print('tnadapt.planner' in sys.modules, 'plan' in vars(tnadapt))"
+    assert run(code).strip() == "True True"
+
+
+def test_every_public_name_is_there_however_it_is_asked_for() -> None:
+    code = """
+import tnadapt
+assert set(tnadapt.__all__) <= set(dir(tnadapt))
+from tnadapt import *
+assert all(name in globals() for name in tnadapt.__all__)
+assert all(getattr(tnadapt, name) is globals()[name] for name in tnadapt.__all__)
+try:
+    tnadapt.nonsense
+except AttributeError as error:
+    print(error)
+"""
+    assert run(code).strip() == "module 'tnadapt' has no attribute 'nonsense'"
+
+
+def test_a_function_called_as_its_room_stays_one() -> None:
+    code = """
+import importlib, pkgutil, tnadapt
+for room in pkgutil.walk_packages(tnadapt.__path__, "tnadapt."):
+    if not room.name.startswith(("tnadapt.torch", "tnadapt.finetune", "tnadapt.cli", "tnadapt.backends", "tnadapt.plot",
+                                 "tnadapt.kernels", "tnadapt.testing", "tnadapt.__main__")):
+        importlib.import_module(room.name)
+print([name for name in tnadapt.__all__ if type(getattr(tnadapt, name)) is type(tnadapt) and name != "presets"])
+print(tnadapt.convert.__module__, importlib.import_module("tnadapt.convert").Conversion.__name__)
+"""
+    assert run(code).split("\n")[:2] == ["[]", "tnadapt.convert.api Conversion"]
+
+
 def test_using_numpy_imports_no_framework() -> None:
     # numba, where there is one, brings SciPy along.
     code = """
@@ -72,11 +108,12 @@ def test_every_import_is_declared() -> None:
         "timm",
     }
     optional |= {"datasets", "huggingface_hub", "sklearn", "threadpoolctl", "PIL", "numba"}
+    optional |= {"triton"}  # comes with torch, where torch is for CUDA
     optional |= {"llvmlite"}  # numba's own compiler, of the version that numba asks for
     extras = {
         d.split(">")[0].split("[")[0].replace("-", "_") for e in project["optional-dependencies"].values() for d in e
     }
-    assert optional - {"cupy", "sklearn", "PIL", "llvmlite"} <= extras
+    assert optional - {"cupy", "sklearn", "PIL", "llvmlite", "triton"} <= extras
     assert {"cupy_cuda12x", "scikit_learn", "pillow"} <= extras
     assert names <= declared
     for path in (ROOT / "tnadapt").rglob("*.py"):

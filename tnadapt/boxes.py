@@ -31,7 +31,7 @@ class Box(NamedTuple):
 
 
 # A box may compute this share more than is asked for where that saves cutting it in three.
-_SLACK = 0.25
+SLACK = 0.25
 
 
 def boxes(sizes: Sequence[int], start: int, stop: int) -> list[Box]:
@@ -86,7 +86,7 @@ def _boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
 
     if end - first == 1:
         return inside(first, start - first * row, stop - first * row)
-    if (end - first) * row <= (1 + _SLACK) * (stop - start):
+    if (end - first) * row <= (1 + SLACK) * (stop - start):
         return [Box(((first, end), *whole), first * row)]
     head: list[Box] = []
     tail: list[Box] = []

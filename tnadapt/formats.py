@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from .backends import Backend
 from .backends.base import Array
 from .errors import ConfigError
-from .products import cp_tensor, khatri_rao, tt_tensor, tucker_tensor
+from .products import cp_tensor, khatri_rao, kronecker_tensor, tt_left, tt_right, tt_tensor, tucker_tensor
+from .unfolding import Cut, along
 
 __all__ = ["FORMATS", "Format"]
 
@@ -95,6 +96,30 @@ class Format:
         """
         raise NotImplementedError
 
+    def inner(self, modes: int) -> int | None:
+        """How many columns L has where the first ``modes`` modes are rows and the tensor is ``L R``; None for no such.
+
+        ``1 <= modes < M``.
+        """
+        return None
+
+    def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
+        """L and R of a part of an unfolding, where :meth:`inner` says that there are such.
+
+        Parameters
+        ----------
+        backend : Backend
+        arrays : mapping of str to array
+        cut : Cut
+            Which modes are rows, and which rows and columns are wanted.
+
+        Returns
+        -------
+        (array, array)
+            Of shapes (rows, inner) and (inner, columns); their product is that part.
+        """
+        raise NotImplementedError
+
     @property
     def num_parameters(self) -> int:
         """Elements of all arrays."""
@@ -162,6 +187,23 @@ class CP(Format):
         factors = [_rows(arrays[f"factor{mode}"], bounds) for mode, bounds in enumerate(ranges)]
         return cp_tensor(backend, arrays.get("weights"), factors)
 
+    def inner(self, modes: int) -> int | None:
+        return self.rank
+
+    def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
+        factors = [arrays[f"factor{mode}"] for mode in range(len(self.sizes))]
+        if "weights" in arrays:
+            factors[0] = factors[0] * arrays["weights"]
+
+        def half(first: int, stop: int, bounds: tuple[int, int]) -> Array:
+            def on_box(box: Ranges) -> Array:
+                return khatri_rao(backend, [_rows(*pair) for pair in zip(factors[first:stop], box, strict=True)])
+
+            return along(backend, self.sizes[first:stop], *bounds, on_box)
+
+        left, right = half(0, cut.modes, cut.rows), half(cut.modes, len(factors), cut.cols)
+        return left, backend.matrix_transpose(right)
+
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         factors = [arrays[f"factor{mode}"] for mode in range(len(self.sizes))]
         weights = arrays.get("weights")
@@ -204,15 +246,65 @@ class Tucker(Format):
         return {"core": self.core} | {f"factor{mode}": (self.sizes[mode], self.core[mode]) for mode in self.modes}
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
-        core = arrays["core"]
+        return self._expanded(backend, arrays, arrays["core"], range(len(self.sizes)), ranges)
+
+    def _expanded(
+        self, backend: Backend, arrays: Mapping[str, Array], core: Array, modes: Sequence[int | None], ranges: Ranges
+    ) -> Array:
+        """A core times the rows of its modes' factors; ``modes`` has None for an axis that is no mode, and stays."""
         factors: list[Array | None] = []
-        for mode, bounds in enumerate(ranges):
+        bounds = iter(ranges)
+        for axis, mode in enumerate(modes):
+            factors.append(None)
             if mode in self.modes:
-                factors.append(_rows(arrays[f"factor{mode}"], bounds))
-            else:
-                core = _rows(core, bounds, mode)
-                factors.append(None)
+                factors[-1] = _rows(arrays[f"factor{mode}"], next(bounds))
+            elif mode is not None:
+                core = _rows(core, next(bounds), axis)
         return tucker_tensor(backend, core, factors)
+
+    def _inner(self, modes: int) -> tuple[int, bool] | None:
+        """How many columns L has, and whether the core is in it: it goes where it is contracted with more."""
+        core, order = self.core, len(self.sizes)
+        found: list[tuple[int, bool]] = []
+        # The half without the core is the Kronecker product of its factors: every mode has to have one.
+        if all(mode in self.modes for mode in range(modes, order)):
+            found.append((math.prod(core[modes:]), True))
+        if all(mode in self.modes for mode in range(modes)):
+            found.append((math.prod(core[:modes]), False))
+        return min(found, default=None)
+
+    def inner(self, modes: int) -> int | None:
+        found = self._inner(modes)
+        return None if found is None else found[0]
+
+    def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
+        found = self._inner(cut.modes)
+        assert found is not None
+        inner, core_left = found
+        before, after = range(cut.modes), range(cut.modes, len(self.sizes))
+
+        def bare(modes: range, bounds: tuple[int, int]) -> Array:
+            def on_box(box: Ranges) -> Array:
+                factors = [_rows(arrays[f"factor{m}"], where) for m, where in zip(modes, box, strict=True)]
+                return kronecker_tensor(backend, factors)
+
+            return along(backend, [self.sizes[m] for m in modes], *bounds, on_box)
+
+        def cored(modes: range, bounds: tuple[int, int]) -> Array:
+            sizes, ranks = ([every[m] for m in modes] for every in (self.sizes, self.core))
+            # The axis over which the halves are contracted is the last one of L and the first one of R.
+            shape, axes = ([*ranks, inner], [*modes, None]) if core_left else ([inner, *ranks], [None, *modes])
+            core = backend.reshape(arrays["core"], shape)
+
+            def on_box(box: Ranges) -> Array:
+                made = self._expanded(backend, arrays, core, axes, box)
+                return backend.reshape(made, (-1, inner) if core_left else (inner, -1))
+
+            return along(backend, sizes, *bounds, on_box, axis=0 if core_left else 1)
+
+        if core_left:
+            return cored(before, cut.rows), backend.matrix_transpose(bare(after, cut.cols))
+        return bare(before, cut.rows), cored(after, cut.cols)
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         turned = {mode: backend.matrix_transpose(arrays[f"factor{mode}"]) for mode in self.modes}
@@ -252,6 +344,26 @@ class TensorTrain(Format):
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
         return tt_tensor(backend, [_rows(arrays[f"core{mode}"], bounds, 1) for mode, bounds in enumerate(ranges)])
+
+    def inner(self, modes: int) -> int | None:
+        return self.ranks[modes]
+
+    def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
+        cores = [arrays[f"core{mode}"] for mode in range(len(self.sizes))]
+
+        def part(first: int, box: Ranges) -> list[Array]:
+            return [_rows(core, where, 1) for core, where in zip(cores[first:], box, strict=False)]
+
+        def left(box: Ranges) -> Array:
+            return tt_left(backend, part(0, box))
+
+        def right(box: Ranges) -> Array:
+            return tt_right(backend, part(cut.modes, box))
+
+        return (
+            along(backend, self.sizes[: cut.modes], *cut.rows, left),
+            along(backend, self.sizes[cut.modes :], *cut.cols, right, axis=1),
+        )
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         cores = [arrays[f"core{mode}"] for mode in range(len(self.sizes))]

@@ -18,10 +18,14 @@ from .config import Config
 from .errors import ShapeError
 from .folding import balanced_shape, hypercube_shape, kronecker_sizes
 from .formats import Format, make_format
-from .products import hadamard_tensor, kronecker_tensor
+from .products import hadamard_tensor, khatri_rao, kronecker_tensor
 from .rearranging import contracted, rearranged
+from .unfolding import Cut, along, best_cut, rowwise
 
 __all__ = ["Network", "fold_sizes"]
+
+# An elementwise product of splits is one matrix product while L has no more columns than this; then it costs more.
+_THICK = 64
 
 
 def fold_sizes(config: Config, size: int, columns: int = 1) -> tuple[int, ...]:
@@ -147,14 +151,37 @@ class Network:
         return self.slice(backend, arrays, 0, self.size)
 
     def slice(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
-        """Elements ``start`` to ``stop - 1`` of the vector; nothing larger is formed than the boxes they lie in."""
-        pieces = []
-        for ranges, first in boxes(self.sizes, start, stop):
-            vec = backend.flatten(self._sum(backend, arrays, ranges))
-            lo, hi = max(start - first, 0), min(stop - first, vec.shape[0])
-            pieces.append(vec if (lo, hi) == (0, vec.shape[0]) else vec[lo:hi])
-        vec = backend.concat(pieces)
+        """Elements ``start`` to ``stop - 1`` of the vector; nothing is formed that is much larger.
+
+        One matrix product where the formats have one (see :mod:`tnadapt.unfolding`), else a box after another.
+        """
+        cut = best_cut(self.sizes, start, stop, self._thin)
+        if cut is not None:
+            vec = backend.flatten(self._product(backend, arrays, cut))
+            lo, hi = start - cut.start, stop - cut.start
+            return vec if (lo, hi) == (0, vec.shape[0]) else vec[lo:hi]
+        vec = along(
+            backend, self.sizes, start, stop, lambda ranges: backend.flatten(self._sum(backend, arrays, ranges))
+        )
         return vec if self.scale == 1.0 else vec * self.scale
+
+    def slice_factors(
+        self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int
+    ) -> tuple[Array, Array, int] | None:
+        """The matrices whose product holds a slice, where :meth:`slice` is one product.
+
+        Returns
+        -------
+        (array, array, int) or None
+            L and R, the scale in one of them, and the place in ``vec(L R)`` of the slice's first element.
+        """
+        cut = best_cut(self.sizes, start, stop, self._thin)
+        if cut is None:
+            return None
+        left, right = self.unfolded(backend, arrays, cut)
+        if self.scale != 1.0:
+            left, right = (left * self.scale, right) if left.shape[0] < right.shape[1] else (left, right * self.scale)
+        return left, right, start - cut.start
 
     def adjoint(
         self, backend: Backend, arrays: Mapping[str, Array], vec: Array, only: str | None = None
@@ -212,6 +239,59 @@ class Network:
             return hadamard_tensor([tensor, *(other for other in others if other is not None)])
         sizes = [split.sizes for split in self.splits]
         return contracted(backend, rearranged(backend, tensor, sizes), others, sizes[k])
+
+    def inner(self, modes: int) -> int | None:
+        """Columns of L where the first ``modes`` modes are rows and the sum is one ``L R``; None for no such."""
+        if len(self.splits) > 1 and self.kronecker:
+            return None
+        inner = self.terms
+        for split in self.splits:
+            found = split.inner(modes)
+            if found is None:
+                return None
+            inner *= found
+        return inner
+
+    def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
+        """L and R of a part of the unfolding, without the scale; where :meth:`inner` says that there are such.
+
+        Parameters
+        ----------
+        backend : Backend
+        arrays : mapping of str to array
+        cut : Cut
+            Which modes are rows, and which rows and columns are wanted.
+
+        Returns
+        -------
+        (array, array)
+            Of shapes (rows, inner) and (inner, columns).
+        """
+        lefts, rights = [], []
+        for prefixes in self.prefixes:
+            own = self.of_term(prefixes, arrays)
+            halves = [split.unfolded(backend, mine, cut) for split, mine in zip(self.splits, own, strict=True)]
+            # Of an elementwise product L has the products of all columns, R those of all rows.
+            lefts.append(rowwise(backend, [left for left, _ in halves]))
+            rights.append(khatri_rao(backend, [right for _, right in halves]))
+        return backend.concat(lefts, axis=1), backend.concat(rights, axis=0)
+
+    def _thin(self, modes: int) -> int | None:
+        """:meth:`inner`, where one matrix product is the way that costs least."""
+        inner = self.inner(modes)
+        return None if inner is None or (len(self.splits) > 1 and inner > _THICK * self.terms) else inner
+
+    def _product(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> Array:
+        """A part of the unfolded sum over terms, as one matrix product, times the scale."""
+        left, right = self.unfolded(backend, arrays, cut)
+        if self.scale == 1.0:
+            return backend.matmul(left, right)
+        if backend.dtype_name(left) in ("float16", "bfloat16"):
+            # Its few bits are not spent on a scaled half.
+            return backend.matmul(left, right) * self.scale
+        if left.shape[0] < right.shape[1]:
+            return backend.matmul(left * self.scale, right)
+        return backend.matmul(left, right * self.scale)
 
     def _sum(self, backend: Backend, arrays: Mapping[str, Array], ranges: Sequence[tuple[int, int]]) -> Array:
         """The tensor on a box: the sum over terms."""

@@ -223,15 +223,25 @@ def tt_tensor(backend: Backend, cores: Sequence[Array]) -> Array:
     if len(cores) == 1:
         return backend.reshape(cores[0], sizes)
     cut = min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
-    rows = cores[0]
-    for core in cores[1:cut]:
-        rows = backend.matmul(backend.reshape(rows, (-1, core.shape[0])), backend.reshape(core, (core.shape[0], -1)))
+    return backend.reshape(backend.matmul(tt_left(backend, cores[:cut]), tt_right(backend, cores[cut:])), sizes)
+
+
+def tt_left(backend: Backend, cores: Sequence[Array]) -> Array:
+    """The first cores of a train, contracted from its beginning: shape (prod d_m, r)."""
+    rows = backend.reshape(cores[0], (-1, cores[0].shape[2]))
+    for core in cores[1:]:
+        rows = backend.matmul(rows, backend.reshape(core, (core.shape[0], -1)))
         rows = backend.reshape(rows, (-1, core.shape[2]))
-    cols = cores[-1]
-    for core in reversed(cores[cut:-1]):
-        cols = backend.matmul(backend.reshape(core, (-1, core.shape[2])), backend.reshape(cols, (core.shape[2], -1)))
-    rank = cores[cut].shape[0]
-    return backend.reshape(backend.matmul(backend.reshape(rows, (-1, rank)), backend.reshape(cols, (rank, -1))), sizes)
+    return rows
+
+
+def tt_right(backend: Backend, cores: Sequence[Array]) -> Array:
+    """The last cores of a train, contracted from its end: shape (r, prod d_m)."""
+    cols = backend.reshape(cores[-1], (cores[-1].shape[0], -1))
+    for core in reversed(cores[:-1]):
+        cols = backend.matmul(backend.reshape(core, (-1, core.shape[2])), cols)
+        cols = backend.reshape(cols, (core.shape[0], -1))
+    return cols
 
 
 def kronecker(arrays: Sequence[Array]) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,12 @@ import numpy as np
 from . import draws
 from .backends import Backend
 from .backends.base import Array, FixedArrays
+from .kernels import kernels
 
 __all__ = ["ProjectionDraws", "hadamard_rows"]
+
+# From this length on a gather goes out of the processor's caches.
+_FAR = 1 << 19
 
 
 class ProjectionDraws(FixedArrays):
@@ -19,12 +24,18 @@ class ProjectionDraws(FixedArrays):
 
     ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the
     period and ``gain = g[perm]``.
+
+    Compiled kernels draw the permutation anew each time from its ``keys``, take signs as the bits of ``words``, and
+    ask for what else they need (:mod:`tnadapt.kernels.fastfood`).
     """
 
     def __init__(self, kind: str, length: int, padded: int, pruned: int, seed: int, group: int) -> None:
         super().__init__()
         self.lengths = {"diagonal": length}
         self.whole = length if kind == "shuffle" else padded
+        self.padded = padded
+        #: Whether it takes longer than to import a compiler.
+        self.long = padded >= draws.WORTH
         self.signs = not kind.endswith("_v2")
         self.pruned, self.seed, self.group = pruned, seed, group
 
@@ -45,9 +56,14 @@ class ProjectionDraws(FixedArrays):
     def make(self, key: Any) -> np.ndarray:
         if isinstance(key, tuple):
             return self.part(*key)
+        if key in _FOR_KERNELS:
+            return _FOR_KERNELS[key](self)
         length = self.lengths.get(key, self.whole)
         if key == "gain":
             # Drawing in order and gathering costs a quarter of drawing at scattered places.
+            compiled = kernels("fastfood") if length >= _FAR else None
+            if compiled is not None and compiled.permutes(length):
+                return compiled.permuted(self.part("g", 0, length), self.held("keys"))  # type: ignore[no-any-return]
             return np.take(self.part("g", 0, length), self.part("perm", 0, length))
         whole = self.part(key, 0, length)
         # Half the memory where positions fit in 32 bits.
@@ -59,6 +75,15 @@ class ProjectionDraws(FixedArrays):
             whole = self.on(backend, name, like)[start:stop]
             return whole if dtype is None else backend.astype(whole, dtype)
         return self.on(backend, (name, start, stop), like, dtype, keep=False)
+
+
+# What kernels alone ask for.
+_FOR_KERNELS: dict[str, Callable[[ProjectionDraws], np.ndarray]] = {
+    "keys": lambda d: draws.words(d.seed, d.group, draws.PURPOSE["permutation"], 0, 8),
+    "words": lambda d: draws.words(d.seed, d.group, draws.PURPOSE["signs"], 0, -(-d.lengths["diagonal"] // 32)),
+    "starts": lambda d: kernels("fastfood").starts_of(d.padded, d.held("keys")),
+    "order": lambda d: kernels("fastfood").order_of(d.padded, d.held("keys"), d.held("starts")),
+}
 
 
 class _HadamardRows(FixedArrays):

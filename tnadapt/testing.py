@@ -28,6 +28,7 @@ from .errors import BackendError, ShapeError
 from .formats import FORMATS, Format
 from .projection import KINDS, SQUARE
 from .superlora import SuperLoRA
+from .unfolding import Cut
 
 __all__ = ["BackendContract", "FormatContract", "configs", "parameters", "plans", "shapes"]
 
@@ -315,6 +316,24 @@ class FormatContract:
                 part = split.tensor(backend, arrays, box)
                 cut = whole[tuple(slice(lo, hi) for lo, hi in box)]
                 np.testing.assert_allclose(part, cut, rtol=1e-12, atol=1e-12)
+
+    def test_an_unfolding_is_the_product_of_its_halves(self) -> None:
+        for split, arrays in self._each():
+            backend = get_backend(*arrays.values())
+            whole = split.tensor(backend, arrays, [(0, d) for d in split.sizes])
+            for modes in range(1, len(split.sizes)):
+                inner = split.inner(modes)
+                if inner is None:
+                    continue
+                height, width = math.prod(split.sizes[:modes]), math.prod(split.sizes[modes:])
+                expected = whole.reshape(height, width)
+                for rows, cols in itertools.product(*(([0, n], [n - 1, n], [n // 3, n]) for n in (height, width))):
+                    start = rows[0] * width + cols[0]
+                    left, right = split.unfolded(backend, arrays, Cut(modes, tuple(rows), tuple(cols), start))
+                    assert left.shape == (rows[1] - rows[0], inner)
+                    assert right.shape == (inner, cols[1] - cols[0])
+                    part = expected[slice(*rows), slice(*cols)]
+                    np.testing.assert_allclose(left @ right, part, rtol=1e-12, atol=1e-12)
 
     def test_it_is_linear_in_each_array(self) -> None:
         for split, arrays in self._each():

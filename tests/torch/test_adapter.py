@@ -207,7 +207,7 @@ def test_refusals_list_what_was_there_and_change_nothing() -> None:
     refused(tna.TargetError, "is both a target and in keep_trainable", keep_trainable="q_proj")
     refused(tna.ConfigError, "strategy must be one of", strategy="fast")
     refused(tna.ConfigError, "activation must be one of", activation="step")
-    refused(tna.ConfigError, "needs one low-rank matrix a weight", strategy="factored")
+    refused(tna.ConfigError, "rows and columns are separate", strategy="factored")
     refused(tna.ConfigError, "use tnadapt.presets.lora", activation="relu")
     refused(tna.BackendError, "dtype must be one of", dtype=torch.int32)
     refused(tna.ConfigError, "more than the", cfg=P.superlora(2, groups=10**9))
@@ -755,7 +755,7 @@ def test_a_linear_layer_of_another_forward_is_adapted_in_its_weight() -> None:
     on = run(model)
     adapter.merge()
     assert (run(model) - on).abs().max() < 1e-6
-    with pytest.raises(tna.ConfigError, match="needs one low-rank matrix a weight of a linear layer"):
+    with pytest.raises(tna.ConfigError, match="needs a linear layer, and an update"):
         tt.attach(model, P.lora(2), ["blocks.1.q_proj"], "b", strategy="factored")
 
 
@@ -774,7 +774,7 @@ def test_a_quantised_layer_without_a_weight_of_that_name(tmp_path: Path) -> None
     model = small()
     model.blocks[1].q_proj = Packed(model.blocks[1].q_proj)
     target = tna.Target("blocks.1.q_proj", (16, 16), "q")
-    adapter = tt.attach(model, P.superlora(2), lambda path, _: path == target.module)
+    adapter = tt.attach(model, P.lorta(2), lambda path, _: path == target.module)
     assert adapter.strategy == ("beside",)
     model(batch()).sum().backward()
     assert any(p.grad.any() for p in adapter.parameters())

@@ -12,8 +12,9 @@ from hypothesis import strategies as st  # noqa: E402
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.testing import plans  # noqa: E402
-from tnadapt.torch.apply import SummedLinear, summed  # noqa: E402
-from tnadapt.torch.delta import Updates, pieces, vector  # noqa: E402
+from tnadapt.torch.delta import pieces, vector  # noqa: E402
+from tnadapt.torch.kept import Updates  # noqa: E402
+from tnadapt.torch.summed import Source, SummedLinear, summed  # noqa: E402
 
 P = tna.presets
 
@@ -87,7 +88,7 @@ def test_derivatives_of_a_linear_layer_on_the_sum() -> None:
     q, v = (torch.randn(2, 4, generator=made).double().requires_grad_() for _ in range(2))
 
     def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *deltas: torch.Tensor) -> torch.Tensor:
-        return SummedLinear.apply(x, w, b, targets, *deltas)
+        return SummedLinear.apply(x, w, b, tuple(map(Source, targets)), *deltas)
 
     assert torch.autograd.gradcheck(function, (x, weight, bias, q, v))
     assert torch.autograd.gradgradcheck(function, (x, weight, bias, q, v))

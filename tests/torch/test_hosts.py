@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor, nn  # noqa: E402
 
+import tnadapt.torch  # noqa: E402
 from tnadapt.target import Target  # noqa: E402
 from tnadapt.torch.targets import find_targets, host_of, reads_outside  # noqa: E402
 
@@ -190,3 +191,27 @@ def test_a_wrapper_of_peft_hands_the_weight_out() -> None:
     (target, *_) = find_targets(wrapped)
     assert target.module == "blocks.0.attn.qkv.base_layer"
     assert host_of(wrapped, target) == "blocks.0.attn"
+
+
+def test_attaching_walks_the_model_no_more_often_the_more_targets_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[int] = []
+    true = nn.Module.named_modules
+
+    def counted(self: nn.Module, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        walks.append(memo is None)
+        return true(self, memo, prefix, remove_duplicate)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    counts = []
+    for layers in (2, 40):
+        model = nn.Sequential(*(Attention() for _ in range(layers)))
+        walks.clear()
+        tnadapt.torch.attach(model, targets=r".*\.(query|value)")
+        # Each walk calls itself for every module below.
+        counts.append(sum(walks))
+    assert counts[0] == counts[1]

@@ -42,6 +42,13 @@ class FixedArrays:
         found = self.kept.get(key)
         return self.make(key) if found is None else found
 
+    def held(self, key: Hashable) -> np.ndarray:
+        """The array of that name on the host, made once and kept. Not to be written to."""
+        found = self.kept.get(key)
+        if found is None:
+            found = self.kept[key] = self.make(key)
+        return found
+
     def on(self, backend: Backend, key: Hashable, like: Array, dtype: str | None = None, keep: bool = True) -> Array:
         """The array of that name in like's library and on its device, in ``dtype`` where one is given."""
         found = backend.fixed(self, key, backend.device(like), keep)
@@ -228,6 +235,10 @@ class Backend:
 
         ``draws`` are the :class:`tnadapt.projection_draws.ProjectionDraws` that make F.
         """
+        return None
+
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool) -> Array | None:
+        """The last axis of x in the order of the fixed permutation of its length, or of its inverse."""
         return None
 
     # -- What a check of the laws asks besides -----------------------------------------------

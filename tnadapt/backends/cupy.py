@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from typing import Any
 
@@ -10,6 +12,7 @@ import cupy
 import numpy as np
 
 from ..errors import BackendError
+from ..kernels.gpu.cuda_launcher import OPTIONS, CudaLauncher, Drawn, source
 from .base import Array, Backend
 
 
@@ -42,6 +45,28 @@ class CupyBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.asarray(cupy.asnumpy(x))
 
+    def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
+        if not _has_kernels(x):
+            return None
+        rows, batch = _rows(cupy.moveaxis(x, axis, -1))
+        length = x.shape[axis]
+        found = _LAUNCHER.fwht(rows, length, scale, length)
+        return cupy.moveaxis(found.reshape(*batch, length), -1, axis)
+
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
+        if not _has_kernels(x):
+            return None
+        f = Drawn.of(draws, n_in)
+        rows, batch = _rows(x)
+        found = _LAUNCHER.fastfood_adjoint(rows, f) if adjoint else _LAUNCHER.fastfood(rows, f)
+        return found.reshape(*batch, found.shape[-1])
+
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool) -> Array | None:
+        if not _has_kernels(x):
+            return None
+        rows, _ = _rows(x)
+        return _LAUNCHER.shuffle(rows, seed, group, inverse).reshape(x.shape)
+
     def _device(self, device: Any) -> Any:
         if device is None:
             return cupy.cuda.Device()
@@ -51,3 +76,32 @@ class CupyBackend(Backend):
                 raise BackendError(f"CuPy arrays live on 'cuda' or 'cuda:N'; got device {device!r}")
             device = int(match[1] or 0)
         return device if isinstance(device, cupy.cuda.Device) else cupy.cuda.Device(device)
+
+
+def _has_kernels(x: Array) -> bool:
+    # Not on AMD's devices, whose compiler has other rules of rounding.
+    return x.dtype in (np.float32, np.float64) and not cupy.cuda.runtime.is_hip
+
+
+def _rows(x: Array) -> tuple[Array, tuple[int, ...]]:
+    """x as (vectors, n), contiguous, and its batch."""
+    batch = x.shape[:-1]
+    return cupy.ascontiguousarray(x.reshape(math.prod(batch), x.shape[-1])), batch
+
+
+@functools.cache
+def _program(itemsize: int, device: int) -> Any:
+    return cupy.RawModule(code=source(itemsize), options=OPTIONS, backend="nvrtc")
+
+
+def _run(x: Array, name: str, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
+    with x.device:
+        _program(x.itemsize, x.device.id).get_function(name)((blocks,), (threads,), arguments)
+
+
+def _empty(x: Array, shape: tuple[int, ...]) -> Array:
+    with x.device:
+        return cupy.empty(shape, x.dtype)
+
+
+_LAUNCHER = CudaLauncher(_run, _empty)

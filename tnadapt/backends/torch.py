@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ..errors import BackendError
+from . import torch_gpu
 from .base import Array, Backend, FixedArrays
-from .torch_kernels import hadamard
+from .torch_kernels import fastfood, hadamard
 
 
 class TorchBackend(Backend):
@@ -98,4 +99,11 @@ class TorchBackend(Backend):
         return torch.index_select(x, axis, indices)
 
     def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
-        return hadamard(x, scale, axis)
+        return torch_gpu.fwht(x, scale, axis) if torch_gpu.there_are_kernels(x) else hadamard(x, scale, axis)
+
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
+        kernel = torch_gpu.fastfood if torch_gpu.there_are_kernels(x) else fastfood
+        return kernel(x, draws, n_in, adjoint)
+
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool) -> Array | None:
+        return torch_gpu.shuffle(x, seed, group, inverse) if torch_gpu.there_are_kernels(x) else None

@@ -6,7 +6,19 @@ of them. On the way out, ``modules`` and ``taking_apart`` find what each module'
 ``low_rank`` what it becomes, ``encoding`` its tensors, and ``outward`` reads back what is written, to measure it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .api import FORMS, convert
-from .conversion import Conversion
+
+if TYPE_CHECKING:
+    from .conversion import Conversion
 
 __all__ = ["FORMS", "Conversion", "convert"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Conversion":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .conversion import Conversion
+
+    return Conversion

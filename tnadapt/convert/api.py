@@ -1,31 +1,19 @@
-"""``convert``: read, choose, write down, and measure what was written."""
+"""``convert``; what it does is in ``work``, which is imported when it is first called."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..adapter_file import AdapterFile
-from ..container import path_of
-from ..errors import ConfigError, integer, shown
-from .choosing import Wish
-from .conversion import Conversion, check_free
-from .measuring import errors_of, is_rounding, low_rank_squares, squares_of
-from .numbers import check_range, rounded
-from .outward import to_foreign
-from .reading import read
-from .source import Source
-from .taking_apart import Wide
+if TYPE_CHECKING:
+    from ..adapter_file import AdapterFile
+    from .conversion import Conversion
 
 __all__ = ["FORMS", "convert"]
 
 FORMS = (
     "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha", "lycoris-full",
 )  # fmt: skip
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
-_LIBRARIES = {"peft": "PEFT", "lycoris": "LyCORIS"}
 
 
 def convert(
@@ -109,90 +97,7 @@ def convert(
         ...
     tnadapt.errors.ConfigError: the conversion to peft-lora would change the updates by a relative error of ...
     """
-    wish = _checked(to, rank, max_error, dtype)
-    if out is not None:
-        check_free(path_of(out), to, overwrite)
-    found = read(source, base, part)
-    if without_kept:
-        found = found._replace(file=_bare(found.file))
-    found.file.check_finite()
-    try:
-        made = _own(found, dtype) if wish is None else to_foreign(found, wish, to, dtype)
-    except MemoryError as error:
-        rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
-        raise ConfigError(
-            f"there is not enough memory for the largest update, {rows} × {cols}: is the adapter what it says?"
-        ) from error
-    _check_error(made, max_error)
-    if out is not None:
-        made.save(out, overwrite)
-    return made
+    from .work import converted
 
-
-def _checked(to: Any, rank: Any, max_error: Any, dtype: Any) -> Wish | None:
-    if to not in FORMS:
-        raise ConfigError(f"to must be one of {', '.join(FORMS)}; got {shown(to)}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}; got {shown(dtype)}")
-    if max_error is not None and (
-        isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 <= max_error <= 1
-    ):
-        raise ConfigError(f"max_error must be a number from 0 to 1; got {shown(max_error)}")
-    if rank is not None:
-        rank = integer("rank", rank, 1, 1 << 40, ConfigError)
-        if to in ("tnadapt", "lycoris-full"):
-            raise ConfigError(f"rank={rank} belongs to LoRA, LoKr and LoHa; {to!r} keeps all there is")
-    if to == "tnadapt":
-        return None
-    library, kind = to.split("-")
-    return Wish(_LIBRARIES[library], kind, rank, max_error)
-
-
-def _bare(file: AdapterFile) -> AdapterFile:
-    dtypes = {name: dtype for name, dtype in file.dtypes.items() if name in file.arrays}
-    return dataclasses.replace(file, kept={}, dtypes=dtypes)
-
-
-def _check_error(made: Conversion, max_error: float | None) -> None:
-    if made.error <= (max_error or 0.0) or (made.exact and max_error is None):
-        return
-    allowed = "nothing but rounding is allowed" if max_error is None else f"max_error={max_error:g} is allowed"
-    ways = "a wider dtype" if made.kind in ("tnadapt", "lycoris-full") else "a larger rank or a wider dtype"
-    full = "" if made.kind in ("tnadapt", "lycoris-full") else ", or to='lycoris-full', which holds every update"
-    worst = max(made.errors, key=lambda name: made.errors[name])
-    raise ConfigError(
-        f"the conversion to {made.kind} would change the updates by a relative error of {made.error:.3g}, that of "
-        f"{worst} by {made.errors[worst]:.3g}, and "
-        f"{allowed}: give {ways}, a max_error of {_above(made.error):g} to accept it{full}"
-    )
-
-
-def _above(error: float) -> float:
-    """A number of two digits that is no less."""
-    unit = 10.0 ** (math.floor(math.log10(error)) - 1)
-    return min(1.0, math.ceil(error / unit) * unit)
-
-
-# -- To a file of this library -------------------------------------------------------------------
-
-
-def _own(found: Source, dtype: str | None) -> Conversion:
-    file = found.file
-    if dtype is not None:
-        arrays, kinds = rounded(Wide(file).arrays, dtype)
-        check_range(arrays, dtype)
-        kept = {name: kind for name, kind in file.dtypes.items() if name not in file.arrays}
-        file = dataclasses.replace(file, arrays=arrays, dtypes={**kept, **kinds})
-    if file.activation is not None:
-        names = [target.name for target in file.targets]
-        return Conversion("tnadapt", found.kind, True, 0.0, dict.fromkeys(names, 0.0),
-                          (found.parameters, file.num_parameters), found.notes, file)  # fmt: skip
-    before, after, squares = Wide(found.file, found.updates), Wide(file), {}
-    for number, target in enumerate(file.targets):
-        pair = low_rank_squares(before.form(number), after.form(number))
-        place = "" if target.rows is None else f"[{target.rows.start}:{target.rows.start + target.rows.length}]"
-        squares[f"{target.name}{place}"] = pair or squares_of(before.delta(number), after.delta(number))
-    error, errors = errors_of(squares)
-    sizes = found.parameters, file.num_parameters
-    exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
-    return Conversion("tnadapt", found.kind, exact, error, errors, sizes, found.notes, file)
+    options = {"base": base, "part": part, "dtype": dtype, "without_kept": without_kept, "overwrite": overwrite}
+    return converted(source, out, to, FORMS, rank, max_error, **options)

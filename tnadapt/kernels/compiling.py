@@ -26,7 +26,8 @@ _ROOMS = Path(__file__).parent
 
 def compiled(function: Function) -> Function:
     """The function, compiled for the types that it is first called with, in this process or one before."""
-    made: Any = numba.njit(nogil=True)(function)
+    # A division by zero gives what NumPy gives; to look for one would keep loops from being vectorised.
+    made: Any = numba.njit(nogil=True, error_model="numpy")(function)
     try:
         made._cache = _Kept(function)
     except RuntimeError as error:  # no folder of numba's can be written

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backends import load_backend
 from ..config import Config
 from ..decomposition import Report
 from ..errors import ConfigError, ShapeError, TargetError
+from ..factoring import Factored, Factoring
 from ..superlora import SuperLoRA
 from ..target import Target
 from . import merging
 from .apply import Part, Site
-from .delta import Updates
+from .delta import Update
 from .freezing import Untied, restore
+from .kept import Updates
 from .registry import BOOK, PREFIX, finite, mix
 from .sharding import refuse_reentrant, reshard, spread, whole
 from .summary import Summary
+from .summed import Source
 from .trainable import choose, parameter_groups
 
 __all__ = ["Adapter"]
@@ -410,15 +415,34 @@ class Adapter:
 
     def update(self, index: int) -> Tensor:
         """The update of one weight, weighted."""
+        self._refuse_reentrant()
+        own = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        made = self._updates.slice(index) if own else None
+        if made is None:
+            return self.weighted(self._updates.get(self._live, index))
+        return self.weighted(Update.apply(made, *self.given(made.names)))  # type: ignore[no-untyped-call]
+
+    def source(self, index: int) -> tuple[Source, list[Tensor]]:
+        """For a linear layer on the sum: where the update comes from, and the arrays that it is made of."""
+        made, target = self._updates.slice(index), self.targets[index]
+        if made is None:
+            return Source(target), [self.update(index)]
+        self._refuse_reentrant()
+        return Source(target, made, len(made.names), self._weight), self.given(made.names)
+
+    def factors(self, how: Factoring) -> Factored:
+        """The factors of one weight's update; not weighted."""
+        if how.shared:
+            self._refuse_reentrant()
+        return how(load_backend("torch"), dict(zip(how.names, self.given(how.names), strict=True)))
+
+    def _refuse_reentrant(self) -> None:
         if self._updates.began_with_gradients and not torch.is_grad_enabled():
             refuse_reentrant(self.name)
-        return self.weighted(self._updates.get(self._live, index))
 
-    def factors(self, index: int) -> tuple[Tensor, Tensor, float]:
-        """Of a low-rank matrix a weight: the factor of the rows, that of the columns, and the scale."""
-        group = self.plan.groups[index]
-        b, a = (cast(Tensor, self.model._parameters[self._names[full]]) for full in group.names.values())
-        return b, a, group.network.scale
+    def given(self, names: Sequence[str]) -> list[Tensor]:
+        """Some of its arrays, as the model has them at this moment."""
+        return [self.model._parameters[self._names[name]] for name in names]  # type: ignore[misc]
 
     def weighted(self, value: Tensor) -> Tensor:
         """Something times the mixing weight."""
@@ -436,6 +460,11 @@ class Adapter:
         """Whether some weight needs the updates formed (not the factors alone)."""
         return any(part.strategy != "factored" for part in self.parts)
 
+    @functools.cached_property
+    def _needs_whole(self) -> bool:
+        """Whether some weight needs all updates formed at once while training."""
+        return any(part.strategy != "factored" and self._updates.slice(part.index) is None for part in self.parts)
+
     def begin(self, module: nn.Module, args: Any) -> None:
         """Hook: a forward pass of the whole model starts."""
         if getattr(module, "_is_replica", False):
@@ -447,8 +476,10 @@ class Adapter:
             self.used.discard(threading.get_ident())
             if torch.is_grad_enabled():
                 self._remember()
-        if self.acts and self.shares:
-            self._updates.begin(self._live())
+        if not self.acts:
+            return
+        if self.shares:
+            self._updates.begin(self._live(), torch.compiler.is_compiling() or self._needs_whole)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook: it is over, or failed."""

@@ -23,12 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..factoring import Factored, Factoring, Matrix
 from ..target import Target
+from .factored import can_fuse, factored_linear, product
+from .summed import Source, SummedLinear, summed, transformed
 
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-__all__ = ["ACTIVATIONS", "STRATEGIES", "Part", "Site", "Stored", "summed"]
+__all__ = ["ACTIVATIONS", "STRATEGIES", "Part", "Site", "Stored"]
 
 STRATEGIES = ("auto", "weight", "factored", "beside")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,6 +50,13 @@ class Part:
     index: int
     target: Target
     strategy: str
+    #: How the update factors, where it is used factored.
+    factoring: Factoring | None = None
+
+    def factors(self) -> Factored:
+        """The factors of the update; not weighted."""
+        assert self.factoring is not None  # attach has seen to that
+        return self.adapter.factors(self.factoring)
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,61 +73,6 @@ class Stored:
         found = self.owner._parameters.get(self.parameter)
         # A parametrised weight is no parameter, but computed.
         return cast(Tensor, getattr(self.owner, self.parameter) if found is None else found)
-
-
-def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
-    """The stored weight with updates added to their rows; summed in the wider dtype and rounded once."""
-    kind = stored.dtype
-    for _, delta in changes:
-        kind = torch.promote_types(kind, delta.dtype)
-    total = stored.to(kind)
-    for target, delta in changes:
-        delta = delta.to(stored.device)
-        if target.rows is None:
-            total = total + (delta.T if target.transposed else delta.reshape(stored.shape))
-        else:
-            # The other rows stay as they are, to the bit. Of a weight in channels_last a block would be a copy.
-            total = total.clone(memory_format=torch.contiguous_format)
-            target.block(total).add_(target.like_block(delta))
-    return total.to(stored.dtype)
-
-
-class SummedLinear(torch.autograd.Function):
-    """``x (W + ΔW)ᵀ + b``; the sum is formed again in backward instead of being kept."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Sequence[Target], *deltas: Tensor) -> Tensor:
-        y = functional.linear(x, summed(weight, list(zip(targets, deltas, strict=True))), bias)
-        # Of a batch it is a view, and a view that is made in here must not be written to in place, as an inplace ReLU
-        # after the layer would. This is the same numbers, and no view.
-        return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.targets, *deltas = inputs
-        ctx.save_for_backward(x, weight, *deltas)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *deltas = ctx.saved_tensors
-        grad = grads[0]
-        need_x, need_weight, need_bias, _, *need_deltas = ctx.needs_input_grad
-        # Under autocast the output, and so its gradient, is of the lower precision: so are the products.
-        found: list[Tensor | None] = [None] * (4 + len(deltas))
-        if need_x:
-            total = summed(weight, list(zip(ctx.targets, deltas, strict=True)))
-            found[0] = (grad @ total.to(grad.dtype)).to(x.dtype)
-        rows = grad.reshape(-1, grad.shape[-1])
-        if need_weight or any(need_deltas):
-            whole = rows.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
-            found[1] = whole.to(weight.dtype) if need_weight else None
-            for index, (target, delta, need) in enumerate(zip(ctx.targets, deltas, need_deltas, strict=True)):
-                found[4 + index] = target.select(whole).to(delta) if need else None
-        if need_bias:
-            found[2] = rows.sum(0)
-        return tuple(found)
 
 
 class Site:
@@ -181,12 +136,12 @@ class Site:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, with every active update."""
-        changes: list[tuple[Stored, list[tuple[Target, Tensor]]]] = []
+        into: list[tuple[Stored, list[Part]]] = []
         added: list[Part] = []
         compiling = torch.compiler.is_compiling()
         again = not compiling and _in_backward()
         for stored in self.weights:
-            here = []
+            here: list[Part] = []
             for part in stored.parts:
                 if again:
                     part.adapter.need_same()
@@ -194,30 +149,45 @@ class Site:
                     continue
                 if not compiling:
                     part.adapter.used.add(threading.get_ident())
-                if part.strategy == "weight":
-                    here.append((part.target, part.adapter.update(part.index)))
-                else:
-                    added.append(part)
+                (here if part.strategy == "weight" else added).append(part)
             if here:
-                changes.append((stored, here))
-        y = self._base(changes, args, kwargs)
+                into.append((stored, here))
+        if added and not into and not compiling:
+            fused = self._fused(added, args, kwargs)
+            if fused is not None:
+                return fused
+        y = self._base(into, args, kwargs)
         if added:
             x = args[0] if args else next(iter(kwargs.values()))
             for part in added:
                 y = _plus(y, part.target, self._output(part, x))
         return y
 
-    def _base(self, changes: list[tuple[Stored, list[tuple[Target, Tensor]]]], args: Any, kwargs: Any) -> Any:
-        if not changes:
+    def _base(self, into: list[tuple[Stored, list[Part]]], args: Any, kwargs: Any) -> Any:
+        if not into:
             return self._original(*args, **kwargs)
         if self.is_plain and not kwargs and len(args) == 1:
-            stored, here = changes[0]
+            stored, here = into[0]
             host: Any = self.host
             if isinstance(host, nn.Linear):
                 return _linear(args[0], stored.tensor, host.bias, here)
             if isinstance(host, nn.modules.conv._ConvNd):
-                return host._conv_forward(args[0], summed(stored.tensor, here), host.bias)
-        return self._shadowed(changes, args, kwargs)
+                return host._conv_forward(args[0], _sum(stored, here), host.bias)
+        return self._shadowed(into, args, kwargs)
+
+    def _fused(self, added: list[Part], args: Any, kwargs: Any) -> Tensor | None:
+        """The output where all updates are factored and the layer is a linear one of their own dtype; else None."""
+        host, x = self.host, args[0] if len(args) == 1 and not kwargs else None
+        if not (self.is_plain and isinstance(host, nn.Linear) and isinstance(x, Tensor)):
+            return None
+        if any(part.strategy != "factored" or part.adapter.activation is not None for part in added):
+            return None
+        changes = []
+        for part in added:
+            found = part.factors()
+            changes.append((part.target, found._replace(scale=found.scale * part.adapter.weight)))
+        weight = self.weights[0].tensor
+        return factored_linear(x, weight, host.bias, changes) if can_fuse(x, weight, changes) else None
 
     def _is_plain(self) -> bool:
         if self.before is not None or len(self.weights) != 1 or self.weights[0].owner is not self.host:
@@ -229,14 +199,14 @@ class Site:
             return self.before(*args, **kwargs)
         return type(self.host).forward(self.host, *args, **kwargs)
 
-    def _shadowed(self, changes: list[tuple[Stored, list[tuple[Target, Tensor]]]], args: Any, kwargs: Any) -> Any:
+    def _shadowed(self, into: list[tuple[Stored, list[Part]]], args: Any, kwargs: Any) -> Any:
         """The original forward, which finds the sum where it looks for the weight.
 
         An attribute of the instance is found before a parameter of that name, which stays registered and
         untouched: not even for a moment does another look at ``parameters()`` or the state dict see the sum.
         """
-        names = [(stored.owner, stored.parameter) for stored, _ in changes]
-        sums = [summed(stored.tensor, here) for stored, here in changes]
+        names = [(stored.owner, stored.parameter) for stored, _ in into]
+        sums = [_sum(stored, here) for stored, here in into]
         # One thread at a time: another would find this one's sum, or take it away.
         with contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock:
             try:
@@ -256,13 +226,26 @@ class Site:
             return functional.linear(
                 x, delta.to(x) if not torch.is_autocast_enabled(x.device.type) else delta.to(x.device)
             )
-        b, a, scale = adapter.factors(part.index)
+        found = part.factors()
+        first = found.terms[0][0].left
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(a.dtype)
-        hidden = functional.linear(x, a.T.to(x.device))
-        if adapter.activation is not None:
-            hidden = ACTIVATIONS[adapter.activation](hidden)
-        return adapter.weighted(functional.linear(hidden, b.to(x.device)) * scale)
+            x = x.to(first.dtype)
+        if x.device != first.device:
+            found = _moved(found, x.device)
+        activation = None if adapter.activation is None else ACTIVATIONS[adapter.activation]
+        return adapter.weighted(product(x, found, activation))
+
+
+def _moved(factored: Factored, device: torch.device) -> Factored:
+    terms = [
+        [Matrix(m.left.to(device), None if m.right is None else m.right.to(device)) for m in term]
+        for term in factored.terms
+    ]
+    return Factored(terms, factored.scale)
+
+
+def _sum(stored: Stored, parts: Sequence[Part]) -> Tensor:
+    return summed(stored.tensor, [(part.target, part.adapter.update(part.index)) for part in parts])
 
 
 def _in_backward() -> bool:
@@ -274,11 +257,17 @@ def _in_backward() -> bool:
 _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: list[tuple[Target, Tensor]]) -> Tensor:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_nested:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_nested or transformed():
+        changes = [(part.target, part.adapter.update(part.index)) for part in parts]
         return functional.linear(x, summed(weight, changes), bias)
-    targets, deltas = zip(*changes, strict=True)
-    return cast(Tensor, SummedLinear.apply(x, weight, bias, targets, *deltas))  # type: ignore[no-untyped-call]
+    sources: list[Source] = []
+    arrays: list[Tensor] = []
+    for part in parts:
+        source, own = part.adapter.source(part.index)
+        sources.append(source)
+        arrays += own
+    return cast(Tensor, SummedLinear.apply(x, weight, bias, tuple(sources), *arrays))  # type: ignore[no-untyped-call]
 
 
 def _plus(y: Tensor, target: Target, change: Tensor) -> Tensor:

@@ -12,16 +12,19 @@ from torch import nn
 
 from ..backends import load_backend
 from ..config import Config
-from ..errors import BackendError, ConfigError, TargetError, shown
+from ..errors import BackendError, ConfigError, TargetError, integer, shown
+from ..factoring import Factoring, factoring
+from ..folding import MAX_SIZE
 from ..presets import superlora
 from ..superlora import SuperLoRA
 from ..target import Target
 from . import freezing
 from .adapter import Adapter
 from .apply import ACTIVATIONS, STRATEGIES, Part, Site
+from .cost import MACHINES, TOKENS, choose
 from .registry import BOOK, PREFIX, overlapping
 from .sharding import is_sharded
-from .targets import find_targets, host_of, tied
+from .targets import find_targets, host_of, paths_of, tied
 
 __all__ = ["attach", "check_name", "matching"]
 
@@ -36,6 +39,7 @@ def attach(
     *,
     keep_trainable: str | Sequence[str] = (),
     strategy: str = "auto",
+    tokens: int = TOKENS,
     activation: str | None = None,
     dtype: torch.dtype = torch.float32,
     untie: bool = False,
@@ -62,8 +66,10 @@ def attach(
         Parameters of the base that stay free, by whole parts of their paths: ``"classifier"`` is every parameter
         below a module of that name. They are saved with the adapter.
     strategy : {"auto", "weight", "factored", "beside"}
-        How a layer uses its update; see :mod:`tnadapt.torch.apply`. ``"auto"`` factors one low-rank matrix a weight
-        (LoRA) and adds all others to the weight.
+        How a layer uses its update; see :mod:`tnadapt.torch.apply`. ``"auto"`` takes for each weight the one whose
+        training step costs least by a count of operations and bytes (:mod:`tnadapt.torch.cost`); the summary shows it.
+    tokens : int
+        For ``"auto"``: how many rows a layer is called with, batch times tokens.
     activation : {"relu", "gelu", "silu", "tanh"}, optional
         A nonlinearity between the two factors, on the activations (LoDA). Needs one low-rank matrix a weight.
     dtype : torch.dtype
@@ -102,6 +108,7 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
     check_name(model, name)
+    tokens = integer("tokens", tokens, 1, MAX_SIZE, ConfigError)
     if strategy not in STRATEGIES:
         raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {shown(strategy)}")
     if activation is not None and activation not in ACTIVATIONS:
@@ -114,10 +121,11 @@ def attach(
     plan = SuperLoRA(cfg, [target.shape for target in found], layers=[target.layer for target in found])
     kept = matching(model, keep_trainable, {target.name for target in found})
     owners = [model.get_submodule(target.module) for target in found]
-    hosts = [model.get_submodule(host_of(model, target)) for target in found]
+    paths = paths_of(model)
+    hosts = [model.get_submodule(host_of(model, target, paths)) for target in found]
     strategies = [
-        _strategy(strategy, plan, target, owner, host, activation)
-        for target, owner, host in zip(found, owners, hosts, strict=True)
+        _strategy(strategy, plan, index, tokens, target, owner, host, activation)
+        for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
     ]
     # Also under inference_mode: what is made there could never be trained.
     with torch.inference_mode(False):
@@ -133,7 +141,7 @@ def attach(
         if site is None:
             site = Site(host)
             site.install()
-        part = Part(adapter, index, target, chosen)
+        part = Part(adapter, index, target, *chosen)
         site.add(owner, part)
         adapter.parts.append(part)
         adapter.sites.append(site)
@@ -204,32 +212,35 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
 
 
 def _strategy(
-    wanted: str, plan: SuperLoRA, target: Target, owner: nn.Module, host: nn.Module, activation: str | None
-) -> str:
+    wanted: str,
+    plan: SuperLoRA,
+    index: int,
+    tokens: int,
+    target: Target,
+    owner: nn.Module,
+    host: nn.Module,
+    activation: str | None,
+) -> tuple[str, Factoring | None]:
     config = plan.config
-    low_rank = (
-        (config.groups, config.fold, config.order, config.splits, config.terms) == ("weight", "stack", 2, 1, 1)
-        and config.format == "cp"
-        and config.projection == "identity"
-    )
     weight = owner._parameters.get(target.parameter)
     quantised = weight is None or not weight.is_floating_point()
     # What is added to the output must be what a change of the weight would add: of a layer whose forward is another
     # than the linear one, that is not known.
     linear = quantised or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
-    can_factor = low_rank and own
+    how = factoring(plan, index) if own else None
+    can_factor = how is not None
     if activation is not None:
-        if not can_factor or wanted not in ("auto", "factored"):
+        if how is None or not how.is_plain or wanted not in ("auto", "factored"):
             raise ConfigError(
                 f"activation={activation!r} acts between the two factors of one low-rank matrix a weight, in the "
                 f"factored strategy; {target.name} with {shown(config)} has none: use tnadapt.presets.lora(rank)"
             )
-        return "factored"
+        return "factored", how
     if wanted == "factored" and not can_factor:
         raise ConfigError(
-            f"strategy='factored' needs one low-rank matrix a weight of a linear layer, as tnadapt.presets.lora(rank); "
-            f"{target.name} has {shown(config)}: use strategy='auto'"
+            "strategy='factored' needs a linear layer, and an update whose rows and columns are separate, as those of "
+            f"tnadapt.presets.lora(rank) or lokr(rank) are; {target.name} has {shown(config)}: use strategy='auto'"
         )
     if wanted == "beside" and not own:
         raise ConfigError(
@@ -239,14 +250,18 @@ def _strategy(
     if wanted == "weight" and quantised:
         raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantised: use 'beside'")
     if wanted != "auto":
-        return wanted
+        return wanted, how if wanted == "factored" else None
+    if own and not quantised:
+        device = weight.device.type if weight is not None else "cpu"
+        chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]))
+        return chosen, how if chosen == "factored" else None
     if can_factor:
-        return "factored"
+        return "factored", how
     if quantised and not own:
         raise TargetError(
             f"{target.name} is quantised and read by {type(host).__name__} itself: leave it out of the targets"
         )
-    return "beside" if quantised else "weight"
+    return "beside" if quantised else "weight", None
 
 
 def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -11,14 +11,17 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..target import Target
 
-__all__ = ["host_of", "reads_outside"]
+__all__ = ["host_of", "paths_of", "reads_outside"]
+
+# Of each module, by its id: all of its dotted paths.
+Paths = Mapping[int, Sequence[str]]
 
 # A loop, or an index that only the run knows.
 _ANY = "*"
@@ -33,13 +36,30 @@ _ABOUT = {
 }  # fmt: skip
 
 
-def host_of(model: nn.Module, target: Target) -> str:
+def paths_of(model: nn.Module) -> Paths:
+    """All dotted paths of each module of a model, by its id: for asking of many targets.
+
+    Examples
+    --------
+    >>> linear = nn.Linear(2, 2)
+    >>> paths_of(nn.Sequential(linear, linear))[id(linear)]
+    ['0', '1']
+    """
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(path)
+    return found
+
+
+def host_of(model: nn.Module, target: Target, paths: Paths | None = None) -> str:
     """The module whose forward must know of an update: the owner of the weight, or else who reads it.
 
     Parameters
     ----------
     model : Module
     target : Target
+    paths : mapping, optional
+        :func:`paths_of` the model, where that is known.
 
     Returns
     -------
@@ -55,17 +75,19 @@ def host_of(model: nn.Module, target: Target) -> str:
     >>> host_of(nn.Sequential(nn.Linear(2, 2)), Target("0", (2, 2)))
     '0'
     """
-    outside = reads_outside(model, target)
+    outside = reads_outside(model, target, paths)
     return outside[0] if outside else target.module
 
 
-def reads_outside(model: nn.Module, target: Target) -> list[str]:
+def reads_outside(model: nn.Module, target: Target, paths: Paths | None = None) -> list[str]:
     """The ancestors of a weight's module whose forward reads the weight itself, outermost first.
 
     Parameters
     ----------
     model : Module
     target : Target
+    paths : mapping, optional
+        :func:`paths_of` the model, where that is known.
 
     Returns
     -------
@@ -85,9 +107,8 @@ def reads_outside(model: nn.Module, target: Target) -> list[str]:
     """
     owner = model.get_submodule(target.module)
     found: dict[str, None] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if module is owner:
-            found.update(dict.fromkeys(_readers(model, path, target.parameter)))
+    for path in (paths_of(model) if paths is None else paths)[id(owner)]:
+        found.update(dict.fromkeys(_readers(model, path, target.parameter)))
     return sorted(found, key=lambda path: path.count(".") + bool(path))
 
 

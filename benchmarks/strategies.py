@@ -1,0 +1,162 @@
+"""A linear layer's training step by each strategy, and whether the one that was chosen is near the best.
+
+``python benchmarks/strategies.py [--tokens N …] [--widths N …] [--formats NAME …]``. For every number of tokens, width
+and format, one square layer with an adapter takes forward and backward passes (its input requires a gradient, its
+weight does not) by each strategy that there is for that format, in turn; what counts is the median of the whole layer.
+``chosen`` is what :mod:`tnadapt.torch.cost` chooses for these tokens, and ``over best`` its time over that of the best.
+
+Rows are appended to a file of JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tnadapt as tna
+import tnadapt.torch
+
+P = tna.presets
+RESULTS = Path(__file__).parent / "results" / "strategies.jsonl"
+STRATEGIES = ("weight", "factored", "beside")
+TOKENS = (1, 8, 64, 197, 1024, 1576, 4096, 8192)
+WIDTHS = (384, 768, 1024, 2048, 4096)
+THREADS = int(os.environ.get("THREADS", "2"))
+
+FORMATS: dict[str, Callable[[int], tna.Config]] = {
+    "lora": lambda width: P.lora(4),
+    "lokr": lambda width: P.lokr(4),
+    "krona": lambda width: P.krona(),
+    "kronecker of three": lambda width: tna.Config(splits=3, format="dense"),
+    # Rows that are none of the layer's: as a weight lies in a group of many.
+    "superlora": lambda width: P.superlora(8, groups="weight", fold=(4 * width, width // 4)),
+    "tucker": lambda width: tna.Config(format="tucker", rank=16),
+}
+
+
+def layer(width: int, config: tna.Config, strategy: str, tokens: int) -> tuple[nn.Module, str]:
+    """A linear layer with an adapter, and its strategy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width))
+    adapter = tnadapt.torch.attach(model, config, "all-linear", strategy=strategy, tokens=tokens)
+    for parameter in adapter.parameters():
+        parameter.detach().normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    return model, adapter.strategy[0]
+
+
+def step(model: nn.Module, x: Tensor, gradient: Tensor) -> float:
+    """Forward and backward; seconds."""
+    start = time.perf_counter()
+    model(x).backward(gradient)
+    seconds = time.perf_counter() - start
+    x.grad = None
+    for parameter in model.parameters():
+        parameter.grad = None
+    return seconds
+
+
+def case(tokens: int, width: int, name: str, seconds: float = 0.5, least: int = 3) -> dict[str, Any]:
+    """One row."""
+    x = torch.randn(tokens, width, requires_grad=True)
+    gradient = torch.randn(tokens, width)
+    config = FORMATS[name](width)
+    models = {}
+    for strategy in STRATEGIES:
+        try:
+            models[strategy] = layer(width, config, strategy, tokens)[0]
+        except tna.ConfigError:
+            continue  # rows and columns are not separate
+    _, chosen = layer(width, config, "auto", tokens)
+    times: dict[str, list[float]] = {strategy: [] for strategy in models}
+    for model in models.values():
+        step(model, x, gradient)
+    began = time.perf_counter()
+    while len(times["weight"]) < least or time.perf_counter() - began < seconds:
+        for strategy, model in models.items():
+            times[strategy].append(step(model, x, gradient))
+    found = {strategy: statistics.median(several) for strategy, several in times.items()}
+    best = min(found, key=lambda strategy: found[strategy])
+    return {
+        "format": name,
+        "tokens": tokens,
+        "width": width,
+        **{f"{strategy} ms": round(1e3 * value, 4) for strategy, value in found.items()},
+        "best": best,
+        "chosen": chosen,
+        "over best": round(found[chosen] / found[best], 3),
+    }
+
+
+def same(tokens: int, width: int, name: str) -> dict[str, Any]:
+    """For the smoke run: outputs and gradients of all strategies are one."""
+    generator = torch.Generator().manual_seed(3)
+    config, found, strategies = FORMATS[name](width), [], []
+    x0, gradient = (torch.randn(tokens, width, generator=generator) for _ in range(2))
+    for strategy in (*STRATEGIES, "auto"):
+        try:
+            model, _ = layer(width, config, strategy, tokens)
+        except tna.ConfigError:
+            continue
+        x = x0.clone().requires_grad_()
+        y = model(x)
+        y.backward(gradient)
+        found.append([y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        strategies.append(strategy)
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+    return {"format": name, "tokens": tokens, "width": width, "strategies": ", ".join(strategies)}
+
+
+def measure(smoke: bool) -> list[dict[str, Any]]:
+    """Rows for the page of benchmarks; in the smoke run small layers, and equality alone."""
+    torch.set_num_threads(1 if smoke else THREADS)
+    if smoke:
+        return [same(tokens, 32, name) for tokens, name in itertools.product((1, 5), FORMATS)]
+    return grid(TOKENS, WIDTHS, list(FORMATS))
+
+
+def grid(tokens: Sequence[int], widths: Sequence[int], names: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
+    """A row for each of their combinations, the large layers last."""
+    return [case(n, width, name, **settings) for width, n, name in itertools.product(widths, tokens, names)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each row, at least")
+    parser.add_argument("--least", type=int, default=3, help="steps of each strategy, at least")
+    parser.add_argument("--smoke", action="store_true", help="small layers, equality alone")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    about = {"torch": torch.__version__, "threads": THREADS, "machine": platform.machine(), "cores": os.cpu_count()}
+    if given.smoke:
+        rows = measure(smoke=True)
+    else:
+        rows = grid(given.tokens, given.widths, given.formats, seconds=given.seconds, least=given.least)
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if not given.smoke:
+        near = [row["over best"] <= 1.1 for row in rows]
+        print(f"within 10 % of the best: {sum(near)} of {len(near)}")
+        given.results.parent.mkdir(exist_ok=True)
+        with given.results.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

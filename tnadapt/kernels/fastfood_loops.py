@@ -1,0 +1,307 @@
+"""The loops of a linear F: its diagonals, gathering and scattering, and putting elements in another order.
+
+All work on pieces that fit in the second cache, and on parts of these that fit in the first; ``fastfood.py`` says
+how they make F.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int64, uint32
+
+from .butterflies import block, stages, strips
+from .compiling import compiled
+from .images import fill_images
+
+__all__ = [
+    "CHUNK_BITS",
+    "begin",
+    "chunks_from_buckets",
+    "chunks_to_buckets",
+    "end",
+    "find_starts",
+    "gather",
+    "number_buckets",
+    "place",
+    "scatter",
+    "sort_locations",
+    "unplace",
+]
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+# Images drawn at a time.
+_SHORT = 1024
+#: A chunk of one vector, and a bucket of the other, has so many elements that 16 bits number them.
+CHUNK_BITS = 16
+
+
+@compiled
+def _fill_factors(at, words, numbers, scale, factors):
+    """``scale * diagonal`` at some places: the diagonal is the signs that the bits of words are, or numbers, or 1."""
+    count = factors.size
+    if words.size > 0:
+        whole = count // 32 if at % 32 == 0 else 0
+        for i in range(whole):
+            word = words[at // 32 + i]
+            for j in range(32):
+                factors[32 * i + j] = -scale if (word >> uint32(j)) & uint32(1) else scale
+        for j in range(32 * whole, count):
+            bit = (words[(at + j) >> 5] >> uint32((at + j) & 31)) & uint32(1)
+            factors[j] = -scale if bit else scale
+    elif numbers.size > 0:
+        some = numbers[at : at + count]
+        for j in range(count):
+            factors[j] = some[j] * scale
+    else:
+        factors[:] = scale
+
+
+@compiled
+def _product(x, factors, out):
+    for j in range(out.size):
+        out[j] = x[j] * factors[j]
+
+
+@compiled
+def _add_product(x, factors, out):
+    for j in range(out.size):
+        out[j] += x[j] * factors[j]
+
+
+@compiled
+def _multiply(out, factors):
+    # In place, and so by itself: of two arrays the compiler must think that they overlap.
+    for j in range(out.size):
+        out[j] *= factors[j]
+
+
+@compiled
+def _rest_of_block(out, at, near, within):
+    """The stages of a block, in place, that are left when those of its near parts are made."""
+    stages(out, at, 1 << near, within - near, out, 0)
+
+
+@compiled
+def begin(first, last, x, out, low, near, within, words, numbers, scale):
+    """Blocks first to last - 1 of ``out = H (scale * diagonal * x)``, x being zero beyond its end."""
+    one = out.dtype.type(1)
+    factors = np.empty(1 << near, out.dtype)
+    for i in range(first << within, last << within, 1 << within):
+        for part in range(i, i + (1 << within), 1 << near):
+            count = max(0, min(1 << near, x.size - part))
+            if count > 0:
+                _fill_factors(part, words, numbers, out.dtype.type(scale), factors[:count])
+                _product(x[part : part + count], factors, out[part : part + count])
+            out[part + count : part + (1 << near)] = 0
+            block(out, out, part, low, 1, near, near, one)
+        _rest_of_block(out, i, near, within)
+
+
+@compiled
+def end(first, last, out, apart, bits, width, words, numbers, count, scale):
+    """Stages across rows, as ``strips`` makes them; then the first ``count`` elements times the diagonal."""
+    groups = apart // width
+    factors = np.empty(width, out.dtype)
+    for strip in range(first, last):
+        if bits > 0:
+            strips(out, out, strip, strip + 1, apart, bits, width, 1.0)
+        at = strip // groups * (apart << bits) + strip % groups * width
+        for row in range(at, at + (apart << bits), apart):
+            some = min(width, count - row)
+            if some > 0:
+                _fill_factors(row, words, numbers, out.dtype.type(scale), factors[:some])
+                _multiply(out[row : row + some], factors)
+
+
+# -- Where one period of the compressed vector's transform fits in the second cache --------------
+
+
+@compiled
+def _gathered(table, mask, image, gain, out):
+    for j in range(out.size):
+        out[j] = table[int64(image[j] & mask)] * gain[j]
+
+
+@compiled
+def gather(first, last, table, gain, keys, bits, out, low, near, within):
+    """Blocks first to last - 1 of ``out = H z``, ``z[j] = gain[j] * table[image of j, modulo its size]``."""
+    image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
+    for i in range(first << within, last << within, 1 << within):
+        for part in range(i, i + (1 << within), 1 << near):
+            for j in range(part, part + (1 << near), _SHORT):
+                fill_images(j, bits, keys, False, image)
+                _gathered(table, mask, image, gain[j : j + _SHORT], out[j : j + _SHORT])
+            block(out, out, part, low, 1, near, near, out.dtype.type(1))
+        _rest_of_block(out, i, near, within)
+
+
+@compiled
+def _scattered(u, gain, image, mask, table):
+    for j in range(u.size):
+        table[int64(image[j] & mask)] += u[j] * gain[j]
+
+
+@compiled
+def scatter(first, last, u, gain, keys, bits, table):
+    """The adjoint of gathering: elements first to last - 1 of u are added into the table."""
+    image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
+    for j in range(first, last, _SHORT):
+        fill_images(j, bits, keys, False, image)
+        _scattered(u[j : j + _SHORT], gain[j : j + _SHORT], image, mask, table)
+
+
+# -- Where it does not: first into buckets by where an element goes, then to its place in the bucket --
+#
+# A chunk is put in order of buckets while it is in the cache; ``starts[chunk]`` says where in it each bucket begins,
+# and its end. A bucket gets a run from every chunk; ``order`` says which of all these belongs at each of its places.
+
+
+@compiled
+def find_starts(first, last, keys, bits, starts):
+    """Where in chunks first to last - 1, put in order of buckets, each bucket begins; and their end."""
+    image, shift = np.empty(_SHORT, np.uint32), uint32(CHUNK_BITS)
+    for chunk in range(first, last):
+        counts = np.zeros(starts.shape[1], np.int64)
+        for j in range(chunk << CHUNK_BITS, (chunk + 1) << CHUNK_BITS, _SHORT):
+            fill_images(j, bits, keys, True, image)
+            for k in range(_SHORT):
+                counts[int64(image[k] >> shift)] += 1
+        total = 0
+        for bucket in range(counts.size):
+            starts[chunk, bucket] = total
+            total += counts[bucket]
+
+
+@compiled
+def sort_locations(first, last, keys, bits, starts, locations):
+    """Places within buckets, of chunks first to last - 1, put in order of buckets."""
+    image, shift, mask = np.empty(_SHORT, np.uint32), uint32(CHUNK_BITS), uint32((1 << CHUNK_BITS) - 1)
+    for chunk in range(first, last):
+        cursor = starts[chunk].copy()
+        some = locations[chunk << CHUNK_BITS : (chunk + 1) << CHUNK_BITS]
+        for j in range(chunk << CHUNK_BITS, (chunk + 1) << CHUNK_BITS, _SHORT):
+            fill_images(j, bits, keys, True, image)
+            for k in range(_SHORT):
+                bucket = int64(image[k] >> shift)
+                at = int64(cursor[bucket])
+                cursor[bucket] = at + 1
+                some[at] = image[k] & mask
+
+
+@compiled
+def number_buckets(first, last, locations, starts, order):
+    """Which of the elements that come to a bucket, one chunk after another, belongs at each of its places."""
+    for bucket in range(first, last):
+        number, places = 0, order[bucket << CHUNK_BITS : (bucket + 1) << CHUNK_BITS]
+        for chunk in range(starts.shape[0]):
+            begin, end = int64(starts[chunk, bucket]), int64(starts[chunk, bucket + 1])
+            for j in range((chunk << CHUNK_BITS) + begin, (chunk << CHUNK_BITS) + end):
+                places[int64(locations[j])] = number
+                number += 1
+
+
+@compiled
+def _sorted(values, image, cursor, room):
+    shift = uint32(CHUNK_BITS)
+    for k in range(values.size):
+        bucket = int64(image[k] >> shift)
+        at = int64(cursor[bucket])
+        cursor[bucket] = at + 1
+        room[at] = values[k]
+
+
+@compiled
+def chunks_to_buckets(first, last, table, g, keys, bits, starts, runs):
+    """Chunks first to last - 1 of ``g * table``, the table repeated, each put in order of buckets."""
+    image, values = np.empty(_SHORT, np.uint32), np.empty(_SHORT, runs.dtype)
+    size = 1 << CHUNK_BITS
+    room = np.empty(size, runs.dtype)
+    for chunk in range(first, last):
+        cursor = starts[chunk].copy()
+        for j in range(chunk * size, (chunk + 1) * size, _SHORT):
+            fill_images(j, bits, keys, True, image)
+            _product(table[j & (table.size - 1) :], g[j : j + _SHORT], values)
+            _sorted(values, image, cursor, room)
+        # Written elsewhere in one go: what is written to far places waits for each of them to come near.
+        runs[chunk * size : (chunk + 1) * size] = room
+
+
+@compiled
+def _placed(room, order, out):
+    for j in range(out.size):
+        out[j] = room[int64(order[j])]
+
+
+@compiled
+def place(first, last, runs, starts, order, out, low, near, within):
+    """Blocks first to last - 1, each of some buckets, put together from their runs; transformed, if low is not 0."""
+    size = 1 << CHUNK_BITS
+    room = np.empty(size, out.dtype)
+    for i in range(first << within, last << within, size):
+        bucket, number = i >> CHUNK_BITS, 0
+        for chunk in range(starts.shape[0]):
+            run = runs[chunk * size + int64(starts[chunk, bucket]) : chunk * size + int64(starts[chunk, bucket + 1])]
+            for j in range(run.size):
+                room[number + j] = run[j]
+            number += run.size
+        for part in range(i, i + size, 1 << near):
+            _placed(room, order[part : part + (1 << near)], out[part : part + (1 << near)])
+            if low > 0:
+                block(out, out, part, low, 1, near, near, out.dtype.type(1))
+        if low > 0:
+            _rest_of_block(out, i, near, CHUNK_BITS)
+            if (i + size) >> within << within == i + size:
+                _rest_of_block(out, i + size - (1 << within), CHUNK_BITS, within)
+
+
+@compiled
+def unplace(first, last, u, starts, order, runs):
+    """The adjoint of placing: buckets first to last - 1 of u taken apart into their runs."""
+    size = 1 << CHUNK_BITS
+    room = np.empty(size, u.dtype)
+    for bucket in range(first, last):
+        some, places = u[bucket * size : (bucket + 1) * size], order[bucket * size : (bucket + 1) * size]
+        for j in range(size):
+            room[int64(places[j])] = some[j]
+        number = 0
+        for chunk in range(starts.shape[0]):
+            run = runs[chunk * size + int64(starts[chunk, bucket]) : chunk * size + int64(starts[chunk, bucket + 1])]
+            for j in range(run.size):
+                run[j] = room[number + j]
+            number += run.size
+
+
+@compiled
+def _unsorted(room, image, cursor, values):
+    shift = uint32(CHUNK_BITS)
+    for k in range(values.size):
+        bucket = int64(image[k] >> shift)
+        at = int64(cursor[bucket])
+        cursor[bucket] = at + 1
+        values[k] = room[at]
+
+
+@compiled
+def chunks_from_buckets(first, last, runs, g, keys, bits, starts, low, near, within, table):
+    """The adjoint of ``chunks_to_buckets``, and all stages of the table's blocks first to last - 1."""
+    image, values = np.empty(_SHORT, np.uint32), np.empty(_SHORT, runs.dtype)
+    size = 1 << CHUNK_BITS
+    room = np.empty(size, runs.dtype)
+    for i in range(first << within, last << within, size):
+        # The adjoint of repeating is summing over the repeats.
+        for at in range(i, runs.size, table.size):
+            cursor = starts[at >> CHUNK_BITS].copy()
+            room[:] = runs[at : at + size]
+            for j in range(0, size, _SHORT):
+                fill_images(at + j, bits, keys, True, image)
+                _unsorted(room, image, cursor, values)
+                if at == i:
+                    _product(values, g[at + j : at + j + _SHORT], table[i + j : i + j + _SHORT])
+                else:
+                    _add_product(values, g[at + j : at + j + _SHORT], table[i + j : i + j + _SHORT])
+        for part in range(i, i + size, 1 << near):
+            block(table, table, part, low, 1, near, near, table.dtype.type(1))
+        _rest_of_block(table, i, near, CHUNK_BITS)
+        if (i + size) >> within << within == i + size:
+            _rest_of_block(table, i + size - (1 << within), CHUNK_BITS, within)

@@ -1,0 +1,86 @@
+"""The passes of F in Triton, with nothing stored: every draw is made where it is used.
+
+The sums of the adjoint are in a fixed order (no atomics), so that two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_draws import feistel, feistel_keys, normal, normal_row, permuted, sign_row
+from .triton_hadamard import scaled, tile_rows, transform
+
+__all__ = ["drawn_pass", "gathered_sum", "shuffle"]
+
+
+@triton.jit
+def _diagonal(tile, first, COLUMNS: tl.constexpr, SIGNS: tl.constexpr, group, seed):
+    if SIGNS:
+        tile = tl.where(sign_row(first, COLUMNS, group, seed) == 1, -tile, tile)
+    else:
+        tile = tile * normal_row(first, COLUMNS, 4, group, seed).to(tile.dtype)
+    return tile
+
+
+@triton.jit(do_not_specialize=["vectors", "scale_bits", "group", "seed"])
+def drawn_pass(
+    x, out, vectors: tl.int64, n_in: tl.int64, n_out: tl.int64, scale_bits: tl.int64, group: tl.int64, seed: tl.uint64,
+    LENGTH: tl.constexpr, LOG_LENGTH: tl.constexpr, PERIOD: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, SIGNS: tl.constexpr,
+):  # fmt: skip
+    first = tile_rows(ROWS, COLUMNS, STRIDE)
+    vector = first // LENGTH
+    first = first % LENGTH
+    j = first[:, None] + tl.arange(0, COLUMNS)[None, :]
+    inside = (vector < vectors)[:, None]
+    start = x + (vector * n_in)[:, None]
+    if LOAD == "permuted":
+        place = feistel(j, feistel_keys(group, seed), LOG_LENGTH, False)
+        tile = tl.load(start + place % PERIOD, mask=inside, other=0.0)
+        tile = tile * normal(place, 2, group, seed).to(tile.dtype)
+    elif LOAD == "unpermuted":
+        place = feistel(j, feistel_keys(group, seed), LOG_LENGTH, True)
+        tile = tl.load(start + place, mask=inside, other=0.0)
+        tile = tile * normal_row(first, COLUMNS, 2, group, seed).to(tile.dtype)
+    else:
+        tile = tl.load(start + j, mask=inside & (j < n_in), other=0.0)
+        if LOAD == "diagonal":
+            tile = _diagonal(tile, first, COLUMNS, SIGNS, group, seed)
+    tile = scaled(transform(tile, ROWS, COLUMNS, BITS, STRIDE), scale_bits)
+    if STORE == "diagonal":
+        tile = _diagonal(tile, first, COLUMNS, SIGNS, group, seed)
+    tl.store(out + (vector * n_out)[:, None] + j, tile, mask=inside & (j < n_out))
+
+
+@triton.jit(do_not_specialize=["group", "seed"])
+def gathered_sum(
+    x, out, group: tl.int64, seed: tl.uint64,
+    LENGTH: tl.constexpr, LOG_LENGTH: tl.constexpr, PERIOD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACROSS: tl.constexpr = PERIOD // COLUMNS
+    program = tl.program_id(0).to(tl.int64)
+    # Of all repeats of all vectors: ROWS divides the repeats of one.
+    repeat = program // ACROSS * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    first = repeat * PERIOD + program % ACROSS * COLUMNS
+    vector = first // LENGTH
+    first = first % LENGTH
+    j = first[:, None] + tl.arange(0, COLUMNS)[None, :]
+    place = feistel(j, feistel_keys(group, seed), LOG_LENGTH, True)
+    tile = tl.load(x + (vector * LENGTH)[:, None] + place)
+    tile = tile * normal_row(first, COLUMNS, 2, group, seed).to(tile.dtype)
+    tl.store(out + program * COLUMNS + tl.arange(0, COLUMNS), tl.sum(tile, axis=0))
+
+
+@triton.jit(do_not_specialize=["size", "group", "seed"])
+def shuffle(
+    x, out, size: tl.int64, group: tl.int64, seed: tl.uint64,
+    BITS: tl.constexpr, INVERSE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(size, TILE)
+    program = tl.program_id(0).to(tl.int64)
+    start = program // tiles * size
+    j = program % tiles * TILE + tl.arange(0, TILE)
+    inside = j < size
+    place = permuted(tl.where(inside, j, 0), size, feistel_keys(group, seed), BITS, INVERSE)
+    tl.store(out + start + j, tl.load(x + start + place, mask=inside), mask=inside)
