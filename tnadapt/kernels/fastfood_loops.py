@@ -12,6 +12,7 @@ from numba import int64, uint32
 from .butterflies import block, stages, strips
 from .compiling import compiled
 from .images import fill_images
+from .lanes import signed
 
 __all__ = [
     "CHUNK_BITS",
@@ -37,24 +38,21 @@ CHUNK_BITS = 16
 
 
 @compiled
-def _fill_factors(at, words, numbers, scale, factors):
-    """``scale * diagonal`` at some places: the diagonal is the signs that the bits of words are, or numbers, or 1."""
-    count = factors.size
+def _times_diagonal(src, dst, at, count, words, numbers, scale):
+    """``dst = scale * diagonal * src`` at some places; its signs are the bits of words; or it is numbers, or 1."""
     if words.size > 0:
         whole = count // 32 if at % 32 == 0 else 0
         for i in range(whole):
-            word = words[at // 32 + i]
-            for j in range(32):
-                factors[32 * i + j] = -scale if (word >> uint32(j)) & uint32(1) else scale
-        for j in range(32 * whole, count):
-            bit = (words[(at + j) >> 5] >> uint32((at + j) & 31)) & uint32(1)
-            factors[j] = -scale if bit else scale
+            signed(src, dst, at + 32 * i, words[at // 32 + i], scale)
+        for j in range(at + 32 * whole, at + count):
+            bit = (words[j >> 5] >> uint32(j & 31)) & uint32(1)
+            dst[j] = src[j] * (-scale if bit else scale)
     elif numbers.size > 0:
-        some = numbers[at : at + count]
-        for j in range(count):
-            factors[j] = some[j] * scale
+        for j in range(at, at + count):
+            dst[j] = src[j] * (numbers[j] * scale)
     else:
-        factors[:] = scale
+        for j in range(at, at + count):
+            dst[j] = src[j] * scale
 
 
 @compiled
@@ -70,13 +68,6 @@ def _add_product(x, factors, out):
 
 
 @compiled
-def _multiply(out, factors):
-    # In place, and so by itself: of two arrays the compiler must think that they overlap.
-    for j in range(out.size):
-        out[j] *= factors[j]
-
-
-@compiled
 def _rest_of_block(out, at, near, within):
     """The stages of a block, in place, that are left when those of its near parts are made."""
     stages(out, at, 1 << near, within - near, out, 0)
@@ -86,13 +77,11 @@ def _rest_of_block(out, at, near, within):
 def begin(first, last, x, out, low, near, within, words, numbers, scale):
     """Blocks first to last - 1 of ``out = H (scale * diagonal * x)``, x being zero beyond its end."""
     one = out.dtype.type(1)
-    factors = np.empty(1 << near, out.dtype)
     for i in range(first << within, last << within, 1 << within):
         for part in range(i, i + (1 << within), 1 << near):
             count = max(0, min(1 << near, x.size - part))
             if count > 0:
-                _fill_factors(part, words, numbers, out.dtype.type(scale), factors[:count])
-                _product(x[part : part + count], factors, out[part : part + count])
+                _times_diagonal(x, out, part, count, words, numbers, out.dtype.type(scale))
             out[part + count : part + (1 << near)] = 0
             block(out, out, part, low, 1, near, near, one)
         _rest_of_block(out, i, near, within)
@@ -102,7 +91,6 @@ def begin(first, last, x, out, low, near, within, words, numbers, scale):
 def end(first, last, out, apart, bits, width, words, numbers, count, scale):
     """Stages across rows, as ``strips`` makes them; then the first ``count`` elements times the diagonal."""
     groups = apart // width
-    factors = np.empty(width, out.dtype)
     for strip in range(first, last):
         if bits > 0:
             strips(out, out, strip, strip + 1, apart, bits, width, 1.0)
@@ -110,8 +98,7 @@ def end(first, last, out, apart, bits, width, words, numbers, count, scale):
         for row in range(at, at + (apart << bits), apart):
             some = min(width, count - row)
             if some > 0:
-                _fill_factors(row, words, numbers, out.dtype.type(scale), factors[:some])
-                _multiply(out[row : row + some], factors)
+                _times_diagonal(out, out, row, some, words, numbers, out.dtype.type(scale))
 
 
 # -- Where one period of the compressed vector's transform fits in the second cache --------------
