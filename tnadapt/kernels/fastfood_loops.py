@@ -11,8 +11,9 @@ from numba import int64, uint32
 
 from .butterflies import block, stages, strips
 from .compiling import compiled
-from .images import fill_images
-from .lanes import signed
+from .images import fill_images, fill_images_meanwhile
+from .lanes import fetch, signed
+from .memory import CACHE_LINE
 
 __all__ = [
     "CHUNK_BITS",
@@ -33,6 +34,8 @@ __all__ = [
 
 # Images drawn at a time.
 _SHORT = 1024
+# Elements of 4 bytes in a line of the cache.
+_LINE = CACHE_LINE // 4
 #: A chunk of one vector, and a bucket of the other, has so many elements that 16 bits number them.
 CHUNK_BITS = 16
 
@@ -117,7 +120,7 @@ def gather(first, last, table, gain, keys, bits, out, low, near, within):
     for i in range(first << within, last << within, 1 << within):
         for part in range(i, i + (1 << within), 1 << near):
             for j in range(part, part + (1 << near), _SHORT):
-                fill_images(j, bits, keys, False, image)
+                fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, out, j + _SHORT)
                 _gathered(table, mask, image, gain[j : j + _SHORT], out[j : j + _SHORT])
             block(out, out, part, low, 1, near, near, out.dtype.type(1))
         _rest_of_block(out, i, near, within)
@@ -134,7 +137,7 @@ def scatter(first, last, u, gain, keys, bits, table):
     """The adjoint of gathering: elements first to last - 1 of u are added into the table."""
     image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
     for j in range(first, last, _SHORT):
-        fill_images(j, bits, keys, False, image)
+        fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, u, j + _SHORT)
         _scattered(u[j : j + _SHORT], gain[j : j + _SHORT], image, mask, table)
 
 
@@ -207,7 +210,8 @@ def chunks_to_buckets(first, last, table, g, keys, bits, starts, runs):
     for chunk in range(first, last):
         cursor = starts[chunk].copy()
         for j in range(chunk * size, (chunk + 1) * size, _SHORT):
-            fill_images(j, bits, keys, True, image)
+            coming = (j + _SHORT) & (table.size - 1)
+            fill_images_meanwhile(j, bits, keys, True, image, g, j + _SHORT, table, coming)
             _product(table[j & (table.size - 1) :], g[j : j + _SHORT], values)
             _sorted(values, image, cursor, room)
         # Written elsewhere in one go: what is written to far places waits for each of them to come near.
@@ -221,9 +225,19 @@ def _placed(room, order, out):
 
 
 @compiled
+def _fetch_runs(runs, starts, bucket, part, parts):
+    """A part of what the runs of a bucket are is asked for."""
+    chunks = starts.shape[0]
+    for chunk in range(chunks * part // parts, chunks * (part + 1) // parts):
+        first, last = int64(starts[chunk, bucket]), int64(starts[chunk, bucket + 1])
+        for j in range((chunk << CHUNK_BITS) + first, (chunk << CHUNK_BITS) + last + _LINE - 1, _LINE):
+            fetch(runs, j)
+
+
+@compiled
 def place(first, last, runs, starts, order, out, low, near, within):
     """Blocks first to last - 1, each of some buckets, put together from their runs; transformed, if low is not 0."""
-    size = 1 << CHUNK_BITS
+    size, parts = 1 << CHUNK_BITS, 1 << (CHUNK_BITS - near)
     room = np.empty(size, out.dtype)
     for i in range(first << within, last << within, size):
         bucket, number = i >> CHUNK_BITS, 0
@@ -232,10 +246,13 @@ def place(first, last, runs, starts, order, out, low, near, within):
             for j in range(run.size):
                 room[number + j] = run[j]
             number += run.size
-        for part in range(i, i + size, 1 << near):
-            _placed(room, order[part : part + (1 << near)], out[part : part + (1 << near)])
+        for part in range(parts):
+            at = i + (part << near)
+            _placed(room, order[at : at + (1 << near)], out[at : at + (1 << near)])
+            if bucket + 2 < starts.shape[1]:
+                _fetch_runs(runs, starts, bucket + 1, part, parts)
             if low > 0:
-                block(out, out, part, low, 1, near, near, out.dtype.type(1))
+                block(out, out, at, low, 1, near, near, out.dtype.type(1))
         if low > 0:
             _rest_of_block(out, i, near, CHUNK_BITS)
             if (i + size) >> within << within == i + size:
@@ -245,12 +262,14 @@ def place(first, last, runs, starts, order, out, low, near, within):
 @compiled
 def unplace(first, last, u, starts, order, runs):
     """The adjoint of placing: buckets first to last - 1 of u taken apart into their runs."""
-    size = 1 << CHUNK_BITS
+    size, parts = 1 << CHUNK_BITS, 16
     room = np.empty(size, u.dtype)
     for bucket in range(first, last):
-        some, places = u[bucket * size : (bucket + 1) * size], order[bucket * size : (bucket + 1) * size]
-        for j in range(size):
-            room[int64(places[j])] = some[j]
+        for part in range(parts):
+            at = bucket * size + part * (size // parts)
+            _fetch_runs(runs, starts, bucket, part, parts)
+            for j in range(at, at + size // parts):
+                room[int64(order[j])] = u[j]
         number = 0
         for chunk in range(starts.shape[0]):
             run = runs[chunk * size + int64(starts[chunk, bucket]) : chunk * size + int64(starts[chunk, bucket + 1])]
@@ -281,7 +300,9 @@ def chunks_from_buckets(first, last, runs, g, keys, bits, starts, low, near, wit
             cursor = starts[at >> CHUNK_BITS].copy()
             room[:] = runs[at : at + size]
             for j in range(0, size, _SHORT):
-                fill_images(at + j, bits, keys, True, image)
+                # What comes next: of g, and of the runs.
+                coming = at + table.size if at + table.size < runs.size else i + size
+                fill_images_meanwhile(at + j, bits, keys, True, image, g, at + j + _SHORT, runs, coming + j)
                 _unsorted(room, image, cursor, values)
                 if at == i:
                     _product(values, g[at + j : at + j + _SHORT], table[i + j : i + j + _SHORT])
