@@ -121,8 +121,8 @@ def through_f(library: str, memory: str, smoke: bool) -> list[Row]:
                 "seconds": times[0],
                 "bytes_beyond": found - 4 * width * width,
                 "compressed_bytes": 4 * plan.groups[0].network.size,
-            }  # fmt: skip
-        )
+            }
+        )  # fmt: skip
     return rows
 
 

@@ -37,8 +37,8 @@ def _imports(rounds: int) -> list[Row]:
                 "beyond": base,
                 "seconds_beyond": statistics.median(one - other for one, other in pairs),
                 "base_seconds": statistics.median(other for _, other in pairs),
-            }  # fmt: skip
-        )
+            }
+        )  # fmt: skip
     return rows
 
 
@@ -100,8 +100,8 @@ def _attached(smoke: bool) -> list[Row]:
                     "seconds_beyond": statistics.median(beyond),
                     "arrays_seconds": statistics.median(arrays),
                     "parameters": plan.num_parameters,
-                }  # fmt: skip
-            )
+                }
+            )  # fmt: skip
     return rows
 
 
