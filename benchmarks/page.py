@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def write(found: Mapping[str, Rows], folder: Path) -> None:
         text += [f"\n## {title}\n\n", *([about, "\n\n"] if about else [])]
         for name in pictures.draw(part, rows, folder):
             text += [f"![{title}]({name})\n\n"]
-        text += [*_table(rows), "\n", _on(machine)]
+        text += [*_table(_SHORT.get(part, list)(rows)), "\n", _on(machine)]
     (folder / "speed.md").write_text("".join(text), encoding="utf-8")
 
 
@@ -74,6 +74,41 @@ def _verdict(target: Target, value: float | None) -> str:
     if value <= target.limit:
         return "met"
     return f"missed by {100 * (value / target.limit - 1):.0f} %. {target.why}".strip()
+
+
+def _of_growth(rows: Rows) -> Rows:
+    """Of each format and phase the largest size."""
+    last: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row["elements"]):
+        last[row["case"], row["phase"]] = row
+    columns = ("case", "phase", "exponent", "elements", "parameters", "seconds", "peak_bytes")
+    return [{column: row[column] for column in columns} for row in last.values()]
+
+
+def _of_strategies(rows: Rows) -> Rows:
+    """Of each format and width, how near the best the choice is over all numbers of tokens."""
+    several: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        several.setdefault((row["format"], row["width"]), []).append(row)
+    found = []
+    for (kind, width), own in several.items():
+        worst = max(own, key=lambda row: row["over best"])
+        near = sum(row["over best"] <= 1.1 for row in own)
+        found.append(
+            {
+                "format": kind,
+                "width": str(width),
+                "chosen, by tokens": ", ".join(f"{row['tokens']}: {row['chosen']}" for row in own),
+                "within 10 % of the best": f"{near} of {len(own)}",
+                "worst": worst["over best"],
+                "at tokens": str(worst["tokens"]),
+            }
+        )
+    return found
+
+
+#: What of a part's many rows the page shows; the files have all.
+_SHORT: dict[str, Callable[[Rows], Rows]] = {"growth": _of_growth, "strategies": _of_strategies}
 
 
 def _table(rows: Rows) -> Iterable[str]:

@@ -122,7 +122,7 @@ def through_f(library: str, memory: str, smoke: bool) -> list[Row]:
                 "bytes_beyond": found - 4 * width * width,
                 "compressed_bytes": 4 * plan.groups[0].network.size,
             }
-        )  # fmt: skip
+        )
     return rows
 
 

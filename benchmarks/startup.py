@@ -38,7 +38,7 @@ def _imports(rounds: int) -> list[Row]:
                 "seconds_beyond": statistics.median(one - other for one, other in pairs),
                 "base_seconds": statistics.median(other for _, other in pairs),
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -101,7 +101,7 @@ def _attached(smoke: bool) -> list[Row]:
                     "arrays_seconds": statistics.median(arrays),
                     "parameters": plan.num_parameters,
                 }
-            )  # fmt: skip
+            )
     return rows
 
 

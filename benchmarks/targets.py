@@ -50,4 +50,128 @@ def largest(column: str, **where: Any) -> Callable[[Rows], float | None]:
     return find
 
 
-TARGETS: list[Target] = []
+def over(case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
+    """The ratio of one case over that of another."""
+    one, two = largest("ratio", case=case, **where), largest("ratio", case=other, **where)
+
+    def find(rows: Rows) -> float | None:
+        mine, theirs = one(rows), two(rows)
+        return None if mine is None or theirs is None else mine / theirs
+
+    return find
+
+
+WHOLE = (
+    "lonkr", "lotr", "lotr train", "lorta", "lorta_cp", "cara", "fact_tt", "fact_tk", "superlora", "dense",
+)  # fmt: skip
+WEIGHT_WISE = ("lokr", "krona", "loha", "lonkr stack", "compacter", "superlora weight-wise")
+THROUGH_F = ("fastfood", "superlora F 0.01", "superlora F 1")
+
+TARGETS: list[Target] = [
+    Target(
+        "1",
+        "fwht, float32, 2^24, over a copy",
+        2.0,
+        "fwht",
+        largest("ours/copy", case="in place", size=1 << 24, dtype="float32"),
+    ),
+    *(
+        Target(
+            "1",
+            f"fwht, float32, 2^{bits}, over FFHT",
+            1 / 1.5,
+            "fwht",
+            largest("ours/FFHT", case="in place", size=1 << bits, dtype="float32"),
+        )
+        for bits in (10, 16, 20, 24, 26)
+    ),
+    Target(
+        "1", "fwht of batches and on any axis, over one vector of as many", 1.3, "fwht", largest("ours/one of as many")
+    ),
+    Target("1", "fwht, float64 over float32", 2.2, "fwht", largest("ours/float32")),
+    Target(
+        "1",
+        "fwht without numba, 2^24, over a copy",
+        17.0,
+        "fwht",
+        largest("ours/copy", case="a new array, NumPy, plain", size=1 << 24),
+    ),
+    *(
+        Target("3", f"{problem}: LoRA over PEFT's", 1.0, "steps", largest("ratio", problem=kind, case="lora"))
+        for kind, problem in (("vit", "ViT-base"), ("minilm", "MiniLM"))
+    ),
+    *(
+        Target(
+            "3",
+            f"{problem}: {what}, the slowest over PEFT's LoRA",
+            limit,
+            "steps",
+            largest("ratio", problem=kind, case=cases),
+        )
+        for kind, problem, limits in (("vit", "ViT-base", (1.03, 1.03, 1.06)), ("minilm", "MiniLM", (1.05, 1.05, 1.05)))
+        for what, cases, limit in zip(
+            ("presets of one group", "presets weight by weight", "through a linear F"),
+            (WHOLE, WEIGHT_WISE, THROUGH_F),
+            limits,
+            strict=True,
+        )
+    ),
+    Target("3", "ViT-base: LoKr over PEFT's own", 0.9, "steps", over("lokr", "peft lokr r=4", problem="vit")),
+    Target("3", "ViT-base: LoHa over PEFT's own", 0.9, "steps", over("loha", "peft loha r=4", problem="vit")),
+    Target(
+        "3",
+        "ViT-base: peak memory above PEFT's LoRA, MB",
+        150,
+        "steps",
+        largest(
+            "above lora MB", problem="vit", case=("lora", "lokr", "loha", "lorta", "superlora", "dense", *THROUGH_F)
+        ),
+    ),
+    Target("3", "the strategy that is chosen, over the best of the three", 1.1, "strategies", largest("over best")),
+    Target(
+        "4",
+        "exponent of time against N, the largest of all formats",
+        1.05,
+        "growth",
+        largest("exponent", phase=("weight by weight", "whole")),
+    ),
+    Target(
+        "4",
+        "one 4096² slice of 2^30, CP and Tucker, over a copy by one thread",
+        2.0,
+        "slices",
+        largest(
+            "ratio",
+            case=tuple([f"CP, M = {m}, r = 8" for m in (2, 3, 4, 5)] + [f"Tucker, M = {m}, r = 4" for m in (3, 5)]),
+        ),
+    ),
+    Target(
+        "4",
+        "memory beyond that slice, bytes",
+        1e8,
+        "slices",
+        largest(
+            "bytes_beyond",
+            library=("numpy", "torch"),
+            case=tuple([f"CP, M = {m}, r = 8" for m in (2, 3, 4, 5)] + [f"Tucker, M = {m}, r = 4" for m in (3, 5)]),
+        ),
+    ),
+    Target(
+        "5",
+        "on a graphics card: fwht of 2^24 over a device copy",
+        5.0,
+        "gpu",
+        largest("× copy", what="fwht", points="2^24"),
+        "No card was to be had.",
+    ),
+    Target(
+        "6",
+        "attach on Llama-7B beyond what its arrays cost, s",
+        2.0,
+        "startup",
+        largest("seconds_beyond", device=("meta", "cpu")),
+    ),
+    Target(
+        "6", "import tnadapt beyond NumPy's own, s", 0.15, "startup", largest("seconds_beyond", case="import tnadapt")
+    ),
+]

@@ -14,6 +14,7 @@ copyright = author
 version = release = tnadapt.__version__
 
 extensions = [
+    "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",

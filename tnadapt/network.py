@@ -165,6 +165,24 @@ class Network:
         )
         return vec if self.scale == 1.0 else vec * self.scale
 
+    def slice_factors(
+        self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int
+    ) -> tuple[Array, Array, int] | None:
+        """The matrices whose product holds a slice, where :meth:`slice` is one product.
+
+        Returns
+        -------
+        (array, array, int) or None
+            L and R, the scale in one of them, and the place in ``vec(L R)`` of the slice's first element.
+        """
+        cut = best_cut(self.sizes, start, stop, self._thin)
+        if cut is None:
+            return None
+        left, right = self.unfolded(backend, arrays, cut)
+        if self.scale != 1.0:
+            left, right = (left * self.scale, right) if left.shape[0] < right.shape[1] else (left, right * self.scale)
+        return left, right, start - cut.start
+
     def adjoint(
         self, backend: Backend, arrays: Mapping[str, Array], vec: Array, only: str | None = None
     ) -> dict[str, Array]:

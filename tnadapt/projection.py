@@ -77,7 +77,7 @@ class Projection:
     12 for the v2 kinds). Where compiled kernels do the work (float32 on the CPU, L from 2**14 on, the extra ``fast``)
     they draw the permutation anew in every call and keep the signs as bits: 4.1 where n_in is at most 2**18, else
     6.1 (g 4, the order within blocks 2); 4 more for the v2 kinds. A call then needs, beside its result, memory for one
-    vector of L, for two where n_in is larger.
+    vector of L, for two where n_in is larger. On a CUDA device (torch with Triton, CuPy) nothing is kept.
 
     References
     ----------
@@ -279,9 +279,13 @@ class Projection:
         if self.kind == "identity":
             return x
         if self.kind == "shuffle":
-            return backend.take(x, self._draws.on(backend, "perm", x))
+            return self._shuffled(backend, x, inverse=False)
         found = backend.fastfood(x, self._draws, self.n_in, adjoint=False)
         return self._linear_plain(backend, x) if found is None else found
+
+    def _shuffled(self, backend: Backend, x: Array, inverse: bool) -> Array:
+        found = backend.shuffle(x, self.seed, self.group, inverse)
+        return backend.take(x, self._draws.on(backend, "inverse" if inverse else "perm", x)) if found is None else found
 
     def _linear_plain(self, backend: Backend, x: Array) -> Array:
         """The linear part in the library's own operations: what every kernel must equal."""
@@ -298,7 +302,7 @@ class Projection:
         if self.kind == "identity":
             return y
         if self.kind == "shuffle":
-            return backend.take(y, self._draws.on(backend, "inverse", y))
+            return self._shuffled(backend, y, inverse=True)
         found = backend.fastfood(y, self._draws, self.n_in, adjoint=True)
         return self._adjoint_plain(backend, y) if found is None else found
 

@@ -76,14 +76,26 @@ def test_fwht_along_any_axis(axis: int) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("kind", ["linear", "nonlinear_v2"])
+@pytest.mark.parametrize("kind", ["linear", "nonlinear_v2", "shuffle"])
 def test_derivatives_of_f(kind: str) -> None:
-    f = tna.Projection(kind, 3, 7, seed=1)
-    x = torch.randn(2, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    f = tna.Projection(kind, 7 if kind == "shuffle" else 3, 7, seed=1)
+    x = torch.randn(2, f.n_in, dtype=torch.float64, device=DEVICE, requires_grad=True)
     # Along one random direction: each call takes the interpreter a tenth of a second.
     assert torch.autograd.gradcheck(f, (x,), check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(f, (x,), fast_mode=True)
     assert torch.autograd.gradcheck(f.linear_part.adjoint, (torch.randn_like(f(x)).requires_grad_(),), fast_mode=True)
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["shuffle", "linear", "linear_v2"])
+def test_f_keeps_nothing(kind: str, rng: np.random.Generator) -> None:
+    f = tna.Projection(kind, 9, 9, seed=2**63 + 5, group=1)
+    x = rng.normal(size=(2, 9))
+    found = f(torch.tensor(x, device=DEVICE)), f.adjoint(torch.tensor(x, device=DEVICE))
+    assert not f._draws.kept
+    assert not f._draws.placed
+    for ours, plain in zip(found, (f(x), f.adjoint(x)), strict=True):
+        assert np.allclose(ours.cpu().numpy(), plain, rtol=1e-13, atol=1e-13)
 
 
 @kernels
@@ -106,6 +118,9 @@ def test_a_batch_of_gradients_at_once() -> None:
     y = torch.randn(3, 2, 12, dtype=torch.float64, device=DEVICE)
     (found,) = torch.autograd.grad(f(x), x, y, is_grads_batched=True)
     assert torch.allclose(found, f.adjoint(y))
+    shuffle = tna.Projection("shuffle", 5, 5, seed=2**64 - 1)
+    (found,) = torch.autograd.grad(shuffle(x), x, y[..., :5], is_grads_batched=True)
+    assert torch.equal(found, shuffle.adjoint(y[..., :5]))
     (found,) = torch.autograd.grad(tna.fwht(x, axis=0), x, y[..., :5], is_grads_batched=True)
     assert torch.allclose(found, tna.fwht(y[..., :5], axis=1))
 

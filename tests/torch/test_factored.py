@@ -210,6 +210,23 @@ def test_a_half_precision_base_has_float32_factors(dtype: torch.dtype, name: str
         model.float()(x.float()).sum()
 
 
+@pytest.mark.parametrize("trained", ["factor0", "factor1"])
+def test_one_factor_of_a_slice_is_trained_alone(trained: str) -> None:
+    grads = []
+    for strategy in ("weight", "beside"):
+        model = layers()
+        adapter = tt.attach(model, P.superlora(1), list(TARGETS), strategy=strategy, dtype=torch.float64)
+        stir(adapter, 0.5)
+        adapter.set_trainable(arrays=trained)
+        model(torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)).square().sum().backward()
+        assert [p.grad is not None for _, p in adapter.named_parameters()] == [
+            trained == "factor0",
+            trained == "factor1",
+        ]
+        grads.append(next(adapter.parameters()).grad)
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-11)
+
+
 @given(st.data())
 def test_a_slice_is_the_update(data: st.DataObject) -> None:
     plan = data.draw(plans(("identity",)))
@@ -218,8 +235,14 @@ def test_a_slice_is_the_update(data: st.DataObject) -> None:
     for index in range(len(plan.shapes)):
         made = Slice.of(plan, index)
         if made is not None:
-            found = made(*(params[name] for name in made.names))
-            torch.testing.assert_close(found, plan.delta(params, index), rtol=1e-12, atol=1e-12)
+            given_to = [params[name] for name in made.names]
+            expected = plan.delta(params, index)
+            torch.testing.assert_close(made(*given_to), expected, rtol=1e-12, atol=1e-12)
+            factors = made.factors(*given_to)
+            if factors is not None:
+                left, right, first = factors
+                found = (left @ right).reshape(-1)[first : first + made.size].view(made.shape)
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_what_mixes_elements_or_is_large_is_made_whole() -> None:
@@ -231,9 +254,13 @@ def test_what_mixes_elements_or_is_large_is_made_whole() -> None:
     assert Slice.of(tna.SuperLoRA(P.dense(), shapes), 1) is not None
 
 
-@pytest.mark.parametrize("config", [P.superlora(1), P.dense(), P.lorta(1), P.superlora(1, groups=3)])
-def test_slices_train_as_the_whole_does(config: tna.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    sliced = passed(config, "weight")
+@pytest.mark.parametrize(
+    "config",
+    [P.superlora(1, alpha=3), P.dense(), P.lorta(1), P.superlora(1, groups=3), P.loha(1, groups=1), P.lonkr(1)],
+)
+@pytest.mark.parametrize("weight", [1.0, -0.5])
+def test_slices_train_as_the_whole_does(config: tna.Config, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sliced = passed(config, "weight", weight=weight)
     monkeypatch.setattr(Slice, "of", classmethod(lambda cls, plan, index: None))
-    for found, expected in zip(sliced, passed(config, "weight"), strict=True):
+    for found, expected in zip(sliced, passed(config, "weight", weight=weight), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)

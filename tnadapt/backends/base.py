@@ -237,6 +237,10 @@ class Backend:
         """
         return None
 
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool) -> Array | None:
+        """The last axis of x in the order of the fixed permutation of its length, or of its inverse."""
+        return None
+
     # -- What a check of the laws asks besides -----------------------------------------------
 
     def double_precision(self) -> AbstractContextManager[Any]:

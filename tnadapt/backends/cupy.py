@@ -61,6 +61,12 @@ class CupyBackend(Backend):
         found = _LAUNCHER.fastfood_adjoint(rows, f) if adjoint else _LAUNCHER.fastfood(rows, f)
         return found.reshape(*batch, found.shape[-1])
 
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool) -> Array | None:
+        if not _has_kernels(x):
+            return None
+        rows, _ = _rows(x)
+        return _LAUNCHER.shuffle(rows, seed, group, inverse).reshape(x.shape)
+
     def _device(self, device: Any) -> Any:
         if device is None:
             return cupy.cuda.Device()

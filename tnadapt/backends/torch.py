@@ -104,3 +104,6 @@ class TorchBackend(Backend):
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
         kernel = torch_gpu.fastfood if torch_gpu.there_are_kernels(x) else fastfood
         return kernel(x, draws, n_in, adjoint)
+
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool) -> Array | None:
+        return torch_gpu.shuffle(x, seed, group, inverse) if torch_gpu.there_are_kernels(x) else None

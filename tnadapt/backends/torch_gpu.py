@@ -16,9 +16,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..kernels import kernels
 
-__all__ = ["LinearMap", "fastfood", "fwht", "there_are_kernels"]
+__all__ = ["LinearMap", "fastfood", "fwht", "shuffle", "there_are_kernels"]
 
 Map = Callable[[Tensor], Tensor]
+
+#: The least that Triton promises to compile for.
+_CAPABILITY = (8, 0)
 
 
 def there_are_kernels(x: Tensor) -> bool:
@@ -30,7 +33,9 @@ def there_are_kernels(x: Tensor) -> bool:
     return (
         x.is_cuda
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.layout is torch.strided
         and _get_current_dispatch_mode() is None
@@ -40,7 +45,7 @@ def there_are_kernels(x: Tensor) -> bool:
 
 def fwht(x: Tensor, scale: float, axis: int) -> Tensor | None:
     """``scale * H x`` along an axis; None where Triton cannot be imported."""
-    if kernels("gpu.triton_launcher") is None or x.dtype not in (torch.float32, torch.float64):
+    if _room(x) is None:
         return None
     # H is symmetric.
     there = functools.partial(_run, "transform", scale=scale)
@@ -49,12 +54,25 @@ def fwht(x: Tensor, scale: float, axis: int) -> Tensor | None:
 
 def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool) -> Tensor | None:
     """The linear part of F along the last axis, or its adjoint; None where Triton cannot be imported."""
-    room = kernels("gpu.triton_launcher")
-    if room is None or x.dtype not in (torch.float32, torch.float64):
+    room = _room(x)
+    if room is None:
         return None
-    f = room.Drawn.of(draws, n_in)
-    there, back = (functools.partial(_run, "project", f=f, adjoint=way) for way in (adjoint, not adjoint))
+    numbers = room.Drawn.of(draws, n_in)
+    there, back = (functools.partial(_run, "project", numbers=numbers, adjoint=way) for way in (adjoint, not adjoint))
     return _apply(x, there, back)
+
+
+def shuffle(x: Tensor, seed: int, group: int, inverse: bool) -> Tensor | None:
+    """The last axis permuted, or permuted back; None where Triton cannot be imported."""
+    if _room(x) is None:
+        return None
+    numbers = (seed, group)
+    there, back = (functools.partial(_run, "shuffle", numbers=numbers, inverse=way) for way in (inverse, not inverse))
+    return _apply(x, there, back)
+
+
+def _room(x: Tensor) -> Any:
+    return kernels("gpu.triton_launcher") if x.dtype in (torch.float32, torch.float64) else None
 
 
 class LinearMap(torch.autograd.Function):
@@ -91,9 +109,9 @@ def _run(name: str, x: Tensor, **how: Any) -> Tensor:
     # A batch of gradients at once (is_grads_batched) has no memory; an operation that torch knows by its name gets
     # one gradient after another.
     if torch._C._functorch.is_legacy_batchedtensor(x):
-        if "f" in how:
+        if "numbers" in how:
             # torch's integers have signs.
-            how["f"] = [number - (number >> 63 << 64) for number in how["f"]]
+            how["numbers"] = [number - (number >> 63 << 64) for number in how["numbers"]]
         return cast(Tensor, getattr(torch.ops.tnadapt, name)(x, **how))
     return _KERNELS[name](x, **how)
 
@@ -103,19 +121,30 @@ def _transform(x: Tensor, scale: float) -> Tensor:
     return _by_rows(lambda rows: kernels("gpu.triton_launcher").fwht(rows, length, scale, length), x)
 
 
-def _project(x: Tensor, f: Sequence[int], adjoint: bool) -> Tensor:
+def _project(x: Tensor, numbers: Sequence[int], adjoint: bool) -> Tensor:
     room = kernels("gpu.triton_launcher")
-    drawn = room.Drawn(*(number & (1 << 64) - 1 for number in f))
-    return _by_rows(lambda rows: (room.fastfood_adjoint if adjoint else room.fastfood)(rows, drawn), x)
+    f = room.Drawn(*map(_unsigned, numbers))
+    return _by_rows(lambda rows: (room.fastfood_adjoint if adjoint else room.fastfood)(rows, f), x)
 
 
-_KERNELS: dict[str, Callable[..., Tensor]] = {"transform": _transform, "project": _project}
-torch.library.custom_op(
-    "tnadapt::transform", _transform, mutates_args=(), schema="(Tensor x, float scale) -> Tensor"
-)  # fmt: skip
-torch.library.custom_op(
-    "tnadapt::project", _project, mutates_args=(), schema="(Tensor x, int[] f, bool adjoint) -> Tensor"
-)  # fmt: skip
+def _shuffle(x: Tensor, numbers: Sequence[int], inverse: bool) -> Tensor:
+    seed, group = map(_unsigned, numbers)
+    return _by_rows(lambda rows: kernels("gpu.triton_launcher").shuffle(rows, seed, group, inverse), x)
+
+
+def _unsigned(number: int) -> int:
+    return number & (1 << 64) - 1
+
+
+_KERNELS: dict[str, Callable[..., Tensor]] = {"transform": _transform, "project": _project, "shuffle": _shuffle}
+for _name, _arguments in {
+    "transform": "float scale",
+    "project": "int[] numbers, bool adjoint",
+    "shuffle": "int[] numbers, bool inverse",
+}.items():
+    torch.library.custom_op(
+        f"tnadapt::{_name}", _KERNELS[_name], mutates_args=(), schema=f"(Tensor x, {_arguments}) -> Tensor"
+    )
 
 
 def _by_rows(kernel: Map, x: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from ..superlora import SuperLoRA
 
 __all__ = ["MACHINES", "TOKENS", "Machine", "Work", "choose", "costs"]
 
-#: Rows of x that a layer is called with, where nobody says: some five images of 197 tokens, two texts of 512.
-TOKENS = 1024
+#: Rows of x that a layer is called with, where nobody says: ten images of 197 tokens, four texts of 512.
+TOKENS = 2048
 
 _ITEM = 4  # bytes: the adapter's arrays are float32, and where the model's are not, all strategies move less alike
 
@@ -104,7 +104,7 @@ def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKE
     >>> from tnadapt.factoring import factoring
     >>> plan = tna.SuperLoRA(tna.presets.lora(4), [(768, 768)])
     >>> found = costs(plan, 0, factoring(plan, 0))
-    >>> found["weight"].large == 2 * 1024 * 768 * 768  # one product for the gradient of W + ΔW
+    >>> found["weight"].large == 2 * 2048 * 768 * 768  # one product for the gradient of W + ΔW
     True
     """
     rows, cols = plan.shapes[index]

@@ -9,6 +9,7 @@ finds all it needs, and a checkpointed region that meets it saves no tensor on i
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -114,16 +115,20 @@ class Slice:
     ----------
     names : tuple of str
         These arrays' names in the plan.
+    shape : (int, int)
+    size : int
+        Of the update.
     """
 
     def __init__(self, plan: SuperLoRA, index: int) -> None:
-        self._shape = plan.shapes[index]
+        self.shape = plan.shapes[index]
+        self.size = math.prod(self.shape)
         self._pieces = plan.layout.of_weight(index)
         self._groups = {piece.group: plan.groups[piece.group] for piece in self._pieces}
         self.names = tuple(full for group in self._groups.values() for full in group.names.values())
 
     def __repr__(self) -> str:
-        return f"Slice(shape={self._shape}, pieces={self._pieces})"
+        return f"Slice(shape={self.shape}, pieces={self._pieces})"
 
     def __call__(self, *arrays: Tensor) -> Tensor:
         # The plan has checked the arrays' shapes when they were made; a check at each layer would cost as much as this.
@@ -132,7 +137,17 @@ class Slice:
             self._groups[piece.group].update(backend, params, piece.group_start, piece.group_start + piece.length)
             for piece in self._pieces
         ]
-        return cast(Tensor, backend.reshape(backend.concat(found), self._shape))
+        return cast(Tensor, backend.reshape(backend.concat(found), self.shape))
+
+    def factors(self, *arrays: Tensor) -> tuple[Tensor, Tensor, int] | None:
+        """Two matrices and a place in ``vec`` of their product, from where on the update is; None if it is no such."""
+        if len(self._pieces) > 1 or arrays[0].dtype not in (torch.float32, torch.float64):
+            return None
+        (piece,) = self._pieces
+        group = self._groups[piece.group]
+        own = dict(zip(group.names, arrays, strict=True))
+        start, stop = piece.group_start, piece.group_start + piece.length
+        return group.network.slice_factors(load_backend("torch"), own, start, stop)
 
     def pulled(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Gradients of the wanted arrays, from that of the update."""
