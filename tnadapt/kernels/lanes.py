@@ -21,7 +21,7 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, seen_as: 
 
 @intrinsic
 def signed(typing: Any, src: Any, dst: Any, at: Any, word: Any, scale: Any) -> Any:
-    """32 elements from ``at`` on: ``dst = scale * src``, and negative where the word has a bit set, the lowest first."""
+    """32 elements from ``at`` on: ``dst = scale * src``, negated where the word has a bit set, the lowest first."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element = context.get_data_type(src.dtype)
