@@ -71,11 +71,13 @@ def test_slices(kind: str, n_in: int, n_out: int, seed: int, group: int, data: s
     assert np.max(np.abs(kept - whole[:, start:stop])) < 1e-12 * scale
 
 
+@pytest.mark.parametrize("part", [16, 1 << 18])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in SQUARE])
 def test_slices_longer_than_a_chunk_of_the_last_transform(
-    kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    kind: str, part: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tnadapt.projection._SLICE_CHUNK", 64)
+    monkeypatch.setattr("tnadapt.projection._SLICE_PART", part)
     monkeypatch.setattr("tnadapt.projection._LEAST_BLOCK", 16)
     f = made(kind, 50, 3000)
     x = rng.normal(size=50)
@@ -93,6 +95,12 @@ def test_a_slice_needs_the_memory_of_the_slice_and_of_x(rng: np.random.Generator
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10 << 20  # the whole, in float32, is 64 MiB, its transform as much, its draws more
+    # Of a long slice it is a few times the slice, and no blocks of draws beside it.
+    tracemalloc.start()
+    f.slice(x, 3 << 20, 4 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3.5 * (4 << 20) + (8 << 20)
 
 
 def test_state_is_nine_bytes_an_element(rng: np.random.Generator) -> None:

@@ -25,8 +25,9 @@ KINDS = ("identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v
 SQUARE = ("identity", "shuffle")  # ρ = 1 only
 NONLINEAR = ("nonlinear", "nonlinear_v2")
 
-# How much of the long vector a slice draws at a time.
+# How much of the long vector a slice draws at a time: of short blocks several, of long ones a part.
 _SLICE_CHUNK = 1 << 16
+_SLICE_PART = 1 << 18
 # Shorter slices than this are cut from a block of this length, to keep the matrix products thick.
 _LEAST_BLOCK = 1 << 10
 # Streams longer than this are digested by their two ends: each element is a pure function of its index.
@@ -325,23 +326,33 @@ class Projection:
             return backend.take(x, self._draws.piece(backend, "perm", start, stop, x))
         kind = backend.dtype_name(x)
         low = min(self.padded, max(_LEAST_BLOCK, 1 << (stop - start).bit_length() - 1))
-        high = self.padded // low
         first, end = start // low, (stop - 1) // low + 1
-        small = self._small_transform(backend, x)
-        mixed = None
-        step = max(1, _SLICE_CHUNK // low)
-        for block in range(0, high, step):
-            lo, hi = block * low, min(block + step, high) * low
-            z = backend.take(small, self._draws.piece(backend, "index", lo, hi, x))
-            z = z * self._draws.piece(backend, "gain", lo, hi, x, kind)
-            z = backend.reshape(z, (*x.shape[:-1], (hi - lo) // low, low))
-            rows = hadamard_rows.on(backend, (first, end, lo // low, hi // low, high), x, kind, keep=False)
-            part = backend.matmul(rows, z)
-            mixed = part if mixed is None else mixed + part
-        y = fwht_last(backend, mixed)
+        y = fwht_last(backend, self._mixed(backend, x, low, first, end))
         y = backend.reshape(y, (*x.shape[:-1], (end - first) * low))[..., start - first * low : stop - first * low]
         y = y * self._draws.piece(backend, "diagonal", start, stop, x, kind)
         return y if self.linear else tanhshrink(backend, y)
+
+    def _mixed(self, backend: Backend, x: Array, low: int, first: int, end: int) -> Array:
+        """Rows ``first`` to ``end - 1`` of H_high times z in blocks of ``low``: shape (…, end - first, low)."""
+        kind, high = backend.dtype_name(x), self.padded // low
+        small = self._small_transform(backend, x)
+        # Of one part of the columns after another, so that beside the sum no more than a part of a block is there.
+        step, width = max(1, _SLICE_CHUNK // low), min(low, _SLICE_PART)
+        parts = []
+        for column in range(0, low, width):
+            mixed = None
+            for block in range(0, high, step):
+                blocks = min(step, high - block)
+                lo = block * low + column
+                hi = lo + blocks * width  # a part is of one block, and several blocks are whole
+                z = backend.take(small, self._draws.piece(backend, "index", lo, hi, x))
+                z = z * self._draws.piece(backend, "gain", lo, hi, x, kind)
+                z = backend.reshape(z, (*x.shape[:-1], blocks, width))
+                rows = hadamard_rows.on(backend, (first, end, block, block + blocks, high), x, kind, keep=False)
+                part = backend.matmul(rows, z)
+                mixed = part if mixed is None else mixed + part
+            parts.append(mixed)
+        return backend.concat(parts, axis=-1)
 
 
 def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:

@@ -360,8 +360,8 @@ class SuperLoRA:
         -----
         For CP, Tucker, tensor trains and Kronecker products only the rows of the factors that the weight's
         elements need take part; of a linear F only the slice of the last transform is formed, in memory
-        of the slice, the compressed vector and a few pieces of 2**16 elements (time goes through all of
-        F's draws). A shuffle forms the whole group before F.
+        of the compressed vector, two to three times the slice, and a few pieces of 2**18 elements (time goes
+        through all of F's draws). A shuffle forms the whole group before F.
 
         Examples
         --------

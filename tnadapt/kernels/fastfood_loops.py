@@ -11,7 +11,9 @@ from numba import int64, uint32
 
 from .butterflies import block, stages, strips
 from .compiling import compiled
-from .images import fill_images
+from .images import fill_images, fill_images_meanwhile
+from .lanes import fetch, signed
+from .memory import CACHE_LINE
 
 __all__ = [
     "CHUNK_BITS",
@@ -32,29 +34,28 @@ __all__ = [
 
 # Images drawn at a time.
 _SHORT = 1024
+# Elements of 4 bytes in a line of the cache.
+_LINE = CACHE_LINE // 4
 #: A chunk of one vector, and a bucket of the other, has so many elements that 16 bits number them.
 CHUNK_BITS = 16
 
 
 @compiled
-def _fill_factors(at, words, numbers, scale, factors):
-    """``scale * diagonal`` at some places: the diagonal is the signs that the bits of words are, or numbers, or 1."""
-    count = factors.size
+def _times_diagonal(src, dst, at, count, words, numbers, scale):
+    """``dst = scale * diagonal * src`` at some places; its signs are the bits of words; or it is numbers, or 1."""
     if words.size > 0:
         whole = count // 32 if at % 32 == 0 else 0
         for i in range(whole):
-            word = words[at // 32 + i]
-            for j in range(32):
-                factors[32 * i + j] = -scale if (word >> uint32(j)) & uint32(1) else scale
-        for j in range(32 * whole, count):
-            bit = (words[(at + j) >> 5] >> uint32((at + j) & 31)) & uint32(1)
-            factors[j] = -scale if bit else scale
+            signed(src, dst, at + 32 * i, words[at // 32 + i], scale)
+        for j in range(at + 32 * whole, at + count):
+            bit = (words[j >> 5] >> uint32(j & 31)) & uint32(1)
+            dst[j] = src[j] * (-scale if bit else scale)
     elif numbers.size > 0:
-        some = numbers[at : at + count]
-        for j in range(count):
-            factors[j] = some[j] * scale
+        for j in range(at, at + count):
+            dst[j] = src[j] * (numbers[j] * scale)
     else:
-        factors[:] = scale
+        for j in range(at, at + count):
+            dst[j] = src[j] * scale
 
 
 @compiled
@@ -70,13 +71,6 @@ def _add_product(x, factors, out):
 
 
 @compiled
-def _multiply(out, factors):
-    # In place, and so by itself: of two arrays the compiler must think that they overlap.
-    for j in range(out.size):
-        out[j] *= factors[j]
-
-
-@compiled
 def _rest_of_block(out, at, near, within):
     """The stages of a block, in place, that are left when those of its near parts are made."""
     stages(out, at, 1 << near, within - near, out, 0)
@@ -86,13 +80,11 @@ def _rest_of_block(out, at, near, within):
 def begin(first, last, x, out, low, near, within, words, numbers, scale):
     """Blocks first to last - 1 of ``out = H (scale * diagonal * x)``, x being zero beyond its end."""
     one = out.dtype.type(1)
-    factors = np.empty(1 << near, out.dtype)
     for i in range(first << within, last << within, 1 << within):
         for part in range(i, i + (1 << within), 1 << near):
             count = max(0, min(1 << near, x.size - part))
             if count > 0:
-                _fill_factors(part, words, numbers, out.dtype.type(scale), factors[:count])
-                _product(x[part : part + count], factors, out[part : part + count])
+                _times_diagonal(x, out, part, count, words, numbers, out.dtype.type(scale))
             out[part + count : part + (1 << near)] = 0
             block(out, out, part, low, 1, near, near, one)
         _rest_of_block(out, i, near, within)
@@ -102,7 +94,6 @@ def begin(first, last, x, out, low, near, within, words, numbers, scale):
 def end(first, last, out, apart, bits, width, words, numbers, count, scale):
     """Stages across rows, as ``strips`` makes them; then the first ``count`` elements times the diagonal."""
     groups = apart // width
-    factors = np.empty(width, out.dtype)
     for strip in range(first, last):
         if bits > 0:
             strips(out, out, strip, strip + 1, apart, bits, width, 1.0)
@@ -110,8 +101,7 @@ def end(first, last, out, apart, bits, width, words, numbers, count, scale):
         for row in range(at, at + (apart << bits), apart):
             some = min(width, count - row)
             if some > 0:
-                _fill_factors(row, words, numbers, out.dtype.type(scale), factors[:some])
-                _multiply(out[row : row + some], factors)
+                _times_diagonal(out, out, row, some, words, numbers, out.dtype.type(scale))
 
 
 # -- Where one period of the compressed vector's transform fits in the second cache --------------
@@ -130,7 +120,7 @@ def gather(first, last, table, gain, keys, bits, out, low, near, within):
     for i in range(first << within, last << within, 1 << within):
         for part in range(i, i + (1 << within), 1 << near):
             for j in range(part, part + (1 << near), _SHORT):
-                fill_images(j, bits, keys, False, image)
+                fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, out, j + _SHORT)
                 _gathered(table, mask, image, gain[j : j + _SHORT], out[j : j + _SHORT])
             block(out, out, part, low, 1, near, near, out.dtype.type(1))
         _rest_of_block(out, i, near, within)
@@ -147,7 +137,7 @@ def scatter(first, last, u, gain, keys, bits, table):
     """The adjoint of gathering: elements first to last - 1 of u are added into the table."""
     image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
     for j in range(first, last, _SHORT):
-        fill_images(j, bits, keys, False, image)
+        fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, u, j + _SHORT)
         _scattered(u[j : j + _SHORT], gain[j : j + _SHORT], image, mask, table)
 
 
@@ -220,7 +210,8 @@ def chunks_to_buckets(first, last, table, g, keys, bits, starts, runs):
     for chunk in range(first, last):
         cursor = starts[chunk].copy()
         for j in range(chunk * size, (chunk + 1) * size, _SHORT):
-            fill_images(j, bits, keys, True, image)
+            coming = (j + _SHORT) & (table.size - 1)
+            fill_images_meanwhile(j, bits, keys, True, image, g, j + _SHORT, table, coming)
             _product(table[j & (table.size - 1) :], g[j : j + _SHORT], values)
             _sorted(values, image, cursor, room)
         # Written elsewhere in one go: what is written to far places waits for each of them to come near.
@@ -234,9 +225,19 @@ def _placed(room, order, out):
 
 
 @compiled
+def _fetch_runs(runs, starts, bucket, part, parts):
+    """A part of what the runs of a bucket are is asked for."""
+    chunks = starts.shape[0]
+    for chunk in range(chunks * part // parts, chunks * (part + 1) // parts):
+        first, last = int64(starts[chunk, bucket]), int64(starts[chunk, bucket + 1])
+        for j in range((chunk << CHUNK_BITS) + first, (chunk << CHUNK_BITS) + last + _LINE - 1, _LINE):
+            fetch(runs, j)
+
+
+@compiled
 def place(first, last, runs, starts, order, out, low, near, within):
     """Blocks first to last - 1, each of some buckets, put together from their runs; transformed, if low is not 0."""
-    size = 1 << CHUNK_BITS
+    size, parts = 1 << CHUNK_BITS, 1 << (CHUNK_BITS - near)
     room = np.empty(size, out.dtype)
     for i in range(first << within, last << within, size):
         bucket, number = i >> CHUNK_BITS, 0
@@ -245,10 +246,13 @@ def place(first, last, runs, starts, order, out, low, near, within):
             for j in range(run.size):
                 room[number + j] = run[j]
             number += run.size
-        for part in range(i, i + size, 1 << near):
-            _placed(room, order[part : part + (1 << near)], out[part : part + (1 << near)])
+        for part in range(parts):
+            at = i + (part << near)
+            _placed(room, order[at : at + (1 << near)], out[at : at + (1 << near)])
+            if bucket + 2 < starts.shape[1]:
+                _fetch_runs(runs, starts, bucket + 1, part, parts)
             if low > 0:
-                block(out, out, part, low, 1, near, near, out.dtype.type(1))
+                block(out, out, at, low, 1, near, near, out.dtype.type(1))
         if low > 0:
             _rest_of_block(out, i, near, CHUNK_BITS)
             if (i + size) >> within << within == i + size:
@@ -258,12 +262,14 @@ def place(first, last, runs, starts, order, out, low, near, within):
 @compiled
 def unplace(first, last, u, starts, order, runs):
     """The adjoint of placing: buckets first to last - 1 of u taken apart into their runs."""
-    size = 1 << CHUNK_BITS
+    size, parts = 1 << CHUNK_BITS, 16
     room = np.empty(size, u.dtype)
     for bucket in range(first, last):
-        some, places = u[bucket * size : (bucket + 1) * size], order[bucket * size : (bucket + 1) * size]
-        for j in range(size):
-            room[int64(places[j])] = some[j]
+        for part in range(parts):
+            at = bucket * size + part * (size // parts)
+            _fetch_runs(runs, starts, bucket, part, parts)
+            for j in range(at, at + size // parts):
+                room[int64(order[j])] = u[j]
         number = 0
         for chunk in range(starts.shape[0]):
             run = runs[chunk * size + int64(starts[chunk, bucket]) : chunk * size + int64(starts[chunk, bucket + 1])]
@@ -294,7 +300,9 @@ def chunks_from_buckets(first, last, runs, g, keys, bits, starts, low, near, wit
             cursor = starts[at >> CHUNK_BITS].copy()
             room[:] = runs[at : at + size]
             for j in range(0, size, _SHORT):
-                fill_images(at + j, bits, keys, True, image)
+                # What comes next: of g, and of the runs.
+                coming = at + table.size if at + table.size < runs.size else i + size
+                fill_images_meanwhile(at + j, bits, keys, True, image, g, at + j + _SHORT, runs, coming + j)
                 _unsorted(room, image, cursor, values)
                 if at == i:
                     _product(values, g[at + j : at + j + _SHORT], table[i + j : i + j + _SHORT])

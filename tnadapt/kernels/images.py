@@ -14,9 +14,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compiling import compiled
+from .lanes import fetch
+from .memory import CACHE_LINE
 from .vectors import VECTOR_BYTES
 
-__all__ = ["IMAGES", "fill_images"]
+__all__ = ["IMAGES", "fill_images", "fill_images_meanwhile"]
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -94,11 +96,23 @@ _forward, _backward = _network(inverse=False), _network(inverse=True)
 def fill_images(start, bits, keys, inverse, out):
     """Images of consecutive numbers where the length of the permutation is ``2**bits``, bits from 2 to 31.
 
-    ``out`` is uint32, a multiple of IMAGES long; so many numbers must be left.
+    ``out`` is uint32, a multiple of IMAGES long.
     """
-    if inverse:
-        for i in range(0, out.size, IMAGES):
+    for i in range(0, out.size, IMAGES):
+        if inverse:
             _backward(start + i, bits, keys, out, i)
-    else:
-        for i in range(0, out.size, IMAGES):
+        else:
             _forward(start + i, bits, keys, out, i)
+
+
+@compiled
+def fill_images_meanwhile(start, bits, keys, inverse, out, one, at_one, other, at_other):
+    """The same; meanwhile as many elements of two arrays are asked for, which have 4 bytes each."""
+    for i in range(0, out.size, IMAGES):
+        if inverse:
+            _backward(start + i, bits, keys, out, i)
+        else:
+            _forward(start + i, bits, keys, out, i)
+        for j in range(i, i + IMAGES, CACHE_LINE // 4):
+            fetch(one, at_one + j)
+            fetch(other, at_other + j)

@@ -1,0 +1,55 @@
+"""Single steps that numba has no words for: signs that are bits, and memory that is asked for ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = ["fetch", "signed"]
+
+_BIT, _BYTE, _INT32 = ir.IntType(1), ir.IntType(8), ir.IntType(32)
+_SIGNED = 32  # elements at once: as many as a word has bits
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, seen_as: Any) -> Any:
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), seen_as.as_pointer())
+
+
+@intrinsic
+def signed(typing: Any, src: Any, dst: Any, at: Any, word: Any, scale: Any) -> Any:
+    """32 elements from ``at`` on: ``dst = scale * src``, negated where the word has a bit set, the lowest first."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element = context.get_data_type(src.dtype)
+        vector = ir.VectorType(element, _SIGNED)
+        align = src.dtype.bitwidth // 8
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), args[4], ir.Constant(_INT32, 0))
+        zeros = ir.Constant(ir.VectorType(_INT32, _SIGNED), [0] * _SIGNED)
+        factor = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+        x = builder.load(_place(context, builder, signature.args[0], args[0], args[2], vector), align=align)
+        positive = builder.fmul(x, factor)
+        set_bits = builder.bitcast(args[3], ir.VectorType(_BIT, _SIGNED))
+        result = builder.select(set_bits, builder.fneg(positive), positive)
+        builder.store(result, _place(context, builder, signature.args[1], args[1], args[2], vector), align=align)
+        return context.get_dummy_value()
+
+    return types.void(src, dst, types.intp, types.uint32, src.dtype), emit
+
+
+@intrinsic
+def fetch(typing: Any, array: Any, at: Any) -> Any:
+    """What lies there is asked for: it is on its way to the second cache while other work is done."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _BYTE.as_pointer()
+        hint = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [pointer], hint)
+        read, second_cache, of_data = (ir.Constant(_INT32, number) for number in (0, 2, 1))
+        builder.call(ask, [_place(context, builder, array, args[0], args[1], _BYTE), read, second_cache, of_data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), emit
