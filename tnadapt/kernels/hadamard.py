@@ -25,8 +25,8 @@ __all__ = ["transform", "transform_into"]
 # Stages across rows in one pass: strips of 256 rows are in the cache at once.
 _STRIP_BITS = 2 * RADIX_BITS
 _STRIP_BYTES = 4096
-# From here on another thread gains more than it costs to wake it.
-_SHARED_BYTES = 1 << 20
+# From here on another thread gains more than it costs to wake it, and to move to its cache what is in this one's.
+_SHARED_BYTES = 1 << 21
 # Pieces of work for each thread: one that is late leaves some to the others.
 _PIECES = 4
 
@@ -78,31 +78,18 @@ def transform_into(src: np.ndarray, dst: np.ndarray, scale: float, axis: int = -
     axis : int
         Which axis; a power of two long.
     """
-    shape, total = src.shape, src.size
-    if total == 0:
+    if src.size == 0:
         return
-    bits = shape[axis].bit_length() - 1
-    unit = 1 if axis == -1 else math.prod(shape[axis % len(shape) + 1 :])
-    if bits == 0:
+    if src.shape[axis] == 1:
         np.multiply(src, src.dtype.type(scale), out=dst)
         return
-    src, dst = readable(src).reshape(-1), dst.reshape(-1)
-    itemsize = dst.itemsize
-    threads = thread_count() if total * itemsize >= _SHARED_BYTES else 1
-    outer = total // (unit << bits)
-    plan = _planned(unit, bits, itemsize, -(-threads // outer))
-    if plan.short:
-        _share(threads, -(-total // low_run(itemsize)), short, src, dst, unit.bit_length() - 1, bits, scale)
-        return
-    done = plan.within
-    if done:
-        _share(threads, outer << (bits - done), blocks, src, dst, plan.low, unit, done, plan.near, scale)
-        src, scale = dst, 1.0
-    for step in plan.passes:
-        apart = unit << done
-        done += step
-        width = min(apart, _STRIP_BYTES // itemsize)
-        _share(threads, (outer << (bits - done)) * -(-apart // width), strips, src, dst, apart, step, width, scale)
+    threads = thread_count() if src.nbytes >= _SHARED_BYTES else 1
+    passes = _planned(src.shape, axis, src.itemsize, threads)
+    src = readable(src)
+    if src.ndim > 1:
+        src, dst = src.reshape(-1), dst.reshape(-1)
+    for kernel, count, how in passes:
+        _share(threads, count, kernel, src, dst, *how, scale)
         src, scale = dst, 1.0
 
 
@@ -121,32 +108,39 @@ def _share(
     share(piece, pieces, threads)
 
 
-class _Plan(NamedTuple):
-    """How many of a transform's stages are made where."""
+class _Pass(NamedTuple):
+    """One pass over memory: a kernel over so many blocks or strips, and what it is told besides."""
 
-    short: bool  # all, within runs
-    low: int  # the first, within runs; none where neighbours on the axis are far apart or no power of two
-    near: int  # in the first cache, the low ones included
-    within: int  # in a block, those included
-    passes: tuple[int, ...]  # of each further pass over memory, across rows
+    kernel: Callable[..., object]
+    pieces: int
+    how: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=1024)
-def _planned(unit: int, bits: int, itemsize: int, least_blocks: int) -> _Plan:
-    """For neighbours ``unit`` elements apart; in at least so many blocks, for the threads there are."""
+def _planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> tuple[_Pass, ...]:
+    """The passes of a transform along an axis, for an array that is not empty."""
+    bits = shape[axis].bit_length() - 1
+    unit = math.prod(shape[axis % len(shape) + 1 :])  # how far neighbours on the axis are apart
+    outer = math.prod(shape) // (unit << bits)
     run = low_run(itemsize)
     low = min(bits, (run // unit).bit_length() - 1) if unit < run and unit & (unit - 1) == 0 else 0
     if low and unit << bits < run:
-        return _Plan(True, low, low, low, ())
+        return (_Pass(short, -(-math.prod(shape) // run), (unit.bit_length() - 1, bits)),)
     # What is read besides, and what comes next, is in the caches, too.
     first, second = cache_sizes()
     near, within = (
         min(bits, max((size // itemsize // unit).bit_length() - 1, 0)) for size in (first * 3 // 4, second // 2)
     )
-    within = max(low, min(within, bits - (least_blocks - 1).bit_length()))
+    # A block for every thread.
+    within = max(low, min(within, bits - (-(-threads // outer) - 1).bit_length()))
     if -(-bits // _STRIP_BITS) <= -(-(bits - within) // _STRIP_BITS) and not low:
-        # Strips alone take no more passes.
-        within = 0
+        within = 0  # strips alone take no more passes
     near = min(within, max(near, low, RADIX_BITS))
-    passes = -(-(bits - within) // _STRIP_BITS)
-    return _Plan(False, low, near, within, tuple((bits - within + i) // passes for i in range(passes)))
+    passes = [_Pass(blocks, outer << (bits - within), (low, unit, within, near))] if within else []
+    strip_passes, done = -(-(bits - within) // _STRIP_BITS), within
+    for i in range(strip_passes):
+        apart, step = unit << done, (bits - within + i) // strip_passes
+        done += step
+        width = min(apart, _STRIP_BYTES // itemsize)
+        passes.append(_Pass(strips, (outer << (bits - done)) * -(-apart // width), (apart, step, width)))
+    return tuple(passes)
