@@ -243,7 +243,8 @@ def starts_of(padded: int, keys: np.ndarray) -> np.ndarray:
 def order_of(padded: int, keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Which of the elements that come to a bucket belongs at each of its places: uint16, (padded,)."""
     bits = (padded - 1).bit_length()
-    locations, order = np.empty((2, padded), np.uint16)
+    # Two arrays, not two parts of one: the first is not kept with the second.
+    locations, order = np.empty(padded, np.uint16), np.empty(padded, np.uint16)
     _over(padded >> CHUNK_BITS, sort_locations, keys, bits, starts, locations)
     _over(padded >> CHUNK_BITS, number_buckets, locations, starts, order)
     return order

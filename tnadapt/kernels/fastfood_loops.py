@@ -43,19 +43,20 @@ CHUNK_BITS = 16
 @compiled
 def _times_diagonal(src, dst, at, count, words, numbers, scale):
     """``dst = scale * diagonal * src`` at some places; its signs are the bits of words; or it is numbers, or 1."""
-    if words.size > 0:
-        whole = count // 32 if at % 32 == 0 else 0
-        for i in range(whole):
-            signed(src, dst, at + 32 * i, words[at // 32 + i], scale)
-        for j in range(at + 32 * whole, at + count):
-            bit = (words[j >> 5] >> uint32(j & 31)) & uint32(1)
-            dst[j] = src[j] * (-scale if bit else scale)
-    elif numbers.size > 0:
-        for j in range(at, at + count):
-            dst[j] = src[j] * (numbers[j] * scale)
-    else:
-        for j in range(at, at + count):
-            dst[j] = src[j] * scale
+    whole = count // 32 if at % 32 == 0 else 0
+    for i in range(whole):
+        signed(src, dst, at + 32 * i, words[at // 32 + i] if words.size > 0 else uint32(0), scale)
+    for j in range(at + 32 * whole, at + count):
+        bit = (words[j >> 5] >> uint32(j & 31)) & uint32(1) if words.size > 0 else uint32(0)
+        dst[j] = src[j] * (-scale if bit else scale)
+    if numbers.size > 0:
+        _multiply(dst[at : at + count], numbers[at : at + count])
+
+
+@compiled
+def _multiply(out, factors):
+    for j in range(out.size):
+        out[j] *= factors[j]
 
 
 @compiled
@@ -206,16 +207,13 @@ def chunks_to_buckets(first, last, table, g, keys, bits, starts, runs):
     """Chunks first to last - 1 of ``g * table``, the table repeated, each put in order of buckets."""
     image, values = np.empty(_SHORT, np.uint32), np.empty(_SHORT, runs.dtype)
     size = 1 << CHUNK_BITS
-    room = np.empty(size, runs.dtype)
     for chunk in range(first, last):
-        cursor = starts[chunk].copy()
+        cursor, room = starts[chunk].copy(), runs[chunk * size : (chunk + 1) * size]
         for j in range(chunk * size, (chunk + 1) * size, _SHORT):
-            coming = (j + _SHORT) & (table.size - 1)
-            fill_images_meanwhile(j, bits, keys, True, image, g, j + _SHORT, table, coming)
+            # The whole of the next chunk of runs is near when its first element is written.
+            fill_images_meanwhile(j, bits, keys, True, image, g, j + _SHORT, runs, j + size)
             _product(table[j & (table.size - 1) :], g[j : j + _SHORT], values)
             _sorted(values, image, cursor, room)
-        # Written elsewhere in one go: what is written to far places waits for each of them to come near.
-        runs[chunk * size : (chunk + 1) * size] = room
 
 
 @compiled
@@ -293,12 +291,11 @@ def chunks_from_buckets(first, last, runs, g, keys, bits, starts, low, near, wit
     """The adjoint of ``chunks_to_buckets``, and all stages of the table's blocks first to last - 1."""
     image, values = np.empty(_SHORT, np.uint32), np.empty(_SHORT, runs.dtype)
     size = 1 << CHUNK_BITS
-    room = np.empty(size, runs.dtype)
     for i in range(first << within, last << within, size):
         # The adjoint of repeating is summing over the repeats.
         for at in range(i, runs.size, table.size):
             cursor = starts[at >> CHUNK_BITS].copy()
-            room[:] = runs[at : at + size]
+            room = runs[at : at + size]
             for j in range(0, size, _SHORT):
                 # What comes next: of g, and of the runs.
                 coming = at + table.size if at + table.size < runs.size else i + size

@@ -19,9 +19,9 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, seen_as: 
     return builder.bitcast(builder.gep(data, [at]), seen_as.as_pointer())
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def signed(typing: Any, src: Any, dst: Any, at: Any, word: Any, scale: Any) -> Any:
-    """32 elements from ``at`` on: ``dst = scale * src``, negated where the word has a bit set, the lowest first."""
+    """``dst = scale * src``, 32 elements from ``at`` on; negative where the word has a bit set, the lowest first."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element = context.get_data_type(src.dtype)
@@ -40,7 +40,7 @@ def signed(typing: Any, src: Any, dst: Any, at: Any, word: Any, scale: Any) -> A
     return types.void(src, dst, types.intp, types.uint32, src.dtype), emit
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def fetch(typing: Any, array: Any, at: Any) -> Any:
     """What lies there is asked for: it is on its way to the second cache while other work is done."""
 
