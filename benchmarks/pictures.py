@@ -58,6 +58,39 @@ def _steps(rows: Rows, path: Path) -> bool:
     return True
 
 
+def _fwht(rows: Rows, path: Path) -> bool:
+    """Lines: nanoseconds a number against the length, of a new array."""
+    import matplotlib.pyplot as plt
+
+    new = {kind: [row for row in rows if row["case"] == f"a new array, {kind}"] for kind in ("NumPy", "NumPy, plain")}
+    lines = {
+        "tnadapt": (new["NumPy"], "ours", OURS, "-"),
+        "tnadapt without numba": (new["NumPy, plain"], "ours", OURS, ":"),
+        "FFHT (C, in place, one thread)": (new["NumPy"], "FFHT", PEER, "-"),
+        "hadamard-transform (torch)": (new["NumPy"], "hadamard-transform", PEER, ":"),
+        "copy to a new array, two threads": (new["NumPy"], "copy", LIMIT, "--"),
+    }
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for label, (own, column, colour, style) in lines.items():
+        own = [row for row in own if row.get(column) is not None]
+        axes.plot(
+            [row["size"] for row in own],
+            [1e9 * row[column] / row["size"] for row in own],
+            style,
+            color=colour,
+            marker="o",
+            markersize=4,
+            label=label,
+        )
+    axes.set(yscale="log", xlabel="length", ylabel="ns a number (median)", title="Hadamard transform, float32")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
 def _growth(rows: Rows, path: Path) -> bool:
     import growth
 
@@ -65,4 +98,4 @@ def _growth(rows: Rows, path: Path) -> bool:
     return True
 
 
-_PICTURES: dict[str, Callable[[Rows, Path], bool]] = {"steps": _steps, "growth": _growth}
+_PICTURES: dict[str, Callable[[Rows, Path], bool]] = {"fwht": _fwht, "steps": _steps, "growth": _growth}

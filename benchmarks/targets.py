@@ -61,6 +61,26 @@ def over(case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
     return find
 
 
+def inverse(column: str, **where: Any) -> Callable[[Rows], float | None]:
+    """One over the least number in a column, which says how many times faster something is."""
+    least = largest(column, **where)
+
+    def find(rows: Rows) -> float | None:
+        several = [least([row]) for row in rows]
+        found = [number for number in several if number is not None]
+        return 1 / min(found) if found else None
+
+    return find
+
+
+FFHT = {
+    10: "A call of compiled code from Python, and the checks of its arrays, take longer than the numbers; in a batch "
+    "of rows they do not count.",
+    16: "One thread (below 2 MB two lose), of whose time some microseconds are Python's.",
+    20: "4 MB are more than one core's second cache on this machine: what two threads exchange goes through the third, "
+    "and one thread alone is near FFHT.",
+}
+
 WHOLE = (
     "lonkr", "lotr", "lotr train", "lorta", "lorta_cp", "cara", "fact_tt", "fact_tk", "superlora", "dense",
 )  # fmt: skip
@@ -82,19 +102,58 @@ TARGETS: list[Target] = [
             1 / 1.5,
             "fwht",
             largest("ours/FFHT", case="in place", size=1 << bits, dtype="float32"),
+            FFHT.get(bits, ""),
         )
         for bits in (10, 16, 20, 24, 26)
     ),
     Target(
-        "1", "fwht of batches and on any axis, over one vector of as many", 1.3, "fwht", largest("ours/one of as many")
+        "1",
+        "fwht of batches and on any axis, over one vector of as many",
+        1.3,
+        "fwht",
+        largest("ours/one of as many"),
+        "All are below it but those with an odd small number of elements after the axis: there no two whole vectors "
+        "are a pair, and the first sweep goes number by number.",
     ),
-    Target("1", "fwht, float64 over float32", 2.2, "fwht", largest("ours/float32")),
+    Target(
+        "1",
+        "fwht, float64 over float32",
+        2.2,
+        "fwht",
+        largest("ours/float32"),
+        "Twice the bytes, and half as many numbers in each cache.",
+    ),
     Target(
         "1",
         "fwht without numba, 2^24, over a copy",
         17.0,
         "fwht",
-        largest("ours/copy", case="a new array, NumPy, plain", size=1 << 24),
+        largest("ours/copy to memory that is there", case="a new array, NumPy, plain", size=1 << 24),
+    ),
+    *(
+        Target(
+            "2",
+            f"linear F of 2^24, ρ = {ratio:g}, {way}, over a copy",
+            limit,
+            "fastfood",
+            largest("ours/copy", case=way, size=1 << 24, ρ=ratio),
+            "The permutation is drawn anew in every call, which keeps 4 to 6 bytes an element, not 9, and takes time.",
+        )
+        for ratio, limits in ((0.01, (8, 11)), (1.0, (12, 12)))
+        for way, limit in zip(("forward", "backward"), limits, strict=True)
+    ),
+    Target("2", "its state, bytes an element", 9, "fastfood", largest("bytes an element", case="state")),
+    Target("2", "its state from the seed, s", 0.4, "fastfood", largest("ours", case="state", size=1 << 24)),
+    *(
+        Target(
+            "2",
+            f"linear F without numba, {library}, over stacked butterflies in torch",
+            1 / 8,
+            "fastfood",
+            inverse("stacked butterflies/ours", case=f"fallback, {library}"),
+            "Its matrix products go through memory six times, and its gather at random.",
+        )
+        for library in ("NumPy", "torch")
     ),
     *(
         Target("3", f"{problem}: LoRA over PEFT's", 1.0, "steps", largest("ratio", problem=kind, case="lora"))
