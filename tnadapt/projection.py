@@ -74,10 +74,11 @@ class Projection:
     equal. One call costs ``L log2 L`` additions and a gather. Half precision is computed in float32.
 
     What is drawn at the first call and kept, in bytes an element of L: 9 (permutation 4, gain ``g[perm]`` 4, signs 1;
-    12 for the v2 kinds). Where compiled kernels do the work (float32 on the CPU, L from 2**14 on, the extra ``fast``)
-    they draw the permutation anew in every call and keep the signs as bits: 4.1 where n_in is at most 2**18, else
-    6.1 (g 4, the order within blocks 2); 4 more for the v2 kinds. A call then needs, beside its result, memory for one
-    vector of L, for two where n_in is larger. On a CUDA device (torch with Triton, CuPy) nothing is kept.
+    12 for the v2 kinds). Compiled kernels (float32 on the CPU, L from 2**14 on, the extra ``fast``) keep the signs
+    as bits, and 4 bytes where n_in is at most 2**18, as they draw the permutation anew in every call; else 7 (g 4,
+    the permutation in two steps 3; for L up to 2**26); 4 more for the v2 kinds. A call then needs, beside its
+    result, memory for one vector of L, for two where n_in is larger. On a CUDA device (torch with Triton, CuPy)
+    nothing is kept.
 
     References
     ----------

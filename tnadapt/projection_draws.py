@@ -81,7 +81,8 @@ class ProjectionDraws(FixedArrays):
 _FOR_KERNELS: dict[str, Callable[[ProjectionDraws], np.ndarray]] = {
     "keys": lambda d: draws.words(d.seed, d.group, draws.PURPOSE["permutation"], 0, 8),
     "words": lambda d: draws.words(d.seed, d.group, draws.PURPOSE["signs"], 0, -(-d.lengths["diagonal"] // 32)),
-    "starts": lambda d: kernels("fastfood").starts_of(d.padded, d.held("keys")),
+    "buckets": lambda d: kernels("fastfood").buckets_of(d.padded, d.held("keys")),
+    "starts": lambda d: kernels("fastfood").starts_of(d.held("buckets")),
     "order": lambda d: kernels("fastfood").order_of(d.padded, d.held("keys"), d.held("starts")),
 }
 

@@ -1,15 +1,15 @@
-"""A linear F, forward and backward, in few passes over memory; its permutation is drawn anew each time.
+"""A linear F, forward and backward, in few passes over memory.
 
 With ``h`` one period of H times the padded input, F is ``y = diagonal * H z``, ``z[j] = (g h)[perm[j]]``. Two ways:
 
 * *gathered*, where h fits in the second cache: blocks of z are gathered from it there and transformed at once, by
-  ``gain = g[perm]``;
+  ``gain = g[perm]``. The permutation is drawn anew in every call, which takes little longer than to read it from
+  memory, where it would be as large as the result;
 * *sorted*, where it does not: a gather out of the whole memory would cost ten transforms. Chunks of ``g h`` are put in
-  order of the blocks of z that their elements go to (*buckets*) while they are in the cache, and a block is then put
-  in order in the cache, too, by ``order``, two bytes an element.
+  order of the parts of z that their elements go to (*buckets*, a byte an element) while they are in the cache, and a
+  bucket is then put in order in the cache, too, by ``order``, two bytes an element.
 
-The adjoint goes the same way backwards. The Feistel network takes less time than reading what it gives from memory
-would save, and no memory.
+The adjoint goes the same way backwards.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .fastfood_loops import (
     begin,
     chunks_from_buckets,
     chunks_to_buckets,
+    draw_buckets,
     end,
     find_starts,
     gather,
@@ -38,7 +39,7 @@ from .hadamard import transform
 from .memory import aligned_empty, readable
 from .threads import share, thread_count
 
-__all__ = ["Draws", "linear", "order_of", "permuted", "permutes", "sorts", "starts_of", "takes"]
+__all__ = ["Draws", "buckets_of", "linear", "order_of", "permuted", "permutes", "sorts", "starts_of", "takes"]
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -117,7 +118,7 @@ def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
     Notes
     -----
     What is kept in ``draws`` is 4 bytes an element of the padded length where one period of the compressed
-    transform is at most 2**18 long, else 6; and a bit for each sign. While it runs, beside x and the result, a call
+    transform is at most 2**18 long, else 7; and a bit for each sign. While it runs, beside x and the result, a call
     needs one vector of the padded length, two where it sorts.
     """
     f = _Linear(draws, n_in)
@@ -150,7 +151,8 @@ class _Linear:
         self.keys = draws.held("keys")
         self.sorts = sorts(draws.padded, draws.pruned)
         if self.sorts:
-            self.g, self.starts, self.order = draws.held("g"), draws.held("starts"), draws.held("order")
+            self.g, self.buckets = draws.held("g"), draws.held("buckets")
+            self.starts, self.order = draws.held("starts"), draws.held("order")
         else:
             self.gain = draws.held("gain")
         self.diagonal = (draws.held("words"), _NO_NUMBERS) if draws.signs else (_NO_WORDS, draws.held("diagonal"))
@@ -170,7 +172,7 @@ class _Linear:
             self.begin(x, table, self.table_within, self.first_scale)
             self.end(table, self.table_within)
             runs = np.empty(1 << self.bits, np.float32)
-            self.share(chunks_to_buckets, len(self.starts), table, self.g, self.keys, self.bits, self.starts, runs)
+            self.share(chunks_to_buckets, len(self.starts), table, self.g, self.buckets, self.starts, runs)
             how = _LOW_BITS, _NEAR_BITS, self.within
             self.share(place, out.size >> self.within, runs, self.starts, self.order, out, *how)
         else:
@@ -192,7 +194,7 @@ class _Linear:
             table = u[: 1 << self.pruned_bits]
             how = self.starts, _LOW_BITS, _NEAR_BITS, self.table_within, table
             blocks = table.size >> self.table_within
-            self.share(chunks_from_buckets, blocks, runs, self.g, self.keys, self.bits, *how)
+            self.share(chunks_from_buckets, blocks, runs, self.g, self.buckets, *how)
             self.end(table, self.table_within, self.last_scale, self.n_in)
             return table
         tables = np.zeros((_SUMS, 1 << self.pruned_bits), np.float32)
@@ -231,12 +233,18 @@ class _Linear:
 # -- What is kept of the permutation where F is sorted ----------------------------------------------
 
 
-def starts_of(padded: int, keys: np.ndarray) -> np.ndarray:
+def buckets_of(padded: int, keys: np.ndarray) -> np.ndarray:
+    """Which bucket each element goes to: (padded,), uint8, or uint16 where there are more than 256."""
+    buckets = np.empty(padded, np.uint8 if padded >> CHUNK_BITS <= 256 else np.uint16)
+    _over(padded >> CHUNK_BITS, draw_buckets, keys, (padded - 1).bit_length(), buckets)
+    return buckets
+
+
+def starts_of(buckets: np.ndarray) -> np.ndarray:
     """Where in each chunk, put in order of buckets, each bucket begins, and its end: uint32, (chunks, buckets + 1)."""
-    bits = (padded - 1).bit_length()
-    chunks = padded >> CHUNK_BITS
+    chunks = buckets.size >> CHUNK_BITS
     starts = np.empty((chunks, chunks + 1), np.uint32)
-    _over(chunks, find_starts, keys, bits, starts)
+    _over(chunks, find_starts, buckets, starts)
     return starts
 
 
@@ -252,11 +260,11 @@ def order_of(padded: int, keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def permuted(g: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """``g[perm]``; g has the permutation's length, a power of two from 2**18 to 2**26."""
-    bits = (g.size - 1).bit_length()
-    starts = starts_of(g.size, keys)
+    buckets = buckets_of(g.size, keys)
+    starts = starts_of(buckets)
     order = order_of(g.size, keys, starts)
     runs, out = np.empty_like(g), aligned_empty(g.shape, g.dtype)
-    _over(len(starts), chunks_to_buckets, np.ones(1 << CHUNK_BITS, g.dtype), g, keys, bits, starts, runs)
+    _over(len(starts), chunks_to_buckets, np.ones(1 << CHUNK_BITS, g.dtype), g, buckets, starts, runs)
     _over(len(starts), place, runs, starts, order, out, 0, _NEAR_BITS, CHUNK_BITS)
     return out
 

@@ -20,6 +20,7 @@ __all__ = [
     "begin",
     "chunks_from_buckets",
     "chunks_to_buckets",
+    "draw_buckets",
     "end",
     "find_starts",
     "gather",
@@ -57,18 +58,6 @@ def _times_diagonal(src, dst, at, count, words, numbers, scale):
 def _multiply(out, factors):
     for j in range(out.size):
         out[j] *= factors[j]
-
-
-@compiled
-def _product(x, factors, out):
-    for j in range(out.size):
-        out[j] = x[j] * factors[j]
-
-
-@compiled
-def _add_product(x, factors, out):
-    for j in range(out.size):
-        out[j] += x[j] * factors[j]
 
 
 @compiled
@@ -149,15 +138,23 @@ def scatter(first, last, u, gain, keys, bits, table):
 
 
 @compiled
-def find_starts(first, last, keys, bits, starts):
-    """Where in chunks first to last - 1, put in order of buckets, each bucket begins; and their end."""
+def draw_buckets(first, last, keys, bits, buckets):
+    """The buckets that elements of chunks first to last - 1 go to."""
     image, shift = np.empty(_SHORT, np.uint32), uint32(CHUNK_BITS)
+    for j in range(first << CHUNK_BITS, last << CHUNK_BITS, _SHORT):
+        fill_images(j, bits, keys, True, image)
+        some = buckets[j : j + _SHORT]
+        for k in range(_SHORT):
+            some[k] = image[k] >> shift
+
+
+@compiled
+def find_starts(first, last, buckets, starts):
+    """Where in chunks first to last - 1, put in order of buckets, each bucket begins; and their end."""
     for chunk in range(first, last):
         counts = np.zeros(starts.shape[1], np.int64)
-        for j in range(chunk << CHUNK_BITS, (chunk + 1) << CHUNK_BITS, _SHORT):
-            fill_images(j, bits, keys, True, image)
-            for k in range(_SHORT):
-                counts[int64(image[k] >> shift)] += 1
+        for j in range(chunk << CHUNK_BITS, (chunk + 1) << CHUNK_BITS):
+            counts[int64(buckets[j])] += 1
         total = 0
         for bucket in range(counts.size):
             starts[chunk, bucket] = total
@@ -193,27 +190,31 @@ def number_buckets(first, last, locations, starts, order):
 
 
 @compiled
-def _sorted(values, image, cursor, room):
-    shift = uint32(CHUNK_BITS)
-    for k in range(values.size):
-        bucket = int64(image[k] >> shift)
-        at = int64(cursor[bucket])
-        cursor[bucket] = at + 1
-        room[at] = values[k]
+def _fetch(array, at, count):
+    for j in range(at, at + count, _LINE):
+        fetch(array, j)
 
 
 @compiled
-def chunks_to_buckets(first, last, table, g, keys, bits, starts, runs):
+def _sorted(x, factors, buckets, cursor, room):
+    for k in range(buckets.size):
+        bucket = int64(buckets[k])
+        at = int64(cursor[bucket])
+        cursor[bucket] = at + 1
+        room[at] = x[k] * factors[k]
+
+
+@compiled
+def chunks_to_buckets(first, last, table, g, buckets, starts, runs):
     """Chunks first to last - 1 of ``g * table``, the table repeated, each put in order of buckets."""
-    image, values = np.empty(_SHORT, np.uint32), np.empty(_SHORT, runs.dtype)
     size = 1 << CHUNK_BITS
     for chunk in range(first, last):
         cursor, room = starts[chunk].copy(), runs[chunk * size : (chunk + 1) * size]
         for j in range(chunk * size, (chunk + 1) * size, _SHORT):
             # The whole of the next chunk of runs is near when its first element is written.
-            fill_images_meanwhile(j, bits, keys, True, image, g, j + _SHORT, runs, j + size)
-            _product(table[j & (table.size - 1) :], g[j : j + _SHORT], values)
-            _sorted(values, image, cursor, room)
+            _fetch(runs, j + size, _SHORT)
+            x = table[j & (table.size - 1) :]
+            _sorted(x, g[j : j + _SHORT], buckets[j : j + _SHORT], cursor, room)
 
 
 @compiled
@@ -277,34 +278,39 @@ def unplace(first, last, u, starts, order, runs):
 
 
 @compiled
-def _unsorted(room, image, cursor, values):
-    shift = uint32(CHUNK_BITS)
-    for k in range(values.size):
-        bucket = int64(image[k] >> shift)
+def _unsorted(room, buckets, cursor, factors, table):
+    for k in range(buckets.size):
+        bucket = int64(buckets[k])
         at = int64(cursor[bucket])
         cursor[bucket] = at + 1
-        values[k] = room[at]
+        table[k] = room[at] * factors[k]
 
 
 @compiled
-def chunks_from_buckets(first, last, runs, g, keys, bits, starts, low, near, within, table):
+def _add_unsorted(room, buckets, cursor, factors, table):
+    for k in range(buckets.size):
+        bucket = int64(buckets[k])
+        at = int64(cursor[bucket])
+        cursor[bucket] = at + 1
+        table[k] += room[at] * factors[k]
+
+
+@compiled
+def chunks_from_buckets(first, last, runs, g, buckets, starts, low, near, within, table):
     """The adjoint of ``chunks_to_buckets``, and all stages of the table's blocks first to last - 1."""
-    image, values = np.empty(_SHORT, np.uint32), np.empty(_SHORT, runs.dtype)
     size = 1 << CHUNK_BITS
     for i in range(first << within, last << within, size):
         # The adjoint of repeating is summing over the repeats.
         for at in range(i, runs.size, table.size):
-            cursor = starts[at >> CHUNK_BITS].copy()
-            room = runs[at : at + size]
+            cursor, room = starts[at >> CHUNK_BITS].copy(), runs[at : at + size]
+            coming = at + table.size if at + table.size < runs.size else i + size
             for j in range(0, size, _SHORT):
-                # What comes next: of g, and of the runs.
-                coming = at + table.size if at + table.size < runs.size else i + size
-                fill_images_meanwhile(at + j, bits, keys, True, image, g, at + j + _SHORT, runs, coming + j)
-                _unsorted(room, image, cursor, values)
+                _fetch(runs, coming + j, _SHORT)
+                some = at + j
                 if at == i:
-                    _product(values, g[at + j : at + j + _SHORT], table[i + j : i + j + _SHORT])
+                    _unsorted(room, buckets[some : some + _SHORT], cursor, g[some:], table[i + j :])
                 else:
-                    _add_product(values, g[at + j : at + j + _SHORT], table[i + j : i + j + _SHORT])
+                    _add_unsorted(room, buckets[some : some + _SHORT], cursor, g[some:], table[i + j :])
         for part in range(i, i + size, 1 << near):
             block(table, table, part, low, 1, near, near, table.dtype.type(1))
         _rest_of_block(table, i, near, CHUNK_BITS)
