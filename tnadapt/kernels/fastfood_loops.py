@@ -224,16 +224,6 @@ def _placed(room, order, out):
 
 
 @compiled
-def _fetch_runs(runs, starts, bucket, part, parts):
-    """A part of what the runs of a bucket are is asked for."""
-    chunks = starts.shape[0]
-    for chunk in range(chunks * part // parts, chunks * (part + 1) // parts):
-        first, last = int64(starts[chunk, bucket]), int64(starts[chunk, bucket + 1])
-        for j in range((chunk << CHUNK_BITS) + first, (chunk << CHUNK_BITS) + last + _LINE - 1, _LINE):
-            fetch(runs, j)
-
-
-@compiled
 def place(first, last, runs, starts, order, out, low, near, within):
     """Blocks first to last - 1, each of some buckets, put together from their runs; transformed, if low is not 0."""
     size, parts = 1 << CHUNK_BITS, 1 << (CHUNK_BITS - near)
@@ -248,8 +238,6 @@ def place(first, last, runs, starts, order, out, low, near, within):
         for part in range(parts):
             at = i + (part << near)
             _placed(room, order[at : at + (1 << near)], out[at : at + (1 << near)])
-            if bucket + 2 < starts.shape[1]:
-                _fetch_runs(runs, starts, bucket + 1, part, parts)
             if low > 0:
                 block(out, out, at, low, 1, near, near, out.dtype.type(1))
         if low > 0:
@@ -259,16 +247,18 @@ def place(first, last, runs, starts, order, out, low, near, within):
 
 
 @compiled
+def _scattered_to(u, places, room):
+    for j in range(u.size):
+        room[int64(places[j])] = u[j]
+
+
+@compiled
 def unplace(first, last, u, starts, order, runs):
     """The adjoint of placing: buckets first to last - 1 of u taken apart into their runs."""
-    size, parts = 1 << CHUNK_BITS, 16
+    size = 1 << CHUNK_BITS
     room = np.empty(size, u.dtype)
     for bucket in range(first, last):
-        for part in range(parts):
-            at = bucket * size + part * (size // parts)
-            _fetch_runs(runs, starts, bucket, part, parts)
-            for j in range(at, at + size // parts):
-                room[int64(order[j])] = u[j]
+        _scattered_to(u[bucket * size : (bucket + 1) * size], order[bucket * size : (bucket + 1) * size], room)
         number = 0
         for chunk in range(starts.shape[0]):
             run = runs[chunk * size + int64(starts[chunk, bucket]) : chunk * size + int64(starts[chunk, bucket + 1])]
