@@ -15,6 +15,8 @@ __all__ = ["fwht"]
 
 # Sixteen points at a time: one pass over memory does four butterfly stages as a small matrix product.
 _RADIX_BITS = 4
+# Rows of one product. OpenBLAS shares out what is larger among threads, and takes up to fourteen times as long.
+_ROWS = 1 << 11
 
 
 def fwht(x: Array, axis: int = -1, normalize: bool = True) -> Array:
@@ -109,8 +111,9 @@ def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:
         bits -= step
         key = (step, length if normalize and not bits else 1)
         matrix = _small_matrices.on(backend, key, like=x, dtype=kind)
-        x = backend.reshape(x, (*batch, 1 << step, length >> step))
-        x = backend.matmul(backend.matrix_transpose(x), matrix)
+        rows = min(length >> step, _ROWS)
+        x = backend.reshape(x, (*batch, 1 << step, (length >> step) // rows, rows))
+        x = backend.matmul(backend.moveaxis(x, -3, -1), matrix)
     return backend.reshape(x, shape)
 
 
