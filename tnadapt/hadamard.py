@@ -81,17 +81,19 @@ def fwht_last(backend: Backend, x: Array, normalize: bool = True) -> Array:
 
 
 def _fwht_along(backend: Backend, x: Array, axis: int, normalize: bool) -> Array:
+    axis = axis - len(x.shape) if axis >= 0 else axis
     kind = backend.dtype_name(x)
     if kind in ("float16", "bfloat16"):
         return backend.astype(_fwht_along(backend, backend.astype(x, "float32"), axis, normalize), kind)
     length = x.shape[axis]
     if length == 1 or math.prod(x.shape) == 0:
         return x
-    found = backend.fwht(x, 1.0 / math.sqrt(length) if normalize else 1.0, axis)
-    if found is not None:
-        return found
-    moved = backend.moveaxis(x, axis, -1)
-    return backend.moveaxis(fwht_plain(backend, moved, normalize), -1, axis)
+
+    def plain(x: Array) -> Array:
+        return backend.moveaxis(fwht_plain(backend, backend.moveaxis(x, axis, -1), normalize), -1, axis)
+
+    found = backend.fwht(x, 1.0 / math.sqrt(length) if normalize else 1.0, axis, plain)
+    return plain(x) if found is None else found
 
 
 def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:

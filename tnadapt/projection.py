@@ -281,12 +281,21 @@ class Projection:
             return x
         if self.kind == "shuffle":
             return self._shuffled(backend, x, inverse=False)
-        found = backend.fastfood(x, self._draws, self.n_in, adjoint=False)
+        found = backend.fastfood(x, self._draws, self.n_in, adjoint=False, plain=self._twins(backend))
         return self._linear_plain(backend, x) if found is None else found
 
+    def _twins(self, backend: Backend) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        return functools.partial(self._linear_plain, backend), functools.partial(self._adjoint_plain, backend)
+
     def _shuffled(self, backend: Backend, x: Array, inverse: bool) -> Array:
-        found = backend.shuffle(x, self.seed, self.group, inverse)
-        return backend.take(x, self._draws.on(backend, "inverse" if inverse else "perm", x)) if found is None else found
+        def there(x: Array) -> Array:
+            return backend.take(x, self._draws.on(backend, "perm", x))
+
+        def back(x: Array) -> Array:
+            return backend.take(x, self._draws.on(backend, "inverse", x))
+
+        found = backend.shuffle(x, self.seed, self.group, inverse, plain=(there, back))
+        return (back if inverse else there)(x) if found is None else found
 
     def _linear_plain(self, backend: Backend, x: Array) -> Array:
         """The linear part in the library's own operations: what every kernel must equal."""
@@ -304,7 +313,7 @@ class Projection:
             return y
         if self.kind == "shuffle":
             return self._shuffled(backend, y, inverse=True)
-        found = backend.fastfood(y, self._draws, self.n_in, adjoint=True)
+        found = backend.fastfood(y, self._draws, self.n_in, adjoint=True, plain=self._twins(backend))
         return self._adjoint_plain(backend, y) if found is None else found
 
     def _adjoint_plain(self, backend: Backend, y: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import BackendError
 from ..kernels.gpu.cuda_launcher import OPTIONS, CudaLauncher, Drawn, source
-from .base import Array, Backend
+from .base import Array, Backend, Map
 
 
 class CupyBackend(Backend):
@@ -45,7 +45,7 @@ class CupyBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.asarray(cupy.asnumpy(x))
 
-    def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
+    def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
         if not _has_kernels(x):
             return None
         rows, batch = _rows(cupy.moveaxis(x, axis, -1))
@@ -53,7 +53,7 @@ class CupyBackend(Backend):
         found = _LAUNCHER.fwht(rows, length, scale, length)
         return cupy.moveaxis(found.reshape(*batch, length), -1, axis)
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
         if not _has_kernels(x):
             return None
         f = Drawn.of(draws, n_in)
@@ -61,7 +61,7 @@ class CupyBackend(Backend):
         found = _LAUNCHER.fastfood_adjoint(rows, f) if adjoint else _LAUNCHER.fastfood(rows, f)
         return found.reshape(*batch, found.shape[-1])
 
-    def shuffle(self, x: Array, seed: int, group: int, inverse: bool) -> Array | None:
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, plain: tuple[Map, Map]) -> Array | None:
         if not _has_kernels(x):
             return None
         rows, _ = _rows(x)

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import BackendError
 from ..kernels import kernels
 from ..kernels.thin_product import thin_product
-from .base import Array, Backend
+from .base import Array, Backend, Map
 
 
 class NumpyBackend(Backend):
@@ -49,12 +49,12 @@ class NumpyBackend(Backend):
         found = thin_product(a, b)
         return a @ b if found is None else found
 
-    def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
+    def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
         # Other subclasses may have ideas of their own of what becomes of them.
         compiled = kernels("hadamard") if type(x) in (np.ndarray, np.memmap) else None
         return None if compiled is None else compiled.transform(x, scale, axis)
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
         ours = type(x) in (np.ndarray, np.memmap) and x.dtype == np.float32 and x.size > 0
         compiled = kernels("fastfood") if ours and draws.long else None
         if compiled is None or not compiled.takes(draws.padded):

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import BackendError
 from . import torch_gpu
-from .base import Array, Backend, FixedArrays
+from .base import Array, Backend, FixedArrays, Map
 from .torch_kernels import fastfood, hadamard
 
 
@@ -95,15 +95,21 @@ class TorchBackend(Backend):
         # One node in the graph: its backward writes the whole gradient once.
         return list(torch.split(x, list(sizes)))
 
+    def pad_last(self, x: Array, size: int) -> Array:
+        # By its name, which torch also knows of a batch of gradients at once, as it does not concat's.
+        missing = size - x.shape[-1]
+        return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
     def take(self, x: Array, indices: Array, axis: int = -1) -> Array:
         return torch.index_select(x, axis, indices)
 
-    def fwht(self, x: Array, scale: float, axis: int = -1) -> Array | None:
-        return torch_gpu.fwht(x, scale, axis) if torch_gpu.there_are_kernels(x) else hadamard(x, scale, axis)
+    def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
+        kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard
+        return kernel(x, scale, axis, plain)
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool) -> Array | None:
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
         kernel = torch_gpu.fastfood if torch_gpu.there_are_kernels(x) else fastfood
-        return kernel(x, draws, n_in, adjoint)
+        return kernel(x, draws, n_in, adjoint, plain)
 
-    def shuffle(self, x: Array, seed: int, group: int, inverse: bool) -> Array | None:
-        return torch_gpu.shuffle(x, seed, group, inverse) if torch_gpu.there_are_kernels(x) else None
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, plain: tuple[Map, Map]) -> Array | None:
+        return torch_gpu.shuffle(x, seed, group, inverse, plain) if torch_gpu.there_are_kernels(x) else None
