@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -100,7 +101,9 @@ def test_interrupted_it_says_how_to_go_on(tmp_path: Path) -> None:
     base = cp.write(tmp_path / "base", tensors, 4)
     tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(64), targets))
     command = [sys.executable, "-m", "tnadapt", "merge", str(base), str(tmp_path / "a.safetensors"), "-o"]
-    child = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background, their processes would ignore the keyboard.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    child = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     partial = tmp_path / "out.tnadapt-partial" / "files"
     for _ in range(3000):
         if partial.is_dir() and any(partial.iterdir()):

@@ -199,7 +199,7 @@ def permutation(
     >>> permutation(16, seed=0, group=0, start=14, stop=16, inverse=True).tolist()
     [0, 7]
     """
-    integer("size", size, 1, (1 << 63) - 1, ShapeError)
+    size = integer("size", size, 1, (1 << 63) - 1, ShapeError)
     stop = size if stop is None else stop
     _check_stream(seed, group, start, stop)
     if stop > size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,3 +168,35 @@ def test_zeros_that_have_no_memory(x: torch.Tensor) -> None:
     opposite = torch.complex(x, x).conj().imag
     assert opposite.is_neg()
     torch.testing.assert_close(tna.fwht(opposite, 1), plain(-x, 1))
+
+
+def test_a_trace_before_dispatch_sees_operations() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, y = torch.randn(3, 16), torch.randn(3, 16)
+    graph = make_fx(lambda t: tna.fwht(t), tracing_mode="real", pre_dispatch=True)(x)
+    assert torch.allclose(graph(y), tna.fwht(y), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_forward_mode_of_a_batch_of_tangents() -> None:
+    x = torch.randn(16, dtype=torch.float64)
+    found = torch.autograd.functional.jacobian(tna.fwht, x, vectorize=True, strategy="forward-mode")
+    assert torch.allclose(found, tna.fwht(torch.eye(16, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("transformation", [torch.func.grad, torch.func.vmap])
+def test_functionalized_from_outside(transformation: Any) -> None:
+    def function(t: torch.Tensor) -> torch.Tensor:
+        return tna.fwht(t).square().sum()
+
+    x = torch.randn(2, 16, dtype=torch.float64)
+    found = torch.func.functionalize(transformation(function))(x)
+    assert torch.allclose(found, transformation(function)(x))
+
+
+def test_memory_that_was_freed_is_not_read() -> None:
+    x = torch.randn(1 << 16)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="no memory any more"):
+        tna.fwht(x)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ __all__ = ["Way", "in_memory", "linear_map"]
 Map = Callable[[Tensor], Tensor]
 
 
-class Way(NamedTuple):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Way:
     """A linear map along axes that are counted from the last, whatever the batch before them.
 
     Attributes
@@ -28,6 +30,10 @@ class Way(NamedTuple):
     kernel: Map
     plain: Map
 
+    def __repr__(self) -> str:
+        # A trace has it in its graph, and compares two of them: no address.
+        return "Way(...)"
+
 
 def linear_map(x: Tensor, there: Way, back: Way) -> Tensor:
     """``there(x)``, differentiable to any order, forward and backward; ``back`` is its adjoint."""
@@ -40,18 +46,31 @@ def linear_map(x: Tensor, there: Way, back: Way) -> Tensor:
 def in_memory(x: Tensor) -> bool:
     """Whether x has memory that a kernel may look at, or stands for such in a transformation of torch.func.
 
-    Not so a tensor of another class, or that a compiler, a trace or a mode looks at: these follow torch's operations,
+    Not so a tensor of another class, or that a compiler or a mode looks at: these follow torch's operations,
     and would see none.
     """
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and x.layout is torch.strided
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and _get_current_dispatch_mode() is None
+        and not _traced_before_dispatch()
+        and not _functionalized()
         and not torch._is_functional_tensor(x)
         and not torch._C._functorch.is_legacy_batchedtensor(x)
     )
+
+
+def _traced_before_dispatch() -> bool:
+    """Whether make_fx(pre_dispatch=True) or an export looks at operations."""
+    length: Callable[[], int] | None = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
+    return length is not None and length() > 0
+
+
+def _functionalized() -> bool:
+    """Whether torch.func.functionalize is at work, which has no rule for autograd's functions."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return stack is not None and any(level.key() == torch._C._functorch.TransformType.Functionalize for level in stack)
 
 
 class LinearMap(torch.autograd.Function):
@@ -59,6 +78,13 @@ class LinearMap(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, there: Way, back: Way) -> Tensor:
+        if x.numel() and not x._is_zerotensor():
+            stop = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
+            if x.untyped_storage().nbytes() < stop * x.element_size():
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(x.shape)} has no memory any more: its storage was freed, or shrunk to "
+                    f"{x.untyped_storage().nbytes()} bytes"
+                )
         # Zeros and opposites that torch has not yet made have no memory of that content.
         return there.kernel(x.clone() if x._is_zerotensor() else x.resolve_neg())
 

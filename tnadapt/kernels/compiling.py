@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -31,7 +32,7 @@ def compiled(function: Function) -> Function:
     try:
         made._cache = _Kept(function)
     except RuntimeError as error:  # no folder of numba's can be written
-        _log.info("compiled kernels are not kept, so that each process compiles anew (NUMBA_CACHE_DIR): %s", error)
+        _say_once("compiled kernels are not kept, so that each process compiles anew (NUMBA_CACHE_DIR)", str(error))
     found: Function = made
     return found
 
@@ -42,11 +43,30 @@ class _Kept(FunctionCache):  # type: ignore[misc]
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         return (*super()._index_key(sig, codegen), _digest())
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # whatever a file that was cut, or written by another numba, makes of unpickling
+            _say_once("a kernel that was kept on disk cannot be read, and is compiled anew", repr(error))
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            _log.info("a compiled kernel could not be kept on disk: %s", error)
+            _say_once("compiled kernels could not be kept on disk", str(error))
+
+
+_said: set[str] = set()
+
+
+def _say_once(what: str, why: str) -> None:
+    """There are many kernels, and one reason."""
+    if what not in _said:
+        _said.add(what)
+        _log.info("%s: %s", what, why)
 
 
 @functools.cache
@@ -64,7 +84,8 @@ class _Announcer(event.Listener):  # type: ignore[misc]
     said = False
 
     def on_start(self, event: Any) -> None:
-        module = event.data["dispatcher"].py_func.__module__
+        # It is told of everybody's functions; one that was made by exec() has no module.
+        module = getattr(event.data["dispatcher"].py_func, "__module__", None) or ""
         if module.startswith(__package__ or "") and not self.said:
             self.said = True
             _log.info("compiling kernels, which takes some seconds, once after installing or on another processor")

@@ -26,7 +26,7 @@ from torch.nn import functional
 from ..factoring import Factored, Factoring, Matrix
 from ..target import Target
 from .factored import can_fuse, factored_linear, product
-from .summed import Source, SummedLinear, summed, transformed
+from .summed import Source, SummedLinear, summed, transformed, watched
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -258,7 +258,7 @@ _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.for
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_nested or transformed():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_nested or transformed() or watched():
         changes = [(part.target, part.adapter.update(part.index)) for part in parts]
         return functional.linear(x, summed(weight, changes), bias)
     sources: list[Source] = []

@@ -19,7 +19,7 @@ from torch.nn import functional
 from ..backends import load_backend
 from ..factoring import Factored, Matrix
 from ..target import Target
-from .summed import transformed
+from .summed import transformed, watched
 
 __all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
 
@@ -109,8 +109,10 @@ def factored_linear(
 
 
 def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
-    """Whether all is of one dtype and device, and no transformation of torch.func is at work, nor a compiler."""
-    if torch.compiler.is_compiling() or transformed() or x.is_nested or torch.is_autocast_enabled(x.device.type):
+    """Whether all is of one dtype and device, and nothing looks at the single operations."""
+    if torch.compiler.is_compiling() or transformed() or watched():
+        return False
+    if x.is_nested or x.ndim == 0 or x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
         return False
     if not x.is_contiguous():
         return False  # of other strides torch takes its products in another order, and rounds otherwise
@@ -126,13 +128,19 @@ class FactoredLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         y, kept = _forward(x, weight, bias, branches, tensors)
-        ctx.branches, ctx.number = branches, len(tensors)
+        ctx.branches, ctx.number, ctx.device = branches, len(tensors), x.device.type
         ctx.save_for_backward(x, weight, *tensors, *kept)
         ctx.set_materialize_grads(False)
         return y, *kept
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # All of the forward pass was of one dtype: backward is, too, where it is called under autocast.
+        with torch.autocast(ctx.device, enabled=False):
+            return FactoredLinear._gradients(ctx, grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         x, weight, *rest = ctx.saved_tensors
         tensors, kept = rest[: ctx.number], iter(rest[ctx.number :])
         need_x, need_weight, need_bias, _, *needed = ctx.needs_input_grad

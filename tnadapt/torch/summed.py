@@ -7,12 +7,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..target import Target
 from .delta import Slice
 
-__all__ = ["Source", "SummedLinear", "summed", "transformed"]
+__all__ = ["Source", "SummedLinear", "summed", "transformed", "watched"]
 
 
 class Source(NamedTuple):
@@ -69,7 +71,7 @@ def _summed_in_place(stored: Tensor, changes: Sequence[tuple[Target, Tensor]], a
 class SummedLinear(torch.autograd.Function):
     """``x (W + ΔW)ᵀ + b``; the sum, and ΔW if it is made here, are formed again in backward instead of being kept.
 
-    Not for what :func:`transformed` says yes to.
+    Not for what :func:`transformed` or :func:`watched` says yes to.
     """
 
     @staticmethod
@@ -95,7 +97,8 @@ class SummedLinear(torch.autograd.Function):
         rows = grads[0].reshape(-1, grads[0].shape[-1])
         inputs = x.reshape(-1, x.shape[-1]).to(rows.dtype)
         # What is differentiated again, or batched, keeps every number that it has made.
-        once = not torch.is_grad_enabled() and not transformed()
+        batched = torch._C._functorch.is_legacy_batchedtensor(grads[0])
+        once = not torch.is_grad_enabled() and not transformed() and not batched
         changes: list[tuple[Target, Tensor]] = []
         pulls: list[Callable[[Tensor], Sequence[Tensor | None]] | None] = []
         start = 0
@@ -131,9 +134,21 @@ class SummedLinear(torch.autograd.Function):
 
 
 def transformed() -> bool:
-    """Whether a transformation of torch.func is at work, or a batched backward pass."""
+    """Whether a transformation of torch.func is at work."""
     active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is None or active()
+
+
+def watched() -> bool:
+    """Whether each operation is looked at as it is made: by a trace, by forward mode, or by a dispatch mode.
+
+    Such a mode may keep results for later, as selective checkpointing does: none of them may be written to.
+    """
+    return (
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or forward_ad._current_level >= 0
+        or _get_current_dispatch_mode() is not None
+    )
 
 
 def _shared_out(sources: Sequence[Source], arrays: Sequence[Tensor]) -> list[tuple[Source, Sequence[Tensor]]]:
