@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -62,6 +64,18 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20240318)
+
+
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """What a test starts hears the keyboard's interrupt, also where a shell runs the tests in its background.
+
+    There SIGINT is ignored, and to ignore is inherited; a handler is not. (``preexec_fn`` would fork a process
+    in which JAX has threads.)
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def relative_error(found: object, expected: object) -> float:

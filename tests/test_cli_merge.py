@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -94,6 +93,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "second.safetensors"]
 
 
+@pytest.mark.usefixtures("keyboard")
 def test_interrupted_it_says_how_to_go_on(tmp_path: Path) -> None:
     tensors: cp.Tensors = {f"big.{n}": ("F32", np.zeros(1 << 22, "<f4")) for n in range(12)}
     targets = [T(f"big.{n}.q", (2048, 2048), "q") for n in range(12)]
@@ -101,9 +101,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path: Path) -> None:
     base = cp.write(tmp_path / "base", tensors, 4)
     tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(64), targets))
     command = [sys.executable, "-m", "tnadapt", "merge", str(base), str(tmp_path / "a.safetensors"), "-o"]
-    # Where the tests run in the background, their processes would ignore the keyboard.
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    child = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    child = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "out.tnadapt-partial" / "files"
     for _ in range(3000):
         if partial.is_dir() and any(partial.iterdir()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -156,6 +155,7 @@ def _busy(out: Path) -> bool:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+@pytest.mark.usefixtures("keyboard")
 def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
     arguments = (
         "--pretrain-epochs",
@@ -177,8 +177,6 @@ def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Where the tests run in the background, their processes would ignore the keyboard.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     first = process.stderr.readline()
