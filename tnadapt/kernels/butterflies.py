@@ -124,26 +124,33 @@ def short(src, dst, first, last, low, bits, scale):
 def strips(src, dst, first, last, rows_apart, bits, width, scale):
     """Stages across ``2**bits`` rows ``rows_apart`` elements from each other, from src to dst.
 
-    Strips first to last - 1, ``width`` columns each; those of one group of rows after those of the one before.
+    Strips first to last - 1, ``width`` columns each; those of one group of rows after those of the one before. All
+    sweeps but the first and the last are in a room beside, whose rows do not fall on one place of a cache.
     """
     scale = src.dtype.type(scale)
     one = src.dtype.type(1)
-    inner = bits // 2 if bits > RADIX_BITS else 0
-    outer = bits - inner
     line = CACHE_LINE // src.itemsize
-    room = np.empty((width << bits) + line if inner else 0, src.dtype)
+    wide = width + line
+    room = np.empty((wide << bits) + line if bits > RADIX_BITS else 0, src.dtype)
     start = (-room.ctypes.data % CACHE_LINE) // src.itemsize
     a_group = (rows_apart + width - 1) // width
     for strip in range(first, last):
         group, column = strip // a_group, strip % a_group * width
         columns = min(width, rows_apart - column)
         at = group * (rows_apart << bits) + column
-        if inner == 0:
+        if bits <= RADIX_BITS:
             across(src, at, rows_apart, dst, at, rows_apart, bits, columns, scale, src, 0)
             continue
-        for i in range(1 << outer):
-            row = at + (i << inner) * rows_apart
-            across(src, row, rows_apart, room, start + (width << inner) * i, width, inner, columns, scale, src, 0)
-        for i in range(1 << inner):
+        done = evenly(bits)
+        for i in range(1 << (bits - done)):
+            row = at + (i << done) * rows_apart
+            across(src, row, rows_apart, room, start + (i << done) * wide, wide, done, columns, scale, src, 0)
+        while bits - done > RADIX_BITS:
+            radix = evenly(bits - done)
+            for i in range(1 << (bits - radix)):
+                row = start + ((i >> done << (done + radix)) + (i & ((1 << done) - 1))) * wide
+                across(room, row, wide << done, room, row, wide << done, radix, columns, one, src, 0)
+            done += radix
+        for i in range(1 << done):
             to = at + i * rows_apart
-            across(room, start + i * width, width << inner, dst, to, rows_apart << inner, outer, columns, one, src, 0)
+            across(room, start + i * wide, wide << done, dst, to, rows_apart << done, bits - done, columns, one, src, 0)

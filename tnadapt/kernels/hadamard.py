@@ -23,8 +23,9 @@ from .vectors import RADIX_BITS
 __all__ = ["transform", "transform_into"]
 
 # Stages across rows in one pass: strips of 256 rows are in the cache at once.
-_STRIP_BITS = 2 * RADIX_BITS
-_STRIP_BYTES = 4096
+_STRIP_BITS = 8
+# Of a strip's row, at least and at most; as much as half the second cache has room for.
+_STRIP_BYTES = 256, 4096
 # From here on another thread gains more than it costs to wake it, and to move to its cache what is in this one's.
 _SHARED_BYTES = 1 << 21
 # Pieces of work for each thread: one that is late leaves some to the others.
@@ -137,10 +138,11 @@ def _planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> 
         within = 0  # strips alone take no more passes
     near = min(within, max(near, low, RADIX_BITS))
     passes = [_Pass(blocks, outer << (bits - within), (low, unit, within, near))] if within else []
+    least, most = _STRIP_BYTES
     strip_passes, done = -(-(bits - within) // _STRIP_BITS), within
     for i in range(strip_passes):
         apart, step = unit << done, (bits - within + i) // strip_passes
         done += step
-        width = min(apart, _STRIP_BYTES // itemsize)
+        width = min(apart, max(least, min(most, second // 2 >> step)) // itemsize)
         passes.append(_Pass(strips, (outer << (bits - done)) * -(-apart // width), (apart, step, width)))
     return tuple(passes)

@@ -30,11 +30,13 @@ __all__ = [
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32
 
-# What the low stages hold at once: sixteen vectors of a half or a whole of the registers there are.
-LOW_VECTORS = 16
+# What is held in registers at once, with as many left to work in: sixteen vectors of the thirty-two that there are
+# beside vectors of 64 bytes, eight of the sixteen beside those of 32. With sixteen of sixteen, half of them go to
+# memory and back in every stage, and a transform takes up to 1.8 times as long.
+LOW_VECTORS = 16 if VECTOR_BYTES == 64 else 8
 
-# Stages that are made at once across rows: sixteen vectors, too.
-RADIX_BITS = 4
+# Stages that are made at once across rows: as many vectors, too.
+RADIX_BITS = LOW_VECTORS.bit_length() - 1
 
 _INT32 = ir.IntType(32)
 
@@ -133,7 +135,7 @@ class _Lanes:
 
 @_inlined
 def low_stages(typing: Any, src: Any, at: Any, dst: Any, to: Any, first: Any, last: Any, scale: Any, ahead: Any) -> Any:
-    """Stages first to last - 1 of sixteen vectors in a row: ``dst[to:] = stages(scale * src[at:])``.
+    """Stages first to last - 1 of ``LOW_VECTORS`` vectors in a row: ``dst[to:] = stages(scale * src[at:])``.
 
     Stage s pairs elements 2**s apart. Asks for as much of src from ``at + ahead`` on: nothing is read there,
     so that it may be past the end.
