@@ -1,9 +1,9 @@
 """``tnadapt finetune`` with several seeds: ``python benchmarks/finetune.py digits|reviews|cifar10 FOLDER``.
 
-Fetches into FOLDER what is not there (see ``fetch.py``), compares methods at several rates with three seeds, and puts
-the results beside this file: ``results/NAME.jsonl``, a line a training, and made of it ``results/NAME.csv``, the table,
-and ``results/NAME.png``, the picture. On two idle cores, the digits take five minutes and the others half an hour
-each. Run it again after a stop: it goes on from the results that are there.
+Fetches into FOLDER what is not there (see ``tnadapt.reproduce.registries``), compares methods at several rates with
+three seeds, and puts the results beside this file: ``results/NAME.jsonl``, a line a training, and made of it
+``results/NAME.csv``, the table, and ``results/NAME.png``, the picture. On two idle cores, the digits take five minutes
+and the others half an hour each. Run it again after a stop: it goes on from the results that are there.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fetch import FETCH
-
 from tnadapt.finetune.report import Point, columns, points_in, rows_of
+from tnadapt.reproduce.registries import SOURCES, fetch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,8 +31,8 @@ OPTIONS = {
 def run(name: str, folder: Path, seeds: int, jobs: int) -> Path:
     """Do what is typed for one of them, going on from the results beside this file; returns the run's folder."""
     given: list[str] = []
-    if name in FETCH:
-        model, data = FETCH[name](folder)
+    if name in SOURCES:
+        model, data = fetch(name, folder)
         given = ["--model", str(model), "--data", str(data)]
     out = folder / "runs" / name
     kept = RESULTS / f"{name}.jsonl"

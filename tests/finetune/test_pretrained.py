@@ -124,6 +124,50 @@ def test_an_image_model_at_its_own_size_and_another(vit: Path, shades: Path, tmp
     check(outcome, targets=4)
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT that brings a head of five classes."""
+    folder = tmp_path_factory.mktemp("models") / "classifier"
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
+        num_labels=5, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_checkpoints_own_head_is_cut_and_frozen(classifier: Path, shades: Path, tmp_path: Path) -> None:
+    spec = Spec(model=str(classifier), data=str(shades), head_rows=(4, 1))
+    problem = open_problem(spec)
+    whole = transformers.ViTForImageClassification.from_pretrained(classifier)
+    cut = problem.build(3)
+    assert torch.equal(cut.classifier.weight, whole.classifier.weight[[4, 1]])
+    assert torch.equal(cut.classifier.bias, whole.classifier.bias[[4, 1]])
+    assert problem.keep == problem.drawn == ()
+    outcome = run(spec, tmp_path)
+    alone, adapted = outcome.points
+    assert (alone.kept, adapted.kept) == (0, 0)
+    assert not alone.diverged, "nothing to train, and nothing that went wrong"
+    assert adapted.parameters > 0
+    assert outcome.proof.holds
+
+
+@pytest.mark.parametrize(("rows", "message"), [((4,), "needs 2 of the 5"), ((4, 5), "got"), ((4, -1), "got")])
+def test_other_rows_than_the_head_has_are_refused(
+    classifier: Path, shades: Path, rows: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(TnadaptError, match=message):
+        open_problem(Spec(model=str(classifier), data=str(shades), head_rows=rows))
+
+
+def test_a_head_that_the_checkpoint_does_not_bring_is_not_cut(vit: Path, shades: Path) -> None:
+    with pytest.raises(TnadaptError, match="brings no linear head"):
+        open_problem(Spec(model=str(vit), data=str(shades), head_rows=(0, 1)))
+    with pytest.raises(TnadaptError, match="transformers loads"):
+        open_problem(Spec(model="timm:resnet18", data=str(shades), head_rows=(0, 1)))
+
+
 def test_images_are_normalised_as_the_model_says(vit: Path, shades: Path) -> None:
     problem = open_problem(Spec(model=str(vit), data=str(shades), limit=20))
     assert sum(len(part.labels) for part in problem.parts.values()) == 20

@@ -15,6 +15,7 @@ from .finetune import finetune_command
 from .info import info_command
 from .merge import merge_command
 from .plan import plan_command
+from .reproduce import reproduce_command
 from .verify import verify_command
 
 __all__ = ["app"]
@@ -52,4 +53,5 @@ app.command("extract", help=_help(extract_command))(extract_command)
 app.command("convert", help=_help(convert_command))(convert_command)
 app.command("merge", help=_help(merge_command))(merge_command)
 app.command("info", help=_help(info_command))(info_command)
+app.command("reproduce", help=_help(reproduce_command))(reproduce_command)
 app.command("verify", help=_help(verify_command))(verify_command)

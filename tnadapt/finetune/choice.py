@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import TnadaptError
 from .budget import within
 from .methods import Method, Shapes, default_methods, head_alone, methods_of
 
-__all__ = ["Choice"]
+__all__ = ["Choice", "Chooser"]
+
+
+class Chooser(Protocol):
+    """Whatever says which methods are compared."""
+
+    def methods(self, shapes: Shapes, layers: int) -> list[Method]:
+        """For weights of these shapes in so many layers."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ def pretrained(spec: Spec) -> Problem:
     data = Data(data.name, data.kind, data.classes, choose(data.samples, spec.limit), test)
     samples = divide(data)
     if spec.model.startswith("timm:"):
+        if spec.head_rows:
+            raise TnadaptError("head_rows are taken of a head that transformers loads; give a folder or a hub name")
         return _timm(spec, data, samples)
     return _transformers(spec, data, samples)
 
@@ -66,17 +68,15 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
     auto = getattr(transformers, f"AutoModelFor{kind}")
     new: list[str] = []
     settings: dict[str, Any] = {}
+    # A head of another size is drawn anew; one that is to be cut must be the checkpoint's.
+    head = {} if spec.head_rows else {"num_labels": len(data.classes), "ignore_mismatched_sizes": True}
 
     def build(seed: int) -> nn.Module:
         with _silent(transformers), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, loaded = auto.from_pretrained(
-                name,
-                num_labels=len(data.classes),
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-            )
+            model, loaded = auto.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **head)
+        if spec.head_rows:
+            _cut_head(model, loaded["missing_keys"], spec.head_rows, len(data.classes))
         new[:] = sorted({*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])})
         for setting, value in settings.items():
             setattr(model.config, setting, value)
@@ -95,7 +95,28 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
         parts = dict(_texts(spec, tokenizer, samples, model))
     else:
         parts = dict(_images(spec, samples, model.config, _processor(name, transformers)))
-    return _problem(spec, data, parts, model, build, _logits(model, data.kind), drawn, () if drawn else _head(model))
+    brought = () if drawn or spec.head_rows else _head(model)
+    return _problem(spec, data, parts, model, build, _logits(model, data.kind), drawn, brought)
+
+
+def _cut_head(model: nn.Module, missing: Sequence[str], rows: Sequence[int], classes: int) -> None:
+    """The checkpoint's head, cut to some of its classes."""
+    name = _head(model)[0]
+    whole = getattr(model, name)
+    if not isinstance(whole, nn.Linear) or any(under(key, [name]) for key in missing):
+        raise TnadaptError(f"the checkpoint brings no linear head {name!r} to take rows of; leave head_rows out")
+    if len(rows) != classes or not all(0 <= row < whole.out_features for row in rows):
+        raise TnadaptError(
+            f"head_rows needs {classes} of the {whole.out_features} classes of the checkpoint's head, one for each "
+            f"class of the data; got {list(rows)}"
+        )
+    cut = nn.Linear(whole.in_features, len(rows), bias=whole.bias is not None)
+    with torch.no_grad():
+        cut.weight.copy_(whole.weight[list(rows)])
+        if whole.bias is not None:
+            cut.bias.copy_(whole.bias[list(rows)])
+    setattr(model, name, cut)
+    model.config.num_labels = len(rows)  # type: ignore[union-attr]
 
 
 def _logits(model: nn.Module, kind: str) -> Callable[[nn.Module, Any], Tensor]:

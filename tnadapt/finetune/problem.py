@@ -30,6 +30,9 @@ class Spec:
         Pixels a side, tokens of a text, samples of each part that the source brings.
     keep : tuple of str
         Modules or parameters that are trained beside every adapter, the new head in any case.
+    head_rows : tuple of int
+        Instead of a new head: the checkpoint's own, cut to these of its classes, one for each class of the data in
+        their order, and frozen.
     cache : Path, optional
         Where the model of the digits is kept.
     pretrain_epochs : int
@@ -44,6 +47,7 @@ class Spec:
     max_length: int | None = None
     limit: int | None = None
     keep: tuple[str, ...] = ()
+    head_rows: tuple[int, ...] = ()
     cache: Path | None = None
     pretrain_epochs: int = 60
 

@@ -13,7 +13,7 @@ from .. import torch as tnt
 from ..errors import FileError, TnadaptError, shown
 from ..superlora import SuperLoRA
 from .best import Proof, prove
-from .choice import Choice
+from .choice import Chooser
 from .loop import threads
 from .methods import Method
 from .opening import open_problem
@@ -77,7 +77,7 @@ class Study:
     ----------
     spec : Spec
         The model and the data.
-    choice : Choice
+    choice : Choice, or what has its ``methods``
         Which methods.
     training : Training
         How each is trained.
@@ -103,7 +103,7 @@ class Study:
     def __init__(
         self,
         spec: Spec,
-        choice: Choice,
+        choice: Chooser,
         training: Training,
         rates: Sequence[float],
         seeds: int = 1,
@@ -124,7 +124,7 @@ class Study:
         self.methods = self._chosen(choice)
         self.tasks = [Task(method, seed, rate) for seed in self.seeds for method in self.methods for rate in self.rates]
 
-    def _chosen(self, choice: Choice) -> list[Method]:
+    def _chosen(self, choice: Chooser) -> list[Method]:
         methods = choice.methods(self.shapes, len(set(self.layers)))
         for method in methods:
             if method.config is not None:
@@ -141,8 +141,6 @@ class Study:
 
     def settings(self) -> dict[str, Any]:
         """All that the outcome of a training depends on, but for method, seed and rate."""
-        training = dataclasses.asdict(self.training)
-        del training["device"]
         return {
             "problem": self.problem.name,
             "classes": list(self.problem.classes),
@@ -152,7 +150,7 @@ class Study:
             "image_size": self.spec.image_size,
             "max_length": self.spec.max_length,
             **self._digests,
-            **training,
+            **self.training.settings(),
         }
 
     def run(self, out: Path, jobs: int = 1, fresh: bool = False) -> Outcome:

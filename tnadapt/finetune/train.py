@@ -23,6 +23,10 @@ from .problem import Problem, free
 __all__ = ["Task", "Training", "predictions_digest", "train", "usable_device"]
 
 
+# Results of a study are known by its settings: those that were written before these fields were there stay its own.
+_LATER = ("optimiser", "shape", "steps")
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """How every method is trained, the same for all.
@@ -33,8 +37,12 @@ class Training:
     targets : str or tuple of str
         As :func:`tnadapt.torch.attach` takes them.
     device : str
-    warmup, weight_decay, clip : float
+    warmup, weight_decay, clip, optimiser, shape
         See :class:`~tnadapt.finetune.loop.Schedule`.
+    steps : int, optional
+        Instead of epochs.
+    keep_references : bool
+        Whether the adapter of a reference, such as the dense update, is saved like all others.
     """
 
     epochs: int
@@ -44,10 +52,21 @@ class Training:
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
+    optimiser: str = "adamw"
+    shape: str = "cosine"
+    steps: int | None = None
+    keep_references: bool = False
 
     def schedule(self, rate: float) -> Schedule:
         """For one rate."""
-        return Schedule(rate, self.warmup, self.weight_decay, self.clip)
+        return Schedule(rate, self.warmup, self.weight_decay, self.clip, self.optimiser, self.shape)
+
+    def settings(self) -> dict[str, Any]:
+        """What the outcome of a training depends on; what came later only where it is not as it was before."""
+        found = dataclasses.asdict(self)
+        del found["device"], found["keep_references"]
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in found.items() if name not in _LATER or value != usual[name]}
 
     @property
     def selection(self) -> str | list[str]:
@@ -137,11 +156,12 @@ def train(
             except MemoryError:
                 raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        value = math.nan
+        value = math.nan if parameters else 0.0
+        # Under a head that is frozen, there is nothing to train without an adapter.
         steps = fit(
             model, problem.logits, problem.parts["training"], parameters, training.schedule(task.rate),
-            training.epochs, training.batch, device,
-        )  # fmt: skip
+            training.epochs, training.batch, device, training.steps,
+        ) if parameters else ()  # fmt: skip
         for done, all_steps, loss in steps:
             value = loss
             progress(done / all_steps)
@@ -163,7 +183,8 @@ def train(
         **measured,
     }
     record["seconds"] = round(time.perf_counter() - began, 2)
-    if adapter is not None and adapters is not None and not task.method.reference and not diverged:
+    kept = training.keep_references or not task.method.reference
+    if adapter is not None and adapters is not None and kept and not diverged:
         adapters.mkdir(parents=True, exist_ok=True)
         adapter.save(adapters / task.file_name())
         record["adapter"] = task.file_name()

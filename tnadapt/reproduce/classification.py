@@ -1,0 +1,116 @@
+"""A recipe of image or text classification as a study: every arm's settings trained alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..errors import ConfigError, TnadaptError
+from ..finetune import Method, Reporter, Spec, Study, Training, usable_device
+from ..finetune.methods import Shapes, head_alone
+from ..planner import known_as
+from .recipe import Recipe
+from .registries import fetch
+
+__all__ = ["Arms", "method_of", "study_of"]
+
+_TRAINING = ("epochs", "steps", "batch", "optimiser", "shape", "weight_decay", "warmup", "clip")
+_SPEC = ("image_size", "max_length", "limit", "text_column", "label_column")
+_OTHERS = ("model", "data", "fetch", "head_rows", "rates", "seeds")
+
+
+def method_of(arm: str, config: Config) -> Method:
+    """A setting under its arm's name.
+
+    Examples
+    --------
+    >>> print(method_of("LoRTA 5D", Config(rank=2, order=5, groups=4, fold="hypercube", format="tucker")).name)
+    LoRTA 5D M = 5, G = 4, r = 2
+    """
+    return Method(arm, known_as(config).label, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """The settings of a recipe, as a study is told which methods it compares; the head alone is one of them."""
+
+    recipe: Recipe
+
+    def methods(self, shapes: Shapes, layers: int) -> list[Method]:
+        """In the order of the recipe; of two equal settings the first.
+
+        Raises
+        ------
+        TnadaptError
+            If the model's weights are not those that the recipe counts.
+        """
+        expected = self.recipe.weights
+        if tuple(shapes) != expected.shapes:
+            raise TnadaptError(
+                f"recipe {self.recipe.name} adapts the {expected.what} ({_counted(expected.shapes)}); "
+                f"this model has {_counted(shapes)}"
+            )
+        found = {point.config: method_of(point.arm, point.config) for point in reversed(self.recipe.points())}
+        return [head_alone(), *reversed(found.values())]
+
+
+def _counted(shapes: Sequence[tuple[int, int]]) -> str:
+    sizes = dict.fromkeys(shapes)
+    return ", ".join(f"{list(shapes).count(size)} of {size[0]} × {size[1]}" for size in sizes)
+
+
+def study_of(
+    recipe: Recipe,
+    cache: Path,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    rates: Sequence[float] = (),
+    seeds: int | None = None,
+    device: str | None = None,
+    keep_references: bool = False,
+    reporter: Reporter | None = None,
+) -> Study:
+    """The study that a recipe describes.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Of the kind ``classification`` or ``geometry``.
+    cache : Path
+        Where models and data are kept that are fetched, or made.
+    model, data : str, optional
+        Other places of the recipe's own, such as folders of this machine.
+    rates, seeds
+        Others than the recipe's.
+    device : str, optional
+    keep_references : bool
+        Whether the adapter of the dense update is kept, too.
+    reporter : Reporter, optional
+
+    Raises
+    ------
+    TnadaptError
+        If model or data cannot be had, or are not those of the recipe.
+    """
+    settings = dict(recipe.settings)
+    if unknown := sorted(settings.keys() - {*_TRAINING, *_SPEC, *_OTHERS}):
+        raise ConfigError(f"recipe {recipe.name}, scale {recipe.scale}, has {unknown[0]!r}, which is no setting of it")
+    source: dict[str, Any] = {name: settings[name] for name in ("model", "data") if name in settings}
+    if "fetch" in settings and None in (model, data):
+        found = fetch(settings["fetch"], cache)
+        source = dict(zip(("model", "data"), map(str, found), strict=True))
+    given = {"model": model, "data": data}
+    source |= {name: value for name, value in given.items() if value is not None}
+    spec = Spec(
+        **source,
+        **{name: settings[name] for name in _SPEC if name in settings},
+        head_rows=tuple(settings.get("head_rows", ())),
+        cache=cache,
+    )
+    how = {name: settings[name] for name in _TRAINING if name in settings}
+    training = Training(**{"epochs": 1, **how}, device=usable_device(device), keep_references=keep_references)
+    return Study(spec, Arms(recipe), training, rates or settings["rates"], seeds or settings["seeds"], reporter)

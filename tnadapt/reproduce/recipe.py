@@ -1,0 +1,243 @@
+"""A recipe: the settings file of one experiment, read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import Config
+from ..errors import ConfigError, TnadaptError
+from ..planner import known_as
+from ..superlora import SuperLoRA
+from .sweep import configs
+from .weights import WEIGHTS, Weights
+
+__all__ = ["SCALES", "Arm", "Point", "Recipe", "names", "open_recipe", "parse"]
+
+SCALES = ("full", "mini")
+KINDS = ("counts", "classification", "diffusion", "geometry")
+_TOP = frozenset({"title", "paper", "kind", "arms", "arms_of", "stated", "notes", *SCALES})
+_ARM = frozenset({"name", "settings", *SCALES})
+_STATED = frozenset({"what", "parameters", "settings"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One setting of an experiment.
+
+    Attributes
+    ----------
+    arm : str
+        The curve that it is a point of, as the paper's legends name them.
+    config : Config
+    parameters : int
+        Of the recipe's weights.
+    """
+
+    arm: str
+    config: Config
+    parameters: int
+
+    @property
+    def setting(self) -> str:
+        """In the paper's symbols."""
+        return known_as(self.config).label
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A curve: a method whose rank, groups or ratio are swept.
+
+    Attributes
+    ----------
+    name : str
+    configs : tuple of Config
+    """
+
+    name: str
+    configs: tuple[Config, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One experiment at one scale.
+
+    Attributes
+    ----------
+    name, title : str
+    paper : str
+        Which section and figures of the paper it is.
+    kind : {"counts", "classification", "diffusion", "geometry"}
+        What is done.
+    scale : {"full", "mini"}
+    weights : Weights
+        What is adapted.
+    arms : tuple of Arm
+    stated : tuple of (str, int, Config)
+        Counts that the paper states: words, number, setting. Of the full scale alone.
+    settings : dict
+        How it is trained.
+    notes : tuple of str
+        Where the paper leaves something open, or something else had to be taken.
+    rank_below_sizes : bool
+        Whether settings of too large a rank are left out.
+    """
+
+    name: str
+    title: str
+    paper: str
+    kind: str
+    scale: str
+    weights: Weights
+    arms: tuple[Arm, ...]
+    stated: tuple[tuple[str, int, Config], ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+    rank_below_sizes: bool = False
+
+    def points(self) -> list[Point]:
+        """Every setting with its count; of equal ones in one arm the first.
+
+        Where the recipe says ``rank_below_sizes``, without those whose rank is as large as a size that it stands
+        beside: the paper's r < min(d_in, d_out).
+
+        Raises
+        ------
+        ConfigError
+            If a setting does not fit the weights.
+        """
+        found = []
+        for arm in self.arms:
+            for config in dict.fromkeys(arm.configs):
+                plan = SuperLoRA(config, self.weights.shapes, self.weights.layers)
+                if not self.rank_below_sizes or _below(plan):
+                    found.append(Point(arm.name, config, plan.num_parameters))
+        return found
+
+    def count(self, config: Config) -> int:
+        """Trainable parameters of a setting on the recipe's weights."""
+        return SuperLoRA(config, self.weights.shapes, self.weights.layers).num_parameters
+
+    def checked(self) -> list[tuple[str, int, int]]:
+        """What the paper states, its number, and ours."""
+        return [(what, stated, self.count(config)) for what, stated, config in self.stated]
+
+
+def names() -> list[str]:
+    """Of all recipes.
+
+    Examples
+    --------
+    >>> "cifar100" in names()
+    True
+    """
+    folder = importlib.resources.files(__package__) / "recipes"
+    return sorted(one.name.removesuffix(".toml") for one in folder.iterdir() if one.name.endswith(".toml"))
+
+
+def open_recipe(name: str, scale: str = "full") -> Recipe:
+    """A recipe of the paper by its name.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`names`.
+    scale : {"full", "mini"}
+        As the paper has it, or what two cores do with what package registries have.
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such recipe, or it has no such scale.
+
+    Examples
+    --------
+    >>> recipe = open_recipe("cifar100")
+    >>> all(stated == ours for _, stated, ours in recipe.checked())
+    True
+    """
+    if name not in names():
+        raise TnadaptError(f"no recipe {name!r}; expected one of {', '.join(names())}")
+    text = (importlib.resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    return parse(name, text, scale)
+
+
+def parse(name: str, text: str, scale: str = "full") -> Recipe:
+    """A recipe from the text of its settings file.
+
+    Raises
+    ------
+    ConfigError
+        If the text is no TOML, has a word that is not known, or lacks one that is needed.
+    TnadaptError
+        If the recipe has no such scale.
+    """
+    try:
+        read = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name}: {error}") from None
+    _known(f"recipe {name}", read, _TOP, ("title", "paper", "kind"))
+    if ("arms" in read) == ("arms_of" in read):
+        raise ConfigError(f"recipe {name} needs arms, or arms_of another recipe; one of them")
+    if read["kind"] not in KINDS:
+        raise ConfigError(f"recipe {name}: kind is one of {', '.join(KINDS)}; got {read['kind']!r}")
+    if scale not in SCALES:
+        raise TnadaptError(f"a scale is one of {', '.join(SCALES)}; got {scale!r}")
+    there = [one for one in SCALES if one in read]
+    if scale not in there:
+        raise TnadaptError(f"recipe {name} has no scale {scale!r}; it has {' and '.join(there)}")
+    settings = dict(_table(f"{scale} of recipe {name}", read[scale]))
+    weights, below = settings.pop("weights", None), bool(settings.pop("rank_below_sizes", False))
+    if weights not in WEIGHTS:
+        raise ConfigError(f"recipe {name}: weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
+    if "arms_of" in read:
+        arms = list(open_recipe(read["arms_of"], scale).arms)
+    else:
+        given_arms = read["arms"]
+        if not isinstance(given_arms, list):
+            raise ConfigError(f"the arms of recipe {name} are tables, [[arms]]; got {given_arms!r}")
+        arms = [arm for given in given_arms if (arm := _arm(name, given, scale)) is not None]
+    stated = [_stated(name, given) for given in read.get("stated", [])] if scale == "full" else []
+    return Recipe(
+        name, read["title"], read["paper"], read["kind"], scale, WEIGHTS[weights], tuple(arms), tuple(stated),
+        settings, tuple(read.get("notes", ())), below,
+    )  # fmt: skip
+
+
+def _below(plan: SuperLoRA) -> bool:
+    """Whether every factor has fewer columns than rows."""
+    factors = [shape for name, shape in plan.param_shapes.items() if ".factor" in name]
+    return all(rank < size for size, rank in factors)
+
+
+def _arm(recipe: str, given: Mapping[str, Any], scale: str) -> Arm | None:
+    """The arm at a scale; None where it is not in it."""
+    _known(f"an arm of recipe {recipe}", given, _ARM, ("name", "settings"))
+    if scale not in given:
+        return None
+    several = given[scale] if isinstance(given[scale], list) else [given[scale]]
+    fixed = _table(f"settings of arm {given['name']!r} of recipe {recipe}", given["settings"])
+    found = [config for swept in several for config in configs(fixed, swept)]
+    return Arm(given["name"], tuple(found))
+
+
+def _stated(recipe: str, given: Mapping[str, Any]) -> tuple[str, int, Config]:
+    _known(f"a stated count of recipe {recipe}", given, _STATED, tuple(_STATED))
+    return given["what"], given["parameters"], Config.from_dict(given["settings"])
+
+
+def _table(what: str, given: Any) -> Mapping[str, Any]:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{what} is a table; got {given!r}")
+    return given
+
+
+def _known(what: str, given: Mapping[str, Any], known: frozenset[str], needed: tuple[str, ...]) -> None:
+    given = _table(what, given)
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(f"{what} has {unknown[0]!r}; expected {', '.join(sorted(known))}")
+    if missing := [word for word in needed if word not in given]:
+        raise ConfigError(f"{what} has no {missing[0]!r}")

@@ -1,0 +1,177 @@
+"""A recipe, run: what its kind asks for, into one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FileError, TnadaptError
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from ..finetune import Point as Trained
+    from ..finetune import Reporter
+
+__all__ = ["Outcome", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of it.
+
+    Attributes
+    ----------
+    rows : list of dict
+        As the table shows them.
+    results : Path
+        JSON lines.
+    picture : Path, optional
+        None where matplotlib is not installed.
+    """
+
+    rows: list[dict[str, Any]]
+    results: Path
+    picture: Path | None
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    cache: Path | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    rates: Sequence[float] = (),
+    seeds: int | None = None,
+    jobs: int = 1,
+    device: str | None = None,
+    fresh: bool = False,
+    reporter: Reporter | None = None,
+) -> Outcome:
+    """Do what is not yet done of a recipe, and draw its figure of all results.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    out : Path
+        A folder, made if need be: results as JSON lines, the figure, adapters. The same call again goes on from what is
+        finished, and draws anew.
+    cache : Path, optional
+        Where what is fetched is kept; ``out / "cache"`` if not given.
+    model, data, rates, seeds, device
+        As :func:`~tnadapt.reproduce.classification.study_of` takes them.
+    jobs : int
+        Trainings at once.
+    fresh : bool
+        Remove what an earlier run left there.
+    reporter : Reporter, optional
+        Is told how far it is.
+
+    Returns
+    -------
+    Outcome
+
+    Raises
+    ------
+    TnadaptError
+        If model or data cannot be had, or the folder cannot be used.
+    """
+    if recipe.kind == "counts":
+        return _counted(recipe, out)
+    if recipe.kind == "diffusion":
+        raise TnadaptError(
+            f"recipe {recipe.name} trains a diffusion model, which is not there yet; --dry-run lists its settings and "
+            "their counts"
+        )
+    from .classification import study_of
+
+    geometric = recipe.kind == "geometry"
+    study = study_of(
+        recipe, cache or out / "cache", model=model, data=data, rates=rates, seeds=seeds, device=device,
+        keep_references=geometric, reporter=reporter,
+    )  # fmt: skip
+    done = study.run(out, jobs, fresh)
+    sizes = " / ".join(f"{len(part.labels):,}" for part in study.problem.parts.values())
+    seeds = len(study.seeds)
+    note = (
+        f"{study.problem.name}; {sizes} samples to train on, choose the rate by, and test; {seeds} "
+        f"seed{'s' * (seeds > 1)}; each at the better of {len(study.rates)} rate{'s' * (len(study.rates) > 1)}"
+    )
+    if geometric:
+        return _similar(recipe, done.points, out, note)
+    rows = [
+        {
+            "arm": point.method.family,
+            "setting": point.method.label,
+            "parameters": point.parameters,
+            "rate": point.rate,
+            "test": [round(100 * value, 2) for value in point.test],
+        }
+        for point in done.points
+    ]
+    return Outcome(rows, out / "results.jsonl", _drawn(_fronts, recipe, rows, out / "figure.png", note))
+
+
+# -- Kinds -------------------------------------------------------------------------------------
+
+
+def _counted(recipe: Recipe, out: Path) -> Outcome:
+    rows = [{"arm": point.arm, "rank": point.config.rank, "parameters": point.parameters} for point in recipe.points()]
+    return Outcome(rows, _written(rows, out / "counts.jsonl"), _drawn(_counts, recipe, rows, out / "figure.png", ""))
+
+
+def _similar(recipe: Recipe, points: Sequence[Trained], out: Path, note: str) -> Outcome:
+    from .similarity import VECTORS, measured, summary
+
+    rows = list(measured(points, out / "adapters"))
+    path = _written(rows, out / "geometry.jsonl")
+    note = f"{note}; the first {VECTORS} singular vectors; a dot a weight and seed"
+    return Outcome(summary(rows), path, _drawn(_scatter, recipe, rows, out / "figure.png", note))
+
+
+def _written(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror}; give another folder with --out") from None
+    return path
+
+
+# -- Pictures ----------------------------------------------------------------------------------
+
+
+def _drawn(draw: Any, recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> Path | None:
+    try:
+        draw(recipe, rows, path, note)
+    except ImportError:
+        return None
+    except OSError as error:
+        raise FileError(f"cannot draw into {path}: {error.strerror}; give another folder with --out") from None
+    return path
+
+
+def _counts(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
+    from ..plot import parameters
+
+    ranks = max(int(row["rank"]) for row in rows)
+    parameters(recipe.weights.shapes, path, ranks=ranks, title=f"{recipe.title}: {recipe.weights.what}")
+
+
+def _fronts(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
+    from ..plot import Curve, Dot, fronts
+
+    curves = [
+        Curve(arm, tuple(Dot(row["parameters"], tuple(row["test"])) for row in rows if row["arm"] == arm))
+        for arm in dict.fromkeys(row["arm"] for row in rows)
+    ]
+    fronts(curves, path, title=recipe.title, note=note)
+
+
+def _scatter(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
+    from ..plot import similarity
+
+    similarity(rows, path, title=recipe.title, note=note)

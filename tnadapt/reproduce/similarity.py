@@ -1,0 +1,86 @@
+"""The paper's geometric analysis: every arm's update against the dense one, weight by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FileError, TnadaptError
+from ..files import load
+from ..finetune import Point
+from ..geometry import geometry
+
+__all__ = ["VECTORS", "measured", "summary"]
+
+#: Leading singular vectors that are compared.
+VECTORS = 5
+
+
+def measured(points: Sequence[Point], adapters: Path, k: int = VECTORS) -> Iterator[dict[str, Any]]:
+    """A row for every arm but the dense one, seed and weight: d_L, d_R and d_E of equations 5 to 7.
+
+    Parameters
+    ----------
+    points : sequence of Point
+        Of a study; one of them of the family ``dense``.
+    adapters : Path
+        Where its adapters are.
+    k : int
+        How many singular vectors.
+
+    Raises
+    ------
+    TnadaptError
+        If there is no dense update, or an adapter is not there.
+    """
+    dense = next((point for point in points if point.method.family == "dense"), None)
+    if dense is None:
+        raise TnadaptError("there is nothing to compare with: the recipe has no arm 'dense'")
+    others = [point for point in points if point is not dense and point.method.config is not None]
+    for place, record in enumerate(dense.records):
+        targets, expected = _updates(record, adapters)
+        for point in others:
+            _, found = _updates(point.records[place], adapters)
+            for target, one, two in zip(targets, expected, found, strict=True):
+                values = geometry(one.astype(np.float64), two.astype(np.float64), min(k, *one.shape))
+                yield {
+                    "arm": point.method.family,
+                    "parameters": point.parameters,
+                    "seed": record["seed"],
+                    "weight": target.name,
+                    "role": target.role,
+                    **{name: round(value, 6) for name, value in values._asdict().items()},
+                }
+
+
+def _updates(record: Any, adapters: Path) -> tuple[Any, list[np.ndarray]]:
+    name = record.get("adapter")
+    if name is None or not (adapters / name).is_file():
+        raise FileError(
+            f"the adapter of {record['family']} {record['label']}, seed {record['seed']}, is not in {adapters}; "
+            "train anew with --fresh"
+        )
+    file = load(adapters / name)
+    return file.targets, file.deltas()
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The means of every arm over weights and seeds.
+
+    Examples
+    --------
+    >>> row = {"arm": "LoRA", "parameters": 4, "d_left": 0.5, "d_right": 0.2, "d_euclid": 1.0}
+    >>> summary([row, {**row, "d_left": 0.7}])
+    [{'arm': 'LoRA', 'parameters': 4, 'd_left': 0.6, 'd_right': 0.2, 'd_euclid': 1.0}]
+    """
+    found = []
+    for arm, parameters in dict.fromkeys((row["arm"], row["parameters"]) for row in rows):
+        own = [row for row in rows if (row["arm"], row["parameters"]) == (arm, parameters)]
+        means = {
+            name: round(float(np.mean([row[name] for row in own])), 6) for name in ("d_left", "d_right", "d_euclid")
+        }
+        found.append({"arm": arm, "parameters": parameters, **means})
+    return found
