@@ -30,6 +30,7 @@ PARTS = {
     "fwht": ("the Hadamard transform", 2),
     "fastfood": ("the linear F", 2),
     "steps": ("training steps against PEFT and LyCORIS", 2),
+    "memory": ("peak memory of a training step", 2),
     "strategies": ("how a layer uses its update", 2),
     "growth": ("cost against the number of elements", 1),
     "slices": ("one weight out of a large group", 1),

@@ -3,9 +3,10 @@
 One group of all query and value weights of a model, from 10**5 to 10**9 elements; ranks stay, models grow. Timed are
 the plan, all updates made one weight after another, and all at once where they fit into memory. Peak memory is what
 NumPy and Python hold at most (tracemalloc), in a call of its own. An exponent is the slope of log time against log N
-over the sizes of at least 10**7 elements: 1 is linear. The allocator keeps what memory it has, where it can be told to:
-otherwise arrays of more than 32 MB are new from the system each time, and a step in all lines at one size of weight,
-which a copy has, too, would be taken for growth (``slices.py`` has both).
+over the sizes of at least 10**7 elements that take less than 2 GiB: 1 is linear. The allocator keeps what memory it
+has, where it can be told to, and 2 GiB is as much as it can be told: otherwise arrays of more than 32 MB are new from
+the system each time, and a step in all lines at one size of weight, which a copy has, too, would be taken for growth
+(``slices.py`` has both).
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ SMOKE = ((4, 32), (4, 64))
 LARGE = 10**7
 #: Updates are made at once up to this many bytes of float32; through F, which takes some thirty an element, less.
 WHOLE, WHOLE_F = 3e9, 3e8
+#: What glibc can be told to keep: of more, each call gets some anew, and pays for its pages.
+KEPT = 2**31
+#: Bytes that are written once before anything is timed: more than any case holds.
+TOUCHED = 8 << 30
 #: Time that one case of one size may take altogether.
 PATIENCE = 20.0
 
@@ -63,14 +68,21 @@ CASES: dict[str, tna.Config] = {
 def measure(smoke: bool) -> list[Row]:
     """A row for each case, phase and size."""
     slices.keep_memory()
+    # A virtual machine may have memory that its host has not given it yet: seconds for each gigabyte, once.
+    np.ones(1 if smoke else TOUCHED, np.uint8)
     rows: list[Row] = []
     for case, config in CASES.items():
         for count, width in SMOKE if smoke else MODELS:
             rows += _of_size(case, config, count, width)
+    set_exponents(rows)
+    return rows
+
+
+def set_exponents(rows: list[Row]) -> None:
+    """The exponent of each case and phase, in every row of it."""
     for row in rows:
         mates = [r for r in rows if (r["case"], r["phase"]) == (row["case"], row["phase"])]
-        row["exponent"] = _exponent([(r["elements"], r["seconds"]) for r in mates])
-    return rows
+        row["exponent"] = _exponent([(r["elements"], r["seconds"]) for r in mates if r["peak_bytes"] < KEPT])
 
 
 def _of_size(case: str, config: tna.Config, count: int, width: int) -> list[Row]:

@@ -33,7 +33,7 @@ def _steps(rows: Rows, path: Path) -> bool:
     figure, several = plt.subplots(1, len(problems), figsize=(11, 7), layout="constrained", squeeze=False)
     for axes, problem in zip(several[0], problems, strict=True):
         own = sorted(
-            (row for row in rows if row["problem"] == problem and row.get("ratio") is not None),
+            (row for row in rows if row["problem"] == problem and row.get("low") is not None),
             key=lambda row: row["ratio"],
         )
         peers = [
@@ -47,7 +47,7 @@ def _steps(rows: Rows, path: Path) -> bool:
             error_kw={"elinewidth": 0.8, "ecolor": LIMIT},
         )
         axes.axvline(1.0, color=LIMIT, linewidth=1)
-        axes.set(xlim=(0.8, None), xlabel="step over PEFT LoRA r = 4 (median; lowest to highest round)", title=problem)
+        axes.set(xlim=(0.4, None), xlabel="step over PEFT's LoRA, r = 4", title=problem)
     several[0][0].legend(
         handles=[plt.Rectangle((0, 0), 1, 1, color=OURS), plt.Rectangle((0, 0), 1, 1, color=PEER)],
         labels=["tnadapt", "others"],

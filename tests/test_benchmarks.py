@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PARTS = ("fwht", "fastfood", "steps", "strategies", "growth", "slices", "startup", "gpu")
+PARTS = ("fwht", "fastfood", "steps", "memory", "strategies", "growth", "slices", "startup", "gpu")
 
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not in this copy of the project")
 

@@ -1,0 +1,57 @@
+"""Peak memory of a training step of ViT-base, against PEFT's LoRA: a part of ``benchmarks/fast.py``.
+
+Each case takes three steps alone in a process of its own; what is read is the most that was resident, as the system
+counts it for that process since it began (``VmHWM``: what ``getrusage`` says is, of a process that another one started,
+at least what that one had).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import steps
+
+__all__ = ["measure"]
+
+#: Beside PEFT's LoRA.
+CASES = ("peft lokr r=4", "peft fourierft", *steps.OURS)
+
+
+def measure(smoke: bool) -> list[dict[str, Any]]:
+    """A row a case; in the smoke run two of them, on a tiny model."""
+    return above("vit", CASES[-2:] if smoke else CASES, smoke)
+
+
+def above(kind: str, names: Iterable[str], smoke: bool) -> list[dict[str, Any]]:
+    """The peak of each case, and what that is above PEFT's LoRA."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys([steps.REFERENCE, *names]):
+        command = [sys.executable, __file__, kind, name, *(["--smoke"] if smoke else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+        found[name] = float(done.stdout.split()[-1])
+    return [
+        {"problem": kind, "case": name, "peak MB": round(value), "above lora MB": round(value - found[steps.REFERENCE])}
+        for name, value in found.items()
+    ]
+
+
+def peak(kind: str, name: str, smoke: bool) -> float:
+    """Peak resident megabytes of this process after a few steps."""
+    contestant = steps.Contestant(name, steps.PROBLEMS[kind](smoke=smoke))
+    for _ in range(3):
+        contestant.step()
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("the system does not say how much memory was resident")
+
+
+if __name__ == "__main__":
+    steps.torch.set_num_threads(steps.THREADS)
+    print(peak(sys.argv[1], sys.argv[2], "--smoke" in sys.argv))
