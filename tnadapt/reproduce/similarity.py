@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import FileError, TnadaptError
 from ..files import load
-from ..finetune import Point
 from ..geometry import geometry
+
+if TYPE_CHECKING:
+    from ..finetune import Point
 
 __all__ = ["VECTORS", "measured", "summary"]
 
