@@ -37,7 +37,7 @@ def similarity(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(10.2, 9.2), dpi=150, layout="constrained", facecolor="white")
+    drawn = Figure(figsize=(12.4, 9.2), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(drawn)
     grid = drawn.subplots(len(_ROWS), len(_PAIRS), sharex="col", sharey="col")
     styles = [STYLES[name] for name in ("LoRA", "LoKr", "SuperLoRA", "SuperLoRA + F")] + list(OTHERS)
@@ -55,7 +55,7 @@ def similarity(
             axes.grid(color="#E6E6E6", linewidth=0.7)
             quiet(axes)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper center", ncols=min(3, len(arms)), fontsize=8, frameon=False)
+    drawn.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
     if note:
         drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
