@@ -33,6 +33,13 @@ def similarity(
     ------
     ImportError
         If matplotlib is not installed.
+
+    Examples
+    --------
+    One weight of one method::
+
+        row = {"arm": "LoRA", "role": "q", "d_left": 0.4, "d_right": 0.5, "d_euclid": 0.9}
+        similarity([row], "geometry.png")
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -91,6 +91,11 @@ def study_of(
         Whether the adapter of the dense update is kept, too.
     reporter : Reporter, optional
 
+    Returns
+    -------
+    Study
+        Not run yet.
+
     Raises
     ------
     TnadaptError

@@ -78,6 +78,16 @@ def run(
     ------
     TnadaptError
         If model or data cannot be had, or the folder cannot be used.
+
+    Examples
+    --------
+    Figure 2 for a small model; only what trains needs torch:
+
+    >>> from pathlib import Path
+    >>> from tnadapt.reproduce import open_recipe, run
+    >>> outcome = run(open_recipe("params", "mini"), Path("figure-2"))
+    >>> outcome.rows[0], outcome.results.name
+    ({'arm': 'LoRA', 'rank': 1, 'parameters': 1024}, 'counts.jsonl')
     """
     if recipe.kind == "counts":
         return _counted(recipe, out)
