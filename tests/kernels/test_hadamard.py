@@ -21,6 +21,7 @@ from ..conftest import relative_error
 pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
 
 from tnadapt.kernels import hadamard, memory, threads
+from tnadapt.kernels.butterflies import strips
 from tnadapt.kernels.hadamard import transform, transform_into
 
 DTYPES = ("float32", "float64")
@@ -180,3 +181,18 @@ def test_large_arrays_begin_with_a_cache_line(length: int, dtype: str) -> None:
     assert made.flags.writeable
     if made.nbytes >= 1 << 15:
         assert made.ctypes.data % memory.CACHE_LINE == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "rows_apart", "width"), [(10, 40, 16), (9, 5, 16), (8, 64, 32), (7, 33, 8), (5, 48, 64)]
+)
+def test_strips_of_any_number_of_sweeps(dtype: str, in_place: bool, bits: int, rows_apart: int, width: int) -> None:
+    # With vectors of any width: ten stages are more than two sweeps, of four stages or of three.
+    x = np.random.default_rng(bits).standard_normal((3, 1 << bits, rows_apart)).astype(dtype)
+    expected = butterflies(x * x.dtype.type(0.5), 1)
+    src = x.reshape(-1).copy()
+    dst = src if in_place else np.full_like(src, np.nan)
+    strips(src, dst, 0, 3 * -(-rows_apart // width), rows_apart, bits, width, 0.5)
+    assert np.array_equal(dst.reshape(x.shape), expected)
