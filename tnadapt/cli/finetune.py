@@ -127,7 +127,7 @@ def finetune_command(
 ) -> None:
     """Adapt a pretrained model with several methods, and show accuracy against trainable parameters.
 
-    With no arguments, in about two minutes on two cores: a small vision transformer that knows the digits 0 to 4
+    With no arguments, in two to four minutes on two cores: a small vision transformer that knows the digits 0 to 4
     learns 5 to 9. With --model and --data, the same for your own. Every method is trained at every learning rate and
     shown at the one that was better on the validation samples; the test samples choose nothing.
 
