@@ -51,8 +51,8 @@ def test_a_function_called_as_its_room_stays_one() -> None:
 import importlib, pkgutil, tnadapt
 for room in pkgutil.walk_packages(tnadapt.__path__, "tnadapt."):
     if not room.name.startswith(("tnadapt.torch", "tnadapt.finetune", "tnadapt.cli", "tnadapt.backends", "tnadapt.plot",
-                                 "tnadapt.kernels", "tnadapt.reproduce.classification", "tnadapt.testing",
-                                 "tnadapt.__main__")):
+                                 "tnadapt.kernels", "tnadapt.reproduce.classification", "tnadapt.reproduce.diffusion",
+                                 "tnadapt.testing", "tnadapt.__main__")):
         importlib.import_module(room.name)
 print([name for name in tnadapt.__all__ if type(getattr(tnadapt, name)) is type(tnadapt) and name != "presets"])
 print(tnadapt.convert.__module__, importlib.import_module("tnadapt.convert").Conversion.__name__)
@@ -108,7 +108,17 @@ def test_every_import_is_declared() -> None:
         "transformers",
         "timm",
     }
-    optional |= {"datasets", "huggingface_hub", "sklearn", "threadpoolctl", "PIL", "numba", "onnx"}
+    optional |= {
+        "datasets",
+        "huggingface_hub",
+        "sklearn",
+        "threadpoolctl",
+        "PIL",
+        "numba",
+        "onnx",
+        "diffusers",
+        "torch_fidelity",
+    }
     optional |= {"triton"}  # comes with torch, where torch is for CUDA
     optional |= {"llvmlite"}  # numba's own compiler, of the version that numba asks for
     extras = {

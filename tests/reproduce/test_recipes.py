@@ -140,3 +140,17 @@ def test_a_sweep_is_every_combination() -> None:
     assert [(one.groups, one.rank, one.alpha) for one in found] == [
         (1, 1, 2.0), (1, 2, 2.0), (1, 3, 2.0), (2, 1, 2.0), (2, 2, 2.0), (2, 3, 2.0),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["projections", "groups", "splits", "mnist-svhn"])
+def test_recipes_of_the_diffusion_model_train_alike(name: str) -> None:
+    first, other = open_recipe("svhn-mnist").settings, dict(open_recipe(name).settings)
+    if name == "mnist-svhn":
+        assert (other["from"], other["to"]) == ("mnist", "svhn")
+        other |= {"from": "svhn", "to": "mnist"}
+    assert other == first
+
+
+def test_like_a_recipe_that_is_not_there() -> None:
+    with pytest.raises(tna.TnadaptError, match="no recipe 'nowhere'"):
+        parse("x", 'title = "x"\npaper = "x"\nkind = "diffusion"\narms = []\n[full]\nlike = "nowhere"\n')

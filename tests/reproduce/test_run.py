@@ -59,7 +59,7 @@ def test_figure_2_is_drawn(tmp_path: Path) -> None:
     ("arguments", "word"),
     [
         (["imagenet"], "expected one of"), (["cifar100", "--scale", "mini"], "it has full"),
-        (["params", "--scale", "giant"], "full, mini"), (["svhn-mnist"], "not there yet"),
+        (["params", "--scale", "giant"], "full, mini"), (["svhn-mnist"], "give --features"),
         (["params", "--out", "file"], "file"),
     ],
 )  # fmt: skip

@@ -15,12 +15,12 @@ from torch import nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 from tnadapt.errors import TargetError  # noqa: E402
+from tnadapt.reproduce.diffusion.unet import Attention, ClassEmbedding, UNet  # noqa: E402
 from tnadapt.roles import is_attention, read  # noqa: E402
 from tnadapt.target import Rows, Target  # noqa: E402
 from tnadapt.torch.targets import find_targets, tied  # noqa: E402
 
 from .architectures import MODELS, build  # noqa: E402
-from .unet import Attention, ClassEmbedding, UNet  # noqa: E402
 
 UNET = json.loads(Path(__file__).parent.with_name("oracles.json").read_text())["unet_qv"]
 

@@ -119,4 +119,5 @@ def _told(task: Task) -> str:
 def _outcome(record: Mapping[str, Any]) -> str:
     if record["diverged"]:
         return "diverged"
-    return f"validation {record['validation']:.1%}, {record['seconds']:.1f} s"
+    told = f"{record['validation']:.1%}" if "validation" in record else f"loss {record['validation_loss']:.4f}"
+    return f"validation {told}, {record['seconds']:.1f} s"

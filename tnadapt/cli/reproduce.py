@@ -28,6 +28,9 @@ def reproduce_command(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Another place of the model: a folder, say.")] = None,
     data: Annotated[str | None, typer.Option(help="Another place of the data.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="What looks at generated images: classifier, or a file of Inception's weights.")
+    ] = None,
     lr: Annotated[list[float] | None, typer.Option(help="Other learning rates; repeat for more.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many, instead of the recipe's.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at once; 0: as many as fit.")] = 1,
@@ -55,8 +58,8 @@ def reproduce_command(
     try:
         with reporter() as shown:
             outcome = run(
-                recipe, folder, cache=cache, model=model, data=data, rates=lr or (), seeds=seeds, jobs=jobs,
-                device=device, fresh=fresh, reporter=shown,
+                recipe, folder, cache=cache, model=model, data=data, features=features, rates=lr or (), seeds=seeds,
+                jobs=jobs, device=device, fresh=fresh, reporter=shown,
             )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; what is finished is in {folder}, and the same command goes on from there", err=True)
@@ -140,5 +143,9 @@ def _cell(value: Any) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+    """Mean and standard deviation, with as many digits as say something; – of nothing."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    digits = 1 if abs(mean) >= 10 else 4
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")

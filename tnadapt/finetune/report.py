@@ -15,7 +15,7 @@ from ..config import Config
 from .methods import Method
 from .train import Task
 
-__all__ = ["Point", "best_point", "columns", "pareto_front", "points_in", "points_of", "rows_of"]
+__all__ = ["Point", "best_point", "columns", "method_in", "pareto_front", "points_in", "points_of", "rows_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +134,13 @@ def points_in(path: str | os.PathLike[str]) -> list[Point]:
     """
     lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     records = {line["key"]: line for line in lines if "key" in line}
-    methods = dict.fromkeys(map(_method, records.values()))
+    methods = dict.fromkeys(map(method_in, records.values()))
     rates, seeds = (sorted({line[name] for line in records.values()}) for name in ("rate", "seed"))
     return points_of(records, list(methods), rates, seeds)
 
 
-def _method(line: Mapping[str, Any]) -> Method:
+def method_in(line: Mapping[str, Any]) -> Method:
+    """Of which method a line of results is."""
     # Lines of one method differ in the seed alone, which Task puts into the config again.
     config = line["config"] and Config.from_dict(line["config"]).replace(seed=0)
     return Method(line["family"], line["label"], config)

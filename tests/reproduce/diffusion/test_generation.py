@@ -1,0 +1,223 @@
+"""The diffusion recipes train, sample and measure for real, on tiny images; the full ones make their first steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tnadapt.reproduce import open_recipe, run
+from tnadapt.reproduce.recipe import Recipe
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+pytest.importorskip("diffusers")
+pytest.importorskip("torch_fidelity")
+
+from tnadapt.finetune.loop import threads  # noqa: E402
+from tnadapt.reproduce.diffusion.generation import chosen_rate, generated_in  # noqa: E402
+from tnadapt.reproduce.diffusion.metrics import METRICS  # noqa: E402
+from tnadapt.reproduce.diffusion.opening import generation_of  # noqa: E402
+
+from .standins import write_idx, write_svhn  # noqa: E402
+
+TINY = {
+    "image_size": 8, "pretrain_steps": 2, "pretrain_batch": 4, "steps": 3, "batch": 4, "limit": 40, "samples": 20,
+    "held_out": 16, "real": 40, "sampling_steps": 2, "rates": [0.001, 0.03], "seeds": 2,
+}  # fmt: skip
+
+
+def tiny(
+    name: str = "svhn-mnist", scale: str = "mini", arms: tuple[str, ...] = ("LoRA", "dense"), **more: Any
+) -> Recipe:
+    """A recipe with the first setting of some of its arms, and of all else as little as there can be."""
+    recipe = open_recipe(name, scale)
+    kept = tuple(
+        dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms if not arms or arm.name in arms
+    )
+    return dataclasses.replace(recipe, arms=kept, settings={**recipe.settings, **TINY, **more})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_idx(folder / "mnist", seed=0)
+    write_idx(folder / "fashion-mnist", seed=3, pack=True)
+    write_svhn(folder / "svhn", 40, 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in found if "key" in line]
+
+
+@pytest.fixture(scope="module")
+def done(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("run")
+    with threads(1):
+        return out, run(tiny(), out, cache=cache, data=str(data))
+
+
+def test_every_setting_is_trained_sampled_and_measured(done: tuple[Path, Any]) -> None:
+    out, outcome = done
+    assert [(row["arm"], row["parameters"]) for row in outcome.rows] == [
+        ("as pretrained", 0), ("dense", 141312), ("LoRA", 4736),
+    ]  # fmt: skip
+    for row in outcome.rows:
+        assert len(row["loss"]) == 2
+        assert all(len(row[metric]) == 2 for metric in METRICS), row
+    assert outcome.picture == out / "figure.png"
+    assert (out / "generated.png").read_bytes().startswith(b"\x89PNG")
+    records = lines(out)
+    # Both rates with the first seed, one of them with the second; the base, for which there is no rate, with both.
+    assert len(records) == 2 * (2 + 1) + 2
+    for record in records:
+        images = np.load(out / "images" / record["images"], allow_pickle=False)
+        assert (images.shape, images.dtype) == ((20, 8, 8, 1), np.uint8)
+        assert record["config"] is None or (out / "adapters" / record["adapter"]).is_file()
+
+
+def test_the_rate_is_chosen_with_the_first_seed_by_the_loss_held_out(done: tuple[Path, Any]) -> None:
+    out, outcome = done
+    for row in outcome.rows[1:]:
+        own = [one for one in lines(out) if one["family"] == row["arm"]]
+        first = {one["rate"]: one["validation_loss"] for one in own if one["seed"] == 0}
+        assert row["rate"] == min(first, key=lambda rate: first[rate])
+        assert [one["rate"] for one in own if one["seed"] == 1] == [row["rate"]]
+
+
+def test_what_is_done_is_not_done_again_and_results_alone_give_the_same(
+    done: tuple[Path, Any], data: Path, cache: Path
+) -> None:
+    out, outcome = done
+    before = (out / "results.jsonl").read_bytes()
+    with threads(1):
+        again = run(tiny(), out, cache=cache, data=str(data))
+    assert (out / "results.jsonl").read_bytes() == before
+    assert again.rows == outcome.rows
+    points = {point.arm: point for point in generated_in(out / "results.jsonl")}
+    for row in outcome.rows:
+        point = points[row["arm"]]
+        assert (point.setting, point.parameters, point.rate) == (row["setting"], row["parameters"], row["rate"])
+        assert list(point.values("fid")) == row["fid"]
+    with pytest.raises(tna.errors.FileError, match="another study"):
+        run(tiny(samples=30), out, cache=cache, data=str(data))
+
+
+def test_a_base_is_measured_as_it_is_and_adapters_move_it(done: tuple[Path, Any], data: Path, cache: Path) -> None:
+    out, _ = done
+    base, *adapted = lines(out)
+    assert base["config"] is None
+    assert all(record["validation_loss"] != base["validation_loss"] for record in adapted if record["rate"] == 0.03)
+    bench = generation_of(tiny(), cache, data=str(data)).bench
+    assert sum(weight.numel() for weight in bench.model().parameters()) == 2612941
+
+
+def test_a_rate_at_which_all_diverge_is_still_one() -> None:
+    from tnadapt.finetune import Method, Task
+
+    method = Method("LoRA", "r = 1", tna.presets.lora(1))
+    records = {Task(method, 0, rate).key: {"validation_loss": None} for rate in (0.1, 0.2)}
+    assert chosen_rate(records, method, [0.2, 0.1]) == 0.1
+    records[Task(method, 0, 0.2).key]["validation_loss"] = 3.0  # type: ignore[assignment]
+    assert chosen_rate(records, method, [0.2, 0.1]) == 0.2
+
+
+# The others are like svhn-mnist: see tests/reproduce/test_recipes.py.
+@pytest.mark.parametrize("name", ["svhn-mnist", "mnist-svhn"])
+def test_the_full_recipes_make_their_first_steps_on_stand_ins(
+    name: str, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    recipe = open_recipe(name)
+    first = tuple(dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms[-1:])
+    steps = {"pretrain_steps": 1, "pretrain_batch": 2, "steps": 1, "batch": 2, "samples": 10, "sampling_steps": 1}
+    steps |= {"held_out": 8}
+    if name == "mnist-svhn":
+        write_svhn(tmp_path / "data" / "svhn", 20, 12)
+        (tmp_path / "data" / "mnist").symlink_to(data / "mnist")
+        data = tmp_path / "data"
+    settings = {**recipe.settings, **steps, "real": 12, "image_size": 16}
+    shown = dataclasses.replace(recipe, arms=first, settings=settings)
+    outcome = run(shown, tmp_path / "run", cache=cache, data=str(data), features="classifier")
+    assert [row["arm"] for row in outcome.rows] == ["as pretrained", recipe.arms[-1].name]
+    assert all(len(row["fid"]) == 1 for row in outcome.rows)
+
+
+def test_a_model_of_ones_own(done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with threads(1):
+        base = tmp_path / "base.safetensors"
+        save_file(generation_of(tiny(), cache, data=str(data)).bench.weights, base)
+    found = generation_of(tiny(), tmp_path, data=str(data), model=str(base)).bench
+    assert found.weights.keys() == found.model().state_dict().keys()
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    for name, word in (("other.safetensors", "no U-Net of 1 channels and width 32"), ("none", "cannot read the model")):
+        with pytest.raises(tna.TnadaptError, match=word):
+            generation_of(tiny(), tmp_path, data=str(data), model=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["svhn-mnist"], "--features the file"),
+        (["svhn-mnist", "--features", "classifier"], "needs --data: a folder with the folders 'svhn' and 'mnist'"),
+        (["svhn-mnist", "--features", "classifier", "--data", "nowhere"], "no train-images-idx3-ubyte in nowhere"),
+        (["geometry", "--scale", "mini", "--features", "classifier"], "has no --features"),
+    ],
+)
+def test_a_mistake_is_one_message(arguments: list[str], word: str, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "tnadapt", "reproduce", *arguments, "--out", str(tmp_path / "run")],
+        capture_output=True, text=True, check=False, encoding="utf-8",
+    )  # fmt: skip
+    assert found.returncode == 2, found.stdout
+    assert word in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+
+
+def test_a_killed_run_of_two_workers_goes_on_and_gives_the_same(
+    done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
+) -> None:
+    out, _ = done
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tests.reproduce.diffusion.test_generation import tiny\n"
+        "from tnadapt.reproduce import run\n"
+        f"if __name__ == '__main__':\n    run(tiny(), Path({str(tmp_path / 'run')!r}), cache=Path({str(cache)!r}), "
+        f"data={str(data)!r}, jobs=int(sys.argv[1]))\n",
+        encoding="utf-8",
+    )
+    root = str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    results = tmp_path / "run" / "results.jsonl"
+    with subprocess.Popen([sys.executable, str(script), "2"], cwd=root, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (results.is_file() and b'"key"' in results.read_bytes()):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    first = {line["key"] for line in lines(tmp_path / "run")}
+    assert first
+    again = subprocess.run([sys.executable, str(script), "1"], cwd=root, env=environment, check=False)
+    assert again.returncode == 0
+    one, two = ({line["key"]: {**line, "seconds": 0} for line in lines(folder)} for folder in (out, tmp_path / "run"))
+    assert len(lines(tmp_path / "run")) == len(two) == 8
+    assert first < two.keys()
+    assert two == one

@@ -1,0 +1,192 @@
+"""All adaptations of a recipe: the rate chosen with the first seed, the other seeds at that rate."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...finetune import Method, Reporter, Task
+from ...finetune.report import method_in
+from ...finetune.results import Results
+from ...finetune.workers import Do, cores, run_tasks
+from .bench import FIELDS, Adapting, Bench, Setup, open_bench
+
+__all__ = ["PRETRAINED", "Generated", "Generation", "chosen_rate", "generated_in"]
+
+#: What all are compared with: the base as it is.
+PRETRAINED = "as pretrained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """One setting at the rate that was best with the first seed.
+
+    Attributes
+    ----------
+    arm, setting : str
+    parameters : int
+    rate : float
+    records : tuple of mapping
+        The lines of results, one a seed.
+    """
+
+    arm: str
+    setting: str
+    parameters: int
+    rate: float
+    records: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
+
+    def values(self, metric: str) -> tuple[float, ...]:
+        """Of one of the measures, a seed each, where there is one."""
+        found = (record["metrics"].get(metric) for record in self.records)
+        return tuple(value for value in found if value is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adaptations:
+    """What a worker is sent: a :class:`~tnadapt.finetune.workers.Work`."""
+
+    setup: Setup
+    how: Adapting
+    out: Path
+
+    def open(self) -> Do:
+        return self.of(open_bench(self.setup))
+
+    def of(self, bench: Bench) -> Do:
+        return lambda task, progress: bench.adapt(task, self.how, self.out, progress)
+
+
+class Generation:
+    """The adaptations of a recipe, in one folder.
+
+    Parameters
+    ----------
+    setup : Setup
+    how : Adapting
+    methods : sequence of Method
+        The base as it is comes before them.
+    rates : sequence of float
+        All are tried with seed 0; the one whose loss on the images held out is least is that of the other seeds. The
+        measures choose nothing.
+    seeds : int
+    reporter : Reporter, optional
+
+    Attributes
+    ----------
+    bench : Bench
+
+    Raises
+    ------
+    TnadaptError
+        If images or weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        how: Adapting,
+        methods: Sequence[Method],
+        rates: Sequence[float],
+        seeds: int,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.setup, self.how = setup, how
+        self.reporter = reporter or Reporter()
+        self.rates, self.seeds = sorted(set(rates)), range(seeds)
+        self.methods = list({Task(method, 0, 1.0).key: method for method in reversed(methods)}.values())[::-1]
+        self.bench = open_bench(setup, self.reporter.preparing)
+
+    def settings(self) -> dict[str, Any]:
+        """All that an outcome depends on, but for method, seed and rate."""
+        return {**self.bench.settings(), **dataclasses.asdict(self.how)}
+
+    def run(self, out: Path, jobs: int = 1, fresh: bool = False) -> list[Generated]:
+        """Do what is not yet done.
+
+        Parameters
+        ----------
+        out : Path
+            The folder: ``results.jsonl``, ``images``, ``adapters``. Made if need be.
+        jobs : int
+            At once, each in a process of its own where there are several; 0 for as many as there are cores.
+        fresh : bool
+            Forget the results that an earlier run left there.
+
+        Returns
+        -------
+        list of Generated
+            In the order of the methods, the base first.
+
+        Raises
+        ------
+        FileError
+            If the folder cannot be used: see :class:`~tnadapt.finetune.results.Results`.
+        """
+        jobs = jobs or (cores() if self.setup.device == "cpu" else 1)
+        with Results(out / "results.jsonl", self.settings(), fresh, FIELDS) as results:
+            count = len(self.methods) * (len(self.rates) + len(self.seeds) - 1) + len(self.seeds)
+            self.reporter.begins(count, len(results.records))
+            base = Method(PRETRAINED, "", None)
+            # Of a base, no rate makes another.
+            first = [Task(base, seed, 0.0) for seed in self.seeds]
+            first += [Task(method, 0, rate) for method in self.methods for rate in self.rates]
+            self._do(first, results, out, jobs)
+            rates = {method: chosen_rate(results.records, method, self.rates) for method in self.methods}
+            rest = [Task(method, seed, rates[method]) for seed in self.seeds[1:] for method in self.methods]
+            self._do(rest, results, out, jobs)
+            every = {base: 0.0, **rates}
+            return [_point(method, rate, self.seeds, results.records) for method, rate in every.items()]
+
+    def _do(self, tasks: Sequence[Task], results: Results, out: Path, jobs: int) -> None:
+        missing = [task for task in tasks if task.key not in results.records]
+        if not missing:
+            return
+        results.begin_session(jobs=jobs, device=self.setup.device)
+        work = _Adaptations(self.setup, self.how, out)
+        done = run_tasks(work.of(self.bench), work, missing, jobs, None, self.reporter.training)
+        with contextlib.closing(done):  # an exception here must end the workers now
+            for task, record in done:
+                results.add(record)
+                self.reporter.finished(task, record)
+
+
+def chosen_rate(records: Mapping[str, Mapping[str, Any]], method: Method, rates: Sequence[float]) -> float:
+    """Of these rates, that with the least loss on the images held out, with seed 0; the lowest where all diverged."""
+    found = {rate: records[Task(method, 0, rate).key]["validation_loss"] for rate in rates}
+    there = {rate: loss for rate, loss in found.items() if loss is not None}
+    return min(there, key=lambda rate: there[rate]) if there else min(rates)
+
+
+def generated_in(path: Path) -> list[Generated]:
+    """What a whole file of results has: of all methods, rates and seeds in it.
+
+    Parameters
+    ----------
+    path : Path
+        A ``results.jsonl``.
+
+    Raises
+    ------
+    OSError, ValueError, KeyError
+        If it cannot be read, is none, or is not of a whole run.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = {line["key"]: line for line in lines if "key" in line}
+    methods = dict.fromkeys(method_in(line) for line in records.values())
+    seeds = sorted({line["seed"] for line in records.values()})
+    found = []
+    for method in sorted(methods, key=lambda method: method.config is not None):
+        tried = sorted({line["rate"] for line in records.values() if method_in(line) == method})
+        rate = chosen_rate(records, method, tried)
+        found.append(_point(method, rate, seeds, records))
+    return found
+
+
+def _point(method: Method, rate: float, seeds: Sequence[int], records: Mapping[str, Mapping[str, Any]]) -> Generated:
+    lines = tuple(records[Task(method, seed, rate).key] for seed in seeds)
+    return Generated(method.family, method.label, lines[0]["parameters"], rate, lines)

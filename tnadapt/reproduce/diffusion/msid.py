@@ -1,0 +1,152 @@
+"""MSID: how unlike the shapes of two clouds of points are, by the heat that their neighbourhood graphs lose.
+
+Tsitsulin, Munkhoeva, Mottin, Karras, Bronstein, Oseledets and Müller, "The Shape of Data: Intrinsic Distance for Data
+Distributions" (ICLR 2020).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+from numpy.typing import ArrayLike, NDArray
+from scipy.spatial import cKDTree
+
+from ...errors import ShapeError
+
+__all__ = ["heat_trace", "msid"]
+
+NEIGHBOURS = 5
+# Up to so many points, the eigenvalues are found one by one (2 s on one core); beyond, the trace is estimated.
+EXACT = 2048
+STEPS, PROBES = 10, 100
+
+
+def msid(first: ArrayLike, second: ArrayLike, neighbours: int = NEIGHBOURS, seed: int = 0) -> float:
+    """The intrinsic distance of two sets of points, which need not have equally many numbers each.
+
+    ``10^6 max over t of exp(-2 (t + 1/t)) |h_1(t) - h_2(t)|``, where h is :func:`heat_trace` and t goes from 0.1 to 10
+    in 256 steps of equal ratio. (The million is the authors', so that numbers can be compared.)
+
+    Parameters
+    ----------
+    first : array_like, shape (n, d)
+    second : array_like, shape (m, e)
+    neighbours : int
+        Of each point in its graph.
+    seed : int
+        Of the estimate, where there are more than 2,048 points.
+
+    Returns
+    -------
+    float
+        0 for the same shape.
+
+    Raises
+    ------
+    ShapeError
+        If one is no matrix of more points than neighbours.
+
+    Notes
+    -----
+    Costs O(n^3) up to 2,048 points; beyond, 1,000 products of a sparse matrix of about 2 n k numbers.
+
+    Examples
+    --------
+    A turned and shifted cloud has the same shape; one on a circle has another:
+
+    >>> points = np.random.default_rng(0).normal(size=(200, 2))
+    >>> angle = np.random.default_rng(1).uniform(0, 6.28, 200)
+    >>> bool(msid(points, points @ [[0, 1], [-1, 0]] + 3) < 1e-6)
+    True
+    >>> bool(msid(points, np.stack([np.cos(angle), np.sin(angle)], 1)) > 100)
+    True
+    """
+    times = np.logspace(-1, 1, 256)
+    traces = [heat_trace(points, times, neighbours, seed) for points in (first, second)]
+    return float(1e6 * np.max(np.exp(-2 * (times + 1 / times)) * np.abs(traces[0] - traces[1])))
+
+
+def heat_trace(
+    points: ArrayLike, times: ArrayLike, neighbours: int = NEIGHBOURS, seed: int = 0, exact: bool | None = None
+) -> NDArray[np.float64]:
+    """``trace(exp(-t L)) / n``: the mean heat that stays where it was, of the graph of nearest neighbours.
+
+    L is the normalised Laplacian ``1 - D^(-1/2) A D^(-1/2)``; A joins two points of which one is among the nearest of
+    the other.
+
+    Parameters
+    ----------
+    points : array_like, shape (n, d)
+    times : array_like, shape (k,)
+    neighbours, seed
+        As in :func:`msid`.
+    exact : bool, optional
+        By all eigenvalues, or estimated by stochastic Lanczos quadrature (10 steps from 100 vectors of signs); by the
+        number of points if not given.
+
+    Returns
+    -------
+    ndarray of float64, shape (k,)
+
+    Examples
+    --------
+    Of 6 points with 5 neighbours each, every two are joined: eigenvalues 0 and five times 6/5.
+
+    >>> found = heat_trace(np.eye(6), [1.0])
+    >>> np.allclose(found, (1 + 5 * np.exp(-6 / 5)) / 6)
+    True
+    """
+    points, times = np.asarray(points, np.float64), np.asarray(times, np.float64)
+    if points.ndim != 2 or len(points) <= neighbours:
+        raise ShapeError(f"expected a matrix of more than {neighbours} points; got shape {points.shape}")
+    laplacian = _laplacian(points, neighbours)
+    if len(points) <= EXACT if exact is None else exact:
+        values = np.linalg.eigvalsh(laplacian.toarray())
+        return np.asarray(np.exp(-np.outer(times, values)).mean(1))
+    return _estimated(laplacian, times, np.random.default_rng(seed))
+
+
+def _laplacian(points: NDArray[np.float64], neighbours: int) -> Any:
+    count = len(points)
+    # A point is not its own neighbour, nor need it be the first found where others lie on it.
+    _, near = cKDTree(points).query(points, neighbours + 1)
+    own = near == np.arange(count)[:, None]
+    own[~own.any(1), -1] = True
+    near = near[~own].reshape(count, neighbours)
+    rows = np.repeat(np.arange(count), neighbours)
+    joined = scipy.sparse.csr_matrix((np.ones(rows.size), (rows, near.reshape(-1))), (count, count))
+    joined = joined.maximum(joined.T)
+    root = scipy.sparse.diags(1 / np.sqrt(np.asarray(joined.sum(1)).reshape(-1)))
+    return (scipy.sparse.identity(count) - root @ joined @ root).tocsr()
+
+
+def _estimated(matrix: Any, times: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
+    """Gauss quadrature from a Lanczos tridiagonal matrix of each probe (Ubaru, Chen and Saad 2017).
+
+    Only what differs from the parabola of exp(-t x) at x = 1 is estimated: the mean eigenvalue is 1, and the mean of
+    (x - 1)^2 is the sum of the squares beside the diagonal, by n.
+    """
+    count = matrix.shape[0]
+    beside_diagonal = (matrix - scipy.sparse.identity(count)).power(2).sum() / count
+    still = np.exp(-times)
+    found = np.zeros(len(times))
+    for _ in range(PROBES):
+        vector = random.choice((-1.0, 1.0), count) / np.sqrt(count)
+        basis, diagonal, beside = [vector], [], []
+        for step in range(STEPS):
+            product = matrix @ basis[-1]
+            diagonal.append(float(basis[-1] @ product))
+            for one in (*basis, *basis):  # twice, as once leaves what cancels
+                product = product - (one @ product) * one
+            length = float(np.linalg.norm(product))
+            if step == STEPS - 1 or length < 1e-12:
+                break
+            beside.append(length)
+            basis.append(product / length)
+        values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside)
+        away = np.outer(times, values - 1)
+        found += (still[:, None] * (np.exp(-away) - 1 + away - away**2 / 2)) @ vectors[0] ** 2
+    return found / PROBES + still * (1 + times**2 * beside_diagonal / 2)
