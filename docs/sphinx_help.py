@@ -12,6 +12,7 @@ GALLERY = (
     "plot_parameters",
     "plot_plan_budget",
     "plot_layout",
+    "plot_network",
     "plot_projection",
     "plot_geometry",
 )

@@ -5,6 +5,7 @@ from .canvas import STYLES
 from .counts import parameters
 from .fronts import Curve, Dot, Panel, fronts, fronts_grid
 from .generated import generated
+from .network import network
 from .places import layout
 from .similarity import similarity
 
@@ -18,6 +19,7 @@ __all__ = [
     "fronts_grid",
     "generated",
     "layout",
+    "network",
     "parameters",
     "pareto",
     "similarity",

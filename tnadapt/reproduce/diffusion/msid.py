@@ -149,4 +149,5 @@ def _estimated(matrix: Any, times: NDArray[np.float64], random: np.random.Genera
         values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside)
         away = np.outer(times, values - 1)
         found += (still[:, None] * (np.exp(-away) - 1 + away - away**2 / 2)) @ vectors[0] ** 2
-    return found / PROBES + still * (1 + times**2 * beside_diagonal / 2)
+    parabola: NDArray[np.float64] = still * (1 + times**2 * beside_diagonal / 2)
+    return found / PROBES + parabola
