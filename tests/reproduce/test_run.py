@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.reproduce import names, open_recipe, run
+from tnadapt.reproduce import names, open_recipe, redraw, run
 from tnadapt.reproduce.recipe import parse
 
 pytest.importorskip("typer")
@@ -133,6 +133,19 @@ def test_a_classification_is_run_and_goes_on(cache: Path, tmp_path: Path) -> Non
     assert again.results.read_bytes() == before, "what was finished is not trained again"
     assert again.rows == first.rows
     assert first.picture.is_file()
+    (tmp_path / "pictures").mkdir()
+    alone = redraw(recipe, tmp_path / "run", tmp_path / "pictures")
+    assert alone.rows == first.rows
+    assert alone.picture == tmp_path / "pictures" / "figure.png"
+    assert alone.picture.read_bytes() == first.picture.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["digits", "geometry", "svhn-mnist"])
+def test_what_has_not_been_run_cannot_be_drawn(name: str, tmp_path: Path) -> None:
+    done = command(name, "--scale", "mini", "--redraw", "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert "cannot read the results" in done.stderr
+    assert "run it first" in " ".join(done.stderr.split())
 
 
 def test_other_weights_than_the_recipes_are_refused(cache: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import TnadaptError
-from ..reproduce import Outcome, Recipe, names, open_recipe, run
+from ..reproduce import Outcome, Recipe, names, open_recipe, redraw, run
 from ..reproduce.recipe import SCALES
 from .progress import reporter
 from .tables import print_table
@@ -36,6 +36,9 @@ def reproduce_command(
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at once; 0: as many as fit.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run left there.")] = False,
+    redrawn: Annotated[
+        bool, typer.Option("--redraw", help="Draw anew what is in --out; train nothing, need no model and no data.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List every setting with its count, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -55,6 +58,9 @@ def reproduce_command(
         _print_points(recipe, as_json)
         return
     folder = out or Path("runs", f"{name}-{scale}")
+    if redrawn:
+        _print_outcome(recipe, redraw(recipe, folder), as_json)
+        return
     try:
         with reporter() as shown:
             outcome = run(

@@ -5,6 +5,6 @@ where it is needed, so that counts and figure 2 need no torch.
 """
 
 from .recipe import Point, Recipe, names, open_recipe
-from .run import Outcome, run
+from .run import Outcome, redraw, run
 
-__all__ = ["Outcome", "Point", "Recipe", "names", "open_recipe", "run"]
+__all__ = ["Outcome", "Point", "Recipe", "names", "open_recipe", "redraw", "run"]

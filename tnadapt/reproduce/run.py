@@ -1,4 +1,4 @@
-"""A recipe, run: what its kind asks for, into one folder."""
+"""A recipe, run: what its kind asks for, into one folder; then its table and figures, of what is in the folder."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileError, TnadaptError
+from .figures import draw, read
 from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from ..finetune import Point as Trained
     from ..finetune import Reporter
-    from .diffusion.generation import Generated, Generation
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Outcome", "redraw", "run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,169 +93,70 @@ def run(
     ({'arm': 'LoRA', 'rank': 1, 'parameters': 1024}, 'counts.jsonl')
     """
     if recipe.kind == "counts":
-        return _counted(recipe, out)
-    if recipe.kind == "diffusion":
+        points = recipe.points()
+        _write([{"arm": one.arm, "rank": one.config.rank, "parameters": one.parameters} for one in points], out)
+    elif recipe.kind == "diffusion":
         from .diffusion.opening import generation_of
 
-        generation = generation_of(
+        generation_of(
             recipe, cache or out / "cache", model=model, data=data, features=features, rates=rates, seeds=seeds,
             device=device, reporter=reporter,
+        ).run(out, jobs, fresh)  # fmt: skip
+    else:
+        if features is not None:
+            raise TnadaptError(f"recipe {recipe.name} generates no images, and has no --features")
+        from .classification import study_of
+
+        study = study_of(
+            recipe, cache or out / "cache", model=model, data=data, rates=rates, seeds=seeds, device=device,
+            keep_references=recipe.kind == "geometry", reporter=reporter,
         )  # fmt: skip
-        return _generated(recipe, generation.run(out, jobs, fresh), generation, out)
-    if features is not None:
-        raise TnadaptError(f"recipe {recipe.name} generates no images, and has no --features")
-    from .classification import study_of
+        done = study.run(out, jobs, fresh)
+        if recipe.kind == "geometry":
+            from .similarity import measured
 
-    geometric = recipe.kind == "geometry"
-    study = study_of(
-        recipe, cache or out / "cache", model=model, data=data, rates=rates, seeds=seeds, device=device,
-        keep_references=geometric, reporter=reporter,
-    )  # fmt: skip
-    done = study.run(out, jobs, fresh)
-    sizes = " / ".join(f"{len(part.labels):,}" for part in study.problem.parts.values())
-    seeds = len(study.seeds)
-    note = (
-        f"{study.problem.name}; {sizes} samples to train on, choose the rate by, and test; {seeds} "
-        f"seed{'s' * (seeds > 1)}; each at the better of {len(study.rates)} rate{'s' * (len(study.rates) > 1)}"
-    )
-    if geometric:
-        return _similar(recipe, done.points, out, note)
-    rows = [
-        {
-            "arm": point.method.family,
-            "setting": point.method.label,
-            "parameters": point.parameters,
-            "rate": point.rate,
-            "test": [round(100 * value, 2) for value in point.test],
-        }
-        for point in done.points
-    ]
-    return Outcome(rows, out / "results.jsonl", _drawn(_fronts, recipe, rows, out / "figure.png", note))
+            _write(list(measured(done.points, out / "adapters")), out, "geometry.jsonl")
+    return redraw(recipe, out)
 
 
-# -- Kinds -------------------------------------------------------------------------------------
+def redraw(recipe: Recipe, out: Path, pictures: Path | None = None) -> Outcome:
+    """The table and the figures of what is in a folder; nothing is trained, and neither model nor data are needed.
 
+    Parameters
+    ----------
+    recipe : Recipe
+    out : Path
+        Where :func:`run` left its results.
+    pictures : Path, optional
+        Another folder for the figures.
 
-def _counted(recipe: Recipe, out: Path) -> Outcome:
-    rows = [{"arm": point.arm, "rank": point.config.rank, "parameters": point.parameters} for point in recipe.points()]
-    return Outcome(rows, _written(rows, out / "counts.jsonl"), _drawn(_counts, recipe, rows, out / "figure.png", ""))
+    Returns
+    -------
+    Outcome
 
-
-def _similar(recipe: Recipe, points: Sequence[Trained], out: Path, note: str) -> Outcome:
-    from .similarity import VECTORS, measured, summary
-
-    rows = list(measured(points, out / "adapters"))
-    path = _written(rows, out / "geometry.jsonl")
-    note = f"{note}; the first {VECTORS} singular vectors; a dot a weight and seed"
-    return Outcome(summary(rows), path, _drawn(_scatter, recipe, rows, out / "figure.png", note))
-
-
-def _generated(recipe: Recipe, points: Sequence[Generated], generation: Generation, out: Path) -> Outcome:
-    from .diffusion.metrics import METRICS
-
-    rows = [
-        {
-            "arm": point.arm,
-            "setting": point.setting,
-            "parameters": point.parameters,
-            "rate": point.rate,
-            "loss": [record["validation_loss"] for record in point.records if not record["diverged"]],
-            **{metric: list(point.values(metric)) for metric in METRICS},
-        }
-        for point in points
-    ]
-    setup, seeds = generation.setup, len(generation.seeds)
-    note = (
-        f"{setup.source} to {setup.target}, {setup.size} pixels; {generation.how.samples:,} images of each, seen by "
-        f"{'a classifier of ' + setup.target if setup.features == 'classifier' else 'Inception'}; {seeds} "
-        f"seed{'s' * (seeds > 1)}; each at the rate of {len(generation.rates)} with the least loss on images held out"
-    )
-    _drawn(_samples, recipe, _chosen(points, out), out / "generated.png", note)
-    return Outcome(rows, out / "results.jsonl", _drawn(_qualities, recipe, rows, out / "figure.png", note))
-
-
-def _chosen(points: Sequence[Generated], out: Path) -> list[dict[str, Any]]:
-    """Of every setting, the first images of the first seed."""
-    found = []
-    for point in points:
-        path = out / "images" / point.records[0].get("images", "")
-        if path.is_file():
-            found.append({"words": _words(point.arm, point.setting, point.parameters), "path": path})
-    return found
-
-
-def _words(arm: str, setting: str, parameters: int) -> str:
-    return f"{arm}\n{setting + ', ' if setting else ''}{parameters:,} parameters" if parameters else arm
-
-
-def _written(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    Raises
+    ------
+    TnadaptError
+        If there are no results there.
+    """
+    results = out / {"counts": "counts.jsonl", "geometry": "geometry.jsonl"}.get(recipe.kind, "results.jsonl")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror}; give another folder with --out") from None
-    return path
-
-
-# -- Pictures ----------------------------------------------------------------------------------
-
-
-def _drawn(draw: Any, recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> Path | None:
+        found = read(recipe, out)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise TnadaptError(f"cannot read the results of recipe {recipe.name} in {out}: {error}; run it first") from None
     try:
-        draw(recipe, rows, path, note)
+        picture = draw(recipe, found, out, pictures or out)
     except ImportError:
-        return None
+        picture = None
     except OSError as error:
-        raise FileError(f"cannot draw into {path}: {error.strerror}; give another folder with --out") from None
-    return path
+        raise FileError(f"cannot draw into {pictures or out}: {error.strerror}; give another folder") from None
+    return Outcome(found.rows, results, picture)
 
 
-def _counts(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
-    from ..plot import parameters
-
-    ranks = max(int(row["rank"]) for row in rows)
-    parameters(recipe.weights.shapes, path, ranks=ranks, title=f"{recipe.title}: {recipe.weights.what}")
-
-
-def _fronts(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
-    from ..plot import Curve, Dot, fronts
-
-    curves = [
-        Curve(arm, tuple(Dot(row["parameters"], tuple(row["test"])) for row in rows if row["arm"] == arm))
-        for arm in dict.fromkeys(row["arm"] for row in rows)
-    ]
-    fronts(curves, path, title=recipe.title, note=note)
-
-
-def _qualities(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
-    from ..plot import Curve, Dot, Panel, fronts_grid
-    from .diffusion.metrics import LOWER, METRICS
-
-    arms = dict.fromkeys(row["arm"] for row in rows)
-    panels = []
-    for metric, words in METRICS.items():
-        dots = {
-            arm: tuple(Dot(row["parameters"], tuple(row[metric])) for row in rows if row["arm"] == arm and row[metric])
-            for arm in arms
-        }
-        curves = tuple(Curve(arm, own) for arm, own in dots.items() if own)
-        if curves:
-            panels.append(Panel(curves, words, metric not in LOWER))
-    if panels:
-        fronts_grid(panels, path, title=recipe.title, note=note)
-
-
-def _samples(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
-    import numpy as np
-
-    from ..plot import generated
-
-    found = [(row["words"], np.load(row["path"], allow_pickle=False)[:20]) for row in rows]
-    if found:
-        generated(found, path, title=recipe.title, note=note)
-
-
-def _scatter(recipe: Recipe, rows: Sequence[dict[str, Any]], path: Path, note: str) -> None:
-    from ..plot import similarity
-
-    similarity(rows, path, title=recipe.title, note=note)
+def _write(rows: Sequence[dict[str, Any]], out: Path, name: str = "counts.jsonl") -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (out / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"cannot write {out / name}: {error.strerror}; give another folder with --out") from None

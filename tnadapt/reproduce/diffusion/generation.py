@@ -103,7 +103,9 @@ class Generation:
 
     def settings(self) -> dict[str, Any]:
         """All that an outcome depends on, but for method, seed and rate."""
-        return {**self.bench.settings(), **dataclasses.asdict(self.how)}
+        how = dataclasses.asdict(self.how)
+        how["generated"] = how.pop("samples")
+        return {**self.bench.settings(), **how}
 
     def run(self, out: Path, jobs: int = 1, fresh: bool = False) -> list[Generated]:
         """Do what is not yet done.

@@ -1,0 +1,210 @@
+"""Tables and figures of a recipe, of its results and of nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .diffusion.generation import Generated
+
+__all__ = ["Found", "draw", "read"]
+
+Rows = list[dict[str, Any]]
+
+#: Images of a setting that are shown: two of each class.
+SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What results say.
+
+    Attributes
+    ----------
+    rows : list of dict
+        As the table shows them.
+    drawn : list of dict
+        As the figure shows them, where these are others.
+    note : str
+        What stands small below the figure: data, seeds, rates.
+    """
+
+    rows: Rows
+    drawn: Rows
+    note: str
+
+
+def read(recipe: Recipe, folder: Path) -> Found:
+    """The table of what is in a folder.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    folder : Path
+        Where :func:`~tnadapt.reproduce.run` left its results.
+
+    Returns
+    -------
+    Found
+
+    Raises
+    ------
+    OSError, ValueError, KeyError, IndexError
+        If there are none, or they are damaged or not all there.
+    """
+    if recipe.kind == "counts":
+        rows = _lines(folder / "counts.jsonl")
+        return Found(rows, rows, "")
+    study = _lines(folder / "results.jsonl")[0]["study"]
+    if recipe.kind == "diffusion":
+        return _generated(recipe, folder, study)
+    from ..finetune.report import points_in
+
+    points = _in_order(recipe, points_in(folder / "results.jsonl"), lambda point: point.method.family)
+    seeds = len(points[0].test)
+    rates = len({line["rate"] for line in _lines(folder / "results.jsonl") if "key" in line})
+    sizes = " / ".join(f"{count:,}" for count in study["samples"].values())
+    note = (
+        f"{study['problem']}; {sizes} samples to train on, choose the rate by, and test; {_several(seeds, 'seed')}; "
+        f"each at the better of {_several(rates, 'rate')}"
+    )
+    if recipe.kind == "geometry":
+        from .similarity import VECTORS, summary
+
+        drawn = _lines(folder / "geometry.jsonl")
+        return Found(summary(drawn), drawn, f"{note}; the first {VECTORS} singular vectors; a dot a weight and seed")
+    rows = [
+        {
+            "arm": point.method.family,
+            "setting": point.method.label,
+            "parameters": point.parameters,
+            "rate": point.rate,
+            "test": [round(100 * value, 2) for value in point.test],
+        }
+        for point in points
+    ]
+    return Found(rows, rows, note)
+
+
+def _generated(recipe: Recipe, folder: Path, study: dict[str, Any]) -> Found:
+    from .diffusion.generation import generated_in
+    from .diffusion.metrics import METRICS
+
+    points: list[Generated] = _in_order(recipe, generated_in(folder / "results.jsonl"), lambda point: point.arm)
+    rows = [
+        {
+            "arm": point.arm,
+            "setting": point.setting,
+            "parameters": point.parameters,
+            "rate": point.rate,
+            "loss": [record["validation_loss"] for record in point.records if not record["diverged"]],
+            **{metric: list(point.values(metric)) for metric in METRICS},
+        }
+        for point in points
+    ]
+    rates = len({line["rate"] for line in _lines(folder / "results.jsonl") if line.get("config")})
+    looks = f"a classifier of {study['target']}" if study["features"] == "classifier" else "Inception"
+    note = (
+        f"{study['source']} to {study['target']}; {study['generated']:,} images of each, seen by {looks}; "
+        f"{_several(len(points[0].records), 'seed')}; each at the rate of {rates} with the least loss held out"
+    )
+    return Found(rows, [_first_images(point, folder) for point in points], note)
+
+
+def _first_images(point: Generated, folder: Path) -> dict[str, Any]:
+    """Of a setting, in words, and the file of the first images of its first seed."""
+    named = f"{point.setting}, " if point.setting else ""
+    words = f"{point.arm}\n{named}{point.parameters:,} parameters" if point.parameters else point.arm
+    return {"words": words, "path": folder / "images" / point.records[0].get("images", "")}
+
+
+def _in_order(recipe: Recipe, points: Sequence[Any], arm: Any) -> list[Any]:
+    """As the recipe has its arms; what is in none of them, such as the head alone, first."""
+    places = {one.name: place for place, one in enumerate(recipe.arms)}
+    return sorted(points, key=lambda point: (places.get(arm(point), -1), point.parameters))
+
+
+def _lines(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"
+
+
+# -- Figures -----------------------------------------------------------------------------------
+
+
+def draw(recipe: Recipe, found: Found, folder: Path, out: Path) -> Path:
+    """``figure.png`` into ``out``, and of images that are in the folder ``generated.png``.
+
+    Returns
+    -------
+    Path
+        Of the figure.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    OSError
+        If it cannot be written.
+    """
+    from ..plot import parameters, similarity
+
+    path = out / "figure.png"
+    if recipe.kind == "counts":
+        ranks = max(int(row["rank"]) for row in found.rows)
+        parameters(recipe.weights.shapes, path, ranks=ranks, title=f"{recipe.title}: {recipe.weights.what}")
+    elif recipe.kind == "geometry":
+        similarity(found.drawn, path, title=recipe.title, note=found.note)
+    elif recipe.kind == "diffusion":
+        _qualities(recipe, found, path)
+        _images(recipe, found, out / "generated.png")
+    else:
+        _fronts(recipe, found, path)
+    return path
+
+
+def _fronts(recipe: Recipe, found: Found, path: Path) -> None:
+    from ..plot import Curve, Dot, fronts
+
+    curves = [
+        Curve(arm, tuple(Dot(row["parameters"], tuple(row["test"])) for row in found.rows if row["arm"] == arm))
+        for arm in dict.fromkeys(row["arm"] for row in found.rows)
+    ]
+    fronts(curves, path, title=recipe.title, note=found.note)
+
+
+def _qualities(recipe: Recipe, found: Found, path: Path) -> None:
+    from ..plot import Curve, Dot, Panel, fronts_grid
+    from .diffusion.metrics import LOWER, METRICS
+
+    arms = dict.fromkeys(row["arm"] for row in found.rows)
+    panels = []
+    for metric, words in METRICS.items():
+        own = [row for row in found.rows if row[metric]]
+        dots = {arm: [Dot(row["parameters"], tuple(row[metric])) for row in own if row["arm"] == arm] for arm in arms}
+        curves = tuple(Curve(arm, tuple(some)) for arm, some in dots.items() if some)
+        if curves:
+            panels.append(Panel(curves, words, metric not in LOWER))
+    if panels:
+        fronts_grid(panels, path, title=recipe.title, note=found.note)
+
+
+def _images(recipe: Recipe, found: Found, path: Path) -> None:
+    import numpy as np
+
+    from ..plot import generated
+
+    rows = [
+        (row["words"], np.load(row["path"], allow_pickle=False)[:SHOWN]) for row in found.drawn if row["path"].is_file()
+    ]
+    if rows:
+        generated(rows, path, title=recipe.title, note=found.note)
