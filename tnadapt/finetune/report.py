@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from .methods import Method
+from .results import read_lines
 from .train import Task
 
-__all__ = ["Point", "best_point", "columns", "method_in", "pareto_front", "points_in", "points_of", "rows_of"]
+__all__ = [
+    "Point",
+    "best_point",
+    "better_rate",
+    "columns",
+    "method_in",
+    "pareto_front",
+    "points_in",
+    "points_of",
+    "rows_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +91,11 @@ class Point:
 
 
 def points_of(
-    records: Mapping[str, Mapping[str, Any]], methods: Sequence[Method], rates: Sequence[float], seeds: Sequence[int]
+    records: Mapping[str, Mapping[str, Any]],
+    methods: Sequence[Method],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    tuned_by: int | None = None,
 ) -> list[Point]:
     """A point a method, at the rate with the best mean validation accuracy; the lower loss decides between equals.
 
@@ -94,6 +107,8 @@ def points_of(
         Lines of results by key.
     methods, rates, seeds : sequence
         Of these, those with all their seeds there are considered.
+    tuned_by : int, optional
+        With how many of the seeds the rate is chosen; with all if not given.
 
     Returns
     -------
@@ -102,25 +117,38 @@ def points_of(
     """
     points = []
     for method in methods:
-        tried = []
-        for rate in rates:
-            keys = [Task(method, seed, rate).key for seed in seeds]
-            if all(key in records for key in keys):
-                tried.append((rate, [records[key] for key in keys]))
-        if tried:
-            rate, chosen = max(tried, key=lambda one: _quality(one[1]))
+        rate = better_rate(records, method, rates, seeds[:tuned_by])
+        if rate is not None and (chosen := _complete(records, method, rate, seeds)):
             points.append(_point(method, rate, chosen))
     front = set(pareto_front([(p.parameters, -math.inf if p.diverged else p.accuracy) for p in points]))
     return [dataclasses.replace(point, front=index in front) for index, point in enumerate(points)]
 
 
-def points_in(path: str | os.PathLike[str]) -> list[Point]:
+def better_rate(
+    records: Mapping[str, Mapping[str, Any]], method: Method, rates: Sequence[float], seeds: Sequence[int]
+) -> float | None:
+    """Of the rates that were tried with all these seeds, the one that was better; None if there is none."""
+    tried = [(rate, found) for rate in rates if (found := _complete(records, method, rate, seeds))]
+    return max(tried, key=lambda one: _quality(one[1]))[0] if tried else None
+
+
+def _complete(
+    records: Mapping[str, Mapping[str, Any]], method: Method, rate: float, seeds: Sequence[int]
+) -> list[Mapping[str, Any]]:
+    """The lines of these trainings; none where one is missing."""
+    found = [records.get(Task(method, seed, rate).key) for seed in seeds]
+    return [one for one in found if one is not None] if None not in found else []
+
+
+def points_in(path: str | os.PathLike[str], rates: Sequence[float] = ()) -> list[Point]:
     """The points of a whole file of results: of all methods, rates and seeds that it has.
 
     Parameters
     ----------
     path : path-like
         A ``results.jsonl``.
+    rates : sequence of float
+        Of these alone, if any are given.
 
     Returns
     -------
@@ -132,11 +160,14 @@ def points_in(path: str | os.PathLike[str]) -> list[Point]:
     OSError, ValueError
         If it cannot be read, or is none.
     """
-    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    records = {line["key"]: line for line in lines if "key" in line}
+    records = {line["key"]: line for line in read_lines(path) if "key" in line}
     methods = dict.fromkeys(map(method_in, records.values()))
-    rates, seeds = (sorted({line[name] for line in records.values()}) for name in ("rate", "seed"))
-    return points_of(records, list(methods), rates, seeds)
+    every, seeds = (sorted({line[name] for line in records.values()}) for name in ("rate", "seed"))
+    rates = rates or every
+    # The leading seeds with which every rate was tried are those that it was chosen with.
+    whole = [all(_complete(records, method, rate, [seed]) for method in methods for rate in rates) for seed in seeds]
+    tuned_by = whole.index(False) if False in whole else len(whole)
+    return points_of(records, list(methods), rates, seeds, max(1, tuned_by))
 
 
 def method_in(line: Mapping[str, Any]) -> Method:

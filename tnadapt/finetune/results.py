@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import FileError
 
-__all__ = ["FORMAT", "Results", "machine"]
+__all__ = ["FORMAT", "Results", "machine", "read_lines"]
 
 FORMAT = "tnadapt finetune 1"
 _BEGINNING = f'{{"format": "{FORMAT}", '.encode()
@@ -135,6 +135,26 @@ class Results:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The whole lines of a file of results; one that was not finished when a process was killed is dropped.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If a line is none of JSON's objects.
+    """
+    content = Path(path).read_bytes()
+    found = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        one = json.loads(line)
+        if not isinstance(one, dict):
+            raise ValueError(f"line {number} is no object")
+        found.append(one)
+    return found
 
 
 def _lock(file: Any, path: Path) -> None:

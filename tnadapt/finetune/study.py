@@ -18,9 +18,9 @@ from .loop import threads
 from .methods import Method
 from .opening import open_problem
 from .problem import Problem, Spec, base_digest, samples_digest
-from .report import Point, best_point, points_of
+from .report import Point, best_point, better_rate, points_of
 from .results import Results
-from .train import Task, Training, train
+from .train import Task, Training, checked_rates, train
 from .workers import Do, cores, run_tasks, threads_each
 
 __all__ = ["Outcome", "Reporter", "Study"]
@@ -101,6 +101,9 @@ class Study:
     seeds : int
         Every method and rate with seeds 0 to ``seeds - 1``.
     reporter : Reporter, optional
+    tuned_by : int, optional
+        With so many of the seeds, every rate is tried; the others train at the one that was better. With all if not
+        given.
 
     Attributes
     ----------
@@ -123,7 +126,10 @@ class Study:
         rates: Sequence[float],
         seeds: int = 1,
         reporter: Reporter | None = None,
+        tuned_by: int | None = None,
     ) -> None:
+        checked_rates(rates)
+        self.tuned_by = tuned_by
         self.spec, self.training = spec, training
         self.rates, self.seeds = sorted(set(rates)), range(seeds)
         self.reporter = reporter or Reporter()
@@ -137,7 +143,8 @@ class Study:
         self.layers = [target.layer for target in self.targets]
         self.shapes = [target.shape for target in self.targets]
         self.methods = self._chosen(choice)
-        self.tasks = [Task(method, seed, rate) for seed in self.seeds for method in self.methods for rate in self.rates]
+        tuning = self.seeds[:tuned_by]
+        self.tasks = [Task(method, seed, rate) for seed in tuning for method in self.methods for rate in self.rates]
 
     def _chosen(self, choice: Chooser) -> list[Method]:
         methods = choice.methods(self.shapes, len(set(self.layers)))
@@ -197,18 +204,31 @@ class Study:
             for name in results.dropped:
                 with contextlib.suppress(OSError):
                     (adapters / name).unlink()
-            missing = [task for task in self.tasks if task.key not in results.records]
-            self.reporter.begins(len(self.tasks), len(self.tasks) - len(missing))
-            if missing:
-                results.begin_session(jobs=jobs, device=self.training.device)
-                self._train(missing, results, adapters, jobs)
-            points = points_of(results.records, self.methods, self.rates, self.seeds)
+            before = len(results.records)
+            found = sum(task.key in results.records for task in self.tasks)
+            rest = self.seeds[self.tuned_by :] if self.tuned_by else ()
+            self.reporter.begins(len(self.tasks) + len(rest) * len(self.methods), found)
+            self._train_missing(self.tasks, results, adapters, jobs)
+            tuned = {
+                method: better_rate(results.records, method, self.rates, self.seeds[: self.tuned_by])
+                for method in self.methods
+            }
+            others = [Task(method, seed, rate) for seed in rest for method, rate in tuned.items() if rate is not None]
+            self._train_missing(others, results, adapters, jobs)
+            trained = len(results.records) - before
+            points = points_of(results.records, self.methods, self.rates, self.seeds, self.tuned_by)
             best = best_point(points)
             adapter, proof = None, None
             if best is not None:
                 adapter, proof = self._saved(best, results, adapters, out, jobs)
         picture = self._draw(points, out / "pareto.png")
-        return Outcome(points, best, adapter, proof, picture, len(missing), len(self.tasks) - len(missing))
+        return Outcome(points, best, adapter, proof, picture, trained, len(self.tasks) + len(others) - trained)
+
+    def _train_missing(self, tasks: Sequence[Task], results: Results, adapters: Path, jobs: int) -> None:
+        missing = [task for task in tasks if task.key not in results.records]
+        if missing:
+            results.begin_session(jobs=jobs, device=self.training.device)
+            self._train(missing, results, adapters, jobs)
 
     def _train(self, tasks: Sequence[Task], results: Results, adapters: Path, jobs: int) -> None:
         work = _Trainings(self.spec, self.training, adapters)

@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .loop import Schedule, evaluate, fit
 from .methods import Method
 from .problem import Problem, free
 
-__all__ = ["Task", "Training", "predictions_digest", "train", "usable_device"]
+__all__ = ["Task", "Training", "checked_rates", "predictions_digest", "train", "usable_device"]
 
 
 # Results of a study are known by its settings: those that were written before these fields were there stay its own.
@@ -97,6 +97,27 @@ class Task:
         """Of its adapter."""
         words = re.findall(r"[a-z0-9.]+", self.method.name.lower())
         return f"{'-'.join([*words, self.key])}.safetensors"
+
+
+def checked_rates(rates: Sequence[float]) -> None:
+    """Whether all are rates.
+
+    Raises
+    ------
+    TnadaptError
+        If one is not a finite number above 0, or there is none.
+
+    Examples
+    --------
+    >>> checked_rates([0.1, -1.0])
+    Traceback (most recent call last):
+    tnadapt.errors.TnadaptError: a learning rate is a finite number above 0; got -1.0
+    """
+    for rate in rates:
+        if not (math.isfinite(rate) and rate > 0):
+            raise TnadaptError(f"a learning rate is a finite number above 0; got {rate}")
+    if not rates:
+        raise TnadaptError("there is no learning rate; give at least one")
 
 
 def usable_device(name: str | None) -> str:

@@ -19,7 +19,7 @@ __all__ = ["Arms", "method_of", "study_of"]
 
 _TRAINING = ("epochs", "steps", "batch", "optimiser", "shape", "weight_decay", "warmup", "clip")
 _SPEC = ("image_size", "max_length", "limit", "text_column", "label_column")
-_OTHERS = ("model", "data", "fetch", "head_rows", "rates", "seeds")
+_OTHERS = ("model", "data", "fetch", "head_rows", "rates", "seeds", "tuned_by")
 
 
 def method_of(arm: str, config: Config) -> Method:
@@ -118,4 +118,7 @@ def study_of(
     )
     how = {name: settings[name] for name in _TRAINING if name in settings}
     training = Training(**{"epochs": 1, **how}, device=usable_device(device), keep_references=keep_references)
-    return Study(spec, Arms(recipe), training, rates or settings["rates"], seeds or settings["seeds"], reporter)
+    return Study(
+        spec, Arms(recipe), training, rates or settings["rates"], seeds or settings["seeds"], reporter,
+        settings.get("tuned_by"),
+    )  # fmt: skip

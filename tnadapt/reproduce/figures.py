@@ -40,7 +40,7 @@ class Found:
     note: str
 
 
-def read(recipe: Recipe, folder: Path) -> Found:
+def read(recipe: Recipe, folder: Path, points: Sequence[Any] | None = None) -> Found:
     """The table of what is in a folder.
 
     Parameters
@@ -48,6 +48,8 @@ def read(recipe: Recipe, folder: Path) -> Found:
     recipe : Recipe
     folder : Path
         Where :func:`~tnadapt.reproduce.run` left its results.
+    points : sequence, optional
+        Of a study, these alone; all that were finished if not given.
 
     Returns
     -------
@@ -59,16 +61,19 @@ def read(recipe: Recipe, folder: Path) -> Found:
         If there are none, or they are damaged or not all there.
     """
     if recipe.kind == "counts":
-        rows = _lines(folder / "counts.jsonl")
+        text = (folder / "counts.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
         return Found(rows, rows, "")
-    study = _lines(folder / "results.jsonl")[0]["study"]
-    if recipe.kind == "diffusion":
-        return _generated(recipe, folder, study)
     from ..finetune.report import points_in
+    from ..finetune.results import read_lines
 
-    points = _in_order(recipe, points_in(folder / "results.jsonl"), lambda point: point.method.family)
+    lines = read_lines(folder / "results.jsonl")
+    study = lines[0]["study"]
+    rates = len({line["rate"] for line in lines if line.get("config")})
+    if recipe.kind == "diffusion":
+        return _generated(recipe, folder, study, rates, points)
+    points = _in_order(recipe, points or points_in(folder / "results.jsonl"), lambda point: point.method.family)
     seeds = len(points[0].test)
-    rates = len({line["rate"] for line in _lines(folder / "results.jsonl") if "key" in line})
     sizes = " / ".join(f"{count:,}" for count in study["samples"].values())
     note = (
         f"{study['problem']}; {sizes} samples to train on, choose the rate by, and test; {_several(seeds, 'seed')}; "
@@ -77,7 +82,7 @@ def read(recipe: Recipe, folder: Path) -> Found:
     if recipe.kind == "geometry":
         from .similarity import VECTORS, summary
 
-        drawn = _lines(folder / "geometry.jsonl")
+        drawn = [row for row in read_lines(folder / "geometry.jsonl") if not row["one_rate"]]
         return Found(summary(drawn), drawn, f"{note}; the first {VECTORS} singular vectors; a dot a weight and seed")
     rows = [
         {
@@ -92,11 +97,11 @@ def read(recipe: Recipe, folder: Path) -> Found:
     return Found(rows, rows, note)
 
 
-def _generated(recipe: Recipe, folder: Path, study: dict[str, Any]) -> Found:
+def _generated(recipe: Recipe, folder: Path, study: dict[str, Any], rates: int, points: Sequence[Any] | None) -> Found:
     from .diffusion.generation import generated_in
     from .diffusion.metrics import METRICS
 
-    points: list[Generated] = _in_order(recipe, generated_in(folder / "results.jsonl"), lambda point: point.arm)
+    points = _in_order(recipe, points or generated_in(folder / "results.jsonl"), lambda point: point.arm)
     rows = [
         {
             "arm": point.arm,
@@ -104,11 +109,10 @@ def _generated(recipe: Recipe, folder: Path, study: dict[str, Any]) -> Found:
             "parameters": point.parameters,
             "rate": point.rate,
             "loss": [record["validation_loss"] for record in point.records if not record["diverged"]],
-            **{metric: list(point.values(metric)) for metric in METRICS},
+            **{metric: [value for value in point.values(metric) if value is not None] for metric in METRICS},
         }
         for point in points
     ]
-    rates = len({line["rate"] for line in _lines(folder / "results.jsonl") if line.get("config")})
     looks = f"a classifier of {study['target']}" if study["features"] == "classifier" else "Inception"
     note = (
         f"{study['source']} to {study['target']}; {study['generated']:,} images of each, seen by {looks}; "
@@ -130,10 +134,6 @@ def _in_order(recipe: Recipe, points: Sequence[Any], arm: Any) -> list[Any]:
     return sorted(points, key=lambda point: (places.get(arm(point), -1), point.parameters))
 
 
-def _lines(path: Path) -> Rows:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _several(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count > 1)}"
 
@@ -141,7 +141,7 @@ def _several(count: int, what: str) -> str:
 # -- Figures -----------------------------------------------------------------------------------
 
 
-def draw(recipe: Recipe, found: Found, folder: Path, out: Path) -> Path:
+def draw(recipe: Recipe, found: Found, out: Path) -> Path:
     """``figure.png`` into ``out``, and of images that are in the folder ``generated.png``.
 
     Returns

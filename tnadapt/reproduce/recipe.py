@@ -20,7 +20,9 @@ __all__ = ["SCALES", "Arm", "Point", "Recipe", "names", "open_recipe", "parse"]
 SCALES = ("full", "mini")
 KINDS = ("counts", "classification", "diffusion", "geometry")
 _TOP = frozenset({"title", "paper", "kind", "arms", "arms_of", "stated", "notes", *SCALES})
-_ARM = frozenset({"name", "settings", *SCALES})
+_ARM = frozenset({"name", "settings", "by", *SCALES})
+#: What a curve may be drawn for each value of, and how the paper writes it.
+_BY = {"groups": "G = ", "splits": "K = ", "order": "", "projection": ""}
 _STATED = frozenset({"what", "parameters", "settings"})
 
 
@@ -187,7 +189,12 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
     if scale not in there:
         raise TnadaptError(f"recipe {name} has no scale {scale!r}; it has {' and '.join(there)}")
     settings = _settings(name, read[scale], scale)
-    weights, below = settings.pop("weights", None), bool(settings.pop("rank_below_sizes", False))
+    weights, below = settings.pop("weights", None), settings.pop("rank_below_sizes", False)
+    words = (read["title"], read["paper"], weights, *notes) if isinstance(notes := read.get("notes", []), list) else ()
+    if not words or not all(isinstance(word, str) for word in words) or not isinstance(below, bool):
+        raise ConfigError(
+            f"recipe {name}: title, paper and weights are words, notes a list of words, rank_below_sizes true or false"
+        )
     if weights not in WEIGHTS:
         raise ConfigError(f"recipe {name}: weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
     if "arms_of" in read:
@@ -196,11 +203,11 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
         given_arms = read["arms"]
         if not isinstance(given_arms, list):
             raise ConfigError(f"the arms of recipe {name} are tables, [[arms]]; got {given_arms!r}")
-        arms = [arm for given in given_arms if (arm := _arm(name, given, scale)) is not None]
+        arms = [arm for given in given_arms for arm in _arms(name, given, scale)]
     stated = [_stated(name, given) for given in read.get("stated", [])] if scale == "full" else []
     return Recipe(
         name, read["title"], read["paper"], read["kind"], scale, WEIGHTS[weights], tuple(arms), tuple(stated),
-        settings, tuple(read.get("notes", ())), below,
+        settings, tuple(notes), below,
     )  # fmt: skip
 
 
@@ -225,15 +232,27 @@ def _below(plan: SuperLoRA) -> bool:
     return all(rank < size for size, rank in factors)
 
 
-def _arm(recipe: str, given: Mapping[str, Any], scale: str) -> Arm | None:
-    """The arm at a scale; None where it is not in it."""
+def _arms(recipe: str, given: Mapping[str, Any], scale: str) -> list[Arm]:
+    """An arm at a scale, or one for each value of what it is drawn by; none where it is not in it."""
     _known(f"an arm of recipe {recipe}", given, _ARM, ("name", "settings"))
     if scale not in given:
-        return None
+        return []
     several = given[scale] if isinstance(given[scale], list) else [given[scale]]
     fixed = _table(f"settings of arm {given['name']!r} of recipe {recipe}", given["settings"])
     found = [config for swept in several for config in configs(fixed, swept)]
-    return Arm(given["name"], tuple(found))
+    by = given.get("by")
+    if by is None:
+        return [Arm(given["name"], tuple(found))]
+    if by not in _BY:
+        raise ConfigError(f"arm {given['name']!r} of recipe {recipe}: by is one of {', '.join(_BY)}; got {by!r}")
+    values = dict.fromkeys(getattr(config, by) for config in found)
+    return [
+        Arm(
+            f"{given['name']}, {_BY[by]}{f'{value}D' if by == 'order' else value}",
+            tuple(config for config in found if getattr(config, by) == value),
+        )
+        for value in values
+    ]
 
 
 def _stated(recipe: str, given: Mapping[str, Any]) -> tuple[str, int, Config]:

@@ -92,13 +92,15 @@ def run(
     >>> outcome.rows[0], outcome.results.name
     ({'arm': 'LoRA', 'rank': 1, 'parameters': 1024}, 'counts.jsonl')
     """
+    points: Sequence[Any] | None = None
     if recipe.kind == "counts":
-        points = recipe.points()
-        _write([{"arm": one.arm, "rank": one.config.rank, "parameters": one.parameters} for one in points], out)
+        _write(
+            [{"arm": one.arm, "rank": one.config.rank, "parameters": one.parameters} for one in recipe.points()], out
+        )
     elif recipe.kind == "diffusion":
         from .diffusion.opening import generation_of
 
-        generation_of(
+        points = generation_of(
             recipe, cache or out / "cache", model=model, data=data, features=features, rates=rates, seeds=seeds,
             device=device, reporter=reporter,
         ).run(out, jobs, fresh)  # fmt: skip
@@ -111,12 +113,14 @@ def run(
             recipe, cache or out / "cache", model=model, data=data, rates=rates, seeds=seeds, device=device,
             keep_references=recipe.kind == "geometry", reporter=reporter,
         )  # fmt: skip
-        done = study.run(out, jobs, fresh)
+        points = study.run(out, jobs, fresh).points
         if recipe.kind == "geometry":
-            from .similarity import measured
+            from .similarity import at_one_rate, measured
 
-            _write(list(measured(done.points, out / "adapters")), out, "geometry.jsonl")
-    return redraw(recipe, out)
+            own = measured(points, out / "adapters")
+            shared = measured(at_one_rate(points, out / "results.jsonl"), out / "adapters", one_rate=True)
+            _write([*own, *shared], out, "geometry.jsonl")
+    return _shown(recipe, out, out, points)
 
 
 def redraw(recipe: Recipe, out: Path, pictures: Path | None = None) -> Outcome:
@@ -139,17 +143,23 @@ def redraw(recipe: Recipe, out: Path, pictures: Path | None = None) -> Outcome:
     TnadaptError
         If there are no results there.
     """
+    return _shown(recipe, out, pictures or out, None)
+
+
+def _shown(recipe: Recipe, out: Path, pictures: Path, points: Sequence[Any] | None) -> Outcome:
     results = out / {"counts": "counts.jsonl", "geometry": "geometry.jsonl"}.get(recipe.kind, "results.jsonl")
     try:
-        found = read(recipe, out)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+        found = read(recipe, out, points)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise TnadaptError(f"cannot read the results of recipe {recipe.name} in {out}: {error}; run it first") from None
     try:
-        picture = draw(recipe, found, out, pictures or out)
+        picture = draw(recipe, found, pictures)
     except ImportError:
         picture = None
     except OSError as error:
-        raise FileError(f"cannot draw into {pictures or out}: {error.strerror}; give another folder") from None
+        raise FileError(f"cannot draw into {pictures}: {error.strerror}; give another folder") from None
+    except (ValueError, EOFError) as error:
+        raise FileError(f"cannot draw what is in {out}: {error}") from None
     return Outcome(found.rows, results, picture)
 
 

@@ -15,13 +15,25 @@ from ..geometry import geometry
 if TYPE_CHECKING:
     from ..finetune import Point
 
-__all__ = ["VECTORS", "measured", "summary"]
+__all__ = ["VECTORS", "at_one_rate", "measured", "summary"]
 
 #: Leading singular vectors that are compared.
 VECTORS = 5
 
 
-def measured(points: Sequence[Point], adapters: Path, k: int = VECTORS) -> Iterator[dict[str, Any]]:
+def at_one_rate(points: Sequence[Point], results: Path) -> list[Point]:
+    """The same settings, all at the dense update's rate: the paper has one rate for all.
+
+    How long an update is depends on its rate, and with it the distance of equation 7; its directions less so.
+    """
+    from ..finetune.report import points_in
+
+    return points_in(results, [_dense(points).rate])
+
+
+def measured(
+    points: Sequence[Point], adapters: Path, k: int = VECTORS, one_rate: bool = False
+) -> Iterator[dict[str, Any]]:
     """A row for every arm but the dense one, seed and weight: d_L, d_R and d_E of equations 5 to 7.
 
     Parameters
@@ -32,15 +44,15 @@ def measured(points: Sequence[Point], adapters: Path, k: int = VECTORS) -> Itera
         Where its adapters are.
     k : int
         How many singular vectors.
+    one_rate : bool
+        What every row says of the rates.
 
     Raises
     ------
     TnadaptError
         If there is no dense update, or an adapter is not there.
     """
-    dense = next((point for point in points if point.method.family == "dense"), None)
-    if dense is None:
-        raise TnadaptError("there is nothing to compare with: the recipe has no arm 'dense'")
+    dense = _dense(points)
     others = [point for point in points if point is not dense and point.method.config is not None]
     for place, record in enumerate(dense.records):
         targets, expected = _updates(record, adapters)
@@ -51,11 +63,20 @@ def measured(points: Sequence[Point], adapters: Path, k: int = VECTORS) -> Itera
                 yield {
                     "arm": point.method.family,
                     "parameters": point.parameters,
+                    "rate": point.rate,
+                    "one_rate": one_rate,
                     "seed": record["seed"],
                     "weight": target.name,
                     "role": target.role,
                     **{name: round(value, 6) for name, value in values._asdict().items()},
                 }
+
+
+def _dense(points: Sequence[Point]) -> Point:
+    found = next((point for point in points if point.method.family == "dense"), None)
+    if found is None:
+        raise TnadaptError("there is nothing to compare with: the recipe has no arm 'dense'")
+    return found
 
 
 def _updates(record: Any, adapters: Path) -> tuple[Any, list[np.ndarray]]:

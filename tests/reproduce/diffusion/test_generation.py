@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.reproduce import open_recipe, run
+from tnadapt.reproduce import open_recipe, redraw, run
 from tnadapt.reproduce.recipe import Recipe
 
 torch = pytest.importorskip("torch")
@@ -25,8 +26,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 pytest.importorskip("torch_fidelity")
 
+from tnadapt.finetune import Reporter  # noqa: E402
 from tnadapt.finetune.loop import threads  # noqa: E402
+from tnadapt.reproduce.diffusion.bench import balanced  # noqa: E402
 from tnadapt.reproduce.diffusion.generation import chosen_rate, generated_in  # noqa: E402
+from tnadapt.reproduce.diffusion.images import Images  # noqa: E402
 from tnadapt.reproduce.diffusion.metrics import METRICS  # noqa: E402
 from tnadapt.reproduce.diffusion.opening import generation_of  # noqa: E402
 
@@ -104,7 +108,7 @@ def test_the_rate_is_chosen_with_the_first_seed_by_the_loss_held_out(done: tuple
 
 
 def test_what_is_done_is_not_done_again_and_results_alone_give_the_same(
-    done: tuple[Path, Any], data: Path, cache: Path
+    done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
 ) -> None:
     out, outcome = done
     before = (out / "results.jsonl").read_bytes()
@@ -119,6 +123,95 @@ def test_what_is_done_is_not_done_again_and_results_alone_give_the_same(
         assert list(point.values("fid")) == row["fid"]
     with pytest.raises(tna.errors.FileError, match="another study"):
         run(tiny(samples=30), out, cache=cache, data=str(data))
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    with threads(1):
+        run(tiny(arms=("dense",), samples=10, seeds=1, rates=[0.03]), copy, cache=cache, data=str(data), fresh=True)
+    assert len(list((copy / "adapters").iterdir())) == 1
+    assert len(list((copy / "images").iterdir())) == 2
+
+
+def test_other_rates_and_seeds_in_the_same_folder(
+    done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
+) -> None:
+    out, outcome = done
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    (was,) = (row["rate"] for row in outcome.rows if row["arm"] == "LoRA")
+    other = next(rate for rate in TINY["rates"] if rate != was)
+    with threads(1):
+        # At a rate that was tried with the first seed alone, and with more seeds than the file has for others.
+        found = run(tiny(arms=("LoRA",), rates=[other]), copy, cache=cache, data=str(data))
+    assert [(row["arm"], row["rate"], len(row["fid"])) for row in found.rows] == [
+        ("as pretrained", 0.0, 2), ("LoRA", other, 2),
+    ]  # fmt: skip
+    alone = {row["arm"]: row["rate"] for row in redraw(tiny(), copy).rows}
+    assert alone["LoRA"] == was, "of what is whole, the better by the first seed"
+    told: list[tuple[int, int]] = []
+
+    class Told(Reporter):
+        def begins(self, tasks: int, finished: int) -> None:
+            told.append((tasks, finished))
+
+    with threads(1):
+        run(tiny(arms=("LoRA",), seeds=1, rates=[was]), copy, cache=cache, data=str(data), reporter=Told())
+    assert told == [(2, 2)], "others' trainings are not counted"
+
+
+def test_a_line_that_a_kill_cut_off_is_not_read(done: tuple[Path, Any], tmp_path: Path) -> None:
+    out, outcome = done
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    with (copy / "results.jsonl").open("ab") as file:
+        file.write(b'{"key": "12')
+    assert redraw(tiny(), copy).rows == outcome.rows
+
+
+@pytest.mark.parametrize(
+    "damage", [b"[1]\n", b'{"format": "x", "study": 3}\n', b'{"study": {}}\n{"key": "1", "metrics": null}\n']
+)
+def test_damaged_results_are_one_message(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "results.jsonl").write_bytes(damage)
+    with pytest.raises(tna.TnadaptError, match="cannot read the results of recipe svhn-mnist"):
+        redraw(tiny(), tmp_path)
+
+
+def test_an_image_that_is_cut_off_is_one_message(done: tuple[Path, Any], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(done[0], copy)
+    for path in (copy / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(tna.errors.FileError, match="cannot draw what is in"):
+        redraw(tiny(), copy)
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused_before_anything_is_opened(rate: float, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(tna.TnadaptError, match="finite number above 0"):
+        run(tiny(), tmp_path, data=str(data), rates=[rate])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_looks_at_images_is_opened_before_the_base_is_trained(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(tna.TnadaptError, match=r"cannot load Inception's weights from nowhere\.pth"):
+        run(tiny(), tmp_path, data=str(data), features="nowhere.pth")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_recipe_of_other_weights_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(tna.TnadaptError, match="its U-Net of width 64 has 42 others, the first of"):
+        run(tiny(base=64), tmp_path, data=str(data))
+
+
+def test_real_images_have_the_classes_in_turn_whatever_their_order() -> None:
+    labels = torch.cat([torch.zeros(70, dtype=torch.int64), torch.arange(1, 10).repeat(5)])
+    images = Images(torch.arange(115.0).reshape(-1, 1, 1, 1), labels)
+    found = balanced(images, 50)
+    assert torch.bincount(found.labels).tolist() == [5] * 10
+    assert len(set(found.pixels.reshape(-1).tolist())) == 50
+    assert torch.equal(found.pixels, balanced(images, 115).pixels[:50])
+    assert len(balanced(images, 1000)) == 115
+    assert not torch.equal(found.pixels[::10].reshape(-1), torch.arange(5.0)), "not the first of the file"
 
 
 def test_a_base_is_measured_as_it_is_and_adapters_move_it(done: tuple[Path, Any], data: Path, cache: Path) -> None:
@@ -146,7 +239,7 @@ def test_the_full_recipes_make_their_first_steps_on_stand_ins(
     name: str, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     recipe = open_recipe(name)
-    first = tuple(dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms[-1:])
+    first = tuple(dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms[4:6] + recipe.arms[-3:-2])
     steps = {"pretrain_steps": 1, "pretrain_batch": 2, "steps": 1, "batch": 2, "samples": 10, "sampling_steps": 1}
     steps |= {"held_out": 8}
     if name == "mnist-svhn":
@@ -156,7 +249,7 @@ def test_the_full_recipes_make_their_first_steps_on_stand_ins(
     settings = {**recipe.settings, **steps, "real": 12, "image_size": 16}
     shown = dataclasses.replace(recipe, arms=first, settings=settings)
     outcome = run(shown, tmp_path / "run", cache=cache, data=str(data), features="classifier")
-    assert [row["arm"] for row in outcome.rows] == ["as pretrained", recipe.arms[-1].name]
+    assert [row["arm"] for row in outcome.rows] == ["as pretrained", *(arm.name for arm in first)]
     assert all(len(row["fid"]) == 1 for row in outcome.rows)
 
 

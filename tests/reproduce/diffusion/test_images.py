@@ -80,6 +80,16 @@ def test_a_cut_gzip_and_a_mat_of_something_else(tmp_path: Path) -> None:
         read_images("svhn", tmp_path, 32, 3)
 
 
+@pytest.mark.parametrize("labels", [[0.5, 1], [11, 1], [-3, 1], ["a", "b"]])
+def test_labels_that_are_none_of_svhns(tmp_path: Path, labels: list[object]) -> None:
+    from scipy.io import savemat
+
+    write_svhn(tmp_path / "svhn", 2, 2)
+    savemat(tmp_path / "svhn" / "train_32x32.mat", {"X": np.zeros((32, 32, 3, 2), np.uint8), "y": labels})
+    with pytest.raises(tna.errors.FileError, match="cannot read the images"):
+        read_images("svhn", tmp_path, 32, 3)
+
+
 def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(
         tna.TnadaptError, match=r"no train_32x32.mat in .*svhn; give --data a folder with a folder 'svhn'"

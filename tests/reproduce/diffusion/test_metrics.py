@@ -66,6 +66,15 @@ def test_kid_is_unbiased_and_grows() -> None:
     assert abs(near) < 0.05 < far
 
 
+def test_of_unequal_numbers_as_many_are_looked_at() -> None:
+    real, classes = seen(400, seed=3), torch.arange(400) % 10
+    some = Seen(real.features[:100], real.logits[:100])
+    found = quality(some, real, classes[:100])
+    assert (found["is_distance"], found["msid"], found["precision"]) == (0.0, 0.0, 1.0)
+    assert found["recall"] is not None
+    assert found["recall"] < 1.0, "of all that is real"
+
+
 def test_what_is_not_finite_is_none_and_all_are_named() -> None:
     broken = seen(20)
     broken.features[3, 1] = math.nan

@@ -75,6 +75,18 @@ def test_a_damaged_file_is_made_anew_and_others_get_their_own(images: Images, tm
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.parametrize("step", ["4", "9", "0", "-1", "x"])
+def test_a_whole_file_of_another_model_is_made_anew(images: Images, tmp_path: Path, step: str) -> None:
+    from safetensors.torch import save_file
+
+    trained(tmp_path, images)
+    (path,) = tmp_path.iterdir()
+    kept = path.read_bytes()
+    save_file({"weight": torch.zeros(3)}, path, {"step": step})
+    trained(tmp_path, images)
+    assert path.read_bytes() == kept
+
+
 def test_a_folder_that_cannot_be_made(images: Images, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(tna.errors.FileError, match="--cache"):

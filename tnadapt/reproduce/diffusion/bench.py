@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from ...finetune.loop import Schedule
 from ...finetune.problem import base_digest
 from .features import Classifier, Extractor, Inception, train_classifier
 from .images import Images, read_images
-from .metrics import Seen, quality
+from .metrics import Seen, quality, require_packages
 from .pretrain import Pretraining, images_digest, pretrained
 from .process import Process
 from .unet import Generator
@@ -122,8 +121,8 @@ class Bench:
     setup : Setup
     weights : dict of str to Tensor
         The base's.
-    training, validation : Images
-        Of the target.
+    training, validation, test : Images
+        Of the target; the last of its test images, as many of each class as there are.
     extractor : Extractor
     real : Seen
         The target's test images as the extractor sees them.
@@ -133,6 +132,7 @@ class Bench:
     weights: dict[str, Tensor]
     training: Images
     validation: Images
+    test: Images
     extractor: Extractor
     real: Seen
 
@@ -153,8 +153,8 @@ class Bench:
             "pretraining": dataclasses.asdict(setup.pretraining),
             "features": "classifier" if setup.features == "classifier" else "inception",
             "base_digest": base_digest(self.model()),
-            "data_digest": images_digest(self.training),
-            "real_digest": hashlib.sha256(self.real.features.numpy().tobytes()).hexdigest(),
+            "data_digest": "".join(images_digest(part)[:16] for part in (self.training, self.validation, self.test)),
+            "features_digest": self.extractor.digest,
         }
 
     def adapt(
@@ -288,19 +288,41 @@ def open_bench(setup: Setup, progress: Callable[[str, float], None] = lambda wha
     TnadaptError
         If images or weights cannot be had.
     """
+    require_packages()
+    # What may be missing is opened before what takes long.
+    inception = None if setup.features == "classifier" else Inception(Path(setup.features), setup.device)
     target = read_images(setup.target, setup.data, setup.size, setup.channels)
-    test = read_images(setup.target, setup.data, setup.size, setup.channels, test=True)[: setup.real]
+    test = balanced(read_images(setup.target, setup.data, setup.size, setup.channels, test=True), setup.real)
     held_out = setup.held_out
     if not 1 <= held_out < len(target):
         raise TnadaptError(f"of {len(target)} images of {setup.target}, {held_out} cannot be held out")
     rest = target[held_out:]
     weights = _given(setup) if setup.model else _trained(setup, progress)
-    extractor: Extractor
-    if setup.features == "classifier":
-        extractor = _classifier(setup, rest, lambda done: progress(f"training a classifier of {setup.target}", done))
-    else:
-        extractor = Inception(Path(setup.features), setup.device)
-    return Bench(setup, weights, rest[: setup.limit], target[:held_out], extractor, extractor.see(test.pixels))
+    extractor: Extractor = inception or _classifier(
+        setup, rest, lambda done: progress(f"training a classifier of {setup.target}", done)
+    )
+    seen = extractor.see(test.pixels)
+    return Bench(setup, weights, rest[: setup.limit], target[:held_out], test, extractor, seen)
+
+
+def balanced(images: Images, count: int) -> Images:
+    """So many images, or all that there are: of every class in turn, in an order drawn once and for all.
+
+    As images are asked for by classes in turn, any beginning of both has the classes alike, as long as none runs out.
+
+    Examples
+    --------
+    >>> some = Images(torch.zeros(50, 1, 2, 2), torch.arange(50) // 5)
+    >>> balanced(some, 20).labels.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    labels = images.labels[order]
+    turn = torch.zeros_like(labels)
+    for label in range(CLASSES):
+        own = labels == label
+        turn[own] = torch.arange(int(own.sum()))
+    return images[order[(turn * CLASSES + labels).argsort(stable=True)][:count]]
 
 
 def _trained(setup: Setup, progress: Callable[[str, float], None]) -> dict[str, Tensor]:

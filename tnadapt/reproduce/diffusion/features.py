@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import warnings
@@ -23,6 +24,11 @@ BATCH = 256
 
 class Extractor(Protocol):
     """Looks at images of values from -1 to 1."""
+
+    @property
+    def digest(self) -> str:
+        """What tells it from others: measures by two of them are not to be compared."""
+        ...
 
     def see(self, pixels: Tensor) -> Seen:
         """Features and logits of images ``(n, channels, size, size)``, on the CPU."""
@@ -59,6 +65,14 @@ class Classifier(nn.Module):
         """Features ``(n, 64)`` and logits ``(n, classes)``."""
         features = self.body(pixels)
         return features, self.head(features)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+        seen = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            seen.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return seen.hexdigest()
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> Seen:
@@ -141,6 +155,8 @@ class Inception:
                 "file of torch-fidelity's weights, or classifier"
             ) from None
         self.model, self.device = found.to(device).eval(), device
+        #: SHA-256 of the file.
+        self.digest = hashlib.sha256(weights.read_bytes()).hexdigest()
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> Seen:

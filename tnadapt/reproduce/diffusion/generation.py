@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...finetune import Method, Reporter, Task
 from ...finetune.report import method_in
-from ...finetune.results import Results
+from ...finetune.results import Results, read_lines
+from ...finetune.train import checked_rates
 from ...finetune.workers import Do, cores, run_tasks
 from .bench import FIELDS, Adapting, Bench, Setup, open_bench
 
@@ -40,10 +40,9 @@ class Generated:
     rate: float
     records: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
 
-    def values(self, metric: str) -> tuple[float, ...]:
-        """Of one of the measures, a seed each, where there is one."""
-        found = (record["metrics"].get(metric) for record in self.records)
-        return tuple(value for value in found if value is not None)
+    def values(self, metric: str) -> tuple[float | None, ...]:
+        """Of one of the measures, a seed each; None where there is none, as it diverged."""
+        return tuple(record["metrics"].get(metric) for record in self.records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +94,7 @@ class Generation:
         seeds: int,
         reporter: Reporter | None = None,
     ) -> None:
+        checked_rates(rates)
         self.setup, self.how = setup, how
         self.reporter = reporter or Reporter()
         self.rates, self.seeds = sorted(set(rates)), range(seeds)
@@ -117,7 +117,7 @@ class Generation:
         jobs : int
             At once, each in a process of its own where there are several; 0 for as many as there are cores.
         fresh : bool
-            Forget the results that an earlier run left there.
+            Remove what an earlier run left there.
 
         Returns
         -------
@@ -131,16 +131,18 @@ class Generation:
         """
         jobs = jobs or (cores() if self.setup.device == "cpu" else 1)
         with Results(out / "results.jsonl", self.settings(), fresh, FIELDS) as results:
-            count = len(self.methods) * (len(self.rates) + len(self.seeds) - 1) + len(self.seeds)
-            self.reporter.begins(count, len(results.records))
+            if fresh:
+                _forget(out, results.dropped)
             base = Method(PRETRAINED, "", None)
             # Of a base, no rate makes another.
             first = [Task(base, seed, 0.0) for seed in self.seeds]
             first += [Task(method, 0, rate) for method in self.methods for rate in self.rates]
+            rest = len(self.methods) * (len(self.seeds) - 1)
+            self.reporter.begins(len(first) + rest, sum(task.key in results.records for task in first))
             self._do(first, results, out, jobs)
             rates = {method: chosen_rate(results.records, method, self.rates) for method in self.methods}
-            rest = [Task(method, seed, rates[method]) for seed in self.seeds[1:] for method in self.methods]
-            self._do(rest, results, out, jobs)
+            others = [Task(method, seed, rates[method]) for seed in self.seeds[1:] for method in self.methods]
+            self._do(others, results, out, jobs)
             every = {base: 0.0, **rates}
             return [_point(method, rate, self.seeds, results.records) for method, rate in every.items()]
 
@@ -157,6 +159,14 @@ class Generation:
                 self.reporter.finished(task, record)
 
 
+def _forget(out: Path, adapters: Sequence[str]) -> None:
+    """What an earlier run left: its adapters by their names, and its images, whose names are keys."""
+    left = [*(out / "adapters" / name for name in adapters), *(out / "images").glob("[0-9a-f]" * 16 + ".npy")]
+    for path in left:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def chosen_rate(records: Mapping[str, Mapping[str, Any]], method: Method, rates: Sequence[float]) -> float:
     """Of these rates, that with the least loss on the images held out, with seed 0; the lowest where all diverged."""
     found = {rate: records[Task(method, 0, rate).key]["validation_loss"] for rate in rates}
@@ -165,27 +175,32 @@ def chosen_rate(records: Mapping[str, Mapping[str, Any]], method: Method, rates:
 
 
 def generated_in(path: Path) -> list[Generated]:
-    """What a whole file of results has: of all methods, rates and seeds in it.
+    """What a file of results has: of every method that was finished with all the seeds in it.
 
     Parameters
     ----------
     path : Path
         A ``results.jsonl``.
 
+    Returns
+    -------
+    list of Generated
+        The base first. Each at the rate that was best with the first seed, of those that the other seeds had, too.
+
     Raises
     ------
     OSError, ValueError, KeyError
-        If it cannot be read, is none, or is not of a whole run.
+        If it cannot be read, or is none.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    records = {line["key"]: line for line in lines if "key" in line}
+    records = {line["key"]: line for line in read_lines(path) if "key" in line}
     methods = dict.fromkeys(method_in(line) for line in records.values())
     seeds = sorted({line["seed"] for line in records.values()})
     found = []
     for method in sorted(methods, key=lambda method: method.config is not None):
-        tried = sorted({line["rate"] for line in records.values() if method_in(line) == method})
-        rate = chosen_rate(records, method, tried)
-        found.append(_point(method, rate, seeds, records))
+        rates = sorted({line["rate"] for line in records.values() if method_in(line) == method})
+        whole = [rate for rate in rates if all(Task(method, seed, rate).key in records for seed in seeds)]
+        if whole:
+            found.append(_point(method, chosen_rate(records, method, whole), seeds, records))
     return found
 
 

@@ -88,7 +88,17 @@ def read_images(name: str, folder: Path, size: int, channels: int, test: bool = 
         )
     try:
         pixels, labels = _svhn(place, test) if name == "svhn" else _idx_pair(place, test)
-    except (OSError, EOFError, KeyError, ValueError, struct.error, zlib.error, MatReadError) as error:
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        ValueError,
+        struct.error,
+        zlib.error,
+        NotImplementedError,
+        TypeError,
+        MatReadError,
+    ) as error:
         raise FileError(f"cannot read the images in {place}: {error}; fetch them again") from None
     return Images(_square(pixels, size, channels), torch.from_numpy(labels.astype(np.int64)))
 
@@ -119,7 +129,10 @@ def _svhn(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]
     from scipy.io import loadmat
 
     found = loadmat(place / FILES["svhn"][test], variable_names=("X", "y"))
-    pixels, labels = found["X"].transpose(3, 0, 1, 2), found["y"].reshape(-1) % 10
+    pixels, labels = found["X"].transpose(3, 0, 1, 2), found["y"].reshape(-1)
+    if not (np.equal(labels, np.floor(labels)) & (labels >= 1) & (labels <= 10)).all():
+        raise ValueError("labels that are not 1 to 10")
+    labels = labels % 10
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or labels.shape != pixels.shape[:1]:
         raise ValueError(f"pixels of {pixels.dtype} and shape {pixels.shape} with labels of shape {labels.shape}")
     return pixels, labels

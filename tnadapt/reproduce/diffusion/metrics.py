@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import warnings
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from ...errors import ShapeError, TnadaptError
 from .msid import msid
 
-__all__ = ["LOWER", "METRICS", "Seen", "quality"]
+__all__ = ["LOWER", "METRICS", "Seen", "quality", "require_packages"]
 
 #: What :func:`quality` gives, and how people write it.
 METRICS = {
@@ -52,11 +53,11 @@ def quality(generated: Seen, real: Seen, asked: Tensor | None = None, seed: int 
     Parameters
     ----------
     generated, real : Seen
-        Of at least 10 images each.
+        Of at least 10 images each. Where there are more of one, IS and MSID are of its first.
     asked : Tensor, shape (n,), optional
         The class that was asked for, image by image.
     seed : int
-        Of what is drawn: the halves of IS, the subsets of KID, the probes of MSID.
+        Of what is drawn: the ten parts of IS, the subsets of KID, the probes of MSID.
 
     Returns
     -------
@@ -93,10 +94,25 @@ def quality(generated: Seen, real: Seen, asked: Tensor | None = None, seed: int 
     if not all(bool(part.isfinite().all()) for part in (generated.features, generated.logits)):
         return dict.fromkeys(METRICS)
     found = _fidelity(generated, real, seed)
-    found["msid"] = msid(generated.features.double().numpy(), real.features.double().numpy(), seed=seed)
+    count = min(len(generated.features), len(real.features))
+    one, other = (seen.features[:count].double().numpy() for seen in (generated, real))
+    found["msid"] = msid(one, other, seed=seed)
     if asked is not None:
         found["agreement"] = float((generated.logits.argmax(1) == asked.cpu()).double().mean())
     return {name: found[name] if math.isfinite(found.get(name, math.nan)) else None for name in METRICS}
+
+
+def require_packages() -> None:
+    """Whether what samples and measures is there.
+
+    Raises
+    ------
+    TnadaptError
+        If diffusers or torch-fidelity is not.
+    """
+    for name in ("diffusers", "torch_fidelity"):
+        if importlib.util.find_spec(name) is None:
+            raise TnadaptError(f"the diffusion model needs {name.replace('_', '-')}: pip install 'tnadapt[reproduce]'")
 
 
 def _fidelity(generated: Seen, real: Seen, seed: int) -> dict[str, float]:
@@ -106,8 +122,10 @@ def _fidelity(generated: Seen, real: Seen, seed: int) -> dict[str, float]:
             from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
     except ImportError:
         raise TnadaptError("the measures need torch-fidelity: pip install 'tnadapt[reproduce]'") from None
+    # IS of few images is another than that of many, and so is MSID: of both kinds, as many are looked at.
+    count = min(len(generated.logits), len(real.logits))
     scores = [
-        metric_isc.isc_features_to_metric(seen.logits, SPLITS, True, seed)[metric_isc.KEY_METRIC_ISC_MEAN]
+        metric_isc.isc_features_to_metric(seen.logits[:count], SPLITS, True, seed)[metric_isc.KEY_METRIC_ISC_MEAN]
         for seen in (generated, real)
     ]
     features = [seen.features.double() for seen in (generated, real)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ... import torch as tnt
 from ...errors import ConfigError, TnadaptError
 from ...finetune import Reporter, usable_device
 from ..classification import method_of
@@ -15,6 +16,7 @@ from .bench import Adapting, Setup
 from .generation import Generation
 from .pretrain import Pretraining
 from .process import Process
+from .unet import Generator
 
 __all__ = ["generation_of"]
 
@@ -92,6 +94,13 @@ def generation_of(
         device=usable_device(device),
         **of(_SETUP),
     )
+    model_there = Generator(setup.channels, setup.base)
+    shapes = tuple(target.shape for target in tnt.find_targets(model_there, "qv"))
+    if shapes != recipe.weights.shapes:
+        raise ConfigError(
+            f"recipe {recipe.name} counts the {recipe.weights.what}; its U-Net of width {setup.base} has {len(shapes)} "
+            f"others, the first of {shapes[0]}"
+        )
     methods = [method_of(point.arm, point.config) for point in recipe.points()]
     return Generation(
         setup, Adapting(**of(_ADAPTING)), methods, rates or settings["rates"], seeds or settings["seeds"], reporter

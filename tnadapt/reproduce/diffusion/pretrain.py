@@ -110,9 +110,12 @@ def pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state = _read(path)
+        model = _fresh(channels, base)
+        if state is not None and not _fits(model, *state, how.steps):
+            state = None
         if state is not None and state[0] == how.steps:
             return state[1]
-        model = _fresh(channels, base).to(device).train()
+        model = model.to(device).train()
         optimiser = torch.optim.AdamW(model.parameters(), how.rate, weight_decay=how.weight_decay)
         first = 0 if state is None else _go_on(model, optimiser, *state)
         for step in range(first, how.steps):
@@ -163,6 +166,14 @@ def _read(path: Path) -> tuple[int, dict[str, Tensor]] | None:
         return None
 
 
+def _fits(model: Generator, step: int, held: dict[str, Tensor], steps: int) -> bool:
+    """Whether a file is of this model, at one of its steps, with moments where there are steps left."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if step != steps:
+        shapes |= {f"{moment}:{name}": one.shape for name, one in model.named_parameters() for moment in _MOMENTS}
+    return 0 < step <= steps and {name: tensor.shape for name, tensor in held.items()} == shapes
+
+
 def _write(path: Path, step: int, model: Generator, optimiser: Any) -> None:
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if optimiser is not None:
@@ -174,16 +185,9 @@ def _write(path: Path, step: int, model: Generator, optimiser: Any) -> None:
 
 
 def _go_on(model: Generator, optimiser: Any, step: int, held: dict[str, Tensor]) -> int:
-    """Model and moments as they were after so many steps; from the start where the file is not of this model."""
-    try:
-        weights = {name: tensor for name, tensor in held.items() if ":" not in name}
-        moments = {
-            weight: {moment: held[f"{moment}:{name}"].to(weight.device) for moment in _MOMENTS}
-            for name, weight in model.named_parameters()
-        }
-        model.load_state_dict(weights)
-    except (KeyError, RuntimeError):
-        return 0
-    for weight, found in moments.items():
-        optimiser.state[weight] = {"step": torch.tensor(float(step)), **found}
+    """Model and moments as they were after so many steps."""
+    model.load_state_dict({name: tensor for name, tensor in held.items() if ":" not in name})
+    for name, weight in model.named_parameters():
+        moments = {moment: held[f"{moment}:{name}"].to(weight.device) for moment in _MOMENTS}
+        optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
     return step
