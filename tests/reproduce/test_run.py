@@ -60,7 +60,7 @@ def test_figure_2_is_drawn(tmp_path: Path) -> None:
     [
         (["imagenet"], "expected one of"), (["cifar100", "--scale", "mini"], "it has full"),
         (["params", "--scale", "giant"], "full, mini"), (["svhn-mnist"], "give --features"),
-        (["params", "--out", "file"], "file"),
+        (["params", "--out", "file"], "file"), (["cifar10", "--arm", "LoRa", "--dry-run"], "no arm 'LoRa'"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_message_and_exit_code_2(

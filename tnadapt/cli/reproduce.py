@@ -31,6 +31,7 @@ def reproduce_command(
     features: Annotated[
         str | None, typer.Option(help="What looks at generated images: classifier, or a file of Inception's weights.")
     ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="One of its methods alone; repeat for more.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="Other learning rates; repeat for more.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many, instead of the recipe's.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at once; 0: as many as fit.")] = 1,
@@ -53,7 +54,7 @@ def reproduce_command(
     if name is None:
         _list(as_json)
         return
-    recipe = open_recipe(name, scale)
+    recipe = open_recipe(name, scale).only(arm or ())
     if dry_run:
         _print_points(recipe, as_json)
         return

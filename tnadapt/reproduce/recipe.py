@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import Config
@@ -118,6 +118,24 @@ class Recipe:
                 if not self.rank_below_sizes or _below(plan):
                     found.append(Point(arm.name, config, plan.num_parameters))
         return found
+
+    def only(self, arms: Sequence[str]) -> Recipe:
+        """The recipe with these of its arms; with all where none is named.
+
+        Raises
+        ------
+        TnadaptError
+            If it has no such arm.
+
+        Examples
+        --------
+        >>> len(open_recipe("cifar10").points()), len(open_recipe("cifar10").only(["LoRA"]).points())
+        (533, 34)
+        """
+        known = [arm.name for arm in self.arms]
+        if missing := [arm for arm in arms if arm not in known]:
+            raise TnadaptError(f"recipe {self.name} has no arm {missing[0]!r}; expected of {', '.join(known)}")
+        return dataclasses.replace(self, arms=tuple(arm for arm in self.arms if not arms or arm.name in arms))
 
     def count(self, config: Config) -> int:
         """Trainable parameters of a setting on the recipe's weights."""
