@@ -18,12 +18,16 @@ _ARMS = {
     "SuperLoRA 2D": STYLES["LoKr"],
     "SuperLoRA 2D, reshape": STYLES["SuperLoRA"],
     "LoRTA 3D": STYLES["LoRTA"],
+    "LoNKr": STYLES["LoNKr"],
     "LoNKr, groups": STYLES["LoNKr"],
     "LoRTA, groups": STYLES["LoRTA"],
-    "LoRTA 4D": ("#009E73", "<"),
+    "LoRTA 4D": ("#8C510A", "<"),
     "LoRTA 5D": ("#332288", ">"),
     "SuperLoRA 1D, dense, with projection": STYLES["fastfood"],
     "SuperLoRA 2D, reshape, with projection": STYLES["SuperLoRA + F"],
+    "LoRTA, with projection": ("#882255", "h"),
+    "SuperLoRA 2D, shuffled": ("#44AA99", "d"),
+    "SuperLoRA 2D, reshape, shuffled": ("#999933", "p"),
 }
 
 
