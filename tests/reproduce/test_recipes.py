@@ -154,3 +154,30 @@ def test_recipes_of_the_diffusion_model_train_alike(name: str) -> None:
 def test_like_a_recipe_that_is_not_there() -> None:
     with pytest.raises(tna.TnadaptError, match="no recipe 'nowhere'"):
         parse("x", 'title = "x"\npaper = "x"\nkind = "diffusion"\narms = []\n[full]\nlike = "nowhere"\n')
+
+
+def test_a_miniature_says_what_it_is_of() -> None:
+    assert "ViT-S" in open_recipe("cifar10", "mini").title
+    assert "Fashion-MNIST to MNIST" in open_recipe("svhn-mnist", "mini").title
+    assert "MNIST to Fashion-MNIST" in open_recipe("mnist-svhn", "mini").title
+    assert open_recipe("groups").title == "Groups of LoNKr and LoRTA", "not that of the recipe that it is like"
+
+
+@pytest.mark.parametrize("line", ["title = 3", 'notes = "abc"', "notes = [3]"])
+def test_words_are_words(line: str) -> None:
+    text = (HEAD + BODY).replace('title = "t"', line if line.startswith("title") else f'title = "t"\n{line}')
+    with pytest.raises(tna.TnadaptError, match="are words"):
+        parse("x", text)
+
+
+def test_yes_and_no_are_not_words() -> None:
+    text = (HEAD + BODY).replace('weights = "digits"', 'weights = "digits"\nrank_below_sizes = "false"')
+    with pytest.raises(tna.TnadaptError, match="rank_below_sizes true or false"):
+        parse("x", text)
+
+
+def test_an_arm_is_drawn_by_a_value() -> None:
+    assert [arm.name for arm in open_recipe("splits").arms] == ["LoNKr, K = 2", "LoNKr, K = 3", "LoNKr, K = 4"]
+    assert all({config.splits for config in arm.configs} == {k} for k, arm in enumerate(open_recipe("splits").arms, 2))
+    with pytest.raises(tna.TnadaptError, match="by is one of groups, splits, order, projection; got 'rank'"):
+        parse("x", (HEAD + BODY).replace('name = "a"', 'name = "a"\nby = "rank"'))

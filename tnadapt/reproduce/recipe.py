@@ -208,8 +208,10 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
         raise TnadaptError(f"recipe {name} has no scale {scale!r}; it has {' and '.join(there)}")
     settings = _settings(name, read[scale], scale)
     weights, below = settings.pop("weights", None), settings.pop("rank_below_sizes", False)
-    words = (read["title"], read["paper"], weights, *notes) if isinstance(notes := read.get("notes", []), list) else ()
-    if not words or not all(isinstance(word, str) for word in words) or not isinstance(below, bool):
+    title = settings.pop("title", read["title"])
+    notes = read.get("notes", [])
+    words = [read["title"], title, read["paper"], weights, *(notes if isinstance(notes, list) else [None])]
+    if not all(isinstance(word, str) for word in words) or not isinstance(below, bool):
         raise ConfigError(
             f"recipe {name}: title, paper and weights are words, notes a list of words, rank_below_sizes true or false"
         )
@@ -224,7 +226,7 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
         arms = [arm for given in given_arms for arm in _arms(name, given, scale)]
     stated = [_stated(name, given) for given in read.get("stated", [])] if scale == "full" else []
     return Recipe(
-        name, read["title"], read["paper"], read["kind"], scale, WEIGHTS[weights], tuple(arms), tuple(stated),
+        name, title, read["paper"], read["kind"], scale, WEIGHTS[weights], tuple(arms), tuple(stated),
         settings, tuple(notes), below,
     )  # fmt: skip
 
@@ -235,7 +237,9 @@ def _settings(name: str, given: Any, scale: str) -> dict[str, Any]:
     like = settings.pop("like", None)
     if like is None:
         return settings
-    return {**_settings(like, _table(f"recipe {like}", tomllib.loads(_text(like))).get(scale), scale), **settings}
+    others = _settings(like, _table(f"recipe {like}", tomllib.loads(_text(like))).get(scale), scale)
+    others.pop("title", None)
+    return {**others, **settings}
 
 
 def _text(name: str) -> str:
