@@ -70,9 +70,9 @@ def network(
 
     Examples
     --------
-    >>> import tempfile, tnadapt as tna
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     network(tna.presets.lora(rank=4), [(768, 768)] * 24, folder + "/lora.svg", title="LoRA")
+    LoRA of query and value of ViT-base::
+
+        network(tna.presets.lora(rank=4), [(768, 768)] * 24, "lora.svg", title="LoRA")
     """
     found = diagram(SuperLoRA(config, shapes, layers), group)
     head = textwrap.wrap(title, int((found.width - 2 * _MARGIN) / 0.092))
