@@ -93,6 +93,17 @@ class Task:
             return None
         return self.method.config.replace(seed=self.seed).to_dict()
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a line of results says of it."""
+        return {
+            "key": self.key,
+            "family": self.method.family,
+            "label": self.method.label,
+            "config": self.settings(),
+            "seed": self.seed,
+            "rate": self.rate,
+        }
+
     def file_name(self) -> str:
         """Of its adapter."""
         words = re.findall(r"[a-z0-9.]+", self.method.name.lower())
@@ -190,12 +201,7 @@ def train(
     measured = _measured(problem, model, device, training.batch)
     diverged = not math.isfinite(value) or None in measured.values()
     record: dict[str, Any] = {
-        "key": task.key,
-        "family": task.method.family,
-        "label": task.method.label,
-        "config": task.settings(),
-        "seed": task.seed,
-        "rate": task.rate,
+        **task.to_dict(),
         "epochs": training.epochs,
         "parameters": own,
         "kept": sum(parameter.numel() for parameter in parameters) - own,

@@ -142,6 +142,13 @@ def redraw(recipe: Recipe, out: Path, pictures: Path | None = None) -> Outcome:
     ------
     TnadaptError
         If there are no results there.
+
+    Examples
+    --------
+    >>> from tnadapt.reproduce import open_recipe
+    >>> recipe = open_recipe("params", "mini")
+    >>> redraw(recipe, run(recipe, Path("figure-2")).results.parent).rows[0]
+    {'arm': 'LoRA', 'rank': 1, 'parameters': 1024}
     """
     return _shown(recipe, out, pictures or out, None)
 

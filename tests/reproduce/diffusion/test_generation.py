@@ -28,9 +28,9 @@ pytest.importorskip("torch_fidelity")
 
 from tnadapt.finetune import Reporter  # noqa: E402
 from tnadapt.finetune.loop import threads  # noqa: E402
-from tnadapt.reproduce.diffusion.bench import balanced  # noqa: E402
 from tnadapt.reproduce.diffusion.generation import chosen_rate, generated_in  # noqa: E402
 from tnadapt.reproduce.diffusion.images import Images  # noqa: E402
+from tnadapt.reproduce.diffusion.loading import balanced  # noqa: E402
 from tnadapt.reproduce.diffusion.metrics import METRICS  # noqa: E402
 from tnadapt.reproduce.diffusion.opening import generation_of  # noqa: E402
 

@@ -13,7 +13,8 @@ from ...finetune.report import method_in
 from ...finetune.results import Results, read_lines
 from ...finetune.train import checked_rates
 from ...finetune.workers import Do, cores, run_tasks
-from .bench import FIELDS, Adapting, Bench, Setup, open_bench
+from .bench import FIELDS, Adapting, Bench, Setup
+from .loading import open_bench
 
 __all__ = ["PRETRAINED", "Generated", "Generation", "chosen_rate", "generated_in"]
 

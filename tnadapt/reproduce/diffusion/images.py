@@ -76,6 +76,12 @@ def read_images(name: str, folder: Path, size: int, channels: int, test: bool = 
         If there is no such set, or no such folder or file.
     FileError
         If a file is damaged.
+
+    Examples
+    --------
+    MNIST as small as the miniature has it, of ``data/mnist/train-images-idx3-ubyte`` and its labels::
+
+        read_images("mnist", Path("data"), size=16, channels=1).pixels.shape
     """
     if name not in DATASETS:
         raise TnadaptError(f"images are one of {', '.join(DATASETS)}; got {name!r}")

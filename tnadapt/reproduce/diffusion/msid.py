@@ -91,6 +91,11 @@ def heat_trace(
     -------
     ndarray of float64, shape (k,)
 
+    Raises
+    ------
+    ShapeError
+        If it is no matrix of more points than neighbours.
+
     Examples
     --------
     Of 6 points with 5 neighbours each, every two are joined: eigenvalues 0 and five times 6/5.
