@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import tnadapt as tna
+from tnadapt.reproduce import open_recipe
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -41,7 +42,9 @@ def test_the_page_is_that_of_its_results(paper: ModuleType, tmp_path: Path) -> N
 
 
 def test_every_study_has_three_seeds_and_every_setting_all_rates(paper: ModuleType) -> None:
-    for path in paper.RESULTS.glob("*/results.jsonl"):
+    paths = list(paper.RESULTS.glob("*/results.jsonl"))
+    assert {path.parent.name for path in paths} >= {"cifar10", "digits", "geometry"}
+    for path in paths:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         records = [line for line in lines if "key" in line and line["config"] is not None]
         seeds, rates = ({line[name] for line in records} for name in ("seed", "rate"))
@@ -51,6 +54,8 @@ def test_every_study_has_three_seeds_and_every_setting_all_rates(paper: ModuleTy
             if line["seed"] == 0:
                 tried.setdefault(json.dumps(line["config"], sort_keys=True), set()).add(line["rate"])
         assert all(own == rates for own in tried.values()), path
+        configs = {tna.Config.from_dict(json.loads(one)) for one in tried}
+        assert configs == {point.config for point in open_recipe(path.parent.name, "mini").points()}, path
 
 
 # -- Verdicts, of numbers that are known -----------------------------------------------------------
