@@ -116,6 +116,8 @@ def _study(name: str, folder: Path) -> Study:
         whole = [point for point in points if None not in point.values("fid")]
         about += _left_out(len(points) - len(whole))
         settings = tuple(_generated(point, rates) for point in whole)
+        floor = statistics.fmean(record["real"]["metrics"]["fid"] for record in points[0].records)
+        about += f"; {study['generated']:,} real images have a FID of {floor:.0f}"
         return Study(name, recipe.title, about, "FID, less is better", 5.0, settings)
     about = f"{study['problem']}; {' / '.join(f'{n:,}' for n in study['samples'].values())} samples; {tuned}"
     if recipe.kind == "geometry":
@@ -148,8 +150,9 @@ def _generated(point: Any, rates: Sequence[float]) -> Setting:
 
 
 def first_images(folder: Path) -> list[str]:
-    """Of every setting of generated images, the file of those of its first seed."""
-    return [point.records[0]["images"] for point in generated_in(folder / "results.jsonl")]
+    """Of every setting of generated images, the file of those of its first seed, and that of real ones."""
+    first = [point.records[0] for point in generated_in(folder / "results.jsonl")]
+    return [one["images"] for one in [*first, *(line["real"] for line in first if "real" in line)]]
 
 
 # -- Pairs -------------------------------------------------------------------------------------

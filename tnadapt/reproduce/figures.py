@@ -19,6 +19,8 @@ Rows = list[dict[str, Any]]
 
 #: Images of a setting that are shown: two of each class.
 SHOWN = 20
+#: The arm of the target's own images, measured as what is generated is.
+REAL = "real images"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +115,18 @@ def _generated(recipe: Recipe, folder: Path, study: dict[str, Any], rates: int, 
         }
         for point in points
     ]
+    floors = [record["real"] for record in points[0].records if "real" in record]
+    if floors:
+        values = {metric: [one["metrics"][metric] for one in floors] for metric in METRICS}
+        there = {metric: [value for value in some if value is not None] for metric, some in values.items()}
+        rows.insert(0, {"arm": REAL, "setting": "", "parameters": 0, "rate": 0.0, "loss": [], **there})
     looks = f"a classifier of {study['target']}" if study["features"] == "classifier" else "Inception"
     note = (
         f"{study['source']} to {study['target']}; {study['generated']:,} images of each, seen by {looks}; "
         f"{_several(len(points[0].records), 'seed')}; each at the rate of {rates} with the least loss held out"
     )
-    return Found(rows, [_first_images(point, folder) for point in points], note)
+    real = [{"words": REAL, "path": folder / "images" / one.get("images", "")} for one in floors[:1]]
+    return Found(rows, real + [_first_images(point, folder) for point in points], note)
 
 
 def _first_images(point: Generated, folder: Path) -> dict[str, Any]:

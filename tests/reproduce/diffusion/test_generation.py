@@ -29,8 +29,7 @@ pytest.importorskip("torch_fidelity")
 from tnadapt.finetune import Reporter  # noqa: E402
 from tnadapt.finetune.loop import threads  # noqa: E402
 from tnadapt.reproduce.diffusion.generation import chosen_rate, generated_in  # noqa: E402
-from tnadapt.reproduce.diffusion.images import Images  # noqa: E402
-from tnadapt.reproduce.diffusion.loading import balanced  # noqa: E402
+from tnadapt.reproduce.diffusion.images import Images, balanced, read_images  # noqa: E402
 from tnadapt.reproduce.diffusion.metrics import METRICS  # noqa: E402
 from tnadapt.reproduce.diffusion.opening import generation_of  # noqa: E402
 
@@ -82,10 +81,10 @@ def done(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_every_setting_is_trained_sampled_and_measured(done: tuple[Path, Any]) -> None:
     out, outcome = done
     assert [(row["arm"], row["parameters"]) for row in outcome.rows] == [
-        ("as pretrained", 0), ("dense", 141312), ("LoRA", 4736),
+        ("real images", 0), ("as pretrained", 0), ("dense", 141312), ("LoRA", 4736),
     ]  # fmt: skip
     for row in outcome.rows:
-        assert len(row["loss"]) == 2
+        assert len(row["loss"]) == (0 if row["arm"] == "real images" else 2)
         assert all(len(row[metric]) == 2 for metric in METRICS), row
     assert outcome.picture == out / "figure.png"
     assert (out / "generated.png").read_bytes().startswith(b"\x89PNG")
@@ -98,9 +97,24 @@ def test_every_setting_is_trained_sampled_and_measured(done: tuple[Path, Any]) -
         assert record["config"] is None or (out / "adapters" / record["adapter"]).is_file()
 
 
+def test_as_many_real_images_are_measured_of_none_that_are_compared_with(done: tuple[Path, Any], data: Path) -> None:
+    out, outcome = done
+    assert outcome.rows[0]["arm"] == "real images"
+    bases = [record for record in lines(out) if record["config"] is None]
+    assert [outcome.rows[0][metric] for metric in METRICS] == [
+        [base["real"]["metrics"][metric] for base in bases] for metric in METRICS
+    ]
+    # Images of 8 pixels are what the stand-ins are scaled to; 16 are held out, fewer than 20: they are of the others.
+    every = read_images("mnist", data, 8, 1).pixels[TINY["held_out"] :]
+    known = {bytes(((one + 1) * 127.5).round().to(torch.uint8).numpy()) for one in every}
+    drawn = [np.load(out / "images" / base["real"]["images"], allow_pickle=False) for base in bases]
+    assert all(bytes(np.ascontiguousarray(one.transpose(2, 0, 1))) in known for some in drawn for one in some)
+    assert not np.array_equal(*drawn)
+
+
 def test_the_rate_is_chosen_with_the_first_seed_by_the_loss_held_out(done: tuple[Path, Any]) -> None:
     out, outcome = done
-    for row in outcome.rows[1:]:
+    for row in outcome.rows[2:]:
         own = [one for one in lines(out) if one["family"] == row["arm"]]
         first = {one["rate"]: one["validation_loss"] for one in own if one["seed"] == 0}
         assert row["rate"] == min(first, key=lambda rate: first[rate])
@@ -117,7 +131,7 @@ def test_what_is_done_is_not_done_again_and_results_alone_give_the_same(
     assert (out / "results.jsonl").read_bytes() == before
     assert again.rows == outcome.rows
     points = {point.arm: point for point in generated_in(out / "results.jsonl")}
-    for row in outcome.rows:
+    for row in outcome.rows[1:]:
         point = points[row["arm"]]
         assert (point.setting, point.parameters, point.rate) == (row["setting"], row["parameters"], row["rate"])
         assert list(point.values("fid")) == row["fid"]
@@ -128,7 +142,7 @@ def test_what_is_done_is_not_done_again_and_results_alone_give_the_same(
     with threads(1):
         run(tiny(arms=("dense",), samples=10, seeds=1, rates=[0.03]), copy, cache=cache, data=str(data), fresh=True)
     assert len(list((copy / "adapters").iterdir())) == 1
-    assert len(list((copy / "images").iterdir())) == 2
+    assert len(list((copy / "images").iterdir())) == 3
 
 
 def test_other_rates_and_seeds_in_the_same_folder(
@@ -143,7 +157,7 @@ def test_other_rates_and_seeds_in_the_same_folder(
         # At a rate that was tried with the first seed alone, and with more seeds than the file has for others.
         found = run(tiny(arms=("LoRA",), rates=[other]), copy, cache=cache, data=str(data))
     assert [(row["arm"], row["rate"], len(row["fid"])) for row in found.rows] == [
-        ("as pretrained", 0.0, 2), ("LoRA", other, 2),
+        ("real images", 0.0, 2), ("as pretrained", 0.0, 2), ("LoRA", other, 2),
     ]  # fmt: skip
     alone = {row["arm"]: row["rate"] for row in redraw(tiny(), copy).rows}
     assert alone["LoRA"] == was, "of what is whole, the better by the first seed"
@@ -249,7 +263,7 @@ def test_the_full_recipes_make_their_first_steps_on_stand_ins(
     settings = {**recipe.settings, **steps, "real": 12, "image_size": 16}
     shown = dataclasses.replace(recipe, arms=first, settings=settings)
     outcome = run(shown, tmp_path / "run", cache=cache, data=str(data), features="classifier")
-    assert [row["arm"] for row in outcome.rows] == ["as pretrained", *(arm.name for arm in first)]
+    assert [row["arm"] for row in outcome.rows] == ["real images", "as pretrained", *(arm.name for arm in first)]
     assert all(len(row["fid"]) == 1 for row in outcome.rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,14 @@ from ...finetune import Task
 from ...finetune.loop import Schedule
 from ...finetune.problem import base_digest
 from .features import Extractor
-from .images import Images
+from .images import CLASSES, Images, balanced
 from .metrics import Seen, quality
 from .pretrain import Pretraining, images_digest
 from .process import Process
 from .unet import Generator
 
-__all__ = ["CLASSES", "FIELDS", "SHOWN", "Adapting", "Bench", "Setup"]
+__all__ = ["FIELDS", "SHOWN", "Adapting", "Bench", "Setup"]
 
-CLASSES = 10
 # Images at once where there are no gradients: of a set and seed, each gets the same noise whatever the batch is.
 CHUNK = 64
 #: Images that are kept of each adaptation, to be looked at: so many a class.
@@ -165,7 +164,8 @@ class Bench:
         Parameters
         ----------
         task : Task
-            Without a config, the base is measured as it is.
+            Without a config, the base is measured as it is, and so are as many real images: what nothing generated can
+            be expected to better.
         how : Adapting
         out : Path, optional
             A folder for the adapter and for the images that are kept.
@@ -196,8 +196,14 @@ class Bench:
             "diverged": diverged,
             "training_loss": round(value, 6) if math.isfinite(value) else None,
             "validation_loss": None if diverged else round(validation, 6),
-            "metrics": {name: None if one is None else float(f"{one:.6g}") for name, one in metrics.items()},
+            "metrics": _rounded(metrics),
         }
+        if adapter is None:
+            measured, real = self.floor(how.samples, task.seed)
+            record["real"] = {"metrics": _rounded(measured)}
+            if out is not None:
+                record["real"]["images"] = f"real-{task.key}.npy"
+                _keep(out / "images" / record["real"]["images"], real)
         if out is not None and shown is not None:
             record["images"] = f"{task.key}.npy"
             _keep(out / "images" / record["images"], shown)
@@ -207,6 +213,26 @@ class Bench:
                 adapter.save(out / "adapters" / record["adapter"])
         record["seconds"] = round(time.perf_counter() - began, 2)
         return record
+
+    def floor(self, count: int, seed: int) -> tuple[dict[str, float | None], Tensor]:
+        """Measures of real images of the target that are not among those compared with.
+
+        Parameters
+        ----------
+        count : int
+            Of those held out, or, where they are fewer, of those trained on.
+        seed : int
+            Draws them.
+
+        Returns
+        -------
+        measures : dict
+            See :func:`~tnadapt.reproduce.diffusion.metrics.quality`.
+        first : Tensor
+            The first of the images.
+        """
+        some = balanced(self.validation if len(self.validation) >= count else self.training, count, seed)
+        return quality(self.extractor.see(some.pixels), self.real, some.labels), some.pixels[: SHOWN * CLASSES]
 
     def _fit(self, model: Generator, how: Adapting, task: Task, progress: Callable[[float], None]) -> float:
         parameters = [one for one in model.parameters() if one.requires_grad]
@@ -252,6 +278,10 @@ class Bench:
         like = (self.setup.channels, self.setup.size, self.setup.size)
         images = self.setup.process.sample(model, asked.to(self.setup.device), like, seed, CHUNK)
         return quality(self.extractor.see(images), self.real, asked), images[: SHOWN * CLASSES]
+
+
+def _rounded(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: None if one is None else float(f"{one:.6g}") for name, one in metrics.items()}
 
 
 def _keep(path: Path, images: Tensor) -> None:

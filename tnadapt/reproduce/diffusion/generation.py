@@ -162,7 +162,7 @@ class Generation:
 
 def _forget(out: Path, adapters: Sequence[str]) -> None:
     """What an earlier run left: its adapters by their names, and its images, whose names are keys."""
-    left = [*(out / "adapters" / name for name in adapters), *(out / "images").glob("[0-9a-f]" * 16 + ".npy")]
+    left = [*(out / "adapters" / name for name in adapters), *(out / "images").glob("*" + "[0-9a-f]" * 16 + ".npy")]
     for path in left:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ...errors import FileError, TnadaptError
 
-__all__ = ["DATASETS", "Images", "read_images"]
+__all__ = ["CLASSES", "DATASETS", "Images", "balanced", "read_images"]
+
+CLASSES = 10
 
 _IDX = ("mnist", "fashion-mnist")
 DATASETS = (*_IDX, "svhn")
@@ -48,6 +50,26 @@ class Images:
 
     def __getitem__(self, some: slice | Tensor) -> Images:
         return Images(self.pixels[some], self.labels[some])
+
+
+def balanced(images: Images, count: int, seed: int = 0) -> Images:
+    """So many images, or all that there are: of every class in turn, in an order that the seed draws.
+
+    As images are asked for by classes in turn, any beginning of both has the classes alike, as long as none runs out.
+
+    Examples
+    --------
+    >>> some = Images(torch.zeros(50, 1, 2, 2), torch.arange(50) // 5)
+    >>> balanced(some, 20).labels.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    labels = images.labels[order]
+    turn = torch.zeros_like(labels)
+    for label in range(CLASSES):
+        own = labels == label
+        turn[own] = torch.arange(int(own.sum()))
+    return images[order[(turn * CLASSES + labels).argsort(stable=True)][:count]]
 
 
 def read_images(name: str, folder: Path, size: int, channels: int, test: bool = False) -> Images:

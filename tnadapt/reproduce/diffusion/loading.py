@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ...durable import replaced
 from ...errors import TnadaptError
-from .bench import CLASSES, Bench, Setup
+from .bench import Bench, Setup
 from .features import Classifier, Extractor, Inception, train_classifier
-from .images import Images, read_images
+from .images import Images, balanced, read_images
 from .metrics import require_packages
 from .pretrain import images_digest, pretrained
 from .unet import Generator
 
-__all__ = ["balanced", "open_bench"]
+__all__ = ["open_bench"]
 
 
 def open_bench(setup: Setup, progress: Callable[[str, float], None] = lambda what, done: None) -> Bench:
@@ -55,26 +54,6 @@ def open_bench(setup: Setup, progress: Callable[[str, float], None] = lambda wha
     )
     seen = extractor.see(test.pixels)
     return Bench(setup, weights, rest[: setup.limit], target[:held_out], test, extractor, seen)
-
-
-def balanced(images: Images, count: int) -> Images:
-    """So many images, or all that there are: of every class in turn, in an order drawn once and for all.
-
-    As images are asked for by classes in turn, any beginning of both has the classes alike, as long as none runs out.
-
-    Examples
-    --------
-    >>> some = Images(torch.zeros(50, 1, 2, 2), torch.arange(50) // 5)
-    >>> balanced(some, 20).labels.tolist()
-    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    labels = images.labels[order]
-    turn = torch.zeros_like(labels)
-    for label in range(CLASSES):
-        own = labels == label
-        turn[own] = torch.arange(int(own.sum()))
-    return images[order[(turn * CLASSES + labels).argsort(stable=True)][:count]]
 
 
 def _trained(setup: Setup, progress: Callable[[str, float], None]) -> dict[str, Tensor]:

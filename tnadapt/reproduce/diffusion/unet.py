@@ -58,7 +58,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, channels, height, width)`` to the same."""
         normed = self.norm(x)
-        q, k, v = (proj(normed).flatten(2).mT for proj in (self.proj_q, self.proj_k, self.proj_v))
+        # One head, said: without its axis torch does not take its fused kernel.
+        q, k, v = (proj(normed).flatten(2).mT[:, None].contiguous() for proj in (self.proj_q, self.proj_k, self.proj_v))
         mixed = nn.functional.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)
         found: Tensor = x + self.proj(mixed)
         return found
