@@ -10,12 +10,15 @@ import importlib.util
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tnadapt.backends import Backend, load_backend, register_backend
+
+from .laws.counting import Counting
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, suppress_health_check=SLOW)
@@ -45,6 +48,16 @@ if installed("array_api_strict"):
             super().__init__(array_api_strict)
 
     register_backend("array_api_strict", StrictBackend)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--laws", metavar="FILE", help="count the cases of every law into this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("laws"):
+        config.pluginmanager.register(Counting(Path(path)))
+
 
 LIBRARIES = ("numpy", "array_api_strict", "torch", "jax", "cupy")
 

@@ -1,0 +1,44 @@
+"""Every way to make a group, in every fold, through every projection: what the laws are held over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import tnadapt as tna
+from tnadapt.config import FOLDS
+from tnadapt.projection import KINDS, SQUARE
+
+__all__ = ["KINDS_OF_GROUP", "SHAPES", "config_of", "everything"]
+
+#: Wide, tall and square; their 106 elements are cut in two groups of 53, a prime. Half of each is a multiple of its
+#: columns, as a stack through a projection must be.
+SHAPES = [(6, 4), (2, 5), (6, 6), (4, 9)]
+#: What a group is made of.
+KINDS_OF_GROUP: dict[str, dict[str, Any]] = {
+    "dense": {"format": "dense"},
+    "cp": {"format": "cp", "alpha": 3.0},
+    "cp-weighted": {"format": "cp-weighted"},
+    "tucker": {"format": "tucker"},
+    "tt": {"format": "tt"},
+    "kronecker": {"format": "cp", "splits": 3, "split_size": 2},
+    "hadamard": {"format": "tucker", "splits": 2, "combine": "hadamard"},
+    "terms": {"format": "tt", "splits": 2, "split_size": "balanced", "leading": "same", "terms": 2},
+}
+
+
+def config_of(kind: str, fold: str, projection: str) -> tna.Config:
+    """One of them, in two groups, or where weights are stacked in one a weight."""
+    settings: dict[str, Any] = {"order": 2, "groups": "weight"} if fold == "stack" else {"order": 3, "groups": 2}
+    if projection not in SQUARE:
+        settings["ratio"] = 0.5
+    return tna.Config(rank=2, fold=fold, projection=projection, seed=11, **settings, **KINDS_OF_GROUP[kind])
+
+
+def everything(test: Callable[..., None]) -> Callable[..., None]:
+    """The test over all of them."""
+    for name, values in (("projection", KINDS), ("fold", FOLDS), ("kind", KINDS_OF_GROUP)):
+        test = pytest.mark.parametrize(name, values)(test)
+    return test

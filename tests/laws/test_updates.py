@@ -1,0 +1,128 @@
+"""Laws of ΔW, over every way to make a group, fold and projection, on every array library, and of their files."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tnadapt import reference
+from tnadapt.backends import Backend
+
+from ..conftest import relative_error
+from .grid import SHAPES, config_of, everything
+
+# Relative to the largest element: of float64 as everywhere, of float32 some hundred of its last digits.
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
+TARGETS = tuple(tna.Target(f"block{number}.q", shape, "q") for number, shape in enumerate(SHAPES))
+
+
+def numbers(plan: tna.SuperLoRA, dtype: str = "float64") -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(7)
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in plan.param_shapes.items()}
+
+
+def textbook(config: tna.Config, plan: tna.SuperLoRA, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    start = {name: array.astype(np.float64) for name, array in plan.init().items()}
+    exact = {name: array.astype(np.float64) for name, array in arrays.items()}
+    return np.concatenate([delta.reshape(-1) for delta in reference.deltas(config, SHAPES, exact, None, start)])
+
+
+@everything
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_the_update_is_the_textbook_formula(
+    backend: Backend, kind: str, fold: str, projection: str, dtype: str
+) -> None:
+    if backend.name == "jax" and dtype == "float64":
+        pytest.skip("of JAX, the dtype that it is used with; float64 is compared in tests/test_verify.py")
+    config = config_of(kind, fold, projection)
+    plan = tna.SuperLoRA(config, SHAPES)
+    arrays = numbers(plan, dtype)
+    found = backend.to_numpy(plan.vector({name: backend.asarray(array, dtype) for name, array in arrays.items()}))
+    assert found.dtype == dtype
+    assert relative_error(found, textbook(config, plan, arrays)) < TOLERANCES[dtype]
+
+
+@everything
+def test_a_slice_is_the_whole_cut(kind: str, fold: str, projection: str) -> None:
+    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    arrays = numbers(plan)
+    whole = plan.vector(arrays)
+    scale = np.abs(whole).max()
+    edges = np.cumsum([0, *(math.prod(shape) for shape in SHAPES)])
+    for weight, (lo, hi) in enumerate(itertools.pairwise(edges)):
+        assert np.abs(plan.delta(arrays, weight).reshape(-1) - whole[lo:hi]).max() <= 1e-12 * scale
+    # Over the edge of a group, single elements, and all.
+    for lo, hi in ((50, 64), (52, 53), (53, 54), (0, 1), (105, 106), (0, 106)):
+        assert np.abs(plan.vector(arrays, lo, hi) - whole[lo:hi]).max(initial=0.0) <= 1e-12 * scale
+
+
+@everything
+def test_the_elements_counted_are_those_made_and_the_formula_s(kind: str, fold: str, projection: str) -> None:
+    config = config_of(kind, fold, projection)
+    plan = tna.SuperLoRA(config, SHAPES)
+    made = sum(array.size for array in plan.init().values())
+    assert plan.num_parameters == made == reference.count(config, SHAPES) == tna.parameter_count(config, SHAPES)
+
+
+@everything
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_a_fresh_update_is_exactly_zero(kind: str, fold: str, projection: str, dtype: str) -> None:
+    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    if dtype == "bfloat16":
+        pytest.importorskip("torch")
+        fresh = plan.init("torch", dtype)
+        assert all(not bool(delta.any()) for delta in plan.deltas(fresh))
+        return
+    fresh = plan.init("numpy", dtype)
+    assert not plan.vector(fresh).any()
+    assert not plan.vector(fresh, 41, 73).any()
+
+
+@everything
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_a_file_is_read_to_the_bit_and_written_to_the_same_bytes(
+    tmp_path: Path, kind: str, fold: str, projection: str, dtype: str
+) -> None:
+    config = config_of(kind, fold, projection)
+    arrays = numbers(tna.SuperLoRA(config, SHAPES), dtype)
+    tna.save(tmp_path / "one", tna.AdapterFile(config=config, targets=TARGETS, arrays=arrays))
+    found = tna.load(tmp_path / "one")
+    assert found.config == config
+    assert {name: (array.dtype, array.tobytes()) for name, array in found.arrays.items()} == {
+        name: (array.dtype, array.tobytes()) for name, array in arrays.items()
+    }
+    tna.save(tmp_path / "two", found)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    again, before = found.deltas(), tna.SuperLoRA(config, SHAPES).deltas(arrays)
+    assert all(np.array_equal(a, b) for a, b in zip(again, before, strict=True))
+
+
+@everything
+def test_copies_and_pickles_compute_the_same_bits(kind: str, fold: str, projection: str) -> None:
+    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    arrays = numbers(plan)
+    want = plan.vector(arrays).tobytes()
+    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert other.vector(arrays).tobytes() == want
+
+
+@everything
+def test_what_is_not_finite_does_not_hide(kind: str, fold: str, projection: str) -> None:
+    """One NaN in an array reaches the update of its own group, and no other group's."""
+    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    arrays = numbers(plan)
+    want = plan.vector(arrays)
+    own = [name for name in arrays if name.startswith("group0.")]
+    for name in own:
+        spoilt = {**arrays, name: np.full_like(arrays[name], np.nan)}
+        found = plan.vector(spoilt)
+        first = plan.groups[0].size
+        assert np.isnan(found[:first]).any()
+        assert np.array_equal(found[first:], want[first:])
