@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -429,3 +430,22 @@ def test_a_damaged_file_is_a_file_error(data: st.DataObject, tmp_path_factory: p
     except FileError:
         return
     assert list(again.errors) == ["a.q.weight"]  # a number flipped, or metadata
+
+
+@pytest.mark.parametrize("to", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, to: str) -> None:
+    tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), to="peft-lora").save(tmp_path / "peft")
+    (tmp_path / "peft" / to).unlink()
+    os.mkfifo(tmp_path / "peft" / to)
+    with pytest.raises(FileError, match=r"is no file|is neither a file nor a folder"):
+        tna.convert(tmp_path / "peft")
+
+
+def test_settings_of_peft_take_the_memory_that_they_have(tmp_path: Path) -> None:
+    tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), to="peft-lora").save(tmp_path / "peft")
+    tna.convert(tmp_path / "peft", base=["a.q"])
+    tracemalloc.start()
+    tna.convert(tmp_path / "peft", base=["a.q"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20

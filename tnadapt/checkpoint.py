@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .container import FOREIGN, MAX_HEADER, Entry, about, opened, path_of, raw_dtype, strict_json
+from .container import FOREIGN, MAX_HEADER, Entry, about, json_file, opened, path_of, raw_dtype
 from .errors import FileError, shown
 
 __all__ = ["INDEX_SUFFIX", "SUFFIX", "Checkpoint", "open_checkpoint"]
@@ -207,16 +207,7 @@ def _some(names: list[str]) -> str:
 
 def _json(path: str, limit: int) -> dict[str, Any]:
     with about(path):
-        if not os.path.isfile(path):
-            raise FileError("is no file" if os.path.exists(path) else "No such file or directory")
-        with open(path, "rb") as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise FileError(f"is longer than {limit} bytes, and was not read")
-        try:
-            return strict_json(content.decode(), "the file")
-        except UnicodeDecodeError as error:
-            raise FileError(f"is not UTF-8: {error}") from error
+        return json_file(path, limit)
 
 
 def _indexed(given: str, where: str) -> Checkpoint:

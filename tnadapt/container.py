@@ -28,6 +28,7 @@ __all__ = [
     "Container",
     "Entry",
     "about",
+    "json_file",
     "opened",
     "path_of",
     "raw_bytes",
@@ -216,6 +217,45 @@ def _decoded(header: bytes) -> str:
         return text.decode()
     except UnicodeDecodeError as error:
         raise FileError(f"the header is not UTF-8: {error}") from error
+
+
+def json_file(path: str, limit: int, what: str = "") -> dict[str, Any]:
+    """The JSON object of a file that has at most so many bytes; it takes the memory of those that it has.
+
+    Parameters
+    ----------
+    path : str
+    limit : int
+    what : str
+        How the message names it, where the path alone does not.
+
+    Raises
+    ------
+    FileError
+        If it is no regular file, is longer, or is no such JSON.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> Path("long.json").write_bytes(b" " * 11) and json_file("long.json", 10)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: is longer than 10 bytes, and was not read
+    """
+    named = f"{what} " if what else ""
+    # A pipe is none: opening it would wait for somebody to write.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileError(f"{named}is no file")
+    with open(path, "rb") as file:
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
+    if len(content) > limit:
+        raise FileError(f"{named}is longer than {limit} bytes, and was not read")
+    try:
+        return strict_json(content.decode(), what or "the file")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{named}is not UTF-8: {error}") from error
 
 
 def strict_json(text: str, what: str) -> dict[str, Any]:

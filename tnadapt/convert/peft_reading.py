@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..adapter_file import some
-from ..container import DTYPES, Container, opened, raw_dtype, strict_json
+from ..container import DTYPES, Container, json_file, opened, raw_dtype
 from ..errors import FileError, shown
 from ..roles import natural
 from ..target import Target
@@ -52,20 +52,9 @@ def read_peft(folder: str, base: Base | None) -> Source:
     FileError, TargetError
         If a file is missing or damaged, or there is anything in it that an adapter file cannot hold.
     """
-    settings = settings_of(_config(os.path.join(folder, CONFIG)))
+    settings = settings_of(json_file(os.path.join(folder, CONFIG), _MAX_CONFIG, CONFIG))
     with opened(os.path.join(folder, WEIGHTS)) as container:
         return adapter_of(container, settings, base)
-
-
-def _config(path: str) -> dict[str, object]:
-    with open(path, "rb") as file:
-        content = file.read(_MAX_CONFIG + 1)
-    if len(content) > _MAX_CONFIG:
-        raise FileError(f"{CONFIG} has more than {_MAX_CONFIG} bytes")
-    try:
-        return strict_json(content.decode(), CONFIG)
-    except UnicodeDecodeError as error:
-        raise FileError(f"{CONFIG} is not UTF-8: {error}") from error
 
 
 def adapter_of(container: Container, settings: Settings, base: Base | None) -> Source:
