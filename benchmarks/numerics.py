@@ -1,0 +1,186 @@
+"""Errors of float32, bfloat16 and float16 against float64, by size: ``python benchmarks/numerics.py``.
+
+The same numbers, rounded to the dtype, go through the transform, every F and every format in it and in float64. The
+results are ``results/numerics.jsonl``; the page ``results/numerics.md`` and its picture are made of them and of nothing
+else (``--page`` makes these alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import machine
+
+import tnadapt as tna
+from tnadapt.projection import KINDS, SQUARE
+
+RESULTS = Path(__file__).parent / "results"
+BITS = (6, 10, 14, 18, 22)
+#: The error of one rounding, of a number of any size.
+UNITS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+#: What an operation's largest error may be, in those units.
+LIMITS = {"float32": 8.0, "bfloat16": 2.0, "float16": 2.0}
+RANK = 8
+FORMATS: dict[str, dict[str, Any]] = {
+    "dense": {"format": "dense", "order": 2},
+    "CP, M = 2": {"format": "cp", "order": 2},
+    "CP, M = 3": {"format": "cp", "order": 3},
+    "weighted CP": {"format": "cp-weighted", "order": 3},
+    "Tucker": {"format": "tucker", "order": 3},
+    "tensor train": {"format": "tt", "order": 4},
+    "Kronecker, K = 3": {"format": "cp", "order": 2, "splits": 3, "split_size": 2},
+    "Hadamard, K = 2": {"format": "cp", "order": 2, "splits": 2, "combine": "hadamard"},
+}
+GROUPS = {"transform": "The Hadamard transform", "F": "The fixed projection F", "format": "What a group is made of"}
+
+# Where no error at all is drawn.
+NONE = 0.02
+
+Rows = Sequence[Mapping[str, Any]]
+Function = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+def cases(bits: int) -> Iterator[tuple[str, str, dict[str, tuple[int, ...]], Function]]:
+    """Group, name, shapes of the arrays, and the function, of results of ``2 ** bits`` elements."""
+    size = 1 << bits
+    yield "transform", "fwht", {"x": (size,)}, lambda arrays: tna.fwht(arrays["x"])
+    for kind in KINDS:
+        if kind != "identity":
+            f = tna.Projection(kind, size if kind in SQUARE else size // 4, size, seed=1)
+            yield "F", kind, {"x": (f.n_in,)}, lambda arrays, f=f: f(arrays["x"])
+    for name, settings in FORMATS.items():
+        config = tna.Config(rank=RANK, groups=1, fold="hypercube", **settings)
+        plan = tna.SuperLoRA(config, [(1 << bits // 2, 1 << (bits - bits // 2))])
+        yield "format", name, plan.param_shapes, plan.vector
+
+
+def measure(most: int) -> list[dict[str, Any]]:
+    """All errors, of sizes up to ``2 ** most``."""
+    found: list[dict[str, Any]] = [{"machine": machine()}]
+    for bits in (bits for bits in BITS if bits <= most):
+        for group, name, shapes, function in cases(bits):
+            rng = np.random.default_rng(bits)
+            host = {key: torch.from_numpy(rng.standard_normal(shape)) for key, shape in shapes.items()}
+            for dtype, unit in UNITS.items():
+                low = {key: array.to(getattr(torch, dtype)) for key, array in host.items()}
+                exact = function({key: array.double() for key, array in low.items()})
+                error = function(low).double() - exact
+                found.append(
+                    {
+                        "group": group, "name": name, "dtype": dtype, "bits": bits,
+                        "largest": float(error.abs().max() / exact.abs().max()) / unit,
+                        "mean": float(error.square().mean().sqrt() / exact.square().mean().sqrt()) / unit,
+                    }
+                )  # fmt: skip
+    return found
+
+
+# -- The page ----------------------------------------------------------------------------------
+
+HEAD = """# Numbers of few bits
+
+Made by `python benchmarks/numerics.py` of `benchmarks/results/numerics.jsonl`. Normal numbers are rounded to a dtype,
+and go through the same operation in it and in float64. Errors are in units of that dtype's own rounding, half the
+distance of two neighbours at 1: 2^-24 = 6.0e-8 of float32, 2^-8 = 0.0039 of bfloat16, 2^-11 = 0.00049 of float16.
+*largest*: the largest error over the largest element. *mean*: the root mean square of the errors over that of the
+elements. Where a result is rounded once and all before it is exact, the largest is at most 1, and the mean some 0.4.
+
+The tests hold every operation, at sizes up to 2^10, to {limits}; the table has what was found at greater ones.
+
+![Root mean square error by size, in units of one rounding](numerics.png)
+"""
+
+
+def page(rows: Rows) -> str:
+    """The page, as Markdown."""
+    first, *errors = rows
+    sizes = sorted({row["bits"] for row in errors})
+    limits = ", ".join(f"{limit:g} units of {dtype}" for dtype, limit in LIMITS.items())
+    text = [HEAD.format(limits=limits)]
+    for group, title in GROUPS.items():
+        for dtype in UNITS:
+            text += [f"\n## {title}, {dtype}\n\n"]
+            text += [
+                _row(["", *(f"2^{bits}: largest | mean" for bits in sizes)]).replace("largest | mean", "largest, mean")
+            ]
+            text += [_row(["---"] * (len(sizes) + 1))]
+            own = [row for row in errors if row["group"] == group and row["dtype"] == dtype]
+            for name in dict.fromkeys(row["name"] for row in own):
+                at = {row["bits"]: row for row in own if row["name"] == name}
+                text += [_row([name, *(f"{at[bits]['largest']:.2g}, {at[bits]['mean']:.2g}" for bits in sizes)])]
+    known = ", ".join(f"{name} {value}" for name, value in first["machine"].items())
+    return "".join(text) + f"\nOn {known}.\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def picture(rows: Rows, path: Path) -> None:
+    """Mean errors by size, a panel a group and a line style a dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    errors = rows[1:]
+    drawn, panels = plt.subplots(1, len(GROUPS), figsize=(13, 4.4), layout="constrained", sharey=True)
+    for axes, (group, title) in zip(panels, GROUPS.items(), strict=True):
+        own = [row for row in errors if row["group"] == group]
+        names = list(dict.fromkeys(row["name"] for row in own))
+        for number, name in enumerate(names):
+            for dtype, style in zip(UNITS, ("-", "--", ":"), strict=True):
+                line = [row for row in own if row["name"] == name and row["dtype"] == dtype]
+                axes.plot(
+                    [2 ** row["bits"] for row in line],
+                    [max(row["mean"], NONE) for row in line],
+                    style,
+                    marker="osD^vPXh"[number],
+                    markersize=4,
+                    color=f"C{number}",
+                    label=name if dtype == "float32" else None,
+                    linewidth=1.2,
+                )
+        axes.axhline(1.0, color="#555555", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlabel="elements", title=title)
+        axes.legend(fontsize=8, frameon=False)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_ylabel("error, in units of one rounding")
+    drawn.supxlabel("solid: float32, dashed: bfloat16, dotted: float16; at the bottom: none at all", fontsize=8)
+    drawn.savefig(path, dpi=110)
+    plt.close(drawn)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Lines of results, the first one being the machine."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(rows: Rows, folder: Path) -> None:
+    """Page and picture into a folder."""
+    (folder / "numerics.md").write_text(page(rows), encoding="utf-8")
+    picture(rows, folder / "numerics.png")
+
+
+def main() -> None:
+    """Measure, unless the page alone is asked for, and write."""
+    given = argparse.ArgumentParser(description=__doc__)
+    given.add_argument("--page", action="store_true")
+    given.add_argument("--most", type=int, default=BITS[-1], help="sizes up to 2 to this power")
+    given.add_argument("--out", type=Path, default=RESULTS)
+    asked = given.parse_args()
+    path = asked.out / "numerics.jsonl"
+    if not asked.page:
+        path.write_text("".join(json.dumps(row) + "\n" for row in measure(asked.most)), encoding="utf-8")
+    write(read(path), asked.out)
+
+
+if __name__ == "__main__":
+    main()
