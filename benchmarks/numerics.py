@@ -39,9 +39,6 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 GROUPS = {"transform": "The Hadamard transform", "F": "The fixed projection F", "format": "What a group is made of"}
 
-# Where no error at all is drawn.
-NONE = 0.02
-
 Rows = Sequence[Mapping[str, Any]]
 Function = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -139,7 +136,7 @@ def picture(rows: Rows, path: Path) -> None:
                 line = [row for row in own if row["name"] == name and row["dtype"] == dtype]
                 axes.plot(
                     [2 ** row["bits"] for row in line],
-                    [max(row["mean"], NONE) for row in line],
+                    [row["mean"] for row in line],
                     style,
                     marker="osD^vPXh"[number],
                     markersize=4,
@@ -148,12 +145,12 @@ def picture(rows: Rows, path: Path) -> None:
                     linewidth=1.2,
                 )
         axes.axhline(1.0, color="#555555", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="elements", title=title)
-        axes.legend(fontsize=8, frameon=False)
+        axes.set(xscale="log", ylim=(-0.1, 6.0), xlabel="elements", title=title)
+        axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     panels[0].set_ylabel("error, in units of one rounding")
-    drawn.supxlabel("solid: float32, dashed: bfloat16, dotted: float16; at the bottom: none at all", fontsize=8)
+    drawn.supxlabel("solid: float32, dashed: bfloat16, dotted: float16", fontsize=8)
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
 
