@@ -1,0 +1,153 @@
+"""Models of 7 to 405 billion parameters, without the machines that hold them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+
+P = tna.presets
+
+
+def shapes_of(layers: int, width: int, keys: int) -> list[tuple[int, int]]:
+    """Query and value of a Llama: its width, and heads of keys and values times 128."""
+    return [(width, width), (keys * 128, width)] * layers
+
+
+MODELS = {
+    "Llama 3 8B": (32, 4096, 8), "Llama 3 70B": (80, 8192, 8), "Llama 3.1 405B": (126, 16384, 8),
+}  # fmt: skip
+COUNTS: dict[str, tuple[tna.Config, Callable[[int, int, int], int]]] = {
+    # r (rows + columns) of every weight.
+    "lora": (P.lora(8), lambda layers, width, keys: layers * 8 * (2 * width + width + 128 * keys)),
+    "dense": (P.dense(), lambda layers, width, keys: layers * (width * width + 128 * keys * width)),
+    # One group, folded to a square of the least side d: r (d + d).
+    "superlora": (P.superlora(4), lambda layers, width, keys: 4 * 2 * side(layers * width * (width + 128 * keys), 2)),
+    "lorta": (
+        P.lorta(2, order=5),
+        lambda layers, width, keys: 2**5 + 5 * 2 * side(layers * width * (width + 128 * keys), 5),
+    ),
+}
+
+
+def side(size: int, order: int) -> int:
+    """The least d with d ** order >= size, by counting."""
+    found = max(1, round(size ** (1 / order)) - 2)
+    while found**order < size:
+        found += 1
+    return found
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("preset", COUNTS)
+def test_counts_of_large_models_are_the_formulas_and_cost_nothing(model: str, preset: str) -> None:
+    config, formula = COUNTS[preset]
+    shapes = shapes_of(*MODELS[model])
+    assert tna.parameter_count(config, shapes) == formula(*MODELS[model])
+    assert peak_of(lambda: tna.SuperLoRA(config, shapes).num_parameters) < 4 << 20
+
+
+def test_what_a_budget_buys_is_planned_for_the_largest() -> None:
+    rows = tna.plan(shapes=shapes_of(*MODELS["Llama 3.1 405B"]), budget=10_000).rows
+    assert rows
+    assert all(row.parameters <= 10_000 for row in rows)
+
+
+WEIGHTS, SIDE = 64, 4096  # 2**30 elements; one weight has 2**24
+
+
+def element(plan: tna.SuperLoRA, params: dict[str, np.ndarray], position: int) -> float:
+    """One element of the vector of one group of CP or Tucker, by its indices."""
+    split = "group0.split0."
+    factors = [params[name] for name in sorted(params) if name.startswith(split + "factor")]
+    index = np.unravel_index(position, [len(factor) for factor in factors])
+    rows = [factor[at].astype(np.float64) for factor, at in zip(factors, index, strict=True)]
+    scale = plan.config.scale
+    if split + "core" not in params:
+        return scale * float(np.prod(rows, axis=0).sum())
+    core = params[split + "core"].astype(np.float64)
+    for row in rows:
+        core = np.tensordot(row, core, 1)
+    return scale * float(core)
+
+
+@pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3), P.lorta(2, order=5)], ids=["2D", "3D", "5D"])
+def test_one_weight_of_a_group_of_2_30_elements_takes_less_than_a_gigabyte(config: tna.Config) -> None:
+    plan = tna.SuperLoRA(config, [(SIDE, SIDE)] * WEIGHTS)
+    assert plan.groups[0].size == 1 << 30
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
+    found: list[np.ndarray] = []
+    peak = peak_of(lambda: found.append(plan.delta(params, WEIGHTS - 1)))
+    assert peak < 1 << 30
+    assert found[0].shape == (SIDE, SIDE)
+    start = (WEIGHTS - 1) * SIDE * SIDE
+    for place in (0, 1, SIDE, 12_345_678, SIDE * SIDE - 1):
+        want = element(plan, params, start + place)
+        assert abs(found[0].reshape(-1)[place] - want) < 1e-4 * max(1.0, abs(want))
+
+
+@pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3)], ids=["2D", "3D"])
+@pytest.mark.parametrize("length", [1, 7, 1 << 12])
+def test_a_group_past_2_31_elements_is_right_at_its_far_end_and_in_pieces(config: tna.Config, length: int) -> None:
+    plan = tna.SuperLoRA(config, [(1 << 16, 1 << 16)] * 3)  # 3 * 2**32 elements
+    assert plan.size > 1 << 33
+    rng = np.random.default_rng(1)
+    params = {name: rng.standard_normal(shape) for name, shape in plan.param_shapes.items()}
+    for stop in (plan.size, (1 << 31) + length // 2 + 1, (1 << 32) + 3):
+        start = stop - length
+        whole = plan.vector(params, start, stop)
+        for place in {0, length // 2, length - 1}:
+            want = element(plan, params, start + place)
+            assert abs(whole[place] - want) < 1e-12 * max(1.0, abs(want))
+        if length > 1:
+            cut = start + length // 3 + 1
+            pieces = np.concatenate([plan.vector(params, start, cut), plan.vector(params, cut, stop)])
+            assert np.abs(pieces - whole).max() <= 1e-12 * np.abs(whole).max()
+
+
+META = """
+import resource, torch, transformers, tnadapt as tna, tnadapt.torch as tt
+config = transformers.LlamaConfig(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, intermediate_size=11008
+)
+with torch.device("meta"):
+    model = transformers.LlamaForCausalLM(config)
+tt.attach(torch.nn.TransformerEncoderLayer(8, 2, 8), tna.presets.lora(1))  # modules that are imported when first used
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+adapter = tt.attach(model, {config})
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert sum(p.numel() for p in model.parameters()) > 6e9
+assert all(p.device.type == "meta" for p in model.parameters())
+print(adapter.num_parameters, after - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [("tna.presets.lora(8)", 32 * 2 * 8 * 8192), ("tna.presets.superlora(8)", 8 * 2 * 32768)],
+    ids=["lora", "superlora"],
+)
+def test_attaching_to_a_model_of_7_billion_on_the_meta_device_takes_no_memory(config: str, count: int) -> None:
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-W", "ignore", "-c", META.replace("{config}", config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    parameters, kilobytes = map(int, done.stdout.split())
+    assert parameters == count
+    assert kilobytes < 64 * 1024
