@@ -1,0 +1,152 @@
+"""Processes killed at random points while they save, merge and sweep: nothing is lost, and the next run goes on.
+
+Twelve kills each; with ``HYPOTHESIS_PROFILE=long`` a hundred and fifty.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+
+KILLS = 150 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 12
+SHAPES = [(64, 48)] * 6
+TARGETS = tuple(tna.Target(f"block{number}.q", shape, "q") for number, shape in enumerate(SHAPES))
+
+
+def killed(code: str, *arguments: object, delays: Iterator[float]) -> None:
+    """Start a program, wait until it says that it is at it, and kill it a moment later."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"at it\n", process.stderr.read().decode()
+        time.sleep(next(delays))
+        process.kill()
+        _, said = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said.decode()
+
+
+def moments(longest: float) -> Iterator[float]:
+    drawn = random.Random(5)
+    while True:
+        yield drawn.uniform(0.0, longest)
+
+
+def adapter(value: float) -> tna.AdapterFile:
+    config = tna.presets.lora(4)
+    shapes = tna.SuperLoRA(config, SHAPES).param_shapes
+    return tna.AdapterFile(
+        config=config, targets=TARGETS, arrays={n: np.full(s, value, np.float32) for n, s in shapes.items()}
+    )
+
+
+SAVING = """
+import itertools, sys
+import tnadapt as tna
+one, two, path = tna.load(sys.argv[1]), tna.load(sys.argv[2]), sys.argv[3]
+print("at it", flush=True)
+for file in itertools.cycle((one, two)):
+    tna.save(path, file)
+"""
+
+
+def test_a_file_that_is_saved_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    tna.save(tmp_path / "one", adapter(1.0))
+    tna.save(tmp_path / "two", adapter(2.0))
+    either = {(tmp_path / name).read_bytes() for name in ("one", "two")}
+    path = tmp_path / "saved"
+    tna.save(path, adapter(1.0))
+    seen = set()
+    delays = moments(0.05)
+    for _ in range(KILLS):
+        killed(SAVING, tmp_path / "one", tmp_path / "two", path, delays=delays)
+        content = path.read_bytes()
+        assert content in either
+        seen.add(content)
+        # What a killed process leaves beside it has a name of its own, and is in nobody's way.
+        assert all(left.name.startswith(".tnadapt-") for left in set(tmp_path.iterdir()) - {
+            path, tmp_path / "one", tmp_path / "two"
+        })  # fmt: skip
+    assert seen == either, "killed at one point only"
+    tna.save(path, adapter(3.0))
+    assert tna.load(path).arrays["group0.split0.factor0"].flat[0] == 3.0
+
+
+MERGING = """
+import sys
+import tnadapt as tna
+base, file, out = sys.argv[1:4]
+print("at it", flush=True)
+while True:
+    tna.merge(base, file, out, overwrite=True)
+"""
+
+
+def test_a_merge_is_whole_or_goes_on(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    base = tmp_path / "base"
+    base.mkdir()
+    index = {}
+    for number, target in enumerate(TARGETS):
+        name = f"model-{number + 1:05}-of-{len(TARGETS):05}.safetensors"
+        save_file({target.name: rng.standard_normal(target.shape).astype(np.float32)}, base / name)
+        index[target.name] = name
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    tna.save(tmp_path / "adapter", adapter(0.5))
+    tna.merge(base, tmp_path / "adapter", tmp_path / "expected")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    out = tmp_path / "out"
+    delays = moments(0.08)
+    for _ in range(KILLS):
+        killed(MERGING, base, tmp_path / "adapter", out, delays=delays)
+        if out.exists():
+            assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+        assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    tna.merge(base, tmp_path / "adapter", out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "expected", "out"]
+
+
+SWEEPING = """
+import sys
+from pathlib import Path
+from tnadapt.finetune.results import Results
+with Results(Path(sys.argv[1]), {"what": "a sweep"}, fields={"key", "value"}) as results:
+    results.begin_session(jobs=1)
+    print("at it", flush=True)
+    while True:
+        number = len(results.records)
+        results.add({"key": str(number), "value": "x" * (number % 97)})
+"""
+
+
+def test_a_sweep_has_every_line_that_it_said_was_there(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tnadapt.finetune.results import Results
+
+    path = tmp_path / "results.jsonl"
+    before = 0
+    delays = moments(0.03)
+    for _ in range(KILLS // 3):
+        killed(SWEEPING, path, delays=delays)
+        with Results(path, {"what": "a sweep"}, fields={"key", "value"}) as results:
+            found = results.records
+        assert len(found) >= before
+        assert found == {str(n): {"key": str(n), "value": "x" * (n % 97)} for n in range(len(found))}
+        before = len(found)
+    assert before
