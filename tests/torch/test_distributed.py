@@ -67,6 +67,28 @@ def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:
     return printed
 
 
+DEATHS = {"killed": "Signal 9 (SIGKILL) received by PID", "raises": "the data of this process ended"}
+
+
+@pytest.mark.parametrize(
+    ("how", "death", "world"), [("ddp", "killed", 2), ("fsdp2", "raises", 2), ("ddp", "raises", 4)]
+)
+def test_a_process_that_dies_ends_the_job_with_a_message(tmp_path: Path, how: str, death: str, world: int) -> None:
+    job = [*TORCHRUN, "--standalone", "--nproc-per-node", world, "-m", f"{__package__}.distributed_dying"]
+    with pytest.raises(AssertionError) as ended:
+        run([*job, tmp_path, how, death], timeout=100.0)
+    said = str(ended.value)
+    assert DEATHS[death] in said
+    assert f"rank      : {world - 1} (local_rank: {world - 1})" in said
+    assert not list(tmp_path.glob("finished.*"))
+    # Nobody is left, and what was saved before is whole.
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "dying").read_text()), 0)
+    torch.manual_seed(0)  # the base of jobs.build
+    model = jobs.Model(None)
+    assert tna.torch.load(model, tmp_path / "adapter.safetensors").num_parameters
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
