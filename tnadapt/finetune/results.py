@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -63,7 +64,8 @@ class Results:
         self.dropped: list[str] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 (kept open, and locked, until close)
+            # Unbuffered: what a full disk did not take must not be tried again by the next line, or by close.
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (kept open, and locked, until close)
         except OSError as error:
             raise FileError(
                 f"cannot write results to {path}: {error.strerror}; give another folder with --out"
@@ -110,11 +112,15 @@ class Results:
         return found
 
     def _append(self, line: Mapping[str, Any]) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        rest = memoryview(json.dumps(line).encode() + b"\n")
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
             raise FileError(f"cannot write results to {self.path}: {error.strerror}") from None
 
     def begin_session(self, **more: Any) -> None:
