@@ -19,7 +19,7 @@ from fuzz.targets import TARGETS, FaultError, measured  # noqa: E402
 CORPUS = ROOT / "fuzz" / "corpus"
 INPUTS = [(target, path.name) for target in TARGETS for path in sorted((CORPUS / target).iterdir())]
 # Seconds a target in the tests; by hand as long as one likes.
-SECONDS = 5
+SECONDS = 3
 
 
 @pytest.mark.parametrize(("target", "name"), INPUTS)

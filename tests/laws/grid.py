@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import tnadapt as tna
 from tnadapt.config import FOLDS
 from tnadapt.projection import KINDS, SQUARE
 
-__all__ = ["KINDS_OF_GROUP", "SHAPES", "config_of", "everything"]
+__all__ = ["KINDS_OF_GROUP", "SHAPES", "config_of", "every_group", "everything"]
 
 #: Wide, tall and square; their 106 elements are cut in two groups of 53, a prime. Half of each is a multiple of its
 #: columns, as a stack through a projection must be.
@@ -39,6 +39,15 @@ def config_of(kind: str, fold: str, projection: str) -> tna.Config:
 
 def everything(test: Callable[..., None]) -> Callable[..., None]:
     """The test over all of them."""
-    for name, values in (("projection", KINDS), ("fold", FOLDS), ("kind", KINDS_OF_GROUP)):
+    return _over(test, KINDS)
+
+
+def every_group(test: Callable[..., None]) -> Callable[..., None]:
+    """The test over all of them but for the F that are alike to it: one of each sort is enough."""
+    return _over(test, ("identity", "linear", "nonlinear"))
+
+
+def _over(test: Callable[..., None], projections: Iterable[str]) -> Callable[..., None]:
+    for name, values in (("projection", projections), ("fold", FOLDS), ("kind", KINDS_OF_GROUP)):
         test = pytest.mark.parametrize(name, values)(test)
     return test

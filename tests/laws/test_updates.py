@@ -39,8 +39,8 @@ def textbook(config: tna.Config, plan: tna.SuperLoRA, arrays: dict[str, np.ndarr
 def test_the_update_is_the_textbook_formula(
     backend: Backend, kind: str, fold: str, projection: str, dtype: str
 ) -> None:
-    if backend.name == "jax" and dtype == "float64":
-        pytest.skip("of JAX, the dtype that it is used with; float64 is compared in tests/test_verify.py")
+    if backend.name == "jax" and (dtype, fold) != ("float32", "hypercube"):
+        pytest.skip("JAX compiles every operation anew: one fold, and the dtype that it is used with")
     config = config_of(kind, fold, projection)
     plan = tna.SuperLoRA(config, SHAPES)
     arrays = numbers(plan, dtype)
