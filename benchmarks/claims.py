@@ -65,6 +65,8 @@ class Study:
     settings : tuple of Setting
     spaces : list of dict
         Of the geometry: its lines.
+    pictured : bool
+        Whether it has pictures of its own.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Study:
     margin: float = 1.0
     settings: tuple[Setting, ...] = ()
     spaces: tuple[dict[str, Any], ...] = ()
+    pictured: bool = True
 
     def of(self, config: Config) -> Setting | None:
         """The setting of a config, if it was run."""
@@ -97,8 +100,25 @@ class Pair:
 
 
 def studies(folder: Path) -> dict[str, Study]:
-    """Of every recipe that has results, by name."""
-    return {name: _study(name, folder / name) for name in ORDER if (folder / name / "results.jsonl").is_file()}
+    """Of every recipe that has results, by name; of a diffusion model, the loss beside FID."""
+    found = {}
+    for name in ORDER:
+        if (folder / name / "results.jsonl").is_file():
+            found[name] = _study(name, folder / name)
+            if open_recipe(name, "mini").kind == "diffusion":
+                found[f"{name}, loss"] = _losses(found[name])
+    return found
+
+
+def _losses(study: Study) -> Study:
+    """The same settings by their loss on the images held out, in thousandths."""
+    settings = tuple(
+        dataclasses.replace(one, values=tuple(1000 * value for value in one.held_out)) for one in study.settings
+    )
+    return dataclasses.replace(
+        study, name=f"{study.name}, loss", about="the same trainings", quality="1,000 × loss held out, less is better",
+        margin=0.5, settings=settings, pictured=False,
+    )  # fmt: skip
 
 
 def _study(name: str, folder: Path) -> Study:
@@ -248,12 +268,17 @@ Every setting was tried at the same rates, and stands at the one that was better
 first seed or with all; the test samples chose nothing. A ° marks what stands at the least or the greatest of the rates:
 another might do better by it. Two settings are compared seed by seed: with one seed, both get the samples in the same
 order, start from the same new head where there is one, and draw the same F. The *gain* is the mean of these
-differences, in the units of the study (points of accuracy; FID, its sign turned), with the 95 % interval of Student's t
-over seeds. With three seeds such an interval is wide. All seeds have the same samples, so what another test set would
-give is not in it; and of as many intervals as here are shown, some miss.
+differences, in the units of the study (points of accuracy; FID and loss, their signs turned), with the 95 % interval
+of Student's t over seeds. With three seeds such an interval is wide. All seeds have the same samples, so what another
+test set would give is not in it; and of as many intervals as here are shown, some miss.
 
 *comes out*: the interval of the mean gain of all pairs is above 0. *the other way*: it is below. *not decided*: it is
-neither. That something does *no harm*, or is as good, needs an interval above -1 point of accuracy, or -5 of FID.
+neither. That something does *no harm*, or is as good, needs an interval above -1 point of accuracy, -5 of FID, or
+-0.0005 of loss.
+
+FID of some hundred images is wide, and the miniature of the diffusion model generates strokes rather than digits. So
+its loss on images held out stands beside FID: every model meets the same images with the same noise. By it the rates
+were chosen, too, alike for all.
 """
 
 
@@ -357,6 +382,8 @@ def page(found: dict[str, Study]) -> str:
     if "geometry" in found:
         text += ["\nThe distance to the dense update has a section of its own, the last.\n"]
     for study in compared:
+        if not study.pictured:
+            continue
         text += [f"\n## {study.name}: {study.title}\n\n", f"{study.about}.\n\n"]
         text += [
             f"![{study.title}: {study.quality} against parameters, with each method's front]({study.name}/figure.png)\n"

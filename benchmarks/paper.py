@@ -39,7 +39,7 @@ def take(name: str, folder: Path) -> None:
 def write(results: Path, out: Path) -> None:
     """``claims.md``, and the figures of every study beside it."""
     studies = claims.studies(results)
-    for name in studies:
+    for name in (name for name, study in studies.items() if study.pictured):
         (out / name).mkdir(parents=True, exist_ok=True)
         redraw(open_recipe(name, "mini"), results / name, out / name)
     (out / "claims.md").write_text(claims.page(studies), encoding="utf-8")

@@ -43,9 +43,12 @@ def generated(
 
     images = [(words, np.asarray(pixels, np.uint8)) for words, pixels in rows]
     most = max(len(pixels) for _, pixels in images)
-    drawn = Figure(figsize=(0.5 * most + 3.0, 0.54 * len(rows) + 0.8), dpi=150, facecolor="white")
+    # A letter of the words takes some 0.06 inches; a row as much height as an image has width.
+    margin = 0.2 + 0.06 * max(len(line) for words, _ in images for line in words.split("\n"))
+    width, height = margin + 0.52 * most, 0.54 * len(rows) + 0.7
+    drawn = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(drawn)
-    drawn.set_layout_engine("constrained", h_pad=0.02, w_pad=0.02)
+    drawn.subplots_adjust(margin / width, 0.35 / height, 0.995, 1.0 - 0.35 / height, hspace=0.06)
     grid = drawn.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (words, pixels) in zip(grid, images, strict=True):
         shown = pixels if pixels.shape[-1] == 3 else pixels.repeat(3, -1)

@@ -196,12 +196,12 @@ def _qualities(recipe: Recipe, found: Found, path: Path) -> None:
 
     arms = dict.fromkeys(row["arm"] for row in found.rows)
     panels = []
-    for metric, words in METRICS.items():
+    for metric, words in {**METRICS, "loss": "loss on images held out"}.items():
         own = [row for row in found.rows if row[metric]]
         dots = {arm: [Dot(row["parameters"], tuple(row[metric])) for row in own if row["arm"] == arm] for arm in arms}
         curves = tuple(Curve(arm, tuple(some)) for arm, some in dots.items() if some)
         if curves:
-            panels.append(Panel(curves, words, metric not in LOWER))
+            panels.append(Panel(curves, words, metric not in (*LOWER, "loss")))
     if panels:
         fronts_grid(panels, path, title=recipe.title, note=found.note)
 
