@@ -85,16 +85,20 @@ def _environment(path: str) -> dict[str, str]:
 
 
 def test_what_a_run_lacks_is_said() -> None:
-    law = {"says": "a", "passed": 5, "failed": 0}
-    other = {"says": "b", "passed": 1, "failed": 0}
+    law = {"says": "a", "passed": 5, "failed": 0, "skipped": {}}
+    other = {"says": "b", "passed": 1, "failed": 0, "skipped": {"no card": 2}}
     stated = {"laws": [law, other]}
-    assert page.shortcomings(stated, stated) == []
-    assert page.shortcomings({"laws": [{**law, "passed": 6}, other]}, stated) == []
-    assert page.shortcomings({"laws": [{**law, "passed": 4}, other]}, stated) == ["'a' had 4 cases; the page states 5"]
-    assert page.shortcomings({"laws": [{**law, "failed": 2}, other]}, stated) == ["'a' failed in 2 cases"]
+
+    def lacking(one: dict[str, object], *more: dict[str, object]) -> list[str]:
+        return page.shortcomings({"laws": [{**law, **one}, *(more or [other])]}, stated)
+
+    assert lacking({}) == lacking({"passed": 6}) == lacking({"passed": 1, "skipped": {"no root": 4}}) == []
+    assert lacking({"passed": 4}) == ["'a' had 4 cases; the page states 5"]
+    assert lacking({"failed": 2}) == ["'a' failed in 2 cases"]
+    assert lacking({"passed": 0, "skipped": {"no root": 5}}) == ["'a' had no case that passed"]
     assert page.shortcomings({"laws": [law]}, stated) == ["'b' is on the page and no more in the book"]
-    none = page.shortcomings({"laws": [law, other, {"says": "c", "passed": 0, "failed": 0}]}, stated)
-    assert none == ["'c' had no case"]
+    new = {"says": "c", "passed": 0, "failed": 0, "skipped": {}}
+    assert lacking({}, other, new) == ["'c' had no case that passed"]
 
 
 @pytest.mark.skipif(not page.COUNTS.is_file(), reason="the page is not in this copy of the project")
