@@ -1,4 +1,4 @@
-"""Every input of the fuzzer's corpus, and a short run of the fuzzer itself where it is installed."""
+"""Every input of the fuzzer's corpus, and in the long profile a short run of the fuzzer itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fuzz.targets import TARGETS, FaultError, measured  # noqa: E402
 CORPUS = ROOT / "fuzz" / "corpus"
 INPUTS = [(target, path.name) for target in TARGETS for path in sorted((CORPUS / target).iterdir())]
 # Seconds a target in the tests; by hand as long as one likes.
-SECONDS = 3
+SECONDS = 20
 
 
 @pytest.mark.parametrize(("target", "name"), INPUTS)
@@ -33,7 +33,10 @@ def test_memory_is_measured() -> None:
         measured(lambda data: kept.append(bytes(1 << 24)), b"abc")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
+@pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE") != "long" or importlib.util.find_spec("atheris") is None,
+    reason="atheris is not installed, or this is not the long profile",
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_short_run(tmp_path: Path, target: str) -> None:
     command = [sys.executable, "-m", "fuzz", target, "--seconds", str(SECONDS), "--corpus", str(tmp_path / "found")]

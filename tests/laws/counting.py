@@ -38,7 +38,8 @@ def about(item: pytest.Item) -> dict[str, list[str]]:
     values = dict(item.callspec.params) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     found: dict[str, list[str]] = {"libraries": [], "dtypes": [], "folds": [], "variants": []}
     for key, value in values.items():
-        text = str(value).removeprefix("torch.")
+        # What a worker reports must be UTF-8, and a name of a fault need not be.
+        text = str(value).removeprefix("torch.").encode(errors="backslashreplace").decode()
         if text in LIBRARIES:
             found["libraries"].append(text)
         elif text in DTYPES:

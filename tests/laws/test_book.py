@@ -42,7 +42,8 @@ from hypothesis import given, strategies as st
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("fold", ["stack"])
-def test_words(dtype, fold): pass
+@pytest.mark.parametrize("damage", ["\\udcff"])
+def test_words(dtype, fold, damage): pass
 
 @given(st.integers())
 def test_digests(one): pass
@@ -71,10 +72,11 @@ def test_cases_are_counted(tmp_path: Path, workers: list[str]) -> None:
     words, same = counted["laws"][:2]
     assert (words["passed"], words["drawn"], words["failed"]) == (3, 1, 0)
     assert (words["dtypes"], words["folds"], words["libraries"]) == (["float32", "float64"], ["stack"], ["numpy"])
+    assert words["variants"] == ["\\udcff"]
     assert (same["passed"], same["skipped"]) == (0, {"no | device": 1})
     assert counted["cases"] == 4
     shown = page.page(counted)
-    assert "| 3 | 1 | numpy | float32, float64 | folds stack |" in shown
+    assert "| 3 | 1 | numpy | float32, float64 | 1: \\udcff; folds stack |" in shown
     assert "| 1 | no \\| device |" in shown
 
 

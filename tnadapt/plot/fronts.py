@@ -221,7 +221,7 @@ def finish(
 def _across(axes: Any, name: str, dot: Dot) -> None:
     axes.axhline(dot.mean, color=PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
-        f"{name}, {dot.mean:.3g}", (0.005, dot.mean), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        f"{name}, {_short(dot.mean)}", (0.005, dot.mean), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", fontsize=8, color="#666666",
     )  # fmt: skip
 
@@ -239,3 +239,7 @@ def _arm(axes: Any, curve: Curve, colour: str, shape: str, higher: bool) -> None
             markeredgecolor=INK if dot in front else "white", zorder=4 if dot in front else 3,
         )  # fmt: skip
     axes.plot([], [], linestyle="-", marker=shape, markersize=6.5, color=colour, label=curve.name)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
