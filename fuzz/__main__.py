@@ -14,8 +14,8 @@ from pathlib import Path
 CORPUS = Path(__file__).parent / "corpus"
 #: Of memory, in MiB: what is refused must be refused before it is allocated.
 MEMORY = 1500
-#: Of one input, in seconds.
-PATIENCE = 10
+#: Of one input, in seconds: the first one may compile kernels.
+PATIENCE = 60
 
 
 def main() -> None:
