@@ -12,7 +12,8 @@ import pytest
 import safetensors
 
 from tnadapt import FileError
-from tnadapt.container import DTYPES, MAX_HEADER, about, opened, raw_dtype, serialized, strict_json
+from tnadapt.container import DTYPES, MAX_HEADER, about, opened, raw_dtype, serialized
+from tnadapt.strict_json import strict_json
 
 from . import forge
 

@@ -50,7 +50,7 @@ def imported() -> Iterator[tuple[str, str]]:
 
 def test_nothing_that_runs_what_it_reads_is_imported() -> None:
     found = list(imported())
-    assert ("container.py", "json") in found
+    assert ("strict_json.py", "json") in found
     assert [one for one in found if one[1] in RUNNING] == []
     assert {place for place, name in found if name == "subprocess"} == STARTING
     assert [one for one in found if one[1] in ("socket", "urllib", "http", "requests", "httpx", "ftplib")] == []
@@ -107,7 +107,9 @@ lora = tna.AdapterFile(config=tna.presets.lora(1), targets=targets, arrays={
 tna.convert(lora, to="peft-lora").save(folder / "peft")
 tna.convert(folder / "peft", base=["a.q", "b.q"])
 from safetensors.numpy import save_file
-save_file({f"{t.name}.weight": np.ones(t.shape, np.float32) for t in targets}, folder / "base.safetensors")
+save_file({target.name: np.ones(target.shape, np.float32) for target in targets}, folder / "base.safetensors")
+tna.merge(folder / "base.safetensors", folder / "adapter", folder / "merged.safetensors")
+tna.plan(shapes=[(6, 4)] * 2, budget=20)
 print(len(missing), sorted(path.name for path in folder.iterdir()))
 """
 
@@ -116,7 +118,7 @@ def test_no_connection_is_opened() -> None:
     command = [sys.executable, "-W", "ignore", "-c", OFFLINE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "['adapter', 'base.safetensors', 'peft']" in done.stdout
+    assert "['adapter', 'base.safetensors', 'merged.safetensors', 'peft']" in done.stdout
 
 
 def test_the_guard_sees_a_connection() -> None:

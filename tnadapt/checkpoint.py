@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from .container import FOREIGN, MAX_HEADER, Entry, about, json_file, opened, path_of, raw_dtype
+from .container import FOREIGN, MAX_HEADER, Entry, about, opened, path_of, raw_dtype
 from .errors import FileError, shown
+from .strict_json import MAX_CONFIG, json_file
 
 __all__ = ["INDEX_SUFFIX", "SUFFIX", "Checkpoint", "open_checkpoint"]
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-
-_MAX_CONFIG = 1 << 24
 
 
 class Checkpoint:
@@ -94,7 +93,7 @@ class Checkpoint:
             If it is no JSON object, or longer than 2**24 bytes.
         """
         path = os.path.join(self.folder, "config.json")
-        return _json(path, _MAX_CONFIG) if os.path.lexists(path) else None
+        return _json(path, MAX_CONFIG) if os.path.lexists(path) else None
 
     def array(self, name: str) -> np.ndarray:
         """One tensor, read whole.

@@ -10,10 +10,11 @@ from typing import Any
 
 from .adapter_file import AdapterFile
 from .checkpoint import Checkpoint, open_checkpoint
-from .container import about, opened, strict_json
+from .container import about, opened
 from .errors import FileError, TnadaptError
 from .files import ENTRY, VERSION, likeness, load
 from .stored_targets import find_stored
+from .strict_json import strict_json
 from .target import Target
 
 __all__ = ["info"]

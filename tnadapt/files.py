@@ -71,11 +71,11 @@ from .container import (
     raw_bytes,
     raw_dtype,
     serialized,
-    strict_json,
 )
 from .durable import replace_file
 from .errors import FileError, TnadaptError, shown
 from .fingerprint import Fingerprint
+from .strict_json import strict_json
 from .target import Target
 
 __all__ = ["AdapterFile", "content_of", "likeness", "load", "save"]

@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .container import strict_json
 from .durable import replace_file, sync_folder
 from .errors import FileError
+from .strict_json import json_file
 
 __all__ = ["SUFFIX", "Partial", "partial"]
 
@@ -112,8 +112,7 @@ def _size(path: str) -> int:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            return strict_json(file.read(_MAX_STATE), "the state")
+        return json_file(path, _MAX_STATE)
     except (OSError, ValueError):  # a FileError is a ValueError: a state that cannot be read is none
         return {}
 

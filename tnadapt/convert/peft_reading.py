@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..adapter_file import some
-from ..container import DTYPES, Container, json_file, opened, raw_dtype
+from ..container import DTYPES, Container, opened, raw_dtype
 from ..errors import FileError, shown
 from ..roles import natural
+from ..strict_json import MAX_CONFIG, json_file
 from ..target import Target
 from .base import Base, target_of
 from .joining import Found, joined
@@ -31,7 +32,6 @@ RECORD, TURNED = "tnadapt.convert", "transposed"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-_MAX_CONFIG = 1 << 24
 # Its name in the file -> the one under which both libraries' tensors are read.
 _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
 _REFUSED = {
@@ -52,7 +52,7 @@ def read_peft(folder: str, base: Base | None) -> Source:
     FileError, TargetError
         If a file is missing or damaged, or there is anything in it that an adapter file cannot hold.
     """
-    settings = settings_of(json_file(os.path.join(folder, CONFIG), _MAX_CONFIG, CONFIG))
+    settings = settings_of(json_file(os.path.join(folder, CONFIG), MAX_CONFIG, CONFIG))
     with opened(os.path.join(folder, WEIGHTS)) as container:
         return adapter_of(container, settings, base)
 

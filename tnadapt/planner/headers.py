@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..checkpoint import open_checkpoint
-from ..container import strict_json
 from ..errors import FileError, TnadaptError
 from ..stored_targets import find_stored
+from ..strict_json import MAX_CONFIG, json_file
 from ..target import Target
 
 __all__ = ["Headers", "model_targets", "read_headers"]
@@ -115,6 +115,4 @@ def _from_hub(name: str) -> Headers:
 def _hub_config(hub: Any, name: str) -> Mapping[str, Any] | None:
     if not hub.file_exists(name, "config.json"):
         return None
-    path = hub.hf_hub_download(name, "config.json")
-    with open(path, encoding="utf-8") as file:
-        return strict_json(file.read(), f"{name}: config.json")
+    return json_file(hub.hf_hub_download(name, "config.json"), MAX_CONFIG, f"{name}: config.json")
