@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.version import Version
 from safetensors.numpy import save_file
 
 from tnadapt import FileError
@@ -120,7 +121,13 @@ def test_dtypes_that_numpy_lacks_are_carried(tmp_path: Path, tag: str) -> None:
     assert found.array("b").tolist() == [2.0]
     with pytest.raises(FileError, match=f"'a' is {tag}, which NumPy does not have"):
         found.array("a")
-    theirs = dict(safetensors.deserialize(content))  # they know it, too, and count its bytes as we do
+    try:
+        theirs = dict(safetensors.deserialize(content))  # they know it, too, and count its bytes as we do
+    except safetensors.SafetensorError as error:
+        # Until 0.6 the message does not say what it is about.
+        if "unknown variant" not in str(error) and Version(safetensors.__version__) >= Version("0.6"):
+            raise
+        pytest.skip(f"safetensors {safetensors.__version__} does not know {tag}: {error}")
     assert len(theirs["a"]["data"]) == nbytes
 
 
