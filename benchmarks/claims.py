@@ -136,8 +136,9 @@ def _study(name: str, folder: Path) -> Study:
         whole = [point for point in points if None not in point.values("fid")]
         about += _left_out(len(points) - len(whole))
         settings = tuple(_generated(point, rates) for point in whole)
-        floor = statistics.fmean(record["real"]["metrics"]["fid"] for record in points[0].records)
-        about += f"; {study['generated']:,} real images have a FID of {floor:.0f}"
+        floor = [record["real"]["metrics"]["fid"] for record in points[0].records if "real" in record]
+        if floor:
+            about += f"; {study['generated']:,} real images have a FID of {statistics.fmean(floor):.0f}"
         return Study(name, recipe.title, about, "FID, less is better", 5.0, settings)
     about = f"{study['problem']}; {' / '.join(f'{n:,}' for n in study['samples'].values())} samples; {tuned}"
     if recipe.kind == "geometry":

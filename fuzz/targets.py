@@ -59,7 +59,7 @@ def measured(target: Callable[[bytes], None], data: bytes) -> int:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder in which only what the target wrote may be found afterwards."""
+    """A folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as made:
         yield Path(made)
 

@@ -6,11 +6,15 @@ Two profiles: ``ci`` (the default) is derandomised, so that a run tells of the c
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -89,6 +93,30 @@ def keyboard() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import a script of the benchmarks by its name; afterwards they are as if they had never been imported."""
+    if not BENCHMARKS.is_dir():
+        pytest.skip("the benchmarks are not in this copy of the project")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Bytes that Python and NumPy had allocated at the most, beyond what was there."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def relative_error(found: object, expected: object) -> float:

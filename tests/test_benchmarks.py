@@ -5,26 +5,24 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from .conftest import BENCHMARKS
+
 pytest.importorskip("torch")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PARTS = ("fwht", "fastfood", "steps", "memory", "strategies", "growth", "slices", "startup", "gpu")
 
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not in this copy of the project")
 
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("fast")
-    for name in ("fast", "page", "machine"):
-        sys.modules.pop(name, None)
+def scripts(benchmark_scripts: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_scripts("fast")
 
 
 def test_every_part_is_tried(scripts: ModuleType) -> None:

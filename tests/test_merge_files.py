@@ -635,6 +635,19 @@ def test_interrupted_it_stops_and_goes_on(tmp_path: Path) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "expected")
 
 
+def test_a_shard_that_is_cut_off_is_named_and_nothing_is_made(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 3)
+    shard = base / "model-00002-of-00003.safetensors"
+    whole = shard.read_bytes()
+    for left in (0, 7, 8, len(whole) // 2, len(whole) - 1):
+        shard.write_bytes(whole[:left])
+        with pytest.raises(tna.FileError, match=re.escape(str(shard))):
+            tna.merge(base, adapter, tmp_path / "out")
+        assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base"], left
+    shard.write_bytes(whole)
+    assert tna.merge(base, adapter, tmp_path / "out").files == 3
+
+
 def test_a_base_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
 

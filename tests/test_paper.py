@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,16 +16,10 @@ from tnadapt.reproduce import open_recipe
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not in this copy of the project")
-
 
 @pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("paper")
-    for name in ("paper", "claims"):
-        sys.modules.pop(name, None)
+def paper(benchmark_scripts: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_scripts("paper")
 
 
 def test_the_page_is_that_of_its_results(paper: ModuleType, tmp_path: Path) -> None:

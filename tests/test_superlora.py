@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from tnadapt import reference
 from tnadapt.backends import Backend
 from tnadapt.testing import parameters, plans
 
-from .conftest import relative_error
+from .conftest import peak_of, relative_error
 
 ORACLES = json.loads(Path(__file__).with_name("oracles.json").read_text())
 VIT_BASE = [(768, 768)] * 24
@@ -178,15 +177,6 @@ def test_ratio_is_the_decimal_it_is_written_as() -> None:
 
 
 # -- Size: nothing is allocated to plan, nothing but the slice to slice ------------------------------
-
-
-def peak_of(call) -> int:
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

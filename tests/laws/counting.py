@@ -26,11 +26,14 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Of these parameters the values are names: of a method, a config, a model, a fault.
 NAMES = (
     "bad", "case", "check", "config", "damage", "format", "kind", "label", "method", "model", "name", "preset",
-    "projection", "variant", "what",
+    "projection", "target", "variant", "what",
 )  # fmt: skip
 PACKAGES = ("tnadapt", "numpy", "scipy", "torch", "jax", "peft", "transformers", "hypothesis", "pytest")
 # A test that names no library computes on that of its folder.
-HOME = {"torch": "torch", "test_torch.py": "torch", "test_jax.py": "jax", "finetune": "torch", "reproduce": "torch"}
+HOME = {
+    "torch": "torch", "test_torch.py": "torch", "kernels/test_torch.py": "torch", "kernels/test_fastfood.py": "torch",
+    "test_jax.py": "jax", "finetune": "torch", "reproduce": "torch",
+}  # fmt: skip
 
 
 def about(item: pytest.Item) -> dict[str, list[str]]:
@@ -47,7 +50,7 @@ def about(item: pytest.Item) -> dict[str, list[str]]:
         elif text in FOLDS:
             found["folds"].append(text)
         elif key in NAMES and isinstance(value, str | float):
-            found["variants"].append(text)
+            found["variants"].append(text[:60])
     if not found["libraries"]:
         file = _file(item)
         found["libraries"] = [HOME.get(file, HOME.get(file.partition("/")[0], "numpy"))]

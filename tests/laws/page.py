@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def page(counted: Mapping[str, Any]) -> str:
 
 
 def _cells(law: Mapping[str, Any]) -> list[str]:
-    names = law["variants"]
+    names = [textwrap.shorten(name, 40, placeholder="…") for name in law["variants"]]
     some = f"{len(names)}: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}" if names else ""
     folds = f"folds {', '.join(law['folds'])}" if law["folds"] else ""
     return [

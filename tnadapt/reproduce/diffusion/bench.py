@@ -199,7 +199,7 @@ class Bench:
             "metrics": _rounded(metrics),
         }
         if adapter is None:
-            measured, real = self.floor(how.samples, task.seed)
+            measured, real = self._floor(how.samples, task.seed)
             record["real"] = {"metrics": _rounded(measured)}
             if out is not None:
                 record["real"]["images"] = f"real-{task.key}.npy"
@@ -214,22 +214,10 @@ class Bench:
         record["seconds"] = round(time.perf_counter() - began, 2)
         return record
 
-    def floor(self, count: int, seed: int) -> tuple[dict[str, float | None], Tensor]:
-        """Measures of real images of the target that are not among those compared with.
+    def _floor(self, count: int, seed: int) -> tuple[dict[str, float | None], Tensor]:
+        """Measures of real images of the target that are not among those compared with, and the first of them.
 
-        Parameters
-        ----------
-        count : int
-            Of those held out, or, where they are fewer, of those trained on.
-        seed : int
-            Draws them.
-
-        Returns
-        -------
-        measures : dict
-            See :func:`~tnadapt.reproduce.diffusion.metrics.quality`.
-        first : Tensor
-            The first of the images.
+        They are of those held out, or, where these are fewer, of those trained on.
         """
         some = balanced(self.validation if len(self.validation) >= count else self.training, count, seed)
         return quality(self.extractor.see(some.pixels), self.real, some.labels), some.pixels[: SHOWN * CLASSES]

@@ -57,6 +57,19 @@ def balanced(images: Images, count: int, seed: int = 0) -> Images:
 
     As images are asked for by classes in turn, any beginning of both has the classes alike, as long as none runs out.
 
+    Parameters
+    ----------
+    images : Images
+        Of labels from 0 to 9.
+    count : int
+    seed : int
+        Of torch's generator on the CPU.
+
+    Returns
+    -------
+    Images
+        The first ``count``, copied.
+
     Examples
     --------
     >>> some = Images(torch.zeros(50, 1, 2, 2), torch.arange(50) // 5)

@@ -38,6 +38,12 @@ def open_bench(setup: Setup, progress: Callable[[str, float], None] = lambda wha
     ------
     TnadaptError
         If images or weights cannot be had.
+
+    Examples
+    --------
+    As a recipe sets it up, of images in ``data``::
+
+        open_bench(Setup(Path("data"), Path("cache"), "mnist", "fashion-mnist", 16, 1, 32, Pretraining(), Process()))
     """
     require_packages()
     # What may be missing is opened before what takes long.
