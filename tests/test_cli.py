@@ -104,6 +104,14 @@ HOSTILE = {
 }
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no /dev/stdin")
+def test_a_config_may_come_through_a_pipe() -> None:
+    command = [sys.executable, "-m", "tnadapt", "verify", "--config", "/dev/stdin", "--backend", "numpy", "--json"]
+    done = subprocess.run(command, input='{"rank": 3}', capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["holds"]
+
+
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_files(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"

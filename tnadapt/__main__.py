@@ -19,6 +19,9 @@ def main() -> None:
     except (TnadaptError, OSError) as error:  # a full disk, a name that is too long
         print(f"tnadapt: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except MemoryError as error:
+        print(f"tnadapt: there is not enough memory for that ({error or 'Python needs more'})", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from . import draws, methods, reference
 from .backends import Backend
 from .backends.base import Array
 from .config import Config
+from .errors import ConfigError
 from .hadamard import fwht
 from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from .projection import Projection
@@ -29,6 +30,8 @@ __all__ = ["Law", "of_config", "of_library"]
 TIGHT = 1e-12
 # A central difference of step 1e-5 has an error of some 1e-10 of what it differentiates.
 DIFFERENCE = 1e-6
+# A gibibyte in float64, of which several are needed.
+MOST = 1 << 27
 
 # (seed, group, purpose, first word), and the words from there.
 KNOWN_WORDS = (
@@ -146,6 +149,12 @@ class _Case:
     ) -> None:
         self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
         self.plan = SuperLoRA(config, shapes, layers)
+        elements = self.plan.num_parameters + sum(rows * cols for rows, cols in self.plan.shapes)
+        if elements > MOST:
+            raise ConfigError(
+                f"{elements:,} parameters and elements of updates are too many to be checked, which takes some ten "
+                f"arrays of them in float64: give a smaller rank or smaller shapes, of at most {MOST:,} together"
+            )
         self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
         self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
         self.params = self._sent(self.host)

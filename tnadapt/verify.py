@@ -121,8 +121,8 @@ def verify(
     Raises
     ------
     ConfigError
-        If shapes are given without a config, the config does not suit them, seed is no integer from 0 to
-        2**64 - 1, or backends names nothing.
+        If shapes are given without a config, the config does not suit them or makes more than 2**27 elements, seed
+        is no integer from 0 to 2**64 - 1, or backends names nothing.
     BackendError
         If a backend is unknown.
 

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 import tnadapt as tna  # noqa: E402
-from tnadapt.errors import FileError, TargetError, TnadaptError  # noqa: E402
+from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError  # noqa: E402
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem  # noqa: E402
 from tnadapt.finetune.best import prove  # noqa: E402
 from tnadapt.finetune.loop import Schedule, fit, threads  # noqa: E402
@@ -295,15 +295,32 @@ def test_the_pretrained_model_is_kept_and_made_anew_where_damaged(tmp_path: Path
 
 
 def test_another_recipe_is_another_file(tmp_path: Path) -> None:
-    open_problem(Spec(cache=tmp_path, pretrain_epochs=1))
-    open_problem(Spec(cache=tmp_path, pretrain_epochs=2))
+    for epochs in (1, 2):
+        open_problem(Spec(cache=tmp_path, pretrain_epochs=epochs)).build(0)
     assert len(list((tmp_path / "digits").iterdir())) == 2
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
     with pytest.raises(FileError, match="give another folder with --cache"):
-        open_problem(Spec(cache=tmp_path / "cache", pretrain_epochs=1))
+        open_problem(Spec(cache=tmp_path / "cache", pretrain_epochs=1)).build(0)
+
+
+def test_what_does_not_fit_is_refused_before_a_base_is_trained(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Told(Reporter):
+        def preparing(self, what: str, done: float) -> None:
+            told.append(what)
+
+    with pytest.raises(ConfigError, match="format must be one of"):
+        Study(spec(tmp_path), Choice(changes={"format": "none"}), TRAINING, (0.01,), reporter=Told())
+    found = Study(spec(tmp_path), CHOICE, TRAINING, (0.01,), reporter=Told())
+    assert found.parameters(found.methods[-1]) > 0
+    assert not told
+    assert not list(tmp_path.iterdir())
+    found.settings()
+    assert told
 
 
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME"])

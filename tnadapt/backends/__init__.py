@@ -128,7 +128,7 @@ def load_backend(name: str) -> Backend:
         return _instances[name]
     if not isinstance(name, str) or name not in _factories:
         raise BackendError(
-            f"no backend named {name!r}; known: {', '.join(sorted(_factories))}; "
+            f"no backend named {shown(name)}; known: {', '.join(sorted(_factories))}; "
             "others can be added with register_backend(name, factory)"
         )
     try:

@@ -8,9 +8,13 @@ from typing import Any
 
 from .. import presets
 from ..config import Config
-from ..errors import TnadaptError
+from ..errors import FileError, TnadaptError, shown
+from ..strict_json import MAX_CONFIG, strict_json
 
 __all__ = ["chosen_config", "setting", "shapes_of", "word_or_number"]
+
+# Of the weights of one shape that can be typed: hundreds of times those of the largest models.
+MOST = 100_000
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -23,7 +27,7 @@ def setting(text: str) -> tuple[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise TnadaptError(f"--set takes FIELD=VALUE; got {text!r}")
+        raise TnadaptError(f"--set takes FIELD=VALUE; got {shown(text)}")
     return name, word_or_number(value)
 
 
@@ -48,21 +52,27 @@ def chosen_config(preset: str | None, settings: list[str], path: Path | None) ->
         raise TnadaptError("--preset and --config both name a config; give one of them")
     if preset is not None:
         if preset not in presets.__all__:
-            raise TnadaptError(f"no preset {preset!r}; expected one of {', '.join(presets.__all__)}")
+            raise TnadaptError(f"no preset {shown(preset)}; expected one of {', '.join(presets.__all__)}")
         try:
             made = getattr(presets, preset)(**changes)
         except TypeError as error:
             raise TnadaptError(f"preset {preset!r}: {error}; give it by --set NAME=VALUE") from None
         return made  # type: ignore[no-any-return]
     if path is not None:
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise TnadaptError(f"cannot read a config from {path}: {error}") from None
-        if not isinstance(read, dict):
-            raise TnadaptError(f"{path} holds {type(read).__name__}; expected a JSON object of Config fields")
-        return Config.from_dict({**read, **changes})
+        return Config.from_dict({**_read(path), **changes})
     return Config.from_dict(changes) if changes else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # Also of a pipe, <(…), whose length is not known before its end.
+        with open(path, "rb") as file:
+            content = file.read(MAX_CONFIG + 1)
+        if len(content) > MAX_CONFIG:
+            raise FileError(f"is longer than {MAX_CONFIG} bytes")
+        return strict_json(content.decode(), "the file")
+    except (OSError, ValueError) as error:  # a FileError is a ValueError
+        raise TnadaptError(f"cannot read a config from {path}: {error}") from None
 
 
 def shapes_of(text: str) -> list[tuple[int, int]]:
@@ -77,8 +87,10 @@ def shapes_of(text: str) -> list[tuple[int, int]]:
     rows, _, cols = size.partition("x")
     try:
         repeat = int(times or 1)
-        if repeat < 1:
+        if not 1 <= repeat <= MOST:
             raise ValueError
         return [(int(rows), int(cols))] * repeat
     except ValueError:
-        raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {text!r}") from None
+        raise TnadaptError(
+            f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24, for at most {MOST:,} weights; got {shown(text)}"
+        ) from None

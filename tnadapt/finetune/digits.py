@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -47,7 +48,9 @@ class Pixels:
 
 
 def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, done: None) -> Problem:
-    """scikit-learn's digits: the model, from the cache or trained now, and the five classes that it has not seen.
+    """scikit-learn's digits: a model, and the five classes that it has not seen.
+
+    It is taken from the cache, or trained, when it is first built.
 
     Parameters
     ----------
@@ -63,7 +66,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     Raises
     ------
     TnadaptError
-        If scikit-learn is not installed, or the cache cannot be written.
+        If scikit-learn is not installed; when the model is built, if the cache cannot be written.
     """
     if spec.image_size is not None or spec.max_length is not None:
         raise TnadaptError("--image-size and --max-length are for a model and data of your own; the digits are 8 x 8")
@@ -71,6 +74,8 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     samples = divide(old, validation=0.1, test=0.1)
     mean, std = float(samples["training"].inputs.mean()), float(samples["training"].inputs.std())
     parts = {name: Pixels(part, mean, std) for name, part in samples.items()}
+    limited = dataclasses.replace(new, samples=choose(new.samples, spec.limit))
+    own: dict[str, Part] = {name: Pixels(part, mean, std) for name, part in divide(limited).items()}
     sizes = ViTSizes()
     recipe = {
         "version": 1,
@@ -80,22 +85,22 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
         "schedule": dataclasses.asdict(Schedule(RATE, weight_decay=DECAY)),
         "batch": BATCH,
     }
-    weights = _cached(
-        (spec.cache or cache_folder()) / "digits",
-        recipe,
-        lambda: _pretrain(parts, sizes, recipe, progress),
-        SmallViT(len(OLD), sizes),
-    )
 
-    def build(seed: int) -> nn.Module:
+    @functools.cache
+    def weights() -> dict[str, Tensor]:
+        folder = (spec.cache or cache_folder()) / "digits"
+        return _cached(folder, recipe, lambda: _pretrain(parts, sizes, recipe, progress), SmallViT(len(OLD), sizes))
+
+    def sketch(seed: int = 0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = SmallViT(len(NEW), sizes)
-        model.load_state_dict({**weights, **{k: v for k, v in model.state_dict().items() if k.startswith("head.")}})
+            return SmallViT(len(NEW), sizes)
+
+    def build(seed: int) -> nn.Module:
+        model = sketch(seed)
+        model.load_state_dict({**weights(), **{k: v for k, v in model.state_dict().items() if k.startswith("head.")}})
         return model
 
-    limited = dataclasses.replace(new, samples=choose(new.samples, spec.limit))
-    own: dict[str, Part] = {name: Pixels(part, mean, std) for name, part in divide(limited).items()}
     return Problem(
         "the digits 5 to 9",
         "image",
@@ -107,6 +112,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
         ("head",),
         # Products of this size do not gain from a second thread; a second training beside it does.
         threads=1,
+        sketch=sketch,
     )
 
 

@@ -87,6 +87,8 @@ class Problem:
         Those that ``build`` draws from the seed, such as a new head; the rest is the base.
     threads : int, optional
         How many a training wants; all that there are if None.
+    sketch : callable, optional
+        ``sketch()``: a model of the same structure, for what is asked before the base is wanted; ``build(0)`` if None.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Problem:
     keep: tuple[str, ...]
     drawn: tuple[str, ...]
     threads: int | None = None
+    sketch: Callable[[], nn.Module] | None = None
 
 
 def under(name: str, keep: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,12 +135,9 @@ class Study:
         self.rates, self.seeds = sorted(set(rates)), range(seeds)
         self.reporter = reporter or Reporter()
         self.problem: Problem = open_problem(spec, self.reporter.preparing)
-        model = self.problem.build(0)
+        # What does not fit is refused before a base is trained.
+        model = self.problem.sketch() if self.problem.sketch else self.problem.build(0)
         self.targets = tnt.find_targets(model, training.selection)
-        self._digests = {
-            "data_digest": samples_digest(self.problem.parts),
-            "base_digest": base_digest(model, self.problem.drawn),
-        }
         self.layers = [target.layer for target in self.targets]
         self.shapes = [target.shape for target in self.targets]
         self.methods = self._chosen(choice)
@@ -156,6 +154,13 @@ class Study:
                     raise TnadaptError(f"{method.name} does not fit the targets: {error}") from None
         # Two names of one config are one training.
         return list({Task(method, 0, 1.0).key: method for method in reversed(methods)}.values())[::-1]
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        return {
+            "data_digest": samples_digest(self.problem.parts),
+            "base_digest": base_digest(self.problem.build(0), self.problem.drawn),
+        }
 
     def parameters(self, method: Method) -> int:
         """Of a method's adapter on these targets."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import torch as tnt
-from ..errors import TnadaptError
+from ..errors import TnadaptError, shown
 from .loop import Schedule, evaluate, fit
 from .methods import Method
 from .problem import Problem, free
@@ -144,7 +144,7 @@ def usable_device(name: str | None) -> str:
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # torch raises several kinds of it
-        raise TnadaptError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+        raise TnadaptError(f"no device {shown(name)} here: {str(error).splitlines()[0][:200]}") from None
     return name
 
 
