@@ -1,8 +1,9 @@
-"""Errors of float32, bfloat16 and float16 against float64, by size: ``python benchmarks/numerics.py``.
+"""Errors of few bits and of tiny numbers, by size: ``python benchmarks/numerics.py``.
 
-The same numbers, rounded to the dtype, go through the transform, every F and every format in it and in float64. The
-results are ``results/numerics.jsonl``; the page ``results/numerics.md`` and its picture are made of them and of nothing
-else (``--page`` makes these alone).
+The same numbers, rounded to the dtype, go through the transform, every F and every format in it and in float64: normal
+ones, and some so small that the results are below the dtype's smallest normal number. The results are
+``results/numerics.jsonl``; the page ``results/numerics.md`` and its picture are made of them and of nothing else
+(``--page`` makes these alone).
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ BITS = (6, 10, 14, 18, 22)
 UNITS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 #: What an operation's largest error may be, in those units.
 LIMITS = {"float32": 8.0, "bfloat16": 2.0, "float16": 2.0}
+#: The distance of two neighbours below the smallest normal number, and what makes results of normal numbers so small.
+TINY = {"float64": (2.0**-1074, 2.0**-1030), "float32": (2.0**-149, 2.0**-135), "float16": (2.0**-24, 2.0**-20)}
+#: The sizes at which that is looked at.
+TINY_BITS = (6, 10, 14)
 RANK = 8
 FORMATS: dict[str, dict[str, Any]] = {
     "dense": {"format": "dense", "order": 2},
@@ -75,7 +80,34 @@ def measure(most: int) -> list[dict[str, Any]]:
                         "mean": float(error.square().mean().sqrt() / exact.square().mean().sqrt()) / unit,
                     }
                 )  # fmt: skip
+    found += [row for bits in TINY_BITS if bits <= most for row in tiny(bits)]
     return found
+
+
+def tiny(bits: int) -> Iterator[dict[str, Any]]:
+    """Errors where the first array is so small that the results have not all their digits."""
+    for group, name, shapes, function in cases(bits):
+        if not name.startswith("nonlinear"):  # a cube of these is 0
+            rng = np.random.default_rng(bits)
+            host = {key: torch.from_numpy(rng.standard_normal(shape)) for key, shape in shapes.items()}
+            first = next(iter(shapes))
+            for dtype, (distance, small) in TINY.items():
+                low = {key: array.to(getattr(torch, dtype)) for key, array in host.items()}
+                low[first] = (host[first] * small).to(getattr(torch, dtype))
+                # What is multiplied by a power of two in float64 loses nothing, and has all digits afterwards.
+                exact = function(
+                    {**{key: array.double() for key, array in low.items()}, first: low[first].double() / small}
+                )
+                error = function(low).double() / small - exact
+                largest = float(error.abs().max() / (distance / small))
+                yield {"group": group, "name": name, "dtype": dtype, "bits": bits, "distances": largest}
+
+
+def allowed(row: Mapping[str, Any]) -> float:
+    """Of tiny numbers: how many distances an operation may be off."""
+    if row["group"] == "format":
+        return 64.0
+    return 1.0 if row["dtype"] == "float16" else 4.0 * 2.0 ** (row["bits"] / 2)
 
 
 # -- The page ----------------------------------------------------------------------------------
@@ -93,24 +125,51 @@ The tests hold every operation, at sizes up to 2^10, to {limits}; the table has 
 ![Root mean square error by size, in units of one rounding](numerics.png)
 """
 
+SMALL = """
+## Numbers below the smallest normal one
+
+NumPy and torch keep such numbers (subnormal ones: below 2.2e-308 in float64, 1.2e-38 in float32, 6.1e-5 in float16),
+with the digits that are left, and so do the kernels: nothing is flushed to zero. The transform and F are off by some
+√n of the distances between such neighbours, as every number is multiplied by 1/√n before it is added; by at most one
+in half precision, which is computed in float32 and rounded once. JAX's compiler takes them for 0, in float32 and in
+float64. What to do: nothing at the sizes of updates; a bfloat16 or float16 model gets float32 adapters unless asked
+otherwise. The table has the largest error, in these distances; the tests hold it to 4 √n (transform and F), 1 (both
+in float16) and 64 (formats).
+
+"""
+TAIL = """
+## NaN and infinity
+
+They are never hidden. The transform and F spread them over the whole vector, so that one NaN or infinity in an array
+is seen in the update of its own group, and never in another group's; without F it is where the products bring it, and
+0 times infinity is NaN. In training it shows in the loss. No file is written with them, nor read (`FileError`), an
+update with one is not merged, in memory or on disk, nor one whose sum leaves the range of the weight's dtype
+(65,504 of float16), and `extract`, `convert` and `decompose` refuse them.
+"""
+
 
 def page(rows: Rows) -> str:
     """The page, as Markdown."""
-    first, *errors = rows
+    first, *rest = rows
+    errors = [row for row in rest if "largest" in row]
     sizes = sorted({row["bits"] for row in errors})
     limits = ", ".join(f"{limit:g} units of {dtype}" for dtype, limit in LIMITS.items())
     text = [HEAD.format(limits=limits)]
     for group, title in GROUPS.items():
         for dtype in UNITS:
             text += [f"\n## {title}, {dtype}\n\n"]
-            text += [
-                _row(["", *(f"2^{bits}: largest | mean" for bits in sizes)]).replace("largest | mean", "largest, mean")
-            ]
-            text += [_row(["---"] * (len(sizes) + 1))]
+            text += [_row(["", *(f"2^{bits}: largest, mean" for bits in sizes)]), _row(["---"] * (len(sizes) + 1))]
             own = [row for row in errors if row["group"] == group and row["dtype"] == dtype]
             for name in dict.fromkeys(row["name"] for row in own):
                 at = {row["bits"]: row for row in own if row["name"] == name}
                 text += [_row([name, *(f"{at[bits]['largest']:.2g}, {at[bits]['mean']:.2g}" for bits in sizes)])]
+    text += [SMALL, _row(["", *(f"{dtype}, 2^{bits}" for dtype in TINY for bits in TINY_BITS)])]
+    text += [_row(["---"] * (1 + len(TINY) * len(TINY_BITS)))]
+    small = [row for row in rest if "distances" in row]
+    for name in dict.fromkeys(row["name"] for row in small):
+        off = {(row["dtype"], row["bits"]): row["distances"] for row in small if row["name"] == name}
+        text += [_row([name, *(f"{off[dtype, bits]:.2g}" for dtype in TINY for bits in TINY_BITS)])]
+    text += [TAIL]
     known = ", ".join(f"{name} {value}" for name, value in first["machine"].items())
     return "".join(text) + f"\nOn {known}.\n"
 
@@ -126,7 +185,7 @@ def picture(rows: Rows, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    errors = rows[1:]
+    errors = [row for row in rows[1:] if "largest" in row]
     drawn, panels = plt.subplots(1, len(GROUPS), figsize=(13, 4.4), layout="constrained", sharey=True)
     for axes, (group, title) in zip(panels, GROUPS.items(), strict=True):
         own = [row for row in errors if row["group"] == group]

@@ -44,6 +44,21 @@ def test_strided_and_read_only_input(rng: np.random.Generator) -> None:
     assert np.array_equal(x, kept)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_subnormal_numbers_keep_the_digits_that_there_are(
+    backend: Backend, dtype: str, rng: np.random.Generator
+) -> None:
+    """But JAX's compiler takes them for 0, as docs/numerics says."""
+    distance = float(np.finfo(dtype).smallest_subnormal)
+    host = rng.integers(-50_000, 50_000, 1024).astype(np.float64)
+    x = backend.asarray(host * distance, dtype)
+    found = backend.to_numpy(tna.fwht(x)).astype(np.float64) / distance
+    if backend.name == "jax":
+        assert not found.any()
+    else:
+        assert np.abs(found - tna.fwht(host)).max() <= 4 * 1024**0.5
+
+
 def test_half_precision_is_computed_in_single_and_rounded_once(backend: Backend, rng: np.random.Generator) -> None:
     host = (200.0 * rng.normal(size=4096)).astype(np.float16).astype(np.float64)
     for dtype, tolerance in (("float16", 2.0**-10), ("bfloat16", 2.0**-7)):
