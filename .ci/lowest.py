@@ -1,4 +1,7 @@
-"""Print the lower bounds of pyproject.toml as exact versions: of the dependencies, and of the extras that are named."""
+"""Print the lower bounds of pyproject.toml as exact versions: of the dependencies, and of the extras that are named.
+
+A resolver that is asked for lowest versions takes the next one where a bound cannot be had; with these it fails.
+"""
 
 import re
 import sys
@@ -19,4 +22,5 @@ def bounds(requirements: list[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(sorted({*bounds([*PROJECT["dependencies"], f"tnadapt[{','.join(sys.argv[1:])}]"])})))
+    extras = [f"tnadapt[{extra}]" for extra in sys.argv[1:]]
+    print("\n".join(sorted({*bounds([*PROJECT["dependencies"], *extras])})))

@@ -8,13 +8,16 @@ named case of the tests, and mend the cause.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
 #: Of memory, in MiB: what is refused must be refused before it is allocated.
 MEMORY = 1500
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: a signal at the death of the parent
 #: Of one input, in seconds: the first one may compile kernels.
 PATIENCE = 60
 
@@ -35,7 +38,9 @@ def main() -> None:
     # Linux goes on counting the most memory of whoever started a program as the program's own, and libFuzzer would find
     # it over its limit. For a fork it begins anew.
     if child := os.fork():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keyboard's is for the child
         raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with its parent
     with atheris.instrument_imports(include=["tnadapt"], enable_loader_override=False):
         from fuzz.targets import TARGETS
     if asked.target not in TARGETS:

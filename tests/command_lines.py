@@ -1,7 +1,7 @@
 """Command lines, run as a user's would be, each in a process of its own that may take so much time and memory.
 
 ``python -m tests.command_lines`` imports what a command may need, once, and forks for every line of JSON that it reads:
-hundreds of commands in the time of a few dozen. Linux and macOS.
+hundreds of commands in the time of a few dozen. Linux: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def _serve() -> None:
 def _child(main: Any, asked: dict[str, Any], out: int, err: int) -> None:
     code = RAISED
     try:
+        os.setsid()  # what it starts ends with it
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(err, 2)
@@ -119,7 +120,7 @@ def _wait(child: int, seconds: float) -> tuple[int, resource.struct_rusage]:
         if found:
             return status, used
         if time.monotonic() > end:
-            os.kill(child, 9)
+            os.killpg(child, 9)
             _, status, used = os.wait4(child, 0)
             return status, used
         time.sleep(0.002)

@@ -130,6 +130,7 @@ tna.load(path)
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="folders have no such mode there")
 def test_a_folder_that_may_only_be_read() -> None:
     # Not below pytest's own folder, which nobody else may enter.
     with tempfile.TemporaryDirectory() as place:

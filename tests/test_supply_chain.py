@@ -143,6 +143,7 @@ def test_the_lower_bounds_are_what_the_job_of_the_oldest_installs() -> None:
     command = [sys.executable, str(ROOT / ".ci" / "lowest.py"), "testing", "plot", "demo"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     lines = done.stdout.split()
-    assert {"numpy==2.0", "hypothesis==6.100", "matplotlib==3.8", "torch==2.4", "typer==0.16"} <= set(lines)
+    # Of the dependencies, of the extras that were named, and of extras within these.
+    assert {"numpy", "hypothesis", "matplotlib", "torch", "typer"} <= {line.partition("==")[0] for line in lines}
     known = {requirement.replace(">=", "==").partition(";")[0] for requirement in requirements()}
     assert set(lines) <= known

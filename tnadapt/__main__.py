@@ -20,7 +20,10 @@ def main() -> None:
         print(f"tnadapt: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except MemoryError as error:
-        print(f"tnadapt: there is not enough memory for that ({error or 'Python needs more'})", file=sys.stderr)
+        print(
+            f"tnadapt: there is not enough memory for that ({str(error) or 'no more than that is known'})",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
 
 

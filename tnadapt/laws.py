@@ -24,7 +24,7 @@ from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker
 from .projection import Projection
 from .superlora import SuperLoRA
 
-__all__ = ["Law", "of_config", "of_library"]
+__all__ = ["Law", "checkable", "of_config", "of_library"]
 
 # Relative to the largest element compared; a float64 has sixteen digits.
 TIGHT = 1e-12
@@ -135,6 +135,39 @@ def of_config(
     return _Case(label, config, shapes, layers, backend, rng).laws()
 
 
+def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None) -> SuperLoRA:
+    """The plan of a config on weights that are few enough for its laws to be checked.
+
+    Parameters
+    ----------
+    config : Config
+    shapes : sequence of (rows, cols)
+    layers : sequence of hashable, optional
+
+    Returns
+    -------
+    SuperLoRA
+
+    Raises
+    ------
+    ConfigError
+        If parameters and elements of updates are more than 2**27 together, or the config does not suit the shapes.
+
+    Examples
+    --------
+    >>> checkable(Config(rank=1), [(2, 2)], None).num_parameters
+    4
+    """
+    plan = SuperLoRA(config, shapes, layers)
+    elements = plan.num_parameters + sum(rows * cols for rows, cols in plan.shapes)
+    if elements > MOST:
+        raise ConfigError(
+            f"{elements:,} parameters and elements of updates are too many to be checked, which takes some ten "
+            f"arrays of them in float64: give a smaller rank or smaller shapes, of at most {MOST:,} together"
+        )
+    return plan
+
+
 class _Case:
     """One config on one library."""
 
@@ -148,13 +181,7 @@ class _Case:
         rng: np.random.Generator,
     ) -> None:
         self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
-        self.plan = SuperLoRA(config, shapes, layers)
-        elements = self.plan.num_parameters + sum(rows * cols for rows, cols in self.plan.shapes)
-        if elements > MOST:
-            raise ConfigError(
-                f"{elements:,} parameters and elements of updates are too many to be checked, which takes some ten "
-                f"arrays of them in float64: give a smaller rank or smaller shapes, of at most {MOST:,} together"
-            )
+        self.plan = checkable(config, shapes, layers)
         self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
         self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
         self.params = self._sent(self.host)

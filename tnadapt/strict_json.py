@@ -25,6 +25,10 @@ def json_file(path: str, limit: int, what: str = "") -> dict[str, Any]:
     what : str
         How the message names it, where the path alone does not.
 
+    Returns
+    -------
+    dict
+
     Raises
     ------
     FileError
@@ -62,6 +66,10 @@ def strict_json(text: str, what: str) -> dict[str, Any]:
     text : str
     what : str
         How the message names it.
+
+    Returns
+    -------
+    dict
 
     Raises
     ------

@@ -144,6 +144,9 @@ def verify(
     if config is None and shapes is not None:
         raise ConfigError("shapes belong to a config; give verify(config, shapes)")
     seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
+    where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
+    if config is not None:  # before the libraries are imported, which takes longer
+        rules.checkable(config, where, layers)
     names, absent = _usable(backends)
     tell = progress or (lambda line: None)
     found: list[Law] = []
@@ -153,13 +156,12 @@ def verify(
             rng = np.random.default_rng(seed)
             tell(f"{name}: {'the operations' if config is None else 'the config'}")
             if config is not None:
-                where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
                 found += rules.of_config("config", config, where, layers, backend, rng)
                 continue
             found += rules.of_library(backend, rng)
-            for label, (example, where) in examples().items():
+            for label, (example, weights) in examples().items():
                 tell(f"{name}: {label}")
-                found += rules.of_config(label, example, where, None, backend, rng)
+                found += rules.of_config(label, example, weights, None, backend, rng)
     return Report(tuple(found), absent)
 
 

@@ -125,6 +125,27 @@ def test_copies_and_pickles_compute_the_same_bits(kind: str, fold: str, projecti
 
 
 @everything
+def test_one_number_that_is_not_finite_spoils_all_that_f_mixes_it_with(kind: str, fold: str, projection: str) -> None:
+    """By a linear or nonlinear F the whole group; by itself or shuffled, what the products bring it to."""
+    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    arrays = numbers(plan)
+    clean, first = plan.vector(arrays), plan.groups[0].size
+    for name in (name for name in arrays if name.startswith("group0.")):
+        for index, value in itertools.product((0, arrays[name].size - 1), (np.nan, np.inf)):
+            spoilt = arrays[name].copy()
+            spoilt.flat[index] = value
+            with np.errstate(invalid="ignore"):
+                found = plan.vector({**arrays, name: spoilt})
+            if projection in ("identity", "shuffle"):
+                finite = np.isfinite(found)
+                assert np.array_equal(found[finite], clean[finite])
+                # The last element may be one that only padding would hold; the first is not.
+                assert index or not finite[:first].all()
+            else:
+                assert not np.isfinite(found[:first]).any()
+
+
+@everything
 def test_what_is_not_finite_does_not_hide(kind: str, fold: str, projection: str) -> None:
     """NaN or infinity in an array is seen in the update of its own group, and in no other group's."""
     plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)

@@ -162,15 +162,13 @@ def finetune_command(
     try:
         with reporter() as shown:
             study = job.Study(spec, choice, training, _rates(lr or usual.rates), seeds, shown)
-            # Which base it is can be said of one that is there, and may have to be trained for it.
-            study_settings = study.settings() if dry_run and as_json else {}
             if not dry_run:
                 outcome = study.run(folder, jobs, fresh)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; what is finished is in {folder}, and the same command goes on from there", err=True)
         raise typer.Exit(130) from None
     if dry_run:
-        _print_plan(study, study_settings)
+        _print_plan(study, as_json)
         return
     _print_outcome(study, outcome, folder, as_json)
     if outcome.proof is not None and not outcome.proof.holds:
@@ -201,11 +199,11 @@ def _rates(given: Sequence[float]) -> Sequence[float]:
 # -- What is printed ---------------------------------------------------------------------------
 
 
-def _print_plan(study: Study, settings: dict[str, Any]) -> None:
+def _print_plan(study: Study, as_json: bool) -> None:
     counts = [(method, study.parameters(method)) for method in study.methods]
-    if settings:
+    if as_json:
         listed = [{"family": m.family, "label": m.label, "parameters": count} for m, count in counts]
-        typer.echo(json.dumps({"study": settings, "methods": listed, "trainings": len(study.tasks)}, indent=2))
+        typer.echo(json.dumps({"study": study.outline(), "methods": listed, "trainings": len(study.tasks)}, indent=2))
         return
     print_table(["method", "setting", "parameters"], [[m.family, m.label, f"{n:,}"] for m, n in counts], right=(2,))
     typer.echo(_sizes(study))

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from .. import TnadaptError, plan
+from ..errors import shown
 from ..planner import Plan, known_as, model_targets
 from ..superlora import SuperLoRA
 from .settings import chosen_config, shapes_of
@@ -70,6 +71,9 @@ def plan_command(
     """
     if (preset or settings) and layout_picture is None:
         raise TnadaptError("--preset and --set say what --layout-picture draws; give its file, too")
+    for path in (picture, layout_picture):
+        if path is not None and (path.is_dir() or not path.suffix):
+            raise TnadaptError(f"a picture is a file that ends in .png, .pdf or .svg; got {shown(str(path))}")
     if budget is None:
         raise TnadaptError("give a budget: --budget 1000 for parameters, --budget 4kB for bytes")
     drawn = chosen_config(preset, settings or [], None)
@@ -100,7 +104,7 @@ def _weights(model: str | None, targets: list[str] | None, shape: list[str] | No
     if shape is not None:
         if targets is not None:
             raise TnadaptError("--targets chooses among the weights of a model, and --shape has none; leave it out")
-        return Weights([one for text in shape for one in shapes_of(text)], None, None, None, [])
+        return Weights(shapes_of(shape), None, None, None, [])
     assert model is not None
     chosen: Any = "qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets)
     found = model_targets(model, chosen)

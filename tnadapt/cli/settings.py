@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from ..strict_json import MAX_CONFIG, strict_json
 
 __all__ = ["chosen_config", "setting", "shapes_of", "word_or_number"]
 
-# Of the weights of one shape that can be typed: hundreds of times those of the largest models.
-MOST = 100_000
+# Of all weights that are typed: a plan of so many takes half a minute, and no model's attention has them.
+MOST = 10_000
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -75,22 +76,25 @@ def _read(path: Path) -> dict[str, Any]:
         raise TnadaptError(f"cannot read a config from {path}: {error}") from None
 
 
-def shapes_of(text: str) -> list[tuple[int, int]]:
-    """``ROWSxCOLS``, with ``*TIMES``.
+def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
+    """``ROWSxCOLS``, with ``*TIMES``, of several.
 
     Examples
     --------
-    >>> shapes_of("12x8*2")
-    [(12, 8), (12, 8)]
+    >>> shapes_of(["12x8*2", "4x6"])
+    [(12, 8), (12, 8), (4, 6)]
     """
-    size, _, times = text.partition("*")
-    rows, _, cols = size.partition("x")
-    try:
-        repeat = int(times or 1)
-        if not 1 <= repeat <= MOST:
-            raise ValueError
-        return [(int(rows), int(cols))] * repeat
-    except ValueError:
-        raise TnadaptError(
-            f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24, for at most {MOST:,} weights; got {shown(text)}"
-        ) from None
+    found: list[tuple[int, int]] = []
+    for text in given:
+        size, _, times = text.partition("*")
+        rows, _, cols = size.partition("x")
+        try:
+            repeat, shape = int(times or 1), (int(rows), int(cols))
+        except ValueError:
+            repeat = 0
+        if repeat < 1:
+            raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {shown(text)}")
+        if len(found) + repeat > MOST:
+            raise TnadaptError(f"--shape takes {MOST:,} weights at the most, of all that are given; see {shown(text)}")
+        found += [shape] * repeat
+    return found

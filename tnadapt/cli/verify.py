@@ -34,7 +34,7 @@ def verify_command(
     Exit code: 0 where all hold, 1 where one does not, 2 for a question that cannot be asked.
     """
     chosen = chosen_config(preset, settings or [], config)
-    shapes = [one for text in shape or [] for one in shapes_of(text)] or None
+    shapes = shapes_of(shape or []) or None
     with Console(stderr=True).status("checking") as status:
         report = verify(
             chosen, shapes, backends=backend, seed=seed, progress=lambda line: status.update(f"checking {line}")

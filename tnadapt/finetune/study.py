@@ -137,6 +137,8 @@ class Study:
         self.problem: Problem = open_problem(spec, self.reporter.preparing)
         # What does not fit is refused before a base is trained.
         model = self.problem.sketch() if self.problem.sketch else self.problem.build(0)
+        if self.problem.sketch is None:
+            self._base_digest = base_digest(model, self.problem.drawn)
         self.targets = tnt.find_targets(model, training.selection)
         self.layers = [target.layer for target in self.targets]
         self.shapes = [target.shape for target in self.targets]
@@ -156,18 +158,29 @@ class Study:
         return list({Task(method, 0, 1.0).key: method for method in reversed(methods)}.values())[::-1]
 
     @functools.cached_property
-    def _digests(self) -> dict[str, str]:
-        return {
-            "data_digest": samples_digest(self.problem.parts),
-            "base_digest": base_digest(self.problem.build(0), self.problem.drawn),
-        }
+    def _base_digest(self) -> str:
+        return base_digest(self.problem.build(0), self.problem.drawn)
+
+    @functools.cached_property
+    def _data_digest(self) -> str:
+        return samples_digest(self.problem.parts)
 
     def parameters(self, method: Method) -> int:
         """Of a method's adapter on these targets."""
         return 0 if method.config is None else SuperLoRA(method.config, self.shapes, self.layers).num_parameters
 
     def settings(self) -> dict[str, Any]:
-        """All that the outcome of a training depends on, but for method, seed and rate."""
+        """All that the outcome of a training depends on, but for method, seed and rate.
+
+        Raises
+        ------
+        FileError
+            If the base, which has to be there for its digest, had to be trained, and the cache cannot be written.
+        """
+        return {**self.outline(), "base_digest": self._base_digest}
+
+    def outline(self) -> dict[str, Any]:
+        """The settings that are known before there is a base: all but its digest."""
         return {
             "problem": self.problem.name,
             "classes": list(self.problem.classes),
@@ -176,7 +189,7 @@ class Study:
             "targets_found": [target.to_list() for target in self.targets],
             "image_size": self.spec.image_size,
             "max_length": self.spec.max_length,
-            **self._digests,
+            "data_digest": self._data_digest,
             **self.training.settings(),
         }
 
