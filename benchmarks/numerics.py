@@ -142,9 +142,10 @@ TAIL = """
 
 The transform and the linear and nonlinear F spread them over the whole vector: one NaN or infinity in an array is seen
 in all of the update of its own group. With the shuffle, or without F, it is where the products bring it (0 times
-infinity is NaN), and what only padding would hold is not seen. It is never in another group's update. In training it shows in the loss. No file is written with them, nor read (`FileError`), an
-update with one is not merged, in memory or on disk, nor one whose sum leaves the range of the weight's dtype
-(65,504 of float16), and `extract`, `convert` and `decompose` refuse them.
+infinity is NaN), and what only padding would hold is not seen. It is never in another group's update. In training it
+shows in the loss. No file is written with them, nor read (`FileError`), an update with one is not merged, in memory or
+on disk, nor one whose sum leaves the range of the weight's dtype (65,504 of float16), and `extract`, `convert` and
+`decompose` refuse them.
 """
 
 
