@@ -30,6 +30,13 @@ def _several(given: Any, what: str, form: str) -> list[Any]:
         raise ShapeError(f"{what} takes {form}; got {shown(given)}") from None
 
 
+def _middle(sizes: Sequence[int]) -> int:
+    """Where a product of sizes is cut, so that the two halves are smallest together; the first of such places."""
+    # A list and its index: compilers that trace this do not all know a minimum with a key.
+    halves = [math.prod(sizes[:m]) + math.prod(sizes[m:]) for m in range(1, len(sizes))]
+    return 1 + halves.index(min(halves))
+
+
 def _two(given: Any, what: str, form: str) -> tuple[Any, list[Any]]:
     """``(one array, several)``, TensorLy's objects included."""
     parts = _several(given, what, form)
@@ -94,7 +101,7 @@ def cp_tensor(backend: Backend, weights: Array | None, factors: Sequence[Array])
     if len(factors) == 1:
         return backend.sum(left, axis=1)
     # The two halves are formed; cut where they are smallest together.
-    cut = min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
+    cut = _middle(sizes)
     rows = khatri_rao(backend, [left, *factors[1:cut]])
     cols = khatri_rao(backend, factors[cut:])
     return backend.reshape(backend.matmul(rows, backend.matrix_transpose(cols)), sizes)
@@ -222,7 +229,7 @@ def tt_tensor(backend: Backend, cores: Sequence[Array]) -> Array:
     sizes = [core.shape[1] for core in cores]
     if len(cores) == 1:
         return backend.reshape(cores[0], sizes)
-    cut = min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
+    cut = _middle(sizes)
     return backend.reshape(backend.matmul(tt_left(backend, cores[:cut]), tt_right(backend, cores[cut:])), sizes)
 
 

@@ -20,7 +20,7 @@ from torch import nn  # noqa: E402
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 
-from .small import batch, small, stir  # noqa: E402
+from .small import batch, compiles_whole, small, stir  # noqa: E402
 
 P = tna.presets
 # Small.blocks has ten targets: q and v of five blocks, v of the second smaller than q.
@@ -549,6 +549,7 @@ def test_checkpointing_gives_the_same_gradients(variant: str, reentrant: bool) -
 asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
+@compiles_whole
 @asks_for_grad
 @pytest.mark.parametrize("variant", ["default", "lora", "lorta", "superlora linear", "superlora nonlinear", "dense"])
 def test_compiled_whole_is_eager(variant: str) -> None:
@@ -566,6 +567,7 @@ def test_compiled_whole_is_eager(variant: str) -> None:
         assert (p.grad - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@compiles_whole
 @asks_for_grad
 @pytest.mark.parametrize("variant", ["default", "lora", "superlora linear"])
 def test_a_swap_of_adapters_recompiles_nothing(variant: str) -> None:

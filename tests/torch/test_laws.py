@@ -15,7 +15,7 @@ import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 
 from .architectures import MODELS, Inputs, build, output  # noqa: E402
-from .small import stir  # noqa: E402
+from .small import compiles_whole, stir  # noqa: E402
 
 P = tna.presets
 CONFIGS = {
@@ -148,6 +148,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     assert same(bits(model), before)
 
 
+@compiles_whole
 @pytest.mark.parametrize("name", ["timm_vit", "timm_swinv2", "bert", "gpt2", "llama", "torchvision_vit"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_whole(name: str) -> None:

@@ -19,6 +19,7 @@ from tnadapt.torch import Adapter, attach  # noqa: E402
 
 from .distributed_jobs import Block  # noqa: E402
 from .loops import CONFIGS, batch, gradients, loss_of, make, relative  # noqa: E402
+from .small import compiles_whole  # noqa: E402
 
 # -- Gradients accumulated over batches ------------------------------------------------------
 
@@ -145,6 +146,7 @@ def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any
 
 
 # Of inductor itself.
+@compiles_whole
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(

@@ -55,6 +55,21 @@ class FixedArrays:
         found = backend.fixed(self, key, backend.device(like), keep)
         return found if dtype is None else backend.astype(found, dtype)
 
+    def name_of(self, backend: str, key: Hashable, device: Any) -> str:
+        """The name of an attribute that is the array of that name on a device; it is put there where it is not.
+
+        For a compiler that must not trace how an array is made: it is told that this name is a constant, and reads
+        the attribute as any tensor that a program finds. Some can hand over nothing but constants to what they do
+        not trace: hence a method of the one object, and a backend by its name.
+        """
+        # An attribute's name, as the compiler reads it, has no dots.
+        name = f"placed on {device}: {key}".replace(".", "/")
+        if name not in self.__dict__:
+            from . import load_backend
+
+            self.__dict__[name] = Backend.fixed(load_backend(backend), self, key, device)
+        return name
+
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if not name.startswith("placed")}
         return {**state, "kept": {}, "placed": {}}

@@ -14,6 +14,9 @@ from . import torch_gpu
 from .base import Array, Backend, FixedArrays, Map
 from .torch_kernels import fastfood, hadamard
 
+# To torch.compile what it returns is a constant, and is not traced: see TorchBackend.fixed.
+torch.compiler.assume_constant_result(FixedArrays.name_of)  # type: ignore[no-untyped-call]
+
 
 class TorchBackend(Backend):
     """torch tensors, on any device; differentiable by autograd and torch.func."""
@@ -53,15 +56,7 @@ class TorchBackend(Backend):
         # torch.compile must not trace the drawing (NumPy's integer arithmetic), so that runs outside
         # the graph; what it left on `source` is then read as any tensor that the graph finds. It is kept
         # in any case: the compiled program needs it as long as it lives.
-        return getattr(source, self._place(source, key, device))
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _place(self, source: FixedArrays, key: Hashable, device: Any) -> str:
-        # An attribute's name, as the compiler reads it, has no dots.
-        name = f"placed on {device}: {key}".replace(".", "/")
-        if name not in source.__dict__:
-            source.__dict__[name] = super().fixed(source, key, device)
-        return name
+        return getattr(source, source.name_of(self.name, key, device))
 
     def to_numpy(self, x: Array) -> np.ndarray:
         x = x.detach().cpu()
