@@ -267,8 +267,8 @@ def check(command: str, line: Line, commands: CommandLines, yard: Yard) -> Done:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_ends_with_its_own_word(command: str, commands: CommandLines, yard: Yard) -> None:
-    # A process each: half as many as of what is computed.
-    @settings(max_examples=settings.default.max_examples // 2)
+    # A process each: fewer than of what is computed.
+    @settings(max_examples=settings.default.max_examples // 4)
     @given(lines(command))
     def holds(line: Line) -> None:
         check(command, line, commands, yard)
