@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import inspect
+import os
 import signal
 import sys
 import traceback
@@ -41,6 +42,7 @@ def main(folder: Path, names: list[str]) -> None:
                 for time in ("once", "twice"):
                     adapter.save(folder / f"{name}.{time}.safetensors")
             torch.save(found, folder / f"{name}.{rank}.pt")
+        dist.barrier()  # none takes its end of the connections down while another still works
     finally:
         dist.destroy_process_group()
 
@@ -60,3 +62,8 @@ def checked(check: Callable[..., None], folder: Path) -> str | None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    # DTensor's caches keep Gloo's threads past destroy_process_group. One that still lets go of a tensor while Python
+    # ends aborts the process (https://github.com/pytorch/pytorch/issues/190489), so Python is not asked to end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
