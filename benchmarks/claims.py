@@ -12,7 +12,8 @@ from typing import Any
 import scipy.stats
 
 from tnadapt import Config
-from tnadapt.finetune.report import points_in
+from tnadapt.finetune import Training
+from tnadapt.finetune.report import method_in, points_in
 from tnadapt.reproduce import open_recipe
 from tnadapt.reproduce.diffusion.generation import generated_in
 from tnadapt.reproduce.similarity import summary
@@ -20,6 +21,8 @@ from tnadapt.reproduce.similarity import summary
 __all__ = ["Study", "first_images", "page", "studies"]
 
 ORDER = ("cifar10", "reviews", "digits", "svhn-mnist", "mnist-svhn", "geometry")
+# Where weights have several widths, the stacks of the recipes: as wide as the widest.
+STACKS = ((2208, 64),)
 REFERENCES = ("head alone", "as pretrained", "dense")
 
 
@@ -62,6 +65,8 @@ class Study:
         What the values are.
     margin : float
         So little of it is no harm.
+    decimals : int
+        Of its values as they are shown.
     settings : tuple of Setting
     spaces : list of dict
         Of the geometry: its lines.
@@ -74,6 +79,7 @@ class Study:
     about: str
     quality: str
     margin: float = 1.0
+    decimals: int = 1
     settings: tuple[Setting, ...] = ()
     spaces: tuple[dict[str, Any], ...] = ()
     pictured: bool = True
@@ -100,73 +106,143 @@ class Pair:
 
 
 def studies(folder: Path) -> dict[str, Study]:
-    """Of every recipe that has results, by name; of a diffusion model, the loss beside FID."""
+    """Of every recipe that has results, by name; of a diffusion model by FID, by IS, and by its loss."""
     found = {}
     for name in ORDER:
         if (folder / name / "results.jsonl").is_file():
             found[name] = _study(name, folder / name)
             if open_recipe(name, "mini").kind == "diffusion":
-                found[f"{name}, loss"] = _losses(found[name])
+                found.update(_other_measures(found[name], folder / name))
     return found
 
 
-def _losses(study: Study) -> Study:
-    """The same settings by their loss on the images held out, in thousandths."""
-    settings = tuple(
+def _other_measures(study: Study, folder: Path) -> dict[str, Study]:
+    """The same trainings by the distance of their Inception score to that of real images, and by their loss."""
+    points, rates = _points_in(folder)
+    distances = tuple(
+        _generated(point, rates, tuple(-value for value in point.values("is_distance"))) for point in points
+    )
+    losses = tuple(
         dataclasses.replace(one, values=tuple(1000 * value for value in one.held_out)) for one in study.settings
     )
-    return dataclasses.replace(
-        study, name=f"{study.name}, loss", about="the same trainings", quality="1,000 × loss held out, less is better",
-        margin=0.5, settings=settings, pictured=False,
-    )  # fmt: skip
+    same = dataclasses.replace(study, about="the same trainings", pictured=False)
+    measures = {
+        "IS": dataclasses.replace(
+            same, quality="distance of IS to that of real images, less is better", margin=0.1, decimals=2,
+            settings=distances,
+        ),
+        "loss": dataclasses.replace(
+            same, quality="1,000 × loss held out, less is better", margin=0.5, settings=losses
+        ),
+    }  # fmt: skip
+    return {
+        f"{study.name}, {what}": dataclasses.replace(one, name=f"{study.name}, {what}")
+        for what, one in measures.items()
+    }
+
+
+def _points_in(folder: Path) -> tuple[list[Any], list[float]]:
+    """The settings of a diffusion model whose images could be measured, and the rates that were tried."""
+    points = [point for point in generated_in(folder / "results.jsonl") if None not in point.values("fid")]
+    return points, _rates([record for record in _lines(folder) if "key" in record])
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _rates(records: Sequence[dict[str, Any]]) -> list[float]:
+    return sorted({record["rate"] for record in records if record["config"]})
 
 
 def _study(name: str, folder: Path) -> Study:
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = _lines(folder)
     recipe, study = open_recipe(name, "mini"), lines[0]["study"]
     records = [line for line in lines if "key" in line]
-    seeds = len({line["seed"] for line in records})
-    rates = sorted({line["rate"] for line in records if line["config"]})
+    seeds, methods = len({line["seed"] for line in records}), {method_in(line) for line in records}
+    rates = _rates(records)
     sessions = [line["session"] for line in lines if "session" in line]
     machine = f"{sessions[-1]['cores']} cores of {sessions[-1]['processor']}, torch {sessions[-1]['versions']['torch']}"
-    tuned = f"rates {', '.join(f'{rate:g}' for rate in rates)}; {seeds} seeds; {len(records)} trainings on {machine}"
+    tuned = f"rates {', '.join(f'{rate:g}' for rate in rates)}; {seeds} seeds; {len(records):,} trainings on {machine}"
     if recipe.kind == "diffusion":
-        about = f"{study['source']} to {study['target']}, {study['samples']['training']:,} images to train on; {tuned}"
-        points = generated_in(folder / "results.jsonl")
-        whole = [point for point in points if None not in point.values("fid")]
-        about += _left_out(len(points) - len(whole))
-        settings = tuple(_generated(point, rates) for point in whole)
-        floor = [record["real"]["metrics"]["fid"] for record in points[0].records if "real" in record]
-        if floor:
-            about += f"; {study['generated']:,} real images have a FID of {statistics.fmean(floor):.0f}"
-        return Study(name, recipe.title, about, "FID, less is better", 5.0, settings)
-    about = f"{study['problem']}; {' / '.join(f'{n:,}' for n in study['samples'].values())} samples; {tuned}"
+        about = (
+            f"{study['source']} to {study['target']}, {study['samples']['training']:,} images to train on; "
+            f"{study['steps']:,} steps of {_how(study)}; {tuned}"
+        )
+        points, _ = _points_in(folder)
+        finished = len(generated_in(folder / "results.jsonl"))
+        about += _left_out(len(methods) - finished, "without all seeds")
+        about += _left_out(finished - len(points), "whose images could not be measured")
+        settings = tuple(_generated(point, rates, tuple(-fid for fid in point.values("fid"))) for point in points)
+        return Study(name, recipe.title, about + _reached(points, study), "FID, less is better", 5.0, 1, settings)
+    about = f"{study['problem']}; {' / '.join(f'{n:,}' for n in study['samples'].values())} samples; {_passes(study)}"
+    if kept := max(record.get("kept", 0) for record in records):
+        about += (
+            f"; beside every adapter, and not counted with it, {kept:,} parameters of the model are trained (a head)"
+        )
+    about += f"; {tuned}"
     if recipe.kind == "geometry":
         text = (folder / "geometry.jsonl").read_text(encoding="utf-8")
         return Study(name, recipe.title, about, "", spaces=tuple(json.loads(line) for line in text.splitlines()))
     points = points_in(folder / "results.jsonl")
+    whole = [point for point in points if not point.diverged]
+    about += _left_out(len(methods) - len(points), "without all seeds")
+    about += _left_out(len(points) - len(whole), "that diverged at every rate")
     found = tuple(
         Setting(
             point.method.family, point.method.label, point.method.config, point.parameters,
             tuple(100 * value for value in point.test), tuple(100 * value for value in point.validation),
             point.rate in (rates[0], rates[-1]),
         )
-        for point in points if not point.diverged
+        for point in whole
     )  # fmt: skip
-    return Study(name, recipe.title, about + _left_out(len(points) - len(found)), "test accuracy, %", 1.0, found)
+    return Study(name, recipe.title, about, "test accuracy, %", 1.0, 1, found)
 
 
-def _left_out(count: int) -> str:
-    return f"; {count} settings diverged at every rate and are left out" if count else ""
+def _how(study: dict[str, Any]) -> str:
+    """Optimiser, schedule and batch; what a study does not say is what trainings have by themselves."""
+    usual = Training(epochs=1, batch=1)
+    names = {"adamw": "AdamW", "sgd": "SGD", "cosine": "a cosine", "onecycle": "OneCycle"}
+    optimiser, shape = (study.get(name, getattr(usual, name)) for name in ("optimiser", "shape"))
+    return f"{names.get(optimiser, optimiser)} with {names.get(shape, shape)}, batches of {study['batch']}"
 
 
-def _generated(point: Any, rates: Sequence[float]) -> Setting:
-    """A generated setting; of FID and loss less is better, so their signs are turned."""
+def _passes(study: dict[str, Any]) -> str:
+    steps = study["epochs"] * -(-study["samples"]["training"] // study["batch"])
+    return f"{_several(study['epochs'], 'epoch')}, {steps:,} steps, of {_how(study)}"
+
+
+def _left_out(count: int, why: str) -> str:
+    return f"; left out: {_several(count, 'setting')} {why}" if count else ""
+
+
+def _reached(points: Sequence[Any], study: dict[str, Any]) -> str:
+    """How far the dense update comes, between the pretrained model and real images."""
+
+    def of(records: Iterable[dict[str, Any]], metric: str) -> float:
+        return statistics.fmean(record["metrics"][metric] for record in records)
+
+    floors = [record["real"] for record in points[0].records if "real" in record]
+    dense = next((point.records for point in points if point.arm == "dense"), None)
+    if not floors or dense is None:
+        return ""
+    compared = {"as pretrained": points[0].records, "by the dense update": dense, "real": floors}
+    told = ", ".join(
+        f"{words} {of(some, 'fid'):.0f}, {of(some, 'is'):.1f} and {100 * of(some, 'agreement'):.0f} %"
+        for words, some in compared.items()
+    )
+    return (
+        f"; FID, IS, and how many of {study['generated']:,} images a classifier of {study['target']} takes for what "
+        f"they were asked to be: {told}"
+    )
+
+
+def _generated(point: Any, rates: Sequence[float], values: tuple[float, ...]) -> Setting:
+    """A setting of a diffusion model; of its loss less is better, so that its sign is turned."""
     config = point.records[0]["config"]
     return Setting(
         point.arm, point.setting, config and Config.from_dict(config).replace(seed=0), point.parameters,
-        tuple(-value for value in point.values("fid")), tuple(-record["validation_loss"] for record in point.records),
-        point.rate in (rates[0], rates[-1]),
+        values, tuple(-record["validation_loss"] for record in point.records), point.rate in (rates[0], rates[-1]),
     )  # fmt: skip
 
 
@@ -190,8 +266,10 @@ def _pairs(study: Study, other: Callable[[Config], Iterable[Config]]) -> list[Pa
 
 
 def _unreshaped(config: Config) -> Iterable[Config]:
+    """The same stacked, also where the stack is as wide as one of several widths."""
     if config.fold == "hypercube" and config.order == 2 and config.format == "cp" and config.splits == 1:
         yield config.replace(fold="stack")
+        yield from (config.replace(fold=fold) for fold in STACKS)
 
 
 def _few(study: Study) -> int:
@@ -216,6 +294,16 @@ def _more_groups(study: Study) -> list[Pair]:
     return found
 
 
+def _where(study: Study, pairs: Iterable[Pair], few: bool) -> list[Pair]:
+    """Of pairs, those whose first has few parameters, or those whose first has more."""
+    return [pair for pair in pairs if (pair.first.parameters <= _few(study)) == few]
+
+
+def _fewer_factors(config: Config) -> Iterable[Config]:
+    if config.splits > 2:
+        yield config.replace(splits=config.splits - 1)
+
+
 def _nonlinear(config: Config) -> Iterable[Config]:
     if config.projection in ("linear", "linear_v2"):
         yield config.replace(projection="non" + config.projection)
@@ -229,6 +317,16 @@ def _second_version(config: Config) -> Iterable[Config]:
 def _unshuffled(config: Config) -> Iterable[Config]:
     if config.projection == "shuffle":
         yield config.replace(projection="identity")
+
+
+def _living(study: Study) -> list[Pair]:
+    """The settings with a nonlinear projection against what is there without an adapter."""
+    base = next((one for one in study.settings if one.config is None), None)
+    return [
+        Pair(one, base)
+        for one in study.settings
+        if base is not None and one.config is not None and one.config.projection.startswith("nonlinear")
+    ]
 
 
 def _untrained(study: Study, least: int, arms: tuple[str, ...] = ("",)) -> list[Pair]:
@@ -274,12 +372,15 @@ of Student's t over seeds. With three seeds such an interval is wide. All seeds 
 test set would give is not in it; and of as many intervals as here are shown, some miss.
 
 *comes out*: the interval of the mean gain of all pairs is above 0. *the other way*: it is below. *not decided*: it is
-neither. That something does *no harm*, or is as good, needs an interval above -1 point of accuracy, -5 of FID, or
--0.0005 of loss.
+neither. *mixed*: whatever the mean, some pair says the contrary by itself. That something does *no harm*, or is as
+good, needs an interval above -1 point of accuracy, -5 of FID, -0.1 of IS, or -0.0005 of loss. In the interval of all
+pairs their differences may not cancel by chance: it is as wide as their own spreads make it, at least. In the table:
+the mean gain, how many pairs there are, and in how many of them one stands at the edge of the rates (°).
 
-FID of some hundred images is wide, and the miniature of the diffusion model generates strokes rather than digits. So
-its loss on images held out stands beside FID: every model meets the same images with the same noise. By it the rates
-were chosen, too, alike for all.
+The paper judges its diffusion models by the Inception score's distance to that of real images. Of some hundred images
+that and FID are wide, and the miniature generates strokes rather than digits, with the dense update, too: it has few
+steps. The measures do not agree, so all are shown. The loss on images held out is the steadiest: every model meets the
+same images with the same noise. But by it the rates were chosen, alike for all.
 """
 
 
@@ -330,16 +431,30 @@ CLAIMS = (
         lambda study: _pairs(study, _unreshaped),
     ),
     Claim(
-        "Fewer groups are better with equally many parameters",
-        "4.2, figure 5a (where parameters are few)",
-        "One group against several, with equally many parameters (within 3 %).",
-        _more_groups,
+        "Fewer groups are better where parameters are few",
+        "4.2, figure 5a",
+        "One group against several, with equally many parameters (within 3 %), no more than LoRA has at rank 1.",
+        lambda study: _where(study, _more_groups(study), few=True),
+    ),
+    Claim(
+        "Fewer groups are better where parameters are more, too",
+        "4.1 (the paper's explanation of figure 4)",
+        "The same with more parameters than LoRA has at rank 1.",
+        lambda study: _where(study, _more_groups(study), few=False),
     ),
     Claim(
         "LoRTA and LoNKr reach where others have no point, and still learn",
         "4.2, figure 6",
         "Of these two, all settings with at most a fifth of LoRA's parameters at rank 1, against no adapter.",
         lambda study: _untrained(study, _few(study) // 5, ("LoRTA", "LoNKr")),
+    ),
+    Claim(
+        "LoNKr with more factors reaches lower, and is as good",
+        "4.2, figure 6",
+        "The same groups, rank and factors' size, split into K factors against K - 1. That it has fewer parameters "
+        "is a matter of counting; whether it is as good is asked here.",
+        lambda study: _pairs(study, _fewer_factors),
+        as_good=True,
     ),
     Claim(
         "31 parameters still learn something",
@@ -351,15 +466,31 @@ CLAIMS = (
         "A linear projection is better than a nonlinear one",
         "A.6, figure 17",
         "The same setting, linear against nonlinear, and linear_v2 against nonlinear_v2. The nonlinear ones have the "
-        "start of this library, from which they learn at their first step: from a start at zero their gradient is "
-        "zero, and they never would.",
+        "start of this library, from which they learn at their first step.",
         lambda study: _pairs(study, _nonlinear),
+    ),
+    Claim(
+        "A nonlinear projection learns from a living start",
+        "not in the paper, which has LoRA's start, with a factor of zeros",
+        "From LoRA's start the gradient of every array is exactly 0 (`tests/test_start.py`): tanhshrink is flat there, "
+        "and such an adapter stays for ever at what is there without one. So all of the nonlinear settings, from this "
+        "library's start, are held against no adapter. What is left of the nonlinear one's trouble with a start that "
+        "lives is in the section before.",
+        _living,
     ),
     Claim(
         "linear is better than linear_v2 where parameters are few",
         "4.2, figure 7a",
         "The same setting with the other F, if it has no more parameters than LoRA at rank 1.",
-        lambda study: [pair for pair in _pairs(study, _second_version) if pair.first.parameters <= _few(study)],
+        lambda study: _where(study, _pairs(study, _second_version), few=True),
+    ),
+    Claim(
+        "linear_v2 is better than linear where parameters are many",
+        "4.2, figure 7a",
+        "The same with more parameters than LoRA at rank 1, the other way round.",
+        lambda study: [
+            Pair(pair.second, pair.first) for pair in _where(study, _pairs(study, _second_version), few=False)
+        ],
     ),
     Claim(
         "Shuffling does no harm",
@@ -381,7 +512,7 @@ def page(found: dict[str, Study]) -> str:
     for claim in CLAIMS:
         text += [_row([claim.title, *(_verdict(claim, study) for study in compared)])]
     if "geometry" in found:
-        text += ["\nThe distance to the dense update has a section of its own, the last.\n"]
+        text += [f"\nThe Euclidean distance to the dense update (geometry; the last section): {_distances(found)}.\n"]
     for study in compared:
         if not study.pictured:
             continue
@@ -395,7 +526,8 @@ def page(found: dict[str, Study]) -> str:
         text += [f"\n## {claim.title}\n\nIn the paper: {claim.place}. {claim.about}\n"]
         for study in compared:
             if pairs := claim.pairs(study):
-                text += [f"\n{study.name}, {study.quality}: {_told(claim, study, pairs)}.\n\n", *_table(pairs)]
+                told = _told(claim, study, pairs)
+                text += [f"\n{study.name}, {study.quality}: {told}.\n\n", *_table(pairs, study.decimals)]
     text += _geometry(found)
     return "".join(text)
 
@@ -404,46 +536,86 @@ def _verdict(claim: Claim, study: Study) -> str:
     pairs = claim.pairs(study)
     if not pairs:
         return "–"
-    mean, low, high = interval(_over_pairs(pairs))
-    if claim.harmless:
-        word = "harm" if high < 0 else "no harm" if low > -study.margin else "not decided"
+    edges = _edges(pairs)
+    told = f"{pooled(pairs)[0]:+.{study.decimals}f}, {_several(len(pairs), 'pair')}" + (f", {edges}°" if edges else "")
+    return f"{_word(claim, study, pairs)} ({told})"
+
+
+def _word(claim: Claim, study: Study, pairs: Sequence[Pair]) -> str:
+    """What all pairs together say, unless some say the contrary by themselves."""
+    _, low, high = pooled(pairs)
+    above, below = _single(claim, study, pairs)
+    least, most = _bounds(claim, study)
+    if high < most:
+        word, contrary = "harm" if claim.harmless else "the other way", above
+    elif low > least:
+        word, contrary = "no harm" if claim.harmless else "comes out", below
     else:
-        least = -study.margin if claim.as_good else 0.0
-        word = "comes out" if low > least else "the other way" if high < least else "not decided"
-    return f"{word} ({mean:+.1f}, {_several(len(pairs), 'pair')})"
+        word, contrary = "not decided", min(above, below)
+    return "mixed" if contrary else word
+
+
+def _bounds(claim: Claim, study: Study) -> tuple[float, float]:
+    """What the gain of a claim that comes out is above, and that of one that does not is below."""
+    return -study.margin * (claim.harmless or claim.as_good), -study.margin * claim.as_good
+
+
+def _single(claim: Claim, study: Study, pairs: Sequence[Pair]) -> tuple[int, int]:
+    """How many pairs say by themselves that a claim comes out, and how many the contrary."""
+    least, most = _bounds(claim, study)
+    own = [interval(pair.gains) for pair in pairs]
+    below = sum(high < most for _, _, high in own)
+    return sum(low > least and high >= most for _, low, high in own), below
+
+
+def _edges(pairs: Sequence[Pair]) -> int:
+    return sum(pair.first.edge or pair.second.edge for pair in pairs)
 
 
 def _several(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count > 1)}"
+    return f"{count:,} {what}{'s' * (count > 1)}"
 
 
 def _told(claim: Claim, study: Study, pairs: Sequence[Pair]) -> str:
-    mean, low, high = interval(_over_pairs(pairs))
+    mean, low, high = pooled(pairs)
     won = sum(statistics.fmean(pair.gains) > 0 for pair in pairs)
-    edges = sum(pair.first.edge or pair.second.edge for pair in pairs)
+    above, below = _single(claim, study, pairs)
+    edges = _edges(pairs)
     told = (
-        f"{_verdict(claim, study)}; mean gain {mean:+.2f}, from {low:+.2f} to {high:+.2f}; "
-        f"the first is ahead in {won} of {len(pairs)}"
+        f"{_word(claim, study, pairs)}; mean gain {mean:+.2f}, from {low:+.2f} to {high:+.2f}; "
+        f"the first is ahead in {won} of {len(pairs)}; by themselves {above} say that it is so, {below} the contrary"
     )
     return told + (f"; in {edges}, one stands at the least or greatest rate tried (°)" if edges else "")
 
 
-def _table(pairs: Sequence[Pair]) -> list[str]:
+def _table(pairs: Sequence[Pair], decimals: int = 1) -> list[str]:
     text = [_row(["first", "parameters", "", "second", "parameters", "", "gain"]), _row(["---"] * 7)]
     for pair in pairs:
         mean, low, high = interval(pair.gains)
-        cells = [cell for one in (pair.first, pair.second) for cell in _cells(one)]
+        cells = [cell for one in (pair.first, pair.second) for cell in _cells(one, decimals)]
         text.append(_row([*cells, f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"]))
     return text
 
 
-def _cells(one: Setting) -> tuple[str, str, str]:
-    return one.name, f"{one.parameters:,}", _mean(one.values) + "°" * one.edge
+def _cells(one: Setting, decimals: int) -> tuple[str, str, str]:
+    return one.name, f"{one.parameters:,}", _mean(one.values, decimals) + "°" * one.edge
 
 
-def _over_pairs(pairs: Sequence[Pair]) -> tuple[float, ...]:
-    """The mean gain of all pairs, seed by seed."""
-    return tuple(statistics.fmean(column) for column in zip(*(pair.gains for pair in pairs), strict=True))
+def pooled(pairs: Sequence[Pair]) -> tuple[float, float, float]:
+    """The mean gain of pairs, and the wider of two 95 % intervals.
+
+    One is over seeds, of the means of all pairs: pairs of one seed have much in common. With few seeds their
+    differences may cancel by chance. The other takes the pairs' own spread, as if they had nothing in common.
+    """
+    mean, low, high = interval(
+        [statistics.fmean(column) for column in zip(*(pair.gains for pair in pairs), strict=True)]
+    )
+    seeds = len(pairs[0].gains)
+    if seeds < 2:
+        return mean, low, high
+    error = sum(statistics.variance(pair.gains) / seeds for pair in pairs) ** 0.5 / len(pairs)
+    half = max(high - mean, float(scipy.stats.t.ppf(0.975, len(pairs) * (seeds - 1))) * error)
+    return mean, mean - half, mean + half
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -461,9 +633,9 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{abs(statistics.fmean(values)):.1f}{spread}"
+def _mean(values: Sequence[float], decimals: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{abs(statistics.fmean(values)):.{decimals}f}{spread}"
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -478,29 +650,58 @@ def _geometry(found: dict[str, Study]) -> list[str]:
         "\n## The distance to the dense update shrinks, with reshaping above all\n\n",
         f"In the paper: A.4, figure 14. {study.about}. Means over weights, and the difference to LoRA's d_E seed by "
         "seed (below 0: nearer to the dense update). A d_E above 1 says that no update at all would be nearer. How "
-        "long an update is depends on its rate, so both are shown.\n",
-        "\nEach at its own best rate:\n\n", *_spaces([row for row in study.spaces if not row["one_rate"]]),
-        "\nAll at the dense update's best rate, as the paper has one rate for all:\n\n",
-        *_spaces([row for row in study.spaces if row["one_rate"]]),
+        f"long an update is depends on its rate, so both are shown. {_distances(found)}.\n",
+        "\nEach at its own best rate, as drawn below:\n\n", *_spaces(_own_rate(study)),
+        "\nAll at the dense update's best rate, as the paper has one rate for all:\n\n", *_spaces(_one_rate(study)),
     ]  # fmt: skip
     return [*text, f"\n![Singular spaces and distance, weight by weight]({study.name}/figure.png)\n"]
 
 
+def _own_rate(study: Study) -> list[dict[str, Any]]:
+    return [row for row in study.spaces if not row["one_rate"]]
+
+
+def _one_rate(study: Study) -> list[dict[str, Any]]:
+    return [row for row in study.spaces if row["one_rate"]]
+
+
+def _distances(found: dict[str, Study]) -> str:
+    """Whether the distance shrinks: where each method is trained at its own rate, and where all are at one."""
+    rows = {"each at its own rate": _own_rate(found["geometry"]), "all at one": _one_rate(found["geometry"])}
+    return "; ".join(f"{_nearer(some)}, {words}" for words, some in rows.items())
+
+
+def _nearer(rows: Sequence[dict[str, Any]]) -> str:
+    apart = [interval(_apart(rows, arm)) for arm in _arms(rows) if arm != "LoRA"]
+    nearer, farther = sum(high < 0 for _, _, high in apart), sum(low > 0 for _, low, _ in apart)
+    word = "mixed" if nearer and farther else "comes out" if nearer else "the other way" if farther else "not decided"
+    return f"{word} (nearer than LoRA in {nearer} of {_several(len(apart), 'method')}, farther in {farther})"
+
+
+def _arms(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def _space(rows: Sequence[dict[str, Any]], arm: str, seed: int | None = None) -> dict[str, Any]:
+    (means,) = summary([row for row in rows if row["arm"] == arm and seed in (None, row["seed"])])
+    return means
+
+
+def _apart(rows: Sequence[dict[str, Any]], arm: str) -> list[float]:
+    """How much farther from the dense update than LoRA's, seed by seed."""
+    seeds = sorted({row["seed"] for row in rows})
+    return [_space(rows, arm, seed)["d_euclid"] - _space(rows, "LoRA", seed)["d_euclid"] for seed in seeds]
+
+
 def _spaces(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line an arm: the mean similarities, the distance, and how far that is from LoRA's."""
-    seeds = sorted({row["seed"] for row in rows})
-
-    def of(arm: str, seed: int | None = None) -> dict[str, Any]:
-        (means,) = summary([row for row in rows if row["arm"] == arm and seed in (None, row["seed"])])
-        return means
-
     heads = ["method", "parameters", "rate", "d_L", "d_R", "d_E", "d_E less LoRA's"]
     text = [_row(heads), _row(["---"] * len(heads))]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        apart = [of(arm, seed)["d_euclid"] - of("LoRA", seed)["d_euclid"] for seed in seeds]
-        mean, low, high = interval(apart)
+    for arm in _arms(rows):
+        mean, low, high = interval(_apart(rows, arm))
         rate = next(row["rate"] for row in rows if row["arm"] == arm)
-        spaces = [f"{of(arm)[name]:.3f}" for name in ("d_left", "d_right", "d_euclid")]
+        means = _space(rows, arm)
+        spaces = [f"{means[name]:.3f}" for name in ("d_left", "d_right", "d_euclid")]
         told = "" if arm == "LoRA" else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-        text.append(_row([arm, f"{of(arm)['parameters']:,}", f"{rate:g}", *spaces, told]))
+        text.append(_row([arm, f"{means['parameters']:,}", f"{rate:g}", *spaces, told]))
     return text

@@ -42,10 +42,15 @@ def test_every_study_has_three_seeds_and_every_setting_all_rates(paper: ModuleTy
         seeds, rates = ({line[name] for line in records} for name in ("seed", "rate"))
         assert len(seeds) >= 3, path
         tried: dict[str, set[float]] = {}
+        with_seeds: dict[str, dict[float, set[int]]] = {}
         for line in records:
+            config = json.dumps(tna.Config.from_dict(line["config"]).replace(seed=0).to_dict(), sort_keys=True)
+            with_seeds.setdefault(config, {}).setdefault(line["rate"], set()).add(line["seed"])
             if line["seed"] == 0:
-                tried.setdefault(json.dumps(line["config"], sort_keys=True), set()).add(line["rate"])
+                tried.setdefault(config, set()).add(line["rate"])
         assert all(own == rates for own in tried.values()), path
+        # At one of its rates every setting has all seeds.
+        assert all(max(own.values(), key=len) == seeds for own in with_seeds.values()), path
         configs = {tna.Config.from_dict(json.loads(one)) for one in tried}
         assert configs == {point.config for point in open_recipe(path.parent.name, "mini").points()}, path
 
@@ -53,9 +58,21 @@ def test_every_study_has_three_seeds_and_every_setting_all_rates(paper: ModuleTy
 # -- Verdicts, of numbers that are known -----------------------------------------------------------
 
 
+def test_a_setting_that_lacks_a_seed_is_said_to_be_left_out(paper: ModuleType, tmp_path: Path) -> None:
+    lines = (paper.RESULTS / "cifar10" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    gone = next(
+        line for line in lines if (read := json.loads(line)).get("family") == "LoRA" and read["seed"] == 2
+    )  # fmt: skip
+    (tmp_path / "cifar10").mkdir()
+    for kept, said in ((lines, False), ([line for line in lines if line != gone], True)):
+        (tmp_path / "cifar10" / "results.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+        about = paper.claims.studies(tmp_path)["cifar10"].about
+        assert ("left out: 1 setting without all seeds" in about) is said
+
+
 def study(claims: ModuleType, *settings: tuple[str, tna.Config | None, int, tuple[float, ...]]) -> Any:
     made = tuple(claims.Setting(arm, "", config, count, values, values) for arm, config, count, values in settings)
-    return claims.Study("x", "x", "x", "x", 1.0, made)
+    return claims.Study("x", "x", "x", "x", settings=made)
 
 
 def claim_of(claims: ModuleType, beginning: str) -> Any:
@@ -85,19 +102,30 @@ def test_pairs_differ_in_one_thing(paper: ModuleType) -> None:
         ("head alone", None, 0, (30.0, 30.0, 31.0)),
         ("LoRA", tna.presets.lora(4), 400, (60.0, 60.0, 60.0)),
     )
-    pairs = {claim.title.split()[0]: claim.pairs(found) for claim in claims.CLAIMS}
-    assert [(one.first.config, one.second.config) for one in pairs["Reshaping"]] == [(square, stacked)]
-    assert [(one.first.config, one.second.config) for one in pairs["Fewer"]] == [(square, two)]
-    assert [(one.first.config, one.second.config) for one in pairs["A"]] == [
+    pairs = {claim.title: claim.pairs(found) for claim in claims.CLAIMS}
+
+    def of(beginning: str) -> Any:
+        return pairs[claim_of(claims, beginning).title]
+
+    assert [(one.first.config, one.second.config) for one in of("Reshaping")] == [(square, stacked)]
+    assert [
+        (one.first.config, one.second.config) for one in of("Fewer groups are better where parameters are few")
+    ] == [(square, two)]
+    assert [(one.first.config, one.second.config) for one in of("A linear")] == [
         (linear, linear.replace(projection="nonlinear")),
         (linear.replace(projection="linear_v2"), linear.replace(projection="nonlinear_v2")),
     ]
-    assert [one.second.config for one in pairs["linear"]] == [linear.replace(projection="linear_v2")]
-    assert [(one.first.arm, one.second.config) for one in pairs["Shuffling"]] == [("shuffled", stacked)]
-    assert {one.first.parameters for one in pairs["31"]} == {20}
-    assert [one.first.parameters for one in pairs["LoRTA"]] == [50]
-    assert all(one.second.arm == "head alone" for one in (*pairs["31"], *pairs["LoRTA"]))
-    assert [(one.first.parameters, one.second.arm) for one in pairs["SuperLoRA"]] == [(20, "LoRA")]
+    assert [one.second.config for one in of("linear is better")] == [linear.replace(projection="linear_v2")]
+    assert [(one.first.config, one.second.config) for one in of("linear_v2 is better")] == [
+        (linear.replace(ratio=0.5, projection="linear_v2"), linear.replace(ratio=0.5))
+    ]
+    assert {one.first.config.projection for one in of("A nonlinear")} == {"nonlinear", "nonlinear_v2"}
+    assert [(one.first.arm, one.second.config) for one in of("Shuffling")] == [("shuffled", stacked)]
+    assert {one.first.parameters for one in of("31")} == {20}
+    assert [one.first.parameters for one in of("LoRTA")] == [50]
+    assert all(one.second.arm == "head alone" for one in (*of("31"), *of("LoRTA")))
+    assert [(one.first.parameters, one.second.arm) for one in of("SuperLoRA needs 3 ")] == [(100, "LoRA")]
+    assert [(one.first.parameters, one.second.arm) for one in of("SuperLoRA needs 10 ")] == [(20, "LoRA")]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +144,49 @@ def test_a_verdict_is_where_the_interval_lies(paper: ModuleType, first: tuple[fl
     # Of three numbers: t = 4.303 with two degrees of freedom.
     spread = (sum((a - 85.0 - mean) ** 2 for a in first) / 2) ** 0.5
     assert high - mean == pytest.approx(4.3027 * spread / 3**0.5, rel=1e-4)
+
+
+def test_a_pair_that_says_the_contrary_makes_it_mixed(paper: ModuleType) -> None:
+    claims = paper.claims
+    square = tna.Config(groups=1, fold="hypercube", rank=4)
+
+    def word(beginning: str, other: dict[str, Any], *gains: tuple[float, ...]) -> str:
+        settings = []
+        for rank, own in enumerate(gains, 1):
+            one, two = square.replace(rank=rank), square.replace(rank=rank, **other)
+            if beginning == "Shuffling":
+                one, two = two, one
+            settings += [("a", one, 9, tuple(50 + gain for gain in own)), ("b", two, 9, (50.0,) * 3)]
+        found: str = claims._verdict(claim_of(claims, beginning), study(claims, *settings))
+        return found.partition(" (")[0]
+
+    up, down = (8.0, 8.1, 7.9), (-3.0, -3.1, -2.9)
+    stacked, shuffled = {"fold": "stack"}, {"projection": "shuffle"}
+    assert word("Reshaping", stacked, up, up) == "comes out"
+    assert word("Reshaping", stacked, up, down) == "mixed"
+    assert word("Reshaping", stacked, down, down) == "the other way"
+    assert word("Reshaping", stacked, down, down, up) == "mixed"
+    assert word("Shuffling", shuffled, up, up) == "no harm"
+    assert word("Shuffling", shuffled, up, down) == "mixed"
+    assert word("Shuffling", shuffled, down, down) == "harm"
+
+
+def test_differences_of_pairs_do_not_cancel_by_chance(paper: ModuleType) -> None:
+    claims = paper.claims
+
+    def pair(*gains: float) -> Any:
+        settings = [claims.Setting("x", "", None, 1, values, values) for values in (gains, (0.0,) * len(gains))]
+        return claims.Pair(*settings)
+
+    opposite = [pair(1.0, 3.0, 5.0), pair(5.0, 3.0, 1.0)]
+    mean, low, high = claims.pooled(opposite)
+    # Seed by seed the means are all 3. Of the pairs' own variances, 4 each, t with four degrees of freedom is 2.7764.
+    assert mean == 3.0
+    assert high - mean == pytest.approx(mean - low) == pytest.approx(2.7764 * (8 / 3) ** 0.5 / 2, rel=1e-4)
+    # What pairs have in common is not averaged out.
+    alike = [pair(1.0, 3.0, 5.0)] * 4
+    assert claims.pooled(alike) == claims.interval([1.0, 3.0, 5.0])
+    assert claims.pooled([pair(1.0)])[1:] == (float("-inf"), float("inf"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +215,7 @@ def test_a_third_of_the_parameters_is_as_good(paper: ModuleType, values: tuple[f
     lora = [("LoRA", tna.presets.lora(rank), 1000 * rank, (90.0,) * 3) for rank in (1, 2, 4)]
     others = [("SuperLoRA 2D, reshape", tna.presets.superlora(rank), 350 * rank, values) for rank in (1, 4)]
     found = study(claims, *lora, *others, ("tiny", tna.presets.lorta(1), 40, (30.0,) * 3))
-    three, ten = (claim for claim in claims.CLAIMS if claim.as_good)
+    three, ten = (claim_of(claims, f"SuperLoRA needs {times}") for times in (3, 10))
     assert [(pair.first.parameters, pair.second.parameters) for pair in three.pairs(found)] == [
         (40, 1000), (350, 2000), (350, 4000),
     ]  # fmt: skip
@@ -160,7 +231,10 @@ def test_what_stands_at_an_edge_is_marked_and_what_diverged_left_out(paper: Modu
     from tnadapt.finetune import Method, Task
 
     lines: list[dict[str, Any]] = [
-        {"format": "tnadapt finetune 1", "study": {"problem": "x", "samples": {"training": 1}}}
+        {
+            "format": "tnadapt finetune 1",
+            "study": {"problem": "x", "samples": {"training": 10}, "epochs": 2, "batch": 4},
+        }
     ]
     lines.append({"session": {"cores": 2, "processor": "x", "versions": {"torch": "2"}}})
     for method, best in (
@@ -183,6 +257,7 @@ def test_what_stands_at_an_edge_is_marked_and_what_diverged_left_out(paper: Modu
     (tmp_path / "digits" / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = claims.studies(tmp_path)["digits"]
     assert [(one.label, one.edge) for one in found.settings] == [("r = 1", True)]
-    assert "1 settings diverged" in found.about
+    assert "left out: 1 setting that diverged at every rate" in found.about
+    assert "2 epochs, 6 steps, of AdamW with a cosine, batches of 4" in found.about
     (pair,) = [claims.Pair(found.settings[0], found.settings[0])]
     assert "90.0 ± 0.0°" in "".join(claims._table([pair]))

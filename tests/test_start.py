@@ -156,6 +156,15 @@ def test_a_nonlinear_start_is_alive_and_small() -> None:
     assert 0.05 < np.sqrt(np.mean(t**2)) < 0.6
 
 
+@pytest.mark.parametrize("kind", ["linear", "linear_v2", "nonlinear", "nonlinear_v2"])
+def test_from_loras_start_a_nonlinear_projection_never_learns(kind: str) -> None:
+    # A factor of zeros makes F's argument 0, whatever the other arrays are, and a step of 0 leaves it there.
+    f = tna.Projection(kind, n_in=33, n_out=500)
+    y = np.random.default_rng(0).normal(size=500)
+    assert f.adjoint(y, np.zeros(33)).any() == (not kind.startswith("nonlinear"))
+    assert f.adjoint(y, np.random.default_rng(1).normal(size=33)).any()
+
+
 def test_thousands_of_terms_start_in_time_that_grows_with_their_number() -> None:
     # Looking each array's number up in a list would take a billion steps.
     params = tna.SuperLoRA(tna.Config(rank=1, terms=1 << 14), [(2, 2)]).init()
