@@ -651,8 +651,9 @@ def _geometry(found: dict[str, Study]) -> list[str]:
         f"In the paper: A.4, figure 14. {study.about}. Means over weights, and the difference to LoRA's d_E seed by "
         "seed (below 0: nearer to the dense update). A d_E above 1 says that no update at all would be nearer. How "
         f"long an update is depends on its rate, so both are shown. {_distances(found)}.\n",
-        "\nEach at its own best rate, as drawn below:\n\n", *_spaces(_own_rate(study)),
-        "\nAll at the dense update's best rate, as the paper has one rate for all:\n\n", *_spaces(_one_rate(study)),
+        "\nEach at its own best rate:\n\n", *_spaces(_own_rate(study)),
+        "\nAll at the dense update's best rate, as the paper has one rate for all, and as drawn below:\n\n",
+        *_spaces(_one_rate(study)),
     ]  # fmt: skip
     return [*text, f"\n![Singular spaces and distance, weight by weight]({study.name}/figure.png)\n"]
 

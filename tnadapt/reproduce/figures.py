@@ -77,15 +77,14 @@ def read(recipe: Recipe, folder: Path, points: Sequence[Any] | None = None) -> F
     points = _in_order(recipe, points or points_in(folder / "results.jsonl"), lambda point: point.method.family)
     seeds = len(points[0].test)
     sizes = " / ".join(f"{count:,}" for count in study["samples"].values())
-    note = (
-        f"{study['problem']}; {sizes} samples to train on, choose the rate by, and test; {_several(seeds, 'seed')}; "
-        f"each at the better of {_several(rates, 'rate')}"
-    )
+    note = f"{study['problem']}; {sizes} samples to train on, choose the rate by, and test; {_several(seeds, 'seed')}; "
     if recipe.kind == "geometry":
         from .similarity import VECTORS, summary
 
-        drawn = [row for row in read_lines(folder / "geometry.jsonl") if not row["one_rate"]]
+        drawn = [row for row in read_lines(folder / "geometry.jsonl") if row["one_rate"]]
+        note += f"all at the dense update's rate, the best of {_several(rates, 'rate')}"
         return Found(summary(drawn), drawn, f"{note}; the first {VECTORS} singular vectors; a dot a weight and seed")
+    note += f"each at the better of {_several(rates, 'rate')}"
     rows = [
         {
             "arm": point.method.family,
