@@ -23,6 +23,7 @@ __all__ = ["Study", "first_images", "page", "studies"]
 ORDER = ("cifar10", "reviews", "digits", "svhn-mnist", "mnist-svhn", "geometry")
 # Where weights have several widths, the stacks of the recipes: as wide as the widest.
 STACKS = ((2208, 64),)
+RESHAPED, STACKED = "SuperLoRA 2D, reshape", "SuperLoRA 2D"
 REFERENCES = ("head alone", "as pretrained", "dense")
 
 
@@ -676,7 +677,11 @@ def _nearer(rows: Sequence[dict[str, Any]]) -> str:
     apart = [interval(_apart(rows, arm)) for arm in _arms(rows) if arm != "LoRA"]
     nearer, farther = sum(high < 0 for _, _, high in apart), sum(low > 0 for _, low, _ in apart)
     word = "mixed" if nearer and farther else "comes out" if nearer else "the other way" if farther else "not decided"
-    return f"{word} (nearer than LoRA in {nearer} of {_several(len(apart), 'method')}, farther in {farther})"
+    told = f"{word} (nearer than LoRA in {nearer} of {_several(len(apart), 'method')}, farther in {farther}"
+    if {RESHAPED, STACKED} <= set(_arms(rows)):
+        mean, low, high = interval(_apart(rows, RESHAPED, STACKED))
+        told += f"; reshaped less stacked {mean:+.2f}, from {low:+.2f} to {high:+.2f}"
+    return f"{told})"
 
 
 def _arms(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -688,10 +693,10 @@ def _space(rows: Sequence[dict[str, Any]], arm: str, seed: int | None = None) ->
     return means
 
 
-def _apart(rows: Sequence[dict[str, Any]], arm: str) -> list[float]:
-    """How much farther from the dense update than LoRA's, seed by seed."""
+def _apart(rows: Sequence[dict[str, Any]], arm: str, other: str = "LoRA") -> list[float]:
+    """How much farther from the dense update than another method's, seed by seed."""
     seeds = sorted({row["seed"] for row in rows})
-    return [_space(rows, arm, seed)["d_euclid"] - _space(rows, "LoRA", seed)["d_euclid"] for seed in seeds]
+    return [_space(rows, arm, seed)["d_euclid"] - _space(rows, other, seed)["d_euclid"] for seed in seeds]
 
 
 def _spaces(rows: Sequence[dict[str, Any]]) -> list[str]:
