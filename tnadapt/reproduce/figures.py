@@ -125,7 +125,9 @@ def _generated(recipe: Recipe, folder: Path, study: dict[str, Any], rates: int, 
         f"{_several(len(points[0].records), 'seed')}; each at the rate of {rates} with the least loss held out"
     )
     real = [{"words": REAL, "path": folder / "images" / one.get("images", "")} for one in floors[:1]]
-    return Found(rows, real + [_first_images(point, folder) for point in points], note)
+    # From high to extremely low counts, as figures 8 to 10 have them.
+    by_size = sorted(points, key=lambda point: -point.parameters)
+    return Found(rows, real + [_first_images(point, folder) for point in by_size], note)
 
 
 def _first_images(point: Generated, folder: Path) -> dict[str, Any]:
