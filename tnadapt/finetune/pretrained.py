@@ -38,7 +38,7 @@ def pretrained(spec: Spec) -> Problem:
     """
     assert spec.model is not None
     assert spec.data is not None
-    data = read(spec.data, spec.text_column, spec.label_column)
+    data = read(spec.data, spec.text_column, spec.label_column, spec.label_names)
     test = None if data.test is None else choose(data.test, spec.limit)
     data = Data(data.name, data.kind, data.classes, choose(data.samples, spec.limit), test)
     samples = divide(data)

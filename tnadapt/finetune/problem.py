@@ -26,6 +26,8 @@ class Spec:
     model, data : str, optional
         Both None for scikit-learn's digits.
     text_column, label_column : str, optional
+    label_names : tuple of str
+        Names that the column of labels may have, beside the usual ones.
     image_size, max_length, limit : int, optional
         Pixels a side, tokens of a text, samples of each part that the source brings.
     keep : tuple of str
@@ -43,6 +45,7 @@ class Spec:
     data: str | None = None
     text_column: str | None = None
     label_column: str | None = None
+    label_names: tuple[str, ...] = ()
     image_size: int | None = None
     max_length: int | None = None
     limit: int | None = None

@@ -27,7 +27,9 @@ LABEL_COLUMNS = ("label", "labels", "class", "target")
 IMAGE_COLUMNS = ("image", "img")
 
 
-def read(source: str, text_column: str | None = None, label_column: str | None = None) -> Data:
+def read(
+    source: str, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
+) -> Data:
     """Read what ``--data`` names.
 
     Parameters
@@ -39,6 +41,8 @@ def read(source: str, text_column: str | None = None, label_column: str | None =
         ``datasets.load_dataset``, as ``NAME`` or ``NAME:CONFIG``.
     text_column, label_column : str, optional
         Of a table; found by their usual names otherwise.
+    label_names : sequence of str
+        Names that the column of labels may have, tried before the usual ones where ``label_column`` is not given.
 
     Returns
     -------
@@ -49,20 +53,20 @@ def read(source: str, text_column: str | None = None, label_column: str | None =
     TnadaptError
         If there is no such thing, or it does not hold labelled texts or images.
     """
-    path = Path(source)
+    path, known = Path(source), (*label_names, *LABEL_COLUMNS)
     if path.is_dir():
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return _from_datasets(source, text_column, label_column)
+            return _from_datasets(source, text_column, label_column, known)
         return _folder(path)
     if path.is_file():
         if path.suffix.lower() in (".csv", ".tsv"):
-            return _csv(path, text_column, label_column)
+            return _csv(path, text_column, label_column, known)
         if path.suffix.lower() == ".npz":
             return _npz(path)
         raise FileError(f"cannot read data from {path}: expected a .csv, .tsv or .npz file, or a folder of images")
     if path.suffix.lower() in (".csv", ".tsv", ".npz") or source.startswith((".", "/", "~")):
         raise FileError(f"no data at {path}: there is no such file or folder")
-    return _from_datasets(source, text_column, label_column)
+    return _from_datasets(source, text_column, label_column, known)
 
 
 def _labelled(name: str, kind: str, inputs: Any, labels: Sequence[Any], test: tuple[Any, Any] | None = None) -> Data:
@@ -98,7 +102,7 @@ def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
 # -- Tables ------------------------------------------------------------------------------------
 
 
-def _csv(path: Path, text_column: str | None, label_column: str | None) -> Data:
+def _csv(path: Path, text_column: str | None, label_column: str | None, label_names: Sequence[str]) -> Data:
     texts, labels = [], []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -110,7 +114,7 @@ def _csv(path: Path, text_column: str | None, label_column: str | None) -> Data:
             if doubled := {name for name in names if names.count(name) > 1}:
                 raise FileError(f"{path} has more than one column {sorted(doubled)[0]!r}")
             text = _column(str(path), "text", text_column, TEXT_COLUMNS, names)
-            label = _column(str(path), "label", label_column, LABEL_COLUMNS, names)
+            label = _column(str(path), "label", label_column, label_names, names)
             for row in reader:
                 if None in row:
                     raise FileError(
@@ -241,7 +245,7 @@ def _labels(path: Path, name: str, array: NDArray[Any], count: int) -> list[Any]
 # -- The datasets library ----------------------------------------------------------------------
 
 
-def _from_datasets(source: str, text_column: str | None, label_column: str | None) -> Data:
+def _from_datasets(source: str, text_column: str | None, label_column: str | None, label_names: Sequence[str]) -> Data:
     try:
         import datasets
     except ImportError:
@@ -264,7 +268,7 @@ def _from_datasets(source: str, text_column: str | None, label_column: str | Non
     train = found.get("train")
     if train is None:
         raise TnadaptError(f"{source} has the splits {', '.join(found)}; expected one named train")
-    label = _column(source, "label", label_column, LABEL_COLUMNS, train.column_names)
+    label = _column(source, "label", label_column, label_names, train.column_names)
     # Of a contest's data the test part comes with no labels: all are -1.
     test = next((found[part] for part in TEST_FOLDERS if part in found and set(found[part][label]) != {-1}), None)
     pictured = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]

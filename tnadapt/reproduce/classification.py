@@ -19,7 +19,8 @@ __all__ = ["Arms", "method_of", "study_of"]
 
 _TRAINING = ("epochs", "steps", "batch", "optimiser", "shape", "weight_decay", "warmup", "clip")
 _SPEC = ("image_size", "max_length", "limit", "text_column", "label_column")
-_OTHERS = ("model", "data", "fetch", "head_rows", "rates", "seeds", "tuned_by")
+_SEVERAL = ("label_names", "head_rows")
+_OTHERS = ("model", "data", "fetch", "rates", "seeds", "tuned_by")
 
 
 def method_of(arm: str, config: Config) -> Method:
@@ -102,7 +103,7 @@ def study_of(
         If model or data cannot be had, or are not those of the recipe.
     """
     settings = dict(recipe.settings)
-    if unknown := sorted(settings.keys() - {*_TRAINING, *_SPEC, *_OTHERS}):
+    if unknown := sorted(settings.keys() - {*_TRAINING, *_SPEC, *_SEVERAL, *_OTHERS}):
         raise ConfigError(f"recipe {recipe.name}, scale {recipe.scale}, has {unknown[0]!r}, which is no setting of it")
     source: dict[str, Any] = {name: settings[name] for name in ("model", "data") if name in settings}
     if "fetch" in settings and None in (model, data):
@@ -110,12 +111,9 @@ def study_of(
         source = dict(zip(("model", "data"), map(str, found), strict=True))
     given = {"model": model, "data": data}
     source |= {name: value for name, value in given.items() if value is not None}
-    spec = Spec(
-        **source,
-        **{name: settings[name] for name in _SPEC if name in settings},
-        head_rows=tuple(settings.get("head_rows", ())),
-        cache=cache,
-    )
+    source |= {name: settings[name] for name in _SPEC if name in settings}
+    source |= {name: tuple(settings[name]) for name in _SEVERAL if name in settings}
+    spec = Spec(**source, cache=cache)
     how = {name: settings[name] for name in _TRAINING if name in settings}
     training = Training(**{"epochs": 1, **how}, device=usable_device(device), keep_references=keep_references)
     return Study(
