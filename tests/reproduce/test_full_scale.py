@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import tnadapt as tna
 from tnadapt.reproduce import open_recipe
 
 torch = pytest.importorskip("torch")
@@ -17,6 +19,7 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 image = pytest.importorskip("PIL.Image")
 
+from tnadapt.finetune.data import Data, Samples, divide  # noqa: E402
 from tnadapt.finetune.sources import read  # noqa: E402
 from tnadapt.reproduce import classification  # noqa: E402
 
@@ -99,3 +102,42 @@ def test_the_fine_classes_of_cifar100_are_read_in_every_form(
     assert data.test is not None
     assert (len(data.samples), len(data.test)) == (10 * TRAINING, 10 * TEST)
     assert asked == ([("cifar100", None)] if form is None else [])
+
+
+# -- What is trained on ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"), [("cifar100", 100), ("cifar10", 10), ("groups-dense", 100), ("geometry", 100)]
+)
+def test_where_nothing_is_chosen_nearly_all_is_trained_on(
+    name: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classification, "Study", lambda spec, *others: spec)
+    labels, test = (np.arange(count) % classes for count in (50_000, 10_000))
+    every = tuple(map(str, range(classes)))
+    cifar = Data("CIFAR", "image", every, Samples(np.empty((50_000, 0)), labels), Samples(np.empty((10_000, 0)), test))
+
+    def sizes(*rates: float) -> list[int]:
+        spec: Any = classification.study_of(open_recipe(name), tmp_path, rates=rates)
+        return [len(part) for part in divide(cifar, validation=spec.holdout).values()]
+
+    assert sizes() == sizes(0.1) == sizes(0.1, 0.1) == [49_900, 100, 10_000]
+    assert sizes(0.05, 0.1) == [40_000, 10_000, 10_000], "rates are chosen by a fifth"
+
+
+def test_the_miniatures_are_divided_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classification, "Study", lambda spec, *others: spec)
+    monkeypatch.setattr(classification, "fetch", lambda name, folder: (folder / "model", folder / "data"))
+    for name in ("cifar10", "digits", "geometry", "reviews"):
+        for rates in ((), (0.05,)):
+            spec: Any = classification.study_of(open_recipe(name, "mini"), tmp_path, rates=rates)
+            assert spec.holdout == 0.2
+
+
+@pytest.mark.parametrize("holdout", [0.0, 1.0, -0.1, float("nan"), 1, "0.1"])
+def test_what_is_no_fraction_cannot_be_held_out(holdout: Any, tmp_path: Path) -> None:
+    recipe = open_recipe("cifar100")
+    recipe = dataclasses.replace(recipe, settings={**recipe.settings, "holdout": holdout})
+    with pytest.raises(tna.ConfigError, match="recipe cifar100: holdout is a fraction, above 0 and below 1; got"):
+        classification.study_of(recipe, tmp_path)

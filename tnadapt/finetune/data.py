@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from ..errors import TnadaptError
 
-__all__ = ["PARTS", "Data", "Labels", "Samples", "choose", "divide"]
+__all__ = ["HOLDOUT", "PARTS", "Data", "Labels", "Samples", "choose", "divide"]
 
 PARTS = ("training", "validation", "test")
+#: The fraction of each class that rates are chosen by.
+HOLDOUT = 0.2
 
 Labels = NDArray[np.int64]
 
@@ -68,7 +70,7 @@ class Data:
     test: Samples | None = None
 
 
-def divide(data: Data, seed: int = 0, validation: float = 0.2, test: float = 0.3) -> dict[str, Samples]:
+def divide(data: Data, seed: int = 0, validation: float = HOLDOUT, test: float = 0.3) -> dict[str, Samples]:
     """The data in three parts, each class in the same proportions, the same for the same seed.
 
     Parameters

@@ -75,7 +75,9 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     mean, std = float(samples["training"].inputs.mean()), float(samples["training"].inputs.std())
     parts = {name: Pixels(part, mean, std) for name, part in samples.items()}
     limited = dataclasses.replace(new, samples=choose(new.samples, spec.limit))
-    own: dict[str, Part] = {name: Pixels(part, mean, std) for name, part in divide(limited).items()}
+    own: dict[str, Part] = {
+        name: Pixels(part, mean, std) for name, part in divide(limited, validation=spec.holdout).items()
+    }
     sizes = ViTSizes()
     recipe = {
         "version": 1,

@@ -41,7 +41,7 @@ def pretrained(spec: Spec) -> Problem:
     data = read(spec.data, spec.text_column, spec.label_column, spec.label_names)
     test = None if data.test is None else choose(data.test, spec.limit)
     data = Data(data.name, data.kind, data.classes, choose(data.samples, spec.limit), test)
-    samples = divide(data)
+    samples = divide(data, validation=spec.holdout)
     if spec.model.startswith("timm:"):
         if spec.head_rows:
             raise TnadaptError("head_rows are taken of a head that transformers loads; give a folder or a hub name")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
+from .data import HOLDOUT
 
 __all__ = ["Part", "Problem", "Spec", "base_digest", "free", "samples_digest", "under"]
 
@@ -30,6 +31,8 @@ class Spec:
         Names that the column of labels may have, beside the usual ones.
     image_size, max_length, limit : int, optional
         Pixels a side, tokens of a text, samples of each part that the source brings.
+    holdout : float
+        The fraction of each class that is not trained on, and that rates are chosen by.
     keep : tuple of str
         Modules or parameters that are trained beside every adapter, the new head in any case.
     head_rows : tuple of int
@@ -49,6 +52,7 @@ class Spec:
     image_size: int | None = None
     max_length: int | None = None
     limit: int | None = None
+    holdout: float = HOLDOUT
     keep: tuple[str, ...] = ()
     head_rows: tuple[int, ...] = ()
     cache: Path | None = None

@@ -24,6 +24,7 @@ __all__ = [
     "points_in",
     "points_of",
     "rows_of",
+    "trained_on",
 ]
 
 
@@ -223,6 +224,23 @@ def best_point(points: Sequence[Point]) -> Point | None:
     """
     own = [point for point in points if not point.method.reference and not point.diverged]
     return min(own, key=lambda point: (-statistics.fmean(point.validation), point.parameters), default=None)
+
+
+def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each at the better of") -> str:
+    """What stands small below a figure: samples of each part, seeds, rates.
+
+    Examples
+    --------
+    >>> trained_on([800, 200, 1000], 3, 4)
+    '800 / 200 / 1,000 samples to train on, choose the rate by, and test; 3 seeds; each at the better of 4 rates'
+    >>> trained_on([49900, 100, 10000], 1, 1)
+    '49,900 / 100 / 10,000 samples to train on, hold out, and test; 1 seed; one rate for all'
+    """
+    sizes = " / ".join(f"{count:,}" for count in samples)
+    middle, last = ("choose the rate by", f"{at} {rates} rates")
+    if rates == 1:
+        middle, last = "hold out", "one rate for all"
+    return f"{sizes} samples to train on, {middle}, and test; {seeds} seed{'s' * (seeds > 1)}; {last}"
 
 
 def columns(seeds: int) -> list[str]:

@@ -19,7 +19,7 @@ from .loop import threads
 from .methods import Method
 from .opening import open_problem
 from .problem import Problem, Spec, base_digest, samples_digest
-from .report import Point, best_point, better_rate, points_of
+from .report import Point, best_point, better_rate, points_of, trained_on
 from .results import Results
 from .train import Task, Training, checked_rates, train
 from .workers import Do, cores, run_tasks, threads_each
@@ -277,15 +277,13 @@ class Study:
         marks = [
             Mark(point.method.family, point.method.label, point.parameters, point.test, point.front) for point in points
         ]
-        sizes = " / ".join(f"{len(part.labels):,}" for part in self.problem.parts.values())
-        counted = f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}"
+        samples = [len(part.labels) for part in self.problem.parts.values()]
         try:
             pareto(
                 marks,
                 path,
                 title=f"Adapting {len(self.targets)} weights to {self.problem.name}",
-                note=f"{sizes} samples to train on, choose the rate by, and test; {counted}; "
-                f"each at the better of {len(self.rates)} rates",
+                note=trained_on(samples, len(self.seeds), len(self.rates)),
             )
         except ImportError:
             return None

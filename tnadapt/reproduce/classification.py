@@ -20,7 +20,7 @@ __all__ = ["Arms", "method_of", "study_of"]
 _TRAINING = ("epochs", "steps", "batch", "optimiser", "shape", "weight_decay", "warmup", "clip")
 _SPEC = ("image_size", "max_length", "limit", "text_column", "label_column")
 _SEVERAL = ("label_names", "head_rows")
-_OTHERS = ("model", "data", "fetch", "rates", "seeds", "tuned_by")
+_OTHERS = ("model", "data", "fetch", "holdout", "rates", "seeds", "tuned_by")
 
 
 def method_of(arm: str, config: Config) -> Method:
@@ -61,6 +61,13 @@ class Arms:
 def _counted(shapes: Sequence[tuple[int, int]]) -> str:
     sizes = dict.fromkeys(shapes)
     return ", ".join(f"{list(shapes).count(size)} of {size[0]} × {size[1]}" for size in sizes)
+
+
+def _fraction(recipe: Recipe, holdout: Any) -> float:
+    """What is held out where there is one rate, and thus none to choose: the rest is trained on."""
+    if not isinstance(holdout, float) or not 0 < holdout < 1:
+        raise ConfigError(f"recipe {recipe.name}: holdout is a fraction, above 0 and below 1; got {holdout!r}")
+    return holdout
 
 
 def study_of(
@@ -113,10 +120,13 @@ def study_of(
     source |= {name: value for name, value in given.items() if value is not None}
     source |= {name: settings[name] for name in _SPEC if name in settings}
     source |= {name: tuple(settings[name]) for name in _SEVERAL if name in settings}
+    rates = tuple(rates or settings["rates"])
+    if len(set(rates)) == 1 and "holdout" in settings:
+        source["holdout"] = _fraction(recipe, settings["holdout"])
     spec = Spec(**source, cache=cache)
     how = {name: settings[name] for name in _TRAINING if name in settings}
     training = Training(**{"epochs": 1, **how}, device=usable_device(device), keep_references=keep_references)
     return Study(
-        spec, Arms(recipe), training, rates or settings["rates"], seeds or settings["seeds"], reporter,
+        spec, Arms(recipe), training, rates, seeds or settings["seeds"], reporter,
         settings.get("tuned_by"),
     )  # fmt: skip

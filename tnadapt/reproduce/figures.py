@@ -66,7 +66,7 @@ def read(recipe: Recipe, folder: Path, points: Sequence[Any] | None = None) -> F
         text = (folder / "counts.jsonl").read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines()]
         return Found(rows, rows, "")
-    from ..finetune.report import points_in
+    from ..finetune.report import points_in, trained_on
     from ..finetune.results import read_lines
 
     lines = read_lines(folder / "results.jsonl")
@@ -75,16 +75,14 @@ def read(recipe: Recipe, folder: Path, points: Sequence[Any] | None = None) -> F
     if recipe.kind == "diffusion":
         return _generated(recipe, folder, study, rates, points)
     points = _in_order(recipe, points or points_in(folder / "results.jsonl"), lambda point: point.method.family)
-    seeds = len(points[0].test)
-    sizes = " / ".join(f"{count:,}" for count in study["samples"].values())
-    note = f"{study['problem']}; {sizes} samples to train on, choose the rate by, and test; {_several(seeds, 'seed')}; "
+    at = "all at the dense update's rate, the best of" if recipe.kind == "geometry" else "each at the better of"
+    trained = trained_on(list(study["samples"].values()), len(points[0].test), rates, at)
+    note = f"{study['problem']}; {trained}"
     if recipe.kind == "geometry":
         from .similarity import VECTORS, summary
 
         drawn = [row for row in read_lines(folder / "geometry.jsonl") if row["one_rate"]]
-        note += f"all at the dense update's rate, the best of {_several(rates, 'rate')}"
         return Found(summary(drawn), drawn, f"{note}; the first {VECTORS} singular vectors; a dot a weight and seed")
-    note += f"each at the better of {_several(rates, 'rate')}"
     rows = [
         {
             "arm": point.method.family,
