@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -73,6 +75,28 @@ def test_a_rank_is_below_the_sizes_where_the_recipe_says_so() -> None:
 
 def test_the_reverse_has_the_same_settings() -> None:
     assert open_recipe("mnist-svhn").points() == open_recipe("svhn-mnist").points()
+
+
+def test_the_documentation_says_which_have_a_miniature_and_which_were_run() -> None:
+    root = Path(__file__).parents[2]
+    page = " ".join((root / "docs" / "reproduce.rst").read_text(encoding="utf-8").split())
+    found = re.search(r"In miniature, (.*?) have been run, and (.*?) has not; (.*?) have no miniature", page)
+    assert found is not None
+    run, other, none = (re.findall(r"``([\w-]+)``", part) for part in found.groups())
+    assert sorted([*run, *other]) == [name for name in names() if "mini" in scales(name)]
+    assert sorted([*run, *other, *none]) == names()
+    results = {path.parent.name for path in (root / "benchmarks" / "results" / "paper").glob("*/results.jsonl")}
+    assert set(run) == {*results, "params"}, "counts are made in no time, and not kept"
+
+
+def test_the_digits_ask_no_question_that_they_cannot_answer() -> None:
+    recipe = open_recipe("digits", "mini")
+    groups: dict[str, set[Any]] = {arm.name: {config.groups for config in arm.configs} for arm in recipe.arms}
+    assert groups["SuperLoRA 1D, dense, with projection"] == {1}
+    assert "A.5" not in recipe.paper
+    # What A.10 asks: groups of LoNKr and of LoRTA; A.11: its splits.
+    assert groups["LoNKr"] == groups["LoRTA 3D"] == {1, 4}
+    assert {config.splits for arm in recipe.arms if arm.name == "LoNKr" for config in arm.configs} == {2, 3, 4}
 
 
 # -- The settings file ---------------------------------------------------------------------------
