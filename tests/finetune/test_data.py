@@ -371,6 +371,7 @@ def test_a_datasets_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
-        TnadaptError, match=r"no file or folder 'nobody/nothing:at', .* Couldn't find 'nobody/nothing' / 'at'$"
+        TnadaptError,
+        match=r"'nobody/nothing:at', .* Couldn't find 'nobody/nothing' / 'at'; give --data a file or folder$",
     ):
         read("nobody/nothing:at")

@@ -275,7 +275,10 @@ def test_a_hub_that_cannot_be_reached(table: Path, monkeypatch: pytest.MonkeyPat
         raise OSError("We couldn't connect to the hub\nand much more")
 
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", from_pretrained)
-    with pytest.raises(TnadaptError, match=r"cannot load 'some/name' for texts .*: We couldn't connect to the hub$"):
+    with pytest.raises(
+        TnadaptError,
+        match=r"cannot load 'some/name' for texts .*: We couldn't connect to the hub; give --model a folder$",
+    ):
         open_problem(Spec(model="some/name", data=str(table)))
 
 

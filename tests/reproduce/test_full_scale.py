@@ -1,8 +1,11 @@
-"""The recipes of ViT-base at their full scale, on stand-ins: images as the hub has them, and as a user may."""
+"""The recipes of ViT-base at their full scale, on stand-ins: images as the hub has them, a layer as wide."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,11 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.reproduce import open_recipe
+from tnadapt.reproduce import open_recipe, run
+from tnadapt.reproduce.recipe import Recipe
+from tnadapt.reproduce.weights import WEIGHTS, Weights
+
+from ..command_lines import CommandLines, command_lines
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -19,6 +26,7 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 image = pytest.importorskip("PIL.Image")
 
+import tnadapt.torch as tnt  # noqa: E402
 from tnadapt.finetune.data import Data, Samples, divide  # noqa: E402
 from tnadapt.finetune.sources import read  # noqa: E402
 from tnadapt.reproduce import classification  # noqa: E402
@@ -41,14 +49,6 @@ def hub(label: str, *others: str) -> Any:
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
     return datasets.DatasetDict({"train": part(TRAINING), "test": part(TEST)})
-
-
-@pytest.fixture(scope="module")
-def cifar(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("data")
-    hub("label").save_to_disk(folder / "cifar10")
-    hub("fine_label", "coarse_label").save_to_disk(folder / "cifar100")
-    return {name: folder / name for name in ("cifar10", "cifar100")}
 
 
 # -- Images ----------------------------------------------------------------------------------------
@@ -141,3 +141,109 @@ def test_what_is_no_fraction_cannot_be_held_out(holdout: Any, tmp_path: Path) ->
     recipe = dataclasses.replace(recipe, settings={**recipe.settings, "holdout": holdout})
     with pytest.raises(tna.ConfigError, match="recipe cifar100: holdout is a fraction, above 0 and below 1; got"):
         classification.study_of(recipe, tmp_path)
+
+
+# -- First steps -----------------------------------------------------------------------------------
+
+SHORT = Weights("query and value of one layer of 768", ((768, 768),) * 2, ("0", "0"))
+
+
+@pytest.fixture(scope="module")
+def makers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A layer of ViT-base as their maker gives them out: of ImageNet-21k without a head, of ImageNet-1k with one."""
+    folder = tmp_path_factory.mktemp("models")
+    config = transformers.ViTConfig(num_hidden_layers=1, intermediate_size=16, image_size=32, num_labels=1000)
+    torch.manual_seed(0)
+    transformers.ViTModel(config).save_pretrained(folder / "in21k")
+    transformers.ViTForImageClassification(config).save_pretrained(folder / "in1k")
+    processor = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for name in ("in21k", "in1k"):
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(processor))
+    return {name: folder / ("in1k" if name == "cifar10" else "in21k") for name in STARTS}
+
+
+#: Of each recipe arms, of which one setting is tried: the last where the first takes a minute.
+STARTS = {
+    "cifar100": (("LoRA",), 0),
+    "cifar10": (("LoRA",), 0),
+    "groups-dense": (("SuperLoRA 1D, dense, with projection, G = 12",), -1),
+    "geometry": (("dense", "LoRA"), 0),
+}
+
+
+def short(name: str) -> Recipe:
+    """A full recipe on one layer, for two steps of two small images."""
+    recipe, (arms, place) = open_recipe(name), STARTS[name]
+    kept = tuple(dataclasses.replace(arm, configs=(arm.configs[place],)) for arm in recipe.only(arms).arms)
+    settings = {**recipe.settings, "steps": 2, "batch": 2, "image_size": 32}
+    return dataclasses.replace(recipe, weights=SHORT, arms=kept, settings=settings)
+
+
+def test_vit_base_has_the_weights_of_its_recipes() -> None:
+    with torch.device("meta"):
+        model = transformers.ViTForImageClassification(transformers.ViTConfig())
+    targets = tnt.find_targets(model)
+    assert tuple(target.shape for target in targets) == WEIGHTS["vit-base"].shapes == ((768, 768),) * 24
+    assert len({target.layer for target in targets}) == 12
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_full_recipe_makes_its_first_steps(name: str, makers: dict[str, Path], tmp_path: Path) -> None:
+    images = (usual if name == "cifar10" else hubs)(tmp_path / "images")
+    outcome = run(short(name), tmp_path / "run", model=str(makers[name]), data=str(images))
+    first, *records = (json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines())
+    study, trained = first["study"], {line["family"]: line for line in records if "key" in line}
+    assert study["classes"] == FINE
+    assert study["samples"] == {"training": 30, "validation": 10, "test": 10}
+    assert (study["optimiser"], study["shape"], study["steps"]) == ("sgd", "onecycle", 2)
+    arms = STARTS[name][0]
+    assert set(trained) == {"head alone", *arms}
+    for record in trained.values():
+        assert not record["diverged"]
+        # A new head is trained beside every adapter; ImageNet's own is frozen.
+        assert record["kept"] == (0 if name == "cifar10" else 10 * (768 + 1))
+    expected = {"LoRA": 2 * 2 * 768 * (4 if name == "geometry" else 1), "dense": 2 * 768**2}
+    # A vector a group, each a hundredth of its twelfth of all, rounded up.
+    expected["SuperLoRA 1D, dense, with projection, G = 12"] = 12 * math.ceil(2 * 768**2 / 12 / 100)
+    assert {arm: trained[arm]["parameters"] for arm in arms} == {arm: expected[arm] for arm in arms}
+    assert outcome.picture is not None
+    assert [row["arm"] for row in outcome.rows] == (["LoRA"] if name == "geometry" else ["head alone", *arms])
+
+
+def test_the_frozen_head_is_the_rows_that_the_recipe_names(makers: dict[str, Path], tmp_path: Path) -> None:
+    images = usual(tmp_path / "images")
+    study = classification.study_of(short("cifar10"), tmp_path, model=str(makers["cifar10"]), data=str(images))
+    whole = transformers.ViTForImageClassification.from_pretrained(makers["cifar10"]).classifier
+    cut: Any = study.problem.build(0).classifier
+    rows = open_recipe("cifar10").settings["head_rows"]
+    assert torch.equal(cut.weight, whole.weight[rows])
+    assert torch.equal(cut.bias, whole.bias[rows])
+    assert study.problem.keep == ()
+
+
+# -- Without a hub ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def offline() -> Iterator[CommandLines]:
+    with command_lines() as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_without_its_images_a_recipe_says_how_to_give_them(name: str, offline: CommandLines, tmp_path: Path) -> None:
+    done = offline.run(["reproduce", name, "--out", "run"], tmp_path)
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    data = "cifar10" if name == "cifar10" else "cifar100"
+    assert line.startswith(f"tnadapt: no file or folder '{data}', and datasets cannot load that name: ")
+    assert line.endswith("; give --data a file or folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_its_model_a_recipe_says_how_to_give_it(offline: CommandLines, tmp_path: Path) -> None:
+    done = offline.run(["reproduce", "cifar100", "--data", str(arrays(tmp_path / "images.npz"))], tmp_path)
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert line.startswith("tnadapt: cannot load 'google/vit-base-patch16-224-in21k' for images through transformers: ")
+    assert line.endswith("; give --model a folder")

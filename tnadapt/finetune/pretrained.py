@@ -82,7 +82,8 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
             setattr(model.config, setting, value)
         return model  # type: ignore[no-any-return]
 
-    with _refused(f"cannot load {shown(name)} for {data.kind}s through transformers"):
+    way = "" if Path(name).exists() else "; give --model a folder"
+    with _refused(f"cannot load {shown(name)} for {data.kind}s through transformers", way):
         model = build(0)
     drawn = tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
     if len(new) == len(model.state_dict()):
@@ -272,14 +273,14 @@ def _problem(
 
 
 @contextlib.contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """Whatever a hub, a proxy or a loader raises, as one line."""
+def _refused(what: str, way: str = "") -> Iterator[None]:
+    """Whatever a hub, a proxy or a loader raises, as one line, with a way out."""
     try:
         yield
     except TnadaptError:
         raise
     except Exception as error:
-        raise TnadaptError(f"{what}: {first_line(error)}") from None
+        raise TnadaptError(f"{what}: {first_line(error)}{way}") from None
 
 
 @contextlib.contextmanager

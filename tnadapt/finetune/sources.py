@@ -143,7 +143,8 @@ def _column(source: str, what: str, given: str | None, usual: Sequence[str], nam
         if name in lower:
             return lower[name]
     raise FileError(
-        f"which column of {source} is the {what}? It has {', '.join(map(repr, names))}: give --{what}-column NAME"
+        f"which column of {source} is the {what}? It has {', '.join(map(repr, names))}: give --{what}-column NAME, "
+        f"or call it {what}"
     )
 
 
@@ -250,7 +251,8 @@ def _from_datasets(source: str, text_column: str | None, label_column: str | Non
         import datasets
     except ImportError:
         raise TnadaptError(
-            f"no file or folder {shown(source)}; to read it as a datasets name, pip install 'tnadapt[hub]'"
+            f"no file or folder {shown(source)}; give --data one, or pip install 'tnadapt[hub]', to read it as a "
+            "datasets name"
         ) from None
     name, _, config = source.partition(":")
     try:
@@ -261,7 +263,8 @@ def _from_datasets(source: str, text_column: str | None, label_column: str | Non
                 found = datasets.load_dataset(name, config or None)
     except Exception as error:  # whatever a hub, a proxy or a parser raises
         raise TnadaptError(
-            f"no file or folder {shown(source)}, and datasets cannot load that name: {first_line(error)}"
+            f"no file or folder {shown(source)}, and datasets cannot load that name: {first_line(error)}; "
+            "give --data a file or folder"
         ) from None
     if not isinstance(found, dict):
         found = {"train": found}
