@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tnadapt as tna
@@ -142,6 +143,23 @@ def test_cifar100_sweeps_what_section_4_1_says() -> None:
     assert (values(found, "ratio"), values(found, "order")) == ([1.0, 0.5, 0.25, 0.1, 0.01], [1])
     found = configs("cifar100", "SuperLoRA 2D, reshape, with projection")
     assert (values(found, "ratio"), values(found, "groups")) == ([0.5, 0.25, 0.1], [1])
+
+
+def test_that_24_stacked_groups_repeat_lora_is_noted() -> None:
+    """4.1: "the largest number of groups is set to 24 (i.e. LoRA)"."""
+    recipe = open_recipe("cifar100")
+    lora = {config.rank: config for config in configs("cifar100", "LoRA")}
+    again = [config for config in configs("cifar100", "SuperLoRA 2D") if config.groups == 24]
+    (note,) = (note for note in recipe.notes if "G = 24" in note)
+    assert f"the {len(again)} settings of SuperLoRA 2D with G = 24 are LoRA's" in note
+    for config in again:
+        one, other = (
+            tna.SuperLoRA(own, recipe.weights.shapes, recipe.weights.layers) for own in (config, lora[config.rank])
+        )
+        assert one.param_shapes == other.param_shapes
+    one, other = (tna.SuperLoRA(own, recipe.weights.shapes) for own in (again[0], lora[1]))
+    start = one.init()
+    assert all(np.array_equal(start[name], array) for name, array in other.init().items())
 
 
 def test_groups_dense_sweeps_what_appendix_a_5_says() -> None:
