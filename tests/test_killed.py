@@ -29,15 +29,17 @@ SHAPES = {f"blocks.{number}.q": (64, 48) for number in range(6)}
 ONE, TWO, THREE = (made(tna.presets.lora(4), SHAPES, seed) for seed in range(3))
 
 
-def killed(code: str, *arguments: object, delays: Iterator[float]) -> None:
-    """Start a program, wait until it says that it is at it, and kill it a moment later."""
+def killed(code: str, *arguments: object, delays: Iterator[float]) -> list[str]:
+    """Start a program, wait until it says that it is at it, and kill it a moment later: the lines that it said since."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"at it\n", process.stderr.read().decode()
         time.sleep(next(delays))
         process.kill()
-        _, said = process.communicate()
-        assert process.returncode == -signal.SIGKILL, said.decode()
+        # Not communicate(), which misses what came together with the first line.
+        said, error = process.stdout.read(), process.stderr.read()
+        assert process.wait() == -signal.SIGKILL, error.decode()
+    return said[: said.rfind(b"\n") + 1].decode().splitlines()
 
 
 def moments(longest: float) -> Iterator[float]:
@@ -126,6 +128,7 @@ with Results(Path(sys.argv[1]), {"what": "a sweep"}, fields={"key", "value"}) as
     while True:
         number = len(results.records)
         results.add({"key": str(number), "value": "x" * (number % 97)})
+        print(number, flush=True)  # a kill from here on must not lose it
 """
 
 
@@ -134,13 +137,14 @@ def test_a_sweep_has_every_line_that_it_said_was_there(tmp_path: Path) -> None:
     from tnadapt.finetune.results import Results
 
     path = tmp_path / "results.jsonl"
-    before = 0
+    promised = 0
     delays = moments(0.03)
     for _ in range(KILLS // 3):
-        killed(SWEEPING, path, delays=delays)
+        said = killed(SWEEPING, path, delays=delays)
+        promised = max([promised, *(int(number) + 1 for number in said)])
         with Results(path, {"what": "a sweep"}, fields={"key", "value"}) as results:
             found = results.records
-        assert len(found) >= before
+        assert len(found) >= promised
         assert found == {str(n): {"key": str(n), "value": "x" * (n % 97)} for n in range(len(found))}
-        before = len(found)
-    assert before
+        promised = len(found)
+    assert promised
