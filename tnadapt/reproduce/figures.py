@@ -161,7 +161,7 @@ def draw(recipe: Recipe, found: Found, out: Path) -> Path:
     ------
     ImportError
         If matplotlib is not installed.
-    OSError
+    FileError
         If it cannot be written.
     """
     from ..plot import parameters, similarity
