@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,12 +52,12 @@ class CommandLines:
 
 
 @contextlib.contextmanager
-def command_lines() -> Iterator[CommandLines]:
-    """A process for command lines, until the end of the block."""
+def command_lines(places: Mapping[str, str]) -> Iterator[CommandLines]:
+    """A process for command lines, until the end of the block; places: more of its environment."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.command_lines"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **places},
     ) as process:  # fmt: skip
         yield CommandLines(process)
         assert process.stdin is not None

@@ -78,6 +78,14 @@ SETTINGS = [
     "seed=18446744073709551616", "format=../x", "__init__=1", "=", "=1", "",
 ]  # fmt: skip
 
+# Folders beside the yard, which are watched like it, and the variables by which programs find them.
+BESIDE = {
+    "home": ["HOME"], "config": ["XDG_CONFIG_HOME"], "data": ["XDG_DATA_HOME"], "cache": ["XDG_CACHE_HOME"],
+    "tmp": ["TMPDIR"],
+}  # fmt: skip
+# What other libraries keep there: matplotlib a list of fonts, numba kernels where it may not write to our folders.
+CACHES = ("cache/matplotlib", "config/matplotlib", "cache/numba")
+
 Line = list[tuple[str, str | None]]  # names of options, and their values; arguments have no name
 
 
@@ -189,19 +197,25 @@ class Yard:
     def renew(self) -> None:
         """As it was made."""
         shutil.rmtree(self.place, ignore_errors=True)
-        for beside in ("out", "away"):
+        for beside in ("out", "away", *BESIDE):
             shutil.rmtree(self.folder / beside, ignore_errors=True)
+        for beside in BESIDE:
+            (self.folder / beside).mkdir()
         shutil.copytree(self.pristine, self.place, symlinks=True)
         with open(self.place / "sparse", "wb") as file:  # a hundred gigabytes that take no room
             file.truncate(100 << 30)
         os.mkfifo(self.place / "pipe")
         self.seen = self.look()
 
+    def places(self) -> dict[str, str]:
+        """The environment of commands, so that what they write at home or among temporary files is seen."""
+        return {name: str(self.folder / beside) for beside, names in BESIDE.items() for name in names}
+
     def look(self) -> dict[str, tuple[int, ...]]:
         """What is there: of every path its kind, size and time."""
         found = {}
         for path in self.folder.rglob("*"):
-            if not path.is_relative_to(self.pristine):
+            if not any(path.is_relative_to(self.folder / unseen) for unseen in ("pristine", *CACHES)):
                 state = path.lstat()
                 more = () if path.is_dir() and not path.is_symlink() else (state.st_size, state.st_mtime_ns)
                 found[os.fspath(path)] = (state.st_mode, *more)
@@ -214,14 +228,14 @@ class Yard:
 
 
 @pytest.fixture(scope="module")
-def commands() -> Iterator[CommandLines]:
-    with command_lines() as found:
-        yield found
+def yard(tmp_path_factory: pytest.TempPathFactory) -> Yard:
+    return Yard(tmp_path_factory.mktemp("hostile"))
 
 
 @pytest.fixture(scope="module")
-def yard(tmp_path_factory: pytest.TempPathFactory) -> Yard:
-    return Yard(tmp_path_factory.mktemp("hostile"))
+def commands(yard: Yard) -> Iterator[CommandLines]:
+    with command_lines(yard.places()) as found:
+        yield found
 
 
 def judge(done: Done, line: Line, yard: Yard) -> list[str]:
@@ -306,6 +320,22 @@ def test_what_was_found_once(command: str, line: Line, commands: CommandLines, y
 )  # fmt: skip
 def test_the_judge_sees_it(done: Done, wrong: str, yard: Yard) -> None:
     assert wrong in " ".join(judge(done, [], yard))
+
+
+def test_the_judge_sees_what_was_written_elsewhere(commands: CommandLines, yard: Yard) -> None:
+    commands.run(["info", "none"], yard.place)  # it has been started
+    environment = Path(f"/proc/{commands.process.pid}/environ").read_bytes().decode().split("\0")
+    for beside, names in BESIDE.items():
+        assert {f"{name}={yard.folder / beside}" for name in names} <= set(environment)
+        (yard.folder / beside / "stray").write_text("x")
+        try:
+            assert f"/{beside}/stray" in judge(Done(0, "", "", 1.0, 0), [("--out", "out")], yard)[0]
+        finally:
+            yard.renew()
+    kept = yard.folder / CACHES[0] / "fonts"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("x")
+    assert judge(Done(0, "", "", 1.0, 0), [], yard) == []
 
 
 def test_the_judge_sees_what_was_written(yard: Yard) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tnadapt.partial import SUFFIX
 
 from .convert_help import made
 
@@ -29,15 +30,17 @@ SHAPES = {f"blocks.{number}.q": (64, 48) for number in range(6)}
 ONE, TWO, THREE = (made(tna.presets.lora(4), SHAPES, seed) for seed in range(3))
 
 
-def killed(code: str, *arguments: object, delays: Iterator[float]) -> None:
-    """Start a program, wait until it says that it is at it, and kill it a moment later."""
+def killed(code: str, *arguments: object, delays: Iterator[float]) -> list[str]:
+    """Start a program, wait until it says that it is at it, and kill it a moment later: the lines it said since."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"at it\n", process.stderr.read().decode()
         time.sleep(next(delays))
         process.kill()
-        _, said = process.communicate()
-        assert process.returncode == -signal.SIGKILL, said.decode()
+        # Not communicate(), which misses what came together with the first line.
+        said, error = process.stdout.read(), process.stderr.read()
+        assert process.wait() == -signal.SIGKILL, error.decode()
+    return said[: said.rfind(b"\n") + 1].decode().splitlines()
 
 
 def moments(longest: float) -> Iterator[float]:
@@ -79,13 +82,18 @@ def test_a_file_that_is_saved_is_the_old_one_or_the_new_one(tmp_path: Path) -> N
 
 
 MERGING = """
-import sys
+import itertools, sys
 import tnadapt as tna
-base, file, out = sys.argv[1:4]
+base, one, two, out = sys.argv[1:]
+tna.merge(base, one, out, overwrite=True)
 print("at it", flush=True)
-while True:
+for file in itertools.cycle((two, one)):
     tna.merge(base, file, out, overwrite=True)
 """
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_merge_is_whole_or_goes_on(tmp_path: Path) -> None:
@@ -100,20 +108,30 @@ def test_a_merge_is_whole_or_goes_on(tmp_path: Path) -> None:
         save_file({target.name: rng.standard_normal(target.shape).astype(np.float32)}, base / name)
         index[target.name] = name
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    tna.save(tmp_path / "adapter", ONE)
-    tna.merge(base, tmp_path / "adapter", tmp_path / "expected")
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
-    before = {path.name: path.read_bytes() for path in base.iterdir()}
-    out = tmp_path / "out"
-    delays = moments(0.08)
-    for _ in range(KILLS):
-        killed(MERGING, base, tmp_path / "adapter", out, delays=delays)
-        if out.exists():
-            assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
-        assert {path.name: path.read_bytes() for path in base.iterdir()} == before
-    tna.merge(base, tmp_path / "adapter", out, overwrite=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "expected", "out"]
+    adapters, out = [tmp_path / "one", tmp_path / "two"], tmp_path / "out"
+    merged = []
+    for adapter, file in zip(adapters, (ONE, TWO), strict=True):
+        tna.save(adapter, file)
+        begun = time.monotonic()
+        tna.merge(base, adapter, out, overwrite=True)
+        took = time.monotonic() - begun
+        merged.append(files_of(out))
+    # Every file of one is another than the other's, so that a mixture is neither.
+    assert all(merged[0][name] != merged[1][name] for name in index.values())
+    before = files_of(base)
+    aside = out.with_name(f"out{SUFFIX}") / "old"  # from which the next run puts it back
+    delays = moments(2 * took)
+    seen = set()
+    for number in range(KILLS):
+        killed(MERGING, base, *adapters[:: 1 if number % 2 else -1], out, delays=delays)
+        found = files_of(out if out.exists() else aside)
+        assert found in merged
+        seen.add(merged.index(found))
+        assert files_of(base) == before
+    assert seen == {0, 1}, "killed at one point only"
+    tna.merge(base, adapters[0], out, overwrite=True)
+    assert files_of(out) == merged[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "one", "out", "two"]
 
 
 SWEEPING = """
@@ -126,6 +144,7 @@ with Results(Path(sys.argv[1]), {"what": "a sweep"}, fields={"key", "value"}) as
     while True:
         number = len(results.records)
         results.add({"key": str(number), "value": "x" * (number % 97)})
+        print(number, flush=True)  # a kill from here on must not lose it
 """
 
 
@@ -134,13 +153,14 @@ def test_a_sweep_has_every_line_that_it_said_was_there(tmp_path: Path) -> None:
     from tnadapt.finetune.results import Results
 
     path = tmp_path / "results.jsonl"
-    before = 0
+    promised = 0
     delays = moments(0.03)
     for _ in range(KILLS // 3):
-        killed(SWEEPING, path, delays=delays)
+        said = killed(SWEEPING, path, delays=delays)
+        promised = max([promised, *(int(number) + 1 for number in said)])
         with Results(path, {"what": "a sweep"}, fields={"key", "value"}) as results:
             found = results.records
-        assert len(found) >= before
+        assert len(found) >= promised
         assert found == {str(n): {"key": str(n), "value": "x" * (n % 97)} for n in range(len(found))}
-        before = len(found)
-    assert before
+        promised = len(found)
+    assert promised

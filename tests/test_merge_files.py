@@ -25,6 +25,7 @@ from tnadapt.fingerprint import fingerprint
 from tnadapt.testing import configs
 
 from . import checkpoints as cp
+from .conftest import peak_of
 
 P, T = tna.presets, tna.Target
 PARTIAL = ".tnadapt-partial"
@@ -671,16 +672,23 @@ print(tna.merge(*sys.argv[1:]).changed)
     assert run(code, base, adapter, tmp_path / "out").stdout == "3\n"
 
 
-def test_memory_is_one_tensor(tmp_path: Path) -> None:
-    import tracemalloc
-
-    targets = [T(f"layer.{number}.q", (512, 512), "q") for number in range(4)]
+@pytest.mark.parametrize("projection", ["identity", "linear"])
+def test_memory_is_one_tensor(projection: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 32 tensors of a mebibyte: all of them together, or a second span of F each, would be far above the bounds.
+    one, count = 512 * 512 * 4, 32
+    targets = [T(f"layer.{number}.q", (512, 512), "q") for number in range(count)]
     tensors = cp.base(targets)
     tensors["big"] = "F32", np.zeros(1 << 23, "<f4")
-    base, file = cp.write(tmp_path / "base", tensors), cp.adapter(P.lora(2), targets, tensors)
-    tracemalloc.start()
-    tna.merge(base, file, tmp_path / "out")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    # The tensor, a few pieces of an eighth of a million numbers in float64, and no part of the 32 MiB.
-    assert peak < 2 * (512 * 512 * 4) + 8 * 8 * summing.PIECE
+    ratio = 1.0 if projection == "identity" else 0.5
+    config = P.superlora(2, groups=1, projection=projection, ratio=ratio)
+    base, file = cp.write(tmp_path / "base", tensors), cp.adapter(config, targets, tensors)
+    assert summing.SPAN == 1 << 24
+    span = 1 << 20  # an eighth of the group
+    monkeypatch.setattr(summing, "SPAN", span)
+    peak = peak_of(lambda: tna.merge(base, file, tmp_path / "out"))
+    if projection == "identity":
+        # The tensor, a few pieces of an eighth of a million numbers in float64, and no part of the 32 MiB.
+        assert peak < 2 * one + 8 * 8 * summing.PIECE
+    else:
+        # The tensor, five times a span in float64, and what F keeps of its draws: 9 bytes for each of 2**23 elements.
+        assert peak < 2 * one + 5 * 8 * span + 9 * count * 512 * 512

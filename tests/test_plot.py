@@ -35,6 +35,41 @@ def test_a_picture_is_written(tmp_path: Path, marks: list[Mark]) -> None:
     assert len(content) > 5000
 
 
+FULL = """
+import pathlib, resource, sys
+import tnadapt as tna
+from tnadapt.plot import Mark, pareto
+pareto([Mark("LoRA", "", 9, (0.5,))], sys.argv[1])
+before = pathlib.Path(sys.argv[1]).read_bytes()
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    pareto([Mark("LoRA", "", 9, (0.5, 0.6))], sys.argv[1])
+except tna.FileError as error:
+    print(error)
+print(pathlib.Path(sys.argv[1]).read_bytes() == before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of this kind")
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path / 'a.png'}: File too large\nTrue\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_all_pictures_are_written_in_that_way_under_matplotlibs_names(tmp_path: Path) -> None:
+    rooms = Path(tna.__file__).parent / "plot"
+    assert [path.name for path in rooms.glob("*.py") if "savefig(" in path.read_text(encoding="utf-8")] == ["canvas.py"]
+    pareto(MARKS, tmp_path / "none")
+    assert (tmp_path / "none.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(tna.FileError, match=r"b\.png: is a folder; give the path of a file in it"):
+        pareto(MARKS, tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"(?i)format 'xyz' is not supported"):
+        pareto(MARKS, tmp_path / "c.xyz")
+
+
 def test_every_family_is_in_the_legend(tmp_path: Path) -> None:
     pareto(MARKS, tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_nothing_is_evaluated_and_archives_are_read_without_pickles() -> None:
         if name == "torch.load":
             assert keywords.get("weights_only") == "True", place
             loads += 1
-    assert loads >= 3
+    assert loads >= 2
 
 
 OFFLINE = """
@@ -110,6 +111,22 @@ from safetensors.numpy import save_file
 save_file({target.name: np.ones(target.shape, np.float32) for target in targets}, folder / "base.safetensors")
 tna.merge(folder / "base.safetensors", folder / "adapter", folder / "merged.safetensors")
 tna.plan(shapes=[(6, 4)] * 2, budget=20)
+try:
+    import torch
+except ImportError:
+    pass
+else:
+    import tnadapt.torch
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.TransformerEncoderLayer(8, 2, 8)
+
+    adapter = tnadapt.torch.attach(model(), config)
+    adapter.save(folder / "of_torch")
+    again = tnadapt.torch.load(model(), folder / "of_torch")
+    again.merge()
+    again.unmerge()
 print(len(missing), sorted(path.name for path in folder.iterdir()))
 """
 
@@ -118,7 +135,8 @@ def test_no_connection_is_opened() -> None:
     command = [sys.executable, "-W", "ignore", "-c", OFFLINE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "['adapter', 'base.safetensors', 'merged.safetensors', 'peft']" in done.stdout
+    of_torch = ["of_torch"] if importlib.util.find_spec("torch") else []
+    assert str(["adapter", "base.safetensors", "merged.safetensors", *of_torch, "peft"]) in done.stdout
 
 
 def test_the_guard_sees_a_connection() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from tnadapt.errors import FileError, TnadaptError
 
 pytest.importorskip("torch")
 
+from tnadapt.finetune import archives
 from tnadapt.finetune.data import PARTS, Data, Samples, choose, divide
 from tnadapt.finetune.digits import Pixels
 from tnadapt.finetune.problem import samples_digest
 from tnadapt.finetune.sources import read
+
+from ..conftest import peak_of
 
 
 def toy(counts: list[int], test: list[int] | None = None) -> Data:
@@ -202,7 +206,7 @@ def test_arrays_that_come_divided(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"z": np.zeros(3)}, "holds z; expected x_train, y_train"),
+        ({"z": np.zeros(3)}, "holds 'z'; expected x_train, y_train"),
         ({}, "holds nothing"),
         ({"x": np.zeros((3, 4)), "y": [0, 1, 0]}, "expected images"),
         ({"x": np.zeros((3, 4, 4, 7)), "y": [0, 1, 0]}, "expected images"),
@@ -240,6 +244,91 @@ def test_an_archive_that_is_damaged_inside(tmp_path: Path) -> None:
         archive.writestr("y.npy", "text")
     with pytest.raises(FileError):
         read(str(path))
+
+
+def forged(path: Path, shape: tuple[int, ...], content: bytes, said: int | None = None, **settings: Any) -> str:
+    """An archive whose x claims to be of a shape, and whose own sizes say what is said."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    labels = io.BytesIO()
+    np.save(labels, np.arange(shape[0] if shape[0] < 100 else 2) % 2)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, **settings) as archive:
+        archive.writestr("x.npy", header.getvalue() + content)
+        archive.writestr("y.npy", labels.getvalue())
+        if said is not None:
+            archive.getinfo("x.npy").file_size = said + len(header.getvalue())  # what the list at the end says
+    return str(path)
+
+
+SMALL = 1 << 20
+
+
+@pytest.mark.parametrize("said", [None, 1 << 30, 1 << 62])
+@pytest.mark.parametrize("shape", [(1 << 10, 1 << 10, 1 << 10), (1 << 31, 1 << 31), (1 << 62,), (-1, 5)])
+def test_what_an_array_claims_costs_nothing(tmp_path: Path, shape: tuple[int, ...], said: int | None) -> None:
+    path = forged(tmp_path / "a.npz", shape, bytes(100), said)
+    read_refused(path)
+    assert peak_of(lambda: read_refused(path)) < SMALL
+
+
+def read_refused(path: str) -> None:
+    with pytest.raises(FileError, match=r"as an \.npz of plain arrays"):
+        read(path)
+
+
+def test_an_archive_is_read_as_far_as_it_says_and_no_further(tmp_path: Path) -> None:
+    # 64 MiB of zeros, of which the array is 400 bytes by all that the archive says.
+    path = forged(tmp_path / "a.npz", (4, 10, 10), bytes(64 << 20), 400)
+    read_refused(path)
+    assert peak_of(lambda: read_refused(path)) < SMALL
+
+
+def test_headers_of_any_length_and_other_packers_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    for method, start in (
+        (zipfile.ZIP_DEFLATED, b"\x93NUMPY\x02\x00" + (64 << 20).to_bytes(4, "little")),
+        (zipfile.ZIP_BZIP2, b""), (zipfile.ZIP_LZMA, b""),
+    ):  # fmt: skip
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("x.npy", start + b" " * (64 << 20))
+            archive.writestr("y.npy", b"")
+        read_refused(str(path))
+        assert peak_of(lambda: read_refused(str(path))) < SMALL
+
+
+def test_all_arrays_together_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = arrays(tmp_path / "a.npz", x=np.zeros((4, 10, 10), np.uint8), y=np.array([0, 1, 0, 1], np.uint8))
+    monkeypatch.setattr(archives, "LARGEST", 404)
+    assert len(read(path).samples) == 4
+    monkeypatch.setattr(archives, "LARGEST", 403)
+    with pytest.raises(FileError, match="may have 16 GiB"):
+        read(path)
+
+
+def test_images_of_one_colour_are_read_though_they_pack_a_thousandfold(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, x=np.full((400, 128, 128), 7, np.uint8), y=np.arange(400) % 2)
+    assert path.stat().st_size * 700 < 400 * 128 * 128
+    assert read(str(path)).samples.inputs.shape == (400, 128, 128)
+
+
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("dtype", ["u1", ">f4", "<f8", "?"])
+def test_arrays_are_those_that_numpy_reads(tmp_path: Path, order: str, dtype: str) -> None:
+    given = np.asarray(np.random.default_rng(0).integers(0, 2, (4, 5, 6)), dtype, order=order)
+    path = arrays(tmp_path / "a.npz", x=given, y=np.array(["a", "b", "c", "d"]))
+    found, names = archives.read_npz(Path(path), {"x", "y"})
+    assert names == ["x", "y"]
+    with np.load(path) as expected:
+        for name in names:
+            assert found[name].dtype == expected[name].dtype
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_two_arrays_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = arrays(tmp_path / "a.npz", x=np.zeros((2, 4, 4)), X=np.zeros((2, 4, 4)), y=[0, 1])
+    with pytest.raises(FileError, match="more than one array x"):
+        read(path)
 
 
 # -- Folders and the datasets library ----------------------------------------------------------

@@ -111,7 +111,14 @@ class Conversion:
         Raises
         ------
         FileError
-            If there is something and ``overwrite`` is not given, or it cannot be written. Nothing has changed then.
+            If there is something and ``overwrite`` is not given, or it cannot be written. Nothing has changed then. (If
+            a disk fails between the two files of a folder, and again as the old ones are put back, it says where
+            they are.)
+
+        Notes
+        -----
+        Killed at any point, what is there is the old adapter, the new one, or a folder without ``adapter_config.json``,
+        which PEFT and this library refuse; the old files are in it then, in a folder ``.tnadapt-….tmp/old``.
         """
         where = path_of(path)
         check_free(where, self.kind, overwrite)

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from ..durable import replace_file, sync_folder
 from ..errors import FileError
 
 __all__ = ["content_of", "json_text", "replace_folder"]
+
+# In a stage: the files whose places others take.
+_OLD = "old"
 
 _TAGS = {name: tag for tag, name in DTYPES.items()}
 
@@ -66,13 +69,15 @@ def _raw(array: np.ndarray, tag: str) -> np.ndarray:
 def replace_folder(path: str, files: Mapping[str, bytes]) -> None:
     """Write files to a folder, which is made if it is not there; in it, the last of them comes last.
 
-    A new folder appears with all of them. In one that is there, each takes its place whole, one after another, when all
-    have been written.
+    A new folder appears with all of them. In one that is there, they take the places of the old ones when all have been
+    written: the last of the old ones goes first, so that who reads the folder meanwhile, or after a kill, misses it and
+    does not take new beside old.
 
     Raises
     ------
     FileError
-        If the path is no folder.
+        If the path is no folder, or has a folder by the name of a file; or if the disk fails half-way, and again as the
+        old files are put back: it says where they are.
     OSError
         If they cannot be written; nothing has changed then.
     """
@@ -82,25 +87,59 @@ def replace_folder(path: str, files: Mapping[str, bytes]) -> None:
     parent = os.path.dirname(path)
     if not os.path.isdir(parent):
         raise FileError(f"the folder {parent} does not exist; make it first")
+    for name in files:
+        if os.path.isdir(os.path.join(path, name)):
+            raise FileError(f"has a folder {name}, where a file is to be; move it away")
     there = os.path.isdir(path)
     with _beside(path if there else parent) as stage:
         for name, content in files.items():
             replace_file(os.path.join(stage, name), content)
-        if not there:
-            os.rename(stage, path)
-            sync_folder(parent)
+        if there:
+            _exchange(stage, path, tuple(files))
             return
-        for name in files:
-            os.replace(os.path.join(stage, name), os.path.join(path, name))
-        sync_folder(path)
+        os.rename(stage, path)
+        sync_folder(parent)
+
+
+def _exchange(stage: str, path: str, names: Sequence[str]) -> None:
+    """Files of a stage for those of the same names in a folder, or neither."""
+    old = os.path.join(stage, _OLD)
+    os.mkdir(old)
+    moved = list[tuple[str, str]]()
+
+    def move(start: str, end: str) -> None:
+        moved.append((start, end))  # first: an interrupt may come right after
+        os.rename(start, end)
+        sync_folder(path)  # one after another on the disk, too
+
+    try:
+        for name in reversed(names):
+            if os.path.lexists(os.path.join(path, name)):
+                move(os.path.join(path, name), os.path.join(old, name))
+        for name in names:
+            move(os.path.join(stage, name), os.path.join(path, name))
+    except BaseException as error:
+        try:
+            for start, end in reversed(moved):
+                if os.path.lexists(end):
+                    os.rename(end, start)
+            os.rmdir(old)
+        except OSError as again:
+            raise FileError(
+                f"could not be written ({error}), nor put back as it was ({again.strerror}); "
+                f"what is missing of the old files is in {old}: move it back"
+            ) from None
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _beside(folder: str) -> Iterator[str]:
-    """A new folder in this one, which is gone in the end unless it was renamed."""
+    """A new folder in this one, which is gone in the end unless it was renamed, or has what was there before."""
     stage = os.path.join(folder, f".tnadapt-{secrets.token_hex(8)}.tmp")
     os.mkdir(stage)
     try:
         yield stage
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if not os.path.lexists(os.path.join(stage, _OLD)):
+            shutil.rmtree(stage, ignore_errors=True)

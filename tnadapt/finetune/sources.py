@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..adapter_file import some
 from ..errors import FileError, TnadaptError, shown
+from .archives import read_npz
 from .data import Data, Labels, Samples
 
 __all__ = ["read"]
@@ -37,8 +37,8 @@ def read(
     source : str
         A ``.csv`` or ``.tsv`` file with a line of column names; a folder with a sub-folder a class (or with ``train``
         and ``test`` in it, which have them); an ``.npz`` with ``x_train``, ``y_train``, ``x_test``, ``y_test``, with
-        ``x`` and ``y``, or with ``images`` and ``labels``; a folder that ``datasets`` saved; else a name for
-        ``datasets.load_dataset``, as ``NAME`` or ``NAME:CONFIG``.
+        ``x`` and ``y``, or with ``images`` and ``labels``, of 16 GiB together at the most; a folder that ``datasets``
+        saved; else a name for ``datasets.load_dataset``, as ``NAME`` or ``NAME:CONFIG``.
     text_column, label_column : str, optional
         Of a table; found by their usual names otherwise.
     label_names : sequence of str
@@ -178,21 +178,9 @@ def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
 
 def _npz(path: Path) -> Data:
     try:
-        # NumPy leaves a file that it opened itself open where the archive is damaged.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name.lower(): np.asarray(file[name]) for name in file.files if name.lower() in ARRAYS}
-            known = ", ".join(sorted(file.files)) or "nothing"
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise FileError(f"cannot read {path} as an .npz of plain arrays: {error}") from None
+        arrays, known = read_npz(path, ARRAYS)
+    except Exception as error:  # whatever zipfile, zlib and NumPy make of a damaged file
+        raise FileError(f"cannot read {path} as an .npz of plain arrays: {first_line(error)}") from None
     for x, y in (("x_train", "y_train"), ("x", "y"), ("images", "labels")):
         if x in arrays and y in arrays:
             inputs, labels = _images(path, x, arrays[x]), _labels(path, y, arrays[y], len(arrays[x]))
@@ -206,7 +194,8 @@ def _npz(path: Path) -> Data:
                     raise FileError(f"x_train and x_test of {path} are of different types")
             return _labelled(path.name, "image", inputs, labels, test)
     raise FileError(
-        f"{path} holds {known}; expected x_train, y_train, x_test and y_test, or x and y, or images and labels"
+        f"{path} holds {some(known) if known else 'nothing'}; "
+        "expected x_train, y_train, x_test and y_test, or x and y, or images and labels"
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import torch as tnt
+from ..durable import replace_file
 from ..errors import FileError, TnadaptError, shown
 from ..superlora import SuperLoRA
 from .best import Proof, prove
@@ -266,7 +266,7 @@ class Study:
             self._train([task], results, adapters, 1)
             record, jobs = results.records[task.key], 1
         path = out / "best.safetensors"
-        shutil.copyfile(adapters / task.file_name(), path)
+        replace_file(str(path), (adapters / task.file_name()).read_bytes())
         # Sums in the order that they had in training: other numbers of threads round otherwise.
         with threads(threads_each(self.problem.threads, min(jobs, len(self.tasks)))):
             return path, prove(self.problem, record, path, self.training)

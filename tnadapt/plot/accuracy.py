@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet
+from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
 
 __all__ = ["Mark", "pareto"]
 
@@ -96,7 +96,7 @@ def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "",
         axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=1.0)
     if note:
         drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
-    drawn.savefig(path)
+    saved(drawn, path)
 
 
 def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark]) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 from typing import Any
 
-__all__ = ["INK", "OTHERS", "PALE", "STYLES", "figure", "quiet"]
+from ..container import about
+from ..durable import replace_file
+
+__all__ = ["INK", "OTHERS", "PALE", "STYLES", "figure", "quiet", "saved"]
 
 # Colours of Okabe and Ito, which people of every colour vision tell apart, and a shape each for print in grey.
 STYLES: dict[str, tuple[str, str]] = {
@@ -40,3 +45,23 @@ def quiet(axes: Any) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(PALE)
+
+
+def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
+    """Draw a figure into a file, which is there whole or as it was.
+
+    Raises
+    ------
+    FileError
+        If the file cannot be written.
+    ValueError
+        If matplotlib knows no such kind of picture.
+    """
+    place = os.fspath(path)
+    kind = os.path.splitext(place)[1][1:]
+    if not kind:  # as matplotlib has it
+        kind, place = "png", place.rstrip(".") + ".png"
+    content = io.BytesIO()
+    drawn.savefig(content, format=kind)
+    with about(place):
+        replace_file(place, content.getvalue())

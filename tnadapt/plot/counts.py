@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import Config
 from ..superlora import SuperLoRA, parameter_count
-from .canvas import INK, PALE, figure, quiet
+from .canvas import INK, PALE, figure, quiet, saved
 
 __all__ = ["counted", "parameters"]
 
@@ -84,7 +84,7 @@ def parameters(
     axes.set_xlabel("rank r", fontsize=9, color=INK)
     axes.set_ylabel("parameters", fontsize=9, color=INK)
     axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
-    drawn.savefig(path)
+    saved(drawn, path)
 
 
 def counted(shapes: Shapes, order: int, ranks: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet
+from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
 
 __all__ = ["Curve", "Dot", "Panel", "fronts", "fronts_grid"]
 
@@ -215,7 +215,7 @@ def finish(
         drawn.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     if note:
         drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
-    drawn.savefig(path)
+    saved(drawn, path)
 
 
 def _across(axes: Any, name: str, dot: Dot) -> None:

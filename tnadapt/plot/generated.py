@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from numpy.typing import ArrayLike
 
-from .canvas import INK, PALE
+from .canvas import INK, PALE, saved
 
 __all__ = ["generated"]
 
@@ -61,4 +61,4 @@ def generated(
     drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
     if note:
         drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
-    drawn.savefig(path)
+    saved(drawn, path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import Config
 from ..superlora import SuperLoRA
-from .canvas import INK, PALE, STYLES, figure
+from .canvas import INK, PALE, STYLES, figure, saved
 from .diagram import Diagram, diagram
 from .splits import Label, Node, Part
 
@@ -97,7 +97,7 @@ def network(
     _steps(axes, found)
     axes.text(found.width / 2, -found.height - 0.2, found.words, ha="center", fontsize=8.5, color=INK, **style)
     axes.text(_MARGIN, -found.height - 0.5, "\n".join(foot), fontsize=7, color=PALE, **style)
-    drawn.savefig(path)
+    saved(drawn, path)
 
 
 def _lighter(colour: str, share: float = 0.35) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import ShapeError
 from ..layout import Piece
 from ..superlora import Group, SuperLoRA
-from .canvas import INK, PALE, figure, quiet
+from .canvas import INK, PALE, figure, quiet, saved
 
 __all__ = ["layout"]
 
@@ -97,7 +97,7 @@ def layout(
     _frame(axes, bars)
     told = _legend(axes, plan, bars, roles)
     axes.set_title(title, loc="left", fontsize=11, color=INK, pad=26 if told else 8, parse_math=False)
-    drawn.savefig(path)
+    saved(drawn, path)
 
 
 def _bars(plan: SuperLoRA) -> tuple[list[_Bar], int]:

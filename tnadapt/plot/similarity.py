@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .canvas import INK, OTHERS, PALE, STYLES, quiet
+from .canvas import INK, OTHERS, PALE, STYLES, quiet, saved
 
 __all__ = ["similarity"]
 
@@ -66,4 +66,4 @@ def similarity(
     drawn.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, parse_math=False)
     if note:
         drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
-    drawn.savefig(path)
+    saved(drawn, path)

@@ -160,7 +160,7 @@ def draw(recipe: Recipe, found: Found, out: Path) -> Path:
     ------
     ImportError
         If matplotlib is not installed.
-    OSError
+    FileError
         If it cannot be written.
     """
     from ..plot import parameters, similarity
@@ -211,7 +211,10 @@ def _images(recipe: Recipe, found: Found, path: Path) -> None:
     from ..plot import generated
 
     rows = [
-        (row["words"], np.load(row["path"], allow_pickle=False)[:SHOWN]) for row in found.drawn if row["path"].is_file()
+        # Mapped, it takes no memory for what a damaged file claims.
+        (row["words"], np.array(np.load(row["path"], mmap_mode="r", allow_pickle=False)[:SHOWN]))
+        for row in found.drawn
+        if row["path"].is_file()
     ]
     if rows:
         generated(rows, path, title=recipe.title, note=found.note)

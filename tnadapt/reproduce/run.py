@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..durable import replace_file
 from ..errors import FileError, TnadaptError
 from .figures import draw, read
 from .recipe import Recipe
@@ -163,6 +165,8 @@ def _shown(recipe: Recipe, out: Path, pictures: Path, points: Sequence[Any] | No
         picture = draw(recipe, found, pictures)
     except ImportError:
         picture = None
+    except FileError as error:
+        raise FileError(f"cannot draw into {pictures}: {error}; give another folder") from None
     except OSError as error:
         raise FileError(f"cannot draw into {pictures}: {error.strerror}; give another folder") from None
     except (ValueError, EOFError) as error:
@@ -174,6 +178,8 @@ def _write(rows: Sequence[dict[str, Any]], out: Path, name: str = "counts.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (out / name).write_text(text, encoding="utf-8")
+        replace_file(os.fspath(out / name), text.encode())
+    except FileError as error:
+        raise FileError(f"cannot write {out / name}: {error}; give another folder with --out") from None
     except OSError as error:
         raise FileError(f"cannot write {out / name}: {error.strerror}; give another folder with --out") from None

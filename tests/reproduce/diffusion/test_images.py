@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from tnadapt.reproduce.diffusion.images import read_images  # noqa: E402
 
+from ...conftest import peak_of  # noqa: E402
 from .standins import drawn, idx, write_idx, write_svhn  # noqa: E402
 
 
@@ -57,8 +59,8 @@ def test_halving_is_the_mean_weighted_by_a_triangle(tmp_path: Path) -> None:
     ("content", "word"),
     [
         (b"", "unpack"), (b"\x00\x00\x0d\x03", "no IDX file"), (b"\x00\x00\x08\x03\x00\x00\x00\x09", "unpack"),
-        (idx(np.zeros((4, 28, 28), np.uint8))[:-1], "reshape|buffer"), (idx(np.zeros((3, 28, 28), np.uint8)), "labels"),
-        (b"\x00\x00\x08\x03" + b"\xff" * 12, "reshape|buffer|large"),
+        (idx(np.zeros((4, 28, 28), np.uint8))[:-1], "too early"), (idx(np.zeros((3, 28, 28), np.uint8)), "labels"),
+        (b"\x00\x00\x08\x03" + b"\xff" * 12, "16 GiB"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, word: str) -> None:
@@ -78,6 +80,30 @@ def test_a_cut_gzip_and_a_mat_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "svhn" / "train_32x32.mat").write_bytes(b"no matrix")
     with pytest.raises(tna.errors.FileError, match="fetch them again"):
         read_images("svhn", tmp_path, 32, 3)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("claimed", [0, 1 << 10, 1 << 20, 1 << 31])
+def test_no_more_is_unpacked_than_a_file_claims_and_no_more_is_claimed_than_it_can_have(
+    tmp_path: Path, pack: bool, claimed: int
+) -> None:
+    write_idx(tmp_path / "mnist", 4, 4)
+    path = tmp_path / "mnist" / "train-images-idx3-ubyte"
+    content = b"\x00\x00\x08\x03" + b"".join(number.to_bytes(4, "big") for number in (claimed, 28, 28))
+    if claimed < 1 << 20:
+        content += bytes(64 << 20)  # more than it says
+    path.unlink()
+    if pack:
+        path = path.with_name(path.name + ".gz")
+        content = gzip.compress(content)
+    path.write_bytes(content)
+
+    def refused() -> None:
+        with pytest.raises(tna.errors.FileError, match=r"is longer than|it claims"):
+            read_images("mnist", tmp_path, 28, 1)
+
+    refused()
+    assert peak_of(refused) < 4 << 20
 
 
 @pytest.mark.parametrize("labels", [[0.5, 1], [11, 1], [-3, 1], ["a", "b"]])

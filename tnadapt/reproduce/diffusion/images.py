@@ -15,6 +15,7 @@ from scipy.io.matlab import MatReadError
 from torch import Tensor
 
 from ...errors import FileError, TnadaptError
+from ...finetune.archives import DEFLATED, filled
 
 __all__ = ["CLASSES", "DATASETS", "Images", "balanced", "read_images"]
 
@@ -157,12 +158,17 @@ def _idx_pair(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.ui
 
 def _idx(path: Path) -> NDArray[np.uint8]:
     """An array of bytes: two zeros, the type 8, the number of axes, their sizes (big-endian), the bytes."""
-    content = path.read_bytes() if path.is_file() else gzip.decompress(path.with_name(path.name + ".gz").read_bytes())
-    zeros, kind, axes = struct.unpack_from(">HBB", content)
-    if zeros or kind != 8:
-        raise ValueError(f"{path.name} is no IDX file of bytes")
-    shape = struct.unpack_from(f">{axes}I", content, 4)
-    return np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * axes).reshape(shape)
+    plain = path.is_file()
+    path = path if plain else path.with_name(path.name + ".gz")
+    with open(path, "rb") if plain else gzip.open(path) as file:
+        zeros, kind, axes = struct.unpack(">HBB", file.read(4))
+        if zeros or kind != 8:
+            raise ValueError(f"{path.name} is no IDX file of bytes")
+        shape = struct.unpack(f">{axes}I", file.read(4 * axes))
+        array = filled(file, shape, np.uint8, path.stat().st_size * (1 if plain else DEFLATED))
+        if file.read(1):
+            raise ValueError(f"{path.name} is longer than an array of shape {shape}")
+    return array.astype(np.uint8, copy=False)
 
 
 def _svhn(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
