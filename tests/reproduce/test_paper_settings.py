@@ -227,7 +227,7 @@ def test_the_diffusion_model_sweeps_what_section_4_2_says(name: str) -> None:
     projection ratio ρ ∈ {0.01,0.1,0.5}"; shuffling of "G ∈ {1,4,8,16} and ranks r ∈ {1,4,8}". A.9: the reverse."""
     recipe = open_recipe(name)
     assert [arm.name for arm in recipe.arms] == SVHN_MNIST
-    assert len(recipe.points()) == 1320
+    assert len(recipe.points()) == 1407
     found = {arm.name: arm.configs for arm in recipe.arms}
     for arm in SVHN_MNIST[4:7]:
         assert values(found[arm], "splits") == [2, 3, 4]
