@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from . import page
 from .book import TESTS, laws, of_test
+from .counting import home
 
 LAW = '[[group]]\ntitle = "g"\n[[group.law]]\nsays = "{}"\ntests = ["{}"]\n'
 
@@ -84,6 +86,20 @@ def _environment(path: str) -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
+
+
+def test_what_cannot_do_without_torch_is_not_counted_as_numpys() -> None:
+    whole = re.compile(r"""^(?:\w+ = )?pytest\.importorskip\(["']torch["']""", re.MULTILINE)
+    paths = [path for path in sorted(TESTS.rglob("test_*.py")) if whole.search(path.read_text(encoding="utf-8"))]
+    assert {"test_attached.py", "test_numerics.py", "test_torch.py"} <= {path.name for path in paths}
+    for path in paths:
+        file = path.relative_to(TESTS).as_posix()
+        assert home(file, "test_anything") == ("jax" if file == "test_jax.py" else "torch"), file
+    assert home("test_start.py", "test_the_first_step_does_not_depend_on_the_method") == "torch"
+    assert home("test_start.py", "test_a_nonlinear_start_is_alive_and_small") == "numpy"
+    meta = "test_attaching_to_a_model_of_7_billion_on_the_meta_device_takes_no_memory"
+    assert home("test_scale.py", meta) == "torch"
+    assert home("test_scale.py", "test_what_a_budget_buys_is_planned_for_the_largest") == "numpy"
 
 
 def test_what_a_run_lacks_is_said() -> None:
