@@ -104,16 +104,26 @@ def test_what_cannot_do_without_torch_is_not_counted_as_numpys() -> None:
 
 def test_what_a_run_lacks_is_said() -> None:
     law = {"says": "a", "passed": 5, "failed": 0, "skipped": {}}
-    other = {"says": "b", "passed": 1, "failed": 0, "skipped": {"no card": 2}}
+    other = {"says": "b", "passed": 3, "failed": 0, "skipped": {"no CUDA device": 2, "an old model": 2}}
     stated = {"laws": [law, other]}
 
     def lacking(one: dict[str, object], *more: dict[str, object]) -> list[str]:
         return page.shortcomings({"laws": [{**law, **one}, *(more or [other])]}, stated)
 
-    assert lacking({}) == lacking({"passed": 6}) == lacking({"passed": 1, "skipped": {"no root": 4}}) == []
-    assert lacking({"passed": 4}) == ["'a' had 4 cases; the page states 5"]
+    root = "a small disk can be mounted by root alone"
+    assert lacking({}) == lacking({"passed": 6}) == lacking({"passed": 1, "skipped": {root: 4}}) == []
+    assert lacking({"passed": 4}) == ["'a' passed 4 cases; the page states 5"]
+    assert lacking({"passed": 3, "skipped": {root: 1}}) == ["'a' passed 3 cases; the page states 5"]
     assert lacking({"failed": 2}) == ["'a' failed in 2 cases"]
-    assert lacking({"passed": 0, "skipped": {"no root": 5}}) == ["'a' had no case that passed"]
+    assert lacking({"passed": 0, "skipped": {root: 5}}) == ["'a' had no case that passed"]
+    # What turns into a skip is gone, with a new reason or one that is known, and however many were skipped before.
+    monday = ["'a' skipped 4 cases: it is Monday", "'a' passed 1 cases; the page states 5"]
+    assert lacking({"passed": 1, "skipped": {"it is Monday": 4}}) == monday
+    assert lacking({"passed": 6, "skipped": {"it is Monday": 4}}) == monday[:1]
+    gone = ["'b' passed 2 cases; the page states 3"]
+    assert lacking({}, {**other, "passed": 2}) == gone
+    assert lacking({}, {**other, "passed": 2, "skipped": {"no CUDA device": 2, "an old model": 3}}) == gone
+    assert lacking({}, {**other, "passed": 5, "skipped": {"an old model": 2}}) == []
     assert page.shortcomings({"laws": [law]}, stated) == ["'b' is on the page and no more in the book"]
     new = {"says": "c", "passed": 0, "failed": 0, "skipped": {}}
     assert lacking({}, other, new) == ["'c' had no case that passed"]
