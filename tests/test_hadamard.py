@@ -36,6 +36,19 @@ def test_any_axis_of_any_batch(batch: list[int], data: st.DataObject) -> None:
     assert relative_error(found, expected) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((8,), 0), ((3, 8), -1), ((8, 3), -2), ((2, 16, 3), 1), ((1, 2, 1), 0), ((2, 0, 4), 0), ((2, 3, 1, 32), -1)],
+)
+def test_any_axis_on_every_library(
+    backend: Backend, shape: tuple[int, ...], axis: int, rng: np.random.Generator
+) -> None:
+    x = rng.normal(size=shape)
+    expected = np.apply_along_axis(lambda v: hadamard(len(v)) @ v, axis, x) if x.size else x
+    found = tna.fwht(backend.asarray(x, "float64"), axis=axis, normalize=False)
+    assert relative_error(backend.to_numpy(found), expected) < 1e-12
+
+
 def test_strided_and_read_only_input(rng: np.random.Generator) -> None:
     x = rng.normal(size=(8, 6))[:, ::3].T
     x.flags.writeable = False

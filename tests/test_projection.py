@@ -71,6 +71,19 @@ def test_slices(kind: str, n_in: int, n_out: int, seed: int, group: int, data: s
     assert np.max(np.abs(kept - whole[:, start:stop])) < 1e-12 * scale
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_on_every_library(
+    backend: Backend, kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tnadapt.projection._LEAST_BLOCK", 16)  # more than one block
+    f = made(kind, 9, 300)
+    x = rng.normal(size=(2, f.n_in))
+    whole = expected(f, x)
+    for start, stop in ((299, 300), (100, 231)):
+        found = backend.to_numpy(f.slice(backend.asarray(x, "float64"), start, stop))
+        assert np.max(np.abs(found - whole[:, start:stop])) < 1e-12 * np.max(np.abs(whole))
+
+
 @pytest.mark.parametrize("part", [16, 1 << 18])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in SQUARE])
 def test_slices_longer_than_a_chunk_of_the_last_transform(

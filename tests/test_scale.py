@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tnadapt import draws
+from tnadapt.backends import Backend
 
 from .conftest import peak_of
 
@@ -96,22 +99,57 @@ def test_one_weight_of_a_group_of_2_30_elements_takes_less_than_a_gigabyte(confi
 
 
 @pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3)], ids=["2D", "3D"])
-@pytest.mark.parametrize("length", [1, 7, 1 << 12])
-def test_a_group_past_2_31_elements_is_right_at_its_far_end_and_in_pieces(config: tna.Config, length: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "length"),
+    [("numpy", 1), ("numpy", 7), ("numpy", 1 << 12), ("torch", 7), ("torch", 1 << 12), ("jax", 7), ("cupy", 1 << 12)],
+    indirect=["backend"],
+)
+def test_a_group_past_2_31_elements_is_right_at_its_far_end_and_in_pieces(
+    backend: Backend, config: tna.Config, length: int
+) -> None:
     plan = tna.SuperLoRA(config, [(1 << 16, 1 << 16)] * 3)  # 3 * 2**32 elements
     assert plan.size > 1 << 33
     rng = np.random.default_rng(1)
     params = {name: rng.standard_normal(shape) for name, shape in plan.param_shapes.items()}
+    arrays = {name: backend.asarray(array, "float64") for name, array in params.items()}
+
+    def vector(start: int, stop: int) -> np.ndarray:
+        return backend.to_numpy(plan.vector(arrays, start, stop))
+
     for stop in (plan.size, (1 << 31) + length // 2 + 1, (1 << 32) + 3):
         start = stop - length
-        whole = plan.vector(params, start, stop)
+        whole = vector(start, stop)
         for place in {0, length // 2, length - 1}:
             want = element(plan, params, start + place)
             assert abs(whole[place] - want) < 1e-12 * max(1.0, abs(want))
         if length > 1:
             cut = start + length // 3 + 1
-            pieces = np.concatenate([plan.vector(params, start, cut), plan.vector(params, cut, stop)])
+            pieces = np.concatenate([vector(start, cut), vector(cut, stop)])
             assert np.abs(pieces - whole).max() <= 1e-12 * np.abs(whole).max()
+
+
+@pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="2**32 draws take minutes: in the long profile alone"
+)
+def test_a_slice_of_linear_f_is_right_past_2_31_elements() -> None:
+    """Its twin sums the terms of each element in another order: by where the permutation takes from."""
+    size, seed = 3 << 30, 5
+    start, stop = size - 3, size
+    plan = tna.SuperLoRA(tna.presets.fastfood(1e-9, seed=seed), [(3 << 15, 1 << 15)])
+    f = plan.groups[0].projection
+    assert (f.n_in, f.n_out, f.padded) == (4, size, 1 << 32)
+    (name,) = plan.param_shapes
+    x = np.array([1.0, -2.0, 0.5, 3.0])
+    found = plan.vector({name: x.reshape(plan.param_shapes[name])}, start, stop) / plan.config.scale
+    four = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) @ x
+    want, part = np.zeros(3), 1 << 17
+    for lo in range(0, f.padded, part):
+        g = draws.normals(seed, 0, draws.PURPOSE["gaussian"], lo, lo + part).astype(np.float64)
+        to = draws.permutation(f.padded, seed, 0, lo, lo + part, inverse=True)
+        terms = g * np.tile(four, part // 4)
+        want += [(terms * (1.0 - 2.0 * (np.bitwise_count(to & place) & 1))).sum() for place in range(start, stop)]
+    want *= draws.signs(seed, 0, start, stop) / f.padded
+    assert np.abs(found - want).max() < 1e-12 * np.abs(want).max()
 
 
 META = """

@@ -27,8 +27,7 @@ CHOICE = Choice(presets=("superlora",), ranks=(1,))
 
 
 def tokenizer_of(folder: Path, words: list[str] = WORDS) -> None:
-    (folder / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    transformers.BertTokenizerFast({word: number for number, word in enumerate(words)}).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

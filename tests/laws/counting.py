@@ -6,6 +6,8 @@ controller counts.
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 import platform
 from importlib import metadata
@@ -29,11 +31,12 @@ NAMES = (
     "projection", "target", "variant", "what",
 )  # fmt: skip
 PACKAGES = ("tnadapt", "numpy", "scipy", "torch", "jax", "peft", "transformers", "hypothesis", "pytest")
-# A test that names no library computes on that of its folder.
+# A test that names no library computes on that of its folder, or on what it or its file cannot do without, or on NumPy.
 HOME = {
-    "torch": "torch", "test_torch.py": "torch", "kernels/test_torch.py": "torch", "kernels/test_fastfood.py": "torch",
-    "test_jax.py": "jax", "finetune": "torch", "reproduce": "torch",
+    "torch": "torch", "finetune": "torch", "reproduce": "torch",
+    "kernels/test_fastfood.py": "torch", "test_jax.py": "jax",
 }  # fmt: skip
+NEEDS = {"torch": "torch", "transformers": "torch", "triton": "torch", "jax": "jax", "cupy": "cupy"}
 
 
 def about(item: pytest.Item) -> dict[str, list[str]]:
@@ -52,9 +55,44 @@ def about(item: pytest.Item) -> dict[str, list[str]]:
         elif key in NAMES and isinstance(value, str | float):
             found["variants"].append(text[:60])
     if not found["libraries"]:
-        file = _file(item)
-        found["libraries"] = [HOME.get(file, HOME.get(file.partition("/")[0], "numpy"))]
+        found["libraries"] = [home(_file(item), _name(item))]
     return found
+
+
+def home(file: str, test: str) -> str:
+    """The library of a test that names none."""
+    needs = _needed(file)
+    return HOME.get(file) or HOME.get(file.partition("/")[0]) or needs.get("") or needs.get(test) or "numpy"
+
+
+@functools.cache
+def _needed(file: str) -> dict[str, str]:
+    """Without which library ``pytest.importorskip`` skips a test, by its name; the whole file, by the empty one.
+
+    What a test calls or is given by other functions of its file counts, too.
+    """
+    found: dict[str, str] = {}
+    names: dict[str, set[str]] = {}
+    tree = ast.parse((TESTS / file).read_bytes() if file.endswith(".py") else b"")
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    outside = [("", node) for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    for name, top in [*outside, *((function.name, function) for function in functions)]:
+        for node in ast.walk(top):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
+                package = ast.unparse(node.args[0]).strip("\"'").partition(".")[0]
+                if package in NEEDS:
+                    found.setdefault(name, NEEDS[package])
+            elif name and isinstance(node, ast.Name | ast.arg):
+                names.setdefault(name, set()).add(node.id if isinstance(node, ast.Name) else node.arg)
+    for _ in functions:
+        for name, others in names.items():
+            if name not in found and (through := sorted(others & found.keys())):
+                found[name] = found[through[0]]
+    return found
+
+
+def _name(item: pytest.Item) -> str:
+    return str(getattr(item, "originalname", item.name))
 
 
 def _file(item: pytest.Item) -> str:
@@ -73,8 +111,7 @@ class Counting:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Write on every case of a law which laws, and of what it is: its reports carry it."""
         for item in items:
-            name = getattr(item, "originalname", item.name)
-            if numbers := self.numbers.get(f"{_file(item)}::{name}"):
+            if numbers := self.numbers.get(f"{_file(item)}::{_name(item)}"):
                 drawn = bool(getattr(getattr(item, "obj", None), "is_hypothesis_test", False))
                 item.user_properties.append((MARK, {"numbers": numbers, "drawn": drawn, **about(item)}))
 

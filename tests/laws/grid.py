@@ -11,11 +11,13 @@ import tnadapt as tna
 from tnadapt.config import FOLDS
 from tnadapt.projection import KINDS, SQUARE
 
-__all__ = ["KINDS_OF_GROUP", "SHAPES", "config_of", "every_group", "everything"]
+__all__ = ["KINDS_OF_GROUP", "SHAPES", "config_of", "every_group", "everything", "in_one_fold"]
 
 #: Wide, tall and square; their 106 elements are cut in two groups of 53, a prime. Half of each is a multiple of its
 #: columns, as a stack through a projection must be.
 SHAPES = [(6, 4), (2, 5), (6, 6), (4, 9)]
+#: An F of each sort.
+SORTS = ("identity", "linear", "nonlinear")
 #: What a group is made of.
 KINDS_OF_GROUP: dict[str, dict[str, Any]] = {
     "dense": {"format": "dense"},
@@ -44,10 +46,15 @@ def everything(test: Callable[..., None]) -> Callable[..., None]:
 
 def every_group(test: Callable[..., None]) -> Callable[..., None]:
     """The test over all of them but for the F that are alike to it: one of each sort is enough."""
-    return _over(test, ("identity", "linear", "nonlinear"))
+    return _over(test, SORTS)
 
 
-def _over(test: Callable[..., None], projections: Iterable[str]) -> Callable[..., None]:
-    for name, values in (("projection", projections), ("fold", FOLDS), ("kind", KINDS_OF_GROUP)):
+def in_one_fold(test: Callable[..., None]) -> Callable[..., None]:
+    """The test over all kinds of group and one F of each sort."""
+    return _over(test, SORTS, folds=False)
+
+
+def _over(test: Callable[..., None], projections: Iterable[str], folds: bool = True) -> Callable[..., None]:
+    for name, values in (("projection", projections), *([("fold", FOLDS)] if folds else []), ("kind", KINDS_OF_GROUP)):
         test = pytest.mark.parametrize(name, values)(test)
     return test

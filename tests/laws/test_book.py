@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from . import page
 from .book import TESTS, laws, of_test
+from .counting import home
 
 LAW = '[[group]]\ntitle = "g"\n[[group.law]]\nsays = "{}"\ntests = ["{}"]\n'
 
@@ -86,18 +88,42 @@ def _environment(path: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
 
 
+def test_what_cannot_do_without_torch_is_not_counted_as_numpys() -> None:
+    whole = re.compile(r"""^(?:\w+ = )?pytest\.importorskip\(["']torch["']""", re.MULTILINE)
+    paths = [path for path in sorted(TESTS.rglob("test_*.py")) if whole.search(path.read_text(encoding="utf-8"))]
+    assert {"test_attached.py", "test_numerics.py", "test_torch.py"} <= {path.name for path in paths}
+    for path in paths:
+        file = path.relative_to(TESTS).as_posix()
+        assert home(file, "test_anything") == ("jax" if file == "test_jax.py" else "torch"), file
+    assert home("test_start.py", "test_the_first_step_does_not_depend_on_the_method") == "torch"
+    assert home("test_start.py", "test_a_nonlinear_start_is_alive_and_small") == "numpy"
+    meta = "test_attaching_to_a_model_of_7_billion_on_the_meta_device_takes_no_memory"
+    assert home("test_scale.py", meta) == "torch"
+    assert home("test_scale.py", "test_what_a_budget_buys_is_planned_for_the_largest") == "numpy"
+
+
 def test_what_a_run_lacks_is_said() -> None:
     law = {"says": "a", "passed": 5, "failed": 0, "skipped": {}}
-    other = {"says": "b", "passed": 1, "failed": 0, "skipped": {"no card": 2}}
+    other = {"says": "b", "passed": 3, "failed": 0, "skipped": {"no CUDA device": 2, "an old model": 2}}
     stated = {"laws": [law, other]}
 
     def lacking(one: dict[str, object], *more: dict[str, object]) -> list[str]:
         return page.shortcomings({"laws": [{**law, **one}, *(more or [other])]}, stated)
 
-    assert lacking({}) == lacking({"passed": 6}) == lacking({"passed": 1, "skipped": {"no root": 4}}) == []
-    assert lacking({"passed": 4}) == ["'a' had 4 cases; the page states 5"]
+    root = "a small disk can be mounted by root alone"
+    assert lacking({}) == lacking({"passed": 6}) == lacking({"passed": 1, "skipped": {root: 4}}) == []
+    assert lacking({"passed": 4}) == ["'a' passed 4 cases; the page states 5"]
+    assert lacking({"passed": 3, "skipped": {root: 1}}) == ["'a' passed 3 cases; the page states 5"]
     assert lacking({"failed": 2}) == ["'a' failed in 2 cases"]
-    assert lacking({"passed": 0, "skipped": {"no root": 5}}) == ["'a' had no case that passed"]
+    assert lacking({"passed": 0, "skipped": {root: 5}}) == ["'a' had no case that passed"]
+    # What turns into a skip is gone, with a new reason or one that is known, and however many were skipped before.
+    monday = ["'a' skipped 4 cases: it is Monday", "'a' passed 1 cases; the page states 5"]
+    assert lacking({"passed": 1, "skipped": {"it is Monday": 4}}) == monday
+    assert lacking({"passed": 6, "skipped": {"it is Monday": 4}}) == monday[:1]
+    gone = ["'b' passed 2 cases; the page states 3"]
+    assert lacking({}, {**other, "passed": 2}) == gone
+    assert lacking({}, {**other, "passed": 2, "skipped": {"no CUDA device": 2, "an old model": 3}}) == gone
+    assert lacking({}, {**other, "passed": 5, "skipped": {"an old model": 2}}) == []
     assert page.shortcomings({"laws": [law]}, stated) == ["'b' is on the page and no more in the book"]
     new = {"says": "c", "passed": 0, "failed": 0, "skipped": {}}
     assert lacking({}, other, new) == ["'c' had no case that passed"]

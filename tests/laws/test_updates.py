@@ -13,15 +13,18 @@ import pytest
 
 import tnadapt as tna
 from tnadapt import reference
-from tnadapt.backends import Backend
+from tnadapt.backends import Backend, load_backend
 from tnadapt.projection import KINDS
 
 from ..conftest import relative_error
-from .grid import KINDS_OF_GROUP, SHAPES, config_of, everything
+from .grid import KINDS_OF_GROUP, SHAPES, config_of, everything, in_one_fold
 
 # Relative to the largest element: of float64 as everywhere, of float32 some hundred of its last digits.
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
 TARGETS = tuple(tna.Target(f"block{number}.q", shape, "q") for number, shape in enumerate(SHAPES))
+
+# Where every operation is a call of another library's, and NumPy has had the whole grid.
+elsewhere = pytest.mark.parametrize("backend", ["torch", "cupy"], indirect=True)
 
 
 def numbers(plan: tna.SuperLoRA, dtype: str = "float64") -> dict[str, np.ndarray]:
@@ -62,16 +65,28 @@ def error_of(backend: Backend, config: tna.Config, dtype: str) -> float:
 
 @everything
 def test_a_slice_is_the_whole_cut(kind: str, fold: str, projection: str) -> None:
-    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
-    arrays = numbers(plan)
-    whole = plan.vector(arrays)
+    check_slices(load_backend("numpy"), config_of(kind, fold, projection))
+
+
+@in_one_fold
+@elsewhere
+def test_a_slice_is_the_whole_cut_on_other_libraries(backend: Backend, kind: str, projection: str) -> None:
+    check_slices(backend, config_of(kind, "hypercube", projection))
+
+
+def check_slices(backend: Backend, config: tna.Config) -> None:
+    plan = tna.SuperLoRA(config, SHAPES)
+    arrays = {name: backend.asarray(array) for name, array in numbers(plan).items()}
+    whole = backend.to_numpy(plan.vector(arrays))
     scale = np.abs(whole).max()
     edges = np.cumsum([0, *(math.prod(shape) for shape in SHAPES)])
     for weight, (lo, hi) in enumerate(itertools.pairwise(edges)):
-        assert np.abs(plan.delta(arrays, weight).reshape(-1) - whole[lo:hi]).max() <= 1e-12 * scale
+        found = backend.to_numpy(plan.delta(arrays, weight))
+        assert np.abs(found.reshape(-1) - whole[lo:hi]).max() <= 1e-12 * scale
     # Over the edge of a group, single elements, and all.
     for lo, hi in ((50, 64), (52, 53), (53, 54), (0, 1), (105, 106), (0, 106)):
-        assert np.abs(plan.vector(arrays, lo, hi) - whole[lo:hi]).max(initial=0.0) <= 1e-12 * scale
+        found = backend.to_numpy(plan.vector(arrays, lo, hi))
+        assert np.abs(found - whole[lo:hi]).max(initial=0.0) <= 1e-12 * scale
 
 
 @everything
@@ -83,17 +98,16 @@ def test_the_elements_counted_are_those_made_and_the_formula_s(kind: str, fold: 
 
 
 @everything
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_a_fresh_update_is_exactly_zero(kind: str, fold: str, projection: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("numpy", "float64"), ("numpy", "float32"), ("numpy", "float16"), ("torch", "bfloat16")],
+    indirect=["backend"],
+)
+def test_a_fresh_update_is_exactly_zero(backend: Backend, kind: str, fold: str, projection: str, dtype: str) -> None:
     plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
-    if dtype == "bfloat16":
-        pytest.importorskip("torch")
-        fresh = plan.init("torch", dtype)
-        assert all(not bool(delta.any()) for delta in plan.deltas(fresh))
-        return
-    fresh = plan.init("numpy", dtype)
-    assert not plan.vector(fresh).any()
-    assert not plan.vector(fresh, 41, 73).any()
+    fresh = plan.init(backend.name, dtype)
+    assert not bool(plan.vector(fresh).any())
+    assert not bool(plan.vector(fresh, 41, 73).any())
 
 
 @everything
@@ -126,17 +140,28 @@ def test_copies_and_pickles_compute_the_same_bits(kind: str, fold: str, projecti
 
 @everything
 def test_one_number_that_is_not_finite_spoils_all_that_f_mixes_it_with(kind: str, fold: str, projection: str) -> None:
+    check_that_it_spreads(load_backend("numpy"), config_of(kind, fold, projection))
+
+
+@in_one_fold
+@elsewhere
+def test_one_number_that_is_not_finite_spoils_as_much_on_other_libraries(
+    backend: Backend, kind: str, projection: str
+) -> None:
+    check_that_it_spreads(backend, config_of(kind, "hypercube", projection))
+
+
+def check_that_it_spreads(backend: Backend, config: tna.Config) -> None:
     """By a linear or nonlinear F the whole group; by itself or shuffled, what the products bring it to."""
-    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    plan = tna.SuperLoRA(config, SHAPES)
     arrays = numbers(plan)
-    clean, first = plan.vector(arrays), plan.groups[0].size
+    clean, first = vector(backend, plan, arrays), plan.groups[0].size
     for name in (name for name in arrays if name.startswith("group0.")):
         for index, value in itertools.product((0, arrays[name].size - 1), (np.nan, np.inf)):
             spoilt = arrays[name].copy()
             spoilt.flat[index] = value
-            with np.errstate(invalid="ignore"):
-                found = plan.vector({**arrays, name: spoilt})
-            if projection in ("identity", "shuffle"):
+            found = vector(backend, plan, {**arrays, name: spoilt})
+            if config.projection in ("identity", "shuffle"):
                 finite = np.isfinite(found)
                 assert np.array_equal(found[finite], clean[finite])
                 # The last element may be one that only padding would hold; the first is not.
@@ -147,14 +172,35 @@ def test_one_number_that_is_not_finite_spoils_all_that_f_mixes_it_with(kind: str
 
 @everything
 def test_what_is_not_finite_does_not_hide(kind: str, fold: str, projection: str) -> None:
+    check_that_it_shows(load_backend("numpy"), config_of(kind, fold, projection))
+
+
+@in_one_fold
+@elsewhere
+def test_what_is_not_finite_does_not_hide_on_other_libraries(backend: Backend, kind: str, projection: str) -> None:
+    check_that_it_shows(backend, config_of(kind, "hypercube", projection))
+
+
+@pytest.mark.parametrize("projection", KINDS)
+@pytest.mark.parametrize("backend", ["jax"], indirect=True)
+def test_what_is_not_finite_does_not_hide_on_jax(backend: Backend, projection: str) -> None:
+    check_that_it_shows(backend, config_of("cp", "hypercube", projection))
+
+
+def check_that_it_shows(backend: Backend, config: tna.Config) -> None:
     """NaN or infinity in an array is seen in the update of its own group, and in no other group's."""
-    plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
+    plan = tna.SuperLoRA(config, SHAPES)
     arrays = numbers(plan)
-    want = plan.vector(arrays)
+    want = vector(backend, plan, arrays)
     own = [name for name in arrays if name.startswith("group0.")]
     for name, value in itertools.product(own, (np.nan, np.inf, -np.inf)):
-        with np.errstate(invalid="ignore"):  # infinity less infinity is no number, as it should be
-            found = plan.vector({**arrays, name: np.full_like(arrays[name], value)})
+        found = vector(backend, plan, {**arrays, name: np.full_like(arrays[name], value)})
         first = plan.groups[0].size
         assert not np.isfinite(found[:first]).all()
         assert np.array_equal(found[first:], want[first:])
+
+
+def vector(backend: Backend, plan: tna.SuperLoRA, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The update, by a library; infinity less infinity is no number, as it should be."""
+    with np.errstate(invalid="ignore"):
+        return backend.to_numpy(plan.vector({name: backend.asarray(array) for name, array in arrays.items()}))
