@@ -226,7 +226,7 @@ def test_the_frozen_head_is_the_rows_that_the_recipe_names(makers: dict[str, Pat
 
 @pytest.fixture(scope="module")
 def offline() -> Iterator[CommandLines]:
-    with command_lines() as found:
+    with command_lines({}) as found:
         yield found
 
 
