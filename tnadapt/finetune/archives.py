@@ -36,12 +36,26 @@ def filled(file: io.BufferedIOBase, shape: tuple[int, ...], dtype: DTypeLike, mo
     most : int
         How many bytes the file can have, unpacked.
 
+    Returns
+    -------
+    numpy.ndarray
+        Of that shape, in memory of its own; read in pieces of a mebibyte.
+
     Raises
     ------
     ValueError
         If more is claimed than :data:`LARGEST`, or than it can have.
     EOFError
         If it ends too early.
+
+    Examples
+    --------
+    >>> filled(io.BytesIO(bytes([1, 2, 3, 4])), (2, 2), np.uint8, most=4).tolist()
+    [[1, 2], [3, 4]]
+    >>> filled(io.BytesIO(bytes([1, 2, 3, 4])), (2, 3), np.uint8, most=4)
+    Traceback (most recent call last):
+        ...
+    ValueError: it claims an array of 6 bytes, and can have 4 at the most
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if min(shape, default=0) < 0 or size > LARGEST:
@@ -69,6 +83,13 @@ def read_npz(path: Path, names: Set[str]) -> tuple[dict[str, NDArray[np.generic]
     names : set of str
         Which to read, in small letters.
 
+    Returns
+    -------
+    arrays : dict of numpy.ndarray
+        By their names in small letters.
+    known : list of str
+        The names of all that there are.
+
     Raises
     ------
     ValueError
@@ -80,6 +101,13 @@ def read_npz(path: Path, names: Set[str]) -> tuple[dict[str, NDArray[np.generic]
     -----
     An array may be as much larger than its file as Deflate makes it, a thousandfold at the most: of images that are
     one colour it is.
+
+    Examples
+    --------
+    >>> np.savez("two.npz", x=np.arange(3), z=np.arange(2))
+    >>> arrays, known = read_npz(Path("two.npz"), {"x", "y"})
+    >>> arrays["x"].tolist(), list(arrays), known
+    ([0, 1, 2], ['x'], ['x', 'z'])
     """
     arrays = dict[str, NDArray[np.generic]]()
     with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:

@@ -229,6 +229,19 @@ def best_point(points: Sequence[Point]) -> Point | None:
 def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each at the better of") -> str:
     """What stands small below a figure: samples of each part, seeds, rates.
 
+    Parameters
+    ----------
+    samples : sequence of int
+        To train on, held out, and to test.
+    seeds, rates : int
+        How many of them.
+    at : str
+        Which of several rates is shown, before their number.
+
+    Returns
+    -------
+    str
+
     Examples
     --------
     >>> trained_on([800, 200, 1000], 3, 4)

@@ -50,6 +50,12 @@ def quiet(axes: Any) -> None:
 def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
     """Draw a figure into a file, which is there whole or as it was.
 
+    Parameters
+    ----------
+    drawn : matplotlib.figure.Figure
+    path : path-like
+        Its suffix says the kind; without one it becomes ``.png``.
+
     Raises
     ------
     FileError
