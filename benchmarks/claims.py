@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import scipy.stats
 from tnadapt import Config
 from tnadapt.finetune import Training
 from tnadapt.finetune.report import method_in, points_in
+from tnadapt.finetune.results import read_lines
 from tnadapt.reproduce import open_recipe
 from tnadapt.reproduce.diffusion.generation import generated_in
 from tnadapt.reproduce.similarity import summary
@@ -145,11 +145,7 @@ def _other_measures(study: Study, folder: Path) -> dict[str, Study]:
 def _points_in(folder: Path) -> tuple[list[Any], list[float]]:
     """The settings of a diffusion model whose images could be measured, and the rates that were tried."""
     points = [point for point in generated_in(folder / "results.jsonl") if None not in point.values("fid")]
-    return points, _rates([record for record in _lines(folder) if "key" in record])
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    return points, _rates([record for record in read_lines(folder / "results.jsonl") if "key" in record])
 
 
 def _rates(records: Sequence[dict[str, Any]]) -> list[float]:
@@ -157,7 +153,7 @@ def _rates(records: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def _study(name: str, folder: Path) -> Study:
-    lines = _lines(folder)
+    lines = read_lines(folder / "results.jsonl")
     recipe, study = open_recipe(name, "mini"), lines[0]["study"]
     records = [line for line in lines if "key" in line]
     seeds, methods = len({line["seed"] for line in records}), {method_in(line) for line in records}
@@ -183,8 +179,7 @@ def _study(name: str, folder: Path) -> Study:
         )
     about += f"; {tuned}"
     if recipe.kind == "geometry":
-        text = (folder / "geometry.jsonl").read_text(encoding="utf-8")
-        return Study(name, recipe.title, about, "", spaces=tuple(json.loads(line) for line in text.splitlines()))
+        return Study(name, recipe.title, about, "", spaces=tuple(read_lines(folder / "geometry.jsonl")))
     points = points_in(folder / "results.jsonl")
     whole = [point for point in points if not point.diverged]
     about += _left_out(len(methods) - len(points), "without all seeds")
