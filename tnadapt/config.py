@@ -236,7 +236,8 @@ class Config:
         >>> Config.from_dict({"rnak": 4})
         Traceback (most recent call last):
             ...
-        tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order, ...
+        tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
+        splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

@@ -188,7 +188,8 @@ def get_backend(*arrays: Any) -> Backend:
     >>> get_backend([1.0, 2.0])
     Traceback (most recent call last):
         ...
-    tnadapt.errors.BackendError: expected an array of one of numpy, torch, jax, cupy; got list ...
+    tnadapt.errors.BackendError: expected an array of one of numpy, torch, jax, cupy; got list: convert it first,
+    e.g. by numpy.asarray
     """
     if not arrays:
         raise BackendError("expected at least one array; got none")
