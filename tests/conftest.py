@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tnadapt.backends import Backend, load_backend, register_backend
+from tnadapt.backends.base import OPTIONAL
 
 from .laws.counting import Counting
 
@@ -52,6 +53,9 @@ if installed("array_api_strict"):
 
         def __init__(self) -> None:
             super().__init__(array_api_strict)
+
+        def lacks(self, x: object) -> frozenset[str]:
+            return frozenset(OPTIONAL)
 
     register_backend("array_api_strict", StrictBackend)
 

@@ -107,9 +107,9 @@ def test_every_library_gives_numpys_value_and_the_exact_gradient(
     target = rng.normal(size=expected.shape)
     weights = backend.asarray(target.reshape(-1), "float64")
     named = {str(i): array for i, array in enumerate(arrays)}
+    if "gradient" in backend.lacks(weights):
+        return  # BackendContract sees to it that this is so
     found = backend.gradient(lambda a: backend.sum(backend.flatten(function(*a.values())) * weights, axis=0), named)
-    if found is None:
-        return
     for i, array in enumerate(host):
         # A product is linear in each of its arrays.
         way = rng.normal(size=array.shape)

@@ -18,7 +18,7 @@ from . import draws, methods, reference
 from .backends import Backend
 from .backends.base import Array
 from .config import Config
-from .errors import ConfigError
+from .errors import BackendError, ConfigError
 from .hadamard import fwht
 from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from .projection import Projection
@@ -266,9 +266,14 @@ class _Case:
         def loss(params: dict[str, Array]) -> Array:
             return self.backend.sum(self.plan.vector(params) * weights, axis=0)
 
+        if "gradient" in self.backend.lacks(weights):
+            return
         found = self.backend.gradient(loss, self.params)
         if found is None:
-            return
+            raise BackendError(
+                f"the backend {self.backend.name!r} returned None for a gradient, and its lacks() does not list "
+                "'gradient'; return the derivatives, or list it"
+            )
         errors = []
         linear = not self.config.projection.startswith("nonlinear")
         for name, array in self.host.items():

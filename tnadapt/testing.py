@@ -22,11 +22,12 @@ import pytest
 from hypothesis import strategies as st
 
 from .backends import Backend, get_backend
-from .backends.base import FLOAT_DTYPES, Array, FixedArrays
+from .backends.base import FLOAT_DTYPES, OPTIONAL, Array, FixedArrays
 from .config import COMBINES, FOLDS, LEADINGS, Config
 from .errors import BackendError, ShapeError
 from .formats import FORMATS, Format
-from .projection import KINDS, SQUARE
+from .hadamard import fwht_plain
+from .projection import KINDS, SQUARE, Projection
 from .superlora import SuperLoRA
 from .unfolding import Cut
 
@@ -176,13 +177,14 @@ class BackendContract:
         assert get_backend(x) is self.backend
         assert not self.backend.owns([1.0])
         assert self.backend.is_concrete(x)
+        assert self.backend.device(x) is not None, "device() returned None, which is for arrays inside a trace"
 
     def test_round_trip(self) -> None:
         host = np.array([[1.5, -2.0], [0.25, 3.0]])
         for dtype in FLOAT_DTYPES:
-            try:
-                self.backend.dtype(dtype)
-            except BackendError:
+            if dtype != "float32" and not hasattr(self.backend.xp, dtype):
+                with pytest.raises(BackendError, match=dtype):
+                    self.backend.dtype(dtype)
                 continue
             x = self.backend.asarray(host, dtype)
             assert self.backend.dtype_name(x) == dtype
@@ -269,11 +271,60 @@ class BackendContract:
         self._same(b.astype(x, "float32"), host)
         assert b.astype(x, "float32") is x
 
+    def _found(self, method: str, found: Any) -> Any:
+        """What an optional method returned; None where the backend lists it among what it lacks."""
+        listed = self.backend.lacks(self._arange(1))
+        assert listed <= set(OPTIONAL), f"lacks() lists {set(listed) - set(OPTIONAL)}; expected names of {OPTIONAL}"
+        name = type(self.backend).__name__
+        if method in listed:
+            assert found is None, f"{name}.{method} returned a result, though lacks() lists it: take it out there"
+        else:
+            assert found is not None, f"{name}.{method} returned None: implement it, or list {method!r} in lacks()"
+        return found
+
     def test_gradient(self) -> None:
         b = self.backend
         found = b.gradient(lambda arrays: b.sum(b.flatten(arrays["x"] * arrays["x"]), axis=0), {"x": self._arange(3)})
+        found = self._found("gradient", found)
         if found is not None:
             self._same(found["x"], [0.0, 2.0, 4.0])
+
+    def _equal(self, found: Array | None, expected: Array) -> None:
+        if found is not None:
+            assert self.backend.owns(found)
+            one, other = self.backend.to_numpy(found), self.backend.to_numpy(expected)
+            np.testing.assert_allclose(one, other, rtol=0.0, atol=1e-5 * float(np.max(np.abs(other))))
+
+    def test_the_kernel_of_fwht(self) -> None:
+        b, x = self.backend, self._arange(3, 8)
+
+        def plain(x: Array) -> Array:
+            return fwht_plain(b, x, normalize=False)
+
+        found = b.fwht(x, 1.0, -1, plain)
+        self._equal(self._found("fwht", found), plain(x))
+
+    def test_the_kernels_of_fastfood(self) -> None:
+        for kind in ("linear", "linear_v2"):
+            # Of a length for which it is worth importing a compiler.
+            b, f = self.backend, Projection(kind, 300, 9000, seed=5)
+            there, back = twins = f._twins(b)
+            x, y = self._arange(2, f.n_in), self._arange(2, f.n_out)
+            self._equal(self._found("fastfood", b.fastfood(x, f._draws, f.n_in, adjoint=False, plain=twins)), there(x))
+            self._equal(self._found("fastfood", b.fastfood(y, f._draws, f.n_in, adjoint=True, plain=twins)), back(y))
+
+    def test_the_kernel_of_shuffle(self) -> None:
+        b, f = self.backend, Projection("shuffle", 1000, 1000, seed=5)
+        x = self._arange(2, 1000)
+        for inverse, name in ((False, "perm"), (True, "inverse")):
+            order = f._draws.host(name)
+
+            def plain(x: Array, order: np.ndarray = order) -> Array:
+                return b.take(x, b.constant(order, b.device(x)))
+
+            found = b.shuffle(x, 5, 0, inverse, plain=(plain, plain))
+            if self._found("shuffle", found) is not None:
+                self._same(found, b.to_numpy(plain(x)))
 
 
 class FormatContract:
@@ -323,8 +374,11 @@ class FormatContract:
             whole = split.tensor(backend, arrays, [(0, d) for d in split.sizes])
             for modes in range(1, len(split.sizes)):
                 inner = split.inner(modes)
-                if inner is None:
+                name = type(split).__name__
+                if not self.kind.unfolds:
+                    assert inner is None, f"{name}.inner returned {inner}, though unfolds is False: take that out"
                     continue
+                assert inner is not None, f"{name}.inner returned None: implement it, or set unfolds = False"
                 height, width = math.prod(split.sizes[:modes]), math.prod(split.sizes[modes:])
                 expected = whole.reshape(height, width)
                 for rows, cols in itertools.product(*(([0, n], [n - 1, n], [n // 3, n]) for n in (height, width))):

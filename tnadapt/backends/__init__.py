@@ -88,6 +88,8 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
     ...     name = "array_api_strict"
     ...     def __init__(self):
     ...         super().__init__(array_api_strict)
+    ...     def lacks(self, x):
+    ...         return frozenset({"gradient", "fwht", "fastfood", "shuffle"})
     >>> register_backend("array_api_strict", Strict)
     >>> tna.fwht(array_api_strict.asarray([1.0, 2.0]), normalize=False)
     Array([ 3., -1.], dtype=array_api_strict.float64)
@@ -188,8 +190,8 @@ def get_backend(*arrays: Any) -> Backend:
     >>> get_backend([1.0, 2.0])
     Traceback (most recent call last):
         ...
-    tnadapt.errors.BackendError: expected an array of one of numpy, torch, jax, cupy; got list: convert it first,
-    e.g. by numpy.asarray
+    tnadapt.errors.BackendError: expected an array of one of numpy, torch, jax, cupy...; got list: convert it
+    first, e.g. by numpy.asarray
     """
     if not arrays:
         raise BackendError("expected at least one array; got none")

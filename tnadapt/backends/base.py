@@ -21,6 +21,8 @@ Array = Any  # an array of any supported library
 Map = Callable[[Array], Array]
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+#: Methods of a backend that may answer None, where :meth:`Backend.lacks` says so.
+OPTIONAL = ("gradient", "fwht", "fastfood", "shuffle")
 
 
 class FixedArrays:
@@ -236,6 +238,33 @@ class Backend:
         """The same arrays, computed as if nothing were known of them: no compiler folds one into another."""
         return list(arrays)
 
+    # -- What a library may not have ---------------------------------------------------------
+
+    def lacks(self, x: Array) -> frozenset[str]:
+        """Which of the optional methods there is none of, for float32 arrays on the device of x.
+
+        The methods in :data:`OPTIONAL` return None in this class. A subclass that does not override one of them lists
+        it here: :class:`tnadapt.testing.BackendContract` fails where a method returns None and is not listed, and
+        where it is listed and returns something else.
+
+        Parameters
+        ----------
+        x : array
+            Of this library.
+
+        Returns
+        -------
+        frozenset of str
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from tnadapt.backends import load_backend
+        >>> "gradient" in load_backend("numpy").lacks(np.ones(1))
+        True
+        """
+        return frozenset()
+
     # -- Kernels: faster ways to the same numbers --------------------------------------------
     # None where there is no kernel for this array: the plain way is taken, which each must equal. It is handed in (of a
     # map and its adjoint both) for what a kernel meets later and cannot take, as gradients of another kind.
@@ -267,7 +296,7 @@ class Backend:
     def gradient(
         self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
     ) -> dict[str, Array] | None:
-        """Derivatives of a scalar function of named arrays; None where the library has none to offer."""
+        """Derivatives of a scalar function of named arrays; None where :meth:`lacks` lists it."""
         return None
 
     # -- Built from the above, the same for all ----------------------------------------------

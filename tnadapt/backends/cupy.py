@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import BackendError
 from ..kernels.gpu.cuda_launcher import OPTIONS, CudaLauncher, Drawn, source
-from .base import Array, Backend, Map
+from .base import OPTIONAL, Array, Backend, Map
 
 
 class CupyBackend(Backend):
@@ -44,6 +44,9 @@ class CupyBackend(Backend):
 
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.asarray(cupy.asnumpy(x))
+
+    def lacks(self, x: Array) -> frozenset[str]:
+        return frozenset(OPTIONAL if cupy.cuda.runtime.is_hip else {"gradient"})
 
     def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
         if not _has_kernels(x):

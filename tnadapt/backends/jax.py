@@ -66,6 +66,9 @@ class JaxBackend(Backend):
             array = array.astype(np.int32)
         return jnp.asarray(array, device=device)
 
+    def lacks(self, x: Array) -> frozenset[str]:
+        return frozenset({"fwht", "fastfood", "shuffle"})
+
     def double_precision(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = jax.enable_x64(True)
         return context

@@ -49,6 +49,10 @@ class NumpyBackend(Backend):
         found = thin_product(a, b)
         return a @ b if found is None else found
 
+    def lacks(self, x: Array) -> frozenset[str]:
+        compiled = {"fwht": "hadamard", "fastfood": "fastfood"}
+        return frozenset({"gradient", "shuffle", *(name for name, room in compiled.items() if kernels(room) is None)})
+
     def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
         # Other subclasses may have ideas of their own of what becomes of them.
         compiled = kernels("hadamard") if type(x) in (np.ndarray, np.memmap) else None

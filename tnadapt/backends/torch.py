@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ..errors import BackendError
+from ..kernels import kernels
 from . import torch_gpu
-from .base import Array, Backend, FixedArrays, Map
+from .base import OPTIONAL, Array, Backend, FixedArrays, Map
 from .torch_kernels import fastfood, hadamard
 
 # To torch.compile what it returns is a constant, and is not traced: see TorchBackend.fixed.
@@ -97,6 +98,12 @@ class TorchBackend(Backend):
 
     def take(self, x: Array, indices: Array, axis: int = -1) -> Array:
         return torch.index_select(x, axis, indices)
+
+    def lacks(self, x: Array) -> frozenset[str]:
+        if torch_gpu.there_are_kernels(x):
+            return torch_gpu.lacking()
+        compiled = {"fwht": "hadamard", "fastfood": "fastfood"} if x.device.type == "cpu" else {}
+        return frozenset(set(OPTIONAL) - {"gradient"} - {name for name, room in compiled.items() if kernels(room)})
 
     def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
         kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard

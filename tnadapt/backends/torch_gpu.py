@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import kernels
 from .torch_maps import Map, Way, in_memory, linear_map
 
-__all__ = ["fastfood", "fwht", "shuffle", "there_are_kernels"]
+__all__ = ["fastfood", "fwht", "lacking", "shuffle", "there_are_kernels"]
 
 #: The least that Triton promises to compile for.
 _CAPABILITY = (8, 0)
@@ -25,6 +25,11 @@ def there_are_kernels(x: Tensor) -> bool:
         and torch.version.hip is None
         and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
     )
+
+
+def lacking() -> frozenset[str]:
+    """The methods there are no kernels for, though the device would take them: all of them without Triton."""
+    return frozenset() if kernels("gpu.triton_launcher") else frozenset({"fwht", "fastfood", "shuffle"})
 
 
 def fwht(x: Tensor, scale: float, axis: int, plain: Map) -> Tensor | None:

@@ -33,6 +33,9 @@ class Format:
         The array that is zero at the start of a linear adapter: the factor of the leading mode.
     ones : frozenset of str
         Arrays that start at one.
+    unfolds : bool
+        Whether :meth:`inner` has an answer for every cut of a tensor of integer rank. A format whose unfoldings are
+        not products of two smaller matrices says False, and returns None there.
 
     Examples
     --------
@@ -43,6 +46,7 @@ class Format:
 
     zero: str
     ones: frozenset[str] = frozenset()
+    unfolds: bool = True
 
     def __init__(self, sizes: Sequence[int], rank: Rank) -> None:
         self.sizes = tuple(sizes)

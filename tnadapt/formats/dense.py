@@ -15,6 +15,7 @@ class Dense(Format):
     """The tensor itself. With M = 1, dense fine-tuning (the paper's table 1, first row)."""
 
     zero = "dense"
+    unfolds = False
 
     def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         return {"dense": self.sizes}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..backends import Backend
+from ..backends.base import OPTIONAL
 
 __all__ = ["CountingBackend", "Shape"]
 
@@ -73,6 +74,9 @@ class CountingBackend(Backend):
     def array(self, shape: Sequence[int]) -> Shape:
         """Of that shape."""
         return Shape(shape, self)
+
+    def lacks(self, x: Shape) -> frozenset[str]:
+        return frozenset(OPTIONAL)
 
     def dtype_name(self, x: Shape) -> str:
         return "float32"
