@@ -194,6 +194,13 @@ def test_lokr_of_any_sizes_is_loaded_or_refused(
     try:
         found = tna.convert(file, out, to=form)
     except tna.ConfigError:
+        with pytest.raises(tna.ConfigError, match=r"'blocks\.0\.q' is no LoKr by itself"):
+            tna.convert(file, out, to=form)
+        # No decompose_factor makes PEFT arrive at these sizes. (What LyCORIS guesses follows no such rule.)
+        assert form != "peft-lokr" or not any(
+            peft_factorization(p * k, factor) == (p, k) and peft_factorization(q * n, factor) == (q, n)
+            for factor in (-1, *range(1, 40))
+        )
         return
     assert found.exact
     loaded[form](out, updates(file), shapes)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
 
 import tnadapt as tna
+from tnadapt import plot
 from tnadapt.errors import ShapeError
 from tnadapt.plot import STYLES, Mark, layout, parameters, pareto
 from tnadapt.plot.counts import counted
@@ -58,9 +62,39 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_all_pictures_are_written_in_that_way_under_matplotlibs_names(tmp_path: Path) -> None:
-    rooms = Path(tna.__file__).parent / "plot"
-    assert [path.name for path in rooms.glob("*.py") if "savefig(" in path.read_text(encoding="utf-8")] == ["canvas.py"]
+CURVES = (plot.Curve("LoRA", (plot.Dot(9, (0.5,)), plot.Dot(20, (0.6,)))),)
+PICTURES = {
+    "fronts": lambda path: plot.fronts(CURVES, path),
+    "fronts_grid": lambda path: plot.fronts_grid([plot.Panel(CURVES, "accuracy")], path),
+    "generated": lambda path: plot.generated([("a", np.zeros((2, 4, 4, 1), np.uint8))], path),
+    "layout": lambda path: layout(tna.SuperLoRA(tna.presets.lora(1), [(4, 3)]), path),
+    "network": lambda path: plot.network(tna.presets.lora(1), [(4, 3)], path),
+    "parameters": lambda path: parameters([(4, 3)], path),
+    "pareto": lambda path: pareto(MARKS[:1], path),
+    "similarity": lambda path: plot.similarity(
+        [{"arm": "LoRA", "role": role, "d_left": 0.1, "d_right": 0.2, "d_euclid": 0.3} for role in "qv"], path
+    ),
+}
+
+
+def test_every_kind_of_picture_is_tried() -> None:
+    kinds = {name for name in plot.__all__ if inspect.isfunction(getattr(plot, name))}
+    assert PICTURES.keys() == kinds
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_replaces_the_old_one_at_once(name: str, tmp_path: Path) -> None:
+    """Nothing is written into the old file: whoever has it open, or under a second name, keeps it."""
+    path, kept = tmp_path / "a.png", tmp_path / "kept.png"
+    path.write_bytes(b"an old picture")
+    os.link(path, kept)
+    PICTURES[name](path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert kept.read_bytes() == b"an old picture"
+    assert {found.name for found in tmp_path.iterdir()} == {"a.png", "kept.png"}
+
+
+def test_pictures_have_matplotlibs_names(tmp_path: Path) -> None:
     pareto(MARKS, tmp_path / "none")
     assert (tmp_path / "none.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "b.png").mkdir()

@@ -28,7 +28,15 @@ def test_a_cut_holds_the_slice_and_not_much_more(sizes: list[int], data: st.Data
     stop = data.draw(st.integers(start + 1, size))
     ranks = data.draw(st.lists(st.none() | st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
     cut = best_cut(sizes, start, stop, lambda modes: ranks[modes])
+    # How many elements each unfolding would have to form: whole rows, or a part of one row.
+    formed = {}
+    for modes in range(1, len(sizes)):
+        if ranks[modes] is not None:
+            length = math.prod(sizes[modes:])
+            rows = (stop - 1) // length - start // length + 1
+            formed[modes] = rows * length if rows > 1 else stop - start
     if cut is None:
+        assert all(elements > 1.25 * (stop - start) for elements in formed.values())
         return
     assert 1 <= cut.modes < len(sizes)
     assert ranks[cut.modes] is not None
@@ -37,7 +45,7 @@ def test_a_cut_holds_the_slice_and_not_much_more(sizes: list[int], data: st.Data
     assert part[0] == cut.start
     assert part.tolist() == list(range(cut.start, cut.start + part.size))
     assert part[start - cut.start : stop - cut.start].tolist() == list(range(start, stop))
-    assert part.size <= 1.25 * (stop - start)
+    assert part.size == formed[cut.modes] <= 1.25 * (stop - start)
 
 
 def test_a_weight_of_a_long_group_is_one_product() -> None:

@@ -1,21 +1,17 @@
-"""The Triton kernels compiled to machine code without a device: what a compiler refuses or rounds otherwise.
+"""The Triton kernels compiled to machine code without a device: what a compiler refuses, and what the code needs.
 
-The interpreter computes each operation by NumPy, so it sees neither a multiplication fused with an addition, nor a
-constant in single precision, nor a tile that does not fit into registers.
+Whether the machine code has the right bits is a question for a device: test_triton.py asks it there.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import struct
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tnadapt.plain_draws import _CENTRE, _TAIL
 
 triton = pytest.importorskip("triton", minversion="3.5")
 
@@ -63,11 +59,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(made: Any, tmp_path: Path) -> None:
-    ptx = made.asm["ptx"]
-    # One rounding an operation, and no denormal flushed to zero.
-    assert not re.search(r"\b(?:fma|mad)\.(?:rn\.)?f\d\d|\.ftz|\.approx|\.full", ptx)
-    assert set(re.findall(r"\b(?:add|sub|mul|div|sqrt)(\.\w*)\.f64", ptx)) <= {".rn"}
-    assert not re.search(r"\b(?:atom|red)\.", ptx)
+    assert made.asm["cubin"]
     assert made.metadata.shared <= SHARED
     # Some of what normal numbers need, perhaps (272 by Triton 3.7), but nothing like all of a tile's at once.
     assert stack(made, tmp_path) <= 288
@@ -87,12 +79,7 @@ def stack(made: Any, tmp_path: Path) -> int:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("step", [SHORT, ROWS, COLUMNS], ids=["short", "rows", "columns"])
 def test_fwht(step: passes.Pass, capability: int, tmp_path: Path) -> None:
-    made = compiled(triton_hadamard.hadamard_pass, capability, warps(step), LENGTH=1 << BITS, **shape(step))
-    check(made, tmp_path)
-    # Four numbers at once from and to memory, and few exchanges between threads.
-    assert "ld.global.v4.b32" in made.asm["ptx"]
-    assert "st.global.v4.b32" in made.asm["ptx"]
-    assert made.asm["ttgir"].count("convert_layout") <= 4
+    check(compiled(triton_hadamard.hadamard_pass, capability, warps(step), LENGTH=1 << BITS, **shape(step)), tmp_path)
 
 
 @pytest.mark.parametrize("step", passes.passes(BITS, 8, TILE), ids=lambda step: f"stride {step.stride}")
@@ -120,8 +107,6 @@ def test_fastfood(name: str, tmp_path: Path) -> None:
         PERIOD=1 << bits if load == "unpermuted" else 1 << 10, LOAD=load, STORE=store, SIGNS=signs, **shape(step),
     )  # fmt: skip
     check(made, tmp_path)
-    if load in ("permuted", "unpermuted") or not signs:
-        constants_of_normals(made)
 
 
 def test_the_gathering_sum(tmp_path: Path) -> None:
@@ -138,7 +123,6 @@ def test_the_gathering_sum(tmp_path: Path) -> None:
             COLUMNS=128,
         )
         check(made, tmp_path)
-        constants_of_normals(made)
 
 
 def test_the_shuffle(tmp_path: Path) -> None:
@@ -179,11 +163,5 @@ def test_what_is_launched_compiles(n_in: int, n_out: int, signs: bool, monkeypat
     assert triton_launcher.shuffle(torch.zeros(2, n_out), f.seed, f.group).shape == (2, n_out)
     assert len(made) >= 6
     assert all(kernel.asm["cubin"] for kernel in made)
-
-
-def constants_of_normals(made: Any) -> None:
-    """The coefficients of the inverse normal stand in the program in double precision, to the bit but the sign's."""
-    wanted = [c for table in (*_CENTRE, *_TAIL) for c in table] + [1.0 / k for k in range(25, 0, -2)]
-    wanted += [2.0**-32, 0.5, 0.180625, 0.425, 0.5**0.5]
-    there = {abs(struct.unpack(">d", bytes.fromhex(bits))[0]) for bits in re.findall(r"0d(\w{16})", made.asm["ptx"])}
-    assert set(wanted) <= there
+    # Fused multiplications and additions would change last bits of the draws.
+    assert not any(kernel.metadata.enable_fp_fusion for kernel in made)
