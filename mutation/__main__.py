@@ -1,0 +1,180 @@
+"""Mutate the library and see whether the tests notice: ``python -m mutation [MODULE ...] [--sample N]``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import tomllib
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .judging import Judge
+from .mutants import Module, Mutant
+from .reach import Reach
+from .running import Tree, preload
+
+ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """List, choose, run, report."""
+    asked = _parser().parse_args(arguments)
+    groups = {
+        module: [file for file in files if file not in asked.without]
+        for module, files in _groups(asked.modules).items()
+    }
+    modules = {path: Module(ROOT, path) for path in groups}
+    out: Path = asked.out
+    before = _read(out)
+    codes = {path: hashlib.sha256(module.code.encode()).hexdigest()[:12] for path, module in modules.items()}
+    chosen = _chosen(modules, asked.seed, asked.sample)
+    if not asked.report:
+        mine = chosen[asked.shard[0] :: asked.shard[1]]
+        kept = {key for key, record in before.items() if record["status"] != "survived" or not asked.again}
+        todo = [mutant for mutant in mine if mutant.key not in kept]
+        print(f"{len(chosen)} mutants, {len(mine)} of them in this shard, {len(todo)} still to be run", flush=True)
+        reach = Reach.measured(ROOT, asked.work, sorted({file for group in groups.values() for file in group}))
+        _run(todo, modules, groups, reach, out, asked.processes, codes)
+    records = _read(out)
+    judged = [records[mutant.key] for mutant in chosen if records.get(mutant.key, {}).get("status", "void") != "void"]
+    known = report.reasons(HERE / "survivors.toml")
+    void = {record["key"] for record in records.values() if record["status"] == "void"}
+    there = {path: sum(m.key not in void for m in module.mutants) for path, module in modules.items()}
+    run = {"seed": asked.seed, "cosmic-ray": version("cosmic-ray"), "Python": platform.python_version()}
+    out.with_suffix(".md").write_text(report.page(judged, known, there, run), encoding="utf-8")
+    wrong = report.failings(judged, known)
+    print("\n".join([f"{len(judged)} mutants run; the table is in {out.with_suffix('.md')}", *wrong]))
+    sys.exit(1 if wrong else 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    given = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
+    given.add_argument("modules", nargs="*", help="files of tnadapt/, as folding.py; all that modules.toml lists")
+    given.add_argument("--sample", type=int, metavar="N", help="so many mutants, drawn at random")
+    given.add_argument("--seed", type=int, default=0, help="of the drawing")
+    given.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every Nth mutant, from the Ith on")
+    given.add_argument("--processes", type=int, default=1, metavar="N")
+    given.add_argument(
+        "--without",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="test files to leave out: less time, and more survivors",
+    )
+    given.add_argument("--again", action="store_true", help="run the survivors of an earlier run again")
+    given.add_argument("--report", action="store_true", help="run nothing; write the table anew")
+    given.add_argument("--out", type=Path, default=RESULTS / "mutation.jsonl", help="the results, a line a mutant")
+    given.add_argument("--work", type=Path, default=ROOT / "runs" / "mutation", help="where measurements are kept")
+    return given
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, of = text.partition("/")
+    return int(index) - 1, int(of)
+
+
+def _groups(asked: Sequence[str]) -> dict[str, list[str]]:
+    """The test files of each module that is asked for: those of its own name first."""
+    found: dict[str, list[str]] = {}
+    for group in tomllib.loads((HERE / "modules.toml").read_text(encoding="utf-8"))["group"]:
+        for pattern in group["modules"]:
+            paths = sorted((ROOT / "tnadapt").glob(pattern))
+            if not paths:
+                raise SystemExit(f"modules.toml: no file is {pattern}")
+            for path in paths:
+                name = path.relative_to(ROOT / "tnadapt").as_posix()
+                if path.stat().st_size and (not asked or name in asked):
+                    files = [file for file in group["tests"] if (ROOT / file).is_file()]
+                    own = [file for file in files if Path(file).name == f"test_{path.stem}.py"]
+                    found[f"tnadapt/{name}"] = list(dict.fromkeys([f"tnadapt/{name}", *own, *files]))
+    if unknown := set(asked) - {path.removeprefix("tnadapt/") for path in found}:
+        raise SystemExit(f"modules.toml does not list {', '.join(sorted(unknown))}")
+    return found
+
+
+def _chosen(modules: dict[str, Module], seed: int, sample: int | None) -> list[Mutant]:
+    """In a random order that a mutant keeps when others come or go."""
+
+    def place(mutant: Mutant) -> str:
+        return hashlib.sha256(f"{seed} {mutant.key}".encode()).hexdigest()
+
+    return sorted((mutant for module in modules.values() for mutant in module.mutants), key=place)[:sample]
+
+
+def _read(out: Path) -> dict[str, dict[str, Any]]:
+    """The last result of each mutant."""
+    if not out.exists():
+        return {}
+    return {record["key"]: record for record in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
+
+
+def _run(
+    todo: Sequence[Mutant],
+    modules: dict[str, Module],
+    groups: dict[str, list[str]],
+    reach: Reach,
+    out: Path,
+    processes: int,
+    codes: dict[str, str],
+) -> None:
+    """Every mutant, by so many processes, a line each at the end of the file."""
+    if not todo:
+        return
+    preload()
+    workers = []
+    for index in range(processes):
+        worker = os.fork()
+        if not worker:
+            status = 1
+            try:
+                _work(todo[index::processes], modules, groups, reach, out, codes)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        workers.append(worker)
+    if any(os.waitpid(worker, 0)[1] for worker in workers):
+        raise SystemExit("a process of this run failed; what is done is kept, and the same command continues")
+
+
+def _work(
+    todo: Sequence[Mutant],
+    modules: dict[str, Module],
+    groups: dict[str, list[str]],
+    reach: Reach,
+    out: Path,
+    codes: dict[str, str],
+) -> None:
+    """What one process does."""
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        judge = Judge(Tree(ROOT, Path(folder)), reach)
+        for mutant in todo:
+            start = time.monotonic()
+            found = judge.judged(modules[mutant.module], mutant, groups[mutant.module]) or {"status": "void"}
+            known = dataclasses.asdict(mutant)
+            del known["occurrence"]
+            seconds = round(time.monotonic() - start, 1)
+            record = {**known, "code": codes[mutant.module], "seconds": seconds, **found}
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if found["status"] == "survived":
+                print(f"survived: {mutant.key} {mutant.module}:{mutant.line}\n{found['change']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Which tests reach which lines: measured once a test file, and kept until it or the library changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from .mutants import Module, Mutant
+
+__all__ = ["Reach"]
+
+_RUN = """
+import sys, pytest
+from pathlib import Path
+from mutation.tracing import Tracing
+root, out, file = sys.argv[1:]
+code = pytest.main([file, "-q", "-p", "no:cacheprovider"], plugins=[Tracing(Path(root), Path(out))])
+sys.exit(code)
+"""
+
+
+@dataclasses.dataclass
+class Reach:
+    """Tests by the lines that they run.
+
+    Attributes
+    ----------
+    seconds : dict of str to float
+        What each test takes, in the brief profile.
+    tests : dict
+        ``tests[module][line]`` is the set of tests that run it.
+    """
+
+    seconds: dict[str, float]
+    tests: dict[str, dict[int, set[str]]]
+
+    @classmethod
+    def measured(cls, root: Path, kept: Path, files: Iterable[str]) -> Reach:
+        """Of these test files, each measured in a process of its own where that is not kept in a folder."""
+        kept.mkdir(parents=True, exist_ok=True)
+        library = _digest(sorted((root / "tnadapt").rglob("*.py")))
+        seconds: dict[str, float] = {}
+        tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for file in files:
+            name = hashlib.sha256(f"{file} {library} {_digest([root / file])}".encode()).hexdigest()[:16]
+            out = kept / f"{name}.json"
+            if not out.exists():
+                print(f"measuring which lines {file} reaches", flush=True)
+                part = out.with_suffix(".part")
+                command = [sys.executable, "-c", _RUN, str(root), str(part), file]
+                environment = {**os.environ, "HYPOTHESIS_PROFILE": "brief", "PYTHONPATH": str(root)}
+                done = subprocess.run(
+                    command, cwd=root, env=environment, capture_output=True, text=True, check=False, errors="replace"
+                )
+                # 5: nothing was collected, as where a library is not installed.
+                if done.returncode not in (0, 5) or not part.exists():
+                    raise SystemExit(f"{file} fails without any mutation:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+                part.rename(out)
+            for test, found in json.loads(out.read_text(encoding="utf-8")).items():
+                seconds[test] = found["seconds"]
+                for module, lines in found["lines"].items():
+                    for line in lines:
+                        tests[module][line].add(test)
+        return cls(seconds, tests)
+
+    def of(self, module: Module, mutant: Mutant, first: Iterable[str]) -> list[str]:
+        """The tests that can notice a mutant: those of the files ``first`` before others, the quickest first."""
+        reached, lines = self.tests.get(module.path, {}), module.reach(mutant.line)
+        found = set().union(*(reached.get(line, ()) for line in (reached if lines is None else lines)))
+        order = {file: place for place, file in enumerate(first)}
+        own = {test for test in self.seconds if test.split("::")[0] in order} if lines is None else set()
+        return sorted(
+            found | own, key=lambda test: (order.get(test.split("::")[0], len(order)), self.seconds[test], test)
+        )
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()

@@ -1,0 +1,220 @@
+"""The mutation tests' own machinery: what is mutated, what is left out, which tests are tried, and what fails a run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cosmic_ray", reason="cosmic-ray is not installed (the extra mutation)")
+
+from cosmic_ray.mutating import mutate_code
+
+from mutation import report
+from mutation.__main__ import ROOT, _chosen, _groups
+from mutation.judging import Judge
+from mutation.mutants import Module
+from mutation.operators import DropKeyword, DropStatement, NegateIn, ReturnNone
+from mutation.reach import Reach
+from mutation.running import Outcome
+
+CODE = '''"""A module."""
+
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from x import y
+Shape = tuple[int, int] | None
+
+
+def first(a: int | None, b: "list[int]" = [1]) -> int | None:
+    size: int | str = a + 2
+    pairs = list(zip([size], b, strict=True))
+    if size in b:
+        return cast("int | None", pairs)
+    b[0] = (
+        size
+        + 3
+    )
+    return None
+'''
+
+
+def module_of(folder: Path, code: str) -> Module:
+    (folder / "m.py").write_text(code, encoding="utf-8")
+    return Module(folder, "m.py")
+
+
+def changes(module: Module) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for mutant in module.mutants:
+        code = module.mutated(mutant)
+        assert code is not None
+        found.setdefault(mutant.operator, []).append(module.change(code).splitlines()[-1].strip("+- "))  # without the marks of a diff
+    return found
+
+
+@pytest.mark.parametrize("operator", [DropKeyword, DropStatement, NegateIn, ReturnNone])
+def test_our_operators_do_what_their_examples_say(operator: Any) -> None:
+    for example in operator.examples():
+        found = mutate_code(example.pre_mutation_code, operator(), example.occurrence)
+        assert found.replace(" ", "").split() == example.post_mutation_code.replace(" ", "").split()
+
+
+def test_what_runs_is_mutated_and_annotations_are_not(tmp_path: Path) -> None:
+    found = changes(module_of(tmp_path, CODE))
+    assert found["Binary_Add_Sub"] == ["size: int | str = a - 2", "3"]
+    assert found["NegateIn"] == ["if size not in b:"]
+    assert found["ReturnNone"] == ["return None"]
+    assert "DropKeyword" not in found  # zip's strict=True only asserts
+    assert not any("BitOr" in operator for operator in found)
+    assert found["DropStatement"] == ["pass"]
+    assert len(found["NumberReplacer"]) == 2 * 4  # the default, 2, 0 and 3
+
+
+def test_a_key_outlives_changes_elsewhere_in_the_file(tmp_path: Path) -> None:
+    before = module_of(tmp_path, CODE).mutants
+    moved = CODE.replace("def first", 'def other():\n    return "x"\n\n\ndef first')
+    after = module_of(tmp_path, moved).mutants
+    assert {mutant.key for mutant in before} <= {mutant.key for mutant in after}
+    assert max(Counter(mutant.key for mutant in after).values()) == 1
+
+
+def test_a_statement_of_many_lines_is_reached_by_any_of_them(tmp_path: Path) -> None:
+    module = module_of(tmp_path, CODE)
+    lines = CODE.splitlines()
+    inside, default = lines.index("        + 3") + 1, next(i for i, line in enumerate(lines, 1) if "def first" in line)
+    assert module.reach(inside) == range(inside - 2, inside + 2)
+    assert module.reach(default) == range(default + 1, len(lines) + 1)
+    assert module.reach(lines.index("Shape = tuple[int, int] | None") + 1) is None
+    condition = lines.index("    if size in b:") + 1
+    assert module.reach(condition) == range(condition, condition + 1)
+    reach = Reach({"t.py::a": 2.0, "t.py::b": 1.0, "u.py::c": 0.5}, {"m.py": {inside - 2: {"t.py::a", "u.py::c"}}})
+    mutant = next(mutant for mutant in module.mutants if mutant.line == inside)
+    assert reach.of(module, mutant, ["t.py", "u.py"]) == ["t.py::a", "u.py::c"]
+
+
+class Machine:
+    """In a tree's place: says what it is told to say, and keeps what it was asked."""
+
+    def __init__(self, answers: dict[str, str]) -> None:
+        self.answers, self.asked = answers, []  # type: ignore[var-annotated]
+        self.mutated = False
+
+    def holding(self, path: str, code: str) -> Any:
+        import contextlib
+
+        @contextlib.contextmanager
+        def held() -> Any:
+            self.mutated = True
+            yield
+            self.mutated = False
+
+        return held()
+
+    def run(self, tests: list[str], profile: str, seconds: float) -> Outcome:
+        self.asked.append((self.mutated, list(tests), profile))
+        for test in tests:
+            kind = self.answers.get(test, "")
+            if kind == "broken" or (self.mutated and kind):
+                return Outcome("timeout" if kind == "slow" else "failed", test)
+        return Outcome("passed")
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "by"),
+    [
+        ({}, "survived", ""),
+        ({"t.py::b": "notices"}, "killed", "t.py::b"),
+        ({"t.py::b": "slow"}, "timeout", "t.py::b"),
+        # What fails without a mutant, too, is no witness.
+        ({"t.py::a": "broken"}, "survived", ""),
+        ({"t.py::a": "broken", "t.py::b": "notices"}, "killed", "t.py::b"),
+    ],
+)
+def test_a_mutant_is_killed_by_a_test_that_passes_without_it(
+    tmp_path: Path, answers: dict[str, str], status: str, by: str
+) -> None:
+    module = module_of(tmp_path, CODE)
+    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
+    reach = Reach({"t.py::a": 0.1, "t.py::b": 0.2}, {"m.py": {mutant.line: {"t.py::a", "t.py::b"}}})
+    found = Judge(Machine(answers), reach).judged(module, mutant, ["t.py"])  # type: ignore[arg-type]
+    assert found is not None
+    assert (found["status"], found["by"], found["tests"]) == (status, by, 2)
+
+
+def test_tests_that_cannot_be_run_at_all_kill_nothing(tmp_path: Path) -> None:
+    class Unable(Machine):
+        def run(self, tests: list[str], profile: str, seconds: float) -> Outcome:
+            return Outcome("failed" if broken or self.mutated else "passed")
+
+    module = module_of(tmp_path, CODE)
+    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
+    reach = Reach({"t.py::a": 0.1}, {"m.py": {mutant.line: {"t.py::a"}}})
+    broken = False  # a mutant that cannot be imported
+    found = Judge(Unable({}), reach).judged(module, mutant, ["t.py"])  # type: ignore[arg-type]
+    assert found is not None
+    assert (found["status"], found["by"]) == ("killed", "")
+    broken = True
+    machine: Any = Unable({})
+    machine.folder = tmp_path
+    with pytest.raises(RuntimeError, match=r"t\.py cannot be run without any mutation"):
+        Judge(machine, reach).judged(module, mutant, ["t.py"])
+
+
+def record(key: str, status: str) -> dict[str, Any]:
+    return {"key": key, "status": status, "module": "tnadapt/m.py", "function": "f", "line": 1, "change": "-a\n+b"}
+
+
+def test_a_run_fails_on_survivors_without_a_reason_and_below_the_goal(tmp_path: Path) -> None:
+    killed = [record(f"k{i}", "killed") for i in range(19)]
+    equivalent = {"key": "e", "kind": "equivalent", "reason": "nobody can tell"}
+    gap = {"key": "g", "kind": "gap", "reason": "hard to test"}
+    records = [*killed, record("e", "survived"), record("g", "survived")]
+    known = {"e": equivalent, "g": gap}
+    assert report.failings(records, known) == []
+    (said,) = report.failings(records, {"g": gap, "e": {**equivalent, "kind": "gap"}})
+    assert said == "19 of 21 mutants were noticed: 90.5%, and 95% is the goal"
+    (said,) = report.failings(records, {"g": gap})[:1]
+    assert "e survived, and survivors.toml gives no reason: tnadapt/m.py, line 1" in said
+    (said,) = report.failings(killed, {"k3": {**gap, "key": "k3"}})
+    assert said == "k3 has a reason in survivors.toml and was noticed: take the reason out"
+    page = report.page(records, known, {"tnadapt/m.py": 100}, {"seed": 0})
+    assert "Of 100 mutants, 21 were drawn at random and run. 1 of them are equivalent" in page
+    assert "the tests notice 19: **95.0%**" in page
+    assert "nobody can tell" in page
+
+
+@pytest.mark.parametrize("entry", ['kind = "rare"\nreason = "x"', 'kind = "gap"\nreason = " "'])
+def test_a_reason_has_a_kind_and_words(tmp_path: Path, entry: str) -> None:
+    path = tmp_path / "survivors.toml"
+    path.write_text(f'[[survivor]]\nkey = "a"\n{entry}\n', encoding="utf-8")
+    with pytest.raises(SystemExit, match="a needs a reason, and one of the kinds equivalent, cost, gap"):
+        report.reasons(path)
+
+
+def test_the_committed_reasons_and_results_fit_each_other() -> None:
+    known = report.reasons(ROOT / "mutation" / "survivors.toml")
+    results = ROOT / "benchmarks" / "results" / "mutation.jsonl"
+    records = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert report.failings([record for record in records if record["status"] != "void"], known) == []
+
+
+def test_samples_are_drawn_by_seed_and_larger_ones_hold_smaller_ones() -> None:
+    modules = {path: Module(ROOT, path) for path in ("tnadapt/boxes.py", "tnadapt/rearranging.py")}
+    small, large, other = _chosen(modules, 0, 10), _chosen(modules, 0, 20), _chosen(modules, 1, 10)
+    assert small == large[:10]
+    assert small != other
+    assert len(_chosen(modules, 0, None)) == sum(len(module.mutants) for module in modules.values())
+
+
+def test_every_listed_module_and_test_file_is_there() -> None:
+    groups = _groups([])
+    assert {"tnadapt/folding.py", "tnadapt/torch/peft/tuner.py", "tnadapt/convert/work.py"} <= groups.keys()
+    assert all((ROOT / file).is_file() for files in groups.values() for file in files)
+    assert groups["tnadapt/folding.py"][:2] == ["tnadapt/folding.py", "tests/test_folding.py"]
+    with pytest.raises(SystemExit, match=r"modules\.toml does not list nothing\.py"):
+        _groups(["nothing.py"])
