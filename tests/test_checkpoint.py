@@ -242,3 +242,26 @@ def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "blobs" / "0123")
     assert open_checkpoint(tmp_path / "snapshot").array("count") == 7
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_tensors_of_a_file_come_in_the_order_of_their_bytes(tmp_path: Path, parts: int) -> None:
+    # A header may list them in any order: one that is written anew, and the reading of a file, follow the bytes.
+    arrays = {f"t{number}": ("U8", np.full(number + 1, number, np.uint8)) for number in (3, 0, 2, 1)}
+    places = {}
+    for part in range(parts):
+        own = {name: value for place, (name, value) in enumerate(arrays.items()) if place % parts == part}
+        header, data = forge.listed(own)
+        name = f"model-{part}.safetensors"
+        turned = dict(sorted(header.items()))
+        assert parts > 1 or list(turned) != list(header)
+        (tmp_path / name).write_bytes(forge.container(turned, data))
+        places |= dict.fromkeys(own, name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    found = open_checkpoint(tmp_path)
+    for file in found.files:
+        entries = found.of_file(file)
+        starts = [entry.start for entry in entries.values()]
+        assert starts == sorted(starts)
+        assert list(entries) == [name for name in arrays if found.shard[name] == file]
+    assert sum(len(found.of_file(file)) for file in found.files) == len(arrays)

@@ -116,6 +116,11 @@ BAD = [
     ({"seed": -1}, "seed must be from 0"),
     ({"seed": 2**64}, "seed must be from 0"),
     ({"seed": 1.0}, "seed must be an integer"),
+    ({"weight_shape": (2, 3)}, "fold='stack' names none"),
+    ({"weight_shape": 6, "fold": (2, 3)}, r"weight_shape must be \(rows, cols\)"),
+    ({"weight_shape": (2, 0), "fold": (2, 3)}, r"weight_shape\[1\] must be from 1"),
+    ({"weight_shape": (2, 4), "fold": (2, 3)}, "do not multiply to the 2 rows and 4 columns"),
+    ({"weight_shape": (4, 3), "fold": (2, 3)}, "do not multiply to the 4 rows and 3 columns"),
 ]
 
 

@@ -158,6 +158,17 @@ def test_the_defaults_of_the_format_are_all_of_config_s_fields() -> None:
     assert Config().to_dict() == files._DEFAULTS
 
 
+def test_the_shape_that_a_preset_asks_of_weights_changes_no_file(tmp_path: Path) -> None:
+    preset = tna.presets.lotr(2, weights=2, rows=4, cols=6)
+    targets = [Target(f"layer.{number}.q", (4, 6), "q") for number in range(2)]
+    both = (preset, preset.replace(weight_shape=None))
+    one, other = (
+        content_of(AdapterFile(config, targets, SuperLoRA(config, [(4, 6)] * 2).init()), tmp_path) for config in both
+    )
+    assert one == other
+    assert read(tmp_path, one).config == preset
+
+
 def test_files_do_not_change_with_config_s_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = made(Config(rank=3))
     recipe, tensors = forge.parsed(content_of(file, tmp_path))
@@ -805,3 +816,127 @@ print(tna.load(sys.argv[1]))
     path = str(tmp_path / "adapter")
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     assert done.stdout == "False\nAdapterFile(8 parameters in 2 arrays, 1 target, 0 kept)\n"
+
+
+# -- Adapters of which some arrays are frozen ------------------------------------------------------
+
+
+def frozen(config: Config, trained: list[str] | None = None, dtype: str = "float32") -> AdapterFile:
+    """An adapter at its start, of which the last array of each split is trained, moved by a little."""
+    targets = [Target(f"layer.{number}.q", (6, 4), "q") for number in range(2)]
+    plan = SuperLoRA(config, [(6, 4)] * 2)
+    words = list(plan.groups[0].names.values())
+    trained = [words[-1]] if trained is None else trained
+    arrays = plan.init(dtype=dtype, trained=trained)
+    arrays[trained[0]] = arrays[trained[0]] + np.asarray(0.5, dtype)
+    return AdapterFile(config, targets, arrays, trained=trained)
+
+
+FROZEN = {
+    "lora": tna.presets.lora(2), "lorta": tna.presets.lorta(2), "lokr": tna.presets.lokr(2),
+    "terms": tna.presets.compacter(1, terms=2),
+    "train": Config(order=3, rank=2, groups=1, fold="balanced", format="tt"),
+    "linear": tna.presets.superlora(2, projection="linear", ratio=0.5),
+    "nonlinear": tna.presets.superlora(2, projection="nonlinear", ratio=0.5, seed=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_arrays_are_left_out_and_drawn_again(name: str, dtype: str, tmp_path: Path) -> None:
+    file = frozen(FROZEN[name], dtype=dtype)
+    assert file.trained is not None
+    assert set(file.left_out) == file.arrays.keys() - set(file.trained)
+    content = content_of(file, tmp_path)
+    recipe, tensors = forge.parsed(content)
+    assert list(tensors) == recipe["trained"] == list(file.trained)
+    found = read(tmp_path, content)
+    same(found, file)
+    assert (found.trained, found.num_parameters) == (file.trained, tensors[file.trained[0]][1].size)
+    assert all(np.array_equal(*pair) for pair in zip(found.deltas(), file.deltas(), strict=True))
+    assert content_of(found, tmp_path) == content
+
+
+def test_of_a_frozen_array_that_has_moved_the_file_has_the_bits(tmp_path: Path) -> None:
+    file = frozen(tna.presets.lora(2))
+    name = file.left_out[0]
+    for change in (np.float32(1e-9), -2.0 * file.arrays[name]):
+        arrays = {**file.arrays, name: file.arrays[name] + change}
+        moved = AdapterFile(file.config, file.targets, arrays, trained=file.trained)
+        if np.array_equal(arrays[name], file.arrays[name]):
+            assert moved.left_out == file.left_out
+            continue
+        assert moved.left_out == tuple(one for one in file.left_out if one != name)
+        same(read(tmp_path, content_of(moved, tmp_path)), moved)
+    # A negative zero is a number of its own.
+    dense = frozen(tna.presets.superlora(2, groups=2), ["group0.split0.factor0", "group0.split0.factor1"])
+    zero = "group1.split0.factor0"
+    assert zero in dense.left_out
+    minus = AdapterFile(dense.config, dense.targets, {**dense.arrays, zero: -dense.arrays[zero]}, trained=dense.trained)
+    assert zero not in minus.left_out
+    same(read(tmp_path, content_of(minus, tmp_path)), minus)
+
+
+def test_adapters_that_are_trained_whole_have_the_files_that_they_had(tmp_path: Path) -> None:
+    file = made()
+    whole = AdapterFile(file.config, file.targets, file.arrays, trained=list(file.arrays))
+    assert whole.trained is None
+    assert content_of(whole, tmp_path) == content_of(file, tmp_path)
+    assert "trained" not in forge.parsed(content_of(file, tmp_path))[0]
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        ([], "trained must name some of the arrays, each once"),
+        (["group0.split0.factor1"] * 2, "trained must name some of the arrays, each once"),
+        (["group9.split0.factor1"], "unknown: 'group9.split0.factor1'"),
+        ([1], "trained must be a list of names of arrays"),
+        (["group1.split0.factor1"], "missing: 'group1.split0.factor1'"),
+        (["group0.split0.factor1", "group1.split0.factor0"], "missing: 'group1.split0.factor0'"),
+        ("group0.split0.factor1", "trained must be a list; got"),
+        (
+            ["group0.split0.factor0", "group0.split0.factor1", "group1.split0.factor0", "group1.split0.factor1"],
+            "missing",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_choice_is_said(trained: Any, message: str, tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(frozen(tna.presets.lora(2)), tmp_path))
+    assert list(tensors) == ["group0.split0.factor1"]
+    assert message in refusal(tmp_path, forge.adapter({**recipe, "trained": trained}, tensors))
+
+
+def test_other_draws_of_frozen_arrays_are_refused(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(frozen(tna.presets.lora(2)), tmp_path))
+    content = forge.adapter({**recipe, "config": {**recipe["config"], "seed": 1}}, tensors)
+    assert "whose digest is" in refusal(tmp_path, content)
+    assert read(tmp_path, content, check_draws=False).trained == ("group0.split0.factor1",)
+    # Left out without a word of it, and stored although they need not be.
+    bare = {key: value for key, value in recipe.items() if key != "draws"}
+    assert "whose digest is None" in refusal(tmp_path, forge.adapter(bare, tensors))
+    file = frozen(tna.presets.lora(2))
+    stored = {name: ("F32", array) for name, array in file.arrays.items()}
+    same_arrays = read(tmp_path, forge.adapter(bare, stored)).arrays
+    assert all(np.array_equal(array, file.arrays[name]) for name, array in same_arrays.items())
+
+
+def test_a_small_file_makes_no_reader_draw_much(tmp_path: Path) -> None:
+    side = 1 << 20
+    recipe = {"version": 1, "config": {"rank": 20}, "targets": [["a", [side, 1], "q"]], "draws": "0" * 64,
+              "trained": ["group0.split0.factor1"]}  # fmt: skip
+    content = forge.adapter(recipe, {"group0.split0.factor1": ("F32", np.zeros((1, 20), np.float32))})
+    tracemalloc.start()
+    assert "1 frozen arrays are left out; at most 1024 of 16777216 elements" in refusal(tmp_path, content)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_large_and_many_frozen_arrays_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = frozen(tna.presets.compacter(1, terms=3))
+    for name, value, kept in (("MAX_LEFT_OUT", 2, 2), ("MAX_DRAWN", 9 + 2, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tnadapt.adapter_file.{name}", value)
+            limited = AdapterFile(file.config, file.targets, file.arrays, trained=file.trained)
+            assert 0 < len(limited.left_out) <= kept
+            same(read(tmp_path, content_of(limited, tmp_path)), limited)

@@ -189,3 +189,74 @@ def test_heads_must_divide_rows() -> None:
             with pytest.raises(tna.ConfigError, match="heads must"):
                 preset(heads)
         preset(np.int64(2))
+
+
+# -- Presets with a fold of their own are of weights of one shape ------------------------------------
+
+
+def stacked(rows: int, cols: int, weights: int, heads: int) -> dict[str, tna.Config]:
+    own = {"weights": weights, "rows": rows, "cols": cols}
+    return {
+        "lotr": tna.presets.lotr(2, **own),
+        "lotr, train": tna.presets.lotr(2, train=True, **own),
+        "fact_tt": tna.presets.fact_tt(2, **own),
+        "fact_tk": tna.presets.fact_tk(2, **own),
+        "cara": tna.presets.cara(2, heads=heads, **own),
+        "lorta_cp": tna.presets.lorta_cp(2, layers=1, matrices=weights, rows=rows, cols=cols, heads=heads),
+    }
+
+
+STACKED = sorted(stacked(2, 2, 1, 1))
+
+
+@pytest.mark.parametrize("name", STACKED)
+@given(
+    heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES,
+    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=4), weights=st.integers(1, 4),
+)  # fmt: skip
+def test_only_the_weights_that_a_fold_stands_for_fit(
+    name: str, heads: int, head: int, cols: int, shapes: list[tuple[int, int]], weights: int
+) -> None:
+    config = stacked(heads * head, cols, weights, heads)[name]
+    assert tna.SuperLoRA(config, [(heads * head, cols)] * weights).num_groups == 1
+    if shapes == [(heads * head, cols)] * weights:
+        return
+    with pytest.raises(tna.ConfigError, match=f"stands for {weights} weights? of {heads * head}×{cols}"):
+        tna.SuperLoRA(config, shapes)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_grouped_query_attention_is_refused_with_the_way_out(name: str) -> None:
+    # The fold has as many elements as these, or more: it used to cut through them.
+    config = stacked(96, 96, 4, 6)[name]
+    with pytest.raises(tna.ConfigError) as caught:
+        tna.SuperLoRA(config, [(96, 96), (32, 96)] * 2)
+    message = str(caught.value)
+    for part in ("2 of 96×96, 2 of 32×96", "cut through weights", 'targets="q"', "superlora or lora"):
+        assert part in message
+    with pytest.raises(tna.ConfigError, match="a group has 3 of them: give the preset the number of weights"):
+        tna.SuperLoRA(config, [(96, 96)] * 3)
+    with pytest.raises(tna.ConfigError, match="a group has 1 of them and 4608 elements of another"):
+        tna.SuperLoRA(config.replace(groups=2), [(96, 96)] * 3)
+    assert tna.SuperLoRA(config.replace(groups=2), [(96, 96)] * 8).num_groups == 2
+
+
+def test_a_fold_of_the_callers_own_is_of_any_weights() -> None:
+    shapes = [(96, 96), (32, 96)]
+    assert tna.SuperLoRA(tna.Config(order=3, groups=1, fold=(8, 16, 96)), shapes).num_groups == 1
+    own = tna.presets.lotr(2, weights=2, rows=96, cols=96, fold=(2, 64, 96))
+    assert own.weight_shape is None
+    assert tna.SuperLoRA(own, shapes).num_groups == 1
+    config = tna.presets.lotr(2, weights=2, rows=96, cols=96)
+    with pytest.raises(tna.ConfigError, match="weight_shape=None"):
+        config.replace(fold="hypercube")
+    assert tna.SuperLoRA(config.replace(fold="hypercube", weight_shape=None), shapes).num_groups == 1
+
+
+def test_the_shape_of_weights_is_a_condition_and_no_part_of_what_is_computed() -> None:
+    config = tna.presets.cara(2, weights=3, rows=4, cols=5, heads=2)
+    assert config.weight_shape == (4, 5)
+    assert tna.Config.from_dict(config.to_dict()).weight_shape == (4, 5)
+    assert config == config.replace(weight_shape=None)
+    assert hash(config) == hash(config.replace(weight_shape=None))
+    assert "weight_shape" not in config.replace(weight_shape=None).to_dict()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+
 import numpy as np
 import pytest
 
@@ -13,6 +16,14 @@ from tnadapt.start import STEP, Start
 SHAPES = [(96, 96)] * 8
 FOUR = {"weights": 8, "rows": 96, "cols": 96}
 P = tna.presets
+
+# The first 16 hex digits of SHA-256 of all arrays of a start, as little-endian float32.
+KNOWN = {
+    "lora 64": "6d05941819848a49",
+    "nonlinear": "1543c7b9d44d2067",
+    "nonlinear_v2, lorta 5": "344ddcaa0aa314e7",
+    "cara": "f136bd0e0b9ba4a4",
+}
 
 CONFIGS = {
     "lora 1": P.lora(1),
@@ -200,6 +211,162 @@ def test_what_a_dtype_cannot_hold_is_refused() -> None:
     assert not plan.deltas(plan.init())[0].any()
     with pytest.raises(tna.ConfigError, match="float16"):
         plan.init(dtype="float16")
+
+
+# -- Where some arrays are frozen --------------------------------------------------------------------
+
+SMALL = [(6, 4)] * 4
+STACK = {"weights": 4, "rows": 6, "cols": 4}
+FROZEN = {
+    "dense": P.dense(), "lora": P.lora(2), "lokr": P.lokr(2), "lokr, both low rank": P.lokr(2, leading="same"),
+    "krona": P.krona(), "loha": P.loha(2), "lonkr": P.lonkr(2, split_size=2), "lotr": P.lotr(2, **STACK),
+    "lotr, train": P.lotr(2, train=True, **STACK), "lorta": P.lorta(2),
+    "lorta_cp": P.lorta_cp(2, layers=2, rows=6, cols=4, heads=3), "fastfood": P.fastfood(0.5),
+    "superlora": P.superlora(2, groups=2), "fact_tt": P.fact_tt(2, **STACK), "fact_tk": P.fact_tk(2, **STACK),
+    "cara": P.cara(2, heads=3, **STACK), "compacter": P.compacter(2, terms=2),
+    "linear": P.superlora(2, projection="linear", ratio=0.5),
+    "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5),
+    "weighted, nonlinear": P.cara(2, heads=3, projection="nonlinear_v2", **STACK),
+    "weights of an order of one": tna.Config(rank=2, order=1, format="cp-weighted"),
+}  # fmt: skip
+
+
+def choices(plan: tna.SuperLoRA) -> list[tuple[list[int], tuple[str, ...]]]:
+    """Every subset of the last parts of names, in all groups and in the first."""
+    words = sorted({name.rpartition(".")[2] for name in plan.param_shapes})
+    subsets = [some for count in range(1, len(words) + 1) for some in itertools.combinations(words, count)]
+    return [(groups, some) for groups in (list(range(plan.num_groups)), [0]) for some in subsets]
+
+
+def chosen(plan: tna.SuperLoRA, groups: list[int], words: tuple[str, ...]) -> list[str]:
+    return [
+        full
+        for number, group in enumerate(plan.groups)
+        for full in group.names.values()
+        if number in groups and full.rpartition(".")[2] in words
+    ]
+
+
+def test_every_preset_is_frozen_in_part_below() -> None:
+    assert set(P.__all__) <= FROZEN.keys()
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_whatever_is_trained_changes_nothing_at_first_and_has_a_gradient(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    plan = tna.SuperLoRA(FROZEN[name], SMALL)
+    for groups, words in choices(plan):
+        trained = chosen(plan, groups, words)
+        params = {
+            key: array.requires_grad_(key in trained) for key, array in plan.init("torch", trained=trained).items()
+        }
+        vec = plan.vector(params)
+        assert not vec.any()
+        weights = torch.tensor(np.random.default_rng(0).normal(size=plan.size), dtype=torch.float32)
+        (vec * weights).sum().backward()
+        for number in groups:
+            own = [key for key in trained if key.startswith(f"group{number}.")]
+            assert any(params[key].grad.any() for key in own), (groups, words)
+            if not plan.groups[number].projection.linear:
+                # Nothing is zero there, and everything learns at once.
+                assert all(params[key].grad.any() for key in own), (groups, words)
+        # What is not trained has no zero, so that what is trained learns all along.
+        for number, group in enumerate(plan.groups):
+            if number in groups:
+                assert all(params[full].any() for full in group.names.values() if full not in trained)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    config = FROZEN[name]
+    steps: dict[tuple[str, ...], list[float]] = {}
+    for seed in range(5):
+        plan = tna.SuperLoRA(config.replace(seed=seed), SMALL)
+        gradient = torch.tensor(np.random.default_rng(seed).normal(size=plan.size))
+        for groups, words in choices(plan):
+            trained = chosen(plan, groups, words)
+            if (
+                len(groups) < plan.num_groups
+                or not plan.groups[0].projection.linear
+                or plan.starts(trained)[0].std == 0
+            ):
+                continue
+            params = {
+                key: array.requires_grad_(key in trained)
+                for key, array in plan.init("torch", "float64", trained=trained).items()
+            }
+            (plan.vector(params) * gradient).sum().backward()
+            moved = {key: (a - 1e-3 * a.grad).detach() if key in trained else a for key, a in params.items()}
+            step = plan.vector(moved).square().mean().sqrt() / gradient.square().mean().sqrt() / 1e-3
+            steps.setdefault(words, []).append(float(step))
+    for words, found in steps.items():
+        assert STEP / 10 < np.median(found) < STEP * 10, words
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_usual_zero_stays_where_it_is_trained(name: str) -> None:
+    plan = tna.SuperLoRA(FROZEN[name], SMALL)
+    usual = plan.init()
+    for groups, words in choices(plan):
+        trained = chosen(plan, groups, words)
+        zero = {f"group{number}.{name}" for number in groups for name in plan.groups[number].start.zeros}
+        if zero <= set(trained):
+            found = plan.init(trained=trained)
+            assert all(np.array_equal(found[key], usual[key]) for key in usual)
+
+
+def test_a_frozen_array_is_drawn_from_its_own_stream() -> None:
+    plan = tna.SuperLoRA(P.fact_tk(2, seed=7, **STACK), SMALL)
+    params = plan.init(trained=["group0.split0.core"])
+    (start,) = plan.starts(["group0.split0.core"])
+    assert start.zeros == {"split0.core"}
+    for number, (name, shape) in enumerate(plan.param_shapes.items()):
+        if name.endswith("core"):
+            assert not params[name].any()
+            continue
+        drawn = draws.normals(7, 0, 16 + number, 0, shape[0] * shape[1]).reshape(shape)
+        scaled = drawn * (start.std / np.sqrt(np.mean(drawn.astype(np.float64) ** 2)))
+        np.testing.assert_allclose(params[name], scaled, rtol=1e-6)
+
+
+def test_terms_have_each_a_zero_that_is_trained() -> None:
+    plan = tna.SuperLoRA(tna.Config(rank=2, format="cp-weighted", terms=2), [(5, 4)])
+    trained = ["group0.term0.split0.weights", "group0.term1.split0.factor1", "group0.term1.split0.weights"]
+    (start,) = plan.starts(trained)
+    assert start.zeros == {"term0.split0.weights", "term1.split0.factor1"}
+    params = plan.init(trained=trained)
+    assert not plan.deltas(params)[0].any()
+    assert (params["group0.term1.split0.weights"] == 1).all()
+
+
+def test_names_that_are_none_of_the_arrays_are_refused() -> None:
+    plan = tna.SuperLoRA(P.lora(2), [(4, 4)])
+    for trained in (["group0.split0.core"], []):
+        with pytest.raises(tna.ConfigError, match=r"trained must name some of the arrays.*group0\.split0\.factor0"):
+            plan.init(trained=trained)
+
+
+# -- The bits of the start ---------------------------------------------------------------------------
+
+
+def test_the_scale_of_a_start_is_a_number_of_single_precision() -> None:
+    # A power's last bit differs between machines, and what is drawn must not.
+    for config in CONFIGS.values():
+        for group in tna.SuperLoRA(config, SHAPES).groups:
+            assert group.start.std == float(np.float32(group.start.std))
+
+
+def test_the_bits_of_starts_are_known() -> None:
+    """x_start is drawn again wherever an adapter is loaded: a change of one bit changes every update."""
+    digests = {}
+    for name in KNOWN:
+        total = hashlib.sha256()
+        for array in tna.SuperLoRA(CONFIGS[name], SHAPES).init().values():
+            assert array.dtype == np.float32
+            total.update(array.astype("<f4").tobytes())
+        digests[name] = total.hexdigest()[:16]
+    assert digests == KNOWN
 
 
 def test_nothing_random_gives_no_scale() -> None:

@@ -180,3 +180,17 @@ def test_the_rest_of_a_weight_keeps_its_bits() -> None:
     add_in_place(weight, "float32", [(2, np.ones(2))])
     assert weight[[0, 1, 4, 5]].tobytes() == before[[0, 1, 4, 5]].tobytes()
     assert weight[2:4].tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("start", [0, 3, summing.PIECE])
+def test_a_piece_longer_than_the_scratch_is_added_in_its_place(dtype: str, start: int) -> None:
+    size = 2 * summing.PIECE + 5
+    # Sums of small integers are exact in every dtype.
+    piece = (np.arange(size) % 7).astype(np.float64)
+    before = (np.arange(start + size + 4) % 5).astype(np.float64)
+    weight = rounded(before, dtype).copy()
+    assert add_in_place(weight, dtype, [(start, piece)]) is None
+    expected = before.copy()
+    expected[start : start + size] += piece
+    assert np.array_equal(widened(weight, dtype).astype(np.float64), expected)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from .errors import BackendError, ConfigError, ShapeError, shown
 from .fingerprint import Fingerprint
 from .formats import make_format
 from .layout import make_layout
+from .start import Start
 from .superlora import SuperLoRA
 from .target import Target
 
@@ -28,6 +29,8 @@ ACTIVATIONS = ("relu", "gelu", "tanh", "silu")
 _FLOATS = ("float64", "float32", "float16")
 # Each digest draws up to three million numbers: of many distinct F, so many at either end are looked at.
 _DIGESTED = 8
+# Frozen arrays that a file leaves out, and elements of them together: what a small file may make a reader draw.
+MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
 # Trial divisions that factoring may cost: one number of 2**36, or a hundred of 2**23.
 _MAX_DIVISIONS = 1 << 18
 
@@ -58,6 +61,9 @@ class AdapterFile:
         LoDA's nonlinearity.
     model : str
         Class name of the base model, for people.
+    trained : sequence of str, optional
+        Names of the arrays that are trained, where some are frozen; all if None. A frozen array that is what the seed
+        draws is not stored in the file, but drawn when it is loaded.
 
     Raises
     ------
@@ -81,6 +87,7 @@ class AdapterFile:
     base: Fingerprint | None = None
     activation: str | None = None
     model: str = ""
+    trained: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -105,6 +112,7 @@ class AdapterFile:
         _check_dtypes(self)
         _check_text(self)
         check_fit(self.config, self.targets, {name: array.shape for name, array in self.arrays.items()})
+        put("trained", checked_trained(self.trained, self.plan.param_shapes))
 
     def __repr__(self) -> str:
         return (
@@ -115,12 +123,12 @@ class AdapterFile:
     @functools.cached_property
     def plan(self) -> SuperLoRA:
         """The plan of the adapter."""
-        return _plan(self.config, self.targets)
+        return plan_of(self.config, self.targets)
 
     @property
     def num_parameters(self) -> int:
-        """Elements of the adapter's arrays; what is kept beside them is not counted."""
-        return sum(array.size for array in self.arrays.values())
+        """Elements of the adapter's arrays that are trained; what is kept beside them is not counted."""
+        return sum(array.size for name, array in self.arrays.items() if self.trained is None or name in self.trained)
 
     @property
     def dtype(self) -> str:
@@ -129,24 +137,49 @@ class AdapterFile:
         return self.dtypes.get(first, self.arrays[first].dtype.name)
 
     @functools.cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """The frozen arrays that a file leaves out: what the seed draws, up to so many and so large together."""
+        found, room = list[str](), MAX_DRAWN
+        for name, make in drawn(self.plan, self.trained, self.dtype).items():
+            room -= self.arrays[name].size
+            if room < 0 or len(found) == MAX_LEFT_OUT:
+                break
+            # By their bits: a negative zero is another number.
+            if np.array_equal(self.arrays[name].view(np.uint8), make().view(np.uint8)):
+                found.append(name)
+            else:
+                room += self.arrays[name].size
+        return tuple(found)
+
+    @property
     def draws(self) -> str | None:
-        """Digest of what F draws on this machine and nothing trains, or None where F is the identity."""
-        if self.config.projection == "identity":
+        """Digest of what is drawn on this machine and not stored: F, and the arrays left out; None if nothing is."""
+        return self.draws_without(self.left_out)
+
+    def draws_without(self, left_out: Sequence[str]) -> str | None:
+        """The same for a file that leaves out these arrays."""
+        if self.config.projection == "identity" and not left_out:
             return None
         total, groups = hashlib.sha256(), self.plan.groups
         distinct = list({id(group.projection): group.projection for group in groups}.values())
+        if self.config.projection == "identity":
+            distinct = []
         if len(distinct) > 2 * _DIGESTED:
             distinct = distinct[:_DIGESTED] + distinct[-_DIGESTED:]
         for projection in distinct:
             total.update(projection.digest.encode())
-        if not distinct[0].linear:
+        if not groups[0].projection.linear:
             for group in groups:
                 for name in group.names:
                     total.update(group.start.make(name).astype("<f4").tobytes())
+        if left_out:
+            made = drawn(self.plan, self.trained, "float32")
+            for name in left_out:
+                total.update(made[name]().astype("<f4").tobytes())
         return total.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """All arrays, by their names in the file: a kept parameter's begins with ``kept.``."""
+        """All arrays, by their names in a file: a kept parameter's begins with ``kept.``."""
         yield from self.arrays.items()
         for name, array in self.kept.items():
             yield KEPT + name, array
@@ -183,6 +216,42 @@ class AdapterFile:
         for group in self.plan.groups:
             start.update({full: group.start.make((name, "bfloat16")) for name, full in group.names.items()})
         return [now - then for now, then in zip(found, self.plan.deltas(start), strict=True)]
+
+
+def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
+    """Names of trained arrays in the order of the plan; None where they are all of them."""
+    if trained is None:
+        return None
+    if isinstance(trained, str) or not isinstance(trained, Sequence) or not all(isinstance(n, str) for n in trained):
+        raise ConfigError(f"trained must be a list of names of arrays, or None for all; got {shown(trained)}")
+    chosen = set(trained)
+    if not chosen or len(chosen) < len(trained) or not chosen <= shapes.keys():
+        raise ConfigError(
+            f"trained must name some of the arrays, each once; unknown: {some(chosen - shapes.keys())}; there are "
+            f"{some(shapes)}"
+        )
+    return None if len(chosen) == len(shapes) else tuple(name for name in shapes if name in chosen)
+
+
+def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[str, Callable[[], np.ndarray]]:
+    """Of each array that is frozen, what makes it as the seed draws it, rounded to a dtype; in the order of the plan.
+
+    bfloat16 as float32 numbers.
+    """
+    if trained is None:
+        return {}
+    chosen, found = set(trained), dict[str, Callable[[], np.ndarray]]()
+    kind = "float32" if dtype == "bfloat16" else dtype
+    for group, start in zip(plan.groups, plan.starts(trained), strict=True):
+        for name, full in group.names.items():
+            if full not in chosen:
+                found[full] = functools.partial(_drawn, start, name, dtype, kind)
+    return found
+
+
+def _drawn(start: Start, name: str, dtype: str, kind: str) -> np.ndarray:
+    made: np.ndarray = start.make((name, dtype)).astype(kind)
+    return made
 
 
 def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
@@ -246,12 +315,17 @@ def _check_text(file: AdapterFile) -> None:
             raise ConfigError(f"{shown(text)} has half a surrogate pair, which no file can hold") from None
 
 
-def _plan(config: Config, targets: Sequence[Target]) -> SuperLoRA:
+def plan_of(config: Config, targets: Sequence[Target]) -> SuperLoRA:
     return SuperLoRA(config, [target.shape for target in targets], layers=[target.layer for target in targets])
 
 
-def check_fit(config: Config, targets: Sequence[Target], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """An error unless arrays of these shapes are the plan's.
+def check_fit(
+    config: Config,
+    targets: Sequence[Target],
+    shapes: Mapping[str, tuple[int, ...]],
+    trained: Sequence[str] | None = None,
+) -> None:
+    """An error unless arrays of these shapes are the plan's; of those that are not ``trained``, some may be left out.
 
     It takes time and memory as there are shapes and targets, however large the numbers in the config are.
 
@@ -271,14 +345,22 @@ def check_fit(config: Config, targets: Sequence[Target], shapes: Mapping[str, tu
             raise ConfigError(
                 "the sizes that split_size='balanced' has to factor are too large; give split_size as an integer"
             )
-    found = _plan(config, targets).param_shapes
-    if found.keys() != shapes.keys():
+    found = plan_of(config, targets).param_shapes
+    missing = found.keys() - shapes.keys()
+    if trained is not None:
+        missing -= found.keys() - set(checked_trained(trained, found) or found)
+    left_out = found.keys() - shapes.keys() - missing
+    if len(left_out) > MAX_LEFT_OUT or sum(math.prod(found[name]) for name in left_out) > MAX_DRAWN:
         raise ShapeError(
-            f"the arrays must be those of config and targets; missing: {some(found.keys() - shapes.keys())}; "
+            f"{len(left_out)} frozen arrays are left out; at most {MAX_LEFT_OUT} of {MAX_DRAWN} elements together are"
+        )
+    if missing or not shapes.keys() <= found.keys():
+        raise ShapeError(
+            f"the arrays must be those of config and targets; missing: {some(missing)}; "
             f"unknown: {some(shapes.keys() - found.keys())}"
         )
     for name, shape in found.items():
-        if shapes[name] != shape:
+        if shapes.get(name, shape) != shape:
             raise ShapeError(f"{name} has shape {shapes[name]}; config and targets make it {shape}")
 
 

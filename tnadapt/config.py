@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -69,6 +71,11 @@ class Config:
         The scale is ``alpha / rank`` (the largest of several ranks); None means 1.
     seed : int
         Of the projection and of the random start; 0 to 2**64 - 1.
+    weight_shape : (int, int), optional
+        Rows and columns that every weight must have, for a ``fold`` whose sizes stand for weights, rows (or heads and
+        rows of a head) and columns. A plan with weights of another shape, or another number of them, is refused: the
+        fold would cut through weights. The presets with a fold of their own set it; None accepts any weights. It
+        changes no number, so that configs that differ in it alone are equal, and adapter files leave it out.
 
     Raises
     ------
@@ -101,6 +108,8 @@ class Config:
     shared: bool = True
     alpha: float | None = None
     seed: int = 0
+    # A condition on the weights, not a part of what is computed: files written before there was one stay equal.
+    weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
     def __new__(cls, *args: Any, **settings: Any) -> Config:
         # A dataclass says TypeError of a field that it does not know; here it is a ConfigError like the others.
@@ -146,6 +155,27 @@ class Config:
                 "split_size sizes Kronecker splits; with combine='hadamard' every split has the full sizes: "
                 "leave split_size out"
             )
+        put("weight_shape", self._checked_weight_shape())
+
+    def _checked_weight_shape(self) -> tuple[int, int] | None:
+        given = self.weight_shape
+        if given is None:
+            return None
+        if not isinstance(given, (tuple, list)) or len(given) != 2:
+            raise ConfigError(f"weight_shape must be (rows, cols), or None for any weights; got {shown(given)}")
+        rows, cols = (_integer(f"weight_shape[{side}]", size, 1, 1 << 62) for side, size in enumerate(given))
+        if not isinstance(self.fold, tuple):
+            raise ConfigError(
+                f"weight_shape={(rows, cols)} says what the sizes of a fold stand for, and fold={self.fold!r} names "
+                "none: give fold=(weights, rows, cols), or weight_shape=None"
+            )
+        inner = list(itertools.accumulate(reversed(self.fold), operator.mul))
+        if cols not in inner or rows * cols not in inner[inner.index(cols) :]:
+            raise ConfigError(
+                f"the last sizes of fold={self.fold} do not multiply to the {rows} rows and {cols} columns of "
+                f"weight_shape={(rows, cols)}: give fold=(weights, rows, cols), or weight_shape=None"
+            )
+        return rows, cols
 
     def _checked_rank(self) -> int | tuple[int | None, ...]:
         if not isinstance(self.rank, (tuple, list)):
@@ -203,7 +233,7 @@ class Config:
         return self.alpha / max((rank for rank in self.rank if rank is not None), default=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them (tuples become lists).
+        """The fields as JSON knows them (tuples become lists); without ``weight_shape`` where that is None.
 
         Returns
         -------
@@ -215,7 +245,10 @@ class Config:
         >>> Config.from_dict(Config(groups=[[0, 1]]).to_dict()) == Config(groups=[[0, 1]])
         True
         """
-        return {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if self.weight_shape is None:
+            del found["weight_shape"]
+        return found
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Config:

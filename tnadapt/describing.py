@@ -91,6 +91,8 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "draws_here": None if recipe.get("draws") is None else file.draws == recipe["draws"],
         "sha256": recipe["sha256"],
     }
+    if file.trained is not None:
+        found["frozen"] = sum(array.size for array in file.arrays.values()) - file.num_parameters
     if every:
         found["every"] = [_target(target) for target in file.targets]
     return found

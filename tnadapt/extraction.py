@@ -221,9 +221,16 @@ def _numbers(checkpoint: Checkpoint, name: str) -> np.ndarray:
 def _difference(target: Target, base: Checkpoint, place: str, tuned: Checkpoint) -> np.ndarray:
     after = target.select(_numbers(tuned, target.name)).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-        found: np.ndarray = (after - target.select(_numbers(base, place))).astype(np.float32)
+        wide = after - target.select(_numbers(base, place))
+        found: np.ndarray = wide.astype(np.float32)
     if not np.isfinite(found).all():
         raise ShapeError(f"{target.name} holds NaN or infinity, or differs by more than float32 can hold")
+    largest = float(np.max(np.abs(wide), initial=0.0))
+    if 0.0 < largest < np.finfo(np.float32).smallest_normal:
+        raise ShapeError(
+            f"{target.name} differs by {largest:.3g} at most, less than float32 can hold, in which updates are "
+            "fitted: scale both checkpoints up, or leave this weight out of the targets"
+        )
     return found
 
 

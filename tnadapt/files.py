@@ -3,7 +3,8 @@
 **Format version 1.** A safetensors file (:mod:`tnadapt.container` says what that is) of these tensors:
 
 - the adapter's arrays, named and shaped as ``SuperLoRA(config, shapes, layers).param_shapes`` says, such as
-  ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16;
+  ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16. Of those that are not ``trained``, up to 1024 with
+  up to 2**24 elements together are left out where they are the start of :mod:`tnadapt.start`, rounded to that dtype;
 - ``kept.`` + dotted path: parameters of the model that were trained beside it, such as a classifier head, of any
   shape; integers and BOOL are allowed, too.
 
@@ -16,7 +17,8 @@ given last, are left out where they have it.
 ``config``
     Object: the fields of :class:`~tnadapt.Config` that differ from these values, which belong to the format: rank 4,
     order 2, splits 1, groups "weight", fold "stack", format "cp", combine "kronecker", split_size "balanced",
-    leading "dense", terms 1, projection "identity", ratio 1.0, shared true, alpha null, seed 0.
+    leading "dense", terms 1, projection "identity", ratio 1.0, shared true, alpha null, seed 0. ``weight_shape`` is
+    not stored: the targets have their shapes, and the updates do not depend on it.
 ``targets``
     List of the weights that are updated, in the order of the long vector. Each is a list ``[module, stored, role]``:
     the dotted path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv. Where
@@ -36,7 +38,10 @@ given last, are left out where they have it.
     64 hex digits: what F draws. SHA-256 of the hex digits, as ASCII, of the ``digest`` of each distinct
     :class:`~tnadapt.Projection` of the groups, in their order (where there are more than 16, of the first and
     the last 8); and then, where F is nonlinear, of the starting arrays as little-endian float32, in the order of
-    ``param_shapes``. None where F is the identity.
+    ``param_shapes``; and then of the arrays that are left out, likewise, in float32 before they are rounded. None
+    where F is the identity and no array is left out.
+``trained``
+    List of the names of the arrays that are trained, in the order of ``param_shapes``; the others are frozen. All.
 ``sha256``
     64 hex digits that hold the file together. SHA-256 of the text of the entry ``tnadapt``, in UTF-8, with these 64
     digits as zeros; of a zero byte; and then of every tensor, in the order of the UTF-8 bytes of their names: the name,
@@ -59,12 +64,13 @@ from typing import Any
 
 import numpy as np
 
-from .adapter_file import KEPT, AdapterFile, check_fit, counted, some
+from .adapter_file import KEPT, AdapterFile, check_fit, counted, drawn, plan_of, some
 from .config import Config
 from .container import (
     DTYPES,
     MAX_HEADER,
     Container,
+    Entry,
     about,
     opened,
     path_of,
@@ -92,7 +98,7 @@ _DEFAULTS: dict[str, Any] = {
 
 _TAGS = {name: tag for tag, name in DTYPES.items()}
 _REQUIRED = {"version": int, "config": dict, "targets": list, "sha256": str}
-_OPTIONAL = {"activation": str, "base": dict, "draws": str, "model": str}
+_OPTIONAL = {"activation": str, "base": dict, "draws": str, "model": str, "trained": list}
 _JSON = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
 
@@ -138,7 +144,12 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
 def content_of(file: AdapterFile) -> bytes:
     """The bytes of an adapter's file."""
     file.check_finite()
-    stored = {name: _stored(array, file.dtypes.get(name, array.dtype.name)) for name, array in file.tensors()}
+    left_out = set(file.left_out)
+    stored = {
+        name: _stored(array, file.dtypes.get(name, array.dtype.name))
+        for name, array in file.tensors()
+        if name not in left_out
+    }
     recipe = _recipe(file)
     digest = _digest(_text({**recipe, "sha256": "0" * 64}), stored)
     content = serialized(stored, {ENTRY: _text({**recipe, "sha256": digest})})
@@ -157,16 +168,16 @@ def _stored(array: np.ndarray, dtype: str) -> tuple[str, np.ndarray]:
 
 
 def _recipe(file: AdapterFile) -> dict[str, Any]:
-    config = file.config.to_dict()
+    config = file.config.replace(weight_shape=None).to_dict()
     recipe: dict[str, Any] = {
         "version": VERSION,
         "config": {key: value for key, value in config.items() if key not in _DEFAULTS or value != _DEFAULTS[key]},
         "targets": [target.to_list() for target in file.targets],
     }
     base = None if file.base is None else {**dataclasses.asdict(file.base), "sketch": list(file.base.sketch)}
-    for key, value in (("model", file.model), ("activation", file.activation), ("base", base), ("draws", file.draws)):
-        if value:
-            recipe[key] = value
+    trained = None if file.trained is None else list(file.trained)
+    optional = {"model": file.model, "activation": file.activation, "base": base, "draws": file.draws}
+    recipe.update({key: value for key, value in {**optional, "trained": trained}.items() if value})
     return recipe
 
 
@@ -223,22 +234,23 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
     where = path_of(path)
     with about(where):
         with opened(where) as container:
-            found, draws = _read(container)
-        if check_draws and draws != found.draws:
+            found, draws, left_out = _read(container)
+        if check_draws and draws != (here := found.draws_without(left_out)):
             raise FileError(
-                f"was trained with fixed draws of F whose digest is {draws}; on this machine it is {found.draws}. The "
+                f"was trained with fixed draws of F whose digest is {draws}; on this machine it is {here}. The "
                 "updates would be others; run tnadapt.verify to see why, or load it with check_draws=False"
             )
         return found
 
 
-def _read(container: Container) -> tuple[AdapterFile, str | None]:
+def _read(container: Container) -> tuple[AdapterFile, str | None, tuple[str, ...]]:
     text = _entry_text(container)
     recipe = _checked_recipe(strict_json(text, "the tnadapt entry"))
     config, targets = _config(recipe["config"]), _targets(recipe["targets"])
     base = _base(recipe["base"]) if "base" in recipe else None
-    entries = container.entries
-    check_fit(config, targets, {name: entry.shape for name, entry in entries.items() if not name.startswith(KEPT)})
+    entries, trained = container.entries, recipe.get("trained")
+    own = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
+    check_fit(config, targets, {name: entry.shape for name, entry in own.items()}, trained)
     # In the order of the file, so that it is read from one end to the other.
     ordered = sorted(entries, key=lambda name: entries[name].start)
     stored = {name: (entries[name].dtype, container.array(name)) for name in ordered}
@@ -246,18 +258,43 @@ def _read(container: Container) -> tuple[AdapterFile, str | None]:
     if text.count(digest) != 1 or _digest(text.replace(digest, "0" * 64), stored) != digest:
         raise FileError("is damaged: its bytes do not have the SHA-256 that it says they have")
     arrays = {name: _loaded(*tensor) for name, tensor in stored.items()}
+    dtypes = {name: "bfloat16" for name, (tag, _) in stored.items() if tag == "BF16"}
+    left_out = _draw_missing(config, targets, trained, own, arrays, dtypes)
     found = AdapterFile(
         config,
         targets,
         {name: array for name, array in arrays.items() if not name.startswith(KEPT)},
         kept={name.removeprefix(KEPT): array for name, array in arrays.items() if name.startswith(KEPT)},
-        dtypes={name: "bfloat16" for name, (tag, _) in stored.items() if tag == "BF16"},
+        dtypes=dtypes,
         base=base,
         activation=recipe.get("activation"),
         model=recipe.get("model", ""),
+        trained=trained,
     )
     found.check_finite()
-    return found, recipe.get("draws")
+    return found, recipe.get("draws"), left_out
+
+
+def _draw_missing(
+    config: Config,
+    targets: list[Target],
+    trained: list[str] | None,
+    own: Mapping[str, Entry],
+    arrays: dict[str, np.ndarray],
+    dtypes: dict[str, str],
+) -> tuple[str, ...]:
+    """Draw the frozen arrays that the file leaves out, and name them."""
+    if trained is None:
+        return ()
+    kind = DTYPES[next(iter(own.values())).dtype]
+    if kind not in ("float64", "float32", "float16", "bfloat16"):
+        return ()  # what is wrong with it is said when all is there
+    missing = {name: make for name, make in drawn(plan_of(config, targets), trained, kind).items() if name not in own}
+    for name, make in missing.items():
+        arrays[name] = make()
+        if kind == "bfloat16":
+            dtypes[name] = kind
+    return tuple(missing)
 
 
 def _entry_text(container: Container) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from .backends import get_backend
 from .backends.base import Array
 from .errors import ShapeError, integer
+from .norms import exponent_of, relative_difference, scaled_by
 
 __all__ = ["Geometry", "geometry"]
 
@@ -80,10 +81,10 @@ def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
     ours, theirs = (backend.to_numpy(x).astype(np.float64) for x in (dense, variant))
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         raise ShapeError("geometry needs finite updates; one of them has a NaN or an infinity")
-    u, _, vt = np.linalg.svd(ours, full_matrices=False)
-    u2, _, vt2 = np.linalg.svd(theirs, full_matrices=False)
+    # Numbers of any size: their squares may be beyond float64.
+    (u, _, vt), (u2, _, vt2) = (
+        np.linalg.svd(scaled_by(update, -exponent_of(update)), full_matrices=False) for update in (ours, theirs)
+    )
     left = np.linalg.norm(u[:, :k].T @ u2[:, :k]) / math.sqrt(k)
     right = np.linalg.norm(vt[:k] @ vt2[:k].T) / math.sqrt(k)
-    norm = np.linalg.norm(ours)
-    distance = np.linalg.norm(ours - theirs)
-    return Geometry(float(left), float(right), float(distance / norm) if norm else (math.inf if distance else 0.0))
+    return Geometry(float(left), float(right), relative_difference(ours, theirs))

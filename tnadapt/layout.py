@@ -6,6 +6,7 @@ A layout cuts it into G groups. Paper: appendix A.3, figure 13.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import operator
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from .errors import ConfigError, ShapeError, shown
 from .folding import MAX_SIZE
 
-__all__ = ["Layout", "Piece", "make_layout"]
+__all__ = ["Layout", "Piece", "make_layout", "require_alike"]
 
 Groups = str | int | tuple[tuple[int, ...], ...]
 
@@ -230,6 +231,45 @@ def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Seque
             f"explicit groups must name each of the weights 0 to {len(shapes) - 1} exactly once; got {list(groups)}"
         )
     return Layout(shapes, groups)
+
+
+def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -> None:
+    """A ConfigError unless all weights have one shape, and each group is as many of them as a fold holds.
+
+    Parameters
+    ----------
+    layout : Layout
+    shape : (rows, cols)
+        ``Config.weight_shape``.
+    fold : sequence of int
+        Sizes of which the last ones multiply to columns, and to rows times columns.
+
+    Examples
+    --------
+    >>> require_alike(make_layout(1, [(4, 5), (2, 5)]), (4, 5), (2, 4, 5))
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: fold=(2, 4, 5) stands for 2 weights of 4×5, and the weights given are 1 of 4×5, 1 of ...
+    """
+    rows, cols = shape
+    number = math.prod(fold) // (rows * cols)
+    meant = f"fold={tuple(fold)} stands for {number} weight{'s' * (number != 1)} of {rows}×{cols}"
+    counts = collections.Counter(layout.shapes)
+    if set(counts) != {(rows, cols)}:
+        listed = [f"{count} of {r}×{c}" for (r, c), count in list(counts.items())[:6]]
+        raise ConfigError(
+            f"{meant}, and the weights given are {', '.join(listed)}{', …' if len(counts) > 6 else ''}: the fold would "
+            "cut through weights. Adapt weights of one shape (where queries and values differ, as under grouped-query "
+            'attention, targets="q" and targets="v" as two adapters), or use a preset that takes any shapes, such as '
+            "superlora or lora"
+        )
+    for _, _, size in layout.same_size():
+        if size != math.prod(fold):
+            found, rest = divmod(size, rows * cols)
+            raise ConfigError(
+                f"{meant}, and a group has {found} of them{f' and {rest} elements of another' if rest else ''}: give "
+                "the preset the number of weights that are adapted, and groups that are whole weights"
+            )
 
 
 def _by_layer(layers: Iterable[Hashable] | None, weights: int) -> list[list[int]]:

@@ -6,8 +6,8 @@ not name are fields of :class:`~tnadapt.Config` (``alpha``, ``seed``, …) and o
 LoDA, which the paper also names, is not here: its nonlinearity acts on activations, so it is no ΔW.
 
 Methods with a fold of their own (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``) need to know how
-the weights stack up: all of them must have one shape, and stand in the order layer 0 query, layer 0 value,
-layer 1 query, …
+the weights stack up: they must be as many as the preset says, all of its one shape (``Config.weight_shape``; other
+weights are refused), and stand in the order layer 0 query, layer 0 value, layer 1 query, …
 """
 
 from __future__ import annotations
@@ -39,6 +39,15 @@ __all__ = [
 
 def _config(own: dict[str, Any], changes: dict[str, Any]) -> Config:
     return Config.from_dict({**own, **changes})
+
+
+def _stacked(rows: int, cols: int, fold: tuple[int, ...], own: dict[str, Any], changes: dict[str, Any]) -> Config:
+    """All weights as one tensor whose last modes are rows and columns; a caller's own fold is of any weights."""
+    if "fold" not in changes:
+        own = {**own, "fold": fold, "order": len(fold), "weight_shape": (rows, cols)}
+    else:
+        own = {**own, "order": len(fold)}
+    return _config({"groups": 1, **own}, changes)
 
 
 def dense(**changes: Any) -> Config:
@@ -173,10 +182,10 @@ def lotr(rank: int = 4, *, weights: int, rows: int, cols: int, train: bool = Fal
     >>> tna.SuperLoRA(lotr(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3).param_shapes
     {'group0.split0.core': (3, 2, 2), 'group0.split0.factor1': (8, 2), 'group0.split0.factor2': (5, 2)}
     """
-    own: dict[str, Any] = {"groups": 1, "fold": (weights, rows, cols), "order": 3}
+    own: dict[str, Any] = {"format": "tucker", "rank": (None, rank, rank)}
     if train:
-        return _config({**own, "format": "tt", "rank": rank}, changes)
-    return _config({**own, "format": "tucker", "rank": (None, rank, rank)}, changes)
+        own = {"format": "tt", "rank": rank}
+    return _stacked(rows, cols, (weights, rows, cols), own, changes)
 
 
 def lorta(rank: int = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Config:
@@ -225,7 +234,7 @@ def lorta_cp(
     True
     """
     fold = (layers, matrices, heads, _head_size(rows, heads), cols)
-    return _config({"groups": 1, "fold": fold, "order": 5, "format": "cp", "rank": rank}, changes)
+    return _stacked(rows, cols, fold, {"format": "cp", "rank": rank}, changes)
 
 
 def cara(rank: int = 4, *, weights: int, rows: int, cols: int, heads: int, **changes: Any) -> Config:
@@ -255,7 +264,7 @@ def cara(rank: int = 4, *, weights: int, rows: int, cols: int, heads: int, **cha
     True
     """
     fold = (weights, heads, _head_size(rows, heads), cols)
-    return _config({"groups": 1, "fold": fold, "order": 4, "format": "cp-weighted", "rank": rank}, changes)
+    return _stacked(rows, cols, fold, {"format": "cp-weighted", "rank": rank}, changes)
 
 
 def _head_size(rows: int, heads: int) -> int:
@@ -291,8 +300,7 @@ def fact_tk(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any
     >>> tna.parameter_count(fact_tk(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3) == 8 + 6 + 16 + 10
     True
     """
-    own = {"groups": 1, "fold": (weights, rows, cols), "order": 3, "format": "tucker", "rank": rank}
-    return _config(own, changes)
+    return _stacked(rows, cols, (weights, rows, cols), {"format": "tucker", "rank": rank}, changes)
 
 
 def fastfood(ratio: float = 0.01, **changes: Any) -> Config:

@@ -4,6 +4,11 @@
 is zero; all others are random with one root mean square σ. ΔW is then exactly zero, and the zero
 array has a gradient.
 
+**Frozen arrays.** Where that array is frozen and others are trained, one of those is zero in its place: of the trained
+arrays of a term the first one of the last split that has one, CP weights last. The frozen one is then random like the
+others, from its own stream, with the σ that belongs to the new zero. Which array is zero is a function of which are
+trained, and nothing else.
+
 **Nonlinear F.** ``tanhshrink'(0) = 0``: from a zero start nothing would ever move. There every array is
 random with one σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` made again from the seed.
 
@@ -26,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +58,13 @@ class Start(FixedArrays):
         F of the group.
     seed, group : int
         Of the draws.
+    trained : set of str, optional
+        Which of the network's arrays are trained; all if None.
+
+    Attributes
+    ----------
+    zeros : frozenset of str
+        The arrays that are zero.
 
     Examples
     --------
@@ -63,16 +76,53 @@ class Start(FixedArrays):
     (False, (768, 8))
     """
 
-    def __init__(self, network: Network, projection: Projection, seed: int, group: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        projection: Projection,
+        seed: int,
+        group: int,
+        trained: Collection[str] | None = None,
+    ) -> None:
         super().__init__()
         self.network, self.projection, self.seed, self.group = network, projection, seed, group
+        #: Of each term, which array is zero: the number of its split and its name there.
+        self._zero = [_zero_of(network, prefixes, trained) for prefixes in network.prefixes]
+
+    @functools.cached_property
+    def zeros(self) -> frozenset[str]:
+        """The arrays that are zero, one of each term; of a nonlinear F none."""
+        if not self.projection.linear:
+            return frozenset()
+        return frozenset(
+            prefixes[k] + name for prefixes, (k, name) in zip(self.network.prefixes, self._zero, strict=True)
+        )
+
+    def for_trained(self, trained: Collection[str]) -> Start:
+        """The start where only these of the network's arrays are trained."""
+        found = Start(self.network, self.projection, self.seed, self.group, trained)
+        return self if found.zeros == self.zeros else found
 
     @functools.cached_property
     def std(self) -> float:
-        """σ of the random arrays."""
-        formula = _linear_std if self.projection.linear else _nonlinear_std
+        """σ of the random arrays; of the first term, where terms differ in what is zero."""
+        return self._std(self._zero[0])
+
+    def _std(self, zero: tuple[int, str]) -> float:
+        if zero not in self._stds:
+            self._stds[zero] = self._computed_std(zero)
+        return self._stds[zero]
+
+    @functools.cached_property
+    def _stds(self) -> dict[tuple[int, str], float]:
+        return {}
+
+    def _computed_std(self, zero: tuple[int, str]) -> float:
         try:
-            found = formula(self.network, self.projection)
+            if self.projection.linear:
+                found = _linear_std(self.network, self.projection, zero)
+            else:
+                found = _nonlinear_std(self.network, self.projection)
         except OverflowError:
             raise ConfigError(
                 f"so many arrays of such ranks are multiplied that their start is beyond floating-point numbers "
@@ -90,16 +140,16 @@ class Start(FixedArrays):
         if isinstance(key, tuple):
             return _rounded(self.make(key[0]), key[1])
         shape = self.network.shapes[key]
-        last = f"split{len(self.network.splits) - 1}."
+        if key in self.zeros:
+            return np.zeros(shape, np.float32)
         split = self.network.splits[int(key.rpartition(".")[0].rpartition("split")[2])]
         name = key.rpartition(".")[2]
         if name in split.ones:
             return np.ones(shape, np.float32)
-        if self.projection.linear and key.endswith(last + split.zero):
-            return np.zeros(shape, np.float32)
         purpose = draws.PURPOSE["start"] + self._numbers[key]
         drawn = draws.normals(self.seed, self.group, purpose, 0, math.prod(shape))
-        return _scaled(drawn, self.std).reshape(shape)
+        term = int(key.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
+        return _scaled(drawn, self._std(self._zero[term])).reshape(shape)
 
 
 # Longer arrays have their root mean square to half a percent by themselves.
@@ -126,14 +176,29 @@ def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
     return array
 
 
-def _linear_std(network: Network, projection: Projection) -> float:
-    last = network.splits[-1]
-    arrays = _random_arrays(network) - 1
+def _zero_of(network: Network, prefixes: Sequence[str], trained: Collection[str] | None) -> tuple[int, str]:
+    """Which array of a term is zero at the start of a linear adapter: the number of its split and its name there."""
+    last = len(network.splits) - 1
+    usual = last, network.splits[last].zero
+    if trained is None or prefixes[last] + usual[1] in trained:
+        return usual
+    for k in range(last, -1, -1):
+        split = network.splits[k]
+        # Weights of one a component say the least of an update: they are zero where nothing else is trained.
+        for name in sorted(split.shapes, key=lambda name: name in split.ones):
+            if prefixes[k] + name in trained:
+                return k, name
+    return usual
+
+
+def _linear_std(network: Network, projection: Projection, zero: tuple[int, str]) -> float:
+    k, name = zero
+    arrays = _random_arrays(network) - (name not in network.splits[k].ones)
     if arrays == 0:
         return 0.0
     # V = paths * std ** (2 * arrays), paths being how many products an entry of Z is multiplied with.
-    paths = math.prod(split.total_paths for split in network.splits) / last.paths(last.zero)
-    step = _spread(network, -1, last.zero) * _gain(projection)
+    paths = math.prod(split.total_paths for split in network.splits) / network.splits[k].paths(name)
+    step = _spread(network, k, name) * _gain(projection)
     return float((STEP / (step * paths)) ** (1.0 / (2 * arrays)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from .backends import Backend, get_backend, load_backend
 from .backends.base import Array
 from .config import Config
 from .errors import BackendError, ConfigError, ShapeError, integer, shown
-from .layout import Piece, make_layout
+from .layout import Piece, make_layout, require_alike
 from .network import Network
 from .projection import Projection
 from .start import Start
@@ -142,6 +142,9 @@ class SuperLoRA:
             raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
         self.config = config
         self.layout = make_layout(config.groups, shapes, layers)
+        if config.weight_shape is not None:
+            assert isinstance(config.fold, tuple)  # Config has refused any other
+            require_alike(self.layout, config.weight_shape, config.fold)
         self.shapes = self.layout.shapes
         self.size = self.layout.size
         self.num_groups = self.layout.num_groups
@@ -232,7 +235,29 @@ class SuperLoRA:
 
     # -- Arrays ------------------------------------------------------------------------------
 
-    def init(self, backend: str = "numpy", dtype: str = "float32", device: Any = None) -> dict[str, Array]:
+    def starts(self, trained: Collection[str] | None = None) -> list[Start]:
+        """Where each group starts if these of its arrays are trained, by their full names; all if None."""
+        if trained is None:
+            return [group.start for group in self.groups]
+        unknown = [name for name in trained if name not in self.param_shapes]
+        if unknown or not trained:
+            raise ConfigError(
+                f"trained must name some of the arrays in param_shapes; unknown: {_some(unknown)}; there are "
+                f"{_some(list(self.param_shapes))}"
+            )
+        chosen = set(trained)
+        return [
+            group.start.for_trained({name for name, full in group.names.items() if full in chosen})
+            for group in self.groups
+        ]
+
+    def init(
+        self,
+        backend: str = "numpy",
+        dtype: str = "float32",
+        device: Any = None,
+        trained: Collection[str] | None = None,
+    ) -> dict[str, Array]:
         """Fresh parameters: ΔW is exactly zero, and its gradient is not.
 
         Parameters
@@ -243,6 +268,9 @@ class SuperLoRA:
             ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
         device : optional
             Where the library puts them; its default if None.
+        trained : collection of str, optional
+            Names of the arrays that are trained, where the others are frozen as they are returned: zero is then one of
+            these, so that the frozen ones leave it a gradient.
 
         Returns
         -------
@@ -254,7 +282,7 @@ class SuperLoRA:
         BackendError
             If the library, dtype or device is not to be had.
         ConfigError
-            If the dtype cannot hold the start (float16, a nonlinear F and a tiny alpha).
+            If the dtype cannot hold the start (float16, a nonlinear F and a tiny alpha), or ``trained`` names no array.
 
         Notes
         -----
@@ -271,6 +299,10 @@ class SuperLoRA:
         >>> params = SuperLoRA(tna.Config(rank=1), [(2, 3)]).init()
         >>> params["group0.split0.factor0"].tolist()
         [[0.0], [0.0]]
+        >>> plan = SuperLoRA(tna.Config(rank=1), [(2, 3)])
+        >>> params = plan.init(trained=["group0.split0.factor1"])
+        >>> [bool(array.any()) for array in params.values()]
+        [True, False]
         """
         library = load_backend(backend)
         if not library.usable():
@@ -280,9 +312,9 @@ class SuperLoRA:
         # An empty array first: a dtype or device that is not there is said before anything is drawn.
         library.asarray(np.zeros(0), dtype, device)
         made = {}
-        for group in self.groups:
+        for group, start in zip(self.groups, self.starts(trained), strict=True):
             for name, full in group.names.items():
-                host = group.start.host(name)
+                host = start.host(name)
                 if dtype == "float16" and np.max(np.abs(host)) > np.finfo(np.float16).max:
                     raise ConfigError(
                         f"{full} starts at numbers of up to {np.max(np.abs(host)):.1e}, which float16 cannot hold; "

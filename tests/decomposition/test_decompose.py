@@ -359,6 +359,32 @@ def test_one_tensor_of_any_order() -> None:
     assert np.linalg.norm(made - tensor) / np.linalg.norm(tensor) == pytest.approx(report.error)
 
 
+def test_a_tensor_of_more_than_two_modes_needs_them_named() -> None:
+    tensor = np.random.default_rng(0).normal(size=(6, 7, 8))
+    for config in (tna.Config(rank=3), presets.dense(), presets.superlora(2), presets.lorta(2, order=3)):
+        with pytest.raises(ShapeError, match=r"shape \(6, 7, 8\) has 3 modes.*fold=\(6, 7, 8\).*a list of matrices"):
+            tna.decompose(tensor, config)
+        with pytest.raises(ShapeError, match="has 3 modes"):
+            tna.search_rank(tensor, config)
+    for fold in ((8, 7, 6), (6, 8, 7), (6, 7, 9), (12, 28), (4, 14, 6)):
+        with pytest.raises(ShapeError, match=r"cuts across the modes of a tensor of shape \(6, 7, 8\)"):
+            tna.decompose(tensor, tna.Config(rank=2, order=len(fold), fold=fold))
+    with pytest.raises(ShapeError, match="groups=2 would cut"):
+        tna.decompose(tensor, tna.Config(rank=2, order=3, fold=(6, 7, 8), groups=2))
+    # Modes merged, and divided.
+    for fold in ((6, 7, 8), (42, 8), (6, 56), (336,), (2, 3, 7, 8), (2, 3, 7, 2, 2, 2)):
+        _, report = tna.decompose(tensor, tna.Config(rank=2, order=len(fold), fold=fold))
+        assert report.plan.groups[0].network.sizes == fold
+
+
+def test_a_stack_of_weights_as_one_tensor_is_the_same_stack_as_a_list() -> None:
+    tensor = np.random.default_rng(0).normal(size=(3, 6, 8))
+    for config in (presets.lotr(2, weights=3, rows=6, cols=8), presets.cara(2, weights=3, rows=6, cols=8, heads=2)):
+        (one, first), (several, second) = (tna.decompose(given, config) for given in (tensor, list(tensor)))
+        assert first.error == second.error
+        assert all(np.array_equal(one[name], several[name]) for name in one)
+
+
 def test_groups_by_layer() -> None:
     rng = np.random.default_rng(0)
     given = [rng.normal(size=(4, 4)) for _ in range(4)]

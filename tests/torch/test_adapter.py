@@ -20,7 +20,7 @@ from torch import nn  # noqa: E402
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 
-from .small import batch, compiles_whole, small, stir  # noqa: E402
+from .small import Separate, batch, compiles_whole, small, stir  # noqa: E402
 
 P = tna.presets
 # Small.blocks has ten targets: q and v of five blocks, v of the second smaller than q.
@@ -810,3 +810,16 @@ def test_shapes_of_other_arrays_are_refused_and_change_nothing() -> None:
         with pytest.raises(tna.ShapeError, match="needs arrays named and shaped"):
             adapter.load_arrays(arrays)
     assert all(torch.equal(p, before[name]) for name, p in adapter.named_parameters())
+
+
+def test_a_fold_that_would_cut_through_grouped_queries_is_refused() -> None:
+    model = nn.Sequential(Separate(), Separate())
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(tna.ConfigError, match=r'2 of 16×16, 2 of 8×16.*targets="q" and targets="v" as two adapters'):
+        tt.attach(model, tna.presets.lotr(2, weights=4, rows=16, cols=16))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0])
+        assert p.requires_grad == before[name][1]
+    for role, rows in (("q", 16), ("v", 8)):
+        adapter = tt.attach(model, tna.presets.lotr(2, weights=2, rows=rows, cols=16), role, name=role)
+        assert [target.shape for target in adapter.targets] == [(rows, 16)] * 2

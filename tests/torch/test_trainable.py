@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
+import tnadapt as tna  # noqa: E402
 import tnadapt.torch  # noqa: E402
 from tnadapt import presets  # noqa: E402
-from tnadapt.errors import ConfigError  # noqa: E402
+from tnadapt.errors import ConfigError, TargetError  # noqa: E402
 from tnadapt.torch import Adapter, attach  # noqa: E402
 
 from .distributed_jobs import Block  # noqa: E402
@@ -105,3 +110,234 @@ def test_a_nonlinearity_between_the_factors_trains_and_does_not_merge() -> None:
     next(iter(tnadapt.torch.adapters(linear).values())).load_arrays(adapter.arrays())
     with torch.no_grad():
         assert not torch.allclose(model(batch()), linear(batch()), rtol=1e-3)
+
+
+# -- The zero of the start is an array that is trained ------------------------------------------------
+
+PRESETS = {
+    "lora": presets.lora(2), "lokr": presets.lokr(2), "krona": presets.krona(), "loha": presets.loha(2),
+    "lotr": presets.lotr(2, weights=2, rows=16, cols=16), "lorta": presets.lorta(2), "fastfood": presets.fastfood(0.1),
+    "fact_tk": presets.fact_tk(2, weights=2, rows=16, cols=16), "superlora": presets.superlora(2, groups=2),
+    "lotr, train": presets.lotr(2, weights=2, rows=16, cols=16, train=True),
+    "cara": presets.cara(2, weights=2, rows=16, cols=16, heads=2), "compacter": presets.compacter(2, terms=2),
+    "linear": presets.superlora(2, projection="linear", ratio=0.5),
+    "nonlinear": presets.superlora(2, projection="nonlinear", ratio=0.5),
+}  # fmt: skip
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(x).tanh() * self.v_proj(x)
+
+
+def attention(config: Any, **settings: Any) -> tuple[nn.Module, Adapter, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Attention()
+    x = torch.randn(3, 16)
+    return model, attach(model, config, **settings), x
+
+
+def subsets(adapter: Adapter) -> list[dict[str, Any]]:
+    words = sorted({name.rpartition(".")[2] for name in adapter.plan.param_shapes})
+    some = [list(c) for count in range(1, len(words) + 1) for c in itertools.combinations(words, count)]
+    groups: list[Any] = [None] + ([0] if adapter.plan.num_groups > 1 else [])
+    return [{"groups": group, "arrays": chosen} for group in groups for chosen in some]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_whatever_is_chosen_learns_and_changes_nothing_at_first(name: str, tmp_path: Path) -> None:
+    model, adapter, x = attention(PRESETS[name])
+    with adapter.disabled():
+        base = model(x)
+    started = adapter.arrays()
+    for given in subsets(adapter):
+        adapter.set_trainable(**given)
+        assert torch.equal(model(x), base), given
+        assert not any(delta.any() for delta in adapter.deltas())
+        trained = dict(adapter.named_parameters())
+        trained = {key: p for key, p in trained.items() if p.requires_grad}
+        model(x).square().sum().backward()
+        for number in range(adapter.plan.num_groups):
+            own = [p for key, p in trained.items() if key.startswith(f"group{number}.")]
+            assert not own or any(p.grad is not None and p.grad.any() for p in own), given
+        model.zero_grad()
+        # Counts and the file follow what is trained.
+        count = sum(p.numel() for p in adapter.parameters())
+        assert adapter.num_parameters == adapter.summary().parameters == count
+        assert adapter.summary().frozen == adapter.plan.num_parameters - count
+        assert (f"{adapter.summary().frozen:,} more frozen" in str(adapter.summary())) == (len(trained) < len(started))
+        adapter.save(tmp_path / "a.safetensors")
+        file = tna.load(tmp_path / "a.safetensors")
+        assert file.num_parameters == count
+        assert file.trained == adapter.trained
+        with safe_open(tmp_path / "a.safetensors", "np") as stored:
+            assert set(stored.keys()) == trained.keys()
+        # Moved, it comes back with the same bits.
+        before = {key: array.clone() for key, array in adapter.arrays().items()}
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+        adapter.save(tmp_path / "a.safetensors")
+        other = Attention()
+        other.load_state_dict({key: p for key, p in model.state_dict().items() if "tnadapt" not in key})
+        again = tnadapt.torch.load(other, tmp_path / "a.safetensors")
+        assert again.trained == adapter.trained
+        assert [p.requires_grad for _, p in again.named_parameters()] == [
+            p.requires_grad for _, p in adapter.named_parameters()
+        ]
+        assert all(torch.equal(array, adapter.arrays()[key]) for key, array in again.arrays().items())
+        for mine, read in zip(adapter.deltas(), tna.load(tmp_path / "a.safetensors").deltas(), strict=True):
+            assert torch.allclose(mine, torch.from_numpy(read), rtol=1e-5, atol=1e-6)
+        adapter.load_arrays(before)
+    adapter.set_trainable()
+    assert adapter.trained is None
+    # A choice is taken back whole.
+    assert all(torch.equal(array, started[key]) for key, array in adapter.arrays().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [presets.lorta(2), presets.superlora(2, projection="nonlinear")], ids=["lorta", "F"])
+def test_frozen_arrays_come_back_in_every_dtype(dtype: torch.dtype, config: Any, tmp_path: Path) -> None:
+    model, adapter, _ = attention(config, dtype=dtype)
+    word = "core" if config.format == "tucker" else "factor1"
+    adapter.set_trainable(arrays=word)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn_like(p))
+    adapter.save(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as stored:
+        assert list(stored.keys()) == list(adapter.trained or ())
+    arrays, deltas = adapter.arrays(), tna.load(tmp_path / "a.safetensors").deltas()
+    adapter.detach()
+    again = tnadapt.torch.load(model, tmp_path / "a.safetensors")
+    assert all(torch.equal(array, arrays[key]) for key, array in again.arrays().items())
+    assert any(delta.any() for delta in deltas)
+    again.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_frozen_arrays_that_have_moved_are_stored(tmp_path: Path) -> None:
+    model, adapter, x = attention(presets.lora(2))
+    move(adapter)
+    output = model(x)
+    adapter.set_trainable(arrays="factor1")
+    # What has been trained keeps every number.
+    assert torch.equal(model(x), output)
+    adapter.save(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "np") as stored:
+        assert set(stored.keys()) == adapter.plan.param_shapes.keys()
+    adapter.detach()
+    assert tnadapt.torch.load(model, tmp_path / "a.safetensors").trained == (
+        "group0.split0.factor1", "group1.split0.factor1",
+    )  # fmt: skip
+    assert torch.equal(model(x), output)
+
+
+def test_a_loaded_adapter_goes_on_as_it_was_saved(tmp_path: Path) -> None:
+    model, adapter, x = attention(presets.lorta(2))
+    adapter.set_trainable(arrays="core")
+    adapter.save(tmp_path / "a.safetensors")
+    adapter.detach()
+    again = tnadapt.torch.load(model, tmp_path / "a.safetensors")
+    # Still at its start: the zero moves with the choice.
+    again.set_trainable(arrays="factor2")
+    model(x).square().sum().backward()
+    (own,) = again.parameters()
+    assert own.grad is not None
+    assert own.grad.any()
+    again.reset()
+    assert not own.any()
+    assert again.arrays()["group0.split0.core"].any()
+
+
+def test_merging_and_converting_a_file_with_frozen_arrays(tmp_path: Path) -> None:
+    model, adapter, _ = attention(presets.lora(2))
+    adapter.set_trainable(arrays="factor1")
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn_like(p))
+    adapter.save(tmp_path / "a.safetensors")
+    base = {key: p.clone() for key, p in model.state_dict().items() if "tnadapt" not in key}
+    save_file(base, tmp_path / "base.safetensors")
+    tna.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "merged.safetensors")
+    adapter.merge()
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert all(torch.equal(merged[key], p) for key, p in model.state_dict().items() if "tnadapt" not in key)
+    found = tna.info(tmp_path / "a.safetensors")
+    assert (found["parameters"], found["frozen"], found["draws_here"]) == (64, 64, True)
+    made = tna.convert(tmp_path / "a.safetensors", to="peft-lora")
+    assert made.exact
+    half = tna.convert(tmp_path / "a.safetensors", dtype="bfloat16")
+    assert half.file is not None
+    tna.save(tmp_path / "half.safetensors", half.file)
+    assert tna.load(tmp_path / "half.safetensors").trained == adapter.trained
+
+
+def test_what_could_never_learn_is_refused() -> None:
+    _, adapter, _ = attention(presets.lora(2))
+    arrays = adapter.arrays()
+    # As a data-driven start brings them: no start of ours, and zero where it is to be trained.
+    brought = {name: array + 1.0 if name.endswith("factor1") else array for name, array in arrays.items()}
+    adapter.load_arrays(brought)
+    with pytest.raises(ConfigError, match=r"arrays of zeros beside factor1 that would be frozen.*nothing would learn"):
+        adapter.set_trainable(arrays="factor1")
+    assert adapter.trained is None
+    assert all(p.requires_grad for _, p in adapter.named_parameters())
+    assert all(torch.equal(array, brought[name]) for name, array in adapter.arrays().items())
+    adapter.set_trainable(arrays="factor0")
+    adapter.reset()
+    adapter.set_trainable(arrays="factor1")
+    # In one group only: a warning.
+    mixed = {name: brought[name] if "group0" in name else array + 1.0 for name, array in arrays.items()}
+    adapter.set_trainable()
+    adapter.load_arrays(mixed)
+    with pytest.warns(UserWarning, match=r"the gradient of what is trained is zero in groups 0\. Train the others too"):
+        adapter.set_trainable(arrays="factor1")
+
+
+def test_a_relu_passes_nothing_back_to_a_factor_of_zeros() -> None:
+    _, adapter, _ = attention(presets.lora(2), activation="relu")
+    with pytest.raises(ConfigError, match="derivative at zero is zero: factor1 alone could never be trained"):
+        adapter.set_trainable(arrays="factor1")
+    adapter.set_trainable(arrays="factor0")
+    for activation in ("gelu", "tanh", "silu"):
+        model, adapter, x = attention(presets.lora(2), activation=activation)
+        adapter.set_trainable(arrays="factor1")
+        model(x).square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+
+
+def test_a_choice_on_the_meta_device_is_filled_in_by_reset() -> None:
+    with torch.device("meta"):
+        model = Attention()
+    adapter = attach(model, presets.lorta(2))
+    adapter.set_trainable(arrays="core")
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.uniform_(-1, 1)
+    adapter.reset()
+    assert not any(delta.any() for delta in adapter.deltas())
+    model(torch.randn(2, 16)).square().sum().backward()
+    (core,) = adapter.parameters()
+    assert core.grad is not None
+    assert core.grad.any()
+
+
+def test_a_merged_adapter_keeps_its_arrays() -> None:
+    _, adapter, _ = attention(presets.lorta(2))
+    adapter.merge()
+    with pytest.raises(TargetError, match="call unmerge"):
+        adapter.set_trainable(arrays="core")
+    assert adapter.trained is None
+
+
+def test_learning_rates_follow_the_zero() -> None:
+    _, adapter, _ = attention(presets.lora(2))
+    adapter.set_trainable(arrays="factor1")
+    (fast,) = adapter.parameter_groups(lr=0.1, ratio=4.0)
+    assert fast["lr"] == 0.1
+    assert len(fast["params"]) == 2

@@ -170,6 +170,10 @@ class Backend:
         """The numbers of x as a NumPy array on the host, detached from any gradient."""
         return np.asarray(x)
 
+    def largest(self, x: Array) -> float:
+        """The largest magnitude among the elements of x; 0 where it has none, NaN where one is NaN."""
+        return float(self.to_numpy(self.xp.max(self.xp.abs(x)))) if all(x.shape) else 0.0
+
     def detached(self, x: Array) -> Array:
         """The numbers of x where they are, without any gradient; may share memory."""
         return x

@@ -39,7 +39,8 @@ def info_command(
 def _adapter(found: dict[str, Any]) -> Iterable[str]:
     yield f"{found['path']}: a tnadapt adapter, format version {found['version']}, {size(found['bytes'])}"
     rows = [
-        ("parameters", f"{found['parameters']:,} {found['dtype']} in {_counted(found['arrays'], 'array')}"),
+        ("parameters", f"{found['parameters']:,} {found['dtype']} in {_counted(found['arrays'], 'array')}"
+                       f"{_frozen(found)}"),
         ("updates", f"{found['updated']:,} elements of {_counted(_count(found), 'weight')} in "
                     f"{_counted(found['groups'], 'group')}"),
         ("config", _config(found["config"])),
@@ -59,10 +60,14 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
     yield from _targets(found, "weights")
 
 
+def _frozen(found: dict[str, Any]) -> str:
+    return f"; {found['frozen']:,} more frozen" if "frozen" in found else ""
+
+
 def _config(settings: dict[str, Any]) -> str:
     """What differs from the defaults, and the rank."""
     usual = Config().to_dict()
-    told = {name: value for name, value in settings.items() if name == "rank" or value != usual[name]}
+    told = {name: value for name, value in settings.items() if name == "rank" or value != usual.get(name)}
     return ", ".join(f"{name}={json.dumps(value).strip(chr(34))}" for name, value in told.items())
 
 

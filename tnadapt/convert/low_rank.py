@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import ConfigError, shown
+from ..norms import norm, relative, together
 from .modules import Module
 from .taking_apart import Wide
 from .updates import Float, Pair, Update, product, scaled
@@ -163,12 +163,10 @@ def _smallest_rank(
             f"the update itself, {module.shape[0]} × {module.shape[1]}: give rank= or max_error= for the nearest of "
             "lower rank, or to='lycoris-full' for all of it"
         )
-    squares = [one.s**2 for _, one in spectra]
     # What is exact has no error, and counts in the whole.
-    total = sum(float(square.sum()) for square in squares)
-    for own, one in zip(modules, found, strict=True):
-        total += float(np.sum(own.delta(wide) ** 2)) if isinstance(one, Chosen) else 0.0
+    exact = [norm(own.delta(wide)) for own, one in zip(modules, found, strict=True) if isinstance(one, Chosen)]
+    whole = together([*exact, *(norm(one.s) for _, one in spectra)])
     for rank in range(1, worst.rank + 1):
-        if math.sqrt(sum(float(square[rank:].sum()) for square in squares) / total) <= max_error:
+        if relative(together(norm(one.s[rank:]) for _, one in spectra), whole) <= max_error:
             return rank
     return worst.rank

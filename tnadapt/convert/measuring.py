@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 
+from ..norms import exponent_of, norm, norm_of_difference, relative, scaled_by, together
 from .updates import Float, Pair, Update, scaled
 
-__all__ = ["errors_of", "is_rounding", "low_rank_squares", "squares_of"]
+__all__ = ["errors_of", "is_rounding", "low_rank_norms", "norms_of"]
 
 # Errors that a few roundings explain: of arrays that multiply to the same update, and of any that do.
 _ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -32,12 +32,12 @@ def is_rounding(error: float, dtype: str, algebra: bool) -> bool:
     return error <= (_ROUNDING if algebra else _SAME)[dtype]
 
 
-def squares_of(old: Float, new: Float) -> tuple[float, float]:
-    """The squares of the Frobenius norms of a difference, and of what was there."""
-    return float(np.sum((new - old) ** 2)), float(np.sum(old**2))
+def norms_of(old: Float, new: Float) -> tuple[float, float]:
+    """The Frobenius norms of a difference, and of what was there."""
+    return norm_of_difference(old, new), norm(old)
 
 
-def low_rank_squares(old: Update | None, new: Update | None) -> tuple[float, float] | None:
+def low_rank_norms(old: Update | None, new: Update | None) -> tuple[float, float] | None:
     """The same of two updates by their factors alone, or None where they have too many columns for that to be cheaper.
 
     Notes
@@ -52,28 +52,29 @@ def low_rank_squares(old: Update | None, new: Update | None) -> tuple[float, flo
     assert isinstance(one, Pair)
     assert isinstance(two, Pair)
     if np.array_equal(one.b, two.b) and np.array_equal(one.a, two.a):
-        return 0.0, _square_of(one)
+        return 0.0, _norm_of(one)
     both = Pair(np.concatenate([one.b, -two.b], axis=1), np.concatenate([one.a, two.a], axis=1))
-    return _square_of(both), _square_of(one)
+    return _norm_of(both), _norm_of(one)
 
 
-def _square_of(pair: Pair) -> float:
-    upper, lower = (np.asarray(np.linalg.qr(half, mode="r")) for half in pair)
-    return float(np.sum((upper @ lower.T) ** 2))
+def _norm_of(pair: Pair) -> float:
+    # Each half at a size of one: what they make together may be a common number where neither of them is.
+    exponents = [exponent_of(half) for half in pair]
+    upper, lower = (
+        np.asarray(np.linalg.qr(scaled_by(half, -exponent), mode="r"))
+        for half, exponent in zip(pair, exponents, strict=True)
+    )
+    return norm(scaled_by(upper @ lower.T, sum(exponents)))
 
 
-def errors_of(squares: Mapping[str, tuple[float, float]]) -> tuple[float, dict[str, float]]:
+def errors_of(norms: Mapping[str, tuple[float, float]]) -> tuple[float, dict[str, float]]:
     """The relative error of all together, and of each; infinite where something became of nothing.
 
     Examples
     --------
-    >>> errors_of({"q": (0.0, 16.0), "v": (1.0, 9.0)})
+    >>> errors_of({"q": (0.0, 4.0), "v": (1.0, 3.0)})
     (0.2, {'q': 0.0, 'v': 0.3333333333333333})
     """
-    errors = {name: _relative(*pair) for name, pair in squares.items()}
-    off, whole = (math.fsum(pair[place] for pair in squares.values()) for place in (0, 1))
-    return _relative(off, whole), errors
-
-
-def _relative(off: float, whole: float) -> float:
-    return math.sqrt(off / whole) if whole else (math.inf if off else 0.0)
+    errors = {name: relative(*pair) for name, pair in norms.items()}
+    off, whole = (together(pair[place] for pair in norms.values()) for place in (0, 1))
+    return relative(off, whole), errors

@@ -16,7 +16,7 @@ from .choosing import Wish, choose
 from .conversion import Conversion
 from .encoding import lycoris_tensors, peft_tensors
 from .lycoris_reading import NAMES, RECORD, read_lycoris
-from .measuring import errors_of, is_rounding, low_rank_squares, squares_of
+from .measuring import errors_of, is_rounding, low_rank_norms, norms_of
 from .modules import Module, flat_name, modules_of
 from .numbers import check_range, narrowed, rounded
 from .peft_reading import TURNED, adapter_of
@@ -114,9 +114,9 @@ def _measured(
     again, places = Wide(back), {target.module: number for number, target in enumerate(back.targets)}
     if places.keys() != {module.path for module in modules}:
         raise FileError("what was written does not read back: please report this")
-    squares = {}
+    norms = {}
     for module in modules:
         number = places[module.path]
-        found = low_rank_squares(module.form(wide), again.form(number))
-        squares[module.name] = found or squares_of(module.delta(wide), again.delta(number))
-    return errors_of(squares)
+        found = low_rank_norms(module.form(wide), again.form(number))
+        norms[module.name] = found or norms_of(module.delta(wide), again.delta(number))
+    return errors_of(norms)

@@ -13,7 +13,7 @@ from ..container import path_of
 from ..errors import ConfigError, integer, shown
 from .choosing import Wish
 from .conversion import Conversion, check_free
-from .measuring import errors_of, is_rounding, low_rank_squares, squares_of
+from .measuring import errors_of, is_rounding, low_rank_norms, norms_of
 from .numbers import check_range, rounded
 from .outward import to_foreign
 from .reading import read
@@ -119,12 +119,12 @@ def _own(found: Source, dtype: str | None) -> Conversion:
         names = [target.name for target in file.targets]
         return Conversion("tnadapt", found.kind, True, 0.0, dict.fromkeys(names, 0.0),
                           (found.parameters, file.num_parameters), found.notes, file)  # fmt: skip
-    before, after, squares = Wide(found.file, found.updates), Wide(file), {}
+    before, after, norms = Wide(found.file, found.updates), Wide(file), {}
     for number, target in enumerate(file.targets):
-        pair = low_rank_squares(before.form(number), after.form(number))
+        pair = low_rank_norms(before.form(number), after.form(number))
         place = "" if target.rows is None else f"[{target.rows.start}:{target.rows.start + target.rows.length}]"
-        squares[f"{target.name}{place}"] = pair or squares_of(before.delta(number), after.delta(number))
-    error, errors = errors_of(squares)
+        norms[f"{target.name}{place}"] = pair or norms_of(before.delta(number), after.delta(number))
+    error, errors = errors_of(norms)
     sizes = found.parameters, file.num_parameters
     exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
     return Conversion("tnadapt", found.kind, exact, error, errors, sizes, found.notes, file)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..backends import Backend
+from ..backends import Backend, load_backend
 from ..backends.base import Array
+from ..errors import BackendError
 
 __all__ = ["TENSORLY", "Algebra", "tensorly_on"]
 
@@ -25,7 +27,9 @@ TENSORLY = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "cupy": "cupy"}
 _WHOLE = 1024
 _OVERSAMPLES = 10
 _POWER_ITERATIONS = 4
-_PIECE = 1 << 16
+_PIECE = 1 << 20
+# Sums of squares within these have lost nothing to numbers whose squares float64 does not hold.
+_SAFE = 1e-200, 1e200
 
 
 @contextlib.contextmanager
@@ -105,28 +109,68 @@ class Algebra:
         """Zeros of that shape."""
         return self.backend.zeros(shape, like=self.like)
 
-    def squares(self, x: Array) -> float:
-        """The sum of the squares: taken in the dtype, over pieces of 2**16, which are added up in float64."""
+    @functools.cached_property
+    def double(self) -> Algebra:
+        """The same in float64: in the library where it has that dtype on the device, else in NumPy."""
+        try:
+            like = self.backend.astype(self.zeros((1,)), "float64")
+        except (BackendError, TypeError):  # JAX without 64-bit numbers; a device of torch without them
+            return Algebra(load_backend("numpy"), np.zeros(1), self.svd_method, self.seed)
+        return Algebra(self.backend, like, self.svd_method, self.seed)
+
+    def doubled(self, x: Array) -> Array:
+        """An array of :attr:`double` with the numbers of x."""
         backend = self.backend
-        flat = backend.flatten(x)
-        whole = flat.shape[0] // _PIECE * _PIECE
-        total = 0.0
-        with np.errstate(over="ignore", invalid="ignore"):
-            if whole:
-                pieces = backend.reshape(flat[:whole], (-1, _PIECE))
-                total = float(backend.to_numpy(backend.sum(pieces * pieces, axis=1)).astype(np.float64).sum())
-            if whole < flat.shape[0]:
-                rest = flat[whole:]
-                total += float(backend.to_numpy(backend.sum(rest * rest, axis=0)))
+        return backend.astype(x, "float64") if self.double.backend is backend else backend.to_numpy(x).astype("float64")
+
+    def largest(self, x: Array) -> float:
+        """The largest magnitude; 0 of nothing but zeros, NaN or infinity where there is one."""
+        found = self.backend.largest(x)
+        # Some libraries compute as if numbers below the normal ones were zero; the host does not.
+        return found if found > self._least else float(np.max(np.abs(self.backend.to_numpy(x)), initial=0.0))
+
+    def scaled(self, x: Array, exponent: int) -> Array:
+        """x times ``2 ** exponent``: exact, unless a result leaves the dtype's normal range."""
+        if exponent > 0 and self.backend.largest(x) <= self._least:
+            return self.array(np.ldexp(self.backend.to_numpy(x), exponent))
+        # In steps, as a power of two may itself be outside of the dtype's range.
+        for part in (exponent // 3, exponent // 3, exponent - 2 * (exponent // 3)):
+            x = x if part == 0 else x * 2.0**part
+        return x
+
+    @property
+    def _least(self) -> float:
+        """Below it, an array may lose digits of its smaller numbers where a library has no subnormal ones."""
+        found = np.finfo(self.backend.dtype_name(self.like))
+        return float(found.smallest_normal / found.eps)
+
+    def squares(self, x: Array) -> float:
+        """The sum of the squares, in float64."""
+        double, total = self.double.backend, 0.0
+        flat = self.backend.flatten(x)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            for start in range(0, flat.shape[0], _PIECE):
+                piece = self.doubled(flat[start : start + _PIECE])
+                total += float(double.to_numpy(double.sum(piece * piece, axis=0)))
         return total
 
     def norm(self, x: Array) -> float:
-        """The Frobenius norm."""
-        return math.sqrt(self.squares(x))
+        """The Frobenius norm, of numbers of any size."""
+        total = self.squares(x)
+        if _SAFE[0] < total < _SAFE[1]:
+            return math.sqrt(total)
+        largest = self.largest(x)
+        if largest == 0.0 or not math.isfinite(largest):
+            return largest
+        exponent = math.frexp(largest)[1]
+        wide = self.double.scaled(self.doubled(x), -exponent)
+        found = math.sqrt(self.double.squares(wide))
+        return math.ldexp(found, exponent) if math.frexp(found)[1] + exponent <= 1024 else math.inf
 
     def columns(self, x: Array) -> np.ndarray:
         """The norm of each column of a matrix, on the host."""
-        return np.sqrt(self.backend.to_numpy(self.backend.sum(x * x, axis=0)).astype(np.float64))
+        double, wide = self.double.backend, self.doubled(x)
+        return np.sqrt(np.asarray(double.to_numpy(double.sum(wide * wide, axis=0)), np.float64))
 
     def randomized(self, shape: Sequence[int], rank: int) -> bool:
         """Whether the leading singular vectors of such a matrix are found by random projections."""

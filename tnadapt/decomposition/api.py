@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -69,8 +71,9 @@ def decompose(
     ----------
     deltas : list of array, or one array
         The updates, each of shape (rows, cols); one library, real floating dtype and device. Or one tensor of any
-        order, which counts as one weight of shape (d_1, d_2 ⋯ d_M): decompose it in its own modes with
-        ``Config(order=M, fold=(d_1, …, d_M), …)``.
+        order, which counts as one weight of shape (d_1, d_2 ⋯ d_M). One of more than two modes needs a config that
+        names them, ``Config(order=M, fold=(d_1, …, d_M), groups=1, …)``; the fold may also merge neighbouring modes,
+        or divide them.
     cfg : Config
         What the updates are to be made of.
     layers : sequence of hashable, optional
@@ -99,7 +102,8 @@ def decompose(
     Raises
     ------
     ShapeError
-        If an update is no matrix, holds NaN or infinity, or the config does not fit the shapes.
+        If an update is no matrix, holds NaN or infinity, the config does not fit the shapes, or a tensor of more than
+        two modes comes with a config that does not name them.
     ConfigError
         If a setting is out of range.
     BackendError
@@ -141,7 +145,7 @@ def decompose(
     >>> [array.shape for array in params.values()], report.bound <= report.error < 1
     ([(1, 4, 2), (2, 5, 2), (2, 6, 1)], True)
     """
-    given = _listed(deltas)
+    given, cfg = _listed(deltas), _in_own_modes(deltas, cfg)
     backend = get_backend(*given)
     for number, delta in enumerate(given):
         backend.require_float(delta, f"deltas[{number}]")
@@ -181,6 +185,32 @@ def _listed(deltas: Any) -> list[Array]:
     backend: Backend = get_backend(deltas)
     rows = deltas.shape[0] if order > 1 else 1
     return [backend.reshape(deltas, (rows, math.prod(deltas.shape) // rows))]
+
+
+def _in_own_modes(deltas: Any, cfg: Config) -> Config:
+    """The config for one tensor of more than two modes; a ShapeError unless its fold names them."""
+    if isinstance(deltas, (list, tuple)) or len(deltas.shape) <= 2 or not isinstance(cfg, Config):
+        return cfg
+    shape = tuple(int(size) for size in deltas.shape)
+    if not isinstance(cfg.fold, tuple):
+        raise ShapeError(
+            f"a tensor of shape {shape} has {len(shape)} modes, and fold={cfg.fold!r} does not say which of them are "
+            f"rows and which are columns: give Config(order={len(shape)}, fold={shape}, groups=1, …) to decompose it "
+            "in its own modes, or a list of matrices, one a weight"
+        )
+    ours, theirs = (set(itertools.accumulate(sizes, operator.mul)) for sizes in (cfg.fold, shape))
+    if math.prod(cfg.fold) != math.prod(shape) or not (ours <= theirs or theirs <= ours):
+        raise ShapeError(
+            f"fold={cfg.fold} cuts across the modes of a tensor of shape {shape}: give fold={shape}, or sizes that "
+            "merge neighbouring modes or divide them"
+        )
+    if cfg.groups not in ("weight", "layer", 1, ((0,),)):
+        raise ShapeError(
+            f"groups={cfg.groups!r} would cut a tensor of shape {shape} across its modes: give groups=1, or a list of "
+            "matrices, one a weight"
+        )
+    # The tensor is one weight to the plan, however many its first mode stands for.
+    return cfg.replace(weight_shape=None)
 
 
 def _shape(delta: Array, number: int) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 A tensor of a format has unfoldings of limited rank, and the distance of an unfolding to the nearest matrix of that rank
 is known (Eckart & Young): the largest of these distances is a bound. Where a fit meets it, it is an optimum, whatever
-found it. Only whole rows of the first mode are looked at, where nothing is padding.
+found it. Bounds are computed in float64, whatever dtype the updates have. Only whole rows of the first mode are looked
+at, where nothing is padding.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["lower_bound"]
 # Unfoldings whose smaller side is longer are not looked at, nor tensors of more elements.
 _SIDE = 512
 _ELEMENTS = 1 << 25
-# Columns whose products are summed in the dtype; the sums are added up in float64.
+# Columns whose products are one matrix product.
 _BLOCK = 1 << 10
 
 
@@ -40,7 +41,7 @@ def lower_bound(algebra: Algebra, network: Network, vec: Array) -> float:
     Returns
     -------
     float
-        Less what rounding may add to it.
+        Less what rounding may add to it. The vector's largest number is to be near 1, as its squares are taken.
     """
     if network.size > _ELEMENTS:
         return 0.0
@@ -93,7 +94,7 @@ def _matrix(algebra: Algebra, tensor: Array, modes: list[int]) -> Array:
 
 def _beyond(algebra: Algebra, matrix: Array, rank: int) -> float:
     """The norm of the singular values after so many."""
-    backend = algebra.backend
+    backend, double = algebra.backend, algebra.double
     short = min(matrix.shape)
     if rank >= short or short > _SIDE:
         return 0.0
@@ -101,10 +102,10 @@ def _beyond(algebra: Algebra, matrix: Array, rank: int) -> float:
         matrix = backend.matrix_transpose(matrix)
     gram = np.zeros((short, short))
     for start in range(0, matrix.shape[1], _BLOCK):
-        block = matrix[:, start : start + _BLOCK]
-        gram += backend.to_numpy(backend.matmul(block, backend.matrix_transpose(block))).astype(np.float64)
+        block = algebra.doubled(matrix[:, start : start + _BLOCK])
+        gram += double.backend.to_numpy(double.backend.matmul(block, double.backend.matrix_transpose(block)))
     values = np.linalg.eigvalsh(gram)[: short - rank]
     # An entry of a block's Gram matrix is a sum of as many products as the block is long, which is off by eps times the
     # root of that number as a rule, and by four times that here; eigenvalues are off by short times as much at most.
-    slack = 4.0 * short * math.sqrt(_BLOCK) * algebra.eps * float(np.trace(gram))
+    slack = 4.0 * short * math.sqrt(_BLOCK) * double.eps * float(np.trace(gram))
     return math.sqrt(max(0.0, float(values.sum()) - slack))

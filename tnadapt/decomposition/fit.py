@@ -15,6 +15,7 @@ from .algebra import Algebra
 from .bounds import lower_bound
 from .report import GroupReport, Report, Step
 from .single import Fit, Limits
+from .sizes import at_size, power_of
 from .through import fit_group, started
 
 __all__ = ["fit_plan"]
@@ -88,59 +89,43 @@ def fit_plan(
 def _fitted(
     algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Callable[[int, float | None], None]
 ) -> tuple[dict[str, Array], GroupReport]:
-    unit = _unit(algebra, y) if group.projection.linear else 1.0
-    scaled = y if unit == 1.0 else _times(y, 1.0 / unit)
+    # A linear F and the network are homogeneous, and powers of two change no digit: what is fitted is of size one.
+    exponent = power_of(algebra, y) if group.projection.linear else 0
+    scaled = algebra.scaled(y, -exponent)
     norm = algebra.norm(scaled)
-    if not norm < math.inf:
-        raise ShapeError("an update holds NaN, infinity, or numbers whose squares are infinite: nothing fits it")
+    if not norm < math.inf or math.frexp(norm)[1] + exponent > 1024:
+        raise ShapeError(
+            "an update holds NaN, infinity, or numbers whose Frobenius norm float64 cannot hold: nothing fits it"
+        )
     found = fit_group(algebra, group, scaled, limits, watch)
-    error = _error(algebra, group, found, scaled)
+    arrays = at_size(algebra, group.network, found.arrays, exponent) if norm else found.arrays
+    error = _error(algebra, group, arrays, scaled, exponent)
     if not error <= norm:
         # Never worse than nothing at all.
         found = Fit(started(algebra, group), False, found.iterations, f"{found.method}: no better than zero")
-        error = _error(algebra, group, found, scaled)
+        arrays = found.arrays
+        error = _error(algebra, group, arrays, scaled, exponent)
     bound = 0.0
     if norm and group.projection.kind in SQUARE:
         bound = lower_bound(algebra, group.network, group.projection.adjoint(scaled))
     rounding = _ROUNDING * algebra.eps * norm
     certified = found.optimal or error <= rounding or error <= bound * (1.0 + _MET)
-    bound = error if found.optimal else min(error, bound)
+    if found.optimal:
+        # Others may come nearer by what rounding to the dtype took, and by no more.
+        bound = max(bound, error - rounding)
+    bound = min(error, bound)
     relative = (error / norm, bound / norm) if norm else (0.0, 0.0)
-    arrays = _at_size(group, found.arrays, unit) if norm else found.arrays
-    return arrays, GroupReport(group.size, norm * unit, *relative, certified, found.iterations, found.method)
+    whole = math.ldexp(norm, exponent)
+    return arrays, GroupReport(group.size, whole, *relative, certified, found.iterations, found.method)
 
 
-def _unit(algebra: Algebra, y: Array) -> float:
-    """The power of two nearest to an update's root mean square: divided by it, no square is beyond the dtype.
-
-    A linear F and the network are homogeneous, and powers of two change no digit.
-    """
-    total = algebra.squares(y)
-    if 1e-20 < total < 1e20:
-        size = math.sqrt(total / y.shape[0])
-    else:
-        # By the largest number; seldom, so that it may pass through the host.
-        size = float(np.max(np.abs(algebra.backend.to_numpy(y)), initial=0.0))
-        if not math.isfinite(size):
-            return 1.0
-    return 2.0 ** round(math.log2(size)) if size else 1.0
-
-
-def _times(y: Array, factor: float) -> Array:
-    """An array times a power of two that may itself be beyond the dtype."""
-    root = 2.0 ** (math.frexp(factor)[1] // 2)
-    return y * root * (factor / root)
-
-
-def _at_size(group: Group, arrays: Mapping[str, Array], unit: float) -> dict[str, Array]:
-    """The arrays that make the update itself, one of each term times its unit."""
-    last = group.network.splits[-1]
-    scaled = {f"{prefixes[-1]}{last.zero}" for prefixes in group.network.prefixes}
-    if unit == 1.0:
-        return dict(arrays)
-    return {name: _times(array, unit) if name in scaled else array for name, array in arrays.items()}
-
-
-def _error(algebra: Algebra, group: Group, found: Fit, y: Array) -> float:
-    params = {full: found.arrays[name] for name, full in group.names.items()}
-    return algebra.norm(group.update(algebra.backend, params, 0, group.size) - y)
+def _error(algebra: Algebra, group: Group, arrays: Mapping[str, Array], scaled: Array, exponent: int) -> float:
+    """How far the update of arrays is from ``scaled``, which was divided by a power of two: in float64."""
+    double = algebra.double
+    wide = {name: algebra.doubled(array) for name, array in arrays.items()}
+    if group.projection.linear:
+        wide = at_size(double, group.network, wide, -exponent)
+    params = {full: wide[name] for name, full in group.names.items()}
+    with np.errstate(over="ignore", invalid="ignore"):  # of arrays that reach too far, it is infinite
+        made = group.update(double.backend, params, 0, group.size, algebra.backend.dtype_name(algebra.like))
+        return double.norm(made - algebra.doubled(scaled))

@@ -55,11 +55,9 @@ def refine(
 
     backend, shapes = algebra.backend, network.shapes
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
-    total = algebra.squares(y)
+    norm = algebra.norm(y)
     # Arrays of any size are of one to the method.
-    units = {
-        name: max((algebra.squares(start[name]) / size) ** 0.5, 1e-6) for name, size in zip(shapes, sizes, strict=True)
-    }
+    units = {name: max(algebra.norm(start[name]) / size**0.5, 1e-6) for name, size in zip(shapes, sizes, strict=True)}
 
     def arrays_of(theta: np.ndarray) -> dict[str, Array]:
         pieces = np.split(theta, np.cumsum(sizes)[:-1])
@@ -76,8 +74,10 @@ def refine(
         arrays = arrays_of(theta)
         x = network.whole(backend, arrays)
         left = projection(x) - y
-        gradient = network.adjoint(backend, arrays, projection.adjoint(left, at=x) * (2.0 / total))
-        return algebra.squares(left) / total, flat(gradient, 1)
+        # Divided one by one: the square of the norm may be beyond every number.
+        relative = left * (1.0 / norm)
+        gradient = network.adjoint(backend, arrays, projection.adjoint(relative, at=x) * (2.0 / norm))
+        return algebra.squares(relative), flat(gradient, 1)
 
     seen = 0
 
@@ -86,8 +86,9 @@ def refine(
         seen += 1
         watch(seen, max(0.0, float(getattr(intermediate_result, "fun", 0.0))) ** 0.5)
 
-    found = minimize(
-        value, flat(start, -1), jac=True, method="L-BFGS-B", callback=step,
-        options={"maxiter": limits.iterations, "ftol": limits.tol**2, "gtol": 0.0},
-    )  # fmt: skip
+    with np.errstate(over="ignore", invalid="ignore"):  # a step too far is taken back
+        found = minimize(
+            value, flat(start, -1), jac=True, method="L-BFGS-B", callback=step,
+            options={"maxiter": limits.iterations, "ftol": limits.tol**2, "gtol": 0.0},
+        )  # fmt: skip
     return Fit(arrays_of(found.x), False, int(found.nit), "L-BFGS")

@@ -7,6 +7,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+from ..norms import relative, together
 from ..superlora import SuperLoRA
 
 __all__ = ["GroupReport", "Report", "Step"]
@@ -42,7 +43,8 @@ class GroupReport:
     norm : float
         Frobenius norm of the given update.
     error : float
-        Relative Frobenius error, ``|fit - given| / |given|``; 0 for an update of zeros.
+        Relative Frobenius error, ``|fit - given| / |given|``, in float64 and of the arrays that are returned; 0 for an
+        update of zeros.
     bound : float
         A relative error that no parameters of this config can fall below; 0 where none is known.
     certified : bool
@@ -109,9 +111,11 @@ class Report:
         return sum(group.iterations for group in self.groups)
 
     def _together(self, errors: list[float]) -> float:
-        total = math.fsum(group.norm**2 for group in self.groups)
-        wrong = math.fsum((error * group.norm) ** 2 for error, group in zip(errors, self.groups, strict=True))
-        return math.sqrt(wrong / total) if total else 0.0
+        # By a power of two near the largest: an error times a norm of 1e-320 would have few digits.
+        exponent = math.frexp(max((group.norm for group in self.groups), default=0.0))[1]
+        norms = [math.ldexp(group.norm, -exponent) for group in self.groups]
+        wrong = together(error * norm for error, norm in zip(errors, norms, strict=True))
+        return relative(wrong, together(norms))
 
     def __str__(self) -> str:
         count = len(self.groups)

@@ -14,7 +14,6 @@ import numpy as np
 
 from ..backends.base import Array
 from ..formats import Dense
-from ..network import Network
 from ..projection import Projection, tanhshrink
 from ..superlora import Group
 from .algebra import Algebra
@@ -23,12 +22,14 @@ from .gradient import refine
 from .least_squares import least_squares
 from .networks import fit_network
 from .single import Fit, Limits
+from .sizes import at_size, power_of
 
 __all__ = ["fit_group"]
 
 Watch = Callable[[int, float], None]
 
 _STEPS = 50  # of least squares for a first guess
+_FAR = 100.0  # where t - tanh(t) is t - 1 in every dtype
 _FORMED = 1 << 21  # elements of F as a matrix, up to which it is one
 
 
@@ -50,7 +51,7 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
         Arrays under the network's names.
     """
     network, projection = group.network, group.projection
-    if algebra.squares(y) == 0.0:
+    if algebra.largest(y) == 0.0:
         return Fit(started(algebra, group), True, 0, "zero")
     if not projection.linear:
         return _nonlinear(algebra, group, y, limits, watch)
@@ -93,34 +94,39 @@ def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: 
     # The update is F(x) - F(x_start).
     wanted = y + projection(network.whole(backend, begun))
     guesses = [begun]
-    before = _before(algebra, projection.linear_part, _unshrunk(algebra, wanted), limits, _STEPS).arrays["x"]
-    if algebra.squares(before) > 0.0:
+    # What the argument of tanhshrink would have to be is fitted through the linear part of F, at a size of one.
+    linear, target = projection.linear_part, _unshrunk(algebra, wanted)
+    exponent = power_of(algebra, target)
+    target = algebra.scaled(target, -exponent)
+    before = _before(algebra, linear, target, limits, _STEPS).arrays["x"]
+    if 0.0 < algebra.largest(before) < np.inf:
         few = limits._replace(iterations=min(limits.iterations, 10))
-        guesses.append(_near(algebra, network, before, few, begun))
+        fitted = fit_network(algebra, network, before, few, lambda *_: None).arrays
+        fitted = alternate(algebra, network, linear, target, fitted, few, lambda *_: None).arrays
+        near = at_size(algebra, network, fitted, exponent)
+        # Moved a little from where two zeros would hold each other.
+        guesses.append({name: near[name] + begun[name] * 1e-3 for name in network.shapes})
 
     def error(arrays: dict[str, Array]) -> float:
-        return algebra.norm(projection(network.whole(backend, arrays)) - wanted)
+        with np.errstate(over="ignore", invalid="ignore"):  # arrays that reach too far are not chosen
+            return algebra.norm(projection(network.whole(backend, arrays)) - wanted)
 
     best = min(guesses, key=error)
     return refine(algebra, network, projection, wanted, best, limits, watch)
 
 
-def _near(algebra: Algebra, network: Network, vec: Array, limits: Limits, begun: dict[str, Array]) -> dict[str, Array]:
-    """Arrays fitted to a vector, moved a little from where two zeros would hold each other."""
-    found = fit_network(algebra, network, vec, limits, lambda *_: None).arrays
-    return {name: found[name] + begun[name] * 1e-3 for name in network.shapes}
-
-
 def _unshrunk(algebra: Algebra, y: Array) -> Array:
     """The t with ``t - tanh(t) = y``, by Newton's method from the cube root of 3 y."""
     backend = algebra.backend
-    cube = y * 3.0
+    # Further out the tanh is 1 to the last bit, and cubes would leave the dtype.
+    near = backend.where(y > _FAR, y * 0.0 + _FAR, backend.where(y < -_FAR, y * 0.0 - _FAR, y))
+    cube = near * 3.0
     root = backend.where(y > 0.0, y * 0.0 + 1.0, y * 0.0 - 1.0)
     for _ in range(60):
         root = root * (2.0 / 3.0) + cube / (root * root + 1e-30) * (1.0 / 3.0)
     t = root
     for _ in range(20):
         slope = backend.tanh(t)
-        t = t - (tanhshrink(backend, t) - y) / (slope * slope + 1e-30)
+        t = t - (tanhshrink(backend, t) - near) / (slope * slope + 1e-30)
     # Where y is all but nothing, so is t.
-    return backend.where(y * y > 1e-36, t, y * 0.0)
+    return backend.where(near * near > 1e-36, t, y * 0.0) + (y - near)

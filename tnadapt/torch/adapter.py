@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import threading
 import warnings
@@ -51,6 +52,8 @@ class Adapter:
         How each weight is updated: ``"weight"``, ``"factored"`` or ``"beside"``.
     activation : str or None
         LoDA's nonlinearity between the two factors.
+    trained : tuple of str or None
+        The arrays that :meth:`set_trainable` chose, by their names in the plan; None for all.
     report : Report or None
         How near it came, where :func:`tnadapt.torch.extract` made it.
     """
@@ -70,6 +73,7 @@ class Adapter:
         self.targets = tuple(targets)
         self.activation = activation
         self.kept = tuple(kept)
+        self.trained: tuple[str, ...] | None = None
         self.report: Report | None = None
         self.parts: list[Part] = []
         self.sites: list[Site] = []
@@ -105,8 +109,10 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of its arrays."""
-        return self.plan.num_parameters
+        """Elements of its arrays that are trained: of all, unless :meth:`set_trainable` chose some."""
+        if self.trained is None:
+            return self.plan.num_parameters
+        return sum(math.prod(self.plan.param_shapes[name]) for name in self.trained)
 
     @property
     def strategy(self) -> tuple[str, ...]:
@@ -169,10 +175,25 @@ class Adapter:
         Raises
         ------
         ConfigError
-            If nothing is of that name or number.
+            If nothing is of that name or number, or nothing that is chosen could learn: because the arrays have been
+            trained or loaded and those that would be frozen hold zeros, or because ``activation="relu"`` passes nothing
+            back to the factor of the columns while that is zero.
+
+        Warns
+        -----
+        UserWarning
+            If that is so in some groups and not in all.
 
         Notes
         -----
+        ΔW does not change. In groups that are still at the start (:meth:`reset`), the array of zeros is one that is
+        trained: where it would be frozen, it is drawn from the seed like the others, and a trained one becomes zero
+        (:mod:`tnadapt.start`). A core alone, or the factor of the columns alone, so learns from the first step. Groups
+        that have been trained or loaded keep every number.
+
+        The frozen arrays are not counted in ``num_parameters`` and the summary. A file has the choice, and of the
+        frozen arrays those that are not what the seed draws.
+
         Make the optimiser anew afterwards, or give it all parameters with ``weight_decay=0``: an optimiser skips
         parameters that have no gradient.
         """
@@ -191,9 +212,11 @@ class Adapter:
         return parameter_groups(self, lr, ratio)
 
     def reset(self) -> None:
-        """Start again: ΔW = 0. Also what fills the arrays after ``model.to_empty()`` of a meta-device model."""
+        """Start again: ΔW = 0, with the zero in an array that is trained.
+
+        Also what fills the arrays after ``model.to_empty()`` of a meta-device model."""
         self._need_unmerged("reset()")
-        self.load_arrays(self.plan.init())
+        self.load_arrays(self.plan.init(trained=self.trained))
 
     def load_arrays(self, arrays: Mapping[str, Any]) -> None:
         """Copy arrays into its parameters, in place: a swap that recompiles nothing and keeps the optimiser's view.
@@ -216,9 +239,16 @@ class Adapter:
             raise ShapeError(
                 f"adapter {self.name!r} needs arrays named and shaped as its plan says; differing: {wrong}"
             )
+        self.put_arrays(arrays)
+
+    def put_arrays(self, arrays: Mapping[str, Any]) -> None:
+        """Copy arrays that are known to fit into their parameters; others stay."""
+        self._need_unmerged("new arrays")
         reshard(self.model)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
+                if name not in arrays:
+                    continue
                 source = torch.as_tensor(arrays[name], dtype=parameter.dtype, device=parameter.device)
                 parameter.copy_(spread(source, parameter))
 

@@ -23,6 +23,7 @@ from .attach import attach
 from .registry import overlapping
 from .sharding import reshard, spread, whole
 from .targets import find_targets
+from .trainable import keep
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -60,6 +61,7 @@ def to_file(adapter: Adapter) -> AdapterFile:
         base=base_fingerprint(adapter),
         activation=adapter.activation,
         model=adapter.model_name,
+        trained=adapter.trained,
     )
 
 
@@ -142,7 +144,7 @@ def load(
     Returns
     -------
     Adapter
-        Attached, its parameters and what was kept trainable as they were saved.
+        Attached, its parameters, which of them are trained, and what was kept trainable as they were saved.
 
     Raises
     ------
@@ -187,6 +189,7 @@ def load(
     adapter.kept = tuple(file.kept)
     adapter.load_arrays(file.arrays)
     _copy_kept(model, file)
+    keep(adapter, file.trained)
     return adapter
 
 

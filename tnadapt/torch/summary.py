@@ -41,7 +41,9 @@ class Summary:
     ----------
     rows : list of Row
     parameters : int
-        Trainable elements of the adapter.
+        Trained elements of the adapter.
+    frozen : int
+        Elements of the arrays that :meth:`Adapter.set_trainable` left out.
     adapted : int
         Elements of the weights it updates.
     kept : int
@@ -64,7 +66,8 @@ class Summary:
             for index, (target, part) in enumerate(zip(adapter.targets, adapter.parts, strict=True))
         ]
         self.groups = plan.num_groups
-        self.parameters = plan.num_parameters
+        self.parameters = adapter.num_parameters
+        self.frozen = plan.num_parameters - self.parameters
         self.adapted = plan.size
         own = {id(parameter) for _, parameter in adapter.named_parameters()}
         sizes = {name: p.numel() for name, p in adapter.model.named_parameters() if id(p) not in own}
@@ -83,6 +86,8 @@ class Summary:
             f"{self.parameters:,} parameters in {self.groups} group{'s' * (self.groups != 1)} for {self.adapted:,} "
             f"elements of {len(self.rows)} weights; {share:.3g} % of the base's {self.base:,}"
         )
+        if self.frozen:
+            count += f"; {self.frozen:,} more frozen"
         if self.kept:
             count += f"; {self.kept:,} of its own kept trainable"
         return "\n".join([self.title, *lines, count])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from ..errors import ConfigError, shown
+from ..start import Start
+from ..superlora import Group
 
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-__all__ = ["choose", "parameter_groups"]
+__all__ = ["choose", "keep", "parameter_groups"]
 
 
 def choose(adapter: Adapter, groups: Any, arrays: Any) -> None:
@@ -28,8 +35,87 @@ def choose(adapter: Adapter, groups: Any, arrays: Any) -> None:
             f"adapter {adapter.name!r} has no arrays {shown(arrays)} in groups {shown(groups)}; it has groups 0 to "
             f"{len(known) - 1} and arrays {', '.join(last)}"
         )
+    _move_zero(adapter, chosen)
+    keep(adapter, chosen)
+
+
+def keep(adapter: Adapter, trained: Collection[str] | None) -> None:
+    """Train these arrays and no others, all if None; no number is changed."""
+    everything = adapter.plan.param_shapes
+    chosen = everything if trained is None else set(trained)
+    adapter.trained = None if len(chosen) == len(everything) else tuple(name for name in everything if name in chosen)
     for name, parameter in adapter.named_parameters():
         parameter.requires_grad_(name in chosen)
+
+
+def _move_zero(adapter: Adapter, trained: Collection[str]) -> None:
+    """Let what is trained have a gradient: in groups that are still at the start, a trained array becomes the zero."""
+    if next(adapter.named_parameters())[1].device.type == "meta":
+        return  # reset() fills it in
+    plan, everything = adapter.plan, adapter.arrays()
+    moved: dict[str, np.ndarray] = {}
+    able, unable = list[int](), list[int]()
+    for number, (group, old, new) in enumerate(
+        zip(plan.groups, plan.starts(adapter.trained), plan.starts(trained), strict=True)
+    ):
+        own = {name: everything[full].detach() for name, full in group.names.items()}
+        names = {name for name, full in group.names.items() if full in trained}
+        if not names or (len(names) == len(own) and new is old):
+            continue
+        if new.zeros != old.zeros and _is_start(old, own):
+            if adapter.activation == "relu" and new is not group.start:
+                raise ConfigError(
+                    f"adapter {adapter.name!r} has 'relu' between its factors, whose derivative at zero is zero: "
+                    f"{_last_words(names)} alone could never be trained from a start that changes nothing. Train "
+                    f"{_last_words(group.start.zeros)} too, or use another activation"
+                )
+            moved.update({full: new.host(name) for name, full in group.names.items()})
+        elif not _can_learn(group, own, names):
+            unable.append(number)
+            continue
+        able.append(number)
+    _refuse_or_warn(adapter, trained, able, unable)
+    if moved:
+        adapter.put_arrays(moved)
+
+
+def _is_start(start: Start, own: Mapping[str, Tensor]) -> bool:
+    """Whether arrays are a start, to the bit."""
+    return all(
+        torch.equal(array.cpu(), torch.from_numpy(start.host(name)).to(array.dtype)) for name, array in own.items()
+    )
+
+
+def _can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str]) -> bool:
+    """Whether some trained array is multiplied with something: of a linear F, its gradient is the rest of its term."""
+    if not group.projection.linear:
+        return True
+    alive = {name for name, array in own.items() if bool(array.any())}
+    for prefixes in group.network.prefixes:
+        term = {
+            prefix + name for prefix, split in zip(prefixes, group.network.splits, strict=True) for name in split.shapes
+        }
+        if any(term - {name} <= alive for name in term & set(trained)):
+            return True
+    return False
+
+
+def _refuse_or_warn(adapter: Adapter, trained: Collection[str], able: Sequence[int], unable: Sequence[int]) -> None:
+    if not unable:
+        return
+    problem = (
+        f"adapter {adapter.name!r} has arrays of zeros beside {_last_words(trained)} that would be frozen, so that the "
+        "gradient of what is trained is zero"
+    )
+    way = "Train the others too, or call reset(), which starts anew with the zero in a trained array"
+    if not able:
+        raise ConfigError(f"{problem}: nothing would learn. {way}")
+    some = ", ".join(map(str, unable[:4])) + (f" and {len(unable) - 4} more" if len(unable) > 4 else "")
+    warnings.warn(f"{problem} in groups {some}. {way}", stacklevel=4)
+
+
+def _last_words(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
@@ -51,7 +137,7 @@ def parameter_groups(adapter: Adapter, lr: float, ratio: float) -> list[dict[str
 
 
 def _start_zero(adapter: Adapter) -> Iterator[str]:
-    for group in adapter.plan.groups:
+    for group, start in zip(adapter.plan.groups, adapter.plan.starts(adapter.trained), strict=True):
         for name, full in group.names.items():
-            if not group.start.host(name).any():
+            if not start.host(name).any():
                 yield full

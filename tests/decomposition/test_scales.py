@@ -1,0 +1,272 @@
+"""Errors, bounds and ranks do not depend on the size of the numbers, in any dtype and library."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt import presets
+from tnadapt.backends import Backend, get_backend, load_backend
+from tnadapt.decomposition import GroupReport, Report
+from tnadapt.decomposition.algebra import Algebra
+from tnadapt.decomposition.bounds import lower_bound
+from tnadapt.errors import BackendError, ShapeError
+from tnadapt.norms import norm, norm_of_difference, relative_difference
+
+SHAPES = [(12, 8), (6, 8)]
+FOUR = {"weights": 4, "rows": 6, "cols": 8}
+CONFIGS = {
+    "lora": presets.lora(2),
+    "lora, scaled": presets.lora(2, alpha=3.0),
+    "lokr": presets.lokr(2),
+    "krona of two terms": presets.krona(terms=2),
+    "loha": presets.loha(2),
+    "superlora": presets.superlora(2),
+    "shuffled": presets.superlora(2, projection="shuffle"),
+    "linear": presets.superlora(2, projection="linear", ratio=0.5),
+    "fastfood": presets.fastfood(0.5),
+    "lorta": presets.lorta(2),
+    "train": tna.Config(rank=2, order=3, groups=1, fold="balanced", format="tt"),
+    "weighted": tna.Config(rank=2, order=3, groups=1, fold="hypercube", format="cp-weighted"),
+    "dense": presets.dense(),
+}
+# Where one array is the update itself, its numbers leave the dtype's normal range as the update's do.
+ONE_ARRAY = ("fastfood", "dense")
+# dtype -> exponents of powers of two with which integers below 2**3 are exact, subnormal numbers among them.
+EXPONENTS = {"float64": (-1074, 1016), "float32": (-149, 124), "bfloat16": (-133, 124), "float16": (-24, 12)}
+KINDS = [
+    (library, dtype)
+    for library in ("numpy", "torch", "jax")
+    for dtype in sorted(EXPONENTS)
+    if (library, dtype) != ("numpy", "bfloat16")
+]
+
+
+def integers(seed: int, shapes: list[tuple[int, int]] = SHAPES) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(-7, 8, size=shape).astype(np.float64) for shape in shapes]
+
+
+def error_of(plan: tna.SuperLoRA, params: dict[str, Any], exponent: int, given: list[np.ndarray]) -> float:
+    """Relative error by extended precision, which holds squares of all these numbers; arrays as they were returned."""
+    host = {
+        name: np.asarray(get_backend(array).to_numpy(array)).astype(np.longdouble) for name, array in params.items()
+    }
+    off = whole = np.longdouble(0)
+    for made, wanted in zip(_made(plan, host), given, strict=True):
+        off += np.sum((made - np.ldexp(wanted.astype(np.longdouble), exponent)) ** 2)
+        whole += np.sum(np.ldexp(wanted.astype(np.longdouble), exponent) ** 2)
+    return float(np.sqrt(off / whole))
+
+
+def _made(plan: tna.SuperLoRA, host: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The updates of LoRA in extended precision, written out."""
+    return [
+        host[f"group{i}.split0.factor0"] @ host[f"group{i}.split0.factor1"].T * np.longdouble(plan.config.scale)
+        for i in range(len(plan.shapes))
+    ]
+
+
+# Libraries that compile, and methods that iterate: a quarter of the usual examples is enough for a default run.
+@settings(max_examples=settings.default.max_examples // 4)
+@given(
+    name=st.sampled_from(sorted(CONFIGS)),
+    kind_of=st.sampled_from(KINDS),
+    where=st.floats(0, 1),
+    seed=st.integers(0, 5),
+)
+@example("lora", ("numpy", "float64"), 0.0, 0)
+@example("lora", ("jax", "float64"), 0.0, 0)  # XLA computes as if subnormal numbers were zero
+@example("lora", ("jax", "float32"), 0.0, 0)
+@example("lora", ("torch", "float32"), 1.0, 0)
+@example("lokr", ("numpy", "float64"), 1.0, 1)
+def test_a_power_of_two_changes_no_error(name: str, kind_of: tuple[str, str], where: float, seed: int) -> None:
+    library, dtype = kind_of
+    pytest.importorskip(library)
+    backend, config = load_backend(library), CONFIGS[name]
+    least, most = EXPONENTS[dtype]
+    exponent = round(least + where * (most - least))
+    if name in ONE_ARRAY:
+        # The arrays are the updates, or their images by F, in the normal range: of halves, float32's.
+        exponent = max(exponent, {"float64": -1000, "float16": -24}.get(dtype, -100))
+    kind = np.float64 if dtype == "float64" else np.float32
+
+    def decomposed(power: int) -> Report:
+        own = [backend.asarray(np.ldexp(one.astype(kind), power), dtype) for one in integers(seed)]
+        params, report = tna.decompose(own, config, max_iterations=3)
+        assert all(np.isfinite(backend.to_numpy(array)).all() for array in params.values())
+        return report
+
+    there, here = decomposed(exponent), decomposed(0)
+    for scaled, plain in zip(there.groups, here.groups, strict=True):
+        assert scaled.error == pytest.approx(plain.error, rel=1e-12, abs=0.0)
+        assert scaled.bound == pytest.approx(plain.bound, rel=1e-9, abs=1e-15)
+        assert scaled.certified == plain.certified
+        assert scaled.norm == math.ldexp(plain.norm, exponent)
+    # Of all groups together: a subnormal norm has few digits of the weight that its group has.
+    few = 5e-324 / max(group.norm for group in there.groups)
+    assert there.error == pytest.approx(here.error, rel=1e-12 + 4 * few, abs=0.0)
+    assert 0.0 <= there.bound <= there.error
+
+
+@pytest.mark.parametrize("dtype", sorted(EXPONENTS))
+@pytest.mark.parametrize("where", [0.0, 0.03, 0.25, 0.5, 0.75, 1.0])
+def test_the_error_is_that_of_the_arrays_that_are_returned(backend: Backend, dtype: str, where: float) -> None:
+    try:
+        backend.dtype(dtype)
+    except BackendError as error:
+        pytest.skip(str(error))
+    least, most = EXPONENTS[dtype]
+    exponent, given = round(least + where * (most - least)), integers(3)
+    kind = np.float64 if dtype == "float64" else np.float32
+    own = [backend.asarray(np.ldexp(one.astype(kind), exponent), dtype) for one in given]
+    params, report = tna.decompose(own, presets.lora(2))
+    few = 1e-9 + 4 * 5e-324 / max(group.norm for group in report.groups)
+    assert report.error == pytest.approx(error_of(report.plan, params, exponent, given), rel=few)
+    best = math.hypot(*(norm(np.linalg.svd(one, compute_uv=False)[2:]) for one in given)) / math.hypot(
+        *map(norm, given)
+    )
+    # Rounding to float32 costs a part in 1e7 of the update: of the error, far less than that.
+    assert report.error == pytest.approx(best, rel=few)
+    assert report.bound == pytest.approx(best, rel=few)
+    assert report.bound <= report.error
+    assert report.certified
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-300, 1e-200, 1e-163, 1e-155, 1e155, 1e163, 1e200, 1e300])
+def test_named_scales(scale: float) -> None:
+    given = np.random.default_rng(0).normal(size=(12, 8))
+    _, plain = tna.decompose([given], presets.lora(2))
+    _, report = tna.decompose([given * scale], presets.lora(2))
+    # A decimal scale rounds the numbers themselves; subnormal ones to fewer digits.
+    assert report.error == pytest.approx(plain.error, rel=1e-12)
+    assert str(report) == str(plain)
+    assert tna.search_rank([given * scale], presets.lora(), error=0.5).rank == (
+        tna.search_rank([given], presets.lora(), error=0.5).rank
+    )
+
+
+@given(exponent=st.integers(-1060, 1015), error=st.floats(1e-3, 0.9), seed=st.integers(0, 3))
+@example(-1060, 0.3, 0)
+def test_a_rank_for_an_error_is_the_same_at_any_scale(exponent: int, error: float, seed: int) -> None:
+    given = integers(seed, [(8, 6)] * 2)
+    scaled = [np.ldexp(one, exponent) for one in given]
+    for config in (presets.lora(), presets.lotr(weights=2, rows=8, cols=6)):
+        ranks = [tna.search_rank(own, config, error=error, max_iterations=5).rank for own in (given, scaled)]
+        assert ranks[0] == ranks[1]
+
+
+@given(
+    exponents=st.lists(st.integers(-1040, 1000), min_size=1, max_size=4),
+    errors=st.lists(st.floats(0.0, 1.0), min_size=4, max_size=4),
+)
+def test_groups_of_very_different_sizes_together(exponents: list[int], errors: list[float]) -> None:
+    plan = tna.SuperLoRA(presets.lora(1), [(2, 2)] * len(exponents))
+    norms = [math.ldexp(1.5, exponent) for exponent in exponents]
+    groups = tuple(GroupReport(4, size, error, 0.0, False, 0, "") for size, error in zip(norms, errors, strict=False))
+    wide = [np.longdouble(1.5) * np.longdouble(2) ** exponent for exponent in exponents]
+    off = np.sqrt(sum((size * np.longdouble(error)) ** 2 for size, error in zip(wide, errors, strict=False)))
+    expected = float(off / np.sqrt(sum(size**2 for size in wide)))
+    assert Report(plan, groups).error == pytest.approx(expected, rel=1e-12, abs=1e-320)
+
+
+def test_updates_of_zeros_beside_others() -> None:
+    given = [np.zeros((6, 4)), np.random.default_rng(0).normal(size=(6, 4)) * 1e-200]
+    _, report = tna.decompose(given, presets.lora(1))
+    assert report.groups[0].error == 0.0
+    assert report.error == pytest.approx(report.groups[1].error, rel=1e-12)
+
+
+def test_a_norm_that_float64_cannot_hold_is_refused() -> None:
+    with pytest.raises(ShapeError, match="Frobenius norm float64 cannot hold"):
+        tna.decompose([np.full((12, 8), 1.7e308)], presets.lora(1))
+
+
+@pytest.mark.parametrize("exponent", [-1000, -500, 0, 300, 1000])
+def test_a_nonlinear_f_of_any_size_is_fitted_or_left_alone(exponent: int) -> None:
+    given = [np.ldexp(one, exponent) for one in integers(0)]
+    params, report = tna.decompose(given, presets.superlora(2, projection="nonlinear"), max_iterations=20)
+    made = report.plan.deltas(params)
+    off = math.hypot(*(norm_of_difference(a, b) / math.ldexp(1, exponent) for a, b in zip(given, made, strict=True)))
+    whole = math.hypot(*(norm(one) / math.ldexp(1, exponent) for one in given))
+    assert report.error == pytest.approx(off / whole, rel=1e-9)
+    # What is small beside F(x_start) is out of reach, and the start is returned; what is not is fitted.
+    assert report.error == 1.0 if exponent < 0 else report.error < 0.8
+    assert not report.certified
+
+
+# -- Float32 and half inputs in float64 --------------------------------------------------------------
+
+
+@given(scale=st.sampled_from([1.0, 1e-2, 1e-4, 1e-6]), seed=st.integers(0, 20), columns=st.sampled_from([7, 900, 5000]))
+def test_bounds_of_single_precision_are_those_of_double(scale: float, seed: int, columns: int) -> None:
+    rng = np.random.default_rng(seed)
+    made = rng.normal(size=(6, 1)) @ rng.normal(size=(1, columns)) + scale * rng.normal(size=(6, columns))
+    delta = made.astype(np.float32)
+    network = tna.SuperLoRA(presets.lora(2), [delta.shape]).groups[0].network
+    bound, wide = (
+        lower_bound(Algebra(get_backend(x), x), network, x.reshape(-1)) for x in (delta, delta.astype(np.float64))
+    )
+    assert bound == wide
+    true = norm(np.linalg.svd(delta.astype(np.float64), compute_uv=False)[2:])
+    # Of a Gram matrix in float64 the square root of its rounding is left.
+    assert true - 1e-6 * norm(delta) <= bound <= true * (1 + 1e-12)
+
+
+@given(seed=st.integers(0, 20), large=st.integers(10, 30))
+def test_norms_of_single_precision_add_up_in_double(seed: int, large: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=10_000).astype(np.float32) * np.float32(2.0**large)
+    algebra = Algebra(get_backend(x), x)
+    exact = math.sqrt(math.fsum((x.astype(np.float64) ** 2).tolist()))
+    assert algebra.norm(x) == pytest.approx(exact, rel=1e-14)
+    columns = x.reshape(2500, 4)
+    assert algebra.columns(columns) == pytest.approx(np.linalg.norm(columns.astype(np.float64), axis=0), rel=1e-14)
+
+
+def test_without_64_bit_numbers_jax_is_measured_on_the_host() -> None:
+    jax = pytest.importorskip("jax")
+    given = integers(1)
+    expected = tna.decompose([one.astype(np.float32) for one in given], presets.lora(2))[1]
+    with jax.enable_x64(False):
+        own = [jax.numpy.asarray(one, "float32") for one in given]
+        params, report = tna.decompose(own, presets.lora(2))
+        assert Algebra(get_backend(own[0]), own[0]).double.backend.name == "numpy"
+    assert report.error == pytest.approx(expected.error, rel=1e-10)
+    assert report.bound == pytest.approx(expected.bound, rel=1e-10)
+    assert all(get_backend(array).name == "jax" for array in params.values())
+
+
+# -- Norms, and what else is measured by them --------------------------------------------------------
+
+NUMBERS = st.lists(st.integers(-8, 8), min_size=1, max_size=12)
+
+
+@given(numbers=NUMBERS, exponent=st.integers(-1074, 1018))
+def test_norms_of_any_size(numbers: list[int], exponent: int) -> None:
+    array = np.array(numbers, np.float64)
+    scaled = np.ldexp(array, exponent)
+    expected = np.ldexp(np.sqrt(np.sum(array.astype(np.longdouble) ** 2)), exponent)
+    assert norm(scaled) == pytest.approx(float(expected), rel=1e-15, abs=5e-324)
+    assert norm_of_difference(scaled, np.zeros_like(scaled)) == norm(scaled)
+    assert relative_difference(scaled, -scaled) == (2.0 if array.any() else 0.0)
+    assert relative_difference(scaled, scaled) == 0.0
+
+
+@given(one=st.integers(-1060, 1010), other=st.integers(-1060, 1010), seed=st.integers(0, 5))
+def test_the_geometry_of_updates_of_any_size(one: int, other: int, seed: int) -> None:
+    dense, variant = integers(seed, [(6, 5), (6, 5)])
+    plain = tna.geometry(dense, variant, k=2)
+    same = tna.geometry(np.ldexp(dense, one), np.ldexp(variant, one), k=2)
+    assert same == plain
+    apart = tna.geometry(np.ldexp(dense, one), np.ldexp(variant, other), k=2)
+    assert apart[:2] == plain[:2]
+    assert apart.d_euclid >= 0.0
+    if one - other > 60:
+        assert apart.d_euclid == pytest.approx(1.0)

@@ -1,0 +1,111 @@
+"""Frobenius norms of any numbers that float64 holds: scaled by a power of two before they are squared.
+
+A square of 1e-163 is zero in float64, and one of 1e155 is infinite. Scaling by a power of two changes no digit, so that
+norms, and quotients of them, are as exact for numbers of any size as for those near 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+__all__ = ["exponent_of", "norm", "norm_of_difference", "relative", "relative_difference", "scaled_by", "together"]
+
+
+def exponent_of(*arrays: np.ndarray) -> int:
+    """The e for which the largest magnitude is from 2**(e - 1) to below 2**e; 0 where all are zero.
+
+    Examples
+    --------
+    >>> exponent_of(np.array([0.3, -6.0])), exponent_of(np.zeros(2))
+    (3, 0)
+    """
+    return math.frexp(max((float(np.max(np.abs(array), initial=0.0)) for array in arrays), default=0.0))[1]
+
+
+def scaled_by(array: np.ndarray, exponent: int) -> np.ndarray:
+    """An array in float64 times ``2 ** exponent``, exact unless a result leaves float64's normal range.
+
+    Examples
+    --------
+    >>> scaled_by(np.array([1e-310]), 1030)[0].item() == 1e-310 * 2.0**515 * 2.0**515
+    True
+    """
+    found: np.ndarray = np.ldexp(array.astype(np.float64), exponent)
+    return found
+
+
+def norm(array: np.ndarray) -> float:
+    """The Frobenius norm, infinite only where float64 cannot hold it.
+
+    Examples
+    --------
+    >>> norm(np.full(4, 1e-300)), norm(np.full(4, 1e300))
+    (2e-300, 2e+300)
+    """
+    exponent = exponent_of(array)
+    return _times_power(float(np.linalg.norm(scaled_by(array, -exponent))), exponent)
+
+
+def norm_of_difference(one: np.ndarray, other: np.ndarray) -> float:
+    """The Frobenius norm of ``one - other``, which need not be within float64's range itself.
+
+    Examples
+    --------
+    >>> norm_of_difference(np.full(4, 1e-300), np.zeros(4))
+    2e-300
+    """
+    found, exponent = _difference(one, other)
+    return _times_power(found, exponent)
+
+
+def relative_difference(whole: np.ndarray, other: np.ndarray) -> float:
+    """``|whole - other| / |whole|``; 0 where both are zero, infinite where ``whole`` alone is, or all but zero.
+
+    Examples
+    --------
+    >>> relative_difference(np.full(4, 1e-320), np.zeros(4)), relative_difference(np.full(4, 1e-300), np.full(4, 1e300))
+    (1.0, inf)
+    """
+    off, exponent = _difference(whole, other)
+    own = exponent_of(whole)
+    return _times_power(relative(off, float(np.linalg.norm(scaled_by(whole, -own)))), exponent - own)
+
+
+def _difference(one: np.ndarray, other: np.ndarray) -> tuple[float, int]:
+    """The norm of a difference as a number and the exponent of a power of two that it is to be multiplied by."""
+    exponent = exponent_of(one, other)
+    return norm(scaled_by(one, -exponent) - scaled_by(other, -exponent)), exponent
+
+
+def relative(off: float, whole: float) -> float:
+    """``off / whole``; 0 where both are zero, infinite where ``whole`` alone is.
+
+    Examples
+    --------
+    >>> relative(1e-300, 4e-300), relative(0.0, 0.0), relative(1.0, 0.0)
+    (0.25, 0.0, inf)
+    """
+    if not whole:
+        return math.inf if off else 0.0
+    return off / whole
+
+
+def together(norms: Iterable[float]) -> float:
+    """The norm of several parts together, from that of each.
+
+    Examples
+    --------
+    >>> together([3.0, 4.0]), together([2.0**-900] * 4) == 2.0**-899, together([])
+    (5.0, True, 0.0)
+    """
+    return math.hypot(*norms)
+
+
+def _times_power(number: float, exponent: int) -> float:
+    try:
+        return math.ldexp(number, exponent)
+    except OverflowError:
+        return math.inf
