@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import threading
@@ -23,11 +22,12 @@ from ..superlora import SuperLoRA
 from ..target import Target
 from . import merging
 from .apply import Part, Site
+from .atomic import all_or_none
 from .delta import Update
 from .freezing import Untied, restore
 from .kept import Updates
 from .registry import BOOK, PREFIX, finite, mix
-from .sharding import refuse_reentrant, reshard, spread, whole
+from .sharding import copy_all, refuse_reentrant, reshard, whole
 from .summary import Summary
 from .summed import Source
 from .trainable import choose, parameter_groups
@@ -230,7 +230,21 @@ class Adapter:
         ------
         ShapeError
             If a name or a shape does not fit; nothing is changed then.
+
+        Notes
+        -----
+        An exception in the middle of it, KeyboardInterrupt included, leaves the arrays that there were.
+
+        It is **not** atomic for forward passes that other threads are in at that moment: such a pass may use the old
+        arrays in some layers, the new ones in others, and a mixture of both in one. The same is true of :meth:`swap`,
+        :meth:`activate`, :func:`mix`, :meth:`merge`, :meth:`unmerge` and :meth:`disabled`. Passes that begin after
+        the call has returned are exact, whatever was going on during it. A server that changes adapters while it
+        answers needs a lock around both, or a copy of the model for each adapter.
         """
+        copy_all(self.fitting(arrays))
+
+    def fitting(self, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
+        """Its parameters, each with the array to be copied into it; a ShapeError where these do not fit."""
         self._need_unmerged("new arrays")
         expected = self.plan.param_shapes
         found = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -239,18 +253,13 @@ class Adapter:
             raise ShapeError(
                 f"adapter {self.name!r} needs arrays named and shaped as its plan says; differing: {wrong}"
             )
-        self.put_arrays(arrays)
+        return self.pairs(arrays)
 
-    def put_arrays(self, arrays: Mapping[str, Any]) -> None:
-        """Copy arrays that are known to fit into their parameters; others stay."""
+    def pairs(self, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
+        """The parameters of these arrays, whose names and shapes are known to fit, each with its array."""
         self._need_unmerged("new arrays")
         reshard(self.model)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name not in arrays:
-                    continue
-                source = torch.as_tensor(arrays[name], dtype=parameter.dtype, device=parameter.device)
-                parameter.copy_(spread(source, parameter))
+        return [(parameter, arrays[name]) for name, parameter in self.named_parameters() if name in arrays]
 
     # -- Which adapters act ------------------------------------------------------------------
 
@@ -268,6 +277,9 @@ class Adapter:
         number = finite(weight)
         if number != self._weight:
             self._need_unmerged("another weight")
+        all_or_none(Adapter._weigh, [(self, number)], [(self, self._weight)])
+
+    def _weigh(self, number: float) -> None:
         self._weight = number
         self._mix.fill_(number)
 
@@ -275,15 +287,21 @@ class Adapter:
     def disabled(self) -> Iterator[None]:
         """Inside ``with`` the base model, bit for bit (and other adapters, where there are); merged or not."""
         was, merged = self._enabled, self.merged is not None
-        if merged:
-            self.unmerge()
-        self._enabled = False
         try:
-            yield
+            try:
+                if merged:
+                    self.unmerge()
+                self._enabled = False
+                yield
+            finally:
+                self._enable(was, merged)
         finally:
-            self._enabled = was
-            if merged:
-                self.merge()
+            self._enable(was, merged)  # again, for a KeyboardInterrupt in the middle of the first time
+
+    def _enable(self, enabled: bool, merged: bool) -> None:
+        self._enabled = enabled
+        if merged and self.merged is None:
+            self.merge()
 
     # -- Merging -----------------------------------------------------------------------------
 
@@ -449,7 +467,7 @@ class Adapter:
         own = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         made = self._updates.slice(index) if own else None
         if made is None:
-            return self.weighted(self._updates.get(self._live, index))
+            return self.weighted(self._updates.get(self.given, index))
         return self.weighted(Update.apply(made, *self.given(made.names)))  # type: ignore[no-untyped-call]
 
     def source(self, index: int) -> tuple[Source, list[Tensor]]:
@@ -481,19 +499,10 @@ class Adapter:
             return torch.where(self._mix == 0, torch.zeros_like(value), value * self._mix)
         return value if self._weight == 1.0 else value * self._weight
 
-    def _live(self) -> dict[str, Tensor]:
-        """Its arrays as the model has them at this moment."""
-        return {array: self.model._parameters[name] for array, name in self._names.items()}  # type: ignore[misc]
-
     @property
     def shares(self) -> bool:
         """Whether some weight needs the updates formed (not the factors alone)."""
         return any(part.strategy != "factored" for part in self.parts)
-
-    @functools.cached_property
-    def _needs_whole(self) -> bool:
-        """Whether some weight needs all updates formed at once while training."""
-        return any(part.strategy != "factored" and self._updates.slice(part.index) is None for part in self.parts)
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Hook: a forward pass of the whole model starts."""
@@ -509,7 +518,7 @@ class Adapter:
         if not self.acts:
             return
         if self.shares:
-            self._updates.begin(self._live(), torch.compiler.is_compiling() or self._needs_whole)
+            self._updates.begin()
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook: it is over, or failed."""

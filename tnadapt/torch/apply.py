@@ -209,14 +209,20 @@ class Site:
         sums = [_sum(stored, here) for stored, here in into]
         # One thread at a time: another would find this one's sum, or take it away.
         with contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock:
+            return self._covered(names, sums, args, kwargs)
+
+    def _covered(self, names: Sequence[tuple[nn.Module, str]], sums: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
+        try:
             try:
                 for (owner, name), total in zip(names, sums, strict=True):
                     owner.__dict__[name] = total
                 return self._original(*args, **kwargs)
             finally:
-                for owner, name in names:
-                    if name in owner.__dict__:
-                        del owner.__dict__[name]
+                _uncover(names)
+        finally:
+            # Again: a KeyboardInterrupt may come in the middle of cleaning up, and a sum that stayed would be taken for
+            # the weight from then on.
+            _uncover(names)
 
     def _output(self, part: Part, x: Tensor) -> Tensor:
         """What the update adds to the output."""
@@ -234,6 +240,13 @@ class Site:
             found = _moved(found, x.device)
         activation = None if adapter.activation is None else ACTIVATIONS[adapter.activation]
         return adapter.weighted(product(x, found, activation))
+
+
+def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:
+    """Remove the sums that stand in front of parameters."""
+    for owner, name in names:
+        if name in owner.__dict__:
+            del owner.__dict__[name]
 
 
 def _moved(factored: Factored, device: torch.device) -> Factored:

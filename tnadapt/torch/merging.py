@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -45,11 +45,18 @@ def merge(adapter: Adapter) -> None:
         updates.sum(index, target, weight)
         for index, (target, weight) in enumerate(zip(adapter.targets, weights, strict=True))
     ]
-    merged = []
-    for target, weight, after in zip(adapter.targets, weights, sums, strict=True):
-        merged.append(Merged(target.select(weight).clone(), _checksum(after)))
-        _write(target, weight, after)
-    adapter.merged = merged
+    merged = [
+        Merged(target.select(weight).clone(), _checksum(after))
+        for target, weight, after in zip(adapter.targets, weights, sums, strict=True)
+    ]
+    try:
+        # Before any weight is written to: whatever happens from here on, unmerge() has the bits to put back.
+        adapter.merged = merged
+        for target, weight, after in zip(adapter.targets, weights, sums, strict=True):
+            _write(target, weight, after)
+    except BaseException:  # KeyboardInterrupt, too
+        _put_back(adapter, weights, merged)
+        raise
     adapter._updates.forget()
 
 
@@ -130,13 +137,25 @@ def unmerge(adapter: Adapter) -> None:
                 f"{target.name} was {merged.before.dtype} when it was merged and is {weight.dtype} now: the bits it "
                 "had cannot come back; convert the model to what it was, or detach by bake()"
             )
-        if _checksum(target.select(weight)) != merged.checksum:
+        # Rows that are the original ones already are those of an unmerge() that was interrupted.
+        now = _checksum(target.select(weight))
+        if now != merged.checksum and now != _checksum(merged.before):
             raise TargetError(
                 f"{target.name} was changed after adapter {adapter.name!r} was merged into it (by another adapter, "
                 "training or loading), and unmerging would throw that away: undo it first, or detach by bake()"
             )
-    for target, weight, merged in zip(adapter.targets, weights, adapter.merged, strict=True):
-        _write(target, weight, merged.before)
+    before = adapter.merged
+    try:
+        _put_back(adapter, weights, before)
+    except BaseException:  # a half would be neither the model that was merged nor the base
+        _put_back(adapter, weights, before)
+        raise
+
+
+def _put_back(adapter: Adapter, weights: Sequence[Tensor], merged: Sequence[Merged]) -> None:
+    """Give the weights their original rows; may be repeated."""
+    for target, weight, one in zip(adapter.targets, weights, merged, strict=True):
+        _write(target, weight, one.before)
     adapter.merged = None
 
 

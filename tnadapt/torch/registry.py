@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError, TargetError, shown
 from .apply import Site
+from .atomic import all_or_none
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -100,8 +101,9 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     for name, adapter in there.items():
         if adapter.merged is not None and wanted.get(name, 0.0) != adapter.weight:
             raise TargetError(f"adapter {name!r} is merged, and another weight needs it unmerged: call unmerge() first")
-    for name, adapter in there.items():
-        adapter.set_weight(wanted.get(name, 0.0))
+    new = [(adapter, wanted.get(name, 0.0)) for name, adapter in there.items()]
+    old = [(adapter, adapter.weight) for adapter in there.values()]
+    all_or_none(lambda adapter, weight: adapter.set_weight(weight), new, old)
 
 
 def finite(weight: float) -> float:

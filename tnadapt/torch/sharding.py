@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["is_sharded", "refuse_reentrant", "reshard", "spread", "whole"]
+from .atomic import all_or_none
+
+__all__ = ["copy_all", "is_sharded", "refuse_reentrant", "reshard", "spread", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -26,6 +30,16 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Any]]) -> None:
+    """Copy whole arrays, equal on all processes, into tensors: into all, or none if that fails or is interrupted."""
+    # Whatever cannot be converted is found before the first write.
+    sources = [torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device) for tensor, array in pairs]
+    with torch.no_grad():
+        new = [(tensor, spread(source, tensor)) for (tensor, _), source in zip(pairs, sources, strict=True)]
+        old = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
+        all_or_none(lambda tensor, value: tensor.copy_(value), new, old)
 
 
 def reshard(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from ..target import Target
 from . import merging
 from .attach import attach
 from .registry import overlapping
-from .sharding import reshard, spread, whole
+from .sharding import copy_all, whole
 from .targets import find_targets
 from .trainable import keep
 
@@ -186,10 +186,13 @@ def load(
         model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
         untie=untie,
     )  # fmt: skip
-    adapter.kept = tuple(file.kept)
-    adapter.load_arrays(file.arrays)
-    _copy_kept(model, file)
-    keep(adapter, file.trained)
+    try:
+        adapter.kept = tuple(file.kept)
+        copy_all([*adapter.fitting(file.arrays), *_kept_pairs(model, file)])
+        keep(adapter, file.trained)
+    except BaseException:  # KeyboardInterrupt, too
+        adapter.detach()
+        raise
     return adapter
 
 
@@ -222,8 +225,7 @@ def swap(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         base = base_fingerprint(adapter)
         if file.base is not None and base is not None and not file.base.matches(base):
             raise FileError(f"it was trained on another base model: {file.base.difference(base)}")
-    adapter.load_arrays(file.arrays)
-    _copy_kept(adapter.model, file)
+    copy_all([*adapter.fitting(file.arrays), *_kept_pairs(adapter.model, file)])
 
 
 class _about:  # noqa: N801  # a context manager reads as a word
@@ -285,12 +287,10 @@ def _kept(model: nn.Module, file: AdapterFile) -> dict[str, nn.Parameter]:
     return {name: parameters[name] for name in file.kept if name in parameters}
 
 
-def _copy_kept(model: nn.Module, file: AdapterFile) -> None:
-    reshard(model)
+def _kept_pairs(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, np.ndarray]]:
+    """The model's own tensors that the file keeps, and their values there."""
     own: Mapping[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad():
-        for name, array in file.kept.items():
-            own[name].copy_(spread(torch.from_numpy(array.copy()).to(own[name].device), own[name]))
+    return [(own[name], array.copy()) for name, array in file.kept.items()]
 
 
 def _base(model: nn.Module, targets: list[Target]) -> Fingerprint | None:

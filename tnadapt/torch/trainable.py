@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ConfigError, shown
 from ..start import Start
 from ..superlora import Group
+from .sharding import copy_all
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -35,23 +36,40 @@ def choose(adapter: Adapter, groups: Any, arrays: Any) -> None:
             f"adapter {adapter.name!r} has no arrays {shown(arrays)} in groups {shown(groups)}; it has groups 0 to "
             f"{len(known) - 1} and arrays {', '.join(last)}"
         )
-    _move_zero(adapter, chosen)
-    keep(adapter, chosen)
+    keep(adapter, chosen, _moved_zero(adapter, chosen))
 
 
-def keep(adapter: Adapter, trained: Collection[str] | None) -> None:
-    """Train these arrays and no others, all if None; no number is changed."""
+def keep(adapter: Adapter, trained: Collection[str] | None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+    """Train these arrays and no others, all if None, and give some new numbers.
+
+    If it fails or is interrupted, nothing has changed.
+    """
     everything = adapter.plan.param_shapes
     chosen = everything if trained is None else set(trained)
-    adapter.trained = None if len(chosen) == len(everything) else tuple(name for name in everything if name in chosen)
-    for name, parameter in adapter.named_parameters():
-        parameter.requires_grad_(name in chosen)
+    names = None if len(chosen) == len(everything) else tuple(name for name in everything if name in chosen)
+    pairs = adapter.pairs(arrays) if arrays else []
+    required = [(parameter, parameter.requires_grad) for _, parameter in adapter.named_parameters()]
+    numbers = [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
+    before = adapter.trained
+    try:
+        copy_all(pairs)
+        for name, parameter in adapter.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        adapter.trained = names
+    except BaseException:  # KeyboardInterrupt, too
+        adapter.trained = before
+        for parameter, was in required:
+            parameter.requires_grad_(was)
+        with torch.no_grad():
+            for parameter, number in numbers:
+                parameter.copy_(number)
+        raise
 
 
-def _move_zero(adapter: Adapter, trained: Collection[str]) -> None:
-    """Let what is trained have a gradient: in groups that are still at the start, a trained array becomes the zero."""
+def _moved_zero(adapter: Adapter, trained: Collection[str]) -> dict[str, np.ndarray]:
+    """New numbers for groups that are still at the start, where a trained array becomes the zero."""
     if next(adapter.named_parameters())[1].device.type == "meta":
-        return  # reset() fills it in
+        return {}  # reset() fills it in
     plan, everything = adapter.plan, adapter.arrays()
     moved: dict[str, np.ndarray] = {}
     able, unable = list[int](), list[int]()
@@ -75,8 +93,7 @@ def _move_zero(adapter: Adapter, trained: Collection[str]) -> None:
             continue
         able.append(number)
     _refuse_or_warn(adapter, trained, able, unable)
-    if moved:
-        adapter.put_arrays(moved)
+    return moved
 
 
 def _is_start(start: Start, own: Mapping[str, Tensor]) -> bool:
@@ -111,7 +128,7 @@ def _refuse_or_warn(adapter: Adapter, trained: Collection[str], able: Sequence[i
     if not able:
         raise ConfigError(f"{problem}: nothing would learn. {way}")
     some = ", ".join(map(str, unable[:4])) + (f" and {len(unable) - 4} more" if len(unable) > 4 else "")
-    warnings.warn(f"{problem} in groups {some}. {way}", stacklevel=4)
+    warnings.warn(f"{problem} in groups {some}. {way}", stacklevel=5)
 
 
 def _last_words(names: Iterable[str]) -> str:

@@ -1,0 +1,482 @@
+"""Interrupted before any line of tnadapt, the next call of the model or of any part of it is right."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+
+from .interrupts import EVERY, PACKAGE, interrupted, moments  # noqa: E402
+
+P = tna.presets
+CONFIGS = {
+    "alone": P.superlora(2),  # each weight computes its own update
+    "at once": P.superlora(2, projection="linear", ratio=0.5),  # all are computed at once
+    "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5),
+    "factored": P.lora(2),
+    "dense": P.dense(),
+}
+configs = pytest.mark.parametrize("config", CONFIGS)
+TORCH = PACKAGE + "torch/"
+
+
+class Net(nn.Module):
+    """Attention that reads its fused weight itself, a linear layer, a convolution, and a head."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lin = nn.Linear(8, 8)
+        self.conv = nn.Conv1d(8, 8, 1)
+        self.head = nn.Linear(8, 3)
+        self.reentrant = reentrant
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return x + self.conv(self.lin(x).mT).mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x) if self.reentrant is None else checkpoint(self.body, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+TARGETS = [
+    tna.Target("attn", (24, 8), "q", rows=tna.Rows(0, 8, 24), parameter="in_proj_weight"),
+    tna.Target("attn", (24, 8), "v", rows=tna.Rows(16, 8, 24), parameter="in_proj_weight"),
+    tna.Target("lin", (8, 8)),
+    tna.Target("conv", (8, 8, 1), "conv"),
+]
+
+
+def batch() -> Tensor:
+    return torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(3))
+
+
+# The next call: of all or of a part, by everything that a cache tells apart.
+def whole(model: Net) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(batch())]
+
+
+def attention(model: Net) -> list[Tensor]:
+    with torch.no_grad():
+        return [model.attn(batch(), batch(), batch(), need_weights=False)[0]]
+
+
+def linear(model: Net) -> list[Tensor]:
+    with torch.no_grad():
+        return [model.lin(batch())]
+
+
+def convolution(model: Net) -> list[Tensor]:
+    with torch.inference_mode():
+        return [model.conv(batch().mT).clone()]
+
+
+def gradients(model: Net) -> list[Tensor]:
+    model.zero_grad()
+    y = model(batch().requires_grad_())
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def gradients_of_a_part(model: Net) -> list[Tensor]:
+    model.zero_grad()
+    y = model.lin(batch())
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+CALLS = (whole, attention, linear, convolution, gradients, gradients_of_a_part)
+
+
+class Case:
+    """A model with an adapter, two sets of arrays for it, and what each call gives with either."""
+
+    def __init__(self, config: str, reentrant: bool | None = None) -> None:
+        self.model, self.adapter = self.made(config, reentrant)
+        made = torch.Generator().manual_seed(1)
+        self.arrays = [
+            {name: p.detach() + 0.3 * torch.randn(p.shape, generator=made) for name, p in self.named()}
+            for _ in range(2)
+        ]
+        self.expected: list[dict[Callable[..., Any], list[Tensor]]] = []
+        for arrays in self.arrays:
+            twin, adapter = self.made(config, reentrant)
+            adapter.load_arrays(arrays)
+            self.expected.append({call: call(twin) for call in CALLS})
+        self.base = {name: t.clone() for name, t in self.model.state_dict().items() if "tnadapt" not in name}
+        self.put(0)
+
+    @staticmethod
+    def made(config: str, reentrant: bool | None) -> tuple[Net, tt.Adapter]:
+        torch.manual_seed(0)
+        model = Net(reentrant)
+        return model, tt.attach(model, CONFIGS[config], TARGETS, keep_trainable="head")
+
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.adapter.named_parameters()
+
+    def put(self, which: int) -> None:
+        """Let the adapter have these arrays, in a way that no version counter sees."""
+        for name, parameter in self.named():
+            parameter.data.copy_(self.arrays[which][name])
+
+    def has(self) -> int:
+        """Which arrays it has; an assertion fails if it has neither."""
+        (found,) = [
+            which
+            for which, arrays in enumerate(self.arrays)
+            if all(torch.equal(p, arrays[name]) for name, p in self.named())
+        ]
+        return found
+
+    def check(self, call: Callable[[Net], list[Tensor]], which: int) -> None:
+        found, expected = call(self.model), self.expected[which][call]
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other), f"{call.__name__}: off by {float((one - other).abs().max()):g}"
+
+    def has_base_bits(self) -> bool:
+        now = self.model.state_dict()
+        return all(torch.equal(now[name], tensor) for name, tensor in self.base.items())
+
+    def check_nothing_is_left(self) -> None:
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        for module in self.model.modules():
+            assert not {"weight", "in_proj_weight"} & module.__dict__.keys(), "a sum stands for a weight"
+            site = module.__dict__.get("forward")
+            if site is not None:
+                free: list[bool] = []
+                thread = threading.Thread(target=lambda lock: free.append(lock.acquire(blocking=False)), args=[site._lock])
+                thread.start()
+                thread.join()
+                assert free == [True], "a lock is held"
+
+
+# -- Passes ------------------------------------------------------------------------------------
+
+#: Everything else that a pass executes computes numbers and keeps none but the draws of F.
+WHERE = PACKAGE if EVERY else TORCH
+ACTIONS = CALLS if EVERY else (whole, gradients)
+
+
+@configs
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__)
+def test_an_interrupted_pass(config: str, action: Callable[[Net], list[Tensor]]) -> None:
+    case = Case(config)
+    case.adapter._updates.forget()
+    turns = itertools.cycle(itertools.product(CALLS, (0, 1), (False, True)))
+    for stop in moments(lambda: action(case.model), WHERE):
+        # With an empty cache, as at the first time, and with one of other arrays.
+        call, after, filled = next(turns)
+        case.adapter._updates.forget()
+        if filled:
+            case.put(1)
+            whole(case.model)
+        case.put(0)
+        interrupted(lambda: action(case.model), stop, WHERE)
+        case.put(after)
+        case.check(call, after)
+        case.put(1 - after)
+        case.check(call, 1 - after)
+        assert case.has_base_bits()
+        case.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("config", ["alone", "at once"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_interrupted_pass_with_checkpointing(config: str, reentrant: bool) -> None:
+    case = Case(config, reentrant)
+    turns = itertools.cycle(itertools.product((gradients, whole, gradients_of_a_part), (0, 1)))
+    for stop in moments(lambda: gradients(case.model), WHERE):
+        call, after = next(turns)
+        case.put(0)
+        interrupted(lambda: gradients(case.model), stop, WHERE)
+        case.put(after)
+        case.check(call, after)
+        case.put(1 - after)
+        case.check(call, 1 - after)
+
+
+def test_an_interrupted_first_use_of_the_draws_of_f() -> None:
+    """They are drawn at the first call, and kept with the plan."""
+    expected = Case("at once").expected[0][whole]
+
+    def made() -> Case:
+        case = Case.__new__(Case)
+        case.model, case.adapter = Case.made("at once", None)
+        return case
+
+    reference = Case("at once")
+    count = len(interrupted(lambda: whole(made().model), None).seen)
+    for stop in range(0, count, 1 if EVERY else 1 + count // 40):
+        case = made()
+        case.adapter.load_arrays(reference.arrays[0])
+        interrupted(lambda case=case: whole(case.model), stop)
+        (found,) = whole(case.model)
+        assert torch.equal(found, expected[0])
+
+
+# -- In the middle of a pass -------------------------------------------------------------------
+
+
+@configs
+@pytest.mark.parametrize("call", [whole, gradients], ids=lambda call: call.__name__)
+def test_a_hook_that_edits_the_arrays_acts_on_the_layers_that_follow(config: str, call: Callable[..., Any]) -> None:
+    case = Case(config)
+    whole(case.model)
+    seen: dict[str, Tensor] = {}
+
+    def edit(module: nn.Module, args: Any, output: Any) -> None:
+        case.put(1)
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen["in"], seen["out"] = args[0].detach(), output.detach()
+
+    hooks = [case.model.attn.register_forward_hook(edit), case.model.lin.register_forward_hook(watch)]
+    call(case.model)
+    for hook in hooks:
+        hook.remove()
+    twin = Case(config)
+    twin.put(1)
+    with torch.no_grad() if call is whole else contextlib.nullcontext():
+        assert torch.equal(seen["out"], twin.model.lin(seen["in"]))
+    case.check(whole, 1)
+
+
+# -- Changes of an adapter ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["alone", "at once"])
+def test_an_interrupted_merge_is_whole_or_undone(config: str) -> None:
+    case = Case(config)
+    attached = case.expected[0][whole][0]
+    case.adapter.merge()
+    merged = {name: t.clone() for name, t in case.model.state_dict().items() if "tnadapt" not in name}
+    case.adapter.unmerge()
+
+    def bits() -> bool:
+        """Whether it is merged, as its weights and as itself say."""
+        now = case.model.state_dict()
+        is_merged = all(torch.equal(now[name], tensor) for name, tensor in merged.items())
+        assert is_merged or case.has_base_bits()
+        assert (case.adapter.merged is not None) == is_merged
+        return is_merged
+
+    for action, back in ((case.adapter.merge, case.adapter.unmerge), (case.adapter.unmerge, case.adapter.merge)):
+        for stop in moments(action, TORCH):
+            if bits() == (action == case.adapter.merge):
+                back()
+            interrupted(action, stop, TORCH)
+            bits()
+            assert torch.allclose(whole(case.model)[0], attached, atol=1e-5)
+        if not bits():
+            case.adapter.merge()
+    case.adapter.unmerge()
+    assert case.has_base_bits()
+
+
+def test_an_unmerge_after_two_interrupts_gives_the_bits_back() -> None:
+    """The second of them in the middle of putting the bits back."""
+    case = Case("alone")
+    lines = interrupted(case.adapter.merge, None, TORCH).seen
+    case.adapter.unmerge()
+    loop = [number for number, (code, _) in enumerate(lines) if code.co_name == "_write"]
+    for stop in loop[:: 1 if EVERY else 2]:
+        for again in range(0, 12, 1 if EVERY else 3):
+
+            def twice(stop: int = stop, again: int = again) -> None:
+                interrupted_twice(case.adapter.merge, stop, again)
+
+            twice()
+            if case.adapter.merged is not None:
+                case.adapter.unmerge()
+            assert case.has_base_bits()
+
+
+def interrupted_twice(action: Callable[[], object], first: int, after: int) -> None:
+    """Interrupt an action, and so many lines later what it does about that."""
+    from .interrupts import Lines
+
+    class Twice(Lines):
+        def __call__(self, frame: Any, event: str, argument: Any) -> Any:
+            if len(self.seen) > first and self.stop == first:
+                self.stop = first + after
+            return super().__call__(frame, event, argument)
+
+    import sys
+
+    before = sys.gettrace()
+    sys.settrace(Twice(first, TORCH))
+    try:
+        action()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_interrupted_disabled_block_ends_enabled(merged: bool) -> None:
+    case = Case("alone")
+
+    def block() -> None:
+        with case.adapter.disabled():
+            assert case.has_base_bits()
+
+    if merged:
+        case.adapter.merge()
+    for stop in moments(block, TORCH):
+        interrupted(block, stop, TORCH)
+        assert case.adapter.enabled
+        assert (case.adapter.merged is not None) == merged
+        if not merged:
+            case.check(linear, 0)
+    if merged:
+        case.adapter.unmerge()
+        assert case.has_base_bits()
+    case.check(whole, 0)
+
+
+def test_interrupted_loading_of_arrays_is_whole_or_undone(tmp_path: Path) -> None:
+    case = Case("at once")
+    other, adapter = Case.made("at once", None)
+    adapter.load_arrays(case.arrays[1])
+    with torch.no_grad():
+        other.head.weight.add_(1.0)
+    adapter.save(tmp_path / "other.safetensors")
+    mine, theirs = case.model.head.weight.detach().clone(), other.head.weight.detach().clone()
+
+    def swap() -> None:
+        case.adapter.swap(tmp_path / "other.safetensors")
+
+    for action in (swap, lambda: case.adapter.load_arrays(case.arrays[1])):
+        for stop in moments(action, TORCH):
+            with torch.no_grad():
+                case.model.head.weight.copy_(mine)
+            case.put(0)
+            interrupted(action, stop, TORCH)
+            which = case.has()
+            assert torch.equal(case.model.head.weight, theirs if which and action is swap else mine)
+            if action is not swap:
+                case.check(linear, which)
+
+
+def test_an_interrupted_load_leaves_the_model_as_it_was_or_loaded(tmp_path: Path) -> None:
+    case = Case("alone")
+    case.adapter.save(tmp_path / "a.safetensors")
+    case.adapter.detach()
+    before = dict(case.model.state_dict())
+
+    def load() -> None:
+        tt.load(case.model, tmp_path / "a.safetensors")
+
+    for stop in moments(load, TORCH):
+        for adapter in tt.adapters(case.model).values():
+            adapter.detach()
+        interrupted(load, stop, TORCH)
+        found = tt.adapters(case.model)
+        if found:
+            assert all(torch.equal(p, case.arrays[0][name]) for name, p in found["default"].named_parameters())
+            assert torch.equal(whole(case.model)[0], case.expected[0][whole][0])
+        else:
+            now = case.model.state_dict()
+            assert now.keys() == before.keys()
+            assert all("forward" not in module.__dict__ for module in case.model.modules())
+            assert not case.model._forward_hooks
+            assert not case.model._forward_pre_hooks
+            assert all(p.requires_grad for p in case.model.parameters())
+
+
+def test_an_interrupted_choice_of_what_acts_or_is_trained_is_whole_or_undone() -> None:
+    case = Case("alone")
+    second = tt.attach(case.model, CONFIGS["factored"], TARGETS, "second", keep_trainable="head")
+    adapters = (case.adapter, second)
+
+    def weights() -> tuple[float, ...]:
+        assert all(float(adapter._mix) == pytest.approx(adapter.weight) for adapter in adapters)
+        return tuple(adapter.weight for adapter in adapters)
+
+    def trained() -> tuple[bool, ...]:
+        return tuple(p.requires_grad for _, p in case.named())
+
+    for action, state, back in (
+        (lambda: tt.mix(case.model, {"default": 0.5, "second": 0.25}), weights, case.adapter.activate),
+        (second.activate, weights, case.adapter.activate),
+        (lambda: case.adapter.set_trainable(arrays="factor0"), trained, case.adapter.set_trainable),
+    ):
+        back()
+        old = state()
+        points = moments(action, TORCH)
+        new = state()
+        assert old != new
+        for stop in points:
+            back()
+            interrupted(action, stop, TORCH)
+            assert state() in (old, new)
+        back()
+        assert state() == old
+
+
+# -- At any moment -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["alone", "at once"])
+def test_asynchronous_exceptions_at_random_moments(config: str) -> None:
+    case = Case(config)
+    drawn = random.Random(0)
+    wrong: list[str] = []
+    interrupts, done = 0, threading.Event()
+
+    def work() -> None:
+        turns = itertools.cycle(itertools.product(CALLS, (0, 1)))
+        while not done.is_set():
+            try:
+                for call, which in turns:
+                    # torch's own guards can be interrupted, too.
+                    torch.set_grad_enabled(True)
+                    if done.is_set():
+                        return
+                    case.put(which)
+                    case.check(call, which)
+            except KeyboardInterrupt:
+                continue
+            except AssertionError as error:
+                wrong.append(str(error))
+                return
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        end = time.monotonic() + (60.0 if EVERY else 2.0)
+        while time.monotonic() < end and thread.is_alive():
+            time.sleep(drawn.uniform(0.0, 0.02))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+            interrupts += 1
+    finally:
+        done.set()
+        thread.join()
+    assert wrong == []
+    assert interrupts > 10
+    case.put(0)
+    for call in CALLS:
+        case.check(call, 0)
+    case.check_nothing_is_left()
