@@ -295,7 +295,8 @@ def _known(settings: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Config)]
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
+            # PEFT's word for it is too short to be near anything.
+            close = ["rank"] if name == "r" else difflib.get_close_matches(str(name), known, n=1)
             meant = f" did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"Config has no field {shown(name)};{meant} Fields: {', '.join(known)}")
 

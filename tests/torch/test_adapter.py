@@ -202,8 +202,9 @@ def test_refusals_list_what_was_there_and_change_nothing() -> None:
     refused(
         tna.TargetError, "keep_trainable: no parameter lies at or below 'haed'; .*: blocks, head", keep_trainable="haed"
     )
-    refused(tna.TargetError, "letters, digits", name="a.b")
-    refused(tna.TargetError, "letters, digits", name="")
+    refused(tna.TargetError, "non-empty string of printable characters; got 3", name=3)
+    refused(tna.TargetError, "non-empty string of printable characters; got ''", name="")
+    refused(tna.TargetError, "printable characters", name="a\nb")
     refused(tna.TargetError, "is both a target and in keep_trainable", keep_trainable="q_proj")
     refused(tna.ConfigError, "strategy must be one of", strategy="fast")
     refused(tna.ConfigError, "activation must be one of", activation="step")

@@ -551,11 +551,21 @@ def test_an_empty_string_is_the_model_itself() -> None:
         find_targets([], "qv")  # type: ignore[arg-type]
 
 
-def test_embeddings_and_norms_are_no_linear_maps() -> None:
-    model = Module(embed=nn.Embedding(4, 2), norm=nn.LayerNorm(2), both=nn.Bilinear(2, 2, 2), fine=nn.Linear(2, 2))
-    for name in ("embed", "norm", "both"):
+def test_bags_and_norms_are_no_linear_maps() -> None:
+    model = Module(bag=nn.EmbeddingBag(4, 2), norm=nn.LayerNorm(2), both=nn.Bilinear(2, 2, 2), fine=nn.Linear(2, 2))
+    for name in ("bag", "norm", "both"):
         with pytest.raises(TargetError, match="which holds no weight to adapt"):
             find_targets(model, [name])
+
+
+def test_an_embedding_must_be_named() -> None:
+    model = Module(embed=nn.Embedding(4, 2), attn=Module(q=nn.Embedding(4, 2), v=nn.Linear(2, 2)), fine=nn.Linear(2, 2))
+    assert names(model, "all-linear") == ["attn.v.weight", "fine.weight"]
+    assert names(model, ["embed"]) == names(model, "embed") == ["embed.weight"]
+    assert find_targets(model, ["embed"])[0].shape == (4, 2)
+    model.embed.sparse = True
+    with pytest.raises(TargetError, match=r"embed\.weight belongs to an embedding with sparse=True.*set sparse=False"):
+        find_targets(model, ["embed"])
 
 
 def test_a_matrix_of_an_unknown_module_must_be_named() -> None:

@@ -26,7 +26,7 @@ from .atomic import all_or_none
 from .delta import Update
 from .freezing import Untied, restore
 from .kept import Updates
-from .registry import BOOK, PREFIX, finite, mix
+from .registry import BOOK, PREFIX, encoded, finite, mix
 from .sharding import copy_all, refuse_reentrant, reshard, whole
 from .summary import Summary
 from .summed import Source
@@ -41,7 +41,8 @@ class Adapter:
     Attributes
     ----------
     model : Module
-        What it is attached to. Its parameters are registered there, once, as ``tnadapt_{name}_{array}``.
+        What it is attached to. Its parameters are registered there, once, as ``tnadapt_{name}_{array}``, unless
+        :meth:`keep_arrays_in` moved them.
     name : str
     config : Config
     targets : tuple of Target
@@ -91,7 +92,9 @@ class Adapter:
         self._began: tuple[int, set[tuple[bool, float, bool]]] = -1, set()
         # What a compiled program reads instead of the number, so that a swap changes no program.
         self._mix = torch.tensor(1.0)
-        self._names = {array: f"{PREFIX}{name}_{array.replace('.', '_')}" for array in plan.param_shapes}
+        #: The module that its parameters are registered on, and their names there.
+        self._owner = model
+        self._names = {array: f"{PREFIX}{encoded(name)}_{array.replace('.', '_')}" for array in plan.param_shapes}
 
     def __repr__(self) -> str:
         state = "merged" if self.merged is not None else "attached" if self._enabled else "disabled"
@@ -126,7 +129,19 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its arrays, trainable or not, under their names in the plan (``group0.split0.factor0``)."""
         for array, name in self._names.items():
-            yield array, self.model._parameters[name]  # type: ignore[misc]
+            yield array, self._owner._parameters[name]  # type: ignore[misc]
+
+    def keep_arrays_in(self, owner: nn.ParameterDict) -> None:
+        """Register its parameters in ``owner`` instead of on the model, under their array names with ``_`` for dots.
+
+        The parameters stay the same objects. Whoever calls it keeps ``owner`` in the same module tree as the model, so
+        that moving, sharding and copying treat them alike.
+        """
+        names = {array: array.replace(".", "_") for array in self._names}
+        for array, parameter in list(self.named_parameters()):
+            del self._owner._parameters[self._names[array]]
+            owner[names[array]] = parameter
+        self._owner, self._names = owner, names
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Those of its arrays that are trained: what an optimiser is given.
@@ -353,7 +368,7 @@ class Adapter:
                     del hooks[key]
                     self.model._forward_hooks_always_called.pop(key, None)
         for name in self._names.values():
-            self.model._parameters.pop(name, None)
+            self._owner._parameters.pop(name, None)
         book = self.model.__dict__[BOOK]
         del book[self.name]
         if not book:
@@ -490,7 +505,7 @@ class Adapter:
 
     def given(self, names: Sequence[str]) -> list[Tensor]:
         """Some of its arrays, as the model has them at this moment."""
-        return [self.model._parameters[self._names[name]] for name in names]  # type: ignore[misc]
+        return [self._owner._parameters[self._names[name]] for name in names]  # type: ignore[misc]
 
     def weighted(self, value: Tensor) -> Tensor:
         """Something times the mixing weight."""

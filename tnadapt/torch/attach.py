@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from . import freezing
 from .adapter import Adapter
 from .apply import ACTIVATIONS, STRATEGIES, Part, Site
 from .cost import MACHINES, TOKENS, choose
-from .registry import BOOK, PREFIX, overlapping
+from .registry import BOOK, DOT, PREFIX, overlapping
 from .sharding import is_sharded
 from .targets import find_targets, host_of, paths_of, tied
 
@@ -61,7 +60,7 @@ def attach(
         Which weights: ``"qv"`` and other roles, ``"all-linear"``, ``"conv"``, a regular expression, a list of paths or
         of :class:`tnadapt.Target`, a function; see :func:`tnadapt.torch.find_targets`.
     name : str
-        Several adapters on one model have different names; letters, digits and underscores.
+        Several adapters on one model have different names. Any printable characters will do.
     keep_trainable : str or sequence of str
         Parameters of the base that stay free, by whole parts of their paths: ``"classifier"`` is every parameter
         below a module of that name. They are saved with the adapter.
@@ -153,8 +152,13 @@ def attach(
 
 def check_name(model: nn.Module, name: str) -> None:
     """A TargetError where a name is none, or is taken on this model."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w+", name, flags=re.ASCII):
-        raise TargetError(f"an adapter's name must be letters, digits and underscores; got {shown(name)}")
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise TargetError(f"an adapter's name must be a non-empty string of printable characters; got {shown(name)}")
+    if DOT in name:
+        raise TargetError(
+            f"an adapter cannot be called {name!r}: this is how {name.replace(DOT, '.')!r} is written in the names of "
+            "parameters; give another name"
+        )
     taken = {adapter.name: adapter for adapter in overlapping(model)}
     if name in taken:
         raise TargetError(

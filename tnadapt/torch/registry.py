@@ -16,10 +16,12 @@ from .atomic import all_or_none
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-__all__ = ["BOOK", "PREFIX", "adapters", "finite", "mix", "overlapping"]
+__all__ = ["BOOK", "DOT", "PREFIX", "adapters", "encoded", "finite", "mix", "overlapping"]
 
 #: How the names of an adapter's parameters on its model begin.
 PREFIX = "tnadapt_"
+#: What stands for a dot of an adapter's name there.
+DOT = "%2E"
 #: The model's attribute that holds its adapters by name.
 BOOK = "_tnadapt_adapters"
 
@@ -104,6 +106,21 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     new = [(adapter, wanted.get(name, 0.0)) for name, adapter in there.items()]
     old = [(adapter, adapter.weight) for adapter in there.values()]
     all_or_none(lambda adapter, weight: adapter.set_weight(weight), new, old)
+
+
+def encoded(name: str) -> str:
+    """An adapter's name as a part of a parameter's or module's name, in which torch allows no dot.
+
+    Parameters
+    ----------
+    name : str
+
+    Examples
+    --------
+    >>> encoded("my-adapter"), encoded("v1.0")
+    ('my-adapter', 'v1%2E0')
+    """
+    return name.replace(".", DOT)
 
 
 def finite(weight: float) -> float:

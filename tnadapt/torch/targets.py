@@ -33,7 +33,8 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
         - any other string: a regular expression for the whole dotted path of a module;
         - a list of paths, whole or their last parts (``"query"``, ``"attention.self.query"``), of
           :class:`tnadapt.Target`, or of ``"path:roles"``, such as ``"blocks.0.attn:qv"`` or ``"attn.qkv:v"``, which
-          takes the roles of the attention or weight of that path; a plain path takes a fused weight whole;
+          takes the roles of the attention or weight of that path; a plain path takes a fused weight whole, and an
+          ``nn.Embedding``, which nothing else finds (its whole update is formed in each forward pass);
         - a function of a path and a module, called with every module, that gives True for its whole weight, roles, a
           Target or a list of them, or nothing.
     untie : bool

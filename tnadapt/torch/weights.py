@@ -19,7 +19,7 @@ _BASE = "base_layer"
 # What the projection is called inside a module that is more than it.
 _PROJECTIONS = ("linear", "proj", "projection")
 
-_NOT_LINEAR = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd, nn.Bilinear)
+_NOT_LINEAR = (nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd, nn.Bilinear)
 
 
 class Weight(NamedTuple):
@@ -33,7 +33,7 @@ class Weight(NamedTuple):
     stored : tuple of int, optional
         Its shape as the model keeps it, undoing quantisation; None if the module does not tell.
     kind : {"linear", "conv", "other"}
-        "other" is a matrix of a module that is not known: it becomes a target only where it is named.
+        "other" is an embedding, or a matrix of a module that is not known: it becomes a target only where it is named.
     transposed : bool
         Whether it is stored as ``(in, out)``.
     """
@@ -70,6 +70,11 @@ class Weight(NamedTuple):
             raise TargetError(
                 f"{self.name} of {type(self.module).__name__} is quantised, and the module has no in_features and "
                 "out_features that tell its shape: leave it out, or give tnadapt.Target(path, shape, …) yourself"
+            )
+        if getattr(self.module, "sparse", False) is True:
+            raise TargetError(
+                f"{self.name} belongs to an embedding with sparse=True, whose gradients are sparse, and an update's "
+                "are not: set sparse=False on the module, or leave it out of the targets"
             )
         return Target(self.path, self.stored, role, self.parameter, rows, self.transposed, layer)
 
@@ -116,7 +121,7 @@ def weights_of(path: str, module: nn.Module) -> list[Weight]:
     """The weights that a module itself holds.
 
     One, as a rule; those of q, k and v where :class:`torch.nn.MultiheadAttention` or its like keeps them as its own
-    parameters; none of an embedding, a norm or a transposed convolution.
+    parameters; none of a norm or a transposed convolution.
 
     Examples
     --------
@@ -141,7 +146,7 @@ def projections_in(path: str, module: nn.Module) -> list[Weight]:
     """The weights of a projection that may be wrapped: by PEFT, or with a norm, a pooling or a convolution.
 
     One if it is clear: the only one, or the one that is called the projection. A depthwise convolution is none, it
-    projects nothing.
+    projects nothing, and neither does an embedding.
 
     Examples
     --------
@@ -153,6 +158,7 @@ def projections_in(path: str, module: nn.Module) -> list[Weight]:
         for below, inner in modules_of(module)
         for weight in weights_of(join(path, below), inner)
         if weight.kind != "other" or not plain(below)
+        if not isinstance(inner, nn.Embedding)
         if not (isinstance(inner, nn.modules.conv._ConvNd) and inner.groups == inner.in_channels > 1)
     ]
     called = [weight for weight in found if weight.path in [join(path, name) for name in _PROJECTIONS]]

@@ -11,9 +11,14 @@ handle, with ``summary()``, ``save()`` and all else. So a fresh adapter leaves e
 ``unload()`` leaves the trained copy in place); a merge is finite or refused; and ``adapter_config.json`` has a
 fingerprint of the base model and a digest of what F draws, so that another base is refused.
 
-What is not there: adapters of other types beside it, several adapters in one batch (``adapter_names=`` in a forward
-pass), ``inject_adapter_in_model`` and transformers' own ``model.add_adapter``. ``peft.get_base_model_state_dict`` takes
-the adapter's arrays, which lie on the model itself, for the base's.
+The arrays lie beside the base model, as ``base_model.tnadapt.tnadapt_arrays.{adapter}.{array}``: the base's state dict
+has no others than before, and code that looks for an adapter by its name in the names of parameters finds it. TRL's
+trainers do so when they copy a trained adapter to be their reference. An adapter may have any printable name
+(``"my-adapter"``, ``"v1.0"``).
+
+What is not supported: adapters of other types beside it, several adapters in one batch (``adapter_names=`` in a forward
+pass), ``bias=``, ``layers_to_transform=`` (``target_modules`` takes a regular expression), ``add_weighted_adapter``
+(:func:`tnadapt.torch.mix` weights adapters), ``inject_adapter_in_model`` and transformers' own ``model.add_adapter``.
 
 Examples
 --------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from ... import presets
 from ...config import Config
@@ -28,6 +29,33 @@ class _Name(str):
         return f"PeftType.{self.value}"
 
 
+class UnexpectedKeywordError(ConfigError, TypeError):
+    """A keyword that :class:`TnadaptConfig` does not take; a TypeError, which PEFT expects for it."""
+
+
+#: What the keywords of other methods' configs, and of :func:`tnadapt.torch.attach`, are here.
+_ELSEWHERE = {
+    "r": "use settings={'rank': …}",
+    "rank": "use settings={'rank': …}",
+    "lora_alpha": "use settings={'alpha': …}",
+    "init_lora_weights": "use init_weights",
+    "targets": "use target_modules",
+    "keep_trainable": "use modules_to_save",
+    "cfg": "use settings",
+    "config": "use settings",
+    "target_parameters": "use target_modules, which takes the names of parameters, too",
+    "exclude_modules": "use target_modules with a regular expression or a list that leaves them out",
+    "layers_to_transform": "use target_modules with a regular expression, such as r'.*layers\\.[01]\\..*q_proj'",
+    "layers_pattern": "use target_modules with a regular expression",
+    "dtype": "the arrays are float32, or of the base's dtype after get_peft_model(…, autocast_adapter_dtype=False)",
+    "bias": "biases are not trained; use modules_to_save for modules that are trained whole",
+    "lora_dropout": "there is no dropout on the adapter's path",
+    "use_rslora": "there is no α/√r; use settings={'alpha': …}, which is divided by the rank",
+    "use_dora": "there is no DoRA",
+    "fan_in_fan_out": "leave it out: how a weight is stored is read from its module",
+}
+
+
 #: The key of this method in PEFT's tables, and its peft_type.
 NAME = _Name("TNADAPT")
 
@@ -43,15 +71,18 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         and written to ``adapter_config.json``, is the complete ``settings``.
     settings : mapping or Config, optional
         Arguments of the preset, or fields of :class:`tnadapt.Config`. With neither, what
-        :func:`tnadapt.torch.attach` takes by default.
+        :func:`tnadapt.torch.attach` takes by default, ``superlora(rank=8)``.
     target_modules : str or list of str
         As ``targets`` of :func:`tnadapt.torch.attach`: ``"qv"``, ``"all-linear"``, a regular expression, a list of
         paths. Modules in ``modules_to_save`` are left out.
     modules_to_save : list of str, optional
-        Modules of the base that are trained whole and saved, by PEFT's own means; for the ``task_type`` SEQ_CLS and
-        TOKEN_CLS PEFT adds the classifier.
+        Modules of the base that are trained whole and saved, by PEFT's own means; for the ``task_type`` SEQ_CLS,
+        TOKEN_CLS and QUESTION_ANS PEFT adds the classifier.
     strategy, activation : str
         As in :func:`tnadapt.torch.attach`.
+    init_weights : bool
+        True, and the fresh adapter changes nothing. False, and its update is random, drawn from torch's own generator:
+        for tests, as in PEFT's other methods.
     base : dict, optional
         Written by ``save_pretrained``: how many weights of which shapes the adapter was trained on, their fingerprint,
         and the digest of the draws. What does not fit is refused. With None nothing is compared.
@@ -59,8 +90,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     Raises
     ------
     ConfigError
-        If the preset is unknown, a setting does not do, or :func:`register` was not called. (PEFT itself says
-        ``ValueError`` of a ``task_type``, and ``TypeError`` of a keyword, that it does not know.)
+        If the preset, a keyword or a setting is unknown, a setting does not do, or :func:`register` was not called.
+        (An unknown ``task_type`` is a ``ValueError`` of PEFT's.)
 
     Examples
     --------
@@ -75,8 +106,22 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     modules_to_save: Any = None
     strategy: str = "auto"
     activation: str | None = None
+    init_weights: bool = True
     base: dict[str, Any] | None = None
     preset: dataclasses.InitVar[str | None] = None
+
+    # What base is to be in the next file. It is of one model, while this object may serve several.
+    _next_base = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        known = [field.name for field in dataclasses.fields(cls)] + ["preset"]
+        for name in kwargs:
+            if name not in known:
+                raise UnexpectedKeywordError(
+                    f"TnadaptConfig got an unexpected keyword argument {name!r}: {_instead(name, known)}"
+                )
+        made: Self = super().__new__(cls)
+        return made
 
     def __post_init__(self, preset: str | None) -> None:
         known: Mapping[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
@@ -85,6 +130,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         super().__post_init__()
         self.peft_type = NAME
         self.settings = _settings(preset, self.settings)
+        if not isinstance(self.init_weights, bool):
+            raise ConfigError(f"init_weights must be True or False; got {shown(self.init_weights)}")
         self.target_modules = _words("target_modules", self.target_modules, alone=True)
         if self.modules_to_save is not None:
             self.modules_to_save = _words("modules_to_save", self.modules_to_save)
@@ -97,12 +144,40 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         if self.base is not None and not isinstance(self.base, dict):
             raise ConfigError(f"base is what save_pretrained wrote, or None; got {shown(self.base)}")
 
+    def keep_base(self, base: dict[str, Any] | None) -> None:
+        """Let the next file that is written say this of the base model. This object is not changed by it."""
+        self._next_base = base
 
-def _settings(preset: Any, settings: Any) -> dict[str, Any] | None:
-    """The complete settings, as JSON keeps them; None where nothing was said."""
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are written to ``adapter_config.json``."""
+        settings: dict[str, Any] = super().to_dict()
+        if self.base is None and self._next_base is not None:
+            settings["base"] = dict(self._next_base)
+        return settings
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``; see PEFT."""
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self._next_base = None
+
+
+def _instead(name: str, known: list[str]) -> str:
+    """What to write instead of a keyword that is none."""
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    if name in Config.__dataclass_fields__:
+        return f"use settings={{{name!r}: …}}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"There are: {', '.join(known)}"
+
+
+def _settings(preset: Any, settings: Any) -> dict[str, Any]:
+    """The complete settings, as JSON keeps them."""
     if preset is None:
         if settings is None:
-            return None
+            return presets.superlora(rank=8).to_dict()
         return (settings if isinstance(settings, Config) else Config.from_dict(settings)).to_dict()
     if preset not in presets.__all__:
         raise ConfigError(f"preset must be one of {', '.join(presets.__all__)}; got {shown(preset)}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import TargetError, TnadaptError
+from ...errors import BackendError, TargetError, TnadaptError
 from ..adapter import Adapter
 from .api import BaseTunerLayer, check_adapters_to_merge
+from .arrays import AdapterArrays
+from .base_check import describe_base
 
 __all__ = ["TnadaptLayer"]
 
@@ -18,30 +21,62 @@ __all__ = ["TnadaptLayer"]
 class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not looked at
     """The adapters of a model, as the one "tuner layer" that PEFT sees.
 
-    PEFT's own methods have such a layer for each weight, with a share of the parameters. Here a group's
-    parameters belong to many weights and lie on the model itself, so that this one has none and is a switchboard.
+    PEFT's own methods have such a layer for each weight, with a share of the parameters. Here the parameters of a group
+    belong to many weights, so there is one layer for all of them. It lies beside the base model, which it does not
+    change, and holds the arrays as ``tnadapt_arrays.{adapter}.{array}``.
     """
 
-    adapter_layer_names = ("arrays",)
+    adapter_layer_names = ("tnadapt_arrays",)
 
     def __init__(self) -> None:
         super().__init__()
+        self.tnadapt_arrays = AdapterArrays()
         self.handles: dict[str, Adapter] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         # The mixing weights of those that do not act at the moment.
         self._weights: dict[str, float] = {}
+        self._bases: dict[str, dict[str, Any]] = {}
 
     def extra_repr(self) -> str:
         """What there is, for ``print(peft_model)``."""
         return ", ".join(map(repr, self.handles.values()))
 
     @property
-    def arrays(self) -> nn.ModuleDict:
-        """The parameters by adapter: a view for PEFT's reports, registered nowhere."""
-        found = {name: [p for _, p in handle.named_parameters()] for name, handle in self.handles.items()}
-        return nn.ModuleDict({name: nn.ParameterList(parameters) for name, parameters in found.items()})
+    def in_features(self) -> tuple[int, ...]:
+        """The input sizes of the adapted weights, those of one adapter after those of another."""
+        return tuple(target.shape[1] for handle in self.handles.values() for target in handle.targets)
+
+    @property
+    def out_features(self) -> tuple[int, ...]:
+        """The output sizes of the adapted weights, in the order of :attr:`in_features`."""
+        return tuple(target.shape[0] for handle in self.handles.values() for target in handle.targets)
+
+    def add(self, handle: Adapter) -> None:
+        """Take in an adapter that was just attached, and its arrays."""
+        arrays = nn.ParameterDict()
+        handle.keep_arrays_in(arrays)
+        self.tnadapt_arrays[handle.name] = arrays
+        self.handles[handle.name] = handle
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off the model."""
+        self.handles[name].detach()
+        self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter that is off the model."""
+        del self.handles[name], self.tnadapt_arrays[name]
+        self._weights.pop(name, None)
+        self._bases.pop(name, None)
+
+    def base_of(self, name: str) -> dict[str, Any] | None:
+        """What a file of an adapter says of its base model; None while another one is merged into that."""
+        # When it is first needed, because it reads every weight.
+        if name not in self._bases and set(self.merged_adapters) <= {name}:
+            self._bases[name] = describe_base(self.handle(name))
+        return self._bases.get(name)
 
     def get_base_layer(self) -> nn.Module:
         """There is none: ``weight`` and ``bias``, which PEFT reads from it, are no attributes either."""
@@ -96,11 +131,16 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
                 self._act(name, True)
                 handle.merge()
                 done.append(name)
-        except TnadaptError:
-            for name in reversed(done):
-                self.handles[name].unmerge()
+        except TnadaptError as error:
+            for other in reversed(done):
+                self.handles[other].unmerge()
             self._switch()
-            raise
+            if all(bool(torch.isfinite(array).all()) for _, array in handle.named_parameters()):
+                raise
+            # Code that knows PEFT looks for its sentence.
+            raise BackendError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {error}"
+            ) from error
         self.merged_adapters = [*self.merged_adapters, *names]
         self._switch()
 
@@ -116,8 +156,8 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the model; another one becomes active if it was."""
-        self.handle(adapter_name).detach()
-        del self.handles[adapter_name]
+        self.handle(adapter_name)
+        self.remove(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _switch(self) -> None:

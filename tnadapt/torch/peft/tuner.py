@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapter_file import AdapterFile
 from ...config import Config
-from ...errors import ConfigError, FileError, TargetError, TnadaptError, shown
-from ...fingerprint import Fingerprint
+from ...errors import ConfigError, FileError, TargetError, shown
 from ..adapter import Adapter
 from ..attach import attach
 from ..registry import PREFIX
-from ..storage import base_fingerprint
 from ..targets import find_targets
 from .api import (
     AuxiliaryTrainingWrapper,
@@ -32,8 +26,11 @@ from .api import (
     set_additional_trainable_modules,
     set_requires_grad,
 )
+from .base_check import base_dtype, check_base
 from .config import TnadaptConfig
+from .keys import check_adapter_name, in_file
 from .layer import TnadaptLayer
+from .starting import start_randomly
 
 __all__ = ["TnadaptModel"]
 
@@ -70,19 +67,21 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Attach an adapter. It is active if it is the first."""
-        # The caller's own object serves other models, too: what is learnt of this one is kept in a copy.
-        config: Any = copy.copy(self.peft_config[adapter_name])
+        config: Any = self.peft_config[adapter_name]
         layer, others = self.tnadapt, list(self.tnadapt.handles)
+        check_adapter_name(adapter_name)
         if layer.merged:
             warnings.warn("An adapter cannot be added while others are merged. Unmerging them first.", stacklevel=2)
             layer.unmerge()
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()} if others else {}
         with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
             handle = _attach(model, config, adapter_name)
+            layer.add(handle)
         try:
             if config.base is not None:
-                _check_base(handle, config.base)
-            layer.handles[adapter_name] = handle
+                check_base(handle, config.base)
+            if not config.init_weights:
+                start_randomly(handle)
             active = self.active_adapters
             if active:
                 self.set_adapter(active, inference_mode=config.inference_mode)
@@ -96,14 +95,11 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
                 activate_adapter=adapter_name in active,
             )
         except Exception:
-            layer.handles.pop(adapter_name, None)
-            handle.detach()
+            layer.remove(adapter_name)
             raise
         finally:
             for parameter, required in trainable.items():
                 parameter.requires_grad_(required)
-        config.settings = handle.config.to_dict()
-        self.peft_config[adapter_name] = config
         self.targeted_module_names = list(
             dict.fromkeys([*self.targeted_module_names, *(target.module for target in handle.targets)])
         )
@@ -125,9 +121,14 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         TargetError
             If there is none of that name, or it is merged.
         """
-        self.tnadapt.handle(adapter_name)
+        if adapter_name not in self.tnadapt.handles:
+            there = ", ".join(map(repr, self.tnadapt.handles)) or "none"
+            raise TargetError(f"Adapter {adapter_name} does not exist; there are: {there}")
         if adapter_name in self.tnadapt.merged_adapters:
-            raise TargetError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before it is deleted")
+            raise TargetError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. "
+                "(unmerge_adapter() does so.)"
+            )
         self.active_adapter = delete_adapter(self, adapter_name, prefix=self.prefix, layer_cls=TnadaptLayer) or []
         del self.peft_config[adapter_name]
 
@@ -154,9 +155,11 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         super()._enable_adapter_layers(enabled)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        for _, parameter in self.tnadapt.handle(adapter_name).named_parameters():
-            if autocast_adapter_dtype and parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
+        handle = self.tnadapt.handle(adapter_name)
+        dtype = torch.float32 if autocast_adapter_dtype else base_dtype(handle)
+        for _, parameter in handle.named_parameters():
+            if not autocast_adapter_dtype or parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.to(dtype)
 
     def _unload_and_optionally_merge(
         self,
@@ -174,17 +177,17 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             layer.merge(adapter_names=left)
         # PEFT takes its own wrappers of modules_to_save off.
         super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
-        for name, handle in layer.handles.items():
+        for name, handle in list(layer.handles.items()):
             if name in layer.merged_adapters:
                 handle.bake()
             else:
                 handle.detach()
-        layer.handles, layer.merged_adapters = {}, []
+            layer.drop(name)
+        layer.merged_adapters = []
         model: nn.Module = self.model
         return model
 
     # -- State dicts -------------------------------------------------------------------------
-    # On the model: tnadapt_default_group0_split0_factor0. In a file: tnadapt.group0.split0.factor0.
 
     @classmethod
     def _get_adapter_state_dict(
@@ -195,15 +198,13 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
-        layer = _layer_of(model)
-        # Taken when it is needed, as it reads every weight; where another one is merged, the base's are not there.
-        if config.base is None and set(layer.merged_adapters) <= {adapter_name}:
-            config.base = _base(layer.handle(adapter_name))
-        return {key: tensor for key, tensor in state_dict.items() if _in_file(key, adapter_name) is not None}
+        if config.base is None:
+            config.keep_base(_layer_of(model).base_of(adapter_name))
+        return {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return _in_file(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
+        return in_file(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -213,7 +214,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             raise TargetError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before arrays are loaded")
         names, expected = dict[str, str](), dict[str, tuple[int, ...]]()
         for name, tensor in model.state_dict().items():
-            key = _in_file(name, adapter_name)
+            key = in_file(name, adapter_name)
             if key is not None:
                 names[key], expected[key] = name, tuple(tensor.shape)
         found = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".tnadapt.group" in f".{key}"}
@@ -225,13 +226,6 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         return {names.get(key, key): tensor for key, tensor in state_dict.items()}
 
 
-def _in_file(key: str, adapter_name: str) -> str | None:
-    """What an adapter's array is called in a file, by its name in a state dict; None for anything else."""
-    path, _, last = key.rpartition(".")
-    array = re.fullmatch(rf"{PREFIX}{re.escape(adapter_name)}_(group\d+(?:_term\d+)?_split\d+_[a-z]+\d*)", last)
-    return None if array is None else ".".join([*path.split("."), "tnadapt", array[1].replace("_", ".")]).lstrip(".")
-
-
 def _layer_of(model: nn.Module) -> TnadaptLayer:
     return next(module for module in model.modules() if isinstance(module, TnadaptLayer))
 
@@ -239,61 +233,18 @@ def _layer_of(model: nn.Module) -> TnadaptLayer:
 def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:
     saved = [f".{module}." for module in config.modules_to_save or ()]
     saved += [f".{path}." for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    targets = [
-        target
-        for target in find_targets(model, config.target_modules)
-        if not any(module in f".{target.module}." for module in saved)
-    ]
+    try:
+        found = find_targets(model, config.target_modules)
+    except TargetError as error:
+        # In the words of PEFT.
+        raise TargetError(
+            f"Please specify `target_modules`: {str(error).replace('targets=', 'target_modules=')}"
+        ) from None
+    targets = [target for target in found if not any(module in f".{target.module}." for module in saved)]
     if not targets:
         raise TargetError(
             f"target_modules={shown(config.target_modules)} names nothing outside of "
             f"modules_to_save={shown(config.modules_to_save)}, which are trained whole"
         )
-    settings = None if config.settings is None else Config.from_dict(config.settings)
+    settings = Config.from_dict(config.settings)
     return attach(model, settings, targets, name, strategy=config.strategy, activation=config.activation)
-
-
-# -- The base model ------------------------------------------------------------------------------
-
-
-def _base(handle: Adapter) -> dict[str, Any]:
-    """What a file says of the base model and the draws."""
-    base = base_fingerprint(handle)
-    counts: dict[str, int] = {}
-    for rows, cols in handle.plan.shapes:
-        counts[f"{rows}x{cols}"] = counts.get(f"{rows}x{cols}", 0) + 1
-    return {
-        "weights": counts,
-        "fingerprint": None if base is None else {**dataclasses.asdict(base), "sketch": list(base.sketch)},
-        "draws": AdapterFile(handle.config, handle.targets, handle.plan.init()).draws,
-    }
-
-
-def _check_base(handle: Adapter, saved: dict[str, Any]) -> None:
-    """A FileError unless the adapter was trained on such weights, and with such draws, as are here."""
-    here = _base(handle)
-    way = (
-        "Give the base model that it was trained on; or, to use it here all the same, load its TnadaptConfig, set "
-        "config.base = None, and pass it as config="
-    )
-    kind = type(handle.model).__name__
-    if saved.get("weights") != here["weights"]:
-        raise FileError(
-            f"the adapter was trained on weights of the shapes {shown(saved.get('weights'))}, and target_modules find "
-            f"{here['weights']} in this {kind}. {way}"
-        )
-    if saved.get("draws") != here["draws"]:
-        raise FileError(
-            f"the adapter was trained with fixed draws of F whose digest is {shown(saved.get('draws'))}; on this "
-            f"machine it is {here['draws']}. Its updates would be others: run tnadapt.verify to see why"
-        )
-    if saved.get("fingerprint") is None or here["fingerprint"] is None:
-        return
-    try:
-        difference = Fingerprint(**saved["fingerprint"]).difference(Fingerprint(**here["fingerprint"]))
-    except (TypeError, TnadaptError) as error:
-        raise FileError(f"the fingerprint of the base model in the adapter's config is none: {error}") from None
-    if difference is not None:
-        raise FileError(
-            f"the adapter was trained on another base model than this {kind}: of its weights, {difference}. {way}"
-        )

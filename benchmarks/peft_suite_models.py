@@ -1,0 +1,121 @@
+"""The language models of PEFT's tests, made here: tiny ones of the same architectures, in a cache like the hub's.
+
+The hub's own have other random numbers; PEFT's tests look at none of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+__all__ = ["make_models"]
+
+_LLAMA = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 32, "vocab_size": 1024, "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip
+# PEFT's tests of LoRA's own weighted sums take it that q and v are of one shape.
+_ALIKE = {**_LLAMA, "num_key_value_heads": 4}
+# Their limit for what a conversion to LoRA may change was set for small weights.
+_SMALL = {**_LLAMA, "initializer_range": 0.02}
+_BERT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37, "vocab_size": 1024,
+    "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 1024, "initializer_range": 0.2}
+
+#: Name on the hub -> class of transformers, and its config's class and settings.
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "peft-internal-testing/tiny-random-OPTForCausalLM": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 32, "vocab_size": 1024,
+            "max_position_embeddings": 128, "word_embed_proj_dim": 16, "init_std": 0.2,
+        },
+    ),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "peft-internal-testing/tiny-random-GPTJForCausalLM": (
+        "GPTJForCausalLM",
+        "GPTJConfig",
+        {**_GPT2, "rotary_dim": 4},
+    ),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _ALIKE),
+    "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _SMALL),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {**_LLAMA, "head_dim": 4},
+    ),
+    "peft-internal-testing/tiny-random-BertModel": ("BertModel", "BertConfig", _BERT),
+    "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", "RobertaConfig", _BERT),
+    "peft-internal-testing/tiny-random-DebertaModel": (
+        "DebertaModel",
+        "DebertaConfig",
+        {**_BERT, "relative_attention": True, "pos_att_type": "p2c|c2p"},
+    ),
+    "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", "DebertaV2Config", _BERT),
+    "peft-internal-testing/tiny-random-BertForSequenceClassification": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        _BERT,
+    ),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        _BERT,
+    ),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
+        "LlamaForSequenceClassification",
+        "LlamaConfig",
+        {**_LLAMA, "pad_token_id": 0},
+    ),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 1024,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 1024,
+            "max_position_embeddings": 128, "init_std": 0.2,
+        },
+    ),
+}  # fmt: skip
+
+
+def make_models(home: Path) -> None:
+    """Write all of them to a folder that is to be ``HF_HOME``, unless they are there."""
+    for name, (model, config, settings) in MODELS.items():
+        place = home / "hub" / f"models--{name.replace('/', '--')}"
+        if (place / "refs" / "main").exists():
+            continue
+        torch.manual_seed(0)
+        made = getattr(transformers, model)(getattr(transformers, config)(**settings))
+        revision = "0" * 40
+        made.save_pretrained(place / "snapshots" / revision)
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / "main").write_text(revision)
+    _make_adapter(home)
+
+
+def _make_adapter(home: Path) -> None:
+    """The settings of a LoRA adapter, which the tests of configs read."""
+    from peft import LoraConfig
+
+    place = home / "hub" / "models--peft-internal-testing--tiny-opt-lora-revision"
+    revision = "1" * 40
+    LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]).save_pretrained(
+        str(place / "snapshots" / revision)
+    )
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / "test").write_text(revision)

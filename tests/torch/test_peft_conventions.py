@@ -1,0 +1,400 @@
+"""What users of PEFT, and code built on it, expect of every method: names, configs, dtypes, tasks, deletion, errors."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from peft import (  # noqa: E402
+    PeftConfig,
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch.peft as plugin  # noqa: E402
+from tnadapt import presets  # noqa: E402
+from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
+
+# PEFT 0.21 asks transformers 5 for a property under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+plugin.register()
+
+SIZES = {"weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2}
+
+
+def seeded(make: Any, seed: int = 0) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().eval()
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+        bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    return seeded(lambda: LlamaForCausalLM(config))
+
+
+def settings_of(preset: str) -> dict[str, Any]:
+    takes = inspect.signature(getattr(presets, preset)).parameters
+    return {"preset": preset, "settings": {name: size for name, size in SIZES.items() if name in takes}}
+
+
+def config(preset: str = "lora", **more: Any) -> TnadaptConfig:
+    return TnadaptConfig(task_type="CAUSAL_LM", **settings_of(preset), **more)
+
+
+def stir(model: PeftModel, name: str = "default") -> None:
+    generator = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for _, array in tt.adapters(model)[name].named_parameters():
+            array.add_(0.3 * torch.randn(array.shape, generator=generator).to(array))
+
+
+@torch.no_grad()
+def run(model: Any) -> Any:
+    return model(input_ids=torch.arange(3, 17).view(2, 7)).logits
+
+
+# -- Names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", presets.__all__)
+def test_an_adapter_is_copied_by_the_names_of_its_parameters(preset: str) -> None:
+    """As TRL makes a reference."""
+    model = get_peft_model(llama(), config(preset))
+    stir(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    copied = 0
+    for name, parameter in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+            copied += 1
+    assert copied == len(tt.adapters(model)["default"].plan.param_shapes)
+    trained = run(model)
+    with model.disable_adapter():
+        assert not torch.equal(run(model), trained)
+    model.set_adapter("ref")
+    assert torch.equal(run(model), trained)
+
+
+@pytest.mark.parametrize("name", ["my-adapter", "v1.0", "50%", "two words", "ünï", "a.b.c", "default2"])
+def test_any_printable_name_will_do(name: str, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config())
+    first = run(model)
+    model.add_adapter(name, config())
+    stir(model, name)
+    model.set_adapter(name)
+    expected = run(model)
+    assert not torch.equal(expected, first)
+    layer = model.base_model.tnadapt
+    assert name in layer.tnadapt_arrays
+    assert list(layer.tnadapt_arrays) == list(layer.tnadapt_arrays.keys()) == ["default", name]
+    assert dict(layer.tnadapt_arrays.items())[name] is layer.tnadapt_arrays[name]
+    assert model.get_layer_status()[-1].available_adapters == sorted(["default", name])
+    for path, parameter in model.named_parameters():
+        assert model.get_parameter(path) is parameter
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / name / "adapter_model.safetensors").keys() == get_peft_model_state_dict(model).keys()
+    again = PeftModel.from_pretrained(llama(), tmp_path / name, adapter_name=name)
+    assert torch.equal(run(again), expected)
+    assert torch.equal(run(copy.deepcopy(again)), expected)
+    model.set_adapter("default")
+    model.delete_adapter(name)
+    assert torch.equal(run(model), first)
+    assert name not in layer.tnadapt_arrays
+
+
+def test_a_name_does_not_hide_another_one(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config(), adapter_name="v1.0")
+    stir(model, "v1.0")
+    for other in ("v1", "0", "v1.0.1", "default", "ref"):
+        model.add_adapter(other, config())
+    model.save_pretrained(tmp_path)
+    expected = tt.adapters(model)["v1.0"].arrays()
+    found = load_file(tmp_path / "v1.0" / "adapter_model.safetensors")
+    assert {key.partition("tnadapt.")[2]: tensor.tolist() for key, tensor in found.items()} == {
+        array: tensor.tolist() for array, tensor in expected.items()
+    }
+
+
+def test_attach_takes_such_names_too() -> None:
+    model = llama()
+    fresh = run(model)
+    handle = tt.attach(model, name="v1.0")
+    assert list(tt.adapters(model)) == ["v1.0"]
+    assert "tnadapt_v1%2E0_group0_split0_factor0" in model.state_dict()
+    handle.detach()
+    assert torch.equal(run(model), fresh)
+    with pytest.raises(tna.TargetError, match=r"called 'v1%2E0': this is how 'v1\.0' is written in the names"):
+        tt.attach(model, name="v1%2E0")
+
+
+# -- The config ------------------------------------------------------------------------------------
+
+
+def test_the_config_is_kept_and_not_changed(tmp_path: Path) -> None:
+    given = config()
+    before = copy.deepcopy(given)
+    model = get_peft_model(llama(), given)
+    assert model.peft_config["default"] is given
+    model.add_adapter("second", given)
+    model.save_pretrained(tmp_path)
+    assert given == before
+    again = PeftModel.from_pretrained(llama(), tmp_path, config=given)
+    assert again.peft_config["default"] is given
+    # What was learnt of the base is in the file, and in no other that the same object writes.
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base"]["weights"] == {"16x16": 4}
+    given.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base"] is None
+
+
+@pytest.mark.parametrize(
+    ("keyword", "way"),
+    [
+        ("r", r"use settings=\{'rank': …\}"),
+        ("rank", r"use settings=\{'rank': …\}"),
+        ("lora_alpha", r"use settings=\{'alpha': …\}"),
+        ("ratio", r"use settings=\{'ratio': …\}"),
+        ("targets", "use target_modules"),
+        ("keep_trainable", "use modules_to_save"),
+        ("layers_to_transform", "use target_modules with a regular expression"),
+        ("bias", "biases are not trained"),
+        ("target_module", "did you mean 'target_modules'"),
+        ("xyz", "There are: .*, settings, target_modules, modules_to_save,"),
+    ],
+)
+def test_an_unknown_keyword_says_what_to_use(keyword: str, way: str) -> None:
+    with pytest.raises(
+        TypeError, match=f"TnadaptConfig got an unexpected keyword argument '{keyword}': .*{way}"
+    ) as error:
+        TnadaptConfig(**{keyword: 8})
+    assert isinstance(error.value, tna.ConfigError)
+    with pytest.raises(tna.ConfigError, match=r"Config has no field 'r'; did you mean 'rank'"):
+        TnadaptConfig(preset="lora", settings={"r": 8})
+
+
+def test_configs_are_copied_and_pickled() -> None:
+    given = config()
+    assert copy.copy(given) == copy.deepcopy(given) == pickle.loads(pickle.dumps(given)) == given
+    with pytest.raises(tna.ConfigError, match="init_weights must be True or False; got 'gaussian'"):
+        config(init_weights="gaussian")
+
+
+def test_targets_that_are_missing_are_asked_for_in_peft_s_words() -> None:
+    with pytest.raises(
+        tna.TargetError, match=r"Please specify `target_modules`: no target in Sequential.*target_modules=\["
+    ):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), TnadaptConfig())
+
+
+# -- Dtypes and starts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", presets.__all__)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_arrays_take_the_dtype_of_the_base_only_when_asked(dtype: Any, preset: str, tmp_path: Path) -> None:
+    plain = run(llama().to(dtype))
+    for cast, expected in ((True, torch.float32), (False, dtype)):
+        options = {"autocast_adapter_dtype": cast}
+        model = get_peft_model(llama().to(dtype), config(preset), **options)
+        assert torch.equal(run(model), plain)
+        model.add_adapter("second", config(preset), **options)
+        stir(model)
+        model.save_pretrained(tmp_path)
+        for low in (False, True):
+            model.load_adapter(tmp_path, f"third{low}", low_cpu_mem_usage=low, **options)
+        found = {p.dtype for name, p in model.named_parameters() if model.prefix in name}
+        assert found == {expected}
+        attached = run(model)
+        assert attached.dtype is dtype
+        assert not torch.equal(attached, plain)
+        model.merge_adapter()
+        torch.testing.assert_close(run(model), attached, rtol=0, atol=0.25)
+        model.unmerge_adapter()
+        assert torch.equal(run(model), attached)
+
+
+@pytest.mark.parametrize("preset", presets.__all__)
+def test_init_weights_false_changes_the_model(preset: str) -> None:
+    plain = run(llama())
+    outputs = []
+    for seed in (0, 0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = get_peft_model(llama(), config(preset, init_weights=False))
+        outputs.append(run(model))
+        handle = tt.adapters(model)["default"]
+        # Neither too little to see nor so much that it would drown the weights.
+        size = torch.cat([delta.detach().flatten() for delta in handle.deltas()]).square().mean().sqrt()
+        assert 3e-4 < float(size) < 0.5
+        torch.testing.assert_close(run(model.merge_and_unload()), outputs[-1], rtol=0, atol=1e-4)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)
+    assert not torch.allclose(outputs[0], plain, atol=1e-3)
+
+
+# -- Tasks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "head"),
+    [
+        (BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+    ],
+)
+def test_token_classification_and_question_answering(make: Any, task: str, head: str, tmp_path: Path) -> None:
+    sizes = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        num_labels=3 if task == "TOKEN_CLS" else 2, max_position_embeddings=16,
+    )  # fmt: skip
+
+    def base() -> Any:
+        return seeded(lambda: make(sizes))
+
+    def outputs(model: Any) -> Any:
+        with torch.no_grad():
+            return model(input_ids=torch.arange(3, 17).view(2, 7))[0]
+
+    ids = torch.arange(3, 17).view(2, 7)
+    labels = (
+        {"labels": ids % 3}
+        if task == "TOKEN_CLS"
+        else {"start_positions": ids[:, 0] % 7, "end_positions": ids[:, 1] % 7}
+    )
+    model = get_peft_model(base(), TnadaptConfig(task_type=task, **settings_of("lora")))
+    assert torch.equal(outputs(model), outputs(base()))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "tnadapt_arrays.default." not in name} == {
+        f"base_model.model.{head}.modules_to_save.default.{name}" for name in ("weight", "bias")
+    }
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, **labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.add_adapter("second", TnadaptConfig(task_type=task, **settings_of("superlora")))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(outputs(again), outputs(model.eval()))
+
+
+# -- Deletion, and the base's state ------------------------------------------------------------------
+
+
+def test_nothing_is_left_of_a_deleted_adapter() -> None:
+    model = get_peft_model(llama(), config(), adapter_name="foobar")
+    stir(model, "foobar")
+    get_peft_model_state_dict(model, adapter_name="foobar")
+    (layer,) = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    model.disable_adapter_layers()  # what is kept of its mixing weight
+    assert len(layer.in_features) == len(layer.out_features) == 4
+    model.delete_adapter("foobar")
+    held = [name for name, value in vars(layer).items() if isinstance(value, (dict, list)) and "foobar" in value]
+    assert held == []
+    assert not [name for name, _ in model.named_parameters() if "foobar" in name]
+    assert layer.in_features == layer.out_features == ()
+    assert torch.equal(run(model.base_model.model), run(llama()))
+    with pytest.raises(tna.TargetError, match=r"Adapter foobar does not exist; there are: none"):
+        model.base_model.delete_adapter("foobar")
+
+
+def test_a_merged_adapter_is_not_deleted() -> None:
+    model = get_peft_model(llama(), config(), adapter_name="one")
+    model.add_adapter("two", config())
+    model.set_adapter("two")
+    stir(model, "two")
+    model.merge_adapter()
+    merged = run(model)
+    message = "Cannot delete adapter(s) ['two'] while they are merged. Please unmerge them first."
+    with pytest.raises(tna.TargetError, match=re.escape(message)):
+        model.delete_adapter("two")
+    model.delete_adapter("one")
+    assert torch.equal(run(model), merged)
+    model.unmerge_adapter()
+    model.delete_adapter("two")
+    assert not model.peft_config
+    assert torch.equal(run(model.base_model.model), run(llama()))
+
+
+def test_the_base_s_state_is_the_base_s_alone() -> None:
+    expected = llama().state_dict()
+    model = get_peft_model(llama(), config())
+    stir(model)
+    found = get_base_model_state_dict(model)
+    assert found.keys() == expected.keys() == model.get_base_model().state_dict().keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with torch.no_grad():
+        for parameter in model.get_base_model().parameters():
+            parameter.add_(1.0)
+    assert set_base_model_state_dict(model, expected).missing_keys == []
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in get_base_model_state_dict(model).items())
+
+
+def test_an_embedding_is_a_target_where_it_is_named(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), config(target_modules=["embed_tokens", "q_proj"]))
+    handle = tt.adapters(model)["default"]
+    assert [target.shape for target in handle.targets] == [(50, 16), (16, 16), (16, 16)]
+    assert torch.equal(run(model), run(llama()))
+    model(input_ids=torch.arange(3, 17).view(2, 7)).logits.square().sum().backward()
+    assert all(array.grad is not None for array in handle.parameters())
+    stir(model)
+    expected = run(model)
+    with torch.no_grad():
+        ids = torch.arange(3, 17).view(2, 7)
+        rows = llama().model.embed_tokens.weight[ids] + handle.deltas()[0][ids]
+    torch.testing.assert_close(model.base_model.model.model.embed_tokens(ids), rows)
+    handle.save(tmp_path / "adapter.safetensors")
+    llama().save_pretrained(tmp_path / "base")
+    tna.merge(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(run(merged), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
+
+
+def test_older_files_are_read(tmp_path: Path) -> None:
+    """The names of the arrays in files are those that they have always had."""
+    model = get_peft_model(llama(), config("superlora"))
+    stir(model)
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+        "base_model.model.tnadapt.group0.split0.factor0",
+        "base_model.model.tnadapt.group0.split0.factor1",
+    }
+    text = json.loads((tmp_path / "adapter_config.json").read_text())
+    del text["init_weights"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(text))
+    assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path)), run(model))
+    assert PeftConfig.from_pretrained(str(tmp_path)).init_weights is True

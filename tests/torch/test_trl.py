@@ -1,0 +1,156 @@
+"""TRL's trainers on an adapter that is trained already: their reference is that adapter, and not the base model."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("trl")
+
+from peft import PeftModel, get_peft_model  # noqa: E402
+
+import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch.peft as plugin  # noqa: E402
+from tnadapt import presets  # noqa: E402
+
+# They are about TRL's own dependencies, and about options that it sets itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+WORDS = ["<pad>", "<end>", "<unknown>", *(f"w{number}" for number in range(40))]
+SIZES = {"weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> None:
+    plugin.register()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    model = tokenizers.models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unknown>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>", padding_side="left"
+    )
+
+
+def llama() -> Any:
+    # Ten times the usual deviation: what an adapter does then shows.
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+        max_position_embeddings=64, initializer_range=0.3, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config)
+
+
+def trained(preset: str) -> PeftModel:
+    """A model with an adapter that is not at its start any more."""
+    takes = inspect.signature(getattr(presets, preset)).parameters
+    settings = {name: size for name, size in SIZES.items() if name in takes}
+    model = get_peft_model(llama(), plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=settings))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, array in tt.adapters(model)["default"].named_parameters():
+            array.add_(0.3 * torch.randn(array.shape, generator=generator))
+    return model
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 2,
+        "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
+        "bf16": False, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
+def first_log(trainer: Any) -> dict[str, float]:
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return trainer.state.log_history[0]
+
+
+def dpo(model: PeftModel, tokenizer: Any, folder: Path) -> Any:
+    from trl import DPOConfig, DPOTrainer
+
+    pairs = [
+        {"prompt": "w1 w2 w3", "chosen": " w4 w5 w6", "rejected": " w7 w8"},
+        {"prompt": "w3 w2", "chosen": " w9", "rejected": " w17 w8 w5"},
+    ]
+    return DPOTrainer(
+        model=model,
+        args=DPOConfig(**settings(folder)),
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+
+
+def grpo(model: PeftModel, tokenizer: Any, folder: Path) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    def number_of_fours(completions: list[str], **others: Any) -> list[float]:
+        return [float(text.count("4")) for text in completions]
+
+    arguments = GRPOConfig(**settings(folder), beta=0.1, num_generations=2, max_completion_length=4)
+    return GRPOTrainer(
+        model=model,
+        args=arguments,
+        reward_funcs=number_of_fours,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "w1 w2 w3"}] * 2),
+        processing_class=tokenizer,
+    )
+
+
+def arrays(trainer: Any, name: str) -> dict[str, Any]:
+    return dict(tt.adapters(trainer.model)[name].named_parameters())
+
+
+def assert_reference_is_the_adapter(trainer: Any, before: dict[str, Any]) -> None:
+    policy, reference = arrays(trainer, "default"), arrays(trainer, "ref")
+    assert all(torch.equal(reference[name], before[name]) for name in before)
+    assert all(torch.equal(policy[name], before[name]) for name in before)
+    assert all(policy[name] is not reference[name] for name in before)
+    assert all(array.requires_grad for array in policy.values())
+    assert not any(array.requires_grad for array in reference.values())
+
+
+@pytest.mark.parametrize("preset", presets.__all__)
+def test_dpo_starts_at_log_2(preset: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = trained(preset)
+    before = tt.adapters(model)["default"].arrays()
+    trainer = dpo(model, tokenizer, tmp_path)
+    assert first_log(trainer)["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert_reference_is_the_adapter(trainer, before)
+
+
+@pytest.mark.parametrize("preset", presets.__all__)
+def test_grpo_starts_without_divergence(preset: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = trained(preset)
+    before = tt.adapters(model)["default"].arrays()
+    trainer = grpo(model, tokenizer, tmp_path)
+    found = first_log(trainer)["kl"]
+    assert found == 0.0
+    assert_reference_is_the_adapter(trainer, before)
+
+
+def test_another_reference_would_show(tokenizer: Any, tmp_path: Path) -> None:
+    for make, key, start in ((dpo, "loss", math.log(2)), (grpo, "kl", 0.0)):
+        trainer = make(trained("superlora"), tokenizer, tmp_path)
+        # At its start, as a reference is to which nothing was copied.
+        tt.adapters(trainer.model)["ref"].reset()
+        assert abs(first_log(trainer)[key] - start) > 1e-3
