@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -13,7 +14,10 @@ from typing import Any
 import pytest
 
 from tnadapt import FileError
-from tnadapt.durable import replace_file
+from tnadapt.durable import replace_file, replaced
+
+from .file_layer import recorded
+from .power_failure import after_failures
 
 
 def test_a_file_is_written_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -121,3 +125,80 @@ replace_file(sys.argv[1], b"new" * 1000)
 """
     assert run(code, str(path)).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
+
+
+# -- Order ---------------------------------------------------------------------------------------------
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the file layer reads /proc")
+
+
+@linux
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_after(tmp_path: Path, overwrite: bool) -> None:
+    path = tmp_path / "file"
+    if overwrite:
+        path.write_bytes(b"old")
+    calls = recorded(lambda: replace_file(str(path), b"new", overwrite))
+    made = calls[0].paths[0]
+    assert [(call.name, call.paths) for call in calls] == [
+        ("create", (made,)),
+        ("fsync", (made,)),
+        ("replace" if overwrite else "rename_new", (made, str(path))),
+        ("fsync", (str(tmp_path),)),
+    ]
+    assert calls[1].content == b"new"
+
+
+@linux
+def test_after_a_power_failure_it_is_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "file").write_bytes(b"old")
+    shutil.copytree(place, tmp_path / "start")
+    calls = recorded(lambda: replace_file(str(place / "file"), b"new"))
+    found = [(number, tree["file"]) for number, tree in after_failures(calls, place, tmp_path / "start")]
+    assert {node[0] for _, node in found if node} == {b"old", b"new"}
+    assert all(node and node[0] == b"new" for number, node in found if number == len(calls))
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "link", "pipe"])
+def test_what_must_not_be_overwritten_is_not_even_if_it_came_meanwhile(tmp_path: Path, there: str) -> None:
+    path = tmp_path / "file"
+    make = {
+        "file": lambda: path.write_bytes(b"theirs"),
+        "folder": path.mkdir,
+        "link": lambda: path.symlink_to("nowhere"),
+        "pipe": lambda: os.mkfifo(path),
+    }[there]
+    refused = pytest.raises(FileError, match=r"exists; give another path, or overwrite=True \(--force\)")
+    with refused, replaced(str(path), overwrite=False) as file:
+        file.write(b"ours")
+        make()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert not (path.is_file() and path.read_bytes() == b"ours")
+
+
+def test_a_pipe_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    refused = pytest.raises(FileError, match="is neither a file nor a folder")
+    with refused, replaced(str(path)) as file:
+        file.write(b"ours")
+        os.mkfifo(path)
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_cannot_keep_a_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fails = os.fsync, 5
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(fails, os.strerror(fails))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_file(str(tmp_path / "file"), b"new")
+    fails = 22  # EINVAL: a file system that does not synchronise folders
+    replace_file(str(tmp_path / "file"), b"newer")
+    assert (tmp_path / "file").read_bytes() == b"newer"

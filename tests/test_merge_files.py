@@ -7,7 +7,9 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt import copying, summing
+from tnadapt import copying, merge_job, summing
 from tnadapt.errors import TnadaptError
 from tnadapt.fingerprint import fingerprint
 from tnadapt.testing import configs
@@ -130,11 +132,19 @@ def test_adapters_of_every_dtype(trained: str, projection: str, tmp_path: Path) 
         assert np.abs(found[name][1].astype("f8") - array).max(initial=0.0) < error
 
 
-def test_a_fresh_adapter_changes_no_bit(tmp_path: Path) -> None:
-    tensors = cp.base(VIEWS, "bfloat16")
+@pytest.mark.parametrize("trained", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_fresh_adapter_changes_no_bit(dtype: str, trained: str, tmp_path: Path) -> None:
+    # In float64 a start that is rounded otherwise than the adapter's would show in the last digits.
+    tensors = cp.base(VIEWS, dtype)
     config = P.superlora(2, projection="nonlinear", ratio=0.5)
     plan = tna.SuperLoRA(config, [target.shape for target in VIEWS])
-    tna.merge(cp.write(tmp_path / "base", tensors), tna.AdapterFile(config, VIEWS, plan.init()), tmp_path / "out")
+    if trained == "bfloat16":
+        arrays = {name: cp.from_bfloat16(cp.to_bfloat16(array)) for name, array in plan.init().items()}
+        file = tna.AdapterFile(config, VIEWS, arrays, dtypes=dict.fromkeys(arrays, trained))
+    else:
+        file = tna.AdapterFile(config, VIEWS, plan.init(dtype=trained))
+    tna.merge(cp.write(tmp_path / "base", tensors), file, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "base")
 
 
@@ -202,15 +212,142 @@ def test_what_else_is_in_the_folder(tmp_path: Path) -> None:
     assert set(report.left_out) == {"pytorch_model.bin", "onnx/model.onnx", "other.safetensors", ".git/", "round/"}
 
 
-def test_a_base_of_links_as_a_hub_s_cache_is(tmp_path: Path) -> None:
+def hub_cache(base: Path, repository: Path) -> Path:
+    """The same files as the cache of Hugging Face's hub keeps them: links to blobs named by their hashes."""
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "0123abcd"
+    for path in sorted(base.rglob("*")):
+        if path.is_file():
+            blob = repository / "blobs" / f"{len(os.listdir(repository / 'blobs')):064x}"
+            shutil.copyfile(path, blob)
+            link = snapshot / path.relative_to(base)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_base_of_links_as_a_hub_s_cache_is(shards: int, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, shards)
+    (base / "code").mkdir()
+    (base / "code" / "model.py").write_text("pass")
+    tna.merge(base, adapter, tmp_path / "expected")
+    snapshot = hub_cache(base, tmp_path / "models--made--up")
+    (tmp_path / "link").symlink_to(snapshot)
+    for number, source in enumerate([snapshot, tmp_path / "link"]):
+        report = tna.merge(source, adapter, tmp_path / f"out{number}")
+        assert content(tmp_path / f"out{number}") == content(tmp_path / "expected")
+        assert not any(path.is_symlink() for path in (tmp_path / f"out{number}").rglob("*"))
+        assert report.left_out == ()
+    index = snapshot / ("model.safetensors" if shards == 1 else "model.safetensors.index.json")
+    tna.merge(index, adapter, tmp_path / ("one.safetensors" if shards == 1 else "indexed"))
+    if shards == 1:
+        blob = (snapshot / "model.safetensors").resolve()
+        with pytest.raises(tna.FileError, match="is what is to be read"):
+            tna.merge(snapshot / "model.safetensors", adapter, blob, overwrite=True)
+
+
+def test_blobs_are_those_of_a_hub_s_cache_alone(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
-    (tmp_path / "blobs").mkdir()
-    (base / "model.safetensors").rename(tmp_path / "blobs" / "0123")
-    (base / "model.safetensors").symlink_to(tmp_path / "blobs" / "0123")
-    tna.merge(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out" / "model.safetensors").is_symlink()
-    with pytest.raises(tna.FileError, match="is what is to be read"):
-        tna.merge(base / "model.safetensors", adapter, tmp_path / "blobs" / "0123", overwrite=True)
+    (tmp_path / "blobs").mkdir()  # beside the base, which is in no folder of snapshots
+    (base / "model.safetensors").rename(tmp_path / "blobs" / "0")
+    (base / "model.safetensors").symlink_to(tmp_path / "blobs" / "0")
+    message = refused(tmp_path, base, adapter)
+    assert message == (
+        f"{base}: model.safetensors is a link to {tmp_path / 'blobs' / '0'}, which is outside of the checkpoint, and "
+        "is not followed: give the folder that it is in, or put the file itself in place of the link"
+    )
+    # Who names a link means what it leads to.
+    tna.merge(base / "model.safetensors", adapter, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("what", ["shard", "index"])
+def test_weights_outside_of_the_checkpoint_are_refused(what: str, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 2)
+    name = "model-00002-of-00002.safetensors" if what == "shard" else "model.safetensors.index.json"
+    (base / name).rename(tmp_path / "elsewhere")
+    (base / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{name} is a link to {tmp_path / 'elsewhere'}, which is outside" in refused(tmp_path, base, adapter)
+
+
+def test_links_that_leave_the_checkpoint_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter, _ = small(tmp_path)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("of another folder")
+    (base / "code").mkdir()
+    (base / "real.txt").write_text("inside")
+    links = {
+        "absolute.txt": secret, "relative.txt": "../secret.txt", "chain.txt": "absolute.txt", "code/deep.txt": secret,
+        "zero.json": "/dev/zero", "dangling.txt": "nowhere", "round.txt": "round.txt", "up": "..", "itself": ".",
+        "proc.txt": "/proc/self/environ", "inside.txt": "real.txt", "code/up.txt": "../real.txt",
+    }  # fmt: skip
+    for name, target in links.items():
+        (base / name).symlink_to(target)
+    os.mkfifo(base / "pipe.json")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(base)  # a socket's path must be short
+        server.bind("socket")
+    report = tna.merge(base, adapter, tmp_path / "out")
+    copied = {"config.json", "real.txt", "inside.txt", "code/up.txt"}
+    assert set(report.copied) == copied
+    assert set(content(tmp_path / "out")) == copied | {"model.safetensors"}
+    assert set(report.left_out) == set(links) - copied - {"up", "itself"} | {"up/", "itself/", "pipe.json", "socket"}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_link_that_is_turned_outside_while_it_is_copied_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, _ = small(tmp_path)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("of another folder")
+    (base / "notes.txt").write_text("inside")
+    real = merge_job.Job._copy_others
+
+    def copy_others(job: merge_job.Job, *arguments: Any) -> None:
+        (base / "notes.txt").unlink()
+        (base / "notes.txt").symlink_to(secret)
+        real(job, *arguments)
+
+    monkeypatch.setattr(merge_job.Job, "_copy_others", copy_others)
+    with pytest.raises(tna.FileError, match=r"was changed while it was merged \(notes.txt\): run it again"):
+        tna.merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "config.json"])
+def test_a_pipe_for_weights_or_settings_is_no_wait(name: str, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 2 if "of" in name else 1)
+    (base / name).unlink()
+    os.mkfifo(base / name)
+    if name == "config.json":
+        assert tna.merge(base, adapter, tmp_path / "out").left_out == ("config.json",)
+    else:
+        assert "is neither a file nor a folder" in refused(tmp_path, base, adapter)
+
+
+def test_a_pipe_for_an_adapter_is_no_wait(tmp_path: Path) -> None:
+    base, _, _ = small(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is neither a file nor a folder" in refused(tmp_path, base, tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("single", [True, False])
+def test_a_pipe_or_device_is_never_replaced(single: bool, overwrite: bool, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.safetensors").symlink_to("pipe.safetensors")
+    outs = [tmp_path / "pipe.safetensors", tmp_path / "link.safetensors"] if single else [tmp_path / "pipe"]
+    for out in [*outs, Path(os.devnull)]:
+        message = refused(tmp_path, base / "model.safetensors" if single else base, adapter, out, overwrite=overwrite)
+        assert message == (
+            f"{out}: is neither a file nor a folder but a pipe, a device or the like, and is never replaced"
+        )
+    assert (tmp_path / "pipe.safetensors").is_fifo()
+    assert (tmp_path / "pipe").is_fifo()
+    assert Path(os.devnull).is_char_device()
 
 
 # -- What was trained beside the adapter ----------------------------------------------------------
@@ -252,6 +389,9 @@ def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     for kept, why in (
         ({"head.weight": np.ones((3, 6))}, r"shape \(3, 6\), and the checkpoint's is \(2, 6\)"),
         ({"head.count": np.array(1.5)}, "as float64, and the checkpoint's is I64"),
+        ({"head.count": np.array(3, np.int32)}, "as int32, and the checkpoint's is I64"),
+        ({"head.count": np.array(3, np.uint64)}, "as uint64, and the checkpoint's is I64"),
+        ({"head.weight": np.ones((2, 6), np.int64)}, "as int64, and the checkpoint's is F16"),
         ({"head.bias": np.ones(2)}, "though it has others of that module; nearest: 'head.weight'"),
         ({"head.weight": np.full((2, 6), 1e6)}, "leaves the range of float16"),
         ({"layer.0.q.weight": np.ones((6, 4))}, "both updates and replaces"),
@@ -468,6 +608,11 @@ def run(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def done_in(left: Path) -> list[str]:
+    """The files that an unfinished merge has finished."""
+    return [name for state in left.glob("run-*/state.json") for name in json.loads(state.read_text())["done"]]
+
+
 POINTS = [
     ("copy", 1), ("copy", 3), ("tensor", 1), ("tensor", 2), ("tensor", 3), ("synchronised", 1), ("synchronised", 4),
     ("synchronised", 7), ("state", 1), ("state", 2), ("replaced", 2), ("replaced", 4),
@@ -493,7 +638,7 @@ def test_killed_at_any_point_it_goes_on(point: str, count: int, there: bool, tmp
         # Whole: the old one, or the new one.
         assert content(out) in ([old] if there else []) + [content(tmp_path / "expected")]
     left = tmp_path / f"out{PARTIAL}"
-    done = json.loads((left / "state.json").read_text())["done"] if (left / "state.json").exists() else {}
+    done = done_in(left)
     report = tna.merge(base, adapter, out, overwrite=True)
     assert content(out) == content(tmp_path / "expected")
     assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "expected", "out"]
@@ -507,7 +652,8 @@ def test_another_base_or_adapter_starts_anew(tmp_path: Path) -> None:
     for change in ("adapter", "base", "state", "file"):
         assert run(KILLED, base, adapter, out, "state", 2).returncode == -signal.SIGKILL
         left = tmp_path / f"out{PARTIAL}"
-        assert len(json.loads((left / "state.json").read_text())["done"]) == 2
+        assert len(done_in(left)) == 2
+        (inner,) = left.glob("run-*")
         expected = 0
         if change == "adapter":
             next(iter(file.arrays.values()))[0, 0] += 1.0
@@ -515,10 +661,10 @@ def test_another_base_or_adapter_starts_anew(tmp_path: Path) -> None:
         elif change == "base":
             os.utime(base / "model-00002-of-00003.safetensors")
         elif change == "state":
-            (left / "state.json").write_text("{")
+            (inner / "state.json").write_text("{")
         else:
-            name = sorted(one.name for one in (left / "files").glob("*1-of*"))[0]
-            with open(left / "files" / name, "ab") as cut:
+            name = sorted(one.name for one in (inner / "files").glob("*1-of*"))[0]
+            with open(inner / "files" / name, "ab") as cut:
                 cut.truncate(10)
             expected = 1
         report = tna.merge(base, adapter, out, overwrite=True)
@@ -627,9 +773,9 @@ def test_interrupted_it_stops_and_goes_on(tmp_path: Path) -> None:
         tna.merge(base, adapter, tmp_path / "out", progress=interrupt)
     assert not (tmp_path / "out").exists()
     left = tmp_path / f"out{PARTIAL}"
-    done = json.loads((left / "state.json").read_text())["done"] if left.exists() else {}
+    done = done_in(left)
     # What was finished is kept, and nothing else.
-    assert {one.name for one in (left / "files").glob("*")} == set(done)
+    assert {one.name for one in left.glob("run-*/files/*")} == set(done)
     report = tna.merge(base, adapter, tmp_path / "out")
     assert report.resumed == len(done)
     tna.merge(base, adapter, tmp_path / "expected")

@@ -13,7 +13,7 @@ from .container import FOREIGN, MAX_HEADER, Entry, about, opened, path_of, raw_d
 from .errors import FileError, shown
 from .strict_json import MAX_CONFIG, json_file
 
-__all__ = ["INDEX_SUFFIX", "SUFFIX", "Checkpoint", "open_checkpoint"]
+__all__ = ["INDEX_SUFFIX", "SUFFIX", "Checkpoint", "file_state", "open_checkpoint"]
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -40,6 +40,8 @@ class Checkpoint:
         Where in each file the tensors begin.
     metadata : dict of str to dict
         The strings that each file's header has beside the tensors.
+    states : dict of str to list of int
+        The size, modification time and inode of each file, from before its header was read.
 
     Examples
     --------
@@ -59,7 +61,10 @@ class Checkpoint:
         self.shard: dict[str, str] = {}
         self.data: dict[str, int] = {}
         self.metadata: dict[str, dict[str, str]] = {}
+        self.states: dict[str, list[int]] = {}
         for file in files:
+            with about(file):
+                self.states[file] = file_state(file)
             with about(file), opened(file, foreign=True) as container:
                 for name in sorted(container.entries, key=lambda name: container.entries[name][2:]):
                     if name in self.shard:
@@ -129,6 +134,12 @@ class Checkpoint:
                         raise FileError(f"the file ended within {shown(name)}, while it was read")
                     rest = rest[got:]
         return made
+
+
+def file_state(path: str) -> list[int]:
+    """What changes when a file is written to or replaced: its size, modification time and inode."""
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

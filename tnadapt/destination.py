@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 from typing import Any, NamedTuple
 
+from .belonging import Belonging
 from .checkpoint import SUFFIX, Checkpoint, open_checkpoint
 from .container import path_of
 from .errors import FileError
@@ -30,7 +32,8 @@ class Destination(NamedTuple):
     others : tuple of str
         Files of the base's folder that are copied, relative to it.
     left_out : tuple of str
-        Those that are not, and hidden folders.
+        Those that are not: weights in other formats, hidden folders, links to folders or out of the checkpoint, and
+        what is no regular file (pipes, devices, sockets).
     """
 
     path: str
@@ -44,8 +47,34 @@ class Destination(NamedTuple):
             return
         if not overwrite:
             raise FileError("is there already: choose another name, or allow it to be overwritten (--force)")
-        if self.name is None and not _is_checkpoint(self.path):
-            raise FileError("is no folder of a checkpoint, and is not overwritten: remove it, or choose another name")
+        if (why := self.refusal(self.path)) is not None:
+            raise FileError(why)
+
+    def refusal(self, path: str) -> str | None:
+        """Why what is at a path must not be replaced by the result; None if it may be, or nothing is there."""
+        for _ in range(_LOOKS):
+            before = _state(path)
+            if before is None:
+                return None
+            if self.name is not None:
+                return None if stat.S_ISREG(before.st_mode) else "is no regular file, and is not overwritten"
+            if stat.S_ISDIR(before.st_mode) and _is_checkpoint(path):
+                return None
+            after = _state(path)
+            if after is not None and (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino):
+                break  # else another process has put its own there meanwhile
+        return "is no folder of a checkpoint, and is not overwritten: remove it, or choose another name"
+
+
+# How often to look again at what others replace at the same time.
+_LOOKS = 10
+
+
+def _state(path: str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
 
 
 def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destination:
@@ -55,7 +84,8 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
     ------
     FileError
         If it is the base, the adapter, in the base's folder or around it; not of the base's kind (a file or a
-        folder); or in a folder that does not exist.
+        folder); a pipe, a device or a socket; or in a folder that does not exist. If a file of the base's weights is a
+        link that leaves the checkpoint (:mod:`tnadapt.belonging`).
     """
     given = path_of(out)
     path = os.path.realpath(given)
@@ -64,11 +94,16 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
     def refuse(why: str) -> FileError:
         return FileError(f"{given}: {why}")
 
+    _check_links(checkpoint)
     own = [os.path.realpath(file) for file in checkpoint.files]
     if path in own or (adapter is not None and path == os.path.realpath(adapter)):
         raise refuse("is what is to be read: give another name for what is to be written")
+    there = _state(path)
+    kind = 0 if there is None else stat.S_IFMT(there.st_mode)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise refuse("is neither a file nor a folder but a pipe, a device or the like, and is never replaced")
     if single:
-        if os.path.isdir(path):
+        if kind == stat.S_IFDIR:
             raise refuse("is a folder, and the base is one file: give the path of a file in it")
         if not path.endswith(SUFFIX):
             raise refuse(f"must end with {SUFFIX}, as the base is one file")
@@ -83,7 +118,7 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
             raise refuse("has what is to be read in it: give another place")
         if path.endswith((SUFFIX, ".json")):
             raise refuse("would be a folder, as the base is one: give the name of a folder")
-        if os.path.lexists(path) and not os.path.isdir(path):
+        if kind == stat.S_IFREG:
             raise refuse("is a file, and the base is a folder: give the name of a folder")
     if not os.path.isdir(os.path.dirname(path)):
         raise refuse(f"the folder {os.path.dirname(path)} does not exist; make it first")
@@ -106,6 +141,7 @@ def _is_checkpoint(folder: str) -> bool:
 
 def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The other files of the base's folder: those to copy, and those not."""
+    belonging = Belonging(checkpoint.folder)
     own = {os.path.basename(file) for file in checkpoint.files}
     if checkpoint.index is not None:
         own.add(os.path.basename(checkpoint.index))
@@ -123,6 +159,19 @@ def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
             path = os.path.normpath(os.path.join(here, name))
             if here == "." and name in own:
                 continue
-            usable = os.path.isfile(os.path.join(root, name)) and not name.endswith(_WEIGHTS)
+            usable = not name.endswith(_WEIGHTS) and belonging.file(path) is not None
             (copied if usable else left).append(path)
     return tuple(copied), tuple(left)
+
+
+def _check_links(checkpoint: Checkpoint) -> None:
+    """A FileError where weights would be read from outside of the checkpoint, which the user did not point to."""
+    belonging = Belonging(checkpoint.folder)
+    given = os.path.abspath(checkpoint.path)
+    for path in (*checkpoint.files, *([checkpoint.index] if checkpoint.index is not None else [])):
+        name = os.path.basename(path)
+        if path != given and (outside := belonging.leaves(name)) is not None:
+            raise FileError(
+                f"{checkpoint.path}: {name} is a link to {outside}, which is outside of the checkpoint, and is not "
+                "followed: give the folder that it is in, or put the file itself in place of the link"
+            )

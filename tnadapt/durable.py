@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import secrets
@@ -10,12 +11,16 @@ import stat
 from collections.abc import Iterator
 
 from .errors import FileError
+from .renaming import rename_new
 
-__all__ = ["replace_file", "replaced", "sync_folder"]
+__all__ = ["replace_file", "replaced", "sync_file", "sync_folder", "sync_tree"]
+
+# How a file system says that it does not synchronise folders.
+_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EROFS}
 
 
 @contextlib.contextmanager
-def replaced(path: str) -> Iterator[io.FileIO]:
+def replaced(path: str, overwrite: bool = True) -> Iterator[io.FileIO]:
     """An empty file to write to, which takes a path's place when the block ends, and is gone if it fails.
 
     A link is followed: where it leads is replaced. At any time either the old file or the new one is there, whole.
@@ -23,6 +28,8 @@ def replaced(path: str) -> Iterator[io.FileIO]:
     Parameters
     ----------
     path : str
+    overwrite : bool
+        Whether it may take the place of a file that is there.
 
     Yields
     ------
@@ -32,7 +39,8 @@ def replaced(path: str) -> Iterator[io.FileIO]:
     Raises
     ------
     FileError
-        If the path is a folder or the like, or its folder does not exist.
+        If the path is a folder or the like, or its folder does not exist; if a file is there that is not to be
+        overwritten, even if it was created only after the block began.
     OSError
         If it cannot be written; nothing has changed then.
 
@@ -61,29 +69,71 @@ def replaced(path: str) -> Iterator[io.FileIO]:
         with open(handle, "r+b", buffering=0) as file:
             yield file
             os.fsync(file.fileno())
-        if os.path.exists(path):
-            os.chmod(beside, stat.S_IMODE(os.stat(path).st_mode))
-        os.replace(beside, path)
+        _place(beside, path, overwrite)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
+        _unlink(beside)
         raise
     sync_folder(folder)
 
 
-def replace_file(path: str, content: bytes) -> None:
+def _place(made: str, path: str, overwrite: bool) -> None:
+    if not overwrite:
+        try:
+            return rename_new(made, path)
+        except FileExistsError:
+            raise FileError("exists; give another path, or overwrite=True (--force)") from None
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode):  # it came to be meanwhile
+            raise FileError("is neither a file nor a folder")
+        os.chmod(made, stat.S_IMODE(mode))
+    return os.replace(made, path)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def replace_file(path: str, content: bytes, overwrite: bool = True) -> None:
     """Write a file so that at any time either the old one or the new one is there, whole; see :func:`replaced`."""
-    with replaced(path) as file:
+    with replaced(path, overwrite) as file:
         rest = memoryview(content)
         while rest:
             rest = rest[file.write(rest) :]
 
 
+def sync_file(path: str) -> None:
+    """Make the content of a file last."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_folder(folder: str) -> None:
-    """Make the names in a folder last, where the system lets a folder be synchronised."""
-    with contextlib.suppress(OSError):
+    """Make the names in a folder last, where the system lets a folder be synchronised.
+
+    Raises
+    ------
+    OSError
+        If the disk fails.
+    """
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except PermissionError:  # Windows; a folder that may be written and not read
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: str) -> None:
+    """:func:`sync_folder` for a folder and all folders in it, the innermost first."""
+    for root, _, _ in os.walk(folder, topdown=False):
+        sync_folder(root)

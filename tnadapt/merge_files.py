@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from .adapter_file import AdapterFile, counted
-from .checkpoint import open_checkpoint
-from .container import about
+from .checkpoint import file_state, open_checkpoint
+from .comparing import open_regular
+from .container import about, path_of
 from .destination import destination
 from .errors import ConfigError, FileError
 from .files import content_of, load
 from .merge_job import Job, Unfit
-from .partial import SUFFIX, partial
+from .partial import partial
 from .placing import place
 
 __all__ = ["MergeReport", "merge"]
@@ -41,8 +42,8 @@ class MergeReport:
         Tensors that the adapter keeps (a trained head): those of the checkpoint that they replaced, and those that it
         lacked.
     copied, left_out : tuple of str
-        Other files of the folder: those that were copied, and those that were not, as they are weights without the
-        update, or hidden folders.
+        Other files of the folder: those that were copied, and those that were not: weights without the update, hidden
+        folders, links to folders or out of the checkpoint, and what is no regular file (pipes, devices, sockets).
     resumed : int
         Files that an earlier run had finished.
     """
@@ -86,7 +87,8 @@ def merge(
     out : path-like
         A file where the base is one, else a folder: files of the same names, with the same tensors in the same places.
         Other files of the folder, such as ``config.json`` and a tokenizer, are copied; weights in other formats
-        are left out, as they would be the base's.
+        are left out, as they would be the base's, and so are links that lead out of the base's folder (a Hugging
+        Face cache's blobs belong to it) and whatever is no regular file.
     overwrite : bool
         Whether a checkpoint that is there may be replaced, once the new one is whole.
     check_base : bool
@@ -102,8 +104,9 @@ def merge(
     ------
     FileError
         If base or adapter is damaged, they do not belong together (names, shapes, fingerprint), a weight is
-        quantised, an update or a sum leaves the range of the weight's dtype, something is there, or nothing can be
-        written. There is nothing at ``out`` then, or what was there before.
+        quantised, an update or a sum leaves the range of the weight's dtype, something is there, another process is
+        merging to the same place, or nothing can be written. There is nothing at ``out`` then, or what was there
+        before.
     ConfigError
         If the adapter acts on activations (LoDA): that is no update of weights.
 
@@ -113,8 +116,10 @@ def merge(
     ``save_pretrained`` in memory. Memory: the largest tensor that is changed, some megabytes, and what F takes
     (:class:`~tnadapt.summing.ExactUpdates`). Tensors that are not changed are copied by the kernel.
 
-    Files are made in ``OUT.tnadapt-partial`` and renamed when all is there. Killed, or out of disk space, the same call
-    goes on with the files that were finished; where base or adapter have changed since, it starts anew.
+    Files are made in ``OUT.tnadapt-partial`` and take their place in one step when all is there
+    (:mod:`tnadapt.partial` says how). After a kill, or on a full disk, the same call continues with the files that were
+    finished; if base or adapter have changed since, it starts over. A kill between publishing and the last clean-up
+    means that the next call makes all files again, and, without ``overwrite``, compares what is there with them.
 
     Examples
     --------
@@ -140,18 +145,14 @@ def merge(
     with about(checkpoint.path):
         job = Job(checkpoint, file, digest, place(checkpoint, file), where)
         identity = job.identity
-    with about(where.path):
-        if not os.path.lexists(where.path + SUFFIX):  # else an earlier run may have moved what is there
-            where.need_free(overwrite)
     try:
-        with about(where.path), partial(where.path, identity) as work:
-            if work.complete:
-                job.resumed = len(checkpoint.files)
-                return _report(job, check_base)
-            where.need_free(overwrite)
+        with about(where.path), partial(where.path, identity, where.refusal, overwrite) as work:
+            # After a kill, what is there may be this very result: then it is compared with it at the end.
+            if overwrite or not work.maybe_published:
+                where.need_free(overwrite)
             try:
                 job.run(work, progress or (lambda done, total: None), check_base)
-                work.publish(where.name, overwrite)
+                work.publish(where.name)
             except OSError as error:
                 if not work.done:
                     raise
@@ -171,19 +172,23 @@ def _adapter(given: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, 
     """The adapter, the SHA-256 of its file, and its path if it has one."""
     if isinstance(given, AdapterFile):
         return given, hashlib.sha256(content_of(given)).hexdigest(), None
-    file, path = load(given), os.fsdecode(given)
-    with about(path), open(path, "rb") as content:
-        return file, hashlib.file_digest(content, "sha256").hexdigest(), path
+    path = path_of(given)
+    with about(path):
+        before = file_state(path)
+    file = load(path)
+    with about(path), open(open_regular(os.path.realpath(path)), "rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if file_state(path) != before:
+            # Unfinished work of one adapter would be continued with another.
+            raise FileError("was changed while it was read: run it again")
+    return file, digest, path
 
 
 def _report(job: Job, check_base: bool) -> MergeReport:
     where, placed, checkpoint = job.where, job.placed, job.checkpoint
-    files = (
-        [where.path] if where.name else [os.path.join(where.path, os.path.basename(file)) for file in checkpoint.files]
-    )
     return MergeReport(
-        out=where.path, files=len(files), tensors=len(checkpoint.entries) + len(placed.added),
-        bytes=sum(os.path.getsize(file) for file in files), targets=len(placed.targets), changed=len(job.of),
+        out=where.path, files=len(checkpoint.files), tensors=len(checkpoint.entries) + len(placed.added),
+        bytes=job.bytes, targets=len(placed.targets), changed=len(job.of),
         names=placed.how, base_checked=check_base and job.file.base is not None,
         replaced=tuple(sorted(placed.kept.values())), added=tuple(sorted(placed.added.values())),
         copied=where.others, left_out=where.left_out, resumed=job.resumed,

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from .adapter_file import KEPT, AdapterFile
-from .checkpoint import Checkpoint
+from .belonging import Belonging
+from .checkpoint import Checkpoint, file_state
+from .comparing import open_regular
 from .container import DTYPES
 from .destination import Destination
+from .durable import sync_file
 from .errors import FileError, shown
 from .fingerprint import compare
 from .partial import Partial
@@ -48,23 +51,16 @@ class Job:
         self.of: dict[str, list[tuple[int, Target]]] = {}
         for index, target in enumerate(placed.targets):
             self.of.setdefault(target.name, []).append((index, target))
-        self.resumed = 0
+        self.resumed = self.bytes = 0
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What tells this merge from another: where an unfinished one has it, it is gone on with."""
         return {
             "arithmetic": _ARITHMETIC,
-            "base": self._state_of_base(),
+            "base": {os.path.realpath(file): state for file, state in self.checkpoint.states.items()},
             "adapter": self.digest,
         }
-
-    def _state_of_base(self) -> dict[str, list[int]]:
-        found = {}
-        for path in self.checkpoint.files:
-            state = os.stat(path)
-            found[os.path.realpath(path)] = [state.st_size, state.st_mtime_ns]
-        return found
 
     # -- Looking before writing --------------------------------------------------------------
 
@@ -130,14 +126,23 @@ class Job:
 
         with one_blas_thread():
             Writer(checkpoint, told).write(shards, beside)
-        if self._state_of_base() != self.identity["base"]:
+        try:
+            changed = any(file_state(file) != state for file, state in checkpoint.states.items())
+        except OSError:
+            changed = True
+        if changed:
             raise Unfit("was changed while it was merged: run it again")
+        self.bytes = sum(os.path.getsize(work.path(os.path.basename(file))) for file in checkpoint.files)
 
     def _copy_others(self, work: Partial) -> None:
+        belonging = Belonging(self.checkpoint.folder)
         for name in self.where.others:
             path = work.path(name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            _copy_small(os.path.join(self.checkpoint.folder, name), path)
+            work.make_folder(os.path.dirname(name))
+            source = belonging.file(name)
+            if source is None:
+                raise Unfit(f"was changed while it was merged ({name}): run it again")
+            _copy_small(source, path)
         if self.checkpoint.index is not None:
             self._write_index(work.path(os.path.basename(self.checkpoint.index)))
 
@@ -194,7 +199,7 @@ class Job:
     def _write_index(self, path: str) -> None:
         assert self.checkpoint.index is not None
         if not self._added:
-            _copy_small(self.checkpoint.index, path)
+            _copy_small(os.path.realpath(self.checkpoint.index), path)
             return
         with open(self.checkpoint.index, encoding="utf-8") as file:
             index = json.load(file)
@@ -205,12 +210,10 @@ class Job:
             index["metadata"]["total_size"] += size
         with open(path, "w", encoding="utf-8") as file:
             file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        sync_file(path)
 
 
 def _copy_small(source: str, target: str) -> None:
-    shutil.copyfile(source, target)
-    handle = os.open(target, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with open(open_regular(source), "rb") as file, open(target, "xb") as copy:
+        shutil.copyfileobj(file, copy)
+    sync_file(target)

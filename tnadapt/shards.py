@@ -15,6 +15,7 @@ import numpy as np
 from .checkpoint import Checkpoint
 from .container import Entry, raw_bytes
 from .copying import Stopped, copy_range, write_at
+from .durable import sync_file
 
 __all__ = ["Change", "Shard", "Writer", "extended"]
 
@@ -179,11 +180,7 @@ class Writer:
 
 
 def _synchronise(path: str, finished: Callable[[], None] | None = None) -> None:
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_file(path)
     if finished is not None:
         finished()
 

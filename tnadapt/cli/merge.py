@@ -39,8 +39,9 @@ def merge_command(
     One tensor at a time is in memory, and torch is not needed. The weights are, to the byte, those of adapter.merge()
     and save_pretrained() in memory.
 
-    OUT appears when it is whole. Until then it is made in OUT.tnadapt-partial: stopped or killed, the same command goes
-    on with the files that were finished.
+    OUT appears, or is replaced, in one step, when the result is whole. Until then it is made in OUT.tnadapt-partial:
+    stopped or killed, the same command continues with the files that were finished. Links that lead out of BASE are not
+    followed. Of several commands that merge to one OUT, one works, and the others end with an error.
 
     Exit code: 0; 2 for what cannot be done, with nothing at OUT; 130 after Ctrl-C.
     """
@@ -48,7 +49,7 @@ def merge_command(
         with bytes_bar("merging") as progress:
             report = merge(base, adapter, out, overwrite=force, check_base=not any_base, progress=progress)
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; there is nothing new at {out}, and the same command goes on", err=True)
+        typer.echo(f"\nstopped; {out} is as it was, or whole; the same command continues", err=True)
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
@@ -68,7 +69,8 @@ def _print(report: MergeReport, any_base: bool) -> None:
         typer.echo(f"  trained beside the adapter, and added: {_some(report.added)}")
         typer.echo("  config.json is the base's: give it what these need (num_labels, architectures)")
     if report.left_out:
-        typer.echo(f"  not copied, weights without the update or hidden: {_some(report.left_out)}")
+        why = "weights without the update, hidden folders, links out of BASE, or no regular files"
+        typer.echo(f"  not copied ({why}): {_some(report.left_out)}")
     if not report.base_checked:
         why = "--any-base" if any_base else "the adapter does not say on which"
         typer.echo(f"  not checked whether it was trained on this base ({why})")

@@ -13,7 +13,7 @@ from ..adapter_file import AdapterFile
 from ..container import about, path_of
 from ..durable import replace_file
 from ..errors import FileError
-from ..files import save
+from ..files import content_of
 from .peft_reading import CONFIG, WEIGHTS
 from .writing import json_text, replace_folder
 
@@ -123,14 +123,17 @@ class Conversion:
         where = path_of(path)
         check_free(where, self.kind, overwrite)
         if self.file is not None:
-            save(where, self.file)
+            with about(where):
+                replace_file(where, content_of(self.file), overwrite)
             return
         with about(where):
             if self.config is None:
-                replace_file(where, self.content)
+                replace_file(where, self.content, overwrite)
             else:
                 replace_folder(
-                    where, {WEIGHTS: self.content, CONFIG: (json_text(self.config, indent=2) + "\n").encode()}
+                    where,
+                    {WEIGHTS: self.content, CONFIG: (json_text(self.config, indent=2) + "\n").encode()},
+                    overwrite,
                 )
 
 

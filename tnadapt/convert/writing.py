@@ -15,6 +15,8 @@ import numpy as np
 from ..container import DTYPES, raw_bytes, raw_dtype
 from ..durable import replace_file, sync_folder
 from ..errors import FileError
+from ..locking import HAS_LOCKS, lock, names_handle, unlock
+from ..renaming import rename_new
 
 __all__ = ["content_of", "json_text", "replace_folder"]
 
@@ -66,18 +68,18 @@ def _raw(array: np.ndarray, tag: str) -> np.ndarray:
     return np.asarray(array, raw_dtype(tag), order="C")
 
 
-def replace_folder(path: str, files: Mapping[str, bytes]) -> None:
+def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True) -> None:
     """Write files to a folder, which is made if it is not there; in it, the last of them comes last.
 
     A new folder appears with all of them. In one that is there, they take the places of the old ones when all have been
     written: the last of the old ones goes first, so that who reads the folder meanwhile, or after a kill, misses it and
-    does not take new beside old.
+    does not take new beside old. Several writers take turns, where the file system has locks.
 
     Raises
     ------
     FileError
-        If the path is no folder, or has a folder by the name of a file; or if the disk fails half-way, and again as the
-        old files are put back: it says where they are.
+        If the path is no folder, or has a folder by the name of a file; if one of the files is there, and must not be
+        overwritten; or if the disk fails half-way, and again as the old files are put back: it says where they are.
     OSError
         If they cannot be written; nothing has changed then.
     """
@@ -90,15 +92,40 @@ def replace_folder(path: str, files: Mapping[str, bytes]) -> None:
     for name in files:
         if os.path.isdir(os.path.join(path, name)):
             raise FileError(f"has a folder {name}, where a file is to be; move it away")
-    there = os.path.isdir(path)
-    with _beside(path if there else parent) as stage:
+    if not os.path.isdir(path):
+        with _beside(parent) as stage:
+            for name, content in files.items():
+                replace_file(os.path.join(stage, name), content)
+            with contextlib.suppress(FileExistsError):
+                rename_new(stage, path)
+                sync_folder(parent)
+                return
+        # Another process made it meanwhile.
+    with _beside(path) as stage:
         for name, content in files.items():
             replace_file(os.path.join(stage, name), content)
-        if there:
+        with _turn(path):
+            if not overwrite and any(os.path.lexists(os.path.join(path, name)) for name in files):
+                raise FileError("exists; give another path, or overwrite=True (--force)")
             _exchange(stage, path, tuple(files))
-            return
-        os.rename(stage, path)
-        sync_folder(parent)
+
+
+@contextlib.contextmanager
+def _turn(folder: str) -> Iterator[None]:
+    """Wait for other writers of a folder: files of two of them, one put in place after another, would mix."""
+    if not HAS_LOCKS:
+        yield
+        return
+    while True:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            lock(handle, wait=True)
+            if names_handle(folder, handle):  # else it was renamed or deleted while this one waited
+                yield
+                return
+        finally:
+            unlock(handle)
+            os.close(handle)
 
 
 def _exchange(stage: str, path: str, names: Sequence[str]) -> None:

@@ -1,0 +1,370 @@
+"""Merges that are killed and merges that race, until something is wrong: ``python -m tests.stress_merge``.
+
+``--kills N``: a merge is killed between two of its steps on the disk, each of which is tried; a user does something to
+the output, or not; the next merge must then make the output, or refuse and leave all as it is. ``--seconds S`` or
+``--minutes M``: four processes merge four adapters to one name, while one of them is killed and started again every so
+often, and while readers look: the output must be one of the four at any time. A table of what happened is
+printed, and the exit code is 1 if anything was wrong. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import tnadapt as tna
+from tnadapt import locking, renaming
+
+from .file_layer import Call, intercepted
+from .merge_scene import ACTIONS, Content, Scene, content, scene
+
+__all__ = ["kills", "main", "race"]
+
+Count = collections.Counter[str]
+
+
+def child(act: Callable[[], object]) -> int:
+    """Run it in a forked process: 0, 1 for an error of ours, 3 for any other, or minus the signal that ended it."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 3
+        try:
+            act()
+            code = 0
+        except tna.TnadaptError:
+            code = 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# -- Kills -----------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """What is killed: a merge into one file or a folder, onto an old one or not, with renameat2 or without."""
+
+    single: bool
+    old: bool
+    exchange: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{'file' if self.single else 'folder'}, {'replaced' if self.old else 'new'}, "
+            f"{'renameat2' if self.exchange else 'no renameat2'}"
+        )
+
+
+SETTINGS = [Setting(*flags) for flags in itertools.product((True, False), repeat=3)]
+
+
+def steps(where: Scene, setting: Setting) -> int:
+    """How many steps on the disk the merge has."""
+    where.clear()
+    where.put(where.results[1] if setting.old else None)
+    seen: list[Call] = []
+    with intercepted(seen.append, exchange=setting.exchange):
+        where.merge(0, setting.old)
+    return len(seen)
+
+
+def killed_merge(where: Scene, setting: Setting, at: int, overwrite: bool) -> Callable[[], object]:
+    """A merge that kills itself before its step number ``at``."""
+
+    def act() -> None:
+        left = at
+
+        def before(call: Call) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with intercepted(before, exchange=setting.exchange):
+            where.merge(0, overwrite)
+
+    return act
+
+
+class ViolationError(Exception):
+    """What must not be."""
+
+
+def check(holds: bool, what: str) -> None:
+    if not holds:
+        raise ViolationError(what)
+
+
+def one_kill(
+    where: Scene, setting: Setting, at: int, action: Callable[[Scene], None], overwrite: bool, twice: int = 0
+) -> str:
+    """Kill a merge, let the user act, merge again: what came of it, or ViolationError."""
+    where.clear()
+    old = where.results[1] if setting.old else None
+    where.put(old)
+    before = content(where.base)
+    code = child(killed_merge(where, setting, at, setting.old))
+    check(code in (-signal.SIGKILL, 0), f"the first merge ended with {code}")
+    found = content(where.out)
+    between_renames = not setting.exchange and not setting.single and found is None
+    check(found in (old, where.results[0]) or between_renames, "the kill left neither the old nor the new output")
+    action(where)
+    if twice and child(killed_merge(where, setting, twice, overwrite)) == 3:
+        raise ViolationError("an error that is none of ours")
+    start, aside = content(where.out), content(where.elsewhere)
+
+    code = child(lambda: unlike(setting, lambda: where.merge(0, overwrite)))
+    now = content(where.out)
+    check(code in (0, 1), f"the next merge ended with {code}")
+    check(content(where.base) == before, "the base was changed")
+    check(content(where.elsewhere) == aside, "what the user moved away was changed")
+    if code == 0:
+        check(now == where.results[0], "success was reported for something else than the result")
+        check(not os.path.lexists(where.beside), "something was left beside the output")
+        return "verified or made"
+    # Refused: as it was, or what the kill had moved away is back.
+    check(now == start or (start is None and now == old and not setting.exchange), "refused, and yet changed")
+    # Refused for what stands there alone: it is done when that is gone.
+    check(now is not None, "refused although nothing was there")
+    where.out.rename(where.refused)
+    code = child(lambda: unlike(setting, lambda: where.merge(0, False)))
+    check(code == 0, f"the merge after the refusal ended with {code}")
+    check(content(where.out) in (where.results[0], old), "after the refusal")
+    check(content(where.refused) == now, "what was refused was changed")
+    return "refused, nothing changed"
+
+
+def unlike(setting: Setting, act: Callable[[], object]) -> None:
+    """Run it with or without renameat2."""
+    with intercepted(lambda call: None, exchange=setting.exchange):
+        act()
+
+
+def drawn_kills(counts: dict[Setting, int], rng: random.Random) -> Iterator[tuple[Setting, int]]:
+    """Every step of every setting once, in random order, again and again."""
+    every = [(setting, at) for setting, count in counts.items() for at in range(1, count + 2)]
+    while True:
+        rng.shuffle(every)
+        yield from every
+
+
+def kills(folder: Path, count: int, seed: int) -> tuple[Count, list[str]]:
+    """So many kills: what came of them, and what was wrong."""
+    rng = random.Random(seed)
+    scenes = {single: scene(folder / ("file" if single else "folder"), single) for single in (True, False)}
+    counts = {setting: steps(scenes[setting.single], setting) for setting in SETTINGS}
+    found, wrong = Count(), []
+    for number, (setting, at) in enumerate(itertools.islice(drawn_kills(counts, rng), count)):
+        if number and number % 100 == 0:
+            print(f"{number} of {count} kills: {len(wrong)} wrong", flush=True)
+        action, overwrite = rng.choice(ACTIONS), rng.random() < 0.5
+        twice = rng.randrange(1, counts[setting]) if rng.random() < 0.3 else 0
+        try:
+            found[f"{setting}: {one_kill(scenes[setting.single], setting, at, action, overwrite, twice)}"] += 1
+        except ViolationError as error:
+            found[f"{setting}: WRONG"] += 1
+            wrong.append(f"{setting}, step {at}, then {action.__name__}, {overwrite=}, {twice=}: {error}")
+    return found, wrong
+
+
+# -- Races -----------------------------------------------------------------------------------------
+
+#: What a loser may be told, by a part of the message.
+TOLD = ("another process is making", "taken over by another process", "other processes are making")
+
+#: What one of two that replace a folder at once may be told as well, without locks and without exchanges.
+BETWEEN = "has been created while its previous content"
+
+
+class Race(NamedTuple):
+    single: bool
+    locks: bool
+    exchange: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{'file' if self.single else 'folder'}, {'locks' if self.locks else 'no locks'}, "
+            f"{'renameat2' if self.exchange else 'no renameat2'}"
+        )
+
+
+RACES = [Race(*flags) for flags in itertools.product((True, False), (True, False), (True, False))]
+
+
+def contender(where: Scene, number: int, setting: Race, ends: float, pipe: int) -> None:
+    """Merge one adapter again and again, and write what each attempt came to, a line each."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not setting.locks:
+            patch.setattr(locking.fcntl, "flock", lambda handle, operation: None)
+        if not setting.exchange:
+            patch.setattr(renaming, "_renameat2", lambda *arguments: False)
+        while time.monotonic() < ends:
+            try:
+                where.merge(number, overwrite=True)
+                line = "made"
+            except tna.TnadaptError as error:
+                told = (*TOLD, BETWEEN) if not setting.locks and not setting.exchange else TOLD
+                line = next((f"told: {part}" for part in told if part in str(error)), f"WRONG {error}")
+            except BaseException as error:
+                line = f"WRONG {type(error).__name__}: {error}"
+            os.write(pipe, line.replace("\n", " ").encode()[:1000] + b"\n")
+
+
+def race(folder: Path, setting: Race, seconds: float, seed: int) -> tuple[Count, list[str]]:
+    """Four processes merge to one name: what they came to and what readers saw, and what was wrong."""
+    rng = random.Random(seed)
+    where = scene(folder, setting.single, 4)
+    where.put(where.results[0])
+    ends = time.monotonic() + seconds
+    readers, writers = os.pipe()
+    os.set_blocking(readers, False)
+
+    def started(number: int) -> int:
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                contender(where, number, setting, ends, writers)
+            finally:
+                os._exit(0)
+        return pid
+
+    found, wrong, said = Count(), list[str](), b""
+    running = {number: started(number) for number in range(4)}
+    next_kill = time.monotonic() + rng.uniform(0.0, 0.5)
+    while time.monotonic() < ends:
+        seen = seen_by_a_reader(where)
+        if seen is None and not setting.single and not setting.exchange:
+            found["read: not there, between two renames"] += 1
+        else:
+            kind = "read: one of the four" if seen in where.results else "read: WRONG"
+            found[kind] += 1
+            if kind.endswith("WRONG"):
+                wrong.append(f"{setting}: a reader saw {described(seen)}")
+        if time.monotonic() > next_kill:
+            number = rng.randrange(4)
+            os.kill(running[number], signal.SIGKILL)
+            os.waitpid(running[number], 0)
+            running[number] = started(number)
+            found["killed"] += 1
+            next_kill = time.monotonic() + rng.uniform(0.0, 0.5)
+        said += drained(readers)
+        time.sleep(0.001)
+    for pid in running.values():
+        os.waitpid(pid, 0)
+    os.close(writers)
+    said += drained(readers)
+    os.close(readers)
+    for line in said.decode().splitlines():
+        found[line if not line.startswith("WRONG") else "WRONG"] += 1
+        if line.startswith("WRONG"):
+            wrong.append(f"{setting}: {line}")
+    try:
+        where.merge(0, overwrite=True)
+    except tna.TnadaptError as error:
+        wrong.append(f"{setting}: the merge after the race: {error}")
+    if content(where.out) != where.results[0] or os.path.lexists(where.beside):
+        wrong.append(f"{setting}: the merge after the race left {os.listdir(where.folder)}")
+    where.clear()
+    return found, wrong
+
+
+def drained(handle: int) -> bytes:
+    found = b""
+    try:
+        while piece := os.read(handle, 1 << 16):
+            found += piece
+    except BlockingIOError:
+        pass
+    return found
+
+
+def seen_by_a_reader(where: Scene) -> Content:
+    """The output as one opens it: a folder is opened once, and its files from there."""
+    try:
+        if where.out.suffix:
+            return where.out.read_bytes()
+        handle = os.open(where.out, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        # What is reached through the open folder stays one publication, until its files are deleted.
+        names = sorted(name for name in where.results[0] or {} if isinstance(name, str))
+        files = {}
+        for name in names:
+            part = os.open(name, os.O_RDONLY, dir_fd=handle)
+            with open(part, "rb") as file:
+                files[name] = file.read()
+    except FileNotFoundError:
+        return seen_by_a_reader(where)  # replaced while it was read: look again
+    finally:
+        os.close(handle)
+    return files
+
+
+def described(found: Content) -> str:
+    return "nothing" if found is None else f"{len(found)} bytes" if isinstance(found, bytes) else str(sorted(found))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=0.0, help="of races, of each kind in turn")
+    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="on the file system to be tried")
+    settings = parser.parse_args(arguments)
+    wrong = []
+    with tempfile.TemporaryDirectory(dir=settings.folder) as place:
+        begun = time.monotonic()
+        if settings.kills:
+            found, bad = kills(Path(place) / "kills", settings.kills, settings.seed)
+            report(f"{settings.kills} kills in {time.monotonic() - begun:.0f} s", found)
+            wrong += bad
+        seconds = settings.seconds + 60.0 * settings.minutes
+        # Often in turn, so that a run that is stopped has tried them all.
+        rounds = max(1, round(seconds / 240.0))
+        totals = {setting: Count() for setting in RACES}
+        for turn in range(rounds if seconds else 0):
+            for setting in RACES:
+                span = seconds / rounds / len(RACES)
+                found, bad = race(
+                    Path(place) / f"race{turn}{RACES.index(setting)}", setting, span, settings.seed + turn
+                )
+                totals[setting] += found
+                wrong += bad
+            print(f"round {turn + 1} of {rounds}: {len(wrong)} wrong", flush=True)
+        for setting, total in totals.items():
+            if total:
+                report(f"race: {setting}", total)
+    for line in wrong[:50]:
+        print(line)
+    print(f"{len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+def report(title: str, found: Count) -> None:
+    print(title)
+    for name, count in sorted(found.items()):
+        print(f"  {count:9,}  {name}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Renames that never replace anything, and renames that exchange two names, each in one atomic step.
+
+Linux has both in one system call, ``renameat2``, which Python does not offer. Elsewhere, and on file systems that lack
+it, :func:`rename_new` does the next best thing and :func:`exchange` says that it cannot.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+from collections.abc import Callable
+
+__all__ = ["exchange", "rename_new"]
+
+_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
+# How a kernel, a file system or a sandbox says that it lacks the call or the flag.
+_LACKING = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+@functools.cache
+def _system_call() -> Callable[..., int] | None:
+    try:
+        found = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        return None
+    found.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    found.restype = ctypes.c_int
+    return found
+
+
+def _renameat2(source: str, target: str, flags: int) -> bool:
+    """Whether it was done; False where it is not to be had."""
+    call = _system_call()
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _LACKING:
+        return False
+    raise OSError(number, os.strerror(number), source, None, target)
+
+
+def exchange(first: str, second: str) -> bool:
+    """Exchange what two paths name, atomically: nobody ever sees either of them missing.
+
+    Returns
+    -------
+    bool
+        False where the system or the file system cannot; nothing has changed then.
+
+    Raises
+    ------
+    OSError
+        If it fails, FileNotFoundError if one of them is not there. Nothing has changed then.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> _ = Path("a").write_text("1"), Path("b").write_text("2")
+    >>> Path("a").read_text() if exchange("a", "b") else "2"
+    '2'
+    """
+    return _renameat2(first, second, _EXCHANGE)
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename a file or a folder to a name that is free.
+
+    Raises
+    ------
+    FileExistsError
+        If anything has that name, a dangling link too. Nothing has changed then.
+    OSError
+        If it fails otherwise.
+
+    Notes
+    -----
+    Without ``renameat2``: a file is linked under its new name and unlinked under its old one. A folder is renamed,
+    which no system does onto a folder with files in it. Only on a file system without hard links (FAT) is there a
+    moment between looking whether a file's name is free and taking it.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> _ = Path("a").write_text("1"), Path("b").write_text("2")
+    >>> rename_new("a", "b")
+    Traceback (most recent call last):
+        ...
+    FileExistsError: [Errno 17] File exists: 'a' -> 'b'
+    """
+    if _renameat2(source, target, _NOREPLACE):
+        return
+    taken = FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), source, None, target)
+    if os.path.lexists(target):
+        raise taken
+    if os.path.isdir(source) and not os.path.islink(source):
+        try:
+            os.rename(source, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise taken from error
+            raise
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LINKS:
+            raise
+        os.rename(source, target)
+    else:
+        os.unlink(source)
