@@ -17,6 +17,7 @@ from tnadapt.strict_json import strict_json
 
 from . import forge
 
+EMPTY = '{"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
 ONE = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 
 
@@ -97,9 +98,11 @@ def test_it_reads_tensors_in_any_order_and_padding_of_any_length(tmp_path: Path)
         (forge.container('{"a": ' + "9" * 5000 + "}"), "is not JSON"),
         (forge.container('{"a": ' + "[" * 100000 + "]" * 100000 + "}"), "nested too deep"),
         (forge.container('{"a": ' + '{"a":' * 100000 + "1" + "}" * 100001), "nested too deep"),
-        (forge.container('{"a": 1, "a": 1}'), "the key 'a' twice"),
+        (forge.container(f'{{"a": {EMPTY}, "a": {EMPTY}}}'), "the key 'a' twice"),
+        (forge.container('{"__metadata__": {}, "__metadata__": {}}'), "the key '__metadata__' twice"),
+        (forge.container('{"__metadata__": {"a": "", "\\u0061": ""}}'), "the key 'a' twice"),
         (forge.container('{"a": {"dtype": "F32", "dtype": "F32", "shape": [], "data_offsets": []}}'), "'dtype' twice"),
-        (forge.container('{"a": 1, "\\u0061": 1}'), "the key 'a' twice"),
+        (forge.container(f'{{"a": {EMPTY}, "\\u0061": {EMPTY}}}'), "the key 'a' twice"),
         (forge.container({"__metadata__": {"a": 1}}), "an object of strings"),
         (forge.container({"__metadata__": ["a"]}), "an object of strings"),
         (forge.container('{"\\ud800": 1}'), "has half a surrogate pair, and is no name"),

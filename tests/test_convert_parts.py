@@ -57,11 +57,11 @@ def test_fused_rows_in_peft(tmp_path: Path) -> None:
 
 def test_updates_of_one_weight_are_summed(tmp_path: Path) -> None:
     file = made(tna.presets.lora(2), {"a.q": (6, 8), "b.q": (6, 8)})
-    twice = dataclasses.replace(file, targets=[Target("a.q", (6, 8)), Target("a.q", (6, 8))])
-    found = tna.convert(twice, tmp_path / "out", to="peft-lora")
+    halves = [Target("a.q", (12, 8), rows=tna.Rows(start, 6, 12)) for start in (0, 6)]
+    found = tna.convert(dataclasses.replace(file, targets=halves), tmp_path / "out", to="peft-lora")
     assert found.exact
     (delta,) = updates(tna.convert(tmp_path / "out").file).values()  # type: ignore[arg-type]
-    assert error(delta, file.deltas()[0].astype(np.float64) + file.deltas()[1]) <= TOLERANCE
+    assert error(delta, np.concatenate(file.deltas()).astype(np.float64)) <= TOLERANCE
 
 
 def test_transposed_weights_are_peft_s_fan_in_fan_out(tmp_path: Path) -> None:

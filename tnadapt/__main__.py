@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .errors import TnadaptError
+from .errors import TnadaptError, escaped
 
 
 def main() -> None:
@@ -17,11 +17,11 @@ def main() -> None:
     try:
         app()
     except (TnadaptError, OSError) as error:  # a full disk, a name that is too long
-        print(f"tnadapt: {error}", file=sys.stderr)
+        print(escaped(f"tnadapt: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
     except MemoryError as error:
         print(
-            f"tnadapt: there is not enough memory for that ({str(error) or 'no more than that is known'})",
+            escaped(f"tnadapt: there is not enough memory for that ({str(error) or 'no more than that is known'})"),
             file=sys.stderr,
         )
         raise SystemExit(2) from None

@@ -17,6 +17,7 @@ from .errors import BackendError, ConfigError, ShapeError, shown
 from .fingerprint import Fingerprint
 from .formats import make_format
 from .layout import make_layout
+from .overlaps import check_distinct
 from .start import Start
 from .superlora import SuperLoRA
 from .target import Target
@@ -68,7 +69,8 @@ class AdapterFile:
     Raises
     ------
     ConfigError, ShapeError, BackendError, TargetError
-        If the arrays do not fit config and targets, or a field or dtype is of another kind.
+        If the arrays do not fit config and targets, two targets update one row of a parameter, or a field or dtype is
+        of another kind.
 
     Examples
     --------
@@ -96,6 +98,7 @@ class AdapterFile:
         if not isinstance(self.config, Config):
             raise ConfigError(f"config must be a tnadapt.Config; got {type(self.config).__name__}")
         put("targets", _own_targets(self.targets, self.config))
+        check_distinct(self.targets)
         if self.base is not None and not isinstance(self.base, Fingerprint):
             raise ConfigError(f"base must be a Fingerprint or None; got {type(self.base).__name__}")
         if self.activation is not None and self.activation not in ACTIVATIONS:

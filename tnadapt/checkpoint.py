@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from .container import FOREIGN, MAX_HEADER, Entry, about, opened, path_of, raw_dtype
+from .container import FOREIGN, MAX_HEADER, Entry, about, check_held, held_bytes, opened, path_of, raw_dtype
+from .entries import Entries
 from .errors import FileError, shown
+from .header import Metadata
 from .strict_json import MAX_CONFIG, json_file
 
 __all__ = ["INDEX_SUFFIX", "SUFFIX", "Checkpoint", "file_state", "open_checkpoint"]
@@ -32,13 +34,13 @@ class Checkpoint:
         The safetensors files, absolute.
     index : str or None
         The path of the index, where there is one.
-    entries : dict of str to Entry
+    entries : mapping of str to Entry
         Of every tensor of every file: dtype, shape, and the bytes it takes after the header.
-    shard : dict of str to str
+    shard : mapping of str to str
         The file that each tensor is in.
     data : dict of str to int
         Where in each file the tensors begin.
-    metadata : dict of str to dict
+    metadata : dict of str to mapping
         The strings that each file's header has beside the tensors.
     states : dict of str to list of int
         The size, modification time and inode of each file, from before its header was read.
@@ -57,20 +59,21 @@ class Checkpoint:
     def __init__(self, path: str, files: tuple[str, ...], index: str | None = None) -> None:
         self.path, self.files, self.index = path, files, index
         self.folder = os.path.dirname(files[0])
-        self.entries: dict[str, Entry] = {}
-        self.shard: dict[str, str] = {}
+        self.entries = Entries()
+        self.shard = _Shards(self.entries, files)
         self.data: dict[str, int] = {}
-        self.metadata: dict[str, dict[str, str]] = {}
+        self.metadata: dict[str, Metadata] = {}
         self.states: dict[str, list[int]] = {}
         for file in files:
             with about(file):
                 self.states[file] = file_state(file)
             with about(file), opened(file, foreign=True) as container:
-                for name in sorted(container.entries, key=lambda name: container.entries[name][2:]):
-                    if name in self.shard:
-                        raise FileError(f"{shown(name)} is also in {os.path.basename(self.shard[name])}")
-                    self.entries[name], self.shard[name] = container.entries[name], file
+                self.entries.extend(container.entries)
                 self.data[file], self.metadata[file] = container.data, container.metadata
+        if (name := self.entries.index()) is not None:
+            both = [os.path.basename(files[number]) for own, number in self.entries.files() if own == name]
+            with about(os.path.join(self.folder, both[1])):
+                raise FileError(f"{shown(name)} is also in {both[0]}")
 
     def __repr__(self) -> str:
         tensors, files = len(self.entries), len(self.files)
@@ -82,11 +85,12 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors."""
-        return sum(entry.stop - entry.start for entry in self.entries.values())
+        starts, stops = self.entries.spans()
+        return int((stops - starts).sum())
 
     def of_file(self, file: str) -> dict[str, Entry]:
         """The tensors of one of the files, in the order of their bytes."""
-        return {name: entry for name, entry in self.entries.items() if self.shard[name] == file}
+        return dict(self.entries.of_file(self.files.index(file)))
 
     @functools.cached_property
     def config(self) -> dict[str, Any] | None:
@@ -124,8 +128,9 @@ class Checkpoint:
                 raise FileError(
                     f"{shown(name)} is {entry.dtype}, which NumPy does not have: only its bytes can be copied"
                 )
-            made = np.empty(entry.shape, raw_dtype(entry.dtype))
             with open(file, "rb", buffering=0) as raw:
+                check_held(entry.stop - entry.start, held_bytes(os.fstat(raw.fileno())), shown(name))
+                made = np.empty(entry.shape, raw_dtype(entry.dtype))
                 raw.seek(self.data[file] + entry.start)
                 rest = made.reshape(-1).view(np.uint8).data
                 while rest:
@@ -140,6 +145,25 @@ def file_state(path: str) -> list[int]:
     """What changes when a file is written to or replaced: its size, modification time and inode."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+class _Shards(Mapping[str, str]):
+    """The file of each tensor."""
+
+    def __init__(self, entries: Entries, files: tuple[str, ...]) -> None:
+        self._entries, self._files = entries, files
+
+    def __getitem__(self, name: str) -> str:
+        return self._files[self._entries.file_of(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -236,9 +260,9 @@ def _indexed(given: str, where: str) -> Checkpoint:
             if there is None or os.path.basename(there) != place:
                 where_it_is = "no file of it" if there is None else os.path.basename(there)
                 raise FileError(f"says that {shown(name)} is in {place}; it is in {where_it_is}")
-        for name, file in found.shard.items():
+        for name in found.entries:
             if name not in places:
-                raise FileError(f"does not list {shown(name)}, which is in {os.path.basename(file)}")
+                raise FileError(f"does not list {shown(name)}, which is in {os.path.basename(found.shard[name])}")
     return found
 
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from .entries import DTYPES, FOREIGN, Entries, Entry
 from .errors import FileError, TnadaptError, shown
-from .strict_json import strict_json
+from .header import raw_dtype, read_header
 
 __all__ = [
     "DTYPES",
@@ -28,6 +28,8 @@ __all__ = [
     "Container",
     "Entry",
     "about",
+    "check_held",
+    "held_bytes",
     "opened",
     "path_of",
     "raw_bytes",
@@ -35,26 +37,11 @@ __all__ = [
     "serialized",
 ]
 
-# A dtype's name in a file -> its name everywhere else.
-DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-
-# Others that safetensors knows and NumPy does not, and their bits: a checkpoint may have them, an adapter not.
-FOREIGN = {
-    "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6,
-    "F4": 4,
-}  # fmt: skip
-
+#: Half of what safetensors itself allows. 100,000 tensors, as the largest models have, need some 15 MB.
 MAX_HEADER = 1 << 26
-_MAX_AXES = 64  # NumPy's own limit
-_MAX_BYTES = 1 << 62
-
-
-def raw_dtype(name: str) -> np.dtype[Any]:
-    """What NumPy reads the bytes of a dtype of ``DTYPES`` as: it has no bfloat16, and its bits are a uint16."""
-    return np.dtype("uint16" if name == "BF16" else DTYPES[name]).newbyteorder("<")
+# What a file may claim beyond what the disk holds of it: this much more, and so many times as much, for file systems
+# that compress, or leave out zeros.
+_HOLES, _PACKED = 1 << 26, 8
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
@@ -62,45 +49,28 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-class Entry(NamedTuple):
-    """Where a tensor lies.
-
-    Attributes
-    ----------
-    dtype : str
-        One of ``DTYPES``, or of ``FOREIGN`` where those were let in.
-    shape : tuple of int
-    start, stop : int
-        Its first byte, and the one after its last, counted from the end of the header.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
 class Container:
     """An open safetensors file whose header has been read and holds together.
 
     Attributes
     ----------
-    entries : dict of str to Entry
-        By the tensors' names.
-    metadata : dict of str to str
+    entries : mapping of str to Entry
+        By the tensors' names, in the order of their bytes.
+    metadata : mapping of str to str
     data : int
         Where in the file the tensors begin.
+    held : int
+        Bytes of it that the disk holds.
     """
 
-    def __init__(self, file: io.BufferedReader, size: int, foreign: bool = False) -> None:
+    def __init__(self, file: io.BufferedReader, size: int, foreign: bool = False, held: int | None = None) -> None:
         head = file.read(16)
         length = _header_length(head, size)
         file.seek(8)
         self._file, self.data = file, 8 + length
-        header = strict_json(_decoded(file.read(length)), "the header")
-        self.metadata = _checked_metadata(header.pop("__metadata__", {}))
-        self.entries = {name: _entry(name, value, foreign) for name, value in header.items()}
+        self.entries, self.metadata = read_header(file.read(length), foreign)
         _check_cover(self.entries, size - self.data)
+        self._size, self.held = size, size if held is None else held
 
     def array(self, name: str) -> np.ndarray:
         """A tensor of the file; little-endian, and of bfloat16 its bits as uint16."""
@@ -109,6 +79,8 @@ class Container:
             raise FileError(
                 f"{shown(name)} is {entry.dtype}, which NumPy does not have: its bytes can be copied, no more"
             )
+        # All of the file, as whoever reads one of its tensors reads the others, too.
+        check_held(self._size, self.held, "the file")
         made = np.empty(entry.shape, raw_dtype(entry.dtype))
         self._file.seek(self.data + entry.start)
         # A tensor without elements has no bytes to read.
@@ -117,6 +89,30 @@ class Container:
         if entry.dtype == "BOOL" and made.size and made.view(np.uint8).max() > 1:
             raise FileError(f"{shown(name)} is BOOL and has bytes other than 0 and 1")
         return made
+
+
+def held_bytes(state: os.stat_result) -> int:
+    """How many bytes of a file the disk holds; its size where the system does not say."""
+    return 512 * state.st_blocks if hasattr(state, "st_blocks") else state.st_size
+
+
+def check_held(claimed: int, held: int, what: str) -> None:
+    """A FileError for a size that is made of holes, which take no room on a disk and all of it in memory.
+
+    Examples
+    --------
+    >>> check_held(1 << 30, 1 << 29, "the file")
+    >>> check_held(1 << 40, 4096, "the file")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: the file has a size of 1,099,511,627,776 bytes, and the disk holds 4,096 of it: the rest \
+is holes, and was not read
+    """
+    if claimed > _HOLES + _PACKED * held:
+        raise FileError(
+            f"{what} has a size of {claimed:,} bytes, and the disk holds {held:,} of it: the rest is holes, and was "
+            "not read"
+        )
 
 
 def path_of(value: Any) -> str:
@@ -183,7 +179,8 @@ def opened(path: str, foreign: bool = False) -> Iterator[Container]:
         # Opening a pipe would wait for somebody to write.
         raise FileError("is neither a file nor a folder")
     with open(path, "rb") as file:
-        yield Container(file, os.fstat(file.fileno()).st_size, foreign)
+        state = os.fstat(file.fileno())
+        yield Container(file, state.st_size, foreign, held_bytes(state))
 
 
 def _header_length(head: bytes, size: int) -> int:
@@ -207,63 +204,17 @@ def _header_length(head: bytes, size: int) -> int:
     return length
 
 
-def _decoded(header: bytes) -> str:
-    text = header.rstrip(b" ")  # the padding; no other is allowed
-    if not text.endswith(b"}"):
-        raise FileError("the header does not end with '}'")
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise FileError(f"the header is not UTF-8: {error}") from error
-
-
-def _checked_metadata(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise FileError(f"the header's __metadata__ must be an object of strings; got {shown(value)}")
-    return value
-
-
-def _entry(name: str, value: Any, foreign: bool) -> Entry:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise FileError(f"the header's {shown(name)} has half a surrogate pair, and is no name") from None
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FileError(
-            f"the header's {shown(name)} must be an object of dtype, shape and data_offsets; got {shown(value)}"
-        )
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    known = [*DTYPES, *FOREIGN] if foreign else list(DTYPES)
-    if not isinstance(dtype, str) or dtype not in known:
-        raise FileError(f"{shown(name)} has the dtype {shown(dtype)}; expected one of {', '.join(known)}")
-    if not _naturals(shape) or len(shape) > _MAX_AXES:
-        raise FileError(f"{shown(name)} has the shape {shown(shape)}; expected up to {_MAX_AXES} natural numbers")
-    if not _naturals(offsets) or len(offsets) != 2:
-        raise FileError(f"{shown(name)} has the data_offsets {shown(offsets)}; expected two natural numbers")
-    bits = FOREIGN[dtype] if dtype in FOREIGN else 8 * raw_dtype(dtype).itemsize
-    # Sizes beside a 0 count, too: NumPy multiplies them before it sees the 0.
-    if math.prod(max(size, 1) for size in shape) * bits > 8 * _MAX_BYTES:
-        raise FileError(f"{shown(name)} has the shape {shown(shape)}, of more than 2**62 bytes")
-    if math.prod(shape) * bits % 8:
-        raise FileError(f"{shown(name)} has the shape {shown(shape)} of {dtype}, which is no whole number of bytes")
-    needed, (start, stop) = math.prod(shape) * bits // 8, offsets
-    if stop - start != needed:
-        raise FileError(f"{shown(name)} needs {needed} bytes; its data_offsets {start} and {stop} do not hold that")
-    return Entry(dtype, tuple(shape), start, stop)
-
-
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_BYTES for item in value)
-
-
-def _check_cover(entries: Mapping[str, Entry], size: int) -> None:
+def _check_cover(entries: Entries, size: int) -> None:
     """The tensors follow each other from the first byte to the last."""
-    position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != position:
-            problem = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
-            raise FileError(f"{shown(name)} begins at byte {entry.start} and {problem}, which ends at {position}")
-        position = entry.stop
+    starts, stops = entries.spans()
+    expected = np.concatenate([np.zeros(1, stops.dtype), stops[:-1]])
+    wrong = np.flatnonzero(starts != expected[: len(starts)])
+    if len(wrong):
+        start, position = int(starts[wrong[0]]), int(expected[wrong[0]])
+        problem = "overlaps the tensor before it" if start < position else "leaves a hole before it"
+        name = shown(entries.name_at(int(wrong[0])))
+        raise FileError(f"{name} begins at byte {start} and {problem}, which ends at {position}")
+    position = int(stops[-1]) if len(stops) else 0
     if position != size:
         raise FileError(f"is cut off or too long: the tensors have {position} bytes, and {size} follow the header")
 

@@ -12,9 +12,8 @@ from .adapter_file import AdapterFile
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import about, opened
 from .errors import FileError, TnadaptError
-from .files import ENTRY, VERSION, likeness, load
+from .files import ENTRY, VERSION, likeness, read
 from .stored_targets import find_stored
-from .strict_json import strict_json
 from .target import Target
 
 __all__ = ["info"]
@@ -68,9 +67,8 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
 
 
 def _of_adapter(path: str, every: bool) -> dict[str, Any]:
-    file = load(path, check_draws=False)
     with about(path), opened(path) as container:
-        recipe = strict_json(container.metadata[ENTRY], f"the {ENTRY} entry")
+        file, recipe, left_out = read(container)
     found: dict[str, Any] = {
         "path": path,
         "kind": "adapter",
@@ -88,7 +86,7 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "kept": _kept(file),
         "base": recipe.get("base"),
         "draws": recipe.get("draws"),
-        "draws_here": None if recipe.get("draws") is None else file.draws == recipe["draws"],
+        "draws_here": None if recipe.get("draws") is None else file.draws_without(left_out) == recipe["draws"],
         "sha256": recipe["sha256"],
     }
     if file.trained is not None:

@@ -9,9 +9,53 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+# Letters that nobody sees, and that Python calls printable: joiners, fillers and variation selectors.
+_INVISIBLE = frozenset(
+    chr(code)
+    for first, last in (
+        (0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x3164, 0x3164), (0xFE00, 0xFE0F),
+        (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF),
+    )
+    for code in range(first, last + 1)
+)  # fmt: skip
+
+
+def escaped(text: str) -> str:
+    """Somebody else's text such that a terminal shows it as it is, in one line.
+
+    Whatever moves a cursor, changes colours, begins a line, turns the direction of writing or is not seen becomes an
+    escape such as ``\\x1b``. What is printed and may come from a file, a model or a folder goes through here: names,
+    metadata, paths, messages.
+
+    Parameters
+    ----------
+    text : str
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> escaped("layer\x1b[31m\n\u202efc"), escaped("größe.weight")
+    ('layer\\x1b[31m\\n\\u202efc', 'größe.weight')
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() and letter not in _INVISIBLE else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
+
 
 class TnadaptError(ValueError):
-    """Anything a caller of tnadapt did that cannot be carried out."""
+    """Anything a caller of tnadapt did that cannot be carried out.
+
+    A message is one line that is safe to print: names of files and tensors in it are escaped.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(escaped(one) if isinstance(one, str) else one for one in arguments))
 
 
 class ConfigError(TnadaptError):
@@ -47,7 +91,7 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):
         # Python refuses to print integers of more than 4300 digits, and lists nested too deep.
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
-    return text if len(text) <= 200 else text[:200] + " …"
+    return escaped(text if len(text) <= 200 else text[:200] + " …")
 
 
 def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError], other: str = "") -> int:

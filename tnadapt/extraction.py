@@ -19,6 +19,7 @@ from .container import DTYPES
 from .decomposition import Report, Settings, Step, smallest_rank
 from .errors import FileError, ShapeError, TargetError, shown
 from .fingerprint import Fingerprint, fingerprint
+from .overlaps import check_distinct
 from .prefixes import Prefix, found_prefix, near_names
 from .presets import superlora
 from .stored_targets import find_stored
@@ -128,6 +129,7 @@ def extract(
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     shapes = {name: entry.shape for name, entry in after.entries.items()}
     found = find_stored(shapes, targets, after.config or before.config)
+    check_distinct(found)
     prefix = _prefix(found, before)
     places = {target.name: prefix.target(target).name for target in found}
     for target in found:

@@ -26,7 +26,7 @@ given last, are left out where they have it.
     (``[start, length, stride, count]``: of each of count blocks of stride output rows, rows start to
     start + length - 1 are updated; all rows), ``transposed`` (whether it is stored as (in, out); false) and,
     only where groups is "layer", ``layer`` (equal in the weights of one group; ""). The update's shape is
-    (output rows that are updated, the product of the other sizes).
+    (output rows that are updated, the product of the other sizes). No two targets share a row of one parameter.
 ``model``
     Class name of the base model, for people. "".
 ``activation``
@@ -59,7 +59,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,10 +81,11 @@ from .container import (
 from .durable import replace_file
 from .errors import FileError, TnadaptError, shown
 from .fingerprint import Fingerprint
-from .strict_json import strict_json
+from .json_scan import MAX_VALUE, Elements, lazy_object
+from .overlaps import check_distinct
 from .target import Target
 
-__all__ = ["AdapterFile", "content_of", "likeness", "load", "save"]
+__all__ = ["AdapterFile", "content_of", "likeness", "load", "read", "save"]
 
 VERSION = 1
 ENTRY = "tnadapt"
@@ -97,9 +98,13 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 _TAGS = {name: tag for tag, name in DTYPES.items()}
-_REQUIRED = {"version": int, "config": dict, "targets": list, "sha256": str}
+_REQUIRED = {"version": int, "config": dict, "targets": Elements, "sha256": str}
 _OPTIONAL = {"activation": str, "base": dict, "draws": str, "model": str, "trained": list}
-_JSON = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+# The first bytes of such a half in UTF-8, which has none.
+_SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
+_JSON = {dict: "an object", list: "a list", Elements: "a list", str: "a string", int: "an integer"}
+# How many targets there may be: a plan of so many takes minutes, and no model has as many weights to adapt.
+_MAX_TARGETS = 1 << 17
 
 
 def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
@@ -151,7 +156,7 @@ def content_of(file: AdapterFile) -> bytes:
         if name not in left_out
     }
     recipe = _recipe(file)
-    digest = _digest(_text({**recipe, "sha256": "0" * 64}), stored)
+    digest = _digest(_text({**recipe, "sha256": "0" * 64}).encode(), stored)
     content = serialized(stored, {ENTRY: _text({**recipe, "sha256": digest})})
     if int.from_bytes(content[:8], "little") > MAX_HEADER:
         raise FileError(f"{len(stored)} arrays need a header of more than {MAX_HEADER} bytes; use fewer groups")
@@ -185,8 +190,9 @@ def _text(recipe: Mapping[str, Any]) -> str:
     return json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def _digest(text: str, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
-    total = hashlib.sha256(text.encode() + b"\0")
+def _digest(text: bytes, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
+    total = hashlib.sha256(text)
+    total.update(b"\0")
     for name in sorted(stored):
         tag, array = stored[name]
         total.update(f"{name}\0{tag}\0{','.join(map(str, array.shape))}\0".encode())
@@ -234,7 +240,8 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
     where = path_of(path)
     with about(where):
         with opened(where) as container:
-            found, draws, left_out = _read(container)
+            found, recipe, left_out = read(container)
+        draws = recipe.get("draws")
         if check_draws and draws != (here := found.draws_without(left_out)):
             raise FileError(
                 f"was trained with fixed draws of F whose digest is {draws}; on this machine it is {here}. The "
@@ -243,9 +250,10 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
         return found
 
 
-def _read(container: Container) -> tuple[AdapterFile, str | None, tuple[str, ...]]:
+def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, ...]]:
+    """The adapter of an open file, what its entry says beside the targets, and the arrays that were drawn, not read."""
     text = _entry_text(container)
-    recipe = _checked_recipe(strict_json(text, "the tnadapt entry"))
+    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["targets"], MAX_VALUE))
     config, targets = _config(recipe["config"]), _targets(recipe["targets"])
     base = _base(recipe["base"]) if "base" in recipe else None
     entries, trained = container.entries, recipe.get("trained")
@@ -255,7 +263,8 @@ def _read(container: Container) -> tuple[AdapterFile, str | None, tuple[str, ...
     ordered = sorted(entries, key=lambda name: entries[name].start)
     stored = {name: (entries[name].dtype, container.array(name)) for name in ordered}
     digest = recipe["sha256"]
-    if text.count(digest) != 1 or _digest(text.replace(digest, "0" * 64), stored) != digest:
+    before, _, after = text.partition(digest.encode())
+    if text.count(digest.encode()) != 1 or _digest(before + b"0" * 64 + after, stored) != digest:
         raise FileError("is damaged: its bytes do not have the SHA-256 that it says they have")
     arrays = {name: _loaded(*tensor) for name, tensor in stored.items()}
     dtypes = {name: "bfloat16" for name, (tag, _) in stored.items() if tag == "BF16"}
@@ -272,7 +281,7 @@ def _read(container: Container) -> tuple[AdapterFile, str | None, tuple[str, ...
         trained=trained,
     )
     found.check_finite()
-    return found, recipe.get("draws"), left_out
+    return found, recipe, left_out
 
 
 def _draw_missing(
@@ -297,7 +306,7 @@ def _draw_missing(
     return tuple(missing)
 
 
-def _entry_text(container: Container) -> str:
+def _entry_text(container: Container) -> bytes:
     metadata = container.metadata
     if ENTRY not in metadata:
         raise FileError(
@@ -307,16 +316,15 @@ def _entry_text(container: Container) -> str:
     if len(metadata) > 1:
         others = some(metadata.keys() - {ENTRY})
         raise FileError(f"must have '{ENTRY}' as its only entry of metadata; it also has {others}")
-    try:
-        metadata[ENTRY].encode()
-    except UnicodeEncodeError:
-        raise FileError(f"the {ENTRY} entry has half a surrogate pair") from None
-    return metadata[ENTRY]
+    text = metadata.raw[ENTRY]
+    if _SURROGATE.search(text):
+        raise FileError(f"the {ENTRY} entry has half a surrogate pair")
+    return text
 
 
 def likeness(container: Container) -> str:
     """What a safetensors file of somebody else seems to be."""
-    names, hint = list(container.entries), "; tnadapt.convert makes it one"
+    names, hint = container.entries, "; tnadapt.convert makes it one"
     if any(name.startswith("base_model.model.") for name in names):
         what = "an adapter of PEFT"
     elif any(name.startswith(("lycoris_", "lora_unet_", "lora_te")) for name in names):
@@ -339,7 +347,7 @@ def _checked_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
         raise FileError(f"the {ENTRY} entry has unknown keys: {some(unknown)}; lacks: {some(missing)}")
     for key, value in recipe.items():
         kind = (_REQUIRED | _OPTIONAL)[key]
-        if not isinstance(value, kind):
+        if not isinstance(value, kind):  # a list that is not wanted as one is among them
             raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {shown(value)}")
     for key in ("sha256", "draws"):
         if key in recipe and not re.fullmatch("[0-9a-f]{64}", recipe[key]):
@@ -357,13 +365,16 @@ def _config(settings: dict[str, Any]) -> Config:
         raise FileError(f"config: {error}") from error
 
 
-def _targets(listed: list[Any]) -> list[Target]:
-    found = []
+def _targets(listed: Iterable[Any]) -> list[Target]:
+    found: list[Target] = []
     for number, value in enumerate(listed):
+        if number == _MAX_TARGETS:
+            raise FileError(f"has more than {_MAX_TARGETS} targets, and no model has as many weights to adapt")
         try:
             found.append(Target.from_list(value))
         except TnadaptError as error:
             raise FileError(f"target {number}: {error}") from error
+    check_distinct(found)
     return found
 
 

@@ -13,7 +13,7 @@ from .checkpoint import file_state, open_checkpoint
 from .comparing import open_regular
 from .container import about, path_of
 from .destination import destination
-from .errors import ConfigError, FileError
+from .errors import ConfigError, FileError, escaped
 from .files import content_of, load
 from .merge_job import Job, Unfit
 from .partial import partial
@@ -61,6 +61,9 @@ class MergeReport:
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
     resumed: int
+
+    def __repr__(self) -> str:
+        return escaped(f"MergeReport({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON knows them."""

@@ -11,6 +11,7 @@ from .adapter_file import AdapterFile, counted, some
 from .checkpoint import Checkpoint
 from .container import DTYPES, Entry
 from .errors import FileError, TargetError, shown
+from .overlaps import check_distinct
 from .prefixes import Prefix, found_prefix
 from .stored_targets import find_stored
 from .target import Target
@@ -86,6 +87,7 @@ def place(checkpoint: Checkpoint, file: AdapterFile) -> Placed:
         how = str(shift)
     else:
         targets, how = _by_role(checkpoint, file), "weights of the same roles and shapes under other names"
+    check_distinct(targets)
     for target in targets:
         _check_target(target, entries[target.name])
     kept, added = _kept(entries, file, shift or Prefix())
@@ -160,6 +162,7 @@ def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tup
                     f"the adapter keeps {shown(name)}, which the checkpoint does not have, though it has others of "
                     f"that module; nearest: {', '.join(map(shown, close)) or 'none'}"
                 )
+            _need_free(added, name, moved)
             added[name] = moved
             continue
         entry, theirs = entries[there], file.dtypes.get(f"kept.{name}", array.dtype.name)
@@ -170,5 +173,16 @@ def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tup
             )
         if DTYPES.get(entry.dtype) != theirs and not (entry.dtype in FLOATS and theirs in FLOATS.values()):
             raise FileError(f"the adapter keeps {shown(name)} as {theirs}, and the checkpoint's is {entry.dtype}")
+        _need_free(kept, name, there)
         kept[name] = there
     return kept, added
+
+
+def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
+    """A FileError where two kept parameters have one place in the checkpoint, as with and without a prefix."""
+    for other, own in taken.items():
+        if own == place:
+            raise FileError(
+                f"the adapter keeps both {shown(other)} and {shown(name)}, which are both {shown(place)} in the "
+                "checkpoint: it can hold one of them"
+            )

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import FileError, shown
 
-__all__ = ["MAX_CONFIG", "json_file", "strict_json"]
+__all__ = ["MAX_CONFIG", "json_file", "strict_json", "strict_value"]
 
 #: Bytes that settings of a model or an adapter may have: a slip or a hostile file has more.
 MAX_CONFIG = 1 << 24
@@ -83,6 +83,20 @@ def strict_json(text: str, what: str) -> dict[str, Any]:
         ...
     tnadapt.errors.FileError: the header has the key 'a' twice
     """
+    found = strict_value(text, what)
+    if not isinstance(found, dict):
+        raise FileError(f"{what} must be a JSON object; got {shown(found)}")
+    return found
+
+
+def strict_value(text: str, what: str) -> Any:
+    """The JSON value of a text, under the rules of :func:`strict_json`.
+
+    Examples
+    --------
+    >>> strict_value("[1, 2.5, null]", "the text")
+    [1, 2.5, None]
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -99,13 +113,10 @@ def strict_json(text: str, what: str) -> dict[str, Any]:
         return value
 
     try:
-        found = json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=number)
+        return json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=number)
     except FileError:
         raise
     except ValueError as error:
         raise FileError(f"{what} is not JSON: {error}") from error
     except RecursionError as error:
         raise FileError(f"{what} is nested too deep") from error
-    if not isinstance(found, dict):
-        raise FileError(f"{what} must be a JSON object; got {shown(found)}")
-    return found

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .backends.base import Array
-from .errors import TargetError, integer, shown
+from .errors import TargetError, escaped, integer, shown
 
 __all__ = ["ROLES", "Rows", "Target"]
 
@@ -129,6 +129,10 @@ class Target:
             )
         whole = (start, length, stride) == (0, stride, stride)
         object.__setattr__(self, "rows", None if whole else Rows(start, length, stride, count))
+
+    def __repr__(self) -> str:
+        settings = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
+        return escaped(f"Target({', '.join(settings)})")
 
     @property
     def name(self) -> str:

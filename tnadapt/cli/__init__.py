@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
+from ..errors import escaped
 from .convert import convert_command
 from .extract import extract_command
 from .finetune import finetune_command
 from .info import info_command
 from .merge import merge_command
 from .plan import plan_command
+from .printing import echo
 from .reproduce import reproduce_command
 from .verify import verify_command
 
 __all__ = ["app"]
 
+
+@contextlib.contextmanager
+def _escaping() -> Iterator[None]:
+    """Typer's own errors quote words of the command line, which a shell may have taken from a folder."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = escaped(message)  # type: ignore[attr-defined]  # there it is
+        raise
+
+
+class _Group(TyperGroup):
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        with _escaping():
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _escaping():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=_Group,
     name="tnadapt",
     help="Weight updates as small tensor networks.",
     no_args_is_help=True,
@@ -31,7 +58,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tnadapt {__version__}")
+        echo(f"tnadapt {__version__}")
         raise typer.Exit
 
 
@@ -44,7 +71,8 @@ def _root(
 
 def _help(command: Callable[..., None]) -> str:
     """A docstring's paragraphs, each in one line: the terminal says how wide they are."""
-    return "\n\n".join(" ".join(text.split()) for text in inspect.getdoc(command).split("\n\n"))  # type: ignore[union-attr]
+    # There is none under python -OO.
+    return "\n\n".join(" ".join(text.split()) for text in (inspect.getdoc(command) or "").split("\n\n"))
 
 
 app.command("finetune", help=_help(finetune_command))(finetune_command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from ..convert import FORMS, convert
 from ..errors import TnadaptError
+from .printing import echo, echo_json, echo_table
 
 __all__ = ["convert_command"]
 
@@ -50,10 +50,10 @@ def convert_command(
     except TnadaptError as error:
         raise TnadaptError(_as_options(str(error))) from None
     if as_json:
-        typer.echo(json.dumps({**found.to_dict(), "out": None if out is None else str(out)}, indent=2))
+        echo_json({**found.to_dict(), "out": None if out is None else str(out)})
         return
-    typer.echo(str(found))
-    typer.echo("nothing written: give -o OUT" if out is None else f"written to {out}")
+    echo_table(str(found))
+    echo("nothing written: give -o OUT" if out is None else f"written to {out}")
 
 
 def _as_options(text: str) -> str:

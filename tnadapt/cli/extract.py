@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from .. import TnadaptError, extract, save
 from ..checkpoint import open_checkpoint
 from ..decomposition import Step
 from ..extraction import Extraction
+from .printing import echo, echo_json, echo_table
 from .settings import chosen_config
 
 __all__ = ["extract_command"]
@@ -76,7 +76,7 @@ def extract_command(
         )  # fmt: skip
     save(out, found.file)
     if as_json:
-        typer.echo(json.dumps(_summary(found, out), indent=2))
+        echo_json(_summary(found, out))
     else:
         _print(found, out)
 
@@ -108,7 +108,8 @@ class _bar:  # noqa: N801  # a context manager reads as a word
     def __init__(self) -> None:
         console = Console(stderr=True)
         self.bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[error]}"), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[error]}"),
+            TimeElapsedColumn(),
             console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
 
@@ -141,14 +142,14 @@ def _summary(found: Extraction, out: Path) -> dict[str, Any]:
 
 def _print(found: Extraction, out: Path) -> None:
     file, report = found.file, found.report
-    typer.echo(f"{out}: {file.num_parameters:,} parameters for {len(file.targets)} weights, {len(file.kept)} kept")
-    typer.echo(str(report))
+    echo(f"{out}: {file.num_parameters:,} parameters for {len(file.targets)} weights, {len(file.kept)} kept")
+    echo_table(str(report))
     worst = sorted(enumerate(report.groups), key=lambda item: -item[1].error)[:3]
     if len(report.groups) > 1:
-        typer.echo("worst: " + ", ".join(f"group {number} {group.error:.3g}" for number, group in worst))
+        echo("worst: " + ", ".join(f"group {number} {group.error:.3g}" for number, group in worst))
     if found.others:
         more = f" and {len(found.others) - 6} more" if len(found.others) > 6 else ""
-        typer.echo(
+        echo(
             f"{len(found.others)} other tensors differ and are not in the adapter (--keep takes them): "
             f"{', '.join(found.others[:6])}{more}"
         )

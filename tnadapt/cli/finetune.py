@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from .. import TnadaptError
+from .printing import echo, echo_json
 from .progress import reporter
 from .settings import setting, word_or_number
 from .tables import print_table
@@ -165,7 +165,8 @@ def finetune_command(
             if not dry_run:
                 outcome = study.run(folder, jobs, fresh)
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; what is finished is in {folder}, and the same command goes on from there", err=True)
+        echo("", err=True)
+        echo(f"stopped; what is finished is in {folder}, and the same command goes on from there", err=True)
         raise typer.Exit(130) from None
     if dry_run:
         _print_plan(study, as_json)
@@ -203,10 +204,10 @@ def _print_plan(study: Study, as_json: bool) -> None:
     counts = [(method, study.parameters(method)) for method in study.methods]
     if as_json:
         listed = [{"family": m.family, "label": m.label, "parameters": count} for m, count in counts]
-        typer.echo(json.dumps({"study": study.outline(), "methods": listed, "trainings": len(study.tasks)}, indent=2))
+        echo_json({"study": study.outline(), "methods": listed, "trainings": len(study.tasks)})
         return
     print_table(["method", "setting", "parameters"], [[m.family, m.label, f"{n:,}"] for m, n in counts], right=(2,))
-    typer.echo(_sizes(study))
+    echo(_sizes(study))
 
 
 def _sizes(study: Study) -> str:
@@ -232,28 +233,26 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
             "picture": outcome.picture and str(outcome.picture),
             "results": str(folder / "results.jsonl"),
         }
-        typer.echo(json.dumps(found, indent=2))
+        echo_json(found)
         return
     from ..finetune.report import columns, rows_of
 
     print_table(columns(len(study.seeds)), rows_of(outcome.points), right=(3, 4, 5, 6, 7))
-    typer.echo("● Pareto front: no other has as few parameters and a better test accuracy. Each is shown at the rate")
-    typer.echo(
-        f"  that was better on the validation samples; {outcome.points[0].kept:,} parameters of the head beside each."
-    )
-    typer.echo(_sizes(study))
+    echo("● Pareto front: no other has as few parameters and a better test accuracy. Each is shown at the rate")
+    echo(f"  that was better on the validation samples; {outcome.points[0].kept:,} parameters of the head beside each.")
+    echo(_sizes(study))
     if best is not None and proof is not None:
         logits = f"logits within {proof.largest:.1g}" if proof.largest else "logits equal to the bit"
-        typer.echo(
-            f"best adapter by validation: {best.method.name} ({best.parameters:,} parameters), {outcome.adapter}\n"
+        echo(f"best adapter by validation: {best.method.name} ({best.parameters:,} parameters), {outcome.adapter}")
+        echo(
             f"  loaded on a fresh base: {_same(proof.loaded_same)} on {proof.samples:,} test samples; merged: "
             f"{_same(not proof.merged_different, proof.merged_different)}, {logits}"
         )
-    typer.echo(f"results: {folder / 'results.jsonl'}")
+    echo(f"results: {folder / 'results.jsonl'}")
     if outcome.picture is None:
-        typer.echo("no picture: pip install 'tnadapt[plot]'")
+        echo("no picture: pip install 'tnadapt[plot]'")
     else:
-        typer.echo(f"picture: {outcome.picture}")
+        echo(f"picture: {outcome.picture}")
 
 
 def _same(same: bool, different: int | None = None) -> str:

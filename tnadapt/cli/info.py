@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from .. import Config, info
+from .printing import echo, echo_json
 from .sizes import size
+from .tables import cell
 
 __all__ = ["info_command"]
 
@@ -29,11 +31,11 @@ def info_command(
     """
     found = info(path, every)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        echo_json(found)
         return
     show = {"adapter": _adapter, "checkpoint": _checkpoint, "other adapter": _other}[found["kind"]]
     for line in show(found):
-        typer.echo(line)
+        echo(line)
 
 
 def _adapter(found: dict[str, Any]) -> Iterable[str]:
@@ -133,10 +135,11 @@ def _times(shape: Sequence[int]) -> str:
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> Iterable[str]:
     width = max(len(name) for name, _ in rows)
-    return (f"  {name.ljust(width)}  {text}".rstrip() for name, text in rows)
+    return (f"  {cell(name).ljust(width)}  {text}".rstrip() for name, text in rows)
 
 
 def _table(rows: list[list[str]]) -> Iterable[str]:
+    rows = [[cell(text) for text in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        yield "    " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        yield "    " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..merge_files import MergeReport, merge
+from .printing import echo, echo_json
 from .progress import bytes_bar
 from .sizes import size
 
@@ -49,33 +49,34 @@ def merge_command(
         with bytes_bar("merging") as progress:
             report = merge(base, adapter, out, overwrite=force, check_base=not any_base, progress=progress)
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; {out} is as it was, or whole; the same command continues", err=True)
+        echo("", err=True)
+        echo(f"stopped; {out} is as it was, or whole; the same command continues", err=True)
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        echo_json(report.to_dict())
     else:
         _print(report, any_base)
 
 
 def _print(report: MergeReport, any_base: bool) -> None:
     files = f"{report.files} file" + "s" * (report.files != 1)
-    typer.echo(f"{report.out}: {size(report.bytes)} in {files}")
-    typer.echo(f"  {report.targets} updates added to {report.changed} of {report.tensors} tensors")
+    echo(f"{report.out}: {size(report.bytes)} in {files}")
+    echo(f"  {report.targets} updates added to {report.changed} of {report.tensors} tensors")
     if report.names:
-        typer.echo(f"  {report.names}")
+        echo(f"  {report.names}")
     if report.replaced:
-        typer.echo(f"  trained beside the adapter, and put in place: {_some(report.replaced)}")
+        echo(f"  trained beside the adapter, and put in place: {_some(report.replaced)}")
     if report.added:
-        typer.echo(f"  trained beside the adapter, and added: {_some(report.added)}")
-        typer.echo("  config.json is the base's: give it what these need (num_labels, architectures)")
+        echo(f"  trained beside the adapter, and added: {_some(report.added)}")
+        echo("  config.json is the base's: give it what these need (num_labels, architectures)")
     if report.left_out:
         why = "weights without the update, hidden folders, links out of BASE, or no regular files"
-        typer.echo(f"  not copied ({why}): {_some(report.left_out)}")
+        echo(f"  not copied ({why}): {_some(report.left_out)}")
     if not report.base_checked:
         why = "--any-base" if any_base else "the adapter does not say on which"
-        typer.echo(f"  not checked whether it was trained on this base ({why})")
+        echo(f"  not checked whether it was trained on this base ({why})")
     if report.resumed:
-        typer.echo(f"  {report.resumed} of {files} had been finished before")
+        echo(f"  {report.resumed} of {files} had been finished before")
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,6 +13,7 @@ from .. import TnadaptError, plan
 from ..errors import shown
 from ..planner import Plan, known_as, model_targets
 from ..superlora import SuperLoRA
+from .printing import echo, echo_json
 from .settings import chosen_config, shapes_of
 from .tables import print_table
 
@@ -89,13 +89,13 @@ def plan_command(
         more: dict[str, Any] = {"model": model, "targets": weights.targets}
         if layout_picture is not None:
             more["layout"] = chosen.to_dict()
-        typer.echo(json.dumps({**more, **found.to_dict(every)}, indent=2))
+        echo_json({**more, **found.to_dict(every)})
         return
     _print(found, table)
     if picture is not None:
-        typer.echo(f"parameters against rank: {picture}")
+        echo(f"parameters against rank: {picture}")
     if layout_picture is not None:
-        typer.echo(f"where {known_as(chosen)} puts each weight: {layout_picture}")
+        echo(f"where {known_as(chosen)} puts each weight: {layout_picture}")
 
 
 def _weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> Weights:
@@ -145,4 +145,4 @@ def _print(found: Plan, table: Sequence[Sequence[str]]) -> None:
     rows = [[row[column] for column in kept] for row in table]
     print_table(rows[0], rows[1:], right=range(3, len(kept)))
     for note in found.notes():
-        typer.echo(note)
+        echo(note)

@@ -18,6 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from ..errors import escaped
+
 if TYPE_CHECKING:
     from ..finetune import Task
 
@@ -32,7 +34,7 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: None
         return
     bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
         TimeRemainingColumn(), console=console, transient=True,
     )  # fmt: skip
     with bars:
@@ -48,8 +50,8 @@ def reporter() -> Iterator[Any]:
         yield _Lines(console)
         return
     bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counted]}"), TimeElapsedColumn(),
-        TimeRemainingColumn(), console=console, transient=True,
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[counted]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
     )  # fmt: skip
     with bars:
         yield _Bars(bars)
@@ -62,7 +64,7 @@ class _Lines:
         self.prepared = False
 
     def _say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+        self.console.print(escaped(line), soft_wrap=True, highlight=False, markup=False)
 
     def preparing(self, what: str, done: float) -> None:
         if not self.prepared:
@@ -92,7 +94,7 @@ class _Bars:
 
     def preparing(self, what: str, done: float) -> None:
         if self.base is None:
-            self.base = self.bars.add_task(what, total=1.0, counted="")
+            self.base = self.bars.add_task(escaped(what), total=1.0, counted="")
         self.bars.update(self.base, completed=done, visible=done < 1)
 
     def begins(self, tasks: int, finished: int) -> None:
@@ -101,7 +103,7 @@ class _Bars:
 
     def training(self, task: Task, done: float) -> None:
         if task.key not in self.now:
-            self.now[task.key] = self.bars.add_task(f"  {_told(task)}", total=1.0, counted="")
+            self.now[task.key] = self.bars.add_task(escaped(f"  {_told(task)}"), total=1.0, counted="")
         self.bars.update(self.now[task.key], completed=done)
 
     def finished(self, task: Task, record: Mapping[str, Any]) -> None:

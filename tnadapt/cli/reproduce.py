@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from .. import TnadaptError
 from ..reproduce import Outcome, Recipe, names, open_recipe, redraw, run
 from ..reproduce.recipe import SCALES
+from .printing import echo, echo_json
 from .progress import reporter
 from .tables import print_table
 
@@ -69,7 +69,8 @@ def reproduce_command(
                 jobs=jobs, device=device, fresh=fresh, reporter=shown,
             )  # fmt: skip
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; what is finished is in {folder}, and the same command goes on from there", err=True)
+        echo("", err=True)
+        echo(f"stopped; what is finished is in {folder}, and the same command goes on from there", err=True)
         raise typer.Exit(130) from None
     except ImportError as error:
         raise TnadaptError(
@@ -85,7 +86,7 @@ def _list(as_json: bool) -> None:
         recipe = open_recipe(name, scales[0])
         found.append({"name": name, "title": recipe.title, "paper": recipe.paper, "scales": scales})
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        echo_json(found)
         return
     titles = ["recipe", "what", "in the paper", "scales"]
     rows = [[one["name"], one["title"], one["paper"], ", ".join(one["scales"])] for one in found]
@@ -115,16 +116,16 @@ def _print_points(recipe: Recipe, as_json: bool) -> None:
         ]
         stated = [{"what": what, "paper": paper, "parameters": ours} for what, paper, ours in checked]
         head = {"recipe": recipe.name, "scale": recipe.scale, "weights": recipe.weights.what, "notes": recipe.notes}
-        typer.echo(json.dumps({**head, "points": listed, "stated": stated}, indent=2, ensure_ascii=False))
+        echo_json({**head, "points": listed, "stated": stated})
     else:
         rows = [[point.arm, point.setting, f"{point.parameters:,}"] for point in points]
         print_table(["arm", "setting", "parameters"], rows, right=(2,))
-        typer.echo(f"{len(points)} settings of {recipe.weights.what}")
+        echo(f"{len(points)} settings of {recipe.weights.what}")
         for what, paper, ours in checked:
             same = "the same here" if paper == ours else f"HERE {ours:,}"
-            typer.echo(f"the paper states {paper:,} for {what}: {same}")
+            echo(f"the paper states {paper:,} for {what}: {same}")
         for note in recipe.notes:
-            typer.echo(f"note: {note}")
+            echo(f"note: {note}")
     if wrong:
         raise typer.Exit(1)
 
@@ -133,14 +134,14 @@ def _print_outcome(recipe: Recipe, outcome: Outcome, as_json: bool) -> None:
     if as_json:
         found: dict[str, Any] = {"recipe": recipe.name, "scale": recipe.scale, "rows": outcome.rows}
         found |= {"results": str(outcome.results), "picture": outcome.picture and str(outcome.picture)}
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        echo_json(found)
         return
     if recipe.kind != "counts":
         columns = list(outcome.rows[0])
         numbers = range(columns.index("parameters"), len(columns))
         print_table(columns, [[_cell(row[column]) for column in columns] for row in outcome.rows], right=numbers)
-    typer.echo(f"results: {outcome.results}")
-    typer.echo("no picture: pip install 'tnadapt[plot]'" if outcome.picture is None else f"picture: {outcome.picture}")
+    echo(f"results: {outcome.results}")
+    echo("no picture: pip install 'tnadapt[plot]'" if outcome.picture is None else f"picture: {outcome.picture}")
 
 
 def _cell(value: Any) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import verify
+from ..errors import escaped
+from .printing import echo_json, echo_table
 from .settings import chosen_config, shapes_of
 
 __all__ = ["verify_command"]
@@ -37,10 +39,10 @@ def verify_command(
     shapes = shapes_of(shape or []) or None
     with Console(stderr=True).status("checking") as status:
         report = verify(
-            chosen, shapes, backends=backend, seed=seed, progress=lambda line: status.update(f"checking {line}")
+            chosen, shapes, backends=backend, seed=seed, progress=lambda line: status.update(Text(f"checking {line}"))
         )
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        echo_json(report.to_dict())
     else:
         _print(report)
     raise typer.Exit(0 if report.holds else 1)
@@ -49,7 +51,7 @@ def verify_command(
 def _print(report: Any) -> None:
     console = Console()
     if not console.is_terminal:
-        typer.echo(str(report))
+        echo_table(str(report))
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("law", overflow="fold")
@@ -58,8 +60,8 @@ def _print(report: Any) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for row in report.rows():
-        table.add_row(*row, style=None if row[-1] == "holds" else "bold red")
+        table.add_row(*map(Text, row), style=None if row[-1] == "holds" else "bold red")
     console.print(table)
     for name, why in report.absent.items():
-        console.print(f"{name}: not checked: {why}")
+        console.print(Text(escaped(f"{name}: not checked: {why}")))
     console.print("all laws hold" if report.holds else "NOT all laws hold")

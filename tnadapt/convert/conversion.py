@@ -12,7 +12,7 @@ import numpy as np
 from ..adapter_file import AdapterFile
 from ..container import about, path_of
 from ..durable import replace_file
-from ..errors import FileError
+from ..errors import FileError, escaped
 from ..files import content_of
 from .peft_reading import CONFIG, WEIGHTS
 from .writing import json_text, replace_folder
@@ -78,8 +78,8 @@ class Conversion:
         ]
         if not self.exact:
             worst = sorted(self.errors.items(), key=lambda item: -item[1])[:5]
-            lines += [f"  {error:9.3g}  {name}" for name, error in worst]
-        return "\n".join([*lines, *self.notes])
+            lines += [f"  {error:9.3g}  {escaped(name)}" for name, error in worst]
+        return "\n".join([*lines, *map(escaped, self.notes)])
 
     def _quality(self) -> str:
         what = "exact but for rounding" if self.exact else "NOT exact"

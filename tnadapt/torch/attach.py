@@ -14,6 +14,7 @@ from ..config import Config
 from ..errors import BackendError, ConfigError, TargetError, integer, shown
 from ..factoring import Factoring, factoring
 from ..folding import MAX_SIZE
+from ..overlaps import check_distinct
 from ..presets import superlora
 from ..superlora import SuperLoRA
 from ..target import Target
@@ -116,7 +117,7 @@ def attach(
         raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {shown(dtype)}")
     cfg = superlora(rank=8) if cfg is None else cfg
     found = find_targets(model, targets, untie=untie)
-    _check_overlap(found)
+    check_distinct(found)
     plan = SuperLoRA(cfg, [target.shape for target in found], layers=[target.layer for target in found])
     kept = matching(model, keep_trainable, {target.name for target in found})
     owners = [model.get_submodule(target.module) for target in found]
@@ -165,21 +166,6 @@ def check_name(model: nn.Module, name: str) -> None:
             f"there is an adapter {name!r} on this model already ({taken[name]!r}); give another name, or "
             "detach() it first"
         )
-
-
-def _check_overlap(targets: Sequence[Target]) -> None:
-    """Two targets must not share rows: an update would be added twice."""
-    by_weight: dict[str, list[Target]] = {}
-    for target in targets:
-        by_weight.setdefault(target.name, []).append(target)
-    for name, several in by_weight.items():
-        if len(several) < 2:
-            continue
-        if any(target.rows is None for target in several):
-            raise TargetError(f"{name} is a target twice; name each weight, or each part of its rows, once")
-        rows = [row for target in several if target.rows is not None for row in target.rows.indices()]
-        if len(set(rows)) != len(rows):
-            raise TargetError(f"targets of {name} share rows; name each row once")
 
 
 def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:

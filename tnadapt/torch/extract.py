@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..backends import load_backend
 from ..config import Config
 from ..decomposition import Report, Settings, Step, smallest_rank
-from ..errors import ShapeError, TargetError, shown
+from ..errors import ShapeError, TargetError, escaped, shown
+from ..overlaps import check_distinct
 from ..presets import superlora
 from ..superlora import SuperLoRA
 from ..target import Target
@@ -107,6 +108,7 @@ def extract(
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it first")
     found = find_targets(base, targets)
     # What attach would refuse after the fit is said before it.
+    check_distinct(found)
     check_name(base, name)
     matching(base, keep, {target.name for target in found})
     theirs = _state(tuned)
@@ -141,8 +143,8 @@ def extract(
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         warnings.warn(
-            f"the two models differ in {', '.join(others[:4])}{more}, which the adapter does not hold: name them by "
-            "keep=, or take them as targets",
+            f"the two models differ in {', '.join(map(escaped, others[:4]))}{more}, which the adapter does not hold: "
+            "name them by keep=, or take them as targets",
             stacklevel=2,
         )
     return adapter

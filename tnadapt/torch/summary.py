@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import escaped
+
 if TYPE_CHECKING:
     from .adapter import Adapter
 
@@ -97,4 +99,4 @@ class Summary:
     @staticmethod
     def _cells(row: Row) -> tuple[str, ...]:
         slices = " + ".join(f"{group}[{start}:{stop}]" for group, start, stop in row.slices)
-        return row.target, row.role, "×".join(map(str, row.shape)), slices, row.strategy
+        return escaped(row.target), row.role, "×".join(map(str, row.shape)), slices, row.strategy

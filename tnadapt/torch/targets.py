@@ -44,7 +44,8 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     -------
     list of Target
         In the order of the model's modules, q before k before v within one; Targets that are all the caller's own in
-        the caller's order. None twice: a module with several paths counts once, under the first.
+        the caller's order, repeated ones too, which :func:`attach` refuses. Else none twice: a module with several
+        paths counts once, under the first.
 
     Raises
     ------
@@ -69,9 +70,12 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     found = search.find(targets)
     if not found:
         raise search.nothing(targets)
-    chosen = list({(target.module, target.parameter, target.rows): target for target in found}.values())
     own = not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
-    if not own:
+    if own:
+        # Never fewer than were given: the caller has a place for each in the long vector.
+        chosen = list(found)
+    else:
+        chosen = list({(target.module, target.parameter, target.rows): target for target in found}.values())
         order = {path: place for place, (path, _) in enumerate(modules_of(model))}
         chosen.sort(key=lambda target: (order[target.module], ROLES.index(target.role)))
     twins = [] if untie else tied(model, chosen)

@@ -1,0 +1,194 @@
+"""The tensors that headers list, as a mapping that takes less memory than their text."""
+
+from __future__ import annotations
+
+import bisect
+from array import array
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["DTYPES", "FOREIGN", "Entries", "Entry"]
+
+# A dtype's name in a file -> its name everywhere else.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+# Others that safetensors knows and NumPy does not, and their bits: a checkpoint may have them, an adapter not.
+FOREIGN = {
+    "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F4": 4,
+}  # fmt: skip
+
+_TAGS = (*DTYPES, *FOREIGN)
+_CODES = {tag: code for code, tag in enumerate(_TAGS)}
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies.
+
+    Attributes
+    ----------
+    dtype : str
+        One of ``DTYPES``, or of ``FOREIGN`` where those were let in.
+    shape : tuple of int
+    start, stop : int
+        Its first byte, and the one after its last, counted from the end of the header.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Entries(Mapping[str, Entry]):
+    """Tensors by their names, of one file or of several, in the order of their bytes.
+
+    Columns of numbers and two strings of bytes: a dictionary of a million entries would take five times their text.
+
+    Examples
+    --------
+    >>> entries = Entries()
+    >>> entries.add(b"b", "F32", b"2", 4, 12), entries.add(b"a", "U8", b"2,2", 0, 4)
+    (None, None)
+    >>> entries.index() is None, list(entries), entries["b"]
+    (True, ['a', 'b'], Entry(dtype='F32', shape=(2,), start=4, stop=12))
+    """
+
+    def __init__(self) -> None:
+        self._names, self._shapes = bytearray(), bytearray()
+        self._name_ends, self._shape_ends = array("Q", [0]), array("Q", [0])
+        self._codes, self._starts, self._stops = array("B"), array("Q"), array("Q")
+        # Rows in the order of their bytes; the sorted hashes of all names, and the rows that have them.
+        self._order, self._hashes, self._rows = array("I"), array("q"), array("I")
+        self._firsts = [0]  # of each file, and of what would be the next one
+
+    def add(self, name: bytes, dtype: str, shape: bytes, start: int, stop: int) -> None:
+        """One more; the shape as decimals and commas. They are found after :meth:`index`."""
+        self._names += name
+        self._shapes += shape
+        self._name_ends.append(len(self._names))
+        self._shape_ends.append(len(self._shapes))
+        self._codes.append(_CODES[dtype])
+        self._starts.append(start)
+        self._stops.append(stop)
+
+    def extend(self, other: Entries) -> None:
+        """All of another file, after those that are there."""
+        for ends, theirs, base in (
+            (self._name_ends, other._name_ends, len(self._names)),
+            (self._shape_ends, other._shape_ends, len(self._shapes)),
+        ):
+            ends.frombytes((np.asarray(theirs)[1:] + np.uint64(base)).tobytes())
+        self._order.frombytes((np.asarray(other._order) + np.uint32(len(self._codes))).tobytes())
+        self._names += other._names
+        self._shapes += other._shapes
+        for mine, its in ((self._codes, other._codes), (self._starts, other._starts), (self._stops, other._stops)):
+            mine.extend(its)
+        self._firsts.append(len(self._codes))
+
+    def index(self) -> str | None:
+        """Make the entries findable; returns a name that is there twice, or None."""
+        count = len(self._codes)
+        if len(self._firsts) == 1:
+            order = np.lexsort((_column(self._stops), _column(self._starts))).astype(np.uint32)
+            self._order = array("I", order.tobytes())
+        hashes = np.fromiter((hash(self._name(row)) for row in range(count)), np.int64, count)
+        rows = np.argsort(hashes, kind="stable").astype(np.uint32)
+        hashes = hashes[rows]
+        self._hashes, self._rows = array("q", hashes.tobytes()), array("I", rows.tobytes())
+        for place in np.flatnonzero(hashes[1:] == hashes[:-1]):
+            row, later = (self._name(self._rows[int(at)]) for at in (place, place + 1))
+            if row == later:
+                return row.decode()
+        return None
+
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first bytes, and those after the last ones, in the order of the bytes."""
+        order = np.asarray(self._order)
+        return _column(self._starts)[order], _column(self._stops)[order]
+
+    def name_at(self, place: int) -> str:
+        """The name of the entry at a place in the order of the bytes."""
+        return self._name(self._order[place]).decode()
+
+    def of_file(self, number: int) -> Iterator[tuple[str, Entry]]:
+        """Names and entries of one of the files that were added, in the order of their bytes."""
+        for place in range(self._firsts[number], self._firsts[number + 1]):
+            row = self._order[place]
+            yield self._name(row).decode(), self._entry(row)
+
+    def file_of(self, name: str) -> int:
+        """The number of the file that a tensor is in; a KeyError if it is in none."""
+        return bisect.bisect_right(self._firsts, self._row(name)) - 1
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        """Every name with the number of its file, in order."""
+        for number, (first, end) in enumerate(zip(self._firsts, self._firsts[1:], strict=False)):
+            for place in range(first, end):
+                yield self.name_at(place), number
+
+    def _name(self, row: int) -> bytes:
+        return bytes(self._names[self._name_ends[row] : self._name_ends[row + 1]])
+
+    def _entry(self, row: int) -> Entry:
+        text = self._shapes[self._shape_ends[row] : self._shape_ends[row + 1]]
+        shape = tuple(map(int, text.split(b","))) if text else ()
+        return Entry(_TAGS[self._codes[row]], shape, self._starts[row], self._stops[row])
+
+    def _row(self, name: str) -> int:
+        if isinstance(name, str):
+            raw = name.encode("utf-8", "surrogatepass")
+            known = hash(raw)
+            place = bisect.bisect_left(self._hashes, known)
+            while place < len(self._hashes) and self._hashes[place] == known:
+                if self._name(self._rows[place]) == raw:
+                    return self._rows[place]
+                place += 1
+        raise KeyError(name)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entry(self._row(name))
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self._row(name)  # type: ignore[arg-type]  # another type is a KeyError
+        except KeyError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._name(row).decode() for row in self._order)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def items(self) -> ItemsView[str, Entry]:
+        return _Items(self)
+
+    def values(self) -> ValuesView[Entry]:
+        return _Values(self)
+
+
+class _Items(ItemsView[str, Entry]):
+    _mapping: Entries
+
+    def __iter__(self) -> Iterator[tuple[str, Entry]]:
+        entries = self._mapping
+        return ((entries._name(row).decode(), entries._entry(row)) for row in entries._order)
+
+
+class _Values(ValuesView[Entry]):
+    _mapping: Entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        entries = self._mapping
+        return (entries._entry(row) for row in entries._order)
+
+
+def _column(numbers: array[Any]) -> np.ndarray:
+    return np.asarray(numbers)
