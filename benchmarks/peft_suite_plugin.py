@@ -76,10 +76,11 @@ class Suite:
     def pytest_collectstart(self, collector: Any) -> None:
         if isinstance(collector, pytest.Module):
             module = collector.obj
-            if hasattr(module, "hub_online_once"):
-                # All models are in the local cache.
-                module.hub_online_once = lambda *args, **kwargs: contextlib.nullcontext()
             common = sys.modules.get(f"{module.__package__}.testing_common")
+            for one in (module, common):
+                if hasattr(one, "hub_online_once"):
+                    # All models are in the local cache, and each look at the hub would be tried for half a minute.
+                    one.hub_online_once = lambda *args, **kwargs: contextlib.nullcontext()
             if common is not None:
                 # It has a list of the methods that can adapt GPT-2's layers, as tnadapt can.
                 _lengthen(common, self.ours)

@@ -114,10 +114,13 @@ def intercepted(before: Watcher, after: Watcher = lambda call: None, exchange: b
         if not exchange:
             return False
         name = "exchange" if flags == renaming._EXCHANGE else "rename_new"
-        done: bool = reported(
-            Call(name, (_absolute(source), _absolute(target))), lambda: real_renameat2(source, target, flags)
-        )
-        return done
+        call = Call(name, (_absolute(source), _absolute(target)))
+        with turn:
+            before(call)
+            done = real_renameat2(source, target, flags)
+            if done:  # else the file system lacks it, and another way is taken
+                after(call)
+            return done
 
     def written(name: str, real: Callable[..., Any], position: int) -> Callable[..., Any]:
         def wrapped(*arguments: Any) -> Any:

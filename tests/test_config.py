@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -160,3 +162,46 @@ def test_any_value_is_taken_or_refused_and_never_anything_else(value: object, fi
     except tna.ConfigError:
         return
     assert tna.Config.from_dict(config.to_dict()) == config
+
+
+# Every number that a setting may be, by the least and the largest; what else it takes to give such a number.
+BOUNDS: list[tuple[str, Callable[[int], dict[str, object]], int, int]] = [
+    ("rank", lambda n: {"rank": n}, 1, 2**40),
+    ("rank[0]", lambda n: {"rank": (n, None), "format": "tucker"}, 1, 2**40),
+    ("rank[1]", lambda n: {"rank": (1, n), "format": "tt", "order": 3, "fold": "balanced"}, 1, 2**40),
+    ("order", lambda n: {"order": n, "fold": "hypercube"}, 1, 32),
+    ("splits", lambda n: {"splits": n}, 1, 32),
+    ("terms", lambda n: {"terms": n}, 1, 2**16),
+    ("seed", lambda n: {"seed": n}, 0, 2**64 - 1),
+    ("fold[0]", lambda n: {"fold": (n, 3)}, 1, 2**62),
+    ("split_size", lambda n: {"split_size": n}, 1, 2**40),
+    ("split_size[1]", lambda n: {"split_size": (1, n)}, 1, 2**40),
+    ("groups", lambda n: {"groups": n}, 1, 2**62),
+    ("groups[1]", lambda n: {"groups": [[2**39], [n]]}, 0, 2**40),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "low", "high"), BOUNDS, ids=[bound[0] for bound in BOUNDS])
+def test_every_bound_is_taken_and_what_is_beyond_refused(
+    name: str, settings: Callable[[int], dict[str, object]], low: int, high: int
+) -> None:
+    for value in (low, high):
+        config = tna.Config.from_dict(settings(value))
+        assert tna.Config.from_dict(config.to_dict()) == config
+    expected = rf"^{re.escape(name)} must be .*from {low} to {high}.*; got"
+    for value in (low - 1, high + 1):
+        with pytest.raises(tna.ConfigError, match=f"{expected} {value}$"):
+            tna.Config.from_dict(settings(value))
+
+
+def test_the_bounds_of_alpha_and_ratio() -> None:
+    for alpha in (1e-9, 1e9):
+        assert tna.Config(alpha=alpha).alpha == alpha
+    for alpha in (np.nextafter(1e-9, 0), np.nextafter(1e9, np.inf)):
+        with pytest.raises(tna.ConfigError, match=r"^alpha must be from 1e-09 to 1e\+09, or None for a scale of 1; "):
+            tna.Config(alpha=float(alpha))
+    for ratio in (5e-324, 1.0):
+        assert tna.Config(ratio=ratio, projection="linear").ratio == ratio
+    for ratio in (0.0, -0.5, float(np.nextafter(1, 2))):
+        with pytest.raises(tna.ConfigError, match=r"^ratio must be above 0 and at most 1; got "):
+            tna.Config(ratio=ratio, projection="linear")

@@ -186,7 +186,7 @@ while True:
 def test_two_processes_that_write_one_folder_leave_the_whole_of_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     long = os.environ.get("HYPOTHESIS_PROFILE") == "long"
-    for number in range(100 if long else 4):
+    for number in range(100 if long else 2):
         writers = [
             subprocess.Popen([sys.executable, "-c", SAVING, str(out), text], stdout=subprocess.PIPE)
             for text in ("one", "two")

@@ -127,3 +127,22 @@ def test_bad_input() -> None:
             kronecker_sizes((4, 4), 2, split_size)
     with pytest.raises(tna.ShapeError, match="no slice"):
         boxes((4, 4), 3, 3)
+
+
+def test_every_bound_is_taken_and_what_is_beyond_refused() -> None:
+    assert tna.hypercube_shape(2**1024, 32) == (2**32,) * 32
+    for size, order, expected in (
+        (2**1024 + 1, 32, r"^size must be from 1 to \d+; got "),
+        (5, 33, "^order must be from 1 to 32; got 33$"),
+    ):
+        with pytest.raises(tna.ShapeError, match=expected):
+            tna.hypercube_shape(size, order)
+    assert kronecker_sizes((4, 4), 2, 2**62) == [(2**62, 2**62), (1, 1)]
+    with pytest.raises(tna.ConfigError, match=f"^split_size must be .*from 1 to {2**62}.*; got {2**62 + 1}$"):
+        kronecker_sizes((4, 4), 2, 2**62 + 1)
+    assert balanced_factors(1, 32) == (1,) * 32
+    with pytest.raises(tna.ShapeError, match=r"^parts must be from 1 to 32; got 33$"):
+        balanced_factors(1, 33)
+    assert balanced_factors(2**44, 2) == (2**22, 2**22)
+    with pytest.raises(tna.ShapeError, match=r"^17592186044417 is too large to be factored evenly; give split_size "):
+        balanced_factors(2**44 + 1, 2)

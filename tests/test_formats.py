@@ -45,6 +45,14 @@ def test_ranks_are_cut_to_what_sizes_allow() -> None:
     assert make_format("tt", (2, 9, 3), 4).shapes == {"core0": (1, 2, 2), "core1": (2, 9, 3), "core2": (3, 3, 1)}
 
 
+def test_the_factor_of_the_leading_mode_starts_at_zero() -> None:
+    found = {name: make_format(name, (4, 5, 6), 2).zero for name in FORMATS}
+    assert found == {"dense": "dense", "cp": "factor0", "cp-weighted": "factor0", "tucker": "factor0", "tt": "core0"}
+    # Of partial Tucker, that of the first mode that has one.
+    assert make_format("tucker", (4, 5, 6), (None, 2, 3)).zero == "factor1"
+    assert make_format("tucker", (4, 5, 6), (None, None, None)).zero == "core"
+
+
 def test_an_unknown_format() -> None:
     with pytest.raises(ConfigError, match="no format 'svd'; expected one of dense, cp"):
         make_format("svd", (2, 2), 1)

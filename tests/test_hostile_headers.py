@@ -110,7 +110,7 @@ def test_what_json_does_not_read_is_refused(text: str) -> None:
         read_header(text.encode(), False)
 
 
-@pytest.mark.parametrize("cut", range(1, 120, 7))
+@pytest.mark.parametrize("cut", range(2, 120, 7))
 def test_a_header_that_is_cut_is_refused(cut: int) -> None:
     text = '{"__metadata__":{"x":"y"},"b":{"shape":[],"dtype":"U8","data_offsets":[8,9]},@}'.replace("@", ENTRY)
     with pytest.raises(tna.FileError):

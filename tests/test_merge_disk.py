@@ -300,7 +300,7 @@ def between_two_renames(where: Scene) -> Path:
 
 def test_kills_and_races_in_short(memory: Path) -> None:
     command = [sys.executable, "-m", "tests.stress_merge", "--folder", str(memory)]
-    command += ["--kills", "3000" if LONG else "48", "--seconds", "1800" if LONG else "6"]
+    command += ["--kills", "3000" if LONG else "32", "--seconds", "1800" if LONG else "5"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1], env=environment

@@ -53,7 +53,9 @@ def changes(module: Module) -> dict[str, list[str]]:
     for mutant in module.mutants:
         code = module.mutated(mutant)
         assert code is not None
-        found.setdefault(mutant.operator, []).append(module.change(code).splitlines()[-1].strip("+- "))  # without the marks of a diff
+        found.setdefault(mutant.operator, []).append(
+            module.change(code).splitlines()[-1].strip("+- ")
+        )  # without the marks of a diff
     return found
 
 

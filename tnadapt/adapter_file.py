@@ -154,7 +154,7 @@ class AdapterFile:
                 room += self.arrays[name].size
         return tuple(found)
 
-    @property
+    @functools.cached_property
     def draws(self) -> str | None:
         """Digest of what is drawn on this machine and not stored: F, and the arrays left out; None if nothing is."""
         return self.draws_without(self.left_out)

@@ -11,7 +11,9 @@ from .adapter_file import AdapterFile, counted, some
 from .checkpoint import Checkpoint
 from .container import DTYPES, Entry
 from .errors import FileError, TargetError, shown
+from .fused_rows import LayoutError
 from .overlaps import check_distinct
+from .pairing import paired
 from .prefixes import Prefix, found_prefix
 from .stored_targets import find_stored
 from .target import Target
@@ -47,7 +49,7 @@ def place(checkpoint: Checkpoint, file: AdapterFile) -> Placed:
     """Find an adapter's weights in a checkpoint: all of them, or none.
 
     By their names; else by their names with one prefix more or less, the same for all (``bert.``, ``model.``); else by
-    role and shape, in order, as modules are renamed between releases.
+    role and shape, as modules are renamed between releases.
 
     Parameters
     ----------
@@ -105,16 +107,27 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
         shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
         try:
             found = find_stored(shapes, roles, checkpoint.config)
+        except LayoutError as error:
+            raise FileError(
+                f"the checkpoint lacks {_how_many(missing, len(file.targets))}, such as {shown(missing[0])}, under any "
+                f"prefix, and those of the same roles are not clear: {error}"
+            ) from error
         except TargetError:
             found = []
-    if [(t.role, t.shape) for t in found] != [(t.role, t.shape) for t in file.targets]:
-        raise _missing(checkpoint, missing, len(file.targets))
-    return tuple(dataclasses.replace(new, layer=old.layer) for new, old in zip(found, file.targets, strict=True))
+    partners = paired(file.targets, found)
+    if partners is None:
+        alike = sorted((t.role, t.shape) for t in found) == sorted((t.role, t.shape) for t in file.targets)
+        raise _missing(checkpoint, missing, len(file.targets), alike)
+    return tuple(dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True))
 
 
-def _missing(checkpoint: Checkpoint, missing: list[str], targets: int) -> FileError:
+def _how_many(missing: list[str], targets: int) -> str:
+    return f"{len(missing)} of the adapter's {counted(targets, 'weight')}" if targets > 1 else "the adapter's weight"
+
+
+def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bool) -> FileError:
     name, entries = missing[0], checkpoint.entries
-    what = f"{len(missing)} of the adapter's {counted(targets, 'weight')}" if targets > 1 else "the adapter's weight"
+    what = _how_many(missing, targets)
     module = name.rpartition(".")[0]
     packed = [entry for entry in entries if entry.startswith(f"{module}.")] if module else []
     if packed:
@@ -127,7 +140,7 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int) -> FileEr
         way = ". This file looks like one of several: give the folder, or the index"
     return FileError(
         f"the checkpoint lacks {what}, such as {shown(name)}, under any prefix, and has no weights of the same roles "
-        f"and shapes; {near}{way}"
+        f"and shapes{' of which it is clear which is which' if alike else ''}; {near}{way}"
     )
 
 

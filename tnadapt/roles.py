@@ -46,9 +46,9 @@ _WHOLE_IN_ATTENTION = {"in_proj": "qkv", "in_proj_weight": "qkv"}
 OUTPUTS = frozenset(
     {
         "o", "o_proj", "o_b_proj", "o_lin", "o_linear", "o_net", "out_proj", "out_lin", "out_linear", "out_layer",
-        "out_projection", "output_proj", "to_out", "to_add_out", "wo", "Wo", "W_o", "lin_o", "lin_out", "linear_o",
-        "linear_out", "proj_o", "proj_out", "c_proj", "fc_o", "fc_out", "attention_out", "attn_out", "attn_out_proj",
-        "attn_proj", "proj_attn", "img_attn_proj", "txt_attn_proj",
+        "out_projection", "output_proj", "to_out", "to_add_out", "wo", "wo_b", "Wo", "W_o", "lin_o", "lin_out",
+        "linear_o", "linear_out", "proj_o", "proj_out", "c_proj", "fc_o", "fc_out", "attention_out", "attn_out",
+        "attn_out_proj", "attn_proj", "proj_attn", "img_attn_proj", "txt_attn_proj",
     }
 )  # fmt: skip
 # Called so only where none of the above is there: elsewhere they are something else's.

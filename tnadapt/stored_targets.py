@@ -1,26 +1,24 @@
 """Which stored tensors of a checkpoint are queries and values, by their names and shapes: no model is built.
 
-A checkpoint says less than a model. Where one tensor makes q, k and v and its layout does not follow from
-its shape and the model's ``config.json``, it is refused, and the rows can be named by the caller.
+A checkpoint says less than a model. Where one tensor makes q, k and v and its layout does not follow from its name and
+the model's ``config.json``, it is refused: rows that are wrong would be merged without a word.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import TargetError, shown
-from .roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, is_attention, layer_of, natural, read
-from .target import ROLES, Rows, Target
+from .roles import layer_of, natural, read
+from .stored_attention import StoredModel, targets_of
+from .target import Target
 
 __all__ = ["find_stored"]
 
 _LETTERS = frozenset("qkvo")
-
-# Models of transformers whose linear layers are stored as (in, out).
-_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
 def find_stored(
@@ -56,24 +54,15 @@ def find_stored(
     >>> find_stored({"blocks.0.attn.qkv.weight": (24, 8)}, "v")[0].rows
     Rows(start=16, length=8, stride=24, count=1)
     """
-    weights = {name: tuple(shape) for name, shape in shapes.items() if _is_weight(name, shape)}
-    settings = config or {}
+    model = StoredModel(shapes, config)
     if isinstance(targets, str) and targets and _LETTERS.issuperset(targets):
-        found = _by_roles(weights, targets, settings)
+        found = targets_of(model, targets)
     else:
         chosen = _chosen(targets)
-        names = sorted((name for name in weights if chosen(_module(name))), key=natural)
-        found = [_whole(name, weights[name], settings) for name in names]
+        found = [_whole(model, name) for name in sorted(model.weights, key=natural) if chosen(_module(name))]
     if not found:
-        raise _nothing(targets, weights)
+        raise _nothing(targets, model.weights)
     return found
-
-
-def _is_weight(name: str, shape: Sequence[int]) -> bool:
-    parameter = name.rpartition(".")[2]
-    # Others are biases, norms and tables, or an attention's own, such as in_proj_weight.
-    layer = parameter == "weight" or (parameter.endswith("_weight") and read(parameter, attention=True) is not None)
-    return layer and 2 <= len(shape) <= 8 and min(shape) > 0
 
 
 def _module(name: str) -> str:
@@ -108,113 +97,10 @@ def _nothing(targets: Any, weights: Mapping[str, Any]) -> TargetError:
     )
 
 
-# -- Whole weights -------------------------------------------------------------------------------
-
-
-def _whole(name: str, shape: tuple[int, ...], config: Mapping[str, Any], role: str = "") -> Target:
-    module, _, parameter = name.rpartition(".")
-    last = read(module.rpartition(".")[2])
-    if not role:
-        role = last.letters if last is not None and last.letters in ("q", "k", "v") else "linear"
-        role = "conv" if role == "linear" and len(shape) > 2 else role
-    transposed = config.get("model_type") in _TRANSPOSED and len(shape) == 2
-    return Target(module, shape, role, parameter, transposed=transposed, layer=layer_of(_module(module)))
-
-
-# -- By role -------------------------------------------------------------------------------------
-
-
-def _by_roles(weights: Mapping[str, tuple[int, ...]], roles: str, config: Mapping[str, Any]) -> list[Target]:
-    # A module's children of a name, each with the stored tensor: q_proj.weight; or a parameter of its own.
-    children: dict[str, dict[str, str]] = {}
-    for name in weights:
-        module, _, parameter = name.rpartition(".")
-        parent, child = (module, parameter) if parameter != "weight" else (_module(module), module.rpartition(".")[2])
-        children.setdefault(parent, {})[child] = name
-    found: list[Target] = []
-    for parent in sorted(children, key=natural):
-        own = children[parent]
-        named = is_attention(*parent.split(".")[-2:])
-        called = [(child, says) for child in own if (says := read(child, named)) is not None]
-        if any(says.letters == "q" for _, says in called):
-            # GPT-2's cross-attention: queries are made elsewhere, by q_attn.
-            called = [(child, says._replace(letters="kv") if child == "c_attn" else says) for child, says in called]
-        outputs = _outputs(parent, children, called)
-        inputs = []
-        for place in evident([says for _, says in called], named, bool(outputs)):
-            child, says = called[place]
-            inputs += _parts(own[child], weights[own[child]], says, roles, config)
-        found += sorted(inputs, key=lambda target: (ROLES.index(target.role), natural(target.module)))
-        if "o" in roles and called:
-            found += [_whole(stored, weights[stored], config, "o") for stored in outputs]
-    return found
-
-
-def _outputs(parent: str, children: Mapping[str, Mapping[str, str]], called: Sequence[tuple[str, Name]]) -> list[str]:
-    if not called:
-        return []
-    own = children[parent]
-    for names in (OUTPUTS, AMBIGUOUS_OUTPUTS):
-        found = [own[child] for child in own if child in names]
-        if found:
-            return found
-    # diffusers' to_out.0, and BERT's way: the attention's parent has the output projection, in output.dense.
-    for beside, child in ((f"{parent}.to_out", "0"), (f"{_module(parent)}.output", "dense")):
-        if child in children.get(beside, {}):
-            return [children[beside][child]]
-    return []
-
-
-def _parts(stored: str, shape: tuple[int, ...], name: Name, roles: str, config: Mapping[str, Any]) -> list[Target]:
-    """What of one tensor makes the roles."""
-    wanted = [letter for letter in "qkv" if letter in roles and letter in name.letters]
-    if not wanted:
-        return []
-    if len(name.letters) == 1:
-        return [_whole(stored, shape, config, wanted[0])]
-    whole = _whole(stored, shape, config, "linear")
-    out, cols = whole.shape
-    rows = _rows(name.letters, stored, out, cols, config)
-    module = whole.module
-    return [
-        Target(module, shape, letter, whole.parameter, rows[letter], whole.transposed, layer_of(_module(module)))
-        for letter in wanted
-    ]
-
-
-def _rows(letters: str, stored: str, out: int, cols: int, config: Mapping[str, Any]) -> dict[str, Rows]:
-    """Which rows of a fused weight make q, k and v."""
-    kind = config.get("model_type")
-    heads, kv_heads = _number(config, _HEADS), _number(config, _KV_HEADS)
-    if kind in ("gpt_neox", "bloom") and letters == "qkv" and heads and out % (3 * heads) == 0:
-        size = out // (3 * heads)  # head by head
-        return {letter: Rows(place * size, size, 3 * size, heads) for place, letter in enumerate(letters)}
-    # Names under which some libraries interleave heads and others do not.
-    doubtful = any(part in ("query_key_value", "linear_qkv", "kv_b_proj") for part in stored.split("."))
-    sizes = [out // len(letters)] * len(letters)
-    if heads and kv_heads and kv_heads != heads and letters == "qkv":
-        head = _number(config, ("head_dim",)) or out // (heads + 2 * kv_heads)
-        sizes = [heads * head, kv_heads * head, kv_heads * head]
-    elif letters == "qkv" and out != 3 * cols:
-        doubtful = True
-    if doubtful or sum(sizes) != out or kind in ("gpt_bigcode", "falcon", "codegen"):
-        raise TargetError(
-            f"{stored} makes {', '.join(letters)} with one weight of {out} rows, and in a checkpoint nothing says "
-            f"which rows make which (model_type {shown(kind)}): build the model and use tnadapt.torch, which reads "
-            "its classes, or name whole weights"
-        )
-    starts = [sum(sizes[:place]) for place in range(len(letters))]
-    return {letter: Rows(start, size, out) for letter, start, size in zip(letters, starts, sizes, strict=True)}
-
-
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-_KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
-
-
-def _number(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    for holder in (config, config.get("text_config")):
-        for name in names:
-            value = holder.get(name) if isinstance(holder, Mapping) else None
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
+def _whole(model: StoredModel, name: str) -> Target:
+    path = _module(name)
+    says = read(path.rpartition(".")[2])
+    role = says.letters if says is not None and says.letters in ("q", "k", "v") else "linear"
+    role = "conv" if role == "linear" and len(model.weights[name]) > 2 else role
+    # The module's own number, in a Sequential of layers, is not the layer's.
+    return model.whole(name, role, layer_of(_module(path)))

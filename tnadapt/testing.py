@@ -282,6 +282,13 @@ class BackendContract:
             assert found is not None, f"{name}.{method} returned None: implement it, or list {method!r} in lacks()"
         return found
 
+    def test_largest(self) -> None:
+        b, device = self.backend, self.backend.device(self._arange(1))
+        for host, expected in (([1.0, -3.0, 2.0], 3.0), ([0.0], 0.0), ([np.inf, 1.0], np.inf)):
+            assert b.largest(b.constant(np.array(host, np.float32), device)) == expected
+        assert np.isnan(b.largest(b.constant(np.array([1.0, np.nan], np.float32), device)))
+        assert b.largest(self._arange(2, 3)[:, :0]) == 0.0
+
     def test_gradient(self) -> None:
         b = self.backend
         found = b.gradient(lambda arrays: b.sum(b.flatten(arrays["x"] * arrays["x"]), axis=0), {"x": self._arange(3)})
@@ -411,6 +418,15 @@ class FormatContract:
                 other = rng.normal(size=array.shape)
                 made = split.tensor(backend, {**arrays, name: other}, whole)
                 np.testing.assert_allclose((other * found[name]).sum(), (made * tensor).sum(), rtol=1e-9, atol=1e-9)
+
+    def test_paths_count_the_elements_that_an_element_is_made_of(self) -> None:
+        """An element depends on ``paths(name)`` elements of an array: where its gradient is not zero."""
+        for split, arrays in self._each():
+            one = np.zeros(split.sizes)
+            one[tuple(size // 2 for size in split.sizes)] = 1.0
+            found = split.adjoint(get_backend(*arrays.values()), arrays, one)
+            for name, gradient in found.items():
+                assert np.count_nonzero(gradient) == split.paths(name), f"{type(split).__name__}.paths({name!r})"
 
     def test_paths_are_the_variance(self) -> None:
         """Of independent unit numbers, elements have variance ``total_paths``: what the start counts on."""

@@ -16,6 +16,7 @@ from tnadapt.torch import Adapter, attach  # noqa: E402
 
 from .distributed_jobs import Block  # noqa: E402
 from .loops import CONFIGS, batch, gradients, loss_of, make, move  # noqa: E402
+from .small import compiles_whole  # noqa: E402
 
 
 def by_optimizer(kind: Callable[..., torch.optim.Optimizer], **settings: Any) -> Callable[..., None]:
@@ -209,3 +210,52 @@ def test_a_pass_interrupted_from_the_keyboard_leaves_no_old_update() -> None:
     model.interrupted = False
     with torch.no_grad():
         assert torch.equal(model.inner(batch()), model(batch()))
+
+
+@compiles_whole
+@pytest.mark.parametrize("config", ["default", "linear"])
+def test_a_compiled_pass_that_was_interrupted_leaves_no_old_update(config: str) -> None:
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = Block(True), Block(False)
+            self.interrupted = False
+
+        @torch.compiler.disable
+        def stop(self) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            self.stop()
+            return self.outer(x)
+
+    torch.manual_seed(0)
+    model = Slow()
+    adapter = attach(model, CONFIGS[config])
+    move(adapter)
+    torch._dynamo.reset()
+    program = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        program(batch())
+        model.interrupted = True
+        with pytest.raises(KeyboardInterrupt):
+            program(batch())
+        move(adapter, 5)
+        model.interrupted = False
+        expected = copy.deepcopy(model).inner(batch())
+        assert torch.equal(model.inner(batch()), expected)
+        part = torch.compile(model.inner, backend="aot_eager")
+        torch.testing.assert_close(part(batch()), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(program(batch()), model(batch()), rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_on_the_meta_device_nothing_is_compared() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(Block(True), Block(False))
+    attach(model)
+    with torch.no_grad():
+        for _ in range(2):
+            assert model(batch().to("meta")).device.type == "meta"

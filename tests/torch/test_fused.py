@@ -471,6 +471,88 @@ def internlm2() -> Case:
     return InternLM2Attention(), (_tokens(width=32),), {}
 
 
+class MossAttention(nn.Module):
+    """Four parts, each with the queries, values and keys of two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = nn.Linear(32, 96, bias=False)
+        self.out_proj = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv_proj(x).unflatten(-1, (4, 24)).split(8, -1)
+        q, v, k = (part.unflatten(-1, (2, 4)).flatten(2, 3).transpose(1, 2) for part in parts)
+        return self.out_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@_case
+def moss() -> Case:
+    return MossAttention(), (_tokens(width=32),), {}
+
+
+class QWenAttention(nn.Module):
+    """The first Qwen: q, k and v one after another in a linear layer with the name of GPT-2's Conv1D."""
+
+    fused = "c_attn"
+
+    def __init__(self, kv_heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.kv_n_heads, self.head_dim = 4, kv_heads, 8
+        self.add_module(self.fused, nn.Linear(32, 32 + 16 * kv_heads))
+        self.add_module("out_proj" if self.fused == "Wqkv" else "c_proj", nn.Linear(32, 32, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = [8 * self.num_heads, 8 * self.kv_n_heads, 8 * self.kv_n_heads]
+        parts = self.get_submodule(self.fused)(x).split(sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, 8)).transpose(1, 2) for part in parts)
+        k, v = (part.repeat_interleave(self.num_heads // self.kv_n_heads, 1) for part in (k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@_case
+def qwen() -> Case:
+    return QWenAttention(), (_tokens(width=32),), {}
+
+
+class GroupedQueryAttention(QWenAttention):
+    """MPT's as its own code has it: fewer heads of keys and values, one after another."""
+
+    fused = "Wqkv"
+
+
+@_case
+def mpt_grouped() -> Case:
+    return GroupedQueryAttention(2), (_tokens(width=32),), {}
+
+
+class BaichuanAttention(QWenAttention):
+    fused = "W_pack"
+
+
+@_case
+def baichuan() -> Case:
+    return BaichuanAttention(), (_tokens(width=32),), {}
+
+
+class SelfAttention(nn.Module):
+    """The first ChatGLM: head by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads = self.num_attention_heads_per_partition = 4
+        self.hidden_size_per_attention_head, self.position_encoding_2d = 8, True
+        self.query_key_value, self.dense = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in self.query_key_value(x).unflatten(-1, (4, 24)).chunk(3, -1))
+        return self.dense(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@_case
+def chatglm() -> Case:
+    return SelfAttention(), (_tokens(width=32),), {}
+
+
 # They multiply v with the average's weights, not these with v.
 RIGHT = {"levit_conv", "shvit"}
 

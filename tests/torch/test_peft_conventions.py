@@ -398,3 +398,15 @@ def test_older_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(text))
     assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path)), run(model))
     assert PeftConfig.from_pretrained(str(tmp_path)).init_weights is True
+
+
+def test_arrays_that_set_trainable_froze_stay_frozen_when_adapters_are_switched() -> None:
+    model = get_peft_model(llama(), TnadaptConfig(preset="lora", settings={"rank": 2}))
+    model.add_adapter("other", TnadaptConfig(preset="lora", settings={"rank": 2}))
+    handle = tt.adapters(model)["default"]
+    handle.set_trainable(arrays="factor0")
+    for name in ("other", "default"):
+        model.set_adapter(name)
+    assert {name for name, p in handle.named_parameters() if p.requires_grad} == set(handle.trained)
+    assert all(name.endswith("factor0") for name in handle.trained)
+    assert handle.num_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -209,8 +209,8 @@ class Adapter:
         The frozen arrays are not counted in ``num_parameters`` and the summary. A file has the choice, and of the
         frozen arrays those that are not what the seed draws.
 
-        Make the optimiser anew afterwards, or give it all parameters with ``weight_decay=0``: an optimiser skips
-        parameters that have no gradient.
+        Under ``torch.distributed`` every process must call. Make the optimiser anew afterwards, or give it all
+        parameters with ``weight_decay=0``: an optimiser skips parameters that have no gradient.
         """
         choose(self, groups, arrays)
 
@@ -360,6 +360,14 @@ class Adapter:
         """
         self._need_unmerged("detach()")
         self.need_attached()
+        try:
+            self.take_off()
+        except BaseException:  # half of it would be a model with some of its weights adapted
+            self.take_off()
+            raise
+
+    def take_off(self) -> None:
+        """What :meth:`detach` does; also of an adapter that is attached in part only, and may be repeated."""
         for site in dict.fromkeys(self.sites):
             site.remove(self)
         for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks):
@@ -369,11 +377,12 @@ class Adapter:
                     self.model._forward_hooks_always_called.pop(key, None)
         for name in self._names.values():
             self._owner._parameters.pop(name, None)
-        book = self.model.__dict__[BOOK]
-        del book[self.name]
-        if not book:
-            del self.model.__dict__[BOOK]
         restore(self)
+        # Last: an adapter that is in the book can be taken off again.
+        book = self.model.__dict__.get(BOOK, {})
+        book.pop(self.name, None)
+        if not book:
+            self.model.__dict__.pop(BOOK, None)
 
     def bake(self) -> nn.Module:
         """Merge for good and take the adapter off; returns the model, which then knows nothing of tnadapt.
@@ -387,12 +396,21 @@ class Adapter:
         >>> [name for name, _ in model.named_parameters()] == names
         True
         """
+        self.need_attached()
         if self.merged is None:
             self.merge()
-        self.merged = None
-        self.untied.clear()  # its copy has the update in it
-        self.detach()
+        try:
+            self._baked()
+        except BaseException:  # half of it would add the update twice
+            self._baked()
+            raise
         return self.model
+
+    def _baked(self) -> None:
+        self.untied.clear()  # its copy has the update in it
+        self.take_off()
+        # Until now it was merged, and so did not act.
+        self.merged = None
 
     def _need_unmerged(self, what: str) -> None:
         if self.merged is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,25 +130,41 @@ def attach(
     # Also under inference_mode: what is made there could never be trained.
     with torch.inference_mode(False):
         arrays = _arrays(plan, _beside(owners[0], found[0].parameter), dtype)
-    # Nothing can fail from here on.
+    # Nothing can fail from here on, but it can be interrupted.
     adapter = Adapter(model, name, plan, found, kept, activation)
-    adapter.untied = [freezing.untie(model, second) for _, second in tied(model, found)]
+    try:
+        _put_on(adapter, arrays, owners, hosts, strategies)
+    except BaseException:
+        adapter.take_off()
+        raise
+    return adapter
+
+
+def _put_on(
+    adapter: Adapter,
+    arrays: Mapping[str, torch.Tensor],
+    owners: Sequence[nn.Module],
+    hosts: Sequence[nn.Module],
+    strategies: Sequence[tuple[str, Factoring | None]],
+) -> None:
+    model, found = adapter.model, adapter.targets
+    for _, second in tied(model, found):
+        freezing.untie(adapter, second)
     freezing.freeze(adapter)
     for array, tensor in arrays.items():
         model.register_parameter(adapter._names[array], nn.Parameter(tensor))
     for index, (target, owner, host, chosen) in enumerate(zip(found, owners, hosts, strategies, strict=True)):
         site = Site.of(host)
+        # In this order: whatever is in the model can be found by who takes it off again.
+        adapter.sites.append(Site(host) if site is None else site)
         if site is None:
-            site = Site(host)
-            site.install()
+            adapter.sites[-1].install()
         part = Part(adapter, index, target, *chosen)
-        site.add(owner, part)
         adapter.parts.append(part)
-        adapter.sites.append(site)
+        adapter.sites[-1].add(owner, part)
     model.register_forward_pre_hook(adapter.begin)
     model.register_forward_hook(adapter.end, always_call=True)
-    model.__dict__.setdefault(BOOK, {})[name] = adapter
-    return adapter
+    model.__dict__.setdefault(BOOK, {})[adapter.name] = adapter
 
 
 def check_name(model: nn.Module, name: str) -> None:

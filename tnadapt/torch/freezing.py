@@ -32,23 +32,26 @@ def freeze(adapter: Adapter) -> None:
 
 
 def restore(adapter: Adapter) -> None:
-    """Undo what ``attach`` did to the base, but for what another adapter still needs; it is off its model already."""
+    """Undo what ``attach`` did to the base, but for what another adapter still needs."""
     for module, name, parameter in adapter.untied:
         module._parameters[name] = parameter
-    needed = {id(parameter) for other in overlapping(adapter.model) for _, parameter in _held(other)}
+    others = [other for other in overlapping(adapter.model) if other is not adapter]
+    needed = {id(parameter) for other in others for _, parameter in _held(other)}
     for name, parameter in _held(adapter):
         if id(parameter) not in needed:
             parameter.requires_grad_(adapter.was_trainable[name])
 
 
-def untie(model: nn.Module, name: str) -> Untied:
-    """Give a tied weight a copy of its own."""
+def untie(adapter: Adapter, name: str) -> None:
+    """Give a tied weight of its model a copy of its own."""
+    model = adapter.model
     module, _, parameter = name.rpartition(".")
     owner = model.get_submodule(module)
     old = owner._parameters[parameter]
     assert old is not None
-    owner._parameters[parameter] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-    return owner, parameter, old
+    own = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+    adapter.untied.append((owner, parameter, old))
+    owner._parameters[parameter] = own
 
 
 def _base(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:

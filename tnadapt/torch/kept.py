@@ -213,4 +213,4 @@ def _can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
 def _trace_number() -> int:
     """A number for each trace of a compiler."""
     context: Any = TracingContext.try_get()
-    return 0 if context is None else context.__dict__.setdefault("tnadapt_number", time.perf_counter_ns())  # type: ignore[no-any-return]
+    return 0 if context is None else context.__dict__.setdefault("tnadapt_number", time.perf_counter_ns())

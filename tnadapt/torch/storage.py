@@ -17,10 +17,11 @@ from .. import files
 from ..adapter_file import KEPT, AdapterFile
 from ..errors import FileError, TargetError, TnadaptError
 from ..fingerprint import Fingerprint, fingerprint
+from ..pairing import paired
 from ..target import Target
 from . import merging
-from .attach import attach
-from .registry import overlapping
+from .attach import attach, check_name
+from .registry import BOOK, overlapping
 from .sharding import copy_all, whole
 from .targets import find_targets
 from .trainable import keep
@@ -182,16 +183,19 @@ def load(
                     f"{difference}. Give the model it was trained on, or check_base=False"
                 )
         dtype = getattr(torch, file.dtype)
-    adapter = attach(
-        model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
-        untie=untie,
-    )  # fmt: skip
+    check_name(model, name)
     try:
+        adapter = attach(
+            model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
+            untie=untie,
+        )  # fmt: skip
         adapter.kept = tuple(file.kept)
         copy_all([*adapter.fitting(file.arrays), *_kept_pairs(model, file)])
         keep(adapter, file.trained)
-    except BaseException:  # KeyboardInterrupt, too
-        adapter.detach()
+    except BaseException:  # KeyboardInterrupt, too, from when on it is attached
+        left = model.__dict__.get(BOOK, {}).get(name)
+        if left is not None:
+            left.take_off()
         raise
     return adapter
 
@@ -256,12 +260,14 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
     except TargetError:
         found = []
     theirs, ours = ([(target.role, target.shape) for target in targets] for targets in (file.targets, found))
-    if theirs != ours:
+    partners = paired(file.targets, found)
+    if partners is None:
+        unclear = " of which it is clear which is which" if sorted(theirs) == sorted(ours) else ""
         raise FileError(
             f"this {type(model).__name__} does not have its weights ({wrong}), nor weights of the same roles and "
-            f"shapes: the file has {_counted(theirs)}, the model {_counted(ours)}"
+            f"shapes{unclear}: the file has {_counted(theirs)}, the model {_counted(ours)}"
         )
-    return [dataclasses.replace(new, layer=old.layer) for new, old in zip(found, file.targets, strict=True)]
+    return [dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True)]
 
 
 def _counted(weights: list[tuple[str, tuple[int, int]]]) -> str:

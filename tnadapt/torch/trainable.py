@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ConfigError, shown
 from ..start import Start
 from ..superlora import Group
-from .sharding import copy_all
+from .sharding import copy_all, whole
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -68,18 +68,18 @@ def keep(adapter: Adapter, trained: Collection[str] | None, arrays: Mapping[str,
 
 def _moved_zero(adapter: Adapter, trained: Collection[str]) -> dict[str, np.ndarray]:
     """New numbers for groups that are still at the start, where a trained array becomes the zero."""
-    if next(adapter.named_parameters())[1].device.type == "meta":
+    plan, everything = adapter.plan, dict(adapter.named_parameters())
+    if next(iter(everything.values())).device.type == "meta":
         return {}  # reset() fills it in
-    plan, everything = adapter.plan, adapter.arrays()
     moved: dict[str, np.ndarray] = {}
     able, unable = list[int](), list[int]()
     for number, (group, old, new) in enumerate(
         zip(plan.groups, plan.starts(adapter.trained), plan.starts(trained), strict=True)
     ):
-        own = {name: everything[full].detach() for name, full in group.names.items()}
         names = {name for name, full in group.names.items() if full in trained}
-        if not names or (len(names) == len(own) and new is old):
+        if not names or (len(names) == len(group.names) and new.zeros == old.zeros):
             continue
+        own = {name: whole(everything[full]).detach() for name, full in group.names.items()}
         if new.zeros != old.zeros and _is_start(old, own):
             if adapter.activation == "relu" and new is not group.start:
                 raise ConfigError(

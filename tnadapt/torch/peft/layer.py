@@ -106,10 +106,12 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         self._switch()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let these adapters be trained or not."""
+        """Let these adapters be trained or not; arrays that ``set_trainable`` froze stay frozen."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for _, parameter in self.handle(name).named_parameters():
-                parameter.requires_grad_(requires_grad)
+            handle = self.handle(name)
+            for array, parameter in handle.named_parameters():
+                frozen = handle.trained is not None and array not in handle.trained
+                parameter.requires_grad_(requires_grad and not frozen)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all of them on or off; off unmerges, as PEFT's own layers do."""

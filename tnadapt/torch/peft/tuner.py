@@ -73,7 +73,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         if layer.merged:
             warnings.warn("An adapter cannot be added while others are merged. Unmerging them first.", stacklevel=2)
             layer.unmerge()
-        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()} if others else {}
+        trainable = {parameter: parameter.requires_grad for parameter in self.parameters()} if others else {}
         with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
             handle = _attach(model, config, adapter_name)
             layer.add(handle)
@@ -237,9 +237,9 @@ def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:
         found = find_targets(model, config.target_modules)
     except TargetError as error:
         # In the words of PEFT.
-        raise TargetError(
-            f"Please specify `target_modules`: {str(error).replace('targets=', 'target_modules=')}"
-        ) from None
+        text = str(error).replace("targets=", "target_modules=")
+        missing = text.startswith(("no target", "no module"))
+        raise TargetError(f"Please specify `target_modules`: {text}" if missing else text) from None
     targets = [target for target in found if not any(module in f".{target.module}." for module in saved)]
     if not targets:
         raise TargetError(

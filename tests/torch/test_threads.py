@@ -1,0 +1,77 @@
+"""Forward passes in several threads, and changes of the adapter beside them."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from .test_interrupted import CALLS, Case, gradients, whole  # noqa: E402
+
+configs = pytest.mark.parametrize("config", ["alone", "at once", "factored"])
+
+
+@pytest.fixture(autouse=True)
+def _switching_often() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def beside(main: Callable[[], object], others: list[Callable[[], object]]) -> None:
+    """Run a function, and others repeatedly in threads of their own until it returns; raise the first error."""
+    done, errors = threading.Event(), list[BaseException]()
+
+    def work(other: Callable[[], object]) -> None:
+        try:
+            while not done.is_set():
+                other()
+        except BaseException as error:
+            errors.append(error)
+            done.set()
+
+    threads = [threading.Thread(target=work, args=[other]) for other in others]
+    for thread in threads:
+        thread.start()
+    try:
+        main()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+@configs
+def test_training_beside_inference(config: str) -> None:
+    """Neither takes the other's updates: gradients are all there, and outputs those of the arrays."""
+    case = Case(config)
+
+    def train() -> None:
+        for _ in range(40):
+            case.check(gradients, 0)
+
+    beside(train, [lambda: case.check(whole, 0)] * 2)
+
+
+@configs
+def test_arrays_loaded_beside_passes_are_what_counts_from_then_on(config: str) -> None:
+    """A pass that is under way may see some of the old arrays and some of the new; a later one sees the new alone."""
+    case = Case(config)
+
+    def load() -> None:
+        for turn in range(30):
+            case.adapter.load_arrays(case.arrays[turn % 2])
+            case.check(whole, turn % 2)
+
+    beside(load, [lambda: whole(case.model)] * 2)
+    for which in (1, 0):
+        case.adapter.load_arrays(case.arrays[which])
+        for call in CALLS:
+            case.check(call, which)
