@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         todo = [mutant for mutant in mine if mutant.key not in kept]
         print(f"{len(chosen)} mutants, {len(mine)} of them in this shard, {len(todo)} still to be run", flush=True)
         reach = Reach.measured(ROOT, asked.work, sorted({file for group in groups.values() for file in group}))
-        _run(todo, modules, groups, reach, out, asked.processes, codes)
+        survived = {key for key, record in before.items() if "survived" in (record["status"], record.get("first"))}
+        _run(todo, modules, groups, reach, out, asked.processes, codes, survived)
     records = _read(out)
     judged = [records[mutant.key] for mutant in chosen if records.get(mutant.key, {}).get("status", "void") != "void"]
     known = report.reasons(HERE / "survivors.toml")
@@ -129,6 +130,7 @@ def _run(
     out: Path,
     processes: int,
     codes: dict[str, str],
+    survived: set[str],
 ) -> None:
     """Every mutant, by so many processes, a line each at the end of the file."""
     if not todo:
@@ -140,7 +142,7 @@ def _run(
         if not worker:
             status = 1
             try:
-                _work(todo[index::processes], modules, groups, reach, out, codes)
+                _work(todo[index::processes], modules, groups, reach, out, codes, survived)
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -159,6 +161,7 @@ def _work(
     reach: Reach,
     out: Path,
     codes: dict[str, str],
+    survived: set[str],
 ) -> None:
     """What one process does."""
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
@@ -169,6 +172,7 @@ def _work(
             known = dataclasses.asdict(mutant)
             del known["occurrence"]
             seconds = round(time.monotonic() - start, 1)
+            known |= {"first": "survived"} if mutant.key in survived else {}
             record = {**known, "code": codes[mutant.module], "seconds": seconds, **found}
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

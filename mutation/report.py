@@ -98,7 +98,8 @@ def page(
     ]
     noticed, could = _rate(records, known)
     if could:
-        low, high = _interval(noticed, could)
+        late = sum(record.get("first") == "survived" and record["status"] != "survived" for record in records)
+        low, high = _interval(noticed - late, could)
         of = sum(there.values())
         sampled = (
             f"Of {of:,} mutants, {len(records):,} were drawn at random and run"
@@ -108,7 +109,9 @@ def page(
         equivalent = len(records) - could
         lines += [
             f"{sampled}. {equivalent} of them are equivalent to the code. Of the other {could:,} the tests notice "
-            f"{noticed:,}: **{noticed / could:.1%}** (95 % interval {low:.1%} to {high:.1%}).",
+            f"{noticed:,}: **{noticed / could:.1%}**. {late} of these had survived at first, and tests were added for "
+            f"them. Without these tests it was {(noticed - late) / could:.1%} (95 % interval {low:.1%} to {high:.1%}), "
+            "which is the estimate for mutants that were not run.",
             "",
         ]
     columns = ("killed", "timeout", "equivalent", "cost", "gap", "unexplained")

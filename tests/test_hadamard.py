@@ -10,6 +10,7 @@ from scipy.linalg import hadamard
 
 import tnadapt as tna
 from tnadapt.backends import Backend
+from tnadapt.hadamard import fwht_plain
 
 from .conftest import relative_error
 
@@ -118,3 +119,13 @@ def test_bad_input() -> None:
         tna.fwht(np.zeros(4, complex))
     with pytest.raises(tna.BackendError, match="got list"):
         tna.fwht([1.0, 2.0])
+
+
+@pytest.mark.parametrize("normalize", [None, False, True])
+def test_the_plain_way_takes_the_same_arguments(
+    backend: Backend, normalize: bool | None, rng: np.random.Generator
+) -> None:
+    x = backend.asarray(rng.normal(size=(3, 16)), "float64")
+    settings = {} if normalize is None else {"normalize": normalize}
+    expected = backend.to_numpy(tna.fwht(x, **settings))
+    assert relative_error(backend.to_numpy(fwht_plain(backend, x, **settings)), expected) < 1e-12

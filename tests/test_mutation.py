@@ -186,7 +186,10 @@ def test_a_run_fails_on_survivors_without_a_reason_and_below_the_goal(tmp_path: 
     assert said == "k3 has a reason in survivors.toml and was noticed: take the reason out"
     page = report.page(records, known, {"tnadapt/m.py": 100}, {"seed": 0})
     assert "Of 100 mutants, 21 were drawn at random and run. 1 of them are equivalent" in page
-    assert "the tests notice 19: **95.0%**" in page
+    assert "the tests notice 19: **95.0%**. 0 of these had survived at first" in page
+    late = [{**record, "first": "survived"} if record["key"] == "k7" else record for record in records]
+    page = report.page(late, known, {"tnadapt/m.py": 100}, {"seed": 0})
+    assert "1 of these had survived at first, and tests were added for them. Without these tests it was 90.0%" in page
     assert "nobody can tell" in page
 
 
