@@ -153,7 +153,7 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
 def test_settings_may_be_a_config() -> None:
     cfg = tna.Config(rank=3, groups=[[0, 1], [2, 3]])
     assert tna.Config.from_dict(TnadaptConfig(settings=cfg).settings) == cfg
-    assert TnadaptConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
+    assert TnadaptConfig(target_modules={"b", "a"}).target_modules == {"a", "b"}
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,10 @@ def test_the_config_is_kept_and_not_changed(tmp_path: Path) -> None:
         ("ratio", r"use settings=\{'ratio': …\}"),
         ("targets", "use target_modules"),
         ("keep_trainable", "use modules_to_save"),
-        ("layers_to_transform", "use target_modules with a regular expression"),
+        ("target_parameters", "use target_modules, which takes the names of parameters"),
         ("bias", "biases are not trained"),
         ("target_module", "did you mean 'target_modules'"),
-        ("xyz", "There are: .*, settings, target_modules, modules_to_save,"),
+        ("xyz", "There are: .*, settings, target_modules, exclude_modules, .*, modules_to_save,"),
     ],
 )
 def test_an_unknown_keyword_says_what_to_use(keyword: str, way: str) -> None:

@@ -17,8 +17,8 @@ trainers do so when they copy a trained adapter to be their reference. An adapte
 (``"my-adapter"``, ``"v1.0"``).
 
 What is not supported: adapters of other types beside it, several adapters in one batch (``adapter_names=`` in a forward
-pass), ``bias=``, ``layers_to_transform=`` (``target_modules`` takes a regular expression), ``add_weighted_adapter``
-(:func:`tnadapt.torch.mix` weights adapters), ``inject_adapter_in_model`` and transformers' own ``model.add_adapter``.
+pass), ``bias=``, ``add_weighted_adapter`` (:func:`tnadapt.torch.mix` weights adapters), ``inject_adapter_in_model`` and
+transformers' own ``model.add_adapter``.
 
 Examples
 --------

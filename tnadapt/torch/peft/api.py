@@ -14,6 +14,7 @@ try:
     from peft.functional import delete_adapter, set_adapter, set_requires_grad
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     from peft.utils.integrations import init_empty_weights
     from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 
@@ -28,6 +29,7 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",

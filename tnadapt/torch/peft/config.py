@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -33,6 +34,9 @@ class UnexpectedKeywordError(ConfigError, TypeError):
     """A keyword that :class:`TnadaptConfig` does not take; a TypeError, which PEFT expects for it."""
 
 
+# What target_modules may hold as a string where layers are chosen.
+_ROLES = frozenset("qkvo")
+
 #: What the keywords of other methods' configs, and of :func:`tnadapt.torch.attach`, are here.
 _ELSEWHERE = {
     "r": "use settings={'rank': …}",
@@ -44,9 +48,6 @@ _ELSEWHERE = {
     "cfg": "use settings",
     "config": "use settings",
     "target_parameters": "use target_modules, which takes the names of parameters, too",
-    "exclude_modules": "use target_modules with a regular expression or a list that leaves them out",
-    "layers_to_transform": "use target_modules with a regular expression, such as r'.*layers\\.[01]\\..*q_proj'",
-    "layers_pattern": "use target_modules with a regular expression",
     "dtype": "the arrays are float32, or of the base's dtype after get_peft_model(…, autocast_adapter_dtype=False)",
     "bias": "biases are not trained; use modules_to_save for modules that are trained whole",
     "lora_dropout": "there is no dropout on the adapter's path",
@@ -54,6 +55,12 @@ _ELSEWHERE = {
     "use_dora": "there is no DoRA",
     "fan_in_fan_out": "leave it out: how a weight is stored is read from its module",
 }
+
+
+class DefaultTargets(str):
+    """The ``target_modules`` of a config that was given none: roles, instead of which PEFT's table may decide."""
+
+    __slots__ = ()
 
 
 #: The key of this method in PEFT's tables, and its peft_type.
@@ -72,9 +79,20 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     settings : mapping or Config, optional
         Arguments of the preset, or fields of :class:`tnadapt.Config`. With neither, what
         :func:`tnadapt.torch.attach` takes by default, ``superlora(rank=8)``.
-    target_modules : str or list of str
+    target_modules : str or list of str, optional
         As ``targets`` of :func:`tnadapt.torch.attach`: ``"qv"``, ``"all-linear"``, a regular expression, a list of
-        paths. Modules in ``modules_to_save`` are left out.
+        paths, which becomes a set, as in PEFT. Modules in ``modules_to_save`` are left out. Without it, ``"qv"``;
+        for a model in which these roles are not found, the targets that PEFT's LoRA has by default for its
+        ``model_type``, and they are entered here.
+    exclude_modules : str or list of str, optional
+        Modules that are left out of the targets: a regular expression for whole paths, or a list of paths, whole or
+        their last parts.
+    layers_to_transform : int or list of int, optional
+        Numbers of the layers whose weights are adapted; an empty list means all. Only with roles or a list as
+        ``target_modules``; an entry that is the whole path of a module counts in any layer.
+    layers_pattern : str or list of str, optional
+        What comes before the layer's number in a path, such as ``"layers"`` or ``"h"``, as regular expressions. Without
+        it, the first number that comes after at least two names is the layer's.
     modules_to_save : list of str, optional
         Modules of the base that are trained whole and saved, by PEFT's own means; for the ``task_type`` SEQ_CLS,
         TOKEN_CLS and QUESTION_ANS PEFT adds the classifier.
@@ -102,7 +120,10 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     """
 
     settings: Any = None
-    target_modules: Any = "qv"
+    target_modules: Any = None
+    exclude_modules: Any = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
     modules_to_save: Any = None
     strategy: str = "auto"
     activation: str | None = None
@@ -132,9 +153,18 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         self.settings = _settings(preset, self.settings)
         if not isinstance(self.init_weights, bool):
             raise ConfigError(f"init_weights must be True or False; got {shown(self.init_weights)}")
-        self.target_modules = _words("target_modules", self.target_modules, alone=True)
+        if self.target_modules is None:
+            self.target_modules = DefaultTargets("qv")
+        self.target_modules = as_words("target_modules", self.target_modules)
+        self._check_layers()
+        if self.exclude_modules is not None:
+            empty = self.exclude_modules in ([], set())
+            self.exclude_modules = set() if empty else as_words("exclude_modules", self.exclude_modules)
+            if isinstance(self.exclude_modules, str):
+                _check_expressions("exclude_modules", [self.exclude_modules])
         if self.modules_to_save is not None:
-            self.modules_to_save = _words("modules_to_save", self.modules_to_save)
+            saved = self.modules_to_save
+            self.modules_to_save = _list("modules_to_save", [saved] if isinstance(saved, str) else saved)
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {shown(self.strategy)}")
         if self.activation is not None and self.activation not in ACTIVATIONS:
@@ -144,6 +174,32 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         if self.base is not None and not isinstance(self.base, dict):
             raise ConfigError(f"base is what save_pretrained wrote, or None; got {shown(self.base)}")
 
+    def _check_layers(self) -> None:
+        layers, patterns = self.layers_to_transform, self.layers_pattern
+        if layers is not None:
+            if isinstance(layers, (list, tuple, range)):
+                self.layers_to_transform = layers = list(layers)
+            several = layers if isinstance(layers, list) else [layers]
+            if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in several):
+                raise ConfigError(
+                    f"layers_to_transform must be the number of a layer, from 0, or a list of them; got {shown(layers)}"
+                )
+        if patterns is not None and patterns not in ("", []):
+            words = _list("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
+            _check_expressions("layers_pattern", words)
+            self.layers_pattern = patterns if isinstance(patterns, str) else words
+        for name, given in (("layers_to_transform", layers), ("layers_pattern", patterns)):
+            if given is not None and isinstance(self.target_modules, str) and not set(self.target_modules) <= _ROLES:
+                raise ConfigError(
+                    f"`{name}` cannot be used when `target_modules` is a str. It is {shown(self.target_modules)}: give "
+                    "a list of names or roles such as 'qv', or write the layers into the regular expression"
+                )
+        if patterns and layers is None:
+            raise ConfigError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+                f"layers_pattern={shown(patterns)} alone selects nothing: add the numbers, or leave it out"
+            )
+
     def keep_base(self, base: dict[str, Any] | None) -> None:
         """Let the next file that is written say this of the base model. This object is not changed by it."""
         self._next_base = base
@@ -151,6 +207,10 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     def to_dict(self) -> dict[str, Any]:
         """The settings as they are written to ``adapter_config.json``."""
         settings: dict[str, Any] = super().to_dict()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(settings[name], set):
+                # Sorted, so that the same settings are written as the same bytes.
+                settings[name] = sorted(settings[name])
         if self.base is None and self._next_base is not None:
             settings["base"] = dict(self._next_base)
         return settings
@@ -190,10 +250,21 @@ def _settings(preset: Any, settings: Any) -> dict[str, Any]:
     return found.to_dict()
 
 
-def _words(name: str, value: Any, alone: bool = False) -> Any:
-    if isinstance(value, str) and value:
-        return value if alone else [value]
-    words = sorted(value) if isinstance(value, (set, frozenset)) else value
+def as_words(name: str, value: Any) -> Any:
+    """A string as it is, and names as a set, which PEFT keeps them as."""
+    return value if isinstance(value, str) and value else set(_list(name, value))
+
+
+def _list(name: str, value: Any) -> list[str]:
+    words = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
     if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) and word for word in words):
         raise ConfigError(f"{name} must be a name or a list of names; got {shown(value)}")
     return list(words)
+
+
+def _check_expressions(name: str, expressions: list[str]) -> None:
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ConfigError(f"{name}={shown(expression)} is no regular expression: {error}") from None

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...config import Config
-from ...errors import ConfigError, FileError, TargetError, shown
+from ...errors import ConfigError, FileError, TargetError
 from ..adapter import Adapter
 from ..attach import attach
 from ..registry import PREFIX
-from ..targets import find_targets
 from .api import (
-    AuxiliaryTrainingWrapper,
     BaseTuner,
     PeftConfig,
     delete_adapter,
@@ -30,6 +28,7 @@ from .base_check import base_dtype, check_base
 from .config import TnadaptConfig
 from .keys import check_adapter_name, in_file
 from .layer import TnadaptLayer
+from .selection import select_targets
 from .starting import start_randomly
 
 __all__ = ["TnadaptModel"]
@@ -231,20 +230,8 @@ def _layer_of(model: nn.Module) -> TnadaptLayer:
 
 
 def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:
-    saved = [f".{module}." for module in config.modules_to_save or ()]
-    saved += [f".{path}." for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    try:
-        found = find_targets(model, config.target_modules)
-    except TargetError as error:
-        # In the words of PEFT.
-        text = str(error).replace("targets=", "target_modules=")
-        missing = text.startswith(("no target", "no module"))
-        raise TargetError(f"Please specify `target_modules`: {text}" if missing else text) from None
-    targets = [target for target in found if not any(module in f".{target.module}." for module in saved)]
-    if not targets:
-        raise TargetError(
-            f"target_modules={shown(config.target_modules)} names nothing outside of "
-            f"modules_to_save={shown(config.modules_to_save)}, which are trained whole"
-        )
+    about = BaseTuner.get_model_config(model)
+    model_type = about.get("model_type") if isinstance(about, Mapping) else None
+    targets = select_targets(model, config, model_type)
     settings = Config.from_dict(config.settings)
     return attach(model, settings, targets, name, strategy=config.strategy, activation=config.activation)
