@@ -39,6 +39,16 @@ def repeated(part: str) -> Iterator[str]:
     return itertools.repeat(many)
 
 
+def many_lists(size: int, head: str = "[", tail: str = "[0]]") -> str:
+    """An array of lists, as a part of something else."""
+    return filled(head, repeated("[0],"), tail, size)
+
+
+def many_targets(size: int) -> str:
+    """An array of targets that are right."""
+    return filled("[", (f'["{name}",[1,1],"q"],' for name in numbers()), '["~",[1,1],"q"]]', size)
+
+
 def in_entry(recipe: str, escape: bool = True) -> str:
     """A header whose entry ``tnadapt`` is that text."""
     text = json.dumps(recipe, ensure_ascii=False) if escape else f'"{recipe}"'
@@ -108,6 +118,21 @@ HEADERS: dict[str, Callable[[int], str]] = {
     ),
     "recipe of groups": lambda size: in_entry(
         RECIPE % (filled('{"groups":[', repeated("[0],"), "[0]]}", size), '[["a",[1,1],"q"]]')
+    ),
+    "recipe of groups and what are no targets": lambda size: in_entry(
+        RECIPE % (many_lists(size // 2 - 1000, '{"groups":[', "[0]]}"), many_lists(size // 2))
+    ),
+    "recipe of groups and targets": lambda size: in_entry(
+        RECIPE % (many_lists(size * 7 // 20, '{"groups":[', "[0]]}"), many_targets(size * 9 // 20))
+    ),
+    "recipe of a base and what are no targets": lambda size: in_entry(
+        RECIPE % ('{},"base":' + many_lists(size // 2 - 1000, '{"x":[', "[0]]}"), many_lists(size // 2))
+    ),
+    "recipe of trained and a target": lambda size: in_entry(
+        RECIPE % ('{},"trained":' + filled("[", repeated('"",'), '""]', size * 3 // 5), '[["a",[1,1],"q"]]')
+    ),
+    "recipe of unknown keys": lambda size: in_entry(
+        RECIPE % ("{}" + "".join(f',"{n}":{many_lists(60_000)}' for n in range(min(size // 60_000, 60))), "[]")
     ),
     "recipe of targets": lambda size: in_entry(
         RECIPE

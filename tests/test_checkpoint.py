@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +255,7 @@ def test_tensors_of_a_file_come_in_the_order_of_their_bytes(tmp_path: Path, part
     places = {}
     for part in range(parts):
         own = {name: value for place, (name, value) in enumerate(arrays.items()) if place % parts == part}
-        header, data = forge.listed(own)
+        header, data = forge.listed(own, list(own))
         name = f"model-{part}.safetensors"
         turned = dict(sorted(header.items()))
         assert parts > 1 or list(turned) != list(header)
@@ -265,3 +269,19 @@ def test_tensors_of_a_file_come_in_the_order_of_their_bytes(tmp_path: Path, part
         assert starts == sorted(starts)
         assert list(entries) == [name for name in arrays if found.shard[name] == file]
     assert sum(len(found.of_file(file)) for file in found.files) == len(arrays)
+
+
+def test_a_pickle_finds_its_tensors_in_another_process(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(sharded(tmp_path / "model"))
+    (tmp_path / "checkpoint.pkl").write_bytes(pickle.dumps(checkpoint))
+    code = (
+        "import pickle, sys; found = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "for name in found.entries: print(name, tuple(found.entries[name]), found.shard[name])"
+    )
+    lines = [f"{name} {tuple(entry)} {checkpoint.shard[name]}" for name, entry in checkpoint.entries.items()]
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "checkpoint.pkl")],
+            env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.stderr, done.stdout.splitlines()) == ("", lines)

@@ -74,6 +74,22 @@ def test_it_reads_tensors_in_any_order_and_padding_of_any_length(tmp_path: Path)
         assert (found["a"].item(), found["b"].tolist(), found["empty"].shape) == (7, [1.5], (0, 7))
 
 
+@pytest.mark.parametrize("padding", ["\n", "\t", "\r", 5000 * "\r\n", " \t\n\r "])
+def test_it_reads_the_padding_that_safetensors_reads(tmp_path: Path, padding: str) -> None:
+    path = write(tmp_path, forge.container(json.dumps(ONE) + padding, b"12345678", pad=False))
+    with safetensors.safe_open(path, "numpy") as theirs:
+        assert read(path)["a"].tobytes() == theirs.get_tensor("a").tobytes() == b"12345678"
+
+
+def test_it_reads_metadata_that_are_null_as_safetensors_does(tmp_path: Path) -> None:
+    path = write(tmp_path, forge.container({"__metadata__": None, **ONE}, b"12345678"))
+    with safetensors.safe_open(path, "numpy") as theirs:
+        assert theirs.metadata() is None
+        assert read(path)["a"].tobytes() == theirs.get_tensor("a").tobytes()
+    with opened(path) as ours:
+        assert dict(ours.metadata) == {}
+
+
 # -- Refusing what is wrong ---------------------------------------------------------------------
 
 
@@ -88,7 +104,7 @@ def test_it_reads_tensors_in_any_order_and_padding_of_any_length(tmp_path: Path)
         ((0).to_bytes(8, "little") + b"{}", "does not end with '}'"),
         (forge.container("[]"), "does not begin with '{'"),
         (forge.container(" {}"), "does not begin with '{'"),
-        (forge.container("{}\n", pad=False), "does not end with '}'"),
+        (forge.container("{}\x0b", pad=False), "does not end with '}'"),
         (forge.container("{}\0", pad=False), "does not end with '}'"),
         (forge.container(b'{"\xff": 1}'), "is not UTF-8"),
         (forge.container("{nothing}"), "is not JSON"),
@@ -105,6 +121,9 @@ def test_it_reads_tensors_in_any_order_and_padding_of_any_length(tmp_path: Path)
         (forge.container(f'{{"a": {EMPTY}, "\\u0061": {EMPTY}}}'), "the key 'a' twice"),
         (forge.container({"__metadata__": {"a": 1}}), "an object of strings"),
         (forge.container({"__metadata__": ["a"]}), "an object of strings"),
+        (forge.container({"__metadata__": True}), "an object of strings"),
+        (forge.container({"__metadata__": {"a": None}}), "an object of strings"),
+        (forge.container('{"__metadata__": null, "__metadata__": {}}'), "the key '__metadata__' twice"),
         (forge.container('{"\\ud800": 1}'), "has half a surrogate pair, and is no name"),
         (forge.container({"a": 1}), "must be an object of dtype, shape and data_offsets"),
         (forge.container(ONE, b"1234567"), "cut off or too long: the tensors have 8 bytes, and 7 follow"),

@@ -57,6 +57,35 @@ def test_none_without_saying_so_fails(method: str) -> None:
         TESTS[method](contract_of(Plain(frozenset(OPTIONAL) - {method})))
 
 
+class Refusing(Plain):
+    """It refuses one dtype, with an error of its own."""
+
+    name = "refusing"
+
+    def __init__(self, refused: str, text: str) -> None:
+        super().__init__(frozenset(OPTIONAL))
+        self.refused, self.text = refused, text
+
+    def dtype(self, name: str) -> Any:
+        if name == self.refused:
+            raise tna.BackendError(self.text)
+        return super().dtype(name)
+
+
+def test_a_dtype_may_be_refused_with_a_reason_only() -> None:
+    contract_of(Refusing("float64", "float64 must be switched on first")).test_round_trip()
+    with pytest.raises(AssertionError, match="float64 is refused by an error that does not name it: no"):
+        contract_of(Refusing("float64", "no")).test_round_trip()
+    with pytest.raises(tna.BackendError, match="float32 must be switched on"):
+        contract_of(Refusing("float32", "float32 must be switched on first")).test_round_trip()
+
+
+def test_jax_may_have_float64_switched_off() -> None:
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(False):
+        contract_of(load_backend("jax")).test_round_trip()
+
+
 class Answering(Plain):
     """It answers one optional question, by zeros."""
 

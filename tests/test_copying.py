@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from tnadapt import FileError, copying
 from tnadapt.copying import Stopped, copy_range, write_at
+
+from .macos_errors import ENOTSUP, as_on_macos
 
 
 @given(st.data())
@@ -74,6 +77,24 @@ def test_what_is_no_matter_of_the_way_is_not_tried_by_another(
     source, target = files(tmp_path)
     with source, target, pytest.raises(OSError, match="it"):
         copy_range(source, 0, target, 0, 10, lambda count: None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSOCK, ENOTSUP])
+def test_without_a_sendfile_for_files_they_are_copied_by_hand(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS, whose sendfile takes sockets only."""
+    module = as_on_macos(monkeypatch, "tnadapt.copying")
+
+    def sendfile(*arguments: Any) -> int:
+        raise OSError(number, "not for files")
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    monkeypatch.setattr(module, "_WAYS", [module._by_sendfile, module._by_hand])
+    source, target = files(tmp_path)
+    with source, target:
+        module.copy_range(source, 2, target, 0, 5, lambda count: None)
+    assert (tmp_path / "target").read_bytes() == b"23456"
 
 
 def test_writing_takes_as_many_goes_as_it_needs(tmp_path: Path) -> None:

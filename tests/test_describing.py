@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import tnadapt as tna
+from tnadapt.cli.info import info_command
+from tnadapt.header import read_header
+from tnadapt.pairing import paired
+from tnadapt.stored_targets import find_stored
 
 from . import checkpoints as cp
+from .conftest import peak_of
 
 P, T = tna.presets, tna.Target
 
@@ -48,7 +55,7 @@ def test_an_adapter(tmp_path: Path) -> None:
 
 def test_other_draws_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tna.save(tmp_path / "a.safetensors", cp.adapter(P.fastfood(0.5), [T("a", (4, 4))]))
-    monkeypatch.setattr("tnadapt.adapter_file.AdapterFile.draws", "0" * 64)
+    monkeypatch.setattr("tnadapt.adapter_file.AdapterFile.draws_without", lambda *_: "0" * 64)
     assert tna.info(tmp_path / "a.safetensors")["draws_here"] is False
 
 
@@ -104,3 +111,96 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
             tna.info(tmp_path / "a.safetensors")
     with pytest.raises(tna.FileError, match="No such file"):
         tna.info(tmp_path / "none")
+
+
+def test_a_name_of_thousands_of_dots_takes_little_memory(tmp_path: Path) -> None:
+    save_file({"a." * 3000 + "q_proj.weight": np.ones((2, 2), np.float32)}, tmp_path / "m.safetensors")
+    found = []
+    peak = peak_of(lambda: found.append(tna.info(tmp_path / "m.safetensors")))
+    assert (found[0]["tensors"], found[0]["targets"]) == (1, [])
+    assert peak < 1 << 21
+
+
+@pytest.mark.parametrize(("dots", "count"), [(64, 2), (65, 0)])
+def test_modules_nested_64_deep_are_found(dots: int, count: int) -> None:
+    path = "a." * (dots - 1)
+    shapes = {f"{path}{name}_proj.weight": (4, 4) for name in "qkv"}
+    if count:
+        assert len(find_stored(shapes, "qv")) == count
+    else:
+        with pytest.raises(tna.TargetError, match="no weights of layers at all"):
+            find_stored(shapes, "qv")
+
+
+def test_numbers_of_thousands_of_digits_in_names_are_words(tmp_path: Path) -> None:
+    long = "9" * 5000
+    paths = [f"layers.{part}.attn.q_proj" for part in ("1", "2", long)]
+    save_file({f"{path}.weight": np.ones((4, 4), np.float32) for path in paths}, tmp_path / "base.safetensors")
+    (found,) = tna.info(tmp_path / "base.safetensors", every=True)["every"][2:]
+    assert found["name"] == f"{paths[2]}.weight"
+    targets = [T(path, (4, 4), "q") for path in paths]
+    file = cp.adapter(P.lora(1), targets)
+    tna.save(tmp_path / "adapter.safetensors", file)
+    (group,) = tna.info(tmp_path / "adapter.safetensors")["targets"]
+    assert (group["count"], group["name"]) == (3, f"layers.{{1-2,{long}}}.attn.q_proj.weight")
+    assert [target.module for target in find_stored({f"{path}.weight": (4, 4) for path in paths[::-1]}, paths)] == [
+        paths[2], paths[0], paths[1],
+    ]  # fmt: skip
+    tna.convert(tmp_path / "adapter.safetensors", to="peft-lora")
+    tna.merge(tmp_path / "base.safetensors", file, tmp_path / "merged.safetensors")
+
+
+def test_weights_are_paired_by_numbers_of_thousands_of_digits() -> None:
+    parts = ["9" * 5000, "8" * 5000]
+    wanted = [T(f"h.{part}.q", (4, 4), "q") for part in parts]
+    found = [T(f"layers.{part}.query", (4, 4), "q") for part in reversed(parts)]
+    assert paired(wanted, found) == found[::-1]
+
+
+@pytest.mark.parametrize(
+    ("said", "architectures", "kind", "printed"),
+    [
+        ({"architectures": ["A", "B"], "model_type": "c"}, ["A", "B"], "c", "A, B, c"),
+        ({"architectures": [1], "model_type": "c"}, None, "c", "c"),
+        ({"architectures": 3, "model_type": "c"}, None, "c", "c"),
+        ({"architectures": "abc", "model_type": "c"}, None, "c", "c"),
+        ({"architectures": {"a": 1}, "model_type": "c"}, None, "c", "c"),
+        ({"architectures": ["A"], "model_type": 5}, ["A"], None, "A"),
+        ({"architectures": ["A"], "model_type": ["y"]}, ["A"], None, "A"),
+    ],
+)
+def test_names_of_a_model_are_strings(
+    said: Any, architectures: Any, kind: Any, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"h.0.q_proj.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    found = tna.info(tmp_path)
+    assert (found["architectures"], found["model_type"]) == (architectures, kind)
+    info_command(tmp_path)
+    assert capsys.readouterr().out.splitlines()[1].split(maxsplit=1) == ["model", printed]
+
+
+def test_sizes_of_thousands_of_digits_in_a_config_are_none(tmp_path: Path) -> None:
+    name = "layers.0.linear_attn.in_proj_qkvz.weight"
+    save_file({name: np.ones((48, 4), np.float32)}, tmp_path / "model.safetensors")
+    config = {"linear_num_key_heads": 2, "linear_key_head_dim": 3, "linear_value_head_dim": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"linear_num_value_heads": int("9" * 4000)}))
+    why = tna.info(tmp_path)["no_targets"]
+    assert "is not known: config.json lacks num_v_heads. " in why
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_headers_of_a_checkpoint_are_read_once(
+    shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = cp.base([T(f"h.{layer}.attn.{name}_proj", (4, 4), name) for layer in range(2) for name in "qv"])
+    cp.write(tmp_path / "model", tensors, shards)
+    headers = []
+
+    def counted(content: bytes, foreign: bool) -> Any:
+        headers.append(content)
+        return read_header(content, foreign)
+
+    monkeypatch.setattr("tnadapt.container.read_header", counted)
+    assert tna.info(tmp_path / "model")["tensors"] == len(tensors)
+    assert len(headers) == shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from tnadapt import FileError
 from tnadapt.durable import replace_file, replaced
 
 from .file_layer import recorded
+from .macos_errors import ENOTSUP, as_on_macos
 from .power_failure import after_failures
 
 
@@ -80,6 +82,7 @@ def test_what_fails_leaves_the_old_file(
 ) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
+    path.chmod(0o604)  # another mode than a new file's
 
     def fail(*args: Any, **settings: Any) -> None:
         raise error
@@ -90,6 +93,44 @@ def test_what_fails_leaves_the_old_file(
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As FAT, SMB and some of FUSE are."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(0o604)
+
+    def chmod(*arguments: Any, **settings: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    replace_file(str(path), b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_mode_that_is_right_is_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    replace_file(str(path), b"old")
+
+    def chmod(*arguments: Any, **settings: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    replace_file(str(path), b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_folder_that_cannot_be_synchronised_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = as_on_macos(monkeypatch, "tnadapt.durable")
+
+    def fsync(handle: int) -> None:
+        raise OSError(ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    module.sync_folder(str(tmp_path))
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

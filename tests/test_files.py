@@ -192,7 +192,7 @@ def test_a_reader_by_the_specification_reads_it(tmp_path: Path) -> None:
         "config": {"rank": 1, "groups": 1, "fold": "hypercube", "projection": "linear", "ratio": 0.5, "seed": 9},
         "targets": [
             ["model.blocks.0.attn.qkv", [12, 4], "q", {"rows": [0, 4, 12, 1]}],
-            ["model.blocks.0.attn.qkv", [12, 4], "v", {"rows": [1, 2, 3, 4]}],
+            ["model.blocks.1.attn.qkv", [12, 4], "v", {"rows": [1, 2, 3, 4]}],
             ["blöcke.1.attn", [4, 9], "k", {"parameter": "in_proj_weight", "transposed": True}],
             ["conv", [2, 2, 3, 3], "conv"],
             ["", [3, 3], "linear"],
@@ -448,7 +448,11 @@ def test_a_recipe_that_is_none_is_refused(tmp_path: Path, changes: Recipe, why: 
         ("", "the tnadapt entry is not JSON"),
         ("[]", "the tnadapt entry must be a JSON object; got '[]'"),
         ('{"version":1,"version":1}', "the tnadapt entry has the key 'version' twice"),
-        ('{"config":{"rank":1,"rank":2}}', "the tnadapt entry has the key 'rank' twice"),
+        (
+            '{"version":1,"config":{"rank":1,"rank":2},"targets":[],"sha256":"' + "0" * 64 + '"}',
+            "the tnadapt entry has the key 'rank' twice",
+        ),
+        ('{"version":1,"config":[],"targets":[],"sha256":"' + "0" * 64 + '"}', "config must be an object; got []"),
         ('{"version":NaN}', "the tnadapt entry has the number 'NaN', which is not finite"),
         ('{"config":' + "[" * 10**5, "the tnadapt entry is nested too deep"),
         ('{"version":1,"config":{},"targets":[],"sha256":"F"}', "sha256 must be 64 lower-case hex digits; got 'F'"),
@@ -582,6 +586,8 @@ def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:
     content = forge.adapter({"version": 1, "config": config, "targets": targets, "draws": "0" * 64}, tensors)
     path = tmp_path / "adapter.safetensors"
     forge.write(path, content)
+    with pytest.raises(FileError):
+        tna.load(path)  # imports the compiler, say, whose memory is not that of a file
     begin = time.process_time()
     tracemalloc.start()
     try:
@@ -877,6 +883,28 @@ def test_of_a_frozen_array_that_has_moved_the_file_has_the_bits(tmp_path: Path) 
     same(read(tmp_path, content_of(minus, tmp_path)), minus)
 
 
+def test_arrays_that_are_changed_in_place_after_a_save_are_saved_as_they_are(tmp_path: Path) -> None:
+    file = frozen(FROZEN["nonlinear"])
+    first = content_of(file, tmp_path)
+    name, draws = file.left_out[0], file.draws
+    before = file.arrays[name].copy()
+    file.arrays[name][...] = 7
+    assert name not in file.left_out
+    assert file.draws != draws
+    content = content_of(file, tmp_path)
+    assert name in forge.parsed(content)[1]
+    same(read(tmp_path, content), file)
+    file.arrays[name][...] = before
+    assert content_of(file, tmp_path) == first
+
+
+def test_the_digest_of_draws_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = frozen(FROZEN["linear"])
+    first = content_of(file, tmp_path)
+    monkeypatch.setattr("tnadapt.adapter_file.hashlib", None)
+    assert content_of(file, tmp_path) == first
+
+
 def test_adapters_that_are_trained_whole_have_the_files_that_they_had(tmp_path: Path) -> None:
     file = made()
     whole = AdapterFile(file.config, file.targets, file.arrays, trained=list(file.arrays))
@@ -940,3 +968,63 @@ def test_large_and_many_frozen_arrays_are_stored(tmp_path: Path, monkeypatch: py
             limited = AdapterFile(file.config, file.targets, file.arrays, trained=file.trained)
             assert 0 < len(limited.left_out) <= kept
             same(read(tmp_path, content_of(limited, tmp_path)), limited)
+
+
+# -- What is saved can be loaded -------------------------------------------------------------------
+
+
+def many_names(weights: int, config: Config) -> AdapterFile:
+    """An adapter with many arrays a weight, half of which are trained."""
+    targets = [Target(f"l.{number}", (4, 4)) for number in range(weights)]
+    shapes = SuperLoRA(config, [(4, 4)] * weights).param_shapes
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return AdapterFile(config, targets, arrays, trained=list(arrays)[1::2])
+
+
+@pytest.mark.parametrize("terms", [1, 6])
+def test_a_list_of_trained_arrays_may_be_longer_than_the_targets(terms: int, tmp_path: Path) -> None:
+    file = many_names(160, Config(rank=1, splits=4, split_size=1, terms=terms))
+    assert file.trained is not None
+    content = content_of(file, tmp_path)
+    recipe = forge.parsed(content)[0]
+    assert (len(forge.compact(recipe["trained"])) > len(forge.compact(recipe["targets"])) + 65536) == (terms == 6)
+    same(read(tmp_path, content), file)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "M" * 65536}, "the tnadapt entry has a value or name of more than 65536 bytes for 'model'"),
+        ({"targets": [Target("m" * 65536, (4, 6))]}, "the tnadapt entry has a value or name of more than 65536 bytes"),
+        ({"kept": {"k" * 65536: np.zeros(1)}}, "the header has a value or name of more than 65536 bytes"),
+    ],
+)
+def test_what_load_would_refuse_is_not_saved(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = tna.presets.lora(2)
+    arrays = SuperLoRA(config, [(4, 6)]).init()
+    file = AdapterFile(**{"config": config, "targets": [Target("q", (4, 6))], "arrays": arrays, **fields})
+    with pytest.raises(FileError) as caught:
+        tna.save(tmp_path / "a.safetensors", file)
+    assert f"was not written, as load would refuse it: {message}" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_trained_arrays_are_bounded_by_the_arrays(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(frozen(tna.presets.lora(2)), tmp_path))
+    most = len(tensors) + 1024
+    for count, message in ((most + 1, f"trained names more than {most} arrays"), (most, "each once; unknown: 'x0'")):
+        content = forge.adapter({**recipe, "trained": [f"x{number}" for number in range(count)]}, tensors)
+        assert message in refusal(tmp_path, content)
+
+
+def test_a_config_may_be_longer_by_what_its_targets_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = [Target(f"l.{number}", (2, 2)) for number in range(200)]
+    config = Config(rank=1, groups=tuple((number,) for number in range(200)))
+    arrays = SuperLoRA(config, [(2, 2)] * 200).init()
+    file = AdapterFile(config, targets, {name: array.astype(np.float32) for name, array in arrays.items()})
+    monkeypatch.setattr(files, "MAX_VALUE", 0)
+    same(read(tmp_path, content_of(file, tmp_path)), file)
+    monkeypatch.setattr(files, "_CONFIG_OF_TARGET", 1)
+    with pytest.raises(FileError, match=r"load would refuse it: .* more than 200 bytes for 'config'"):
+        content_of(file, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from tnadapt.partial import Partial, partial
 
 from . import checkpoints as cp
 from .file_layer import Call, intercepted, killed_before, recorded
+from .macos_errors import ENOTSUP, as_on_macos
 from .merge_scene import TARGETS, Scene, content, plain_base, scene
 from .power_failure import after_failures, put
 from .stress_merge import SETTINGS, Setting
@@ -336,6 +338,42 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, mon
             pass
 
 
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs000000000000002a00000001", "._lock"])
+def test_names_that_the_system_puts_beside_unfinished_work_are_left_alone(tmp_path: Path, name: str) -> None:
+    where = scene(tmp_path, single=False)
+    where.beside.mkdir()
+    (where.beside / name).write_text("the system's")
+    for number in range(2):
+        where.merge(number, overwrite=True)
+        assert content(where.out) == where.results[number]
+        assert [path.name for path in where.beside.iterdir()] == [name]
+
+
+def test_the_folder_of_unfinished_work_is_deleted_on_nfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clients rename a file that is open when it is deleted, and delete it once it is closed."""
+    where = scene(tmp_path, single=False)
+    unlink, close = os.unlink, os.close
+    kept = where.beside / ".nfs0001"
+
+    def nfs_unlink(path: Any, **settings: Any) -> None:
+        if str(path) == str(where.beside / "lock"):
+            os.rename(path, kept)
+        else:
+            unlink(path, **settings)
+
+    def nfs_close(handle: int) -> None:
+        last = kept.exists() and os.path.samestat(os.fstat(handle), os.stat(kept))
+        close(handle)
+        if last:
+            unlink(kept)
+
+    monkeypatch.setattr(os, "unlink", nfs_unlink)
+    monkeypatch.setattr(os, "close", nfs_close)
+    where.merge(0)
+    assert content(where.out) == where.results[0]
+    assert not where.beside.exists()
+
+
 def test_one_that_waited_for_a_lock_and_one_that_came_later_do_not_work_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -620,6 +658,31 @@ def test_a_new_name_is_never_taken_from_anything(
     renaming.rename_new(str(source), str(tmp_path / "free"))
     assert not source.exists()
     assert (tmp_path / "free").exists()
+
+
+def test_a_file_system_without_links_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = as_on_macos(monkeypatch, "tnadapt.renaming")
+
+    def link(*arguments: Any, **settings: Any) -> None:
+        raise OSError(ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(module, "_renameat2", lambda *arguments: False)
+    (tmp_path / "a").write_text("1")
+    module.rename_new(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (tmp_path / "b").read_text() == "1"
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_call_that_a_file_system_lacks_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = as_on_macos(monkeypatch, "tnadapt.renaming")
+
+    def call(*arguments: Any) -> int:
+        ctypes.set_errno(ENOTSUP)
+        return -1
+
+    monkeypatch.setattr(module, "_system_call", lambda: call)
+    assert not module.exchange(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 def test_where_names_cannot_be_exchanged_it_says_so_and_other_failures_are_errors(

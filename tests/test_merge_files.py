@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt import copying, merge_job, summing
+from tnadapt.checkpoint import open_checkpoint
 from tnadapt.errors import TnadaptError
 from tnadapt.fingerprint import fingerprint
 from tnadapt.testing import configs
@@ -255,7 +256,7 @@ def test_blobs_are_those_of_a_hub_s_cache_alone(tmp_path: Path) -> None:
     message = refused(tmp_path, base, adapter)
     assert message == (
         f"{base}: model.safetensors is a link to {tmp_path / 'blobs' / '0'}, which is outside of the checkpoint, and "
-        "is not followed: give the folder that it is in, or put the file itself in place of the link"
+        "is not followed: copy the folder with its links followed (cp -rL), or give the path of that one file"
     )
     # Who names a link means what it leads to.
     tna.merge(base / "model.safetensors", adapter, tmp_path / "out.safetensors")
@@ -267,7 +268,12 @@ def test_weights_outside_of_the_checkpoint_are_refused(what: str, tmp_path: Path
     name = "model-00002-of-00002.safetensors" if what == "shard" else "model.safetensors.index.json"
     (base / name).rename(tmp_path / "elsewhere")
     (base / name).symlink_to(tmp_path / "elsewhere")
-    assert f"{name} is a link to {tmp_path / 'elsewhere'}, which is outside" in refused(tmp_path, base, adapter)
+    message = refused(tmp_path, base, adapter)
+    assert f"{name} is a link to {tmp_path / 'elsewhere'}, which is outside" in message
+    # No single file is the model here.
+    assert message.endswith("is not followed: copy the folder with its links followed (cp -rL)")
+    shutil.copytree(base, tmp_path / "copied")  # which follows links
+    tna.merge(tmp_path / "copied", adapter, tmp_path / "out")
 
 
 def test_links_that_leave_the_checkpoint_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,6 +384,22 @@ def test_a_trained_head_replaces_the_base_s_or_is_added(shards: int, tmp_path: P
         assert index["weight_map"].keys() == found.keys()
         assert index["metadata"]["total_size"] == sum(array.nbytes for _, array in found.values())
     assert tna.merge(tmp_path / "out", file, tmp_path / "again", check_base=False).added == ()
+
+
+def test_half_a_surrogate_pair_in_metadata_is_kept_where_a_head_is_added(tmp_path: Path) -> None:
+    base, target = tmp_path / "base.safetensors", T("h.0.q", (6, 4), "q")
+    said = {"a\udc00": "\ud800\\ud800 é \U0001f600", "format": "pt"}
+    entry = {"dtype": "F32", "shape": [6, 4], "data_offsets": [0, 96]}
+    head = json.dumps({"__metadata__": said, "h.0.q.weight": entry}).encode()
+    base.write_bytes(len(head).to_bytes(8, "little") + head + bytes(96))
+    head_weight = np.ones((2, 4), np.float32)
+    config = P.lora(1)
+    file = tna.AdapterFile(config, [target], tna.SuperLoRA(config, [(6, 4)]).init(), kept={"head.weight": head_weight})
+    tna.merge(base, file, tmp_path / "out.safetensors")
+    merged = open_checkpoint(tmp_path / "out.safetensors")
+    assert dict(merged.metadata[merged.files[0]]) == said
+    assert np.array_equal(merged.array("head.weight"), head_weight)
+    assert not merged.array("h.0.q.weight").any()
 
 
 def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ class AdapterFile:
         first = next(iter(self.arrays))
         return self.dtypes.get(first, self.arrays[first].dtype.name)
 
-    @functools.cached_property
+    # Not cached, as the arrays may be changed in place.
+    @property
     def left_out(self) -> tuple[str, ...]:
         """The frozen arrays that a file leaves out: what the seed draws, up to so many and so large together."""
         found, room = list[str](), MAX_DRAWN
@@ -154,13 +155,24 @@ class AdapterFile:
                 room += self.arrays[name].size
         return tuple(found)
 
-    @functools.cached_property
+    @property
     def draws(self) -> str | None:
         """Digest of what is drawn on this machine and not stored: F, and the arrays left out; None if nothing is."""
         return self.draws_without(self.left_out)
 
     def draws_without(self, left_out: Sequence[str]) -> str | None:
         """The same for a file that leaves out these arrays."""
+        key = tuple(left_out)
+        if key not in self._digests:
+            self._digests[key] = self._digest_without(key)
+        return self._digests[key]
+
+    @functools.cached_property
+    def _digests(self) -> dict[tuple[str, ...], str | None]:
+        # They are costly, and depend on what is left out and on fields that are never changed.
+        return {}
+
+    def _digest_without(self, left_out: Sequence[str]) -> str | None:
         if self.config.projection == "identity" and not left_out:
             return None
         total, groups = hashlib.sha256(), self.plan.groups

@@ -129,7 +129,7 @@ class Checkpoint:
                     f"{shown(name)} is {entry.dtype}, which NumPy does not have: only its bytes can be copied"
                 )
             with open(file, "rb", buffering=0) as raw:
-                check_held(entry.stop - entry.start, held_bytes(os.fstat(raw.fileno())), shown(name))
+                check_held(entry.stop - entry.start, held_bytes(os.fstat(raw.fileno())), shown(name), raw)
                 made = np.empty(entry.shape, raw_dtype(entry.dtype))
                 raw.seek(self.data[file] + entry.start)
                 rest = made.reshape(-1).view(np.uint8).data

@@ -270,7 +270,8 @@ class Config:
         Traceback (most recent call last):
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
-        splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed
+        splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
+        weight_shape
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

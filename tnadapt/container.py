@@ -1,6 +1,6 @@
 """The safetensors container, read strictly. It knows nothing of adapters.
 
-A file is the length of the header in 8 bytes, little-endian; the header, JSON of one object, padded with spaces;
+A file is the length of the header in 8 bytes, little-endian; the header, JSON of one object, padded with white space;
 and the tensors' bytes, little-endian, in C order, one after another. Under each tensor's name the header has
 ``{"dtype": …, "shape": […], "data_offsets": [begin, end]}``, counted from the end of the header, and under
 ``__metadata__`` an object of strings. Whatever is in a file, reading it gives arrays or a FileError, and
@@ -10,6 +10,7 @@ nothing is allocated before it is known that its bytes are there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -80,7 +81,7 @@ class Container:
                 f"{shown(name)} is {entry.dtype}, which NumPy does not have: its bytes can be copied, no more"
             )
         # All of the file, as whoever reads one of its tensors reads the others, too.
-        check_held(self._size, self.held, "the file")
+        check_held(self._size, self.held, "the file", self._file)
         made = np.empty(entry.shape, raw_dtype(entry.dtype))
         self._file.seek(self.data + entry.start)
         # A tensor without elements has no bytes to read.
@@ -96,8 +97,18 @@ def held_bytes(state: os.stat_result) -> int:
     return 512 * state.st_blocks if hasattr(state, "st_blocks") else state.st_size
 
 
-def check_held(claimed: int, held: int, what: str) -> None:
+def check_held(claimed: int, held: int, what: str, file: io.BufferedReader | io.FileIO | None = None) -> None:
     """A FileError for a size that is made of holes, which take no room on a disk and all of it in memory.
+
+    Parameters
+    ----------
+    claimed : int
+    held : int
+        As :func:`held_bytes` has it, which is too low for a file that ZFS has not committed yet, that is very
+        compressible, or that lies on a server.
+    what : str
+    file : file, optional
+        Its data are added up where ``held`` is too low. Its position stays.
 
     Examples
     --------
@@ -108,11 +119,32 @@ def check_held(claimed: int, held: int, what: str) -> None:
     tnadapt.errors.FileError: the file has a size of 1,099,511,627,776 bytes, and the disk holds 4,096 of it: the rest \
 is holes, and was not read
     """
+    if claimed > _HOLES + _PACKED * held and file is not None:
+        held = max(held, _data_bytes(file.fileno(), claimed // _PACKED + 1))
     if claimed > _HOLES + _PACKED * held:
         raise FileError(
             f"{what} has a size of {claimed:,} bytes, and the disk holds {held:,} of it: the rest is holes, and was "
             "not read"
         )
+
+
+def _data_bytes(handle: int, enough: int) -> int:
+    """Bytes of a file outside of holes, counted up to ``enough``; its size where the system cannot tell."""
+    size = os.fstat(handle).st_size
+    if not hasattr(os, "SEEK_DATA"):
+        return size
+    before = os.lseek(handle, 0, os.SEEK_CUR)
+    found = at = 0
+    try:
+        while found < enough and at < size:
+            start = os.lseek(handle, at, os.SEEK_DATA)
+            at = os.lseek(handle, start, os.SEEK_HOLE)
+            found += at - start
+    except OSError as error:
+        return found if error.errno == errno.ENXIO else size  # ENXIO: nothing but a hole from there on
+    finally:
+        os.lseek(handle, before, os.SEEK_SET)
+    return found
 
 
 def path_of(value: Any) -> str:

@@ -15,8 +15,12 @@ __all__ = ["Stopped", "copy_range", "write_at"]
 _KERNEL_PIECE = 1 << 26
 _PIECE = 1 << 22
 
-# What tells that the kernel cannot do it for these files: not on one file system, or not on this one.
-_CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EISDIR}
+# What tells that the kernel cannot do it for these files: not on one file system, or not on this one. On macOS sendfile
+# takes sockets only, and ENOTSUP is another number than EOPNOTSUPP.
+_CANNOT = {
+    errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EBADF, errno.EISDIR,
+    errno.ENOTSOCK,
+}  # fmt: skip
 
 
 class Stopped(Exception):  # noqa: N818  # no error: it was asked for

@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .container import about, opened
 from .errors import FileError, TnadaptError
 from .files import ENTRY, VERSION, likeness, read
+from .roles import number
 from .stored_targets import find_stored
 from .target import Target
 
@@ -59,8 +60,8 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
     first = checkpoint.files[0]
     if ENTRY in checkpoint.metadata[first]:
         return _of_adapter(first, every)
-    with about(first), opened(first, foreign=True) as container:
-        what = likeness(container)
+    names = checkpoint.entries if len(checkpoint.files) == 1 else checkpoint.of_file(first)
+    what = likeness(names, checkpoint.metadata[first])
     if "adapter of" in what:
         return {"path": checkpoint.path, "kind": "other adapter", "what": what, "bytes": os.path.getsize(first)}
     return _of_checkpoint(checkpoint, every)
@@ -118,8 +119,8 @@ def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "path": checkpoint.path,
         "kind": "checkpoint",
-        "model_type": config.get("model_type"),
-        "architectures": config.get("architectures"),
+        "model_type": model_type if isinstance(model_type := config.get("model_type"), str) else None,
+        "architectures": _strings(config.get("architectures")),
         "no_config": no_config,
         "files": [
             {"name": os.path.basename(file), "bytes": os.path.getsize(file), "tensors": in_file[file]}
@@ -141,6 +142,10 @@ def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
             for name, entry in entries.items()
         ]
     return found
+
+
+def _strings(value: Any) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None
 
 
 def _target(target: Target) -> dict[str, Any]:
@@ -173,9 +178,11 @@ def _pattern(names: list[str]) -> str:
 
 def _ranges(parts: Iterable[str]) -> str:
     runs: list[list[int]] = []
-    for number in sorted({int(part) for part in parts}):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+    values = {part: number(part) for part in parts}
+    for value in sorted({value for value in values.values() if value is not None}):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
         else:
-            runs.append([number, number])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+            runs.append([value, value])
+    words = sorted(part for part, value in values.items() if value is None)
+    return ",".join([*(f"{a}" if a == b else f"{a}-{b}" for a, b in runs), *words])

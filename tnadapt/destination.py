@@ -168,10 +168,11 @@ def _check_links(checkpoint: Checkpoint) -> None:
     """A FileError where weights would be read from outside of the checkpoint, which the user did not point to."""
     belonging = Belonging(checkpoint.folder)
     given = os.path.abspath(checkpoint.path)
+    one = ", or give the path of that one file" if checkpoint.index is None else ""
     for path in (*checkpoint.files, *([checkpoint.index] if checkpoint.index is not None else [])):
         name = os.path.basename(path)
         if path != given and (outside := belonging.leaves(name)) is not None:
             raise FileError(
                 f"{checkpoint.path}: {name} is a link to {outside}, which is outside of the checkpoint, and is not "
-                "followed: give the folder that it is in, or put the file itself in place of the link"
+                f"followed: copy the folder with its links followed (cp -rL){one}"
             )

@@ -15,8 +15,10 @@ from .renaming import rename_new
 
 __all__ = ["replace_file", "replaced", "sync_file", "sync_folder", "sync_tree"]
 
-# How a file system says that it does not synchronise folders.
-_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EROFS}
+# How a file system says that it does not synchronise folders. On macOS ENOTSUP is another number than EOPNOTSUPP.
+_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EROFS}
+
+_NO_MODES = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
 
 @contextlib.contextmanager
@@ -86,8 +88,19 @@ def _place(made: str, path: str, overwrite: bool) -> None:
         mode = os.lstat(path).st_mode
         if not stat.S_ISREG(mode):  # it came to be meanwhile
             raise FileError("is neither a file nor a folder")
-        os.chmod(made, stat.S_IMODE(mode))
+        _set_mode(made, stat.S_IMODE(mode))
     return os.replace(made, path)
+
+
+def _set_mode(path: str, mode: int) -> None:
+    """Give a file a mode, where the file system has modes: FAT, SMB and some of FUSE have one for all files."""
+    if stat.S_IMODE(os.lstat(path).st_mode) == mode:
+        return
+    try:
+        os.chmod(path, mode)
+    except OSError as error:
+        if not isinstance(error, PermissionError) and error.errno not in _NO_MODES:
+            raise
 
 
 def _unlink(path: str) -> None:

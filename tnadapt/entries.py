@@ -67,6 +67,11 @@ class Entries(Mapping[str, Entry]):
         self._order, self._hashes, self._rows = array("I"), array("q"), array("I")
         self._firsts = [0]  # of each file, and of what would be the next one
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._hashes:
+            self.index()  # hashes of another process are salted in another way
+
     def add(self, name: bytes, dtype: str, shape: bytes, start: int, stop: int) -> None:
         """One more; the shape as decimals and commas. They are found after :meth:`index`."""
         self._names += name

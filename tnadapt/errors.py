@@ -21,10 +21,10 @@ _INVISIBLE = frozenset(
 
 
 def escaped(text: str) -> str:
-    """Somebody else's text such that a terminal shows it as it is, in one line.
+    r"""Somebody else's text such that a terminal shows it as it is, in one line.
 
     Whatever moves a cursor, changes colours, begins a line, turns the direction of writing or is not seen becomes an
-    escape such as ``\\x1b``. What is printed and may come from a file, a model or a folder goes through here: names,
+    escape such as ``\x1b``. What is printed and may come from a file, a model or a folder goes through here: names,
     metadata, paths, messages.
 
     Parameters

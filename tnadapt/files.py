@@ -59,12 +59,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from .adapter_file import KEPT, AdapterFile, check_fit, counted, drawn, plan_of, some
+from .adapter_file import KEPT, MAX_LEFT_OUT, AdapterFile, check_fit, counted, drawn, plan_of, some
 from .config import Config
 from .container import (
     DTYPES,
@@ -81,7 +81,8 @@ from .container import (
 from .durable import replace_file
 from .errors import FileError, TnadaptError, shown
 from .fingerprint import Fingerprint
-from .json_scan import MAX_VALUE, Elements, lazy_object
+from .header import read_header
+from .json_scan import MAX_VALUE, Elements, Later, lazy_object
 from .overlaps import check_distinct
 from .target import Target
 
@@ -99,10 +100,12 @@ _DEFAULTS: dict[str, Any] = {
 
 _TAGS = {name: tag for tag, name in DTYPES.items()}
 _REQUIRED = {"version": int, "config": dict, "targets": Elements, "sha256": str}
-_OPTIONAL = {"activation": str, "base": dict, "draws": str, "model": str, "trained": list}
+_OPTIONAL = {"activation": str, "base": dict, "draws": str, "model": str, "trained": Elements}
 # The first bytes of such a half in UTF-8, which has none.
 _SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
-_JSON = {dict: "an object", list: "a list", Elements: "a list", str: "a string", int: "an integer"}
+_JSON = {dict: "an object", Elements: "a list", str: "a string", int: "an integer"}
+# Bytes of a config beside MAX_VALUE for each target: with explicit groups it has the targets' numbers.
+_CONFIG_OF_TARGET = 16
 # How many targets there may be: a plan of so many takes minutes, and no model has as many weights to adapt.
 _MAX_TARGETS = 1 << 17
 
@@ -149,18 +152,28 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
 def content_of(file: AdapterFile) -> bytes:
     """The bytes of an adapter's file."""
     file.check_finite()
-    left_out = set(file.left_out)
+    left_out = file.left_out
     stored = {
         name: _stored(array, file.dtypes.get(name, array.dtype.name))
         for name, array in file.tensors()
         if name not in left_out
     }
-    recipe = _recipe(file)
+    recipe = _recipe(file, file.draws_without(left_out))
     digest = _digest(_text({**recipe, "sha256": "0" * 64}).encode(), stored)
     content = serialized(stored, {ENTRY: _text({**recipe, "sha256": digest})})
     if int.from_bytes(content[:8], "little") > MAX_HEADER:
         raise FileError(f"{len(stored)} arrays need a header of more than {MAX_HEADER} bytes; use fewer groups")
+    _check_readable(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return content
+
+
+def _check_readable(header: bytes) -> None:
+    """A FileError if :func:`load` would refuse this header, for its limits above all."""
+    try:
+        entries, metadata = read_header(header, False)
+        _parsed(metadata.raw[ENTRY], len(entries))
+    except FileError as error:
+        raise FileError(f"was not written, as load would refuse it: {error}") from error
 
 
 def _stored(array: np.ndarray, dtype: str) -> tuple[str, np.ndarray]:
@@ -172,7 +185,7 @@ def _stored(array: np.ndarray, dtype: str) -> tuple[str, np.ndarray]:
     return tag, np.asarray(array, raw_dtype(tag), order="C")
 
 
-def _recipe(file: AdapterFile) -> dict[str, Any]:
+def _recipe(file: AdapterFile, draws: str | None) -> dict[str, Any]:
     config = file.config.replace(weight_shape=None).to_dict()
     recipe: dict[str, Any] = {
         "version": VERSION,
@@ -181,7 +194,7 @@ def _recipe(file: AdapterFile) -> dict[str, Any]:
     }
     base = None if file.base is None else {**dataclasses.asdict(file.base), "sketch": list(file.base.sketch)}
     trained = None if file.trained is None else list(file.trained)
-    optional = {"model": file.model, "activation": file.activation, "base": base, "draws": file.draws}
+    optional = {"model": file.model, "activation": file.activation, "base": base, "draws": draws}
     recipe.update({key: value for key, value in {**optional, "trained": trained}.items() if value})
     return recipe
 
@@ -242,8 +255,8 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
         with opened(where) as container:
             found, recipe, left_out = read(container)
         draws = recipe.get("draws")
-        # Another writer may store what ours leaves out.
-        here = found.draws if left_out == found.left_out else found.draws_without(left_out)
+        # Not found.draws: another writer may store what this one leaves out.
+        here = found.draws_without(left_out)
         if check_draws and draws != here:
             raise FileError(
                 f"was trained with fixed draws of F whose digest is {draws}; on this machine it is {here}. The "
@@ -255,10 +268,8 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
 def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, ...]]:
     """The adapter of an open file, what its entry says beside the targets, and the arrays that were drawn, not read."""
     text = _entry_text(container)
-    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["targets"], MAX_VALUE))
-    config, targets = _config(recipe["config"]), _targets(recipe["targets"])
-    base = _base(recipe["base"]) if "base" in recipe else None
-    entries, trained = container.entries, recipe.get("trained")
+    entries = container.entries
+    recipe, config, targets, base, trained = _parsed(text, len(entries))
     own = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
     check_fit(config, targets, {name: entry.shape for name, entry in own.items()}, trained)
     # In the order of the file, so that it is read from one end to the other.
@@ -286,6 +297,19 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
     return found, recipe, left_out
 
 
+def _parsed(
+    text: bytes, stored: int
+) -> tuple[dict[str, Any], Config, list[Target], Fingerprint | None, list[str] | None]:
+    """The entry's object and what its parts stand for, of a file with so many tensors."""
+    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["targets", "trained"]))
+    base = _base(recipe["base"]) if "base" in recipe else None
+    trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
+    targets = _targets(recipe["targets"])
+    # After the targets, as objects of a long config take many times its bytes.
+    config = _config(recipe["config"].value(MAX_VALUE + _CONFIG_OF_TARGET * len(targets)))
+    return recipe, config, targets, base, trained
+
+
 def _draw_missing(
     config: Config,
     targets: list[Target],
@@ -311,9 +335,10 @@ def _draw_missing(
 def _entry_text(container: Container) -> bytes:
     metadata = container.metadata
     if ENTRY not in metadata:
+        what = likeness(container.entries, metadata)
         raise FileError(
-            f"is no tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {likeness(container)}"
-            + ("; tnadapt convert makes it one" if "adapter of" in likeness(container) else "")
+            f"is no tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {what}"
+            + ("; tnadapt convert makes it one" if "adapter of" in what else "")
         )
     if len(metadata) > 1:
         others = some(metadata.keys() - {ENTRY})
@@ -324,21 +349,23 @@ def _entry_text(container: Container) -> bytes:
     return text
 
 
-def likeness(container: Container) -> str:
-    """What a safetensors file of somebody else seems to be."""
-    names, hint = container.entries, "; tnadapt.convert makes it one"
+def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
+    """What a safetensors file of somebody else seems to be, by the names of its tensors and its metadata."""
+    hint = "; tnadapt.convert makes it one"
     if any(name.startswith("base_model.model.") for name in names):
         what = "an adapter of PEFT"
     elif any(name.startswith(("lycoris_", "lora_unet_", "lora_te")) for name in names):
         what = "an adapter of LyCORIS or kohya"
     else:
-        torch, hint = container.metadata.get("format") == "pt", ""
+        torch, hint = metadata.get("format") == "pt", ""
         what = "weights that torch saved" if torch else "a file of another library"
     return f"{what}: {counted(len(names), 'tensor')}" + (f" such as {shown(min(names))}" if names else "") + hint
 
 
-def _checked_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    version = recipe.get("version")
+def _checked_recipe(lazy: dict[str, Elements | Later]) -> dict[str, Any]:
+    """The entry's values, of the kinds that they must have; the config is left for later."""
+    recipe: dict[str, Any] = dict(lazy)
+    version = _value(recipe.get("version"))
     if type(version) is int and version > VERSION:
         raise FileError(f"has format version {version}, and this tnadapt reads up to {VERSION}: update tnadapt")
     if type(version) is not int or version != VERSION:
@@ -347,17 +374,28 @@ def _checked_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     missing = _REQUIRED.keys() - recipe.keys()
     if unknown or missing:
         raise FileError(f"the {ENTRY} entry has unknown keys: {some(unknown)}; lacks: {some(missing)}")
-    for key, value in recipe.items():
-        kind = (_REQUIRED | _OPTIONAL)[key]
-        if not isinstance(value, kind):  # a list that is not wanted as one is among them
-            raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {shown(value)}")
+    for key in [key for key in recipe if key != "config"]:
+        recipe[key] = _of_kind(key, _value(recipe[key]))
     for key in ("sha256", "draws"):
         if key in recipe and not re.fullmatch("[0-9a-f]{64}", recipe[key]):
             raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {shown(recipe[key])}")
     return recipe
 
 
-def _config(settings: dict[str, Any]) -> Config:
+def _value(value: Any) -> Any:
+    return value.value() if isinstance(value, Later) else value
+
+
+def _of_kind(key: str, value: Any) -> Any:
+    """A value, if it is of the kind that this key has."""
+    kind = (_REQUIRED | _OPTIONAL)[key]
+    if not isinstance(value, kind):  # a list that is not wanted as one is among them
+        raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {shown(value)}")
+    return value
+
+
+def _config(value: Any) -> Config:
+    settings = _of_kind("config", value)
     unknown = settings.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise FileError(f"config has unknown fields: {some(unknown)}")
@@ -377,6 +415,18 @@ def _targets(listed: Iterable[Any]) -> list[Target]:
         except TnadaptError as error:
             raise FileError(f"target {number}: {error}") from error
     check_distinct(found)
+    return found
+
+
+def _trained(listed: Iterable[Any], most: int) -> list[str]:
+    """The names, of which there are no more than arrays that are stored or may be left out."""
+    found: list[str] = []
+    for name in listed:
+        if not isinstance(name, str):
+            raise FileError(f"trained must be a list of names of arrays; got {shown(name)} among them")
+        if len(found) == most:
+            raise FileError(f"trained names more than {most} arrays, and the file cannot stand for as many")
+        found.append(name)
     return found
 
 

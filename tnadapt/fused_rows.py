@@ -71,11 +71,11 @@ class Facts:
         return next((found for lookup in self._lookups if (found := lookup(name)) is not None), None)
 
     def number(self, *names: str) -> int | None:
-        """The first of these names that holds a positive integer."""
+        """The first of these names that holds a positive integer below 2**62, which no size of a tensor exceeds."""
         for lookup in self._lookups:
             for name in names:
                 value = lookup(name)
-                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62:
                     return value
         return None
 

@@ -24,6 +24,9 @@ _MAX_AXES = 64  # NumPy's own limit
 _MAX_BYTES = 1 << 62
 _PIECE = 1 << 12
 
+# White space of JSON, as safetensors reads it. Adapter files are padded with spaces alone: anything else is damage.
+_PADDING = b" \t\n\r"
+
 _NATURAL = rb"(?:0|[1-9][0-9]{0,18}+)"
 # An entry as everybody writes it; another order of its keys is read, too, but slower.
 _USUAL = re.compile(
@@ -62,7 +65,7 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
     Parameters
     ----------
     content : bytes
-        Beginning with a brace; spaces may follow.
+        Beginning with a brace; white space may follow.
     foreign : bool
         Whether tensors may have the dtypes of ``FOREIGN``.
 
@@ -81,7 +84,7 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
     >>> dict(entries), dict(metadata)
     ({'a': Entry(dtype='U8', shape=(2,), start=0, stop=2)}, {})
     """
-    stop = _end(content)
+    stop = _end(content, _PADDING if foreign else b" ")
     if content[stop - 1 : stop] != b"}":
         raise FileError("the header does not end with '}'")
     check_utf8(content, "the header")
@@ -91,7 +94,8 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
         if key == "__metadata__":
             if metadata is not None:
                 raise FileError("the header has the key '__metadata__' twice")
-            metadata = _metadata(document, start)
+            # safetensors reads null as no metadata.
+            metadata = Metadata({}) if content[start:end] == b"null" else _metadata(document, start)
             continue
         if len(entries) == MAX_TENSORS:
             raise FileError(f"the header has more than {MAX_TENSORS} tensors, and no model has as many")
@@ -109,11 +113,11 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
     return entries, metadata or Metadata({})
 
 
-def _end(content: bytes) -> int:
-    """Where the padding begins: spaces, and nothing else."""
+def _end(content: bytes, padding: bytes) -> int:
+    """Where the padding begins."""
     stop = len(content)
     while stop:
-        kept = len(content[max(0, stop - _PIECE) : stop].rstrip(b" "))
+        kept = len(content[max(0, stop - _PIECE) : stop].rstrip(padding))
         stop = max(0, stop - _PIECE) + kept
         if kept:
             break

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from .errors import FileError, shown
 from .strict_json import strict_value
 
-__all__ = ["MAX_VALUE", "Document", "Elements", "Member", "check_utf8", "lazy_object"]
+__all__ = ["MAX_VALUE", "Document", "Elements", "Later", "Member", "check_utf8", "lazy_object"]
 
 #: Bytes of a value that is converted at once, such as a tensor's entry, a target or a name.
 MAX_VALUE = 1 << 16
@@ -250,8 +250,19 @@ class Elements:
             yield self._document.value(start, stop)
 
 
-def lazy_object(content: bytes, what: str, lazy: Collection[str], limit: int, most: int = 64) -> dict[str, Any]:
-    """The object of a document; arrays under some of its keys as :class:`Elements`.
+class Later:
+    """A value of an object, converted when it is asked for."""
+
+    def __init__(self, document: Document, start: int, stop: int, key: str) -> None:
+        self._document, self._start, self._stop, self._key = document, start, stop, key
+
+    def value(self, limit: int = MAX_VALUE) -> Any:
+        """The value; a FileError if it has more bytes than that."""
+        return self._document.limited(self._start, self._stop, limit, self._key)
+
+
+def lazy_object(content: bytes, what: str, lazy: Collection[str], most: int = 64) -> dict[str, Elements | Later]:
+    """The object of a document: arrays under some of its keys as :class:`Elements`, other values as :class:`Later`.
 
     Parameters
     ----------
@@ -260,20 +271,18 @@ def lazy_object(content: bytes, what: str, lazy: Collection[str], limit: int, mo
         How messages name it.
     lazy : collection of str
         The keys whose arrays may have any length.
-    limit : int
-        Bytes that any other value may have, beside as many as the arrays have together.
     most : int
         Keys that it may have.
 
     Raises
     ------
     FileError
-        If it is no such JSON. What is wrong within the arrays is found when they are iterated over.
+        If it is no such JSON. What is wrong within its values is found when they are converted.
 
     Examples
     --------
-    >>> found = lazy_object(b'{"version": 1, "targets": [[2], [3]]}', "the entry", ["targets"], 100)
-    >>> found["version"], list(found["targets"])
+    >>> found = lazy_object(b'{"version": 1, "targets": [[2], [3]]}', "the entry", ["targets"])
+    >>> found["version"].value(), list(found["targets"])
     (1, [[2], [3]])
     """
     check_utf8(content, what)
@@ -285,11 +294,10 @@ def lazy_object(content: bytes, what: str, lazy: Collection[str], limit: int, mo
             raise FileError(f"{what} has more than {most} keys")
         spans[key] = start, stop
     arrays = {key for key in spans if key in lazy and content[spans[key][0] : spans[key][0] + 1] == b"["}
-    limit += sum(spans[key][1] - spans[key][0] for key in arrays)
-    found = dict[str, Any]()
-    for key, (start, stop) in spans.items():
-        found[key] = Elements(document, start) if key in arrays else document.limited(start, stop, limit, key)
-    return found
+    return {
+        key: Elements(document, start) if key in arrays else Later(document, start, stop, key)
+        for key, (start, stop) in spans.items()
+    }
 
 
 def check_utf8(content: bytes, what: str) -> None:

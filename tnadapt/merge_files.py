@@ -93,7 +93,8 @@ def merge(
         are left out, as they would be the base's, and so are links that lead out of the base's folder (a Hugging
         Face cache's blobs belong to it) and whatever is no regular file.
     overwrite : bool
-        Whether a checkpoint that is there may be replaced, once the new one is whole.
+        Whether a checkpoint that is there may be replaced, once the new one is whole. A folder is replaced as a whole:
+        all other files in it go, too.
     check_base : bool
         Whether the base's weights must be those that the adapter was trained on.
     progress : callable, optional

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .roles import natural
+from .roles import natural, number
 from .target import Target
 
 __all__ = ["paired"]
@@ -65,7 +65,8 @@ _Groups = dict[tuple[object, ...], dict[str, list[Target]]]
 def _by_numbers(targets: Sequence[Target]) -> _Groups:
     groups: _Groups = {}
     for target in targets:
-        numbers = map(int, re.findall(r"\d+", target.name))
+        digits = re.findall(r"\d+", target.name)
+        numbers = [part if (value := number(part)) is None else value for part in digits]
         group = groups.setdefault((target.role, target.shape, *numbers), {})
         group.setdefault(target.name, []).append(target)
     return groups

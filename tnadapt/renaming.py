@@ -15,9 +15,10 @@ from collections.abc import Callable
 __all__ = ["exchange", "rename_new"]
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
-# How a kernel, a file system or a sandbox says that it lacks the call or the flag.
-_LACKING = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+# How a kernel, a file system or a sandbox says that it lacks the call or the flag. On macOS ENOTSUP is another number
+# than EOPNOTSUPP.
+_LACKING = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EXDEV}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 @functools.cache

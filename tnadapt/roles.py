@@ -14,7 +14,18 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["AMBIGUOUS_OUTPUTS", "OUTPUTS", "Name", "evident", "hints", "is_attention", "layer_of", "natural", "read"]
+__all__ = [
+    "AMBIGUOUS_OUTPUTS",
+    "OUTPUTS",
+    "Name",
+    "evident",
+    "hints",
+    "is_attention",
+    "layer_of",
+    "natural",
+    "number",
+    "read",
+]
 
 _LETTERS = {
     "q": "q", "qs": "q", "query": "q", "queries": "q",
@@ -196,7 +207,21 @@ def natural(path: str) -> list[tuple[bool, int, str]]:
     >>> sorted(["layers.10", "layers.2"], key=natural)
     ['layers.2', 'layers.10']
     """
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in path.split(".")]
+    numbers = ((number(part), part) for part in path.split("."))
+    return [(found is not None, found or 0, part) for found, part in numbers]
+
+
+def number(part: str) -> int | None:
+    """The number that a part of a path is, or None for a word.
+
+    More than 18 digits are a word: no model counts that far, and Python refuses to read more than 4,300 at all.
+
+    Examples
+    --------
+    >>> number("12"), number("attn"), number("9" * 5000)
+    (12, None, None)
+    """
+    return int(part) if part.isdecimal() and len(part) <= 18 else None
 
 
 def _words(name: str) -> list[str]:

@@ -205,6 +205,7 @@ def extended(
         header[name] = {
             "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.stop]
         }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # Metadata may hold half a surrogate pair, which has no UTF-8 form: backslashreplace writes it as JSON's own escape.
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -17,6 +17,10 @@ from .target import ROLES, Rows, Target
 
 __all__ = ["StoredModel", "targets_of"]
 
+# No model nests its modules this deep, and the paths of all ancestors of a name take memory quadratic in its depth:
+# of a hostile name of 40 KB that is all dots, gigabytes.
+_MAX_DEPTH = 64
+
 
 class StoredModel:
     """What the headers of a checkpoint say.
@@ -24,7 +28,7 @@ class StoredModel:
     Parameters
     ----------
     shapes : mapping of str to tuple of int
-        The name and shape of every stored tensor.
+        The name and shape of every stored tensor. Names with more than 64 dots are ignored.
     config : mapping or None
         Its ``config.json``.
 
@@ -37,6 +41,7 @@ class StoredModel:
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | None) -> None:
+        shapes = {name: shape for name, shape in shapes.items() if name.count(".") <= _MAX_DEPTH}
         self.weights = {name: tuple(shape) for name, shape in shapes.items() if _is_weight(name, shape)}
         self.config = config
         self.children: dict[str, dict[str, list[str]]] = {}

@@ -182,9 +182,16 @@ class BackendContract:
     def test_round_trip(self) -> None:
         host = np.array([[1.5, -2.0], [0.25, 3.0]])
         for dtype in FLOAT_DTYPES:
-            if dtype != "float32" and not hasattr(self.backend.xp, dtype):
-                with pytest.raises(BackendError, match=dtype):
-                    self.backend.dtype(dtype)
+            try:
+                self.backend.dtype(dtype)
+            except BackendError as error:
+                # JAX has a float64 that must be switched on. But nobody may say of what the library has that there is
+                # none, or refuse the one dtype that every library has.
+                denied = hasattr(self.backend.xp, dtype) and "no floating dtype" in str(error)
+                if dtype == "float32" or denied:
+                    raise
+                if dtype not in str(error):
+                    raise AssertionError(f"{dtype} is refused by an error that does not name it: {error}") from error
                 continue
             x = self.backend.asarray(host, dtype)
             assert self.backend.dtype_name(x) == dtype

@@ -38,7 +38,7 @@ def work_lock(root: str) -> Iterator[None]:
     ...     pass
     Traceback (most recent call last):
         ...
-    tnadapt.errors.FileError: another process is making work (process 1234 on HOST): wait for it, or choose another name
+    tnadapt.errors.FileError: another process is making work (process ... on ...): wait for it, or choose another name
     """
     if not HAS_LOCKS:
         _check_own(root)
@@ -51,6 +51,10 @@ def work_lock(root: str) -> Iterator[None]:
     finally:
         unlock(handle)
         os.close(handle)
+        # On NFS a deleted file that is open keeps its folder. Another process that has come meanwhile has its lock file
+        # in the folder, or makes the folder again.
+        with contextlib.suppress(OSError):
+            os.rmdir(root)
 
 
 def _locked(root: str) -> int:
@@ -83,10 +87,12 @@ def _locked(root: str) -> int:
 def _check_own(root: str) -> None:
     """An error if the name is taken by anything that this module would not have made.
 
-    That needs no lock: whatever others do at the same time, the folder has no other names in it.
+    That needs no lock: whatever others do at the same time, the folder has no other names in it. Names that begin with
+    a dot are the system's (.DS_Store, NFS's .nfs…), and stay.
     """
     try:
-        own = stat.S_ISDIR(os.lstat(root).st_mode) and all(map(_OWN.fullmatch, os.listdir(root)))
+        own = stat.S_ISDIR(os.lstat(root).st_mode)
+        own = own and all(name.startswith(".") or _OWN.fullmatch(name) for name in os.listdir(root))
         own = own and stat.S_ISREG(_mode(os.path.join(root, LOCK)))
     except FileNotFoundError:
         return

@@ -15,12 +15,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional
 
 import tnadapt.torch
-from tnadapt import files, presets
+from tnadapt import SuperLoRA, files, presets
 from tnadapt.errors import TargetError, TnadaptError
+from tnadapt.torch.kept import Updates
 from tnadapt.torch.sharding import whole
 from tnadapt.torch.storage import to_file
 
@@ -217,6 +220,67 @@ def groups_one_after_another() -> None:
         running.zero_grad()
 
 
+def chosen_after_a_pass_without_gradients() -> None:
+    """When torch holds the gathered parameters still, and no number is moved that would have it drop them."""
+    model, adapter = stirred(SHARDED)
+    running = spread(SHARDED, model)
+    for word in ("factor1", None, "factor0"):
+        outputs(running)
+        adapter.set_trainable(arrays=word)
+        running.zero_grad()
+        running(sample()).square().mean().backward()
+        for name, parameter in adapter.named_parameters():
+            chosen = word is None or name.endswith(word)
+            expect(parameter.requires_grad == chosen, f"{name} requires_grad, with {word} chosen")
+            expect((parameter.grad is not None) == chosen, f"{name} has a gradient, with {word} chosen")
+
+
+class Around(nn.Module):
+    """A model around the adapted one; it may have the arrays beside that."""
+
+    def __init__(self, inner: Model) -> None:
+        super().__init__()
+        self.inner = inner
+        self.beside = nn.ParameterDict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def writes_where_the_sharded_root_contains_the_model() -> None:
+    for beside in (False, True):
+        model, adapter = stirred(SHARDED)
+        around = Around(model)
+        if beside:
+            adapter.keep_arrays_in(around.beside)
+        running = fully_shard(around)
+        before = outputs(running)
+        wanted = other_arrays(adapter, 2)
+        adapter.load_arrays(wanted)
+        expect(not torch.equal(outputs(running), before), "the arrays do not act")
+        running(sample()).square().mean().backward()
+        same_arrays(adapter.arrays(), wanted)
+        outputs(running)
+        adapter.set_trainable(arrays="factor1")
+        running.zero_grad()
+        running(sample()).square().mean().backward()
+        for name, parameter in adapter.named_parameters():
+            expect((parameter.grad is not None) == name.endswith("factor1"), f"{name} has a gradient, or has none")
+
+
+def updates_of_arrays_sharded_since() -> None:
+    """What was cached before is not compared with them, which torch refuses."""
+    plan = SuperLoRA(presets.lora(2), [(4, 4)])
+    arrays: dict[str, Tensor] = dict(plan.init("torch"))
+    updates = Updates(plan)
+    with torch.no_grad():
+        expected = updates.get(lambda names: [arrays[name] for name in names], 0)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        arrays = {name: distribute_tensor(array, mesh, [Replicate()]) for name, array in arrays.items()}
+        found = updates.get(lambda names: [arrays[name] for name in names], 0)
+    expect(torch.equal(whole(found), expected), "another update")
+
+
 def several_adapters() -> None:
     model, _ = stirred(SHARDED)
     second = tnadapt.torch.attach(model, presets.lora(2), name="second")
@@ -277,6 +341,9 @@ CHECKS: dict[str, Callable[..., None]] = {
         half_precision_blocks,
         state_saved_and_resumed,
         groups_one_after_another,
+        chosen_after_a_pass_without_gradients,
+        updates_of_arrays_sharded_since,
+        writes_where_the_sharded_root_contains_the_model,
         several_adapters,
         compiled,
         reentrant_without_static_graph,

@@ -166,7 +166,7 @@ def test_what_cannot_be_done_leaves_the_base_as_it_was() -> None:
     with pytest.raises(ConfigError, match="no rank up to 1 "):
         tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), error=1e-3, max_rank=1)
     steps: list[Any] = []
-    for arguments in ({"keep": "nothing"}, {"name": "not a name"}):
+    for arguments in ({"keep": "nothing"}, {"name": "not\na name"}):
         with pytest.raises(TargetError):
             tnadapt.torch.extract(model, _tuned(model), presets.lora(2), progress=steps.append, **arguments)
     assert steps == []  # before anything is fitted

@@ -692,3 +692,17 @@ def test_what_peft_does_with_its_own_methods_only() -> None:
         get_peft_model(llama(), TnadaptConfig(task_type="CAUSAL_LM"), mixed=True)
     with pytest.raises(tna.ConfigError, match="run a batch for each adapter"):
         adapted("llama")(input_ids=ids(), adapter_names=["default"] * 4)
+
+
+def test_attach_beside_the_plug_in() -> None:
+    """The plug-in's arrays are no weights of the base: they stay trainable, are not counted, and are not kept."""
+    model = adapted("llama")
+    (first,) = tt.adapters(model).values()
+    base = first.summary().base
+    second = tt.attach(model, tna.presets.lora(2), name="second")
+    assert all(parameter.requires_grad for _, parameter in first.named_parameters())
+    assert second.summary().base == base == sum(p.numel() for p in llama().parameters())
+    with pytest.raises(tna.TargetError, match="no parameter lies at or below 'tnadapt_arrays'"):
+        tt.attach(model, tna.presets.lora(2), name="third", keep_trainable="tnadapt_arrays")
+    second.detach()
+    assert all(parameter.requires_grad for _, parameter in first.named_parameters())

@@ -134,6 +134,25 @@ def test_what_was_kept_trainable_is_saved(tmp_path: Path) -> None:
     assert tt.adapters(wider) == {}
 
 
+def test_a_load_that_fails_late_gives_the_kept_parameters_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = trained(None, keep_trainable="head")
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    adapter.save(tmp_path / "a.safetensors")
+    fresh = small()
+    before = state(fresh)
+
+    def interrupt(*_: object) -> None:
+        assert not torch.equal(fresh.head.weight, before["head.weight"])  # it was written to by now
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tt.storage, "keep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tt.load(fresh, tmp_path / "a.safetensors")
+    assert same(state(fresh), before)
+    assert tt.adapters(fresh) == {}
+
+
 def test_running_statistics_of_a_kept_part_are_saved_with_it(tmp_path: Path) -> None:
     def model() -> nn.Module:
         made = small()
@@ -237,7 +256,7 @@ def test_a_model_with_other_weights_is_refused_whole(tmp_path: Path) -> None:
 def test_draws_of_another_machine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapter = trained(P.superlora(3, projection="linear", ratio=0.3))
     adapter.save(tmp_path / "a.safetensors")
-    monkeypatch.setattr("tnadapt.adapter_file.AdapterFile.draws", "0" * 64)
+    monkeypatch.setattr("tnadapt.adapter_file.AdapterFile.draws_without", lambda *_: "0" * 64)
     with pytest.raises(tna.FileError, match="0000000"):
         tt.load(small(), tmp_path / "a.safetensors")
 

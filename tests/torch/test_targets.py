@@ -18,6 +18,7 @@ from tnadapt.errors import TargetError  # noqa: E402
 from tnadapt.reproduce.diffusion.unet import Attention, ClassEmbedding, UNet  # noqa: E402
 from tnadapt.roles import is_attention, read  # noqa: E402
 from tnadapt.target import Rows, Target  # noqa: E402
+from tnadapt.torch.attach import attach  # noqa: E402
 from tnadapt.torch.targets import find_targets, tied  # noqa: E402
 
 from .architectures import MODELS, build  # noqa: E402
@@ -499,7 +500,9 @@ def test_targets_of_the_callers_own() -> None:
     found = find_targets(model, "qv")
     # The order of a file's targets is that of its arrays: it stays.
     assert find_targets(model, found[::-1]) == found[::-1]
-    assert find_targets(model, [found[1], found[1]]) == [found[1]]
+    assert find_targets(model, [found[1], found[1]]) == [found[1], found[1]]
+    with pytest.raises(TargetError, match="targets 0 and 1 overlap"):
+        attach(model, targets=[found[1], found[1]])
     apart = Target("transformer.h.0.mlp.c_fc", (32, 128), transposed=True)
     assert find_targets(model, [apart, "attn:q"]) == [found[0], apart, found[2]]
     wrong = [
@@ -563,9 +566,18 @@ def test_an_embedding_must_be_named() -> None:
     assert names(model, "all-linear") == ["attn.v.weight", "fine.weight"]
     assert names(model, ["embed"]) == names(model, "embed") == ["embed.weight"]
     assert find_targets(model, ["embed"])[0].shape == (4, 2)
-    model.embed.sparse = True
+
+
+@pytest.mark.parametrize("targets", [["embed"], "embed", [Target("embed", (4, 2))], lambda path, _: path == "embed"])
+def test_embeddings_that_cannot_be_adapted(targets: Any) -> None:
+    model = Module(embed=nn.Embedding(4, 2, sparse=True))
     with pytest.raises(TargetError, match=r"embed\.weight belongs to an embedding with sparse=True.*set sparse=False"):
-        find_targets(model, ["embed"])
+        find_targets(model, targets)
+    model = Module(embed=nn.Embedding(4, 2, max_norm=0.5))
+    with pytest.raises(TargetError, match=r"embed\.weight .* max_norm=0\.5, which rescales .* set max_norm=None"):
+        find_targets(model, targets)
+    model.embed.max_norm = None
+    assert names(model, targets) == ["embed.weight"]
 
 
 def test_a_matrix_of_an_unknown_module_must_be_named() -> None:

@@ -220,6 +220,39 @@ def test_frozen_arrays_come_back_in_every_dtype(dtype: torch.dtype, config: Any,
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+def test_an_optimizer_leaves_what_is_frozen_between_backward_and_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(True), Block(False))
+    adapter = attach(model, presets.superlora(2, groups=2))
+    move(adapter)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    loss_of(model, batch()).backward()
+    adapter.set_trainable(groups=0)
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    optimizer.step()
+    for name, p in adapter.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith("group0."), name
+
+
+def test_a_choice_that_fails_leaves_the_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(True), Block(False))
+    adapter = attach(model, presets.superlora(2, groups=2))
+    move(adapter)
+    loss_of(model, batch()).backward()
+    gradients = {name: p.grad for name, p in adapter.named_parameters()}
+    last: Any = list(adapter.named_parameters())[-1][1]
+
+    def fail(required: bool) -> None:
+        del last.requires_grad_  # what undoes the choice is not to fail
+        raise MemoryError
+
+    last.requires_grad_ = fail
+    with pytest.raises(MemoryError):
+        adapter.set_trainable(groups=1)
+    assert all(p.requires_grad and p.grad is gradients[name] for name, p in adapter.named_parameters())
+
+
 def test_frozen_arrays_that_have_moved_are_stored(tmp_path: Path) -> None:
     model, adapter, x = attention(presets.lora(2))
     move(adapter)

@@ -35,7 +35,7 @@ class JaxBackend(Backend):
     def dtype(self, name: str) -> Any:
         if name == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
             raise BackendError(
-                "JAX computes in float32 unless 64-bit numbers are switched on: "
+                "JAX computes in float32, not float64, unless 64-bit numbers are switched on: "
                 "jax.config.update('jax_enable_x64', True), or ask for dtype='float32'"
             )
         return super().dtype(name)

@@ -27,7 +27,12 @@ def merge_command(
         Path,
         typer.Option("--out", "-o", help="What to make: a folder, or a file where BASE is a file.", show_default=False),
     ],
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a checkpoint that is at OUT.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", "-f", help="Replace a checkpoint that is at OUT; all other files of a folder OUT go, too."
+        ),
+    ] = False,
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Merge even if the adapter was trained on other weights.")
     ] = False,

@@ -94,6 +94,8 @@ class Adapter:
         self._mix = torch.tensor(1.0)
         #: The module that its parameters are registered on, and their names there.
         self._owner = model
+        #: What to call instead of detach() and bake() where the owner has to know of it.
+        self._instead: str | None = None
         self._names = {array: f"{PREFIX}{encoded(name)}_{array.replace('.', '_')}" for array in plan.param_shapes}
 
     def __repr__(self) -> str:
@@ -131,17 +133,28 @@ class Adapter:
         for array, name in self._names.items():
             yield array, self._owner._parameters[name]  # type: ignore[misc]
 
-    def keep_arrays_in(self, owner: nn.ParameterDict) -> None:
+    def keep_arrays_in(self, owner: nn.ParameterDict, instead: str) -> None:
         """Register its parameters in ``owner`` instead of on the model, under their array names with ``_`` for dots.
 
         The parameters stay the same objects. Whoever calls it keeps ``owner`` in the same module tree as the model, so
-        that moving, sharding and copying treat them alike.
+        that moving, sharding and copying treat them alike, and takes the adapter off by :meth:`let_go` or
+        :meth:`let_go_merged`; :meth:`detach` and :meth:`bake` are then refused with what to call ``instead``.
         """
         names = {array: array.replace(".", "_") for array in self._names}
-        for array, parameter in list(self.named_parameters()):
-            del self._owner._parameters[self._names[array]]
+        left, old = self._owner, list(self._names.values())
+        # In this order: at every moment, the parameters are where they are looked for.
+        for array, parameter in self.named_parameters():
             owner[names[array]] = parameter
-        self._owner, self._names = owner, names
+        try:
+            self._move(owner, names, instead, left, old)
+        except BaseException:  # half of it would leave them in two places
+            self._move(owner, names, instead, left, old)
+            raise
+
+    def _move(self, owner: nn.Module, names: dict[str, str], instead: str, left: nn.Module, old: Sequence[str]) -> None:
+        self._owner, self._names, self._instead = owner, names, instead
+        for name in old:
+            left._parameters.pop(name, None)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Those of its arrays that are trained: what an optimiser is given.
@@ -273,7 +286,7 @@ class Adapter:
     def pairs(self, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
         """The parameters of these arrays, whose names and shapes are known to fit, each with its array."""
         self._need_unmerged("new arrays")
-        reshard(self.model)
+        reshard(self.model, self._owner)
         return [(parameter, arrays[name]) for name, parameter in self.named_parameters() if name in arrays]
 
     # -- Which adapters act ------------------------------------------------------------------
@@ -356,8 +369,14 @@ class Adapter:
         Raises
         ------
         TargetError
-            If it is merged (unmerge first, or keep it merged by :meth:`bake`), or not attached any more.
+            If it is merged (unmerge first, or keep it merged by :meth:`bake`), not attached any more, or its arrays
+            belong to a PEFT model.
         """
+        self._need_own_arrays("detach()")
+        self.let_go()
+
+    def let_go(self) -> None:
+        """What :meth:`detach` does, for whoever keeps the arrays (:meth:`keep_arrays_in`)."""
         self._need_unmerged("detach()")
         self.need_attached()
         try:
@@ -376,6 +395,8 @@ class Adapter:
                     del hooks[key]
                     self.model._forward_hooks_always_called.pop(key, None)
         for name in self._names.values():
+            if isinstance(self._owner, nn.ParameterDict) and name in self._owner:
+                del self._owner[name]  # it has a list of names, too
             self._owner._parameters.pop(name, None)
         restore(self)
         # Last: an adapter that is in the book can be taken off again.
@@ -396,6 +417,12 @@ class Adapter:
         >>> [name for name, _ in model.named_parameters()] == names
         True
         """
+        self._need_own_arrays("bake()")
+        self.let_go_merged()
+        return self.model
+
+    def let_go_merged(self) -> None:
+        """What :meth:`bake` does, for whoever keeps the arrays."""
         self.need_attached()
         if self.merged is None:
             self.merge()
@@ -404,7 +431,6 @@ class Adapter:
         except BaseException:  # half of it would add the update twice
             self._baked()
             raise
-        return self.model
 
     def _baked(self) -> None:
         self.untied.clear()  # its copy has the update in it
@@ -415,6 +441,13 @@ class Adapter:
     def _need_unmerged(self, what: str) -> None:
         if self.merged is not None:
             raise TargetError(f"adapter {self.name!r} is merged, and {what} needs it unmerged: call unmerge() first")
+
+    def _need_own_arrays(self, what: str) -> None:
+        self.need_attached()
+        if self._instead is not None:
+            raise TargetError(
+                f"the arrays of adapter {self.name!r} are not its own, so {what} is refused: {self._instead}"
+            )
 
     def need_attached(self) -> None:
         """A TargetError where it was taken off."""

@@ -22,7 +22,7 @@ from . import freezing
 from .adapter import Adapter
 from .apply import ACTIVATIONS, STRATEGIES, Part, Site
 from .cost import MACHINES, TOKENS, choose
-from .registry import BOOK, DOT, PREFIX, overlapping
+from .registry import BOOK, DOT, is_array, overlapping
 from .sharding import is_sharded
 from .targets import find_targets, host_of, paths_of, tied
 
@@ -195,11 +195,7 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
     first: dict[int, str] = {}
     for name, tensor in tensors:
         first.setdefault(id(tensor), name)
-    names = {
-        name: first[id(tensor)]
-        for name, tensor in tensors
-        if name in state and not name.rpartition(".")[2].startswith(PREFIX)
-    }
+    names = {name: first[id(tensor)] for name, tensor in tensors if name in state and not is_array(name)}
     kept: dict[str, None] = {}
     for pattern in patterns:
         found = [own for name, own in names.items() if f".{pattern}." in f".{name}."]

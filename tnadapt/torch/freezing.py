@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .registry import PREFIX, overlapping
+from .registry import is_array, overlapping
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -57,7 +57,7 @@ def untie(adapter: Adapter, name: str) -> None:
 def _base(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of its model that are no adapter's."""
     for name, parameter in adapter.model.named_parameters():
-        if not name.rpartition(".")[2].startswith(PREFIX):
+        if not is_array(name):
             yield name, parameter
 
 

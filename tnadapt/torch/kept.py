@@ -12,6 +12,7 @@ from torch._guards import TracingContext
 
 from ..superlora import SuperLoRA
 from .delta import Slice, Update, Whole, pieces, vector, version
+from .sharding import is_sharded
 from .summed import transformed, watched
 
 __all__ = ["Updates"]
@@ -187,6 +188,8 @@ def _equal(arrays: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
     pairs = list(zip(arrays, copies, strict=True))
     if any(a.device != b.device or a.dtype != b.dtype or a.shape != b.shape for a, b in pairs):
         return False
+    if any(is_sharded(a) != is_sharded(b) for a, b in pairs):
+        return False  # sharded since, and the two kinds cannot be compared
     if arrays[0].device.type == "cpu":
         return all(torch.equal(a, b) for a, b in pairs)
     with torch.no_grad():

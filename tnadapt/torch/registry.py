@@ -16,7 +16,7 @@ from .atomic import all_or_none
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-__all__ = ["BOOK", "DOT", "PREFIX", "adapters", "encoded", "finite", "mix", "overlapping"]
+__all__ = ["BOOK", "DOT", "PREFIX", "adapters", "encoded", "finite", "is_array", "mix", "overlapping"]
 
 #: How the names of an adapter's parameters on its model begin.
 PREFIX = "tnadapt_"
@@ -106,6 +106,27 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     new = [(adapter, wanted.get(name, 0.0)) for name, adapter in there.items()]
     old = [(adapter, adapter.weight) for adapter in there.values()]
     all_or_none(lambda adapter, weight: adapter.set_weight(weight), new, old)
+
+
+def is_array(path: str) -> bool:
+    """Whether a parameter belongs to an adapter and not to the base, by its path in the model.
+
+    Parameters
+    ----------
+    path : str
+
+    Examples
+    --------
+    Its own name says it, or that of a module that holds the arrays, as in a PEFT model:
+
+    >>> is_array("encoder.tnadapt_default_group0_split0_factor0")
+    True
+    >>> is_array("tnadapt.tnadapt_arrays.default.group0_split0_factor0")
+    True
+    >>> is_array("encoder.layers.0.weight")
+    False
+    """
+    return any(part.startswith(PREFIX) for part in path.split("."))
 
 
 def encoded(name: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -42,15 +43,27 @@ def copy_all(pairs: Sequence[tuple[Tensor, Any]]) -> None:
         all_or_none(lambda tensor, value: tensor.copy_(value), new, old)
 
 
-def reshard(model: nn.Module) -> None:
-    """Let the shards be the model's parameters: what is written into gathered ones is dropped at the next pass.
+def reshard(*models: nn.Module) -> None:
+    """Let the shards be these modules' parameters: what is written into gathered ones is dropped at the next pass.
 
-    FSDP2 keeps its outermost module gathered after a forward pass.
+    FSDP2 keeps its outermost module gathered after a forward pass. That module manages the parameters of everything
+    below it, so it may be one that contains the given ones.
     """
-    for module in model.modules():
+    inside = {module: None for model in models for module in model.modules()}
+    for module in [*inside, *_sharded_around(inside)]:
         again = getattr(module, "reshard", None)
         if callable(again) and hasattr(module, "unshard"):
             again()
+
+
+def _sharded_around(inside: Collection[nn.Module]) -> list[nn.Module]:
+    """The modules that torch shards and that contain some of these."""
+    # Nothing leads from a module to what contains it. torch lists the sharded ones in private; it has sharded none if
+    # it has not imported the list, and a version without the list leaves us with what lies inside.
+    known: Any = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", ())
+    return [
+        outer for outer in list(known) if outer not in inside and any(module in inside for module in outer.modules())
+    ]
 
 
 def refuse_reentrant(name: str) -> None:

@@ -184,15 +184,21 @@ def load(
                 )
         dtype = getattr(torch, file.dtype)
     check_name(model, name)
+    before: list[tuple[Tensor, Tensor]] = []
     try:
         adapter = attach(
             model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
             untie=untie,
         )  # fmt: skip
         adapter.kept = tuple(file.kept)
-        copy_all([*adapter.fitting(file.arrays), *_kept_pairs(model, file)])
+        kept_pairs = _kept_pairs(model, file)
+        before = [(tensor, tensor.detach().clone()) for tensor, _ in kept_pairs]
+        copy_all([*adapter.fitting(file.arrays), *kept_pairs])
         keep(adapter, file.trained)
     except BaseException:  # KeyboardInterrupt, too, from when on it is attached
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
         left = model.__dict__.get(BOOK, {}).get(name)
         if left is not None:
             left.take_off()

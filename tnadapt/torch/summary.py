@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import escaped
+from .registry import is_array
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -72,7 +73,11 @@ class Summary:
         self.frozen = plan.num_parameters - self.parameters
         self.adapted = plan.size
         own = {id(parameter) for _, parameter in adapter.named_parameters()}
-        sizes = {name: p.numel() for name, p in adapter.model.named_parameters() if id(p) not in own}
+        sizes = {
+            name: parameter.numel()
+            for name, parameter in adapter.model.named_parameters()
+            if not is_array(name) and id(parameter) not in own
+        }
         self.kept = sum(sizes.get(name, 0) for name in adapter.kept)
         self.base = sum(sizes.values())
 

@@ -12,7 +12,7 @@ from ..errors import TargetError
 from ..target import ROLES, Target
 from .hosts import host_of, paths_of, reads_outside
 from .search import Search
-from .weights import join, modules_of
+from .weights import check_embedding, join, modules_of
 
 __all__ = ["find_targets", "host_of", "paths_of", "reads_outside", "tied"]
 
@@ -51,7 +51,8 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     ------
     TargetError
         If nothing is found, an entry of a list matches nothing, the layout of a fused weight is not known, the shape
-        of a quantised weight is not known, or a weight is tied and ``untie`` is false.
+        of a quantised weight is not known, a weight is tied and ``untie`` is false, or an embedding has ``sparse=True``
+        or a ``max_norm``.
 
     Examples
     --------
@@ -78,6 +79,8 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
         chosen = list({(target.module, target.parameter, target.rows): target for target in found}.values())
         order = {path: place for place, (path, _) in enumerate(modules_of(model))}
         chosen.sort(key=lambda target: (order[target.module], ROLES.index(target.role)))
+    for target in chosen:
+        check_embedding(target.name, model.get_submodule(target.module))
     twins = [] if untie else tied(model, chosen)
     if twins:
         raise TargetError(

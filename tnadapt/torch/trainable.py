@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ConfigError, shown
 from ..start import Start
 from ..superlora import Group
-from .sharding import copy_all, whole
+from .sharding import copy_all, reshard, whole
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -44,22 +44,27 @@ def keep(adapter: Adapter, trained: Collection[str] | None, arrays: Mapping[str,
 
     If it fails or is interrupted, nothing has changed.
     """
+    # FSDP2 drops what is set on gathered parameters, requires_grad included.
+    reshard(adapter.model, adapter._owner)
     everything = adapter.plan.param_shapes
     chosen = everything if trained is None else set(trained)
     names = None if len(chosen) == len(everything) else tuple(name for name in everything if name in chosen)
     pairs = adapter.pairs(arrays) if arrays else []
-    required = [(parameter, parameter.requires_grad) for _, parameter in adapter.named_parameters()]
+    required = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in adapter.named_parameters()]
     numbers = [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
     before = adapter.trained
     try:
         copy_all(pairs)
         for name, parameter in adapter.named_parameters():
             parameter.requires_grad_(name in chosen)
+            if name not in chosen:
+                parameter.grad = None  # an optimiser that has it already would go on moving it
         adapter.trained = names
     except BaseException:  # KeyboardInterrupt, too
         adapter.trained = before
-        for parameter, was in required:
+        for parameter, was, gradient in required:
             parameter.requires_grad_(was)
+            parameter.grad = gradient
         with torch.no_grad():
             for parameter, number in numbers:
                 parameter.copy_(number)

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import TargetError
 from ..target import Rows, Target
 
-__all__ = ["Weight", "join", "modules_of", "plain", "projections_in", "weights_of", "wraps"]
+__all__ = ["Weight", "check_embedding", "join", "modules_of", "plain", "projections_in", "weights_of", "wraps"]
 
 # Where PEFT keeps the layer that it wraps.
 _BASE = "base_layer"
@@ -71,12 +71,31 @@ class Weight(NamedTuple):
                 f"{self.name} of {type(self.module).__name__} is quantised, and the module has no in_features and "
                 "out_features that tell its shape: leave it out, or give tnadapt.Target(path, shape, …) yourself"
             )
-        if getattr(self.module, "sparse", False) is True:
-            raise TargetError(
-                f"{self.name} belongs to an embedding with sparse=True, whose gradients are sparse, and an update's "
-                "are not: set sparse=False on the module, or leave it out of the targets"
-            )
         return Target(self.path, self.stored, role, self.parameter, rows, self.transposed, layer)
+
+
+def check_embedding(name: str, module: nn.Module) -> None:
+    """A TargetError where a weight belongs to an embedding that cannot be adapted.
+
+    Parameters
+    ----------
+    name : str
+        Dotted path of the weight.
+    module : Module
+        What holds it.
+    """
+    if getattr(module, "sparse", False) is True:
+        raise TargetError(
+            f"{name} belongs to an embedding with sparse=True, whose gradients are sparse, and an update's are not: "
+            "set sparse=False on the module, or leave it out of the targets"
+        )
+    norm = module.max_norm if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
+    if norm is not None:
+        raise TargetError(
+            f"{name} belongs to an embedding with max_norm={norm:g}, which rescales rows of its weight in place in "
+            "each forward pass, and an adapted weight must stay as it is: set max_norm=None on the module, or leave "
+            "it out of the targets"
+        )
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

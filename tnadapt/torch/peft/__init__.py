@@ -14,7 +14,8 @@ fingerprint of the base model and a digest of what F draws, so that another base
 The arrays lie beside the base model, as ``base_model.tnadapt.tnadapt_arrays.{adapter}.{array}``: the base's state dict
 has no others than before, and code that looks for an adapter by its name in the names of parameters finds it. TRL's
 trainers do so when they copy a trained adapter to be their reference. An adapter may have any printable name
-(``"my-adapter"``, ``"v1.0"``).
+(``"my-adapter"``, ``"v1.0"``) but those of attributes of ``nn.ModuleDict`` (``"keys"``, ``"type"``), which PEFT's other
+methods do not take either, and, beside ``modules_to_save``, those with a dot.
 
 What is not supported: adapters of other types beside it, several adapters in one batch (``adapter_names=`` in a forward
 pass), ``bias=``, ``add_weighted_adapter`` (:func:`tnadapt.torch.mix` weights adapters), ``inject_adapter_in_model`` and

@@ -35,12 +35,13 @@ class AdapterArrays(nn.ModuleDict):
         return super().__getitem__(encoded(key))
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
-        super().__setitem__(encoded(key), module)
+        # First, so that an interrupt leaves no module without a name.
         self._decoded[encoded(key)] = key
+        super().__setitem__(encoded(key), module)
 
     def __delitem__(self, key: str) -> None:
         super().__delitem__(encoded(key))
-        del self._decoded[encoded(key)]
+        self._decoded.pop(encoded(key), None)
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and encoded(key) in self._modules

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from ... import presets
@@ -104,6 +104,9 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     base : dict, optional
         Written by ``save_pretrained``: how many weights of which shapes the adapter was trained on, their fingerprint,
         and the digest of the draws. What does not fit is refused. With None nothing is compared.
+    trained : list of str, optional
+        Written by ``save_pretrained`` where :meth:`tnadapt.torch.Adapter.set_trainable` chose some: the arrays that are
+        trained, by their names in the plan. None trains all.
 
     Raises
     ------
@@ -129,10 +132,13 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     activation: str | None = None
     init_weights: bool = True
     base: dict[str, Any] | None = None
+    trained: Any = None
     preset: dataclasses.InitVar[str | None] = None
 
     # What base is to be in the next file. It is of one model, while this object may serve several.
     _next_base = None
+    # Likewise of trained, where None is a choice, too.
+    _next_trained = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         known = [field.name for field in dataclasses.fields(cls)] + ["preset"]
@@ -173,6 +179,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             )
         if self.base is not None and not isinstance(self.base, dict):
             raise ConfigError(f"base is what save_pretrained wrote, or None; got {shown(self.base)}")
+        if self.trained is not None:
+            self.trained = _list("trained", self.trained)
 
     def _check_layers(self) -> None:
         layers, patterns = self.layers_to_transform, self.layers_pattern
@@ -204,6 +212,10 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         """Let the next file that is written say this of the base model. This object is not changed by it."""
         self._next_base = base
 
+    def keep_trained(self, trained: Sequence[str] | None) -> None:
+        """Let the next file that is written say that these arrays are trained. This object is not changed by it."""
+        self._next_trained = (None if trained is None else list(trained),)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as they are written to ``adapter_config.json``."""
         settings: dict[str, Any] = super().to_dict()
@@ -213,6 +225,10 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                 settings[name] = sorted(settings[name])
         if self.base is None and self._next_base is not None:
             settings["base"] = dict(self._next_base)
+        if self._next_trained is not None:
+            settings["trained"] = self._next_trained[0]
+        if settings["trained"] is None:
+            del settings["trained"]
         return settings
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -220,7 +236,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self._next_base = None
+            self._next_base = self._next_trained = None
 
 
 def _instead(name: str, known: list[str]) -> str:

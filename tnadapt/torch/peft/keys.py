@@ -10,6 +10,7 @@ import re
 
 from ...errors import TargetError
 from ..registry import encoded
+from .arrays import AdapterArrays
 
 __all__ = ["check_adapter_name", "in_file"]
 
@@ -31,9 +32,14 @@ def in_file(key: str, adapter_name: str) -> str | None:
 
 
 def check_adapter_name(name: str) -> None:
-    """A TargetError where PEFT would take a part of every array's name for the name of the adapter."""
+    """A TargetError where PEFT would mistake a part of every array's name for the name, or torch has no such module."""
     if _RESERVED.fullmatch(name):
         raise TargetError(
             f"an adapter cannot be called {name!r}: the arrays of all adapters have this word in their names, and PEFT "
             "could not tell them apart; give another name"
+        )
+    if hasattr(AdapterArrays(), encoded(name)):
+        raise TargetError(
+            f"an adapter cannot be called {name!r}: its arrays are kept in an nn.ModuleDict, which has an attribute of "
+            "that name; give another name"
         )

@@ -56,18 +56,31 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
     def add(self, handle: Adapter) -> None:
         """Take in an adapter that was just attached, and its arrays."""
         arrays = nn.ParameterDict()
-        handle.keep_arrays_in(arrays)
+        handle.keep_arrays_in(
+            arrays,
+            f"they belong to a PEFT model; call its delete_adapter({handle.name!r}), unload() or merge_and_unload()",
+        )
         self.tnadapt_arrays[handle.name] = arrays
         self.handles[handle.name] = handle
 
     def remove(self, name: str) -> None:
         """Take an adapter off the model."""
-        self.handles[name].detach()
+        handle = self.handles[name]
+        # While there are others, what is trained is theirs, or PEFT's with modules_to_save: detach() would set it to
+        # what it was before the first of them.
+        required = [(p, p.requires_grad) for p in handle.model.parameters()] if len(self.handles) > 1 else []
+        try:
+            handle.let_go()
+        finally:
+            for parameter, was in required:
+                parameter.requires_grad_(was)
         self.drop(name)
 
     def drop(self, name: str) -> None:
-        """Forget an adapter that is off the model."""
-        del self.handles[name], self.tnadapt_arrays[name]
+        """Forget an adapter that is off the model, also one that was added in part only."""
+        self.handles.pop(name, None)
+        if name in self.tnadapt_arrays:
+            del self.tnadapt_arrays[name]
         self._weights.pop(name, None)
         self._bases.pop(name, None)
 
@@ -125,34 +138,39 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
 
         ``safe_merge`` is always on: nothing that is not finite is ever added.
         """
-        done: list[str] = []
         names = list(check_adapters_to_merge(self, adapter_names))
         handles = [self.handle(name) for name in names]
+        before, new = self.merged_adapters, [handle for handle in handles if handle.merged is None]
         try:
             for name, handle in zip(names, handles, strict=True):
                 self._act(name, True)
                 handle.merge()
-                done.append(name)
-        except TnadaptError as error:
-            for other in reversed(done):
-                self.handles[other].unmerge()
+            self.merged_adapters = [*before, *names]
             self._switch()
+        except BaseException as error:  # also OutOfMemoryError and KeyboardInterrupt
+            for other in reversed(new):
+                if other.merged is not None:
+                    other.unmerge()
+            self.merged_adapters = before
+            self._switch()
+            if not isinstance(error, TnadaptError):
+                raise
             if all(bool(torch.isfinite(array).all()) for _, array in handle.named_parameters()):
                 raise
             # Code that knows PEFT looks for its sentence.
             raise BackendError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {error}"
             ) from error
-        self.merged_adapters = [*self.merged_adapters, *names]
-        self._switch()
 
     def unmerge(self) -> None:
         """Give the weights the bits back that they had before any merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            # In reverse: each one gives back what it found.
-            self.handles[self.merged_adapters[-1]].unmerge()
+            # In reverse: each one gives back what it found. One that is not merged any more was before an interrupt.
+            handle = self.handles[self.merged_adapters[-1]]
+            if handle.merged is not None:
+                handle.unmerge()
             self.merged_adapters = self.merged_adapters[:-1]
         self._switch()
 
@@ -172,7 +190,8 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
     def _act(self, name: str, acts: bool) -> None:
         handle = self.handles[name]
         if acts and handle.weight == 0.0:
-            handle.set_weight(self._weights.pop(name, 1.0))
+            handle.set_weight(self._weights.get(name, 1.0))
+            self._weights.pop(name, None)
         elif not acts and handle.weight != 0.0:
             self._weights[name] = handle.weight
             handle.set_weight(0.0)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...config import Config
-from ...errors import ConfigError, FileError, TargetError
+from ...errors import ConfigError, FileError, TargetError, shown
 from ..adapter import Adapter
 from ..attach import attach
-from ..registry import PREFIX
+from ..registry import PREFIX, overlapping
+from ..trainable import keep
 from .api import (
     BaseTuner,
     PeftConfig,
@@ -66,19 +67,27 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Attach an adapter. It is active if it is the first."""
-        config: Any = self.peft_config[adapter_name]
-        layer, others = self.tnadapt, list(self.tnadapt.handles)
-        check_adapter_name(adapter_name)
-        if layer.merged:
-            warnings.warn("An adapter cannot be added while others are merged. Unmerging them first.", stacklevel=2)
-            layer.unmerge()
-        trainable = {parameter: parameter.requires_grad for parameter in self.parameters()} if others else {}
-        with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
-            handle = _attach(model, config, adapter_name)
-            layer.add(handle)
+        there, trainable = list[Adapter](), dict[nn.Parameter, bool]()
+        attaching = False
         try:
+            there = overlapping(model)
+            attaching = True
+            config: Any = self.peft_config[adapter_name]
+            layer = self.tnadapt
+            if layer.handles:
+                trainable = {parameter: parameter.requires_grad for parameter in self.parameters()}
+            check_adapter_name(adapter_name)
+            _check_saved_modules(config, adapter_name)
+            if layer.merged:
+                warnings.warn("An adapter cannot be added while others are merged. Unmerging them first.", stacklevel=2)
+                layer.unmerge()
+            with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+                handle = _attach(model, config, adapter_name)
+                layer.add(handle)
             if config.base is not None:
                 check_base(handle, config.base)
+            if config.trained is not None:
+                _choose(handle, config.trained)
             if not config.init_weights:
                 start_randomly(handle)
             active = self.active_adapters
@@ -93,15 +102,20 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
                 adapter_name=adapter_name,
                 activate_adapter=adapter_name in active,
             )
-        except Exception:
-            layer.remove(adapter_name)
+            _restore(trainable)
+            self.targeted_module_names = list(
+                dict.fromkeys([*self.targeted_module_names, *(target.module for target in handle.targets)])
+            )
+        except BaseException:  # KeyboardInterrupt, too, after which PEFT does not roll back
+            for other in overlapping(model):
+                if attaching and other not in there:
+                    other.take_off()
+                    self.tnadapt.drop(adapter_name)
+            _restore(trainable)
+            # A second tuner on the same base shares the dictionary with the first.
+            if adapter_name not in [other.name for other in there]:
+                self.peft_config.pop(adapter_name, None)
             raise
-        finally:
-            for parameter, required in trainable.items():
-                parameter.requires_grad_(required)
-        self.targeted_module_names = list(
-            dict.fromkeys([*self.targeted_module_names, *(target.module for target in handle.targets)])
-        )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Let these adapters act; see PEFT."""
@@ -178,9 +192,9 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
         for name, handle in list(layer.handles.items()):
             if name in layer.merged_adapters:
-                handle.bake()
+                handle.let_go_merged()
             else:
-                handle.detach()
+                handle.let_go()
             layer.drop(name)
         layer.merged_adapters = []
         model: nn.Module = self.model
@@ -199,6 +213,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
     ) -> dict[str, Tensor]:
         if config.base is None:
             config.keep_base(_layer_of(model).base_of(adapter_name))
+        config.keep_trained(_layer_of(model).handle(adapter_name).trained)
         return {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
 
     @classmethod
@@ -227,6 +242,33 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
 
 def _layer_of(model: nn.Module) -> TnadaptLayer:
     return next(module for module in model.modules() if isinstance(module, TnadaptLayer))
+
+
+def _restore(trainable: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, required in trainable.items():
+        parameter.requires_grad_(required)
+
+
+def _check_saved_modules(config: TnadaptConfig, name: str) -> None:
+    """A TargetError where PEFT, which keeps copies of modules by the adapter's name, could not do so."""
+    if config.modules_to_save and "." in name:
+        raise TargetError(
+            f"an adapter cannot be called {name!r} with modules_to_save={shown(config.modules_to_save)}: PEFT keeps "
+            "the trained copies under the adapter's name, in which torch allows no dot; give a name without dots"
+        )
+
+
+def _choose(handle: Adapter, trained: Sequence[str]) -> None:
+    """Train these arrays of a fresh adapter, which starts with the zero in one of them."""
+    there = handle.plan.param_shapes
+    unknown = sorted(set(trained) - set(there))
+    if unknown:
+        raise ConfigError(
+            f"trained={shown(unknown)} of the config are no arrays of adapter {handle.name!r}, which are "
+            f"{shown(list(there))}: give names of these, or None to train all"
+        )
+    meta = any(array.device.type == "meta" for _, array in handle.named_parameters())
+    keep(handle, trained, None if meta else handle.plan.init(trained=trained))
 
 
 def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:

@@ -1,0 +1,300 @@
+"""The PEFT plug-in under interrupts, failing merges, unusable names, and with handles that PEFT manages."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from peft import PeftModel, get_peft_model  # noqa: E402
+from torch import nn  # noqa: E402
+
+import tnadapt.torch as tt  # noqa: E402
+import tnadapt.torch.peft as plugin  # noqa: E402
+from tnadapt.errors import ConfigError, TargetError  # noqa: E402
+from tnadapt.torch import adapter as handle_module  # noqa: E402
+from tnadapt.torch import registry as registry_module  # noqa: E402
+from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
+from tnadapt.torch.peft import layer as layer_module  # noqa: E402
+from tnadapt.torch.peft import tuner as tuner_module  # noqa: E402
+
+from .interrupts import interrupted, moments  # noqa: E402
+
+#: The modules in which PEFT's calls are interrupted; what the handles do otherwise is in test_interrupted.py.
+LAYER, TUNER, REGISTRY, HANDLE = (
+    str(module.__file__) for module in (layer_module, tuner_module, registry_module, handle_module)
+)
+
+plugin.register()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.q_proj, self.v_proj, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(torch.relu(self.q_proj(x)) + self.v_proj(x))
+
+
+def config(**more: Any) -> TnadaptConfig:
+    return TnadaptConfig(**{"target_modules": ["q_proj", "v_proj"], "init_weights": False, **more})
+
+
+def made(*names: str, **more: Any) -> PeftModel:
+    """A model with these adapters, of different updates."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = get_peft_model(Net(), config(**more), adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, config(**more))
+    return model
+
+
+X = torch.linspace(-1, 1, 24).view(3, 8)
+
+
+def run(model: nn.Module) -> Any:
+    with torch.no_grad():
+        return model(X)
+
+
+def trainable(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+# -- Deletion --------------------------------------------------------------------------------------
+
+
+def test_deletion_does_not_freeze_what_another_adapter_trains() -> None:
+    model = made("b")
+    model.add_adapter("default", config(modules_to_save=["head"]))
+    model.add_adapter("c", config())
+    model.set_adapter("default")
+    before = trainable(model)
+    assert any("modules_to_save.default" in name for name in before)
+    model.delete_adapter("c")
+    assert trainable(model) == before
+
+
+def test_deletion_does_not_unfreeze_what_another_adapter_would_train() -> None:
+    model = made("b")
+    model.add_adapter("default", config(modules_to_save=["head"]))
+    model.set_adapter("default")
+    model.add_adapter("c", config())
+    model.set_adapter("b")
+    before = trainable(model)
+    model.delete_adapter("c")
+    assert trainable(model) == before
+
+
+def test_deletion_of_the_last_adapter_gives_back_what_was_trainable() -> None:
+    model = made("b", "c")
+    model.delete_adapter("c")
+    model.delete_adapter("b")
+    assert trainable(model.base_model.model) == [name for name, _ in Net().named_parameters()]
+
+
+# -- Merging ---------------------------------------------------------------------------------------
+
+
+def both() -> PeftModel:
+    model = made("default", "b")
+    model.base_model.set_adapter(["default", "b"])
+    return model
+
+
+def base_weight(model: PeftModel) -> Any:
+    return model.get_base_model().q_proj.weight.detach().clone()
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_merge_that_fails_halfway_changes_nothing(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = both()
+    weight, expected = base_weight(model), run(model)
+
+    def fail() -> None:
+        raise error("in the second of two")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tt.adapters(model)["b"], "merge", fail)
+        with pytest.raises(error, match="in the second of two"):
+            model.merge_adapter()
+    assert torch.equal(base_weight(model), weight)
+    assert torch.equal(run(model), expected)
+    assert model.base_model.tnadapt.merged_adapters == []
+    model.merge_adapter()
+    torch.testing.assert_close(run(model), expected)
+    model.unmerge_adapter()
+    assert torch.equal(base_weight(model), weight)
+
+
+def test_a_merge_interrupted_at_any_line_is_whole_or_did_not_happen() -> None:
+    weight, expected = base_weight(both()), run(both())
+    for stop in moments(both().merge_adapter, LAYER):
+        model = both()
+        interrupted(model.merge_adapter, stop, LAYER)
+        torch.testing.assert_close(run(model), expected)
+        assert torch.equal(base_weight(model), weight), stop
+        assert not model.base_model.tnadapt.merged
+
+
+def test_an_unmerge_interrupted_at_any_line_can_be_repeated() -> None:
+    def merged() -> PeftModel:
+        model = both()
+        model.merge_adapter()
+        return model
+
+    weight, expected = base_weight(both()), run(both())
+    for stop in moments(merged().unmerge_adapter, LAYER):
+        model = merged()
+        interrupted(model.unmerge_adapter, stop, LAYER)
+        if model.base_model.tnadapt.merged:
+            model.unmerge_adapter()
+        assert torch.equal(base_weight(model), weight), stop
+        assert torch.equal(run(model), expected), stop
+
+
+# -- Names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "values", "type", "training", "forward", "_decoded"])
+def test_a_name_that_torch_has_no_module_for_is_refused(name: str) -> None:
+    model = made("default")
+    before, expected, state = trainable(model), run(model), list(model.state_dict())
+    with pytest.raises(TargetError, match=f"cannot be called '{name}': its arrays are kept in an nn.ModuleDict"):
+        model.add_adapter(name, config())
+    assert list(model.peft_config) == list(tt.adapters(model)) == list(model.base_model.tnadapt.handles) == ["default"]
+    assert torch.equal(run(model), expected)
+    assert (trainable(model), list(model.state_dict())) == (before, state)
+    net = Net()
+    with pytest.raises(TargetError, match=f"cannot be called '{name}'"):
+        get_peft_model(net, config(), adapter_name=name)
+    assert trainable(net) == list(net.state_dict()) == list(Net().state_dict())
+
+
+def test_a_dotted_name_with_modules_to_save_is_refused() -> None:
+    model = made("default")
+    before, expected, state = trainable(model), run(model), list(model.state_dict())
+    text = r"cannot be called 'v1.0' with modules_to_save=\['head'\]: PEFT keeps the trained copies"
+    with pytest.raises(TargetError, match=text):
+        model.add_adapter("v1.0", config(modules_to_save=["head"]))
+    assert list(model.peft_config) == list(tt.adapters(model)) == ["default"]
+    assert torch.equal(run(model), expected)
+    assert (trainable(model), list(model.state_dict())) == (before, state)
+    assert type(model.get_base_model().head) is nn.Linear
+    with pytest.raises(TargetError, match=text):
+        get_peft_model(Net(), config(modules_to_save=["head"]), adapter_name="v1.0")
+
+
+# -- Interrupts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", [LAYER, TUNER, REGISTRY, HANDLE], ids=["layer", "tuner", "registry", "handle"])
+def test_adding_an_adapter_interrupted_at_any_line_adds_it_or_nothing(below: str) -> None:
+    def add(model: PeftModel) -> None:
+        model.add_adapter("b", config())
+
+    first = made("default")
+    before, expected, state = trainable(first), run(first), list(first.state_dict())
+    stops = moments(lambda: add(made("default")), below)
+    if below == TUNER:
+        stops = stops[3:]  # until the tuner is in its try block, the name that PEFT has entered stays
+    for stop in stops:
+        model = made("default")
+        interrupted(functools.partial(add, model), stop, below)
+        assert torch.equal(run(model), expected)
+        assert trainable(model) == before, stop
+        layer = model.base_model.tnadapt
+        names = list(model.peft_config)
+        assert names == list(tt.adapters(model)) == list(layer.handles) == list(layer.tnadapt_arrays), stop
+        if names == ["default"]:
+            assert list(model.state_dict()) == state, stop
+            add(model)
+        model.set_adapter("b")
+        model(X).sum().backward()
+        assert all(array.grad is not None for array in tt.adapters(model)["b"].parameters()), stop
+
+
+# -- Handles ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["detach", "bake"])
+def test_a_handle_is_not_taken_off_behind_the_back_of_peft(way: str) -> None:
+    model = made("default", "b")
+    expected = run(model)
+    handle = tt.adapters(model)["default"]
+    text = (
+        rf"{way}\(\) is refused: they belong to a PEFT model; call its delete_adapter\('default'\), unload\(\) or merge"
+    )
+    with pytest.raises(TargetError, match=text):
+        getattr(handle, way)()
+    assert handle.merged is None
+    assert torch.equal(run(model), expected)
+    assert "attached" in repr(model)
+    model.set_adapter("b")
+    model.delete_adapter("default")
+    assert list(tt.adapters(model)) == ["b"]
+    with pytest.raises(TargetError, match="not attached to its model any more"):
+        getattr(handle, way)()
+
+
+def test_an_adapter_taken_off_leaves_no_name_in_its_dictionary() -> None:
+    model = made("default", "b")
+    arrays = model.base_model.tnadapt.tnadapt_arrays["b"]
+    assert len(arrays) == 2
+    model.delete_adapter("b")
+    assert len(arrays) == len(list(arrays.parameters())) == 0
+
+
+# -- What is trained -------------------------------------------------------------------------------
+
+
+def test_what_set_trainable_chose_is_in_the_files(tmp_path: Path) -> None:
+    model = made("default")
+    handle = tt.adapters(model)["default"]
+    handle.set_trainable(arrays="factor1")
+    expected = run(model)
+    model.save_pretrained(tmp_path / "one")
+    assert json.loads((tmp_path / "one/adapter_config.json").read_text())["trained"] == list(handle.trained or ())
+    assert "next" not in (tmp_path / "one/adapter_config.json").read_text()
+    assert model.peft_config["default"].trained is None
+    for low in (False, True):
+        again = PeftModel.from_pretrained(Net(), tmp_path / "one", is_trainable=True, low_cpu_mem_usage=low)
+        assert tt.adapters(again)["default"].trained == handle.trained
+        assert torch.equal(run(again), expected)
+        assert trainable(again) == trainable(model)
+    tt.adapters(again)["default"].set_trainable()
+    again.save_pretrained(tmp_path / "all")
+    assert "trained" not in json.loads((tmp_path / "all/adapter_config.json").read_text())
+    last = PeftModel.from_pretrained(Net(), tmp_path / "all", is_trainable=True)
+    assert tt.adapters(last)["default"].trained is None
+
+
+@pytest.mark.parametrize("array", ["group0.split0.factor0", "group0.split0.factor1"])
+def test_a_fresh_adapter_with_chosen_arrays_can_learn(array: str) -> None:
+    model = get_peft_model(Net(), config(init_weights=True, trained=[array]))
+    assert torch.equal(run(model), run(Net()))
+    model(X).sum().backward()
+    (parameter,) = tt.adapters(model)["default"].parameters()
+    assert parameter.grad is not None
+    assert parameter.grad.any()
+
+
+def test_unknown_arrays_are_refused() -> None:
+    model = made("default")
+    with pytest.raises(ConfigError, match=r"'group9.core'\] of the config are no arrays of adapter 'b', which are"):
+        model.add_adapter("b", config(trained=["group9.core"]))
+    assert list(model.peft_config) == list(tt.adapters(model)) == ["default"]
+    with pytest.raises(ConfigError, match="trained must be a name or a list of names; got 3"):
+        config(trained=3)
