@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import save_file
 
 import tnadapt as tna
-from tnadapt.cli.info import info_command
 from tnadapt.header import read_header
 from tnadapt.pairing import paired
 from tnadapt.stored_targets import find_stored
@@ -172,6 +171,9 @@ def test_weights_are_paired_by_numbers_of_thousands_of_digits() -> None:
 def test_names_of_a_model_are_strings(
     said: Any, architectures: Any, kind: Any, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("typer")
+    from tnadapt.cli.info import info_command
+
     save_file({"h.0.q_proj.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(said))
     found = tna.info(tmp_path)
