@@ -586,9 +586,12 @@ def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:
     content = forge.adapter({"version": 1, "config": config, "targets": targets, "draws": "0" * 64}, tensors)
     path = tmp_path / "adapter.safetensors"
     forge.write(path, content)
-    with pytest.raises(FileError):
-        tna.load(path)  # imports the compiler, say, whose memory is not that of a file
     begin = time.process_time()
+    with pytest.raises(FileError):
+        tna.load(path)
+    # Of this load, as tracing takes most of the time of the next one.
+    assert time.process_time() - begin < 5.0
+    # The memory of the next one, as this one may have imported the compiler.
     tracemalloc.start()
     try:
         with pytest.raises(FileError) as caught:
@@ -600,7 +603,6 @@ def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:
     assert "SHA-256" not in str(caught.value)  # it is refused for what it claims
     # In proportion to the file that is there, and to nothing in it.
     assert peak < (4 << 20) + 40 * len(content)
-    assert time.process_time() - begin < 5.0
 
 
 def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
