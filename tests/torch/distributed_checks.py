@@ -252,7 +252,7 @@ def writes_where_the_sharded_root_contains_the_model() -> None:
         model, adapter = stirred(SHARDED)
         around = Around(model)
         if beside:
-            adapter.keep_arrays_in(around.beside)
+            adapter.keep_arrays_in(around.beside, "let_go()")
         running = fully_shard(around)
         before = outputs(running)
         wanted = other_arrays(adapter, 2)
