@@ -61,7 +61,7 @@ def unlock(handle: int) -> None:
 
 
 def names_handle(path: str, handle: int) -> bool:
-    """Whether a path still names the file that a handle has open: it may have been deleted and made again."""
+    """Whether a path still names the file that a handle has open: it may have been deleted and recreated."""
     try:
         named = os.lstat(path)
     except OSError:

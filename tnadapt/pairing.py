@@ -23,7 +23,7 @@ def paired(wanted: Sequence[Target], found: Sequence[Target]) -> list[Target] | 
 
     By role, shape and the numbers in the path: layer 3 is layer 3. Where numbers changed, too, targets whose paths
     differ only in numbers are one stack, and are paired in their order. What is alike then, as in an encoder and a
-    decoder, is told apart by the words that not all have in their paths.
+    decoder, is distinguished by path components that only some of them have.
 
     Parameters
     ----------

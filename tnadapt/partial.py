@@ -21,7 +21,7 @@ work (network file systems). These rules keep the output whole:
 3. Runs are never half deleted: what goes is renamed to ``trash-…`` first. All decisions are about whole folders.
 4. ``done`` in the state is the promise that these files are finished and on the disk. It is emptied, on the disk,
    before publishing begins: from then on ``files`` may hold the previous content of ``OUT``, and is never published.
-5. Nothing at ``OUT`` is ever taken for the result because of what a state says. After a kill the files are made again;
+5. Nothing at ``OUT`` is ever taken for the result because of what a state says. After a kill the files are recomputed;
    where ``OUT`` must not be replaced, it is then compared with them byte by byte.
 
 So what the next run finds after a kill, and does:
