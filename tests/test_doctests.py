@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,11 @@ def run(folder: Path, exception: str, message: str) -> str:
     """What pytest says about an example with that last line, under this project's options."""
     (folder / "example.rst").write_text(EXAMPLE.format(exception, message), encoding="utf-8")
     options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder)]
+    # The options of the run that this test is part of, such as --laws, are not known in this folder.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(folder / "example.rst")],
-        capture_output=True, text=True, check=False, cwd=folder,
+        capture_output=True, text=True, check=False, cwd=folder, env=environment,
     )  # fmt: skip
     return done.stdout + done.stderr
 
