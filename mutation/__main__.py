@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = {key for key, record in before.items() if record["status"] != "survived" or not asked.again}
         todo = [mutant for mutant in mine if mutant.key not in kept]
         print(f"{len(chosen)} mutants, {len(mine)} of them in this shard, {len(todo)} still to be run", flush=True)
-        reach = Reach.measured(ROOT, asked.work, sorted({file for group in groups.values() for file in group}))
+        files = sorted({file for group in groups.values() for file in group})
+        reach = Reach.measured(ROOT, asked.work, files, asked.processes)
         survived = {key for key, record in before.items() if "survived" in (record["status"], record.get("first"))}
         _run(todo, modules, groups, reach, out, asked.processes, codes, survived)
     records = _read(out)

@@ -8,9 +8,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from .mutants import Module, Mutant
 
@@ -42,32 +45,28 @@ class Reach:
     tests: dict[str, dict[int, set[str]]]
 
     @classmethod
-    def measured(cls, root: Path, kept: Path, files: Iterable[str]) -> Reach:
+    def measured(cls, root: Path, kept: Path, files: Iterable[str], processes: int = 1) -> Reach:
         """Of these test files, each measured in a process of its own where that is not kept in a folder."""
         kept.mkdir(parents=True, exist_ok=True)
         library = _digest(sorted((root / "tnadapt").rglob("*.py")))
         seconds: dict[str, float] = {}
         tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-        for file in files:
+
+        def of_file(file: str) -> dict[str, Any]:
             name = hashlib.sha256(f"{file} {library} {_digest([root / file])}".encode()).hexdigest()[:16]
             out = kept / f"{name}.json"
             if not out.exists():
-                print(f"measuring which lines {file} reaches", flush=True)
-                part = out.with_suffix(".part")
-                command = [sys.executable, "-c", _RUN, str(root), str(part), file]
-                environment = {**os.environ, "HYPOTHESIS_PROFILE": "brief", "PYTHONPATH": str(root)}
-                done = subprocess.run(
-                    command, cwd=root, env=environment, capture_output=True, text=True, check=False, errors="replace"
-                )
-                # 5: nothing was collected, as where a library is not installed.
-                if done.returncode not in (0, 5) or not part.exists():
-                    raise SystemExit(f"{file} fails without any mutation:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
-                part.rename(out)
-            for test, found in json.loads(out.read_text(encoding="utf-8")).items():
-                seconds[test] = found["seconds"]
-                for module, lines in found["lines"].items():
-                    for line in lines:
-                        tests[module][line].add(test)
+                _measure(root, file, out)
+            found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+            return found
+
+        with ThreadPoolExecutor(processes) as pool:
+            for found in pool.map(of_file, files):
+                for test, of_test in found.items():
+                    seconds[test] = of_test["seconds"]
+                    for module, lines in of_test["lines"].items():
+                        for line in lines:
+                            tests[module][line].add(test)
         return cls(seconds, tests)
 
     def of(self, module: Module, mutant: Mutant, first: Iterable[str]) -> list[str]:
@@ -79,6 +78,21 @@ class Reach:
         return sorted(
             found | own, key=lambda test: (order.get(test.split("::")[0], len(order)), self.seconds[test], test)
         )
+
+
+def _measure(root: Path, file: str, out: Path) -> None:
+    """Run the tests of a file, and write which lines each of them reaches."""
+    start, part = time.monotonic(), out.with_suffix(".part")
+    command = [sys.executable, "-c", _RUN, str(root), str(part), file]
+    environment = {**os.environ, "HYPOTHESIS_PROFILE": "brief", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False, errors="replace"
+    )
+    # 5: nothing was collected, as where a library is not installed.
+    if done.returncode not in (0, 5) or not part.exists():
+        raise SystemExit(f"{file} fails without any mutation:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    part.rename(out)
+    print(f"measured which lines {file} reaches: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def _digest(paths: Iterable[Path]) -> str:
