@@ -88,11 +88,13 @@ def _measure(root: Path, file: str, out: Path) -> None:
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, check=False, errors="replace"
     )
-    # 5: nothing was collected, as where a library is not installed.
-    if done.returncode not in (0, 5) or not part.exists():
+    # 1: some fail while lines are traced, such as those of memory; they are left out. 5: nothing was collected, as where
+    # a library is not installed.
+    if done.returncode not in (0, 1, 5) or not part.exists():
         raise SystemExit(f"{file} fails without any mutation:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
     part.rename(out)
-    print(f"measured which lines {file} reaches: {time.monotonic() - start:.0f} s", flush=True)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    print("\n".join([f"measured which lines {file} reaches: {time.monotonic() - start:.0f} s", *failed]), flush=True)
 
 
 def _digest(paths: Iterable[Path]) -> str:
