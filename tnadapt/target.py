@@ -49,7 +49,7 @@ class Rows(NamedTuple):
         ]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Target:
     """One weight to update, as a view of a stored parameter.
 
