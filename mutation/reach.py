@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,12 +20,14 @@ from .mutants import Module, Mutant
 
 __all__ = ["Reach"]
 
+HERE = Path(__file__).parent
+
 _RUN = """
 import sys, pytest
 from pathlib import Path
 from mutation.tracing import Tracing
-root, out, file = sys.argv[1:]
-code = pytest.main([file, "-q", "-p", "no:cacheprovider"], plugins=[Tracing(Path(root), Path(out))])
+root, out, started, file = sys.argv[1:]
+code = pytest.main([file, "-q", "-p", "no:cacheprovider"], plugins=[Tracing(Path(root), Path(out), Path(started))])
 sys.exit(code)
 """
 
@@ -83,13 +86,20 @@ class Reach:
 def _measure(root: Path, file: str, out: Path) -> None:
     """Run the tests of a file, and write which lines each of them reaches."""
     start, part = time.monotonic(), out.with_suffix(".part")
-    command = [sys.executable, "-c", _RUN, str(root), str(part), file]
-    environment = {**os.environ, "HYPOTHESIS_PROFILE": "brief", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=False, errors="replace"
-    )
-    # 1: some fail while lines are traced, such as those of memory; they are left out. 5: nothing was collected, as where
-    # a library is not installed.
+    with tempfile.TemporaryDirectory(prefix="mutation-trace-") as started:
+        environment = {
+            **os.environ,
+            "HYPOTHESIS_PROFILE": "brief",
+            "PYTHONPATH": os.pathsep.join(map(str, (root, HERE / "startup", HERE.parent))),
+            "MUTATION_TRACE": started,
+            "MUTATION_ROOT": str(root),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", _RUN, str(root), str(part), started, file],
+            cwd=root, env=environment, capture_output=True, text=True, check=False, errors="replace",
+        )  # fmt: skip
+    # 1: some fail while lines are traced, such as those of memory; they are left out. 5: nothing was collected, as
+    # where a library is not installed.
     if done.returncode not in (0, 1, 5) or not part.exists():
         raise SystemExit(f"{file} fails without any mutation:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
     part.rename(out)

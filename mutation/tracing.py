@@ -22,10 +22,12 @@ class Tracing:
         The repository.
     out : Path
         ``{test: {"seconds": ..., "lines": {module: [line, ...]}}}`` of every test that passed.
+    started : Path
+        The folder in which the processes that tests start leave what they ran (``startup/sitecustomize.py``).
     """
 
-    def __init__(self, root: Path, out: Path) -> None:
-        self.root, self.out = root, out
+    def __init__(self, root: Path, out: Path, started: Path) -> None:
+        self.root, self.out, self.started = root, out, started
         self.coverage = coverage.Coverage(data_file=None, source=[str(root / "tnadapt")], config_file=False)
         self.seconds: dict[str, float] = defaultdict(float)
         self.failed: set[str] = set()
@@ -45,14 +47,21 @@ class Tracing:
     def pytest_sessionfinish(self) -> None:
         self.coverage.stop()
         data = self.coverage.get_data()
-        lines: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        lines: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for file in data.measured_files():
             module = Path(file).relative_to(self.root).as_posix()
             for line, tests in data.contexts_by_lineno(file).items():
                 for test in tests:
-                    lines[test][module].append(line)
+                    lines[test][module].add(line)
+        for written in sorted(self.started.glob("*.json")):
+            process = json.loads(written.read_text(encoding="utf-8"))
+            for module, reached in process["lines"].items():
+                lines[process["test"]][module].update(reached)
         found = {
-            test: {"seconds": round(seconds, 3), "lines": lines.get(test, {})}
+            test: {
+                "seconds": round(seconds, 3),
+                "lines": {module: sorted(reached) for module, reached in lines.get(test, {}).items()},
+            }
             for test, seconds in self.seconds.items()
             if test not in self.failed
         }

@@ -99,6 +99,24 @@ def test_a_statement_of_many_lines_is_reached_by_any_of_them(tmp_path: Path) -> 
     assert reach.of(module, mutant, ["t.py", "u.py"]) == ["t.py::a", "u.py::c"]
 
 
+def test_lines_that_run_in_processes_of_their_own_are_reached(tmp_path: Path) -> None:
+    for folder in ("tnadapt", "tests"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tnadapt" / "__init__.py").touch()
+    (tmp_path / "tnadapt" / "m.py").write_text("def f():\n    return 1\n\ndef g():\n    return 2\n")
+    (tmp_path / "tests" / "test_m.py").write_text(
+        "import os, subprocess, sys, pytest\n"
+        "@pytest.mark.parametrize('name', ['f', 'g'])\n"
+        "def test_it(name):\n"
+        "    end = {'f': 'sys.exit()', 'g': 'os._exit(0)'}[name]\n"
+        "    code = f'import os, sys; from tnadapt import m; m.{name}(); {end}'\n"
+        "    subprocess.run([sys.executable, '-c', code], check=True)\n"
+    )
+    reach = Reach.measured(tmp_path, tmp_path / "kept", ["tests/test_m.py"])
+    assert reach.tests["tnadapt/m.py"][2] == {"tests/test_m.py::test_it[f]"}
+    assert reach.tests["tnadapt/m.py"][5] == {"tests/test_m.py::test_it[g]"}
+
+
 class Machine:
     """In a tree's place: says what it is told to say, and keeps what it was asked."""
 
