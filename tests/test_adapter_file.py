@@ -267,3 +267,25 @@ def test_an_activation_has_no_update() -> None:
     file = made(activation="relu", base=fingerprint([np.ones((2, 2))], "float64"))
     with pytest.raises(ConfigError, match="activation='relu' is no update of weights"):
         file.deltas()
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        ("group0.split0.factor0", "trained must be a list of names of arrays, or None for all; got 'group0"),
+        ([0], r"trained must be a list of names of arrays, or None for all; got \[0\]"),
+        (3, "trained must be a list of names of arrays, or None for all; got 3"),
+        ([], "trained must name some of the arrays, each once; unknown: none; there are 'group0.split0.factor0'"),
+        (["group0.split0.factor0"] * 2, "trained must name some of the arrays, each once; unknown: none"),
+        (["factor0"], "trained must name some of the arrays, each once; unknown: 'factor0'; there are"),
+    ],
+)
+def test_trained_names_arrays(trained: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        made(trained=trained)
+
+
+def test_all_arrays_trained_is_the_default() -> None:
+    names = list(made().arrays)
+    assert made(trained=names).trained is None
+    assert made(trained=names[::-1][1:]).trained == tuple(names[:-1])

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from tnadapt import FileError
 from tnadapt.checkpoint import open_checkpoint
 from tnadapt.container import FOREIGN
+from tnadapt.entries import Entries
 
 from . import forge
 
@@ -285,3 +286,33 @@ def test_a_pickle_finds_its_tensors_in_another_process(tmp_path: Path) -> None:
             env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert (done.stderr, done.stdout.splitlines()) == ("", lines)
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_the_tensors_of_a_header_can_be_sent_to_another_process(tmp_path: Path, seed: str) -> None:
+    """Hashes of names, by which they are found, differ from process to process."""
+    save_file({f"layer.{i}.weight": np.zeros(i + 1, np.float32) for i in range(20)}, tmp_path / "model.safetensors")
+    sent = tmp_path / "sent"
+    sent.write_bytes(pickle.dumps(open_checkpoint(tmp_path / "model.safetensors").entries))
+    code = (
+        "import pickle, sys; entries = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "print([entries[f'layer.{i}.weight'].shape for i in range(20)] == [(i + 1,) for i in range(20)])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    done = subprocess.run(
+        [sys.executable, "-c", code, sent], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_names_of_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tnadapt.entries.hash", lambda name: len(name), raising=False)
+    entries = Entries()
+    for i in range(5):
+        entries.add(f"{i}".encode(), "F32", b"1", 4 * i, 4 * i + 4)
+    entries.index()
+    assert [entries[f"{i}"].start for i in range(5)] == [0, 4, 8, 12, 16]
+    for missing in ("9", "10", 3):
+        assert missing not in entries
+        with pytest.raises(KeyError):
+            entries[missing]  # type: ignore[index]

@@ -16,6 +16,8 @@ import tnadapt as tna
 from tnadapt import presets
 from tnadapt.errors import ConfigError, FileError, ShapeError, TargetError
 
+from . import forge
+
 COLS = 12
 
 
@@ -164,6 +166,8 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, pair: Any) -> None:
     wrong = written("shape", {**after, first: np.zeros((COLS, 5), np.float32)})
     lacks = written("lacks", {name: array for name, array in before.items() if name != first})
     packed = written("packed", {**after, first: np.zeros((COLS, COLS), np.int8)})
+    tiny = np.zeros_like(before[first])
+    tiny[1, 2] = 1e-40
     nan = written("nan", {**after, first: after[first] * np.float32("nan")})
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
     for paths, error, match in (
@@ -171,6 +175,11 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, pair: Any) -> None:
         ((lacks, tuned), TargetError, "lacks 1 of 6 targets, such as 'layers.0.attn.q_proj.weight'"),
         ((base, packed), TargetError, "is I8, and updates are taken of"),
         ((base, nan), ShapeError, "NaN or infinity"),
+        (
+            (written("zeros", {**before, first: 0 * before[first]}), written("tiny", {**after, first: tiny})),
+            ShapeError,
+            f"{first} differs by 1e-40 at most, less than float32 can hold",
+        ),
         ((base, tmp_path / "missing"), FileError, "No such file"),
         ((tmp_path / "pickle.safetensors", tuned), FileError, "is a pickle"),
     ):
@@ -178,6 +187,21 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, pair: Any) -> None:
             tna.extract(*paths, presets.lora(2))
     with pytest.raises(TargetError, match="no tensor of the checkpoint is a target"):
         tna.extract(base, tuned, targets=["nothing"])
+    with pytest.raises(TargetError, match=f"{first} is both a target and kept; it can be one of them"):
+        tna.extract(base, tuned, presets.lora(2), keep=["layers.0.attn"])
+    with pytest.raises(TargetError, match="keep: no tensor lies at or below 'head2'; the tuned checkpoint has "):
+        tna.extract(base, tuned, presets.lora(2), keep=["head2"])
+    foreign = tmp_path / "foreign"
+    raw = {name: ("F32", array) for name, array in after.items()}
+    header, data = forge.listed(raw)
+    name = "layers.0.norm.weight"
+    header[name]["dtype"] = "F8_E4M3"
+    header[name]["shape"] = [header[name]["data_offsets"][1] - header[name]["data_offsets"][0]]
+    foreign.write_bytes(forge.container(header, data))
+    with pytest.raises(TargetError, match=f"{name} is F8_E4M3, which no adapter file holds"):
+        tna.extract(base, foreign, presets.lora(2), keep=[name])
+    # Not kept, it only differs.
+    assert tna.extract(base, foreign, presets.lora(2)).others == (name,)
     with pytest.raises(ConfigError, match="error must be"):
         tna.extract(base, tuned, error=2.0)
 

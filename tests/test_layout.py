@@ -79,3 +79,12 @@ def test_layers_group_by_key_in_order_of_first_appearance() -> None:
 def test_bad_input(error: type[Exception], message: str, arguments: tuple) -> None:
     with pytest.raises(error, match=message):
         make_layout(*arguments)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 11)])
+def test_a_slice_out_of_the_vector_is_refused(start: int, stop: int) -> None:
+    layout = make_layout(2, [(2, 3), (2, 2)])
+    with pytest.raises(tna.ShapeError, match=f"no slice {start}:{stop} of a vector of 10 elements"):
+        layout.of_slice(start, stop)
+    assert layout.of_slice(4, 4) == []
+    assert sum(piece.length for piece in layout.of_slice(0, 10)) == 10

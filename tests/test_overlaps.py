@@ -163,3 +163,14 @@ def test_two_kept_parameters_with_one_place_in_the_checkpoint(tmp_path: Path) ->
         cp.write(tmp_path / name, tensors | more)
         with pytest.raises(tna.FileError, match=r"keeps both 'bert\.norm\.weight' and 'norm\.weight', which are both"):
             place(open_checkpoint(tmp_path / name), file)
+
+
+def test_rows_that_wrap_around_the_period_of_others_are_seen() -> None:
+    # Rows 2, 3, 6, 7, … of blocks of four, and one run from row 3 to row 4: it wraps around the end of a block.
+    blocks = Target("a", (12, 4), rows=Rows(2, 2, 4, 3))
+    for start, length, row in ((3, 2, 3), (5, 2, 6), (4, 3, 6)):
+        run = Target("a", (12, 4), rows=Rows(start, length, 12))
+        assert row in rows_of(blocks) & rows_of(run)
+        with pytest.raises(tna.TargetError, match=f"overlap: both update row {row} "):
+            check_distinct([blocks, run])
+    check_distinct([blocks, Target("a", (12, 4), rows=Rows(4, 2, 12)), Target("a", (12, 4), rows=Rows(8, 2, 12))])

@@ -134,6 +134,13 @@ def test_every_library_gives_numpys_value_and_the_exact_gradient(
         ("one order", lambda: tna.kronecker([np.ones(2), np.ones((2, 2))])),
         ("at least one matrix", lambda: tna.kron_matvec([], np.ones(2))),
         (r"matrix 0 of kron_matvec has shape \(2,\)", lambda: tna.kron_matvec([np.ones(2)], np.ones(2))),
+        (r"a CP tensor takes \(weights, factors\); got 3", lambda: tna.cp_to_tensor(3)),
+        (r"a CP tensor takes \(weights, factors\); got 2", lambda: tna.cp_to_tensor((None, 2))),
+        ("; got 1 parts", lambda: tna.cp_to_tensor(([ONES22],))),
+        ("; got 3 parts", lambda: tna.tucker_to_tensor((ONES22, [None], [None]))),
+        ("a tensor train takes a list of cores; got 2.0", lambda: tna.tt_to_tensor(2.0)),
+        ("a Kronecker product takes a list of arrays; got None", lambda: tna.kronecker(None)),
+        ("arrays of at most 32 axes; got 33", lambda: tna.kronecker([np.ones([1] * 33)] * 2)),
         (r"x has shape \(3,\); expected \(4,\)", lambda: tna.kron_matvec([np.ones((2, 2))] * 2, np.ones(3))),
     ],
 )  # fmt: skip
