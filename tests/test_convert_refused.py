@@ -204,6 +204,61 @@ def test_a_bias_that_has_not_moved_is_none(tmp_path: Path) -> None:
     assert tna.convert(tmp_path / "full.safetensors").exact
 
 
+def lycoris(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Tensors of one module of these shapes."""
+    return {f"lycoris_b.{name}": RNG.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+
+
+LOHA = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6)}
+CORES = {"hada_w1_a": (2, 8), "hada_w1_b": (2, 6), "hada_w2_a": (2, 8), "hada_w2_b": (2, 6)}
+CORES |= {"hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({**LOHA, "hada_w2_a": (8, 3), "hada_w2_b": (3, 6)}, "its two halves are of different shapes or ranks"),
+        ({**LOHA, "hada_w2_a": (9, 2)}, "its two halves are of different shapes or ranks"),
+        ({**LOHA, "hada_w1_b": (3, 6)}, "the ranks of hada_w1_a and hada_w1_b differ"),
+        ({**LOHA, "hada_w1_b": (2,)}, "hada_w1_b must have 2 axes or more, none of them empty"),
+        ({**LOHA, "hada_w1_a": (8, 2, 1)}, "hada_w1_a must have 2 axes or more, none of them empty"),
+        ({**LOHA, "hada_w2_b": (2, 0)}, "hada_w2_b must have 2 axes or more, none of them empty"),
+        ({**CORES, "hada_t1": (2, 3, 3, 3)}, "hada_t1 must be (rank, rank, kernel …) with the ranks of hada_w1_a and"),
+        ({**CORES, "hada_w2_b": (2, 6, 1)}, "hada_t2 must be (rank, rank, kernel …) with the ranks of hada_w2_a and"),
+        ({**CORES, "hada_t2": (2, 2, 3, 1)}, "its two halves are of different shapes or ranks"),
+        ({"lokr_w1": (2, 2), "lokr_w1_a": (2, 1), "lokr_w2": (4, 3)}, "lokr_w1 is there full and in two factors"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (4, 3), "lokr_w2_b": (1, 3)}, "lokr_w2 is there full and in two factors"),
+        (
+            {"lokr_w1": (2, 2), "lokr_w2": (4, 3), "lokr_t2": (1, 1, 3)},
+            "lokr_t2 belongs to two factors of W2, which is",
+        ),
+        (
+            {"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3)},
+            "W1 and W2 have different ranks",
+        ),
+        ({"lora_up.weight": (8, 2, 3), "lora_down.weight": (2, 6)}, "lora_up must be a matrix, or a kernel of size 1"),
+        ({"lora_up.weight": (8, 2), "lora_down.weight": (3, 6)}, "the ranks of the two factors differ"),
+        (
+            {"lora_up.weight": (8, 2), "lora_mid.weight": (3, 2, 3), "lora_down.weight": (2, 6)},
+            "lora_mid must be (rank, rank, kernel …), and lora_down a kernel of size 1",
+        ),
+        (
+            {"lora_up.weight": (8, 2), "lora_mid.weight": (2, 2, 3), "lora_down.weight": (2, 6, 3)},
+            "lora_mid must be (rank, rank, kernel …), and lora_down a kernel of size 1",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_together(shapes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_file(lycoris(**shapes), tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", message, base=["b"])
+
+
+@pytest.mark.parametrize("shapes", [LOHA, CORES])
+def test_tensors_that_do_fit(shapes: dict[str, Any], tmp_path: Path) -> None:
+    save_file(lycoris(**shapes), tmp_path / "x.safetensors")
+    assert tna.convert(tmp_path / "x.safetensors", base=["b"]).exact
+
+
 def test_names_that_would_be_one(tmp_path: Path) -> None:
     file = made(tna.presets.lora(1), {"a.b_c": (4, 4), "a_b.c": (4, 4)})
     with pytest.raises(tna.ConfigError, match=r"'a\.b_c' and 'a_b\.c' would have one name"):

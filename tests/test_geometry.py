@@ -62,7 +62,5 @@ def test_zero_updates_and_bad_input() -> None:
         tna.geometry(np.eye(3), np.eye(3, dtype=np.float32))
     for bad in (np.nan, np.inf):
         for pair in ((np.diag([bad, 1.0]), np.eye(2)), (np.eye(2), np.diag([bad, 1.0]))):
-            with pytest.raises(
-                tna.ShapeError, match="geometry needs finite updates; one of them has a NaN or an infinity"
-            ):
+            with pytest.raises(tna.ShapeError, match="needs finite updates; one of them has a NaN"):
                 tna.geometry(*pair, 1)

@@ -22,7 +22,7 @@ from tnadapt.target import Rows, Target
         ({"stored": (4,)}, r"a target's stored shape must be two to eight sizes; got \(4,\)"),
         ({"stored": (1,) * 9}, r"a target's stored shape must be two to eight sizes"),
         ({"stored": (4, 0)}, "a size of a stored shape must be from 1 to 4611686018427387904; got 0"),
-        ({"stored": (4, 4, 3), "transposed": True}, r"a transposed weight must be a matrix; a.weight has shape \(4, 4, 3\)"),
+        ({"stored": (4, 4, 3), "transposed": True}, r"weight must be a matrix; a.weight has shape \(4, 4, 3\)"),
         ({"rows": (0, 1, 2)}, r"a target's rows must be \(start, length, stride, count\); got \(0, 1, 2\)"),
         ({"rows": (0, 0, 4, 1)}, "rows of a.weight must be from 1 to"),
         ({"rows": (-1, 1, 4, 1)}, "rows of a.weight must be from 0 to"),

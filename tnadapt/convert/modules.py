@@ -106,8 +106,6 @@ def modules_of(file: AdapterFile, library: str, kind: str) -> list[Module]:
     found = []
     for path in sorted(places, key=natural):
         first = places[path][0][1]
-        if any((other.stored, other.transposed) != (first.stored, first.transposed) for _, other in places[path]):
-            raise ConfigError(f"the targets in {shown(path)} do not agree on the shape in which it is stored")
         found.append(Module(path, first.stored, first.transposed, tuple(places[path])))
         _check_layer(found[-1], library, kind)
     if library == "LyCORIS":
