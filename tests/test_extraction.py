@@ -223,6 +223,41 @@ def test_a_copy_in_another_dtype_is_no_change(tmp_path: Path, narrow_first: bool
     assert found.others == ("layers.0.norm.weight",)
 
 
+@pytest.mark.parametrize(
+    ("added", "differs"),
+    [
+        ({"norm.weight": np.ones(COLS + 1, np.float32)}, True),  # another shape
+        ({"norm.weight": np.ones(COLS, np.int32)}, True),  # another kind of number
+        ({"norm.weight": np.ones(COLS, np.float64)}, False),
+        ({"norm.weight": np.full(COLS, 1 + 1e-12)}, False),  # float32 cannot tell
+        ({"norm.weight": np.full(COLS, 1.001)}, True),
+        ({"norm.weight": np.ones(COLS, np.float16)}, False),
+        ({"extra": np.zeros(1, np.float32)}, True),  # not in the base
+    ],
+)
+def test_whatever_else_differs_is_named(tmp_path: Path, pair: Any, added: dict[str, np.ndarray], differs: bool) -> None:
+    base, _, before, after = pair
+    save_file({**before, "norm.weight": np.ones(COLS, np.float32)}, base)
+    save_file({**after, "norm.weight": np.ones(COLS, np.float32), **added}, tmp_path / "changed")
+    found = tna.extract(base, tmp_path / "changed", presets.lora(2))
+    assert found.others == (tuple(added) if differs else ())
+
+
+def test_a_difference_in_the_last_bytes_of_a_long_tensor_is_seen(
+    tmp_path: Path, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, before, after = pair
+    monkeypatch.setattr("tnadapt.extraction._PIECE", 8)
+    long = np.arange(33, dtype=np.float32)
+    for place, others in ((None, ()), (0, ("long",)), (2, ("long",)), (32, ("long",))):
+        changed = long.copy()
+        if place is not None:
+            changed[place] += 1
+        save_file({**before, "long": long}, base)
+        save_file({**after, "long": changed}, tmp_path / "changed")
+        assert tna.extract(base, tmp_path / "changed", presets.lora(2)).others == others
+
+
 # -- The command --------------------------------------------------------------------------------
 
 

@@ -130,6 +130,25 @@ def test_entries_of_metadata_are_counted() -> None:
         read_header(header(MAX_METADATA + 1), False)
 
 
+def test_tensors_targets_and_values_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits are lowered: at their own size each takes seconds."""
+    path = tmp_path / "adapter.safetensors"
+    config, targets = tna.presets.lora(1), [tna.Target(f"{i}", (2, 2), "q") for i in range(3)]
+    plan = tna.SuperLoRA(config, [target.shape for target in targets])
+    arrays = {name: np.ones(size, "f4") for name, size in plan.param_shapes.items()}
+    tna.save(path, tna.AdapterFile(config, targets, arrays))
+    for limit, most, why in [
+        ("header.MAX_TENSORS", 6, "the header has more than 5 tensors, and no model has as many"),
+        ("files._MAX_TARGETS", 3, "has more than 2 targets, and no model has as many weights to adapt"),
+    ]:
+        with monkeypatch.context() as patched:
+            patched.setattr(f"tnadapt.{limit}", most)
+            assert len(tna.load(path).targets) == 3
+            patched.setattr(f"tnadapt.{limit}", most - 1)
+            with pytest.raises(tna.FileError, match=why):
+                tna.load(path)
+
+
 def test_many_tensors_in_several_files(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tensors: cp.Tensors = {f"t.{rng.integers(1 << 40)}.{n}": ("U8", np.zeros(n % 3, np.uint8)) for n in range(300)}

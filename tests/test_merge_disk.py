@@ -739,3 +739,51 @@ def test_a_base_that_is_replaced_after_its_header_was_read_is_noticed(
         where.merge(0)
     assert not where.out.exists()
     assert not where.beside.exists()
+
+
+# -- Publishing by itself ---------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_created_and_removed_forever_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made").write_text("new")
+    tries = []
+
+    def taken(source: str, target: str) -> None:
+        tries.append(target)
+        raise FileExistsError(target)
+
+    def gone(*names: str) -> None:
+        raise FileNotFoundError(names[0])
+
+    monkeypatch.setattr(publishing, "rename_new", taken)
+    monkeypatch.setattr(publishing, "exchange", gone)
+    out, aside = str(tmp_path / "out"), str(tmp_path / "aside")
+    with pytest.raises(tna.FileError, match="is created and removed by something else again and again: choose another"):
+        publishing.place(str(tmp_path / "made"), out, aside, lambda path: None)
+    assert 10 <= len(tries) <= 1000
+    assert (tmp_path / "made").read_text() == "new"
+    # Where what was made is gone itself, that is the error.
+    (tmp_path / "made").unlink()
+    with pytest.raises(FileNotFoundError):
+        publishing.place(str(tmp_path / "made"), out, aside, lambda path: None)
+
+
+def test_what_was_replaced_and_may_not_be_goes_back_even_if_the_name_is_free_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made").write_text("new")
+    (tmp_path / "out").write_text("somebody's")
+    asked = []
+
+    def refusal(path: str) -> str | None:
+        asked.append(path)
+        if len(asked) == 1:
+            return None
+        (tmp_path / "out").unlink()  # by somebody else, after the exchange
+        return "is somebody's"
+
+    with pytest.raises(tna.FileError, match="is somebody's"):
+        publishing.place(str(tmp_path / "made"), str(tmp_path / "out"), str(tmp_path / "aside"), refusal)
+    assert (tmp_path / "out").read_text() == "somebody's"
