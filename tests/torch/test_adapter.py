@@ -762,6 +762,16 @@ def test_a_linear_layer_of_another_forward_is_adapted_in_its_weight() -> None:
         tt.attach(model, P.lora(2), ["blocks.1.q_proj"], "b", strategy="factored")
 
 
+def test_a_weight_that_its_module_reads_itself_has_one_strategy() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    with pytest.raises(
+        tna.ConfigError,
+        match=r"needs a linear layer; self_attn\.in_proj_weight is read by TransformerEncoderLayer itself: use 'weight'",
+    ):
+        tt.attach(model, strategy="beside")
+    assert set(tt.attach(model).strategy) == {"weight"}
+
+
 def test_a_quantised_layer_without_a_weight_of_that_name(tmp_path: Path) -> None:
     class Packed(nn.Module):
         """As GPTQ's: integers under another name."""

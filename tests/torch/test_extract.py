@@ -180,3 +180,42 @@ def test_what_cannot_be_done_leaves_the_base_as_it_was() -> None:
     adapter.merge()
     with pytest.raises(TargetError, match="is merged into the base"):
         tnadapt.torch.extract(model, _tuned(model), name="other")
+
+
+def test_what_is_not_the_same_model_tuned_is_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self, size: int = 4, head: int = 3) -> None:
+            super().__init__()
+            self.q_proj, self.head = nn.Linear(size, 4), nn.Linear(4, head)
+
+    model = Model()
+    meta = Model().to("meta")
+    integers = Model()
+    integers.q_proj.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    without = {name: value for name, value in model.state_dict().items() if name != "head.bias"}
+    for base, tuned, settings, error, match in (
+        ("model", model, {}, TargetError, "extract needs a torch module as base; got str"),
+        (meta, model, {}, TargetError, "q_proj.weight is on the meta device and has no numbers"),
+        (integers, model, {}, TargetError, "q_proj.weight is quantised in the base, and what changed in it cannot be"),
+        (model, Model(5), {}, TargetError, r"is \(4, 5\), torch.float32 in the tuned model and \(4, 4\) in the base"),
+        (model, integers, {}, TargetError, r"is \(4, 4\), torch.int8 in the tuned model and \(4, 4\) in the base"),
+        (
+            model,
+            Model(head=5),
+            {"keep": "head"},
+            ShapeError,
+            r"the tuned model it is \(5, 4\), in the base \(3, 4\)",
+        ),
+        (
+            model,
+            without,
+            {"keep": "head"},
+            ShapeError,
+            "head.bias is to be kept; in the tuned model it is not there",
+        ),
+    ):
+        before = [] if isinstance(base, str) else list(base.state_dict())
+        with pytest.raises(error, match=match):
+            tnadapt.torch.extract(base, tuned, presets.lora(1), targets=["q_proj"], **settings)
+        assert before == ([] if isinstance(base, str) else list(base.state_dict()))
+    assert not tnadapt.torch.adapters(model)

@@ -250,6 +250,34 @@ def test_a_model_with_other_weights_is_refused_whole(tmp_path: Path) -> None:
     assert all("forward" not in module.__dict__ for module in shorter.modules())
 
 
+def test_a_role_that_no_model_tells_by_names_is_not_looked_for(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tt.attach(model, targets=["0"]).save(tmp_path / "a.safetensors")
+    other = nn.ModuleDict({"first": nn.Linear(4, 4)})
+    with pytest.raises(tna.FileError, match="this ModuleDict does not have its weights: no module of"):
+        tt.load(other, tmp_path / "a.safetensors")
+
+
+def test_what_is_kept_must_be_there(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self, name: str, size: int = 3) -> None:
+            super().__init__()
+            self.q_proj = nn.Linear(4, 4)
+            self.add_module(name, nn.Linear(4, size))
+
+    torch.manual_seed(0)
+    tt.attach(Model("head"), targets=["q_proj"], keep_trainable="head").save(tmp_path / "a.safetensors")
+    for model, why in (
+        (Model("top"), "it keeps 'head.bias', which this Model does not have"),
+        (Model("head", 5), "head.weight"),
+    ):
+        before = state(model)
+        with pytest.raises(tna.FileError, match=why):
+            tt.load(model, tmp_path / "a.safetensors", check_base=False)
+        assert same(state(model), before)
+        assert not tt.adapters(model)
+
+
 # -- 18, 19 and the rest -------------------------------------------------------------------------------------------
 
 
