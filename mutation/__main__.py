@@ -21,12 +21,14 @@ from typing import Any
 from . import report
 from .judging import Judge
 from .mutants import Module, Mutant
+from .operators import left_out, operators
 from .reach import Reach
 from .running import Tree, preload
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
 RESULTS = ROOT / "benchmarks" / "results"
+CHOSEN, LEFT_OUT = RESULTS / "mutation.jsonl", RESULTS / "mutation_left_out.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module: [file for file in files if file not in asked.without]
         for module, files in _groups(asked.modules).items()
     }
-    modules = {path: Module(ROOT, path) for path in groups}
-    out: Path = asked.out
+    kinds = left_out() if asked.left_out else operators()
+    modules = {path: Module(ROOT, path, kinds) for path in groups}
+    out: Path = asked.out or (LEFT_OUT if asked.left_out else CHOSEN)
     before = _read(out)
     codes = {path: hashlib.sha256(module.code.encode()).hexdigest()[:12] for path, module in modules.items()}
     chosen = _chosen(modules, asked.seed, asked.sample)
@@ -50,16 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reach = Reach.measured(ROOT, asked.work, files, asked.processes)
         survived = {key for key, record in before.items() if "survived" in (record["status"], record.get("first"))}
         _run(todo, modules, groups, reach, out, asked.processes, codes, survived)
+    if asked.left_out:
+        wrong = report.failings([r for r in _read(out).values() if r["status"] != "void"], _known(), goal=False)
+        print("\n".join([f"{len(_read(out))} mutants of the operators that are left out were run", *wrong]))
+        sys.exit(1 if wrong else 0)
     records = _read(out)
     judged = [records[mutant.key] for mutant in chosen if records.get(mutant.key, {}).get("status", "void") != "void"]
-    known = report.reasons(HERE / "survivors.toml")
+    known = _known()
     void = {record["key"] for record in records.values() if record["status"] == "void"}
     there = {path: sum(m.key not in void for m in module.mutants) for path, module in modules.items()}
     run = {"seed": asked.seed, "cosmic-ray": version("cosmic-ray"), "Python": platform.python_version()}
-    out.with_suffix(".md").write_text(report.page(judged, known, there, run), encoding="utf-8")
+    rest = [record for record in _read(LEFT_OUT).values() if record["status"] != "void"]
+    more = report.Rest(rest, sum(len(Module(ROOT, path, left_out()).mutants) for path in groups)) if rest else None
+    out.with_suffix(".md").write_text(report.page(judged, known, there, run, more), encoding="utf-8")
     wrong = report.failings(judged, known)
     print("\n".join([f"{len(judged)} mutants run; the table is in {out.with_suffix('.md')}", *wrong]))
     sys.exit(1 if wrong else 0)
+
+
+def _known() -> dict[str, report.Record]:
+    return report.reasons(HERE / "survivors.toml")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     given.add_argument("--again", action="store_true", help="run the survivors of an earlier run again")
     given.add_argument("--report", action="store_true", help="run nothing; write the table anew")
-    given.add_argument("--out", type=Path, default=RESULTS / "mutation.jsonl", help="the results, a line a mutant")
+    given.add_argument("--left-out", action="store_true", help="the mutants of cosmic-ray's other operators instead")
+    given.add_argument("--out", type=Path, help=f"the results, a line a mutant; {CHOSEN.name} or {LEFT_OUT.name}")
     given.add_argument("--work", type=Path, default=ROOT / "runs" / "mutation", help="where measurements are kept")
     return given
 

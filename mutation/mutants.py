@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,12 @@ class Module:
         The repository.
     path : str
         The file, from there.
+    operators : mapping of str to Operator, optional
+        By name; those of :func:`mutation.operators.operators`.
     """
 
-    def __init__(self, root: Path, path: str) -> None:
-        self.path = path
+    def __init__(self, root: Path, path: str, operators: Mapping[str, Any] = _OPERATORS) -> None:
+        self.path, self.operators = path, operators
         self.code = (root / path).read_text(encoding="utf-8")
         self._tree = ast.parse(self.code)
         self._lines = self.code.splitlines()
@@ -73,7 +75,7 @@ class Module:
     def _found(self) -> Iterator[Mutant]:
         nodes, unseen = list(ast_nodes(get_ast(self.code))), self._never_run()
         repeated: Counter[tuple[str, ...]] = Counter()
-        for name, operator in _OPERATORS.items():
+        for name, operator in self.operators.items():
             places = (place for node in nodes for place in operator.mutation_positions(node))
             for occurrence, ((line, column), _) in enumerate(places):
                 if any(start <= (line, column) < stop for start, stop in unseen):
@@ -87,7 +89,7 @@ class Module:
 
     def mutated(self, mutant: Mutant) -> str | None:
         """The file with that mutation; None where it is not Python, or the same program."""
-        code = mutate_code(self.code, _OPERATORS[mutant.operator], mutant.occurrence)
+        code = mutate_code(self.code, self.operators[mutant.operator], mutant.occurrence)
         try:
             same = code is None or ast.dump(ast.parse(code)) == ast.dump(self._tree)
             return None if same else code

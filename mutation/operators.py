@@ -12,9 +12,9 @@ from typing import Any
 
 import parso.python.tree as tree
 from cosmic_ray.operators.operator import Example, Operator
-from cosmic_ray.plugins import get_operator
+from cosmic_ray.plugins import get_operator, operator_names
 
-__all__ = ["DropKeyword", "DropStatement", "NegateIn", "ReturnNone", "operators"]
+__all__ = ["OURS", "DropKeyword", "DropStatement", "NegateIn", "ReturnNone", "left_out", "operators"]
 
 _BINARY = [
     ("Add", "Sub"), ("Sub", "Add"), ("Mul", "FloorDiv"), ("Div", "Mul"), ("FloorDiv", "Mul"), ("Mod", "FloorDiv"),
@@ -128,7 +128,20 @@ class NegateIn(Operator):  # type: ignore[misc]
         return Example("x in y", "x not in y"), Example("x not in y", "x in y")
 
 
+#: Those of our own, by name.
+OURS = {kind.__name__: kind for kind in (DropStatement, DropKeyword, NegateIn, ReturnNone)}
+
+
 def operators() -> dict[str, Operator]:
-    """All of them, by a short name."""
-    found = {name.removeprefix("Replace").replace("Operator_", "_"): get_operator(f"core/{name}")() for name in _CHOSEN}
-    return {**found, **{kind.__name__: kind() for kind in (DropStatement, DropKeyword, NegateIn, ReturnNone)}}
+    """All that are chosen, by a short name."""
+    return {**_named(_CHOSEN), **{name: kind() for name, kind in OURS.items()}}
+
+
+def left_out() -> dict[str, Operator]:
+    """cosmic-ray's other operators, by a short name; without the two that it needs names of variables for."""
+    core = (name.removeprefix("core/") for name in operator_names() if name.startswith("core/"))
+    return _named([name for name in sorted(core) if name not in _CHOSEN and not name.startswith("Variable")])
+
+
+def _named(names: Sequence[str]) -> dict[str, Operator]:
+    return {name.removeprefix("Replace").replace("Operator_", "_"): get_operator(f"core/{name}")() for name in names}

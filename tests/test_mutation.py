@@ -17,7 +17,7 @@ from mutation import report
 from mutation.__main__ import ROOT, _chosen, _groups
 from mutation.judging import Judge
 from mutation.mutants import Module
-from mutation.operators import DropKeyword, DropStatement, NegateIn, ReturnNone
+from mutation.operators import OURS, DropKeyword, DropStatement, NegateIn, ReturnNone, left_out, operators
 from mutation.reach import Reach
 from mutation.running import Outcome
 
@@ -189,7 +189,8 @@ def test_tests_that_cannot_be_run_at_all_kill_nothing(tmp_path: Path) -> None:
 
 
 def record(key: str, status: str) -> dict[str, Any]:
-    return {"key": key, "status": status, "module": "tnadapt/m.py", "function": "f", "line": 1, "change": "-a\n+b"}
+    where = {"module": "tnadapt/m.py", "function": "f", "line": 1, "operator": "Is_IsNot"}
+    return {"key": key, "status": status, "change": "-a\n+b", **where}
 
 
 def test_a_run_fails_on_survivors_without_a_reason_and_below_the_goal(tmp_path: Path) -> None:
@@ -212,6 +213,21 @@ def test_a_run_fails_on_survivors_without_a_reason_and_below_the_goal(tmp_path: 
     page = report.page(late, known, {"tnadapt/m.py": 100}, {"seed": 0})
     assert "1 of these had survived at first, and tests were added for them. Without these tests it was 90.0%" in page
     assert "nobody can tell" in page
+
+
+def test_the_two_kinds_of_operators_are_weighted_by_how_many_mutants_they_make() -> None:
+    assert operators().keys().isdisjoint(left_out())
+    assert len(operators().keys() | left_out().keys()) >= 211 + len(OURS)  # all that cosmic-ray 8.7 has
+    ours = [{**record("o", "survived"), "operator": "DropKeyword"}] * 10
+    records = [*[record("k", "killed")] * 9, {**record("l", "killed"), "first": "survived"}, *ours]
+    rest = report.Rest([*[record("k", "killed")] * 99, record("s", "survived")], 300)
+    # Half of 200 are cosmic-ray's, all of them noticed or, without the late one, nine of ten; 99 % of 300 more.
+    page = report.page(records, {}, {"tnadapt/m.py": 200}, {}, rest)
+    assert "make 300 more. Of 100 that were drawn at random and are not equivalent, the tests notice 99. " in page
+    assert f"the share is **{(100 + 297) / 400:.1%}**" in page
+    assert f"for survivors it is {(90 + 297) / 400:.1%}, which" in page
+    assert len(report.failings(rest.records, {})) == 1
+    assert report.failings(rest.records, {"s": {"kind": "gap"}}, goal=False) == []
 
 
 @pytest.mark.parametrize("entry", ['kind = "rare"\nreason = "x"', 'kind = "gap"\nreason = " "'])
