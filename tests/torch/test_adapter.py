@@ -319,9 +319,15 @@ def test_a_second_merge_and_other_misuse_are_refused() -> None:
         assert bits(model) == merged
     adapter.unmerge()
     adapter.detach()
-    for call in (adapter.detach, adapter.merge):
+    for call in (adapter.detach, adapter.merge, adapter.bake):
         with pytest.raises(tna.TargetError, match="not attached"):
             call()
+    # Also where there is another reason, which the caller could do nothing about any more.
+    _, adapter = attached()
+    adapter.set_weight(0.0)
+    adapter.detach()
+    with pytest.raises(tna.TargetError, match="not attached"):
+        adapter.merge()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -127,6 +127,78 @@ class Indexes(Reader):
         return x @ self.layers[0].weight
 
 
+class ByGetattr(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ getattr(self, "inner").weight  # noqa: B009
+
+
+class ByGetattrWithDefault(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = getattr(self.inner, "weight", None)
+        return self.inner(x) if weight is None else x @ weight
+
+
+class ByComputedName(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ getattr(self, "in" + "ner").weight
+
+
+class ByComputedIndex(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.layers[len(self.layers) - 1].weight
+
+
+class ByWalrus(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        if (inner := self.inner) is not None:
+            x = x @ inner.weight
+        return x @ (first := self.layers[0]).weight + first.bias
+
+
+class ByAnnotatedName(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        inner: nn.Linear = self.inner
+        return x @ inner.weight
+
+
+class ByPair(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        inner, first = self.inner, self.layers[0]
+        return first(x) @ inner.weight
+
+
+class ByLoopOverChildren(Reader):
+    """Of one depth: which child it is, is not told apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.layers[0], self.layers[1]):
+            x = x @ layer.weight
+        return x
+
+
+class ByComprehension(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.stack([layer.weight for layer in self.layers]).sum(0)
+
+
+def child(module: nn.Module, name: str) -> Any:
+    return module.get_submodule(name)
+
+
+class ByAFunction(Reader):
+    """What a function gives is not followed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ child(self, "inner").weight
+
+
+class ByAnotherObject(Reader):
+    """A weight of the same name that is not this module's."""
+
+    def forward(self, x: Tensor, other: Reader | None = None) -> Tensor:
+        return x if other is None else x @ other.inner.weight @ other.layers[0].weight
+
+
 class Outer(nn.Module):
     def __init__(self, below: nn.Module) -> None:
         super().__init__()
@@ -154,6 +226,17 @@ class Reaches(Outer):
         (Looks(), {}),
         (Loops(), {"layers.0": [""], "layers.1": [""]}),
         (Indexes(), {"layers.0": [""]}),
+        (ByGetattr(), {"inner": [""]}),
+        (ByGetattrWithDefault(), {"inner": [""]}),
+        (ByComputedName(), {"inner": [""]}),
+        (ByComputedIndex(), {"layers.0": [""], "layers.1": [""]}),
+        (ByWalrus(), {"inner": [""], "layers.0": [""]}),
+        (ByAnnotatedName(), {"inner": [""]}),
+        (ByPair(), {"inner": [""]}),
+        (ByLoopOverChildren(), {"layers.0": [""], "layers.1": [""]}),
+        (ByComprehension(), {"layers.0": [""], "layers.1": [""]}),
+        (ByAFunction(), {}),
+        (ByAnotherObject(), {}),
         (Outer(Looks()), {}),
         (Outer(Direct()), {"below.inner": ["below"]}),
         (Reaches(Looks()), {"below.inner": [""]}),

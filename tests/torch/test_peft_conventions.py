@@ -242,6 +242,28 @@ def test_arrays_take_the_dtype_of_the_base_only_when_asked(dtype: Any, preset: s
         assert torch.equal(run(model), attached)
 
 
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
+        ((torch.float16, torch.float32), torch.float32),
+        ((torch.float64, torch.float16), torch.float64),
+        ((torch.float16, torch.bfloat16), torch.float32),  # neither has all numbers of the other
+        ((torch.float8_e4m3fn, torch.float16), torch.float16),
+        ((torch.bfloat16, torch.int8), torch.bfloat16),
+        ((torch.float8_e4m3fn, torch.int8), torch.float32),
+    ],
+)
+def test_of_several_dtypes_of_the_base_arrays_take_one_that_has_all_numbers(stored: Any, expected: Any) -> None:
+    base = llama()
+    for layer in base.model.layers:
+        for name, dtype in zip(("q_proj", "v_proj"), stored, strict=True):
+            linear = getattr(layer.self_attn, name)
+            linear.weight = torch.nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+    model = get_peft_model(base, config("lora"), autocast_adapter_dtype=False)
+    assert {p.dtype for name, p in model.named_parameters() if model.prefix in name} == {expected}
+
+
 @pytest.mark.parametrize("preset", presets.__all__)
 def test_init_weights_false_changes_the_model(preset: str) -> None:
     plain = run(llama())

@@ -319,6 +319,17 @@ def test_diffusers_fused_projections_replace_the_separate_ones() -> None:
     assert kinds[:4] == ["to_qkv", "to_qkv", "to_q", "to_kv"]
 
 
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_separate_projections_beside_a_fused_one_count_unless_it_is_said_to_replace_them(fused: bool | None) -> None:
+    attention = Module(to_qkv=nn.Linear(8, 24), to_q=nn.Linear(8, 8), to_v=nn.Linear(8, 8), add_q_proj=nn.Linear(8, 8))
+    if fused is not None:
+        attention.fused_projections = fused
+    found = [(target.role, target.module) for target in find_targets(Module(attn=attention))]
+    separate = [] if fused else [("q", "attn.to_q"), ("v", "attn.to_v")]
+    # That of the other stream is not in the fused one.
+    assert found == [("q", "attn.to_qkv"), ("v", "attn.to_qkv"), *separate, ("q", "attn.add_q_proj")]
+
+
 # PEFT asks transformers for a property that it is about to rename.
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_peft_wrapped_layers() -> None:

@@ -166,7 +166,7 @@ def _chains(function: ast.FunctionDef | None) -> Iterator[tuple[str, ...]]:
             known.setdefault(name, chain)
     inner: set[int] = set()
     for node in ast.walk(function):
-        if isinstance(node, (ast.Attribute, ast.Subscript)):
+        if isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
             if isinstance(node, ast.Attribute) and node.attr in _ABOUT:
                 inner.add(id(node.value))
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -66,9 +67,4 @@ def base_dtype(handle: Adapter) -> torch.dtype:
     dtypes = [weight.dtype for weight in stored if weight is not None]
     # To torch, eight-bit floats are floating-point numbers, too; nothing can be computed in them.
     wide = [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1]
-    if not wide:
-        return torch.float32
-    found = wide[0]
-    for dtype in wide[1:]:
-        found = torch.promote_types(found, dtype)
-    return found
+    return functools.reduce(torch.promote_types, wide) if wide else torch.float32

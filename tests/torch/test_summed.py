@@ -1,8 +1,13 @@
-"""What looks at single operations, or runs backward otherwise than forward, meets every strategy."""
+"""A linear layer on the sum of its weight and updates; and what it must stand back for.
+
+What looks at single operations, or runs backward otherwise than forward, meets every strategy.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch  # noqa: E402
+from tnadapt.torch.summed import Source, SummedLinear, summed  # noqa: E402
 
 P = tna.presets
 CASES = [
@@ -84,3 +90,50 @@ def test_forward_mode(config: tna.Config, strategy: str) -> None:
         found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
     expected = torch.func.jvp(model, (x,), (tangent,))[1]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# -- The layer itself ---------------------------------------------------------------------------
+
+
+def test_derivatives_of_a_linear_layer_on_the_sum() -> None:
+    made = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=made).double().requires_grad_() for s in ((2, 3, 4), (6, 4), (6,)))
+    targets = (
+        tna.Target("a", (6, 4), "q", rows=tna.Rows(0, 1, 3, 2)),
+        tna.Target("a", (6, 4), "v", rows=tna.Rows(2, 1, 3, 2)),
+    )
+    q, v = (torch.randn(2, 4, generator=made).double().requires_grad_() for _ in range(2))
+
+    def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *deltas: torch.Tensor) -> torch.Tensor:
+        return SummedLinear.apply(x, w, b, tuple(map(Source, targets)), *deltas)
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias, q, v))
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias, q, v))
+    plain = torch.nn.functional.linear(x, summed(weight, list(zip(targets, (q, v), strict=True))), bias)
+    assert torch.equal(function(x, weight, bias, q, v), plain)
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """Bytes that torch had allocated on the CPU at the most, beyond what was there."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [P.lora(2), P.lora(2, alpha=8.0), P.superlora(3), P.loha(2), P.lorta(2), P.dense()],
+    ids=["lora", "lora alpha", "superlora", "loha", "lorta", "dense"],
+)
+def test_a_linear_layer_needs_the_memory_of_one_weight(config: tna.Config) -> None:
+    """Its update and the sum are one array after the other; backward also puts the gradient of the weight there."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    tnadapt.torch.attach(model, config, "all-linear", strategy="weight")
+    x = torch.randn(2, 256, requires_grad=True)
+    kept = [model(x).sum()]
+    kept[0].backward()
+    weight = 4 * 256 * 256
+    assert peak_of(lambda: kept.append(model(x).sum())) < 1.5 * weight
+    assert peak_of(kept[-1].backward) < 1.5 * weight
