@@ -7,7 +7,7 @@ import copy
 import io
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -550,6 +550,41 @@ def test_checkpointing_gives_the_same_gradients(variant: str, reentrant: bool) -
         found.append([p.grad for p in adapter.parameters()])
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """torch.distributed with this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+def test_reentrant_checkpointing_with_distributed_data_parallel_is_refused() -> None:
+    """In training and without a static graph: what DDP would give then is wrong."""
+
+    def spread(reentrant: bool | None, **settings: bool) -> nn.Module:
+        model = Checkpointed(reentrant)
+        stir(tt.attach(model, P.superlora(3), strategy="weight"))
+        return nn.parallel.DistributedDataParallel(model, **settings)
+
+    x = batch().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"adapter 'default' is shared by several.*use_reentrant=False, or Distrib"):
+        spread(True)(x)
+    gradients = []
+    for model in (spread(None), spread(False), spread(True, static_graph=True)):
+        with torch.no_grad():
+            model(x)  # no training
+        model(x).square().sum().backward()
+        gradients.append([p.grad for name, p in model.named_parameters() if "tnadapt" in name])
+    for plain, *others in zip(*gradients, strict=True):
+        for other in others:
+            assert (other - plain).abs().max() <= 1e-5 * plain.abs().max()
+    evaluated = spread(True)
+    with torch.no_grad():
+        assert torch.equal(evaluated(x), evaluated.module(x))
 
 
 # torch asks every input of a compiled program for its .grad, and hides the warning from its users.

@@ -14,7 +14,7 @@ import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.factoring import factoring  # noqa: E402
 from tnadapt.testing import plans  # noqa: E402
-from tnadapt.torch.cost import MACHINES, choose, costs  # noqa: E402
+from tnadapt.torch.cost import MACHINES, Machine, Work, choose, costs  # noqa: E402
 
 P = tna.presets
 
@@ -51,6 +51,63 @@ def test_every_plan_has_a_cost(plan: tna.SuperLoRA, tokens: int, machine: str) -
         for strategy, work in found.items():
             assert 0 < work.seconds(MACHINES[machine]) < more[strategy].seconds(MACHINES[machine])
         assert choose(plan, index, how, tokens, MACHINES[machine]) in found
+
+
+ROWS, COLS, TOKENS = 24, 12, 100
+SIZE = ROWS * COLS
+# What it takes to form an update once: operations in narrow products, elements moved, calls.
+FORMED: dict[str, tuple[tna.Config, float, float, float]] = {
+    "dense": (P.dense(), 0, 0, 1),
+    "lora": (P.lora(3), 2 * SIZE * 3, SIZE, 4),
+    "lorta": (P.lorta(3, order=4), 2 * SIZE * 3, SIZE, 4),
+    "tt": (tna.Config(rank=3, groups=1, fold="balanced", order=4, format="tt"), 2 * SIZE * 3, SIZE, 4),
+    # Two of LoRA's, and their elementwise product.
+    "loha": (P.loha(3), 2 * (2 * SIZE * 3), 2 * SIZE + 2 * SIZE, 2 * 4 + 3),
+    # 4x3 and 6x4 matrices as they are, and their Kronecker product; of LoKr the second is one of LoRA's.
+    "krona": (P.krona(), 0, 2 * SIZE, 1 + 1 + 3),
+    "lokr": (P.lokr(3), 2 * 24 * 3, 24 + 2 * SIZE, 1 + 4 + 3),
+    # Two sums of a 2x2 matrix by a 12x6 one of rank 1.
+    "compacter": (P.compacter(1, terms=2), 2 * (2 * 72), 2 * (72 + 2 * SIZE), 2 * (1 + 4 + 3)),
+}
+# Forward and, twice that, backward: the same of the products with the factors.
+FACTORED: dict[str, tuple[float, float, float]] = {
+    "lora": (6 * TOKENS * (ROWS + COLS) * 3, 4 * TOKENS * (ROWS + COLS), 20),
+    "loha": (6 * TOKENS * (ROWS + COLS) * 9, 4 * TOKENS * (ROWS + COLS), 20),  # as one matrix of rank 9
+    # By the 6x4 matrix (3 columns of 4 for each row of x become 3 of 6), and by the 4x3 one.
+    "krona": (
+        6 * TOKENS * ROWS * 4 + 8 * 2 * TOKENS * COLS * 4,
+        4 * TOKENS * (ROWS + COLS) + 8 * TOKENS * (COLS + 4 * COLS // 3),
+        8 + 8 + 24,
+    ),
+    "compacter": (
+        2 * (6 * TOKENS * (ROWS + COLS) + 8 * 2 * TOKENS * 2 * 2),
+        2 * (4 * TOKENS * (ROWS + COLS) + 8 * TOKENS * (2 + 2)),
+        8 + 2 * (12 + 24),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMED)
+def test_operations_elements_and_calls_of_each_strategy(name: str) -> None:
+    config, narrow, moved, calls = FORMED[name]
+    plan = tna.SuperLoRA(config, [(ROWS, COLS)])
+    found = costs(plan, 0, factoring(plan, 0), TOKENS)
+    # Formed in forward and in backward, and a gradient to either factor by as many operations each.
+    update = Work(0, 4 * narrow, 2 * moved + 2 * SIZE, 4 * calls)
+    product = 2 * TOKENS * SIZE
+    assert found["weight"] == update + Work(product, 0, 5 * SIZE, 14)
+    assert found["beside"] == update + Work(3 * product, 0, 5 * SIZE + 4 * TOKENS * (ROWS + COLS), 20)
+    if name in FACTORED:
+        assert found["factored"] == Work(0, *FACTORED[name])
+
+
+def test_seconds_are_of_operations_bytes_and_calls() -> None:
+    machine = Machine(operations=10.0, narrow=5.0, bytes=8.0, call=0.25)
+    assert Work(large=20.0).seconds(machine) == 2.0
+    assert Work(narrow=20.0).seconds(machine) == 4.0
+    assert Work(moved=20.0).seconds(machine) == 10.0  # four bytes each
+    assert Work(calls=20.0).seconds(machine) == 5.0
+    assert Work(20.0, 20.0, 20.0, 20.0).seconds(machine) == 21.0
 
 
 def test_attach_chooses_and_the_summary_shows_it() -> None:

@@ -83,3 +83,17 @@ def test_a_checkpointed_region_saves_nothing_for_the_update() -> None:
         found = pieces(plan, vector(plan, moved(plan)))
     assert saved == []
     assert found[0].requires_grad
+
+
+@pytest.mark.parametrize("groups", [[[0, 2, 3, 5], [1, 4]], [[5, 1, 2], [0, 4, 3]]])
+@pytest.mark.parametrize("projection", ["shuffle", "linear", "linear_v2", "nonlinear"])
+def test_groups_of_weights_that_do_not_follow_each_other(groups: list[list[int]], projection: str) -> None:
+    shapes = [(5, 4), (3, 4), (2, 4), (6, 4), (4, 4), (1, 4)]
+    plan = tna.SuperLoRA(P.superlora(2, groups=groups, projection=projection), shapes)
+    arrays = moved(plan)
+    twin = {name: array.detach().clone().requires_grad_() for name, array in arrays.items()}
+    weights = [torch.randn(*shape, generator=torch.Generator().manual_seed(9)).double() for shape in shapes]
+    for deltas in (pieces(plan, vector(plan, arrays)), plan.deltas(twin)):
+        sum((delta * weight).sum() for delta, weight in zip(deltas, weights, strict=True)).backward()
+    for name, array in arrays.items():
+        assert torch.allclose(array.grad, twin[name].grad, rtol=1e-12, atol=1e-12)

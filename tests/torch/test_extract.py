@@ -101,6 +101,13 @@ def test_the_same_as_from_disk(tmp_path: Path) -> None:
     tnadapt.torch.load(model, tmp_path / "adapter.safetensors")
 
 
+def test_by_default_it_is_the_config_that_attach_takes() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    tuned = _tuned(model)
+    default = tnadapt.torch.extract(model, tuned).config
+    assert default == presets.superlora(rank=8) == tnadapt.torch.attach(tuned).config
+
+
 def test_a_state_dict_does() -> None:
     model, _ = build("bert")
     tuned = _tuned(model)

@@ -541,7 +541,6 @@ class Adapter:
         made, target = self._updates.slice(index), self.targets[index]
         if made is None:
             return Source(target), [self.update(index)]
-        self._refuse_reentrant()
         return Source(target, made, len(made.names), self._weight), self.given(made.names)
 
     def factors(self, how: Factoring) -> Factored:

@@ -240,4 +240,4 @@ def _of_rows(target: Target, features: Tensor) -> Tensor:
         return features
     rows, count = target.rows, features.shape[0]
     blocks = features.view(count, rows.count, rows.stride)[:, :, rows.start : rows.start + rows.length]
-    return blocks[:, 0] if rows.count == 1 else blocks.reshape(count, rows.count * rows.length)
+    return blocks.reshape(count, rows.count * rows.length)
