@@ -670,6 +670,28 @@ def test_adapters_add_up_by_their_weights() -> None:
         b.merge()
 
 
+@pytest.mark.parametrize("strategy", ["weight", "factored"])
+def test_an_adapter_may_be_changed_after_a_pass_with_gradients(strategy: str) -> None:
+    """Only a region that runs again in a backward pass must find it as it was."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    adapter = tt.attach(model, P.lora(2), "all-linear", strategy=strategy)
+    stir(adapter)
+    x = torch.randn(3, 8)
+    whole, part = run(model, x), run(model[0], x)
+    loss = model(x).sum()
+    adapter.set_weight(0.5)
+    halved, halved_part = run(model, x), run(model[0], x)
+    with adapter.disabled():
+        base, base_part = run(model, x), run(model[0], x)
+    adapter.set_weight(1.0)
+    assert torch.allclose(halved_part, (part + base_part) / 2, atol=1e-6)
+    assert not torch.equal(halved, whole)
+    assert not torch.equal(halved, base)
+    loss.backward()
+    assert torch.equal(run(model, x), whole)
+
+
 def test_adapters_are_unmerged_in_the_other_order() -> None:
     model, a = attached("default", name="a")
     b = tt.attach(model, VARIANTS["lora"], name="b")
