@@ -144,7 +144,7 @@ def attention(config: Any, **settings: Any) -> tuple[nn.Module, Adapter, torch.T
 def subsets(adapter: Adapter) -> list[dict[str, Any]]:
     words = sorted({name.rpartition(".")[2] for name in adapter.plan.param_shapes})
     some = [list(c) for count in range(1, len(words) + 1) for c in itertools.combinations(words, count)]
-    groups: list[Any] = [None] + ([0] if adapter.plan.num_groups > 1 else [])
+    groups: list[Any] = [None, *(range(adapter.plan.num_groups) if adapter.plan.num_groups > 1 else [])]
     return [{"groups": group, "arrays": chosen} for group in groups for chosen in some]
 
 
@@ -330,6 +330,18 @@ def test_what_could_never_learn_is_refused() -> None:
     adapter.load_arrays(mixed)
     with pytest.warns(UserWarning, match=r"the gradient of what is trained is zero in groups 0\. Train the others too"):
         adapter.set_trainable(arrays="factor1")
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "0"), (4, "0, 1, 2, 3"), (5, "0, 1, 2, 3 and 1 more")])
+def test_the_groups_that_could_not_learn_are_named(count: int, said: str) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    adapter = attach(model, presets.lora(2), "all-linear")
+    # Moved in all groups, and zero in these beside what is to be trained.
+    zero = [f"group{number}.split0.factor0" for number in range(count)]
+    adapter.load_arrays({name: array * 0 if name in zero else array + 1 for name, array in adapter.arrays().items()})
+    with pytest.warns(UserWarning, match=rf"gradient of what is trained is zero in groups {said}\. Train") as told:
+        adapter.set_trainable(arrays="factor1")
+    assert told[0].filename == __file__
 
 
 def test_a_relu_passes_nothing_back_to_a_factor_of_zeros() -> None:
