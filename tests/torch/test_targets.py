@@ -16,31 +16,14 @@ from torch import nn  # noqa: E402
 import tnadapt as tna  # noqa: E402
 from tnadapt.errors import TargetError  # noqa: E402
 from tnadapt.reproduce.diffusion.unet import Attention, ClassEmbedding, UNet  # noqa: E402
-from tnadapt.roles import is_attention, read  # noqa: E402
 from tnadapt.target import Rows, Target  # noqa: E402
 from tnadapt.torch.attach import attach  # noqa: E402
 from tnadapt.torch.targets import find_targets, tied  # noqa: E402
 
 from .architectures import MODELS, build  # noqa: E402
+from .modules import Module, linear, names, qv, roles, vq  # noqa: E402
 
 UNET = json.loads(Path(__file__).parent.with_name("oracles.json").read_text())["unet_qv"]
-
-
-def roles(model: nn.Module, targets: Any = "qv") -> list[tuple[str, tuple[int, int]]]:
-    return [(target.role, target.shape) for target in find_targets(model, targets)]
-
-
-def names(model: nn.Module, targets: Any = "qv", **kwargs: Any) -> list[str]:
-    return [target.name for target in find_targets(model, targets, **kwargs)]
-
-
-def qv(q: tuple[int, int], v: tuple[int, int] | None = None) -> list[tuple[str, tuple[int, int]]]:
-    return [("q", q), ("v", v or q)]
-
-
-def vq(q: tuple[int, int], v: tuple[int, int] | None = None) -> list[tuple[str, tuple[int, int]]]:
-    """Where v is defined before q, as in OpenAI's models and their kin."""
-    return qv(q, v)[::-1]
 
 
 # -- By role, in every library -----------------------------------------------------------------
@@ -147,15 +130,6 @@ def test_output_projections(name: str, count: int, outputs: str) -> None:
     assert [target.role for target in find_targets(build(name)[0], "qkvo")].count("o") == count
 
 
-def test_conv1d_is_transposed() -> None:
-    found = find_targets(build("gpt2")[0])
-    assert [(target.name, target.stored, target.transposed) for target in found[:2]] == [
-        ("transformer.h.0.attn.c_attn.weight", (32, 96), True),
-        ("transformer.h.0.attn.c_attn.weight", (32, 96), True),
-    ]
-    assert [target.rows for target in found[:2]] == [Rows(0, 32, 96), Rows(64, 32, 96)]
-
-
 def test_a_model_without_memory() -> None:
     with torch.device("meta"):
         model = nn.TransformerEncoderLayer(4096, 8)
@@ -198,167 +172,6 @@ def test_the_papers_counts_come_out() -> None:
     ]
 
 
-# -- What is an attention ----------------------------------------------------------------------
-
-
-class Module(nn.Module):
-    """A module of these children."""
-
-    def __init__(self, **children: nn.Module | None) -> None:
-        super().__init__()
-        for name, child in children.items():
-            self.add_module(name, child)
-
-
-def linear(*names: str, out: int = 8) -> Module:
-    return Module(**{name: nn.Linear(8, out) for name in names})
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("q", "query", "q_proj", "query_proj", "to_q", "to_query", "wq", "Wq", "q_lin", "linear_q", "proj_q"),
-        *("project_q", "projection_query", "q_head", "query_global", "add_q_proj", "q_linear", "w_qs", "query_layer"),
-        *("self_attn_query_content_proj", "q_attn", "layout_query", "fc_q", "lin_q", "to_q_t", "linear_Q"),
-    ],
-)
-def test_names_of_queries(name: str) -> None:
-    found = read(name)
-    assert found is not None
-    assert found.letters == "q"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("q_norm", "norm_q", "pool_q", "pos_query_proj", "lambda_q1", "query_tokens", "q_a_proj", "q_bias", "queue"),
-        *("qa_outputs", "quantize", "v1", "conv_q", "attn", "value_embedding", "kv_a_proj_with_mqa", "", "k_cache"),
-        *("q_or_v", "q_proj_q", "vq"),
-    ],
-)
-def test_names_of_nothing(name: str) -> None:
-    assert read(name) is None
-
-
-def test_a_lone_value_or_query_is_no_attention() -> None:
-    """A value head, a query elsewhere, and q beside v without k are reinforcement learning or retrieval."""
-    model = Module(
-        attn=linear("query", "key", "value"),
-        value=nn.Linear(8, 1),
-        critic=linear("q", "v"),
-        heads=linear("q_head", "v_head", "value_head"),
-        retrieval=linear("query"),
-        pair=linear("query_proj", "key_proj"),
-        feed_forward=linear("key", "value", "receptance"),
-    )
-    assert names(model) == ["attn.query.weight", "attn.value.weight"]
-
-
-@pytest.mark.parametrize(
-    ("children", "expected"),
-    [
-        (("q", "k", "v"), "qv"),
-        (("to_q", "to_kv"), "qv"),
-        (("qk", "v"), "qv"),
-        (("q_proj", "v_proj"), "qv"),
-        (("query", "value"), "qv"),
-        (("q_proj", "value"), ""),
-        (("q", "k", "value"), "qv"),
-        (("q", "value"), ""),
-        (("q_proj", "k_proj"), ""),
-        (("qkv",), "qv"),
-    ],
-)
-def test_which_children_make_an_attention(children: tuple[str, ...], expected: str) -> None:
-    fused = {"qkv": 24, "to_kv": 16, "qk": 16}
-    model = Module(block=Module(**{name: nn.Linear(8, fused.get(name, 8)) for name in children}))
-    try:
-        found = "".join(target.role for target in find_targets(model))
-    except TargetError:
-        found = ""
-    assert found == expected
-
-
-def test_in_a_module_called_attention_less_is_enough() -> None:
-    """Keys that other layers made, a query that is learned, names of two styles."""
-    shared = Module(self_attention=linear("q_proj", "o_proj"))
-    learned = Module(attn_pool=linear("k_proj", "v_proj"))
-    mixed = Module(attention=linear("q_content_proj", "k_content_proj", "v_proj"))
-    assert names(shared) == ["self_attention.q_proj.weight"]
-    assert names(learned) == ["attn_pool.v_proj.weight"]
-    assert names(mixed) == ["attention.q_content_proj.weight", "attention.v_proj.weight"]
-    assert is_attention("MHSA")
-    assert not is_attention("Latent", "pattern")
-
-
-def test_a_projection_with_a_norm_or_a_pooling() -> None:
-    """A depthwise convolution projects nothing; of several weights one may be called the projection."""
-    query = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
-    key = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
-    value = Module(linear=nn.Linear(8, 8), gate=nn.Linear(8, 8))
-    assert names(Module(attn=Module(query=query, key=key, value=value)), "qkv") == [
-        *("attn.query.0.weight", "attn.key.2.weight", "attn.value.linear.weight")
-    ]
-
-
-def test_several_weights_for_one_role_are_not_passed_over() -> None:
-    mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    model = Module(attn=Module(query=mlp, key=nn.Linear(8, 8), value=nn.Linear(8, 8)), other=linear("q", "k", "v"))
-    with pytest.raises(TargetError, match=r"attn\.query of Module seems to make q, and with which weight or rows"):
-        find_targets(model)
-    assert names(model, "v") == ["attn.value.weight", "other.v.weight"]
-    assert names(model, ["attn:k", "attn.query.2"]) == ["attn.query.2.weight", "attn.key.weight"]
-
-
-def test_diffusers_fused_projections_replace_the_separate_ones() -> None:
-    model, _ = build("diffusers_unet")
-    model.fuse_qkv_projections()
-    found = find_targets(model)
-    assert [(target.role, target.shape) for target in found] == SHAPES["diffusers_unet"]
-    kinds = [target.module.rpartition(".")[2] for target in found]
-    assert kinds[:4] == ["to_qkv", "to_qkv", "to_q", "to_kv"]
-
-
-@pytest.mark.parametrize("fused", [True, False, None])
-def test_separate_projections_beside_a_fused_one_count_unless_it_is_said_to_replace_them(fused: bool | None) -> None:
-    attention = Module(to_qkv=nn.Linear(8, 24), to_q=nn.Linear(8, 8), to_v=nn.Linear(8, 8), add_q_proj=nn.Linear(8, 8))
-    if fused is not None:
-        attention.fused_projections = fused
-    found = [(target.role, target.module) for target in find_targets(Module(attn=attention))]
-    separate = [] if fused else [("q", "attn.to_q"), ("v", "attn.to_v")]
-    # That of the other stream is not in the fused one.
-    assert found == [("q", "attn.to_qkv"), ("v", "attn.to_qkv"), *separate, ("q", "attn.add_q_proj")]
-
-
-# PEFT asks transformers for a property that it is about to rename.
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_peft_wrapped_layers() -> None:
-    peft = pytest.importorskip("peft")
-    model, _ = build("bert")
-    plain = find_targets(model, "qkv")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "dense"]))
-    found = find_targets(wrapped, "qkv")
-    assert found[0].module == "base_model.model.bert.encoder.layer.0.attention.self.query.base_layer"
-    assert found[1].module == "base_model.model.bert.encoder.layer.0.attention.self.key"
-    assert [(target.role, target.shape) for target in found] == [(target.role, target.shape) for target in plain]
-    assert found[0].layer == "base_model.model.bert.encoder.layer.0"
-    assert names(wrapped, ["query"]) == names(wrapped, "q") == names(wrapped, r".*\.self\.query")
-    assert not [name for name in names(wrapped, "all-linear") if "lora" in name]
-    assert len(names(wrapped, "all-linear")) == 13  # 2 layers of 6, and the pooler
-
-
-def test_a_module_under_two_paths_counts_once() -> None:
-    attention = linear("query", "key", "value")
-    model = Module(first=attention, second=attention, third=Module(query=attention.query, key=None, value=None))
-    assert names(model) == ["first.query.weight", "first.value.weight"]
-    assert names(model, "all-linear") == ["first.query.weight", "first.key.weight", "first.value.weight"]
-    # One output for two attentions, and an alias that comes before the attention.
-    pair = Module(alias=nn.Linear(8, 8), first=linear("q", "k", "v"), second=linear("q", "k", "v"))
-    pair.first.o = pair.second.o = nn.Linear(8, 8)
-    pair.second.q = pair.alias
-    assert names(pair, "qo") == ["alias.weight", "first.q.weight", "first.o.weight"]
-
-
 # -- Kinds -------------------------------------------------------------------------------------
 
 
@@ -394,22 +207,6 @@ def test_the_head_is_what_the_model_calls_so() -> None:
     assert names(plain, "all-linear") == ["body.weight", "classifier.0.weight"]
     assert names(Module(module=plain), "all-linear") == ["module.body.weight", "module.classifier.0.weight"]
     assert names(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "all-linear") == ["0.weight", "1.weight"]
-
-
-def test_convolutions() -> None:
-    model, _ = build("torchvision_resnet")
-    found = find_targets(model, "conv")
-    assert len(found) == 1 + 4 * 2 + 3
-    assert (found[0].role, found[0].stored, found[0].shape) == ("conv", (64, 3, 7, 7), (64, 147))
-    assert found[0].layer == ""
-    assert found[1].layer == "layer1.0"
-    kinds = nn.Sequential(
-        nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.Conv3d(1, 2, 2), nn.ConvTranspose2d(4, 6, 3)
-    )
-    # Groups as they are stored; no transposed convolutions.
-    assert roles(kinds, "conv") == [("conv", (6, 12)), ("conv", (6, 18)), ("conv", (2, 8))]
-    with pytest.raises(TargetError, match="ConvTranspose2d, which holds no weight to adapt"):
-        find_targets(kinds, ["3"])
 
 
 # -- By name -----------------------------------------------------------------------------------
@@ -563,97 +360,6 @@ def test_an_empty_string_is_the_model_itself() -> None:
     assert names(nn.Linear(2, 3), "") == ["weight"]
     with pytest.raises(TargetError, match="found in a torch module; got list"):
         find_targets([], "qv")  # type: ignore[arg-type]
-
-
-def test_bags_and_norms_are_no_linear_maps() -> None:
-    model = Module(bag=nn.EmbeddingBag(4, 2), norm=nn.LayerNorm(2), both=nn.Bilinear(2, 2, 2), fine=nn.Linear(2, 2))
-    for name in ("bag", "norm", "both"):
-        with pytest.raises(TargetError, match="which holds no weight to adapt"):
-            find_targets(model, [name])
-
-
-def test_an_embedding_must_be_named() -> None:
-    model = Module(embed=nn.Embedding(4, 2), attn=Module(q=nn.Embedding(4, 2), v=nn.Linear(2, 2)), fine=nn.Linear(2, 2))
-    assert names(model, "all-linear") == ["attn.v.weight", "fine.weight"]
-    assert names(model, ["embed"]) == names(model, "embed") == ["embed.weight"]
-    assert find_targets(model, ["embed"])[0].shape == (4, 2)
-
-
-@pytest.mark.parametrize("targets", [["embed"], "embed", [Target("embed", (4, 2))], lambda path, _: path == "embed"])
-def test_embeddings_that_cannot_be_adapted(targets: Any) -> None:
-    model = Module(embed=nn.Embedding(4, 2, sparse=True))
-    with pytest.raises(TargetError, match=r"embed\.weight belongs to an embedding with sparse=True.*set sparse=False"):
-        find_targets(model, targets)
-    model = Module(embed=nn.Embedding(4, 2, max_norm=0.5))
-    with pytest.raises(TargetError, match=r"embed\.weight .* max_norm=0\.5, which rescales .* set max_norm=None"):
-        find_targets(model, targets)
-    model.embed.max_norm = None
-    assert names(model, targets) == ["embed.weight"]
-
-
-def test_a_matrix_of_an_unknown_module_must_be_named() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(3, 2))
-
-    model = nn.Sequential(Odd(), nn.Linear(2, 2))
-    assert names(model, "all-linear") == ["1.weight"]
-    assert names(model, ["0"]) == ["0.weight"]
-
-
-def test_lazy_modules_have_no_shape_yet() -> None:
-    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3), nn.LazyConv2d(3, 1))
-    for targets in ("all-linear", "conv"):
-        with pytest.raises(TargetError, match=r"[02]\.weight of Lazy\w+ has no shape yet; run the model once"):
-            find_targets(model, targets)
-    assert names(model, ["1"]) == ["1.weight"]
-
-
-class Packed(nn.Linear):
-    """As bitsandbytes keeps four bits a number: bytes in a column, and the sizes as attributes."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        packed = torch.zeros(in_features * out_features // 2, 1, dtype=torch.uint8)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-
-
-class Unpacked(nn.Module):
-    """Whole numbers, and not a word of a shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.int8), requires_grad=False)
-
-
-def test_quantised_weights_of_known_shape() -> None:
-    attention = Module(q_proj=Packed(8, 6), k_proj=Packed(8, 6), v_proj=Packed(8, 4))
-    assert roles(attention) == qv((6, 8), (4, 8))
-    gptq = nn.Linear(8, 6)
-    del gptq.weight
-    gptq.register_buffer("qweight", torch.zeros(1, 6, dtype=torch.int32))
-    assert names(nn.Sequential(gptq), "all-linear") == ["0.weight"]
-
-
-# They are about to leave torch for torchao, whose weights have a shape.
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_torchs_quantised_linear() -> None:
-    """Its weight is a method."""
-    engine = torch.backends.quantized.engine
-    if engine == "none":
-        pytest.skip("this torch has no quantised kernels")
-    quantised = pytest.importorskip("torch.ao.nn.quantized.dynamic").Linear(8, 6)
-    assert roles(nn.Sequential(quantised), "all-linear") == [("linear", (6, 8))]
-
-
-def test_quantised_weights_of_unknown_shape() -> None:
-    model = nn.Sequential(Unpacked(), nn.Linear(2, 2))
-    with pytest.raises(TargetError, match=r"0\.weight of Unpacked is quantised"):
-        find_targets(model, ["0"])
-    assert names(model, "all-linear") == ["1.weight"]
-    with pytest.raises(TargetError, match=r"q\.weight of Unpacked is quantised"):
-        find_targets(Module(attn=Module(q=Unpacked(), k=nn.Linear(2, 2), v=nn.Linear(2, 2))))
 
 
 # -- Tied weights ------------------------------------------------------------------------------
