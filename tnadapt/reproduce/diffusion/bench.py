@@ -111,7 +111,7 @@ class Adapting:
         return Schedule(rate, 0.1, self.weight_decay, 1.0, self.optimiser, self.shape)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Bench:
     """A base, what it is to learn, and what looks at it: the same in every process that opens the same setup.
 
