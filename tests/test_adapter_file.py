@@ -207,6 +207,16 @@ FIRST = "group0.split0.factor0"
         ({"targets": ()}, ShapeError, "no weight"),
         ({"targets": TARGETS[:2]}, ShapeError, r"missing: none; unknown: 'group2\.split0\.factor0', "),
         ({"arrays": None}, ShapeError, "arrays must be a mapping of names to arrays; got NoneType"),
+        (
+            {"arrays": dict(list(ARRAYS.items())[4:])},
+            ShapeError,
+            r"missing: 'group0\.split0\.factor0', \S+, \S+, \S+; unknown: none",
+        ),
+        (
+            {"arrays": dict(list(ARRAYS.items())[5:])},
+            ShapeError,
+            r", 'group1\.split0\.factor1' and 1 more; unknown: none",
+        ),
         ({"arrays": {}}, ShapeError, r"missing: 'group0\.split0\.factor0', .* and 2 more; unknown: none"),
         ({"arrays": without(ARRAYS, FIRST)}, ShapeError, rf"missing: '{FIRST}'; unknown: none"),
         ({"arrays": {**ARRAYS, "more": np.ones(2, "f4")}}, ShapeError, "missing: none; unknown: 'more'"),

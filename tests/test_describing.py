@@ -99,6 +99,15 @@ def test_adapters_of_others(tmp_path: Path) -> None:
             tna.load(tmp_path / "adapter_model.safetensors")
 
 
+def test_an_adapter_of_others_in_several_files_is_told_as_a_whole(tmp_path: Path) -> None:
+    one = {f"base_model.model.{name}.lora_A.weight": ("F32", np.ones((2, 2), "<f4")) for name in "abcde"}
+    cp.write(tmp_path, one, shards=2)
+    found = tna.info(tmp_path)
+    assert found["kind"] == "other adapter"
+    assert found["what"].startswith("an adapter of PEFT: 5 tensors such as 'base_model.model.a.lora_A.weight'")
+    assert found["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+
+
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(1), [T("a", (4, 4))]))
     whole = (tmp_path / "a.safetensors").read_bytes()

@@ -564,6 +564,38 @@ def test_where_it_may_go(tmp_path: Path) -> None:
     assert "is a file, and the base is a folder" in refused(tmp_path, base, adapter, __file__, overwrite=True)
 
 
+def test_an_output_that_others_replace_while_it_is_looked_at_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, _ = small(tmp_path)
+    out, there = tmp_path / "out", os.listdir
+    out.mkdir()
+    looks = []
+
+    def replaced(path: Any = ".") -> list[str]:
+        names = there(path)
+        if path == str(out):
+            looks.append(names)
+            if len(looks) == 1:  # a folder that is no checkpoint; when it has been listed, there is a checkpoint
+                out.rename(tmp_path / "gone")
+                shutil.copytree(base, out)
+        return names
+
+    monkeypatch.setattr(os, "listdir", replaced)
+    tna.merge(base, adapter, out, overwrite=True)
+    assert looks[0] == []
+    monkeypatch.undo()
+    tna.merge(base, adapter, tmp_path / "expected")
+    assert content(out) == content(tmp_path / "expected")
+    # One that stays as it is has been looked at once.
+    shutil.rmtree(out)
+    shutil.copytree(tmp_path / "gone", out)
+    looks[:] = [[""]]
+    monkeypatch.setattr(os, "listdir", replaced)
+    assert "is no folder of a checkpoint" in refused(tmp_path, base, adapter, out, overwrite=True)
+    assert looks[1:] == [[]]
+
+
 def test_overwriting(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
     tna.merge(base, adapter, tmp_path / "out")

@@ -191,6 +191,11 @@ def test_bad_input() -> None:
         f.adjoint(np.zeros(5))
     with pytest.raises(tna.BackendError, match="dtypes"):
         f.adjoint(np.zeros(5), at=np.zeros(3, np.float32))
+    with pytest.raises(tna.ShapeError, match=r"expected \(…, 3\)"):
+        f.adjoint(np.zeros(5), at=np.zeros(5))
+    for batch, point in (((), (2,)), ((2,), (3,)), ((2,), (1,)), ((2, 3), (3,))):
+        with pytest.raises(tna.ShapeError, match=r"expected \(3,\) or the batch of y"):
+            f.adjoint(np.zeros((*batch, 5)), at=np.zeros((*point, 3)))
     with pytest.raises(tna.BackendError, match="int64"):
         f(np.zeros(3, np.int64))
     for start, stop in ((0, 0), (3, 2), (-1, 2), (0, 6), (0, 2.0)):

@@ -207,7 +207,10 @@ def test_halves_are_rounded_as_libraries_round_them() -> None:
     from tnadapt.start import _rounded
 
     torch = pytest.importorskip("torch")
-    numbers = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
+    rng = np.random.default_rng(0)
+    normals = rng.normal(size=10_000).astype(np.float32)
+    ties = [(rng.normal(size=1000).astype(np.float32).view(np.uint32) >> cut << cut) | 1 << cut - 1 for cut in (13, 16)]
+    numbers = np.concatenate([normals, *(bits.view(np.float32) for bits in ties)])
     for dtype in ("bfloat16", "float16", "float32"):
         expected = torch.tensor(numbers).to(getattr(torch, dtype)).float().numpy()
         assert np.array_equal(_rounded(numbers, dtype), expected)

@@ -292,7 +292,12 @@ def test_bad_parameters() -> None:
     first = next(iter(good))
     cases = [
         ([1, 2], tna.ShapeError, "must be a mapping"),
-        ({}, tna.ShapeError, "missing: 'group0.split0.factor0'"),
+        ({}, tna.ShapeError, r"missing: 'group0.split0.factor0', \S+, \S+, \S+; unknown: none"),
+        (
+            good | dict.fromkeys("abcde", good[first]),
+            tna.ShapeError,
+            "missing: none; unknown: 'a', 'b', 'c', 'd' and 1 more$",
+        ),
         (good | {"extra": good[first]}, tna.ShapeError, "unknown: 'extra'"),
         (good | {first: good[first].T}, tna.ShapeError, r"has shape \(2, 4\); expected \(4, 2\)"),
         (good | {first: good[first].astype(np.float64)}, tna.BackendError, "two dtypes"),

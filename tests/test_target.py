@@ -1,75 +1,95 @@
-"""Targets by themselves: what is refused, and what their fields say."""
+"""A target: its fields are checked, and it is a view of the stored weight."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tnadapt import TargetError
-from tnadapt.target import Rows, Target
+from tnadapt import Rows, Target, TargetError
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "why"),
     [
-        ({"module": 1}, r"a target's module must be a string; got 1"),
-        ({"layer": None}, r"a target's layer must be a string; got None"),
-        ({"parameter": ""}, r"a target's parameter must be a name, such as 'weight'; got ''"),
-        ({"role": "query"}, r"a target's role must be one of q, k, v, o, linear, conv; got 'query'"),
-        ({"transposed": 1}, r"a target's transposed must be True or False; got 1"),
-        ({"stored": (4,)}, r"a target's stored shape must be two to eight sizes; got \(4,\)"),
-        ({"stored": (1,) * 9}, r"a target's stored shape must be two to eight sizes"),
-        ({"stored": (4, 0)}, "a size of a stored shape must be from 1 to 4611686018427387904; got 0"),
-        ({"stored": (4, 4, 3), "transposed": True}, r"weight must be a matrix; a.weight has shape \(4, 4, 3\)"),
-        ({"rows": (0, 1, 2)}, r"a target's rows must be \(start, length, stride, count\); got \(0, 1, 2\)"),
-        ({"rows": (0, 0, 4, 1)}, "rows of a.weight must be from 1 to"),
-        ({"rows": (-1, 1, 4, 1)}, "rows of a.weight must be from 0 to"),
-        ({"rows": (3, 2, 4, 1)}, r"rows 3 to 4 of 1 blocks of 4 do not fit the 4 rows of a.weight"),
-        ({"rows": (0, 1, 3, 1)}, r"rows 0 to 0 of 1 blocks of 3 do not fit the 4 rows"),
-        ({"stored": (4, 6), "transposed": True, "rows": (0, 1, 4, 1)}, r"do not fit the 6 rows of a.weight"),
+        ({"module": 3}, "module must be a string; got 3"),
+        ({"parameter": None}, "parameter must be a string; got None"),
+        ({"layer": 0}, "layer must be a string; got 0"),
+        ({"parameter": ""}, "parameter must be a name, such as 'weight'; got ''"),
+        ({"role": "query"}, "role must be one of q, k, v, o, linear, conv; got 'query'"),
+        ({"role": None}, "role must be one of q, k, v, o, linear, conv; got None"),
+        ({"transposed": 1}, "transposed must be True or False; got 1"),
+        ({"stored": 6}, "stored shape must be two to eight sizes; got 6"),
+        ({"stored": "64"}, "stored shape must be two to eight sizes; got '64'"),
+        ({"stored": {6, 4}}, "stored shape must be two to eight sizes; got {"),
+        ({"stored": ()}, r"stored shape must be two to eight sizes; got \(\)"),
+        ({"stored": (6,)}, r"stored shape must be two to eight sizes; got \(6,\)"),
+        ({"stored": [1] * 9}, r"stored shape must be two to eight sizes; got \[1, 1, "),
+        ({"stored": (6, 0)}, "a size of a stored shape must be from 1 to 4611686018427387904; got 0"),
+        ({"stored": (6, 2**62 + 1)}, "a size of a stored shape must be from 1 to 4611686018427387904; got 46"),
+        ({"stored": (6, 4.0)}, "a size of a stored shape must be an integer; got 4.0"),
+        ({"stored": (6, 4, 1), "transposed": True}, r"weight must be a matrix; m\.weight has shape \(6, 4, 1\)"),
+        ({"rows": 3}, r"rows must be \(start, length, stride, count\); got 3"),
+        ({"rows": {0, 1, 2, 6}}, r"rows must be \(start, length, stride, count\); got {"),
+        ({"rows": (0, 3, 6)}, r"rows must be \(start, length, stride, count\); got \(0, 3, 6\)"),
+        ({"rows": (0, 1, 6, 1, 1)}, r"rows must be \(start, length, stride, count\); got \(0, 1, 6, 1, 1\)"),
+        ({"rows": (-1, 3, 6, 1)}, r"rows of m\.weight must be from 0 to 4611686018427387904; got -1"),
+        ({"rows": (0, 0, 6, 1)}, r"rows of m\.weight must be from 1 to 4611686018427387904; got 0"),
+        ({"rows": (0, 1, 0, 1)}, r"rows of m\.weight must be from 1 to 4611686018427387904; got 0"),
+        ({"rows": (0, 1, 6, 0)}, r"rows of m\.weight must be from 1 to 4611686018427387904; got 0"),
+        ({"rows": (0, 1.0, 6, 1)}, r"rows of m\.weight must be an integer; got 1\.0"),
+        ({"rows": (4, 3, 6, 1)}, r"rows 4 to 6 of 1 blocks of 6 do not fit the 6 rows of m\.weight"),
+        ({"rows": (0, 1, 3, 1)}, r"rows 0 to 0 of 1 blocks of 3 do not fit the 6 rows of m\.weight"),
+        ({"rows": (0, 1, 4, 2)}, r"rows 0 to 0 of 2 blocks of 4 do not fit the 6 rows of m\.weight"),
+        ({"rows": (0, 1, 6, 1), "transposed": True}, r"do not fit the 4 rows of m\.weight"),
     ],
 )  # fmt: skip
-def test_what_is_no_target_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(TargetError, match=message):
-        Target(**{"module": "a", "stored": (4, 4), **fields})
+def test_wrong_fields_are_refused(fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(TargetError, match=why):
+        Target(**{"module": "m", "stored": (6, 4), **fields})
 
 
-@pytest.mark.parametrize("size", [2, 8])
-def test_stored_shapes_have_two_to_eight_sizes(size: int) -> None:
-    assert Target("a", (2, *[1] * (size - 1))).shape == (2, 1)
+@pytest.mark.parametrize("stored", [(1, 1), [6, 4], (2, 1, 1, 1, 1, 1, 1, 3), (np.int64(6), 2**62)])
+def test_two_to_eight_sizes_are_a_stored_shape(stored: Any) -> None:
+    found = Target("m", stored).stored
+    assert found == tuple(stored)
+    assert all(type(size) is int for size in found)
 
 
-def test_all_rows_are_no_selection() -> None:
-    assert Target("a", (4, 2), rows=Rows(0, 4, 4)).rows is None
-    assert Target("a", (4, 2), rows=Rows(0, 2, 2, 2)).rows is None
-    assert Target("a", (4, 2), rows=Rows(0, 1, 2, 2)).rows == Rows(0, 1, 2, 2)
-    assert Target("a", (4, 2), rows=Rows(1, 1, 2, 2)).rows == Rows(1, 1, 2, 2)
-    assert Target("a", (4, 2), rows=Rows(0, 3, 4)).rows == Rows(0, 3, 4)
+@st.composite
+def views(draw: st.DrawFn) -> tuple[Target, list[int]]:
+    """A target, and the rows that it is to have by the definition."""
+    count, stride = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    start = draw(st.integers(0, stride - 1))
+    length = draw(st.integers(1, stride - start))
+    rest = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    out, transposed = count * stride, draw(st.booleans())
+    stored = (rest[0], out) if transposed else (out, *rest)
+    rows = [block * stride + row for block, row in itertools.product(range(count), range(start, start + length))]
+    return Target("m", stored, "q", rows=Rows(start, length, stride, count), transposed=transposed), rows
 
 
-@pytest.mark.parametrize(
-    ("target", "shape"),
-    [
-        (Target("a", (6, 4)), (6, 4)),
-        (Target("a", (4, 6), transposed=True), (6, 4)),
-        (Target("a", (6, 4, 3, 3)), (6, 36)),
-        (Target("a", (6, 4), rows=Rows(1, 2, 3, 2)), (4, 4)),
-        (Target("a", (4, 6), transposed=True, rows=Rows(1, 2, 3, 2)), (4, 4)),
-    ],
-)
-def test_a_target_selects_its_rows_and_writes_into_them(target: Target, shape: tuple[int, int]) -> None:
-    assert target.shape == shape
-    stored = np.arange(float(np.prod(target.stored))).reshape(target.stored)
-    matrix = stored.T if target.transposed else stored.reshape(len(stored), -1)
-    rows = range(len(matrix)) if target.rows is None else target.rows.indices()
-    np.testing.assert_array_equal(target.select(stored), matrix[rows])
-    update = np.random.default_rng(0).normal(size=shape)
-    expected = matrix.copy()
-    expected[rows] += update
-    target.block(stored)[...] += target.like_block(update)
-    np.testing.assert_array_equal(matrix, expected)
+@given(views())
+def test_a_block_is_the_rows_of_the_stored_weight(view: tuple[Target, list[int]]) -> None:
+    target, rows = view
+    stored = np.arange(np.prod(target.stored), dtype=float).reshape(target.stored)
+    matrix = stored.T.copy() if target.transposed else stored.reshape(target.stored[0], -1).copy()
+    block = target.block(stored)
+    assert np.array_equal(block.reshape(-1, block.shape[-1]), matrix[rows])
+    assert target.shape == matrix[rows].shape
+    assert np.array_equal(target.like_block(matrix[rows]), block)
+    # Rows that are all of them are none in particular.
+    assert (target.rows is None) == (rows == list(range(len(matrix))))
+    assert target.rows is None or target.rows.indices() == rows
+    block[...] = -1.0
+    matrix[rows] = -1.0
+    assert np.array_equal(stored.T if target.transposed else stored.reshape(matrix.shape), matrix)
+    assert target.renamed("other.n").name == "other.n.weight"
+    assert Target("", target.stored).name == "weight"
 
 
 @pytest.mark.parametrize(

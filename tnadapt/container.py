@@ -136,7 +136,7 @@ def _data_bytes(handle: int, enough: int) -> int:
     before = os.lseek(handle, 0, os.SEEK_CUR)
     found = at = 0
     try:
-        while found < enough and at < size:
+        while found < enough:
             start = os.lseek(handle, at, os.SEEK_DATA)
             at = os.lseek(handle, start, os.SEEK_HOLE)
             found += at - start

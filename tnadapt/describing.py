@@ -60,10 +60,10 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
     first = checkpoint.files[0]
     if ENTRY in checkpoint.metadata[first]:
         return _of_adapter(first, every)
-    names = checkpoint.entries if len(checkpoint.files) == 1 else checkpoint.of_file(first)
-    what = likeness(names, checkpoint.metadata[first])
+    what = likeness(checkpoint.entries, checkpoint.metadata[first])
     if "adapter of" in what:
-        return {"path": checkpoint.path, "kind": "other adapter", "what": what, "bytes": os.path.getsize(first)}
+        size = sum(os.path.getsize(file) for file in checkpoint.files)
+        return {"path": checkpoint.path, "kind": "other adapter", "what": what, "bytes": size}
     return _of_checkpoint(checkpoint, every)
 
 
