@@ -243,6 +243,12 @@ def test_names_that_libraries_disagree_on_decide_nothing() -> None:
     assert not contested({}, Stored("qkv_proj", beside=["o_proj"]))
 
 
+def test_of_convolutions_other_names_decide_nothing() -> None:
+    for ndim, doubtful in ((3, ["qkv"]), (4, ["qkv", "kv", "qkv_proj"]), (5, [])):
+        for name in {name for entry in TABLE for name in entry.weights}:
+            assert contested({}, Stored(name, ndim=ndim)) == (name in doubtful), (name, ndim)
+
+
 # -- Checkpoints ------------------------------------------------------------------------------
 
 
@@ -272,6 +278,20 @@ def test_a_checkpoint_that_says_too_little_is_refused(shapes: Any, config: Any, 
     message = rf"makes q, k, v with one weight of \d+ rows, and which rows make which is not known: .*{re.escape(why)}"
     with pytest.raises(TargetError, match=rf"{message}.*config\.json beside the weights.*tnadapt.torch"):
         find_stored(shapes, "v", config)
+
+
+def test_an_empty_tensor_is_no_weight() -> None:
+    shapes = stored("qkv", 24)
+    shapes |= {f"layers.{n}.attention.qkv.weight": shape for n, shape in ((1, (0, 8)), (2, (24, 0)), (3, (24,)))}
+    assert [target.module for target in find_stored(shapes, "v")] == ["layers.0.attention.qkv"]
+
+
+def test_a_wrapped_weight_is_found_once() -> None:
+    """Its name says the same in the attention and in the wrapper."""
+    targets = find_stored({"attn.qkv.qkv.weight": (24, 8), "attn.proj.weight": (8, 8)}, "qv")
+    assert [(target.name, target.role, target.layer) for target in targets] == [
+        ("attn.qkv.qkv.weight", "q", "attn"), ("attn.qkv.qkv.weight", "v", "attn"),
+    ]  # fmt: skip
 
 
 def test_names_that_all_libraries_agree_on_need_no_config() -> None:

@@ -22,6 +22,7 @@ from tnadapt.convert.measuring import low_rank_norms, norms_of
 from tnadapt.convert.updates import Pair, Update
 from tnadapt.testing import plans
 
+from .conftest import peak_of
 from .convert_help import TOLERANCE, error, made, updates
 
 FOREIGN = [form for form in FORMS if form != "tnadapt"]
@@ -98,6 +99,20 @@ def test_a_kronecker_product_has_the_products_of_singular_values(sides: tuple[in
     values = np.linalg.svd(updates(file)["a.q"], compute_uv=False)
     best = math.sqrt(float(np.sum(values[rank:] ** 2)) / float(np.sum(values**2)))
     assert found.error == pytest.approx(best, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(2000, 6), (6, 2000)])
+@pytest.mark.parametrize("name", ["dense", "loha", "kronecker"])
+def test_no_more_singular_vectors_are_computed_than_there_are_values(name: str, shape: tuple[int, int]) -> None:
+    sides = (1000, 2) if shape[0] > shape[1] else (2, 1000)
+    config = {
+        "dense": tna.presets.dense(),
+        "loha": tna.presets.loha(3),
+        "kronecker": Config(splits=2, split_size=sides, format="dense"),
+    }[name]
+    file = made(config, {"a.0.q": shape})
+    peak = peak_of(lambda: tna.convert(file, to="peft-lora", rank=2, max_error=1.0))
+    assert peak < 2 << 20  # all vectors of the long side take 32 MiB, of the long side of a factor 8 MiB
 
 
 def test_the_smallest_rank_within_an_error() -> None:

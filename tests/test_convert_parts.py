@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 
 import tnadapt as tna
 from tnadapt import AdapterFile, Config, Rows, SuperLoRA, Target
+from tnadapt.container import DTYPES
 
+from . import checkpoints as cp
 from .convert_help import SHAPES, TOLERANCE, error, fill, made, model, updates
 
 FUSED = {"blocks.0.attn.qkv": (24, 8), "blocks.1.attn.qkv": (24, 8)}
@@ -189,6 +192,34 @@ def test_dtypes_come_and_go_unchanged(to: str, dtype: str, tmp_path: Path) -> No
     factor = next(t for name, t in tensors.items() if "q_proj" in name and ("lora_B" in name or "lora_up" in name))
     assert str(factor.dtype) == f"torch.{dtype}"
     assert torch.equal(factor.double(), torch.tensor(file.arrays["group0.split0.factor0"], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("names", ["F16 BF16", "F16 F32", "BF16 F32", "F64 F16", "BF16 F64", "F32 F64", "F16 BF16 F32"])
+@pytest.mark.parametrize("library", ["peft", "lycoris"])
+def test_different_dtypes_become_one_that_holds_all_numbers(library: str, names: str, tmp_path: Path) -> None:
+    if library == "peft":
+        name, (down, up) = "base_model.model.{}.q.{}.weight", ("lora_A", "lora_B")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        name, (down, up) = "lycoris_{}_q.{}.weight", ("lora_down", "lora_up")
+    tensors, expected = {}, {}
+    rng = np.random.default_rng(0)
+    for layer, tag in zip("abc", names.split(), strict=False):
+        dtype = DTYPES[tag]
+        for part, shape in ((down, (2, 6)), (up, (4, 2))):
+            stored = cp.stored(rng.standard_normal(shape), dtype)
+            tensors[name.format(layer, part)] = (tag, stored)
+            expected[f"{layer}.q", part] = cp.numbers(stored, dtype)
+    cp.write_file(tmp_path / "adapter_model.safetensors", tensors)
+    where = tmp_path if library == "peft" else tmp_path / "adapter_model.safetensors"
+    file = tna.convert(where, base=["a.q", "b.q", "c.q"]).file
+    assert file is not None
+    assert file.dtype == ("float64" if "F64" in names else "float32")
+    found = updates(file)
+    assert len(found) == len(names.split())
+    for path in found:
+        assert error(found[path], expected[path, up] @ expected[path, down]) < 1e-15
 
 
 def test_what_has_to_be_rounded_becomes_float32(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tnadapt.backends import Backend
 
+from .conftest import peak_of
+
 
 @given(st.integers(2, 8), st.integers(2, 8), st.integers(0, 100), st.data())
 def test_an_update_is_near_itself(rows: int, cols: int, seed: int, data: st.DataObject) -> None:
@@ -26,6 +28,14 @@ def test_spaces_without_a_common_direction() -> None:
     one, two = np.zeros((6, 6)), np.zeros((6, 6))
     one[:2, :2], two[2:4, 2:4] = np.diag([2.0, 1.0]), np.diag([2.0, 1.0])
     assert np.allclose(tna.geometry(one, two, 2), (0.0, 0.0, np.sqrt(2.0)), atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2000, 6), (6, 2000)])
+def test_no_more_singular_vectors_are_computed_than_there_are_values(
+    shape: tuple[int, int], rng: np.random.Generator
+) -> None:
+    dense, variant = rng.normal(size=shape), rng.normal(size=shape)
+    assert peak_of(lambda: tna.geometry(dense, variant, 2)) < 2 << 20  # all of the long side take 32 MiB
 
 
 def test_they_go_to_1_and_0_as_the_variant_goes_to_the_dense_update(rng: np.random.Generator) -> None:

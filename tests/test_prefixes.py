@@ -29,6 +29,15 @@ def test_of_several_the_shapes_tell() -> None:
     assert found_prefix(targets, stored) == Prefix(given="encoder.")
     with pytest.raises(TargetError, match="may be any of 'decoder"):
         found_prefix(targets, {**stored, "decoder.layer.0.q.weight": (2, 2)})
+    two = [*targets, Target("layer.1.q", (2, 2))]
+    both = {f"{part}.layer.{n}.q.weight": (2, 2) for part in ("encoder", "decoder") for n in range(2)}
+    why = (
+        r"^'layer\.0\.q\.weight' may be any of 'decoder\.layer\.0\.q\.weight', 'encoder\.layer\.0\.q\.weight', and "
+        "nothing says which"
+    )
+    with pytest.raises(TargetError, match=why):
+        found_prefix(two, both)
+    assert found_prefix(two, {**both, "decoder.layer.1.q.weight": (3, 3)}) == Prefix(given="encoder.")
 
 
 def test_names_that_no_prefix_explains() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import tracemalloc
 
@@ -15,6 +16,7 @@ import tnadapt as tna
 from tnadapt import reference
 from tnadapt.backends import Backend
 from tnadapt.projection import KINDS, SQUARE
+from tnadapt.projection_draws import hadamard_rows
 
 from .conftest import relative_error
 
@@ -97,6 +99,17 @@ def test_slices_longer_than_a_chunk_of_the_last_transform(
     whole = made(kind, 50, 3000)(x)
     for start, stop in ((0, 1), (17, 400), (1000, 2999), (2990, 3000)):
         assert np.max(np.abs(f.slice(x, start, stop) - whole[start:stop])) < 1e-12 * np.max(np.abs(whole))
+
+
+@pytest.mark.parametrize("bits", range(1, 63, 3))
+def test_entries_of_a_hadamard_matrix_of_any_size_are_its_recursion(bits: int) -> None:
+    size = 1 << bits
+    rng = np.random.default_rng(bits)
+    for row, column in [*rng.integers(0, size, (20, 2)).tolist(), (size - 1, size - 1)]:
+        found = hadamard_rows.host((row, row + 1, column, column + 1, size))
+        sign = math.prod(-1 if row >> bit & column >> bit & 1 else 1 for bit in range(bits))
+        assert found.shape == (1, 1)
+        assert found.item() == sign / math.sqrt(size)
 
 
 def test_a_slice_needs_the_memory_of_the_slice_and_of_x(rng: np.random.Generator) -> None:

@@ -68,7 +68,7 @@ def spectrum_of(module: Module, wide: Wide, form: Update | None, kept: int | Non
         (pair,) = scaled(form).parts
         assert isinstance(pair, Pair)
         (left, upper), (right, lower) = np.linalg.qr(pair.b), np.linalg.qr(pair.a)
-        u, s, vt = np.linalg.svd(upper @ lower.T, full_matrices=False)
+        u, s, vt = np.linalg.svd(upper @ lower.T)
         u, v = left @ u, right @ vt.T
     elif form is not None and form.kind == "lokr":
         return _of_kronecker(form, kept)

@@ -12,8 +12,6 @@ from .updates import Float
 
 __all__ = ["brain", "check_range", "narrowed", "rounded", "widened", "widest"]
 
-_WIDTHS = {"bfloat16": 1, "float16": 1, "float32": 2, "float64": 3}
-
 
 def widened(name: str, tag: str, array: np.ndarray) -> Float:
     """A stored tensor as float64; an error unless it is of real numbers, all finite."""
@@ -32,8 +30,7 @@ def widest(dtypes: set[str]) -> str:
     """The dtype that holds the numbers of all of these."""
     if len(dtypes) == 1:
         return next(iter(dtypes))
-    width = max(_WIDTHS[dtype] for dtype in dtypes)
-    return "float64" if width == 3 else "float32"
+    return "float64" if "float64" in dtypes else "float32"
 
 
 def narrowed(arrays: Mapping[str, Float], dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
