@@ -41,7 +41,7 @@ class Reach:
     seconds : dict of str to float
         What each test takes, in the brief profile.
     tests : dict
-        ``tests[module][line]`` is the set of tests that run it.
+        ``tests[module][line]`` is the set of tests that run it; "" is among them where it runs on import.
     """
 
     seconds: dict[str, float]
@@ -66,7 +66,8 @@ class Reach:
         with ThreadPoolExecutor(processes) as pool:
             for found in pool.map(of_file, files):
                 for test, of_test in found.items():
-                    seconds[test] = of_test["seconds"]
+                    if test:
+                        seconds[test] = of_test["seconds"]
                     for module, lines in of_test["lines"].items():
                         for line in lines:
                             tests[module][line].add(test)
@@ -77,11 +78,14 @@ class Reach:
         reached, lines = self.tests.get(module.path, {}), module.reach(mutant.line)
         found = set().union(*(reached.get(line, ()) for line in (reached if lines is None else lines)))
         # A compiler may run a line that nobody sees: torch.compile does. Then it is any test of the module.
-        found = found or set().union(*reached.values())
+        found = found or set().union(*reached.values()) - {""}
         order = {file: place for place, file in enumerate(first)}
-        own = {test for test in self.seconds if test.split("::")[0] in order} if lines is None else set()
+        # What runs on import may concern any test.
+        imported = lines is None or "" in found
+        own = {test for test in self.seconds if test.split("::")[0] in order} if imported else set()
         return sorted(
-            found | own, key=lambda test: (order.get(test.split("::")[0], len(order)), self.seconds[test], test)
+            (found | own) - {""},
+            key=lambda test: (order.get(test.split("::")[0], len(order)), self.seconds[test], test),
         )
 
 

@@ -21,7 +21,8 @@ class Tracing:
     root : Path
         The repository.
     out : Path
-        ``{test: {"seconds": ..., "lines": {module: [line, ...]}}}`` of every test that passed.
+        ``{test: {"seconds": ..., "lines": {module: [line, ...]}}}`` of every test that passed, and by the name "" of
+        what runs outside of tests, when modules are imported.
     started : Path
         The folder in which the processes that tests start leave what they ran (``startup/sitecustomize.py``).
     """
@@ -62,7 +63,7 @@ class Tracing:
                 "seconds": round(seconds, 3),
                 "lines": {module: sorted(reached) for module, reached in lines.get(test, {}).items()},
             }
-            for test, seconds in self.seconds.items()
+            for test, seconds in [*self.seconds.items(), ("", 0.0)]
             if test not in self.failed
         }
         self.out.write_text(json.dumps(found), encoding="utf-8")

@@ -17,6 +17,7 @@ from tnadapt import presets
 from tnadapt.errors import ConfigError, FileError, ShapeError, TargetError
 
 from . import forge
+from .conftest import peak_of
 
 COLS = 12
 
@@ -95,6 +96,27 @@ def test_other_tensors_that_differ_are_named_or_kept(tmp_path: Path, pair: Any) 
         tna.extract(base, tmp_path / "more.safetensors", keep="clasifier")
     with pytest.raises(TargetError, match="both a target and kept"):
         tna.extract(base, tmp_path / "more.safetensors", keep="q_proj")
+
+
+def test_large_tensors_are_compared_in_little_memory_to_the_last_byte(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = _base(rng, layers=1) | {"table": rng.integers(0, 256, (8 << 20) + 12, np.uint8)}
+    tuned = _tuned(base, rng)
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "same.safetensors")
+    for place in (0, 1 << 20, -1):
+        tuned["table"] = base["table"].copy()
+        tuned["table"][place] ^= 1
+        save_file(tuned, tmp_path / f"{place}.safetensors")
+        other = tna.extract(tmp_path / "base.safetensors", tmp_path / f"{place}.safetensors", presets.lora(2))
+        assert other.others == ("table",)
+    found: list[tna.extraction.Extraction] = []
+
+    def same() -> None:
+        found.append(tna.extract(tmp_path / "base.safetensors", tmp_path / "same.safetensors", presets.lora(2)))
+
+    assert peak_of(same) < 5 << 20
+    assert found[0].others == ()
 
 
 def test_rows_of_a_fused_weight(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt import checkpoint, container
+from tnadapt import checkpoint, container, json_scan
 from tnadapt.checkpoint import open_checkpoint
 from tnadapt.header import MAX_METADATA, read_header
 from tnadapt.strict_json import strict_json
@@ -211,6 +211,24 @@ def holes(tmp_path: Path) -> Path:
     name = "base_model.model.a.q.lora_A.weight"
     sparse(tmp_path / "peft" / "adapter_model.safetensors", {name: hole(dtype="F32")})
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("value", "tokens"),
+    [(b"[]", 2), (b'["a","]"]', 4), (b'{"a":[1,2],"b":{}}', 8), (b'["\\"[]",[[]], 3]', 7), (b'["", 1, "" ]', 4)],
+)
+def test_strings_and_brackets_of_a_value_are_counted_before_it_is_read(
+    value: bytes, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = json_scan.Document(b'{"a": ' + value + b"}", "the text")
+    for most, refused in ((tokens, False), (tokens - 1, True)):
+        monkeypatch.setattr(json_scan, "_MAX_TOKENS", most)
+        if refused:
+            with pytest.raises(tna.FileError, match=f"a value with more than {most} strings and brackets$"):
+                list(document.members(0))
+        else:
+            (found,) = document.members(0)
+            assert document.value(found.start, found.stop) == json.loads(value)
 
 
 SPARSE: dict[str, Callable[[Path], Any]] = {

@@ -100,6 +100,9 @@ def test_a_statement_of_many_lines_is_reached_by_any_of_them(tmp_path: Path) -> 
     # Nothing is seen to run this line: any test of the module may.
     other = next(mutant for mutant in module.mutants if mutant.line == condition)
     assert reach.of(module, other, ["t.py", "u.py"]) == ["t.py::a", "u.py::c"]
+    # A function that runs on import: any test of the files may depend on what it made.
+    reach.tests["m.py"][inside - 2] = {"", "u.py::c"}
+    assert reach.of(module, mutant, ["t.py"]) == ["t.py::b", "t.py::a", "u.py::c"]
 
 
 def test_lines_that_run_in_processes_of_their_own_are_reached(tmp_path: Path) -> None:
@@ -118,6 +121,19 @@ def test_lines_that_run_in_processes_of_their_own_are_reached(tmp_path: Path) ->
     reach = Reach.measured(tmp_path, tmp_path / "kept", ["tests/test_m.py"])
     assert reach.tests["tnadapt/m.py"][2] == {"tests/test_m.py::test_it[f]"}
     assert reach.tests["tnadapt/m.py"][5] == {"tests/test_m.py::test_it[g]"}
+
+
+def test_what_runs_on_import_and_in_which_test_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "tnadapt").mkdir()
+    code = "def made(n):\n    return n + 1\n\n\ndef used(n):\n    return n + TWO\n\n\nTWO = made(1)\n"
+    (tmp_path / "tnadapt" / "__init__.py").write_text(code)
+    (tmp_path / "test_it.py").write_text("import tnadapt\n\n\ndef test_it():\n    assert tnadapt.used(1) == 3\n")
+    (tmp_path / "mutation").symlink_to(ROOT / "mutation")
+    reach = Reach.measured(tmp_path, tmp_path / "kept", ["test_it.py"])
+    assert set(reach.seconds) == {"test_it.py::test_it"}
+    lines = reach.tests["tnadapt/__init__.py"]
+    assert lines[2] == {""}
+    assert lines[6] == {"test_it.py::test_it"}
 
 
 class Machine:
