@@ -188,12 +188,15 @@ def loaded() -> dict[str, Any]:
     low=st.tuples(st.booleans(), st.booleans()),
     rank=st.integers(1, 3),
     form=st.sampled_from(["peft-lokr", "lycoris-lokr"]),
+    kind=st.sampled_from(["cp", "tt"]),
 )
+@example(sides=(8, 8, 2, 5), low=(True, True), rank=3, form="peft-lokr", kind="tt")  # ranks of 3 and 2
 def test_lokr_of_any_sizes_is_loaded_or_refused(
     sides: tuple[int, ...],
     low: tuple[bool, bool],
     rank: int,
     form: str,
+    kind: str,
     loaded: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -201,7 +204,7 @@ def test_lokr_of_any_sizes_is_loaded_or_refused(
     p, q, k, n = sides
     config = Config(
         rank=rank, splits=2, split_size=(p, q), alpha=3, leading="same" if low[0] and low[1] else "dense",
-        format="cp" if low[1] else "dense",
+        format=kind if low[1] else "dense",
     )  # fmt: skip
     shapes = {"blocks.0.q": (p * k, q * n), "blocks.1.q": (p * k, q * n)}
     file = made(config, shapes)

@@ -71,7 +71,7 @@ def peft_fits(updates: Sequence[Update], stored: Sequence[Sequence[int]]) -> tup
     factor = _peft_factor([size for size in sizes if size is not None], stored)
     if None in sizes or factor is None:
         return None
-    both = all(_low(update, size, 0) and _low(update, size, 1) for update, size in zip(updates, sizes, strict=True))
+    both = all(_both_low(update, size) for update, size in zip(updates, sizes, strict=True))
     fits = []
     for update, shape, size in zip(updates, stored, sizes, strict=True):
         assert size is not None
@@ -79,7 +79,7 @@ def peft_fits(updates: Sequence[Update], stored: Sequence[Sequence[int]]) -> tup
         if both:
             rank = update.rank
             fits.append(Fit(update._replace(parts=tuple(_padded(part, rank) for part in update.parts)), rank))
-        elif isinstance(last, Pair) and _low(update, size, 1):
+        elif isinstance(last, Pair) and _low(last, size[2:], last.rank):
             fits.append(Fit(update._replace(parts=(product(first), last)), last.rank))
         elif len(shape) == 3 and size[:2] != (1, 1):
             return None  # of a Conv1d with a full W2 it multiplies other axes
@@ -111,9 +111,9 @@ def lycoris_fit(update: Update, stored: Sequence[int]) -> Fit | None:
         return None
     p, q, k, n = size
     first, last = update.parts
-    low = _low(update, size, 1)
+    low = isinstance(last, Pair) and _low(last, size[2:], last.rank)
     parts: tuple[Pair | Float, ...] = (product(first), last if low else product(last))
-    if low and _low(update, size, 0):
+    if _both_low(update, size):
         parts = tuple(_padded(part, update.rank) for part in update.parts)
     made = update._replace(parts=parts)
     last_shape = (k, n, *stored[2:]) if not isinstance(parts[1], Pair) else parts[1].shape
@@ -135,13 +135,15 @@ def _guessed(first: tuple[int, int], last: tuple[int, ...], low: bool) -> int:
     return min(one, two)
 
 
-def _low(update: Update, size: tuple[int, int, int, int] | None, place: int) -> bool:
-    """Whether W1 or W2 is of a rank below half its larger side: both libraries' rule for keeping two factors."""
-    part = update.parts[place]
+def _low(part: Pair | Float, sides: Sequence[int], rank: int) -> bool:
+    """Whether a rank is below half of W1's or W2's larger side: both libraries' rule for keeping two factors."""
+    return isinstance(part, Pair) and 2 * rank < max(sides)
+
+
+def _both_low(update: Update, size: tuple[int, int, int, int] | None) -> bool:
+    """Whether W1 and W2 are kept as two factors each. Both then have one rank, the larger."""
     assert size is not None
-    larger = max(size[0], size[1]) if place == 0 else max(size[2], size[3])
-    rank = update.rank if isinstance(update.parts[0], Pair) and isinstance(update.parts[1], Pair) else None
-    return isinstance(part, Pair) and 2 * (rank if rank is not None and place == 0 else part.rank) < larger
+    return all(_low(part, sides, update.rank) for part, sides in zip(update.parts, (size[:2], size[2:]), strict=True))
 
 
 def _padded(part: Pair | object, rank: int) -> Pair:
