@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from typing import Any
@@ -271,4 +272,6 @@ def test_what_a_conversion_says_of_itself() -> None:
     assert text.startswith("tnadapt -> peft-lora, 3 weights\nparameters 368 -> 92\nNOT exact: relative error 0.")
     assert "blocks.0.attn.q_proj.weight" in text
     assert repr(found).startswith("Conversion('tnadapt' -> 'peft-lora', NOT exact")
+    # Two are two, whatever is in them.
+    assert len({found, found, dataclasses.replace(found)}) == 2
     assert found.to_dict()["parameters"] == {"before": 368, "after": 92}

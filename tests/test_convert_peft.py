@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt import Config
+from tnadapt.convert.kronecker_rules import peft_factorization
 
 from .convert_help import CONVS, SHAPES, TOLERANCE, error, fill, made, model, updates
 
@@ -242,6 +243,9 @@ SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0]
     alpha=st.integers(1, 9), kind=st.sampled_from(["lora", "lokr", "loha"]), both=st.booleans(),
     factor=st.sampled_from([-1, 1, 2, 3, 4]), effective=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
+@example(  # a Conv1d with a W1 of one number, which multiplies any axes
+    shape=(5, 7), kernel=(2,), rank=6, alpha=1, kind="lokr", both=False, factor=1, effective=False, seed=0
+)
 @example(  # a factor that divides neither side
     shape=(2, 16), kernel=(), rank=2, alpha=1, kind="lokr", both=False, factor=3, effective=False, seed=0
 )
@@ -271,6 +275,7 @@ def test_any_adapter_of_peft_goes_there_and_back(
         again = tna.convert(tmp_path / "theirs", tmp_path / "again", to=f"peft-{kind}", base=shapes)
     except tna.ConfigError:
         assert (kind, len(kernel)) == ("lokr", 1)
+        assert [peft_factorization(side, factor)[0] for side in shape] != [1, 1]
         return
     assert again.exact
     check_loaded(tmp_path / "again", expected, shapes)

@@ -964,11 +964,17 @@ def test_a_small_file_makes_no_reader_draw_much(tmp_path: Path) -> None:
 
 def test_large_and_many_frozen_arrays_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = frozen(tna.presets.compacter(1, terms=3))
-    for name, value, kept in (("MAX_LEFT_OUT", 2, 2), ("MAX_DRAWN", 9 + 2, 2)):
+    sizes = [file.arrays[name].size for name in file.left_out]
+    assert len(sizes) > 3
+    ends = list(itertools.accumulate(sizes, initial=0))
+    limits = [("MAX_LEFT_OUT", count, count) for count in range(4)]
+    for count, end in enumerate(ends[1:4], 1):
+        limits += [("MAX_DRAWN", end - 1, count - 1), ("MAX_DRAWN", end, count)]
+    for name, value, kept in limits:
         with monkeypatch.context() as patch:
             patch.setattr(f"tnadapt.adapter_file.{name}", value)
             limited = AdapterFile(file.config, file.targets, file.arrays, trained=file.trained)
-            assert 0 < len(limited.left_out) <= kept
+            assert limited.left_out == file.left_out[:kept], (name, value)
             same(read(tmp_path, content_of(limited, tmp_path)), limited)
 
 

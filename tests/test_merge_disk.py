@@ -429,6 +429,33 @@ def test_one_that_waited_for_a_lock_and_one_that_came_later_do_not_work_at_once(
 
 
 @pytest.mark.parametrize("single", [True, False])
+def test_a_system_that_has_no_locks_is_left_as_tidy(
+    single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locking, "HAS_LOCKS", False)
+    monkeypatch.setattr(work_lock, "HAS_LOCKS", False)
+    where = scene(tmp_path, single)
+    where.merge(0)
+    assert content(where.out) == where.results[0]
+    assert not where.beside.exists()
+    # One that is stopped after it has finished a file leaves that one, and the next goes on.
+    done = Partial.finished
+
+    def stopped(work: Partial, name: str) -> None:
+        done(work, name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Partial, "finished", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        where.merge(1, overwrite=True)
+    assert where.beside.exists()
+    monkeypatch.setattr(Partial, "finished", done)
+    assert where.merge(1, overwrite=True).resumed >= 1
+    assert content(where.out) == where.results[1]
+    assert not where.beside.exists()
+
+
+@pytest.mark.parametrize("single", [True, False])
 def test_without_locks_one_that_comes_later_takes_over_and_the_first_one_says_so(
     single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ __all__ = ["Network", "fold_sizes"]
 _THICK = 64
 
 
-def fold_sizes(config: Config, size: int, columns: int = 1) -> tuple[int, ...]:
+def fold_sizes(config: Config, size: int, columns: int) -> tuple[int, ...]:
     """Sizes ``d_1 … d_M`` that a group's vector is folded to.
 
     Parameters

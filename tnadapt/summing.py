@@ -101,7 +101,7 @@ def _step(sizes: tuple[int, ...], piece: int) -> int:
         if row * size > piece:
             break
         row *= size
-    return row * max(1, piece // row)
+    return piece // row * row
 
 
 def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.ndarray]]) -> str | None:
