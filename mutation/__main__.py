@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = _chosen(modules, asked.seed, asked.sample)
     if not asked.report:
         mine = chosen[asked.shard[0] :: asked.shard[1]]
+        reasoned = {key for key, entry in _known().items() if entry["kind"] != "gap"}
         kept = {key for key, record in before.items() if record["status"] != "survived" or not asked.again}
+        kept |= before.keys() & reasoned
         todo = [mutant for mutant in mine if mutant.key not in kept]
         print(f"{len(chosen)} mutants, {len(mine)} of them in this shard, {len(todo)} still to be run", flush=True)
         files = sorted({file for group in groups.values() for file in group})
@@ -89,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="test files to leave out: less time, and more survivors",
     )
-    given.add_argument("--again", action="store_true", help="run the survivors of an earlier run again")
+    given.add_argument(
+        "--again", action="store_true", help="run earlier survivors again, but for those that no test can notice"
+    )
     given.add_argument("--report", action="store_true", help="run nothing; write the table anew")
     given.add_argument("--left-out", action="store_true", help="the mutants of cosmic-ray's other operators instead")
     given.add_argument("--out", type=Path, help=f"the results, a line a mutant; {CHOSEN.name} or {LEFT_OUT.name}")
