@@ -18,8 +18,10 @@ import pytest
 import tnadapt as tna
 from tnadapt import locking, merge_job, publishing, renaming, work_lock
 from tnadapt import partial as partial_module
+from tnadapt.checkpoint import open_checkpoint
 from tnadapt.durable import replace_file
 from tnadapt.partial import Partial, partial
+from tnadapt.shards import Shard, Writer
 
 from . import checkpoints as cp
 from .file_layer import Call, intercepted, killed_before, recorded
@@ -426,6 +428,27 @@ def test_one_that_waited_for_a_lock_and_one_that_came_later_do_not_work_at_once(
     assert results.pop("third").startswith(f"{where.out}: another process is making")
     assert results == {"first": "made", "second": "made"}
     assert content(where.out) == where.results[1]
+
+
+@pytest.mark.parametrize("late", ["what is done meanwhile", "the last file"])
+def test_what_fails_when_all_is_written_is_an_error(late: str, tmp_path: Path) -> None:
+    where, written, made = scene(tmp_path, single=True), threading.Event(), tmp_path / "made"
+    checkpoint = open_checkpoint(where.base)
+    (file,) = checkpoint.files
+
+    def failing() -> None:
+        assert written.wait(60)
+        raise FileNotFoundError(late)
+
+    def finished() -> None:
+        written.set()
+        if late == "the last file":
+            raise FileNotFoundError(late)
+
+    shard = Shard(file, str(made), {}, {}, finished)
+    with pytest.raises(FileNotFoundError, match=late):
+        Writer(checkpoint, lambda count: None).write([shard], failing if late != "the last file" else None)
+    assert made.read_bytes() == Path(file).read_bytes()
 
 
 @pytest.mark.parametrize("single", [True, False])

@@ -127,7 +127,7 @@ def test_a_slice_needs_the_memory_of_the_slice_and_of_x(rng: np.random.Generator
     f.slice(x, 3 << 20, 4 << 20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 3.5 * (4 << 20) + (8 << 20)
+    assert peak < 2.5 * (4 << 20) + (8 << 20)
 
 
 def test_state_is_nine_bytes_an_element(rng: np.random.Generator) -> None:

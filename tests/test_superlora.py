@@ -277,6 +277,8 @@ def test_bad_plans() -> None:
         (tna.Config(groups=3), [(4, 4)], tna.ShapeError, "use fold='hypercube'"),
         (tna.Config(groups=17), [(4, 4)], tna.ConfigError, "more than the 16"),
         (tna.Config(fold=(3, 4), order=2), [(4, 4)], tna.ShapeError, "holds 12 elements and a group has 16"),
+        # So many groups that their arrays are not laid out at once.
+        (tna.Config(fold=(3, 4), groups=5000), [(16, 5000)], tna.ShapeError, "holds 12 elements and a group has 16"),
         (tna.Config(projection="linear", ratio=0.3), [(4, 4)], tna.ShapeError, "multiple of 4 columns"),
         (tna.Config(groups="layer"), [(4, 4)], tna.ConfigError, "needs layers"),
         # Found by Hypothesis: the first group comes out even, the second of the same size does not.
