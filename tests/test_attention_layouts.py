@@ -286,6 +286,15 @@ def test_an_empty_tensor_is_no_weight() -> None:
     assert [target.module for target in find_stored(shapes, "v")] == ["layers.0.attention.qkv"]
 
 
+def test_a_depthwise_convolution_projects_nothing() -> None:
+    steps = ((0, (8, 1, 3, 3)), (1, (8, 8, 1, 1)))
+    shapes = {f"attn.to_{letter}.{step}.weight": shape for letter in "qkv" for step, shape in steps}
+    assert [target.module for target in find_stored(shapes, "qv")] == ["attn.to_q.1", "attn.to_v.1"]
+    # With one output it does.
+    shapes = {"attn.to_q.weight": (1, 1, 1, 1), "attn.to_k.weight": (1, 1, 1, 1), "attn.to_v.weight": (1, 1, 1, 1)}
+    assert [target.module for target in find_stored(shapes, "qv")] == ["attn.to_q", "attn.to_v"]
+
+
 def test_a_wrapped_weight_is_found_once() -> None:
     """Its name says the same in the attention and in the wrapper."""
     targets = find_stored({"attn.qkv.qkv.weight": (24, 8), "attn.proj.weight": (8, 8)}, "qv")
