@@ -102,6 +102,28 @@ def test_a_kronecker_product_has_the_products_of_singular_values(sides: tuple[in
     assert found.error == pytest.approx(best, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("config", [
+    Config(order=1, format="dense"), Config(order=2, format="dense"), Config(order=2, format="dense", fold=(7, 8)),
+    Config(rank=(None, None), format="tucker"),
+], ids=["a vector", "a matrix", "a longer matrix", "a core"])  # fmt: skip
+def test_one_array_is_written_with_its_own_numbers(config: Config) -> None:
+    file = made(config, {"a.0.q": (6, 8)})
+    found = tna.convert(file, to="lycoris-full")
+    assert (found.exact, found.error) == (True, 0.0)
+    (array,), (tensor,) = file.arrays.values(), found.tensors.values()
+    assert np.array_equal(tensor.reshape(-1), array.reshape(-1)[: tensor.size])
+
+
+@pytest.mark.parametrize("splits", [2, 3, 4])
+def test_a_kronecker_product_of_several_is_one_of_two(splits: int) -> None:
+    config = Config(splits=splits, split_size=2, format="dense", alpha=3)
+    side = 2 ** (splits - 1)
+    file = made(config, {"a.0.q": (side * 5, side * 3)})
+    found = tna.convert(file, to="peft-lokr")
+    assert found.exact
+    assert [tensor.shape for tensor in found.tensors.values()] == [(side, side), (5, 3)]
+
+
 @pytest.mark.parametrize("shape", [(2000, 6), (6, 2000)])
 @pytest.mark.parametrize("name", ["dense", "loha", "kronecker"])
 def test_no_more_singular_vectors_are_computed_than_there_are_values(name: str, shape: tuple[int, int]) -> None:

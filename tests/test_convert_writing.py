@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 import tnadapt as tna
 from tnadapt.convert import writing
@@ -41,6 +42,19 @@ def old(tmp_path: Path) -> Pair:
 @pytest.fixture
 def new(tmp_path: Path) -> Pair:
     return pair(written(NEW, tmp_path / "new"))
+
+
+@pytest.mark.parametrize("length", range(8))
+def test_tensors_begin_at_multiples_of_eight_bytes(length: int, tmp_path: Path) -> None:
+    file = made(tna.presets.lora(1), {"a.0." + "q" * (length + 1): (3, 5)})
+    for to in ("lycoris-lora", "lycoris-full"):
+        content = tna.convert(file, to=to).content
+        size = int.from_bytes(content[:8], "little")
+        assert size % 8 == 0
+        assert content[8 : 8 + size].rstrip(b" ").endswith(b"}")
+        assert size - len(content[8 : 8 + size].rstrip(b" ")) < 8
+        (tmp_path / "one.safetensors").write_bytes(content)
+        assert load_file(tmp_path / "one.safetensors")
 
 
 # Kills a child at every call that changes a folder or a disk, each in a copy of its own: 1, 2, 3, ...

@@ -461,6 +461,11 @@ def test_a_system_that_has_no_locks_is_left_as_tidy(
     where.merge(0)
     assert content(where.out) == where.results[0]
     assert not where.beside.exists()
+    with work_lock.work_lock(str(tmp_path / "work")):
+        assert (tmp_path / "work").is_dir()
+    (tmp_path / "work" / "theirs").touch()
+    with pytest.raises(tna.FileError, match="is in the way"), work_lock.work_lock(str(tmp_path / "work")):
+        pass
     # One that is stopped after it has finished a file leaves that one, and the next goes on.
     done = Partial.finished
 

@@ -189,12 +189,15 @@ def test_bad_input() -> None:
         (("linear", 3, 0), "n_out must be from 1"),
         (("identity", 3, 4), "keeps the length"),
         (("shuffle", 3, 4), "keeps the length"),
-        (("linear", 3, 4, -1), "seed"),
-        (("linear", 3, 4, 0, -1), "group"),
+        (("linear", 3, 4, -1), "seed must be from 0 to 18446744073709551615"),
+        (("linear", 3, 4, 1 << 64), "seed must be from 0 to 18446744073709551615"),
+        (("linear", 3, 4, 0, -1), "group must be from 0 to 4294967295"),
+        (("linear", 3, 4, 0, 1 << 32), "group must be from 0 to 4294967295"),
         (("linear", 3.5, 4), "n_in must be an integer"),
     ):
         with pytest.raises(tna.ConfigError, match=message):
             tna.Projection(*arguments)  # type: ignore[arg-type]
+    assert tna.Projection("linear", 3, 4, (1 << 64) - 1, (1 << 32) - 1)(np.ones(3)).any()
     f = tna.Projection("nonlinear", 3, 5)
     with pytest.raises(tna.ShapeError, match=r"expected \(…, 3\)"):
         f(np.zeros(4))
