@@ -330,6 +330,37 @@ def test_a_second_merge_and_other_misuse_are_refused() -> None:
         adapter.merge()
 
 
+@pytest.mark.parametrize("action", ["merge", "unmerge"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_merge_or_unmerge_that_ends_midway_leaves_the_base(
+    action: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter = attached()
+    stir(adapter)
+    before, expected = bits(model), run(model)
+    if action == "unmerge":
+        adapter.merge()
+    true, writes = torch.Tensor.copy_, []
+
+    def fails_once(self: torch.Tensor, *args: object) -> torch.Tensor:
+        writes.append(self)
+        if len(writes) == 3:
+            raise error
+        return true(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", fails_once)
+        with pytest.raises(error):
+            getattr(adapter, action)()
+    assert len(writes) > 3
+    assert bits(model) == before
+    assert torch.equal(run(model), expected)
+    adapter.merge()
+    assert bits(model) != before
+    adapter.unmerge()
+    assert bits(model) == before
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_adapter_that_is_not_finite_touches_no_weight(bad: float) -> None:
     model, adapter = attached("superlora groups")
@@ -833,6 +864,30 @@ def test_a_weight_that_its_module_reads_itself_has_one_strategy() -> None:
     ):
         tt.attach(model, strategy="beside")
     assert set(tt.attach(model).strategy) == {"weight"}
+
+
+@pytest.mark.parametrize("strategy", ["weight", "factored", "beside"])
+def test_a_forward_that_was_put_on_a_layer_before_is_called(strategy: str) -> None:
+    """As accelerate puts its own in front of that of the class."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    plain, x = model[0].forward, torch.randn(3, 8)
+    calls: list[torch.Tensor] = []
+
+    def before(y: torch.Tensor) -> torch.Tensor:
+        calls.append(y)
+        return plain(2 * y)
+
+    model[0].forward = before
+    adapter = tt.attach(model, P.lora(2), "all-linear", strategy=strategy)
+    base = run(model, x)
+    assert torch.equal(base, plain(2 * x))
+    stir(adapter)
+    for changed in (run(model, x), model(x)):
+        assert not torch.equal(changed, base)
+    assert len(calls) == 3
+    adapter.detach()
+    assert model[0].forward is before
 
 
 def test_a_quantised_layer_without_a_weight_of_that_name(tmp_path: Path) -> None:

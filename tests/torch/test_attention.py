@@ -10,6 +10,7 @@ from torch import nn  # noqa: E402
 
 from tnadapt.errors import TargetError  # noqa: E402
 from tnadapt.roles import is_attention, read  # noqa: E402
+from tnadapt.target import Rows  # noqa: E402
 from tnadapt.torch.targets import find_targets  # noqa: E402
 
 from .architectures import build  # noqa: E402
@@ -92,6 +93,14 @@ def test_in_a_module_called_attention_less_is_enough() -> None:
     assert names(mixed) == ["attention.q_content_proj.weight", "attention.v_proj.weight"]
     assert is_attention("MHSA")
     assert not is_attention("Latent", "pattern")
+
+
+def test_beside_queries_of_their_own_c_attn_is_keys_and_values() -> None:
+    """GPT-2's cross-attention."""
+    found = find_targets(Module(attn=Module(c_attn=nn.Linear(8, 16), q_attn=nn.Linear(8, 8))), "qkv")
+    assert [(target.role, target.module, target.rows) for target in found] == [
+        *(("k", "attn.c_attn", Rows(0, 8, 16)), ("v", "attn.c_attn", Rows(8, 8, 16)), ("q", "attn.q_attn", None))
+    ]
 
 
 def test_a_projection_with_a_norm_or_a_pooling() -> None:

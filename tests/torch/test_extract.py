@@ -156,6 +156,28 @@ def test_models_of_other_dtypes(kind: Any) -> None:
     assert next(iter(adapter.parameters())).dtype is (torch.float64 if kind is torch.float64 else torch.float32)
 
 
+@pytest.mark.parametrize(("kind", "other"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_the_dtype_is_that_of_the_base(kind: Any, other: Any) -> None:
+    model = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True).to(kind)
+    adapter = tnadapt.torch.extract(model, _tuned(model).to(other), presets.lora(2))
+    assert adapter.report.error < 1e-5
+    assert {parameter.dtype for parameter in adapter.parameters()} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(1, "0.weight"), (4, "0.*3.weight"), (5, "0.*3.weight and 1 more"), (7, "0.*3.weight and 3 more")],
+)
+def test_how_many_other_weights_differ(count: int, said: str) -> None:
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(8)]
+    model = nn.Sequential(*layers)
+    tuned = copy.deepcopy(model)
+    for layer in tuned[:count]:
+        layer.weight.detach().add_(1.0)
+    with pytest.warns(UserWarning, match=rf"the two models differ in {said}, which the adapter does not hold"):
+        tnadapt.torch.extract(model, tuned, presets.lora(1), ["7"])
+
+
 def test_what_cannot_be_done_leaves_the_base_as_it_was() -> None:
     model, _ = build("bert")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -15,7 +15,7 @@ import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.torch.kept import Updates  # noqa: E402
 
-from .small import batch, small, stir  # noqa: E402
+from .small import batch, compiles_whole, small, stir  # noqa: E402
 from .test_delta import moved  # noqa: E402
 
 P = tna.presets
@@ -96,6 +96,20 @@ def test_cached_updates_are_dropped_when_a_pass_with_gradients_begins(config: tn
     case.updates.begin()
     gc.collect()
     assert kept() is None
+
+
+@compiles_whole
+def test_a_compiled_program_computes_the_updates_of_its_layers() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    stir(tt.attach(model, SHARED, "all-linear", strategy="weight"))
+    x = torch.randn(2, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
 
 
 def test_only_the_arrays_of_a_weight_decide_about_its_update() -> None:

@@ -355,6 +355,9 @@ def test_merge_and_unmerge(kind: str) -> None:
         assert same(bits(model), before)
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Already unmerged") as told:
+        model.base_model.tnadapt.unmerge()
+    assert told[0].filename == __file__
     assert torch.equal(run(model), expected)
 
 
@@ -389,13 +392,15 @@ def test_merge_and_unload(kind: str) -> None:
 
 @models
 @pytest.mark.parametrize("merged", [False, True])
-def test_unload(kind: str, merged: bool) -> None:
+def test_unload(kind: str, merged: bool, capfd: pytest.CaptureFixture[str]) -> None:
     base = MODELS[kind][0]()
     before = bits(base)
     model = stir(adapted(kind, base))
     if merged:
         model.merge_adapter()
+    capfd.readouterr()
     found = model.unload()
+    assert capfd.readouterr() == ("", "")
     assert traces(found) == []
     after = bits(found)
     if kind == "bert":

@@ -422,6 +422,18 @@ def test_older_files_are_read(tmp_path: Path) -> None:
     assert PeftConfig.from_pretrained(str(tmp_path)).init_weights is True
 
 
+def test_adapters_are_trained_where_nothing_else_is_said() -> None:
+    """PEFT's ``set_requires_grad`` of a model and of a layer."""
+    model = get_peft_model(llama(), config())
+    handle = tt.adapters(model)["default"]
+    for holder in (model.base_model, model.base_model.tnadapt):
+        for names in ("default", ["default"]):
+            holder.set_requires_grad(names, False)
+            assert not any(p.requires_grad for _, p in handle.named_parameters())
+            holder.set_requires_grad(names)
+            assert all(p.requires_grad for _, p in handle.named_parameters())
+
+
 def test_arrays_that_set_trainable_froze_stay_frozen_when_adapters_are_switched() -> None:
     model = get_peft_model(llama(), TnadaptConfig(preset="lora", settings={"rank": 2}))
     model.add_adapter("other", TnadaptConfig(preset="lora", settings={"rank": 2}))

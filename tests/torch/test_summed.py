@@ -95,6 +95,13 @@ def test_forward_mode(config: tna.Config, strategy: str) -> None:
 # -- The layer itself ---------------------------------------------------------------------------
 
 
+FORMS = {
+    "lora": P.lora(2), "lora alpha": P.lora(2, alpha=8.0), "loha": P.loha(2), "lokr": P.lokr(2), "lorta": P.lorta(2),
+    "superlora": P.superlora(3), "groups": P.superlora(2, groups=3), "dense": P.dense(),
+    "linear": P.superlora(2, projection="linear", ratio=0.5), "compacter": P.compacter(1, terms=2),
+}  # fmt: skip
+
+
 def test_derivatives_of_a_linear_layer_on_the_sum() -> None:
     made = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*s, generator=made).double().requires_grad_() for s in ((2, 3, 4), (6, 4), (6,)))
@@ -113,6 +120,28 @@ def test_derivatives_of_a_linear_layer_on_the_sum() -> None:
     assert torch.equal(function(x, weight, bias, q, v), plain)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_gradients_are_those_of_the_plain_sum(config: tna.Config, weight: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 18), nn.Tanh(), nn.Linear(18, 6)).double()
+    adapter = tnadapt.torch.attach(model, config, "all-linear", strategy="weight", dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    adapter.set_weight(weight)
+    x = torch.randn(2, 5, 12).double().requires_grad_()
+    of = [x, *adapter.parameters()]
+    first, second = (weight * delta for delta in adapter.deltas())
+    hidden = torch.tanh(x @ (model[0].weight + first).T + model[0].bias)
+    plain = hidden @ (model[2].weight + second).T + model[2].bias
+    y = model(x)
+    torch.testing.assert_close(y, plain)
+    expected = torch.autograd.grad(plain.square().sum(), of)
+    for found, one in zip(torch.autograd.grad(y.square().sum(), of), expected, strict=True):
+        torch.testing.assert_close(found, one)
+
+
 def peak_of(call: Callable[[], Any]) -> int:
     """Bytes that torch had allocated on the CPU at the most, beyond what was there."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -121,16 +150,12 @@ def peak_of(call: Callable[[], Any]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [P.lora(2), P.lora(2, alpha=8.0), P.superlora(3), P.loha(2), P.lorta(2), P.dense()],
-    ids=["lora", "lora alpha", "superlora", "loha", "lorta", "dense"],
-)
-def test_a_linear_layer_needs_the_memory_of_one_weight(config: tna.Config) -> None:
+@pytest.mark.parametrize("name", ["lora", "lora alpha", "superlora", "loha", "lorta", "dense"])
+def test_a_linear_layer_needs_the_memory_of_one_weight(name: str) -> None:
     """Its update and the sum are one array after the other; backward also puts the gradient of the weight there."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(256, 256))
-    tnadapt.torch.attach(model, config, "all-linear", strategy="weight")
+    tnadapt.torch.attach(model, FORMS[name], "all-linear", strategy="weight")
     x = torch.randn(2, 256, requires_grad=True)
     kept = [model(x).sum()]
     kept[0].backward()

@@ -322,6 +322,13 @@ def test_what_could_never_learn_is_refused() -> None:
     assert all(p.requires_grad for _, p in adapter.named_parameters())
     assert all(torch.equal(array, brought[name]) for name, array in adapter.arrays().items())
     adapter.set_trainable(arrays="factor0")
+    # Where the zero of the start is trained as it was, and all else has become zero.
+    adapter.load_arrays(
+        {name: array + 1.0 if name.endswith("factor0") else 0 * array for name, array in arrays.items()}
+    )
+    adapter.set_trainable()
+    with pytest.raises(ConfigError, match=r"arrays of zeros beside factor0 that would be frozen.*nothing would learn"):
+        adapter.set_trainable(arrays="factor0")
     adapter.reset()
     adapter.set_trainable(arrays="factor1")
     # In one group only: a warning.
