@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import pickle
 import re
@@ -219,6 +220,20 @@ def test_refusals_list_what_was_there_and_change_nothing() -> None:
         tt.attach(nn.Sequential(nn.Linear(3, 3)))
 
 
+def test_what_is_kept_trainable_is_in_the_state_dict_and_no_adapter_s() -> None:
+    model = nn.ModuleDict({"a": nn.BatchNorm1d(4), "b": nn.BatchNorm1d(4), "c": nn.Linear(4, 4)})
+    model["b"].running_mean = model["a"].running_mean
+    model["b"].register_buffer("scratch", torch.zeros(1), persistent=False)
+    # A buffer that two modules share has two names, and is kept under the first.
+    adapter = tt.attach(model, P.lora(1), ["c"], name="first", keep_trainable="b")
+    own = ["b.weight", "b.bias", "a.running_mean", "b.running_var", "b.num_batches_tracked"]
+    assert sorted(adapter.kept) == sorted(own)
+    array = next(name for name, _ in model.named_parameters() if "tnadapt" in name)
+    for name in ("b.scratch", "scratch", array):
+        with pytest.raises(tna.TargetError, match=r"no parameter lies at or below .*; the model's parts are: a, b, c"):
+            tt.attach(model, P.lora(1), ["c"], name="second", keep_trainable=name)
+
+
 def test_a_second_adapter_of_one_name_is_refused() -> None:
     model, adapter = attached()
     with pytest.raises(tna.TargetError, match="there is an adapter 'default' on this model already"):
@@ -269,6 +284,12 @@ def test_tied_weights_are_refused_or_untied_by_wish() -> None:
     stir(adapter)
     adapter.merge()
     assert not torch.equal(model.blocks[1].q_proj.weight, model.blocks[0].proj.weight)
+    merged = run(model)
+    adapter.bake()
+    assert torch.equal(run(model), merged)
+    adapter = tt.attach(other := tied(), targets=targets, untie=True)
+    adapter.detach()
+    assert other.blocks[1].q_proj.weight is other.blocks[0].proj.weight
 
 
 # -- 10: merging ---------------------------------------------------------------------------------------------
@@ -328,6 +349,40 @@ def test_a_second_merge_and_other_misuse_are_refused() -> None:
     adapter.detach()
     with pytest.raises(tna.TargetError, match="not attached"):
         adapter.merge()
+
+
+def test_a_weight_beside_a_parametrised_bias_is_merged() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    nn.utils.parametrize.register_parametrization(model[0], "bias", Twice())
+    adapter = tt.attach(model, P.lora(2), "all-linear")
+    stir(adapter)
+    x = torch.randn(3, 8)
+    expected = run(model, x)
+    adapter.merge()
+    torch.testing.assert_close(run(model, x), expected)
+
+
+def test_merging_takes_the_memory_of_one_update_and_no_more() -> None:
+    """What was cached of the updates before is given up."""
+    model = nn.Sequential(nn.Linear(37, 41))
+    adapter = tt.attach(model, P.superlora(2), "all-linear")
+
+    def alive() -> int:
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter)]
+        return sum(tuple(one.shape) == (41, 37) for one in tensors)
+
+    stir(adapter)
+    adapter.merge()
+    expected = alive()
+    adapter.unmerge()
+    run(model, torch.randn(2, 37))
+    adapter.merge()
+    assert alive() == expected
 
 
 @pytest.mark.parametrize("action", ["merge", "unmerge"])
@@ -864,6 +919,48 @@ def test_a_weight_that_its_module_reads_itself_has_one_strategy() -> None:
     ):
         tt.attach(model, strategy="beside")
     assert set(tt.attach(model).strategy) == {"weight"}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_their_parent_reads_are_adapted_in_the_parent(training: bool) -> None:
+    """As torch's encoder layer reads all of its weights where it takes its fast path."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True).train(training)
+    adapter = tt.attach(model, P.lora(2), "all-linear")
+    assert set(adapter.strategy) == {"weight"}
+    x = torch.randn(2, 5, 16)
+    base = run(model, x)
+    stir(adapter)
+    attached, free = run(model, x), model(x)
+    adapter.merge()
+    torch.testing.assert_close(attached, run(model, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(free, attached, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(attached, base, rtol=1e-3, atol=1e-3)
+
+
+def test_what_accelerate_has_hooked_and_not_offloaded_is_adapted() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0]._hf_hook = object()
+    assert tt.attach(model, P.lora(1), "all-linear").num_parameters == 8
+    with torch.device("meta"):
+        offloaded = nn.Sequential(nn.Linear(4, 4))
+    offloaded[0]._hf_hook = object()
+    with pytest.raises(tna.TargetError, match="offloaded by accelerate"):
+        tt.attach(offloaded, P.lora(1), "all-linear")
+
+
+def test_arrays_lie_beside_what_a_quantised_layer_has() -> None:
+    for parameter in (False, True):
+        layer = nn.Linear(4, 4, bias=False)
+        del layer.weight
+        packed = torch.zeros(2, 4, dtype=torch.int32, device="meta")
+        if parameter:
+            layer.packed = nn.Parameter(packed, requires_grad=False)
+        else:
+            layer.register_buffer("packed", packed)
+        layer.register_buffer("qweight", packed)
+        adapter = tt.attach(nn.Sequential(layer), P.lora(1), "all-linear")
+        assert {array.device.type for array in adapter.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("strategy", ["weight", "factored", "beside"])

@@ -317,6 +317,29 @@ def test_folders(tmp_path: Path) -> None:
         adapter.save(tmp_path / "no" / "such" / "folder.safetensors")
 
 
+def test_a_folder_is_read_as_strictly_as_a_file(tmp_path: Path) -> None:
+    """By default another base is refused, and tied weights stay tied."""
+
+    def made(seed: int = 0) -> nn.Module:
+        model = small(seed)
+        model.blocks[1].q_proj.weight = model.blocks[0].proj.weight
+        return model
+
+    adapter = tt.attach(made(), targets=["blocks.0.qkv", "blocks.1.q_proj"], untie=True)
+    stir(adapter)
+    adapter.save_pretrained(tmp_path)
+    model = made()
+    with pytest.raises(tna.TargetError, match="untie=True"):
+        tt.from_pretrained(model, tmp_path)
+    with pytest.raises(tna.FileError, match="another base model"):
+        tt.from_pretrained(made(seed=7), tmp_path, untie=True)
+    assert not tt.adapters(model)
+    tt.from_pretrained(model, tmp_path, untie=True)
+    assert model.blocks[1].q_proj.weight is not model.blocks[0].proj.weight
+    assert torch.equal(run(model), run(adapter.model))
+    tt.from_pretrained(made(seed=7), tmp_path, untie=True, check_base=False)
+
+
 def test_swapping_takes_what_fits(tmp_path: Path) -> None:
     model, adapter = trained()
     on = run(model)

@@ -343,6 +343,9 @@ def test_no_target_says_what_there_is() -> None:
         TargetError, match=r"no target in Sequential for 'qv'; it has 12 .*: 0\.weight, .*9\.weight and 2 more"
     ):
         find_targets(model)
+    for count, some in ((10, "9.weight. Name"), (11, "9.weight and 1 more. Name")):
+        with pytest.raises(TargetError, match=f"it has {count} .*{some}"):
+            find_targets(model[:count])
     with pytest.raises(TargetError, match="it has no such weight"):
         find_targets(nn.Sequential(nn.LayerNorm(2)), "all-linear")
     for nothing in ([], lambda path, module: None):
