@@ -288,6 +288,19 @@ def test_a_base_is_a_file_a_folder_a_list_or_a_mapping(tmp_path: Any) -> None:
         tna.convert(tmp_path / "model.safetensors", base=tmp_path / "other")
 
 
+@pytest.mark.parametrize("worst", ["a.q", "b.q", "c.q"])
+def test_of_errors_that_are_too_large_the_worst_is_named(worst: str) -> None:
+    file = made(tna.presets.lora(2), dict.fromkeys(("a.q", "b.q", "c.q"), (6, 8)))
+    # The others are of rank 1, but for a little.
+    arrays = {name: array.copy() for name, array in file.arrays.items()}
+    for index, target in enumerate(file.targets):
+        if target.module != worst:
+            arrays[f"group{index}.split0.factor0"][:, 1] *= np.float32(1e-3)
+    with pytest.raises(tna.ConfigError, match=rf"{worst}\.weight") as caught:
+        tna.convert(dataclasses.replace(file, arrays=arrays), to="peft-lora", rank=1)
+    assert not any(f"{other}.weight" in str(caught.value) for other in {"a.q", "b.q", "c.q"} - {worst})
+
+
 def test_what_a_conversion_says_of_itself() -> None:
     found = tna.convert(made(tna.presets.lora(4)), to="peft-lora", rank=1, max_error=1.0)
     text = str(found)

@@ -21,6 +21,7 @@ import tnadapt as tna
 from tnadapt import FileError
 from tnadapt.convert.writing import content_of
 
+from . import checkpoints as cp
 from .conftest import peak_of
 from .convert_help import SHAPES, made
 
@@ -111,6 +112,65 @@ def test_settings_of_peft(config: Any, message: str, tmp_path: Path) -> None:
     text = config if isinstance(config, str) else json.dumps(config)
     (where / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     refused(where, message)
+
+
+def shapes(**fields: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {f"lycoris_a_q.{name}": RNG.standard_normal(shape).astype("f4") for name, shape in fields.items()}
+
+
+W2 = {"lokr_w2_a": (3, 2), "lokr_w2_b": (2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lokr_w1": (2, 2), "lokr_w1_a": (2, 1), **W2}, "lokr_w1 is there full and in two factors"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (3, 4), "lokr_w2_b": (2, 4)}, "lokr_w2 is there full and in two factors"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (3, 4), "lokr_t2": (2, 2, 3)}, "lokr_t2 belongs to two factors of W2"),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), **W2}, "W1 and W2 have different ranks"),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (2, 2), **W2}, "the ranks of lokr_w1_a and lokr_w1_b differ"),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (3, 4)}, "the ranks of lokr_w2_a and lokr_w2_b differ"),
+        ({"lokr_w1": (2, 2), **W2, "lokr_t2": (2, 3, 3)}, "lokr_t2 must be (rank, rank, kernel …) with the ranks of"),
+        ({"lokr_w1": (2, 2), **W2, "lokr_t2": (3, 3, 3)}, "lokr_t2 must be (rank, rank, kernel …) with the ranks of"),
+        ({"lokr_w1": (2, 2, 1), **W2}, "lokr_w1 must have 2 axes or more"),
+        ({"lokr_w1": (2, 0), **W2}, "lokr_w1 must have 2 axes or more, none of them empty"),
+        (
+            {"hada_w1_a": (3, 2), "hada_w1_b": (2, 4), "hada_w2_a": (3, 2), "hada_w2_b": (2, 5)},
+            "its two halves are of different shapes or ranks",
+        ),
+        (
+            {"hada_w1_a": (3, 2), "hada_w1_b": (2, 4), "hada_w2_a": (3, 1), "hada_w2_b": (1, 4)},
+            "its two halves are of different shapes or ranks",
+        ),
+        ({"lora_up": (4, 2, 2, 1), "lora_down": (2, 3)}, "lora_up must be a matrix, or a kernel of size 1"),
+        ({"lora_up": (4, 2), "lora_down": (3, 3)}, "the ranks of the two factors differ"),
+        ({"lora_up": (4, 2), "lora_down": (3, 3), "lora_mid": (3, 2, 2, 2)}, "lora_mid must be (rank, rank, kernel …)"),
+        ({"lora_up": (4, 2), "lora_down": (2, 3, 2, 1), "lora_mid": (2, 2, 2, 2)}, "lora_mid must be (rank, rank, k"),
+    ],
+)  # fmt: skip
+def test_tensors_that_make_no_update(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:
+    lora = {"lora_up", "lora_down", "lora_mid"}
+    given = {f"{name}.weight" if name.rpartition(".")[2] in lora else name: a for name, a in shapes(**tensors).items()}
+    save_file(given, tmp_path / "in.safetensors")
+    refused(tmp_path / "in.safetensors", f"the tensors of 'a.q' do not fit together: {message}", base=["a.q"])
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32", "BF16"])
+def test_what_was_trained_beside_the_adapter_is_finite(dtype: str, tmp_path: Path) -> None:
+    where = folder(tmp_path / "theirs", config=changed(modules_to_save=["head"]))
+    bits = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}[dtype]
+    for value, fine in ((1.5, True), (np.inf, False), (np.nan, False)):
+        single = np.full((2, 3), value, np.float32)
+        head = (single.view(np.uint32) >> 16).astype(bits) if dtype == "BF16" else single.astype(bits)
+        both = {name: ("F32", array) for name, array in lora().items()} | {f"{PREFIX}head.weight": (dtype, head)}
+        (where / "adapter_model.safetensors").unlink()
+        cp.write_file(where / "adapter_model.safetensors", both)
+        if fine:
+            file = tna.convert(where).file
+            assert file is not None
+            assert np.array_equal(file.kept["head.weight"], single)
+        else:
+            refused(where, f"'{PREFIX}head.weight' holds NaN or infinity")
 
 
 def refused(source: Path, message: str, **more: Any) -> None:

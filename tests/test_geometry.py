@@ -30,6 +30,16 @@ def test_spaces_without_a_common_direction() -> None:
     assert np.allclose(tna.geometry(one, two, 2), (0.0, 0.0, np.sqrt(2.0)), atol=1e-12)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_refused(number: float, rng: np.random.Generator) -> None:
+    update = rng.normal(size=(3, 4))
+    broken = update.copy()
+    broken[1, 2] = number
+    for pair in ((update, broken), (broken, update)):
+        with pytest.raises(tna.ShapeError, match="geometry needs finite updates; one of them has a NaN or an infinity"):
+            tna.geometry(*pair, 2)
+
+
 @pytest.mark.parametrize("shape", [(2000, 6), (6, 2000)])
 def test_no_more_singular_vectors_are_computed_than_there_are_values(
     shape: tuple[int, int], rng: np.random.Generator

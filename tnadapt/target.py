@@ -180,8 +180,9 @@ class Target:
 
     def like_block(self, matrix: Array) -> Array:
         """A ``(rows, cols)`` array in the shape of :meth:`block`."""
-        rows = self.rows or Rows(0, self.shape[0], self.shape[0])
-        return matrix.reshape((rows.count, rows.length, self.shape[1]))
+        rows, cols = self.shape
+        count = 1 if self.rows is None else self.rows.count
+        return matrix.reshape((count, rows // count, cols))
 
     def to_list(self) -> list[Any]:
         """As JSON keeps it, short; :meth:`from_list` reads it.

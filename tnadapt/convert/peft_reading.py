@@ -141,7 +141,9 @@ def _kept_name(path: str, settings: Settings) -> str | None:
 
 def _kept(name: str, tag: str, array: np.ndarray) -> tuple[np.ndarray, str]:
     if tag == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32), "bfloat16"
+        array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise FileError(f"{shown(name)} holds NaN or infinity")
+    if tag == "BF16":
+        return array, "bfloat16"
     return array.astype(raw_dtype(tag).newbyteorder("="), copy=False), ""
