@@ -295,6 +295,24 @@ def test_a_depthwise_convolution_projects_nothing() -> None:
     assert [target.module for target in find_stored(shapes, "qv")] == ["attn.to_q", "attn.to_v"]
 
 
+@pytest.mark.parametrize(
+    ("shapes", "role", "child", "makes"),
+    [
+        # A name with a hint, of which nothing says that it is the value; two weights in one projection.
+        ({"q_proj": (8, 8), "k_proj": (8, 8), "gate_v_proj": (8, 8)}, "v", "gate_v_proj", "v"),
+        ({"q_proj": (8, 8), "v_proj.a": (8, 8), "v_proj.b": (8, 8)}, "v", "v_proj", "v"),
+    ],
+)
+def test_what_makes_a_letter_must_be_clear(
+    shapes: dict[str, tuple[int, ...]], role: str, child: str, makes: str
+) -> None:
+    named: Any = {f"attn.{name}.weight": shape for name, shape in shapes.items()} | {"attn.o_proj.weight": (8, 8)}
+    why = f"attn.{child} of the checkpoint seems to make {makes}, and with which weight or rows is not known"
+    with pytest.raises(TargetError, match=re.escape(why)):
+        find_stored(named, role)
+    assert [target.module for target in find_stored(named, "q")] == ["attn.q_proj"]
+
+
 def test_a_wrapped_weight_is_found_once() -> None:
     """Its name says the same in the attention and in the wrapper."""
     targets = find_stored({"attn.qkv.qkv.weight": (24, 8), "attn.proj.weight": (8, 8)}, "qv")

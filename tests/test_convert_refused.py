@@ -155,6 +155,33 @@ def test_tensors_that_make_no_update(tensors: dict[str, tuple[int, ...]], messag
     refused(tmp_path / "in.safetensors", f"the tensors of 'a.q' do not fit together: {message}", base=["a.q"])
 
 
+@pytest.mark.parametrize(
+    ("targets", "to", "message"),
+    [
+        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "peft-lora", "of 4 dimensions, and PEFT has lora for up to 3"),
+        ([tna.Target("a", (4, 2, 1, 2, 1))], "peft-loha", "of 3 dimensions, and PEFT has loha for up to 2"),
+        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "lycoris-full", "of 4 dimensions, and LyCORIS has full for up to 3"),
+        ([tna.Target("a.b", (4, 4)), tna.Target("a_b", (4, 4))], "lycoris-full", "'a.b' and 'a_b' would have one name"),
+    ],
+)  # fmt: skip
+def test_what_a_library_has_no_adapter_for(targets: list[tna.Target], to: str, message: str) -> None:
+    config = tna.presets.lora(1)
+    arrays = tna.SuperLoRA(config, [target.shape for target in targets]).init()
+    with pytest.raises(tna.ConfigError, match=re.escape(message)):
+        tna.convert(tna.AdapterFile(config, targets, arrays), to=to)
+
+
+def test_kernels_as_large_as_a_library_has_are_converted() -> None:
+    for stored, to in (((4, 2, 1, 2, 1), "peft-lora"), ((4, 2, 1, 2), "peft-loha"), ((4, 2, 1, 2, 1), "lycoris-full")):
+        assert tna.convert(made(tna.presets.lora(1), {"a.0": stored}), to=to).exact
+
+
+def test_a_folder_that_does_not_exist_is_said(tmp_path: Path) -> None:
+    found = tna.convert(made(tna.presets.lora(1)), to="peft-lora")
+    with pytest.raises(FileError, match=re.escape(f"the folder {tmp_path / 'none'} does not exist; make it first")):
+        found.save(tmp_path / "none" / "out")
+
+
 @pytest.mark.parametrize("dtype", ["F16", "F32", "BF16"])
 def test_what_was_trained_beside_the_adapter_is_finite(dtype: str, tmp_path: Path) -> None:
     where = folder(tmp_path / "theirs", config=changed(modules_to_save=["head"]))

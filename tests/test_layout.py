@@ -50,6 +50,14 @@ def test_a_weight_may_straddle_two_groups() -> None:
     assert [piece.group for piece in layout.of_weight(0)] == [0, 1]
 
 
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 21), (21, 21)])
+def test_a_slice_that_leaves_the_vector_is_refused(start: int, stop: int) -> None:
+    layout = make_layout(2, [(4, 3), (2, 4)], None)
+    assert not layout.of_slice(20, 20)
+    with pytest.raises(tna.ShapeError, match=f"no slice {start}:{stop} of a vector of 20 elements"):
+        layout.of_slice(start, stop)
+
+
 def test_groups_that_would_be_empty_are_left_out() -> None:
     # ceil(10 / 7) = 2 elements a group: five groups use up the vector.
     assert make_layout(7, [(2, 5)]).num_groups == 5

@@ -149,6 +149,24 @@ def test_bad_input(message: str, call: Callable[[], object]) -> None:
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tna.kronecker(3), "a Kronecker product takes a list of arrays; got 3"),
+        (lambda: tna.kronecker([]), "a Kronecker product needs at least one array; got none"),
+        (lambda: tna.kronecker([np.ones((1,) * 33)]), "takes arrays of at most .* axes; got 33"),
+        (lambda: tna.kronecker([np.ones(2), np.ones((2, 2))]), r"of one order; got shapes \(2,\), \(2, 2\)"),
+        (lambda: tna.cp_to_tensor((1, 2, 3)), "got 3 parts"),
+        (lambda: tna.cp_to_tensor(7), "got 7"),
+        (lambda: tna.cp_to_tensor((None, 7)), "got 7"),
+        (lambda: tna.tucker_to_tensor((np.ones((2, 2)),)), "got 1 parts"),
+    ],
+)
+def test_what_is_no_list_of_arrays_is_said(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(tna.ShapeError, match=message):
+        call()
+
+
 def test_mixed_dtypes_and_no_arrays() -> None:
     with pytest.raises(tna.BackendError, match="two dtypes in one call: float64 and float32"):
         tna.kronecker([np.ones(2), np.ones(2, np.float32)])

@@ -288,6 +288,11 @@ def test_bad_plans() -> None:
             tna.SuperLoRA(config, shapes)  # type: ignore[arg-type]
 
 
+def test_a_plan_says_what_it_is() -> None:
+    plan = tna.SuperLoRA(tna.Config(rank=2), [(4, 3)] * 2)
+    assert repr(plan) == f"SuperLoRA({plan.config!r}, 2 weights, 2 groups, 24 elements)"
+
+
 def test_bad_parameters() -> None:
     plan = tna.SuperLoRA(tna.presets.lora(2), [(4, 3)] * 2)
     good = plan.init()

@@ -105,7 +105,7 @@ def modules_of(file: AdapterFile, library: str, kind: str) -> list[Module]:
         places.setdefault(target.module, []).append((number, target))
     found = []
     for path in sorted(places, key=natural):
-        first = places[path][0][1]
+        first = places[path][0][1]  # how it is stored, an adapter file's targets agree on
         found.append(Module(path, first.stored, first.transposed, tuple(places[path])))
         _check_layer(found[-1], library, kind)
     if library == "LyCORIS":
