@@ -16,6 +16,7 @@ import tnadapt as tna
 from tnadapt import presets
 from tnadapt.errors import ConfigError, FileError, ShapeError, TargetError
 
+from . import checkpoints as cp
 from . import forge
 from .conftest import peak_of
 
@@ -96,6 +97,56 @@ def test_other_tensors_that_differ_are_named_or_kept(tmp_path: Path, pair: Any) 
         tna.extract(base, tmp_path / "more.safetensors", keep="clasifier")
     with pytest.raises(TargetError, match="both a target and kept"):
         tna.extract(base, tmp_path / "more.safetensors", keep="q_proj")
+
+
+def test_tensors_of_another_shape_or_kind_differ(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base: cp.Tensors = {name: ("F32", array) for name, array in _base(rng, layers=1).items()}
+    tuned = dict(base)
+    both = {
+        "steps": (("I64", np.arange(3)), ("I64", np.arange(3)), False),
+        "shape": (("F32", np.ones((2, 3), "<f4")), ("F32", np.ones((3, 2), "<f4")), True),
+        "integers": (("I64", np.arange(3)), ("U8", np.arange(3, dtype=np.uint8)), True),
+        "float and integer": (("F32", np.ones(3, "<f4")), ("U8", np.ones(3, np.uint8)), True),
+        "wider": (("F16", np.full(3, 0.1, "<f2")), ("F32", np.full(3, 0.1, "<f4")), False),
+        "not a number": (("F32", np.full(2, np.nan, "<f4")), ("F64", np.full(2, np.nan)), False),
+    }
+    for name, (before, after, _) in both.items():
+        base[name], tuned[name] = before, after
+    first = "layers.0.attn.q_proj.weight"
+    tuned[first] = "F32", base[first][1] + np.float32(1.0)
+    cp.write_file(tmp_path / "tuned.safetensors", tuned | {"eight bits": ("F32", np.zeros(3, "<f4"))})
+    header, data = forge.listed(base)
+    header["eight bits"] = {"dtype": "F8_E4M3", "shape": [3], "data_offsets": [len(data), len(data) + 3]}
+    (tmp_path / "base.safetensors").write_bytes(forge.container(header, data + bytes(3)))
+    found = tna.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", presets.lora(1))
+    assert set(found.others) == {"eight bits", *(name for name, (_, _, differs) in both.items() if differs)}
+    swapped = tna.extract(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", presets.lora(1))
+    assert set(swapped.others) == set(found.others)
+    with pytest.raises(TargetError, match="eight bits is F8_E4M3, which no adapter file holds"):
+        tna.extract(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", presets.lora(1), keep="eight bits")
+
+
+def test_weights_of_two_dtypes_have_no_fingerprint(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = {f"a.{n}.weight": rng.normal(size=(8, 8)).astype(d) for n, d in (("q_proj", "f4"), ("v_proj", "f2"))}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({name: array + array.dtype.type(1) for name, array in base.items()}, tmp_path / "tuned.safetensors")
+    assert tna.extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", presets.lora(1)).file.base is None
+
+
+@pytest.mark.parametrize(("change", "fine"), [(1.2e-38, True), (1.1e-38, False), (1e-45, False)])
+def test_differences_too_small_for_float32_are_refused(change: float, fine: bool, tmp_path: Path) -> None:
+    base = {f"a.{name}.weight": np.zeros((4, 4)) for name in ("q_proj", "v_proj")}
+    tuned = {name: array + change for name, array in base.items()}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    paths = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    if fine:
+        assert tna.extract(*paths, presets.dense()).file.num_parameters == 32
+    else:
+        with pytest.raises(ShapeError, match=f"a.q_proj.weight differs by {change:.3g} at most, less than float32 can"):
+            tna.extract(*paths, presets.dense())
 
 
 def test_large_tensors_are_compared_in_little_memory_to_the_last_byte(tmp_path: Path) -> None:

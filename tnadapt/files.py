@@ -272,9 +272,8 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
     recipe, config, targets, base, trained = _parsed(text, len(entries))
     own = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
     check_fit(config, targets, {name: entry.shape for name, entry in own.items()}, trained)
-    # In the order of the file, so that it is read from one end to the other.
-    ordered = sorted(entries, key=lambda name: entries[name].start)
-    stored = {name: (entries[name].dtype, container.array(name)) for name in ordered}
+    # They are in the order of their bytes, so that the file is read from one end to the other.
+    stored = {name: (entry.dtype, container.array(name)) for name, entry in entries.items()}
     digest = recipe["sha256"]
     before, _, after = text.partition(digest.encode())
     if text.count(digest.encode()) != 1 or _digest(before + b"0" * 64 + after, stored) != digest:
