@@ -195,6 +195,9 @@ def test_roles_of_chosen_layers(tmp_path: Path) -> None:
         "model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
     ]  # fmt: skip
     assert selected(gpt2(), ours(target_modules="v", layers_to_transform=[1])) == ["transformer.h.1.attn.c_attn"]
+    assert selected(llama(), ours(target_modules="qkvo", layers_to_transform=[1])) == [
+        f"model.layers.1.self_attn.{letter}_proj" for letter in "koqv"
+    ]
     model = get_peft_model(llama(), ours(target_modules="qv", layers_to_transform=[1], layers_pattern="layers"))
     with torch.no_grad():
         for array in tt.adapters(model)["default"].parameters():
