@@ -51,6 +51,7 @@ TARGETS = (
     tna.Target("3", (24, 8), rows=tna.Rows(12, 12, 24)),
 )
 INTERLEAVED = (tna.Target("3", (24, 8), rows=tna.Rows(4, 4, 8, 3)),)
+HALVES = (tna.Target("3", (24, 8), rows=tna.Rows(2, 4, 12, 2)),)
 
 
 def passed(
@@ -70,7 +71,7 @@ def passed(
 
 
 @each
-@pytest.mark.parametrize("targets", [TARGETS, INTERLEAVED], ids=["plain", "interleaved"])
+@pytest.mark.parametrize("targets", [TARGETS, INTERLEAVED, HALVES], ids=["plain", "interleaved", "halves"])
 @pytest.mark.parametrize("weight", [1.0, -0.5])
 def test_all_strategies_are_one_function(name: str, targets: tuple[tna.Target, ...], weight: float) -> None:
     want = passed(CONFIGS[name], "beside", targets, weight)

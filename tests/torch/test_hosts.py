@@ -68,7 +68,7 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(2, 2)
+        self.inner, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
         self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
         nn.init.zeros_(self.inner.weight)
 
@@ -228,7 +228,7 @@ class Reaches(Outer):
         (Indexes(), {"layers.0": [""]}),
         (ByGetattr(), {"inner": [""]}),
         (ByGetattrWithDefault(), {"inner": [""]}),
-        (ByComputedName(), {"inner": [""]}),
+        (ByComputedName(), {"inner": [""], "other": [""]}),  # whose name it is, is not known
         (ByComputedIndex(), {"layers.0": [""], "layers.1": [""]}),
         (ByWalrus(), {"inner": [""], "layers.0": [""]}),
         (ByAnnotatedName(), {"inner": [""]}),

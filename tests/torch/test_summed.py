@@ -137,8 +137,14 @@ def test_gradients_are_those_of_the_plain_sum(config: tna.Config, weight: float)
     plain = hidden @ (model[2].weight + second).T + model[2].bias
     y = model(x)
     torch.testing.assert_close(y, plain)
-    expected = torch.autograd.grad(plain.square().sum(), of)
-    for found, one in zip(torch.autograd.grad(y.square().sum(), of), expected, strict=True):
+    expected = torch.autograd.grad(plain.square().sum(), of, retain_graph=True)
+    for found, one in zip(torch.autograd.grad(y.square().sum(), of, retain_graph=True), expected, strict=True):
+        torch.testing.assert_close(found, one)
+    seconds = []
+    for made in (y, plain):
+        first_order = torch.autograd.grad(made.square().sum(), of, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(one.square().sum() for one in first_order), of))
+    for found, one in zip(*seconds, strict=True):
         torch.testing.assert_close(found, one)
 
 
