@@ -61,6 +61,7 @@ FORMED: dict[str, tuple[tna.Config, float, float, float]] = {
     "lora": (P.lora(3), 2 * SIZE * 3, SIZE, 4),
     "lorta": (P.lorta(3, order=4), 2 * SIZE * 3, SIZE, 4),
     "tt": (tna.Config(rank=3, groups=1, fold="balanced", order=4, format="tt"), 2 * SIZE * 3, SIZE, 4),
+    "core": (tna.Config(rank=(None, None), format="tucker"), 0, 0, 1),  # all of it, and no factors
     # Two of LoRA's, and their elementwise product.
     "loha": (P.loha(3), 2 * (2 * SIZE * 3), 2 * SIZE + 2 * SIZE, 2 * 4 + 3),
     # 4x3 and 6x4 matrices as they are, and their Kronecker product; of LoKr the second is one of LoRA's.

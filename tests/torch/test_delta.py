@@ -97,3 +97,21 @@ def test_groups_of_weights_that_do_not_follow_each_other(groups: list[list[int]]
         sum((delta * weight).sum() for delta, weight in zip(deltas, weights, strict=True)).backward()
     for name, array in arrays.items():
         assert torch.allclose(array.grad, twin[name].grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [P.superlora(2), P.superlora(2, projection="linear", ratio=0.5)], ids=["alone", "F"])
+def test_the_updates_of_several_adapters_at_once(config: tna.Config) -> None:
+    plan = tna.SuperLoRA(config, [(4, 3), (2, 3)])
+    several = [moved(plan, seed) for seed in range(3)]
+    stacked = [torch.stack([arrays[name].detach() for arrays in several]) for name in plan.param_shapes]
+
+    def of(*arrays: torch.Tensor) -> torch.Tensor:
+        return vector(plan, dict(zip(plan.param_shapes, arrays, strict=True)))
+
+    found = torch.func.vmap(of)(*stacked)
+    gradients = torch.func.vmap(torch.func.grad(lambda *arrays: of(*arrays).square().sum()))(*stacked)
+    for at, arrays in enumerate(several):
+        one = vector(plan, arrays)
+        assert torch.allclose(found[at], one, rtol=1e-12, atol=1e-12)
+        (expected,) = torch.autograd.grad(one.square().sum(), arrays[next(iter(plan.param_shapes))])
+        assert torch.allclose(gradients[at], expected, rtol=1e-12, atol=1e-12)

@@ -168,3 +168,15 @@ def test_a_linear_layer_needs_the_memory_of_one_weight(name: str) -> None:
     weight = 4 * 256 * 256
     assert peak_of(lambda: kept.append(model(x).sum())) < 1.5 * weight
     assert peak_of(kept[-1].backward) < 1.5 * weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_of_several_parts_of_a_weight_share_one_sum(dtype: torch.dtype) -> None:
+    stored = torch.randn(3 * 128, 128).to(dtype)
+    targets = [tna.Target("a", (384, 128), role, rows=tna.Rows(128 * at, 128, 384)) for at, role in enumerate("qkv")]
+    deltas = [torch.randn(128, 128) for _ in targets]
+    found: list[torch.Tensor] = []
+    peak = peak_of(lambda: found.append(summed(stored, list(zip(targets, deltas, strict=True)))))
+    assert torch.equal(found[0], (stored.float() + torch.cat(deltas)).to(dtype))
+    wide, narrow = 4 * stored.numel(), dtype.itemsize * stored.numel()
+    assert peak < 1.2 * wide + (narrow if dtype is not torch.float32 else 0)
