@@ -21,6 +21,8 @@ from .mutants import Module, Mutant
 __all__ = ["Reach"]
 
 HERE = Path(__file__).parent
+#: How many tests of a file are tried before it is another file's turn.
+_TURN = 5
 
 _RUN = """
 import sys, pytest
@@ -74,7 +76,10 @@ class Reach:
         return cls(seconds, tests)
 
     def of(self, module: Module, mutant: Mutant, first: Iterable[str]) -> list[str]:
-        """The tests that can notice a mutant: those of the files ``first`` before others, the quickest first."""
+        """The tests that can notice a mutant, the quickest first: those of the module's own files, then of all in turn.
+
+        There may be thousands, of which not all are tried: a few of each file tell more than all of one.
+        """
         reached, lines = self.tests.get(module.path, {}), module.reach(mutant.line)
         found = set().union(*(reached.get(line, ()) for line in (reached if lines is None else lines)))
         # A compiler may run a line that nobody sees: torch.compile does. Then it is any test of the module.
@@ -83,10 +88,16 @@ class Reach:
         # What runs on import may concern any test.
         imported = lines is None or "" in found
         own = {test for test in self.seconds if test.split("::")[0] in order} if imported else set()
-        return sorted(
-            (found | own) - {""},
-            key=lambda test: (order.get(test.split("::")[0], len(order)), self.seconds[test], test),
-        )
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for test in sorted((found | own) - {""}, key=lambda test: (self.seconds[test], test)):
+            by_file[test.split("::")[0]].append(test)
+        module_s = {module.path, f"test_{Path(module.path).stem}.py"}
+        turns = [
+            (0 if {file, Path(file).name} & module_s else 1 + place // _TURN, order.get(file, len(order)), place, test)
+            for file, tests in by_file.items()
+            for place, test in enumerate(tests)
+        ]
+        return [test for *_, test in sorted(turns)]
 
 
 def _measure(root: Path, file: str, out: Path) -> None:

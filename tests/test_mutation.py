@@ -123,6 +123,20 @@ def test_lines_that_run_in_processes_of_their_own_are_reached(tmp_path: Path) ->
     assert reach.tests["tnadapt/m.py"][5] == {"tests/test_m.py::test_it[g]"}
 
 
+def test_all_files_have_their_turn(tmp_path: Path) -> None:
+    module = module_of(tmp_path, CODE)
+    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
+    seconds = {f"a.py::{i}": 1.0 + i for i in range(7)} | {"b.py::0": 60.0, "b.py::1": 2.0, "test_m.py::0": 99.0}
+    reach = Reach(seconds, {"m.py": {mutant.line: set(seconds)}})
+    own, others = ["test_m.py::0"], [f"a.py::{i}" for i in range(7)]
+    found = reach.of(module, mutant, ["a.py", "b.py"])
+    assert found == [*own, *others[:5], "b.py::1", "b.py::0", *others[5:]]
+    machine = Machine({})
+    Judge(machine, reach).judged(module, mutant, ["a.py", "b.py"])  # type: ignore[arg-type]
+    # The first one whatever it takes; then all that fit into a stage.
+    assert [tests for _, tests, _ in machine.asked] == [own, [*others[:5], "b.py::1", *others[5:]], own]
+
+
 def test_what_runs_on_import_and_in_which_test_is_measured(tmp_path: Path) -> None:
     (tmp_path / "tnadapt").mkdir()
     code = "def made(n):\n    return n + 1\n\n\ndef used(n):\n    return n + TWO\n\n\nTWO = made(1)\n"
