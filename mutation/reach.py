@@ -21,8 +21,8 @@ from .mutants import Module, Mutant
 __all__ = ["Reach"]
 
 HERE = Path(__file__).parent
-#: How many tests of a file are tried before it is another file's turn.
-_TURN = 5
+#: How many tests of a file are tried before it is another file's turn; of the module's own files.
+_TURN, _OWN_TURN = 5, 20
 
 _RUN = """
 import sys, pytest
@@ -76,7 +76,7 @@ class Reach:
         return cls(seconds, tests)
 
     def of(self, module: Module, mutant: Mutant, first: Iterable[str]) -> list[str]:
-        """The tests that can notice a mutant, the quickest first: those of the module's own files, then of all in turn.
+        """The tests that can notice a mutant, the quickest first: of all files in turn, most of the module's own.
 
         There may be thousands, of which not all are tried: a few of each file tell more than all of one.
         """
@@ -93,7 +93,12 @@ class Reach:
             by_file[test.split("::")[0]].append(test)
         module_s = {module.path, f"test_{Path(module.path).stem}.py"}
         turns = [
-            (0 if {file, Path(file).name} & module_s else 1 + place // _TURN, order.get(file, len(order)), place, test)
+            (
+                place // _OWN_TURN if {file, Path(file).name} & module_s else 1 + place // _TURN,
+                order.get(file, len(order)),
+                place,
+                test,
+            )
             for file, tests in by_file.items()
             for place, test in enumerate(tests)
         ]

@@ -126,15 +126,20 @@ def test_lines_that_run_in_processes_of_their_own_are_reached(tmp_path: Path) ->
 def test_all_files_have_their_turn(tmp_path: Path) -> None:
     module = module_of(tmp_path, CODE)
     mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
-    seconds = {f"a.py::{i}": 1.0 + i for i in range(7)} | {"b.py::0": 60.0, "b.py::1": 2.0, "test_m.py::0": 99.0}
+    seconds = {f"a.py::{i}": 1.0 + i for i in range(7)} | {"b.py::0": 60.0, "b.py::1": 2.0}
+    own, others = [f"test_m.py::{i:02}" for i in range(45)], [f"a.py::{i}" for i in range(7)]
+    seconds |= dict.fromkeys(own, 1.0)
     reach = Reach(seconds, {"m.py": {mutant.line: set(seconds)}})
-    own, others = ["test_m.py::0"], [f"a.py::{i}" for i in range(7)]
-    found = reach.of(module, mutant, ["a.py", "b.py"])
-    assert found == [*own, *others[:5], "b.py::1", "b.py::0", *others[5:]]
+    found = reach.of(module, mutant, ["test_m.py", "a.py", "b.py"])
+    assert found == [*own[:40], *others[:5], "b.py::1", "b.py::0", *own[40:], *others[5:]]
     machine = Machine({})
-    Judge(machine, reach).judged(module, mutant, ["a.py", "b.py"])  # type: ignore[arg-type]
-    # The first one whatever it takes; then all that fit into a stage.
-    assert [tests for _, tests, _ in machine.asked] == [own, [*others[:5], "b.py::1", *others[5:]], own]
+    Judge(machine, reach).judged(module, mutant, ["test_m.py", "a.py", "b.py"])  # type: ignore[arg-type]
+    # What fits into a stage: a slow one keeps none of those behind it out.
+    assert [tests for _, tests, _ in machine.asked] == [
+        own[:4],
+        [*own[4:40], *others[:5], "b.py::1", *own[40:]],
+        own[:20],
+    ]
 
 
 def test_what_runs_on_import_and_in_which_test_is_measured(tmp_path: Path) -> None:
