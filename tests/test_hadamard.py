@@ -102,9 +102,9 @@ def test_what_is_not_finite_spreads_and_nothing_else(rng: np.random.Generator) -
     assert relative_error(found[1], tna.fwht(x[1])) == 0.0
 
 
-@pytest.mark.parametrize("length", [0, 3, 6, 12, 1000])
-def test_a_length_that_is_no_power_of_two(backend: Backend, length: int) -> None:
-    with pytest.raises(tna.ShapeError, match="power of two"):
+@pytest.mark.parametrize(("length", "padded"), [(0, 1), (3, 4), (5, 8), (6, 8), (12, 16), (1000, 1024)])
+def test_a_length_that_is_no_power_of_two(backend: Backend, length: int, padded: int) -> None:
+    with pytest.raises(tna.ShapeError, match=rf"power of two; .* has {length}: pad it with zeros to {padded}$"):
         tna.fwht(backend.asarray(np.zeros((2, length)), "float32"))
 
 
