@@ -174,3 +174,13 @@ def test_rows_that_wrap_around_the_period_of_others_are_seen() -> None:
         with pytest.raises(tna.TargetError, match=f"overlap: both update row {row} "):
             check_distinct([blocks, run])
     check_distinct([blocks, Target("a", (12, 4), rows=Rows(4, 2, 12)), Target("a", (12, 4), rows=Rows(8, 2, 12))])
+
+
+def test_a_long_run_is_seen_behind_a_short_one_that_begins_later() -> None:
+    # In blocks of six, rows 0 to 4 and row 1; only the first of them reaches row 3.
+    long, short = Target("a", (12, 4), rows=Rows(0, 5, 12)), Target("a", (12, 4), rows=Rows(7, 1, 12))
+    blocks = Target("a", (12, 4), rows=Rows(3, 1, 6, 2))
+    for targets in ([long, short, blocks], [blocks, short, long], [short, blocks, long]):
+        with pytest.raises(tna.TargetError, match="overlap: both update row 3 "):
+            check_distinct(targets)
+    check_distinct([long, short, Target("a", (12, 4), rows=Rows(5, 1, 6, 2))])
