@@ -1,8 +1,9 @@
 """Which mutations are made: a choice of cosmic-ray's operators, and four of our own.
 
-cosmic-ray replaces every arithmetic operator by each of the eleven others. Most of these mutants raise a TypeError at
-once; they would raise the share of killed mutants and say nothing about the tests. So each operator is replaced by the
-one that it is most easily mistaken for, and each comparison by its negation and by the one that differs on equality.
+cosmic-ray replaces every arithmetic operator by each of the eleven others, and every comparison by each of the seven
+others. Here each operator is replaced by the one that it is most easily mistaken for, and each comparison by its
+negation and by the one that differs on equality: less than half as many mutants, of the same places. :func:`left_out`
+has the others.
 """
 
 from __future__ import annotations

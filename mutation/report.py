@@ -172,8 +172,8 @@ def _together(records: Sequence[Record], known: Mapping[str, Record], of: int, r
         return (one * some + noticed / could * rest.there) / (some + rest.there)
 
     return [
-        f"cosmic-ray's other operators are left out, because nearly any test notices their mutants. They make "
-        f"{rest.there:,} more. Of {could:,} that were drawn at random and are not equivalent, the tests notice "
+        f"cosmic-ray's other operators, which mutate the same places in more ways, are left out. They make "
+        f"{rest.there:,} more mutants. Of {could:,} that were drawn at random and are not equivalent, the tests notice "
         f"{noticed:,}. Over all mutants of cosmic-ray, each part weighted by its size, the share is "
         f"**{over_all(share):.1%}**. Without the tests that were added for survivors it is {over_all(late):.1%}, "
         "which is the estimate for all of them.",
