@@ -190,7 +190,7 @@ def test_a_header_of_any_length_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     with open(path, "wb") as file:
         file.write((MAX_HEADER + 1).to_bytes(8, "little") + b"{")
-        file.truncate(MAX_HEADER + 100)  # a hole, that takes no room on the disk
+        file.truncate(MAX_HEADER + 100)  # a hole, which takes no space on the disk
     with pytest.raises(FileError, match=r"file\.safetensors: has a header of 67108865 bytes; at most"):
         read(str(path))
 

@@ -606,7 +606,7 @@ def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:
 
 
 def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
-    # 64 GiB that take no room on the disk, and would in memory.
+    # 64 GiB that take no space on the disk, and would in memory.
     size = 1 << 36
     recipe = {"version": 1, "config": {}, "targets": [["fc", [2, 2], "q"]], "sha256": "0" * 64}
     entry = {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}

@@ -98,7 +98,7 @@ def held_bytes(state: os.stat_result) -> int:
 
 
 def check_held(claimed: int, held: int, what: str, file: io.BufferedReader | io.FileIO | None = None) -> None:
-    """A FileError for a size that is made of holes, which take no room on a disk and all of it in memory.
+    """A FileError for a size that is made of holes, which take no space on a disk and all of it in memory.
 
     Parameters
     ----------

@@ -237,7 +237,7 @@ class Partial:
         for name in set(_listed(self.folder)) - set(self.done):
             with contextlib.suppress(OSError):
                 self._discard(self.path(name))
-        with contextlib.suppress(OSError, FileError):  # there may be room only now
+        with contextlib.suppress(OSError, FileError):  # the disk may have space only now
             self._write()
 
     def _stopped(self) -> None:

@@ -51,7 +51,7 @@ class NumpyBackend(Backend):
 
     def lacks(self, x: Array) -> frozenset[str]:
         compiled = {"fwht": "hadamard", "fastfood": "fastfood"}
-        return frozenset({"gradient", "shuffle", *(name for name, room in compiled.items() if kernels(room) is None)})
+        return frozenset({"gradient", "shuffle", *(name for name, part in compiled.items() if kernels(part) is None)})
 
     def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
         # Other subclasses may have ideas of their own of what becomes of them.

@@ -103,7 +103,7 @@ class TorchBackend(Backend):
         if torch_gpu.there_are_kernels(x):
             return torch_gpu.lacking()
         compiled = {"fwht": "hadamard", "fastfood": "fastfood"} if x.device.type == "cpu" else {}
-        return frozenset(set(OPTIONAL) - {"gradient"} - {name for name, room in compiled.items() if kernels(room)})
+        return frozenset(set(OPTIONAL) - {"gradient"} - {name for name, part in compiled.items() if kernels(part)})
 
     def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
         kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard
