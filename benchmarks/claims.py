@@ -12,7 +12,7 @@ import scipy.stats
 
 from tnadapt import Config
 from tnadapt.finetune import Training
-from tnadapt.finetune.report import method_in, points_in
+from tnadapt.finetune.pareto_report import method_in, points_in
 from tnadapt.finetune.results import read_lines
 from tnadapt.reproduce import open_recipe
 from tnadapt.reproduce.diffusion.generation import generated_in
@@ -468,10 +468,10 @@ CLAIMS = (
     Claim(
         "A nonlinear projection learns from a living start",
         "not in the paper, which has LoRA's start, with a factor of zeros",
-        "From LoRA's start the gradient of every array is exactly 0 (`tests/test_start.py`): tanhshrink is flat there, "
-        "and such an adapter stays for ever at what is there without one. So all of the nonlinear settings, from this "
-        "library's start, are held against no adapter. What is left of the nonlinear one's trouble with a start that "
-        "lives is in the section before.",
+        "From LoRA's start the gradient of every array is exactly 0 (`tests/algebra/test_init.py`): tanhshrink is flat "
+        "there, and such an adapter stays for ever at what is there without one. So all of the nonlinear settings, "
+        "from this library's start, are held against no adapter. What is left of the nonlinear one's trouble with a "
+        "start that lives is in the section before.",
         _living,
     ),
     Claim(

@@ -21,8 +21,8 @@ import numpy as np
 from fwht import copy, numbers, optional
 
 import tnadapt as tna
-from tnadapt import reference
-from tnadapt.kernels import kernels
+from tnadapt.backends._kernels import kernels
+from tnadapt.testing import _reference as reference
 
 RATIOS = (0.01, 0.1, 0.5, 1.0)
 ROUNDS = 9
@@ -126,8 +126,8 @@ def fallback(size: int, smoke: bool) -> list[dict[str, Any]]:
     rows = []
     nothing = mock.patch.multiple
     with (
-        nothing("tnadapt.backends.numpy", kernels=lambda name: None),
-        nothing("tnadapt.backends.torch_kernels", kernels=lambda name: None),
+        nothing("tnadapt.backends._numpy", kernels=lambda name: None),
+        nothing("tnadapt.backends._torch_kernels", kernels=lambda name: None),
     ):
         for library, given in (("NumPy", x.numpy()), ("torch", x)):
             close(f(given), stacked().numpy())

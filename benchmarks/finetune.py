@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tnadapt.finetune.report import Point, columns, points_in, rows_of
+from tnadapt.finetune.pareto_report import Point, columns, points_in, rows_of
 from tnadapt.reproduce.registries import SOURCES, fetch
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 import tnadapt as tna
+from tnadapt.algebra.maps.hadamard import fwht_plain
 from tnadapt.backends import load_backend
-from tnadapt.hadamard import fwht_plain
-from tnadapt.kernels import kernels
+from tnadapt.backends._kernels import kernels
 
 Contestants = dict[str, Callable[[], object]]
 

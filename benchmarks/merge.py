@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import tnadapt as tna
-from tnadapt.fingerprint import fingerprint
+from tnadapt.checkpoints.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "merge.jsonl"
 
@@ -107,8 +107,8 @@ def make_base(folder: Path, dtype: str, size: float) -> None:
 
 def make_adapter(path: Path, base: Path, config: tna.Config, dtype: str) -> int:
     """One as if it had been trained on the base's q and v; returns how many elements it updates."""
-    from tnadapt.checkpoint import open_checkpoint
-    from tnadapt.stored_targets import find_stored
+    from tnadapt.checkpoints.checkpoint import open_checkpoint
+    from tnadapt.targets.checkpoint_targets import find_stored
 
     checkpoint = open_checkpoint(base)
     targets = find_stored({name: entry.shape for name, entry in checkpoint.entries.items()}, "qv", checkpoint.config)

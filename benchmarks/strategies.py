@@ -3,7 +3,8 @@
 ``python benchmarks/strategies.py [--tokens N …] [--widths N …] [--formats NAME …]``. For every number of tokens, width
 and format, one square layer with an adapter takes forward and backward passes (its input requires a gradient, its
 weight does not) by each strategy that there is for that format, in turn; what counts is the median of the whole layer.
-``chosen`` is what :mod:`tnadapt.torch.cost` chooses for these tokens, and ``over best`` its time over that of the best.
+``chosen`` is what :mod:`tnadapt.torch._step_cost` chooses for these tokens, and ``over best`` its time over that of the
+best.
 
 Rows are appended to a file of JSON lines.
 """

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 import tnadapt as tna
 from tnadapt import plot
-from tnadapt.planner import largest_rank
+from tnadapt.planning import largest_rank
 
 vit = [(768, 768)] * 24
 layers = [weight // 2 for weight in range(24)]

@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 import tnadapt as tna
-from tests import forge
-from tests.test_adapter_file import CONFIGS, made
+from tests.checkpoints.test_adapter_file import CONFIGS, made
+from tests.support import forge
 
 from .__main__ import CORPUS
 

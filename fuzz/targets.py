@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 import tnadapt as tna
-from tests import forge
-from tnadapt.checkpoint import open_checkpoint
+from tests.support import forge
+from tnadapt.checkpoints.checkpoint import open_checkpoint
 
 __all__ = ["TARGETS", "FaultError", "measured"]
 

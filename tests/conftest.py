@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tnadapt.backends import Backend, load_backend, register_backend
-from tnadapt.backends.base import OPTIONAL
+from tnadapt.backends.backend import OPTIONAL
 
 from .laws.counting import Counting
 

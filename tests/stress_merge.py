@@ -26,10 +26,10 @@ from typing import NamedTuple
 import pytest
 
 import tnadapt as tna
-from tnadapt import locking, renaming
+from tnadapt.checkpoints import file_locks, renaming
 
-from .file_layer import Call, intercepted
-from .merge_scene import ACTIONS, Content, Scene, content, scene
+from .checkpoints.merge.merge_scene import ACTIONS, Content, Scene, content, scene
+from .support.file_layer import Call, intercepted
 
 __all__ = ["kills", "main", "race"]
 
@@ -211,7 +211,7 @@ def contender(where: Scene, number: int, setting: Race, ends: float, pipe: int) 
     """Merge one adapter again and again, and write what each attempt came to, a line each."""
     with pytest.MonkeyPatch.context() as patch:
         if not setting.locks:
-            patch.setattr(locking.fcntl, "flock", lambda handle, operation: None)
+            patch.setattr(file_locks.fcntl, "flock", lambda handle, operation: None)
         if not setting.exchange:
             patch.setattr(renaming, "_renameat2", lambda *arguments: False)
         while time.monotonic() < ends:

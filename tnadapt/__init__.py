@@ -8,27 +8,28 @@ Importing this imports no framework.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import presets
+from .algebra import presets
+from .algebra.config import Config
+from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
+from .algebra.geometry import geometry
+from .algebra.maps.hadamard import fwht
+from .algebra.maps.projection import Projection
+from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
+from .algebra.superlora import SuperLoRA, parameter_count
 from .backends import register_backend
-from .config import Config
 from .convert import convert
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
-from .folding import from_hypercube, hypercube_shape, to_hypercube
-from .geometry import geometry
-from .hadamard import fwht
-from .products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
-from .projection import Projection
-from .superlora import SuperLoRA, parameter_count
-from .target import Rows, Target
-from .verify import verify
+from .targets.target import Rows, Target
+from .testing.verification import verify
 
 if TYPE_CHECKING:
+    from .checkpoints.adapter_file import AdapterFile
+    from .checkpoints.adapter_format import load, save
+    from .checkpoints.info import info
+    from .checkpoints.merge import MergeReport, merge
     from .decomposition import decompose, search_rank
-    from .describing import info
-    from .extraction import extract
-    from .files import AdapterFile, load, save
-    from .merge_files import MergeReport, merge
-    from .planner import plan
+    from .decomposition.extraction import extract
+    from .planning import plan
 
 __version__ = "0.1.0"
 
@@ -71,26 +72,26 @@ __all__ = [
     "verify",
 ]
 
-# Rooms that are imported when one of their names is first asked for: most programs need few of them. (A function that
-# is called as its room, such as convert, is not among them: whoever imported the room would find it in its place.)
-_LATER = {
-    "AdapterFile": "files",
-    "MergeReport": "merge_files",
+# Modules that are imported when one of their names is first used: most programs need few of them. (A function named
+# like its module, such as convert, is not among them: importing the module would replace the function.)
+_LAZY = {
+    "AdapterFile": "checkpoints.adapter_file",
+    "MergeReport": "checkpoints.merge",
     "decompose": "decomposition",
-    "extract": "extraction",
-    "info": "describing",
-    "load": "files",
-    "merge": "merge_files",
-    "plan": "planner",
-    "save": "files",
+    "extract": "decomposition.extraction",
+    "info": "checkpoints.info",
+    "load": "checkpoints.adapter_format",
+    "merge": "checkpoints.merge",
+    "plan": "planning",
+    "save": "checkpoints.adapter_format",
     "search_rank": "decomposition",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    found = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = found
     return found
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from .errors import TnadaptError, escaped
+from tnadapt.errors import TnadaptError, escaped
 
 
 def main() -> None:
     """Run the command line."""
     try:
-        from .cli import app
+        from tnadapt.cli import app
     except ImportError as error:
         print(f'tnadapt: the command line needs its extra: pip install "tnadapt[cli]" ({error})', file=sys.stderr)
         raise SystemExit(2) from None

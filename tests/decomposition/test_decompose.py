@@ -18,7 +18,7 @@ from tnadapt import presets
 from tnadapt.backends import Backend
 from tnadapt.decomposition import Step
 from tnadapt.errors import BackendError, ConfigError, ShapeError
-from tnadapt.testing import parameters, plans
+from tnadapt.testing.strategies import parameters, plans
 
 
 def _error(plan: tna.SuperLoRA, params: dict[str, Any], given: list[np.ndarray]) -> float:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt import presets
+from tnadapt.algebra.norms import norm, norm_of_difference, relative_difference
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.decomposition import GroupReport, Report
-from tnadapt.decomposition.algebra import Algebra
-from tnadapt.decomposition.bounds import lower_bound
+from tnadapt.decomposition._linear_algebra import Algebra
+from tnadapt.decomposition._lower_bounds import lower_bound
 from tnadapt.errors import BackendError, ShapeError
-from tnadapt.norms import norm, norm_of_difference, relative_difference
 
 SHAPES = [(12, 8), (6, 8)]
 FOUR = {"weights": 4, "rows": 6, "cols": 8}

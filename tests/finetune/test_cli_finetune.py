@@ -101,8 +101,8 @@ def test_settings_arrive_in_the_config(cache: Path) -> None:
 
 
 def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.finetune import study
-    from tnadapt.finetune.best import Proof
+    from tnadapt.finetune import _study as study
+    from tnadapt.finetune._best import Proof
 
     monkeypatch.setattr(study, "prove", lambda *given: Proof(269, False, 3, 0.5))
     done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, "--jobs", 1)

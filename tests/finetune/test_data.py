@@ -17,13 +17,12 @@ from tnadapt.errors import FileError, TnadaptError
 
 pytest.importorskip("torch")
 
+from tests.conftest import peak_of
 from tnadapt.finetune import archives
-from tnadapt.finetune.data import PARTS, Data, Samples, choose, divide
-from tnadapt.finetune.digits import Pixels
+from tnadapt.finetune._data import PARTS, Data, Samples, choose, divide
+from tnadapt.finetune._data_sources import read
+from tnadapt.finetune._digits import Pixels
 from tnadapt.finetune.problem import samples_digest
-from tnadapt.finetune.sources import read
-
-from ..conftest import peak_of
 
 
 def toy(counts: list[int], test: list[int] | None = None) -> Data:

@@ -14,8 +14,8 @@ from tnadapt.errors import TnadaptError
 pytest.importorskip("torch")
 
 from tnadapt.finetune import Choice, default_methods, within
-from tnadapt.finetune.methods import DENSE, HEAD, methods_of
-from tnadapt.planner.families import usual
+from tnadapt.finetune.grid import DENSE, HEAD, methods_of
+from tnadapt.planning.families import usual
 
 SMALL = [(64, 64)] * 8
 
@@ -65,7 +65,7 @@ def test_a_budget_of_nothing() -> None:
 
 
 def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.finetune import budget
+    from tnadapt.finetune import _budget as budget
 
     monkeypatch.setattr(budget, "usual", lambda shapes: usual(shapes)[:2])
     with pytest.raises(

@@ -18,8 +18,8 @@ from safetensors import torch as safetensors_torch  # noqa: E402
 
 from tnadapt.errors import FileError, TnadaptError  # noqa: E402
 from tnadapt.finetune import Choice, Spec, Study, Training, open_problem  # noqa: E402
-from tnadapt.finetune.data import Samples  # noqa: E402
-from tnadapt.finetune.encode import Images  # noqa: E402
+from tnadapt.finetune._data import Samples  # noqa: E402
+from tnadapt.finetune._encode import Images  # noqa: E402
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["good", "bad", "film", "the", "a", "very", "not", "was", "it", "and"]
@@ -209,7 +209,7 @@ def test_images_of_every_sort(image: Any, channels: int) -> None:
 
 
 def test_images_that_are_too_many_to_keep_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.finetune import encode
+    from tnadapt.finetune import _encode as encode
 
     pictures = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
     samples = Samples(pictures, np.zeros(6, np.int64))

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 import tnadapt as tna
-from tnadapt.finetune.methods import Method
-from tnadapt.finetune.report import best_point, pareto_front, points_of, rows_of
-from tnadapt.finetune.train import Task
+from tnadapt.finetune.grid import Method
+from tnadapt.finetune.pareto_report import best_point, pareto_front, points_of, rows_of
+from tnadapt.finetune.training import Task
 
 LORA = Method("LoRA", "r = 1", tna.presets.lora(1))
 SUPER = Method("SuperLoRA", "r = 1", tna.presets.superlora(1))

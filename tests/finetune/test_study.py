@@ -17,11 +17,11 @@ pytest.importorskip("sklearn")
 import tnadapt as tna  # noqa: E402
 from tnadapt.errors import ConfigError, FileError, TargetError, TnadaptError  # noqa: E402
 from tnadapt.finetune import Choice, Reporter, Spec, Study, Task, Training, open_problem  # noqa: E402
-from tnadapt.finetune.best import prove  # noqa: E402
+from tnadapt.finetune._best import prove  # noqa: E402
 from tnadapt.finetune.loop import Schedule, fit, threads  # noqa: E402
+from tnadapt.finetune.pareto_report import points_in  # noqa: E402
 from tnadapt.finetune.problem import base_digest, free  # noqa: E402
-from tnadapt.finetune.report import points_in  # noqa: E402
-from tnadapt.finetune.train import train, usable_device  # noqa: E402
+from tnadapt.finetune.training import train, usable_device  # noqa: E402
 
 from .small import CHOICE, TRAINING, spec, study  # noqa: E402
 
@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_refused_before_a_base_is_trained(tmp_path: Path) -
 
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME"])
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str) -> None:
-    from tnadapt.finetune.digits import cache_folder
+    from tnadapt.finetune._digits import cache_folder
 
     monkeypatch.setenv(variable, str(tmp_path))
     assert cache_folder() == tmp_path / "tnadapt"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tnadapt.config import FOLDS
+from tnadapt.algebra.config import FOLDS
 
 from .book import TESTS, Law, laws, of_test
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import tnadapt as tna
-from tnadapt.config import FOLDS
-from tnadapt.projection import KINDS, SQUARE
+from tnadapt.algebra.config import FOLDS
+from tnadapt.algebra.maps.projection import KINDS, SQUARE
 
 __all__ = ["KINDS_OF_GROUP", "SHAPES", "config_of", "every_group", "everything", "in_one_fold"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.torch.small import batch, small, stir  # noqa: E402
 
-from ..torch.small import batch, small, stir  # noqa: E402
 from .grid import config_of, every_group, everything  # noqa: E402
 
 HALVES = ["bfloat16", "float16"]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt import reference
+from tests.conftest import relative_error
+from tnadapt.algebra.maps.projection import KINDS
 from tnadapt.backends import Backend, load_backend
-from tnadapt.projection import KINDS
+from tnadapt.testing import _reference as reference
 
-from ..conftest import relative_error
 from .grid import KINDS_OF_GROUP, SHAPES, config_of, everything, in_one_fold
 
 # Relative to the largest element: of float64 as everywhere, of float32 some hundred of its last digits.

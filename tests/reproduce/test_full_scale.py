@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tests.cli.command_lines import CommandLines, command_lines
 from tnadapt.reproduce import open_recipe, run
 from tnadapt.reproduce.recipe import Recipe
 from tnadapt.reproduce.weights import WEIGHTS, Weights
-
-from ..command_lines import CommandLines, command_lines
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -27,8 +26,8 @@ pytest.importorskip("matplotlib")
 image = pytest.importorskip("PIL.Image")
 
 import tnadapt.torch as tnt  # noqa: E402
-from tnadapt.finetune.data import Data, Samples, divide  # noqa: E402
-from tnadapt.finetune.sources import read  # noqa: E402
+from tnadapt.finetune._data import Data, Samples, divide  # noqa: E402
+from tnadapt.finetune._data_sources import read  # noqa: E402
 from tnadapt.reproduce import classification  # noqa: E402
 
 #: Of ten classes: so many images each, to train on and to test with.

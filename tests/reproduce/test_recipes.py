@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tnadapt import reference
 from tnadapt.reproduce import names, open_recipe
 from tnadapt.reproduce.recipe import SCALES, parse
 from tnadapt.reproduce.sweep import configs, numbers
 from tnadapt.reproduce.weights import WEIGHTS
+from tnadapt.testing import _reference as reference
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text(encoding="utf-8"))
 

@@ -21,11 +21,12 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional
 
 import tnadapt.torch
-from tnadapt import SuperLoRA, files, presets
+from tnadapt import SuperLoRA, presets
+from tnadapt.checkpoints import adapter_format
 from tnadapt.errors import TargetError, TnadaptError
-from tnadapt.torch.kept import Updates
-from tnadapt.torch.sharding import whole
-from tnadapt.torch.storage import to_file
+from tnadapt.torch._delta_cache import Updates
+from tnadapt.torch._sharding import whole
+from tnadapt.torch._storage import to_file
 
 from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread
 
@@ -141,7 +142,7 @@ def swapped_from_a_file(folder: Path) -> None:
     with torch.no_grad():
         source.head.bias += 1.0
     path = folder / f"swap.{dist.get_rank()}.safetensors"
-    files.save(path, to_file(alone))
+    adapter_format.save(path, to_file(alone))
     model, adapter = build(SHARDED)
     running = spread(SHARDED, model)
     adapter.swap(path)

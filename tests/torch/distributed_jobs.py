@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tnadapt.torch
 from tnadapt import Config, presets
-from tnadapt.torch.sharding import whole
+from tnadapt.torch._sharding import whole
 
 STEPS, BATCH, TOKENS, WIDTH, CLASSES = 4, 8, 5, 16, 3
 

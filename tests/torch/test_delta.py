@@ -11,8 +11,8 @@ from hypothesis import strategies as st  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
-from tnadapt.testing import plans  # noqa: E402
-from tnadapt.torch.delta import pieces, vector  # noqa: E402
+from tnadapt.testing.strategies import plans  # noqa: E402
+from tnadapt.torch._delta import pieces, vector  # noqa: E402
 
 P = tna.presets
 

@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 import tnadapt.torch  # noqa: E402
-from tnadapt.target import Target  # noqa: E402
-from tnadapt.torch.targets import find_targets, host_of, reads_outside  # noqa: E402
+from tnadapt.targets.target import Target  # noqa: E402
+from tnadapt.torch._target_selection import find_targets, host_of, reads_outside  # noqa: E402
 
 from .architectures import MODELS, build, output  # noqa: E402
 

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
-from tnadapt.checkpoint import open_checkpoint  # noqa: E402
+from tnadapt.checkpoints.checkpoint import open_checkpoint  # noqa: E402
 
 from .hugging_face import bert, vit  # noqa: E402
 from .small import stir  # noqa: E402

@@ -18,11 +18,11 @@ from torch import nn  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 import tnadapt.torch.peft as plugin  # noqa: E402
 from tnadapt.errors import ConfigError, TargetError  # noqa: E402
-from tnadapt.torch import adapter as handle_module  # noqa: E402
-from tnadapt.torch import registry as registry_module  # noqa: E402
+from tnadapt.torch import _adapter as handle_module  # noqa: E402
+from tnadapt.torch import _registry as registry_module  # noqa: E402
 from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
-from tnadapt.torch.peft import layer as layer_module  # noqa: E402
-from tnadapt.torch.peft import tuner as tuner_module  # noqa: E402
+from tnadapt.torch.peft import _tuner as tuner_module  # noqa: E402
+from tnadapt.torch.peft import _tuner_layer as layer_module  # noqa: E402
 
 from .interrupts import interrupted, moments  # noqa: E402
 

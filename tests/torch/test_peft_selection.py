@@ -32,7 +32,7 @@ import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 import tnadapt.torch.peft as plugin  # noqa: E402
 from tnadapt.torch.peft import TnadaptConfig  # noqa: E402
-from tnadapt.torch.peft.selection import select_targets  # noqa: E402
+from tnadapt.torch.peft._selection import select_targets  # noqa: E402
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -284,7 +284,7 @@ def test_what_is_kept_must_be_there(tmp_path: Path) -> None:
 def test_draws_of_another_machine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapter = trained(P.superlora(3, projection="linear", ratio=0.3))
     adapter.save(tmp_path / "a.safetensors")
-    monkeypatch.setattr("tnadapt.adapter_file.AdapterFile.draws_without", lambda *_: "0" * 64)
+    monkeypatch.setattr("tnadapt.checkpoints.adapter_file.AdapterFile.draws_without", lambda *_: "0" * 64)
     with pytest.raises(tna.FileError, match="0000000"):
         tt.load(small(), tmp_path / "a.safetensors")
 

@@ -20,19 +20,19 @@ from torch import Tensor, nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
-from tnadapt.attention_layouts import TABLE  # noqa: E402
-from tnadapt.checkpoint import open_checkpoint  # noqa: E402
+from tnadapt.checkpoints.checkpoint import open_checkpoint  # noqa: E402
 from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.fused_rows import LayoutError  # noqa: E402
-from tnadapt.pairing import paired  # noqa: E402
-from tnadapt.stored_targets import find_stored  # noqa: E402
-from tnadapt.target import Target  # noqa: E402
-from tnadapt.torch.attention import attentions  # noqa: E402
-from tnadapt.torch.targets import find_targets  # noqa: E402
+from tnadapt.targets.attention_layouts import TABLE  # noqa: E402
+from tnadapt.targets.checkpoint_targets import find_stored  # noqa: E402
+from tnadapt.targets.fused_rows import LayoutError  # noqa: E402
+from tnadapt.targets.pairing import paired  # noqa: E402
+from tnadapt.targets.target import Target  # noqa: E402
+from tnadapt.torch._attention_search import attentions  # noqa: E402
+from tnadapt.torch._target_selection import find_targets  # noqa: E402
 
 from .architectures import MODELS, build  # noqa: E402
 from .configured import CONFIGURED, configured  # noqa: E402
-from .test_fused import ATTENTIONS, SPLITS  # noqa: E402
+from .test_fused_weights import ATTENTIONS, SPLITS  # noqa: E402
 
 # A checkpoint has lists of sizes, one for each stage, and nothing says which stage a weight belongs to.
 REFUSED = {"levit": "queries_keys_values"}

@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.target import Rows, Target  # noqa: E402
-from tnadapt.torch.targets import find_targets  # noqa: E402
+from tnadapt.targets.target import Rows, Target  # noqa: E402
+from tnadapt.torch._target_selection import find_targets  # noqa: E402
 
 from .architectures import build  # noqa: E402
 from .modules import Module, names, qv, roles  # noqa: E402

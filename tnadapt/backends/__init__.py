@@ -1,13 +1,13 @@
 """All that differs between array libraries, and nothing else.
 
-Design requirements of this room:
+Design requirements of this package:
 
 * A backend is found from the *type* of the arrays, once per public call; there is no global
   ``set_backend`` and no environment variable.
 * Importing tnadapt imports no framework: a library is looked at only when it is already in
   ``sys.modules``, or when the caller asks for it by name.
 * An operation never asks which backend it got. What differs between libraries is a method of
-  :class:`~tnadapt.backends.base.Backend`.
+  :class:`~tnadapt.backends.backend.Backend`.
 * Adding a library is one class and one call of :func:`register_backend`.
 """
 
@@ -17,42 +17,44 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import BackendError, shown
-from .base import Backend
+from tnadapt.errors import BackendError, shown
 
-__all__ = ["Backend", "available_backends", "get_backend", "load_backend", "register_backend"]
+from ._kernels import kernels
+from .backend import Backend
+
+__all__ = ["Backend", "available_backends", "get_backend", "kernels", "load_backend", "register_backend"]
 
 
-def _numpy() -> Backend:
-    from .numpy import NumpyBackend
+def _make_numpy() -> Backend:
+    from ._numpy import NumpyBackend
 
     return NumpyBackend()
 
 
-def _torch() -> Backend:
-    from .torch import TorchBackend
+def _make_torch() -> Backend:
+    from ._torch import TorchBackend
 
     return TorchBackend()
 
 
-def _jax() -> Backend:
-    from .jax import JaxBackend
+def _make_jax() -> Backend:
+    from ._jax import JaxBackend
 
     return JaxBackend()
 
 
-def _cupy() -> Backend:
-    from .cupy import CupyBackend
+def _make_cupy() -> Backend:
+    from ._cupy import CupyBackend
 
     return CupyBackend()
 
 
 # The name is the library's top-level module, so that `name in sys.modules` says whether it is loaded.
 _factories: dict[str, Callable[[], Backend]] = {
-    "numpy": _numpy,
-    "torch": _torch,
-    "jax": _jax,
-    "cupy": _cupy,
+    "numpy": _make_numpy,
+    "torch": _make_torch,
+    "jax": _make_jax,
+    "cupy": _make_cupy,
 }
 BUILT_IN = tuple(_factories)
 _instances: dict[str, Backend] = {}

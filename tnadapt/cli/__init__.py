@@ -10,17 +10,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .. import __version__
-from ..errors import escaped
-from .convert import convert_command
-from .extract import extract_command
-from .finetune import finetune_command
-from .info import info_command
-from .merge import merge_command
-from .plan import plan_command
-from .printing import echo
-from .reproduce import reproduce_command
-from .verify import verify_command
+from tnadapt import __version__
+from tnadapt.errors import escaped
+
+from ._convert_command import convert_command
+from ._extract_command import extract_command
+from ._finetune_command import finetune_command
+from ._info_command import info_command
+from ._merge_command import merge_command
+from ._plan_command import plan_command
+from ._printing import echo
+from ._reproduce_command import reproduce_command
+from ._verify_command import verify_command
 
 __all__ = ["app"]
 

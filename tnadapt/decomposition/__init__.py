@@ -5,8 +5,8 @@ padding (``networks``), least squares through F (``least_squares``, ``arrays``),
 parameters can fall below (``bounds``).
 """
 
-from .api import Settings, decompose
-from .report import GroupReport, Report, Step
-from .search import Found, search_rank, smallest_rank
+from ._decompose import Settings, decompose
+from ._fit_report import GroupReport, Report, Step
+from ._rank_search import Found, search_rank, smallest_rank
 
 __all__ = ["Found", "GroupReport", "Report", "Settings", "Step", "decompose", "search_rank", "smallest_rank"]

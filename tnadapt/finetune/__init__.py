@@ -12,14 +12,14 @@
 It prints nothing: a :class:`Reporter` is told how far it is. Needs torch and ``pip install "tnadapt[demo]"``.
 """
 
-from .budget import within
-from .choice import Choice
-from .methods import Method, default_methods
-from .opening import open_problem
+from ._budget import within
+from ._choice import Choice
+from ._problem_loading import open_problem
+from ._study import Outcome, Reporter, Study
+from .grid import Method, default_methods
+from .pareto_report import Point, pareto_front
 from .problem import Problem, Spec
-from .report import Point, pareto_front
-from .study import Outcome, Reporter, Study
-from .train import Task, Training, usable_device
+from .training import Task, Training, usable_device
 
 __all__ = [
     "Choice",

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..errors import shown
+from tnadapt.errors import shown
 
 __all__ = ["DEFLATED", "LARGEST", "filled", "read_npz"]
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..errors import TnadaptError
+from tnadapt.errors import TnadaptError
+
 from .problem import Part
 
 __all__ = ["Schedule", "accuracy", "evaluate", "fit", "threads"]

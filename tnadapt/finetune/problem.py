@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import TargetError
-from .data import HOLDOUT
+from tnadapt.errors import TargetError
+
+from ._data import HOLDOUT
 
 __all__ = ["Part", "Problem", "Spec", "base_digest", "free", "samples_digest", "under"]
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
+from tnadapt.errors import FileError
 
 __all__ = ["FORMAT", "Results", "machine", "read_lines"]
 

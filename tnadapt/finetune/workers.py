@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import TnadaptError
+from tnadapt.errors import TnadaptError
+
 from .loop import threads
-from .train import Task
+from .training import Task
 
 __all__ = ["Do", "Work", "cores", "run_tasks", "threads_each"]
 

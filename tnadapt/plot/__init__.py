@@ -1,13 +1,13 @@
 """Pictures. matplotlib is imported inside the functions, and draws into files: no window, no global state."""
 
-from .accuracy import Mark, pareto
-from .canvas import STYLES
-from .counts import parameters
+from ._accuracy import Mark, pareto
+from ._canvas import STYLES
+from ._counts import parameters
+from ._group_map import layout
+from ._network_diagram import network
 from .fronts import Curve, Dot, Panel, fronts, fronts_grid
 from .generated import generated
-from .network import network
-from .places import layout
-from .similarity import similarity
+from .geometry_scatter import similarity
 
 __all__ = [
     "STYLES",

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
+from ._canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
 
 __all__ = ["Curve", "Dot", "Panel", "fronts", "fronts_grid"]
 

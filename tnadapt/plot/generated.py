@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from numpy.typing import ArrayLike
 
-from .canvas import INK, PALE, saved
+from ._canvas import INK, PALE, saved
 
 __all__ = ["generated"]
 

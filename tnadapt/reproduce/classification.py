@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
-from ..errors import ConfigError, TnadaptError
-from ..finetune import Method, Reporter, Spec, Study, Training, usable_device
-from ..finetune.methods import Shapes, head_alone
-from ..planner import known_as
+from tnadapt.algebra.config import Config
+from tnadapt.errors import ConfigError, TnadaptError
+from tnadapt.finetune import Method, Reporter, Spec, Study, Training, usable_device
+from tnadapt.finetune.grid import Shapes, head_alone
+from tnadapt.planning import known_as
+
 from .recipe import Recipe
 from .registries import fetch
 

@@ -66,8 +66,8 @@ def read(recipe: Recipe, folder: Path, points: Sequence[Any] | None = None) -> F
         text = (folder / "counts.jsonl").read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines()]
         return Found(rows, rows, "")
-    from ..finetune.report import points_in, trained_on
-    from ..finetune.results import read_lines
+    from tnadapt.finetune.pareto_report import points_in, trained_on
+    from tnadapt.finetune.results import read_lines
 
     lines = read_lines(folder / "results.jsonl")
     study = lines[0]["study"]
@@ -163,7 +163,7 @@ def draw(recipe: Recipe, found: Found, out: Path) -> Path:
     FileError
         If it cannot be written.
     """
-    from ..plot import parameters, similarity
+    from tnadapt.plot import parameters, similarity
 
     path = out / "figure.png"
     if recipe.kind == "counts":
@@ -180,7 +180,7 @@ def draw(recipe: Recipe, found: Found, out: Path) -> Path:
 
 
 def _fronts(recipe: Recipe, found: Found, path: Path) -> None:
-    from ..plot import Curve, Dot, fronts
+    from tnadapt.plot import Curve, Dot, fronts
 
     curves = [
         Curve(arm, tuple(Dot(row["parameters"], tuple(row["test"])) for row in found.rows if row["arm"] == arm))
@@ -190,7 +190,8 @@ def _fronts(recipe: Recipe, found: Found, path: Path) -> None:
 
 
 def _qualities(recipe: Recipe, found: Found, path: Path) -> None:
-    from ..plot import Curve, Dot, Panel, fronts_grid
+    from tnadapt.plot import Curve, Dot, Panel, fronts_grid
+
     from .diffusion.metrics import LOWER, METRICS
 
     arms = dict.fromkeys(row["arm"] for row in found.rows)
@@ -208,7 +209,7 @@ def _qualities(recipe: Recipe, found: Found, path: Path) -> None:
 def _images(recipe: Recipe, found: Found, path: Path) -> None:
     import numpy as np
 
-    from ..plot import generated
+    from tnadapt.plot import generated
 
     rows = [
         # Mapped, it takes no memory for what a damaged file claims.

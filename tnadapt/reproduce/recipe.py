@@ -8,10 +8,11 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import Config
-from ..errors import ConfigError, TnadaptError, shown
-from ..planner import known_as
-from ..superlora import SuperLoRA
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.errors import ConfigError, TnadaptError, shown
+from tnadapt.planning import known_as
+
 from .sweep import configs
 from .weights import WEIGHTS, Weights
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import TnadaptError
+from tnadapt.errors import TnadaptError
 
 __all__ = ["IMAGES", "SOURCES", "fetch", "fetch_images"]
 

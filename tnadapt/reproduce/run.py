@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..durable import replace_file
-from ..errors import FileError, TnadaptError
+from tnadapt.checkpoints.atomic_files import replace_file
+from tnadapt.errors import FileError, TnadaptError
+
 from .figures import draw, read
 from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from ..finetune import Reporter
+    from tnadapt.finetune import Reporter
 
 __all__ = ["Outcome", "redraw", "run"]
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import FileError, TnadaptError
-from ..files import load
-from ..geometry import geometry
+from tnadapt.algebra.geometry import geometry
+from tnadapt.checkpoints.adapter_format import load
+from tnadapt.errors import FileError, TnadaptError
 
 if TYPE_CHECKING:
-    from ..finetune import Point
+    from tnadapt.finetune import Point
 
 __all__ = ["VECTORS", "at_one_rate", "measured", "summary"]
 
@@ -26,7 +26,7 @@ def at_one_rate(points: Sequence[Point], results: Path) -> list[Point]:
 
     How long an update is depends on its rate, and with it the distance of equation 7; its directions less so.
     """
-    from ..finetune.report import points_in
+    from tnadapt.finetune.pareto_report import points_in
 
     return points_in(results, [_dense(points).rate])
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..config import Config
-from ..errors import ConfigError
+from tnadapt.algebra.config import Config
+from tnadapt.errors import ConfigError
 
 __all__ = ["configs", "numbers"]
 

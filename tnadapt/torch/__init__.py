@@ -9,13 +9,14 @@ Examples
 (368, 2)
 """
 
-from ..target import Rows, Target
-from .adapter import Adapter
-from .attach import attach
-from .extract import extract
-from .registry import adapters, mix
-from .storage import from_pretrained, load
-from .targets import find_targets
+from tnadapt.targets.target import Rows, Target
+
+from ._adapter import Adapter
+from ._attach import attach
+from ._model_extraction import extract
+from ._registry import adapters, mix
+from ._storage import from_pretrained, load
+from ._target_selection import find_targets
 
 __all__ = [
     "Adapter",

@@ -12,9 +12,9 @@ import tnadapt as tna
 
 torch = pytest.importorskip("torch")
 
+from tests.conftest import peak_of  # noqa: E402
 from tnadapt.reproduce.diffusion.images import read_images  # noqa: E402
 
-from ...conftest import peak_of  # noqa: E402
 from .standins import drawn, idx, write_idx, write_svhn  # noqa: E402
 
 

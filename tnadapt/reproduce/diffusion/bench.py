@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import torch as tnt
-from ...durable import replaced
-from ...errors import FileError
-from ...finetune import Task
-from ...finetune.loop import Schedule
-from ...finetune.problem import base_digest
+from tnadapt import torch as tnt
+from tnadapt.checkpoints.atomic_files import replaced
+from tnadapt.errors import FileError
+from tnadapt.finetune import Task
+from tnadapt.finetune.loop import Schedule
+from tnadapt.finetune.problem import base_digest
+
 from .features import Extractor
 from .images import CLASSES, Images, balanced
 from .metrics import Seen, quality

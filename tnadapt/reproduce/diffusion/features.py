@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...errors import TnadaptError
+from tnadapt.errors import TnadaptError
+
 from .images import Images
 from .metrics import Seen
 

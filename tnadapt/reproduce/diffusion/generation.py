@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...finetune import Method, Reporter, Task
-from ...finetune.report import method_in
-from ...finetune.results import Results, read_lines
-from ...finetune.train import checked_rates
-from ...finetune.workers import Do, cores, run_tasks
+from tnadapt.finetune import Method, Reporter, Task
+from tnadapt.finetune.pareto_report import method_in
+from tnadapt.finetune.results import Results, read_lines
+from tnadapt.finetune.training import checked_rates
+from tnadapt.finetune.workers import Do, cores, run_tasks
+
 from .bench import FIELDS, Adapting, Bench, Setup
 from .loading import open_bench
 

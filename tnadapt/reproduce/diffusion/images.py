@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.io.matlab import MatReadError
 from torch import Tensor
 
-from ...errors import FileError, TnadaptError
-from ...finetune.archives import DEFLATED, filled
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.finetune.archives import DEFLATED, filled
 
 __all__ = ["CLASSES", "DATASETS", "Images", "balanced", "read_images"]
 

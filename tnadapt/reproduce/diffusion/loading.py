@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ...durable import replaced
-from ...errors import TnadaptError
+from tnadapt.checkpoints.atomic_files import replaced
+from tnadapt.errors import TnadaptError
+
 from .bench import Bench, Setup
 from .features import Classifier, Extractor, Inception, train_classifier
 from .images import Images, balanced, read_images

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...errors import ShapeError, TnadaptError
+from tnadapt.errors import ShapeError, TnadaptError
+
 from .msid import msid
 
 __all__ = ["LOWER", "METRICS", "Seen", "quality", "require_packages"]

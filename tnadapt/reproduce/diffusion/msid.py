@@ -14,7 +14,7 @@ import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
-from ...errors import ShapeError
+from tnadapt.errors import ShapeError
 
 __all__ = ["heat_trace", "msid"]
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ... import torch as tnt
-from ...errors import ConfigError, TnadaptError
-from ...finetune import Reporter, usable_device
+from tnadapt import torch as tnt
+from tnadapt.errors import ConfigError, TnadaptError
+from tnadapt.finetune import Reporter, usable_device
+
 from ..classification import method_of
 from ..recipe import Recipe
 from ..registries import fetch_images

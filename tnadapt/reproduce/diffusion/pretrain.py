@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ...durable import replaced
-from ...errors import FileError
+from tnadapt.checkpoints.atomic_files import replaced
+from tnadapt.errors import FileError
+
 from .images import Images
 from .process import Process
 from .unet import Generator

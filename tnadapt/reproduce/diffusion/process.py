@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import TnadaptError
+from tnadapt.errors import TnadaptError
 
 __all__ = ["SAMPLERS", "Process"]
 

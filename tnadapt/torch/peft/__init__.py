@@ -36,17 +36,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import ConfigError, shown
-from ..registry import PREFIX
-from .api import (
+from tnadapt.errors import ConfigError, shown
+
+from .._registry import PREFIX
+from ._peft_config import NAME, TnadaptConfig
+from ._peft_library import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
     PeftMissingError,
 )
-from .config import NAME, TnadaptConfig
-from .layer import TnadaptLayer
-from .tuner import TnadaptModel
+from ._tuner import TnadaptModel
+from ._tuner_layer import TnadaptLayer
 
 __all__ = ["PeftMissingError", "TnadaptConfig", "TnadaptLayer", "TnadaptModel", "register"]
 

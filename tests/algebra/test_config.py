@@ -1,0 +1,207 @@
+"""Config: frozen, strict, and the same after JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.testing.strategies import configs, shapes
+
+
+@given(st.data())
+def test_json_and_pickle_give_it_back(data: st.DataObject) -> None:
+    config = data.draw(configs(data.draw(shapes())))
+    assert tna.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(config) == hash(config.replace())
+
+
+def test_defaults_are_the_specs() -> None:
+    assert tna.Config().to_dict() == {
+        "rank": 4,
+        "order": 2,
+        "splits": 1,
+        "groups": "weight",
+        "fold": "stack",
+        "format": "cp",
+        "combine": "kronecker",
+        "split_size": "balanced",
+        "leading": "dense",
+        "terms": 1,
+        "projection": "identity",
+        "ratio": 1.0,
+        "shared": True,
+        "alpha": None,
+        "seed": 0,
+    }
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tna.Config().rank = 5  # type: ignore[misc]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = tna.Config(rank=np.int64(3), alpha=np.float32(2), groups=np.int32(1), ratio=1)
+    assert (config.rank, config.alpha, config.groups, config.ratio) == (3, 2.0, 1, 1.0)
+    assert json.loads(json.dumps(config.to_dict()))["rank"] == 3
+
+
+def test_scale() -> None:
+    assert tna.Config(rank=8).scale == 1.0
+    assert tna.Config(rank=8, alpha=2).scale == 0.25
+    assert tna.Config(rank=(None, 2, 4), alpha=8, order=3, fold=(2, 3, 4), format="tucker").scale == 2.0
+
+
+BAD = [
+    ({"rank": 0}, "rank must be from 1"),
+    ({"rank": -1}, "rank must be from 1"),
+    ({"rank": 2.0}, "rank must be an integer"),
+    ({"rank": True}, "rank must be an integer"),
+    ({"rank": "4"}, "rank must be an integer"),
+    ({"rank": None}, "rank must be an integer"),
+    ({"rank": 10**30}, "rank must be from 1"),
+    ({"rank": (2, 2)}, "format='cp' has one rank"),
+    ({"rank": (2, 2, 2), "format": "tucker"}, "needs 2 ranks; got 3"),
+    ({"rank": (None,), "format": "tt"}, r"rank\[0\] must be an integer"),
+    ({"rank": (2, 2), "format": "tt"}, "needs 1 ranks; got 2"),
+    ({"rank": (2, 0), "format": "tucker"}, r"rank\[1\] must be from 1"),
+    ({"order": 0}, "order must be from 1"),
+    ({"order": 1000}, "order must be from 1 to 32"),
+    ({"order": 3}, "use fold='hypercube'"),
+    ({"splits": 0}, "splits must be from 1"),
+    ({"terms": 0}, "terms must be from 1"),
+    ({"groups": 0}, "groups must be from 1"),
+    ({"groups": "all"}, 'groups must be "weight", "layer"'),
+    ({"groups": []}, "none of them empty"),
+    ({"groups": [[0], []]}, "none of them empty"),
+    ({"groups": [[0, -1]]}, r"groups\[0\] must be from 0"),
+    ({"groups": [["a"]]}, r"groups\[0\] must be an integer"),
+    ({"groups": 1.5}, "groups must be an integer or"),
+    ({"groups": None}, "groups must be an integer or"),
+    ({"fold": "cube"}, "fold must be one of 'stack', 'hypercube', 'balanced' or a tuple"),
+    ({"fold": (2, 3, 4)}, "set order=3"),
+    ({"fold": (2, 0)}, r"fold\[1\] must be from 1"),
+    ({"format": "svd"}, "format must be one of"),
+    ({"format": ["cp"]}, "format must be one of"),
+    ({"combine": "sum"}, "combine must be one of"),
+    ({"leading": "cp"}, "leading must be one of"),
+    ({"split_size": 0}, "split_size must be from 1"),
+    ({"split_size": "even"}, 'split_size must be an integer or "balanced"'),
+    ({"split_size": (8,)}, "has 1 sizes and order is 2: give one a mode"),
+    ({"split_size": (8, 0)}, r"split_size\[1\] must be from 1"),
+    ({"splits": 2, "combine": "hadamard", "split_size": 4}, "leave split_size out"),
+    ({"projection": "fast"}, "projection must be one of"),
+    ({"ratio": 0.5}, "use projection='linear', or ratio=1"),
+    ({"ratio": 0.5, "projection": "shuffle"}, "use projection='linear'"),
+    ({"ratio": 0.0, "projection": "linear"}, "above 0 and at most 1"),
+    ({"ratio": 1.5, "projection": "linear"}, "above 0 and at most 1"),
+    ({"ratio": float("nan"), "projection": "linear"}, "ratio must be finite"),
+    ({"ratio": "0.5", "projection": "linear"}, "ratio must be a number"),
+    ({"shared": 1}, "shared must be True or False"),
+    ({"alpha": 0}, r"alpha must be from 1e-09 to 1e\+09"),
+    ({"alpha": 1e-300}, "alpha must be from"),
+    ({"rank": 10**5000}, "an integer of 16610 bits"),
+    ({"terms": 2**40}, "terms must be from 1"),
+    ({"split_size": np.array([2, 3])}, "split_size must be an integer"),
+    ({"alpha": float("inf")}, "alpha must be finite"),
+    ({"alpha": True}, "alpha must be a number"),
+    ({"seed": -1}, "seed must be from 0"),
+    ({"seed": 2**64}, "seed must be from 0"),
+    ({"seed": 1.0}, "seed must be an integer"),
+    ({"weight_shape": (2, 3)}, "fold='stack' names none"),
+    ({"weight_shape": 6, "fold": (2, 3)}, r"weight_shape must be \(rows, cols\)"),
+    ({"weight_shape": (2, 0), "fold": (2, 3)}, r"weight_shape\[1\] must be from 1"),
+    ({"weight_shape": (2, 4), "fold": (2, 3)}, "do not multiply to the 2 rows and 4 columns"),
+    ({"weight_shape": (4, 3), "fold": (2, 3)}, "do not multiply to the 4 rows and 3 columns"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD)
+def test_what_cannot_be_is_refused_with_the_way_out(fields: dict, message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.Config(**fields)
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.Config.from_dict(fields)
+
+
+def test_unknown_fields() -> None:
+    for call in (tna.Config.from_dict, lambda d: tna.Config(**d), lambda d: tna.Config().replace(**d)):
+        with pytest.raises(tna.ConfigError, match="no field 'rnk'; did you mean 'rank'"):
+            call({"rnk": 3})
+    with pytest.raises(tna.ConfigError, match="no field 'rnk'"):
+        tna.Config.from_dict({"rnk": 3})
+    with pytest.raises(tna.ConfigError, match="no field 5"):
+        tna.Config.from_dict({5: 3})  # type: ignore[dict-item]
+    with pytest.raises(tna.ConfigError, match="expected a mapping"):
+        tna.Config.from_dict([("rank", 3)])  # type: ignore[arg-type]
+    with pytest.raises(tna.ConfigError, match="no field 'dropout'"):
+        tna.presets.lora(dropout=0.1)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=8,
+)
+
+
+@given(JSON, st.sampled_from(sorted(tna.Config().to_dict())))
+def test_any_value_is_taken_or_refused_and_never_anything_else(value: object, field: str) -> None:
+    try:
+        config = tna.Config.from_dict({field: value})
+    except tna.ConfigError:
+        return
+    assert tna.Config.from_dict(config.to_dict()) == config
+
+
+# Every number that a setting may be, by the least and the largest; what else it takes to give such a number.
+BOUNDS: list[tuple[str, Callable[[int], dict[str, object]], int, int]] = [
+    ("rank", lambda n: {"rank": n}, 1, 2**40),
+    ("rank[0]", lambda n: {"rank": (n, None), "format": "tucker"}, 1, 2**40),
+    ("rank[1]", lambda n: {"rank": (1, n), "format": "tt", "order": 3, "fold": "balanced"}, 1, 2**40),
+    ("order", lambda n: {"order": n, "fold": "hypercube"}, 1, 32),
+    ("splits", lambda n: {"splits": n}, 1, 32),
+    ("terms", lambda n: {"terms": n}, 1, 2**16),
+    ("seed", lambda n: {"seed": n}, 0, 2**64 - 1),
+    ("fold[0]", lambda n: {"fold": (n, 3)}, 1, 2**62),
+    ("split_size", lambda n: {"split_size": n}, 1, 2**40),
+    ("split_size[1]", lambda n: {"split_size": (1, n)}, 1, 2**40),
+    ("groups", lambda n: {"groups": n}, 1, 2**62),
+    ("groups[1]", lambda n: {"groups": [[2**39], [n]]}, 0, 2**40),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "low", "high"), BOUNDS, ids=[bound[0] for bound in BOUNDS])
+def test_every_bound_is_taken_and_what_is_beyond_refused(
+    name: str, settings: Callable[[int], dict[str, object]], low: int, high: int
+) -> None:
+    for value in (low, high):
+        config = tna.Config.from_dict(settings(value))
+        assert tna.Config.from_dict(config.to_dict()) == config
+    expected = rf"^{re.escape(name)} must be .*from {low} to {high}.*; got"
+    for value in (low - 1, high + 1):
+        with pytest.raises(tna.ConfigError, match=f"{expected} {value}$"):
+            tna.Config.from_dict(settings(value))
+
+
+def test_the_bounds_of_alpha_and_ratio() -> None:
+    for alpha in (1e-9, 1e9):
+        assert tna.Config(alpha=alpha).alpha == alpha
+    for alpha in (np.nextafter(1e-9, 0), np.nextafter(1e9, np.inf)):
+        with pytest.raises(tna.ConfigError, match=r"^alpha must be from 1e-09 to 1e\+09, or None for a scale of 1; "):
+            tna.Config(alpha=float(alpha))
+    for ratio in (5e-324, 1.0):
+        assert tna.Config(ratio=ratio, projection="linear").ratio == ratio
+    for ratio in (0.0, -0.5, float(np.nextafter(1, 2))):
+        with pytest.raises(tna.ConfigError, match=r"^ratio must be above 0 and at most 1; got "):
+            tna.Config(ratio=ratio, projection="linear")

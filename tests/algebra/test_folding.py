@@ -1,0 +1,148 @@
+"""Sizes by integer arithmetic, and the boxes a slice lies in."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.algebra._boxes import boxes
+from tnadapt.algebra.folding import balanced_factors, balanced_shape, kronecker_sizes
+from tnadapt.backends import Backend
+
+
+@given(st.integers(1, 10**15), st.integers(1, 12))
+@example(size=64, order=3)  # 64 ** (1 / 3) is 3.9999999999999996
+@example(size=1, order=1)
+@example(size=3**39, order=13)
+def test_the_hypercube_is_the_smallest(size: int, order: int) -> None:
+    shape = tna.hypercube_shape(size, order)
+    d = shape[0]
+    assert shape == (d,) * order
+    assert d**order >= size
+    assert d == 1 or (d - 1) ** order < size
+
+
+@given(st.integers(2, 2000), st.integers(1, 12))
+def test_exact_powers(d: int, order: int) -> None:
+    assert tna.hypercube_shape(d**order, order)[0] == d
+    assert tna.hypercube_shape(d**order + 1, order)[0] == d + 1
+
+
+@given(st.integers(1, 10**6), st.integers(1, 6))
+def test_balanced_is_the_least_waste_of_its_kind(size: int, order: int) -> None:
+    shape = balanced_shape(size, order)
+    d = tna.hypercube_shape(size, order)[0]
+    assert set(shape) <= {d, d - 1}
+    assert list(shape) == sorted(shape, reverse=True)
+    choices = [d ** (order - k) * (d - 1) ** k for k in range(order + 1)]
+    assert math.prod(shape) == min(choice for choice in choices if choice >= size)
+
+
+@given(st.integers(1, 5000), st.integers(1, 4))
+def test_balanced_factors_are_exact_and_as_equal_as_can_be(size: int, parts: int) -> None:
+    found = balanced_factors(size, parts)
+    assert math.prod(found) == size
+    assert list(found) == sorted(found)
+    divisors = [k for k in range(1, size + 1) if size % k == 0]
+    if len(divisors) ** parts < 20_000:
+        every = itertools.combinations_with_replacement(divisors, parts)
+        assert sum(found) == min(sum(f) for f in every if math.prod(f) == size)
+
+
+def test_the_specs_examples() -> None:
+    assert balanced_factors(768, 2) == (24, 32)
+    assert kronecker_sizes((768, 768), 2, 8) == [(8, 8), (96, 96)]
+    assert kronecker_sizes((3763, 3763), 3, 6) == [(6, 6), (6, 6), (105, 105)]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 9))
+def test_kronecker_sizes_cover(sizes: list[int], splits: int, f: int) -> None:
+    for split_size in (f, "balanced", tuple(f + mode for mode in range(len(sizes)))):
+        found = kronecker_sizes(sizes, splits, split_size)
+        assert len(found) == splits
+        for mode, d in enumerate(sizes):
+            product = math.prod(split[mode] for split in found)
+            assert product == d if split_size == "balanced" else product >= d
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.data())
+def test_boxes_hold_the_slice_in_order_and_little_else(sizes: list[int], data: st.DataObject) -> None:
+    n = math.prod(sizes)
+    start = data.draw(st.integers(0, n - 1))
+    stop = data.draw(st.integers(start + 1, n))
+    vec = np.arange(n).reshape(sizes)
+    found = boxes(sizes, start, stop)
+    assert len(found) <= 2 * len(sizes) - 1
+    pieces = [vec[tuple(slice(lo, hi) for lo, hi in box.ranges)].reshape(-1) for box in found]
+    for box, piece in zip(found, pieces, strict=True):
+        # A box is one run of the vector.
+        assert np.array_equal(piece, np.arange(box.start, box.start + len(piece)))
+    joined = np.concatenate(pieces)
+    assert np.array_equal(joined, np.arange(joined[0], joined[-1] + 1))
+    assert joined[0] <= start
+    assert joined[-1] >= stop - 1
+    assert len(joined) <= 1.25 * (stop - start)
+
+
+def test_boxes_of_a_large_tensor() -> None:
+    found = boxes((64,) * 5, 0, 1 << 24)
+    assert found == [((*((0, 1),), *((0, 64),) * 4), 0)]
+    # Two elements on either side of a row's edge are two elements, not two rows.
+    across = boxes((64,) * 5, (1 << 24) - 1, (1 << 24) + 1)
+    assert [math.prod(hi - lo for lo, hi in box.ranges) for box in across] == [1, 1]
+
+
+@given(st.integers(1, 40), st.integers(1, 4))
+def test_to_hypercube_and_back(size: int, order: int) -> None:
+    vec = np.random.default_rng(0).normal(size=size)
+    tensor = tna.to_hypercube(vec, order)
+    assert tensor.shape == tna.hypercube_shape(size, order)
+    assert np.array_equal(tna.from_hypercube(tensor, size), vec)
+    assert not tensor.reshape(-1)[size:].any()
+
+
+def test_to_hypercube_on_every_library(backend: Backend) -> None:
+    vec = backend.asarray(np.arange(5.0), "float32")
+    tensor = tna.to_hypercube(vec, 2)
+    assert np.array_equal(backend.to_numpy(tensor), [[0, 1, 2], [3, 4, 0], [0, 0, 0]])
+    assert np.array_equal(backend.to_numpy(tna.from_hypercube(tensor, 5)), np.arange(5.0))
+
+
+def test_bad_input() -> None:
+    for size, order in ((0, 1), (1, 0), (-3, 2)):
+        with pytest.raises(tna.ShapeError, match="must be from 1"):
+            tna.hypercube_shape(size, order)
+    with pytest.raises(tna.ShapeError, match="a vector"):
+        tna.to_hypercube(np.zeros((2, 2)), 2)
+    with pytest.raises(tna.ShapeError, match="cannot take 10"):
+        tna.from_hypercube(np.zeros((3, 3)), 10)
+    for split_size in (0, (2, 0), (2,), (2, 2, 2)):
+        with pytest.raises(tna.ConfigError, match="split_size"):
+            kronecker_sizes((4, 4), 2, split_size)
+    with pytest.raises(tna.ShapeError, match="no slice"):
+        boxes((4, 4), 3, 3)
+
+
+def test_every_bound_is_taken_and_what_is_beyond_refused() -> None:
+    assert tna.hypercube_shape(2**1024, 32) == (2**32,) * 32
+    for size, order, expected in (
+        (2**1024 + 1, 32, r"^size must be from 1 to \d+; got "),
+        (5, 33, "^order must be from 1 to 32; got 33$"),
+    ):
+        with pytest.raises(tna.ShapeError, match=expected):
+            tna.hypercube_shape(size, order)
+    assert kronecker_sizes((4, 4), 2, 2**62) == [(2**62, 2**62), (1, 1)]
+    with pytest.raises(tna.ConfigError, match=f"^split_size must be .*from 1 to {2**62}.*; got {2**62 + 1}$"):
+        kronecker_sizes((4, 4), 2, 2**62 + 1)
+    assert balanced_factors(1, 32) == (1,) * 32
+    with pytest.raises(tna.ShapeError, match=r"^parts must be from 1 to 32; got 33$"):
+        balanced_factors(1, 33)
+    assert balanced_factors(2**44, 2) == (2**22, 2**22)
+    with pytest.raises(tna.ShapeError, match=r"^17592186044417 is too large to be factored evenly; give split_size "):
+        balanced_factors(2**44 + 1, 2)

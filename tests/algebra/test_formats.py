@@ -1,0 +1,59 @@
+"""Every format inherits the contract."""
+
+from __future__ import annotations
+
+import pytest
+
+from tnadapt import ConfigError
+from tnadapt.algebra import config
+from tnadapt.algebra.formats import FORMATS, make_format
+from tnadapt.testing.strategies import FormatContract
+
+
+class TestDense(FormatContract):
+    kind = FORMATS["dense"]
+
+
+class TestCP(FormatContract):
+    kind = FORMATS["cp"]
+
+
+class TestWeightedCP(FormatContract):
+    kind = FORMATS["cp-weighted"]
+
+
+class TestTucker(FormatContract):
+    kind = FORMATS["tucker"]
+
+
+class TestTensorTrain(FormatContract):
+    kind = FORMATS["tt"]
+
+
+def test_config_knows_the_same_names() -> None:
+    assert set(config.FORMATS) == set(FORMATS)
+
+
+def test_none_is_forgotten() -> None:
+    tested = {contract.kind for contract in FormatContract.__subclasses__() if hasattr(contract, "kind")}
+    assert set(FORMATS.values()) <= tested
+
+
+def test_ranks_are_cut_to_what_sizes_allow() -> None:
+    assert make_format("tucker", (2, 9), 4).shapes == {"core": (2, 4), "factor0": (2, 2), "factor1": (9, 4)}
+    assert make_format("tucker", (2, 9), (None, 4)).shapes == {"core": (2, 4), "factor1": (9, 4)}
+    assert make_format("tucker", (2, 3), (None, None)).shapes == {"core": (2, 3)}
+    assert make_format("tt", (2, 9, 3), 4).shapes == {"core0": (1, 2, 2), "core1": (2, 9, 3), "core2": (3, 3, 1)}
+
+
+def test_the_factor_of_the_leading_mode_starts_at_zero() -> None:
+    found = {name: make_format(name, (4, 5, 6), 2).zero for name in FORMATS}
+    assert found == {"dense": "dense", "cp": "factor0", "cp-weighted": "factor0", "tucker": "factor0", "tt": "core0"}
+    # Of partial Tucker, that of the first mode that has one.
+    assert make_format("tucker", (4, 5, 6), (None, 2, 3)).zero == "factor1"
+    assert make_format("tucker", (4, 5, 6), (None, None, None)).zero == "core"
+
+
+def test_an_unknown_format() -> None:
+    with pytest.raises(ConfigError, match="no format 'svd'; expected one of dense, cp"):
+        make_format("svd", (2, 2), 1)

@@ -1,0 +1,391 @@
+"""The law of the start: the first SGD step moves ΔW alike, whatever rank, order, splits and ρ."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tnadapt.algebra import rng
+from tnadapt.algebra.init import STEP, Start
+from tnadapt.algebra.network import Network
+
+SHAPES = [(96, 96)] * 8
+FOUR = {"weights": 8, "rows": 96, "cols": 96}
+P = tna.presets
+
+# The first 16 hex digits of SHA-256 of all arrays of a start, as little-endian float32.
+KNOWN = {
+    "lora 64": "6d05941819848a49",
+    "nonlinear": "1543c7b9d44d2067",
+    "nonlinear_v2, lorta 5": "344ddcaa0aa314e7",
+    "cara": "f136bd0e0b9ba4a4",
+}
+
+CONFIGS = {
+    "lora 1": P.lora(1),
+    "lora 64": P.lora(64),
+    "lokr": P.lokr(4),
+    "lokr, both low rank": P.lokr(4, leading="same"),
+    "krona": P.krona(),
+    "loha": P.loha(4),
+    "lonkr 3": P.lonkr(4, splits=3),
+    "lonkr 4": P.lonkr(4, splits=4, split_size=4),
+    "lotr": P.lotr(4, **FOUR),
+    "lotr, train": P.lotr(4, train=True, **FOUR),
+    "lorta 3": P.lorta(4, order=3),
+    "lorta 5, rank 1": P.lorta(1, order=5),
+    "lorta 5": P.lorta(4, order=5),
+    "cara": P.cara(4, heads=4, **FOUR),
+    "fact_tk": P.fact_tk(4, **FOUR),
+    "superlora": P.superlora(4),
+    "linear, 0.1": P.superlora(4, projection="linear", ratio=0.1),
+    "linear_v2, 0.01": P.superlora(4, projection="linear_v2", ratio=0.01),
+    "nonlinear": P.superlora(4, projection="nonlinear"),
+    "nonlinear, 0.1": P.superlora(4, projection="nonlinear", ratio=0.1),
+    "nonlinear_v2, lorta 5": P.lorta(4, order=5, projection="nonlinear_v2", ratio=0.1),
+    "compacter": P.compacter(2, terms=4),
+}
+
+
+def first_step(config: tna.Config, shapes: list[tuple[int, int]] = SHAPES) -> float:
+    """Root mean square of ΔW after one SGD step of rate 1 on a white gradient, over dense fine-tuning's."""
+    torch = pytest.importorskip("torch")
+    plan = tna.SuperLoRA(config, shapes)
+    gradient = torch.tensor(np.random.default_rng(0).normal(size=plan.size))
+    params = {name: array.requires_grad_() for name, array in plan.init("torch", "float64").items()}
+    (plan.vector(params) * gradient).sum().backward()
+    rate = 1e-3  # small: of the step's first order
+    moved = {name: (array - rate * array.grad).detach() for name, array in params.items()}
+    return float(plan.vector(moved).square().mean().sqrt() / gradient.square().mean().sqrt()) / rate
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_spread_of_the_start_is_a_number_of_single_precision(name: str) -> None:
+    # A power's last bit in double precision differs between machines, and the start must not.
+    for group in tna.SuperLoRA(CONFIGS[name], SHAPES).groups:
+        assert group.start.std == float(np.float32(group.start.std))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_first_step_does_not_depend_on_the_method(name: str) -> None:
+    steps = [first_step(CONFIGS[name].replace(seed=seed)) for seed in range(5)]
+    assert STEP / 5 < np.median(steps) < STEP * 5
+    # One draw of few products, through a nonlinear F that takes their fourth power, is off by more.
+    linear = not CONFIGS[name].projection.startswith("nonlinear")
+    assert max(max(steps) / STEP, STEP / min(steps)) < (5 if linear else 25)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("projection", ["identity", "nonlinear"])
+def test_small_adapters_of_high_order_are_no_exception(order: int, projection: str) -> None:
+    steps = [
+        first_step(P.superlora(1, order=order, format="cp", projection=projection, seed=seed), [(64, 64)] * 4)
+        for seed in range(4)
+    ]
+    assert STEP / 10 < np.median(steps) < STEP * 10
+    assert min(steps) > STEP / 50
+
+
+@pytest.mark.parametrize("alpha", [0.5, 4.0, 64.0])
+@pytest.mark.parametrize("name", ["lora 64", "lonkr 3", "linear, 0.1"])
+def test_alpha_acts_as_in_lora(name: str, alpha: float) -> None:
+    config = CONFIGS[name].replace(alpha=alpha)
+    assert abs(first_step(config) / (config.scale**2 * first_step(CONFIGS[name])) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_where_nothing_is_random_the_step_is_dense_fine_tunings(rank: int) -> None:
+    assert abs(first_step(P.dense()) - 1) < 1e-9
+    assert abs(first_step(tna.Config(rank=rank, order=1)) - rank) < 1e-9
+
+
+def test_no_group_of_many_small_ones_is_dead() -> None:
+    torch = pytest.importorskip("torch")
+    for config in (
+        P.lorta(1, order=5, groups="weight", projection="nonlinear", ratio=0.1),
+        # Found by review: the gradient of a whole group was zero in single precision.
+        tna.Config(rank=2, order=5, splits=2, fold="hypercube", format="tucker", leading="same",
+                   projection="nonlinear_v2", seed=9, shared=False),
+    ):  # fmt: skip
+        plan = tna.SuperLoRA(config, [(2, 4)] * 2 + [(16, 16)] * 20)
+        params = {name: array.requires_grad_() for name, array in plan.init("torch").items()}
+        weights = torch.tensor(np.random.default_rng(0).normal(size=plan.size), dtype=torch.float32)
+        (plan.vector(params) * weights).sum().backward()
+        largest = [max(float(params[full].grad.abs().max()) for full in group.names.values()) for group in plan.groups]
+        assert min(largest) > 1e-6
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 32, 96])
+def test_for_lora_the_law_is_exact(rank: int) -> None:
+    assert abs(first_step(P.lora(rank)) / STEP - 1) < 0.05
+
+
+def test_lora_of_rank_8_starts_like_pefts() -> None:
+    plan = tna.SuperLoRA(P.lora(8), [(768, 768)])
+    params = plan.init()
+    # Kaiming's uniform distribution with a = sqrt(5), PEFT's choice, has this standard deviation.
+    assert abs(params["group0.split0.factor1"].std() * np.sqrt(3 * 768) - 1) < 0.1
+    assert not params["group0.split0.factor0"].any()
+
+
+def test_what_is_drawn_is_the_specs_stream() -> None:
+    config = P.loha(2, seed=2**40 + 7)
+    plan = tna.SuperLoRA(config, [(5, 4), (3, 2)])
+    params = plan.init()
+    for group in range(2):
+        names = [name for name in plan.param_shapes if name.startswith(f"group{group}.")]
+        std = plan.groups[group].start.std
+        for j, name in enumerate(names):
+            if name.endswith("split1.factor0"):
+                assert not params[name].any()
+                continue
+            shape = plan.param_shapes[name]
+            drawn = rng.normals(2**40 + 7, group, 16 + j, 0, shape[0] * shape[1])
+            scaled = drawn.reshape(shape) * (std / np.sqrt(np.mean(drawn.astype(np.float64) ** 2)))
+            np.testing.assert_allclose(params[name], scaled, rtol=1e-6)
+
+
+def test_cp_weights_start_at_one_and_every_term_has_its_zero() -> None:
+    plan = tna.SuperLoRA(tna.Config(rank=3, format="cp-weighted", terms=2), [(5, 4)])
+    params = plan.init()
+    for term in range(2):
+        assert (params[f"group0.term{term}.split0.weights"] == 1).all()
+        assert not params[f"group0.term{term}.split0.factor0"].any()
+        assert params[f"group0.term{term}.split0.factor1"].all()
+    one, two = (params[f"group0.term{term}.split0.factor1"] for term in range(2))
+    assert not np.array_equal(one, two)
+
+
+def test_a_nonlinear_start_is_alive_and_small() -> None:
+    config = P.superlora(4, projection="nonlinear", ratio=0.1)
+    plan = tna.SuperLoRA(config, SHAPES)
+    params = plan.init(dtype="float64")
+    network = Network(config, plan.groups[0].network.size)
+    linear = tna.Projection("linear", network.size, plan.size)
+    begun = {name.removeprefix("group0."): array for name, array in params.items()}
+    from tnadapt.backends import load_backend
+
+    t = linear(network.whole(load_backend("numpy"), begun))
+    # The derivative tanh(t)² is far from zero, and t - tanh(t) is far from t.
+    assert 0.05 < np.sqrt(np.mean(t**2)) < 0.6
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear_v2", "nonlinear", "nonlinear_v2"])
+def test_from_loras_start_a_nonlinear_projection_never_learns(kind: str) -> None:
+    # A factor of zeros makes F's argument 0, whatever the other arrays are, and a step of 0 leaves it there.
+    f = tna.Projection(kind, n_in=33, n_out=500)
+    y = np.random.default_rng(0).normal(size=500)
+    assert f.adjoint(y, np.zeros(33)).any() == (not kind.startswith("nonlinear"))
+    assert f.adjoint(y, np.random.default_rng(1).normal(size=33)).any()
+
+
+def test_thousands_of_terms_start_in_time_that_grows_with_their_number() -> None:
+    # Looking each array's number up in a list would take a billion steps.
+    params = tna.SuperLoRA(tna.Config(rank=1, terms=1 << 14), [(2, 2)]).init()
+    assert len(params) == 2 << 14
+
+
+def test_a_start_of_one_group_is_not_another_groups() -> None:
+    params = tna.SuperLoRA(P.lora(2), [(6, 6)] * 2).init()
+    assert not np.array_equal(params["group0.split0.factor1"], params["group1.split0.factor1"])
+
+
+def test_arrays_have_the_scale_exactly_and_one_number_is_never_small() -> None:
+    plan = tna.SuperLoRA(P.lorta(3, order=3, projection="nonlinear"), [(20, 21)])
+    for array in plan.init().values():
+        rms = np.sqrt(np.mean(array.astype(np.float64) ** 2))
+        assert abs(rms / plan.groups[0].start.std - 1) < 1e-6
+    one = tna.SuperLoRA(P.superlora(1, projection="nonlinear"), [(1, 1)])
+    assert abs(abs(one.init()["group0.split0.factor0"].item()) / one.groups[0].start.std - 1) < 1e-6
+
+
+def test_halves_are_rounded_as_libraries_round_them() -> None:
+    from tnadapt.algebra.init import _rounded
+
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    normals = rng.normal(size=10_000).astype(np.float32)
+    ties = [(rng.normal(size=1000).astype(np.float32).view(np.uint32) >> cut << cut) | 1 << cut - 1 for cut in (13, 16)]
+    numbers = np.concatenate([normals, *(bits.view(np.float32) for bits in ties)])
+    for dtype in ("bfloat16", "float16", "float32"):
+        expected = torch.tensor(numbers).to(getattr(torch, dtype)).float().numpy()
+        assert np.array_equal(_rounded(numbers, dtype), expected)
+
+
+def test_what_a_dtype_cannot_hold_is_refused() -> None:
+    plan = tna.SuperLoRA(P.fastfood(0.5, projection="nonlinear", alpha=1e-6), [(8, 8)])
+    assert not plan.deltas(plan.init())[0].any()
+    with pytest.raises(tna.ConfigError, match="float16"):
+        plan.init(dtype="float16")
+
+
+# -- Where some arrays are frozen --------------------------------------------------------------------
+
+SMALL = [(6, 4)] * 4
+STACK = {"weights": 4, "rows": 6, "cols": 4}
+FROZEN = {
+    "dense": P.dense(), "lora": P.lora(2), "lokr": P.lokr(2), "lokr, both low rank": P.lokr(2, leading="same"),
+    "krona": P.krona(), "loha": P.loha(2), "lonkr": P.lonkr(2, split_size=2), "lotr": P.lotr(2, **STACK),
+    "lotr, train": P.lotr(2, train=True, **STACK), "lorta": P.lorta(2),
+    "lorta_cp": P.lorta_cp(2, layers=2, rows=6, cols=4, heads=3), "fastfood": P.fastfood(0.5),
+    "superlora": P.superlora(2, groups=2), "fact_tt": P.fact_tt(2, **STACK), "fact_tk": P.fact_tk(2, **STACK),
+    "cara": P.cara(2, heads=3, **STACK), "compacter": P.compacter(2, terms=2),
+    "linear": P.superlora(2, projection="linear", ratio=0.5),
+    "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5),
+    "weighted, nonlinear": P.cara(2, heads=3, projection="nonlinear_v2", **STACK),
+    "weights of an order of one": tna.Config(rank=2, order=1, format="cp-weighted"),
+}  # fmt: skip
+
+
+def choices(plan: tna.SuperLoRA) -> list[tuple[list[int], tuple[str, ...]]]:
+    """Every subset of the last parts of names, in all groups and in the first."""
+    words = sorted({name.rpartition(".")[2] for name in plan.param_shapes})
+    subsets = [some for count in range(1, len(words) + 1) for some in itertools.combinations(words, count)]
+    return [(groups, some) for groups in (list(range(plan.num_groups)), [0]) for some in subsets]
+
+
+def chosen(plan: tna.SuperLoRA, groups: list[int], words: tuple[str, ...]) -> list[str]:
+    return [
+        full
+        for number, group in enumerate(plan.groups)
+        for full in group.names.values()
+        if number in groups and full.rpartition(".")[2] in words
+    ]
+
+
+def test_every_preset_is_frozen_in_part_below() -> None:
+    assert set(P.__all__) <= FROZEN.keys()
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_whatever_is_trained_changes_nothing_at_first_and_has_a_gradient(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    plan = tna.SuperLoRA(FROZEN[name], SMALL)
+    for groups, words in choices(plan):
+        trained = chosen(plan, groups, words)
+        params = {
+            key: array.requires_grad_(key in trained) for key, array in plan.init("torch", trained=trained).items()
+        }
+        vec = plan.vector(params)
+        assert not vec.any()
+        weights = torch.tensor(np.random.default_rng(0).normal(size=plan.size), dtype=torch.float32)
+        (vec * weights).sum().backward()
+        for number in groups:
+            own = [key for key in trained if key.startswith(f"group{number}.")]
+            assert any(params[key].grad.any() for key in own), (groups, words)
+            if not plan.groups[number].projection.linear:
+                # Nothing is zero there, and everything learns at once.
+                assert all(params[key].grad.any() for key in own), (groups, words)
+        # What is not trained has no zero, so that what is trained learns all along.
+        for number, group in enumerate(plan.groups):
+            if number in groups:
+                assert all(params[full].any() for full in group.names.values() if full not in trained)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    config = FROZEN[name]
+    steps: dict[tuple[str, ...], list[float]] = {}
+    for seed in range(5):
+        plan = tna.SuperLoRA(config.replace(seed=seed), SMALL)
+        gradient = torch.tensor(np.random.default_rng(seed).normal(size=plan.size))
+        for groups, words in choices(plan):
+            trained = chosen(plan, groups, words)
+            if (
+                len(groups) < plan.num_groups
+                or not plan.groups[0].projection.linear
+                or plan.starts(trained)[0].std == 0
+            ):
+                continue
+            params = {
+                key: array.requires_grad_(key in trained)
+                for key, array in plan.init("torch", "float64", trained=trained).items()
+            }
+            (plan.vector(params) * gradient).sum().backward()
+            moved = {key: (a - 1e-3 * a.grad).detach() if key in trained else a for key, a in params.items()}
+            step = plan.vector(moved).square().mean().sqrt() / gradient.square().mean().sqrt() / 1e-3
+            steps.setdefault(words, []).append(float(step))
+    for words, found in steps.items():
+        assert STEP / 10 < np.median(found) < STEP * 10, words
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_usual_zero_stays_where_it_is_trained(name: str) -> None:
+    plan = tna.SuperLoRA(FROZEN[name], SMALL)
+    usual = plan.init()
+    for groups, words in choices(plan):
+        trained = chosen(plan, groups, words)
+        zero = {f"group{number}.{name}" for number in groups for name in plan.groups[number].start.zeros}
+        if zero <= set(trained):
+            found = plan.init(trained=trained)
+            assert all(np.array_equal(found[key], usual[key]) for key in usual)
+
+
+def test_a_frozen_array_is_drawn_from_its_own_stream() -> None:
+    plan = tna.SuperLoRA(P.fact_tk(2, seed=7, **STACK), SMALL)
+    params = plan.init(trained=["group0.split0.core"])
+    (start,) = plan.starts(["group0.split0.core"])
+    assert start.zeros == {"split0.core"}
+    for number, (name, shape) in enumerate(plan.param_shapes.items()):
+        if name.endswith("core"):
+            assert not params[name].any()
+            continue
+        drawn = rng.normals(7, 0, 16 + number, 0, shape[0] * shape[1]).reshape(shape)
+        scaled = drawn * (start.std / np.sqrt(np.mean(drawn.astype(np.float64) ** 2)))
+        np.testing.assert_allclose(params[name], scaled, rtol=1e-6)
+
+
+def test_terms_have_each_a_zero_that_is_trained() -> None:
+    plan = tna.SuperLoRA(tna.Config(rank=2, format="cp-weighted", terms=2), [(5, 4)])
+    trained = ["group0.term0.split0.weights", "group0.term1.split0.factor1", "group0.term1.split0.weights"]
+    (start,) = plan.starts(trained)
+    assert start.zeros == {"term0.split0.weights", "term1.split0.factor1"}
+    params = plan.init(trained=trained)
+    assert not plan.deltas(params)[0].any()
+    assert (params["group0.term1.split0.weights"] == 1).all()
+
+
+def test_names_that_are_none_of_the_arrays_are_refused() -> None:
+    plan = tna.SuperLoRA(P.lora(2), [(4, 4)])
+    for trained in (["group0.split0.core"], []):
+        with pytest.raises(tna.ConfigError, match=r"trained must name some of the arrays.*group0\.split0\.factor0"):
+            plan.init(trained=trained)
+
+
+# -- The bits of the start ---------------------------------------------------------------------------
+
+
+def test_the_scale_of_a_start_is_a_number_of_single_precision() -> None:
+    # A power's last bit differs between machines, and what is drawn must not.
+    for config in CONFIGS.values():
+        for group in tna.SuperLoRA(config, SHAPES).groups:
+            assert group.start.std == float(np.float32(group.start.std))
+
+
+def test_the_bits_of_starts_are_known() -> None:
+    """x_start is drawn again wherever an adapter is loaded: a change of one bit changes every update."""
+    digests = {}
+    for name in KNOWN:
+        total = hashlib.sha256()
+        for array in tna.SuperLoRA(CONFIGS[name], SHAPES).init().values():
+            assert array.dtype == np.float32
+            total.update(array.astype("<f4").tobytes())
+        digests[name] = total.hexdigest()[:16]
+    assert digests == KNOWN
+
+
+def test_nothing_random_gives_no_scale() -> None:
+    config = P.dense()
+    assert Start(Network(config, 12), tna.Projection("identity", 12, 12), 0, 0).std == 0.0
+
+
+def test_a_start_beyond_floats_is_refused_in_words() -> None:
+    config = tna.Config(rank=1 << 20, splits=32, combine="hadamard", leading="same", projection="nonlinear")
+    plan = tna.SuperLoRA(config, [(1 << 20, 1 << 20)])
+    with pytest.raises(tna.ConfigError, match="beyond floating-point numbers"):
+        _ = plan.groups[0].start.std

@@ -1,0 +1,261 @@
+"""Every named method is a setting: its own formula, table 1's reductions, and where two methods meet."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import relative_error
+from tnadapt.testing import _methods as methods
+from tnadapt.testing.verification import examples
+
+
+def held_to_its_formula(name: str, config: tna.Config, shapes: list[tuple[int, int]]) -> None:
+    plan = tna.SuperLoRA(config, shapes)
+    rng = np.random.default_rng(0)
+    params = {key: rng.normal(size=shape) for key, shape in plan.param_shapes.items()}
+    expected = methods.METHODS[name](params, config, shapes)
+    for found, own in zip(plan.deltas(params), expected, strict=True):
+        assert relative_error(found, own) < 1e-12
+
+
+def test_every_preset_has_a_formula_and_an_example() -> None:
+    assert set(tna.presets.__all__) == set(methods.METHODS) == set(examples())
+
+
+@pytest.mark.parametrize("name", tna.presets.__all__)
+def test_every_preset_says_where_it_comes_from_and_what_it_sets(name: str) -> None:
+    doc = inspect.getdoc(getattr(tna.presets, name)) or ""
+    assert "Settings:" in doc
+    assert "arXiv" in doc or "ICML" in doc or "table 1" in doc or "paper" in doc
+
+
+SIDES = st.integers(1, 12)
+WEIGHTS = st.integers(1, 3)
+RANKS = st.integers(1, 5)
+ALPHAS = st.none() | st.sampled_from([1.0, 8.0])
+
+
+@given(name=st.sampled_from(["dense", "lora", "lokr", "krona", "loha"]), rank=RANKS, alpha=ALPHAS, data=st.data())
+def test_weight_wise_methods(name: str, rank: int, alpha: float | None, data: st.DataObject) -> None:
+    shapes = data.draw(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
+    preset = getattr(tna.presets, name)
+    if name in ("dense", "krona"):
+        held_to_its_formula(name, preset(alpha=alpha) if name == "krona" else preset(), shapes)
+    else:
+        held_to_its_formula(name, preset(rank, alpha=alpha), shapes)
+
+
+@given(terms=st.integers(1, 4), rank=RANKS, rows=st.integers(1, 4), cols=st.integers(1, 4), weights=WEIGHTS)
+def test_compacter(terms: int, rank: int, rows: int, cols: int, weights: int) -> None:
+    held_to_its_formula("compacter", tna.presets.compacter(rank, terms=terms), [(rows * terms, cols * terms)] * weights)
+
+
+@given(name=st.sampled_from(["lotr", "fact_tt", "fact_tk"]), rank=RANKS, rows=SIDES, cols=SIDES, weights=WEIGHTS)
+def test_methods_over_weights_rows_and_columns(name: str, rank: int, rows: int, cols: int, weights: int) -> None:
+    config = getattr(tna.presets, name)(rank, weights=weights, rows=rows, cols=cols)
+    held_to_its_formula(name, config, [(rows, cols)] * weights)
+
+
+@given(rank=RANKS, rows=SIDES, cols=SIDES, weights=WEIGHTS)
+def test_lotr_as_a_tensor_train(rank: int, rows: int, cols: int, weights: int) -> None:
+    config = tna.presets.lotr(rank, weights=weights, rows=rows, cols=cols, train=True)
+    held_to_its_formula("lotr", config, [(rows, cols)] * weights)
+
+
+@given(rank=RANKS, heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES, layers=WEIGHTS)
+def test_methods_over_heads(rank: int, heads: int, head: int, cols: int, layers: int) -> None:
+    shapes = [(heads * head, cols)] * (2 * layers)
+    config = tna.presets.lorta_cp(rank, layers=layers, rows=heads * head, cols=cols, heads=heads)
+    held_to_its_formula("lorta_cp", config, shapes)
+    config = tna.presets.cara(rank, weights=2 * layers, rows=heads * head, cols=cols, heads=heads)
+    held_to_its_formula("cara", config, shapes)
+
+
+@given(
+    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3),
+    rank=RANKS,
+    order=st.integers(3, 5),
+    splits=st.integers(3, 4),
+    size=st.integers(1, 3),
+)
+def test_the_papers_own_methods(shapes: list[tuple[int, int]], rank: int, order: int, splits: int, size: int) -> None:
+    held_to_its_formula("lorta", tna.presets.lorta(rank, order=order), shapes)
+    held_to_its_formula("lonkr", tna.presets.lonkr(rank, splits=splits, split_size=size), shapes)
+
+
+@given(
+    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3),
+    rank=RANKS,
+    projection=st.sampled_from(["identity", "shuffle", "linear", "linear_v2"]),
+    ratio=st.sampled_from([1.0, 0.5, 0.07]),
+)
+def test_superlora_and_fastfood(shapes: list[tuple[int, int]], rank: int, projection: str, ratio: float) -> None:
+    ratio = ratio if projection.startswith("linear") else 1.0
+    held_to_its_formula("superlora", tna.presets.superlora(rank, projection=projection, ratio=ratio), shapes)
+    held_to_its_formula("fastfood", tna.presets.fastfood(ratio, projection="linear_v2"), shapes)
+
+
+# -- Table 1: where the settings meet ---------------------------------------------------------------
+
+
+def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
+
+
+@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
+def test_dense_is_cp_of_order_1_and_rank_1(shapes: list[tuple[int, int]]) -> None:
+    """Table 1's first row to the letter: M = r = 1, C = I, A of d_in d_out × 1."""
+    dense = tna.SuperLoRA(tna.presets.dense(), shapes)
+    letter = tna.SuperLoRA(tna.Config(rank=1, order=1, format="cp"), shapes)
+    params = drawn(dense)
+    renamed = {n.replace("dense", "factor0"): a.reshape(-1, 1) for n, a in params.items()}
+    for one, other in zip(dense.deltas(params), letter.deltas(renamed), strict=True):
+        assert np.array_equal(one, other)
+
+
+@given(SIDES, SIDES, RANKS)
+def test_tucker_with_the_identity_core_is_lora(rows: int, cols: int, rank: int) -> None:
+    rank = min(rank, rows, cols)
+    tucker = tna.SuperLoRA(tna.Config(rank=rank, format="tucker"), [(rows, cols)])
+    params = drawn(tucker) | {"group0.split0.core": np.eye(rank)}
+    lora = tna.SuperLoRA(tna.presets.lora(rank), [(rows, cols)])
+    same = {n: a for n, a in params.items() if "core" not in n}
+    assert relative_error(tucker.deltas(params)[0], lora.deltas(same)[0]) < 1e-12
+
+
+@given(st.lists(st.integers(1, 4), min_size=3, max_size=3), RANKS)
+def test_tucker_with_a_diagonal_core_is_weighted_cp(sizes: list[int], rank: int) -> None:
+    rank = min(rank, *sizes)
+    fold = {"groups": 1, "fold": tuple(sizes), "order": 3, "rank": rank}
+    shapes = [(sizes[0], sizes[1] * sizes[2])]
+    cp = tna.SuperLoRA(tna.Config(format="cp-weighted", **fold), shapes)
+    params = drawn(cp)
+    core = np.zeros((rank,) * 3)
+    core[(range(rank),) * 3] = params["group0.split0.weights"]
+    tucker = tna.SuperLoRA(tna.Config(format="tucker", **fold), shapes)
+    same = {n: a for n, a in params.items() if "weights" not in n} | {"group0.split0.core": core}
+    assert relative_error(tucker.deltas(same)[0], cp.deltas(params)[0]) < 1e-12
+
+
+@given(SIDES, SIDES, RANKS)
+def test_lonkr_of_two_splits_is_lokr(rows: int, cols: int, rank: int) -> None:
+    lokr = tna.SuperLoRA(tna.presets.lokr(rank), [(rows, cols)])
+    lonkr = tna.SuperLoRA(
+        tna.presets.lonkr(rank, splits=2, groups="weight", split_size="balanced", fold="stack"), [(rows, cols)]
+    )
+    params = drawn(lokr)
+    assert np.array_equal(lokr.deltas(params)[0], lonkr.deltas(params)[0])
+
+
+@given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3), RANKS)
+def test_one_split_and_one_group_a_weight_is_lora(shapes: list[tuple[int, int]], rank: int) -> None:
+    """Listing every weight as a group, or every weight as a layer, is weight-wise LoRA."""
+    lora = tna.SuperLoRA(tna.presets.lora(rank), shapes)
+    params = drawn(lora)
+    expected = lora.deltas(params)
+    listed = tna.SuperLoRA(tna.presets.lora(rank, groups=[[i] for i in range(len(shapes))]), shapes)
+    layered = tna.SuperLoRA(tna.presets.lora(rank, groups="layer"), shapes, layers=range(len(shapes)))
+    for plan in (listed, layered):
+        assert all(np.array_equal(a, b) for a, b in zip(plan.deltas(params), expected, strict=True))
+
+
+@given(st.integers(1, 4), SIDES, RANKS)
+def test_equal_square_groups_are_lora(weights: int, side: int, rank: int) -> None:
+    """The paper, section 3.2: where G is the number of weights and the boundaries match, weight-wise LoRA."""
+    shapes = [(side, side)] * weights
+    lora, grouped = (
+        tna.SuperLoRA(config, shapes)
+        for config in (tna.presets.lora(rank), tna.presets.superlora(rank, groups=weights))
+    )
+    params = drawn(lora)
+    for one, other in zip(lora.deltas(params), grouped.deltas(params), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_heads_must_divide_rows() -> None:
+    for preset in (
+        lambda heads: tna.presets.lorta_cp(layers=1, rows=10, cols=4, heads=heads),
+        lambda heads: tna.presets.cara(weights=2, rows=10, cols=4, heads=heads),
+    ):
+        for heads in (3, 0, 2.5):
+            with pytest.raises(tna.ConfigError, match="heads must"):
+                preset(heads)
+        preset(np.int64(2))
+
+
+# -- Presets with a fold of their own are of weights of one shape ------------------------------------
+
+
+def stacked(rows: int, cols: int, weights: int, heads: int) -> dict[str, tna.Config]:
+    own = {"weights": weights, "rows": rows, "cols": cols}
+    return {
+        "lotr": tna.presets.lotr(2, **own),
+        "lotr, train": tna.presets.lotr(2, train=True, **own),
+        "fact_tt": tna.presets.fact_tt(2, **own),
+        "fact_tk": tna.presets.fact_tk(2, **own),
+        "cara": tna.presets.cara(2, heads=heads, **own),
+        "lorta_cp": tna.presets.lorta_cp(2, layers=1, matrices=weights, rows=rows, cols=cols, heads=heads),
+    }
+
+
+STACKED = sorted(stacked(2, 2, 1, 1))
+
+
+@pytest.mark.parametrize("name", STACKED)
+@given(
+    heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES,
+    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=4), weights=st.integers(1, 4),
+)  # fmt: skip
+def test_only_the_weights_that_a_fold_stands_for_fit(
+    name: str, heads: int, head: int, cols: int, shapes: list[tuple[int, int]], weights: int
+) -> None:
+    config = stacked(heads * head, cols, weights, heads)[name]
+    assert tna.SuperLoRA(config, [(heads * head, cols)] * weights).num_groups == 1
+    if shapes == [(heads * head, cols)] * weights:
+        return
+    with pytest.raises(tna.ConfigError, match=f"stands for {weights} weights? of {heads * head}×{cols}"):
+        tna.SuperLoRA(config, shapes)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_grouped_query_attention_is_refused_with_the_way_out(name: str) -> None:
+    # The fold has as many elements as these, or more: it used to cut through them.
+    config = stacked(96, 96, 4, 6)[name]
+    with pytest.raises(tna.ConfigError) as caught:
+        tna.SuperLoRA(config, [(96, 96), (32, 96)] * 2)
+    message = str(caught.value)
+    for part in ("2 of 96×96, 2 of 32×96", "cut through weights", 'targets="q"', "superlora or lora"):
+        assert part in message
+    with pytest.raises(tna.ConfigError, match="a group has 3 of them: give the preset the number of weights"):
+        tna.SuperLoRA(config, [(96, 96)] * 3)
+    with pytest.raises(tna.ConfigError, match="a group has 1 of them and 4608 elements of another"):
+        tna.SuperLoRA(config.replace(groups=2), [(96, 96)] * 3)
+    assert tna.SuperLoRA(config.replace(groups=2), [(96, 96)] * 8).num_groups == 2
+
+
+def test_a_fold_of_the_callers_own_is_of_any_weights() -> None:
+    shapes = [(96, 96), (32, 96)]
+    assert tna.SuperLoRA(tna.Config(order=3, groups=1, fold=(8, 16, 96)), shapes).num_groups == 1
+    own = tna.presets.lotr(2, weights=2, rows=96, cols=96, fold=(2, 64, 96))
+    assert own.weight_shape is None
+    assert tna.SuperLoRA(own, shapes).num_groups == 1
+    config = tna.presets.lotr(2, weights=2, rows=96, cols=96)
+    with pytest.raises(tna.ConfigError, match="weight_shape=None"):
+        config.replace(fold="hypercube")
+    assert tna.SuperLoRA(config.replace(fold="hypercube", weight_shape=None), shapes).num_groups == 1
+
+
+def test_the_shape_of_weights_is_a_condition_and_no_part_of_what_is_computed() -> None:
+    config = tna.presets.cara(2, weights=3, rows=4, cols=5, heads=2)
+    assert config.weight_shape == (4, 5)
+    assert tna.Config.from_dict(config.to_dict()).weight_shape == (4, 5)
+    assert config == config.replace(weight_shape=None)
+    assert hash(config) == hash(config.replace(weight_shape=None))
+    assert "weight_shape" not in config.replace(weight_shape=None).to_dict()

@@ -1,0 +1,173 @@
+"""CP, Tucker, TT and Kronecker products against TensorLy and NumPy, on every library; gradients."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tensorly
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import relative_error
+from tnadapt.backends import Backend
+
+ONES22, ONES33 = np.ones((2, 2)), np.ones((3, 3))
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=5)
+
+
+@pytest.fixture(autouse=True)
+def _numpy_tensorly():
+    with tensorly.backend_context("numpy", local_threadsafe=True):
+        yield
+
+
+@given(SIZES, st.integers(1, 4), st.booleans())
+def test_cp_is_tensorlys(sizes: list[int], rank: int, weighted: bool) -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=rank) if weighted else None
+    factors = [rng.normal(size=(d, rank)) for d in sizes]
+    # TensorLy asks for weights where there is one factor.
+    expected = tensorly.cp_to_tensor((np.ones(rank) if weights is None else weights, factors)).reshape(sizes)
+    assert relative_error(tna.cp_to_tensor((weights, factors)), expected) < 1e-12
+    if weighted:
+        # TensorLy's own object goes in as it is.
+        assert relative_error(tna.cp_to_tensor(tensorly.cp_tensor.CPTensor((weights, factors))), expected) < 1e-12
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.booleans()), min_size=1, max_size=5))
+def test_tucker_is_tensorlys(modes: list[tuple[int, int, bool]]) -> None:
+    rng = np.random.default_rng(0)
+    core = rng.normal(size=[r for _, r, _ in modes])
+    factors = [rng.normal(size=(d, r)) if present else None for d, r, present in modes]
+    dense = [np.eye(r) if f is None else f for f, (_, r, _) in zip(factors, modes, strict=True)]
+    expected = tensorly.tucker_to_tensor((core, dense))
+    assert relative_error(tna.tucker_to_tensor((core, factors)), expected) < 1e-12
+    if len(modes) > 1 and all(f is not None for f in factors):
+        theirs = tensorly.tucker_tensor.TuckerTensor((core, factors))
+        assert relative_error(tna.tucker_to_tensor(theirs), expected) < 1e-12
+
+
+@given(SIZES, st.lists(st.integers(1, 4), min_size=4, max_size=4))
+def test_tt_is_tensorlys(sizes: list[int], inner: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    ranks = [1, *inner[: len(sizes) - 1], 1]
+    cores = [rng.normal(size=(ranks[m], d, ranks[m + 1])) for m, d in enumerate(sizes)]
+    expected = tensorly.tt_to_tensor(cores)
+    assert relative_error(tna.tt_to_tensor(cores), expected) < 1e-12
+    assert relative_error(tna.tt_to_tensor(tensorly.tt_tensor.TTTensor(cores)), expected) < 1e-12
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_kronecker_is_numpys(order: int, count: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(0)
+    shape = st.lists(st.integers(1, 3), min_size=order, max_size=order)
+    arrays = [rng.normal(size=data.draw(shape)) for _ in range(count)]
+    assert relative_error(tna.kronecker(arrays), functools.reduce(np.kron, arrays)) < 1e-12
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4), st.sampled_from([None, 0, 3]))
+def test_kron_matvec_is_the_product(sizes: list[tuple[int, int]], batch: int | None) -> None:
+    rng = np.random.default_rng(0)
+    matrices = [rng.normal(size=size) for size in sizes]
+    x = rng.normal(size=(math.prod(cols for _, cols in sizes), *([] if batch is None else [batch])))
+    assert relative_error(tna.kron_matvec(matrices, x), functools.reduce(np.kron, matrices) @ x) < 1e-12
+
+
+def cases(rng: np.random.Generator) -> dict[str, tuple[Callable, list[np.ndarray]]]:
+    """Name -> (function of arrays, arrays): one product of each kind."""
+    return {
+        "cp": (lambda w, *f: tna.cp_to_tensor((w, f)), [rng.normal(size=s) for s in ((2,), (3, 2), (4, 2), (2, 2))]),
+        "tucker": (
+            lambda c, a, b: tna.tucker_to_tensor((c, [a, None, b])),
+            [rng.normal(size=s) for s in ((2, 3, 2), (4, 2), (3, 2))],
+        ),
+        "tt": (lambda *c: tna.tt_to_tensor(c), [rng.normal(size=s) for s in ((1, 3, 2), (2, 4, 3), (3, 2, 1))]),
+        "kronecker": (lambda *a: tna.kronecker(a), [rng.normal(size=s) for s in ((2, 3), (1, 2), (3, 2))]),
+        "kron_matvec": (
+            lambda a, b, x: tna.kron_matvec([a, b], x),
+            [rng.normal(size=s) for s in ((2, 3), (3, 2), (6, 2))],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["cp", "tucker", "tt", "kronecker", "kron_matvec"])
+def test_every_library_gives_numpys_value_and_the_exact_gradient(
+    backend: Backend, name: str, rng: np.random.Generator
+) -> None:
+    function, host = cases(rng)[name]
+    expected = function(*host)
+    arrays = [backend.asarray(array, "float64") for array in host]
+    assert relative_error(backend.to_numpy(function(*arrays)), expected) < 1e-12
+    target = rng.normal(size=expected.shape)
+    weights = backend.asarray(target.reshape(-1), "float64")
+    named = {str(i): array for i, array in enumerate(arrays)}
+    if "gradient" in backend.lacks(weights):
+        return  # BackendContract sees to it that this is so
+    found = backend.gradient(lambda a: backend.sum(backend.flatten(function(*a.values())) * weights, axis=0), named)
+    for i, array in enumerate(host):
+        # A product is linear in each of its arrays.
+        way = rng.normal(size=array.shape)
+        exact = np.sum(target * function(*host[:i], way, *host[i + 1 :]))
+        got = np.sum(backend.to_numpy(found[str(i)]) * way)
+        assert abs(got - exact) < 1e-11 * max(1.0, abs(exact))
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("at least one factor", lambda: tna.cp_to_tensor((None, []))),
+        (r"factor 1 has shape \(3, 3\); expected \(size, 2\)", lambda: tna.cp_to_tensor((None, [ONES22, ONES33]))),
+        (r"weights have shape \(3,\)", lambda: tna.cp_to_tensor((np.ones(3), [np.ones((2, 2))]))),
+        ("needs 2 factors; got 1", lambda: tna.tucker_to_tensor((np.ones((2, 2)), [np.ones((2, 2))]))),
+        (r"expected \(size, 3\)", lambda: tna.tucker_to_tensor((np.ones((2, 3)), [None, np.ones((2, 2))]))),
+        (r"core 0 has shape \(2, 3, 1\); expected \(1, size, 1\)", lambda: tna.tt_to_tensor([np.ones((2, 3, 1))])),
+        (r"core 1 has shape \(3, 3\); expected \(2, size", lambda: tna.tt_to_tensor([ONES22[None], ONES33])),
+        (r"core 1 has shape", lambda: tna.tt_to_tensor([np.ones((1, 2, 2)), np.ones((2, 2, 2))])),
+        ("at least one core", lambda: tna.tt_to_tensor([])),
+        ("at least one array", lambda: tna.kronecker([])),
+        ("one order", lambda: tna.kronecker([np.ones(2), np.ones((2, 2))])),
+        ("at least one matrix", lambda: tna.kron_matvec([], np.ones(2))),
+        (r"matrix 0 of kron_matvec has shape \(2,\)", lambda: tna.kron_matvec([np.ones(2)], np.ones(2))),
+        (r"a CP tensor takes \(weights, factors\); got 3", lambda: tna.cp_to_tensor(3)),
+        (r"a CP tensor takes \(weights, factors\); got 2", lambda: tna.cp_to_tensor((None, 2))),
+        ("; got 1 parts", lambda: tna.cp_to_tensor(([ONES22],))),
+        ("; got 3 parts", lambda: tna.tucker_to_tensor((ONES22, [None], [None]))),
+        ("a tensor train takes a list of cores; got 2.0", lambda: tna.tt_to_tensor(2.0)),
+        ("a Kronecker product takes a list of arrays; got None", lambda: tna.kronecker(None)),
+        ("arrays of at most 32 axes; got 33", lambda: tna.kronecker([np.ones([1] * 33)] * 2)),
+        (r"x has shape \(3,\); expected \(4,\)", lambda: tna.kron_matvec([np.ones((2, 2))] * 2, np.ones(3))),
+    ],
+)  # fmt: skip
+def test_bad_input(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(tna.ShapeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tna.kronecker(3), "a Kronecker product takes a list of arrays; got 3"),
+        (lambda: tna.kronecker([]), "a Kronecker product needs at least one array; got none"),
+        (lambda: tna.kronecker([np.ones((1,) * 33)]), "takes arrays of at most .* axes; got 33"),
+        (lambda: tna.kronecker([np.ones(2), np.ones((2, 2))]), r"of one order; got shapes \(2,\), \(2, 2\)"),
+        (lambda: tna.cp_to_tensor((1, 2, 3)), "got 3 parts"),
+        (lambda: tna.cp_to_tensor(7), "got 7"),
+        (lambda: tna.cp_to_tensor((None, 7)), "got 7"),
+        (lambda: tna.tucker_to_tensor((np.ones((2, 2)),)), "got 1 parts"),
+    ],
+)
+def test_what_is_no_list_of_arrays_is_said(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(tna.ShapeError, match=message):
+        call()
+
+
+def test_mixed_dtypes_and_no_arrays() -> None:
+    with pytest.raises(tna.BackendError, match="two dtypes in one call: float64 and float32"):
+        tna.kronecker([np.ones(2), np.ones(2, np.float32)])
+    with pytest.raises(tna.BackendError, match="got list"):
+        tna.kronecker([[1.0, 2.0]])

@@ -1,0 +1,192 @@
+"""Models of 7 to 405 billion parameters, without the machines that hold them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tests.conftest import peak_of
+from tnadapt.algebra import rng
+from tnadapt.backends import Backend
+
+P = tna.presets
+
+
+def shapes_of(layers: int, width: int, keys: int) -> list[tuple[int, int]]:
+    """Query and value of a Llama: its width, and heads of keys and values times 128."""
+    return [(width, width), (keys * 128, width)] * layers
+
+
+MODELS = {
+    "Llama 3 8B": (32, 4096, 8), "Llama 3 70B": (80, 8192, 8), "Llama 3.1 405B": (126, 16384, 8),
+}  # fmt: skip
+COUNTS: dict[str, tuple[tna.Config, Callable[[int, int, int], int]]] = {
+    # r (rows + columns) of every weight.
+    "lora": (P.lora(8), lambda layers, width, keys: layers * 8 * (2 * width + width + 128 * keys)),
+    "dense": (P.dense(), lambda layers, width, keys: layers * (width * width + 128 * keys * width)),
+    # One group, folded to a square of the least side d: r (d + d).
+    "superlora": (P.superlora(4), lambda layers, width, keys: 4 * 2 * side(layers * width * (width + 128 * keys), 2)),
+    "lorta": (
+        P.lorta(2, order=5),
+        lambda layers, width, keys: 2**5 + 5 * 2 * side(layers * width * (width + 128 * keys), 5),
+    ),
+}
+
+
+def side(size: int, order: int) -> int:
+    """The least d with d ** order >= size, by counting."""
+    found = max(1, round(size ** (1 / order)) - 2)
+    while found**order < size:
+        found += 1
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("preset", COUNTS)
+def test_counts_of_large_models_are_the_formulas_and_cost_nothing(model: str, preset: str) -> None:
+    config, formula = COUNTS[preset]
+    shapes = shapes_of(*MODELS[model])
+    assert tna.parameter_count(config, shapes) == formula(*MODELS[model])
+    assert peak_of(lambda: tna.SuperLoRA(config, shapes).num_parameters) < 4 << 20
+
+
+def test_what_a_budget_buys_is_planned_for_the_largest() -> None:
+    rows = tna.plan(shapes=shapes_of(*MODELS["Llama 3.1 405B"]), budget=10_000).rows
+    assert rows
+    assert all(row.parameters <= 10_000 for row in rows)
+
+
+WEIGHTS, SIDE = 64, 4096  # 2**30 elements; one weight has 2**24
+
+
+def element(plan: tna.SuperLoRA, params: dict[str, np.ndarray], position: int) -> float:
+    """One element of the vector of one group of CP or Tucker, by its indices."""
+    split = "group0.split0."
+    factors = [params[name] for name in sorted(params) if name.startswith(split + "factor")]
+    index = np.unravel_index(position, [len(factor) for factor in factors])
+    rows = [factor[at].astype(np.float64) for factor, at in zip(factors, index, strict=True)]
+    scale = plan.config.scale
+    if split + "core" not in params:
+        return scale * float(np.prod(rows, axis=0).sum())
+    core = params[split + "core"].astype(np.float64)
+    for row in rows:
+        core = np.tensordot(row, core, 1)
+    return scale * float(core)
+
+
+@pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3), P.lorta(2, order=5)], ids=["2D", "3D", "5D"])
+def test_one_weight_of_a_group_of_2_30_elements_takes_less_than_a_gigabyte(config: tna.Config) -> None:
+    plan = tna.SuperLoRA(config, [(SIDE, SIDE)] * WEIGHTS)
+    assert plan.groups[0].size == 1 << 30
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
+    found: list[np.ndarray] = []
+    peak = peak_of(lambda: found.append(plan.delta(params, WEIGHTS - 1)))
+    assert peak < 1 << 30
+    assert found[0].shape == (SIDE, SIDE)
+    start = (WEIGHTS - 1) * SIDE * SIDE
+    for place in (0, 1, SIDE, 12_345_678, SIDE * SIDE - 1):
+        want = element(plan, params, start + place)
+        assert abs(found[0].reshape(-1)[place] - want) < 1e-4 * max(1.0, abs(want))
+
+
+@pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3)], ids=["2D", "3D"])
+@pytest.mark.parametrize(
+    ("backend", "length"),
+    [("numpy", 1), ("numpy", 7), ("numpy", 1 << 12), ("torch", 7), ("torch", 1 << 12), ("jax", 7), ("cupy", 1 << 12)],
+    indirect=["backend"],
+)
+def test_a_group_past_2_31_elements_is_right_at_its_far_end_and_in_pieces(
+    backend: Backend, config: tna.Config, length: int
+) -> None:
+    plan = tna.SuperLoRA(config, [(1 << 16, 1 << 16)] * 3)  # 3 * 2**32 elements
+    assert plan.size > 1 << 33
+    rng = np.random.default_rng(1)
+    params = {name: rng.standard_normal(shape) for name, shape in plan.param_shapes.items()}
+    arrays = {name: backend.asarray(array, "float64") for name, array in params.items()}
+
+    def vector(start: int, stop: int) -> np.ndarray:
+        return backend.to_numpy(plan.vector(arrays, start, stop))
+
+    for stop in (plan.size, (1 << 31) + length // 2 + 1, (1 << 32) + 3):
+        start = stop - length
+        whole = vector(start, stop)
+        for place in {0, length // 2, length - 1}:
+            want = element(plan, params, start + place)
+            assert abs(whole[place] - want) < 1e-12 * max(1.0, abs(want))
+        if length > 1:
+            cut = start + length // 3 + 1
+            pieces = np.concatenate([vector(start, cut), vector(cut, stop)])
+            assert np.abs(pieces - whole).max() <= 1e-12 * np.abs(whole).max()
+
+
+@pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="2**32 draws take minutes: in the long profile alone"
+)
+def test_a_slice_of_linear_f_is_right_past_2_31_elements() -> None:
+    """Its twin sums the terms of each element in another order: by where the permutation takes from."""
+    size, seed = 3 << 30, 5
+    start, stop = size - 3, size
+    plan = tna.SuperLoRA(tna.presets.fastfood(1e-9, seed=seed), [(3 << 15, 1 << 15)])
+    f = plan.groups[0].projection
+    assert (f.n_in, f.n_out, f.padded) == (4, size, 1 << 32)
+    (name,) = plan.param_shapes
+    x = np.array([1.0, -2.0, 0.5, 3.0])
+    found = plan.vector({name: x.reshape(plan.param_shapes[name])}, start, stop) / plan.config.scale
+    four = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) @ x
+    want, part = np.zeros(3), 1 << 17
+    for lo in range(0, f.padded, part):
+        g = rng.normals(seed, 0, rng.PURPOSE["gaussian"], lo, lo + part).astype(np.float64)
+        to = rng.permutation(f.padded, seed, 0, lo, lo + part, inverse=True)
+        terms = g * np.tile(four, part // 4)
+        want += [(terms * (1.0 - 2.0 * (np.bitwise_count(to & place) & 1))).sum() for place in range(start, stop)]
+    want *= rng.signs(seed, 0, start, stop) / f.padded
+    assert np.abs(found - want).max() < 1e-12 * np.abs(want).max()
+
+
+META = """
+import torch, transformers, tnadapt as tna, tnadapt.torch as tt
+
+def highest():  # in KiB; what getrusage says begins with the memory of whoever started this program
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+
+config = transformers.LlamaConfig(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, intermediate_size=11008
+)
+with torch.device("meta"):
+    model = transformers.LlamaForCausalLM(config)
+tt.attach(torch.nn.TransformerEncoderLayer(8, 2, 8), tna.presets.lora(1))  # modules that are imported when first used
+before = highest()
+adapter = tt.attach(model, {config})
+after = highest()
+assert sum(p.numel() for p in model.parameters()) > 6e9
+assert all(p.device.type == "meta" for p in model.parameters())
+kept = torch.ones(200 << 18)  # 200 MiB, which must show
+print(adapter.num_parameters, after - before, highest() - after)
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [("tna.presets.lora(8)", 32 * 2 * 8 * 8192), ("tna.presets.superlora(8)", 8 * 2 * 32768)],
+    ids=["lora", "superlora"],
+)
+def test_attaching_to_a_model_of_7_billion_on_the_meta_device_takes_no_memory(config: str, count: int) -> None:
+    pytest.importorskip("transformers")
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("this system does not tell a process's highest memory")
+    command = [sys.executable, "-W", "ignore", "-c", META.replace("{config}", config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    parameters, attached, seen = map(int, done.stdout.split())
+    assert parameters == count
+    assert attached < 8 << 10  # KiB
+    assert seen > 150 << 10, "memory is not seen"

@@ -1,0 +1,307 @@
+"""The compiled F is the plain one: values, gradients, batches, whatever the array looks like."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import installed, relative_error
+from tnadapt.backends import load_backend
+from tnadapt.backends._kernels import kernels
+
+compiled = kernels("fastfood")
+pytestmark = pytest.mark.skipif(compiled is None, reason="numba is not installed")
+
+NUMPY = load_backend("numpy")
+KIND = st.sampled_from(["linear", "linear_v2"])
+# Some rounding errors of single precision, relative to the largest element.
+CLOSE = 1e-6
+
+# n_in, n_out: gathered and sorted, one period of the table and several, growing and reducing.
+LENGTHS = [
+    (1, 1 << 14),
+    (100, 16_385),
+    (20_001, 33_333),
+    (33_333, 20_001),
+    (1 << 17, 1 << 17),
+    ((1 << 18) + 1, (1 << 18) + 1),
+    (300_000, 999),
+    (300_000, 1_000_000),
+    (1 << 19, 1 << 19),
+]
+
+
+def projection(kind: str, n_in: int, n_out: int, seed: int = 3, group: int = 0) -> tna.Projection:
+    return tna.Projection(kind, n_in, n_out, seed, group)
+
+
+def vector(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
+
+
+def agree(f: tna.Projection, x: np.ndarray, y: np.ndarray) -> None:
+    """The kernels' F and adjoint, of single precision, against the plain ones in double precision."""
+    for z, plain, adjoint in ((x, f._linear_plain, False), (y, f._adjoint_plain, True)):
+        found, expected = compiled.linear(z, f._draws, f.n_in, adjoint), plain(NUMPY, z.astype(np.float64))
+        assert found.dtype == np.float32
+        assert found.shape == expected.shape
+        # Few elements may all be small by chance: what is summed in them has this size, as F's columns have norm 1.
+        size = max(np.max(np.abs(expected)), np.linalg.norm(z) / np.sqrt(f.padded))
+        assert np.max(np.abs(found - expected)) < CLOSE * size
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear_v2"])
+@pytest.mark.parametrize(("n_in", "n_out"), LENGTHS)
+def test_both_ways_at_every_length(kind: str, n_in: int, n_out: int) -> None:
+    agree(projection(kind, n_in, n_out), vector(n_in), vector(n_out, 1))
+
+
+@given(KIND, st.integers(1, 40_000), st.integers(1, 40_000), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
+def test_gathered(kind: str, n_in: int, n_out: int, seed: int, group: int) -> None:
+    if max(n_in, n_out) <= 1 << 13:
+        n_out += 1 << 14
+    agree(projection(kind, n_in, n_out, seed, group), vector(n_in), vector(n_out, 1))
+
+
+@settings(max_examples=10)
+@given(KIND, st.integers(1, 300_000), st.integers(1, 300_000), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1))
+def test_sorted(kind: str, n_in: int, n_out: int, seed: int, group: int) -> None:
+    agree(projection(kind, n_in + (1 << 18), n_out, seed, group), vector(n_in + (1 << 18)), vector(n_out, 1))
+
+
+def test_shorter_periods_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Many repeats of a table that would be gathered from; and a vector that would be sorted, gathered.
+    f = projection("linear", 1 << 18, 1 << 20)
+    monkeypatch.setattr(compiled, "_GATHERED_BITS", 17)
+    agree(f, vector(f.n_in), vector(f.n_out, 1))
+    assert "order" in f._draws.kept
+    f = projection("linear", 1 << 19, 1 << 19)
+    monkeypatch.setattr(compiled, "_GATHERED_BITS", 19)
+    agree(f, vector(f.n_in), vector(f.n_out, 1))
+    assert "order" not in f._draws.kept
+
+
+def test_several_passes_across_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_STRIP_BITS", 2)
+    monkeypatch.setattr(compiled, "_BLOCK_BITS", 16)
+    for n_in, n_out in ((1000, 1 << 20), (1 << 20, 1 << 20)):
+        agree(projection("linear", n_in, n_out), vector(n_in), vector(n_out, 1))
+
+
+@given(st.sampled_from([(0,), (3,), (2, 0, 2), (2, 1, 2)]), st.booleans(), st.data())
+def test_batches_strides_and_flags(batch: tuple[int, ...], adjoint: bool, data: st.DataObject) -> None:
+    f = projection("linear", 700, 17_000)
+    length, other = (f.n_out, f.n_in) if adjoint else (f.n_in, f.n_out)
+    x = vector(int(np.prod(batch)) * length).reshape(*batch, length)
+    way = f.adjoint if adjoint else f
+    expected = np.reshape([way(row) for row in x.reshape(-1, length)], (*batch, other))
+    looks = data.draw(st.sampled_from(["reversed", "turned", "read-only", "unaligned", "every other"]))
+    seen: Any = x
+    if looks == "reversed":
+        seen = x[..., ::-1].copy()[..., ::-1]
+    elif looks == "turned":
+        seen = np.asfortranarray(x)
+    elif looks == "read-only":
+        seen = x.copy()
+        seen.flags.writeable = False
+    elif looks == "unaligned":
+        seen = np.frombuffer(b"x" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    elif looks == "every other":
+        seen = np.repeat(x, 2, axis=-1)[..., ::2]
+    before = seen.tobytes()
+    found = way(seen)
+    assert found.shape == expected.shape
+    assert relative_error(found, expected) < CLOSE
+    assert seen.tobytes() == before
+
+
+@pytest.mark.parametrize("n_in", [700, 300_000])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(n_in: int, value: float) -> None:
+    f = projection("linear", n_in, 300_000)
+    for way, plain, length in ((f, f._linear_plain, f.n_in), (f.adjoint, f._adjoint_plain, f.n_out)):
+        x = vector(length)
+        x[length // 2] = value
+        with np.errstate(invalid="ignore"):
+            expected = plain(NUMPY, x)
+        assert np.array_equal(np.isfinite(way(x)), np.isfinite(expected))
+        assert not np.isfinite(expected).any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_small_and_large_numbers(scale: float) -> None:
+    for n_in in (700, 300_000):
+        f = projection("linear", n_in, 300_000)
+        x, y = vector(n_in), vector(f.n_out, 1)
+        assert relative_error(f(x * np.float32(scale)).astype(float) / scale, f(x)) < CLOSE
+        assert relative_error(f.adjoint(y * np.float32(scale)).astype(float) / scale, f.adjoint(y)) < CLOSE
+
+
+@pytest.mark.parametrize("n_in", [700, 300_000])
+def test_the_same_bits_with_any_number_of_threads(n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    f = projection("linear", n_in, 300_000)
+    x, y = vector(n_in), vector(f.n_out)
+    made = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(compiled, "thread_count", lambda threads=threads: threads)
+        made.append((f(x), f.adjoint(y)))
+    for forward, backward in made[1:]:
+        assert np.array_equal(forward, made[0][0])
+        assert np.array_equal(backward, made[0][1])
+
+
+@pytest.mark.parametrize(("n_in", "kept"), [(1 << 12, 4 + 1 / 8), (1 << 18, 4 + 1 / 8), (1 << 20, 7 + 1 / 8)])
+def test_what_is_kept(n_in: int, kept: float) -> None:
+    f = projection("linear", n_in, 1 << 20)
+    f(vector(n_in))
+    f.adjoint(vector(f.n_out))
+    # What an array is a part of is kept with it.
+    bytes_kept = sum((array if array.base is None else array.base).nbytes for array in f._draws.kept.values())
+    assert kept * f.n_out <= bytes_kept < 1.005 * kept * f.n_out
+    assert not copy.deepcopy(f)._draws.kept
+
+
+def test_the_result_keeps_little_more_than_itself() -> None:
+    for n_in, n_out in ((700, (1 << 17) + 1), (300_000, 999), (1 << 19, 1 << 19), (700, (1 << 17) - 99)):
+        f = projection("linear", n_in, n_out)
+        for made in (f(vector(n_in)), f.adjoint(vector(n_out))):
+            assert made.flags.owndata or made.base.nbytes <= 1.3 * made.nbytes + 64
+
+
+@pytest.mark.parametrize("size", [1 << 17, 1 << 20])
+def test_a_vector_permuted(size: int) -> None:
+    f = projection("linear", 1, size)
+    g, keys = vector(size), f._draws.held("keys")
+    assert np.array_equal(compiled.permuted(g, keys), g[f._draws.part("perm", 0, size)])
+
+
+def test_shared_by_groups_of_unequal_length() -> None:
+    # The streams are one; the permutation is of the length.
+    for shared in (True, False):
+        config = tna.presets.superlora(2, groups="weight", projection="linear", ratio=0.1, shared=shared)
+        plan = tna.SuperLoRA(config, [(200, 100), (300, 200), (200, 100)])
+        made = []
+        for dtype in ("float32", "float64"):
+            rng = np.random.default_rng(1)
+            arrays = {name: rng.normal(size=array.shape).astype(dtype) for name, array in plan.init().items()}
+            made.append(plan.vector(arrays))
+        assert relative_error(*made) < CLOSE
+
+
+def test_another_dtype_or_a_short_vector_goes_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError
+
+    f = projection("linear", 700, 17_000)
+    f(vector(700))
+    monkeypatch.setattr(compiled, "linear", fail)
+    f(vector(700).astype(np.float64))
+    f.slice(vector(700), 3, 9)
+    projection("linear", 70, 1700)(vector(70))
+    with pytest.raises(AssertionError):
+        f(vector(700).astype(np.float16))  # computed in float32
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    f, again = projection("linear", 700, 17_000), projection("linear", 700, 17_000)
+    expected = f(vector(700))
+    kernels.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("tnadapt.backends._kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    try:
+        with caplog.at_level(logging.INFO, "tnadapt"):
+            found = again(vector(700))
+    finally:
+        kernels.cache_clear()
+    assert relative_error(found, expected) < CLOSE
+    assert {"perm", "index"} & set(again._draws.kept)
+    assert "plain way" in caplog.text
+
+
+@pytest.mark.skipif(not installed("torch"), reason="torch is not installed")
+class TestTorch:
+    """The gradients of tensors."""
+
+    @pytest.mark.parametrize("kind", ["linear", "linear_v2", "nonlinear"])
+    @pytest.mark.parametrize(("n_in", "n_out"), [(700, 17_000), (300_000, 999), (300_000, 300_000)])
+    def test_gradients(self, kind: str, n_in: int, n_out: int) -> None:
+        import torch
+
+        f = projection(kind, n_in, n_out)
+        x, y = torch.from_numpy(vector(n_in)).requires_grad_(), torch.from_numpy(vector(n_out, 1)).requires_grad_()
+        (grad,) = torch.autograd.grad(f(x), x, y, create_graph=True)
+        # Double precision takes torch's own operations.
+        x64, y64 = (z.detach().double().requires_grad_() for z in (x, y))
+        (grad64,) = torch.autograd.grad(f(x64), x64, y64, create_graph=True)
+        assert relative_error(f(x).detach(), f(x64).detach()) < CLOSE
+        assert relative_error(grad.detach(), grad64.detach()) < 2 * CLOSE
+        # The gradient is differentiated in its turn.
+        z = torch.from_numpy(vector(n_in, 2))
+        second = torch.autograd.grad(grad, [y], z)
+        second64 = torch.autograd.grad(grad64, [y64], z.double())
+        assert relative_error(second[0], second64[0]) < 2 * CLOSE
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's forward mode
+    def test_transformations(self) -> None:
+        import torch
+
+        f = projection("linear", 700, 17_000)
+        x, y = torch.from_numpy(vector(2100)).reshape(700, 3), torch.from_numpy(vector(17_000))
+        each = torch.stack([f(column.contiguous()) for column in x.T])
+        assert torch.equal(torch.func.vmap(f, in_dims=1)(x), each)
+        value, pull = torch.func.vjp(f, x[:, 0])
+        assert torch.equal(value, each[0])
+        assert torch.equal(pull(y)[0], f.adjoint(y))
+        value, tangent = torch.func.jvp(f, (x[:, 0],), (x[:, 1],))
+        assert torch.equal(tangent, each[1])
+        batched = torch.func.vmap(pull)(each)[0]
+        assert torch.equal(batched, f.adjoint(each))
+        jacobian = torch.func.jacrev(lambda part: f(torch.cat([part, x[2:, 0]]))[:5])(x[:2, 0])
+        assert jacobian.shape == (5, 2)
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's batches of gradients
+    @pytest.mark.parametrize("adjoint", [False, True])
+    def test_batched_gradients(self, adjoint: bool) -> None:
+        import torch
+
+        f = projection("linear", 700, 17_000)
+        way, back = (f.adjoint, f) if adjoint else (f, f.adjoint)
+        x = torch.from_numpy(vector(f.n_out if adjoint else 700)).requires_grad_()
+        grads = torch.from_numpy(vector(2 * (700 if adjoint else f.n_out))).reshape(2, -1)
+        found = torch.autograd.grad(way(x), x, grads, is_grads_batched=True)[0]
+        assert relative_error(found, back(grads)) < CLOSE
+
+    def test_the_kernel_is_what_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        f, ran = projection("linear", 700, 17_000), []
+        true = compiled.linear
+        monkeypatch.setattr(compiled, "linear", lambda *a: ran.append(a[-1]) or true(*a))
+        x = torch.from_numpy(vector(700)).requires_grad_()
+        f(x).sum().backward()
+        assert ran == [False, True]
+        with torch.inference_mode():
+            f(x)
+        f(x.detach().half())
+        f(torch.nn.Parameter(x.detach()))
+        assert ran == [False, True, False, False, False]
+        f(x.detach().double())
+        f(torch.empty(0, 700))
+        assert len(ran) == 5
+
+    def test_compiled_by_torch(self) -> None:
+        import torch
+
+        f = projection("linear", 700, 17_000)
+        x = torch.from_numpy(vector(700))
+        whole = torch.compile(f, fullgraph=True, backend="eager")
+        assert relative_error(whole(x), f(x)) < CLOSE

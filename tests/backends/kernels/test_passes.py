@@ -1,0 +1,31 @@
+"""How a long transform is cut into passes on a GPU: every digit once, tiles that fit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tnadapt.backends._kernels.gpu.passes import passes
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("tile_bytes", [1 << 15, 1 << 16])
+def test_every_digit_is_done_once(itemsize: int, tile_bytes: int) -> None:
+    for bits in range(35):
+        found = passes(bits, itemsize, tile_bytes)
+        assert math.prod(1 << step.bits for step in found) == 1 << bits
+        assert [step.stride for step in found] == [1 << sum(s.bits for s in found[:k]) for k in range(len(found))]
+        for step in found:
+            assert step.rows * step.columns * itemsize <= tile_bytes
+            assert step.columns <= 128
+            if step.stride > 1:
+                assert step.rows == 1 << step.bits
+                assert step.stride % step.columns == 0
+                assert step.columns * itemsize >= 64
+
+
+def test_how_often_memory_is_gone_over() -> None:
+    assert [len(passes(bits, 4, 1 << 16)) for bits in (14, 24, 30)] == [1, 2, 3]
+    assert [len(passes(bits, 4, 1 << 15)) for bits in (13, 22, 30)] == [1, 2, 3]
+    assert [len(passes(bits, 8, 1 << 15)) for bits in (12, 21, 30)] == [1, 2, 3]

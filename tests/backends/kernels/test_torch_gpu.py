@@ -1,0 +1,171 @@
+"""torch's way to the Triton kernels: derivatives of every order, vmap, strides; the kernels in a model's place.
+
+As in test_triton.py: on a device, or under the interpreter in a process of its own, where tensors on the CPU are taken
+for tensors on a device.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tnadapt.algebra.maps.hadamard import fwht_plain
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", minversion="3.5")
+
+from tnadapt.backends import _torch_gpu as torch_gpu  # noqa: E402
+from tnadapt.backends import get_backend  # noqa: E402
+from tnadapt.torch._delta import vector  # noqa: E402
+
+# torch's own forward derivatives compile some of theirs with what torch calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA device; done by test_under_the_interpreter"
+)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this is the interpreter, or there is a device")
+def test_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Every run of a kernel, so that no test passes by the plain way."""
+    made: list[Any] = []
+    by_rows = torch_gpu._by_rows
+
+    def counted(kernel: Any, x: Any) -> Any:
+        made.append(kernel)
+        return by_rows(kernel, x)
+
+    monkeypatch.setattr(torch_gpu, "_by_rows", counted)
+    if INTERPRETED:
+        monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: not torch.compiler.is_compiling())
+    yield made
+    if INTERPRETED or torch.cuda.is_available():
+        assert made
+
+
+def plain_f(f: tna.Projection, x: Any) -> Any:
+    return x @ torch.tensor(f(np.eye(f.n_in)).T, device=DEVICE, dtype=x.dtype).T
+
+
+@kernels
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_fwht_along_any_axis(axis: int) -> None:
+    x = torch.randn(4, 8, 2, dtype=torch.float64, device=DEVICE)[:, ::2].requires_grad_()
+    found = tna.fwht(x, axis=axis)
+    expected = fwht_plain(get_backend(x), x.movedim(axis, -1)).movedim(-1, axis)
+    assert torch.allclose(found, expected, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda t: tna.fwht(t, axis=axis), (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda t: tna.fwht(t, axis=axis), (x,), fast_mode=True)
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["linear", "nonlinear_v2", "shuffle"])
+def test_derivatives_of_f(kind: str) -> None:
+    f = tna.Projection(kind, 7 if kind == "shuffle" else 3, 7, seed=1)
+    x = torch.randn(2, f.n_in, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    # Along one random direction: each call takes the interpreter a tenth of a second.
+    assert torch.autograd.gradcheck(f, (x,), check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(f.linear_part.adjoint, (torch.randn_like(f(x)).requires_grad_(),), fast_mode=True)
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["shuffle", "linear", "linear_v2"])
+def test_f_keeps_nothing(kind: str, rng: np.random.Generator) -> None:
+    f = tna.Projection(kind, 9, 9, seed=2**63 + 5, group=1)
+    x = rng.normal(size=(2, 9))
+    found = f(torch.tensor(x, device=DEVICE)), f.adjoint(torch.tensor(x, device=DEVICE))
+    assert not f._draws.kept
+    assert not f._draws.placed
+    for ours, plain in zip(found, (f(x), f.adjoint(x)), strict=True):
+        assert np.allclose(ours.cpu().numpy(), plain, rtol=1e-13, atol=1e-13)
+
+
+@kernels
+def test_under_vmap_and_vjp() -> None:
+    f = tna.Projection("linear", 5, 12, seed=1)
+    x = torch.randn(5, 3, 2, dtype=torch.float64, device=DEVICE)
+    found = torch.func.vmap(torch.func.vmap(f, in_dims=1), in_dims=2)(x)
+    assert torch.allclose(found, plain_f(f, x.permute(2, 1, 0)))
+    y = torch.randn(4, 12, dtype=torch.float64, device=DEVICE)
+    _, pull = torch.func.vjp(f, x[:, 0, 0])
+    assert torch.allclose(torch.func.vmap(pull)(y)[0], f.adjoint(y))
+    assert torch.allclose(torch.func.jacrev(f)(x[:, 0, 0]), torch.func.jacfwd(f)(x[:, 0, 0]))
+
+
+@kernels
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_batch_of_gradients_at_once() -> None:
+    f = tna.Projection("linear", 5, 12, seed=2**64 - 1)
+    x = torch.randn(2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = torch.randn(3, 2, 12, dtype=torch.float64, device=DEVICE)
+    (found,) = torch.autograd.grad(f(x), x, y, is_grads_batched=True)
+    assert torch.allclose(found, f.adjoint(y))
+    shuffle = tna.Projection("shuffle", 5, 5, seed=2**64 - 1)
+    (found,) = torch.autograd.grad(shuffle(x), x, y[..., :5], is_grads_batched=True)
+    assert torch.equal(found, shuffle.adjoint(y[..., :5]))
+    (found,) = torch.autograd.grad(tna.fwht(x, axis=0), x, y[..., :5], is_grads_batched=True)
+    assert torch.allclose(found, tna.fwht(y[..., :5], axis=1))
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_half_precision_is_computed_in_single(kind: str) -> None:
+    f = tna.Projection("linear", 50, 200, seed=1)
+    x = torch.randn(50, dtype=getattr(torch, kind), device=DEVICE)
+    found = f(x)
+    assert found.dtype == x.dtype
+    assert torch.equal(found, f(x.float()).to(x.dtype))
+    assert torch.equal(tna.fwht(found[:128]), tna.fwht(found[:128].float()).to(x.dtype))
+
+
+@kernels
+def test_numbers_that_are_not_in_memory_yet() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, device=DEVICE)
+    assert torch.equal(tna.fwht(torch._neg_view(x)), tna.fwht(-x))
+    assert not tna.fwht(torch._efficientzerotensor(3, 8, dtype=torch.float64, device=DEVICE)).any()
+    assert torch.equal(tna.fwht(x[:1].expand(3, 8)), tna.fwht(x[:1].repeat(3, 1)))
+
+
+@kernels
+def test_autocast_changes_nothing() -> None:
+    f = tna.Projection("linear", 50, 200, seed=1)
+    x = torch.randn(50, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = f(x)
+    assert torch.equal(found, f(x))
+
+
+@kernels
+@pytest.mark.parametrize("projection", ["linear", "nonlinear_v2"])
+def test_a_step_of_a_plan(projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tna.SuperLoRA(tna.presets.superlora(2, projection=projection, ratio=0.3), [(12, 10), (10, 10)])
+    host = plan.init(dtype="float64")
+    arrays = {name: torch.tensor(a + 0.1, device=DEVICE, requires_grad=True) for name, a in host.items()}
+
+    def step() -> list[Any]:
+        update = vector(plan, arrays)
+        return [update, *torch.autograd.grad(update.square().sum(), list(arrays.values()))]
+
+    found = step()
+    monkeypatch.setattr(torch_gpu, "there_are_kernels", lambda x: False)
+    for ours, plain in zip(found, step(), strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-10, atol=1e-12)

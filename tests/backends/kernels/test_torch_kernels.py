@@ -1,0 +1,202 @@
+"""The kernels on tensors: values and derivatives of the plain way, in every transformation torch has."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.algebra.maps.hadamard import fwht_plain
+from tnadapt.backends import load_backend
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, within jvp
+
+
+def plain(x: torch.Tensor, axis: int = -1, normalize: bool = True) -> torch.Tensor:
+    backend = load_backend("torch")
+    return backend.moveaxis(fwht_plain(backend, backend.moveaxis(x, axis, -1), normalize), -1, axis)
+
+
+def compiled(x: torch.Tensor, axis: int = -1) -> bool:
+    """Whether the kernel takes the tensor."""
+    return load_backend("torch").fwht(x, 1.0, axis, torch.clone) is not None
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(3, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@given(
+    st.sampled_from(["float32", "float64"]),
+    st.integers(1, 10),
+    st.sampled_from(["C", "turned", "strided", "expanded", "Parameter"]),
+    st.booleans(),
+)
+def test_it_equals_the_plain_way(dtype: str, bits: int, how: str, normalize: bool) -> None:
+    x = torch.randn(4, 1 << bits, 3, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    x = {
+        "C": lambda: x,
+        "turned": lambda: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "strided": lambda: torch.stack((x, x), -1).flatten(-2)[..., ::2],
+        "expanded": lambda: x[:1].expand(4, -1, -1),
+        "Parameter": lambda: torch.nn.Parameter(x),
+    }[how]()
+    assert compiled(x, 1)
+    found = tna.fwht(x, axis=1, normalize=normalize)
+    tolerance = {"float32": 1e-5, "float64": 1e-13}[dtype]
+    torch.testing.assert_close(found, plain(x, 1, normalize), rtol=tolerance, atol=tolerance * 2 ** (bits / 2))
+    assert found.dtype is x.dtype
+    assert found.requires_grad == x.requires_grad
+    host = x.detach().numpy().copy()
+    assert np.array_equal(found.detach().numpy(), tna.fwht(host, axis=1, normalize=normalize))
+
+
+def test_nothing_is_copied_on_the_way() -> None:
+    x = torch.ones(1 << 16)
+    with torch.no_grad():
+        found = tna.fwht(x)
+    assert found.is_contiguous()
+    assert found.data_ptr() % 64 == 0
+    assert found.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_derivatives(axis: int) -> None:
+    x = torch.randn(4, 8, 2, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda t: tna.fwht(t, axis), x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda t: tna.fwht(t, axis).square(), x, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("batched", [0, 1, 2])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_vmap(x: torch.Tensor, batched: int, axis: int) -> None:
+    x = torch.nn.functional.pad(x, (0, 3, 0, 0, 0, 1))  # (4, 8, 8)
+    others = [size for i, size in enumerate(x.shape) if i != batched]
+    found = torch.func.vmap(lambda t: tna.fwht(t, axis), in_dims=batched)(x)
+    expected = torch.stack([plain(t, axis) for t in x.unbind(batched)])
+    assert list(found.shape[1:]) == others
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_transformations_within_each_other(x: torch.Tensor) -> None:
+    one = torch.ones_like(x)
+    ways = [
+        lambda f: torch.func.vjp(f, x)[1](one)[0],
+        lambda f: torch.func.jvp(f, (x,), (one,))[1],
+        lambda f: torch.func.grad(lambda t: torch.func.grad(lambda s: f(s).sum())(t).sum())(x),
+        lambda f: torch.func.vmap(torch.func.grad(lambda t: f(t[None])[0].sum()))(x),
+        lambda f: torch.func.jacrev(f)(x),
+        lambda f: torch.func.jacfwd(f)(x),
+        lambda f: torch.func.vmap(torch.func.vmap(lambda t: f(t[None, :, None])[0, :, 0], 1, 1))(x),
+        lambda f: torch.func.functionalize(f)(x),
+        lambda f: torch.autograd.functional.hvp(lambda t: f(t).sum(), x, one)[1],
+    ]
+    for way in ways:
+        found, expected = (
+            way(lambda t, transform=transform: transform(t, 1).square()) for transform in (tna.fwht, plain)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_inference_mode_and_autocast(x: torch.Tensor) -> None:
+    with torch.inference_mode():
+        found = tna.fwht(x, 1)
+    torch.testing.assert_close(found, plain(x, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tna.fwht(x.float(), 1).dtype is torch.float32
+
+
+def test_backward_twice_and_a_copy_of_a_model() -> None:
+    layer = torch.nn.Linear(8, 8)
+    y = tna.fwht(layer.weight).sum()
+    y.backward(retain_graph=True)
+    first = layer.weight.grad.clone()
+    y.backward()
+    torch.testing.assert_close(layer.weight.grad, 2 * first)
+    assert torch.equal(tna.fwht(copy.deepcopy(layer).weight), tna.fwht(layer.weight))
+
+
+def test_what_is_not_for_a_kernel_goes_the_plain_way(x: torch.Tensor) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert not compiled(x.to("meta"), 1)
+    assert tna.fwht(x.to("meta"), 1).device.type == "meta"
+    with FakeTensorMode() as mode:
+        assert not compiled(mode.from_tensor(x), 1)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        tna.fwht(x, 1)
+    assert counter.get_total_flops() > 0
+
+    class Mine(torch.Tensor):
+        pass
+
+    assert type(tna.fwht(x.as_subclass(Mine), 1)) is Mine
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing itself
+def test_what_records_operations_records_them(x: torch.Tensor) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    other = 2 * x
+    graph = make_fx(lambda t: tna.fwht(t, 1))(x)
+    torch.testing.assert_close(graph(other), plain(other, 1))
+    whole = torch.compile(lambda t: tna.fwht(t, 1), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(other), plain(other, 1))
+    x.requires_grad_()
+    whole(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+def test_half_precision(x: torch.Tensor) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(tna.fwht(x.to(dtype), 1), plain(x.to(dtype).float(), 1).to(dtype))
+
+
+def test_zeros_that_have_no_memory(x: torch.Tensor) -> None:
+    assert not tna.fwht(torch._efficientzerotensor((4, 8))).any()
+    opposite = torch.complex(x, x).conj().imag
+    assert opposite.is_neg()
+    torch.testing.assert_close(tna.fwht(opposite, 1), plain(-x, 1))
+
+
+def test_a_trace_before_dispatch_sees_operations() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, y = torch.randn(3, 16), torch.randn(3, 16)
+    graph = make_fx(lambda t: tna.fwht(t), tracing_mode="real", pre_dispatch=True)(x)
+    assert torch.allclose(graph(y), tna.fwht(y), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_forward_mode_of_a_batch_of_tangents() -> None:
+    x = torch.randn(16, dtype=torch.float64)
+    found = torch.autograd.functional.jacobian(tna.fwht, x, vectorize=True, strategy="forward-mode")
+    assert torch.allclose(found, tna.fwht(torch.eye(16, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("transformation", [torch.func.grad, torch.func.vmap])
+def test_functionalized_from_outside(transformation: Any) -> None:
+    def function(t: torch.Tensor) -> torch.Tensor:
+        return tna.fwht(t).square().sum()
+
+    x = torch.randn(2, 16, dtype=torch.float64)
+    found = torch.func.functionalize(transformation(function))(x)
+    assert torch.allclose(found, transformation(function)(x))
+
+
+def test_memory_that_was_freed_is_not_read() -> None:
+    x = torch.randn(1 << 16)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="no memory any more"):
+        tna.fwht(x)

@@ -1,0 +1,197 @@
+"""The compiled transform equals butterflies in NumPy to the bit, and the plain way within rounding, on any array."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import relative_error
+from tnadapt.algebra.maps.hadamard import fwht_plain
+from tnadapt.backends import load_backend
+
+pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
+
+from tnadapt.backends._kernels import memory, thread_pool, walsh
+from tnadapt.backends._kernels.butterflies import strips
+from tnadapt.backends._kernels.walsh import transform, transform_into
+
+DTYPES = ("float32", "float64")
+
+
+def butterflies(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The textbook: stage after stage, each a sum and a difference, rounded in the array's own dtype."""
+    moved = np.moveaxis(x, axis, -1)
+    y, half = np.ascontiguousarray(moved).reshape(-1, moved.shape[-1]), 1
+    while half < y.shape[-1]:
+        pairs = y.reshape(len(y), moved.shape[-1] // (2 * half), 2, half)
+        y = np.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), axis=2).reshape(y.shape)
+        half *= 2
+    return np.moveaxis(y.reshape(moved.shape), -1, axis)
+
+
+def plain(x: np.ndarray, axis: int, normalize: bool) -> np.ndarray:
+    backend = load_backend("numpy")
+    return np.moveaxis(fwht_plain(backend, np.moveaxis(x, axis, -1), normalize), -1, axis)
+
+
+def laid_out(x: np.ndarray, how: str) -> np.ndarray:
+    """The same numbers, otherwise in memory."""
+    if how == "Fortran":
+        return np.asfortranarray(x)
+    if how == "read-only":
+        x = x.copy()
+        x.flags.writeable = False
+    elif how == "backwards":
+        return np.ascontiguousarray(x[..., ::-1])[..., ::-1]
+    elif how == "every third":
+        wide = np.full((*x.shape[:-1], 3 * x.shape[-1]), np.nan, x.dtype)
+        wide[..., 1::3] = x
+        return wide[..., 1::3]
+    elif how == "unaligned":
+        odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+        odd[...] = x
+        return odd
+    elif how == "axes turned":
+        return np.ascontiguousarray(np.moveaxis(x, 0, -1)).transpose(x.ndim - 1, *range(x.ndim - 1))
+    elif how == "repeated":
+        return np.broadcast_to(x[..., :1], x.shape)
+    return x
+
+
+LAYOUTS = ("C", "Fortran", "read-only", "backwards", "every third", "unaligned", "axes turned", "repeated")
+
+
+@pytest.fixture(params=[1, 2, 5])
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many threads for whatever is large enough to be cut into pieces, and caches so small that much is."""
+    monkeypatch.setattr(thread_pool, "_allowed", lambda: request.param)
+    monkeypatch.setattr(walsh, "thread_count", lambda: request.param)
+    monkeypatch.setattr(walsh, "_SHARED_BYTES", 1 << 12)
+    return int(request.param)
+
+
+@pytest.fixture
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    walsh._planned.cache_clear()
+    monkeypatch.setattr(walsh, "cache_sizes", lambda: (1 << 12, 1 << 14))
+    yield
+    walsh._planned.cache_clear()
+
+
+@given(
+    batch=st.lists(st.integers(0, 5), max_size=2),
+    inner=st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 16, 17, 40]), max_size=2),
+    bits=st.integers(0, 9),
+    dtype=st.sampled_from(DTYPES),
+    how=st.sampled_from(LAYOUTS),
+    normalize=st.booleans(),
+)
+def test_it_equals_its_twin(
+    batch: list[int], inner: list[int], bits: int, dtype: str, how: str, normalize: bool
+) -> None:
+    shape, axis = (*batch, 1 << bits, *inner), len(batch)
+    x = laid_out(np.random.default_rng(0).normal(size=shape).astype(dtype), how)
+    kept = x.copy()
+    scale = 1 / math.sqrt(1 << bits) if normalize else 1.0
+    found = transform(x, scale, axis)
+    assert found.shape == x.shape
+    assert found.dtype == x.dtype
+    assert found.flags.writeable
+    assert np.array_equal(x, kept)
+    if x.size and bits:
+        assert relative_error(found, plain(x, axis, normalize)) < (2e-6 if dtype == "float32" else 4e-15)
+    assert np.array_equal(found, butterflies(x * x.dtype.type(scale), axis))
+    if x.flags.c_contiguous and x.flags.aligned and x.flags.writeable:
+        transform_into(x, x, 1.0, axis)
+        assert np.array_equal(x, butterflies(kept, axis))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "unit"),
+    [(bits, unit) for bits in range(1, 20) for unit in (1, 2, 3, 16, 24, 1000) if unit << bits <= 1 << 20],
+)
+def test_every_way_through_memory_gives_the_same_bits(
+    bits: int, unit: int, dtype: str, team: int, small_caches: None
+) -> None:
+    x = np.random.default_rng(bits).normal(size=(3, 1 << bits, unit)).astype(dtype)
+    expected = butterflies(x * x.dtype.type(0.7), 1)
+    assert np.array_equal(transform(x, 0.7, 1), expected)
+    transform_into(x, x, 0.7, 1)
+    assert np.array_equal(x, expected)
+
+
+@pytest.mark.parametrize("shape", [(1 << 20,), (4, 1 << 18), (1 << 19, 3), (1 << 10, 1 << 10)])
+def test_large_arrays_with_the_caches_that_there_are(shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    x = rng.normal(size=shape).astype(np.float32)
+    for axis in range(x.ndim):
+        if x.shape[axis] != 3:
+            assert np.array_equal(transform(x, 1.0, axis), butterflies(x, axis))
+
+
+@given(
+    st.sampled_from([2, 64, 512, 4096]),
+    st.lists(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 3e38]), min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_not_finite_is_where_the_plain_way_has_it(length: int, values: list[float], random: Random) -> None:
+    x = np.ones((2, length), np.float32)
+    for value in values:
+        x[1, random.randrange(length)] = value
+    with np.errstate(all="ignore"):
+        found, expected = tna.fwht(x), plain(x, -1, True)
+    assert np.array_equal(np.isfinite(found[0]), np.isfinite(expected[0]))
+    assert relative_error(found[0], expected[0]) < 1e-6
+    # Scaled at the start, sums stay finite where the plain way's, scaled at the end, may not.
+    if all(abs(value) < 1e38 or not math.isfinite(value) for value in values):
+        assert np.array_equal(np.isfinite(found[1]), np.isfinite(expected[1]))
+
+
+def test_public_calls_from_many_threads_at_once(team: int, rng: np.random.Generator) -> None:
+    x = rng.normal(size=(8, 1 << 13)).astype(np.float32)
+    expected, found = tna.fwht(x), [None] * 8
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            found[i] = tna.fwht(x[i])
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(np.array_equal(found[i], expected[i]) for i in range(8))
+
+
+@settings(max_examples=20)
+@given(st.sampled_from([3, 1000, 1 << 15, 1 << 18]), st.sampled_from(DTYPES))
+def test_large_arrays_begin_with_a_cache_line(length: int, dtype: str) -> None:
+    made = memory.aligned_empty((length, 2), np.dtype(dtype))
+    assert made.shape == (length, 2)
+    assert made.flags.c_contiguous
+    assert made.flags.writeable
+    if made.nbytes >= 1 << 15:
+        assert made.ctypes.data % memory.CACHE_LINE == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "rows_apart", "width"), [(10, 40, 16), (9, 5, 16), (8, 64, 32), (7, 33, 8), (5, 48, 64)]
+)
+def test_strips_of_any_number_of_sweeps(dtype: str, in_place: bool, bits: int, rows_apart: int, width: int) -> None:
+    # With vectors of any width: ten stages are more than two sweeps, of four stages or of three.
+    x = np.random.default_rng(bits).standard_normal((3, 1 << bits, rows_apart)).astype(dtype)
+    expected = butterflies(x * x.dtype.type(0.5), 1)
+    src = x.reshape(-1).copy()
+    dst = src if in_place else np.full_like(src, np.nan)
+    strips(src, dst, 0, 3 * -(-rows_apart // width), rows_apart, bits, width, 0.5)
+    assert np.array_equal(dst.reshape(x.shape), expected)

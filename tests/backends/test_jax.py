@@ -1,0 +1,105 @@
+"""What JAX adds: jit, vmap, grad, and numbers of 32 bits by default."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tests.conftest import relative_error
+from tnadapt.backends import load_backend
+
+from .test_torch import LARGER, NONLINEAR, PRESETS, SHAPES
+
+jax = pytest.importorskip("jax")
+torch = pytest.importorskip("torch")
+
+
+def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_jit_and_gradients_agree_with_torch(name: str) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    host = drawn(plan)
+    target = np.random.default_rng(1).normal(size=plan.size)
+
+    def loss(params):
+        return (plan.vector(params) ** 2 * target).sum()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))({k: jax.numpy.asarray(a) for k, a in host.items()})
+    tensors = {k: torch.tensor(a, requires_grad=True) for k, a in host.items()}
+    expected = (plan.vector(tensors) ** 2 * torch.tensor(target)).sum()
+    expected.backward()
+    assert abs(float(value) - expected.item()) < 1e-12 * max(1.0, abs(expected.item()))
+    for key, tensor in tensors.items():
+        assert relative_error(grads[key], tensor.grad.numpy()) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["lora", "lonkr", "F shuffle", "F nonlinear"])
+def test_vmap_and_slices_under_jit(name: str) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    host = drawn(plan)
+    stacked = {k: jax.numpy.stack([a, 2 * a]) for k, a in host.items()}
+    found = jax.jit(jax.vmap(lambda p: plan.vector(p, 3, 30)))(stacked)
+    for i in range(2):
+        assert relative_error(found[i], plan.vector({k: np.asarray(a[i]) for k, a in stacked.items()}, 3, 30)) < 1e-12
+
+
+def test_draws_first_met_under_jit_are_not_kept_as_tracers() -> None:
+    plan = tna.SuperLoRA(PRESETS["F nonlinear"], SHAPES)
+    params = plan.init("jax", "float64")
+    jax.jit(plan.vector)(params)
+    jax.jit(lambda p: plan.delta(p, 1))(params)
+    assert relative_error(plan.vector(params), np.zeros(plan.size)) == 0.0
+    assert relative_error(jax.jit(plan.vector)({k: a + 0.1 for k, a in params.items()}),
+                          plan.vector({k: np.asarray(a) + 0.1 for k, a in params.items()})) < 1e-12  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_start_under_jit(name: str) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    for dtype in ("float64", "float32"):
+        params = plan.init("jax", dtype)
+        assert not np.asarray(plan.vector(params)).any()
+        assert not np.asarray(jax.jit(plan.vector)(params)).any()
+
+
+def test_without_64_bits_float64_is_refused_and_float32_works() -> None:
+    plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
+    with jax.enable_x64(False):
+        with pytest.raises(tna.BackendError, match="jax_enable_x64"):
+            plan.init("jax", "float64")
+        params = {k: jax.numpy.asarray(a, dtype="float32") for k, a in drawn(plan).items()}
+        found = np.asarray(plan.vector(params))
+    assert found.dtype == np.float32
+    assert relative_error(found, plan.vector({k: np.asarray(a, np.float64) for k, a in params.items()})) < 1e-5
+
+
+def test_some_parameters_may_be_constants_of_the_program() -> None:
+    plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
+    params = {k: jax.numpy.asarray(a) for k, a in drawn(plan).items()}
+    first, *rest = params
+    fixed = {k: params[k] for k in rest}
+    found = jax.jit(lambda a: plan.vector({first: a} | fixed))(params[first])
+    assert relative_error(found, plan.vector(params)) < 1e-12
+
+
+@pytest.mark.parametrize("name", NONLINEAR)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_a_larger_start_under_jit(name: str, dtype: str) -> None:
+    plan = tna.SuperLoRA(NONLINEAR[name], LARGER)
+    params = plan.init("jax", dtype)
+    assert not any(np.asarray(delta, np.float64).any() for delta in jax.jit(plan.deltas)(params))
+    assert not np.asarray(jax.jit(lambda p: plan.delta(p, 2))(params), np.float64).any()
+
+
+def test_positions_past_2_31_are_not_truncated() -> None:
+    backend = load_backend("jax")
+    with jax.enable_x64(False):
+        with pytest.raises(tna.BackendError, match="positions past 2"):
+            backend.constant(np.array([2**31 + 5]), None)
+        assert int(backend.constant(np.array([2**31 - 1]), None)[0]) == 2**31 - 1
+    assert int(backend.constant(np.array([2**31 + 5]), None)[0]) == 2**31 + 5

@@ -1,0 +1,254 @@
+"""What torch adds: second derivatives, compile, vmap, inference mode, half precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import tnadapt as tna
+from tnadapt.algebra.maps.projection import KINDS, SQUARE
+from tnadapt.testing.strategies import plans
+
+torch = pytest.importorskip("torch")
+
+P = tna.presets
+SHAPES = [(4, 3)] * 4
+FOUR = {"weights": 4, "rows": 4, "cols": 3}
+PRESETS = {
+    "dense": P.dense(),
+    "lora": P.lora(2),
+    "lokr": P.lokr(2),
+    "krona": P.krona(),
+    "loha": P.loha(2),
+    "lonkr": P.lonkr(1, splits=3, split_size=2),
+    "lotr": P.lotr(2, **FOUR),
+    "lorta": P.lorta(2, order=3),
+    "lorta_cp": P.lorta_cp(2, layers=2, rows=4, cols=3, heads=2),
+    "fastfood": P.fastfood(0.3),
+    "superlora": P.superlora(2),
+    "fact_tt": P.fact_tt(2, **FOUR),
+    "fact_tk": P.fact_tk(2, **FOUR),
+    "cara": P.cara(2, heads=2, **FOUR),
+    "compacter": P.compacter(1, terms=1),
+    **{f"F {kind}": P.superlora(1, projection=kind, ratio=1.0 if kind in SQUARE else 0.3) for kind in KINDS},
+}
+
+
+def drawn(plan: tna.SuperLoRA, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
+        for name, shape in plan.param_shapes.items()
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_gradients_of_first_and_second_order(name: str) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    params = drawn(plan)
+
+    def function(*arrays: torch.Tensor) -> torch.Tensor:
+        return plan.vector(dict(zip(params, arrays, strict=True)))
+
+    arrays = tuple(params.values())
+    assert torch.autograd.gradcheck(function, arrays)
+    assert torch.autograd.gradgradcheck(lambda *a: function(*a).square(), arrays, atol=1e-4, fast_mode=True)
+
+
+@given(plans())
+@settings(max_examples=25)
+def test_first_step_gradients_are_not_zero(plan: tna.SuperLoRA) -> None:
+    params = {name: array.requires_grad_() for name, array in plan.init("torch", "float32").items()}
+    weights = torch.randn(plan.size, generator=torch.Generator().manual_seed(0))
+    (plan.vector(params) * weights).sum().backward()
+    for group in range(plan.num_groups):
+        own = [array.grad for name, array in params.items() if name.startswith(f"group{group}.")]
+        assert any(bool(grad.any()) for grad in own)
+    if plan.config.projection.startswith("nonlinear"):
+        # Nothing is zero at the start, so every array moves.
+        assert all(bool(array.grad.any()) for array in params.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", "lonkr", "lorta", "cara", "F shuffle", "F linear", "F nonlinear_v2", "compacter"]
+)
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compile_in_one_graph_from_cold(name: str) -> None:
+    torch._dynamo.reset()
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)  # fresh: the compiler meets every draw for the first time
+    params = {
+        name: (array + 0.1 * torch.ones_like(array)).requires_grad_()
+        for name, array in plan.init("torch", "float64").items()
+    }
+    compiled = torch.compile(lambda p: (plan.deltas(p), plan.delta(p, 1), plan.vector(p, 5, 20)), fullgraph=True)
+    deltas, delta, vector = compiled(params)
+    plain = plan.deltas(params)
+    for found, expected in zip([*deltas, delta, vector], [*plain, plain[1], plan.vector(params, 5, 20)], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    vector.sum().backward()
+    assert all(array.grad is not None for array in params.values())
+    # Other numbers of the same shapes: the same program.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        other = {name: array.detach() * 2.0 for name, array in params.items()}
+        with torch.no_grad():
+            plan.deltas(other)
+        compiled({name: (array.detach() * 2.0).requires_grad_() for name, array in params.items()})
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_vmap_over_adapters(name: str) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    params = drawn(plan)
+    stacked = {key: torch.stack([array.detach(), 2.0 * array.detach()]) for key, array in params.items()}
+    found = torch.func.vmap(lambda p: plan.vector(p))(stacked)
+    for i in range(2):
+        alone = plan.vector({key: array[i] for key, array in stacked.items()})
+        torch.testing.assert_close(found[i], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, within jvp
+def test_func_grad_and_jvp() -> None:
+    plan = tna.SuperLoRA(PRESETS["F nonlinear"], SHAPES)
+    params = {key: array.detach() for key, array in drawn(plan).items()}
+    grads = torch.func.grad(lambda p: plan.vector(p).square().sum())(params)
+    way = {key: torch.ones_like(array) for key, array in params.items()}
+    _, slope = torch.func.jvp(lambda p: plan.vector(p).square().sum(), (params,), (way,))
+    torch.testing.assert_close(slope, sum(grad.sum() for grad in grads.values()))
+
+
+def test_draws_first_met_in_inference_mode_can_be_trained_through() -> None:
+    plan = tna.SuperLoRA(P.superlora(2, projection="nonlinear", ratio=0.5), SHAPES)
+    params = drawn(plan, torch.float32)
+    with torch.inference_mode():
+        plan.deltas({key: array.detach() for key, array in params.items()})
+        plan.delta({key: array.detach() for key, array in params.items()}, 1)
+    plan.vector(params).sum().backward()
+    assert all(bool(array.grad.any()) for array in params.values())
+
+
+def test_two_backward_passes_accumulate() -> None:
+    plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
+    params = drawn(plan)
+    for _ in range(2):
+        plan.vector(params).square().sum().backward()
+    twice = {key: array.grad.clone() for key, array in params.items()}
+    for array in params.values():
+        array.grad = None
+    plan.vector(params).square().sum().backward()
+    for key, array in params.items():
+        torch.testing.assert_close(twice[key], 2.0 * array.grad)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2), ("float16", 5e-3)])
+def test_lower_precision(name: str, dtype: str, tolerance: float) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    params = {key: array.detach().to(getattr(torch, dtype)) for key, array in drawn(plan).items()}
+    found = plan.vector(params)
+    assert found.dtype is getattr(torch, dtype)
+    exact = plan.vector({key: array.double() for key, array in params.items()})
+    assert float((found.double() - exact).abs().max()) < tolerance * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_the_start_is_exactly_zero_in_every_dtype(name: str, dtype: str) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    params = plan.init("torch", dtype)
+    assert not any(bool(delta.any()) for delta in plan.deltas(params))
+    assert not bool(plan.delta(params, 3).any())
+
+
+def test_global_random_state_is_untouched() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
+    plan.deltas(plan.init("torch"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_deltas_of_views_and_of_parameters_of_a_module() -> None:
+    plan = tna.SuperLoRA(P.lora(2), [(6, 4)])
+    holder = torch.nn.ParameterDict(
+        {"b": torch.nn.Parameter(torch.randn(2, 6)), "a": torch.nn.Parameter(torch.randn(4, 2))}
+    )
+    params = {"group0.split0.factor0": holder["b"].T, "group0.split0.factor1": holder["a"]}
+    torch.testing.assert_close(plan.deltas(params)[0], holder["b"].T @ holder["a"].T)
+
+
+def test_numpy_parity_in_single_precision() -> None:
+    for config in PRESETS.values():
+        plan = tna.SuperLoRA(config, SHAPES)
+        host = {key: array.detach().float().numpy() for key, array in drawn(plan).items()}
+        found = plan.vector({key: torch.tensor(array) for key, array in host.items()}).numpy()
+        expected = plan.vector(host)
+        assert np.max(np.abs(found - expected)) < 1e-5 * np.max(np.abs(expected))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", PRESETS)
+def test_on_a_cuda_device(name: str) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    params = drawn(plan)
+    there = {key: array.detach().cuda().requires_grad_() for key, array in params.items()}
+    found = plan.vector(there)
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), plan.vector(params), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(plan.delta(there, 1).cpu(), plan.delta(params, 1), rtol=1e-12, atol=1e-12)
+    found.sum().backward()
+    assert all(array.grad is not None for array in there.values())
+    fresh = plan.init("torch", device="cuda")
+    assert not any(bool(delta.any()) for delta in plan.deltas(fresh))
+
+
+LARGER = [(48, 32)] * 3
+NONLINEAR = {
+    "cp": tna.Config(rank=4, groups=1, fold="hypercube", projection="nonlinear", ratio=0.3),
+    "dense": P.fastfood(0.3, projection="nonlinear"),
+    "tucker": tna.Config(rank=2, groups=1, fold="hypercube", format="tucker", splits=2, terms=2, ratio=0.3,
+                         projection="nonlinear_v2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NONLINEAR)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_start_is_exactly_zero(name: str, dtype: str) -> None:
+    torch._dynamo.reset()
+    plan = tna.SuperLoRA(NONLINEAR[name], LARGER)
+    params = plan.init("torch", dtype)
+    for delta in torch.compile(lambda p: plan.deltas(p), fullgraph=True)(params):
+        assert delta.dtype is getattr(torch, dtype)
+        assert not bool(delta.any())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 4e-3), ("float16", 2e-3)])
+@pytest.mark.parametrize("move", [1e-1, 1e-2, 1e-3])
+def test_a_small_nonlinear_update_in_half_precision_is_not_noise(dtype: str, tolerance: float, move: float) -> None:
+    plan = tna.SuperLoRA(NONLINEAR["cp"], LARGER)
+    generator = torch.Generator().manual_seed(0)
+    begun = plan.init("torch", dtype)
+    params = {}
+    for key, array in begun.items():
+        way = torch.randn(array.shape, generator=generator)
+        params[key] = array + (move * array.float().abs().mean() * way).to(array.dtype)
+    exact = plan.vector({key: array.double() for key, array in params.items()})
+    # In double precision the start is that of double precision: subtract what rounding the start made of it.
+    exact = exact - plan.vector({key: array.double() for key, array in begun.items()})
+    error = (plan.vector(params).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert float(error) < tolerance
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_autocast_does_not_reach_into_an_update(name: str) -> None:
+    plan = tna.SuperLoRA(PRESETS[name], SHAPES)
+    params = drawn(plan, torch.float32)
+    expected = plan.vector(params)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = plan.vector(params)
+        whole = plan.deltas(params)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.cat([delta.reshape(-1) for delta in whole]), expected)
+    found.sum().backward()
+    assert all(array.grad.dtype is torch.float32 for array in params.values())

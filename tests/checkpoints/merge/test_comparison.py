@@ -1,0 +1,151 @@
+"""Whether two files are equal, and advisory locks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tnadapt import FileError
+from tnadapt.checkpoints import file_locks
+from tnadapt.checkpoints.merge import _comparison as comparison
+from tnadapt.checkpoints.merge._comparison import open_regular, same_content
+from tnadapt.checkpoints.merge._work_lock import work_lock
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("one", "two"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "file").write_bytes(b"some bytes")
+    return tmp_path
+
+
+def test_folders_of_the_same_files_are_the_same(folder: Path) -> None:
+    assert same_content(str(folder / "one"), str(folder / "two"))
+
+
+def another_byte(place: Path) -> None:
+    (place / "inner" / "file").write_bytes(b"some bytez")
+
+
+def another_size(place: Path) -> None:
+    (place / "inner" / "file").write_bytes(b"some bytes.")
+
+
+def another_name(place: Path) -> None:
+    (place / "inner" / "file").rename(place / "inner" / "other")
+
+
+def one_more(place: Path) -> None:
+    (place / "more").touch()
+
+
+def a_link(place: Path) -> None:
+    (place / "inner" / "file").rename(place.parent / "moved")
+    (place / "inner" / "file").symlink_to(place.parent / "moved")
+
+
+def a_pipe(place: Path) -> None:
+    (place / "inner" / "file").unlink()
+    os.mkfifo(place / "inner" / "file")
+
+
+def a_folder(place: Path) -> None:
+    (place / "inner" / "file").unlink()
+    (place / "inner" / "file").mkdir()
+
+
+def nothing(place: Path) -> None:
+    (place / "inner" / "file").unlink()
+    (place / "inner").rmdir()
+    place.rmdir()
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "change", [another_byte, another_size, another_name, one_more, a_link, a_pipe, a_folder, nothing]
+)
+def test_any_difference_is_one(folder: Path, change: Any, first: bool) -> None:
+    if change is a_pipe and not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes here")
+    change(folder / ("one" if first else "two"))
+    assert not same_content(str(folder / "one"), str(folder / "two"))
+
+
+def test_a_file_of_many_pieces_is_compared_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "_PIECE", 3)
+    for end, same in ((b"z", False), (b"g", True)):
+        (tmp_path / "one").write_bytes(b"abcdefg")
+        (tmp_path / "two").write_bytes(b"abcdef" + end)
+        assert same_content(str(tmp_path / "one"), str(tmp_path / "two")) is same
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is not a regular file"):
+        open_regular(str(tmp_path / "pipe"))
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with pytest.raises(OSError, match="link"):
+        open_regular(str(tmp_path / "link"))
+    os.close(open_regular(str(tmp_path / "file")))
+
+
+# -- Locks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not file_locks.HAS_LOCKS, reason="no advisory locks here")
+def test_a_file_system_without_locks_counts_as_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "file", "w") as one, open(tmp_path / "file") as two:
+        assert file_locks.lock(one.fileno())
+        assert not file_locks.lock(two.fileno())
+        file_locks.unlock(one.fileno())
+        assert file_locks.lock(two.fileno())
+
+        def without(*_: Any) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(file_locks.fcntl, "flock", without)
+        assert file_locks.lock(one.fileno())
+        file_locks.unlock(one.fileno())
+
+
+def test_a_system_without_locks_makes_the_work_folder_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_locks, "HAS_LOCKS", False)
+    monkeypatch.setattr("tnadapt.checkpoints.merge._work_lock.HAS_LOCKS", False)
+    with open(tmp_path / "file", "w") as file:
+        assert file_locks.lock(file.fileno())
+    root = str(tmp_path / "work")
+    with work_lock(root), work_lock(root):
+        assert os.path.isdir(root)
+    (tmp_path / "work" / "mine").touch()
+    with pytest.raises(FileError), work_lock(root):
+        pass
+    assert (tmp_path / "work" / "mine").exists()
+
+
+@pytest.mark.skipif(not file_locks.HAS_LOCKS, reason="no advisory locks here")
+def test_the_lock_of_a_folder_that_is_always_deleted_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.open
+
+    def deleted(path: Any, *rest: Any, **settings: Any) -> int:
+        if os.path.dirname(path) == str(tmp_path / "work"):
+            os.rmdir(tmp_path / "work")
+        return plain(path, *rest, **settings)
+
+    monkeypatch.setattr(os, "open", deleted)
+    with (
+        pytest.raises(FileError, match=r"other processes are making \S+ again and again"),
+        work_lock(str(tmp_path / "work")),
+    ):
+        pass
+    assert not (tmp_path / "work").exists()

@@ -1,0 +1,898 @@
+"""``tnadapt.merge``: the sum to the bit, everything else untouched, and nothing half made under the final name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import peak_of
+from tests.support import checkpoint_files as cp
+from tnadapt.algebra import rounding
+from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.checkpoints.fingerprint import fingerprint
+from tnadapt.checkpoints.merge import _copying as copying
+from tnadapt.checkpoints.merge import _job as job
+from tnadapt.errors import TnadaptError
+from tnadapt.testing.strategies import configs
+
+P, T = tna.presets, tna.Target
+PARTIAL = ".tnadapt-partial"
+KINDS = ("float16", "bfloat16")
+
+# One of each kind of view: a whole weight, fused rows, interleaved ones, a transposed one, a convolution.
+VIEWS = [
+    T("h.0.q", (6, 4), "q"),
+    T("h.0.qkv", (18, 4), "q", rows=tna.Rows(0, 6, 18)),
+    T("h.0.qkv", (18, 4), "v", rows=tna.Rows(12, 6, 18)),
+    T("h.1.c_attn", (4, 12), "v", rows=tna.Rows(8, 4, 12), transposed=True),
+    T("h.1.whole", (4, 6), "q", transposed=True),
+    T("h.2.neox", (12, 4), "v", rows=tna.Rows(4, 2, 6, 2)),
+    T("h.3.conv", (5, 2, 2, 1), "conv"),
+    T("", (4, 4), "q", parameter="in_proj_weight"),
+]
+
+
+def same(found: cp.Tensors, expected: cp.Tensors) -> bool:
+    return found.keys() == expected.keys() and all(
+        tag == expected[name][0] and array.shape == expected[name][1].shape
+        and array.tobytes() == expected[name][1].tobytes()
+        for name, (tag, array) in found.items()
+    )  # fmt: skip
+
+
+def exact(file: tna.AdapterFile) -> list[np.ndarray]:
+    """The updates in float64, from the plan alone."""
+    arrays = {name: array.astype(np.float64) for name, array in file.arrays.items()}
+    return file.plan.deltas(arrays)
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(one.relative_to(path)): one.read_bytes() for one in sorted(path.rglob("*")) if one.is_file()}
+
+
+def small(folder: Path, shards: int = 1, dtype: str = "float32", **settings: Any) -> tuple[Path, Path, tna.AdapterFile]:
+    """A base, an adapter's path, and the adapter."""
+    targets = [T(f"layer.{number}.q", (6, 4), "q") for number in range(3)]
+    tensors = cp.base(targets, dtype)
+    file = cp.adapter(P.lora(2), targets, tensors, **settings)
+    cp.write(folder / "base", tensors, shards)
+    tna.save(folder / "adapter.safetensors", file)
+    return folder / "base", folder / "adapter.safetensors", file
+
+
+# -- The sum ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@given(data=st.data())
+def test_it_is_the_sum_rounded_and_nothing_else_is_touched(
+    dtype: str, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("case")
+    targets = data.draw(st.lists(st.sampled_from(VIEWS), min_size=1, max_size=4, unique=True))
+    config = data.draw(configs([target.shape for target in targets], ("identity", "shuffle", "linear", "linear_v2")))
+    try:
+        # float64 arrays: there, what is subtracted for a nonlinear F is not rounded.
+        file = cp.adapter(config, targets, None, data.draw(st.sampled_from(["float64", "float32"])))
+    except TnadaptError:
+        return  # a config that does not suit these weights
+    shards = data.draw(st.integers(1, 3))
+    single = shards == 1 and data.draw(st.booleans())
+    tensors = cp.base(targets, dtype)
+    source = cp.write(folder / "base", tensors, shards)
+    where = (source / "model.safetensors", folder / "out.safetensors") if single else (source, folder / "out")
+    before = content(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "SPAN", data.draw(st.sampled_from([5, 1 << 24])))
+        report = tna.merge(where[0], file, where[1])
+    expected = cp.merged(tensors, targets, exact(file), dtype)
+    found = cp.read(where[1])
+    if not same(found, expected):
+        # Slices and wholes may differ in the last bit of float64: then two sums are neighbours, and no more.
+        for name, (tag, array) in found.items():
+            assert tag == expected[name][0]
+            wide = cp.numbers(array, dtype) if tag == cp.TAGS[dtype] else array.astype(np.float64)
+            want = cp.numbers(expected[name][1], dtype) if tag == cp.TAGS[dtype] else expected[name][1]
+            assert np.allclose(wide, want, rtol=1e-12 if dtype == "float64" else 1e-2)
+            assert (wide != want).sum() <= (wide.size if dtype == "float64" else 1)
+    assert content(source) == before
+    assert (report.tensors, report.targets) == (len(tensors), len(targets))
+    assert sorted(os.listdir(folder)) == sorted(["base", where[1].name])
+    if not single:
+        for name in before.keys() - {name for name in before if name.endswith(".safetensors")}:
+            assert content(where[1])[name] == before[name]
+
+
+@pytest.mark.parametrize("trained", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("projection", ["identity", "linear", "nonlinear"])
+def test_adapters_of_every_dtype(trained: str, projection: str, tmp_path: Path) -> None:
+    ratio = 1.0 if projection == "identity" else 0.5
+    file = cp.adapter(P.superlora(2, groups=2, projection=projection, ratio=ratio), VIEWS, None, trained)
+    tensors = cp.base(VIEWS)
+    tna.merge(cp.write(tmp_path / "base", tensors, 2), file, tmp_path / "out")
+    deltas = file.deltas()  # in single precision or half: near
+    expected = cp.merged(tensors, VIEWS, [delta.astype(np.float64) for delta in deltas], "float32")
+    found = cp.read(tmp_path / "out")
+    error = (1e-3 if trained == "float16" else 1e-5) * max(float(np.abs(delta).max()) for delta in deltas)
+    for name, (_, array) in expected.items():
+        assert np.abs(found[name][1].astype("f8") - array).max(initial=0.0) < error
+
+
+@pytest.mark.parametrize("trained", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_fresh_adapter_changes_no_bit(dtype: str, trained: str, tmp_path: Path) -> None:
+    # In float64 a start that is rounded otherwise than the adapter's would show in the last digits.
+    tensors = cp.base(VIEWS, dtype)
+    config = P.superlora(2, projection="nonlinear", ratio=0.5)
+    plan = tna.SuperLoRA(config, [target.shape for target in VIEWS])
+    if trained == "bfloat16":
+        arrays = {name: cp.from_bfloat16(cp.to_bfloat16(array)) for name, array in plan.init().items()}
+        file = tna.AdapterFile(config, VIEWS, arrays, dtypes=dict.fromkeys(arrays, trained))
+    else:
+        file = tna.AdapterFile(config, VIEWS, plan.init(dtype=trained))
+    tna.merge(cp.write(tmp_path / "base", tensors), file, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "base")
+
+
+def test_dtypes_that_numpy_lacks_pass_through(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    raw = (base / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    end = len(raw) - 8 - length
+    header["scales"] = {"dtype": "F8_E8M0", "shape": [3], "data_offsets": [end, end + 3]}
+    (base / "model.safetensors").write_bytes(cp.forge.container(header, raw[8 + length :] + b"abc"))
+    tna.merge(base, adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes().endswith(b"abc")
+
+
+@pytest.mark.parametrize("ways", ["copy_file_range", "sendfile", "hand"])
+def test_every_way_of_copying(ways: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter, _ = small(tmp_path, 2)
+    tna.merge(base, adapter, tmp_path / "expected")
+
+    def cannot(error: OSError | None) -> Any:
+        def way(*arguments: Any) -> int:
+            if error is not None:
+                raise error
+            return 0
+
+        return way
+
+    left = {"copy_file_range": copying._WAYS[:1], "sendfile": [cannot(OSError(18, "EXDEV")), *copying._WAYS[1:]],
+            "hand": [cannot(OSError(38, "ENOSYS")), cannot(None), copying._by_hand]}[ways]  # fmt: skip
+    monkeypatch.setattr(copying, "_WAYS", left)
+    monkeypatch.setattr(copying, "_PIECE", 7)
+    tna.merge(base, adapter, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
+def test_progress_reaches_its_end(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 2)
+    seen: list[tuple[int, int]] = []
+    tna.merge(base, adapter, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    size = sum(one.stat().st_size for one in (tmp_path / "out").glob("*.safetensors"))
+    assert {total for _, total in seen} == {size}
+    assert seen[-1] == (size, size)
+
+
+# -- Files beside -------------------------------------------------------------------------------
+
+
+def test_what_else_is_in_the_folder(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    for name in ("tokenizer.json", "code/model.py", ".gitattributes"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    for name in ("pytorch_model.bin", "onnx/model.onnx", "other.safetensors", ".git/config"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    (base / "round").symlink_to(base)
+    (base / "linked.txt").symlink_to(base / "tokenizer.json")
+    report = tna.merge(base, adapter, tmp_path / "out")
+    assert set(content(tmp_path / "out")) == {
+        "model.safetensors", "config.json", "tokenizer.json", "code/model.py", ".gitattributes", "linked.txt",
+    }  # fmt: skip
+    assert not (tmp_path / "out" / "linked.txt").is_symlink()
+    assert set(report.left_out) == {"pytorch_model.bin", "onnx/model.onnx", "other.safetensors", ".git/", "round/"}
+
+
+def hub_cache(base: Path, repository: Path) -> Path:
+    """The same files as the cache of Hugging Face's hub keeps them: links to blobs named by their hashes."""
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "0123abcd"
+    for path in sorted(base.rglob("*")):
+        if path.is_file():
+            blob = repository / "blobs" / f"{len(os.listdir(repository / 'blobs')):064x}"
+            shutil.copyfile(path, blob)
+            link = snapshot / path.relative_to(base)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_base_of_links_as_a_hub_s_cache_is(shards: int, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, shards)
+    (base / "code").mkdir()
+    (base / "code" / "model.py").write_text("pass")
+    tna.merge(base, adapter, tmp_path / "expected")
+    snapshot = hub_cache(base, tmp_path / "models--made--up")
+    (tmp_path / "link").symlink_to(snapshot)
+    for number, source in enumerate([snapshot, tmp_path / "link"]):
+        report = tna.merge(source, adapter, tmp_path / f"out{number}")
+        assert content(tmp_path / f"out{number}") == content(tmp_path / "expected")
+        assert not any(path.is_symlink() for path in (tmp_path / f"out{number}").rglob("*"))
+        assert report.left_out == ()
+    index = snapshot / ("model.safetensors" if shards == 1 else "model.safetensors.index.json")
+    tna.merge(index, adapter, tmp_path / ("one.safetensors" if shards == 1 else "indexed"))
+    if shards == 1:
+        blob = (snapshot / "model.safetensors").resolve()
+        with pytest.raises(tna.FileError, match="is what is to be read"):
+            tna.merge(snapshot / "model.safetensors", adapter, blob, overwrite=True)
+
+
+def test_blobs_are_those_of_a_hub_s_cache_alone(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    (tmp_path / "blobs").mkdir()  # beside the base, which is in no folder of snapshots
+    (base / "model.safetensors").rename(tmp_path / "blobs" / "0")
+    (base / "model.safetensors").symlink_to(tmp_path / "blobs" / "0")
+    message = refused(tmp_path, base, adapter)
+    assert message == (
+        f"{base}: model.safetensors is a link to {tmp_path / 'blobs' / '0'}, which is outside of the checkpoint, and "
+        "is not followed: copy the folder with its links followed (cp -rL), or give the path of that one file"
+    )
+    # Who names a link means what it leads to.
+    tna.merge(base / "model.safetensors", adapter, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("what", ["shard", "index"])
+def test_weights_outside_of_the_checkpoint_are_refused(what: str, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 2)
+    name = "model-00002-of-00002.safetensors" if what == "shard" else "model.safetensors.index.json"
+    (base / name).rename(tmp_path / "elsewhere")
+    (base / name).symlink_to(tmp_path / "elsewhere")
+    message = refused(tmp_path, base, adapter)
+    assert f"{name} is a link to {tmp_path / 'elsewhere'}, which is outside" in message
+    # No single file is the model here.
+    assert message.endswith("is not followed: copy the folder with its links followed (cp -rL)")
+    shutil.copytree(base, tmp_path / "copied")  # which follows links
+    tna.merge(tmp_path / "copied", adapter, tmp_path / "out")
+
+
+def test_links_that_leave_the_checkpoint_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter, _ = small(tmp_path)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("of another folder")
+    (base / "code").mkdir()
+    (base / "real.txt").write_text("inside")
+    links = {
+        "absolute.txt": secret, "relative.txt": "../secret.txt", "chain.txt": "absolute.txt", "code/deep.txt": secret,
+        "zero.json": "/dev/zero", "dangling.txt": "nowhere", "round.txt": "round.txt", "up": "..", "itself": ".",
+        "proc.txt": "/proc/self/environ", "inside.txt": "real.txt", "code/up.txt": "../real.txt",
+    }  # fmt: skip
+    for name, target in links.items():
+        (base / name).symlink_to(target)
+    os.mkfifo(base / "pipe.json")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(base)  # a socket's path must be short
+        server.bind("socket")
+    report = tna.merge(base, adapter, tmp_path / "out")
+    copied = {"config.json", "real.txt", "inside.txt", "code/up.txt"}
+    assert set(report.copied) == copied
+    assert set(content(tmp_path / "out")) == copied | {"model.safetensors"}
+    assert set(report.left_out) == set(links) - copied - {"up", "itself"} | {"up/", "itself/", "pipe.json", "socket"}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_link_that_is_turned_outside_while_it_is_copied_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, _ = small(tmp_path)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("of another folder")
+    (base / "notes.txt").write_text("inside")
+    real = job.Job._copy_others
+
+    def copy_others(job: job.Job, *arguments: Any) -> None:
+        (base / "notes.txt").unlink()
+        (base / "notes.txt").symlink_to(secret)
+        real(job, *arguments)
+
+    monkeypatch.setattr(job.Job, "_copy_others", copy_others)
+    with pytest.raises(tna.FileError, match=r"was changed while it was merged \(notes.txt\): run it again"):
+        tna.merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "config.json"])
+def test_a_pipe_for_weights_or_settings_is_no_wait(name: str, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 2 if "of" in name else 1)
+    (base / name).unlink()
+    os.mkfifo(base / name)
+    if name == "config.json":
+        assert tna.merge(base, adapter, tmp_path / "out").left_out == ("config.json",)
+    else:
+        assert "is neither a file nor a folder" in refused(tmp_path, base, adapter)
+
+
+def test_a_pipe_for_an_adapter_is_no_wait(tmp_path: Path) -> None:
+    base, _, _ = small(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is neither a file nor a folder" in refused(tmp_path, base, tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("single", [True, False])
+def test_a_pipe_or_device_is_never_replaced(single: bool, overwrite: bool, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.safetensors").symlink_to("pipe.safetensors")
+    outs = [tmp_path / "pipe.safetensors", tmp_path / "link.safetensors"] if single else [tmp_path / "pipe"]
+    for out in [*outs, Path(os.devnull)]:
+        message = refused(tmp_path, base / "model.safetensors" if single else base, adapter, out, overwrite=overwrite)
+        assert message == (
+            f"{out}: is neither a file nor a folder but a pipe, a device or the like, and is never replaced"
+        )
+    assert (tmp_path / "pipe.safetensors").is_fifo()
+    assert (tmp_path / "pipe").is_fifo()
+    assert Path(os.devnull).is_char_device()
+
+
+# -- What was trained beside the adapter ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_trained_head_replaces_the_base_s_or_is_added(shards: int, tmp_path: Path) -> None:
+    targets = [T("layer.0.q", (6, 4), "q")]
+    tensors = cp.base(targets, "bfloat16")
+    tensors["head.weight"] = "BF16", cp.to_bfloat16(np.ones((2, 6)))
+    tensors["head.count"] = "I64", np.array(3)
+    kept = {"head.weight": np.full((2, 6), 1 / 3, np.float32), "head.count": np.array(5), "new.bias": np.arange(3.0)}
+    file = cp.adapter(P.lora(1), targets, tensors, kept=kept)
+    report = tna.merge(cp.write(tmp_path / "base", tensors, shards), file, tmp_path / "out")
+    found = cp.read(tmp_path / "out")
+    assert report.replaced == ("head.count", "head.weight")
+    assert report.added == ("new.bias",)
+    assert found["head.weight"][0] == "BF16"
+    assert np.array_equal(found["head.weight"][1], cp.to_bfloat16(kept["head.weight"]))
+    assert found["head.count"][1] == 5
+    assert found["new.bias"][0] == "F64"
+    assert found["new.bias"][1].tolist() == [0.0, 1.0, 2.0]
+    expected = cp.merged(tensors, targets, exact(file), "bfloat16")
+    assert np.array_equal(found["layer.0.q.weight"][1], expected["layer.0.q.weight"][1])
+    assert all(found[name][1].tobytes() == tensors[name][1].tobytes() for name in ("a.first", "z.last"))
+    if shards > 1:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == found.keys()
+        assert index["metadata"]["total_size"] == sum(array.nbytes for _, array in found.values())
+    assert tna.merge(tmp_path / "out", file, tmp_path / "again", check_base=False).added == ()
+
+
+def test_half_a_surrogate_pair_in_metadata_is_kept_where_a_head_is_added(tmp_path: Path) -> None:
+    base, target = tmp_path / "base.safetensors", T("h.0.q", (6, 4), "q")
+    said = {"a\udc00": "\ud800\\ud800 é \U0001f600", "format": "pt"}
+    entry = {"dtype": "F32", "shape": [6, 4], "data_offsets": [0, 96]}
+    head = json.dumps({"__metadata__": said, "h.0.q.weight": entry}).encode()
+    base.write_bytes(len(head).to_bytes(8, "little") + head + bytes(96))
+    head_weight = np.ones((2, 4), np.float32)
+    config = P.lora(1)
+    file = tna.AdapterFile(config, [target], tna.SuperLoRA(config, [(6, 4)]).init(), kept={"head.weight": head_weight})
+    tna.merge(base, file, tmp_path / "out.safetensors")
+    merged = open_checkpoint(tmp_path / "out.safetensors")
+    assert dict(merged.metadata[merged.files[0]]) == said
+    assert np.array_equal(merged.array("head.weight"), head_weight)
+    assert not merged.array("h.0.q.weight").any()
+
+
+def test_a_head_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    targets = [T("layer.0.q", (6, 4), "q")]
+    tensors = cp.base(targets, "float16")
+    tensors["head.weight"] = "F16", np.ones((2, 6), np.float16)
+    tensors["head.count"] = "I64", np.array(3)
+    base = cp.write(tmp_path / "base", tensors)
+    for kept, why in (
+        ({"head.weight": np.ones((3, 6))}, r"shape \(3, 6\), and the checkpoint's is \(2, 6\)"),
+        ({"head.count": np.array(1.5)}, "as float64, and the checkpoint's is I64"),
+        ({"head.count": np.array(3, np.int32)}, "as int32, and the checkpoint's is I64"),
+        ({"head.count": np.array(3, np.uint64)}, "as uint64, and the checkpoint's is I64"),
+        ({"head.weight": np.ones((2, 6), np.int64)}, "as int64, and the checkpoint's is F16"),
+        ({"head.bias": np.ones(2)}, "though it has others of that module; nearest: 'head.weight'"),
+        ({"head.weight": np.full((2, 6), 1e6)}, "leaves the range of float16"),
+        ({"layer.0.q.weight": np.ones((6, 4))}, "both updates and replaces"),
+    ):
+        with pytest.raises(tna.FileError, match=why):
+            tna.merge(base, cp.adapter(P.lora(1), targets, kept=kept), tmp_path / "out")
+        assert os.listdir(tmp_path) == ["base"]
+
+
+# -- What is refused ------------------------------------------------------------------------------
+
+
+def refused(tmp_path: Path, base: Any, adapter: Any, out: Any = None, **settings: Any) -> str:
+    there = {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()}
+    with pytest.raises((tna.FileError, tna.ConfigError)) as caught:
+        tna.merge(base, adapter, tmp_path / "out" if out is None else out, **settings)
+    assert {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()} == there
+    assert not list(tmp_path.rglob(f"*{PARTIAL}"))
+    return str(caught.value)
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    other = cp.write(tmp_path / "other", cp.base([T(f"layer.{n}.q", (6, 4), "q") for n in range(3)], seed=9))
+    message = refused(tmp_path, other, adapter)
+    assert message.startswith(f"{other}: is another base model")
+    assert "their SHA-256 differ" in message
+    assert tna.merge(other, adapter, tmp_path / "any", check_base=False).base_checked is False
+    assert tna.merge(base, adapter, tmp_path / "out").base_checked is True
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_the_base_in_another_dtype_is_the_base(dtype: str, tmp_path: Path) -> None:
+    targets = [T(f"layer.{number}.q", (60, 40), "q") for number in range(3)]
+    tensors = cp.base(targets)
+    file = cp.adapter(P.lora(2), targets, tensors)
+    for seed in (9, 0):
+        other = cp.write(tmp_path / f"{dtype}{seed}", cp.base(targets, dtype, seed=seed))
+        if seed:
+            assert "their sketches differ" in refused(tmp_path, other, file)
+        else:
+            assert tna.merge(other, file, tmp_path / "out").base_checked
+
+
+def test_a_base_of_two_dtypes(tmp_path: Path) -> None:
+    targets = [T(f"layer.{number}.q", (6, 4), "q") for number in range(2)]
+    mixed = cp.base(targets, "float16")
+    mixed[targets[1].name] = cp.base(targets, "bfloat16")[targets[1].name]
+    single = [cp.numbers(mixed[t.name][1], kind).astype("f4") for t, kind in zip(targets, KINDS, strict=True)]
+    file = dataclasses.replace(cp.adapter(P.lora(1), targets), base=fingerprint(single, "float32"))
+    assert tna.merge(cp.write(tmp_path / "mixed", mixed), file, tmp_path / "out").base_checked
+    for target, kind in zip(targets, KINDS, strict=True):
+        expected = cp.merged(mixed, [target], [exact(file)[targets.index(target)]], kind)
+        assert cp.read(tmp_path / "out")[target.name][1].tobytes() == expected[target.name][1].tobytes()
+
+
+@pytest.mark.parametrize("tag", ["I8", "U8", "F8_E4M3", "F4", "I32", "BOOL"])
+def test_a_quantised_target_is_named(tag: str, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    header = {"layer.1.q.weight": {"dtype": tag, "shape": [6, 4], "data_offsets": [0, 96]}}
+    width = {"I32": 4, "F4": 0.5}.get(tag, 1)
+    header["layer.1.q.weight"]["data_offsets"] = [0, int(24 * width)]
+    for number in (0, 2):
+        start = int(24 * width) + 96 * (number == 2)
+        header[f"layer.{number}.q.weight"] = {"dtype": "F32", "shape": [6, 4], "data_offsets": [start, start + 96]}
+    (base / "model.safetensors").write_bytes(cp.forge.container(header, bytes(int(24 * width) + 192)))
+    assert f"'layer.1.q.weight' is {tag}, " in refused(tmp_path, base, adapter)
+
+
+def test_a_packed_checkpoint_says_what_it_has(tmp_path: Path) -> None:
+    targets = [T("layer.0.q", (6, 4), "q")]
+    tensors = {"layer.0.q.qweight": ("U8", np.zeros((6, 2), "<u1")), "layer.0.q.scales": ("F16", np.ones(6, "<f2"))}
+    message = refused(tmp_path, cp.write(tmp_path / "base", tensors), cp.adapter(P.lora(1), targets))
+    assert "its module has 'layer.0.q.qweight', 'layer.0.q.scales': is the checkpoint quantised?" in message
+
+
+def test_other_names_shapes_and_kinds(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    message = refused(tmp_path, base, cp.adapter(P.lora(1), [T("layer.0.qq", (6, 4), "q")]))
+    assert "lacks the adapter's weight, such as 'layer.0.qq.weight'" in message
+    assert "'layer.0.q.weight'" in message
+    message = refused(tmp_path, base, cp.adapter(P.lora(1), [T("layer.0.q", (4, 6), "q")]))
+    assert "has shape (6, 4) in the checkpoint, and the adapter was trained on one of (4, 6)" in message
+    loda = tna.AdapterFile(P.lora(1), [T("layer.0.q", (6, 4), "q")],
+                           tna.SuperLoRA(P.lora(1), [(6, 4)]).init(), activation="gelu")  # fmt: skip
+    assert "LoDA" in refused(tmp_path, base, loda)
+    assert "No such file" in refused(tmp_path, tmp_path / "none", adapter)
+    assert "No such file" in refused(tmp_path, base, tmp_path / "none")
+    assert "is no tnadapt adapter" in refused(tmp_path, base, base / "model.safetensors")
+
+
+def test_one_shard_of_several_says_so(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 2)
+    message = refused(tmp_path, base / "model-00001-of-00002.safetensors", adapter, tmp_path / "out.safetensors")
+    assert "This file looks like one of several: give the folder" in message
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_adapter_that_is_not_finite_is_refused(bad: float, tmp_path: Path) -> None:
+    base, _, file = small(tmp_path)
+    list(file.arrays.values())[-1][0, 0] = bad
+    with pytest.raises(TnadaptError, match="NaN or infinity"):
+        tna.merge(base, file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_sum_that_leaves_the_range_leaves_nothing(shards: int, tmp_path: Path) -> None:
+    targets = [T(f"layer.{number}.q", (6, 4), "q") for number in range(3)]
+    file = cp.adapter(P.dense(), targets)
+    list(file.arrays.values())[-1][-1] = 1e6  # the last weight's last number
+    base = cp.write(tmp_path / "base", cp.base(targets, "float16"), shards)
+    assert "'layer.2.q.weight' with its update leaves the range of float16" in refused(tmp_path, base, file)
+    huge = cp.adapter(P.lora(1), targets, dtype="float64")
+    for array in huge.arrays.values():
+        array[...] = 1e300
+    assert re.search(r"the update of 'layer.\d.q.weight' is not finite", refused(tmp_path, base, huge))
+
+
+def test_where_it_may_go(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    file = base / "model.safetensors"
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("")
+    (tmp_path / "taken.safetensors").write_text("")
+    (tmp_path / "link").symlink_to(base)
+    for source, out, why in (
+        (base, base, "is the folder of the base"),
+        (base, tmp_path / "link", "is the folder of the base"),
+        (base, base / "merged", "is in the folder of the base"),
+        (base, tmp_path, "has what is to be read in it"),
+        (base, tmp_path / "out.safetensors", "would be a folder"),
+        (base, tmp_path / "none" / "out", "does not exist; make it first"),
+        (base, tmp_path / "taken", "is there already"),
+        (base, adapter, "is what is to be read"),
+        (base, base / "config.json", "is in the folder of the base"),
+        (file, file, "is what is to be read"),
+        (file, base / "../base/model.safetensors", "is what is to be read"),
+        (file, tmp_path / "out", r"must end with .safetensors"),
+        (file, tmp_path / "taken", "is a folder, and the base is one file"),
+        (file, tmp_path / "taken.safetensors", "is there already"),
+        (file, "", "must be a string or PathLike"),
+        (file, 7, "must be a string or PathLike"),
+        (file, "a\0.safetensors", "must be a string or PathLike"),
+    ):
+        assert why in refused(tmp_path, source, adapter, out), (source, out)
+    assert "is no folder of a checkpoint" in refused(tmp_path, base, adapter, tmp_path / "taken", overwrite=True)
+    assert "is a file, and the base is a folder" in refused(tmp_path, base, adapter, __file__, overwrite=True)
+
+
+def test_an_output_that_others_replace_while_it_is_looked_at_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, _ = small(tmp_path)
+    out, there = tmp_path / "out", os.listdir
+    out.mkdir()
+    looks = []
+
+    def replaced(path: Any = ".") -> list[str]:
+        names = there(path)
+        if path == str(out):
+            looks.append(names)
+            if len(looks) == 1:  # a folder that is no checkpoint; when it has been listed, there is a checkpoint
+                out.rename(tmp_path / "gone")
+                shutil.copytree(base, out)
+        return names
+
+    monkeypatch.setattr(os, "listdir", replaced)
+    tna.merge(base, adapter, out, overwrite=True)
+    assert looks[0] == []
+    monkeypatch.undo()
+    tna.merge(base, adapter, tmp_path / "expected")
+    assert content(out) == content(tmp_path / "expected")
+    # One that stays as it is has been looked at once.
+    shutil.rmtree(out)
+    shutil.copytree(tmp_path / "gone", out)
+    looks[:] = [[""]]
+    monkeypatch.setattr(os, "listdir", replaced)
+    assert "is no folder of a checkpoint" in refused(tmp_path, base, adapter, out, overwrite=True)
+    assert looks[1:] == [[]]
+
+
+def test_overwriting(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    tna.merge(base, adapter, tmp_path / "out")
+    first = content(tmp_path / "out")
+    (tmp_path / "out" / "stale.txt").write_text("of the old one")
+    tna.merge(base, adapter, tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == first
+    (tmp_path / "one.safetensors").write_text("old")
+    tna.merge(base / "model.safetensors", adapter, tmp_path / "one.safetensors", overwrite=True)
+    assert (tmp_path / "one.safetensors").read_bytes() == first["model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "one.safetensors", "out"]
+    # A link is followed.
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    tna.merge(base, adapter, tmp_path / "link")
+    assert content(tmp_path / "elsewhere") == first
+
+
+# -- Killed, full, interrupted --------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys, threading
+import tnadapt as tna
+from tnadapt import partial, shards
+lock = threading.Lock()
+base, adapter, out, point, count = sys.argv[1:]
+left = int(count)
+
+def kill_at(owner, name, after=False):
+    old = getattr(owner, name)
+    def wrapped(*arguments, **settings):
+        global left
+        with lock:  # several threads come here
+            left -= 1
+            due = left == 0
+        if due and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = old(*arguments, **settings)
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+    setattr(owner, name, wrapped)
+
+if point == "copy":
+    kill_at(shards, "copy_range", True)
+elif point == "tensor":
+    kill_at(shards, "write_at")
+elif point == "synchronised":
+    kill_at(os, "fsync", True)
+elif point == "state":
+    kill_at(partial.Partial, "finished", True)
+elif point == "rename":
+    kill_at(os, "rename")
+elif point == "renamed":
+    kill_at(os, "rename", True)
+elif point == "replaced":
+    kill_at(os, "replace", True)
+tna.merge(base, adapter, out, overwrite=True)
+print("whole")
+"""
+
+
+def run(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def done_in(left: Path) -> list[str]:
+    """The files that an unfinished merge has finished."""
+    return [name for state in left.glob("run-*/state.json") for name in json.loads(state.read_text())["done"]]
+
+
+POINTS = [
+    ("copy", 1), ("copy", 3), ("tensor", 1), ("tensor", 2), ("tensor", 3), ("synchronised", 1), ("synchronised", 4),
+    ("synchronised", 7), ("state", 1), ("state", 2), ("replaced", 2), ("replaced", 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("point", "count", "there"),
+    # A folder in the way is moved aside first, by a rename.
+    [*((*point, there) for point in POINTS for there in (False, True)), ("rename", 1, True), ("renamed", 1, True)],
+)
+def test_killed_at_any_point_it_goes_on(point: str, count: int, there: bool, tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 3)
+    tna.merge(base, adapter, tmp_path / "expected")
+    out = tmp_path / "out"
+    old = content(base)
+    if there:
+        cp.write(out, cp.base([T("other", (2, 2))]))
+        old = content(out)
+    killed = run(KILLED, base, adapter, out, point, count)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    if out.exists():
+        # Whole: the old one, or the new one.
+        assert content(out) in ([old] if there else []) + [content(tmp_path / "expected")]
+    left = tmp_path / f"out{PARTIAL}"
+    done = done_in(left)
+    report = tna.merge(base, adapter, out, overwrite=True)
+    assert content(out) == content(tmp_path / "expected")
+    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "expected", "out"]
+    if done:
+        assert report.resumed == len(done)
+
+
+def test_another_base_or_adapter_starts_anew(tmp_path: Path) -> None:
+    base, adapter, file = small(tmp_path, 3)
+    out = tmp_path / "out"
+    for change in ("adapter", "base", "arithmetic", "state", "file"):
+        assert run(KILLED, base, adapter, out, "state", 2).returncode == -signal.SIGKILL
+        left = tmp_path / f"out{PARTIAL}"
+        assert len(done_in(left)) == 2
+        (inner,) = left.glob("run-*")
+        expected = 0
+        if change == "adapter":
+            next(iter(file.arrays.values()))[0, 0] += 1.0
+            tna.save(adapter, file)
+        elif change == "base":
+            os.utime(base / "model-00002-of-00003.safetensors")
+        elif change == "arithmetic":  # of a release that rounded in another way
+            state = json.loads((inner / "state.json").read_text())
+            (inner / "state.json").write_text(json.dumps({**state, "arithmetic": 0}))
+        elif change == "state":
+            (inner / "state.json").write_text("{")
+        else:
+            name = sorted(one.name for one in (inner / "files").glob("*1-of*"))[0]
+            with open(inner / "files" / name, "ab") as cut:
+                cut.truncate(10)
+            expected = 1
+        report = tna.merge(base, adapter, out, overwrite=True)
+        assert report.resumed == expected, change
+        tna.merge(base, adapter, tmp_path / "expected", overwrite=True)
+        assert content(out) == content(tmp_path / "expected"), change
+
+
+def test_a_folder_of_that_name_is_in_the_way(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    (tmp_path / f"out{PARTIAL}").mkdir()
+    (tmp_path / f"out{PARTIAL}" / "precious").write_text("")
+    with pytest.raises(tna.FileError, match="is in the way, and is no unfinished merge"):
+        tna.merge(base, adapter, tmp_path / "out")
+    assert (tmp_path / f"out{PARTIAL}" / "precious").exists()
+
+
+def test_two_at_once_are_one_too_many(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(tna.FileError, match="another process is making"):
+            tna.merge(base, adapter, tmp_path / "out")
+
+    tna.merge(base, adapter, tmp_path / "out", progress=second)
+    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "out"]
+
+
+FULL = """
+import resource, sys
+import tnadapt as tna
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
+try:
+    tna.merge(*sys.argv[1:4])
+except tna.FileError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_full_disk_is_an_error_and_nothing_is_lost(shards: int, tmp_path: Path) -> None:
+    # A limit on the length of files, which the last one meets.
+    base, adapter, _ = small(tmp_path)
+    tensors = cp.read(base)
+    tensors["big"] = "F32", np.zeros(1 << 18, "<f4")
+    if shards == 2:
+        (base / "model.safetensors").unlink()
+    cp.write(base, tensors, shards)
+    before = content(base)
+    printed = run(FULL, base, adapter, tmp_path / "out", 1 << 16).stdout
+    assert printed.startswith(f"{tmp_path / 'out'}: File too large")
+    assert not (tmp_path / "out").exists()
+    assert content(base) == before
+    report = tna.merge(base, adapter, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "out"]
+    assert report.resumed == 0 if shards == 1 else report.resumed <= 1
+
+
+def test_a_disk_that_is_full_indeed(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small disk can be mounted by root alone")
+    try:
+        base, adapter, _ = small(tmp_path)
+        tensors = cp.read(base)
+        (base / "model.safetensors").unlink()
+        for number in range(3):
+            tensors[f"big.{number}"] = "F32", np.zeros(150_000, "<f4")
+        cp.write(base, tensors, 3)
+        # Too small from the start: not begun.
+        with pytest.raises(tna.FileError, match=r"1,80\d,\d+ bytes are to be written, and the disk has 1,0"):
+            tna.merge(base, adapter, disk / "out")
+        assert os.listdir(disk) == []
+        subprocess.run([*mount[:4], "remount,size=3m", *mount[5:]], check=True)
+
+        def fill(done: int, total: int) -> None:
+            # Somebody else takes the room meanwhile.
+            with contextlib.suppress(OSError), open(disk / "filler", "ab", buffering=0) as filler:
+                while filler.write(bytes(4096)):
+                    pass
+
+        with pytest.raises(tna.FileError, match="out: No space left on device"):
+            tna.merge(base, adapter, disk / "out", progress=fill)
+        assert not (disk / "out").exists()
+        (disk / "filler").unlink()
+        tna.merge(base, adapter, disk / "out")
+        tna.merge(base, adapter, tmp_path / "expected")  # on another file system
+        assert content(disk / "out") == content(tmp_path / "expected")
+        assert os.listdir(disk) == ["out"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_interrupted_it_stops_and_goes_on(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 3)
+
+    def interrupt(done: int, total: int) -> None:
+        if done > 0.7 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tna.merge(base, adapter, tmp_path / "out", progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    left = tmp_path / f"out{PARTIAL}"
+    done = done_in(left)
+    # What was finished is kept, and nothing else.
+    assert {one.name for one in left.glob("run-*/files/*")} == set(done)
+    report = tna.merge(base, adapter, tmp_path / "out")
+    assert report.resumed == len(done)
+    tna.merge(base, adapter, tmp_path / "expected")
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
+def test_a_shard_that_is_cut_off_is_named_and_nothing_is_made(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path, 3)
+    shard = base / "model-00002-of-00003.safetensors"
+    whole = shard.read_bytes()
+    for left in (0, 7, 8, len(whole) // 2, len(whole) - 1):
+        shard.write_bytes(whole[:left])
+        with pytest.raises(tna.FileError, match=re.escape(str(shard))):
+            tna.merge(base, adapter, tmp_path / "out")
+        assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base"], left
+    shard.write_bytes(whole)
+    assert tna.merge(base, adapter, tmp_path / "out").files == 3
+
+
+def test_a_base_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+
+    def touch(done: int, total: int) -> None:
+        os.utime(base / "model.safetensors", (1, done))
+
+    with pytest.raises(tna.FileError, match="was changed while it was merged"):
+        tna.merge(base, adapter, tmp_path / "out", progress=touch)
+    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base"]
+
+
+def test_it_needs_no_framework(tmp_path: Path) -> None:
+    base, adapter, _ = small(tmp_path)
+    code = """
+import sys
+for name in ("torch", "jax", "cupy"):
+    sys.modules[name] = None
+import tnadapt as tna
+print(tna.merge(*sys.argv[1:]).changed)
+"""
+    assert run(code, base, adapter, tmp_path / "out").stdout == "3\n"
+
+
+@pytest.mark.parametrize("projection", ["identity", "linear"])
+def test_memory_is_one_tensor(projection: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 32 tensors of a mebibyte: all of them together, or a second span of F each, would be far above the bounds.
+    one, count = 512 * 512 * 4, 32
+    targets = [T(f"layer.{number}.q", (512, 512), "q") for number in range(count)]
+    tensors = cp.base(targets)
+    tensors["big"] = "F32", np.zeros(1 << 23, "<f4")
+    ratio = 1.0 if projection == "identity" else 0.5
+    config = P.superlora(2, groups=1, projection=projection, ratio=ratio)
+    base, file = cp.write(tmp_path / "base", tensors), cp.adapter(config, targets, tensors)
+    assert rounding.SPAN == 1 << 24
+    span = 1 << 20  # an eighth of the group
+    monkeypatch.setattr(rounding, "SPAN", span)
+    peak = peak_of(lambda: tna.merge(base, file, tmp_path / "out"))
+    if projection == "identity":
+        # The tensor, a few pieces of an eighth of a million numbers in float64, and no part of the 32 MiB.
+        assert peak < 2 * one + 8 * 8 * rounding.PIECE
+    else:
+        # The tensor, five times a span in float64, and what F keeps of its draws: 9 bytes for each of 2**23 elements.
+        assert peak < 2 * one + 5 * 8 * span + 9 * count * 512 * 512

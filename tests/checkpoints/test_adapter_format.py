@@ -1,0 +1,1039 @@
+"""The adapter file: exact, small, the same bytes each time, and safe to open whatever is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.support import forge
+from tnadapt import AdapterFile, Config, FileError, Rows, SuperLoRA, Target
+from tnadapt.checkpoints import adapter_format
+from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
+
+from .test_adapter_file import CONFIGS, LORA, arrays_of, brain, made
+
+Recipe = dict[str, Any]
+Stored = dict[str, tuple[str, np.ndarray]]
+
+FULL_TARGETS = (
+    Target("model.blocks.0.attn.qkv", (12, 4), "q", rows=Rows(0, 4, 12), layer="0"),
+    Target("model.blocks.1.attn.qkv", (12, 4), "v", rows=Rows(1, 2, 3, 4), layer="0"),
+    Target("blöcke.1.attn", (4, 9), "k", parameter="in_proj_weight", transposed=True, layer="1"),
+    Target("conv", (2, 2, 3, 3), "conv", layer="1"),
+    Target("", (3, 3), layer="2"),
+)
+
+
+def full(config: Config | None = None, dtype: str = "float32") -> AdapterFile:
+    """A file that has everything a file can have."""
+    rng = np.random.default_rng(3)
+    config = config or tna.presets.superlora(1, projection="linear", ratio=0.5, seed=9)
+    shapes = [target.shape for target in FULL_TARGETS]
+    plan = SuperLoRA(config, shapes, layers=[target.layer for target in FULL_TARGETS])
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in plan.param_shapes.items()}
+    next(iter(arrays.values())).flat[:3] = (-0.0, np.finfo(dtype).tiny / 2, np.finfo(dtype).max)
+    kept = {
+        "head.weight": rng.standard_normal((3, 2)),
+        "head.bias": brain(rng.standard_normal(3)),
+        "head.scale": np.float16(1.5)[...],
+        "steps": np.int64(-7)[...],
+        "none": np.zeros((0, 3), np.uint8),
+        "mask": np.array([True, False]),
+    }
+    base = fingerprint([rng.standard_normal(shape).astype(np.float32) for shape in shapes], "float32")
+    return AdapterFile(config, FULL_TARGETS, arrays, kept, {"kept.head.bias": "bfloat16"}, base, "gelu", "Vît")
+
+
+def same(one: AdapterFile, other: AdapterFile) -> None:
+    """Equal to the bit."""
+    for name in ("config", "targets", "dtypes", "base", "activation", "model", "draws"):
+        assert getattr(one, name) == getattr(other, name)
+    mine, theirs = dict(one.tensors()), dict(other.tensors())
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        assert (array.dtype, array.shape) == (theirs[name].dtype, theirs[name].shape)
+        assert array.tobytes() == theirs[name].tobytes()
+
+
+def content_of(file: AdapterFile, folder: Path) -> bytes:
+    tna.save(folder / "made", file)
+    return (folder / "made").read_bytes()
+
+
+def read(folder: Path, content: bytes, **settings: Any) -> AdapterFile:
+    path = folder / "adapter.safetensors"
+    forge.write(path, content)
+    return tna.load(path, **settings)
+
+
+def refusal(folder: Path, content: bytes, **settings: Any) -> str:
+    with pytest.raises(FileError) as caught:
+        read(folder, content, **settings)
+    path = f"{folder / 'adapter.safetensors'}: "
+    assert str(caught.value).startswith(path)
+    assert str(caught.value).count(path) == 1
+    return str(caught.value)[len(path) :]
+
+
+# -- What is saved is what is loaded ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_a_round_trip_is_exact(tmp_path: Path, name: str, dtype: str) -> None:
+    arrays = arrays_of(CONFIGS[name], "float32" if dtype == "bfloat16" else dtype)
+    dtypes = {}
+    if dtype == "bfloat16":
+        arrays = {array: brain(values) for array, values in arrays.items()}
+        dtypes = dict.fromkeys(arrays, dtype)
+    file = made(CONFIGS[name], arrays=arrays, dtypes=dtypes)
+    content = content_of(file, tmp_path)
+    found = read(tmp_path, content)
+    same(file, found)
+    assert content_of(found, tmp_path) == content
+    itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
+    assert len(content) == 8 + int.from_bytes(content[:8], "little") + itemsize * file.num_parameters
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("groups", [1, "layer"])
+def test_everything_it_can_hold_comes_back(tmp_path: Path, dtype: str, groups: Any) -> None:
+    file = full(Config(rank=1, groups=groups, fold="hypercube", alpha=0.1), dtype)
+    found = read(tmp_path, content_of(file, tmp_path))
+    same(file, found)
+    assert [target.layer for target in found.targets] == (["0", "0", "1", "1", "2"] if groups == "layer" else [""] * 5)
+    assert all(array.flags.writeable and array.flags.c_contiguous for _, array in found.tensors())
+
+
+def test_a_path_is_a_string_or_a_path(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "one"), tmp_path / "two", os.fsencode(tmp_path / "three")):
+        tna.save(path, full())
+        same(tna.load(path), full())
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_order_of_dictionaries_and_strides_do_not_show(tmp_path: Path) -> None:
+    file = full()
+    content = content_of(file, tmp_path)
+    turned = AdapterFile(
+        file.config,
+        file.targets,
+        {name: np.asfortranarray(array) for name, array in reversed(file.arrays.items())},
+        {name: np.asarray(array, order="F") for name, array in reversed(file.kept.items())},
+        file.dtypes,
+        file.base,
+        file.activation,
+        file.model,
+    )
+    assert not turned.kept["head.weight"].flags.c_contiguous
+    assert content_of(turned, tmp_path) == content_of(file, tmp_path) == content
+
+
+def test_the_bytes_are_known(tmp_path: Path) -> None:
+    # Format version 1, for ever: with the defaults of Config, the draws of F, and the order of keys and tensors.
+    assert hashlib.sha256(content_of(full(), tmp_path)).hexdigest() == (
+        "885b5dc0ff37952a0a37ce76a59b4dbeb3677712fa5034d3e9727e5d3be5cfb9"
+    )
+
+
+def test_the_defaults_of_the_format_are_all_of_config_s_fields() -> None:
+    assert Config().to_dict() == adapter_format._DEFAULTS
+
+
+def test_the_shape_that_a_preset_asks_of_weights_changes_no_file(tmp_path: Path) -> None:
+    preset = tna.presets.lotr(2, weights=2, rows=4, cols=6)
+    targets = [Target(f"layer.{number}.q", (4, 6), "q") for number in range(2)]
+    both = (preset, preset.replace(weight_shape=None))
+    one, other = (
+        content_of(AdapterFile(config, targets, SuperLoRA(config, [(4, 6)] * 2).init()), tmp_path) for config in both
+    )
+    assert one == other
+    assert read(tmp_path, one).config == preset
+
+
+def test_files_do_not_change_with_config_s_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made(Config(rank=3))
+    recipe, tensors = forge.parsed(content_of(file, tmp_path))
+    assert recipe["config"] == {"rank": 3}
+    # As if Config's default had been another when the format was made.
+    monkeypatch.setitem(adapter_format._DEFAULTS, "rank", 3)
+    assert forge.parsed(content_of(file, tmp_path))[0]["config"] == {}
+    same(read(tmp_path, forge.adapter({**recipe, "config": {}}, tensors)), file)
+
+
+# -- The format is what its specification says --------------------------------------------------
+
+
+def test_a_reader_by_the_specification_reads_it(tmp_path: Path) -> None:
+    file = full()
+    recipe, tensors = forge.parsed(content_of(file, tmp_path))
+    shapes = [target.shape for target in FULL_TARGETS]
+    assert file.base is not None
+    assert recipe == {
+        "version": 1,
+        "config": {"rank": 1, "groups": 1, "fold": "hypercube", "projection": "linear", "ratio": 0.5, "seed": 9},
+        "targets": [
+            ["model.blocks.0.attn.qkv", [12, 4], "q", {"rows": [0, 4, 12, 1]}],
+            ["model.blocks.1.attn.qkv", [12, 4], "v", {"rows": [1, 2, 3, 4]}],
+            ["blöcke.1.attn", [4, 9], "k", {"parameter": "in_proj_weight", "transposed": True}],
+            ["conv", [2, 2, 3, 3], "conv"],
+            ["", [3, 3], "linear"],
+        ],
+        "model": "Vît",
+        "activation": "gelu",
+        "base": {"dtype": "float32", "sha256": file.base.sha256, "sketch": list(file.base.sketch)},
+        "draws": file.draws,
+    }
+    assert shapes == [(4, 4), (8, 4), (9, 4), (2, 18), (3, 3)]
+    assert {name: (dtype, array.shape) for name, (dtype, array) in tensors.items()} == {
+        "group0.split0.factor0": ("F32", (9, 1)),
+        "group0.split0.factor1": ("F32", (9, 1)),
+        "kept.head.weight": ("F64", (3, 2)),
+        "kept.head.bias": ("BF16", (3,)),
+        "kept.head.scale": ("F16", ()),
+        "kept.steps": ("I64", ()),
+        "kept.none": ("U8", (0, 3)),
+        "kept.mask": ("BOOL", (2,)),
+    }
+    assert np.array_equal(tensors["group0.split0.factor0"][1], file.arrays["group0.split0.factor0"])
+
+
+def test_a_writer_by_the_specification_is_read(tmp_path: Path) -> None:
+    file = full()
+    content = content_of(file, tmp_path)
+    recipe, tensors = forge.parsed(content)
+    same(read(tmp_path, forge.adapter(recipe, tensors)), file)
+    # Neither the order of the tensors nor how the JSON is written is laid down.
+    same(read(tmp_path, forge.adapter(recipe, tensors, sorted(tensors, reverse=True))), file)
+    header, data = forge.listed(tensors)
+    loose = json.dumps({"__metadata__": {"tnadapt": forge.seal(recipe, tensors)}, **header}, indent=1)
+    same(read(tmp_path, forge.container(loose, data)), file)
+
+
+def test_safetensors_reads_it(tmp_path: Path) -> None:
+    file = full()
+    content = content_of(file, tmp_path)
+    theirs = dict(safetensors.deserialize(content))
+    assert {name: bytes(tensor["data"]) for name, tensor in theirs.items()} == {
+        name: array.tobytes() for name, (_, array) in forge.parsed(content)[1].items()
+    }
+    with safetensors.safe_open(str(tmp_path / "made"), framework="np") as opened:
+        assert list(opened.metadata()) == ["tnadapt"]
+        assert np.array_equal(opened.get_tensor("kept.head.weight"), file.kept["head.weight"])
+
+
+def test_what_is_as_usual_is_not_stored(tmp_path: Path) -> None:
+    file = AdapterFile(Config(), [Target("fc", (2, 2))], SuperLoRA(Config(), [(2, 2)]).init())
+    recipe, _ = forge.parsed(content_of(file, tmp_path))
+    assert recipe == {"version": 1, "config": {}, "targets": [["fc", [2, 2], "linear"]]}
+
+
+def test_the_smallest_adapter_of_the_paper_is_a_small_file(tmp_path: Path) -> None:
+    # The U-Net's 42 projections, and 31 parameters: LoRTA of order 5 before F of ratio 0.01.
+    sizes = [64] * 2 + [128] * 6 + [128] + [128] * 9 + [64] * 3
+    targets = [
+        Target(f"downblocks.{block}.attn.proj_{role}", (size, size, 1, 1), role)
+        for block, size in enumerate(sizes)
+        for role in "qv"
+    ]
+    config = Config(
+        rank=1,
+        order=5,
+        groups=1,
+        fold="hypercube",
+        format="tucker",
+        projection="linear",
+        ratio=0.01,
+        alpha=16.0,
+        seed=1,
+    )
+    shapes = [target.shape for target in targets]
+    base = fingerprint([np.full(shape, 0.01, np.float32) for shape in shapes], "float32")
+    file = AdapterFile(config, targets, SuperLoRA(config, shapes).init(), base=base, model="UNet2DModel")
+    assert (len(targets), file.num_parameters) == (42, 31)
+    content = content_of(file, tmp_path)
+    assert len(content) < 6000
+    same(read(tmp_path, content), file)
+
+
+# -- Damage -------------------------------------------------------------------------------------
+
+
+def small(tmp_path: Path) -> bytes:
+    config = tna.presets.superlora(1, projection="shuffle")
+    target = Target("fc", (2, 3), rows=Rows(0, 1, 2))
+    base = Fingerprint("0" * 64, "float16", (0.5,) * 8)
+    arrays = SuperLoRA(config, [(1, 3)]).init()
+    return content_of(AdapterFile(config, [target], arrays, {"head": np.ones(1)}, base=base, model="M"), tmp_path)
+
+
+def test_cut_off_anywhere_it_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path)
+    for length in range(len(content)):
+        refusal(tmp_path, content[:length])
+    for more in (b"\0", b" ", content):
+        refusal(tmp_path, content + more)
+
+
+def test_whichever_byte_is_changed_it_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path)
+    for position in range(len(content)):
+        for flip in (0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0xFF):
+            refusal(tmp_path, content[:position] + bytes([content[position] ^ flip]) + content[position + 1 :])
+
+
+def test_whatever_a_byte_is_changed_to_it_is_refused(tmp_path: Path) -> None:
+    # All 255 others, where one that means the same is likeliest: in the padding, and among the outer punctuation.
+    content = small(tmp_path)
+    header = content[: 8 + int.from_bytes(content[:8], "little")]
+    positions = list(range(len(header.rstrip(b" ")), len(header)))
+    assert positions
+    positions += [7, 8, 9, 24, header.index(b'"F64"'), header.index(b"[", header.index(b"shape")) + 1]
+    for position, value in itertools.product(positions, range(256)):
+        if content[position] != value:
+            refusal(tmp_path, content[:position] + bytes([value]) + content[position + 1 :])
+
+
+def test_a_byte_too_many_or_too_few_is_refused(tmp_path: Path) -> None:
+    content = small(tmp_path)
+    for position in range(len(content)):
+        refusal(tmp_path, content[:position] + content[position + 1 :])
+        refusal(tmp_path, content[:position] + b"0" + content[position:])
+
+
+def test_swapped_tensors_are_noticed(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(made(), tmp_path))
+    header, data = forge.listed(tensors)
+    one, other = "group0.split0.factor0", "group2.split0.factor0"
+    header[one]["data_offsets"], header[other]["data_offsets"] = (
+        header[other]["data_offsets"],
+        header[one]["data_offsets"],
+    )
+    text = forge.seal(recipe, tensors)
+    assert "is damaged" in refusal(tmp_path, forge.container({"__metadata__": {"tnadapt": text}, **header}, data))
+
+
+# -- Files of others ----------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (Path("exploded"),)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("value", [Bomb(), 1, {"lora_A": [1.0] * 100}])
+def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int, value: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    why = refusal(tmp_path, pickle.dumps(value, protocol))
+    assert why.startswith("is a pickle, which can run any program when it is opened: it was not.")
+    assert not Path("exploded").exists()
+
+
+def test_a_file_of_torch_is_not_opened(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb()))
+    assert "is a zip archive, as torch.save makes it of a pickle" in refusal(tmp_path, buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "likeness"),
+    [
+        ("base_model.model.fc.lora_A.weight", {"format": "pt"}, "an adapter of PEFT: 1 tensor such as 'base_model.mod"),
+        ("lora_unet_fc.lora_up.weight", {}, "an adapter of LyCORIS or kohya: 1 tensor"),
+        ("lycoris_fc.lokr_w1", {}, "an adapter of LyCORIS or kohya: 1 tensor"),
+        ("model.fc.weight", {"format": "pt"}, "weights that torch saved: 1 tensor such as 'model.fc.weight'"),
+        ("x", None, "a file of another library: 1 tensor such as 'x'"),
+    ],
+)
+def test_somebody_else_s_file_is_named(tmp_path: Path, name: str, metadata: Any, likeness: str) -> None:
+    header, data = forge.listed({name: ("F32", np.ones((2, 2)))})
+    if metadata is not None:
+        header["__metadata__"] = metadata
+    why = refusal(tmp_path, forge.container(header, data))
+    assert why.startswith("is no tnadapt adapter: its metadata has no entry 'tnadapt'. It looks like " + likeness)
+
+
+def test_no_file_and_no_path(tmp_path: Path) -> None:
+    for path, why in ((tmp_path / "missing", "No such file"), (tmp_path, "is a folder; give the path of a file in it")):
+        with pytest.raises(FileError, match=f"^{path}: {why}"):
+            tna.load(path)
+    for path in (3, None, "a\0b", "\ud8ff", ["a"]):
+        for use in (tna.load, lambda path: tna.save(path, full())):
+            with pytest.raises(FileError, match="a path must be a string or PathLike that can name a file"):
+                use(path)
+
+
+def test_a_newer_format_says_so(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(small(tmp_path))
+    why = refusal(tmp_path, forge.adapter({**recipe, "version": 2, "more": "unheard of"}, tensors))
+    assert why == "has format version 2, and this tnadapt reads up to 1: update tnadapt"
+
+
+# -- A recipe that is none ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"version": 0}, "the format version 0; expected 1"),
+        ({"version": True}, "the format version True; expected 1"),
+        ({"version": 1.0}, "the format version 1.0; expected 1"),
+        ({"version": "1"}, "the format version '1'; expected 1"),
+        ({"version": None}, "the format version None; expected 1"),
+        ({"more": 1}, "unknown keys: 'more'; lacks: none"),
+        ({"config": ...}, "unknown keys: none; lacks: 'config'"),
+        ({"targets": ...}, "unknown keys: none; lacks: 'targets'"),
+        ({"config": []}, "config must be an object; got []"),
+        ({"config": None}, "config must be an object; got None"),
+        ({"config": {"rnak": 3}}, "config has unknown fields: 'rnak'"),
+        ({"config": {"rank": -1}}, "config: rank must be from 1 to"),
+        ({"config": {"rank": 1.5}}, "config: rank must be an integer"),
+        ({"config": {"rank": [1, None]}}, "config: format='cp' has one rank"),
+        ({"config": {"fold": ["stack"]}}, "config: fold[0] must be an integer"),
+        ({"config": {"ratio": "1"}}, "config: ratio must be a number"),
+        ({"config": {"groups": [[0], []]}}, "config: groups must be"),
+        ({"config": {"groups": [[0], [7]]}}, "explicit groups must name each of the weights"),
+        ({"config": {"groups": 100}}, "groups=100 is more than the 3 elements"),
+        ({"targets": {}}, "targets must be a list; got {}"),
+        ({"targets": []}, "shapes is empty"),
+        ({"targets": ["fc"]}, "target 0: a target must be [module, shape, role]"),
+        ({"targets": [["fc", [2, 3], "linear"], ["fc", [2], "q"]]}, "target 1: a target's stored shape must be"),
+        ({"targets": [["fc", [2, 3], ["q"]]]}, "target 0: a target's role must be one of"),
+        ({"targets": [["fc", [2, 3], "q", None]]}, "target 0: a target's settings must be among"),
+        ({"targets": [["fc", [2, 3], "q", {"rows": [0, 9, 2, 1]}]]}, "target 0: rows 0 to 8"),
+        ({"targets": [["fc", [2, 1 << 62], "q"]]}, "more than 2**62 elements"),
+        ({"targets": [["\ud800", [1, 3], "q"]]}, "half a surrogate pair"),
+        ({"model": 1}, "model must be a string; got 1"),
+        ({"activation": "sine"}, "activation must be None or one of"),
+        ({"activation": None}, "activation must be a string; got None"),
+        ({"base": {}}, "base must have dtype, sha256 and sketch; got {}"),
+        ({"base": {"dtype": "float32", "sha256": "0", "sketch": [0.0] * 8}}, "a fingerprint's sha256 must be"),
+        ({"base": {"dtype": "float32", "sha256": "0" * 64, "sketch": [0.0] * 7}}, "a fingerprint's sketch must be"),
+        ({"draws": "0" * 63}, "draws must be 64 lower-case hex digits"),
+        ({"draws": "0" * 64 + "\n"}, "draws must be 64 lower-case hex digits"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(tmp_path: Path, changes: Recipe, why: str) -> None:
+    recipe, tensors = forge.parsed(small(tmp_path))
+    changed = {key: value for key, value in {**recipe, **changes}.items() if value is not ...}
+    header, data = forge.listed(tensors)
+    # Escaped, as JSON can be, so that half a surrogate pair gets in.
+    text = forge.seal(changed, tensors, escaped="\\ud800" in repr(changes))
+    assert why in refusal(tmp_path, forge.container({"__metadata__": {"tnadapt": text}, **header}, data))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "the tnadapt entry is not JSON"),
+        ("[]", "the tnadapt entry must be a JSON object; got '[]'"),
+        ('{"version":1,"version":1}', "the tnadapt entry has the key 'version' twice"),
+        (
+            '{"version":1,"config":{"order":2,"rank":1,"rank":2},"targets":[],"sha256":"' + "0" * 64 + '"}',
+            "the tnadapt entry has the key 'rank' twice",
+        ),
+        ('{"version":1,"config":[],"targets":[],"sha256":"' + "0" * 64 + '"}', "config must be an object; got []"),
+        ('{"version":NaN}', "the tnadapt entry has the number 'NaN', which is not finite"),
+        ('{"config":' + "[" * 10**5, "the tnadapt entry is nested too deep"),
+        ('{"version":1,"config":{},"targets":[],"sha256":"F"}', "sha256 must be 64 lower-case hex digits; got 'F'"),
+    ],
+)
+def test_an_entry_that_is_none_is_refused(tmp_path: Path, text: str, why: str) -> None:
+    assert why in refusal(tmp_path, forge.container({"__metadata__": {"tnadapt": text}}))
+
+
+def test_there_is_one_entry_of_metadata(tmp_path: Path) -> None:
+    content = small(tmp_path)
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"]["format"] = "pt"
+    why = refusal(tmp_path, forge.container(header, content[8 + length :]))
+    assert why == "must have 'tnadapt' as its only entry of metadata; it also has 'format'"
+    half = forge.container('{"__metadata__":{"tnadapt":"\\ud800"}}')
+    assert "the tnadapt entry has half a surrogate pair" in refusal(tmp_path, half)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "why"),
+    [
+        ("group0.split0.factor0", None, "missing: 'group0.split0.factor0'; unknown: none"),
+        ("group0.split0.factor9", ("F32", np.ones(2)), "missing: none; unknown: 'group0.split0.factor9'"),
+        ("group0.split0.factor0", ("F32", np.ones((1, 2))), "shape (1, 2); config and targets make it (2, 1)"),
+        ("group0.split0.factor0", ("F64", np.ones((2, 1))), "one dtype; got float32 and float64"),
+        ("group0.split0.factor0", ("I64", np.ones((2, 1))), "has dtype int64; expected one of"),
+        ("group0.split0.factor0", ("F32", np.full((2, 1), np.nan)), "'group0.split0.factor0' holds NaN or infinity"),
+        ("kept.head", ("BF16", np.full(1, 0x7F80)), "'kept.head' holds NaN or infinity"),
+        ("kept.", ("F32", np.ones(2)), "kept must be named by strings; got ''"),
+        ("head", ("F32", np.ones(2)), "missing: none; unknown: 'head'"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(tmp_path: Path, name: str, tensor: Any, why: str) -> None:
+    recipe, tensors = forge.parsed(small(tmp_path))
+    changed = {key: value for key, value in {**tensors, name: tensor}.items() if value is not None}
+    assert why in refusal(tmp_path, forge.adapter(recipe, changed))
+
+
+def test_a_name_that_is_none_is_refused(tmp_path: Path) -> None:
+    # What is kept may have any name, and the name is hashed.
+    recipe, tensors = forge.parsed(small(tmp_path))
+    header, data = forge.listed(tensors)
+    header["kept.\ud800"] = header.pop("kept.head")
+    text = json.dumps({"__metadata__": {"tnadapt": forge.seal(recipe, tensors)}, **header})
+    assert "'kept.\\ud800' has half a surrogate pair" in refusal(tmp_path, forge.container(text, data))
+
+
+# -- Draws --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", ["shuffle", "linear", "nonlinear"])
+def test_other_draws_are_refused_by_both_names(tmp_path: Path, projection: str) -> None:
+    file = full(tna.presets.superlora(1, projection=projection))
+    recipe, tensors = forge.parsed(content_of(file, tmp_path))
+    assert recipe["draws"] == file.draws
+    other = forge.adapter({**recipe, "draws": "ab" * 32}, tensors)
+    why = refusal(tmp_path, other)
+    assert f"digest is {'ab' * 32}; on this machine it is {file.draws}" in why
+    same(read(tmp_path, other, check_draws=False), file)
+    missing = forge.adapter({key: value for key, value in recipe.items() if key != "draws"}, tensors)
+    assert "digest is None" in refusal(tmp_path, missing)
+
+
+def test_the_identity_draws_nothing(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(made(), tmp_path))
+    assert "draws" not in recipe
+    assert "on this machine it is None" in refusal(tmp_path, forge.adapter({**recipe, "draws": "ab" * 32}, tensors))
+
+
+# -- Hostile files ------------------------------------------------------------------------------
+
+
+def lora_tensors(count: int, shape: tuple[int, ...] = (1, 1)) -> Stored:
+    return {f"group{n // 2}.split0.factor{n % 2}": ("F16", np.zeros(shape)) for n in range(count)}
+
+
+HUGE = [["fc", [1 << 31, 1 << 31], "q"]]
+MANY_DIVISORS = 9316358251200  # 10,752 of them, which are tried against each other
+TT = {"order": 32, "format": "tt", "fold": "hypercube", "groups": 1}
+
+
+def tt_start_beyond_floats() -> tuple[Recipe, list[Any], Stored]:
+    """Its first step would be a power of 4 beyond the largest float64."""
+    config = {**TT, "rank": 4, "splits": 32, "leading": "same", "combine": "hadamard", "projection": "nonlinear"}
+    shapes = SuperLoRA(Config(**config), [(1 << 16, 1 << 16)]).param_shapes
+    return config, [["fc", [1 << 16, 1 << 16], "q"]], {name: ("F16", np.zeros(s)) for name, s in shapes.items()}
+
+
+HOSTILE: dict[str, tuple[Recipe, list[Any], Stored]] = {
+    "rank": ({"rank": 10**12}, HUGE, lora_tensors(2)),
+    "groups": ({"groups": 1 << 40, "fold": "hypercube"}, HUGE, lora_tensors(2)),
+    "more groups than there are elements": ({"groups": 1 << 62, "fold": "hypercube"}, HUGE, lora_tensors(2)),
+    "terms": ({"terms": 1 << 16, "groups": 1, "fold": "hypercube"}, HUGE, lora_tensors(2)),
+    "terms of a train": ({**TT, "terms": 1 << 16, "splits": 32, "leading": "same"}, HUGE, lora_tensors(2)),
+    "4096 groups of them": (
+        {**TT, "terms": 1 << 16, "splits": 32, "leading": "same", "groups": 4096},
+        HUGE,
+        lora_tensors(2),
+    ),
+    "order": ({"order": 32, "rank": 1 << 40, "groups": 1, "fold": "hypercube", "format": "tucker"}, HUGE, {}),
+    "fold": ({"order": 32, "fold": [1 << 62] * 32, "rank": 1 << 40, "format": "tucker"}, HUGE, lora_tensors(2)),
+    "dense": ({"order": 1, "format": "dense", "groups": 1}, HUGE, {"group0.split0.dense": ("F16", np.zeros(1))}),
+    "a number to factor": (
+        {"order": 1, "splits": 16, "groups": 1},
+        [["fc", [1, MANY_DIVISORS], "q"]],
+        {f"group0.split{k}.{'dense' if k < 15 else 'factor0'}": ("F16", np.zeros(1)) for k in range(16)},
+    ),
+    "many numbers to factor": (
+        {"order": 1, "splits": 2},
+        [["fc", [1, MANY_DIVISORS // (n + 1)], "q"] for n in range(300)],
+        {f"group{n}.split{k}.{'factor0' if k else 'dense'}": ("F16", np.zeros(1)) for n in range(300) for k in (0, 1)},
+    ),
+    "sizes of a fold to factor": (
+        {"order": 32, "splits": 16, "groups": 1, "fold": [MANY_DIVISORS] * 32, "leading": "same"},
+        HUGE,
+        {f"group0.split{k}.factor{m}": ("F16", np.zeros((1, 4))) for k in range(16) for m in range(32)},
+    ),
+    "targets": ({}, [["fc", [1 << 20, 1 << 20], "q"]] * 20_000, lora_tensors(2)),
+    "targets of one group": ({"groups": 1, "fold": "hypercube"}, HUGE * 20_000, lora_tensors(2)),
+    "a group too many": ({"groups": 1001, "fold": "hypercube"}, HUGE, lora_tensors(2000)),
+    "a start beyond floats": tt_start_beyond_floats(),
+    "a shape to print": ({"rank": [10**4000] * 100}, HUGE, {}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:
+    config, targets, tensors = HOSTILE[name]
+    content = forge.adapter({"version": 1, "config": config, "targets": targets, "draws": "0" * 64}, tensors)
+    path = tmp_path / "adapter.safetensors"
+    forge.write(path, content)
+    begin = time.process_time()
+    with pytest.raises(FileError):
+        tna.load(path)
+    # Of this load, as tracing takes most of the time of the next one.
+    assert time.process_time() - begin < 5.0
+    # The memory of the next one, as this one may have imported the compiler.
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileError) as caught:
+            tna.load(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "SHA-256" not in str(caught.value)  # it is refused for what it claims
+    # In proportion to the file that is there, and to nothing in it.
+    assert peak < (4 << 20) + 40 * len(content)
+
+
+def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
+    # 64 GiB that take no space on the disk, and would in memory.
+    size = 1 << 36
+    recipe = {"version": 1, "config": {}, "targets": [["fc", [2, 2], "q"]], "sha256": "0" * 64}
+    entry = {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}
+    path = tmp_path / "adapter.safetensors"
+    with open(path, "wb") as file:
+        head = forge.container({"__metadata__": {"tnadapt": forge.compact(recipe)}, "group0.split0.factor0": entry})
+        file.write(head)
+        file.truncate(len(head) + size)
+    with pytest.raises(FileError, match=r"missing: 'group0\.split0\.factor1'"):
+        tna.load(path)
+
+
+# -- Fuzz ---------------------------------------------------------------------------------------
+
+TEXT = st.text(max_size=5) | st.just("kept.\ud800")
+JSON_LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 70)
+    | st.sampled_from([1 << 40, 1 << 62, 1 << 64, -(1 << 63), 10**400])
+    | st.floats(allow_nan=True)
+    | TEXT
+    | st.sampled_from(["weight", "layer", "hypercube", "balanced", "dense", "tucker", "tt", "nonlinear", "hadamard"])
+)
+JSON = st.recursive(JSON_LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=3))
+FIELDS = sorted(Config().to_dict())
+FUZZED = 5 * settings.default.max_examples
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a structure of dictionaries and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at] + [place for key, item in items for place in places(item, (*at, key))]
+
+
+def changed(value: Any, place: tuple[Any, ...], change: Callable[[Any], Any]) -> Any:
+    """A structure with one place of it changed; ``...`` takes it out."""
+    if not place:
+        return change(value)
+    twin = dict(value) if isinstance(value, dict) else list(value)
+    twin[place[0]] = changed(value[place[0]], place[1:], change)
+    if twin[place[0]] is ...:
+        del twin[place[0]]
+    return twin
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, value: Any) -> Any:
+    """A structure with some places replaced, taken out, or exchanged for one another."""
+    for _ in range(draw(st.integers(1, 3))):
+        where = places(value)
+        place, other = draw(st.sampled_from(where)), draw(st.sampled_from(where))
+        kind = draw(st.sampled_from(["replace", "take out", "copy"]))
+        if kind == "replace":
+            value = changed(value, place, lambda _: draw(JSON))
+        elif kind == "take out" and place:
+            value = changed(value, place, lambda _: ...)
+        else:
+            copied = value
+            for key in other:
+                copied = copied[key]
+            value = changed(value, place, lambda _: copied)  # noqa: B023
+        if not isinstance(value, dict):
+            return value
+    return value
+
+
+def survives(folder: Path, content: bytes) -> None:
+    """It is a file, or it is refused by a FileError; quickly, and in little memory."""
+    path = folder / "fuzz.safetensors"
+    forge.write(path, content)
+    begin = time.process_time()
+    refused = f"{path}: "
+    tracemalloc.start()
+    try:
+        tna.load(path)
+    except FileError as error:
+        refused = str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert refused.startswith(f"{path}: ")
+    assert peak < (4 << 20) + 40 * len(content)
+    assert time.process_time() - begin < 5.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+HONEST: list[tuple[Recipe, Stored]] = []
+
+
+def honest(folder: Path) -> list[tuple[Recipe, Stored]]:
+    if not HONEST:
+        HONEST.extend(forge.parsed(content_of(made(config), folder)) for config in CONFIGS.values())
+        HONEST.append(forge.parsed(content_of(full(), folder)))
+    return HONEST
+
+
+@given(data=st.data())
+@settings(max_examples=FUZZED)
+def test_fuzzed_recipes_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
+    recipe, tensors = data.draw(st.sampled_from(honest(folder)))
+    recipe = data.draw(spoiled(recipe))
+    if not isinstance(recipe, dict):
+        header, raw = forge.listed(tensors)
+        text = json.dumps(recipe)
+        survives(folder, forge.container({"__metadata__": {"tnadapt": text}, **header}, raw))
+        return
+    # The SHA-256 is right, so that what is behind it is reached.
+    survives(folder, forge.adapter(recipe, tensors, escaped=True))
+
+
+@given(data=st.data())
+@settings(max_examples=FUZZED)
+def test_fuzzed_configs_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
+    recipe, tensors = data.draw(st.sampled_from(honest(folder)))
+    settings = data.draw(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+    survives(folder, forge.adapter({**recipe, "config": {**recipe["config"], **settings}}, tensors, escaped=True))
+
+
+@given(data=st.data())
+@settings(max_examples=FUZZED)
+def test_fuzzed_headers_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
+    recipe, tensors = data.draw(st.sampled_from(honest(folder)))
+    header, raw = forge.listed(tensors)
+    header = data.draw(spoiled({"__metadata__": {"tnadapt": forge.seal(recipe, tensors)}, **header}))
+    survives(folder, forge.container(json.dumps(header), raw))
+
+
+@given(JSON, st.binary(max_size=20))
+@example({"__metadata__": {}}, b"")
+def test_any_json_is_refused(folder: Path, header: Any, data: bytes) -> None:
+    survives(folder, forge.container(json.dumps(header), data))
+
+
+@given(st.binary(max_size=60))
+@example(b"\x80")
+@example(b"PK\x03\x04")
+@example((2).to_bytes(8, "little") + b"{}")
+def test_any_bytes_are_refused(folder: Path, content: bytes) -> None:
+    survives(folder, content)
+
+
+# -- Saving -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_not_saved(tmp_path: Path, kept: bool, bad: float) -> None:
+    path = tmp_path / "adapter.safetensors"
+    tna.save(path, made())
+    before = path.read_bytes()
+    arrays = arrays_of(LORA)
+    arrays["group1.split0.factor1"][2, 1] = bad
+    file = made(kept={"head": np.array(bad)}) if kept else made(arrays=arrays)
+    name = "kept.head" if kept else "group1.split0.factor1"
+    with pytest.raises(FileError, match=f"^{path}: '{name}' holds NaN or infinity"):
+        tna.save(path, file)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileError, match=f"^{tmp_path}: is a folder; give the path of a file in it"):
+        tna.save(tmp_path, made())
+    path = tmp_path / "no" / "adapter"
+    with pytest.raises(FileError, match=f"^{path}: the folder {tmp_path / 'no'} does not exist; make it first"):
+        tna.save(path, made())
+    with pytest.raises(FileError, match="an AdapterFile can be saved there; got dict"):
+        tna.save(path, {})  # type: ignore[arg-type]
+    monkeypatch.setattr(adapter_format, "MAX_HEADER", 100)
+    with pytest.raises(FileError, match="6 arrays need a header of more than 100 bytes; use fewer groups"):
+        tna.save(tmp_path / "adapter", made())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied"), OSError(28, "No space left on device"), OSError("nothing known")],
+)
+def test_a_disk_that_will_not_is_a_file_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    path = tmp_path / "adapter.safetensors"
+    tna.save(path, made())
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(FileError, match=f"^{path}: {error.strerror or 'nothing known'}$") as caught:
+        tna.save(path, full())
+    assert caught.value.__cause__ is error
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# -- What it needs ------------------------------------------------------------------------------
+
+
+def test_saving_and_loading_need_no_framework(tmp_path: Path) -> None:
+    code = """
+import sys
+for name in ("torch", "jax", "cupy"):
+    sys.modules[name] = None
+import tnadapt as tna
+print("safetensors" in sys.modules)
+config = tna.presets.superlora(1, projection="linear")
+file = tna.AdapterFile(config, [tna.Target("fc", (4, 4))], tna.SuperLoRA(config, [(4, 4)]).init())
+tna.save(sys.argv[1], file)
+print(tna.load(sys.argv[1]))
+"""
+    path = str(tmp_path / "adapter")
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\nAdapterFile(8 parameters in 2 arrays, 1 target, 0 kept)\n"
+
+
+# -- Adapters of which some arrays are frozen ------------------------------------------------------
+
+
+def frozen(config: Config, trained: list[str] | None = None, dtype: str = "float32") -> AdapterFile:
+    """An adapter at its start, of which the last array of each split is trained, moved by a little."""
+    targets = [Target(f"layer.{number}.q", (6, 4), "q") for number in range(2)]
+    plan = SuperLoRA(config, [(6, 4)] * 2)
+    words = list(plan.groups[0].names.values())
+    trained = [words[-1]] if trained is None else trained
+    arrays = plan.init(dtype=dtype, trained=trained)
+    arrays[trained[0]] = arrays[trained[0]] + np.asarray(0.5, dtype)
+    return AdapterFile(config, targets, arrays, trained=trained)
+
+
+FROZEN = {
+    "lora": tna.presets.lora(2), "lorta": tna.presets.lorta(2), "lokr": tna.presets.lokr(2),
+    "terms": tna.presets.compacter(1, terms=2),
+    "train": Config(order=3, rank=2, groups=1, fold="balanced", format="tt"),
+    "linear": tna.presets.superlora(2, projection="linear", ratio=0.5),
+    "nonlinear": tna.presets.superlora(2, projection="nonlinear", ratio=0.5, seed=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_arrays_are_left_out_and_drawn_again(name: str, dtype: str, tmp_path: Path) -> None:
+    file = frozen(FROZEN[name], dtype=dtype)
+    assert file.trained is not None
+    assert set(file.left_out) == file.arrays.keys() - set(file.trained)
+    content = content_of(file, tmp_path)
+    recipe, tensors = forge.parsed(content)
+    assert list(tensors) == recipe["trained"] == list(file.trained)
+    found = read(tmp_path, content)
+    same(found, file)
+    assert (found.trained, found.num_parameters) == (file.trained, tensors[file.trained[0]][1].size)
+    assert all(np.array_equal(*pair) for pair in zip(found.deltas(), file.deltas(), strict=True))
+    assert content_of(found, tmp_path) == content
+
+
+def test_of_a_frozen_array_that_has_moved_the_file_has_the_bits(tmp_path: Path) -> None:
+    file = frozen(tna.presets.lora(2))
+    name = file.left_out[0]
+    for change in (np.float32(1e-9), -2.0 * file.arrays[name]):
+        arrays = {**file.arrays, name: file.arrays[name] + change}
+        moved = AdapterFile(file.config, file.targets, arrays, trained=file.trained)
+        if np.array_equal(arrays[name], file.arrays[name]):
+            assert moved.left_out == file.left_out
+            continue
+        assert moved.left_out == tuple(one for one in file.left_out if one != name)
+        same(read(tmp_path, content_of(moved, tmp_path)), moved)
+    # A negative zero is a number of its own.
+    dense = frozen(tna.presets.superlora(2, groups=2), ["group0.split0.factor0", "group0.split0.factor1"])
+    zero = "group1.split0.factor0"
+    assert zero in dense.left_out
+    minus = AdapterFile(dense.config, dense.targets, {**dense.arrays, zero: -dense.arrays[zero]}, trained=dense.trained)
+    assert zero not in minus.left_out
+    same(read(tmp_path, content_of(minus, tmp_path)), minus)
+
+
+def test_arrays_that_are_changed_in_place_after_a_save_are_saved_as_they_are(tmp_path: Path) -> None:
+    file = frozen(FROZEN["nonlinear"])
+    first = content_of(file, tmp_path)
+    name, draws = file.left_out[0], file.draws
+    before = file.arrays[name].copy()
+    file.arrays[name][...] = 7
+    assert name not in file.left_out
+    assert file.draws != draws
+    content = content_of(file, tmp_path)
+    assert name in forge.parsed(content)[1]
+    same(read(tmp_path, content), file)
+    file.arrays[name][...] = before
+    assert content_of(file, tmp_path) == first
+
+
+def test_the_digest_of_draws_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = frozen(FROZEN["linear"])
+    first = content_of(file, tmp_path)
+    monkeypatch.setattr("tnadapt.checkpoints.adapter_file.hashlib", None)
+    assert content_of(file, tmp_path) == first
+
+
+def test_adapters_that_are_trained_whole_have_the_files_that_they_had(tmp_path: Path) -> None:
+    file = made()
+    whole = AdapterFile(file.config, file.targets, file.arrays, trained=list(file.arrays))
+    assert whole.trained is None
+    assert content_of(whole, tmp_path) == content_of(file, tmp_path)
+    assert "trained" not in forge.parsed(content_of(file, tmp_path))[0]
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        ([], "trained must name some of the arrays, each once"),
+        (["group0.split0.factor1"] * 2, "trained must name some of the arrays, each once"),
+        (["group9.split0.factor1"], "unknown: 'group9.split0.factor1'"),
+        ([1], "trained must be a list of names of arrays"),
+        (["group1.split0.factor1"], "missing: 'group1.split0.factor1'"),
+        (["group0.split0.factor1", "group1.split0.factor0"], "missing: 'group1.split0.factor0'"),
+        ("group0.split0.factor1", "trained must be a list; got"),
+        (
+            ["group0.split0.factor0", "group0.split0.factor1", "group1.split0.factor0", "group1.split0.factor1"],
+            "missing",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_choice_is_said(trained: Any, message: str, tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(frozen(tna.presets.lora(2)), tmp_path))
+    assert list(tensors) == ["group0.split0.factor1"]
+    assert message in refusal(tmp_path, forge.adapter({**recipe, "trained": trained}, tensors))
+
+
+def test_other_draws_of_frozen_arrays_are_refused(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(frozen(tna.presets.lora(2)), tmp_path))
+    content = forge.adapter({**recipe, "config": {**recipe["config"], "seed": 1}}, tensors)
+    assert "whose digest is" in refusal(tmp_path, content)
+    assert read(tmp_path, content, check_draws=False).trained == ("group0.split0.factor1",)
+    # Left out without a word of it, and stored although they need not be.
+    bare = {key: value for key, value in recipe.items() if key != "draws"}
+    assert "whose digest is None" in refusal(tmp_path, forge.adapter(bare, tensors))
+    file = frozen(tna.presets.lora(2))
+    stored = {name: ("F32", array) for name, array in file.arrays.items()}
+    same_arrays = read(tmp_path, forge.adapter(bare, stored)).arrays
+    assert all(np.array_equal(array, file.arrays[name]) for name, array in same_arrays.items())
+
+
+def test_a_small_file_makes_no_reader_draw_much(tmp_path: Path) -> None:
+    side = 1 << 20
+    recipe = {"version": 1, "config": {"rank": 20}, "targets": [["a", [side, 1], "q"]], "draws": "0" * 64,
+              "trained": ["group0.split0.factor1"]}  # fmt: skip
+    content = forge.adapter(recipe, {"group0.split0.factor1": ("F32", np.zeros((1, 20), np.float32))})
+    tracemalloc.start()
+    assert "1 frozen arrays are left out; at most 1024 of 16777216 elements" in refusal(tmp_path, content)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_large_and_many_frozen_arrays_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = frozen(tna.presets.compacter(1, terms=3))
+    sizes = [file.arrays[name].size for name in file.left_out]
+    assert len(sizes) > 3
+    ends = list(itertools.accumulate(sizes, initial=0))
+    limits = [("MAX_LEFT_OUT", count, count) for count in range(4)]
+    for count, end in enumerate(ends[1:4], 1):
+        limits += [("MAX_DRAWN", end - 1, count - 1), ("MAX_DRAWN", end, count)]
+    for name, value, kept in limits:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tnadapt.checkpoints.adapter_file.{name}", value)
+            limited = AdapterFile(file.config, file.targets, file.arrays, trained=file.trained)
+            assert limited.left_out == file.left_out[:kept], (name, value)
+            same(read(tmp_path, content_of(limited, tmp_path)), limited)
+
+
+# -- What is saved can be loaded -------------------------------------------------------------------
+
+
+def many_names(weights: int, config: Config) -> AdapterFile:
+    """An adapter with many arrays a weight, half of which are trained."""
+    targets = [Target(f"l.{number}", (4, 4)) for number in range(weights)]
+    shapes = SuperLoRA(config, [(4, 4)] * weights).param_shapes
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return AdapterFile(config, targets, arrays, trained=list(arrays)[1::2])
+
+
+@pytest.mark.parametrize("terms", [1, 6])
+def test_a_list_of_trained_arrays_may_be_longer_than_the_targets(terms: int, tmp_path: Path) -> None:
+    file = many_names(160, Config(rank=1, splits=4, split_size=1, terms=terms))
+    assert file.trained is not None
+    content = content_of(file, tmp_path)
+    recipe = forge.parsed(content)[0]
+    assert (len(forge.compact(recipe["trained"])) > len(forge.compact(recipe["targets"])) + 65536) == (terms == 6)
+    same(read(tmp_path, content), file)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "M" * 65536}, "the tnadapt entry has a value or name of more than 65536 bytes for 'model'"),
+        ({"targets": [Target("m" * 65536, (4, 6))]}, "the tnadapt entry has a value or name of more than 65536 bytes"),
+        ({"kept": {"k" * 65536: np.zeros(1)}}, "the header has a value or name of more than 65536 bytes"),
+    ],
+)
+def test_what_load_would_refuse_is_not_saved(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = tna.presets.lora(2)
+    arrays = SuperLoRA(config, [(4, 6)]).init()
+    file = AdapterFile(**{"config": config, "targets": [Target("q", (4, 6))], "arrays": arrays, **fields})
+    with pytest.raises(FileError) as caught:
+        tna.save(tmp_path / "a.safetensors", file)
+    assert f"was not written, as load would refuse it: {message}" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_trained_arrays_are_bounded_by_the_arrays(tmp_path: Path) -> None:
+    recipe, tensors = forge.parsed(content_of(frozen(tna.presets.lora(2)), tmp_path))
+    most = len(tensors) + 1024
+    for count, message in ((most + 1, f"trained names more than {most} arrays"), (most, "each once; unknown: 'x0'")):
+        content = forge.adapter({**recipe, "trained": [f"x{number}" for number in range(count)]}, tensors)
+        assert message in refusal(tmp_path, content)
+
+
+def test_a_config_may_be_longer_by_what_its_targets_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = [Target(f"l.{number}", (2, 2)) for number in range(200)]
+    config = Config(rank=1, groups=tuple((number,) for number in range(200)))
+    arrays = SuperLoRA(config, [(2, 2)] * 200).init()
+    file = AdapterFile(config, targets, {name: array.astype(np.float32) for name, array in arrays.items()})
+    monkeypatch.setattr(adapter_format, "MAX_VALUE", 0)
+    same(read(tmp_path, content_of(file, tmp_path)), file)
+    monkeypatch.setattr(adapter_format, "_CONFIG_OF_TARGET", 1)
+    with pytest.raises(FileError, match=r"load would refuse it: .* more than 200 bytes for 'config'"):
+        content_of(file, tmp_path)

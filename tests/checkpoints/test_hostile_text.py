@@ -1,0 +1,224 @@
+"""Nothing that is read can speak to the terminal: every command, over files whose every text tries to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.support import forge
+from tests.support.hostile_text import EVIL, adapter, checkpoint, named, peft, speaks
+from tnadapt.errors import escaped, shown
+
+
+@given(st.text())
+def test_escaped_text_is_one_visible_line(text: str) -> None:
+    found = escaped(text)
+    assert not speaks(found)
+    assert "\n" not in found
+    assert escaped(found) == found
+    assert not speaks(shown(text))
+    assert not speaks(str(tna.FileError(text)))
+
+
+@pytest.mark.parametrize("text", ["größe", "重み", "вес", "a b", "λ×é", "😀"])
+def test_what_people_write_is_left_alone(text: str) -> None:
+    assert escaped(text) == text
+
+
+def test_the_text_is_hostile() -> None:
+    # Else the tests below say nothing.
+    assert len(speaks(EVIL)) > 15
+    assert any(line.startswith("FORGED") for line in speaks(EVIL))
+
+
+class Files:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = checkpoint(folder / "base", "m")
+        self.tuned = checkpoint(folder / "tuned", "m")
+        adapter(folder / "adapter.safetensors", "m")
+        adapter(folder / "draws.safetensors", "m", draws="0" * 64)
+        adapter(folder / "other.safetensors", "elsewhere")
+        adapter(folder / "key.safetensors", "m", **{EVIL: 1})
+        adapter(folder / "field.safetensors", "m", config={EVIL: 1})
+        adapter(folder / "role.safetensors", "m", targets=[[EVIL, [4, 6], EVIL]])
+        adapter(folder / "activation.safetensors", "m", activation=EVIL)
+        self.peft = peft(folder / "peft")
+        peft(folder / "peft-odd", modules_to_save=[EVIL], bias=EVIL)
+        for name, header in (
+            ("dtype", {EVIL: {"dtype": EVIL, "shape": [], "data_offsets": [0, 0]}}),
+            ("entry", {EVIL: {EVIL: EVIL}}),
+            ("meta", {"__metadata__": {EVIL: EVIL}, EVIL: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
+            ("gap", {EVIL: {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}),
+            ("kohya", {f"lora_unet_{EVIL}.alpha": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
+        ):
+            (folder / f"{name}.safetensors").write_bytes(forge.container(header))
+        self.index = folder / "index"
+        self.index.mkdir()
+        (self.index / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {EVIL: EVIL}}))
+        self.twice = folder / "twice.json"
+        self.twice.write_text(json.dumps({EVIL: 1})[:-1] + "," + json.dumps({EVIL: 1})[1:])
+        self.named = named(folder, "adapter")
+        adapter(self.named, "m")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("hostile"))
+
+
+BROKEN = ("key", "field", "role", "activation", "dtype", "entry", "meta", "gap", "kohya", "other", "draws")
+
+COMMANDS: dict[str, Callable[[Files], list[Any]]] = {
+    "info adapter": lambda f: ["info", f.folder / "adapter.safetensors", "--all"],
+    "info adapter as JSON": lambda f: ["info", f.folder / "adapter.safetensors", "--all", "--json"],
+    "info file of a hostile name": lambda f: ["info", f.named],
+    "info checkpoint": lambda f: ["info", f.base, "--all"],
+    "info checkpoint as JSON": lambda f: ["info", f.base, "--all", "--json"],
+    "info peft": lambda f: ["info", f.peft / "adapter_model.safetensors"],
+    "info index": lambda f: ["info", f.index],
+    "merge": lambda f: ["merge", f.base, f.folder / "adapter.safetensors", "-o", f.folder / "merged", "-f"],
+    "merge as JSON": lambda f: ["merge", f.base, f.named, "-o", f.folder / "merged", "-f", "--json"],
+    "merge to a hostile name": lambda f: ["merge", f.base, f.named, "-o", named(f.folder, "merged"), "-f"],
+    "convert": lambda f: ["convert", f.folder / "adapter.safetensors", "--to", "peft-lora", "--without-kept"],
+    "convert from peft": lambda f: ["convert", f.peft],
+    "convert with an error": lambda f: ["convert", f.peft, "--to", "peft-lora", "--rank", "1", "--max-error", "1"],
+    "convert from peft as JSON": lambda f: ["convert", f.peft, "--json"],
+    "convert with a base": lambda f: ["convert", f.peft, "--base", f.base],
+    "convert odd peft": lambda f: ["convert", f.folder / "peft-odd"],
+    "extract": lambda f: ["extract", f.base, f.tuned, "-o", f.folder / "out.safetensors", "--force", "--rank", "1"],
+    "extract with keep": lambda f: ["extract", f.base, f.tuned, "-o", f.folder / "x.safetensors", "--keep", EVIL],
+    "extract as JSON": lambda f: [
+        "extract", f.base, f.tuned, "-o", f.folder / "out.safetensors", "--force", "--rank", "1", "--json",
+    ],
+    "plan": lambda f: ["plan", f.base, "--budget", "100"],
+    "plan as JSON": lambda f: ["plan", f.base, "--budget", "100", "--json"],
+    "plan with other targets": lambda f: ["plan", f.base, "--budget", "100", "--targets", EVIL],
+    "verify with a config": lambda f: ["verify", "--config", f.twice],
+    "one argument too many": lambda f: ["info", f.base, EVIL],
+    "an option that is none": lambda f: ["info", f.base, f"--{EVIL}"],
+    "a value that is none": lambda f: ["convert", f.base, "--rank", EVIL],
+    "no command": lambda f: [EVIL],
+    "a path that is not there": lambda f: ["info", named(f.folder, "none")],
+    **{f"info {name}": lambda f, name=name: ["info", f.folder / f"{name}.safetensors"] for name in BROKEN},
+    **{
+        f"merge {name}": lambda f, name=name: [
+            "merge", f.base, f.folder / f"{name}.safetensors", "-o", f.folder / "no",
+        ]
+        for name in BROKEN
+    },
+    **{f"convert {name}": lambda f, name=name: ["convert", f.folder / f"{name}.safetensors"] for name in BROKEN},
+}  # fmt: skip
+
+# Those that are to succeed: a refusal alone would show little.
+FINE = {
+    "info adapter", "info adapter as JSON", "info file of a hostile name", "info checkpoint", "info checkpoint as JSON",
+    "info peft", "merge", "merge as JSON", "merge to a hostile name", "convert with an error", "convert from peft",
+    "convert from peft as JSON", "extract", "extract as JSON", "plan", "plan as JSON", "info other", "info draws",
+}  # fmt: skip
+
+
+def test_no_command_prints_what_a_terminal_would_act_on(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("typer")
+    from tnadapt.__main__ import main
+
+    failed = {}
+    for what, arguments in COMMANDS.items():
+        words = ["tnadapt", *map(os.fspath, arguments(files))]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words)
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        assert out or err, what
+        if code == 0 and "--json" in words:
+            json.loads(out)
+            assert out.isascii()
+        if found := speaks(out) + speaks(err) + [f"exit code {code}"] * (code != 0 and what in FINE):
+            failed[what] = found[:4], (out + err)[:300]
+    assert not failed
+
+
+def test_in_a_terminal_nothing_is_taken_for_markup(files: Files) -> None:
+    pytest.importorskip("typer")
+    pty = pytest.importorskip("pty")
+    for arguments in (["info", files.folder / "adapter.safetensors", "--all"], ["plan", files.base, "--budget", "100"]):
+        own, theirs = pty.openpty()
+        command = [sys.executable, "-m", "tnadapt", *map(os.fspath, arguments)]
+        with subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL) as done:
+            os.close(theirs)
+            seen = b""
+            while piece := _read(own):
+                seen += piece
+        os.close(own)
+        assert done.returncode == 0
+        text = seen.decode()
+        # What the program itself writes to a terminal is colours and the cursor; nothing of the file's.
+        assert "\x1b[31mred" not in text
+        assert "\x1b]" not in text
+        assert "\u202e" not in text
+        assert not any(line.startswith("FORGED") for line in text.split("\n"))
+        if "info" in arguments:
+            assert "[red]markup[/red]" in text
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:  # Linux says so where the other end is closed
+        return b""
+
+
+def test_reprs_and_reports_in_the_library(files: Files) -> None:
+    file = tna.load(files.folder / "adapter.safetensors")
+    for text in (repr(file), repr(file.targets[0]), repr(file.base)):
+        assert not speaks(text)
+    merged = tna.merge(files.base, files.folder / "adapter.safetensors", files.folder / "merged2", overwrite=True)
+    assert not speaks(repr(merged))
+    found = tna.convert(files.peft, to="peft-lora", rank=1, max_error=1.0)
+    assert not found.exact
+    assert not speaks(str(found))
+    assert not speaks(repr(found))
+
+
+def test_summaries_and_warnings_in_torch(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch as tt
+
+    name = EVIL.replace(".", "")
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict(
+            {name: torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}), "o": torch.nn.Linear(4, 4)}
+        )
+
+    adapter = tt.attach(model(), targets=["q"])
+    assert not speaks(str(adapter.summary()))
+    assert not speaks(repr(adapter))
+    tuned = model()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += torch.rand_like(parameter)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tt.extract(model(), tuned, targets=["o"], cfg=tna.presets.lora(1))
+    assert caught
+    for warning in caught:
+        assert not speaks(str(warning.message))
+    assert np.isfinite(adapter.num_parameters)

@@ -1,0 +1,216 @@
+"""``tnadapt.info``: what a file is, told from the file alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import tnadapt as tna
+from tests.conftest import peak_of
+from tests.support import checkpoint_files as cp
+from tnadapt.checkpoints._header import read_header
+from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.pairing import paired
+
+P, T = tna.presets, tna.Target
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    targets = [T(f"h.{n}.attn", (12, 4), role, rows=tna.Rows(start, 4, 12)) for n in (0, 1, 2, 5) for role, start in
+               (("q", 0), ("v", 8))]  # fmt: skip
+    targets.append(T("h.5.mlp.out", (4, 7), "linear", transposed=True))
+    tensors = cp.base(targets, "bfloat16")
+    config = P.superlora(2, groups=3, projection="nonlinear", ratio=0.5, seed=7)
+    file = cp.adapter(config, targets, tensors, "bfloat16", kept={"head.weight": np.ones((2, 4), np.float32)})
+    file = dataclasses.replace(file, model="Tiny")
+    tna.save(tmp_path / "adapter.safetensors", file)
+    for path in (tmp_path / "adapter.safetensors", tmp_path):
+        found = tna.info(path)
+        assert json.loads(json.dumps(found)) == found
+        assert (found["kind"], found["version"], found["model"], found["dtype"]) == ("adapter", 1, "Tiny", "bfloat16")
+        assert tna.Config.from_dict(found["config"]) == config
+        assert found["parameters"] == file.num_parameters == file.plan.num_parameters
+        assert found["updated"] == file.plan.size
+        assert (found["groups"], found["arrays"]) == (3, len(file.arrays))
+        assert found["bytes"] == (tmp_path / "adapter.safetensors").stat().st_size
+        assert found["base"]["sha256"] == file.base.sha256
+        assert (found["draws"], found["draws_here"]) == (file.draws, True)
+        assert found["kept"] == [{"name": "head.weight", "shape": [2, 4], "dtype": "float32"}]
+        assert "every" not in found
+    assert [(one["count"], one["role"], one["name"]) for one in found["targets"]] == [
+        (4, "q", "h.{0-2,5}.attn.weight"), (4, "v", "h.{0-2,5}.attn.weight"), (1, "linear", "h.5.mlp.out.weight"),
+    ]  # fmt: skip
+    assert found["targets"][0]["rows"] == [0, 4, 12, 1]
+    assert found["targets"][2]["transposed"] is True
+    assert [one["name"] for one in tna.info(tmp_path, every=True)["every"]] == [target.name for target in targets]
+
+
+def test_other_draws_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tna.save(tmp_path / "a.safetensors", cp.adapter(P.fastfood(0.5), [T("a", (4, 4))]))
+    monkeypatch.setattr("tnadapt.checkpoints.adapter_file.AdapterFile.draws_without", lambda *_: "0" * 64)
+    assert tna.info(tmp_path / "a.safetensors")["draws_here"] is False
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_checkpoint(shards: int, tmp_path: Path) -> None:
+    targets = [T(f"layers.{n}.self_attn.{role}_proj", (8, 8), role) for n in range(12) for role in "qkv"]
+    tensors = cp.base(targets, "float16")
+    folder = cp.write(tmp_path / "base", tensors, shards)
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["Llama"]}')
+    found = tna.info(folder)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["kind"], found["model_type"], found["architectures"]) == ("checkpoint", "llama", ["Llama"])
+    assert found["tensors"] == len(tensors)
+    assert found["bytes"] == sum(array.nbytes for _, array in tensors.values())
+    assert [one["bytes"] for one in found["files"]] == [
+        path.stat().st_size for path in sorted(folder.glob("*.safetensors"))
+    ]
+    assert sum(one["tensors"] for one in found["files"]) == len(tensors)
+    assert found["dtypes"]["F16"] == {"tensors": 36, "bytes": 36 * 128}
+    assert [(one["count"], one["name"]) for one in found["targets"]] == [
+        (12, "layers.{0-11}.self_attn.q_proj.weight"), (12, "layers.{0-11}.self_attn.v_proj.weight"),
+    ]  # fmt: skip
+    assert {one["name"] for one in tna.info(folder, every=True)["every"]} == tensors.keys()
+
+
+def test_a_checkpoint_of_which_little_is_known(tmp_path: Path) -> None:
+    folder = cp.write(tmp_path, {"x": ("F32", np.ones((2, 2), "<f4"))})
+    (folder / "config.json").write_text('{"limit": Infinity}')
+    found = tna.info(folder)
+    assert "not finite" in found["no_config"]
+    assert found["targets"] == []
+    assert "no tensor of the checkpoint is a target" in found["no_targets"]
+
+
+def test_adapters_of_others(tmp_path: Path) -> None:
+    for name, what in (("base_model.model.q.lora_A.weight", "PEFT"), ("lycoris_q.lora_down.weight", "LyCORIS")):
+        cp.write_file(tmp_path / "adapter_model.safetensors", {name: ("F32", np.ones((2, 2), "<f4"))})
+        found = tna.info(tmp_path)
+        assert found["kind"] == "other adapter"
+        assert what in found["what"]
+        with pytest.raises(tna.FileError, match="tnadapt convert makes it one"):
+            tna.load(tmp_path / "adapter_model.safetensors")
+
+
+def test_an_adapter_of_others_in_several_files_is_told_as_a_whole(tmp_path: Path) -> None:
+    one = {f"base_model.model.{name}.lora_A.weight": ("F32", np.ones((2, 2), "<f4")) for name in "abcde"}
+    cp.write(tmp_path, one, shards=2)
+    found = tna.info(tmp_path)
+    assert found["kind"] == "other adapter"
+    assert found["what"].startswith("an adapter of PEFT: 5 tensors such as 'base_model.model.a.lora_A.weight'")
+    assert found["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(1), [T("a", (4, 4))]))
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    for content, why in (
+        (whole[:-1], "cut off"), (whole[:-1] + b"x", "SHA-256"), (b"\x80\x02", "pickle"), (b"", "0 bytes"),
+    ):  # fmt: skip
+        (tmp_path / "a.safetensors").write_bytes(content)
+        with pytest.raises(tna.FileError, match=rf"a\.safetensors: .*{why}"):
+            tna.info(tmp_path / "a.safetensors")
+    with pytest.raises(tna.FileError, match="No such file"):
+        tna.info(tmp_path / "none")
+
+
+def test_a_name_of_thousands_of_dots_takes_little_memory(tmp_path: Path) -> None:
+    save_file({"a." * 3000 + "q_proj.weight": np.ones((2, 2), np.float32)}, tmp_path / "m.safetensors")
+    found = []
+    peak = peak_of(lambda: found.append(tna.info(tmp_path / "m.safetensors")))
+    assert (found[0]["tensors"], found[0]["targets"]) == (1, [])
+    assert peak < 1 << 21
+
+
+@pytest.mark.parametrize(("dots", "count"), [(64, 2), (65, 0)])
+def test_modules_nested_64_deep_are_found(dots: int, count: int) -> None:
+    path = "a." * (dots - 1)
+    shapes = {f"{path}{name}_proj.weight": (4, 4) for name in "qkv"}
+    if count:
+        assert len(find_stored(shapes, "qv")) == count
+    else:
+        with pytest.raises(tna.TargetError, match="no weights of layers at all"):
+            find_stored(shapes, "qv")
+
+
+def test_numbers_of_thousands_of_digits_in_names_are_words(tmp_path: Path) -> None:
+    long = "9" * 5000
+    paths = [f"layers.{part}.attn.q_proj" for part in ("1", "2", long)]
+    save_file({f"{path}.weight": np.ones((4, 4), np.float32) for path in paths}, tmp_path / "base.safetensors")
+    (found,) = tna.info(tmp_path / "base.safetensors", every=True)["every"][2:]
+    assert found["name"] == f"{paths[2]}.weight"
+    targets = [T(path, (4, 4), "q") for path in paths]
+    file = cp.adapter(P.lora(1), targets)
+    tna.save(tmp_path / "adapter.safetensors", file)
+    (group,) = tna.info(tmp_path / "adapter.safetensors")["targets"]
+    assert (group["count"], group["name"]) == (3, f"layers.{{1-2,{long}}}.attn.q_proj.weight")
+    assert [target.module for target in find_stored({f"{path}.weight": (4, 4) for path in paths[::-1]}, paths)] == [
+        paths[2], paths[0], paths[1],
+    ]  # fmt: skip
+    tna.convert(tmp_path / "adapter.safetensors", to="peft-lora")
+    tna.merge(tmp_path / "base.safetensors", file, tmp_path / "merged.safetensors")
+
+
+def test_weights_are_paired_by_numbers_of_thousands_of_digits() -> None:
+    parts = ["9" * 5000, "8" * 5000]
+    wanted = [T(f"h.{part}.q", (4, 4), "q") for part in parts]
+    found = [T(f"layers.{part}.query", (4, 4), "q") for part in reversed(parts)]
+    assert paired(wanted, found) == found[::-1]
+
+
+@pytest.mark.parametrize(
+    ("said", "architectures", "kind", "printed"),
+    [
+        ({"architectures": ["A", "B"], "model_type": "c"}, ["A", "B"], "c", "A, B, c"),
+        ({"architectures": [1], "model_type": "c"}, None, "c", "c"),
+        ({"architectures": 3, "model_type": "c"}, None, "c", "c"),
+        ({"architectures": "abc", "model_type": "c"}, None, "c", "c"),
+        ({"architectures": {"a": 1}, "model_type": "c"}, None, "c", "c"),
+        ({"architectures": ["A"], "model_type": 5}, ["A"], None, "A"),
+        ({"architectures": ["A"], "model_type": ["y"]}, ["A"], None, "A"),
+    ],
+)
+def test_names_of_a_model_are_strings(
+    said: Any, architectures: Any, kind: Any, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("typer")
+    from tnadapt.cli._info_command import info_command
+
+    save_file({"h.0.q_proj.weight": np.ones((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    found = tna.info(tmp_path)
+    assert (found["architectures"], found["model_type"]) == (architectures, kind)
+    info_command(tmp_path)
+    assert capsys.readouterr().out.splitlines()[1].split(maxsplit=1) == ["model", printed]
+
+
+def test_sizes_of_thousands_of_digits_in_a_config_are_none(tmp_path: Path) -> None:
+    name = "layers.0.linear_attn.in_proj_qkvz.weight"
+    save_file({name: np.ones((48, 4), np.float32)}, tmp_path / "model.safetensors")
+    config = {"linear_num_key_heads": 2, "linear_key_head_dim": 3, "linear_value_head_dim": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"linear_num_value_heads": int("9" * 4000)}))
+    why = tna.info(tmp_path)["no_targets"]
+    assert "is not known: config.json lacks num_v_heads. " in why
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_headers_of_a_checkpoint_are_read_once(
+    shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = cp.base([T(f"h.{layer}.attn.{name}_proj", (4, 4), name) for layer in range(2) for name in "qv"])
+    cp.write(tmp_path / "model", tensors, shards)
+    headers = []
+
+    def counted(content: bytes, foreign: bool) -> Any:
+        headers.append(content)
+        return read_header(content, foreign)
+
+    monkeypatch.setattr("tnadapt.checkpoints.container.read_header", counted)
+    assert tna.info(tmp_path / "model")["tensors"] == len(tensors)
+    assert len(headers) == shards

@@ -1,0 +1,123 @@
+"""The command line, as its user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tnadapt
+
+pytest.importorskip("typer")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tnadapt", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.strip() == f"tnadapt {tnadapt.__version__}"
+    assert "verify" in run("--help").stdout
+    assert "--preset" in run("verify", "--help").stdout
+
+
+def test_verify_a_preset() -> None:
+    done = run("verify", "--preset", "superlora", "--set", "rank=2", "--set", "projection=linear", "--set", "ratio=0.1",
+               "--shape", "12x8*4", "--backend", "numpy")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "all laws hold" in done.stdout
+    assert "F = its dense matrix" in done.stdout
+
+
+def test_verify_a_file_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tnadapt.presets.lorta(2, order=3).to_dict()))
+    done = run("verify", "--config", str(path), "--shape", "6x5", "--shape", "3x4", "--backend", "numpy", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["holds"]
+    assert all(law["backend"] == "numpy" for law in report["laws"])
+
+
+def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from tnadapt import cli
+    from tnadapt.testing import _reference as reference
+
+    monkeypatch.setattr(reference, "count", lambda *a: 0)
+    done = CliRunner().invoke(cli.app, ["verify", "--preset", "lora", "--backend", "numpy"])
+    assert done.exit_code == 1
+    assert "BROKEN" in done.output
+    assert "NOT all laws hold" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "lorra"], "no preset 'lorra'; expected one of cara"),
+        (["--preset", "lora", "--set", "rank=0"], "rank must be from 1"),
+        (["--preset", "lora", "--set", "rank"], "--set takes FIELD=VALUE"),
+        (["--preset", "lora", "--set", "dropout=1"], "no field 'dropout'"),
+        (["--preset", "lotr"], "preset 'lotr'"),
+        (["--preset", "lora", "--config", "x.json"], "give one of them"),
+        (["--config", "no/such/file.json"], "cannot read a config from"),
+        (["--preset", "lora", "--shape", "12"], "--shape takes ROWSxCOLS"),
+        (["--preset", "lora", "--shape", "0x3"], "expected (rows, cols), both at least 1"),
+        (["--preset", "lora", "--shape", "12x8*0"], "--shape takes ROWSxCOLS"),
+        (["--preset", "superlora", "--set", "projection=linear", "--shape", "300x300"], "give smaller shapes"),
+        (["--preset", "lora", "--set", "alpha=1e-300"], "alpha must be from"),
+        (["--shape", "3x3"], "shapes belong to a config"),
+        (["--backend", "tensorflow"], "no backend named 'tensorflow'"),
+        (["--set", "groups=layer"], "needs layers"),
+        (["--preset"], "requires an argument"),
+        (["--seed", "-1"], "Invalid value for '--seed'"),
+        (["--nonsense"], "No such option"),
+    ],
+)
+def test_a_users_mistake_is_exit_code_2_and_no_traceback(arguments: list[str], message: str) -> None:
+    done = run("verify", *arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from tnadapt.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert 'pip install "tnadapt[cli]"' in done.stderr
+
+
+HOSTILE = {
+    "a list": "[1, 2]",
+    "half": "{",
+    "no number": '{"rank": NaN}',
+    "deep": "[" * 100_000,
+    "an object for a number": '{"rank": {"a": 1}}',
+    "a zero byte": "\x00",
+    "a long number": '{"rank": 1' + "0" * 10_000 + "}",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no /dev/stdin")
+def test_a_config_may_come_through_a_pipe() -> None:
+    command = [sys.executable, "-m", "tnadapt", "verify", "--config", "/dev/stdin", "--backend", "numpy", "--json"]
+    done = subprocess.run(command, input='{"rank": 3}', capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["holds"]
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    done = run("verify", "--config", str(path), "--backend", "numpy")
+    assert done.returncode == 2
+    assert done.stderr.startswith("tnadapt: ")
+    assert "Traceback" not in done.stderr

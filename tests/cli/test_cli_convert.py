@@ -1,0 +1,81 @@
+"""``tnadapt convert``, as its user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tests.convert.conversions import made
+
+pytest.importorskip("typer")
+
+from .test_cli import run
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    file = made(tna.presets.lora(4, alpha=8))
+    tna.save(tmp_path / "ours.safetensors", file)
+    done = run("convert", str(tmp_path / "ours.safetensors"), "-o", str(tmp_path / "theirs"), "--to", "peft-lora")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "tnadapt -> peft-lora, 3 weights",
+        f"parameters {file.num_parameters} -> {file.num_parameters}",
+        "exact but for rounding: relative error 0",
+        f"written to {tmp_path / 'theirs'}",
+    ]
+    done = run("convert", str(tmp_path / "theirs"), "-o", str(tmp_path / "again.safetensors"), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["from"], report["to"], report["exact"], report["error"]) == ("peft-lora", "tnadapt", True, 0.0)
+    again = tna.load(tmp_path / "again.safetensors")
+    assert again.config == file.config
+    for one, other in zip(again.deltas(), file.deltas(), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_what_is_lost_is_said(tmp_path: Path) -> None:
+    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(4)))
+    source = str(tmp_path / "ours.safetensors")
+    refused = run("convert", source, "-o", str(tmp_path / "theirs"), "--to", "peft-lora", "--rank", "2")
+    assert refused.returncode == 2
+    assert "would change the updates by a relative error of" in refused.stderr
+    assert "give a larger rank or a wider dtype, --max-error 0." in refused.stderr
+    assert "or --to lycoris-full" in refused.stderr
+    assert not (tmp_path / "theirs").exists()
+    done = run("convert", source, "--to", "peft-lora", "--rank", "2", "--max-error", "0.9")
+    assert done.returncode == 0, done.stderr
+    assert "NOT exact: relative error 0." in done.stdout
+    assert "blocks.0.attn.q_proj.weight" in done.stdout
+    assert done.stdout.endswith("nothing written: give -o OUT\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "lora"], "to must be one of tnadapt, peft-lora"),
+        (["--to", "peft-lora", "--rank", "0"], "Invalid value for '--rank'"),
+        (["--to", "peft-lora", "--max-error", "7"], "max_error must be a number from 0 to 1"),
+        (["--rank", "2"], "belongs to LoRA, LoKr and LoHa"),
+        (["--base", "no/such"], "base: no/such: No such file or directory"),
+        (["-o", "no/such/out"], "does not exist; make it first"),
+        (["-o", "."], "exists; give another path, or --force"),
+        (["--nonsense"], "No such option"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(4)))
+    done = run("convert", str(tmp_path / "ours.safetensors"), *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (
+        run("convert", str(tmp_path / "missing")).stderr == f"tnadapt: {tmp_path}/missing: No such file or directory\n"
+    )
+
+
+def test_it_is_among_the_commands() -> None:
+    assert "convert" in run("--help").stdout

@@ -1,0 +1,135 @@
+"""``tnadapt merge`` and ``tnadapt info`` as they are typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tests.support import checkpoint_files as cp
+
+pytest.importorskip("typer")
+
+P, T = tna.presets, tna.Target
+TARGETS = [T(f"layers.{n}.self_attn.q_proj", (6, 4), "q") for n in range(3)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tnadapt", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tensors = cp.base(TARGETS)
+    kept = {"head.weight": np.ones((2, 4), np.float32)}
+    tna.save(tmp_path / "adapter.safetensors", cp.adapter(P.lora(2), TARGETS, tensors, kept=kept))
+    return cp.write(tmp_path / "base", tensors, 2)
+
+
+def test_it_merges_and_says_what(base: Path, tmp_path: Path) -> None:
+    (base / "pytorch_model.bin").write_bytes(b"")
+    done = run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'out'}: ")
+    assert lines[0].endswith(" in 2 files")
+    assert "3 updates added to 3 of 9 tensors" in lines[1]
+    assert "added: head.weight" in lines[2]
+    assert lines[4].endswith("links out of BASE, or no regular files): pytorch_model.bin")
+    again = run("merge", base, tmp_path / "adapter.safetensors", "--out", tmp_path / "out")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr == (
+        f"tnadapt: {tmp_path / 'out'}: is there already: choose another name, or allow it to be overwritten (--force)\n"
+    )
+    forced = run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--force", "--json")
+    assert forced.returncode == 0
+    report = json.loads(forced.stdout)
+    assert (report["out"], report["changed"], report["base_checked"]) == (str(tmp_path / "out"), 3, True)
+
+
+def test_another_base_needs_to_be_wished_for(base: Path, tmp_path: Path) -> None:
+    other = cp.write(tmp_path / "other", cp.base(TARGETS, seed=5))
+    done = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert "is another base model" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    done = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--any-base")
+    assert done.returncode == 0
+    assert "not checked whether it was trained on this base (--any-base)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["merge"], ["merge", "base"], ["merge", "base", "adapter.safetensors"],
+        ["merge", "none", "adapter.safetensors", "-o", "out"], ["merge", "base", "none", "-o", "out"],
+        ["merge", "base", "base", "-o", "out"], ["merge", "adapter.safetensors", "adapter.safetensors", "-o", "out"],
+        ["merge", "base", "adapter.safetensors", "-o", "base"], ["merge", "base", "adapter.safetensors", "-o", ""],
+        ["merge", "base", "adapter.safetensors", "-o", "no/out"], ["info"], ["info", "none"], ["info", "."],
+        ["info", "base/config.json"],
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_message_and_exit_code_2(
+    arguments: list[str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "second.safetensors").write_bytes(b"")  # "." then has two
+    done = run(*arguments)
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stderr
+    assert done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "base", "second.safetensors"]
+
+
+@pytest.mark.usefixtures("keyboard")
+def test_interrupted_it_says_how_to_go_on(tmp_path: Path) -> None:
+    tensors: cp.Tensors = {f"big.{n}": ("F32", np.zeros(1 << 22, "<f4")) for n in range(12)}
+    targets = [T(f"big.{n}.q", (2048, 2048), "q") for n in range(12)]
+    tensors |= {target.name: ("F32", np.ones((2048, 2048), "<f4")) for target in targets}
+    base = cp.write(tmp_path / "base", tensors, 4)
+    tna.save(tmp_path / "a.safetensors", cp.adapter(P.lora(64), targets))
+    command = [sys.executable, "-m", "tnadapt", "merge", str(base), str(tmp_path / "a.safetensors"), "-o"]
+    child = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        if any(tmp_path.glob("out.tnadapt-partial/run-*/files/*")):
+            break
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    message = child.communicate(timeout=60)[1]
+    assert child.returncode == 130, message
+    assert message.strip() == f"stopped; {tmp_path / 'out'} is as it was, or whole; the same command continues"
+    assert not (tmp_path / "out").exists()
+    assert run("merge", base, tmp_path / "a.safetensors", "-o", tmp_path / "out").returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base", "out"]
+    again = tmp_path / "again"
+    assert run("merge", base, tmp_path / "a.safetensors", "-o", again).returncode == 0
+    for one in again.iterdir():
+        assert one.read_bytes() == (tmp_path / "out" / one.name).read_bytes()
+
+
+def test_info_prints_what_there_is(base: Path, tmp_path: Path) -> None:
+    done = run("info", tmp_path / "adapter.safetensors")
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in (
+        "a tnadapt adapter, format version 1", "60 float32 in 6 arrays", "72 elements of 3 weights in 3 groups",
+        "rank=2", "float32, SHA-256 of the weights", "head.weight 2×4",
+        "3 ×  q  layers.{0-2}.self_attn.q_proj.weight  6×4",
+    ):  # fmt: skip
+        assert words in done.stdout, words
+    assert "layers.1.self_attn.q_proj.weight" in run("info", tmp_path / "adapter.safetensors", "--all").stdout
+    assert json.loads(run("info", tmp_path / "adapter.safetensors", "--json").stdout)["parameters"] == 60
+    done = run("info", base)
+    assert "a checkpoint of" in done.stdout
+    assert "model-00001-of-00002.safetensors" in done.stdout
+    assert json.loads(run("info", base, "--json", "--all").stdout)["kind"] == "checkpoint"

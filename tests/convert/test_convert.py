@@ -1,0 +1,312 @@
+"""Conversions of any adapter: exact or refused, never wrong; and the best there is where they are not exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import peak_of
+from tnadapt import AdapterFile, Config, SuperLoRA, Target
+from tnadapt.checkpoints.container import Container
+from tnadapt.convert import FORMS
+from tnadapt.convert._base_model import as_base
+from tnadapt.convert._kronecker_rules import lycoris_factorization, peft_factorization
+from tnadapt.convert._lycoris_reading import read_lycoris
+from tnadapt.convert._measuring import low_rank_norms, norms_of
+from tnadapt.convert._updates import Pair, Update
+from tnadapt.testing.strategies import plans
+
+from .conversions import TOLERANCE, error, made, updates
+
+FOREIGN = [form for form in FORMS if form != "tnadapt"]
+
+
+def named(plan: SuperLoRA, seed: int = 0) -> AdapterFile:
+    targets = [Target(f"blocks.{n}.q", shape) for n, shape in enumerate(plan.shapes)]
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.standard_normal(shape).astype("f4") for name, shape in plan.param_shapes.items()}
+    return AdapterFile(plan.config, targets, arrays)
+
+
+@given(plan=plans(), form=st.sampled_from(FOREIGN), rank=st.none() | st.integers(1, 4))
+def test_any_adapter_is_converted_exactly_or_refused(plan: SuperLoRA, form: str, rank: int | None) -> None:
+    assume(plan.config.groups != "layer")
+    file = named(plan)
+    rank = None if form == "lycoris-full" else rank
+    try:
+        found = tna.convert(file, to=form, rank=rank)
+    except tna.ConfigError:
+        with pytest.raises(tna.ConfigError, match="lycoris-full"):  # which takes everything
+            tna.convert(file, to=form, rank=rank)
+        assert form != "lycoris-full"
+        return
+    assert found.exact
+    assert found.error <= TOLERANCE
+    assert len(found.errors) == len(plan.shapes)
+    if rank is not None:
+        ranks = {
+            a.shape[0] for n, a in found.tensors.items() if n.endswith(("lora_A.weight", "w1_b", "w2_b", "down.weight"))
+        }
+        assert max(ranks, default=1) <= rank
+
+
+@given(plan=plans(), form=st.sampled_from(FOREIGN), rank=st.integers(1, 4))
+def test_any_adapter_is_converted_with_its_error(plan: SuperLoRA, form: str, rank: int) -> None:
+    assume(plan.config.groups != "layer")
+    file = named(plan)
+    found = tna.convert(file, to=form, rank=None if form == "lycoris-full" else rank, max_error=1.0)
+    assert (found.error <= TOLERANCE) or not found.exact
+    # The error is that of what a reader finds in the bytes.
+    if form.startswith("lycoris"):
+        back = read_lycoris(Container(io.BufferedReader(io.BytesIO(found.content)), len(found.content)), None, None)  # type: ignore[arg-type]
+        ours = {t.module: np.asarray(d, np.float64) for t, d in zip(file.targets, file.deltas(), strict=True)}
+        off = sum(float(np.sum((updates(back.file)[path] - delta) ** 2)) for path, delta in ours.items())
+        whole = sum(float(np.sum(delta**2)) for delta in ours.values())
+        assert math.sqrt(off / whole) == pytest.approx(found.error, abs=1e-5)
+
+
+@given(
+    rows=st.integers(2, 12),
+    cols=st.integers(2, 12),
+    have=st.integers(1, 6),
+    want=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+@example(rows=4, cols=4, have=6, want=2, seed=0)  # a rank above the matrix's own
+def test_lora_of_a_lower_rank_is_the_truncated_svd(rows: int, cols: int, have: int, want: int, seed: int) -> None:
+    file = made(tna.presets.lora(have, alpha=3), {"a.q": (rows, cols)}, seed)
+    found = tna.convert(file, to="peft-lora", rank=want, max_error=1.0)
+    delta = updates(file)["a.q"]
+    values = np.linalg.svd(delta, compute_uv=False)
+    best = math.sqrt(float(np.sum(values[want:] ** 2)) / float(np.sum(values**2)))
+    assert found.error == pytest.approx(best, abs=TOLERANCE)
+    assert found.exact == (best < 1e-12)
+
+
+@given(sides=st.tuples(*[st.integers(1, 4)] * 4), rank=st.integers(1, 6), seed=st.integers(0, 99))
+def test_a_kronecker_product_has_the_products_of_singular_values(sides: tuple[int, ...], rank: int, seed: int) -> None:
+    p, q, k, n = sides
+    config = Config(splits=2, split_size=(p, q), format="dense", alpha=3, rank=2)
+    file = made(config, {"a.q": (p * k, q * n)}, seed)
+    found = tna.convert(file, to="lycoris-lora", rank=rank, max_error=1.0)
+    values = np.linalg.svd(updates(file)["a.q"], compute_uv=False)
+    best = math.sqrt(float(np.sum(values[rank:] ** 2)) / float(np.sum(values**2)))
+    assert found.error == pytest.approx(best, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("config", [
+    Config(order=1, format="dense"), Config(order=2, format="dense"), Config(order=2, format="dense", fold=(7, 8)),
+    Config(rank=(None, None), format="tucker"),
+], ids=["a vector", "a matrix", "a longer matrix", "a core"])  # fmt: skip
+def test_one_array_is_written_with_its_own_numbers(config: Config) -> None:
+    file = made(config, {"a.0.q": (6, 8)})
+    found = tna.convert(file, to="lycoris-full")
+    assert (found.exact, found.error) == (True, 0.0)
+    (array,), (tensor,) = file.arrays.values(), found.tensors.values()
+    assert np.array_equal(tensor.reshape(-1), array.reshape(-1)[: tensor.size])
+
+
+@pytest.mark.parametrize("splits", [2, 3, 4])
+def test_a_kronecker_product_of_several_is_one_of_two(splits: int) -> None:
+    config = Config(splits=splits, split_size=2, format="dense", alpha=3)
+    side = 2 ** (splits - 1)
+    file = made(config, {"a.0.q": (side * 5, side * 3)})
+    found = tna.convert(file, to="peft-lokr")
+    assert found.exact
+    assert [tensor.shape for tensor in found.tensors.values()] == [(side, side), (5, 3)]
+
+
+@pytest.mark.parametrize("shape", [(2000, 6), (6, 2000)])
+@pytest.mark.parametrize("name", ["dense", "loha", "kronecker"])
+def test_no_more_singular_vectors_are_computed_than_there_are_values(name: str, shape: tuple[int, int]) -> None:
+    sides = (1000, 2) if shape[0] > shape[1] else (2, 1000)
+    config = {
+        "dense": tna.presets.dense(),
+        "loha": tna.presets.loha(3),
+        "kronecker": Config(splits=2, split_size=sides, format="dense"),
+    }[name]
+    file = made(config, {"a.0.q": shape})
+    peak = peak_of(lambda: tna.convert(file, to="peft-lora", rank=2, max_error=1.0))
+    assert peak < 2 << 20  # all vectors of the long side take 32 MiB, of the long side of a factor 8 MiB
+
+
+def test_the_smallest_rank_within_an_error() -> None:
+    file = made(tna.presets.krona(), {"a.q": (16, 16), "b.q": (16, 16)})
+    found = tna.convert(file, to="peft-lora", max_error=0.3)
+    rank = found.config["r"]  # type: ignore[index]
+    assert found.error <= 0.3
+    assert tna.convert(file, to="peft-lora", rank=rank - 1, max_error=1.0).error > 0.3
+    with pytest.raises(
+        tna.ConfigError, match=r"matrix rank 16, and LoRA of that rank is larger than the update itself"
+    ):
+        tna.convert(file, to="peft-lora")
+
+
+@pytest.mark.parametrize("form", ["peft-lokr", "lycoris-lokr", "peft-loha"])
+def test_lossy_lokr_and_loha_are_no_worse_than_a_plain_fit(form: str) -> None:
+    file = made(tna.presets.lora(6), {"a.q": (12, 20)})
+    with pytest.raises(tna.ConfigError, match=r"a max_error of .* to accept it"):
+        tna.convert(file, to=form, rank=2)
+    found = tna.convert(file, to=form, rank=2, max_error=1.0)
+    assert not found.exact
+    assert 0.0 < found.error < 1.0
+    if form == "peft-loha":
+        values = np.linalg.svd(updates(file)["a.q"], compute_uv=False)
+        assert found.error <= math.sqrt(float(np.sum(values[2:] ** 2)) / float(np.sum(values**2))) + TOLERANCE
+    with pytest.raises(tna.ConfigError, match="give a larger rank"):
+        tna.convert(file, to=form, rank=2, max_error=found.error / 2)
+
+
+def test_low_rank_across_weights_is_found() -> None:
+    """LoTR, FacT, Tucker …: each weight's update has the rank of the factors that they share."""
+    shapes = {f"blocks.{n}.q": (12, 10) for n in range(3)}
+    presets = {
+        "lotr": tna.presets.lotr(rank=2, weights=3, rows=12, cols=10),
+        "fact_tt": tna.presets.fact_tt(rank=2, weights=3, rows=12, cols=10),
+        "fact_tk": tna.presets.fact_tk(rank=2, weights=3, rows=12, cols=10),
+    }
+    for config in presets.values():
+        file = made(config, shapes)
+        found = tna.convert(file, to="peft-lora")
+        assert found.exact
+        assert found.error <= TOLERANCE
+        assert found.config["r"] == 2  # type: ignore[index]
+
+
+@given(size=st.integers(1, 300), factor=st.integers(-1, 20).filter(bool))
+def test_factorizations_are_the_peers(size: int, factor: int) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("lycoris")
+    from lycoris.functional import factorization as lycoris
+    from peft.tuners.lokr.layer import factorization as peft
+
+    assert peft_factorization(size, factor) == peft(size, factor)
+    assert lycoris_factorization(size, factor) == lycoris(size, factor)
+
+
+SIDES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Any]:
+    """Checks by the peers' own loaders. (Imported here, as Hypothesis refuses tests that are defined within a test.)"""
+    pytest.importorskip("peft")
+    pytest.importorskip("lycoris")
+    from .test_convert_lycoris import check_loaded as by_lycoris
+    from .test_convert_peft import check_loaded as by_peft
+
+    return {"peft-lokr": by_peft, "lycoris-lokr": by_lycoris}
+
+
+@given(
+    sides=SIDES,
+    low=st.tuples(st.booleans(), st.booleans()),
+    rank=st.integers(1, 3),
+    form=st.sampled_from(["peft-lokr", "lycoris-lokr"]),
+    kind=st.sampled_from(["cp", "tt"]),
+)
+@example(sides=(8, 8, 2, 5), low=(True, True), rank=3, form="peft-lokr", kind="tt")  # ranks of 3 and 2
+def test_lokr_of_any_sizes_is_loaded_or_refused(
+    sides: tuple[int, ...],
+    low: tuple[bool, bool],
+    rank: int,
+    form: str,
+    kind: str,
+    loaded: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """The peers' own loaders: what is called exact is exact there."""
+    p, q, k, n = sides
+    config = Config(
+        rank=rank, splits=2, split_size=(p, q), alpha=3, leading="same" if low[0] and low[1] else "dense",
+        format=kind if low[1] else "dense",
+    )  # fmt: skip
+    shapes = {"blocks.0.q": (p * k, q * n), "blocks.1.q": (p * k, q * n)}
+    file = made(config, shapes)
+    out = tmp_path_factory.mktemp("lokr") / "out.safetensors"
+    try:
+        found = tna.convert(file, out, to=form)
+    except tna.ConfigError:
+        with pytest.raises(tna.ConfigError, match=r"'blocks\.0\.q' is no LoKr by itself"):
+            tna.convert(file, out, to=form)
+        # No decompose_factor makes PEFT arrive at these sizes. (What LyCORIS guesses follows no such rule.)
+        assert form != "peft-lokr" or not any(
+            peft_factorization(p * k, factor) == (p, k) and peft_factorization(q * n, factor) == (q, n)
+            for factor in (-1, *range(1, 40))
+        )
+        return
+    assert found.exact
+    loaded[form](out, updates(file), shapes)
+    again = updates(tna.convert(out).file)  # type: ignore[arg-type]
+    for path, delta in updates(file).items():
+        assert error(again[path], delta) <= TOLERANCE
+
+
+@given(
+    rows=st.integers(8, 30), cols=st.integers(8, 30), ranks=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    near=st.sampled_from([0.0, 1e-12, 1e-7, 1.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_error_by_factors_is_the_dense_one(
+    rows: int, cols: int, ranks: tuple[int, int], near: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    b, a = rng.standard_normal((rows, ranks[0])), rng.standard_normal((cols, ranks[0]))
+    old = Update("lora", (rows, cols), (Pair(b, a),), 0.5)
+    moved = Pair(np.hstack([b * (1 + near), near * rng.standard_normal((rows, ranks[1]))]),
+                 np.hstack([a, rng.standard_normal((cols, ranks[1]))]))  # fmt: skip
+    new = Update("lora", (rows, cols), (moved,), 0.5)
+    found = low_rank_norms(old, new)
+    if 2 * (old.rank + new.rank) > min(rows, cols):
+        assert found is None
+        return
+    assert found is not None
+    off, whole = norms_of(0.5 * b @ a.T, 0.5 * moved.b @ moved.a.T)
+    assert found[0] == pytest.approx(off, rel=1e-6, abs=1e-14 * whole)
+    assert found[1] == pytest.approx(whole, rel=1e-12)
+
+
+def test_a_base_is_a_file_a_folder_a_list_or_a_mapping(tmp_path: Any) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"a.q.weight": np.ones((6, 8), "f4"), "a.q.bias": np.ones(6, "f4")}, tmp_path / "model.safetensors")
+    for base in (tmp_path, str(tmp_path / "model.safetensors"), {"a.q.weight": [6, 8]}, {"a.q": (6, 8)}):
+        known = as_base(base)
+        assert known is not None
+        assert known.shapes == {"a.q": (6, 8)}
+    assert as_base(iter(["a.q", "b"])).shapes == {"a.q": None, "b": None}  # type: ignore[union-attr]
+    (tmp_path / "other").mkdir()
+    save_file({"x": np.ones(2, "f4")}, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(tna.FileError, match=r"base: .* has no tensor whose name ends in \.weight"):
+        tna.convert(tmp_path / "model.safetensors", base=tmp_path / "other")
+
+
+@pytest.mark.parametrize("worst", ["a.q", "b.q", "c.q"])
+def test_of_errors_that_are_too_large_the_worst_is_named(worst: str) -> None:
+    file = made(tna.presets.lora(2), dict.fromkeys(("a.q", "b.q", "c.q"), (6, 8)))
+    # The others are of rank 1, but for a little.
+    arrays = {name: array.copy() for name, array in file.arrays.items()}
+    for index, target in enumerate(file.targets):
+        if target.module != worst:
+            arrays[f"group{index}.split0.factor0"][:, 1] *= np.float32(1e-3)
+    with pytest.raises(tna.ConfigError, match=rf"{worst}\.weight") as caught:
+        tna.convert(dataclasses.replace(file, arrays=arrays), to="peft-lora", rank=1)
+    assert not any(f"{other}.weight" in str(caught.value) for other in {"a.q", "b.q", "c.q"} - {worst})
+
+
+def test_what_a_conversion_says_of_itself() -> None:
+    found = tna.convert(made(tna.presets.lora(4)), to="peft-lora", rank=1, max_error=1.0)
+    text = str(found)
+    assert text.startswith("tnadapt -> peft-lora, 3 weights\nparameters 368 -> 92\nNOT exact: relative error 0.")
+    assert "blocks.0.attn.q_proj.weight" in text
+    assert repr(found).startswith("Conversion('tnadapt' -> 'peft-lora', NOT exact")
+    # Two are two, whatever is in them.
+    assert len({found, found, dataclasses.replace(found)}) == 2
+    assert found.to_dict()["parameters"] == {"before": 368, "after": 92}

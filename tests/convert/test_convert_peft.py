@@ -1,0 +1,281 @@
+"""PEFT loads what we write, and we load what it writes: the same updates, by its own code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt import Config
+from tnadapt.convert._kronecker_rules import peft_factorization
+
+from .conversions import CONVS, SHAPES, TOLERANCE, error, fill, made, model, updates
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+BOTH = SHAPES | CONVS
+
+
+def theirs(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], seed: int = 1) -> dict[str, Any]:
+    """An adapter that PEFT makes, fills and saves; its updates."""
+    wrapped = peft.get_peft_model(model(shapes), config)
+    fill((p for name, p in wrapped.named_parameters() if "lora_" in name or "lokr_" in name or "hada_" in name), seed)
+    wrapped.save_pretrained(folder)
+    return deltas(wrapped)
+
+
+def deltas(wrapped: Any) -> dict[str, Any]:
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+LINEAR = ["q_proj", "v_proj", "fc_1"]
+ALL = [*LINEAR, "conv", "point", "line"]
+
+CONFIGS: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules=ALL),
+    "lora-odd": lambda: peft.LoraConfig(r=3, lora_alpha=16, target_modules=LINEAR),
+    "lora-rs": lambda: peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=LINEAR),
+    "lora-patterns": lambda: peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=ALL, rank_pattern={"q_proj": 5, "^stem.conv": 3},
+        alpha_pattern={"blocks.[0-9]+.mlp.fc_1": 7, "q_proj": 1},
+    ),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=LINEAR),
+    "lokr-full": lambda: peft.LoKrConfig(r=64, alpha=16, target_modules=LINEAR),
+    "lokr-both": lambda: peft.LoKrConfig(r=1, alpha=3, decompose_both=True, target_modules=["fc_1"]),
+    "lokr-factor": lambda: peft.LoKrConfig(r=1, alpha=3, decompose_factor=2, target_modules=LINEAR),
+    "lokr-conv": lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["conv", "point"]),
+    "lokr-conv-full": lambda: peft.LoKrConfig(r=9, alpha=3, target_modules=["conv", "point"]),
+    "lokr-tucker": lambda: peft.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True, target_modules=["conv", "point"]),
+    "lokr-line": lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["line"]),
+    "loha": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=ALL),
+    "loha-tucker": lambda: peft.LoHaConfig(r=2, alpha=5, use_effective_conv2d=True, target_modules=ALL),
+    "loha-patterns": lambda: peft.LoHaConfig(
+        r=3, alpha=5, target_modules=LINEAR, rank_pattern={"v_proj": 1}, alpha_pattern={"v_proj": 0.25}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_peft_saved_gives_its_updates(name: str, tmp_path: Path) -> None:
+    shapes = {path: BOTH[path] for path in BOTH}
+    expected = theirs(tmp_path / "theirs", CONFIGS[name](), shapes)
+    # Base: LoKr and LoHa do not tell the kernel of a convolution.
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=shapes)
+    assert found.exact
+    assert found.error <= TOLERANCE
+    ours = updates(tna.load(tmp_path / "ours.safetensors"))
+    assert ours.keys() == expected.keys()
+    for path, delta in expected.items():
+        assert error(ours[path], delta) <= TOLERANCE, path
+
+
+def test_lokr_of_several_sizes_is_stored_dense(tmp_path: Path) -> None:
+    expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=9, alpha=3, target_modules=ALL), BOTH)
+    found = tna.convert(tmp_path / "theirs", base=BOTH)
+    assert found.file is not None
+    assert found.file.config.format == "dense"
+    assert "stored dense, as one config cannot say" in str(found)
+    for path, delta in expected.items():
+        # That of the one-dimensional convolution is PEFT's own, which multiplies other axes than LyCORIS.
+        assert error(updates(found.file)[path], delta) <= TOLERANCE, path
+    without = [target for target in found.file.targets if target.module != "stem.line"]
+    places = [found.file.targets.index(target) for target in without]
+    arrays = {
+        f"group{new}.split0.dense": found.file.arrays[f"group{old}.split0.dense"] for new, old in enumerate(places)
+    }
+    file = tna.AdapterFile(found.file.config, without, arrays)
+    with pytest.raises(tna.ConfigError, match=r"no LoKr by itself: give rank="):
+        tna.convert(file, to="peft-lokr")
+    again = tna.convert(file, tmp_path / "again", to="peft-lokr", rank=9)
+    assert again.exact  # found again, by the nearest Kronecker product
+    assert again.error <= TOLERANCE
+    check_loaded(tmp_path / "again", {target.module: expected[target.module] for target in without})
+
+
+def test_lokr_of_several_sizes_goes_straight_to_the_other_library(tmp_path: Path) -> None:
+    """What one config cannot say need not be said where the file is never ours."""
+    shapes = {path: shape for path, shape in BOTH.items() if path != "stem.line"}
+    expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=2, alpha=3, target_modules=ALL[:-1]), shapes)
+    for to in ("peft-lokr", "lycoris-lokr", "lycoris-full"):
+        found = tna.convert(tmp_path / "theirs", tmp_path / to, to=to, base=shapes)
+        assert found.exact
+        assert found.error <= TOLERANCE
+        assert found.parameters[1] == found.parameters[0] or to == "lycoris-full"
+        assert not found.notes
+    check_loaded(tmp_path / "peft-lokr", expected, shapes)
+    pytest.importorskip("lycoris")
+    from .test_convert_lycoris import check_loaded as by_lycoris
+
+    os.rename(tmp_path / "lycoris-lokr", tmp_path / "lycoris.safetensors")  # its loader goes by the ending
+    by_lycoris(tmp_path / "lycoris.safetensors", expected, shapes)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_and_back_again(name: str, tmp_path: Path) -> None:
+    expected = theirs(tmp_path / "theirs", CONFIGS[name](), BOTH)
+    kind = name.partition("-")[0]
+    file = tna.convert(tmp_path / "theirs", base=BOTH).file
+    found = tna.convert(file, tmp_path / "again", to=f"peft-{kind}", max_error=1e-6)
+    assert found.exact
+    check_loaded(tmp_path / "again", expected)
+
+
+def check_loaded(folder: Path, expected: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None = None) -> None:
+    """PEFT's loader, its update of every weight, what it merges, and its outputs."""
+    base = model(shapes or BOTH)
+    wrapped = peft.PeftModel.from_pretrained(model(shapes or BOTH), folder)
+    found = deltas(wrapped)
+    assert found.keys() == expected.keys()
+    before, after = dict(base.named_parameters()), {}
+    generator = torch.Generator().manual_seed(3)
+    for path, delta in expected.items():
+        assert error(found[path], delta) <= TOLERANCE, path
+        layer, plain = wrapped.get_submodule(f"base_model.model.{path}"), base.get_submodule(path)
+        size = BOTH[path] if shapes is None else shapes[path]
+        x = torch.randn((5, size[1], *(5 for _ in size[2:])), generator=generator)
+        weight = plain.weight.double() + torch.as_tensor(np.asarray(delta, np.float64))
+        with torch.no_grad():
+            plain.double().weight.copy_(weight)
+            assert error(layer(x), plain(x.double())) <= TOLERANCE, path
+        after[f"{path}.weight"] = weight
+    merged = dict(wrapped.merge_and_unload().named_parameters())
+    assert merged.keys() == before.keys()
+    for name, weight in after.items():
+        assert error(merged[name], weight) <= TOLERANCE, name
+
+
+OURS: dict[str, tuple[Config, str]] = {
+    "lora": (tna.presets.lora(3, alpha=7), "peft-lora"),
+    "cp-weighted": (Config(rank=3, format="cp-weighted"), "peft-lora"),
+    "tucker": (Config(rank=(2, 3), format="tucker"), "peft-lora"),
+    "tucker, one factor": (Config(rank=(None, 3), format="tucker"), "peft-lora"),
+    "tt": (Config(rank=3, format="tt", alpha=2), "peft-lora"),
+    "terms": (Config(rank=2, terms=3), "peft-lora"),
+    "a CP across weights": (tna.presets.superlora(2, groups=2), "peft-lora"),
+    "krona": (tna.presets.krona(alpha=3), "peft-lokr"),
+    "lokr": (tna.presets.lokr(1, alpha=3), "peft-lokr"),
+    "lokr of low-rank W1": (tna.presets.lokr(1, leading="same"), "peft-lokr"),
+    "lokr of a factor": (tna.presets.lokr(1, split_size=2), "peft-lokr"),
+    "lonkr": (tna.presets.lonkr(1, splits=3, groups="weight", fold="stack", split_size="balanced"), "peft-lokr"),
+    "lora to lokr": (tna.presets.lora(2), "peft-lokr"),
+    "loha": (tna.presets.loha(2, alpha=3), "peft-loha"),
+    "lora to loha": (tna.presets.lora(2, alpha=6), "peft-loha"),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_we_write_gives_our_updates(name: str, tmp_path: Path) -> None:
+    config, to = OURS[name]
+    file = made(config, SHAPES)
+    if name == "a CP across weights":
+        found = tna.convert(file, tmp_path / "theirs", to=to, rank=8)
+    else:
+        found = tna.convert(file, tmp_path / "theirs", to=to)
+    assert found.exact
+    assert found.error <= TOLERANCE
+    check_loaded(tmp_path / "theirs", updates(file), SHAPES)
+    again = tna.convert(tmp_path / "theirs").file
+    for path, delta in updates(file).items():
+        assert error(updates(again)[path], delta) <= TOLERANCE
+
+
+def test_factors_keep_their_bits(tmp_path: Path) -> None:
+    file = made(tna.presets.lora(3, alpha=7), SHAPES)
+    found = tna.convert(file, tmp_path / "a", to="peft-lora")
+    again = tna.convert(tmp_path / "a").file
+    assert again.config == file.config
+    order = [again.targets.index(t) for t in again.targets]
+    assert [again.targets[i].module for i in order] == list(SHAPES)
+    for key, array in file.arrays.items():
+        assert np.array_equal(again.arrays[key], array)
+    assert found.parameters == (file.num_parameters, file.num_parameters)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lora_alpha"] == 7
+
+
+# Paths that are expressions for other paths, or none at all.
+TRICKY: dict[str, tuple[int, ...]] = {"q": (6, 8), "a.q": (6, 8), "aXq": (6, 8), "b.a.q": (6, 8), "a+(c": (6, 8)}
+
+
+def test_no_weight_takes_another_s_rank_or_scale(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors, expected = {}, {}
+    for number, path in enumerate(TRICKY, start=1):
+        up, down = rng.standard_normal((6, number)).astype("f4"), rng.standard_normal((number, 8)).astype("f4")
+        name = f"lycoris_{path.replace('.', '_')}"
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        tensors[f"{name}.alpha"] = np.asarray(number * number, "f4")
+        expected[path] = number * up.astype("f8") @ down
+    from safetensors.numpy import save_file
+
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    found = tna.convert(tmp_path / "theirs.safetensors", tmp_path / "out", to="peft-lora", base=TRICKY)
+    assert found.exact
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert len(config["rank_pattern"]) == len(TRICKY) - 1
+    check_loaded(tmp_path / "out", expected, TRICKY)
+
+
+def test_plain_paths_are_left_plain(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs", CONFIGS["lora-patterns"](), BOTH)
+    config = tna.convert(tmp_path / "theirs", to="peft-lora", base=BOTH).config
+    assert config is not None
+    assert config["rank_pattern"] == {"blocks.0.attn.q_proj": 5, "stem.conv": 3}
+    assert config["target_modules"] == sorted(BOTH)
+
+
+SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0] * pair[1])
+
+
+@given(
+    shape=st.tuples(SIDES, SIDES), kernel=st.sampled_from([(), (), (1, 1), (3, 2), (2,)]), rank=st.integers(1, 6),
+    alpha=st.integers(1, 9), kind=st.sampled_from(["lora", "lokr", "loha"]), both=st.booleans(),
+    factor=st.sampled_from([-1, 1, 2, 3, 4]), effective=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+@example(  # a Conv1d with a W1 of one number, which multiplies any axes
+    shape=(5, 7), kernel=(2,), rank=6, alpha=1, kind="lokr", both=False, factor=1, effective=False, seed=0
+)
+@example(  # a factor that divides neither side
+    shape=(2, 16), kernel=(), rank=2, alpha=1, kind="lokr", both=False, factor=3, effective=False, seed=0
+)
+def test_any_adapter_of_peft_goes_there_and_back(
+    shape: tuple[int, int], kernel: tuple[int, ...], rank: int, alpha: int, kind: str, both: bool, factor: int,
+    effective: bool, seed: int, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    tmp_path = tmp_path_factory.mktemp("peft")
+    if kind == "lora":
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["w"])
+    elif kind == "loha":
+        config = peft.LoHaConfig(r=rank, alpha=alpha, use_effective_conv2d=effective, target_modules=["w"])
+    else:
+        # The tensor of a one-dimensional convolution in this form is more than PEFT can multiply.
+        effective = effective and len(kernel) != 1
+        config = peft.LoKrConfig(
+            r=rank, alpha=alpha, decompose_both=both, decompose_factor=factor, use_effective_conv2d=effective,
+            target_modules=["w"],
+        )  # fmt: skip
+    shapes = {"block.0.w": (*shape, *kernel)}
+    expected = theirs(tmp_path / "theirs", config, shapes, seed)
+    found = tna.convert(tmp_path / "theirs", tmp_path / "ours.safetensors", base=shapes)
+    assert found.exact
+    assert error(updates(tna.load(tmp_path / "ours.safetensors"))["block.0.w"], expected["block.0.w"]) <= TOLERANCE
+    # Straight back, every LoRA, LoKr and LoHa is one, the faulty product of one-dimensional convolutions excepted.
+    try:
+        again = tna.convert(tmp_path / "theirs", tmp_path / "again", to=f"peft-{kind}", base=shapes)
+    except tna.ConfigError:
+        assert (kind, len(kernel)) == ("lokr", 1)
+        assert [peft_factorization(side, factor)[0] for side in shape] != [1, 1]
+        return
+    assert again.exact
+    check_loaded(tmp_path / "again", expected, shapes)

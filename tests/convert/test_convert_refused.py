@@ -1,0 +1,589 @@
+"""What cannot be converted is said, by name, before anything is written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import tnadapt as tna
+from tests.conftest import peak_of
+from tests.support import checkpoint_files as cp
+from tnadapt import FileError
+from tnadapt.convert._writing import content_of
+
+from .conversions import SHAPES, made
+
+PREFIX = "base_model.model."
+RNG = np.random.default_rng(0)
+
+
+def lora(rank: int = 2) -> dict[str, np.ndarray]:
+    return {
+        f"{PREFIX}a.q.lora_A.weight": RNG.standard_normal((rank, 8)).astype("f4"),
+        f"{PREFIX}a.q.lora_B.weight": RNG.standard_normal((6, rank)).astype("f4"),
+    }
+
+
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+
+
+def folder(path: Path, tensors: Mapping[str, np.ndarray] | None = None, config: Any = None) -> Path:
+    path.mkdir()
+    save_file(dict(lora() if tensors is None else tensors), path / "adapter_model.safetensors")
+    text = config if isinstance(config, str) else json.dumps(CONFIG if config is None else config)
+    (path / "adapter_config.json").write_text(text)
+    return path
+
+
+def test_this_one_is_read(tmp_path: Path) -> None:
+    assert tna.convert(folder(tmp_path / "a")).exact
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**CONFIG, **fields}
+
+
+def tensors(**fields: Any) -> dict[str, np.ndarray]:
+    found = lora()
+    for name, array in fields.items():
+        key = PREFIX + name.replace("__", ".")
+        if array is None:
+            del found[key]
+        else:
+            found[key] = np.asarray(array)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed(peft_type="IA3"), "peft_type is 'IA3'; converted are LORA, LOKR, LOHA"),
+        ({"r": 2}, "peft_type is None"),
+        ("[1]", "must be a JSON object"),
+        ("{", "is not JSON"),
+        ('{"r": 2, "r": 3}', "has the key 'r' twice"),
+        ("\udcff", "is not UTF-8"),
+        ("[" * 100_000, "nested too deep"),
+        (changed(use_dora=True), "use_dora=True of adapter_config.json cannot be converted: DoRA"),
+        (changed(layer_replication=[[0, 2]]), "layer_replication="),
+        (changed(use_qalora=True), "use_qalora=True"),
+        (changed(alora_invocation_tokens=[1]), "aLoRA"),
+        (changed(arrow_config={"top_k": 3}), "Arrow"),
+        (changed(kasa_config={"a": 1}), "KaSA"),
+        (changed(monteclora_config={"a": 1}), "MonteCLoRA"),
+        (changed(use_bdlora={"a": 1}), "block-diagonal"),
+        (changed(lora_bias=True), "it adds to the layer's bias"),
+        (changed(target_parameters=["a"]), "no layer's weight"),
+        (changed(trainable_token_indices=[1]), "rows of an embedding"),
+        (changed(use_tomorrow=1), "this field is not known here"),
+        (changed(init_lora_weights="pissa_niter_4"), "whose weights it has changed"),
+        (changed(init_lora_weights="olora"), "path_initial_model_for_weight_conversion"),
+        (changed(bias="some"), "bias must be"),
+        (changed(r=0), "r must be an integer of at least 1; got 0"),
+        (changed(r="2"), "r must be an integer"),
+        (changed(r=True), "r must be an integer"),
+        (changed(r=3), "'a.q' has factors of rank 2, and adapter_config.json says 3"),
+        (changed(lora_alpha="4"), "alpha must be a finite number"),
+        (changed(lora_alpha=None), "alpha must be a finite number"),
+        ('{"peft_type": "LORA", "r": 2, "lora_alpha": 1e999}', "not finite"),
+        (changed(rank_pattern=[1]), "rank_pattern must be an object"),
+        (changed(rank_pattern={"q": "a"}), "the rank of a.q must be an integer"),
+        (changed(alpha_pattern={"(": 2}), "no regular expression"),
+        (changed(alpha_pattern={"(a+)+": 2}), "may take forever"),
+        (changed(modules_to_save="q"), "modules_to_save must be a list"),
+        (changed(peft_type="LOKR"), "'a.q' has tensors of lora, and adapter_config.json says lokr"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else None,
+)  # fmt: skip
+def test_settings_of_peft(config: Any, message: str, tmp_path: Path) -> None:
+    where = folder(tmp_path / "theirs")
+    text = config if isinstance(config, str) else json.dumps(config)
+    (where / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refused(where, message)
+
+
+def shapes(**fields: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {f"lycoris_a_q.{name}": RNG.standard_normal(shape).astype("f4") for name, shape in fields.items()}
+
+
+W2 = {"lokr_w2_a": (3, 2), "lokr_w2_b": (2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lokr_w1": (2, 2), "lokr_w1_a": (2, 1), **W2}, "lokr_w1 is there full and in two factors"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (3, 4), "lokr_w2_b": (2, 4)}, "lokr_w2 is there full and in two factors"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (3, 4), "lokr_t2": (2, 2, 3)}, "lokr_t2 belongs to two factors of W2"),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), **W2}, "W1 and W2 have different ranks"),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (2, 2), **W2}, "the ranks of lokr_w1_a and lokr_w1_b differ"),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (3, 4)}, "the ranks of lokr_w2_a and lokr_w2_b differ"),
+        ({"lokr_w1": (2, 2), **W2, "lokr_t2": (2, 3, 3)}, "lokr_t2 must be (rank, rank, kernel …) with the ranks of"),
+        ({"lokr_w1": (2, 2), **W2, "lokr_t2": (3, 3, 3)}, "lokr_t2 must be (rank, rank, kernel …) with the ranks of"),
+        ({"lokr_w1": (2, 2, 1), **W2}, "lokr_w1 must have 2 axes or more"),
+        ({"lokr_w1": (2, 0), **W2}, "lokr_w1 must have 2 axes or more, none of them empty"),
+        (
+            {"hada_w1_a": (3, 2), "hada_w1_b": (2, 4), "hada_w2_a": (3, 2), "hada_w2_b": (2, 5)},
+            "its two halves are of different shapes or ranks",
+        ),
+        (
+            {"hada_w1_a": (3, 2), "hada_w1_b": (2, 4), "hada_w2_a": (3, 1), "hada_w2_b": (1, 4)},
+            "its two halves are of different shapes or ranks",
+        ),
+        ({"lora_up": (4, 2, 2, 1), "lora_down": (2, 3)}, "lora_up must be a matrix, or a kernel of size 1"),
+        ({"lora_up": (4, 2), "lora_down": (3, 3)}, "the ranks of the two factors differ"),
+        ({"lora_up": (4, 2), "lora_down": (3, 3), "lora_mid": (3, 2, 2, 2)}, "lora_mid must be (rank, rank, kernel …)"),
+        ({"lora_up": (4, 2), "lora_down": (2, 3, 2, 1), "lora_mid": (2, 2, 2, 2)}, "lora_mid must be (rank, rank, k"),
+    ],
+)  # fmt: skip
+def test_tensors_that_make_no_update(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:
+    lora = {"lora_up", "lora_down", "lora_mid"}
+    given = {f"{name}.weight" if name.rpartition(".")[2] in lora else name: a for name, a in shapes(**tensors).items()}
+    save_file(given, tmp_path / "in.safetensors")
+    refused(tmp_path / "in.safetensors", f"the tensors of 'a.q' do not fit together: {message}", base=["a.q"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "to", "message"),
+    [
+        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "peft-lora", "of 4 dimensions, and PEFT has lora for up to 3"),
+        ([tna.Target("a", (4, 2, 1, 2, 1))], "peft-loha", "of 3 dimensions, and PEFT has loha for up to 2"),
+        ([tna.Target("a", (4, 2, 1, 2, 1, 1))], "lycoris-full", "of 4 dimensions, and LyCORIS has full for up to 3"),
+        ([tna.Target("a.b", (4, 4)), tna.Target("a_b", (4, 4))], "lycoris-full", "'a.b' and 'a_b' would have one name"),
+    ],
+)  # fmt: skip
+def test_what_a_library_has_no_adapter_for(targets: list[tna.Target], to: str, message: str) -> None:
+    config = tna.presets.lora(1)
+    arrays = tna.SuperLoRA(config, [target.shape for target in targets]).init()
+    with pytest.raises(tna.ConfigError, match=re.escape(message)):
+        tna.convert(tna.AdapterFile(config, targets, arrays), to=to)
+
+
+def test_kernels_as_large_as_a_library_has_are_converted() -> None:
+    for stored, to in (((4, 2, 1, 2, 1), "peft-lora"), ((4, 2, 1, 2), "peft-loha"), ((4, 2, 1, 2, 1), "lycoris-full")):
+        assert tna.convert(made(tna.presets.lora(1), {"a.0": stored}), to=to).exact
+
+
+def test_a_folder_that_does_not_exist_is_said(tmp_path: Path) -> None:
+    found = tna.convert(made(tna.presets.lora(1)), to="peft-lora")
+    with pytest.raises(FileError, match=re.escape(f"the folder {tmp_path / 'none'} does not exist; make it first")):
+        found.save(tmp_path / "none" / "out")
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32", "BF16"])
+def test_what_was_trained_beside_the_adapter_is_finite(dtype: str, tmp_path: Path) -> None:
+    where = folder(tmp_path / "theirs", config=changed(modules_to_save=["head"]))
+    bits = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}[dtype]
+    for value, fine in ((1.5, True), (np.inf, False), (np.nan, False)):
+        single = np.full((2, 3), value, np.float32)
+        head = (single.view(np.uint32) >> 16).astype(bits) if dtype == "BF16" else single.astype(bits)
+        both = {name: ("F32", array) for name, array in lora().items()} | {f"{PREFIX}head.weight": (dtype, head)}
+        (where / "adapter_model.safetensors").unlink()
+        cp.write_file(where / "adapter_model.safetensors", both)
+        if fine:
+            file = tna.convert(where).file
+            assert file is not None
+            assert np.array_equal(file.kept["head.weight"], single)
+        else:
+            refused(where, f"'{PREFIX}head.weight' holds NaN or infinity")
+
+
+def refused(source: Path, message: str, **more: Any) -> None:
+    out = source.parent / "out"
+    with pytest.raises(FileError, match=re.escape(message)) as raised:
+        tna.convert(source, out, **more)
+    assert str(raised.value).startswith((str(source), "base"))
+    assert not out.exists()
+    assert not [name for name in os.listdir(source.parent) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (tensors(a__q__lora_A__weight=None), "has lora_up, and lacks lora_down"),
+        (tensors(a__q__lora_A__weight=np.zeros((3, 8), "f4")), "the ranks of the two factors differ"),
+        (tensors(a__q__lora_A__weight=np.zeros(8, "f4")), "lora_down must have 2 axes or more"),
+        (tensors(a__q__lora_A__weight=np.zeros((0, 8), "f4")), "none of them empty"),
+        (tensors(a__q__lora_A__weight=np.zeros((2, 8), "i4")), "is I32; the tensors of an adapter are floating-point"),
+        (tensors(a__q__lora_A__weight=np.full((2, 8), np.nan, "f4")), "holds NaN or infinity"),
+        (tensors(a__q__lora_B__weight=np.zeros((6, 2, 2, 1), "f4")), "lora_up must be a matrix"),
+        (tensors(a__q__lora_magnitude_vector=np.ones(6, "f4")), "DoRA"),
+        (tensors(a__q__lora_B__bias=np.ones(6, "f4")), "it adds to the layer's bias"),
+        (tensors(a__q__lora_embedding_A=np.ones((2, 6), "f4")), "the update of an embedding"),
+        (tensors(head__weight=np.ones((2, 6), "f4")), "no part of a lora adapter: 'base_model.model.head.weight'"),
+        (tensors(a__q__lokr_w1=np.ones((2, 2), "f4")), "has tensors of lora and lokr"),
+        (tensors(a__q__lora_A__default__weight=np.ones((2, 8), "f4")), "no part of a lora adapter"),
+        ({"a.q.lora_A.weight": np.zeros((2, 8), "f4")}, "no part of a lora adapter"),
+        ({}, "has no adapted weight"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_tensors_of_peft(given: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    refused(folder(tmp_path / "theirs", given), message)
+
+
+def kohya(**more: Any) -> dict[str, np.ndarray]:
+    found = {
+        "lora_unet_a_q.lora_up.weight": np.ones((6, 2), "f4"),
+        "lora_unet_a_q.lora_down.weight": np.ones((2, 8), "f4"),
+        "lora_unet_a_q.alpha": np.asarray(2, "f4"),
+    }
+    for name, array in more.items():
+        found[name.replace("__", ".")] = np.asarray(array)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "message"),
+    [
+        (kohya(), {"base": None}, "give base=: a safetensors file of the base model, or a list of its modules' paths"),
+        (kohya(), {"base": ["a.k"]}, "base has no module for the name 'a_q'; it has 'a_k', 1 in all"),
+        (kohya(), {"base": ["a.q", "a_q"]}, "the name 'a_q' is of 'a.q' and of 'a_q'"),
+        (kohya(), {"base": {"a.q": (6, 9)}}, "of 'a.q' has the shape (6, 8), and the weight in base has (6, 9)"),
+        (kohya(), {"base": {"a.q": (8, 6)}}, "and the weight in base has (8, 6): this is another model"),
+        (kohya(), {"base": {"a.q": (6, 2, 2, 3)}}, "and the weight in base has (6, 2, 2, 3)"),
+        (kohya(), {"base": 5}, "base must be the path of a safetensors file"),
+        (kohya(), {"base": [5]}, "base must be the path of a safetensors file"),
+        (kohya(), {"base": {"a.q": "x"}}, "base must be the path of a safetensors file"),
+        (kohya(), {"base": "no/such/file"}, "base: no/such/file: No such file or directory"),
+        (kohya(), {"part": "lora_te"}, "has no part 'lora_te'; its parts are lora_unet"),
+        (kohya(lora_te_x__diff=np.ones((2, 2), "f4")), {}, "has the adapters of several models: lora_te, lora_unet"),
+        (kohya(lora_unet_a_q__dora_scale=np.ones((6, 1), "f4")), {}, "DoRA"),
+        (kohya(lora_unet_a_q__diff_b=np.ones(6, "f4")), {}, "the change of a bias"),
+        (kohya(lora_unet_n__w_norm=np.ones(6, "f4")), {}, "the change of a normalisation"),
+        (kohya(lora_unet_a_q__oft_blocks=np.ones(6, "f4")), {}, "no part of a LoRA, LoKr, LoHa or full difference"),
+        (kohya(lora_unet_a_q__alpha=np.ones(2, "f4")), {}, "alpha of 'a.q' must be one number"),
+        (kohya(lora_unet_a_q__alpha=np.asarray(np.inf, "f4")), {}, "holds NaN or infinity"),
+        (kohya(lora_unet_a_q__lora_mid__weight=np.ones((3, 2, 3, 3), "f4")), {}, "lora_mid must be (rank, rank"),
+        (kohya(lora_unet_a_q__diff=np.ones((6, 8), "f4")), {}, "has tensors of lora and dense"),
+        (kohya(lycoris_b__lokr_w1=np.ones((2, 2), "f4")), {"part": "lycoris", "base": ["b"]}, "and lacks lokr_w2_a"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_files_of_kohya(given: dict[str, np.ndarray], more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_file(given, tmp_path / "kohya.safetensors")
+    refused(tmp_path / "kohya.safetensors", message, **{"base": {"a.q": (6, 8)}, **more})
+
+
+def test_one_part_of_several_is_read_by_its_name(tmp_path: Path) -> None:
+    save_file(kohya(lora_te_x__diff=np.ones((2, 2), "f4")), tmp_path / "kohya.safetensors")
+    unet = tna.convert(tmp_path / "kohya.safetensors", base=["a.q"], part="lora_unet")
+    text = tna.convert(tmp_path / "kohya.safetensors", part="lora_te")  # a name without underscores has no dots
+    assert [unet.origin, list(unet.errors)] == ["lycoris-lora", ["a.q.weight"]]
+    assert [text.origin, list(text.errors)] == ["lycoris-full", ["x.weight"]]
+
+
+def test_a_bias_that_has_not_moved_is_none(tmp_path: Path) -> None:
+    given = {"lycoris_x.diff": np.ones((2, 2), "f4"), "lycoris_x.diff_b": np.zeros(2, "f4")}
+    save_file(given, tmp_path / "full.safetensors")
+    assert tna.convert(tmp_path / "full.safetensors").exact
+
+
+def lycoris(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Tensors of one module of these shapes."""
+    return {f"lycoris_b.{name}": RNG.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+
+
+LOHA = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6)}
+CORES = {"hada_w1_a": (2, 8), "hada_w1_b": (2, 6), "hada_w2_a": (2, 8), "hada_w2_b": (2, 6)}
+CORES |= {"hada_t1": (2, 2, 3, 3), "hada_t2": (2, 2, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({**LOHA, "hada_w2_a": (8, 3), "hada_w2_b": (3, 6)}, "its two halves are of different shapes or ranks"),
+        ({**LOHA, "hada_w2_a": (9, 2)}, "its two halves are of different shapes or ranks"),
+        ({**LOHA, "hada_w1_b": (3, 6)}, "the ranks of hada_w1_a and hada_w1_b differ"),
+        ({**LOHA, "hada_w1_b": (2,)}, "hada_w1_b must have 2 axes or more, none of them empty"),
+        ({**LOHA, "hada_w1_a": (8, 2, 1)}, "hada_w1_a must have 2 axes or more, none of them empty"),
+        ({**LOHA, "hada_w2_b": (2, 0)}, "hada_w2_b must have 2 axes or more, none of them empty"),
+        ({**CORES, "hada_t1": (2, 3, 3, 3)}, "hada_t1 must be (rank, rank, kernel …) with the ranks of hada_w1_a and"),
+        ({**CORES, "hada_w2_b": (2, 6, 1)}, "hada_t2 must be (rank, rank, kernel …) with the ranks of hada_w2_a and"),
+        ({**CORES, "hada_t2": (2, 2, 3, 1)}, "its two halves are of different shapes or ranks"),
+        ({"lokr_w1": (2, 2), "lokr_w1_a": (2, 1), "lokr_w2": (4, 3)}, "lokr_w1 is there full and in two factors"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (4, 3), "lokr_w2_b": (1, 3)}, "lokr_w2 is there full and in two factors"),
+        (
+            {"lokr_w1": (2, 2), "lokr_w2": (4, 3), "lokr_t2": (1, 1, 3)},
+            "lokr_t2 belongs to two factors of W2, which is",
+        ),
+        (
+            {"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3)},
+            "W1 and W2 have different ranks",
+        ),
+        ({"lora_up.weight": (8, 2, 3), "lora_down.weight": (2, 6)}, "lora_up must be a matrix, or a kernel of size 1"),
+        ({"lora_up.weight": (8, 2), "lora_down.weight": (3, 6)}, "the ranks of the two factors differ"),
+        (
+            {"lora_up.weight": (8, 2), "lora_mid.weight": (3, 2, 3), "lora_down.weight": (2, 6)},
+            "lora_mid must be (rank, rank, kernel …), and lora_down a kernel of size 1",
+        ),
+        (
+            {"lora_up.weight": (8, 2), "lora_mid.weight": (2, 2, 3), "lora_down.weight": (2, 6, 3)},
+            "lora_mid must be (rank, rank, kernel …), and lora_down a kernel of size 1",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_together(shapes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_file(lycoris(**shapes), tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", message, base=["b"])
+
+
+@pytest.mark.parametrize("shapes", [LOHA, CORES])
+def test_tensors_that_do_fit(shapes: dict[str, Any], tmp_path: Path) -> None:
+    save_file(lycoris(**shapes), tmp_path / "x.safetensors")
+    assert tna.convert(tmp_path / "x.safetensors", base=["b"]).exact
+
+
+def test_names_that_would_be_one(tmp_path: Path) -> None:
+    file = made(tna.presets.lora(1), {"a.b_c": (4, 4), "a_b.c": (4, 4)})
+    with pytest.raises(tna.ConfigError, match=r"'a\.b_c' and 'a_b\.c' would have one name"):
+        tna.convert(file, tmp_path / "out", to="lycoris-lora")
+    assert not os.listdir(tmp_path)
+    assert tna.convert(file, to="peft-lora").exact
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_lora.bin", "x.pt", "x.safetensors"])
+def test_a_pickle_is_not_opened(name: str, tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[Callable, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(pickle.dumps(Harm()))
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(CONFIG))
+    refused(tmp_path / "in" / name, "pickle, which can run any program when it is opened: it was not")
+    if name == "adapter_model.bin":
+        refused(tmp_path / "in", "pickle, which can run any program when it is opened: it was not")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_paths_that_lead_to_an_adapter(tmp_path: Path) -> None:
+    where = folder(tmp_path / "theirs")
+    for source in (where, str(where), f"{where}/", os.fsencode(where), where / "adapter_model.safetensors"):
+        assert tna.convert(source).origin == "peft-lora"  # type: ignore[arg-type]
+    (tmp_path / "ours").mkdir()
+    tna.save(tmp_path / "ours" / "adapter.safetensors", made(tna.presets.lora(1)))
+    assert tna.convert(tmp_path / "ours").origin == "tnadapt"
+    assert tna.convert(tna.load(tmp_path / "ours" / "adapter.safetensors")).origin == "tnadapt"
+    with pytest.raises(FileError, match=r"like an adapter of PEFT: .* tnadapt\.convert makes it one"):
+        tna.load(where / "adapter_model.safetensors")
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", "No such file or directory")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "is a folder with neither adapter_config.json nor adapter.safetensors")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter_config.json").write_text(json.dumps(CONFIG))
+    refused(tmp_path / "half", "has adapter_config.json and no adapter_model.safetensors")
+    save_file(lora(), tmp_path / "half" / "other.safetensors")
+    refused(tmp_path / "half" / "other.safetensors", "no use without adapter_config.json")
+    save_file({"x": np.ones(2, "f4")}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "has no entry 'tnadapt'")
+    for wrong in (5, None, ["a"], "", "a\0b", "\ud800"):
+        with pytest.raises(tna.FileError, match="a path must be a string or PathLike"):
+            tna.convert(wrong)  # type: ignore[arg-type]
+        if wrong is not None:
+            with pytest.raises(tna.FileError, match="a path must be a string or PathLike"):
+                tna.convert(made(tna.presets.lora(1)), wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"to": "lora"}, "to must be one of tnadapt, peft-lora"),
+        ({"to": ["peft-lora"]}, "to must be one of"),
+        ({"to": "peft-lora", "rank": 0}, "rank must be from 1"),
+        ({"to": "peft-lora", "rank": 2.0}, "rank must be an integer"),
+        ({"rank": 2}, "rank=2 belongs to LoRA, LoKr and LoHa"),
+        ({"to": "peft-lora", "max_error": -1}, "max_error must be a number from 0 to 1"),
+        ({"to": "peft-lora", "max_error": float("nan")}, "max_error must be a number from 0 to 1"),
+        ({"dtype": "int8"}, "dtype must be one of float32"),
+        ({"to": "peft-lora", "rank": 1}, "the conversion to peft-lora would change the updates by a relative error of"),
+        (
+            {"to": "peft-lora", "rank": 1, "max_error": 0.1},
+            "and max_error=0.1 is allowed: give a larger rank or a wider dtype",
+        ),
+        ({"to": "lycoris-full", "dtype": "float16", "max_error": 0.0}, "give a wider dtype"),
+    ],
+)
+def test_wishes_that_cannot_be(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = made(tna.presets.lora(2))
+    with pytest.raises(tna.ConfigError, match=re.escape(message)):
+        tna.convert(file, tmp_path / "out", **more)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_acts_on_activations_is_no_update(tmp_path: Path) -> None:
+    import dataclasses
+
+    file = dataclasses.replace(made(tna.presets.lora(2)), activation="gelu")
+    with pytest.raises(tna.ConfigError, match="is no update of weights"):
+        tna.convert(file, to="lycoris-full")
+    assert tna.convert(file, dtype="float16").file.activation == "gelu"  # type: ignore[union-attr]
+    broken = made(tna.presets.lora(2))
+    broken.arrays["group0.split0.factor0"][0, 0] = np.nan
+    with pytest.raises(tna.ShapeError, match="holds NaN or infinity"):
+        tna.convert(broken, to="peft-lora")
+
+
+def test_the_base_of_our_own_file_is_checked(tmp_path: Path) -> None:
+    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(2)))
+    refused(tmp_path / "ours.safetensors", "base has no module 'blocks.0.attn.q_proj'", base=["a.q"])
+    other = {**SHAPES, "blocks.0.attn.v_proj": (8, 19)}
+    refused(tmp_path / "ours.safetensors", "(8, 18), and the weight in base has (8, 19)", base=other)
+    assert tna.convert(tmp_path / "ours.safetensors", base=SHAPES, to="peft-lora").exact
+
+
+def test_an_update_that_no_memory_holds(tmp_path: Path) -> None:
+    side = 3000
+    given = {"lycoris_x.lokr_w1": np.zeros((side, side), "f2"), "lycoris_x.lokr_w2": np.zeros((side, side), "f2")}
+    save_file(given, tmp_path / "huge.safetensors")
+    with pytest.raises(tna.TnadaptError, match="memory for"):  # 81 terabytes
+        tna.convert(tmp_path / "huge.safetensors")
+
+
+# -- Writing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["tnadapt", "peft-lora", "lycoris-lora"])
+def test_what_is_there_stays_unless_asked(to: str, tmp_path: Path) -> None:
+    one, two = made(tna.presets.lora(1)), made(tna.presets.lora(2))
+    out = tmp_path / "out"
+    tna.convert(one, out, to=to)
+    before = everything(tmp_path)
+    with pytest.raises(FileError, match=r"exists; give another path, or overwrite=True \(--force\)"):
+        tna.convert(two, out, to=to)
+    assert everything(tmp_path) == before
+    tna.convert(two, out, to=to, overwrite=True)
+    assert everything(tmp_path).keys() == before.keys()
+    assert tna.convert(out).file.config.rank == 2  # type: ignore[union-attr]
+    with pytest.raises(FileError, match=r"the folder .* does not exist; make it first"):
+        tna.convert(one, tmp_path / "no" / "such", to=to)
+
+
+def test_a_folder_with_other_things_takes_the_adapter(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    tna.convert(made(tna.presets.lora(1)), tmp_path / "out", to="peft-lora")
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileError, match="is a file; an adapter of PEFT is a folder"):
+        tna.convert(made(tna.presets.lora(1)), tmp_path / "file", to="peft-lora", overwrite=True)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("to", ["tnadapt", "peft-lora", "lycoris-lora"])
+def test_a_full_disk_changes_nothing(to: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    if there:
+        tna.convert(made(tna.presets.lora(1)), out, to=to)
+    before = everything(tmp_path)
+    synchronise, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        # The second file of PEFT's two is the one that no longer fits.
+        calls.append(handle)
+        if len(calls) >= (2 if to == "peft-lora" else 1):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synchronise(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileError, match="No space left on device"):
+        tna.convert(made(tna.presets.lora(2)), out, to=to, overwrite=True)
+    monkeypatch.undo()
+    assert everything(tmp_path) == before
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert out.exists() == there
+
+
+@pytest.mark.parametrize("to", ["peft-lora", "peft-lokr", "lycoris-lora", "lycoris-full"])
+def test_the_same_content_gives_the_same_bytes(to: str, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        tna.convert(made(tna.presets.lora(2)), tmp_path / name, to=to)
+    (one, two) = tmp_path / "one", tmp_path / "two"
+    if one.is_dir():
+        assert everything(one) == everything(two)
+    else:
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_error_is_in_the_file(tmp_path: Path) -> None:
+    found = tna.convert(made(tna.presets.lora(4)), tmp_path / "out", to="peft-lora", rank=2, max_error=0.9)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "numpy") as file:
+        metadata = file.metadata()
+        assert metadata["format"] == "pt"  # which some loaders insist on
+    record = json.loads(metadata["tnadapt.convert"])
+    assert record["error"] == pytest.approx(found.error, rel=1e-2)
+    assert (record["exact"], record["from"], record["to"]) == (False, "tnadapt", "peft-lora")
+    assert tna.Config.from_dict(record["config"]) == tna.presets.lora(4)
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=5).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(["f2", "f4", "f8", "i8", "u1"]), st.lists(st.integers(0, 3), max_size=3)),
+        min_size=1, max_size=6,
+    ),
+    st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=3),
+)  # fmt: skip
+def test_safetensors_reads_what_is_written(entries: dict[str, tuple[str, list[int]]], metadata: dict[str, str]) -> None:
+    from safetensors.numpy import load
+
+    arrays = {n: RNG.integers(0, 9, shape).astype(dtype) for n, (dtype, shape) in entries.items()}
+    found = load(content_of(arrays, {}, metadata))
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array)
+
+
+@given(data=st.data())
+def test_a_damaged_file_is_a_file_error(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    where = tmp_path_factory.mktemp("damaged")
+    found = tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), to="lycoris-lora")
+    content = bytearray(found.content)
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content = content[:place]
+    else:
+        content[place] ^= data.draw(st.integers(1, 255))
+    (where / "x.safetensors").write_bytes(content)
+    try:
+        again = tna.convert(where / "x.safetensors", base=["a.q"])
+    except FileError:
+        return
+    assert list(again.errors) == ["a.q.weight"]  # a number flipped, or metadata
+
+
+@pytest.mark.parametrize("to", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, to: str) -> None:
+    tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), to="peft-lora").save(tmp_path / "peft")
+    (tmp_path / "peft" / to).unlink()
+    os.mkfifo(tmp_path / "peft" / to)
+    with pytest.raises(FileError, match=r"is no file|is neither a file nor a folder"):
+        tna.convert(tmp_path / "peft")
+
+
+def test_settings_of_peft_take_the_memory_that_they_have(tmp_path: Path) -> None:
+    tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), to="peft-lora").save(tmp_path / "peft")
+    tna.convert(tmp_path / "peft", base=["a.q"])
+    assert peak_of(lambda: tna.convert(tmp_path / "peft", base=["a.q"])) < 1 << 20

@@ -1,0 +1,87 @@
+"""The cost of a step: what the products really multiply, counted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tnadapt.backends import Backend, load_backend
+from tnadapt.planning import padding_waste, step_cost
+from tnadapt.planning._flops import forward_cost
+
+
+class Counted(np.ndarray):
+    """An array whose products are counted."""
+
+    made = 0
+
+    def __mul__(self, other: Any) -> Any:
+        result = super().__mul__(other)
+        Counted.made += result.size
+        return result
+
+
+class CountingBackend(type(load_backend("numpy"))):  # type: ignore[misc]
+    def matmul(self, a: Any, b: Any) -> Any:
+        result = super().matmul(a, b)
+        Counted.made += result.size * a.shape[-1]
+        return result
+
+
+def counted(network: Any) -> int:
+    backend: Backend = CountingBackend()
+    arrays = {name: np.ones(shape).view(Counted) for name, shape in network.shapes.items()}
+    Counted.made = 0
+    network.whole(backend, arrays)
+    return Counted.made
+
+
+@pytest.mark.parametrize("terms", [1, 3])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("combine", ["kronecker", "hadamard"])
+@pytest.mark.parametrize("leading", ["dense", "same"])
+@pytest.mark.parametrize("name", ["dense", "cp", "cp-weighted", "tucker", "tt"])
+@pytest.mark.parametrize("sizes", [(64,), (64, 16), (8, 24, 16), (8, 4, 16, 8), (8, 8, 2, 2, 16)], ids=str)
+def test_what_is_multiplied(
+    sizes: tuple[int, ...], name: str, leading: str, combine: str, splits: int, terms: int
+) -> None:
+    config = tna.Config(
+        3, len(sizes), splits, groups=1, fold=sizes, format=name, combine=combine, leading=leading, terms=terms
+    )
+    (group,) = tna.SuperLoRA(config, [(1, math.prod(sizes))]).groups
+    assert forward_cost(group.network) == counted(group.network)
+
+
+def test_partial_tucker() -> None:
+    (group,) = tna.SuperLoRA(tna.presets.lotr(3, weights=4, rows=6, cols=5), [(6, 5)] * 4).groups
+    assert forward_cost(group.network) == counted(group.network)
+
+
+def test_a_step() -> None:
+    def of(config: tna.Config) -> int:
+        return step_cost(tna.SuperLoRA(config, [(16, 16)] * 3))
+
+    n = 16 * 16
+    assert of(tna.presets.dense()) == 0
+    assert of(tna.presets.lora(2)) == 3 * 3 * 2 * n
+    # 768 elements: a transform of 1024 and one of 128, which holds 77; and their adjoints.
+    assert of(tna.presets.fastfood(0.1)) == 2 * (1024 * 10 + 128 * 7 + 3 * 1024)
+    assert of(tna.presets.superlora(1, projection="shuffle")) == of(tna.presets.superlora(1))
+
+
+def test_waste() -> None:
+    def of(config: tna.Config, shapes: list[tuple[int, int]]) -> float:
+        return padding_waste(tna.SuperLoRA(config, shapes))
+
+    assert of(tna.presets.lora(1), [(5, 7)]) == 0.0
+    assert of(tna.presets.superlora(1), [(5, 7)]) == 1 / 36
+    # Two groups of 18 of 35: one of 18 and one of 17, in squares of 5.
+    assert of(tna.presets.superlora(1, groups=2), [(5, 7)]) == 15 / 50
+    # 6 × 6 by Kronecker factors of 4: 4 · 2 a side.
+    assert of(tna.presets.lonkr(1, splits=2, split_size=4), [(6, 6)]) == 28 / 64
+    # F of a tenth: ten elements in a square of four.
+    assert of(tna.presets.superlora(1, projection="linear", ratio=0.1), [(10, 10)]) == 6 / 16

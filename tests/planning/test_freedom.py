@@ -1,0 +1,160 @@
+"""Degrees of freedom: the formula against the rank of the Jacobian."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.algebra.network import Network
+from tnadapt.planning import degrees_of_freedom
+from tnadapt.testing.strategies import plans
+
+LINEAR = ("identity", "shuffle", "linear", "linear_v2")
+# A Jacobian of more parameters takes seconds.
+MOST = 160
+
+
+def point(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 1.5, shape) for name, shape in plan.param_shapes.items()
+    }
+
+
+def jacobian(plan: tna.SuperLoRA) -> np.ndarray:
+    """By differences: the long vector is linear in each element of each array, so that they are exact."""
+    params = point(plan)
+    columns = []
+    for name, array in params.items():
+        for index in np.ndindex(*array.shape):
+
+            def moved(step: float, name: str = name, index: tuple[int, ...] = index) -> np.ndarray:
+                changed = params[name].copy()
+                changed[index] += step
+                return plan.vector({**params, name: changed})
+
+            columns.append((moved(1.0) - moved(-1.0)) / 2)
+    return np.stack(columns, axis=1)
+
+
+def rank(matrix: np.ndarray) -> int:
+    values = np.linalg.svd(matrix, compute_uv=False)
+    # Of the settings drawn here the smallest singular value that is none of rounding is above 1e-6 of the largest,
+    # and rounding is below 1e-14 of it.
+    return int(np.sum(values > 1e-9 * values[0]))
+
+
+def padded(network: Network) -> bool:
+    made = (
+        [network.sizes]
+        if not network.kronecker
+        else [[math.prod(mode) for mode in zip(*(s.sizes for s in network.splits), strict=True)]]
+    )
+    return any(math.prod(sizes) != network.size for sizes in made)
+
+
+def may_be_defective(plan: tna.SuperLoRA) -> bool:
+    """CP of the few sizes and ranks of which algebraic geometry knows that they have less freedom than is expected."""
+    if not plan.config.format.startswith("cp"):
+        return False
+    rank = plan.config.rank
+    assert isinstance(rank, int)
+    powers = {rank * plan.config.terms, rank**plan.config.splits * plan.config.terms}
+    for group in plan.groups:
+        for sizes in [group.network.sizes, *(split.sizes for split in group.network.splits)]:
+            real = sorted(n for n in sizes if n > 1)
+            if len(real) == 4 and real[:2] == [2, 2] and real[2] == real[3] and 2 * real[2] - 1 in powers:
+                return True
+            if len(real) == 3 and 3 in real and any(real.count(n) > 1 and (3 * n - 1) // 2 in powers for n in real):
+                return True
+    return False
+
+
+def hadamard(name: str) -> tna.SuperLoRA:
+    config = tna.Config(2, 3, 2, groups=1, fold=(4, 4, 4), format=name, combine="hadamard", leading="same")
+    return tna.SuperLoRA(config, [(8, 8)])
+
+
+@given(plans(projections=LINEAR))
+@example(tna.SuperLoRA(tna.Config(3, 4, groups=1, fold="hypercube"), [(4, 4)]))  # 15 expected, 14 there
+@example(
+    tna.SuperLoRA(tna.Config(2, 3, groups=1, fold="hypercube"), [(3, 4)])
+)  # a slice of nine, and three of the next
+@example(tna.SuperLoRA(tna.Config((3, 1), 3, fold=(7, 7, 6), format="tt"), [(9, 7)]))
+@example(tna.SuperLoRA(tna.Config(1, 1, format="tucker", fold="hypercube"), [(5, 5)]))
+@example(hadamard("tucker"))
+@example(hadamard("tt"))
+@example(hadamard("cp"))
+def test_never_less_than_the_rank_of_the_jacobian(plan: tna.SuperLoRA) -> None:
+    assume(plan.num_parameters <= MOST)
+    assert rank(jacobian(plan)) <= degrees_of_freedom(plan) <= min(plan.size, plan.num_parameters)
+
+
+@given(plans(projections=LINEAR))
+# Two terms of a split of one number each and a matrix of rank 1: a matrix of rank 2.
+@example(tna.SuperLoRA(tna.Config(1, splits=3, terms=2, fold="balanced", format="tucker"), [(5, 5)]))
+@example(tna.SuperLoRA(tna.presets.compacter(2, terms=3), [(9, 6)]))
+@example(tna.SuperLoRA(tna.presets.krona(), [(6, 4), (4, 6)]))
+@example(tna.SuperLoRA(tna.presets.loha(2), [(7, 6)]))
+@example(tna.SuperLoRA(tna.presets.lotr(2, weights=3, rows=4, cols=5), [(4, 5)] * 3))
+def test_the_rank_of_the_jacobian_where_nothing_is_padded(plan: tna.SuperLoRA) -> None:
+    assume(plan.num_parameters <= MOST)
+    assume(not any(padded(group.network) for group in plan.groups) and not may_be_defective(plan))
+    assert rank(jacobian(plan)) == degrees_of_freedom(plan)
+
+
+@given(
+    st.integers(1, 60), st.integers(1, 2), st.integers(1, 4), st.sampled_from(["hypercube", "balanced"]),
+    st.sampled_from(["cp", "cp-weighted", "tucker", "tt"]), st.sampled_from(LINEAR), st.sampled_from([1, 1, 2]),
+)  # fmt: skip
+def test_the_rank_of_the_jacobian_of_padded_matrices(
+    size: int, order: int, r: int, fold: str, name: str, projection: str, groups: int
+) -> None:
+    groups = min(groups, size)
+    config = tna.Config(r, order, groups=groups, fold=fold, format=name, projection=projection)
+    plan = tna.SuperLoRA(config, [(1, size)])
+    assume(plan.num_parameters <= MOST)
+    assert rank(jacobian(plan)) == degrees_of_freedom(plan)
+
+
+@pytest.mark.parametrize("projection", ["nonlinear", "nonlinear_v2"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda more: tna.presets.superlora(2, **more),
+        lambda more: tna.presets.lorta(2, order=3, **more),
+        lambda more: tna.presets.lonkr(1, splits=2, split_size=2, **more),
+    ],
+    ids=["superlora", "lorta", "lonkr"],
+)
+def test_a_nonlinear_f_takes_nothing_away(build: Callable[..., tna.Config], projection: str) -> None:
+    jax = pytest.importorskip("jax")
+    plan = tna.SuperLoRA(build({"projection": projection, "ratio": 0.5}), [(6, 8), (8, 6)])
+    params = {name: 3.0 * jax.numpy.asarray(array) for name, array in point(plan).items()}
+    blocks = jax.jacfwd(plan.vector)(params)
+    found = np.concatenate([np.asarray(block).reshape(plan.size, -1) for block in blocks.values()], axis=1)
+    # tanhshrink has a slope of almost 0 in places: rows are scaled to one length.
+    found = found / np.linalg.norm(found, axis=1, keepdims=True)
+    assert rank(found) == degrees_of_freedom(plan)
+
+
+def test_known_formulas() -> None:
+    def of(config: tna.Config, shapes: list[tuple[int, int]]) -> int:
+        return degrees_of_freedom(tna.SuperLoRA(config, shapes))
+
+    vit = [(768, 768)] * 24
+    assert of(tna.presets.dense(), vit) == 24 * 768 * 768
+    assert of(tna.presets.lora(4), vit) == 24 * 4 * (768 + 768 - 4)
+    assert of(tna.presets.krona(), vit) == 24 * (24**2 + 32**2 - 1)
+    assert of(tna.presets.fastfood(1e-4), vit) == tna.parameter_count(tna.presets.fastfood(1e-4), vit)
+    # FacT-TK: Tucker of ranks 2 on (24, 768, 768).
+    assert of(tna.presets.fact_tk(2, weights=24, rows=768, cols=768), vit) == 8 + 2 * (22 + 766 + 766)
+    assert of(tna.Config(5, 3, groups=1, fold=(24, 768, 768), format="tt"), vit) == (
+        24 * 5 + 5 * 768 * 5 + 5 * 768 - 25 - 25
+    )

@@ -1,0 +1,174 @@
+"""``tna.plan``: what holds of every plan."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.planning import Plan, Row, degrees_of_freedom, padding_waste, step_cost
+from tnadapt.planning._plan_table import CRITERIA, rung
+
+VIT = [(768, 768)] * 24
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+weights = st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, max_size=6) | st.tuples(
+    st.integers(1, 24), st.integers(1, 24), st.integers(1, 8)
+).map(lambda drawn: [drawn[:2]] * drawn[2])
+
+
+@st.composite
+def planned(draw: st.DrawFn) -> tuple[Plan, Any]:
+    shapes = draw(weights)
+    layers = draw(st.none() | st.lists(st.integers(0, 2), min_size=len(shapes), max_size=len(shapes)))
+    by = draw(st.sampled_from([("parameters", "freedom", "cost"), tuple(CRITERIA), ("rank", "parameters"), ("waste",)]))
+    dtype = draw(st.sampled_from(list(BYTES)))
+    return tna.plan(shapes, draw(st.integers(1, 3000)), layers=layers, dtype=dtype, by=by), layers
+
+
+@settings(max_examples=25)
+@given(planned())
+def test_every_row(drawn: tuple[Plan, Any]) -> None:
+    found, layers = drawn
+    assert found.rows
+    for row in found.rows:
+        adapter = tna.SuperLoRA(row.config, found.shapes, layers)
+        assert row.parameters == tna.parameter_count(row.config, found.shapes, layers) <= found.budget
+        assert row.bytes == row.parameters * BYTES[found.dtype]
+        assert row.freedom == degrees_of_freedom(adapter) <= min(row.parameters, found.size)
+        assert (row.cost, row.waste) == (step_cost(adapter), padding_waste(adapter))
+        assert 0 <= row.waste < 1
+        assert row.fraction == row.freedom / found.size <= 1
+    assert len({row.config for row in found.rows}) == len(found.rows)
+    assert [row.parameters for row in found.rows] == sorted((row.parameters for row in found.rows), reverse=True)
+
+
+def at_least(one: Row, other: Row, found: Plan) -> list[tuple[Any, Any]]:
+    """(one's, the other's), more being better, of all that the front is of."""
+    value = {
+        "parameters": lambda row: rung(row.parameters, min(found.budget, found.size)),
+        "freedom": lambda row: row.freedom,
+        "cost": lambda row: -row.cost,
+        "rank": lambda row: row.rank.value,
+        "waste": lambda row: -row.waste,
+    }
+    return [(value[name](one), value[name](other)) for name in found.by]
+
+
+@settings(max_examples=25)
+@given(planned())
+def test_no_row_beats_one_on_the_front_and_each_other_is_beaten_by_one_on_it(drawn: tuple[Plan, Any]) -> None:
+    found, _ = drawn
+    assert found.front
+
+    def beats(one: Row, other: Row) -> bool:
+        pairs = at_least(one, other, found)
+        better = any(a > b for a, b in pairs)
+        return all(a >= b for a, b in pairs) and (better or one.parameters < other.parameters)
+
+    def equal(one: Row, other: Row) -> bool:
+        return all(a == b for a, b in at_least(one, other, found)) and one.parameters == other.parameters
+
+    for row in found.front:
+        assert not any(beats(other, row) for other in found.rows)
+    for row in found.rows:
+        if row not in found.front:
+            assert any(beats(best, row) or equal(best, row) for best in found.front)
+
+
+@settings(max_examples=15)
+@given(weights, st.integers(1, 3000))
+def test_the_same_again(shapes: list[tuple[int, int]], budget: int) -> None:
+    assert tna.plan(shapes, budget).to_dict() == tna.plan(tuple(shapes), f"{budget}").to_dict()
+
+
+def test_each_method_is_there_with_its_freest() -> None:
+    found = tna.plan(VIT, 200_000)
+    methods = {row.name.family for row in found.freest}
+    assert methods == {
+        "LoRA", "LoHa", "LoKr", "KronA", "LoTR", "LoNKr", "LoRTA", "LoRTA + F", "SuperLoRA", "SuperLoRA + F",
+        "fastfood",
+    }  # fmt: skip
+    for row in found.freest:
+        assert row.freedom == max(other.freedom for other in found.rows if other.name.family == row.name.family)
+    lora = next(row for row in found.freest if row.name.family == "LoRA")
+    assert (lora.config, lora.parameters) == (tna.presets.lora(5), 5 * 24 * 1536)
+    assert set(found.front) | set(found.freest) == set(found.shown)
+
+
+def test_names_are_told_apart() -> None:
+    for budget in (300, 30_000):
+        found = tna.plan(VIT, budget, layers=[i // 2 for i in range(24)])
+        assert len({str(row.name) for row in found.rows}) == len(found.rows)
+
+
+def test_all_there_is_buys_dense() -> None:
+    found = tna.plan([(8, 8)] * 2, 10**9)
+    assert any(row.config == tna.presets.dense() for row in found.rows)
+    assert max(row.parameters for row in found.rows) == 128
+
+
+def test_layers_and_bytes() -> None:
+    layers = [i // 2 for i in range(24)]
+    assert any(row.config.groups == "layer" for row in tna.plan(VIT, 40_000, layers=layers).rows)
+    assert not any(row.config.groups == "layer" for row in tna.plan(VIT, 40_000).rows)
+    assert tna.plan(VIT, "4 kB").budget == 1000
+    half = tna.plan(VIT, "4KiB", dtype="bfloat16")
+    assert half.budget == 2048
+    assert max(row.bytes for row in half.rows) <= 4096
+
+
+def test_the_table() -> None:
+    found = tna.plan(VIT, 1000)
+    text = str(found)
+    lines = text.splitlines()
+    assert len(lines) == 1 + len(found.shown) + len(found.notes())
+    assert sum(line.startswith("●") for line in lines) == len(found.front) + 1
+    assert max(map(len, lines)) <= 120
+    assert len(found.table(every=True)) == 1 + len(found.rows)
+    json.dumps(found.to_dict(), allow_nan=False)
+    for row, read in zip(found.shown, found.to_dict()["rows"], strict=True):
+        assert tna.Config.from_dict(read["config"]) == row.config
+        assert (read["parameters"], read["rank"], read["front"]) == (row.parameters, row.rank.value, row in found.front)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: tna.plan([], 100), ShapeError, "shapes is empty"),
+        (lambda: tna.plan([(3, 0)], 100), ShapeError, r"expected \(rows, cols\), both at least 1"),
+        (lambda: tna.plan(7, 100), ShapeError, "shapes must be a list"),
+        (lambda: tna.plan(VIT, 0), ConfigError, "budget must be from 1"),
+        (lambda: tna.plan(VIT, 1.5), ConfigError, "budget must be an integer of parameters, or bytes in words"),
+        (lambda: tna.plan(VIT, "0"), ConfigError, "a budget must be at least 1 parameter; got '0'"),
+        (lambda: tna.plan(VIT, "2 B"), ConfigError, "got '2 B'; one parameter is 4 bytes in float32"),
+        (lambda: tna.plan(VIT, "4 parsec"), ConfigError, "such as '4 kB' or '64 KiB'; got '4 parsec'"),
+        (lambda: tna.plan(VIT, "4k"), ConfigError, "got '4k'"),
+        (lambda: tna.plan(VIT, "1.5"), ConfigError, "must be a whole number"),
+        (lambda: tna.plan(VIT, "-5"), ConfigError, "a budget is a number of parameters"),
+        (lambda: tna.plan(VIT, ""), ConfigError, "a budget is a number of parameters"),
+        (lambda: tna.plan(VIT, None), ConfigError, "budget must be an integer"),
+        (lambda: tna.plan(VIT, True), ConfigError, "budget must be an integer"),
+        (lambda: tna.plan(VIT, 100, dtype="int8"), ConfigError, "dtype must be one of float64"),
+        (lambda: tna.plan(VIT, 100, by=["speed"]), ConfigError, "by must name what a setting can be better at"),
+        (lambda: tna.plan(VIT, 100, by=[]), ConfigError, "by must name"),
+        (lambda: tna.plan(VIT, 100, layers=[0, 1]), ConfigError, "layers has 2 keys for 24 weights"),
+    ],
+)
+def test_mistakes(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tnadapt.planning import _plan_search as plan_search
+    from tnadapt.planning import families
+
+    monkeypatch.setattr(plan_search, "families", lambda shapes, layers: families.usual(shapes)[:3])
+    with pytest.raises(ConfigError, match=r"a budget of 20 parameters .* the least is 137: LoNKr K = 4, f = 5, r = 1"):
+        tna.plan(VIT, 20)

@@ -1,0 +1,254 @@
+"""What a diagram says is what the plan is, and nothing in it lies on anything else."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.algebra.formats import FORMATS
+from tnadapt.errors import ConfigError, ShapeError
+from tnadapt.plot import network
+from tnadapt.plot._diagram import Diagram, diagram
+from tnadapt.plot._split_diagram import Node, Part, wide
+from tnadapt.testing.strategies import plans
+
+P = tna.presets
+VIT = [(768, 768)] * 24
+ALIKE: dict[str, Any] = {"weights": 24, "rows": 768, "cols": 768}
+PRESETS = {
+    "dense": P.dense(), "lora": P.lora(4, alpha=8), "lokr": P.lokr(4), "krona": P.krona(), "loha": P.loha(4),
+    "lonkr": P.lonkr(4), "lotr": P.lotr(4, **ALIKE), "lorta": P.lorta(4, order=5),
+    "lorta_cp": P.lorta_cp(4, layers=12, rows=768, cols=768, heads=12), "cara": P.cara(4, **ALIKE, heads=12),
+    "fact_tt": P.fact_tt(4, **ALIKE), "fact_tk": P.fact_tk(4, **ALIKE), "fastfood": P.fastfood(),
+    "superlora": P.superlora(22, groups=5, projection="nonlinear", ratio=0.1), "compacter": P.compacter(),
+    "lotr as a train": P.lotr(4, **ALIKE, train=True),
+}  # fmt: skip
+
+
+@st.composite
+def large(draw: st.DrawFn) -> tna.SuperLoRA:
+    """Plans of any order and number of splits, far beyond what has room in a picture."""
+    order, splits = (draw(st.integers(1, 12) | st.integers(1, 32)) for _ in range(2))
+    name = draw(st.sampled_from(list(FORMATS)))
+    rank: Any = draw(st.sampled_from([1, 3, 1000, 1 << 40]))
+    if name == "tucker" and draw(st.booleans()):
+        rank = draw(st.tuples(*[st.none() | st.integers(1, 3)] * order))
+    combine = draw(st.sampled_from(["kronecker", "hadamard"]))
+    config = tna.Config(
+        rank=rank, order=order, splits=splits, format=name, combine=combine, groups=1,
+        fold=draw(st.sampled_from(["hypercube", "balanced", (1 << 62,) * order])),
+        leading=draw(st.sampled_from(["dense", "same"])), terms=draw(st.sampled_from([1, 4, 100])),
+        alpha=draw(st.none() | st.just(8.0)), split_size=2 if combine == "kronecker" else "balanced",
+    )  # fmt: skip
+    return tna.SuperLoRA(config, draw(st.sampled_from([[(4, 4)], [(768, 512)] * 2])))
+
+
+def nodes(found: Diagram) -> list[Node]:
+    return [node for part in found.parts for node in part.nodes if node.trained]
+
+
+@given(plans(), st.data())
+def test_every_array_is_a_node_and_every_axis_a_line(plan: tna.SuperLoRA, data: st.DataObject) -> None:
+    index = data.draw(st.integers(0, plan.num_groups - 1))
+    group, found = plan.groups[index], diagram(plan, index)
+    drawn = nodes(found)
+    # One term is drawn, and the others have arrays of the same shapes.
+    shapes = {name: plan.param_shapes[name] for name in group.names.values()}
+    assert [node.name in shapes for node in drawn] == [True] * len(drawn)
+    assert len({node.name for node in drawn}) == len(drawn)
+    assert len(drawn) * plan.config.terms == len(shapes)
+    assert sum(node.size for node in drawn) * plan.config.terms == found.parameters == group.network.num_parameters
+    for part, split in zip(found.parts, group.network.splits, strict=True):
+        assert tuple(leg.size for leg in sorted(part.legs, key=lambda leg: leg.mode)) == split.sizes == part.sizes
+        at = collections.defaultdict(list)
+        for bond in part.bonds:
+            for end in bond.ends:
+                at[end].append(bond.size)
+        for node in part.nodes:
+            lines = at[node.name] + [leg.size for leg in part.legs if leg.node == node.name]
+            if node.trained:
+                # A train's two outer axes of size 1 are not drawn.
+                assert sorted(lines) == sorted(shapes[node.name])[len(shapes[node.name]) - len(lines) :]
+                assert math.prod(lines) == node.size == math.prod(shapes[node.name])
+            else:
+                assert len(set(lines)) == 1  # a dot has one index
+        assert set(at) <= {node.name for node in part.nodes}
+
+
+@given(plans())
+def test_the_groups_make_up_the_parameters(plan: tna.SuperLoRA) -> None:
+    found = [diagram(plan, group) for group in range(plan.num_groups)]
+    assert sum(one.parameters for one in found) == plan.num_parameters
+    for one in found:
+        told = [f"{one.parameters:,} trainable"] + ([f"{plan.num_parameters:,} in all"] if len(found) > 1 else [])
+        assert all(words in one.words for words in told)
+
+
+@given(large())
+@settings(max_examples=60)
+def test_what_is_not_drawn_is_told(plan: tna.SuperLoRA) -> None:
+    found = diagram(plan)
+    splits = plan.groups[0].network.splits
+    assert len(found.parts) + found.splits_left_out == len(splits)
+    words = [label.text for label in found.signs]
+    assert bool(found.splits_left_out) == any(text.startswith(f"{found.splits_left_out} more") for text in words)
+    assert len(found.parts) <= 5
+    for part in found.parts:
+        assert len(part.legs) + part.left_out == len(part.sizes)
+        assert len(part.legs) <= 10
+        assert (f"{part.left_out} more" in [label.text for label in part.labels]) == bool(part.left_out)
+        assert [part.sizes[leg.mode] for leg in part.legs] == [leg.size for leg in part.legs]
+
+
+Named = tuple[str, tuple[float, float, float, float]]
+
+
+def moved(box: tuple[float, float, float, float], part: Part) -> tuple[float, float, float, float]:
+    return box[0] + part.x, box[1] + part.y, box[2] + part.x, box[3] + part.y
+
+
+def things(found: Diagram) -> list[Named]:
+    """All that must not lie one on another."""
+    made: list[Named] = [(sign.text, sign.box) for sign in found.signs]
+    for part in found.parts:
+        made += [(label.text, moved(label.box, part)) for label in part.labels]
+        for node in part.nodes:
+            half, high = node.width / 2, node.height / 2
+            made.append((node.name, moved((node.x - half, node.y - high, node.x + half, node.y + high), part)))
+        made += [("leg", moved((leg.x, leg.bottom, leg.x, leg.top - 0.01), part)) for leg in part.legs]
+    for step in found.steps:
+        half, high = step.width / 2, step.height / 2
+        made.append((step.lines[0], (found.width / 2 - half, step.y - high, found.width / 2 + half, step.y + high)))
+    return made
+
+
+@given(plans() | large())
+def test_nothing_lies_on_anything(plan: tna.SuperLoRA) -> None:
+    nothing_lies_on_anything(plan)
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_nothing_lies_on_anything_at_ends(form: str) -> None:
+    sides = itertools.product([1, 2, 3, 8, 10, 11, 32], [1, 2, 5, 6], [1, 1 << 40], ["same", "dense"])
+    for order, splits, rank, leading in sides:
+        for fold in ("hypercube", (1 << 62,) * order):
+            config = tna.Config(
+                rank=rank, order=order, splits=splits, format=form, leading=leading, groups=1, fold=fold, split_size=2
+            )
+            nothing_lies_on_anything(tna.SuperLoRA(config, VIT))
+
+
+def nothing_lies_on_anything(plan: tna.SuperLoRA) -> None:
+    found = diagram(plan)
+    made = things(found)
+    for (one, a), (other, b) in itertools.combinations(made, 2):
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, (one, a, other, b)
+    for name, (left, bottom, right, top) in made:
+        assert left >= 0, name
+        assert right <= found.width, name
+        assert -found.height - 1e-9 <= bottom <= top <= 0, name
+    # Each of several splits is within its frame, and the frames are apart.
+    for frame, part in zip(found.frames, found.parts, strict=False):
+        assert frame[0] <= part.x
+        assert frame[1] <= part.y - part.below
+        assert part.x + part.width <= frame[2]
+        assert part.y + part.above <= frame[3]
+    assert len(found.frames) == (len(found.parts) if len(plan.groups[0].network.splits) > 1 else 0)
+
+
+def test_the_steps_are_the_plan_s() -> None:
+    plan = tna.SuperLoRA(PRESETS["superlora"], VIT)
+    found = diagram(plan, 1)
+    assert [(step.lines, step.note, step.fixed) for step in found.steps] == [
+        (("tensor 533 × 533",), "", False),
+        (
+            ("F: nonlinear, fixed, not trained", "ρ = 0.1:  283,116 → 2,831,156"),
+            "unfold, keep the first 283,116 of 284,089",
+            True,
+        ),
+        (("group 1: 2,831,156 elements",), "minus F at the start", False),
+        (("6 weights: 4–9 (4, 9 in part)", "768 × 768"), "row by row", False),
+    ]
+    assert found.words == f"23,452 trainable parameters in this group, {plan.num_parameters:,} in all 5 groups"
+    lora, lonkr = (diagram(tna.SuperLoRA(PRESETS[name], VIT)) for name in ("lora", "lonkr"))
+    assert lora.steps[0].note == "times 2, the scale α / r"
+    assert lonkr.steps[0].note == "cut from 3,776 × 3,776"
+    assert [sign.text for sign in lonkr.signs] == ["split0", "⊗", "split1", "⊗", "split2"]
+
+
+def test_a_sum_of_terms() -> None:
+    found = diagram(tna.SuperLoRA(PRESETS["compacter"], VIT))
+    assert {"Σ", "4 terms"} <= {sign.text for sign in found.signs}
+    assert found.brackets is not None
+    assert diagram(tna.SuperLoRA(PRESETS["lokr"], VIT)).brackets is None
+
+
+@pytest.mark.parametrize("group", [-1, 24, 1.0, True, "0", None])
+def test_no_such_group(tmp_path: Path, group: Any) -> None:
+    with pytest.raises(ShapeError, match=r"group must be (from 0 to 23; got (-1|24)|an integer; got .*)$"):
+        network(P.lora(1), VIT, tmp_path / "a.png", group=group)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_what_the_plan_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="layers"):
+        network(P.lora(1, groups="layer"), VIT, tmp_path / "a.png")
+
+
+def texts(path: Path) -> list[str]:
+    """What is written in a picture of vectors."""
+    lines = path.read_text().splitlines()
+    return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_drawn(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    network(PRESETS[name], VIT, tmp_path / "a.svg", title="a title with $x_$ in it", note="a note with $ in it")
+    found, written = diagram(tna.SuperLoRA(PRESETS[name], VIT)), texts(tmp_path / "a.svg")
+    expected = [label.text for part in found.parts for label in part.labels] + [sign.text for sign in found.signs]
+    expected += [node.symbol for node in nodes(found)] + [entry.text for entry in found.key]
+    expected += [found.words, "a title with $x_$ in it", "a note with $ in it"]
+    assert not collections.Counter(expected) - collections.Counter(written)
+
+
+def test_every_preset_is_there() -> None:
+    assert set(P.__all__) <= set(PRESETS)
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+@pytest.mark.parametrize("order", [1, 2, 3, 8, 32])
+def test_every_format_is_drawn(tmp_path: Path, form: str, order: int) -> None:
+    pytest.importorskip("matplotlib")
+    config = tna.Config(rank=2, order=order, groups=1, fold="hypercube", format=form, splits=order, leading="same")
+    network(config, VIT, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_groups_of_layers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    config = P.lora(1, groups="layer")
+    network(config, VIT, tmp_path / "a.svg", layers=[weight // 2 for weight in range(24)], group=11)
+    assert "group 11: 1,179,648 elements" in (tmp_path / "a.svg").read_text()
+    assert "2 weights: 22, 23" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["14,155,776", "r = 1,024", "768 × 768 × 768", "2 × ⋯ × 2, of 32 modes", "unfold, keep the first 7 of 8",
+             "F: nonlinear_v2, fixed, not trained", "⊗", "Σ", "mmm"],
+)  # fmt: skip
+def test_words_take_the_room_that_is_kept_for_them(text: str) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.textpath import TextPath
+
+    inches = TextPath((0, 0), text, size=8).get_extents().width / 72
+    assert 0.7 * wide(text, 8) - 0.02 <= inches <= 1.08 * wide(text, 8)

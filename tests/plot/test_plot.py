@@ -1,0 +1,207 @@
+"""Pictures are written, and nothing else happens."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import tnadapt as tna
+from tnadapt import plot
+from tnadapt.errors import ShapeError
+from tnadapt.plot import STYLES, Mark, layout, parameters, pareto
+from tnadapt.plot._counts import counted
+
+MARKS = [
+    Mark("head alone", "", 0, (0.7, 0.71)),
+    Mark("dense", "", 32768, (0.95, 0.96)),
+    *(Mark(family, "r = 1", 100 * place, (0.8 + place / 100,), place < 3) for place, family in enumerate(STYLES, 1)),
+    Mark("a method of one's own", "r = 2", 50, (0.75, 0.8, 0.7), True),
+]
+
+
+@pytest.mark.parametrize(
+    "marks", [MARKS, MARKS[:1], MARKS[1:2], MARKS[2:3], []], ids=["all", "head alone", "dense alone", "one", "none"]
+)
+def test_a_picture_is_written(tmp_path: Path, marks: list[Mark]) -> None:
+    pareto(marks, tmp_path / "a.png", "a title with $x_$ in it", "a note")
+    content = (tmp_path / "a.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 5000
+
+
+FULL = """
+import pathlib, resource, sys
+import tnadapt as tna
+from tnadapt.plot import Mark, pareto
+pareto([Mark("LoRA", "", 9, (0.5,))], sys.argv[1])
+before = pathlib.Path(sys.argv[1]).read_bytes()
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    pareto([Mark("LoRA", "", 9, (0.5, 0.6))], sys.argv[1])
+except tna.FileError as error:
+    print(error)
+print(pathlib.Path(sys.argv[1]).read_bytes() == before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of this kind")
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path / 'a.png'}: File too large\nTrue\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+CURVES = (plot.Curve("LoRA", (plot.Dot(9, (0.5,)), plot.Dot(20, (0.6,)))),)
+PICTURES = {
+    "fronts": lambda path: plot.fronts(CURVES, path),
+    "fronts_grid": lambda path: plot.fronts_grid([plot.Panel(CURVES, "accuracy")], path),
+    "generated": lambda path: plot.generated([("a", np.zeros((2, 4, 4, 1), np.uint8))], path),
+    "layout": lambda path: layout(tna.SuperLoRA(tna.presets.lora(1), [(4, 3)]), path),
+    "network": lambda path: plot.network(tna.presets.lora(1), [(4, 3)], path),
+    "parameters": lambda path: parameters([(4, 3)], path),
+    "pareto": lambda path: pareto(MARKS[:1], path),
+    "similarity": lambda path: plot.similarity(
+        [{"arm": "LoRA", "role": role, "d_left": 0.1, "d_right": 0.2, "d_euclid": 0.3} for role in "qv"], path
+    ),
+}
+
+
+def test_every_kind_of_picture_is_tried() -> None:
+    kinds = {name for name in plot.__all__ if inspect.isfunction(getattr(plot, name))}
+    assert PICTURES.keys() == kinds
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_replaces_the_old_one_at_once(name: str, tmp_path: Path) -> None:
+    """Nothing is written into the old file: whoever has it open, or under a second name, keeps it."""
+    path, kept = tmp_path / "a.png", tmp_path / "kept.png"
+    path.write_bytes(b"an old picture")
+    os.link(path, kept)
+    PICTURES[name](path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert kept.read_bytes() == b"an old picture"
+    assert {found.name for found in tmp_path.iterdir()} == {"a.png", "kept.png"}
+
+
+def test_pictures_have_matplotlibs_names(tmp_path: Path) -> None:
+    pareto(MARKS, tmp_path / "none")
+    assert (tmp_path / "none.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(tna.FileError, match=r"b\.png: is a folder; give the path of a file in it"):
+        pareto(MARKS, tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"(?i)format 'xyz' is not supported"):
+        pareto(MARKS, tmp_path / "c.xyz")
+
+
+def test_every_family_is_in_the_legend(tmp_path: Path) -> None:
+    pareto(MARKS, tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    for mark in MARKS:
+        assert f"<!-- {mark.family}" in text
+
+
+def test_mean_and_spread() -> None:
+    assert (MARKS[0].mean, round(MARKS[0].spread, 4)) == (70.5, 0.7071)
+    assert Mark("LoRA", "", 1, (0.5,)).spread == 0
+
+
+def test_no_window_and_no_import_before(tmp_path: Path) -> None:
+    code = f"""
+import sys, tnadapt.plot
+assert "matplotlib" not in sys.modules
+tnadapt.plot.pareto([tnadapt.plot.Mark("LoRA", "r = 1", 4, (0.5,))], {str(tmp_path / "a.png")!r})
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+VIT = [(768, 768)] * 24
+UNET = [(c, c) for c in [64] * 2 + [128] * 6 + [128] + [128] * 9 + [64] * 3 for _ in "qv"]
+
+
+def test_the_counts_of_the_paper() -> None:
+    oracle = json.loads((Path(__file__).parents[1] / "oracles.json").read_text())
+    known = {row["what"]: row["parameters"] for group in ("vit_base_qv", "unet_qv") for row in oracle[group]["counts"]}
+    assert list(counted(VIT, 2, 22))[-1] == (22, known["SuperLoRA 2D, reshape (hypercube), G=1, r=22"])
+    assert list(counted(UNET, 2, 1)) == [(1, known["2D, hypercube, G=1, r=1 ('beyond 1000')"])]
+    # LoRTA of rank 1 is CP of rank 1 and the one number of its core.
+    lorta = {order: next(counted(UNET, order, 1))[1] + 1 for order in (3, 5)}
+    assert lorta[3] == known["LoRTA 3D, hypercube, G=1, r=1 ('beyond 200')"]
+    assert lorta[5] == known["LoRTA 5D, hypercube, G=1, r=1 ('less than 80'; '120-fold')"]
+
+
+def texts(path: Path) -> list[str]:
+    """What is written in a picture of vectors."""
+    lines = path.read_text().splitlines()
+    return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
+
+
+def test_parameters_against_rank(tmp_path: Path) -> None:
+    path = tmp_path / "a.svg"
+    parameters(VIT, path, budget=10_000, title="a title with $x_$ in it")
+    found = texts(path)
+    for text in ("M = 2", "M = 5", "LoRA, a group a weight", "budget, 10,000", "all 14,155,776 elements"):
+        assert text in found
+    # The largest rank of each order that stays within the budget.
+    for order in (2, 3, 4, 5):
+        rank = max(rank for rank, count in counted(VIT, order, 128) if count <= 10_000)
+        assert f"r = {rank}" in found
+
+
+@pytest.mark.parametrize("shapes", [[(1, 1)], [(3, 3)], [(12, 8)] * 3, [(4096, 4096)] * 64], ids=str)
+@pytest.mark.parametrize("budget", [None, 1, 10**12])
+def test_parameters_of_any_weights(tmp_path: Path, shapes: list[tuple[int, int]], budget: int | None) -> None:
+    parameters(shapes, tmp_path / "a.png", budget=budget, ranks=16)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tna.presets.lora(1), tna.presets.superlora(1), tna.presets.superlora(1, groups=5),
+        tna.presets.superlora(1, groups=2, projection="linear", ratio=0.1), tna.presets.lonkr(1, splits=2),
+        tna.presets.dense(), tna.Config(groups=[[1, 0], [*range(2, 42)]], fold="balanced", order=3, rank=1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_layout_is_drawn(tmp_path: Path, config: tna.Config) -> None:
+    plan = tna.SuperLoRA(config, UNET)
+    path = tmp_path / "a.svg"
+    layout(plan, path, roles=["q", "v"] * 21, title="a title with $x_$ in it")
+    found = texts(path)
+    assert ("padding" in found) == (config.projection == "identity" and any(
+        math.prod(group.network.sizes) > group.size for group in plan.groups
+    ))  # fmt: skip
+    straddled = any(len(plan.layout.of_weight(weight)) > 1 for weight in range(42))
+    assert ("goes on in another group" in found) == straddled
+    assert any(text.endswith("18 more groups") for text in found) == (plan.num_groups == 42)
+    assert {"q", "v"} <= set(found)
+
+
+def test_hundreds_of_weights_and_of_groups(tmp_path: Path) -> None:
+    many = [(64, 64), (16, 64)] * 200
+    layout(tna.SuperLoRA(tna.presets.superlora(1), many), tmp_path / "a.svg")
+    shown = [int(text) for text in texts(tmp_path / "a.svg") if text.isdigit()]
+    assert 10 < len(shown) < 60
+    layout(tna.SuperLoRA(tna.presets.lora(1), many), tmp_path / "b.svg")
+    assert any(text.endswith("376 more groups") for text in texts(tmp_path / "b.svg"))
+
+
+def test_one_name_and_one_role_a_weight(tmp_path: Path) -> None:
+    plan = tna.SuperLoRA(tna.presets.lora(1), [(4, 4)] * 3)
+    with pytest.raises(ShapeError, match="names has 2 entries for 3 weights"):
+        layout(plan, tmp_path / "a.png", names=["a", "b"])
+    with pytest.raises(ShapeError, match="roles has 1 entries for 3 weights"):
+        layout(plan, tmp_path / "a.png", roles=["q"])
+    assert not (tmp_path / "a.png").exists()

@@ -1,0 +1,45 @@
+"""The benchmarks run, their contestants agree, and the page that the documentation shows is made of the results."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.conftest import BENCHMARKS
+
+pytest.importorskip("torch")
+
+PARTS = ("fwht", "fastfood", "steps", "memory", "strategies", "growth", "slices", "startup", "gpu")
+
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not in this copy of the project")
+
+
+@pytest.fixture
+def scripts(benchmark_scripts: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_scripts("fast")
+
+
+def test_every_part_is_tried(scripts: ModuleType) -> None:
+    assert tuple(scripts.PARTS) == PARTS
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_runs_and_its_contestants_agree(part: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / "fast.py"), part, "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_page_is_that_of_its_results(scripts: ModuleType, tmp_path: Path) -> None:
+    page = importlib.import_module("page")
+    page.write(scripts.read(scripts.RESULTS), tmp_path)
+    shown = BENCHMARKS / "results"
+    assert (tmp_path / "speed.md").read_text(encoding="utf-8") == (shown / "speed.md").read_text(encoding="utf-8")
+    for picture in tmp_path.glob("*.png"):
+        assert (shown / picture.name).is_file(), picture.name

@@ -1,0 +1,47 @@
+"""What the library hands out as a dataclass cannot be changed behind its back."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import tnadapt
+
+MUTABLE = {
+    "tnadapt.torch._forward_patch.Stored": "its list of parts is another one when an adapter is taken off",
+    "tnadapt.torch.peft._peft_config.TnadaptConfig": "PEFT writes into the configs of adapters, and so do its users",
+}
+
+
+def modules() -> Iterator[ModuleType]:
+    """All modules of the package, but those that need a library which cannot be imported here."""
+    folder = Path(tnadapt.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        name = ".".join(("tnadapt", *parts)).removesuffix(".__init__")
+        try:
+            yield importlib.import_module(name)
+        except ImportError as error:
+            if error.name is None or error.name.split(".")[0] == "tnadapt":
+                raise
+
+
+def test_dataclasses_cannot_be_changed() -> None:
+    there = {
+        f"{found.__module__}.{found.__qualname__}": found
+        for module in modules()
+        for found in vars(module).values()
+        if isinstance(found, type) and dataclasses.is_dataclass(found) and found.__module__.split(".")[0] == "tnadapt"
+    }
+    mutable = set()
+    for name, found in there.items():
+        value = object.__new__(found)
+        try:
+            setattr(value, dataclasses.fields(found)[0].name, None)
+        except dataclasses.FrozenInstanceError:
+            continue
+        mutable.add(name)
+    assert mutable == MUTABLE.keys() & there.keys()

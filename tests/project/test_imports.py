@@ -1,0 +1,136 @@
+"""Importing tnadapt imports no framework, prints nothing, and what is declared is what is imported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_no_framework_is_imported() -> None:
+    # Nor what only some functions need.
+    unwanted = ["torch", "jax", "cupy", "tensorly", "scipy", "matplotlib", "hypothesis", "pytest", "typer", "rich"]
+    unwanted += ["safetensors", "transformers", "peft", "sklearn", "numba", "llvmlite", "triton"]
+    code = f"import sys, tnadapt, tnadapt.backends; print([name for name in {unwanted} if name in sys.modules])"
+    assert run(code).strip() == "[]"
+
+
+def test_rooms_that_few_need_are_imported_when_asked_for() -> None:
+    rooms = ["convert.work", "decomposition", "extraction", "files", "merge_files", "planner"]
+    code = f"import sys, tnadapt; print([name for name in {rooms} if f'tnadapt.{{name}}' in sys.modules])"
+    assert run(code).strip() == "[]"
+    code = "import sys, tnadapt; tnadapt.plan; print('tnadapt.planning' in sys.modules, 'plan' in vars(tnadapt))"
+    assert run(code).strip() == "True True"
+
+
+def test_every_public_name_is_there_however_it_is_asked_for() -> None:
+    code = """
+import tnadapt
+assert set(tnadapt.__all__) <= set(dir(tnadapt))
+from tnadapt import *
+assert all(name in globals() for name in tnadapt.__all__)
+assert all(getattr(tnadapt, name) is globals()[name] for name in tnadapt.__all__)
+try:
+    tnadapt.nonsense
+except AttributeError as error:
+    print(error)
+"""
+    assert run(code).strip() == "module 'tnadapt' has no attribute 'nonsense'"
+
+
+def test_a_function_called_as_its_room_stays_one() -> None:
+    code = """
+import importlib, pkgutil, tnadapt
+for room in pkgutil.walk_packages(tnadapt.__path__, "tnadapt."):
+    if not room.name.startswith(("tnadapt.torch", "tnadapt.finetune", "tnadapt.cli", "tnadapt.backends", "tnadapt.plot",
+                                 "tnadapt.reproduce.classification", "tnadapt.reproduce.diffusion",
+                                 "tnadapt.testing", "tnadapt.__main__")):
+        importlib.import_module(room.name)
+print([name for name in tnadapt.__all__ if type(getattr(tnadapt, name)) is type(tnadapt) and name != "presets"])
+print(tnadapt.convert.__module__, importlib.import_module("tnadapt.convert").Conversion.__name__)
+"""
+    assert run(code).split("\n")[:2] == ["[]", "tnadapt.convert._api Conversion"]
+
+
+def test_using_numpy_imports_no_framework() -> None:
+    # numba, where there is one, brings SciPy along.
+    code = """
+import sys, numpy as np, tnadapt as tna
+sys.modules["numba"] = None
+plan = tna.SuperLoRA(tna.presets.superlora(2, projection="nonlinear", ratio=0.5), [(8, 8)])
+plan.deltas(plan.init())
+print([n for n in ('torch', 'jax', 'cupy', 'tensorly', 'scipy') if n in sys.modules])
+"""
+    assert run(code).strip() == "[]"
+
+
+def test_the_core_works_where_no_framework_can_be_imported() -> None:
+    code = """
+import sys
+for name in ("torch", "jax", "cupy", "numba"):
+    sys.modules[name] = None
+import tnadapt as tna
+from tnadapt.backends import available_backends
+assert available_backends() == ["numpy"], available_backends()
+try:
+    tna.SuperLoRA(tna.Config(), [(4, 4)]).init("torch")
+except tna.BackendError as error:
+    print(error)
+print(tna.verify(tna.presets.lora(1)).holds)
+"""
+    printed = run(code)
+    assert "backend 'torch' needs a library that cannot be imported here" in printed
+    assert printed.strip().endswith("True")
+
+
+def test_every_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {"scipy", "numpy", "tensorly", "array_api_compat", "safetensors"}
+    declared = {d.split(">")[0].split("[")[0].replace("-", "_") for d in project["dependencies"]}
+    optional = {
+        "torch",
+        "jax",
+        "cupy",
+        "typer",
+        "rich",
+        "hypothesis",
+        "pytest",
+        "peft",
+        "matplotlib",
+        "transformers",
+        "timm",
+    }
+    optional |= {
+        "datasets",
+        "huggingface_hub",
+        "sklearn",
+        "threadpoolctl",
+        "PIL",
+        "numba",
+        "onnx",
+        "diffusers",
+        "torch_fidelity",
+    }
+    optional |= {"triton"}  # comes with torch, where torch is for CUDA
+    optional |= {"llvmlite"}  # numba's own compiler, of the version that numba asks for
+    extras = {
+        d.split(">")[0].split("[")[0].replace("-", "_") for e in project["optional-dependencies"].values() for d in e
+    }
+    assert optional - {"cupy", "sklearn", "PIL", "llvmlite", "triton"} <= extras
+    assert {"cupy_cuda12x", "scikit_learn", "pillow"} <= extras
+    assert names <= declared
+    for path in (ROOT / "tnadapt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in found:
+                top = module.split(".")[0]
+                assert top in sys.stdlib_module_names | names | optional, f"{path} imports {module}"

@@ -1,0 +1,299 @@
+"""The mutation tests' own machinery: what is mutated, what is left out, which tests are tried, and what fails a run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cosmic_ray", reason="cosmic-ray is not installed (the extra mutation)")
+
+from cosmic_ray.mutating import mutate_code
+
+from mutation import report
+from mutation.__main__ import ROOT, _chosen, _groups
+from mutation.judging import Judge
+from mutation.mutants import Module
+from mutation.operators import OURS, DropKeyword, DropStatement, NegateIn, ReturnNone, left_out, operators
+from mutation.reach import Reach
+from mutation.running import Outcome
+
+CODE = '''"""A module."""
+
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from x import y
+Shape = tuple[int, int] | None
+
+
+def first(a: int | None, b: "list[int]" = [1]) -> int | None:
+    size: int | str = a + 2
+    pairs = list(zip([size], b, strict=True))
+    if size in b:
+        return cast("int | None", pairs)
+    b[0] = (
+        size
+        + 3
+    )
+    return None
+'''
+
+
+def module_of(folder: Path, code: str) -> Module:
+    (folder / "m.py").write_text(code, encoding="utf-8")
+    return Module(folder, "m.py")
+
+
+def changes(module: Module) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for mutant in module.mutants:
+        code = module.mutated(mutant)
+        assert code is not None
+        found.setdefault(mutant.operator, []).append(
+            module.change(code).splitlines()[-1].strip("+- ")
+        )  # without the marks of a diff
+    return found
+
+
+@pytest.mark.parametrize("operator", [DropKeyword, DropStatement, NegateIn, ReturnNone])
+def test_our_operators_do_what_their_examples_say(operator: Any) -> None:
+    for example in operator.examples():
+        found = mutate_code(example.pre_mutation_code, operator(), example.occurrence)
+        assert found.replace(" ", "").split() == example.post_mutation_code.replace(" ", "").split()
+
+
+def test_what_runs_is_mutated_and_annotations_are_not(tmp_path: Path) -> None:
+    found = changes(module_of(tmp_path, CODE))
+    assert found["Binary_Add_Sub"] == ["size: int | str = a - 2", "3"]
+    assert found["NegateIn"] == ["if size not in b:"]
+    assert found["ReturnNone"] == ["return None"]
+    assert "DropKeyword" not in found  # zip's strict=True only asserts
+    assert not any("BitOr" in operator for operator in found)
+    assert found["DropStatement"] == ["pass"]
+    assert len(found["NumberReplacer"]) == 2 * 4  # the default, 2, 0 and 3
+
+
+def test_a_key_outlives_changes_elsewhere_in_the_file(tmp_path: Path) -> None:
+    before = module_of(tmp_path, CODE).mutants
+    moved = CODE.replace("def first", 'def other():\n    return "x"\n\n\ndef first')
+    after = module_of(tmp_path, moved).mutants
+    assert {mutant.key for mutant in before} <= {mutant.key for mutant in after}
+    assert max(Counter(mutant.key for mutant in after).values()) == 1
+
+
+def test_a_statement_of_many_lines_is_reached_by_any_of_them(tmp_path: Path) -> None:
+    module = module_of(tmp_path, CODE)
+    lines = CODE.splitlines()
+    inside, default = lines.index("        + 3") + 1, next(i for i, line in enumerate(lines, 1) if "def first" in line)
+    assert module.reach(inside) == range(inside - 2, inside + 2)
+    assert module.reach(default) == range(default + 1, len(lines) + 1)
+    assert module.reach(lines.index("Shape = tuple[int, int] | None") + 1) is None
+    condition = lines.index("    if size in b:") + 1
+    assert module.reach(condition) == range(condition, condition + 1)
+    reach = Reach({"t.py::a": 2.0, "t.py::b": 1.0, "u.py::c": 0.5}, {"m.py": {inside - 2: {"t.py::a", "u.py::c"}}})
+    mutant = next(mutant for mutant in module.mutants if mutant.line == inside)
+    assert reach.of(module, mutant, ["t.py", "u.py"]) == ["t.py::a", "u.py::c"]
+    # Nothing is seen to run this line: any test of the module may.
+    other = next(mutant for mutant in module.mutants if mutant.line == condition)
+    assert reach.of(module, other, ["t.py", "u.py"]) == ["t.py::a", "u.py::c"]
+    # A function that runs on import: any test of the files may depend on what it made.
+    reach.tests["m.py"][inside - 2] = {"", "u.py::c"}
+    assert reach.of(module, mutant, ["t.py"]) == ["t.py::b", "t.py::a", "u.py::c"]
+
+
+def test_lines_that_run_in_processes_of_their_own_are_reached(tmp_path: Path) -> None:
+    for folder in ("tnadapt", "tests"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tnadapt" / "__init__.py").touch()
+    (tmp_path / "tnadapt" / "m.py").write_text("def f():\n    return 1\n\ndef g():\n    return 2\n")
+    (tmp_path / "tests" / "test_m.py").write_text(
+        "import os, subprocess, sys, pytest\n"
+        "@pytest.mark.parametrize('name', ['f', 'g'])\n"
+        "def test_it(name):\n"
+        "    end = {'f': 'sys.exit()', 'g': 'os._exit(0)'}[name]\n"
+        "    code = f'import os, sys; from tnadapt import m; m.{name}(); {end}'\n"
+        "    subprocess.run([sys.executable, '-c', code], check=True)\n"
+    )
+    reach = Reach.measured(tmp_path, tmp_path / "kept", ["tests/test_m.py"])
+    assert reach.tests["tnadapt/m.py"][2] == {"tests/test_m.py::test_it[f]"}
+    assert reach.tests["tnadapt/m.py"][5] == {"tests/test_m.py::test_it[g]"}
+
+
+def test_all_files_have_their_turn(tmp_path: Path) -> None:
+    module = module_of(tmp_path, CODE)
+    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
+    seconds = {f"a.py::{i}": 1.0 + i for i in range(7)} | {"b.py::0": 60.0, "b.py::1": 2.0}
+    own, others = [f"test_m.py::{i:02}" for i in range(45)], [f"a.py::{i}" for i in range(7)]
+    seconds |= dict.fromkeys(own, 1.0)
+    reach = Reach(seconds, {"m.py": {mutant.line: set(seconds)}})
+    found = reach.of(module, mutant, ["test_m.py", "a.py", "b.py"])
+    assert found == [*own[:40], *others[:5], "b.py::1", "b.py::0", *own[40:], *others[5:]]
+    machine = Machine({})
+    Judge(machine, reach).judged(module, mutant, ["test_m.py", "a.py", "b.py"])  # type: ignore[arg-type]
+    # What fits into a stage: a slow one keeps none of those behind it out.
+    assert [tests for _, tests, _ in machine.asked] == [
+        own[:4],
+        [*own[4:40], *others[:5], "b.py::1", *own[40:]],
+        own[:20],
+    ]
+
+
+def test_what_runs_on_import_and_in_which_test_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "tnadapt").mkdir()
+    code = "def made(n):\n    return n + 1\n\n\ndef used(n):\n    return n + TWO\n\n\nTWO = made(1)\n"
+    (tmp_path / "tnadapt" / "__init__.py").write_text(code)
+    (tmp_path / "test_it.py").write_text("import tnadapt\n\n\ndef test_it():\n    assert tnadapt.used(1) == 3\n")
+    (tmp_path / "mutation").symlink_to(ROOT / "mutation")
+    reach = Reach.measured(tmp_path, tmp_path / "kept", ["test_it.py"])
+    assert set(reach.seconds) == {"test_it.py::test_it"}
+    lines = reach.tests["tnadapt/__init__.py"]
+    assert lines[2] == {""}
+    assert lines[6] == {"test_it.py::test_it"}
+
+
+class Machine:
+    """In a tree's place: says what it is told to say, and keeps what it was asked."""
+
+    def __init__(self, answers: dict[str, str]) -> None:
+        self.answers, self.asked = answers, []  # type: ignore[var-annotated]
+        self.mutated = False
+
+    def holding(self, path: str, code: str) -> Any:
+        import contextlib
+
+        @contextlib.contextmanager
+        def held() -> Any:
+            self.mutated = True
+            yield
+            self.mutated = False
+
+        return held()
+
+    def run(self, tests: list[str], profile: str, seconds: float) -> Outcome:
+        self.asked.append((self.mutated, list(tests), profile))
+        for test in tests:
+            kind = self.answers.get(test, "")
+            if kind == "broken" or (self.mutated and kind):
+                return Outcome("timeout" if kind == "slow" else "failed", test)
+        return Outcome("passed")
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "by"),
+    [
+        ({}, "survived", ""),
+        ({"t.py::b": "notices"}, "killed", "t.py::b"),
+        ({"t.py::b": "slow"}, "timeout", "t.py::b"),
+        # What fails without a mutant, too, is no witness.
+        ({"t.py::a": "broken"}, "survived", ""),
+        ({"t.py::a": "broken", "t.py::b": "notices"}, "killed", "t.py::b"),
+    ],
+)
+def test_a_mutant_is_killed_by_a_test_that_passes_without_it(
+    tmp_path: Path, answers: dict[str, str], status: str, by: str
+) -> None:
+    module = module_of(tmp_path, CODE)
+    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
+    reach = Reach({"t.py::a": 0.1, "t.py::b": 0.2}, {"m.py": {mutant.line: {"t.py::a", "t.py::b"}}})
+    found = Judge(Machine(answers), reach).judged(module, mutant, ["t.py"])  # type: ignore[arg-type]
+    assert found is not None
+    assert (found["status"], found["by"], found["tests"]) == (status, by, 2)
+
+
+def test_tests_that_cannot_be_run_at_all_kill_nothing(tmp_path: Path) -> None:
+    class Unable(Machine):
+        def run(self, tests: list[str], profile: str, seconds: float) -> Outcome:
+            return Outcome("failed" if broken or self.mutated else "passed")
+
+    module = module_of(tmp_path, CODE)
+    mutant = next(mutant for mutant in module.mutants if mutant.operator == "NegateIn")
+    reach = Reach({"t.py::a": 0.1}, {"m.py": {mutant.line: {"t.py::a"}}})
+    broken = False  # a mutant that cannot be imported
+    found = Judge(Unable({}), reach).judged(module, mutant, ["t.py"])  # type: ignore[arg-type]
+    assert found is not None
+    assert (found["status"], found["by"]) == ("killed", "")
+    broken = True
+    machine: Any = Unable({})
+    machine.folder = tmp_path
+    with pytest.raises(RuntimeError, match=r"t\.py cannot be run without any mutation"):
+        Judge(machine, reach).judged(module, mutant, ["t.py"])
+
+
+def record(key: str, status: str) -> dict[str, Any]:
+    where = {"module": "tnadapt/m.py", "function": "f", "line": 1, "operator": "Is_IsNot"}
+    return {"key": key, "status": status, "change": "-a\n+b", **where}
+
+
+def test_a_run_fails_on_survivors_without_a_reason_and_below_the_goal(tmp_path: Path) -> None:
+    killed = [record(f"k{i}", "killed") for i in range(19)]
+    equivalent = {"key": "e", "kind": "equivalent", "reason": "nobody can tell"}
+    gap = {"key": "g", "kind": "gap", "reason": "hard to test"}
+    records = [*killed, record("e", "survived"), record("g", "survived")]
+    known = {"e": equivalent, "g": gap}
+    assert report.failings(records, known) == []
+    (said,) = report.failings(records, {"g": gap, "e": {**equivalent, "kind": "gap"}})
+    assert said == "19 of 21 mutants were noticed: 90.5%, and 95% is the goal"
+    (said,) = report.failings(records, {"g": gap})[:1]
+    assert "e survived, and survivors.toml gives no reason: tnadapt/m.py, line 1" in said
+    (said,) = report.failings(killed, {"k3": {**gap, "key": "k3"}})
+    assert said == "k3 has a reason in survivors.toml and was noticed: take the reason out"
+    page = report.page(records, known, {"tnadapt/m.py": 100}, {"seed": 0})
+    assert "Of 100 mutants, 21 were drawn at random and run. 1 of them are equivalent" in page
+    assert "the tests notice 19: **95.0%**. 0 of these had survived at first" in page
+    late = [{**record, "first": "survived"} if record["key"] == "k7" else record for record in records]
+    page = report.page(late, known, {"tnadapt/m.py": 100}, {"seed": 0})
+    assert "1 of these had survived at first, and tests were added for them. Without these tests it was 90.0%" in page
+    assert "nobody can tell" in page
+
+
+def test_the_two_kinds_of_operators_are_weighted_by_how_many_mutants_they_make() -> None:
+    assert operators().keys().isdisjoint(left_out())
+    assert len(operators().keys() | left_out().keys()) >= 211 + len(OURS)  # all that cosmic-ray 8.7 has
+    ours = [{**record("o", "survived"), "operator": "DropKeyword"}] * 10
+    records = [*[record("k", "killed")] * 9, {**record("l", "killed"), "first": "survived"}, *ours]
+    rest = report.Rest([*[record("k", "killed")] * 99, record("s", "survived")], 300)
+    # Half of 200 are cosmic-ray's, all of them noticed or, without the late one, nine of ten; 99 % of 300 more.
+    page = report.page(records, {}, {"tnadapt/m.py": 200}, {}, rest)
+    assert (
+        "make 300 more mutants. Of 100 that were drawn at random and are not equivalent, the tests notice 99. " in page
+    )
+    assert f"the share is **{(100 + 297) / 400:.1%}**" in page
+    assert f"for survivors it is {(90 + 297) / 400:.1%}, which" in page
+    assert len(report.failings(rest.records, {})) == 1
+    assert report.failings(rest.records, {"s": {"kind": "gap"}}, goal=False) == []
+
+
+@pytest.mark.parametrize("entry", ['kind = "rare"\nreason = "x"', 'kind = "gap"\nreason = " "'])
+def test_a_reason_has_a_kind_and_words(tmp_path: Path, entry: str) -> None:
+    path = tmp_path / "survivors.toml"
+    path.write_text(f'[[survivor]]\nkey = "a"\n{entry}\n', encoding="utf-8")
+    with pytest.raises(SystemExit, match="a needs a reason, and one of the kinds equivalent, cost, gap"):
+        report.reasons(path)
+
+
+def test_the_committed_reasons_and_results_fit_each_other() -> None:
+    known = report.reasons(ROOT / "mutation" / "survivors.toml")
+    results = ROOT / "benchmarks" / "results" / "mutation.jsonl"
+    records = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert report.failings([record for record in records if record["status"] != "void"], known) == []
+
+
+def test_samples_are_drawn_by_seed_and_larger_ones_hold_smaller_ones() -> None:
+    modules = {path: Module(ROOT, path) for path in ("tnadapt/algebra/_boxes.py", "tnadapt/algebra/rearrangement.py")}
+    small, large, other = _chosen(modules, 0, 10), _chosen(modules, 0, 20), _chosen(modules, 1, 10)
+    assert small == large[:10]
+    assert small != other
+    assert len(_chosen(modules, 0, None)) == sum(len(module.mutants) for module in modules.values())
+
+
+def test_every_listed_module_and_test_file_is_there() -> None:
+    groups = _groups([])
+    assert {"tnadapt/algebra/folding.py", "tnadapt/torch/peft/_tuner.py", "tnadapt/convert/_work.py"} <= groups.keys()
+    assert all((ROOT / file).is_file() for files in groups.values() for file in files)
+    assert groups["tnadapt/algebra/folding.py"][:2] == ["tnadapt/algebra/folding.py", "tests/algebra/test_folding.py"]
+    with pytest.raises(SystemExit, match=r"modules\.toml does not list nothing\.py"):
+        _groups(["nothing.py"])

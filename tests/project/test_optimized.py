@@ -1,0 +1,138 @@
+"""``python -OO``: without docstrings and without asserts, everything is there and every check is made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from tests.support import checkpoint_files as cp
+from tests.support import forge
+from tnadapt.targets.overlaps import check_distinct
+
+TARGETS = [tna.Target(f"layers.0.attn.{x}_proj", (4, 6), x) for x in "qv"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-OO", *arguments], capture_output=True, text=True, check=False, timeout=300,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+# One process: every module, every command's help, and an adapter through all of them.
+EVERYTHING = """
+import contextlib, importlib, io, pkgutil, sys, traceback
+import tnadapt
+assert False, "asserts are not to be run"
+from tnadapt.__main__ import main
+
+def command(*words, code=0):
+    sys.argv = ["tnadapt", *words]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            main()
+        except SystemExit as end:
+            if (end.code or 0) != code:
+                raise RuntimeError(f"{words}: {end.code}")
+    return out.getvalue()
+
+folder = sys.argv[1]
+names = ["info", "merge", "convert", "extract", "plan", "verify", "finetune", "reproduce"]
+listed = command("--help")
+for name in names:
+    if name not in listed or "--json" not in command(name, "--help"):
+        raise RuntimeError(name)
+command("info", folder + "/adapter.safetensors")
+command("info", folder + "/base")
+command("merge", folder + "/base", folder + "/adapter.safetensors", "-o", folder + "/out")
+command("convert", folder + "/adapter.safetensors", "--to", "peft-lora", "-o", folder + "/peft")
+command("extract", folder + "/base", folder + "/out", "-o", folder + "/again.safetensors", "--rank", "1")
+command("plan", folder + "/base", "--budget", "100")
+command("verify", "--preset", "lora", "--shape", "4x6", "--backend", "numpy")
+command("merge", folder + "/base", folder + "/cut.safetensors", "-o", folder + "/no", code=2)
+for module in pkgutil.walk_packages(tnadapt.__path__, "tnadapt.", lambda name: None):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ImportError:
+            pass  # an extra that is not installed
+        except Exception as error:
+            # transformers, below PEFT, needs its docstrings; no line of this library does.
+            last = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][-1]
+            if last.startswith(tnadapt.__path__[0]):
+                raise
+print("all of it")
+"""
+
+
+def test_every_command_and_every_module(tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    tensors = cp.base(TARGETS)
+    cp.write(tmp_path / "base", tensors)
+    tna.save(tmp_path / "adapter.safetensors", cp.adapter(tna.presets.lora(2), TARGETS, tensors))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "adapter.safetensors").read_bytes()[:-1])
+    done = run("-c", EVERYTHING, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("all of it\n")
+    assert "cut off or too long" in done.stderr
+
+
+def test_the_program_itself() -> None:
+    pytest.importorskip("typer")
+    done = run("-m", "tnadapt", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "merge" in done.stdout
+
+
+def hostile(folder: Path) -> dict[str, bytes]:
+    """Files that must be refused, each by another check."""
+    arrays = tna.SuperLoRA(tna.Config(rank=1), [(4, 6)] * 2).init()
+    tensors = {name: ("F32", array.astype("f4")) for name, array in arrays.items()}
+    recipe = {"version": 1, "config": {"rank": 1}, "targets": [target.to_list() for target in TARGETS]}
+    good = forge.adapter(recipe, tensors)
+    nan = {name: (tag, np.full_like(array, np.nan)) for name, (tag, array) in tensors.items()}
+    return {
+        "cut": good[:-1],
+        "long": good + b"\0",
+        "flipped": good[:-1] + bytes([good[-1] ^ 1]),
+        "pickle": b"\x80\x04K\x01.",
+        "nan": forge.adapter(recipe, nan),
+        "twice": forge.adapter({**recipe, "targets": [recipe["targets"][0]] * 2}, tensors),
+        "unknown": forge.adapter({**recipe, "more": 1}, tensors),
+        "version": forge.adapter({**recipe, "version": 2}, tensors),
+        "rank": forge.adapter({**recipe, "config": {"rank": 0}}, tensors),
+        "shape": forge.adapter({**recipe, "config": {"rank": 2}}, tensors),
+        "key": forge.container('{"__metadata__":{},"__metadata__":{}}'),
+        "deep": forge.container('{"a":' + "[" * 99 + "]" * 99 + "}"),
+        "dtype": forge.container({"a": {"dtype": "F31", "shape": [0], "data_offsets": [0, 0]}}),
+    }
+
+
+def test_hostile_files_are_refused_in_the_same_words(tmp_path: Path) -> None:
+    files = hostile(tmp_path)
+    said = []
+    for name, content in files.items():
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(tna.FileError) as caught:
+            tna.load(path)
+        said.append(str(caught.value))
+    code = (
+        "import sys, tnadapt\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: tnadapt.load(path); print('READ', path)\n"
+        "    except tnadapt.FileError as error: print(error)\n"
+    )
+    done = run("-c", code, *(str(tmp_path / f"{name}.safetensors") for name in files))
+    assert done.stdout.splitlines() == said, done.stderr
+
+
+def test_the_same_target_twice() -> None:
+    with pytest.raises(tna.TargetError, match="overlap"):
+        check_distinct([TARGETS[0], TARGETS[0]])

@@ -1,0 +1,51 @@
+"""The README's table is what the code gives. (Its examples are run as doctests.)"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import tnadapt as tna
+
+TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+OWN = {"weights": 24, "rows": 768, "cols": 768}
+# What stands for the dots of the methods that must know how the weights stack up.
+GIVEN = {
+    "lotr": OWN,
+    "fact_tt": OWN,
+    "fact_tk": OWN,
+    "cara": {**OWN, "heads": 12},
+    "lorta_cp": {"layers": 12, "rows": 768, "cols": 768, "heads": 12},
+}
+ROWS = [
+    (name, arguments, int(count.replace(",", "")))
+    for calls, count in re.findall(r"^\| (`.*?`) \| .* \| ([\d,]+) \|$", TEXT, flags=re.MULTILINE)
+    for name, arguments in re.findall(r"`(\w+)(?:\((.*?)\))?`", calls)
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "count"), ROWS)
+def test_the_table_s_counts(name: str, arguments: str, count: int) -> None:
+    positional, named = [], dict(GIVEN.get(name, {}))
+    for part in filter(None, (part.strip(" …") for part in arguments.split(","))):
+        key, equals, value = part.rpartition("=")
+        if equals:
+            named[key] = int(value)
+        else:
+            positional.append(float(value) if "." in value else int(value))
+    config = getattr(tna.presets, name)(*positional, **named)
+    assert tna.parameter_count(config, [(768, 768)] * 24) == count
+
+
+def test_the_table_names_every_preset() -> None:
+    assert {name for name, _, _ in ROWS} == set(tna.presets.__all__)
+
+
+def test_setup_and_tests_are_what_ci_runs() -> None:
+    ci = (Path(__file__).parents[2] / ".ci" / "run").read_text(encoding="utf-8")
+    for command in ("-m venv", '-m pip install --quiet -e ".[dev]"', "python -m pytest\n", "python -m sphinx"):
+        assert command in ci
+        assert command.replace(" --quiet", "") in TEXT
+    assert "tnadapt finetune" in TEXT

@@ -1,0 +1,179 @@
+"""What SECURITY.md promises: nothing read is run, no network unless asked, bounds that can be installed."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "tnadapt"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# Whose reading runs what is read.
+RUNNING = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "yaml",
+    "code",
+    "runpy",
+}
+# The one room that starts other programs: it fetches with pip and npm, when asked to.
+STARTING = {"reproduce/registries.py"}
+
+
+def nodes(kind: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kind):
+                yield path.relative_to(PACKAGE).as_posix(), node
+
+
+def imported() -> Iterator[tuple[str, str]]:
+    for place, node in nodes(ast.Import):
+        yield from ((place, alias.name.split(".")[0]) for alias in node.names)
+    for place, node in nodes(ast.ImportFrom):
+        if not node.level:
+            yield place, node.module.split(".")[0]
+
+
+def test_nothing_that_runs_what_it_reads_is_imported() -> None:
+    found = list(imported())
+    assert ("strict_json.py", "json") in found
+    assert [one for one in found if one[1] in RUNNING] == []
+    assert {place for place, name in found if name == "subprocess"} == STARTING
+    assert [one for one in found if one[1] in ("socket", "urllib", "http", "requests", "httpx", "ftplib")] == []
+
+
+def test_nothing_is_evaluated_and_archives_are_read_without_pickles() -> None:
+    loads = 0
+    for place, call in nodes(ast.Call):
+        name = ast.unparse(call.func)
+        assert name not in ("eval", "exec", "compile", "__import__"), f"{place} calls {name}"
+        keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        assert "trust_remote_code" not in keywords, place
+        assert keywords.get("shell") != "True", place
+        if name in ("np.load", "numpy.load", "np.lib.format.read_array", "np.lib.format.write_array"):
+            assert keywords.get("allow_pickle") == "False", place
+            loads += 1
+        if name == "torch.load":
+            assert keywords.get("weights_only") == "True", place
+            loads += 1
+    assert loads >= 2
+
+
+OFFLINE = """
+import sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        raise AssertionError(f"{event}{arguments!r}")
+
+sys.addaudithook(refuse)
+import importlib, pathlib, pkgutil, tempfile
+import numpy as np
+import tnadapt as tna
+
+missing = []
+for module in pkgutil.walk_packages(tna.__path__, "tnadapt."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:  # an extra that is not installed
+            missing.append(str(error))
+folder = pathlib.Path(tempfile.mkdtemp())
+config = tna.presets.superlora(2, projection="linear", ratio=0.5)
+targets = [tna.Target("a.q", (6, 4), "q"), tna.Target("b.q", (6, 4), "q")]
+plan = tna.SuperLoRA(config, [target.shape for target in targets])
+arrays = {name: np.ones(shape, np.float32) for name, shape in plan.param_shapes.items()}
+tna.save(folder / "adapter", tna.AdapterFile(config=config, targets=targets, arrays=arrays))
+file = tna.load(folder / "adapter")
+assert tna.verify(config, [(6, 4)], backends=["numpy"]).holds
+lora = tna.AdapterFile(config=tna.presets.lora(1), targets=targets, arrays={
+    name: np.ones(shape, np.float32)
+    for name, shape in tna.SuperLoRA(tna.presets.lora(1), [(6, 4)] * 2).param_shapes.items()
+})
+tna.convert(lora, to="peft-lora").save(folder / "peft")
+tna.convert(folder / "peft", base=["a.q", "b.q"])
+from safetensors.numpy import save_file
+save_file({target.name: np.ones(target.shape, np.float32) for target in targets}, folder / "base.safetensors")
+tna.merge(folder / "base.safetensors", folder / "adapter", folder / "merged.safetensors")
+tna.plan(shapes=[(6, 4)] * 2, budget=20)
+try:
+    import torch
+except ImportError:
+    pass
+else:
+    import tnadapt.torch
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.TransformerEncoderLayer(8, 2, 8)
+
+    adapter = tnadapt.torch.attach(model(), config)
+    adapter.save(folder / "of_torch")
+    again = tnadapt.torch.load(model(), folder / "of_torch")
+    again.merge()
+    again.unmerge()
+print(len(missing), sorted(path.name for path in folder.iterdir()))
+"""
+
+
+def test_no_connection_is_opened() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", OFFLINE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    of_torch = ["of_torch"] if importlib.util.find_spec("torch") else []
+    assert str(["adapter", "base.safetensors", "merged.safetensors", *of_torch, "peft"]) in done.stdout
+
+
+def test_the_guard_sees_a_connection() -> None:
+    code = OFFLINE.split("import importlib", 1)[0] + "import socket\nsocket.create_connection(('127.0.0.1', 9))\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert "AssertionError: socket." in done.stderr
+
+
+def requirements() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [*project["dependencies"], *(one for some in project["optional-dependencies"].values() for one in some)]
+    return [one for one in listed if not one.startswith("tnadapt[")]
+
+
+@pytest.mark.parametrize("requirement", sorted(set(requirements())))
+def test_every_dependency_has_a_lower_bound_and_no_upper_one(requirement: str) -> None:
+    assert re.fullmatch(r"[\w.-]+>=[\d.]+(; .*)?", requirement), requirement
+
+
+# The oldest with which the tests that need them passed. transformers before 4.56 knows no ``dtype``, and before 5.0 its
+# Trainer is not what the tests hold; accelerate before 1.3 lacks what that Trainer calls.
+TRIED = {"transformers": (5, 0), "huggingface_hub": (1, 3), "accelerate": (1, 3), "peft": (0, 21), "jax": (0, 8)}
+
+
+@pytest.mark.parametrize("package", TRIED)
+def test_no_bound_is_below_what_was_tried(package: str) -> None:
+    bounds = {one.partition(">=")[2] for one in requirements() if one.partition(">=")[0] == package}
+    assert bounds
+    assert all(tuple(int(part) for part in bound.split(".")) >= TRIED[package] for bound in bounds)
+
+
+@pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="the scripts of CI are not in this copy of the project")
+def test_the_lower_bounds_are_what_the_job_of_the_oldest_installs() -> None:
+    command = [sys.executable, str(ROOT / ".ci" / "lowest.py"), "testing", "plot", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    lines = done.stdout.split()
+    # Of the dependencies, of the extras that were named, and of extras within these.
+    assert {"numpy", "hypothesis", "matplotlib", "torch", "typer"} <= {line.partition("==")[0] for line in lines}
+    known = {requirement.replace(">=", "==").partition(";")[0] for requirement in requirements()}
+    assert set(lines) <= known

@@ -1,0 +1,375 @@
+"""The table of fused attention weights: every rule partitions the rows, as a plain reshape does; a miss is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnadapt.errors import TargetError
+from tnadapt.targets import _fused_rules as rules
+from tnadapt.targets.attention_layouts import TABLE, Stored, by_name, contested, of_class, of_config
+from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
+
+# -- The rules --------------------------------------------------------------------------------
+
+# The letters of a weight, what is known of its attention, how many rows it has, and an array of row numbers taken
+# apart by the library's own reshape.
+Case = tuple[str, dict[str, Any], int, Callable[[np.ndarray], dict[str, np.ndarray]]]
+
+
+def _split(array: np.ndarray, **sizes: int) -> dict[str, np.ndarray]:
+    """Parts of the last axis, "_" a part that is none of q, k and v."""
+    parts = np.split(array, np.cumsum([*sizes.values()])[:-1], axis=-1)
+    return {letter: part.reshape(-1) for letter, part in zip(sizes, parts, strict=True)}
+
+
+heads = st.integers(1, 6)
+size = st.integers(1, 5)
+
+
+@st.composite
+def by_head(draw: st.DrawFn) -> Case:
+    n, d, letters = draw(heads), draw(size), draw(st.sampled_from(["qkv", "kv"]))
+    known = {draw(st.sampled_from(["num_heads", "n_head", "num_attention_heads"])): n}
+    return letters, known, n * len(letters) * d, lambda r: _split(r.reshape(n, -1), **dict.fromkeys(letters, d))
+
+
+@st.composite
+def by_group(draw: st.DrawFn) -> Case:
+    kv, each, d = draw(heads), draw(heads), draw(size)
+
+    def apart(r: np.ndarray) -> dict[str, np.ndarray]:
+        grouped = r.reshape(kv, each + 2, d)
+        return {"q": grouped[:, :-2].reshape(-1), "k": grouped[:, -2].reshape(-1), "v": grouped[:, -1].reshape(-1)}
+
+    name = draw(st.sampled_from(["num_key_value_heads", "num_kv_heads", "n_head_kv"]))
+    return "qkv", {"num_heads": kv * each, name: kv}, kv * (each + 2) * d, apart
+
+
+@st.composite
+def concatenated(draw: st.DrawFn) -> Case:
+    kv, each, d = draw(heads), draw(heads), draw(size)
+    known = {"n_heads": kv * each, "kv_n_heads": kv} | draw(st.sampled_from([{}, {"head_dim": d}]))
+    return "qkv", known, kv * (each + 2) * d, lambda r: _split(r, q=kv * each * d, k=kv * d, v=kv * d)
+
+
+@st.composite
+def thirds(draw: st.DrawFn) -> Case:
+    d = draw(size)
+    return "qkv", {}, 3 * d, lambda r: dict(zip("qkv", r.reshape(3, -1), strict=True))
+
+
+@st.composite
+def halves(draw: st.DrawFn) -> Case:
+    d, letters = draw(size), draw(st.sampled_from(["kv", "qk"]))
+    return letters, {}, 2 * d, lambda r: dict(zip(letters, r.reshape(2, -1), strict=True))
+
+
+@st.composite
+def multi_query(draw: st.DrawFn) -> Case:
+    n, d = draw(heads), draw(size)
+    return "qkv", {"multi_query": True, "n_head": n}, (n + 2) * d, lambda r: _split(r, q=n * d, k=d, v=d)
+
+
+def with_flags(case: st.SearchStrategy[Case], **flags: bool) -> st.SearchStrategy[Case]:
+    return case.filter(lambda one: one[0] == "qkv").map(lambda one: (one[0], one[1] | flags, *one[2:]))
+
+
+@st.composite
+def glm_groups(draw: st.DrawFn) -> Case:
+    kv, each, d = draw(heads), draw(heads), draw(size)
+    known = {"multi_query_attention": True, "num_attention_heads": kv * each, "multi_query_group_num": kv}
+    return "qkv", known, kv * (each + 2) * d, lambda r: _split(r, q=kv * each * d, k=kv * d, v=kv * d)
+
+
+@st.composite
+def code_gen(draw: st.DrawFn) -> Case:
+    d = draw(size)
+    return "qkv", {}, 12 * d, lambda r: _split(r.reshape(4, -1), q=d, v=d, k=d)
+
+
+@st.composite
+def levit(draw: st.DrawFn) -> Case:
+    n, d, v = draw(heads), draw(size), draw(size)
+    return "qkv", {"num_heads": n, "key_dim": d}, n * (2 * d + v), lambda r: _split(r.reshape(n, -1), q=d, k=d, v=v)
+
+
+@st.composite
+def delta_rule(draw: st.DrawFn) -> Case:
+    n, d, each, v, gate = draw(heads), draw(size), draw(heads), draw(size), draw(st.booleans())
+    known = {
+        "linear_num_key_heads": n, "linear_key_head_dim": d, "linear_num_value_heads": n * each,
+        "linear_value_head_dim": v,
+    }  # fmt: skip
+    if gate:
+        apart = {"q": d, "k": d, "v": each * v, "_": each * v}
+        return "qkv", known, n * sum(apart.values()), lambda r: _split(r.reshape(n, -1), **apart)
+    return "qkv", known, n * (2 * d + each * v), lambda r: _split(r, q=n * d, k=n * d, v=n * each * v)
+
+
+@st.composite
+def latent(draw: st.DrawFn) -> Case:
+    n, d, v = draw(heads), draw(size), draw(size)
+    known = {"qk_nope_head_dim": d, "v_head_dim": v}
+    return "kv", known, n * (d + v), lambda r: _split(r.reshape(n, -1), k=d, v=v)
+
+
+@st.composite
+def linear_attention(draw: st.DrawFn) -> Case:
+    d = draw(size)
+    return "qkv", {}, 1 + 2 * d, lambda r: _split(r, q=1, k=d, v=d)
+
+
+CASES: dict[str, tuple[rules.Rule, st.SearchStrategy[Case]]] = {
+    "head by head": (rules.by_head, by_head()),
+    "key-value head by key-value head": (rules.by_group, by_group()),
+    "one after another": (rules.concatenated, concatenated()),
+    "equal parts": (rules.concatenated, thirds()),
+    "thirds": (rules.thirds, thirds()),
+    "halves": (rules.concatenated, halves()),
+    "falcon, new": (rules.falcon, with_flags(by_group(), new_decoder_architecture=True, multi_query=True)),
+    "falcon, multi-query": (rules.falcon, with_flags(multi_query(), new_decoder_architecture=False)),
+    "falcon, old": (rules.falcon, with_flags(by_head(), new_decoder_architecture=False, multi_query=False)),
+    "bigcode": (rules.multi_query, multi_query()),
+    "bigcode, heads": (rules.multi_query, with_flags(by_head(), multi_query=False)),
+    "bigcode, cross-attention": (rules.multi_query, halves()),
+    "glm, groups": (rules.glm, glm_groups()),
+    "glm, heads": (
+        rules.glm,
+        with_flags(by_head(), multi_query_attention=False).filter(lambda case: "num_attention_heads" in case[1]),
+    ),
+    "glm, first release": (
+        rules.glm,
+        with_flags(by_head(), position_encoding_2d=True).filter(lambda case: "num_attention_heads" in case[1]),
+    ),
+    "codegen": (rules.code_gen, code_gen()),
+    "levit": (rules.levit, levit()),
+    "delta rule": (rules.delta_rule, delta_rule()),
+    "latent": (rules.latent, latent()),
+    "linear attention": (rules.linear_attention, linear_attention()),
+    "heads first": (rules.head_first, with_flags(by_head(), head_first=True)),
+    "heads last": (rules.head_first, with_flags(thirds(), head_first=False)),
+}
+# No reshape but the one that the rule is: sizes that the module holds itself, and what is no layout. Those with sizes
+# are compared with their libraries' own code in torch/test_fused.py.
+OTHERS = {"sized", "shared", "reordered", "global_window", "lambda_layer", "in_split", "guided"}
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(st.data())
+def test_rows_are_a_partition_and_those_of_a_plain_reshape(name: str, data: st.DataObject) -> None:
+    rule, strategy = CASES[name]
+    letters, known, out, apart = data.draw(strategy)
+    fused = Fused(letters, out)
+    found = place_rows(rule(Facts([known.get], "there is no"), fused), fused)
+    expected = apart(np.arange(out))
+    other = expected.pop("_", np.zeros(0, int))
+    rows = {letter: range(out) if one is None else one.indices() for letter, one in found.items()}
+    assert {letter: list(one) for letter, one in rows.items()} == {key: one.tolist() for key, one in expected.items()}
+    assert sorted([*other.tolist(), *(row for one in rows.values() for row in one)]) == list(range(out))
+
+
+def test_every_rule_is_tried() -> None:
+    tried = {rule.__qualname__.partition(".")[0] for rule, _ in CASES.values()}
+    assert tried | OTHERS == set(rules.__all__) - {"Rule"}
+    assert {entry.rule.__qualname__.partition(".")[0] for entry in TABLE} <= tried | OTHERS
+
+
+@pytest.mark.parametrize(
+    ("rule", "known", "out", "why"),
+    [
+        (rules.by_head, {}, 12, "there is no num_attention_heads: it does not say how many heads"),
+        (rules.by_head, {"num_heads": 5}, 36, "5 blocks of 6 rows were expected"),
+        (rules.by_group, {"num_heads": 4}, 24, "there is no num_key_value_heads"),
+        (rules.by_group, {"num_heads": 4, "num_kv_heads": 3}, 24, "4 heads of queries do not share 3 of keys evenly"),
+        (rules.falcon, {"num_heads": 4, "multi_query": True}, 24, "there is no new_decoder_architecture"),
+        (rules.falcon, {"new_decoder_architecture": False}, 24, "there is no multi_query"),
+        (rules.falcon, {"new_decoder_architecture": 1, "multi_query": True}, 24, "no new_decoder_architecture"),
+        (rules.glm, {"num_attention_heads": 4}, 24, "there is no multi_query_attention"),
+        (rules.concatenated, {"n_heads": 6, "n_kv_heads": 2, "head_dim": 2}, 24, "do not follow"),
+        (rules.concatenated, {}, 25, "do not follow"),
+        (rules.thirds, {}, 25, "3 equal parts were expected"),
+        (rules.levit, {"num_heads": 2, "key_dim": 40}, 24, "2 blocks of 12 rows were expected"),
+        (rules.code_gen, {}, 30, "4 blocks of 6 rows were expected"),
+        (rules.in_split, {}, 30, "no list of four sizes"),
+        (rules.reordered, {}, 30, "reorders the rows of q and k"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said(rule: rules.Rule, known: Mapping[str, Any], out: int, why: str) -> None:
+    fused = Fused("qkv", out)
+    with pytest.raises(LayoutError, match=why):
+        place_rows(rule(Facts([known.get], "there is no"), fused), fused)
+
+
+def test_the_output_projection_has_a_say() -> None:
+    """Thirds would fill 24 rows, but the heads give 12 numbers."""
+    for rule in (rules.concatenated, rules.thirds):
+        with pytest.raises(LayoutError):
+            rule(Facts([], ""), Fused("qkv", 24, o_in=12))
+    for q_out, o_in in ((12, None), (None, 12)):
+        with pytest.raises(LayoutError, match="do not follow"):
+            rules.concatenated(Facts([], ""), Fused("kv", 20, q_out, o_in))
+
+
+# -- The table --------------------------------------------------------------------------------
+
+
+def test_a_class_or_a_model_type_that_is_not_there_has_no_entry() -> None:
+    assert of_class(["BloomAttentio", "torch.nn.Module"], lambda name: True) is None
+    # A name that several libraries use, without the attributes of the one that is meant.
+    assert of_class(["SelfAttention"], lambda name: False) is None
+    assert of_config({"model_type": "blom"}, Stored("query_key_value")) is None
+    assert of_config({"model_type": "bloom"}, Stored("qkv")) is None
+    assert of_config({}, Stored("query_key_value")) is None
+    assert of_config({"model_type": None, "architecture": 3}, Stored("qkv")) is None
+
+
+def test_names_that_libraries_disagree_on_decide_nothing() -> None:
+    for name in ("query_key_value", "linear_qkv", "kv_b_proj", "in_proj_qkvz", "to_qkv_mlp_proj"):
+        assert by_name(name) is None
+    for name in ("wqkv", "in_proj", "c_attn", "linear_kv", "queries_keys_values", "query_key"):
+        assert contested({}, Stored(name)), name
+    for name in ("qkv", "Wqkv", "W_pack", "att_proj", "to_qkv", "in_proj_weight", "kv"):
+        assert not contested({}, Stored(name)), name
+    # CodeGen's weight has Phi-3's name, but another output beside it.
+    assert contested({}, Stored("qkv_proj", beside=["out_proj"]))
+    assert not contested({}, Stored("qkv_proj", beside=["o_proj"]))
+
+
+def test_of_convolutions_other_names_decide_nothing() -> None:
+    for ndim, doubtful in ((3, ["qkv"]), (4, ["qkv", "kv", "qkv_proj"]), (5, [])):
+        for name in {name for entry in TABLE for name in entry.weights}:
+            assert contested({}, Stored(name, ndim=ndim)) == (name in doubtful), (name, ndim)
+
+
+# -- Checkpoints ------------------------------------------------------------------------------
+
+
+def stored(name: str, out: int, cols: int = 8, output: str = "", where: str = "layers.0.attention") -> Any:
+    found: dict[str, tuple[int, ...]] = {f"{where}.{name}.weight": (out, cols)}
+    return found | ({f"{where}.{output}.weight": (cols, cols)} if output else {})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "why"),
+    [
+        (stored("query_key_value", 24), None, "'query_key_value' out in different ways, and there is no config.json"),
+        (stored("query_key_value", 24), {}, "config.json has no model_type"),
+        (stored("query_key_value", 24), {"model_type": "new"}, "'new' is none whose layout is known"),
+        (stored("query_key_value", 24), {"model_type": "bloom"}, "config.json lacks num_attention_heads"),
+        (stored("query_key_value", 24), {"model_type": "bloom", "n_head": 5}, "5 blocks of 3 rows were expected"),
+        (stored("in_proj", 24), {"num_attention_heads": 2}, "'in_proj' out in different ways"),
+        (stored("wqkv", 24), {"model_type": "kimi_k25"}, "reorders the rows of q and k"),
+        (stored("c_attn", 24), None, "'c_attn' out in different ways"),
+        (stored("qkv_proj", 24, output="out_proj"), None, "'qkv_proj' out in different ways"),
+        (stored("qkv", 32), {"model_type": "vit"}, "the sizes do not follow"),
+        (stored("qkv", 30), {"model_type": "vit"}, "no output projection and no numbers of heads"),
+        (stored("qkv", 30), None, "no output projection and no numbers of heads"),
+    ],
+)
+def test_a_checkpoint_that_says_too_little_is_refused(shapes: Any, config: Any, why: str) -> None:
+    message = rf"makes q, k, v with one weight of \d+ rows, and which rows make which is not known: .*{re.escape(why)}"
+    with pytest.raises(TargetError, match=rf"{message}.*config\.json beside the weights.*tnadapt.torch"):
+        find_stored(shapes, "v", config)
+
+
+def test_an_empty_tensor_is_no_weight() -> None:
+    shapes = stored("qkv", 24)
+    shapes |= {f"layers.{n}.attention.qkv.weight": shape for n, shape in ((1, (0, 8)), (2, (24, 0)), (3, (24,)))}
+    assert [target.module for target in find_stored(shapes, "v")] == ["layers.0.attention.qkv"]
+
+
+def test_a_depthwise_convolution_projects_nothing() -> None:
+    steps = ((0, (8, 1, 3, 3)), (1, (8, 8, 1, 1)))
+    shapes = {f"attn.to_{letter}.{step}.weight": shape for letter in "qkv" for step, shape in steps}
+    assert [target.module for target in find_stored(shapes, "qv")] == ["attn.to_q.1", "attn.to_v.1"]
+    # With one output it does.
+    shapes = {"attn.to_q.weight": (1, 1, 1, 1), "attn.to_k.weight": (1, 1, 1, 1), "attn.to_v.weight": (1, 1, 1, 1)}
+    assert [target.module for target in find_stored(shapes, "qv")] == ["attn.to_q", "attn.to_v"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "role", "child", "makes"),
+    [
+        # A name with a hint, of which nothing says that it is the value; two weights in one projection.
+        ({"q_proj": (8, 8), "k_proj": (8, 8), "gate_v_proj": (8, 8)}, "v", "gate_v_proj", "v"),
+        ({"q_proj": (8, 8), "v_proj.a": (8, 8), "v_proj.b": (8, 8)}, "v", "v_proj", "v"),
+    ],
+)
+def test_what_makes_a_letter_must_be_clear(
+    shapes: dict[str, tuple[int, ...]], role: str, child: str, makes: str
+) -> None:
+    named: Any = {f"attn.{name}.weight": shape for name, shape in shapes.items()} | {"attn.o_proj.weight": (8, 8)}
+    why = f"attn.{child} of the checkpoint seems to make {makes}, and with which weight or rows is not known"
+    with pytest.raises(TargetError, match=re.escape(why)):
+        find_stored(named, role)
+    assert [target.module for target in find_stored(named, "q")] == ["attn.q_proj"]
+
+
+def test_a_wrapped_weight_is_found_once() -> None:
+    """Its name says the same in the attention and in the wrapper."""
+    targets = find_stored({"attn.qkv.qkv.weight": (24, 8), "attn.proj.weight": (8, 8)}, "qv")
+    assert [(target.name, target.role, target.layer) for target in targets] == [
+        ("attn.qkv.qkv.weight", "q", "attn"), ("attn.qkv.qkv.weight", "v", "attn"),
+    ]  # fmt: skip
+
+
+def test_names_that_all_libraries_agree_on_need_no_config() -> None:
+    for shapes in (
+        stored("qkv", 24), stored("Wqkv", 24), stored("qkv_proj", 24, output="o_proj"), stored("qkv", 24, 5, "proj"),
+    ):  # fmt: skip
+        if (24, 5) in shapes.values():
+            shapes["layers.0.attention.proj.weight"] = (8, 8)
+        (target,) = find_stored(shapes, "v")
+        assert target.rows is not None
+        assert target.rows.indices() == list(range(16, 24))
+
+
+def test_each_part_of_a_config_speaks_for_its_own_weights() -> None:
+    """With the heads of the text model, 12 and 2, the rows of this vision model would be 36, 6 and 6: they fit, too."""
+    text = {"model_type": "qwen2", "num_attention_heads": 12, "num_key_value_heads": 2}
+    vision = {"model_type": "qwen2_vl", "embed_dim": 16, "num_heads": 4}
+    shapes = stored("qkv", 48, 16, where="visual.blocks.0.attn")
+    for config in (
+        {"model_type": "qwen2_vl", **text, "vision_config": vision},  # as older releases write it
+        {"model_type": "qwen2_vl", "text_config": text, "vision_config": vision},
+    ):
+        (target,) = find_stored(shapes, "q", config)
+        assert target.rows is not None
+        assert target.rows.indices() == list(range(16))
+    # Named after neither: its shape decides, or what the output projection takes, or nothing.
+    config = {"text_config": text, "vision_config": vision}
+    for other in (
+        stored("qkv", 48, 16, where="tower.0.attn"),
+        stored("qkv", 48, 20, where="tower.0.attn") | {"tower.0.attn.proj.weight": (20, 16)},
+    ):
+        (target,) = find_stored(other, "q", config)
+        assert target.shape[0] == 16
+    with pytest.raises(TargetError, match="no output projection and no numbers of heads tell its sizes"):
+        find_stored(stored("qkv", 48, 20, where="tower.0.attn"), "q", config)
+    two = {"encoder": {"model_type": "bloom", "n_head": 2}, "decoder": {"model_type": "bloom", "n_head": 4}}
+    with pytest.raises(TargetError, match="several parts, and the name does not say to which"):
+        find_stored(stored("query_key_value", 24, where="tower.0.attn"), "q", two)
+    (target,) = find_stored(stored("query_key_value", 24, where="decoder.0.attn"), "q", two)
+    assert target.rows == (0, 2, 6, 4)
+    text["model_type"] = "internlm2"
+    shapes = stored("wqkv", 64, 48, where="language_model.layers.0.attention")
+    (target,) = find_stored(shapes, "k", {"model_type": "internvl_chat", "llm_config": text, "vision_config": vision})
+    assert target.rows == (24, 4, 32, 2)
+
+
+def test_heads_of_a_gpt2_are_stored_as_others_store_them() -> None:
+    shapes = {"h.0.attn.c_attn.weight": (8, 24), "score.weight": (3, 8)}
+    config = {"model_type": "gpt2", "n_head": 2}
+    assert [target.transposed for target in find_stored(shapes, ["c_attn", "score"], config)] == [True, False]
+    both = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
+    named = {f"decoder.transformer.{name}": shape for name, shape in shapes.items()}
+    (target,) = find_stored(named, "v", both)
+    assert (target.transposed, target.rows) == (True, (16, 8, 24, 1))

@@ -1,0 +1,185 @@
+"""No row of a stored parameter belongs to two targets: one check, wherever targets come from."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.support import checkpoint_files as cp
+from tests.support import forge
+from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.checkpoints.merge._resolution import place
+from tnadapt.targets.overlaps import check_distinct
+from tnadapt.targets.target import Rows, Target
+
+OVERLAP = re.compile(r"targets (\d+) and (\d+) overlap: both update row (\d+) of '.*'")
+FUSED = [Target("attn.qkv", (6, 4), role, rows=Rows(start, 2, 6)) for role, start in (("q", 0), ("v", 4))]
+
+
+def rows_of(target: Target) -> set[int]:
+    return set((target.rows or Rows(0, target.shape[0], target.shape[0])).indices())
+
+
+@st.composite
+def views(draw: st.DrawFn, out: int) -> Target:
+    """Some rows of one parameter of so many rows."""
+    stride = draw(st.sampled_from([size for size in range(1, out + 1) if out % size == 0]))
+    start = draw(st.integers(0, stride - 1))
+    length = draw(st.integers(1, min(3, stride - start)))
+    rows = Rows(start, length, stride, out // stride)
+    return draw(
+        st.sampled_from([Target("a", (out, 2), rows=rows), Target("", (out, 2), parameter="a.weight", rows=rows)])
+    )
+
+
+@given(st.sampled_from([1, 2, 6, 12, 24, 60]).flatmap(lambda out: st.lists(views(out), min_size=1, max_size=4)))
+def test_targets_overlap_exactly_where_their_rows_do(targets: list[Target]) -> None:
+    rows = [rows_of(target) for target in targets]
+    shared = any(rows[i] & rows[j] for i in range(len(rows)) for j in range(i))
+    if not shared:
+        check_distinct(targets)
+        return
+    with pytest.raises(tna.TargetError) as caught:
+        check_distinct(targets)
+    said = OVERLAP.match(str(caught.value))
+    assert said is not None
+    one, two, row = map(int, said.groups())
+    assert row in rows[one] & rows[two]
+
+
+def test_the_message_names_both_targets_and_their_rows() -> None:
+    interleaved = Target("a", (12, 4), "q", rows=Rows(0, 2, 6, 2)), Target("a", (12, 4), "v", rows=Rows(7, 2, 12))
+    with pytest.raises(tna.TargetError) as caught:
+        check_distinct(interleaved)
+    assert str(caught.value) == (
+        "targets 0 and 1 overlap: both update row 7 of 'a.weight' (0: role q, rows 0 to 1 of each of 2 blocks of 6; "
+        "1: role v, rows 7 to 8 of 12). Give each row of a weight to one target"
+    )
+
+
+@pytest.mark.parametrize(
+    "other", [{"stored": (8, 4)}, {"stored": (4, 6), "transposed": True}, {"stored": (6, 2, 2)}], ids=str
+)
+def test_one_parameter_described_in_two_ways(other: dict[str, Any]) -> None:
+    targets = [FUSED[0], Target("attn.qkv", **{"stored": (6, 4), "role": "v", **other})]
+    with pytest.raises(tna.TargetError, match=r"targets 0 and 1 describe 'attn\.qkv\.weight' differently"):
+        check_distinct(targets)
+
+
+def test_sizes_that_a_file_claims_take_no_time_and_no_memory() -> None:
+    many = 100_000
+    heads = [Target("a", (1 << 60, 2), rows=Rows(2 * n, 1, 1 << 30, 1 << 30)) for n in range(many)]
+    mixed = [
+        Target("a", (1 << 60, 2), rows=Rows(2 * n + 1, 1, 1 << (20 + n % 4), 1 << (40 - n % 4))) for n in range(99)
+    ]
+    apart = [Target(f"a{n}", (1 << 60, 2)) for n in range(many)]
+    begun = time.process_time()
+    for targets in (heads, heads[:99] + mixed, apart):
+        check_distinct(targets)
+    with pytest.raises(tna.TargetError, match="targets 99999 and 100000 overlap"):
+        check_distinct([*heads, heads[-1]])
+    assert time.process_time() - begun < 20.0
+    strides = [Target("a", (1 << 60, 2), rows=Rows(0, 1, 1 << (8 + n), 1 << (52 - n))) for n in range(17)]
+    with pytest.raises(tna.TargetError, match="blocks of 17 different lengths; at most 16 are supported"):
+        check_distinct(strides)
+
+
+# -- Every way in --------------------------------------------------------------------------------
+
+TWICE = [Target("a.q", (4, 6), "q"), Target("a.q", (4, 6), "q")]
+ALIAS = [Target("a.q", (4, 6), "q"), Target("a", (4, 6), "q", parameter="q.weight")]
+SHARED = [Target("a.q", (6, 4), "q", rows=Rows(0, 4, 6)), Target("a.q", (6, 4), "v", rows=Rows(2, 4, 6))]
+BAD = pytest.mark.parametrize("targets", [TWICE, ALIAS, SHARED], ids=["twice", "alias", "shared rows"])
+
+
+def arrays_of(targets: list[Target]) -> dict[str, np.ndarray]:
+    return tna.SuperLoRA(tna.Config(rank=1), [target.shape for target in targets]).init()
+
+
+def forged(folder: Path, targets: list[Target]) -> Path:
+    """An adapter file that is right in all but its targets."""
+    recipe = {"version": 1, "config": {"rank": 1}, "targets": [target.to_list() for target in targets]}
+    tensors = {name: ("F32", array.astype("f4")) for name, array in arrays_of(targets).items()}
+    path = folder / "adapter.safetensors"
+    forge.write(path, forge.adapter(recipe, tensors))
+    return path
+
+
+@BAD
+def test_no_adapter_file_is_made_of_them(targets: list[Target]) -> None:
+    with pytest.raises(tna.TargetError, match="targets 0 and 1 overlap: both update row"):
+        tna.AdapterFile(tna.Config(rank=1), targets, arrays_of(targets))
+
+
+@BAD
+def test_no_file_of_them_is_loaded_merged_converted_or_described(tmp_path: Path, targets: list[Target]) -> None:
+    path = forged(tmp_path, targets)
+    cp.write(tmp_path / "base", {"a.q.weight": ("F32", np.zeros(targets[0].stored, np.float32))})
+    for use in (
+        lambda: tna.load(path),
+        lambda: tna.info(path),
+        lambda: tna.merge(tmp_path / "base", path, tmp_path / "out"),
+        lambda: tna.convert(path, tmp_path / "out", to="peft-lora"),
+    ):
+        with pytest.raises(tna.FileError, match="targets 0 and 1 overlap: both update row"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+@BAD
+def test_torch_attaches_and_loads_none_of_them(tmp_path: Path, targets: list[Target]) -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch as tt
+
+    model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"q": torch.nn.Linear(*targets[0].stored[::-1])})})
+    with pytest.raises(tna.FileError, match="targets 0 and 1 overlap: both update row"):
+        tt.load(model, forged(tmp_path, targets))
+    if targets is not ALIAS:  # which names no module of the model
+        with pytest.raises(tna.TargetError, match="targets 0 and 1 overlap: both update row"):
+            tt.attach(model, targets=targets)
+
+
+def test_distinct_rows_of_one_weight_are_fine(tmp_path: Path) -> None:
+    file = tna.AdapterFile(tna.Config(rank=1), FUSED, arrays_of(FUSED))
+    tna.save(tmp_path / "a.safetensors", file)
+    assert tna.load(tmp_path / "a.safetensors").targets == tuple(FUSED)
+
+
+def test_two_kept_parameters_with_one_place_in_the_checkpoint(tmp_path: Path) -> None:
+    target = Target("bert.layer.q", (4, 6), "q")
+    tensors = {"layer.q.weight": ("F32", np.zeros((4, 6), np.float32))}
+    both = {"bert.norm.weight": np.zeros(2, np.float32), "norm.weight": np.ones(2, np.float32)}
+    file = tna.AdapterFile(tna.Config(rank=1), [target], arrays_of([target]), kept=both)
+    for name, more in (("there", {"norm.weight": ("F32", np.zeros(2, np.float32))}), ("added", {})):
+        cp.write(tmp_path / name, tensors | more)
+        with pytest.raises(tna.FileError, match=r"keeps both 'bert\.norm\.weight' and 'norm\.weight', which are both"):
+            place(open_checkpoint(tmp_path / name), file)
+
+
+def test_rows_that_wrap_around_the_period_of_others_are_seen() -> None:
+    # Rows 2, 3, 6, 7, … of blocks of four, and one run from row 3 to row 4: it wraps around the end of a block.
+    blocks = Target("a", (12, 4), rows=Rows(2, 2, 4, 3))
+    for start, length, row in ((3, 2, 3), (5, 2, 6), (4, 3, 6)):
+        run = Target("a", (12, 4), rows=Rows(start, length, 12))
+        assert row in rows_of(blocks) & rows_of(run)
+        with pytest.raises(tna.TargetError, match=f"overlap: both update row {row} "):
+            check_distinct([blocks, run])
+    check_distinct([blocks, Target("a", (12, 4), rows=Rows(4, 2, 12)), Target("a", (12, 4), rows=Rows(8, 2, 12))])
+
+
+def test_a_long_run_is_seen_behind_a_short_one_that_begins_later() -> None:
+    # In blocks of six, rows 0 to 4 and row 1; only the first of them reaches row 3.
+    long, short = Target("a", (12, 4), rows=Rows(0, 5, 12)), Target("a", (12, 4), rows=Rows(7, 1, 12))
+    blocks = Target("a", (12, 4), rows=Rows(3, 1, 6, 2))
+    for targets in ([long, short, blocks], [blocks, short, long], [short, blocks, long]):
+        with pytest.raises(tna.TargetError, match="overlap: both update row 3 "):
+            check_distinct(targets)
+    check_distinct([long, short, Target("a", (12, 4), rows=Rows(5, 1, 6, 2))])

@@ -1,0 +1,163 @@
+"""verify: all laws hold here, and a broken one is seen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import installed
+from tnadapt.algebra import rng
+from tnadapt.backends import load_backend
+from tnadapt.testing import _laws as laws
+from tnadapt.testing import _reference as reference
+from tnadapt.testing._laws import Law
+from tnadapt.testing.strategies import plans
+from tnadapt.testing.verification import Report, examples, verify
+
+# JAX compiles every operation for every shape: a preset of each format but in the long profile, else a minute.
+OF_EACH_FORMAT = ("dense", "lonkr", "lorta", "superlora", "cara", "compacter")
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_all_laws_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not installed(name):
+        pytest.skip(f"{name} is not installed")
+    if name == "jax" and os.environ.get("HYPOTHESIS_PROFILE") != "long":
+        some = {preset: example for preset, example in examples().items() if preset in OF_EACH_FORMAT}
+        assert {config.format for config, _ in some.values()} == {config.format for config, _ in examples().values()}
+        monkeypatch.setattr(sys.modules[verify.__module__], "examples", lambda: some)
+    report = tna.verify(backends=[name])
+    assert report.holds, str(report)
+    assert {law.name for law in report.laws} >= {
+        "ΔW = the method's own formula",
+        "F's adjoint = its matrix transposed",
+        "F = its dense matrix",
+        "parameters counted = made = formula",
+        "at the start ΔW is exactly 0",
+        "a slice = the whole's",
+        "ΔW = NumPy's",
+        "draws = the known answers, whole or in pieces",
+    }
+    assert ("the gradient = the exact derivative" in {law.name for law in report.laws}) == (name != "numpy")
+
+
+@given(plans())
+@settings(max_examples=15)
+def test_any_config(plan: tna.SuperLoRA) -> None:
+    layers = [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
+    report = verify(plan.config, plan.shapes, layers, backends=["numpy"])
+    assert report.holds, str(report)
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, config: tna.Config | None = None) -> set[str]:
+    return {law.name for law in verify(config, backends=["numpy"]).laws if not law.holds}
+
+
+F = tna.presets.superlora(2, projection="nonlinear", ratio=0.3)
+
+
+def test_a_wrong_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = tna.products.khatri_rao
+    monkeypatch.setattr("tnadapt.algebra.formats._cp.khatri_rao", lambda *a: true(*a) * (1 + 1e-9))
+    assert "ΔW = the textbook formula" in broken(monkeypatch, tna.presets.lora(2))
+
+
+def test_a_wrong_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = rng.words
+    monkeypatch.setattr(rng, "words", lambda *a: true(*a) ^ np.uint32(1 << 31))
+    assert "draws = the known answers, whole or in pieces" in broken(monkeypatch)
+
+
+def test_a_wrong_projection_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = tna.Projection._small_transform
+    monkeypatch.setattr(tna.Projection, "_small_transform", lambda self, b, x: true(self, b, x) * 1.000001)
+    found = broken(monkeypatch, F)
+    assert {"F = its dense matrix", "a slice of F = F's", "ΔW = the textbook formula"} <= found
+
+
+def test_a_wrong_adjoint_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = tna.Projection._adjoint
+    monkeypatch.setattr(tna.Projection, "_adjoint", lambda self, b, y: true(self, b, y) * 1.000001)
+    assert {"F's adjoint = its matrix transposed", "<F x, y> = <x, Fᵀ y>"} <= broken(monkeypatch, F)
+
+
+def test_a_wrong_slice_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = tna.SuperLoRA.delta
+    monkeypatch.setattr(tna.SuperLoRA, "delta", lambda self, p, i: true(self, p, 0))
+    assert broken(monkeypatch, tna.presets.lora(2)) >= {"a slice = the whole's"}
+
+
+def test_a_wrong_count_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "count", lambda *a: 1)
+    assert broken(monkeypatch, tna.presets.lora(2)) == {"parameters counted = made = formula"}
+
+
+def test_a_start_that_is_dead_or_not_zero_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tnadapt.algebra.init import Start
+
+    true = Start.make
+    monkeypatch.setattr(Start, "make", lambda self, key: true(self, key) * np.float32(0))
+    assert "at the start the gradient is not 0" in broken(monkeypatch, F)
+    monkeypatch.setattr(Start, "make", lambda self, key: true(self, key) + np.float32(1))
+    assert "at the start ΔW is exactly 0" in broken(monkeypatch, tna.presets.lora(2))
+
+
+def test_what_is_no_number_never_holds() -> None:
+    law = Law("x", "y", "numpy", 1, math.nan, 1e-12)
+    assert not law.holds
+    assert not Law("x", "y", "numpy", 0, 0.0, 1e-12).holds
+    good = Law("x", "z", "numpy", 1, 0.0, 1e-12)
+    report = Report((good, law))
+    assert not report.holds
+    assert "BROKEN: y" in str(report)
+    assert "nan" in str(report)
+    assert not Report(()).holds
+
+
+def test_the_report_is_json_and_a_table() -> None:
+    report = verify(tna.presets.lora(1), [(3, 2)], backends=["numpy"])
+    again = json.loads(json.dumps(report.to_dict()))
+    assert again["holds"] is True
+    assert len(again["laws"]) == len(report.laws)
+    assert "all laws hold" in str(report)
+
+
+@given(st.integers(0, 10))
+@settings(max_examples=3)
+def test_the_seed_is_of_the_parameters_alone(seed: int) -> None:
+    assert verify(tna.presets.lokr(1), [(4, 4)], backends=["numpy"], seed=seed).holds
+
+
+def test_errors_of_arrays_of_other_shapes_are_infinite() -> None:
+    assert laws._error(np.zeros(2), np.zeros(3)) == math.inf
+    assert laws._error(np.zeros(0), np.zeros(0)) == 0.0
+
+
+def test_bad_input() -> None:
+    with pytest.raises(tna.ConfigError, match="shapes belong to a config"):
+        verify(shapes=[(2, 2)])
+    for wanted in ([], "numpy"):
+        with pytest.raises(tna.ConfigError, match="a list of one or more names"):
+            verify(backends=wanted)
+    with pytest.raises(tna.ConfigError, match="seed must be from 0"):
+        verify(tna.Config(), backends=["numpy"], seed=-1)
+    with pytest.raises(tna.BackendError, match="no backend named 'nope'"):
+        verify(backends=["nope"])
+    with pytest.raises(tna.ConfigError, match="needs layers"):
+        verify(tna.Config(groups="layer"), backends=["numpy"])
+
+
+def test_a_library_without_a_device_is_said_to_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(load_backend("numpy")), "usable", lambda self: False)
+    report = verify(backends=["numpy"])
+    assert report.absent == {"numpy": "no device to compute on"}
+    assert not report.holds
+    assert "numpy: not checked" in str(report)

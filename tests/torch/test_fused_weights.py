@@ -1,0 +1,776 @@
+"""Which rows of a fused weight make q, k and v: shown by what moves in the attention's own products when they do.
+
+An attention multiplies two things: q with k, then what came of that with v. A mode of torch's dispatcher sees these
+products whatever code makes them. Rows of v are right if v is all that moves when they do, and so for q and k.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from tnadapt.errors import TargetError  # noqa: E402
+from tnadapt.targets.target import Rows, Target  # noqa: E402
+from tnadapt.torch._attention_search import Attention, attentions  # noqa: E402
+
+from .architectures import MODELS, TEXT, build  # noqa: E402
+
+# -- Looking into an attention ------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """q, k and v of the first call of an attention: the operands of its products."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.first: list[tuple[Tensor, ...]] = []
+        self.calls = 0
+        self.inside = False
+        attention.register_forward_pre_hook(self.enter)
+        attention.register_forward_hook(self.leave)
+
+    def enter(self, *_: Any) -> None:
+        self.inside = self.calls == 0
+        self.calls += 1
+
+    def leave(self, *_: Any) -> None:
+        self.inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.inside and func is torch.ops.aten.bmm.default:
+            self.first.append(tuple(args))
+        elif self.inside and func is torch.ops.aten.baddbmm.default:
+            self.first.append(tuple(args[1:]))
+        elif self.inside and "scaled_dot_product" in str(func):
+            self.first.append(tuple(args[:3]))
+        return func(*args, **(kwargs or {}))
+
+    def operands(self, right: bool) -> dict[str, Tensor]:
+        """What was multiplied, by letter."""
+        scores, mixed = self.first[0], self.first[-1]
+        found = scores if len(scores) == 3 else (*scores, mixed[0 if right else 1])
+        return {letter: tensor.detach().clone() for letter, tensor in zip("qkv", found, strict=True)}
+
+
+def by_products(run: Callable[[], Any], attention: nn.Module, right: bool = False) -> dict[str, Tensor]:
+    """q, k and v as the attention multiplies them; ``right`` where it multiplies v by the average's weights."""
+    with Products(attention) as products:
+        run()
+    for hooks in (attention._forward_hooks, attention._forward_pre_hooks):
+        hooks.clear()
+    return products.operands(right)
+
+
+@contextmanager
+def moved(model: nn.Module, target: Target, row: int | None = None) -> Iterator[None]:
+    """With other numbers in a target's rows, or in one of them."""
+    parameter = model.get_submodule(target.module).get_parameter(target.parameter)
+    before = parameter.detach().clone()
+    noise = torch.zeros(target.shape)
+    noise[slice(None) if row is None else row] = torch.randn(target.shape[1]) + 1.0
+    with torch.no_grad():
+        target.block(parameter).add_(target.like_block(noise))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(before)
+
+
+def check_letters(
+    model: nn.Module, attention: Attention, look: Callable[[], dict[str, Tensor]], letters: str = "qkv"
+) -> None:
+    """Every letter that the attention is found to make moves itself alone."""
+    before = look()
+    targets = list(attention.targets(letters))
+    assert targets
+    for target in targets:
+        with moved(model, target):
+            after = look()
+        changed = {letter for letter in before if not torch.equal(before[letter], after[letter])}
+        assert changed == {target.role}, target
+    again = look()
+    assert all(torch.equal(before[letter], again[letter]) for letter in before)
+
+
+# -- Whole models -------------------------------------------------------------------------------
+
+WITHOUT = {"torchvision_resnet"}
+# The diffusion models' attentions are many and alike.
+FIRST_ONLY = {"paper_unet", "diffusers_unet"}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - WITHOUT))
+def test_rows_make_what_they_are_said_to(name: str) -> None:
+    model, inputs = build(name)
+    found = list(attentions(model))
+    assert found
+    for attention in found[:2] if name in FIRST_ONLY else found:
+        check_letters(model, attention, lambda here=attention: by_products(lambda: model(**inputs), here.module))
+
+
+def test_rows_of_the_weights_that_diffusers_fuses() -> None:
+    model, inputs = build("diffusers_unet")
+    model.fuse_qkv_projections()
+    for attention in list(attentions(model))[:2]:
+        check_letters(model, attention, lambda here=attention: by_products(lambda: model(**inputs), here.module))
+
+
+HEADS = {
+    "timm_vit": 2, "timm_beit": 2, "bert": 4, "modernbert": 4, "gpt2": 4, "llama": 2, "phi3": 1,
+    "gpt_neox": 4, "bloom": 4, "falcon_old": 4, "falcon_multi_query": 1, "falcon_new": 2, "gpt_bigcode": 1,
+    "gpt_bigcode_heads": 4, "codegen": 8, "mpt": 4, "deepseek_v3": 4, "torch_encoder": 2, "t5": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_rows_of_v_come_in_the_order_of_heads(name: str) -> None:
+    """Row i is number i % size of head i // size, as in a weight of v alone."""
+    model, inputs = build(name)
+    attention = next(iter(attentions(model)))
+    (target,) = attention.targets("v")
+    heads = HEADS[name]
+    size = target.shape[0] // heads
+
+    def look() -> Tensor:
+        v = by_products(lambda: model(**inputs), attention.module)["v"]
+        # Heads of keys and values may have been repeated for the queries that share them.
+        return v if v.ndim == 4 else v.reshape(2, -1, *v.shape[1:])
+
+    before = look()
+    for row in (0, 1, size, target.shape[0] - 1):
+        if row >= target.shape[0]:
+            continue
+        with moved(model, target, row):
+            changed = (look() != before).any(2).any(0)
+        repeats = changed.shape[0] // heads
+        expected = torch.zeros_like(changed)
+        expected[row // size * repeats : (row // size + 1) * repeats, row % size] = True
+        assert torch.equal(changed, expected), row
+
+
+# -- Single attentions, whose products are q with k and the result with v -----------------------
+
+Case = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+ATTENTIONS: dict[str, Callable[[], Case]] = {}
+
+
+def _case(make: Callable[[], Case]) -> Callable[[], Case]:
+    ATTENTIONS[make.__name__] = make
+    return make
+
+
+def _image(channels: int = 16, size: int = 4) -> Tensor:
+    return torch.randn(2, channels, size, size)
+
+
+def _tokens(length: int = 16, width: int = 16) -> Tensor:
+    return torch.randn(2, length, width)
+
+
+def _timm(module: str, name: str, *args: Any, **kwargs: Any) -> nn.Module:
+    return getattr(pytest.importorskip(f"timm.{module}"), name)(*args, **kwargs)
+
+
+@_case
+def levit() -> Case:
+    return _timm("models.levit", "Attention", 16, 4, num_heads=2, attn_ratio=3, resolution=(4, 4)), (_tokens(),), {}
+
+
+@_case
+def levit_conv() -> Case:
+    model = _timm("models.levit", "Attention", 16, 4, num_heads=2, attn_ratio=3, resolution=(4, 4), use_conv=True)
+    return model, (_image(),), {}
+
+
+@_case
+def levit_downsample() -> Case:
+    model = _timm(
+        "models.levit", "AttentionDownsample", 16, 24, 4, num_heads=2, attn_ratio=3.0, stride=2, resolution=(4, 4)
+    )
+    return model, (_tokens(),), {}
+
+
+@_case
+def efficientformer() -> Case:
+    return (
+        _timm("models.efficientformer", "Attention", 16, 4, num_heads=2, attn_ratio=3, resolution=4),
+        (_tokens(),),
+        {},
+    )
+
+
+@_case
+def tiny_vit() -> Case:
+    return _timm("models.tiny_vit", "Attention", 16, 4, num_heads=2, attn_ratio=3, resolution=(4, 4)), (_tokens(),), {}
+
+
+@_case
+def maxxvit_heads_first() -> Case:
+    return _timm("models.maxxvit", "Attention2d", 16, dim_head=8, head_first=True), (_image(),), {}
+
+
+@_case
+def maxxvit() -> Case:
+    return _timm("models.maxxvit", "AttentionCl", 16, dim_head=8, head_first=False), (torch.randn(2, 4, 4, 16),), {}
+
+
+@_case
+def maxxvit_last_heads_first() -> Case:
+    return _timm("models.maxxvit", "AttentionCl", 16, dim_head=8, head_first=True), (torch.randn(2, 4, 4, 16),), {}
+
+
+@_case
+def timm_2d_heads_first() -> Case:
+    return _timm("layers.attention2d", "Attention2d", 16, num_heads=2, head_first=True), (_image(),), {}
+
+
+@_case
+def gcvit() -> Case:
+    return _timm("models.gcvit", "WindowAttentionGlobal", 16, 2, 4, use_global=False), (_tokens(),), {}
+
+
+@_case
+def gcvit_global() -> Case:
+    """Keys and values alone, under the name qkv."""
+    model = _timm("models.gcvit", "WindowAttentionGlobal", 16, 2, 4, use_global=True)
+    return model, (_tokens(), _tokens()), {}
+
+
+@_case
+def shvit() -> Case:
+    return _timm("models.shvit", "SHSA", 24, 4, 10), (_image(24),), {}
+
+
+@_case
+def parallel_scaling() -> Case:
+    """The MLP's input in the same weight, before q, k and v."""
+    return _timm("models.vision_transformer", "ParallelScalingBlock", 16, 2), (_tokens(),), {}
+
+
+@_case
+def bottleneck() -> Case:
+    model = _timm("layers.bottleneck_attn", "BottleneckAttn", 16, feat_size=(4, 4), num_heads=2, dim_head=4)
+    return model, (_image(),), {}
+
+
+@_case
+def halo() -> Case:
+    model = _timm("layers.halo_attn", "HaloAttn", 16, num_heads=2, dim_head=4, block_size=2, halo_size=1)
+    return model, (_image(),), {}
+
+
+@_case
+def tnt() -> Case:
+    """q and k in one weight, v apart."""
+    return _timm("models.tnt", "Attention", 16, 16, num_heads=2), (_tokens(),), {}
+
+
+@_case
+def mobilenet_multi_query() -> Case:
+    """Projections inside a Sequential, with pooling."""
+    model = _timm("layers.attention2d", "MultiQueryAttention2d", 16, num_heads=2, kv_stride=2)
+    return model, (_image(),), {}
+
+
+def _transformers(module: str, name: str, config: str, *args: Any, **settings: Any) -> nn.Module:
+    """An attention of a library's module, made of a config and, but for those of old, the layer's number."""
+    transformers = pytest.importorskip("transformers")
+    package = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
+    made = getattr(transformers, config)(**settings)
+    made._attn_implementation = "eager"
+    return getattr(package, name)(made, *args)
+
+
+_SMALL = {**TEXT, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def _angles(length: int, size: int) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(torch.arange(length).float(), torch.rand(size))[None]
+    return angles.cos(), angles.sin()
+
+
+@_case
+def gpt_neox_japanese() -> Case:
+    model = _transformers("gpt_neox_japanese", "GPTNeoXJapaneseAttention", "GPTNeoXJapaneseConfig", False, 0, **_SMALL)
+    inputs = {"attention_mask": torch.zeros(2, 1, 16, 16), "position_ids": torch.arange(16)[None]}
+    return model, (_tokens(width=32),), {**inputs, "position_embeddings": _angles(16, model.rotary_ndims)}
+
+
+@_case
+def persimmon() -> Case:
+    model = _transformers("persimmon", "PersimmonAttention", "PersimmonConfig", 0, **_SMALL)
+    return model, (_tokens(width=32),), {"position_embeddings": _angles(16, model.rotary_ndims)}
+
+
+@_case
+def deberta() -> Case:
+    model = _transformers("deberta", "DisentangledSelfAttention", "DebertaConfig", **_SMALL)
+    return model, (_tokens(width=32), torch.ones(2, 1, 16, 16)), {}
+
+
+@_case
+def levit_transformers() -> Case:
+    package = pytest.importorskip("transformers.models.levit.modeling_levit")
+    return package.LevitAttention(16, 4, 2, 3, 4), (_tokens(),), {}
+
+
+@_case
+def levit_transformers_subsample() -> Case:
+    package = pytest.importorskip("transformers.models.levit.modeling_levit")
+    return package.LevitAttentionSubsample(16, 24, 4, 2, 3, 2, 4, 2), (_tokens(),), {}
+
+
+@_case
+def exaone_vision() -> Case:
+    settings = {"hidden_size": 32, "num_heads": 4, "num_key_value_heads": 2, "depth": 1}
+    package = pytest.importorskip("transformers.models.exaone4_5.modeling_exaone4_5")
+    config = pytest.importorskip("transformers.models.exaone4_5.configuration_exaone4_5")
+    made = config.Exaone4_5_VisionConfig(**settings)
+    made._attn_implementation = "eager"
+    model = package.Exaone4_5_VisionAttention(made)
+    cos, sin = _angles(8, model.head_dim)
+    inputs = {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32), "position_embeddings": (cos[0], sin[0])}
+    return model, (torch.randn(8, 32),), inputs
+
+
+@_case
+def dbrx() -> Case:
+    """Fewer heads of keys and values, one after another."""
+    settings = {
+        "d_model": 32,
+        "n_heads": 4,
+        "max_seq_len": 16,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 99.0},
+    }
+    model = _transformers("dbrx", "DbrxAttention", "DbrxConfig", 0, **settings)
+    return model, (_tokens(width=32),), {"position_embeddings": _angles(16, 8)}
+
+
+@_case
+def bark() -> Case:
+    package = pytest.importorskip("transformers.models.bark.modeling_bark")
+    config = pytest.importorskip("transformers.models.bark.configuration_bark")
+    settings = {"hidden_size": 32, "num_heads": 4, "num_layers": 1, "block_size": 16}
+    return package.BarkSelfAttention(config.BarkSemanticConfig(**settings), layer_idx=0), (_tokens(width=32),), {}
+
+
+@_case
+def openai_gpt() -> Case:
+    package = pytest.importorskip("transformers.models.openai.modeling_openai")
+    config = pytest.importorskip("transformers").OpenAIGPTConfig(n_embd=32, n_head=4, n_positions=16)
+    return package.Attention(32, 16, config), (_tokens(width=32),), {}
+
+
+@_case
+def kolors_text() -> Case:
+    """ChatGLM: all queries, then groups of keys and of values."""
+    return _kolors(multi_query_attention=True, multi_query_group_num=2)
+
+
+@_case
+def kolors_text_heads() -> Case:
+    return _kolors(multi_query_attention=False)
+
+
+def _kolors(**settings: Any) -> Case:
+    package = pytest.importorskip("diffusers.pipelines.kolors.text_encoder")
+    config = package.ChatGLMConfig(hidden_size=32, num_attention_heads=4, kv_channels=8, num_layers=1, **settings)
+    return package.SelfAttention(config, 1), (torch.randn(6, 2, 32), None, None), {}
+
+
+@_case
+def flux2_parallel() -> Case:
+    """The MLP's input in the same weight, after q, k and v."""
+    package = pytest.importorskip("diffusers.models.transformers.transformer_flux2")
+    model = package.Flux2ParallelSelfAttention(query_dim=32, heads=4, dim_head=8)
+    return model, (_tokens(width=32),), {}
+
+
+@_case
+def joy_image() -> Case:
+    """Two streams, each with a fused weight."""
+    package = pytest.importorskip("diffusers.models.transformers.transformer_joyimage")
+    model = package.JoyImageAttention(dim=32, num_attention_heads=4, attention_head_dim=8)
+    return model, (_tokens(8, 32), _tokens(5, 32)), {}
+
+
+class AttentionBlock(nn.Module):
+    """As OpenAI's diffusion models have it: a 1x1 convolution, and a module of this name that splits its result."""
+
+    def __init__(self, legacy: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Conv1d(16, 48, 1)
+        self.attention = (QKVAttentionLegacy if legacy else QKVAttention)(2)
+        self.proj_out = nn.Conv1d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_out(self.attention(self.qkv(x)))
+
+
+class QKVAttention(nn.Module):
+    """q, k and v, then heads."""
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+
+    def split(self, qkv: Tensor) -> Tensor:
+        return qkv.unflatten(1, (3, self.n_heads, -1)).transpose(0, 1)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        q, k, v = (part.mT for part in self.split(qkv))
+        return nn.functional.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2)
+
+
+class QKVAttentionLegacy(QKVAttention):
+    """Heads, then q, k and v."""
+
+    def split(self, qkv: Tensor) -> Tensor:
+        return qkv.unflatten(1, (self.n_heads, 3, -1)).permute(2, 0, 1, 3, 4)
+
+
+@_case
+def guided_diffusion() -> Case:
+    return AttentionBlock(legacy=False), (torch.randn(2, 16, 9),), {}
+
+
+@_case
+def guided_diffusion_legacy() -> Case:
+    return AttentionBlock(legacy=True), (torch.randn(2, 16, 9),), {}
+
+
+class InternLM2Attention(nn.Module):
+    """Each head of keys, and of values, after the two heads of queries that use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = 4, 2, 8
+        self.wqkv = nn.Linear(32, 64, bias=False)
+        self.wo = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.wqkv(x).unflatten(-1, (2, 4, 8))
+        q = qkv[..., :2, :].flatten(2, 3).transpose(1, 2)
+        k, v = (qkv[..., place, :].transpose(1, 2).repeat_interleave(2, 1) for place in (2, 3))
+        return self.wo(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@_case
+def internlm2() -> Case:
+    return InternLM2Attention(), (_tokens(width=32),), {}
+
+
+class MossAttention(nn.Module):
+    """Four parts, each with the queries, values and keys of two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = nn.Linear(32, 96, bias=False)
+        self.out_proj = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv_proj(x).unflatten(-1, (4, 24)).split(8, -1)
+        q, v, k = (part.unflatten(-1, (2, 4)).flatten(2, 3).transpose(1, 2) for part in parts)
+        return self.out_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@_case
+def moss() -> Case:
+    return MossAttention(), (_tokens(width=32),), {}
+
+
+class QWenAttention(nn.Module):
+    """The first Qwen: q, k and v one after another in a linear layer with the name of GPT-2's Conv1D."""
+
+    fused = "c_attn"
+
+    def __init__(self, kv_heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.kv_n_heads, self.head_dim = 4, kv_heads, 8
+        self.add_module(self.fused, nn.Linear(32, 32 + 16 * kv_heads))
+        self.add_module("out_proj" if self.fused == "Wqkv" else "c_proj", nn.Linear(32, 32, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = [8 * self.num_heads, 8 * self.kv_n_heads, 8 * self.kv_n_heads]
+        parts = self.get_submodule(self.fused)(x).split(sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, 8)).transpose(1, 2) for part in parts)
+        k, v = (part.repeat_interleave(self.num_heads // self.kv_n_heads, 1) for part in (k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@_case
+def qwen() -> Case:
+    return QWenAttention(), (_tokens(width=32),), {}
+
+
+class GroupedQueryAttention(QWenAttention):
+    """MPT's as its own code has it: fewer heads of keys and values, one after another."""
+
+    fused = "Wqkv"
+
+
+@_case
+def mpt_grouped() -> Case:
+    return GroupedQueryAttention(2), (_tokens(width=32),), {}
+
+
+class BaichuanAttention(QWenAttention):
+    fused = "W_pack"
+
+
+@_case
+def baichuan() -> Case:
+    return BaichuanAttention(), (_tokens(width=32),), {}
+
+
+class SelfAttention(nn.Module):
+    """The first ChatGLM: head by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads = self.num_attention_heads_per_partition = 4
+        self.hidden_size_per_attention_head, self.position_encoding_2d = 8, True
+        self.query_key_value, self.dense = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in self.query_key_value(x).unflatten(-1, (4, 24)).chunk(3, -1))
+        return self.dense(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@_case
+def chatglm() -> Case:
+    return SelfAttention(), (_tokens(width=32),), {}
+
+
+# They multiply v with the average's weights, not these with v.
+RIGHT = {"levit_conv", "shvit"}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_rows_of_one_attention(name: str) -> None:
+    torch.manual_seed(0)
+    module, args, kwargs = ATTENTIONS[name]()
+    module.eval()
+    (attention,) = attentions(module)
+    check_letters(module, attention, lambda: by_products(lambda: module(*args, **kwargs), module, name in RIGHT))
+
+
+# -- Attentions of other kinds: what their own split gives ---------------------------------------
+
+
+def by_split(run: Callable[[], Any], letters: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """q, k and v as the first split into so many parts hands them out."""
+    found: list[tuple[Tensor, ...]] = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def split(*args: Any, **kwargs: Any) -> Any:
+            parts = function(*args, **kwargs)
+            if len(parts) == len(letters) and not found:
+                found.append(tuple(part.detach().clone() for part in parts))
+            return parts
+
+        return split
+
+    with monkeypatch.context() as patch:
+        for holder in (torch, torch.Tensor):
+            for name in ("split", "chunk"):
+                patch.setattr(holder, name, watched(getattr(holder, name)))
+        run()
+    return {letter: part for letter, part in zip(letters, found[0], strict=True) if letter != "-"}
+
+
+SPLITS: dict[str, tuple[str, Callable[[], Case]]] = {}
+
+
+def _split_case(letters: str) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
+    """An attention and the order in which its code splits its weight's product; "-" is something else."""
+
+    def keep(make: Callable[[], Case]) -> Callable[[], Case]:
+        SPLITS[make.__name__] = letters, make
+        return make
+
+    return keep
+
+
+@_split_case("qkv")
+def mobilevit() -> Case:
+    return _timm("models.mobilevit", "LinearSelfAttention", 16), (_image(),), {}
+
+
+@_split_case("qkv")
+def mobilevit_transformers() -> Case:
+    model = _transformers("mobilevitv2", "MobileViTV2LinearSelfAttention", "MobileViTV2Config", 16)
+    return model, (_image(),), {}
+
+
+@_split_case("qkv")
+def efficientvit() -> Case:
+    return _timm("models.efficientvit_mit", "LiteMLA", 16, 16, dim=8, scales=()), (_image(),), {}
+
+
+@_split_case("qkv")
+def lambda_network() -> Case:
+    return _timm("layers.lambda_layer", "LambdaLayer", 16, num_heads=2, dim_head=4, r=3), (_image(),), {}
+
+
+@_split_case("qkv")
+def minimax_lightning() -> Case:
+    settings = {**_SMALL, "num_key_value_heads": 4, "layer_types": ["linear_attention"]}
+    model = _transformers("minimax", "MiniMaxLightningAttention", "MiniMaxConfig", 0, **settings)
+    return model, (_tokens(width=32),), {"position_embeddings": None, "attention_mask": None}
+
+
+@_split_case("qkv-")
+def qwen3_next() -> Case:
+    return _delta("qwen3_next", "Qwen3NextGatedDeltaNet", "Qwen3NextConfig")
+
+
+@_split_case("qkv")
+def qwen3_5() -> Case:
+    return _delta("qwen3_5", "Qwen3_5GatedDeltaNet", "Qwen3_5TextConfig")
+
+
+def _delta(module: str, name: str, config: str) -> Case:
+    """Two heads of keys, four of values."""
+    settings = {
+        **_SMALL, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
+        "linear_value_head_dim": 8, "layer_types": ["linear_attention"],
+    }  # fmt: skip
+    return _transformers(module, name, config, 0, **settings), (_tokens(width=32),), {}
+
+
+@_split_case("kv")
+def esmfold() -> Case:
+    """Invariant point attention: keys and values head by head, queries apart."""
+    package = pytest.importorskip("transformers.models.esm.modeling_esmfold")
+    sizes = {"sequence_dim": 16, "pairwise_dim": 6, "ipa_dim": 8, "num_heads_ipa": 2, "num_qk_points": 2}
+    model = package.EsmFoldInvariantPointAttention(SimpleNamespace(**sizes, num_v_points=3, inf=1e5, epsilon=1e-8))
+    # Some of its weights are left uninitialised, the last one starts at zero.
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    rigid = package.Rigid.identity((2, 5), requires_grad=False)
+    return model, (torch.randn(2, 5, 16), torch.randn(2, 5, 5, 6), rigid, torch.ones(2, 5)), {}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_rows_of_a_split(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    letters, make = SPLITS[name]
+    module, args, kwargs = make()
+    module.eval()
+    (attention,) = attentions(module)
+    look = functools.partial(by_split, lambda: module(*args, **kwargs), letters, monkeypatch)
+    check_letters(module, attention, look, letters)
+
+
+# -- One weight for two ------------------------------------------------------------------------
+
+
+def test_a_weight_that_is_q_and_k_is_taken_once() -> None:
+    package = pytest.importorskip("transformers.models.reformer.modeling_reformer")
+    config = pytest.importorskip("transformers").ReformerConfig(
+        hidden_size=16, attention_head_size=4, num_attention_heads=2
+    )
+    attention = package.ReformerAttention(config, layer_id=1)
+    (found,) = attentions(attention)
+    assert [(target.role, target.module, target.rows) for target in found.targets("qk")] == [
+        ("q", "self_attention.query_key", None)
+    ]
+    assert [target.role for target in found.targets("kv")] == ["k", "v"]
+
+
+def test_a_weight_that_is_k_and_v_is_taken_once() -> None:
+    settings = {**_SMALL, "head_dim": 8, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 4, "qk_rope_head_dim": 4}
+    (found,) = attentions(_transformers("deepseek_v4", "DeepseekV4Attention", "DeepseekV4Config", 0, **settings))
+    assert [(t.role, t.module, t.rows) for t in found.targets("qv")] == [
+        ("q", "q_b_proj", None),
+        ("v", "kv_proj", None),
+    ]
+    assert [(t.role, t.module) for t in found.targets("kvo")] == [("k", "kv_proj"), ("o", "o_b_proj")]
+
+
+# -- What is not known -------------------------------------------------------------------------
+
+
+class Unknown(nn.Module):
+    """An attention of a class that is in no table."""
+
+    def __init__(self, name: str, out: int, width: int = 12, **attributes: Any) -> None:
+        super().__init__()
+        self.add_module(name, nn.Linear(16, out))
+        self.out_proj = nn.Linear(width, 16)
+        for attribute, value in attributes.items():
+            setattr(self, attribute, value)
+
+
+def rows(module: nn.Module, letters: str = "qkv") -> dict[str, Rows | None]:
+    (attention,) = attentions(module)
+    return {target.role: target.rows for target in attention.targets(letters)}
+
+
+@pytest.mark.parametrize("name", ["qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "W_pack"])
+def test_three_equal_parts(name: str) -> None:
+    assert rows(Unknown(name, 36)) == {"q": Rows(0, 12, 36), "k": Rows(12, 12, 36), "v": Rows(24, 12, 36)}
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"num_heads": 6, "num_kv_heads": 3},
+        {"n_heads": 6, "num_key_value_heads": 3, "head_dim": 2},
+        {"num_heads": 6, "num_key_value_groups": 2},
+        {"config": SimpleNamespace(num_attention_heads=6, num_key_value_heads=3)},
+    ],
+)
+def test_sizes_by_the_numbers_of_heads(attributes: dict[str, Any]) -> None:
+    """24 rows would divide by three, too."""
+    assert rows(Unknown("qkv", 24, **attributes)) == {"q": Rows(0, 12, 24), "k": Rows(12, 6, 24), "v": Rows(18, 6, 24)}
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (Unknown("query_key_value", 36), "different ways"),
+        (Unknown("linear_qkv", 36, num_heads=4), "different ways"),
+        (Unknown("qkv", 24), "do not follow"),
+        (Unknown("qkv", 37), "do not follow"),
+        (Unknown("qkv", 24, num_heads=6, num_kv_heads=2, head_dim=2), "do not follow"),
+        (Unknown("to_qkv_mlp_proj", 36), "different ways"),
+        (type("BloomAttention", (Unknown,), {})("query_key_value", 36), "how many heads"),
+        (type("FalconAttention", (Unknown,), {})("query_key_value", 36), "attributes are not those"),
+        (type("BloomAttention", (Unknown,), {})("query_key_value", 36, num_heads=5), "blocks of 6 rows"),
+    ],
+)
+def test_no_guess_at_rows(module: nn.Module, why: str) -> None:
+    with pytest.raises(TargetError, match=rf"rows of a \w+ make which is not known: .*{why}.*tnadapt.Rows"):
+        rows(module)
+    # The output projection is not in doubt.
+    assert rows(module, "o") == {"o": None}
+
+
+def test_no_guess_at_keys_and_values() -> None:
+    module = Unknown("kv", 20)
+    module.q = nn.Linear(16, 12)
+    with pytest.raises(TargetError, match="kv makes k, v with one weight of 20 rows"):
+        rows(module)
+    assert rows(module, "q") == {"q": None}
+
+
+def test_a_name_that_is_half_understood() -> None:
+    """A query with a gate in it, as A.X K2 has it, is not passed over in silence."""
+    module = type("LatentAttention", (nn.Module,), {})()
+    module.q_gate_proj, module.k_proj, module.v_proj = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(8, 8)
+    with pytest.raises(TargetError, match="q_gate_proj of LatentAttention seems to make q, and with which"):
+        rows(module, "qv")
+    assert rows(module, "v") == {"v": None}

@@ -1,0 +1,126 @@
+"""Which strategy is chosen: by a count of operations and bytes, at attach."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch import nn  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.algebra.factoring import factoring  # noqa: E402
+from tnadapt.testing.strategies import plans  # noqa: E402
+from tnadapt.torch._step_cost import MACHINES, Machine, Work, choose, costs  # noqa: E402
+
+P = tna.presets
+
+
+def chosen(config: tna.Config, width: int, tokens: int) -> str:
+    plan = tna.SuperLoRA(config, [(width, width)])
+    return choose(plan, 0, factoring(plan, 0), tokens)
+
+
+def test_where_factors_are_narrow_they_stay() -> None:
+    for width in (384, 768, 4096):
+        for tokens in (64, 1024, 8192):
+            assert chosen(P.lora(4), width, tokens) == "factored"
+
+
+def test_a_kronecker_product_of_dense_matrices_goes_into_the_weight_of_many_tokens() -> None:
+    for config in (P.krona(), tna.Config(splits=3, format="dense")):
+        found = [chosen(config, 768, tokens) for tokens in (1, 8, 64, 8192, 65536)]
+        assert found == ["factored"] * 3 + ["weight"] * 2
+
+
+def test_what_does_not_factor_is_never_factored() -> None:
+    for tokens in (1, 1024, 8192):
+        assert chosen(P.superlora(8, groups="weight", fold=(3072, 192)), 768, tokens) == "weight"
+
+
+@given(plans(), st.sampled_from([1, 10, 1000]), st.sampled_from(sorted(MACHINES)))
+def test_every_plan_has_a_cost(plan: tna.SuperLoRA, tokens: int, machine: str) -> None:
+    for index in range(len(plan.shapes)):
+        how = factoring(plan, index)
+        found = costs(plan, index, how, tokens)
+        assert ("factored" in found) == (how is not None)
+        more = costs(plan, index, how, 2 * tokens)
+        for strategy, work in found.items():
+            assert 0 < work.seconds(MACHINES[machine]) < more[strategy].seconds(MACHINES[machine])
+        assert choose(plan, index, how, tokens, MACHINES[machine]) in found
+
+
+ROWS, COLS, TOKENS = 24, 12, 100
+SIZE = ROWS * COLS
+# What it takes to form an update once: operations in narrow products, elements moved, calls.
+FORMED: dict[str, tuple[tna.Config, float, float, float]] = {
+    "dense": (P.dense(), 0, 0, 1),
+    "lora": (P.lora(3), 2 * SIZE * 3, SIZE, 4),
+    "lorta": (P.lorta(3, order=4), 2 * SIZE * 3, SIZE, 4),
+    "tt": (tna.Config(rank=3, groups=1, fold="balanced", order=4, format="tt"), 2 * SIZE * 3, SIZE, 4),
+    "core": (tna.Config(rank=(None, None), format="tucker"), 0, 0, 1),  # all of it, and no factors
+    # Two of LoRA's, and their elementwise product.
+    "loha": (P.loha(3), 2 * (2 * SIZE * 3), 2 * SIZE + 2 * SIZE, 2 * 4 + 3),
+    # 4x3 and 6x4 matrices as they are, and their Kronecker product; of LoKr the second is one of LoRA's.
+    "krona": (P.krona(), 0, 2 * SIZE, 1 + 1 + 3),
+    "lokr": (P.lokr(3), 2 * 24 * 3, 24 + 2 * SIZE, 1 + 4 + 3),
+    # Two sums of a 2x2 matrix by a 12x6 one of rank 1.
+    "compacter": (P.compacter(1, terms=2), 2 * (2 * 72), 2 * (72 + 2 * SIZE), 2 * (1 + 4 + 3)),
+}
+# Forward and, twice that, backward: the same of the products with the factors.
+FACTORED: dict[str, tuple[float, float, float]] = {
+    "lora": (6 * TOKENS * (ROWS + COLS) * 3, 4 * TOKENS * (ROWS + COLS), 20),
+    "loha": (6 * TOKENS * (ROWS + COLS) * 9, 4 * TOKENS * (ROWS + COLS), 20),  # as one matrix of rank 9
+    # By the 6x4 matrix (3 columns of 4 for each row of x become 3 of 6), and by the 4x3 one.
+    "krona": (
+        6 * TOKENS * ROWS * 4 + 8 * 2 * TOKENS * COLS * 4,
+        4 * TOKENS * (ROWS + COLS) + 8 * TOKENS * (COLS + 4 * COLS // 3),
+        8 + 8 + 24,
+    ),
+    "compacter": (
+        2 * (6 * TOKENS * (ROWS + COLS) + 8 * 2 * TOKENS * 2 * 2),
+        2 * (4 * TOKENS * (ROWS + COLS) + 8 * TOKENS * (2 + 2)),
+        8 + 2 * (12 + 24),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMED)
+def test_operations_elements_and_calls_of_each_strategy(name: str) -> None:
+    config, narrow, moved, calls = FORMED[name]
+    plan = tna.SuperLoRA(config, [(ROWS, COLS)])
+    found = costs(plan, 0, factoring(plan, 0), TOKENS)
+    # Formed in forward and in backward, and a gradient to either factor by as many operations each.
+    update = Work(0, 4 * narrow, 2 * moved + 2 * SIZE, 4 * calls)
+    product = 2 * TOKENS * SIZE
+    assert found["weight"] == update + Work(product, 0, 5 * SIZE, 14)
+    assert found["beside"] == update + Work(3 * product, 0, 5 * SIZE + 4 * TOKENS * (ROWS + COLS), 20)
+    if name in FACTORED:
+        assert found["factored"] == Work(0, *FACTORED[name])
+
+
+def test_seconds_are_of_operations_bytes_and_calls() -> None:
+    machine = Machine(operations=10.0, narrow=5.0, bytes=8.0, call=0.25)
+    assert Work(large=20.0).seconds(machine) == 2.0
+    assert Work(narrow=20.0).seconds(machine) == 4.0
+    assert Work(moved=20.0).seconds(machine) == 10.0  # four bytes each
+    assert Work(calls=20.0).seconds(machine) == 5.0
+    assert Work(20.0, 20.0, 20.0, 20.0).seconds(machine) == 21.0
+
+
+def test_attach_chooses_and_the_summary_shows_it() -> None:
+    def strategy(**settings: object) -> tuple[str, ...]:
+        model = nn.Sequential(nn.Linear(768, 768))
+        adapter = tt.attach(model, P.krona(), "all-linear", **settings)
+        assert {row.strategy for row in adapter.summary().rows} == set(adapter.strategy)
+        return adapter.strategy
+
+    assert strategy(tokens=64) == ("factored",)
+    assert strategy(tokens=65536) == ("weight",)
+    for own in ("weight", "factored", "beside"):
+        assert strategy(strategy=own, tokens=64) == (own,)
+    with pytest.raises(tna.ConfigError, match="tokens"):
+        strategy(tokens=0)

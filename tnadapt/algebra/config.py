@@ -1,0 +1,346 @@
+"""The settings of an adapter: frozen, strict, and nothing that computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import operator
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from tnadapt.errors import ConfigError, integer, shown
+
+from .folding import MAX_ORDER
+from .maps.projection import KINDS, SQUARE
+
+__all__ = ["Config"]
+
+FOLDS = ("stack", "hypercube", "balanced")
+FORMATS = ("dense", "cp", "cp-weighted", "tucker", "tt")
+COMBINES = ("kronecker", "hadamard")
+LEADINGS = ("dense", "same")
+
+# Beyond these a setting is a slip of the hand or hostile, not a wish.
+MAX_INT = 1 << 40
+MAX_TERMS = 1 << 16
+MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What each group of weight updates is made of.
+
+    The group's update is ``F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, cut to length (the paper's
+    equation 2).
+
+    Parameters
+    ----------
+    rank : int or tuple
+        r, the rank of each factorisation. Tucker also takes one rank a mode, None meaning no factor in
+        that mode (partial Tucker); a tensor train also takes its M - 1 inner ranks. Of "dense" only ``alpha / rank``
+        uses it.
+    order : int
+        M, the number of modes that a group is folded to; 1 is a vector.
+    splits : int
+        K, the number of tensors combined into one.
+    groups : "weight", "layer", int or list of lists of int
+        G: one group a weight, one a layer, that many equal pieces of the long vector, or the weights of
+        each group.
+    fold : "stack", "hypercube", "balanced" or tuple of int
+        How a group becomes a tensor: weights stacked along rows (M = 2 only), the paper's reshape to
+        equal sizes, the tightest nearly equal sizes, or these sizes (as many as ``order``).
+    format : "dense", "cp", "cp-weighted", "tucker" or "tt"
+        What each split is made of.
+    combine : "kronecker" or "hadamard"
+        How splits are combined.
+    split_size : int, "balanced" or tuple of int
+        Sizes of the Kronecker splits: f in every mode of all but the last, each mode factored evenly, or one size a
+        mode of all but the last.
+    leading : "dense" or "same"
+        What splits 1 to K - 1 are made of: dense arrays, or ``format`` like the last.
+    terms : int
+        T, the number of such products that are summed.
+    projection : str
+        F: "identity", "shuffle", "linear", "linear_v2", "nonlinear" or "nonlinear_v2".
+    ratio : float
+        ρ, elements before F for each element after it, in (0, 1]; taken as the decimal it prints as.
+    shared : bool
+        Whether all groups use one F (the paper's choice).
+    alpha : float, optional
+        The scale is ``alpha / rank`` (the largest of several ranks); None means 1.
+    seed : int
+        Of the projection and of the random start; 0 to 2**64 - 1.
+    weight_shape : (int, int), optional
+        Rows and columns that every weight must have, for a ``fold`` whose sizes stand for weights, rows (or heads and
+        rows of a head) and columns. A plan with weights of another shape, or another number of them, is refused: the
+        fold would cut through weights. The presets with a fold of their own set it; None accepts any weights. It
+        changes no number, so that configs that differ in it alone are equal, and adapter files leave it out.
+
+    Raises
+    ------
+    ConfigError
+        If a field is of the wrong type, out of range, or at odds with another; the message says what
+        would do.
+
+    Examples
+    --------
+    >>> Config(rank=8).to_dict()["format"], Config(rank=8, alpha=16).scale
+    ('cp', 2.0)
+    >>> Config(order=3)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: fold='stack' makes matrices only and order is 3; use fold='hypercube' or 'balanced'
+    """
+
+    rank: int | tuple[int | None, ...] = 4
+    order: int = 2
+    splits: int = 1
+    groups: str | int | tuple[tuple[int, ...], ...] = "weight"
+    fold: str | tuple[int, ...] = "stack"
+    format: str = "cp"
+    combine: str = "kronecker"
+    split_size: int | str | tuple[int, ...] = "balanced"
+    leading: str = "dense"
+    terms: int = 1
+    projection: str = "identity"
+    ratio: float = 1.0
+    shared: bool = True
+    alpha: float | None = None
+    seed: int = 0
+    # A condition on the weights, not a part of what is computed: files written before there was one stay equal.
+    weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
+
+    def __new__(cls, *args: Any, **settings: Any) -> Config:
+        # A dataclass says TypeError of a field that it does not know; here it is a ConfigError like the others.
+        _known(settings)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)  # the class is frozen
+
+        for name, low, high in (("order", 1, MAX_ORDER), ("splits", 1, MAX_ORDER), ("terms", 1, MAX_TERMS)):
+            put(name, _integer(name, getattr(self, name), low, high))
+        put("seed", _integer("seed", self.seed, 0, (1 << 64) - 1))
+        for name, words in (
+            ("format", FORMATS),
+            ("combine", COMBINES),
+            ("leading", LEADINGS),
+            ("projection", KINDS),
+        ):
+            _word(name, getattr(self, name), words)
+        put("rank", self._checked_rank())
+        put("groups", _checked_groups(self.groups))
+        put("fold", self._checked_fold())
+        put("split_size", self._checked_split_size())
+        put("ratio", _number("ratio", self.ratio))
+        if not 0.0 < self.ratio <= 1.0:
+            raise ConfigError(f"ratio must be above 0 and at most 1; got {self.ratio!r}")
+        if self.ratio != 1.0 and self.projection in SQUARE:
+            raise ConfigError(
+                f"ratio={self.ratio} needs a projection that changes the length; "
+                f"projection={self.projection!r} does not: use projection='linear', or ratio=1"
+            )
+        if not isinstance(self.shared, bool):
+            raise ConfigError(f"shared must be True or False; got {shown(self.shared)}")
+        if self.alpha is not None:
+            put("alpha", _number("alpha", self.alpha))
+            if not MIN_ALPHA <= self.alpha <= MAX_ALPHA:
+                raise ConfigError(
+                    f"alpha must be from {MIN_ALPHA:g} to {MAX_ALPHA:g}, or None for a scale of 1; got {self.alpha!r}"
+                )
+        if self.combine == "hadamard" and self.splits > 1 and self.split_size != "balanced":
+            raise ConfigError(
+                "split_size sizes Kronecker splits; with combine='hadamard' every split has the full sizes: "
+                "leave split_size out"
+            )
+        put("weight_shape", self._checked_weight_shape())
+
+    def _checked_weight_shape(self) -> tuple[int, int] | None:
+        given = self.weight_shape
+        if given is None:
+            return None
+        if not isinstance(given, (tuple, list)) or len(given) != 2:
+            raise ConfigError(f"weight_shape must be (rows, cols), or None for any weights; got {shown(given)}")
+        rows, cols = (_integer(f"weight_shape[{side}]", size, 1, 1 << 62) for side, size in enumerate(given))
+        if not isinstance(self.fold, tuple):
+            raise ConfigError(
+                f"weight_shape={(rows, cols)} says what the sizes of a fold stand for, and fold={self.fold!r} names "
+                "none: give fold=(weights, rows, cols), or weight_shape=None"
+            )
+        inner = list(itertools.accumulate(reversed(self.fold), operator.mul))
+        if cols not in inner or rows * cols not in inner[inner.index(cols) :]:
+            raise ConfigError(
+                f"the last sizes of fold={self.fold} do not multiply to the {rows} rows and {cols} columns of "
+                f"weight_shape={(rows, cols)}: give fold=(weights, rows, cols), or weight_shape=None"
+            )
+        return rows, cols
+
+    def _checked_rank(self) -> int | tuple[int | None, ...]:
+        if not isinstance(self.rank, (tuple, list)):
+            return _integer("rank", self.rank, 1, MAX_INT, "or a tuple of one rank a mode")
+        expected = {"tucker": self.order, "tt": self.order - 1}.get(self.format)
+        if expected is None:
+            raise ConfigError(f"format={self.format!r} has one rank; got rank={shown(self.rank)}: give an integer")
+        if len(self.rank) != expected:
+            raise ConfigError(
+                f"format={self.format!r} of order {self.order} needs {expected} ranks; "
+                f"got {len(self.rank)}: {shown(self.rank)}"
+            )
+        none = self.format == "tucker"
+        return tuple(
+            None if none and rank is None else _integer(f"rank[{mode}]", rank, 1, MAX_INT, "or None" if none else "")
+            for mode, rank in enumerate(self.rank)
+        )
+
+    def _checked_fold(self) -> str | tuple[int, ...]:
+        if isinstance(self.fold, (tuple, list)):
+            sizes = tuple(_integer(f"fold[{mode}]", size, 1, 1 << 62) for mode, size in enumerate(self.fold))
+            if len(sizes) != self.order:
+                raise ConfigError(
+                    f"fold={sizes} has {len(sizes)} sizes and order is {self.order}; set order={len(sizes)}"
+                )
+            return sizes
+        _word("fold", self.fold, FOLDS, "or a tuple of sizes")
+        if self.fold == "stack" and self.order > 2:
+            raise ConfigError(
+                f"fold='stack' makes matrices only and order is {self.order}; use fold='hypercube' or 'balanced'"
+            )
+        return self.fold
+
+    def _checked_split_size(self) -> int | str | tuple[int, ...]:
+        if isinstance(self.split_size, (tuple, list)):
+            sizes = tuple(
+                _integer(f"split_size[{mode}]", size, 1, MAX_INT) for mode, size in enumerate(self.split_size)
+            )
+            if len(sizes) != self.order:
+                raise ConfigError(
+                    f"split_size={shown(sizes)} has {len(sizes)} sizes and order is {self.order}: give one a mode"
+                )
+            return sizes
+        if isinstance(self.split_size, str) and self.split_size == "balanced":
+            return self.split_size
+        return _integer("split_size", self.split_size, 1, MAX_INT, 'or "balanced", or a tuple of one size a mode')
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank``, or 1 where alpha is None."""
+        if self.alpha is None:
+            return 1.0
+        if isinstance(self.rank, int):
+            return self.alpha / self.rank
+        return self.alpha / max((rank for rank in self.rank if rank is not None), default=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them (tuples become lists); without ``weight_shape`` where that is None.
+
+        Returns
+        -------
+        dict
+            :meth:`from_dict` gives an equal Config back.
+
+        Examples
+        --------
+        >>> Config.from_dict(Config(groups=[[0, 1]]).to_dict()) == Config(groups=[[0, 1]])
+        True
+        """
+        found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if self.weight_shape is None:
+            del found["weight_shape"]
+        return found
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Config:
+        """The Config of a dictionary, as :meth:`to_dict` makes one.
+
+        Parameters
+        ----------
+        settings : mapping
+            Field names and values; what is missing has its default.
+
+        Raises
+        ------
+        ConfigError
+            If it is no mapping, or names a field that does not exist, or a value does not do.
+
+        Examples
+        --------
+        >>> Config.from_dict({"rnak": 4})
+        Traceback (most recent call last):
+            ...
+        tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
+        splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
+        weight_shape
+        """
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")
+        _known(settings)
+        return cls(**settings)
+
+    def replace(self, **changes: Any) -> Config:
+        """The same settings with some changed, checked anew.
+
+        Examples
+        --------
+        >>> Config(rank=4).replace(rank=8).rank
+        8
+        """
+        return Config.from_dict({**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **changes})
+
+
+def _known(settings: Mapping[str, Any]) -> None:
+    """A ConfigError unless every name is a field's."""
+    import difflib
+
+    known = [field.name for field in dataclasses.fields(Config)]
+    for name in settings:
+        if name not in known:
+            # PEFT's word for it is too short to be near anything.
+            close = ["rank"] if name == "r" else difflib.get_close_matches(str(name), known, n=1)
+            meant = f" did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"Config has no field {shown(name)};{meant} Fields: {', '.join(known)}")
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _integer(name: str, value: Any, low: int, high: int, other: str = "") -> int:
+    return integer(name, value, low, high, ConfigError, other)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)):
+        raise ConfigError(f"{name} must be a number; got {shown(value)}")
+    try:
+        # As the decimal that it prints as: a float32 of 0.07 means 0.07, not 0.07000000029802322.
+        number = float(value) if isinstance(value, (int, float, Fraction)) else float(str(value))
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name} must be a number; got {shown(value)}") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{name} must be finite; got {number!r}")
+    return number
+
+
+def _word(name: str, value: Any, words: tuple[str, ...], other: str = "") -> None:
+    if not isinstance(value, str) or value not in words:
+        listed = ", ".join(repr(word) for word in words)
+        other = f" {other}" if other else ""
+        raise ConfigError(f"{name} must be one of {listed}{other}; got {shown(value)}")
+
+
+def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
+    what = '"weight", "layer", an integer of at least 1, or a list of lists of weight indices'
+    if isinstance(groups, str):
+        if groups not in ("weight", "layer"):
+            raise ConfigError(f"groups must be {what}; got {shown(groups)}")
+        return groups
+    if isinstance(groups, (list, tuple)):
+        if not groups or not all(isinstance(group, (list, tuple)) and group for group in groups):
+            raise ConfigError(f"groups must be {what}, none of them empty; got {shown(groups)}")
+        return tuple(
+            tuple(_integer(f"groups[{g}]", weight, 0, MAX_INT) for weight in group) for g, group in enumerate(groups)
+        )
+    return _integer("groups", groups, 1, 1 << 62, 'or "weight", "layer" or a list of lists')

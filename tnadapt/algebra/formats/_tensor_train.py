@@ -1,0 +1,84 @@
+"""Tensor trains: products of slices of three-way cores."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+
+from ..products import tt_left, tt_right, tt_tensor
+from ..unfolding import Cut, along
+from ._format import Format, Ranges, Rank, rows_of
+
+__all__ = ["TensorTrain"]
+
+
+class TensorTrain(Format):
+    """``G_1[i_1] G_2[i_2] … G_M[i_M]``: products of slices of three-way cores; ranks cut to what the sizes allow."""
+
+    zero = "core0"
+
+    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+        inner = len(self.sizes) - 1
+        wanted = (rank,) * inner if isinstance(rank, int) else rank
+        left = itertools.accumulate(self.sizes[:-1], lambda a, b: a * b)
+        right = reversed(list(itertools.accumulate(reversed(self.sizes[1:]), lambda a, b: a * b)))
+        # Config lets no None through here: a train has a bond between any two modes.
+        cut = [min(r or 1, before, after) for r, before, after in zip(wanted, left, right, strict=True)]
+        self.ranks: tuple[int, ...] = (1, *cut, 1)
+        return {f"core{mode}": (self.ranks[mode], size, self.ranks[mode + 1]) for mode, size in enumerate(self.sizes)}
+
+    def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
+        return tt_tensor(backend, [rows_of(arrays[f"core{mode}"], bounds, 1) for mode, bounds in enumerate(ranges)])
+
+    def inner(self, modes: int) -> int | None:
+        return self.ranks[modes]
+
+    def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
+        cores = [arrays[f"core{mode}"] for mode in range(len(self.sizes))]
+
+        def part(first: int, box: Ranges) -> list[Array]:
+            return [rows_of(core, where, 1) for core, where in zip(cores[first:], box, strict=False)]
+
+        def left(box: Ranges) -> Array:
+            return tt_left(backend, part(0, box))
+
+        def right(box: Ranges) -> Array:
+            return tt_right(backend, part(cut.modes, box))
+
+        return (
+            along(backend, self.sizes[: cut.modes], *cut.rows, left),
+            along(backend, self.sizes[cut.modes :], *cut.cols, right, axis=1),
+        )
+
+    def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
+        cores = [arrays[f"core{mode}"] for mode in range(len(self.sizes))]
+        found = {}
+        # What is left of the tensor once all cores before this one are contracted: (r, d_m, …, d_M).
+        rest = backend.reshape(tensor, (1, math.prod(self.sizes)))
+        for mode, core in enumerate(cores):
+            left, size, right = core.shape
+            rows = backend.reshape(rest, (left * size, math.prod(self.sizes[mode + 1 :])))
+            after = None
+            for later in reversed(cores[mode + 1 :]):
+                flat = backend.reshape(later, (-1, later.shape[2]))
+                after = flat if after is None else backend.matmul(flat, after)
+                after = backend.reshape(after, (later.shape[0], -1))
+            found[f"core{mode}"] = (
+                backend.reshape(rows, core.shape)
+                if after is None
+                else backend.reshape(backend.matmul(rows, backend.matrix_transpose(after)), core.shape)
+            )
+            rest = backend.matmul(backend.matrix_transpose(backend.reshape(core, (left * size, right))), rows)
+        return found
+
+    def paths(self, name: str) -> int:
+        mode = int(name.removeprefix("core"))
+        return self.ranks[mode] * self.ranks[mode + 1]
+
+    @property
+    def total_paths(self) -> int:
+        return math.prod(self.ranks)

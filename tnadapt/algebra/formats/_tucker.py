@@ -1,0 +1,107 @@
+"""Tucker: a core, and a factor for each mode or for some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+
+from ..products import kronecker_tensor, tucker_tensor
+from ..unfolding import Cut, along
+from ._format import Format, Ranges, Rank, rows_of, unfolded
+
+__all__ = ["Tucker"]
+
+
+class Tucker(Format):
+    """``core x_1 A_1 … x_M A_M`` with ``r_m = min(r, d_m)``: the paper's equation 3, LoRTA."""
+
+    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+        wanted = (rank,) * len(self.sizes) if isinstance(rank, int) else rank
+        self.core = tuple(d if r is None else min(r, d) for r, d in zip(wanted, self.sizes, strict=True))
+        self.modes = [mode for mode, r in enumerate(wanted) if r is not None]
+        self.zero = f"factor{self.modes[0]}" if self.modes else "core"
+        return {"core": self.core} | {f"factor{mode}": (self.sizes[mode], self.core[mode]) for mode in self.modes}
+
+    def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
+        return self._expanded(backend, arrays, arrays["core"], range(len(self.sizes)), ranges)
+
+    def _expanded(
+        self, backend: Backend, arrays: Mapping[str, Array], core: Array, modes: Sequence[int | None], ranges: Ranges
+    ) -> Array:
+        """A core times the rows of its modes' factors; ``modes`` has None for an axis that is no mode, and stays."""
+        factors: list[Array | None] = []
+        bounds = iter(ranges)
+        for axis, mode in enumerate(modes):
+            factors.append(None)
+            if mode in self.modes:
+                factors[-1] = rows_of(arrays[f"factor{mode}"], next(bounds))
+            elif mode is not None:
+                core = rows_of(core, next(bounds), axis)
+        return tucker_tensor(backend, core, factors)
+
+    def _inner(self, modes: int) -> tuple[int, bool] | None:
+        """How many columns L has, and whether the core is in it: it goes where it is contracted with more."""
+        core, order = self.core, len(self.sizes)
+        found: list[tuple[int, bool]] = []
+        # The half without the core is the Kronecker product of its factors: every mode has to have one.
+        if all(mode in self.modes for mode in range(modes, order)):
+            found.append((math.prod(core[modes:]), True))
+        if all(mode in self.modes for mode in range(modes)):
+            found.append((math.prod(core[:modes]), False))
+        return min(found, default=None)
+
+    def inner(self, modes: int) -> int | None:
+        found = self._inner(modes)
+        return None if found is None else found[0]
+
+    def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
+        found = self._inner(cut.modes)
+        assert found is not None
+        inner, core_left = found
+        before, after = range(cut.modes), range(cut.modes, len(self.sizes))
+
+        def bare(modes: range, bounds: tuple[int, int]) -> Array:
+            def on_box(box: Ranges) -> Array:
+                factors = [rows_of(arrays[f"factor{m}"], where) for m, where in zip(modes, box, strict=True)]
+                return kronecker_tensor(backend, factors)
+
+            return along(backend, [self.sizes[m] for m in modes], *bounds, on_box)
+
+        def cored(modes: range, bounds: tuple[int, int]) -> Array:
+            sizes, ranks = ([every[m] for m in modes] for every in (self.sizes, self.core))
+            # The axis over which the halves are contracted is the last one of L and the first one of R.
+            shape, axes = ([*ranks, inner], [*modes, None]) if core_left else ([inner, *ranks], [None, *modes])
+            core = backend.reshape(arrays["core"], shape)
+
+            def on_box(box: Ranges) -> Array:
+                made = self._expanded(backend, arrays, core, axes, box)
+                return backend.reshape(made, (-1, inner) if core_left else (inner, -1))
+
+            return along(backend, sizes, *bounds, on_box, axis=0 if core_left else 1)
+
+        if core_left:
+            return cored(before, cut.rows), backend.matrix_transpose(bare(after, cut.cols))
+        return bare(before, cut.rows), cored(after, cut.cols)
+
+    def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
+        turned = {mode: backend.matrix_transpose(arrays[f"factor{mode}"]) for mode in self.modes}
+
+        def projected(skipped: int | None) -> Array:
+            factors = [None if mode == skipped else turned.get(mode) for mode in range(len(self.sizes))]
+            return tucker_tensor(backend, tensor, factors)
+
+        found = {"core": projected(None)}
+        for mode in self.modes:
+            rows, core = unfolded(backend, projected(mode), mode), unfolded(backend, arrays["core"], mode)
+            found[f"factor{mode}"] = backend.matmul(rows, backend.matrix_transpose(core))
+        return found
+
+    def paths(self, name: str) -> int:
+        return self.total_paths if name == "core" else self.core[int(name.removeprefix("factor"))]
+
+    @property
+    def total_paths(self) -> int:
+        return math.prod(self.core[mode] for mode in self.modes)

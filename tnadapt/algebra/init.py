@@ -1,0 +1,241 @@
+"""Where training starts: ΔW = 0 to the bit, and a gradient that is not.
+
+**Linear F.** In every term, the array of the last split that carries the leading mode (``lora_B``'s place)
+is zero; all others are random with one root mean square σ. ΔW is then exactly zero, and the zero
+array has a gradient.
+
+**Frozen arrays.** Where that array is frozen and others are trained, one of those is zero in its place: of the trained
+arrays of a term the first one of the last split that has one, CP weights last. The frozen one is then random like the
+others, from its own stream, with the σ that belongs to the new zero. Which array is zero is a function of which are
+trained, and nothing else.
+
+**Nonlinear F.** ``tanhshrink'(0) = 0``: from a zero start nothing would ever move. There every array is
+random with one σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` made again from the seed.
+
+**σ** is chosen so that the first SGD step moves ΔW equally far whatever the rank, order, splits, terms
+and ρ: for a white gradient and a scale of 1, the root mean square of ΔW after one step is ``STEP`` times
+what the same step of dense fine-tuning gives. That is what PEFT's LoRA of rank 8 on 768 columns does, so
+that learning rates carry over from it; the scale ``alpha / rank`` acts as it does there, squared. With an
+array Z of which each element of ΔW sums q entries, and n elements of ΔW in all, the step is
+``V * sqrt(q (q + P))`` of the dense one, V being the variance of what an entry of Z is multiplied with
+and ``P = n q / |Z|`` the elements of ΔW that an entry touches. Where nothing is random (dense, and every
+format at order 1) there is nothing to choose, and the step is that of dense fine-tuning, times the rank.
+
+**Draws**: purpose 16 and up, one an array in the order of ``param_shapes`` within the group (zeros and ones
+use up a purpose too); element i of the array is the normal number of word i. An array of up to 2**14
+numbers is then scaled to the root mean square σ exactly: products of a few unlucky normal numbers would be
+next to nothing, and the group dead. The CP weights start at one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.backends.backend import FixedArrays
+from tnadapt.errors import ConfigError
+
+from . import rng
+from .maps.projection import Projection
+from .network import Network
+
+__all__ = ["STEP", "Start"]
+
+STEP = 1.0 / 32.0
+
+
+class Start(FixedArrays):
+    """The arrays of one group at the start of training.
+
+    Parameters
+    ----------
+    network : Network
+        What the arrays belong to.
+    projection : Projection
+        F of the group.
+    seed, group : int
+        Of the draws.
+    trained : set of str, optional
+        Which of the network's arrays are trained; all if None.
+
+    Attributes
+    ----------
+    zeros : frozenset of str
+        The arrays that are zero.
+
+    Examples
+    --------
+    >>> from tnadapt import Config
+    >>> start = Start(Network(Config(rank=8), 768 * 768, 768), Projection("identity", 768**2, 768**2), 0, 0)
+    >>> round(start.std, 4)  # PEFT's LoRA: 1 / sqrt(3 * 768) = 0.0208
+    0.0199
+    >>> bool(start.host("split0.factor0").any()), start.host("split0.factor1").shape
+    (False, (768, 8))
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        projection: Projection,
+        seed: int,
+        group: int,
+        trained: Collection[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.projection, self.seed, self.group = network, projection, seed, group
+        #: Of each term, which array is zero: the number of its split and its name there.
+        self._zero = [_zero_of(network, prefixes, trained) for prefixes in network.prefixes]
+
+    @functools.cached_property
+    def zeros(self) -> frozenset[str]:
+        """The arrays that are zero, one of each term; of a nonlinear F none."""
+        if not self.projection.linear:
+            return frozenset()
+        return frozenset(
+            prefixes[k] + name for prefixes, (k, name) in zip(self.network.prefixes, self._zero, strict=True)
+        )
+
+    def for_trained(self, trained: Collection[str]) -> Start:
+        """The start where only these of the network's arrays are trained."""
+        found = Start(self.network, self.projection, self.seed, self.group, trained)
+        return self if found.zeros == self.zeros else found
+
+    @functools.cached_property
+    def std(self) -> float:
+        """σ of the random arrays; of the first term, where terms differ in what is zero."""
+        return self._std(self._zero[0])
+
+    def _std(self, zero: tuple[int, str]) -> float:
+        if zero not in self._stds:
+            self._stds[zero] = self._computed_std(zero)
+        return self._stds[zero]
+
+    @functools.cached_property
+    def _stds(self) -> dict[tuple[int, str], float]:
+        return {}
+
+    def _computed_std(self, zero: tuple[int, str]) -> float:
+        try:
+            if self.projection.linear:
+                found = _linear_std(self.network, self.projection, zero)
+            else:
+                found = _nonlinear_std(self.network, self.projection)
+        except OverflowError:
+            raise ConfigError(
+                f"so many arrays of such ranks are multiplied that their start is beyond floating-point numbers "
+                f"({len(self.network.shapes)} arrays a group); use a smaller rank, order or number of splits"
+            ) from None
+        # To single precision: a power's last bit differs between machines, and x_start must not.
+        return float(np.float32(found))
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.network.shapes)}
+
+    def make(self, key: Any) -> np.ndarray:
+        """One array, float32, by name; or by (name, dtype), with its numbers rounded to what that dtype holds."""
+        if isinstance(key, tuple):
+            return _rounded(self.make(key[0]), key[1])
+        shape = self.network.shapes[key]
+        if key in self.zeros:
+            return np.zeros(shape, np.float32)
+        split = self.network.splits[int(key.rpartition(".")[0].rpartition("split")[2])]
+        name = key.rpartition(".")[2]
+        if name in split.ones:
+            return np.ones(shape, np.float32)
+        purpose = rng.PURPOSE["start"] + self._numbers[key]
+        drawn = rng.normals(self.seed, self.group, purpose, 0, math.prod(shape))
+        term = int(key.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
+        return _scaled(drawn, self._std(self._zero[term])).reshape(shape)
+
+
+# Longer arrays have their root mean square to half a percent by themselves.
+_SHORT = 1 << 14
+
+
+def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
+    """Normal numbers scaled to a root mean square."""
+    if drawn.size > _SHORT:
+        return drawn * np.float32(std)
+    # fsum is exactly rounded: the same bits on every machine, which a vectorised sum does not promise.
+    wide = drawn.astype(np.float64)
+    return (wide * (std / math.sqrt(math.fsum((wide * wide).tolist()) / wide.size))).astype(np.float32)
+
+
+def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 numbers rounded to those of another dtype, as libraries round: to nearest, ties to even."""
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return array.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = array.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return array
+
+
+def _zero_of(network: Network, prefixes: Sequence[str], trained: Collection[str] | None) -> tuple[int, str]:
+    """Which array of a term is zero at the start of a linear adapter: the number of its split and its name there."""
+    last = len(network.splits) - 1
+    usual = last, network.splits[last].zero
+    if trained is None or prefixes[last] + usual[1] in trained:
+        return usual
+    for k in range(last, -1, -1):
+        split = network.splits[k]
+        # Weights of one a component say the least of an update: they are zero where nothing else is trained.
+        for name in sorted(split.shapes, key=lambda name: name in split.ones):
+            if prefixes[k] + name in trained:
+                return k, name
+    return usual
+
+
+def _linear_std(network: Network, projection: Projection, zero: tuple[int, str]) -> float:
+    k, name = zero
+    arrays = _random_arrays(network) - (name not in network.splits[k].ones)
+    if arrays == 0:
+        return 0.0
+    # V = paths * std ** (2 * arrays), paths being how many products an entry of Z is multiplied with.
+    paths = math.prod(split.total_paths for split in network.splits) / network.splits[k].paths(name)
+    step = _spread(network, k, name) * _gain(projection)
+    return float((STEP / (step * paths)) ** (1.0 / (2 * arrays)))
+
+
+def _nonlinear_std(network: Network, projection: Projection) -> float:
+    # t, tanhshrink's argument, has variance tau = scale² paths n_in / L * std ** (2 arrays). A step is weakened by
+    # the derivative tanh(t)² ~ t² on the way back and on the way out: together by E[t⁴] = 3 tau², or in the v2
+    # kinds, where t = g' u and the step passes g' too, by E[g'² t⁴] = 15 * 3 tau². Every array moves.
+    moment = 45.0 if projection.kind.endswith("_v2") else 3.0
+    arrays = _random_arrays(network)
+    paths = network.terms * math.prod(split.total_paths for split in network.splits)
+    tau = network.scale**2 * paths * projection.n_in / projection.padded
+    moved = sum(
+        _spread(network, k, name) / (network.terms * split.paths(name))
+        for k, split in enumerate(network.splits)
+        for name in split.shapes
+        if name not in split.ones
+    )
+    step = moment * tau**2 * paths * moved * _gain(projection)
+    return float((STEP / step) ** (1.0 / (6 * arrays - 2)))
+
+
+def _random_arrays(network: Network) -> int:
+    """How many arrays are multiplied in one product, those that start at one left out."""
+    return sum(len(split.shapes) - len(split.ones) for split in network.splits)
+
+
+def _spread(network: Network, k: int, name: str) -> float:
+    """``sqrt(q (q + P))`` of one array, over all terms."""
+    split = network.splits[k]
+    paths = network.terms * split.paths(name)
+    touched = network.size * split.paths(name) / math.prod(split.shapes[name])
+    return math.sqrt(paths * (paths + touched))
+
+
+def _gain(projection: Projection) -> float:
+    """Root mean square of ``F δ``, δ white and as large as ``Fᵀ g``: the two passes taken as independent."""
+    if projection.kind in ("identity", "shuffle"):
+        return 1.0
+    return math.sqrt(projection.n_in * projection.n_out) / projection.padded

@@ -1,0 +1,309 @@
+"""Which part of which weight lies in which group, and where: integers only.
+
+The updates of all weights are one long vector: weight after weight, each in C order.
+A layout cuts it into G groups. Paper: appendix A.3, figure 13.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+import operator
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from tnadapt.errors import ConfigError, ShapeError, shown
+
+from .folding import MAX_SIZE
+
+__all__ = ["Layout", "Piece", "make_layout", "require_alike"]
+
+Groups = str | int | tuple[tuple[int, ...], ...]
+
+
+class Piece(NamedTuple):
+    """A run of consecutive elements that is in one weight and in one group.
+
+    Attributes
+    ----------
+    weight : int
+        Which weight.
+    weight_start : int
+        Where in ``vec`` of the weight it begins.
+    group : int
+        Which group.
+    group_start : int
+        Where in the group's vector it begins.
+    length : int
+        How many elements.
+    """
+
+    weight: int
+    weight_start: int
+    group: int
+    group_start: int
+    length: int
+
+
+class Layout:
+    """The long vector cut into groups.
+
+    Parameters
+    ----------
+    shapes : sequence of (rows, cols)
+        One a weight.
+    members : sequence of sequence of int, optional
+        The weights of each group, whole and in order. Where it is left out, the concatenated vector is
+        cut every ``length`` elements.
+    length : int, optional
+        See ``members``.
+
+    Attributes
+    ----------
+    size : int
+        N, the number of elements of all weights.
+    num_groups : int
+        G, the number of groups.
+
+    Notes
+    -----
+    Nothing here grows with the number of groups until a group is asked for, so that a plan for any G
+    is instant.
+
+    Examples
+    --------
+    >>> layout = make_layout(2, [(2, 3), (2, 2)])
+    >>> layout.size, layout.num_groups, layout.group_size(0)
+    (10, 2, 5)
+    >>> layout.of_weight(0)
+    [Piece(weight=0, weight_start=0, group=0, group_start=0, length=5),
+     Piece(weight=0, weight_start=5, group=1, group_start=0, length=1)]
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        members: Sequence[Sequence[int]] | None = None,
+        length: int | None = None,
+    ) -> None:
+        self.shapes = tuple(shapes)
+        self._sizes = [rows * cols for rows, cols in self.shapes]
+        self._starts = [0, *itertools.accumulate(self._sizes)]
+        self.size = self._starts[-1]
+        self._members = members
+        self._length = length if length is not None else 0
+        self.num_groups = len(members) if members is not None else -(-self.size // self._length)
+
+    def group_size(self, group: int) -> int:
+        """Number of elements of a group."""
+        if self._members is not None:
+            return sum(self._sizes[weight] for weight in self._members[group])
+        return min(self._length, self.size - group * self._length)
+
+    def same_size(self) -> list[tuple[int, int, int]]:
+        """Runs of groups that are alike in size: ``(first group, how many, size)``."""
+        if self._members is None:
+            last = self.num_groups - 1
+            runs = [(0, last, self._length)] if last else []
+            return [*runs, (last, 1, self.group_size(last))]
+        return [(group, 1, self.group_size(group)) for group in range(self.num_groups)]
+
+    @cached_property
+    def equal_columns(self) -> bool:
+        """Whether all weights have one number of columns."""
+        return len({cols for _, cols in self.shapes}) == 1
+
+    def columns(self, group: int) -> int:
+        """c: the greatest common divisor of the columns of the weights that have elements in the group."""
+        if self.equal_columns:
+            return self.shapes[0][1]
+        return math.gcd(*(self.shapes[piece.weight][1] for piece in self.of_group(group)))
+
+    @cached_property
+    def _home(self) -> dict[int, tuple[int, int]]:
+        """Of each weight: its group, and where it begins there (explicit groups only)."""
+        home = {}
+        for group, weights in enumerate(self._members or ()):
+            starts = itertools.accumulate((self._sizes[weight] for weight in weights), initial=0)
+            home.update({weight: (group, start) for weight, start in zip(weights, starts, strict=False)})
+        return home
+
+    def of_weight(self, weight: int) -> list[Piece]:
+        """The pieces of one weight, in its own order; they cover it."""
+        size = self._sizes[weight]
+        if self._members is not None:
+            group, start = self._home[weight]
+            return [Piece(weight, 0, group, start, size)]
+        first, stop = self._starts[weight], self._starts[weight + 1]
+        pieces = []
+        for group in range(first // self._length, -(-stop // self._length)):
+            lo, hi = max(first, group * self._length), min(stop, (group + 1) * self._length)
+            pieces.append(Piece(weight, lo - first, group, lo - group * self._length, hi - lo))
+        return pieces
+
+    def of_group(self, group: int) -> list[Piece]:
+        """The pieces of one group, in its own order; they cover it."""
+        if self._members is not None:
+            return [piece for weight in self._members[group] for piece in self.of_weight(weight)]
+        start = group * self._length
+        stop = start + self.group_size(group)
+        pieces = []
+        for weight in range(bisect_right(self._starts, start) - 1, len(self.shapes)):
+            first, end = self._starts[weight], self._starts[weight + 1]
+            if first >= stop:
+                break
+            lo, hi = max(first, start), min(end, stop)
+            pieces.append(Piece(weight, lo - first, group, lo - start, hi - lo))
+        return pieces
+
+    def of_slice(self, start: int, stop: int) -> list[Piece]:
+        """Runs of elements ``start`` to ``stop - 1`` of the long vector, in order, each in one group.
+
+        As :meth:`of_weight`, but where weights follow each other in a group, they are one run.
+        """
+        if not 0 <= start <= stop <= self.size:
+            raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements")
+        pieces: list[Piece] = []
+        for weight, base in enumerate(self._starts[:-1]):
+            if base >= stop or base + self._sizes[weight] <= start:
+                continue
+            for piece in self.of_weight(weight):
+                lo = max(start, base + piece.weight_start)
+                hi = min(stop, base + piece.weight_start + piece.length)
+                if lo < hi:
+                    skip = lo - base - piece.weight_start
+                    found = Piece(weight, piece.weight_start + skip, piece.group, piece.group_start + skip, hi - lo)
+                    last = pieces[-1] if pieces else None
+                    if last and (last.group, last.group_start + last.length) == (found.group, found.group_start):
+                        pieces[-1] = last._replace(length=last.length + found.length)
+                    else:
+                        pieces.append(found)
+        return pieces
+
+
+def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None) -> Layout:
+    """The layout that ``Config.groups`` means for these weights.
+
+    Parameters
+    ----------
+    groups : {"weight", "layer"}, int or tuple of tuples
+        One group a weight; one a layer; G pieces of ``ceil(N / G)`` elements; or the weights of each group.
+    shapes : sequence of (rows, cols)
+        Of the weights, at least one.
+    layers : sequence of hashable, optional
+        For ``"layer"``: a key a weight; weights of one key make a group, in order of first appearance.
+
+    Returns
+    -------
+    Layout
+        With an integer G, ``ceil(N / G)`` may use up the vector before the last group; groups that would
+        be empty are left out, and ``num_groups`` is then smaller than G.
+
+    Raises
+    ------
+    ShapeError
+        If a shape is not two integers of at least 1, or there is none.
+    ConfigError
+        If the groups do not fit the weights: G > N, an index twice, missing or out of range, layers
+        missing or of another length.
+
+    Examples
+    --------
+    >>> make_layout("layer", [(2, 2)] * 4, layers=[0, 0, 1, 1]).num_groups
+    2
+    """
+    shapes = _checked_shapes(shapes)
+    if groups == "weight":
+        return Layout(shapes, [(weight,) for weight in range(len(shapes))])
+    if groups == "layer":
+        return Layout(shapes, _by_layer(layers, len(shapes)))
+    if isinstance(groups, int):
+        size = sum(rows * cols for rows, cols in shapes)
+        if groups > size:
+            raise ConfigError(f"groups={groups} is more than the {size} elements there are; use at most {size}")
+        return Layout(shapes, length=-(-size // groups))
+    assert not isinstance(groups, str)  # Config has refused any other word
+    listed = sorted(itertools.chain.from_iterable(groups))
+    if listed != list(range(len(shapes))):
+        raise ConfigError(
+            f"explicit groups must name each of the weights 0 to {len(shapes) - 1} exactly once; got {list(groups)}"
+        )
+    return Layout(shapes, groups)
+
+
+def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -> None:
+    """A ConfigError unless all weights have one shape, and each group is as many of them as a fold holds.
+
+    Parameters
+    ----------
+    layout : Layout
+    shape : (rows, cols)
+        ``Config.weight_shape``.
+    fold : sequence of int
+        Sizes of which the last ones multiply to columns, and to rows times columns.
+
+    Examples
+    --------
+    >>> require_alike(make_layout(1, [(4, 5), (2, 5)]), (4, 5), (2, 4, 5))
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: fold=(2, 4, 5) stands for 2 weights of 4×5, and the weights given are 1 of 4×5, 1 of ...
+    """
+    rows, cols = shape
+    number = math.prod(fold) // (rows * cols)
+    meant = f"fold={tuple(fold)} stands for {number} weight{'s' * (number != 1)} of {rows}×{cols}"
+    counts = collections.Counter(layout.shapes)
+    if set(counts) != {(rows, cols)}:
+        listed = [f"{count} of {r}×{c}" for (r, c), count in list(counts.items())[:6]]
+        raise ConfigError(
+            f"{meant}, and the weights given are {', '.join(listed)}{', …' if len(counts) > 6 else ''}: the fold would "
+            "cut through weights. Adapt weights of one shape (where queries and values differ, as under grouped-query "
+            'attention, targets="q" and targets="v" as two adapters), or use a preset that takes any shapes, such as '
+            "superlora or lora"
+        )
+    for _, _, size in layout.same_size():
+        if size != math.prod(fold):
+            found, rest = divmod(size, rows * cols)
+            raise ConfigError(
+                f"{meant}, and a group has {found} of them{f' and {rest} elements of another' if rest else ''}: give "
+                "the preset the number of weights that are adapted, and groups that are whole weights"
+            )
+
+
+def _by_layer(layers: Iterable[Hashable] | None, weights: int) -> list[list[int]]:
+    if layers is None:
+        raise ConfigError(
+            'groups="layer" needs layers=[…], one key a weight, to know which weights share a layer; '
+            'or use groups="weight"'
+        )
+    try:
+        keys = list(layers)
+        members: dict[Hashable, list[int]] = {}
+        for weight, key in enumerate(keys):
+            members.setdefault(key, []).append(weight)
+    except TypeError as error:
+        raise ConfigError(f"layers must be a list of hashable keys, one a weight; got {shown(layers)}") from error
+    if len(keys) != weights:
+        raise ConfigError(f"layers has {len(keys)} keys for {weights} weights; give one a weight")
+    return list(members.values())
+
+
+def _checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    try:
+        checked = [tuple(operator.index(size) for size in shape) for shape in shapes]
+    except TypeError as error:
+        raise ShapeError(f"shapes must be a list of (rows, cols) integers; got {shown(shapes)}") from error
+    if not checked:
+        raise ShapeError("shapes is empty: there is no weight to update")
+    for position, shape in enumerate(checked):
+        if len(shape) != 2 or min(shape) < 1:
+            raise ShapeError(
+                f"shapes[{position}] is {shown(shape)}; expected (rows, cols), both at least 1 "
+                "(a convolution's weight is seen as (out, in * height * width))"
+            )
+    if sum(math.prod(shape) for shape in checked) > MAX_SIZE:
+        raise ShapeError("the weights have more than 2**62 elements together, which 64-bit positions cannot count")
+    return [(rows, cols) for rows, cols in checked]

@@ -1,0 +1,1 @@
+"""The fixed maps F that follow the network, their adjoints and slices, and the Walsh-Hadamard transform."""

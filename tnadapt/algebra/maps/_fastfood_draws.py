@@ -1,0 +1,104 @@
+"""The fixed vectors and matrices that a projection computes with, drawn whole or a piece at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tnadapt.backends import Backend, kernels
+from tnadapt.backends.backend import Array, FixedArrays
+
+from .. import rng
+
+__all__ = ["ProjectionDraws", "hadamard_rows"]
+
+# From this length on a gather goes out of the processor's caches.
+_FAR = 1 << 19
+
+
+class ProjectionDraws(FixedArrays):
+    """The vectors that make one F: perm, inverse, g and diagonal as drawn; index and gain as used.
+
+    ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the
+    period and ``gain = g[perm]``.
+
+    Compiled kernels draw the permutation anew each time from its ``keys``, take signs as the bits of ``words``, and
+    ask for what else they need (:mod:`tnadapt.backends._kernels.fastfood`).
+    """
+
+    def __init__(self, kind: str, length: int, padded: int, pruned: int, seed: int, group: int) -> None:
+        super().__init__()
+        self.lengths = {"diagonal": length}
+        self.whole = length if kind == "shuffle" else padded
+        self.padded = padded
+        #: Whether it takes longer than to import a compiler.
+        self.long = padded >= rng.WORTH
+        self.signs = not kind.endswith("_v2")
+        self.pruned, self.seed, self.group = pruned, seed, group
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements ``start`` to ``stop - 1`` of one of them, drawn without the rest."""
+        if name in ("perm", "inverse"):
+            return rng.permutation(self.whole, self.seed, self.group, start, stop, inverse=name == "inverse")
+        if name == "g":
+            return rng.normals(self.seed, self.group, rng.PURPOSE["gaussian"], start, stop)
+        if name == "index":
+            return self.part("perm", start, stop) & (self.pruned - 1)
+        if name == "gain":
+            return rng.normals_at(self.seed, self.group, rng.PURPOSE["gaussian"], self.part("perm", start, stop))
+        if self.signs:
+            return rng.signs(self.seed, self.group, start, stop)
+        return rng.normals(self.seed, self.group, rng.PURPOSE["gaussian_v2"], start, stop)
+
+    def make(self, key: Any) -> np.ndarray:
+        if isinstance(key, tuple):
+            return self.part(*key)
+        if key in _FOR_KERNELS:
+            return _FOR_KERNELS[key](self)
+        length = self.lengths.get(key, self.whole)
+        if key == "gain":
+            # Drawing in order and gathering costs a quarter of drawing at scattered places.
+            compiled = kernels("fastfood") if length >= _FAR else None
+            if compiled is not None and compiled.permutes(length):
+                return compiled.permuted(self.part("g", 0, length), self.held("keys"))  # type: ignore[no-any-return]
+            return np.take(self.part("g", 0, length), self.part("perm", 0, length))
+        whole = self.part(key, 0, length)
+        # Half the memory where positions fit in 32 bits.
+        return whole.astype(np.int32) if whole.dtype == np.int64 and self.whole <= 1 << 31 else whole
+
+    def piece(self, backend: Backend, name: str, start: int, stop: int, like: Array, dtype: str | None = None) -> Array:
+        """:meth:`part` in like's library; from the whole where that has been drawn already."""
+        if name in self.kept:
+            whole = self.on(backend, name, like)[start:stop]
+            return whole if dtype is None else backend.astype(whole, dtype)
+        return self.on(backend, (name, start, stop), like, dtype, keep=False)
+
+
+# What kernels alone ask for.
+_FOR_KERNELS: dict[str, Callable[[ProjectionDraws], np.ndarray]] = {
+    "keys": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["permutation"], 0, 8),
+    "words": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["signs"], 0, -(-d.lengths["diagonal"] // 32)),
+    "buckets": lambda d: kernels("fastfood").buckets_of(d.padded, d.held("keys")),
+    "starts": lambda d: kernels("fastfood").starts_of(d.held("buckets")),
+    "order": lambda d: kernels("fastfood").order_of(d.padded, d.held("keys"), d.held("starts")),
+}
+
+
+class _HadamardRows(FixedArrays):
+    """Parts of orthonormal Hadamard matrices: entry (i, j) is (-1) ** popcount(i & j) / sqrt(size).
+
+    Keys are (first row, last row + 1, first column, last column + 1, size).
+    """
+
+    def make(self, key: Any) -> np.ndarray:
+        row_start, row_stop, col_start, col_stop, size = key
+        bits: np.ndarray = np.bitwise_and.outer(np.arange(row_start, row_stop), np.arange(col_start, col_stop))
+        for shift in (32, 16, 8, 4, 2, 1):
+            bits = bits ^ (bits >> shift)
+        return np.asarray((1 - 2 * (bits & 1)) / math.sqrt(size))
+
+
+hadamard_rows = _HadamardRows()

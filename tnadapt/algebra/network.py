@@ -1,0 +1,338 @@
+"""One group before F: ``scale * sum_t kron_k(split_tk)``, whole or on any slice of its vector.
+
+Paper: the argument of F in equation (2). Symbols: T terms, K splits, M modes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ShapeError
+
+from ._boxes import boxes
+from .config import Config
+from .folding import balanced_shape, hypercube_shape, kronecker_sizes
+from .formats import Format, make_format
+from .products import hadamard_tensor, khatri_rao, kronecker_tensor
+from .rearrangement import contracted, rearranged
+from .unfolding import Cut, along, best_cut, rowwise
+
+__all__ = ["Network", "fold_sizes"]
+
+# An elementwise product of splits is one matrix product while L has no more columns than this; then it costs more.
+_THICK = 64
+
+
+def fold_sizes(config: Config, size: int, columns: int) -> tuple[int, ...]:
+    """Sizes ``d_1 … d_M`` that a group's vector is folded to.
+
+    Parameters
+    ----------
+    config : Config
+        Its ``fold`` and ``order`` are used.
+    size : int
+        Elements of the vector.
+    columns : int
+        c, for ``fold="stack"``: the greatest common divisor of the columns of the group's weights.
+
+    Returns
+    -------
+    tuple of int
+        Their product is at least ``size``.
+
+    Raises
+    ------
+    ShapeError
+        If a stack of c columns does not come out even, or given sizes are too small.
+
+    Examples
+    --------
+    >>> fold_sizes(Config(groups=1), 24 * 768 * 768, columns=768)
+    (18432, 768)
+    """
+    if config.order == 1:
+        sizes: tuple[int, ...] = (size,)
+    elif config.fold == "stack":
+        if size % columns:
+            raise ShapeError(
+                f"fold='stack' needs groups that are a multiple of {columns} columns; one has {size} elements: "
+                "use fold='hypercube', or groups that end where weights do"
+            )
+        sizes = (size // columns, columns)
+    elif config.fold == "hypercube":
+        sizes = hypercube_shape(size, config.order)
+    elif config.fold == "balanced":
+        sizes = balanced_shape(size, config.order)
+    else:
+        assert not isinstance(config.fold, str)  # Config has refused any other word
+        sizes = config.fold
+    if math.prod(sizes) < size:
+        raise ShapeError(
+            f"fold={sizes} holds {math.prod(sizes)} elements and a group has {size}; "
+            "give larger sizes, or fold='balanced'"
+        )
+    return sizes
+
+
+class Network:
+    """A vector of ``size`` elements made from a few arrays.
+
+    Parameters
+    ----------
+    config : Config
+        Its fold, format, rank, splits, terms and combine are used.
+    size : int
+        Length of the vector.
+    columns : int
+        See :func:`fold_sizes`.
+
+    Attributes
+    ----------
+    sizes : tuple of int
+        Of the folded tensor, whose ``vec`` is cut to ``size``.
+    splits : list of Format
+        K of them; every term has its own arrays of the same shapes.
+    shapes : dict of str to tuple of int
+        The arrays: ``"split0.factor0"``, or ``"term0.split0.factor0"`` where there are several terms.
+
+    Examples
+    --------
+    >>> Network(Config(rank=2, fold="hypercube"), 30).shapes
+    {'split0.factor0': (6, 2), 'split0.factor1': (6, 2)}
+    """
+
+    def __init__(self, config: Config, size: int, columns: int = 1) -> None:
+        self.size = size
+        self.scale = config.scale
+        self.kronecker = config.combine == "kronecker"
+        self.sizes = fold_sizes(config, size, columns)
+        if self.kronecker:
+            split_sizes = kronecker_sizes(self.sizes, config.splits, config.split_size)
+        else:
+            split_sizes = [self.sizes] * config.splits
+        leading = "dense" if config.leading == "dense" else config.format
+        names = [leading] * (config.splits - 1) + [config.format]
+        self.splits: list[Format] = [
+            make_format(name, sizes, config.rank) for name, sizes in zip(names, split_sizes, strict=True)
+        ]
+        self.terms = config.terms
+
+    @functools.cached_property
+    def prefixes(self) -> list[list[str]]:
+        """What the names of the arrays of one term's splits begin with."""
+        several = self.terms > 1
+        return [
+            [f"{f'term{term}.' if several else ''}split{k}." for k in range(len(self.splits))]
+            for term in range(self.terms)
+        ]
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array, in order."""
+        return {
+            prefix + name: shape
+            for term in self.prefixes
+            for prefix, split in zip(term, self.splits, strict=True)
+            for name, shape in split.shapes.items()
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all arrays."""
+        return self.terms * sum(split.num_parameters for split in self.splits)
+
+    def whole(self, backend: Backend, arrays: Mapping[str, Array]) -> Array:
+        """The vector, shape (size,)."""
+        return self.slice(backend, arrays, 0, self.size)
+
+    def slice(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
+        """Elements ``start`` to ``stop - 1`` of the vector; nothing is formed that is much larger.
+
+        One matrix product where the formats have one (see :mod:`tnadapt.algebra.unfolding`), else a box after another.
+        """
+        cut = best_cut(self.sizes, start, stop, self._thin)
+        if cut is not None:
+            vec = backend.flatten(self._product(backend, arrays, cut))
+            lo, hi = start - cut.start, stop - cut.start
+            return vec if (lo, hi) == (0, vec.shape[0]) else vec[lo:hi]
+        vec = along(
+            backend, self.sizes, start, stop, lambda ranges: backend.flatten(self._sum(backend, arrays, ranges))
+        )
+        return vec if self.scale == 1.0 else vec * self.scale
+
+    def slice_factors(
+        self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int
+    ) -> tuple[Array, Array, int] | None:
+        """The matrices whose product holds a slice, where :meth:`slice` is one product.
+
+        Returns
+        -------
+        (array, array, int) or None
+            L and R, the scale in one of them, and the place in ``vec(L R)`` of the slice's first element.
+        """
+        cut = best_cut(self.sizes, start, stop, self._thin)
+        if cut is None:
+            return None
+        left, right = self.unfolded(backend, arrays, cut)
+        if self.scale != 1.0:
+            left, right = (left * self.scale, right) if left.shape[0] < right.shape[1] else (left, right * self.scale)
+        return left, right, start - cut.start
+
+    def adjoint(
+        self, backend: Backend, arrays: Mapping[str, Array], vec: Array, only: str | None = None
+    ) -> dict[str, Array]:
+        """The gradient of ``<vec, whole(arrays)>`` with respect to each array.
+
+        The vector is linear in each array by itself: this is the adjoint of each of these maps.
+
+        Parameters
+        ----------
+        backend : Backend
+        arrays : mapping of str to array
+            Of the shapes in ``shapes``.
+        vec : array, shape (size,)
+        only : str, optional
+            The name of one array: no more than those of its split are computed then.
+
+        Returns
+        -------
+        dict of str to array
+            In the order and shapes of ``shapes``.
+
+        Notes
+        -----
+        Each contraction costs as much as forming the vector; memory is a few times its length.
+        """
+        scaled = vec if self.scale == 1.0 else vec * self.scale
+        tensor = backend.reshape(backend.pad_last(scaled, math.prod(self.sizes)), self.sizes)
+        found: dict[str, Array] = {}
+        for prefixes in self.prefixes:
+            own = self.of_term(prefixes, arrays)
+            for k, (prefix, split) in enumerate(zip(prefixes, self.splits, strict=True)):
+                if only is not None and only.rpartition(".")[0] + "." != prefix:
+                    continue
+                reached = self._reached(backend, own, tensor, k)
+                found |= {prefix + name: g for name, g in split.adjoint(backend, own[k], reached).items()}
+        return {name: found[name] for name in self.shapes if name in found}
+
+    def of_term(self, prefixes: Sequence[str], arrays: Mapping[str, Array]) -> list[dict[str, Array]]:
+        """The arrays of one term, split by split, under the names that their formats give them."""
+        return [
+            {name: arrays[prefix + name] for name in split.shapes}
+            for prefix, split in zip(prefixes, self.splits, strict=True)
+        ]
+
+    def _reached(self, backend: Backend, own: Sequence[Mapping[str, Array]], tensor: Array, k: int) -> Array:
+        """The gradient of ``<tensor, T>`` with respect to the tensor of one split of a term."""
+        if len(self.splits) == 1:
+            return tensor
+        others = [
+            None if j == k else split.tensor(backend, own[j], [(0, size) for size in split.sizes])
+            for j, split in enumerate(self.splits)
+        ]
+        if not self.kronecker:
+            return hadamard_tensor([tensor, *(other for other in others if other is not None)])
+        sizes = [split.sizes for split in self.splits]
+        return contracted(backend, rearranged(backend, tensor, sizes), others, sizes[k])
+
+    def inner(self, modes: int) -> int | None:
+        """Columns of L where the first ``modes`` modes are rows and the sum is one ``L R``; None for no such."""
+        if len(self.splits) > 1 and self.kronecker:
+            return None
+        inner = self.terms
+        for split in self.splits:
+            found = split.inner(modes)
+            if found is None:
+                return None
+            inner *= found
+        return inner
+
+    def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
+        """L and R of a part of the unfolding, without the scale; where :meth:`inner` says that there are such.
+
+        Parameters
+        ----------
+        backend : Backend
+        arrays : mapping of str to array
+        cut : Cut
+            Which modes are rows, and which rows and columns are wanted.
+
+        Returns
+        -------
+        (array, array)
+            Of shapes (rows, inner) and (inner, columns).
+        """
+        lefts, rights = [], []
+        for prefixes in self.prefixes:
+            own = self.of_term(prefixes, arrays)
+            halves = [split.unfolded(backend, mine, cut) for split, mine in zip(self.splits, own, strict=True)]
+            # Of an elementwise product L has the products of all columns, R those of all rows.
+            lefts.append(rowwise(backend, [left for left, _ in halves]))
+            rights.append(khatri_rao(backend, [right for _, right in halves]))
+        return backend.concat(lefts, axis=1), backend.concat(rights, axis=0)
+
+    def _thin(self, modes: int) -> int | None:
+        """:meth:`inner`, where one matrix product is the way that costs least."""
+        inner = self.inner(modes)
+        return None if inner is None or (len(self.splits) > 1 and inner > _THICK * self.terms) else inner
+
+    def _product(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> Array:
+        """A part of the unfolded sum over terms, as one matrix product, times the scale."""
+        left, right = self.unfolded(backend, arrays, cut)
+        if self.scale == 1.0:
+            return backend.matmul(left, right)
+        if backend.dtype_name(left) in ("float16", "bfloat16"):
+            # Its few bits are not spent on a scaled half.
+            return backend.matmul(left, right) * self.scale
+        if left.shape[0] < right.shape[1]:
+            return backend.matmul(left * self.scale, right)
+        return backend.matmul(left, right * self.scale)
+
+    def _sum(self, backend: Backend, arrays: Mapping[str, Array], ranges: Sequence[tuple[int, int]]) -> Array:
+        """The tensor on a box: the sum over terms."""
+        compute = self._kronecker if self.kronecker else self._hadamard
+        terms = []
+        for prefixes in self.prefixes:
+            terms.append(compute(backend, self.of_term(prefixes, arrays), ranges))
+        return functools.reduce(operator.add, terms)
+
+    def _hadamard(
+        self, backend: Backend, own: Sequence[Mapping[str, Array]], ranges: Sequence[tuple[int, int]]
+    ) -> Array:
+        return hadamard_tensor(
+            [split.tensor(backend, arrays, ranges) for split, arrays in zip(self.splits, own, strict=True)]
+        )
+
+    def _kronecker(
+        self, backend: Backend, own: Sequence[Mapping[str, Array]], ranges: Sequence[tuple[int, int]]
+    ) -> Array:
+        if len(self.splits) == 1:
+            return self.splits[0].tensor(backend, own[0], ranges)
+        # In each mode the index is a number with K digits, one a split, the first the slow one: a range
+        # of it is a box of digits, or a few of them one after another.
+        digits = []
+        for mode, (lo, hi) in enumerate(ranges):
+            found = boxes([split.sizes[mode] for split in self.splits], lo, hi)
+            if len(found) > 1:
+                edges = [lo, *(box.start for box in found[1:]), hi]
+                parts = [
+                    self._kronecker(backend, own, [*ranges[:mode], edge, *ranges[mode + 1 :]])
+                    for edge in itertools.pairwise(edges)
+                ]
+                return backend.concat(parts, axis=mode)
+            digits.append(found[0])
+        tensor = kronecker_tensor(
+            backend,
+            [
+                split.tensor(backend, arrays, [box.ranges[k] for box in digits])
+                for k, (split, arrays) in enumerate(zip(self.splits, own, strict=True))
+            ],
+        )
+        cut = tuple(slice(lo - box.start, hi - box.start) for (lo, hi), box in zip(ranges, digits, strict=True))
+        return tensor[cut]

@@ -1,0 +1,371 @@
+"""Every named method as a :class:`~tnadapt.Config`: table 1 of the paper and the field.
+
+Each preset is proved, in the tests, to be the method's own formula. Keyword arguments that a preset does
+not name are fields of :class:`~tnadapt.Config` (``alpha``, ``seed``, …) and override its choice.
+
+LoDA, which the paper also names, is not here: its nonlinearity acts on activations, so it is no ΔW.
+
+Methods with a fold of their own (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``) need to know how
+the weights stack up: they must be as many as the preset says, all of its one shape (``Config.weight_shape``; other
+weights are refused), and stand in the order layer 0 query, layer 0 value, layer 1 query, …
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tnadapt.errors import ConfigError, integer
+
+from .config import Config
+from .folding import MAX_SIZE
+
+__all__ = [
+    "cara",
+    "compacter",
+    "dense",
+    "fact_tk",
+    "fact_tt",
+    "fastfood",
+    "krona",
+    "loha",
+    "lokr",
+    "lonkr",
+    "lora",
+    "lorta",
+    "lorta_cp",
+    "lotr",
+    "superlora",
+]
+
+
+def _config(own: dict[str, Any], changes: dict[str, Any]) -> Config:
+    return Config.from_dict({**own, **changes})
+
+
+def _stacked(rows: int, cols: int, fold: tuple[int, ...], own: dict[str, Any], changes: dict[str, Any]) -> Config:
+    """All weights as one tensor whose last modes are rows and columns; a caller's own fold is of any weights."""
+    if "fold" not in changes:
+        own = {**own, "fold": fold, "order": len(fold), "weight_shape": (rows, cols)}
+    else:
+        own = {**own, "order": len(fold)}
+    return _config({"groups": 1, **own}, changes)
+
+
+def dense(**changes: Any) -> Config:
+    """Full fine-tuning of each weight (table 1, first row: M = 1, C = I, F = I).
+
+    Settings: one group a weight, order 1, dense. Parameters: rows * cols a weight.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(dense(), [(768, 768)] * 24)
+    14155776
+    """
+    return _config({"groups": "weight", "order": 1, "fold": "stack", "format": "dense"}, changes)
+
+
+def lora(rank: int = 4, **changes: Any) -> Config:
+    """LoRA: ``ΔW = (alpha / r) B A`` (table 1; Hu et al., arXiv 2106.09685).
+
+    Settings: one group a weight, stack, M = 2, CP. ``factor0`` is ``lora_B`` (rows, r), ``factor1`` is
+    ``lora_A`` transposed (cols, r). Parameters: r (rows + cols) a weight.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(lora(rank=4), [(768, 768)] * 24)
+    147456
+    """
+    return _config({"groups": "weight", "fold": "stack", "order": 2, "format": "cp", "rank": rank}, changes)
+
+
+def lokr(rank: int = 4, **changes: Any) -> Config:
+    """LoKr: ``ΔW = (alpha / r) W1 ⊗ (B A)`` (table 1; Yeh et al., arXiv 2309.14859).
+
+    Settings: one group a weight, stack, K = 2, balanced sizes; split 0 dense (W1), split 1 CP. Give
+    ``leading="same"`` for a low-rank W1, ``split_size=f`` for a W1 of f × f.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.SuperLoRA(lokr(rank=1), [(768, 768)]).param_shapes
+    {'group0.split0.dense': (24, 24), 'group0.split1.factor0': (32, 1), 'group0.split1.factor1': (32, 1)}
+    """
+    return _config(
+        {"groups": "weight", "fold": "stack", "order": 2, "splits": 2, "format": "cp", "rank": rank}, changes
+    )
+
+
+def krona(**changes: Any) -> Config:
+    """KronA: ``ΔW = s A ⊗ B`` with both factors dense (Edalati et al., arXiv 2212.10650).
+
+    Settings: one group a weight, stack, K = 2, balanced sizes, dense.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.SuperLoRA(krona(), [(768, 768)]).num_parameters == 24**2 + 32**2
+    True
+    """
+    return _config({"groups": "weight", "fold": "stack", "order": 2, "splits": 2, "format": "dense"}, changes)
+
+
+def loha(rank: int = 4, **changes: Any) -> Config:
+    """LoHa: ``ΔW = (alpha / r) (B1 A1) ∘ (B2 A2)`` (Hyeon-Woo et al., FedPara, arXiv 2108.06098; arXiv 2309.14859).
+
+    Settings: one group a weight, stack, K = 2 combined by the Hadamard product, both splits CP.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(loha(rank=4), [(768, 768)])
+    12288
+    """
+    return _config(
+        {
+            "groups": "weight",
+            "fold": "stack",
+            "order": 2,
+            "splits": 2,
+            "combine": "hadamard",
+            "leading": "same",
+            "format": "cp",
+            "rank": rank,
+        },
+        changes,
+    )
+
+
+def lonkr(rank: int = 4, splits: int = 3, groups: Any = 1, split_size: Any = 8, **changes: Any) -> Config:
+    """LoNKr: the N-split LoKr of the paper (table 1, figure 3c; section 4.2 uses sizes 6, 8, 10).
+
+    Settings: G groups, hypercube (or ``fold="stack"``), K > 2, splits 1 to K - 1 dense of ``split_size``
+    a mode, the last one CP.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.SuperLoRA(lonkr(rank=1), [(768, 768)] * 24).num_parameters == 8**2 + 8**2 + 59 + 59
+    True
+    """
+    return _config(
+        {
+            "groups": groups,
+            "fold": "hypercube",
+            "order": 2,
+            "splits": splits,
+            "split_size": split_size,
+            "leading": "dense",
+            "format": "cp",
+            "rank": rank,
+        },
+        changes,
+    )
+
+
+def lotr(rank: int = 4, *, weights: int, rows: int, cols: int, train: bool = False, **changes: Any) -> Config:
+    """LoTR: all updates as one tensor ``(weights, rows, cols)`` (table 1; Bershatsky et al., arXiv 2402.01376).
+
+    Settings: G = 1, that fold, Tucker with no factor in mode 0: ``ΔW_s = A G_s Bᵀ`` with A and B common to
+    all weights and a core G_s each. ``train=True`` makes it a tensor train over the same modes.
+
+    Parameters
+    ----------
+    rank : int
+        Of rows and columns (of both bonds for a train).
+    weights, rows, cols : int
+        How many weights, and the shape that they all have.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.SuperLoRA(lotr(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3).param_shapes
+    {'group0.split0.core': (3, 2, 2), 'group0.split0.factor1': (8, 2), 'group0.split0.factor2': (5, 2)}
+    """
+    own: dict[str, Any] = {"format": "tucker", "rank": (None, rank, rank)}
+    if train:
+        own = {"format": "tt", "rank": rank}
+    return _stacked(rows, cols, (weights, rows, cols), own, changes)
+
+
+def lorta(rank: int = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Config:
+    """LoRTA of the SuperLoRA paper: Tucker on a hypercube (table 1, equation 3).
+
+    Settings: G groups, hypercube, M > 2, Tucker. Not Hounie's LoRTA, which is :func:`lorta_cp`.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> unet = [(64, 64)] * 10 + [(128, 128)] * 32
+    >>> tna.parameter_count(lorta(rank=1, order=5), unet)
+    76
+    """
+    return _config({"groups": groups, "fold": "hypercube", "order": order, "format": "tucker", "rank": rank}, changes)
+
+
+def lorta_cp(
+    rank: int = 4, *, layers: int, rows: int, cols: int, heads: int, matrices: int = 2, **changes: Any
+) -> Config:
+    """LoRTA of Hounie et al.: CP over layers, matrices, heads, head size and input (arXiv 2410.04060).
+
+    Same name as :func:`lorta`, another method. Settings: G = 1, CP on ``(layers, matrices, heads,
+    rows / heads, cols)``.
+
+    Parameters
+    ----------
+    rank : int
+    layers, matrices : int
+        Layers, and adapted matrices in each (2: query and value).
+    rows, cols : int
+        The shape that all weights have.
+    heads : int
+        Attention heads; divides rows.
+
+    Raises
+    ------
+    ConfigError
+        If heads does not divide rows.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> cfg = lorta_cp(rank=4, layers=12, rows=768, cols=768, heads=12)
+    >>> tna.parameter_count(cfg, [(768, 768)] * 24) == 4 * (12 + 2 + 12 + 64 + 768)
+    True
+    """
+    fold = (layers, matrices, heads, _head_size(rows, heads), cols)
+    return _stacked(rows, cols, fold, {"format": "cp", "rank": rank}, changes)
+
+
+def cara(rank: int = 4, *, weights: int, rows: int, cols: int, heads: int, **changes: Any) -> Config:
+    """CaRA: weighted CP over matrices, heads, head size and input (Veeramacheneni et al., ICML 2025).
+
+    Settings: G = 1, cp-weighted on ``(weights, heads, rows / heads, cols)``. The paper counts query, key and
+    value of every layer; here ``weights`` are the adapted ones.
+
+    Parameters
+    ----------
+    rank : int
+    weights, rows, cols : int
+        How many weights, and the shape that they all have.
+    heads : int
+        Attention heads; divides rows.
+
+    Raises
+    ------
+    ConfigError
+        If heads does not divide rows.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> cfg = cara(rank=4, weights=24, rows=768, cols=768, heads=12)
+    >>> tna.parameter_count(cfg, [(768, 768)] * 24) == 4 + 4 * (24 + 12 + 64 + 768)
+    True
+    """
+    fold = (weights, heads, _head_size(rows, heads), cols)
+    return _stacked(rows, cols, fold, {"format": "cp-weighted", "rank": rank}, changes)
+
+
+def _head_size(rows: int, heads: int) -> int:
+    rows, heads = (integer(name, value, 1, MAX_SIZE, ConfigError) for name, value in (("rows", rows), ("heads", heads)))
+    if rows % heads:
+        raise ConfigError(f"heads must divide rows; got heads={heads}, rows={rows}")
+    return rows // heads
+
+
+def fact_tt(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any) -> Config:
+    """FacT-TT: ``ΔW_s = U Σ_s Vᵀ``, U and V common to all weights (Jie & Deng, arXiv 2212.03145).
+
+    Settings: G = 1, fold ``(weights, rows, cols)``, Tucker with no factor in mode 0: the tensor train of
+    FacT with its two outer cores on rows and columns and Σ between them is this Tucker form.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(fact_tt(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3) == 3 * 4 + 16 + 10
+    True
+    """
+    return lotr(rank, weights=weights, rows=rows, cols=cols, **changes)
+
+
+def fact_tk(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any) -> Config:
+    """FacT-TK: Tucker over (weights, rows, cols), a factor in every mode (Jie & Deng, arXiv 2212.03145).
+
+    Settings: G = 1, that fold, Tucker.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(fact_tk(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3) == 8 + 6 + 16 + 10
+    True
+    """
+    return _stacked(rows, cols, (weights, rows, cols), {"format": "tucker", "rank": rank}, changes)
+
+
+def fastfood(ratio: float = 0.01, **changes: Any) -> Config:
+    """Intrinsic dimension through fastfood: a dense vector and linear F (Aghajanyan et al., arXiv 2012.13255).
+
+    Settings: G = 1, M = 1, dense, linear F of compression ρ. The SuperLoRA paper's "dense with projection".
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(fastfood(ratio=0.01), [(768, 768)] * 24)
+    141558
+    """
+    own = {"groups": 1, "order": 1, "fold": "hypercube", "format": "dense", "projection": "linear", "ratio": ratio}
+    return _config(own, changes)
+
+
+def superlora(
+    rank: int = 4, groups: Any = 1, projection: str = "identity", ratio: float = 1.0, **changes: Any
+) -> Config:
+    """The paper's headline: 2D with reshape, any number of groups, any F.
+
+    Settings: G groups (1), hypercube, M = 2, CP; F as asked.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> cfg = superlora(rank=26, projection="linear", ratio=0.5)
+    >>> tna.parameter_count(cfg, [(768, 768)] * 24)
+    138372
+    """
+    own = {
+        "groups": groups,
+        "fold": "hypercube",
+        "order": 2,
+        "format": "cp",
+        "rank": rank,
+        "projection": projection,
+        "ratio": ratio,
+    }
+    return _config(own, changes)
+
+
+def compacter(rank: int = 1, terms: int = 4, **changes: Any) -> Config:
+    """Compacter's low-rank PHM: ``ΔW = sum_{i=1}^{n} A_i ⊗ (B_i C_iᵀ)`` (Mahabadi et al., arXiv 2106.04647).
+
+    Settings: one group a weight, stack, T = n terms, K = 2, A_i dense of n × n, the other split CP. In the
+    paper A_i are common to all layers and the sum sits in adapter layers; here each weight has its own.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(compacter(rank=1, terms=4), [(768, 768)]) == 4 * (16 + 192 + 192)
+    True
+    """
+    own = {
+        "groups": "weight",
+        "fold": "stack",
+        "order": 2,
+        "splits": 2,
+        "split_size": terms,
+        "terms": terms,
+        "leading": "dense",
+        "format": "cp",
+        "rank": rank,
+    }
+    return _config(own, changes)

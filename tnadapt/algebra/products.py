@@ -1,0 +1,368 @@
+"""Tensor products: CP, Tucker, tensor train, Kronecker, Hadamard; written with matmul, reshape and ``*``.
+
+Conventions are TensorLy's: factors are ``(size, rank)``, a CP tensor is ``(weights,
+factors)``, a Tucker tensor ``(core, factors)``, a tensor train a list of ``(r_left, size, r_right)``. TensorLy's
+own CPTensor, TuckerTensor and TTTensor objects go in as they are.
+
+Every contraction ends in one matrix product of the size of its result, with the small dimension inside;
+what is formed before it is small. (An einsum without a path would loop over all indices at once.)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tnadapt.backends import Backend, get_backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ShapeError, shown
+
+from .folding import MAX_ORDER
+
+__all__ = ["cp_to_tensor", "kron_matvec", "kronecker", "tt_to_tensor", "tucker_to_tensor"]
+
+
+def _several(given: Any, what: str, form: str) -> list[Any]:
+    try:
+        return list(given)
+    except TypeError:
+        raise ShapeError(f"{what} takes {form}; got {shown(given)}") from None
+
+
+def _middle(sizes: Sequence[int]) -> int:
+    """Where a product of sizes is cut, so that the two halves are smallest together; the first of such places."""
+    # A list and its index: compilers that trace this do not all know a minimum with a key.
+    halves = [math.prod(sizes[:m]) + math.prod(sizes[m:]) for m in range(1, len(sizes))]
+    return 1 + halves.index(min(halves))
+
+
+def _two(given: Any, what: str, form: str) -> tuple[Any, list[Any]]:
+    """``(one array, several)``, TensorLy's objects included."""
+    parts = _several(given, what, form)
+    if len(parts) != 2:
+        raise ShapeError(f"{what} is {form}; got {len(parts)} parts")
+    return parts[0], _several(parts[1], what, form)
+
+
+def cp_to_tensor(cp: Any) -> Array:
+    """The tensor of a CP (canonical polyadic) decomposition.
+
+    Parameters
+    ----------
+    cp : (weights, factors)
+        ``weights``: array, shape (r,), or None for ones. ``factors``: M arrays, shape (d_m, r).
+
+    Returns
+    -------
+    array, shape (d_1, …, d_M)
+        ``sum_r weights[r] * outer(factors[0][:, r], …)``, in the library, dtype and device of the
+        factors; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If a factor is no matrix or the ranks differ.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    The paper's equation (2) with a diagonal core; M = 2 is LoRA's ``A Bᵀ`` (equation 1). Costs
+    ``r * prod(d)`` multiply-adds in one matrix product; beyond the result it needs
+    ``r * (left + right)`` elements, the products of the sizes in either half of the modes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> cp_to_tensor((None, [np.array([[1.0], [2.0]]), np.array([[3.0], [4.0]])]))
+    array([[3., 4.],
+           [6., 8.]])
+    """
+    weights, factors = _two(cp, "a CP tensor", "(weights, factors)")
+    if not factors:
+        raise ShapeError("a CP tensor needs at least one factor; got none")
+    backend = get_backend(*factors, *([] if weights is None else [weights]))
+    for mode, factor in enumerate(factors):
+        if len(factor.shape) != 2 or factor.shape[1] != factors[0].shape[-1]:
+            raise ShapeError(
+                f"CP factor {mode} has shape {tuple(factor.shape)}; expected (size, {factors[0].shape[-1]}), "
+                "one column a component, like factor 0"
+            )
+    if weights is not None and tuple(weights.shape) != (factors[0].shape[1],):
+        raise ShapeError(f"CP weights have shape {tuple(weights.shape)}; expected ({factors[0].shape[1]},)")
+    return cp_tensor(backend, weights, factors)
+
+
+def cp_tensor(backend: Backend, weights: Array | None, factors: Sequence[Array]) -> Array:
+    """:func:`cp_to_tensor` of checked arrays."""
+    sizes = [factor.shape[0] for factor in factors]
+    left = factors[0] if weights is None else factors[0] * weights
+    if len(factors) == 1:
+        return backend.sum(left, axis=1)
+    # The two halves are formed; cut where they are smallest together.
+    cut = _middle(sizes)
+    rows = khatri_rao(backend, [left, *factors[1:cut]])
+    cols = khatri_rao(backend, factors[cut:])
+    return backend.reshape(backend.matmul(rows, backend.matrix_transpose(cols)), sizes)
+
+
+def khatri_rao(backend: Backend, factors: Sequence[Array]) -> Array:
+    """Columnwise Kronecker product of (d_m, r) factors: shape (prod d_m, r)."""
+
+    def pair(a: Array, b: Array) -> Array:
+        rank = a.shape[1]
+        product = backend.reshape(a, (-1, 1, rank)) * backend.reshape(b, (1, -1, rank))
+        return backend.reshape(product, (a.shape[0] * b.shape[0], rank))
+
+    return functools.reduce(pair, factors)
+
+
+def tucker_to_tensor(tucker: Any) -> Array:
+    """The tensor of a Tucker decomposition: ``core x_1 A_1 x_2 A_2 … x_M A_M``.
+
+    Parameters
+    ----------
+    tucker : (core, factors)
+        ``core``: array, shape (r_1, …, r_M). ``factors``: M arrays, shape (d_m, r_m); None in a mode
+        leaves the core's own size there (partial Tucker).
+
+    Returns
+    -------
+    array, shape (d_1, …, d_M)
+        In the library, dtype and device of the core; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If there is not one factor a mode, or one does not fit the core.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    The paper's equations (2) and (3), with C the core and A_m the plane factors. Modes are expanded
+    first to last, each by one matrix product; the last costs ``prod(d) * r_M`` multiply-adds and
+    needs its input, ``prod(d) / d_M * r_M`` elements, beside the result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tucker_to_tensor((np.array([[2.0]]), [np.array([[1.0], [2.0]]), None]))
+    array([[2.],
+           [4.]])
+    """
+    core, factors = _two(tucker, "a Tucker tensor", "(core, factors)")
+    backend = get_backend(core, *(factor for factor in factors if factor is not None))
+    if len(factors) != len(core.shape):
+        raise ShapeError(f"a core of shape {tuple(core.shape)} needs {len(core.shape)} factors; got {len(factors)}")
+    for mode, factor in enumerate(factors):
+        if factor is not None and (len(factor.shape) != 2 or factor.shape[1] != core.shape[mode]):
+            raise ShapeError(
+                f"Tucker factor {mode} has shape {tuple(factor.shape)}; expected (size, {core.shape[mode]}), "
+                f"for a core of shape {tuple(core.shape)}"
+            )
+    return tucker_tensor(backend, core, factors)
+
+
+def tucker_tensor(backend: Backend, core: Array, factors: Sequence[Array | None]) -> Array:
+    """:func:`tucker_to_tensor` of checked arrays."""
+    sizes = [core.shape[m] if factor is None else factor.shape[0] for m, factor in enumerate(factors)]
+    # The leading mode is contracted and its result put last: after M turns the modes stand in order again.
+    shape = list(core.shape)
+    for factor, size in zip(factors, sizes, strict=True):
+        rank = shape.pop(0)
+        rest = backend.matrix_transpose(backend.reshape(core, (rank, math.prod(shape))))
+        core = rest if factor is None else backend.matmul(rest, backend.matrix_transpose(factor))
+        shape.append(size)
+    return backend.reshape(core, sizes)
+
+
+def tt_to_tensor(cores: Any) -> Array:
+    """The tensor of a tensor train.
+
+    Parameters
+    ----------
+    cores : sequence of array
+        M arrays, shape (r_{m-1}, d_m, r_m), with r_0 = r_M = 1.
+
+    Returns
+    -------
+    array, shape (d_1, …, d_M)
+        In the library, dtype and device of the cores; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If a core has not three axes, neighbours' ranks differ, or the train does not begin and end
+        with rank 1.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    Oseledets, "Tensor-train decomposition" (SIAM J. Sci. Comput. 33, 2011). The train is contracted
+    from both ends; the last matrix product costs ``prod(d) * r`` multiply-adds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tt_to_tensor([np.ones((1, 2, 3)), np.ones((3, 2, 1))])
+    array([[3., 3.],
+           [3., 3.]])
+    """
+    cores = _several(cores, "a tensor train", "a list of cores")
+    if not cores:
+        raise ShapeError("a tensor train needs at least one core; got none")
+    backend = get_backend(*cores)
+    left = 1
+    for mode, core in enumerate(cores):
+        right = 1 if mode == len(cores) - 1 else "r"
+        if len(core.shape) != 3 or core.shape[0] != left or core.shape[2] < 1 or (right == 1 and core.shape[2] != 1):
+            raise ShapeError(f"TT core {mode} has shape {tuple(core.shape)}; expected ({left}, size, {right})")
+        left = core.shape[2]
+    return tt_tensor(backend, cores)
+
+
+def tt_tensor(backend: Backend, cores: Sequence[Array]) -> Array:
+    """:func:`tt_to_tensor` of checked arrays."""
+    sizes = [core.shape[1] for core in cores]
+    if len(cores) == 1:
+        return backend.reshape(cores[0], sizes)
+    cut = _middle(sizes)
+    return backend.reshape(backend.matmul(tt_left(backend, cores[:cut]), tt_right(backend, cores[cut:])), sizes)
+
+
+def tt_left(backend: Backend, cores: Sequence[Array]) -> Array:
+    """The first cores of a train, contracted from its beginning: shape (prod d_m, r)."""
+    rows = backend.reshape(cores[0], (-1, cores[0].shape[2]))
+    for core in cores[1:]:
+        rows = backend.matmul(rows, backend.reshape(core, (core.shape[0], -1)))
+        rows = backend.reshape(rows, (-1, core.shape[2]))
+    return rows
+
+
+def tt_right(backend: Backend, cores: Sequence[Array]) -> Array:
+    """The last cores of a train, contracted from its end: shape (r, prod d_m)."""
+    cols = backend.reshape(cores[-1], (cores[-1].shape[0], -1))
+    for core in reversed(cores[:-1]):
+        cols = backend.matmul(backend.reshape(core, (-1, core.shape[2])), cols)
+        cols = backend.reshape(cols, (core.shape[0], -1))
+    return cols
+
+
+def kronecker(arrays: Sequence[Array]) -> Array:
+    """Kronecker product of K arrays of one order.
+
+    Parameters
+    ----------
+    arrays : sequence of array, shape (d_k1, …, d_kM)
+        All with the same number of axes.
+
+    Returns
+    -------
+    array, shape (prod_k d_k1, …, prod_k d_kM)
+        ``numpy.kron`` of them in turn: in each mode the first array's index is the slow one. In their
+        library, dtype and device; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If there is none, or the numbers of axes differ.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    The paper's ``⊗`` over the splits k = 1 … K in equation (2). One multiplication an element of the
+    result, and one for each of the smaller products on the way.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> kronecker([np.array([1.0, 2.0]), np.array([1.0, 10.0])])
+    array([ 1., 10.,  2., 20.])
+    """
+    arrays = _several(arrays, "a Kronecker product", "a list of arrays")
+    if not arrays:
+        raise ShapeError("a Kronecker product needs at least one array; got none")
+    backend = get_backend(*arrays)
+    if len({len(array.shape) for array in arrays}) > 1:
+        raise ShapeError(
+            "a Kronecker product needs arrays of one order; got shapes "
+            + ", ".join(str(tuple(array.shape)) for array in arrays)
+        )
+    if len(arrays[0].shape) > MAX_ORDER:
+        raise ShapeError(f"a Kronecker product takes arrays of at most {MAX_ORDER} axes; got {len(arrays[0].shape)}")
+    return kronecker_tensor(backend, arrays)
+
+
+def kronecker_tensor(backend: Backend, arrays: Sequence[Array]) -> Array:
+    """:func:`kronecker` of checked arrays."""
+
+    def pair(b: Array, a: Array) -> Array:
+        slow = [size for d in a.shape for size in (d, 1)]
+        fast = [size for d in b.shape for size in (1, d)]
+        product = backend.reshape(a, slow) * backend.reshape(b, fast)
+        return backend.reshape(product, [x * y for x, y in zip(a.shape, b.shape, strict=True)])
+
+    return functools.reduce(pair, reversed(arrays))
+
+
+def kron_matvec(matrices: Sequence[Array], x: Array) -> Array:
+    """``kronecker(matrices) @ x`` without forming the Kronecker product.
+
+    Parameters
+    ----------
+    matrices : sequence of array, shape (rows_k, cols_k)
+        K matrices.
+    x : array, shape (prod cols_k,) or (prod cols_k, batch)
+        What the product is applied to.
+
+    Returns
+    -------
+    array, shape (prod rows_k,) or (prod rows_k, batch)
+        In the library, dtype and device of the inputs; differentiable.
+
+    Raises
+    ------
+    ShapeError
+        If a matrix is none, or x does not fit.
+    BackendError
+        If libraries, dtypes or devices are mixed.
+
+    Notes
+    -----
+    ``vec(A X Bᵀ) = (A ⊗ B) vec(X)``, one matrix product a factor: for K factors of n² it costs
+    ``K n^(K+1)`` multiply-adds a column where the whole product takes ``n^(2K)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a, b = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([[1.0, 1.0]])
+    >>> kron_matvec([a, b], np.array([1.0, 2.0, 3.0, 4.0]))
+    array([7., 3.])
+    """
+    matrices = _several(matrices, "kron_matvec", "a list of matrices")
+    if not matrices:
+        raise ShapeError("kron_matvec needs at least one matrix; got none")
+    backend = get_backend(x, *matrices)
+    for k, matrix in enumerate(matrices):
+        if len(matrix.shape) != 2:
+            raise ShapeError(f"matrix {k} of kron_matvec has shape {tuple(matrix.shape)}; expected (rows, cols)")
+    cols = [matrix.shape[1] for matrix in matrices]
+    if len(x.shape) not in (1, 2) or x.shape[0] != math.prod(cols):
+        raise ShapeError(
+            f"x has shape {tuple(x.shape)}; expected ({math.prod(cols)},) or ({math.prod(cols)}, batch) "
+            f"for matrices of {cols} columns"
+        )
+    # A Tucker product whose last mode, the batch, has no factor.
+    core = backend.reshape(x, (*cols, math.prod(x.shape[1:])))
+    product = tucker_tensor(backend, core, [*matrices, None])
+    return backend.reshape(product, (math.prod(m.shape[0] for m in matrices), *x.shape[1:]))
+
+
+def hadamard_tensor(arrays: Sequence[Array]) -> Array:
+    """Elementwise product of arrays of one shape."""
+    return functools.reduce(lambda a, b: a * b, arrays)

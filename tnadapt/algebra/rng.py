@@ -1,0 +1,224 @@
+"""The fixed random numbers: the same bits on every machine, backend and release.
+
+Each element is a pure function of ``(seed, group, purpose, index)``, so any slice can be drawn without
+the rest, and in any order. Words come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as
+easy as 1, 2, 3", SC 2011); normals from them by AS 241 (Wichura, Applied Statistics 37, 1988); the
+permutation is a Feistel network with cycle walking. Only integer and IEEE-exact operations are used:
+no ``libm``, whose last bits differ between machines, and no library's own generator, whose streams
+change between releases.
+
+The streams differ by ``purpose``: 1 permutation, 2 the Gaussian diagonal ``g``, 3 signs, 4 the Gaussian
+``g'`` of the v2 projections, 16 upward the random starts of factors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tnadapt.backends import kernels
+from tnadapt.errors import ConfigError, ShapeError, integer
+
+from . import _rng_numpy as rng_numpy
+from ._rng_numpy import chunks
+
+__all__ = [
+    "PURPOSE",
+    "chunks",
+    "digest",
+    "normals",
+    "normals_at",
+    "permutation",
+    "signs",
+    "words",
+    "words_at",
+]
+
+PURPOSE = {"permutation": 1, "gaussian": 2, "signs": 3, "gaussian_v2": 4, "start": 16}
+
+# Shorter draws are done before a compiler would be imported.
+WORTH = 1 << 14
+
+
+def _way(size: int) -> Any:
+    """What draws that many elements: compiled kernels where there are any, else NumPy; the same bits."""
+    return (kernels("philox") if size >= WORTH else None) or rng_numpy
+
+
+def _check_stream(seed: int, group: int, start: int, stop: int) -> None:
+    integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
+    integer("group", group, 0, (1 << 32) - 1, ConfigError)
+    for name, value in (("start", start), ("stop", stop)):
+        integer(name, value, 0, 1 << 63, ShapeError)
+    if not 0 <= start <= stop:
+        raise ShapeError(f"a draw needs 0 <= start <= stop; got start={start}, stop={stop}")
+
+
+def words(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.uint32]:
+    """Words ``start`` to ``stop - 1`` of one stream.
+
+    Parameters
+    ----------
+    seed : int
+        0 to 2**64 - 1; the Philox key.
+    group, purpose : int
+        Which stream: the counter's last two words.
+    start, stop : int
+        Which words of it.
+
+    Returns
+    -------
+    ndarray of uint32, shape (stop - start,)
+
+    Raises
+    ------
+    ConfigError
+        If seed or group is out of range.
+    ShapeError
+        If not ``0 <= start <= stop``.
+
+    Examples
+    --------
+    >>> [hex(word) for word in words(seed=0, group=0, purpose=1, start=0, stop=2)]
+    ['0x844515e1', '0xf08d6eaa']
+    """
+    _check_stream(seed, group, start, stop)
+    return _way(stop - start).words(seed, group, purpose, start, stop)  # type: ignore[no-any-return]
+
+
+def words_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]]) -> NDArray[np.uint32]:
+    """Words of one stream at any positions: as :func:`words`, four times its cost for each.
+
+    Examples
+    --------
+    >>> [hex(word) for word in words_at(0, 0, 1, np.array([4, 1]))]
+    ['0xca7cf69e', '0xf08d6eaa']
+    """
+    return _way(index.size).words_at(seed, group, purpose, index)  # type: ignore[no-any-return]
+
+
+def signs(seed: int, group: int, start: int, stop: int) -> NDArray[np.int8]:
+    """Elements of the Rademacher vector: bit ``i % 32`` of word ``i // 32``; a set bit is -1.
+
+    Parameters
+    ----------
+    seed, group : int
+        Which vector.
+    start, stop : int
+        Which elements.
+
+    Returns
+    -------
+    ndarray of int8, shape (stop - start,)
+        1 and -1.
+
+    Examples
+    --------
+    >>> signs(0, 0, 0, 8).tolist()
+    [1, 1, -1, -1, -1, -1, 1, -1]
+    """
+    _check_stream(seed, group, start, stop)
+    return _way(stop - start).signs(seed, group, PURPOSE["signs"], start, stop)  # type: ignore[no-any-return]
+
+
+def normals(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.float32]:
+    """Standard normal numbers: one word each, through the inverse normal distribution.
+
+    Parameters
+    ----------
+    seed, group, purpose : int
+        Which stream.
+    start, stop : int
+        Which elements.
+
+    Returns
+    -------
+    ndarray of float32, shape (stop - start,)
+        ``Phi^-1((word + 1/2) / 2**32)``, computed in float64 and rounded once.
+
+    Examples
+    --------
+    >>> normals(0, 0, PURPOSE["gaussian"], 0, 3).tolist()
+    [-1.9611564874649048, 0.5619568824768066, -1.0409672260284424]
+    """
+    _check_stream(seed, group, start, stop)
+    return _way(stop - start).normals(seed, group, purpose, start, stop)  # type: ignore[no-any-return]
+
+
+def normals_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    """Elements of :func:`normals` at any positions.
+
+    Examples
+    --------
+    >>> normals_at(0, 0, PURPOSE["gaussian"], np.array([2])).tolist()
+    [-1.0409672260284424]
+    """
+    return _way(index.size).normals_at(seed, group, purpose, index)  # type: ignore[no-any-return]
+
+
+def permutation(
+    size: int, seed: int, group: int, start: int = 0, stop: int | None = None, inverse: bool = False
+) -> NDArray[np.int64]:
+    """Part of a fixed random permutation of the integers below ``size``.
+
+    Parameters
+    ----------
+    size : int
+        Length of the whole permutation, 1 to 2**63 - 1.
+    seed, group : int
+        Which permutation.
+    start, stop : int
+        Which of its elements; all of them by default.
+    inverse : bool
+        Elements of the inverse permutation instead.
+
+    Returns
+    -------
+    ndarray of int64, shape (stop - start,)
+
+    Raises
+    ------
+    ConfigError
+        If seed or group is out of range.
+    ShapeError
+        If not ``0 <= start <= stop <= size``.
+
+    Notes
+    -----
+    An 8-round Feistel network on ``ceil(log2(size))`` bits; what falls outside ``size`` is sent through
+    it again until it falls inside (fewer than two passes on average). The inverse runs the rounds
+    backwards, so it, too, costs the same for any slice.
+
+    Examples
+    --------
+    >>> permutation(16, seed=0, group=0).tolist()
+    [14, 13, 7, 10, 6, 8, 3, 15, 1, 2, 9, 4, 0, 11, 12, 5]
+    >>> permutation(16, seed=0, group=0, start=14, stop=16, inverse=True).tolist()
+    [0, 7]
+    """
+    size = integer("size", size, 1, (1 << 63) - 1, ShapeError)
+    stop = size if stop is None else stop
+    _check_stream(seed, group, start, stop)
+    if stop > size:
+        raise ShapeError(f"a permutation of {size} has no element {stop - 1}; got stop={stop}")
+    keys = words(seed, group, PURPOSE["permutation"], 0, 8)
+    return _way(stop - start).permutation(size, keys, start, stop, inverse)  # type: ignore[no-any-return]
+
+
+def digest(*streams: Iterator[bytes]) -> str:
+    """SHA-256, in hex, of byte strings one after another.
+
+    Examples
+    --------
+    >>> digest(iter([signs(0, 0, 0, 1000).astype("<f4").tobytes()]))[:16]
+    '3557a0b7985e0a08'
+    """
+    total = hashlib.sha256()
+    for stream in streams:
+        for piece in stream:
+            total.update(piece)
+    return total.hexdigest()

@@ -1,0 +1,244 @@
+"""``W + ΔW``, to the bit: the one arithmetic of merging, in memory and on disk.
+
+**ΔW** is computed in float64 from the adapter's arrays, cast to float64. **The sum** ``W + ΔW`` is taken in
+float64, rounded to float32, and then to the weight's dtype: two roundings to nearest, ties to even, which are the same
+in every library. In a float64 weight the sum is kept as it is. A weight of bfloat16 is its bits, as uint16.
+
+On the CPU both ways of merging are this code, on the same numbers. On another device ΔW may differ in its last
+bit, which changes a float32 sum where it lies within 1e-16 of a boundary between two of them: once in some 1e9
+elements at most, and 65,000 times more seldom in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tnadapt.backends import get_backend
+from tnadapt.backends.backend import FLOAT_DTYPES, Array
+from tnadapt.errors import BackendError, shown
+
+from .superlora import SuperLoRA
+
+__all__ = ["ExactUpdates", "add_in_place", "rounded", "widened"]
+
+# Elements computed at once: a few such pieces in float64 stay in the cache.
+PIECE = 1 << 18
+# The same where F goes through all of its draws for each piece: a span is kept for the weights that share it.
+SPAN = 1 << 24
+
+
+class ExactUpdates:
+    """The updates of an adapter in float64, a piece of a weight at a time.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+    arrays : mapping of str to array
+        Named and shaped as ``plan.param_shapes`` says, of any one library.
+    trained : str
+        The dtype that they were trained in. Where F is nonlinear, ΔW is what they moved from the start as that dtype
+        holds it.
+    piece : int
+        How many elements are computed at once, about, where F is the identity.
+
+    Notes
+    -----
+    Where F is the identity, memory is a few pieces. Otherwise groups are made in spans of 2**24 elements, one
+    of which is kept: some five times 128 MB, and what F keeps (see :class:`~tnadapt.Projection`); time is that of
+    all the group's draws for each span. Which pieces there are does not depend on the order of the weights.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> plan = SuperLoRA(tna.presets.dense(), [(2, 3)])
+    >>> updates = ExactUpdates(plan, {"group0.split0.dense": np.arange(6, dtype=np.float32)}, "float32", piece=4)
+    >>> [(start, part.tolist()) for start, part in updates.of(0)]
+    [(0, [0.0, 1.0, 2.0, 3.0]), (4, [4.0, 5.0])]
+    """
+
+    def __init__(self, plan: SuperLoRA, arrays: Mapping[str, Array], trained: str, piece: int = PIECE) -> None:
+        self.plan, self.trained, self.piece = plan, trained, piece
+        self._arrays, self._backend = arrays, get_backend(*arrays.values())
+        self._wide: tuple[int, dict[str, Array]] = -1, {}
+        self._span: tuple[int, int, Any] = -1, 0, None
+
+    def of(self, weight: int) -> Iterator[tuple[int, Array]]:
+        """Where each piece begins in ``vec`` of a weight, and the piece, a float64 vector; in order, and all of it."""
+        for run in self.plan.layout.of_weight(weight):
+            group = self.plan.groups[run.group]
+            plain = group.projection.kind == "identity"
+            step = _step(group.network.sizes, self.piece) if plain else SPAN
+            stop = run.group_start + run.length
+            for begin in range(run.group_start // step * step, stop, step):
+                lo, hi = max(begin, run.group_start), min(begin + step, stop)
+                if plain:
+                    part = self._made(run.group, lo, hi)
+                else:
+                    part = self._in_span(run.group, begin)[lo - begin : hi - begin]
+                yield lo - run.group_start + run.weight_start, part
+
+    def _in_span(self, index: int, begin: int) -> Array:
+        if self._span[:2] != (index, begin):
+            self._span = -1, 0, None  # the old one goes before the new one comes
+            self._span = index, begin, self._made(index, begin, min(begin + SPAN, self.plan.groups[index].size))
+        return self._span[2]
+
+    def _made(self, index: int, start: int, stop: int) -> Array:
+        group = self.plan.groups[index]
+        if self._wide[0] != index:
+            # Of one group at a time: of a dense adapter this is as long as its weights.
+            cast = {full: self._backend.astype(self._arrays[full], "float64") for full in group.names.values()}
+            self._wide = index, cast
+        return group.update(self._backend, self._wide[1], start, stop, self.trained)
+
+
+def _step(sizes: tuple[int, ...], piece: int) -> int:
+    """About a piece, in whole rows of a folded tensor, which the network makes as one box."""
+    row = 1
+    for size in reversed(sizes[1:]):
+        if row * size > piece:
+            break
+        row *= size
+    return piece // row * row
+
+
+def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.ndarray]]) -> str | None:
+    """Add an update to a weight.
+
+    Parameters
+    ----------
+    weight : ndarray, shape (n,)
+        Contiguous; changed in place. bfloat16 as its bits.
+    dtype : {"float64", "float32", "float16", "bfloat16"}
+        Of the weight.
+    pieces : iterable of (int, ndarray)
+        Where each begins, and the numbers, float64.
+
+    Returns
+    -------
+    str or None
+        ``"update"`` where that is not finite, ``"range"`` where a sum that should be finite is not in this dtype; the
+        weight is then changed in part.
+
+    Examples
+    --------
+    >>> weight = np.ones(3, np.float16)
+    >>> add_in_place(weight, "float16", [(1, np.array([0.5, 2.0]))]), weight.tolist()
+    (None, [1.0, 1.5, 3.0])
+    """
+    scratch = _Scratch(min(PIECE, weight.size))
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+        for start, piece in pieces:
+            for lo in range(0, piece.size, PIECE):
+                some = piece[lo : lo + PIECE]
+                problem = _add(weight[start + lo : start + lo + some.size], dtype, some, scratch)
+                if problem is not None:
+                    return problem
+    return None
+
+
+class _Scratch:
+    """Room for a piece: made anew for each, its pages would cost more than the sums."""
+
+    def __init__(self, size: int) -> None:
+        self.total = np.empty(size, np.float64)
+        self.single = np.empty(size, np.float32)
+        self.bits = np.empty(size, np.uint32)
+
+
+def _add(part: np.ndarray, dtype: str, piece: np.ndarray, scratch: _Scratch) -> str | None:
+    """:func:`rounded` of :func:`widened` and a piece, in room that is there."""
+    size = piece.size
+    total, single, bits = scratch.total[:size], scratch.single[:size], scratch.bits[:size]
+    before = part
+    if dtype == "bfloat16":
+        np.copyto(bits, part)
+        np.left_shift(bits, 16, out=bits)
+        before = bits.view(np.float32)
+    elif dtype == "float16":
+        before = single
+        np.copyto(single, part)
+    np.add(before, piece, out=total)
+    if not _in_range(total, dtype) and (~_finite(total, dtype) & np.isfinite(widened(part, dtype))).any():
+        return "range" if np.isfinite(piece).all() else "update"
+    if dtype == "float64":
+        np.copyto(part, total)
+        return None
+    np.copyto(single, total, casting="same_kind")
+    if dtype == "bfloat16":
+        _to_bfloat16(single, bits)
+        np.copyto(part, bits, casting="same_kind")
+    else:
+        np.copyto(part, single, casting="same_kind")
+    return None
+
+
+def widened(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored numbers as ones of at least single precision, without rounding: float64, or float32 which holds them.
+
+    Examples
+    --------
+    >>> widened(np.array([0x3F80, 0xC000], np.uint16), "bfloat16").tolist()
+    [1.0, -2.0]
+    """
+    if dtype == "bfloat16":
+        # Its bits are the upper half of a float32's.
+        bits = stored.astype(np.uint32)
+        bits <<= np.uint32(16)
+        return bits.view(np.float32)
+    return stored.astype(np.float32) if dtype == "float16" else stored
+
+
+def rounded(numbers: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers of float64 as a weight of some dtype keeps them: rounded to float32, and then to that.
+
+    Examples
+    --------
+    >>> rounded(np.array([1.0, 1.0 + 2**-8]), "bfloat16").tolist() == [0x3F80, 0x3F80]
+    True
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise BackendError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {shown(dtype)}")
+    if dtype == "float64":
+        return numbers.astype(np.float64, copy=False)
+    single = numbers.astype(np.float32)
+    if dtype == "float32":
+        return single
+    return single.astype(np.float16) if dtype == "float16" else _bfloat16(single)
+
+
+def _bfloat16(single: np.ndarray) -> np.ndarray:
+    """The bits of float32 numbers in bfloat16."""
+    found = np.empty(single.shape, np.uint32)
+    _to_bfloat16(single, found)
+    return found.astype(np.uint16)
+
+
+def _to_bfloat16(single: np.ndarray, out: np.ndarray) -> None:
+    bits = single.view(np.uint32)
+    np.right_shift(bits, 16, out=out)
+    np.bitwise_and(out, 1, out=out)
+    np.add(out, 0x7FFF, out=out)
+    np.add(out, bits, out=out)
+    np.right_shift(out, 16, out=out)
+    nan = np.isnan(single)
+    if nan.any():
+        out[nan] = 0x7FC0  # adding would carry into its sign
+
+
+# Below these, rounding leads to no infinity; above, it is looked at.
+_ROOM = {"float64": 1e308, "float32": 3e38, "float16": 65000.0, "bfloat16": 3e38}
+
+
+def _in_range(numbers: np.ndarray, dtype: str) -> bool:
+    """Whether all numbers are clearly within the dtype's range; NaN is none."""
+    return bool(-_ROOM[dtype] < numbers.min() and numbers.max() < _ROOM[dtype])
+
+
+def _finite(numbers: np.ndarray, dtype: str) -> np.ndarray:
+    """Which of the numbers are finite once they are rounded."""
+    stored = rounded(numbers, dtype)
+    return np.asarray(np.isfinite(widened(stored, dtype)))

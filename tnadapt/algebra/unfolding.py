@@ -1,0 +1,152 @@
+"""A slice of a tensor's vector as one matrix product: unfoldings of a tensor network, and the part that is asked for.
+
+The leading modes of a tensor make the rows of a matrix, the others its columns: an unfolding. Its ``vec`` is the
+tensor's, so that a slice is a run of rows. CP, Tucker and tensor trains give each unfolding as a product ``L R`` with
+few columns in L; what is asked for is then written once and in order, by one product of some rows of L with R.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+
+from ._boxes import SLACK, boxes
+
+__all__ = ["Cut", "along", "best_cut", "rowwise"]
+
+# What an element of the result costs beside its multiply-adds, counted in them; and an element of L or R.
+_WRITTEN = 12
+_FORMED = 36
+
+
+class Cut(NamedTuple):
+    """Part of an unfolding that holds a slice.
+
+    Attributes
+    ----------
+    modes : int
+        How many leading modes make the rows.
+    rows, cols : (int, int)
+        Start and stop.
+    start : int
+        Position in ``vec`` of its first element; the others follow one after another.
+    """
+
+    modes: int
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    start: int
+
+
+def best_cut(sizes: Sequence[int], start: int, stop: int, rank: Callable[[int], int | None]) -> Cut | None:
+    """The unfolding in which a slice costs least.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        ``d_1 … d_M``.
+    start, stop : int
+        The slice, ``0 <= start < stop <= prod(sizes)``.
+    rank : callable
+        Of a number of leading modes: how many columns L has there; None where there is no such product.
+
+    Returns
+    -------
+    Cut or None
+        None where every one would hold a quarter more than is asked for, or there is none.
+
+    Examples
+    --------
+    A weight of 2**24 elements out of 2**30 in four modes is 507 rows of the square unfolding:
+
+    >>> best_cut((182, 182, 182, 182), 0, 1 << 24, lambda modes: 8)
+    Cut(modes=2, rows=(0, 507), cols=(0, 33124), start=0)
+    >>> best_cut((4, 10), 12, 15, lambda modes: 1)
+    Cut(modes=1, rows=(1, 2), cols=(2, 5), start=12)
+    """
+    found: tuple[int, Cut] | None = None
+    for modes in range(1, len(sizes)):
+        inner = rank(modes)
+        if inner is None:
+            continue
+        length = math.prod(sizes[modes:])
+        first, end = start // length, -(-stop // length)
+        # Within one row no more than the slice itself is formed.
+        cols = (start - first * length, stop - first * length) if end - first == 1 else (0, length)
+        height, width = end - first, cols[1] - cols[0]
+        if height * width > (1 + SLACK) * (stop - start):
+            continue
+        cost = height * width * (_WRITTEN + inner) + (height + width) * inner * _FORMED
+        if found is None or cost < found[0]:
+            found = cost, Cut(modes, (first, end), cols, first * length + cols[0])
+    return None if found is None else found[1]
+
+
+def along(
+    backend: Backend,
+    sizes: Sequence[int],
+    start: int,
+    stop: int,
+    make: Callable[[Sequence[tuple[int, int]]], Array],
+    axis: int = 0,
+) -> Array:
+    """What ``make`` gives on boxes, joined and cut to a slice of their ``vec``.
+
+    Parameters
+    ----------
+    backend : Backend
+    sizes : sequence of int
+        Of the tensor that the boxes are of.
+    start, stop : int
+        The slice.
+    make : callable
+        Of the ranges of a box: an array with one axis for all of its elements, in order.
+    axis : int
+        That axis.
+
+    Returns
+    -------
+    array
+        ``stop - start`` long on that axis.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import get_backend
+    >>> x = np.arange(12).reshape(3, 4)
+    >>> along(get_backend(x), (3, 4), 3, 9, lambda box: x[box[0][0]:box[0][1], box[1][0]:box[1][1]].reshape(-1))
+    array([3, 4, 5, 6, 7, 8])
+    """
+    parts = []
+    for ranges, first in boxes(sizes, start, stop):
+        part = make(ranges)
+        lo, hi = max(start - first, 0), min(stop - first, part.shape[axis])
+        whole = (lo, hi) == (0, part.shape[axis])
+        parts.append(part if whole else part[(*(slice(None),) * axis, slice(lo, hi), ...)])
+    return backend.concat(parts, axis=axis)
+
+
+def rowwise(backend: Backend, arrays: Sequence[Array]) -> Array:
+    """Rows of the Kronecker products of rows: L of an elementwise product from those of its factors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import get_backend
+    >>> a, b = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 10.0], [1.0, 10.0]])
+    >>> rowwise(get_backend(a), [a, b])
+    array([[ 1., 10.,  2., 20.],
+           [ 3., 30.,  4., 40.]])
+    """
+
+    def pair(a: Array, b: Array) -> Array:
+        rows = a.shape[0]
+        product = backend.reshape(a, (rows, -1, 1)) * backend.reshape(b, (rows, 1, -1))
+        return backend.reshape(product, (rows, a.shape[1] * b.shape[1]))
+
+    return functools.reduce(pair, arrays)

@@ -1,0 +1,83 @@
+"""JAX: jax.numpy is an array-API namespace of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tnadapt.errors import BackendError
+
+from .backend import Array, Backend
+
+
+class JaxBackend(Backend):
+    """JAX arrays and tracers; differentiable by jax.grad, through jit and vmap."""
+
+    name = "jax"
+
+    def __init__(self) -> None:
+        super().__init__(jnp)
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, jax.Array)
+
+    def is_concrete(self, x: Array) -> bool:
+        return not isinstance(x, jax.core.Tracer)
+
+    def device(self, x: Array) -> Any:
+        # A tracer has no device of its own.
+        return x.device if self.is_concrete(x) else None
+
+    def dtype(self, name: str) -> Any:
+        if name == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+            raise BackendError(
+                "JAX computes in float32, not float64, unless 64-bit numbers are switched on: "
+                "jax.config.update('jax_enable_x64', True), or ask for dtype='float32'"
+            )
+        return super().dtype(name)
+
+    def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
+        if isinstance(device, str):
+            platform, _, number = device.partition(":")
+            try:
+                device = jax.devices(platform)[int(number or 0)]
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise BackendError(f"JAX has no device {device!r} here: {error}") from error
+        kind = None if dtype is None else self.dtype(dtype)
+        try:
+            return jnp.array(array, dtype=kind, device=device)
+        except (TypeError, ValueError) as error:
+            raise BackendError(f"JAX cannot use device {device!r}: {error}") from error
+
+    def apart(self, arrays: Sequence[Array]) -> list[Array]:
+        return list(jax.lax.optimization_barrier(tuple(arrays)))  # type: ignore[no-untyped-call]
+
+    def constant(self, array: np.ndarray, device: Any) -> Array:
+        if array.dtype == np.int64 and jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
+            # JAX would keep the low 32 bits without a word.
+            if array.size and array.max() >= 1 << 31:
+                raise BackendError(
+                    "positions past 2**31 need 64-bit integers: jax.config.update('jax_enable_x64', True)"
+                )
+            array = array.astype(np.int32)
+        return jnp.asarray(array, device=device)
+
+    def lacks(self, x: Array) -> frozenset[str]:
+        return frozenset({"fwht", "fastfood", "shuffle"})
+
+    def double_precision(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = jax.enable_x64(True)
+        return context
+
+    def gradient(
+        self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
+    ) -> dict[str, Array] | None:
+        return dict(jax.grad(function)(arrays))
+
+    def zeros(self, shape: Any, like: Array) -> Array:
+        return jnp.zeros(tuple(shape), dtype=like.dtype, device=self.device(like))

@@ -1,0 +1,308 @@
+"""The loops of a linear F: its diagonals, gathering and scattering, and putting elements in another order.
+
+All work on pieces that fit in the second cache, and on parts of these that fit in the first; ``fastfood.py`` says
+how they make F.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int64, uint32
+
+from .butterflies import block, stages, strips
+from .compiling import compiled
+from .feistel import fill_images, fill_images_meanwhile
+from .intrinsics import fetch, signed
+from .memory import CACHE_LINE
+
+__all__ = [
+    "CHUNK_BITS",
+    "begin",
+    "chunks_from_buckets",
+    "chunks_to_buckets",
+    "draw_buckets",
+    "end",
+    "find_starts",
+    "gather",
+    "number_buckets",
+    "place",
+    "scatter",
+    "sort_locations",
+    "unplace",
+]
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+# Images drawn at a time.
+_SHORT = 1024
+# Elements of 4 bytes in a line of the cache.
+_LINE = CACHE_LINE // 4
+#: A chunk of one vector, and a bucket of the other, has so many elements that 16 bits number them.
+CHUNK_BITS = 16
+
+
+@compiled
+def _times_diagonal(src, dst, at, count, words, numbers, scale):
+    """``dst = scale * diagonal * src`` at some places; its signs are the bits of words; or it is numbers, or 1."""
+    whole = count // 32 if at % 32 == 0 else 0
+    for i in range(whole):
+        signed(src, dst, at + 32 * i, words[at // 32 + i] if words.size > 0 else uint32(0), scale)
+    for j in range(at + 32 * whole, at + count):
+        bit = (words[j >> 5] >> uint32(j & 31)) & uint32(1) if words.size > 0 else uint32(0)
+        dst[j] = src[j] * (-scale if bit else scale)
+    if numbers.size > 0:
+        _multiply(dst[at : at + count], numbers[at : at + count])
+
+
+@compiled
+def _multiply(out, factors):
+    for j in range(out.size):
+        out[j] *= factors[j]
+
+
+@compiled
+def _rest_of_block(out, at, near, within):
+    """The stages of a block, in place, that are left when those of its near parts are made."""
+    stages(out, at, 1 << near, within - near, out, 0)
+
+
+@compiled
+def begin(first, last, x, out, low, near, within, words, numbers, scale):
+    """Blocks first to last - 1 of ``out = H (scale * diagonal * x)``, x being zero beyond its end."""
+    one = out.dtype.type(1)
+    for i in range(first << within, last << within, 1 << within):
+        for part in range(i, i + (1 << within), 1 << near):
+            count = max(0, min(1 << near, x.size - part))
+            if count > 0:
+                _times_diagonal(x, out, part, count, words, numbers, out.dtype.type(scale))
+            out[part + count : part + (1 << near)] = 0
+            block(out, out, part, low, 1, near, near, one)
+        _rest_of_block(out, i, near, within)
+
+
+@compiled
+def end(first, last, out, apart, bits, width, words, numbers, count, scale):
+    """Stages across rows, as ``strips`` makes them; then the first ``count`` elements times the diagonal."""
+    groups = apart // width
+    for strip in range(first, last):
+        if bits > 0:
+            strips(out, out, strip, strip + 1, apart, bits, width, 1.0)
+        at = strip // groups * (apart << bits) + strip % groups * width
+        for row in range(at, at + (apart << bits), apart):
+            some = min(width, count - row)
+            if some > 0:
+                _times_diagonal(out, out, row, some, words, numbers, out.dtype.type(scale))
+
+
+# -- Where one period of the compressed vector's transform fits in the second cache --------------
+
+
+@compiled
+def _gathered(table, mask, image, gain, out):
+    for j in range(out.size):
+        out[j] = table[int64(image[j] & mask)] * gain[j]
+
+
+@compiled
+def gather(first, last, table, gain, keys, bits, out, low, near, within):
+    """Blocks first to last - 1 of ``out = H z``, ``z[j] = gain[j] * table[image of j, modulo its size]``."""
+    image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
+    for i in range(first << within, last << within, 1 << within):
+        for part in range(i, i + (1 << within), 1 << near):
+            for j in range(part, part + (1 << near), _SHORT):
+                fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, out, j + _SHORT)
+                _gathered(table, mask, image, gain[j : j + _SHORT], out[j : j + _SHORT])
+            block(out, out, part, low, 1, near, near, out.dtype.type(1))
+        _rest_of_block(out, i, near, within)
+
+
+@compiled
+def _scattered(u, gain, image, mask, table):
+    for j in range(u.size):
+        table[int64(image[j] & mask)] += u[j] * gain[j]
+
+
+@compiled
+def scatter(first, last, u, gain, keys, bits, table):
+    """The adjoint of gathering: elements first to last - 1 of u are added into the table."""
+    image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
+    for j in range(first, last, _SHORT):
+        fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, u, j + _SHORT)
+        _scattered(u[j : j + _SHORT], gain[j : j + _SHORT], image, mask, table)
+
+
+# -- Where it does not: first into buckets by where an element goes, then to its place in the bucket --
+#
+# A chunk is put in order of buckets while it is in the cache; ``starts[chunk]`` says where in it each bucket begins,
+# and its end. A bucket gets a run from every chunk; ``order`` says which of all these belongs at each of its places.
+
+
+@compiled
+def draw_buckets(first, last, keys, bits, buckets):
+    """The buckets that elements of chunks first to last - 1 go to."""
+    image, shift = np.empty(_SHORT, np.uint32), uint32(CHUNK_BITS)
+    for j in range(first << CHUNK_BITS, last << CHUNK_BITS, _SHORT):
+        fill_images(j, bits, keys, True, image)
+        some = buckets[j : j + _SHORT]
+        for k in range(_SHORT):
+            some[k] = image[k] >> shift
+
+
+@compiled
+def find_starts(first, last, buckets, starts):
+    """Where in chunks first to last - 1, put in order of buckets, each bucket begins; and their end."""
+    for chunk in range(first, last):
+        counts = np.zeros(starts.shape[1], np.int64)
+        for j in range(chunk << CHUNK_BITS, (chunk + 1) << CHUNK_BITS):
+            counts[int64(buckets[j])] += 1
+        total = 0
+        for bucket in range(counts.size):
+            starts[chunk, bucket] = total
+            total += counts[bucket]
+
+
+@compiled
+def sort_locations(first, last, keys, bits, starts, locations):
+    """Places within buckets, of chunks first to last - 1, put in order of buckets."""
+    image, shift, mask = np.empty(_SHORT, np.uint32), uint32(CHUNK_BITS), uint32((1 << CHUNK_BITS) - 1)
+    for chunk in range(first, last):
+        cursor = starts[chunk].copy()
+        some = locations[chunk << CHUNK_BITS : (chunk + 1) << CHUNK_BITS]
+        for j in range(chunk << CHUNK_BITS, (chunk + 1) << CHUNK_BITS, _SHORT):
+            fill_images(j, bits, keys, True, image)
+            for k in range(_SHORT):
+                bucket = int64(image[k] >> shift)
+                at = int64(cursor[bucket])
+                cursor[bucket] = at + 1
+                some[at] = image[k] & mask
+
+
+@compiled
+def number_buckets(first, last, locations, starts, order):
+    """Which of the elements that come to a bucket, one chunk after another, belongs at each of its places."""
+    for bucket in range(first, last):
+        number, places = 0, order[bucket << CHUNK_BITS : (bucket + 1) << CHUNK_BITS]
+        for chunk in range(starts.shape[0]):
+            begin, end = int64(starts[chunk, bucket]), int64(starts[chunk, bucket + 1])
+            for j in range((chunk << CHUNK_BITS) + begin, (chunk << CHUNK_BITS) + end):
+                places[int64(locations[j])] = number
+                number += 1
+
+
+@compiled
+def _fetch(array, at, count):
+    for j in range(at, at + count, _LINE):
+        fetch(array, j)
+
+
+@compiled
+def _sorted(x, factors, buckets, cursor, room):
+    for k in range(buckets.size):
+        bucket = int64(buckets[k])
+        at = int64(cursor[bucket])
+        cursor[bucket] = at + 1
+        room[at] = x[k] * factors[k]
+
+
+@compiled
+def chunks_to_buckets(first, last, table, g, buckets, starts, runs):
+    """Chunks first to last - 1 of ``g * table``, the table repeated, each put in order of buckets."""
+    size = 1 << CHUNK_BITS
+    for chunk in range(first, last):
+        cursor, room = starts[chunk].copy(), runs[chunk * size : (chunk + 1) * size]
+        for j in range(chunk * size, (chunk + 1) * size, _SHORT):
+            # The whole of the next chunk of runs is near when its first element is written.
+            _fetch(runs, j + size, _SHORT)
+            x = table[j & (table.size - 1) :]
+            _sorted(x, g[j : j + _SHORT], buckets[j : j + _SHORT], cursor, room)
+
+
+@compiled
+def _placed(room, order, out):
+    for j in range(out.size):
+        out[j] = room[int64(order[j])]
+
+
+@compiled
+def place(first, last, runs, starts, order, out, low, near, within):
+    """Blocks first to last - 1, each of some buckets, put together from their runs; transformed, if low is not 0."""
+    size, parts = 1 << CHUNK_BITS, 1 << (CHUNK_BITS - near)
+    room = np.empty(size, out.dtype)
+    for i in range(first << within, last << within, size):
+        bucket, number = i >> CHUNK_BITS, 0
+        for chunk in range(starts.shape[0]):
+            run = runs[chunk * size + int64(starts[chunk, bucket]) : chunk * size + int64(starts[chunk, bucket + 1])]
+            for j in range(run.size):
+                room[number + j] = run[j]
+            number += run.size
+        for part in range(parts):
+            at = i + (part << near)
+            _placed(room, order[at : at + (1 << near)], out[at : at + (1 << near)])
+            if low > 0:
+                block(out, out, at, low, 1, near, near, out.dtype.type(1))
+        if low > 0:
+            _rest_of_block(out, i, near, CHUNK_BITS)
+            if (i + size) >> within << within == i + size:
+                _rest_of_block(out, i + size - (1 << within), CHUNK_BITS, within)
+
+
+@compiled
+def _scattered_to(u, places, room):
+    for j in range(u.size):
+        room[int64(places[j])] = u[j]
+
+
+@compiled
+def unplace(first, last, u, starts, order, runs):
+    """The adjoint of placing: buckets first to last - 1 of u taken apart into their runs."""
+    size = 1 << CHUNK_BITS
+    room = np.empty(size, u.dtype)
+    for bucket in range(first, last):
+        _scattered_to(u[bucket * size : (bucket + 1) * size], order[bucket * size : (bucket + 1) * size], room)
+        number = 0
+        for chunk in range(starts.shape[0]):
+            run = runs[chunk * size + int64(starts[chunk, bucket]) : chunk * size + int64(starts[chunk, bucket + 1])]
+            for j in range(run.size):
+                run[j] = room[number + j]
+            number += run.size
+
+
+@compiled
+def _unsorted(room, buckets, cursor, factors, table):
+    for k in range(buckets.size):
+        bucket = int64(buckets[k])
+        at = int64(cursor[bucket])
+        cursor[bucket] = at + 1
+        table[k] = room[at] * factors[k]
+
+
+@compiled
+def _add_unsorted(room, buckets, cursor, factors, table):
+    for k in range(buckets.size):
+        bucket = int64(buckets[k])
+        at = int64(cursor[bucket])
+        cursor[bucket] = at + 1
+        table[k] += room[at] * factors[k]
+
+
+@compiled
+def chunks_from_buckets(first, last, runs, g, buckets, starts, low, near, within, table):
+    """The adjoint of ``chunks_to_buckets``, and all stages of the table's blocks first to last - 1."""
+    size = 1 << CHUNK_BITS
+    for i in range(first << within, last << within, size):
+        # The adjoint of repeating is summing over the repeats.
+        for at in range(i, runs.size, table.size):
+            cursor, room = starts[at >> CHUNK_BITS].copy(), runs[at : at + size]
+            coming = at + table.size if at + table.size < runs.size else i + size
+            for j in range(0, size, _SHORT):
+                _fetch(runs, coming + j, _SHORT)
+                some = at + j
+                if at == i:
+                    _unsorted(room, buckets[some : some + _SHORT], cursor, g[some:], table[i + j :])
+                else:
+                    _add_unsorted(room, buckets[some : some + _SHORT], cursor, g[some:], table[i + j :])
+        for part in range(i, i + size, 1 << near):
+            block(table, table, part, low, 1, near, near, table.dtype.type(1))
+        _rest_of_block(table, i, near, CHUNK_BITS)
+        if (i + size) >> within << within == i + size:
+            _rest_of_block(table, i + size - (1 << within), CHUNK_BITS, within)

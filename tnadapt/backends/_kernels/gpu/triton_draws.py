@@ -1,0 +1,219 @@
+"""The draws of the format, element by element inside a Triton kernel; :mod:`tnadapt.algebra.rng` is their plain twin.
+
+Everything is exact in integers or rounded once an operation in float64. A kernel that calls :func:`normal_of` must be
+launched with ``enable_fp_fusion=False``: a multiplication fused with an addition, in one rounding, changes last bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+if not hasattr(tl, "map_elementwise"):
+    # Older ones also exchange a tile's points through shared memory at almost every stage of a transform.
+    raise ImportError(f"Triton {triton.__version__} is too old: 3.5 is needed, which comes with torch 2.9")
+
+__all__ = [
+    "feistel",
+    "feistel_keys",
+    "normal",
+    "normal_of",
+    "normal_row",
+    "permuted",
+    "philox",
+    "sign_row",
+    "word",
+]
+
+
+@triton.jit
+def philox(block, purpose, group, seed):
+    """Philox4x32-10 of the counters ``(lo32(block), hi32(block), purpose, group)``: four uint32, shaped as block."""
+    block = block.to(tl.uint64)
+    c0 = block.to(tl.uint32)
+    c1 = (block >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + tl.cast(purpose, tl.uint32)
+    c3 = tl.zeros_like(c0) + tl.cast(group, tl.uint32)
+    seed = seed.to(tl.uint64)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    m0 = tl.full((), 0xD2511F53, tl.uint32)
+    m1 = tl.full((), 0xCD9E8D57, tl.uint32)
+    w0 = tl.full((), 0x9E3779B9, tl.uint32)
+    w1 = tl.full((), 0xBB67AE85, tl.uint32)
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(c0, m0)
+        high1 = tl.umulhi(c2, m1)
+        low0 = c0 * m0
+        low1 = c2 * m1
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 += w0
+        k1 += w1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def word(index, purpose, group, seed):
+    """Words of a stream at any positions: a whole block for each."""
+    w0, w1, w2, w3 = philox(index >> 2, purpose, group, seed)
+    lane = index & 3
+    return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+
+
+@triton.jit
+def _horner(x, c0: tl.constexpr, c1: tl.constexpr, c2: tl.constexpr, c3: tl.constexpr,
+            c4: tl.constexpr, c5: tl.constexpr, c6: tl.constexpr, c7: tl.constexpr):  # fmt: skip
+    return ((((((c0 * x + c1) * x + c2) * x + c3) * x + c4) * x + c5) * x + c6) * x + c7
+
+
+@triton.jit
+def _log(x):
+    """Natural logarithm of normal float64 numbers, by the series that the format prescribes."""
+    bits = x.to(tl.int64, bitcast=True)
+    exponent = (bits >> 52) - 1022
+    mantissa = ((bits & 0xFFFFFFFFFFFFF) | 0x3FE0000000000000).to(tl.float64, bitcast=True)
+    # Compared with 0, as Triton before 3.8 takes a number that something is compared with in single precision.
+    low = mantissa - 0.7071067811865476 < 0.0
+    mantissa = tl.where(low, mantissa * 2.0, mantissa)
+    power = (exponent - low.to(tl.int64)).to(tl.float64)
+    s = (mantissa - 1.0) / (mantissa + 1.0)
+    square = s * s
+    series = _horner(square, 1 / 25, 1 / 23, 1 / 21, 1 / 19, 1 / 17, 1 / 15, 1 / 13, 1 / 11)
+    series = ((((series * square + 1 / 9) * square + 1 / 7) * square + 1 / 5) * square + 1 / 3) * square + 1.0
+    return power * 0.6931471805599453 + 2.0 * s * series
+
+
+@triton.jit
+def normal_of(word):
+    """Standard normal numbers, float32, of words: AS 241 in float64, rounded once at the end."""
+    u = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    q = u - 0.5
+    r = 0.180625 - q * q
+    centre = q * _horner(
+        r, 2.5090809287301226727e3, 3.3430575583588128105e4, 6.7265770927008700853e4, 4.5921953931549871457e4,
+        1.3731693765509461125e4, 1.9715909503065514427e3, 1.3314166789178437745e2, 3.3871328727963666080e0,
+    ) / _horner(
+        r, 5.2264952788528545610e3, 2.8729085735721942674e4, 3.9307895800092710610e4, 2.1213794301586595867e4,
+        5.3941960214247511077e3, 6.8718700749205790830e2, 4.2313330701600911252e1, 1.0,
+    )  # fmt: skip
+    r = tl.sqrt(-_log(tl.where(q < 0.0, u, 1.0 - u))) - 1.6
+    tail = _horner(
+        r, 7.74545014278341407640e-4, 2.27238449892691845833e-2, 2.41780725177450611770e-1, 1.27045825245236838258e0,
+        3.64784832476320460504e0, 5.76949722146069140550e0, 4.63033784615654529590e0, 1.42343711074968357734e0,
+    ) / _horner(
+        r, 1.05075007164441684324e-9, 5.47593808499534494600e-4, 1.51986665636164571966e-2, 1.48103976427480074590e-1,
+        6.89767334985100004550e-1, 1.67638483018380384940e0, 2.05319162663775882187e0, 1.0,
+    )  # fmt: skip
+    tail = tl.where(q < 0.0, -tail, tail)
+    return tl.where(tl.abs(q) - 0.425 > 0.0, tail, centre).to(tl.float32)
+
+
+# A number's some hundred operations one number after another: Triton would do each operation for all of a thread's
+# numbers before the next, and what is between them would not fit into registers. The interpreter has no such thing.
+_MAPPED = tl.constexpr(isinstance(normal_of, triton.JITFunction))
+
+
+@triton.jit
+def _normal(index, purpose, group, seed):
+    return normal_of(word(index, purpose, group, seed))
+
+
+@triton.jit
+def normal(index, purpose, group, seed):
+    """Elements of a normal vector at any positions."""
+    if _MAPPED:
+        found = tl.map_elementwise(_normal, index, tl.full((), purpose, tl.int32), group, seed)
+    else:
+        found = _normal(index, purpose, group, seed)
+    return found
+
+
+@triton.jit
+def normal_row(first, COLUMNS: tl.constexpr, purpose, group, seed):
+    """Normal elements ``first[i]`` to ``first[i] + COLUMNS - 1``, (rows, COLUMNS): a block of Philox for every four.
+
+    COLUMNS is a power of two, and each first position a multiple of it.
+    """
+    ROWS: tl.constexpr = first.shape[0]
+    if COLUMNS < 4:
+        found = normal(first[:, None] + tl.arange(0, COLUMNS)[None, :], purpose, group, seed)
+    else:
+        block = (first >> 2)[:, None] + tl.arange(0, COLUMNS // 4)[None, :]
+        w0, w1, w2, w3 = philox(block, purpose, group, seed)
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS))
+        found = tl.map_elementwise(normal_of, words) if _MAPPED else normal_of(words)
+    return found
+
+
+@triton.jit
+def sign_row(first, COLUMNS: tl.constexpr, group, seed):
+    """Signs ``first[i]`` to ``first[i] + COLUMNS - 1`` as uint32, 1 for -1: a block of Philox for every row.
+
+    COLUMNS is a power of two up to 128, and each first position a multiple of it.
+    """
+    w0, w1, w2, w3 = philox(first >> 7, 3, group, seed)
+    bit = (first & 127).to(tl.uint32)
+    column = tl.arange(0, COLUMNS).to(tl.uint32)[None, :]
+    if COLUMNS <= 32:
+        # One word for all of a row: found before it is spread over the columns.
+        low = tl.where(bit < 32, w0, w1)
+        high = tl.where(bit < 96, w2, w3)
+        found = tl.where(bit < 64, low, high)[:, None] >> ((bit & 31)[:, None] + column)
+    else:
+        bit = bit[:, None] + column
+        low = tl.where(bit < 32, w0[:, None], w1[:, None])
+        high = tl.where(bit < 96, w2[:, None], w3[:, None])
+        found = tl.where(bit < 64, low, high) >> (bit & 31)
+    return found & 1
+
+
+@triton.jit
+def feistel_keys(group, seed):
+    """The eight keys of a permutation: the first words of its stream."""
+    zero = tl.full((), 0, tl.int64)
+    k0, k1, k2, k3 = philox(zero, 1, group, seed)
+    k4, k5, k6, k7 = philox(zero + 1, 1, group, seed)
+    return k0, k1, k2, k3, k4, k5, k6, k7
+
+
+@triton.jit
+def _mix(x, key):
+    x = (x ^ key) * tl.full((), 0x85EBCA6B, tl.uint32)
+    x = (x ^ (x >> 13)) * tl.full((), 0xC2B2AE35, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _round(lo, hi, keys, NUMBER: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    if NUMBER % 2 == 0:
+        hi = hi ^ (_mix(lo, keys[NUMBER]) & tl.full((), (1 << HIGH) - 1, tl.uint32))
+    else:
+        lo = lo ^ (_mix(hi, keys[NUMBER]) & tl.full((), (1 << LOW) - 1, tl.uint32))
+    return lo, hi
+
+
+@triton.jit
+def feistel(x, keys, BITS: tl.constexpr, INVERSE: tl.constexpr):
+    """Images (int64) of positions below ``2**BITS`` under the network, or what they are images of."""
+    LOW: tl.constexpr = BITS // 2
+    lo = x.to(tl.uint32) & tl.full((), (1 << LOW) - 1, tl.uint32)
+    hi = (x >> LOW).to(tl.uint32)
+    for i in tl.static_range(8):
+        lo, hi = _round(lo, hi, keys, 7 - i if INVERSE else i, LOW, BITS - LOW)
+    return (hi.to(tl.int64) << LOW) | lo.to(tl.int64)
+
+
+@triton.jit
+def permuted(x, size, keys, BITS: tl.constexpr, INVERSE: tl.constexpr):
+    """Images of positions below size under the permutation of so many, ``2**(BITS - 1) < size <= 2**BITS``.
+
+    The network again for what fell outside, until all are inside. A position that is not below size might never come
+    inside: put 0 in its place.
+    """
+    image = feistel(x, keys, BITS, INVERSE)
+    while tl.max((image >= size).to(tl.int32)) > 0:
+        image = tl.where(image >= size, feistel(image, keys, BITS, INVERSE), image)
+    return image

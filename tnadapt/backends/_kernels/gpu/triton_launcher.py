@@ -1,0 +1,99 @@
+"""Runs the plans of this folder by Triton, on CUDA tensors (on any under Triton's interpreter)."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from . import launch_plans
+from .launch_plans import Drawn
+from .passes import Pass
+from .triton_fastfood import drawn_pass, gathered_sum
+from .triton_fastfood import shuffle as shuffle_kernel
+from .triton_hadamard import hadamard_pass
+
+__all__ = ["Drawn", "TritonLauncher", "fastfood", "fastfood_adjoint", "fwht", "shuffle", "warps"]
+
+#: What one program of the gathering sum takes: so many places of the period, repeat after repeat.
+_SUM_TILE, _SUM_COLUMNS = 1024, 128
+#: And one of the shuffle: few, as its last straggler holds up all.
+_SHUFFLE_TILE = 256
+
+
+class TritonLauncher:
+    """Run launch plans (:mod:`tnadapt.backends._kernels.gpu.launch_plans`) on torch tensors, by their methods alone."""
+
+    #: Two of them at least go through a multiprocessor's shared memory at once, so that one computes while another
+    #: waits for memory, and a thread has 16 numbers of it, beside which the draws find room in registers.
+    tile_bytes = 1 << 15
+
+    def empty(self, x: Any, *shape: int) -> Any:
+        return x.new_empty(shape)
+
+    def transform(
+        self, x: Any, out: Any, length: int, step: Pass, scale: float, f: Drawn, load: str, store: str
+    ) -> None:
+        vectors = x.shape[0]
+        grid = (step.tiles(vectors * length),)
+        numbers = (x, out, vectors, x.shape[1], out.shape[1], _bits(scale))
+        shape = {"STRIDE": step.stride, "BITS": step.bits, "ROWS": step.rows, "COLUMNS": step.columns}
+        options = {"num_warps": warps(step), "enable_fp_fusion": False}
+        if (load, store) == ("plain", "plain"):
+            hadamard_pass[grid](*numbers, LENGTH=length, **shape, **options)
+            return
+        drawn_pass[grid](
+            *numbers, f.group, f.seed, LENGTH=length, LOG_LENGTH=length.bit_length() - 1, PERIOD=f.period, LOAD=load,
+            STORE=store, SIGNS=f.signs, **shape, **options,
+        )  # fmt: skip
+
+    def gathered_sum(self, x: Any, f: Drawn) -> Any:
+        vectors = x.shape[0]
+        columns = min(f.period, _SUM_COLUMNS)
+        rows = min(f.length // f.period, _SUM_TILE // columns)
+        pieces = f.length // f.period // rows
+        sums = x.new_empty((vectors, pieces, f.period))
+        gathered_sum[(vectors * pieces * (f.period // columns),)](
+            x, sums, f.group, f.seed, LENGTH=f.length, LOG_LENGTH=f.length.bit_length() - 1, PERIOD=f.period,
+            ROWS=rows, COLUMNS=columns, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        return sums
+
+
+def warps(step: Pass) -> int:
+    """Warps for a tile: sixteen points a thread, eight of double precision in the longest."""
+    return max(1, min(16, step.rows * step.columns // 512))
+
+
+def _bits(scale: float) -> int:
+    """The bits of a float64 as an int64: Triton would hand a float over in single precision."""
+    return int(struct.unpack("<q", struct.pack("<d", scale))[0])
+
+
+_LAUNCHER = TritonLauncher()
+
+
+def fwht(x: Any, length: int, scale: float, n_out: int) -> Any:
+    """:func:`tnadapt.backends._kernels.gpu.launch_plans.fwht` by Triton."""
+    return launch_plans.fwht(_LAUNCHER, x, length, scale, n_out)
+
+
+def fastfood(x: Any, f: Drawn) -> Any:
+    """:func:`tnadapt.backends._kernels.gpu.launch_plans.fastfood` by Triton."""
+    return launch_plans.fastfood(_LAUNCHER, x, f)
+
+
+def fastfood_adjoint(y: Any, f: Drawn) -> Any:
+    """:func:`tnadapt.backends._kernels.gpu.launch_plans.fastfood_adjoint` by Triton."""
+    return launch_plans.fastfood_adjoint(_LAUNCHER, y, f)
+
+
+def shuffle(x: Any, seed: int, group: int, inverse: bool = False) -> Any:
+    """``x[:, perm]`` of the fixed permutation of as many as x (contiguous) has columns, or of its inverse."""
+    vectors, size = x.shape
+    out = x.new_empty((vectors, size))
+    if vectors:
+        shuffle_kernel[(vectors * -(-size // _SHUFFLE_TILE),)](
+            x, out, size, group, seed, BITS=(size - 1).bit_length(), INVERSE=inverse, TILE=_SHUFFLE_TILE, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,313 @@
+"""The streams of :mod:`tnadapt.algebra.rng`, compiled: the same bits.
+
+Written so that the compiler finds loops without branches over short arrays that stay in cache: a round of the
+Feistel network and a branch of AS 241 are a loop each. The plain twin, :mod:`tnadapt.algebra.rng` itself, says what is
+computed; here the operations and their order are the same, and nothing lets the compiler change them (no
+``fastmath``: no fused multiply-add, no sum in another order).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import float64, int64, uint32, uint64
+from numpy.typing import NDArray
+
+from .compiling import compiled
+from .thread_pool import share, thread_count
+
+__all__ = ["normals", "normals_at", "permutation", "signs", "words", "words_at"]
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+# Elements worked on at a time: what there is of them fits in the first level of cache.
+_SHORT = 1024
+_ROOT_HALF, _LOG_TWO = math.sqrt(0.5), math.log(2.0)
+# Elements that a thread is given at a time.
+_PIECE = 1 << 16
+
+# -- Words: Philox4x32-10 -----------------------------------------------------------------------
+
+
+@compiled
+def _philox_round(c0, c1, c2, c3, k0, k1):
+    low, half = uint64(0xFFFFFFFF), uint64(32)
+    p0, p1 = c0 * uint64(0xD2511F53), c2 * uint64(0xCD9E8D57)
+    c0, c1, c2, c3 = (p1 >> half) ^ c1 ^ k0, p1 & low, (p0 >> half) ^ c3 ^ k1, p0 & low
+    return c0, c1, c2, c3, (k0 + uint64(0x9E3779B9)) & low, (k1 + uint64(0xBB67AE85)) & low
+
+
+@compiled
+def _philox(block, purpose, group, seed):
+    """The four words of one block, as 64-bit numbers below 2**32."""
+    low, half = uint64(0xFFFFFFFF), uint64(32)
+    state = (block & low, block >> half, purpose, group, seed & low, seed >> half)
+    # Written out: a loop over the rounds keeps the compiler from working on many blocks at once.
+    state = _philox_round(*state)
+    state = _philox_round(*state)
+    state = _philox_round(*state)
+    state = _philox_round(*state)
+    state = _philox_round(*state)
+    state = _philox_round(*state)
+    state = _philox_round(*state)
+    state = _philox_round(*state)
+    state = _philox_round(*state)
+    return _philox_round(*state)
+
+
+@compiled
+def _blocks(first, purpose, group, seed, out):
+    """Fills a buffer with the words of blocks ``first`` onward."""
+    for i in range(out.size // 4):
+        lanes = _philox(first + uint64(i), purpose, group, seed)
+        out[4 * i] = lanes[0]
+        out[4 * i + 1] = lanes[1]
+        out[4 * i + 2] = lanes[2]
+        out[4 * i + 3] = lanes[3]
+
+
+@compiled
+def _words(start, purpose, group, seed, out):
+    buffer = np.empty(_SHORT, np.uint32)
+    stop = start + out.size
+    for first in range(start - start % 4, stop, _SHORT):
+        _blocks(uint64(first // 4), purpose, group, seed, buffer)
+        lo, hi = max(first, start), min(first + _SHORT, stop)
+        out[lo - start : hi - start] = buffer[lo - first : hi - first]
+
+
+@compiled
+def _words_at(index, purpose, group, seed, out):
+    for i in range(out.size):
+        lanes = _philox(uint64(index[i] >> 2), purpose, group, seed)
+        lane = index[i] & 3
+        even = lanes[2] if lane & 2 else lanes[0]
+        odd = lanes[3] if lane & 2 else lanes[1]
+        out[i] = odd if lane & 1 else even
+
+
+@compiled
+def _signs(start, purpose, group, seed, out):
+    word = np.empty(_SHORT, np.uint32)
+    stop = start + out.size
+    for first in range(start - start % (32 * _SHORT), stop, 32 * _SHORT):
+        _words(first // 32, purpose, group, seed, word)
+        for i in range(max(first, start), min(first + 32 * _SHORT, stop)):
+            bit = (word[(i - first) >> 5] >> uint32(i & 31)) & uint32(1)
+            out[i - start] = 1 - 2 * int64(bit)
+
+
+# -- Normals: AS 241, the two approximations that 32-bit words reach ------------------------------
+
+
+@compiled
+def _centre(word, u, out):
+    """Normals of words by the approximation near 0."""
+    for i in range(word.size):
+        u[i] = (float64(word[i]) + 0.5) * 2.0**-32
+        q = u[i] - 0.5
+        r = 0.180625 - q * q
+        above = 2.5090809287301226727e3 * r + 3.3430575583588128105e4
+        above = above * r + 6.7265770927008700853e4
+        above = above * r + 4.5921953931549871457e4
+        above = above * r + 1.3731693765509461125e4
+        above = above * r + 1.9715909503065514427e3
+        above = above * r + 1.3314166789178437745e2
+        above = above * r + 3.3871328727963666080e0
+        below = 5.2264952788528545610e3 * r + 2.8729085735721942674e4
+        below = below * r + 3.9307895800092710610e4
+        below = below * r + 2.1213794301586595867e4
+        below = below * r + 5.3941960214247511077e3
+        below = below * r + 6.8718700749205790830e2
+        below = below * r + 4.2313330701600911252e1
+        below = below * r + 1.0
+        out[i] = q * above / below
+
+
+@compiled
+def _tail(nearer, bits, power):
+    """In place: distances from 0 or 1 to how far out their normals lie. ``bits`` is the same memory."""
+    for i in range(nearer.size):
+        # frexp, by the bits of a number that is neither 0 nor subnormal: 2**-33 at the least.
+        power[i] = float64((bits[i] >> 52) - 1022)
+        bits[i] = (bits[i] & 0xFFFFFFFFFFFFF) | (1022 << 52)
+    for i in range(nearer.size):
+        low = nearer[i] < _ROOT_HALF
+        m = nearer[i] * 2.0 if low else nearer[i]
+        exponent = power[i] - 1.0 if low else power[i]
+        s = (m - 1.0) / (m + 1.0)
+        x = s * s
+        series = (1.0 / 25) * x + 1.0 / 23
+        series = series * x + 1.0 / 21
+        series = series * x + 1.0 / 19
+        series = series * x + 1.0 / 17
+        series = series * x + 1.0 / 15
+        series = series * x + 1.0 / 13
+        series = series * x + 1.0 / 11
+        series = series * x + 1.0 / 9
+        series = series * x + 1.0 / 7
+        series = series * x + 1.0 / 5
+        series = series * x + 1.0 / 3
+        series = series * x + 1.0
+        r = math.sqrt(-(exponent * _LOG_TWO + 2.0 * s * series)) - 1.6
+        above = 7.74545014278341407640e-4 * r + 2.27238449892691845833e-2
+        above = above * r + 2.41780725177450611770e-1
+        above = above * r + 1.27045825245236838258e0
+        above = above * r + 3.64784832476320460504e0
+        above = above * r + 5.76949722146069140550e0
+        above = above * r + 4.63033784615654529590e0
+        above = above * r + 1.42343711074968357734e0
+        below = 1.05075007164441684324e-9 * r + 5.47593808499534494600e-4
+        below = below * r + 1.51986665636164571966e-2
+        below = below * r + 1.48103976427480074590e-1
+        below = below * r + 6.89767334985100004550e-1
+        below = below * r + 1.67638483018380384940e0
+        below = below * r + 2.05319162663775882187e0
+        below = below * r + 1.0
+        nearer[i] = above / below
+
+
+@compiled
+def _of_words(word, u, where, power, out):
+    """Normals of a short array of words; the other arrays are room to work in."""
+    _centre(word, u, out)
+    count = 0
+    for i in range(word.size):
+        where[count] = i
+        count += abs(u[i] - 0.5) > 0.425
+    nearer = np.empty(count)
+    for k in range(count):
+        nearer[k] = min(u[where[k]], 1.0 - u[where[k]])
+    _tail(nearer, nearer.view(np.int64), power)
+    for k in range(count):
+        out[where[k]] = -nearer[k] if u[where[k]] < 0.5 else nearer[k]
+
+
+@compiled
+def _normals(start, purpose, group, seed, out):
+    word, made = np.empty(_SHORT, np.uint32), np.empty(_SHORT, np.float32)
+    u, power, where = np.empty(_SHORT), np.empty(_SHORT), np.empty(_SHORT, np.int64)
+    stop = start + out.size
+    for first in range(start - start % 4, stop, _SHORT):
+        _blocks(uint64(first // 4), purpose, group, seed, word)
+        _of_words(word, u, where, power, made)
+        lo, hi = max(first, start), min(first + _SHORT, stop)
+        out[lo - start : hi - start] = made[lo - first : hi - first]
+
+
+@compiled
+def _normals_at(index, purpose, group, seed, out):
+    word = np.empty(_SHORT, np.uint32)
+    u, power, where = np.empty(_SHORT), np.empty(_SHORT), np.empty(_SHORT, np.int64)
+    for lo in range(0, out.size, _SHORT):
+        size = min(_SHORT, out.size - lo)
+        _words_at(index[lo : lo + size], purpose, group, seed, word[:size])
+        _of_words(word[:size], u, where, power, out[lo : lo + size])
+
+
+# -- The permutation: a Feistel network, with cycle walking where the length is no power of two --------
+
+
+@compiled
+def _mix(x, key):
+    x = uint32((x ^ key) * uint32(0x85EBCA6B))
+    x = uint32((x ^ (x >> uint32(13))) * uint32(0xC2B2AE35))
+    return uint32(x ^ (x >> uint32(16)))
+
+
+@compiled
+def _round(changed, by, key, mask):
+    for i in range(changed.size):
+        changed[i] = uint32(changed[i] ^ (_mix(by[i], key) & mask))
+
+
+@compiled
+def _network(low, high, bits, keys, inverse):
+    """All rounds, in place, of numbers in two halves."""
+    low_mask, high_mask = uint32((1 << (bits // 2)) - 1), uint32((1 << (bits - bits // 2)) - 1)
+    for k in range(8):
+        number = 7 - k if inverse else k
+        if number % 2 == 0:
+            _round(high, low, keys[number], high_mask)
+        else:
+            _round(low, high, keys[number], low_mask)
+
+
+@compiled
+def _permutation(start, size, bits, keys, inverse, out):
+    low, high, mask = np.empty(_SHORT, np.uint32), np.empty(_SHORT, np.uint32), (1 << (bits // 2)) - 1
+    where = np.empty(_SHORT, np.int64)
+    for lo in range(0, out.size, _SHORT):
+        some = out[lo : lo + _SHORT]
+        for i in range(some.size):
+            low[i] = (start + lo + i) & mask
+            high[i] = (start + lo + i) >> (bits // 2)
+            where[i] = i
+        count = some.size
+        while count:
+            _network(low[:count], high[:count], bits, keys, inverse)
+            # What fell inside is written; the others, moved together, go through it again.
+            left = 0
+            for k in range(count):
+                image, place = (int64(high[k]) << (bits // 2)) | int64(low[k]), where[k]
+                some[place] = image
+                low[left], high[left], where[left] = low[k], high[k], place
+                left += image >= size
+            count = left
+
+
+# -- For NumPy ------------------------------------------------------------------------------------
+
+
+def _in_pieces(kernel: Callable[..., None], start: int, out: NDArray[Any], *rest: Any) -> NDArray[Any]:
+    """``kernel(start, …, out)`` in pieces that threads share."""
+
+    def piece(number: int) -> None:
+        lo = number * _PIECE
+        kernel(start + lo, *rest, out[lo : lo + _PIECE])
+
+    share(piece, -(-out.size // _PIECE), thread_count())
+    return out
+
+
+def _at(kernel: Callable[..., None], index: NDArray[np.integer[Any]], out: NDArray[Any], *rest: Any) -> NDArray[Any]:
+    index = np.ascontiguousarray(index, np.int64)
+    return _in_pieces(lambda start, *rest: kernel(index[start:], *rest), 0, out, *rest)
+
+
+def words(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.uint32]:
+    """:func:`tnadapt.algebra.rng.words`, of checked arguments, as all below."""
+    return _in_pieces(_words, start, np.empty(stop - start, np.uint32), *_stream(seed, group, purpose))
+
+
+def words_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]]) -> NDArray[np.uint32]:
+    """:func:`tnadapt.algebra.rng.words_at`."""
+    return _at(_words_at, index, np.empty(index.size, np.uint32), *_stream(seed, group, purpose))
+
+
+def signs(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.int8]:
+    """:func:`tnadapt.algebra.rng.signs`."""
+    return _in_pieces(_signs, start, np.empty(stop - start, np.int8), *_stream(seed, group, purpose))
+
+
+def normals(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.float32]:
+    """:func:`tnadapt.algebra.rng.normals`."""
+    return _in_pieces(_normals, start, np.empty(stop - start, np.float32), *_stream(seed, group, purpose))
+
+
+def normals_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    """:func:`tnadapt.algebra.rng.normals_at`."""
+    return _at(_normals_at, index, np.empty(index.size, np.float32), *_stream(seed, group, purpose))
+
+
+def permutation(size: int, keys: NDArray[np.uint32], start: int, stop: int, inverse: bool) -> NDArray[np.int64]:
+    """:func:`tnadapt.algebra.rng.permutation`, by the keys of its rounds."""
+    bits = (size - 1).bit_length()
+    return _in_pieces(_permutation, start, np.empty(stop - start, np.int64), size, bits, keys, inverse)
+
+
+def _stream(seed: int, group: int, purpose: int) -> tuple[np.uint64, np.uint64, np.uint64]:
+    return np.uint64(purpose), np.uint64(group), np.uint64(seed)

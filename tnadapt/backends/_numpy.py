@@ -1,0 +1,73 @@
+"""NumPy: the array API through array-api-compat, so that NumPy 1.26 and 2 read alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat.numpy as namespace
+import numpy as np
+
+from tnadapt.errors import BackendError
+
+from ._kernels import kernels
+from ._kernels.thin_product import thin_product
+from .backend import Array, Backend, Map
+
+
+class NumpyBackend(Backend):
+    """NumPy arrays on the host."""
+
+    name = "numpy"
+    types = (np.ndarray,)
+
+    def __init__(self) -> None:
+        super().__init__(namespace)
+
+    def owns(self, x: Any) -> bool:
+        # A matrix multiplies by `*`, and a masked array hides numbers: neither is an array of the standard.
+        return isinstance(x, np.ndarray) and not isinstance(x, (np.matrix, np.ma.MaskedArray))
+
+    def dtype_name(self, x: Array) -> str:
+        return _dtype_name(x.dtype)
+
+    def device(self, x: Array) -> Any:
+        return "cpu"
+
+    def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
+        if device not in (None, "cpu"):
+            raise BackendError(f"numpy arrays live on 'cpu'; got device {device!r}")
+        return np.array(array, dtype=None if dtype is None else self.dtype(dtype))
+
+    def constant(self, array: np.ndarray, device: Any) -> Array:
+        return array
+
+    def split(self, x: Array, sizes: Sequence[int]) -> list[Array]:
+        return np.split(x, np.cumsum(sizes)[:-1].tolist())
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        found = thin_product(a, b)
+        return a @ b if found is None else found
+
+    def lacks(self, x: Array) -> frozenset[str]:
+        compiled = {"fwht": "walsh", "fastfood": "fastfood"}
+        return frozenset({"gradient", "shuffle", *(name for name, part in compiled.items() if kernels(part) is None)})
+
+    def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
+        # Other subclasses may have ideas of their own of what becomes of them.
+        compiled = kernels("walsh") if type(x) in (np.ndarray, np.memmap) else None
+        return None if compiled is None else compiled.transform(x, scale, axis)
+
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
+        ours = type(x) in (np.ndarray, np.memmap) and x.dtype == np.float32 and x.size > 0
+        compiled = kernels("fastfood") if ours and draws.long else None
+        if compiled is None or not compiled.takes(draws.padded):
+            return None
+        return compiled.linear(x, draws, n_in, adjoint)
+
+
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
+    # To write a dtype out takes NumPy longer than to transform a thousand numbers.
+    return str(dtype)

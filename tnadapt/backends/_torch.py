@@ -1,0 +1,118 @@
+"""torch: the array API through array-api-compat; what torch.compile must not look into is marked so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import array_api_compat.torch as namespace
+import numpy as np
+import torch
+
+from tnadapt.errors import BackendError
+
+from . import _torch_gpu as torch_gpu
+from ._kernels import kernels
+from ._torch_kernels import fastfood, hadamard
+from .backend import OPTIONAL, Array, Backend, FixedArrays, Map
+
+# To torch.compile what it returns is a constant, and is not traced: see TorchBackend.fixed.
+torch.compiler.assume_constant_result(FixedArrays.name_of)  # type: ignore[no-untyped-call]
+
+
+class TorchBackend(Backend):
+    """torch tensors, on any device; differentiable by autograd and torch.func."""
+
+    name = "torch"
+    types = (torch.Tensor, torch.nn.Parameter)
+
+    def __init__(self) -> None:
+        super().__init__(namespace)
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, torch.Tensor)
+
+    def is_concrete(self, x: Array) -> bool:
+        # Under a compiler or a functional transform a tensor is a stand-in that must not be kept.
+        return type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+    def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
+        try:
+            place = torch.device("cpu" if device is None else device)
+        except (RuntimeError, TypeError) as error:
+            raise BackendError(f"torch knows no device {device!r}: {error}") from error
+        kind = None if dtype is None else self.dtype(dtype)
+        try:
+            return torch.tensor(array, dtype=kind, device=place)
+        except (RuntimeError, AssertionError) as error:
+            raise BackendError(f"torch cannot use device {device!r} here: {error}") from error
+
+    def constant(self, array: np.ndarray, device: Any) -> Array:
+        # Kept and used again: it must not become an inference tensor, which autograd refuses to save.
+        with torch.inference_mode(False):
+            return torch.from_numpy(array).to(device)
+
+    def fixed(self, source: FixedArrays, key: Hashable, device: Any, keep: bool = True) -> Array:
+        if not torch.compiler.is_compiling():
+            return super().fixed(source, key, device, keep)
+        # torch.compile must not trace the drawing (NumPy's integer arithmetic), so that runs outside
+        # the graph; what it left on `source` is then read as any tensor that the graph finds. It is kept
+        # in any case: the compiled program needs it as long as it lives.
+        return getattr(source, source.name_of(self.name, key, device))
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        x = x.detach().cpu()
+        return np.asarray(x.float() if x.dtype is torch.bfloat16 else x)
+
+    def detached(self, x: Array) -> Array:
+        return x.detach()
+
+    def gradient(
+        self, function: Callable[[dict[str, Array]], Array], arrays: dict[str, Array]
+    ) -> dict[str, Array] | None:
+        leaves = {name: array.detach().requires_grad_() for name, array in arrays.items()}
+        found = torch.autograd.grad(function(leaves), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True))
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return self._plain(torch.matmul, a, b)
+
+    def sum(self, x: Array, axis: int) -> Array:
+        return self._plain(torch.sum, x, axis)
+
+    def _plain(self, function: Callable[..., Array], x: Array, *rest: Any) -> Array:
+        # Autocast would take the product in half precision, and give a ΔW of another dtype than its parameters'.
+        # torch knows no autocast on the device that computes nothing.
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+            return function(x, *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *rest)
+
+    def split(self, x: Array, sizes: Sequence[int]) -> list[Array]:
+        # One node in the graph: its backward writes the whole gradient once.
+        return list(torch.split(x, list(sizes)))
+
+    def pad_last(self, x: Array, size: int) -> Array:
+        # By its name, which torch also knows of a batch of gradients at once, as it does not concat's.
+        missing = size - x.shape[-1]
+        return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+    def take(self, x: Array, indices: Array, axis: int = -1) -> Array:
+        return torch.index_select(x, axis, indices)
+
+    def lacks(self, x: Array) -> frozenset[str]:
+        if torch_gpu.there_are_kernels(x):
+            return torch_gpu.lacking()
+        compiled = {"fwht": "walsh", "fastfood": "fastfood"} if x.device.type == "cpu" else {}
+        return frozenset(set(OPTIONAL) - {"gradient"} - {name for name, part in compiled.items() if kernels(part)})
+
+    def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
+        kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard
+        return kernel(x, scale, axis, plain)
+
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
+        kernel = torch_gpu.fastfood if torch_gpu.there_are_kernels(x) else fastfood
+        return kernel(x, draws, n_in, adjoint, plain)
+
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, plain: tuple[Map, Map]) -> Array | None:
+        return torch_gpu.shuffle(x, seed, group, inverse, plain) if torch_gpu.there_are_kernels(x) else None

@@ -1,0 +1,398 @@
+"""What an adapter file holds, as an object: config, targets and arrays that fit together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.formats import make_format
+from tnadapt.algebra.init import Start
+from tnadapt.algebra.layout import make_layout
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.errors import BackendError, ConfigError, ShapeError, shown
+from tnadapt.targets.overlaps import check_distinct
+from tnadapt.targets.target import Target
+
+from .container import DTYPES
+from .fingerprint import Fingerprint
+
+__all__ = ["ACTIVATIONS", "KEPT", "AdapterFile"]
+
+KEPT = "kept."
+ACTIVATIONS = ("relu", "gelu", "tanh", "silu")
+
+_FLOATS = ("float64", "float32", "float16")
+# Each digest draws up to three million numbers: of many distinct F, so many at either end are looked at.
+_DIGESTED = 8
+# Frozen arrays that a file leaves out, and elements of them together: what a small file may make a reader draw.
+MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
+# Trial divisions that factoring may cost: one number of 2**36, or a hundred of 2**23.
+_MAX_DIVISIONS = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """What an adapter file holds.
+
+    Parameters
+    ----------
+    config : Config
+        What the updates are made of.
+    targets : sequence of Target
+        Which weights are updated, in the order of the long vector. Their ``layer`` is dropped unless
+        ``config.groups`` is "layer".
+    arrays : dict of str to ndarray
+        Named and shaped as ``plan.param_shapes`` says; float64, float32 or float16, all of one dtype.
+    kept : dict of str to ndarray, optional
+        Parameters of the model that were trained beside the adapter, by their dotted path, of any shape; bool or
+        integers, too.
+    dtypes : dict of str to str, optional
+        Which arrays are stored as "bfloat16", which NumPy does not have: they are float32 here and hold
+        numbers that bfloat16 has. By name; a kept parameter's begins with ``kept.``. (Arrays of the bfloat16 that
+        ml_dtypes adds to NumPy are taken, too, and become this.)
+    base : Fingerprint, optional
+        Of the base model's weights at the targets.
+    activation : {None, "relu", "gelu", "tanh", "silu"}
+        LoDA's nonlinearity.
+    model : str
+        Class name of the base model, for people.
+    trained : sequence of str, optional
+        Names of the arrays that are trained, where some are frozen; all if None. A frozen array that is what the seed
+        draws is not stored in the file, but drawn when it is loaded.
+
+    Raises
+    ------
+    ConfigError, ShapeError, BackendError, TargetError
+        If the arrays do not fit config and targets, two targets update one row of a parameter, or a field or dtype is
+        of another kind.
+
+    Examples
+    --------
+    >>> config, targets = Config(rank=1), [Target("blocks.0.attn.query", (4, 6), "q")]
+    >>> arrays = SuperLoRA(config, [(4, 6)]).init()
+    >>> file = AdapterFile(config, targets, arrays, model="ViT")
+    >>> file, file.deltas()[0].shape
+    (AdapterFile(10 parameters in 2 arrays, 1 target, 0 kept), (4, 6))
+    """
+
+    config: Config
+    targets: Sequence[Target]
+    arrays: Mapping[str, np.ndarray]
+    kept: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    base: Fingerprint | None = None
+    activation: str | None = None
+    model: str = ""
+    trained: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)  # the class is frozen
+
+        if not isinstance(self.config, Config):
+            raise ConfigError(f"config must be a tnadapt.Config; got {type(self.config).__name__}")
+        put("targets", _own_targets(self.targets, self.config))
+        check_distinct(self.targets)
+        if self.base is not None and not isinstance(self.base, Fingerprint):
+            raise ConfigError(f"base must be a Fingerprint or None; got {type(self.base).__name__}")
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"activation must be None or one of {known}; got {shown(self.activation)}")
+        if not isinstance(self.model, str):
+            raise ConfigError(f"model must be the name of a class; got {shown(self.model)}")
+        if not isinstance(self.dtypes, Mapping):
+            raise BackendError(f"dtypes must be a mapping of names to dtypes; got {type(self.dtypes).__name__}")
+        dtypes = dict(self.dtypes)
+        put("arrays", _own_arrays("arrays", self.arrays, dtypes))
+        put("kept", _own_arrays("kept", self.kept, dtypes))
+        put("dtypes", dtypes)
+        _check_dtypes(self)
+        _check_text(self)
+        check_fit(self.config, self.targets, {name: array.shape for name, array in self.arrays.items()})
+        put("trained", checked_trained(self.trained, self.plan.param_shapes))
+
+    def __repr__(self) -> str:
+        return (
+            f"AdapterFile({self.num_parameters} parameters in {counted(len(self.arrays), 'array')}, "
+            f"{counted(len(self.targets), 'target')}, {len(self.kept)} kept)"
+        )
+
+    @functools.cached_property
+    def plan(self) -> SuperLoRA:
+        """The plan of the adapter."""
+        return plan_of(self.config, self.targets)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of the adapter's arrays that are trained; what is kept beside them is not counted."""
+        return sum(array.size for name, array in self.arrays.items() if self.trained is None or name in self.trained)
+
+    @property
+    def dtype(self) -> str:
+        """What the adapter's arrays are stored as."""
+        first = next(iter(self.arrays))
+        return self.dtypes.get(first, self.arrays[first].dtype.name)
+
+    # Not cached, as the arrays may be changed in place.
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The frozen arrays that a file leaves out: what the seed draws, up to so many and so large together."""
+        found, room = list[str](), MAX_DRAWN
+        for name, make in drawn(self.plan, self.trained, self.dtype).items():
+            room -= self.arrays[name].size
+            if room < 0 or len(found) == MAX_LEFT_OUT:
+                break
+            # By their bits: a negative zero is another number.
+            if np.array_equal(self.arrays[name].view(np.uint8), make().view(np.uint8)):
+                found.append(name)
+            else:
+                room += self.arrays[name].size
+        return tuple(found)
+
+    @property
+    def draws(self) -> str | None:
+        """Digest of what is drawn on this machine and not stored: F, and the arrays left out; None if nothing is."""
+        return self.draws_without(self.left_out)
+
+    def draws_without(self, left_out: Sequence[str]) -> str | None:
+        """The same for a file that leaves out these arrays."""
+        key = tuple(left_out)
+        if key not in self._digests:
+            self._digests[key] = self._digest_without(key)
+        return self._digests[key]
+
+    @functools.cached_property
+    def _digests(self) -> dict[tuple[str, ...], str | None]:
+        # They are costly, and depend on what is left out and on fields that are never changed.
+        return {}
+
+    def _digest_without(self, left_out: Sequence[str]) -> str | None:
+        if self.config.projection == "identity" and not left_out:
+            return None
+        total, groups = hashlib.sha256(), self.plan.groups
+        distinct = list({id(group.projection): group.projection for group in groups}.values())
+        if self.config.projection == "identity":
+            distinct = []
+        if len(distinct) > 2 * _DIGESTED:
+            distinct = distinct[:_DIGESTED] + distinct[-_DIGESTED:]
+        for projection in distinct:
+            total.update(projection.digest.encode())
+        if not groups[0].projection.linear:
+            for group in groups:
+                for name in group.names:
+                    total.update(group.start.make(name).astype("<f4").tobytes())
+        if left_out:
+            made = drawn(self.plan, self.trained, "float32")
+            for name in left_out:
+                total.update(made[name]().astype("<f4").tobytes())
+        return total.hexdigest()
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """All arrays, by their names in a file: a kept parameter's begins with ``kept.``."""
+        yield from self.arrays.items()
+        for name, array in self.kept.items():
+            yield KEPT + name, array
+
+    def check_finite(self) -> None:
+        """A ShapeError that names the array, if one holds NaN or infinity."""
+        for name, array in self.tensors():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ShapeError(f"{shown(name)} holds NaN or infinity, which no adapter file does")
+
+    def deltas(self) -> list[np.ndarray]:
+        """The update of every target.
+
+        Returns
+        -------
+        list of ndarray, shape (rows, cols)
+            In the dtype of the arrays; of bfloat16 ones computed in float32. They may share memory with the arrays.
+
+        Raises
+        ------
+        ConfigError
+            If there is an activation: LoDA acts on activations, and is no update of a weight.
+        """
+        if self.activation is not None:
+            raise ConfigError(
+                f"an adapter with activation={self.activation!r} is no update of weights: what it adds to an output "
+                "depends on the input; attach it to the model"
+            )
+        found = self.plan.deltas(self.arrays)
+        if self.dtype != "bfloat16" or self.plan.groups[0].projection.linear:
+            return found
+        # Such an adapter began at the start rounded to bfloat16, and its update is what it moved since.
+        start = dict[str, np.ndarray]()
+        for group in self.plan.groups:
+            start.update({full: group.start.make((name, "bfloat16")) for name, full in group.names.items()})
+        return [now - then for now, then in zip(found, self.plan.deltas(start), strict=True)]
+
+
+def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
+    """Names of trained arrays in the order of the plan; None where they are all of them."""
+    if trained is None:
+        return None
+    if isinstance(trained, str) or not isinstance(trained, Sequence) or not all(isinstance(n, str) for n in trained):
+        raise ConfigError(f"trained must be a list of names of arrays, or None for all; got {shown(trained)}")
+    chosen = set(trained)
+    if not chosen or len(chosen) < len(trained) or not chosen <= shapes.keys():
+        raise ConfigError(
+            f"trained must name some of the arrays, each once; unknown: {some(chosen - shapes.keys())}; there are "
+            f"{some(shapes)}"
+        )
+    return None if len(chosen) == len(shapes) else tuple(name for name in shapes if name in chosen)
+
+
+def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[str, Callable[[], np.ndarray]]:
+    """Of each array that is frozen, what makes it as the seed draws it, rounded to a dtype; in the order of the plan.
+
+    bfloat16 as float32 numbers.
+    """
+    if trained is None:
+        return {}
+    chosen, found = set(trained), dict[str, Callable[[], np.ndarray]]()
+    kind = "float32" if dtype == "bfloat16" else dtype
+    for group, start in zip(plan.groups, plan.starts(trained), strict=True):
+        for name, full in group.names.items():
+            if full not in chosen:
+                found[full] = functools.partial(_drawn, start, name, dtype, kind)
+    return found
+
+
+def _drawn(start: Start, name: str, dtype: str, kind: str) -> np.ndarray:
+    made: np.ndarray = start.make((name, dtype)).astype(kind)
+    return made
+
+
+def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
+        raise ConfigError(f"targets must be a list of Target; got {shown(targets)}")
+    for target in targets:
+        if not isinstance(target, Target):
+            raise ConfigError(f"targets must be a list of Target; got {shown(target)} among them")
+    if config.groups == "layer":
+        return tuple(targets)
+    return tuple(dataclasses.replace(target, layer="") for target in targets)
+
+
+def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.ndarray]:
+    """A dictionary of arrays in the machine's byte order, without a dtype that is not NumPy's."""
+    if not isinstance(arrays, Mapping):
+        raise ShapeError(f"{what} must be a mapping of names to arrays; got {type(arrays).__name__}")
+    found = {}
+    for name, array in arrays.items():
+        if not isinstance(name, str) or not name:
+            raise ShapeError(f"{what} must be named by strings; got {shown(name)}")
+        if not isinstance(array, np.ndarray) or isinstance(array, (np.matrix, np.ma.MaskedArray)):
+            raise ShapeError(f"{what}[{name!r}] must be a NumPy array; got {type(array).__name__}")
+        if array.dtype.name == "bfloat16":
+            dtypes[name if what == "arrays" else KEPT + name] = "bfloat16"
+            array = array.astype(np.float32)
+        allowed = _FLOATS if what == "arrays" else [name for name in DTYPES.values() if name != "bfloat16"]
+        if array.dtype.name not in allowed:
+            raise BackendError(f"{what}[{name!r}] has dtype {array.dtype.name}; expected one of {', '.join(allowed)}")
+        found[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return found
+
+
+def _check_dtypes(file: AdapterFile) -> None:
+    tensors = dict(file.tensors())
+    for name, dtype in file.dtypes.items():
+        if name not in tensors:
+            raise BackendError(f"dtypes names {shown(name)}, which is no array of the file")
+        if dtype != "bfloat16" or tensors[name].dtype != np.float32:
+            raise BackendError(
+                f"dtypes says which float32 arrays are stored as 'bfloat16'; got {shown(dtype)} for {shown(name)}, "
+                f"which is {tensors[name].dtype.name}"
+            )
+        if (tensors[name].view(np.uint32) & np.uint32(0xFFFF)).any():
+            raise BackendError(
+                f"{shown(name)} has numbers that bfloat16 does not hold; round them, or leave it out of dtypes"
+            )
+    kinds = sorted({file.dtypes.get(name, array.dtype.name) for name, array in file.arrays.items()})
+    if len(kinds) > 1:
+        raise BackendError(f"the arrays must be of one dtype; got {' and '.join(kinds)}")
+
+
+def _check_text(file: AdapterFile) -> None:
+    texts = [file.model, *file.kept]
+    for target in file.targets:
+        texts += [target.module, target.parameter, target.layer]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{shown(text)} has half a surrogate pair, which no file can hold") from None
+
+
+def plan_of(config: Config, targets: Sequence[Target]) -> SuperLoRA:
+    return SuperLoRA(config, [target.shape for target in targets], layers=[target.layer for target in targets])
+
+
+def check_fit(
+    config: Config,
+    targets: Sequence[Target],
+    shapes: Mapping[str, tuple[int, ...]],
+    trained: Sequence[str] | None = None,
+) -> None:
+    """An error unless arrays of these shapes are the plan's; of those that are not ``trained``, some may be left out.
+
+    It takes time and memory as there are shapes and targets, however large the numbers in the config are.
+
+    Raises
+    ------
+    ConfigError, ShapeError
+        That names what is missing, unknown or of another shape.
+    """
+    layout = make_layout(config.groups, [target.shape for target in targets], [target.layer for target in targets])
+    expected = layout.num_groups * _arrays_of_group(config)
+    if expected > len(shapes) + 1024:
+        raise ShapeError(f"config and targets make {expected} arrays; there are {len(shapes)}")
+    sizes = {size for _, _, size in layout.same_size()}
+    if config.splits > 1 and config.combine == "kronecker" and config.split_size == "balanced":
+        folds = [config.fold if isinstance(config.fold, tuple) else (size,) for size in sizes]
+        if sum(math.isqrt(size) for fold in folds for size in fold) > _MAX_DIVISIONS:
+            raise ConfigError(
+                "the sizes that split_size='balanced' has to factor are too large; give split_size as an integer"
+            )
+    found = plan_of(config, targets).param_shapes
+    missing = found.keys() - shapes.keys()
+    if trained is not None:
+        missing -= found.keys() - set(checked_trained(trained, found) or found)
+    left_out = found.keys() - shapes.keys() - missing
+    if len(left_out) > MAX_LEFT_OUT or sum(math.prod(found[name]) for name in left_out) > MAX_DRAWN:
+        raise ShapeError(
+            f"{len(left_out)} frozen arrays are left out; at most {MAX_LEFT_OUT} of {MAX_DRAWN} elements together are"
+        )
+    if missing or not shapes.keys() <= found.keys():
+        raise ShapeError(
+            f"the arrays must be those of config and targets; missing: {some(missing)}; "
+            f"unknown: {some(shapes.keys() - found.keys())}"
+        )
+    for name, shape in found.items():
+        if shapes.get(name, shape) != shape:
+            raise ShapeError(f"{name} has shape {shapes[name]}; config and targets make it {shape}")
+
+
+def _arrays_of_group(config: Config) -> int:
+    def count(name: str) -> int:
+        return len(make_format(name, (1,) * config.order, config.rank).shapes)
+
+    leading = "dense" if config.leading == "dense" else config.format
+    return config.terms * ((config.splits - 1) * count(leading) + count(config.format))
+
+
+def some(names: Iterable[str]) -> str:
+    """A few of the names, for a message."""
+    listed = sorted(names)
+    return (", ".join(map(shown, listed[:4])) or "none") + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,283 @@
+"""A model on disk, in one safetensors file or several with an index: its headers are read, and tensors on demand."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tnadapt.errors import FileError, shown
+
+from ._header import Metadata
+from ._header_entries import Entries
+from .container import FOREIGN, MAX_HEADER, Entry, about, check_held, held_bytes, opened, path_of, raw_dtype
+from .strict_json import MAX_CONFIG, json_file
+
+__all__ = ["INDEX_SUFFIX", "SUFFIX", "Checkpoint", "file_state", "open_checkpoint"]
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of a model on disk; made by :func:`open_checkpoint`.
+
+    Attributes
+    ----------
+    path : str
+        As it was given.
+    folder : str
+        Where its files are.
+    files : tuple of str
+        The safetensors files, absolute.
+    index : str or None
+        The path of the index, where there is one.
+    entries : mapping of str to Entry
+        Of every tensor of every file: dtype, shape, and the bytes it takes after the header.
+    shard : mapping of str to str
+        The file that each tensor is in.
+    data : dict of str to int
+        Where in each file the tensors begin.
+    metadata : dict of str to mapping
+        The strings that each file's header has beside the tensors.
+    states : dict of str to list of int
+        The size, modification time and inode of each file, from before its header was read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from safetensors.numpy import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"head.weight": np.ones((2, 3), np.float32)}, folder + "/model.safetensors")
+    ...     model = open_checkpoint(folder)
+    ...     model, model.entries["head.weight"].shape, model.array("head.weight").sum().item()
+    (Checkpoint(1 tensor of 24 bytes in 1 file), (2, 3), 6.0)
+    """
+
+    def __init__(self, path: str, files: tuple[str, ...], index: str | None = None) -> None:
+        self.path, self.files, self.index = path, files, index
+        self.folder = os.path.dirname(files[0])
+        self.entries = Entries()
+        self.shard = _Shards(self.entries, files)
+        self.data: dict[str, int] = {}
+        self.metadata: dict[str, Metadata] = {}
+        self.states: dict[str, list[int]] = {}
+        for file in files:
+            with about(file):
+                self.states[file] = file_state(file)
+            with about(file), opened(file, foreign=True) as container:
+                self.entries.extend(container.entries)
+                self.data[file], self.metadata[file] = container.data, container.metadata
+        if (name := self.entries.index()) is not None:
+            both = [os.path.basename(files[number]) for own, number in self.entries.files() if own == name]
+            with about(os.path.join(self.folder, both[1])):
+                raise FileError(f"{shown(name)} is also in {both[0]}")
+
+    def __repr__(self) -> str:
+        tensors, files = len(self.entries), len(self.files)
+        return (
+            f"Checkpoint({tensors} tensor{'s' * (tensors != 1)} of {self.nbytes} bytes in "
+            f"{files} file{'s' * (files != 1)})"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        starts, stops = self.entries.spans()
+        return int((stops - starts).sum())
+
+    def of_file(self, file: str) -> dict[str, Entry]:
+        """The tensors of one of the files, in the order of their bytes."""
+        return dict(self.entries.of_file(self.files.index(file)))
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any] | None:
+        """What ``config.json`` beside the files says, or None where there is none.
+
+        Raises
+        ------
+        FileError
+            If it is no JSON object, or longer than 2**24 bytes.
+        """
+        path = os.path.join(self.folder, "config.json")
+        return _json(path, MAX_CONFIG) if os.path.lexists(path) else None
+
+    def array(self, name: str) -> np.ndarray:
+        """One tensor, read whole.
+
+        Parameters
+        ----------
+        name : str
+            One of ``entries``.
+
+        Returns
+        -------
+        ndarray
+            Little-endian; of bfloat16 its bits as uint16.
+
+        Raises
+        ------
+        FileError
+            If its dtype is one that NumPy does not have, such as F8_E4M3, or the file cannot be read.
+        """
+        file, entry = self.shard[name], self.entries[name]
+        with about(file):
+            if entry.dtype in FOREIGN:
+                raise FileError(
+                    f"{shown(name)} is {entry.dtype}, which NumPy does not have: only its bytes can be copied"
+                )
+            with open(file, "rb", buffering=0) as raw:
+                check_held(entry.stop - entry.start, held_bytes(os.fstat(raw.fileno())), shown(name), raw)
+                made = np.empty(entry.shape, raw_dtype(entry.dtype))
+                raw.seek(self.data[file] + entry.start)
+                rest = made.reshape(-1).view(np.uint8).data
+                while rest:
+                    got = raw.readinto(rest)  # at most 2 GiB at a time, says Linux
+                    if not got:
+                        raise FileError(f"the file ended within {shown(name)}, while it was read")
+                    rest = rest[got:]
+        return made
+
+
+def file_state(path: str) -> list[int]:
+    """What changes when a file is written to or replaced: its size, modification time and inode."""
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+class _Shards(Mapping[str, str]):
+    """The file of each tensor."""
+
+    def __init__(self, entries: Entries, files: tuple[str, ...]) -> None:
+        self._entries, self._files = entries, files
+
+    def __getitem__(self, name: str) -> str:
+        return self._files[self._entries.file_of(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers of a model on disk.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        A ``.safetensors`` file; an index, ``….safetensors.index.json``; or a folder with ``model.safetensors``, an
+        index, or one ``.safetensors`` file.
+
+    Returns
+    -------
+    Checkpoint
+
+    Raises
+    ------
+    FileError
+        If there is no such model, its files are damaged, or index and files disagree: the message says
+        which. No pickle is opened.
+
+    Notes
+    -----
+    Time and memory are those of the headers, whatever the size of the tensors.
+
+    Examples
+    --------
+    >>> open_checkpoint("missing")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: missing: No such file or directory
+    """
+    given = path_of(path)
+    with about(given):
+        where = os.path.abspath(given)
+        if os.path.isdir(where):
+            where = os.path.join(where, _main(where))
+        elif not os.path.lexists(where):
+            raise FileError("No such file or directory")
+    return _indexed(given, where) if where.endswith(".json") else Checkpoint(given, (where,))
+
+
+def _main(folder: str) -> str:
+    """The file of a folder that is the model, or its index."""
+    names = sorted(os.listdir(folder))
+    files = [name for name in names if name.endswith(SUFFIX)]
+    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if f"model{SUFFIX}" in files:
+        if indices:
+            raise FileError(f"has both model{SUFFIX} and {', '.join(indices)}, two models: give the path of one")
+        return f"model{SUFFIX}"
+    for found in (indices, files):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise FileError(
+                f"has {_some(found)}, and nothing says which is the model: give the path of one"
+                + ("" if indices else ", or the index that belongs to them")
+            )
+    if not names:
+        raise FileError("is an empty folder; expected a model in safetensors files")
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+    why = (
+        f": {_some(pickles)} can run any program when opened, and was not. Load it where you trust it, and save it "
+        "by save_pretrained, which writes safetensors"
+        if pickles
+        else f"; it has {_some(names)}"
+    )
+    raise FileError(f"has no safetensors file{why}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _json(path: str, limit: int) -> dict[str, Any]:
+    with about(path):
+        return json_file(path, limit)
+
+
+def _indexed(given: str, where: str) -> Checkpoint:
+    content = _json(where, MAX_HEADER)
+    with about(where):
+        places = _places(content)
+        folder = os.path.dirname(where)
+        files = tuple(os.path.join(folder, name) for name in sorted(set(places.values())))
+        missing = [os.path.basename(file) for file in files if not os.path.lexists(file)]
+        if missing:
+            raise FileError(f"lists files that are not there: {_some(missing)}. Was the download complete?")
+    found = Checkpoint(given, files, where)
+    with about(where):
+        for name, place in places.items():
+            there = found.shard.get(name)
+            if there is None or os.path.basename(there) != place:
+                where_it_is = "no file of it" if there is None else os.path.basename(there)
+                raise FileError(f"says that {shown(name)} is in {place}; it is in {where_it_is}")
+        for name in found.entries:
+            if name not in places:
+                raise FileError(f"does not list {shown(name)}, which is in {os.path.basename(found.shard[name])}")
+    return found
+
+
+def _places(index: Mapping[str, Any]) -> dict[str, str]:
+    """The file's name of each tensor, each a plain name in the index's own folder."""
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise FileError(f"is no index: its weight_map must be an object of tensors and files; got {shown(places)}")
+    for name, place in places.items():
+        if not isinstance(place, str):
+            raise FileError(f"says that {shown(name)} is in {shown(place)}; expected the name of a file")
+        plain = place.endswith(SUFFIX) and not any(letter in place for letter in "/\\\0:")
+        if not plain or not place.isprintable():
+            raise FileError(
+                f"says that {shown(name)} is in {shown(place)}; expected the name of a {SUFFIX} file in its own folder"
+            )
+    return places

@@ -1,0 +1,277 @@
+"""The safetensors container, read strictly. It knows nothing of adapters.
+
+A file is the length of the header in 8 bytes, little-endian; the header, JSON of one object, padded with white space;
+and the tensors' bytes, little-endian, in C order, one after another. Under each tensor's name the header has
+``{"dtype": …, "shape": […], "data_offsets": [begin, end]}``, counted from the end of the header, and under
+``__metadata__`` an object of strings. Whatever is in a file, reading it gives arrays or a FileError, and
+nothing is allocated before it is known that its bytes are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tnadapt.errors import FileError, TnadaptError, shown
+
+from ._header import raw_dtype, read_header
+from ._header_entries import DTYPES, FOREIGN, Entries, Entry
+
+__all__ = [
+    "DTYPES",
+    "FOREIGN",
+    "Container",
+    "Entry",
+    "about",
+    "check_held",
+    "held_bytes",
+    "opened",
+    "path_of",
+    "raw_bytes",
+    "raw_dtype",
+    "serialized",
+]
+
+#: Half of what safetensors itself allows. 100,000 tensors, as the largest models have, need some 15 MB.
+MAX_HEADER = 1 << 26
+# What a file may claim beyond what the disk holds of it: this much more, and so many times as much, for file systems
+# that compress, or leave out zeros.
+_HOLES, _PACKED = 1 << 26, 8
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a C-contiguous array, without a copy."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+class Container:
+    """An open safetensors file whose header has been read and holds together.
+
+    Attributes
+    ----------
+    entries : mapping of str to Entry
+        By the tensors' names, in the order of their bytes.
+    metadata : mapping of str to str
+    data : int
+        Where in the file the tensors begin.
+    held : int
+        Bytes of it that the disk holds.
+    """
+
+    def __init__(self, file: io.BufferedReader, size: int, foreign: bool = False, held: int | None = None) -> None:
+        head = file.read(16)
+        length = _header_length(head, size)
+        file.seek(8)
+        self._file, self.data = file, 8 + length
+        self.entries, self.metadata = read_header(file.read(length), foreign)
+        _check_cover(self.entries, size - self.data)
+        self._size, self.held = size, size if held is None else held
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor of the file; little-endian, and of bfloat16 its bits as uint16."""
+        entry = self.entries[name]
+        if entry.dtype in FOREIGN:
+            raise FileError(
+                f"{shown(name)} is {entry.dtype}, which NumPy does not have: its bytes can be copied, no more"
+            )
+        # All of the file, as whoever reads one of its tensors reads the others, too.
+        check_held(self._size, self.held, "the file", self._file)
+        made = np.empty(entry.shape, raw_dtype(entry.dtype))
+        self._file.seek(self.data + entry.start)
+        # A tensor without elements has no bytes to read.
+        if made.size and self._file.readinto(raw_bytes(made)) != made.nbytes:
+            raise FileError(f"the file ended within {shown(name)}, while it was read")
+        if entry.dtype == "BOOL" and made.size and made.view(np.uint8).max() > 1:
+            raise FileError(f"{shown(name)} is BOOL and has bytes other than 0 and 1")
+        return made
+
+
+def held_bytes(state: os.stat_result) -> int:
+    """How many bytes of a file the disk holds; its size where the system does not say."""
+    return 512 * state.st_blocks if hasattr(state, "st_blocks") else state.st_size
+
+
+def check_held(claimed: int, held: int, what: str, file: io.BufferedReader | io.FileIO | None = None) -> None:
+    """A FileError for a size that is made of holes, which take no space on a disk and all of it in memory.
+
+    Parameters
+    ----------
+    claimed : int
+    held : int
+        As :func:`held_bytes` has it, which is too low for a file that ZFS has not committed yet, that is very
+        compressible, or that lies on a server.
+    what : str
+    file : file, optional
+        Its data are added up where ``held`` is too low. Its position stays.
+
+    Examples
+    --------
+    >>> check_held(1 << 30, 1 << 29, "the file")
+    >>> check_held(1 << 40, 4096, "the file")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: the file has a size of 1,099,511,627,776 bytes, and the disk holds 4,096 of it: the rest \
+is holes, and was not read
+    """
+    if claimed > _HOLES + _PACKED * held and file is not None:
+        held = max(held, _data_bytes(file.fileno(), claimed // _PACKED + 1))
+    if claimed > _HOLES + _PACKED * held:
+        raise FileError(
+            f"{what} has a size of {claimed:,} bytes, and the disk holds {held:,} of it: the rest is holes, and was "
+            "not read"
+        )
+
+
+def _data_bytes(handle: int, enough: int) -> int:
+    """Bytes of a file outside of holes, counted up to ``enough``; its size where the system cannot tell."""
+    size = os.fstat(handle).st_size
+    if not hasattr(os, "SEEK_DATA"):
+        return size
+    before = os.lseek(handle, 0, os.SEEK_CUR)
+    found = at = 0
+    try:
+        while found < enough:
+            start = os.lseek(handle, at, os.SEEK_DATA)
+            at = os.lseek(handle, start, os.SEEK_HOLE)
+            found += at - start
+    except OSError as error:
+        return found if error.errno == errno.ENXIO else size  # ENXIO: nothing but a hole from there on
+    finally:
+        os.lseek(handle, before, os.SEEK_SET)
+    return found
+
+
+def path_of(value: Any) -> str:
+    """A path that can name a file, as a string.
+
+    Raises
+    ------
+    FileError
+        If it cannot.
+
+    Examples
+    --------
+    >>> path_of(3)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: 3: a path must be a string or PathLike that can name a file
+    """
+    try:
+        found = os.fsdecode(value)
+        usable = bool(found) and b"\0" not in os.fsencode(found)
+    except (TypeError, UnicodeEncodeError):
+        usable = False
+    if not usable:
+        raise FileError(f"{shown(value)}: a path must be a string or PathLike that can name a file")
+    return found
+
+
+@contextlib.contextmanager
+def about(path: str) -> Iterator[None]:
+    """Whatever goes wrong within is a FileError that begins with the path."""
+    try:
+        yield
+    except TnadaptError as error:
+        raise FileError(f"{path}: {error}") from error
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise FileError(f"{path}: there is not enough memory for it") from error
+    except ArithmeticError as error:
+        raise FileError(f"{path}: its settings lead to numbers beyond all bounds: {error}") from error
+
+
+@contextlib.contextmanager
+def opened(path: str, foreign: bool = False) -> Iterator[Container]:
+    """The container at a path.
+
+    Parameters
+    ----------
+    path : str
+    foreign : bool
+        Whether its tensors may have the dtypes of ``FOREIGN``, too.
+
+    Raises
+    ------
+    FileError
+        If there is no file, or it is none that holds together: the message says what it is instead.
+    OSError
+        If it cannot be read.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise FileError("is a folder; give the path of a file in it")
+    if not stat.S_ISREG(mode):
+        # Opening a pipe would wait for somebody to write.
+        raise FileError("is neither a file nor a folder")
+    with open(path, "rb") as file:
+        state = os.fstat(file.fileno())
+        yield Container(file, state.st_size, foreign, held_bytes(state))
+
+
+def _header_length(head: bytes, size: int) -> int:
+    # The first bytes of a pickle can be those of a length, too; then the header's brace follows.
+    pickled = head[:1] == b"\x80" and head[1:2] <= b"\x10"
+    if head[8:9] != b"{" and (pickled or head[:4] == b"PK\x03\x04"):
+        what = "a pickle" if pickled else "a zip archive, as torch.save makes it of a pickle"
+        raise FileError(
+            f"is {what}, which can run any program when it is opened: it was not. "
+            "Save it as a safetensors file: an adapter by tnadapt.save, a model by save_pretrained"
+        )
+    if size < 8:
+        raise FileError(f"is no safetensors file: it has {size} bytes, and the header's length alone takes 8")
+    length = int.from_bytes(head[:8], "little")
+    if length > size - 8:
+        raise FileError(f"is cut off, or no safetensors file: the header is said to have {length} bytes of {size - 8}")
+    if length > MAX_HEADER:
+        raise FileError(f"has a header of {length} bytes; at most {MAX_HEADER} are read")
+    if head[8:9] != b"{":
+        raise FileError("is no safetensors file: its header does not begin with '{'")
+    return length
+
+
+def _check_cover(entries: Entries, size: int) -> None:
+    """The tensors follow each other from the first byte to the last."""
+    starts, stops = entries.spans()
+    expected = np.concatenate([np.zeros(1, stops.dtype), stops[:-1]])
+    wrong = np.flatnonzero(starts != expected[: len(starts)])
+    if len(wrong):
+        start, position = int(starts[wrong[0]]), int(expected[wrong[0]])
+        problem = "overlaps the tensor before it" if start < position else "leaves a hole before it"
+        name = shown(entries.name_at(int(wrong[0])))
+        raise FileError(f"{name} begins at byte {start} and {problem}, which ends at {position}")
+    position = int(stops[-1]) if len(stops) else 0
+    if position != size:
+        raise FileError(f"is cut off or too long: the tensors have {position} bytes, and {size} follow the header")
+
+
+def serialized(tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file.
+
+    Parameters
+    ----------
+    tensors : mapping of str to (str, ndarray)
+        Dtype, one of ``DTYPES``, and the array in the form of :meth:`Container.array`.
+    metadata : mapping of str to str
+        Of several keys the order is not fixed: use one.
+    """
+    import safetensors
+
+    # Up to 0.7 it takes bytes, from 0.8 on addresses; a C order array stays where it is while ``tensors`` lives.
+    spec = getattr(safetensors, "TensorSpec", None)
+    given: dict[str, Any] = {}
+    for name, (dtype, array) in tensors.items():
+        common = {"dtype": DTYPES[dtype], "shape": list(array.shape)}
+        if spec is None:
+            given[name] = {**common, "data": array.tobytes()}
+        else:
+            assert array.flags.c_contiguous
+            given[name] = spec(**common, data_ptr=array.ctypes.data, data_len=array.nbytes)
+    return bytes(safetensors.serialize(given, dict(metadata)))

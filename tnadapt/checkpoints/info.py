@@ -1,0 +1,189 @@
+"""``tnadapt.info``: what is in an adapter file or a checkpoint, as JSON knows it."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.roles import number
+from tnadapt.targets.target import Target
+
+from .adapter_file import AdapterFile
+from .adapter_format import ENTRY, VERSION, likeness, read
+from .checkpoint import Checkpoint, open_checkpoint
+from .container import about, opened
+
+__all__ = ["info"]
+
+
+def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
+    """What a file or folder is, without a framework and without its base model.
+
+    Parameters
+    ----------
+    path : path-like
+        An adapter file or a folder with one, a checkpoint, or an adapter of another library.
+    every : bool
+        Whether weights and tensors are listed one by one (``"every"``), not by kind alone.
+
+    Returns
+    -------
+    dict
+        ``"kind"`` is "adapter", "checkpoint" or "other adapter"; the other keys belong to it. JSON can hold all.
+
+    Raises
+    ------
+    FileError
+        If there is nothing there, or it is damaged.
+
+    Notes
+    -----
+    An adapter is read whole and checked as :func:`tnadapt.load` checks it, but for its draws, which are compared with
+    this machine's and told. Of a checkpoint the headers are read.
+
+    Examples
+    --------
+    >>> import tempfile, tnadapt as tna
+    >>> config, targets = tna.Config(rank=1), [tna.Target(f"layer.{i}.q", (4, 6), "q") for i in range(3)]
+    >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)] * 3).init())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tna.save(folder + "/adapter.safetensors", file)
+    ...     found = info(folder + "/adapter.safetensors")
+    >>> found["kind"], found["parameters"], found["targets"]
+    ('adapter', 30, [{'count': 3, 'role': 'q', 'name': 'layer.{0-2}.q.weight', 'stored': [4, 6], 'shape': [4, 6]}])
+    """
+    checkpoint = open_checkpoint(path)
+    first = checkpoint.files[0]
+    if ENTRY in checkpoint.metadata[first]:
+        return _of_adapter(first, every)
+    what = likeness(checkpoint.entries, checkpoint.metadata[first])
+    if "adapter of" in what:
+        size = sum(os.path.getsize(file) for file in checkpoint.files)
+        return {"path": checkpoint.path, "kind": "other adapter", "what": what, "bytes": size}
+    return _of_checkpoint(checkpoint, every)
+
+
+def _of_adapter(path: str, every: bool) -> dict[str, Any]:
+    with about(path), opened(path) as container:
+        file, recipe, left_out = read(container)
+    found: dict[str, Any] = {
+        "path": path,
+        "kind": "adapter",
+        "version": recipe.get("version", VERSION),
+        "bytes": os.path.getsize(path),
+        "model": file.model,
+        "config": file.config.to_dict(),
+        "activation": file.activation,
+        "parameters": file.num_parameters,
+        "arrays": len(file.arrays),
+        "dtype": file.dtype,
+        "groups": file.plan.num_groups,
+        "updated": file.plan.size,
+        "targets": _grouped(file.targets),
+        "kept": _kept(file),
+        "base": recipe.get("base"),
+        "draws": recipe.get("draws"),
+        "draws_here": None if recipe.get("draws") is None else file.draws_without(left_out) == recipe["draws"],
+        "sha256": recipe["sha256"],
+    }
+    if file.trained is not None:
+        found["frozen"] = sum(array.size for array in file.arrays.values()) - file.num_parameters
+    if every:
+        found["every"] = [_target(target) for target in file.targets]
+    return found
+
+
+def _kept(file: AdapterFile) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "shape": list(array.shape), "dtype": file.dtypes.get(f"kept.{name}", array.dtype.name)}
+        for name, array in file.kept.items()
+    ]
+
+
+def _of_checkpoint(checkpoint: Checkpoint, every: bool) -> dict[str, Any]:
+    entries = checkpoint.entries
+    dtypes: dict[str, dict[str, int]] = {}
+    for entry in entries.values():
+        kind = dtypes.setdefault(entry.dtype, {"tensors": 0, "bytes": 0})
+        kind["tensors"] += 1
+        kind["bytes"] += entry.stop - entry.start
+    in_file = collections.Counter(checkpoint.shard.values())
+    try:
+        config, no_config = checkpoint.config or {}, None
+    except FileError as error:
+        config, no_config = {}, str(error)
+    found: dict[str, Any] = {
+        "path": checkpoint.path,
+        "kind": "checkpoint",
+        "model_type": model_type if isinstance(model_type := config.get("model_type"), str) else None,
+        "architectures": _strings(config.get("architectures")),
+        "no_config": no_config,
+        "files": [
+            {"name": os.path.basename(file), "bytes": os.path.getsize(file), "tensors": in_file[file]}
+            for file in checkpoint.files
+        ],
+        "tensors": len(entries),
+        "bytes": checkpoint.nbytes,
+        "dtypes": dtypes,
+        "targets": [],
+        "no_targets": None,
+    }
+    try:
+        found["targets"] = _grouped(find_stored({n: e.shape for n, e in entries.items()}, "qv", config))
+    except TnadaptError as error:
+        found["no_targets"] = str(error)
+    if every:
+        found["every"] = [
+            {"name": name, "dtype": entry.dtype, "shape": list(entry.shape), "bytes": entry.stop - entry.start}
+            for name, entry in entries.items()
+        ]
+    return found
+
+
+def _strings(value: Any) -> list[str] | None:
+    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None
+
+
+def _target(target: Target) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": target.role, "name": target.name, "stored": list(target.stored)}
+    found["shape"] = list(target.shape)
+    if target.rows is not None:
+        found["rows"] = list(target.rows)
+    if target.transposed:
+        found["transposed"] = True
+    return found
+
+
+def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
+    """Targets that are alike but for the numbers in their paths."""
+    alike: dict[Any, list[Target]] = {}
+    for target in targets:
+        key = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", target.name)
+        alike.setdefault((key, target.role, target.stored, target.rows, target.transposed), []).append(target)
+    return [
+        {"count": len(found), **_target(found[0]), "name": _pattern([target.name for target in found])}
+        for found in alike.values()
+    ]
+
+
+def _pattern(names: list[str]) -> str:
+    """``layer.{0-2,5}.q`` of the names of four."""
+    columns = list(zip(*(name.split(".") for name in names), strict=True))
+    return ".".join(parts[0] if len(set(parts)) == 1 else f"{{{_ranges(parts)}}}" for parts in columns)
+
+
+def _ranges(parts: Iterable[str]) -> str:
+    runs: list[list[int]] = []
+    values = {part: number(part) for part in parts}
+    for value in sorted({value for value in values.values() if value is not None}):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    words = sorted(part for part, value in values.items() if value is None)
+    return ",".join([*(f"{a}" if a == b else f"{a}-{b}" for a, b in runs), *words])

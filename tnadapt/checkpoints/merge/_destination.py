@@ -1,0 +1,179 @@
+"""Where a merged checkpoint goes, and which other files of the base's folder go with it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any, NamedTuple
+
+from tnadapt.errors import FileError
+
+from ..checkpoint import SUFFIX, Checkpoint, open_checkpoint
+from ..container import path_of
+from ._symlinks import Belonging
+
+__all__ = ["Destination", "destination"]
+
+# Weights in other forms than the one that is merged, which are the base's: beside merged ones they would be a trap.
+_WEIGHTS = (
+    SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".hdf5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml",
+    ".tflite", ".npz", ".npy", ".mlmodel", ".pb", ".engine", ".index.json",
+)  # fmt: skip
+
+
+class Destination(NamedTuple):
+    """Where the result goes.
+
+    Attributes
+    ----------
+    path : str
+        Absolute, links followed.
+    name : str or None
+        Of the one file that is made, or None where a folder is.
+    others : tuple of str
+        Files of the base's folder that are copied, relative to it.
+    left_out : tuple of str
+        Those that are not: weights in other formats, hidden folders, links to folders or out of the checkpoint, and
+        what is no regular file (pipes, devices, sockets).
+    """
+
+    path: str
+    name: str | None
+    others: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def need_free(self, overwrite: bool) -> None:
+        """A FileError unless nothing is there, or a checkpoint that may be overwritten."""
+        if not os.path.lexists(self.path):
+            return
+        if not overwrite:
+            raise FileError("is there already: choose another name, or allow it to be overwritten (--force)")
+        if (why := self.refusal(self.path)) is not None:
+            raise FileError(why)
+
+    def refusal(self, path: str) -> str | None:
+        """Why what is at a path must not be replaced by the result; None if it may be, or nothing is there."""
+        for _ in range(_LOOKS):
+            before = _state(path)
+            if before is None:
+                return None
+            if self.name is not None:
+                return None if stat.S_ISREG(before.st_mode) else "is no regular file, and is not overwritten"
+            if stat.S_ISDIR(before.st_mode) and _is_checkpoint(path):
+                return None
+            after = _state(path)
+            if after is not None and (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino):
+                break  # else another process has put its own there meanwhile
+        return "is no folder of a checkpoint, and is not overwritten: remove it, or choose another name"
+
+
+# How often to look again at what others replace at the same time.
+_LOOKS = 10
+
+
+def _state(path: str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
+def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destination:
+    """Where a merged checkpoint is to go.
+
+    Raises
+    ------
+    FileError
+        If it is the base, the adapter, in the base's folder or around it; not of the base's kind (a file or a
+        folder); a pipe, a device or a socket; or in a folder that does not exist. If a file of the base's weights is a
+        link that leaves the checkpoint (:mod:`tnadapt.checkpoints.merge._symlinks`).
+    """
+    given = path_of(out)
+    path = os.path.realpath(given)
+    single = checkpoint.index is None and not os.path.isdir(checkpoint.path)
+
+    def refuse(why: str) -> FileError:
+        return FileError(f"{given}: {why}")
+
+    _check_links(checkpoint)
+    own = [os.path.realpath(file) for file in checkpoint.files]
+    if path in own or (adapter is not None and path == os.path.realpath(adapter)):
+        raise refuse("is what is to be read: give another name for what is to be written")
+    there = _state(path)
+    kind = 0 if there is None else stat.S_IFMT(there.st_mode)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise refuse("is neither a file nor a folder but a pipe, a device or the like, and is never replaced")
+    if single:
+        if kind == stat.S_IFDIR:
+            raise refuse("is a folder, and the base is one file: give the path of a file in it")
+        if not path.endswith(SUFFIX):
+            raise refuse(f"must end with {SUFFIX}, as the base is one file")
+    else:
+        folder = os.path.realpath(checkpoint.folder)
+        if path == folder:
+            raise refuse("is the folder of the base: the result goes to another one")
+        if _inside(path, folder):
+            raise refuse("is in the folder of the base: give a place outside of it")
+        inside = [*own, folder, *([os.path.realpath(adapter)] if adapter is not None else [])]
+        if any(_inside(one, path) for one in inside):
+            raise refuse("has what is to be read in it: give another place")
+        if path.endswith((SUFFIX, ".json")):
+            raise refuse("would be a folder, as the base is one: give the name of a folder")
+        if kind == stat.S_IFREG:
+            raise refuse("is a file, and the base is a folder: give the name of a folder")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise refuse(f"the folder {os.path.dirname(path)} does not exist; make it first")
+    if single:
+        return Destination(path, os.path.basename(checkpoint.files[0]))
+    return Destination(path, None, *_others(checkpoint))
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path.startswith(os.path.join(folder, ""))
+
+
+def _is_checkpoint(folder: str) -> bool:
+    try:
+        open_checkpoint(folder)
+    except FileError:
+        return False
+    return True
+
+
+def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The other files of the base's folder: those to copy, and those not."""
+    belonging = Belonging(checkpoint.folder)
+    own = {os.path.basename(file) for file in checkpoint.files}
+    if checkpoint.index is not None:
+        own.add(os.path.basename(checkpoint.index))
+    copied: list[str] = []
+    left: list[str] = []
+    for root, folders, files in os.walk(checkpoint.folder):
+        here = os.path.relpath(root, checkpoint.folder)
+        for name in sorted(folders):
+            path = os.path.normpath(os.path.join(here, name))
+            # A link may lead anywhere, round in a circle too.
+            if name.startswith(".") or os.path.islink(os.path.join(root, name)):
+                folders.remove(name)
+                left.append(path + os.sep)
+        for name in sorted(files):
+            path = os.path.normpath(os.path.join(here, name))
+            if here == "." and name in own:
+                continue
+            usable = not name.endswith(_WEIGHTS) and belonging.file(path) is not None
+            (copied if usable else left).append(path)
+    return tuple(copied), tuple(left)
+
+
+def _check_links(checkpoint: Checkpoint) -> None:
+    """A FileError where weights would be read from outside of the checkpoint, which the user did not point to."""
+    belonging = Belonging(checkpoint.folder)
+    given = os.path.abspath(checkpoint.path)
+    one = ", or give the path of that one file" if checkpoint.index is None else ""
+    for path in (*checkpoint.files, *([checkpoint.index] if checkpoint.index is not None else [])):
+        name = os.path.basename(path)
+        if path != given and (outside := belonging.leaves(name)) is not None:
+            raise FileError(
+                f"{checkpoint.path}: {name} is a link to {outside}, which is outside of the checkpoint, and is not "
+                f"followed: copy the folder with its links followed (cp -rL){one}"
+            )

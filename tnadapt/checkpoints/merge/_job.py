@@ -1,0 +1,220 @@
+"""One merge of an adapter into a checkpoint: what becomes of each tensor, and of each file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tnadapt.algebra.rounding import ExactUpdates, add_in_place, rounded, widened
+from tnadapt.errors import FileError, shown
+from tnadapt.targets.target import Target
+
+from ..adapter_file import KEPT, AdapterFile
+from ..atomic_files import sync_file
+from ..checkpoint import Checkpoint, file_state
+from ..container import DTYPES
+from ..fingerprint import compare
+from ._blas_threads import one_blas_thread
+from ._comparison import open_regular
+from ._destination import Destination
+from ._journal import Partial
+from ._resolution import FLOATS, Placed
+from ._shards import Change, Shard, Writer
+from ._symlinks import Belonging
+
+__all__ = ["Job", "Unfit"]
+
+# In the identity of what is half made: another number where a release would compute other bits.
+_ARITHMETIC = 1
+
+_TAGS = {name: tag for tag, name in DTYPES.items()}
+
+
+class Unfit(Exception):  # noqa: N818  # what does not fit is the message
+    """The base does not fit the adapter: no other run would do better, and nothing is kept for one."""
+
+
+class Job:
+    """One merge: what becomes of each tensor."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, file: AdapterFile, digest: str, placed: Placed, where: Destination
+    ) -> None:
+        self.checkpoint, self.file, self.placed, self.where = checkpoint, file, placed, where
+        self.digest = digest
+        self.updates = ExactUpdates(file.plan, file.arrays, file.dtype)
+        self.of: dict[str, list[tuple[int, Target]]] = {}
+        for index, target in enumerate(placed.targets):
+            self.of.setdefault(target.name, []).append((index, target))
+        self.resumed = self.bytes = 0
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this merge from another: where an unfinished one has it, it is gone on with."""
+        return {
+            "arithmetic": _ARITHMETIC,
+            "base": {os.path.realpath(file): state for file, state in self.checkpoint.states.items()},
+            "adapter": self.digest,
+        }
+
+    # -- Looking before writing --------------------------------------------------------------
+
+    def _check_base(self) -> None:
+        """An error where the base is not the one that the adapter was trained on."""
+        known, entries = self.file.base, self.checkpoint.entries
+        if known is None:
+            return
+        kinds = {FLOATS[entries[name].dtype] for name in self.of}
+        # Of several dtypes, the one that has all their numbers, as when it was taken.
+        kind = kinds.pop() if len(kinds) == 1 else "float64" if "float64" in kinds else "float32"
+        difference = compare(known, self._weights(kind), kind)
+        if difference is not None:
+            raise Unfit(
+                f"is another base model than the one that the adapter was trained on: of the adapted weights, "
+                f"{difference}. Give that one, or check_base=False (--any-base)"
+            )
+
+    def _weights(self, kind: str) -> Iterator[np.ndarray]:
+        last: tuple[str, np.ndarray] | None = None
+        for target in self.placed.targets:
+            if last is None or last[0] != target.name:
+                last = None
+                last = target.name, self.checkpoint.array(target.name)
+            weight, own = target.select(last[1]), FLOATS[self.checkpoint.entries[target.name].dtype]
+            yield weight if own == kind else widened(weight, own).astype(kind)
+
+    # -- Writing -----------------------------------------------------------------------------
+
+    def run(self, work: Partial, progress: Callable[[int, int], None], check_base: bool) -> None:
+        """Make all files."""
+        checkpoint = self.checkpoint
+        self.resumed = len(work.done)
+        left = [file for file in checkpoint.files if os.path.basename(file) not in work.done]
+        sizes = [os.path.getsize(file) for file in left]
+        added = {} if checkpoint.files[-1] not in left else self._added
+        total, done = sum(sizes) + sum(array.nbytes for _, array in added.values()), 0
+
+        free = shutil.disk_usage(work.root).free
+        if free < total:
+            raise FileError(
+                f"{total:,} bytes are to be written, and the disk has {free:,} free: make room, or choose another place"
+            )
+
+        def told(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, max(total, done))
+
+        shards = [
+            Shard(
+                file, work.path(name), self._changes(file), added if file == checkpoint.files[-1] else {},
+                functools.partial(work.finished, name),
+            )
+            for file in left
+            for name in [os.path.basename(file)]
+        ]  # fmt: skip
+
+        def beside() -> None:
+            if check_base:
+                self._check_base()
+            self._copy_others(work)
+
+        with one_blas_thread():
+            Writer(checkpoint, told).write(shards, beside)
+        try:
+            changed = any(file_state(file) != state for file, state in checkpoint.states.items())
+        except OSError:
+            changed = True
+        if changed:
+            raise Unfit("was changed while it was merged: run it again")
+        self.bytes = sum(os.path.getsize(work.path(os.path.basename(file))) for file in checkpoint.files)
+
+    def _copy_others(self, work: Partial) -> None:
+        belonging = Belonging(self.checkpoint.folder)
+        for name in self.where.others:
+            path = work.path(name)
+            work.make_folder(os.path.dirname(name))
+            source = belonging.file(name)
+            if source is None:
+                raise Unfit(f"was changed while it was merged ({name}): run it again")
+            _copy_small(source, path)
+        if self.checkpoint.index is not None:
+            self._write_index(work.path(os.path.basename(self.checkpoint.index)))
+
+    def _changes(self, file: str) -> dict[str, Change]:
+        """In the order of the long vector, which F is made in."""
+        shard = self.checkpoint.shard
+        found: dict[str, Change] = {
+            name: functools.partial(self._updated, name) for name in self.of if shard[name] == file
+        }
+        for name, stored in self.placed.kept.items():
+            if shard[stored] == file:
+                found[stored] = functools.partial(self._replaced, name, stored)
+        return found
+
+    def _updated(self, name: str, stored: np.ndarray) -> np.ndarray:
+        dtype = FLOATS[self.checkpoint.entries[name].dtype]
+        for index, target in self.of[name]:
+            flat = np.ascontiguousarray(target.select(stored)).reshape(-1)
+            problem = add_in_place(flat, dtype, self.updates.of(index))
+            if problem == "update":
+                raise Unfit(f"the update of {shown(name)} is not finite; nothing was merged")
+            if problem is not None:
+                raise Unfit(
+                    f"{shown(name)} with its update leaves the range of {dtype}; nothing was merged: merge into the "
+                    "checkpoint in a wider dtype"
+                )
+            if not np.may_share_memory(flat, stored):
+                target.block(stored)[...] = target.like_block(flat.reshape(target.shape))
+        return stored
+
+    def _replaced(self, name: str, stored_name: str, stored: np.ndarray) -> np.ndarray:
+        tag = self.checkpoint.entries[stored_name].dtype
+        return self._cast(name, tag)
+
+    def _cast(self, name: str, tag: str) -> np.ndarray:
+        """A kept parameter as a checkpoint has it."""
+        array = self.file.kept[name]
+        if tag not in FLOATS:
+            return array.astype(array.dtype.newbyteorder("<"), copy=False)
+        with np.errstate(over="ignore"):
+            found = rounded(array.astype(np.float64), FLOATS[tag])
+        if not np.isfinite(widened(found, FLOATS[tag])).all():
+            raise Unfit(f"what the adapter keeps as {shown(name)} leaves the range of {FLOATS[tag]}")
+        return np.asarray(found.astype(found.dtype.newbyteorder("<"), copy=False), order="C")
+
+    @functools.cached_property
+    def _added(self) -> dict[str, tuple[str, np.ndarray]]:
+        found = {}
+        for name, new in self.placed.added.items():
+            tag = _TAGS[self.file.dtypes.get(KEPT + name, self.file.kept[name].dtype.name)]
+            found[new] = tag, self._cast(name, tag)
+        return found
+
+    def _write_index(self, path: str) -> None:
+        assert self.checkpoint.index is not None
+        if not self._added:
+            _copy_small(os.path.realpath(self.checkpoint.index), path)
+            return
+        with open(self.checkpoint.index, encoding="utf-8") as file:
+            index = json.load(file)
+        last = os.path.basename(self.checkpoint.files[-1])
+        index["weight_map"].update(dict.fromkeys(self._added, last))
+        size = sum(array.nbytes for _, array in self._added.values())
+        if isinstance(index.get("metadata"), dict) and isinstance(index["metadata"].get("total_size"), int):
+            index["metadata"]["total_size"] += size
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        sync_file(path)
+
+
+def _copy_small(source: str, target: str) -> None:
+    with open(open_regular(source), "rb") as file, open(target, "xb") as copy:
+        shutil.copyfileobj(file, copy)
+    sync_file(target)

@@ -1,0 +1,202 @@
+"""Where in a checkpoint the weights of an adapter are, which may have other names there than in the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tnadapt.errors import FileError, TargetError, shown
+from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.fused_rows import LayoutError
+from tnadapt.targets.overlaps import check_distinct
+from tnadapt.targets.pairing import paired
+from tnadapt.targets.prefixes import Prefix, found_prefix
+from tnadapt.targets.target import Target
+
+from ..adapter_file import AdapterFile, counted, some
+from ..checkpoint import Checkpoint
+from ..container import DTYPES, Entry
+
+__all__ = ["FLOATS", "Placed", "place"]
+
+# What an update can be added to.
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Placed(NamedTuple):
+    """An adapter's targets and kept parameters, as a checkpoint calls them.
+
+    Attributes
+    ----------
+    targets : tuple of Target
+        In the order of the adapter's.
+    kept : dict of str to str
+        Of each kept parameter that the checkpoint has: its name there.
+    added : dict of str to str
+        Of each that it lacks: the name that it is to have.
+    how : str
+        How the names came about, for people; empty where they are the adapter's own.
+    """
+
+    targets: tuple[Target, ...]
+    kept: dict[str, str]
+    added: dict[str, str]
+    how: str
+
+
+def place(checkpoint: Checkpoint, file: AdapterFile) -> Placed:
+    """Find an adapter's weights in a checkpoint: all of them, or none.
+
+    By their names; else by their names with one prefix more or less, the same for all (``bert.``, ``model.``); else by
+    role and shape, as modules are renamed between releases.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    file : AdapterFile
+
+    Returns
+    -------
+    Placed
+
+    Raises
+    ------
+    FileError
+        If a weight is not there, or has another shape or a dtype that nothing can be added to; or a kept
+        parameter does not fit, or its module is there under another name.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, tnadapt as tna
+    >>> from safetensors.numpy import save_file
+    >>> from tnadapt.checkpoints.checkpoint import open_checkpoint
+    >>> config, targets = tna.Config(rank=1), [tna.Target("bert.layer.0.query", (4, 6), "q")]
+    >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"layer.0.query.weight": np.ones((4, 6), np.float32)}, folder + "/model.safetensors")
+    ...     found = place(open_checkpoint(folder), file)
+    >>> found.targets[0].name, found.how
+    ('layer.0.query.weight', "names without 'bert.'")
+    """
+    entries = checkpoint.entries
+    try:
+        shift = found_prefix(file.targets, {name: entry.shape for name, entry in entries.items()})
+    except TargetError as error:
+        raise FileError(str(error)) from error
+    if shift is not None:
+        targets = tuple(shift.target(target) for target in file.targets)
+        how = str(shift)
+    else:
+        targets, how = _by_role(checkpoint, file), "weights of the same roles and shapes under other names"
+    check_distinct(targets)
+    for target in targets:
+        _check_target(target, entries[target.name])
+    kept, added = _kept(entries, file, shift or Prefix())
+    both = {target.name for target in targets}.intersection(kept.values())
+    if both:
+        raise FileError(f"the adapter both updates and replaces {some(both)}")
+    return Placed(targets, kept, added, how)
+
+
+def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
+    missing = [target.name for target in file.targets if target.name not in checkpoint.entries]
+    roles = "".join(dict.fromkeys(target.role for target in file.targets))
+    found: list[Target] = []
+    if set(roles) <= set("qkvo"):
+        shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+        try:
+            found = find_stored(shapes, roles, checkpoint.config)
+        except LayoutError as error:
+            raise FileError(
+                f"the checkpoint lacks {_how_many(missing, len(file.targets))}, such as {shown(missing[0])}, under any "
+                f"prefix, and those of the same roles are not clear: {error}"
+            ) from error
+        except TargetError:
+            found = []
+    partners = paired(file.targets, found)
+    if partners is None:
+        alike = sorted((t.role, t.shape) for t in found) == sorted((t.role, t.shape) for t in file.targets)
+        raise _missing(checkpoint, missing, len(file.targets), alike)
+    return tuple(dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True))
+
+
+def _how_many(missing: list[str], targets: int) -> str:
+    return f"{len(missing)} of the adapter's {counted(targets, 'weight')}" if targets > 1 else "the adapter's weight"
+
+
+def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bool) -> FileError:
+    name, entries = missing[0], checkpoint.entries
+    what = _how_many(missing, targets)
+    module = name.rpartition(".")[0]
+    packed = [entry for entry in entries if entry.startswith(f"{module}.")] if module else []
+    if packed:
+        near = f"its module has {some(packed)}: is the checkpoint quantised?"
+    else:
+        close = difflib.get_close_matches(name, entries, 3, 0.5)
+        near = f"nearest: {', '.join(map(shown, close))}" if close else f"it has {some(entries)}"
+    way = ""
+    if checkpoint.index is None and "-of-" in checkpoint.files[0]:
+        way = ". This file looks like one of several: give the folder, or the index"
+    return FileError(
+        f"the checkpoint lacks {what}, such as {shown(name)}, under any prefix, and has no weights of the same roles "
+        f"and shapes{' of which it is clear which is which' if alike else ''}; {near}{way}"
+    )
+
+
+def _check_target(target: Target, entry: Entry) -> None:
+    if entry.dtype not in FLOATS:
+        kind = "no weight" if entry.dtype in ("BOOL", "C64") else "quantised or packed"
+        raise FileError(
+            f"{shown(target.name)} is {entry.dtype}, {kind}: an update cannot be added to it. Merge into a checkpoint "
+            "of the model in bfloat16, float16 or float32, and quantise the result"
+        )
+    if entry.shape != target.stored:
+        raise FileError(
+            f"{shown(target.name)} has shape {entry.shape} in the checkpoint, and the adapter was trained on one of "
+            f"{target.stored}"
+        )
+
+
+def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tuple[dict[str, str], dict[str, str]]:
+    kept: dict[str, str] = {}
+    added: dict[str, str] = {}
+    # Modules beside those of the adapter; under the prefix, where there is one.
+    tops = {
+        name.removeprefix(shift.given).partition(".")[0] for name in entries if name.startswith(shift.given)
+    }  # fmt: skip
+    for name, array in file.kept.items():
+        moved = shift.of(name) or name
+        there = next((one for one in (moved, name) if one in entries), None)
+        if there is None:
+            if moved.removeprefix(shift.given).partition(".")[0] in tops:
+                close = difflib.get_close_matches(moved, entries, 3, 0.5)
+                raise FileError(
+                    f"the adapter keeps {shown(name)}, which the checkpoint does not have, though it has others of "
+                    f"that module; nearest: {', '.join(map(shown, close)) or 'none'}"
+                )
+            _need_free(added, name, moved)
+            added[name] = moved
+            continue
+        entry, theirs = entries[there], file.dtypes.get(f"kept.{name}", array.dtype.name)
+        if entry.shape != array.shape:
+            raise FileError(
+                f"the adapter keeps {shown(name)} of shape {array.shape}, and the checkpoint's is {entry.shape}: give "
+                "a checkpoint with the head that it was trained with, or without any"
+            )
+        if DTYPES.get(entry.dtype) != theirs and not (entry.dtype in FLOATS and theirs in FLOATS.values()):
+            raise FileError(f"the adapter keeps {shown(name)} as {theirs}, and the checkpoint's is {entry.dtype}")
+        _need_free(kept, name, there)
+        kept[name] = there
+    return kept, added
+
+
+def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
+    """A FileError where two kept parameters have one place in the checkpoint, as with and without a prefix."""
+    for other, own in taken.items():
+        if own == place:
+            raise FileError(
+                f"the adapter keeps both {shown(other)} and {shown(name)}, which are both {shown(place)} in the "
+                "checkpoint: it can hold one of them"
+            )

@@ -1,0 +1,211 @@
+"""A safetensors file like another one, with some tensors changed: the rest is copied by the kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from ..atomic_files import sync_file
+from ..checkpoint import Checkpoint
+from ..container import Entry, raw_bytes
+from ._copying import Stopped, copy_range, write_at
+
+__all__ = ["Change", "Shard", "Writer", "extended"]
+
+# Of larger tensors, one is in memory at a time.
+_LARGE = 1 << 26
+# How much is copied before the disk is asked to take it.
+_FLUSHED = 1 << 28
+
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+class Shard(NamedTuple):
+    """One file to write.
+
+    Attributes
+    ----------
+    file : str
+        Which file of the checkpoint it is like.
+    out : str
+        Where to.
+    changes : dict of str to callable
+        Of each tensor to be changed: what it becomes, in the same dtype and shape; in this order.
+    added : dict of str to (str, ndarray)
+        Tensors to come after the others, with their dtypes.
+    finished : callable
+        Called, by another thread, when the file is whole and synchronised.
+    """
+
+    file: str
+    out: str
+    changes: dict[str, Change]
+    added: dict[str, tuple[str, np.ndarray]]
+    finished: Callable[[], None]
+
+
+class Writer:
+    """Writes files of a checkpoint anew: while tensors are computed, one thread copies what is untouched.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        What is read.
+    told : callable
+        Called with the number of bytes of each piece that is written; by one thread at a time.
+
+    Notes
+    -----
+    Memory: one tensor that is changed, and what changing it takes. Of tensors of up to 64 MiB, another one may be on
+    its way to the disk, and one more in the hands of ``meanwhile``. Besides the caller's thread there are one that
+    copies, one that writes what was computed, one that waits for the disk, and one for ``meanwhile``.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, told: Callable[[int], None]) -> None:
+        self.checkpoint, self._told = checkpoint, told
+        self._lock, self._stop = threading.Lock(), threading.Event()
+
+    def write(self, shards: Sequence[Shard], meanwhile: Callable[[], None] | None = None) -> None:
+        """Write files, one after another.
+
+        Parameters
+        ----------
+        shards : sequence of Shard
+        meanwhile : callable, optional
+            Called once, in a thread of its own. What it raises ends the work.
+
+        Raises
+        ------
+        OSError
+            If a file cannot be read or written. Files that are unfinished then are left there.
+        """
+        with contextlib.ExitStack() as stack:
+            copier, writer, syncer, other = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(4))
+            try:
+                plans = [self._laid_out(shard) for shard in shards]
+                copies = [copier.submit(self._copy, *plan, syncer) for plan in plans]
+                beside = other.submit(meanwhile or (lambda: None))
+                if self._largest(shards) > _LARGE:
+                    beside.result()
+                synced = []
+                for shard, copied in zip(shards, copies, strict=True):
+                    self._compute(shard, (copied, beside), writer)
+                    copied.result()
+                    synced.append(syncer.submit(_synchronise, shard.out, shard.finished))
+                for future in (beside, *synced):
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                copier.shutdown(cancel_futures=True)
+                raise
+
+    def _largest(self, shards: Sequence[Shard]) -> int:
+        entries = [self.checkpoint.entries[name] for shard in shards for name in shard.changes]
+        return max((entry.stop - entry.start for entry in entries), default=0)
+
+    def _laid_out(self, shard: Shard) -> tuple[str, str, list[tuple[int, int, int]]]:
+        """Make the file, in its full length, with its head where that is new; returns what is to be copied."""
+        entries, old = self.checkpoint.of_file(shard.file), self.checkpoint.data[shard.file]
+        size = max((entry.stop for entry in entries.values()), default=0)
+        # The head itself is among what is copied, where it stays.
+        first, new = -old, old
+        with open(shard.out, "xb", buffering=0) as target:
+            if shard.added:
+                head = extended(entries, self.checkpoint.metadata[shard.file], shard.added)
+                first, new = 0, len(head)
+                self._put(target, 0, head)
+                at = new + size
+                for _, array in shard.added.values():
+                    self._put(target, at, raw_bytes(array))
+                    at += array.nbytes
+            else:
+                target.truncate(new + size)
+        spots = sorted(entries[name][2:] for name in shard.changes)
+        edges = [first, *(edge for spot in spots for edge in spot), size]
+        runs = zip(edges[::2], edges[1::2], strict=True)
+        return shard.file, shard.out, [(old + a, new + a, b - a) for a, b in runs if a < b]
+
+    def _compute(self, shard: Shard, others: Sequence[Future[None]], writer: ThreadPoolExecutor) -> None:
+        size = os.path.getsize(shard.out) - sum(array.nbytes for _, array in shard.added.values())
+        entries = self.checkpoint.of_file(shard.file)
+        new = size - max((entry.stop for entry in entries.values()), default=0)
+        written: Future[None] | None = None
+        with open(shard.out, "r+b", buffering=0) as target:
+            try:
+                for name, change in shard.changes.items():
+                    for other in others:
+                        if other.done():
+                            other.result()  # a full disk, say: what is computed would have no place to go
+                    made = change(self.checkpoint.array(name))
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(self._put, target, new + entries[name].start, raw_bytes(made))
+                    if made.nbytes > _LARGE:
+                        written.result()
+                    del made
+            finally:
+                if written is not None:
+                    written.result()
+
+    def _copy(self, file: str, out: str, runs: Sequence[tuple[int, int, int]], syncer: ThreadPoolExecutor) -> None:
+        dirty = 0
+        flushed: Future[None] | None = None
+
+        def told(count: int) -> None:
+            nonlocal dirty, flushed
+            if self._stop.is_set():
+                raise Stopped
+            with self._lock:
+                self._told(count)
+            dirty += count
+            if dirty >= _FLUSHED and (flushed is None or flushed.done()):
+                # So that the disk has work from the start, and little is left at the end.
+                dirty, flushed = 0, syncer.submit(_synchronise, out)
+
+        with open(file, "rb", buffering=0) as source, open(out, "r+b", buffering=0) as target:
+            for start, at, count in runs:
+                copy_range(source, start, target, at, count, told)
+
+    def _put(self, target: BinaryIO, at: int, content: bytes | memoryview) -> None:
+        write_at(target, at, content)
+        with self._lock:
+            self._told(len(content))
+
+
+def _synchronise(path: str, finished: Callable[[], None] | None = None) -> None:
+    sync_file(path)
+    if finished is not None:
+        finished()
+
+
+def extended(
+    entries: Mapping[str, Entry], metadata: Mapping[str, str], added: Mapping[str, tuple[str, np.ndarray]]
+) -> bytes:
+    """A file's head (the length and the header) with tensors after those that are there.
+
+    Examples
+    --------
+    >>> extended({"a": Entry("U8", (2,), 0, 2)}, {}, {"b": ("U8", np.zeros(3, np.uint8))})[8:].rstrip()
+    b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[3],"data_offsets":[2,5]}}'
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    listed = list(entries.items())
+    at = max((entry.stop for entry in entries.values()), default=0)
+    for name, (dtype, array) in added.items():
+        listed.append((name, Entry(dtype, array.shape, at, at + array.nbytes)))
+        at += array.nbytes
+    for name, entry in listed:
+        header[name] = {
+            "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.stop]
+        }  # fmt: skip
+    # Metadata may hold half a surrogate pair, which has no UTF-8 form: backslashreplace writes it as JSON's own escape.
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,123 @@
+"""The lock on a folder of unfinished work, which is made and deleted by those who take turns at it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import stat
+from collections.abc import Iterator
+
+from tnadapt.errors import FileError
+
+from ..file_locks import HAS_LOCKS, lock, names_handle, unlock
+
+__all__ = ["LOCK", "RUN", "TRASH", "work_lock"]
+
+#: What the folder has in it.
+LOCK, RUN, TRASH = "lock", "run-", "trash-"
+
+_OWN = re.compile(rf"{LOCK}|(?:{RUN}|{TRASH})[0-9a-f]{{16}}")
+_ATTEMPTS = 1000
+
+
+@contextlib.contextmanager
+def work_lock(root: str) -> Iterator[None]:
+    """Make the folder if it is not there, and hold its lock in the block.
+
+    Raises
+    ------
+    FileError
+        If something else has that name, or another process holds the lock.
+    OSError
+        If the folder cannot be made.
+
+    Examples
+    --------
+    >>> with work_lock("work"), work_lock("work"):
+    ...     pass
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: another process is making work (process ... on ...): wait for it, or choose another name
+    """
+    if not HAS_LOCKS:
+        _check_own(root)
+        os.makedirs(root, exist_ok=True)
+        yield
+        return
+    handle = _locked(root)
+    try:
+        yield
+    finally:
+        unlock(handle)
+        os.close(handle)
+        # On NFS a deleted file that is open keeps its folder. Another process that has come meanwhile has its lock file
+        # in the folder, or makes the folder again.
+        with contextlib.suppress(OSError):
+            os.rmdir(root)
+
+
+def _locked(root: str) -> int:
+    path = os.path.join(root, LOCK)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    for _ in range(_ATTEMPTS):
+        _check_own(root)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(root)
+        try:
+            handle = os.open(path, flags, 0o666)
+        except FileNotFoundError:  # its last holder has just deleted the folder
+            continue
+        try:
+            if not lock(handle):
+                raise FileError(
+                    f"another process is making {root}{_holder(handle)}: wait for it, or choose another name"
+                )
+            if names_handle(path, handle):
+                _sign(handle)
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        # Its last holder deleted the file before giving up the lock: this one protects nothing.
+        os.close(handle)
+    raise FileError(f"other processes are making {root} again and again: wait for them, or choose another name")
+
+
+def _check_own(root: str) -> None:
+    """An error if the name is taken by anything that this module would not have made.
+
+    That needs no lock: whatever others do at the same time, the folder has no other names in it. Names that begin with
+    a dot are the system's (.DS_Store, NFS's .nfs…), and stay.
+    """
+    try:
+        own = stat.S_ISDIR(os.lstat(root).st_mode)
+        own = own and all(name.startswith(".") or _OWN.fullmatch(name) for name in os.listdir(root))
+        own = own and stat.S_ISREG(_mode(os.path.join(root, LOCK)))
+    except FileNotFoundError:
+        return
+    if not own:
+        raise FileError(f"{root} is in the way, and is no unfinished merge: remove it, or choose another name")
+
+
+def _mode(path: str) -> int:
+    try:
+        return os.lstat(path).st_mode
+    except FileNotFoundError:
+        return stat.S_IFREG
+
+
+def _sign(handle: int) -> None:
+    """Say in the file who holds it; for messages only."""
+    with contextlib.suppress(OSError):  # a full disk
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def _holder(handle: int) -> str:
+    with contextlib.suppress(OSError):
+        found = os.pread(handle, 200, 0).decode(errors="replace")
+        if found and found.isprintable():
+            return f" ({found})"
+    return ""

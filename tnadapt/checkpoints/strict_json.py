@@ -1,0 +1,122 @@
+"""JSON of others, read strictly: an object, no key twice, only finite numbers, no file longer than it may be."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Any
+
+from tnadapt.errors import FileError, shown
+
+__all__ = ["MAX_CONFIG", "json_file", "strict_json", "strict_value"]
+
+#: Bytes that settings of a model or an adapter may have: a slip or a hostile file has more.
+MAX_CONFIG = 1 << 24
+
+
+def json_file(path: str, limit: int, what: str = "") -> dict[str, Any]:
+    """The JSON object of a file that has at most so many bytes; it takes the memory of those that it has.
+
+    Parameters
+    ----------
+    path : str
+    limit : int
+    what : str
+        How the message names it, where the path alone does not.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    FileError
+        If it is no regular file, is longer, or is no such JSON.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> Path("long.json").write_bytes(b" " * 11) and json_file("long.json", 10)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: is longer than 10 bytes, and was not read
+    """
+    named = f"{what} " if what else ""
+    # A pipe is none: opening it would wait for somebody to write.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileError(f"{named}is no file")
+    with open(path, "rb") as file:
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
+    if len(content) > limit:
+        raise FileError(f"{named}is longer than {limit} bytes, and was not read")
+    try:
+        return strict_json(content.decode(), what or "the file")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{named}is not UTF-8: {error}") from error
+
+
+def strict_json(text: str, what: str) -> dict[str, Any]:
+    """The JSON object of a text: no key twice, no NaN or infinity, nothing nested too deep.
+
+    Parameters
+    ----------
+    text : str
+    what : str
+        How the message names it.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    FileError
+        If it is no such JSON.
+
+    Examples
+    --------
+    >>> strict_json('{"a": 1, "a": 2}', "the header")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.FileError: the header has the key 'a' twice
+    """
+    found = strict_value(text, what)
+    if not isinstance(found, dict):
+        raise FileError(f"{what} must be a JSON object; got {shown(found)}")
+    return found
+
+
+def strict_value(text: str, what: str) -> Any:
+    """The JSON value of a text, under the rules of :func:`strict_json`.
+
+    Examples
+    --------
+    >>> strict_value("[1, 2.5, null]", "the text")
+    [1, 2.5, None]
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen = set[str]()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise FileError(f"{what} has the key {shown(twice)} twice")
+        return found
+
+    def number(text: str) -> float:
+        value = float(text)  # 1e999 is infinity; so are the words that JSON does not have
+        if not math.isfinite(value):
+            raise FileError(f"{what} has the number {shown(text)}, which is not finite")
+        return value
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=number)
+    except FileError:
+        raise
+    except ValueError as error:
+        raise FileError(f"{what} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise FileError(f"{what} is nested too deep") from error

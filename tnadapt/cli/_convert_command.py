@@ -1,0 +1,67 @@
+"""``tnadapt convert``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tnadapt.convert import FORMS, convert
+from tnadapt.errors import TnadaptError
+
+from ._printing import echo, echo_json, echo_table
+
+__all__ = ["convert_command"]
+
+
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="A tnadapt file, a PEFT folder, or a LyCORIS or kohya file.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="A file, or a folder for PEFT; without it nothing is written.")
+    ] = None,
+    to: Annotated[str, typer.Option(metavar="FORM", help=f"One of {', '.join(FORMS)}.")] = "tnadapt",
+    rank: Annotated[int | None, typer.Option(help="The largest rank allowed.", min=1)] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Relative error that is allowed; without it, rounding alone.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The base model (safetensors), for LyCORIS' names and to check shapes.")
+    ] = None,
+    part: Annotated[str | None, typer.Option(help="The prefix to take of a kohya file, e.g. lora_unet.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the result: float32, float16, bfloat16 or float64.")] = None,
+    without_kept: Annotated[
+        bool, typer.Option("--without-kept", help="Leave out what was trained beside the adapter, e.g. a head.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Turn an adapter of tnadapt, PEFT or LyCORIS into another of them: exactly, or with the error that it makes.
+
+    Exit code: 0, or 2 where it cannot be done; nothing is written then.
+    """
+    try:
+        with Console(stderr=True).status("converting"):
+            found = convert(
+                source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
+                without_kept=without_kept, overwrite=force,
+            )  # fmt: skip
+    except TnadaptError as error:
+        raise TnadaptError(_as_options(str(error))) from None
+    if as_json:
+        echo_json({**found.to_dict(), "out": None if out is None else str(out)})
+        return
+    echo_table(str(found))
+    echo("nothing written: give -o OUT" if out is None else f"written to {out}")
+
+
+def _as_options(text: str) -> str:
+    """A message of the library with its arguments as they are typed here."""
+    text = text.replace("without_kept=True (--without-kept)", "--without-kept").replace(
+        "overwrite=True (--force)", "--force"
+    )
+    text = re.sub(r"to='([a-z-]+)'", r"--to \1", text)
+    text = text.replace("a max_error of", "--max-error").replace("max_error=", "--max-error=")
+    return re.sub(r"(?<![\w-])(rank|base|part)=", r"--\1=", text).replace("= ", " ").replace("=,", ",")

@@ -1,0 +1,156 @@
+"""``tnadapt extract``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tnadapt import TnadaptError, extract, save
+from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.decomposition import Step
+from tnadapt.decomposition.extraction import Extraction
+
+from ._printing import echo, echo_json, echo_table
+from ._settings import chosen_config
+
+__all__ = ["extract_command"]
+
+
+def extract_command(
+    base: Annotated[Path, typer.Argument(help="The checkpoint before: a folder, a .safetensors file or an index.")],
+    tuned: Annotated[Path, typer.Argument(help="The same model after full fine-tuning.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file.")],
+    preset: Annotated[
+        str | None, typer.Option(help="A named method, e.g. lora; superlora if nothing is given.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the config.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Take the smallest rank within this relative error, e.g. 0.1.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="The largest that is tried then.")] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="qv, qkvo, a regular expression, or paths; repeat for more paths.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="A tensor or module to keep as it was tuned, e.g. classifier; repeat.")
+    ] = None,
+    compare: Annotated[bool, typer.Option(help="Look for other tensors that differ, which reads both whole.")] = True,
+    iterations: Annotated[int, typer.Option(min=1, help="Of alternating methods, at most.")] = 100,
+    tol: Annotated[float, typer.Option(help="They end at a step that gains no more relative error than this.")] = 1e-6,
+    svd: Annotated[str, typer.Option(help="auto, full or randomized.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of random projections and starts.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter file that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make an adapter of a fully tuned checkpoint: what changed in its queries and values, fitted.
+
+    Checkpoints are read a tensor at a time. Prints how near the adapter comes, and what else differs that it does not
+    hold. Exit code: 0, or 2 for what cannot be done.
+    """
+    if out.is_dir():
+        raise TnadaptError(f"{out} is a folder; give the path of the adapter file")
+    if out.exists() and not force:
+        raise TnadaptError(f"{out} exists; give another path, or --force to replace it")
+    if not out.absolute().parent.is_dir():
+        raise TnadaptError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
+    _check_place(out, base, tuned)
+    if max_rank is not None and error is None:
+        raise TnadaptError("--max-rank is the largest rank that --error tries; give both, or --rank")
+    changes = [*(settings or []), *([f"rank={rank}"] if rank is not None else [])]
+    if preset is None and config is None:
+        # What the library takes where nothing is given, with what is given changed.
+        preset, changes = "superlora", ["rank=8", *changes]
+    chosen = chosen_config(preset, changes, config)
+    with _bar() as bar:
+        found = extract(
+            base, tuned, chosen, _targets(targets), error=error, max_rank=max_rank, keep=keep or (), compare=compare,
+            progress=bar, max_iterations=iterations, tol=tol, svd=svd, seed=seed,
+        )  # fmt: skip
+    save(out, found.file)
+    if as_json:
+        echo_json(_summary(found, out))
+    else:
+        _print(found, out)
+
+
+def _check_place(out: Path, base: Path, tuned: Path) -> None:
+    """The adapter must not be written over, or among, the files of a model."""
+    for checkpoint in (open_checkpoint(base), open_checkpoint(tuned)):
+        files = [*checkpoint.files, *([checkpoint.index] if checkpoint.index else [])]
+        if out.exists() and any(os.path.samefile(out, file) for file in files):
+            raise TnadaptError(f"{out} is a file of the model {checkpoint.path}: give another path for the adapter")
+        folder = os.path.isdir(checkpoint.path) and os.path.samefile(out.absolute().parent, checkpoint.folder)
+        if folder and out.suffix == ".safetensors":
+            raise TnadaptError(
+                f"{out} would lie among the weights of {checkpoint.path}, and be taken for some: give another folder"
+            )
+
+
+def _targets(given: list[str] | None) -> Any:
+    if not given:
+        return "qv"
+    if all(set(one) <= set("qkvo") for one in given):
+        return "".join(dict.fromkeys("".join(given)))
+    return given[0] if len(given) == 1 else given
+
+
+class _bar:  # noqa: N801  # a context manager reads as a word
+    """A bar of groups on a terminal; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self.bars = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[error]}"),
+            TimeElapsedColumn(),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> _bar:
+        self.bars.start()
+        self.task = self.bars.add_task("reading", total=None, error="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, step: Step) -> None:
+        error = "" if step.error is None else f"iteration {step.iteration}, error {step.error:.4f}"
+        self.bars.update(
+            self.task, description=f"group {step.group + 1} of {step.groups}", total=step.groups, completed=step.group,
+            error=error,
+        )  # fmt: skip
+
+
+def _summary(found: Extraction, out: Path) -> dict[str, Any]:
+    report = found.report.to_dict()
+    return {
+        "file": str(out),
+        "targets": [target.name for target in found.file.targets],
+        "kept": sorted(found.file.kept),
+        **report,
+        "others": list(found.others),
+    }
+
+
+def _print(found: Extraction, out: Path) -> None:
+    file, report = found.file, found.report
+    echo(f"{out}: {file.num_parameters:,} parameters for {len(file.targets)} weights, {len(file.kept)} kept")
+    echo_table(str(report))
+    worst = sorted(enumerate(report.groups), key=lambda item: -item[1].error)[:3]
+    if len(report.groups) > 1:
+        echo("worst: " + ", ".join(f"group {number} {group.error:.3g}" for number, group in worst))
+    if found.others:
+        more = f" and {len(found.others) - 6} more" if len(found.others) > 6 else ""
+        echo(
+            f"{len(found.others)} other tensors differ and are not in the adapter (--keep takes them): "
+            f"{', '.join(found.others[:6])}{more}"
+        )

@@ -1,0 +1,146 @@
+"""``tnadapt info``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tnadapt import Config, info
+
+from ._byte_sizes import size
+from ._printing import echo, echo_json
+from ._tables import cell
+
+__all__ = ["info_command"]
+
+
+def info_command(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="An adapter, or a checkpoint: a file or a folder.", show_default=False),
+    ],
+    every: Annotated[bool, typer.Option("--all", help="List each weight, or each tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is in an adapter file, or in a checkpoint: config, weights, counts, fingerprint.
+
+    Neither the base model nor torch is needed. Exit code: 0, or 2 for what cannot be read.
+    """
+    found = info(path, every)
+    if as_json:
+        echo_json(found)
+        return
+    show = {"adapter": _adapter, "checkpoint": _checkpoint, "other adapter": _other}[found["kind"]]
+    for line in show(found):
+        echo(line)
+
+
+def _adapter(found: dict[str, Any]) -> Iterable[str]:
+    yield f"{found['path']}: a tnadapt adapter, format version {found['version']}, {size(found['bytes'])}"
+    rows = [
+        ("parameters", f"{found['parameters']:,} {found['dtype']} in {_counted(found['arrays'], 'array')}"
+                       f"{_frozen(found)}"),
+        ("updates", f"{found['updated']:,} elements of {_counted(_count(found), 'weight')} in "
+                    f"{_counted(found['groups'], 'group')}"),
+        ("config", _config(found["config"])),
+    ]  # fmt: skip
+    if found["activation"]:
+        rows.append(("activation", f"{found['activation']} (LoDA: it cannot be merged)"))
+    rows.append(("model", found["model"] or "not said"))
+    base = found["base"]
+    rows.append(("base", f"{base['dtype']}, SHA-256 of the weights {base['sha256'][:16]}…" if base else "not known"))
+    if found["draws"]:
+        here = "as on this machine" if found["draws_here"] else "OTHERS than on this machine: it will not be loaded"
+        rows.append(("draws of F", f"{found['draws'][:16]}…, {here}"))
+    if found["kept"]:
+        kept = [f"{one['name']} {_times(one['shape'])}" for one in found["kept"]]
+        rows.append(("trained beside", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))
+    yield from _aligned(rows)
+    yield from _targets(found, "weights")
+
+
+def _frozen(found: dict[str, Any]) -> str:
+    return f"; {found['frozen']:,} more frozen" if "frozen" in found else ""
+
+
+def _config(settings: dict[str, Any]) -> str:
+    """What differs from the defaults, and the rank."""
+    usual = Config().to_dict()
+    told = {name: value for name, value in settings.items() if name == "rank" or value != usual.get(name)}
+    return ", ".join(f"{name}={json.dumps(value).strip(chr(34))}" for name, value in told.items())
+
+
+def _checkpoint(found: dict[str, Any]) -> Iterable[str]:
+    files = found["files"]
+    kind = ", ".join([*(found["architectures"] or []), *([found["model_type"]] if found["model_type"] else [])])
+    yield f"{found['path']}: a checkpoint of {size(found['bytes'])} in {_counted(len(files), 'file')}"
+    rows = [("model", found["no_config"] or kind or "no config.json says")]
+    rows.append(("tensors", f"{found['tensors']:,}"))
+    for dtype, counts in found["dtypes"].items():
+        rows.append((f"  {dtype}", f"{counts['tensors']:,}, {size(counts['bytes'])}"))
+    if len(files) > 1:
+        rows.append(("files", ""))
+        rows += [(f"  {one['name']}", f"{one['tensors']:,} tensors, {size(one['bytes'])}") for one in files]
+    yield from _aligned(rows)
+    if found["no_targets"]:
+        yield f"  no queries and values: {found['no_targets']}"
+    yield from _targets(found, "queries and values")
+
+
+def _other(found: dict[str, Any]) -> Iterable[str]:
+    yield f"{found['path']}: {found['what']}, {size(found['bytes'])}; tnadapt convert reads it"
+
+
+def _targets(found: dict[str, Any], title: str) -> Iterable[str]:
+    if found["targets"]:
+        yield f"  {title}"
+        yield from _table([
+            [f"{one['count']} ×", one["role"], one["name"], _times(one["shape"]), _view(one)]
+            for one in found["targets"]
+        ])  # fmt: skip
+    if "every" in found:
+        yield "  every one"
+        yield from _table([
+            [one.get("role", one.get("dtype")), one["name"], _times(one["shape"]), _view(one)]
+            for one in found["every"]
+        ])  # fmt: skip
+
+
+def _view(one: dict[str, Any]) -> str:
+    notes = []
+    if "rows" in one:
+        start, length, stride, count = one["rows"]
+        notes.append(f"rows {start} to {start + length - 1}" + (f" of each {stride}, {count} times" * (count > 1)))
+    if one.get("transposed"):
+        notes.append("stored transposed")
+    if notes:
+        notes.append(f"of {_times(one['stored'])}")
+    return ", ".join(notes)
+
+
+def _count(found: dict[str, Any]) -> int:
+    return sum(one["count"] for one in found["targets"])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "a number"
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> Iterable[str]:
+    width = max(len(name) for name, _ in rows)
+    return (f"  {cell(name).ljust(width)}  {text}".rstrip() for name, text in rows)
+
+
+def _table(rows: list[list[str]]) -> Iterable[str]:
+    rows = [[cell(text) for text in row] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "    " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

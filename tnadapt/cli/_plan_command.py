@@ -1,0 +1,149 @@
+"""``tnadapt plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+
+from tnadapt import TnadaptError, plan
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.errors import shown
+from tnadapt.planning import Plan, known_as, model_targets
+
+from ._printing import echo, echo_json
+from ._settings import chosen_config, shapes_of
+from ._tables import print_table
+
+__all__ = ["plan_command"]
+
+# Left out, in this order, where a terminal is too narrow.
+SPARE = ("share", "bytes", "padding", "step")
+
+
+class Weights(NamedTuple):
+    """What is planned for."""
+
+    shapes: list[tuple[int, int]]
+    layers: list[str] | None
+    names: list[str] | None  # short
+    roles: list[str] | None
+    targets: list[str]
+
+
+def plan_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder, a safetensors file or index, or a hub name. Only headers are read."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Parameters, such as 1000; or bytes, such as 4kB or 64KiB.")
+    ] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="qv, qkvo, a regex, or paths of modules.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROWSxCOLS", help="Instead of a model: of a weight; repeat for more, 768x768*24 for 24."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the adapter's file.")] = "float32",
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help="What the front is of: parameters, freedom, cost, rank, waste; repeat for more."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All settings that were compared.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw parameters against rank into this file: .png, .pdf, .svg.")
+    ] = None,
+    layout_picture: Annotated[
+        Path | None, typer.Option(help="Draw where a setting puts each weight into this file.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="The setting of --layout-picture, e.g. superlora.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument, of it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a budget of parameters buys on a model's weights: every method, what it can do, and what it costs.
+
+    Exit code: 0, or 2 for what cannot be done.
+    """
+    if (preset or settings) and layout_picture is None:
+        raise TnadaptError("--preset and --set say what --layout-picture draws; give its file, too")
+    for path in (picture, layout_picture):
+        if path is not None and (path.is_dir() or not path.suffix):
+            raise TnadaptError(f"a picture is a file that ends in .png, .pdf or .svg; got {shown(str(path))}")
+    if budget is None:
+        raise TnadaptError("give a budget: --budget 1000 for parameters, --budget 4kB for bytes")
+    drawn = chosen_config(preset, settings or [], None)
+    with Console(stderr=True).status("planning"):
+        weights = _weights(model, targets, shape)
+        found = plan(weights.shapes, budget, layers=weights.layers, dtype=dtype, **({"by": by} if by else {}))
+        table = found.table(every)
+    chosen = found.shown[0].config if drawn is None else drawn
+    adapter = SuperLoRA(chosen, weights.shapes, weights.layers)
+    if picture is not None or layout_picture is not None:
+        _draw(found, weights, adapter, picture, layout_picture)
+    if as_json:
+        more: dict[str, Any] = {"model": model, "targets": weights.targets}
+        if layout_picture is not None:
+            more["layout"] = chosen.to_dict()
+        echo_json({**more, **found.to_dict(every)})
+        return
+    _print(found, table)
+    if picture is not None:
+        echo(f"parameters against rank: {picture}")
+    if layout_picture is not None:
+        echo(f"where {known_as(chosen)} puts each weight: {layout_picture}")
+
+
+def _weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> Weights:
+    if (model is None) == (shape is None):
+        raise TnadaptError("give a model, or the shapes of weights by --shape ROWSxCOLS; one of them")
+    if shape is not None:
+        if targets is not None:
+            raise TnadaptError("--targets chooses among the weights of a model, and --shape has none; leave it out")
+        return Weights(shapes_of(shape), None, None, None, [])
+    assert model is not None
+    chosen: Any = "qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets)
+    found = model_targets(model, chosen)
+    layers = [target.layer for target in found]
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(layers))}
+    roles = [target.role for target in found]
+    plain = {"linear", "conv"}.isdisjoint(roles)
+    names = [
+        f"{role}{numbers[layer]}" if plain else str(i)
+        for i, (role, layer) in enumerate(zip(roles, layers, strict=True))
+    ]
+    return Weights([t.shape for t in found], layers, names, roles if plain else None, [t.name for t in found])
+
+
+def _draw(found: Plan, weights: Weights, adapter: SuperLoRA, picture: Path | None, layout_picture: Path | None) -> None:
+    from tnadapt.plot import layout, parameters
+
+    try:
+        if picture is not None:
+            parameters(found.shapes, picture, budget=found.budget, title=f"{len(found.shapes)} weights in one group")
+        if layout_picture is not None:
+            layout(adapter, layout_picture, weights.names, weights.roles, str(known_as(adapter.config)))
+    except ImportError as error:
+        raise TnadaptError(f"pictures need their extra: pip install 'tnadapt[plot]' ({error})") from None
+    except ValueError as error:  # matplotlib's, of a suffix that it does not know
+        raise TnadaptError(f"cannot draw: {error}") from None
+
+
+def _print(found: Plan, table: Sequence[Sequence[str]]) -> None:
+    console = Console()
+    kept = list(range(len(table[0])))
+    if console.is_terminal:
+        widths = [max(len(row[column]) for row in table) for column in kept]
+        for spare in SPARE:
+            if sum(widths[column] + 2 for column in kept) - 2 <= console.width:
+                break
+            kept.remove(table[0].index(spare))
+    rows = [[row[column] for column in kept] for row in table]
+    print_table(rows[0], rows[1:], right=range(3, len(kept)))
+    for note in found.notes():
+        echo(note)

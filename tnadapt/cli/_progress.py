@@ -1,0 +1,125 @@
+"""How far a job is: bars on a terminal, a line for each finished training elsewhere; on stderr, both."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from tnadapt.errors import escaped
+
+if TYPE_CHECKING:
+    from tnadapt.finetune import Task
+
+__all__ = ["bytes_bar", "reporter"]
+
+
+@contextlib.contextmanager
+def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """What is called with the bytes done and all there are; a bar on a terminal's stderr, and nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    bars = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(), console=console, transient=True,
+    )  # fmt: skip
+    with bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def reporter() -> Iterator[Any]:
+    """A :class:`tnadapt.finetune.Reporter` for this process's stderr."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    bars = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[counted]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+    )  # fmt: skip
+    with bars:
+        yield _Bars(bars)
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.all = self.done = 0
+        self.prepared = False
+
+    def _say(self, line: str) -> None:
+        self.console.print(escaped(line), soft_wrap=True, highlight=False, markup=False)
+
+    def preparing(self, what: str, done: float) -> None:
+        if not self.prepared:
+            self._say(what)
+        self.prepared = True
+
+    def begins(self, tasks: int, finished: int) -> None:
+        self.all, self.done = tasks, finished
+        if finished:
+            self._say(f"{finished} of {tasks} trainings were finished before")
+
+    def training(self, task: Task, done: float) -> None:
+        pass
+
+    def finished(self, task: Task, record: Mapping[str, Any]) -> None:
+        self.done += 1
+        self._say(f"[{self.done}/{self.all}] {_told(task)}: {_outcome(record)}")
+
+
+class _Bars:
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.base: TaskID | None = None
+        self.whole: TaskID | None = None
+        self.now: dict[str, TaskID] = {}
+        self.all = self.done = 0
+
+    def preparing(self, what: str, done: float) -> None:
+        if self.base is None:
+            self.base = self.bars.add_task(escaped(what), total=1.0, counted="")
+        self.bars.update(self.base, completed=done, visible=done < 1)
+
+    def begins(self, tasks: int, finished: int) -> None:
+        self.all, self.done = tasks, finished
+        self.whole = self.bars.add_task("trainings", total=tasks, completed=finished, counted=f"{finished}/{tasks}")
+
+    def training(self, task: Task, done: float) -> None:
+        if task.key not in self.now:
+            self.now[task.key] = self.bars.add_task(escaped(f"  {_told(task)}"), total=1.0, counted="")
+        self.bars.update(self.now[task.key], completed=done)
+
+    def finished(self, task: Task, record: Mapping[str, Any]) -> None:
+        if task.key in self.now:
+            self.bars.remove_task(self.now.pop(task.key))
+        self.done += 1
+        if self.whole is not None:
+            self.bars.update(self.whole, completed=self.done, counted=f"{self.done}/{self.all}")
+
+
+def _told(task: Task) -> str:
+    return f"{task.method.name}, rate {task.rate:g}, seed {task.seed}"
+
+
+def _outcome(record: Mapping[str, Any]) -> str:
+    if record["diverged"]:
+        return "diverged"
+    told = f"{record['validation']:.1%}" if "validation" in record else f"loss {record['validation_loss']:.4f}"
+    return f"validation {told}, {record['seconds']:.1f} s"

@@ -1,0 +1,100 @@
+"""Settings as they are typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tnadapt.algebra import presets
+from tnadapt.algebra.config import Config
+from tnadapt.checkpoints.strict_json import MAX_CONFIG, strict_json
+from tnadapt.errors import FileError, TnadaptError, shown
+
+__all__ = ["chosen_config", "setting", "shapes_of", "word_or_number"]
+
+# Of all weights that are typed: a plan of so many takes half a minute, and no model's attention has them.
+MOST = 10_000
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """``FIELD=VALUE``, the value as JSON or a word.
+
+    Examples
+    --------
+    >>> setting("rank=4"), setting("fold=hypercube"), setting("fold=[8,8]")
+    (('rank', 4), ('fold', 'hypercube'), ('fold', [8, 8]))
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise TnadaptError(f"--set takes FIELD=VALUE; got {shown(text)}")
+    return name, word_or_number(value)
+
+
+def word_or_number(text: str) -> Any:
+    """A value as JSON, else as the word that it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def chosen_config(preset: str | None, settings: list[str], path: Path | None) -> Config | None:
+    """The config of ``--preset``, ``--config`` and ``--set``; None where none of them is given.
+
+    Examples
+    --------
+    >>> chosen_config("lora", ["rank=2"], None).rank
+    2
+    """
+    changes = dict(setting(text) for text in settings)
+    if preset is not None and path is not None:
+        raise TnadaptError("--preset and --config both name a config; give one of them")
+    if preset is not None:
+        if preset not in presets.__all__:
+            raise TnadaptError(f"no preset {shown(preset)}; expected one of {', '.join(presets.__all__)}")
+        try:
+            made = getattr(presets, preset)(**changes)
+        except TypeError as error:
+            raise TnadaptError(f"preset {preset!r}: {error}; give it by --set NAME=VALUE") from None
+        return made  # type: ignore[no-any-return]
+    if path is not None:
+        return Config.from_dict({**_read(path), **changes})
+    return Config.from_dict(changes) if changes else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # Also of a pipe, <(…), whose length is not known before its end.
+        with open(path, "rb") as file:
+            content = file.read(MAX_CONFIG + 1)
+        if len(content) > MAX_CONFIG:
+            raise FileError(f"is longer than {MAX_CONFIG} bytes")
+        return strict_json(content.decode(), "the file")
+    except (OSError, ValueError) as error:  # a FileError is a ValueError
+        raise TnadaptError(f"cannot read a config from {path}: {error}") from None
+
+
+def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
+    """``ROWSxCOLS``, with ``*TIMES``, of several.
+
+    Examples
+    --------
+    >>> shapes_of(["12x8*2", "4x6"])
+    [(12, 8), (12, 8), (4, 6)]
+    """
+    found: list[tuple[int, int]] = []
+    for text in given:
+        size, _, times = text.partition("*")
+        rows, _, cols = size.partition("x")
+        try:
+            repeat, shape = int(times or 1), (int(rows), int(cols))
+        except ValueError:
+            repeat = 0
+        if repeat < 1:
+            raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {shown(text)}")
+        if len(found) + repeat > MOST:
+            raise TnadaptError(f"--shape takes {MOST:,} weights at the most, of all that are given; see {shown(text)}")
+        found += [shape] * repeat
+    return found

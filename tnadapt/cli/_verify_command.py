@@ -1,0 +1,68 @@
+"""``tnadapt verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tnadapt import verify
+from tnadapt.errors import escaped
+
+from ._printing import echo_json, echo_table
+from ._settings import chosen_config, shapes_of
+
+__all__ = ["verify_command"]
+
+
+def verify_command(
+    preset: Annotated[str | None, typer.Option(help="A named method, e.g. superlora.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="ROWSxCOLS", help="Of a weight; repeat for more, 12x8*4 for four.")
+    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="A library to check on; repeat for more.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random parameters.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check the laws of the library, or of one config, on every array library that is installed.
+
+    Exit code: 0 where all hold, 1 where one does not, 2 for a question that cannot be asked.
+    """
+    chosen = chosen_config(preset, settings or [], config)
+    shapes = shapes_of(shape or []) or None
+    with Console(stderr=True).status("checking") as status:
+        report = verify(
+            chosen, shapes, backends=backend, seed=seed, progress=lambda line: status.update(Text(f"checking {line}"))
+        )
+    if as_json:
+        echo_json(report.to_dict())
+    else:
+        _print(report)
+    raise typer.Exit(0 if report.holds else 1)
+
+
+def _print(report: Any) -> None:
+    console = Console()
+    if not console.is_terminal:
+        echo_table(str(report))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("law", overflow="fold")
+    table.add_column("backend", no_wrap=True)
+    for title in ("cases", "largest error", "allowed"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for row in report.rows():
+        table.add_row(*map(Text, row), style=None if row[-1] == "holds" else "bold red")
+    console.print(table)
+    for name, why in report.absent.items():
+        console.print(Text(escaped(f"{name}: not checked: {why}")))
+    console.print("all laws hold" if report.holds else "NOT all laws hold")

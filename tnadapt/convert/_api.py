@@ -1,0 +1,106 @@
+"""``convert``; what it does is in ``work``, which is imported when it is first called."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tnadapt.checkpoints.adapter_file import AdapterFile
+
+    from ._conversion import Conversion
+
+__all__ = ["FORMS", "convert"]
+
+FORMS = (
+    "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha", "lycoris-full",
+)  # fmt: skip
+
+
+def convert(
+    source: str | os.PathLike[str] | AdapterFile,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: str = "tnadapt",
+    rank: int | None = None,
+    max_error: float | None = None,
+    base: Any = None,
+    part: str | None = None,
+    dtype: str | None = None,
+    without_kept: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """Turn an adapter of this library, PEFT or LyCORIS into another of them: exactly, or with the error that it makes.
+
+    Parameters
+    ----------
+    source : str, PathLike or AdapterFile
+        A tnadapt file; a folder that PEFT saved (LoRA, LoKr, LoHa); or a safetensors file of LyCORIS or kohya (LoRA,
+        LoKr, LoHa, full differences).
+    out : str or PathLike, optional
+        Where to write the result: a folder for PEFT, else a file. Nothing is written if None.
+    to : str
+        "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha" or
+        "lycoris-full".
+    rank : int, optional
+        The largest rank allowed. Without it an update keeps the rank that it has; LoRA also finds the smallest rank
+        within ``max_error``.
+    max_error : float, optional
+        Relative Frobenius error of all updates together that is allowed. None allows rounding alone: a conversion that
+        loses anything has to be asked for.
+    base : optional
+        The base model: a safetensors file, an index or a folder, of which only headers are read; a mapping of modules'
+        paths to shapes; or a list of paths. LyCORIS' names need one, for they have lost their dots; else the adapter's
+        names and shapes are checked against it.
+    part : str, optional
+        Which prefix of a kohya file to take, such as "lora_unet", where it has several models' adapters.
+    dtype : str, optional
+        Of the result's tensors. By default the source's, or float32 where that would round anything.
+    without_kept : bool
+        Whether parameters that were trained beside the adapter, such as a classifier head, may be left out.
+    overwrite : bool
+        Whether to replace what is at ``out``.
+
+    Returns
+    -------
+    Conversion
+        With the error, of all and of each weight, measured on the very bytes that are written.
+
+    Raises
+    ------
+    ConfigError
+        If the result would be off by more than ``max_error``, or the form cannot hold it: the message has the error and
+        the ways out. Nothing is written.
+    FileError, TargetError
+        If the source is damaged or holds what cannot be converted, the base is another model, or ``out`` cannot be
+        written.
+
+    Notes
+    -----
+    Exact are: LoRA of order 2, a weight each, to LoRA; Kronecker products of whole sizes to LoKr, more than two folded
+    to two; LoHa to LoHa; any update of low matrix rank to all three; everything to "lycoris-full". Else LoRA is the
+    truncated SVD, and LoKr and LoHa are fitted by :func:`tnadapt.decompose`. All is computed in float64, one weight
+    after another; a truncated SVD is one of the whole weight. The error is also in the metadata of the file, under
+    "tnadapt.convert".
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> plan = tna.SuperLoRA(tna.presets.lora(rank=2), [(8, 12)])
+    >>> rng = np.random.default_rng(0)
+    >>> arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
+    >>> file = tna.AdapterFile(plan.config, [tna.Target("blocks.0.query", (8, 12), "q")], arrays)
+    >>> found = tna.convert(file, to="peft-lora")
+    >>> found.exact, found.config["r"], sorted(found.tensors)[0]
+    (True, 2, 'base_model.model.blocks.0.query.lora_A.weight')
+    >>> tna.convert(file, to="peft-lora", rank=1)
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: the conversion to peft-lora would change the updates by a relative error of 0.293,
+    that of blocks.0.query.weight by 0.293, and nothing but rounding is allowed: give a larger rank or a wider dtype,
+    a max_error of 0.3 to accept it, or to='lycoris-full', which holds every update
+    """
+    from ._work import converted
+
+    options = {"base": base, "part": part, "dtype": dtype, "without_kept": without_kept, "overwrite": overwrite}
+    return converted(source, out, to, FORMS, rank, max_error, **options)

@@ -1,0 +1,163 @@
+"""What is known of the base model: its modules' paths, and the shapes of their weights where they are known."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tnadapt.checkpoints.checkpoint import open_checkpoint
+from tnadapt.errors import FileError, TargetError, shown
+from tnadapt.targets.roles import layer_of, read
+from tnadapt.targets.target import Target
+
+__all__ = ["Base", "as_base", "target_of"]
+
+
+class Base:
+    """The modules of a base model.
+
+    Attributes
+    ----------
+    shapes : dict of str to (tuple of int or None)
+        Of each module's ``weight``, by the module's path; None where only the path is known.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+        self.shapes = dict(shapes)
+        self._flat: dict[str, list[str]] = {}
+        for path in self.shapes:
+            self._flat.setdefault(path.replace(".", "_"), []).append(path)
+
+    def named(self, flat: str) -> str:
+        """The path whose dots are underscores in ``flat``, or an error where there is none or more than one."""
+        found = self._flat.get(flat, [])
+        if len(found) > 1:
+            raise TargetError(
+                f"the name {shown(flat)} is of {' and of '.join(map(shown, found))}, for LyCORIS writes dots as "
+                "underscores; leave all but one of them out of base"
+            )
+        if not found:
+            raise TargetError(f"base has no module for the name {shown(flat)}{self._close(flat, self._flat)}")
+        return found[0]
+
+    def checked(self, path: str) -> None:
+        """A TargetError unless there is such a module."""
+        if path not in self.shapes:
+            raise TargetError(f"base has no module {shown(path)}{self._close(path, self.shapes)}")
+
+    def check_targets(self, targets: Iterable[Target]) -> None:
+        """A TargetError unless each of the targets that are a module's weight is there, and stored as it says."""
+        for target in targets:
+            if target.parameter == "weight":
+                self.checked(target.module)
+                own = self.shapes[target.module]
+                if own is not None and own != target.stored:
+                    raise _misfit(target.module, target.stored, own)
+
+    def _close(self, name: str, names: Iterable[str]) -> str:
+        listed = list(names)
+        close = difflib.get_close_matches(name, listed, n=2) or listed[:2]
+        there = f"; it has {', '.join(map(shown, close))}" if close else "; it is empty"
+        return f"{there}, {len(listed)} in all. Is it the model that the adapter was made for?"
+
+
+def as_base(base: Any) -> Base | None:
+    """Whatever a caller gives as ``base``.
+
+    Parameters
+    ----------
+    base : None, str, PathLike, mapping or iterable
+        A safetensors file, an index, or a folder with either; a mapping of the paths of modules to the shapes of their
+        weights; or the paths alone. Names may end in ``.weight``.
+
+    Raises
+    ------
+    FileError, TargetError
+        If it is none of these.
+    """
+    if base is None:
+        return None
+    if isinstance(base, (str, os.PathLike)):
+        return Base(_of_file(os.fspath(base)))
+    try:
+        if isinstance(base, Mapping):
+            shapes = {_module(name): None if shape is None else tuple(map(int, shape)) for name, shape in base.items()}
+        else:
+            shapes = dict.fromkeys(map(_module, base))
+    except (TypeError, ValueError, AttributeError):
+        raise TargetError(
+            f"base must be the path of a safetensors file, a list of modules' paths, or a mapping of paths to shapes; "
+            f"got {shown(base)}"
+        ) from None
+    return Base(shapes)
+
+
+def _of_file(path: str) -> dict[str, tuple[int, ...] | None]:
+    entries = open_checkpoint(path).entries
+    found = {_module(name): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
+    if not found:
+        raise FileError(f"{path} has no tensor whose name ends in .weight, and is no base model")
+    return dict(found)
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def target_of(
+    path: str, stored: tuple[int, ...], base: Base | None, transposed: bool = False, may_transpose: bool = False
+) -> Target:
+    """The target of a module, checked against the base where it is known.
+
+    Parameters
+    ----------
+    path : str
+    stored : tuple of int
+        ``(out, in, …)``, as the adapter's factors say; of a convolution the sizes after ``out`` may be one product.
+    base : Base, optional
+    transposed : bool
+        Whether the adapter says that the weight is stored as ``(in, out)``.
+    may_transpose : bool
+        Whether a base that stores it so is believed.
+
+    Raises
+    ------
+    TargetError
+        If the base has no such module, or its weight another shape.
+    """
+    own = None
+    if base is not None:
+        base.checked(path)
+        own = base.shapes[path]
+    if own is None:
+        own = stored[::-1] if transposed else stored
+    elif len(own) == 2:
+        as_it_is, turned = own == stored, own == stored[::-1] and may_transpose
+        if not as_it_is and not turned:
+            raise _misfit(path, stored, own)
+        # A square weight is what the adapter says.
+        transposed = turned and (transposed or not as_it_is)
+    elif own[:1] != stored[:1] or math.prod(own) != math.prod(stored) or len(own) < 2:
+        raise _misfit(path, stored, own)
+    last = read(path.rpartition(".")[2])
+    role = last.letters if last is not None and last.letters in ("q", "k", "v") else "linear"
+    role = "conv" if role == "linear" and len(own) > 2 else role
+    return Target(path, own, role, transposed=transposed and len(own) == 2, layer=layer_of(path.rpartition(".")[0]))
+
+
+def _misfit(path: str, stored: tuple[int, ...], own: tuple[int, ...]) -> TargetError:
+    return TargetError(
+        f"the adapter's update of {shown(path)} has the shape {stored}, and the weight in base has {own}: this is "
+        "another model"
+    )
+
+
+def missing_base(flat: str) -> FileError:
+    """What is said where a name cannot be read without the base."""
+    return FileError(
+        f"the name {shown(flat)} has lost the dots of the module's path, so give base=: a safetensors file of the base "
+        "model, or a list of its modules' paths such as [name for name, _ in model.named_modules()]"
+    )

@@ -1,0 +1,172 @@
+"""``adapter_config.json`` of PEFT: which of its settings make the update, and which forbid to read it as one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tnadapt.errors import FileError, shown
+
+__all__ = ["PREFIX", "Settings", "pattern_value", "settings_of"]
+
+PREFIX = "base_model.model."
+
+_KINDS = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha"}
+
+# What these say has no part in the update that the stored tensors make.
+_HARMLESS = frozenset(
+    {
+        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "lora_dropout", "rank_dropout",
+        "module_dropout", "rank_dropout_scale", "init_weights", "eva_config", "ensure_weight_tying", "megatron_core",
+        "qalora_group_size", "runtime_config", "velora_config", "use_effective_conv2d", "decompose_both",
+        "decompose_factor", "loftq_config", "corda_config", "lora_ga_config",
+    }
+)  # fmt: skip
+_READ = frozenset(
+    {
+        "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "modules_to_save",
+        "bias", "init_lora_weights",
+    }
+)  # fmt: skip
+_REFUSED = {
+    "use_dora": "DoRA scales the sum of weight and update",
+    "layer_replication": "layers are used several times, each with an update of its own",
+    "use_qalora": "QA-LoRA pools the inputs",
+    "alora_invocation_tokens": "aLoRA acts from certain tokens on only",
+    "arrow_config": "Arrow chooses among adapters for each token",
+    "use_bdlora": "its factors are block-diagonal and stored in another shape",
+    "kasa_config": "KaSA changes the weight itself, too",
+    "monteclora_config": "MonteCLoRA draws its factors",
+    "trainable_token_indices": "rows of an embedding were trained, too",
+    "lora_bias": "it adds to the layer's bias, which is not in the file",
+    "target_parameters": "its updates are of parameters that are no layer's weight",
+    "megatron_config": "its factors are parts of Megatron's parallel layers",
+}
+# These take their start out of the base's weights, so that the update is of a base that is not the one on disk.
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
+# A group that repeats, repeated: such an expression can take longer than anybody waits.
+_ENDLESS = re.compile(r"[+*}]\??\)[+*{]")
+
+
+class Settings(NamedTuple):
+    """What an ``adapter_config.json`` says of the update.
+
+    Attributes
+    ----------
+    kind : {"lora", "lokr", "loha"}
+    rank, alpha : int, float
+        Where no pattern says otherwise.
+    ranks, alphas : dict
+        PEFT's ``rank_pattern`` and ``alpha_pattern``.
+    rslora, transposed : bool
+    saved : tuple of str
+        ``modules_to_save``.
+    bias : str
+    model : str
+        Class name of the base model, or "".
+    """
+
+    kind: str
+    rank: int
+    alpha: float
+    ranks: Mapping[str, Any]
+    alphas: Mapping[str, Any]
+    rslora: bool
+    transposed: bool
+    saved: tuple[str, ...]
+    bias: str
+    model: str
+
+    def scale(self, path: str, rank: int | None) -> float:
+        """``alpha / r`` of a module, whose factors have this rank; None where they have none."""
+        given = _integer(f"the rank of {path}", pattern_value(self.ranks, path, self.rank))
+        if rank is not None and rank != given:
+            raise FileError(f"{shown(path)} has factors of rank {rank}, and adapter_config.json says {given}")
+        alpha = _number(f"alpha of {path}", pattern_value(self.alphas, path, self.alpha))
+        return alpha / math.sqrt(given) if self.rslora else alpha / given
+
+
+def pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """What PEFT takes of a pattern for a module: the first key that is its path, or the end of it after a dot."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """The settings, or an error that names the field that is at fault.
+
+    Raises
+    ------
+    FileError
+        If the method is none of the three, a field is of the wrong type, unknown, or makes the update
+        something else than a sum with the weight.
+    """
+    kind = _KINDS.get(str(config.get("peft_type", "")).upper())
+    if kind is None:
+        raise FileError(f"peft_type is {shown(config.get('peft_type'))}; converted are {', '.join(_KINDS)}")
+    for field, value in config.items():
+        if field in _HARMLESS or field in _READ or not value:
+            continue
+        why = _REFUSED.get(field, "this field is not known here, and may change what the adapter does")
+        raise FileError(
+            f"{field}={shown(value)} of adapter_config.json cannot be converted: {why}; merge the adapter with PEFT, "
+            "and extract one from the merged weights"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGES_BASE.search(start):
+        raise FileError(
+            f"init_lora_weights={shown(start)}: this adapter belongs to a base whose weights it has changed; save it "
+            "with path_initial_model_for_weight_conversion, which makes it an ordinary one"
+        )
+    bias = config.get("bias", "none")
+    if bias not in ("none", "all", "lora_only"):
+        raise FileError(f"bias must be 'none', 'all' or 'lora_only'; got {shown(bias)}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise FileError(f"modules_to_save must be a list of names; got {shown(saved)}")
+    mapping = config.get("auto_mapping")
+    model = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    return Settings(
+        kind,
+        _integer("r", config.get("r", 8)),
+        _number("alpha", config.get("lora_alpha" if kind == "lora" else "alpha", 8)),
+        _pattern("rank_pattern", config),
+        _pattern("alpha_pattern", config),
+        bool(config.get("use_rslora")) and kind == "lora",
+        bool(config.get("fan_in_fan_out")) and kind == "lora",
+        tuple(saved),
+        bias,
+        model if isinstance(model, str) else "",
+    )
+
+
+def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    found = config.get(field) or {}
+    if not isinstance(found, dict):
+        raise FileError(f"{field} must be an object; got {shown(found)}")
+    for key in found:
+        if len(key) > 1000 or _ENDLESS.search(key):
+            raise FileError(f"{field} has the expression {shown(key)}, which may take forever to match")
+        try:
+            re.compile(key)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise FileError(f"{field} has {shown(key)}, which is no regular expression: {error}") from None
+    return found
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 40:
+        raise FileError(f"{name} must be an integer of at least 1; got {shown(value)}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
+        raise FileError(f"{name} must be a finite number; got {shown(value)}")
+    return float(value)

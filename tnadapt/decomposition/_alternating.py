@@ -1,0 +1,109 @@
+"""Array after array by least squares, through a linear F.
+
+``F(network)`` is linear in each array by itself. With the others held, the best one solves a least-squares problem
+whose map is the network and F, and whose adjoint is theirs; nothing is formed. No step makes the error larger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from tnadapt.algebra.maps.projection import Projection
+from tnadapt.algebra.network import Network
+from tnadapt.backends.backend import Array
+
+from ._least_squares import least_squares
+from ._linear_algebra import Algebra
+from ._single_tensor import Fit, Limits
+
+__all__ = ["alternate"]
+
+# Steps of each least-squares problem: the next sweep goes on from there.
+_STEPS = 20
+
+
+def alternate(
+    algebra: Algebra,
+    network: Network,
+    projection: Projection,
+    y: Array,
+    start: Mapping[str, Array],
+    limits: Limits,
+    watch: Callable[[int, float], None],
+) -> Fit:
+    """Arrays with which a linear F of the network is nearest to a vector, from where they start.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    network : Network
+    projection : Projection
+        Linear.
+    y : array, shape (n_out,)
+    start : mapping of str to array
+        Named and shaped as ``network.shapes``.
+    limits : Limits
+    watch : callable
+        Called with each sweep's number and relative error.
+
+    Returns
+    -------
+    Fit
+
+    Notes
+    -----
+    A sweep solves one problem an array, each of up to 20 products with the network, F and their adjoints.
+    """
+    backend = algebra.backend
+    arrays = dict(start)
+    norm = algebra.norm(y)
+
+    def whole() -> Array:
+        return projection(network.whole(backend, arrays))
+
+    error = algebra.norm(y - whole())
+    best, sweeps = dict(arrays), 0
+    for sweeps in range(1, limits.iterations + 1):
+        for name in network.shapes:
+            arrays[name] = _solved(algebra, network, projection, y, arrays, name, limits)
+        before, error = error, algebra.norm(y - whole())
+        watch(sweeps, error / norm)
+        if not error < before:  # rounding, at the end; or not a number
+            arrays = best
+            break
+        best = dict(arrays)
+        if before - error <= limits.tol * norm:
+            break
+    return Fit(arrays, False, sweeps, "alternating least squares")
+
+
+def _solved(
+    algebra: Algebra,
+    network: Network,
+    projection: Projection,
+    y: Array,
+    arrays: Mapping[str, Array],
+    name: str,
+    limits: Limits,
+) -> Array:
+    """The best of one array, the others held."""
+    backend, shape = algebra.backend, network.shapes[name]
+
+    def made(vec: Array) -> Array:
+        return projection(network.whole(backend, {**arrays, name: backend.reshape(vec, shape)}))
+
+    # Of several terms those without the array are a constant.
+    constant = made(algebra.zeros((math.prod(shape),))) if network.terms > 1 else None
+
+    def forward(vec: Array) -> Array:
+        return made(vec) if constant is None else made(vec) - constant
+
+    def adjoint(vec: Array) -> Array:
+        return backend.flatten(network.adjoint(backend, arrays, projection.adjoint(vec), only=name)[name])
+
+    wanted = y if constant is None else y - constant
+    found = least_squares(
+        algebra, forward, adjoint, wanted, backend.flatten(arrays[name]), min(limits.tol, 1e-6), _STEPS
+    )
+    return backend.reshape(found.x, shape)

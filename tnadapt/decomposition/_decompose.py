@@ -1,0 +1,223 @@
+"""``tnadapt.decompose``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends import Backend, get_backend, load_backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, shown
+
+from ._fit_report import Report, Step
+from ._group_fits import fit_plan
+from ._linear_algebra import TENSORLY, Algebra
+from ._single_tensor import Limits
+
+__all__ = ["Settings", "decompose"]
+
+_SVD = ("auto", "full", "randomized")
+
+
+class Settings:
+    """How a decomposition is done; checked.
+
+    Parameters
+    ----------
+    tol, max_iterations, svd, seed
+        As for :func:`decompose`.
+    """
+
+    def __init__(self, tol: float = 1e-6, max_iterations: int = 100, svd: str = "auto", seed: int = 0) -> None:
+        if isinstance(tol, bool) or not isinstance(tol, (int, float, np.floating)) or not 0.0 <= tol < 1.0:
+            raise ConfigError(f"tol must be from 0 to below 1; got {shown(tol)}")
+        self.limits = Limits(float(tol), integer("max_iterations", max_iterations, 1, 1 << 31, ConfigError))
+        if svd not in _SVD:
+            raise ConfigError(f"svd must be one of {', '.join(_SVD)}; got {shown(svd)}")
+        self.svd, self.seed = svd, integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
+
+    def fit(
+        self,
+        backend: Backend,
+        like: Array,
+        plan: SuperLoRA,
+        read: Callable[[int], Array],
+        progress: Callable[[Step], None] | None = None,
+    ) -> tuple[dict[str, Array], Report]:
+        """:func:`~tnadapt.decomposition._group_fits.fit_plan` on arrays of like's library, dtype and device."""
+        return fit_plan(Algebra(backend, like, self.svd, self.seed), plan, read, self.limits, progress)
+
+
+def decompose(
+    deltas: Any,
+    cfg: Config,
+    *,
+    layers: Sequence[Hashable] | None = None,
+    tol: float = 1e-6,
+    max_iterations: int = 100,
+    svd: str = "auto",
+    seed: int = 0,
+    progress: Callable[[Step], None] | None = None,
+) -> tuple[dict[str, Array], Report]:
+    """Fit a config to given updates: the parameters whose ``deltas`` are nearest to them.
+
+    Parameters
+    ----------
+    deltas : list of array, or one array
+        The updates, each of shape (rows, cols); one library, real floating dtype and device. Or one tensor of any
+        order, which counts as one weight of shape (d_1, d_2 ⋯ d_M). One of more than two modes needs a config that
+        names them, ``Config(order=M, fold=(d_1, …, d_M), groups=1, …)``; the fold may also merge neighbouring modes,
+        or divide them.
+    cfg : Config
+        What the updates are to be made of.
+    layers : sequence of hashable, optional
+        One key a weight, for ``groups="layer"``.
+    tol : float
+        An iteration ends when a step makes the relative error smaller by no more than this.
+    max_iterations : int
+        Of each group, at least 1.
+    svd : {"auto", "full", "randomized"}
+        How leading singular vectors are found: of the whole matrix, or by random projections (Halko et al.), which
+        "auto" does where both sides are longer than 1024 and few are asked for. A result of those is never certified.
+    seed : int
+        Of random projections and starts.
+    progress : callable, optional
+        Called with a :class:`~tnadapt.decomposition.Step` as it goes.
+
+    Returns
+    -------
+    params : dict of str to array
+        As ``SuperLoRA(cfg, shapes).param_shapes`` names and shapes them; library, device and dtype of the updates (half
+        precision is computed, and given, in float32). Not differentiable.
+    report : Report
+        Relative Frobenius error and a lower bound of it, of all and of each group, iterations, and whether the
+        optimum is certified; ``report.plan.deltas(params)`` are the fitted updates.
+
+    Raises
+    ------
+    ShapeError
+        If an update is no matrix, holds NaN or infinity, the config does not fit the shapes, or a tensor of more than
+        two modes comes with a config that does not name them.
+    ConfigError
+        If a setting is out of range.
+    BackendError
+        If the arrays are of several libraries, dtypes or devices.
+
+    Notes
+    -----
+    Each group by itself; what is done for one of n elements, by its config:
+
+    ============================================ =========================================================
+    dense; anything of order 1                   exact
+    CP, M = 2 (LoRA)                             truncated SVD: without padding the optimum (Eckart & Young)
+    CP, M > 2                                    ALS (TensorLy), no guarantee; of a small tensor from three starts
+    Tucker                                       HOSVD, then HOOI (TensorLy)
+    tensor train                                 TT-SVD (TensorLy): within √(M - 1) of the optimum
+    K = 2 dense splits                           nearest Kronecker product, by rearrangement and SVD: the optimum
+    other Kronecker splits, sums                 from that, one split after another; no step makes it worse
+    Hadamard splits                              L-BFGS on all arrays, from near one split alone
+    shuffle                                      as without F, of the shuffled vector
+    dense through linear F                       least squares: small F directly, the optimum; large by LSQR
+    others through linear F                      from that, array after array by least squares
+    nonlinear F                                  from tanhshrink's inverse, L-BFGS on all arrays
+    ============================================ =========================================================
+
+    Elements that a fold or a cut adds are free: they are not fitted to zero, but left to take what suits the others.
+    An update of zeros gives the parameters at which training starts. Nothing global changes, TensorLy's backend
+    least. Memory is a few times the largest group.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> rng = np.random.default_rng(0)
+    >>> delta = rng.normal(size=(12, 3)) @ rng.normal(size=(3, 8))
+    >>> params, report = decompose([delta], tna.Config(rank=3))
+    >>> bool(np.allclose(report.plan.deltas(params)[0], delta)), report.certified
+    (True, True)
+    >>> tensor = rng.normal(size=(4, 5, 6))
+    >>> params, report = decompose(tensor, tna.Config(rank=2, order=3, fold=(4, 5, 6), format="tt"))
+    >>> [array.shape for array in params.values()], report.bound <= report.error < 1
+    ([(1, 4, 2), (2, 5, 2), (2, 6, 1)], True)
+    """
+    given, cfg = _listed(deltas), _in_own_modes(deltas, cfg)
+    backend = get_backend(*given)
+    for number, delta in enumerate(given):
+        backend.require_float(delta, f"deltas[{number}]")
+        if str(backend.device(delta)) == "meta":
+            raise BackendError(f"deltas[{number}] is on the meta device, and has no numbers")
+    plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(given)], layers)
+    settings = Settings(tol, max_iterations, svd, seed)
+    # A library that TensorLy does not know is computed for on the host.
+    own = backend if backend.name in TENSORLY else load_backend("numpy")
+    kind = backend.dtype_name(given[0])
+    wide = kind if kind == "float64" else "float32"
+
+    def read(weight: int) -> Array:
+        delta = given[weight]
+        delta = backend.detached(delta) if own is backend else backend.to_numpy(delta)
+        return own.reshape(own.astype(delta, wide), plan.shapes[weight])
+
+    params, report = settings.fit(own, read(0), plan, read, progress)
+    if own is not backend:
+        device = backend.device(given[0])
+        params = {name: backend.asarray(own.to_numpy(array), wide, device) for name, array in params.items()}
+    return params, report
+
+
+def _listed(deltas: Any) -> list[Array]:
+    if isinstance(deltas, (list, tuple)):
+        if not deltas:
+            raise ShapeError("deltas is empty: there is no update to decompose")
+        return list(deltas)
+    if not hasattr(deltas, "shape"):
+        raise BackendError(f"deltas must be a list of arrays, or one array; got {type(deltas).__name__}")
+    if len(deltas.shape) < 1 or not all(deltas.shape):
+        raise ShapeError(f"a tensor to decompose must have elements; got shape {tuple(deltas.shape)}")
+    order = len(deltas.shape)
+    if order == 2:
+        return [deltas]
+    backend: Backend = get_backend(deltas)
+    rows = deltas.shape[0] if order > 1 else 1
+    return [backend.reshape(deltas, (rows, math.prod(deltas.shape) // rows))]
+
+
+def _in_own_modes(deltas: Any, cfg: Config) -> Config:
+    """The config for one tensor of more than two modes; a ShapeError unless its fold names them."""
+    if isinstance(deltas, (list, tuple)) or len(deltas.shape) <= 2 or not isinstance(cfg, Config):
+        return cfg
+    shape = tuple(int(size) for size in deltas.shape)
+    if not isinstance(cfg.fold, tuple):
+        raise ShapeError(
+            f"a tensor of shape {shape} has {len(shape)} modes, and fold={cfg.fold!r} does not say which of them are "
+            f"rows and which are columns: give Config(order={len(shape)}, fold={shape}, groups=1, …) to decompose it "
+            "in its own modes, or a list of matrices, one a weight"
+        )
+    ours, theirs = (set(itertools.accumulate(sizes, operator.mul)) for sizes in (cfg.fold, shape))
+    if math.prod(cfg.fold) != math.prod(shape) or not (ours <= theirs or theirs <= ours):
+        raise ShapeError(
+            f"fold={cfg.fold} cuts across the modes of a tensor of shape {shape}: give fold={shape}, or sizes that "
+            "merge neighbouring modes or divide them"
+        )
+    if cfg.groups not in ("weight", "layer", 1, ((0,),)):
+        raise ShapeError(
+            f"groups={cfg.groups!r} would cut a tensor of shape {shape} across its modes: give groups=1, or a list of "
+            "matrices, one a weight"
+        )
+    # The tensor is one weight to the plan, however many its first mode stands for.
+    return cfg.replace(weight_shape=None)
+
+
+def _shape(delta: Array, number: int) -> tuple[int, int]:
+    if len(delta.shape) != 2:
+        raise ShapeError(
+            f"deltas[{number}] has shape {tuple(delta.shape)}; expected (rows, cols). One tensor of another order is "
+            "given by itself, not in a list"
+        )
+    return int(delta.shape[0]), int(delta.shape[1])

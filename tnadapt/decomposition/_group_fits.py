@@ -1,0 +1,132 @@
+"""All groups of a plan, one after another, from updates that are read when they are needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from tnadapt.algebra.maps.projection import SQUARE
+from tnadapt.algebra.superlora import Group, SuperLoRA
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ShapeError
+
+from ._fit_report import GroupReport, Report, Step
+from ._linear_algebra import Algebra
+from ._lower_bounds import lower_bound
+from ._scaling import at_size, power_of
+from ._single_tensor import Fit, Limits
+from ._through_map import fit_group, started
+
+__all__ = ["fit_plan"]
+
+Progress = Callable[[Step], None]
+
+# What is left is rounding where it is this many times the dtype's.
+_ROUNDING = 64
+# A bound counts as met within this share of it.
+_MET = 1e-6
+
+
+def fit_plan(
+    algebra: Algebra,
+    plan: SuperLoRA,
+    read: Callable[[int], Array],
+    limits: Limits,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Array], Report]:
+    """The parameters of a plan whose updates are nearest to given ones.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    plan : SuperLoRA
+    read : callable
+        The update of one weight, by its number: an array, shape (rows, cols), of algebra's library and dtype. It
+        is asked for each once where no weight lies in two groups, or those follow one another.
+    limits : Limits
+    progress : callable, optional
+        Called with a :class:`Step` when a group begins and after each iteration.
+
+    Returns
+    -------
+    dict of str to array
+        Named and shaped as ``plan.param_shapes``.
+    Report
+
+    Raises
+    ------
+    ShapeError
+        If an update holds NaN or infinity.
+
+    Notes
+    -----
+    In memory is one group's part of the long vector at a time, a few times over.
+    """
+    params: dict[str, Array] = {}
+    reports = []
+    last: tuple[int, Array] | None = None
+    count = len(plan.groups)
+    for number, group in enumerate(plan.groups):
+        parts = []
+        for piece in group.pieces:
+            if last is None or last[0] != piece.weight:
+                last = piece.weight, algebra.backend.flatten(read(piece.weight))
+            parts.append(last[1][piece.weight_start : piece.weight_start + piece.length])
+        y = algebra.backend.concat(parts)
+
+        def watch(iteration: int, error: float | None, number: int = number) -> None:
+            if progress is not None:
+                progress(Step(number, count, iteration, error))
+
+        watch(0, None)
+        arrays, report = _fitted(algebra, group, y, limits, watch)
+        params.update({full: arrays[name] for name, full in group.names.items()})
+        reports.append(report)
+    return params, Report(plan, tuple(reports))
+
+
+def _fitted(
+    algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Callable[[int, float | None], None]
+) -> tuple[dict[str, Array], GroupReport]:
+    # A linear F and the network are homogeneous, and powers of two change no digit: what is fitted is of size one.
+    exponent = power_of(algebra, y) if group.projection.linear else 0
+    scaled = algebra.scaled(y, -exponent)
+    norm = algebra.norm(scaled)
+    if not norm < math.inf or math.frexp(norm)[1] + exponent > 1024:
+        raise ShapeError(
+            "an update holds NaN, infinity, or numbers whose Frobenius norm float64 cannot hold: nothing fits it"
+        )
+    found = fit_group(algebra, group, scaled, limits, watch)
+    arrays = at_size(algebra, group.network, found.arrays, exponent) if norm else found.arrays
+    error = _error(algebra, group, arrays, scaled, exponent)
+    if not error <= norm:
+        # Never worse than nothing at all.
+        found = Fit(started(algebra, group), False, found.iterations, f"{found.method}: no better than zero")
+        arrays = found.arrays
+        error = _error(algebra, group, arrays, scaled, exponent)
+    bound = 0.0
+    if norm and group.projection.kind in SQUARE:
+        bound = lower_bound(algebra, group.network, group.projection.adjoint(scaled))
+    rounding = _ROUNDING * algebra.eps * norm
+    certified = found.optimal or error <= rounding or error <= bound * (1.0 + _MET)
+    if found.optimal:
+        # Others may come nearer by what rounding to the dtype took, and by no more.
+        bound = max(bound, error - rounding)
+    bound = min(error, bound)
+    relative = (error / norm, bound / norm) if norm else (0.0, 0.0)
+    whole = math.ldexp(norm, exponent)
+    return arrays, GroupReport(group.size, whole, *relative, certified, found.iterations, found.method)
+
+
+def _error(algebra: Algebra, group: Group, arrays: Mapping[str, Array], scaled: Array, exponent: int) -> float:
+    """How far the update of arrays is from ``scaled``, which was divided by a power of two: in float64."""
+    double = algebra.double
+    wide = {name: algebra.doubled(array) for name, array in arrays.items()}
+    if group.projection.linear:
+        wide = at_size(double, group.network, wide, -exponent)
+    params = {full: wide[name] for name, full in group.names.items()}
+    with np.errstate(over="ignore", invalid="ignore"):  # of arrays that reach too far, it is infinite
+        made = group.update(double.backend, params, 0, group.size, algebra.backend.dtype_name(algebra.like))
+        return double.norm(made - algebra.doubled(scaled))

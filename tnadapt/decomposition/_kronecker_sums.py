@@ -1,0 +1,165 @@
+"""Sums of Kronecker products to one tensor: the rearrangement's SVD or CP, then split by split.
+
+Rearranged (:mod:`tnadapt.algebra.rearrangement`), a sum of T Kronecker products of K splits is a CP tensor of rank T
+whose factors are the splits' vectors. K = 2 dense splits: its truncated SVD, which is the optimum. More: ALS. Splits
+that are themselves factored: one split after another is set to the best of its format, the others held. As the others
+only scale it, that is the format's best for the contracted tensor, and no step makes the error larger.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tnadapt.algebra.formats import Dense, Format
+from tnadapt.algebra.rearrangement import contracted
+from tnadapt.backends.backend import Array
+
+from ._linear_algebra import Algebra
+from ._single_tensor import Fit, Limits, fit_format
+
+__all__ = ["Term", "fit_sum", "outer_sum"]
+
+# The arrays of each split of one term.
+Term = list[dict[str, Array]]
+
+
+def fit_sum(
+    algebra: Algebra,
+    tensor: Array,
+    splits: Sequence[Format],
+    terms: int,
+    start: Sequence[Term] | None = None,
+    limits: Limits | None = None,
+    watch: Callable[[int, float], None] | None = None,
+) -> tuple[list[Term], Fit]:
+    """Arrays whose sum of products is nearest to a tensor.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    tensor : array, shape (p_1, …, p_K)
+        Rearranged.
+    splits : sequence of Format
+        K of them.
+    terms : int
+        T.
+    start : sequence of Term, optional
+        Where to begin.
+    limits : Limits, optional
+    watch : callable, optional
+        Called with each sweep's number and its relative error.
+
+    Returns
+    -------
+    list of Term
+    Fit
+        Without arrays.
+    """
+    limits = limits or Limits()
+    norm = algebra.norm(tensor)
+    if start is None:
+        vectors, found = _dense_start(algebra, tensor, terms, limits)
+        start = [
+            [
+                fit_format(algebra, split, algebra.backend.reshape(vector, split.sizes), None, limits).arrays
+                for split, vector in zip(splits, term, strict=True)
+            ]
+            for term in vectors
+        ]
+        if all(isinstance(split, Dense) for split in splits):
+            return list(start), found
+    now = _Sum(algebra, tensor, splits, [list(term) for term in start])
+    error = now.error()
+    sweeps = 0
+    for sweeps in range(1, limits.iterations + 1):
+        now.sweep(limits)
+        before, error = error, now.error()
+        if watch is not None:
+            watch(sweeps, error / norm)
+        if before - error <= limits.tol * norm:
+            break
+    method = "term by term" if len(splits) == 1 else "alternating over splits"
+    return now.arrays, Fit({}, False, sweeps, method)
+
+
+def outer_sum(algebra: Algebra, splits: Sequence[Format], terms: Sequence[Term]) -> Array:
+    """The rearranged tensor that arrays make."""
+    return _outer_sum(
+        algebra, [[_whole(algebra, split, own) for split, own in zip(splits, term, strict=True)] for term in terms]
+    )
+
+
+def _whole(algebra: Algebra, split: Format, arrays: dict[str, Array]) -> Array:
+    return split.tensor(algebra.backend, arrays, [(0, size) for size in split.sizes])
+
+
+def _outer_sum(algebra: Algebra, terms: Sequence[Sequence[Array]]) -> Array:
+    backend = algebra.backend
+
+    def outer(a: Array, b: Array) -> Array:
+        return backend.flatten(backend.reshape(a, (-1, 1)) * backend.reshape(b, (1, -1)))
+
+    vectors = [functools.reduce(outer, [backend.flatten(split) for split in term]) for term in terms]
+    return backend.reshape(functools.reduce(operator.add, vectors), [math.prod(split.shape) for split in terms[0]])
+
+
+def _dense_start(algebra: Algebra, tensor: Array, terms: int, limits: Limits) -> tuple[list[list[Array]], Fit]:
+    """Vectors of every split of every term, as if all were dense."""
+    backend, sizes = algebra.backend, [int(size) for size in tensor.shape]
+    if len(sizes) == 1:
+        # The first term takes all, and the others what its format leaves.
+        return [[tensor]] + [[algebra.zeros(sizes)] for _ in range(terms - 1)], Fit({}, True, 0, "exact")
+    from tnadapt.algebra.formats import CP
+
+    cp = CP(sizes, terms)
+    found = fit_format(algebra, cp, tensor, None, limits)
+    vectors = [
+        [backend.flatten(found.arrays[f"factor{k}"][:, term : term + 1]) for k in range(len(sizes))]
+        for term in range(terms)
+    ]
+    return vectors, found._replace(arrays={}, method=f"nearest Kronecker product, {found.method}")
+
+
+class _Sum:
+    """Where the alternation stands: arrays, and the tensor of each split of each term."""
+
+    def __init__(self, algebra: Algebra, tensor: Array, splits: Sequence[Format], arrays: list[Term]) -> None:
+        self.algebra, self.tensor, self.splits, self.arrays = algebra, tensor, splits, arrays
+        self.made = [[_whole(algebra, split, own) for split, own in zip(splits, term, strict=True)] for term in arrays]
+
+    def error(self) -> float:
+        return self.algebra.norm(self.tensor - _outer_sum(self.algebra, self.made))
+
+    def sweep(self, limits: Limits) -> None:
+        for term in range(len(self.arrays)):
+            for k in range(len(self.splits)):
+                self._improve(term, k, limits)
+
+    def _improve(self, term: int, k: int, limits: Limits) -> None:
+        """The best of its format for one split of one term, all else held."""
+        algebra, own = self.algebra, self.made[term]
+        others = [None if j == k else split for j, split in enumerate(own)]
+        size = math.prod(algebra.squares(split) for split in others if split is not None)
+        if size == 0.0 or not math.isfinite(size):
+            return  # what it is multiplied with is nothing, and so would it be
+        wanted = contracted(algebra.backend, self.tensor, others, self.splits[k].sizes)
+        for other, theirs in enumerate(self.made):
+            if other != term:
+                overlap = math.prod(self._product(own[j], theirs[j]) for j in range(len(self.splits)) if j != k)
+                wanted = wanted - theirs[k] * overlap
+        wanted = wanted * (1.0 / size)
+        # A few steps of a format's own alternation: the sweeps go on from there.
+        few = limits._replace(iterations=min(limits.iterations, 5))
+        found = fit_format(algebra, self.splits[k], wanted, self.arrays[term][k], few).arrays
+        made = _whole(algebra, self.splits[k], found)
+        if algebra.squares(wanted - made) <= algebra.squares(wanted - own[k]):
+            self.arrays[term][k], self.made[term][k] = found, made
+
+    def _product(self, a: Array, b: Array) -> float:
+        total = self.algebra.backend.sum(self.algebra.backend.flatten(a * b), axis=0)
+        return float(np.asarray(self.algebra.backend.to_numpy(total), np.float64))

@@ -1,0 +1,112 @@
+"""What no parameters can fall below: lower bounds of the error, by the ranks that a network cannot exceed.
+
+A tensor of a format has unfoldings of limited rank, and the distance of an unfolding to the nearest matrix of that rank
+is known (Eckart & Young): the largest of these distances is a bound. Where a fit meets it, it is an optimum, whatever
+found it. Bounds are computed in float64, whatever dtype the updates have. Only whole rows of the first mode are looked
+at, where nothing is padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from tnadapt.algebra.formats import CP, TensorTrain, Tucker
+from tnadapt.algebra.network import Network
+from tnadapt.algebra.rearrangement import rearranged
+from tnadapt.backends.backend import Array
+
+from ._linear_algebra import Algebra
+
+__all__ = ["lower_bound"]
+
+# Unfoldings whose smaller side is longer are not looked at, nor tensors of more elements.
+_SIDE = 512
+_ELEMENTS = 1 << 25
+# Columns whose products are one matrix product.
+_BLOCK = 1 << 10
+
+
+def lower_bound(algebra: Algebra, network: Network, vec: Array) -> float:
+    """A distance to a vector that no arrays of a network fall below; 0 where none is known.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    network : Network
+    vec : array, shape (size,)
+
+    Returns
+    -------
+    float
+        Less what rounding may add to it. The vector's largest number is to be near 1, as its squares are taken.
+    """
+    if network.size > _ELEMENTS:
+        return 0.0
+    return max((_beyond(algebra, matrix, rank) for matrix, rank in _unfoldings(algebra, network, vec)), default=0.0)
+
+
+def _unfoldings(algebra: Algebra, network: Network, vec: Array) -> Iterator[tuple[Array, int]]:
+    """Matrices of elements of the vector, and the rank that the network's can have."""
+    backend, sizes = algebra.backend, network.sizes
+    rest = math.prod(sizes[1:])
+    rows = network.size // rest
+    if not rows:
+        return
+    tensor = backend.reshape(vec[: rows * rest], (rows, *sizes[1:]))
+    if len(network.splits) == 1:
+        yield from _of_format(algebra, network, tensor)
+    elif network.kronecker:
+        inner = [split.sizes for split in network.splits]
+        if rows != sizes[0] or any(math.prod(s[m] for s in inner) != d for m, d in enumerate(sizes)):
+            return
+        outer = rearranged(backend, tensor, inner)
+        for k in range(len(inner)):
+            yield _matrix(algebra, outer, [k]), network.terms
+    elif len(sizes) == 2 and all(isinstance(split, CP) for split in network.splits):
+        # The rank of a Hadamard product is at most the product of the ranks.
+        yield tensor, network.terms * math.prod(split.total_paths for split in network.splits)
+
+
+def _of_format(algebra: Algebra, network: Network, tensor: Array) -> Iterator[tuple[Array, int]]:
+    split, order = network.splits[0], len(network.sizes)
+    if isinstance(split, CP):
+        for size in range(1, order // 2 + 1):
+            for modes in itertools.islice(itertools.combinations(range(order), size), 16):
+                yield _matrix(algebra, tensor, list(modes)), network.terms * split.rank
+    elif isinstance(split, Tucker):
+        for mode in split.modes:
+            yield _matrix(algebra, tensor, [mode]), network.terms * split.core[mode]
+    elif isinstance(split, TensorTrain):
+        for mode in range(order - 1):
+            yield _matrix(algebra, tensor, list(range(mode + 1))), network.terms * split.ranks[mode + 1]
+
+
+def _matrix(algebra: Algebra, tensor: Array, modes: list[int]) -> Array:
+    """Some modes as rows, the others as columns."""
+    others = [mode for mode in range(len(tensor.shape)) if mode not in modes]
+    rows = math.prod(tensor.shape[mode] for mode in modes)
+    turned = algebra.backend.permute_dims(tensor, [*modes, *others])
+    return algebra.backend.reshape(turned, (rows, math.prod(tensor.shape) // rows))
+
+
+def _beyond(algebra: Algebra, matrix: Array, rank: int) -> float:
+    """The norm of the singular values after so many."""
+    backend, double = algebra.backend, algebra.double
+    short = min(matrix.shape)
+    if rank >= short or short > _SIDE:
+        return 0.0
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = backend.matrix_transpose(matrix)
+    gram = np.zeros((short, short))
+    for start in range(0, matrix.shape[1], _BLOCK):
+        block = algebra.doubled(matrix[:, start : start + _BLOCK])
+        gram += double.backend.to_numpy(double.backend.matmul(block, double.backend.matrix_transpose(block)))
+    values = np.linalg.eigvalsh(gram)[: short - rank]
+    # An entry of a block's Gram matrix is a sum of as many products as the block is long, which is off by eps times the
+    # root of that number as a rule, and by four times that here; eigenvalues are off by short times as much at most.
+    slack = 4.0 * short * math.sqrt(_BLOCK) * double.eps * float(np.trace(gram))
+    return math.sqrt(max(0.0, float(values.sum()) - slack))

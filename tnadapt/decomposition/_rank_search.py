@@ -1,0 +1,151 @@
+"""``tnadapt.search_rank``: the smallest rank within an error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.folding import MAX_SIZE
+from tnadapt.algebra.formats import CP, Dense, TensorTrain, Tucker
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ConfigError, integer, shown
+
+from ._decompose import decompose
+from ._fit_report import Report
+
+__all__ = ["Found", "search_rank", "smallest_rank"]
+
+
+class Found(NamedTuple):
+    """What a search for a rank ended with.
+
+    Attributes
+    ----------
+    rank : int
+    config : Config
+        With that rank.
+    params : dict of str to array
+    report : Report
+    """
+
+    rank: int
+    config: Config
+    params: dict[str, Array]
+    report: Report
+
+
+def search_rank(deltas: Any, cfg: Config, error: float = 0.1, *, max_rank: int | None = None, **settings: Any) -> Found:
+    """The smallest rank at which a config comes within an error of given updates.
+
+    Parameters
+    ----------
+    deltas : list of array, or one array
+        As for :func:`tnadapt.decompose`.
+    cfg : Config
+        Its rank is what is searched; a scale of ``alpha / rank`` goes with it. Of a rank for each mode, those that are
+        not None must be equal, and stay so.
+    error : float
+        Relative Frobenius error of all updates together, above 0 and below 1.
+    max_rank : int, optional
+        The largest to try; by default that beyond which a rank is of no use.
+    **settings
+        Of :func:`tnadapt.decompose`.
+
+    Returns
+    -------
+    Found
+        Rank, config, parameters and report.
+
+    Raises
+    ------
+    ConfigError
+        If no rank comes so near, which says how near the largest does; or if the config has no rank to search.
+
+    Notes
+    -----
+    Doubling, then bisection: some 2 log2(r) decompositions. Where each is the optimum (LoRA: SVD), so is the rank;
+    where a method may end beside the optimum, a smaller rank may exist that it did not find.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> rng = np.random.default_rng(0)
+    >>> delta = rng.normal(size=(12, 3)) @ rng.normal(size=(3, 8))
+    >>> search_rank([delta], tna.presets.lora(), error=1e-6).rank
+    3
+    """
+    return smallest_rank(lambda config: decompose(deltas, config, **settings), cfg, error, max_rank)
+
+
+def smallest_rank(
+    fit: Callable[[Config], tuple[dict[str, Array], Report]], cfg: Config, error: float, max_rank: int | None = None
+) -> Found:
+    """:func:`search_rank` by any function that fits a config."""
+    if isinstance(error, bool) or not isinstance(error, (int, float, np.floating)) or not 0.0 < error < 1.0:
+        raise ConfigError(f"error must be above 0 and below 1, relative to the updates; got {shown(error)}")
+    if not isinstance(cfg, Config):
+        raise ConfigError(f"expected a tnadapt.Config; got {type(cfg).__name__}")
+    ranks = {cfg.rank} if isinstance(cfg.rank, int) else set(cfg.rank) - {None}
+    if len(ranks) != 1:
+        raise ConfigError(f"one rank can be searched, and rank={cfg.rank} has {len(ranks)}: give an integer")
+    if max_rank is not None:
+        max_rank = integer("max_rank", max_rank, 1, MAX_SIZE, ConfigError)
+
+    def at(rank: int) -> Found:
+        several = not isinstance(cfg.rank, int) and tuple(None if r is None else rank for r in cfg.rank)
+        config = cfg.replace(rank=several or rank)
+        return Found(rank, config, *fit(config))
+
+    found = at(1)
+    useful = _useful(found.report)
+    if useful is None:
+        raise ConfigError(f"format={cfg.format!r} has no rank to search: decompose() gives its parameters")
+    most = min(useful, max_rank or useful)
+    low = 0  # the largest that is known not to do
+    while found.report.error > error:
+        if found.rank >= most:
+            raise ConfigError(
+                f"no rank up to {most} comes within {error:g}: the error there is {found.report.error:.4g}; allow "
+                "more, or take another format or fold"
+            )
+        low = found.rank
+        found = at(min(2 * low, most))
+    while found.rank - low > 1:
+        tried = at((low + found.rank) // 2)
+        if tried.report.error <= error:
+            found = tried
+        else:
+            low = tried.rank
+    return found
+
+
+def _useful(report: Report) -> int | None:
+    """The rank beyond which none makes anything that a smaller one does not; None where there is no rank."""
+    most: int | None = None
+    for group in report.plan.groups:
+        for split in group.network.splits:
+            if isinstance(split, Dense):
+                continue
+            total = math.prod(split.sizes)
+            if isinstance(split, CP):
+                own = total // max(split.sizes)
+            elif isinstance(split, Tucker):
+                own = max((split.sizes[mode] for mode in split.modes), default=1)
+            elif isinstance(split, TensorTrain):
+                own = _largest_bond(split.sizes, total)
+            else:
+                own = total
+            most = max(most or 1, own)
+    return most
+
+
+def _largest_bond(sizes: tuple[int, ...], total: int) -> int:
+    left, most = 1, 1
+    for size in sizes:
+        left *= size
+        most = max(most, min(left, total // left))
+    return most

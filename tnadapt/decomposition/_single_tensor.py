@@ -1,0 +1,318 @@
+"""One tensor to the arrays of one format: SVD, ALS, HOOI, TT-SVD.
+
+One function a format. Where algebra knows the optimum, it is what is returned; the alternating ones are TensorLy's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tnadapt.algebra.formats import CP, Dense, Format, TensorTrain, Tucker, WeightedCP, unfolded
+from tnadapt.algebra.products import cp_tensor
+from tnadapt.algebra.rearrangement import padded_to
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ConfigError
+
+from ._linear_algebra import Algebra, tensorly_on
+
+__all__ = ["Fit", "Limits", "fit_format"]
+
+Arrays = dict[str, Array]
+
+
+class Fit(NamedTuple):
+    """Arrays, and how they came about.
+
+    Attributes
+    ----------
+    arrays : dict of str to array
+    optimal : bool
+        Whether algebra says that no others come nearer.
+    iterations : int
+    method : str
+        In a few words.
+    """
+
+    arrays: Arrays
+    optimal: bool
+    iterations: int
+    method: str
+
+
+class Limits(NamedTuple):
+    """When an iteration ends.
+
+    Attributes
+    ----------
+    tol : float
+        At a step that makes the relative error smaller by no more.
+    iterations : int
+        After so many, in any case.
+    """
+
+    tol: float = 1e-6
+    iterations: int = 100
+
+
+def fit_format(
+    algebra: Algebra,
+    split: Format,
+    tensor: Array,
+    start: Mapping[str, Array] | None = None,
+    limits: Limits | None = None,
+) -> Fit:
+    """The arrays of a format that make a tensor, as nearly as is known.
+
+    Parameters
+    ----------
+    algebra : Algebra
+    split : Format
+    tensor : array, shape (d_1, …, d_M)
+        It may have fewer rows in the first mode than the format: those are zero in the result.
+    start : mapping of str to array, optional
+        Where an alternating method begins.
+    limits : Limits, optional
+
+    Returns
+    -------
+    Fit
+        Arrays of the format's shapes.
+    """
+    limits = limits or Limits()
+    if algebra.squares(tensor) == 0.0:
+        return Fit({name: algebra.zeros(shape) for name, shape in split.shapes.items()}, True, 0, "zero")
+    if type(split) not in _SOLVERS:
+        known = ", ".join(kind.__name__ for kind in _SOLVERS)
+        raise ConfigError(f"nothing here fits a {type(split).__name__} to a tensor; expected one of {known}")
+    found = _SOLVERS[type(split)](algebra, split, tensor, start, limits)
+    arrays = {name: padded_to(algebra.backend, found.arrays[name], shape) for name, shape in split.shapes.items()}
+    return found._replace(arrays=arrays)
+
+
+def _cut(start: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """The leading part of each array."""
+    return {name: start[name][tuple(slice(0, size) for size in shape)] for name, shape in shapes.items()}
+
+
+# -- Dense -----------------------------------------------------------------------------------------
+
+
+def _dense(algebra: Algebra, split: Format, tensor: Array, start: Any, limits: Limits) -> Fit:
+    return Fit({"dense": tensor}, True, 0, "exact")
+
+
+# -- CP --------------------------------------------------------------------------------------------
+
+
+def _cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
+    factors, sizes, found = _components(algebra, split.rank, tensor, start, limits)
+    # Every factor takes an equal share of a component's size.
+    shared = algebra.array(sizes ** (1.0 / len(factors)))
+    return found._replace(arrays={f"factor{mode}": factor * shared for mode, factor in enumerate(factors)})
+
+
+def _weighted_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
+    if start is not None:
+        start = {**start, "factor0": start["factor0"] * start["weights"]}
+    factors, sizes, found = _components(algebra, split.rank, tensor, start, limits)
+    arrays = {f"factor{mode}": factor for mode, factor in enumerate(factors)}
+    return found._replace(arrays={"weights": algebra.array(sizes), **arrays})
+
+
+def _components(
+    algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits
+) -> tuple[list[Array], np.ndarray, Fit]:
+    """Factors of unit columns, and the size of each component: no more of either than the rank, and than are of use."""
+    backend, order = algebra.backend, len(tensor.shape)
+    if order == 1:
+        size = algebra.norm(tensor)
+        return [backend.reshape(tensor, (-1, 1)) * (1.0 / size)], np.array([size]), Fit({}, True, 0, "exact")
+    if order == 2:
+        u, s, v, exact = algebra.svd(tensor, min(rank, *tensor.shape))
+        return [u, v], s, Fit({}, exact, 0, "SVD" if exact else "randomised SVD")
+    # Beyond this rank every tensor is within reach, and more components only hinder one another.
+    rank = min(rank, math.prod(tensor.shape) // max(tensor.shape))
+    factors, iterations = _als(algebra, rank, tensor, start, limits)
+    norms = [algebra.columns(factor) for factor in factors]
+    units = [
+        factor * algebra.array(1.0 / np.where(norm > 1e-30, norm, 1.0))
+        for factor, norm in zip(factors, norms, strict=True)
+    ]
+    sizes: np.ndarray = np.prod(norms, axis=0)
+    return units, sizes, Fit({}, False, iterations, "ALS")
+
+
+# Sweeps between two looks at the error; starts of a small tensor, and what is small; how far the first is moved.
+_SWEEPS = 10
+_STARTS, _SMALL = 3, 1 << 14
+_MOVED = 0.01
+
+
+def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits) -> tuple[list[Array], int]:
+    """Alternating least squares: from one start, or of a small tensor the best of several."""
+    if start is not None:
+        begun = [start[f"factor{mode}"][:size, :rank] for mode, size in enumerate(tensor.shape)]
+        factors, _, sweeps = _descent(algebra, rank, tensor, begun, limits)
+        return factors, sweeps
+    rng, norm = algebra.rng, algebra.norm(tensor)
+    first = _singular_start(algebra, rank, tensor, rng)
+    factors, error, sweeps = _descent(algebra, rank, tensor, first, limits)
+    if math.prod(tensor.shape) <= _SMALL and limits.iterations > _SWEEPS:
+        for _ in range(_STARTS - 1):
+            if error <= 64.0 * algebra.eps * norm:
+                break
+            begun = [algebra.array(rng.normal(size=(size, rank))) for size in tensor.shape]
+            found, other, more = _descent(algebra, rank, tensor, begun, limits)
+            sweeps += more
+            if other < error:
+                factors, error = found, other
+    return factors, sweeps
+
+
+def _descent(
+    algebra: Algebra, rank: int, tensor: Array, begun: Sequence[Array], limits: Limits
+) -> tuple[list[Array], float, int]:
+    """A few sweeps at a time, the error measured after each few, and the best kept."""
+    backend = algebra.backend
+    norm = algebra.norm(tensor)
+    best, error, sweeps = list(begun), math.inf, 0
+    # Components that come to lie on one another make the equations singular, or grow against each other without end;
+    # then a little is added to them, and it goes on from where it was.
+    ridges = [0.0, 100.0 * algebra.eps, algebra.eps**0.5]
+    while sweeps < limits.iterations and ridges:
+        few = min(_SWEEPS, limits.iterations - sweeps)
+        found = _swept(algebra, rank, tensor, best, few, ridges[0] * norm ** (2.0 / len(tensor.shape)))
+        now = math.inf if found is None else algebra.norm(tensor - cp_tensor(backend, None, found))
+        if found is None or not now < error:
+            ridges.pop(0)
+            if math.isfinite(error) and found is not None:
+                break  # rounding, at the end
+            continue
+        sweeps += few
+        gain, best, error = error - now, found, now
+        if gain <= limits.tol * few * norm:
+            break
+    if not error < norm:
+        # It cannot be helped: nothing is made, and the report shows it.
+        return [algebra.zeros((size, rank)) for size in tensor.shape], norm, sweeps
+    return best, error, sweeps
+
+
+def _swept(
+    algebra: Algebra, rank: int, tensor: Array, begun: Sequence[Array], sweeps: int, ridge: float
+) -> list[Array] | None:
+    """TensorLy's sweeps from given factors; None where they come to nothing."""
+    from tensorly.decomposition import parafac
+
+    ones = algebra.array(np.ones(rank))
+    with tensorly_on(algebra.backend), np.errstate(all="ignore"):
+        try:
+            weights, factors = parafac(
+                tensor, rank, n_iter_max=sweeps, init=(ones, list(begun)), l2_reg=ridge, tol=0, random_state=algebra.rng
+            )
+        except (np.linalg.LinAlgError, RuntimeError):  # torch's is a RuntimeError
+            return None
+    sizes = np.prod([algebra.columns(factor) for factor in factors], axis=0)
+    if not np.isfinite(sizes).all() or sizes.max() > algebra.norm(tensor) * algebra.eps**-0.5:
+        return None
+    return [factors[0] * weights, *factors[1:]]
+
+
+def _singular_start(algebra: Algebra, rank: int, tensor: Array, rng: np.random.RandomState) -> list[Array]:
+    """The leading singular vectors of each unfolding, moved a little, and filled up at random where there are too few.
+
+    A structured tensor may hold them at a saddle for ever. (TensorLy's own start has too few columns where an unfolding
+    has fewer columns than the rank.)
+    """
+    found = []
+    for mode, size in enumerate(tensor.shape):
+        rows = unfolded(algebra.backend, tensor, mode)
+        known = min(rank, *rows.shape)
+        columns = [algebra.svd(rows, known)[0]]
+        if known < rank:
+            columns.append(algebra.array(rng.uniform(size=(size, rank - known))))
+        moved = algebra.array(rng.normal(size=(size, rank)) * (_MOVED / math.sqrt(size)))
+        found.append(algebra.backend.concat(columns, axis=1) + moved)
+    return found
+
+
+# -- Tucker ----------------------------------------------------------------------------------------
+
+
+def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
+    from tensorly.decomposition import partial_tucker
+
+    sizes = tuple(int(size) for size in tensor.shape)
+    if not split.modes:
+        return Fit({"core": tensor}, True, 0, "exact")
+    ranks = _possible_ranks([min(r, d) for r, d in zip(split.core, sizes, strict=True)], split.modes)
+    cut = [mode for mode in split.modes if ranks[mode] < sizes[mode]]
+    if len(sizes) == len(split.modes) == 2:
+        u, values, v, exact = algebra.svd(tensor, ranks[0])
+        core = algebra.array(np.diag(values))
+        return Fit({"core": core, "factor0": u, "factor1": v}, exact, 0, "SVD" if exact else "randomised SVD")
+    norm = algebra.norm(tensor)
+    init: Any = "svd"
+    if start is not None:
+        shapes = {"core": ranks, **{f"factor{mode}": (sizes[mode], ranks[mode]) for mode in split.modes}}
+        begun = _cut(start, shapes)
+        init = (begun["core"] * (1.0 / norm), [begun[f"factor{mode}"] for mode in split.modes])
+    total = math.prod(sizes)
+    random = any(algebra.randomized((sizes[mode], total // sizes[mode]), ranks[mode]) for mode in cut)
+    # One sweep is all it takes where no mode but one is cut.
+    sweeps = limits.iterations if len(cut) > 1 else 1
+    with tensorly_on(algebra.backend):
+        (core, factors), errors = partial_tucker(
+            tensor * (1.0 / norm), rank=[ranks[mode] for mode in split.modes], modes=split.modes, init=init,
+            n_iter_max=sweeps, tol=max(limits.tol, algebra.eps), random_state=algebra.rng,
+            svd="randomized_svd" if random else "truncated_svd",
+        )  # fmt: skip
+    arrays = {"core": core * norm} | {f"factor{mode}": one for mode, one in zip(split.modes, factors, strict=True)}
+    if len(cut) <= 1:
+        return Fit(arrays, not random, 1, "randomised SVD" if random else "SVD")
+    return Fit(arrays, False, len(errors), "HOSVD, HOOI")
+
+
+def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
+    """No mode of a core is of use beyond the product of the others; those without a factor stay as they are."""
+    before: list[int] = []
+    while ranks != before:
+        before = list(ranks)
+        for mode in modes:
+            ranks[mode] = min(ranks[mode], math.prod(ranks[:mode]) * math.prod(ranks[mode + 1 :]))
+    return tuple(ranks)
+
+
+# -- Tensor train ----------------------------------------------------------------------------------
+
+
+def _tensor_train(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
+    from tensorly.decomposition import tensor_train
+
+    if len(tensor.shape) == 1:
+        return Fit({"core0": algebra.backend.reshape(tensor, (1, -1, 1))}, True, 0, "exact")
+    lefts = [math.prod(tensor.shape[: mode + 1]) for mode in range(len(tensor.shape) - 1)]
+    total = math.prod(tensor.shape)
+    bonds = list(zip(lefts, split.ranks[1:-1], strict=True))
+    random = any(algebra.randomized((left, total // left), rank) for left, rank in bonds)
+    with tensorly_on(algebra.backend):
+        cores = tensor_train(
+            tensor, rank=[int(rank) for rank in split.ranks], svd="randomized_svd" if random else "truncated_svd",
+            random_state=algebra.rng,
+        )  # fmt: skip
+    cut = [left for left, rank in bonds if rank < min(left, total // left)]
+    arrays = {f"core{mode}": core for mode, core in enumerate(cores)}
+    return Fit(arrays, len(cut) <= 1 and not random, 0, "TT-SVD")
+
+
+_SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] = {
+    Dense: _dense,
+    CP: _cp,
+    WeightedCP: _weighted_cp,
+    Tucker: _tucker,
+    TensorTrain: _tensor_train,
+}

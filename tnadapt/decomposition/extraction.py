@@ -1,0 +1,341 @@
+"""An adapter from a fully tuned checkpoint: what changed in its queries and values, fitted, from disk.
+
+No torch: both checkpoints are read a tensor at a time. :func:`tnadapt.torch.extract` does it for models in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.presets import superlora
+from tnadapt.algebra.rounding import rounded, widened
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends import load_backend
+from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
+from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from tnadapt.checkpoints.container import DTYPES
+from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
+from tnadapt.errors import FileError, ShapeError, TargetError, shown
+from tnadapt.targets.checkpoint_targets import find_stored
+from tnadapt.targets.overlaps import check_distinct
+from tnadapt.targets.prefixes import Prefix, found_prefix, near_names
+from tnadapt.targets.target import Target
+
+from . import Report, Settings, Step, smallest_rank
+
+__all__ = ["Extraction", "extract", "within"]
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_PIECE = 1 << 20
+
+
+class Extraction(NamedTuple):
+    """What was made of a tuned checkpoint.
+
+    Attributes
+    ----------
+    file : AdapterFile
+        To be saved by :func:`tnadapt.save`.
+    report : Report
+        How near it comes.
+    others : tuple of str
+        Tensors that differ between the two, or are the tuned one's alone, and are not in the file.
+    """
+
+    file: AdapterFile
+    report: Report
+    others: tuple[str, ...]
+
+
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    cfg: Config | None = None,
+    targets: Any = "qv",
+    *,
+    error: float | None = None,
+    max_rank: int | None = None,
+    keep: str | Sequence[str] = (),
+    compare: bool = True,
+    progress: Callable[[Step], None] | None = None,
+    **settings: Any,
+) -> Extraction:
+    """Make an adapter of a fully tuned checkpoint.
+
+    Parameters
+    ----------
+    base, tuned : path
+        Two checkpoints of one model: safetensors files, indices, or folders.
+    cfg : Config, optional
+        What the updates are to be made of; ``tnadapt.presets.superlora(rank=8)`` if not given.
+    targets : str or list of str
+        Which weights, as for :func:`tnadapt.targets.checkpoint_targets.find_stored`.
+    error : float, optional
+        Take the smallest rank whose relative error is no more, instead of the config's.
+    max_rank : int, optional
+        The largest that is tried then.
+    keep : str or sequence of str
+        Tensors to keep beside the adapter as they are in the tuned checkpoint, by whole parts of their names:
+        ``"classifier"`` is all at or below it.
+    compare : bool
+        Whether to look for other tensors that differ, which reads both checkpoints whole.
+    progress : callable, optional
+        Called with a :class:`~tnadapt.decomposition.Step`.
+    **settings
+        ``tol``, ``max_iterations``, ``svd`` and ``seed`` of :func:`tnadapt.decompose`.
+
+    Returns
+    -------
+    Extraction
+        Adapter file, report, and the names of what else differs.
+
+    Raises
+    ------
+    FileError
+        If a checkpoint cannot be read.
+    TargetError
+        If a target is not in both, has another shape, or is not floating; or ``keep`` matches nothing.
+    ConfigError, ShapeError
+        If the config does not suit the weights, or no rank comes within the error.
+
+    Notes
+    -----
+    In memory are what is kept, two tensors with their difference, and one group's part of the long vector a few times
+    over. The difference is taken in float64 and fitted in float32. With ``error`` all of it is read for each rank that
+    is tried.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import tnadapt as tna
+    >>> from safetensors.numpy import save_file
+    >>> rng = np.random.default_rng(0)
+    >>> base = {f"attn.{x}_proj.weight": rng.normal(size=(8, 8)).astype("f4") for x in "qkv"}
+    >>> update = (rng.normal(size=(8, 2)) @ rng.normal(size=(2, 8))).astype("f4")
+    >>> tuned = {name: w + update if "k_proj" not in name else w for name, w in base.items()}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file(base, folder + "/base.safetensors")
+    ...     save_file(tuned, folder + "/tuned.safetensors")
+    ...     found = extract(folder + "/base.safetensors", folder + "/tuned.safetensors", tna.presets.lora(2))
+    >>> found.file, found.report.error < 1e-5, found.others
+    (AdapterFile(64 parameters in 4 arrays, 2 targets, 0 kept), True, ())
+    """
+    cfg = superlora(rank=8) if cfg is None else cfg
+    chosen = Settings(**settings)
+    before, after = open_checkpoint(base), open_checkpoint(tuned)
+    shapes = {name: entry.shape for name, entry in after.entries.items()}
+    found = find_stored(shapes, targets, after.config or before.config)
+    check_distinct(found)
+    prefix = _prefix(found, before)
+    places = {target.name: prefix.target(target).name for target in found}
+    for target in found:
+        _check(target, after, target.name, "tuned")
+        _check(target, before, places[target.name], "base")
+    kept = _kept(after, keep, {target.name for target in found})
+    arrays, report, config = within(
+        [target.shape for target in found],
+        [target.layer for target in found],
+        cfg,
+        lambda weight: _difference(found[weight], before, places[found[weight].name], after),
+        chosen,
+        error,
+        max_rank,
+        progress,
+    )
+    dtypes = {KEPT + name: "bfloat16" for name in kept if after.entries[name].dtype == "BF16"}
+    file = AdapterFile(
+        config,
+        found,
+        arrays,
+        kept={name: _numbers(after, name) for name in kept},
+        dtypes=dtypes,
+        base=_fingerprint(found, before, places),
+        model=_model(after),
+    )
+    others = tuple(_others(before, after, found, prefix, set(kept))) if compare else ()
+    return Extraction(file, report, others)
+
+
+def within(
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[str],
+    cfg: Config,
+    read: Callable[[int], np.ndarray],
+    settings: Settings,
+    error: float | None,
+    max_rank: int | None,
+    progress: Callable[[Step], None] | None,
+) -> tuple[dict[str, np.ndarray], Report, Config]:
+    """The fit of updates that are read one at a time, at a config's rank or at the smallest within an error."""
+    backend, like = load_backend("numpy"), np.zeros(0, np.float32)
+
+    def fit(config: Config) -> tuple[dict[str, np.ndarray], Report]:
+        return settings.fit(backend, like, SuperLoRA(config, shapes, list(layers)), read, progress)
+
+    if error is None:
+        return *fit(cfg), cfg
+    found = smallest_rank(fit, cfg, error, max_rank)
+    return found.params, found.report, found.config
+
+
+def _prefix(targets: Sequence[Target], base: Checkpoint) -> Prefix:
+    stored = {name: entry.shape for name, entry in base.entries.items()}
+    found = found_prefix(targets, stored)
+    if found is None:
+        missing = [target.name for target in targets if target.name not in stored]
+        near = near_names(missing[0], stored)
+        raise TargetError(
+            f"the base checkpoint lacks {len(missing)} of {len(targets)} targets, such as {shown(missing[0])}, under "
+            f"any prefix{'; ' + near if near else ''}: give two checkpoints of one model"
+        )
+    return found
+
+
+# -- Reading ---------------------------------------------------------------------------------------
+
+
+def _check(target: Target, checkpoint: Checkpoint, name: str, which: str) -> None:
+    entry = checkpoint.entries[name]
+    if entry.dtype not in _FLOATS:
+        raise TargetError(
+            f"{name} of the {which} checkpoint is {entry.dtype}, and updates are taken of {', '.join(_FLOATS)}: give "
+            "an unquantised checkpoint"
+        )
+    if entry.shape != target.stored:
+        raise TargetError(
+            f"{name} has shape {entry.shape} in the {which} checkpoint, and {target.stored} in the other: they are not "
+            "of one model"
+        )
+
+
+def _numbers(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """A tensor in a dtype that NumPy computes with: bfloat16 as float32."""
+    array = checkpoint.array(name)
+    if checkpoint.entries[name].dtype == "BF16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _difference(target: Target, base: Checkpoint, place: str, tuned: Checkpoint) -> np.ndarray:
+    after = target.select(_numbers(tuned, target.name)).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        wide = after - target.select(_numbers(base, place))
+        found: np.ndarray = wide.astype(np.float32)
+    if not np.isfinite(found).all():
+        raise ShapeError(f"{target.name} holds NaN or infinity, or differs by more than float32 can hold")
+    largest = float(np.max(np.abs(wide), initial=0.0))
+    if 0.0 < largest < np.finfo(np.float32).smallest_normal:
+        raise ShapeError(
+            f"{target.name} differs by {largest:.3g} at most, less than float32 can hold, in which updates are "
+            "fitted: scale both checkpoints up, or leave this weight out of the targets"
+        )
+    return found
+
+
+def _fingerprint(targets: Sequence[Target], base: Checkpoint, places: dict[str, str]) -> Fingerprint | None:
+    kinds = {base.entries[places[target.name]].dtype for target in targets}
+    if len(kinds) > 1:
+        return None
+    kind = DTYPES[kinds.pop()]
+
+    def weights() -> Iterator[np.ndarray]:
+        for target in targets:
+            yield target.select(base.array(places[target.name]))
+
+    return fingerprint(weights(), kind)
+
+
+def _model(checkpoint: Checkpoint) -> str:
+    names = (checkpoint.config or {}).get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
+def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -> list[str]:
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        own = [name for name in tuned.entries if f".{pattern}." in f".{name}."]
+        if not own:
+            some = ", ".join(list(tuned.entries)[:6])
+            raise TargetError(f"keep: no tensor lies at or below {shown(pattern)}; the tuned checkpoint has {some}, …")
+        found.update(dict.fromkeys(own))
+    both = sorted(targets & found.keys())
+    if both:
+        raise TargetError(f"{both[0]} is both a target and kept; it can be one of them")
+    for name in found:
+        if tuned.entries[name].dtype not in DTYPES:
+            raise TargetError(f"{name} is {tuned.entries[name].dtype}, which no adapter file holds")
+    return list(found)
+
+
+# -- What else differs -------------------------------------------------------------------------------
+
+
+def _others(
+    base: Checkpoint, tuned: Checkpoint, targets: Sequence[Target], prefix: Prefix, kept: set[str]
+) -> Iterator[str]:
+    adapted = {target.name for target in targets}
+    for name, entry in tuned.entries.items():
+        if name in kept:
+            continue
+        # What lies outside of the backbone may have the same name in both.
+        place = next((one for one in (prefix.of(name), name) if one in base.entries), None)
+        if place is None:
+            differs = True
+        elif name in adapted:
+            differs = _rest_differs([t for t in targets if t.name == name], base, place, tuned)
+        elif base.entries[place].shape != entry.shape:
+            differs = True
+        elif base.entries[place].dtype != entry.dtype:
+            differs = not _same_numbers(base, place, tuned, name)
+        else:
+            differs = not _same_bytes(base, place, tuned, name)
+        if differs:
+            yield f"{name} (rows of no target)" if name in adapted else name
+
+
+def _rest_differs(own: Sequence[Target], base: Checkpoint, place: str, tuned: Checkpoint) -> bool:
+    if any(target.rows is None for target in own):
+        return False
+    before, after = _alike(base, place, tuned, own[0].name)
+    for target in own:
+        target.block(after)[...] = target.block(before)
+    return not np.array_equal(before, after, equal_nan=True)
+
+
+def _same_numbers(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> bool:
+    if base.entries[place].dtype not in _FLOATS or tuned.entries[name].dtype not in _FLOATS:
+        return False
+    return np.array_equal(*_alike(base, place, tuned, name), equal_nan=True)
+
+
+def _alike(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two tensors; of two dtypes, rounded to the one that keeps less: a copy in another dtype is no change."""
+    before, after = _numbers(base, place), _numbers(tuned, name)
+    kinds = base.entries[place].dtype, tuned.entries[name].dtype
+    if kinds[0] == kinds[1]:
+        return before, after
+    # Of bfloat16 and float16 neither holds the other's numbers; whichever comes first is as good.
+    narrow = DTYPES[min(kinds, key=_FLOATS[::-1].index)]
+    return tuple(widened(rounded(one.astype(np.float64), narrow), narrow) for one in (before, after))  # type: ignore[return-value]
+
+
+def _same_bytes(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> bool:
+    with open(base.shard[place], "rb") as one, open(tuned.shard[name], "rb") as other:
+        one.seek(base.data[base.shard[place]] + base.entries[place].start)
+        other.seek(tuned.data[tuned.shard[name]] + tuned.entries[name].start)
+        left = tuned.entries[name].stop - tuned.entries[name].start
+        while left:
+            size = min(left, _PIECE)
+            ours, theirs = one.read(size), other.read(size)
+            if len(ours) != size or len(theirs) != size:
+                raise FileError(f"{base.path} or {tuned.path}: a file ended within {shown(name)}, while it was read")
+            if ours != theirs:
+                return False
+            left -= size
+        return True

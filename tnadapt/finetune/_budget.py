@@ -1,0 +1,56 @@
+"""What a budget of parameters buys: of each family, its largest setting that fits."""
+
+from __future__ import annotations
+
+from tnadapt.errors import TnadaptError
+from tnadapt.planning.families import usual
+from tnadapt.planning.ladders import Search
+
+from .grid import Method, Shapes, method_of
+
+__all__ = ["within"]
+
+
+def within(budget: int, shapes: Shapes) -> list[Method]:
+    """Of each family, the setting with the most parameters that are no more than a budget.
+
+    Parameters
+    ----------
+    budget : int
+    shapes : sequence of (rows, cols)
+        Of the model's targets.
+
+    Returns
+    -------
+    list of Method
+        Families whose least setting is above the budget are left out.
+
+    Raises
+    ------
+    TnadaptError
+        If all of them are.
+
+    Examples
+    --------
+    >>> from tnadapt import parameter_count
+    >>> shapes = [(768, 768)] * 24
+    >>> for method in within(10_000, shapes):
+    ...     print(method.name, parameter_count(method.config, shapes))
+    LoNKr K = 2, f = 24, r = 30 9996
+    LoRTA M = 3, r = 11 9317
+    LoRTA M = 5, r = 6 8586
+    SuperLoRA r = 1 7526
+    SuperLoRA + F r = 42, ρ = 0.001 9996
+    fastfood ρ = 0.0007064 10000
+    """
+    if budget < 1:
+        raise TnadaptError(f"a budget must be at least 1 parameter; got {budget}")
+    search, families = Search(shapes), usual(shapes)
+    allowed = min(budget, sum(rows * cols for rows, cols in shapes))
+    found = [largest for family in families if (largest := search.largest(family, allowed))]
+    if not found:
+        least = min(least.parameters for family in families if (least := search.least(family)))
+        raise TnadaptError(
+            f"a budget of {budget} is less than any setting needs on these {len(shapes)} weights; the least is {least}"
+        )
+    return [method_of(one.config) for one in found]

@@ -1,0 +1,63 @@
+"""Which methods a study compares, as a user asks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from tnadapt.errors import TnadaptError
+
+from ._budget import within
+from .grid import Method, Shapes, default_methods, head_alone, methods_of
+
+__all__ = ["Choice", "Chooser"]
+
+
+class Chooser(Protocol):
+    """Whatever says which methods are compared."""
+
+    def methods(self, shapes: Shapes, layers: int) -> list[Method]:
+        """For weights of these shapes in so many layers."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which methods to compare; the head alone is always among them.
+
+    Attributes
+    ----------
+    presets : tuple of str
+    ranks : tuple of int
+    changes : mapping
+        Other fields of the config.
+    budgets : tuple of int
+        Instead of the three above: see :func:`within`.
+    short : bool
+        Where nothing is asked for: the shorter grid.
+    """
+
+    presets: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    budgets: tuple[int, ...] = ()
+    short: bool = False
+
+    def methods(self, shapes: Shapes, layers: int) -> list[Method]:
+        """For weights of these shapes in so many layers.
+
+        Raises
+        ------
+        TnadaptError
+            If a preset is not known, a setting does not fit, or a budget is too small.
+        """
+        named = self.presets or self.ranks or self.changes
+        if self.budgets and named:
+            raise TnadaptError("a budget finds the settings itself; give a budget or settings, not both")
+        if self.budgets:
+            found = [method for budget in self.budgets for method in within(budget, shapes)]
+            return [head_alone(), *found]
+        if named:
+            return [head_alone(), *methods_of(self.presets, self.ranks, self.changes, shapes, layers)]
+        return default_methods(self.short)

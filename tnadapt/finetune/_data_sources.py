@@ -1,0 +1,313 @@
+"""Data of the user's own: a CSV of texts, a folder of images, an ``.npz``, or a ``datasets`` name."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tnadapt.checkpoints.adapter_file import some
+from tnadapt.errors import FileError, TnadaptError, shown
+
+from ._data import Data, Labels, Samples
+from .archives import read_npz
+
+__all__ = ["read"]
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+ARRAYS = frozenset({"x_train", "y_train", "x_test", "y_test", "x", "y", "images", "labels"})
+TEST_FOLDERS = ("test", "validation", "valid", "val")
+TEXT_COLUMNS = ("text", "sentence", "review", "content")
+LABEL_COLUMNS = ("label", "labels", "class", "target")
+IMAGE_COLUMNS = ("image", "img")
+
+
+def read(
+    source: str, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
+) -> Data:
+    """Read what ``--data`` names.
+
+    Parameters
+    ----------
+    source : str
+        A ``.csv`` or ``.tsv`` file with a line of column names; a folder with a sub-folder a class (or with ``train``
+        and ``test`` in it, which have them); an ``.npz`` with ``x_train``, ``y_train``, ``x_test``, ``y_test``, with
+        ``x`` and ``y``, or with ``images`` and ``labels``, of 16 GiB together at the most; a folder that ``datasets``
+        saved; else a name for ``datasets.load_dataset``, as ``NAME`` or ``NAME:CONFIG``.
+    text_column, label_column : str, optional
+        Of a table; found by their usual names otherwise.
+    label_names : sequence of str
+        Names that the column of labels may have, tried before the usual ones where ``label_column`` is not given.
+
+    Returns
+    -------
+    Data
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such thing, or it does not hold labelled texts or images.
+    """
+    path, known = Path(source), (*label_names, *LABEL_COLUMNS)
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return _from_datasets(source, text_column, label_column, known)
+        return _folder(path)
+    if path.is_file():
+        if path.suffix.lower() in (".csv", ".tsv"):
+            return _csv(path, text_column, label_column, known)
+        if path.suffix.lower() == ".npz":
+            return _npz(path)
+        raise FileError(f"cannot read data from {path}: expected a .csv, .tsv or .npz file, or a folder of images")
+    if path.suffix.lower() in (".csv", ".tsv", ".npz") or source.startswith((".", "/", "~")):
+        raise FileError(f"no data at {path}: there is no such file or folder")
+    return _from_datasets(source, text_column, label_column, known)
+
+
+def _labelled(name: str, kind: str, inputs: Any, labels: Sequence[Any], test: tuple[Any, Any] | None = None) -> Data:
+    """Data whose classes are the different labels, sorted (numbers as numbers)."""
+    for part in [(inputs, labels)] if test is None else [(inputs, labels), test]:
+        _check(name, kind, *part)
+    found = sorted(set(labels) if test is None else set(labels) | set(test[1]))
+    place = {label: index for index, label in enumerate(found)}
+
+    def samples(inputs: Any, labels: Sequence[Any]) -> Samples:
+        return Samples(inputs, np.array([place[label] for label in labels], np.int64))
+
+    return Data(
+        name,
+        kind,
+        tuple(str(label) for label in found),
+        samples(inputs, labels),
+        None if test is None else samples(*test),
+    )
+
+
+def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
+    """Labels are words or integers, and texts are texts."""
+    kinds = {type(label) for label in labels}
+    if not kinds or not (kinds == {str} or kinds <= {int, bool}):
+        known = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
+    for index, text in enumerate(inputs if kind == "text" else []):
+        if not isinstance(text, str):
+            raise FileError(f"the text of sample {index} of {name} is {shown(text)}")
+
+
+# -- Tables ------------------------------------------------------------------------------------
+
+
+def _csv(path: Path, text_column: str | None, label_column: str | None, label_names: Sequence[str]) -> Data:
+    texts, labels = [], []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            tabs = path.suffix.lower() == ".tsv"
+            reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
+            names = reader.fieldnames or []
+            if not names:
+                raise FileError(f"{path} is empty; expected a line of column names and rows of texts and labels")
+            if doubled := {name for name in names if names.count(name) > 1}:
+                raise FileError(f"{path} has more than one column {sorted(doubled)[0]!r}")
+            text = _column(str(path), "text", text_column, TEXT_COLUMNS, names)
+            label = _column(str(path), "label", label_column, label_names, names)
+            for row in reader:
+                if None in row:
+                    raise FileError(
+                        f"{path}, line {reader.line_num}: more fields than column names; a text that has "
+                        f"{'a tab' if tabs else 'commas'} in it needs quotes"
+                    )
+                for name in (text, label):
+                    if not (row[name] or "").strip():
+                        raise FileError(f"{path}, line {reader.line_num}: nothing in column {name!r}")
+                texts.append(row[text])
+                labels.append(row[label].strip())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FileError(f"cannot read {path} as a table in UTF-8: {error}") from None
+    if not texts:
+        raise FileError(f"{path} has no rows under its line of column names")
+    return _labelled(path.name, "text", texts, labels)
+
+
+def _column(source: str, what: str, given: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
+    if given is not None:
+        if given in names:
+            return given
+        raise FileError(f"{source} has no column {given!r}; its columns are {', '.join(map(repr, names))}")
+    lower = {name.strip().lower(): name for name in reversed(list(names)) if name}
+    for name in usual:
+        if name in lower:
+            return lower[name]
+    raise FileError(
+        f"which column of {source} is the {what}? It has {', '.join(map(repr, names))}: give --{what}-column NAME, "
+        f"or call it {what}"
+    )
+
+
+# -- Images ------------------------------------------------------------------------------------
+
+
+def _folder(path: Path) -> Data:
+    names = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] != "."}
+    if "train" in names and not names.keys().isdisjoint(TEST_FOLDERS) and not names.keys() <= {"train", *TEST_FOLDERS}:
+        others = ", ".join(sorted(names.keys() - {"train", *TEST_FOLDERS}))
+        raise FileError(f"is {path} divided into train and test, or are these classes? Beside them is {others}")
+    if "train" in names and names.keys() <= {"train", *TEST_FOLDERS}:
+        test = next((names[name] for name in TEST_FOLDERS if name in names), None)
+        divided = None if test is None else _class_folders(test)
+        return _labelled(path.name, "image", *_class_folders(names["train"]), divided)
+    return _labelled(path.name, "image", *_class_folders(path))
+
+
+def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
+    files, labels = [], []
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."):
+        inside = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
+        if not inside:
+            raise FileError(f"no image in {folder}: expected a folder of images for each class")
+        files += inside
+        labels += [folder.name] * len(inside)
+    if not files:
+        raise FileError(f"no sub-folders with images in {path}: expected one for each class")
+    return files, labels
+
+
+def _npz(path: Path) -> Data:
+    try:
+        arrays, known = read_npz(path, ARRAYS)
+    except Exception as error:  # whatever zipfile, zlib and NumPy make of a damaged file
+        raise FileError(f"cannot read {path} as an .npz of plain arrays: {first_line(error)}") from None
+    for x, y in (("x_train", "y_train"), ("x", "y"), ("images", "labels")):
+        if x in arrays and y in arrays:
+            inputs, labels = _images(path, x, arrays[x]), _labels(path, y, arrays[y], len(arrays[x]))
+            test = None
+            if x == "x_train" and {"x_test", "y_test"} <= set(arrays):
+                test = (
+                    _images(path, "x_test", arrays["x_test"]),
+                    _labels(path, "y_test", arrays["y_test"], len(arrays["x_test"])),
+                )
+                if test[0].dtype != inputs.dtype:
+                    raise FileError(f"x_train and x_test of {path} are of different types")
+            return _labelled(path.name, "image", inputs, labels, test)
+    raise FileError(
+        f"{path} holds {some(known) if known else 'nothing'}; "
+        "expected x_train, y_train, x_test and y_test, or x and y, or images and labels"
+    )
+
+
+def _images(path: Path, name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Images as ``(n, height, width[, channels])``, uint8 or float32 from 0 to 1."""
+    if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3, 4):
+        array = np.moveaxis(array, 1, 3)
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)) or 0 in array.shape:
+        raise FileError(
+            f"{name} of {path} has shape {array.shape}; expected images: (n, height, width), "
+            "(n, height, width, channels) or (n, channels, height, width), of 1, 3 or 4 channels"
+        )
+    if array.dtype == np.uint8:
+        return np.asarray(array, np.uint8)
+    if array.dtype.kind not in "fiub":
+        raise FileError(f"{name} of {path} is of type {array.dtype}; expected numbers")
+    low, high = float(array.min()), float(array.max())
+    if low >= 0 and high <= 1:
+        return np.asarray(array, np.float32)
+    if low >= 0 and high <= 255:
+        return np.asarray(np.rint(array), np.uint8)
+    raise FileError(
+        f"the pixels of {name} of {path} go from {low:g} to {high:g}; expected 0 to 255, or fractions from 0 to 1"
+    )
+
+
+def _labels(path: Path, name: str, array: NDArray[Any], count: int) -> list[Any]:
+    if array.size != count or array.ndim not in (1, 2) or array.dtype.kind not in "iubUS":
+        raise FileError(
+            f"{name} of {path} is {array.dtype} of shape {array.shape}; expected {count} integers or words, "
+            "one an image"
+        )
+    labels: list[Any] = array.reshape(-1).tolist()
+    return [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in labels]
+
+
+# -- The datasets library ----------------------------------------------------------------------
+
+
+def _from_datasets(source: str, text_column: str | None, label_column: str | None, label_names: Sequence[str]) -> Data:
+    try:
+        import datasets
+    except ImportError:
+        raise TnadaptError(
+            f"no file or folder {shown(source)}; give --data one, or pip install 'tnadapt[hub]', to read it as a "
+            "datasets name"
+        ) from None
+    name, _, config = source.partition(":")
+    try:
+        with quiet("datasets", "huggingface_hub"):
+            if Path(source).is_dir():
+                found = datasets.load_from_disk(source)
+            else:
+                found = datasets.load_dataset(name, config or None)
+    except Exception as error:  # whatever a hub, a proxy or a parser raises
+        raise TnadaptError(
+            f"no file or folder {shown(source)}, and datasets cannot load that name: {first_line(error)}; "
+            "give --data a file or folder"
+        ) from None
+    if not isinstance(found, dict):
+        found = {"train": found}
+    train = found.get("train")
+    if train is None:
+        raise TnadaptError(f"{source} has the splits {', '.join(found)}; expected one named train")
+    label = _column(source, "label", label_column, label_names, train.column_names)
+    # Of a contest's data the test part comes with no labels: all are -1.
+    test = next((found[part] for part in TEST_FOLDERS if part in found and set(found[part][label]) != {-1}), None)
+    pictured = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
+    if text_column is None and pictured:
+        kind, column = "image", next((name for name in IMAGE_COLUMNS if name in pictured), pictured[0])
+    else:
+        kind, column = "text", _column(source, "text", text_column, TEXT_COLUMNS, train.column_names)
+    inputs: Any = _Pictures if kind == "image" else lambda rows, column: list(rows[column])
+    divided = None if test is None else (inputs(test, column), list(test[label]))
+    data = _labelled(source, kind, inputs(train, column), list(train[label]), divided)
+    words = getattr(train.features[label], "names", None)
+    if words and data.classes == tuple(map(str, range(len(words)))):
+        return Data(data.name, data.kind, tuple(words), data.samples, data.test)
+    return data
+
+
+class _Pictures:
+    """A column of images, each decoded when it is asked for."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self.rows, self.column = rows.select_columns([column]), column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index][self.column]
+
+    def take(self, indices: Labels) -> _Pictures:
+        return _Pictures(self.rows.select(indices), self.column)
+
+
+def first_line(error: Exception) -> str:
+    """An error of another library, in one line of bearable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Other libraries' remarks are not for the reader of a table."""
+    before = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

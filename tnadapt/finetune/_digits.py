@@ -1,0 +1,218 @@
+"""The job with no arguments: a small ViT that knows the digits 0 to 4, to learn 5 to 9."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tnadapt.errors import FileError, TnadaptError
+
+from ._data import Data, Samples, choose, divide
+from ._models import SmallViT, ViTSizes
+from .loop import Schedule, accuracy, fit, threads
+from .problem import Part, Problem, Spec, samples_digest
+
+__all__ = ["cache_folder", "digits"]
+
+OLD = (0, 1, 2, 3, 4)
+NEW = (5, 6, 7, 8, 9)
+RATE = 2e-3
+BATCH = 64
+DECAY = 0.05
+
+
+class Pixels:
+    """Images that are a tensor already: a :class:`~tnadapt.finetune.problem.Part`."""
+
+    lengths: Tensor | None = None
+
+    def __init__(self, samples: Samples, mean: float, std: float) -> None:
+        pixels = torch.from_numpy(np.asarray(samples.inputs, np.float32)).unsqueeze(1)
+        self.images = (pixels - mean) / std
+        self.labels = torch.from_numpy(samples.labels)
+
+    def batch(self, indices: Tensor, device: torch.device) -> Tensor:
+        """``(n, 1, 8, 8)``."""
+        return self.images[indices].to(device)
+
+
+def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, done: None) -> Problem:
+    """scikit-learn's digits: a model, and the five classes that it has not seen.
+
+    It is taken from the cache, or trained, when it is first built.
+
+    Parameters
+    ----------
+    spec : Spec
+        ``cache``, ``pretrain_epochs``, ``limit`` and ``keep`` are looked at.
+    progress : callable
+        Is told ``(what, fraction done)`` while the model is trained.
+
+    Returns
+    -------
+    Problem
+
+    Raises
+    ------
+    TnadaptError
+        If scikit-learn is not installed; when the model is built, if the cache cannot be written.
+    """
+    if spec.image_size is not None or spec.max_length is not None:
+        raise TnadaptError("--image-size and --max-length are for a model and data of your own; the digits are 8 x 8")
+    old, new = _read(OLD), _read(NEW)
+    samples = divide(old, validation=0.1, test=0.1)
+    mean, std = float(samples["training"].inputs.mean()), float(samples["training"].inputs.std())
+    parts = {name: Pixels(part, mean, std) for name, part in samples.items()}
+    limited = dataclasses.replace(new, samples=choose(new.samples, spec.limit))
+    own: dict[str, Part] = {
+        name: Pixels(part, mean, std) for name, part in divide(limited, validation=spec.holdout).items()
+    }
+    sizes = ViTSizes()
+    recipe = {
+        "version": 1,
+        "data": samples_digest(parts),
+        "sizes": dataclasses.asdict(sizes),
+        "epochs": spec.pretrain_epochs,
+        "schedule": dataclasses.asdict(Schedule(RATE, weight_decay=DECAY)),
+        "batch": BATCH,
+    }
+
+    @functools.cache
+    def weights() -> dict[str, Tensor]:
+        folder = (spec.cache or cache_folder()) / "digits"
+        return _cached(folder, recipe, lambda: _pretrain(parts, sizes, recipe, progress), SmallViT(len(OLD), sizes))
+
+    def sketch(seed: int = 0) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return SmallViT(len(NEW), sizes)
+
+    def build(seed: int) -> nn.Module:
+        model = sketch(seed)
+        model.load_state_dict({**weights(), **{k: v for k, v in model.state_dict().items() if k.startswith("head.")}})
+        return model
+
+    return Problem(
+        "the digits 5 to 9",
+        "image",
+        new.classes,
+        own,
+        build,
+        _plain,
+        tuple(dict.fromkeys([*spec.keep, "head"])),
+        ("head",),
+        # Products of this size do not gain from a second thread; a second training beside it does.
+        threads=1,
+        sketch=sketch,
+    )
+
+
+def _plain(model: nn.Module, images: Tensor) -> Tensor:
+    logits: Tensor = model(images)
+    return logits
+
+
+def _read(classes: tuple[int, ...]) -> Data:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise TnadaptError(
+            "the digits come with scikit-learn, which is not here: pip install 'tnadapt[demo]'"
+        ) from None
+    bunch = load_digits()
+    chosen = np.isin(bunch.target, classes)
+    labels = np.searchsorted(classes, bunch.target[chosen]).astype(np.int64)
+    images = (bunch.images[chosen] / 16.0).astype(np.float32)
+    return Data("the digits", "image", tuple(map(str, classes)), Samples(images, labels))
+
+
+def _pretrain(
+    parts: dict[str, Pixels], sizes: ViTSizes, recipe: dict[str, Any], progress: Callable[[str, float], None]
+) -> dict[str, Tensor]:
+    cpu = torch.device("cpu")
+    # One thread, so that the sums, and with them the weights, do not depend on the number of cores.
+    with threads(1), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SmallViT(len(OLD), sizes)
+        schedule = Schedule(**recipe["schedule"])
+        for step, steps, _ in fit(
+            model,
+            _plain,
+            parts["training"],
+            list(model.parameters()),
+            schedule,
+            recipe["epochs"],
+            BATCH,
+            cpu,
+        ):
+            progress("pretraining a small ViT on the digits 0 to 4", step / steps)
+    held_out = accuracy(model, _plain, parts["test"], cpu)
+    if recipe["epochs"] >= 20 and held_out < 0.9:
+        raise TnadaptError(f"the small ViT learnt only {held_out:.0%} of the digits 0 to 4; is this torch in order?")
+    return model.state_dict()
+
+
+# -- The cache ---------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where things that can be made anew are kept: ``$XDG_CACHE_HOME/tnadapt``, or the platform's own place."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "tnadapt"
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "tnadapt" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tnadapt"
+    return Path.home() / ".cache" / "tnadapt"
+
+
+def _cached(
+    folder: Path, recipe: dict[str, Any], make: Callable[[], dict[str, Tensor]], like: nn.Module
+) -> dict[str, Tensor]:
+    """The weights of this recipe from the folder; made, and put there, where they are missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"vit-{key}.safetensors"
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in like.state_dict().items()}
+    try:
+        found: dict[str, Tensor] = load_file(path)
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == wanted and all(
+            bool(tensor.isfinite().all()) for tensor in found.values()
+        ):
+            return found
+    except (OSError, SafetensorError):
+        pass
+    _make_folder(folder)
+    made = {name: tensor.detach().clone().contiguous() for name, tensor in make().items()}
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            save_file(made, Path(beside) / path.name)
+            os.replace(Path(beside) / path.name, path)
+    except (OSError, SafetensorError) as error:
+        raise _unkept(folder, error) from None
+    return made
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unkept(folder, error) from None
+
+
+def _unkept(folder: Path, error: Exception) -> FileError:
+    return FileError(f"cannot keep the pretrained model in {folder}: {error}; give another folder with --cache")

@@ -1,0 +1,156 @@
+"""Texts as tokens and images as pixels, in batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tnadapt.errors import FileError, TnadaptError
+
+from ._data import Samples
+
+__all__ = ["Images", "Texts"]
+
+# More pixels than this are read anew for each batch.
+KEPT_BYTES = 2 << 30
+
+
+class Texts:
+    """Tokenised texts, padded batch by batch: a :class:`~tnadapt.finetune.problem.Part`.
+
+    Parameters
+    ----------
+    samples : Samples
+    tokenizer : transformers tokenizer
+    max_length : int
+        Tokens beyond are cut off.
+    pad : int
+        The token to pad with.
+    """
+
+    def __init__(self, samples: Samples, tokenizer: Any, max_length: int, pad: int) -> None:
+        encoded = tokenizer(list(samples.inputs), truncation=True, max_length=max_length)["input_ids"]
+        self.tokens = [torch.tensor(tokens, dtype=torch.int64) for tokens in encoded]
+        self.labels = torch.from_numpy(samples.labels)
+        self.lengths: Tensor | None = torch.tensor([len(tokens) for tokens in encoded])
+        self.pad = pad
+
+    def batch(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, both of shape (n, longest)."""
+        chosen = [self.tokens[int(i)] for i in indices]
+        padded = pad_sequence(chosen, batch_first=True, padding_value=self.pad)
+        lengths = torch.tensor([len(tokens) for tokens in chosen])
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        return {"input_ids": padded.to(device), "attention_mask": mask.long().to(device)}
+
+
+class Images:
+    """Square images of one size, normalised batch by batch: a :class:`~tnadapt.finetune.problem.Part`.
+
+    The shorter side is scaled to the size, and the middle cut out.
+
+    Parameters
+    ----------
+    samples : Samples
+    size : int
+        Pixels a side.
+    channels : int
+        3, or 1 for grey.
+    statistics : (mean, std), optional
+        Of each channel; of these images where None.
+    """
+
+    lengths: Tensor | None = None
+
+    def __init__(
+        self, samples: Samples, size: int, channels: int, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.inputs, self.size, self.channels = samples.inputs, size, channels
+        self.labels = torch.from_numpy(samples.labels)
+        kept = len(samples) * channels * size**2 <= KEPT_BYTES
+        self.pixels = torch.from_numpy(self._read(range(len(samples)))) if kept else None
+        if kept:
+            del self.inputs
+        self.statistics = statistics or self._statistics()
+
+    def batch(self, indices: Tensor, device: torch.device) -> Tensor:
+        """``(n, channels, size, size)``, float32."""
+        kept = self.pixels
+        pixels = torch.from_numpy(self._read(indices.tolist())) if kept is None else kept[indices]
+        mean, std = (numbers.to(device) for numbers in self.statistics)
+        return (pixels.to(device).float() / 255 - mean) / std
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        some = range(min(2000, len(self.labels)))
+        images = (self._image(index).double() / 255 for index in some)
+        moments = torch.stack([torch.stack([x.mean((1, 2)), x.square().mean((1, 2))]) for x in images]).mean(0)
+        mean, std = moments[0], (moments[1] - moments[0].square()).clamp_min(1e-6).sqrt()
+        return mean.float()[:, None, None], std.float()[:, None, None]
+
+    def _image(self, index: int) -> Tensor:
+        return torch.from_numpy(self._read([index]))[0] if self.pixels is None else self.pixels[index]
+
+    def _read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        found = np.empty((len(indices), self.channels, self.size, self.size), np.uint8)
+        for place, index in enumerate(indices):
+            found[place] = _pixels(self.inputs[index], self.size, self.channels)
+        return found
+
+
+def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
+    """One image of any sort as ``(channels, size, size)``."""
+    if isinstance(image, np.ndarray) and image.dtype != np.uint8:
+        image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    if isinstance(image, np.ndarray) and image.shape == (size, size, channels):  # nothing to convert or scale
+        return np.moveaxis(image, 2, 0)
+    try:
+        from PIL import Image
+    except ImportError:
+        raise TnadaptError("images are read with Pillow, which is not here: pip install 'tnadapt[hub]'") from None
+    if isinstance(image, Path):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(image) as opened:
+                    picture = _eight_bits(opened).convert("RGB" if channels == 3 else "L")
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
+            raise FileError(f"cannot read the image {image}: {error}") from None
+    else:
+        if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 1:
+            image = image[:, :, 0]
+        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else _eight_bits(image)
+        picture = picture.convert("RGB" if channels == 3 else "L")
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    array = np.asarray(picture, np.uint8)
+    return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
+
+
+def _eight_bits(picture: Any) -> Any:
+    """A picture of 16 bits a pixel as one of 8, which Pillow's own conversion would cut off at 255."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    from PIL import Image
+
+    numbers = np.asarray(picture, np.float64)
+    low, high = numbers.min(), numbers.max()
+    if picture.mode == "F" or low < 0 or high > 65535:
+        raise FileError(f"the pixels of an image go from {low:g} to {high:g}; expected integers of 8 or 16 bits")
+    wide = picture.mode != "I" or high > 255
+    return Image.fromarray(np.rint(numbers / 257 if wide else numbers).astype(np.uint8))

@@ -1,0 +1,303 @@
+"""All trainings of a comparison: planned, done or found done, reported."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tnadapt import torch as tnt
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.checkpoints.atomic_files import replace_file
+from tnadapt.errors import FileError, TnadaptError, shown
+
+from ._best import Proof, prove
+from ._choice import Chooser
+from ._problem_loading import open_problem
+from .grid import Method
+from .loop import threads
+from .pareto_report import Point, best_point, better_rate, points_of, trained_on
+from .problem import Problem, Spec, base_digest, samples_digest
+from .results import Results
+from .training import Task, Training, checked_rates, train
+from .workers import Do, cores, run_tasks, threads_each
+
+__all__ = ["Outcome", "Reporter", "Study"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trainings:
+    """What a worker is sent: a :class:`~tnadapt.finetune.workers.Work`."""
+
+    spec: Spec
+    training: Training
+    adapters: Path
+
+    def open(self) -> Do:
+        return self.of(open_problem(self.spec))
+
+    def of(self, problem: Problem) -> Do:
+        return lambda task, progress: train(problem, task, self.training, self.adapters, progress)
+
+
+class Reporter:
+    """Is told how far a study is; this one keeps it to itself. Make a subclass to show it."""
+
+    def preparing(self, what: str, done: float) -> None:
+        """The base is pretrained: the fraction done."""
+
+    def begins(self, tasks: int, finished: int) -> None:
+        """So many trainings in all, of which so many were found finished."""
+
+    def training(self, task: Task, done: float) -> None:
+        """A training goes on: the fraction done."""
+
+    def finished(self, task: Task, record: Mapping[str, Any]) -> None:
+        """A training is finished; its line of results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a study gave.
+
+    Attributes
+    ----------
+    points : list of Point
+    best : Point, optional
+        The adapter with the best validation accuracy; None where there was only the head.
+    adapter : Path, optional
+        Its file.
+    proof : Proof, optional
+        That the file, loaded and merged, predicts the same.
+    picture : Path, optional
+        None where matplotlib is not installed.
+    trained, reused : int
+        Trainings done now, and found done.
+    """
+
+    points: list[Point]
+    best: Point | None
+    adapter: Path | None
+    proof: Proof | None
+    picture: Path | None
+    trained: int
+    reused: int
+
+
+class Study:
+    """A comparison of methods on one problem, in one folder.
+
+    Parameters
+    ----------
+    spec : Spec
+        The model and the data.
+    choice : Choice, or what has its ``methods``
+        Which methods.
+    training : Training
+        How each is trained.
+    rates : sequence of float
+        Learning rates: every method is trained at all of them.
+    seeds : int
+        Every method and rate with seeds 0 to ``seeds - 1``.
+    reporter : Reporter, optional
+    tuned_by : int, optional
+        With so many of the seeds, every rate is tried; the others train at the one that was better. With all if not
+        given.
+
+    Attributes
+    ----------
+    problem : Problem
+    targets : list of Target
+        The weights that are adapted.
+    methods : list of Method
+
+    Raises
+    ------
+    TnadaptError
+        If the problem cannot be opened, there are no targets, or a method does not fit them.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        choice: Chooser,
+        training: Training,
+        rates: Sequence[float],
+        seeds: int = 1,
+        reporter: Reporter | None = None,
+        tuned_by: int | None = None,
+    ) -> None:
+        checked_rates(rates)
+        self.tuned_by = tuned_by
+        self.spec, self.training = spec, training
+        self.rates, self.seeds = sorted(set(rates)), range(seeds)
+        self.reporter = reporter or Reporter()
+        self.problem: Problem = open_problem(spec, self.reporter.preparing)
+        # What does not fit is refused before a base is trained.
+        model = self.problem.sketch() if self.problem.sketch else self.problem.build(0)
+        if self.problem.sketch is None:
+            self._base_digest = base_digest(model, self.problem.drawn)
+        self.targets = tnt.find_targets(model, training.selection)
+        self.layers = [target.layer for target in self.targets]
+        self.shapes = [target.shape for target in self.targets]
+        self.methods = self._chosen(choice)
+        tuning = self.seeds[:tuned_by]
+        self.tasks = [Task(method, seed, rate) for seed in tuning for method in self.methods for rate in self.rates]
+
+    def _chosen(self, choice: Chooser) -> list[Method]:
+        methods = choice.methods(self.shapes, len(set(self.layers)))
+        for method in methods:
+            if method.config is not None:
+                try:
+                    SuperLoRA(method.config, self.shapes, self.layers)
+                except TnadaptError as error:
+                    raise TnadaptError(f"{method.name} does not fit the targets: {error}") from None
+        # Two names of one config are one training.
+        return list({Task(method, 0, 1.0).key: method for method in reversed(methods)}.values())[::-1]
+
+    @functools.cached_property
+    def _base_digest(self) -> str:
+        return base_digest(self.problem.build(0), self.problem.drawn)
+
+    @functools.cached_property
+    def _data_digest(self) -> str:
+        return samples_digest(self.problem.parts)
+
+    def parameters(self, method: Method) -> int:
+        """Of a method's adapter on these targets."""
+        return 0 if method.config is None else SuperLoRA(method.config, self.shapes, self.layers).num_parameters
+
+    def settings(self) -> dict[str, Any]:
+        """All that the outcome of a training depends on, but for method, seed and rate.
+
+        Raises
+        ------
+        FileError
+            If the base, which has to be there for its digest, had to be trained, and the cache cannot be written.
+        """
+        return {**self.outline(), "base_digest": self._base_digest}
+
+    def outline(self) -> dict[str, Any]:
+        """The settings that are known before there is a base: all but its digest."""
+        return {
+            "problem": self.problem.name,
+            "classes": list(self.problem.classes),
+            "samples": {name: len(part.labels) for name, part in self.problem.parts.items()},
+            "keep": list(self.problem.keep),
+            "targets_found": [target.to_list() for target in self.targets],
+            "image_size": self.spec.image_size,
+            "max_length": self.spec.max_length,
+            "data_digest": self._data_digest,
+            **self.training.settings(),
+        }
+
+    def run(self, out: Path, jobs: int = 1, fresh: bool = False) -> Outcome:
+        """Do what is not yet done, and report all.
+
+        Parameters
+        ----------
+        out : Path
+            The folder: ``results.jsonl``, ``pareto.png``, ``best.safetensors`` and the adapters. Made if need be.
+        jobs : int
+            Trainings at once, each in a process of its own where there are several (a script then needs
+            ``if __name__ == "__main__"``); 0 for as many as there are cores where a training wants one thread, else 1.
+        fresh : bool
+            Remove what an earlier run left there.
+
+        Returns
+        -------
+        Outcome
+
+        Raises
+        ------
+        FileError
+            If the folder cannot be used: see :class:`~tnadapt.finetune.results.Results`.
+        """
+        _check(out)
+        jobs = jobs or (cores() if self.problem.threads == 1 and self.training.device == "cpu" else 1)
+        adapters = out / "adapters"
+        with Results(out / "results.jsonl", self.settings(), fresh) as results:
+            for name in results.dropped:
+                with contextlib.suppress(OSError):
+                    (adapters / name).unlink()
+            before = len(results.records)
+            found = sum(task.key in results.records for task in self.tasks)
+            rest = self.seeds[self.tuned_by :] if self.tuned_by else ()
+            self.reporter.begins(len(self.tasks) + len(rest) * len(self.methods), found)
+            self._train_missing(self.tasks, results, adapters, jobs)
+            tuned = {
+                method: better_rate(results.records, method, self.rates, self.seeds[: self.tuned_by])
+                for method in self.methods
+            }
+            others = [Task(method, seed, rate) for seed in rest for method, rate in tuned.items() if rate is not None]
+            self._train_missing(others, results, adapters, jobs)
+            trained = len(results.records) - before
+            points = points_of(results.records, self.methods, self.rates, self.seeds, self.tuned_by)
+            best = best_point(points)
+            adapter, proof = None, None
+            if best is not None:
+                adapter, proof = self._saved(best, results, adapters, out, jobs)
+        picture = self._draw(points, out / "pareto.png")
+        return Outcome(points, best, adapter, proof, picture, trained, len(self.tasks) + len(others) - trained)
+
+    def _train_missing(self, tasks: Sequence[Task], results: Results, adapters: Path, jobs: int) -> None:
+        missing = [task for task in tasks if task.key not in results.records]
+        if missing:
+            results.begin_session(jobs=jobs, device=self.training.device)
+            self._train(missing, results, adapters, jobs)
+
+    def _train(self, tasks: Sequence[Task], results: Results, adapters: Path, jobs: int) -> None:
+        work = _Trainings(self.spec, self.training, adapters)
+        do, wanted = work.of(self.problem), self.problem.threads
+        done = run_tasks(do, work, tasks, jobs, wanted, self.reporter.training)
+        with contextlib.closing(done):  # an exception here must end the workers now
+            for task, record in done:
+                results.add(record)
+                self.reporter.finished(task, record)
+
+    def _saved(self, best: Point, results: Results, adapters: Path, out: Path, jobs: int) -> tuple[Path, Proof]:
+        # Of several seeds, the one that was best on the validation samples.
+        record = max(best.records, key=lambda one: (one["validation"], -one["seed"]))
+        task = Task(best.method, record["seed"], best.rate)
+        if not (adapters / task.file_name()).is_file():
+            self.reporter.begins(1, 0)
+            self._train([task], results, adapters, 1)
+            record, jobs = results.records[task.key], 1
+        path = out / "best.safetensors"
+        replace_file(str(path), (adapters / task.file_name()).read_bytes())
+        # Sums in the order that they had in training: other numbers of threads round otherwise.
+        with threads(threads_each(self.problem.threads, min(jobs, len(self.tasks)))):
+            return path, prove(self.problem, record, path, self.training)
+
+    def _draw(self, points: Sequence[Point], path: Path) -> Path | None:
+        from tnadapt.plot import Mark, pareto
+
+        marks = [
+            Mark(point.method.family, point.method.label, point.parameters, point.test, point.front) for point in points
+        ]
+        samples = [len(part.labels) for part in self.problem.parts.values()]
+        try:
+            pareto(
+                marks,
+                path,
+                title=f"Adapting {len(self.targets)} weights to {self.problem.name}",
+                note=trained_on(samples, len(self.seeds), len(self.rates)),
+            )
+        except ImportError:
+            return None
+        return path
+
+
+def _check(out: Path) -> None:
+    """What cannot be written is better known before an hour of training."""
+    for path, folder in ((out, True), (out / "adapters", True), (out / "pareto.png", False)):
+        try:
+            wrong = path.exists() and path.is_dir() != folder
+        except OSError as error:  # a name that is too long
+            raise FileError(f"cannot use {shown(str(path))}: {error.strerror}") from None
+        if wrong:
+            kinds = ("a file", "a folder") if folder else ("a folder", "a file")
+            raise FileError(f"{path} is {kinds[0]} and should be {kinds[1]}; give another folder with --out")

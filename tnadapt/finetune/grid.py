@@ -1,0 +1,212 @@
+"""What is compared: a default grid of settings, or settings by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnadapt.algebra import presets
+from tnadapt.algebra.config import Config
+from tnadapt.errors import TnadaptError, shown
+from tnadapt.planning import known_as
+
+__all__ = ["DENSE", "HEAD", "Method", "Shapes", "default_methods", "head_alone", "methods_of"]
+
+Shapes = Sequence[tuple[int, int]]
+
+# As their papers write them; other presets go by their own names.
+FAMILIES = {
+    "lora": "LoRA", "lokr": "LoKr", "lonkr": "LoNKr", "lorta": "LoRTA", "superlora": "SuperLoRA", "krona": "KronA",
+    "loha": "LoHa", "lotr": "LoTR", "fact_tt": "FacT-TT", "fact_tk": "FacT-TK", "cara": "CaRA",
+    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)",
+}  # fmt: skip
+
+HEAD = "head alone"
+DENSE = "dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One setting of the comparison.
+
+    Attributes
+    ----------
+    family : str
+        Its colour in a picture.
+    label : str
+        Which of the family.
+    config : Config, optional
+        None for the head alone.
+    """
+
+    family: str
+    label: str
+    config: Config | None
+
+    @property
+    def name(self) -> str:
+        """Family and label in one."""
+        return f"{self.family} {self.label}".strip()
+
+    @property
+    def reference(self) -> bool:
+        """Whether it is there to compare with, and is no small adapter itself."""
+        return self.family in (HEAD, DENSE)
+
+
+def head_alone() -> Method:
+    return Method(HEAD, "", None)
+
+
+def method_of(config: Config) -> Method:
+    """A config by the name that people know it by."""
+    return Method(*known_as(config), config)
+
+
+def lora_of(rank: int) -> Method:
+    return method_of(presets.lora(rank))
+
+
+def lokr_of(rank: int) -> Method:
+    return method_of(presets.lokr(rank))
+
+
+def superlora_of(rank: int) -> Method:
+    return method_of(presets.superlora(rank))
+
+
+def projected_of(rank: int, ratio: float) -> Method:
+    return method_of(presets.superlora(rank, projection="linear", ratio=ratio))
+
+
+def lonkr_of(rank: int, splits: int, size: int) -> Method:
+    return method_of(presets.lonkr(rank, splits=splits, split_size=size))
+
+
+def lorta_of(rank: int, order: int) -> Method:
+    return method_of(presets.lorta(rank, order))
+
+
+def fastfood_of(ratio: float) -> Method:
+    return method_of(presets.fastfood(ratio))
+
+
+def default_methods(short: bool = False) -> list[Method]:
+    """The grid that is compared where nothing else is asked for: from tens of parameters to dense.
+
+    Parameters
+    ----------
+    short : bool
+        Half of them, for models that take long.
+
+    Examples
+    --------
+    >>> len(default_methods()), len(default_methods(short=True))
+    (19, 10)
+    """
+    dense = Method(DENSE, "", presets.dense())
+    if short:
+        small = [lokr_of(4), lorta_of(1, 5), lorta_of(8, 3), superlora_of(1), superlora_of(4), projected_of(4, 0.1)]
+        return [head_alone(), dense, lora_of(1), lora_of(8), *small]
+    return [
+        head_alone(),
+        dense,
+        lora_of(1),
+        lora_of(4),
+        lokr_of(1),
+        lokr_of(4),
+        lonkr_of(1, 3, 6),
+        lonkr_of(2, 2, 8),
+        lorta_of(1, 5),
+        lorta_of(1, 3),
+        lorta_of(2, 5),
+        lorta_of(6, 3),
+        superlora_of(1),
+        superlora_of(4),
+        superlora_of(11),
+        projected_of(1, 0.01),
+        projected_of(1, 0.1),
+        projected_of(4, 0.1),
+        fastfood_of(0.1),
+    ]
+
+
+# -- By name -----------------------------------------------------------------------------------
+
+
+def methods_of(
+    names: Sequence[str], ranks: Sequence[int], changes: Mapping[str, Any], shapes: Shapes, layers: int
+) -> list[Method]:
+    """Named presets at some ranks, with other fields of :class:`~tnadapt.Config` changed.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Of :mod:`tnadapt.presets`; ``superlora`` if empty.
+    ranks : sequence of int
+        Each preset's own default if empty.
+    changes : mapping
+        Fields of the config, or arguments of the preset.
+    shapes : sequence of (rows, cols)
+        Of the model's targets: presets with a fold of their own take it from them.
+    layers : int
+        How many layers these are in.
+
+    Returns
+    -------
+    list of Method
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such preset, or it does not take a setting, or does not fit the weights.
+
+    Examples
+    --------
+    >>> [m.name for m in methods_of(["lora"], [1, 8], {"alpha": 16}, [(64, 64)] * 8, 4)]
+    ['LoRA r = 1, alpha = 16', 'LoRA r = 8, alpha = 16']
+    """
+    if "seed" in changes:
+        raise TnadaptError("the seed of F and of the start goes with the training's: give --seeds N for 0 to N - 1")
+    found = []
+    for name in dict.fromkeys(names or ["superlora"]):
+        if name not in presets.__all__:
+            raise TnadaptError(f"no preset {shown(name)}; expected one of {', '.join(presets.__all__)}")
+        preset = getattr(presets, name)
+        parameters = inspect.signature(preset).parameters
+        stacked = _stacked(name, parameters, shapes, layers)
+        for rank in dict.fromkeys(ranks) if ranks else [None]:
+            given = dict(changes) if rank is None else {"rank": rank, **changes}
+            try:
+                config = preset(**{**stacked, **given})
+            except TypeError as error:
+                raise TnadaptError(f"preset {name!r}: {error}; give it by --set NAME=VALUE") from None
+            if rank is None and "rank" in parameters:
+                given = {"rank": config.rank, **given}
+            label = ", ".join(f"{'r' if key == 'rank' else key} = {value}" for key, value in given.items())
+            found.append(Method(_family(name, config), label, config))
+    return found
+
+
+def _family(name: str, config: Config) -> str:
+    if name == "superlora" and config.projection != "identity":
+        return "SuperLoRA + F"
+    return FAMILIES.get(name, name)
+
+
+def _stacked(name: str, parameters: Mapping[str, Any], shapes: Shapes, layers: int) -> dict[str, int]:
+    """What a preset with a fold of its own must know of how the weights stack up."""
+    if "rows" not in parameters:
+        return {}
+    if len(set(shapes)) > 1:
+        raise TnadaptError(f"preset {name!r} needs weights of one shape; the targets have {sorted(set(shapes))}")
+    known = {
+        "weights": len(shapes),
+        "rows": shapes[0][0],
+        "cols": shapes[0][1],
+        "layers": layers,
+        "matrices": len(shapes) // layers,
+    }
+    return {key: value for key, value in known.items() if key in parameters}

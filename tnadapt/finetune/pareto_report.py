@@ -1,0 +1,298 @@
+"""From results to points: each method at its better rate, the Pareto front, and the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnadapt.algebra.config import Config
+
+from .grid import Method
+from .results import read_lines
+from .training import Task
+
+__all__ = [
+    "Point",
+    "best_point",
+    "better_rate",
+    "columns",
+    "method_in",
+    "pareto_front",
+    "points_in",
+    "points_of",
+    "rows_of",
+    "trained_on",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One method at the rate that was better on the validation samples.
+
+    Attributes
+    ----------
+    method : Method
+    parameters : int
+        Of the adapter; kept parameters are not among them.
+    kept : int
+        Parameters that are trained beside it: the head.
+    rate : float
+    validation, test : tuple of float
+        Accuracies, one a seed.
+    seconds : float
+        Of one training, the mean.
+    records : tuple of mapping
+        The lines of results, one a seed.
+    front : bool
+        Whether no other point has at most as many parameters and a better test accuracy.
+    """
+
+    method: Method
+    parameters: int
+    kept: int
+    rate: float
+    validation: tuple[float, ...]
+    test: tuple[float, ...]
+    seconds: float
+    records: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
+    front: bool = False
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over seeds on the test samples."""
+        return statistics.fmean(self.test)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it did with some seed, at every rate."""
+        return any(one["diverged"] for one in self.records)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation over seeds of the test accuracy; 0 for one seed."""
+        return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return {
+            "family": self.method.family,
+            "label": self.method.label,
+            "config": None if self.method.config is None else self.method.config.to_dict(),
+            "parameters": self.parameters,
+            "kept": self.kept,
+            "rate": self.rate,
+            "validation": list(self.validation),
+            "test": list(self.test),
+            "seconds": round(self.seconds, 2),
+            "front": self.front,
+        }
+
+
+def points_of(
+    records: Mapping[str, Mapping[str, Any]],
+    methods: Sequence[Method],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    tuned_by: int | None = None,
+) -> list[Point]:
+    """A point a method, at the rate with the best mean validation accuracy; the lower loss decides between equals.
+
+    A rate at which it diverged with some seed stands behind all at which it did not.
+
+    Parameters
+    ----------
+    records : mapping of str to mapping
+        Lines of results by key.
+    methods, rates, seeds : sequence
+        Of these, those with all their seeds there are considered.
+    tuned_by : int, optional
+        With how many of the seeds the rate is chosen; with all if not given.
+
+    Returns
+    -------
+    list of Point
+        With the front marked.
+    """
+    points = []
+    for method in methods:
+        rate = better_rate(records, method, rates, seeds[:tuned_by])
+        if rate is not None and (chosen := _complete(records, method, rate, seeds)):
+            points.append(_point(method, rate, chosen))
+    front = set(pareto_front([(p.parameters, -math.inf if p.diverged else p.accuracy) for p in points]))
+    return [dataclasses.replace(point, front=index in front) for index, point in enumerate(points)]
+
+
+def better_rate(
+    records: Mapping[str, Mapping[str, Any]], method: Method, rates: Sequence[float], seeds: Sequence[int]
+) -> float | None:
+    """Of the rates that were tried with all these seeds, the one that was better; None if there is none."""
+    tried = [(rate, found) for rate in rates if (found := _complete(records, method, rate, seeds))]
+    return max(tried, key=lambda one: _quality(one[1]))[0] if tried else None
+
+
+def _complete(
+    records: Mapping[str, Mapping[str, Any]], method: Method, rate: float, seeds: Sequence[int]
+) -> list[Mapping[str, Any]]:
+    """The lines of these trainings; none where one is missing."""
+    found = [records.get(Task(method, seed, rate).key) for seed in seeds]
+    return [one for one in found if one is not None] if None not in found else []
+
+
+def points_in(path: str | os.PathLike[str], rates: Sequence[float] = ()) -> list[Point]:
+    """The points of a whole file of results: of all methods, rates and seeds that it has.
+
+    Parameters
+    ----------
+    path : path-like
+        A ``results.jsonl``.
+    rates : sequence of float
+        Of these alone, if any are given.
+
+    Returns
+    -------
+    list of Point
+        As :func:`points_of` gives them.
+
+    Raises
+    ------
+    OSError, ValueError
+        If it cannot be read, or is none.
+    """
+    records = {line["key"]: line for line in read_lines(path) if "key" in line}
+    methods = dict.fromkeys(map(method_in, records.values()))
+    every, seeds = (sorted({line[name] for line in records.values()}) for name in ("rate", "seed"))
+    rates = rates or every
+    # The leading seeds with which every rate was tried are those that it was chosen with.
+    whole = [all(_complete(records, method, rate, [seed]) for method in methods for rate in rates) for seed in seeds]
+    tuned_by = whole.index(False) if False in whole else len(whole)
+    return points_of(records, list(methods), rates, seeds, max(1, tuned_by))
+
+
+def method_in(line: Mapping[str, Any]) -> Method:
+    """Of which method a line of results is."""
+    # Lines of one method differ in the seed alone, which Task puts into the config again.
+    config = line["config"] and Config.from_dict(line["config"]).replace(seed=0)
+    return Method(line["family"], line["label"], config)
+
+
+def _quality(records: Sequence[Mapping[str, Any]]) -> tuple[bool, float, float]:
+    sound = not any(one["diverged"] for one in records)
+    losses = [math.inf if one["validation_loss"] is None else one["validation_loss"] for one in records]
+    return sound, statistics.fmean(one["validation"] for one in records), -sum(losses)
+
+
+def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]]) -> Point:
+    return Point(
+        method,
+        records[0]["parameters"],
+        records[0]["kept"],
+        rate,
+        tuple(one["validation"] for one in records),
+        tuple(one["test"] for one in records),
+        statistics.fmean(one["seconds"] for one in records),
+        tuple(records),
+    )
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, quality) that no other one beats, by rising cost.
+
+    A point is beaten by one that costs no more and is better, or is as good and costs less. Of equal points, the
+    first stands for all.
+
+    Examples
+    --------
+    >>> pareto_front([(10, 0.8), (5, 0.8), (1, 0.5), (20, 0.9), (30, 0.9)])
+    [2, 1, 3]
+    """
+    front: list[int] = []
+    best = -math.inf
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        if points[index][1] > best:
+            best = points[index][1]
+            front.append(index)
+    return front
+
+
+def best_point(points: Sequence[Point]) -> Point | None:
+    """The adapter with the best validation accuracy, the smaller of equals; the test has no say in it.
+
+    Head alone and dense are there to compare with, and are not considered, nor is what diverged.
+    """
+    own = [point for point in points if not point.method.reference and not point.diverged]
+    return min(own, key=lambda point: (-statistics.fmean(point.validation), point.parameters), default=None)
+
+
+def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each at the better of") -> str:
+    """What stands small below a figure: samples of each part, seeds, rates.
+
+    Parameters
+    ----------
+    samples : sequence of int
+        To train on, held out, and to test.
+    seeds, rates : int
+        How many of them.
+    at : str
+        Which of several rates is shown, before their number.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> trained_on([800, 200, 1000], 3, 4)
+    '800 / 200 / 1,000 samples to train on, choose the rate by, and test; 3 seeds; each at the better of 4 rates'
+    >>> trained_on([49900, 100, 10000], 1, 1)
+    '49,900 / 100 / 10,000 samples to train on, hold out, and test; 1 seed; one rate for all'
+    """
+    sizes = " / ".join(f"{count:,}" for count in samples)
+    middle, last = ("choose the rate by", f"{at} {rates} rates")
+    if rates == 1:
+        middle, last = "hold out", "one rate for all"
+    return f"{sizes} samples to train on, {middle}, and test; {seeds} seed{'s' * (seeds > 1)}; {last}"
+
+
+def columns(seeds: int) -> list[str]:
+    """The titles of :func:`rows_of`."""
+    return [
+        "",
+        "method",
+        "setting",
+        "parameters",
+        "rate",
+        "validation",
+        "test" if seeds == 1 else "test, mean ± sd",
+        "s",
+    ]
+
+
+def rows_of(points: Sequence[Point]) -> list[list[str]]:
+    """The table: smallest first, the front marked with a dot.
+
+    Returns
+    -------
+    list of list of str
+    """
+    rows = []
+    for point in sorted(points, key=lambda one: (one.parameters, one.accuracy)):
+        test = f"{point.accuracy:.1%}"
+        if len(point.test) > 1:
+            test += f" ± {100 * point.spread:.1f}"
+        rows.append(
+            [
+                "●" if point.front else "",
+                point.method.family,
+                point.method.label,
+                f"{point.parameters:,}",
+                f"{point.rate:g}",
+                "diverged" if point.diverged else f"{statistics.fmean(point.validation):.1%}",
+                test,
+                f"{point.seconds:.1f}",
+            ]
+        )
+    return rows

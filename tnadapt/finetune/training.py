@@ -1,0 +1,247 @@
+"""One training: a method, a seed and a rate; what came out, as a line of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnadapt import torch as tnt
+from tnadapt.errors import TnadaptError, shown
+
+from .grid import Method
+from .loop import Schedule, evaluate, fit
+from .problem import Problem, free
+
+__all__ = ["Task", "Training", "checked_rates", "predictions_digest", "train", "usable_device"]
+
+
+# Results of a study are known by its settings: those that were written before these fields were there stay its own.
+_LATER = ("optimiser", "shape", "steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How every method is trained, the same for all.
+
+    Attributes
+    ----------
+    epochs, batch : int
+    targets : str or tuple of str
+        As :func:`tnadapt.torch.attach` takes them.
+    device : str
+    warmup, weight_decay, clip, optimiser, shape
+        See :class:`~tnadapt.finetune.loop.Schedule`.
+    steps : int, optional
+        Instead of epochs.
+    keep_references : bool
+        Whether the adapter of a reference, such as the dense update, is saved like all others.
+    """
+
+    epochs: int
+    batch: int
+    targets: str | tuple[str, ...] = "qv"
+    device: str = "cpu"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    optimiser: str = "adamw"
+    shape: str = "cosine"
+    steps: int | None = None
+    keep_references: bool = False
+
+    def schedule(self, rate: float) -> Schedule:
+        """For one rate."""
+        return Schedule(rate, self.warmup, self.weight_decay, self.clip, self.optimiser, self.shape)
+
+    def settings(self) -> dict[str, Any]:
+        """What the outcome of a training depends on; what came later only where it is not as it was before."""
+        found = dataclasses.asdict(self)
+        del found["device"], found["keep_references"]
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in found.items() if name not in _LATER or value != usual[name]}
+
+    @property
+    def selection(self) -> str | list[str]:
+        """The targets, as attach takes them."""
+        return self.targets if isinstance(self.targets, str) else list(self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One training to be done."""
+
+    method: Method
+    seed: int
+    rate: float
+
+    @property
+    def key(self) -> str:
+        """What tells its line of results from others of the same study."""
+        return hashlib.sha256(repr((self.settings(), self.seed, self.rate)).encode()).hexdigest()[:16]
+
+    def settings(self) -> dict[str, Any] | None:
+        """The config with this seed, as JSON keeps it."""
+        if self.method.config is None:
+            return None
+        return self.method.config.replace(seed=self.seed).to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a line of results says of it."""
+        return {
+            "key": self.key,
+            "family": self.method.family,
+            "label": self.method.label,
+            "config": self.settings(),
+            "seed": self.seed,
+            "rate": self.rate,
+        }
+
+    def file_name(self) -> str:
+        """Of its adapter."""
+        words = re.findall(r"[a-z0-9.]+", self.method.name.lower())
+        return f"{'-'.join([*words, self.key])}.safetensors"
+
+
+def checked_rates(rates: Sequence[float]) -> None:
+    """Whether all are rates.
+
+    Raises
+    ------
+    TnadaptError
+        If one is not a finite number above 0, or there is none.
+
+    Examples
+    --------
+    >>> checked_rates([0.1, -1.0])
+    Traceback (most recent call last):
+    tnadapt.errors.TnadaptError: a learning rate is a finite number above 0; got -1.0
+    """
+    for rate in rates:
+        if not (math.isfinite(rate) and rate > 0):
+            raise TnadaptError(f"a learning rate is a finite number above 0; got {rate}")
+    if not rates:
+        raise TnadaptError("there is no learning rate; give at least one")
+
+
+def usable_device(name: str | None) -> str:
+    """A device's name, if it can be used; CUDA where there is, else the CPU, for None.
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such device here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # torch raises several kinds of it
+        raise TnadaptError(f"no device {shown(name)} here: {str(error).splitlines()[0][:200]}") from None
+    return name
+
+
+def train(
+    problem: Problem,
+    task: Task,
+    training: Training,
+    adapters: Path | None = None,
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Adapt a fresh copy of the base and measure it.
+
+    Parameters
+    ----------
+    problem : Problem
+    task : Task
+    training : Training
+    adapters : Path, optional
+        A folder to save the adapter in (of references, none is saved).
+    progress : callable
+        Is told the fraction of steps that are done.
+
+    Returns
+    -------
+    dict
+        A line of results, as JSON keeps it. ``test`` is measured once, after the last step; nothing is chosen by it.
+    """
+    began = time.perf_counter()
+    device = torch.device(training.device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model = problem.build(task.seed).to(device)
+        torch.manual_seed(task.seed)
+        adapter = None
+        if task.method.config is None:
+            free(model, problem.keep)
+        else:
+            config = task.method.config.replace(seed=task.seed)
+            try:
+                adapter = tnt.attach(model, config, training.selection, keep_trainable=problem.keep)
+            except MemoryError:
+                raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        value = math.nan if parameters else 0.0
+        # Under a head that is frozen, there is nothing to train without an adapter.
+        steps = fit(
+            model, problem.logits, problem.parts["training"], parameters, training.schedule(task.rate),
+            training.epochs, training.batch, device, training.steps,
+        ) if parameters else ()  # fmt: skip
+        for done, all_steps, loss in steps:
+            value = loss
+            progress(done / all_steps)
+    own = 0 if adapter is None else adapter.num_parameters
+    measured = _measured(problem, model, device, training.batch)
+    diverged = not math.isfinite(value) or None in measured.values()
+    record: dict[str, Any] = {
+        **task.to_dict(),
+        "epochs": training.epochs,
+        "parameters": own,
+        "kept": sum(parameter.numel() for parameter in parameters) - own,
+        "diverged": diverged,
+        "training_loss": _finite(value),
+        **measured,
+    }
+    record["seconds"] = round(time.perf_counter() - began, 2)
+    kept = training.keep_references or not task.method.reference
+    if adapter is not None and adapters is not None and kept and not diverged:
+        adapters.mkdir(parents=True, exist_ok=True)
+        adapter.save(adapters / task.file_name())
+        record["adapter"] = task.file_name()
+    return record
+
+
+def _measured(problem: Problem, model: nn.Module, device: torch.device, batch: int) -> dict[str, Any]:
+    """Accuracies, and losses, which are None where they are not finite."""
+    found: dict[str, Any] = {}
+    for name in ("validation", "test"):
+        part = problem.parts[name]
+        logits = evaluate(model, problem.logits, part, device, batch)
+        found[name] = round(float((logits.argmax(1) == part.labels).double().mean()), 6)
+        found[f"{name}_loss"] = _finite(float(nn.functional.cross_entropy(logits, part.labels)))
+    found["predictions"] = predictions_digest(logits)
+    return found
+
+
+def _finite(value: float) -> float | None:
+    # JSON has no NaN.
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def predictions_digest(logits: Tensor) -> str:
+    """SHA-256 of the predicted classes, in order.
+
+    Examples
+    --------
+    >>> predictions_digest(torch.eye(3)) == predictions_digest(2 * torch.eye(3)) != predictions_digest(torch.ones(3, 3))
+    True
+    """
+    return hashlib.sha256(logits.argmax(1).to(torch.int64).cpu().numpy().astype("<i8").tobytes()).hexdigest()

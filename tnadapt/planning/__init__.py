@@ -1,0 +1,24 @@
+"""What a budget buys: settings on given weights, what each can do, and what it costs. Integers, but for the rank."""
+
+from ._flops import step_cost
+from ._freedom import degrees_of_freedom
+from ._matrix_rank import Rank, largest_rank
+from ._model_headers import model_targets
+from ._plan_row import Row, padding_waste
+from ._plan_search import plan
+from ._plan_table import Plan
+from ._setting_names import Name, known_as
+
+__all__ = [
+    "Name",
+    "Plan",
+    "Rank",
+    "Row",
+    "degrees_of_freedom",
+    "known_as",
+    "largest_rank",
+    "model_targets",
+    "padding_waste",
+    "plan",
+    "step_cost",
+]

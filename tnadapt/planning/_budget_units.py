@@ -1,0 +1,81 @@
+"""Budgets as they are given: parameters, or bytes of a dtype."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any
+
+from tnadapt.backends.backend import FLOAT_DTYPES
+from tnadapt.errors import ConfigError, integer, shown
+
+__all__ = ["bytes_each", "parameters_of"]
+
+UNITS = {
+    "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30,
+}  # fmt: skip
+MOST = 1 << 62
+_FORM = re.compile(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def bytes_each(dtype: str) -> int:
+    """Bytes of one parameter.
+
+    Raises
+    ------
+    ConfigError
+        If adapters do not come in that dtype.
+
+    Examples
+    --------
+    >>> bytes_each("bfloat16")
+    2
+    """
+    if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {shown(dtype)}")
+    return {"float64": 8, "float32": 4}.get(dtype, 2)
+
+
+def parameters_of(budget: Any, dtype: str = "float32") -> int:
+    """How many parameters a budget is.
+
+    Parameters
+    ----------
+    budget : int or str
+        Parameters, as a number or in words; or bytes, with a unit: B, kB, MB, GB (powers of 1000), KiB, MiB, GiB.
+    dtype : str
+        Of the parameters, where the budget is in bytes.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither, or too small for one parameter.
+
+    Examples
+    --------
+    >>> parameters_of(1000), parameters_of("10,000"), parameters_of("4 kB"), parameters_of("4 KiB", "float16")
+    (1000, 10000, 1000, 2048)
+    """
+    each = bytes_each(dtype)
+    if not isinstance(budget, str):
+        return integer("budget", budget, 1, MOST, ConfigError, "of parameters, or bytes in words, such as '4 kB'")
+    match = _FORM.fullmatch(budget)
+    unit = match[2].lower() if match else ""
+    if match is None or (unit and unit not in UNITS):
+        raise ConfigError(
+            f"a budget is a number of parameters, such as 1000, or of bytes, such as '4 kB' or '64 KiB'; "
+            f"got {shown(budget)}"
+        )
+    number = Decimal(match[1].replace(",", "").replace("_", ""))
+    if not unit and number != int(number):
+        raise ConfigError(f"a budget of parameters must be a whole number; got {shown(budget)}")
+    found = int(number * UNITS[unit]) // each if unit else int(number)
+    if found < 1:
+        least = f"; one parameter is {each} bytes in {dtype}" if unit else ""
+        raise ConfigError(f"a budget must be at least 1 parameter; got {shown(budget)}{least}")
+    return min(found, MOST)

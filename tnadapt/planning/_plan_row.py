@@ -1,0 +1,119 @@
+"""What is known of one setting on given weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.network import Network
+from tnadapt.algebra.superlora import SuperLoRA
+
+from ._flops import step_cost
+from ._freedom import degrees_of_freedom
+from ._matrix_rank import Rank, largest_rank
+from ._setting_names import Name, known_as
+
+__all__ = ["Row", "padding_waste"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One setting of a plan.
+
+    Attributes
+    ----------
+    config : Config
+        To be used as it is.
+    name : Name
+        What people call it.
+    parameters : int
+    bytes : int
+        Of its arrays in a file, in the plan's dtype.
+    waste : float
+        Share of the folded tensors' elements that are formed and not used, 0 to 1.
+    freedom : int
+        Dimension of the set of updates that it can make: :func:`~tnadapt.planning.degrees_of_freedom`.
+    cost : int
+        Multiply-adds of forming all updates and their gradients once: :func:`~tnadapt.planning.step_cost`.
+    adapter : SuperLoRA
+        The setting on the plan's weights.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> row = Row.of(tna.SuperLoRA(tna.presets.lora(1), [(64, 64)] * 8))
+    >>> print(row.name, row.parameters, row.bytes, row.freedom, row.rank)
+    LoRA r = 1 1024 4096 1016 1
+    """
+
+    config: Config
+    name: Name
+    parameters: int
+    bytes: int
+    waste: float
+    freedom: int
+    cost: int
+    adapter: SuperLoRA = dataclasses.field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, adapter: SuperLoRA, each: int = 4) -> Row:
+        """The row of a :class:`~tnadapt.SuperLoRA`, a parameter being so many bytes."""
+        count = adapter.num_parameters
+        return cls(
+            adapter.config, known_as(adapter.config), count, count * each, padding_waste(adapter),
+            degrees_of_freedom(adapter), step_cost(adapter), adapter,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def rank(self) -> Rank:
+        """The largest matrix rank that an update can have, of the first weight whose smaller side is largest.
+
+        Computed when it is asked for, by :func:`~tnadapt.planning.largest_rank`, and kept.
+        """
+        return largest_rank(self.adapter)
+
+    @property
+    def fraction(self) -> float:
+        """``freedom`` as a share of the elements of all updates."""
+        return self.freedom / self.adapter.size
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it, the rank included."""
+        return {
+            "family": self.name.family, "label": self.name.label, "parameters": self.parameters, "bytes": self.bytes,
+            "rank": self.rank.value, "rank_exact": self.rank.exact, "freedom": self.freedom,
+            "fraction": self.fraction, "waste": self.waste, "cost": self.cost,
+            "config": self.config.to_dict(),
+        }  # fmt: skip
+
+
+def padding_waste(plan: SuperLoRA) -> float:
+    """The share of the elements of all folded tensors that are formed and not used.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+
+    Returns
+    -------
+    float
+        0 where all of them are used. Of a Kronecker product, its own sizes count, before it is cut to the fold.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> padding_waste(tna.SuperLoRA(tna.Config(groups=1, fold="hypercube", order=3), [(3, 3)]))  # 27 for 9
+    0.6666666666666666
+    """
+    networks = [group.network for group in plan.groups]
+    made = sum(map(_elements, networks))
+    return (made - sum(network.size for network in networks)) / made
+
+
+def _elements(network: Network) -> int:
+    if not network.kronecker:
+        return math.prod(network.sizes)
+    return math.prod(math.prod(split.sizes) for split in network.splits)

@@ -1,0 +1,128 @@
+"""What people call a config: the method, and which of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tnadapt.algebra import presets
+from tnadapt.algebra.config import Config
+from tnadapt.errors import ConfigError
+
+__all__ = ["Name", "known_as"]
+
+
+class Name(NamedTuple):
+    """A method and its setting.
+
+    Attributes
+    ----------
+    family : str
+        As its paper writes it.
+    label : str
+        Which of the family, in the paper's symbols.
+    """
+
+    family: str
+    label: str
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.label}".strip()
+
+
+_FORMATS = {"dense": "dense", "cp": "CP", "cp-weighted": "weighted CP", "tucker": "Tucker", "tt": "TT"}
+
+
+def known_as(config: Config) -> Name:
+    """The name of a config.
+
+    Parameters
+    ----------
+    config : Config
+
+    Returns
+    -------
+    Name
+        Of a preset where the config is one whose settings the table of :mod:`tnadapt.presets` has; else
+        ``SuperLoRA``, with all that tells it from its headline.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> print(known_as(tna.presets.lonkr(2, splits=2)))
+    LoNKr K = 2, f = 8, r = 2
+    >>> print(known_as(tna.presets.lorta(1, order=5, groups="weight")))
+    LoRTA M = 5, G = weight, r = 1
+    >>> print(known_as(tna.Config(rank=3, order=4, groups=2, fold="balanced", format="tt")))
+    SuperLoRA TT, M = 4, G = 2, balanced, r = 3
+    """
+    plain = config.replace(alpha=None, seed=0, shared=True)
+    rank = config.rank
+    if plain == presets.dense():
+        return Name("dense", "")
+    if plain == presets.fastfood(config.ratio):
+        return Name("fastfood", f"ρ = {config.ratio:.4g}")
+    if plain == presets.krona():
+        return Name("KronA", "")
+    if isinstance(rank, int):
+        for family, preset in (("LoRA", presets.lora), ("LoHa", presets.loha), ("LoKr", presets.lokr)):
+            if plain == preset(rank):
+                return Name(family, f"r = {rank}")
+        if plain == _made(presets.compacter, rank, plain.terms):
+            return Name("Compacter", f"n = {plain.terms}, r = {rank}")
+    if isinstance(rank, tuple) and isinstance(config.fold, tuple) and len(config.fold) == 3:
+        weights, rows, cols = config.fold
+        if rank[-1] is not None and plain == presets.lotr(rank[-1], weights=weights, rows=rows, cols=cols):
+            return Name("LoTR", f"r = {rank[-1]}")
+    return _grouped(plain)
+
+
+def _made(preset: Callable[..., Config], *settings: Any) -> Config | None:
+    try:
+        return preset(*settings)
+    except ConfigError:
+        return None
+
+
+def _grouped(config: Config) -> Name:
+    """A method of groups of any size, of which the paper's table has three."""
+    bare = config.replace(projection="identity", ratio=1.0)
+    rank, groups = config.rank, config.groups
+    parts = []
+    if bare == _made(presets.superlora, rank, groups):
+        family = "SuperLoRA"
+    elif config.order > 2 and bare == _made(presets.lorta, rank, config.order, groups):
+        family, parts = "LoRTA", [f"M = {config.order}"]
+    elif config.splits > 1 and bare == _made(presets.lonkr, rank, config.splits, groups, config.split_size):
+        family, parts = "LoNKr", [f"K = {config.splits}", f"f = {config.split_size}"]
+    else:
+        family, parts = "SuperLoRA", _told(config)
+    if groups != 1:
+        parts.append(f"G = {groups if isinstance(groups, (str, int)) else len(groups)}")
+    if family == "SuperLoRA" and config.fold != "hypercube":
+        parts.append(config.fold if isinstance(config.fold, str) else " × ".join(map(str, config.fold)))
+    if config.format != "dense":
+        shown = rank if isinstance(rank, int) else ", ".join("–" if r is None else str(r) for r in rank)
+        parts.append(f"r = {shown}")
+    if config.projection != "identity":
+        family += " + F"
+        if config.projection != "linear":
+            parts.append(config.projection)
+        if config.ratio != 1.0 or config.projection != "shuffle":
+            parts.append(f"ρ = {config.ratio:.4g}")
+    return Name(family, ", ".join(parts))
+
+
+def _told(config: Config) -> list[str]:
+    """What tells a config from two-dimensional CP on one network."""
+    parts = [_FORMATS[config.format]] if config.format != "cp" else []
+    if config.order != 2:
+        parts.append(f"M = {config.order}")
+    if config.splits > 1:
+        parts += ["Hadamard"] * (config.combine == "hadamard") + [f"K = {config.splits}"]
+        parts += [f"f = {config.split_size}"] * (config.split_size != "balanced") + ["same"] * (
+            config.leading == "same"
+        )
+    if config.terms > 1:
+        parts.append(f"T = {config.terms}")
+    return parts

@@ -1,0 +1,104 @@
+"""A backend of shapes without numbers: it counts what would be multiplied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import OPTIONAL
+
+__all__ = ["CountingBackend", "Shape"]
+
+
+class Shape:
+    """What is known of an array before it is made.
+
+    Parameters
+    ----------
+    shape : sequence of int
+    counter : CountingBackend
+        Told of every product of two elements.
+    """
+
+    def __init__(self, shape: Sequence[int], counter: CountingBackend) -> None:
+        self.shape, self.counter = tuple(shape), counter
+
+    def _with(self, other: Any, counted: bool) -> Shape:
+        if not isinstance(other, Shape):
+            return self  # a number: the scale, which is not counted
+        ndim = max(len(self.shape), len(other.shape))
+        a, b = ((1,) * (ndim - len(each.shape)) + each.shape for each in (self, other))
+        made = Shape([max(pair) for pair in zip(a, b, strict=True)], self.counter)
+        if counted:
+            self.counter.products += math.prod(made.shape)
+        return made
+
+    def __mul__(self, other: Any) -> Shape:
+        return self._with(other, counted=True)
+
+    def __add__(self, other: Any) -> Shape:
+        return self._with(other, counted=False)
+
+    __rmul__, __sub__ = __mul__, __add__
+
+    def __getitem__(self, key: Any) -> Shape:
+        keys = key if isinstance(key, tuple) else (key,)
+        keys = keys[: keys.index(...)] if ... in keys else keys
+        cut = [len(range(*one.indices(size))) for one, size in zip(keys, self.shape, strict=False)]
+        return Shape([*cut, *self.shape[len(cut) :]], self.counter)
+
+
+class CountingBackend(Backend):
+    """The operations that a tensor network is made by, on shapes.
+
+    Attributes
+    ----------
+    products : int
+        Of two elements each, so far.
+
+    Examples
+    --------
+    >>> backend = CountingBackend()
+    >>> backend.matmul(backend.array((4, 2)), backend.array((2, 3))).shape, backend.products
+    ((4, 3), 24)
+    """
+
+    name = "shapes"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.products = 0
+
+    def array(self, shape: Sequence[int]) -> Shape:
+        """Of that shape."""
+        return Shape(shape, self)
+
+    def lacks(self, x: Shape) -> frozenset[str]:
+        return frozenset(OPTIONAL)
+
+    def dtype_name(self, x: Shape) -> str:
+        return "float32"
+
+    def reshape(self, x: Shape, shape: Sequence[int]) -> Shape:
+        known = math.prod(size for size in shape if size != -1)
+        return Shape([math.prod(x.shape) // known if size == -1 else size for size in shape], self)
+
+    def permute_dims(self, x: Shape, axes: Sequence[int]) -> Shape:
+        return Shape([x.shape[axis] for axis in axes], self)
+
+    def matrix_transpose(self, x: Shape) -> Shape:
+        return Shape([*x.shape[:-2], x.shape[-1], x.shape[-2]], self)
+
+    def concat(self, arrays: Sequence[Shape], axis: int = 0) -> Shape:
+        shape = list(arrays[0].shape)
+        shape[axis] = sum(array.shape[axis] for array in arrays)
+        return Shape(shape, self)
+
+    def matmul(self, a: Shape, b: Shape) -> Shape:
+        self.products += math.prod(a.shape) * b.shape[-1]
+        return Shape([*a.shape[:-1], b.shape[-1]], self)
+
+    def sum(self, x: Shape, axis: int) -> Shape:
+        return Shape([size for i, size in enumerate(x.shape) if i != axis % len(x.shape)], self)

@@ -1,0 +1,174 @@
+"""Accuracy against parameters, with the front."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ._canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
+
+__all__ = ["Mark", "pareto"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """One method in a picture of accuracy against parameters.
+
+    Attributes
+    ----------
+    family : str
+        Gives colour and shape.
+    label : str
+        Written beside the mark where it is on the front.
+    parameters : int
+        0 is drawn as a line of reference, as is the family ``dense``.
+    accuracies : tuple of float
+        One a seed, 0 to 1.
+    front : bool
+
+    Examples
+    --------
+    >>> mark = Mark("LoRA", "r = 1", 1024, (0.8, 0.82))
+    >>> round(mark.mean, 3), round(mark.spread, 3)
+    (81.0, 1.414)
+    """
+
+    family: str
+    label: str
+    parameters: int
+    accuracies: tuple[float, ...]
+    front: bool = False
+
+    @property
+    def mean(self) -> float:
+        """In percent."""
+        return 100 * statistics.fmean(self.accuracies)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds, in percent; 0 for one seed."""
+        return 100 * statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+
+def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "", note: str = "") -> None:
+    """Draw accuracy against trainable parameters, with the Pareto front as steps, into a file.
+
+    Parameters
+    ----------
+    marks : sequence of Mark
+    path : path-like
+        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+    title, note : str
+        Above, and small below.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+
+    Examples
+    --------
+    Two methods and the line of the head alone::
+
+        marks = [
+            Mark("LoRA", "r = 1", 1024, (0.8, 0.82)),
+            Mark("SuperLoRA", "r = 1", 364, (0.85, 0.83), front=True),
+            Mark("head alone", "", 0, (0.7,)),
+        ]
+        pareto(marks, "front.png", "two methods")
+    """
+    drawn, axes = figure(8.6, 5.2)
+    points = [mark for mark in marks if mark.parameters]
+    lines = [mark for mark in marks if not mark.parameters]
+    _axes(axes, points or marks, marks)
+    for mark in lines:
+        _line(axes, mark)
+    _front(axes, [mark for mark in points if mark.front])
+    for family in dict.fromkeys(mark.family for mark in points):
+        _family(axes, family, [mark for mark in points if mark.family == family], points)
+    _labels(axes, points)
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
+    if points:
+        axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=1.0)
+    if note:
+        drawn.supxlabel(note, x=0.01, ha="left", fontsize=7, color=PALE, parse_math=False)
+    saved(drawn, path)
+
+
+def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark]) -> None:
+    counts = [max(1, mark.parameters) for mark in points] or [1]
+    axes.set_xscale("log")
+    span = math.log10(max(counts) / min(counts)) + 0.2
+    # Room for the labels on the left.
+    axes.set_xlim(min(counts) / 10 ** (0.16 * span), max(counts) * 10 ** (0.05 * span))
+    low = min((mark.mean - mark.spread for mark in marks), default=0.0)
+    high = max((mark.mean + mark.spread for mark in marks), default=100.0)
+    room = max(2.0, 0.08 * (high - low))
+    axes.set_ylim(max(0.0, low - room), min(101.0, high + 1.6 * room))
+    axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=INK)
+    axes.set_ylabel("test accuracy, %", fontsize=9, color=INK)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
+    quiet(axes)
+
+
+def _line(axes: Any, mark: Mark) -> None:
+    axes.axhline(mark.mean, color=PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    if mark.spread:
+        axes.axhspan(mark.mean - mark.spread, mark.mean + mark.spread, color=PALE, alpha=0.12, linewidth=0, zorder=0)
+    axes.annotate(
+        f"{mark.family}, {mark.mean:.1f} %", (0.005, mark.mean), xycoords=("axes fraction", "data"),
+        xytext=(0, 3), textcoords="offset points", fontsize=8, color="#666666",
+    )  # fmt: skip
+
+
+def _front(axes: Any, front: Sequence[Mark]) -> None:
+    if not front:
+        return
+    front = sorted(front, key=lambda mark: mark.parameters)
+    counts = [mark.parameters for mark in front]
+    right = axes.get_xlim()[1]
+    axes.step(
+        [*counts, right], [*(mark.mean for mark in front), front[-1].mean], where="post",
+        color=INK, linewidth=1.3, alpha=0.75, zorder=2, label="Pareto front",
+    )  # fmt: skip
+
+
+def _family(axes: Any, family: str, marks: Sequence[Mark], points: Sequence[Mark]) -> None:
+    if family.startswith("dense"):
+        colour, shape = INK, "*"
+        _line(axes, marks[0])
+    elif family in STYLES:
+        colour, shape = STYLES[family]
+    else:
+        others = [name for name in dict.fromkeys(mark.family for mark in points) if name not in STYLES]
+        colour, shape = OTHERS[others.index(family) % len(OTHERS)]
+    size = 9.0 if shape in "*P" else 6.5
+    style = {"linestyle": "none", "marker": shape, "color": colour}
+    for mark in marks:
+        # What is on the front has a dark edge, so that it is told from what is beaten.
+        axes.errorbar(
+            [mark.parameters], [mark.mean], yerr=[mark.spread] if mark.spread else None, ecolor=colour, elinewidth=1.0,
+            markersize=size + 1.5 * mark.front, markeredgecolor=INK if mark.front else "white",
+            markeredgewidth=0.9 if mark.front else 0.7, zorder=5 if mark.front else 4, **style,
+        )  # fmt: skip
+    axes.plot([], [], markersize=size, markeredgecolor="white", markeredgewidth=0.7, label=family, **style)
+
+
+def _labels(axes: Any, points: Sequence[Mark]) -> None:
+    """The settings of what is on the front, to its upper left, where by its nature nothing is."""
+    last = -math.inf
+    low, high = axes.get_ylim()
+    for mark in sorted((mark for mark in points if mark.front and mark.label), key=lambda mark: mark.parameters):
+        # Of two at almost one height, the second is drawn higher.
+        height = max(mark.mean + mark.spread, last + 0.028 * (high - low))
+        last = height
+        axes.annotate(
+            mark.label, (mark.parameters, height), xytext=(-4, 4), textcoords="offset points",
+            fontsize=7.5, color=INK, ha="right", va="bottom", zorder=6,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
+        )  # fmt: skip

@@ -1,0 +1,73 @@
+"""What all pictures share: colours, a figure that is drawn into a file, axes that stay in the background."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+from tnadapt.checkpoints.atomic_files import replace_file
+from tnadapt.checkpoints.container import about
+
+__all__ = ["INK", "OTHERS", "PALE", "STYLES", "figure", "quiet", "saved"]
+
+# Colours of Okabe and Ito, which people of every colour vision tell apart, and a shape each for print in grey.
+STYLES: dict[str, tuple[str, str]] = {
+    "LoRA": ("#0072B2", "s"),
+    "LoKr": ("#56B4E9", "D"),
+    "LoNKr": ("#009E73", "P"),
+    "LoRTA": ("#E69F00", "^"),
+    "SuperLoRA": ("#D55E00", "o"),
+    "SuperLoRA + F": ("#CC79A7", "v"),
+    "fastfood": ("#7F7F7F", "X"),
+}
+OTHERS = (("#332288", "h"), ("#117733", "<"), ("#882255", ">"), ("#AA4499", "p"), ("#999933", "*"), ("#44AA99", "d"))
+INK = "#222222"
+PALE = "#8A8A8A"
+
+
+def figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches, which draws into files, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(made)
+    return made, made.add_subplot(facecolor="white")
+
+
+def quiet(axes: Any) -> None:
+    """Axes of two sides, small ticks, and no more."""
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8, length=3)
+    axes.tick_params(which="minor", length=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(PALE)
+
+
+def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
+    """Draw a figure into a file, which is there whole or as it was.
+
+    Parameters
+    ----------
+    drawn : matplotlib.figure.Figure
+    path : path-like
+        Its suffix says the kind; without one it becomes ``.png``.
+
+    Raises
+    ------
+    FileError
+        If the file cannot be written.
+    ValueError
+        If matplotlib knows no such kind of picture.
+    """
+    place = os.fspath(path)
+    kind = os.path.splitext(place)[1][1:]
+    if not kind:  # as matplotlib has it
+        kind, place = "png", place.rstrip(".") + ".png"
+    content = io.BytesIO()
+    drawn.savefig(content, format=kind)
+    with about(place):
+        replace_file(place, content.getvalue())

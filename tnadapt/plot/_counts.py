@@ -1,0 +1,150 @@
+"""Parameters against rank, a line an order: the paper's figure 2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.superlora import SuperLoRA, parameter_count
+
+from ._canvas import INK, PALE, figure, quiet, saved
+
+__all__ = ["counted", "parameters"]
+
+# From dark to light as the order grows, and light enough to print, dark enough to read.
+_COLOURS = ("#1B2A6B", "#1F6F9F", "#2A9D8F", "#8AB446", "#E9A23B", "#D1495B")
+
+Shapes = Sequence[tuple[int, int]]
+
+
+def parameters(
+    shapes: Shapes,
+    path: str | os.PathLike[str],
+    budget: int | None = None,
+    orders: Sequence[int] = (2, 3, 4, 5),
+    ranks: int = 128,
+    title: str = "",
+) -> None:
+    """Draw the number of parameters against the rank into a file, a line for each order of the fold.
+
+    Parameters
+    ----------
+    shapes : sequence of (rows, cols)
+        Of the weights; they are one group, folded to a hypercube, with a CP factorisation.
+    path : path-like
+        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+    budget : int, optional
+        A line across, with the largest rank of each order that stays below it; none where it is all elements or more.
+    orders : sequence of int
+        M.
+    ranks : int
+        The largest rank drawn.
+    title : str
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+
+    Examples
+    --------
+    The query and value weights of ViT-base::
+
+        parameters([(768, 768)] * 24, "parameters.png", budget=10_000)
+    """
+    drawn, axes = figure(8.6, 5.2)
+    size = SuperLoRA(Config(order=1, groups=1, fold="hypercube", format="dense"), shapes).size
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    quiet(axes)
+    axes.grid(axis="y", which="major", color="#E6E6E6", linewidth=0.7)
+    ranks = _useful(shapes, orders, ranks, size)
+    lora = _below(_line(Config(), shapes, ranks), size)
+    lines = [("LoRA, a group a weight", "#666666", lora)]
+    for place, order in enumerate(orders):
+        lines.append((f"M = {order}", _COLOURS[place % len(_COLOURS)], _below(counted(shapes, order, ranks), size)))
+    for place, (_, colour, line) in enumerate(lines):
+        style: dict[str, Any] = {"linewidth": 2.0} if place else {"linewidth": 1.4, "linestyle": (0, (5, 2))}
+        axes.plot(*zip(*line, strict=True), color=colour, zorder=3, **style)
+    _level(axes, size, PALE, (0, (1, 2)))
+    ends = [((ranks, size), f"all {size:,} elements", "#666666")]
+    if budget is not None and budget < size:
+        _level(axes, budget, INK, "-")
+        ends.append(((ranks, budget), f"budget, {budget:,}", INK))
+        for _, colour, line in lines:
+            _fits(axes, [point for point in line if point[1] <= budget], ranks, colour)
+    _name(axes, [*ends, *((line[-1], text, colour) for text, colour, line in lines)])
+    axes.set_xlim(1, ranks * 1.02)
+    lowest = min([line[0][1] for _, _, line in lines] + ([budget] if budget and budget < size else []))
+    axes.set_ylim(lowest / 1.8, 1.6 * max(size, *(line[-1][1] for _, _, line in lines)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    axes.set_xlabel("rank r", fontsize=9, color=INK)
+    axes.set_ylabel("parameters", fontsize=9, color=INK)
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
+    saved(drawn, path)
+
+
+def counted(shapes: Shapes, order: int, ranks: int) -> Iterator[tuple[int, int]]:
+    """(rank, parameters) of one group of all weights, folded to that order.
+
+    Examples
+    --------
+    >>> list(counted([(768, 768)] * 24, 2, 2))
+    [(1, 7526), (2, 15052)]
+    """
+    return _line(Config(order=order, groups=1, fold="hypercube"), shapes, ranks)
+
+
+def _line(config: Config, shapes: Shapes, ranks: int) -> Iterator[tuple[int, int]]:
+    for rank in range(1, ranks + 1):
+        yield rank, parameter_count(config.replace(rank=rank), shapes)
+
+
+def _useful(shapes: Shapes, orders: Sequence[int], ranks: int, size: int) -> int:
+    """The rank up to which some order has fewer parameters than there are elements."""
+    firsts = [next(counted(shapes, order, 1))[1] for order in orders]
+    return max(2, min(ranks, size // min(firsts)))
+
+
+def _below(line: Iterator[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """The line as far as it has fewer parameters than there are elements; one point at least."""
+    points = list(line)
+    return [point for point in points if point[1] <= size] or points[:1]
+
+
+def _level(axes: Any, height: float, colour: str, style: Any) -> None:
+    axes.axhline(height, color=colour, linewidth=1.0, linestyle=style, zorder=2)
+
+
+def _fits(axes: Any, within: Sequence[tuple[int, int]], ranks: int, colour: str) -> None:
+    """The last point of a line that the budget has room for."""
+    if not within:
+        return
+    rank, count = within[-1]
+    axes.plot([rank], [count], marker="o", markersize=7, color=colour, markeredgecolor="white", zorder=5, clip_on=False)
+    axes.annotate(
+        f"r = {rank}" if rank < ranks else f"r ≥ {rank}", (rank, count), xytext=(4, -13), textcoords="offset points",
+        ha="left", fontsize=8, color=colour, zorder=6,
+        bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+    )  # fmt: skip
+
+
+def _name(axes: Any, ends: Sequence[tuple[tuple[int, int], str, str]]) -> None:
+    """Each line by its name, right of its end; of two that would be one on the other, one is moved up."""
+    counts = [count for (_, count), _, _ in ends]
+    apart = max(1.05, (max(counts) / min(counts)) ** 0.04)
+    taken: list[tuple[int, float]] = []
+    for (rank, count), text, colour in sorted(ends, key=lambda end: end[0][1]):
+        height = float(count)
+        for other, low in sorted(taken, key=lambda one: one[1]):
+            if max(rank, other) < 1.5 * min(rank, other) and low / apart < height < low * apart:
+                height = low * apart
+        taken.append((rank, height))
+        axes.annotate(
+            text, (rank, height), xytext=(6, 0), textcoords="offset points", fontsize=8.5, color=colour, va="center",
+            annotation_clip=False, zorder=6,
+        )  # fmt: skip

@@ -1,0 +1,361 @@
+"""The tensor network of one group, and what becomes of its tensor, in their places: numbers and words, nothing drawn.
+
+Lengths are inches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from tnadapt.algebra.layout import Piece
+from tnadapt.algebra.network import Network
+from tnadapt.algebra.superlora import Group, SuperLoRA
+from tnadapt.errors import ShapeError, integer
+
+from ._split_diagram import BOND_POINTS, KINDS, MODES, Box, Label, Part, laid_out, some, wide
+
+__all__ = ["Diagram", "Entry", "Step", "diagram"]
+
+# Of more splits than this the first few are drawn, and the last one.
+_SPLITS, _FIRST = 5, 3
+# Splits go on in another row beyond the widest; the margin, the room of a sign between two splits, and around each.
+_WIDEST, _NARROWEST, _MARGIN, _BETWEEN, _INSIDE = 10.5, 5.2, 0.3, 0.5, 0.14
+# A line in a box, an arrow, the name above a split, and what stands for splits that are left out.
+_LINE, _ARROW, _NAME, _GAP = 0.165, 0.36, 0.36, 0.6
+_STEP_POINTS, _KEY_POINTS = 8.5, 7.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What becomes of the network: a box, and the arrow that leads to it from above with a note beside it."""
+
+    lines: tuple[str, ...]
+    note: str = ""
+    fixed: bool = False
+    y: float = 0.0
+
+    @property
+    def width(self) -> float:
+        """Of the box."""
+        return max(wide(line, _STEP_POINTS) for line in self.lines) + 0.36
+
+    @property
+    def height(self) -> float:
+        """Of the box."""
+        return _LINE * len(self.lines) + 0.16
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What one kind of node is, in the key: the left end of its sign."""
+
+    kind: str
+    text: str
+    x: float
+    y: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagram:
+    """All that is drawn of one group, in its place; y is 0 at the top and falls.
+
+    Attributes
+    ----------
+    parts : tuple of Part
+        The splits of one term.
+    signs : tuple of Label
+        What stands between and beside them.
+    frames : tuple of (float, float, float, float)
+        Left, bottom, right and top of each of several splits.
+    brackets : tuple of (float, float, float, float) or None
+        Left, bottom, right and top of what is summed over terms.
+    brace : (float, float, float)
+        Left, right and height of the line below the network, from which the arrows start.
+    steps : tuple of Step
+        What becomes of it.
+    key : tuple of Entry
+    words : str
+        How many parameters are trained.
+    parameters : int
+        Those of the group.
+    splits_left_out : int
+        Splits that are not drawn.
+    width, height : float
+    """
+
+    parts: tuple[Part, ...]
+    signs: tuple[Label, ...]
+    frames: tuple[Box, ...]
+    brackets: Box | None
+    brace: tuple[float, float, float]
+    steps: tuple[Step, ...]
+    key: tuple[Entry, ...]
+    words: str
+    parameters: int
+    splits_left_out: int
+    width: float
+    height: float
+
+
+def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
+    """Nodes, bonds and legs of one group, and what becomes of its tensor.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+    group : int
+        ``0 <= group < plan.num_groups``.
+
+    Returns
+    -------
+    Diagram
+
+    Raises
+    ------
+    ShapeError
+        If there is no such group.
+
+    Examples
+    --------
+    LoRA is two factors; the dot gives both one index of 4:
+
+    >>> import tnadapt as tna
+    >>> found = diagram(tna.SuperLoRA(tna.presets.lora(rank=4), [(768, 512)]))
+    >>> [(node.name, node.size) for part in found.parts for node in part.nodes]
+    [('group0.split0.factor0', 3072), ('group0.split0.dot', 0), ('group0.split0.factor1', 2048)]
+    >>> [leg.size for part in found.parts for leg in part.legs]
+    [768, 512]
+    >>> found.words
+    '5,120 trainable parameters, all in this group'
+    """
+    group = integer("group", group, 0, plan.num_groups - 1, ShapeError)
+    own = plan.groups[group]
+    shown, hidden = some(len(own.network.splits), _SPLITS, _FIRST)
+    splits = _Splits(own.network, {k: laid_out(plan, own, k) for k in shown}, hidden)
+    steps = _steps(plan, own, group)
+    words = _words(plan, own)
+    width = max(
+        _NARROWEST,
+        splits.outer + 2 * _MARGIN,
+        *(step.width + 2 * _MARGIN for step in steps),
+        *(2 * (wide(step.note, BOND_POINTS) + 0.2 + _MARGIN) for step in steps),
+        wide(words, _STEP_POINTS) + 2 * _MARGIN,
+    )
+    kinds = {node.kind for part in splits.parts.values() for node in part.nodes}
+    key, top = _key([kind for kind in KINDS if kind in kinds], width)
+    bottom = splits.place(width / 2, top - 0.26)
+    half = max(splits.inner / 2, 0.4)
+    placed, low = [], bottom - 0.15
+    y = low
+    for step in steps:
+        placed.append(dataclasses.replace(step, y=y - _ARROW - step.height / 2))
+        y -= _ARROW + step.height
+    return Diagram(
+        parts=tuple(splits.placed), signs=tuple(splits.signs), frames=tuple(splits.frames), brackets=splits.brackets,
+        brace=(width / 2 - half, width / 2 + half, low), steps=tuple(placed), key=key, words=words,
+        parameters=own.network.num_parameters, splits_left_out=hidden, width=width, height=-y,
+    )  # fmt: skip
+
+
+# -- The splits of a term ------------------------------------------------------------------------
+
+
+class _Splits:
+    """The splits of one term in rows, with the signs between and around them."""
+
+    def __init__(self, network: Network, parts: Mapping[int, Part], hidden: int) -> None:
+        self.parts, self.hidden = parts, hidden
+        self.sign = "⊗" if network.kronecker else "⊙"
+        self.several = len(network.splits) > 1
+        self.terms = "" if network.terms == 1 else f"{network.terms:,} terms"
+        shown: list[int | None] = [*parts]
+        if hidden:
+            shown.insert(len(shown) - 1, None)  # what is left out
+        self.rows = [shown]
+        if self._width(shown) > _WIDEST:
+            self.rows = []
+            for k in shown:
+                row = self.rows[-1] if self.rows else [None]
+                if None in (k, row[-1]) or self._width([*row, k]) > _WIDEST - _BETWEEN:
+                    self.rows.append([])
+                self.rows[-1].append(k)
+        # Rows begin with the sign that joins them to the one above: all of them have room for it.
+        self.lead = _BETWEEN if len(self.rows) > 1 else 0.0
+        self.block = self.lead + max(self._width(row) for row in self.rows)
+        self.inner = self.block + (0.2 if self.terms else 0.0)
+        self.outer = self.inner + (2 * (wide(self.terms, BOND_POINTS) + 0.2) if self.terms else 0.0)
+        self.placed: list[Part] = []
+        self.signs: list[Label] = []
+        self.frames: list[Box] = []
+        self.brackets: Box | None = None
+
+    def _room(self, k: int | None) -> float:
+        return self.parts[k].width + 2 * _INSIDE if k is not None else _GAP
+
+    def _width(self, row: Sequence[int | None]) -> float:
+        return sum(map(self._room, row)) + _BETWEEN * (len(row) - 1)
+
+    def place(self, middle: float, top: float) -> float:
+        """All in their places below a height; how far down they go."""
+        bottom = top
+        for number, row in enumerate(self.rows):
+            bottom = self._row(row, middle - self.block / 2, bottom - (0.1 if number else 0.0))
+        if self.terms:
+            left, right = middle - self.inner / 2, middle + self.inner / 2
+            self.brackets = left, bottom - 0.04, right, top + 0.04
+            x, y = left - 0.1 - wide(self.terms, BOND_POINTS) / 2, (top + bottom) / 2
+            self.signs += [Label("Σ", x, y + 0.1, 22.0, role="sign"), Label(self.terms, x, y - 0.18, role="word")]
+        return bottom - (0.04 if self.terms else 0.0)
+
+    def _row(self, row: Sequence[int | None], x: float, top: float) -> float:
+        parts = [self.parts[k] for k in row if k is not None]
+        y = top - max([part.above for part in parts] or [0.16]) - (_NAME if self.several and parts else 0.0)
+        bottom = y - max([part.below for part in parts] or [0.16]) - (0.12 if self.several and parts else 0.0)
+        x += self.lead
+        for place, k in enumerate(row):
+            if place:
+                x += _BETWEEN
+            if k != 0:
+                self.signs.append(Label(self.sign, x - _BETWEEN / 2, y, 17.0, role="sign"))
+            if k is None:
+                self._left_out(x, y, bool(parts))
+            else:
+                self.placed.append(dataclasses.replace(self.parts[k], x=x + _INSIDE, y=y))
+                if self.several:
+                    self.frames.append((x, bottom, x + self._room(k), top))
+                    self.signs.append(Label(f"split{k}", x + self._room(k) / 2, top - 0.18, role="word"))
+            x += self._room(k)
+        return bottom
+
+    def _left_out(self, x: float, y: float, beside: bool) -> None:
+        """Beside splits, or in a row of their own."""
+        count = f"{self.hidden} more"
+        if not beside:
+            self.signs.append(Label("⋯", x + 0.15, y, 14.0, role="sign"))
+            self.signs.append(Label(f"{count} splits", x + 0.4, y, align="left", role="word"))
+            return
+        middle = x + _GAP / 2
+        self.signs += [
+            Label("⋯", middle, y, 14.0, role="sign"),
+            Label(count, middle, y - 0.2, role="word"),
+            Label("splits", middle, y - 0.33, role="word"),
+        ]
+
+
+# -- Words ---------------------------------------------------------------------------------------
+
+
+def _key(kinds: Sequence[str], width: float) -> tuple[tuple[Entry, ...], float]:
+    """What the signs are, in lines of the width, and where they end."""
+    x, y, found = _MARGIN, -0.1, []
+    for kind in kinds:
+        text = KINDS[kind][1]
+        room = 0.27 + wide(text, _KEY_POINTS) + 0.2
+        if x > _MARGIN and x + room > width:
+            x, y = _MARGIN, y - 0.2
+        found.append(Entry(kind, text, x, y))
+        x += room
+    return tuple(found), y - 0.1
+
+
+def _words(plan: SuperLoRA, group: Group) -> str:
+    own = group.network.num_parameters
+    told = f"{_number(own)} trainable {_plural(own, 'parameter')}"
+    if plan.num_groups == 1:
+        return f"{told}, all in this group"
+    return f"{told} in this group, {_number(plan.num_parameters)} in all {plan.num_groups:,} groups"
+
+
+def _number(count: int) -> str:
+    """Nearly, where nobody reads all digits.
+
+    Examples
+    --------
+    >>> _number(147456), _number(2**1000)
+    ('147,456', 'about 10^301')
+    """
+    return f"{count:,}" if count < 10**15 else f"about 10^{round(math.log10(count))}"
+
+
+def _plural(count: int, word: str) -> str:
+    return word if count == 1 else word + "s"
+
+
+def _times(sizes: Sequence[int]) -> str:
+    """Sizes of a tensor; of many modes the first few and the last.
+
+    Examples
+    --------
+    >>> _times((3, 1000)), _times((2,) * 32)
+    ('3 × 1,000', '2 × 2 × 2 × ⋯ × 2, of 32 modes')
+    """
+    if len(sizes) <= MODES:
+        return " × ".join(map(_number, sizes))
+    return " × ".join(map(_number, sizes[:3])) + f" × ⋯ × {_number(sizes[-1])}, of {len(sizes)} modes"
+
+
+def _steps(plan: SuperLoRA, group: Group, index: int) -> list[Step]:
+    """From the network to the weights."""
+    network, projection = group.network, group.projection
+    tensor = "tensor" if len(network.sizes) > 1 else "vector of"
+    steps = [Step((f"{tensor} {_times(network.sizes)}",), _combined(network))]
+    held = math.prod(network.sizes)
+    cut = f"keep the first {network.size:,} of {_number(held)}" if held > network.size else ""
+    note = f"unfold, {cut}".removesuffix(", ") if len(network.sizes) > 1 else cut
+    if projection.kind != "identity":
+        lines = (
+            f"F: {projection.kind}, fixed, not trained",
+            f"ρ = {plan.config.ratio:.12g}:  {projection.n_in:,} → {projection.n_out:,}",
+        )
+        steps.append(Step(lines, note, fixed=True))
+        note = "" if projection.linear else "minus F at the start"
+    steps.append(Step((f"group {index:,}: {group.size:,} {_plural(group.size, 'element')}",), note))
+    steps.append(Step(tuple(_covered(plan, group.pieces)), "row by row"))
+    return steps
+
+
+def _combined(network: Network) -> str:
+    """What is done with the network as it is drawn."""
+    found = []
+    if network.kronecker:
+        made = tuple(math.prod(sizes) for sizes in zip(*(split.sizes for split in network.splits), strict=True))
+        if made != network.sizes:
+            found.append(f"cut from {_times(made)}")
+    if network.scale != 1.0:
+        found.append(f"times {network.scale:.6g}, the scale α / r")
+    return ", ".join(found)
+
+
+def _covered(plan: SuperLoRA, pieces: Sequence[Piece]) -> Iterator[str]:
+    """Which weights a group has elements of."""
+    weights = [piece.weight for piece in pieces]
+    cut = [piece.weight for piece in pieces if piece.length < math.prod(plan.shapes[piece.weight])]
+    if len(weights) == 1:
+        yield f"{'part of weight' if cut else 'weight'} {weights[0]:,}"
+    else:
+        yield f"{len(weights):,} weights: {_runs(weights)}" + (f" ({_runs(cut)} in part)" if cut else "")
+    shapes = list(dict.fromkeys(plan.shapes[weight] for weight in sorted(weights)))
+    told = [f"{rows:,} × {cols:,}" for rows, cols in shapes[:3]]
+    if len(shapes) > 3:
+        told.append(f"{len(shapes) - 3:,} more {_plural(len(shapes) - 3, 'shape')}")
+    yield " and ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    """Numbers, in order, those in a row as a range.
+
+    Examples
+    --------
+    >>> _runs([5, 0, 1, 2]), _runs(range(0, 40, 2))
+    ('0–2, 5', '0, 2, 4, 6, 8 and others')
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    told = [f"{a:,}" if a == b else f"{a:,}–{b:,}" if b > a + 1 else f"{a:,}, {b:,}" for a, b in runs[:5]]
+    return ", ".join(told) + (" and others" if len(runs) > 5 else "")

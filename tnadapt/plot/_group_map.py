@@ -1,0 +1,262 @@
+"""Where a plan puts each weight: the groups as bars, the weights as their pieces."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tnadapt.algebra.layout import Piece
+from tnadapt.algebra.superlora import Group, SuperLoRA
+from tnadapt.errors import ShapeError
+
+from ._canvas import INK, PALE, figure, quiet, saved
+
+__all__ = ["layout"]
+
+# q, v and others, of Okabe and Ito; neighbours of one role are told apart by lighter and darker.
+_HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+# More bars than this are told in a line.
+_MOST, _LAST = 24, 3
+# Inches: the picture, its bars from side to side, and each with the space below it.
+_WIDTH, _INCHES, _BAR = 10.0, 7.6, 0.5
+_HEIGHT = 0.62
+
+
+class _Bar(NamedTuple):
+    number: int
+    group: Group
+    y: float
+
+
+def layout(
+    plan: SuperLoRA,
+    path: str | os.PathLike[str],
+    names: Sequence[str] | None = None,
+    roles: Sequence[str] | None = None,
+    title: str = "",
+) -> None:
+    """Draw which slice of which group each weight is into a file.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+    path : path-like
+        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+    names : sequence of str, optional
+        A short one a weight; their numbers if left out.
+    roles : sequence of str, optional
+        One a weight: weights of one role have one colour.
+    title : str
+
+    Raises
+    ------
+    ShapeError
+        If there is not one name, or role, a weight.
+    ImportError
+        If matplotlib is not installed.
+
+    Notes
+    -----
+    A bar is a group, in the order of its vector. A piece that goes on in another group has an arrow at the edge where
+    it is cut. Hatched is what the folded tensor holds beyond the group; where F makes the group from a
+    shorter vector, that is told beside the bar.
+
+    Examples
+    --------
+    Three groups of five weights, of which two straddle them::
+
+        plan = SuperLoRA(Config(groups=3, fold="hypercube"), [(6, 8), (6, 8), (4, 8), (8, 6), (8, 6)])
+        layout(plan, "layout.png")
+    """
+    weights = len(plan.shapes)
+    names = [str(weight) for weight in range(weights)] if names is None else list(names)
+    roles = [""] * weights if roles is None else list(roles)
+    for what, given in (("names", names), ("roles", roles)):
+        if len(given) != weights:
+            raise ShapeError(f"{what} has {len(given)} entries for {weights} weights; give one a weight")
+    bars, hidden = _bars(plan)
+    lines = len(bars) + bool(hidden)
+    drawn, axes = figure(_WIDTH, 1.4 + _BAR * lines)
+    longest = max(_length(bar.group) for bar in bars)
+    axes.set_xlim(0, longest)
+    axes.set_ylim(-lines + 0.35, 0.55)
+    pieces = _Pieces(axes, plan.shapes, names, _colours(roles), longest / _INCHES)
+    for bar in bars:
+        for piece in bar.group.pieces:
+            pieces.draw(bar, piece)
+        pieces.below(bar)
+        _padding(axes, bar)
+        axes.annotate(
+            _told(bar.group), (longest, bar.y), xytext=(8, 0), textcoords="offset points", fontsize=7.5,
+            color="#555555", va="center", annotation_clip=False,
+        )  # fmt: skip
+    if hidden:
+        axes.annotate(f"⋮  {hidden:,} more groups", (0, -(_MOST - _LAST)), fontsize=8, color="#666666", va="center")
+    _frame(axes, bars)
+    told = _legend(axes, plan, bars, roles)
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=26 if told else 8, parse_math=False)
+    saved(drawn, path)
+
+
+def _bars(plan: SuperLoRA) -> tuple[list[_Bar], int]:
+    """The bars that are drawn, and how many are not."""
+    groups = list(enumerate(plan.groups))
+    if len(groups) <= _MOST + 1:
+        return [_Bar(index, group, -index) for index, group in groups], 0
+    first, last = groups[: _MOST - _LAST], groups[-_LAST:]
+    bars = [_Bar(index, group, -index) for index, group in first]
+    bars += [_Bar(index, group, -(len(first) + 1 + place)) for place, (index, group) in enumerate(last)]
+    return bars, len(groups) - _MOST
+
+
+def _length(group: Group) -> int:
+    """Of a bar: the group, and the padding where it is a folded tensor itself."""
+    return group.size if _projected(group) else math.prod(group.network.sizes)
+
+
+def _projected(group: Group) -> bool:
+    return group.projection.kind != "identity"
+
+
+def _told(group: Group) -> str:
+    sizes = " × ".join(f"{size:,}" for size in group.network.sizes)
+    return f"{sizes}, F to {group.size:,}" if _projected(group) else sizes
+
+
+# -- Colours -------------------------------------------------------------------------------------
+
+
+def _colours(roles: Sequence[str]) -> list[str]:
+    """Of each weight: the hue of its role, darker and lighter in turn."""
+    hues, seen = _hues(roles), dict.fromkeys(roles, 0)
+    found = []
+    for role in roles:
+        found.append(_lighter(hues[role], 0.1 if seen[role] % 2 == 0 else 0.42))
+        seen[role] += 1
+    return found
+
+
+def _hues(roles: Sequence[str]) -> dict[str, str]:
+    return {role: _HUES[place % len(_HUES)] for place, role in enumerate(dict.fromkeys(roles))}
+
+
+def _parts(colour: str) -> tuple[float, float, float]:
+    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    return red, green, blue
+
+
+def _lighter(colour: str, share: float) -> str:
+    return "#" + "".join(f"{round(255 * (part + (1 - part) * share)):02X}" for part in _parts(colour))
+
+
+def _dark(colour: str) -> bool:
+    return colorsys.rgb_to_yiq(*_parts(colour))[0] < 0.58
+
+
+# -- Bars ----------------------------------------------------------------------------------------
+
+
+class _Pieces:
+    """Draws pieces; keeps the names of those that are too narrow for them, for the line below the bar."""
+
+    def __init__(
+        self, axes: Any, shapes: Sequence[tuple[int, int]], names: Sequence[str], colours: Sequence[str], inch: float
+    ) -> None:
+        self.axes, self.names, self.colours = axes, names, colours
+        self.sizes = [math.prod(shape) for shape in shapes]
+        self.inch = inch  # elements
+        self.narrow: list[tuple[float, str]] = []
+
+    def draw(self, bar: _Bar, piece: Piece) -> None:
+        colour, name = self.colours[piece.weight], self.names[piece.weight]
+        self.axes.barh(
+            bar.y, piece.length, left=piece.group_start, height=_HEIGHT, color=colour, edgecolor="white",
+            linewidth=0.8 if piece.length > 0.1 * self.inch else 0.0, zorder=2,
+        )  # fmt: skip
+        middle = piece.group_start + piece.length / 2
+        if piece.length >= self.inch * _wide(name):
+            self.axes.annotate(
+                name, (middle, bar.y), ha="center", va="center", fontsize=7.5, zorder=4, parse_math=False,
+                color="white" if _dark(colour) else INK,
+            )  # fmt: skip
+        else:
+            self.narrow.append((middle, name))
+        if piece.weight_start > 0:
+            self._arrow(bar.y, piece.group_start, 1, piece.length)
+        if piece.weight_start + piece.length < self.sizes[piece.weight]:
+            self._arrow(bar.y, piece.group_start + piece.length, -1, piece.length)
+
+    def _arrow(self, y: float, edge: float, inward: int, room: int) -> None:
+        """At an edge where a weight is cut, pointing to where it goes on."""
+        at = edge + inward * min(0.07 * self.inch, room / 2)
+        self.axes.plot(
+            [at], [y - 0.19], marker="<" if inward > 0 else ">", markersize=5.5, color=INK, markeredgecolor="white",
+            markeredgewidth=0.7, zorder=5, clip_on=False,
+        )  # fmt: skip
+
+    def below(self, bar: _Bar) -> None:
+        """As many names of narrow pieces as there is room for, evenly."""
+        narrow, self.narrow = self.narrow, []
+        if not narrow:
+            return
+        room = self.inch * (max(_wide(name) for _, name in narrow) + 0.06)
+        last = -math.inf
+        for middle, name in narrow:
+            if middle - last < room:
+                continue
+            last = middle
+            self.axes.plot(
+                [middle] * 2, [bar.y - 0.5 * _HEIGHT, bar.y - 0.5 * _HEIGHT - 0.06], color=PALE, linewidth=0.7
+            )
+            self.axes.annotate(
+                name, (middle, bar.y - 0.5 * _HEIGHT - 0.07), ha="center", va="top", fontsize=6, color="#555555",
+                parse_math=False,
+            )  # fmt: skip
+
+
+def _wide(name: str) -> float:
+    """Inches that a name takes."""
+    return 0.062 * len(name) + 0.08
+
+
+def _padding(axes: Any, bar: _Bar) -> None:
+    rest = _length(bar.group) - bar.group.size
+    if rest:
+        axes.barh(
+            bar.y, rest, left=bar.group.size, height=_HEIGHT, facecolor="#EFEFEF", edgecolor="#9A9A9A", hatch="//////",
+            linewidth=0.0, zorder=2,
+        )  # fmt: skip
+
+
+def _frame(axes: Any, bars: Sequence[_Bar]) -> None:
+    quiet(axes)
+    axes.spines["left"].set_visible(False)
+    axes.set_yticks([bar.y for bar in bars], [f"group {bar.number}" for bar in bars])
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel("position in the group's vector", fontsize=9, color=INK)
+
+
+def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[str]) -> bool:
+    """What the colours and signs mean, as far as they are there; whether any is."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    signs: list[Any] = []
+    if any(roles):
+        signs += [Patch(facecolor=_lighter(hue, 0.1), label=role or "others") for role, hue in _hues(roles).items()]
+    if any(len(plan.layout.of_weight(piece.weight)) > 1 for bar in bars for piece in bar.group.pieces):
+        style: dict[str, Any] = {"linestyle": "none", "marker": ">", "markersize": 5.5, "color": INK}
+        signs.append(Line2D([], [], label="goes on in another group", **style))
+    if any(_length(bar.group) > bar.group.size for bar in bars):
+        signs.append(Patch(facecolor="#EFEFEF", edgecolor="#9A9A9A", hatch="//////", linewidth=0.0, label="padding"))
+    if signs:
+        axes.legend(
+            handles=signs, loc="lower left", bbox_to_anchor=(-0.006, 1.0), ncols=len(signs), fontsize=8, frameon=False,
+            borderaxespad=0.2, handlelength=1.2, handleheight=1.0, columnspacing=1.6,
+        )  # fmt: skip
+    return bool(signs)

@@ -1,0 +1,222 @@
+"""One group as a tensor diagram: what is trained, what is summed over, what becomes of it."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.superlora import SuperLoRA
+
+from ._canvas import INK, PALE, STYLES, figure, saved
+from ._diagram import Diagram, diagram
+from ._split_diagram import Label, Node, Part
+
+__all__ = ["network"]
+
+# Each kind has a shape of its own, too, for print in grey.
+_COLOURS = {
+    "factor": STYLES["LoKr"][0],
+    "core": STYLES["LoRTA"][0],
+    "train": STYLES["LoNKr"][0],
+    "dense": STYLES["SuperLoRA + F"][0],
+    "weights": STYLES["SuperLoRA"][0],
+}
+_GREY, _FRAME = "#555555", "#F2F2F2"
+_MARGIN = 0.3
+
+
+def network(
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    path: str | os.PathLike[str],
+    *,
+    layers: Sequence[Hashable] | None = None,
+    group: int = 0,
+    title: str = "",
+    note: str = "",
+) -> None:
+    """Draw the tensor network of one group, and what becomes of its tensor, into a file.
+
+    Parameters
+    ----------
+    config : Config
+    shapes : sequence of (rows, cols)
+        Of the weights.
+    path : path-like
+        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+    layers : sequence of hashable, optional
+        One key a weight, for ``groups="layer"``.
+    group : int
+        Which group, ``0 <= group < G``.
+    title, note : str
+        Above, and small below.
+
+    Raises
+    ------
+    ConfigError
+        If the config does not suit these weights.
+    ShapeError
+        If there is no such group, or a shape or fold does not fit.
+    ImportError
+        If matplotlib is not installed.
+
+    Notes
+    -----
+    A node is an array, named as in ``param_shapes`` (:math:`A_0` is ``factor0``). A line between two is an index
+    that is summed over, with its size; an open one is a mode. A dot gives all its lines one index: the CP of a
+    rank r. Of several terms one is drawn. Of more than ten modes or five splits the first few and the last are.
+
+    Examples
+    --------
+    LoRA of query and value of ViT-base::
+
+        network(tna.presets.lora(rank=4), [(768, 768)] * 24, "lora.svg", title="LoRA")
+    """
+    found = diagram(SuperLoRA(config, shapes, layers), group)
+    head = textwrap.wrap(title, int((found.width - 2 * _MARGIN) / 0.092))
+    foot = textwrap.wrap(note, int((found.width - 2 * _MARGIN) / 0.059))
+    above = 0.15 + 0.2 * len(head)
+    below = 0.62 + 0.13 * len(foot)
+    drawn, axes = figure(found.width, above + found.height + below)
+    # One unit is an inch.
+    drawn.set_layout_engine("none")
+    axes.set_position((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, found.width)
+    axes.set_ylim(-found.height - below, above)
+    style: dict[str, Any] = {"va": "top", "parse_math": False}
+    axes.text(_MARGIN, above - 0.12, "\n".join(head), fontsize=11, color=INK, **style)
+    _key(axes, found)
+    _frames(axes, found)
+    for part in found.parts:
+        _part(axes, part)
+    for sign in found.signs:
+        _label(axes, sign)
+    _steps(axes, found)
+    axes.text(found.width / 2, -found.height - 0.2, found.words, ha="center", fontsize=8.5, color=INK, **style)
+    axes.text(_MARGIN, -found.height - 0.5, "\n".join(foot), fontsize=7, color=PALE, **style)
+    saved(drawn, path)
+
+
+def _lighter(colour: str, share: float = 0.35) -> tuple[float, ...]:
+    return tuple(1 - (1 - int(colour[at : at + 2], 16) / 255) * (1 - share) for at in (1, 3, 5))
+
+
+def _part(axes: Any, part: Part) -> None:
+    for bond in part.bonds:
+        (x, y), (to_x, to_y) = bond.line
+        _line(axes, (part.x + x, part.y + y), (part.x + to_x, part.y + to_y))
+    for leg in part.legs:
+        _line(axes, (part.x + leg.x, part.y + leg.top), (part.x + leg.x, part.y + leg.bottom))
+    for node in part.nodes:
+        _node(axes, node, part.x, part.y)
+    for label in part.labels:
+        _label(axes, label, part.x, part.y)
+
+
+def _line(axes: Any, start: tuple[float, float], stop: tuple[float, float]) -> None:
+    """Straight along an axis, else one that comes in from above."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    points, codes = [start, stop], [Path.MOVETO, Path.LINETO]
+    if start[0] != stop[0] and start[1] != stop[1]:
+        over, drop = stop[0] - start[0], start[1] - stop[1]
+        points = [start, (start[0] + 0.62 * over, start[1] - 0.04 * drop), (stop[0], stop[1] + 0.72 * drop), stop]
+        codes = [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4]
+    axes.add_patch(PathPatch(Path(points, codes), facecolor="none", edgecolor=INK, linewidth=1.2, zorder=2))
+
+
+def _shape(kind: str, x: float, y: float, width: float, height: float) -> Any:
+    from matplotlib.patches import Circle, FancyBboxPatch, Polygon
+
+    style: dict[str, Any] = {"edgecolor": INK, "linewidth": 1.0, "zorder": 3}
+    if kind == "dot":
+        return Circle((x, y), width / 2, facecolor=INK, **style)
+    style["facecolor"] = _lighter(_COLOURS[kind])
+    if kind == "factor":
+        return Circle((x, y), width / 2, **style)
+    if kind == "weights":
+        half = 0.56 * width
+        return Polygon([(x - half, y), (x, y + half), (x + half, y), (x, y - half)], **style)
+    # A train's core has round corners, a dense array none.
+    corner = {"train": 0.3, "core": 0.5, "dense": 0.0}[kind] * height / 2
+    shape = f"round,pad=0,rounding_size={corner}" if corner else "square,pad=0"
+    return FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle=shape, **style)
+
+
+def _node(axes: Any, node: Node, x: float, y: float) -> None:
+    axes.add_patch(_shape(node.kind, x + node.x, y + node.y, node.width, node.height))
+    if node.symbol:
+        axes.text(x + node.x, y + node.y, node.symbol, ha="center", va="center", fontsize=9.5, color=INK, zorder=4)
+
+
+def _label(axes: Any, label: Label, x: float = 0.0, y: float = 0.0) -> None:
+    axes.text(
+        x + label.x, y + label.y, label.text, ha=label.align, va="center_baseline", fontsize=label.points, zorder=5,
+        color=_GREY if label.role == "word" else INK, parse_math=False,
+    )  # fmt: skip
+
+
+def _key(axes: Any, found: Diagram) -> None:
+    for entry in found.key:
+        size = 0.05 if entry.kind == "dot" else 0.14
+        axes.add_patch(_shape(entry.kind, entry.x + 0.08, entry.y, size if entry.kind == "dot" else 0.15, size))
+        axes.text(entry.x + 0.24, entry.y, entry.text, va="center_baseline", fontsize=7.5, color=_GREY)
+
+
+def _frames(axes: Any, found: Diagram) -> None:
+    """Behind each of several splits, and the brackets of a sum."""
+    from matplotlib.patches import FancyBboxPatch
+
+    for left, bottom, right, top in found.frames:
+        axes.add_patch(
+            FancyBboxPatch(
+                (left, bottom), right - left, top - bottom, facecolor=_FRAME, edgecolor="none", zorder=1,
+                boxstyle="round,pad=0,rounding_size=0.1",
+            )
+        )  # fmt: skip
+    if found.brackets:
+        left, bottom, right, top = found.brackets
+        for x, inward in ((left, 0.09), (right, -0.09)):
+            axes.plot(
+                [x + inward, x, x, x + inward], [top, top, bottom, bottom], color=INK, linewidth=1.2,
+                solid_joinstyle="miter",
+            )  # fmt: skip
+
+
+def _steps(axes: Any, found: Diagram) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    middle = found.width / 2
+    left, right, above = found.brace
+    axes.plot([left, left, right, right], [above + 0.06, above, above, above + 0.06], color=PALE, linewidth=0.9)
+    for step in found.steps:
+        top = step.y + step.height / 2
+        arrow = {
+            "arrowstyle": "-|>,head_length=0.35,head_width=0.18",
+            "color": INK,
+            "linewidth": 0.9,
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
+        axes.annotate("", (middle, top), (middle, above), arrowprops=arrow)
+        axes.text(
+            middle + 0.14, (above + top) / 2, step.note, va="center_baseline", fontsize=7.5, color=_GREY,
+            parse_math=False,
+        )  # fmt: skip
+        axes.add_patch(
+            FancyBboxPatch(
+                (middle - step.width / 2, step.y - step.height / 2), step.width, step.height, facecolor="white",
+                boxstyle="round,pad=0,rounding_size=0.06", edgecolor=INK if step.fixed else PALE,
+                linewidth=1.2 if step.fixed else 0.9, linestyle=(0, (4, 2.5)) if step.fixed else "-", zorder=2,
+            )
+        )  # fmt: skip
+        axes.text(
+            middle, step.y, "\n".join(step.lines), ha="center", va="center", fontsize=8.5, color=INK, zorder=3,
+            linespacing=1.35, parse_math=False,
+        )  # fmt: skip
+        above = step.y - step.height / 2

@@ -1,0 +1,181 @@
+"""The ways in which libraries lay q, k and v out in the rows of one weight.
+
+A rule maps the sizes of one attention and a fused weight to blocks of rows. Which attention follows which rule is in
+``tnadapt.targets.attention_layouts``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .fused_rows import SHARED, Blocks, Facts, Fused, LayoutError
+
+__all__ = [
+    "Rule", "by_group", "by_head", "code_gen", "concatenated", "delta_rule", "falcon", "glm",
+    "global_window", "guided", "head_first", "in_split", "lambda_layer", "latent", "levit", "linear_attention",
+    "multi_query", "reordered", "shared", "sized", "thirds",
+]  # fmt: skip
+
+Rule = Callable[[Facts, Fused], Blocks]
+
+
+def concatenated(facts: Facts, fused: Fused) -> Blocks:
+    """q, then k, then v: sizes by the head counts where keys have fewer, else equal parts.
+
+    The output projection takes what the query heads give, so its columns must be as many as the rows of q.
+    """
+    letters, out = fused.letters, fused.out
+    if letters != "qkv":
+        half = out // 2
+        if half == 0 or any(size is not None and size % half for size in (fused.q_out, fused.o_in)):
+            raise LayoutError("the sizes do not follow from the numbers that are known")
+        return 1, [(letter, half) for letter in letters]
+    heads, kv_heads = facts.heads, facts.kv_heads
+    if heads is not None and kv_heads is not None and kv_heads != heads:
+        size = facts.head_size or out // (heads + 2 * kv_heads)
+        sizes = [heads * size, kv_heads * size, kv_heads * size]
+    else:
+        sizes = [out // 3] * 3
+    if sum(sizes) != out or (fused.o_in is not None and fused.o_in != sizes[0]):
+        raise LayoutError("the sizes do not follow from the numbers that are known")
+    return 1, list(zip(letters, sizes, strict=True))
+
+
+def by_head(facts: Facts, fused: Fused) -> Blocks:
+    """Head by head, each with its q, k and v of one size."""
+    heads = facts.need_heads()
+    return heads, [(letter, fused.out // (len(fused.letters) * heads)) for letter in fused.letters]
+
+
+def by_group(facts: Facts, fused: Fused) -> Blocks:
+    """Key-value head by key-value head, each after the queries that use it."""
+    heads, kv_heads = facts.need_heads(), facts.need_kv_heads()
+    if heads % kv_heads:
+        raise LayoutError(f"{heads} heads of queries do not share {kv_heads} of keys evenly")
+    size = fused.out // (heads + 2 * kv_heads)
+    return kv_heads, [("q", heads // kv_heads * size), ("k", size), ("v", size)]
+
+
+def thirds(facts: Facts, fused: Fused) -> Blocks:
+    """Three equal parts, one a letter, whatever the numbers of heads say."""
+    size = fused.out // 3
+    if len(fused.letters) != 3 or fused.out % 3 or fused.o_in not in (None, size):
+        raise LayoutError("3 equal parts were expected")
+    return 1, [(letter, size) for letter in fused.letters]
+
+
+def falcon(facts: Facts, fused: Fused) -> Blocks:
+    """By group in the new architecture, else as :func:`multi_query`."""
+    return by_group(facts, fused) if facts.flag("new_decoder_architecture") else multi_query(facts, fused)
+
+
+def multi_query(facts: Facts, fused: Fused) -> Blocks:
+    """All queries, then one head of keys and one of values; or head by head, if a flag says so."""
+    if fused.letters != "qkv":
+        return concatenated(facts, fused)  # GPT-BigCode's cross-attention
+    if not facts.flag("multi_query"):
+        return by_head(facts, fused)
+    heads = facts.need_heads()
+    size = fused.out // (heads + 2)
+    return 1, [("q", heads * size), ("k", size), ("v", size)]
+
+
+def glm(facts: Facts, fused: Fused) -> Blocks:
+    """ChatGLM: head by head in the first release and without multi-query attention, else one after another."""
+    heads = facts.need("num_attention_heads_per_partition", "num_attention_heads")
+    # The first release predates that setting; it can be recognised by one that later releases dropped.
+    first = facts.value("multi_query_attention") is None and facts.value("position_encoding_2d") is not None
+    if first or not facts.flag("multi_query_attention"):
+        return heads, [(letter, fused.out // (3 * heads)) for letter in fused.letters]
+    groups = facts.need("num_multi_query_groups_per_partition", "multi_query_group_num")
+    size = fused.out // (heads + 2 * groups)
+    return 1, [("q", heads * size), ("k", groups * size), ("v", groups * size)]
+
+
+def code_gen(facts: Facts, fused: Fused) -> Blocks:
+    """CodeGen and MOSS: in the shards of their training, always four, and with v before k."""
+    shards = facts.number("mp_num") or 4
+    return shards, [(letter, fused.out // (3 * shards)) for letter in "qvk"]
+
+
+def levit(facts: Facts, fused: Fused) -> Blocks:
+    """Head by head, v wider than q and k."""
+    heads, key = facts.need_heads(), facts.need("key_dim")
+    value = fused.out // heads - key * (len(fused.letters) - 1)
+    return heads, [(letter, value if letter == "v" else key) for letter in fused.letters]
+
+
+def delta_rule(facts: Facts, fused: Fused) -> Blocks:
+    """Gated delta rule: keys and values in head counts of their own; with a gate, key head by key head."""
+    heads, key = facts.need("num_k_heads", "linear_num_key_heads"), facts.need("head_k_dim", "linear_key_head_dim")
+    value = facts.need("num_v_heads", "linear_num_value_heads") * facts.need("head_v_dim", "linear_value_head_dim")
+    if fused.out == 2 * heads * key + value:
+        return 1, [("q", heads * key), ("k", heads * key), ("v", value)]
+    return heads, [("q", key), ("k", key), ("v", value // heads), ("-", value // heads)]
+
+
+def sized(sizes: str, count: int | None = 1) -> Rule:
+    """A layout from the names that hold its sizes, such as ``"q=dim_q k=dim_q v=*"``.
+
+    ``*`` is what is left, a number is itself, and ``-`` for a letter is none of q, k and v. With a count of None, the
+    number of blocks follows from the rows.
+    """
+
+    def rule(facts: Facts, fused: Fused) -> Blocks:
+        parts: list[tuple[str, int]] = []
+        for letter, size in (part.split("=") for part in sizes.split()):
+            rest = fused.out - sum(known for _, known in parts)
+            parts.append((letter, rest if size == "*" else int(size) if size.isdigit() else facts.need(size)))
+        return fused.out // sum(size for _, size in parts) if count is None else count, parts
+
+    return rule
+
+
+def shared(facts: Facts, fused: Fused) -> Blocks:
+    return SHARED
+
+
+def reordered(facts: Facts, fused: Fused) -> Blocks:
+    raise LayoutError("its library reorders the rows of q and k when it loads them")
+
+
+def head_first(facts: Facts, fused: Fused) -> Blocks:
+    return (by_head if facts.flag("head_first") else concatenated)(facts, fused)
+
+
+def global_window(facts: Facts, fused: Fused) -> Blocks:
+    """GC ViT, whose queries come from elsewhere in every second block, under the same name."""
+    half = fused.out // 2
+    return (1, [("k", half), ("v", half)]) if facts.flag("use_global") else concatenated(facts, fused)
+
+
+def lambda_layer(facts: Facts, fused: Fused) -> Blocks:
+    key = facts.need("dim_qk")
+    return 1, [("q", facts.need_heads() * key), ("k", key), ("v", facts.need("dim_v"))]
+
+
+def linear_attention(facts: Facts, fused: Fused) -> Blocks:
+    """MobileViT v2: one row of q for all."""
+    size = (fused.out - 1) // 2
+    return 1, [("q", 1), ("k", size), ("v", size)]
+
+
+def in_split(facts: Facts, fused: Fused) -> Blocks:
+    """Blocks that make the MLP's input in the same product."""
+    sizes = facts.value("in_split")
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != 4:
+        raise LayoutError("there is no list of four sizes, in_split")
+    return 1, list(zip("-qkv", sizes, strict=True))
+
+
+def guided(facts: Facts, fused: Fused) -> Blocks:
+    """OpenAI's diffusion models: a module without weights, beside the fused one, says whether heads come first."""
+    inner = facts.value("attention")
+    if type(inner).__name__ != "QKVAttentionLegacy":
+        return concatenated(facts, fused)
+    return by_head(Facts([lambda name: getattr(inner, name, None)], "its attention has no"), fused)
+
+
+def latent(facts: Facts, fused: Fused) -> Blocks:
+    """Latent attention: head by head, the part of the keys without position, then the values."""
+    return sized("k=qk_nope_head_dim v=v_head_dim", count=None)(facts, fused)

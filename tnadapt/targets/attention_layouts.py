@@ -1,0 +1,344 @@
+"""One table of the fused attention weights that are known, for models in memory and checkpoints on disk alike.
+
+An entry says how a layout is recognised in torch (by the class of the attention), how it is recognised in a checkpoint
+(by ``model_type`` or timm's ``architecture``, and the weight's name), and which rule places q, k and v in the rows. A
+lookup that finds nothing gives None, and never a layout that might fit. What may be assumed of a weight that no entry
+knows is decided by its name alone, in :func:`by_name`.
+
+Each entry was read in its library's source; the tests show of each that moving the rows of one of q, k and v moves
+that one and no other in what the attention computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from . import _fused_rules as rules
+from ._fused_rules import Rule
+
+__all__ = ["TABLE", "TRANSPOSED", "Layout", "Stored", "by_name", "contested", "of_class", "of_config"]
+
+# Model types of transformers whose linear layers are stored as (in, out).
+TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A fused weight as a checkpoint shows it.
+
+    Parameters
+    ----------
+    name : str
+        Its name in the attention, without ``weight``: ``"qkv_proj"``.
+    below : str
+        What lies between that and the tensor, where the projection is wrapped: ``"convolution"``.
+    beside : collection of str
+        The other children and parameters of the attention.
+    ndim : int
+    """
+
+    name: str
+    below: str = ""
+    beside: Collection[str] = ()
+    ndim: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One entry of the table.
+
+    Parameters
+    ----------
+    rule : callable
+        From :mod:`tnadapt.targets._fused_rules`: sizes and a weight to blocks of rows.
+    weights : tuple of str
+        What the fused weight is called in the attention.
+    classes : tuple of str
+        Names of the attention's class, with its module where the name alone is a common one.
+    model_types : tuple of str
+        Of ``config.json``. None: the checkpoint does not have the sizes that the rule needs.
+    architectures : tuple of str
+        Beginnings of the ``architecture`` in timm's ``config.json``.
+    attributes : tuple of str
+        What a module must have besides: for names of classes that several libraries use, or instead of them.
+    settings : tuple of str
+        What ``config.json`` has, instead of a model type: for a weight that whole families share.
+    beside : tuple of str
+        In a checkpoint, at least one of these lies beside the weight; any checkpoint if empty.
+    ndim : tuple of int
+        Of the stored tensor: 2 for linear layers, more for convolutions.
+    """
+
+    rule: Rule
+    weights: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    ndim: tuple[int, ...] = (2,)
+
+    def may_be(self, stored: Stored) -> bool:
+        """Whether a weight of a checkpoint looks like this one."""
+        return (
+            stored.name in self.weights
+            and stored.ndim in self.ndim
+            and (not self.beside or any(name in stored.beside for name in self.beside))
+        )
+
+
+_GPT2 = (
+    "GPT2Attention", "ImageGPTAttention", "DecisionTransformerGPT2Attention", "BarkSelfAttention", "QWenAttention",
+)  # fmt: skip
+_QKV = ("query_key_value",)
+
+TABLE: tuple[Layout, ...] = (
+    # -- transformers, and models that bring their own code: one after another, whatever their names suggest
+    Layout(rules.concatenated, ("c_attn",), _GPT2, (*sorted(TRANSPOSED), "qwen")),
+    Layout(
+        rules.concatenated,
+        ("qkv_proj",),
+        ("Phi3Attention", "Phi4MultimodalAttention"),
+        ("phi3", "phi3_v", "phi3small", "phi4_multimodal", "phi4mm"),
+    ),
+    Layout(rules.concatenated, ("Wqkv",), ("DbrxAttention", "MptAttention"), ("dbrx", "mpt")),
+    Layout(rules.thirds, ("Wqkv",), ("ModernBertAttention",), ("modernbert", "modernbert-decoder")),
+    Layout(rules.concatenated, ("W_pack",), ("BaichuanAttention",), ("baichuan",)),
+    Layout(rules.concatenated, ("qkv",), ("Exaone4_5_VisionAttention",), ("exaone4_5_vision",)),
+    # -- head by head
+    Layout(
+        rules.by_head,
+        _QKV,
+        ("BloomAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "PersimmonAttention"),
+        ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"),
+    ),
+    Layout(rules.by_head, ("in_proj",), ("DisentangledSelfAttention",), ("deberta",)),
+    Layout(
+        rules.by_head,
+        ("qkv_proj",),
+        ("MiniMaxLightningAttention",),
+        ("minimax", "minimax_text_01", "MiniMaxText01"),
+        beside=("output_gate",),
+    ),
+    Layout(rules.by_head, ("linear_kv",), ("EsmFoldInvariantPointAttention",)),
+    # -- by the numbers of heads and flags
+    Layout(rules.falcon, _QKV, ("FalconAttention",), ("falcon",)),
+    Layout(rules.by_group, _QKV, model_types=("RefinedWeb",)),
+    Layout(rules.multi_query, _QKV, model_types=("RefinedWebModel",)),
+    Layout(rules.multi_query, ("c_attn",), ("GPTBigCodeAttention",), ("gpt_bigcode",)),
+    Layout(rules.by_group, ("wqkv",), ("InternLM2Attention",), ("internlm2",)),
+    Layout(
+        rules.glm,
+        _QKV,
+        ("SelfAttention",),
+        ("chatglm",),
+        attributes=("hidden_size_per_attention_head", "num_attention_heads_per_partition"),
+    ),
+    Layout(
+        rules.code_gen, ("qkv_proj",), ("CodeGenAttention", "MossAttention"), ("codegen", "moss"), beside=("out_proj",)
+    ),
+    Layout(
+        rules.latent,
+        ("kv_b_proj",),
+        attributes=("qk_nope_head_dim", "v_head_dim"),
+        settings=("qk_nope_head_dim", "v_head_dim"),
+    ),
+    Layout(
+        rules.delta_rule,
+        ("in_proj_qkv", "in_proj_qkvz"),
+        attributes=("num_k_heads", "head_k_dim"),
+        settings=("linear_num_key_heads", "linear_key_head_dim"),
+    ),
+    Layout(
+        rules.levit,
+        ("queries_keys_values", "keys_values"),
+        ("LevitAttention", "LevitAttentionSubsample"),
+    ),
+    Layout(rules.linear_attention, ("qkv_proj",), ("MobileViTV2LinearSelfAttention",), ("mobilevitv2",), ndim=(4,)),
+    # -- one weight for two letters, the same numbers
+    Layout(rules.shared, ("query_key",), ("LSHSelfAttention",), ("reformer",)),
+    Layout(rules.shared, ("kv_proj", "wkv"), ("DeepseekV4Attention",), ("deepseek_v4",)),
+    # -- stored in an order that no model in memory has
+    Layout(rules.reordered, ("wqkv",), model_types=("kimi_k25",)),
+    Layout(rules.reordered, ("in_proj_weight",), model_types=("step3p5_vision", "step3p7", "step3p7_vision")),
+    # -- timm
+    Layout(
+        rules.levit,
+        ("qkv", "kv"),
+        (
+            "timm.models.levit.Attention",
+            "timm.models.levit.AttentionDownsample",
+            "timm.models.efficientformer.Attention",
+            "timm.models.tiny_vit.Attention",
+        ),
+        architectures=("levit", "efficientformer_l", "tiny_vit"),
+        beside=("attention_biases",),
+        ndim=(2, 4),
+    ),
+    Layout(
+        rules.head_first,
+        ("qkv",),
+        (
+            "timm.models.maxxvit.Attention2d",
+            "timm.models.maxxvit.AttentionCl",
+            "timm.layers.attention2d.Attention2d",
+        ),
+        architectures=("coat", "max"),
+        beside=("rel_pos",),
+        ndim=(2, 4),
+    ),
+    Layout(rules.head_first, ("qkv",), architectures=("coat", "max"), ndim=(4,)),
+    Layout(
+        rules.global_window,
+        ("qkv",),
+        ("timm.models.gcvit.WindowAttentionGlobal",),
+        architectures=("gcvit",),
+        beside=("rel_pos",),
+    ),
+    Layout(
+        rules.linear_attention,
+        ("qkv_proj",),
+        ("timm.models.mobilevit.LinearSelfAttention",),
+        architectures=("mobilevitv2",),
+        ndim=(4,),
+    ),
+    Layout(
+        rules.sized("q=qk_dim k=qk_dim v=pdim"),
+        ("qkv",),
+        ("timm.models.shvit.SHSA",),
+        architectures=("shvit",),
+        ndim=(4,),
+    ),
+    Layout(
+        rules.sized("q=dim k=dim v=dim", count=None),
+        ("qkv",),
+        ("timm.models.efficientvit_mit.LiteMLA",),
+        architectures=("efficientvit_b", "efficientvit_l"),
+        ndim=(4,),
+    ),
+    Layout(
+        rules.sized("q=dim_out_qk k=dim_out_qk v=dim_out_v"),
+        ("qkv",),
+        ("timm.layers.bottleneck_attn.BottleneckAttn",),
+        ndim=(4,),
+    ),
+    Layout(
+        rules.sized("k=dim_head_qk v=dim_head_v", count=None), ("kv",), ("timm.layers.halo_attn.HaloAttn",), ndim=(4,)
+    ),
+    Layout(rules.lambda_layer, ("qkv",), ("timm.layers.lambda_layer.LambdaLayer",), ndim=(4,)),
+    Layout(
+        rules.in_split,
+        ("in_proj",),
+        (
+            "timm.models.vision_transformer.ParallelScalingBlock",
+            "timm.models.vision_transformer.DiffParallelScalingBlock",
+        ),
+    ),
+    # -- diffusers, and other diffusion models
+    Layout(rules.guided, ("qkv",), ("AttentionBlock",), ndim=(3,)),
+    Layout(
+        rules.sized("q=inner_dim k=inner_dim v=inner_dim -=*"),
+        ("to_qkv_mlp_proj",),
+        ("Flux2ParallelSelfAttention",),
+    ),
+)
+
+
+# -- Looking up -------------------------------------------------------------------------------
+
+
+def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "") -> Layout | None:
+    """The entry of an attention in memory; None if its class is not in the table.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names of its class and of those that it derives from, nearest first, each with its module and without.
+    has : callable
+        Whether the module has an attribute of a name.
+    weight : str
+        The fused weight's name in it, for entries that go by attributes alone.
+
+    Examples
+    --------
+    >>> of_class(["MyBloomAttention", "BloomAttention"], lambda name: False).model_types[0]
+    'bloom'
+    >>> of_class(["MyAttention"], lambda name: False) is None
+    True
+    """
+    for name in names:
+        for entry in TABLE:
+            if name in entry.classes and all(map(has, entry.attributes)):
+                return entry
+    for entry in TABLE:
+        if not entry.classes and entry.attributes and weight in entry.weights and all(map(has, entry.attributes)):
+            return entry
+    return None
+
+
+def of_config(config: Mapping[str, Any], stored: Stored) -> Layout | None:
+    """The entry of a weight in a checkpoint, by its config; None if no entry has it.
+
+    Parameters
+    ----------
+    config : mapping
+        ``config.json``, or the part of it that the weight belongs to.
+    stored : Stored
+
+    Examples
+    --------
+    >>> of_config({"model_type": "deberta"}, Stored("in_proj")).classes
+    ('DisentangledSelfAttention',)
+    >>> of_config({}, Stored("in_proj")) is None
+    True
+    """
+    kind, architecture = config.get("model_type"), config.get("architecture")
+    for entry in TABLE:
+        known = kind in entry.model_types
+        known = known or (isinstance(architecture, str) and architecture.startswith(entry.architectures or ("\0",)))
+        known = known or (bool(entry.settings) and all(config.get(name) is not None for name in entry.settings))
+        if known and entry.may_be(stored):
+            return entry
+    return None
+
+
+def contested(config: Mapping[str, Any], stored: Stored) -> bool:
+    """Whether a weight of a checkpoint, of which :func:`of_config` says nothing, looks like an entry's.
+
+    If so, its layout cannot be taken from its name.
+
+    Examples
+    --------
+    >>> contested({}, Stored("qkv")), contested({}, Stored("qkv", beside=["attention_biases"]))
+    (False, True)
+    >>> contested({"architecture": "vit_tiny_patch16_224"}, Stored("qkv", beside=["attention_biases"]))
+    False
+    """
+    for entry in TABLE:
+        other = entry.architectures and isinstance(config.get("architecture"), str)
+        # Reordered rows of q are still the rows of q, unless the model in memory is meant.
+        same = entry.rule in (rules.concatenated, rules.thirds, rules.reordered)
+        if entry.may_be(stored) and not same and not other:
+            return True
+    return False
+
+
+def by_name(name: str) -> Rule | None:
+    """What the name of a fused weight says where no entry knows it; None if libraries differ in its layout.
+
+    Examples
+    --------
+    >>> by_name("qkv").__name__, by_name("query_key_value") is None
+    ('concatenated', True)
+    """
+    if name in _DOUBTFUL or any(word in name for word in ("qkvz", "mlp")):
+        return None
+    # torch.nn.MultiheadAttention, which has as many heads of keys as of queries.
+    return rules.thirds if name == "in_proj_weight" else rules.concatenated
+
+
+# Under these names some libraries interleave heads and others do not.
+_DOUBTFUL = ("query_key_value", "linear_qkv", "kv_b_proj")

@@ -1,0 +1,107 @@
+"""Which stored tensors of a checkpoint are queries and values, by their names and shapes: no model is built.
+
+A checkpoint says less than a model. Where one tensor makes q, k and v and its layout does not follow from its name and
+the model's ``config.json``, it is refused: rows that are wrong would be merged without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tnadapt.errors import TargetError, shown
+
+from ._checkpoint_attention import StoredModel, targets_of
+from .roles import layer_of, natural, read
+from .target import Target
+
+__all__ = ["find_stored"]
+
+_LETTERS = frozenset("qkvo")
+
+
+def find_stored(
+    shapes: Mapping[str, tuple[int, ...]], targets: Any = "qv", config: Mapping[str, Any] | None = None
+) -> list[Target]:
+    """The weights of a checkpoint that are to be adapted.
+
+    Parameters
+    ----------
+    shapes : mapping of str to tuple of int
+        The name and shape of every stored tensor.
+    targets : str or list of str
+        Roles such as ``"qv"``; a list of the paths of modules, whole or their last parts; else a regular
+        expression for the whole path of a module.
+    config : mapping, optional
+        The model's ``config.json``: numbers of heads, and what kind of model it is.
+
+    Returns
+    -------
+    list of Target
+        Attention by attention in the order of their paths (numbers as numbers), q before k before v before o.
+
+    Raises
+    ------
+    TargetError
+        If nothing is found, or the layout of a fused weight is not known.
+
+    Examples
+    --------
+    >>> stored = {f"h.{i}.attn.{name}_proj.weight": (8, 8) for i in (0, 10, 2) for name in "vkq"}
+    >>> [target.module for target in find_stored(stored)][:3]
+    ['h.0.attn.q_proj', 'h.0.attn.v_proj', 'h.2.attn.q_proj']
+    >>> find_stored({"blocks.0.attn.qkv.weight": (24, 8)}, "v")[0].rows
+    Rows(start=16, length=8, stride=24, count=1)
+    """
+    model = StoredModel(shapes, config)
+    if isinstance(targets, str) and targets and _LETTERS.issuperset(targets):
+        found = targets_of(model, targets)
+    else:
+        chosen = _chosen(targets)
+        found = [_whole(model, name) for name in sorted(model.weights, key=natural) if chosen(_module(name))]
+    if not found:
+        raise _nothing(targets, model.weights)
+    return found
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _chosen(targets: Any) -> Callable[[str], bool]:
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise TargetError(f"targets={shown(targets)} is no roles and no regular expression: {error}") from None
+        return lambda path: pattern.fullmatch(path) is not None
+    if not isinstance(targets, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in targets):
+        raise TargetError(
+            f"targets must be roles such as 'qv', a regular expression, or a list of paths; got {shown(targets)}"
+        )
+    return lambda path: any(f".{path}".endswith(f".{entry}") for entry in targets)
+
+
+def _nothing(targets: Any, weights: Mapping[str, Any]) -> TargetError:
+    paths = [_module(name) for name in weights]
+    wanted = targets if isinstance(targets, str) else str(next(iter(targets), ""))
+    last = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    close = [last[near] for near in difflib.get_close_matches(wanted, list(last), 4)] or paths[:6]
+    there = (
+        f"it has {len(paths)} weights, such as {', '.join(close)}" if paths else "it has no weights of layers at all"
+    )
+    return TargetError(
+        f"no tensor of the checkpoint is a target for {shown(targets)}; {there}. Give roles such as 'qv', paths in a "
+        "list, or a regular expression for whole paths"
+    )
+
+
+def _whole(model: StoredModel, name: str) -> Target:
+    path = _module(name)
+    says = read(path.rpartition(".")[2])
+    role = says.letters if says is not None and says.letters in ("q", "k", "v") else "linear"
+    role = "conv" if role == "linear" and len(model.weights[name]) > 2 else role
+    # The module's own number, in a Sequential of layers, is not the layer's.
+    return model.whole(name, role, layer_of(_module(path)))

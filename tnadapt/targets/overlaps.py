@@ -1,0 +1,169 @@
+"""The one check that no element of a stored parameter is updated by two targets.
+
+Rows come as periodic patterns whose sizes a file may choose freely, so they are compared by arithmetic, never listed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tnadapt.errors import TargetError, shown
+
+from .target import Rows, Target
+
+__all__ = ["check_distinct"]
+
+# Block lengths of one stored parameter that are compared pair by pair. Fused attention weights have one.
+_MAX_STRIDES = 16
+
+
+class _Part(NamedTuple):
+    """A target's rows as one span of a period."""
+
+    start: int
+    stop: int
+    number: int
+
+
+def check_distinct(targets: Sequence[Target]) -> None:
+    """Raise an error if two targets update the same row of one stored parameter.
+
+    Parameters
+    ----------
+    targets : sequence of Target
+        Different rows of one parameter, such as q and v of a fused weight, are fine.
+
+    Raises
+    ------
+    TargetError
+        If a target is repeated, two share a row, or two describe one parameter with different shapes or orders. The
+        message names both and a row that they share.
+
+    Notes
+    -----
+    The time is O(n log n) in the number of targets, whatever sizes and rows they claim.
+
+    Examples
+    --------
+    >>> q, v = (Target("attn.qkv", (6, 4), role, rows=Rows(start, 2, 6)) for role, start in (("q", 0), ("v", 4)))
+    >>> check_distinct([q, v])
+    >>> check_distinct([q, v, Target("attn.qkv", (6, 4), "k", rows=Rows(2, 3, 6))])
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.TargetError: targets 1 and 2 overlap: both update row 4 of 'attn.qkv.weight' (1: role v, rows 4 to \
+5 of 6; 2: role k, rows 2 to 4 of 6). Give each row of a weight to one target
+    """
+    by_name: dict[str, int | list[int]] = {}
+    for number, target in enumerate(targets):
+        before = by_name.setdefault(target.name, number)
+        if isinstance(before, list):
+            before.append(number)
+        elif before != number:
+            by_name[target.name] = [before, number]
+    for numbers in by_name.values():
+        if isinstance(numbers, list):
+            _check_one(targets, numbers)
+
+
+def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
+    """The targets of one parameter."""
+    first = targets[numbers[0]]
+    for number in numbers:
+        other = targets[number]
+        if (other.stored, other.transposed) != (first.stored, first.transposed):
+            raise TargetError(
+                f"targets {numbers[0]} and {number} describe {shown(first.name)} differently: as {first.stored}"
+                f"{_order(first)} and as {other.stored}{_order(other)}. One of them is wrong"
+            )
+    by_stride: dict[int, list[_Part]] = {}
+    for number in numbers:
+        rows = _rows(targets[number])
+        by_stride.setdefault(rows.stride, []).append(_Part(rows.start, rows.start + rows.length, number))
+    if len(by_stride) > _MAX_STRIDES:
+        raise TargetError(
+            f"the targets of {shown(first.name)} divide its rows into blocks of {len(by_stride)} different lengths; at "
+            f"most {_MAX_STRIDES} are supported"
+        )
+    for parts in by_stride.values():
+        parts.sort()
+        for one, two in itertools.pairwise(parts):
+            if two.start < one.stop:
+                raise _overlap(targets, one.number, two.number)
+    for (stride, several), (longer, others) in itertools.combinations(by_stride.items(), 2):
+        # Both patterns repeat over all rows, so any offset between two blocks that is a multiple of the greatest common
+        # divisor occurs: two spans share a row if, and only if, they do so modulo that divisor.
+        _check_folded(targets, several, others, math.gcd(stride, longer))
+
+
+def _check_folded(targets: Sequence[Target], ones: Sequence[_Part], twos: Sequence[_Part], period: int) -> None:
+    folded = sorted(piece for part in ones for piece in _folded(part, period))
+    starts = [piece.start for piece in folded]
+    # Of the pieces up to each place: the one that reaches furthest.
+    furthest = list(itertools.accumulate(folded, _further))
+    for part in twos:
+        for piece in _folded(part, period):
+            place = bisect.bisect_left(starts, piece.stop) - 1
+            if place >= 0 and furthest[place].stop > piece.start:
+                raise _overlap(targets, furthest[place].number, part.number)
+
+
+def _further(one: _Part, two: _Part) -> _Part:
+    return one if one.stop >= two.stop else two
+
+
+def _folded(part: _Part, period: int) -> list[_Part]:
+    """A span modulo a period: one piece, or two where it wraps around."""
+    length, start = part.stop - part.start, part.start % period
+    if length >= period:
+        return [_Part(0, period, part.number)]
+    if start + length <= period:
+        return [_Part(start, start + length, part.number)]
+    return [_Part(start, period, part.number), _Part(0, start + length - period, part.number)]
+
+
+def _rows(target: Target) -> Rows:
+    if target.rows is not None:
+        return target.rows
+    out = target.stored[1] if target.transposed else target.stored[0]
+    return Rows(0, out, out)
+
+
+def _overlap(targets: Sequence[Target], one: int, two: int) -> TargetError:
+    one, two = sorted((one, two))
+    first, second = targets[one], targets[two]
+    row = _shared(_rows(first), _rows(second))
+    return TargetError(
+        f"targets {one} and {two} overlap: both update row {row} of {shown(first.name)} ({one}: {_words(first)}; "
+        f"{two}: {_words(second)}). Give each row of a weight to one target"
+    )
+
+
+def _shared(one: Rows, two: Rows) -> int:
+    """A row that two overlapping patterns share, by the Chinese remainder theorem."""
+    period = math.gcd(one.stride, two.stride)
+    ahead = (two.start - one.start) % period
+    # Either the second span begins within the first, modulo the period, or the other way round.
+    within, beyond = (ahead, 0) if ahead < one.length else (0, -ahead % period)
+    offset = two.start + beyond - one.start - within
+    steps, turns = one.stride // period, two.stride // period
+    block = offset // period * pow(steps, -1, turns) % turns if turns > 1 else 0
+    return one.start + within + block * one.stride
+
+
+def _words(target: Target) -> str:
+    rows = _rows(target)
+    if target.rows is None:
+        return f"role {target.role}, all {rows.length} rows"
+    return (
+        f"role {target.role}, rows {rows.start} to {rows.start + rows.length - 1} of "
+        + (f"each of {rows.count} blocks of " if rows.count > 1 else "")
+        + f"{rows.stride}"
+    )
+
+
+def _order(target: Target) -> str:
+    return " (in, out)" if target.transposed else ""

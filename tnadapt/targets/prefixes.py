@@ -1,0 +1,116 @@
+"""Names of one model in two places: the same, or all with one prefix more or less.
+
+A model's backbone is saved without the prefix that it has within the model for a task, such as ``bert.``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from tnadapt.errors import TargetError, shown
+
+from .target import Target
+
+__all__ = ["Prefix", "found_prefix", "near_names"]
+
+
+class Prefix(NamedTuple):
+    """What names have in front in one place and not in the other.
+
+    Attributes
+    ----------
+    taken : str
+        What is to be taken off; empty for nothing.
+    given : str
+        What is to be put before; empty for nothing.
+    """
+
+    taken: str = ""
+    given: str = ""
+
+    def of(self, name: str) -> str | None:
+        """The other name, or None where the prefix cannot be taken off."""
+        return self.given + name.removeprefix(self.taken) if name.startswith(self.taken) else None
+
+    def target(self, target: Target) -> Target:
+        """A target under its other name.
+
+        Raises
+        ------
+        TargetError
+            If the prefix cannot be taken off.
+        """
+        name = self.of(target.name)
+        if name is None:
+            raise TargetError(f"{target.name} does not begin with {shown(self.taken)}")
+        return target.renamed(name.removesuffix(target.parameter).removesuffix("."))
+
+    def __str__(self) -> str:
+        if self.taken:
+            return f"names without {shown(self.taken)}"
+        return f"names with {shown(self.given)} before them" if self.given else ""
+
+
+def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]]) -> Prefix | None:
+    """The prefix with which all targets are stored, or None if there is none.
+
+    Parameters
+    ----------
+    targets : sequence of Target
+    stored : mapping of str to tuple of int
+        Name and shape of every tensor.
+
+    Returns
+    -------
+    Prefix or None
+
+    Raises
+    ------
+    TargetError
+        If several fit, as where an encoder and a decoder have modules of the same names, and shapes do not tell them
+        apart.
+
+    Examples
+    --------
+    >>> found_prefix([Target("bert.layer.0.q", (4, 4))], {"layer.0.q.weight": (4, 4), "pooler.weight": (4, 4)})
+    Prefix(taken='bert.', given='')
+    """
+    names = [target.name for target in targets]
+    if all(name in stored for name in names):
+        return Prefix()
+    fitting = [prefix for prefix in _prefixes(stored, names[0]) if all(prefix.of(name) in stored for name in names)]
+    if len(fitting) > 1:
+        shaped = [one for one in fitting if all(stored[one.of(t.name) or ""] == t.stored for t in targets)]
+        if len(shaped) != 1:
+            several = ", ".join(shown(one.of(names[0])) for one in fitting[:4])
+            raise TargetError(
+                f"{shown(names[0])} may be any of {several}, and nothing says which: give a checkpoint of the model "
+                "that it belongs to"
+            )
+        fitting = shaped
+    return fitting[0] if fitting else None
+
+
+def _prefixes(stored: Iterable[str], name: str) -> Iterator[Prefix]:
+    """Every prefix that explains one name."""
+    known = set(stored)
+    for other in sorted(known):
+        if other.endswith(f".{name}"):
+            yield Prefix(given=other.removesuffix(name))
+    for position, letter in enumerate(name):
+        if letter == "." and name[position + 1 :] in known:
+            yield Prefix(taken=name[: position + 1])
+
+
+def near_names(name: str, stored: Collection[str]) -> str:
+    """The most similar of the stored names, for a message; empty where none is near.
+
+    Examples
+    --------
+    >>> near_names("layer.0.qery.weight", ["layer.0.query.weight", "bias"])
+    "nearest: 'layer.0.query.weight'"
+    """
+    close = difflib.get_close_matches(name, stored, 3, 0.5)
+    return f"nearest: {', '.join(map(shown, close))}" if close else ""

@@ -1,0 +1,41 @@
+"""Verification, and tools for tests: the laws, Hypothesis strategies, and contract suites to inherit.
+
+>>> from hypothesis import given
+>>> from tnadapt.testing import plans
+>>> @given(plans())
+... def test_counts(plan):
+...     assert plan.num_parameters == sum(array.size for array in plan.init().values())
+>>> test_counts()
+
+A new backend inherits :class:`BackendContract`, a new format :class:`FormatContract`; see the documentation's
+page on backends. These names need ``pip install "tnadapt[testing]"``. ``tnadapt.verify`` (``verification``) runs the
+laws with NumPy alone: ``_laws`` lists them, ``_reference`` is the independent reference implementation in float64, and
+``_methods`` has each named method's own formula.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .strategies import configs, parameters, plans, shapes
+    from .suites import BackendContract, FormatContract
+
+__all__ = ["BackendContract", "FormatContract", "configs", "parameters", "plans", "shapes"]
+
+# Imported on first use: Hypothesis and pytest are an extra, and ``tnadapt.verify`` does without them.
+_LAZY = {
+    "BackendContract": "suites",
+    "FormatContract": "suites",
+    "configs": "strategies",
+    "parameters": "strategies",
+    "plans": "strategies",
+    "shapes": "strategies",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = found
+    return found

@@ -1,0 +1,172 @@
+"""Each named method's own formula, written as its paper writes it and of nothing else of this library.
+
+:data:`METHODS` maps the name of a preset to a function ``(params, config, shapes) -> [ΔW, …]`` in float64
+NumPy. :mod:`tnadapt.verify` and the tests hold every preset to it: this is the proof that a method is a
+setting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tnadapt.algebra.config import Config
+
+from ._reference import project
+
+__all__ = ["METHODS"]
+
+Float = NDArray[np.floating[Any]]
+Params = Mapping[str, Float]
+Shapes = Sequence[tuple[int, int]]
+Method = Callable[[Params, Config, Shapes], list[Float]]
+Named = Callable[[str], Float]
+
+
+def _each(formula: Callable[[Named, Config], Float]) -> Method:
+    """A weight-wise method: its formula for one weight, asked for all."""
+
+    def all_weights(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+        found = []
+        for group, shape in enumerate(shapes):
+            prefix = f"group{group}."
+            own = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
+            found.append(formula(own.__getitem__, config).reshape(shape))
+        return found
+
+    return all_weights
+
+
+def _alpha_over_rank(config: Config) -> float:
+    assert isinstance(config.rank, int)
+    return 1.0 if config.alpha is None else config.alpha / config.rank
+
+
+def _dense(p: Named, config: Config) -> Float:
+    return p("split0.dense")
+
+
+def _lora(p: Named, config: Config) -> Float:
+    # ΔW = (alpha / r) B A; Hu et al.
+    lora_b, lora_a = p("split0.factor0"), p("split0.factor1").T
+    return _alpha_over_rank(config) * lora_b @ lora_a
+
+
+def _lokr(p: Named, config: Config) -> Float:
+    # ΔW = (alpha / r) W1 ⊗ (W2_b W2_a); Yeh et al.
+    return _alpha_over_rank(config) * np.kron(p("split0.dense"), p("split1.factor0") @ p("split1.factor1").T)
+
+
+def _krona(p: Named, config: Config) -> Float:
+    # ΔW = s A_K ⊗ B_K; Edalati et al.
+    return _alpha_over_rank(config) * np.kron(p("split0.dense"), p("split1.dense"))
+
+
+def _loha(p: Named, config: Config) -> Float:
+    # ΔW = (alpha / r) (B1 A1) ∘ (B2 A2); Hyeon-Woo et al.
+    one = p("split0.factor0") @ p("split0.factor1").T
+    two = p("split1.factor0") @ p("split1.factor1").T
+    return _alpha_over_rank(config) * one * two
+
+
+def _compacter(p: Named, config: Config) -> Float:
+    # W = sum_i A_i ⊗ (s_i t_iᵀ); Mahabadi et al.
+    terms = [f"term{i}." if config.terms > 1 else "" for i in range(config.terms)]
+    products = [
+        np.kron(p(f"{term}split0.dense"), p(f"{term}split1.factor0") @ p(f"{term}split1.factor1").T) for term in terms
+    ]
+    return _alpha_over_rank(config) * np.asarray(np.sum(products, axis=0))
+
+
+def _long(vector: Float, shapes: Shapes) -> list[Float]:
+    """The long vector cut into the weights."""
+    edges = np.cumsum([rows * cols for rows, cols in shapes]).tolist()
+    return [part.reshape(shape) for part, shape in zip(np.split(vector[: edges[-1]], edges[:-1]), shapes, strict=True)]
+
+
+def _lonkr(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # Figure 3c of the paper with G = 1: D_1 ⊗ … ⊗ D_{K-1} ⊗ (A Bᵀ) on a square.
+    last = f"group0.split{config.splits - 1}."
+    product: Float = params[last + "factor0"] @ params[last + "factor1"].T
+    for k in reversed(range(config.splits - 1)):
+        product = np.kron(params[f"group0.split{k}.dense"], product)
+    n = sum(rows * cols for rows, cols in shapes)
+    side = math.isqrt(n - 1) + 1  # the square root, rounded up
+    return _long(product[:side, :side].reshape(-1), shapes)
+
+
+def _lotr(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # ΔW_s = A G_s Bᵀ; LoTR (FacT-TT, U Σ_s Vᵀ, is the same product).
+    if config.format == "tt":
+        first, middle, last = (params[f"group0.split0.core{m}"] for m in range(3))
+        return [np.tensordot(first[0, s], middle, 1) @ last[:, :, 0] for s in range(len(shapes))]
+    core = params["group0.split0.core"]
+    a, b = params["group0.split0.factor1"], params["group0.split0.factor2"]
+    return [a @ core[s] @ b.T for s in range(len(shapes))]
+
+
+def _fact_tk(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # ΔW_s = U (C x_1 P_s) Vᵀ; FacT.
+    core, p, u, v = (params[f"group0.split0.{n}"] for n in ("core", "factor0", "factor1", "factor2"))
+    return [u @ np.tensordot(p[s], core, 1) @ v.T for s in range(len(shapes))]
+
+
+def _lorta(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # Equation 3 of the paper, mode by mode: fold C x_m A_m one after another.
+    tensor = params["group0.split0.core"]
+    for mode in range(config.order):
+        tensor = np.moveaxis(np.tensordot(params[f"group0.split0.factor{mode}"], tensor, (1, mode)), 0, mode)
+    return _long(tensor.reshape(-1), shapes)
+
+
+def _heads_cp(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # A sum over r of outer products over layers and matrices, heads, head size and input: LoRTA (Hounie et
+    # al.) and CaRA, whose components have weights.
+    factors = [params[f"group0.split0.factor{m}"] for m in range(config.order)]
+    rank = factors[0].shape[1]
+    weights = params.get("group0.split0.weights", np.ones(rank))
+    total: Float = np.zeros([len(factor) for factor in factors])
+    for r in range(rank):
+        outer = weights[r]
+        for factor in factors:
+            outer = np.multiply.outer(outer, factor[:, r])
+        total = total + outer
+    return _long(total.reshape(-1), shapes)
+
+
+def _superlora(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # The headline with G = 1: F(vec(A Bᵀ)).
+    n = sum(rows * cols for rows, cols in shapes)
+    n_in = max(1, math.ceil(Decimal(str(config.ratio)) * n))
+    vec = (params["group0.split0.factor0"] @ params["group0.split0.factor1"].T).reshape(-1)[:n_in]
+    return _long(project(config, vec, n, 0), shapes)
+
+
+def _fastfood(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # θ = P θ_d with P a fastfood matrix; Aghajanyan et al.
+    n = sum(rows * cols for rows, cols in shapes)
+    return _long(project(config, params["group0.split0.dense"], n, 0), shapes)
+
+
+METHODS: dict[str, Method] = {
+    "dense": _each(_dense),
+    "lora": _each(_lora),
+    "lokr": _each(_lokr),
+    "krona": _each(_krona),
+    "loha": _each(_loha),
+    "lonkr": _lonkr,
+    "lotr": _lotr,
+    "lorta": _lorta,
+    "lorta_cp": _heads_cp,
+    "fastfood": _fastfood,
+    "superlora": _superlora,
+    "fact_tt": _lotr,
+    "fact_tk": _fact_tk,
+    "cara": _heads_cp,
+    "compacter": _each(_compacter),
+}

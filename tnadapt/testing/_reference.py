@@ -1,0 +1,329 @@
+"""The plain twin of the library: the definitions read aloud in float64 NumPy, one at a time.
+
+Nothing is sliced, pruned or reordered; sizes are found by trying; products are ``einsum`` and
+``numpy.kron``; F is a dense matrix. It shares with the rest of the library the draws alone, which have known
+answers of their own. It exists to be compared with, by :mod:`tnadapt.verify` and by the tests, and is
+for small sizes: F costs L² elements.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+from collections.abc import Hashable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tnadapt.algebra import rng
+from tnadapt.algebra.config import Config
+from tnadapt.errors import ConfigError
+
+__all__ = ["count", "deltas", "matrix", "positions", "project", "tanhshrink"]
+
+# F is compared as a dense matrix up to this length: half a gigabyte.
+LARGEST = 1 << 13
+
+Float = NDArray[np.floating[Any]]
+Params = Mapping[str, Float]
+Shapes = Sequence[tuple[int, int]]
+
+
+def positions(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = None) -> list[NDArray[np.int64]]:
+    """Which elements of the long vector each group holds.
+
+    Parameters
+    ----------
+    config : Config
+    shapes : sequence of (rows, cols)
+    layers : sequence of hashable, optional
+
+    Returns
+    -------
+    list of ndarray of int64
+        One a group, in the order of the group's own vector.
+
+    Examples
+    --------
+    >>> [group.tolist() for group in positions(Config(groups=2), [(1, 2), (1, 3)])]
+    [[0, 1, 2], [3, 4]]
+    """
+    sizes = [rows * cols for rows, cols in shapes]
+    of_weight = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1].tolist())
+    if isinstance(config.groups, int):
+        length = math.ceil(sum(sizes) / config.groups)
+        return [np.arange(lo, min(lo + length, sum(sizes))) for lo in range(0, sum(sizes), length)]
+    if config.groups == "weight":
+        members = [[weight] for weight in range(len(shapes))]
+    elif config.groups == "layer":
+        assert layers is not None
+        members = [[w for w, key in enumerate(layers) if key == wanted] for wanted in dict.fromkeys(layers)]
+    else:
+        members = [list(group) for group in config.groups if not isinstance(group, str)]
+    return [np.concatenate([of_weight[weight] for weight in group]) for group in members]
+
+
+def deltas(
+    config: Config,
+    shapes: Shapes,
+    params: Params,
+    layers: Sequence[Hashable] | None = None,
+    start: Params | None = None,
+) -> list[Float]:
+    """ΔW of every weight, from the textbook formula.
+
+    Parameters
+    ----------
+    config : Config
+    shapes : sequence of (rows, cols)
+    params : mapping of str to ndarray of float64
+        As :class:`tnadapt.SuperLoRA` names them.
+    layers : sequence of hashable, optional
+    start : mapping of str to ndarray, optional
+        The parameters at the start, which a nonlinear F needs.
+
+    Returns
+    -------
+    list of ndarray of float64, shape (rows, cols)
+
+    Examples
+    --------
+    >>> b, a = np.array([[1.0], [2.0]]), np.array([[3.0], [4.0]])
+    >>> deltas(Config(rank=1), [(2, 2)], {"group0.split0.factor0": b, "group0.split0.factor1": a})
+    [array([[3., 4.],
+           [6., 8.]])]
+    """
+    edges = np.cumsum([rows * cols for rows, cols in shapes]).tolist()
+    owner = np.repeat(np.arange(len(shapes)), [rows * cols for rows, cols in shapes])
+    long_vector = np.empty(edges[-1])
+    for group, where in enumerate(positions(config, shapes, layers)):
+        n = len(where)
+        n_in = max(1, math.ceil(Decimal(str(config.ratio)) * n))
+        columns = int(np.gcd.reduce([shapes[weight][1] for weight in np.unique(owner[where])]))
+        sizes = _fold(config, n_in, columns)
+        stream = 0 if config.shared else group
+        y = project(config, _network(config, params, group, sizes).reshape(-1)[:n_in], n, stream)
+        if config.projection.startswith("nonlinear"):
+            assert start is not None
+            y = y - project(config, _network(config, start, group, sizes).reshape(-1)[:n_in], n, stream)
+        long_vector[where] = y
+    return [part.reshape(shape) for part, shape in zip(np.split(long_vector, edges[:-1]), shapes, strict=True)]
+
+
+def _hypercube(n: int, order: int) -> int:
+    return next(d for d in itertools.count(1) if d**order >= n)
+
+
+def _fold(config: Config, n: int, columns: int) -> tuple[int, ...]:
+    if config.order == 1:
+        return (n,)
+    if config.fold == "stack":
+        return (n // columns, columns)
+    d = _hypercube(n, config.order)
+    if config.fold == "hypercube":
+        return (d,) * config.order
+    if config.fold == "balanced":
+        descending = itertools.combinations_with_replacement((d, d - 1), config.order)
+        return min((sizes for sizes in descending if math.prod(sizes) >= n), key=math.prod)
+    return tuple(int(size) for size in config.fold)
+
+
+def _even_factors(d: int, parts: int) -> tuple[int, ...]:
+    """All factorisations, then the one of least sum: of two, the one whose first factor is larger."""
+    divisors = [k for k in range(1, d + 1) if d % k == 0]
+    exact = (f for f in itertools.combinations_with_replacement(divisors, parts) if math.prod(f) == d)
+    return min(exact, key=lambda factors: (sum(factors), [-f for f in factors]))
+
+
+def _split_sizes(config: Config, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    k = config.splits
+    if config.combine == "hadamard" or k == 1:
+        return [sizes] * k
+    if config.split_size == "balanced":
+        per_mode = [_even_factors(d, k) for d in sizes]
+        return [tuple(factors[split] for factors in per_mode) for split in range(k)]
+    own = isinstance(config.split_size, tuple)
+    f = [int(config.split_size[m] if own else config.split_size) for m in range(len(sizes))]  # type: ignore[index,arg-type]
+    return [tuple(f)] * (k - 1) + [tuple(math.ceil(d / f[m] ** (k - 1)) for m, d in enumerate(sizes))]
+
+
+def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...]) -> Float:
+    total: Float | float = 0.0
+    for term in range(config.terms):
+        tensor: Float | None = None
+        for k, split_sizes in enumerate(_split_sizes(config, sizes)):
+            prefix = f"group{group}." + (f"term{term}." if config.terms > 1 else "") + f"split{k}."
+            own = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
+            last = k == config.splits - 1
+            split = _split(config.format if last or config.leading == "same" else "dense", own, len(split_sizes))
+            if tensor is None:
+                tensor = split
+            else:
+                tensor = tensor * split if config.combine == "hadamard" else np.kron(tensor, split)
+        assert tensor is not None
+        total = total + tensor[tuple(slice(d) for d in sizes)]
+    rank = config.rank if isinstance(config.rank, int) else max([r for r in config.rank if r is not None], default=1)
+    return np.asarray(total * (1.0 if config.alpha is None else config.alpha / rank))
+
+
+def _split(kind: str, own: Params, order: int) -> Float:
+    modes, ranks = string.ascii_lowercase[:order], string.ascii_uppercase[: order + 1]
+    if kind == "dense":
+        return own["dense"]
+    if kind in ("cp", "cp-weighted"):
+        operands = [own[f"factor{m}"] for m in range(order)]
+        inputs = [f"{mode}R" for mode in modes]
+        if kind == "cp-weighted":
+            operands, inputs = [own["weights"], *operands], ["R", *inputs]
+        return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
+    if kind == "tucker":
+        present = [m for m in range(order) if f"factor{m}" in own]
+        core = "".join(ranks[m] if m in present else modes[m] for m in range(order))
+        inputs = [core, *(modes[m] + ranks[m] for m in present)]
+        operands = [own["core"], *(own[f"factor{m}"] for m in present)]
+        return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
+    inputs = [ranks[m] + modes[m] + ranks[m + 1] for m in range(order)]
+    operands = [own[f"core{m}"] for m in range(order)]
+    # The outer bonds have size 1: summing over them changes nothing.
+    return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
+
+
+def count(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = None) -> int:
+    """Trainable elements, by the formula of each format.
+
+    Parameters
+    ----------
+    config : Config
+    shapes : sequence of (rows, cols)
+    layers : sequence of hashable, optional
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> count(Config(rank=4), [(768, 768)])
+    6144
+    """
+    owner = np.repeat(np.arange(len(shapes)), [rows * cols for rows, cols in shapes])
+    total = 0
+    for where in positions(config, shapes, layers):
+        n_in = max(1, math.ceil(Decimal(str(config.ratio)) * len(where)))
+        columns = int(np.gcd.reduce([shapes[weight][1] for weight in np.unique(owner[where])]))
+        for k, sizes in enumerate(_split_sizes(config, _fold(config, n_in, columns))):
+            last = k == config.splits - 1
+            kind = config.format if last or config.leading == "same" else "dense"
+            total += config.terms * _split_count(kind, config.rank, sizes)
+    return total
+
+
+def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
+    order = len(sizes)
+    if kind == "dense":
+        return math.prod(sizes)
+    if kind == "cp":
+        return int(rank) * sum(sizes)
+    if kind == "cp-weighted":
+        return int(rank) + int(rank) * sum(sizes)
+    if kind == "tucker":
+        ranks = [rank] * order if isinstance(rank, int) else list(rank)
+        cut = [d if r is None else min(r, d) for r, d in zip(ranks, sizes, strict=True)]
+        return math.prod(cut) + sum(d * r for d, r, given in zip(sizes, cut, ranks, strict=True) if given is not None)
+    wanted = [rank] * (order - 1) if isinstance(rank, int) else list(rank)
+    bonds = [1, *(min(wanted[m], math.prod(sizes[: m + 1]), math.prod(sizes[m + 1 :])) for m in range(order - 1)), 1]
+    return sum(bonds[m] * d * bonds[m + 1] for m, d in enumerate(sizes))
+
+
+def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Float:
+    """The dense matrix of a linear F, or of the linear part of a nonlinear one.
+
+    Parameters
+    ----------
+    kind : str
+        As for :class:`tnadapt.Projection`.
+    n_in, n_out, seed, group : int
+
+    Returns
+    -------
+    ndarray of float64, shape (n_out, n_in)
+
+    Raises
+    ------
+    ConfigError
+        If a side is longer than 2**13.
+
+    Notes
+    -----
+    ``diag(B) H[:n] Π diag(G) H[:, :n_in]``: the transpose of the paper's equation (4), which writes F from
+    the right. ``scipy.linalg.hadamard`` makes H.
+
+    Examples
+    --------
+    >>> matrix("shuffle", 4, 4, seed=0)
+    array([[0., 0., 0., 1.],
+           [0., 1., 0., 0.],
+           [0., 0., 1., 0.],
+           [1., 0., 0., 0.]])
+    """
+    from scipy.linalg import hadamard
+
+    if max(n_in, n_out) > LARGEST:
+        raise ConfigError(
+            f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
+            "a side: give smaller shapes, or more groups"
+        )
+    if kind == "identity":
+        return np.eye(n_out)
+    if kind == "shuffle":
+        return np.eye(n_out)[rng.permutation(n_out, seed, group)]
+    length = 2 ** math.ceil(math.log2(max(n_in, n_out)))
+    h = hadamard(length) / math.sqrt(length)
+    g = rng.normals(seed, group, rng.PURPOSE["gaussian"], 0, length).astype(np.float64)
+    permuted = (g[:, None] * h[:, :n_in])[rng.permutation(length, seed, group)]
+    if kind.endswith("_v2"):
+        b = rng.normals(seed, group, rng.PURPOSE["gaussian_v2"], 0, n_out).astype(np.float64)
+    else:
+        b = rng.signs(seed, group, 0, n_out).astype(np.float64)
+    return np.asarray(b[:, None] * (h @ permuted)[:n_out])
+
+
+def project(config: Config, x: Float, n_out: int, stream: int = 0) -> Float:
+    """F(x) by the dense matrix (the identity needs none).
+
+    Parameters
+    ----------
+    config : Config
+        Its ``projection`` and ``seed`` are used.
+    x : ndarray, shape (n_in,)
+    n_out : int
+    stream : int
+        The group whose draws are used.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_out,)
+
+    Examples
+    --------
+    >>> project(Config(projection="shuffle"), np.array([0.0, 1.0, 2.0, 3.0]), 4)
+    array([3., 1., 2., 0.])
+    """
+    y = x if config.projection == "identity" else matrix(config.projection, len(x), n_out, config.seed, stream) @ x
+    return tanhshrink(y) if config.projection.startswith("nonlinear") else np.asarray(y)
+
+
+def tanhshrink(t: Float) -> Float:
+    """``t - tanh(t)``, near 0 as ``(t cosh t - sinh t) / cosh t``: a series without two signs does not cancel.
+
+    Examples
+    --------
+    >>> tanhshrink(np.array([1e-5, 5.0]))
+    array([3.33333333e-16, 4.00009080e+00])
+    """
+    near = np.where(np.abs(t) < 3.0, t, 0.0)
+    terms = [2 * k * near ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(1, 26)]
+    return np.asarray(np.where(np.abs(t) < 3.0, sum(terms) / np.cosh(near), t - np.tanh(t)))

@@ -1,0 +1,129 @@
+"""Hypothesis strategies for configs, shapes, plans and their parameters."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from tnadapt.algebra.config import COMBINES, FOLDS, LEADINGS, Config
+from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.maps.projection import KINDS, SQUARE
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.errors import ShapeError
+
+__all__ = ["configs", "parameters", "plans", "shapes"]
+
+
+@st.composite
+def shapes(draw: st.DrawFn, max_weights: int = 4, max_side: int = 9) -> list[tuple[int, int]]:
+    """Shapes of one to ``max_weights`` weights, equal or not, of sides 1 to ``max_side``.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(shapes(), lambda found: len(found) == 2)
+    [(1, 1), (1, 1)]
+    """
+    side = st.integers(1, max_side)
+    if draw(st.booleans()):
+        return [(draw(side), draw(side))] * draw(st.integers(1, max_weights))
+    return draw(st.lists(st.tuples(side, side), min_size=1, max_size=max_weights))
+
+
+@st.composite
+def configs(draw: st.DrawFn, weights: list[tuple[int, int]], projections: tuple[str, ...] = KINDS) -> Config:
+    """Configs of every kind that suit weights of these shapes.
+
+    Parameters
+    ----------
+    weights : list of (rows, cols)
+    projections : tuple of str
+        The F to choose from.
+
+    Returns
+    -------
+    strategy of Config
+        Valid by itself. Whether a stack comes out even also depends on the groups: :func:`plans` sees
+        to that.
+    """
+    size = sum(rows * cols for rows, cols in weights)
+    order = draw(st.integers(1, 4))
+    projection = draw(st.sampled_from(projections))
+    ratio = 1.0 if projection in SQUARE else draw(st.sampled_from([1.0, 0.5, 0.3, 0.07]))
+    splits = draw(st.integers(1, 3))
+    combine = draw(st.sampled_from(COMBINES))
+    name = draw(st.sampled_from(list(FORMATS)))
+    small = st.integers(1, 3)
+    rank: Any = draw(small)
+    if name == "tucker" and draw(st.booleans()):
+        rank = draw(st.tuples(*[st.none() | small] * order))
+    elif name == "tt" and draw(st.booleans()):
+        rank = draw(st.tuples(*[small] * (order - 1)))
+    fold: Any = draw(st.sampled_from([f for f in FOLDS if order <= 2 or f != "stack"]))
+    if fold != "stack" and draw(st.integers(0, 4)) == 0:
+        # Sizes of one's own, large enough for any group.
+        side = next(d for d in itertools.count(1) if d**order >= size)
+        fold = tuple(draw(st.integers(side, side + 2)) for _ in range(order))
+    groups: Any = draw(st.sampled_from(["weight", "layer", "some", "listed"]))
+    if groups == "some":
+        groups = draw(st.integers(1, min(size, 5)))
+    elif groups == "listed":
+        indices = draw(st.permutations(range(len(weights))))
+        cut = draw(st.integers(0, len(weights) - 1))
+        groups = [group for group in (indices[:cut], indices[cut:]) if group]
+    return Config(
+        rank=rank,
+        order=order,
+        splits=splits,
+        groups=groups,
+        fold=fold,
+        format=name,
+        combine=combine,
+        split_size=(
+            draw(st.just("balanced") | st.integers(1, 3) | st.tuples(*[st.integers(1, 3)] * order))
+            if combine == "kronecker"
+            else "balanced"
+        ),
+        leading=draw(st.sampled_from(LEADINGS)),
+        terms=draw(st.sampled_from([1, 1, 2])),
+        projection=projection,
+        ratio=ratio,
+        shared=draw(st.booleans()),
+        alpha=draw(st.none() | st.sampled_from([0.5, 8.0])),
+        seed=draw(st.sampled_from([0, 1, 2**40 + 7, 2**64 - 1])),
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn, projections: tuple[str, ...] = KINDS) -> SuperLoRA:
+    """Plans of every kind on small weights: ``SuperLoRA(config, shapes, layers)``.
+
+    Parameters
+    ----------
+    projections : tuple of str
+        The F to choose from.
+    """
+    weights = draw(shapes())
+    config = draw(configs(weights, projections))
+    layers = [draw(st.integers(0, 1)) for _ in weights]
+    try:
+        return SuperLoRA(config, weights, layers)
+    except ShapeError:
+        # A stack that does not come out even: the message's own way out.
+        assert config.fold == "stack"
+        return SuperLoRA(config.replace(fold="hypercube"), weights, layers)
+
+
+@st.composite
+def parameters(draw: st.DrawFn, plan: SuperLoRA) -> dict[str, np.ndarray]:
+    """Random float64 parameters of a plan, as NumPy arrays.
+
+    Parameters
+    ----------
+    plan : SuperLoRA
+    """
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}

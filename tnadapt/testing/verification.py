@@ -1,0 +1,198 @@
+"""The laws, as a library call: does this config, on this machine and library, compute what it says?
+
+Each law gives the largest error seen and the error it allows; a report holds where none exceeds it.
+:mod:`tnadapt.testing._laws` has them one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.algebra import presets
+from tnadapt.algebra.config import Config
+from tnadapt.backends import available_backends, load_backend
+from tnadapt.errors import ConfigError, integer, shown
+
+from . import _laws as rules
+from ._laws import Law
+
+__all__ = ["Law", "Report", "examples", "verify"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What :func:`verify` found.
+
+    Attributes
+    ----------
+    laws : tuple of Law
+    absent : dict of str to str
+        Libraries that were asked for and cannot be used here, and why.
+    """
+
+    laws: tuple[Law, ...]
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every law holds."""
+        return bool(self.laws) and all(law.holds for law in self.laws)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON knows it.
+
+        Examples
+        --------
+        >>> verify(presets.lora(1), [(2, 2)], backends=["numpy"]).to_dict()["holds"]
+        True
+        """
+        return {
+            "holds": self.holds,
+            "laws": [{**dataclasses.asdict(law), "holds": law.holds} for law in self.laws],
+            "absent": self.absent,
+        }
+
+    def rows(self) -> Iterator[tuple[str, str, str, str, str, str]]:
+        """One line a law and library, the subjects taken together: name, backend, cases, error, allowed, verdict."""
+        grouped: dict[tuple[str, str], list[Law]] = {}
+        for law in self.laws:
+            grouped.setdefault((law.name, law.backend), []).append(law)
+        for (name, backend), laws in grouped.items():
+            broken = [law.subject for law in laws if not law.holds]
+            # max() passes over a NaN: look for one first.
+            errors = [law.error for law in laws]
+            worst = math.nan if any(math.isnan(error) for error in errors) else max(errors)
+            yield (
+                name,
+                backend,
+                str(sum(law.cases for law in laws)),
+                f"{worst:.1e}",
+                f"{laws[0].allowed:.0e}" if laws[0].allowed else "0",
+                "holds" if not broken else "BROKEN: " + ", ".join(broken),
+            )
+
+    def __str__(self) -> str:
+        """The table as plain text."""
+        table = [("law", "backend", "cases", "largest error", "allowed", ""), *self.rows()]
+        widths = [max(len(row[column]) for row in table) for column in range(5)]
+        cells = ([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]] for row in table)
+        lines = ["  ".join(row).rstrip() for row in cells]
+        lines += [f"{name}: not checked: {why}" for name, why in self.absent.items()]
+        lines.append("all laws hold" if self.holds else "NOT all laws hold")
+        return "\n".join(lines)
+
+
+def verify(
+    config: Config | None = None,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    layers: Sequence[Hashable] | None = None,
+    backends: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Check the laws.
+
+    Parameters
+    ----------
+    config : Config, optional
+        What to check. If None: the draws, the products, fwht and F of the library, and every preset
+        of :mod:`tnadapt.presets` against its own method's formula.
+    shapes : sequence of (rows, cols), optional
+        Of the weights, for ``config``; ``[(12, 8), (12, 8), (8, 12)]`` by default. A projection is compared
+        with its dense matrix, so keep to a few thousand elements a group.
+    layers : sequence of hashable, optional
+        For ``groups="layer"``.
+    backends : sequence of str, optional
+        Libraries to check on; all that are usable here by default.
+    seed : int
+        Of the random parameters.
+    progress : callable, optional
+        Called with a line of what is checked next.
+
+    Returns
+    -------
+    Report
+        ``print`` it for a table; ``report.holds``; ``report.to_dict()``.
+
+    Raises
+    ------
+    ConfigError
+        If shapes are given without a config, the config does not suit them or makes more than 2**27 elements, seed
+        is no integer from 0 to 2**64 - 1, or backends names nothing.
+    BackendError
+        If a backend is unknown.
+
+    Notes
+    -----
+    The laws: parameters counted = elements made = the formula of the format; ΔW = the textbook formula =
+    the method's own; a slice = the whole's; at the start ΔW is exactly 0 and its gradient is not; the
+    gradient = the exact derivative; F = its dense matrix, its adjoint passes the dot test; every library =
+    NumPy; draws = known answers.
+
+    Examples
+    --------
+    >>> print(verify(presets.lora(rank=2), [(4, 3)], backends=["numpy"]))
+    law                                    backend  cases  largest error  allowed
+    parameters counted = made = formula    numpy    1      0.0e+00        0        holds
+    ...
+    all laws hold
+    """
+    if config is None and shapes is not None:
+        raise ConfigError("shapes belong to a config; give verify(config, shapes)")
+    seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
+    where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
+    if config is not None:  # before the libraries are imported, which takes longer
+        rules.checkable(config, where, layers)
+    names, absent = _usable(backends)
+    tell = progress or (lambda line: None)
+    found: list[Law] = []
+    for name in names:
+        backend = load_backend(name)
+        with backend.double_precision():
+            rng = np.random.default_rng(seed)
+            tell(f"{name}: {'the operations' if config is None else 'the config'}")
+            if config is not None:
+                found += rules.of_config("config", config, where, layers, backend, rng)
+                continue
+            found += rules.of_library(backend, rng)
+            for label, (example, weights) in examples().items():
+                tell(f"{name}: {label}")
+                found += rules.of_config(label, example, weights, None, backend, rng)
+    return Report(tuple(found), absent)
+
+
+def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
+    """A small instance of every preset: name -> (config, shapes)."""
+    four: dict[str, Any] = {"weights": 4, "rows": 12, "cols": 8}
+    made = {
+        "dense": presets.dense(),
+        "lora": presets.lora(3, alpha=6),
+        "lokr": presets.lokr(2, alpha=3),
+        "krona": presets.krona(),
+        "loha": presets.loha(2, alpha=3),
+        "lonkr": presets.lonkr(2, splits=3, split_size=2),
+        "lotr": presets.lotr(3, **four),
+        "lorta": presets.lorta(2, order=4),
+        "lorta_cp": presets.lorta_cp(3, layers=2, rows=12, cols=8, heads=3),
+        "fastfood": presets.fastfood(0.1),
+        "superlora": presets.superlora(2, projection="linear", ratio=0.3),
+        "fact_tt": presets.fact_tt(3, **four),
+        "fact_tk": presets.fact_tk(3, **four),
+        "cara": presets.cara(3, heads=3, **four),
+        "compacter": presets.compacter(1, terms=2),
+    }
+    return {name: (config, [(12, 8)] * 4) for name, config in made.items()}
+
+
+def _usable(wanted: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+    if wanted is None:
+        return available_backends(), {}
+    if isinstance(wanted, str) or not wanted:
+        raise ConfigError(f'backends must be a list of one or more names, e.g. ["numpy"]; got {shown(wanted)}')
+    absent = {name: "no device to compute on" for name in wanted if not load_backend(name).usable()}
+    return [name for name in wanted if name not in absent], absent

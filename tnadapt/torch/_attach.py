@@ -1,0 +1,292 @@
+"""Putting an adapter on a model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.factoring import Factoring, factoring
+from tnadapt.algebra.folding import MAX_SIZE
+from tnadapt.algebra.presets import superlora
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends import load_backend
+from tnadapt.errors import BackendError, ConfigError, TargetError, integer, shown
+from tnadapt.targets.overlaps import check_distinct
+from tnadapt.targets.target import Target
+
+from . import _freezing as freezing
+from ._adapter import Adapter
+from ._forward_patch import ACTIVATIONS, STRATEGIES, Part, Site
+from ._registry import BOOK, DOT, is_array, overlapping
+from ._sharding import is_sharded
+from ._step_cost import MACHINES, TOKENS, choose
+from ._target_selection import find_targets, host_of, paths_of, tied
+
+__all__ = ["attach", "check_name", "matching"]
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def attach(
+    model: nn.Module,
+    cfg: Config | None = None,
+    targets: Any = "qv",
+    name: str = "default",
+    *,
+    keep_trainable: str | Sequence[str] = (),
+    strategy: str = "auto",
+    tokens: int = TOKENS,
+    activation: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    untie: bool = False,
+) -> Adapter:
+    """Adapt the query and value projections, or other weights, of any torch model.
+
+    The base is frozen and changes in nothing; a fresh adapter leaves every output as it was, to the bit.
+
+    Parameters
+    ----------
+    model : Module
+        Any model whose attention tnadapt knows: see :func:`tnadapt.torch.find_targets`.
+    cfg : Config, optional
+        What the updates are made of. By default ``tnadapt.presets.superlora(rank=8)``, the paper's headline: all
+        weights are one group, reshaped to a square and given one low-rank matrix. It fits weights of any number and
+        any shapes (grouped-query attention, Swin's stages), where LoRA's stacking needs equal columns, and of all
+        settings of its size it is the one that the paper found best.
+    targets : str, list or function
+        Which weights: ``"qv"`` and other roles, ``"all-linear"``, ``"conv"``, a regular expression, a list of paths or
+        of :class:`tnadapt.Target`, a function; see :func:`tnadapt.torch.find_targets`.
+    name : str
+        Several adapters on one model have different names. Any printable characters will do.
+    keep_trainable : str or sequence of str
+        Parameters of the base that stay free, by whole parts of their paths: ``"classifier"`` is every parameter
+        below a module of that name. They are saved with the adapter.
+    strategy : {"auto", "weight", "factored", "beside"}
+        How a layer uses its update; see :mod:`tnadapt.torch._forward_patch`. ``"auto"`` takes for each weight the one
+        whose training step costs least by a count of operations and bytes (:mod:`tnadapt.torch._step_cost`); the
+        summary shows it.
+    tokens : int
+        For ``"auto"``: how many rows a layer is called with, batch times tokens.
+    activation : {"relu", "gelu", "silu", "tanh"}, optional
+        A nonlinearity between the two factors, on the activations (LoDA). Needs one low-rank matrix a weight.
+    dtype : torch.dtype
+        Of the adapter's parameters. float32 also on half-precision models: small updates would vanish in less.
+    untie : bool
+        Where two targets are one tensor (tied weights): give the second a copy of its own. Otherwise they are
+        refused.
+
+    Returns
+    -------
+    Adapter
+        The handle.
+
+    Raises
+    ------
+    TargetError
+        If there is no target, a name is taken or not a name, weights are tied, or ``keep_trainable`` matches nothing.
+    ConfigError
+        If the config does not suit the weights, or the strategy not the config.
+    BackendError
+        If the dtype is not a floating one. In each case the model is as it was.
+
+    Examples
+    --------
+    >>> import torch, tnadapt.torch
+    >>> model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    >>> adapter = tnadapt.torch.attach(model)
+    >>> print(adapter.summary())
+    adapter 'default' on TransformerEncoderLayer
+    target                    role  shape  group[slice]  strategy
+    self_attn.in_proj_weight  q     16×16  0[0:256]      weight
+    self_attn.in_proj_weight  v     16×16  0[256:512]    weight
+    368 parameters in 1 group for 512 elements of 2 weights; 16.5 % of the base's 2,224
+    >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
+    check_name(model, name)
+    tokens = integer("tokens", tokens, 1, MAX_SIZE, ConfigError)
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {shown(strategy)}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {shown(activation)}")
+    if dtype not in _DTYPES:
+        raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {shown(dtype)}")
+    cfg = superlora(rank=8) if cfg is None else cfg
+    found = find_targets(model, targets, untie=untie)
+    check_distinct(found)
+    plan = SuperLoRA(cfg, [target.shape for target in found], layers=[target.layer for target in found])
+    kept = matching(model, keep_trainable, {target.name for target in found})
+    owners = [model.get_submodule(target.module) for target in found]
+    paths = paths_of(model)
+    hosts = [model.get_submodule(host_of(model, target, paths)) for target in found]
+    strategies = [
+        _strategy(strategy, plan, index, tokens, target, owner, host, activation)
+        for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
+    ]
+    # Also under inference_mode: what is made there could never be trained.
+    with torch.inference_mode(False):
+        arrays = _arrays(plan, _beside(owners[0], found[0].parameter), dtype)
+    # Nothing can fail from here on, but it can be interrupted.
+    adapter = Adapter(model, name, plan, found, kept, activation)
+    try:
+        _put_on(adapter, arrays, owners, hosts, strategies)
+    except BaseException:
+        adapter.take_off()
+        raise
+    return adapter
+
+
+def _put_on(
+    adapter: Adapter,
+    arrays: Mapping[str, torch.Tensor],
+    owners: Sequence[nn.Module],
+    hosts: Sequence[nn.Module],
+    strategies: Sequence[tuple[str, Factoring | None]],
+) -> None:
+    model, found = adapter.model, adapter.targets
+    for _, second in tied(model, found):
+        freezing.untie(adapter, second)
+    freezing.freeze(adapter)
+    for array, tensor in arrays.items():
+        model.register_parameter(adapter._names[array], nn.Parameter(tensor))
+    for index, (target, owner, host, chosen) in enumerate(zip(found, owners, hosts, strategies, strict=True)):
+        site = Site.of(host)
+        # In this order: whatever is in the model can be found by who takes it off again.
+        adapter.sites.append(Site(host) if site is None else site)
+        if site is None:
+            adapter.sites[-1].install()
+        part = Part(adapter, index, target, *chosen)
+        adapter.parts.append(part)
+        adapter.sites[-1].add(owner, part)
+    model.register_forward_pre_hook(adapter.begin)
+    model.register_forward_hook(adapter.end, always_call=True)
+    model.__dict__.setdefault(BOOK, {})[adapter.name] = adapter
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """A TargetError where a name is none, or is taken on this model."""
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise TargetError(f"an adapter's name must be a non-empty string of printable characters; got {shown(name)}")
+    if DOT in name:
+        raise TargetError(
+            f"an adapter cannot be called {name!r}: this is how {name.replace(DOT, '.')!r} is written in the names of "
+            "parameters; give another name"
+        )
+    taken = {adapter.name: adapter for adapter in overlapping(model)}
+    if name in taken:
+        raise TargetError(
+            f"there is an adapter {name!r} on this model already ({taken[name]!r}); give another name, or "
+            "detach() it first"
+        )
+
+
+def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
+    """Parameters and buffers whose dotted path has one of the patterns among its whole parts, in order."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    state = set(model.state_dict(keep_vars=True))
+    # A tied weight has several names, and is kept under the first.
+    tensors = list(
+        itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    )
+    first: dict[int, str] = {}
+    for name, tensor in tensors:
+        first.setdefault(id(tensor), name)
+    names = {name: first[id(tensor)] for name, tensor in tensors if name in state and not is_array(name)}
+    kept: dict[str, None] = {}
+    for pattern in patterns:
+        found = [own for name, own in names.items() if f".{pattern}." in f".{name}."]
+        if not found:
+            modules = ", ".join(name for name, _ in model.named_children())
+            raise TargetError(
+                f"keep_trainable: no parameter lies at or below {shown(pattern)}; the model's parts are: {modules}"
+            )
+        kept.update(dict.fromkeys(found))
+    both = [name for name in targets if name in kept]
+    if both:
+        raise TargetError(
+            f"{both[0]} is both a target and in keep_trainable; it can be adapted or trained itself, not both"
+        )
+    return list(kept)
+
+
+def _strategy(
+    wanted: str,
+    plan: SuperLoRA,
+    index: int,
+    tokens: int,
+    target: Target,
+    owner: nn.Module,
+    host: nn.Module,
+    activation: str | None,
+) -> tuple[str, Factoring | None]:
+    config = plan.config
+    weight = owner._parameters.get(target.parameter)
+    quantised = weight is None or not weight.is_floating_point()
+    # What is added to the output must be what a change of the weight would add: of a layer whose forward is another
+    # than the linear one, that is not known.
+    linear = quantised or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
+    own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
+    how = factoring(plan, index) if own else None
+    can_factor = how is not None
+    if activation is not None:
+        if how is None or not how.is_plain or wanted not in ("auto", "factored"):
+            raise ConfigError(
+                f"activation={activation!r} acts between the two factors of one low-rank matrix a weight, in the "
+                f"factored strategy; {target.name} with {shown(config)} has none: use tnadapt.presets.lora(rank)"
+            )
+        return "factored", how
+    if wanted == "factored" and not can_factor:
+        raise ConfigError(
+            "strategy='factored' needs a linear layer, and an update whose rows and columns are separate, as those of "
+            f"tnadapt.presets.lora(rank) or lokr(rank) are; {target.name} has {shown(config)}: use strategy='auto'"
+        )
+    if wanted == "beside" and not own:
+        raise ConfigError(
+            f"strategy='beside' needs a linear layer; {target.name} is read by {type(host).__name__} itself: "
+            "use 'weight'"
+        )
+    if wanted == "weight" and quantised:
+        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantised: use 'beside'")
+    if wanted != "auto":
+        return wanted, how if wanted == "factored" else None
+    if own and not quantised:
+        device = weight.device.type if weight is not None else "cpu"
+        chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]))
+        return chosen, how if chosen == "factored" else None
+    if can_factor:
+        return "factored", how
+    if quantised and not own:
+        raise TargetError(
+            f"{target.name} is quantised and read by {type(host).__name__} itself: leave it out of the targets"
+        )
+    return "beside" if quantised else "weight", None
+
+
+def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    # Known before a program is compiled, which would otherwise be compiled again when NumPy is first met.
+    load_backend("numpy")
+    device = torch.device("cpu") if like is None else like.device
+    if like is not None and is_sharded(like):
+        raise TargetError("the model is sharded already; attach first, then fully_shard(model)")
+    if device.type == "meta":
+        # There is nothing to compute with: nothing is drawn.
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
+    return plan.init("torch", _DTYPES[dtype], device)
+
+
+def _beside(owner: nn.Module, parameter: str) -> torch.Tensor | None:
+    """The weight, or what a quantised layer has instead: the arrays are to lie beside it."""
+    weight: torch.Tensor | None = owner._parameters.get(parameter)
+    weight = weight if weight is not None else next(itertools.chain(owner.parameters(), owner.buffers()), None)
+    if weight is not None and weight.device.type == "meta" and hasattr(owner, "_hf_hook"):
+        raise TargetError(
+            "the model is offloaded by accelerate, which keeps each weight elsewhere until its module is called, and "
+            "would keep the adapter there: attach to a model that is in memory whole"
+        )
+    return weight

@@ -1,0 +1,188 @@
+"""Queries, keys, values and outputs of every attention in a model, found by what they do there.
+
+A module is an attention if projections to q and v (one weight or several, or k and v of a query that is learned) lie
+beside each other in it. A lone ``value`` or ``query`` elsewhere is none, nor is deformable attention, which has values
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from tnadapt.errors import TargetError
+from tnadapt.targets.roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, hints, is_attention, layer_of, read
+from tnadapt.targets.target import Rows, Target
+
+from ._fused_weights import rows_of
+from ._layout_hints import is_known
+from ._weights import Weight, join, modules_of, plain, projections_in, weights_of
+
+__all__ = ["Attention", "attentions"]
+
+
+class Attention(NamedTuple):
+    """One attention and its projections.
+
+    Attributes
+    ----------
+    path : str
+    module : Module
+    inputs : list of (str, Name, Weight)
+        Name in the module, what it makes, and the weight; in the module's order.
+    outputs : list of Weight
+    unclear : list of (str, str)
+        Children that make q, k or v in a way that is not understood, and what they seem to make.
+    """
+
+    path: str
+    module: nn.Module
+    inputs: list[tuple[str, Name, Weight]]
+    outputs: list[Weight]
+    unclear: list[tuple[str, str]]
+
+    def targets(self, letters: str) -> Iterator[Target]:
+        """Each weight, or part of one, that makes one of the letters.
+
+        Raises
+        ------
+        TargetError
+            If a weight makes several and the layout is not known, or what makes a letter is not clear.
+        """
+        for name, makes in self.unclear:
+            if not set(makes).isdisjoint(letters):
+                raise TargetError(
+                    f"{join(self.path, name)} of {type(self.module).__name__} seems to make {makes}, and with which "
+                    "weight or rows is not known: give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it, "
+                    "or name other targets by a list of paths or a function"
+                )
+        layer = layer_of(plain(self.path))
+        whole_q = [weight for _, found, weight in self.inputs if found.letters == "q"]
+        q_out = whole_q[0].shape[0] if whole_q else None
+        o_in = self.outputs[0].shape[1] if len(self.outputs) == 1 else None
+        for name, found, weight in self.inputs:
+            wanted = [letter for letter in "qkv" if letter in found.letters and letter in letters]
+            if not wanted:
+                continue
+            rows: dict[str, Rows | None] = dict.fromkeys(found.letters)
+            if len(found.letters) > 1:
+                out = weight.shape[0]
+                rows = rows_of(self.module, name, found.letters, out, weight.path, q_out, o_in)
+            given = set()
+            for letter in wanted:
+                # A weight that is both k and v is given once.
+                if letter in rows and rows[letter] not in given:
+                    given.add(rows[letter])
+                    yield weight.target(letter, layer, rows[letter])
+        if "o" in letters:
+            for weight in self.outputs:
+                yield weight.target("o", layer)
+
+
+def attentions(model: nn.Module) -> Iterator[Attention]:
+    """Every attention of a model, in its order.
+
+    Examples
+    --------
+    >>> [found.path for found in attentions(nn.TransformerEncoderLayer(8, 2, 8))]
+    ['self_attn']
+    """
+    places = list(modules_of(model))
+    by_plain_path = {plain(path): module for path, module in places}
+    first = {id(module): path for path, module in places}
+    seen: set[tuple[int, str]] = set()
+
+    def new(weight: Weight) -> bool:
+        key = id(weight.module), weight.parameter
+        known = key in seen
+        seen.add(key)
+        return not known
+
+    def named_first(weight: Weight) -> Weight:
+        return weight._replace(path=first[id(weight.module)])
+
+    for path, module in places:
+        named = is_attention(type(module).__name__, plain(path).rpartition(".")[2])
+        called = _called(path, module, named or is_known(module))
+        outputs = _children(path, module, OUTPUTS)
+        called = [called[place] for place in evident([name for _, name, _ in called], named, bool(outputs))]
+        inputs = [
+            (child, name, named_first(weights[0]))
+            for child, name, weights in called
+            if len(weights) == 1 and new(weights[0])
+        ]
+        unclear = _unclear(module, called)
+        if not inputs and not unclear:
+            continue
+        outputs = outputs or _children(path, module, AMBIGUOUS_OUTPUTS) or _outputs_of_parent(path, by_plain_path)
+        outputs = [named_first(weight) for weight in outputs if new(weight)]
+        yield Attention(path, module, _in_use(module, inputs), outputs, unclear)
+
+
+# A child's or parameter's name, what it says, and the weights in it.
+_Called = tuple[str, Name, list[Weight]]
+
+
+def _called(path: str, module: nn.Module, attention: bool) -> list[_Called]:
+    """What of a module's own parameters and children is called a projection to q, k or v."""
+    found: list[_Called] = []
+    for weight in weights_of(path, module):
+        name = read(weight.parameter, attention=True)
+        if name is not None:
+            found.append((weight.parameter, name, [weight]))
+    for child_name, child in module._modules.items():
+        name = read(child_name, attention)
+        weights = [] if name is None or child is None else projections_in(join(path, child_name), child)
+        if name is not None and weights:
+            found.append((child_name, name, weights))
+    if any(name.letters == "q" for _, name, _ in found):
+        # GPT-2's cross-attention: queries are made elsewhere, by q_attn.
+        found = [(child, name._replace(letters="kv") if child == "c_attn" else name, ws) for child, name, ws in found]
+    separate = [entry for entry in found if entry[1].family not in ("in_proj", "in_proj_weight")]
+    return separate or found
+
+
+def _unclear(module: nn.Module, called: list[_Called]) -> list[tuple[str, str]]:
+    """Children of an attention that are called so and hold several weights, or are half called so."""
+    if not called:
+        return []
+    several = [(child, name.letters) for child, name, weights in called if len(weights) > 1]
+    made = {letter for _, name, _ in called for letter in name.letters}
+    for name, child in module._modules.items():
+        missing = "".join(letter for letter in hints(name) if letter in "qv" and letter not in made)
+        if missing and child is not None and projections_in(name, child):
+            several.append((name, missing))
+    return several
+
+
+def _in_use(module: nn.Module, inputs: list[tuple[str, Name, Weight]]) -> list[tuple[str, Name, Weight]]:
+    """Without the separate weights that diffusers keeps beside a fused copy of them, and no longer reads."""
+    if not getattr(module, "fused_projections", False):
+        return inputs
+
+    def stream(name: Name) -> bool:
+        return name.family.startswith("add_") or "added" in name.family
+
+    fused = {(stream(name), letter) for _, name, _ in inputs if len(name.letters) > 1 for letter in name.letters}
+    return [entry for entry in inputs if len(entry[1].letters) > 1 or (stream(entry[1]), entry[1].letters) not in fused]
+
+
+def _children(path: str, module: nn.Module, names: frozenset[str]) -> list[Weight]:
+    """The weights of children of these names, where there is one weight in it."""
+    found = [
+        projections_in(join(path, name), child)
+        for name, child in module._modules.items()
+        if child is not None and name in names
+    ]
+    return [weights[0] for weights in found if len(weights) == 1]
+
+
+def _outputs_of_parent(path: str, by_plain_path: dict[str, nn.Module]) -> list[Weight]:
+    """BERT's way: the attention's parent has the output projection, in ``output.dense``."""
+    above = plain(path).rpartition(".")[0]
+    parent = by_plain_path.get(above)
+    if parent is None or not is_attention(type(parent).__name__):
+        return []
+    return _children(above, parent, frozenset({"output", "out_proj", "dense"}))

@@ -1,0 +1,265 @@
+"""A linear layer with updates that stay factored: ΔW never exists.
+
+``y = x Wᵀ + b + s Σ z_t Lᵀ``, where L is the left factor of the last matrix of a term (the matrix itself, if it is
+whole) and z what the rows of x have become before it: x times the last right factor, and then through the other
+matrices of the Kronecker product, each in its own mode. With one matrix a term, which is LoRA, z = x R. The sum is
+accumulated where y lies: no second array of its size is written, and the scale is on the narrow side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tnadapt.algebra.factoring import Factored, Matrix
+from tnadapt.backends import load_backend
+from tnadapt.targets.target import Target
+
+from ._merged_linear import transformed, watched
+
+__all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
+
+
+def product(x: Tensor, factored: Factored, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """``x ΔWᵀ`` by plain operations, with a nonlinearity between two factors where one is given."""
+    if len(factored.terms[0]) == 1:
+        ((last,),) = factored.terms
+        assert last.right is not None
+        inner = functional.linear(x, last.right.T)
+        total = functional.linear(inner if activation is None else activation(inner), last.left)
+    elif x.is_nested:
+        # Its rows cannot be cut into digits.
+        total = functional.linear(x, cast(Tensor, factored._replace(scale=1.0).dense(load_backend("torch"))))
+    else:
+        total = _kronecker(x, factored)
+    return total if factored.scale == 1.0 else total * factored.scale
+
+
+def _kronecker(x: Tensor, factored: Factored) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    several = [
+        functional.linear(_middle(_inner(rows, term), rows.shape[0], term), term[-1].left) for term in factored.terms
+    ]
+    total = several[0]
+    for one in several[1:]:
+        total = total + one
+    out = math.prod([matrix.left.shape[0] for matrix in factored.terms[0]])
+    return total.reshape(*x.shape[:-1], out)
+
+
+def _inner(rows: Tensor, term: Sequence[Matrix]) -> Tensor:
+    """The rows of x times the right factor of the last matrix, its columns being the fastest digits."""
+    last = term[-1]
+    cols = last.left.shape[1] if last.right is None else last.right.shape[0]
+    parts = rows.reshape(-1, cols)
+    return parts if last.right is None else parts @ last.right
+
+
+def _middle(inner: Tensor, count: int, term: Sequence[Matrix]) -> Tensor:
+    """That through the other matrices, a mode each, the first mode first."""
+    # Sizes are all written out: of no rows at all, none could be found from the others.
+    sizes = [matrix.left.shape[1] if matrix.right is None else matrix.right.shape[0] for matrix in term[:-1]]
+    sizes.append(term[-1].left.shape[1])
+    for place, matrix in enumerate(term[:-1]):
+        # Rows of x, digits that are done, this digit; and the rest, which the matrix leaves as it is.
+        stacked = inner.reshape(count, sizes[place], math.prod(sizes[place + 1 :]))
+        if matrix.right is not None:
+            stacked = torch.matmul(matrix.right.mT, stacked)
+        inner = torch.matmul(matrix.left, stacked)
+        count *= matrix.left.shape[0]
+    return inner.reshape(count, sizes[-1])
+
+
+class Branch(NamedTuple):
+    """What one update adds, its factors left out: which rows, times what, and of each term which matrices are whole."""
+
+    target: Target
+    scale: float
+    terms: tuple[tuple[bool, ...], ...]
+
+    def gathered(self, tensors: Sequence[Tensor]) -> list[list[Matrix]]:
+        """The factors again, of a row of tensors."""
+        found, rest = [], iter(tensors)
+        for term in self.terms:
+            found.append([Matrix(next(rest), None if is_whole else next(rest)) for is_whole in term])
+        return found
+
+    @property
+    def number(self) -> int:
+        """How many tensors it has."""
+        return sum(1 if is_whole else 2 for term in self.terms for is_whole in term)
+
+
+def factored_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Target, Factored]]
+) -> Tensor:
+    """``x Wᵀ + b`` and what each update adds to the features of its rows; for what :func:`can_fuse` says yes to."""
+    branches, tensors = [], list[Tensor]()
+    for target, factored in changes:
+        shape = tuple(tuple(matrix.right is None for matrix in term) for term in factored.terms)
+        branches.append(Branch(target, factored.scale, shape))
+        tensors += [tensor for term in factored.terms for matrix in term for tensor in matrix if tensor is not None]
+    if torch.is_grad_enabled():
+        return cast(Tensor, FactoredLinear.apply(x, weight, bias, tuple(branches), *tensors)[0])  # type: ignore[no-untyped-call]
+    return _forward(x, weight, bias, branches, tensors)[0]
+
+
+def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
+    """Whether all is of one dtype and device, and nothing looks at the single operations."""
+    if torch.compiler.is_compiling() or transformed() or watched():
+        return False
+    if x.is_nested or x.ndim == 0 or x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
+        return False
+    if not x.is_contiguous():
+        return False  # of other strides torch takes its products in another order, and rounds otherwise
+    tensors = [t for _, factored in changes for term in factored.terms for matrix in term for t in matrix]
+    return all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in [weight, *tensors])
+
+
+class FactoredLinear(torch.autograd.Function):
+    """The layer with its updates; also gives what x has become by the right factors, which backward needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        y, kept = _forward(x, weight, bias, branches, tensors)
+        ctx.branches, ctx.number, ctx.device = branches, len(tensors), x.device.type
+        ctx.save_for_backward(x, weight, *tensors, *kept)
+        ctx.set_materialize_grads(False)
+        return y, *kept
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # All of the forward pass was of one dtype: backward is, too, where it is called under autocast.
+        with torch.autocast(ctx.device, enabled=False):
+            return FactoredLinear._gradients(ctx, grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        x, weight, *rest = ctx.saved_tensors
+        tensors, kept = rest[: ctx.number], iter(rest[ctx.number :])
+        need_x, need_weight, need_bias, _, *needed = ctx.needs_input_grad
+        rows = x.reshape(-1, x.shape[-1])
+        found: list[Tensor | None] = [None] * (4 + len(tensors))
+        moved: Tensor | None = None
+        features: Tensor | None = None
+        if grads[0] is not None:
+            features = grads[0].reshape(-1, grads[0].shape[-1])
+            moved = features @ weight if need_x else None
+            found[1] = features.T @ rows if need_weight else None
+            found[2] = features.sum(0) if need_bias else None
+        elif need_x:
+            moved = torch.zeros_like(rows)
+        extra, at = iter(grads[1:]), 4
+        for branch, own in _shared_out(ctx.branches, tensors):
+            part = None if features is None else _part(branch.target, features)
+            for term in branch.gathered(own):
+                inner, given = (next(kept), next(extra)) if _is_kept(term) else (None, None)
+                several = _pulled(branch.scale, term, rows, part, inner, given, moved)
+                for tensor in several:
+                    found[at] = tensor if needed[at - 4] else None
+                    at += 1
+        found[0] = None if moved is None else moved.view(x.shape)
+        return tuple(found)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], tensors: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and of each term what x has become by its right factor, where that is narrow."""
+    rows = x.reshape(-1, x.shape[-1])
+    y, kept = functional.linear(rows, weight, bias), []
+    for branch, own in _shared_out(branches, tensors):
+        part = _part(branch.target, y)
+        for term in branch.gathered(own):
+            inner = _inner(rows, term)
+            if _is_kept(term):
+                kept.append(inner)
+            _accumulate(part, _middle(inner, rows.shape[0], term), term[-1].left, branch.scale)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    # The same numbers, and no view: a view that is made in here must not be written to in place.
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y, kept
+
+
+def _pulled(
+    scale: float,
+    term: Sequence[Matrix],
+    rows: Tensor,
+    part: Tensor | None,
+    inner: Tensor | None,
+    given: Tensor | None,
+    moved: Tensor | None,
+) -> list[Tensor | None]:
+    """Gradients of a term's tensors, in order; that of x is added to ``moved``."""
+    found: list[Tensor | None] = []
+    last, others = term[-1], term[:-1]
+    pulled = given
+    of_left: Tensor | None = None
+    of_others: tuple[Tensor, ...] = ()
+    if part is not None:
+        if inner is None:
+            inner = _inner(rows, term)
+        flat = [tensor for matrix in others for tensor in matrix if tensor is not None]
+
+        def through(inner: Tensor, *tensors: Tensor) -> Tensor:
+            rest = iter(tensors)
+            before = [Matrix(next(rest), None if matrix.right is None else next(rest)) for matrix in others]
+            return _middle(inner, rows.shape[0], [*before, last])
+
+        z, pull = cast(Any, torch.func.vjp(through, inner, *flat)) if others else (inner, None)
+        features = part.reshape(-1, last.left.shape[0])
+        of_z, of_left = features @ last.left, (z.T @ features).T
+        if scale != 1.0:
+            of_z, of_left = of_z * scale, of_left * scale
+        of_inner = of_z
+        if pull is not None:
+            of_inner, *rest_of = pull(of_z)
+            of_others = tuple(rest_of)
+        pulled = of_inner if pulled is None else pulled + of_inner
+    found += of_others if part is not None else [None] * sum(1 + (m.right is not None) for m in others)
+    found.append(of_left)
+    cols = last.left.shape[1] if last.right is None else last.right.shape[0]
+    if last.right is not None:
+        found.append(None if pulled is None else (pulled.T @ rows.reshape(-1, cols)).T)
+    if moved is not None and pulled is not None:
+        if last.right is None:
+            moved.view(-1, cols).add_(pulled)
+        else:
+            moved.view(-1, cols).addmm_(pulled, last.right.T)
+    return found
+
+
+def _is_kept(term: Sequence[Matrix]) -> bool:
+    """Whether what x becomes by the right factor is kept: where it is narrow."""
+    return term[-1].right is not None
+
+
+def _shared_out(branches: Sequence[Branch], tensors: Sequence[Tensor]) -> list[tuple[Branch, Sequence[Tensor]]]:
+    found, start = [], 0
+    for branch in branches:
+        found.append((branch, tensors[start : start + branch.number]))
+        start += branch.number
+    return found
+
+
+def _part(target: Target, features: Tensor) -> Tensor:
+    """Those of ``(n, out)`` features that the rows make, a view: ``(n, rows)`` or ``(n, blocks, rows of each)``."""
+    if target.rows is None:
+        return features
+    rows = target.rows
+    blocks = features.view(features.shape[0], rows.count, rows.stride)[:, :, rows.start : rows.start + rows.length]
+    return blocks[:, 0] if rows.count == 1 else blocks
+
+
+def _accumulate(part: Tensor, z: Tensor, left: Tensor, scale: float) -> None:
+    """``part += scale * z leftᵀ``, in place; several rows of z may make one of ``part``."""
+    if part.is_contiguous() or (part.ndim == 2 and len(z) == len(part)):
+        part.view(len(z), left.shape[0]).addmm_(z, left.T, alpha=scale)
+    else:
+        part.add_((z @ left.T).view(part.shape), alpha=scale)

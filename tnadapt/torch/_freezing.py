@@ -1,0 +1,66 @@
+"""The base, frozen while an adapter is on it, and as it was before once the last one is off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ._registry import is_array, overlapping
+
+if TYPE_CHECKING:
+    from ._adapter import Adapter
+
+__all__ = ["Untied", "freeze", "restore", "untie"]
+
+#: Where a tied weight got a copy of its own: module, name there, and the parameter that it was.
+Untied = tuple[nn.Module, str, nn.Parameter]
+
+
+def freeze(adapter: Adapter) -> None:
+    """Turn ``requires_grad`` off for all of its model but what it, or another adapter there, keeps trainable."""
+    free: set[int] = set()
+    before: dict[int, bool] = {}
+    for other in [*overlapping(adapter.model), adapter]:
+        free.update(id(parameter) for name, parameter in _base(other) if name in other.kept)
+        before.update((id(parameter), other.was_trainable[name]) for name, parameter in _held(other))
+    for name, parameter in _base(adapter):
+        # What was before the first of them: the last to be detached gives it back.
+        adapter.was_trainable[name] = before.get(id(parameter), parameter.requires_grad)
+        parameter.requires_grad_(id(parameter) in free)
+
+
+def restore(adapter: Adapter) -> None:
+    """Undo what ``attach`` did to the base, but for what another adapter still needs."""
+    for module, name, parameter in adapter.untied:
+        module._parameters[name] = parameter
+    others = [other for other in overlapping(adapter.model) if other is not adapter]
+    needed = {id(parameter) for other in others for _, parameter in _held(other)}
+    for name, parameter in _held(adapter):
+        if id(parameter) not in needed:
+            parameter.requires_grad_(adapter.was_trainable[name])
+
+
+def untie(adapter: Adapter, name: str) -> None:
+    """Give a tied weight of its model a copy of its own."""
+    model = adapter.model
+    module, _, parameter = name.rpartition(".")
+    owner = model.get_submodule(module)
+    old = owner._parameters[parameter]
+    assert old is not None
+    own = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+    adapter.untied.append((owner, parameter, old))
+    owner._parameters[parameter] = own
+
+
+def _base(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of its model that are no adapter's."""
+    for name, parameter in adapter.model.named_parameters():
+        if not is_array(name):
+            yield name, parameter
+
+
+def _held(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of which it knows whether they were trainable."""
+    return ((name, parameter) for name, parameter in _base(adapter) if name in adapter.was_trainable)

@@ -1,0 +1,244 @@
+"""A linear layer on the sum of its weight and updates, which is formed again in backward instead of being kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from tnadapt.targets.target import Target
+
+from ._delta import Slice
+
+__all__ = ["Source", "SummedLinear", "summed", "transformed", "watched"]
+
+
+class Source(NamedTuple):
+    """Where the update of some rows comes from.
+
+    Attributes
+    ----------
+    target : Target
+        Which rows.
+    made : Slice or None
+        What makes the update, ``(rows, cols)``, of as many arrays as ``number`` says; None where the one array given is
+        the update itself.
+    number : int
+    weight : float
+        What it is multiplied with, where it is made here.
+    """
+
+    target: Target
+    made: Slice | None = None
+    number: int = 1
+    weight: float = 1.0
+
+
+def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
+    """The stored weight with updates added to their rows; summed in the wider dtype and rounded once."""
+    kind = stored.dtype
+    for _, delta in changes:
+        kind = torch.promote_types(kind, delta.dtype)
+    total, own = stored.to(kind), kind != stored.dtype
+    for target, delta in changes:
+        delta = delta.to(stored.device)
+        if target.rows is None:
+            total, own = total + (delta.T if target.transposed else delta.reshape(stored.shape)), True
+            continue
+        # The other rows stay as they are, to the bit. Of a weight in channels_last a block would be a copy.
+        if not own or not total.is_contiguous():
+            total, own = total.clone(memory_format=torch.contiguous_format), True
+        target.block(total).add_(target.like_block(delta))
+    return total.to(stored.dtype)
+
+
+def _summed_in_place(stored: Tensor, changes: Sequence[tuple[Target, Tensor]], arrays: Sequence[Tensor]) -> Tensor:
+    """The same sum, in the memory of an update that was made for it alone, where there is one: it is no more then."""
+    target, delta = changes[0]
+    alike = (delta.dtype, delta.device, delta.shape) == (stored.dtype, stored.device, stored.shape)
+    if len(changes) > 1 or not alike or target.rows is not None or target.transposed or not delta.is_contiguous():
+        return summed(stored, changes)
+    memory = delta.untyped_storage()._cdata
+    if any(array.untyped_storage()._cdata == memory for array in arrays):
+        return summed(stored, changes)  # a dense update is a view of its parameters
+    return delta.add_(stored)
+
+
+class SummedLinear(torch.autograd.Function):
+    """``x (W + ΔW)ᵀ + b``; the sum, and ΔW if it is made here, are formed again in backward instead of being kept.
+
+    Not for what :func:`transformed` or :func:`watched` says yes to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sources: Sequence[Source], *arrays: Tensor
+    ) -> Tensor:
+        ctx.sources = sources
+        ctx.save_for_backward(x, weight, *arrays)
+        changes = []
+        for source, own in _shared_out(sources, arrays):
+            delta = own[0] if source.made is None else source.made(*own)
+            changes.append((source.target, delta if source.weight == 1.0 else delta * source.weight))
+        y = functional.linear(x, _summed_in_place(weight, changes, arrays), bias)
+        # Of a batch it is a view, and a view that is made in here must not be written to in place, as an inplace ReLU
+        # after the layer would. This is the same numbers, and no view.
+        return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *arrays = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, *needed = ctx.needs_input_grad
+        # Under autocast the output, and so its gradient, is of the lower precision: so are the products.
+        rows = grads[0].reshape(-1, grads[0].shape[-1])
+        inputs = x.reshape(-1, x.shape[-1]).to(rows.dtype)
+        # What is differentiated again, or batched, keeps every number that it has made.
+        batched = torch._C._functorch.is_legacy_batchedtensor(grads[0])
+        once = not torch.is_grad_enabled() and not transformed() and not batched
+        changes: list[tuple[Target, Tensor]] = []
+        pulls: list[Callable[[Tensor], Sequence[Tensor | None]] | None] = []
+        start = 0
+        for source, own in _shared_out(ctx.sources, arrays):
+            delta, pull = _with_pull(source, own, needed[start : start + source.number], once)
+            changes.append((source.target, delta))
+            pulls.append(pull)
+            start += source.number
+        kinds = [delta.dtype for _, delta in changes]
+        found: list[Tensor | None] = [None] * 4
+        room: Tensor | None = None
+        if need_x:
+            total = _summed_in_place(weight, changes, arrays) if once else summed(weight, changes)
+            found[0] = (rows @ total.to(rows.dtype)).to(x.dtype).view(x.shape)
+            room = total if once and total.dtype == rows.dtype else None
+        del changes
+        whole = rows.T @ inputs if need_weight else None
+        found[1] = None if whole is None else whole.to(weight.dtype)
+        for source, pull, kind in zip(ctx.sources, pulls, kinds, strict=True):
+            if pull is None:
+                found += [None] * source.number
+            elif whole is not None:
+                found += pull(source.target.select(whole).to(kind))
+            elif room is not None and room.shape == source.target.shape and room.is_contiguous():
+                # The sum has been used: its memory is in the cache, and need not be asked for.
+                found += pull(torch.mm(rows.T, inputs, out=room).to(kind))
+                room = None
+            else:
+                found += pull((_of_rows(source.target, rows).T @ inputs).to(kind))
+        if need_bias:
+            found[2] = rows.sum(0)
+        return tuple(found)
+
+
+def transformed() -> bool:
+    """Whether a transformation of torch.func is at work."""
+    active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is None or active()
+
+
+def watched() -> bool:
+    """Whether each operation is looked at as it is made: by a trace, by forward mode, or by a dispatch mode.
+
+    Such a mode may keep results for later, as selective checkpointing does: none of them may be written to.
+    """
+    return (
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or forward_ad._current_level >= 0
+        or _get_current_dispatch_mode() is not None
+    )
+
+
+def _shared_out(sources: Sequence[Source], arrays: Sequence[Tensor]) -> list[tuple[Source, Sequence[Tensor]]]:
+    """Each source with its arrays."""
+    found, start = [], 0
+    for source in sources:
+        found.append((source, arrays[start : start + source.number]))
+        start += source.number
+    return found
+
+
+def _with_pull(
+    source: Source, arrays: Sequence[Tensor], needed: Sequence[bool], once: bool
+) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]] | None]:
+    """The update again, and what takes its gradient to the gradients of the arrays (None: none is needed)."""
+    if source.made is None:
+        return arrays[0], (lambda moved: [moved]) if needed[0] else None
+    made, weight = source.made, source.weight
+    wanted = [index for index, need in enumerate(needed) if need]
+
+    def of(*moved: Tensor) -> Tensor:
+        given = list(arrays)
+        for index, array in zip(wanted, moved, strict=True):
+            given[index] = array
+        delta = made(*given)
+        return delta if weight == 1.0 else delta * weight
+
+    if not wanted:
+        return of(), None
+    if once:
+        delta, pulled = _pulled_once(made, weight, arrays, wanted)
+    else:
+        delta, pulled = cast(Any, torch.func.vjp(of, *(arrays[index] for index in wanted)))
+
+    def pull(moved: Tensor) -> list[Tensor | None]:
+        result: list[Tensor | None] = [None] * len(arrays)
+        for index, part in zip(wanted, pulled(moved), strict=True):
+            result[index] = part
+        return result
+
+    return delta, pull
+
+
+def _pulled_once(
+    made: Slice, weight: float, arrays: Sequence[Tensor], wanted: Sequence[int]
+) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+    """As torch.func.vjp, for what is differentiated once: a third of its overhead, and no memory but the update's."""
+    given = list(arrays)
+    for index in wanted:
+        given[index] = arrays[index].detach().requires_grad_()
+    leaves = [given[index] for index in wanted]
+    with torch.enable_grad():
+        factors = made.factors(*given)
+        if factors is None:
+            value = made(*given)
+            value = value if weight == 1.0 else value * weight
+            return value.detach(), lambda moved: torch.autograd.grad(value, leaves, moved)
+    left, right, first = factors
+    room = torch.mm(left.detach(), right.detach())
+    if weight != 1.0:
+        room.mul_(weight)
+    flat = room.view(-1)
+    stop = first + made.size
+    delta = flat[first:stop].view(made.shape)
+
+    def pull(moved: Tensor) -> Sequence[Tensor]:
+        # The gradient takes the place of the update, in the product that the update was a part of.
+        if moved.data_ptr() != delta.data_ptr():
+            delta.copy_(moved)
+        flat[:first].zero_()
+        flat[stop:].zero_()
+        if weight != 1.0:
+            room.mul_(weight)
+        outputs, gradients = [], []
+        if left.requires_grad:
+            outputs.append(left)
+            gradients.append(room @ right.detach().T)
+        if right.requires_grad:
+            outputs.append(right)
+            gradients.append(left.detach().T @ room)
+        return torch.autograd.grad(outputs, leaves, gradients)
+
+    return delta, pull
+
+
+def _of_rows(target: Target, features: Tensor) -> Tensor:
+    """Of ``(n, out)`` features those that the target's rows make, in order."""
+    if target.rows is None:
+        return features
+    rows, count = target.rows, features.shape[0]
+    blocks = features.view(count, rows.count, rows.stride)[:, :, rows.start : rows.start + rows.length]
+    return blocks.reshape(count, rows.count * rows.length)

@@ -1,0 +1,232 @@
+"""Adding updates to the weights themselves, and giving the very bits back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tnadapt.algebra.rounding import PIECE, ExactUpdates, add_in_place
+from tnadapt.errors import BackendError, TargetError
+from tnadapt.targets.target import Target
+
+from ._sharding import is_sharded, whole
+
+if TYPE_CHECKING:
+    from ._adapter import Adapter
+
+__all__ = ["Merged", "computed", "merge", "original", "stored", "unmerge"]
+
+
+class Merged(NamedTuple):
+    """One weight that holds an update: what its rows were, and a checksum of what they are."""
+
+    before: Tensor
+    checksum: int
+
+
+@torch.no_grad()
+def merge(adapter: Adapter) -> None:
+    """See :meth:`Adapter.merge`."""
+    adapter.need_attached()
+    if adapter.merged is not None:
+        raise TargetError(f"adapter {adapter.name!r} is merged already; a second merge would add its update twice")
+    if not adapter.enabled:
+        raise TargetError(f"adapter {adapter.name!r} is disabled; merge it outside of disabled()")
+    adapter.need_linear("it cannot be merged")
+    if adapter.weight == 0.0:
+        raise TargetError(f"adapter {adapter.name!r} is not active (its weight is 0): call activate() first")
+    weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
+    # Everything is computed and looked at before the first weight is touched.
+    updates = _Exact(adapter)
+    sums = [
+        updates.sum(index, target, weight)
+        for index, (target, weight) in enumerate(zip(adapter.targets, weights, strict=True))
+    ]
+    merged = [
+        Merged(target.select(weight).clone(), _checksum(after))
+        for target, weight, after in zip(adapter.targets, weights, sums, strict=True)
+    ]
+    try:
+        # Before any weight is written to: whatever happens from here on, unmerge() has the bits to put back.
+        adapter.merged = merged
+        for target, weight, after in zip(adapter.targets, weights, sums, strict=True):
+            _write(target, weight, after)
+    except BaseException:  # KeyboardInterrupt, too
+        _put_back(adapter, weights, merged)
+        raise
+    adapter._updates.forget()
+
+
+# A cache on the one, as few kernels as may be on the other.
+_PIECES = {"cpu": PIECE, "cuda": 1 << 24}
+
+
+class _Exact:
+    """Sums of weights and updates by the arithmetic of :mod:`tnadapt.algebra.rounding`, on each weight's device."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._arrays = {name: array.detach() for name, array in adapter.arrays().items()}
+        self._trained = str(next(iter(self._arrays.values())).dtype).removeprefix("torch.")
+        self._updates: dict[torch.device, ExactUpdates] = {}
+
+    def sum(self, index: int, target: Target, weight: Tensor) -> Tensor:
+        """The weight with its update, ``(rows, cols)``, in its own dtype and memory of its own."""
+        # Where a device has no float64, it is done on the host.
+        where = weight.device if weight.device.type == "cuda" else torch.device("cpu")
+        dtype = str(weight.dtype).removeprefix("torch.")
+        after = target.select(weight).to(where, copy=True).contiguous()
+        pieces: Iterator[tuple[int, Any]] = self._on(where).of(index)
+        if self.adapter.weight != 1.0:
+            pieces = ((start, piece * self.adapter.weight) for start, piece in pieces)
+        flat = after.view(-1)
+        problem = add_in_place(_bits(flat), dtype, pieces) if where.type == "cpu" else _add_in_place(flat, pieces)
+        if problem == "update":
+            raise BackendError(
+                f"the update of {target.name} is not finite (NaN or infinity in adapter {self.adapter.name!r}); "
+                "no weight was touched: load a good one, or reset()"
+            )
+        if problem is not None:
+            raise BackendError(
+                f"{target.name} with its update leaves the range of {weight.dtype}; no weight was touched: "
+                "merge in a wider dtype, or into the float32 model"
+            )
+        return cast(Tensor, after.to(weight.device))
+
+    def _on(self, where: torch.device) -> ExactUpdates:
+        if where not in self._updates:
+            moved = {name: array.to(where) for name, array in self._arrays.items()}
+            arrays = {name: _numbers(array) for name, array in moved.items()} if where.type == "cpu" else moved
+            self._updates[where] = ExactUpdates(self.adapter.plan, arrays, self._trained, _PIECES[where.type])
+        return self._updates[where]
+
+
+def _numbers(array: Tensor) -> np.ndarray:
+    return (array.float() if array.dtype is torch.bfloat16 else array).numpy()
+
+
+def _bits(flat: Tensor) -> np.ndarray:
+    """A tensor as NumPy has it, in the same memory; bfloat16 as its bits."""
+    return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype is torch.bfloat16 else flat.numpy()
+
+
+def _add_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> str | None:
+    """:func:`tnadapt.algebra.rounding.add_in_place` where the weight is."""
+    for start, piece in pieces:
+        part = flat[start : start + piece.numel()]
+        total = part.double() + piece
+        after = (total if part.dtype is torch.float64 else total.float()).to(part.dtype)
+        if bool((~torch.isfinite(after) & torch.isfinite(part)).any()):
+            return "range" if bool(torch.isfinite(piece).all()) else "update"
+        part.copy_(after)
+    return None
+
+
+@torch.no_grad()
+def unmerge(adapter: Adapter) -> None:
+    """See :meth:`Adapter.unmerge`."""
+    if adapter.merged is None:
+        raise TargetError(f"adapter {adapter.name!r} is not merged; there is nothing to take back")
+    weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
+    for target, weight, merged in zip(adapter.targets, weights, adapter.merged, strict=True):
+        if weight.dtype != merged.before.dtype:
+            raise TargetError(
+                f"{target.name} was {merged.before.dtype} when it was merged and is {weight.dtype} now: the bits it "
+                "had cannot come back; convert the model to what it was, or detach by bake()"
+            )
+        # Rows that are the original ones already are those of an unmerge() that was interrupted.
+        now = _checksum(target.select(weight))
+        if now != merged.checksum and now != _checksum(merged.before):
+            raise TargetError(
+                f"{target.name} was changed after adapter {adapter.name!r} was merged into it (by another adapter, "
+                "training or loading), and unmerging would throw that away: undo it first, or detach by bake()"
+            )
+    before = adapter.merged
+    try:
+        _put_back(adapter, weights, before)
+    except BaseException:  # a half would be neither the model that was merged nor the base
+        _put_back(adapter, weights, before)
+        raise
+
+
+def _put_back(adapter: Adapter, weights: Sequence[Tensor], merged: Sequence[Merged]) -> None:
+    """Give the weights their original rows; may be repeated."""
+    for target, weight, one in zip(adapter.targets, weights, merged, strict=True):
+        _write(target, weight, one.before)
+    adapter.merged = None
+
+
+def _write(target: Target, weight: Tensor, matrix: Tensor) -> None:
+    """Put ``(rows, cols)`` where it belongs in a stored weight."""
+    if weight.ndim == 2 or weight.is_contiguous():
+        target.block(weight).copy_(target.like_block(matrix))
+        return
+    # Of a convolution in channels_last, a block would be a copy.
+    whole = weight.contiguous()
+    target.block(whole).copy_(target.like_block(matrix))
+    weight.copy_(whole)
+
+
+def original(adapter: Adapter, index: int) -> Tensor | None:
+    """A target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if it is quantised.
+
+    Of a parametrised weight, what it is computed to be.
+    """
+    if adapter.merged is not None:
+        return adapter.merged[index].before
+    weight = stored(adapter, index)
+    if weight is None:
+        weight = computed(owner_of(adapter, index), adapter.targets[index].parameter)
+    if weight is None or not weight.is_floating_point():
+        return None
+    return cast(Tensor, adapter.targets[index].select(whole(weight.detach())))
+
+
+def stored(adapter: Adapter, index: int) -> Tensor | None:
+    """The parameter that holds a target, as the model keeps it; None if a quantised layer has none of that name."""
+    return owner_of(adapter, index)._parameters.get(adapter.targets[index].parameter)
+
+
+def computed(owner: nn.Module, parameter: str) -> Tensor | None:
+    """What a parametrised weight is at this moment; None if it is not parametrised."""
+    with torch.no_grad():
+        return getattr(owner, parameter) if hasattr(owner, "parametrizations") else None
+
+
+def owner_of(adapter: Adapter, index: int) -> nn.Module:
+    """The module that holds a target's weight."""
+    part = adapter.parts[index]
+    for weight in adapter.sites[index].weights:
+        if part in weight.parts:
+            return weight.owner
+    raise TargetError(f"adapter {adapter.name!r} is not attached to its model any more")
+
+
+def _writable(adapter: Adapter, index: int) -> Tensor:
+    weight = stored(adapter, index)
+    name = adapter.targets[index].name
+    if weight is None and computed(owner_of(adapter, index), adapter.targets[index].parameter) is not None:
+        raise TargetError(
+            f"{name} is parametrised, computed from other parameters: an update cannot be merged into it; keep it "
+            "attached, or torch.nn.utils.parametrize.remove_parametrizations() first"
+        )
+    # Eight bits and fewer are floating-point numbers, too, to torch.
+    if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
+        raise TargetError(f"{name} is quantised: an update cannot be merged into it; keep it attached")
+    if is_sharded(weight):
+        raise TargetError(f"{name} is sharded over processes: save the adapter and merge it in one process")
+    if weight.device.type == "meta":
+        raise TargetError(f"{name} is on the meta device and has no numbers to merge into")
+    return weight.detach()
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of the bits: the sum, and the sum weighted by position, of the elements as integers."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.contiguous().view(kind).reshape(-1).to(torch.int64)
+    place = torch.arange(1, bits.numel() + 1, device=bits.device)
+    return hash((int(bits.sum()), int((bits * place).sum())))

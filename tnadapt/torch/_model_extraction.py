@@ -1,0 +1,225 @@
+"""An adapter from a model that was tuned whole: what changed in its weights, fitted, in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.presets import superlora
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends import load_backend
+from tnadapt.decomposition import Report, Settings, Step, smallest_rank
+from tnadapt.errors import ShapeError, TargetError, escaped, shown
+from tnadapt.targets.overlaps import check_distinct
+from tnadapt.targets.target import Target
+
+from . import _merging as merging
+from ._adapter import Adapter
+from ._attach import attach, check_name, matching
+from ._registry import overlapping
+from ._sharding import whole
+from ._target_selection import find_targets
+
+__all__ = ["extract"]
+
+
+def extract(
+    base: nn.Module,
+    tuned: nn.Module | Mapping[str, Tensor],
+    cfg: Config | None = None,
+    targets: Any = "qv",
+    name: str = "default",
+    *,
+    error: float | None = None,
+    max_rank: int | None = None,
+    keep: str | Sequence[str] = (),
+    progress: Callable[[Step], None] | None = None,
+    **settings: Any,
+) -> Adapter:
+    """Attach to a base model an adapter that makes of it, as nearly as it can, a model that was tuned whole.
+
+    Parameters
+    ----------
+    base : Module
+        The model before; the adapter is attached to it.
+    tuned : Module or mapping of str to Tensor
+        The same model after full fine-tuning, or its state dict.
+    cfg : Config, optional
+        What the updates are to be made of; ``tnadapt.presets.superlora(rank=8)`` if not given.
+    targets : str, list or function
+        Which weights, as for :func:`tnadapt.torch.attach`.
+    name : str
+        Of the adapter.
+    error : float, optional
+        Take the smallest rank whose relative Frobenius error is no more, instead of the config's.
+    max_rank : int, optional
+        The largest that is tried then.
+    keep : str or sequence of str
+        Parameters that become as the tuned model has them, and are saved with the adapter: ``keep_trainable`` of
+        :func:`tnadapt.torch.attach`. A new head, say.
+    progress : callable, optional
+        Called with a :class:`~tnadapt.decomposition.Step`.
+    **settings
+        ``tol``, ``max_iterations``, ``svd`` and ``seed`` of :func:`tnadapt.decompose`.
+
+    Returns
+    -------
+    Adapter
+        Attached, with how near it comes in ``adapter.report``. Where other parameters differ that are neither targets
+        nor kept, a warning names them.
+
+    Raises
+    ------
+    TargetError
+        If a target is not in both models, has another shape, or is quantised.
+    ShapeError, ConfigError
+        If an update is not finite, the config does not suit the weights, or no rank comes within the error. The base is
+        as it was then.
+
+    Notes
+    -----
+    Fitted on the device of the base's weights, in float32 (float64 for float64 models); in memory is one group's part
+    of the long vector at a time, a few times over. :func:`tnadapt.extract` does the same for checkpoints on disk.
+
+    Examples
+    --------
+    >>> import copy, torch, tnadapt.torch
+    >>> base = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True).eval()
+    >>> tuned = copy.deepcopy(base)
+    >>> with torch.no_grad():
+    ...     _ = tuned.self_attn.in_proj_weight[:16].add_(0.1)  # of rank one
+    >>> adapter = tnadapt.torch.extract(base, tuned, tnadapt.presets.lora(1))
+    >>> print(adapter.report)
+    relative error ... in 2 groups, 64 parameters for 512 elements; the optimum
+    >>> x = torch.randn(1, 3, 16)
+    >>> bool(torch.allclose(base(x), tuned(x), atol=1e-5))
+    True
+    """
+    cfg = superlora(rank=8) if cfg is None else cfg
+    chosen = Settings(**settings)
+    if not isinstance(base, nn.Module):
+        raise TargetError(f"extract needs a torch module as base; got {type(base).__name__}")
+    for other in overlapping(base):
+        if other.merged is not None:
+            raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it first")
+    found = find_targets(base, targets)
+    # What attach would refuse after the fit is said before it.
+    check_distinct(found)
+    check_name(base, name)
+    matching(base, keep, {target.name for target in found})
+    theirs = _state(tuned)
+    weights = [(_weight(base, target), _theirs(theirs, target)) for target in found]
+    kind = torch.float64 if weights[0][0].dtype is torch.float64 else torch.float32
+    like = torch.zeros(0, dtype=kind, device=weights[0][0].device)
+
+    def read(weight: int) -> Tensor:
+        before, after = weights[weight]
+        # The difference of two near numbers of half precision is exact in single.
+        difference: Tensor = found[weight].select(after.to(like) - before.to(like))
+        return difference
+
+    def fit(config: Config) -> tuple[dict[str, Tensor], Report]:
+        plan = SuperLoRA(config, [target.shape for target in found], [target.layer for target in found])
+        return chosen.fit(load_backend("torch"), like, plan, read, progress)
+
+    with torch.no_grad():
+        if error is None:
+            arrays, report = fit(cfg)
+        else:
+            _, cfg, arrays, report = smallest_rank(fit, cfg, error, max_rank)
+        adapter = attach(base, cfg, found, name, keep_trainable=keep, dtype=kind)
+        try:
+            _copy_kept(adapter, theirs)
+            adapter.load_arrays(arrays)
+        except BaseException:
+            adapter.detach()
+            raise
+    adapter.report = report
+    others = list(_others(base, theirs, found, adapter))
+    if others:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        warnings.warn(
+            f"the two models differ in {', '.join(map(escaped, others[:4]))}{more}, which the adapter does not hold: "
+            "name them by keep=, or take them as targets",
+            stacklevel=2,
+        )
+    return adapter
+
+
+def _state(tuned: Any) -> Mapping[str, Tensor]:
+    if isinstance(tuned, nn.Module):
+        return {**dict(tuned.named_parameters(remove_duplicate=False)), **dict(tuned.named_buffers())}
+    if not isinstance(tuned, Mapping) or not all(isinstance(value, Tensor) for value in tuned.values()):
+        raise TargetError(f"tuned must be a torch module or a state dict of tensors; got {type(tuned).__name__}")
+    return tuned
+
+
+def _weight(base: nn.Module, target: Target) -> Tensor:
+    owner = base.get_submodule(target.module)
+    weight: Tensor | None = owner._parameters.get(target.parameter)
+    weight = merging.computed(owner, target.parameter) if weight is None else weight
+    if weight is None or not weight.is_floating_point():
+        raise TargetError(f"{target.name} is quantised in the base, and what changed in it cannot be told")
+    if weight.device.type == "meta":
+        raise TargetError(f"{target.name} is on the meta device and has no numbers")
+    return whole(weight.detach())
+
+
+def _theirs(state: Mapping[str, Tensor], target: Target) -> Tensor:
+    found = state.get(target.name)
+    if found is None:
+        raise TargetError(f"the tuned model has no {shown(target.name)}: give the same model, tuned")
+    found = whole(found.detach())
+    if tuple(found.shape) != target.stored or not found.is_floating_point():
+        raise TargetError(
+            f"{target.name} is {tuple(found.shape)}, {found.dtype} in the tuned model and {target.stored} in the base: "
+            "give the same model, tuned"
+        )
+    return found
+
+
+def _copy_kept(adapter: Adapter, theirs: Mapping[str, Tensor]) -> None:
+    own = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
+    for name in adapter.kept:
+        if name not in theirs or theirs[name].shape != own[name].shape:
+            there = tuple(theirs[name].shape) if name in theirs else "not there"
+            raise ShapeError(
+                f"{name} is to be kept; in the tuned model it is {there}, in the base {tuple(own[name].shape)}: build "
+                "the base with the head of the tuned model"
+            )
+    for name in adapter.kept:
+        own[name].copy_(theirs[name])
+
+
+def _others(
+    base: nn.Module, theirs: Mapping[str, Tensor], targets: Sequence[Target], adapter: Adapter
+) -> Iterator[str]:
+    """Parameters and buffers that differ, and are neither targets nor kept."""
+    kept, adapted = set(adapter.kept), {target.name for target in targets}
+    own = set(adapter._names.values())
+    parameters = dict(base.named_parameters(remove_duplicate=False))  # a tied weight under each of its names
+    ours = {**parameters, **dict(base.named_buffers())}
+    for name, there in theirs.items():
+        before = ours.get(name)
+        if name in kept or (before is not None and before.device.type == "meta"):
+            continue
+        if before is None or there.shape != before.shape:
+            yield name
+            continue
+        before, after = whole(before.detach()), whole(there.detach()).to(before)
+        if name in adapted:
+            mine = [target for target in targets if target.name == name]
+            if any(target.rows is None for target in mine):
+                continue
+            after = after.clone()
+            for target in mine:
+                target.block(after).copy_(target.block(before))
+        if not torch.equal(before, after):
+            yield name
+    # A state dict leaves out buffers that are made again.
+    yield from (name for name in parameters if name not in theirs and name not in own)

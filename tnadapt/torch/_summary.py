@@ -1,0 +1,108 @@
+"""The table of an adapter: which weight is made from which slice of which group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from tnadapt.errors import escaped
+
+from ._registry import is_array
+
+if TYPE_CHECKING:
+    from ._adapter import Adapter
+
+__all__ = ["Row", "Summary"]
+
+
+class Row(NamedTuple):
+    """One weight.
+
+    Attributes
+    ----------
+    target : str
+        The parameter's path in the model.
+    role : str
+        What it does there.
+    shape : tuple of int
+        ``(rows, cols)`` of the update.
+    slices : tuple of (group, start, stop)
+        Which elements of which groups it is made of.
+    strategy : str
+        How it is used.
+    """
+
+    target: str
+    role: str
+    shape: tuple[int, int]
+    slices: tuple[tuple[int, int, int], ...]
+    strategy: str
+
+
+class Summary:
+    """What :meth:`Adapter.summary` returns: ``rows`` and counts; its text is a table.
+
+    Attributes
+    ----------
+    rows : list of Row
+    parameters : int
+        Trained elements of the adapter.
+    frozen : int
+        Elements of the arrays that :meth:`Adapter.set_trainable` left out.
+    adapted : int
+        Elements of the weights it updates.
+    kept : int
+        Elements of the model's own parameters that ``keep_trainable`` left free.
+    base : int
+        Elements of the base model.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        plan = adapter.plan
+        self.title = f"adapter {adapter.name!r} on {type(adapter.model).__name__}"
+        self.rows = [
+            Row(
+                target.name,
+                target.role,
+                target.shape,
+                tuple((p.group, p.group_start, p.group_start + p.length) for p in plan.layout.of_weight(index)),
+                part.strategy,
+            )
+            for index, (target, part) in enumerate(zip(adapter.targets, adapter.parts, strict=True))
+        ]
+        self.groups = plan.num_groups
+        self.parameters = adapter.num_parameters
+        self.frozen = plan.num_parameters - self.parameters
+        self.adapted = plan.size
+        own = {id(parameter) for _, parameter in adapter.named_parameters()}
+        sizes = {
+            name: parameter.numel()
+            for name, parameter in adapter.model.named_parameters()
+            if not is_array(name) and id(parameter) not in own
+        }
+        self.kept = sum(sizes.get(name, 0) for name in adapter.kept)
+        self.base = sum(sizes.values())
+
+    def __str__(self) -> str:
+        head = ("target", "role", "shape", "group[slice]", "strategy")
+        table = [head, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        share = 100.0 * self.parameters / self.base
+        count = (
+            f"{self.parameters:,} parameters in {self.groups} group{'s' * (self.groups != 1)} for {self.adapted:,} "
+            f"elements of {len(self.rows)} weights; {share:.3g} % of the base's {self.base:,}"
+        )
+        if self.frozen:
+            count += f"; {self.frozen:,} more frozen"
+        if self.kept:
+            count += f"; {self.kept:,} of its own kept trainable"
+        return "\n".join([self.title, *lines, count])
+
+    __repr__ = __str__
+
+    @staticmethod
+    def _cells(row: Row) -> tuple[str, ...]:
+        slices = " + ".join(f"{group}[{start}:{stop}]" for group, start, stop in row.slices)
+        return escaped(row.target), row.role, "×".join(map(str, row.shape)), slices, row.strategy

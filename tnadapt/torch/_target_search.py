@@ -1,0 +1,230 @@
+"""One model, searched for what ``targets`` asks for."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from tnadapt.errors import TargetError, shown
+from tnadapt.targets.roles import layer_of
+from tnadapt.targets.target import Target
+
+from ._attention_search import Attention, attentions
+from ._weights import Weight, modules_of, plain, weights_of, wraps
+
+__all__ = ["Search"]
+
+_ROLES = frozenset("qkvo")
+
+# Where the classifier lies that is trained whole, not adapted: names of a model's own children.
+_HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "head", "heads", "fc", "classification_head")
+_WRAPPERS = ("module", "_orig_mod", "base_model", "model")
+
+
+class Search:
+    """One model, looked at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.places = list(modules_of(model))
+
+    @functools.cached_property
+    def attentions(self) -> list[Attention]:
+        return list(attentions(self.model))
+
+    @functools.cached_property
+    def weights(self) -> list[Weight]:
+        return [weight for path, module in self.places for weight in weights_of(path, module)]
+
+    def find(self, targets: Any) -> list[Target]:
+        if isinstance(targets, str):
+            return self._by_word(targets)
+        if callable(targets):
+            return self._by_function(targets)
+        if not isinstance(targets, (list, tuple, set, frozenset)):
+            raise TargetError(
+                "targets must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function; "
+                f"got {shown(targets)}"
+            )
+        entries = sorted(targets, key=str) if isinstance(targets, (set, frozenset)) else targets
+        return [target for entry in entries for target in self._by_entry(entry)]
+
+    def nothing(self, targets: Any) -> TargetError:
+        """The error of a search that found nothing."""
+        linear = [weight.name for weight in self.weights if weight.kind != "other"]
+        some = ", ".join(linear[:10]) + (f" and {len(linear) - 10} more" if len(linear) > 10 else "")
+        there = (
+            f"it has {len(linear)} linear or convolution weights: {some}" if linear else "it has no such weight at all"
+        )
+        return TargetError(
+            f"no target in {type(self.model).__name__} for {shown(targets)}; {there}. Name them in a list, as "
+            "targets=['path', …], or give 'all-linear', 'conv', a regular expression for paths, or a function"
+        )
+
+    # -- Words -------------------------------------------------------------------------------
+
+    def _by_word(self, word: str) -> list[Target]:
+        if word and _ROLES.issuperset(word):
+            return [target for found in self.attentions for target in found.targets(word)]
+        if word == "all-linear":
+            heads = _heads(self.model)
+            return [
+                _whole(weight) for weight in self.weights if weight.kind == "linear" and id(weight.module) not in heads
+            ]
+        if word == "conv":
+            return [_whole(weight) for weight in self.weights if weight.kind == "conv"]
+        try:
+            pattern = re.compile(word)
+        except re.error as error:
+            raise TargetError(f"targets={shown(word)} is no role, word or regular expression: {error}") from None
+        found = []
+        for path, module in self.places:
+            # A wrapper stands for the layer in it, whose plain path is the same.
+            if not wraps(module) and (pattern.fullmatch(path) or pattern.fullmatch(plain(path))):
+                found += self._whole_of(path, module)
+        if not found:
+            raise self._no_match(word)
+        return found
+
+    def _whole_of(self, path: str, module: nn.Module) -> list[Target]:
+        weights = weights_of(path, module)
+        if not weights:
+            inside = [weight.path for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
+            there = f"; name what lies inside, such as {', '.join(inside[:4])}" if inside else ""
+            raise TargetError(f"{shown(path)} is a {type(module).__name__}, which holds no weight to adapt{there}")
+        return [_whole(weight) for weight in weights]
+
+    # -- Lists -------------------------------------------------------------------------------
+
+    def _by_entry(self, entry: Any) -> list[Target]:
+        if isinstance(entry, Target):
+            return [self._checked(entry)]
+        if not isinstance(entry, str) or not entry:
+            raise TargetError(f"a list of targets holds paths and tnadapt.Target; got {shown(entry)}")
+        found = [_whole(weight) for weight in self.weights if _ends(entry, weight.path) or _is_name(entry, weight)]
+        if found:
+            return found
+        path, colon, letters = entry.rpartition(":")
+        if colon and letters and _ROLES.issuperset(letters):
+            return self._roles_at(path, letters, _ends)
+        for path, module in self.places:
+            if _ends(entry, path):
+                return self._whole_of(path, module)
+        raise self._no_match(entry)
+
+    def _roles_at(self, path: str, letters: str, same: Callable[[str, str], bool]) -> list[Target]:
+        """What makes these roles in an attention, or a weight, of that path."""
+        found = []
+        for attention in self.attentions:
+            weights = [weight for _, _, weight in attention.inputs] + attention.outputs
+            whole = same(path, attention.path)
+            if whole or any(same(path, weight.path) for weight in weights):
+                found += [target for target in attention.targets(letters) if whole or same(path, target.module)]
+        if not found:
+            raise self._no_match(
+                path, f" with the roles {letters!r}", [attention.path for attention in self.attentions]
+            )
+        return found
+
+    def _no_match(self, name: str, what: str = "", among: list[str] | None = None) -> TargetError:
+        names = among or [plain(weight.path) for weight in self.weights if weight.kind != "other"]
+        last = {path.rpartition(".")[2]: path for path in reversed(names)}
+        close = [last.get(near, near) for near in difflib.get_close_matches(name, [*last, *names], 4)]
+        some = list(dict.fromkeys(close)) or names[:6]
+        there = f"{'near it' if close else 'there'}: {', '.join(some)}" if some else "the model has none at all"
+        return TargetError(
+            f"no module of {type(self.model).__name__} matches {shown(name)}{what} ({len(names)} could); {there}. A "
+            "list takes whole paths or their last whole parts, a plain string is a regular expression for a whole path"
+        )
+
+    # -- Functions and targets ---------------------------------------------------------------
+
+    def _by_function(self, choose: Callable[[str, nn.Module], Any]) -> list[Target]:
+        found: list[Target] = []
+        for path, module in self.places:
+            given = choose(path, module)
+            if given is None or given is False:
+                continue
+            if given is True:
+                found += self._whole_of(path, module)
+            elif isinstance(given, str) and given and _ROLES.issuperset(given):
+                found += self._roles_at(path, given, str.__eq__)
+            elif isinstance(given, Target):
+                found.append(self._checked(given))
+            elif isinstance(given, (list, tuple)) and all(isinstance(target, Target) for target in given):
+                found += [self._checked(target) for target in given]
+            else:
+                raise TargetError(
+                    "a function for targets gives True, roles such as 'qv', tnadapt.Target or nothing; for "
+                    f"{shown(path)} it gave {shown(given)}"
+                )
+        return found
+
+    def _checked(self, target: Target) -> Target:
+        """A caller's own target, if the model has that weight in that shape."""
+        module = next((module for path, module in self.places if path == target.module), None)
+        if module is None:
+            raise self._no_match(target.module)
+        for weight in weights_of(target.module, module):
+            if weight.parameter == target.parameter and weight.stored is not None:
+                stored, transposed = weight.stored, weight.transposed
+                break
+        else:
+            tensor = module._parameters.get(target.parameter)
+            if tensor is None:
+                raise TargetError(f"{target.name}: a {type(module).__name__} has no parameter {target.parameter!r}")
+            stored, transposed = tuple(tensor.shape), target.transposed
+        if (stored, transposed) != (target.stored, target.transposed):
+            raise TargetError(
+                f"{target.name} is stored as {stored}{_order(transposed)}; the target given for it says "
+                f"{target.stored}{_order(target.transposed)}"
+            )
+        return target
+
+
+def _whole(weight: Weight) -> Target:
+    role = "conv" if weight.kind == "conv" else "linear"
+    # The module's own number, in a Sequential of layers, is not the layer's.
+    return weight.target(role, layer_of(plain(weight.path).rpartition(".")[0]))
+
+
+def _order(transposed: bool) -> str:
+    return ", which is (in, out)" if transposed else ""
+
+
+def _ends(entry: str, path: str) -> bool:
+    """Whether a path is the entry, or ends in it by whole parts; with or without PEFT's wrapping."""
+    return any(one == entry or one.endswith(f".{entry}") for one in (path, plain(path)))
+
+
+def _is_name(entry: str, weight: Weight) -> bool:
+    """Whether the entry is the end of a parameter's name; "weight" alone would be the end of nearly all."""
+    return _ends(entry, weight.name) if entry != "weight" else weight.name == entry
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """Modules of the output head: what the model itself calls so, or the last layer below a child of such a name."""
+    found: list[Any] = []
+    for method in ("get_output_embeddings", "get_classifier"):
+        try:
+            given = getattr(model, method)()
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+        found += given if isinstance(given, (tuple, list)) else [given]
+    while len(model._modules) == 1 and next(iter(model._modules)) in _WRAPPERS:
+        inner = next(iter(model._modules.values()))
+        if inner is None:
+            break
+        model = inner
+    found += [model._modules[name] for name in _HEADS if name in model._modules]
+    return {id(module) for head in found if isinstance(head, nn.Module) for module in _last(head)}
+
+
+def _last(head: nn.Module) -> Iterator[nn.Module]:
+    holders = [module for path, module in modules_of(head) if weights_of(path, module)]
+    yield from holders[-1:]

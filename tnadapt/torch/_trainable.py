@@ -1,0 +1,166 @@
+"""Which arrays of an adapter are trained, and at which rates: Local LoRA, asymmetric LoRA, LoRA+."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnadapt.algebra.init import Start
+from tnadapt.algebra.superlora import Group
+from tnadapt.errors import ConfigError, shown
+
+from ._sharding import copy_all, reshard, whole
+
+if TYPE_CHECKING:
+    from ._adapter import Adapter
+
+__all__ = ["choose", "keep", "parameter_groups"]
+
+
+def choose(adapter: Adapter, groups: Any, arrays: Any) -> None:
+    """See :meth:`Adapter.set_trainable`."""
+    known = range(adapter.plan.num_groups)
+    places = {
+        name: (int(name.partition(".")[0][len("group") :]), name.rpartition(".")[2])
+        for name in adapter.plan.param_shapes
+    }
+    last = sorted({word for _, word in places.values()})
+    numbers, words = _listed(groups, known), _listed(arrays, last)
+    chosen = [name for name, (number, word) in places.items() if number in numbers and word in words]
+    if not chosen:
+        raise ConfigError(
+            f"adapter {adapter.name!r} has no arrays {shown(arrays)} in groups {shown(groups)}; it has groups 0 to "
+            f"{len(known) - 1} and arrays {', '.join(last)}"
+        )
+    keep(adapter, chosen, _moved_zero(adapter, chosen))
+
+
+def keep(adapter: Adapter, trained: Collection[str] | None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+    """Train these arrays and no others, all if None, and give some new numbers.
+
+    If it fails or is interrupted, nothing has changed.
+    """
+    # FSDP2 drops what is set on gathered parameters, requires_grad included.
+    reshard(adapter.model, adapter._owner)
+    everything = adapter.plan.param_shapes
+    chosen = everything if trained is None else set(trained)
+    names = None if len(chosen) == len(everything) else tuple(name for name in everything if name in chosen)
+    pairs = adapter.pairs(arrays) if arrays else []
+    required = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in adapter.named_parameters()]
+    numbers = [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
+    before = adapter.trained
+    try:
+        copy_all(pairs)
+        for name, parameter in adapter.named_parameters():
+            parameter.requires_grad_(name in chosen)
+            if name not in chosen:
+                parameter.grad = None  # an optimiser that has it already would go on moving it
+        adapter.trained = names
+    except BaseException:  # KeyboardInterrupt, too
+        adapter.trained = before
+        for parameter, was, gradient in required:
+            parameter.requires_grad_(was)
+            parameter.grad = gradient
+        with torch.no_grad():
+            for parameter, number in numbers:
+                parameter.copy_(number)
+        raise
+
+
+def _moved_zero(adapter: Adapter, trained: Collection[str]) -> dict[str, np.ndarray]:
+    """New numbers for groups that are still at the start, where a trained array becomes the zero."""
+    plan, everything = adapter.plan, dict(adapter.named_parameters())
+    if next(iter(everything.values())).device.type == "meta":
+        return {}  # reset() fills it in
+    moved: dict[str, np.ndarray] = {}
+    able, unable = list[int](), list[int]()
+    for number, (group, old, new) in enumerate(
+        zip(plan.groups, plan.starts(adapter.trained), plan.starts(trained), strict=True)
+    ):
+        names = {name for name, full in group.names.items() if full in trained}
+        if not names or (len(names) == len(group.names) and new.zeros == old.zeros):
+            continue
+        own = {name: whole(everything[full]).detach() for name, full in group.names.items()}
+        if new.zeros != old.zeros and _is_start(old, own):
+            if adapter.activation == "relu" and new is not group.start:
+                raise ConfigError(
+                    f"adapter {adapter.name!r} has 'relu' between its factors, whose derivative at zero is zero: "
+                    f"{_last_words(names)} alone could never be trained from a start that changes nothing. Train "
+                    f"{_last_words(group.start.zeros)} too, or use another activation"
+                )
+            moved.update({full: new.host(name) for name, full in group.names.items()})
+        elif not _can_learn(group, own, names):
+            unable.append(number)
+            continue
+        able.append(number)
+    _refuse_or_warn(adapter, trained, able, unable)
+    return moved
+
+
+def _is_start(start: Start, own: Mapping[str, Tensor]) -> bool:
+    """Whether arrays are a start, to the bit."""
+    return all(
+        torch.equal(array.cpu(), torch.from_numpy(start.host(name)).to(array.dtype)) for name, array in own.items()
+    )
+
+
+def _can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str]) -> bool:
+    """Whether some trained array is multiplied with something: of a linear F, its gradient is the rest of its term."""
+    if not group.projection.linear:
+        return True
+    alive = {name for name, array in own.items() if bool(array.any())}
+    for prefixes in group.network.prefixes:
+        term = {
+            prefix + name for prefix, split in zip(prefixes, group.network.splits, strict=True) for name in split.shapes
+        }
+        if any(term - {name} <= alive for name in term & set(trained)):
+            return True
+    return False
+
+
+def _refuse_or_warn(adapter: Adapter, trained: Collection[str], able: Sequence[int], unable: Sequence[int]) -> None:
+    if not unable:
+        return
+    problem = (
+        f"adapter {adapter.name!r} has arrays of zeros beside {_last_words(trained)} that would be frozen, so that the "
+        "gradient of what is trained is zero"
+    )
+    way = "Train the others too, or call reset(), which starts anew with the zero in a trained array"
+    if not able:
+        raise ConfigError(f"{problem}: nothing would learn. {way}")
+    some = ", ".join(map(str, unable[:4])) + (f" and {len(unable) - 4} more" if len(unable) > 4 else "")
+    warnings.warn(f"{problem} in groups {some}. {way}", stacklevel=5)
+
+
+def _last_words(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+
+def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
+    """What was asked for, as a list; all that is known for None, and nothing where one of them is not known."""
+    if given is None:
+        return list(known)
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    return listed if all(type(one) in (int, str) and one in known for one in listed) else []
+
+
+def parameter_groups(adapter: Adapter, lr: float, ratio: float) -> list[dict[str, Any]]:
+    """See :meth:`Adapter.parameter_groups`."""
+    zero = set(_start_zero(adapter))
+    fast = [p for name, p in adapter.named_parameters() if p.requires_grad and name in zero]
+    slow = [p for name, p in adapter.named_parameters() if p.requires_grad and name not in zero]
+    if not slow:
+        return [{"params": fast, "lr": lr}]
+    return [{"params": slow, "lr": lr}, *([{"params": fast, "lr": lr * ratio}] if fast else [])]
+
+
+def _start_zero(adapter: Adapter) -> Iterator[str]:
+    for group, start in zip(adapter.plan.groups, adapter.plan.starts(adapter.trained), strict=True):
+        for name, full in group.names.items():
+            if not start.host(name).any():
+                yield full

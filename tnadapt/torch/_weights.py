@@ -1,0 +1,216 @@
+"""The weights of a model that an adapter may update, whatever kind of module holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tnadapt.errors import TargetError
+from tnadapt.targets.target import Rows, Target
+
+__all__ = ["Weight", "check_embedding", "join", "modules_of", "plain", "projections_in", "weights_of", "wraps"]
+
+# Where PEFT keeps the layer that it wraps.
+_BASE = "base_layer"
+
+# What the projection is called inside a module that is more than it.
+_PROJECTIONS = ("linear", "proj", "projection")
+
+_NOT_LINEAR = (nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd, nn.Bilinear)
+
+
+class Weight(NamedTuple):
+    """One stored weight.
+
+    Attributes
+    ----------
+    path, parameter : str
+        Dotted path of its module, and its name there.
+    module : Module
+    stored : tuple of int, optional
+        Its shape as the model keeps it, undoing quantisation; None if the module does not tell.
+    kind : {"linear", "conv", "other"}
+        "other" is an embedding, or a matrix of a module that is not known: it becomes a target only where it is named.
+    transposed : bool
+        Whether it is stored as ``(in, out)``.
+    """
+
+    path: str
+    parameter: str
+    module: nn.Module
+    stored: tuple[int, ...] | None
+    kind: str
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its dotted path, as in a state dict."""
+        return join(self.path, self.parameter)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, cols)`` of the whole of it, in torch's order."""
+        return self.target("linear", "").shape
+
+    def target(self, role: str, layer: str, rows: Rows | None = None) -> Target:
+        """It, or some of its rows, as a target.
+
+        Raises
+        ------
+        TargetError
+            If its shape is not known.
+        """
+        held: Any = self.module._parameters.get(self.parameter)
+        if nn.parameter.is_lazy(held):
+            raise TargetError(f"{self.name} of {type(self.module).__name__} has no shape yet; run the model once first")
+        if self.stored is None:
+            raise TargetError(
+                f"{self.name} of {type(self.module).__name__} is quantised, and the module has no in_features and "
+                "out_features that tell its shape: leave it out, or give tnadapt.Target(path, shape, …) yourself"
+            )
+        return Target(self.path, self.stored, role, self.parameter, rows, self.transposed, layer)
+
+
+def check_embedding(name: str, module: nn.Module) -> None:
+    """A TargetError where a weight belongs to an embedding that cannot be adapted.
+
+    Parameters
+    ----------
+    name : str
+        Dotted path of the weight.
+    module : Module
+        What holds it.
+    """
+    if getattr(module, "sparse", False) is True:
+        raise TargetError(
+            f"{name} belongs to an embedding with sparse=True, whose gradients are sparse, and an update's are not: "
+            "set sparse=False on the module, or leave it out of the targets"
+        )
+    norm = module.max_norm if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
+    if norm is not None:
+        raise TargetError(
+            f"{name} belongs to an embedding with max_norm={norm:g}, which rescales rows of its weight in place in "
+            "each forward pass, and an adapted weight must stay as it is: set max_norm=None on the module, or leave "
+            "it out of the targets"
+        )
+
+
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, in the model's order, but for those that PEFT has put beside the layers it wraps.
+
+    Yields
+    ------
+    path, module
+        Of several paths the first.
+    """
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and (name == _BASE or not wraps(module)):
+                yield from walk(join(path, name), child)
+
+    yield from walk("", model)
+
+
+def wraps(module: nn.Module) -> bool:
+    """Whether this is PEFT's wrapper of a layer, which has the layer's place in the model and none of its weights."""
+    return module._modules.get(_BASE) is not None
+
+
+def plain(path: str) -> str:
+    """A path without PEFT's wrapping.
+
+    Examples
+    --------
+    >>> plain("attn.q_proj.base_layer")
+    'attn.q_proj'
+    """
+    return ".".join(part for part in path.split(".") if part != _BASE)
+
+
+def weights_of(path: str, module: nn.Module) -> list[Weight]:
+    """The weights that a module itself holds.
+
+    One, as a rule; those of q, k and v where :class:`torch.nn.MultiheadAttention` or its like keeps them as its own
+    parameters; none of a norm or a transposed convolution.
+
+    Examples
+    --------
+    >>> weights_of("head", nn.Linear(4, 2))[0].stored
+    (2, 4)
+    >>> [weight.name for weight in weights_of("attn", nn.MultiheadAttention(4, 2, kdim=3))]
+    ['attn.q_proj_weight', 'attn.k_proj_weight', 'attn.v_proj_weight']
+    """
+    if isinstance(module, _NOT_LINEAR) or wraps(module):
+        return []
+    own = [
+        Weight(path, name, module, tuple(tensor.shape), "linear")
+        for name, tensor in module._parameters.items()
+        if name.endswith("_proj_weight") or name == "in_proj_weight"
+        if tensor is not None and tensor.ndim == 2 and tensor.is_floating_point()
+    ]
+    one = _weight(path, module)
+    return [*own, one] if one is not None else own
+
+
+def projections_in(path: str, module: nn.Module) -> list[Weight]:
+    """The weights of a projection that may be wrapped: by PEFT, or with a norm, a pooling or a convolution.
+
+    One if it is clear: the only one, or the one that is called the projection. A depthwise convolution is none, it
+    projects nothing, and neither does an embedding.
+
+    Examples
+    --------
+    >>> [weight.path for weight in projections_in("q", nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))]
+    ['q.0']
+    """
+    found = [
+        weight
+        for below, inner in modules_of(module)
+        for weight in weights_of(join(path, below), inner)
+        if weight.kind != "other" or not plain(below)
+        if not isinstance(inner, nn.Embedding)
+        if not (isinstance(inner, nn.modules.conv._ConvNd) and inner.groups == inner.in_channels > 1)
+    ]
+    called = [weight for weight in found if weight.path in [join(path, name) for name in _PROJECTIONS]]
+    return called if len(called) == 1 else found
+
+
+def _weight(path: str, module: nn.Module) -> Weight | None:
+    anything: Any = module
+    # Where it is no parameter: a parametrised weight, a quantised one, or its method.
+    weight: Any = module._parameters.get("weight")
+    weight = getattr(module, "weight", None) if weight is None else weight
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if nn.parameter.is_lazy(weight):
+        return Weight(path, "weight", module, None, "linear" if isinstance(module, nn.Linear) else "conv")
+    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    if all(isinstance(size, int) and size > 0 for size in sizes) and (weight is not None or hasattr(module, "qweight")):
+        # FSDP and others keep the parameter in another shape: the module's own word counts, unless it is out of date.
+        stored = tuple(weight.shape) if plain and weight.ndim == 2 else sizes
+        return Weight(path, "weight", module, stored, "linear")
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return Weight(path, "weight", module, tuple(module.weight.shape), "conv")
+    if not isinstance(weight, torch.Tensor) or weight.ndim < 2:
+        return None
+    if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and getattr(module, "nf", None) is not None:
+        stored = tuple(weight.shape) if plain else (anything.nx, anything.nf)
+        return Weight(path, "weight", module, stored, "linear", transposed=True)
+    if not plain:
+        return Weight(path, "weight", module, None, "other")
+    return Weight(path, "weight", module, tuple(weight.shape), "other") if weight.ndim == 2 else None
+
+
+def join(path: str, name: str) -> str:
+    """A dotted path, of which either part may be empty."""
+    if not path or not name:
+        return path or name
+    return f"{path}.{name}"

@@ -1,0 +1,46 @@
+"""What an adapter's arrays are called on a PEFT model and in a file of PEFT's.
+
+On the model ``base_model.tnadapt.tnadapt_arrays.default.group0_split0_factor0``, in a file
+``base_model.model.tnadapt.group0.split0.factor0``.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tnadapt.errors import TargetError
+
+from .._registry import encoded
+from ._registered_arrays import AdapterArrays
+
+__all__ = ["check_adapter_name", "in_file"]
+
+_ARRAY = r"group\d+(?:_term\d+)?_split\d+_[a-z]+\d*"
+_RESERVED = re.compile(rf"tnadapt|tnadapt_arrays|{_ARRAY}")
+
+
+def in_file(key: str, adapter_name: str) -> str | None:
+    """What an array is called in a file, by its name in a state dict; None for anything that is not this adapter's.
+
+    Examples
+    --------
+    >>> in_file("base_model.tnadapt.tnadapt_arrays.v1%2E0.group0_split0_factor0", "v1.0")
+    'base_model.model.tnadapt.group0.split0.factor0'
+    >>> in_file("base_model.model.lm_head.weight", "v1.0")
+    """
+    found = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(encoded(adapter_name))}\.({_ARRAY})", key)
+    return None if found is None else f"{found[1] or ''}model.tnadapt.{found[2].replace('_', '.')}"
+
+
+def check_adapter_name(name: str) -> None:
+    """A TargetError where PEFT would mistake a part of every array's name for the name, or torch has no such module."""
+    if _RESERVED.fullmatch(name):
+        raise TargetError(
+            f"an adapter cannot be called {name!r}: the arrays of all adapters have this word in their names, and PEFT "
+            "could not tell them apart; give another name"
+        )
+    if hasattr(AdapterArrays(), encoded(name)):
+        raise TargetError(
+            f"an adapter cannot be called {name!r}: its arrays are kept in an nn.ModuleDict, which has an attribute of "
+            "that name; give another name"
+        )

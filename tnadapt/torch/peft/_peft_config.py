@@ -1,0 +1,287 @@
+"""The settings of an adapter in PEFT's form."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from tnadapt.algebra import presets
+from tnadapt.algebra.config import Config
+from tnadapt.errors import ConfigError, shown
+
+from .._forward_patch import ACTIVATIONS, STRATEGIES
+from ._peft_library import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+
+__all__ = ["NAME", "TnadaptConfig"]
+
+
+class _Name(str):
+    """A name that PEFT's reports and errors can show as they show a member of their own enumeration."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
+
+
+class UnexpectedKeywordError(ConfigError, TypeError):
+    """A keyword that :class:`TnadaptConfig` does not take; a TypeError, which PEFT expects for it."""
+
+
+# What target_modules may hold as a string where layers are chosen.
+_ROLES = frozenset("qkvo")
+
+#: What the keywords of other methods' configs, and of :func:`tnadapt.torch.attach`, are here.
+_ELSEWHERE = {
+    "r": "use settings={'rank': …}",
+    "rank": "use settings={'rank': …}",
+    "lora_alpha": "use settings={'alpha': …}",
+    "init_lora_weights": "use init_weights",
+    "targets": "use target_modules",
+    "keep_trainable": "use modules_to_save",
+    "cfg": "use settings",
+    "config": "use settings",
+    "target_parameters": "use target_modules, which takes the names of parameters, too",
+    "dtype": "the arrays are float32, or of the base's dtype after get_peft_model(…, autocast_adapter_dtype=False)",
+    "bias": "biases are not trained; use modules_to_save for modules that are trained whole",
+    "lora_dropout": "there is no dropout on the adapter's path",
+    "use_rslora": "there is no α/√r; use settings={'alpha': …}, which is divided by the rank",
+    "use_dora": "there is no DoRA",
+    "fan_in_fan_out": "leave it out: how a weight is stored is read from its module",
+}
+
+
+class DefaultTargets(str):
+    """The ``target_modules`` of a config that was given none: roles, instead of which PEFT's table may decide."""
+
+    __slots__ = ()
+
+
+#: The key of this method in PEFT's tables, and its peft_type.
+NAME = _Name("TNADAPT")
+
+
+@dataclasses.dataclass
+class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not looked at
+    """Settings of an adapter, as PEFT keeps them.
+
+    Parameters
+    ----------
+    preset : str, optional
+        A name of :mod:`tnadapt.presets` (``"superlora"``, ``"lora"``, ``"lokr"`` …). It is resolved here: what is kept,
+        and written to ``adapter_config.json``, is the complete ``settings``.
+    settings : mapping or Config, optional
+        Arguments of the preset, or fields of :class:`tnadapt.Config`. With neither, what
+        :func:`tnadapt.torch.attach` takes by default, ``superlora(rank=8)``.
+    target_modules : str or list of str, optional
+        As ``targets`` of :func:`tnadapt.torch.attach`: ``"qv"``, ``"all-linear"``, a regular expression, a list of
+        paths, which becomes a set, as in PEFT. Modules in ``modules_to_save`` are left out. Without it, ``"qv"``;
+        for a model in which these roles are not found, the targets that PEFT's LoRA has by default for its
+        ``model_type``, and they are entered here.
+    exclude_modules : str or list of str, optional
+        Modules that are left out of the targets: a regular expression for whole paths, or a list of paths, whole or
+        their last parts.
+    layers_to_transform : int or list of int, optional
+        Numbers of the layers whose weights are adapted; an empty list means all. Only with roles or a list as
+        ``target_modules``; an entry that is the whole path of a module counts in any layer.
+    layers_pattern : str or list of str, optional
+        What comes before the layer's number in a path, such as ``"layers"`` or ``"h"``, as regular expressions. Without
+        it, the first number that comes after at least two names is the layer's.
+    modules_to_save : list of str, optional
+        Modules of the base that are trained whole and saved, by PEFT's own means; for the ``task_type`` SEQ_CLS,
+        TOKEN_CLS and QUESTION_ANS PEFT adds the classifier.
+    strategy, activation : str
+        As in :func:`tnadapt.torch.attach`.
+    init_weights : bool
+        True, and the fresh adapter changes nothing. False, and its update is random, drawn from torch's own generator:
+        for tests, as in PEFT's other methods.
+    base : dict, optional
+        Written by ``save_pretrained``: how many weights of which shapes the adapter was trained on, their fingerprint,
+        and the digest of the draws. What does not fit is refused. With None nothing is compared.
+    trained : list of str, optional
+        Written by ``save_pretrained`` where :meth:`tnadapt.torch.Adapter.set_trainable` chose some: the arrays that are
+        trained, by their names in the plan. None trains all.
+
+    Raises
+    ------
+    ConfigError
+        If the preset, a keyword or a setting is unknown, a setting does not do, or :func:`register` was not called.
+        (An unknown ``task_type`` is a ``ValueError`` of PEFT's.)
+
+    Examples
+    --------
+    >>> import tnadapt.torch.peft
+    >>> tnadapt.torch.peft.register()
+    >>> TnadaptConfig(task_type="SEQ_CLS", preset="lora", settings={"rank": 8}).settings["rank"]
+    8
+    """
+
+    settings: Any = None
+    target_modules: Any = None
+    exclude_modules: Any = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    modules_to_save: Any = None
+    strategy: str = "auto"
+    activation: str | None = None
+    init_weights: bool = True
+    base: dict[str, Any] | None = None
+    trained: Any = None
+    preset: dataclasses.InitVar[str | None] = None
+
+    # What base is to be in the next file. It is of one model, while this object may serve several.
+    _next_base = None
+    # Likewise of trained, where None is a choice, too.
+    _next_trained = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        known = [field.name for field in dataclasses.fields(cls)] + ["preset"]
+        for name in kwargs:
+            if name not in known:
+                raise UnexpectedKeywordError(
+                    f"TnadaptConfig got an unexpected keyword argument {name!r}: {_instead(name, known)}"
+                )
+        made: Self = super().__new__(cls)
+        return made
+
+    def __post_init__(self, preset: str | None) -> None:
+        known: Mapping[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+        if known.get(NAME) is not TnadaptConfig:
+            raise ConfigError("PEFT does not know tnadapt yet: call tnadapt.torch.peft.register() first")
+        super().__post_init__()
+        self.peft_type = NAME
+        self.settings = _settings(preset, self.settings)
+        if not isinstance(self.init_weights, bool):
+            raise ConfigError(f"init_weights must be True or False; got {shown(self.init_weights)}")
+        if self.target_modules is None:
+            self.target_modules = DefaultTargets("qv")
+        self.target_modules = as_words("target_modules", self.target_modules)
+        self._check_layers()
+        if self.exclude_modules is not None:
+            empty = self.exclude_modules in ([], set())
+            self.exclude_modules = set() if empty else as_words("exclude_modules", self.exclude_modules)
+            if isinstance(self.exclude_modules, str):
+                _check_expressions("exclude_modules", [self.exclude_modules])
+        if self.modules_to_save is not None:
+            saved = self.modules_to_save
+            self.modules_to_save = _list("modules_to_save", [saved] if isinstance(saved, str) else saved)
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {shown(self.strategy)}")
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {shown(self.activation)}"
+            )
+        if self.base is not None and not isinstance(self.base, dict):
+            raise ConfigError(f"base is what save_pretrained wrote, or None; got {shown(self.base)}")
+        if self.trained is not None:
+            self.trained = _list("trained", self.trained)
+
+    def _check_layers(self) -> None:
+        layers, patterns = self.layers_to_transform, self.layers_pattern
+        if layers is not None:
+            if isinstance(layers, (list, tuple, range)):
+                self.layers_to_transform = layers = list(layers)
+            several = layers if isinstance(layers, list) else [layers]
+            if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in several):
+                raise ConfigError(
+                    f"layers_to_transform must be the number of a layer, from 0, or a list of them; got {shown(layers)}"
+                )
+        if patterns is not None and patterns not in ("", []):
+            words = _list("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
+            _check_expressions("layers_pattern", words)
+            self.layers_pattern = patterns if isinstance(patterns, str) else words
+        for name, given in (("layers_to_transform", layers), ("layers_pattern", patterns)):
+            if given is not None and isinstance(self.target_modules, str) and not set(self.target_modules) <= _ROLES:
+                raise ConfigError(
+                    f"`{name}` cannot be used when `target_modules` is a str. It is {shown(self.target_modules)}: give "
+                    "a list of names or roles such as 'qv', or write the layers into the regular expression"
+                )
+        if patterns and layers is None:
+            raise ConfigError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+                f"layers_pattern={shown(patterns)} alone selects nothing: add the numbers, or leave it out"
+            )
+
+    def keep_base(self, base: dict[str, Any] | None) -> None:
+        """Let the next file that is written say this of the base model. This object is not changed by it."""
+        self._next_base = base
+
+    def keep_trained(self, trained: Sequence[str] | None) -> None:
+        """Let the next file that is written say that these arrays are trained. This object is not changed by it."""
+        self._next_trained = (None if trained is None else list(trained),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are written to ``adapter_config.json``."""
+        settings: dict[str, Any] = super().to_dict()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(settings[name], set):
+                # Sorted, so that the same settings are written as the same bytes.
+                settings[name] = sorted(settings[name])
+        if self.base is None and self._next_base is not None:
+            settings["base"] = dict(self._next_base)
+        if self._next_trained is not None:
+            settings["trained"] = self._next_trained[0]
+        if settings["trained"] is None:
+            del settings["trained"]
+        return settings
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``; see PEFT."""
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self._next_base = self._next_trained = None
+
+
+def _instead(name: str, known: list[str]) -> str:
+    """What to write instead of a keyword that is none."""
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    if name in Config.__dataclass_fields__:
+        return f"use settings={{{name!r}: …}}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"There are: {', '.join(known)}"
+
+
+def _settings(preset: Any, settings: Any) -> dict[str, Any]:
+    """The complete settings, as JSON keeps them."""
+    if preset is None:
+        if settings is None:
+            return presets.superlora(rank=8).to_dict()
+        return (settings if isinstance(settings, Config) else Config.from_dict(settings)).to_dict()
+    if preset not in presets.__all__:
+        raise ConfigError(f"preset must be one of {', '.join(presets.__all__)}; got {shown(preset)}")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(f"with a preset, settings must be a mapping of its arguments; got {shown(settings)}")
+    try:
+        found: Config = getattr(presets, preset)(**(settings or {}))
+    except TypeError as error:
+        raise ConfigError(f"preset {preset!r} does not take settings={shown(settings)}: {error}") from None
+    return found.to_dict()
+
+
+def as_words(name: str, value: Any) -> Any:
+    """A string as it is, and names as a set, which PEFT keeps them as."""
+    return value if isinstance(value, str) and value else set(_list(name, value))
+
+
+def _list(name: str, value: Any) -> list[str]:
+    words = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+    if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) and word for word in words):
+        raise ConfigError(f"{name} must be a name or a list of names; got {shown(value)}")
+    return list(words)
+
+
+def _check_expressions(name: str, expressions: list[str]) -> None:
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ConfigError(f"{name}={shown(expression)} is no regular expression: {error}") from None

@@ -1,0 +1,280 @@
+"""What PEFT puts around a model."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnadapt.algebra.config import Config
+from tnadapt.errors import ConfigError, FileError, TargetError, shown
+
+from .._adapter import Adapter
+from .._attach import attach
+from .._registry import PREFIX, overlapping
+from .._trainable import keep
+from ._base_check import base_dtype, check_base
+from ._keys import check_adapter_name, in_file
+from ._peft_config import TnadaptConfig
+from ._peft_library import (
+    BaseTuner,
+    PeftConfig,
+    delete_adapter,
+    init_empty_weights,
+    set_adapter,
+    set_additional_trainable_modules,
+    set_requires_grad,
+)
+from ._random_start import start_randomly
+from ._selection import select_targets
+from ._tuner_layer import TnadaptLayer
+
+__all__ = ["TnadaptModel"]
+
+
+class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not looked at
+    """What PEFT puts around the model: it turns PEFT's calls into those of :class:`tnadapt.torch.Adapter`.
+
+    Attributes
+    ----------
+    model : Module
+        The base model.
+    tnadapt : TnadaptLayer
+        Its adapters.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = TnadaptLayer
+    uses_shared_state = True
+    tnadapt: TnadaptLayer
+    targeted_module_names: list[str]
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.tnadapt = TnadaptLayer()
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("tnadapt replaces no modules")
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Attach an adapter. It is active if it is the first."""
+        there, trainable = list[Adapter](), dict[nn.Parameter, bool]()
+        attaching = False
+        try:
+            there = overlapping(model)
+            attaching = True
+            config: Any = self.peft_config[adapter_name]
+            layer = self.tnadapt
+            if layer.handles:
+                trainable = {parameter: parameter.requires_grad for parameter in self.parameters()}
+            check_adapter_name(adapter_name)
+            _check_saved_modules(config, adapter_name)
+            if layer.merged:
+                warnings.warn("An adapter cannot be added while others are merged. Unmerging them first.", stacklevel=2)
+                layer.unmerge()
+            with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+                handle = _attach(model, config, adapter_name)
+                layer.add(handle)
+            if config.base is not None:
+                check_base(handle, config.base)
+            if config.trained is not None:
+                _choose(handle, config.trained)
+            if not config.init_weights:
+                start_randomly(handle)
+            active = self.active_adapters
+            if active:
+                self.set_adapter(active, inference_mode=config.inference_mode)
+            else:
+                layer.set_adapter([])
+            set_additional_trainable_modules(
+                model=model,
+                peft_config=config,
+                model_config=self.get_model_config(self),
+                adapter_name=adapter_name,
+                activate_adapter=adapter_name in active,
+            )
+            _restore(trainable)
+            self.targeted_module_names = list(
+                dict.fromkeys([*self.targeted_module_names, *(target.module for target in handle.targets)])
+            )
+        except BaseException:  # KeyboardInterrupt, too, after which PEFT does not roll back
+            for other in overlapping(model):
+                if attaching and other not in there:
+                    other.take_off()
+                    self.tnadapt.drop(adapter_name)
+            _restore(trainable)
+            # A second tuner on the same base shares the dictionary with the first.
+            if adapter_name not in [other.name for other in there]:
+                self.peft_config.pop(adapter_name, None)
+            raise
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Let these adapters act; see PEFT."""
+        set_adapter(self, adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let these adapters, and their ``modules_to_save``, be trained or not."""
+        set_requires_grad(self, adapter_names=adapter_names, requires_grad=requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off the model.
+
+        Raises
+        ------
+        TargetError
+            If there is none of that name, or it is merged.
+        """
+        if adapter_name not in self.tnadapt.handles:
+            there = ", ".join(map(repr, self.tnadapt.handles)) or "none"
+            raise TargetError(f"Adapter {adapter_name} does not exist; there are: {there}")
+        if adapter_name in self.tnadapt.merged_adapters:
+            raise TargetError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. "
+                "(unmerge_adapter() does so.)"
+            )
+        self.active_adapter = delete_adapter(self, adapter_name, prefix=self.prefix, layer_cls=TnadaptLayer) or []
+        del self.peft_config[adapter_name]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the weights, the active ones by default: all of them, or none if one cannot be."""
+        self._check_merge_allowed()
+        self.tnadapt.merge(adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Give the weights the bits back that they had before any merge."""
+        self.tnadapt.unmerge()
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "adapter_names=, an adapter for each sample of a batch, is not for tnadapt's adapters, which change a "
+                "weight for all samples: run a batch for each adapter, after set_adapter"
+            )
+        yield
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self.tnadapt.enable_adapters(enabled)
+        super()._enable_adapter_layers(enabled)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        handle = self.tnadapt.handle(adapter_name)
+        dtype = torch.float32 if autocast_adapter_dtype else base_dtype(handle)
+        for _, parameter in handle.named_parameters():
+            if not autocast_adapter_dtype or parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.to(dtype)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layer = self.tnadapt
+        if layer.merged and not merge:
+            layer.unmerge()
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        left = [name for name in wanted if name not in layer.merged_adapters]
+        if merge and left:
+            layer.merge(adapter_names=left)
+        # PEFT takes its own wrappers of modules_to_save off.
+        super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
+        for name, handle in list(layer.handles.items()):
+            if name in layer.merged_adapters:
+                handle.let_go_merged()
+            else:
+                handle.let_go()
+            layer.drop(name)
+        layer.merged_adapters = []
+        model: nn.Module = self.model
+        return model
+
+    # -- State dicts -------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Any,
+    ) -> dict[str, Tensor]:
+        if config.base is None:
+            config.keep_base(_layer_of(model).base_of(adapter_name))
+        config.keep_trained(_layer_of(model).handle(adapter_name).trained)
+        return {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return in_file(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if adapter_name in _layer_of(model).merged_adapters:
+            raise TargetError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before arrays are loaded")
+        names, expected = dict[str, str](), dict[str, tuple[int, ...]]()
+        for name, tensor in model.state_dict().items():
+            key = in_file(name, adapter_name)
+            if key is not None:
+                names[key], expected[key] = name, tuple(tensor.shape)
+        found = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".tnadapt.group" in f".{key}"}
+        if found != expected:
+            wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
+            raise FileError(
+                f"these arrays do not fit adapter {adapter_name!r}, and none was loaded; what differs: {wrong}"
+            )
+        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+
+
+def _layer_of(model: nn.Module) -> TnadaptLayer:
+    return next(module for module in model.modules() if isinstance(module, TnadaptLayer))
+
+
+def _restore(trainable: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, required in trainable.items():
+        parameter.requires_grad_(required)
+
+
+def _check_saved_modules(config: TnadaptConfig, name: str) -> None:
+    """A TargetError where PEFT, which keeps copies of modules by the adapter's name, could not do so."""
+    if config.modules_to_save and "." in name:
+        raise TargetError(
+            f"an adapter cannot be called {name!r} with modules_to_save={shown(config.modules_to_save)}: PEFT keeps "
+            "the trained copies under the adapter's name, in which torch allows no dot; give a name without dots"
+        )
+
+
+def _choose(handle: Adapter, trained: Sequence[str]) -> None:
+    """Train these arrays of a fresh adapter, which starts with the zero in one of them."""
+    there = handle.plan.param_shapes
+    unknown = sorted(set(trained) - set(there))
+    if unknown:
+        raise ConfigError(
+            f"trained={shown(unknown)} of the config are no arrays of adapter {handle.name!r}, which are "
+            f"{shown(list(there))}: give names of these, or None to train all"
+        )
+    meta = any(array.device.type == "meta" for _, array in handle.named_parameters())
+    keep(handle, trained, None if meta else handle.plan.init(trained=trained))
+
+
+def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:
+    about = BaseTuner.get_model_config(model)
+    model_type = about.get("model_type") if isinstance(about, Mapping) else None
+    targets = select_targets(model, config, model_type)
+    settings = Config.from_dict(config.settings)
+    return attach(model, settings, targets, name, strategy=config.strategy, activation=config.activation)
