@@ -1,0 +1,321 @@
+"""What surrounds the code: workflows, citation, packaging and policies agree with each other and with the code."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tnadapt
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+WORKFLOWS = ROOT / ".github" / "workflows"
+FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
+pytestmark = pytest.mark.skipif(not WORKFLOWS.is_dir(), reason="the workflows are not in this copy of the project")
+
+YAML_FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in (".github/**/*.yml", ".*.yaml", "CITATION.cff")
+    for path in ROOT.glob(pattern)
+)
+
+
+def text(place: str) -> str:
+    return (ROOT / place).read_text(encoding="utf-8")
+
+
+def load_yaml(place: str) -> Any:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    return yaml.safe_load(text(place))
+
+
+def workflow(name: str) -> Any:
+    return load_yaml(f".github/workflows/{name}.yml")
+
+
+def triggers(data: Any) -> Any:
+    """Return the section ``on``, which YAML 1.1 reads as the boolean."""
+    return data[True]
+
+
+def commands(job: Any) -> list[str]:
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+def readme_commands() -> set[str]:
+    """Return the commands of README.md's shell blocks, without the path of the virtual environment."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text("README.md"), flags=re.MULTILINE | re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return {line.removeprefix(".venv/bin/") for line in lines if line}
+
+
+# -- YAML ---------------------------------------------------------------------------------------
+
+
+def test_all_kinds_of_yaml_are_found() -> None:
+    assert {".pre-commit-config.yaml", ".readthedocs.yaml", "CITATION.cff"} < set(YAML_FILES)
+    names = {path.name for path in WORKFLOWS.iterdir()}
+    assert names == {"ci.yml", "nightly.yml", "release.yml"}
+    assert {path.name for path in FORMS.iterdir()} == {"bug.yml", "config.yml", "feature.yml"}
+
+
+@pytest.mark.parametrize("place", YAML_FILES)
+def test_yaml_parses_without_repeated_keys(place: str) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    assert isinstance(load_yaml(place), dict)
+
+    # A repeated key silently replaces the first one.
+    def check(node: Any) -> None:
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            assert len(keys) == len(set(keys)), f"{place}, line {node.start_mark.line + 1}: {keys}"
+            for _, value in node.value:
+                check(value)
+        elif isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                check(item)
+
+    check(yaml.compose(text(place), Loader=yaml.SafeLoader))
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_issue_forms_are_complete(name: str) -> None:
+    form = load_yaml(f".github/ISSUE_TEMPLATE/{name}.yml")
+    assert form["name"]
+    assert form["description"]
+    fields = [item for item in form["body"] if item["type"] != "markdown"]
+    assert all(item["attributes"]["label"] for item in fields)
+    assert len({item["id"] for item in fields}) == len(fields)
+    assert any(item.get("validations", {}).get("required") for item in fields)
+
+
+# -- Workflows ----------------------------------------------------------------------------------
+
+
+def supported_pythons() -> list[str]:
+    found = [re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line) for line in PROJECT["classifiers"]]
+    return [match[1] for match in found if match]
+
+
+def test_ci_runs_everything_on_every_supported_python() -> None:
+    full = workflow("ci")["jobs"]["full"]
+    assert commands(full) == [".ci/run"]
+    assert full["strategy"]["matrix"]["python"] == supported_pythons()
+    assert any("${{ matrix.python }}" in str(step.get("with")) for step in full["steps"])
+
+
+def test_the_oldest_supported_python_is_the_required_one() -> None:
+    pythons = supported_pythons()
+    assert pythons == sorted(pythons, key=lambda version: int(version.split(".")[1]))
+    assert PROJECT["requires-python"] == f">={pythons[0]}"
+    assert PYPROJECT["tool"]["mypy"]["python_version"] == pythons[0]
+
+
+def test_this_python_is_a_supported_one() -> None:
+    """A newer Python may work. CI and the classifiers have to say so before anybody else does."""
+    if sys.version_info.releaselevel != "final":
+        pytest.skip("a Python that is not released")
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in supported_pythons()
+
+
+def test_other_systems_run_the_commands_of_the_readme() -> None:
+    quick = workflow("ci")["jobs"]["quick"]
+    assert {system.split("-")[0] for system in quick["strategy"]["matrix"]["os"]} == {"macos", "windows"}
+    assert "python -m pytest" in commands(quick)
+    assert set(commands(quick)) <= readme_commands()
+
+
+def test_nightly_runs_the_long_jobs() -> None:
+    nightly = workflow("nightly")
+    assert triggers(nightly)["schedule"]
+    jobs = nightly["jobs"]
+    assert re.fullmatch(r"timeout .*\d+h \.ci/long", commands(jobs["long"])[0])
+    assert commands(jobs["oldest"]) == [".ci/oldest"]
+    assert commands(jobs["audit"]) == [".ci/audit"]
+    assert f"'{supported_pythons()[0]}'" in str(jobs["oldest"]["steps"])
+
+
+def test_a_release_is_built_checked_and_published_without_a_token() -> None:
+    release = workflow("release")
+    assert triggers(release) == {"push": {"tags": ["v*"]}}
+    build, publish = release["jobs"]["build"], release["jobs"]["publish"]
+    assert "python -m build" in commands(build)
+    assert "python -m twine check --strict dist/*" in commands(build)
+    assert publish["needs"] == "build"
+    assert publish["environment"]["name"] == "pypi"
+    assert publish["permissions"] == {"id-token": "write"}
+    # The job that may publish runs no code of this repository or of its dependencies.
+    assert commands(publish) == []
+    assert publish["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
+    assert "secrets." not in text(".github/workflows/release.yml")
+
+
+@pytest.mark.parametrize("name", ["ci", "nightly", "release"])
+def test_workflows_are_limited(name: str) -> None:
+    data = workflow(name)
+    assert data["permissions"] == {"contents": "read"}
+    assert data["concurrency"]["cancel-in-progress"] is (name != "release")
+    for key, job in data["jobs"].items():
+        assert 0 < job["timeout-minutes"] <= 360, key
+        assert job.get("permissions", {}) in ({}, {"id-token": "write"})
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.fullmatch(r"[\w-]+/[\w-]+@(release/)?v\d+", step["uses"])
+                if step["uses"].startswith("actions/checkout"):
+                    assert step["with"]["persist-credentials"] is False
+
+
+@pytest.mark.parametrize("name", ["ci", "nightly", "release"])
+def test_scripts_of_workflows_are_there(name: str) -> None:
+    for script in re.findall(r"\.ci/\w+", text(f".github/workflows/{name}.yml")):
+        assert (ROOT / script).is_file(), script
+        assert os.access(ROOT / script, os.X_OK), script
+
+
+def test_the_documentation_is_built_with_an_extra_that_exists() -> None:
+    config = load_yaml(".readthedocs.yaml")
+    for install in config["python"]["install"]:
+        assert set(install["extra_requirements"]) <= set(PROJECT["optional-dependencies"])
+    assert (ROOT / config["sphinx"]["configuration"]).is_file()
+    assert config["sphinx"]["fail_on_warning"] is True
+    assert config["build"]["tools"]["python"] in supported_pythons()
+
+
+def test_hooks_are_pinned() -> None:
+    hooks = load_yaml(".pre-commit-config.yaml")["repos"]
+    assert all(re.fullmatch(r"v\d+\.\d+\.\d+", repository["rev"]) for repository in hooks)
+    names = {hook["id"] for repository in hooks for hook in repository["hooks"]}
+    assert {"ruff-check", "ruff-format", "check-yaml", "check-toml", "end-of-file-fixer"} <= names
+
+
+# -- Citation and metadata ----------------------------------------------------------------------
+
+
+def test_the_citation_is_complete_and_of_this_version() -> None:
+    citation = load_yaml("CITATION.cff")
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
+    assert citation["title"] == PROJECT["name"]
+    assert citation["version"] == tnadapt.__version__
+    assert citation["license"] == PROJECT["license"]
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]
+
+
+def test_the_citation_of_the_paper_is_that_of_the_documentation() -> None:
+    (paper,) = load_yaml("CITATION.cff")["references"]
+    entry = re.search(r"@article\{.*?\n   \}", text("docs/citing.rst"), flags=re.DOTALL)
+    assert entry
+    authors = re.search(r"author\s*= \{(.*?)\}", entry[0], flags=re.DOTALL)
+    assert authors
+    expected = [" ".join(name.split()) for name in re.split(r"\s+and\s+", authors[1])]
+    assert [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]] == expected
+    title = re.search(r"title\s*= \{(.*)\},\n", entry[0])
+    assert title
+    assert paper["title"] == re.sub(r"[{}]", "", title[1])
+    assert paper["journal"] in entry[0]
+    assert str(paper["year"]) in entry[0]
+
+
+def test_the_project_has_one_home() -> None:
+    home = PROJECT["urls"]["Homepage"]
+    assert load_yaml("CITATION.cff")["repository-code"] == home
+    for place in ("pyproject.toml", ".github/ISSUE_TEMPLATE/bug.yml", ".github/ISSUE_TEMPLATE/config.yml"):
+        found = re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", text(place))
+        assert set(found) == {home}, place
+
+
+def test_classifiers_are_known() -> None:
+    trove = pytest.importorskip("trove_classifiers", reason="trove-classifiers is not installed")
+    assert set(PROJECT["classifiers"]) <= trove.classifiers
+    # The licence is an SPDX expression, beside which PyPI accepts no classifier.
+    assert not any(line.startswith("License ::") for line in PROJECT["classifiers"])
+
+
+# -- Stability ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r":mod:`(\w[\w.]*)`", text("docs/stability.rst")))))
+def test_public_modules_list_names_that_exist(name: str) -> None:
+    assert importlib.util.find_spec(name) is not None
+    module = pytest.importorskip(name, exc_type=ImportError)  # of a framework that is not installed
+    assert module.__all__
+    assert [one for one in module.__all__ if not hasattr(module, one)] == []
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+def test_the_policy_is_part_of_the_documentation() -> None:
+    assert re.search(r"^   stability$", text("docs/index.rst"), flags=re.MULTILINE)
+
+
+# -- The source distribution --------------------------------------------------------------------
+
+
+def linked() -> set[str]:
+    """Return the files that the texts of the project link to, include or show, relative to the root."""
+    found = set()
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.rst")]:
+        content = path.read_text(encoding="utf-8")
+        links = re.findall(r"\]\(([^)#\s]+)", content)
+        links += re.findall(r"^ *\.\. (?:literalinclude|include|image|figure):: (\S+)", content, flags=re.MULTILINE)
+        links += re.findall(r":download:`[^`<]*<([^`>]+)>`", content)
+        found |= {
+            Path(os.path.relpath(path.parent / link, ROOT)).as_posix() for link in links if not re.match(r"\w+:", link)
+        }
+    return found
+
+
+def named() -> set[str]:
+    """Return the files and folders that the same texts name in code spans, results of commands excepted."""
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.rst"), ROOT / ".github" / "PULL_REQUEST_TEMPLATE.md"]
+    spans = {span for path in texts for span in re.findall(r"`+([\w.][\w./-]*)`", path.read_text(encoding="utf-8"))}
+    ignored = [line.rstrip("/") for line in text(".gitignore").splitlines()]
+    return {
+        span
+        for span in spans
+        if re.search(r"\w[./]|\.\w", span)
+        and (ROOT / span).exists()
+        and not any(f"{span}/".startswith(f"{line}/") for line in ignored)
+    }
+
+
+def covers(pattern: str, name: str) -> bool:
+    """Whether a pattern of the sdist's include list, which begins with a slash, covers a file or folder."""
+    pattern = pattern.removeprefix("/")
+    return fnmatch.fnmatchcase(name.split("/")[0], pattern) or f"{name}/".startswith(f"{pattern}/")
+
+
+def test_links_lead_to_files() -> None:
+    links = linked()
+    assert {"CHANGELOG.md", "benchmarks/results/digits.png", "examples/distributed/train.py"} <= links
+    assert [link for link in sorted(links) if not (ROOT / link).exists()] == []
+
+
+def test_the_sdist_is_configured_to_hold_what_the_texts_name() -> None:
+    included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    # Hatchling adds these two.
+    patterns = [*included, "/pyproject.toml", "/.gitignore"]
+    places = sorted({*linked(), *named(), *(path.name for path in ROOT.glob("*.md"))})
+    assert {".ci/run", "CITATION.cff", "CODE_OF_CONDUCT.md", "SECURITY.md", "docs/stability.rst"} <= set(places)
+    assert [place for place in places if not any(covers(pattern, place) for pattern in patterns)] == []
+
+
+def test_the_sdist_holds_what_the_texts_name(tmp_path: Path) -> None:
+    sdist = pytest.importorskip(
+        "hatchling.builders.sdist", reason="hatchling, which builds the sdist, is not installed"
+    )
+    (archive,) = sdist.SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    held = names | {parent.as_posix() for name in names for parent in Path(name).parents}
+    assert "PKG-INFO" in names
+    assert sorted(place for place in {*linked(), *named()} if place.rstrip("/") not in held) == []
