@@ -20,10 +20,10 @@ from ._fused_weights import rows_of
 from ._layout_hints import is_known
 from ._weights import Weight, join, modules_of, plain, projections_in, weights_of
 
-__all__ = ["Attention", "attentions"]
+__all__ = ["AttentionModule", "attentions"]
 
 
-class Attention(NamedTuple):
+class AttentionModule(NamedTuple):
     """One attention and its projections.
 
     Attributes
@@ -81,7 +81,7 @@ class Attention(NamedTuple):
                 yield weight.target("o", layer)
 
 
-def attentions(model: nn.Module) -> Iterator[Attention]:
+def attentions(model: nn.Module) -> Iterator[AttentionModule]:
     """Every attention of a model, in its order.
 
     Examples
@@ -118,7 +118,7 @@ def attentions(model: nn.Module) -> Iterator[Attention]:
             continue
         outputs = outputs or _children(path, module, AMBIGUOUS_OUTPUTS) or _outputs_of_parent(path, by_plain_path)
         outputs = [named_first(weight) for weight in outputs if new(weight)]
-        yield Attention(path, module, _in_use(module, inputs), outputs, unclear)
+        yield AttentionModule(path, module, _in_use(module, inputs), outputs, unclear)
 
 
 # A child's or parameter's name, what it says, and the weights in it.

@@ -15,10 +15,10 @@ from tnadapt.targets.target import Target
 
 from ._delta import Slice
 
-__all__ = ["Source", "SummedLinear", "summed", "transformed", "watched"]
+__all__ = ["DeltaSource", "MergedWeightLinear", "in_dispatch_mode", "in_functorch", "summed"]
 
 
-class Source(NamedTuple):
+class DeltaSource(NamedTuple):
     """Where the update of some rows comes from.
 
     Attributes
@@ -69,15 +69,15 @@ def _summed_in_place(stored: Tensor, changes: Sequence[tuple[Target, Tensor]], a
     return delta.add_(stored)
 
 
-class SummedLinear(torch.autograd.Function):
+class MergedWeightLinear(torch.autograd.Function):
     """``x (W + ΔW)ᵀ + b``; the sum, and ΔW if it is made here, are formed again in backward instead of being kept.
 
-    Not for what :func:`transformed` or :func:`watched` says yes to.
+    Not for what :func:`in_functorch` or :func:`in_dispatch_mode` says yes to.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sources: Sequence[Source], *arrays: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sources: Sequence[DeltaSource], *arrays: Tensor
     ) -> Tensor:
         ctx.sources = sources
         ctx.save_for_backward(x, weight, *arrays)
@@ -99,12 +99,12 @@ class SummedLinear(torch.autograd.Function):
         inputs = x.reshape(-1, x.shape[-1]).to(rows.dtype)
         # What is differentiated again, or batched, keeps every number that it has made.
         batched = torch._C._functorch.is_legacy_batchedtensor(grads[0])
-        once = not torch.is_grad_enabled() and not transformed() and not batched
+        once = not torch.is_grad_enabled() and not in_functorch() and not batched
         changes: list[tuple[Target, Tensor]] = []
         pulls: list[Callable[[Tensor], Sequence[Tensor | None]] | None] = []
         start = 0
         for source, own in _shared_out(ctx.sources, arrays):
-            delta, pull = _with_pull(source, own, needed[start : start + source.number], once)
+            delta, pull = _recompute_vjp(source, own, needed[start : start + source.number], once)
             changes.append((source.target, delta))
             pulls.append(pull)
             start += source.number
@@ -134,13 +134,13 @@ class SummedLinear(torch.autograd.Function):
         return tuple(found)
 
 
-def transformed() -> bool:
+def in_functorch() -> bool:
     """Whether a transformation of torch.func is at work."""
     active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is None or active()
 
 
-def watched() -> bool:
+def in_dispatch_mode() -> bool:
     """Whether each operation is looked at as it is made: by a trace, by forward mode, or by a dispatch mode.
 
     Such a mode may keep results for later, as selective checkpointing does: none of them may be written to.
@@ -152,7 +152,7 @@ def watched() -> bool:
     )
 
 
-def _shared_out(sources: Sequence[Source], arrays: Sequence[Tensor]) -> list[tuple[Source, Sequence[Tensor]]]:
+def _shared_out(sources: Sequence[DeltaSource], arrays: Sequence[Tensor]) -> list[tuple[DeltaSource, Sequence[Tensor]]]:
     """Each source with its arrays."""
     found, start = [], 0
     for source in sources:
@@ -161,8 +161,8 @@ def _shared_out(sources: Sequence[Source], arrays: Sequence[Tensor]) -> list[tup
     return found
 
 
-def _with_pull(
-    source: Source, arrays: Sequence[Tensor], needed: Sequence[bool], once: bool
+def _recompute_vjp(
+    source: DeltaSource, arrays: Sequence[Tensor], needed: Sequence[bool], once: bool
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]] | None]:
     """The update again, and what takes its gradient to the gradients of the arrays (None: none is needed)."""
     if source.made is None:
@@ -180,7 +180,7 @@ def _with_pull(
     if not wanted:
         return of(), None
     if once:
-        delta, pulled = _pulled_once(made, weight, arrays, wanted)
+        delta, pulled = _recompute_vjp_once(made, weight, arrays, wanted)
     else:
         delta, pulled = cast(Any, torch.func.vjp(of, *(arrays[index] for index in wanted)))
 
@@ -193,7 +193,7 @@ def _with_pull(
     return delta, pull
 
 
-def _pulled_once(
+def _recompute_vjp_once(
     made: Slice, weight: float, arrays: Sequence[Tensor], wanted: Sequence[int]
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
     """As torch.func.vjp, for what is differentiated once: a third of its overhead, and no memory but the update's."""

@@ -12,7 +12,7 @@ from tnadapt.errors import TargetError
 from tnadapt.targets.target import ROLES, Target
 
 from ._hosts import host_of, paths_of, reads_outside
-from ._target_search import Search
+from ._target_search import TargetSearch
 from ._weights import check_embedding, join, modules_of
 
 __all__ = ["find_targets", "host_of", "paths_of", "reads_outside", "tied"]
@@ -68,7 +68,7 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
-    search = Search(model)
+    search = TargetSearch(model)
     found = search.find(targets)
     if not found:
         raise search.nothing(targets)
