@@ -220,6 +220,26 @@ def test_refusals_list_what_was_there_and_change_nothing() -> None:
         tt.attach(nn.Sequential(nn.Linear(3, 3)))
 
 
+@pytest.mark.parametrize(
+    ("keyword", "ours"),
+    [
+        ("r", "'rank' here, a setting of tnadapt.Config and its presets"),
+        ("lora_alpha", "'alpha' here, a setting of tnadapt.Config and its presets"),
+        ("target_modules", "'targets' here, an argument of tnadapt.torch.attach"),
+        ("modules_to_save", "'keep_trainable' here, an argument of tnadapt.torch.attach"),
+    ],
+)
+def test_attach_translates_the_keywords_of_peft(keyword: str, ours: str) -> None:
+    model = small()
+    text = f"attach() got an unexpected keyword argument {keyword!r}: PEFT's {keyword!r} is {ours}"
+    with pytest.raises(TypeError, match=re.escape(text) + "$") as error:
+        tt.attach(model, **{keyword: 8})
+    assert isinstance(error.value, tna.ConfigError)
+    assert not tt.adapters(model)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        tt.attach(model, ranks=8)  # type: ignore[call-arg]
+
+
 def test_what_is_kept_trainable_is_in_the_state_dict_and_no_adapter_s() -> None:
     model = nn.ModuleDict({"a": nn.BatchNorm1d(4), "b": nn.BatchNorm1d(4), "c": nn.Linear(4, 4)})
     model["b"].running_mean = model["a"].running_mean

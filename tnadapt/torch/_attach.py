@@ -15,7 +15,7 @@ from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.presets import superlora
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
-from tnadapt.errors import BackendError, ConfigError, TargetError, integer, shown
+from tnadapt.errors import BackendError, ConfigError, TargetError, explains_peft_keywords, integer, shown
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
@@ -35,6 +35,7 @@ __all__ = ["attach", "check_name", "matching"]
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+@explains_peft_keywords
 def attach(
     model: nn.Module,
     cfg: Config | None = None,

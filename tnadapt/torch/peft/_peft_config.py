@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
-from tnadapt.errors import ConfigError, shown
+from tnadapt.errors import ConfigError, UnexpectedKeywordError, shown
 
 from .._forward_patch import ACTIVATIONS, STRATEGIES
 from ._peft_library import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
@@ -29,10 +29,6 @@ class _Name(str):
 
     def __str__(self) -> str:
         return f"PeftType.{self.value}"
-
-
-class UnexpectedKeywordError(ConfigError, TypeError):
-    """A keyword that :class:`TnadaptConfig` does not take; a TypeError, which PEFT expects for it."""
 
 
 # What target_modules may hold as a string where layers are chosen.
