@@ -93,7 +93,7 @@ def _projects(shape: tuple[int, ...] | None) -> bool:
 _Input = Called[str]
 
 
-class _Attention(NamedTuple):
+class _StoredAttention(NamedTuple):
     path: str
     inputs: list[_Input]
     outputs: list[str]
@@ -134,7 +134,7 @@ def targets_of(model: StoredModel, roles: str) -> list[Target]:
     return found
 
 
-def _attentions(model: StoredModel) -> Iterator[_Attention]:
+def _attentions(model: StoredModel) -> Iterator[_StoredAttention]:
     seen: set[str] = set()
 
     def new(name: str) -> bool:
@@ -154,7 +154,7 @@ def _attentions(model: StoredModel) -> Iterator[_Attention]:
         outputs = outputs or model.outputs(path, AMBIGUOUS_OUTPUTS)
         if not outputs and is_attention(above.rpartition(".")[2]):
             outputs = model.outputs(above, PARENT_OUTPUTS)
-        yield _Attention(path, inputs, [name for name in outputs if new(name)])
+        yield _StoredAttention(path, inputs, [name for name in outputs if new(name)])
 
 
 def _is_attention(path: str) -> bool:
@@ -174,7 +174,7 @@ def _called(model: StoredModel, path: str, named: bool) -> list[_Input]:
     return settled_names(found)
 
 
-def _check_clear(model: StoredModel, attention: _Attention, roles: str) -> None:
+def _check_clear(model: StoredModel, attention: _StoredAttention, roles: str) -> None:
     """Raise if a wanted letter is made in a way that is not understood."""
     path = attention.path
     unclear = unclear_children(
@@ -188,7 +188,7 @@ def _check_clear(model: StoredModel, attention: _Attention, roles: str) -> None:
             )
 
 
-def _inputs(model: StoredModel, attention: _Attention, entry: _Input, roles: str) -> Iterator[Target]:
+def _inputs(model: StoredModel, attention: _StoredAttention, entry: _Input, roles: str) -> Iterator[Target]:
     child, says, weights = entry
     wanted = [letter for letter in "qkv" if letter in roles and letter in says.letters]
     if not wanted or len(weights) > 1:
@@ -203,7 +203,7 @@ def _inputs(model: StoredModel, attention: _Attention, entry: _Input, roles: str
 
 
 def _rows_in(
-    model: StoredModel, attention: _Attention, child: str, says: Name, whole: Target
+    model: StoredModel, attention: _StoredAttention, child: str, says: Name, whole: Target
 ) -> dict[str, Rows | None]:
     path = _join(attention.path, child)
     below = whole.module.removeprefix(path).lstrip(".")

@@ -295,7 +295,7 @@ class Adapter:
         Parameters
         ----------
         path : path-like
-            Written beside and renamed, so that a file that is there stays whole until the new one is.
+            Written under another name and renamed, so that an existing file is replaced at once or not at all.
 
         Raises
         ------

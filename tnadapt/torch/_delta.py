@@ -35,7 +35,8 @@ class DeltaFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.made, *ctx.arrays = inputs
-        # Not by save_for_backward: what that keeps is dropped after the first backward.
+        # Not by save_for_backward: what that keeps is dropped after the first backward pass, and this node may be gone
+        # through several times, as it is shared by layers and by passes. Its check for writes in place is made here.
         ctx.versions = [version(array) for array in ctx.arrays]
 
     @staticmethod
@@ -63,7 +64,7 @@ def _vjp(
             given[index] = array
         return made(*given)
 
-    # Of torch.func, as a backward pass may be batched or differentiated itself.
+    # By torch.func and not by autograd.grad: a backward pass may be batched or differentiated itself.
     pull: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(of, *(arrays[index] for index in wanted))[1]
     return pull(gradient)
 

@@ -82,11 +82,16 @@ class DeltaCache:
         if torch.compiler.is_compiling():
             return self._compiled(lookup, index)
         own, alone = self._slices[index], self._alone[index]
+        # Once: from here on, all is about these very tensors, even if another thread puts others in their places.
         given = lookup(own.names)
         # With gradients, an update that is computed alone is a graph of its own in each call.
         if (alone and torch.is_grad_enabled()) or not _can_cache(given, alone):
             return DeltaFunction.apply(own, *given)  # type: ignore[no-any-return, no-untyped-call]
+        # An update with a graph does not stand for one without (outputs would require gradients, and the graph would
+        # live on), nor does an inference tensor for an ordinary one.
         key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), index if alone else None
+        # No lock: entries are immutable, and reading or replacing one is a single operation on a dictionary. Two
+        # threads that find none both compute it, equally.
         entry = self._entries.get(key)
         if entry is not None and entry.is_of(own.names, given):
             return entry.made[index]
@@ -109,9 +114,11 @@ class DeltaCache:
         """All updates at once; with gradients, of one graph that all layers share."""
         names = list(self.plan.param_shapes)
         given = lookup(names)
+        # In this order: what is written between the two makes the copies newer than the state, and the entry invalid.
         state = _state(given) if torch.is_grad_enabled() else None
         copies = self._copied(names, given)
         if state is None:
+            # Of the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
             made = pieces(self.plan, Whole(self.plan, names)(*copies.values()))
             return CacheEntry(copies, dict(enumerate(made)))
         made = pieces(self.plan, vector(self.plan, dict(zip(names, given, strict=True))))
@@ -119,7 +126,11 @@ class DeltaCache:
         return CacheEntry(copies, dict(enumerate(made)), leaves, sum(map(version, given)))
 
     def _copied(self, names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Copies of arrays: those that there are already, where they are equal."""
+        """Copies of arrays: those that there are already, where they are equal.
+
+        Entries of several weights, and with and without gradients, are of the same arrays, and would otherwise hold a
+        copy each. A copy is never written to; an array that has changed gets a new one.
+        """
         found = {}
         for name, array in zip(names, given, strict=True):
             key = name, torch.is_inference_mode_enabled()
@@ -131,7 +142,11 @@ class DeltaCache:
         return found
 
     def _compiled(self, lookup: Lookup, index: int) -> Tensor:
-        """By plain operations, which the compiler plans itself."""
+        """By plain operations, which the compiler plans itself.
+
+        A compiled program must not contain a cached tensor as a constant, nor guard on the contents of arrays. So an
+        update is part of the program, once for all layers of one trace.
+        """
         if self._alone[index]:
             own = self._slices[index]
             return own(*lookup(own.names))

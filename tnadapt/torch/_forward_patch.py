@@ -133,7 +133,7 @@ class ForwardPatch:
                     check_recomputation(slot.adapter)
                 if not acts(slot.adapter):
                     continue
-                if not compiling:
+                if not compiling:  # for the warning that no patch was used; a set that changes would be a graph break
                     slot.adapter.threads.add(threading.get_ident())
                 (here if slot.strategy == "weight" else to_output).append(slot)
             if here:
@@ -152,6 +152,8 @@ class ForwardPatch:
     def _base(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
         if not to_weights:
             return self._original(*args, **kwargs)
+        # What nearly all layers are needs no shadow and no lock: the sum is passed as an argument. Only for the very
+        # forward of torch (see _PLAIN): a subclass may do more in its own.
         if self.is_plain and not kwargs and len(args) == 1:
             patched, here = to_weights[0]
             host: Any = self.host

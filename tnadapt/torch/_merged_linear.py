@@ -1,4 +1,9 @@
-"""A linear layer on the sum of its weight and updates, which is formed again in backward instead of being kept."""
+"""A linear layer on the sum of its weight and updates, which is recomputed in backward instead of being kept.
+
+``F.linear(x, W + ΔW)`` by plain operations would keep the sum of every layer until backward: the memory of a second
+model. ΔW is cheap to compute from its arrays, so only these are kept. The custom function makes it possible to reuse
+memory as well: the sum is formed in the memory of ΔW, and the gradient of ΔW in that of the sum.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +102,8 @@ class MergedWeightLinear(torch.autograd.Function):
         # Under autocast the output, and so its gradient, is of the lower precision: so are the products.
         rows = grads[0].reshape(-1, grads[0].shape[-1])
         inputs = x.reshape(-1, x.shape[-1]).to(rows.dtype)
-        # What is differentiated again, or batched, keeps every number that it has made.
+        # Memory is reused only if nobody looks at the intermediate results again: not where this backward pass is
+        # itself differentiated (create_graph=True) or batched (vmap).
         batched = torch._C._functorch.is_legacy_batchedtensor(grads[0])
         once = not torch.is_grad_enabled() and not in_functorch() and not batched
         changes: list[tuple[Target, Tensor]] = []
@@ -110,11 +116,11 @@ class MergedWeightLinear(torch.autograd.Function):
             start += source.number
         kinds = [delta.dtype for _, delta in changes]
         found: list[Tensor | None] = [None] * 4
-        room: Tensor | None = None
+        scratch: Tensor | None = None
         if need_x:
             total = _summed_in_place(weight, changes, arrays) if once else summed(weight, changes)
             found[0] = (rows @ total.to(rows.dtype)).to(x.dtype).view(x.shape)
-            room = total if once and total.dtype == rows.dtype else None
+            scratch = total if once and total.dtype == rows.dtype else None
         del changes
         whole = rows.T @ inputs if need_weight else None
         found[1] = None if whole is None else whole.to(weight.dtype)
@@ -123,10 +129,10 @@ class MergedWeightLinear(torch.autograd.Function):
                 found += [None] * source.number
             elif whole is not None:
                 found += pull(source.target.select(whole).to(kind))
-            elif room is not None and room.shape == source.target.shape and room.is_contiguous():
+            elif scratch is not None and scratch.shape == source.target.shape and scratch.is_contiguous():
                 # The sum has been used: its memory is in the cache, and need not be asked for.
-                found += pull(torch.mm(rows.T, inputs, out=room).to(kind))
-                room = None
+                found += pull(torch.mm(rows.T, inputs, out=scratch).to(kind))
+                scratch = None
             else:
                 found += pull((_of_rows(source.target, rows).T @ inputs).to(kind))
         if need_bias:
@@ -197,6 +203,7 @@ def _recompute_vjp_once(
     made: Slice, weight: float, arrays: Sequence[Tensor], wanted: Sequence[int]
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
     """As torch.func.vjp, for what is differentiated once: a third of its overhead, and no memory but the update's."""
+    # A graph of its own, from detached leaves to the update: autograd.grad goes through it and stops at the leaves.
     given = list(arrays)
     for index in wanted:
         given[index] = arrays[index].detach().requires_grad_()
@@ -207,11 +214,13 @@ def _recompute_vjp_once(
             value = made(*given)
             value = value if weight == 1.0 else value * weight
             return value.detach(), lambda moved: torch.autograd.grad(value, leaves, moved)
+    # The update is a run of the elements of left @ right (a slice of a group's matrix, which may begin in the middle of
+    # a row). Its product is differentiated by hand below, in the buffer that holds it.
     left, right, first = factors
-    room = torch.mm(left.detach(), right.detach())
+    scratch = torch.mm(left.detach(), right.detach())
     if weight != 1.0:
-        room.mul_(weight)
-    flat = room.view(-1)
+        scratch.mul_(weight)
+    flat = scratch.view(-1)
     stop = first + made.size
     delta = flat[first:stop].view(made.shape)
 
@@ -219,17 +228,18 @@ def _recompute_vjp_once(
         # The gradient takes the place of the update, in the product that the update was a part of.
         if moved.data_ptr() != delta.data_ptr():
             delta.copy_(moved)
+        # The rest of the product is no part of the update, and so has no gradient.
         flat[:first].zero_()
         flat[stop:].zero_()
         if weight != 1.0:
-            room.mul_(weight)
+            scratch.mul_(weight)
         outputs, gradients = [], []
         if left.requires_grad:
             outputs.append(left)
-            gradients.append(room @ right.detach().T)
+            gradients.append(scratch @ right.detach().T)
         if right.requires_grad:
             outputs.append(right)
-            gradients.append(left.detach().T @ room)
+            gradients.append(left.detach().T @ scratch)
         return torch.autograd.grad(outputs, leaves, gradients)
 
     return delta, pull

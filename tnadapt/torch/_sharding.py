@@ -1,4 +1,4 @@
-"""Models that are spread over processes."""
+"""Models that are distributed over processes (FSDP2, DDP)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """The tensor as one process would have it; every process must call."""
+    """Return the tensor as one process would have it; every process must call."""
     return cast(Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def distribute(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal on all processes, spread over them as another one is."""
+    """Distribute a full tensor, equal on all processes, over them as another one is."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor

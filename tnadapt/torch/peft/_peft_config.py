@@ -18,7 +18,7 @@ from ._peft_library import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 __all__ = ["NAME", "TnadaptConfig"]
 
 
-class _Name(str):
+class _PeftTypeName(str):
     """A name that PEFT's reports and errors can show as they show a member of their own enumeration."""
 
     __slots__ = ()
@@ -61,7 +61,7 @@ class DefaultTargets(str):
 
 
 #: The key of this method in PEFT's tables, and its peft_type.
-NAME = _Name("TNADAPT")
+NAME = _PeftTypeName("TNADAPT")
 
 
 @dataclasses.dataclass
