@@ -161,7 +161,7 @@ class Adapter:
         The frozen arrays are not counted in ``num_parameters`` and the summary. A file has the choice, and of the
         frozen arrays those that are not what the seed draws.
 
-        Under ``torch.distributed`` every process must call. Make the optimiser anew afterwards, or give it all
+        Under ``torch.distributed`` every process must call. Create a new optimiser afterwards, or give it all
         parameters with ``weight_decay=0``: an optimiser skips parameters that have no gradient.
         """
         _trainable.choose(self._state, groups, arrays)

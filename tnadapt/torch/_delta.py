@@ -24,7 +24,7 @@ __all__ = ["DeltaFunction", "Slice", "Whole", "pieces", "vector", "version"]
 
 
 class DeltaFunction(torch.autograd.Function):
-    """What a function makes of a plan's arrays; backward makes it again and differentiates that."""
+    """What a function makes of a plan's arrays; backward recomputes and differentiates it."""
 
     generate_vmap_rule = True
 
@@ -56,7 +56,7 @@ class DeltaFunction(torch.autograd.Function):
 def _vjp(
     made: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
 ) -> Sequence[Tensor]:
-    """What is made of arrays, made again and differentiated by some of them."""
+    """Recompute what is made of arrays, and return the gradients of some of them."""
 
     def of(*moved: Tensor) -> Tensor:
         given = list(arrays)
@@ -87,7 +87,7 @@ class Whole:
         groups = self.plan.groups
         if any(not group.projection.linear or group.projection.kind == "identity" for group in groups):
             return _vjp(self, arrays, wanted, gradient)
-        # The adjoint of a linear F wants nothing of F itself: what is made again ends before it.
+        # The adjoint of a linear F needs no output of F: recomputation ends before it.
         backend, found = load_backend("torch"), dict[str, Tensor]()
         named = dict(zip(self.names, arrays, strict=True))
         trained = {self.names[index] for index in wanted}

@@ -107,7 +107,7 @@ class ForwardPatch:
         self.host.forward = self
 
     def remove(self, adapter: AdapterState) -> None:
-        """Take an adapter's slots away, and oneself when none is left."""
+        """Take an adapter's slots away; with the last one, give the module its forward back."""
         for patched in self.weights:
             patched.slots = [slot for slot in patched.slots if slot.adapter is not adapter]
         self.weights = [patched for patched in self.weights if patched.slots]

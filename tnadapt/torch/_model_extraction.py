@@ -222,5 +222,5 @@ def _others(
                 target.block(after).copy_(target.block(before))
         if not torch.equal(before, after):
             yield name
-    # A state dict leaves out buffers that are made again.
+    # A state dict leaves out buffers that the model recomputes.
     yield from (name for name in parameters if name not in theirs and name not in own)

@@ -82,10 +82,10 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
         chosen.sort(key=lambda target: (order[target.module], ROLES.index(target.role)))
     for target in chosen:
         check_embedding(target.name, model.get_submodule(target.module))
-    twins = [] if untie else tied(model, chosen)
-    if twins:
+    shared = [] if untie else tied(model, chosen)
+    if shared:
         raise TargetError(
-            f"{twins[0][0]} and {twins[0][1]} are one tensor (tied weights), and an update of one would change both; "
+            f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both; "
             "leave it out of the targets, or untie=True, which gives the second a copy of its own"
         )
     return chosen
