@@ -210,7 +210,7 @@ def test_what_cannot_be_done_leaves_the_base_as_it_was() -> None:
     with pytest.raises(ConfigError, match="no rank up to 1 "):
         tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), max_error=1e-3, max_rank=1)
     steps: list[Any] = []
-    for arguments in ({"keep": "nothing"}, {"name": "not\na name"}):
+    for arguments in ({"keep_trainable": "nothing"}, {"name": "not\na name"}):
         with pytest.raises(TargetError):
             tnadapt.torch.extract(model, _tuned(model), presets.lora(2), progress=steps.append, **arguments)
     assert steps == []  # before anything is fitted
@@ -246,14 +246,14 @@ def test_what_is_not_the_same_model_tuned_is_refused() -> None:
         (
             model,
             Model(head=5),
-            {"keep": "head"},
+            {"keep_trainable": "head"},
             ShapeError,
             r"the tuned model it is \(5, 4\), in the base \(3, 4\)",
         ),
         (
             model,
             without,
-            {"keep": "head"},
+            {"keep_trainable": "head"},
             ShapeError,
             "head.bias is to be kept; in the tuned model it is not there",
         ),
