@@ -27,8 +27,8 @@ class Adapter:
     Attributes
     ----------
     model : Module
-        What it is attached to. Its parameters are registered there, once, as ``tnadapt_{name}_{array}``, unless
-        :meth:`keep_arrays_in` moved them.
+        What it is attached to. Its parameters are registered there, once, as ``tnadapt_{name}_{array}``; those of a
+        PEFT model's adapters beside it, where PEFT looks for them.
     name : str
     config : Config
     targets : tuple of Target
