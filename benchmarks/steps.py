@@ -303,7 +303,7 @@ def same_outputs(problem: Problem) -> list[dict[str, Any]]:
         outputs = {}
         adapter = next(iter(tnadapt.torch.adapters(contestant.model).values()))
         head, arrays = copy.deepcopy(contestant.model.classifier.state_dict()), adapter.arrays()
-        for strategy in ("weight", "factored", "beside"):
+        for strategy in ("weight", "factored", "additive"):
             twin = copy.deepcopy(problem.model)
             try:
                 other = tnadapt.torch.attach(twin, adapter.config, strategy=strategy)

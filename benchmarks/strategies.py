@@ -30,7 +30,7 @@ import tnadapt.torch
 
 P = tna.presets
 RESULTS = Path(__file__).parent / "results" / "strategies.jsonl"
-STRATEGIES = ("weight", "factored", "beside")
+STRATEGIES = ("weight", "factored", "additive")
 TOKENS = (1, 8, 64, 197, 1024, 1576, 4096, 8192)
 WIDTHS = (384, 768, 1024, 2048, 4096)
 THREADS = int(os.environ.get("THREADS", "2"))

@@ -6,8 +6,13 @@ still catches them. A message says what was given, what was expected, and the wa
 
 from __future__ import annotations
 
+import functools
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 # Letters that nobody sees, and that Python calls printable: joiners, fillers and variation selectors.
 _INVISIBLE = frozenset(
@@ -76,6 +81,61 @@ class FileError(TnadaptError):
 
 class TargetError(TnadaptError):
     """A weight of a model that cannot be found, is there twice, or cannot be updated in the way that was asked."""
+
+
+class UnexpectedKeywordError(ConfigError, TypeError):
+    """A keyword argument that is not taken; also the TypeError that Python raises for one."""
+
+
+# What PEFT's users write, what it is called here, and where it is given.
+_PEFT_KEYWORDS = {
+    "r": ("rank", "a setting of tnadapt.Config and its presets"),
+    "lora_alpha": ("alpha", "a setting of tnadapt.Config and its presets"),
+    "target_modules": ("targets", "an argument of tnadapt.torch.attach"),
+    "modules_to_save": ("keep_trainable", "an argument of tnadapt.torch.attach"),
+}
+
+
+def peft_hint(name: str) -> str | None:
+    """What a keyword of PEFT's configs is called here; None for any other name.
+
+    Examples
+    --------
+    >>> peft_hint("lora_alpha"), peft_hint("alpha")
+    ("PEFT's 'lora_alpha' is 'alpha' here, a setting of tnadapt.Config and its presets", None)
+    """
+    if name not in _PEFT_KEYWORDS:
+        return None
+    ours, where = _PEFT_KEYWORDS[name]
+    return f"PEFT's {name!r} is {ours!r} here, {where}"
+
+
+def explains_peft_keywords(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Let a function answer a keyword of PEFT's with an error that has its name here.
+
+    Examples
+    --------
+    >>> @explains_peft_keywords
+    ... def attach(model, targets="qv"):
+    ...     return targets
+    >>> attach(None, target_modules="qkv")
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.UnexpectedKeywordError: attach() got an unexpected keyword argument 'target_modules': PEFT's
+    'target_modules' is 'targets' here, an argument of tnadapt.torch.attach
+    """
+
+    @functools.wraps(function)
+    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        for name in kwargs:
+            hint = peft_hint(name)
+            if hint is not None:
+                raise UnexpectedKeywordError(
+                    f"{function.__name__}() got an unexpected keyword argument {name!r}: {hint}"
+                )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def shown(value: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,3 +206,19 @@ def test_the_bounds_of_alpha_and_ratio() -> None:
     for ratio in (0.0, -0.5, float(np.nextafter(1, 2))):
         with pytest.raises(tna.ConfigError, match=r"^ratio must be above 0 and at most 1; got "):
             tna.Config(ratio=ratio, projection="linear")
+
+
+@pytest.mark.parametrize(
+    ("keyword", "ours"),
+    [
+        ("r", "'rank' here, a setting of tnadapt.Config and its presets"),
+        ("lora_alpha", "'alpha' here, a setting of tnadapt.Config and its presets"),
+        ("target_modules", "'targets' here, an argument of tnadapt.torch.attach"),
+        ("modules_to_save", "'keep_trainable' here, an argument of tnadapt.torch.attach"),
+    ],
+)
+@pytest.mark.parametrize("made", [tna.Config, tna.presets.lora, tna.presets.superlora], ids=lambda made: made.__name__)
+def test_the_keywords_of_peft_are_translated(made: Callable[..., Any], keyword: str, ours: str) -> None:
+    text = f"Config has no field {keyword!r}; PEFT's {keyword!r} is {ours}. Fields: rank, "
+    with pytest.raises(tna.ConfigError, match=re.escape(text)):
+        made(**{keyword: 8})

@@ -24,9 +24,10 @@ import tnadapt.torch
 from tnadapt import SuperLoRA, presets
 from tnadapt.checkpoints import adapter_format
 from tnadapt.errors import TargetError, TnadaptError
-from tnadapt.torch._delta_cache import Updates
-from tnadapt.torch._sharding import whole
-from tnadapt.torch._storage import to_file
+from tnadapt.torch._adapter_saving import to_file
+from tnadapt.torch._arrays import register_in
+from tnadapt.torch._delta_cache import DeltaCache
+from tnadapt.torch._sharding import gather_full
 
 from .distributed_jobs import BATCH, TOKENS, Job, Model, batches, build, spread
 
@@ -142,7 +143,7 @@ def swapped_from_a_file(folder: Path) -> None:
     with torch.no_grad():
         source.head.bias += 1.0
     path = folder / f"swap.{dist.get_rank()}.safetensors"
-    adapter_format.save(path, to_file(alone))
+    adapter_format.save(path, to_file(alone._state))
     model, adapter = build(SHARDED)
     running = spread(SHARDED, model)
     adapter.swap(path)
@@ -169,13 +170,14 @@ def half_precision_blocks() -> None:
         fully_shard(block, mp_policy=policy)
     running = fully_shard(model)
     seen = []
-    adapter.sites[0].host.register_forward_pre_hook(lambda *_: seen.extend(p.dtype for p in adapter.parameters()))
+    host = adapter._state.patches[0].host
+    host.register_forward_pre_hook(lambda *_: seen.extend(p.dtype for p in adapter.parameters()))
     y = running(sample())
     y.square().mean().backward()
     expect(set(seen) == {torch.float32}, f"the adapter computed with was {seen}")
     for name, parameter in adapter.named_parameters():
         expect(parameter.dtype == torch.float32, f"{name} is {parameter.dtype}")
-        expect(bool(whole(parameter.grad).any()), f"{name} has no gradient")
+        expect(bool(gather_full(parameter.grad).any()), f"{name} has no gradient")
 
 
 def state_saved_and_resumed() -> None:
@@ -216,7 +218,7 @@ def groups_one_after_another() -> None:
         adapter.set_trainable(groups=group)
         running(sample()).square().mean().backward()
         for name, parameter in adapter.named_parameters():
-            gradient = parameter.grad is not None and bool(whole(parameter.grad).any())
+            gradient = parameter.grad is not None and bool(gather_full(parameter.grad).any())
             expect(gradient == name.startswith(f"group{group}."), f"{name} in the turn of group {group}")
         running.zero_grad()
 
@@ -253,7 +255,7 @@ def writes_where_the_sharded_root_contains_the_model() -> None:
         model, adapter = stirred(SHARDED)
         around = Around(model)
         if beside:
-            adapter.keep_arrays_in(around.beside, "let_go()")
+            register_in(adapter._state, around.beside, "let_go()")
         running = fully_shard(around)
         before = outputs(running)
         wanted = other_arrays(adapter, 2)
@@ -273,13 +275,13 @@ def updates_of_arrays_sharded_since() -> None:
     """What was cached before is not compared with them, which torch refuses."""
     plan = SuperLoRA(presets.lora(2), [(4, 4)])
     arrays: dict[str, Tensor] = dict(plan.init("torch"))
-    updates = Updates(plan)
+    updates = DeltaCache(plan)
     with torch.no_grad():
         expected = updates.get(lambda names: [arrays[name] for name in names], 0)
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         arrays = {name: distribute_tensor(array, mesh, [Replicate()]) for name, array in arrays.items()}
         found = updates.get(lambda names: [arrays[name] for name in names], 0)
-    expect(torch.equal(whole(found), expected), "another update")
+    expect(torch.equal(gather_full(found), expected), "another update")
 
 
 def several_adapters() -> None:
@@ -308,7 +310,7 @@ def compiled() -> None:
         running = torch.compile(spread(job, model), backend="aot_eager")
         torch.testing.assert_close(outputs(running), expected, rtol=1e-6, atol=1e-6)
         running(sample()).square().mean().backward()
-        expect(all(bool(whole(p.grad).any()) for p in adapter.parameters()), f"{how}: no gradient")
+        expect(all(bool(gather_full(p.grad).any()) for p in adapter.parameters()), f"{how}: no gradient")
 
 
 def reentrant_without_static_graph() -> None:

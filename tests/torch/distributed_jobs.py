@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tnadapt.torch
 from tnadapt import Config, presets
-from tnadapt.torch._sharding import whole
+from tnadapt.torch._sharding import gather_full
 
 STEPS, BATCH, TOKENS, WIDTH, CLASSES = 4, 8, 5, 16, 3
 
@@ -166,7 +166,7 @@ def train(job: Job, rank: int = 0, world: int = 1) -> tuple[list[float], tnadapt
         if world > 1:
             dist.all_reduce(total)
         losses.append(float(total) / world)
-    kept = [torch.equal(whole(p), base[name]) for name, p in model.named_parameters() if name in base]
+    kept = [torch.equal(gather_full(p), base[name]) for name, p in model.named_parameters() if name in base]
     return losses, adapter, all(kept)
 
 

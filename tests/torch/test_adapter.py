@@ -163,7 +163,7 @@ def test_disabled_gives_the_bases_bits_also_after_an_exception() -> None:
     adapter.merge()
     with adapter.disabled():
         assert torch.equal(run(model), run(small()))
-    assert adapter.merged is not None
+    assert adapter.merged
 
 
 def test_a_forward_that_fails_leaves_the_model_as_it_was() -> None:
@@ -218,6 +218,26 @@ def test_refusals_list_what_was_there_and_change_nothing() -> None:
         tt.attach({})
     with pytest.raises(tna.TargetError, match=r"1 linear or convolution weights: 0\.weight"):
         tt.attach(nn.Sequential(nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "ours"),
+    [
+        ("r", "'rank' here, a setting of tnadapt.Config and its presets"),
+        ("lora_alpha", "'alpha' here, a setting of tnadapt.Config and its presets"),
+        ("target_modules", "'targets' here, an argument of tnadapt.torch.attach"),
+        ("modules_to_save", "'keep_trainable' here, an argument of tnadapt.torch.attach"),
+    ],
+)
+def test_attach_translates_the_keywords_of_peft(keyword: str, ours: str) -> None:
+    model = small()
+    text = f"attach() got an unexpected keyword argument {keyword!r}: PEFT's {keyword!r} is {ours}"
+    with pytest.raises(TypeError, match=re.escape(text) + "$") as error:
+        tt.attach(model, **{keyword: 8})
+    assert isinstance(error.value, tna.ConfigError)
+    assert not tt.adapters(model)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        tt.attach(model, ranks=8)  # type: ignore[call-arg]
 
 
 def test_what_is_kept_trainable_is_in_the_state_dict_and_no_adapter_s() -> None:
@@ -426,7 +446,7 @@ def test_an_adapter_that_is_not_finite_touches_no_weight(bad: float) -> None:
     with pytest.raises(tna.BackendError, match=r"not finite.*no weight was touched"):
         adapter.merge()
     assert bits(model) == before
-    assert adapter.merged is None
+    assert not adapter.merged
 
 
 def test_a_sum_that_leaves_the_range_touches_no_weight() -> None:
@@ -832,14 +852,14 @@ def test_parameter_groups_of_lora_plus() -> None:
 def test_the_three_ways_are_one(variant: str) -> None:
     targets = ["blocks.0.proj", "blocks.1.q_proj", "blocks.1.v_proj"]
     found = {}
-    for strategy in ("weight", "factored", "beside"):
+    for strategy in ("weight", "factored", "additive"):
         model, adapter = attached(variant, targets=targets, strategy=strategy)
         assert set(adapter.strategy) == {strategy}
         stir(adapter)
         y = model(batch())
         y.square().sum().backward()
         found[strategy] = [y.detach(), *(p.grad for p in adapter.parameters())]
-    for other in ("factored", "beside"):
+    for other in ("factored", "additive"):
         for a, b in zip(found["weight"], found[other], strict=True):
             assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
@@ -883,14 +903,14 @@ def test_a_quantised_weight_is_adapted_beside() -> None:
     model = quantised()
     targets = ["blocks.1.q_proj", "blocks.1.v_proj"]
     adapter = tt.attach(model, targets=targets)
-    assert set(adapter.strategy) == {"beside"}
+    assert set(adapter.strategy) == {"additive"}
     assert torch.equal(run(model), run(quantised()))
     model(batch()).sum().backward()
     assert any(p.grad.any() for p in adapter.parameters())
     stir(adapter)
     with pytest.raises(tna.TargetError, match="quantised"):
         adapter.merge()
-    with pytest.raises(tna.ConfigError, match="quantised: use 'beside'"):
+    with pytest.raises(tna.ConfigError, match="quantised: use 'additive'"):
         tt.attach(quantised(), targets=targets, strategy="weight")
 
 
@@ -917,7 +937,7 @@ def test_a_weight_that_its_module_reads_itself_has_one_strategy() -> None:
         tna.ConfigError,
         match=r"needs a linear layer; self_attn\.in_proj_weight is read by TransformerEncoderLayer itself: use",
     ):
-        tt.attach(model, strategy="beside")
+        tt.attach(model, strategy="additive")
     assert set(tt.attach(model).strategy) == {"weight"}
 
 
@@ -963,7 +983,7 @@ def test_arrays_lie_beside_what_a_quantised_layer_has() -> None:
         assert {array.device.type for array in adapter.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("strategy", ["weight", "factored", "beside"])
+@pytest.mark.parametrize("strategy", ["weight", "factored", "additive"])
 def test_a_forward_that_was_put_on_a_layer_before_is_called(strategy: str) -> None:
     """As accelerate puts its own in front of that of the class."""
     torch.manual_seed(0)
@@ -1003,7 +1023,7 @@ def test_a_quantised_layer_without_a_weight_of_that_name(tmp_path: Path) -> None
     model.blocks[1].q_proj = Packed(model.blocks[1].q_proj)
     target = tna.Target("blocks.1.q_proj", (16, 16), "q")
     adapter = tt.attach(model, P.lorta(2), lambda path, _: path == target.module)
-    assert adapter.strategy == ("beside",)
+    assert adapter.strategy == ("additive",)
     model(batch()).sum().backward()
     assert any(p.grad.any() for p in adapter.parameters())
     with pytest.raises(tna.TargetError, match="quantised"):
@@ -1011,7 +1031,7 @@ def test_a_quantised_layer_without_a_weight_of_that_name(tmp_path: Path) -> None
     adapter.save(tmp_path / "a.safetensors")
     assert tna.load(tmp_path / "a.safetensors").base is None
     adapter.detach()
-    assert tt.load(model, tmp_path / "a.safetensors").strategy == ("beside",)
+    assert tt.load(model, tmp_path / "a.safetensors").strategy == ("additive",)
 
 
 def test_the_summary_has_every_slice_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

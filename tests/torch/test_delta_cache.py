@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
-from tnadapt.torch._delta_cache import Updates  # noqa: E402
+from tnadapt.torch._delta_cache import DeltaCache  # noqa: E402
 
 from .small import batch, compiles_whole, small, stir  # noqa: E402
 from .test_delta import moved  # noqa: E402
@@ -26,7 +26,7 @@ class Reused:
 
     def __init__(self, config: tna.Config, shapes: list[tuple[int, int]]) -> None:
         self.plan = tna.SuperLoRA(config, shapes)
-        self.arrays, self.updates = moved(self.plan), Updates(self.plan)
+        self.arrays, self.updates = moved(self.plan), DeltaCache(self.plan)
 
     def get(self, index: int = 0) -> torch.Tensor:
         found = self.updates.get(lambda names: [self.arrays[name] for name in names], index)

@@ -214,7 +214,7 @@ def by_one_process(task: ModuleType, shuffled: bool, start: Path | None = None) 
             torch.nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return tnadapt.torch._storage.to_file(adapter)
+    return tnadapt.torch._adapter_saving.to_file(adapter._state)
 
 
 def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:

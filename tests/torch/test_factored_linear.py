@@ -74,7 +74,7 @@ def passed(
 @pytest.mark.parametrize("targets", [TARGETS, INTERLEAVED, HALVES], ids=["plain", "interleaved", "halves"])
 @pytest.mark.parametrize("weight", [1.0, -0.5])
 def test_all_strategies_are_one_function(name: str, targets: tuple[tna.Target, ...], weight: float) -> None:
-    want = passed(CONFIGS[name], "beside", targets, weight)
+    want = passed(CONFIGS[name], "additive", targets, weight)
     for strategy in ("weight", "factored", "auto"):
         for found, expected in zip(passed(CONFIGS[name], strategy, targets, weight), want, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
@@ -171,7 +171,7 @@ def test_no_rows_at_all(name: str) -> None:
 @pytest.mark.parametrize("strategy", ["weight", "factored"])
 def test_two_adapters_on_one_layer(strategy: str) -> None:
     outputs = []
-    for other in (strategy, "beside"):
+    for other in (strategy, "additive"):
         model = layers()
         one = tt.attach(model, P.lora(2), list(TARGETS), "one", strategy=strategy, dtype=torch.float64)
         two = tt.attach(model, P.lokr(2), list(TARGETS), "two", strategy=other, dtype=torch.float64)
@@ -214,7 +214,7 @@ def test_a_half_precision_base_has_float32_factors(dtype: torch.dtype, name: str
 @pytest.mark.parametrize("trained", ["factor0", "factor1"])
 def test_one_factor_of_a_slice_is_trained_alone(trained: str) -> None:
     grads = []
-    for strategy in ("weight", "beside"):
+    for strategy in ("weight", "additive"):
         model = layers()
         adapter = tt.attach(model, P.superlora(1), list(TARGETS), strategy=strategy, dtype=torch.float64)
         stir(adapter, 0.5)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from tnadapt.errors import TargetError  # noqa: E402
 from tnadapt.targets.target import Rows, Target  # noqa: E402
-from tnadapt.torch._attention_search import Attention, attentions  # noqa: E402
+from tnadapt.torch._attention_search import AttentionModule, attentions  # noqa: E402
 
 from .architectures import MODELS, TEXT, build  # noqa: E402
 
@@ -88,7 +88,7 @@ def moved(model: nn.Module, target: Target, row: int | None = None) -> Iterator[
 
 
 def check_letters(
-    model: nn.Module, attention: Attention, look: Callable[[], dict[str, Tensor]], letters: str = "qkv"
+    model: nn.Module, attention: AttentionModule, look: Callable[[], dict[str, Tensor]], letters: str = "qkv"
 ) -> None:
     """Every letter that the attention is found to make moves itself alone."""
     before = look()

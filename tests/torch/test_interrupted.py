@@ -189,12 +189,12 @@ ACTIONS = CALLS if EVERY else (whole, gradients)
 @pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__)
 def test_an_interrupted_pass(config: str, action: Callable[[Net], list[Tensor]]) -> None:
     case = Case(config)
-    case.adapter._updates.forget()
+    case.adapter._state.cache.forget()
     turns = itertools.cycle(itertools.product(CALLS, (0, 1), (False, True)))
     for stop in moments(lambda: action(case.model), WHERE):
         # With an empty cache, as at the first time, and with one of other arrays.
         call, after, filled = next(turns)
-        case.adapter._updates.forget()
+        case.adapter._state.cache.forget()
         if filled:
             case.put(1)
             whole(case.model)
@@ -286,7 +286,7 @@ def test_an_interrupted_merge_is_whole_or_undone(config: str) -> None:
         now = case.model.state_dict()
         is_merged = all(torch.equal(now[name], tensor) for name, tensor in merged.items())
         assert is_merged or case.has_base_bits()
-        assert (case.adapter.merged is not None) == is_merged
+        assert case.adapter.merged == is_merged
         return is_merged
 
     for action, back in ((case.adapter.merge, case.adapter.unmerge), (case.adapter.unmerge, case.adapter.merge)):
@@ -315,7 +315,7 @@ def test_an_unmerge_after_two_interrupts_gives_the_bits_back() -> None:
                 interrupted_twice(case.adapter.merge, stop, again)
 
             twice()
-            if case.adapter.merged is not None:
+            if case.adapter.merged:
                 case.adapter.unmerge()
             assert case.has_base_bits()
 
@@ -355,7 +355,7 @@ def test_an_interrupted_disabled_block_ends_enabled(merged: bool) -> None:
     for stop in moments(block, TORCH):
         interrupted(block, stop, TORCH)
         assert case.adapter.enabled
-        assert (case.adapter.merged is not None) == merged
+        assert case.adapter.merged == merged
         if not merged:
             case.check(linear, 0)
     if merged:
@@ -420,7 +420,7 @@ def test_an_interrupted_choice_of_what_acts_or_is_trained_is_whole_or_undone() -
     adapters = (case.adapter, second)
 
     def weights() -> tuple[float, ...]:
-        assert all(float(adapter._mix) == pytest.approx(adapter.weight) for adapter in adapters)
+        assert all(float(adapter._state.weight_tensor) == pytest.approx(adapter.weight) for adapter in adapters)
         return tuple(adapter.weight for adapter in adapters)
 
     def trained() -> tuple[bool, ...]:

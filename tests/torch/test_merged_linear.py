@@ -20,12 +20,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch  # noqa: E402
-from tnadapt.torch._merged_linear import Source, SummedLinear, summed  # noqa: E402
+from tnadapt.torch._merged_linear import DeltaSource, MergedWeightLinear, summed  # noqa: E402
 
 P = tna.presets
 CASES = [
-    (P.lora(3), "weight"), (P.lora(3), "factored"), (P.lora(3), "beside"),
-    (P.lokr(2), "weight"), (P.lokr(2), "factored"), (P.superlora(3), "weight"), (P.superlora(3), "beside"),
+    (P.lora(3), "weight"), (P.lora(3), "factored"), (P.lora(3), "additive"),
+    (P.lokr(2), "weight"), (P.lokr(2), "factored"), (P.superlora(3), "weight"), (P.superlora(3), "additive"),
 ]  # fmt: skip
 each = pytest.mark.parametrize(("config", "strategy"), CASES)
 
@@ -112,7 +112,7 @@ def test_derivatives_of_a_linear_layer_on_the_sum() -> None:
     q, v = (torch.randn(2, 4, generator=made).double().requires_grad_() for _ in range(2))
 
     def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, *deltas: torch.Tensor) -> torch.Tensor:
-        return SummedLinear.apply(x, w, b, tuple(map(Source, targets)), *deltas)
+        return MergedWeightLinear.apply(x, w, b, tuple(map(DeltaSource, targets)), *deltas)
 
     assert torch.autograd.gradcheck(function, (x, weight, bias, q, v))
     assert torch.autograd.gradgradcheck(function, (x, weight, bias, q, v))

@@ -134,7 +134,7 @@ def test_a_head_is_kept_and_what_is_not_is_warned_of() -> None:
         tnadapt.torch.extract(model, more, presets.lora(2)).detach()
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        adapter = tnadapt.torch.extract(model, tuned, presets.lora(2), keep="head")
+        adapter = tnadapt.torch.extract(model, tuned, presets.lora(2), keep_trainable="head")
     assert ["head.weight" not in str(one.message) for one in heard] == [True]
     assert torch.equal(model.head.weight, tuned.head.weight)
     assert adapter.kept == ("head.weight", "head.bias")
@@ -149,7 +149,7 @@ def test_a_head_that_is_kept_must_be_in_both_models(head: nn.Module | None, said
     tuned["head"] = head or nn.Identity()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ShapeError, match=rf"head\.weight is to be kept.*{said}.*build the base with the head"):
-        tnadapt.torch.extract(model, tuned, presets.lora(2), ["body"], keep="head")
+        tnadapt.torch.extract(model, tuned, presets.lora(2), ["body"], keep_trainable="head")
     assert not tnadapt.torch.adapters(model)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -157,7 +157,7 @@ def test_a_head_that_is_kept_must_be_in_both_models(head: nn.Module | None, said
 
 def test_the_smallest_rank_within_an_error() -> None:
     model, _ = build("bert")
-    adapter = tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), error=1e-3)
+    adapter = tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), max_error=1e-3)
     assert adapter.config.rank == 3
 
 
@@ -208,9 +208,9 @@ def test_what_cannot_be_done_leaves_the_base_as_it_was() -> None:
         with pytest.raises(error, match=match):
             tnadapt.torch.extract(model, tuned, presets.lora(2))
     with pytest.raises(ConfigError, match="no rank up to 1 "):
-        tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), error=1e-3, max_rank=1)
+        tnadapt.torch.extract(model, _tuned(model, rank=3), presets.lora(), max_error=1e-3, max_rank=1)
     steps: list[Any] = []
-    for arguments in ({"keep": "nothing"}, {"name": "not\na name"}):
+    for arguments in ({"keep_trainable": "nothing"}, {"name": "not\na name"}):
         with pytest.raises(TargetError):
             tnadapt.torch.extract(model, _tuned(model), presets.lora(2), progress=steps.append, **arguments)
     assert steps == []  # before anything is fitted
@@ -246,14 +246,14 @@ def test_what_is_not_the_same_model_tuned_is_refused() -> None:
         (
             model,
             Model(head=5),
-            {"keep": "head"},
+            {"keep_trainable": "head"},
             ShapeError,
             r"the tuned model it is \(5, 4\), in the base \(3, 4\)",
         ),
         (
             model,
             without,
-            {"keep": "head"},
+            {"keep_trainable": "head"},
             ShapeError,
             "head.bias is to be kept; in the tuned model it is not there",
         ),

@@ -197,7 +197,7 @@ def test_an_unknown_keyword_says_what_to_use(keyword: str, way: str) -> None:
     ) as error:
         TnadaptConfig(**{keyword: 8})
     assert isinstance(error.value, tna.ConfigError)
-    with pytest.raises(tna.ConfigError, match=r"Config has no field 'r'; did you mean 'rank'"):
+    with pytest.raises(tna.ConfigError, match=r"Config has no field 'r'; PEFT's 'r' is 'rank' here"):
         TnadaptConfig(preset="lora", settings={"r": 8})
 
 

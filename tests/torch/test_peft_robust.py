@@ -239,7 +239,7 @@ def test_a_handle_is_not_taken_off_behind_the_back_of_peft(way: str) -> None:
     )
     with pytest.raises(TargetError, match=text):
         getattr(handle, way)()
-    assert handle.merged is None
+    assert not handle.merged
     assert torch.equal(run(model), expected)
     assert "attached" in repr(model)
     model.set_adapter("b")

@@ -14,7 +14,7 @@ import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.algebra.factoring import factoring  # noqa: E402
 from tnadapt.testing.strategies import plans  # noqa: E402
-from tnadapt.torch._step_cost import MACHINES, Machine, Work, choose, costs  # noqa: E402
+from tnadapt.torch._step_cost import MACHINES, Machine, StepWork, choose, costs  # noqa: E402
 
 P = tna.presets
 
@@ -94,21 +94,21 @@ def test_operations_elements_and_calls_of_each_strategy(name: str) -> None:
     plan = tna.SuperLoRA(config, [(ROWS, COLS)])
     found = costs(plan, 0, factoring(plan, 0), TOKENS)
     # Formed in forward and in backward, and a gradient to either factor by as many operations each.
-    update = Work(0, 4 * narrow, 2 * moved + 2 * SIZE, 4 * calls)
+    update = StepWork(0, 4 * narrow, 2 * moved + 2 * SIZE, 4 * calls)
     product = 2 * TOKENS * SIZE
-    assert found["weight"] == update + Work(product, 0, 5 * SIZE, 14)
-    assert found["beside"] == update + Work(3 * product, 0, 5 * SIZE + 4 * TOKENS * (ROWS + COLS), 20)
+    assert found["weight"] == update + StepWork(product, 0, 5 * SIZE, 14)
+    assert found["additive"] == update + StepWork(3 * product, 0, 5 * SIZE + 4 * TOKENS * (ROWS + COLS), 20)
     if name in FACTORED:
-        assert found["factored"] == Work(0, *FACTORED[name])
+        assert found["factored"] == StepWork(0, *FACTORED[name])
 
 
 def test_seconds_are_of_operations_bytes_and_calls() -> None:
     machine = Machine(operations=10.0, narrow=5.0, bytes=8.0, call=0.25)
-    assert Work(large=20.0).seconds(machine) == 2.0
-    assert Work(narrow=20.0).seconds(machine) == 4.0
-    assert Work(moved=20.0).seconds(machine) == 10.0  # four bytes each
-    assert Work(calls=20.0).seconds(machine) == 5.0
-    assert Work(20.0, 20.0, 20.0, 20.0).seconds(machine) == 21.0
+    assert StepWork(large=20.0).seconds(machine) == 2.0
+    assert StepWork(narrow=20.0).seconds(machine) == 4.0
+    assert StepWork(moved=20.0).seconds(machine) == 10.0  # four bytes each
+    assert StepWork(calls=20.0).seconds(machine) == 5.0
+    assert StepWork(20.0, 20.0, 20.0, 20.0).seconds(machine) == 21.0
 
 
 def test_attach_chooses_and_the_summary_shows_it() -> None:
@@ -120,7 +120,7 @@ def test_attach_chooses_and_the_summary_shows_it() -> None:
 
     assert strategy(tokens=64) == ("factored",)
     assert strategy(tokens=65536) == ("weight",)
-    for own in ("weight", "factored", "beside"):
+    for own in ("weight", "factored", "additive"):
         assert strategy(strategy=own, tokens=64) == (own,)
     with pytest.raises(tna.ConfigError, match="tokens"):
         strategy(tokens=0)

@@ -146,7 +146,7 @@ def test_a_load_that_fails_late_gives_the_kept_parameters_back(tmp_path: Path, m
         assert not torch.equal(fresh.head.weight, before["head.weight"])  # it was written to by now
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tt.storage, "keep", interrupt)
+    monkeypatch.setattr(tt._adapter_loading, "keep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tt.load(fresh, tmp_path / "a.safetensors")
     assert same(state(fresh), before)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from tnadapt.errors import ConfigError, integer, shown
+from tnadapt.errors import ConfigError, integer, peft_hint, shown
 
 from .folding import MAX_ORDER
 from .maps.projection import KINDS, SQUARE
@@ -297,9 +297,9 @@ def _known(settings: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Config)]
     for name in settings:
         if name not in known:
-            # PEFT's word for it is too short to be near anything.
-            close = ["rank"] if name == "r" else difflib.get_close_matches(str(name), known, n=1)
-            meant = f" did you mean {close[0]!r}?" if close else ""
+            hint = peft_hint(name)
+            close = difflib.get_close_matches(str(name), known, n=1)
+            meant = f" {hint}." if hint else f" did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"Config has no field {shown(name)};{meant} Fields: {', '.join(known)}")
 
 

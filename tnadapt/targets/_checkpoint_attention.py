@@ -10,9 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ._checkpoint_layouts import is_transposed, stored_rows
+from .attention_grouping import (
+    PARENT_OUTPUTS,
+    Called,
+    distinct_rows,
+    main_projection,
+    settled_names,
+    unclear_children,
+)
 from .attention_layouts import Stored
 from .fused_rows import Fused, LayoutError
-from .roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, hints, is_attention, layer_of, natural, read
+from .roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, is_attention, layer_of, natural, read
 from .target import ROLES, Rows, Target
 
 __all__ = ["StoredModel", "targets_of"]
@@ -62,9 +70,7 @@ class StoredModel:
     def projections(self, path: str, child: str) -> list[str]:
         """The weights of a projection that may be wrapped: one if it is the only one, or is called the projection."""
         found = [name for name in self.children[path][child] if _projects(self.weights.get(name))]
-        inner = [f"{_join(path, child)}.{name}.weight" for name in ("linear", "proj", "projection")]
-        called = [name for name in found if name in inner]
-        return called if len(called) == 1 else found
+        return main_projection(found, _join(path, child), lambda name: name.removesuffix(".weight"))
 
     def outputs(self, path: str, names: frozenset[str]) -> list[str]:
         """The weights of children of these names, where there is one weight in it."""
@@ -84,11 +90,10 @@ def _projects(shape: tuple[int, ...] | None) -> bool:
     return shape is not None and (len(shape) == 2 or shape[1] > 1 or shape[0] == 1)
 
 
-# A child's or parameter's name, what the name says, and the weights in it.
-_Input = tuple[str, Name, list[str]]
+_Input = Called[str]
 
 
-class _Attention(NamedTuple):
+class _StoredAttention(NamedTuple):
     path: str
     inputs: list[_Input]
     outputs: list[str]
@@ -129,7 +134,7 @@ def targets_of(model: StoredModel, roles: str) -> list[Target]:
     return found
 
 
-def _attentions(model: StoredModel) -> Iterator[_Attention]:
+def _attentions(model: StoredModel) -> Iterator[_StoredAttention]:
     seen: set[str] = set()
 
     def new(name: str) -> bool:
@@ -148,9 +153,8 @@ def _attentions(model: StoredModel) -> Iterator[_Attention]:
         above = path.rpartition(".")[0]
         outputs = outputs or model.outputs(path, AMBIGUOUS_OUTPUTS)
         if not outputs and is_attention(above.rpartition(".")[2]):
-            # BERT's way: the attention's parent has the output projection, in output.dense.
-            outputs = model.outputs(above, frozenset({"output", "out_proj", "dense"}))
-        yield _Attention(path, inputs, [name for name in outputs if new(name)])
+            outputs = model.outputs(above, PARENT_OUTPUTS)
+        yield _StoredAttention(path, inputs, [name for name in outputs if new(name)])
 
 
 def _is_attention(path: str) -> bool:
@@ -167,21 +171,15 @@ def _called(model: StoredModel, path: str, named: bool) -> list[_Input]:
         weights = model.projections(path, child) if says is not None else []
         if says is not None and weights:
             found.append((child, says, weights))
-    if any(says.letters == "q" for _, says, _ in found):
-        # GPT-2's cross-attention: queries are made elsewhere, by q_attn.
-        found = [(child, says._replace(letters="kv") if child == "c_attn" else says, ws) for child, says, ws in found]
-    separate = [entry for entry in found if entry[1].family not in ("in_proj", "in_proj_weight")]
-    return separate or found
+    return settled_names(found)
 
 
-def _check_clear(model: StoredModel, attention: _Attention, roles: str) -> None:
+def _check_clear(model: StoredModel, attention: _StoredAttention, roles: str) -> None:
     """Raise if a wanted letter is made in a way that is not understood."""
-    unclear = [(child, says.letters) for child, says, weights in attention.inputs if len(weights) > 1]
-    made = {letter for _, says, _ in attention.inputs for letter in says.letters}
-    for child in model.children[attention.path]:
-        missing = "".join(letter for letter in hints(child) if letter in "qv" and letter not in made)
-        if missing and model.projections(attention.path, child):
-            unclear.append((child, missing))
+    path = attention.path
+    unclear = unclear_children(
+        attention.inputs, model.children[path], lambda child: bool(model.projections(path, child))
+    )
     for child, makes in unclear:
         if not set(makes).isdisjoint(roles):
             raise LayoutError(
@@ -190,7 +188,7 @@ def _check_clear(model: StoredModel, attention: _Attention, roles: str) -> None:
             )
 
 
-def _inputs(model: StoredModel, attention: _Attention, entry: _Input, roles: str) -> Iterator[Target]:
+def _inputs(model: StoredModel, attention: _StoredAttention, entry: _Input, roles: str) -> Iterator[Target]:
     child, says, weights = entry
     wanted = [letter for letter in "qkv" if letter in roles and letter in says.letters]
     if not wanted or len(weights) > 1:
@@ -200,18 +198,12 @@ def _inputs(model: StoredModel, attention: _Attention, entry: _Input, roles: str
     rows: dict[str, Rows | None] = dict.fromkeys(says.letters)
     if len(says.letters) > 1:
         rows = _rows_in(model, attention, child, says, whole)
-    given = set()
-    for letter in wanted:
-        # A weight that is both k and v is given once.
-        if letter in rows and rows[letter] not in given:
-            given.add(rows[letter])
-            yield Target(
-                whole.module, whole.stored, letter, whole.parameter, rows[letter], whole.transposed, whole.layer
-            )
+    for letter, own in distinct_rows(wanted, rows):
+        yield Target(whole.module, whole.stored, letter, whole.parameter, own, whole.transposed, whole.layer)
 
 
 def _rows_in(
-    model: StoredModel, attention: _Attention, child: str, says: Name, whole: Target
+    model: StoredModel, attention: _StoredAttention, child: str, says: Name, whole: Target
 ) -> dict[str, Rows | None]:
     path = _join(attention.path, child)
     below = whole.module.removeprefix(path).lstrip(".")

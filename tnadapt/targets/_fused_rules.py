@@ -2,6 +2,10 @@
 
 A rule maps the sizes of one attention and a fused weight to blocks of rows. Which attention follows which rule is in
 ``tnadapt.targets.attention_layouts``.
+
+The same shape fits several layouts: 3d rows are q, k and v one after another, or head by head. An adapter on the wrong
+rows trains and merges without any error, only worse. So a rule takes what it needs from the model's own sizes, checks
+it against any other size that is known, and raises a ``LayoutError`` rather than assume.
 """
 
 from __future__ import annotations
@@ -26,12 +30,16 @@ def concatenated(facts: Facts, fused: Fused) -> Blocks:
     """
     letters, out = fused.letters, fused.out
     if letters != "qkv":
+        # Two letters are as wide as each other, and separate queries (or the output's columns) a multiple of that:
+        # grouped keys and values are narrower than the queries, never wider.
         half = out // 2
         if half == 0 or any(size is not None and size % half for size in (fused.q_out, fused.o_in)):
             raise LayoutError("the sizes do not follow from the numbers that are known")
         return 1, [(letter, half) for letter in letters]
     heads, kv_heads = facts.heads, facts.kv_heads
     if heads is not None and kv_heads is not None and kv_heads != heads:
+        # Some models have heads that are wider than hidden size / heads. The sum below rejects a head size that is not
+        # that of this weight.
         size = facts.head_size or out // (heads + 2 * kv_heads)
         sizes = [heads * size, kv_heads * size, kv_heads * size]
     else:
@@ -42,13 +50,20 @@ def concatenated(facts: Facts, fused: Fused) -> Blocks:
 
 
 def by_head(facts: Facts, fused: Fused) -> Blocks:
-    """Head by head, each with its q, k and v of one size."""
+    """Head by head, each with its q, k and v of one size.
+
+    Megatron's layout, and that of models trained with it: a shard of the rows holds whole heads, so that tensor
+    parallelism cuts one matrix.
+    """
     heads = facts.need_heads()
     return heads, [(letter, fused.out // (len(fused.letters) * heads)) for letter in fused.letters]
 
 
 def by_group(facts: Facts, fused: Fused) -> Blocks:
-    """Key-value head by key-value head, each after the queries that use it."""
+    """Key-value head by key-value head, each after the queries that use it.
+
+    :func:`by_head` for grouped queries: a shard holds a key-value head with all its queries.
+    """
     heads, kv_heads = facts.need_heads(), facts.need_kv_heads()
     if heads % kv_heads:
         raise LayoutError(f"{heads} heads of queries do not share {kv_heads} of keys evenly")
@@ -94,12 +109,14 @@ def glm(facts: Facts, fused: Fused) -> Blocks:
 
 def code_gen(facts: Facts, fused: Fused) -> Blocks:
     """CodeGen and MOSS: in the shards of their training, always four, and with v before k."""
+    # The shards are those of the TPU that it was trained on. transformers has the number as a constant in its code, not
+    # in the config.
     shards = facts.number("mp_num") or 4
     return shards, [(letter, fused.out // (3 * shards)) for letter in "qvk"]
 
 
 def levit(facts: Facts, fused: Fused) -> Blocks:
-    """Head by head, v wider than q and k."""
+    """Head by head, v wider than q and k; its width is what is left of the rows."""
     heads, key = facts.need_heads(), facts.need("key_dim")
     value = fused.out // heads - key * (len(fused.letters) - 1)
     return heads, [(letter, value if letter == "v" else key) for letter in fused.letters]

@@ -18,7 +18,7 @@ __all__ = ["SHARED", "Blocks", "Facts", "Fused", "LayoutError", "place_rows"]
 # The number of equal blocks, and the parts of one block: a letter and its row count; "-" is none of q, k and v.
 Blocks = tuple[int, list[tuple[str, int]]]
 
-# One product is used for every letter, as q and k or as k and v.
+# One product is used for every letter, as q and k or as k and v. Compared by identity: no rule computes such a value.
 SHARED: Blocks = (0, [])
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads", "heads")
@@ -73,6 +73,8 @@ class Facts:
 
     def number(self, *names: str) -> int | None:
         """The first of these names that holds a positive integer below 2**62, which no size of a tensor exceeds."""
+        # Lookups first, names second: an attention's own number counts more than one of the config under a better name,
+        # as the config may describe a model of several parts.
         for lookup in self._lookups:
             for name in names:
                 value = lookup(name)
@@ -102,6 +104,8 @@ class Facts:
     @property
     def kv_heads(self) -> int | None:
         """How many heads of keys and values."""
+        # Groups are queries for each key-value head. First, because an attention of transformers has these, while the
+        # number of key-value heads is only in its config.
         groups, heads = self.number("num_key_value_groups"), self.heads
         return heads // groups if groups and heads else self.number(*_KV_HEADS)
 
@@ -147,6 +151,7 @@ def place_rows(blocks: Blocks, fused: Fused) -> dict[str, Rows | None]:
     """
     if blocks is SHARED:
         return dict.fromkeys(fused.letters)
+    # Rows that are left over, or a size below one, mean that the rule is not this weight's: nothing is rounded away.
     count, parts = blocks
     stride = sum(size for _, size in parts)
     if count < 1 or stride * count != fused.out or any(size < 1 for letter, size in parts if letter != "-"):

@@ -11,11 +11,11 @@ Examples
 
 from tnadapt.targets.target import Rows, Target
 
-from ._adapter import Adapter
+from ._adapter import Adapter, adapters
+from ._adapter_loading import from_pretrained, load
 from ._attach import attach
 from ._model_extraction import extract
-from ._registry import adapters, mix
-from ._storage import from_pretrained, load
+from ._registry import mix
 from ._target_selection import find_targets
 
 __all__ = [

@@ -15,15 +15,18 @@ from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.presets import superlora
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
-from tnadapt.errors import BackendError, ConfigError, TargetError, integer, shown
+from tnadapt.errors import BackendError, ConfigError, TargetError, explains_peft_keywords, integer, shown
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
 from . import _freezing as freezing
 from ._adapter import Adapter
-from ._forward_patch import ACTIVATIONS, STRATEGIES, Part, Site
-from ._registry import BOOK, DOT, is_array, overlapping
+from ._forward_pass import PassHooks
+from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
+from ._registry import overlapping
+from ._removal import take_off
 from ._sharding import is_sharded
+from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
 from ._step_cost import MACHINES, TOKENS, choose
 from ._target_selection import find_targets, host_of, paths_of, tied
 
@@ -32,6 +35,7 @@ __all__ = ["attach", "check_name", "matching"]
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+@explains_peft_keywords
 def attach(
     model: nn.Module,
     cfg: Config | None = None,
@@ -66,7 +70,7 @@ def attach(
     keep_trainable : str or sequence of str
         Parameters of the base that stay free, by whole parts of their paths: ``"classifier"`` is every parameter
         below a module of that name. They are saved with the adapter.
-    strategy : {"auto", "weight", "factored", "beside"}
+    strategy : {"auto", "weight", "factored", "additive"}
         How a layer uses its update; see :mod:`tnadapt.torch._forward_patch`. ``"auto"`` takes for each weight the one
         whose training step costs least by a count of operations and bytes (:mod:`tnadapt.torch._step_cost`); the
         summary shows it.
@@ -131,42 +135,45 @@ def attach(
     ]
     # Also under inference_mode: what is made there could never be trained.
     with torch.inference_mode(False):
-        arrays = _arrays(plan, _beside(owners[0], found[0].parameter), dtype)
+        arrays = _arrays(plan, _weight_or_substitute(owners[0], found[0].parameter), dtype)
     # Nothing can fail from here on, but it can be interrupted.
-    adapter = Adapter(model, name, plan, found, kept, activation)
+    state = AdapterState(model, name, plan, found, kept, activation)
+    adapter = Adapter(state)
     try:
-        _put_on(adapter, arrays, owners, hosts, strategies)
+        _put_on(state, arrays, owners, hosts, strategies)
     except BaseException:
-        adapter.take_off()
+        take_off(state)
         raise
     return adapter
 
 
 def _put_on(
-    adapter: Adapter,
+    state: AdapterState,
     arrays: Mapping[str, torch.Tensor],
     owners: Sequence[nn.Module],
     hosts: Sequence[nn.Module],
     strategies: Sequence[tuple[str, Factoring | None]],
 ) -> None:
-    model, found = adapter.model, adapter.targets
+    model, found = state.model, state.targets
     for _, second in tied(model, found):
-        freezing.untie(adapter, second)
-    freezing.freeze(adapter)
+        freezing.untie(state, second)
+    freezing.freeze(state)
     for array, tensor in arrays.items():
-        model.register_parameter(adapter._names[array], nn.Parameter(tensor))
+        model.register_parameter(state.parameter_names[array], nn.Parameter(tensor))
     for index, (target, owner, host, chosen) in enumerate(zip(found, owners, hosts, strategies, strict=True)):
-        site = Site.of(host)
+        there = ForwardPatch.of(host)
+        patch = ForwardPatch(host) if there is None else there
         # In this order: whatever is in the model can be found by who takes it off again.
-        adapter.sites.append(Site(host) if site is None else site)
-        if site is None:
-            adapter.sites[-1].install()
-        part = Part(adapter, index, target, *chosen)
-        adapter.parts.append(part)
-        adapter.sites[-1].add(owner, part)
-    model.register_forward_pre_hook(adapter.begin)
-    model.register_forward_hook(adapter.end, always_call=True)
-    model.__dict__.setdefault(BOOK, {})[adapter.name] = adapter
+        state.patches.append(patch)
+        if there is None:
+            patch.install()
+        slot = AdapterSlot(state, index, owner, target, *chosen)
+        state.slots.append(slot)
+        patch.add(slot)
+    hooks = PassHooks(state)
+    model.register_forward_pre_hook(hooks.begin)
+    model.register_forward_hook(hooks.end, always_call=True)
+    model.__dict__.setdefault(ADAPTERS_ATTR, {})[state.name] = state
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -181,7 +188,7 @@ def check_name(model: nn.Module, name: str) -> None:
     taken = {adapter.name: adapter for adapter in overlapping(model)}
     if name in taken:
         raise TargetError(
-            f"there is an adapter {name!r} on this model already ({taken[name]!r}); give another name, or "
+            f"there is an adapter {name!r} on this model already ({taken[name].handle!r}); give another name, or "
             "detach() it first"
         )
 
@@ -246,13 +253,13 @@ def _strategy(
             "strategy='factored' needs a linear layer, and an update whose rows and columns are separate, as those of "
             f"tnadapt.presets.lora(rank) or lokr(rank) are; {target.name} has {shown(config)}: use strategy='auto'"
         )
-    if wanted == "beside" and not own:
+    if wanted == "additive" and not own:
         raise ConfigError(
-            f"strategy='beside' needs a linear layer; {target.name} is read by {type(host).__name__} itself: "
+            f"strategy='additive' needs a linear layer; {target.name} is read by {type(host).__name__} itself: "
             "use 'weight'"
         )
     if wanted == "weight" and quantised:
-        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantised: use 'beside'")
+        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantised: use 'additive'")
     if wanted != "auto":
         return wanted, how if wanted == "factored" else None
     if own and not quantised:
@@ -265,7 +272,7 @@ def _strategy(
         raise TargetError(
             f"{target.name} is quantised and read by {type(host).__name__} itself: leave it out of the targets"
         )
-    return "beside" if quantised else "weight", None
+    return "additive" if quantised else "weight", None
 
 
 def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -280,7 +287,7 @@ def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> d
     return plan.init("torch", _DTYPES[dtype], device)
 
 
-def _beside(owner: nn.Module, parameter: str) -> torch.Tensor | None:
+def _weight_or_substitute(owner: nn.Module, parameter: str) -> torch.Tensor | None:
     """The weight, or what a quantised layer has instead: the arrays are to lie beside it."""
     weight: torch.Tensor | None = owner._parameters.get(parameter)
     weight = weight if weight is not None else next(itertools.chain(owner.parameters(), owner.buffers()), None)

@@ -13,17 +13,24 @@ from typing import NamedTuple
 from torch import nn
 
 from tnadapt.errors import TargetError
-from tnadapt.targets.roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, hints, is_attention, layer_of, read
+from tnadapt.targets.attention_grouping import (
+    PARENT_OUTPUTS,
+    Called,
+    distinct_rows,
+    settled_names,
+    unclear_children,
+)
+from tnadapt.targets.roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, is_attention, layer_of, read
 from tnadapt.targets.target import Rows, Target
 
 from ._fused_weights import rows_of
 from ._layout_hints import is_known
 from ._weights import Weight, join, modules_of, plain, projections_in, weights_of
 
-__all__ = ["Attention", "attentions"]
+__all__ = ["AttentionModule", "attentions"]
 
 
-class Attention(NamedTuple):
+class AttentionModule(NamedTuple):
     """One attention and its projections.
 
     Attributes
@@ -70,18 +77,14 @@ class Attention(NamedTuple):
             if len(found.letters) > 1:
                 out = weight.shape[0]
                 rows = rows_of(self.module, name, found.letters, out, weight.path, q_out, o_in)
-            given = set()
-            for letter in wanted:
-                # A weight that is both k and v is given once.
-                if letter in rows and rows[letter] not in given:
-                    given.add(rows[letter])
-                    yield weight.target(letter, layer, rows[letter])
+            for letter, own in distinct_rows(wanted, rows):
+                yield weight.target(letter, layer, own)
         if "o" in letters:
             for weight in self.outputs:
                 yield weight.target("o", layer)
 
 
-def attentions(model: nn.Module) -> Iterator[Attention]:
+def attentions(model: nn.Module) -> Iterator[AttentionModule]:
     """Every attention of a model, in its order.
 
     Examples
@@ -118,16 +121,12 @@ def attentions(model: nn.Module) -> Iterator[Attention]:
             continue
         outputs = outputs or _children(path, module, AMBIGUOUS_OUTPUTS) or _outputs_of_parent(path, by_plain_path)
         outputs = [named_first(weight) for weight in outputs if new(weight)]
-        yield Attention(path, module, _in_use(module, inputs), outputs, unclear)
+        yield AttentionModule(path, module, _in_use(module, inputs), outputs, unclear)
 
 
-# A child's or parameter's name, what it says, and the weights in it.
-_Called = tuple[str, Name, list[Weight]]
-
-
-def _called(path: str, module: nn.Module, attention: bool) -> list[_Called]:
+def _called(path: str, module: nn.Module, attention: bool) -> list[Called[Weight]]:
     """What of a module's own parameters and children is called a projection to q, k or v."""
-    found: list[_Called] = []
+    found: list[Called[Weight]] = []
     for weight in weights_of(path, module):
         name = read(weight.parameter, attention=True)
         if name is not None:
@@ -137,24 +136,15 @@ def _called(path: str, module: nn.Module, attention: bool) -> list[_Called]:
         weights = [] if name is None or child is None else projections_in(join(path, child_name), child)
         if name is not None and weights:
             found.append((child_name, name, weights))
-    if any(name.letters == "q" for _, name, _ in found):
-        # GPT-2's cross-attention: queries are made elsewhere, by q_attn.
-        found = [(child, name._replace(letters="kv") if child == "c_attn" else name, ws) for child, name, ws in found]
-    separate = [entry for entry in found if entry[1].family not in ("in_proj", "in_proj_weight")]
-    return separate or found
+    return settled_names(found)
 
 
-def _unclear(module: nn.Module, called: list[_Called]) -> list[tuple[str, str]]:
+def _unclear(module: nn.Module, called: list[Called[Weight]]) -> list[tuple[str, str]]:
     """Children of an attention that are called so and hold several weights, or are half called so."""
     if not called:
         return []
-    several = [(child, name.letters) for child, name, weights in called if len(weights) > 1]
-    made = {letter for _, name, _ in called for letter in name.letters}
-    for name, child in module._modules.items():
-        missing = "".join(letter for letter in hints(name) if letter in "qv" and letter not in made)
-        if missing and child is not None and projections_in(name, child):
-            several.append((name, missing))
-    return several
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    return unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
 
 
 def _in_use(module: nn.Module, inputs: list[tuple[str, Name, Weight]]) -> list[tuple[str, Name, Weight]]:
@@ -180,9 +170,9 @@ def _children(path: str, module: nn.Module, names: frozenset[str]) -> list[Weigh
 
 
 def _outputs_of_parent(path: str, by_plain_path: dict[str, nn.Module]) -> list[Weight]:
-    """BERT's way: the attention's parent has the output projection, in ``output.dense``."""
+    """Those that the attention's parent has, where it is an attention itself."""
     above = plain(path).rpartition(".")[0]
     parent = by_plain_path.get(above)
     if parent is None or not is_attention(type(parent).__name__):
         return []
-    return _children(above, parent, frozenset({"output", "out_proj", "dense"}))
+    return _children(above, parent, PARENT_OUTPUTS)

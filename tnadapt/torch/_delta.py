@@ -1,9 +1,9 @@
 """ΔW with autograd: computed once for all layers that share it, and again in backward rather than kept.
 
 Where slices are cheap (:class:`Slice`), each layer makes its own, while training. Where they are not, as behind F, a
-group's update is made whole for many layers. Its graph is one node, :class:`Update`, that keeps the small arrays and
-nothing else: gone through a second time (gradient accumulation without an optimiser step, reentrant checkpointing) it
-finds all it needs, and a checkpointed region that meets it saves no tensor on its account.
+group's update is made whole for many layers. Its graph is one node, :class:`DeltaFunction`, that keeps the small arrays
+and nothing else: gone through a second time (gradient accumulation without an optimiser step, reentrant checkpointing)
+it finds all it needs, and a checkpointed region that meets it saves no tensor on its account.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 
-__all__ = ["Slice", "Update", "Whole", "pieces", "vector", "version"]
+__all__ = ["DeltaFunction", "Slice", "Whole", "pieces", "vector", "version"]
 
 
-class Update(torch.autograd.Function):
-    """What a function makes of a plan's arrays; backward makes it again and differentiates that."""
+class DeltaFunction(torch.autograd.Function):
+    """What a function makes of a plan's arrays; backward recomputes and differentiates it."""
 
     generate_vmap_rule = True
 
@@ -35,7 +35,8 @@ class Update(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.made, *ctx.arrays = inputs
-        # Not by save_for_backward: what that keeps is dropped after the first backward.
+        # Not by save_for_backward: what that keeps is dropped after the first backward pass, and this node may be gone
+        # through several times, as it is shared by layers and by passes. Its check for writes in place is made here.
         ctx.versions = [version(array) for array in ctx.arrays]
 
     @staticmethod
@@ -47,15 +48,15 @@ class Update(torch.autograd.Function):
             )
         wanted = [index for index, _ in enumerate(ctx.arrays) if ctx.needs_input_grad[1 + index]]
         result: list[Tensor | None] = [None] * (1 + len(ctx.arrays))
-        for index, part in zip(wanted, ctx.made.pulled(ctx.arrays, wanted, grads[0]), strict=True):
+        for index, part in zip(wanted, ctx.made.vjp(ctx.arrays, wanted, grads[0]), strict=True):
             result[1 + index] = part
         return tuple(result)
 
 
-def _pulled(
+def _vjp(
     made: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
 ) -> Sequence[Tensor]:
-    """What is made of arrays, made again and differentiated by some of them."""
+    """Recompute what is made of arrays, and return the gradients of some of them."""
 
     def of(*moved: Tensor) -> Tensor:
         given = list(arrays)
@@ -63,7 +64,7 @@ def _pulled(
             given[index] = array
         return made(*given)
 
-    # Of torch.func, as a backward pass may be batched or differentiated itself.
+    # By torch.func and not by autograd.grad: a backward pass may be batched or differentiated itself.
     pull: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(of, *(arrays[index] for index in wanted))[1]
     return pull(gradient)
 
@@ -81,12 +82,12 @@ class Whole:
     def __call__(self, *arrays: Tensor) -> Tensor:
         return cast(Tensor, self.plan.vector(dict(zip(self.names, arrays, strict=True))))
 
-    def pulled(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+    def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Gradients of the wanted arrays, from that of the vector."""
         groups = self.plan.groups
         if any(not group.projection.linear or group.projection.kind == "identity" for group in groups):
-            return _pulled(self, arrays, wanted, gradient)
-        # The adjoint of a linear F wants nothing of F itself: what is made again ends before it.
+            return _vjp(self, arrays, wanted, gradient)
+        # The adjoint of a linear F needs no output of F: recomputation ends before it.
         backend, found = load_backend("torch"), dict[str, Tensor]()
         named = dict(zip(self.names, arrays, strict=True))
         trained = {self.names[index] for index in wanted}
@@ -103,7 +104,7 @@ class Whole:
             def made(*given: Tensor, network: Network = group.network, names: Any = group.names) -> Tensor:
                 return cast(Tensor, network.whole(load_backend("torch"), dict(zip(names, given, strict=True))))
 
-            parts = _pulled(made, [named[full] for _, full in own], places, before)
+            parts = _vjp(made, [named[full] for _, full in own], places, before)
             found.update(zip((own[place][1] for place in places), parts, strict=True))
         return [found[self.names[index]] for index in wanted]
 
@@ -149,9 +150,9 @@ class Slice:
         start, stop = piece.group_start, piece.group_start + piece.length
         return group.network.slice_factors(load_backend("torch"), own, start, stop)
 
-    def pulled(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
+    def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Gradients of the wanted arrays, from that of the update."""
-        return _pulled(self, arrays, wanted, gradient)
+        return _vjp(self, arrays, wanted, gradient)
 
     @classmethod
     def of(cls, plan: SuperLoRA, index: int) -> Slice | None:
@@ -189,7 +190,7 @@ def vector(plan: SuperLoRA, arrays: Mapping[str, Tensor]) -> Tensor:
     """The long vector, differentiable; in a compiled program by plain operations, which the compiler plans itself."""
     if torch.compiler.is_compiling():
         return cast(Tensor, plan.vector(arrays))
-    return cast(Tensor, Update.apply(Whole(plan, tuple(arrays)), *arrays.values()))  # type: ignore[no-untyped-call]
+    return cast(Tensor, DeltaFunction.apply(Whole(plan, tuple(arrays)), *arrays.values()))  # type: ignore[no-untyped-call]
 
 
 def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:

@@ -12,17 +12,17 @@ from torch._guards import TracingContext
 
 from tnadapt.algebra.superlora import SuperLoRA
 
-from ._delta import Slice, Update, Whole, pieces, vector, version
-from ._merged_linear import transformed, watched
+from ._delta import DeltaFunction, Slice, Whole, pieces, vector, version
+from ._merged_linear import in_dispatch_mode, in_functorch
 from ._sharding import is_sharded
 
-__all__ = ["Updates"]
+__all__ = ["DeltaCache"]
 
 #: Gives the current arrays of an adapter by name.
 Lookup = Callable[[Sequence[str]], list[Tensor]]
 
 
-class Updates:
+class DeltaCache:
     """The updates of one plan, cached and checked against the current arrays at every use.
 
     Parameters
@@ -48,7 +48,7 @@ class Updates:
         # Of all weights and at once: a program that is being compiled would notice a list that grows.
         self._slices = [Slice(plan, index) for index in range(len(plan.shapes))]
         self._alone = [Slice.of(plan, index) is not None for index in range(len(plan.shapes))]
-        self._entries: dict[tuple[bool, bool, int | None], _Entry] = {}
+        self._entries: dict[tuple[bool, bool, int | None], CacheEntry] = {}
         #: The latest copy of each array, which entries share.
         self._copies: dict[tuple[str, bool], Tensor] = {}
         #: What a compiler's trace has computed for all layers of the trace, and the number of the trace.
@@ -82,11 +82,16 @@ class Updates:
         if torch.compiler.is_compiling():
             return self._compiled(lookup, index)
         own, alone = self._slices[index], self._alone[index]
+        # Once: from here on, all is about these very tensors, even if another thread puts others in their places.
         given = lookup(own.names)
         # With gradients, an update that is computed alone is a graph of its own in each call.
         if (alone and torch.is_grad_enabled()) or not _can_cache(given, alone):
-            return Update.apply(own, *given)  # type: ignore[no-any-return, no-untyped-call]
+            return DeltaFunction.apply(own, *given)  # type: ignore[no-any-return, no-untyped-call]
+        # An update with a graph does not stand for one without (outputs would require gradients, and the graph would
+        # live on), nor does an inference tensor for an ordinary one.
         key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), index if alone else None
+        # No lock: entries are immutable, and reading or replacing one is a single operation on a dictionary. Two
+        # threads that find none both compute it, equally.
         entry = self._entries.get(key)
         if entry is not None and entry.is_of(own.names, given):
             return entry.made[index]
@@ -99,27 +104,33 @@ class Updates:
             self._entries[key] = new
         return new.made[index]
 
-    def _entry(self, index: int, given: Sequence[Tensor]) -> _Entry:
+    def _entry(self, index: int, given: Sequence[Tensor]) -> CacheEntry:
         """The update of one weight alone, without gradients."""
         own = self._slices[index]
         copies = self._copied(own.names, given)
-        return _Entry(copies, {index: own(*copies.values())})
+        return CacheEntry(copies, {index: own(*copies.values())})
 
-    def _whole(self, lookup: Lookup) -> _Entry:
+    def _whole(self, lookup: Lookup) -> CacheEntry:
         """All updates at once; with gradients, of one graph that all layers share."""
         names = list(self.plan.param_shapes)
         given = lookup(names)
+        # In this order: what is written between the two makes the copies newer than the state, and the entry invalid.
         state = _state(given) if torch.is_grad_enabled() else None
         copies = self._copied(names, given)
         if state is None:
+            # Of the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
             made = pieces(self.plan, Whole(self.plan, names)(*copies.values()))
-            return _Entry(copies, dict(enumerate(made)))
+            return CacheEntry(copies, dict(enumerate(made)))
         made = pieces(self.plan, vector(self.plan, dict(zip(names, given, strict=True))))
         leaves = dict(zip(names, zip(given, state, strict=True), strict=True))
-        return _Entry(copies, dict(enumerate(made)), leaves, sum(map(version, given)))
+        return CacheEntry(copies, dict(enumerate(made)), leaves, sum(map(version, given)))
 
     def _copied(self, names: Sequence[str], given: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Copies of arrays: those that there are already, where they are equal."""
+        """Copies of arrays: those that there are already, where they are equal.
+
+        Entries of several weights, and with and without gradients, are of the same arrays, and would otherwise hold a
+        copy each. A copy is never written to; an array that has changed gets a new one.
+        """
         found = {}
         for name, array in zip(names, given, strict=True):
             key = name, torch.is_inference_mode_enabled()
@@ -131,7 +142,11 @@ class Updates:
         return found
 
     def _compiled(self, lookup: Lookup, index: int) -> Tensor:
-        """By plain operations, which the compiler plans itself."""
+        """By plain operations, which the compiler plans itself.
+
+        A compiled program must not contain a cached tensor as a constant, nor guard on the contents of arrays. So an
+        update is part of the program, once for all layers of one trace.
+        """
         if self._alone[index]:
             own = self._slices[index]
             return own(*lookup(own.names))
@@ -143,14 +158,14 @@ class Updates:
             self._traced = number, pieces(self.plan, vector(self.plan, dict(zip(names, lookup(names), strict=True))))
         return self._traced[1][index]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Updates:
-        return Updates(self.plan)
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeltaCache:
+        return DeltaCache(self.plan)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Updates, (self.plan,)
+        return DeltaCache, (self.plan,)
 
 
-class _Entry(NamedTuple):
+class CacheEntry(NamedTuple):
     """Updates, and what they were computed from.
 
     Attributes
@@ -208,7 +223,7 @@ def _can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
         return False
     # A trace or a graph that is captured must contain how the update is computed; what torch.func has wrapped is
     # valid inside of the transformation only; and a dispatch mode must see the same operations each time.
-    if watched() or transformed():
+    if in_dispatch_mode() or in_functorch():
         return False
     return kind != "cuda" or not torch.cuda.is_current_stream_capturing()
 

@@ -20,7 +20,7 @@ from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.backends import load_backend
 from tnadapt.targets.target import Target
 
-from ._merged_linear import transformed, watched
+from ._merged_linear import in_dispatch_mode, in_functorch
 
 __all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
 
@@ -111,7 +111,7 @@ def factored_linear(
 
 def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
     """Whether all is of one dtype and device, and nothing looks at the single operations."""
-    if torch.compiler.is_compiling() or transformed() or watched():
+    if torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode():
         return False
     if x.is_nested or x.ndim == 0 or x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
         return False
@@ -161,7 +161,7 @@ class FactoredLinear(torch.autograd.Function):
             part = None if features is None else _part(branch.target, features)
             for term in branch.gathered(own):
                 inner, given = (next(kept), next(extra)) if _is_kept(term) else (None, None)
-                several = _pulled(branch.scale, term, rows, part, inner, given, moved)
+                several = _term_vjp(branch.scale, term, rows, part, inner, given, moved)
                 for tensor in several:
                     found[at] = tensor if needed[at - 4] else None
                     at += 1
@@ -187,7 +187,7 @@ def _forward(
     return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y, kept
 
 
-def _pulled(
+def _term_vjp(
     scale: float,
     term: Sequence[Matrix],
     rows: Tensor,

@@ -1,14 +1,16 @@
-"""How a layer uses ΔW: added to the weight, beside it, or as the two factors of a low-rank update.
+"""How a layer uses ΔW: added to the weight, added to the output, or as the factors of a low-rank update.
 
-A :class:`Site` stands in for the ``forward`` of one module. Nothing else of the module changes: its class,
-path, parameters and state dict stay what they were.
+A :class:`ForwardPatch` stands in for the ``forward`` of one module. Nothing else of the module changes: its class,
+path, parameters and state dict stay what they were. Another module in its place, as PEFT has it, or another class, as
+parametrisations have it, would show in names, state dicts and ``isinstance`` checks; and a pair of hooks around the
+forward could not clean up after an interrupted pass, in which torch runs no hook.
 
 - *weight*: ``x (W + ΔW)ᵀ``; the sum is rounded once to the weight's dtype, and formed again in
   backward, not kept. The only way for weights that several rows share, that are read by something other than
   their own module's forward, or that belong to a convolution.
 - *factored*: ``x Wᵀ + s (x A) Bᵀ`` for one low-rank matrix a weight; ΔW never exists. With an ``activation`` between
   the two factors this is LoDA.
-- *beside*: ``x Wᵀ + x ΔWᵀ``, for weights that cannot be added to (quantised ones).
+- *additive*: ``x Wᵀ + x ΔWᵀ``, for weights that cannot be added to (quantised ones).
 """
 
 from __future__ import annotations
@@ -17,24 +19,23 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tnadapt.algebra.factoring import Factored, Factoring, Matrix
+from tnadapt.algebra.factoring import Factored, Matrix
 from tnadapt.targets.target import Target
 
 from ._factored_linear import can_fuse, factored_linear, product
-from ._merged_linear import Source, SummedLinear, summed, transformed, watched
+from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
+from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
+from ._state import AdapterSlot, AdapterState
 
-if TYPE_CHECKING:
-    from ._adapter import Adapter
+__all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch", "PatchedParameter"]
 
-__all__ = ["ACTIVATIONS", "STRATEGIES", "Part", "Site", "Stored"]
-
-STRATEGIES = ("auto", "weight", "factored", "beside")
+STRATEGIES = ("auto", "weight", "factored", "additive")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -43,30 +44,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Part:
-    """One adapter's share in one weight: which of its updates, on which rows, and how it is used."""
-
-    adapter: Adapter
-    index: int
-    target: Target
-    strategy: str
-    #: How the update factors, where it is used factored.
-    factoring: Factoring | None = None
-
-    def factors(self) -> Factored:
-        """The factors of the update; not weighted."""
-        assert self.factoring is not None  # attach has seen to that
-        return self.adapter.factors(self.factoring)
-
-
 @dataclasses.dataclass(eq=False)
-class Stored:
-    """A parameter of a module, and the parts of adapters that update it."""
+class PatchedParameter:
+    """A parameter of a module, and the slots of the adapters that update it."""
 
     owner: nn.Module
     parameter: str
-    parts: list[Part] = dataclasses.field(default_factory=list)
+    slots: list[AdapterSlot] = dataclasses.field(default_factory=list)
 
     @property
     def tensor(self) -> Tensor:
@@ -76,7 +60,7 @@ class Stored:
         return cast(Tensor, getattr(self.owner, self.parameter) if found is None else found)
 
 
-class Site:
+class ForwardPatch:
     """The stand-in for one module's ``forward``.
 
     Parameters
@@ -88,7 +72,7 @@ class Site:
 
     def __init__(self, host: nn.Module) -> None:
         self.host = host
-        self.weights: list[Stored] = []
+        self.weights: list[PatchedParameter] = []
         #: A forward that was put on the module itself, by accelerate say; None where it is the class's.
         self.before: Callable[..., Any] | None = host.__dict__.get("forward")
         #: Whether it is the forward of torch's Linear or convolutions, on the host's own weight.
@@ -103,30 +87,30 @@ class Site:
         self.__dict__.update(state, _lock=threading.RLock())
 
     @classmethod
-    def of(cls, host: nn.Module) -> Site | None:
-        """The site of a module, if it has one."""
+    def of(cls, host: nn.Module) -> ForwardPatch | None:
+        """The patch of a module, if it has one."""
         found = host.__dict__.get("forward")
-        return found if isinstance(found, Site) else None
+        return found if isinstance(found, ForwardPatch) else None
 
-    def add(self, owner: nn.Module, part: Part) -> None:
-        """Let a part act here."""
-        for stored in self.weights:
-            if stored.owner is owner and stored.parameter == part.target.parameter:
-                stored.parts.append(part)
+    def add(self, slot: AdapterSlot) -> None:
+        """Let a slot act here."""
+        for patched in self.weights:
+            if patched.owner is slot.owner and patched.parameter == slot.target.parameter:
+                patched.slots.append(slot)
                 return
-        self.weights.append(Stored(owner, part.target.parameter, [part]))
+        self.weights.append(PatchedParameter(slot.owner, slot.target.parameter, [slot]))
         self.is_plain = self._is_plain()
 
     def install(self) -> None:
         """Take the place of the module's forward."""
-        # The site itself, not a method of it: accelerate takes methods apart.
+        # The patch itself, not a method of it: accelerate takes methods apart.
         self.host.forward = self
 
-    def remove(self, adapter: Adapter) -> None:
-        """Take an adapter's parts away, and oneself when none is left."""
-        for stored in self.weights:
-            stored.parts = [part for part in stored.parts if part.adapter is not adapter]
-        self.weights = [stored for stored in self.weights if stored.parts]
+    def remove(self, adapter: AdapterState) -> None:
+        """Take an adapter's slots away; with the last one, give the module its forward back."""
+        for patched in self.weights:
+            patched.slots = [slot for slot in patched.slots if slot.adapter is not adapter]
+        self.weights = [patched for patched in self.weights if patched.slots]
         if not self.weights:
             if self.before is None:
                 self.host.__dict__.pop("forward", None)
@@ -136,57 +120,60 @@ class Site:
     # -- Forward -----------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, with every active update."""
-        into: list[tuple[Stored, list[Part]]] = []
-        added: list[Part] = []
+        """Run the module's forward with every update that acts."""
+        # By what the updates are added to: the weight, or the output.
+        to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]] = []
+        to_output: list[AdapterSlot] = []
         compiling = torch.compiler.is_compiling()
-        again = not compiling and _in_backward()
-        for stored in self.weights:
-            here: list[Part] = []
-            for part in stored.parts:
-                if again:
-                    part.adapter.need_same()
-                if not part.adapter.acts:
+        recomputing = not compiling and _in_backward()
+        for patched in self.weights:
+            here: list[AdapterSlot] = []
+            for slot in patched.slots:
+                if recomputing:
+                    check_recomputation(slot.adapter)
+                if not acts(slot.adapter):
                     continue
-                if not compiling:
-                    part.adapter.used.add(threading.get_ident())
-                (here if part.strategy == "weight" else added).append(part)
+                if not compiling:  # for the warning that no patch was used; a set that changes would be a graph break
+                    slot.adapter.threads.add(threading.get_ident())
+                (here if slot.strategy == "weight" else to_output).append(slot)
             if here:
-                into.append((stored, here))
-        if added and not into and not compiling:
-            fused = self._fused(added, args, kwargs)
+                to_weights.append((patched, here))
+        if to_output and not to_weights and not compiling:
+            fused = self._fused(to_output, args, kwargs)
             if fused is not None:
                 return fused
-        y = self._base(into, args, kwargs)
-        if added:
+        y = self._base(to_weights, args, kwargs)
+        if to_output:
             x = args[0] if args else next(iter(kwargs.values()))
-            for part in added:
-                y = _plus(y, part.target, self._output(part, x))
+            for slot in to_output:
+                y = _plus(y, slot.target, self._output(slot, x))
         return y
 
-    def _base(self, into: list[tuple[Stored, list[Part]]], args: Any, kwargs: Any) -> Any:
-        if not into:
+    def _base(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
+        if not to_weights:
             return self._original(*args, **kwargs)
+        # What nearly all layers are needs no shadow and no lock: the sum is passed as an argument. Only for the very
+        # forward of torch (see _PLAIN): a subclass may do more in its own.
         if self.is_plain and not kwargs and len(args) == 1:
-            stored, here = into[0]
+            patched, here = to_weights[0]
             host: Any = self.host
             if isinstance(host, nn.Linear):
-                return _linear(args[0], stored.tensor, host.bias, here)
+                return _linear(args[0], patched.tensor, host.bias, here)
             if isinstance(host, nn.modules.conv._ConvNd):
-                return host._conv_forward(args[0], _sum(stored, here), host.bias)
-        return self._shadowed(into, args, kwargs)
+                return host._conv_forward(args[0], _sum(patched, here), host.bias)
+        return self._shadowed(to_weights, args, kwargs)
 
-    def _fused(self, added: list[Part], args: Any, kwargs: Any) -> Tensor | None:
+    def _fused(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> Tensor | None:
         """The output where all updates are factored and the layer is a linear one of their own dtype; else None."""
         host, x = self.host, args[0] if len(args) == 1 and not kwargs else None
         if not (self.is_plain and isinstance(host, nn.Linear) and isinstance(x, Tensor)):
             return None
-        if any(part.strategy != "factored" or part.adapter.activation is not None for part in added):
+        if any(slot.strategy != "factored" or slot.adapter.activation is not None for slot in added):
             return None
         changes = []
-        for part in added:
-            found = part.factors()
-            changes.append((part.target, found._replace(scale=found.scale * part.adapter.weight)))
+        for slot in added:
+            found = factors(slot)
+            changes.append((slot.target, found._replace(scale=found.scale * slot.adapter.weight)))
         weight = self.weights[0].tensor
         return factored_linear(x, weight, host.bias, changes) if can_fuse(x, weight, changes) else None
 
@@ -200,15 +187,19 @@ class Site:
             return self.before(*args, **kwargs)
         return type(self.host).forward(self.host, *args, **kwargs)
 
-    def _shadowed(self, into: list[tuple[Stored, list[Part]]], args: Any, kwargs: Any) -> Any:
-        """The original forward, which finds the sum where it looks for the weight.
+    def _shadowed(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
+        """Run the original forward, which finds the sum where it looks for the weight.
 
-        An attribute of the instance is found before a parameter of that name, which stays registered and
-        untouched: not even for a moment does another look at ``parameters()`` or the state dict see the sum.
+        Python looks an attribute up in the instance's ``__dict__`` first and calls ``Module.__getattr__``, which knows
+        the parameters, only if there is none. So a sum in ``__dict__`` shadows the parameter for ``self.weight``, while
+        the parameter stays registered and untouched: ``parameters()`` and the state dict never show the sum.
         """
-        names = [(stored.owner, stored.parameter) for stored, _ in into]
-        sums = [_sum(stored, here) for stored, here in into]
-        # One thread at a time: another would find this one's sum, or take it away.
+        names = [(patched.owner, patched.parameter) for patched, _ in to_weights]
+        sums = [_sum(patched, here) for patched, here in to_weights]
+        # The shadow is seen by all threads. Without the lock a second one would compute with this one's sum (of another
+        # dtype, graph or adapter weight), or find the base weight after this one has removed it. A reentrant lock, as
+        # a forward may call itself; the sums are formed outside of it, so that threads wait for the layer alone. A
+        # compiler traces in one thread, and could not trace the lock.
         with contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock:
             return self._covered(names, sums, args, kwargs)
 
@@ -225,22 +216,20 @@ class Site:
             # the weight from then on.
             _uncover(names)
 
-    def _output(self, part: Part, x: Tensor) -> Tensor:
+    def _output(self, slot: AdapterSlot, x: Tensor) -> Tensor:
         """What the update adds to the output."""
-        adapter = part.adapter
-        if part.strategy == "beside":
-            delta = adapter.update(part.index)
-            return functional.linear(
-                x, delta.to(x) if not torch.is_autocast_enabled(x.device.type) else delta.to(x.device)
-            )
-        found = part.factors()
+        adapter = slot.adapter
+        if slot.strategy == "additive":
+            update, autocast = delta(slot), torch.is_autocast_enabled(x.device.type)
+            return functional.linear(x, update.to(x.device) if autocast else update.to(x))
+        found = factors(slot)
         first = found.terms[0][0].left
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(first.dtype)
         if x.device != first.device:
             found = _moved(found, x.device)
         activation = None if adapter.activation is None else ACTIVATIONS[adapter.activation]
-        return adapter.weighted(product(x, found, activation))
+        return scaled(adapter, product(x, found, activation))
 
 
 def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:
@@ -258,12 +247,13 @@ def _moved(factored: Factored, device: torch.device) -> Factored:
     return Factored(terms, factored.scale)
 
 
-def _sum(stored: Stored, parts: Sequence[Part]) -> Tensor:
-    return summed(stored.tensor, [(part.target, part.adapter.update(part.index)) for part in parts])
+def _sum(patched: PatchedParameter, slots: Sequence[AdapterSlot]) -> Tensor:
+    return summed(patched.tensor, [(slot.target, delta(slot)) for slot in slots])
 
 
 def _in_backward() -> bool:
     """Whether this is a part of a backward pass, as a checkpointed region that runs again is."""
+    # torch says so in private only; a version that does not leaves us without the check, not without the adapter.
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task is not None and task() != -1
 
@@ -271,17 +261,24 @@ def _in_backward() -> bool:
 _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_nested or transformed() or watched():
-        changes = [(part.target, part.adapter.update(part.index)) for part in parts]
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[AdapterSlot]) -> Tensor:
+    # Where each operation is looked at, a custom autograd function would hide them: the same numbers by plain ones.
+    if (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or x.is_nested
+        or in_functorch()
+        or in_dispatch_mode()
+    ):
+        changes = [(slot.target, delta(slot)) for slot in slots]
         return functional.linear(x, summed(weight, changes), bias)
-    sources: list[Source] = []
+    sources: list[DeltaSource] = []
     arrays: list[Tensor] = []
-    for part in parts:
-        source, own = part.adapter.source(part.index)
+    for slot in slots:
+        source, own = delta_source(slot)
         sources.append(source)
         arrays += own
-    return cast(Tensor, SummedLinear.apply(x, weight, bias, tuple(sources), *arrays))  # type: ignore[no-untyped-call]
+    return cast(Tensor, MergedWeightLinear.apply(x, weight, bias, tuple(sources), *arrays))  # type: ignore[no-untyped-call]
 
 
 def _plus(y: Tensor, target: Target, change: Tensor) -> Tensor:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ._registry import is_array, overlapping
+from ._registry import overlapping
+from ._state import AdapterState, UntiedWeight, is_array
 
-if TYPE_CHECKING:
-    from ._adapter import Adapter
-
-__all__ = ["Untied", "freeze", "restore", "untie"]
-
-#: Where a tied weight got a copy of its own: module, name there, and the parameter that it was.
-Untied = tuple[nn.Module, str, nn.Parameter]
+__all__ = ["freeze", "restore", "untie"]
 
 
-def freeze(adapter: Adapter) -> None:
+def freeze(adapter: AdapterState) -> None:
     """Turn ``requires_grad`` off for all of its model but what it, or another adapter there, keeps trainable."""
     free: set[int] = set()
     before: dict[int, bool] = {}
@@ -31,7 +25,7 @@ def freeze(adapter: Adapter) -> None:
         parameter.requires_grad_(id(parameter) in free)
 
 
-def restore(adapter: Adapter) -> None:
+def restore(adapter: AdapterState) -> None:
     """Undo what ``attach`` did to the base, but for what another adapter still needs."""
     for module, name, parameter in adapter.untied:
         module._parameters[name] = parameter
@@ -42,7 +36,7 @@ def restore(adapter: Adapter) -> None:
             parameter.requires_grad_(adapter.was_trainable[name])
 
 
-def untie(adapter: Adapter, name: str) -> None:
+def untie(adapter: AdapterState, name: str) -> None:
     """Give a tied weight of its model a copy of its own."""
     model = adapter.model
     module, _, parameter = name.rpartition(".")
@@ -50,17 +44,17 @@ def untie(adapter: Adapter, name: str) -> None:
     old = owner._parameters[parameter]
     assert old is not None
     own = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-    adapter.untied.append((owner, parameter, old))
+    adapter.untied.append(UntiedWeight(owner, parameter, old))
     owner._parameters[parameter] = own
 
 
-def _base(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+def _base(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of its model that are no adapter's."""
     for name, parameter in adapter.model.named_parameters():
         if not is_array(name):
             yield name, parameter
 
 
-def _held(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+def _held(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
     """Those of which it knows whether they were trainable."""
     return ((name, parameter) for name, parameter in _base(adapter) if name in adapter.was_trainable)

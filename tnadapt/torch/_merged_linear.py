@@ -1,4 +1,9 @@
-"""A linear layer on the sum of its weight and updates, which is formed again in backward instead of being kept."""
+"""A linear layer on the sum of its weight and updates, which is recomputed in backward instead of being kept.
+
+``F.linear(x, W + ΔW)`` by plain operations would keep the sum of every layer until backward: the memory of a second
+model. ΔW is cheap to compute from its arrays, so only these are kept. The custom function makes it possible to reuse
+memory as well: the sum is formed in the memory of ΔW, and the gradient of ΔW in that of the sum.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +20,10 @@ from tnadapt.targets.target import Target
 
 from ._delta import Slice
 
-__all__ = ["Source", "SummedLinear", "summed", "transformed", "watched"]
+__all__ = ["DeltaSource", "MergedWeightLinear", "in_dispatch_mode", "in_functorch", "summed"]
 
 
-class Source(NamedTuple):
+class DeltaSource(NamedTuple):
     """Where the update of some rows comes from.
 
     Attributes
@@ -69,15 +74,15 @@ def _summed_in_place(stored: Tensor, changes: Sequence[tuple[Target, Tensor]], a
     return delta.add_(stored)
 
 
-class SummedLinear(torch.autograd.Function):
+class MergedWeightLinear(torch.autograd.Function):
     """``x (W + ΔW)ᵀ + b``; the sum, and ΔW if it is made here, are formed again in backward instead of being kept.
 
-    Not for what :func:`transformed` or :func:`watched` says yes to.
+    Not for what :func:`in_functorch` or :func:`in_dispatch_mode` says yes to.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sources: Sequence[Source], *arrays: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sources: Sequence[DeltaSource], *arrays: Tensor
     ) -> Tensor:
         ctx.sources = sources
         ctx.save_for_backward(x, weight, *arrays)
@@ -97,24 +102,25 @@ class SummedLinear(torch.autograd.Function):
         # Under autocast the output, and so its gradient, is of the lower precision: so are the products.
         rows = grads[0].reshape(-1, grads[0].shape[-1])
         inputs = x.reshape(-1, x.shape[-1]).to(rows.dtype)
-        # What is differentiated again, or batched, keeps every number that it has made.
+        # Memory is reused only if nobody looks at the intermediate results again: not where this backward pass is
+        # itself differentiated (create_graph=True) or batched (vmap).
         batched = torch._C._functorch.is_legacy_batchedtensor(grads[0])
-        once = not torch.is_grad_enabled() and not transformed() and not batched
+        once = not torch.is_grad_enabled() and not in_functorch() and not batched
         changes: list[tuple[Target, Tensor]] = []
         pulls: list[Callable[[Tensor], Sequence[Tensor | None]] | None] = []
         start = 0
         for source, own in _shared_out(ctx.sources, arrays):
-            delta, pull = _with_pull(source, own, needed[start : start + source.number], once)
+            delta, pull = _recompute_vjp(source, own, needed[start : start + source.number], once)
             changes.append((source.target, delta))
             pulls.append(pull)
             start += source.number
         kinds = [delta.dtype for _, delta in changes]
         found: list[Tensor | None] = [None] * 4
-        room: Tensor | None = None
+        scratch: Tensor | None = None
         if need_x:
             total = _summed_in_place(weight, changes, arrays) if once else summed(weight, changes)
             found[0] = (rows @ total.to(rows.dtype)).to(x.dtype).view(x.shape)
-            room = total if once and total.dtype == rows.dtype else None
+            scratch = total if once and total.dtype == rows.dtype else None
         del changes
         whole = rows.T @ inputs if need_weight else None
         found[1] = None if whole is None else whole.to(weight.dtype)
@@ -123,10 +129,10 @@ class SummedLinear(torch.autograd.Function):
                 found += [None] * source.number
             elif whole is not None:
                 found += pull(source.target.select(whole).to(kind))
-            elif room is not None and room.shape == source.target.shape and room.is_contiguous():
+            elif scratch is not None and scratch.shape == source.target.shape and scratch.is_contiguous():
                 # The sum has been used: its memory is in the cache, and need not be asked for.
-                found += pull(torch.mm(rows.T, inputs, out=room).to(kind))
-                room = None
+                found += pull(torch.mm(rows.T, inputs, out=scratch).to(kind))
+                scratch = None
             else:
                 found += pull((_of_rows(source.target, rows).T @ inputs).to(kind))
         if need_bias:
@@ -134,13 +140,13 @@ class SummedLinear(torch.autograd.Function):
         return tuple(found)
 
 
-def transformed() -> bool:
+def in_functorch() -> bool:
     """Whether a transformation of torch.func is at work."""
     active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is None or active()
 
 
-def watched() -> bool:
+def in_dispatch_mode() -> bool:
     """Whether each operation is looked at as it is made: by a trace, by forward mode, or by a dispatch mode.
 
     Such a mode may keep results for later, as selective checkpointing does: none of them may be written to.
@@ -152,7 +158,7 @@ def watched() -> bool:
     )
 
 
-def _shared_out(sources: Sequence[Source], arrays: Sequence[Tensor]) -> list[tuple[Source, Sequence[Tensor]]]:
+def _shared_out(sources: Sequence[DeltaSource], arrays: Sequence[Tensor]) -> list[tuple[DeltaSource, Sequence[Tensor]]]:
     """Each source with its arrays."""
     found, start = [], 0
     for source in sources:
@@ -161,8 +167,8 @@ def _shared_out(sources: Sequence[Source], arrays: Sequence[Tensor]) -> list[tup
     return found
 
 
-def _with_pull(
-    source: Source, arrays: Sequence[Tensor], needed: Sequence[bool], once: bool
+def _recompute_vjp(
+    source: DeltaSource, arrays: Sequence[Tensor], needed: Sequence[bool], once: bool
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]] | None]:
     """The update again, and what takes its gradient to the gradients of the arrays (None: none is needed)."""
     if source.made is None:
@@ -180,7 +186,7 @@ def _with_pull(
     if not wanted:
         return of(), None
     if once:
-        delta, pulled = _pulled_once(made, weight, arrays, wanted)
+        delta, pulled = _recompute_vjp_once(made, weight, arrays, wanted)
     else:
         delta, pulled = cast(Any, torch.func.vjp(of, *(arrays[index] for index in wanted)))
 
@@ -193,10 +199,11 @@ def _with_pull(
     return delta, pull
 
 
-def _pulled_once(
+def _recompute_vjp_once(
     made: Slice, weight: float, arrays: Sequence[Tensor], wanted: Sequence[int]
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
     """As torch.func.vjp, for what is differentiated once: a third of its overhead, and no memory but the update's."""
+    # A graph of its own, from detached leaves to the update: autograd.grad goes through it and stops at the leaves.
     given = list(arrays)
     for index in wanted:
         given[index] = arrays[index].detach().requires_grad_()
@@ -207,11 +214,13 @@ def _pulled_once(
             value = made(*given)
             value = value if weight == 1.0 else value * weight
             return value.detach(), lambda moved: torch.autograd.grad(value, leaves, moved)
+    # The update is a run of the elements of left @ right (a slice of a group's matrix, which may begin in the middle of
+    # a row). Its product is differentiated by hand below, in the buffer that holds it.
     left, right, first = factors
-    room = torch.mm(left.detach(), right.detach())
+    scratch = torch.mm(left.detach(), right.detach())
     if weight != 1.0:
-        room.mul_(weight)
-    flat = room.view(-1)
+        scratch.mul_(weight)
+    flat = scratch.view(-1)
     stop = first + made.size
     delta = flat[first:stop].view(made.shape)
 
@@ -219,17 +228,18 @@ def _pulled_once(
         # The gradient takes the place of the update, in the product that the update was a part of.
         if moved.data_ptr() != delta.data_ptr():
             delta.copy_(moved)
+        # The rest of the product is no part of the update, and so has no gradient.
         flat[:first].zero_()
         flat[stop:].zero_()
         if weight != 1.0:
-            room.mul_(weight)
+            scratch.mul_(weight)
         outputs, gradients = [], []
         if left.requires_grad:
             outputs.append(left)
-            gradients.append(room @ right.detach().T)
+            gradients.append(scratch @ right.detach().T)
         if right.requires_grad:
             outputs.append(right)
-            gradients.append(left.detach().T @ room)
+            gradients.append(left.detach().T @ scratch)
         return torch.autograd.grad(outputs, leaves, gradients)
 
     return delta, pull

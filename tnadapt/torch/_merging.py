@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,30 +14,22 @@ from tnadapt.algebra.rounding import PIECE, ExactUpdates, add_in_place
 from tnadapt.errors import BackendError, TargetError
 from tnadapt.targets.target import Target
 
-from ._sharding import is_sharded, whole
+from ._arrays import full_arrays
+from ._sharding import gather_full, is_sharded
+from ._state import AdapterState, MergedRows, need_attached, need_linear
 
-if TYPE_CHECKING:
-    from ._adapter import Adapter
-
-__all__ = ["Merged", "computed", "merge", "original", "stored", "unmerge"]
-
-
-class Merged(NamedTuple):
-    """One weight that holds an update: what its rows were, and a checksum of what they are."""
-
-    before: Tensor
-    checksum: int
+__all__ = ["computed", "disabled", "merge", "original", "stored", "unmerge"]
 
 
 @torch.no_grad()
-def merge(adapter: Adapter) -> None:
+def merge(adapter: AdapterState) -> None:
     """See :meth:`Adapter.merge`."""
-    adapter.need_attached()
+    need_attached(adapter)
     if adapter.merged is not None:
         raise TargetError(f"adapter {adapter.name!r} is merged already; a second merge would add its update twice")
     if not adapter.enabled:
         raise TargetError(f"adapter {adapter.name!r} is disabled; merge it outside of disabled()")
-    adapter.need_linear("it cannot be merged")
+    need_linear(adapter, "it cannot be merged")
     if adapter.weight == 0.0:
         raise TargetError(f"adapter {adapter.name!r} is not active (its weight is 0): call activate() first")
     weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
@@ -47,7 +40,7 @@ def merge(adapter: Adapter) -> None:
         for index, (target, weight) in enumerate(zip(adapter.targets, weights, strict=True))
     ]
     merged = [
-        Merged(target.select(weight).clone(), _checksum(after))
+        MergedRows(target.select(weight).clone(), _checksum(after))
         for target, weight, after in zip(adapter.targets, weights, sums, strict=True)
     ]
     try:
@@ -58,7 +51,7 @@ def merge(adapter: Adapter) -> None:
     except BaseException:  # KeyboardInterrupt, too
         _put_back(adapter, weights, merged)
         raise
-    adapter._updates.forget()
+    adapter.cache.forget()
 
 
 # A cache on the one, as few kernels as may be on the other.
@@ -68,9 +61,9 @@ _PIECES = {"cpu": PIECE, "cuda": 1 << 24}
 class _Exact:
     """Sums of weights and updates by the arithmetic of :mod:`tnadapt.algebra.rounding`, on each weight's device."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: AdapterState) -> None:
         self.adapter = adapter
-        self._arrays = {name: array.detach() for name, array in adapter.arrays().items()}
+        self._arrays = {name: array.detach() for name, array in full_arrays(adapter).items()}
         self._trained = str(next(iter(self._arrays.values())).dtype).removeprefix("torch.")
         self._updates: dict[torch.device, ExactUpdates] = {}
 
@@ -127,7 +120,7 @@ def _add_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> str | N
 
 
 @torch.no_grad()
-def unmerge(adapter: Adapter) -> None:
+def unmerge(adapter: AdapterState) -> None:
     """See :meth:`Adapter.unmerge`."""
     if adapter.merged is None:
         raise TargetError(f"adapter {adapter.name!r} is not merged; there is nothing to take back")
@@ -153,7 +146,29 @@ def unmerge(adapter: Adapter) -> None:
         raise
 
 
-def _put_back(adapter: Adapter, weights: Sequence[Tensor], merged: Sequence[Merged]) -> None:
+@contextlib.contextmanager
+def disabled(adapter: AdapterState) -> Iterator[None]:
+    """See :meth:`Adapter.disabled`."""
+    was, merged = adapter.enabled, adapter.merged is not None
+    try:
+        try:
+            if merged:
+                unmerge(adapter)
+            adapter.enabled = False
+            yield
+        finally:
+            _enable(adapter, was, merged)
+    finally:
+        _enable(adapter, was, merged)  # again, for a KeyboardInterrupt in the middle of the first time
+
+
+def _enable(adapter: AdapterState, enabled: bool, merged: bool) -> None:
+    adapter.enabled = enabled
+    if merged and adapter.merged is None:
+        merge(adapter)
+
+
+def _put_back(adapter: AdapterState, weights: Sequence[Tensor], merged: Sequence[MergedRows]) -> None:
     """Give the weights their original rows; may be repeated."""
     for target, weight, one in zip(adapter.targets, weights, merged, strict=True):
         _write(target, weight, one.before)
@@ -171,7 +186,7 @@ def _write(target: Target, weight: Tensor, matrix: Tensor) -> None:
     weight.copy_(whole)
 
 
-def original(adapter: Adapter, index: int) -> Tensor | None:
+def original(adapter: AdapterState, index: int) -> Tensor | None:
     """A target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if it is quantised.
 
     Of a parametrised weight, what it is computed to be.
@@ -183,10 +198,10 @@ def original(adapter: Adapter, index: int) -> Tensor | None:
         weight = computed(owner_of(adapter, index), adapter.targets[index].parameter)
     if weight is None or not weight.is_floating_point():
         return None
-    return cast(Tensor, adapter.targets[index].select(whole(weight.detach())))
+    return cast(Tensor, adapter.targets[index].select(gather_full(weight.detach())))
 
 
-def stored(adapter: Adapter, index: int) -> Tensor | None:
+def stored(adapter: AdapterState, index: int) -> Tensor | None:
     """The parameter that holds a target, as the model keeps it; None if a quantised layer has none of that name."""
     return owner_of(adapter, index)._parameters.get(adapter.targets[index].parameter)
 
@@ -197,16 +212,13 @@ def computed(owner: nn.Module, parameter: str) -> Tensor | None:
         return getattr(owner, parameter) if hasattr(owner, "parametrizations") else None
 
 
-def owner_of(adapter: Adapter, index: int) -> nn.Module:
+def owner_of(adapter: AdapterState, index: int) -> nn.Module:
     """The module that holds a target's weight."""
-    part = adapter.parts[index]
-    for weight in adapter.sites[index].weights:
-        if part in weight.parts:
-            return weight.owner
-    raise TargetError(f"adapter {adapter.name!r} is not attached to its model any more")
+    need_attached(adapter)
+    return adapter.slots[index].owner
 
 
-def _writable(adapter: Adapter, index: int) -> Tensor:
+def _writable(adapter: AdapterState, index: int) -> Tensor:
     weight = stored(adapter, index)
     name = adapter.targets[index].name
     if weight is None and computed(owner_of(adapter, index), adapter.targets[index].parameter) is not None:

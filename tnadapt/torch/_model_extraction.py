@@ -22,7 +22,8 @@ from . import _merging as merging
 from ._adapter import Adapter
 from ._attach import attach, check_name, matching
 from ._registry import overlapping
-from ._sharding import whole
+from ._sharding import gather_full
+from ._state import AdapterState
 from ._target_selection import find_targets
 
 __all__ = ["extract"]
@@ -35,9 +36,9 @@ def extract(
     targets: Any = "qv",
     name: str = "default",
     *,
-    error: float | None = None,
+    max_error: float | None = None,
     max_rank: int | None = None,
-    keep: str | Sequence[str] = (),
+    keep_trainable: str | Sequence[str] = (),
     progress: Callable[[Step], None] | None = None,
     **settings: Any,
 ) -> Adapter:
@@ -55,12 +56,12 @@ def extract(
         Which weights, as for :func:`tnadapt.torch.attach`.
     name : str
         Of the adapter.
-    error : float, optional
+    max_error : float, optional
         Take the smallest rank whose relative Frobenius error is no more, instead of the config's.
     max_rank : int, optional
         The largest that is tried then.
-    keep : str or sequence of str
-        Parameters that become as the tuned model has them, and are saved with the adapter: ``keep_trainable`` of
+    keep_trainable : str or sequence of str
+        Parameters that become as the tuned model has them, and are saved with the adapter, as by
         :func:`tnadapt.torch.attach`. A new head, say.
     progress : callable, optional
         Called with a :class:`~tnadapt.decomposition.Step`.
@@ -111,7 +112,7 @@ def extract(
     # What attach would refuse after the fit is said before it.
     check_distinct(found)
     check_name(base, name)
-    matching(base, keep, {target.name for target in found})
+    matching(base, keep_trainable, {target.name for target in found})
     theirs = _state(tuned)
     weights = [(_weight(base, target), _theirs(theirs, target)) for target in found]
     kind = torch.float64 if weights[0][0].dtype is torch.float64 else torch.float32
@@ -128,24 +129,24 @@ def extract(
         return chosen.fit(load_backend("torch"), like, plan, read, progress)
 
     with torch.no_grad():
-        if error is None:
+        if max_error is None:
             arrays, report = fit(cfg)
         else:
-            _, cfg, arrays, report = smallest_rank(fit, cfg, error, max_rank)
-        adapter = attach(base, cfg, found, name, keep_trainable=keep, dtype=kind)
+            _, cfg, arrays, report = smallest_rank(fit, cfg, max_error, max_rank)
+        adapter = attach(base, cfg, found, name, keep_trainable=keep_trainable, dtype=kind)
         try:
-            _copy_kept(adapter, theirs)
+            _copy_kept(adapter._state, theirs)
             adapter.load_arrays(arrays)
         except BaseException:
             adapter.detach()
             raise
     adapter.report = report
-    others = list(_others(base, theirs, found, adapter))
+    others = list(_others(base, theirs, found, adapter._state))
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         warnings.warn(
             f"the two models differ in {', '.join(map(escaped, others[:4]))}{more}, which the adapter does not hold: "
-            "name them by keep=, or take them as targets",
+            "name them by keep_trainable=, or take them as targets",
             stacklevel=2,
         )
     return adapter
@@ -167,14 +168,14 @@ def _weight(base: nn.Module, target: Target) -> Tensor:
         raise TargetError(f"{target.name} is quantised in the base, and what changed in it cannot be told")
     if weight.device.type == "meta":
         raise TargetError(f"{target.name} is on the meta device and has no numbers")
-    return whole(weight.detach())
+    return gather_full(weight.detach())
 
 
 def _theirs(state: Mapping[str, Tensor], target: Target) -> Tensor:
     found = state.get(target.name)
     if found is None:
         raise TargetError(f"the tuned model has no {shown(target.name)}: give the same model, tuned")
-    found = whole(found.detach())
+    found = gather_full(found.detach())
     if tuple(found.shape) != target.stored or not found.is_floating_point():
         raise TargetError(
             f"{target.name} is {tuple(found.shape)}, {found.dtype} in the tuned model and {target.stored} in the base: "
@@ -183,7 +184,7 @@ def _theirs(state: Mapping[str, Tensor], target: Target) -> Tensor:
     return found
 
 
-def _copy_kept(adapter: Adapter, theirs: Mapping[str, Tensor]) -> None:
+def _copy_kept(adapter: AdapterState, theirs: Mapping[str, Tensor]) -> None:
     own = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
     for name in adapter.kept:
         if name not in theirs or theirs[name].shape != own[name].shape:
@@ -197,11 +198,11 @@ def _copy_kept(adapter: Adapter, theirs: Mapping[str, Tensor]) -> None:
 
 
 def _others(
-    base: nn.Module, theirs: Mapping[str, Tensor], targets: Sequence[Target], adapter: Adapter
+    base: nn.Module, theirs: Mapping[str, Tensor], targets: Sequence[Target], adapter: AdapterState
 ) -> Iterator[str]:
     """Parameters and buffers that differ, and are neither targets nor kept."""
     kept, adapted = set(adapter.kept), {target.name for target in targets}
-    own = set(adapter._names.values())
+    own = set(adapter.parameter_names.values())
     parameters = dict(base.named_parameters(remove_duplicate=False))  # a tied weight under each of its names
     ours = {**parameters, **dict(base.named_buffers())}
     for name, there in theirs.items():
@@ -211,7 +212,7 @@ def _others(
         if before is None or there.shape != before.shape:
             yield name
             continue
-        before, after = whole(before.detach()), whole(there.detach()).to(before)
+        before, after = gather_full(before.detach()), gather_full(there.detach()).to(before)
         if name in adapted:
             mine = [target for target in targets if target.name == name]
             if any(target.rows is None for target in mine):
@@ -221,5 +222,5 @@ def _others(
                 target.block(after).copy_(target.block(before))
         if not torch.equal(before, after):
             yield name
-    # A state dict leaves out buffers that are made again.
+    # A state dict leaves out buffers that the model recomputes.
     yield from (name for name in parameters if name not in theirs and name not in own)

@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from tnadapt.errors import ConfigError, TargetError, shown
 
-from ._forward_patch import Site
+from ._forward_patch import ForwardPatch
+from ._state import ADAPTERS_ATTR, AdapterState, need_unmerged
 from ._transaction import all_or_none
 
-if TYPE_CHECKING:
-    from ._adapter import Adapter
-
-__all__ = ["BOOK", "DOT", "PREFIX", "adapters", "encoded", "finite", "is_array", "mix", "overlapping"]
-
-#: How the names of an adapter's parameters on its model begin.
-PREFIX = "tnadapt_"
-#: What stands for a dot of an adapter's name there.
-DOT = "%2E"
-#: The model's attribute that holds its adapters by name.
-BOOK = "_tnadapt_adapters"
+__all__ = ["attached", "mix", "overlapping", "set_weight"]
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a model by name, those on parts of it included.
-
-    Parameters
-    ----------
-    model : Module
-        As it was given to ``attach``, or a deep copy of it, or what it is wrapped in.
-
-    Examples
-    --------
-    >>> import copy, torch, tnadapt.torch
-    >>> model = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
-    >>> _ = tnadapt.torch.attach(model, name="a")
-    >>> list(adapters(copy.deepcopy(model)))
-    ['a']
-    """
-    found: dict[str, Adapter] = {}
+def attached(model: nn.Module) -> dict[str, AdapterState]:
+    """The adapters of a model by name, those on parts of it included; a TargetError if two have one name."""
+    found: dict[str, AdapterState] = {}
     for module in model.modules():
-        for name, adapter in module.__dict__.get(BOOK, {}).items():
+        for name, adapter in module.__dict__.get(ADAPTERS_ATTR, {}).items():
             if name in found:
                 one, other = (type(a.model).__name__ for a in (found[name], adapter))
                 raise TargetError(
@@ -56,16 +32,16 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return found
 
 
-def overlapping(model: nn.Module) -> list[Adapter]:
+def overlapping(model: nn.Module) -> list[AdapterState]:
     """The adapters on a model, on parts of it, and on what it is a part of, as far as they act in it."""
-    found: dict[int, Adapter] = {}
+    found: dict[int, AdapterState] = {}
     for module in model.modules():
-        for adapter in module.__dict__.get(BOOK, {}).values():
+        for adapter in module.__dict__.get(ADAPTERS_ATTR, {}).values():
             found[id(adapter)] = adapter
-        site = Site.of(module)
-        for stored in site.weights if site is not None else ():
-            for part in stored.parts:
-                found[id(part.adapter)] = part.adapter
+        patch = ForwardPatch.of(module)
+        for patched in patch.weights if patch is not None else ():
+            for slot in patched.slots:
+                found[id(slot.adapter)] = slot.adapter
     return list(found.values())
 
 
@@ -96,8 +72,8 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
     >>> a.weight, b.weight
     (0.25, 0.75)
     """
-    there = adapters(model)
-    wanted = {name: finite(weight) for name, weight in dict(weights).items()}
+    there = attached(model)
+    wanted = {name: _finite(weight) for name, weight in dict(weights).items()}
     for name in wanted:
         if name not in there:
             raise TargetError(f"no adapter {name!r} on this model; there are: {', '.join(map(repr, there)) or 'none'}")
@@ -106,46 +82,23 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
             raise TargetError(f"adapter {name!r} is merged, and another weight needs it unmerged: call unmerge() first")
     new = [(adapter, wanted.get(name, 0.0)) for name, adapter in there.items()]
     old = [(adapter, adapter.weight) for adapter in there.values()]
-    all_or_none(lambda adapter, weight: adapter.set_weight(weight), new, old)
+    all_or_none(set_weight, new, old)
 
 
-def is_array(path: str) -> bool:
-    """Whether a parameter belongs to an adapter and not to the base, by its path in the model.
-
-    Parameters
-    ----------
-    path : str
-
-    Examples
-    --------
-    Its own name says it, or that of a module that holds the arrays, as in a PEFT model:
-
-    >>> is_array("encoder.tnadapt_default_group0_split0_factor0")
-    True
-    >>> is_array("tnadapt.tnadapt_arrays.default.group0_split0_factor0")
-    True
-    >>> is_array("encoder.layers.0.weight")
-    False
-    """
-    return any(part.startswith(PREFIX) for part in path.split("."))
+def set_weight(adapter: AdapterState, weight: float) -> None:
+    """See :meth:`Adapter.set_weight`."""
+    number = _finite(weight)
+    if number != adapter.weight:
+        need_unmerged(adapter, "another weight")
+    all_or_none(_assign, [(adapter, number)], [(adapter, adapter.weight)])
 
 
-def encoded(name: str) -> str:
-    """An adapter's name as a part of a parameter's or module's name, in which torch allows no dot.
-
-    Parameters
-    ----------
-    name : str
-
-    Examples
-    --------
-    >>> encoded("my-adapter"), encoded("v1.0")
-    ('my-adapter', 'v1%2E0')
-    """
-    return name.replace(".", DOT)
+def _assign(adapter: AdapterState, number: float) -> None:
+    adapter.weight = number
+    adapter.weight_tensor.fill_(number)
 
 
-def finite(weight: float) -> float:
+def _finite(weight: float) -> float:
     """A mixing weight as a number that float32 has, or a ConfigError."""
     try:
         number = float(weight)

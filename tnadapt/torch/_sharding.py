@@ -1,4 +1,4 @@
-"""Models that are spread over processes."""
+"""Models that are distributed over processes (FSDP2, DDP)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._transaction import all_or_none
 
-__all__ = ["copy_all", "is_sharded", "refuse_reentrant", "reshard", "spread", "whole"]
+__all__ = ["copy_all", "distribute", "gather_full", "is_sharded", "refuse_reentrant", "reshard"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -19,13 +19,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor as one process would have it; every process must call."""
+def gather_full(tensor: Tensor) -> Tensor:
+    """Return the tensor as one process would have it; every process must call."""
     return cast(Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal on all processes, spread over them as another one is."""
+def distribute(tensor: Tensor, like: Tensor) -> Tensor:
+    """Distribute a full tensor, equal on all processes, over them as another one is."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -38,7 +38,7 @@ def copy_all(pairs: Sequence[tuple[Tensor, Any]]) -> None:
     # Whatever cannot be converted is found before the first write.
     sources = [torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device) for tensor, array in pairs]
     with torch.no_grad():
-        new = [(tensor, spread(source, tensor)) for (tensor, _), source in zip(pairs, sources, strict=True)]
+        new = [(tensor, distribute(source, tensor)) for (tensor, _), source in zip(pairs, sources, strict=True)]
         old = [(tensor, tensor.detach().clone()) for tensor, _ in pairs]
         all_or_none(lambda tensor, value: tensor.copy_(value), new, old)
 

@@ -16,7 +16,7 @@ from tnadapt.algebra.formats import CP, Format, TensorTrain, Tucker
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 
-__all__ = ["MACHINES", "TOKENS", "Machine", "Work", "choose", "costs"]
+__all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs"]
 
 #: Rows of x that a layer is called with, where nobody says: ten images of 197 tokens, four texts of 512.
 TOKENS = 2048
@@ -53,13 +53,13 @@ MACHINES: Mapping[str, Machine] = {
 }
 
 
-class Work(NamedTuple):
+class StepWork(NamedTuple):
     """Operations in large and in narrow products, elements moved, and calls.
 
     Examples
     --------
-    >>> Work(1e9, 0, 1e6, 3) + Work(0, 1e6, 0, 1)
-    Work(large=1000000000.0, narrow=1000000.0, moved=1000000.0, calls=4)
+    >>> StepWork(1e9, 0, 1e6, 3) + StepWork(0, 1e6, 0, 1)
+    StepWork(large=1000000000.0, narrow=1000000.0, moved=1000000.0, calls=4)
     """
 
     large: float = 0.0
@@ -67,8 +67,8 @@ class Work(NamedTuple):
     moved: float = 0.0
     calls: float = 0.0
 
-    def __add__(self, other: tuple[float, ...]) -> Work:  # type: ignore[override]  # no concatenation
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: tuple[float, ...]) -> StepWork:  # type: ignore[override]  # no concatenation
+        return StepWork(*(a + b for a, b in zip(self, other, strict=True)))
 
     def seconds(self, machine: Machine) -> float:
         """What it takes there."""
@@ -80,7 +80,7 @@ class Work(NamedTuple):
         )
 
 
-def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKENS) -> dict[str, Work]:
+def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKENS) -> dict[str, StepWork]:
     """What each strategy does in one training step beyond the layer's own two products.
 
     Parameters
@@ -95,7 +95,7 @@ def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKE
 
     Returns
     -------
-    dict of str to Work
+    dict of str to StepWork
         ``"factored"`` is in it where the update factors.
 
     Examples
@@ -111,13 +111,13 @@ def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKE
     size, product = rows * cols, 2.0 * tokens * rows * cols
     # ΔW is formed in forward and again in backward; its gradient goes through the same products to either factor.
     formed = _formed(plan, index)
-    pulled = Work(0.0, 2 * formed.narrow, 2.0 * size, 2 * formed.calls)
+    pulled = StepWork(0.0, 2 * formed.narrow, 2.0 * size, 2 * formed.calls)
     update = formed + formed + pulled
     found = {
         # The sum twice, and the gradient of the sum.
-        "weight": update + Work(product, 0.0, 5.0 * size, 14),
+        "weight": update + StepWork(product, 0.0, 5.0 * size, 14),
         # Three products of that size, which read ΔW twice; y and the gradient of x are added to.
-        "beside": update + Work(3 * product, 0.0, 5.0 * size + 4.0 * tokens * (rows + cols), 20),
+        "additive": update + StepWork(3 * product, 0.0, 5.0 * size + 4.0 * tokens * (rows + cols), 20),
     }
     if how is not None:
         found["factored"] = _factored(how, tokens)
@@ -141,9 +141,9 @@ def choose(
     return min(found, key=lambda strategy: found[strategy].seconds(machine))
 
 
-def _factored(how: Factoring, tokens: int) -> Work:
+def _factored(how: Factoring, tokens: int) -> StepWork:
     """The products with the factors, forward and, twice that, backward."""
-    total = Work(calls=8)
+    total = StepWork(calls=8)
     for _ in range(how.terms):
         total += _of_last(how.sizes, tokens)
         inner = tokens * math.prod(size.cols for size in how.sizes)
@@ -155,39 +155,39 @@ def _factored(how: Factoring, tokens: int) -> Work:
             operations = 2.0 * (inner * size.rows if size.width is None else (inner + after) * size.width)
             # Made in forward and again in backward, where there are two gradients; a small product for each row of x,
             # at half the speed of one long one.
-            total += Work(0.0, 8 * operations, 8.0 * (inner + after), 24)
+            total += StepWork(0.0, 8 * operations, 8.0 * (inner + after), 24)
             inner = after
     return total
 
 
-def _of_last(sizes: tuple[Size, ...], tokens: int) -> Work:
+def _of_last(sizes: tuple[Size, ...], tokens: int) -> StepWork:
     """x by the right factor, and what that becomes by the left one, which adds to the output."""
     last, out = sizes[-1], tokens * math.prod(size.rows for size in sizes)
     given = tokens * math.prod(size.cols for size in sizes)
     # Digits of the rows are made by the other matrices before the last left factor is met.
     if last.width is None:
-        return Work(0.0, 6.0 * out * last.cols, 4.0 * out + 4.0 * given, 8)
-    return Work(0.0, 6.0 * (given + out) * last.width, 4.0 * out + 4.0 * given, 12)
+        return StepWork(0.0, 6.0 * out * last.cols, 4.0 * out + 4.0 * given, 8)
+    return StepWork(0.0, 6.0 * (given + out) * last.width, 4.0 * out + 4.0 * given, 12)
 
 
-def _formed(plan: SuperLoRA, index: int) -> Work:
+def _formed(plan: SuperLoRA, index: int) -> StepWork:
     """One weight's update, made once, of what is in all of them alike: what F does is left out."""
-    total = Work()
+    total = StepWork()
     for piece in plan.layout.of_weight(index):
         total += _of_network(plan.groups[piece.group].network, float(piece.length))
     return total
 
 
-def _of_network(network: Network, size: float) -> Work:
-    total = Work()
+def _of_network(network: Network, size: float) -> StepWork:
+    total = StepWork()
     for split in network.splits:
         # Of a Kronecker product each split makes its own small tensor.
         own = size if not network.kronecker else min(size, float(math.prod(split.sizes)))
         width = _width(split)
-        total += Work(0.0, 2.0 * own * width, own if width else 0.0, 4 if width else 1)
+        total += StepWork(0.0, 2.0 * own * width, own if width else 0.0, 4 if width else 1)
     extra = len(network.splits) - 1
-    total += Work(0.0, 0.0, 2.0 * size * bool(extra), 3 * extra)
-    return Work(*(network.terms * value for value in total))
+    total += StepWork(0.0, 0.0, 2.0 * size * bool(extra), 3 * extra)
+    return StepWork(*(network.terms * value for value in total))
 
 
 def _width(split: Format) -> int:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tnadapt.errors import escaped
 
-from ._registry import is_array
+from ._arrays import named_parameters
+from ._state import AdapterState, is_array
+from ._trainable import num_parameters
 
-if TYPE_CHECKING:
-    from ._adapter import Adapter
-
-__all__ = ["Row", "Summary"]
+__all__ = ["Summary", "SummaryRow"]
 
 
-class Row(NamedTuple):
+class SummaryRow(NamedTuple):
     """One weight.
 
     Attributes
@@ -43,7 +42,7 @@ class Summary:
 
     Attributes
     ----------
-    rows : list of Row
+    rows : list of SummaryRow
     parameters : int
         Trained elements of the adapter.
     frozen : int
@@ -56,24 +55,24 @@ class Summary:
         Elements of the base model.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: AdapterState) -> None:
         plan = adapter.plan
         self.title = f"adapter {adapter.name!r} on {type(adapter.model).__name__}"
         self.rows = [
-            Row(
+            SummaryRow(
                 target.name,
                 target.role,
                 target.shape,
                 tuple((p.group, p.group_start, p.group_start + p.length) for p in plan.layout.of_weight(index)),
-                part.strategy,
+                slot.strategy,
             )
-            for index, (target, part) in enumerate(zip(adapter.targets, adapter.parts, strict=True))
+            for index, (target, slot) in enumerate(zip(adapter.targets, adapter.slots, strict=True))
         ]
         self.groups = plan.num_groups
-        self.parameters = adapter.num_parameters
+        self.parameters = num_parameters(adapter)
         self.frozen = plan.num_parameters - self.parameters
         self.adapted = plan.size
-        own = {id(parameter) for _, parameter in adapter.named_parameters()}
+        own = {id(parameter) for _, parameter in named_parameters(adapter)}
         sizes = {
             name: parameter.numel()
             for name, parameter in adapter.model.named_parameters()
@@ -103,6 +102,6 @@ class Summary:
     __repr__ = __str__
 
     @staticmethod
-    def _cells(row: Row) -> tuple[str, ...]:
+    def _cells(row: SummaryRow) -> tuple[str, ...]:
         slices = " + ".join(f"{group}[{start}:{stop}]" for group, start, stop in row.slices)
         return escaped(row.target), row.role, "×".join(map(str, row.shape)), slices, row.strategy

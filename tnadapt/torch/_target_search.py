@@ -14,10 +14,10 @@ from tnadapt.errors import TargetError, shown
 from tnadapt.targets.roles import layer_of
 from tnadapt.targets.target import Target
 
-from ._attention_search import Attention, attentions
+from ._attention_search import AttentionModule, attentions
 from ._weights import Weight, modules_of, plain, weights_of, wraps
 
-__all__ = ["Search"]
+__all__ = ["TargetSearch"]
 
 _ROLES = frozenset("qkvo")
 
@@ -26,7 +26,7 @@ _HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "head", "
 _WRAPPERS = ("module", "_orig_mod", "base_model", "model")
 
 
-class Search:
+class TargetSearch:
     """One model, looked at once."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,7 +34,7 @@ class Search:
         self.places = list(modules_of(model))
 
     @functools.cached_property
-    def attentions(self) -> list[Attention]:
+    def attentions(self) -> list[AttentionModule]:
         return list(attentions(self.model))
 
     @functools.cached_property

@@ -12,7 +12,7 @@ from tnadapt.errors import TargetError
 from tnadapt.targets.target import ROLES, Target
 
 from ._hosts import host_of, paths_of, reads_outside
-from ._target_search import Search
+from ._target_search import TargetSearch
 from ._weights import check_embedding, join, modules_of
 
 __all__ = ["find_targets", "host_of", "paths_of", "reads_outside", "tied"]
@@ -68,7 +68,7 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
-    search = Search(model)
+    search = TargetSearch(model)
     found = search.find(targets)
     if not found:
         raise search.nothing(targets)
@@ -82,10 +82,10 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
         chosen.sort(key=lambda target: (order[target.module], ROLES.index(target.role)))
     for target in chosen:
         check_embedding(target.name, model.get_submodule(target.module))
-    twins = [] if untie else tied(model, chosen)
-    if twins:
+    shared = [] if untie else tied(model, chosen)
+    if shared:
         raise TargetError(
-            f"{twins[0][0]} and {twins[0][1]} are one tensor (tied weights), and an update of one would change both; "
+            f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both; "
             "leave it out of the targets, or untie=True, which gives the second a copy of its own"
         )
     return chosen

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +15,21 @@ from tnadapt.algebra.init import Start
 from tnadapt.algebra.superlora import Group
 from tnadapt.errors import ConfigError, shown
 
-from ._sharding import copy_all, reshard, whole
+from ._arrays import named_parameters, pairs
+from ._sharding import copy_all, gather_full, reshard
+from ._state import AdapterState
 
-if TYPE_CHECKING:
-    from ._adapter import Adapter
-
-__all__ = ["choose", "keep", "parameter_groups"]
+__all__ = ["choose", "keep", "num_parameters", "parameter_groups"]
 
 
-def choose(adapter: Adapter, groups: Any, arrays: Any) -> None:
+def num_parameters(adapter: AdapterState) -> int:
+    """Elements of the arrays that are trained."""
+    if adapter.trained is None:
+        return adapter.plan.num_parameters
+    return sum(math.prod(adapter.plan.param_shapes[name]) for name in adapter.trained)
+
+
+def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
     """See :meth:`Adapter.set_trainable`."""
     known = range(adapter.plan.num_groups)
     places = {
@@ -40,23 +47,25 @@ def choose(adapter: Adapter, groups: Any, arrays: Any) -> None:
     keep(adapter, chosen, _moved_zero(adapter, chosen))
 
 
-def keep(adapter: Adapter, trained: Collection[str] | None, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+def keep(
+    adapter: AdapterState, trained: Collection[str] | None, arrays: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Train these arrays and no others, all if None, and give some new numbers.
 
     If it fails or is interrupted, nothing has changed.
     """
     # FSDP2 drops what is set on gathered parameters, requires_grad included.
-    reshard(adapter.model, adapter._owner)
+    reshard(adapter.model, adapter.owner)
     everything = adapter.plan.param_shapes
     chosen = everything if trained is None else set(trained)
     names = None if len(chosen) == len(everything) else tuple(name for name in everything if name in chosen)
-    pairs = adapter.pairs(arrays) if arrays else []
-    required = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in adapter.named_parameters()]
-    numbers = [(parameter, parameter.detach().clone()) for parameter, _ in pairs]
+    new = pairs(adapter, arrays) if arrays else []
+    required = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in named_parameters(adapter)]
+    numbers = [(parameter, parameter.detach().clone()) for parameter, _ in new]
     before = adapter.trained
     try:
-        copy_all(pairs)
-        for name, parameter in adapter.named_parameters():
+        copy_all(new)
+        for name, parameter in named_parameters(adapter):
             parameter.requires_grad_(name in chosen)
             if name not in chosen:
                 parameter.grad = None  # an optimiser that has it already would go on moving it
@@ -72,9 +81,9 @@ def keep(adapter: Adapter, trained: Collection[str] | None, arrays: Mapping[str,
         raise
 
 
-def _moved_zero(adapter: Adapter, trained: Collection[str]) -> dict[str, np.ndarray]:
+def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np.ndarray]:
     """New numbers for groups that are still at the start, where a trained array becomes the zero."""
-    plan, everything = adapter.plan, dict(adapter.named_parameters())
+    plan, everything = adapter.plan, dict(named_parameters(adapter))
     if next(iter(everything.values())).device.type == "meta":
         return {}  # reset() fills it in
     moved: dict[str, np.ndarray] = {}
@@ -85,7 +94,7 @@ def _moved_zero(adapter: Adapter, trained: Collection[str]) -> dict[str, np.ndar
         names = {name for name, full in group.names.items() if full in trained}
         if not names or (len(names) == len(group.names) and new.zeros == old.zeros):
             continue
-        own = {name: whole(everything[full]).detach() for name, full in group.names.items()}
+        own = {name: gather_full(everything[full]).detach() for name, full in group.names.items()}
         if new.zeros != old.zeros and _is_start(old, own):
             if adapter.activation == "relu" and new is not group.start:
                 raise ConfigError(
@@ -123,7 +132,9 @@ def _can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str]
     return False
 
 
-def _refuse_or_warn(adapter: Adapter, trained: Collection[str], able: Sequence[int], unable: Sequence[int]) -> None:
+def _refuse_or_warn(
+    adapter: AdapterState, trained: Collection[str], able: Sequence[int], unable: Sequence[int]
+) -> None:
     if not unable:
         return
     problem = (
@@ -149,17 +160,17 @@ def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
     return listed if all(type(one) in (int, str) and one in known for one in listed) else []
 
 
-def parameter_groups(adapter: Adapter, lr: float, ratio: float) -> list[dict[str, Any]]:
+def parameter_groups(adapter: AdapterState, lr: float, ratio: float) -> list[dict[str, Any]]:
     """See :meth:`Adapter.parameter_groups`."""
     zero = set(_start_zero(adapter))
-    fast = [p for name, p in adapter.named_parameters() if p.requires_grad and name in zero]
-    slow = [p for name, p in adapter.named_parameters() if p.requires_grad and name not in zero]
+    fast = [p for name, p in named_parameters(adapter) if p.requires_grad and name in zero]
+    slow = [p for name, p in named_parameters(adapter) if p.requires_grad and name not in zero]
     if not slow:
         return [{"params": fast, "lr": lr}]
     return [{"params": slow, "lr": lr}, *([{"params": fast, "lr": lr * ratio}] if fast else [])]
 
 
-def _start_zero(adapter: Adapter) -> Iterator[str]:
+def _start_zero(adapter: AdapterState) -> Iterator[str]:
     for group, start in zip(adapter.plan.groups, adapter.plan.starts(adapter.trained), strict=True):
         for name, full in group.names.items():
             if not start.host(name).any():

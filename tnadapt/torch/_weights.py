@@ -9,15 +9,13 @@ import torch
 from torch import nn
 
 from tnadapt.errors import TargetError
+from tnadapt.targets.attention_grouping import main_projection
 from tnadapt.targets.target import Rows, Target
 
 __all__ = ["Weight", "check_embedding", "join", "modules_of", "plain", "projections_in", "weights_of", "wraps"]
 
 # Where PEFT keeps the layer that it wraps.
 _BASE = "base_layer"
-
-# What the projection is called inside a module that is more than it.
-_PROJECTIONS = ("linear", "proj", "projection")
 
 _NOT_LINEAR = (nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd, nn.Bilinear)
 
@@ -180,8 +178,7 @@ def projections_in(path: str, module: nn.Module) -> list[Weight]:
         if not isinstance(inner, nn.Embedding)
         if not (isinstance(inner, nn.modules.conv._ConvNd) and inner.groups == inner.in_channels > 1)
     ]
-    called = [weight for weight in found if weight.path in [join(path, name) for name in _PROJECTIONS]]
-    return called if len(called) == 1 else found
+    return main_projection(found, path, lambda weight: weight.path)
 
 
 def _weight(path: str, module: nn.Module) -> Weight | None:

@@ -38,7 +38,7 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, shown
 
-from .._registry import PREFIX
+from .._state import PREFIX
 from ._peft_config import NAME, TnadaptConfig
 from ._peft_library import (
     PEFT_TYPE_TO_CONFIG_MAPPING,

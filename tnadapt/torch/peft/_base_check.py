@@ -14,14 +14,14 @@ from tnadapt.errors import FileError, TnadaptError, shown
 
 from .. import _merging as merging
 from .._adapter import Adapter
-from .._storage import base_fingerprint
+from .._adapter_saving import base_fingerprint
 
 __all__ = ["base_dtype", "check_base", "describe_base"]
 
 
 def describe_base(handle: Adapter) -> dict[str, Any]:
     """What a file says of the base model and the draws; reads every adapted weight."""
-    base = base_fingerprint(handle)
+    base = base_fingerprint(handle._state)
     counts: dict[str, int] = {}
     for rows, cols in handle.plan.shapes:
         counts[f"{rows}x{cols}"] = counts.get(f"{rows}x{cols}", 0) + 1
@@ -64,7 +64,7 @@ def check_base(handle: Adapter, saved: dict[str, Any]) -> None:
 
 def base_dtype(handle: Adapter) -> torch.dtype:
     """The dtype of the adapted weights, of several the one that has all their numbers; float32 if all are quantised."""
-    stored = [merging.stored(handle, index) for index in range(len(handle.targets))]
+    stored = [merging.stored(handle._state, index) for index in range(len(handle.targets))]
     dtypes = [weight.dtype for weight in stored if weight is not None]
     # To torch, eight-bit floats are floating-point numbers, too; nothing can be computed in them.
     wide = [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1]

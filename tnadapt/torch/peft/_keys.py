@@ -10,7 +10,7 @@ import re
 
 from tnadapt.errors import TargetError
 
-from .._registry import encoded
+from .._state import encoded
 from ._registered_arrays import AdapterArrays
 
 __all__ = ["check_adapter_name", "in_file"]

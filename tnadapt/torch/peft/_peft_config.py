@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
-from tnadapt.errors import ConfigError, shown
+from tnadapt.errors import ConfigError, UnexpectedKeywordError, shown
 
 from .._forward_patch import ACTIVATIONS, STRATEGIES
 from ._peft_library import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
@@ -18,7 +18,7 @@ from ._peft_library import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 __all__ = ["NAME", "TnadaptConfig"]
 
 
-class _Name(str):
+class _PeftTypeName(str):
     """A name that PEFT's reports and errors can show as they show a member of their own enumeration."""
 
     __slots__ = ()
@@ -29,10 +29,6 @@ class _Name(str):
 
     def __str__(self) -> str:
         return f"PeftType.{self.value}"
-
-
-class UnexpectedKeywordError(ConfigError, TypeError):
-    """A keyword that :class:`TnadaptConfig` does not take; a TypeError, which PEFT expects for it."""
 
 
 # What target_modules may hold as a string where layers are chosen.
@@ -65,7 +61,7 @@ class DefaultTargets(str):
 
 
 #: The key of this method in PEFT's tables, and its peft_type.
-NAME = _Name("TNADAPT")
+NAME = _PeftTypeName("TNADAPT")
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .._registry import encoded
+from .._state import encoded
 
 __all__ = ["AdapterArrays"]
 

@@ -15,7 +15,9 @@ from tnadapt.errors import ConfigError, FileError, TargetError, shown
 
 from .._adapter import Adapter
 from .._attach import attach
-from .._registry import PREFIX, overlapping
+from .._registry import overlapping
+from .._removal import let_go, let_go_merged, take_off
+from .._state import PREFIX, AdapterState
 from .._trainable import keep
 from ._base_check import base_dtype, check_base
 from ._keys import check_adapter_name, in_file
@@ -68,7 +70,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Attach an adapter. It is active if it is the first."""
-        there, trainable = list[Adapter](), dict[nn.Parameter, bool]()
+        there, trainable = list[AdapterState](), dict[nn.Parameter, bool]()
         attaching = False
         try:
             there = overlapping(model)
@@ -110,7 +112,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         except BaseException:  # KeyboardInterrupt, too, after which PEFT does not roll back
             for other in overlapping(model):
                 if attaching and other not in there:
-                    other.take_off()
+                    take_off(other)
                     self.tnadapt.drop(adapter_name)
             _restore(trainable)
             # A second tuner on the same base shares the dictionary with the first.
@@ -193,9 +195,9 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
         for name, handle in list(layer.handles.items()):
             if name in layer.merged_adapters:
-                handle.let_go_merged()
+                let_go_merged(handle._state)
             else:
-                handle.let_go()
+                let_go(handle._state)
             layer.drop(name)
         layer.merged_adapters = []
         model: nn.Module = self.model
@@ -269,7 +271,7 @@ def _choose(handle: Adapter, trained: Sequence[str]) -> None:
             f"{shown(list(there))}: give names of these, or None to train all"
         )
     meta = any(array.device.type == "meta" for _, array in handle.named_parameters())
-    keep(handle, trained, None if meta else handle.plan.init(trained=trained))
+    keep(handle._state, trained, None if meta else handle.plan.init(trained=trained))
 
 
 def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:

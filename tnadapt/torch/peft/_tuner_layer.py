@@ -12,6 +12,8 @@ from torch import nn
 from tnadapt.errors import BackendError, TargetError, TnadaptError
 
 from .._adapter import Adapter
+from .._arrays import register_in
+from .._removal import let_go
 from ._base_check import describe_base
 from ._peft_library import BaseTunerLayer, check_adapters_to_merge
 from ._registered_arrays import AdapterArrays
@@ -57,7 +59,8 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
     def add(self, handle: Adapter) -> None:
         """Take in an adapter that was just attached, and its arrays."""
         arrays = nn.ParameterDict()
-        handle.keep_arrays_in(
+        register_in(
+            handle._state,
             arrays,
             f"they belong to a PEFT model; call its delete_adapter({handle.name!r}), unload() or merge_and_unload()",
         )
@@ -71,7 +74,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         # what it was before the first of them.
         required = [(p, p.requires_grad) for p in handle.model.parameters()] if len(self.handles) > 1 else []
         try:
-            handle.let_go()
+            let_go(handle._state)
         finally:
             for parameter, was in required:
                 parameter.requires_grad_(was)
@@ -141,7 +144,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         """
         names = list(check_adapters_to_merge(self, adapter_names))
         handles = [self.handle(name) for name in names]
-        before, new = self.merged_adapters, [handle for handle in handles if handle.merged is None]
+        before, new = self.merged_adapters, [handle for handle in handles if not handle.merged]
         try:
             for name, handle in zip(names, handles, strict=True):
                 self._act(name, True)
@@ -150,7 +153,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
             self._switch()
         except BaseException as error:  # also OutOfMemoryError and KeyboardInterrupt
             for other in reversed(new):
-                if other.merged is not None:
+                if other.merged:
                     other.unmerge()
             self.merged_adapters = before
             self._switch()
@@ -170,7 +173,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         while self.merged_adapters:
             # In reverse: each one gives back what it found. One that is not merged any more was before an interrupt.
             handle = self.handles[self.merged_adapters[-1]]
-            if handle.merged is not None:
+            if handle.merged:
                 handle.unmerge()
             self.merged_adapters = self.merged_adapters[:-1]
         self._switch()

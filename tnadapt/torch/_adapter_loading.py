@@ -1,0 +1,175 @@
+"""Adapters from files, onto the models they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tnadapt.checkpoints import adapter_format
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.fingerprint import Fingerprint
+from tnadapt.errors import FileError, TargetError
+from tnadapt.targets.pairing import paired
+from tnadapt.targets.target import Target
+
+from . import _merging as merging
+from ._adapter import Adapter
+from ._adapter_saving import FILE_NAME, FileErrorContext, fingerprint_of, kept_pairs, kept_parameters, need_base
+from ._arrays import checked_pairs
+from ._attach import attach, check_name
+from ._removal import take_off
+from ._sharding import copy_all, gather_full
+from ._state import ADAPTERS_ATTR
+from ._target_selection import find_targets
+from ._trainable import keep
+
+__all__ = ["from_pretrained", "load"]
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    check_base: bool = True,
+    untie: bool = False,
+) -> Adapter:
+    """Attach the adapter of a file.
+
+    Parameters
+    ----------
+    model : Module
+        The base model that it was trained on.
+    path : path-like
+        A file that :meth:`Adapter.save` or :func:`tnadapt.save` wrote.
+    name : str
+        Of the adapter on this model.
+    check_base : bool
+        Whether the model's weights must be those that it was trained on. False applies it to another model whose
+        weights have the same shapes.
+    untie : bool
+        As :func:`tnadapt.torch.attach` takes it: an adapter that was attached so is loaded so.
+
+    Returns
+    -------
+    Adapter
+        Attached, its parameters, which of them are trained, and what was kept trainable as they were saved.
+
+    Raises
+    ------
+    FileError
+        If the file is damaged, draws other numbers than this machine, or does not belong to this model: names, shapes,
+        or the fingerprint of the adapted weights. The model is as it was then.
+    TargetError
+        If there is an adapter of that name on the model.
+
+    Notes
+    -----
+    Weights are found by their paths; where a model's modules have been renamed since, by role and shape, all or none.
+
+    Examples
+    --------
+    >>> import tempfile, torch, tnadapt.torch
+    >>> model = torch.nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     adapter = tnadapt.torch.attach(model)
+    ...     adapter.save(folder + "/adapter.safetensors")
+    ...     adapter.detach()
+    ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
+    368
+    """
+    file = adapter_format.load(path)
+    with FileErrorContext(path):
+        targets = _located(model, file)
+        kept = kept_parameters(model, file)
+        base = _base(model, targets)
+        if check_base and file.base is not None and base is not None:
+            difference = file.base.difference(base)
+            if difference is not None:
+                raise FileError(
+                    f"it was trained on another base model than this {type(model).__name__}: of the adapted weights, "
+                    f"{difference}. Give the model it was trained on, or check_base=False"
+                )
+        dtype = getattr(torch, file.dtype)
+    check_name(model, name)
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        adapter = attach(
+            model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
+            untie=untie,
+        )  # fmt: skip
+        state = adapter._state
+        state.kept = tuple(file.kept)
+        own = kept_pairs(model, file)
+        before = [(tensor, tensor.detach().clone()) for tensor, _ in own]
+        copy_all([*checked_pairs(state, file.arrays), *own])
+        keep(state, file.trained)
+    except BaseException:  # KeyboardInterrupt, too, from when on it is attached
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        left = model.__dict__.get(ADAPTERS_ATTR, {}).get(name)
+        if left is not None:
+            take_off(left)
+        raise
+    return adapter
+
+
+def from_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    check_base: bool = True,
+    untie: bool = False,
+) -> Adapter:
+    """Attach the adapter that :meth:`Adapter.save_pretrained` wrote to a folder; see :func:`load`."""
+    return load(model, Path(folder) / FILE_NAME, name, check_base=check_base, untie=untie)
+
+
+def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
+    """The file's targets on this model: where it says, or else those of the same roles and shapes."""
+    try:
+        return find_targets(model, list(file.targets), untie=True)
+    except TargetError as error:
+        wrong = str(error).partition(";")[0]
+    roles = "".join(dict.fromkeys(target.role for target in file.targets))
+    if not set(roles) <= set("qkvo"):
+        raise FileError(f"this {type(model).__name__} does not have its weights: {wrong}")
+    try:
+        found = find_targets(model, roles)
+    except TargetError:
+        found = []
+    theirs, ours = ([(target.role, target.shape) for target in targets] for targets in (file.targets, found))
+    partners = paired(file.targets, found)
+    if partners is None:
+        unclear = " of which it is clear which is which" if sorted(theirs) == sorted(ours) else ""
+        raise FileError(
+            f"this {type(model).__name__} does not have its weights ({wrong}), nor weights of the same roles and "
+            f"shapes{unclear}: the file has {_counted(theirs)}, the model {_counted(ours)}"
+        )
+    return [dataclasses.replace(new, layer=old.layer) for new, old in zip(partners, file.targets, strict=True)]
+
+
+def _counted(weights: list[tuple[str, tuple[int, int]]]) -> str:
+    counts: dict[tuple[str, tuple[int, int]], int] = {}
+    for weight in weights:
+        counts[weight] = counts.get(weight, 0) + 1
+    listed = [f"{count} {role} of {rows}×{cols}" for (role, (rows, cols)), count in list(counts.items())[:6]]
+    return ", ".join(listed) + (", …" if len(counts) > 6 else "") or "none"
+
+
+def _base(model: nn.Module, targets: list[Target]) -> Fingerprint | None:
+    need_base(model)
+    weights: list[Tensor | None] = []
+    for target in targets:
+        owner = model.get_submodule(target.module)
+        parameter: Tensor | None = owner._parameters.get(target.parameter)
+        parameter = merging.computed(owner, target.parameter) if parameter is None else parameter
+        plain = parameter is not None and parameter.is_floating_point()
+        weights.append(target.select(gather_full(parameter.detach())) if parameter is not None and plain else None)
+    return fingerprint_of(weights)

@@ -1,0 +1,173 @@
+"""Adapters to files, and other adapters' arrays from them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tnadapt.checkpoints import adapter_format
+from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
+from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
+from tnadapt.errors import FileError, TargetError, TnadaptError
+
+from . import _merging as merging
+from ._arrays import checked_pairs, named_parameters
+from ._registry import overlapping
+from ._sharding import copy_all, gather_full
+from ._state import AdapterState, need_attached
+
+__all__ = [
+    "FILE_NAME",
+    "FileErrorContext",
+    "base_fingerprint",
+    "fingerprint_of",
+    "kept_pairs",
+    "kept_parameters",
+    "need_base",
+    "save",
+    "save_pretrained",
+    "swap",
+    "to_file",
+]
+
+FILE_NAME = "adapter.safetensors"
+
+_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def to_file(adapter: AdapterState) -> AdapterFile:
+    """What a file of an adapter holds; every process must call where the model is sharded."""
+    dtypes: dict[str, str] = {}
+
+    def host(name: str, tensor: Tensor) -> np.ndarray:
+        if tensor.device.type == "meta":
+            raise TargetError(f"adapter {adapter.name!r} is on the meta device and has no numbers to save")
+        tensor = gather_full(tensor.detach()).cpu()
+        if tensor.dtype is torch.bfloat16:
+            dtypes[name] = "bfloat16"
+            tensor = tensor.float()
+        return tensor.numpy().copy()
+
+    own = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
+    return AdapterFile(
+        config=adapter.plan.config,
+        targets=adapter.targets,
+        arrays={name: host(name, parameter) for name, parameter in named_parameters(adapter)},
+        kept={name: host(KEPT + name, own[name]) for name in adapter.kept},
+        dtypes=dtypes,
+        base=base_fingerprint(adapter),
+        activation=adapter.activation,
+        model=adapter.model_name,
+        trained=adapter.trained,
+    )
+
+
+def base_fingerprint(adapter: AdapterState) -> Fingerprint | None:
+    """Of the weights it updates, as they are without it; None for quantised ones."""
+    need_base(adapter.model, adapter)
+    return fingerprint_of([merging.original(adapter, index) for index in range(len(adapter.targets))])
+
+
+def fingerprint_of(weights: list[Tensor | None]) -> Fingerprint | None:
+    known = [weight for weight in weights if weight is not None and weight.device.type != "meta"]
+    kinds = {weight.dtype for weight in known}
+    if len(known) != len(weights) or not known or not kinds <= _NAMES.keys():
+        return None
+    # Of several dtypes, the one that has all their numbers.
+    kind = functools.reduce(torch.promote_types, kinds)
+
+    def host() -> Iterator[np.ndarray]:
+        for weight in known:
+            one = weight.detach().cpu().to(kind).contiguous()
+            yield one.view(torch.int16).numpy().view(np.uint16) if one.dtype is torch.bfloat16 else one.numpy()
+
+    return fingerprint(host(), _NAMES[kind])
+
+
+def need_base(model: nn.Module, but: AdapterState | None = None) -> None:
+    """A TargetError where another adapter is merged into the weights."""
+    for other in overlapping(model):
+        if other is not but and other.merged is not None:
+            raise TargetError(
+                f"adapter {other.name!r} is merged into the base: unmerge it before another is saved or loaded"
+            )
+
+
+def save(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
+    """See :meth:`Adapter.save`."""
+    need_attached(adapter)
+    file = to_file(adapter)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        adapter_format.save(path, file)
+
+
+def save_pretrained(adapter: AdapterState, folder: str | os.PathLike[str]) -> None:
+    """See :meth:`Adapter.save_pretrained`."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{os.fspath(folder)}: cannot make this folder: {error}") from None
+    save(adapter, Path(folder) / FILE_NAME)
+
+
+def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
+    """See :meth:`Adapter.swap`."""
+    need_attached(adapter)
+    file = adapter_format.load(path)
+    with FileErrorContext(path):
+        for what, theirs, ours in (
+            ("config", file.config, adapter.plan.config),
+            ("activation", file.activation, adapter.activation),
+            ("targets", [(t.name, t.shape) for t in file.targets], [(t.name, t.shape) for t in adapter.targets]),
+            ("list of kept parameters", sorted(file.kept), sorted(adapter.kept)),
+        ):
+            if theirs != ours:
+                raise FileError(f"its {what} is not that of adapter {adapter.name!r}: load it under a name of its own")
+        kept_parameters(adapter.model, file)
+        base = base_fingerprint(adapter)
+        if file.base is not None and base is not None and not file.base.matches(base):
+            raise FileError(f"it was trained on another base model: {file.base.difference(base)}")
+    copy_all([*checked_pairs(adapter, file.arrays), *kept_pairs(adapter.model, file)])
+
+
+class FileErrorContext:
+    """Errors inside are FileErrors that begin with the path."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = os.fsdecode(path)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, TnadaptError):
+            raise FileError(f"{self.path}: {error}") from error
+
+
+def kept_parameters(model: nn.Module, file: AdapterFile) -> dict[str, nn.Parameter]:
+    """The model's parameters among those that the file keeps; an error if it lacks any, or their shapes differ."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, array in file.kept.items():
+        there = parameters.get(name, buffers.get(name))
+        if there is None:
+            raise FileError(f"it keeps {name!r}, which this {type(model).__name__} does not have")
+        if tuple(there.shape) != array.shape:
+            raise FileError(
+                f"it keeps {name!r} of shape {array.shape}, and this model's is {tuple(there.shape)}: "
+                "build the model with the head that it was trained with"
+            )
+    return {name: parameters[name] for name in file.kept if name in parameters}
+
+
+def kept_pairs(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, np.ndarray]]:
+    """The model's own tensors that the file keeps, and their values there."""
+    own: Mapping[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return [(own[name], array.copy()) for name, array in file.kept.items()]

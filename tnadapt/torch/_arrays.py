@@ -1,0 +1,97 @@
+"""An adapter's arrays: the parameters that hold them, new numbers for them, and what ΔW they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tnadapt.errors import ShapeError
+
+from ._sharding import copy_all, gather_full, reshard
+from ._state import AdapterState, need_linear, need_unmerged
+
+__all__ = [
+    "checked_pairs",
+    "current",
+    "deltas",
+    "full_arrays",
+    "load_arrays",
+    "named_parameters",
+    "pairs",
+    "register_in",
+]
+
+
+def named_parameters(state: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters by the arrays' names in the plan."""
+    for array, name in state.parameter_names.items():
+        yield array, state.owner._parameters[name]  # type: ignore[misc]
+
+
+def current(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
+    """Some arrays, as the model has them at this moment."""
+    # Looked up at each use: FSDP and load_state_dict(assign=True) put other objects in the parameters' places.
+    return [state.owner._parameters[state.parameter_names[name]] for name in names]  # type: ignore[misc]
+
+
+def full_arrays(state: AdapterState) -> dict[str, Tensor]:
+    """All arrays by name; sharded ones are gathered (every process must call)."""
+    return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
+
+
+def deltas(state: AdapterState) -> list[Tensor]:
+    """The update of every target; see :meth:`Adapter.deltas`."""
+    need_linear(state, "there is no ΔW")
+    return state.plan.deltas(full_arrays(state))
+
+
+def load_arrays(state: AdapterState, arrays: Mapping[str, Any]) -> None:
+    """Copy arrays into the parameters; see :meth:`Adapter.load_arrays`."""
+    copy_all(checked_pairs(state, arrays))
+
+
+def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
+    """The parameters, each with the array to be copied into it; a ShapeError where these do not fit."""
+    need_unmerged(state, "new arrays")
+    expected = state.plan.param_shapes
+    found = {name: tuple(array.shape) for name, array in arrays.items()}
+    if found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
+        raise ShapeError(f"adapter {state.name!r} needs arrays named and shaped as its plan says; differing: {wrong}")
+    return pairs(state, arrays)
+
+
+def pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
+    """The parameters of these arrays, whose names and shapes are known to fit, each with its array."""
+    need_unmerged(state, "new arrays")
+    reshard(state.model, state.owner)
+    return [(parameter, arrays[name]) for name, parameter in named_parameters(state) if name in arrays]
+
+
+def register_in(state: AdapterState, owner: nn.ParameterDict, instead: str) -> None:
+    """Register the parameters in ``owner`` instead of on the model, under their array names with ``_`` for dots.
+
+    The parameters stay the same objects. The caller keeps ``owner`` in the same module tree as the model, so that
+    moving, sharding and copying treat them alike, and takes the adapter off by :func:`~._removal.let_go` or
+    :func:`~._removal.let_go_merged`; ``detach()`` and ``bake()`` are then refused with what to call ``instead``.
+    """
+    names = {array: array.replace(".", "_") for array in state.parameter_names}
+    left, old = state.owner, list(state.parameter_names.values())
+    # In this order: at every moment, the parameters are where they are looked for.
+    for array, parameter in named_parameters(state):
+        owner[names[array]] = parameter
+    try:
+        _move(state, owner, names, instead, left, old)
+    except BaseException:  # half of it would leave them in two places
+        _move(state, owner, names, instead, left, old)
+        raise
+
+
+def _move(
+    state: AdapterState, owner: nn.Module, names: dict[str, str], instead: str, left: nn.Module, old: Sequence[str]
+) -> None:
+    state.owner, state.parameter_names, state.managed_by = owner, names, instead
+    for name in old:
+        left._parameters.pop(name, None)
