@@ -62,8 +62,9 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
         (["--rank", "2"], "belongs to LoRA, LoKr and LoHa"),
         (["--base", "no/such"], "base: no/such: No such file or directory"),
         (["-o", "no/such/out"], "does not exist; make it first"),
-        (["-o", "."], "exists; give another path, or --force"),
+        (["-o", "."], "exists; give another path, or --overwrite"),
         (["--nonsense"], "No such option"),
+        (["--force"], "No such option"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
