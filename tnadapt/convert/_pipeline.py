@@ -74,7 +74,7 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     asked += ["encode", "write"] if cls.kinds else []
     asked += ["fit_kronecker"] if "lokr" in cls.kinds else []
     if missing := [method for method in asked if getattr(cls, method) is getattr(FileFormat, method)]:
-        raise ConfigError(f"the file format {name!r} lacks {' and '.join(missing)}: define them in {cls.__name__}")
+        raise ConfigError(f"the file format {name!r} lacks {', '.join(missing)}: define that on {cls.__name__}")
     _formats.pop(name, None)
     _formats[name] = cls
 
