@@ -78,5 +78,18 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments: list[str], message: st
     )
 
 
+def test_what_is_there_is_replaced_if_asked(tmp_path: Path) -> None:
+    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(1)))
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"old")
+    arguments = ("convert", str(tmp_path / "ours.safetensors"), "-o", str(out))
+    refused = run(*arguments)
+    assert (refused.returncode, out.read_bytes()) == (2, b"old")
+    assert refused.stderr == f"tnadapt: {out}: exists; give another path, or --overwrite\n"
+    done = run(*arguments, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert tna.load(out).config == tna.presets.lora(1)
+
+
 def test_it_is_among_the_commands() -> None:
     assert "convert" in run("--help").stdout

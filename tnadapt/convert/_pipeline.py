@@ -53,12 +53,12 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     Raises
     ------
     ConfigError
-        If the name is not such or built in, or the class lacks a method: the message names it.
+        If the name has another form or is built in, or the class lacks a method: the message names it.
 
     Notes
     -----
-    A path is shown to the format registered last first. A name registered before is replaced, so that a notebook's
-    cell can be run again.
+    The format registered last is the first to be asked whether a path is its own. Registering a name again replaces the
+    class, so that a notebook's cell can be run again.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._]{0,63}", name):
         raise ConfigError(
@@ -85,10 +85,9 @@ def forms() -> tuple[str, ...]:
 
 
 def _format_of(name: str) -> FileFormat:
-    try:
-        found = _formats[name]()
-    except KeyError:
-        raise ConfigError(f"file format must be one of {', '.join(_formats)}; got {shown(name)}") from None
+    if name not in _formats:
+        raise ConfigError(f"file format must be one of {', '.join(_formats)}; got {shown(name)}")
+    found = _formats[name]()
     found.name = name
     return found
 
