@@ -62,8 +62,9 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
         (["--rank", "2"], "belongs to LoRA, LoKr and LoHa"),
         (["--base", "no/such"], "base: no/such: No such file or directory"),
         (["-o", "no/such/out"], "does not exist; make it first"),
-        (["-o", "."], "exists; give another path, or --force"),
+        (["-o", "."], "exists; give another path, or --overwrite"),
         (["--nonsense"], "No such option"),
+        (["--force"], "No such option"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -75,6 +76,19 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments: list[str], message: st
     assert (
         run("convert", str(tmp_path / "missing")).stderr == f"tnadapt: {tmp_path}/missing: No such file or directory\n"
     )
+
+
+def test_what_is_there_is_replaced_if_asked(tmp_path: Path) -> None:
+    tna.save(tmp_path / "ours.safetensors", made(tna.presets.lora(1)))
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"old")
+    arguments = ("convert", str(tmp_path / "ours.safetensors"), "-o", str(out))
+    refused = run(*arguments)
+    assert (refused.returncode, out.read_bytes()) == (2, b"old")
+    assert refused.stderr == f"tnadapt: {out}: exists; give another path, or --overwrite\n"
+    done = run(*arguments, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert tna.load(out).config == tna.presets.lora(1)
 
 
 def test_it_is_among_the_commands() -> None:

@@ -24,7 +24,7 @@ def test_no_framework_is_imported() -> None:
 
 
 def test_rooms_that_few_need_are_imported_when_asked_for() -> None:
-    rooms = ["convert.work", "decomposition", "extraction", "files", "merge_files", "planner"]
+    rooms = ["convert._pipeline", "decomposition", "extraction", "files", "merge_files", "planner"]
     code = f"import sys, tnadapt; print([name for name in {rooms} if f'tnadapt.{{name}}' in sys.modules])"
     assert run(code).strip() == "[]"
     code = "import sys, tnadapt; tnadapt.plan; print('tnadapt.planning' in sys.modules, 'plan' in vars(tnadapt))"

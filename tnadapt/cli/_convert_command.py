@@ -25,20 +25,24 @@ def convert_command(
     to: Annotated[str, typer.Option(metavar="FORM", help=f"One of {', '.join(FORMS)}.")] = "tnadapt",
     rank: Annotated[int | None, typer.Option(help="The largest rank allowed.", min=1)] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="Relative error that is allowed; without it, rounding alone.")
+        float | None, typer.Option(help="Largest relative error allowed; without it, only rounding is.")
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="The base model (safetensors), for LyCORIS' names and to check shapes.")
+        Path | None,
+        typer.Option(help="The base model (safetensors): to find the paths of LyCORIS' names, and to check shapes."),
     ] = None,
-    part: Annotated[str | None, typer.Option(help="The prefix to take of a kohya file, e.g. lora_unet.")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="The adapter to read from a kohya file with several, by its prefix, e.g. lora_unet."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the result: float32, float16, bfloat16 or float64.")] = None,
     without_kept: Annotated[
-        bool, typer.Option("--without-kept", help="Leave out what was trained beside the adapter, e.g. a head.")
+        bool, typer.Option("--without-kept", help="Leave out parameters trained beside the adapter, e.g. a head.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Turn an adapter of tnadapt, PEFT or LyCORIS into another of them: exactly, or with the error that it makes.
+    """Convert an adapter between tnadapt, PEFT, LyCORIS and others: exactly, or with the error that it makes.
 
     Exit code: 0, or 2 where it cannot be done; nothing is written then.
     """
@@ -46,7 +50,7 @@ def convert_command(
         with Console(stderr=True).status("converting"):
             found = convert(
                 source, out, to=to, rank=rank, max_error=max_error, base=base, part=part, dtype=dtype,
-                without_kept=without_kept, overwrite=force,
+                without_kept=without_kept, overwrite=overwrite,
             )  # fmt: skip
     except TnadaptError as error:
         raise TnadaptError(_as_options(str(error))) from None
@@ -58,10 +62,9 @@ def convert_command(
 
 
 def _as_options(text: str) -> str:
-    """A message of the library with its arguments as they are typed here."""
-    text = text.replace("without_kept=True (--without-kept)", "--without-kept").replace(
-        "overwrite=True (--force)", "--force"
-    )
-    text = re.sub(r"to='([a-z-]+)'", r"--to \1", text)
+    """Return a message of the library with its arguments as they are typed here."""
+    text = text.replace("without_kept=True (--without-kept)", "--without-kept")
+    text = re.sub(r"overwrite=True \(--\w+\)", "--overwrite", text)
+    text = re.sub(r"to='([\w.-]+)'", r"--to \1", text)
     text = text.replace("a max_error of", "--max-error").replace("max_error=", "--max-error=")
     return re.sub(r"(?<![\w-])(rank|base|part)=", r"--\1=", text).replace("= ", " ").replace("=,", ",")

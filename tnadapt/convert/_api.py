@@ -1,4 +1,4 @@
-"""``convert``; what it does is in ``work``, which is imported when it is first called."""
+"""The function ``convert``. Its steps are in ``_pipeline``, which is imported when it is first called."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ if TYPE_CHECKING:
 
     from ._conversion import Conversion
 
-__all__ = ["FORMS", "convert"]
-
-FORMS = (
-    "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha", "lycoris-full",
-)  # fmt: skip
+__all__ = ["convert"]
 
 
 def convert(
@@ -30,30 +26,30 @@ def convert(
     without_kept: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
-    """Turn an adapter of this library, PEFT or LyCORIS into another of them: exactly, or with the error that it makes.
+    """Convert an adapter between this library, PEFT, LyCORIS and others: exactly, or with the error that it makes.
 
     Parameters
     ----------
     source : str, PathLike or AdapterFile
-        A tnadapt file; a folder that PEFT saved (LoRA, LoKr, LoHa); or a safetensors file of LyCORIS or kohya (LoRA,
-        LoKr, LoHa, full differences).
+        A tnadapt file; a folder that PEFT saved (LoRA, LoKr, LoHa); a safetensors file of LyCORIS or kohya (LoRA,
+        LoKr, LoHa, full differences); or what a registered file format reads.
     out : str or PathLike, optional
         Where to write the result: a folder for PEFT, else a file. Nothing is written if None.
     to : str
-        "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha" or
-        "lycoris-full".
+        "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha",
+        "lycoris-full", or a form of a registered file format.
     rank : int, optional
         The largest rank allowed. Without it an update keeps the rank that it has; LoRA also finds the smallest rank
         within ``max_error``.
     max_error : float, optional
-        Relative Frobenius error of all updates together that is allowed. None allows rounding alone: a conversion that
-        loses anything has to be asked for.
+        Largest relative error allowed, in the Frobenius norm of all updates together. None allows only rounding: a
+        lossy conversion must be requested.
     base : optional
         The base model: a safetensors file, an index or a folder, of which only headers are read; a mapping of modules'
-        paths to shapes; or a list of paths. LyCORIS' names need one, for they have lost their dots; else the adapter's
-        names and shapes are checked against it.
+        paths to shapes; or a list of paths. Files of LyCORIS need one, as their names have lost their dots. For others
+        the adapter's names and shapes are checked against it.
     part : str, optional
-        Which prefix of a kohya file to take, such as "lora_unet", where it has several models' adapters.
+        Prefix of the adapter to read from a kohya file that has several models' adapters, such as "lora_unet".
     dtype : str, optional
         Of the result's tensors. By default the source's, or float32 where that would round anything.
     without_kept : bool
@@ -64,7 +60,7 @@ def convert(
     Returns
     -------
     Conversion
-        With the error, of all and of each weight, measured on the very bytes that are written.
+        With the error, overall and of each weight, measured on the very bytes that are written.
 
     Raises
     ------
@@ -77,10 +73,10 @@ def convert(
 
     Notes
     -----
-    Exact are: LoRA of order 2, a weight each, to LoRA; Kronecker products of whole sizes to LoKr, more than two folded
-    to two; LoHa to LoHa; any update of low matrix rank to all three; everything to "lycoris-full". Else LoRA is the
-    truncated SVD, and LoKr and LoHa are fitted by :func:`tnadapt.decompose`. All is computed in float64, one weight
-    after another; a truncated SVD is one of the whole weight. The error is also in the metadata of the file, under
+    Exact are: LoRA of order 2 with one weight a group, to LoRA; Kronecker products of whole sizes to LoKr, more than
+    two of them multiplied to two; LoHa to LoHa; any update of low matrix rank to all three; everything to
+    "lycoris-full". Otherwise LoRA is the truncated SVD, and LoKr and LoHa are fitted by :func:`tnadapt.decompose`.
+    Everything is computed in float64, one weight after another. The error is also in the metadata of the file, under
     "tnadapt.convert".
 
     Examples
@@ -100,7 +96,7 @@ def convert(
     that of blocks.0.query.weight by 0.293, and nothing but rounding is allowed: give a larger rank or a wider dtype,
     a max_error of 0.3 to accept it, or to='lycoris-full', which holds every update
     """
-    from ._work import converted
+    from ._pipeline import run
 
     options = {"base": base, "part": part, "dtype": dtype, "without_kept": without_kept, "overwrite": overwrite}
-    return converted(source, out, to, FORMS, rank, max_error, **options)
+    return run(source, out, to, rank, max_error, **options)

@@ -1,4 +1,4 @@
-"""What is known of the base model: its modules' paths, and the shapes of their weights where they are known."""
+"""The base model of a conversion: its modules' paths, and the shapes of their weights where known."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Base", "as_base", "target_of"]
 
 
 class Base:
-    """The modules of a base model.
+    """Modules of a base model.
 
     Attributes
     ----------
     shapes : dict of str to (tuple of int or None)
-        Of each module's ``weight``, by the module's path; None where only the path is known.
+        Shapes of the modules' ``weight``, by the modules' paths; None where only the path is known.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
@@ -32,7 +32,7 @@ class Base:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
 
     def named(self, flat: str) -> str:
-        """The path whose dots are underscores in ``flat``, or an error where there is none or more than one."""
+        """Return the path whose dots are underscores in ``flat``; raise where there is none or more than one."""
         found = self._flat.get(flat, [])
         if len(found) > 1:
             raise TargetError(
@@ -43,16 +43,16 @@ class Base:
             raise TargetError(f"base has no module for the name {shown(flat)}{self._close(flat, self._flat)}")
         return found[0]
 
-    def checked(self, path: str) -> None:
-        """A TargetError unless there is such a module."""
+    def check_module(self, path: str) -> None:
+        """Raise a TargetError unless there is such a module."""
         if path not in self.shapes:
             raise TargetError(f"base has no module {shown(path)}{self._close(path, self.shapes)}")
 
     def check_targets(self, targets: Iterable[Target]) -> None:
-        """A TargetError unless each of the targets that are a module's weight is there, and stored as it says."""
+        """Raise a TargetError unless every target that is a module's weight exists, with the shape that it says."""
         for target in targets:
             if target.parameter == "weight":
-                self.checked(target.module)
+                self.check_module(target.module)
                 own = self.shapes[target.module]
                 if own is not None and own != target.stored:
                     raise _misfit(target.module, target.stored, own)
@@ -65,7 +65,7 @@ class Base:
 
 
 def as_base(base: Any) -> Base | None:
-    """Whatever a caller gives as ``base``.
+    """Convert what a caller gives as ``base``.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def _module(name: str) -> str:
 def target_of(
     path: str, stored: tuple[int, ...], base: Base | None, transposed: bool = False, may_transpose: bool = False
 ) -> Target:
-    """The target of a module, checked against the base where it is known.
+    """Return the target of a module, checked against the base where it is known.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def target_of(
     transposed : bool
         Whether the adapter says that the weight is stored as ``(in, out)``.
     may_transpose : bool
-        Whether a base that stores it so is believed.
+        Whether the base may store it so even if the adapter does not say so.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def target_of(
     """
     own = None
     if base is not None:
-        base.checked(path)
+        base.check_module(path)
         own = base.shapes[path]
     if own is None:
         own = stored[::-1] if transposed else stored
@@ -138,7 +138,7 @@ def target_of(
         as_it_is, turned = own == stored, own == stored[::-1] and may_transpose
         if not as_it_is and not turned:
             raise _misfit(path, stored, own)
-        # A square weight is what the adapter says.
+        # Of a square weight only the adapter says how it is stored.
         transposed = turned and (transposed or not as_it_is)
     elif own[:1] != stored[:1] or math.prod(own) != math.prod(stored) or len(own) < 2:
         raise _misfit(path, stored, own)
@@ -156,7 +156,7 @@ def _misfit(path: str, stored: tuple[int, ...], own: tuple[int, ...]) -> TargetE
 
 
 def missing_base(flat: str) -> FileError:
-    """What is said where a name cannot be read without the base."""
+    """Return the error for a name that cannot be read without the base."""
     return FileError(
         f"the name {shown(flat)} has lost the dots of the module's path, so give base=: a safetensors file of the base "
         "model, or a list of its modules' paths such as [name for name, _ in model.named_modules()]"

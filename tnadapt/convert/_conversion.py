@@ -1,10 +1,10 @@
-"""What became of an adapter."""
+"""The result of a conversion: what the adapter became, how far off it is, and saving it."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,43 +15,42 @@ from tnadapt.checkpoints.atomic_files import replace_file
 from tnadapt.checkpoints.container import about, path_of
 from tnadapt.errors import FileError, escaped
 
-from ._peft_reading import CONFIG, WEIGHTS
-from ._writing import json_text, replace_folder
+from ._files import replace_folder
 
 __all__ = ["Conversion", "check_free"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversion:
-    """What an adapter became in another form, and by how much it differs.
+    """An adapter in another form, and by how much it differs from the original.
 
     Attributes
     ----------
     kind : str
-        What it is now: "tnadapt", "peft-lora", "lycoris-full" and so on.
+        Its form now: "tnadapt", "peft-lora", "lycoris-full" and so on.
     origin : str
-        What it was; "lycoris" where a file mixed methods.
+        Its form before; "lycoris" where a file mixed methods.
     exact : bool
         Whether the error is that of rounding.
     error : float
-        ``|new - old| / |old|``, the Frobenius norms of all updates together, measured on what is written; 0 where all
-        are zero.
+        ``|new - old| / |old|``, in the Frobenius norm of all updates together, measured on what is written; 0 where
+        all updates are zero.
     errors : dict of str to float
         The same of each weight, by its name in a state dict; infinite where only the new one is not zero.
     parameters : (int, int)
         Elements of the adapter's tensors before and after.
     notes : tuple of str
-        What else is to be known.
+        Remarks, such as that all updates are stored dense.
     file : AdapterFile or None
-        Of kind "tnadapt".
+        The adapter, if its kind is "tnadapt".
     tensors : dict of str to ndarray
-        Of the other kinds, as they are written; bfloat16 as float32, by ``dtypes``.
+        The tensors of all other kinds, as they are written; numbers of bfloat16 as float32, see ``dtypes``.
     dtypes : dict of str to str
         Which tensors are written as "bfloat16".
     config : dict or None
         PEFT's ``adapter_config.json``.
-    content : bytes
-        The safetensors file, but of kind "tnadapt".
+    files : dict of str to bytes
+        The files of all kinds but "tnadapt"; ``""`` is the name of an adapter's only file.
     """
 
     kind: str
@@ -65,7 +64,12 @@ class Conversion:
     tensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] | None = None
-    content: bytes = dataclasses.field(default=b"", repr=False)
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def content(self) -> bytes:
+        """The file with the tensors; empty for kind "tnadapt"."""
+        return next(iter(self.files.values()), b"")
 
     def __repr__(self) -> str:
         return f"Conversion({self.origin!r} -> {self.kind!r}, {self._quality()})"
@@ -87,7 +91,7 @@ class Conversion:
         return f"{what}: relative error {self.error:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON keeps it, without the tensors."""
+        """Return the values for JSON, without the tensors."""
         before, after = self.parameters
         return {
             "from": self.origin,
@@ -100,51 +104,45 @@ class Conversion:
         }
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write it: a folder for PEFT, else a safetensors file.
+        """Write the adapter: a folder for PEFT, else a file.
 
         Parameters
         ----------
         path : str or PathLike
             In a folder that exists.
         overwrite : bool
-            Whether to take the place of what is there; in a folder, of the two files of the adapter alone.
+            Whether to replace what is there; in a folder, only the files of the adapter.
 
         Raises
         ------
         FileError
-            If there is something and ``overwrite`` is not given, or it cannot be written. Nothing has changed then. (If
-            a disk fails between the two files of a folder, and again as the old ones are put back, it says where
-            they are.)
+            If something is there and ``overwrite`` is not given, or the adapter cannot be written. Nothing has changed
+            then. (If a disk fails between the two files of a folder, and again while the old ones are restored, the
+            message says where they are.)
 
         Notes
         -----
-        Killed at any point, what is there is the old adapter, the new one, or a folder without ``adapter_config.json``,
-        which PEFT and this library refuse; the old files are in it then, in a folder ``.tnadapt-….tmp/old``.
+        Killed at any point, it leaves the old adapter, the new one, or a folder without ``adapter_config.json``, which
+        PEFT and this library refuse; it then has the old files in a folder ``.tnadapt-….tmp/old``.
         """
         where = path_of(path)
-        check_free(where, self.kind, overwrite)
-        if self.file is not None:
-            with about(where):
-                replace_file(where, content_of(self.file), overwrite)
-            return
+        check_free(where, [name for name in self.files if name], overwrite)
         with about(where):
-            if self.config is None:
-                replace_file(where, self.content, overwrite)
+            if self.file is not None:
+                replace_file(where, content_of(self.file), overwrite)
+            elif "" in self.files:
+                replace_file(where, self.files[""], overwrite)
             else:
-                replace_folder(
-                    where,
-                    {WEIGHTS: self.content, CONFIG: (json_text(self.config, indent=2) + "\n").encode()},
-                    overwrite,
-                )
+                replace_folder(where, self.files, overwrite)
 
 
-def check_free(path: str, kind: str, overwrite: bool) -> None:
-    """A FileError unless a conversion may be written there."""
+def check_free(path: str, names: Sequence[str], overwrite: bool) -> None:
+    """Raise a FileError unless a file may be written at a path; or a folder with these names, if there are any."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise FileError(f"{path}: the folder {folder} does not exist; make it first")
     taken = os.path.lexists(path)
-    if kind.startswith("peft") and os.path.isdir(path):
-        taken = any(os.path.lexists(os.path.join(path, name)) for name in (WEIGHTS, CONFIG))
+    if names and os.path.isdir(path):
+        taken = any(os.path.lexists(os.path.join(path, name)) for name in names)
     if taken and not overwrite:
-        raise FileError(f"{path}: exists; give another path, or overwrite=True (--force)")
+        raise FileError(f"{path}: exists; give another path, or overwrite=True (--overwrite)")

@@ -1,21 +1,23 @@
-"""``adapter_config.json`` of PEFT: which of its settings make the update, and which forbid to read it as one."""
+"""``adapter_config.json`` of PEFT, read and written.
+
+Reading tells the settings that make the update from those without effect on it, and refuses the others.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tnadapt.errors import FileError, shown
 
-__all__ = ["PREFIX", "Settings", "pattern_value", "settings_of"]
-
-PREFIX = "base_model.model."
+__all__ = ["PeftSettings", "config_of", "settings_of"]
 
 _KINDS = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha"}
 
-# What these say has no part in the update that the stored tensors make.
+# These have no part in the update that the stored tensors make.
 _HARMLESS = frozenset(
     {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -46,20 +48,20 @@ _REFUSED = {
     "target_parameters": "its updates are of parameters that are no layer's weight",
     "megatron_config": "its factors are parts of Megatron's parallel layers",
 }
-# These take their start out of the base's weights, so that the update is of a base that is not the one on disk.
+# These subtract their initial update from the base's weights: the adapter belongs to a base that is not on disk.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
-# A group that repeats, repeated: such an expression can take longer than anybody waits.
+# A repeated group that itself repeats: matching such an expression can take exponential time.
 _ENDLESS = re.compile(r"[+*}]\??\)[+*{]")
 
 
-class Settings(NamedTuple):
-    """What an ``adapter_config.json`` says of the update.
+class PeftSettings(NamedTuple):
+    """Settings of ``adapter_config.json`` that make the update.
 
     Attributes
     ----------
     kind : {"lora", "lokr", "loha"}
     rank, alpha : int, float
-        Where no pattern says otherwise.
+        Of modules that no pattern matches.
     ranks, alphas : dict
         PEFT's ``rank_pattern`` and ``alpha_pattern``.
     rslora, transposed : bool
@@ -82,30 +84,30 @@ class Settings(NamedTuple):
     model: str
 
     def scale(self, path: str, rank: int | None) -> float:
-        """``alpha / r`` of a module, whose factors have this rank; None where they have none."""
-        given = _integer(f"the rank of {path}", pattern_value(self.ranks, path, self.rank))
+        """Return ``alpha / r`` of a module whose factors have this rank; None where they have none."""
+        given = _integer(f"the rank of {path}", _pattern_value(self.ranks, path, self.rank))
         if rank is not None and rank != given:
             raise FileError(f"{shown(path)} has factors of rank {rank}, and adapter_config.json says {given}")
-        alpha = _number(f"alpha of {path}", pattern_value(self.alphas, path, self.alpha))
+        alpha = _number(f"alpha of {path}", _pattern_value(self.alphas, path, self.alpha))
         return alpha / math.sqrt(given) if self.rslora else alpha / given
 
 
-def pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """What PEFT takes of a pattern for a module: the first key that is its path, or the end of it after a dot."""
+def _pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """Return what PEFT finds in a pattern for a module: the first key that matches its path, or an end after a dot."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", path):
             return value
     return default
 
 
-def settings_of(config: Mapping[str, Any]) -> Settings:
-    """The settings, or an error that names the field that is at fault.
+def settings_of(config: Mapping[str, Any]) -> PeftSettings:
+    """Read the settings.
 
     Raises
     ------
     FileError
-        If the method is none of the three, a field is of the wrong type, unknown, or makes the update
-        something else than a sum with the weight.
+        If the method is none of the three, or a field has the wrong type, is unknown, or gives the update another
+        effect than being added to the weight. The message names the field.
     """
     kind = _KINDS.get(str(config.get("peft_type", "")).upper())
     if kind is None:
@@ -132,7 +134,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
         raise FileError(f"modules_to_save must be a list of names; got {shown(saved)}")
     mapping = config.get("auto_mapping")
     model = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-    return Settings(
+    return PeftSettings(
         kind,
         _integer("r", config.get("r", 8)),
         _number("alpha", config.get("lora_alpha" if kind == "lora" else "alpha", 8)),
@@ -170,3 +172,66 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         raise FileError(f"{name} must be a finite number; got {shown(value)}")
     return float(value)
+
+
+# -- Writing -------------------------------------------------------------------------------------
+
+
+def config_of(
+    kind: str, transposed: Mapping[str, bool], ranks: Sequence[int], alphas: Sequence[float], kept: Sequence[str]
+) -> dict[str, Any]:
+    """Return ``adapter_config.json``: every weight by its whole path, and patterns for other ranks or alphas.
+
+    Parameters
+    ----------
+    kind : str
+    transposed : mapping of str to bool
+        Paths of the modules, and whether their weights are stored as ``(in, out)``.
+    ranks, alphas : sequence
+        Of the modules.
+    kept : sequence of str
+        Names of the parameters of ``modules_to_save``.
+    """
+    rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks, alphas))
+    paths = list(transposed)
+    config: dict[str, Any] = {
+        "peft_type": kind.upper(),
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        ("lora_alpha" if kind == "lora" else "alpha"): _json_number(alpha),
+        "target_modules": _targeted(paths),
+        "rank_pattern": _pattern_of(paths, ranks, rank),
+        "alpha_pattern": _pattern_of(paths, [_json_number(value) for value in alphas], _json_number(alpha)),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in kept}) or None,
+    }
+    if kind == "lora":
+        config |= {"bias": "none", "fan_in_fan_out": all(transposed.values())}
+    return config
+
+
+def _json_number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def _pattern_of(paths: Sequence[str], values: Sequence[float], default: float) -> dict[str, float]:
+    """Return the values that are not the default, by expressions: plain paths where these are unambiguous.
+
+    PEFT reads a path as a regular expression: it may match the end of another path, and its dots match any letter.
+    Where PEFT would use one weight's value for another, the expressions are anchored and escaped.
+    """
+    plain = {path: value for path, value in zip(paths, values, strict=True) if value != default}
+    try:
+        clear = all(_pattern_value(plain, p, default) == value for p, value in zip(paths, values, strict=True))
+    except re.error:
+        clear = False
+    return plain if clear else {f"^{re.escape(path)}": value for path, value in plain.items()}
+
+
+def _targeted(paths: Sequence[str]) -> list[str] | str:
+    """Return the paths, which PEFT matches as ends of paths; where one is an end of another, an expression."""
+    unclear = any("." not in path for path in paths) or any(
+        other.endswith(f".{path}") for path in paths for other in paths
+    )
+    return "|".join(map(re.escape, sorted(paths))) if unclear else sorted(paths)

@@ -1,20 +1,24 @@
-"""One module's tensors, as PEFT and LyCORIS name and shape them, as one update.
+"""One module's tensors, as PEFT and LyCORIS name and shape them: decoded to one update, and encoded.
 
-Both lay LoKr and LoHa out alike, and LoRA under two sets of names, which are made one before they come here.
+Both libraries store LoKr and LoHa alike, and LoRA under two sets of names, which their own modules translate. Both
+also derive the sizes of LoKr's W1 and W2 from the weight's by one rule, :func:`factorization`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from tnadapt.errors import FileError, shown
 
-from ._updates import Float, Pair, Update
+from ._updates import Float, ModuleUpdate, Pair, as_matrix
 
-__all__ = ["DIFF", "LOHA", "LOKR", "LORA", "kind_of", "update_of"]
+__all__ = [
+    "DIFF", "LOHA", "LOKR", "LORA", "are_both_low", "decode", "encode", "factorization", "is_low", "kind_of",
+    "kronecker_sizes_of",
+]  # fmt: skip
 
 LORA = ("lora_down", "lora_up", "lora_mid")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -25,7 +29,7 @@ Tensors = Mapping[str, Float]
 
 
 def kind_of(path: str, tensors: Tensors) -> str:
-    """Which method the tensors are of; an error where they are of two."""
+    """Return the method that the tensors belong to; raise where they belong to two."""
     kinds = {"lora": LORA, "lokr": LOKR, "loha": LOHA, "dense": DIFF}
     found = [kind for kind, names in kinds.items() if not tensors.keys().isdisjoint(names)]
     if len(found) != 1:
@@ -33,51 +37,55 @@ def kind_of(path: str, tensors: Tensors) -> str:
     return found[0]
 
 
-def update_of(
-    path: str, tensors: Tensors, scale: Callable[[int | None], float], peft: bool = False
-) -> tuple[Update, tuple[int, ...]]:
-    """The update of one module.
+# -- Decoding ------------------------------------------------------------------------------------
+
+
+def decode(
+    path: str, tensors: Tensors, scale: Callable[[int | None], float], kron_last_axes: bool = False
+) -> tuple[ModuleUpdate, tuple[int, ...]]:
+    """Decode the update of one module.
 
     Parameters
     ----------
     path : str
         For messages.
     tensors : mapping of str to ndarray
-        By the names of ``LORA``, ``LOKR``, ``LOHA`` or ``DIFF``.
+        By the names in ``LORA``, ``LOKR``, ``LOHA`` or ``DIFF``.
     scale : callable
-        Of the rank, or of None where LoKr has two full factors.
-    peft : bool
-        Whether PEFT makes the update: of a Conv1d with a full W2 it multiplies other axes than LyCORIS.
+        Returns the scale for the rank, or for None where LoKr has two full factors.
+    kron_last_axes : bool
+        Whether the Kronecker product of a Conv1d with a full W2 multiplies its last two axes, as in PEFT, and not its
+        first two, as in LyCORIS.
 
     Returns
     -------
-    Update, tuple of int
-        And the weight's shape ``(out, in, …)`` as far as the tensors tell it: LoKr and LoHa write the
+    ModuleUpdate, tuple of int
+        And the weight's shape ``(out, in, …)`` as far as the tensors tell it: factors of LoKr and LoHa hold the
         sizes of a convolution after ``out`` as one product.
 
     Raises
     ------
     FileError
-        If a tensor is missing or its shape does not go with the others'.
+        If a tensor is missing or its shape does not fit the others'.
     """
     kind = kind_of(path, tensors)
     get = _Getter(path, tensors)
     if kind == "dense":
         diff = get("diff", 2)
-        return Update("dense", _matrix(diff.shape), (diff.reshape(diff.shape[0], -1),)), diff.shape
+        return ModuleUpdate("dense", _matrix(diff.shape), (diff.reshape(diff.shape[0], -1),)), diff.shape
     if kind == "lora":
         pair, shape = _lora(get)
-        return Update("lora", pair.shape, (pair,), scale(pair.rank)), shape
+        return ModuleUpdate("lora", pair.shape, (pair,), scale(pair.rank)), shape
     if kind == "loha":
         (one, shape), (two, other) = _half(get, "hada_w1", "hada_t1"), _half(get, "hada_w2", "hada_t2")
         if shape != other or one.rank != two.rank:
             raise get.misfit("its two halves are of different shapes or ranks")
-        return Update("loha", one.shape, (one, two), scale(one.rank)), shape
-    return _lokr(get, scale, peft)
+        return ModuleUpdate("loha", one.shape, (one, two), scale(one.rank)), shape
+    return _lokr(get, scale, kron_last_axes)
 
 
 class _Getter:
-    """The tensors of one module, each asked for with the number of axes it must have."""
+    """Tensors of one module, each requested with the number of axes that it must have."""
 
     def __init__(self, path: str, tensors: Tensors) -> None:
         self.path, self.tensors = path, tensors
@@ -121,7 +129,7 @@ def _lora(get: _Getter) -> tuple[Pair, tuple[int, ...]]:
 
 
 def _half(get: _Getter, name: str, core: str) -> tuple[Pair, tuple[int, ...]]:
-    """A factor ``a @ b``, or in Tucker form ``core x_0 a x_1 b``, where both are stored as (rank, size)."""
+    """Return a factor ``a @ b``, or in Tucker form ``core x_0 a x_1 b``, where both are stored as (rank, size)."""
     a, b = get(f"{name}_a", 2, 2), get(f"{name}_b", 2)
     if core not in get:
         if a.shape[1] != b.shape[0]:
@@ -134,7 +142,9 @@ def _half(get: _Getter, name: str, core: str) -> tuple[Pair, tuple[int, ...]]:
     return Pair(a.T, wide.reshape(wide.shape[0], -1).T), (a.shape[1], b.shape[1], *t.shape[2:])
 
 
-def _lokr(get: _Getter, scale: Callable[[int | None], float], peft: bool) -> tuple[Update, tuple[int, ...]]:
+def _lokr(
+    get: _Getter, scale: Callable[[int | None], float], kron_last_axes: bool
+) -> tuple[ModuleUpdate, tuple[int, ...]]:
     for name in ("lokr_w1", "lokr_w2"):
         if name in get and (f"{name}_a" in get or f"{name}_b" in get):
             raise get.misfit(f"{name} is there full and in two factors")
@@ -156,9 +166,104 @@ def _lokr(get: _Getter, scale: Callable[[int | None], float], peft: bool) -> tup
     if len(ranks) > 1:
         raise get.misfit("W1 and W2 have different ranks")
     factor = scale(ranks.pop() if ranks else None)
-    if peft and len(kernel) == 1 and not isinstance(last, Pair) and (p, q) != (1, 1):
-        # torch.kron of a matrix and a tensor of order 3 multiplies the last two axes of it, not the first two.
-        w1 = first.b @ first.a.T if isinstance(first, Pair) else first
-        turned = np.asarray(np.kron(w1[None], last.reshape(k, channels, *kernel)), np.float64)
-        return Update("dense", _matrix(shape), (turned.reshape(_matrix(shape)),), factor), shape
-    return Update("lokr", _matrix(shape), (first, last), factor), shape
+    if kron_last_axes and len(kernel) == 1 and not isinstance(last, Pair) and (p, q) != (1, 1):
+        # torch.kron of a matrix and a tensor of order 3 multiplies the tensor's last two axes.
+        turned = np.asarray(np.kron(as_matrix(first)[None], last.reshape(k, channels, *kernel)), np.float64)
+        return ModuleUpdate("dense", _matrix(shape), (turned.reshape(_matrix(shape)),), factor), shape
+    return ModuleUpdate("lokr", _matrix(shape), (first, last), factor), shape
+
+
+# -- Encoding ------------------------------------------------------------------------------------
+
+
+def encode(update: ModuleUpdate, stored: Sequence[int], down: str, up: str) -> dict[str, Float]:
+    """Encode one module's update, without its scale.
+
+    Parameters
+    ----------
+    update : ModuleUpdate
+    stored : sequence of int
+        Shape of the weight.
+    down, up : str
+        Names of LoRA's two factors.
+    """
+    if update.kind == "lora":
+        return _encode_lora(update.pair, stored, down, up)
+    if update.kind == "loha":
+        return _encode_loha(update)
+    if update.kind == "lokr":
+        return _encode_lokr(update, stored)
+    assert update.kind == "dense"
+    return {"diff": as_matrix(update.parts[0]).reshape(stored)}
+
+
+def _encode_lora(pair: Pair, stored: Sequence[int], down_name: str, up_name: str) -> dict[str, Float]:
+    kernel = tuple(stored[2:])
+    down, up = pair.a.T, pair.b
+    if kernel:
+        down = down.reshape(pair.rank, stored[1], *kernel)
+        up = up.reshape(*pair.b.shape, *(1 for _ in kernel))
+    return {down_name: down, up_name: up}
+
+
+def _encode_loha(update: ModuleUpdate) -> dict[str, Float]:
+    found = dict[str, Float]()
+    for number, part in enumerate(update.parts, start=1):
+        assert isinstance(part, Pair)
+        part = part.padded(update.rank)
+        found |= {f"hada_w{number}_a": part.b, f"hada_w{number}_b": part.a.T}
+    return found
+
+
+def _encode_lokr(update: ModuleUpdate, stored: Sequence[int]) -> dict[str, Float]:
+    found = dict[str, Float]()
+    for number, part in enumerate(update.parts, start=1):
+        if isinstance(part, Pair):
+            found |= {f"lokr_w{number}_a": part.b, f"lokr_w{number}_b": part.a.T}
+        else:
+            kernel = tuple(stored[2:]) if number == 2 else ()
+            found[f"lokr_w{number}"] = part.reshape(part.shape[0], -1, *kernel) if kernel else part
+    return found
+
+
+# -- The sizes of LoKr's factors -----------------------------------------------------------------
+
+
+def factorization(size: int, factor: int = -1) -> tuple[int, int]:
+    """Return a side's sizes in W1 and W2: the factor where it divides the side, else two that are near each other.
+
+    PEFT has this rule, and LyCORIS the same with the smaller size first. Files do not store the sizes: a library
+    computes them, so it can load only Kronecker factors that the rule arrives at.
+
+    Examples
+    --------
+    >>> factorization(128), factorization(128, 4), factorization(12, 6), factorization(127)
+    ((8, 16), (4, 32), (6, 2), (1, 127))
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = size if factor < 0 else factor
+    small, large = 1, size
+    best = small + large
+    while small < large:
+        following = next(d for d in range(small + 1, size + 1) if size % d == 0)
+        if following + size // following > best or following > limit:
+            break
+        small, large = following, size // following
+    return min(small, large), max(small, large)
+
+
+def kronecker_sizes_of(update: ModuleUpdate, stored: Sequence[int]) -> tuple[int, int, int, int] | None:
+    """Return ``(p, q, k, n)`` with W1 (p, q), W2 (k, n, …) and ``stored = (p k, q n, …)``; None if there are none."""
+    (p, q), (k, _) = update.parts[0].shape, update.parts[1].shape
+    return (p, q, k, stored[1] // q) if stored[1] % q == 0 and p * k == stored[0] else None
+
+
+def is_low(part: Pair | Float, sides: Sequence[int], rank: int) -> bool:
+    """Whether a rank is below half of W1's or W2's larger side: both libraries' rule for storing two factors."""
+    return isinstance(part, Pair) and 2 * rank < max(sides)
+
+
+def are_both_low(update: ModuleUpdate, size: tuple[int, int, int, int]) -> bool:
+    """Whether W1 and W2 are both stored as two factors. Both then have one rank, the larger."""
+    return all(is_low(part, sides, update.rank) for part, sides in zip(update.parts, (size[:2], size[2:]), strict=True))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt import Config
-from tnadapt.convert._kronecker_rules import peft_factorization
+from tnadapt.convert._tensors import factorization
 
 from .conversions import CONVS, SHAPES, TOLERANCE, error, fill, made, model, updates
 
@@ -116,7 +116,7 @@ def test_lokr_of_several_sizes_goes_straight_to_the_other_library(tmp_path: Path
         assert not found.notes
     check_loaded(tmp_path / "peft-lokr", expected, shapes)
     pytest.importorskip("lycoris")
-    from .test_convert_lycoris import check_loaded as by_lycoris
+    from .test_lycoris_format import check_loaded as by_lycoris
 
     os.rename(tmp_path / "lycoris-lokr", tmp_path / "lycoris.safetensors")  # its loader goes by the ending
     by_lycoris(tmp_path / "lycoris.safetensors", expected, shapes)
@@ -275,7 +275,7 @@ def test_any_adapter_of_peft_goes_there_and_back(
         again = tna.convert(tmp_path / "theirs", tmp_path / "again", to=f"peft-{kind}", base=shapes)
     except tna.ConfigError:
         assert (kind, len(kernel)) == ("lokr", 1)
-        assert [peft_factorization(side, factor)[0] for side in shape] != [1, 1]
+        assert [factorization(side, factor)[0] for side in shape] != [1, 1]
         return
     assert again.exact
     check_loaded(tmp_path / "again", expected, shapes)

@@ -21,7 +21,7 @@ import tnadapt as tna
 from tests.conftest import peak_of
 from tests.support import checkpoint_files as cp
 from tnadapt import FileError
-from tnadapt.convert._writing import content_of
+from tnadapt.convert._files import safetensors_content
 
 from .conversions import SHAPES, made
 
@@ -464,7 +464,7 @@ def test_what_is_there_stays_unless_asked(to: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     tna.convert(one, out, to=to)
     before = everything(tmp_path)
-    with pytest.raises(FileError, match=r"exists; give another path, or overwrite=True \(--force\)"):
+    with pytest.raises(FileError, match=r"exists; give another path, or overwrite=True \(--overwrite\)"):
         tna.convert(two, out, to=to)
     assert everything(tmp_path) == before
     tna.convert(two, out, to=to, overwrite=True)
@@ -549,7 +549,7 @@ def test_safetensors_reads_what_is_written(entries: dict[str, tuple[str, list[in
     from safetensors.numpy import load
 
     arrays = {n: RNG.integers(0, 9, shape).astype(dtype) for n, (dtype, shape) in entries.items()}
-    found = load(content_of(arrays, {}, metadata))
+    found = load(safetensors_content(arrays, {}, metadata))
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype

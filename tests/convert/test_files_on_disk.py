@@ -16,8 +16,8 @@ import tnadapt as tna
 from tests.checkpoints.merge.merge_scene import content
 from tests.support.file_layer import Call, Killed, intercepted, recorded
 from tests.support.power_failure import after_failures
-from tnadapt.convert import _writing as writing
-from tnadapt.convert._writing import replace_folder
+from tnadapt.convert import _files as files_module
+from tnadapt.convert._files import replace_folder
 
 from .conversions import made
 
@@ -102,7 +102,7 @@ def test_writers_of_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
     out = tmp_path / "out"
     replace_folder(str(out), OLD)
     halfway, go_on = threading.Event(), threading.Event()
-    real = writing.sync_folder
+    real = files_module.sync_folder
 
     def sync_folder(folder: str) -> None:
         real(folder)
@@ -110,7 +110,7 @@ def test_writers_of_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
             halfway.set()
             assert go_on.wait(30)
 
-    monkeypatch.setattr(writing, "sync_folder", sync_folder)
+    monkeypatch.setattr(files_module, "sync_folder", sync_folder)
     first = threading.Thread(
         target=replace_folder, args=(str(out), {WEIGHTS: b"first", CONFIG: b"first"}), name="first"
     )
@@ -142,7 +142,9 @@ def test_a_folder_that_another_made_meanwhile(tmp_path: Path, monkeypatch: pytes
             if overwrite:
                 replace_folder(str(out), NEW, overwrite)
             else:
-                with pytest.raises(tna.FileError, match=r"exists; give another path, or overwrite=True \(--force\)"):
+                with pytest.raises(
+                    tna.FileError, match=r"exists; give another path, or overwrite=True \(--overwrite\)"
+                ):
                     replace_folder(str(out), NEW, overwrite)
         assert content(out) == (NEW if overwrite else OLD)
         assert os.listdir(tmp_path) == ["out"]
@@ -175,7 +177,7 @@ def test_a_conversion_that_must_not_overwrite_never_does(kind: str, tmp_path: Pa
 
 SAVING = """
 import itertools, sys
-from tnadapt.convert._writing import replace_folder
+from tnadapt.convert._files import replace_folder
 out, text = sys.argv[1:]
 print("at it", flush=True)
 while True:

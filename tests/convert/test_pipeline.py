@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from typing import Any
 
@@ -15,13 +14,11 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import peak_of
 from tnadapt import AdapterFile, Config, SuperLoRA, Target
-from tnadapt.checkpoints.container import Container
-from tnadapt.convert import FORMS
+from tnadapt.convert import FORMS, ModuleUpdate, Pair, StoredFiles
 from tnadapt.convert._base_model import as_base
-from tnadapt.convert._kronecker_rules import lycoris_factorization, peft_factorization
-from tnadapt.convert._lycoris_reading import read_lycoris
-from tnadapt.convert._measuring import low_rank_norms, norms_of
-from tnadapt.convert._updates import Pair, Update
+from tnadapt.convert._lycoris import LycorisFormat
+from tnadapt.convert._tensors import factorization
+from tnadapt.convert._updates import low_rank_norms, norms_of
 from tnadapt.testing.strategies import plans
 
 from .conversions import TOLERANCE, error, made, updates
@@ -66,9 +63,10 @@ def test_any_adapter_is_converted_with_its_error(plan: SuperLoRA, form: str, ran
     assert (found.error <= TOLERANCE) or not found.exact
     # The error is that of what a reader finds in the bytes.
     if form.startswith("lycoris"):
-        back = read_lycoris(Container(io.BufferedReader(io.BytesIO(found.content)), len(found.content)), None, None)  # type: ignore[arg-type]
+        back = LycorisFormat().read(StoredFiles(contents=found.files), None, None)
+        theirs = {one.target.module: one.update.delta() for one in back.updates}
         ours = {t.module: np.asarray(d, np.float64) for t, d in zip(file.targets, file.deltas(), strict=True)}
-        off = sum(float(np.sum((updates(back.file)[path] - delta) ** 2)) for path, delta in ours.items())
+        off = sum(float(np.sum((theirs[path] - delta) ** 2)) for path, delta in ours.items())
         whole = sum(float(np.sum(delta**2)) for delta in ours.values())
         assert math.sqrt(off / whole) == pytest.approx(found.error, abs=1e-5)
 
@@ -188,8 +186,8 @@ def test_factorizations_are_the_peers(size: int, factor: int) -> None:
     from lycoris.functional import factorization as lycoris
     from peft.tuners.lokr.layer import factorization as peft
 
-    assert peft_factorization(size, factor) == peft(size, factor)
-    assert lycoris_factorization(size, factor) == lycoris(size, factor)
+    assert factorization(size, factor) == peft(size, factor)
+    assert tuple(sorted(factorization(size, factor))) == lycoris(size, factor)
 
 
 SIDES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
@@ -200,8 +198,8 @@ def loaded() -> dict[str, Any]:
     """Checks by the peers' own loaders. (Imported here, as Hypothesis refuses tests that are defined within a test.)"""
     pytest.importorskip("peft")
     pytest.importorskip("lycoris")
-    from .test_convert_lycoris import check_loaded as by_lycoris
-    from .test_convert_peft import check_loaded as by_peft
+    from .test_lycoris_format import check_loaded as by_lycoris
+    from .test_peft_format import check_loaded as by_peft
 
     return {"peft-lokr": by_peft, "lycoris-lokr": by_lycoris}
 
@@ -239,7 +237,7 @@ def test_lokr_of_any_sizes_is_loaded_or_refused(
             tna.convert(file, out, to=form)
         # No decompose_factor makes PEFT arrive at these sizes. (What LyCORIS guesses follows no such rule.)
         assert form != "peft-lokr" or not any(
-            peft_factorization(p * k, factor) == (p, k) and peft_factorization(q * n, factor) == (q, n)
+            factorization(p * k, factor) == (p, k) and factorization(q * n, factor) == (q, n)
             for factor in (-1, *range(1, 40))
         )
         return
@@ -259,10 +257,10 @@ def test_the_error_by_factors_is_the_dense_one(
 ) -> None:
     rng = np.random.default_rng(seed)
     b, a = rng.standard_normal((rows, ranks[0])), rng.standard_normal((cols, ranks[0]))
-    old = Update("lora", (rows, cols), (Pair(b, a),), 0.5)
+    old = ModuleUpdate("lora", (rows, cols), (Pair(b, a),), 0.5)
     moved = Pair(np.hstack([b * (1 + near), near * rng.standard_normal((rows, ranks[1]))]),
                  np.hstack([a, rng.standard_normal((cols, ranks[1]))]))  # fmt: skip
-    new = Update("lora", (rows, cols), (moved,), 0.5)
+    new = ModuleUpdate("lora", (rows, cols), (moved,), 0.5)
     found = low_rank_norms(old, new)
     if 2 * (old.rank + new.rank) > min(rows, cols):
         assert found is None

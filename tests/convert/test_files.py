@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tnadapt as tna
-from tnadapt.convert import _writing as writing
+from tnadapt.convert import _files as files_module
 
 from .conversions import made
 
@@ -134,7 +134,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> list[int]
             raise OSError(errno.EIO, "Input/output error")
         plain(*arguments)
 
-    monkeypatch.setattr(writing.os, "rename", rename)
+    monkeypatch.setattr(files_module.os, "rename", rename)
     return count
 
 

@@ -1,0 +1,252 @@
+"""LyCORIS' and kohya's LoRA, LoKr, LoHa and full differences: one safetensors file.
+
+Everything in such a file is read exactly or refused by name. What is written, LyCORIS loads to the same update.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.checkpoints.adapter_file import some
+from tnadapt.checkpoints.container import DTYPES, Container
+from tnadapt.errors import ConfigError, FileError, shown
+from tnadapt.targets.roles import natural
+
+from ._base_model import Base, missing_base, target_of
+from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
+from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, safetensors_content
+from ._tensors import DIFF, LOHA, LOKR, are_both_low, decode, encode, factorization, is_low, kind_of, kronecker_sizes_of
+from ._unpack import Module, TargetUpdate
+from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, widen
+
+__all__ = ["LycorisFormat"]
+
+# The entry of the record of a conversion that has the modules' paths and shapes: such a file needs no base.
+_MODULES = "modules"
+
+_PREFIXES = re.compile(r"(lycoris|lora_unet|lora_te\d?|lora_transformer|lora_prior_unet)_")
+_SUFFIXES = {"lora_down.weight": "lora_down", "lora_up.weight": "lora_up", "lora_mid.weight": "lora_mid"}
+_SUFFIXES |= {name: name for name in (*LOKR, *LOHA, *DIFF)}
+_REFUSED = {
+    "dora_scale": "DoRA scales the sum of weight and update",
+    "diff_b": "the change of a bias, which an adapter file does not hold",
+    "w_norm": "the change of a normalisation",
+    "b_norm": "the change of a normalisation",
+    "scalar": "a scale that is trained",
+}
+
+
+class LycorisFormat(FileFormat):
+    """Files that LyCORIS and kohya's scripts save, which write the dots of a module's path as underscores."""
+
+    library = "LyCORIS"
+    kinds = ("lora", "lokr", "loha", "full")
+
+    def detect(self, path: str) -> str | None:
+        """Return the path if the names of the file's tensors are those of LyCORIS or kohya."""
+        names = None if os.path.isdir(path) else foreign_tensor_names(path)
+        return path if any(map(_PREFIXES.match, names or ())) else None
+
+    def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
+        """Read the adapter of a file; ``part`` is one of its prefixes, such as "lora_unet"."""
+        with files.container() as container:
+            return _read(container, base, part)
+
+    def check_module(self, module: Module, kind: str) -> None:
+        """Raise a ConfigError for weights stored as (in, out), and for kernels of more than three axes."""
+        if module.transposed:
+            raise ConfigError(
+                f"{shown(module.path)} is stored as (in, out), and LyCORIS adapts no such layer; convert to 'peft-lora'"
+            )
+        axes = len(module.stored) - 2
+        if axes > 3:
+            raise ConfigError(
+                f"{shown(module.path)} has a kernel of {axes} dimensions, and LyCORIS has {kind} for up to 3"
+            )
+
+    def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
+        """Raise a ConfigError for paths that become one name, and for parameters trained beside the adapter."""
+        names = dict[str, str]()
+        for module in modules:
+            name = _flat_name(module.path)
+            if name in names:
+                raise ConfigError(
+                    f"LyCORIS writes dots as underscores, and {shown(names[name])} and {shown(module.path)} would have "
+                    "one name: it cannot adapt both"
+                )
+            names[name] = module.path
+        super().check_adapter(modules, kept)
+
+    def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:
+        """Return LoKr updates with parts from which LyCORIS infers their own sizes."""
+        fitted = [fit for one, shape in zip(updates, stored, strict=True) if (fit := _fit(one, shape)) is not None]
+        if len(fitted) < len(updates):
+            return None
+        return ExportChoice(fitted, [update.rank for update in fitted], True, {})
+
+    def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
+        """Encode the tensors.
+
+        LyCORIS 4.1 scales LoKr and LoHa twice when it merges them, and never scales LoKr with two full factors. Their
+        scale is therefore multiplied into a factor, and alpha is the rank: however it is read, that is a scale of 1.
+        """
+        tensors, alphas = dict[str, Float](), dict[str, Float]()
+        for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
+            name = _flat_name(module.path)
+            alpha = alpha_of([update.scale], rank) if update.kind == "lora" else None
+            if alpha is None or float(np.float32(alpha)) != alpha:
+                update, alpha = update.absorb_scale(), float(rank)
+            own = encode(update, module.stored, "lora_down.weight", "lora_up.weight")
+            tensors |= {f"{name}.{key}": array for key, array in own.items()}
+            if update.kind != "dense":
+                # In float32: bfloat16 would round it from 257 on.
+                alphas[f"{name}.alpha"] = np.asarray(alpha)
+        listed = {_flat_name(module.path): [module.path, list(module.stored)] for module in modules}
+        return EncodedAdapter(tensors, alphas, record={_MODULES: listed})
+
+    def write(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        dtypes: Mapping[str, str],
+        record: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
+    ) -> dict[str, bytes]:
+        """Serialize the file."""
+        return {"": safetensors_content(tensors, dtypes, {RECORD: json_text(record)})}
+
+
+def _flat_name(path: str) -> str:
+    """Return the name of a module in LyCORIS, with underscores for dots."""
+    return f"lycoris_{path.replace('.', '_')}"
+
+
+# -- LoKr's sizes --------------------------------------------------------------------------------
+
+
+def _fit(update: ModuleUpdate, stored: Sequence[int]) -> ModuleUpdate | None:
+    """Return the update as LyCORIS loads it, or None where it would infer other sizes than the tensors have."""
+    size = kronecker_sizes_of(update, stored)
+    if size is None:
+        return None
+    p, q, k, n = size
+    first, last = update.parts
+    low = isinstance(last, Pair) and is_low(last, size[2:], last.rank)
+    parts: tuple[Pair | Float, ...] = (as_matrix(first), last if low else as_matrix(last))
+    if are_both_low(update, size):
+        parts = tuple(part.padded(update.rank) for part in update.parts if isinstance(part, Pair))
+    last_shape = parts[1].shape if isinstance(parts[1], Pair) else (k, n, *stored[2:])
+    factor = _inferred_factor((p, q), last_shape, isinstance(parts[1], Pair))
+    if _factorization(stored[0], factor) != (p, k) or _factorization(stored[1], factor) != (q, n):
+        return None
+    return update._replace(parts=parts)
+
+
+def _factorization(size: int, factor: int = -1) -> tuple[int, int]:
+    """Return a side's sizes in W1 and W2, as LyCORIS has them."""
+    small, large = sorted(factorization(size, factor))
+    return small, large
+
+
+def _inferred_factor(first: tuple[int, int], last: tuple[int, ...], low: bool) -> int:
+    """Return the factor that LyCORIS infers from the tensors: of a low-rank W2 it takes kernel sizes for channels."""
+    rows, cols = first[0] * last[0], first[1] * last[1]
+    if first == (_factorization(rows)[0], _factorization(cols)[0]):
+        return -1
+    one, two = max(first), max(last[:2] if low else last)
+    for factor in (one, two):
+        if rows % factor == cols % factor == 0 and factor in (first[0], last[0]) and factor in (first[1], last[1]):
+            return factor
+    return min(one, two)
+
+
+# -- Reading -------------------------------------------------------------------------------------
+
+
+def _read(container: Container, base: Base | None, part: str | None) -> ForeignAdapter:
+    flat, dtypes = _modules(container, part)
+    recorded = _recorded(container.metadata)
+    found, kinds = [], set[str]()
+    paths: dict[str, str] = {}
+    for name in flat:
+        path = _path(name, base, recorded)
+        if path in paths:
+            raise FileError(f"{shown(paths[path])} and {shown(name)} are both of {shown(path)}")
+        paths[path] = name
+    for path in sorted(paths, key=natural):
+        tensors = flat[paths[path]]
+        alpha = tensors.pop("alpha", None)
+        update, shape = decode(path, tensors, functools.partial(_scale, path, alpha))
+        kinds.add({"dense": "full"}.get(kind := kind_of(path, tensors), kind))
+        shape = recorded[paths[path]][1] if paths[path] in recorded else shape
+        found.append(TargetUpdate(target_of(path, shape, base), update))
+    return ForeignAdapter(kinds.pop() if len(kinds) == 1 else "", found, common_dtype(dtypes))
+
+
+def _modules(container: Container, part: str | None) -> tuple[dict[str, dict[str, Float]], set[str]]:
+    """Return the tensors of each module, by its flat name and theirs; and the dtypes of the factors."""
+    entries, found = container.entries, dict[str, dict[str, Float]]()
+    prefixes, unknown, dtypes = set[str](), list[str](), set[str]()
+    for name in entries:
+        prefix, (flat, _, suffix) = _PREFIXES.match(name), name.partition(".")
+        if prefix is None or (suffix not in _SUFFIXES and suffix != "alpha" and suffix not in _REFUSED):
+            unknown.append(name)
+            continue
+        prefixes.add(prefix[1])
+        if part is not None and prefix[1] != part:
+            continue
+        array = widen(name, entries[name].dtype, container.array(name))
+        if suffix in _REFUSED:
+            if array.any() or suffix != "diff_b":
+                raise FileError(f"{shown(name)} cannot be converted: {_REFUSED[suffix]}")
+            continue
+        dtypes |= {DTYPES[entries[name].dtype]} if suffix != "alpha" else set()
+        found.setdefault(flat, {})[_SUFFIXES.get(suffix, suffix)] = array
+    if unknown:
+        raise FileError(f"has tensors that are no part of a LoRA, LoKr, LoHa or full difference: {some(unknown)}")
+    _check_part(prefixes, part)
+    return found, dtypes
+
+
+def _check_part(prefixes: set[str], part: str | None) -> None:
+    listed = ", ".join(sorted(prefixes))
+    if part is not None and part not in prefixes:
+        raise FileError(f"has no part {shown(part)}; its parts are {listed}")
+    if part is None and len(prefixes) > 1:
+        raise FileError(f"has the adapters of several models: {listed}; name one of them by part=")
+
+
+def _scale(path: str, alpha: Float | None, rank: int | None) -> float:
+    # LyCORIS' own rules: no alpha, or 0, means the rank, and LoKr with two full factors is not scaled.
+    if alpha is None or rank is None:
+        return 1.0
+    if alpha.size != 1:
+        raise FileError(f"alpha of {shown(path)} must be one number; it has the shape {alpha.shape}")
+    return float(alpha.reshape(())) / rank or 1.0
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the path and shape of each flat name from the record of a conversion; nothing where it has no such."""
+    try:
+        listed = json.loads(metadata.get(RECORD, "{}")).get(_MODULES, {})
+        found = {str(name): (str(path), tuple(map(int, shape))) for name, (path, shape) in listed.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {name: own for name, own in found.items() if name.partition("_")[2] == own[0].replace(".", "_")}
+
+
+def _path(name: str, base: Base | None, recorded: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    flat = _PREFIXES.sub("", name, count=1)
+    if base is not None:
+        return base.named(flat)
+    if name in recorded:
+        return recorded[name][0]
+    if "_" in flat:
+        raise missing_base(name)
+    return flat

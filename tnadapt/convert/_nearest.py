@@ -1,0 +1,326 @@
+"""What each module's update becomes in another library's form: exactly where algebra permits, else the nearest.
+
+LoRA is the truncated SVD, the best of its rank. LoKr and LoHa are fitted by :func:`tnadapt.decompose`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.norms import norm, relative, together
+from tnadapt.errors import ConfigError, shown
+
+from ._file_format import ExportChoice, FileFormat
+from ._tensors import factorization
+from ._unpack import Module, Unpacked
+from ._updates import Float, ModuleUpdate, Pair, as_matrix
+
+__all__ = ["ExportSpec", "choose"]
+
+
+class ExportSpec(NamedTuple):
+    """What a conversion has to make.
+
+    Attributes
+    ----------
+    form : str
+        Such as "peft-lora".
+    format : FileFormat
+    kind : {"lora", "lokr", "loha", "full"}
+    rank : int or None
+        The largest rank allowed.
+    max_error : float or None
+    """
+
+    form: str
+    format: FileFormat
+    kind: str
+    rank: int | None
+    max_error: float | None
+
+
+class Chosen(NamedTuple):
+    """What one module's update becomes.
+
+    Attributes
+    ----------
+    update : ModuleUpdate
+    exact : bool
+        Whether it is the same up to rounding.
+    """
+
+    update: ModuleUpdate
+    exact: bool
+
+
+def choose(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
+    """Choose what every module's update becomes.
+
+    Raises
+    ------
+    ConfigError
+        If it is possible with a rank only, and none is given.
+    """
+    return _CHOOSERS[spec.kind](modules, unpacked, spec)
+
+
+def _choice_of(chosen: Sequence[Chosen]) -> ExportChoice:
+    updates = [one.update for one in chosen]
+    return ExportChoice(updates, [update.rank for update in updates], all(one.exact for one in chosen), {})
+
+
+def _full(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
+    updates = [ModuleUpdate("dense", module.shape, (module.delta(unpacked),)) for module in modules]
+    return _choice_of([Chosen(update, True) for update in updates])
+
+
+# -- Low rank ------------------------------------------------------------------------------------
+
+
+class Spectrum(NamedTuple):
+    """``u @ diag(s) @ v.T``, without the singular values that are nothing but rounding.
+
+    Attributes
+    ----------
+    u, v : ndarray, shape (rows, kept), (cols, kept)
+        The leading singular vectors, as many as will be used.
+    s : ndarray, shape (k,)
+        All singular values.
+    """
+
+    u: Float
+    s: Float
+    v: Float
+
+    @property
+    def rank(self) -> int:
+        """k, the matrix rank."""
+        return int(self.s.size)
+
+    def pair(self, rank: int) -> Pair:
+        """Return the best two factors of a rank, each with the square roots of the singular values."""
+        kept = max(1, min(rank, self.rank))
+        if not self.rank:
+            return Pair(np.zeros((self.u.shape[0], 1)), np.zeros((self.v.shape[0], 1)))
+        roots = np.sqrt(self.s[:kept])
+        return Pair(self.u[:, :kept] * roots, self.v[:, :kept] * roots)
+
+
+def _spectrum(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, kept: int | None) -> Spectrum:
+    """Compute the SVD of a module's update; of one that is low-rank or a Kronecker product, from its factors alone.
+
+    ``kept`` singular vectors are returned; if None, as many as the matrix rank where the two factors are smaller than
+    the update, else none.
+    """
+    if form is not None and form.kind == "lora" and form.rank < min(form.shape):
+        pair = form.absorb_scale().pair
+        (left, upper), (right, lower) = np.linalg.qr(pair.b), np.linalg.qr(pair.a)
+        u, s, vt = np.linalg.svd(upper @ lower.T)
+        u, v = left @ u, right @ vt.T
+    elif form is not None and form.kind == "lokr":
+        return _kronecker_spectrum(form, kept)
+    else:
+        u, s, vt = np.linalg.svd(module.delta(unpacked), full_matrices=False)
+        v = vt.T
+    rank, kept = _ranks(s, module.shape, kept)
+    # Copies, so that the memory of the other vectors is freed.
+    return Spectrum(u[:, :kept].copy(), s[:rank], v[:, :kept].copy())
+
+
+def _kronecker_spectrum(form: ModuleUpdate, kept: int | None) -> Spectrum:
+    """Compute the SVD of a Kronecker product: its singular values and vectors are products of its factors' ones."""
+    one, two = (np.linalg.svd(as_matrix(part), full_matrices=False) for part in form.absorb_scale().parts)
+    s = np.outer(one.S, two.S).reshape(-1)
+    order = np.argsort(-s, kind="stable")
+    rank, kept = _ranks(s[order], form.shape, kept)
+    first, last = np.divmod(order[:kept], two.S.size)
+    u = (one.U[:, None, first] * two.U[None, :, last]).reshape(form.shape[0], kept)
+    v = (one.Vh.T[:, None, first] * two.Vh.T[None, :, last]).reshape(form.shape[1], kept)
+    return Spectrum(u, s[order[:rank]], v)
+
+
+def _ranks(s: Float, shape: tuple[int, int], kept: int | None) -> tuple[int, int]:
+    """Return the rank by NumPy's own bound on descending singular values, and the number of vectors to keep."""
+    rank = int(np.count_nonzero(s > s[0] * max(shape) * np.finfo(np.float64).eps))
+    if kept is None:
+        kept = rank if _is_smaller(rank, shape) else 0
+    return rank, min(kept, rank)
+
+
+def _is_smaller(rank: int, shape: tuple[int, int]) -> bool:
+    """Whether two factors of a rank have fewer elements than their product."""
+    rows, cols = shape
+    return rank * (rows + cols) < rows * cols
+
+
+def _exact_pair(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, rank: int | None) -> Pair | Spectrum:
+    """Return two factors of a module's update, of at most a rank; else its spectrum, to take a lower rank of.
+
+    Without a rank, two factors with more elements than the update itself do not count either.
+    """
+    if form is not None and form.kind == "lora" and (rank is None or form.rank <= rank):
+        return form.absorb_scale().pair
+    spectrum = _spectrum(module, unpacked, form, rank)
+    small = _is_smaller(spectrum.rank, module.shape) if rank is None else spectrum.rank <= rank
+    return spectrum.pair(spectrum.rank) if small else spectrum
+
+
+def _lora(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
+    """Choose every module's update as LoRA.
+
+    Without a rank but with an error, all modules get the same rank: the smallest within the error.
+    """
+    rank = spec.rank
+    found: list[Chosen | Spectrum] = []
+    for module in modules:
+        form = module.form(unpacked)
+        if form is not None and form.kind == "lora" and (rank is None or form.rank <= rank):
+            found.append(Chosen(form, True))  # with its own scale, so that its factors keep their bits
+            continue
+        own = _exact_pair(module, unpacked, form, rank)
+        found.append(Chosen(ModuleUpdate("lora", module.shape, (own,)), True) if isinstance(own, Pair) else own)
+    cut = rank
+    if rank is None and any(isinstance(one, Spectrum) for one in found):
+        cut = _smallest_rank(modules, unpacked, found, spec.max_error)
+    chosen = []
+    for module, one in zip(modules, found, strict=True):
+        if isinstance(one, Spectrum):
+            assert cut is not None
+            if rank is None:
+                one = _spectrum(module, unpacked, module.form(unpacked), cut)
+            one = Chosen(ModuleUpdate("lora", module.shape, (one.pair(cut),)), one.rank <= cut)
+        chosen.append(one)
+    return _choice_of(chosen)
+
+
+def _smallest_rank(
+    modules: Sequence[Module], unpacked: Unpacked, found: Sequence[Chosen | Spectrum], max_error: float | None
+) -> int:
+    spectra = [(module, one) for module, one in zip(modules, found, strict=True) if isinstance(one, Spectrum)]
+    module, worst = max(spectra, key=lambda pair: pair[1].rank)
+    if max_error is None:
+        raise ConfigError(
+            f"the update of {shown(module.path)} has matrix rank {worst.rank}, and LoRA of that rank is larger than "
+            f"the update itself, {module.shape[0]} × {module.shape[1]}: give rank= or max_error= for the nearest of "
+            "lower rank, or to='lycoris-full' for all of it"
+        )
+    # Exact updates add nothing to the error, but count in the norm of the whole.
+    exact = [norm(own.delta(unpacked)) for own, one in zip(modules, found, strict=True) if isinstance(one, Chosen)]
+    whole = together([*exact, *(norm(one.s) for _, one in spectra)])
+    for rank in range(1, worst.rank + 1):
+        if relative(together(norm(one.s[rank:]) for _, one in spectra), whole) <= max_error:
+            return rank
+    return worst.rank
+
+
+# -- LoHa ----------------------------------------------------------------------------------------
+
+
+def _loha(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
+    return _choice_of([_one_loha(module, unpacked, spec.rank) for module in modules])
+
+
+def _one_loha(module: Module, unpacked: Unpacked, rank: int | None) -> Chosen:
+    form = module.form(unpacked)
+    if form is not None and form.kind == "loha" and (rank is None or form.rank <= rank):
+        return Chosen(form, True)
+    own = _exact_pair(module, unpacked, form, rank)
+    if isinstance(own, Pair):
+        return Chosen(_times_ones(module, own), True)
+    if rank is None:
+        raise _no_rank(module, "LoHa")
+    delta = module.delta(unpacked)
+    fitted = _fit(delta, Config(rank=rank, splits=2, combine="hadamard", leading="same"))
+    pairs = (Pair(fitted[f"split{k}.factor0"], fitted[f"split{k}.factor1"]) for k in (0, 1))
+    # Not every LoHa fit of a rank is better than LoRA of that rank.
+    candidates = [ModuleUpdate("loha", module.shape, tuple(pairs)), _times_ones(module, own.pair(rank))]
+    return Chosen(min(candidates, key=lambda update: float(np.linalg.norm(update.delta() - delta))), False)
+
+
+def _times_ones(module: Module, pair: Pair) -> ModuleUpdate:
+    """Return a product of two factors as LoHa: its Hadamard product with a matrix of ones, which has rank 1."""
+    rows, cols = module.shape
+    return ModuleUpdate("loha", module.shape, (pair, Pair(np.ones((rows, 1)), np.ones((cols, 1)))))
+
+
+# -- LoKr ----------------------------------------------------------------------------------------
+
+
+def _lokr(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
+    """Choose every module's update as LoKr.
+
+    Kronecker products stay what they are, where the library can load them. Low-rank updates become a low-rank W2 and a
+    W1 of 1 × 1. Others become the nearest of the given rank, with the sizes that the library would choose.
+    """
+    stored = [module.stored for module in modules]
+    forms = [module.form(unpacked) for module in modules]
+    products = [form for form in forms if form is not None and form.kind == "lokr"]
+    if len(products) == len(modules) and all(spec.rank is None or form.rank <= spec.rank for form in products):
+        found = spec.format.fit_kronecker(products, stored)
+        if found is not None:
+            return found
+    own = [_exact_pair(module, unpacked, form, spec.rank) for module, form in zip(modules, forms, strict=True)]
+    pairs = [pair for pair in own if isinstance(pair, Pair)]
+    if len(pairs) == len(modules):
+        # A W1 of 1 × 1 divides every size.
+        found = spec.format.fit_kronecker([_times_one(pair) for pair in pairs], stored)
+        if found is None:
+            raise ConfigError(spec.format.no_kronecker)
+        return found
+    if spec.rank is None:
+        raise _no_rank(next(m for m, pair in zip(modules, own, strict=True) if isinstance(pair, Spectrum)), "LoKr")
+    deltas = [module.delta(unpacked) for module in modules]
+    fitted = [_nearest_lokr(module, unpacked, spec.rank) for module in modules]
+    # LoRA with a W1 of 1 × 1 is LoKr of the same rank, and often the nearer one.
+    plain = [_times_one(pair if isinstance(pair, Pair) else pair.pair(spec.rank)) for pair in own]
+
+    def squared_error(updates: Sequence[ModuleUpdate]) -> float:
+        return math.fsum(float(np.sum((u.delta() - d) ** 2)) for u, d in zip(updates, deltas, strict=True))
+
+    nearest = sorted((fitted, plain), key=squared_error)
+    found = next((choice for updates in nearest if (choice := spec.format.fit_kronecker(updates, stored))), None)
+    if found is None:
+        raise ConfigError(spec.format.no_kronecker)
+    return found._replace(exact=False)
+
+
+def _times_one(pair: Pair) -> ModuleUpdate:
+    """Return a product of two factors as LoKr with a W1 of 1 × 1."""
+    return ModuleUpdate("lokr", pair.shape, (np.ones((1, 1)), pair))
+
+
+def _nearest_lokr(module: Module, unpacked: Unpacked, rank: int) -> ModuleUpdate:
+    """Fit a LoKr whose W1 has the sizes that PEFT and LyCORIS choose by default."""
+    (p, k), (q, n) = (factorization(size) for size in module.stored[:2])
+    full = 2 * rank >= max(k, n)  # W2 of such a rank is stored as it is
+    config = Config(rank=rank, splits=2, split_size=(p, q), format="dense" if full else "cp")
+    found = _fit(module.delta(unpacked), config)
+    last = found["split1.dense"] if full else Pair(found["split1.factor0"], found["split1.factor1"])
+    assert found["split0.dense"].shape == (p, q)
+    assert last.shape == (k, n * math.prod(module.stored[2:]))
+    return ModuleUpdate("lokr", module.shape, (found["split0.dense"], last))
+
+
+def _fit(delta: Float, config: Config) -> dict[str, Float]:
+    """Return the arrays of one weight that come nearest to an update, without the group's prefix."""
+    from tnadapt.decomposition import decompose  # with SciPy and TensorLy, which no exact conversion needs
+
+    params, _ = decompose([delta], config)
+    return {name.removeprefix("group0."): np.asarray(array, np.float64) for name, array in params.items()}
+
+
+def _no_rank(module: Module, method: str) -> ConfigError:
+    return ConfigError(
+        f"the update of {shown(module.path)} is no {method} by itself: give rank= for the nearest of that rank, and "
+        "max_error= for how far off it may be; or to='lycoris-full' for all of it"
+    )
+
+
+_CHOOSERS: dict[str, Callable[[Sequence[Module], Unpacked, ExportSpec], ExportChoice]] = {
+    "lora": _lora, "lokr": _lokr, "loha": _loha, "full": _full
+}  # fmt: skip

@@ -1,0 +1,300 @@
+"""PEFT's LoRA, LoKr and LoHa: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Everything in such a folder is read exactly or refused by name. What is written, PEFT loads to the same update.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.checkpoints.adapter_file import some
+from tnadapt.checkpoints.container import DTYPES, Container, raw_dtype
+from tnadapt.errors import ConfigError, FileError, shown
+from tnadapt.targets.roles import natural
+from tnadapt.targets.target import Target
+
+from ._base_model import Base, target_of
+from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
+from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
+from ._peft_settings import PeftSettings, config_of, settings_of
+from ._tensors import (
+    LOHA,
+    LOKR,
+    are_both_low,
+    decode,
+    encode,
+    factorization,
+    is_low,
+    kind_of,
+    kronecker_sizes_of,
+)
+from ._unpack import Module, TargetUpdate
+from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dtype, widen
+
+__all__ = ["PeftFormat"]
+
+_PREFIX = "base_model.model."
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+
+# The entry of the record of a conversion that says which weights are stored as (in, out).
+_TRANSPOSED = "transposed"
+
+# Where to look for a decompose_factor: so far above the sides, and in so many factors.
+_BEYOND, _MOST = 64, 1 << 16
+
+# Suffixes of names in the file -> the names under which the tensors are decoded.
+_SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
+_REFUSED = {
+    "lora_magnitude_vector": "DoRA scales the sum of weight and update",
+    "lora_embedding_A": "the update of an embedding",
+    "lora_embedding_B": "the update of an embedding",
+    "lora_A.bias": "a bias",
+    "lora_B.bias": "it adds to the layer's bias, which is not in the file",
+    "trainable_tokens_delta": "rows of an embedding",
+}
+
+
+class PeftFormat(FileFormat):
+    """Folders that PEFT saves."""
+
+    library = "PEFT"
+    kinds = ("lora", "lokr", "loha")
+    folder = (_WEIGHTS, _CONFIG)
+    no_attention = "its LoRA layer of nn.MultiheadAttention adds the update of the output projection twice"
+    no_kronecker = (
+        "PEFT multiplies other axes where W2 of a one-dimensional convolution is full, as it is at this rank: "
+        "give a lower rank, or to='lycoris-lokr'"
+    )
+
+    def detect(self, path: str) -> str | None:
+        """Return the folder with ``adapter_config.json``: the path itself, or the one that its weights are in."""
+        if os.path.isdir(path):
+            if not os.path.exists(os.path.join(path, _CONFIG)):
+                return None
+            _check_weights(path)
+            return path
+        names, folder = foreign_tensor_names(path), os.path.dirname(path)
+        if names is None:
+            return None
+        if os.path.basename(path) == _WEIGHTS and os.path.exists(os.path.join(folder, _CONFIG)):
+            return folder or "."
+        if any(name.startswith(_PREFIX) for name in names):
+            raise FileError(
+                f"has weights of a PEFT adapter, which are no use without {_CONFIG}: give the folder that has it and "
+                f"{_WEIGHTS}"
+            )
+        return None
+
+    def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
+        """Read the adapter of a folder; ``part`` does not apply."""
+        settings = settings_of(files.json(_CONFIG))
+        with files.container(_WEIGHTS) as container:
+            return _read(container, settings, base)
+
+    def check_module(self, module: Module, kind: str) -> None:
+        """Raise a ConfigError for weights stored as (in, out), but for LoRA, and for kernels of too many axes."""
+        if module.transposed and kind != "lora":
+            raise ConfigError(
+                f"{shown(module.path)} is stored as (in, out), and PEFT has no {kind} for such a layer; convert to "
+                "'peft-lora'"
+            )
+        axes, most = len(module.stored) - 2, 3 if kind == "lora" else 2
+        if axes > most:
+            raise ConfigError(
+                f"{shown(module.path)} has a kernel of {axes} dimensions, and PEFT has {kind} for up to {most}"
+            )
+
+    def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
+        """Raise a ConfigError for kept parameters that are not a whole module, or are one with an adapted weight."""
+        for name in kept:
+            holder = name.rpartition(".")[0]
+            inside = [m.path for m in modules if re.match(rf"(^|.*\.){re.escape(holder)}($|\..*)", m.path)]
+            if not holder or inside:
+                what = f"the adapted weight of {shown(inside[0])}" if inside else "the model itself"
+                raise ConfigError(
+                    f"PEFT saves whole modules, and cannot keep {shown(name)} beside {what}: convert without it by "
+                    "without_kept=True (--without-kept)"
+                )
+
+    def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:
+        """Return LoKr updates with one ``decompose_factor`` from which PEFT computes all of their sizes.
+
+        ``decompose_both`` says whether W1 may be two factors. The rank decides which of W1 and W2 are full.
+        """
+        sizes = [kronecker_sizes_of(update, shape) for update, shape in zip(updates, stored, strict=True)]
+        known = [size for size in sizes if size is not None]
+        factor = _decompose_factor(known, stored)
+        if len(known) < len(sizes) or factor is None:
+            return None
+        both = all(are_both_low(update, size) for update, size in zip(updates, known, strict=True))
+        fitted, ranks = list[ModuleUpdate](), list[int]()
+        for update, shape, size in zip(updates, stored, known, strict=True):
+            first, last = update.parts
+            parts: tuple[Pair | Float, ...]
+            if both:
+                rank = update.rank
+                parts = tuple(part.padded(rank) for part in update.parts if isinstance(part, Pair))
+            elif isinstance(last, Pair) and is_low(last, size[2:], last.rank):
+                rank, parts = last.rank, (as_matrix(first), last)
+            elif len(shape) == 3 and size[:2] != (1, 1):
+                return None  # for a Conv1d with a full W2, PEFT multiplies other axes
+            else:
+                rank = -(-max(size[2:]) // 2)  # the smallest for which PEFT has a full W2
+                parts = as_matrix(first), as_matrix(last)
+            fitted.append(update._replace(parts=parts))
+            ranks.append(rank)
+        return ExportChoice(fitted, ranks, True, {"decompose_factor": factor, "decompose_both": both})
+
+    def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
+        """Encode the tensors, and ``adapter_config.json``."""
+        tensors, alphas = dict[str, Float](), []
+        for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
+            alpha = alpha_of([update.scale], rank)
+            whole = update if alpha is not None else update.absorb_scale()
+            own = encode(whole, module.stored, "lora_A.weight", "lora_B.weight")
+            tensors |= {f"{_PREFIX}{module.path}.{name}": array for name, array in own.items()}
+            alphas.append(float(rank) if alpha is None else alpha)
+        transposed = {module.path: module.transposed for module in modules}
+        config = config_of(kind, transposed, choice.ranks, alphas, kept) | choice.settings
+        return EncodedAdapter(tensors, config=config, record={_TRANSPOSED: transposed})
+
+    def kept_name(self, name: str) -> str:
+        """Return the name of a tensor of ``modules_to_save``."""
+        return _PREFIX + name
+
+    def write(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        dtypes: Mapping[str, str],
+        record: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
+    ) -> dict[str, bytes]:
+        """Serialize the weights and the settings."""
+        # Some loaders insist on the "pt".
+        content = safetensors_content(tensors, dtypes, {RECORD: json_text(record), "format": "pt"})
+        return {_WEIGHTS: content, _CONFIG: (json_text(config, indent=2) + "\n").encode()}
+
+
+def _check_weights(folder: str) -> None:
+    if os.path.exists(os.path.join(folder, _WEIGHTS)):
+        return
+    if os.path.exists(os.path.join(folder, "adapter_model.bin")):
+        raise pickle_error()
+    raise FileError(f"has {_CONFIG} and no {_WEIGHTS} beside it")
+
+
+def _decompose_factor(sizes: Sequence[tuple[int, int, int, int]], stored: Sequence[Sequence[int]]) -> int | None:
+    """Return one ``decompose_factor`` for which every weight has its sizes, or None."""
+    wanted = dict.fromkeys((size, tuple(shape[:2])) for size, shape in zip(sizes, stored, strict=False))
+    sides = [side for size, _ in wanted for side in size[:2]]
+    # A factor that does not divide is a limit: one somewhat above the sides may do where they themselves divide more.
+    factors: list[int] = [-1, *sides, *range(1, max(sides, default=0) + _BEYOND)]
+    for factor in dict.fromkeys(factors[:_MOST]):
+        if all(
+            factorization(rows, factor) == (p, k) and factorization(cols, factor) == (q, n)
+            for (p, q, k, n), (rows, cols) in wanted
+        ):
+            return factor
+    return None
+
+
+# -- Reading the weights -------------------------------------------------------------------------
+
+
+def _read(container: Container, settings: PeftSettings, base: Base | None) -> ForeignAdapter:
+    """Read the adapter of an open file of weights."""
+    modules: dict[str, dict[str, Float]] = {}
+    kept, bits = dict[str, np.ndarray](), dict[str, str]()
+    dtypes, unknown = set[str](), list[str]()
+    for name, entry in container.entries.items():
+        path, suffix = _split_name(name)
+        if suffix in _SUFFIXES:
+            modules.setdefault(path, {})[_SUFFIXES[suffix]] = widen(name, entry.dtype, container.array(name))
+            dtypes.add(DTYPES[entry.dtype])
+        elif suffix in _REFUSED:
+            raise FileError(f"{shown(name)} cannot be converted: {_REFUSED[suffix]}")
+        elif (own := _kept_name(path, settings)) is not None:
+            kept[own], kind = _kept(name, entry.dtype, container.array(name))
+            bits |= {f"kept.{own}": kind} if kind else {}
+        else:
+            unknown.append(name)
+    if unknown:
+        raise FileError(f"has tensors that are no part of a {settings.kind} adapter: {some(unknown)}")
+    if not modules:
+        raise FileError("has no adapted weight")
+    wrapped = next((path for path in modules if ".base_layer." in f".{path}."), None)
+    if wrapped is not None:
+        raise FileError(
+            f"{shown(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds its update "
+            "of the output projection twice, and of q, k and v to a parameter that is no module's weight"
+        )
+    transposed, found = _recorded(container.metadata), []
+    for path in sorted(modules, key=natural):
+        kind = kind_of(path, modules[path])
+        if kind != settings.kind:
+            raise FileError(f"{shown(path)} has tensors of {kind}, and {_CONFIG} says {settings.kind}")
+        update, shape = decode(path, modules[path], functools.partial(settings.scale, path), kron_last_axes=True)
+        says = transposed.get(path, settings.transposed)
+        target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
+        found.append(TargetUpdate(target, update))
+    if base is not None and settings.kind == "lora":
+        _check_transposed([one.target for one in found if one.target.module not in transposed], settings.transposed)
+    return ForeignAdapter(settings.kind, found, common_dtype(dtypes), kept, bits, settings.model)
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, bool]:
+    """Return whether each module's weight is stored as ``(in, out)``, where this library wrote the folder."""
+    try:
+        listed = json.loads(metadata.get(RECORD, "{}")).get(_TRANSPOSED, {})
+        return {path: value for path, value in listed.items() if isinstance(value, bool)}
+    except (ValueError, RecursionError, AttributeError):
+        return {}
+
+
+def _check_transposed(targets: Sequence[Target], says: bool) -> None:
+    """Raise a FileError if PEFT's one setting for all weights is wrong for some, and all that is known of others."""
+    flat = [target for target in targets if len(target.stored) == 2]
+    wrong = [target for target in flat if target.stored[0] != target.stored[1] and target.transposed != says]
+    square = [target for target in flat if target.stored[0] == target.stored[1]]
+    if wrong and square:
+        raise FileError(
+            f"fan_in_fan_out is {says} for all weights, which is not so of {shown(wrong[0].module)} in base: of the "
+            f"square {shown(square[0].module)} nothing says how it is stored. Save one adapter for each kind of layer"
+        )
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Split a name into the module's path and the suffix of an adapter's tensor, "" where it has none."""
+    path = name.removeprefix(_PREFIX)
+    for suffix in (*_SUFFIXES, *_REFUSED):
+        if path != name and path.endswith(f".{suffix}"):
+            return path.removesuffix(f".{suffix}"), suffix
+    return path, ""
+
+
+def _kept_name(path: str, settings: PeftSettings) -> str | None:
+    """Return the name under which another tensor is kept, or None where the settings do not say that it was trained."""
+    # PEFT's own rule for which modules these are.
+    if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in settings.saved):
+        return path.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    if settings.bias != "none" and path.rpartition(".")[2] == "bias":
+        return path.replace(".base_layer.", ".")
+    return None
+
+
+def _kept(name: str, tag: str, array: np.ndarray) -> tuple[np.ndarray, str]:
+    if tag == "BF16":
+        array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise FileError(f"{shown(name)} holds NaN or infinity")
+    if tag == "BF16":
+        return array, "bfloat16"
+    return array.astype(raw_dtype(tag).newbyteorder("="), copy=False), ""

@@ -1,0 +1,352 @@
+"""The steps of a conversion: read, choose, write and measure; and the registry of the file formats it knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.adapter_format import load
+from tnadapt.checkpoints.container import about, path_of
+from tnadapt.errors import ConfigError, FileError, integer, shown
+
+from ._base_model import Base, as_base
+from ._conversion import Conversion, check_free
+from ._file_format import KINDS, FileFormat
+from ._files import StoredFiles
+from ._lycoris import LycorisFormat
+from ._nearest import ExportSpec, choose
+from ._peft import PeftFormat
+from ._unpack import Module, Unpacked, join, modules_of
+from ._updates import ModuleUpdate, check_range, errors_of, is_rounding, low_rank_norms, narrow, norms_of, round_to
+
+__all__ = ["forms", "register_file_format", "run"]
+
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+# The name of this library's own form, and of the file in a folder that tnadapt.torch's save_pretrained wrote.
+_OWN, _OWN_FILE = "tnadapt", "adapter.safetensors"
+
+
+# -- The formats ---------------------------------------------------------------------------------
+
+_BUILT_IN: dict[str, type[FileFormat]] = {"peft": PeftFormat, "lycoris": LycorisFormat}
+_formats: dict[str, type[FileFormat]] = dict(_BUILT_IN)
+
+
+def register_file_format(name: str, cls: type[FileFormat]) -> None:
+    """Make a file format of adapters known, to :func:`tnadapt.convert` and ``tnadapt convert``.
+
+    Parameters
+    ----------
+    name : str
+        Lower-case letters, digits, ``.`` and ``_``. The format's forms are called ``NAME-lora`` and so on.
+    cls : type
+        A subclass of :class:`FileFormat`, called without arguments.
+
+    Raises
+    ------
+    ConfigError
+        If the name has another form or is built in, or the class lacks a method: the message names it.
+
+    Notes
+    -----
+    The format registered last is the first to be asked whether a path is its own. Registering a name again replaces the
+    class, so that a notebook's cell can be run again.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._]{0,63}", name):
+        raise ConfigError(
+            f"the name of a file format is of lower-case letters, digits, '.' and '_', at most 64; got {shown(name)}"
+        )
+    if name in _BUILT_IN or name == _OWN:
+        raise ConfigError(f"the file format {name!r} is built in and cannot be replaced: choose another name")
+    if not (isinstance(cls, type) and issubclass(cls, FileFormat)):
+        raise ConfigError(f"a file format is a class that inherits from tnadapt.convert.FileFormat; got {shown(cls)}")
+    if unknown := [kind for kind in cls.kinds if kind not in KINDS]:
+        raise ConfigError(f"kinds of {cls.__name__} may have {', '.join(KINDS)}; got {shown(unknown[0])}")
+    asked = ["detect", "read"]
+    asked += ["encode", "write"] if cls.kinds else []
+    asked += ["fit_kronecker"] if "lokr" in cls.kinds else []
+    if missing := [method for method in asked if getattr(cls, method) is getattr(FileFormat, method)]:
+        raise ConfigError(f"the file format {name!r} lacks {', '.join(missing)}: define that on {cls.__name__}")
+    _formats.pop(name, None)
+    _formats[name] = cls
+
+
+def forms() -> tuple[str, ...]:
+    """Return all that ``to`` may be."""
+    return (_OWN, *(f"{name}-{kind}" for name, cls in _formats.items() for kind in cls.kinds))
+
+
+def _format_of(name: str) -> FileFormat:
+    if name not in _formats:
+        raise ConfigError(f"file format must be one of {', '.join(_formats)}; got {shown(name)}")
+    found = _formats[name]()
+    found.name = name
+    return found
+
+
+# -- The call ------------------------------------------------------------------------------------
+
+
+def run(
+    source: str | os.PathLike[str] | AdapterFile,
+    out: str | os.PathLike[str] | None,
+    to: str,
+    rank: int | None,
+    max_error: float | None,
+    *,
+    base: Any,
+    part: str | None,
+    dtype: str | None,
+    without_kept: bool,
+    overwrite: bool,
+) -> Conversion:
+    """Run a conversion with the arguments of :func:`tnadapt.convert`."""
+    spec = _checked(to, rank, max_error, dtype)
+    if out is not None:
+        check_free(path_of(out), spec.format.folder if spec else (), overwrite)
+    found = _read(source, base, part)
+    if without_kept:
+        found = found._replace(file=_without_kept(found.file))
+    found.file.check_finite()
+    try:
+        result = _own(found, dtype) if spec is None else _export(found, spec, dtype)
+    except MemoryError as error:
+        rows, cols = max((target.shape for target in found.file.targets), key=math.prod)
+        raise ConfigError(
+            f"there is not enough memory for the largest update, {rows} × {cols}: is the adapter what it says?"
+        ) from error
+    _check_error(result, max_error)
+    if out is not None:
+        result.save(out, overwrite)
+    return result
+
+
+def _checked(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
+    """Check the arguments; return what to make of the adapter, None for a file of this library."""
+    if to not in (known := forms()):
+        raise ConfigError(f"to must be one of {', '.join(known)}; got {shown(to)}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}; got {shown(dtype)}")
+    if max_error is not None and (
+        isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 <= max_error <= 1
+    ):
+        raise ConfigError(f"max_error must be a number from 0 to 1; got {shown(max_error)}")
+    name, _, kind = to.rpartition("-")
+    if rank is not None:
+        rank = integer("rank", rank, 1, 1 << 40, ConfigError)
+        if _holds_everything(to):
+            raise ConfigError(f"rank={rank} belongs to LoRA, LoKr and LoHa; {to!r} keeps all there is")
+    return None if to == _OWN else ExportSpec(to, _format_of(name), kind, rank, max_error)
+
+
+def _holds_everything(form: str) -> bool:
+    return form == _OWN or form.endswith("-full")
+
+
+def _without_kept(file: AdapterFile) -> AdapterFile:
+    dtypes = {name: dtype for name, dtype in file.dtypes.items() if name in file.arrays}
+    return dataclasses.replace(file, kept={}, dtypes=dtypes)
+
+
+def _check_error(result: Conversion, max_error: float | None) -> None:
+    if result.error <= (max_error or 0.0) or (result.exact and max_error is None):
+        return
+    allowed = "nothing but rounding is allowed" if max_error is None else f"max_error={max_error:g} is allowed"
+    whole = _holds_everything(result.kind)
+    ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
+    full = "" if whole else ", or to='lycoris-full', which holds every update"
+    worst = max(result.errors, key=lambda name: result.errors[name])
+    raise ConfigError(
+        f"the conversion to {result.kind} would change the updates by a relative error of {result.error:.3g}, that of "
+        f"{worst} by {result.errors[worst]:.3g}, and "
+        f"{allowed}: give {ways}, a max_error of {_rounded_up(result.error):g} to accept it{full}"
+    )
+
+
+def _rounded_up(error: float) -> float:
+    """Round up to two digits."""
+    unit = 10.0 ** (math.floor(math.log10(error)) - 1)
+    return min(1.0, math.ceil(error / unit) * unit)
+
+
+# -- Reading -------------------------------------------------------------------------------------
+
+
+class ConvertedFrom(NamedTuple):
+    """The adapter that a conversion starts from.
+
+    Attributes
+    ----------
+    kind : str
+        "tnadapt", "peft-lora", "lycoris-lokr" and so on; "lycoris" where a file mixes methods.
+    file : AdapterFile
+    parameters : int
+        Elements of its tensors as they were stored.
+    notes : tuple of str
+        Remarks on reading it.
+    updates : tuple of ModuleUpdate
+        Of each target as another library's file has it; none where the source is a file of this library.
+    """
+
+    kind: str
+    file: AdapterFile
+    parameters: int
+    notes: tuple[str, ...] = ()
+    updates: tuple[ModuleUpdate, ...] = ()
+
+
+def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFrom:
+    """Read the adapter at a path, whoever wrote it.
+
+    Raises
+    ------
+    FileError
+        If there is no such file, or it is damaged, or holds what cannot be converted. It begins with the path.
+    """
+    known = None
+    if base is not None:
+        with about("base"):
+            known = as_base(base)
+    if isinstance(source, AdapterFile):
+        return _from_own(source, known)
+    path = path_of(source)
+    with about(path):
+        found = _detect(path)
+        if found is None and os.path.isdir(path):
+            path = _in_folder(path)
+            found = _detect(path)
+        if found is not None:
+            name, place = found
+            return _read_foreign(name, StoredFiles(place), known, part)
+    file = load(path)
+    with about(path):
+        return _from_own(file, known)
+
+
+def _detect(path: str) -> tuple[str, str] | None:
+    """Return the format that knows a path, and where its adapter is."""
+    for name in reversed(_formats):
+        if (place := _format_of(name).detect(path)) is not None:
+            return name, place
+    return None
+
+
+def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | None) -> ConvertedFrom:
+    adapter = _format_of(name).read(files, base, part)
+    file, notes = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
+    updates = tuple(one.update for one in adapter.updates)
+    kind = f"{name}-{adapter.kind}" if adapter.kind else name
+    return ConvertedFrom(kind, file, sum(update.num_parameters for update in updates), tuple(notes), updates)
+
+
+def _from_own(file: AdapterFile, base: Base | None) -> ConvertedFrom:
+    if base is not None:
+        base.check_targets(file.targets)
+    return ConvertedFrom(_OWN, file, file.num_parameters)
+
+
+def _in_folder(folder: str) -> str:
+    path = os.path.join(folder, _OWN_FILE)
+    if not os.path.exists(path):
+        raise FileError(
+            f"is a folder with neither adapter_config.json nor {_OWN_FILE} in it; give the path of an adapter"
+        )
+    return path
+
+
+# -- To a file of this library -------------------------------------------------------------------
+
+
+def _own(found: ConvertedFrom, dtype: str | None) -> Conversion:
+    file = found.file
+    if dtype is not None:
+        arrays, kinds = round_to(Unpacked(file).arrays, dtype)
+        check_range(arrays, dtype)
+        kept = {name: kind for name, kind in file.dtypes.items() if name not in file.arrays}
+        file = dataclasses.replace(file, arrays=arrays, dtypes={**kept, **kinds})
+    sizes = found.parameters, file.num_parameters
+    if file.activation is not None:
+        names = [target.name for target in file.targets]
+        return Conversion(_OWN, found.kind, True, 0.0, dict.fromkeys(names, 0.0), sizes, found.notes, file)
+    before, after, norms = Unpacked(found.file, found.updates), Unpacked(file), {}
+    for number, target in enumerate(file.targets):
+        pair = low_rank_norms(before.form(number), after.form(number))
+        place = "" if target.rows is None else f"[{target.rows.start}:{target.rows.start + target.rows.length}]"
+        norms[f"{target.name}{place}"] = pair or norms_of(before.delta(number), after.delta(number))
+    error, errors = errors_of(norms)
+    exact = all(is_rounding(one, file.dtype, True) for one in (error, *errors.values()))
+    return Conversion(_OWN, found.kind, exact, error, errors, sizes, found.notes, file)
+
+
+# -- To another library's form -------------------------------------------------------------------
+
+
+def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conversion:
+    """Encode an adapter in another library's form, and measure its error on the bytes to write.
+
+    Raises
+    ------
+    ConfigError
+        If that form cannot hold it.
+    """
+    file, form = found.file, spec.format
+    if file.activation is not None:
+        file.deltas()  # raises: an activation's effect is no ΔW
+    modules, unpacked = _modules(file, spec), Unpacked(file, found.updates)
+    choice = choose(modules, unpacked, spec)
+    encoded = form.encode(spec.kind, modules, choice, list(file.kept))
+    stored, kinds = (round_to if dtype is not None else narrow)(encoded.tensors, dtype or file.dtype)
+    check_range(stored, dtype or file.dtype)
+    scalars = {name: array.astype(np.float32) for name, array in encoded.scalars.items()}
+    tensors = stored | scalars
+    for name, array in file.kept.items():
+        tensors[form.kept_name(name)] = array
+        kinds |= {form.kept_name(name): "bfloat16"} if f"kept.{name}" in file.dtypes else {}
+    record = {"from": found.kind, "to": spec.form, "config": file.config.to_dict(), **encoded.record}
+    error, errors = _measured(modules, unpacked, spec, form.write(tensors, kinds, record, encoded.config))
+    written = next(kinds.get(name, array.dtype.name) for name, array in stored.items())
+    exact = all(is_rounding(one, written, choice.exact) for one in (error, *errors.values()))
+    record |= {"exact": exact, "error": float(f"{error:.2e}")}
+    files = form.write(tensors, kinds, record, encoded.config)
+    sizes = found.parameters, sum(array.size for array in stored.values())
+    return Conversion(
+        spec.form, found.kind, exact, error, errors, sizes, (), None, tensors, kinds, encoded.config, files
+    )
+
+
+def _modules(file: AdapterFile, spec: ExportSpec) -> list[Module]:
+    """Return the adapted modules, all of which the form can hold."""
+    for target in file.targets:
+        spec.format.check_target(target)
+    modules = modules_of(file)
+    for module in modules:
+        spec.format.check_module(module, spec.kind)
+    spec.format.check_adapter(modules, file.kept)
+    return modules
+
+
+# -- Measuring -----------------------------------------------------------------------------------
+
+
+def _measured(
+    modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec, files: Mapping[str, bytes]
+) -> tuple[float, dict[str, float]]:
+    """Return the error of what is written, read back from its bytes."""
+    back = _read_foreign(spec.format.name, StoredFiles(contents=files), None, None).file
+    again, places = Unpacked(back), {target.module: number for number, target in enumerate(back.targets)}
+    if places.keys() != {module.path for module in modules}:
+        raise FileError("what was written does not read back: please report this")
+    norms = {}
+    for module in modules:
+        number = places[module.path]
+        found = low_rank_norms(module.form(unpacked), again.form(number))
+        norms[module.name] = found or norms_of(module.delta(unpacked), again.delta(number))
+    return errors_of(norms)
