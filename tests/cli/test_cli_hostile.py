@@ -278,6 +278,7 @@ def check(command: str, line: Line, commands: CommandLines, yard: Yard) -> Done:
     return done
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_ends_with_its_own_word(command: str, commands: CommandLines, yard: Yard) -> None:
     # A process each: fewer than of what is computed.
@@ -304,11 +305,13 @@ FOUND: dict[str, tuple[str, Line]] = {
 }  # fmt: skip
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(("command", "line"), FOUND.values(), ids=FOUND)
 def test_what_was_found_once(command: str, line: Line, commands: CommandLines, yard: Yard) -> None:
     assert check(command, line, commands, yard).code == 2
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(
     ("done", "wrong"),
     [
@@ -321,6 +324,7 @@ def test_the_judge_sees_it(done: Done, wrong: str, yard: Yard) -> None:
     assert wrong in " ".join(judge(done, [], yard))
 
 
+@pytest.mark.law("hostile-commands")
 def test_the_judge_sees_what_was_written_elsewhere(commands: CommandLines, yard: Yard) -> None:
     commands.run(["info", "none"], yard.place)  # it has been started
     environment = Path(f"/proc/{commands.process.pid}/environ").read_bytes().decode().split("\0")
@@ -337,6 +341,7 @@ def test_the_judge_sees_what_was_written_elsewhere(commands: CommandLines, yard:
     assert judge(Done(0, "", "", 1.0, 0), [], yard) == []
 
 
+@pytest.mark.law("hostile-commands")
 def test_the_judge_sees_what_was_written(yard: Yard) -> None:
     done = Done(0, "", "", 1.0, 0)
     (yard.place / "stray").write_text("x")

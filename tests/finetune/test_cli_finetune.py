@@ -110,6 +110,7 @@ def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypa
     assert "OTHER predictions on 269 test samples; merged: OTHER predictions for 3" in done.stdout
 
 
+@pytest.mark.law("killed-sweep")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int) -> None:
     out = tmp_path / "run"
@@ -190,6 +191,7 @@ def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
     assert len(records(tmp_path / "run")) >= 1
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

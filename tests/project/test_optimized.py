@@ -71,6 +71,7 @@ print("all of it")
 """
 
 
+@pytest.mark.law("optimized-python")
 def test_every_command_and_every_module(tmp_path: Path) -> None:
     pytest.importorskip("typer")
     tensors = cp.base(TARGETS)
@@ -114,6 +115,7 @@ def hostile(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.law("optimized-python")
 def test_hostile_files_are_refused_in_the_same_words(tmp_path: Path) -> None:
     files = hostile(tmp_path)
     said = []

@@ -58,6 +58,7 @@ def epoch(accelerator: Any, model: Any, optimizer: Any, loader: Any) -> list[flo
     return losses
 
 
+@pytest.mark.law("launchers")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_accelerate(accelerate: Any, tmp_path: Path, config: str, precision: str) -> None:

@@ -129,6 +129,7 @@ def assert_reference_is_the_adapter(trainer: Any, before: dict[str, Any]) -> Non
     assert not any(array.requires_grad for array in reference.values())
 
 
+@pytest.mark.law("trl-reference")
 @pytest.mark.parametrize("preset", presets.__all__)
 def test_dpo_starts_at_log_2(preset: str, tokenizer: Any, tmp_path: Path) -> None:
     model = trained(preset)
@@ -138,6 +139,7 @@ def test_dpo_starts_at_log_2(preset: str, tokenizer: Any, tmp_path: Path) -> Non
     assert_reference_is_the_adapter(trainer, before)
 
 
+@pytest.mark.law("trl-reference")
 @pytest.mark.parametrize("preset", presets.__all__)
 def test_grpo_starts_without_divergence(preset: str, tokenizer: Any, tmp_path: Path) -> None:
     model = trained(preset)
@@ -148,6 +150,7 @@ def test_grpo_starts_without_divergence(preset: str, tokenizer: Any, tmp_path: P
     assert_reference_is_the_adapter(trainer, before)
 
 
+@pytest.mark.law("trl-reference")
 def test_another_reference_would_show(tokenizer: Any, tmp_path: Path) -> None:
     for make, key, start in ((dpo, "loss", math.log(2)), (grpo, "kl", 0.0)):
         trainer = make(trained("superlora"), tokenizer, tmp_path)
