@@ -64,7 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(markers)
 
 
-LIBRARIES = ("numpy", "array_api_strict", "torch", "jax", "cupy")
+# JAX compiles every operation for every shape: a grid over it takes minutes.
+LIBRARIES = ("numpy", "array_api_strict", "torch", pytest.param("jax", marks=pytest.mark.slow), "cupy")
 
 
 @pytest.fixture(params=LIBRARIES, scope="session")

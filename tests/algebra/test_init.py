@@ -80,6 +80,7 @@ def test_the_first_step_does_not_depend_on_the_method(name: str) -> None:
     assert max(max(steps) / STEP, STEP / min(steps)) < (5 if linear else 25)
 
 
+@pytest.mark.slow
 @pytest.mark.law("first-step")
 @pytest.mark.parametrize("order", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("projection", ["identity", "nonlinear"])
@@ -190,6 +191,7 @@ def test_from_loras_start_a_nonlinear_projection_never_learns(kind: str) -> None
     assert f.adjoint(y, np.random.default_rng(1).normal(size=33)).any()
 
 
+@pytest.mark.slow
 def test_thousands_of_terms_start_in_time_that_grows_with_their_number() -> None:
     # Looking each array's number up in a list would take a billion steps.
     params = tna.SuperLoRA(tna.Config(rank=1, terms=1 << 14), [(2, 2)]).init()
@@ -296,6 +298,7 @@ def test_whatever_is_trained_changes_nothing_at_first_and_has_a_gradient(name: s
                 assert all(params[full].any() for full in group.names.values() if full not in trained)
 
 
+@pytest.mark.slow
 @pytest.mark.law("first-step")
 @pytest.mark.parametrize("name", FROZEN)
 def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:

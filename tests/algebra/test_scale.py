@@ -58,6 +58,7 @@ def test_counts_of_large_models_are_the_formulas_and_cost_nothing(model: str, pr
     assert peak_of(lambda: tna.SuperLoRA(config, shapes).num_parameters) < 4 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.law("huge-models")
 def test_what_a_budget_buys_is_planned_for_the_largest() -> None:
     rows = tna.plan(shapes=shapes_of(*MODELS["Llama 3.1 405B"]), budget=10_000).rows
@@ -179,6 +180,7 @@ print(adapter.num_parameters, after - before, highest() - after)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.law("meta-device")
 @pytest.mark.parametrize(
     ("config", "count"),

@@ -382,6 +382,7 @@ def test_neighbours_in_one_group_are_one_slice() -> None:
     assert len(listed.layout.of_slice(0, 60)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.law("huge-models")
 def test_construction_is_small_and_ends_for_any_values() -> None:
     for config, shapes in (

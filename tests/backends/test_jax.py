@@ -20,6 +20,7 @@ def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.law("torch-jax-gradients")
 @pytest.mark.parametrize("name", PRESETS)
 def test_jit_and_gradients_agree_with_torch(name: str) -> None:
@@ -60,6 +61,7 @@ def test_draws_first_met_under_jit_are_not_kept_as_tracers() -> None:
                           plan.vector({k: np.asarray(a) + 0.1 for k, a in params.items()})) < 1e-12  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_start_under_jit(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)

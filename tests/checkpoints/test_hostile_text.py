@@ -21,6 +21,8 @@ from tests.support import forge
 from tests.support.hostile_text import EVIL, adapter, checkpoint, named, peft, speaks
 from tnadapt.errors import escaped, shown
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.law("printed-text")
 @given(st.text())

@@ -22,7 +22,7 @@ import tnadapt as tna
 from tests.convert.conversions import made
 from tnadapt.checkpoints.merge._journal import SUFFIX
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")]
 
 KILLS = 150 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 12
 SHAPES = {f"blocks.{number}.q": (64, 48) for number in range(6)}

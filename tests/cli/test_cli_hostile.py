@@ -31,6 +31,8 @@ from tnadapt import cli  # noqa: E402
 
 from .command_lines import CommandLines, Done, command_lines  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 P, T = tna.presets, tna.Target
 COMMANDS = {one.name: one.callback for one in cli.app.registered_commands}
 TARGETS = [T(f"layers.{n}.self_attn.{x}_proj", (6, 4), x) for n in range(2) for x in "qv"]

@@ -214,6 +214,7 @@ def test_a_kronecker_product_of_factored_splits_gains_in_every_sweep() -> None:
 # -- Free padding ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -74,6 +74,7 @@ def _made(plan: tna.SuperLoRA, host: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 # Libraries that compile, and methods that iterate: a quarter of the usual examples is enough for a default run.
+@pytest.mark.slow
 @pytest.mark.law("scale-invariance")
 @settings(max_examples=settings.default.max_examples // 4)
 @given(
@@ -236,6 +237,7 @@ def test_norms_of_single_precision_add_up_in_double(seed: int, large: int) -> No
     assert algebra.columns(columns) == pytest.approx(np.linalg.norm(columns.astype(np.float64), axis=0), rel=1e-14)
 
 
+@pytest.mark.slow
 def test_without_64_bit_numbers_jax_is_measured_on_the_host() -> None:
     jax = pytest.importorskip("jax")
     given = integers(1)

@@ -18,6 +18,8 @@ from tests.torch.small import batch, small, stir  # noqa: E402
 
 from .grid import config_of, every_group, everything  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 HALVES = ["bfloat16", "float16"]
 
 

@@ -48,6 +48,7 @@ def test_the_update_is_the_textbook_formula(
     assert error_of(backend, config_of(kind, fold, projection), dtype) < TOLERANCES[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.law("update-formula")
 @pytest.mark.parametrize("projection", KINDS)
 @pytest.mark.parametrize("kind", KINDS_OF_GROUP)
@@ -116,6 +117,7 @@ def test_a_fresh_update_is_exactly_zero(backend: Backend, kind: str, fold: str, 
     assert not bool(plan.vector(fresh, 41, 73).any())
 
 
+@pytest.mark.slow
 @pytest.mark.law("file-round-trip", "file-bytes")
 @everything
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
@@ -193,6 +195,7 @@ def test_what_is_not_finite_does_not_hide_on_other_libraries(backend: Backend, k
     check_that_it_shows(backend, config_of(kind, "hypercube", projection))
 
 
+@pytest.mark.slow
 @pytest.mark.law("not-finite-shows")
 @pytest.mark.parametrize("projection", KINDS)
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)

@@ -14,6 +14,8 @@ from tests.support import checkpoint_files as cp
 from tests.support import forge
 from tnadapt.targets.overlaps import check_distinct
 
+pytestmark = pytest.mark.slow
+
 TARGETS = [tna.Target(f"layers.0.attn.{x}_proj", (4, 6), x) for x in "qv"]
 
 

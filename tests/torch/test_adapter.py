@@ -649,6 +649,7 @@ class Checkpointed(nn.Module):
         return self.model.head(x.mean(-2))
 
 
+@pytest.mark.slow
 @pytest.mark.law("activation-checkpointing")
 @pytest.mark.parametrize("reentrant", [False, True])
 @variants
@@ -704,6 +705,7 @@ def test_reentrant_checkpointing_with_distributed_data_parallel_is_refused() -> 
 asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.law("compile")
 @compiles_whole
 @asks_for_grad
@@ -723,6 +725,7 @@ def test_compiled_whole_is_eager(variant: str) -> None:
         assert (p.grad - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.law("compile")
 @compiles_whole
 @asks_for_grad

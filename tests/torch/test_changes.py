@@ -216,6 +216,7 @@ def test_a_pass_interrupted_from_the_keyboard_leaves_no_old_update() -> None:
         assert torch.equal(model.inner(batch()), model(batch()))
 
 
+@pytest.mark.slow
 @pytest.mark.law("array-changes")
 @compiles_whole
 @pytest.mark.parametrize("config", ["default", "linear"])

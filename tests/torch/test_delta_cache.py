@@ -100,6 +100,7 @@ def test_cached_updates_are_dropped_when_a_pass_with_gradients_begins(config: tn
     assert kept() is None
 
 
+@pytest.mark.slow
 @compiles_whole
 def test_a_compiled_program_computes_the_updates_of_its_layers() -> None:
     torch.manual_seed(0)

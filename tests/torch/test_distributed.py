@@ -32,6 +32,9 @@ EXAMPLES = ROOT / "examples" / "distributed"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 JOBS = ["-m", f"{__package__}.distributed_main"]
 TRAINER = all(importlib.util.find_spec(name) for name in ("accelerate", "transformers"))
+
+pytestmark = pytest.mark.slow
+
 # Four processes take a job of each kind; two take all.
 FOUR = ["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed"]
 

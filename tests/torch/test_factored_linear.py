@@ -131,6 +131,7 @@ def factors(name: str) -> Factored:
     return Factored(terms[name], 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.law("derivatives-of-presets")
 @pytest.mark.parametrize("name", ["one", "two", "dense last", "three", "terms"])
 @pytest.mark.parametrize("rows", [None, tna.Rows(1, 6, 9), tna.Rows(0, 2, 3, 3)], ids=["all", "some", "blocks"])

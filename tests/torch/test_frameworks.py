@@ -20,6 +20,8 @@ from tnadapt.torch import Adapter, attach  # noqa: E402
 from .loops import CONFIGS, bits, same, snapshot  # noqa: E402
 from .small import batch, small  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 
 # -- accelerate ------------------------------------------------------------------------------

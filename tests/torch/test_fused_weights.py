@@ -110,6 +110,7 @@ WITHOUT = {"torchvision_resnet"}
 FIRST_ONLY = {"paper_unet", "diffusers_unet"}
 
 
+@pytest.mark.slow
 @pytest.mark.law("fused-keys")
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - WITHOUT))
 def test_rows_make_what_they_are_said_to(name: str) -> None:

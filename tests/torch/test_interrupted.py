@@ -24,6 +24,8 @@ import tnadapt.torch as tt  # noqa: E402
 
 from .interrupts import EVERY, PACKAGE, interrupted, moments  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 P = tna.presets
 CONFIGS = {
     "alone": P.superlora(2),  # each weight computes its own update

@@ -17,6 +17,8 @@ import tnadapt.torch as tt  # noqa: E402
 from .architectures import MODELS, Inputs, build, output  # noqa: E402
 from .small import compiles_whole, stir  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 P = tna.presets
 CONFIGS = {
     "default": None,

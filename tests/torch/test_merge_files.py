@@ -95,6 +95,7 @@ def test_no_preset_is_left_out() -> None:
     assert set(P.__all__) <= CONFIGS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.law("merge-disk-is-memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", CONFIGS)

@@ -24,6 +24,7 @@ from tnadapt import presets  # noqa: E402
 
 # They are about TRL's own dependencies, and about options that it sets itself.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -114,6 +114,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return Host(tmp_path_factory.mktemp("cuda"), compiler)
 
 
+@pytest.mark.slow
 @pytest.mark.law("equal-seeds")
 @pytest.mark.parametrize(("seed", "group"), SEEDS)
 @pytest.mark.parametrize("start", [0, 1 << 15, (1 << 35) + 128])

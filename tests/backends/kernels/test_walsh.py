@@ -115,6 +115,7 @@ def test_it_equals_its_twin(
         assert np.array_equal(x, butterflies(kept, axis))
 
 
+@pytest.mark.slow
 @pytest.mark.law("kernels-agree")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
