@@ -1,14 +1,25 @@
-"""Doctests that import a library which is not installed are skipped: the core passes without any."""
+"""A run of everything is parallel; examples of a library that is not installed are skipped."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 
 import pytest
 
 # Two packages that cannot be imported without torch, though some of their modules could be alone.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["tnadapt/torch", "tnadapt/finetune"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its option
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Start a process for each processor if no paths are given, nor ``-n``, and pytest-xdist is installed."""
+    everything = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if everything and config.getoption("numprocesses", 0) is None and not hasattr(config, "workerinput"):
+        config.option.numprocesses = "logical"
+        # Threads of a BLAS or a compiler in each of the processes would slow all of them down.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

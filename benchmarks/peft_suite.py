@@ -5,7 +5,7 @@ folder. The results are ``results/peft_suite.jsonl``, and the page ``results/pef
 reasons in ``peft_suite.toml`` (``--page`` makes it alone). A test that LoRA passes and the plug-in does not is a
 difference: one without a reason, or a reason without a difference, is an error.
 
-It takes a quarter of an hour and needs ``pip install "tnadapt[test]"``.
+It takes a quarter of an hour and needs ``pip install "tnadapt[ci]"``.
 """
 
 from __future__ import annotations

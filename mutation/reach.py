@@ -29,7 +29,8 @@ import sys, pytest
 from pathlib import Path
 from mutation.tracing import Tracing
 root, out, started, file = sys.argv[1:]
-code = pytest.main([file, "-q", "-p", "no:cacheprovider"], plugins=[Tracing(Path(root), Path(out), Path(started))])
+options = ["-q", "-p", "no:cacheprovider", "-m", ""]
+code = pytest.main([file, *options], plugins=[Tracing(Path(root), Path(out), Path(started))])
 sys.exit(code)
 """
 

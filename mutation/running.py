@@ -139,7 +139,7 @@ class Tree:
             from .order import Order
 
             files = list(dict.fromkeys(test.split("::")[0] for test in tests))
-            options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
+            options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""]
             # Some of pytest's plugins are among what was imported before.
             options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
             status = int(pytest.main([*files, *options], plugins=[Order(tests, said)]))

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 from tnadapt.backends import Backend, load_backend, register_backend
 from tnadapt.backends.backend import OPTIONAL
 
-from .laws.counting import Counting
+from .laws import markers
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, suppress_health_check=SLOW)
@@ -60,16 +60,12 @@ if installed("array_api_strict"):
     register_backend("array_api_strict", StrictBackend)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--laws", metavar="FILE", help="count the cases of every law into this file")
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    if path := config.getoption("laws"):
-        config.pluginmanager.register(Counting(Path(path)))
+    config.pluginmanager.register(markers)
 
 
-LIBRARIES = ("numpy", "array_api_strict", "torch", "jax", "cupy")
+# JAX compiles every operation for every shape: a grid over it takes minutes.
+LIBRARIES = ("numpy", "array_api_strict", "torch", pytest.param("jax", marks=pytest.mark.slow), "cupy")
 
 
 @pytest.fixture(params=LIBRARIES, scope="session")

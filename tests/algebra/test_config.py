@@ -156,6 +156,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.law("fuzz")
 @given(JSON, st.sampled_from(sorted(tna.Config().to_dict())))
 def test_any_value_is_taken_or_refused_and_never_anything_else(value: object, field: str) -> None:
     try:

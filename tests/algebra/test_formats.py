@@ -7,7 +7,7 @@ import pytest
 from tnadapt import ConfigError
 from tnadapt.algebra import config
 from tnadapt.algebra.formats import FORMATS, make_format
-from tnadapt.testing.strategies import FormatContract
+from tnadapt.testing import FormatContract
 
 
 class TestDense(FormatContract):

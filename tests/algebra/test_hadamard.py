@@ -14,6 +14,7 @@ from tnadapt.algebra.maps.hadamard import fwht_plain
 from tnadapt.backends import Backend
 
 
+@pytest.mark.law("walsh-involution")
 @pytest.mark.parametrize("bits", range(13))
 def test_it_is_scipys_matrix_and_its_own_inverse(backend: Backend, bits: int, rng: np.random.Generator) -> None:
     host = rng.normal(size=(2, 1 << bits))
@@ -24,6 +25,7 @@ def test_it_is_scipys_matrix_and_its_own_inverse(backend: Backend, bits: int, rn
     assert relative_error(backend.to_numpy(again), host * (1 << bits)) < 1e-12
 
 
+@pytest.mark.law("walsh-any-axis")
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.data())
 def test_any_axis_of_any_batch(batch: list[int], data: st.DataObject) -> None:
     axis = data.draw(st.integers(-len(batch), len(batch) - 1))
@@ -36,6 +38,7 @@ def test_any_axis_of_any_batch(batch: list[int], data: st.DataObject) -> None:
     assert relative_error(found, expected) < 1e-12
 
 
+@pytest.mark.law("walsh-any-axis")
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [((8,), 0), ((3, 8), -1), ((8, 3), -2), ((2, 16, 3), 1), ((1, 2, 1), 0), ((2, 0, 4), 0), ((2, 3, 1, 32), -1)],
@@ -49,6 +52,7 @@ def test_any_axis_on_every_library(
     assert relative_error(backend.to_numpy(found), expected) < 1e-12
 
 
+@pytest.mark.law("walsh-any-axis")
 def test_strided_and_read_only_input(rng: np.random.Generator) -> None:
     x = rng.normal(size=(8, 6))[:, ::3].T
     x.flags.writeable = False
@@ -57,6 +61,7 @@ def test_strided_and_read_only_input(rng: np.random.Generator) -> None:
     assert np.array_equal(x, kept)
 
 
+@pytest.mark.law("subnormal")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_subnormal_numbers_keep_the_digits_that_there_are(
     backend: Backend, dtype: str, rng: np.random.Generator
@@ -72,6 +77,7 @@ def test_subnormal_numbers_keep_the_digits_that_there_are(
         assert np.abs(found - tna.fwht(host)).max() <= 4 * 1024**0.5
 
 
+@pytest.mark.law("precision")
 def test_half_precision_is_computed_in_single_and_rounded_once(backend: Backend, rng: np.random.Generator) -> None:
     host = (200.0 * rng.normal(size=4096)).astype(np.float16).astype(np.float64)
     for dtype, tolerance in (("float16", 2.0**-10), ("bfloat16", 2.0**-7)):
@@ -86,6 +92,7 @@ def test_half_precision_is_computed_in_single_and_rounded_once(backend: Backend,
         assert relative_error(backend.to_numpy(found).astype(np.float64), exact) < tolerance
 
 
+@pytest.mark.law("precision")
 def test_float32_error_grows_like_its_logarithm(rng: np.random.Generator) -> None:
     for bits in (4, 10, 16, 20):
         x = rng.normal(size=1 << bits)
@@ -93,6 +100,7 @@ def test_float32_error_grows_like_its_logarithm(rng: np.random.Generator) -> Non
         assert error < 2.0**-24 * 4 * bits
 
 
+@pytest.mark.law("walsh-not-finite")
 def test_what_is_not_finite_spreads_and_nothing_else(rng: np.random.Generator) -> None:
     x = rng.normal(size=(2, 64))
     x[0, 3] = np.nan
@@ -101,12 +109,14 @@ def test_what_is_not_finite_spreads_and_nothing_else(rng: np.random.Generator) -
     assert relative_error(found[1], tna.fwht(x[1])) == 0.0
 
 
+@pytest.mark.law("walsh-length")
 @pytest.mark.parametrize(("length", "padded"), [(0, 1), (3, 4), (5, 8), (6, 8), (12, 16), (1000, 1024)])
 def test_a_length_that_is_no_power_of_two(backend: Backend, length: int, padded: int) -> None:
     with pytest.raises(tna.ShapeError, match=rf"power of two; .* has {length}: pad it with zeros to {padded}$"):
         tna.fwht(backend.asarray(np.zeros((2, length)), "float32"))
 
 
+@pytest.mark.law("walsh-length")
 def test_bad_input() -> None:
     with pytest.raises(tna.ShapeError, match="axis, in an array of shape"):
         tna.fwht(np.zeros((4, 4)), axis=2)

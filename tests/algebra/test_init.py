@@ -70,6 +70,7 @@ def test_the_spread_of_the_start_is_a_number_of_single_precision(name: str) -> N
         assert group.start.std == float(np.float32(group.start.std))
 
 
+@pytest.mark.law("first-step")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_first_step_does_not_depend_on_the_method(name: str) -> None:
     steps = [first_step(CONFIGS[name].replace(seed=seed)) for seed in range(5)]
@@ -79,6 +80,8 @@ def test_the_first_step_does_not_depend_on_the_method(name: str) -> None:
     assert max(max(steps) / STEP, STEP / min(steps)) < (5 if linear else 25)
 
 
+@pytest.mark.slow
+@pytest.mark.law("first-step")
 @pytest.mark.parametrize("order", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("projection", ["identity", "nonlinear"])
 def test_small_adapters_of_high_order_are_no_exception(order: int, projection: str) -> None:
@@ -90,6 +93,7 @@ def test_small_adapters_of_high_order_are_no_exception(order: int, projection: s
     assert min(steps) > STEP / 50
 
 
+@pytest.mark.law("first-step")
 @pytest.mark.parametrize("alpha", [0.5, 4.0, 64.0])
 @pytest.mark.parametrize("name", ["lora 64", "lonkr 3", "linear, 0.1"])
 def test_alpha_acts_as_in_lora(name: str, alpha: float) -> None:
@@ -103,6 +107,7 @@ def test_where_nothing_is_random_the_step_is_dense_fine_tunings(rank: int) -> No
     assert abs(first_step(tna.Config(rank=rank, order=1)) - rank) < 1e-9
 
 
+@pytest.mark.law("first-gradients")
 def test_no_group_of_many_small_ones_is_dead() -> None:
     torch = pytest.importorskip("torch")
     for config in (
@@ -119,6 +124,7 @@ def test_no_group_of_many_small_ones_is_dead() -> None:
         assert min(largest) > 1e-6
 
 
+@pytest.mark.law("first-step")
 @pytest.mark.parametrize("rank", [1, 2, 8, 32, 96])
 def test_for_lora_the_law_is_exact(rank: int) -> None:
     assert abs(first_step(P.lora(rank)) / STEP - 1) < 0.05
@@ -132,6 +138,7 @@ def test_lora_of_rank_8_starts_like_pefts() -> None:
     assert not params["group0.split0.factor0"].any()
 
 
+@pytest.mark.law("known-draws")
 def test_what_is_drawn_is_the_specs_stream() -> None:
     config = P.loha(2, seed=2**40 + 7)
     plan = tna.SuperLoRA(config, [(5, 4), (3, 2)])
@@ -160,6 +167,7 @@ def test_cp_weights_start_at_one_and_every_term_has_its_zero() -> None:
     assert not np.array_equal(one, two)
 
 
+@pytest.mark.law("first-gradients")
 def test_a_nonlinear_start_is_alive_and_small() -> None:
     config = P.superlora(4, projection="nonlinear", ratio=0.1)
     plan = tna.SuperLoRA(config, SHAPES)
@@ -183,12 +191,14 @@ def test_from_loras_start_a_nonlinear_projection_never_learns(kind: str) -> None
     assert f.adjoint(y, np.random.default_rng(1).normal(size=33)).any()
 
 
+@pytest.mark.slow
 def test_thousands_of_terms_start_in_time_that_grows_with_their_number() -> None:
     # Looking each array's number up in a list would take a billion steps.
     params = tna.SuperLoRA(tna.Config(rank=1, terms=1 << 14), [(2, 2)]).init()
     assert len(params) == 2 << 14
 
 
+@pytest.mark.law("distributions")
 def test_a_start_of_one_group_is_not_another_groups() -> None:
     params = tna.SuperLoRA(P.lora(2), [(6, 6)] * 2).init()
     assert not np.array_equal(params["group0.split0.factor1"], params["group1.split0.factor1"])
@@ -216,6 +226,7 @@ def test_halves_are_rounded_as_libraries_round_them() -> None:
         assert np.array_equal(_rounded(numbers, dtype), expected)
 
 
+@pytest.mark.law("dtype-overflow")
 def test_what_a_dtype_cannot_hold_is_refused() -> None:
     plan = tna.SuperLoRA(P.fastfood(0.5, projection="nonlinear", alpha=1e-6), [(8, 8)])
     assert not plan.deltas(plan.init())[0].any()
@@ -261,6 +272,7 @@ def test_every_preset_is_frozen_in_part_below() -> None:
     assert set(P.__all__) <= FROZEN.keys()
 
 
+@pytest.mark.law("frozen-arrays")
 @pytest.mark.parametrize("name", FROZEN)
 def test_whatever_is_trained_changes_nothing_at_first_and_has_a_gradient(name: str) -> None:
     torch = pytest.importorskip("torch")
@@ -286,6 +298,8 @@ def test_whatever_is_trained_changes_nothing_at_first_and_has_a_gradient(name: s
                 assert all(params[full].any() for full in group.names.values() if full not in trained)
 
 
+@pytest.mark.slow
+@pytest.mark.law("first-step")
 @pytest.mark.parametrize("name", FROZEN)
 def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
     torch = pytest.importorskip("torch")
@@ -384,6 +398,7 @@ def test_nothing_random_gives_no_scale() -> None:
     assert Start(Network(config, 12), tna.Projection("identity", 12, 12), 0, 0).std == 0.0
 
 
+@pytest.mark.law("dtype-overflow")
 def test_a_start_beyond_floats_is_refused_in_words() -> None:
     config = tna.Config(rank=1 << 20, splits=32, combine="hadamard", leading="same", projection="nonlinear")
     plan = tna.SuperLoRA(config, [(1 << 20, 1 << 20)])

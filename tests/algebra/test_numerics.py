@@ -17,6 +17,7 @@ def numerics(benchmark_scripts: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark_scripts("numerics")
 
 
+@pytest.mark.law("precision")
 def test_every_operation_is_within_its_limit(numerics: ModuleType) -> None:
     _, *measured = numerics.measure(10)
     rows = [row for row in measured if "largest" in row]
@@ -29,6 +30,7 @@ def test_every_operation_is_within_its_limit(numerics: ModuleType) -> None:
         assert (row["largest"] == 0.0) == (row["name"] in ("shuffle", "dense")), row
 
 
+@pytest.mark.law("subnormal")
 def test_tiny_numbers_keep_the_digits_that_there_are(numerics: ModuleType) -> None:
     rows = [*numerics.tiny(6), *numerics.tiny(10)]
     assert {row["dtype"] for row in rows} == set(numerics.TINY)

@@ -24,6 +24,7 @@ def held_to_its_formula(name: str, config: tna.Config, shapes: list[tuple[int, i
         assert relative_error(found, own) < 1e-12
 
 
+@pytest.mark.law("presets")
 def test_every_preset_has_a_formula_and_an_example() -> None:
     assert set(tna.presets.__all__) == set(methods.METHODS) == set(examples())
 
@@ -41,6 +42,7 @@ RANKS = st.integers(1, 5)
 ALPHAS = st.none() | st.sampled_from([1.0, 8.0])
 
 
+@pytest.mark.law("presets")
 @given(name=st.sampled_from(["dense", "lora", "lokr", "krona", "loha"]), rank=RANKS, alpha=ALPHAS, data=st.data())
 def test_weight_wise_methods(name: str, rank: int, alpha: float | None, data: st.DataObject) -> None:
     shapes = data.draw(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
@@ -51,23 +53,27 @@ def test_weight_wise_methods(name: str, rank: int, alpha: float | None, data: st
         held_to_its_formula(name, preset(rank, alpha=alpha), shapes)
 
 
+@pytest.mark.law("presets")
 @given(terms=st.integers(1, 4), rank=RANKS, rows=st.integers(1, 4), cols=st.integers(1, 4), weights=WEIGHTS)
 def test_compacter(terms: int, rank: int, rows: int, cols: int, weights: int) -> None:
     held_to_its_formula("compacter", tna.presets.compacter(rank, terms=terms), [(rows * terms, cols * terms)] * weights)
 
 
+@pytest.mark.law("presets")
 @given(name=st.sampled_from(["lotr", "fact_tt", "fact_tk"]), rank=RANKS, rows=SIDES, cols=SIDES, weights=WEIGHTS)
 def test_methods_over_weights_rows_and_columns(name: str, rank: int, rows: int, cols: int, weights: int) -> None:
     config = getattr(tna.presets, name)(rank, weights=weights, rows=rows, cols=cols)
     held_to_its_formula(name, config, [(rows, cols)] * weights)
 
 
+@pytest.mark.law("presets")
 @given(rank=RANKS, rows=SIDES, cols=SIDES, weights=WEIGHTS)
 def test_lotr_as_a_tensor_train(rank: int, rows: int, cols: int, weights: int) -> None:
     config = tna.presets.lotr(rank, weights=weights, rows=rows, cols=cols, train=True)
     held_to_its_formula("lotr", config, [(rows, cols)] * weights)
 
 
+@pytest.mark.law("presets")
 @given(rank=RANKS, heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES, layers=WEIGHTS)
 def test_methods_over_heads(rank: int, heads: int, head: int, cols: int, layers: int) -> None:
     shapes = [(heads * head, cols)] * (2 * layers)
@@ -77,6 +83,7 @@ def test_methods_over_heads(rank: int, heads: int, head: int, cols: int, layers:
     held_to_its_formula("cara", config, shapes)
 
 
+@pytest.mark.law("presets")
 @given(
     shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3),
     rank=RANKS,
@@ -89,6 +96,7 @@ def test_the_papers_own_methods(shapes: list[tuple[int, int]], rank: int, order:
     held_to_its_formula("lonkr", tna.presets.lonkr(rank, splits=splits, split_size=size), shapes)
 
 
+@pytest.mark.law("presets")
 @given(
     shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3),
     rank=RANKS,
@@ -109,6 +117,7 @@ def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
+@pytest.mark.law("special-cases")
 @given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3))
 def test_dense_is_cp_of_order_1_and_rank_1(shapes: list[tuple[int, int]]) -> None:
     """Table 1's first row to the letter: M = r = 1, C = I, A of d_in d_out × 1."""
@@ -120,6 +129,7 @@ def test_dense_is_cp_of_order_1_and_rank_1(shapes: list[tuple[int, int]]) -> Non
         assert np.array_equal(one, other)
 
 
+@pytest.mark.law("special-cases")
 @given(SIDES, SIDES, RANKS)
 def test_tucker_with_the_identity_core_is_lora(rows: int, cols: int, rank: int) -> None:
     rank = min(rank, rows, cols)
@@ -130,6 +140,7 @@ def test_tucker_with_the_identity_core_is_lora(rows: int, cols: int, rank: int) 
     assert relative_error(tucker.deltas(params)[0], lora.deltas(same)[0]) < 1e-12
 
 
+@pytest.mark.law("special-cases")
 @given(st.lists(st.integers(1, 4), min_size=3, max_size=3), RANKS)
 def test_tucker_with_a_diagonal_core_is_weighted_cp(sizes: list[int], rank: int) -> None:
     rank = min(rank, *sizes)
@@ -144,6 +155,7 @@ def test_tucker_with_a_diagonal_core_is_weighted_cp(sizes: list[int], rank: int)
     assert relative_error(tucker.deltas(same)[0], cp.deltas(params)[0]) < 1e-12
 
 
+@pytest.mark.law("special-cases")
 @given(SIDES, SIDES, RANKS)
 def test_lonkr_of_two_splits_is_lokr(rows: int, cols: int, rank: int) -> None:
     lokr = tna.SuperLoRA(tna.presets.lokr(rank), [(rows, cols)])
@@ -154,6 +166,7 @@ def test_lonkr_of_two_splits_is_lokr(rows: int, cols: int, rank: int) -> None:
     assert np.array_equal(lokr.deltas(params)[0], lonkr.deltas(params)[0])
 
 
+@pytest.mark.law("special-cases")
 @given(st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3), RANKS)
 def test_one_split_and_one_group_a_weight_is_lora(shapes: list[tuple[int, int]], rank: int) -> None:
     """Listing every weight as a group, or every weight as a layer, is weight-wise LoRA."""
@@ -166,6 +179,7 @@ def test_one_split_and_one_group_a_weight_is_lora(shapes: list[tuple[int, int]],
         assert all(np.array_equal(a, b) for a, b in zip(plan.deltas(params), expected, strict=True))
 
 
+@pytest.mark.law("special-cases")
 @given(st.integers(1, 4), SIDES, RANKS)
 def test_equal_square_groups_are_lora(weights: int, side: int, rank: int) -> None:
     """The paper, section 3.2: where G is the number of weights and the boundaries match, weight-wise LoRA."""
@@ -208,6 +222,7 @@ def stacked(rows: int, cols: int, weights: int, heads: int) -> dict[str, tna.Con
 STACKED = sorted(stacked(2, 2, 1, 1))
 
 
+@pytest.mark.law("fold-shape")
 @pytest.mark.parametrize("name", STACKED)
 @given(
     heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES,
@@ -224,6 +239,7 @@ def test_only_the_weights_that_a_fold_stands_for_fit(
         tna.SuperLoRA(config, shapes)
 
 
+@pytest.mark.law("fold-shape")
 @pytest.mark.parametrize("name", STACKED)
 def test_grouped_query_attention_is_refused_with_the_way_out(name: str) -> None:
     # The fold has as many elements as these, or more: it used to cut through them.

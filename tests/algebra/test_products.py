@@ -26,6 +26,7 @@ def _numpy_tensorly():
         yield
 
 
+@pytest.mark.law("products")
 @given(SIZES, st.integers(1, 4), st.booleans())
 def test_cp_is_tensorlys(sizes: list[int], rank: int, weighted: bool) -> None:
     rng = np.random.default_rng(0)
@@ -39,6 +40,7 @@ def test_cp_is_tensorlys(sizes: list[int], rank: int, weighted: bool) -> None:
         assert relative_error(tna.cp_to_tensor(tensorly.cp_tensor.CPTensor((weights, factors))), expected) < 1e-12
 
 
+@pytest.mark.law("products")
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.booleans()), min_size=1, max_size=5))
 def test_tucker_is_tensorlys(modes: list[tuple[int, int, bool]]) -> None:
     rng = np.random.default_rng(0)
@@ -52,6 +54,7 @@ def test_tucker_is_tensorlys(modes: list[tuple[int, int, bool]]) -> None:
         assert relative_error(tna.tucker_to_tensor(theirs), expected) < 1e-12
 
 
+@pytest.mark.law("products")
 @given(SIZES, st.lists(st.integers(1, 4), min_size=4, max_size=4))
 def test_tt_is_tensorlys(sizes: list[int], inner: list[int]) -> None:
     rng = np.random.default_rng(0)
@@ -62,6 +65,7 @@ def test_tt_is_tensorlys(sizes: list[int], inner: list[int]) -> None:
     assert relative_error(tna.tt_to_tensor(tensorly.tt_tensor.TTTensor(cores)), expected) < 1e-12
 
 
+@pytest.mark.law("products")
 @given(st.integers(1, 4), st.integers(1, 4), st.data())
 def test_kronecker_is_numpys(order: int, count: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(0)
@@ -70,6 +74,7 @@ def test_kronecker_is_numpys(order: int, count: int, data: st.DataObject) -> Non
     assert relative_error(tna.kronecker(arrays), functools.reduce(np.kron, arrays)) < 1e-12
 
 
+@pytest.mark.law("products")
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4), st.sampled_from([None, 0, 3]))
 def test_kron_matvec_is_the_product(sizes: list[tuple[int, int]], batch: int | None) -> None:
     rng = np.random.default_rng(0)
@@ -95,6 +100,7 @@ def cases(rng: np.random.Generator) -> dict[str, tuple[Callable, list[np.ndarray
     }
 
 
+@pytest.mark.law("products", "torch-jax-gradients")
 @pytest.mark.parametrize("name", ["cp", "tucker", "tt", "kronecker", "kron_matvec"])
 def test_every_library_gives_numpys_value_and_the_exact_gradient(
     backend: Backend, name: str, rng: np.random.Generator

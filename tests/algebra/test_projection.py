@@ -44,6 +44,7 @@ def made(kind: str, n_in: int, n_out: int, seed: int = 3, group: int = 0) -> tna
     return tna.Projection(kind, n_out if kind in SQUARE else n_in, n_out, seed, group)
 
 
+@pytest.mark.law("projection-adjoint", "projection-lengths")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_in", "n_out"), LENGTHS)
 def test_on_every_library(backend: Backend, kind: str, n_in: int, n_out: int, rng: np.random.Generator) -> None:
@@ -57,6 +58,7 @@ def test_on_every_library(backend: Backend, kind: str, n_in: int, n_out: int, rn
     assert relative_error(adjoint, dense(f).T @ (slope * y)) < 1e-12
 
 
+@pytest.mark.law("draws-in-pieces", "projection-slice")
 @given(KIND, st.integers(1, 90), st.integers(1, 90), st.sampled_from([0, 2**63]), st.integers(0, 3), st.data())
 def test_slices(kind: str, n_in: int, n_out: int, seed: int, group: int, data: st.DataObject) -> None:
     f = made(kind, n_in, n_out, seed, group)
@@ -72,6 +74,7 @@ def test_slices(kind: str, n_in: int, n_out: int, seed: int, group: int, data: s
     assert np.max(np.abs(kept - whole[:, start:stop])) < 1e-12 * scale
 
 
+@pytest.mark.law("projection-slice")
 @pytest.mark.parametrize("kind", KINDS)
 def test_slices_on_every_library(
     backend: Backend, kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
@@ -85,6 +88,7 @@ def test_slices_on_every_library(
         assert np.max(np.abs(found - whole[:, start:stop])) < 1e-12 * np.max(np.abs(whole))
 
 
+@pytest.mark.law("draws-in-pieces")
 @pytest.mark.parametrize("part", [16, 1 << 18])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in SQUARE])
 def test_slices_longer_than_a_chunk_of_the_last_transform(
@@ -111,6 +115,7 @@ def test_entries_of_a_hadamard_matrix_of_any_size_are_its_recursion(bits: int) -
         assert found.item() == sign / math.sqrt(size)
 
 
+@pytest.mark.law("projection-slice")
 def test_a_slice_needs_the_memory_of_the_slice_and_of_x(rng: np.random.Generator) -> None:
     f = tna.Projection("linear", 1000, 1 << 24)
     x = rng.normal(size=1000).astype(np.float32)
@@ -129,6 +134,7 @@ def test_a_slice_needs_the_memory_of_the_slice_and_of_x(rng: np.random.Generator
     assert peak < 2.5 * (4 << 20) + (8 << 20)
 
 
+@pytest.mark.law("projection-shared")
 def test_state_is_nine_bytes_an_element(rng: np.random.Generator) -> None:
     n = 1 << 16
     f = tna.Projection("linear", 100, n)
@@ -136,6 +142,7 @@ def test_state_is_nine_bytes_an_element(rng: np.random.Generator) -> None:
     assert sum(array.nbytes for array in f._draws.kept.values()) == 9 * n
 
 
+@pytest.mark.law("precision")
 @given(KIND, st.integers(1, 40), st.integers(1, 40))
 def test_half_and_single_precision(kind: str, n_in: int, n_out: int) -> None:
     f = made(kind, n_in, n_out)
@@ -147,6 +154,7 @@ def test_half_and_single_precision(kind: str, n_in: int, n_out: int) -> None:
         assert np.max(np.abs(y - exact)) < tolerance * max(np.max(np.abs(exact)), 1e-30)
 
 
+@pytest.mark.law("equal-seeds")
 def test_equal_seeds_give_equal_maps_and_digests(rng: np.random.Generator) -> None:
     x = rng.normal(size=20)
     one, same = tna.Projection("linear", 20, 50, seed=7), tna.Projection("linear", 20, 50, seed=7)
@@ -165,6 +173,7 @@ def test_equal_seeds_give_equal_maps_and_digests(rng: np.random.Generator) -> No
     assert len({one.digest, *(other.digest for other in others)}) == 1 + len(others)
 
 
+@pytest.mark.law("known-draws")
 def test_the_digest_is_pinned() -> None:
     assert tna.Projection("linear", 37, 509).digest == DIGESTS["linear"]
     assert tna.Projection("linear_v2", 37, 509).digest == DIGESTS["linear_v2"]
@@ -172,6 +181,7 @@ def test_the_digest_is_pinned() -> None:
     assert tna.Projection("linear", 37, 1 << 21).digest == DIGESTS["long"]
 
 
+@pytest.mark.law("projection-shared")
 def test_copies_and_pickles_leave_the_draws_behind(rng: np.random.Generator) -> None:
     f, x = tna.Projection("nonlinear_v2", 30, 900, seed=1), rng.normal(size=30)
     expected_y = f(x)
@@ -181,6 +191,7 @@ def test_copies_and_pickles_leave_the_draws_behind(rng: np.random.Generator) -> 
     assert len(pickle.dumps(f)) < 1000
 
 
+@pytest.mark.law("projection-lengths")
 def test_bad_input() -> None:
     for arguments, message in (
         (("fastfood", 3, 3), "one of identity"),
@@ -218,6 +229,7 @@ def test_bad_input() -> None:
             f.slice(np.zeros(3), start, stop)
 
 
+@pytest.mark.law("precision")
 def test_tanhshrink_does_not_cancel_near_zero() -> None:
     from tnadapt.algebra.maps.projection import tanhshrink
     from tnadapt.backends import load_backend

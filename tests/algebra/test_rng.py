@@ -26,6 +26,7 @@ def sha(array: np.ndarray) -> str:
     return hashlib.sha256(array.tobytes()).hexdigest()[:16]
 
 
+@pytest.mark.law("known-draws")
 def test_philox_gives_random123s_known_answers() -> None:
     zero = rng_numpy._philox(np.zeros(1, np.uint64), 0, 0, 0)[0]
     assert hexes(zero) == "6627e8d5 e169c58d bc57ac4c 9b00dbd8"
@@ -33,11 +34,13 @@ def test_philox_gives_random123s_known_answers() -> None:
     assert hexes(ones) == "408f276d 41c83b0e a20bc7c6 6d5451fd"
 
 
+@pytest.mark.law("known-draws")
 def test_words() -> None:
     assert hexes(rng.words(0, 0, 1, 0, 5)) == "844515e1 f08d6eaa 0f19c053 83f875f0 ca7cf69e"
     assert hexes(rng.words(2**40 + 7, 3, 2, 6, 8)) == "63e2c124 276e314f"
 
 
+@pytest.mark.law("known-draws")
 def test_the_spec_s_known_answers() -> None:
     assert rng.signs(0, 0, 0, 16).tolist() == [1, 1, -1, -1, -1, -1, 1, -1, 1, -1, 1, -1, 1, 1, 1, 1]
     assert rng.permutation(16, 0, 0).tolist() == [14, 13, 7, 10, 6, 8, 3, 15, 1, 2, 9, 4, 0, 11, 12, 5]
@@ -46,12 +49,14 @@ def test_the_spec_s_known_answers() -> None:
     assert " ".join(f"{value:.8f}" for value in g.tolist()) == expected
 
 
+@pytest.mark.law("known-draws")
 def test_digests() -> None:
     assert sha(rng.signs(0, 0, 0, 1000).astype(np.float32)) == "3557a0b7985e0a08"
     assert sha(rng.permutation(1000, 0, 0)) == "2e6668c5a904a31a"
     assert sha(rng.normals(0, 0, 2, 0, 100_000)) == "9ef7bb3d30e7e723"
 
 
+@pytest.mark.law("draws-in-pieces")
 @given(SEEDS, st.integers(0, 5), st.integers(1, 300), st.data())
 def test_a_draw_in_pieces_is_the_draw_in_one_go(seed: int, group: int, length: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, length))
@@ -68,12 +73,14 @@ def test_a_draw_in_pieces_is_the_draw_in_one_go(seed: int, group: int, length: i
     assert np.array_equal(rng.permutation(length, seed, group, start, stop), perm[start:stop])
 
 
+@pytest.mark.law("draws-in-pieces")
 def test_a_draw_over_the_edge_of_a_chunk() -> None:
     edge = rng_numpy.CHUNK
     assert np.array_equal(rng.words(1, 0, 2, edge - 3, edge + 3), rng.words(1, 0, 2, 0, edge + 3)[-6:])
     assert np.array_equal(rng.signs(1, 0, edge - 3, edge + 3), rng.signs(1, 0, 0, edge + 3)[-6:])
 
 
+@pytest.mark.law("distributions")
 @given(SEEDS, st.integers(0, 3), st.integers(1, 2000))
 @example(seed=0, group=0, size=1)
 @example(seed=0, group=0, size=2)
@@ -83,6 +90,7 @@ def test_a_permutation_and_its_inverse(seed: int, group: int, size: int) -> None
     assert np.array_equal(rng.permutation(size, seed, group, inverse=True)[perm], np.arange(size))
 
 
+@pytest.mark.law("draws-in-pieces", "beyond-2-31")
 def test_far_elements_of_long_streams() -> None:
     size = 2**40 + 3
     far = rng.permutation(size, 5, 0, size - 4, size)
@@ -92,6 +100,7 @@ def test_far_elements_of_long_streams() -> None:
     assert len(set(rng.words(5, 0, 2, 2**40, 2**40 + 8).tolist())) == 8
 
 
+@pytest.mark.law("distributions")
 def test_normals_are_the_inverse_normal_distribution() -> None:
     word = rng.words(3, 0, 2, 0, 200_000)
     expected = ndtri((word + 0.5) / 2**32)
@@ -101,11 +110,13 @@ def test_normals_are_the_inverse_normal_distribution() -> None:
     np.testing.assert_allclose(extreme, ndtri([0.5 * 2.0**-32, 1 - 0.5 * 2.0**-32]), rtol=1e-13)
 
 
+@pytest.mark.law("equal-seeds")
 def test_the_logarithm_without_libm() -> None:
     x = np.concatenate([np.geomspace(2.0**-34, 0.5, 10_001), 2.0 ** -np.arange(1.0, 34.0)])
     np.testing.assert_allclose(rng_numpy._log(x), np.log(x), rtol=1e-15)
 
 
+@pytest.mark.law("no-global-random-state")
 def test_no_global_random_state_is_read_or_moved() -> None:
     random.seed(1)
     np.random.seed(1)
@@ -117,6 +128,7 @@ def test_no_global_random_state_is_read_or_moved() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.law("distributions")
 def test_streams_of_other_seeds_groups_and_purposes_differ() -> None:
     drawn = [hexes(rng.words(*stream, 0, 4)) for stream in ((0, 0, 1), (1, 0, 1), (2**32, 0, 1), (0, 1, 1), (0, 0, 2))]
     assert len(set(drawn)) == len(drawn)

@@ -48,6 +48,7 @@ def side(size: int, order: int) -> int:
     return found
 
 
+@pytest.mark.law("huge-models")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("preset", COUNTS)
 def test_counts_of_large_models_are_the_formulas_and_cost_nothing(model: str, preset: str) -> None:
@@ -57,6 +58,8 @@ def test_counts_of_large_models_are_the_formulas_and_cost_nothing(model: str, pr
     assert peak_of(lambda: tna.SuperLoRA(config, shapes).num_parameters) < 4 << 20
 
 
+@pytest.mark.slow
+@pytest.mark.law("huge-models")
 def test_what_a_budget_buys_is_planned_for_the_largest() -> None:
     rows = tna.plan(shapes=shapes_of(*MODELS["Llama 3.1 405B"]), budget=10_000).rows
     assert rows
@@ -81,6 +84,7 @@ def element(plan: tna.SuperLoRA, params: dict[str, np.ndarray], position: int) -
     return scale * float(core)
 
 
+@pytest.mark.law("update-slice")
 @pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3), P.lorta(2, order=5)], ids=["2D", "3D", "5D"])
 def test_one_weight_of_a_group_of_2_30_elements_takes_less_than_a_gigabyte(config: tna.Config) -> None:
     plan = tna.SuperLoRA(config, [(SIDE, SIDE)] * WEIGHTS)
@@ -97,6 +101,7 @@ def test_one_weight_of_a_group_of_2_30_elements_takes_less_than_a_gigabyte(confi
         assert abs(found[0].reshape(-1)[place] - want) < 1e-4 * max(1.0, abs(want))
 
 
+@pytest.mark.law("beyond-2-31")
 @pytest.mark.parametrize("config", [P.superlora(4), P.lorta(3, order=3)], ids=["2D", "3D"])
 @pytest.mark.parametrize(
     ("backend", "length"),
@@ -127,6 +132,7 @@ def test_a_group_past_2_31_elements_is_right_at_its_far_end_and_in_pieces(
             assert np.abs(pieces - whole).max() <= 1e-12 * np.abs(whole).max()
 
 
+@pytest.mark.law("beyond-2-31")
 @pytest.mark.skipif(
     os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="2**32 draws take minutes: in the long profile alone"
 )
@@ -174,6 +180,8 @@ print(adapter.num_parameters, after - before, highest() - after)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.law("meta-device")
 @pytest.mark.parametrize(
     ("config", "count"),
     [("tna.presets.lora(8)", 32 * 2 * 8 * 8192), ("tna.presets.superlora(8)", 8 * 2 * 32768)],

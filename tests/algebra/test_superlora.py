@@ -32,6 +32,7 @@ def flat(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.asarray(array).reshape(-1) for array in arrays])
 
 
+@pytest.mark.law("update-formula")
 @given(st.data())
 def test_deltas_are_the_textbook_formula(data: st.DataObject) -> None:
     plan = data.draw(plans())
@@ -45,6 +46,7 @@ def test_deltas_are_the_textbook_formula(data: st.DataObject) -> None:
     assert relative_error(flat(found), flat(expected)) < 1e-12
 
 
+@pytest.mark.law("update-slice")
 @given(st.data())
 def test_a_slice_is_the_whole_cut(data: st.DataObject) -> None:
     plan = data.draw(plans())
@@ -68,6 +70,7 @@ def _layers(plan: tna.SuperLoRA) -> list[int]:
     return [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
 
 
+@pytest.mark.law("parameter-count")
 @given(plans())
 def test_counts(plan: tna.SuperLoRA) -> None:
     config = plan.config
@@ -94,6 +97,7 @@ def test_names_are_the_specs(plan: tna.SuperLoRA) -> None:
         assert array.rstrip("0123456789") in ("dense", "factor", "weights", "core")
 
 
+@pytest.mark.law("first-gradients")
 @given(plans())
 def test_a_fresh_adapter_changes_nothing_and_learns_from_its_first_step(plan: tna.SuperLoRA) -> None:
     for dtype in ("float64", "float32", "float16"):
@@ -115,6 +119,7 @@ def test_a_fresh_adapter_changes_nothing_and_learns_from_its_first_step(plan: tn
         assert np.max(np.abs(ahead - behind)) / (2 * h) > 1e-11
 
 
+@pytest.mark.law("equal-seeds", "update-formula", "update-slice")
 def test_every_library_gives_numpys_numbers(backend: Backend, rng: np.random.Generator) -> None:
     for config in (
         tna.Config(rank=2, groups=2, fold="balanced", order=3, format="tt"),
@@ -141,6 +146,7 @@ def test_every_library_gives_numpys_numbers(backend: Backend, rng: np.random.Gen
 # -- The oracles: counts that the paper states -----------------------------------------------------
 
 
+@pytest.mark.law("parameter-count")
 @pytest.mark.parametrize(
     ("model", "position", "config"),
     [
@@ -161,6 +167,7 @@ def test_the_papers_counts(model: str, position: int, config: tna.Config) -> Non
     assert tna.parameter_count(config, weights) == ORACLES[model]["counts"][position]["parameters"]
 
 
+@pytest.mark.law("parameter-count")
 def test_the_oracles_weights_and_all_their_counts_are_used() -> None:
     assert len(UNET) == 42
     assert sum(r * c for r, c in UNET) == 565248
@@ -168,6 +175,7 @@ def test_the_oracles_weights_and_all_their_counts_are_used() -> None:
     assert [len(ORACLES[model]["counts"]) for model in ("vit_base_qv", "unet_qv")] == [5, 5]
 
 
+@pytest.mark.law("projection-lengths")
 def test_ratio_is_the_decimal_it_is_written_as() -> None:
     # 0.07 * 100 is 7.000000000000001 in floating point.
     assert tna.parameter_count(tna.presets.fastfood(0.07), [(10, 10)]) == 7
@@ -178,6 +186,7 @@ def test_ratio_is_the_decimal_it_is_written_as() -> None:
 # -- Size: nothing is allocated to plan, nothing but the slice to slice ------------------------------
 
 
+@pytest.mark.law("huge-models")
 @pytest.mark.parametrize(
     "config",
     [
@@ -198,6 +207,7 @@ def test_a_70_billion_parameter_model_is_counted_without_allocating(config: tna.
 LONG = [(4096, 4096)] * 4  # 2**26 elements, 256 MiB in float32; a slice of 2**20 is 4 MiB
 
 
+@pytest.mark.law("update-slice")
 @pytest.mark.parametrize(
     "config",
     [
@@ -221,6 +231,7 @@ def test_a_slice_of_a_long_group_never_forms_the_group(config: tna.Config, start
     assert peak_of(lambda: plan.vector(params, start, stop)) < 24 << 20
 
 
+@pytest.mark.law("projection-slice")
 def test_a_slice_through_linear_f_needs_the_slice_and_the_compressed_vector() -> None:
     plan = tna.SuperLoRA(tna.presets.superlora(2, projection="linear", ratio=0.001), [(2048, 2048)] * 4)
     rng = np.random.default_rng(0)
@@ -229,6 +240,7 @@ def test_a_slice_through_linear_f_needs_the_slice_and_the_compressed_vector() ->
     assert peak_of(lambda: plan.vector(params, 1 << 20, (1 << 20) + (1 << 16))) < 48 << 20
 
 
+@pytest.mark.law("beyond-2-31")
 def test_a_far_slice_of_a_group_past_2_31_elements() -> None:
     # 3 * 2**30 elements: 32-bit positions would wrap.
     plan = tna.SuperLoRA(tna.presets.lorta(2, order=5), [(1 << 15, 1 << 15)] * 3)
@@ -247,6 +259,7 @@ def test_a_far_slice_of_a_group_past_2_31_elements() -> None:
 # -- Copies ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("copies")
 def test_copies_and_pickles_are_equal_and_small(rng: np.random.Generator) -> None:
     plan = tna.SuperLoRA(tna.presets.superlora(2, projection="nonlinear", ratio=0.1), [(40, 40)] * 2)
     params = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
@@ -256,6 +269,7 @@ def test_copies_and_pickles_are_equal_and_small(rng: np.random.Generator) -> Non
     assert len(pickle.dumps(plan)) < 10_000
 
 
+@pytest.mark.law("projection-shared")
 def test_groups_share_f_or_do_not(rng: np.random.Generator) -> None:
     for shared in (True, False):
         plan = tna.SuperLoRA(
@@ -343,6 +357,7 @@ def test_bad_init() -> None:
     assert not large.groups[0].start.kept
 
 
+@pytest.mark.law("huge-models")
 def test_what_is_refused_is_refused_before_anything_is_allocated() -> None:
     huge = [(1 << 20, 1 << 20)] * 4
     plan = tna.SuperLoRA(tna.presets.superlora(1), huge)
@@ -367,6 +382,8 @@ def test_neighbours_in_one_group_are_one_slice() -> None:
     assert len(listed.layout.of_slice(0, 60)) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.law("huge-models")
 def test_construction_is_small_and_ends_for_any_values() -> None:
     for config, shapes in (
         (tna.Config(fold=(1 << 61, 2)), [(10, 10)]),

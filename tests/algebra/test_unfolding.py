@@ -20,6 +20,7 @@ from tnadapt.backends import Backend, get_backend
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=5)
 
 
+@pytest.mark.law("update-slice")
 @given(SIZES, st.data())
 def test_a_cut_holds_the_slice_and_not_much_more(sizes: list[int], data: st.DataObject) -> None:
     size = math.prod(sizes)
@@ -110,6 +111,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.law("update-formula")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_is_what_the_boxes_make(name: str, backend: Backend, rng: np.random.Generator) -> None:
     plan = tna.SuperLoRA(CONFIGS[name], [(9, 8)] * 3)
@@ -123,6 +125,7 @@ def test_it_is_what_the_boxes_make(name: str, backend: Backend, rng: np.random.G
         assert relative_error(backend.to_numpy(found), by_boxes[start:stop]) < 1e-5
 
 
+@pytest.mark.law("precision")
 def test_half_precision_keeps_its_bits_where_the_scale_is_small() -> None:
     # 1e-4 times a factor of 1e-3 is no float16 of any precision; the product of both halves is.
     config = tna.Config(rank=1, groups=1, fold="hypercube", alpha=1e-4)

@@ -20,6 +20,8 @@ def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
 
 
+@pytest.mark.slow
+@pytest.mark.law("torch-jax-gradients")
 @pytest.mark.parametrize("name", PRESETS)
 def test_jit_and_gradients_agree_with_torch(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)
@@ -38,6 +40,7 @@ def test_jit_and_gradients_agree_with_torch(name: str) -> None:
         assert relative_error(grads[key], tensor.grad.numpy()) < 1e-11
 
 
+@pytest.mark.law("functional-transforms")
 @pytest.mark.parametrize("name", ["lora", "lonkr", "F shuffle", "F nonlinear"])
 def test_vmap_and_slices_under_jit(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)
@@ -58,6 +61,7 @@ def test_draws_first_met_under_jit_are_not_kept_as_tracers() -> None:
                           plan.vector({k: np.asarray(a) + 0.1 for k, a in params.items()})) < 1e-12  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_start_under_jit(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)
@@ -67,6 +71,7 @@ def test_the_start_under_jit(name: str) -> None:
         assert not np.asarray(jax.jit(plan.vector)(params)).any()
 
 
+@pytest.mark.law("dtype-overflow")
 def test_without_64_bits_float64_is_refused_and_float32_works() -> None:
     plan = tna.SuperLoRA(PRESETS["F linear"], SHAPES)
     with jax.enable_x64(False):
@@ -96,6 +101,7 @@ def test_a_larger_start_under_jit(name: str, dtype: str) -> None:
     assert not np.asarray(jax.jit(lambda p: plan.delta(p, 2))(params), np.float64).any()
 
 
+@pytest.mark.law("beyond-2-31")
 def test_positions_past_2_31_are_not_truncated() -> None:
     backend = load_backend("jax")
     with jax.enable_x64(False):

@@ -39,6 +39,7 @@ def laid_out(array: np.ndarray, how: str) -> np.ndarray:
 HOW = st.sampled_from(["plain", "transposed", "strided", "backwards", "unaligned"])
 
 
+@pytest.mark.law("kernels-agree")
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(2, 40), HOW, HOW, st.sampled_from([np.float32, np.float64]))
 @settings(max_examples=200)
 def test_it_is_the_product(height: int, inner: int, width: int, one: str, other: str, dtype: type) -> None:
@@ -51,6 +52,7 @@ def test_it_is_the_product(height: int, inner: int, width: int, one: str, other:
     assert relative_error(found, a @ b) < 8 * np.finfo(dtype).eps
 
 
+@pytest.mark.law("not-finite-shows")
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_is_no_number_stays_where_it_belongs(rng: np.random.Generator) -> None:
     a, b = rng.normal(size=(30, 3)), rng.normal(size=(3, 30))

@@ -43,6 +43,7 @@ def drawn(plan: tna.SuperLoRA, dtype: torch.dtype = torch.float64) -> dict[str, 
     }
 
 
+@pytest.mark.law("derivatives-of-presets", "derivatives-of-projections")
 @pytest.mark.parametrize("name", PRESETS)
 def test_gradients_of_first_and_second_order(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)
@@ -56,6 +57,7 @@ def test_gradients_of_first_and_second_order(name: str) -> None:
     assert torch.autograd.gradgradcheck(lambda *a: function(*a).square(), arrays, atol=1e-4, fast_mode=True)
 
 
+@pytest.mark.law("first-gradients")
 @given(plans())
 @settings(max_examples=25)
 def test_first_step_gradients_are_not_zero(plan: tna.SuperLoRA) -> None:
@@ -70,6 +72,7 @@ def test_first_step_gradients_are_not_zero(plan: tna.SuperLoRA) -> None:
         assert all(bool(array.grad.any()) for array in params.values())
 
 
+@pytest.mark.law("compile")
 @pytest.mark.parametrize(
     "name", ["lora", "lonkr", "lorta", "cara", "F shuffle", "F linear", "F nonlinear_v2", "compacter"]
 )
@@ -96,6 +99,7 @@ def test_compile_in_one_graph_from_cold(name: str) -> None:
         compiled({name: (array.detach() * 2.0).requires_grad_() for name, array in params.items()})
 
 
+@pytest.mark.law("functional-transforms")
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_vmap_over_adapters(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)
@@ -107,6 +111,7 @@ def test_vmap_over_adapters(name: str) -> None:
         torch.testing.assert_close(found[i], alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.law("functional-transforms")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, within jvp
 def test_func_grad_and_jvp() -> None:
     plan = tna.SuperLoRA(PRESETS["F nonlinear"], SHAPES)
@@ -140,6 +145,7 @@ def test_two_backward_passes_accumulate() -> None:
         torch.testing.assert_close(twice[key], 2.0 * array.grad)
 
 
+@pytest.mark.law("precision")
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2), ("float16", 5e-3)])
 def test_lower_precision(name: str, dtype: str, tolerance: float) -> None:
@@ -151,6 +157,7 @@ def test_lower_precision(name: str, dtype: str, tolerance: float) -> None:
     assert float((found.double() - exact).abs().max()) < tolerance * float(exact.abs().max())
 
 
+@pytest.mark.law("fresh-is-zero")
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_the_start_is_exactly_zero_in_every_dtype(name: str, dtype: str) -> None:
@@ -160,6 +167,7 @@ def test_the_start_is_exactly_zero_in_every_dtype(name: str, dtype: str) -> None
     assert not bool(plan.delta(params, 3).any())
 
 
+@pytest.mark.law("no-global-random-state")
 def test_global_random_state_is_untouched() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -177,6 +185,7 @@ def test_deltas_of_views_and_of_parameters_of_a_module() -> None:
     torch.testing.assert_close(plan.deltas(params)[0], holder["b"].T @ holder["a"].T)
 
 
+@pytest.mark.law("update-formula")
 def test_numpy_parity_in_single_precision() -> None:
     for config in PRESETS.values():
         plan = tna.SuperLoRA(config, SHAPES)
@@ -223,6 +232,7 @@ def test_a_compiled_start_is_exactly_zero(name: str, dtype: str) -> None:
         assert not bool(delta.any())
 
 
+@pytest.mark.law("precision")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 4e-3), ("float16", 2e-3)])
 @pytest.mark.parametrize("move", [1e-1, 1e-2, 1e-3])
 def test_a_small_nonlinear_update_in_half_precision_is_not_noise(dtype: str, tolerance: float, move: float) -> None:
@@ -240,6 +250,7 @@ def test_a_small_nonlinear_update_in_half_precision_is_not_noise(dtype: str, tol
     assert float(error) < tolerance
 
 
+@pytest.mark.law("autocast")
 @pytest.mark.parametrize("name", PRESETS)
 def test_autocast_does_not_reach_into_an_update(name: str) -> None:
     plan = tna.SuperLoRA(PRESETS[name], SHAPES)

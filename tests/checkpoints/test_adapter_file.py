@@ -92,6 +92,7 @@ def test_it_is_a_plain_object() -> None:
 # -- dtypes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("file-round-trip")
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 def test_dtypes_are_kept(dtype: str) -> None:
     arrays = arrays_of(LORA, dtype)
@@ -144,6 +145,7 @@ def test_a_nonlinear_update_in_bfloat16_begins_at_nothing() -> None:
 # -- Draws --------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("draws-digest")
 def test_draws_are_those_of_f_and_its_start() -> None:
     assert made().draws is None
     projection = "linear"

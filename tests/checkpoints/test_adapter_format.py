@@ -97,6 +97,7 @@ def refusal(folder: Path, content: bytes, **settings: Any) -> str:
 # -- What is saved is what is loaded ------------------------------------------------------------
 
 
+@pytest.mark.law("parameter-count", "file-round-trip")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_a_round_trip_is_exact(tmp_path: Path, name: str, dtype: str) -> None:
@@ -114,6 +115,7 @@ def test_a_round_trip_is_exact(tmp_path: Path, name: str, dtype: str) -> None:
     assert len(content) == 8 + int.from_bytes(content[:8], "little") + itemsize * file.num_parameters
 
 
+@pytest.mark.law("file-round-trip")
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 @pytest.mark.parametrize("groups", [1, "layer"])
 def test_everything_it_can_hold_comes_back(tmp_path: Path, dtype: str, groups: Any) -> None:
@@ -131,6 +133,7 @@ def test_a_path_is_a_string_or_a_path(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.law("file-bytes")
 def test_the_order_of_dictionaries_and_strides_do_not_show(tmp_path: Path) -> None:
     file = full()
     content = content_of(file, tmp_path)
@@ -148,6 +151,7 @@ def test_the_order_of_dictionaries_and_strides_do_not_show(tmp_path: Path) -> No
     assert content_of(turned, tmp_path) == content_of(file, tmp_path) == content
 
 
+@pytest.mark.law("file-bytes")
 def test_the_bytes_are_known(tmp_path: Path) -> None:
     # Format version 1, for ever: with the defaults of Config, the draws of F, and the order of keys and tensors.
     assert hashlib.sha256(content_of(full(), tmp_path)).hexdigest() == (
@@ -170,6 +174,7 @@ def test_the_shape_that_a_preset_asks_of_weights_changes_no_file(tmp_path: Path)
     assert read(tmp_path, one).config == preset
 
 
+@pytest.mark.law("file-bytes")
 def test_files_do_not_change_with_config_s_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = made(Config(rank=3))
     recipe, tensors = forge.parsed(content_of(file, tmp_path))
@@ -183,6 +188,7 @@ def test_files_do_not_change_with_config_s_defaults(tmp_path: Path, monkeypatch:
 # -- The format is what its specification says --------------------------------------------------
 
 
+@pytest.mark.law("independent-readers")
 def test_a_reader_by_the_specification_reads_it(tmp_path: Path) -> None:
     file = full()
     recipe, tensors = forge.parsed(content_of(file, tmp_path))
@@ -217,6 +223,7 @@ def test_a_reader_by_the_specification_reads_it(tmp_path: Path) -> None:
     assert np.array_equal(tensors["group0.split0.factor0"][1], file.arrays["group0.split0.factor0"])
 
 
+@pytest.mark.law("independent-readers")
 def test_a_writer_by_the_specification_is_read(tmp_path: Path) -> None:
     file = full()
     content = content_of(file, tmp_path)
@@ -229,6 +236,7 @@ def test_a_writer_by_the_specification_is_read(tmp_path: Path) -> None:
     same(read(tmp_path, forge.container(loose, data)), file)
 
 
+@pytest.mark.law("independent-readers")
 def test_safetensors_reads_it(tmp_path: Path) -> None:
     file = full()
     content = content_of(file, tmp_path)
@@ -286,6 +294,7 @@ def small(tmp_path: Path) -> bytes:
     return content_of(AdapterFile(config, [target], arrays, {"head": np.ones(1)}, base=base, model="M"), tmp_path)
 
 
+@pytest.mark.law("cut-off")
 def test_cut_off_anywhere_it_is_refused(tmp_path: Path) -> None:
     content = small(tmp_path)
     for length in range(len(content)):
@@ -294,6 +303,7 @@ def test_cut_off_anywhere_it_is_refused(tmp_path: Path) -> None:
         refusal(tmp_path, content + more)
 
 
+@pytest.mark.law("byte-changed")
 def test_whichever_byte_is_changed_it_is_refused(tmp_path: Path) -> None:
     content = small(tmp_path)
     for position in range(len(content)):
@@ -301,6 +311,7 @@ def test_whichever_byte_is_changed_it_is_refused(tmp_path: Path) -> None:
             refusal(tmp_path, content[:position] + bytes([content[position] ^ flip]) + content[position + 1 :])
 
 
+@pytest.mark.law("byte-changed")
 def test_whatever_a_byte_is_changed_to_it_is_refused(tmp_path: Path) -> None:
     # All 255 others, where one that means the same is likeliest: in the padding, and among the outer punctuation.
     content = small(tmp_path)
@@ -313,6 +324,7 @@ def test_whatever_a_byte_is_changed_to_it_is_refused(tmp_path: Path) -> None:
             refusal(tmp_path, content[:position] + bytes([value]) + content[position + 1 :])
 
 
+@pytest.mark.law("cut-off")
 def test_a_byte_too_many_or_too_few_is_refused(tmp_path: Path) -> None:
     content = small(tmp_path)
     for position in range(len(content)):
@@ -320,6 +332,7 @@ def test_a_byte_too_many_or_too_few_is_refused(tmp_path: Path) -> None:
         refusal(tmp_path, content[:position] + b"0" + content[position:])
 
 
+@pytest.mark.law("byte-changed")
 def test_swapped_tensors_are_noticed(tmp_path: Path) -> None:
     recipe, tensors = forge.parsed(content_of(made(), tmp_path))
     header, data = forge.listed(tensors)
@@ -340,6 +353,7 @@ class Bomb:
         return Path.touch, (Path("exploded"),)
 
 
+@pytest.mark.law("pickle-refused")
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("value", [Bomb(), 1, {"lora_A": [1.0] * 100}])
 def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int, value: Any) -> None:
@@ -349,6 +363,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert not Path("exploded").exists()
 
 
+@pytest.mark.law("pickle-refused")
 def test_a_file_of_torch_is_not_opened(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -393,6 +408,7 @@ def test_a_newer_format_says_so(tmp_path: Path) -> None:
 # -- A recipe that is none ----------------------------------------------------------------------
 
 
+@pytest.mark.law("bad-tensors")
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -443,6 +459,7 @@ def test_a_recipe_that_is_none_is_refused(tmp_path: Path, changes: Recipe, why: 
     assert why in refusal(tmp_path, forge.container({"__metadata__": {"tnadapt": text}, **header}, data))
 
 
+@pytest.mark.law("bad-tensors")
 @pytest.mark.parametrize(
     ("text", "why"),
     [
@@ -463,6 +480,7 @@ def test_an_entry_that_is_none_is_refused(tmp_path: Path, text: str, why: str) -
     assert why in refusal(tmp_path, forge.container({"__metadata__": {"tnadapt": text}}))
 
 
+@pytest.mark.law("bad-tensors")
 def test_there_is_one_entry_of_metadata(tmp_path: Path) -> None:
     content = small(tmp_path)
     length = int.from_bytes(content[:8], "little")
@@ -474,6 +492,7 @@ def test_there_is_one_entry_of_metadata(tmp_path: Path) -> None:
     assert "the tnadapt entry has half a surrogate pair" in refusal(tmp_path, half)
 
 
+@pytest.mark.law("bad-tensors")
 @pytest.mark.parametrize(
     ("name", "tensor", "why"),
     [
@@ -506,6 +525,7 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path) -> None:
 # -- Draws --------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("draws-digest")
 @pytest.mark.parametrize("projection", ["shuffle", "linear", "nonlinear"])
 def test_other_draws_are_refused_by_both_names(tmp_path: Path, projection: str) -> None:
     file = full(tna.presets.superlora(1, projection=projection))
@@ -581,6 +601,7 @@ HOSTILE: dict[str, tuple[Recipe, list[Any], Stored]] = {
 }
 
 
+@pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:
     config, targets, tensors = HOSTILE[name]
@@ -606,6 +627,7 @@ def test_what_a_file_claims_costs_nothing(tmp_path: Path, name: str) -> None:
     assert peak < (4 << 20) + 40 * len(content)
 
 
+@pytest.mark.law("allocation-limit")
 def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
     # 64 GiB that take no space on the disk, and would in memory.
     size = 1 << 36
@@ -709,6 +731,7 @@ def honest(folder: Path) -> list[tuple[Recipe, Stored]]:
     return HONEST
 
 
+@pytest.mark.law("fuzz")
 @given(data=st.data())
 @settings(max_examples=FUZZED)
 def test_fuzzed_recipes_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
@@ -723,6 +746,7 @@ def test_fuzzed_recipes_are_read_or_refused(folder: Path, data: st.DataObject) -
     survives(folder, forge.adapter(recipe, tensors, escaped=True))
 
 
+@pytest.mark.law("fuzz")
 @given(data=st.data())
 @settings(max_examples=FUZZED)
 def test_fuzzed_configs_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
@@ -731,6 +755,7 @@ def test_fuzzed_configs_are_read_or_refused(folder: Path, data: st.DataObject) -
     survives(folder, forge.adapter({**recipe, "config": {**recipe["config"], **settings}}, tensors, escaped=True))
 
 
+@pytest.mark.law("fuzz")
 @given(data=st.data())
 @settings(max_examples=FUZZED)
 def test_fuzzed_headers_are_read_or_refused(folder: Path, data: st.DataObject) -> None:
@@ -740,12 +765,14 @@ def test_fuzzed_headers_are_read_or_refused(folder: Path, data: st.DataObject) -
     survives(folder, forge.container(json.dumps(header), raw))
 
 
+@pytest.mark.law("fuzz")
 @given(JSON, st.binary(max_size=20))
 @example({"__metadata__": {}}, b"")
 def test_any_json_is_refused(folder: Path, header: Any, data: bytes) -> None:
     survives(folder, forge.container(json.dumps(header), data))
 
 
+@pytest.mark.law("fuzz")
 @given(st.binary(max_size=60))
 @example(b"\x80")
 @example(b"PK\x03\x04")
@@ -787,6 +814,7 @@ def test_what_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.law("full-disk")
 @pytest.mark.parametrize(
     "error",
     [PermissionError(13, "Permission denied"), OSError(28, "No space left on device"), OSError("nothing known")],
@@ -850,6 +878,7 @@ FROZEN = {
 }  # fmt: skip
 
 
+@pytest.mark.law("frozen-arrays")
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 @pytest.mark.parametrize("name", FROZEN)
 def test_frozen_arrays_are_left_out_and_drawn_again(name: str, dtype: str, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_a_relative_path_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
+@pytest.mark.law("full-disk")
 @pytest.mark.parametrize(
     ("path", "why"),
     [("", "is a folder"), ("missing/file", "does not exist; make it first"), ("taken/file", "does not exist")],
@@ -68,12 +69,14 @@ def test_where_nothing_can_be_written(tmp_path: Path, path: str, why: str) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
 
 
+@pytest.mark.law("no-overwrite")
 def test_a_device_is_not_replaced() -> None:
     with pytest.raises(FileError, match="neither a file nor a folder"):
         replace_file(os.devnull, b"new")
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 
 
+@pytest.mark.law("killed-saving")
 @pytest.mark.parametrize("step", ["open", "fsync", "replace", "chmod"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_what_fails_leaves_the_old_file(
@@ -136,6 +139,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.law("full-disk")
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     # A limit on the length of files, which writing meets half-way.
     path = tmp_path / "file"
@@ -154,6 +158,7 @@ except OSError as error:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.law("killed-saving")
 def test_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -172,6 +177,7 @@ replace_file(sys.argv[1], b"new" * 1000)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the file layer reads /proc")
 
 
+@pytest.mark.law("power-failure")
 @linux
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_the_content_is_on_the_disk_before_the_name_and_the_name_after(tmp_path: Path, overwrite: bool) -> None:
@@ -189,6 +195,7 @@ def test_the_content_is_on_the_disk_before_the_name_and_the_name_after(tmp_path:
     assert calls[1].content == b"new"
 
 
+@pytest.mark.law("power-failure")
 @linux
 def test_after_a_power_failure_it_is_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     place = tmp_path / "place"
@@ -201,6 +208,7 @@ def test_after_a_power_failure_it_is_the_old_file_or_the_new_one(tmp_path: Path)
     assert all(node and node[0] == b"new" for number, node in found if number == len(calls))
 
 
+@pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize("there", ["file", "folder", "link", "pipe"])
 def test_what_must_not_be_overwritten_is_not_even_if_it_came_meanwhile(tmp_path: Path, there: str) -> None:
     path = tmp_path / "file"
@@ -218,6 +226,7 @@ def test_what_must_not_be_overwritten_is_not_even_if_it_came_meanwhile(tmp_path:
     assert not (path.is_file() and path.read_bytes() == b"ours")
 
 
+@pytest.mark.law("no-overwrite")
 def test_a_pipe_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "file"
     refused = pytest.raises(FileError, match="is neither a file nor a folder")
@@ -228,6 +237,7 @@ def test_a_pipe_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.law("power-failure")
 def test_a_disk_that_cannot_keep_a_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, fails = os.fsync, 5
 

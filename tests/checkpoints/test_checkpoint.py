@@ -157,6 +157,7 @@ def test_no_such_thing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.law("pickle-refused")
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x02}q\x00.")
     assert "is a pickle" in refused(tmp_path)
@@ -186,6 +187,7 @@ def test_a_shard_is_missing(tmp_path: Path) -> None:
     assert "lists files that are not there: model-00002-of-00002.safetensors" in refused(tmp_path)
 
 
+@pytest.mark.law("bad-tensors")
 def test_index_and_files_disagree(tmp_path: Path) -> None:
     sharded(tmp_path, **{"more.weight": "model-00001-of-00002.safetensors"})
     assert "says that 'more.weight' is in model-00001-of-00002.safetensors; it is in no file of it" in refused(tmp_path)
@@ -224,6 +226,7 @@ def test_an_index_that_is_none(tmp_path: Path, content: bytes) -> None:
     assert refused(path).startswith(f"{path}: ")
 
 
+@pytest.mark.law("merge-disk-faults")
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     sharded(tmp_path)
     path = tmp_path / "model-00002-of-00002.safetensors"

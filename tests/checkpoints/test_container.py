@@ -42,6 +42,7 @@ def refusal(folder: Path, content: bytes) -> str:
 # -- Reading what is right ----------------------------------------------------------------------
 
 
+@pytest.mark.law("independent-readers")
 def test_it_reads_what_safetensors_writes_and_the_other_way_round(tmp_path: Path, rng: np.random.Generator) -> None:
     shapes: list[tuple[int, ...]] = [(2, 3), (), (0, 4), (5,)]
     tensors = {}
@@ -94,6 +95,7 @@ def test_it_reads_metadata_that_are_null_as_safetensors_does(tmp_path: Path) -> 
 # -- Refusing what is wrong ---------------------------------------------------------------------
 
 
+@pytest.mark.law("bad-tensors")
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -145,6 +147,7 @@ def entry(**changes: Any) -> dict[str, Any]:
     return {"a": {**ONE["a"], **changes}}
 
 
+@pytest.mark.law("bad-tensors")
 @pytest.mark.parametrize(
     ("header", "why"),
     [
@@ -185,6 +188,7 @@ def test_a_bool_is_0_or_1(tmp_path: Path) -> None:
     assert "bytes other than 0 and 1" in refusal(tmp_path, forge.container(header, b"\0\2\1"))
 
 
+@pytest.mark.law("allocation-limit")
 def test_a_header_of_any_length_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     with open(path, "wb") as file:

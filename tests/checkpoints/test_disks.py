@@ -50,6 +50,7 @@ def fill(disk: Path) -> Path:
     return filler
 
 
+@pytest.mark.law("full-disk")
 def test_a_full_disk_keeps_the_file_that_is_there(disk: Path) -> None:
     path = disk / "adapter"
     tna.save(path, ONE)
@@ -64,6 +65,7 @@ def test_a_full_disk_keeps_the_file_that_is_there(disk: Path) -> None:
     assert holds(path, TWO)
 
 
+@pytest.mark.law("full-disk")
 def test_a_full_disk_keeps_a_converted_adapter_whole(disk: Path) -> None:
     found = tna.convert(ONE, to="peft-lora")
     found.save(disk / "peft")
@@ -77,6 +79,7 @@ def test_a_full_disk_keeps_a_converted_adapter_whole(disk: Path) -> None:
     assert {path.name for path in (disk / "peft").iterdir()} == set(before)
 
 
+@pytest.mark.law("full-disk")
 def test_a_sweep_on_a_full_disk_says_so_and_goes_on(disk: Path) -> None:
     pytest.importorskip("torch")
     from tnadapt.finetune.results import Results
@@ -101,6 +104,7 @@ def test_a_sweep_on_a_full_disk_says_so_and_goes_on(disk: Path) -> None:
         results.add({"key": "next", "value": 1})
 
 
+@pytest.mark.law("full-disk")
 def test_a_disk_that_may_only_be_read(disk: Path) -> None:
     tna.save(disk / "adapter", ONE)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -129,6 +133,7 @@ tna.load(path)
 """
 
 
+@pytest.mark.law("full-disk")
 @pytest.mark.skipif(sys.platform == "win32", reason="folders have no such mode there")
 def test_a_folder_that_may_only_be_read() -> None:
     # Not below pytest's own folder, which nobody else may enter.
@@ -156,6 +161,7 @@ while True:
 """
 
 
+@pytest.mark.law("two-writers")
 def test_two_processes_that_write_one_name_leave_one_of_the_two(tmp_path: Path) -> None:
     # Of other lengths, so that a mixture would show.
     for name, rank in (("one", 1), ("two", 16)):

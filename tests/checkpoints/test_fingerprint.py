@@ -143,6 +143,7 @@ def models(count: int) -> Iterator[np.ndarray]:
         yield weight.astype(np.float32)
 
 
+@pytest.mark.law("base-dtype")
 def test_rounding_is_forgiven_with_a_wide_margin() -> None:
     to_half, to_brain = [], []
     for weight in models(400):
@@ -159,6 +160,7 @@ def test_rounding_is_forgiven_with_a_wide_margin() -> None:
     assert max(to_half) < 0.1 * TOLERANCE
 
 
+@pytest.mark.law("base-dtype")
 def test_rounding_at_its_worst_is_forgiven() -> None:
     # Just above powers of two errors are largest beside the number: 0.0023 of it in root mean square.
     rng = np.random.default_rng(12)
@@ -171,6 +173,7 @@ def test_rounding_at_its_worst_is_forgiven() -> None:
     assert math.sqrt(np.mean(np.square(found))) < 0.0024
 
 
+@pytest.mark.law("wrong-base")
 def test_other_models_are_told_apart() -> None:
     found = [fingerprint([weight], "float32") for weight in models(60) if weight.size > 8]
     cast = [dataclasses.replace(one, dtype="float16") for one in found]
@@ -180,6 +183,7 @@ def test_other_models_are_told_apart() -> None:
     assert "and rounding between float32 and float16 explains no more than 0.005" in str(found[0].difference(cast[1]))
 
 
+@pytest.mark.law("wrong-base")
 @pytest.mark.parametrize(("change", "least", "most"), [(0.005, 0.44, 0.56), (0.01, 0.97, 1.0), (0.02, 1.0, 1.0)])
 def test_a_small_change_is_noticed_as_often_as_is_said(change: float, least: float, most: float) -> None:
     # The table of the docstring: 50 %, 98.2 % and 99.99 % of the time.

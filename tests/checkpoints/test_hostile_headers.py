@@ -36,6 +36,7 @@ FACTOR = 4
 BESIDE = 2 << 20
 
 
+@pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("kind", HEADERS)
 def test_memory_before_a_header_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "file.safetensors"
@@ -243,6 +244,7 @@ SPARSE: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("use", SPARSE)
 def test_holes_are_not_read(holes: Path, use: str) -> None:
     tracemalloc.start()
@@ -255,6 +257,7 @@ def test_holes_are_not_read(holes: Path, use: str) -> None:
     assert peak < 8 << 20
 
 
+@pytest.mark.law("allocation-limit")
 def test_torch_does_not_read_holes(holes: Path) -> None:
     torch = pytest.importorskip("torch")
     import tnadapt.torch as tt
@@ -264,6 +267,7 @@ def test_torch_does_not_read_holes(holes: Path) -> None:
         tt.load(model, holes / "adapter.safetensors")
 
 
+@pytest.mark.law("allocation-limit")
 def test_a_checkpoint_of_holes_is_opened_and_described_in_little_memory(holes: Path) -> None:
     code = (
         "import resource, sys, tnadapt as tna\n"

@@ -21,7 +21,10 @@ from tests.support import forge
 from tests.support.hostile_text import EVIL, adapter, checkpoint, named, peft, speaks
 from tnadapt.errors import escaped, shown
 
+pytestmark = pytest.mark.slow
 
+
+@pytest.mark.law("printed-text")
 @given(st.text())
 def test_escaped_text_is_one_visible_line(text: str) -> None:
     found = escaped(text)
@@ -130,6 +133,7 @@ FINE = {
 }  # fmt: skip
 
 
+@pytest.mark.law("printed-text")
 def test_no_command_prints_what_a_terminal_would_act_on(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("typer")
     from tnadapt.__main__ import main
@@ -154,6 +158,7 @@ def test_no_command_prints_what_a_terminal_would_act_on(files: Files, capsys: py
     assert not failed
 
 
+@pytest.mark.law("printed-text")
 def test_in_a_terminal_nothing_is_taken_for_markup(files: Files) -> None:
     pytest.importorskip("typer")
     pty = pytest.importorskip("pty")
@@ -184,6 +189,7 @@ def _read(descriptor: int) -> bytes:
         return b""
 
 
+@pytest.mark.law("printed-text")
 def test_reprs_and_reports_in_the_library(files: Files) -> None:
     file = tna.load(files.folder / "adapter.safetensors")
     for text in (repr(file), repr(file.targets[0]), repr(file.base)):
@@ -196,6 +202,7 @@ def test_reprs_and_reports_in_the_library(files: Files) -> None:
     assert not speaks(repr(found))
 
 
+@pytest.mark.law("printed-text")
 def test_summaries_and_warnings_in_torch(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import tnadapt.torch as tt

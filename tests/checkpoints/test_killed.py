@@ -22,7 +22,7 @@ import tnadapt as tna
 from tests.convert.conversions import made
 from tnadapt.checkpoints.merge._journal import SUFFIX
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")]
 
 KILLS = 150 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 12
 SHAPES = {f"blocks.{number}.q": (64, 48) for number in range(6)}
@@ -58,6 +58,7 @@ for file in itertools.cycle((one, two)):
 """
 
 
+@pytest.mark.law("killed-saving")
 def test_a_file_that_is_saved_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     tna.save(tmp_path / "one", ONE)
     tna.save(tmp_path / "two", TWO)
@@ -95,6 +96,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.law("merge-killed")
 def test_a_merge_is_whole_or_goes_on(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
@@ -148,6 +150,7 @@ with Results(Path(sys.argv[1]), {"what": "a sweep"}, fields={"key", "value"}) as
 """
 
 
+@pytest.mark.law("killed-sweep")
 def test_a_sweep_has_every_line_that_it_said_was_there(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from tnadapt.finetune.results import Results

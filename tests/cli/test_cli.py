@@ -57,6 +57,7 @@ def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NOT all laws hold" in done.output
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -113,6 +114,7 @@ def test_a_config_may_come_through_a_pipe() -> None:
     assert json.loads(done.stdout)["holds"]
 
 
+@pytest.mark.law("allocation-limit", "hostile-commands")
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_files(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"

@@ -31,6 +31,8 @@ from tnadapt import cli  # noqa: E402
 
 from .command_lines import CommandLines, Done, command_lines  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 P, T = tna.presets, tna.Target
 COMMANDS = {one.name: one.callback for one in cli.app.registered_commands}
 TARGETS = [T(f"layers.{n}.self_attn.{x}_proj", (6, 4), x) for n in range(2) for x in "qv"]
@@ -278,6 +280,7 @@ def check(command: str, line: Line, commands: CommandLines, yard: Yard) -> Done:
     return done
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_ends_with_its_own_word(command: str, commands: CommandLines, yard: Yard) -> None:
     # A process each: fewer than of what is computed.
@@ -304,11 +307,13 @@ FOUND: dict[str, tuple[str, Line]] = {
 }  # fmt: skip
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(("command", "line"), FOUND.values(), ids=FOUND)
 def test_what_was_found_once(command: str, line: Line, commands: CommandLines, yard: Yard) -> None:
     assert check(command, line, commands, yard).code == 2
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(
     ("done", "wrong"),
     [
@@ -321,6 +326,7 @@ def test_the_judge_sees_it(done: Done, wrong: str, yard: Yard) -> None:
     assert wrong in " ".join(judge(done, [], yard))
 
 
+@pytest.mark.law("hostile-commands")
 def test_the_judge_sees_what_was_written_elsewhere(commands: CommandLines, yard: Yard) -> None:
     commands.run(["info", "none"], yard.place)  # it has been started
     environment = Path(f"/proc/{commands.process.pid}/environ").read_bytes().decode().split("\0")
@@ -337,6 +343,7 @@ def test_the_judge_sees_what_was_written_elsewhere(commands: CommandLines, yard:
     assert judge(Done(0, "", "", 1.0, 0), [], yard) == []
 
 
+@pytest.mark.law("hostile-commands")
 def test_the_judge_sees_what_was_written(yard: Yard) -> None:
     done = Done(0, "", "", 1.0, 0)
     (yard.place / "stray").write_text("x")

@@ -68,6 +68,7 @@ def test_another_base_needs_to_be_wished_for(base: Path, tmp_path: Path) -> None
     assert "not checked whether it was trained on this base (--any-base)" in done.stdout
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -115,6 +115,7 @@ def test_a_terminal_of_any_width(monkeypatch: pytest.MonkeyPatch, columns: int) 
     assert ("padding" in done.output) == (columns >= 120)
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

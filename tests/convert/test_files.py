@@ -86,6 +86,7 @@ for number in itertools.count(1):
 """
 
 
+@pytest.mark.law("killed-saving")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_killed_at_any_point_a_folder_is_the_old_adapter_or_the_new_one_or_refused(
     tmp_path: Path, old: Pair, new: Pair
@@ -138,6 +139,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> list[int]
     return count
 
 
+@pytest.mark.law("full-disk")
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_a_disk_that_fails_once_changes_nothing(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: Pair
@@ -151,6 +153,7 @@ def test_a_disk_that_fails_once_changes_nothing(
     assert sorted(os.listdir(folder)) == sorted([*NAMES, "README.md"])
 
 
+@pytest.mark.law("full-disk")
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_a_disk_that_fails_for_good_says_where_the_old_files_are(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: Pair

@@ -37,6 +37,7 @@ def read(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG) if (folder / name).exists()}
 
 
+@pytest.mark.law("power-failure")
 @pytest.mark.parametrize("old", [True, False])
 def test_after_a_power_failure_it_is_one_adapter_or_none(old: bool, tmp_path: Path) -> None:
     place = tmp_path / "place"
@@ -52,6 +53,7 @@ def test_after_a_power_failure_it_is_one_adapter_or_none(old: bool, tmp_path: Pa
             assert found == NEW
 
 
+@pytest.mark.law("power-failure")
 @pytest.mark.parametrize("old", [True, False])
 def test_each_name_is_on_the_disk_before_the_next_one_changes(old: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -74,6 +76,7 @@ def test_each_name_is_on_the_disk_before_the_next_one_changes(old: bool, tmp_pat
         assert made[-1] < moves[0]
 
 
+@pytest.mark.law("killed-saving")
 def test_killed_anywhere_it_is_one_adapter_or_none_and_can_be_written_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     replace_folder(str(out), OLD)
@@ -97,6 +100,7 @@ def test_killed_anywhere_it_is_one_adapter_or_none_and_can_be_written_again(tmp_
         assert read(out) == NEW
 
 
+@pytest.mark.law("two-writers")
 def test_writers_of_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at once left the weights of one beside the settings of the other."""
     out = tmp_path / "out"
@@ -150,6 +154,7 @@ def test_a_folder_that_another_made_meanwhile(tmp_path: Path, monkeypatch: pytes
         assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize("kind", ["tnadapt", "lycoris-lora", "peft-lora"])
 def test_a_conversion_that_must_not_overwrite_never_does(kind: str, tmp_path: Path) -> None:
     shapes = {"blocks.0.q": (8, 8)}
@@ -185,6 +190,7 @@ while True:
 """
 
 
+@pytest.mark.law("two-writers")
 def test_two_processes_that_write_one_folder_leave_the_whole_of_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     long = os.environ.get("HYPOTHESIS_PROFILE") == "long"

@@ -166,6 +166,7 @@ def test_convolutions(to: str, tmp_path: Path) -> None:
 SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0] * pair[1])
 
 
+@pytest.mark.law("foreign-files")
 @given(
     shape=st.tuples(SIDES, SIDES), kernel=st.sampled_from([(), (), (1, 1), (3, 2), (2,)]), rank=st.integers(1, 6),
     alpha=st.sampled_from([0.0, 0.5, 1.0, 3.0]), kind=st.sampled_from(["lora", "lokr", "loha", "full"]),

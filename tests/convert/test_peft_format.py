@@ -238,6 +238,7 @@ def test_plain_paths_are_left_plain(tmp_path: Path) -> None:
 SIDES = st.tuples(st.integers(1, 6), st.integers(1, 6)).map(lambda pair: pair[0] * pair[1])
 
 
+@pytest.mark.law("foreign-files")
 @given(
     shape=st.tuples(SIDES, SIDES), kernel=st.sampled_from([(), (), (1, 1), (3, 2), (2,)]), rank=st.integers(1, 6),
     alpha=st.integers(1, 9), kind=st.sampled_from(["lora", "lokr", "loha"]), both=st.booleans(),

@@ -33,6 +33,7 @@ def named(plan: SuperLoRA, seed: int = 0) -> AdapterFile:
     return AdapterFile(plan.config, targets, arrays)
 
 
+@pytest.mark.law("foreign-files")
 @given(plan=plans(), form=st.sampled_from(FOREIGN), rank=st.none() | st.integers(1, 4))
 def test_any_adapter_is_converted_exactly_or_refused(plan: SuperLoRA, form: str, rank: int | None) -> None:
     assume(plan.config.groups != "layer")
@@ -204,6 +205,7 @@ def loaded() -> dict[str, Any]:
     return {"peft-lokr": by_peft, "lycoris-lokr": by_lycoris}
 
 
+@pytest.mark.law("foreign-files")
 @given(
     sides=SIDES,
     low=st.tuples(st.booleans(), st.booleans()),

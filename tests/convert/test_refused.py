@@ -66,6 +66,7 @@ def tensors(**fields: Any) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.law("foreign-files")
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -209,6 +210,7 @@ def refused(source: Path, message: str, **more: Any) -> None:
     assert not [name for name in os.listdir(source.parent) if name.endswith(".tmp")]
 
 
+@pytest.mark.law("foreign-files")
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -354,6 +356,7 @@ def test_names_that_would_be_one(tmp_path: Path) -> None:
     assert tna.convert(file, to="peft-lora").exact
 
 
+@pytest.mark.law("pickle-refused")
 @pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_lora.bin", "x.pt", "x.safetensors"])
 def test_a_pickle_is_not_opened(name: str, tmp_path: Path) -> None:
     class Harm:
@@ -488,6 +491,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.law("full-disk")
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("to", ["tnadapt", "peft-lora", "lycoris-lora"])
 def test_a_full_disk_changes_nothing(to: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,6 +560,7 @@ def test_safetensors_reads_what_is_written(entries: dict[str, tuple[str, list[in
         assert np.array_equal(found[name], array)
 
 
+@pytest.mark.law("foreign-files")
 @given(data=st.data())
 def test_a_damaged_file_is_a_file_error(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     where = tmp_path_factory.mktemp("damaged")

@@ -214,6 +214,7 @@ def test_a_kronecker_product_of_factored_splits_gains_in_every_sweep() -> None:
 # -- Free padding ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -287,6 +288,7 @@ def test_single_and_half_precision_are_fitted_in_single(kind: str) -> None:
     assert report.error == pytest.approx(float(left), rel=1e-5)
 
 
+@pytest.mark.law("no-global-random-state")
 def test_numpys_random_state_is_neither_read_nor_moved() -> None:
     rng = np.random.default_rng(0)
     given = rng.normal(size=(5, 6, 7))
@@ -359,6 +361,7 @@ def test_one_tensor_of_any_order() -> None:
     assert np.linalg.norm(made - tensor) / np.linalg.norm(tensor) == pytest.approx(report.error)
 
 
+@pytest.mark.law("fold-shape")
 def test_a_tensor_of_more_than_two_modes_needs_them_named() -> None:
     tensor = np.random.default_rng(0).normal(size=(6, 7, 8))
     for config in (tna.Config(rank=3), presets.dense(), presets.superlora(2), presets.lorta(2, order=3)):

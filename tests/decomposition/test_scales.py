@@ -74,6 +74,8 @@ def _made(plan: tna.SuperLoRA, host: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 # Libraries that compile, and methods that iterate: a quarter of the usual examples is enough for a default run.
+@pytest.mark.slow
+@pytest.mark.law("scale-invariance")
 @settings(max_examples=settings.default.max_examples // 4)
 @given(
     name=st.sampled_from(sorted(CONFIGS)),
@@ -115,6 +117,7 @@ def test_a_power_of_two_changes_no_error(name: str, kind_of: tuple[str, str], wh
     assert 0.0 <= there.bound <= there.error
 
 
+@pytest.mark.law("scale-invariance")
 @pytest.mark.parametrize("dtype", sorted(EXPONENTS))
 @pytest.mark.parametrize("where", [0.0, 0.03, 0.25, 0.5, 0.75, 1.0])
 def test_the_error_is_that_of_the_arrays_that_are_returned(backend: Backend, dtype: str, where: float) -> None:
@@ -139,6 +142,7 @@ def test_the_error_is_that_of_the_arrays_that_are_returned(backend: Backend, dty
     assert report.certified
 
 
+@pytest.mark.law("scale-invariance")
 @pytest.mark.parametrize("scale", [1e-310, 1e-300, 1e-200, 1e-163, 1e-155, 1e155, 1e163, 1e200, 1e300])
 def test_named_scales(scale: float) -> None:
     given = np.random.default_rng(0).normal(size=(12, 8))
@@ -152,6 +156,7 @@ def test_named_scales(scale: float) -> None:
     )
 
 
+@pytest.mark.law("scale-invariance")
 @given(exponent=st.integers(-1060, 1015), error=st.floats(1e-3, 0.9), seed=st.integers(0, 3))
 @example(-1060, 0.3, 0)
 def test_a_rank_for_an_error_is_the_same_at_any_scale(exponent: int, error: float, seed: int) -> None:
@@ -162,6 +167,7 @@ def test_a_rank_for_an_error_is_the_same_at_any_scale(exponent: int, error: floa
         assert ranks[0] == ranks[1]
 
 
+@pytest.mark.law("scale-invariance")
 @given(
     exponents=st.lists(st.integers(-1040, 1000), min_size=1, max_size=4),
     errors=st.lists(st.floats(0.0, 1.0), min_size=4, max_size=4),
@@ -204,6 +210,7 @@ def test_a_nonlinear_f_of_any_size_is_fitted_or_left_alone(exponent: int) -> Non
 # -- Float32 and half inputs in float64 --------------------------------------------------------------
 
 
+@pytest.mark.law("scale-invariance")
 @given(scale=st.sampled_from([1.0, 1e-2, 1e-4, 1e-6]), seed=st.integers(0, 20), columns=st.sampled_from([7, 900, 5000]))
 def test_bounds_of_single_precision_are_those_of_double(scale: float, seed: int, columns: int) -> None:
     rng = np.random.default_rng(seed)
@@ -230,6 +237,7 @@ def test_norms_of_single_precision_add_up_in_double(seed: int, large: int) -> No
     assert algebra.columns(columns) == pytest.approx(np.linalg.norm(columns.astype(np.float64), axis=0), rel=1e-14)
 
 
+@pytest.mark.slow
 def test_without_64_bit_numbers_jax_is_measured_on_the_host() -> None:
     jax = pytest.importorskip("jax")
     given = integers(1)
@@ -248,6 +256,7 @@ def test_without_64_bit_numbers_jax_is_measured_on_the_host() -> None:
 NUMBERS = st.lists(st.integers(-8, 8), min_size=1, max_size=12)
 
 
+@pytest.mark.law("scale-invariance")
 @given(numbers=NUMBERS, exponent=st.integers(-1074, 1018))
 def test_norms_of_any_size(numbers: list[int], exponent: int) -> None:
     array = np.array(numbers, np.float64)
@@ -259,6 +268,7 @@ def test_norms_of_any_size(numbers: list[int], exponent: int) -> None:
     assert relative_difference(scaled, scaled) == 0.0
 
 
+@pytest.mark.law("scale-invariance")
 @given(one=st.integers(-1060, 1010), other=st.integers(-1060, 1010), seed=st.integers(0, 5))
 def test_the_geometry_of_updates_of_any_size(one: int, other: int, seed: int) -> None:
     dense, variant = integers(seed, [(6, 5), (6, 5)])

@@ -41,6 +41,7 @@ def records(out: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "key" in line]
 
 
+@pytest.mark.slow
 def test_the_whole_job(cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = invoke(
@@ -110,6 +111,8 @@ def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypa
     assert "OTHER predictions on 269 test samples; merged: OTHER predictions for 3" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.law("killed-sweep")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int) -> None:
     out = tmp_path / "run"
@@ -154,6 +157,7 @@ def _busy(out: Path) -> bool:
     return any(str(out) in line and "tnadapt" in line for line in listed.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 @pytest.mark.usefixtures("keyboard")
 def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
@@ -190,6 +194,7 @@ def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
     assert len(records(tmp_path / "run")) >= 1
 
 
+@pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -262,6 +262,7 @@ def forged(path: Path, shape: tuple[int, ...], content: bytes, said: int | None 
 SMALL = 1 << 20
 
 
+@pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("said", [None, 1 << 30, 1 << 62])
 @pytest.mark.parametrize("shape", [(1 << 10, 1 << 10, 1 << 10), (1 << 31, 1 << 31), (1 << 62,), (-1, 5)])
 def test_what_an_array_claims_costs_nothing(tmp_path: Path, shape: tuple[int, ...], said: int | None) -> None:
@@ -275,6 +276,7 @@ def read_refused(path: str) -> None:
         read(path)
 
 
+@pytest.mark.law("allocation-limit")
 def test_an_archive_is_read_as_far_as_it_says_and_no_further(tmp_path: Path) -> None:
     # 64 MiB of zeros, of which the array is 400 bytes by all that the archive says.
     path = forged(tmp_path / "a.npz", (4, 10, 10), bytes(64 << 20), 400)
@@ -282,6 +284,7 @@ def test_an_archive_is_read_as_far_as_it_says_and_no_further(tmp_path: Path) -> 
     assert peak_of(lambda: read_refused(path)) < SMALL
 
 
+@pytest.mark.law("allocation-limit")
 def test_headers_of_any_length_and_other_packers_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     for method, start in (

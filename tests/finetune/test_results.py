@@ -42,6 +42,7 @@ def test_lines_are_found_again(tmp_path: Path) -> None:
         assert results.records["b"]["test"] == 2
 
 
+@pytest.mark.law("killed-sweep")
 @pytest.mark.parametrize("cut", range(1, 22))
 def test_a_line_that_was_not_finished_is_dropped(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "results.jsonl"
@@ -94,6 +95,7 @@ def test_another_study_is_refused_and_told(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.law("killed-sweep")
 def test_two_at_once(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     path = tmp_path / "results.jsonl"

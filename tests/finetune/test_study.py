@@ -211,6 +211,7 @@ def test_a_last_step_that_explodes_is_noticed_too(cache: Path, tmp_path: Path) -
     assert outcome.best.rate == 0.03
 
 
+@pytest.mark.law("no-global-random-state")
 def test_training_touches_no_global_random_state_and_no_threads(cache: Path) -> None:
     problem = open_problem(spec(cache))
     state, count = torch.get_rng_state(), torch.get_num_threads()

@@ -1,22 +1,28 @@
-"""The page of the laws: ``python -m tests.laws.page RUN`` makes it of what ``pytest --laws RUN`` counted.
+"""The page of the laws: ``python -m tests.laws.page FILE...`` makes it of what ``pytest --junitxml FILE`` reported.
 
-``--check`` changes nothing, and says where a run shows less than the page does: a law that failed, that skipped cases
-for a new reason, or of which fewer cases passed.
+Several files are the parts of one run. ``--check`` changes nothing, and says where a run shows less than the page does:
+a law that failed, that skipped cases for a new reason, or of which fewer cases passed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import textwrap
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COUNTS", "PAGE", "page", "shortcomings"]
+from .book import laws
+
+__all__ = ["COUNTS", "PAGE", "count", "page", "shortcomings"]
 
 # What another machine may lack: a reason that contains one of these may keep cases from being run there.
 LACKING = ("cupy is not installed", "no CUDA device", "finds no device", "by root alone", "C++ compiler", "no NVRTC")
+PACKAGES = ("tnadapt", "numpy", "scipy", "torch", "jax", "peft", "transformers", "hypothesis", "pytest")
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "laws.md"
@@ -24,17 +30,72 @@ COUNTS = DOCS / "laws.json"
 
 HEAD = """# The laws
 
-What must hold, and how many cases of a run of the tests showed it. `python -m pytest --laws FILE` counts, `python -m
-tests.laws.page FILE` makes this page of it; `tests/laws/book.toml` names the tests of every law. CI counts anew, and
-does not pass if a case of a law fails, if a law has none that passes, or if cases are gone or skipped for a reason that
-is neither in the table below nor the machine's.
+What must hold, and how many cases of a run of the tests showed it. `tests/laws/book.toml` has the laws; the tests of
+each are marked with its id, `@pytest.mark.law("id")`. `python -m pytest --junitxml FILE` reports what passed, and
+`python -m tests.laws.page FILE` makes this page of it. CI counts anew, and does not pass if a case of a law fails, if a
+law has none that passes, or if cases are gone or skipped for a reason that is neither in the table below nor the
+machine's.
 
 A *case* is a test with one set of parameters. *drawn*: so many of them are not one case but a search by Hypothesis,
 over up to sixty examples of configs, shapes and numbers unless the test says otherwise (`HYPOTHESIS_PROFILE=long`: six
 hundred). A case can be of several laws; with those that were skipped there are {cases:,} in all. *of*: methods,
-configs, models or faults by name, and the folds. A test that names no library is counted as that of its folder, or of
-the library without which it cannot run, or NumPy's.
+configs, models or faults by name, and the folds. A test that names no library is counted as that of the library which
+its module imports, or as NumPy's.
 """
+
+
+def count(reports: Sequence[Path]) -> dict[str, Any]:
+    """Cases by law, of JUnit reports."""
+    cases: dict[tuple[str | None, str | None], dict[str, Any]] = {}
+    for path in reports:
+        for case in ElementTree.parse(path).iter("testcase"):
+            recorded = [(one.get("name"), one.get("value")) for one in case.iter("property")]
+            if any(name == "law" for name, _ in recorded):
+                key = case.get("classname"), case.get("name")
+                # What passed has a second entry where what follows the test fails.
+                if cases.get(key, {}).get("outcome") != "failed":
+                    cases[key] = {"recorded": recorded, **_outcome(case)}
+    return {
+        "cases": len(cases),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "laws": [
+            {"id": law, "group": entry.group, "says": entry.says}
+            | _counts([case for case in cases.values() if ("law", law) in case["recorded"]])
+            for law, entry in laws().items()
+        ],
+    }
+
+
+def _outcome(case: ElementTree.Element) -> dict[str, str]:
+    if case.find("failure") is not None or case.find("error") is not None:
+        return {"outcome": "failed"}
+    skipped = case.find("skipped")
+    return {"outcome": "passed"} if skipped is None else {"outcome": "skipped", "reason": skipped.get("message", "")}
+
+
+def _counts(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    passed = [case["recorded"] for case in cases if case["outcome"] == "passed"]
+    reasons = [case["reason"] for case in cases if case["outcome"] == "skipped"]
+    of = {"libraries": "library", "dtypes": "dtype", "folds": "fold", "variants": "variant"}
+    return {
+        "passed": len(passed),
+        "failed": sum(case["outcome"] == "failed" for case in cases),
+        "drawn": sum(name == "drawn" for recorded in passed for name, _ in recorded),
+        "skipped": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        **{
+            key: sorted({value for recorded in passed for name, value in recorded if name == what})
+            for key, what in of.items()
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def page(counted: Mapping[str, Any]) -> str:
@@ -86,14 +147,14 @@ def shortcomings(counted: Mapping[str, Any], stated: Mapping[str, Any]) -> list[
 
     Examples
     --------
-    >>> law = {"says": "a = a", "passed": 3, "failed": 0, "skipped": {}}
+    >>> law = {"id": "a", "says": "a = a", "passed": 3, "failed": 0, "skipped": {}}
     >>> shortcomings({"laws": [{**law, "passed": 2}]}, {"laws": [law]})
     ["'a = a' passed 2 cases; the page states 3"]
     """
-    before = {law["says"]: law for law in stated["laws"]}
+    before = {law["id"]: law for law in stated["laws"]}
     found = []
     for law in counted["laws"]:
-        says, passed, was = law["says"], law["passed"], before.pop(law["says"], {"passed": 0, "skipped": {}})
+        says, passed, was = law["says"], law["passed"], before.pop(law["id"], {"passed": 0, "skipped": {}})
         if law["failed"]:
             found.append(f"{says!r} failed in {law['failed']} cases")
         if not passed:
@@ -106,7 +167,7 @@ def shortcomings(counted: Mapping[str, Any], stated: Mapping[str, Any]) -> list[
         more = max(0, _kept_by_the_machine(law) - _kept_by_the_machine(was))
         if passed + more < was["passed"]:
             found.append(f"{says!r} passed {passed:,} cases; the page states {was['passed']:,}")
-    return found + [f"{says!r} is on the page and no more in the book" for says in before]
+    return found + [f"{law['says']!r} is on the page and no more in the book" for law in before.values()]
 
 
 def _of_the_machine(reason: str) -> bool:
@@ -120,10 +181,10 @@ def _kept_by_the_machine(law: Mapping[str, Any]) -> int:
 def main() -> None:
     """Make the page, or check it."""
     given = argparse.ArgumentParser(description=__doc__)
-    given.add_argument("run", type=Path, help="what pytest --laws counted")
+    given.add_argument("reports", type=Path, nargs="+", help="what pytest --junitxml wrote")
     given.add_argument("--check", action="store_true")
     asked = given.parse_args()
-    counted = json.loads(asked.run.read_text(encoding="utf-8"))
+    counted = count(asked.reports)
     if not asked.check:
         COUNTS.write_text(json.dumps(counted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         PAGE.write_text(page(counted), encoding="utf-8")

@@ -18,6 +18,8 @@ from tests.torch.small import batch, small, stir  # noqa: E402
 
 from .grid import config_of, every_group, everything  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 HALVES = ["bfloat16", "float16"]
 
 
@@ -46,6 +48,7 @@ def same_bits(model: nn.Module, other: nn.Module) -> bool:
     )
 
 
+@pytest.mark.law("fresh-is-zero", "half-precision-base")
 @every_group
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])
 def test_a_fresh_adapter_changes_no_bit_and_is_float32(kind: str, fold: str, projection: str, dtype: str) -> None:
@@ -54,6 +57,7 @@ def test_a_fresh_adapter_changes_no_bit_and_is_float32(kind: str, fold: str, pro
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
 
 
+@pytest.mark.law("first-gradients", "base-is-constant")
 @every_group
 def test_every_group_learns_at_once_and_the_base_never(kind: str, fold: str, projection: str) -> None:
     """What starts from zero at the first step, or where nothing does all; what waited for it at the second."""
@@ -75,6 +79,7 @@ def test_every_group_learns_at_once_and_the_base_never(kind: str, fold: str, pro
     assert not torch.equal(run(model), run(small()))
 
 
+@pytest.mark.law("merge-is-attached", "merge-exact-undo")
 @every_group
 def test_merged_is_attached_and_unmerged_is_the_base(kind: str, fold: str, projection: str) -> None:
     model, adapter = attached(kind, fold, projection)
@@ -89,6 +94,7 @@ def test_merged_is_attached_and_unmerged_is_the_base(kind: str, fold: str, proje
     assert torch.equal(run(model), on)
 
 
+@pytest.mark.law("disabled", "detach")
 @every_group
 def test_disabled_and_detached_are_the_base(kind: str, fold: str, projection: str) -> None:
     model, adapter = attached(kind, fold, projection)
@@ -104,6 +110,7 @@ def test_disabled_and_detached_are_the_base(kind: str, fold: str, projection: st
     assert list(model.state_dict()) == list(small().state_dict())
 
 
+@pytest.mark.law("copies")
 @every_group
 def test_copies_are_equal_and_independent(kind: str, fold: str, projection: str) -> None:
     model, adapter = attached(kind, fold, projection)
@@ -116,6 +123,7 @@ def test_copies_are_equal_and_independent(kind: str, fold: str, projection: str)
     assert torch.equal(run(twin), on)
 
 
+@pytest.mark.law("file-round-trip", "file-bytes")
 @every_group
 def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path, kind: str, fold: str, projection: str) -> None:
     model, adapter = attached(kind, fold, projection)
@@ -127,6 +135,7 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path, kind: str, fold: str
     assert (tmp_path / "adapter").read_bytes() == (tmp_path / "again").read_bytes()
 
 
+@pytest.mark.law("meta-device")
 @every_group
 def test_on_the_meta_device_nothing_is_allocated(kind: str, fold: str, projection: str) -> None:
     with torch.device("meta"):
@@ -136,6 +145,7 @@ def test_on_the_meta_device_nothing_is_allocated(kind: str, fold: str, projectio
     assert adapter.num_parameters == sum(parameter.numel() for parameter in adapter.parameters())
 
 
+@pytest.mark.law("derivatives-of-presets", "derivatives-of-projections")
 @everything
 def test_first_and_second_derivatives_are_finite_differences(kind: str, fold: str, projection: str) -> None:
     plan = tna.SuperLoRA(config_of(kind, fold, projection), [(4, 3), (2, 6)])

@@ -1,9 +1,10 @@
-"""The book of laws names tests that are there, cases are counted right, and the page is that of its counts."""
+"""Every law has tests, every marker a law, cases are counted right, and the page is that of its counts."""
 
 from __future__ import annotations
 
+import ast
 import json
-import re
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,29 +12,33 @@ from pathlib import Path
 import pytest
 
 from . import page
-from .book import TESTS, laws, of_test
-from .counting import home
+from .book import laws
 
-LAW = '[[group]]\ntitle = "g"\n[[group.law]]\nsays = "{}"\ntests = ["{}"]\n'
-
-
-def test_every_law_names_tests_that_are_there() -> None:
-    found = laws()
-    assert len(found) >= 60
-    assert len({law.group for law in found}) == 21
-    assert [law.number for law in found] == list(range(1, len(found) + 1))
-    assert set(of_test(found)["test_projection.py::test_slices"]) == {
-        law.number for law in found if "test_projection.py::test_slices" in law.tests
-    }
+TESTS = Path(__file__).parents[1]
 
 
-def test_a_test_that_is_not_there_and_a_law_said_twice(tmp_path: Path) -> None:
+def marked() -> set[str]:
+    """The ids of all markers ``law`` in the files of the tests."""
+    calls = (
+        node
+        for path in TESTS.rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.law"
+    )
+    return {ast.literal_eval(argument) for call in calls for argument in call.args}
+
+
+def test_every_law_has_tests_and_every_marker_a_law() -> None:
+    assert marked() == set(laws())
+
+
+def test_one_id_or_sentence_twice(tmp_path: Path) -> None:
     book = tmp_path / "book.toml"
-    book.write_text(LAW.format("a", "test_draws.py::test_nothing_of_the_kind"))
-    with pytest.raises(ValueError, match=r"names test_draws.py::test_nothing_of_the_kind for 'a', which is not there"):
+    group = '[[group]]\ntitle = "{}"\n[group.laws]\n{} = "{}"\n'
+    book.write_text(group.format("g", "one", "a") + group.format("h", "one", "b"))
+    with pytest.raises(ValueError, match=r"book.toml has the id 'one' twice"):
         laws(book)
-    once = LAW.format("a", "test_draws.py::test_words")
-    book.write_text(once + once)
+    book.write_text(group.format("g", "one", "a") + group.format("h", "two", "a"))
     with pytest.raises(ValueError, match="says twice: a"):
         laws(book)
 
@@ -42,69 +47,90 @@ CASES = """
 import pytest
 from hypothesis import given, strategies as st
 
+@pytest.mark.law("known-draws")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("fold", ["stack"])
 @pytest.mark.parametrize("damage", ["\\udcff"])
 def test_words(dtype, fold, damage): pass
 
+@pytest.mark.law("known-draws")
 @given(st.integers())
 def test_digests(one): pass
 
+@pytest.mark.law("equal-seeds", "known-draws")
 @pytest.mark.parametrize("backend", ["cupy"])
-def test_the_logarithm_without_libm(backend): pytest.skip("no | device")
+def test_libraries(backend): pytest.skip("no | device")
 
-def test_bad_input(): assert False
+@pytest.fixture
+def broken(): yield; raise OSError
+
+@pytest.mark.law("draws-in-pieces")
+def test_pieces(broken): pass
+
+def test_of_no_law(): assert False
+
+@pytest.mark.slow
+@pytest.mark.law("draws-in-pieces")
+def test_slow(): import torch
 """
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
-def test_cases_are_counted(tmp_path: Path, workers: list[str]) -> None:
-    if workers:
+def run(folder: Path, tests: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """pytest in a folder with these tests, whose markers are recorded."""
+    (folder / "test_draws.py").write_text(tests)
+    (folder / "pytest.ini").write_text("[pytest]\njunit_family = xunit1\nmarkers =\n    law\n    slow\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.laws.markers",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        ".",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}", "PYTEST_ADDOPTS": ""}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(params=[(), ("-n", "1")], ids=["alone", "xdist"])
+def workers(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    if request.param:
         pytest.importorskip("xdist")
-    (tmp_path / "test_draws.py").write_text(CASES)
-    (tmp_path / "conftest.py").write_text(
-        "from pathlib import Path\nimport tests.laws.counting as counting\ncounting.TESTS = Path(__file__).parent\n"
-        "def pytest_configure(config): config.pluginmanager.register(counting.Counting(Path('counts.json')))\n"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "."]
-    path = f"{TESTS.parent}"
-    done = subprocess.run(command, cwd=tmp_path, env=_environment(path), capture_output=True, text=True, timeout=300)
-    assert "1 failed" in done.stdout, done.stdout + done.stderr
-    counted = json.loads((tmp_path / "counts.json").read_text(encoding="utf-8"))
-    words, same = counted["laws"][:2]
+    return request.param
+
+
+def test_cases_are_counted(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    fast = run(tmp_path, CASES, *workers, "-m", "not slow", "--junitxml=fast.xml")
+    assert "1 failed, 4 passed, 1 skipped" in fast.stdout, fast.stdout + fast.stderr
+    run(tmp_path, CASES, *workers, "-m", "slow", "--junitxml=slow.xml")
+    counted = page.count([tmp_path / "fast.xml", tmp_path / "slow.xml"])
+    words, same, pieces = counted["laws"][:3]
     assert (words["passed"], words["drawn"], words["failed"]) == (3, 1, 0)
     assert (words["dtypes"], words["folds"], words["libraries"]) == (["float32", "float64"], ["stack"], ["numpy"])
     assert words["variants"] == ["\\udcff"]
     assert (same["passed"], same["skipped"]) == (0, {"no | device": 1})
-    assert counted["cases"] == 4
+    assert words["skipped"] == same["skipped"]
+    assert (pieces["passed"], pieces["failed"]) == (1, 1)
+    assert counted["cases"] == 6
     shown = page.page(counted)
     assert "| 3 | 1 | numpy | float32, float64 | 1: \\udcff; folds stack |" in shown
     assert "| 1 | no \\| device |" in shown
 
 
-def _environment(path: str) -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
-
-
-def test_what_cannot_do_without_torch_is_not_counted_as_numpys() -> None:
-    whole = re.compile(r"""^(?:\w+ = )?pytest\.importorskip\(["']torch["']""", re.MULTILINE)
-    paths = [path for path in sorted(TESTS.rglob("test_*.py")) if whole.search(path.read_text(encoding="utf-8"))]
-    assert {"test_attached.py", "test_numerics.py", "test_torch.py"} <= {path.name for path in paths}
-    for path in paths:
-        file = path.relative_to(TESTS).as_posix()
-        assert home(file, "test_anything") == ("jax" if file == "test_jax.py" else "torch"), file
-    assert home("test_start.py", "test_the_first_step_does_not_depend_on_the_method") == "torch"
-    assert home("test_start.py", "test_a_nonlinear_start_is_alive_and_small") == "numpy"
-    meta = "test_attaching_to_a_model_of_7_billion_on_the_meta_device_takes_no_memory"
-    assert home("test_scale.py", meta) == "torch"
-    assert home("test_scale.py", "test_what_a_budget_buys_is_planned_for_the_largest") == "numpy"
+def test_a_marker_of_no_law_stops_the_run(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    done = run(tmp_path, "import pytest\n@pytest.mark.law('nonsense')\ndef test_words(): pass\n", *workers)
+    # pytest-xdist reports it as a failure, pytest alone as an interruption.
+    assert done.returncode in (1, 2), done.stdout
+    assert "passed" not in done.stdout
+    assert "test_words is marked with the law 'nonsense', which the book lacks" in done.stdout + done.stderr
 
 
 def test_what_a_run_lacks_is_said() -> None:
-    law = {"says": "a", "passed": 5, "failed": 0, "skipped": {}}
-    other = {"says": "b", "passed": 3, "failed": 0, "skipped": {"no CUDA device": 2, "an old model": 2}}
+    law = {"id": "one", "says": "a", "passed": 5, "failed": 0, "skipped": {}}
+    other = {"id": "two", "says": "b", "passed": 3, "failed": 0, "skipped": {"no CUDA device": 2, "an old model": 2}}
     stated = {"laws": [law, other]}
 
     def lacking(one: dict[str, object], *more: dict[str, object]) -> list[str]:
@@ -125,7 +151,7 @@ def test_what_a_run_lacks_is_said() -> None:
     assert lacking({}, {**other, "passed": 2, "skipped": {"no CUDA device": 2, "an old model": 3}}) == gone
     assert lacking({}, {**other, "passed": 5, "skipped": {"an old model": 2}}) == []
     assert page.shortcomings({"laws": [law]}, stated) == ["'b' is on the page and no more in the book"]
-    new = {"says": "c", "passed": 0, "failed": 0, "skipped": {}}
+    new = {"id": "three", "says": "c", "passed": 0, "failed": 0, "skipped": {}}
     assert lacking({}, other, new) == ["'c' had no case that passed"]
 
 
@@ -133,6 +159,6 @@ def test_what_a_run_lacks_is_said() -> None:
 def test_the_page_is_that_of_its_counts() -> None:
     counted = json.loads(page.COUNTS.read_text(encoding="utf-8"))
     assert page.PAGE.read_text(encoding="utf-8") == page.page(counted)
-    assert [law["says"] for law in counted["laws"]] == [law.says for law in laws()]
+    assert {law["id"]: law["says"] for law in counted["laws"]} == {law: entry.says for law, entry in laws().items()}
     assert all(law["passed"] and not law["failed"] for law in counted["laws"])
     assert counted["cases"] >= 3000

@@ -38,6 +38,7 @@ def textbook(config: tna.Config, plan: tna.SuperLoRA, arrays: dict[str, np.ndarr
     return np.concatenate([delta.reshape(-1) for delta in reference.deltas(config, SHAPES, exact, None, start)])
 
 
+@pytest.mark.law("update-formula")
 @everything
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("backend", ["numpy", "array_api_strict", "torch", "cupy"], indirect=True)
@@ -47,6 +48,8 @@ def test_the_update_is_the_textbook_formula(
     assert error_of(backend, config_of(kind, fold, projection), dtype) < TOLERANCES[dtype]
 
 
+@pytest.mark.slow
+@pytest.mark.law("update-formula")
 @pytest.mark.parametrize("projection", KINDS)
 @pytest.mark.parametrize("kind", KINDS_OF_GROUP)
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)
@@ -63,11 +66,13 @@ def error_of(backend: Backend, config: tna.Config, dtype: str) -> float:
     return relative_error(found, textbook(config, plan, arrays))
 
 
+@pytest.mark.law("update-slice")
 @everything
 def test_a_slice_is_the_whole_cut(kind: str, fold: str, projection: str) -> None:
     check_slices(load_backend("numpy"), config_of(kind, fold, projection))
 
 
+@pytest.mark.law("update-slice")
 @in_one_fold
 @elsewhere
 def test_a_slice_is_the_whole_cut_on_other_libraries(backend: Backend, kind: str, projection: str) -> None:
@@ -89,6 +94,7 @@ def check_slices(backend: Backend, config: tna.Config) -> None:
         assert np.abs(found - whole[lo:hi]).max(initial=0.0) <= 1e-12 * scale
 
 
+@pytest.mark.law("parameter-count")
 @everything
 def test_the_elements_counted_are_those_made_and_the_formula_s(kind: str, fold: str, projection: str) -> None:
     config = config_of(kind, fold, projection)
@@ -97,6 +103,7 @@ def test_the_elements_counted_are_those_made_and_the_formula_s(kind: str, fold: 
     assert plan.num_parameters == made == reference.count(config, SHAPES) == tna.parameter_count(config, SHAPES)
 
 
+@pytest.mark.law("fresh-is-zero")
 @everything
 @pytest.mark.parametrize(
     ("backend", "dtype"),
@@ -110,6 +117,8 @@ def test_a_fresh_update_is_exactly_zero(backend: Backend, kind: str, fold: str, 
     assert not bool(plan.vector(fresh, 41, 73).any())
 
 
+@pytest.mark.slow
+@pytest.mark.law("file-round-trip", "file-bytes")
 @everything
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 def test_a_file_is_read_to_the_bit_and_written_to_the_same_bytes(
@@ -129,6 +138,7 @@ def test_a_file_is_read_to_the_bit_and_written_to_the_same_bytes(
     assert all(np.array_equal(a, b) for a, b in zip(again, before, strict=True))
 
 
+@pytest.mark.law("copies")
 @everything
 def test_copies_and_pickles_compute_the_same_bits(kind: str, fold: str, projection: str) -> None:
     plan = tna.SuperLoRA(config_of(kind, fold, projection), SHAPES)
@@ -138,11 +148,13 @@ def test_copies_and_pickles_compute_the_same_bits(kind: str, fold: str, projecti
         assert other.vector(arrays).tobytes() == want
 
 
+@pytest.mark.law("not-finite-shows")
 @everything
 def test_one_number_that_is_not_finite_spoils_all_that_f_mixes_it_with(kind: str, fold: str, projection: str) -> None:
     check_that_it_spreads(load_backend("numpy"), config_of(kind, fold, projection))
 
 
+@pytest.mark.law("not-finite-shows")
 @in_one_fold
 @elsewhere
 def test_one_number_that_is_not_finite_spoils_as_much_on_other_libraries(
@@ -170,17 +182,21 @@ def check_that_it_spreads(backend: Backend, config: tna.Config) -> None:
                 assert not np.isfinite(found[:first]).any()
 
 
+@pytest.mark.law("not-finite-shows")
 @everything
 def test_what_is_not_finite_does_not_hide(kind: str, fold: str, projection: str) -> None:
     check_that_it_shows(load_backend("numpy"), config_of(kind, fold, projection))
 
 
+@pytest.mark.law("not-finite-shows")
 @in_one_fold
 @elsewhere
 def test_what_is_not_finite_does_not_hide_on_other_libraries(backend: Backend, kind: str, projection: str) -> None:
     check_that_it_shows(backend, config_of(kind, "hypercube", projection))
 
 
+@pytest.mark.slow
+@pytest.mark.law("not-finite-shows")
 @pytest.mark.parametrize("projection", KINDS)
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)
 def test_what_is_not_finite_does_not_hide_on_jax(backend: Backend, projection: str) -> None:

@@ -17,7 +17,10 @@ pytest.importorskip("torch")
 
 PARTS = ("fwht", "fastfood", "steps", "memory", "strategies", "growth", "slices", "startup", "gpu")
 
-pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not in this copy of the project")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not in this copy of the project"),
+]
 
 
 @pytest.fixture

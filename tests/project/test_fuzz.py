@@ -23,6 +23,7 @@ LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 SECONDS = 60 if LONG else 4
 
 
+@pytest.mark.law("fuzz")
 @pytest.mark.parametrize(("target", "stored"), INPUTS)
 def test_what_was_found_once_is_read_or_refused_in_little_memory(target: str, stored: str) -> None:
     measured(TARGETS[target], (CORPUS / target / stored).read_bytes())
@@ -34,6 +35,7 @@ def test_memory_is_measured() -> None:
         measured(lambda data: kept.append(bytes(1 << 24)), b"abc")
 
 
+@pytest.mark.law("fuzz")
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed")
 @pytest.mark.parametrize("target", TARGETS if LONG else ["recipe", "config", "adapter"])
 def test_a_short_run(tmp_path: Path, target: str) -> None:

@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,6 +17,7 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.law("offline")
 def test_no_framework_is_imported() -> None:
     # Nor what only some functions need.
     unwanted = ["torch", "jax", "cupy", "tensorly", "scipy", "matplotlib", "hypothesis", "pytest", "typer", "rich"]

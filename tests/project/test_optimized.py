@@ -14,6 +14,8 @@ from tests.support import checkpoint_files as cp
 from tests.support import forge
 from tnadapt.targets.overlaps import check_distinct
 
+pytestmark = pytest.mark.slow
+
 TARGETS = [tna.Target(f"layers.0.attn.{x}_proj", (4, 6), x) for x in "qv"]
 
 
@@ -71,6 +73,7 @@ print("all of it")
 """
 
 
+@pytest.mark.law("optimized-python")
 def test_every_command_and_every_module(tmp_path: Path) -> None:
     pytest.importorskip("typer")
     tensors = cp.base(TARGETS)
@@ -114,6 +117,7 @@ def hostile(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.law("optimized-python")
 def test_hostile_files_are_refused_in_the_same_words(tmp_path: Path) -> None:
     files = hostile(tmp_path)
     said = []

@@ -209,6 +209,7 @@ def check_peft(
     return arrays
 
 
+@pytest.mark.law("peft-agrees")
 @given(sizes=SIZES, rank=RANKS, alpha=ALPHAS, seed=SEEDS)
 @example(sizes=(12, 8, 18), rank=3, alpha=16.0, seed=0)
 def test_lora_is_peft_s(peft: Any, sizes: tuple[int, ...], rank: int, alpha: float | None, seed: int) -> None:
@@ -217,6 +218,7 @@ def test_lora_is_peft_s(peft: Any, sizes: tuple[int, ...], rank: int, alpha: flo
 
 
 # PEFT rounds LoHa's alpha / r to float32 (a test below): here are scales that float32 has.
+@pytest.mark.law("peft-agrees")
 @given(sizes=SIZES, rank=RANKS, sixteenths=st.integers(1, 64), seed=SEEDS)
 @example(sizes=(12, 8, 18), rank=3, sixteenths=40, seed=0)
 def test_loha_is_peft_s(peft: Any, sizes: tuple[int, ...], rank: int, sixteenths: int, seed: int) -> None:
@@ -225,6 +227,7 @@ def test_loha_is_peft_s(peft: Any, sizes: tuple[int, ...], rank: int, sixteenths
     check_peft(peft, "loha", theirs, [presets.loha(rank=rank, alpha=alpha)] * 2, sizes, seed)
 
 
+@pytest.mark.law("peft-agrees")
 @given(
     sizes=st.tuples(PRODUCTS, PRODUCTS, PRODUCTS), rank=st.integers(1, 4), alpha=ALPHAS, both=st.booleans(), seed=SEEDS
 )
@@ -244,6 +247,7 @@ LOW_W2 = {"split1.factor0", "split1.factor1"}
 
 
 # Each kind of LoKr, and both sides of each bound: what the test above may or may not come upon.
+@pytest.mark.law("peft-agrees")
 @pytest.mark.parametrize(
     ("cols", "rows", "rank", "both", "preset", "changes", "names"),
     [
@@ -268,6 +272,7 @@ def test_each_kind_of_lokr_is_peft_s(
 
 
 # PEFT's decompose_factor f is our split_size=f wherever f divides, even where W1 is then the larger of the two.
+@pytest.mark.law("peft-agrees")
 @given(
     factor=st.integers(1, 7),
     of_cols=st.integers(1, 9),
@@ -370,6 +375,7 @@ def check_lycoris(
 SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 30))
 
 
+@pytest.mark.law("lycoris-agrees")
 @given(shape=SHAPES, rank=RANKS, alpha=ALPHAS, seed=SEEDS)
 @example(shape=(8, 12), rank=3, alpha=16.0, seed=0)
 def test_lora_is_lycoris_s(lycoris: Any, shape: tuple[int, int], rank: int, alpha: float | None, seed: int) -> None:
@@ -380,6 +386,7 @@ def test_lora_is_lycoris_s(lycoris: Any, shape: tuple[int, int], rank: int, alph
     check_equal([presets.lora(rank=rank, alpha=alpha)], [arrays], [theirs])
 
 
+@pytest.mark.law("lycoris-agrees")
 @given(shape=SHAPES, rank=RANKS, alpha=ALPHAS, seed=SEEDS)
 @example(shape=(8, 12), rank=3, alpha=16.0, seed=0)
 def test_loha_is_lycoris_s(lycoris: Any, shape: tuple[int, int], rank: int, alpha: float | None, seed: int) -> None:
@@ -403,6 +410,7 @@ def lycoris_lokr_weights(arrays: Mapping[str, Any]) -> list[Any]:
     return [*weights, None]
 
 
+@pytest.mark.law("lycoris-agrees")
 @given(shape=st.tuples(PRODUCTS, PRODUCTS), rank=st.integers(1, 4), alpha=ALPHAS, both=st.booleans(), seed=SEEDS)
 @example(shape=(8, 12), rank=1, alpha=16.0, both=False, seed=0)
 @example(shape=(8, 12), rank=2, alpha=None, both=False, seed=0)
@@ -421,6 +429,7 @@ def test_lokr_and_krona_are_lycoris_s(
 
 
 # LyCORIS has f in W1 as we do up to the square root of the size.
+@pytest.mark.law("lycoris-agrees")
 @given(factor=st.integers(1, 6), times=st.tuples(st.integers(0, 6), st.integers(0, 6)), alpha=ALPHAS, seed=SEEDS)
 @example(factor=3, times=(0, 4), alpha=16.0, seed=0)
 def test_lokr_of_a_given_size_is_lycoris_s(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import tnadapt as tna
 
-TEXT = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 OWN = {"weights": 24, "rows": 768, "cols": 768}
 # What stands for the dots of the methods that must know how the weights stack up.
 GIVEN = {
@@ -44,8 +46,28 @@ def test_the_table_names_every_preset() -> None:
 
 
 def test_setup_and_tests_are_what_ci_runs() -> None:
-    ci = (Path(__file__).parents[2] / ".ci" / "run").read_text(encoding="utf-8")
-    for command in ("-m venv", '-m pip install --quiet -e ".[dev]"', "python -m pytest\n", "python -m sphinx"):
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    commands = (
+        "-m venv",
+        '-m pip install --quiet --no-compile -e ".[dev]"',
+        "python -m pytest\n",
+        "python -m pytest -m slow\n",
+    )
+    for command in (*commands, "tnadapt", "finetune", "python -m sphinx"):
         assert command in ci
         assert command.replace(" --quiet", "") in TEXT
-    assert "tnadapt finetune" in TEXT
+    # The fast tests first: they fail soonest.
+    assert [ci.index(command) for command in commands] == sorted(ci.index(command) for command in commands)
+
+
+def test_the_commands_are_contributing_s() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for command in re.findall(r"^\.venv/bin/python -m (?:pip|pytest).*$", TEXT, flags=re.MULTILINE):
+        assert f"\n{command}\n" in text
+
+
+def test_extras_are_those_of_the_project() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    said = re.search(r"^Extras: (.*?)\n\n", TEXT, flags=re.MULTILINE | re.DOTALL)
+    assert said
+    assert set(re.findall(r"`([a-z]+)`", said[1])) == set(extras)

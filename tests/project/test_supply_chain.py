@@ -49,6 +49,7 @@ def imported() -> Iterator[tuple[str, str]]:
             yield place, node.module.split(".")[0]
 
 
+@pytest.mark.law("nothing-run")
 def test_nothing_that_runs_what_it_reads_is_imported() -> None:
     found = list(imported())
     assert ("strict_json.py", "json") in found
@@ -57,6 +58,7 @@ def test_nothing_that_runs_what_it_reads_is_imported() -> None:
     assert [one for one in found if one[1] in ("socket", "urllib", "http", "requests", "httpx", "ftplib")] == []
 
 
+@pytest.mark.law("nothing-run")
 def test_nothing_is_evaluated_and_archives_are_read_without_pickles() -> None:
     loads = 0
     for place, call in nodes(ast.Call):
@@ -131,6 +133,7 @@ print(len(missing), sorted(path.name for path in folder.iterdir()))
 """
 
 
+@pytest.mark.law("offline")
 def test_no_connection_is_opened() -> None:
     command = [sys.executable, "-W", "ignore", "-c", OFFLINE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
@@ -139,6 +142,7 @@ def test_no_connection_is_opened() -> None:
     assert str(["adapter", "base.safetensors", "merged.safetensors", *of_torch, "peft"]) in done.stdout
 
 
+@pytest.mark.law("offline")
 def test_the_guard_sees_a_connection() -> None:
     code = OFFLINE.split("import importlib", 1)[0] + "import socket\nsocket.create_connection(('127.0.0.1', 9))\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)

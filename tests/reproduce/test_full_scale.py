@@ -30,6 +30,8 @@ from tnadapt.finetune._data import Data, Samples, divide  # noqa: E402
 from tnadapt.finetune._data_sources import read  # noqa: E402
 from tnadapt.reproduce import classification  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 #: Of ten classes: so many images each, to train on and to test with.
 TRAINING, TEST = 4, 1
 FINE = [f"fine {label}" for label in range(10)]

@@ -59,6 +59,7 @@ def test_settings_have_as_many_parameters_as_the_plain_twin_counts(name: str) ->
             assert point.parameters == reference.count(point.config, weights.shapes, weights.layers), point
 
 
+@pytest.mark.law("parameter-count")
 @pytest.mark.parametrize("name", [name for name in names() if "full" in scales(name)])
 def test_the_papers_counts_come_out(name: str) -> None:
     checked = open_recipe(name).checked()

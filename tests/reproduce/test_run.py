@@ -118,6 +118,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_classification_is_run_and_goes_on(cache: Path, tmp_path: Path) -> None:
     recipe = parse("small", SMALL.format(kind="classification", how='optimiser = "sgd"\nshape = "onecycle"'), "mini")
     first = run(recipe, tmp_path / "run", cache=cache)
@@ -160,6 +161,7 @@ def test_a_word_that_is_no_setting_is_refused(cache: Path, tmp_path: Path) -> No
             run(parse("small", SMALL.format(kind="classification", how=how), "mini"), tmp_path, cache=cache)
 
 
+@pytest.mark.slow
 def test_the_geometry_is_that_of_the_adapters(cache: Path, tmp_path: Path) -> None:
     recipe = parse("small", SMALL.format(kind="geometry", how=""), "mini")
     outcome = run(recipe, tmp_path / "run", cache=cache)

@@ -162,6 +162,7 @@ CASES: dict[str, tuple[rules.Rule, st.SearchStrategy[Case]]] = {
 OTHERS = {"sized", "shared", "reordered", "global_window", "lambda_layer", "in_split", "guided"}
 
 
+@pytest.mark.law("fused-layouts")
 @pytest.mark.parametrize("name", CASES)
 @given(st.data())
 def test_rows_are_a_partition_and_those_of_a_plain_reshape(name: str, data: st.DataObject) -> None:
@@ -176,6 +177,7 @@ def test_rows_are_a_partition_and_those_of_a_plain_reshape(name: str, data: st.D
     assert sorted([*other.tolist(), *(row for one in rows.values() for row in one)]) == list(range(out))
 
 
+@pytest.mark.law("fused-layouts")
 def test_every_rule_is_tried() -> None:
     tried = {rule.__qualname__.partition(".")[0] for rule, _ in CASES.values()}
     assert tried | OTHERS == set(rules.__all__) - {"Rule"}
@@ -257,6 +259,7 @@ def stored(name: str, out: int, cols: int = 8, output: str = "", where: str = "l
     return found | ({f"{where}.{output}.weight": (cols, cols)} if output else {})
 
 
+@pytest.mark.law("fused-on-disk")
 @pytest.mark.parametrize(
     ("shapes", "config", "why"),
     [
@@ -332,6 +335,7 @@ def test_names_that_all_libraries_agree_on_need_no_config() -> None:
         assert target.rows.indices() == list(range(16, 24))
 
 
+@pytest.mark.law("fused-on-disk")
 def test_each_part_of_a_config_speaks_for_its_own_weights() -> None:
     """With the heads of the text model, 12 and 2, the rows of this vision model would be 36, 6 and 6: they fit, too."""
     text = {"model_type": "qwen2", "num_attention_heads": 12, "num_key_value_heads": 2}

@@ -40,6 +40,7 @@ def views(draw: st.DrawFn, out: int) -> Target:
     )
 
 
+@pytest.mark.law("name-clash")
 @given(st.sampled_from([1, 2, 6, 12, 24, 60]).flatmap(lambda out: st.lists(views(out), min_size=1, max_size=4)))
 def test_targets_overlap_exactly_where_their_rows_do(targets: list[Target]) -> None:
     rows = [rows_of(target) for target in targets]
@@ -113,12 +114,14 @@ def forged(folder: Path, targets: list[Target]) -> Path:
     return path
 
 
+@pytest.mark.law("name-clash")
 @BAD
 def test_no_adapter_file_is_made_of_them(targets: list[Target]) -> None:
     with pytest.raises(tna.TargetError, match="targets 0 and 1 overlap: both update row"):
         tna.AdapterFile(tna.Config(rank=1), targets, arrays_of(targets))
 
 
+@pytest.mark.law("name-clash")
 @BAD
 def test_no_file_of_them_is_loaded_merged_converted_or_described(tmp_path: Path, targets: list[Target]) -> None:
     path = forged(tmp_path, targets)
@@ -134,6 +137,7 @@ def test_no_file_of_them_is_loaded_merged_converted_or_described(tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.law("name-clash")
 @BAD
 def test_torch_attaches_and_loads_none_of_them(tmp_path: Path, targets: list[Target]) -> None:
     torch = pytest.importorskip("torch")

@@ -33,6 +33,7 @@ def renamed(target: Target) -> Target:
 towers = st.lists(st.sampled_from(["encoder", "decoder", "vision", "text"]), min_size=1, max_size=3, unique=True)
 
 
+@pytest.mark.law("renamed-modules")
 @given(towers, st.integers(1, 12), st.sets(st.sampled_from("qkvo"), min_size=1), st.randoms())
 def test_every_weight_is_paired_with_itself_whatever_the_order(
     names: list[str], layers: int, roles: set[str], luck: random.Random
@@ -95,6 +96,7 @@ def test_rows_of_one_weight_are_paired_by_role() -> None:
     assert paired(apart, fused) == fused[::-1]
 
 
+@pytest.mark.law("renamed-modules")
 @pytest.mark.parametrize("name", ["wq", "wk"])
 def test_a_format_that_orders_rotary_rows_in_another_way_is_not_paired(name: str) -> None:
     role = name[1]
@@ -106,6 +108,7 @@ def test_a_format_that_orders_rotary_rows_in_another_way_is_not_paired(name: str
     assert paired(values[:1], values[1:]) == values[1:]
 
 
+@pytest.mark.law("renamed-modules")
 def test_an_adapter_of_an_encoder_and_a_decoder_is_placed_where_it_was_trained(tmp_path: Path) -> None:
     """It was not: the modules are in the model's order, the tensors in that of the alphabet, and all of one shape."""
 

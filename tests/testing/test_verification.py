@@ -26,6 +26,7 @@ from tnadapt.testing.verification import Report, examples, verify
 OF_EACH_FORMAT = ("dense", "lonkr", "lorta", "superlora", "cara", "compacter")
 
 
+@pytest.mark.law("projection-adjoint", "presets", "parameter-count")
 @pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
 def test_all_laws_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not installed(name):
@@ -49,6 +50,7 @@ def test_all_laws_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("the gradient = the exact derivative" in {law.name for law in report.laws}) == (name != "numpy")
 
 
+@pytest.mark.law("projection-adjoint", "update-formula")
 @given(plans())
 @settings(max_examples=15)
 def test_any_config(plan: tna.SuperLoRA) -> None:

@@ -85,6 +85,7 @@ def plain_twin(adapter: tt.Adapter) -> tuple[Callable[[torch.Tensor], torch.Tens
 # -- 7: a fresh adapter, and the first step ------------------------------------------------------------------
 
 
+@pytest.mark.law("fresh-is-zero")
 @variants
 def test_a_fresh_adapter_changes_no_bit_of_the_output(variant: str) -> None:
     base = small()
@@ -95,6 +96,7 @@ def test_a_fresh_adapter_changes_no_bit_of_the_output(variant: str) -> None:
     assert [tuple(d.shape) for d in adapter.deltas()] == [target.shape for target in adapter.targets]
 
 
+@pytest.mark.law("first-gradients", "base-is-constant")
 @variants
 def test_training_moves_every_array_and_no_bit_of_the_base(variant: str) -> None:
     model, adapter = attached(variant)
@@ -117,6 +119,7 @@ def test_training_moves_every_array_and_no_bit_of_the_base(variant: str) -> None
     assert bits(model) == before
 
 
+@pytest.mark.law("attached-is-update")
 @variants
 def test_attached_is_the_base_with_its_weights_changed(variant: str) -> None:
     model, adapter = attached(variant)
@@ -134,6 +137,7 @@ def test_attached_is_the_base_with_its_weights_changed(variant: str) -> None:
     assert moved > 1e-3
 
 
+@pytest.mark.law("attached-is-update")
 @variants
 def test_gradients_are_those_of_the_plain_formula(variant: str) -> None:
     model, adapter = attached(variant)
@@ -150,6 +154,7 @@ def test_gradients_are_those_of_the_plain_formula(variant: str) -> None:
 # -- 8: disabled, and what is refused ------------------------------------------------------------------------
 
 
+@pytest.mark.law("disabled")
 def test_disabled_gives_the_bases_bits_also_after_an_exception() -> None:
     model, adapter = attached()
     stir(adapter)
@@ -166,6 +171,7 @@ def test_disabled_gives_the_bases_bits_also_after_an_exception() -> None:
     assert adapter.merged
 
 
+@pytest.mark.law("disabled")
 def test_a_forward_that_fails_leaves_the_model_as_it_was() -> None:
     model, adapter = attached()
     stir(adapter)
@@ -179,6 +185,7 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was() -> None:
     assert all("in_proj_weight" not in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.law("no-target")
 def test_refusals_list_what_was_there_and_change_nothing() -> None:
     model = small()
     before = (
@@ -254,6 +261,7 @@ def test_what_is_kept_trainable_is_in_the_state_dict_and_no_adapter_s() -> None:
             tt.attach(model, P.lora(1), ["c"], name="second", keep_trainable=name)
 
 
+@pytest.mark.law("name-clash")
 def test_a_second_adapter_of_one_name_is_refused() -> None:
     model, adapter = attached()
     with pytest.raises(tna.TargetError, match="there is an adapter 'default' on this model already"):
@@ -264,6 +272,7 @@ def test_a_second_adapter_of_one_name_is_refused() -> None:
     tt.attach(model)
 
 
+@pytest.mark.law("name-clash")
 def test_a_row_is_not_updated_twice() -> None:
     whole = tna.Target("blocks.0.qkv", (48, 16))
     q = tna.Target("blocks.0.qkv", (48, 16), "q", rows=tna.Rows(0, 16, 48))
@@ -275,6 +284,7 @@ def test_a_row_is_not_updated_twice() -> None:
 # -- 9: fused and tied weights -------------------------------------------------------------------------------
 
 
+@pytest.mark.law("fused-keys")
 def test_the_keys_of_a_fused_weight_keep_their_bits() -> None:
     model, adapter = attached()
     stir(adapter)
@@ -289,6 +299,7 @@ def test_the_keys_of_a_fused_weight_keep_their_bits() -> None:
         assert not torch.equal(model.get_parameter(name), small().get_parameter(name))
 
 
+@pytest.mark.law("tied-weights")
 def test_tied_weights_are_refused_or_untied_by_wish() -> None:
     def tied() -> nn.Module:
         model = small()
@@ -315,6 +326,7 @@ def test_tied_weights_are_refused_or_untied_by_wish() -> None:
 # -- 10: merging ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("merge-is-attached")
 @variants
 def test_merged_is_attached(variant: str) -> None:
     model, adapter = attached(variant)
@@ -325,6 +337,7 @@ def test_merged_is_attached(variant: str) -> None:
     assert not torch.equal(run(model), run(small()))
 
 
+@pytest.mark.law("merge-exact-undo")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["default", "lora", "superlora nonlinear", "dense"])
 def test_ten_merges_and_unmerges_give_the_very_bits_back(variant: str, dtype: torch.dtype) -> None:
@@ -341,6 +354,7 @@ def test_ten_merges_and_unmerges_give_the_very_bits_back(variant: str, dtype: to
     assert bits(model) == before
 
 
+@pytest.mark.law("merge-twice")
 def test_a_second_merge_and_other_misuse_are_refused() -> None:
     model, adapter = attached()
     stir(adapter)
@@ -436,6 +450,7 @@ def test_a_merge_or_unmerge_that_ends_midway_leaves_the_base(
     assert bits(model) == before
 
 
+@pytest.mark.law("merge-not-finite")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_adapter_that_is_not_finite_touches_no_weight(bad: float) -> None:
     model, adapter = attached("superlora groups")
@@ -449,6 +464,7 @@ def test_an_adapter_that_is_not_finite_touches_no_weight(bad: float) -> None:
     assert not adapter.merged
 
 
+@pytest.mark.law("merge-not-finite")
 def test_a_sum_that_leaves_the_range_touches_no_weight() -> None:
     model = small().to(torch.float16)
     adapter = tt.attach(model, P.dense())
@@ -460,6 +476,7 @@ def test_a_sum_that_leaves_the_range_touches_no_weight() -> None:
     assert bits(model) == before
 
 
+@pytest.mark.law("between-passes")
 def test_what_was_changed_since_is_not_thrown_away() -> None:
     model, adapter = attached()
     stir(adapter)
@@ -475,6 +492,7 @@ def test_what_was_changed_since_is_not_thrown_away() -> None:
         adapter.unmerge()
 
 
+@pytest.mark.law("detach")
 def test_baking_leaves_nothing_of_the_adapter() -> None:
     model, adapter = attached()
     stir(adapter)
@@ -487,6 +505,7 @@ def test_baking_leaves_nothing_of_the_adapter() -> None:
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.law("detach")
 def test_detaching_gives_the_model_back_as_it_was() -> None:
     model = small()
     model.head.bias.requires_grad_(False)
@@ -508,6 +527,7 @@ def test_detaching_gives_the_model_back_as_it_was() -> None:
 # -- 11: dtypes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("half-precision-base")
 @pytest.mark.parametrize("variant", ["default", "lora", "superlora linear", "superlora nonlinear", "dense"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_bases_have_float32_adapters(variant: str, dtype: torch.dtype) -> None:
@@ -526,6 +546,7 @@ def test_half_precision_bases_have_float32_adapters(variant: str, dtype: torch.d
     assert {p.dtype for p in wish.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.law("autocast")
 @pytest.mark.parametrize("variant", ["default", "lora", "superlora linear", "superlora nonlinear", "dense"])
 def test_autocast(variant: str) -> None:
     base = small()
@@ -560,6 +581,7 @@ def test_autocast(variant: str) -> None:
 # -- 12: copies, meta, accumulation, checkpointing, compilation ------------------------------------------------
 
 
+@pytest.mark.law("copies")
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("variant", ["default", "lora", "superlora linear"])
 def test_copies_are_independent(variant: str, copied: Callable[[nn.Module], nn.Module]) -> None:
@@ -583,6 +605,7 @@ def test_copies_are_independent(variant: str, copied: Callable[[nn.Module], nn.M
     assert torch.equal(run(model), run(small()))
 
 
+@pytest.mark.law("copies")
 def test_torch_save_of_the_whole_model() -> None:
     model, adapter = attached()
     stir(adapter)
@@ -592,6 +615,7 @@ def test_torch_save_of_the_whole_model() -> None:
     assert torch.equal(run(torch.load(file, weights_only=False)), run(model))
 
 
+@pytest.mark.law("meta-device")
 def test_on_the_meta_device_nothing_is_allocated() -> None:
     with torch.device("meta"):
         model = small()
@@ -606,6 +630,7 @@ def test_on_the_meta_device_nothing_is_allocated() -> None:
     assert torch.equal(run(model), run(small()))
 
 
+@pytest.mark.law("accumulation")
 @variants
 def test_two_backward_passes_without_a_step(variant: str) -> None:
     model, adapter = attached(variant)
@@ -622,6 +647,7 @@ def test_two_backward_passes_without_a_step(variant: str) -> None:
         model.blocks[1](batch()).sum().backward()
 
 
+@pytest.mark.law("between-passes")
 def test_a_change_between_forward_and_backward_is_noticed() -> None:
     model, adapter = attached()
     loss = model(batch()).sum()
@@ -643,6 +669,8 @@ class Checkpointed(nn.Module):
         return self.model.head(x.mean(-2))
 
 
+@pytest.mark.slow
+@pytest.mark.law("activation-checkpointing")
 @pytest.mark.parametrize("reentrant", [False, True])
 @variants
 def test_checkpointing_gives_the_same_gradients(variant: str, reentrant: bool) -> None:
@@ -697,6 +725,8 @@ def test_reentrant_checkpointing_with_distributed_data_parallel_is_refused() -> 
 asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
+@pytest.mark.slow
+@pytest.mark.law("compile")
 @compiles_whole
 @asks_for_grad
 @pytest.mark.parametrize("variant", ["default", "lora", "lorta", "superlora linear", "superlora nonlinear", "dense"])
@@ -715,6 +745,8 @@ def test_compiled_whole_is_eager(variant: str) -> None:
         assert (p.grad - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.slow
+@pytest.mark.law("compile")
 @compiles_whole
 @asks_for_grad
 @pytest.mark.parametrize("variant", ["default", "lora", "superlora linear"])
@@ -848,6 +880,7 @@ def test_parameter_groups_of_lora_plus() -> None:
 # -- Strategies ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("attached-is-update")
 @pytest.mark.parametrize("variant", ["lora", "lora alpha"])
 def test_the_three_ways_are_one(variant: str) -> None:
     targets = ["blocks.0.proj", "blocks.1.q_proj", "blocks.1.v_proj"]
@@ -1049,6 +1082,7 @@ def test_the_summary_has_every_slice_and_prints_nothing(capsys: pytest.CaptureFi
     assert "51 of its own kept trainable" in str(summary)
 
 
+@pytest.mark.law("no-target")
 def test_shapes_of_other_arrays_are_refused_and_change_nothing() -> None:
     _, adapter = attached()
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}

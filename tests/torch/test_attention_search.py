@@ -32,6 +32,7 @@ def test_names_of_queries(name: str) -> None:
     assert found.letters == "q"
 
 
+@pytest.mark.law("no-target")
 @pytest.mark.parametrize(
     "name",
     [

@@ -114,6 +114,7 @@ CALLS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
 }
 
 
+@pytest.mark.law("array-changes", "between-passes")
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("change", CHANGES)
@@ -131,6 +132,7 @@ def test_a_changed_adapter_acts_at_once(change: str, mode: str, call: str) -> No
     assert not torch.equal(after, before)
 
 
+@pytest.mark.law("array-changes")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_averaged_weights_swapped_in_and_out(config: str) -> None:
     model, adapter = make(config)
@@ -157,6 +159,7 @@ def test_averaged_weights_swapped_in_and_out(config: str) -> None:
     assert not torch.equal(smooth, trained)
 
 
+@pytest.mark.law("between-passes")
 def test_changed_between_forward_and_backward_is_refused() -> None:
     model, adapter = make()
     loss = loss_of(model, batch())
@@ -188,6 +191,7 @@ def test_a_forward_that_turns_gradients_on_itself() -> None:
     assert len(gradients(adapter)) == len(adapter.plan.param_shapes)
 
 
+@pytest.mark.law("disabled", "array-changes")
 def test_a_pass_interrupted_from_the_keyboard_leaves_no_old_update() -> None:
     class Slow(nn.Module):
         def __init__(self) -> None:
@@ -212,6 +216,8 @@ def test_a_pass_interrupted_from_the_keyboard_leaves_no_old_update() -> None:
         assert torch.equal(model.inner(batch()), model(batch()))
 
 
+@pytest.mark.slow
+@pytest.mark.law("array-changes")
 @compiles_whole
 @pytest.mark.parametrize("config", ["default", "linear"])
 def test_a_compiled_pass_that_was_interrupted_leaves_no_old_update(config: str) -> None:

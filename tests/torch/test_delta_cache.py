@@ -38,6 +38,7 @@ class Reused:
 SHARED = P.superlora(2, projection="linear", ratio=0.5)  # all updates are computed at once
 
 
+@pytest.mark.law("array-changes")
 @pytest.mark.parametrize("config", [P.superlora(2), SHARED], ids=["alone", "at once"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_update_is_cached_while_its_arrays_are_equal(config: tna.Config, mode: Callable[[], Any]) -> None:
@@ -59,6 +60,7 @@ def test_an_update_is_cached_while_its_arrays_are_equal(config: tna.Config, mode
         case.get()
 
 
+@pytest.mark.law("array-changes")
 def test_an_update_with_a_graph_is_cached_while_its_leaves_are_the_same() -> None:
     case = Reused(SHARED, [(8, 8), (8, 8)])
     name = next(iter(case.arrays))
@@ -98,6 +100,7 @@ def test_cached_updates_are_dropped_when_a_pass_with_gradients_begins(config: tn
     assert kept() is None
 
 
+@pytest.mark.slow
 @compiles_whole
 def test_a_compiled_program_computes_the_updates_of_its_layers() -> None:
     torch.manual_seed(0)

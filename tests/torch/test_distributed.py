@@ -32,6 +32,9 @@ EXAMPLES = ROOT / "examples" / "distributed"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 JOBS = ["-m", f"{__package__}.distributed_main"]
 TRAINER = all(importlib.util.find_spec(name) for name in ("accelerate", "transformers"))
+
+pytestmark = pytest.mark.slow
+
 # Four processes take a job of each kind; two take all.
 FOUR = ["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed"]
 
@@ -70,6 +73,7 @@ def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:
 DEATHS = {"killed": "Signal 9 (SIGKILL) received by PID", "raises": "the data of this process ended"}
 
 
+@pytest.mark.law("dead-process")
 @pytest.mark.parametrize(
     ("how", "death", "world"), [("ddp", "killed", 2), ("fsdp2", "raises", 2), ("ddp", "raises", 4)]
 )
@@ -135,16 +139,19 @@ def is_as_by_one_process(folder: Path, name: str, world: int) -> None:
         assert relative(fresh.arrays()[array], tensor) > 1e-4, array
 
 
+@pytest.mark.law("two-processes")
 @pytest.mark.parametrize("name", jobs.JOBS)
 def test_two_processes_train_as_one(two: Path, name: str) -> None:
     is_as_by_one_process(two, name, 2)
 
 
+@pytest.mark.law("four-processes")
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes_train_as_one(four: Path, name: str) -> None:
     is_as_by_one_process(four, name, 4)
 
 
+@pytest.mark.law("distributed-save")
 @pytest.mark.parametrize("name", jobs.JOBS)
 def test_the_file_is_that_of_one_process(two: Path, tmp_path: Path, name: str) -> None:
     once, twice = (two / f"{name}.{time}.safetensors" for time in ("once", "twice"))
@@ -165,12 +172,14 @@ def test_the_file_is_that_of_one_process(two: Path, tmp_path: Path, name: str) -
         assert torch.equal(loaded.arrays()[array], tensor)
 
 
+@pytest.mark.law("distributed-save")
 @pytest.mark.parametrize("config", jobs.CONFIGS)
 def test_sharded_and_replicated_leave_the_same_bytes(two: Path, config: str) -> None:
     replicated, sharded = (two / f"{how}-{config}.once.safetensors" for how in ("ddp", "fsdp2"))
     assert replicated.read_bytes() == sharded.read_bytes()
 
 
+@pytest.mark.law("launchers")
 @pytest.mark.skipif(not TRAINER, reason="transformers' Trainer is not installed")
 def test_trainer_on_two_processes(two: Path, tmp_path: Path) -> None:
     losses, adapter = jobs.train_by_trainer(tmp_path)
@@ -181,6 +190,7 @@ def test_trainer_on_two_processes(two: Path, tmp_path: Path) -> None:
     assert results(two, "trainer", 2)[0]["losses"] == pytest.approx(losses, rel=1e-3)
 
 
+@pytest.mark.law("two-processes")
 @pytest.mark.parametrize("check", CHECKS)
 def test_several_processes(two: Path, check: str) -> None:
     for rank in results(two, check, 2):
@@ -225,6 +235,7 @@ def is_like(found: tna.AdapterFile, expected: tna.AdapterFile) -> None:
             torch.testing.assert_close(torch.tensor(there[name]), torch.tensor(here[name]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.law("launchers")
 def test_torchrun_on_one_machine(task: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "adapter.safetensors"
     (printed,) = run(
@@ -234,6 +245,7 @@ def test_torchrun_on_one_machine(task: ModuleType, tmp_path: Path) -> None:
     is_like(tna.load(out), by_one_process(task, shuffled=True))
 
 
+@pytest.mark.law("launchers")
 def test_torchrun_on_two_machines(task: ModuleType, tmp_path: Path) -> None:
     start, out = tmp_path / "start.safetensors", tmp_path / "adapter.safetensors"
     first = tnadapt.torch.attach(task.pretrained_model(), tna.presets.lora(2), keep_trainable="head")
@@ -250,6 +262,7 @@ def test_torchrun_on_two_machines(task: ModuleType, tmp_path: Path) -> None:
     is_like(tna.load(out), by_one_process(task, shuffled=True, start=start))
 
 
+@pytest.mark.law("launchers")
 def test_accelerate_launch(task: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     out = tmp_path / "adapter.safetensors"

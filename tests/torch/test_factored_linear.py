@@ -70,6 +70,7 @@ def passed(
     return [y.detach(), x.grad, *(p.grad for p in adapter.parameters())]
 
 
+@pytest.mark.law("attached-is-update")
 @each
 @pytest.mark.parametrize("targets", [TARGETS, INTERLEAVED, HALVES], ids=["plain", "interleaved", "halves"])
 @pytest.mark.parametrize("weight", [1.0, -0.5])
@@ -80,6 +81,7 @@ def test_all_strategies_are_one_function(name: str, targets: tuple[tna.Target, .
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.law("fresh-is-zero")
 @each
 def test_a_fresh_one_changes_no_bit_and_learns(name: str) -> None:
     base, model = layers().requires_grad_(False), layers()
@@ -129,6 +131,8 @@ def factors(name: str) -> Factored:
     return Factored(terms[name], 0.5)
 
 
+@pytest.mark.slow
+@pytest.mark.law("derivatives-of-presets")
 @pytest.mark.parametrize("name", ["one", "two", "dense last", "three", "terms"])
 @pytest.mark.parametrize("rows", [None, tna.Rows(1, 6, 9), tna.Rows(0, 2, 3, 3)], ids=["all", "some", "blocks"])
 def test_derivatives(name: str, rows: tna.Rows | None) -> None:
@@ -194,6 +198,7 @@ def test_what_is_written_to_in_place_after_the_layer(strategy: str) -> None:
     assert all(p.grad.any() for p in adapter.parameters())
 
 
+@pytest.mark.law("half-precision-base")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["lora", "krona"])
 def test_a_half_precision_base_has_float32_factors(dtype: torch.dtype, name: str) -> None:
@@ -228,6 +233,7 @@ def test_one_factor_of_a_slice_is_trained_alone(trained: str) -> None:
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.law("update-slice")
 @given(st.data())
 def test_a_slice_is_the_update(data: st.DataObject) -> None:
     plan = data.draw(plans(("identity",)))

@@ -20,6 +20,8 @@ from tnadapt.torch import Adapter, attach  # noqa: E402
 from .loops import CONFIGS, bits, same, snapshot  # noqa: E402
 from .small import batch, small  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 
 # -- accelerate ------------------------------------------------------------------------------
@@ -58,6 +60,7 @@ def epoch(accelerator: Any, model: Any, optimizer: Any, loader: Any) -> list[flo
     return losses
 
 
+@pytest.mark.law("launchers")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_accelerate(accelerate: Any, tmp_path: Path, config: str, precision: str) -> None:

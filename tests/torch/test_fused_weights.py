@@ -110,6 +110,8 @@ WITHOUT = {"torchvision_resnet"}
 FIRST_ONLY = {"paper_unet", "diffusers_unet"}
 
 
+@pytest.mark.slow
+@pytest.mark.law("fused-keys")
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - WITHOUT))
 def test_rows_make_what_they_are_said_to(name: str) -> None:
     model, inputs = build(name)
@@ -119,6 +121,7 @@ def test_rows_make_what_they_are_said_to(name: str) -> None:
         check_letters(model, attention, lambda here=attention: by_products(lambda: model(**inputs), here.module))
 
 
+@pytest.mark.law("fused-rows")
 def test_rows_of_the_weights_that_diffusers_fuses() -> None:
     model, inputs = build("diffusers_unet")
     model.fuse_qkv_projections()
@@ -557,6 +560,7 @@ def chatglm() -> Case:
 RIGHT = {"levit_conv", "shvit"}
 
 
+@pytest.mark.law("fused-layouts")
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_rows_of_one_attention(name: str) -> None:
     torch.manual_seed(0)
@@ -663,6 +667,7 @@ def esmfold() -> Case:
     return model, (torch.randn(2, 5, 16), torch.randn(2, 5, 5, 6), rigid, torch.ones(2, 5)), {}
 
 
+@pytest.mark.law("fused-layouts")
 @pytest.mark.parametrize("name", SPLITS)
 def test_rows_of_a_split(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -719,11 +724,13 @@ def rows(module: nn.Module, letters: str = "qkv") -> dict[str, Rows | None]:
     return {target.role: target.rows for target in attention.targets(letters)}
 
 
+@pytest.mark.law("fused-rows")
 @pytest.mark.parametrize("name", ["qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "W_pack"])
 def test_three_equal_parts(name: str) -> None:
     assert rows(Unknown(name, 36)) == {"q": Rows(0, 12, 36), "k": Rows(12, 12, 36), "v": Rows(24, 12, 36)}
 
 
+@pytest.mark.law("fused-rows")
 @pytest.mark.parametrize(
     "attributes",
     [
@@ -738,6 +745,7 @@ def test_sizes_by_the_numbers_of_heads(attributes: dict[str, Any]) -> None:
     assert rows(Unknown("qkv", 24, **attributes)) == {"q": Rows(0, 12, 24), "k": Rows(12, 6, 24), "v": Rows(18, 6, 24)}
 
 
+@pytest.mark.law("fused-rows")
 @pytest.mark.parametrize(
     ("module", "why"),
     [
@@ -759,6 +767,7 @@ def test_no_guess_at_rows(module: nn.Module, why: str) -> None:
     assert rows(module, "o") == {"o": None}
 
 
+@pytest.mark.law("fused-rows")
 def test_no_guess_at_keys_and_values() -> None:
     module = Unknown("kv", 20)
     module.q = nn.Linear(16, 12)

@@ -24,6 +24,8 @@ import tnadapt.torch as tt  # noqa: E402
 
 from .interrupts import EVERY, PACKAGE, interrupted, moments  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 P = tna.presets
 CONFIGS = {
     "alone": P.superlora(2),  # each weight computes its own update
@@ -185,6 +187,7 @@ WHERE = PACKAGE if EVERY else TORCH
 ACTIONS = CALLS if EVERY else (whole, gradients)
 
 
+@pytest.mark.law("interrupted-pass")
 @pytest.mark.parametrize("config", CONFIGS if EVERY else ["alone", "at once", "factored"])
 @pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__)
 def test_an_interrupted_pass(config: str, action: Callable[[Net], list[Tensor]]) -> None:
@@ -208,6 +211,7 @@ def test_an_interrupted_pass(config: str, action: Callable[[Net], list[Tensor]])
         case.check_nothing_is_left()
 
 
+@pytest.mark.law("interrupted-pass")
 @pytest.mark.parametrize("config", CONFIGS if EVERY else ["at once"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_an_interrupted_pass_with_checkpointing(config: str, reentrant: bool) -> None:
@@ -224,6 +228,7 @@ def test_an_interrupted_pass_with_checkpointing(config: str, reentrant: bool) ->
         case.check(call, 1 - after)
 
 
+@pytest.mark.law("interrupted-pass")
 def test_an_interrupted_first_use_of_the_draws_of_f() -> None:
     """They are drawn at the first call, and kept with the plan."""
     expected = Case("at once").expected[0][whole]
@@ -246,6 +251,7 @@ def test_an_interrupted_first_use_of_the_draws_of_f() -> None:
 # -- In the middle of a pass -------------------------------------------------------------------
 
 
+@pytest.mark.law("array-changes")
 @configs
 @pytest.mark.parametrize("call", [whole, gradients], ids=lambda call: call.__name__)
 def test_a_hook_that_edits_the_arrays_acts_on_the_layers_that_follow(config: str, call: Callable[..., Any]) -> None:
@@ -273,6 +279,7 @@ def test_a_hook_that_edits_the_arrays_acts_on_the_layers_that_follow(config: str
 # -- Changes of an adapter ---------------------------------------------------------------------
 
 
+@pytest.mark.law("interrupted-change")
 @pytest.mark.parametrize("config", ["alone", "at once"])
 def test_an_interrupted_merge_is_whole_or_undone(config: str) -> None:
     case = Case(config)
@@ -302,6 +309,7 @@ def test_an_interrupted_merge_is_whole_or_undone(config: str) -> None:
     assert case.has_base_bits()
 
 
+@pytest.mark.law("interrupted-change")
 def test_an_unmerge_after_two_interrupts_gives_the_bits_back() -> None:
     """The second of them in the middle of putting the bits back."""
     case = Case("alone")
@@ -342,6 +350,7 @@ def interrupted_twice(action: Callable[[], object], first: int, after: int) -> N
         sys.settrace(before)
 
 
+@pytest.mark.law("interrupted-change")
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_interrupted_disabled_block_ends_enabled(merged: bool) -> None:
     case = Case("alone")
@@ -364,6 +373,7 @@ def test_an_interrupted_disabled_block_ends_enabled(merged: bool) -> None:
     case.check(whole, 0)
 
 
+@pytest.mark.law("interrupted-change")
 def test_interrupted_loading_of_arrays_is_whole_or_undone(tmp_path: Path) -> None:
     case = Case("at once")
     other, adapter = Case.made("at once", None)
@@ -388,6 +398,7 @@ def test_interrupted_loading_of_arrays_is_whole_or_undone(tmp_path: Path) -> Non
                 case.check(linear, which)
 
 
+@pytest.mark.law("interrupted-change")
 def test_an_interrupted_load_leaves_the_model_as_it_was_or_loaded(tmp_path: Path) -> None:
     case = Case("alone")
     case.adapter.save(tmp_path / "a.safetensors")
@@ -414,6 +425,7 @@ def test_an_interrupted_load_leaves_the_model_as_it_was_or_loaded(tmp_path: Path
             assert all(p.requires_grad for p in case.model.parameters())
 
 
+@pytest.mark.law("interrupted-change")
 def test_an_interrupted_choice_of_what_acts_or_is_trained_is_whole_or_undone() -> None:
     case = Case("alone")
     second = tt.attach(case.model, CONFIGS["factored"], TARGETS, "second", keep_trainable="head")
@@ -448,6 +460,7 @@ def test_an_interrupted_choice_of_what_acts_or_is_trained_is_whole_or_undone() -
 
 
 # Where the exception comes into a destructor, or ends the thread, Python says so and goes on.
+@pytest.mark.law("interrupted-pass")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("config", ["alone", "at once"])

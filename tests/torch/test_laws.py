@@ -17,6 +17,8 @@ import tnadapt.torch as tt  # noqa: E402
 from .architectures import MODELS, Inputs, build, output  # noqa: E402
 from .small import compiles_whole, stir  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 P = tna.presets
 CONFIGS = {
     "default": None,
@@ -52,6 +54,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.law("fresh-is-zero", "first-gradients")
 @models
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_fresh_adapter_changes_nothing_and_learns_at_once(name: str, config: str) -> None:
@@ -75,6 +78,7 @@ def test_a_fresh_adapter_changes_nothing_and_learns_at_once(name: str, config: s
     assert not any(p.requires_grad for n, p in model.named_parameters() if "tnadapt_" not in n)
 
 
+@pytest.mark.law("attached-is-update", "merge-is-attached")
 @models
 def test_every_target_acts_as_if_it_were_merged(name: str) -> None:
     model, inputs, adapter = attached(name)
@@ -90,6 +94,7 @@ def test_every_target_acts_as_if_it_were_merged(name: str) -> None:
         assert error < 0.05 * moved  # BEiT's layers start with scales of 1e-5
 
 
+@pytest.mark.law("detach", "fused-keys", "merge-exact-undo")
 @models
 def test_merging_ten_times_and_detaching_gives_the_base_back(name: str) -> None:
     untouched, inputs = build(name)
@@ -124,6 +129,7 @@ def test_merging_ten_times_and_detaching_gives_the_base_back(name: str) -> None:
     assert not torch.equal(run(twin, inputs), run(frozen(name)[0], inputs))
 
 
+@pytest.mark.law("merge-exact-undo", "half-precision-base")
 @models
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
@@ -148,6 +154,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     assert same(bits(model), before)
 
 
+@pytest.mark.law("compile")
 @compiles_whole
 @pytest.mark.parametrize("name", ["timm_vit", "timm_swinv2", "bert", "gpt2", "llama", "torchvision_vit"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -169,6 +176,7 @@ def test_compiled_whole(name: str) -> None:
         assert float((p.grad - grad).abs().max()) <= 1e-4 * float(grad.abs().max())
 
 
+@pytest.mark.law("meta-device")
 def test_the_default_fits_a_7b_model_on_the_meta_device() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

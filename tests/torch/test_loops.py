@@ -24,6 +24,7 @@ from .small import compiles_whole  # noqa: E402
 # -- Gradients accumulated over batches ------------------------------------------------------
 
 
+@pytest.mark.law("accumulation")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_accumulated_gradients_are_those_of_one_big_batch(config: str) -> None:
     model, adapter = make(config)
@@ -53,6 +54,7 @@ def test_one_forward_and_two_backwards(config: str) -> None:
 # -- Copies and dtypes -----------------------------------------------------------------------
 
 
+@pytest.mark.law("copies")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_copy_made_in_training_goes_its_own_way(config: str) -> None:
     model, adapter = make(config)
@@ -81,6 +83,7 @@ def test_a_copy_made_in_training_goes_its_own_way(config: str) -> None:
     assert first[0] > first[-1]
 
 
+@pytest.mark.law("base-is-constant")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_half_precision_models_train(config: str, dtype: Any) -> None:
@@ -146,6 +149,7 @@ def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any
 
 
 # Of inductor itself.
+@pytest.mark.law("compile")
 @compiles_whole
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("compiler")
@@ -185,6 +189,7 @@ def test_functional_call_with_other_parameters(config: str) -> None:
         assert torch.equal(model(x), y)
 
 
+@pytest.mark.law("functional-transforms")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_gradients_by_torch_func(config: str) -> None:
     model, _ = make(config)
@@ -198,6 +203,7 @@ def test_gradients_by_torch_func(config: str) -> None:
 
 
 # Of torch, which has no rule yet to take its attention over samples.
+@pytest.mark.law("functional-transforms")
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_gradients_of_each_sample(config: str) -> None:

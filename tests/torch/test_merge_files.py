@@ -95,6 +95,8 @@ def test_no_preset_is_left_out() -> None:
     assert set(P.__all__) <= CONFIGS.keys()
 
 
+@pytest.mark.slow
+@pytest.mark.law("merge-disk-is-memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_is_merged_to_the_byte(config: str, dtype: Any, tmp_path: Path) -> None:
@@ -105,6 +107,7 @@ def test_every_config_is_merged_to_the_byte(config: str, dtype: Any, tmp_path: P
     assert contents(disk) != contents(tmp_path / "base")
 
 
+@pytest.mark.law("fused-keys")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
 @pytest.mark.parametrize("targets", ["qv", "qkvo"])
@@ -114,6 +117,7 @@ def test_fused_interleaved_and_transposed_weights(name: str, targets: str, dtype
     assert contents(memory) == contents(disk)
 
 
+@pytest.mark.law("renamed-modules")
 def test_modules_that_were_renamed_are_found_by_role(tmp_path: Path) -> None:
     # On disk encoder.layer.0.attention.attention.query, in memory layers.0.attention.q_proj, since transformers 5.
     model, adapter = made("vit", P.lora(2), torch.float32, tmp_path)
@@ -161,6 +165,7 @@ def test_a_prefix_more(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.law("merge-disk-is-memory")
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("projection", ["identity", "nonlinear"])
 def test_adapters_of_every_dtype(trained: Any, projection: str, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_backward_under_autocast_of_a_pass_without(config: tna.Config, strategy:
         torch.testing.assert_close(one, two, rtol=0.05, atol=0.05 * float(two.abs().max()))
 
 
+@pytest.mark.law("activation-checkpointing")
 @each
 @pytest.mark.parametrize("mutable", [False, True])
 def test_selective_checkpointing(config: tna.Config, strategy: str, mutable: bool) -> None:
@@ -81,6 +82,7 @@ def test_a_batch_of_gradients_at_once(config: tna.Config, strategy: str) -> None
         torch.testing.assert_close(batch, torch.stack(rows), rtol=1e-4, atol=1e-4 * float(batch.abs().max()))
 
 
+@pytest.mark.law("functional-transforms")
 @each
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_forward_mode(config: tna.Config, strategy: str) -> None:

@@ -193,6 +193,7 @@ def test_an_adapter_on_a_part_and_one_on_the_whole() -> None:
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
 
 
+@pytest.mark.law("name-clash")
 @pytest.mark.parametrize("first", ["part", "whole"])
 def test_one_name_in_a_part_and_the_whole_is_refused(first: str) -> None:
     model = small()
@@ -226,6 +227,7 @@ def test_the_fingerprint_does_not_take_another_s_sum_for_the_base(tmp_path: Path
 # -- Between forward and backward --------------------------------------------------------------
 
 
+@pytest.mark.law("activation-checkpointing")
 @pytest.mark.parametrize("change", ["activate", "mix", "merge", "disable"])
 def test_a_change_before_a_checkpointed_region_runs_again_is_noticed(change: str) -> None:
     model = small()
@@ -258,6 +260,7 @@ def test_a_change_before_a_checkpointed_region_runs_again_is_noticed(change: str
     model(batch()).sum().backward()
 
 
+@pytest.mark.law("merge-twice")
 def test_a_merge_inside_of_disabled_is_refused() -> None:
     model = small()
     adapter = tt.attach(model)
@@ -317,6 +320,7 @@ def test_a_group_or_array_that_is_not_there(given: dict[str, Any]) -> None:
 # -- Threads, replicas, tracing ----------------------------------------------------------------
 
 
+@pytest.mark.law("threads")
 def test_threads_that_share_a_model() -> None:
     model = small()
     adapter = tt.attach(model, P.superlora(2))
@@ -344,6 +348,7 @@ def test_threads_that_share_a_model() -> None:
     assert wrong == []
 
 
+@pytest.mark.law("copies")
 def test_copies_and_pickles_have_locks_of_their_own() -> None:
     model = small()
     stir(tt.attach(model))
@@ -441,6 +446,7 @@ class Tied(nn.Module):
         return self.lm_head(self.inner(self.embed(tokens)))
 
 
+@pytest.mark.law("tied-weights")
 def test_an_untied_adapter_is_loaded_untied_and_tied_again_when_it_goes(tmp_path: Path) -> None:
     tokens = torch.arange(6)
     model = Tied()

@@ -182,6 +182,7 @@ def test_a_wrong_config_is_refused_when_it_is_made(wrong: dict[str, Any], match:
 # -- A fresh adapter -----------------------------------------------------------------------------
 
 
+@pytest.mark.law("fresh-is-zero")
 @models
 @pytest.mark.parametrize("settings", [{}, SUPERLORA, LORA, {"preset": "lokr", "strategy": "weight"}])
 def test_fresh_changes_nothing(kind: str, settings: dict[str, Any]) -> None:
@@ -243,6 +244,7 @@ def test_modules_to_save_are_not_adapted() -> None:
         adapted("bert", target_modules=["pooler.dense"], modules_to_save=["pooler"])
 
 
+@pytest.mark.law("half-precision-base")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
     base = llama().to(dtype)
@@ -341,6 +343,7 @@ def test_trainer(tmp_path: Path) -> None:
 # -- Merging -------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("merge-is-attached")
 @models
 def test_merge_and_unmerge(kind: str) -> None:
     model = stir(adapted(kind))
@@ -410,6 +413,7 @@ def test_unload(kind: str, merged: bool, capfd: pytest.CaptureFixture[str]) -> N
     assert same(after, before)
 
 
+@pytest.mark.law("merge-not-finite")
 def test_not_finite_is_refused() -> None:
     model = stir(adapted("llama"))
     model.add_adapter("second", TnadaptConfig(task_type="CAUSAL_LM", **LORA))
@@ -438,6 +442,7 @@ def test_loda_is_not_merged() -> None:
 # -- Switching -----------------------------------------------------------------------------------
 
 
+@pytest.mark.law("disabled")
 @models
 def test_disable_adapter(kind: str) -> None:
     base = MODELS[kind][0]()
@@ -602,6 +607,7 @@ def test_wrong_base_is_refused(tmp_path: Path) -> None:
     assert not torch.equal(run(PeftModel.from_pretrained(llama(1), tmp_path, config=config)), expected)
 
 
+@pytest.mark.law("draws-digest")
 def test_other_draws_are_refused(tmp_path: Path) -> None:
     adapted("llama").save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"

@@ -86,6 +86,7 @@ def run(model: Any) -> Any:
 # -- Names -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("trl-reference")
 @pytest.mark.parametrize("preset", presets.__all__)
 def test_an_adapter_is_copied_by_the_names_of_its_parameters(preset: str) -> None:
     """As TRL makes a reference."""

@@ -44,6 +44,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.law("file-round-trip")
 @pytest.mark.parametrize(
     "config",
     [
@@ -173,6 +174,7 @@ def test_running_statistics_of_a_kept_part_are_saved_with_it(tmp_path: Path) -> 
 # -- 17: other bases -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("wrong-base")
 def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
     _, adapter = trained()
     adapter.save(tmp_path / "a.safetensors")
@@ -185,6 +187,7 @@ def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
     tt.load(other, tmp_path / "a.safetensors", check_base=False)
 
 
+@pytest.mark.law("base-dtype")
 def test_the_same_base_in_half_precision_is_accepted(tmp_path: Path) -> None:
     model, adapter = trained()
     adapter.save(tmp_path / "a.safetensors")
@@ -226,6 +229,7 @@ class Renamed(Small):
         return self.head(x.mean(-2))
 
 
+@pytest.mark.law("renamed-modules")
 def test_renamed_modules_are_matched_by_role_and_shape(tmp_path: Path) -> None:
     model, adapter = trained(P.superlora(3, groups="layer"))
     adapter.save(tmp_path / "a.safetensors")
@@ -236,6 +240,7 @@ def test_renamed_modules_are_matched_by_role_and_shape(tmp_path: Path) -> None:
     assert torch.equal(run(renamed), run(model))
 
 
+@pytest.mark.law("wrong-base")
 def test_a_model_with_other_weights_is_refused_whole(tmp_path: Path) -> None:
     _, adapter = trained()
     adapter.save(tmp_path / "a.safetensors")
@@ -281,6 +286,7 @@ def test_what_is_kept_must_be_there(tmp_path: Path) -> None:
 # -- 18, 19 and the rest -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("draws-digest")
 def test_draws_of_another_machine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapter = trained(P.superlora(3, projection="linear", ratio=0.3))
     adapter.save(tmp_path / "a.safetensors")
@@ -289,6 +295,7 @@ def test_draws_of_another_machine_are_refused(tmp_path: Path, monkeypatch: pytes
         tt.load(small(), tmp_path / "a.safetensors")
 
 
+@pytest.mark.law("pickle-refused")
 def test_a_pickle_and_other_peoples_files_are_refused(tmp_path: Path) -> None:
     model, adapter = trained()
     torch.save(model.state_dict(), tmp_path / "a.pt")
@@ -389,6 +396,7 @@ def test_what_cannot_be_saved_or_loaded_now(tmp_path: Path) -> None:
         meta.save(tmp_path / "b.safetensors")
 
 
+@pytest.mark.law("file-bytes")
 def test_one_sorted_metadata_entry_and_nothing_of_this_machine(tmp_path: Path) -> None:
     _, adapter = trained()
     adapter.save(tmp_path / "a.safetensors")

@@ -71,6 +71,7 @@ def compare(model: nn.Module, stored: Mapping[str, Tensor], config: Any) -> None
             assert pairs == there
 
 
+@pytest.mark.law("fused-on-disk")
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_a_saved_model_has_the_targets_of_the_one_in_memory(name: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
@@ -85,6 +86,7 @@ def test_a_saved_model_has_the_targets_of_the_one_in_memory(name: str, tmp_path:
         compare(model, stored, config)
 
 
+@pytest.mark.law("fused-on-disk")
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - CONFIGURED.keys() - {"torchvision_resnet"}))
 def test_a_state_dict_has_the_targets_of_its_model(name: str) -> None:
     model, _ = build(name)
@@ -151,6 +153,7 @@ def _rows(targets: list[Target]) -> set[Any]:
     return {(t.name.removeprefix("layers.0.attn."), t.stored, t.role, t.rows, t.transposed) for t in targets}
 
 
+@pytest.mark.law("fused-on-disk")
 @pytest.mark.parametrize("name", _cases())
 def test_an_attention_in_a_checkpoint_is_read_as_in_memory_or_refused(name: str) -> None:
     torch.manual_seed(0)
@@ -169,6 +172,7 @@ def test_an_attention_in_a_checkpoint_is_read_as_in_memory_or_refused(name: str)
             assert _rows(find_stored(shapes, "qkv", config)) == in_memory, config
 
 
+@pytest.mark.law("fused-on-disk")
 def test_every_class_of_the_table_is_built_somewhere() -> None:
     seen = set(ELSEWHERE | ALIKE)
     for make in _cases().values():
@@ -200,6 +204,7 @@ _TIMM = {
 }  # fmt: skip
 
 
+@pytest.mark.law("fused-on-disk")
 @pytest.mark.parametrize(("name", "found"), [(name, found) for found, names in _TIMM.items() for name in names])
 def test_a_model_of_timm_is_read_as_in_memory_or_refused(name: str, found: bool) -> None:
     timm = pytest.importorskip("timm")
@@ -234,6 +239,7 @@ FUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.law("fused-on-disk")
 @pytest.mark.parametrize("name", FUSED)
 def test_an_adapter_from_two_checkpoints_is_all_that_was_tuned_in_memory(name: str, tmp_path: Path) -> None:
     base = configured(name)

@@ -81,6 +81,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.law("fused-rows")
 @pytest.mark.parametrize("name", SHAPES)
 def test_queries_and_values_of_a_model(name: str) -> None:
     model, _ = build(name)
@@ -130,6 +131,7 @@ def test_output_projections(name: str, count: int, outputs: str) -> None:
     assert [target.role for target in find_targets(build(name)[0], "qkvo")].count("o") == count
 
 
+@pytest.mark.law("meta-device")
 def test_a_model_without_memory() -> None:
     with torch.device("meta"):
         model = nn.TransformerEncoderLayer(4096, 8)
@@ -273,6 +275,7 @@ def test_weights_of_torchs_attention_by_name() -> None:
     assert names(apart, ["q_proj_weight", "out_proj"]) == ["q_proj_weight", "out_proj.weight"]
 
 
+@pytest.mark.law("no-target")
 def test_a_name_that_is_nowhere() -> None:
     model, _ = build("bert")
     with pytest.raises(
@@ -337,6 +340,7 @@ def test_a_parameter_that_no_search_finds_may_be_named() -> None:
 # -- What is not to be had ---------------------------------------------------------------------
 
 
+@pytest.mark.law("no-target")
 def test_no_target_says_what_there_is() -> None:
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(12)])
     with pytest.raises(
@@ -389,6 +393,7 @@ def test_tied_to_what_is_no_target() -> None:
     assert len(find_targets(model, "all-linear")) == 8
 
 
+@pytest.mark.law("tied-weights")
 def test_two_parameters_of_one_memory_are_tied() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = nn.Parameter(model[0].weight.detach())

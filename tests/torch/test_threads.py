@@ -48,6 +48,7 @@ def beside(main: Callable[[], object], others: list[Callable[[], object]]) -> No
         raise errors[0]
 
 
+@pytest.mark.law("threads")
 @configs
 def test_training_beside_inference(config: str) -> None:
     """Neither takes the other's updates: gradients are all there, and outputs those of the arrays."""
@@ -60,6 +61,7 @@ def test_training_beside_inference(config: str) -> None:
     beside(train, [lambda: case.check(whole, 0)] * 2)
 
 
+@pytest.mark.law("threads")
 @configs
 def test_arrays_loaded_beside_passes_are_what_counts_from_then_on(config: str) -> None:
     """A pass that is under way may see some of the old arrays and some of the new; a later one sees the new alone."""

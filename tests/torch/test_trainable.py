@@ -148,6 +148,7 @@ def subsets(adapter: Adapter) -> list[dict[str, Any]]:
     return [{"groups": group, "arrays": chosen} for group in groups for chosen in some]
 
 
+@pytest.mark.law("frozen-arrays")
 @pytest.mark.parametrize("name", PRESETS)
 def test_whatever_is_chosen_learns_and_changes_nothing_at_first(name: str, tmp_path: Path) -> None:
     model, adapter, x = attention(PRESETS[name])
@@ -199,6 +200,7 @@ def test_whatever_is_chosen_learns_and_changes_nothing_at_first(name: str, tmp_p
     assert all(torch.equal(array, started[key]) for key, array in adapter.arrays().items())
 
 
+@pytest.mark.law("frozen-arrays")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [presets.lorta(2), presets.superlora(2, projection="nonlinear")], ids=["lorta", "F"])
 def test_frozen_arrays_come_back_in_every_dtype(dtype: torch.dtype, config: Any, tmp_path: Path) -> None:
@@ -310,6 +312,7 @@ def test_merging_and_converting_a_file_with_frozen_arrays(tmp_path: Path) -> Non
     assert tna.load(tmp_path / "half.safetensors").trained == adapter.trained
 
 
+@pytest.mark.law("frozen-arrays")
 def test_what_could_never_learn_is_refused() -> None:
     _, adapter, _ = attention(presets.lora(2))
     arrays = adapter.arrays()

@@ -58,6 +58,7 @@ def test_trainer(hf: Any, tmp_path: Path, config: str) -> None:
     assert same(bits(model, "classifier"), base)
 
 
+@pytest.mark.law("accumulation")
 def test_trainer_accumulates_gradients(hf: Any, tmp_path: Path) -> None:
     found = []
     for accumulated in (1, 2):
@@ -80,6 +81,7 @@ def test_trainer_accumulates_gradients(hf: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(found[1][name], array, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.law("activation-checkpointing")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("config", ["default", "lora"])
 def test_trainer_with_activation_checkpointing(hf: Any, tmp_path: Path, config: str, reentrant: bool) -> None:

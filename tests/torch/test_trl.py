@@ -24,6 +24,7 @@ from tnadapt import presets  # noqa: E402
 
 # They are about TRL's own dependencies, and about options that it sets itself.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -129,6 +130,7 @@ def assert_reference_is_the_adapter(trainer: Any, before: dict[str, Any]) -> Non
     assert not any(array.requires_grad for array in reference.values())
 
 
+@pytest.mark.law("trl-reference")
 @pytest.mark.parametrize("preset", presets.__all__)
 def test_dpo_starts_at_log_2(preset: str, tokenizer: Any, tmp_path: Path) -> None:
     model = trained(preset)
@@ -138,6 +140,7 @@ def test_dpo_starts_at_log_2(preset: str, tokenizer: Any, tmp_path: Path) -> Non
     assert_reference_is_the_adapter(trainer, before)
 
 
+@pytest.mark.law("trl-reference")
 @pytest.mark.parametrize("preset", presets.__all__)
 def test_grpo_starts_without_divergence(preset: str, tokenizer: Any, tmp_path: Path) -> None:
     model = trained(preset)
@@ -148,6 +151,7 @@ def test_grpo_starts_without_divergence(preset: str, tokenizer: Any, tmp_path: P
     assert_reference_is_the_adapter(trainer, before)
 
 
+@pytest.mark.law("trl-reference")
 def test_another_reference_would_show(tokenizer: Any, tmp_path: Path) -> None:
     for make, key, start in ((dpo, "loss", math.log(2)), (grpo, "kl", 0.0)):
         trainer = make(trained("superlora"), tokenizer, tmp_path)

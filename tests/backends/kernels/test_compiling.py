@@ -27,6 +27,7 @@ def run(code: str, **environment: str) -> tuple[str, list[str]]:
     return found.stdout.strip(), [line for line in found.stderr.splitlines() if line.startswith("tnadapt: ")]
 
 
+@pytest.mark.slow
 def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
     code = CALL + "print(kernels('hadamard') is not None)"
@@ -37,6 +38,7 @@ def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
     assert run(code, NUMBA_CACHE_DIR=str(tmp_path)) == ("True", [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "said"),
     [

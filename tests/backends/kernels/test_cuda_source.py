@@ -114,6 +114,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return Host(tmp_path_factory.mktemp("cuda"), compiler)
 
 
+@pytest.mark.slow
+@pytest.mark.law("equal-seeds")
 @pytest.mark.parametrize(("seed", "group"), SEEDS)
 @pytest.mark.parametrize("start", [0, 1 << 15, (1 << 35) + 128])
 def test_draws_have_the_bits_of_the_format(host: Host, seed: int, group: int, start: int) -> None:
@@ -140,6 +142,7 @@ def test_normals_of_words_everywhere(host: Host, rng: np.random.Generator) -> No
     assert np.array_equal(found, rng_numpy._normal_of(words))
 
 
+@pytest.mark.law("kernels-agree")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("bits", [*range(17), 19])
 def test_fwht(host: Host, bits: int, dtype: str, rng: np.random.Generator) -> None:
@@ -184,6 +187,7 @@ def test_fastfood(host: Host, kind: str, n_in: int, n_out: int, dtype: str, rng:
     assert relative_error(found, f.adjoint(y.astype(np.float64))) < tolerance_of_adjoint(f, dtype)
 
 
+@pytest.mark.law("kernels-agree")
 @given(
     st.sampled_from(["linear", "linear_v2"]), st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 2**64 - 1),
     st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from([1, 3]),
@@ -212,6 +216,7 @@ def test_three_passes(host: Host, monkeypatch: pytest.MonkeyPatch, rng: np.rando
         assert relative_error(found, f.adjoint(x[:, :4000])) < 1e-14
 
 
+@pytest.mark.law("kernels-agree")
 def test_any_number_of_threads_gives_the_same_bits(host: Host, rng: np.random.Generator) -> None:
     f = tna.Projection("linear", 5, 4000, seed=0)
     y = rng.normal(size=(1, 4000)).astype(np.float32)

@@ -58,6 +58,7 @@ def agree(f: tna.Projection, x: np.ndarray, y: np.ndarray) -> None:
         assert np.max(np.abs(found - expected)) < CLOSE * size
 
 
+@pytest.mark.law("kernels-agree")
 @pytest.mark.parametrize("kind", ["linear", "linear_v2"])
 @pytest.mark.parametrize(("n_in", "n_out"), LENGTHS)
 def test_both_ways_at_every_length(kind: str, n_in: int, n_out: int) -> None:
@@ -123,6 +124,7 @@ def test_batches_strides_and_flags(batch: tuple[int, ...], adjoint: bool, data: 
     assert seen.tobytes() == before
 
 
+@pytest.mark.law("walsh-not-finite")
 @pytest.mark.parametrize("n_in", [700, 300_000])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_no_number_stays_none(n_in: int, value: float) -> None:
@@ -145,6 +147,7 @@ def test_small_and_large_numbers(scale: float) -> None:
         assert relative_error(f.adjoint(y * np.float32(scale)).astype(float) / scale, f.adjoint(y)) < CLOSE
 
 
+@pytest.mark.law("kernels-agree")
 @pytest.mark.parametrize("n_in", [700, 300_000])
 def test_the_same_bits_with_any_number_of_threads(n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
     f = projection("linear", n_in, 300_000)
@@ -183,6 +186,7 @@ def test_a_vector_permuted(size: int) -> None:
     assert np.array_equal(compiled.permuted(g, keys), g[f._draws.part("perm", 0, size)])
 
 
+@pytest.mark.law("projection-shared")
 def test_shared_by_groups_of_unequal_length() -> None:
     # The streams are one; the permutation is of the length.
     for shared in (True, False):
@@ -231,6 +235,7 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
 class TestTorch:
     """The gradients of tensors."""
 
+    @pytest.mark.law("derivatives-of-projections")
     @pytest.mark.parametrize("kind", ["linear", "linear_v2", "nonlinear"])
     @pytest.mark.parametrize(("n_in", "n_out"), [(700, 17_000), (300_000, 999), (300_000, 300_000)])
     def test_gradients(self, kind: str, n_in: int, n_out: int) -> None:
@@ -250,6 +255,7 @@ class TestTorch:
         second64 = torch.autograd.grad(grad64, [y64], z.double())
         assert relative_error(second[0], second64[0]) < 2 * CLOSE
 
+    @pytest.mark.law("functional-transforms")
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's forward mode
     def test_transformations(self) -> None:
         import torch

@@ -35,6 +35,7 @@ def x() -> torch.Tensor:
     return torch.randn(3, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.law("kernels-agree")
 @given(
     st.sampled_from(["float32", "float64"]),
     st.integers(1, 10),
@@ -69,6 +70,7 @@ def test_nothing_is_copied_on_the_way() -> None:
     assert found.data_ptr() != x.data_ptr()
 
 
+@pytest.mark.law("derivatives-of-projections")
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_derivatives(axis: int) -> None:
     x = torch.randn(4, 8, 2, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
@@ -76,6 +78,7 @@ def test_derivatives(axis: int) -> None:
     assert torch.autograd.gradgradcheck(lambda t: tna.fwht(t, axis).square(), x, check_fwd_over_rev=True)
 
 
+@pytest.mark.law("functional-transforms")
 @pytest.mark.parametrize("batched", [0, 1, 2])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_vmap(x: torch.Tensor, batched: int, axis: int) -> None:
@@ -87,6 +90,7 @@ def test_vmap(x: torch.Tensor, batched: int, axis: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.law("functional-transforms")
 def test_transformations_within_each_other(x: torch.Tensor) -> None:
     one = torch.ones_like(x)
     ways = [
@@ -107,6 +111,7 @@ def test_transformations_within_each_other(x: torch.Tensor) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.law("autocast")
 def test_inference_mode_and_autocast(x: torch.Tensor) -> None:
     with torch.inference_mode():
         found = tna.fwht(x, 1)

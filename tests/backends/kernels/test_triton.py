@@ -77,6 +77,7 @@ def _draw(
     tl.store(inverses + i, kernel_draws.feistel(start + i, keys, BITS, True))
 
 
+@pytest.mark.law("equal-seeds")
 @kernels
 @pytest.mark.parametrize(("seed", "group"), SEEDS)
 @pytest.mark.parametrize("start", [0, 1 << 15, (1 << 35) + 128])
@@ -116,6 +117,7 @@ def test_normals_of_words_everywhere(rng: np.random.Generator) -> None:
     assert np.array_equal(numpy(found), rng_numpy._normal_of(words))
 
 
+@pytest.mark.law("kernels-agree")
 @kernels
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("bits", range(17))
@@ -156,6 +158,7 @@ def test_three_passes(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator)
     assert relative_error(found, f.adjoint(x[:, :4000])) < TOLERANCE["float64"]
 
 
+@pytest.mark.law("walsh-not-finite")
 @kernels
 def test_what_is_not_finite_spreads_and_nothing_else(rng: np.random.Generator) -> None:
     x = rng.normal(size=(3, 64))
@@ -192,6 +195,7 @@ def test_fastfood(kind: str, n_in: int, n_out: int, dtype: str, rng: np.random.G
     assert relative_error(found, f.adjoint(y)) < tolerance_of_adjoint(f, dtype)
 
 
+@pytest.mark.law("kernels-agree")
 @kernels
 @few
 @given(

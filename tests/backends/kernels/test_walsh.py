@@ -86,6 +86,7 @@ def small_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     walsh._planned.cache_clear()
 
 
+@pytest.mark.law("kernels-agree")
 @given(
     batch=st.lists(st.integers(0, 5), max_size=2),
     inner=st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 16, 17, 40]), max_size=2),
@@ -114,6 +115,8 @@ def test_it_equals_its_twin(
         assert np.array_equal(x, butterflies(kept, axis))
 
 
+@pytest.mark.slow
+@pytest.mark.law("kernels-agree")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("bits", "unit"),
@@ -137,6 +140,7 @@ def test_large_arrays_with_the_caches_that_there_are(shape: tuple[int, ...], rng
             assert np.array_equal(transform(x, 1.0, axis), butterflies(x, axis))
 
 
+@pytest.mark.law("walsh-not-finite")
 @given(
     st.sampled_from([2, 64, 512, 4096]),
     st.lists(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 3e38]), min_size=1, max_size=4),

@@ -79,6 +79,7 @@ def small(folder: Path, shards: int = 1, dtype: str = "float32", **settings: Any
 # -- The sum ------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("merge-disk-is-memory")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @given(data=st.data())
 def test_it_is_the_sum_rounded_and_nothing_else_is_touched(
@@ -119,6 +120,7 @@ def test_it_is_the_sum_rounded_and_nothing_else_is_touched(
             assert content(where[1])[name] == before[name]
 
 
+@pytest.mark.law("merge-disk-is-memory")
 @pytest.mark.parametrize("trained", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("projection", ["identity", "linear", "nonlinear"])
 def test_adapters_of_every_dtype(trained: str, projection: str, tmp_path: Path) -> None:
@@ -228,6 +230,7 @@ def hub_cache(base: Path, repository: Path) -> Path:
     return snapshot
 
 
+@pytest.mark.law("merge-links")
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_base_of_links_as_a_hub_s_cache_is(shards: int, tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path, shards)
@@ -249,6 +252,7 @@ def test_a_base_of_links_as_a_hub_s_cache_is(shards: int, tmp_path: Path) -> Non
             tna.merge(snapshot / "model.safetensors", adapter, blob, overwrite=True)
 
 
+@pytest.mark.law("merge-links")
 def test_blobs_are_those_of_a_hub_s_cache_alone(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
     (tmp_path / "blobs").mkdir()  # beside the base, which is in no folder of snapshots
@@ -263,6 +267,7 @@ def test_blobs_are_those_of_a_hub_s_cache_alone(tmp_path: Path) -> None:
     tna.merge(base / "model.safetensors", adapter, tmp_path / "out.safetensors")
 
 
+@pytest.mark.law("merge-links")
 @pytest.mark.parametrize("what", ["shard", "index"])
 def test_weights_outside_of_the_checkpoint_are_refused(what: str, tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path, 2)
@@ -277,6 +282,7 @@ def test_weights_outside_of_the_checkpoint_are_refused(what: str, tmp_path: Path
     tna.merge(tmp_path / "copied", adapter, tmp_path / "out")
 
 
+@pytest.mark.law("merge-links")
 def test_links_that_leave_the_checkpoint_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter, _ = small(tmp_path)
     secret = tmp_path / "secret.txt"
@@ -302,6 +308,7 @@ def test_links_that_leave_the_checkpoint_are_not_followed(tmp_path: Path, monkey
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
 
+@pytest.mark.law("merge-links")
 def test_a_link_that_is_turned_outside_while_it_is_copied_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +329,7 @@ def test_a_link_that_is_turned_outside_while_it_is_copied_is_not_followed(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.law("merge-links")
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "config.json"])
 def test_a_pipe_for_weights_or_settings_is_no_wait(name: str, tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path, 2 if "of" in name else 1)
@@ -333,12 +341,14 @@ def test_a_pipe_for_weights_or_settings_is_no_wait(name: str, tmp_path: Path) ->
         assert "is neither a file nor a folder" in refused(tmp_path, base, adapter)
 
 
+@pytest.mark.law("merge-links")
 def test_a_pipe_for_an_adapter_is_no_wait(tmp_path: Path) -> None:
     base, _, _ = small(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     assert "is neither a file nor a folder" in refused(tmp_path, base, tmp_path / "pipe")
 
 
+@pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize("single", [True, False])
 def test_a_pipe_or_device_is_never_replaced(single: bool, overwrite: bool, tmp_path: Path) -> None:
@@ -436,6 +446,7 @@ def refused(tmp_path: Path, base: Any, adapter: Any, out: Any = None, **settings
     return str(caught.value)
 
 
+@pytest.mark.law("wrong-base")
 def test_another_base_is_refused(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
     other = cp.write(tmp_path / "other", cp.base([T(f"layer.{n}.q", (6, 4), "q") for n in range(3)], seed=9))
@@ -446,6 +457,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert tna.merge(base, adapter, tmp_path / "out").base_checked is True
 
 
+@pytest.mark.law("base-dtype")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_the_base_in_another_dtype_is_the_base(dtype: str, tmp_path: Path) -> None:
     targets = [T(f"layer.{number}.q", (60, 40), "q") for number in range(3)]
@@ -674,6 +686,7 @@ POINTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.law("merge-killed")
 @pytest.mark.parametrize(
     ("point", "count", "there"),
     # A folder in the way is moved aside first, by a rename.
@@ -701,6 +714,7 @@ def test_killed_at_any_point_it_goes_on(point: str, count: int, there: bool, tmp
         assert report.resumed == len(done)
 
 
+@pytest.mark.law("merge-killed")
 def test_another_base_or_adapter_starts_anew(tmp_path: Path) -> None:
     base, adapter, file = small(tmp_path, 3)
     out = tmp_path / "out"
@@ -740,6 +754,7 @@ def test_a_folder_of_that_name_is_in_the_way(tmp_path: Path) -> None:
     assert (tmp_path / f"out{PARTIAL}" / "precious").exists()
 
 
+@pytest.mark.law("two-writers", "merge-disk-faults")
 def test_two_at_once_are_one_too_many(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
 
@@ -762,6 +777,7 @@ except tna.FileError as error:
 """
 
 
+@pytest.mark.law("merge-disk-faults")
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_full_disk_is_an_error_and_nothing_is_lost(shards: int, tmp_path: Path) -> None:
     # A limit on the length of files, which the last one meets.
@@ -781,6 +797,7 @@ def test_a_full_disk_is_an_error_and_nothing_is_lost(shards: int, tmp_path: Path
     assert report.resumed == 0 if shards == 1 else report.resumed <= 1
 
 
+@pytest.mark.law("merge-disk-faults")
 def test_a_disk_that_is_full_indeed(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -820,6 +837,7 @@ def test_a_disk_that_is_full_indeed(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.law("merge-killed")
 def test_interrupted_it_stops_and_goes_on(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path, 3)
 
@@ -840,6 +858,7 @@ def test_interrupted_it_stops_and_goes_on(tmp_path: Path) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "expected")
 
 
+@pytest.mark.law("merge-disk-faults")
 def test_a_shard_that_is_cut_off_is_named_and_nothing_is_made(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path, 3)
     shard = base / "model-00002-of-00003.safetensors"
@@ -853,6 +872,7 @@ def test_a_shard_that_is_cut_off_is_named_and_nothing_is_made(tmp_path: Path) ->
     assert tna.merge(base, adapter, tmp_path / "out").files == 3
 
 
+@pytest.mark.law("merge-disk-faults")
 def test_a_base_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
 
@@ -876,6 +896,7 @@ print(tna.merge(*sys.argv[1:]).changed)
     assert run(code, base, adapter, tmp_path / "out").stdout == "3\n"
 
 
+@pytest.mark.law("merge-memory")
 @pytest.mark.parametrize("projection", ["identity", "linear"])
 def test_memory_is_one_tensor(projection: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 32 tensors of a mebibyte: all of them together, or a second span of F each, would be far above the bounds.

@@ -71,6 +71,7 @@ def published(calls: list[Call], out: Path) -> int:
     return found
 
 
+@pytest.mark.law("power-failure")
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_everything_is_on_the_disk_before_it_is_published_and_the_name_after(setting: Setting, memory: Path) -> None:
     where = prepared(memory, setting)
@@ -107,6 +108,7 @@ def test_everything_is_on_the_disk_before_it_is_published_and_the_name_after(set
         assert Call("fsync", (str(folder),)) in after[:first], f"{folder.name} was not synchronised"
 
 
+@pytest.mark.law("power-failure")
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting, memory: Path) -> None:
     where = prepared(memory / "scene", setting)
@@ -136,6 +138,7 @@ def test_after_a_power_failure_it_is_the_old_one_or_the_new_one(setting: Setting
         assert content(where.out) == where.results[0]
 
 
+@pytest.mark.law("power-failure")
 @pytest.mark.parametrize("single", [True, False])
 def test_a_failing_disk_is_an_error_and_no_success(
     single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -178,6 +181,7 @@ def killed_after_publishing(where: Scene, overwrite: bool, step: str) -> None:
     killed_before(due, lambda: where.merge(0, overwrite))
 
 
+@pytest.mark.law("merge-publishing")
 def test_killed_while_cleaning_up_a_base_that_is_put_there_is_not_taken_for_the_result(tmp_path: Path) -> None:
     where = scene(tmp_path, single=False)
     killed_after_publishing(where, False, "rename run-")
@@ -191,6 +195,7 @@ def test_killed_while_cleaning_up_a_base_that_is_put_there_is_not_taken_for_the_
     assert not where.beside.exists()
 
 
+@pytest.mark.law("merge-publishing")
 def test_killed_while_cleaning_up_a_result_that_is_whole_is_verified(tmp_path: Path) -> None:
     where = scene(tmp_path, single=False)
     killed_after_publishing(where, False, "rename run-")
@@ -201,6 +206,7 @@ def test_killed_while_cleaning_up_a_result_that_is_whole_is_verified(tmp_path: P
     assert not where.beside.exists()
 
 
+@pytest.mark.law("merge-publishing")
 @pytest.mark.parametrize("step", ["fsync", "rename files", "unlink", "rename run-"])
 def test_killed_while_cleaning_up_the_old_output_never_comes_back(step: str, tmp_path: Path) -> None:
     where = scene(tmp_path, single=False)
@@ -212,6 +218,7 @@ def test_killed_while_cleaning_up_the_old_output_never_comes_back(step: str, tmp
     assert content(where.out) == content(where.elsewhere) == where.results[0]
 
 
+@pytest.mark.law("merge-publishing")
 def test_the_old_output_is_put_back_after_a_kill_between_two_renames(tmp_path: Path) -> None:
     where = scene(tmp_path, single=False)
     where.put(where.results[1])
@@ -231,6 +238,7 @@ def test_the_old_output_is_put_back_after_a_kill_between_two_renames(tmp_path: P
     assert not where.beside.exists()
 
 
+@pytest.mark.law("merge-publishing")
 def test_what_was_created_between_two_renames_is_not_replaced_by_the_old_output(tmp_path: Path) -> None:
     where = scene(tmp_path, single=False)
     where.put(where.results[1])
@@ -254,6 +262,7 @@ def test_what_was_created_between_two_renames_is_not_replaced_by_the_old_output(
     assert not where.beside.exists()
 
 
+@pytest.mark.law("merge-publishing")
 def test_killed_twice_while_the_files_are_made_again(tmp_path: Path) -> None:
     where = scene(tmp_path, single=False)
     where.put(where.results[1])
@@ -305,6 +314,7 @@ def between_two_renames(where: Scene) -> Path:
     return run
 
 
+@pytest.mark.law("merge-killed", "merge-races")
 def test_kills_and_races_in_short(memory: Path) -> None:
     command = [sys.executable, "-m", "tests.stress_merge", "--folder", str(memory)]
     command += ["--kills", "3000" if LONG else "32", "--seconds", "1800" if LONG else "5"]
@@ -319,6 +329,7 @@ def test_kills_and_races_in_short(memory: Path) -> None:
 # -- Locks ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("merge-races")
 def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(tmp_path / f"out{PARTIAL}")
     real, locked = file_locks.lock, list[int]()
@@ -379,6 +390,7 @@ def test_the_folder_of_unfinished_work_is_deleted_on_nfs(tmp_path: Path, monkeyp
     assert not where.beside.exists()
 
 
+@pytest.mark.law("merge-races")
 def test_one_that_waited_for_a_lock_and_one_that_came_later_do_not_work_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,6 +498,7 @@ def test_a_system_that_has_no_locks_is_left_as_tidy(
     assert not where.beside.exists()
 
 
+@pytest.mark.law("merge-races")
 @pytest.mark.parametrize("single", [True, False])
 def test_without_locks_one_that_comes_later_takes_over_and_the_first_one_says_so(
     single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -506,6 +519,7 @@ def test_without_locks_one_that_comes_later_takes_over_and_the_first_one_says_so
     assert not where.beside.exists()
 
 
+@pytest.mark.law("merge-races")
 @pytest.mark.parametrize("step", ["mkdir files", "create model", "fsync model", "replace ", "rename_new", "exchange"])
 def test_taken_over_at_any_step_nothing_of_the_first_one_is_published(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -528,6 +542,7 @@ def test_taken_over_at_any_step_nothing_of_the_first_one_is_published(
     assert content(where.out) == where.results[1]
 
 
+@pytest.mark.law("merge-races")
 def test_taken_over_as_it_takes_over_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_locks.fcntl, "flock", lambda handle, operation: None)
     where = scene(tmp_path, single=False)
@@ -574,6 +589,7 @@ def test_the_lock_of_the_next_one_is_left_alone(tmp_path: Path, monkeypatch: pyt
         assert (where.beside / "lock").exists()
 
 
+@pytest.mark.law("merge-races")
 @pytest.mark.parametrize("single", [True, False])
 def test_with_overwrite_false_one_of_many_threads_wins(single: bool, tmp_path: Path) -> None:
     where = scene(tmp_path, single, adapters=4)
@@ -625,6 +641,7 @@ def test_the_folder_beside_is_not_taken_if_it_is_somebody_else_s(tmp_path: Path)
 
 
 # os.replace cannot be undone: only a system that can exchange two names can look at a file that it has replaced.
+@pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize(("single", "exchange"), [(True, True), (False, True), (False, False)])
 def test_what_takes_the_name_at_the_last_moment_is_not_lost(
     single: bool, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -658,6 +675,7 @@ def test_what_takes_the_name_at_the_last_moment_is_not_lost(
     assert content(where.out) == where.results[0]
 
 
+@pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("single", [True, False])
 def test_with_overwrite_false_what_comes_to_be_meanwhile_stays(single: bool, exchange: bool, memory: Path) -> None:
@@ -685,6 +703,7 @@ def system_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renaming, "_renameat2", lambda *arguments: False)
 
 
+@pytest.mark.law("no-overwrite")
 @pytest.mark.parametrize("way", ["renameat2", "links", "neither"])
 @pytest.mark.parametrize("there", ["file", "folder", "full folder", "dangling link", "pipe"])
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -761,6 +780,7 @@ def test_where_names_cannot_be_exchanged_it_says_so_and_other_failures_are_error
 # -- Inputs that change -------------------------------------------------------------------------------------
 
 
+@pytest.mark.law("merge-disk-faults")
 def test_an_adapter_that_is_replaced_while_it_is_read_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -780,6 +800,7 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_noticed(
     assert not where.beside.exists()
 
 
+@pytest.mark.law("merge-disk-faults")
 def test_a_base_that_is_replaced_after_its_header_was_read_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

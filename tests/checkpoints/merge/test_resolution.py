@@ -85,6 +85,7 @@ def test_a_parameter_of_the_model_itself(tmp_path: Path) -> None:
     assert (target.module, target.parameter) == ("attn", "in_proj_weight")
 
 
+@pytest.mark.law("renamed-modules")
 def test_renamed_modules_are_taken_in_order_all_or_none(tmp_path: Path) -> None:
     targets = [T(f"layers.{n}.attention.{role}_proj", (6, 4), role, layer=str(n)) for n in range(11) for role in "qv"]
     file = cp.adapter(P.superlora(2, groups="layer"), targets)

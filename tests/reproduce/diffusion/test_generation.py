@@ -35,6 +35,8 @@ from tnadapt.reproduce.diffusion.opening import generation_of  # noqa: E402
 
 from .standins import write_idx, write_svhn  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     "image_size": 8, "pretrain_steps": 2, "pretrain_batch": 4, "steps": 3, "batch": 4, "limit": 40, "samples": 20,
     "held_out": 16, "real": 40, "sampling_steps": 2, "rates": [0.001, 0.03], "seeds": 2,

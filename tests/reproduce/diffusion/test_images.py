@@ -82,6 +82,7 @@ def test_a_cut_gzip_and_a_mat_of_something_else(tmp_path: Path) -> None:
         read_images("svhn", tmp_path, 32, 3)
 
 
+@pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("claimed", [0, 1 << 10, 1 << 20, 1 << 31])
 def test_no_more_is_unpacked_than_a_file_claims_and_no_more_is_claimed_than_it_can_have(

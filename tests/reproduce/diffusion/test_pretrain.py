@@ -19,6 +19,8 @@ from tnadapt.reproduce.diffusion.process import Process  # noqa: E402
 
 from .standins import write_idx  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 HOW = Pretraining(4, batch=2, rate=1e-3)
 
 
