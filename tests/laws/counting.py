@@ -33,7 +33,7 @@ NAMES = (
 PACKAGES = ("tnadapt", "numpy", "scipy", "torch", "jax", "peft", "transformers", "hypothesis", "pytest")
 # A test that names no library computes on that of its folder, or on what it or its file cannot do without, or on NumPy.
 HOME = {
-    "torch": "torch", "finetune": "torch", "reproduce": "torch",
+    "torch": "torch", "finetune": "torch", "paper": "torch",
     "kernels/test_fastfood.py": "torch", "test_jax.py": "jax",
 }  # fmt: skip
 NEEDS = {"torch": "torch", "transformers": "torch", "triton": "torch", "jax": "jax", "cupy": "cupy"}
