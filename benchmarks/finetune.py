@@ -1,6 +1,6 @@
 """``tnadapt finetune`` with several seeds: ``python benchmarks/finetune.py digits|reviews|cifar10 FOLDER``.
 
-Fetches into FOLDER what is not there (see ``tnadapt.reproduce.registries``), compares methods at several rates with
+Fetches into FOLDER what is not there (see ``paper.registries``), compares methods at several rates with
 three seeds, and puts the results beside this file: ``results/NAME.jsonl``, a line a training, and made of it
 ``results/NAME.csv``, the table, and ``results/NAME.png``, the picture. On two idle cores, the digits take five minutes
 and the others half an hour each. Run it again after a stop: it goes on from the results that are there.
@@ -16,8 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from paper.registries import SOURCES, fetch
 from tnadapt.finetune.pareto_report import Point, columns, points_in, rows_of
-from tnadapt.reproduce.registries import SOURCES, fetch
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tnadapt
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for paper, which is not installed
 sys.path.insert(0, str(Path(__file__).parent))
 from sphinx_help import IsProperty
 

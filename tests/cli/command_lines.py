@@ -18,12 +18,14 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 #: Bytes beyond what the imports take: as much address space, and files as large.
 MEMORY, FILE = 4 << 30, 64 << 20
 #: Exit code of a command that ended with an exception.
 RAISED = 70
+
+Program = Literal["tnadapt", "paper"]
 
 
 class Done(NamedTuple):
@@ -42,11 +44,11 @@ class CommandLines:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def run(self, arguments: Sequence[str], folder: Path, seconds: float = 60.0) -> Done:
-        """``tnadapt ARGUMENTS`` in a folder."""
+    def run(self, arguments: Sequence[str], folder: Path, seconds: float = 60.0, program: Program = "tnadapt") -> Done:
+        """``tnadapt ARGUMENTS`` or ``python -m paper ARGUMENTS`` in a folder."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        asked = {"arguments": list(arguments), "folder": str(folder), "seconds": seconds}
+        asked = {"program": program, "arguments": list(arguments), "folder": str(folder), "seconds": seconds}
         print(json.dumps(asked), file=self.process.stdin, flush=True)
         return Done(**json.loads(self.process.stdout.readline()))
 
@@ -65,9 +67,11 @@ def command_lines(places: Mapping[str, str]) -> Iterator[CommandLines]:
 
 
 def _serve() -> None:
-    from tnadapt.__main__ import main
+    import paper.__main__
+    import tnadapt.__main__
 
-    for name in ("tnadapt.cli", "tnadapt.finetune", "tnadapt.reproduce", "sklearn.datasets", "matplotlib.pyplot"):
+    mains = {"tnadapt": tnadapt.__main__.main, "paper": paper.__main__.main}
+    for name in ("tnadapt.cli", "tnadapt.finetune", "paper.command", "sklearn.datasets", "matplotlib.pyplot"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     # A fork has at first what of the imports' memory has been written to; the rest it shares.
@@ -79,7 +83,7 @@ def _serve() -> None:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             began = time.monotonic()
             if not (child := os.fork()):
-                _child(main, asked, out.fileno(), err.fileno())
+                _child(mains[asked["program"]], asked, out.fileno(), err.fileno())
             status, used = _wait(child, asked["seconds"])
             done = Done(
                 os.waitstatus_to_exitcode(status), _text(out), _text(err), time.monotonic() - began,
@@ -100,7 +104,7 @@ def _child(main: Any, asked: dict[str, Any], out: int, err: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, FILE))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(asked["folder"])
-        sys.argv = ["tnadapt", *asked["arguments"]]
+        sys.argv = [asked["program"], *asked["arguments"]]
         main()
         code = 0
     except SystemExit as ended:

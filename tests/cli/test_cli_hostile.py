@@ -27,6 +27,7 @@ if sys.platform != "linux":
     pytest.skip("processes are measured by /proc", allow_module_level=True)
 
 # Where they can be imported.
+from paper.command import experiment  # noqa: E402
 from tnadapt import cli  # noqa: E402
 
 from .command_lines import CommandLines, Done, command_lines  # noqa: E402
@@ -34,7 +35,8 @@ from .command_lines import CommandLines, Done, command_lines  # noqa: E402
 pytestmark = pytest.mark.slow
 
 P, T = tna.presets, tna.Target
-COMMANDS = {one.name: one.callback for one in cli.app.registered_commands}
+#: Those of ``tnadapt``, and ``python -m paper``.
+COMMANDS = {**{one.name: one.callback for one in cli.app.registered_commands}, "paper": experiment}
 TARGETS = [T(f"layers.{n}.self_attn.{x}_proj", (6, 4), x) for n in range(2) for x in "qv"]
 #: Bytes that a command may take, beyond the program, to say that it cannot be done. A config may have 2^24 bytes.
 MEMORY = 100 << 20
@@ -160,7 +162,7 @@ def lines(draw: st.DrawFn, command: str) -> Line:
     needed, offered = ([one for one in known if one.required is wanted] for wanted in (True, False))
     chosen = needed + draw(st.lists(st.sampled_from(offered), max_size=4))
     line: Line = [(draw(st.sampled_from(one.names or [""])), draw(one.values)) for one in chosen]
-    if command == "reproduce":
+    if command == "paper":
         runs = ("--out", draw(some(["runs"], PATHS)))
         line += draw(st.sampled_from([[("--dry-run", None)], [("--redraw", None), runs]]))
     line = [*ALWAYS.get(command, []), *line]
@@ -272,7 +274,10 @@ def typed(line: Line) -> list[str]:
 
 
 def check(command: str, line: Line, commands: CommandLines, yard: Yard) -> Done:
-    done = commands.run([command, *typed(line)], yard.place)
+    if command == "paper":
+        done = commands.run(typed(line), yard.place, program="paper")
+    else:
+        done = commands.run([command, *typed(line)], yard.place)
     wrong = judge(done, line, yard)
     if yard.changed():
         yard.renew()

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -62,18 +61,11 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-CURVES = (plot.Curve("LoRA", (plot.Dot(9, (0.5,)), plot.Dot(20, (0.6,)))),)
 PICTURES = {
-    "fronts": lambda path: plot.fronts(CURVES, path),
-    "fronts_grid": lambda path: plot.fronts_grid([plot.Panel(CURVES, "accuracy")], path),
-    "generated": lambda path: plot.generated([("a", np.zeros((2, 4, 4, 1), np.uint8))], path),
     "layout": lambda path: layout(tna.SuperLoRA(tna.presets.lora(1), [(4, 3)]), path),
     "network": lambda path: plot.network(tna.presets.lora(1), [(4, 3)], path),
     "parameters": lambda path: parameters([(4, 3)], path),
     "pareto": lambda path: pareto(MARKS[:1], path),
-    "similarity": lambda path: plot.similarity(
-        [{"arm": "LoRA", "role": role, "d_left": 0.1, "d_right": 0.2, "d_euclid": 0.3} for role in "qv"], path
-    ),
 }
 
 

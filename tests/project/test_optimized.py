@@ -45,7 +45,7 @@ def command(*words, code=0):
     return out.getvalue()
 
 folder = sys.argv[1]
-names = ["info", "merge", "convert", "extract", "plan", "verify", "finetune", "reproduce"]
+names = ["info", "merge", "convert", "extract", "plan", "verify", "finetune"]
 listed = command("--help")
 for name in names:
     if name not in listed or "--json" not in command(name, "--help"):
@@ -86,11 +86,12 @@ def test_every_command_and_every_module(tmp_path: Path) -> None:
     assert "cut off or too long" in done.stderr
 
 
-def test_the_program_itself() -> None:
+@pytest.mark.parametrize(("program", "word"), [("tnadapt", "merge"), ("paper", "--dry-run")])
+def test_the_program_itself(program: str, word: str) -> None:
     pytest.importorskip("typer")
-    done = run("-m", "tnadapt", "--help")
+    done = run("-m", program, "--help")
     assert done.returncode == 0, done.stderr
-    assert "merge" in done.stdout
+    assert word in done.stdout
 
 
 def hostile(folder: Path) -> dict[str, bytes]:

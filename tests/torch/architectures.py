@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tnadapt.reproduce.diffusion import unet
+from paper.diffusion import unet
 
 Inputs = dict[str, Any]
 MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {}

@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
-from tnadapt.reproduce.diffusion.unet import UNet  # noqa: E402
+from paper.diffusion.unet import UNet  # noqa: E402
 
 from .small import WIDTH, Separate, Small, batch, small, stir  # noqa: E402
 

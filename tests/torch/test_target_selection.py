@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
+from paper.diffusion.unet import ClassEmbedding, PixelAttention, UNet  # noqa: E402
 from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.reproduce.diffusion.unet import Attention, ClassEmbedding, UNet  # noqa: E402
 from tnadapt.targets.target import Rows, Target  # noqa: E402
 from tnadapt.torch._attach import attach  # noqa: E402
 from tnadapt.torch._target_selection import find_targets, tied  # noqa: E402
@@ -154,7 +154,7 @@ def test_the_papers_unet_has_21_attentions_in_their_order() -> None:
     order = [*model.down, model.middle, *model.up]
     widths = [stage.attention.proj_q.in_channels for stage in order if hasattr(stage, "attention")]
     assert widths == [64, 64] + [128] * 6 + [128] + [128] * 9 + [64] * 3
-    assert sum(isinstance(module, Attention) for module in model.modules()) == 21
+    assert sum(isinstance(module, PixelAttention) for module in model.modules()) == 21
 
 
 def test_the_papers_counts_come_out() -> None:

@@ -12,9 +12,11 @@ import signal
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
+from multiprocessing.queues import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +32,9 @@ Progress = Callable[[Task, float], None]
 
 Do = Callable[[Task, Callable[[float], None]], dict[str, Any]]
 """Does a task, tells the fraction that is done, and returns its line of results."""
+
+#: Seconds between two reports of one training.
+_PERIOD = 0.1
 
 
 class Work(Protocol):
@@ -90,117 +95,90 @@ def run_tasks(
                 record = do(task, functools.partial(progress, task))
             yield task, record
         return
-    workers = [_Worker(work, share) for _ in range(jobs)]
+    yield from _side_by_side(work, tasks, jobs, share, progress)
+
+
+def _side_by_side(
+    work: Work, tasks: Sequence[Task], jobs: int, share: int, progress: Progress
+) -> Generator[tuple[Task, dict[str, Any]]]:
+    context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along, broken
+    told: SimpleQueue[tuple[int, float]] = context.SimpleQueue()
+    stopped, stop = context.Pipe(duplex=False)
+    pool = futures.ProcessPoolExecutor(jobs, context, _begin, (work, share, told, stopped))
+    waiting: dict[futures.Future[dict[str, Any]], Task] = {}
     try:
-        yield from _dispatch(workers, deque(tasks), progress)
+        for place, task in enumerate(tasks):
+            waiting[pool.submit(_train, place, task)] = task
+        while waiting:
+            done, _ = futures.wait(waiting, timeout=_PERIOD, return_when=futures.FIRST_COMPLETED)
+            while not told.empty():
+                place, fraction = told.get()
+                progress(tasks[place], fraction)
+            # What is finished first, so that a failure loses none of it.
+            for future in sorted(done, key=lambda one: one.exception() is not None):
+                record = future.result()
+                yield waiting.pop(future), record
+    except BrokenProcessPool:
+        # They are taken in order: these, and no others, were running.
+        names = "; ".join(task.method.name for task in list(waiting.values())[:jobs])
+        raise TnadaptError(
+            f"a worker ended by itself while this was trained: {names}; if memory was short, use --jobs 1; in a script "
+            "of your own, start under if __name__ == '__main__'. What is finished is kept: the same command goes on "
+            "from there"
+        ) from None
+    except BaseException:
+        stop.send_bytes(b"stop")  # the executor would wait for the trainings that run
+        raise
     finally:
-        for worker in workers:
-            worker.stop()
+        pool.shutdown(cancel_futures=True)
 
 
-def _dispatch(
-    workers: Sequence[_Worker], waiting: deque[Task], progress: Progress
-) -> Iterator[tuple[Task, dict[str, Any]]]:
-    busy: dict[Connection, _Worker] = {}
-    for worker in workers:
-        worker.give(waiting.popleft())
-        busy[worker.connection] = worker
-    while busy:
-        for connection in wait(list(busy)):
-            worker = busy[connection]  # type: ignore[index]
-            what, value = worker.receive()
-            if what == "progress":
-                progress(worker.task, value)
-                continue
-            yield worker.task, value
-            if waiting:
-                worker.give(waiting.popleft())
-            else:
-                del busy[worker.connection]
+# -- In a worker -------------------------------------------------------------------------------
 
 
 class _Worker:
-    """A process that trains what it is told to, and ends when the pipe to it does."""
+    """What a worker process keeps from one training to the next: its model and data above all."""
 
-    task: Task
+    def __init__(self, work: Work, told: SimpleQueue[tuple[int, float]]) -> None:
+        self.told = told
+        self.do = functools.cache(work.open)
 
-    def __init__(self, work: Work, share: int) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along, broken
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, work, share), daemon=True)
-        self.process.start()
-        other.close()
+    def train(self, place: int, task: Task) -> dict[str, Any]:
+        last = 0.0
 
-    def give(self, task: Task) -> None:
-        self.task = task
-        try:
-            self.connection.send(task)
-        except OSError:
-            self._died()
+        def report(done: float) -> None:
+            nonlocal last
+            if time.monotonic() - last > _PERIOD:
+                last = time.monotonic()
+                self.told.put((place, done))
 
-    def receive(self) -> tuple[str, Any]:
-        try:
-            what, value = self.connection.recv()
-        except (EOFError, OSError):
-            self._died()
-        if what == "refused":
-            raise TnadaptError(value)
-        if what == "failed":
-            raise RuntimeError(f"a training failed ({self.task.method.name}):\n{value}")
-        return what, value
-
-    def _died(self) -> None:
-        self.process.join(timeout=5)
-        raise TnadaptError(
-            f"a worker ended (exit code {self.process.exitcode}) while it trained {self.task.method.name}; if memory "
-            "was short, use --jobs 1; in a script of your own, start under if __name__ == '__main__'. What is "
-            "finished is kept: the same command goes on from there"
-        ) from None
-
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.terminate()
-        self.process.join(timeout=10)
+        return self.do()(task, report)
 
 
-def _work(connection: Connection, work: Work, share: int) -> None:
+_worker: _Worker
+
+
+def _begin(work: Work, share: int, told: SimpleQueue[tuple[int, float]], stopped: Connection) -> None:
+    global _worker
     # Ctrl-C is for the parent, which then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
+    threading.Thread(target=_end_when_told, args=(stopped,), daemon=True).start()
     torch.set_num_threads(share)
+    _worker = _Worker(work, told)
+
+
+def _train(place: int, task: Task) -> dict[str, Any]:
     try:
-        do = work.open()
-        while True:
-            task = connection.recv()
-            connection.send(("done", do(task, _throttled(connection))))
-    except (EOFError, BrokenPipeError):
-        return
+        return _worker.train(place, task)
+    # As text: not every exception can be pickled and be the same again, and one that cannot breaks the executor.
     except TnadaptError as error:
-        connection.send(("refused", str(error)))
+        raise TnadaptError(str(error)) from None
     except Exception:
-        connection.send(("failed", traceback.format_exc()))
+        raise RuntimeError(f"a training failed ({task.method.name}):\n{traceback.format_exc()}") from None
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end this process: it does so itself."""
+def _end_when_told(stopped: Connection) -> None:
+    """End this process in the middle of a training: the parent says so, or is gone, killed even."""
     parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _throttled(connection: Connection) -> Callable[[float], None]:
-    last = 0.0
-
-    def report(done: float) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.1:
-            last = time.monotonic()
-            connection.send(("progress", done))
-
-    return report
+    wait([stopped, *([] if parent is None else [parent.sentinel])])
+    os._exit(1)

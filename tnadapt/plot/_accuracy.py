@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ._canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
+from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
 
 __all__ = ["Mark", "pareto"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA, parameter_count
 
-from ._canvas import INK, PALE, figure, quiet, saved
+from .canvas import INK, PALE, figure, quiet, saved
 
 __all__ = ["counted", "parameters"]
 

@@ -12,7 +12,7 @@ from tnadapt.algebra.layout import Piece
 from tnadapt.algebra.superlora import Group, SuperLoRA
 from tnadapt.errors import ShapeError
 
-from ._canvas import INK, PALE, figure, quiet, saved
+from .canvas import INK, PALE, figure, quiet, saved
 
 __all__ = ["layout"]
 

@@ -10,9 +10,9 @@ from typing import Any
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 
-from ._canvas import INK, PALE, STYLES, figure, saved
 from ._diagram import Diagram, diagram
 from ._split_diagram import Label, Node, Part
+from .canvas import INK, PALE, STYLES, figure, saved
 
 __all__ = ["network"]
 

@@ -1,0 +1,24 @@
+"""``python -m paper``: as on tnadapt's command line, a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from tnadapt.cli.terminal import exit_on_error
+
+        from .command import app
+    except ImportError as error:
+        print(f'paper: the command line needs an extra: pip install -e ".[cli]" ({error})', file=sys.stderr)
+        raise SystemExit(2) from None
+    with exit_on_error("paper"):
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Images of ten classes in the files that their makers give out: MNIST, Fashion-MNIST, SVHN."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.io.matlab import MatReadError
+from torch import Tensor
+
+from tnadapt.errors import FileError, TnadaptError
+from tnadapt.finetune.archives import DEFLATED, filled
+
+__all__ = ["CLASSES", "DATASETS", "ImageSet", "balanced", "read_images"]
+
+CLASSES = 10
+
+_IDX = ("mnist", "fashion-mnist")
+DATASETS = (*_IDX, "svhn")
+#: What a folder of each must hold; the IDX files may be packed by gzip.
+FILES = {
+    **dict.fromkeys(
+        _IDX, ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+    ),
+    "svhn": ("train_32x32.mat", "test_32x32.mat"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images and their classes.
+
+    Attributes
+    ----------
+    pixels : Tensor of float32, shape (n, channels, size, size)
+        From -1 to 1.
+    labels : Tensor of int64, shape (n,)
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, some: slice | Tensor) -> ImageSet:
+        return ImageSet(self.pixels[some], self.labels[some])
+
+
+def balanced(images: ImageSet, count: int, seed: int = 0) -> ImageSet:
+    """So many images, or all that there are: of every class in turn, in an order that the seed draws.
+
+    As images are asked for by classes in turn, any beginning of both has the classes alike, as long as none runs out.
+
+    Parameters
+    ----------
+    images : ImageSet
+        Of labels from 0 to 9.
+    count : int
+    seed : int
+        Of torch's generator on the CPU.
+
+    Returns
+    -------
+    ImageSet
+        The first ``count``, copied.
+
+    Examples
+    --------
+    >>> some = ImageSet(torch.zeros(50, 1, 2, 2), torch.arange(50) // 5)
+    >>> balanced(some, 20).labels.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    labels = images.labels[order]
+    turn = torch.zeros_like(labels)
+    for label in range(CLASSES):
+        own = labels == label
+        turn[own] = torch.arange(int(own.sum()))
+    return images[order[(turn * CLASSES + labels).argsort(stable=True)][:count]]
+
+
+def read_images(name: str, folder: Path, size: int, channels: int, test: bool = False) -> ImageSet:
+    """A set of images, made square of so many pixels, grey or of three colours.
+
+    Parameters
+    ----------
+    name : {"mnist", "fashion-mnist", "svhn"}
+    folder : Path
+        In which there is a folder of this name with the files as their makers give them out.
+    size : int
+        Pixels a side: scaled with antialiasing where they have others.
+    channels : {1, 3}
+        Grey images become three equal channels; of colours, one is their mean.
+    test : bool
+        The test images instead of those to train on.
+
+    Returns
+    -------
+    ImageSet
+        In the order of the files.
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such set, or no such folder or file.
+    FileError
+        If a file is damaged.
+
+    Examples
+    --------
+    MNIST as small as the miniature has it, of ``data/mnist/train-images-idx3-ubyte`` and its labels::
+
+        read_images("mnist", Path("data"), size=16, channels=1).pixels.shape
+    """
+    if name not in DATASETS:
+        raise TnadaptError(f"images are one of {', '.join(DATASETS)}; got {name!r}")
+    place = folder / name
+    missing = [file for file in FILES[name] if not _there(place / file)]
+    if missing:
+        raise TnadaptError(
+            f"no {missing[0]} in {place}; give --data a folder with a folder {name!r} that holds "
+            f"{', '.join(FILES[name])}"
+        )
+    try:
+        pixels, labels = _svhn(place, test) if name == "svhn" else _idx_pair(place, test)
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        ValueError,
+        struct.error,
+        zlib.error,
+        NotImplementedError,
+        TypeError,
+        MatReadError,
+    ) as error:
+        raise FileError(f"cannot read the images in {place}: {error}; fetch them again") from None
+    return ImageSet(_square(pixels, size, channels), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _there(path: Path) -> bool:
+    return path.is_file() or path.with_name(path.name + ".gz").is_file()
+
+
+def _idx_pair(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    images, labels = (_idx(place / file) for file in FILES["mnist"][2 * test :][:2])
+    if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) > 9:
+        raise ValueError(f"images of shape {images.shape} with labels of shape {labels.shape}")
+    return images[..., None], labels
+
+
+def _idx(path: Path) -> NDArray[np.uint8]:
+    """An array of bytes: two zeros, the type 8, the number of axes, their sizes (big-endian), the bytes."""
+    plain = path.is_file()
+    path = path if plain else path.with_name(path.name + ".gz")
+    with open(path, "rb") if plain else gzip.open(path) as file:
+        zeros, kind, axes = struct.unpack(">HBB", file.read(4))
+        if zeros or kind != 8:
+            raise ValueError(f"{path.name} is no IDX file of bytes")
+        shape = struct.unpack(f">{axes}I", file.read(4 * axes))
+        array = filled(file, shape, np.uint8, path.stat().st_size * (1 if plain else DEFLATED))
+        if file.read(1):
+            raise ValueError(f"{path.name} is longer than an array of shape {shape}")
+    return array.astype(np.uint8, copy=False)
+
+
+def _svhn(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """MATLAB's: pixels as (rows, columns, colours, n), and 10 for the digit 0."""
+    from scipy.io import loadmat
+
+    found = loadmat(place / FILES["svhn"][test], variable_names=("X", "y"))
+    pixels, labels = found["X"].transpose(3, 0, 1, 2), found["y"].reshape(-1)
+    if not (np.equal(labels, np.floor(labels)) & (labels >= 1) & (labels <= 10)).all():
+        raise ValueError("labels that are not 1 to 10")
+    labels = labels % 10
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or labels.shape != pixels.shape[:1]:
+        raise ValueError(f"pixels of {pixels.dtype} and shape {pixels.shape} with labels of shape {labels.shape}")
+    return pixels, labels
+
+
+def _square(pixels: NDArray[np.uint8], size: int, channels: int) -> Tensor:
+    """Bytes ``(n, height, width, colours)`` to float32 ``(n, channels, size, size)``, some thousands at a time."""
+    found = []
+    for some in torch.split(torch.from_numpy(np.ascontiguousarray(pixels)), 4096):
+        part = some.permute(0, 3, 1, 2).float()
+        if part.shape[-2:] != (size, size):
+            part = torch.nn.functional.interpolate(part, (size, size), mode="bilinear", antialias=True)
+        if part.shape[1] != channels:
+            part = part.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+        found.append((part / 127.5 - 1.0).clamp(-1.0, 1.0).contiguous())
+    return torch.cat(found)

@@ -1,0 +1,194 @@
+"""The model before it is adapted: trained once, kept in the cache, and gone on with where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from tnadapt.checkpoints.atomic_files import replaced
+from tnadapt.errors import FileError
+
+from .images import ImageSet
+from .process import Process
+from .unet import Generator
+
+__all__ = ["Pretraining", "images_digest", "pretrained"]
+
+#: Of every so many steps, the state is kept.
+KEPT = 200
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """How the base is trained: AdamW, its rate up over a tenth of the steps and down as half a cosine.
+
+    Attributes
+    ----------
+    steps, batch : int
+    rate : float
+        The highest.
+    weight_decay : float
+    """
+
+    steps: int
+    batch: int = 256
+    rate: float = 2e-4
+    weight_decay: float = 1e-4
+
+    def factor(self, step: int) -> float:
+        """Of the rate, at a step counted from 0."""
+        warm = math.ceil(0.1 * self.steps)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+def images_digest(images: ImageSet) -> str:
+    """SHA-256 of pixels and labels."""
+    seen = hashlib.sha256(f"{tuple(images.pixels.shape)}".encode())
+    for tensor in (images.pixels, images.labels):
+        seen.update(tensor.contiguous().numpy().tobytes())
+    return seen.hexdigest()
+
+
+def pretrained(
+    folder: Path,
+    how: Pretraining,
+    process: Process,
+    images: ImageSet,
+    base: int,
+    device: str = "cpu",
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Tensor]:
+    """The weights of a :class:`~paper.diffusion.unet.Generator` of these images.
+
+    Parameters
+    ----------
+    folder : Path
+        Where they are kept, by the digest of all that they depend on; made if need be.
+    how : Pretraining
+    process : Process
+    images : ImageSet
+    base : int
+        Width of the U-Net's first level.
+    device : str
+    progress : callable
+        Is told the fraction done.
+
+    Returns
+    -------
+    dict of str to Tensor
+        On the CPU.
+
+    Raises
+    ------
+    FileError
+        If the folder cannot be written.
+
+    Notes
+    -----
+    Every step draws its images, noise and dropout from its own number, so that a training that was stopped and went on
+    is that which was not.
+    """
+    recipe = {
+        "version": 1, "how": dataclasses.asdict(how), "steps": process.steps, "hidden": process.hidden,
+        "images": images_digest(images), "base": base,
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / f"unet-{key}.safetensors"
+    channels = images.pixels.shape[1]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = _read(path)
+        model = _fresh(channels, base)
+        if state is not None and not _fits(model, *state, how.steps):
+            state = None
+        if state is not None and state[0] == how.steps:
+            return state[1]
+        model = model.to(device).train()
+        optimiser = torch.optim.AdamW(model.parameters(), how.rate, weight_decay=how.weight_decay)
+        first = 0 if state is None else _go_on(model, optimiser, *state)
+        for step in range(first, how.steps):
+            _step(model, optimiser, how, process, images, step, device)
+            progress((step + 1) / how.steps)
+            if (step + 1) % KEPT == 0 and step + 1 < how.steps:
+                _write(path, step + 1, model, optimiser)
+        _write(path, how.steps, model, None)
+    except OSError as error:
+        raise FileError(
+            f"cannot keep the pretrained model in {folder}: {error}; give another folder with --cache"
+        ) from None
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+def _fresh(channels: int, base: int) -> Generator:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Generator(channels, base)
+
+
+def _step(
+    model: Generator, optimiser: Any, how: Pretraining, process: Process, images: ImageSet, step: int, device: str
+) -> None:
+    generator = torch.Generator().manual_seed(step)
+    chosen = images[torch.randint(len(images), (how.batch,), generator=generator)]
+    with torch.random.fork_rng(devices=[torch.device(device)] if device.startswith("cuda") else []):
+        torch.manual_seed(step)
+        loss = process.loss(model, chosen.pixels.to(device), chosen.labels.to(device), generator)
+    for group in optimiser.param_groups:
+        group["lr"] = how.rate * how.factor(step)
+    optimiser.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+
+
+# -- The file ----------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> tuple[int, dict[str, Tensor]] | None:
+    """The step that a file is of, and what it holds; None where it is not there or is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            step = int((file.metadata() or {})["step"])
+        return step, load_file(path)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _fits(model: Generator, step: int, held: dict[str, Tensor], steps: int) -> bool:
+    """Whether a file is of this model, at one of its steps, with moments where there are steps left."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if step != steps:
+        shapes |= {f"{moment}:{name}": one.shape for name, one in model.named_parameters() for moment in _MOMENTS}
+    return 0 < step <= steps and {name: tensor.shape for name, tensor in held.items()} == shapes
+
+
+def _write(path: Path, step: int, model: Generator, optimiser: Any) -> None:
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if optimiser is not None:
+        for name, weight in model.named_parameters():
+            for moment in _MOMENTS:
+                held[f"{moment}:{name}"] = optimiser.state[weight][moment].cpu().contiguous()
+    with replaced(str(path)) as file:
+        file.write(save(held, {"step": str(step)}))
+
+
+def _go_on(model: Generator, optimiser: Any, step: int, held: dict[str, Tensor]) -> int:
+    """Model and moments as they were after so many steps."""
+    model.load_state_dict({name: tensor for name, tensor in held.items() if ":" not in name})
+    for name, weight in model.named_parameters():
+        moments = {moment: held[f"{moment}:{name}"].to(weight.device) for moment in _MOMENTS}
+        optimiser.state[weight] = {"step": torch.tensor(float(step)), **moments}
+    return step

@@ -1,0 +1,7 @@
+"""The paper's figures. As in :mod:`tnadapt.plot`, matplotlib is imported inside the functions and draws into files."""
+
+from .fronts import Curve, Dot, Panel, fronts, fronts_grid
+from .generated import generated
+from .geometry_scatter import similarity
+
+__all__ = ["Curve", "Dot", "Panel", "fronts", "fronts_grid", "generated", "similarity"]

@@ -1,0 +1,297 @@
+"""A recipe: the settings file of one experiment, read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.errors import ConfigError, TnadaptError, shown
+from tnadapt.planning import known_as
+
+from .adapted_weights import WEIGHTS, AdaptedWeights
+from .sweep import configs
+
+__all__ = ["SCALES", "Arm", "Recipe", "RecipePoint", "names", "open_recipe", "parse"]
+
+SCALES = ("full", "mini")
+KINDS = ("counts", "classification", "diffusion", "geometry")
+_TOP = frozenset({"title", "paper", "kind", "arms", "arms_of", "stated", "notes", *SCALES})
+_ARM = frozenset({"name", "settings", "by", *SCALES})
+#: What a curve may be drawn for each value of, and how the paper writes it.
+_BY = {"groups": "G = ", "splits": "K = ", "order": "", "projection": ""}
+_STATED = frozenset({"what", "parameters", "settings"})
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipePoint:
+    """One setting of an experiment.
+
+    Attributes
+    ----------
+    arm : str
+        The curve that it is a point of, as the paper's legends name them.
+    config : Config
+    parameters : int
+        Of the recipe's weights.
+    """
+
+    arm: str
+    config: Config
+    parameters: int
+
+    @property
+    def setting(self) -> str:
+        """In the paper's symbols."""
+        return known_as(self.config).label
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A curve: a method whose rank, groups or ratio are swept.
+
+    Attributes
+    ----------
+    name : str
+    configs : tuple of Config
+    """
+
+    name: str
+    configs: tuple[Config, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One experiment at one scale.
+
+    Attributes
+    ----------
+    name, title : str
+    paper : str
+        Which section and figures of the paper it is.
+    kind : {"counts", "classification", "diffusion", "geometry"}
+        What is done.
+    scale : {"full", "mini"}
+    weights : AdaptedWeights
+        What is adapted.
+    arms : tuple of Arm
+    stated : tuple of (str, int, Config)
+        Counts that the paper states: words, number, setting. Of the full scale alone.
+    settings : dict
+        How it is trained.
+    notes : tuple of str
+        Where the paper leaves something open, or something else had to be taken.
+    rank_below_sizes : bool
+        Whether settings of too large a rank are left out.
+    """
+
+    name: str
+    title: str
+    paper: str
+    kind: str
+    scale: str
+    weights: AdaptedWeights
+    arms: tuple[Arm, ...]
+    stated: tuple[tuple[str, int, Config], ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+    rank_below_sizes: bool = False
+
+    def points(self) -> list[RecipePoint]:
+        """Every setting with its count; of equal ones in one arm the first.
+
+        Where the recipe says ``rank_below_sizes``, without those whose rank is as large as a size that it stands
+        beside: the paper's r < min(d_in, d_out).
+
+        Raises
+        ------
+        ConfigError
+            If a setting does not fit the weights.
+        """
+        found = []
+        for arm in self.arms:
+            for config in dict.fromkeys(arm.configs):
+                plan = SuperLoRA(config, self.weights.shapes, self.weights.layers)
+                if not self.rank_below_sizes or _below(plan):
+                    found.append(RecipePoint(arm.name, config, plan.num_parameters))
+        return found
+
+    def only(self, arms: Sequence[str]) -> Recipe:
+        """The recipe with these of its arms; with all where none is named.
+
+        Raises
+        ------
+        TnadaptError
+            If it has no such arm.
+
+        Examples
+        --------
+        >>> len(open_recipe("cifar10").points()), len(open_recipe("cifar10").only(["LoRA"]).points())
+        (533, 34)
+        """
+        known = [arm.name for arm in self.arms]
+        if missing := [arm for arm in arms if arm not in known]:
+            raise TnadaptError(f"recipe {self.name} has no arm {shown(missing[0])}; expected of {', '.join(known)}")
+        return dataclasses.replace(self, arms=tuple(arm for arm in self.arms if not arms or arm.name in arms))
+
+    def count(self, config: Config) -> int:
+        """Trainable parameters of a setting on the recipe's weights."""
+        return SuperLoRA(config, self.weights.shapes, self.weights.layers).num_parameters
+
+    def checked(self) -> list[tuple[str, int, int]]:
+        """What the paper states, its number, and ours."""
+        return [(what, stated, self.count(config)) for what, stated, config in self.stated]
+
+
+def names() -> list[str]:
+    """Of all recipes.
+
+    Examples
+    --------
+    >>> "cifar100" in names()
+    True
+    """
+    folder = importlib.resources.files(__package__) / "recipes"
+    return sorted(one.name.removesuffix(".toml") for one in folder.iterdir() if one.name.endswith(".toml"))
+
+
+def open_recipe(name: str, scale: str = "full") -> Recipe:
+    """A recipe of the paper by its name.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`names`.
+    scale : {"full", "mini"}
+        As the paper has it, or what two cores do with what package registries have.
+
+    Raises
+    ------
+    TnadaptError
+        If there is no such recipe, or it has no such scale.
+
+    Examples
+    --------
+    >>> recipe = open_recipe("cifar100")
+    >>> all(stated == ours for _, stated, ours in recipe.checked())
+    True
+    """
+    return parse(name, _text(name), scale)
+
+
+def parse(name: str, text: str, scale: str = "full") -> Recipe:
+    """A recipe from the text of its settings file.
+
+    Raises
+    ------
+    ConfigError
+        If the text is no TOML, has a word that is not known, or lacks one that is needed.
+    TnadaptError
+        If the recipe has no such scale.
+    """
+    try:
+        read = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name}: {error}") from None
+    _known(f"recipe {name}", read, _TOP, ("title", "paper", "kind"))
+    if ("arms" in read) == ("arms_of" in read):
+        raise ConfigError(f"recipe {name} needs arms, or arms_of another recipe; one of them")
+    if read["kind"] not in KINDS:
+        raise ConfigError(f"recipe {name}: kind is one of {', '.join(KINDS)}; got {read['kind']!r}")
+    if scale not in SCALES:
+        raise TnadaptError(f"a scale is one of {', '.join(SCALES)}; got {shown(scale)}")
+    there = [one for one in SCALES if one in read]
+    if scale not in there:
+        raise TnadaptError(f"recipe {name} has no scale {shown(scale)}; it has {' and '.join(there)}")
+    settings = _settings(name, read[scale], scale)
+    weights, below = settings.pop("weights", None), settings.pop("rank_below_sizes", False)
+    title = settings.pop("title", read["title"])
+    notes = read.get("notes", [])
+    words = [read["title"], title, read["paper"], weights, *(notes if isinstance(notes, list) else [None])]
+    if not all(isinstance(word, str) for word in words) or not isinstance(below, bool):
+        raise ConfigError(
+            f"recipe {name}: title, paper and weights are words, notes a list of words, rank_below_sizes true or false"
+        )
+    if weights not in WEIGHTS:
+        raise ConfigError(f"recipe {name}: weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
+    if "arms_of" in read:
+        arms = list(open_recipe(read["arms_of"], scale).arms)
+    else:
+        given_arms = read["arms"]
+        if not isinstance(given_arms, list):
+            raise ConfigError(f"the arms of recipe {name} are tables, [[arms]]; got {given_arms!r}")
+        arms = [arm for given in given_arms for arm in _arms(name, given, scale)]
+    stated = [_stated(name, given) for given in read.get("stated", [])] if scale == "full" else []
+    return Recipe(
+        name, title, read["paper"], read["kind"], scale, WEIGHTS[weights], tuple(arms), tuple(stated),
+        settings, tuple(notes), below,
+    )  # fmt: skip
+
+
+def _settings(name: str, given: Any, scale: str) -> dict[str, Any]:
+    """How it is trained; ``like`` another recipe but for what is said here."""
+    settings = dict(_table(f"{scale} of recipe {name}", given))
+    like = settings.pop("like", None)
+    if like is None:
+        return settings
+    others = _settings(like, _table(f"recipe {like}", tomllib.loads(_text(like))).get(scale), scale)
+    others.pop("title", None)
+    return {**others, **settings}
+
+
+def _text(name: str) -> str:
+    if name not in names():
+        raise TnadaptError(f"no recipe {shown(name)}; expected one of {', '.join(names())}")
+    return (importlib.resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _below(plan: SuperLoRA) -> bool:
+    """Whether every factor has fewer columns than rows."""
+    factors = [shape for name, shape in plan.param_shapes.items() if ".factor" in name]
+    return all(rank < size for size, rank in factors)
+
+
+def _arms(recipe: str, given: Mapping[str, Any], scale: str) -> list[Arm]:
+    """An arm at a scale, or one for each value of what it is drawn by; none where it is not in it."""
+    _known(f"an arm of recipe {recipe}", given, _ARM, ("name", "settings"))
+    if scale not in given:
+        return []
+    several = given[scale] if isinstance(given[scale], list) else [given[scale]]
+    fixed = _table(f"settings of arm {given['name']!r} of recipe {recipe}", given["settings"])
+    found = [config for swept in several for config in configs(fixed, swept)]
+    by = given.get("by")
+    if by is None:
+        return [Arm(given["name"], tuple(found))]
+    if by not in _BY:
+        raise ConfigError(f"arm {given['name']!r} of recipe {recipe}: by is one of {', '.join(_BY)}; got {by!r}")
+    values = dict.fromkeys(getattr(config, by) for config in found)
+    return [
+        Arm(
+            f"{given['name']}, {_BY[by]}{f'{value}D' if by == 'order' else value}",
+            tuple(config for config in found if getattr(config, by) == value),
+        )
+        for value in values
+    ]
+
+
+def _stated(recipe: str, given: Mapping[str, Any]) -> tuple[str, int, Config]:
+    _known(f"a stated count of recipe {recipe}", given, _STATED, tuple(_STATED))
+    return given["what"], given["parameters"], Config.from_dict(given["settings"])
+
+
+def _table(what: str, given: Any) -> Mapping[str, Any]:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{what} is a table; got {given!r}")
+    return given
+
+
+def _known(what: str, given: Mapping[str, Any], known: frozenset[str], needed: tuple[str, ...]) -> None:
+    given = _table(what, given)
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(f"{what} has {unknown[0]!r}; expected {', '.join(sorted(known))}")
+    if missing := [word for word in needed if word not in given]:
+        raise ConfigError(f"{what} has no {missing[0]!r}")

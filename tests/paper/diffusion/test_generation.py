@@ -1,0 +1,332 @@
+"""The diffusion recipes train, sample and measure for real, on tiny images; the full ones make their first steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from paper import open_recipe, redraw, run
+from paper.recipe import Recipe
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+pytest.importorskip("diffusers")
+pytest.importorskip("torch_fidelity")
+
+from paper.diffusion.generation import chosen_rate, generated_in  # noqa: E402
+from paper.diffusion.images import ImageSet, balanced, read_images  # noqa: E402
+from paper.diffusion.metrics import METRICS  # noqa: E402
+from paper.diffusion.opening import generation_of  # noqa: E402
+from tnadapt.finetune import Reporter  # noqa: E402
+from tnadapt.finetune.loop import threads  # noqa: E402
+
+from .standins import write_idx, write_svhn  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+TINY = {
+    "image_size": 8, "pretrain_steps": 2, "pretrain_batch": 4, "steps": 3, "batch": 4, "limit": 40, "samples": 20,
+    "held_out": 16, "real": 40, "sampling_steps": 2, "rates": [0.001, 0.03], "seeds": 2,
+}  # fmt: skip
+
+
+def tiny(
+    name: str = "svhn-mnist", scale: str = "mini", arms: tuple[str, ...] = ("LoRA", "dense"), **more: Any
+) -> Recipe:
+    """A recipe with the first setting of some of its arms, and of all else as little as there can be."""
+    recipe = open_recipe(name, scale)
+    kept = tuple(
+        dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms if not arms or arm.name in arms
+    )
+    return dataclasses.replace(recipe, arms=kept, settings={**recipe.settings, **TINY, **more})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_idx(folder / "mnist", seed=0)
+    write_idx(folder / "fashion-mnist", seed=3, pack=True)
+    write_svhn(folder / "svhn", 40, 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in found if "key" in line]
+
+
+@pytest.fixture(scope="module")
+def done(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("run")
+    with threads(1):
+        return out, run(tiny(), out, cache=cache, data=str(data))
+
+
+def test_every_setting_is_trained_sampled_and_measured(done: tuple[Path, Any]) -> None:
+    out, outcome = done
+    assert [(row["arm"], row["parameters"]) for row in outcome.rows] == [
+        ("real images", 0), ("as pretrained", 0), ("dense", 141312), ("LoRA", 4736),
+    ]  # fmt: skip
+    for row in outcome.rows:
+        assert len(row["loss"]) == (0 if row["arm"] == "real images" else 2)
+        assert all(len(row[metric]) == 2 for metric in METRICS), row
+    assert outcome.picture == out / "figure.png"
+    assert (out / "generated.png").read_bytes().startswith(b"\x89PNG")
+    records = lines(out)
+    # Both rates with the first seed, one of them with the second; the base, for which there is no rate, with both.
+    assert len(records) == 2 * (2 + 1) + 2
+    for record in records:
+        images = np.load(out / "images" / record["images"], allow_pickle=False)
+        assert (images.shape, images.dtype) == ((20, 8, 8, 1), np.uint8)
+        assert record["config"] is None or (out / "adapters" / record["adapter"]).is_file()
+
+
+def test_as_many_real_images_are_measured_of_none_that_are_compared_with(done: tuple[Path, Any], data: Path) -> None:
+    out, outcome = done
+    assert outcome.rows[0]["arm"] == "real images"
+    bases = [record for record in lines(out) if record["config"] is None]
+    assert [outcome.rows[0][metric] for metric in METRICS] == [
+        [base["real"]["metrics"][metric] for base in bases] for metric in METRICS
+    ]
+    # Images of 8 pixels are what the stand-ins are scaled to; 16 are held out, fewer than 20: they are of the others.
+    every = read_images("mnist", data, 8, 1).pixels[TINY["held_out"] :]
+    known = {bytes(((one + 1) * 127.5).round().to(torch.uint8).numpy()) for one in every}
+    drawn = [np.load(out / "images" / base["real"]["images"], allow_pickle=False) for base in bases]
+    assert all(bytes(np.ascontiguousarray(one.transpose(2, 0, 1))) in known for some in drawn for one in some)
+    assert not np.array_equal(*drawn)
+
+
+def test_the_rate_is_chosen_with_the_first_seed_by_the_loss_held_out(done: tuple[Path, Any]) -> None:
+    out, outcome = done
+    for row in outcome.rows[2:]:
+        own = [one for one in lines(out) if one["family"] == row["arm"]]
+        first = {one["rate"]: one["validation_loss"] for one in own if one["seed"] == 0}
+        assert row["rate"] == min(first, key=lambda rate: first[rate])
+        assert [one["rate"] for one in own if one["seed"] == 1] == [row["rate"]]
+
+
+def test_what_is_done_is_not_done_again_and_results_alone_give_the_same(
+    done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
+) -> None:
+    out, outcome = done
+    before = (out / "results.jsonl").read_bytes()
+    with threads(1):
+        again = run(tiny(), out, cache=cache, data=str(data))
+    assert (out / "results.jsonl").read_bytes() == before
+    assert again.rows == outcome.rows
+    points = {point.arm: point for point in generated_in(out / "results.jsonl")}
+    for row in outcome.rows[1:]:
+        point = points[row["arm"]]
+        assert (point.setting, point.parameters, point.rate) == (row["setting"], row["parameters"], row["rate"])
+        assert list(point.values("fid")) == row["fid"]
+    with pytest.raises(tna.errors.FileError, match="another study"):
+        run(tiny(samples=30), out, cache=cache, data=str(data))
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    with threads(1):
+        run(tiny(arms=("dense",), samples=10, seeds=1, rates=[0.03]), copy, cache=cache, data=str(data), fresh=True)
+    assert len(list((copy / "adapters").iterdir())) == 1
+    assert len(list((copy / "images").iterdir())) == 3
+
+
+def test_other_rates_and_seeds_in_the_same_folder(
+    done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
+) -> None:
+    out, outcome = done
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    (was,) = (row["rate"] for row in outcome.rows if row["arm"] == "LoRA")
+    other = next(rate for rate in TINY["rates"] if rate != was)
+    with threads(1):
+        # At a rate that was tried with the first seed alone, and with more seeds than the file has for others.
+        found = run(tiny(arms=("LoRA",), rates=[other]), copy, cache=cache, data=str(data))
+    assert [(row["arm"], row["rate"], len(row["fid"])) for row in found.rows] == [
+        ("real images", 0.0, 2), ("as pretrained", 0.0, 2), ("LoRA", other, 2),
+    ]  # fmt: skip
+    alone = {row["arm"]: row["rate"] for row in redraw(tiny(), copy).rows}
+    assert alone["LoRA"] == was, "of what is whole, the better by the first seed"
+    told: list[tuple[int, int]] = []
+
+    class Told(Reporter):
+        def begins(self, tasks: int, finished: int) -> None:
+            told.append((tasks, finished))
+
+    with threads(1):
+        run(tiny(arms=("LoRA",), seeds=1, rates=[was]), copy, cache=cache, data=str(data), reporter=Told())
+    assert told == [(2, 2)], "others' trainings are not counted"
+
+
+def test_a_line_that_a_kill_cut_off_is_not_read(done: tuple[Path, Any], tmp_path: Path) -> None:
+    out, outcome = done
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    with (copy / "results.jsonl").open("ab") as file:
+        file.write(b'{"key": "12')
+    assert redraw(tiny(), copy).rows == outcome.rows
+
+
+@pytest.mark.parametrize(
+    "damage", [b"[1]\n", b'{"format": "x", "study": 3}\n', b'{"study": {}}\n{"key": "1", "metrics": null}\n']
+)
+def test_damaged_results_are_one_message(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "results.jsonl").write_bytes(damage)
+    with pytest.raises(tna.TnadaptError, match="cannot read the results of recipe svhn-mnist"):
+        redraw(tiny(), tmp_path)
+
+
+def test_an_image_that_is_cut_off_is_one_message(done: tuple[Path, Any], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(done[0], copy)
+    for path in (copy / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(tna.errors.FileError, match="cannot draw what is in"):
+        redraw(tiny(), copy)
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused_before_anything_is_opened(rate: float, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(tna.TnadaptError, match="finite number above 0"):
+        run(tiny(), tmp_path, data=str(data), rates=[rate])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_looks_at_images_is_opened_before_the_base_is_trained(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(tna.TnadaptError, match=r"cannot load Inception's weights from nowhere\.pth"):
+        run(tiny(), tmp_path, data=str(data), features="nowhere.pth")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_recipe_of_other_weights_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(tna.TnadaptError, match="its U-Net of width 64 has 42 others, the first of"):
+        run(tiny(base=64), tmp_path, data=str(data))
+
+
+def test_real_images_have_the_classes_in_turn_whatever_their_order() -> None:
+    labels = torch.cat([torch.zeros(70, dtype=torch.int64), torch.arange(1, 10).repeat(5)])
+    images = ImageSet(torch.arange(115.0).reshape(-1, 1, 1, 1), labels)
+    found = balanced(images, 50)
+    assert torch.bincount(found.labels).tolist() == [5] * 10
+    assert len(set(found.pixels.reshape(-1).tolist())) == 50
+    assert torch.equal(found.pixels, balanced(images, 115).pixels[:50])
+    assert len(balanced(images, 1000)) == 115
+    assert not torch.equal(found.pixels[::10].reshape(-1), torch.arange(5.0)), "not the first of the file"
+
+
+def test_a_base_is_measured_as_it_is_and_adapters_move_it(done: tuple[Path, Any], data: Path, cache: Path) -> None:
+    out, _ = done
+    base, *adapted = lines(out)
+    assert base["config"] is None
+    assert all(record["validation_loss"] != base["validation_loss"] for record in adapted if record["rate"] == 0.03)
+    bench = generation_of(tiny(), cache, data=str(data)).bench
+    assert sum(weight.numel() for weight in bench.model().parameters()) == 2612941
+
+
+def test_a_rate_at_which_all_diverge_is_still_one() -> None:
+    from tnadapt.finetune import Method, Task
+
+    method = Method("LoRA", "r = 1", tna.presets.lora(1))
+    records = {Task(method, 0, rate).key: {"validation_loss": None} for rate in (0.1, 0.2)}
+    assert chosen_rate(records, method, [0.2, 0.1]) == 0.1
+    records[Task(method, 0, 0.2).key]["validation_loss"] = 3.0  # type: ignore[assignment]
+    assert chosen_rate(records, method, [0.2, 0.1]) == 0.2
+
+
+# The others are like svhn-mnist: see tests/paper/test_paper_settings.py.
+@pytest.mark.parametrize("name", ["svhn-mnist", "mnist-svhn"])
+def test_the_full_recipes_make_their_first_steps_on_stand_ins(
+    name: str, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    recipe = open_recipe(name)
+    first = tuple(dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms[4:6] + recipe.arms[-3:-2])
+    steps = {"pretrain_steps": 1, "pretrain_batch": 2, "steps": 1, "batch": 2, "samples": 10, "sampling_steps": 1}
+    steps |= {"held_out": 8}
+    if name == "mnist-svhn":
+        write_svhn(tmp_path / "data" / "svhn", 20, 12)
+        (tmp_path / "data" / "mnist").symlink_to(data / "mnist")
+        data = tmp_path / "data"
+    settings = {**recipe.settings, **steps, "real": 12, "image_size": 16}
+    shown = dataclasses.replace(recipe, arms=first, settings=settings)
+    outcome = run(shown, tmp_path / "run", cache=cache, data=str(data), features="classifier")
+    assert [row["arm"] for row in outcome.rows] == ["real images", "as pretrained", *(arm.name for arm in first)]
+    assert all(len(row["fid"]) == 1 for row in outcome.rows)
+
+
+def test_a_model_of_ones_own(done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with threads(1):
+        base = tmp_path / "base.safetensors"
+        save_file(generation_of(tiny(), cache, data=str(data)).bench.weights, base)
+    found = generation_of(tiny(), tmp_path, data=str(data), model=str(base)).bench
+    assert found.weights.keys() == found.model().state_dict().keys()
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    for name, word in (("other.safetensors", "no U-Net of 1 channels and width 32"), ("none", "cannot read the model")):
+        with pytest.raises(tna.TnadaptError, match=word):
+            generation_of(tiny(), tmp_path, data=str(data), model=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["svhn-mnist"], "--features the file"),
+        (["svhn-mnist", "--features", "classifier"], "needs --data: a folder with the folders 'svhn' and 'mnist'"),
+        (["svhn-mnist", "--features", "classifier", "--data", "nowhere"], "no train-images-idx3-ubyte in nowhere"),
+        (["geometry", "--scale", "mini", "--features", "classifier"], "has no --features"),
+    ],
+)
+def test_a_mistake_is_one_message(arguments: list[str], word: str, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "paper", *arguments, "--out", str(tmp_path / "run")],
+        capture_output=True, text=True, check=False, encoding="utf-8",
+    )  # fmt: skip
+    assert found.returncode == 2, found.stdout
+    assert word in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+
+
+def test_a_killed_run_of_two_workers_goes_on_and_gives_the_same(
+    done: tuple[Path, Any], data: Path, cache: Path, tmp_path: Path
+) -> None:
+    out, _ = done
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tests.paper.diffusion.test_generation import tiny\n"
+        "from paper import run\n"
+        f"if __name__ == '__main__':\n    run(tiny(), Path({str(tmp_path / 'run')!r}), cache=Path({str(cache)!r}), "
+        f"data={str(data)!r}, jobs=int(sys.argv[1]))\n",
+        encoding="utf-8",
+    )
+    root = str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    results = tmp_path / "run" / "results.jsonl"
+    with subprocess.Popen([sys.executable, str(script), "2"], cwd=root, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (results.is_file() and b'"key"' in results.read_bytes()):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    first = {line["key"] for line in lines(tmp_path / "run")}
+    assert first
+    again = subprocess.run([sys.executable, str(script), "1"], cwd=root, env=environment, check=False)
+    assert again.returncode == 0
+    one, two = ({line["key"]: {**line, "seconds": 0} for line in lines(folder)} for folder in (out, tmp_path / "run"))
+    assert len(lines(tmp_path / "run")) == len(two) == 8
+    assert first < two.keys()
+    assert two == one

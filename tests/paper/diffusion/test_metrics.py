@@ -1,0 +1,89 @@
+"""The measures on features whose values are known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torch_fidelity")
+
+from paper.diffusion.metrics import LOWER, METRICS, Seen, quality  # noqa: E402
+
+
+def cloud(count: int, width: int = 6, seed: int = 0, shift: float = 0.0) -> Any:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def seen(count: int, width: int = 6, seed: int = 0, shift: float = 0.0) -> Seen:
+    return Seen(cloud(count, width, seed, shift), cloud(count, 10, seed + 1))
+
+
+@given(st.integers(0, 1000), st.floats(0.5, 3))
+@settings(max_examples=10)
+def test_a_shift_is_its_square_in_fid(seed: int, shift: float) -> None:
+    real = seen(200, seed=seed)
+    moved = Seen(real.features + shift, real.logits)
+    found = quality(moved, real)
+    assert found["fid"] == pytest.approx(6 * shift**2, rel=1e-5)
+    assert found["is_distance"] == 0.0
+    assert found["msid"] == pytest.approx(0.0, abs=1e-3), "a shift is no other shape"
+
+
+def test_certain_images_of_all_classes_have_the_highest_score() -> None:
+    real, classes = seen(1000), torch.arange(1000) % 10
+    logits = 50.0 * torch.eye(10)[classes]
+    found = quality(Seen(real.features, logits), real, classes)
+    assert found["is"] == pytest.approx(10.0, rel=0.06)  # each of ten parts has its classes unequally
+    assert found["agreement"] == 1.0
+    one = quality(Seen(real.features, logits[:1].expand(1000, -1)), real, classes)
+    assert one["is"] == pytest.approx(1.0)
+    assert one["agreement"] == 0.1
+
+
+def test_far_away_nothing_is_precise_and_nothing_recalled() -> None:
+    found = quality(seen(100, shift=50.0), seen(100, seed=9))
+    assert (found["precision"], found["recall"]) == (0.0, 0.0)
+    # One mode among many: all of it is real, and little of what is real is it.
+    real = torch.cat([cloud(100, shift=20.0 * place, seed=place) for place in range(4)])
+    mode = quality(Seen(cloud(100, seed=11), cloud(100, 10)), Seen(real, cloud(400, 10)))
+    assert mode["precision"] is not None
+    assert mode["recall"] is not None
+    assert mode["precision"] > 0.8
+    assert mode["recall"] < 0.3
+
+
+def test_kid_is_unbiased_and_grows() -> None:
+    near, far = (quality(seen(300, seed=1, shift=shift), seen(300, seed=2))["kid"] for shift in (0.0, 1.0))
+    assert near is not None
+    assert far is not None
+    assert abs(near) < 0.05 < far
+
+
+def test_of_unequal_numbers_as_many_are_looked_at() -> None:
+    real, classes = seen(400, seed=3), torch.arange(400) % 10
+    some = Seen(real.features[:100], real.logits[:100])
+    found = quality(some, real, classes[:100])
+    assert (found["is_distance"], found["msid"], found["precision"]) == (0.0, 0.0, 1.0)
+    assert found["recall"] is not None
+    assert found["recall"] < 1.0, "of all that is real"
+
+
+def test_what_is_not_finite_is_none_and_all_are_named() -> None:
+    broken = seen(20)
+    broken.features[3, 1] = math.nan
+    assert quality(broken, seen(20)) == dict.fromkeys(METRICS)
+    assert quality(seen(20), seen(20))["agreement"] is None
+    assert set(LOWER) < set(METRICS)
+
+
+@pytest.mark.parametrize(("generated", "real"), [((9, 6), (20, 6)), ((20, 6), (9, 6)), ((20, 6), (20, 5))])
+def test_too_few_or_other_features(generated: tuple[int, int], real: tuple[int, int]) -> None:
+    with pytest.raises(tna.errors.ShapeError, match="at least 10 images of either kind"):
+        quality(seen(*generated), seen(*real))

@@ -1,0 +1,104 @@
+"""The base is trained once: what was stopped goes on to the same bits, and what is damaged is made anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tnadapt as tna
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from paper.diffusion import pretrain  # noqa: E402
+from paper.diffusion.images import ImageSet, read_images  # noqa: E402
+from paper.diffusion.pretrain import Pretraining, pretrained  # noqa: E402
+from paper.diffusion.process import Process  # noqa: E402
+from tnadapt.finetune.loop import threads  # noqa: E402
+
+from .standins import write_idx  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+HOW = Pretraining(4, batch=2, rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    folder = tmp_path_factory.mktemp("images")
+    write_idx(folder / "mnist", 20, 10)
+    return read_images("mnist", folder, 8, 1)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def trained(folder: Path, images: ImageSet, stop: float = 2.0) -> dict[str, object]:
+    def progress(done: float) -> None:
+        if done >= stop:
+            raise StoppedError
+
+    with threads(1):
+        return dict(pretrained(folder, HOW, Process(), images, 32, progress=progress))
+
+
+def test_what_was_stopped_goes_on_to_the_same_bits(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "KEPT", 2)
+    before = torch.get_rng_state()
+    whole = trained(tmp_path / "whole", images)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(StoppedError):
+        trained(tmp_path / "stopped", images, stop=0.75)
+    steps: list[float] = []
+    with threads(1):
+        found = pretrained(tmp_path / "stopped", HOW, Process(), images, 32, progress=steps.append)
+    assert steps == [0.75, 1.0], "from the second step on"
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    (path,) = (tmp_path / "stopped").iterdir()
+    assert not any(":" in name for name in pretrain._read(path)[1]), "moments are dropped at the end"  # type: ignore[index]
+    found = pretrained(tmp_path / "stopped", HOW, Process(), images, 32, progress=lambda done: pytest.fail("again"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_damaged_file_is_made_anew_and_others_get_their_own(images: ImageSet, tmp_path: Path) -> None:
+    whole = trained(tmp_path, images)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    again = trained(tmp_path, images)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    with threads(1):
+        pretrained(tmp_path, Pretraining(1, batch=2), Process(), images, 32)
+        pretrained(tmp_path, Pretraining(1, batch=2), Process(), images[:19], 32)
+        pretrained(tmp_path, Pretraining(1, batch=2), Process(hidden=0.2), images, 32)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("step", ["4", "9", "0", "-1", "x"])
+def test_a_whole_file_of_another_model_is_made_anew(images: ImageSet, tmp_path: Path, step: str) -> None:
+    from safetensors.torch import save_file
+
+    trained(tmp_path, images)
+    (path,) = tmp_path.iterdir()
+    kept = path.read_bytes()
+    save_file({"weight": torch.zeros(3)}, path, {"step": step})
+    trained(tmp_path, images)
+    assert path.read_bytes() == kept
+
+
+def test_a_folder_that_cannot_be_made(images: ImageSet, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(tna.errors.FileError, match="--cache"):
+        trained(tmp_path / "file" / "cache", images)
+
+
+def test_the_rate_goes_up_a_tenth_and_down_to_nothing() -> None:
+    how = Pretraining(100)
+    factors = [how.factor(step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0 < factors[-1] < 0.001

@@ -1,0 +1,105 @@
+"""Noise and the way back, against the formulas of DDPM, DDIM and guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from paper.diffusion.process import Process  # noqa: E402
+
+# What Ho, Jain and Abbeel's forward process has left of an image after each step.
+KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+
+class Oracle(torch.nn.Module):
+    """Knows the image of each class, and so the noise in any noisy one; what it was asked is kept."""
+
+    def __init__(self, images: Any, unknown: float = 0.0) -> None:
+        super().__init__()
+        self.images, self.unknown = images, unknown
+        self.asked: list[tuple[Any, ...]] = []
+
+    def forward(self, x: Any, t: Any, label: Any, known: Any) -> Any:
+        self.asked.append((x, t, label, known))
+        kept = torch.tensor(KEPT)[t][:, None, None, None]
+        told = (x - kept.sqrt() * self.images[label]) / (1 - kept).sqrt()
+        # Where the class is not told, its answer is off by a constant: guidance by w then adds w times that.
+        return (told + torch.where(known, 0.0, self.unknown)[:, None, None, None]).float()
+
+
+def generator(seed: int = 0) -> Any:
+    return torch.Generator().manual_seed(seed)
+
+
+@given(st.sampled_from([1, 2, 4, 5, 8, 10, 20, 40]), st.sampled_from(["ddim", "ddpm"]), st.floats(0, 4))
+@settings(max_examples=15)
+def test_with_the_true_noise_the_image_comes_back(steps: int, sampler: str, guidance: float) -> None:
+    images = torch.rand(10, 1, 4, 4, generator=generator()) * 1.8 - 0.9
+    process = Process(sampler=sampler, sampling_steps=steps, guidance=guidance)
+    labels = torch.tensor([3, 1, 4, 1, 5])
+    found = process.sample(Oracle(images), labels, (1, 4, 4), seed=0, batch=5)
+    # The last step of both goes to the predicted image itself; float32 schedules lose some digits on the way.
+    torch.testing.assert_close(found, images[labels], rtol=0, atol=2e-3)
+
+
+def test_guidance_is_away_from_what_is_said_without_the_class() -> None:
+    images = torch.zeros(10, 1, 4, 4)
+    model = Oracle(images, unknown=0.001)
+    found = Process(sampling_steps=1, guidance=2.0).sample(model, torch.tensor([7]), (1, 4, 4), 0, 1)
+    first = int(model.asked[0][1][0])
+    # One step from t to the image: x0 = (x - sqrt(1 - a) e) / sqrt(a), with e = 3 told - 2 (told + 0.001).
+    expected = 0.002 * np.sqrt(1 - KEPT[first]) / np.sqrt(KEPT[first])
+    torch.testing.assert_close(found, torch.full_like(found, float(expected)), rtol=1e-3, atol=1e-5)
+    assert [bool(known) for *_, known in model.asked] == [True, False]
+    model = Oracle(images)
+    Process(sampling_steps=4, guidance=0.0).sample(model, torch.tensor([7]), (1, 4, 4), 0, 1)
+    assert len(model.asked) == 4
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_an_image_does_not_depend_on_its_batch(sampler: str) -> None:
+    model = Oracle(torch.zeros(10, 1, 4, 4), unknown=0.3)
+    process = Process(sampler=sampler, sampling_steps=4)
+    labels = torch.arange(7)
+    one, three = (process.sample(model, labels, (1, 4, 4), 5, batch) for batch in (7, 3))
+    assert torch.equal(one, three)
+    assert not torch.equal(one, process.sample(model, labels, (1, 4, 4), 6, 7))
+
+
+def test_the_loss_is_that_of_the_noise_and_hides_some_classes() -> None:
+    images = torch.rand(10, 1, 4, 4, generator=generator(1)) * 2 - 1
+    labels = torch.arange(10).repeat(40)
+    model = Oracle(images)
+    assert float(Process().loss(model, images[labels], labels, generator())) < 1e-6
+    x, t, _, known = model.asked[0]
+    assert 0.04 < float((~known).double().mean()) < 0.18
+    assert 0 <= int(t.min()) < 50 < 950 < int(t.max()) < 1000
+    noise = (x - torch.tensor(KEPT)[t].sqrt()[:, None, None, None] * images[labels]) / torch.tensor(1 - KEPT)[t].sqrt()[
+        :, None, None, None
+    ]
+    assert abs(float(noise.mean())) < 0.05
+    assert abs(float(noise.std()) - 1) < 0.05
+    hidden = Oracle(images, unknown=1.0)
+    found = float(Process(hidden=0.1).loss(hidden, images[labels], labels, generator()))
+    assert found == pytest.approx(float((~hidden.asked[0][3]).double().mean()), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given_", "word"),
+    [
+        ({"sampler": "euler"}, "one of ddpm, ddim; got 'euler'"), ({"sampling_steps": 0}, "divides 1000; got 0"),
+        ({"sampling_steps": 3}, "got 3"), ({"hidden": 1.0}, "got 1.0 and 1.8"), ({"guidance": -1}, "and -1"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range(given_: dict[str, Any], word: str) -> None:
+    with pytest.raises(tna.TnadaptError, match=word):
+        Process(**given_)

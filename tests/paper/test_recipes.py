@@ -1,0 +1,207 @@
+"""Recipes: read strictly, counted as the paper counts, and each setting one that can be built."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from paper import names, open_recipe
+from paper.adapted_weights import WEIGHTS
+from paper.recipe import SCALES, parse
+from paper.sweep import configs, numbers
+from tnadapt.testing import _reference as reference
+
+ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text(encoding="utf-8"))
+
+HEAD = 'title = "t"\npaper = "p"\nkind = "counts"\n'
+BODY = '[full]\nweights = "digits"\n[[arms]]\nname = "a"\nsettings = {}\nfull = { rank = [1] }\n'
+
+
+def scales(name: str) -> list[str]:
+    found = []
+    for scale in SCALES:
+        try:
+            open_recipe(name, scale)
+        except tna.TnadaptError:
+            continue
+        found.append(scale)
+    return found
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_setting_of_every_recipe_can_be_counted(name: str) -> None:
+    assert scales(name)
+    for scale in scales(name):
+        recipe = open_recipe(name, scale)
+        points = recipe.points()
+        assert points
+        assert all(point.parameters > 0 for point in points)
+        assert len({(point.arm, point.config) for point in points}) == len(points)
+        # No two of one arm share a label: a table would not tell them apart.
+        assert len({(point.arm, point.setting) for point in points}) == len(points)
+
+
+@pytest.mark.parametrize("name", names())
+def test_settings_have_as_many_parameters_as_the_plain_twin_counts(name: str) -> None:
+    for scale in scales(name):
+        recipe = open_recipe(name, scale)
+        weights, points = recipe.weights, recipe.points()
+        # The twin looks at every element: of large weights, a few settings from all over the recipe.
+        few = min(len(points), 40, 2 + 8_000_000 // sum(rows * cols for rows, cols in weights.shapes))
+        for point in points[len(points) // (2 * few) :: len(points) // few]:
+            assert point.parameters == reference.count(point.config, weights.shapes, weights.layers), point
+
+
+@pytest.mark.law("parameter-count")
+@pytest.mark.parametrize("name", [name for name in names() if "full" in scales(name)])
+def test_the_papers_counts_come_out(name: str) -> None:
+    checked = open_recipe(name).checked()
+    assert [ours for _, _, ours in checked] == [stated for _, stated, _ in checked]
+
+
+def test_what_the_paper_states_is_in_the_recipes() -> None:
+    stated = {number for name in ("cifar100", "svhn-mnist") for _, number, _ in open_recipe(name).checked()}
+    for model in ("vit_base_qv", "unet_qv"):
+        assert {count["parameters"] for count in ORACLES[model]["counts"]} <= stated
+
+
+def test_the_weights_are_the_papers() -> None:
+    assert sum(rows * cols for rows, cols in WEIGHTS["vit-base"].shapes) == 14_155_776
+    assert sum(rows * cols for rows, cols in WEIGHTS["unet"].shapes) == 565_248
+    assert len(WEIGHTS["unet"].shapes) == 2 * 21
+
+
+def test_a_rank_is_below_the_sizes_where_the_recipe_says_so() -> None:
+    for point in open_recipe("svhn-mnist").points():
+        plan = tna.SuperLoRA(point.config, WEIGHTS["unet"].shapes)
+        for name, shape in plan.param_shapes.items():
+            if ".factor" in name:
+                assert shape[1] < shape[0], (point, name)
+
+
+def test_the_documentation_says_which_have_a_miniature_and_which_were_run() -> None:
+    root = Path(__file__).parents[2]
+    page = " ".join((root / "docs" / "paper.rst").read_text(encoding="utf-8").split())
+    found = re.search(r"In miniature, (.*?) have been run, and (.*?) has not; (.*?) have no miniature", page)
+    assert found is not None
+    run, other, none = (re.findall(r"``([\w-]+)``", part) for part in found.groups())
+    assert sorted([*run, *other]) == [name for name in names() if "mini" in scales(name)]
+    assert sorted([*run, *other, *none]) == names()
+    results = {path.parent.name for path in (root / "paper" / "results").glob("*/results.jsonl")}
+    assert set(run) == {*results, "params"}, "counts are made in no time, and not kept"
+
+
+def test_the_digits_ask_no_question_that_they_cannot_answer() -> None:
+    recipe = open_recipe("digits", "mini")
+    groups: dict[str, set[Any]] = {arm.name: {config.groups for config in arm.configs} for arm in recipe.arms}
+    assert groups["SuperLoRA 1D, dense, with projection"] == {1}
+    assert "A.5" not in recipe.paper
+    # What A.10 asks: groups of LoNKr and of LoRTA; A.11: its splits.
+    assert groups["LoNKr"] == groups["LoRTA 3D"] == {1, 4}
+    assert {config.splits for arm in recipe.arms if arm.name == "LoNKr" for config in arm.configs} == {2, 3, 4}
+
+
+# -- The settings file ---------------------------------------------------------------------------
+
+
+def test_a_recipe_is_read() -> None:
+    recipe = parse("mine", HEAD + BODY)
+    assert [(point.arm, point.parameters) for point in recipe.points()] == [("a", 8 * 128)]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("title = 3 3", "recipe mine"),
+        (HEAD + 'colour = "red"\n' + BODY, "colour"),
+        ('title = "t"\n', "paper"),
+        (HEAD.replace("counts", "cooking") + BODY, "cooking"),
+        (HEAD + BODY.replace("digits", "elephant"), "elephant"),
+        (HEAD + BODY.replace('weights = "digits"', ""), "weights"),
+        (HEAD + BODY.replace("rank = [1]", "rang = [1]"), "rang"),
+        (HEAD + BODY.replace("rank = [1]", "rank = 1"), "rank"),
+        (HEAD + BODY.replace("rank = [1]", "rank = []"), "rank"),
+        (HEAD + BODY.replace("rank = [1]", 'rank = "1, two"'), "two"),
+        (HEAD + BODY.replace("settings = {}", "settings = {}\nmore = 1"), "more"),
+        (HEAD + BODY.replace('name = "a"\n', ""), "name"),
+        (HEAD + 'arms_of = "cifar100"\n' + BODY, "arms_of"),
+        (HEAD + '[full]\nweights = "digits"\n', "arms"),
+        (HEAD + BODY.replace("[full]", "[mini]"), "mini"),
+        (HEAD + 'arms = 3\n[full]\nweights = "digits"\n', "arms"),
+        (HEAD + "full = 3\n" + BODY[BODY.index("[[arms]]") :], "full"),
+        (HEAD + BODY.replace("settings = {}", "settings = 3"), "settings"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_the_word(text: str, word: str) -> None:
+    with pytest.raises(tna.TnadaptError, match=word):
+        parse("mine", text)
+
+
+def test_wrong_names_are_told_the_right_ones() -> None:
+    with pytest.raises(tna.TnadaptError, match="cifar100"):
+        open_recipe("imagenet")
+    with pytest.raises(tna.TnadaptError, match="it has full"):
+        open_recipe("cifar100", "mini")
+    with pytest.raises(tna.TnadaptError, match="full, mini"):
+        open_recipe("cifar100", "huge")
+
+
+# -- Sweeps --------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 20))
+def test_a_progression_is_all_of_its_numbers(first: int, step: int, more: int) -> None:
+    last = first + step + more * step
+    assert numbers(f"{first}, {first + step}..{last}") == list(range(first, last + 1, step))
+
+
+@pytest.mark.parametrize("text", ["", "1,", "a", "1..", "4..1", "1, 3..8", "2, 1..3", "1 2", "-1", "1..999999999"])
+def test_what_is_no_progression_is_refused(text: str) -> None:
+    with pytest.raises(tna.ConfigError):
+        numbers(text)
+
+
+def test_a_sweep_is_every_combination() -> None:
+    found = list(configs({"fold": "hypercube"}, {"groups": [1, 2], "rank": "1..3", "alpha": [2.0]}))
+    assert [(one.groups, one.rank, one.alpha) for one in found] == [
+        (1, 1, 2.0), (1, 2, 2.0), (1, 3, 2.0), (2, 1, 2.0), (2, 2, 2.0), (2, 3, 2.0),
+    ]  # fmt: skip
+
+
+def test_like_a_recipe_that_is_not_there() -> None:
+    with pytest.raises(tna.TnadaptError, match="no recipe 'nowhere'"):
+        parse("x", 'title = "x"\npaper = "x"\nkind = "diffusion"\narms = []\n[full]\nlike = "nowhere"\n')
+
+
+def test_a_miniature_says_what_it_is_of() -> None:
+    assert "ViT-S" in open_recipe("cifar10", "mini").title
+    assert "Fashion-MNIST to MNIST" in open_recipe("svhn-mnist", "mini").title
+    assert "MNIST to Fashion-MNIST" in open_recipe("mnist-svhn", "mini").title
+    assert open_recipe("groups").title == "Groups of LoNKr and LoRTA", "not that of the recipe that it is like"
+
+
+@pytest.mark.parametrize("line", ["title = 3", 'notes = "abc"', "notes = [3]"])
+def test_words_are_words(line: str) -> None:
+    text = (HEAD + BODY).replace('title = "t"', line if line.startswith("title") else f'title = "t"\n{line}')
+    with pytest.raises(tna.TnadaptError, match="are words"):
+        parse("x", text)
+
+
+def test_yes_and_no_are_not_words() -> None:
+    text = (HEAD + BODY).replace('weights = "digits"', 'weights = "digits"\nrank_below_sizes = "false"')
+    with pytest.raises(tna.TnadaptError, match="rank_below_sizes true or false"):
+        parse("x", text)
+
+
+def test_an_arm_is_drawn_by_a_value() -> None:
+    assert [arm.name for arm in open_recipe("splits").arms] == ["LoNKr, K = 2", "LoNKr, K = 3", "LoNKr, K = 4"]
+    assert all({config.splits for config in arm.configs} == {k} for k, arm in enumerate(open_recipe("splits").arms, 2))
+    with pytest.raises(tna.TnadaptError, match="by is one of groups, splits, order, projection; got 'rank'"):
+        parse("x", (HEAD + BODY).replace('name = "a"', 'name = "a"\nby = "rank"'))

