@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .algebra import presets
 from .algebra.config import Config
 from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
+from .algebra.formats import register_format
 from .algebra.geometry import geometry
 from .algebra.maps.hadamard import fwht
 from .algebra.maps.projection import Projection
@@ -64,6 +65,7 @@ __all__ = [
     "plan",
     "presets",
     "register_backend",
+    "register_format",
     "save",
     "search_rank",
     "to_hypercube",

@@ -8,7 +8,7 @@ import pytest
 import tnadapt as tna
 from tests.conftest import installed
 from tnadapt.backends import Backend, available_backends, get_backend, load_backend, register_backend
-from tnadapt.testing.strategies import BackendContract
+from tnadapt.testing import BackendContract
 
 
 class Installed(BackendContract):

@@ -12,7 +12,7 @@ from tnadapt.algebra.formats import CP, Dense, Format
 from tnadapt.backends import Backend, load_backend, register_backend
 from tnadapt.backends._numpy import NumpyBackend
 from tnadapt.backends.backend import OPTIONAL
-from tnadapt.testing.strategies import BackendContract, FormatContract
+from tnadapt.testing import BackendContract, FormatContract
 
 TESTS = {
     "gradient": BackendContract.test_gradient,

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.formats import CP, Format, TensorTrain, Tucker
 from tnadapt.algebra.maps.projection import SQUARE
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
@@ -187,20 +186,12 @@ def by_formula(plan: SuperLoRA, weight: int) -> int | None:
 
 
 def _of_matrix(network: Network) -> int | None:
-    ranks = [_of(split) for split in network.splits]
+    found = [split.matrix_rank() for split in network.splits]
+    ranks = [rank for rank in found if rank is not None]
+    if len(ranks) < len(found):
+        return None
     full = min(network.sizes)
     if not network.kronecker or len(ranks) == 1:
         return min(full, network.terms * math.prod(ranks))
     exact = all(math.prod(split.sizes[mode] for split in network.splits) == network.sizes[mode] for mode in (0, 1))
     return math.prod(ranks) if exact and network.terms == 1 else None
-
-
-def _of(split: Format) -> int:
-    """Of a matrix of that format."""
-    if isinstance(split, CP):
-        return min(split.rank, *split.sizes)
-    if isinstance(split, Tucker):
-        return min(split.core)
-    if isinstance(split, TensorTrain):
-        return split.ranks[1]
-    return min(split.sizes)

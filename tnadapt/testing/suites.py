@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tnadapt.algebra.formats import Format
+from tnadapt.algebra.formats import Format, jacobian_rank
 from tnadapt.algebra.maps.hadamard import fwht_plain
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.unfolding import Cut
@@ -279,6 +279,44 @@ class FormatContract:
                     assert right.shape == (inner, cols[1] - cols[0])
                     part = expected[slice(*rows), slice(*cols)]
                     np.testing.assert_allclose(left @ right, part, rtol=1e-12, atol=1e-12)
+
+    def test_the_tensor_is_the_einsum_of_the_formula(self) -> None:
+        for split, arrays in self._each():
+            found = split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in split.sizes])
+            expected = np.einsum(split.formula, *arrays.values(), optimize=True)
+            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+    def test_ranks_of_unfoldings_are_limited_as_it_says(self) -> None:
+        for split, arrays in self._each():
+            order = len(split.sizes)
+            whole = split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in split.sizes])
+            for size in range(1, order):
+                for modes in itertools.combinations(range(order), size):
+                    turned = np.transpose(whole, [*modes, *(m for m in range(order) if m not in modes)])
+                    matrix = turned.reshape(math.prod(split.sizes[m] for m in modes), -1)
+                    assert np.linalg.matrix_rank(matrix, rtol=1e-10) <= split.unfolding_rank(modes)
+            for modes, rank in split.bounded_unfoldings():
+                assert rank >= split.unfolding_rank(modes)
+            known = split.matrix_rank() if order == 2 else None
+            if known is not None:
+                assert np.linalg.matrix_rank(whole, rtol=1e-10) == known
+
+    def test_degrees_of_freedom_are_never_too_few(self) -> None:
+        for split, _ in self._each():
+            for times in (1, 2):
+                counted = jacobian_rank(split, times)
+                assert counted is not None
+                assert counted <= split.freedom(split.sizes, times) <= math.prod(split.sizes)
+
+    def test_no_rank_beyond_the_useful_one_makes_more(self) -> None:
+        for split, _ in self._each():
+            useful = split.useful_rank()
+            if useful is not None and split.rank_given == self.ranks[-1]:
+                assert useful >= 1
+                most = self.kind(split.sizes, min(useful, 12))
+                more = self.kind(split.sizes, min(useful, 12) + 1)
+                if useful <= 12:
+                    assert jacobian_rank(most, 1) == jacobian_rank(more, 1)
 
     def test_it_is_linear_in_each_array(self) -> None:
         for split, arrays in self._each():
