@@ -13,6 +13,7 @@ from .algebra.config import Config
 from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
 from .algebra.formats import register_format
 from .algebra.geometry import geometry
+from .algebra.maps import register_map
 from .algebra.maps.hadamard import fwht
 from .algebra.maps.projection import Projection
 from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
@@ -66,6 +67,7 @@ __all__ = [
     "presets",
     "register_backend",
     "register_format",
+    "register_map",
     "save",
     "search_rank",
     "to_hypercube",

@@ -50,5 +50,5 @@ def test_the_factor_of_the_leading_mode_starts_at_zero() -> None:
 
 
 def test_an_unknown_format() -> None:
-    with pytest.raises(ConfigError, match="format must be one of 'dense', 'cp'.*got 'svd'.*install the plug-in"):
+    with pytest.raises(ConfigError, match=r"format must be one of 'dense', 'cp'.*got 'svd'.*install the plug-in"):
         make_format("svd", (2, 2), 1)

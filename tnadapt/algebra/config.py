@@ -14,7 +14,7 @@ from tnadapt.errors import ConfigError, integer, shown
 
 from .folding import MAX_ORDER
 from .formats import FORMATS
-from .maps.projection import KINDS, SQUARE
+from .maps import MAPS
 
 __all__ = ["Config"]
 
@@ -64,7 +64,8 @@ class Config:
     terms : int
         T, the number of such products that are summed.
     projection : str
-        F: "identity", "shuffle", "linear", "linear_v2", "nonlinear" or "nonlinear_v2".
+        F: "identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", or a name given to
+        :func:`tnadapt.register_map`.
     ratio : float
         ρ, elements before F for each element after it, in (0, 1]; taken as the decimal it prints as.
     shared : bool
@@ -128,17 +129,17 @@ class Config:
         for name, words in (
             ("combine", COMBINES),
             ("leading", LEADINGS),
-            ("projection", KINDS),
         ):
             _word(name, getattr(self, name), words)
         put("rank", FORMATS.find(self.format).checked_rank(self.format, self.rank, self.order))
+        square = MAPS.find(self.projection).square
         put("groups", _checked_groups(self.groups))
         put("fold", self._checked_fold())
         put("split_size", self._checked_split_size())
         put("ratio", _number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio must be above 0 and at most 1; got {self.ratio!r}")
-        if self.ratio != 1.0 and self.projection in SQUARE:
+        if self.ratio != 1.0 and square:
             raise ConfigError(
                 f"ratio={self.ratio} needs a projection that changes the length; "
                 f"projection={self.projection!r} does not: use projection='linear', or ratio=1"

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.maps.projection import SQUARE
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError, integer
@@ -175,10 +174,10 @@ def by_formula(plan: SuperLoRA, weight: int) -> int | None:
     pieces = plan.layout.of_weight(weight)
     free = config.order == 1 and (config.splits == 1 or config.combine == "hadamard")
     # Groups that share F may repeat each other within a weight.
-    drawn = config.projection not in SQUARE and (len(pieces) == 1 or not config.shared)
-    if drawn or (free and config.projection in SQUARE):
-        return min(shape)
     group = plan.groups[pieces[0].group]
+    drawn = group.projection.map.full_rank and (len(pieces) == 1 or not config.shared)
+    if drawn or (free and group.projection.map.isometry):
+        return min(shape)
     alone = len(pieces) == 1 and group.size == math.prod(shape)
     if config.projection != "identity" or not alone or group.network.sizes != shape:
         return None

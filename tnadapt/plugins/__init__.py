@@ -2,9 +2,9 @@
 
 Every choice that a setting names is a class in a :class:`Registry`. Another package adds its own by the functions
 ``register_…`` of :mod:`tnadapt`, or without being imported by an entry point in the group ``tnadapt.plugins``
-(:mod:`~tnadapt.plugins.loading`).
+(:mod:`~tnadapt.plugins.entry_points`).
 """
 
-from .registry import Registry
+from .class_registry import Registry
 
 __all__ = ["Registry"]

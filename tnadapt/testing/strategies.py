@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tnadapt.algebra.config import COMBINES, FOLDS, LEADINGS, Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps.projection import KINDS, SQUARE
+from tnadapt.algebra.maps import KINDS, SQUARE
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError
 

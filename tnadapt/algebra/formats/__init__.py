@@ -16,8 +16,8 @@ from tnadapt.plugins import Registry
 from ._contraction import Formula, contract, letters
 from ._cp import CP, WeightedCP
 from ._dense import Dense
-from ._format import Format, Ranges, Rank, unfolded
-from ._freedom import of_cp, of_tucker
+from ._dimensions import of_cp, of_tucker
+from ._format import Format, Ranges, Rank, rank_a_mode, unfolded
 from ._jacobian import jacobian_rank
 from ._tensor_train import TensorTrain
 from ._tucker import Tucker
@@ -38,6 +38,7 @@ __all__ = [
     "make_format",
     "of_cp",
     "of_tucker",
+    "rank_a_mode",
     "register_format",
     "unfolded",
 ]

@@ -13,8 +13,8 @@ from tnadapt.backends.backend import Array
 from ..products import cp_tensor, khatri_rao
 from ..unfolding import Cut, along
 from ._contraction import letters
+from ._dimensions import of_cp
 from ._format import Format, Ranges, Rank, rows_of, unfolded
-from ._freedom import of_cp
 
 __all__ = ["CP", "WeightedCP"]
 

@@ -13,8 +13,8 @@ from tnadapt.backends.backend import Array
 from ..products import tt_left, tt_right, tt_tensor
 from ..unfolding import Cut, along
 from ._contraction import letters
+from ._dimensions import of_train
 from ._format import Format, Ranges, Rank, rank_a_mode, rows_of
-from ._freedom import of_train
 
 __all__ = ["TensorTrain"]
 

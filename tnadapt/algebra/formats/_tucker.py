@@ -12,8 +12,8 @@ from tnadapt.backends.backend import Array
 from ..products import kronecker_tensor, tucker_tensor
 from ..unfolding import Cut, along
 from ._contraction import letters
+from ._dimensions import of_tucker
 from ._format import Format, Ranges, Rank, rank_a_mode, rows_of, unfolded
-from ._freedom import of_tucker
 
 __all__ = ["Tucker"]
 

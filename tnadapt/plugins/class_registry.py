@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from tnadapt.errors import ConfigError, shown
 
-from .loading import load_plugins
+from .entry_points import load_plugins
 
 __all__ = ["Registry"]
 
@@ -88,6 +88,10 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 f"{self.contract.__name__}; got {shown(cls)}"
             )
         self._added[name] = cls
+
+    def forget(self) -> None:
+        """Remove what was registered: for tests."""
+        self._added.clear()
 
     def find(self, name: object, other: str = "") -> type[T]:
         """The class of a name; plug-ins are loaded where it is not known.
