@@ -272,7 +272,7 @@ def test_attach_train_merge_unmerge_save_load(name: str, tmp_path: Path) -> None
     base = {key: value.clone() for key, value in model.state_dict().items()}
     x = torch.randn(5, 10)
     before = model(x)
-    adapter = tt.attach(model, tna.Config(**CONFIGS[name]), targets="linear")
+    adapter = tt.attach(model, tna.Config(**CONFIGS[name]), targets="all-linear")
     assert torch.equal(model(x), before)
     optimizer = torch.optim.Adam(adapter.parameters(), 0.05)
     losses = []
@@ -281,7 +281,7 @@ def test_attach_train_merge_unmerge_save_load(name: str, tmp_path: Path) -> None
         loss = (model(x) - 1.0).square().mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     attached = model(x)
     adapter.merge()
@@ -305,7 +305,7 @@ def test_a_compiled_model_is_the_model(name: str) -> None:
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.Linear(12, 10))
-    adapter = tt.attach(model, tna.Config(**CONFIGS[name]), targets="linear")
+    adapter = tt.attach(model, tna.Config(**CONFIGS[name]), targets="all-linear")
     with torch.no_grad():
         for param in adapter.parameters():
             param.add_(torch.randn_like(param) * 0.3)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from tnadapt.plugins import Registry
 
-from ._contraction import Formula, contract, letters
+from ._contraction import Contraction, Formula, letters
 from ._cp import CP, WeightedCP
 from ._dense import Dense
 from ._dimensions import of_cp, of_tucker
@@ -25,6 +25,7 @@ from ._tucker import Tucker
 __all__ = [
     "CP",
     "FORMATS",
+    "Contraction",
     "Dense",
     "Format",
     "Formula",
@@ -32,7 +33,6 @@ __all__ = [
     "TensorTrain",
     "Tucker",
     "WeightedCP",
-    "contract",
     "jacobian_rank",
     "letters",
     "make_format",

@@ -17,7 +17,7 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError
 
-__all__ = ["Formula", "contract", "least_cut", "letters"]
+__all__ = ["Contraction", "Formula", "least_cut", "letters"]
 
 
 def letters(modes: int, bonds: int) -> tuple[str, str]:
@@ -84,21 +84,30 @@ class Formula(NamedTuple):
         return found
 
 
-def contract(backend: Backend, inputs: Sequence[str], arrays: Sequence[Array], output: str) -> Array:
-    """The einsum of some arrays.
+class _Pair(NamedTuple):
+    """How two arrays are contracted: axes to sum, axes in order, and how many are batch, rows and inner ones."""
+
+    left_sums: tuple[int, ...]
+    right_sums: tuple[int, ...]
+    left_order: tuple[int, ...]
+    right_order: tuple[int, ...]
+    batch: int
+    rows: int
+    inner: int
+
+
+class Contraction:
+    """The einsum of some arrays, planned once and run on any backend.
+
+    Everything about indices is decided here, on the host: what runs is sums, permutations, reshapes and matrix products
+    alone, which a compiler can trace.
 
     Parameters
     ----------
-    backend : Backend
     inputs : sequence of str
         The indices of each array, none twice on one.
-    arrays : sequence of array
     output : str
         Indices that are not summed, in order; each is on some array.
-
-    Returns
-    -------
-    array
 
     Notes
     -----
@@ -109,43 +118,70 @@ def contract(backend: Backend, inputs: Sequence[str], arrays: Sequence[Array], o
     >>> import numpy as np
     >>> from tnadapt.backends import load_backend
     >>> a, b = np.arange(6.0).reshape(2, 3), np.ones((3, 2))
-    >>> contract(load_backend("numpy"), ["ij", "jk"], [a, b], "ki")
+    >>> Contraction(["ij", "jk"], "ki")(load_backend("numpy"), [a, b])
     array([[ 3., 12.],
            [ 3., 12.]])
     """
-    indices, now = inputs[0], arrays[0]
-    for place in range(1, len(inputs)):
-        later = set(output).union(*inputs[place + 1 :])
-        now, indices = _pair(backend, (indices, now), (inputs[place], arrays[place]), later)
-    now, indices = _summed(backend, indices, now, set(output))
-    return backend.permute_dims(now, [indices.index(i) for i in output]) if indices != output else now
+
+    def __init__(self, inputs: Sequence[str], output: str) -> None:
+        self.pairs: list[_Pair] = []
+        now = inputs[0]
+        for place in range(1, len(inputs)):
+            later = set(output).union(*inputs[place + 1 :])
+            now = self._planned(now, inputs[place], later)
+        self.sums, now = _summed(now, set(output))
+        order = tuple(now.index(index) for index in output)
+        self.order = order if order != tuple(range(len(order))) else ()
+
+    def _planned(self, left: str, right: str, later: set[str]) -> str:
+        left_sums, left = _summed(left, later | set(right))
+        right_sums, right = _summed(right, later | set(left))
+        both = [index for index in left if index in right]
+        batch = [index for index in both if index in later]
+        inner = [index for index in both if index not in later]
+        rows = [index for index in left if index not in both]
+        cols = [index for index in right if index not in both]
+        left_order = tuple(left.index(index) for index in [*batch, *rows, *inner])
+        right_order = tuple(right.index(index) for index in [*batch, *inner, *cols])
+        self.pairs.append(_Pair(left_sums, right_sums, left_order, right_order, len(batch), len(rows), len(inner)))
+        return "".join([*batch, *rows, *cols])
+
+    def __call__(self, backend: Backend, arrays: Sequence[Array]) -> Array:
+        """The contracted array."""
+        now = arrays[0]
+        for pair, right in zip(self.pairs, arrays[1:], strict=True):
+            now = _contracted(backend, pair, now, right)
+        now = _without(backend, now, self.sums)
+        return backend.permute_dims(now, self.order) if self.order else now
 
 
-def _summed(backend: Backend, indices: str, array: Array, kept: set[str]) -> tuple[Array, str]:
-    """Sum over the indices that nobody else has."""
-    for index in [i for i in indices if i not in kept]:
-        array = backend.sum(array, axis=indices.index(index))
-        indices = indices.replace(index, "")
-    return array, indices
+def _summed(indices: str, kept: set[str]) -> tuple[tuple[int, ...], str]:
+    """The axes of the indices that nobody else has, from the last one on, and the indices that are left."""
+    axes = tuple(axis for axis in reversed(range(len(indices))) if indices[axis] not in kept)
+    return axes, "".join(index for index in indices if index in kept)
 
 
-def _pair(backend: Backend, a: tuple[str, Array], b: tuple[str, Array], later: set[str]) -> tuple[Array, str]:
-    """Contract two arrays over the indices that are on both and on nothing later."""
-    left, left_is = _summed(backend, a[0], a[1], later | set(b[0]))
-    right, right_is = _summed(backend, b[0], b[1], later | set(a[0]))
-    both = [i for i in left_is if i in right_is]
-    batch, inner = [i for i in both if i in later], [i for i in both if i not in later]
-    rows, cols = [i for i in left_is if i not in both], [i for i in right_is if i not in both]
-    size = {**dict(zip(left_is, left.shape, strict=True)), **dict(zip(right_is, right.shape, strict=True))}
+def _without(backend: Backend, array: Array, axes: tuple[int, ...]) -> Array:
+    for axis in axes:
+        array = backend.sum(array, axis=axis)
+    return array
 
-    def matrices(array: Array, own: str, first: list[str], second: list[str]) -> Array:
-        order = [own.index(i) for i in itertools.chain(batch, first, second)]
-        array = array if order == sorted(order) else backend.permute_dims(array, order)
-        return backend.reshape(array, [math.prod(size[i] for i in part) for part in (batch, first, second)])
 
-    product = backend.matmul(matrices(left, left_is, rows, inner), matrices(right, right_is, inner, cols))
-    found = [*batch, *rows, *cols]
-    return backend.reshape(product, [size[i] for i in found]), "".join(found)
+def _contracted(backend: Backend, pair: _Pair, left: Array, right: Array) -> Array:
+    left = _turned(backend, _without(backend, left, pair.left_sums), pair.left_order)
+    right = _turned(backend, _without(backend, right, pair.right_sums), pair.right_order)
+    end = pair.batch + pair.rows
+    batch, rows, inner = left.shape[: pair.batch], left.shape[pair.batch : end], left.shape[end:]
+    cols = right.shape[pair.batch + pair.inner :]
+    sizes = math.prod(batch), math.prod(rows), math.prod(inner), math.prod(cols)
+    product = backend.matmul(
+        backend.reshape(left, (sizes[0], sizes[1], sizes[2])), backend.reshape(right, (sizes[0], sizes[2], sizes[3]))
+    )
+    return backend.reshape(product, (*batch, *rows, *cols))
+
+
+def _turned(backend: Backend, array: Array, order: tuple[int, ...]) -> Array:
+    return array if order == tuple(range(len(order))) else backend.permute_dims(array, order)
 
 
 def least_cut(formula: Formula, size: Mapping[str, int], rows: Sequence[int]) -> int:

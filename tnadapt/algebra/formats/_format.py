@@ -18,7 +18,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, shown
 
 from ..unfolding import Cut
-from ._contraction import Formula, contract, least_cut
+from ._contraction import Contraction, Formula, least_cut
 from ._jacobian import jacobian_rank
 
 if TYPE_CHECKING:
@@ -88,6 +88,9 @@ class Format:
         self.sizes = tuple(sizes)
         self.rank_given = rank
         self.shapes: dict[str, tuple[int, ...]] = self._shapes(rank)
+        if type(self).tensor is Format.tensor or type(self).adjoint is Format.adjoint:
+            # Planned at once, so that no compiler that traces a call comes to trace the planning.
+            self._contractions = self._planned()
 
     # -- What a format is ----------------------------------------------------------------------
 
@@ -159,15 +162,28 @@ class Format:
         array
             Of the box's sizes.
         """
-        formula, _ = self._parsed
-        bounds = dict(zip(formula.output, ranges, strict=True))
+        whole, axes, _ = self._contractions
         parts = []
-        for name, own in zip(self.shapes, formula.inputs, strict=True):
+        for name, own in zip(self.shapes, axes, strict=True):
             part = arrays[name]
-            for axis, index in enumerate(own):
-                part = rows_of(part, bounds[index], axis) if index in bounds else part
+            for axis, mode in own:
+                part = rows_of(part, ranges[mode], axis)
             parts.append(part)
-        return contract(backend, formula.inputs, parts, formula.output)
+        return whole(backend, parts)
+
+    def _planned(self) -> tuple[Contraction, list[list[tuple[int, int]]], list[tuple[Contraction, list[int], bool]]]:
+        """The contraction that is the tensor, which axis of each array is which mode, and the adjoint of each array."""
+        formula, _ = self._parsed
+        modes = {index: mode for mode, index in enumerate(formula.output)}
+        axes = [[(axis, modes[i]) for axis, i in enumerate(own) if i in modes] for own in formula.inputs]
+        adjoints = []
+        for k, (own, shape) in enumerate(zip(formula.inputs, self.shapes.values(), strict=True)):
+            inputs = [formula.output, *formula.inputs[:k], *formula.inputs[k + 1 :]]
+            reached = "".join(i for i in own if any(i in each for each in inputs))
+            # An index that is on this array alone is summed over: its elements share one gradient.
+            kept = [d if i in reached else 1 for i, d in zip(own, shape, strict=True)]
+            adjoints.append((Contraction(inputs, reached), kept, len(reached) < len(own)))
+        return Contraction(formula.inputs, formula.output), axes, adjoints
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         """The gradient of ``<tensor, T>`` with respect to each array, T being what the arrays make.
@@ -186,17 +202,12 @@ class Format:
         dict of str to array
             In the shapes of ``shapes``.
         """
-        formula, _ = self._parsed
-        names, found = list(self.shapes), {}
-        for k, (name, own) in enumerate(zip(names, formula.inputs, strict=True)):
-            inputs = [formula.output, *formula.inputs[:k], *formula.inputs[k + 1 :]]
-            others = [tensor, *(arrays[other] for other in names if other != name)]
-            reached = "".join(i for i in own if any(i in each for each in inputs))
-            gradient = contract(backend, inputs, others, reached)
-            # An index that is on this array alone is summed over: its elements share one gradient.
-            shape = [d if i in reached else 1 for i, d in zip(own, self.shapes[name], strict=True)]
-            gradient = backend.reshape(gradient, shape)
-            found[name] = gradient if len(reached) == len(own) else gradient + arrays[name] * 0.0
+        _, _, adjoints = self._contractions
+        names, found = list(self.shapes), dict[str, Array]()
+        for k, (name, (contraction, kept, shared)) in enumerate(zip(names, adjoints, strict=True)):
+            others = [arrays[other] for other in names[:k] + names[k + 1 :]]
+            gradient = backend.reshape(contraction(backend, [tensor, *others]), kept)
+            found[name] = gradient + arrays[name] * 0.0 if shared else gradient
         return found
 
     def inner(self, modes: int) -> int | None:
