@@ -86,7 +86,7 @@ def ways(size: int, ratio: float, smoke: bool) -> list[dict[str, Any]]:
         start = time.perf_counter()
         f(x)
         drawn.append(time.perf_counter() - start - rows[0]["ours"])
-    bytes_kept = sum(array.nbytes for array in f._draws.kept.values())
+    bytes_kept = sum(array.nbytes for array in f.map.draws.kept.values())
     rows.append(
         {
             "case": "state",
@@ -109,7 +109,7 @@ def fallback(size: int, smoke: bool) -> list[dict[str, Any]]:
     if torch is None:
         return []
     f = tna.Projection("linear", size, size)
-    perm, g, signs = (torch.from_numpy(f._draws.make(name)) for name in ("perm", "g", "diagonal"))
+    perm, g, signs = (torch.from_numpy(f.map.draws.make(name)) for name in ("perm", "g", "diagonal"))
     x = torch.from_numpy(numbers(size, "float32"))
 
     def butterflies(z: Any) -> Any:

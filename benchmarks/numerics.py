@@ -19,7 +19,7 @@ import torch
 from machine import machine
 
 import tnadapt as tna
-from tnadapt.algebra.maps.projection import KINDS, SQUARE
+from tnadapt.algebra.maps import KINDS, SQUARE
 
 RESULTS = Path(__file__).parent / "results"
 BITS = (6, 10, 14, 18, 22)

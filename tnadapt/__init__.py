@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from .algebra import presets
 from .algebra.config import Config
 from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
+from .algebra.formats import register_format
 from .algebra.geometry import geometry
+from .algebra.maps import register_map
 from .algebra.maps.hadamard import fwht
 from .algebra.maps.projection import Projection
 from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
@@ -64,6 +66,8 @@ __all__ = [
     "plan",
     "presets",
     "register_backend",
+    "register_format",
+    "register_map",
     "save",
     "search_rank",
     "to_hypercube",

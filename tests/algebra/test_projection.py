@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import relative_error
+from tnadapt.algebra.maps import KINDS, SQUARE
 from tnadapt.algebra.maps._fastfood_draws import hadamard_rows
-from tnadapt.algebra.maps.projection import KINDS, SQUARE
 from tnadapt.backends import Backend
 from tnadapt.testing import _reference as reference
 
@@ -79,7 +79,7 @@ def test_slices(kind: str, n_in: int, n_out: int, seed: int, group: int, data: s
 def test_slices_on_every_library(
     backend: Backend, kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tnadapt.algebra.maps.projection._LEAST_BLOCK", 16)  # more than one block
+    monkeypatch.setattr("tnadapt.algebra.maps._linear._LEAST_BLOCK", 16)  # more than one block
     f = made(kind, 9, 300)
     x = rng.normal(size=(2, f.n_in))
     whole = expected(f, x)
@@ -94,9 +94,9 @@ def test_slices_on_every_library(
 def test_slices_longer_than_a_chunk_of_the_last_transform(
     kind: str, part: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tnadapt.algebra.maps.projection._SLICE_CHUNK", 64)
-    monkeypatch.setattr("tnadapt.algebra.maps.projection._SLICE_PART", part)
-    monkeypatch.setattr("tnadapt.algebra.maps.projection._LEAST_BLOCK", 16)
+    monkeypatch.setattr("tnadapt.algebra.maps._linear._SLICE_CHUNK", 64)
+    monkeypatch.setattr("tnadapt.algebra.maps._linear._SLICE_PART", part)
+    monkeypatch.setattr("tnadapt.algebra.maps._linear._LEAST_BLOCK", 16)
     f = made(kind, 50, 3000)
     x = rng.normal(size=50)
     whole = made(kind, 50, 3000)(x)
@@ -139,7 +139,7 @@ def test_state_is_nine_bytes_an_element(rng: np.random.Generator) -> None:
     n = 1 << 16
     f = tna.Projection("linear", 100, n)
     f(rng.normal(size=100))  # in float64: plain
-    assert sum(array.nbytes for array in f._draws.kept.values()) == 9 * n
+    assert sum(array.nbytes for array in f.map.draws.kept.values()) == 9 * n
 
 
 @pytest.mark.law("precision")
@@ -186,7 +186,7 @@ def test_copies_and_pickles_leave_the_draws_behind(rng: np.random.Generator) -> 
     f, x = tna.Projection("nonlinear_v2", 30, 900, seed=1), rng.normal(size=30)
     expected_y = f(x)
     for other in (copy.deepcopy(f), pickle.loads(pickle.dumps(f))):
-        assert not other._draws.kept
+        assert not other.map.draws.kept
         assert np.array_equal(other(x), expected_y)
     assert len(pickle.dumps(f)) < 1000
 
@@ -231,7 +231,7 @@ def test_bad_input() -> None:
 
 @pytest.mark.law("precision")
 def test_tanhshrink_does_not_cancel_near_zero() -> None:
-    from tnadapt.algebra.maps.projection import tanhshrink
+    from tnadapt.algebra.maps import tanhshrink
     from tnadapt.backends import load_backend
 
     numpy = load_backend("numpy")

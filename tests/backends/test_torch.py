@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 import tnadapt as tna
-from tnadapt.algebra.maps.projection import KINDS, SQUARE
+from tnadapt.algebra.maps import KINDS, SQUARE
 from tnadapt.testing.strategies import plans
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.algebra.config import FOLDS
-from tnadapt.algebra.maps.projection import KINDS, SQUARE
+from tnadapt.algebra.maps import KINDS, SQUARE
 
 __all__ = ["KINDS_OF_GROUP", "SHAPES", "config_of", "every_group", "everything", "in_one_fold"]
 

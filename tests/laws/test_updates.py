@@ -13,7 +13,7 @@ import pytest
 
 import tnadapt as tna
 from tests.conftest import relative_error
-from tnadapt.algebra.maps.projection import KINDS
+from tnadapt.algebra.maps import KINDS
 from tnadapt.backends import Backend, load_backend
 from tnadapt.testing import _reference as reference
 

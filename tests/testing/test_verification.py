@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import installed
-from tnadapt.algebra import rng
+from tnadapt.algebra import products, rng
+from tnadapt.algebra.maps import Linear
 from tnadapt.backends import load_backend
 from tnadapt.testing import _laws as laws
 from tnadapt.testing import _reference as reference
@@ -67,7 +68,7 @@ F = tna.presets.superlora(2, projection="nonlinear", ratio=0.3)
 
 
 def test_a_wrong_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = tna.products.khatri_rao
+    true = products.khatri_rao
     monkeypatch.setattr("tnadapt.algebra.formats._cp.khatri_rao", lambda *a: true(*a) * (1 + 1e-9))
     assert "ΔW = the textbook formula" in broken(monkeypatch, tna.presets.lora(2))
 
@@ -79,15 +80,15 @@ def test_a_wrong_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_projection_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = tna.Projection._small_transform
-    monkeypatch.setattr(tna.Projection, "_small_transform", lambda self, b, x: true(self, b, x) * 1.000001)
+    true = Linear._small_transform
+    monkeypatch.setattr(Linear, "_small_transform", lambda self, b, x: true(self, b, x) * 1.000001)
     found = broken(monkeypatch, F)
     assert {"F = its dense matrix", "a slice of F = F's", "ΔW = the textbook formula"} <= found
 
 
 def test_a_wrong_adjoint_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = tna.Projection._adjoint
-    monkeypatch.setattr(tna.Projection, "_adjoint", lambda self, b, y: true(self, b, y) * 1.000001)
+    true = Linear.adjoint
+    monkeypatch.setattr(Linear, "adjoint", lambda self, b, y: true(self, b, y) * 1.000001)
     assert {"F's adjoint = its matrix transposed", "<F x, y> = <x, Fᵀ y>"} <= broken(monkeypatch, F)
 
 

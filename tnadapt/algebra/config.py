@@ -13,12 +13,12 @@ from typing import Any
 from tnadapt.errors import ConfigError, integer, peft_hint, shown
 
 from .folding import MAX_ORDER
-from .maps.projection import KINDS, SQUARE
+from .formats import FORMATS
+from .maps import MAPS
 
 __all__ = ["Config"]
 
 FOLDS = ("stack", "hypercube", "balanced")
-FORMATS = ("dense", "cp", "cp-weighted", "tucker", "tt")
 COMBINES = ("kronecker", "hadamard")
 LEADINGS = ("dense", "same")
 
@@ -51,8 +51,9 @@ class Config:
     fold : "stack", "hypercube", "balanced" or tuple of int
         How a group becomes a tensor: weights stacked along rows (M = 2 only), the paper's reshape to
         equal sizes, the tightest nearly equal sizes, or these sizes (as many as ``order``).
-    format : "dense", "cp", "cp-weighted", "tucker" or "tt"
-        What each split is made of.
+    format : str
+        What each split is made of: "dense", "cp", "cp-weighted", "tucker", "tt", or a name given to
+        :func:`tnadapt.register_format`.
     combine : "kronecker" or "hadamard"
         How splits are combined.
     split_size : int, "balanced" or tuple of int
@@ -63,7 +64,8 @@ class Config:
     terms : int
         T, the number of such products that are summed.
     projection : str
-        F: "identity", "shuffle", "linear", "linear_v2", "nonlinear" or "nonlinear_v2".
+        F: "identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", or a name given to
+        :func:`tnadapt.register_map`.
     ratio : float
         ρ, elements before F for each element after it, in (0, 1]; taken as the decimal it prints as.
     shared : bool
@@ -125,20 +127,19 @@ class Config:
             put(name, _integer(name, getattr(self, name), low, high))
         put("seed", _integer("seed", self.seed, 0, (1 << 64) - 1))
         for name, words in (
-            ("format", FORMATS),
             ("combine", COMBINES),
             ("leading", LEADINGS),
-            ("projection", KINDS),
         ):
             _word(name, getattr(self, name), words)
-        put("rank", self._checked_rank())
+        put("rank", FORMATS.find(self.format).checked_rank(self.format, self.rank, self.order))
+        square = MAPS.find(self.projection).square
         put("groups", _checked_groups(self.groups))
         put("fold", self._checked_fold())
         put("split_size", self._checked_split_size())
         put("ratio", _number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio must be above 0 and at most 1; got {self.ratio!r}")
-        if self.ratio != 1.0 and self.projection in SQUARE:
+        if self.ratio != 1.0 and square:
             raise ConfigError(
                 f"ratio={self.ratio} needs a projection that changes the length; "
                 f"projection={self.projection!r} does not: use projection='linear', or ratio=1"
@@ -177,23 +178,6 @@ class Config:
                 f"weight_shape={(rows, cols)}: give fold=(weights, rows, cols), or weight_shape=None"
             )
         return rows, cols
-
-    def _checked_rank(self) -> int | tuple[int | None, ...]:
-        if not isinstance(self.rank, (tuple, list)):
-            return _integer("rank", self.rank, 1, MAX_INT, "or a tuple of one rank a mode")
-        expected = {"tucker": self.order, "tt": self.order - 1}.get(self.format)
-        if expected is None:
-            raise ConfigError(f"format={self.format!r} has one rank; got rank={shown(self.rank)}: give an integer")
-        if len(self.rank) != expected:
-            raise ConfigError(
-                f"format={self.format!r} of order {self.order} needs {expected} ranks; "
-                f"got {len(self.rank)}: {shown(self.rank)}"
-            )
-        none = self.format == "tucker"
-        return tuple(
-            None if none and rank is None else _integer(f"rank[{mode}]", rank, 1, MAX_INT, "or None" if none else "")
-            for mode, rank in enumerate(self.rank)
-        )
 
     def _checked_fold(self) -> str | tuple[int, ...]:
         if isinstance(self.fold, (tuple, list)):

@@ -199,7 +199,7 @@ def _linear_std(network: Network, projection: Projection, zero: tuple[int, str])
         return 0.0
     # V = paths * std ** (2 * arrays), paths being how many products an entry of Z is multiplied with.
     paths = math.prod(split.total_paths for split in network.splits) / network.splits[k].paths(name)
-    step = _spread(network, k, name) * _gain(projection)
+    step = _spread(network, k, name) * projection.map.gain()
     return float((STEP / (step * paths)) ** (1.0 / (2 * arrays)))
 
 
@@ -207,17 +207,17 @@ def _nonlinear_std(network: Network, projection: Projection) -> float:
     # t, tanhshrink's argument, has variance tau = scale² paths n_in / L * std ** (2 arrays). A step is weakened by
     # the derivative tanh(t)² ~ t² on the way back and on the way out: together by E[t⁴] = 3 tau², or in the v2
     # kinds, where t = g' u and the step passes g' too, by E[g'² t⁴] = 15 * 3 tau². Every array moves.
-    moment = 45.0 if projection.kind.endswith("_v2") else 3.0
+    moment = projection.map.fourth_moment()
     arrays = _random_arrays(network)
     paths = network.terms * math.prod(split.total_paths for split in network.splits)
-    tau = network.scale**2 * paths * projection.n_in / projection.padded
+    tau = network.scale**2 * paths * projection.map.variance()
     moved = sum(
         _spread(network, k, name) / (network.terms * split.paths(name))
         for k, split in enumerate(network.splits)
         for name in split.shapes
         if name not in split.ones
     )
-    step = moment * tau**2 * paths * moved * _gain(projection)
+    step = moment * tau**2 * paths * moved * projection.map.gain()
     return float((STEP / step) ** (1.0 / (6 * arrays - 2)))
 
 
@@ -232,10 +232,3 @@ def _spread(network: Network, k: int, name: str) -> float:
     paths = network.terms * split.paths(name)
     touched = network.size * split.paths(name) / math.prod(split.shapes[name])
     return math.sqrt(paths * (paths + touched))
-
-
-def _gain(projection: Projection) -> float:
-    """Root mean square of ``F δ``, δ white and as large as ``Fᵀ g``: the two passes taken as independent."""
-    if projection.kind in ("identity", "shuffle"):
-        return 1.0
-    return math.sqrt(projection.n_in * projection.n_out) / projection.padded

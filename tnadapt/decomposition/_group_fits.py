@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tnadapt.algebra.maps.projection import SQUARE
 from tnadapt.algebra.superlora import Group, SuperLoRA
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError
@@ -107,7 +106,7 @@ def _fitted(
         arrays = found.arrays
         error = _error(algebra, group, arrays, scaled, exponent)
     bound = 0.0
-    if norm and group.projection.kind in SQUARE:
+    if norm and group.projection.map.isometry:
         bound = lower_bound(algebra, group.network, group.projection.adjoint(scaled))
     rounding = _ROUNDING * algebra.eps * norm
     certified = found.optimal or error <= rounding or error <= bound * (1.0 + _MET)

@@ -8,13 +8,11 @@ at, where nothing is padding.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from tnadapt.algebra.formats import CP, TensorTrain, Tucker
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.rearrangement import rearranged
 from tnadapt.backends.backend import Array
@@ -66,23 +64,14 @@ def _unfoldings(algebra: Algebra, network: Network, vec: Array) -> Iterator[tupl
         outer = rearranged(backend, tensor, inner)
         for k in range(len(inner)):
             yield _matrix(algebra, outer, [k]), network.terms
-    elif len(sizes) == 2 and all(isinstance(split, CP) for split in network.splits):
+    elif len(sizes) == 2:
         # The rank of a Hadamard product is at most the product of the ranks.
-        yield tensor, network.terms * math.prod(split.total_paths for split in network.splits)
+        yield tensor, network.terms * math.prod(split.unfolding_rank([0]) for split in network.splits)
 
 
 def _of_format(algebra: Algebra, network: Network, tensor: Array) -> Iterator[tuple[Array, int]]:
-    split, order = network.splits[0], len(network.sizes)
-    if isinstance(split, CP):
-        for size in range(1, order // 2 + 1):
-            for modes in itertools.islice(itertools.combinations(range(order), size), 16):
-                yield _matrix(algebra, tensor, list(modes)), network.terms * split.rank
-    elif isinstance(split, Tucker):
-        for mode in split.modes:
-            yield _matrix(algebra, tensor, [mode]), network.terms * split.core[mode]
-    elif isinstance(split, TensorTrain):
-        for mode in range(order - 1):
-            yield _matrix(algebra, tensor, list(range(mode + 1))), network.terms * split.ranks[mode + 1]
+    for modes, rank in network.splits[0].bounded_unfoldings():
+        yield _matrix(algebra, tensor, modes), network.terms * rank
 
 
 def _matrix(algebra: Algebra, tensor: Array, modes: list[int]) -> Array:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.formats import CP, Dense, WeightedCP
+from tnadapt.algebra.formats import Dense
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.rearrangement import rearranged
@@ -81,7 +81,7 @@ class _Way(NamedTuple):
 
 def _way(algebra: Algebra, network: Network) -> _Way:
     plain = len(network.splits) == 1
-    if plain and (network.terms == 1 or type(network.splits[0]) in (CP, WeightedCP, Dense)):
+    if plain and (network.terms == 1 or network.splits[0].summed(network.terms) is not None):
         return _one_split(algebra, network)
     return _several(algebra, network)
 
@@ -129,7 +129,7 @@ def _one_split(algebra: Algebra, network: Network) -> _Way:
     # Rows of the first mode beyond the vector's end are whatever one likes.
     sizes = (-(-network.size // rest), *network.sizes[1:])
     prefixes = [prefix for (prefix,) in network.prefixes]
-    whole = type(split)(split.sizes, terms * split.rank) if terms > 1 and isinstance(split, CP) else split
+    whole = (split.summed(terms) or split) if terms > 1 else split
 
     def fold(vec: Array) -> Array:
         return backend.reshape(backend.pad_last(vec, math.prod(sizes)), sizes)

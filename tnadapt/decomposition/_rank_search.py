@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.algebra.formats import CP, Dense, TensorTrain, Tucker
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, shown
 
@@ -128,24 +126,7 @@ def _useful(report: Report) -> int | None:
     most: int | None = None
     for group in report.plan.groups:
         for split in group.network.splits:
-            if isinstance(split, Dense):
-                continue
-            total = math.prod(split.sizes)
-            if isinstance(split, CP):
-                own = total // max(split.sizes)
-            elif isinstance(split, Tucker):
-                own = max((split.sizes[mode] for mode in split.modes), default=1)
-            elif isinstance(split, TensorTrain):
-                own = _largest_bond(split.sizes, total)
-            else:
-                own = total
-            most = max(most or 1, own)
-    return most
-
-
-def _largest_bond(sizes: tuple[int, ...], total: int) -> int:
-    left, most = 1, 1
-    for size in sizes:
-        left *= size
-        most = max(most, min(left, total // left))
+            own = split.useful_rank()
+            if own is not None:
+                most = max(most or 1, own)
     return most

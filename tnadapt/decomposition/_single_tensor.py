@@ -1,13 +1,14 @@
-"""One tensor to the arrays of one format: SVD, ALS, HOOI, TT-SVD.
+"""One tensor to the arrays of one format: SVD, ALS, HOOI, TT-SVD, or the general solver.
 
-One function a format. Where algebra knows the optimum, it is what is returned; the alternating ones are TensorLy's.
+One function a built-in format. Where algebra knows the optimum, it is what is returned; the alternating ones are
+TensorLy's. Any other format is fitted by its own ``fit``, or by :mod:`~tnadapt.decomposition._general_fit`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,47 +16,14 @@ from tnadapt.algebra.formats import CP, Dense, Format, TensorTrain, Tucker, Weig
 from tnadapt.algebra.products import cp_tensor
 from tnadapt.algebra.rearrangement import padded_to
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ConfigError
 
+from ._fit import Fit, Limits
+from ._general_fit import fit_any
 from ._linear_algebra import Algebra, tensorly_on
 
 __all__ = ["Fit", "Limits", "fit_format"]
 
 Arrays = dict[str, Array]
-
-
-class Fit(NamedTuple):
-    """Arrays, and how they came about.
-
-    Attributes
-    ----------
-    arrays : dict of str to array
-    optimal : bool
-        Whether algebra says that no others come nearer.
-    iterations : int
-    method : str
-        In a few words.
-    """
-
-    arrays: Arrays
-    optimal: bool
-    iterations: int
-    method: str
-
-
-class Limits(NamedTuple):
-    """When an iteration ends.
-
-    Attributes
-    ----------
-    tol : float
-        At a step that makes the relative error smaller by no more.
-    iterations : int
-        After so many, in any case.
-    """
-
-    tol: float = 1e-6
-    iterations: int = 100
 
 
 def fit_format(
@@ -71,6 +39,7 @@ def fit_format(
     ----------
     algebra : Algebra
     split : Format
+        Any one.
     tensor : array, shape (d_1, …, d_M)
         It may have fewer rows in the first mode than the format: those are zero in the result.
     start : mapping of str to array, optional
@@ -85,10 +54,11 @@ def fit_format(
     limits = limits or Limits()
     if algebra.squares(tensor) == 0.0:
         return Fit({name: algebra.zeros(shape) for name, shape in split.shapes.items()}, True, 0, "zero")
-    if type(split) not in _SOLVERS:
-        known = ", ".join(kind.__name__ for kind in _SOLVERS)
-        raise ConfigError(f"nothing here fits a {type(split).__name__} to a tensor; expected one of {known}")
-    found = _SOLVERS[type(split)](algebra, split, tensor, start, limits)
+    if type(split) in _SOLVERS:
+        found = _SOLVERS[type(split)](algebra, split, tensor, start, limits)
+    else:
+        own = split.fit(algebra, tensor, start, limits)
+        found = fit_any(algebra, split, tensor, start, limits) if own is None else own
     arrays = {name: padded_to(algebra.backend, found.arrays[name], shape) for name, shape in split.shapes.items()}
     return found._replace(arrays=arrays)
 

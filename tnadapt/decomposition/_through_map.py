@@ -13,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from tnadapt.algebra.formats import Dense
-from tnadapt.algebra.maps.projection import Projection, tanhshrink
+from tnadapt.algebra.maps import Nonlinear, tanhshrink
+from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.superlora import Group
 from tnadapt.backends.backend import Array
 
@@ -56,7 +57,7 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
         return Fit(started(algebra, group), True, 0, "zero")
     if not projection.linear:
         return _nonlinear(algebra, group, y, limits, watch)
-    if projection.kind in ("identity", "shuffle"):
+    if projection.map.isometry:
         return fit_network(algebra, network, projection.adjoint(y), limits, watch)
     plain = len(network.splits) == 1 and isinstance(network.splits[0], Dense)
     before = _before(algebra, projection, y, limits, limits.iterations if plain else _STEPS)
@@ -95,6 +96,8 @@ def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: 
     # The update is F(x) - F(x_start).
     wanted = y + projection(network.whole(backend, begun))
     guesses = [begun]
+    if not isinstance(projection.map, Nonlinear):
+        return refine(algebra, network, projection, wanted, begun, limits, watch)
     # What the argument of tanhshrink would have to be is fitted through the linear part of F, at a size of one.
     linear, target = projection.linear_part, _unshrunk(algebra, wanted)
     exponent = power_of(algebra, target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tnadapt.algebra.maps.projection import SQUARE, Projection
+from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 
@@ -24,11 +24,10 @@ def step_cost(plan: SuperLoRA) -> int:
 
     Notes
     -----
-    Counted are the products as they are computed, padding included: forward, and twice
-    that backward, where each product of two arrays has a gradient for either. F is counted as
-    ``L log2 L`` additions a transform (the first one of the vector before F alone) and three products an element,
-    and as much again for its adjoint. Not counted: the model itself, the scale, and what is computed twice where
-    memory is saved.
+    Counted are the products as they are computed, padding included: forward, and twice that backward, where each
+    product of two arrays has a gradient for either. A map counts its own (fastfood: ``L log2 L`` additions a transform,
+    the first one of the vector before F alone, and three products an element), and as much again for its adjoint. Not
+    counted: the model itself, the scale, and what is computed twice where memory is saved.
 
     Examples
     --------
@@ -56,7 +55,10 @@ def forward_cost(network: Network) -> int:
 
 
 def _projected(projection: Projection) -> int:
-    if projection.kind in SQUARE:
-        return 0
-    small, length = (1 << (max(1, n) - 1).bit_length() for n in (projection.n_in, projection.padded))
-    return small * (small.bit_length() - 1) + length * (length.bit_length() - 1) + 3 * length
+    """Multiply-adds of one call of F: those it declares, or those of its operations on shapes alone."""
+    own = projection.map.cost()
+    if own is not None:
+        return own
+    backend = CountingBackend()
+    projection.map.forward(backend, backend.array((projection.n_in,)))
+    return backend.products

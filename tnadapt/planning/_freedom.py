@@ -13,11 +13,10 @@ counted with some freedom too many. The tests hold all of this against the rank 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from tnadapt.algebra.formats import CP, Dense, Format, TensorTrain, Tucker
+from tnadapt.algebra.formats import Dense, Format, of_cp, of_tucker
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 
@@ -97,14 +96,14 @@ def _kronecker(network: Network, sizes: Sizes) -> int:
     terms, splits = network.terms, network.splits
     if len(splits) == 1:
         (split,) = splits
-        return min(terms * _variety(split, sizes), _variety(split, sizes, times=terms))
+        return min(terms * split.freedom(sizes), split.freedom(sizes, times=terms))
     seen = _digits([split.sizes for split in splits], sizes)
-    own = sum(_variety(split, part) for split, part in zip(splits, seen, strict=True)) - (len(splits) - 1)
+    own = sum(split.freedom(part) for split, part in zip(splits, seen, strict=True)) - (len(splits) - 1)
     # A Kronecker product is a rank-one tensor of its splits: T of them are a CP tensor of rank T. And in each mode
     # ranks multiply, and add up over terms.
     each = zip(*(_mode_ranks(split, part) for split, part in zip(splits, seen, strict=True)), strict=True)
-    whole = _tucker(sizes, [terms * math.prod(ranks) for ranks in each])
-    return min(terms * own, _cp([math.prod(part) for part in seen], terms), whole)
+    whole = of_tucker(sizes, [terms * math.prod(ranks) for ranks in each])
+    return min(terms * own, of_cp([math.prod(part) for part in seen], terms), whole)
 
 
 def _digits(splits: Sequence[Sizes], sizes: Sizes) -> list[Sizes]:
@@ -128,63 +127,11 @@ def _hadamard(network: Network, sizes: Sizes) -> int:
         return math.prod(sizes)
     # Whatever a rank-one tensor is multiplied with stays in its format, so that one split can give it to another.
     shared = sum(sizes) - len(sizes) + 1
-    own = sum(_variety(split, sizes) for split in splits) - (len(splits) - 1) * shared
+    own = sum(split.freedom(sizes) for split in splits) - (len(splits) - 1) * shared
     # Ranks multiply: the product is itself a tensor of the format.
-    return min(math.prod(sizes), terms * own, _variety(splits[0], sizes, times=terms, power=len(splits)))
+    return min(math.prod(sizes), terms * own, splits[0].freedom(sizes, times=terms, power=len(splits)))
 
 
 def _mode_ranks(split: Format, sizes: Sequence[int]) -> list[int]:
-    """What the rank of each unfolding is at most."""
-    if isinstance(split, CP):
-        ranks = [split.rank] * len(sizes)
-    elif isinstance(split, Tucker):
-        ranks = list(split.core)
-    elif isinstance(split, TensorTrain):
-        ranks = [left * right for left, right in itertools.pairwise(split.ranks)]
-    else:
-        ranks = list(sizes)
-    return [min(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
-
-
-def _variety(split: Format, sizes: Sequence[int], times: int = 1, power: int = 1) -> int:
-    """Of all tensors of a format with ``times * rank ** power`` in place of each rank."""
-    if isinstance(split, CP):
-        return _cp(sizes, times * split.rank**power)
-    if isinstance(split, Tucker):
-        return _tucker(sizes, [times * rank**power for rank in split.core])
-    if isinstance(split, TensorTrain):
-        return _train(sizes, [times * rank**power for rank in split.ranks[1:-1]])
-    return math.prod(sizes)
-
-
-def _cp(sizes: Sequence[int], rank: int) -> int:
-    ranks = _multilinear(sizes, [rank] * len(sizes))
-    bases = sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
-    # Within the spaces that its factors span it is a CP tensor again, and these may be full.
-    inner = min(math.prod(ranks), rank * (sum(ranks) - len(ranks) + 1))
-    return min(math.prod(sizes), bases + inner, rank * (sum(sizes) - len(sizes) + 1))
-
-
-def _tucker(sizes: Sequence[int], ranks: Sequence[int]) -> int:
-    ranks = _multilinear(sizes, ranks)
-    return math.prod(ranks) + sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
-
-
-def _multilinear(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
-    """Ranks of the unfoldings: none above its mode's size, nor above the product of the others."""
-    found = [min(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
-    largest = max(range(len(found)), key=lambda mode: found[mode])
-    rest = math.prod(found[:largest] + found[largest + 1 :])
-    # Only the largest can be above the product of the others: of any other, it is a factor itself.
-    found[largest] = min(found[largest], rest)
-    return found
-
-
-def _train(sizes: Sequence[int], ranks: Sequence[int]) -> int:
-    bonds = [1, *ranks, 1]
-    for mode in range(1, len(sizes)):
-        bonds[mode] = min(bonds[mode], bonds[mode - 1] * sizes[mode - 1])
-    for mode in range(len(sizes) - 1, 0, -1):
-        bonds[mode] = min(bonds[mode], bonds[mode + 1] * sizes[mode])
-    cores = sum(left * size * right for left, size, right in zip(bonds, sizes, bonds[1:], strict=False))
-    return cores - sum(bond * bond for bond in bonds[1:-1])
+    """What the rank of each unfolding with one mode as rows is at most, of a part of a split."""
+    return [min(split.unfolding_rank([mode]), size) for mode, size in enumerate(sizes)]

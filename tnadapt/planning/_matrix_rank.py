@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.formats import CP, Format, TensorTrain, Tucker
-from tnadapt.algebra.maps.projection import SQUARE
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError, integer
@@ -176,10 +174,10 @@ def by_formula(plan: SuperLoRA, weight: int) -> int | None:
     pieces = plan.layout.of_weight(weight)
     free = config.order == 1 and (config.splits == 1 or config.combine == "hadamard")
     # Groups that share F may repeat each other within a weight.
-    drawn = config.projection not in SQUARE and (len(pieces) == 1 or not config.shared)
-    if drawn or (free and config.projection in SQUARE):
-        return min(shape)
     group = plan.groups[pieces[0].group]
+    drawn = group.projection.map.full_rank and (len(pieces) == 1 or not config.shared)
+    if drawn or (free and group.projection.map.isometry):
+        return min(shape)
     alone = len(pieces) == 1 and group.size == math.prod(shape)
     if config.projection != "identity" or not alone or group.network.sizes != shape:
         return None
@@ -187,20 +185,12 @@ def by_formula(plan: SuperLoRA, weight: int) -> int | None:
 
 
 def _of_matrix(network: Network) -> int | None:
-    ranks = [_of(split) for split in network.splits]
+    found = [split.matrix_rank() for split in network.splits]
+    ranks = [rank for rank in found if rank is not None]
+    if len(ranks) < len(found):
+        return None
     full = min(network.sizes)
     if not network.kronecker or len(ranks) == 1:
         return min(full, network.terms * math.prod(ranks))
     exact = all(math.prod(split.sizes[mode] for split in network.splits) == network.sizes[mode] for mode in (0, 1))
     return math.prod(ranks) if exact and network.terms == 1 else None
-
-
-def _of(split: Format) -> int:
-    """Of a matrix of that format."""
-    if isinstance(split, CP):
-        return min(split.rank, *split.sizes)
-    if isinstance(split, Tucker):
-        return min(split.core)
-    if isinstance(split, TensorTrain):
-        return split.ranks[1]
-    return min(split.sizes)

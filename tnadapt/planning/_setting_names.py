@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.formats import FORMATS
 from tnadapt.errors import ConfigError
 
 __all__ = ["Name", "known_as"]
@@ -28,9 +29,6 @@ class Name(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.family} {self.label}".strip()
-
-
-_FORMATS = {"dense": "dense", "cp": "CP", "cp-weighted": "weighted CP", "tucker": "Tucker", "tt": "TT"}
 
 
 def known_as(config: Config) -> Name:
@@ -115,7 +113,7 @@ def _grouped(config: Config) -> Name:
 
 def _told(config: Config) -> list[str]:
     """What tells a config from two-dimensional CP on one network."""
-    parts = [_FORMATS[config.format]] if config.format != "cp" else []
+    parts = [FORMATS.find(config.format).title or config.format] if config.format != "cp" else []
     if config.order != 2:
         parts.append(f"M = {config.order}")
     if config.splits > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import textwrap
 from collections.abc import Hashable, Sequence
@@ -12,7 +13,7 @@ from tnadapt.algebra.superlora import SuperLoRA
 
 from ._diagram import Diagram, diagram
 from ._split_diagram import Label, Node, Part
-from .canvas import INK, PALE, STYLES, figure, saved
+from .canvas import INK, OTHERS, PALE, STYLES, figure, saved
 
 __all__ = ["network"]
 
@@ -23,6 +24,7 @@ _COLOURS = {
     "train": STYLES["LoNKr"][0],
     "dense": STYLES["SuperLoRA + F"][0],
     "weights": STYLES["SuperLoRA"][0],
+    "array": OTHERS[5][0],
 }
 _GREY, _FRAME = "#555555", "#F2F2F2"
 _MARGIN = 0.3
@@ -107,8 +109,8 @@ def _lighter(colour: str, share: float = 0.35) -> tuple[float, ...]:
 
 def _part(axes: Any, part: Part) -> None:
     for bond in part.bonds:
-        (x, y), (to_x, to_y) = bond.line
-        _line(axes, (part.x + x, part.y + y), (part.x + to_x, part.y + to_y))
+        for (x, y), (to_x, to_y) in itertools.pairwise(bond.line):
+            _line(axes, (part.x + x, part.y + y), (part.x + to_x, part.y + to_y))
     for leg in part.legs:
         _line(axes, (part.x + leg.x, part.y + leg.top), (part.x + leg.x, part.y + leg.bottom))
     for node in part.nodes:
@@ -142,8 +144,8 @@ def _shape(kind: str, x: float, y: float, width: float, height: float) -> Any:
     if kind == "weights":
         half = 0.56 * width
         return Polygon([(x - half, y), (x, y + half), (x + half, y), (x, y - half)], **style)
-    # A train's core has round corners, a dense array none.
-    corner = {"train": 0.3, "core": 0.5, "dense": 0.0}[kind] * height / 2
+    # A core of a train, and an array of any network, have round corners, a dense array none.
+    corner = {"train": 0.3, "core": 0.5, "dense": 0.0, "array": 0.3}[kind] * height / 2
     shape = f"round,pad=0,rounding_size={corner}" if corner else "square,pad=0"
     return FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle=shape, **style)
 

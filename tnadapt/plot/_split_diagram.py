@@ -9,7 +9,9 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from tnadapt.algebra.formats import Formula
 from tnadapt.algebra.superlora import Group, SuperLoRA
+from tnadapt.errors import ConfigError
 
 __all__ = ["KINDS", "MODES", "Bond", "Box", "Label", "Leg", "Node", "Part", "laid_out", "some", "wide"]
 
@@ -30,6 +32,7 @@ KINDS = {
     "weights": ("w", "weights of the components"),
     "train": ("G", "core of the train"),
     "dense": ("D", "dense array"),
+    "array": ("T", "array"),
     "dot": ("", "one index on all its lines"),
 }
 
@@ -78,13 +81,13 @@ class Bond:
     ends : (str, str)
         The nodes' names; one that is not drawn is a name, too.
     size : int
-    line : ((float, float), (float, float))
-        From where to where.
+    line : tuple of (float, float)
+        Its points, from one end to the other: two of a straight line.
     """
 
     ends: tuple[str, str]
     size: int
-    line: tuple[tuple[float, float], tuple[float, float]]
+    line: tuple[tuple[float, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +189,7 @@ class _Split:
         self.shapes = {name: plan.param_shapes[full] for name, full in self.names.items()}
         self.dot = next(iter(self.names.values())).rpartition(".")[0] + ".dot"
         self.sizes = split.sizes
+        self.format = split
         self.shown, self.left_out = some(len(split.sizes), MODES, _FIRST)
         self.middles: dict[int, float] = {}
         self.gap, self.width = 0.0, 0.0
@@ -226,7 +230,9 @@ class _Split:
 
     def node(self, name: str, kind: str, x: float, y: float, width: float = 2 * _RADIUS) -> None:
         letter = KINDS[kind][0]
-        index = name.removeprefix("factor").removeprefix("core")
+        index = (
+            str(list(self.names).index(name)) if kind == "array" else name.removeprefix("factor").removeprefix("core")
+        )
         symbol = f"${letter}_{{{index}}}$" if index.isdigit() else f"${letter}$"
         self.nodes.append(Node(self.names[name], kind, symbol, math.prod(self.shapes[name]), x, y, width))
 
@@ -258,14 +264,13 @@ def laid_out(plan: SuperLoRA, group: Group, k: int) -> Part:
         Of the first term.
     """
     split = _Split(plan, group, k)
-    if "dense" in split.shapes:
-        _dense(split)
-    elif "core0" in split.shapes:
-        _train(split)
-    elif "core" in split.shapes:
-        _tucker(split)
-    else:
-        _cp(split)
+    style = group.network.splits[k].diagram
+    if style not in _STYLES:
+        raise ConfigError(
+            f"format {plan.config.format!r} has diagram={style!r}; expected one of {', '.join(_STYLES)}: 'network' "
+            "draws any by its formula"
+        )
+    _STYLES[style](split)
     boxes = [label.box for label in split.labels]
     above = max(*(node.y + node.height / 2 for node in split.nodes), *(box[3] for box in boxes))
     return Part(
@@ -354,3 +359,89 @@ def _cp(split: _Split) -> None:
         split.labels.append(Label(label, x + 0.12, y + 0.14, align="left"))
     else:
         split.labels.append(Label(label, x, y + 0.16))
+
+
+# How far apart the lines of bonds that pass over other nodes are, and where the first one is.
+_OVER, _FIRST_OVER = 0.2, 0.36
+
+
+def _network(split: _Split) -> None:
+    """Any network, by its formula: the arrays in a row, each over its modes, and bonds as lines between them.
+
+    Neighbors are joined by straight lines; a bond that has to pass over other arrays goes above them, each at a height
+    of its own. An index on more than two arrays has a dot above them.
+    """
+    formula = Formula.parsed(split.format.formula, len(split.shapes), len(split.sizes))
+    size = formula.sizes(list(split.shapes.values()))
+    names = list(split.shapes)
+    mode_of = {index: mode for mode, index in enumerate(formula.output)}
+    # The first array with a mode stands in the mode's column; an array with no mode of its own in a column at the end.
+    column: dict[str, float] = {}
+    bonds = [index for index in size if index not in mode_of]
+    labels = [wide(f"{size[index]:,}", BOND_POINTS) for index in bonds]
+    split.columns(lambda mode: 2 * _RADIUS + 0.2 + max([0.0, *labels]))
+    for name, own in zip(names, formula.inputs, strict=True):
+        for index in own:
+            mode = mode_of.get(index)
+            if mode is not None and mode in split.middles and split.middles[mode] not in column.values():
+                column[name] = split.middles[mode]
+                break
+        else:
+            if any(index in mode_of for index in own):
+                continue  # its modes are among those left out
+            column[name] = split.width + _PITCH / 2
+            split.width += _PITCH
+    for name, x in column.items():
+        split.node(name, "array", x, 0.0)
+    drawn = set[int]()
+    for name, own in zip(names, formula.inputs, strict=True):
+        for index in own:
+            mode = mode_of.get(index)
+            if name not in column or mode is None or mode not in split.middles or mode in drawn:
+                continue
+            drawn.add(mode)
+            split.leg(name, mode, size[index], -_RADIUS)
+    level = 0
+    for index in bonds:
+        on = [name for name, own in zip(names, formula.inputs, strict=True) if index in own and name in column]
+        level += _bond(split, [split.names[name] for name in on], sorted(column[name] for name in on), size[index],
+                       sorted(column.values()), level)  # fmt: skip
+
+
+def _bond(split: _Split, names: list[str], ends: list[float], size: int, columns: list[float], level: int) -> int:
+    """One index that is summed over; 1 if it goes above the nodes, else 0."""
+    text = f"{size:,}"
+    if len(ends) < 2:
+        return 0  # the other end is left out, or the index is on this array alone
+    between = [x for x in columns if ends[0] < x < ends[-1]]
+    straight = any(
+        {*bond.ends} == {names[0], names[-1]} for bond in split.bonds
+    )  # a second bond of the same two arrays goes above the first
+    if len(ends) == 2 and not between and not straight:
+        line = ((ends[0] + _RADIUS, 0.0), (ends[1] - _RADIUS, 0.0))
+        split.bonds.append(Bond((names[0], names[1]), size, line))
+        split.labels.append(Label(text, (ends[0] + ends[1]) / 2, 0.11))
+        return 0
+    height = _RADIUS + _FIRST_OVER + _OVER * level
+    if len(ends) == 2:
+        points = ((ends[0], _RADIUS), (ends[0], height), (ends[1], height), (ends[1], _RADIUS))
+        split.bonds.append(Bond((names[0], names[1]), size, points))
+    else:
+        x = sum(ends) / len(ends)
+        dot = f"{split.dot}{level}"
+        split.nodes.append(Node(dot, "dot", "", 0, x, height, 2 * _DOT, 2 * _DOT))
+        split.bonds += [
+            Bond((dot, name), size, ((x, height), (end, _RADIUS))) for name, end in zip(names, ends, strict=True)
+        ]
+    # Beside a dot, so that the lines that meet there do not cross it.
+    split.labels.append(Label(text, sum(ends) / len(ends), height + (0.09 if len(ends) == 2 else 0.15)))
+    return 1
+
+
+_STYLES: dict[str, Callable[[_Split], None]] = {
+    "dense": _dense,
+    "chain": _train,
+    "core": _tucker,
+    "star": _cp,
+    "network": _network,
+}

@@ -7,7 +7,8 @@
 ...     assert plan.num_parameters == sum(array.size for array in plan.init().values())
 >>> test_counts()
 
-A new backend inherits :class:`BackendContract`, a new format :class:`FormatContract`; see the documentation's
+A new backend inherits :class:`BackendContract`, a new format :class:`FormatContract`, a new map
+:class:`MapContract`; see the documentation's
 page on backends. These names need ``pip install "tnadapt[testing]"``. ``tnadapt.verify`` (``verification``) runs the
 laws with NumPy alone: ``_laws`` lists them, ``_reference`` is the independent reference implementation in float64, and
 ``_methods`` has each named method's own formula.
@@ -18,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .strategies import configs, parameters, plans, shapes
-    from .suites import BackendContract, FormatContract
+    from .suites import BackendContract, FormatContract, MapContract
 
-__all__ = ["BackendContract", "FormatContract", "configs", "parameters", "plans", "shapes"]
+__all__ = ["BackendContract", "FormatContract", "MapContract", "configs", "parameters", "plans", "shapes"]
 
 # Imported on first use: Hypothesis and pytest are an extra, and ``tnadapt.verify`` does without them.
 _LAZY = {
     "BackendContract": "suites",
     "FormatContract": "suites",
+    "MapContract": "suites",
     "configs": "strategies",
     "parameters": "strategies",
     "plans": "strategies",

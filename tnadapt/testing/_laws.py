@@ -279,7 +279,7 @@ class _Case:
                 "'gradient'; return the derivatives, or list it"
             )
         errors = []
-        linear = not self.config.projection.startswith("nonlinear")
+        linear = self.plan.groups[0].projection.linear
         for name, array in self.host.items():
             way = self.rng.normal(size=array.shape)
             got = float(np.sum(self.backend.to_numpy(found[name]) * way))
@@ -308,7 +308,7 @@ class _Case:
 
 def _projection_laws(label: str, f: Projection, backend: Backend, rng: np.random.Generator) -> list[Law]:
     collector = _Collector(label, backend)
-    matrix = reference.matrix(f.kind.removeprefix("non"), f.n_in, f.n_out, f.seed, f.group)
+    matrix = reference.matrix(f.kind, f.n_in, f.n_out, f.seed, f.group)
     host = rng.normal(size=f.n_in)
     x = backend.asarray(host, "float64")
     expected: np.ndarray = matrix @ host

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.maps import MAPS
 from tnadapt.errors import ConfigError
 
 __all__ = ["count", "deltas", "matrix", "positions", "project", "tanhshrink"]
@@ -106,7 +108,7 @@ def deltas(
         sizes = _fold(config, n_in, columns)
         stream = 0 if config.shared else group
         y = project(config, _network(config, params, group, sizes).reshape(-1)[:n_in], n, stream)
-        if config.projection.startswith("nonlinear"):
+        if not MAPS.find(config.projection).linear:
             assert start is not None
             y = y - project(config, _network(config, start, group, sizes).reshape(-1)[:n_in], n, stream)
         long_vector[where] = y
@@ -158,7 +160,7 @@ def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...])
             prefix = f"group{group}." + (f"term{term}." if config.terms > 1 else "") + f"split{k}."
             own = {name.removeprefix(prefix): array for name, array in params.items() if name.startswith(prefix)}
             last = k == config.splits - 1
-            split = _split(config.format if last or config.leading == "same" else "dense", own, len(split_sizes))
+            split = _split(config, config.format if last or config.leading == "same" else "dense", own, split_sizes)
             if tensor is None:
                 tensor = split
             else:
@@ -169,7 +171,12 @@ def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...])
     return np.asarray(total * (1.0 if config.alpha is None else config.alpha / rank))
 
 
-def _split(kind: str, own: Params, order: int) -> Float:
+def _split(config: Config, kind: str, own: Params, sizes: tuple[int, ...]) -> Float:
+    order = len(sizes)
+    if kind not in FORMATS.built_in:
+        # What a registered format declares as its tensor, contracted by NumPy.
+        formula = FORMATS.find(kind)(sizes, config.rank).formula
+        return np.asarray(np.einsum(formula, *own.values(), optimize=True))
     modes, ranks = string.ascii_lowercase[:order], string.ascii_uppercase[: order + 1]
     if kind == "dense":
         return own["dense"]
@@ -185,6 +192,8 @@ def _split(kind: str, own: Params, order: int) -> Float:
         inputs = [core, *(modes[m] + ranks[m] for m in present)]
         operands = [own["core"], *(own[f"factor{m}"] for m in present)]
         return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
+    if kind != "tt":
+        raise ConfigError(f"format {kind!r} has no reference implementation")
     inputs = [ranks[m] + modes[m] + ranks[m + 1] for m in range(order)]
     operands = [own[f"core{m}"] for m in range(order)]
     # The outer bonds have size 1: summing over them changes nothing.
@@ -223,6 +232,8 @@ def count(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = No
 
 def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
     order = len(sizes)
+    if kind not in FORMATS.built_in:
+        return sum(math.prod(shape) for shape in FORMATS.find(kind)(sizes, rank).shapes.values())
     if kind == "dense":
         return math.prod(sizes)
     if kind == "cp":
@@ -233,9 +244,15 @@ def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
         ranks = [rank] * order if isinstance(rank, int) else list(rank)
         cut = [d if r is None else min(r, d) for r, d in zip(ranks, sizes, strict=True)]
         return math.prod(cut) + sum(d * r for d, r, given in zip(sizes, cut, ranks, strict=True) if given is not None)
+    if kind != "tt":
+        raise ConfigError(f"format {kind!r} has no reference count")
     wanted = [rank] * (order - 1) if isinstance(rank, int) else list(rank)
     bonds = [1, *(min(wanted[m], math.prod(sizes[: m + 1]), math.prod(sizes[m + 1 :])) for m in range(order - 1)), 1]
     return sum(bonds[m] * d * bonds[m + 1] for m, d in enumerate(sizes))
+
+
+# Of each nonlinear kind, the linear map that tanhshrink follows.
+_LINEAR_PARTS = {"nonlinear": "linear", "nonlinear_v2": "linear_v2"}
 
 
 def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Float:
@@ -276,6 +293,9 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
             f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
             "a side: give smaller shapes, or more groups"
         )
+    kind = _LINEAR_PARTS.get(kind, kind)
+    if kind not in MAPS.built_in:
+        return np.asarray(MAPS.find(kind)(n_in, n_out, seed, group).matrix(), np.float64)
     if kind == "identity":
         return np.eye(n_out)
     if kind == "shuffle":
@@ -313,7 +333,11 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0) -> Float:
     array([3., 1., 2., 0.])
     """
     y = x if config.projection == "identity" else matrix(config.projection, len(x), n_out, config.seed, stream) @ x
-    return tanhshrink(y) if config.projection.startswith("nonlinear") else np.asarray(y)
+    if config.projection in _LINEAR_PARTS:
+        return tanhshrink(y)
+    if not MAPS.find(config.projection).linear:
+        raise ConfigError(f"projection {config.projection!r} is not linear, and has no reference implementation")
+    return np.asarray(y)
 
 
 def tanhshrink(t: Float) -> Float:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tnadapt.algebra.config import COMBINES, FOLDS, LEADINGS, Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps.projection import KINDS, SQUARE
+from tnadapt.algebra.maps import KINDS, SQUARE
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError
 
@@ -34,7 +34,12 @@ def shapes(draw: st.DrawFn, max_weights: int = 4, max_side: int = 9) -> list[tup
 
 
 @st.composite
-def configs(draw: st.DrawFn, weights: list[tuple[int, int]], projections: tuple[str, ...] = KINDS) -> Config:
+def configs(
+    draw: st.DrawFn,
+    weights: list[tuple[int, int]],
+    projections: tuple[str, ...] = KINDS,
+    formats: tuple[str, ...] = FORMATS.built_in,
+) -> Config:
     """Configs of every kind that suit weights of these shapes.
 
     Parameters
@@ -55,7 +60,7 @@ def configs(draw: st.DrawFn, weights: list[tuple[int, int]], projections: tuple[
     ratio = 1.0 if projection in SQUARE else draw(st.sampled_from([1.0, 0.5, 0.3, 0.07]))
     splits = draw(st.integers(1, 3))
     combine = draw(st.sampled_from(COMBINES))
-    name = draw(st.sampled_from(list(FORMATS)))
+    name = draw(st.sampled_from(formats))
     small = st.integers(1, 3)
     rank: Any = draw(small)
     if name == "tucker" and draw(st.booleans()):

@@ -1,10 +1,12 @@
-"""Contract suites to inherit: every backend and every format passes the same tests.
+"""Contract suites to inherit: every backend, every format and every map passes the same tests.
 
 ``class TestMine(BackendContract): library = "mine"`` runs them all; the page on backends has an example.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import math
 from typing import Any
@@ -12,15 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tnadapt.algebra.formats import Format
+from tnadapt.algebra.formats import Format, jacobian_rank
+from tnadapt.algebra.maps import MAPS, Linear, LinearV2, Map, Shuffle
 from tnadapt.algebra.maps.hadamard import fwht_plain
-from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.unfolding import Cut
-from tnadapt.backends import Backend, get_backend
+from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import FLOAT_DTYPES, OPTIONAL, Array, FixedArrays
 from tnadapt.errors import BackendError
 
-__all__ = ["BackendContract", "FormatContract"]
+from . import _reference as reference
+
+__all__ = ["BackendContract", "FormatContract", "MapContract"]
 
 
 class BackendContract:
@@ -196,19 +200,19 @@ class BackendContract:
         self._equal(self._found("fwht", found), plain(x))
 
     def test_the_kernels_of_fastfood(self) -> None:
-        for kind in ("linear", "linear_v2"):
+        for kind in (Linear, LinearV2):
             # Of a length for which it is worth importing a compiler.
-            b, f = self.backend, Projection(kind, 300, 9000, seed=5)
-            there, back = twins = f._twins(b)
+            b, f = self.backend, kind(300, 9000, seed=5)
+            there, back = twins = functools.partial(f.forward_plain, b), functools.partial(f.adjoint_plain, b)
             x, y = self._arange(2, f.n_in), self._arange(2, f.n_out)
-            self._equal(self._found("fastfood", b.fastfood(x, f._draws, f.n_in, adjoint=False, plain=twins)), there(x))
-            self._equal(self._found("fastfood", b.fastfood(y, f._draws, f.n_in, adjoint=True, plain=twins)), back(y))
+            self._equal(self._found("fastfood", b.fastfood(x, f.draws, f.n_in, adjoint=False, plain=twins)), there(x))
+            self._equal(self._found("fastfood", b.fastfood(y, f.draws, f.n_in, adjoint=True, plain=twins)), back(y))
 
     def test_the_kernel_of_shuffle(self) -> None:
-        b, f = self.backend, Projection("shuffle", 1000, 1000, seed=5)
+        b, f = self.backend, Shuffle(1000, 1000, seed=5)
         x = self._arange(2, 1000)
         for inverse, name in ((False, "perm"), (True, "inverse")):
-            order = f._draws.host(name)
+            order = f.host(name)
 
             def plain(x: Array, order: np.ndarray = order) -> Array:
                 return b.take(x, b.constant(order, b.device(x)))
@@ -280,6 +284,44 @@ class FormatContract:
                     part = expected[slice(*rows), slice(*cols)]
                     np.testing.assert_allclose(left @ right, part, rtol=1e-12, atol=1e-12)
 
+    def test_the_tensor_is_the_einsum_of_the_formula(self) -> None:
+        for split, arrays in self._each():
+            found = split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in split.sizes])
+            expected = np.einsum(split.formula, *arrays.values(), optimize=True)
+            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+    def test_ranks_of_unfoldings_are_limited_as_it_says(self) -> None:
+        for split, arrays in self._each():
+            order = len(split.sizes)
+            whole = split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in split.sizes])
+            for size in range(1, order):
+                for modes in itertools.combinations(range(order), size):
+                    turned = np.transpose(whole, [*modes, *(m for m in range(order) if m not in modes)])
+                    matrix = turned.reshape(math.prod(split.sizes[m] for m in modes), -1)
+                    assert np.linalg.matrix_rank(matrix, rtol=1e-10) <= split.unfolding_rank(modes)
+            for modes, rank in split.bounded_unfoldings():
+                assert rank >= split.unfolding_rank(modes)
+            known = split.matrix_rank() if order == 2 else None
+            if known is not None:
+                assert np.linalg.matrix_rank(whole, rtol=1e-10) == known
+
+    def test_degrees_of_freedom_are_never_too_few(self) -> None:
+        for split, _ in self._each():
+            for times in (1, 2):
+                counted = jacobian_rank(split, times)
+                assert counted is not None
+                assert counted <= split.freedom(split.sizes, times) <= math.prod(split.sizes)
+
+    def test_no_rank_beyond_the_useful_one_makes_more(self) -> None:
+        for split, _ in self._each():
+            useful = split.useful_rank()
+            if useful is not None and split.rank_given == self.ranks[-1]:
+                assert useful >= 1
+                most = self.kind(split.sizes, min(useful, 12))
+                more = self.kind(split.sizes, min(useful, 12) + 1)
+                if useful <= 12:
+                    assert jacobian_rank(most, 1) == jacobian_rank(more, 1)
+
     def test_it_is_linear_in_each_array(self) -> None:
         for split, arrays in self._each():
             backend = get_backend(*arrays.values())
@@ -325,3 +367,110 @@ class FormatContract:
                 }
                 total.append(split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in sizes]))
             assert 0.5 < np.mean(np.square(total)) / split.total_paths < 2.0
+
+
+class MapContract:
+    """What every map F must do. Inherit, and give ``kind``.
+
+    Attributes
+    ----------
+    kind : type of Map
+        The one under test; called as ``kind(n_in, n_out, seed, group)``.
+    lengths : sequence of (int, int)
+        ``n_in`` and ``n_out``; of a map that keeps the length the second alone is used.
+
+    Examples
+    --------
+    >>> from tnadapt.algebra.maps import MAPS
+    >>> class TestLinear(MapContract):
+    ...     kind = MAPS["linear"]
+    >>> TestLinear().test_the_adjoint_is_that_of_the_derivative()
+    """
+
+    kind: type[Map]
+    lengths = ((1, 1), (3, 7), (7, 3), (16, 16), (5, 64), (37, 509))
+
+    def _each(self, seed: int = 3) -> Any:
+        for n_in, n_out in self.lengths:
+            yield self.kind(n_out if self.kind.square else n_in, n_out, seed, 0)
+
+    def test_lengths_and_batches(self) -> None:
+        b = load_backend("numpy")
+        for f in self._each():
+            x = np.random.default_rng(0).normal(size=(2, 3, f.n_in))
+            found = np.asarray(f.forward(b, x))
+            assert found.shape == (2, 3, f.n_out)
+            np.testing.assert_allclose(found[1, 2], f.forward(b, x[1, 2]), rtol=1e-12, atol=1e-12)
+
+    def test_it_is_linear_where_it_says_so(self) -> None:
+        b, rng = load_backend("numpy"), np.random.default_rng(0)
+        for f in self._each():
+            part = f.linear_part
+            x, y = rng.normal(size=(2, f.n_in))
+            expected = part.forward(b, x) + 2.0 * part.forward(b, y)
+            np.testing.assert_allclose(part.forward(b, x + 2.0 * y), expected, rtol=1e-10, atol=1e-10)
+            assert f.linear == (part is f)
+
+    def test_the_reference_matrix_is_the_map(self) -> None:
+        b = load_backend("numpy")
+        for f in self._each():
+            part = f.linear_part
+            found = np.asarray(part.forward(b, np.eye(f.n_in))).T
+            np.testing.assert_allclose(found, _matrix(part), rtol=1e-10, atol=1e-10)
+
+    def test_the_adjoint_is_that_of_the_derivative(self) -> None:
+        b, rng = load_backend("numpy"), np.random.default_rng(1)
+        for f in self._each():
+            x, way = rng.normal(size=(2, f.n_in))
+            y = rng.normal(size=f.n_out)
+            h = 1e-6
+            if f.linear:
+                moved = np.asarray(f.forward(b, way))
+            else:
+                moved = (np.asarray(f.forward(b, x + h * way)) - np.asarray(f.forward(b, x - h * way))) / (2.0 * h)
+            reached = np.asarray(f.adjoint_at(b, y, x))
+            assert reached.shape == (f.n_in,)
+            tight = 1e-10 if f.linear else 1e-6
+            np.testing.assert_allclose(moved @ y, way @ reached, rtol=tight, atol=tight)
+
+    def test_a_slice_is_the_whole_cut(self) -> None:
+        b, rng = load_backend("numpy"), np.random.default_rng(2)
+        for f in self._each():
+            x = rng.normal(size=f.n_in)
+            whole = np.asarray(f.forward(b, x))
+            for start, stop in {(0, f.n_out), (0, 1), (f.n_out - 1, f.n_out), (f.n_out // 3, f.n_out // 3 + 1)}:
+                fresh = self.kind(f.n_in, f.n_out, f.seed, f.group)
+                for each in (f, fresh):  # with draws that are kept, and with none
+                    part = np.asarray(each.slice(b, x, start, stop))
+                    np.testing.assert_allclose(part, whole[start:stop], rtol=1e-10, atol=1e-10)
+
+    def test_what_is_known_of_it_is_so(self) -> None:
+        for f in self._each():
+            part = f.linear_part
+            matrix = _matrix(part)
+            frobenius = float(np.sum(matrix * matrix))
+            # Some maps state the mean over their draws.
+            assert 0.3 * frobenius <= f.squared_norm() <= 3.0 * frobenius or f.n_out < 16
+            assert math.isclose(f.gain(), f.squared_norm() / math.sqrt(f.n_in * f.n_out), rel_tol=1e-12)
+            assert math.isclose(f.variance(), f.squared_norm() / f.n_out, rel_tol=1e-12)
+            if f.isometry:
+                assert f.square
+                np.testing.assert_allclose(matrix @ matrix.T, np.eye(f.n_out), atol=1e-12)
+            cost = f.cost()
+            assert cost is None or cost >= 0
+
+    def test_equal_seeds_give_equal_maps(self) -> None:
+        state = repr(np.random.get_state(legacy=False))
+        for f, again, other in zip(self._each(), self._each(), self._each(seed=4), strict=True):
+            assert f.digest() == again.digest() == copy.deepcopy(f).digest()
+            assert [*map(np.ndarray.tobytes, f.streams())] == [*map(np.ndarray.tobytes, again.streams())]
+            if f.n_out > 16 and self.kind.kind != "identity":
+                assert f.digest() != other.digest()
+        assert repr(np.random.get_state(legacy=False)) == state
+
+
+def _matrix(part: Map) -> np.ndarray:
+    """The reference of a linear map: of a built-in one by this package's own formulas, of another by its own."""
+    if part.kind in MAPS.built_in:
+        return reference.matrix(part.kind, part.n_in, part.n_out, part.seed, part.group)
+    return part.matrix()

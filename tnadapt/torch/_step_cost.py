@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tnadapt.algebra.factoring import Factoring, Size
-from tnadapt.algebra.formats import CP, Format, TensorTrain, Tucker
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 
@@ -183,19 +182,8 @@ def _of_network(network: Network, size: float) -> StepWork:
     for split in network.splits:
         # Of a Kronecker product each split makes its own small tensor.
         own = size if not network.kronecker else min(size, float(math.prod(split.sizes)))
-        width = _width(split)
+        width = split.products
         total += StepWork(0.0, 2.0 * own * width, own if width else 0.0, 4 if width else 1)
     extra = len(network.splits) - 1
     total += StepWork(0.0, 0.0, 2.0 * size * bool(extra), 3 * extra)
     return StepWork(*(network.terms * value for value in total))
-
-
-def _width(split: Format) -> int:
-    """Products that each element is a sum of, in the last matrix product."""
-    if isinstance(split, CP):
-        return split.rank
-    if isinstance(split, Tucker):
-        return split.core[-1] if split.modes else 0
-    if isinstance(split, TensorTrain):
-        return max(split.ranks)
-    return 0

@@ -49,8 +49,8 @@ def vector(size: int, seed: int = 0) -> np.ndarray:
 
 def agree(f: tna.Projection, x: np.ndarray, y: np.ndarray) -> None:
     """The kernels' F and adjoint, of single precision, against the plain ones in double precision."""
-    for z, plain, adjoint in ((x, f._linear_plain, False), (y, f._adjoint_plain, True)):
-        found, expected = compiled.linear(z, f._draws, f.n_in, adjoint), plain(NUMPY, z.astype(np.float64))
+    for z, plain, adjoint in ((x, f.map.forward_plain, False), (y, f.map.adjoint_plain, True)):
+        found, expected = compiled.linear(z, f.map.draws, f.n_in, adjoint), plain(NUMPY, z.astype(np.float64))
         assert found.dtype == np.float32
         assert found.shape == expected.shape
         # Few elements may all be small by chance: what is summed in them has this size, as F's columns have norm 1.
@@ -83,11 +83,11 @@ def test_shorter_periods_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     f = projection("linear", 1 << 18, 1 << 20)
     monkeypatch.setattr(compiled, "_GATHERED_BITS", 17)
     agree(f, vector(f.n_in), vector(f.n_out, 1))
-    assert "order" in f._draws.kept
+    assert "order" in f.map.draws.kept
     f = projection("linear", 1 << 19, 1 << 19)
     monkeypatch.setattr(compiled, "_GATHERED_BITS", 19)
     agree(f, vector(f.n_in), vector(f.n_out, 1))
-    assert "order" not in f._draws.kept
+    assert "order" not in f.map.draws.kept
 
 
 def test_several_passes_across_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_batches_strides_and_flags(batch: tuple[int, ...], adjoint: bool, data: 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_no_number_stays_none(n_in: int, value: float) -> None:
     f = projection("linear", n_in, 300_000)
-    for way, plain, length in ((f, f._linear_plain, f.n_in), (f.adjoint, f._adjoint_plain, f.n_out)):
+    for way, plain, length in ((f, f.map.forward_plain, f.n_in), (f.adjoint, f.map.adjoint_plain, f.n_out)):
         x = vector(length)
         x[length // 2] = value
         with np.errstate(invalid="ignore"):
@@ -167,9 +167,9 @@ def test_what_is_kept(n_in: int, kept: float) -> None:
     f(vector(n_in))
     f.adjoint(vector(f.n_out))
     # What an array is a part of is kept with it.
-    bytes_kept = sum((array if array.base is None else array.base).nbytes for array in f._draws.kept.values())
+    bytes_kept = sum((array if array.base is None else array.base).nbytes for array in f.map.draws.kept.values())
     assert kept * f.n_out <= bytes_kept < 1.005 * kept * f.n_out
-    assert not copy.deepcopy(f)._draws.kept
+    assert not copy.deepcopy(f).map.draws.kept
 
 
 def test_the_result_keeps_little_more_than_itself() -> None:
@@ -182,8 +182,8 @@ def test_the_result_keeps_little_more_than_itself() -> None:
 @pytest.mark.parametrize("size", [1 << 17, 1 << 20])
 def test_a_vector_permuted(size: int) -> None:
     f = projection("linear", 1, size)
-    g, keys = vector(size), f._draws.held("keys")
-    assert np.array_equal(compiled.permuted(g, keys), g[f._draws.part("perm", 0, size)])
+    g, keys = vector(size), f.map.draws.held("keys")
+    assert np.array_equal(compiled.permuted(g, keys), g[f.map.draws.part("perm", 0, size)])
 
 
 @pytest.mark.law("projection-shared")
@@ -227,7 +227,7 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     finally:
         kernels.cache_clear()
     assert relative_error(found, expected) < CLOSE
-    assert {"perm", "index"} & set(again._draws.kept)
+    assert {"perm", "index"} & set(again.map.draws.kept)
     assert "plain way" in caplog.text
 
 

@@ -93,8 +93,8 @@ def test_f_keeps_nothing(kind: str, rng: np.random.Generator) -> None:
     f = tna.Projection(kind, 9, 9, seed=2**63 + 5, group=1)
     x = rng.normal(size=(2, 9))
     found = f(torch.tensor(x, device=DEVICE)), f.adjoint(torch.tensor(x, device=DEVICE))
-    assert not f._draws.kept
-    assert not f._draws.placed
+    assert not f.map.draws.kept
+    assert not f.map.draws.placed
     for ours, plain in zip(found, (f(x), f.adjoint(x)), strict=True):
         assert np.allclose(ours.cpu().numpy(), plain, rtol=1e-13, atol=1e-13)
 

@@ -1,43 +1,93 @@
-"""What one split of one group is made of: dense, CP, Tucker or a tensor train.
+"""What one split of one group is made of: dense, CP, Tucker, a tensor train, or a registered network.
 
-One class a format and a file, each with two questions: which arrays, and what tensor do they make on a box. A new
-format is one more class and one more line in :data:`FORMATS`; :class:`tnadapt.testing.FormatContract` checks
-it against its own whole tensor. Paper symbols: C the core (``core``), A_m the plane factors (``factor0`` …),
-r the rank, d_m the sizes.
+One class a format and a file. It says which arrays it has and the einsum that makes the tensor of them; all that
+planner, solvers, pictures and costs ask is computed from these, or overridden (:class:`Format`). A new built-in
+format is one more file and one more line in :data:`FORMATS`; another package calls ``tnadapt.register_format``.
+:class:`tnadapt.testing.FormatContract` checks both kinds. Paper symbols: C the core (``core``), A_m the plane factors
+(``factor0`` …), r the rank, d_m the sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tnadapt.errors import ConfigError
+from tnadapt.plugins import Registry
 
+from ._contraction import Contraction, Formula, letters
 from ._cp import CP, WeightedCP
 from ._dense import Dense
-from ._format import Format, Ranges, Rank, unfolded
+from ._dimensions import of_cp, of_tucker
+from ._format import Format, Ranges, Rank, rank_a_mode, unfolded
+from ._jacobian import jacobian_rank
 from ._tensor_train import TensorTrain
 from ._tucker import Tucker
 
 __all__ = [
     "CP",
     "FORMATS",
+    "Contraction",
     "Dense",
     "Format",
+    "Formula",
     "Ranges",
     "TensorTrain",
     "Tucker",
     "WeightedCP",
+    "jacobian_rank",
+    "letters",
     "make_format",
+    "of_cp",
+    "of_tucker",
+    "rank_a_mode",
+    "register_format",
     "unfolded",
 ]
 
-FORMATS: dict[str, type[Format]] = {
-    "dense": Dense,
-    "cp": CP,
-    "cp-weighted": WeightedCP,
-    "tucker": Tucker,
-    "tt": TensorTrain,
-}
+FORMATS: Registry[Format] = Registry(
+    "format",
+    Format,
+    {
+        "dense": Dense,
+        "cp": CP,
+        "cp-weighted": WeightedCP,
+        "tucker": Tucker,
+        "tt": TensorTrain,
+    },
+)
+
+
+def register_format(name: str, cls: type[Format]) -> None:
+    """Make a tensor format known by a name, for ``Config(format=name)`` and everything that takes a config.
+
+    Parameters
+    ----------
+    name : str
+        Lower-case letters, digits, ``.``, ``_`` and ``-``. It is written into adapter files.
+    cls : type
+        A subclass of :class:`tnadapt.algebra.formats.Format`.
+
+    Raises
+    ------
+    ConfigError
+        If the name is not of that form or is built in, or the class is no Format.
+
+    See Also
+    --------
+    tnadapt.testing.FormatContract : The tests that such a class has to pass.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> from tnadapt.algebra.formats import Format
+    >>> class Three(Format):
+    ...     formula = "ar,rs,sb->ab"
+    ...     def _shapes(self, rank):
+    ...         return {"left": (self.sizes[0], rank), "middle": (rank, rank), "right": (rank, self.sizes[1])}
+    >>> tna.register_format("three", Three)
+    >>> tna.SuperLoRA(tna.Config(rank=2, format="three"), [(5, 7)]).num_parameters
+    28
+    """
+    FORMATS.register(name, cls)
 
 
 def make_format(name: str, sizes: Sequence[int], rank: Rank) -> Format:
@@ -53,6 +103,4 @@ def make_format(name: str, sizes: Sequence[int], rank: Rank) -> Format:
     >>> make_format("tt", (4, 5, 6), 100).shapes
     {'core0': (1, 4, 4), 'core1': (4, 5, 6), 'core2': (6, 6, 1)}
     """
-    if name not in FORMATS:
-        raise ConfigError(f"no format {name!r}; expected one of {', '.join(FORMATS)}")
-    return FORMATS[name](sizes, rank)
+    return FORMATS.find(name)(sizes, rank)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
 from ..products import cp_tensor, khatri_rao
 from ..unfolding import Cut, along
+from ._contraction import letters
+from ._dimensions import of_cp
 from ._format import Format, Ranges, Rank, rows_of, unfolded
 
 __all__ = ["CP", "WeightedCP"]
@@ -17,12 +22,20 @@ __all__ = ["CP", "WeightedCP"]
 class CP(Format):
     """``sum_r outer(A_1[:, r], …, A_M[:, r])``: identity core; M = 2 is LoRA."""
 
+    title = "CP"
     zero = "factor0"
+    unfolds = True
+    diagram = "star"
 
     def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         assert isinstance(rank, int)  # Config lets no other rank through
         self.rank = rank
         return {f"factor{mode}": (size, rank) for mode, size in enumerate(self.sizes)}
+
+    @property
+    def formula(self) -> str:
+        modes, bond = letters(len(self.sizes), 1)
+        return ",".join(mode + bond for mode in modes) + "->" + modes
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
         factors = [rows_of(arrays[f"factor{mode}"], bounds) for mode, bounds in enumerate(ranges)]
@@ -59,18 +72,39 @@ class CP(Format):
             found[f"factor{mode}"] = product if weights is None else product * weights
         return found
 
-    def paths(self, name: str) -> int:
-        return self.rank
+    def summed(self, terms: int) -> Self:
+        return type(self)(self.sizes, terms * self.rank)
 
-    @property
-    def total_paths(self) -> int:
-        return self.rank
+    def unfolding_rank(self, modes: Sequence[int]) -> int:
+        rows = math.prod(self.sizes[mode] for mode in modes)
+        return min(self.rank, rows, math.prod(self.sizes) // rows)
+
+    def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
+        order = len(self.sizes)
+        for size in range(1, order // 2 + 1):
+            for modes in itertools.islice(itertools.combinations(range(order), size), 16):
+                yield list(modes), self.rank
+
+    def matrix_rank(self) -> int:
+        return min(self.rank, *self.sizes)
+
+    def freedom(self, sizes: Sequence[int], times: int = 1, power: int = 1) -> int:
+        return of_cp(sizes, times * self.rank**power)
+
+    def useful_rank(self) -> int:
+        return math.prod(self.sizes) // max(self.sizes)
 
 
 class WeightedCP(CP):
     """CP with a weight a component: the diagonal core."""
 
+    title = "weighted CP"
     ones = frozenset({"weights"})
+
+    @property
+    def formula(self) -> str:
+        modes, bond = letters(len(self.sizes), 1)
+        return ",".join([bond, *(mode + bond for mode in modes)]) + "->" + modes
 
     def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         return {"weights": (rank,), **super()._shapes(rank)}  # type: ignore[dict-item]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
 from ..products import tt_left, tt_right, tt_tensor
 from ..unfolding import Cut, along
-from ._format import Format, Ranges, Rank, rows_of
+from ._contraction import letters
+from ._dimensions import of_train
+from ._format import Format, Ranges, Rank, rank_a_mode, rows_of
 
 __all__ = ["TensorTrain"]
 
@@ -19,7 +22,14 @@ __all__ = ["TensorTrain"]
 class TensorTrain(Format):
     """``G_1[i_1] G_2[i_2] … G_M[i_M]``: products of slices of three-way cores; ranks cut to what the sizes allow."""
 
+    title = "TT"
     zero = "core0"
+    unfolds = True
+    diagram = "chain"
+
+    @classmethod
+    def checked_rank(cls, name: str, rank: Any, order: int) -> Rank:
+        return rank_a_mode(name, rank, order, order - 1)
 
     def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         inner = len(self.sizes) - 1
@@ -30,6 +40,12 @@ class TensorTrain(Format):
         cut = [min(r or 1, before, after) for r, before, after in zip(wanted, left, right, strict=True)]
         self.ranks: tuple[int, ...] = (1, *cut, 1)
         return {f"core{mode}": (self.ranks[mode], size, self.ranks[mode + 1]) for mode, size in enumerate(self.sizes)}
+
+    @property
+    def formula(self) -> str:
+        order = len(self.sizes)
+        modes, bonds = letters(order, order + 1)
+        return ",".join(bonds[mode] + modes[mode] + bonds[mode + 1] for mode in range(order)) + "->" + modes
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
         return tt_tensor(backend, [rows_of(arrays[f"core{mode}"], bounds, 1) for mode, bounds in enumerate(ranges)])
@@ -75,10 +91,30 @@ class TensorTrain(Format):
             rest = backend.matmul(backend.matrix_transpose(backend.reshape(core, (left * size, right))), rows)
         return found
 
-    def paths(self, name: str) -> int:
-        mode = int(name.removeprefix("core"))
-        return self.ranks[mode] * self.ranks[mode + 1]
+    def unfolding_rank(self, modes: Sequence[int]) -> int:
+        rows = math.prod(self.sizes[mode] for mode in modes)
+        # A cut goes through every bond between a mode on one side and the next one on the other.
+        chosen = set(modes)
+        bonds = [rank for mode, rank in enumerate(self.ranks[1:-1]) if (mode in chosen) != (mode + 1 in chosen)]
+        return min(math.prod(bonds), rows, math.prod(self.sizes) // rows)
+
+    def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
+        for mode in range(len(self.sizes) - 1):
+            yield list(range(mode + 1)), self.ranks[mode + 1]
+
+    def matrix_rank(self) -> int:
+        return self.ranks[1]
+
+    def freedom(self, sizes: Sequence[int], times: int = 1, power: int = 1) -> int:
+        return of_train(sizes, [times * rank**power for rank in self.ranks[1:-1]])
+
+    def useful_rank(self) -> int:
+        left, most, total = 1, 1, math.prod(self.sizes)
+        for size in self.sizes:
+            left *= size
+            most = max(most, min(left, total // left))
+        return most
 
     @property
-    def total_paths(self) -> int:
-        return math.prod(self.ranks)
+    def products(self) -> int:
+        return max(self.ranks)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 
 from ..products import kronecker_tensor, tucker_tensor
 from ..unfolding import Cut, along
-from ._format import Format, Ranges, Rank, rows_of, unfolded
+from ._contraction import letters
+from ._dimensions import of_tucker
+from ._format import Format, Ranges, Rank, rank_a_mode, rows_of, unfolded
 
 __all__ = ["Tucker"]
 
@@ -18,12 +21,29 @@ __all__ = ["Tucker"]
 class Tucker(Format):
     """``core x_1 A_1 … x_M A_M`` with ``r_m = min(r, d_m)``: the paper's equation 3, LoRTA."""
 
+    title = "Tucker"
+    unfolds = True
+    diagram = "core"
+
+    @classmethod
+    def checked_rank(cls, name: str, rank: Any, order: int) -> Rank:
+        return rank_a_mode(name, rank, order, order, optional=True)
+
     def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         wanted = (rank,) * len(self.sizes) if isinstance(rank, int) else rank
         self.core = tuple(d if r is None else min(r, d) for r, d in zip(wanted, self.sizes, strict=True))
         self.modes = [mode for mode, r in enumerate(wanted) if r is not None]
-        self.zero = f"factor{self.modes[0]}" if self.modes else "core"
         return {"core": self.core} | {f"factor{mode}": (self.sizes[mode], self.core[mode]) for mode in self.modes}
+
+    @property
+    def zero(self) -> str:
+        return f"factor{self.modes[0]}" if self.modes else "core"
+
+    @property
+    def formula(self) -> str:
+        modes, bonds = letters(len(self.sizes), len(self.sizes))
+        core = "".join(bonds[mode] if mode in self.modes else modes[mode] for mode in range(len(self.sizes)))
+        return ",".join([core, *(modes[mode] + bonds[mode] for mode in self.modes)]) + "->" + modes
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
         return self._expanded(backend, arrays, arrays["core"], range(len(self.sizes)), ranges)
@@ -99,9 +119,24 @@ class Tucker(Format):
             found[f"factor{mode}"] = backend.matmul(rows, backend.matrix_transpose(core))
         return found
 
-    def paths(self, name: str) -> int:
-        return self.total_paths if name == "core" else self.core[int(name.removeprefix("factor"))]
+    def unfolding_rank(self, modes: Sequence[int]) -> int:
+        rows = math.prod(self.sizes[mode] for mode in modes)
+        core = math.prod(self.core[mode] for mode in modes)
+        return min(core, math.prod(self.core) // core, rows, math.prod(self.sizes) // rows)
+
+    def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
+        for mode in self.modes:
+            yield [mode], self.core[mode]
+
+    def matrix_rank(self) -> int:
+        return min(self.core)
+
+    def freedom(self, sizes: Sequence[int], times: int = 1, power: int = 1) -> int:
+        return of_tucker(sizes, [times * rank**power for rank in self.core])
+
+    def useful_rank(self) -> int:
+        return max((self.sizes[mode] for mode in self.modes), default=1)
 
     @property
-    def total_paths(self) -> int:
-        return math.prod(self.core[mode] for mode in self.modes)
+    def products(self) -> int:
+        return self.core[-1] if self.modes else 0

@@ -1,1 +1,73 @@
-"""The fixed maps F that follow the network, their adjoints and slices, and the Walsh-Hadamard transform."""
+"""The fixed maps F that follow the network: one class a kind and a file, each with its adjoint and slices.
+
+A map says how it goes forward and which fixed arrays it draws; all that the start, the planner, the files and the
+solvers ask is computed from these, or overridden (:class:`Map`). A new built-in map is one more file and one more line
+in :data:`MAPS`; another package calls ``tnadapt.register_map``. :class:`tnadapt.testing.MapContract` checks both kinds.
+``hadamard`` is the Walsh-Hadamard transform, and ``projection`` the map as users call it.
+"""
+
+from __future__ import annotations
+
+from tnadapt.plugins import Registry
+
+from ._identity import Identity
+from ._linear import Linear, LinearV2
+from ._map import Map
+from ._shuffle import Shuffle
+from ._tanhshrink import Nonlinear, NonlinearV2, tanhshrink
+
+__all__ = ["KINDS", "MAPS", "SQUARE", "Linear", "LinearV2", "Map", "Nonlinear", "Shuffle", "register_map", "tanhshrink"]
+
+MAPS: Registry[Map] = Registry(
+    "projection",
+    Map,
+    {
+        "identity": Identity,
+        "shuffle": Shuffle,
+        "linear": Linear,
+        "linear_v2": LinearV2,
+        "nonlinear": Nonlinear,
+        "nonlinear_v2": NonlinearV2,
+    },
+)
+
+#: The paper's six, and those of them that keep the length.
+KINDS = MAPS.built_in
+SQUARE = tuple(name for name in KINDS if MAPS[name].square)
+
+
+def register_map(name: str, cls: type[Map]) -> None:
+    """Make a map F known by a name, for ``Config(projection=name)`` and ``tnadapt.Projection(name, …)``.
+
+    Parameters
+    ----------
+    name : str
+        Lower-case letters, digits, ``.``, ``_`` and ``-``. It is written into adapter files.
+    cls : type
+        A subclass of :class:`tnadapt.algebra.maps.Map`.
+
+    Raises
+    ------
+    ConfigError
+        If the name is not of that form or is built in, or the class is no Map.
+
+    See Also
+    --------
+    tnadapt.testing.MapContract : The tests that such a class has to pass.
+
+    Examples
+    --------
+    >>> import numpy as np, tnadapt as tna
+    >>> from tnadapt.algebra.maps import Map
+    >>> class Reverse(Map):
+    ...     square = isometry = True
+    ...     def forward(self, backend, x):
+    ...         return backend.take(x, self.on(backend, "order", x))
+    ...     def make(self, name):
+    ...         return np.arange(self.n_out)[::-1].copy()
+    >>> tna.register_map("reverse", Reverse)
+    >>> f = tna.Projection("reverse", 3, 3)
+    >>> f(np.array([1.0, 2.0, 3.0])), f.adjoint(np.array([0.0, 0.0, 1.0]))
+    (array([3., 2., 1.]), array([1., 0., 0.]))
+    """
+    MAPS.register(name, cls)

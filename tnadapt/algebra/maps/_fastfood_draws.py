@@ -1,4 +1,4 @@
-"""The fixed vectors and matrices that a projection computes with, drawn whole or a piece at a time."""
+"""The fixed vectors and matrices of a fastfood transform, drawn whole or a piece at a time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tnadapt.backends.backend import Array, FixedArrays
 
 from .. import rng
 
-__all__ = ["ProjectionDraws", "hadamard_rows"]
+__all__ = ["FastfoodDraws", "hadamard_rows"]
 
 # From this length on a gather goes out of the processor's caches.
 _FAR = 1 << 19
 
 
-class ProjectionDraws(FixedArrays):
+class FastfoodDraws(FixedArrays):
     """The vectors that make one F: perm, inverse, g and diagonal as drawn; index and gain as used.
 
     ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the
@@ -29,20 +29,19 @@ class ProjectionDraws(FixedArrays):
     ask for what else they need (:mod:`tnadapt.backends._kernels.fastfood`).
     """
 
-    def __init__(self, kind: str, length: int, padded: int, pruned: int, seed: int, group: int) -> None:
+    def __init__(self, normal: bool, length: int, padded: int, pruned: int, seed: int, group: int) -> None:
         super().__init__()
         self.lengths = {"diagonal": length}
-        self.whole = length if kind == "shuffle" else padded
         self.padded = padded
         #: Whether it takes longer than to import a compiler.
         self.long = padded >= rng.WORTH
-        self.signs = not kind.endswith("_v2")
+        self.signs = not normal
         self.pruned, self.seed, self.group = pruned, seed, group
 
     def part(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements ``start`` to ``stop - 1`` of one of them, drawn without the rest."""
         if name in ("perm", "inverse"):
-            return rng.permutation(self.whole, self.seed, self.group, start, stop, inverse=name == "inverse")
+            return rng.permutation(self.padded, self.seed, self.group, start, stop, inverse=name == "inverse")
         if name == "g":
             return rng.normals(self.seed, self.group, rng.PURPOSE["gaussian"], start, stop)
         if name == "index":
@@ -58,7 +57,7 @@ class ProjectionDraws(FixedArrays):
             return self.part(*key)
         if key in _FOR_KERNELS:
             return _FOR_KERNELS[key](self)
-        length = self.lengths.get(key, self.whole)
+        length = self.lengths.get(key, self.padded)
         if key == "gain":
             # Drawing in order and gathering costs a quarter of drawing at scattered places.
             compiled = kernels("fastfood") if length >= _FAR else None
@@ -67,7 +66,7 @@ class ProjectionDraws(FixedArrays):
             return np.take(self.part("g", 0, length), self.part("perm", 0, length))
         whole = self.part(key, 0, length)
         # Half the memory where positions fit in 32 bits.
-        return whole.astype(np.int32) if whole.dtype == np.int64 and self.whole <= 1 << 31 else whole
+        return whole.astype(np.int32) if whole.dtype == np.int64 and self.padded <= 1 << 31 else whole
 
     def piece(self, backend: Backend, name: str, start: int, stop: int, like: Array, dtype: str | None = None) -> Array:
         """:meth:`part` in like's library; from the whole where that has been drawn already."""
@@ -78,7 +77,7 @@ class ProjectionDraws(FixedArrays):
 
 
 # What kernels alone ask for.
-_FOR_KERNELS: dict[str, Callable[[ProjectionDraws], np.ndarray]] = {
+_FOR_KERNELS: dict[str, Callable[[FastfoodDraws], np.ndarray]] = {
     "keys": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["permutation"], 0, 8),
     "words": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["signs"], 0, -(-d.lengths["diagonal"] // 32)),
     "buckets": lambda d: kernels("fastfood").buckets_of(d.padded, d.held("keys")),

@@ -1,0 +1,50 @@
+"""Two plug-ins, each installed from its own package into a folder of its own, and gone again afterwards."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.maps import MAPS
+from tnadapt.plugins.entry_points import load_plugins
+
+HERE = Path(__file__).parent
+PACKAGES = ("tensor-ring", "count-sketch")
+
+
+def forget() -> None:
+    """Leave the registries as they are in a process that has not asked for a plug-in."""
+    load_plugins.cache_clear()
+    FORMATS.forget()
+    MAPS.forget()
+
+
+@pytest.fixture(scope="session")
+def installed_plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed both."""
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling, which builds the plug-ins, is not installed")
+    folder = tmp_path_factory.mktemp("plugins")
+    sources = [str(HERE / package) for package in PACKAGES]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*command, str(folder), *sources], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def plugins(installed_plugins: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Both are installed, as far as this process can see; nothing is imported or registered."""
+    monkeypatch.syspath_prepend(str(installed_plugins))
+    importlib.invalidate_caches()
+    forget()
+    yield installed_plugins
+    forget()
+    for name in ("tnadapt_tensor_ring", "tnadapt_count_sketch"):
+        sys.modules.pop(name, None)

@@ -1,0 +1,364 @@
+"""Two plug-ins that touch nothing of ours, through everything that takes a config: a format and a map."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.backends import Backend, get_backend
+from tnadapt.planning import degrees_of_freedom, largest_rank, step_cost
+from tnadapt.testing import FormatContract, MapContract
+
+SHAPES = [(12, 10), (12, 10)]
+RING = {"format": "tensor-ring", "order": 3, "groups": 1, "fold": "hypercube"}
+SKETCH = {"projection": "count-sketch", "groups": 1, "fold": "hypercube"}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "ring": {"rank": 2, **RING},
+    "ring of ranks": {"rank": (1, 2, 3), **RING},
+    "ring, Kronecker": {"rank": 2, "splits": 2, "leading": "same", **RING},
+    "ring, Hadamard, terms": {"rank": 2, "splits": 2, "combine": "hadamard", "terms": 2, **RING},
+    "ring, shuffled": {"rank": 2, "projection": "shuffle", **RING},
+    "sketch": {"rank": 2, "ratio": 0.3, **SKETCH},
+    "sketch of a group each": {"rank": 2, "ratio": 0.5, **SKETCH, "groups": "weight", "shared": False},
+    "sketch of a ring": {"rank": 2, "ratio": 0.3, **RING, **SKETCH, "order": 3},
+}
+named = pytest.mark.parametrize("name", CONFIGS)
+
+
+def plan_of(name: str, shapes: list[tuple[int, int]] = SHAPES) -> tna.SuperLoRA:
+    return tna.SuperLoRA(tna.Config(**CONFIGS[name]), shapes)
+
+
+def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
+
+
+# -- The contracts --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("plugins")
+class TestTensorRing(FormatContract):
+    @property
+    def kind(self) -> Any:  # type: ignore[override]
+        from tnadapt_tensor_ring import TensorRing
+
+        return TensorRing
+
+
+@pytest.mark.usefixtures("plugins")
+class TestCountSketch(MapContract):
+    @property
+    def kind(self) -> Any:  # type: ignore[override]
+        from tnadapt_count_sketch import CountSketch
+
+        return CountSketch
+
+
+# -- Registration ---------------------------------------------------------------------------------
+
+
+def test_without_them_the_names_are_refused() -> None:
+    with pytest.raises(tna.ConfigError, match=r"one of 'dense', .*got 'tensor-ring'.*install the plug-in"):
+        tna.Config(format="tensor-ring")
+    with pytest.raises(tna.ConfigError, match=r"one of 'identity', .*got 'count-sketch'"):
+        tna.Config(projection="count-sketch")
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_name_is_found_when_it_is_first_asked_for() -> None:
+    assert "tnadapt_tensor_ring" not in sys.modules
+    tna.Config(format="tt")
+    assert "tnadapt_tensor_ring" not in sys.modules
+    assert tna.Config(format="tensor-ring").format == "tensor-ring"
+    assert "tnadapt_tensor_ring" in sys.modules
+
+
+# -- The algebra ----------------------------------------------------------------------------------
+
+
+@named
+@pytest.mark.usefixtures("plugins")
+def test_verify_holds_the_laws(name: str, backend: Backend) -> None:
+    if not backend.usable():
+        pytest.skip(f"{backend.name} finds no device to compute on")
+    report = tna.verify(tna.Config(**CONFIGS[name]), SHAPES, backends=[backend.name])
+    assert report.holds, str(report)
+
+
+@named
+@pytest.mark.usefixtures("plugins")
+def test_every_library_gives_numpys_numbers(name: str, backend: Backend) -> None:
+    plan = plan_of(name)
+    host = drawn(plan)
+    expected = plan.deltas(host)
+    with backend.double_precision():
+        params = {key: backend.asarray(array, "float64") for key, array in host.items()}
+        for found, wanted in zip(plan.deltas(params), expected, strict=True):
+            np.testing.assert_allclose(backend.to_numpy(found), wanted, rtol=1e-10, atol=1e-10)
+        part = plan.vector(params, 31, 187)
+    long_vector = np.concatenate([delta.reshape(-1) for delta in expected])
+    np.testing.assert_allclose(backend.to_numpy(part), long_vector[31:187], rtol=1e-10, atol=1e-10)
+
+
+@named
+@pytest.mark.usefixtures("plugins")
+def test_a_fresh_adapter_changes_nothing_and_learns(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    plan = plan_of(name)
+    params = {key: torch.from_numpy(array).requires_grad_() for key, array in plan.init().items()}
+    deltas = plan.deltas(params)
+    assert not any(bool(delta.any()) for delta in deltas)
+    rng = np.random.default_rng(0)
+    loss = sum((delta * torch.from_numpy(rng.normal(size=delta.shape).astype("f4"))).sum() for delta in deltas)
+    loss.backward()
+    assert any(param.grad is not None and bool(param.grad.any()) for param in params.values())
+
+
+@given(order=st.integers(2, 4), rank=st.integers(1, 3), sides=st.lists(st.integers(1, 6), min_size=2, max_size=2))
+@settings(max_examples=20)
+def test_rings_of_any_size_are_their_einsum(order: int, rank: int, sides: list[int]) -> None:
+    from tests.plugins.conftest import HERE
+
+    sys.path.insert(0, str(HERE / "tensor-ring"))
+    try:
+        from tnadapt_tensor_ring import TensorRing
+    finally:
+        sys.path.remove(str(HERE / "tensor-ring"))
+        sys.modules.pop("tnadapt_tensor_ring", None)
+    sizes = [*sides, 2, 3][:order]
+    split = TensorRing(sizes, rank)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=shape) for name, shape in split.shapes.items()}
+    whole = split.tensor(get_backend(*arrays.values()), arrays, [(0, size) for size in sizes])
+    index = tuple(size // 2 for size in sizes)
+    product = np.eye(rank)
+    for core, place in zip(arrays.values(), index, strict=True):
+        product = product @ core[:, place]
+    np.testing.assert_allclose(whole[index], np.trace(product), rtol=1e-10, atol=1e-12)
+
+
+# -- Decomposition, planning, pictures ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ring", "ring of ranks", "sketch", "sketch of a ring"])
+@pytest.mark.usefixtures("plugins")
+def test_decompose_recovers_what_it_made(name: str) -> None:
+    plan = plan_of(name)
+    deltas = plan.deltas(drawn(plan))
+    _, report = tna.decompose(deltas, plan.config, max_iterations=300, tol=1e-9)
+    assert report.error < 0.02, report
+
+
+@pytest.mark.usefixtures("plugins")
+def test_search_rank_finds_the_rank_of_a_ring() -> None:
+    config = tna.Config(rank=2, order=3, format="tensor-ring", groups=1, fold=(6, 5, 8))
+    plan = tna.SuperLoRA(config, [(30, 8)])
+    found = tna.search_rank(plan.deltas(drawn(plan)), config, 1e-3, max_iterations=500, tol=1e-10)
+    assert found.rank == 2
+
+
+@named
+@pytest.mark.usefixtures("plugins")
+def test_what_the_planner_says_is_so(name: str) -> None:
+    plan = plan_of(name)
+    rank = largest_rank(plan)
+    delta = plan.deltas(drawn(plan, seed=7))[0]
+    assert rank.exact
+    assert np.linalg.matrix_rank(delta, rtol=1e-9) == rank.value
+    assert degrees_of_freedom(plan) >= _jacobian_rank(plan)
+    assert step_cost(plan) > 0
+
+
+def _jacobian_rank(plan: tna.SuperLoRA) -> int:
+    host = drawn(plan)
+    rows = []
+    for name, array in host.items():
+        without = plan.vector({**host, name: np.zeros_like(array)}, 0, plan.size)
+        for place in np.ndindex(*array.shape):
+            unit = np.zeros_like(array)
+            unit[place] = 1.0
+            rows.append(plan.vector({**host, name: unit}, 0, plan.size) - without)
+    values = np.linalg.svd(np.array(rows), compute_uv=False)
+    return int(np.sum(values > 1e-10 * values[0]))
+
+
+@pytest.mark.usefixtures("plugins")
+def test_plan_lists_given_settings_of_a_plug_in() -> None:
+    config = tna.Config(**CONFIGS["ring"])
+    from tnadapt.planning import known_as
+
+    assert str(known_as(config)) == "SuperLoRA tensor ring, M = 3, r = 2"
+    assert tna.parameter_count(config, SHAPES) == 3 * 2 * 2 * 7
+
+
+@named
+@pytest.mark.usefixtures("plugins")
+def test_its_network_is_drawn(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import tnadapt.plot
+
+    path = tmp_path / "ring.svg"
+    tnadapt.plot.network(tna.Config(**CONFIGS[name]), SHAPES, path)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<path") > 10
+
+
+# -- Files ----------------------------------------------------------------------------------------
+
+
+@named
+def test_a_file_needs_the_plug_in_and_says_so(name: str, plugins: Path, tmp_path: Path) -> None:
+    from tests.plugins.conftest import forget
+
+    plan = plan_of(name)
+    targets = [tna.Target(f"layer{i}.weight", shape) for i, shape in enumerate(SHAPES)]
+    arrays = {key: array.astype(np.float32) for key, array in drawn(plan).items()}
+    path = tmp_path / "adapter.safetensors"
+    tna.save(path, tna.AdapterFile(plan.config, targets, arrays))
+    again = tna.load(path)
+    assert again.config == plan.config
+    for found, expected in zip(again.deltas(), plan.deltas(arrays), strict=True):
+        assert np.array_equal(found, expected)
+    missing = "tensor-ring" if "ring" in name else "count-sketch"
+    sys.path.remove(str(plugins))
+    forget()
+    with pytest.raises(tna.FileError, match=rf"adapter\.safetensors.*got '{missing}'.*install the plug-in"):
+        tna.load(path)
+
+
+def test_commands_in_a_process_of_their_own(plugins: Path, tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    plan = plan_of("sketch of a ring")
+    targets = [tna.Target(f"layer{i}.weight", shape) for i, shape in enumerate(SHAPES)]
+    arrays = {key: array.astype(np.float32) for key, array in drawn(plan).items()}
+    path = tmp_path / "adapter.safetensors"
+    tna.save(path, tna.AdapterFile(plan.config, targets, arrays))
+    tried = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(plugins)!r})\n"
+         f"from tnadapt.__main__ import main; sys.argv = ['tnadapt', 'info', {str(path)!r}]; main()"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert tried.returncode == 0, tried.stderr
+    assert "tensor-ring" in tried.stdout
+    without = subprocess.run(
+        [sys.executable, "-m", "tnadapt", "info", str(path)], capture_output=True, text=True, check=False
+    )
+    assert without.returncode == 2
+    assert "install the plug-in" in without.stderr
+    assert "Traceback" not in without.stderr
+
+
+# -- torch ----------------------------------------------------------------------------------------
+
+
+@named
+@pytest.mark.usefixtures("plugins")
+def test_attach_train_merge_unmerge_save_load(name: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch as tt
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.Tanh(), torch.nn.Linear(12, 10))
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(5, 10)
+    before = model(x)
+    adapter = tt.attach(model, tna.Config(**CONFIGS[name]), targets="all-linear")
+    assert torch.equal(model(x), before)
+    optimizer = torch.optim.Adam(adapter.parameters(), 0.05)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model(x) - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    attached = model(x)
+    adapter.merge()
+    torch.testing.assert_close(model(x), attached, rtol=1e-4, atol=1e-5)
+    adapter.unmerge()
+    path = tmp_path / "adapter.safetensors"
+    adapter.save(path)
+    fresh = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.Tanh(), torch.nn.Linear(12, 10))
+    fresh.load_state_dict(base)
+    tt.load(fresh, path)
+    assert torch.equal(fresh(x), model(x))
+    adapter.detach()
+    assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["ring", "sketch", "sketch of a ring"])
+@pytest.mark.usefixtures("plugins")
+def test_a_compiled_model_is_the_model(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch as tt
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.Linear(12, 10))
+    adapter = tt.attach(model, tna.Config(**CONFIGS[name]), targets="all-linear")
+    with torch.no_grad():
+        for param in adapter.parameters():
+            param.add_(torch.randn_like(param) * 0.3)
+    x = torch.randn(5, 10)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)
+    compiled(x).sum().backward()
+    assert all(math.isfinite(float(param.grad.abs().sum())) for param in adapter.parameters())
+
+
+# -- A plug-in that is broken -----------------------------------------------------------------------
+
+
+def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    from tests.plugins.conftest import forget
+
+    info = tmp_path / "broken-2.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 2.5\n")
+    (info / "entry_points.txt").write_text("[tnadapt.plugins]\nring = broken_plugin:register\n")
+    (tmp_path / "broken_plugin.py").write_text("def register():\n    raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    forget()
+    try:
+        assert tna.Config(format="cp").format == "cp"
+        said = r"got 'tensor-ring'.*plug-in 'ring' of broken 2\.5 failed to load: RuntimeError: no licence"
+        with pytest.raises(tna.ConfigError, match=said):
+            tna.Config(format="tensor-ring")
+    finally:
+        forget()
+        sys.modules.pop("broken_plugin", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Ring", "lower-case letters"),
+        ("", "lower-case letters"),
+        (3, "lower-case letters"),
+        ("tt", "format 'tt' is built in and cannot be replaced"),
+    ],
+)
+def test_bad_names_are_refused(name: Any, message: str) -> None:
+    from tnadapt.algebra.formats import Format
+
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.register_format(name, Format)
+
+
+def test_what_is_no_format_is_refused() -> None:
+    with pytest.raises(tna.ConfigError, match=r"inherits from tnadapt\.algebra\.formats\.format\.Format; got"):
+        tna.register_format("mine", dict)  # type: ignore[arg-type]

@@ -1,0 +1,218 @@
+"""Contract a small tensor network that an einsum string describes, on any backend.
+
+The reference way of every format, and the only one of a format that declares no faster: arrays are contracted pair by
+pair, from left to right, each pair as one batched matrix product. An index may be on any number of arrays, and stays
+open where the output names it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ConfigError
+
+__all__ = ["Contraction", "Formula", "least_cut", "letters"]
+
+
+def letters(modes: int, bonds: int) -> tuple[str, str]:
+    """Indices for the formula of a format of any order: so many for its modes, and so many for its bonds.
+
+    Examples
+    --------
+    >>> letters(3, 2)
+    ('abc', 'de')
+    """
+    every = string.ascii_letters + "".join(map(chr, range(0x3B1, 0x3B1 + max(0, modes + bonds - 52))))
+    return every[:modes], every[modes : modes + bonds]
+
+
+class Formula(NamedTuple):
+    """An einsum string, taken apart.
+
+    Attributes
+    ----------
+    inputs : tuple of str
+        The indices of each array, in order.
+    output : str
+        The open indices: one a mode.
+
+    Examples
+    --------
+    >>> Formula.parsed("ar,br->ab", 2, 2)
+    Formula(inputs=('ar', 'br'), output='ab')
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+
+    @classmethod
+    def parsed(cls, text: str, arrays: int, order: int) -> Formula:
+        """Take a string apart and check it against the number of arrays and of modes.
+
+        Raises
+        ------
+        ConfigError
+            If it is no einsum string of explicit output for so many arrays and modes.
+        """
+        left, arrow, output = text.replace(" ", "").partition("->")
+        inputs = tuple(left.split(","))
+        known = set(left)
+        if not arrow or len(inputs) != arrays or len(output) != order or len(set(output)) != order:
+            raise ConfigError(f"formula {text!r} is not one of {arrays} arrays and {order} modes, as in 'ar,br->ab'")
+        if any(len(set(own)) != len(own) for own in inputs) or not set(output) <= known:
+            raise ConfigError(f"formula {text!r} repeats an index on one array, or its output names an unknown index")
+        return cls(inputs, output)
+
+    def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+        """The size of every index.
+
+        Raises
+        ------
+        ConfigError
+            If the shapes do not fit the indices.
+        """
+        found: dict[str, int] = {}
+        for own, shape in zip(self.inputs, shapes, strict=True):
+            if len(own) != len(shape) or any(found.setdefault(i, d) != d for i, d in zip(own, shape, strict=True)):
+                raise ConfigError(f"an array of shape {tuple(shape)} does not fit its indices {own!r} in the formula")
+        return found
+
+
+class _Pair(NamedTuple):
+    """How two arrays are contracted: axes to sum, axes in order, and how many are batch, rows and inner ones."""
+
+    left_sums: tuple[int, ...]
+    right_sums: tuple[int, ...]
+    left_order: tuple[int, ...]
+    right_order: tuple[int, ...]
+    batch: int
+    rows: int
+    inner: int
+
+
+class Contraction:
+    """The einsum of some arrays, planned once and run on any backend.
+
+    Everything about indices is decided here, on the host: what runs is sums, permutations, reshapes and matrix products
+    alone, which a compiler can trace.
+
+    Parameters
+    ----------
+    inputs : sequence of str
+        The indices of each array, none twice on one.
+    output : str
+        Indices that are not summed, in order; each is on some array.
+
+    Notes
+    -----
+    Costs what the pairwise contraction from left to right costs; no optimal order is searched.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tnadapt.backends import load_backend
+    >>> a, b = np.arange(6.0).reshape(2, 3), np.ones((3, 2))
+    >>> Contraction(["ij", "jk"], "ki")(load_backend("numpy"), [a, b])
+    array([[ 3., 12.],
+           [ 3., 12.]])
+    """
+
+    def __init__(self, inputs: Sequence[str], output: str) -> None:
+        self.pairs: list[_Pair] = []
+        now = inputs[0]
+        for place in range(1, len(inputs)):
+            later = set(output).union(*inputs[place + 1 :])
+            now = self._planned(now, inputs[place], later)
+        self.sums, now = _summed(now, set(output))
+        order = tuple(now.index(index) for index in output)
+        self.order = order if order != tuple(range(len(order))) else ()
+
+    def _planned(self, left: str, right: str, later: set[str]) -> str:
+        left_sums, left = _summed(left, later | set(right))
+        right_sums, right = _summed(right, later | set(left))
+        both = [index for index in left if index in right]
+        batch = [index for index in both if index in later]
+        inner = [index for index in both if index not in later]
+        rows = [index for index in left if index not in both]
+        cols = [index for index in right if index not in both]
+        left_order = tuple(left.index(index) for index in [*batch, *rows, *inner])
+        right_order = tuple(right.index(index) for index in [*batch, *inner, *cols])
+        self.pairs.append(_Pair(left_sums, right_sums, left_order, right_order, len(batch), len(rows), len(inner)))
+        return "".join([*batch, *rows, *cols])
+
+    def __call__(self, backend: Backend, arrays: Sequence[Array]) -> Array:
+        """The contracted array."""
+        now = arrays[0]
+        for pair, right in zip(self.pairs, arrays[1:], strict=True):
+            now = _contracted(backend, pair, now, right)
+        now = _without(backend, now, self.sums)
+        return backend.permute_dims(now, self.order) if self.order else now
+
+
+def _summed(indices: str, kept: set[str]) -> tuple[tuple[int, ...], str]:
+    """The axes of the indices that nobody else has, from the last one on, and the indices that are left."""
+    axes = tuple(axis for axis in reversed(range(len(indices))) if indices[axis] not in kept)
+    return axes, "".join(index for index in indices if index in kept)
+
+
+def _without(backend: Backend, array: Array, axes: tuple[int, ...]) -> Array:
+    for axis in axes:
+        array = backend.sum(array, axis=axis)
+    return array
+
+
+def _contracted(backend: Backend, pair: _Pair, left: Array, right: Array) -> Array:
+    left = _turned(backend, _without(backend, left, pair.left_sums), pair.left_order)
+    right = _turned(backend, _without(backend, right, pair.right_sums), pair.right_order)
+    end = pair.batch + pair.rows
+    batch, rows, inner = left.shape[: pair.batch], left.shape[pair.batch : end], left.shape[end:]
+    cols = right.shape[pair.batch + pair.inner :]
+    sizes = math.prod(batch), math.prod(rows), math.prod(inner), math.prod(cols)
+    product = backend.matmul(
+        backend.reshape(left, (sizes[0], sizes[1], sizes[2])), backend.reshape(right, (sizes[0], sizes[2], sizes[3]))
+    )
+    return backend.reshape(product, (*batch, *rows, *cols))
+
+
+def _turned(backend: Backend, array: Array, order: tuple[int, ...]) -> Array:
+    return array if order == tuple(range(len(order))) else backend.permute_dims(array, order)
+
+
+def least_cut(formula: Formula, size: Mapping[str, int], rows: Sequence[int]) -> int:
+    """The product of the bonds that a cut between some modes and the others goes through, at the least that is found.
+
+    An upper bound of the rank of that unfolding: every division of the arrays into two sides gives one. Up to 12 arrays
+    all divisions are tried; of more, one after another is moved to the side that makes the product smaller.
+    """
+    open_rows = {formula.output[mode] for mode in rows}
+    count = len(formula.inputs)
+
+    def cost(side: Sequence[bool]) -> int:
+        total = 1
+        for index, length in size.items():
+            sides = {side[k] for k, own in enumerate(formula.inputs) if index in own}
+            if index in formula.output:
+                sides.add(index in open_rows)
+            total *= length if len(sides) == 2 else 1
+        return total
+
+    if count <= 12:
+        return min(cost(side) for side in itertools.product((False, True), repeat=count))
+    side = [bool(open_rows & set(own)) for own in formula.inputs]
+    best, improved = cost(side), True
+    while improved:
+        improved = False
+        for k in range(count):
+            side[k] = not side[k]
+            now = cost(side)
+            if now < best:
+                best, improved = now, True
+            else:
+                side[k] = not side[k]
+    return best

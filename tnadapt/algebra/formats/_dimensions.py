@@ -1,0 +1,45 @@
+"""Dimensions of the sets of CP tensors, Tucker tensors and tensor trains, by formula.
+
+None is too small. They are exact but for the few defective shapes that algebraic geometry knows of (CP of rank 3 on
+2 × 2 × 2 × 2, of rank 4 on 3 × 3 × 3, and their series).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["of_cp", "of_train", "of_tucker"]
+
+
+def of_cp(sizes: Sequence[int], rank: int) -> int:
+    ranks = multilinear(sizes, [rank] * len(sizes))
+    bases = sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
+    # Within the spaces that its factors span it is a CP tensor again, and these may be full.
+    inner = min(math.prod(ranks), rank * (sum(ranks) - len(ranks) + 1))
+    return min(math.prod(sizes), bases + inner, rank * (sum(sizes) - len(sizes) + 1))
+
+
+def of_tucker(sizes: Sequence[int], ranks: Sequence[int]) -> int:
+    ranks = multilinear(sizes, ranks)
+    return math.prod(ranks) + sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
+
+
+def multilinear(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
+    """Ranks of the unfoldings: none above its mode's size, nor above the product of the others."""
+    found = [min(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
+    largest = max(range(len(found)), key=lambda mode: found[mode])
+    rest = math.prod(found[:largest] + found[largest + 1 :])
+    # Only the largest can be above the product of the others: of any other, it is a factor itself.
+    found[largest] = min(found[largest], rest)
+    return found
+
+
+def of_train(sizes: Sequence[int], ranks: Sequence[int]) -> int:
+    bonds = [1, *ranks, 1]
+    for mode in range(1, len(sizes)):
+        bonds[mode] = min(bonds[mode], bonds[mode - 1] * sizes[mode - 1])
+    for mode in range(len(sizes) - 1, 0, -1):
+        bonds[mode] = min(bonds[mode], bonds[mode + 1] * sizes[mode])
+    cores = sum(left * size * right for left, size, right in zip(bonds, sizes, bonds[1:], strict=False))
+    return cores - sum(bond * bond for bond in bonds[1:-1])

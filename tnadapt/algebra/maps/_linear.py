@@ -1,0 +1,142 @@
+"""Fastfood: F by two Walsh-Hadamard transforms, a normal diagonal, a permutation, and signs or a second diagonal.
+
+Paper symbols (equation 4, appendix A.6): H the Walsh-Hadamard matrix, G the Gaussian diagonal, Π the permutation, B the
+signs (G' in the v2 kind).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+
+from ._digest import digest_of
+from ._fastfood_draws import FastfoodDraws, hadamard_rows
+from ._map import Map
+from .hadamard import fwht_last
+
+__all__ = ["Linear", "LinearV2"]
+
+# How much of the long vector a slice draws at a time: of short blocks several, of long ones a part.
+_SLICE_CHUNK = 1 << 16
+_SLICE_PART = 1 << 18
+# Shorter slices than this are cut from a block of this length, to keep the matrix products thick.
+_LEAST_BLOCK = 1 << 10
+
+
+class Linear(Map):
+    """``v = H pad(x);  z[j] = (g v)[perm[j]];  y = (H z)[:n_out] * signs``.
+
+    Attributes
+    ----------
+    padded : int
+        L, the length of the transforms: the least power of two that is at least ``max(n_in, n_out)``.
+    draws : FastfoodDraws
+    """
+
+    kind = "linear"
+    full_rank = True
+    #: Whether a second normal diagonal stands in place of the signs.
+    normal = False
+
+    def __init__(self, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> None:
+        super().__init__(n_in, n_out, seed, group)
+        self.padded = 1 << (max(n_in, n_out) - 1).bit_length()
+        # Length of the transform that is left of H pad(x) once its zeros are pruned.
+        self._pruned = 1 << (n_in - 1).bit_length()
+        self.draws = FastfoodDraws(self.normal, n_out, self.padded, self._pruned, seed, group)
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        found = backend.fastfood(x, self.draws, self.n_in, adjoint=False, plain=self._plain(backend))
+        return self.forward_plain(backend, x) if found is None else found
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        found = backend.fastfood(y, self.draws, self.n_in, adjoint=True, plain=self._plain(backend))
+        return self.adjoint_plain(backend, y) if found is None else found
+
+    def _plain(self, backend: Backend) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        return functools.partial(self.forward_plain, backend), functools.partial(self.adjoint_plain, backend)
+
+    def forward_plain(self, backend: Backend, x: Array) -> Array:
+        """F in the library's own operations: what every kernel must equal."""
+        kind = backend.dtype_name(x)
+        z = backend.take(self._small_transform(backend, x), self.draws.on(backend, "index", x))
+        z = z * self.draws.on(backend, "gain", x, kind)
+        return fwht_last(backend, z)[..., : self.n_out] * self.draws.on(backend, "diagonal", x, kind)
+
+    def _small_transform(self, backend: Backend, x: Array) -> Array:
+        """One period of ``H pad(x)``, which repeats itself where the padding was zero."""
+        return fwht_last(backend, backend.pad_last(x, self._pruned)) * math.sqrt(self._pruned / self.padded)
+
+    def adjoint_plain(self, backend: Backend, y: Array) -> Array:
+        kind = backend.dtype_name(y)
+        u = fwht_last(backend, backend.pad_last(y * self.draws.on(backend, "diagonal", y, kind), self.padded))
+        v = backend.take(u * self.draws.on(backend, "gain", y, kind), self.draws.on(backend, "inverse", y))
+        # The adjoint of repeating is summing over the repeats.
+        v = backend.reshape(v, (*v.shape[:-1], self.padded // self._pruned, self._pruned))
+        v = backend.sum(v, axis=-2) * math.sqrt(self._pruned / self.padded)
+        return fwht_last(backend, v)[..., : self.n_in]
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        """``H = H_high ⊗ H_low`` with ``H_low`` as long as the slice: rows of ``H_high`` combine the blocks of z."""
+        kind = backend.dtype_name(x)
+        low = min(self.padded, max(_LEAST_BLOCK, 1 << (stop - start).bit_length() - 1))
+        first, end = start // low, (stop - 1) // low + 1
+        y = fwht_last(backend, self._mixed(backend, x, low, first, end))
+        y = backend.reshape(y, (*x.shape[:-1], (end - first) * low))[..., start - first * low : stop - first * low]
+        return y * self.draws.piece(backend, "diagonal", start, stop, x, kind)
+
+    def _mixed(self, backend: Backend, x: Array, low: int, first: int, end: int) -> Array:
+        """Rows ``first`` to ``end - 1`` of H_high times z in blocks of ``low``: shape (…, end - first, low)."""
+        kind, high = backend.dtype_name(x), self.padded // low
+        small = self._small_transform(backend, x)
+        # Of one part of the columns after another, so that beside the sum no more than a part of a block is there.
+        step, width = max(1, _SLICE_CHUNK // low), min(low, _SLICE_PART)
+        parts = []
+        for column in range(0, low, width):
+            mixed = None
+            for block in range(0, high, step):
+                blocks = min(step, high - block)
+                lo = block * low + column
+                hi = lo + blocks * width  # a part is of one block, and several blocks are whole
+                z = backend.take(small, self.draws.piece(backend, "index", lo, hi, x))
+                z = z * self.draws.piece(backend, "gain", lo, hi, x, kind)
+                z = backend.reshape(z, (*x.shape[:-1], blocks, width))
+                rows = hadamard_rows.on(backend, (first, end, block, block + blocks, high), x, kind, keep=False)
+                part = backend.matmul(rows, z)
+                mixed = part if mixed is None else mixed + part
+            parts.append(mixed)
+        return backend.concat(parts, axis=-1)
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements ``start`` to ``stop - 1`` of a stream, drawn without the rest."""
+        return self.draws.part(name, start, stop)
+
+    def gain(self) -> float:
+        return math.sqrt(self.n_in * self.n_out) / self.padded
+
+    def variance(self) -> float:
+        return self.n_in / self.padded
+
+    def squared_norm(self) -> float:
+        return self.n_in * self.n_out / self.padded
+
+    def cost(self) -> int:
+        """``L log2 L`` additions a transform, the first one of the vector before F alone; three products an element."""
+        small, length = 1 << (self.n_in - 1).bit_length(), self.padded
+        return small * (small.bit_length() - 1) + length * (length.bit_length() - 1) + 3 * length
+
+    def digest(self) -> str:
+        return digest_of(self, {"perm": self.padded, "g": self.padded, "diagonal": self.n_out})
+
+
+class LinearV2(Linear):
+    """The same with a normal vector g' in place of the signs."""
+
+    kind = "linear_v2"
+    normal = True

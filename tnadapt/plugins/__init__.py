@@ -1,0 +1,10 @@
+"""Registries, and the packages that add to them: formats, maps, sources, attention layouts and others by name.
+
+Every choice that a setting names is a class in a :class:`Registry`. Another package adds its own by the functions
+``register_…`` of :mod:`tnadapt`, or without being imported by an entry point in the group ``tnadapt.plugins``
+(:mod:`~tnadapt.plugins.entry_points`).
+"""
+
+from .class_registry import Registry
+
+__all__ = ["Registry"]
