@@ -10,7 +10,7 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import ConfigError, TnadaptError, shown
+from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 from tnadapt.planning import known_as
 
 from .adapted_weights import WEIGHTS, AdaptedWeights
@@ -135,7 +135,7 @@ class Recipe:
         """
         known = [arm.name for arm in self.arms]
         if missing := [arm for arm in arms if arm not in known]:
-            raise TnadaptError(f"recipe {self.name} has no arm {shown(missing[0])}; expected of {', '.join(known)}")
+            raise TnadaptError(f"recipe {self.name} has no arm {safe_repr(missing[0])}; expected of {', '.join(known)}")
         return dataclasses.replace(self, arms=tuple(arm for arm in self.arms if not arms or arm.name in arms))
 
     def count(self, config: Config) -> int:
@@ -203,10 +203,10 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
     if read["kind"] not in KINDS:
         raise ConfigError(f"recipe {name}: kind is one of {', '.join(KINDS)}; got {read['kind']!r}")
     if scale not in SCALES:
-        raise TnadaptError(f"a scale is one of {', '.join(SCALES)}; got {shown(scale)}")
+        raise TnadaptError(f"a scale is one of {', '.join(SCALES)}; got {safe_repr(scale)}")
     there = [one for one in SCALES if one in read]
     if scale not in there:
-        raise TnadaptError(f"recipe {name} has no scale {shown(scale)}; it has {' and '.join(there)}")
+        raise TnadaptError(f"recipe {name} has no scale {safe_repr(scale)}; it has {' and '.join(there)}")
     settings = _settings(name, read[scale], scale)
     weights, below = settings.pop("weights", None), settings.pop("rank_below_sizes", False)
     title = settings.pop("title", read["title"])
@@ -245,7 +245,7 @@ def _settings(name: str, given: Any, scale: str) -> dict[str, Any]:
 
 def _text(name: str) -> str:
     if name not in names():
-        raise TnadaptError(f"no recipe {shown(name)}; expected one of {', '.join(names())}")
+        raise TnadaptError(f"no recipe {safe_repr(name)}; expected one of {', '.join(names())}")
     return (importlib.resources.files(__package__) / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
 
 

@@ -138,7 +138,7 @@ def explains_peft_keywords(function: Callable[_Parameters, _Result]) -> Callable
     return checked
 
 
-def shown(value: Any) -> str:
+def safe_repr(value: Any) -> str:
     """A value as a message shows it: short, and never an error of its own.
 
     Examples
@@ -172,7 +172,7 @@ def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError
     try:
         number = operator.index(value)
     except TypeError:
-        raise error(f"{name} must be an integer{other}; got {shown(value)}") from None
+        raise error(f"{name} must be an integer{other}; got {safe_repr(value)}") from None
     if not low <= number <= high:
-        raise error(f"{name} must be from {low} to {high}; got {shown(number)}")
+        raise error(f"{name} must be from {low} to {high}; got {safe_repr(number)}")
     return number

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnadapt import torch as tnt
-from tnadapt.checkpoints.atomic_files import replaced
+from tnadapt.checkpoints.atomic_files import atomic_write
 from tnadapt.errors import FileError
 from tnadapt.finetune import Task
 from tnadapt.finetune.loop import Schedule
@@ -278,7 +278,7 @@ def _keep(path: Path, images: Tensor) -> None:
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(str(path)) as file:
+        with atomic_write(str(path)) as file:
             np.lib.format.write_array(file, pixels, allow_pickle=False)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror}; give another folder with --out") from None

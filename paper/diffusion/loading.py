@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tnadapt.checkpoints.atomic_files import replaced
+from tnadapt.checkpoints.atomic_files import atomic_write
 from tnadapt.errors import TnadaptError
 
 from .bench import Bench, Setup
@@ -96,6 +96,6 @@ def _classifier(setup: Setup, images: ImageSet, progress: Callable[[float], None
     except (OSError, SafetensorError, RuntimeError):
         model = train_classifier(images, progress=progress)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(str(path)) as file:
+        with atomic_write(str(path)) as file:
             file.write(save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
     return model.eval().to(setup.device)

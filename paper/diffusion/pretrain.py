@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tnadapt.checkpoints.atomic_files import replaced
+from tnadapt.checkpoints.atomic_files import atomic_write
 from tnadapt.errors import FileError
 
 from .images import ImageSet
@@ -181,7 +181,7 @@ def _write(path: Path, step: int, model: Generator, optimiser: Any) -> None:
         for name, weight in model.named_parameters():
             for moment in _MOMENTS:
                 held[f"{moment}:{name}"] = optimiser.state[weight][moment].cpu().contiguous()
-    with replaced(str(path)) as file:
+    with atomic_write(str(path)) as file:
         file.write(save(held, {"step": str(step)}))
 
 

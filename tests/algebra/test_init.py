@@ -10,7 +10,7 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.algebra import rng
-from tnadapt.algebra.init import STEP, Start
+from tnadapt.algebra.init import STEP, Initializer
 from tnadapt.algebra.network import Network
 
 SHAPES = [(96, 96)] * 8
@@ -395,7 +395,7 @@ def test_the_bits_of_starts_are_known() -> None:
 
 def test_nothing_random_gives_no_scale() -> None:
     config = P.dense()
-    assert Start(Network(config, 12), tna.Projection("identity", 12, 12), 0, 0).std == 0.0
+    assert Initializer(Network(config, 12), tna.Projection("identity", 12, 12), 0, 0).std == 0.0
 
 
 @pytest.mark.law("dtype-overflow")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import relative_error
 from tnadapt.algebra import rounding
-from tnadapt.algebra.rounding import ExactUpdates, add_in_place, rounded, widened
+from tnadapt.algebra.rounding import Float64Deltas, add_in_place, rounded, widened
 from tnadapt.testing.strategies import parameters, plans
 
 # Explicit mantissa bits, least exponent of a normal number, and the largest number.
@@ -98,7 +98,7 @@ def test_updates_in_pieces_are_the_deltas(data: st.DataObject) -> None:
     params = data.draw(parameters(plan))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounding, "SPAN", data.draw(st.sampled_from([1, 2, 7, 64, 1 << 24])))
-        updates = ExactUpdates(plan, params, "float64", piece=data.draw(st.sampled_from([1, 3, 10, 1 << 17])))
+        updates = Float64Deltas(plan, params, "float64", piece=data.draw(st.sampled_from([1, 3, 10, 1 << 17])))
         order = data.draw(st.permutations(range(len(plan.shapes))))
         whole = plan.deltas(params)
         scale = max(float(np.abs(delta).max()) for delta in whole) or 1.0
@@ -118,7 +118,7 @@ def test_a_fresh_adapter_of_any_dtype_changes_nothing(dtype: str, projection: st
     start = plan.init(dtype="float32" if dtype == "bfloat16" else dtype)
     if dtype == "bfloat16":
         start = {name: widened(rounded(array.astype("f8"), dtype), dtype) for name, array in start.items()}
-    updates = ExactUpdates(plan, start, dtype)
+    updates = Float64Deltas(plan, start, dtype)
     assert not any(part.any() for index in range(2) for _, part in updates.of(index))
 
 
@@ -130,7 +130,7 @@ def test_a_trained_one_of_bfloat16_is_what_it_moved() -> None:
     arrays = {name: array + rng.normal(size=array.shape).astype("f4") for name, array in plan.init().items()}
     arrays = {name: widened(rounded(array.astype("f8"), "bfloat16"), "bfloat16") for name, array in arrays.items()}
     file = tna.AdapterFile(config, targets, arrays, dtypes=dict.fromkeys(arrays, "bfloat16"))
-    updates = ExactUpdates(plan, arrays, file.dtype)
+    updates = Float64Deltas(plan, arrays, file.dtype)
     for index, delta in enumerate(file.deltas()):
         found = np.concatenate([part for _, part in updates.of(index)])
         assert relative_error(found, delta.reshape(-1)) < 1e-5

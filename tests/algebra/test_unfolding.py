@@ -14,7 +14,7 @@ import tnadapt as tna
 from tests.conftest import relative_error
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.unfolding import along, best_cut, rowwise
+from tnadapt.algebra.unfolding import along, best_cut, row_wise_khatri_rao
 from tnadapt.backends import Backend, get_backend
 
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=5)
@@ -92,7 +92,7 @@ def test_along_joins_boxes_on_any_axis(sizes: list[int], axis: int, data: st.Dat
 
 def test_rowwise_is_the_product_of_rows(rng: np.random.Generator) -> None:
     a, b, c = (rng.normal(size=(3, r)) for r in (2, 1, 4))
-    found = rowwise(get_backend(a), [a, b, c])
+    found = row_wise_khatri_rao(get_backend(a), [a, b, c])
     assert (
         relative_error(found, np.stack([np.kron(np.kron(*rows[:2]), rows[2]) for rows in zip(a, b, c, strict=True)]))
         < 1e-15

@@ -18,7 +18,7 @@ from tests.support.file_layer import recorded
 from tests.support.macos_errors import ENOTSUP, as_on_macos
 from tests.support.power_failure import after_failures
 from tnadapt import FileError
-from tnadapt.checkpoints.atomic_files import replace_file, replaced
+from tnadapt.checkpoints.atomic_files import atomic_write, replace_file
 
 
 def test_a_file_is_written_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_what_must_not_be_overwritten_is_not_even_if_it_came_meanwhile(tmp_path:
         "pipe": lambda: os.mkfifo(path),
     }[there]
     refused = pytest.raises(FileError, match=r"exists; give another path, or overwrite=True \(--force\)")
-    with refused, replaced(str(path), overwrite=False) as file:
+    with refused, atomic_write(str(path), overwrite=False) as file:
         file.write(b"ours")
         make()
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
@@ -230,7 +230,7 @@ def test_what_must_not_be_overwritten_is_not_even_if_it_came_meanwhile(tmp_path:
 def test_a_pipe_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "file"
     refused = pytest.raises(FileError, match="is neither a file nor a folder")
-    with refused, replaced(str(path)) as file:
+    with refused, atomic_write(str(path)) as file:
         file.write(b"ours")
         os.mkfifo(path)
     assert stat.S_ISFIFO(path.stat().st_mode)

@@ -13,7 +13,7 @@ import safetensors
 
 from tests.support import forge
 from tnadapt import FileError
-from tnadapt.checkpoints.container import DTYPES, MAX_HEADER, about, opened, raw_dtype, serialized
+from tnadapt.checkpoints.container import DTYPES, MAX_HEADER, file_error_context, opened, raw_dtype, serialized
 from tnadapt.checkpoints.strict_json import strict_json
 
 EMPTY = '{"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}'
@@ -27,7 +27,7 @@ def write(folder: Path, content: bytes) -> str:
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    with about(path), opened(path) as container:
+    with file_error_context(path), opened(path) as container:
         return {name: container.array(name) for name in container.entries}
 
 
@@ -222,7 +222,7 @@ def test_json_must_be_an_object() -> None:
 
 def test_about_names_the_path_whatever_happens() -> None:
     for error in (FileError("it"), OSError(28, "it"), MemoryError(), OverflowError("it")):
-        with pytest.raises(FileError, match=r"^some/path: .*it") as caught, about("some/path"):
+        with pytest.raises(FileError, match=r"^some/path: .*it") as caught, file_error_context("some/path"):
             raise error
         assert caught.value.__cause__ is error
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.support import forge
 from tests.support.hostile_text import EVIL, adapter, checkpoint, named, peft, speaks
-from tnadapt.errors import escaped, shown
+from tnadapt.errors import escaped, safe_repr
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def test_escaped_text_is_one_visible_line(text: str) -> None:
     assert not speaks(found)
     assert "\n" not in found
     assert escaped(found) == found
-    assert not speaks(shown(text))
+    assert not speaks(safe_repr(text))
     assert not speaks(str(tna.FileError(text)))
 
 

@@ -14,7 +14,7 @@ import tnadapt as tna
 from tnadapt import presets
 from tnadapt.algebra.norms import norm, norm_of_difference, relative_difference
 from tnadapt.backends import Backend, get_backend, load_backend
-from tnadapt.decomposition import GroupReport, Report
+from tnadapt.decomposition import FitReport, GroupReport
 from tnadapt.decomposition._linear_algebra import Algebra
 from tnadapt.decomposition._lower_bounds import lower_bound
 from tnadapt.errors import BackendError, ShapeError
@@ -99,7 +99,7 @@ def test_a_power_of_two_changes_no_error(name: str, kind_of: tuple[str, str], wh
         exponent = max(exponent, {"float64": -1000, "float16": -24}.get(dtype, -100))
     kind = np.float64 if dtype == "float64" else np.float32
 
-    def decomposed(power: int) -> Report:
+    def decomposed(power: int) -> FitReport:
         own = [backend.asarray(np.ldexp(one.astype(kind), power), dtype) for one in integers(seed)]
         params, report = tna.decompose(own, config, max_iterations=3)
         assert all(np.isfinite(backend.to_numpy(array)).all() for array in params.values())
@@ -179,7 +179,7 @@ def test_groups_of_very_different_sizes_together(exponents: list[int], errors: l
     wide = [np.longdouble(1.5) * np.longdouble(2) ** exponent for exponent in exponents]
     off = np.sqrt(sum((size * np.longdouble(error)) ** 2 for size, error in zip(wide, errors, strict=False)))
     expected = float(off / np.sqrt(sum(size**2 for size in wide)))
-    assert Report(plan, groups).error == pytest.approx(expected, rel=1e-12, abs=1e-320)
+    assert FitReport(plan, groups).error == pytest.approx(expected, rel=1e-12, abs=1e-320)
 
 
 def test_updates_of_zeros_beside_others() -> None:

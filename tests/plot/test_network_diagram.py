@@ -17,7 +17,7 @@ from tnadapt.algebra.formats import FORMATS
 from tnadapt.errors import ConfigError, ShapeError
 from tnadapt.plot import network
 from tnadapt.plot._diagram import Diagram, diagram
-from tnadapt.plot._split_diagram import Node, Part, wide
+from tnadapt.plot._split_diagram import Node, SplitDrawing, wide
 from tnadapt.testing.strategies import plans
 
 P = tna.presets
@@ -111,7 +111,7 @@ def test_what_is_not_drawn_is_told(plan: tna.SuperLoRA) -> None:
 Named = tuple[str, tuple[float, float, float, float]]
 
 
-def moved(box: tuple[float, float, float, float], part: Part) -> tuple[float, float, float, float]:
+def moved(box: tuple[float, float, float, float], part: SplitDrawing) -> tuple[float, float, float, float]:
     return box[0] + part.x, box[1] + part.y, box[2] + part.x, box[3] + part.y
 
 

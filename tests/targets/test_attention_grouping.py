@@ -11,7 +11,7 @@ from tnadapt.targets.attention_grouping import (
     settled_names,
     unclear_children,
 )
-from tnadapt.targets.roles import read
+from tnadapt.targets.roles import parse_projection_name
 from tnadapt.targets.target import Rows
 
 
@@ -19,7 +19,7 @@ def called(*names: str) -> list[Called[str]]:
     """Names in an attention, each with a weight of its own."""
     found = []
     for name in names:
-        says = read(name, attention=True)
+        says = parse_projection_name(name, attention=True)
         assert says is not None
         found.append((name, says, [name]))
     return found

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tnadapt.errors import TargetError
 from tnadapt.targets import _fused_rules as rules
-from tnadapt.targets.attention_layouts import TABLE, Stored, by_name, contested, of_class, of_config
+from tnadapt.targets.attention_layouts import TABLE, StoredWeight, by_name, contested, of_class, of_config
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.fused_rows import Facts, Fused, LayoutError, place_rows
 
@@ -227,28 +227,28 @@ def test_a_class_or_a_model_type_that_is_not_there_has_no_entry() -> None:
     assert of_class(["BloomAttentio", "torch.nn.Module"], lambda name: True) is None
     # A name that several libraries use, without the attributes of the one that is meant.
     assert of_class(["SelfAttention"], lambda name: False) is None
-    assert of_config({"model_type": "blom"}, Stored("query_key_value")) is None
-    assert of_config({"model_type": "bloom"}, Stored("qkv")) is None
-    assert of_config({}, Stored("query_key_value")) is None
-    assert of_config({"model_type": None, "architecture": 3}, Stored("qkv")) is None
+    assert of_config({"model_type": "blom"}, StoredWeight("query_key_value")) is None
+    assert of_config({"model_type": "bloom"}, StoredWeight("qkv")) is None
+    assert of_config({}, StoredWeight("query_key_value")) is None
+    assert of_config({"model_type": None, "architecture": 3}, StoredWeight("qkv")) is None
 
 
 def test_names_that_libraries_disagree_on_decide_nothing() -> None:
     for name in ("query_key_value", "linear_qkv", "kv_b_proj", "in_proj_qkvz", "to_qkv_mlp_proj"):
         assert by_name(name) is None
     for name in ("wqkv", "in_proj", "c_attn", "linear_kv", "queries_keys_values", "query_key"):
-        assert contested({}, Stored(name)), name
+        assert contested({}, StoredWeight(name)), name
     for name in ("qkv", "Wqkv", "W_pack", "att_proj", "to_qkv", "in_proj_weight", "kv"):
-        assert not contested({}, Stored(name)), name
+        assert not contested({}, StoredWeight(name)), name
     # CodeGen's weight has Phi-3's name, but another output beside it.
-    assert contested({}, Stored("qkv_proj", beside=["out_proj"]))
-    assert not contested({}, Stored("qkv_proj", beside=["o_proj"]))
+    assert contested({}, StoredWeight("qkv_proj", beside=["out_proj"]))
+    assert not contested({}, StoredWeight("qkv_proj", beside=["o_proj"]))
 
 
 def test_of_convolutions_other_names_decide_nothing() -> None:
     for ndim, doubtful in ((3, ["qkv"]), (4, ["qkv", "kv", "qkv_proj"]), (5, [])):
         for name in {name for entry in TABLE for name in entry.weights}:
-            assert contested({}, Stored(name, ndim=ndim)) == (name in doubtful), (name, ndim)
+            assert contested({}, StoredWeight(name, ndim=ndim)) == (name in doubtful), (name, ndim)
 
 
 # -- Checkpoints ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tests.support import forge
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.merge._resolution import place
+from tnadapt.checkpoints.merge._resolution import resolve
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Rows, Target
 
@@ -165,7 +165,7 @@ def test_two_kept_parameters_with_one_place_in_the_checkpoint(tmp_path: Path) ->
     for name, more in (("there", {"norm.weight": ("F32", np.zeros(2, np.float32))}), ("added", {})):
         cp.write(tmp_path / name, tensors | more)
         with pytest.raises(tna.FileError, match=r"keeps both 'bert\.norm\.weight' and 'norm\.weight', which are both"):
-            place(open_checkpoint(tmp_path / name), file)
+            resolve(open_checkpoint(tmp_path / name), file)
 
 
 def test_rows_that_wrap_around_the_period_of_others_are_seen() -> None:

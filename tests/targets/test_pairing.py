@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.merge._resolution import place
+from tnadapt.checkpoints.merge._resolution import resolve
 from tnadapt.targets.pairing import paired
 from tnadapt.targets.target import Rows, Target
 
@@ -118,17 +118,17 @@ def test_an_adapter_of_an_encoder_and_a_decoder_is_placed_where_it_was_trained(t
 
     trained = queries(*(f"{one}.layers.{n}.self_attn.q_proj" for one in ("encoder", "decoder") for n in (0, 1)))
     file = cp.adapter(tna.presets.lora(1), trained)
-    found = place(open_checkpoint(stored("same", "encoder", "decoder")), file)
+    found = resolve(open_checkpoint(stored("same", "encoder", "decoder")), file)
     assert [target.module for target in found.targets] == [
         f"{one}.block.{n}.attention.query" for one in ("encoder", "decoder") for n in (0, 1)
     ]
     # Where nothing says which is which, nothing is placed.
     with pytest.raises(tna.FileError, match="same roles and shapes of which it is clear which is which"):
-        place(open_checkpoint(stored("other", "first", "second")), file)
+        resolve(open_checkpoint(stored("other", "first", "second")), file)
 
 
 def test_a_fused_weight_that_is_not_understood_is_named_when_an_adapter_is_placed(tmp_path: Path) -> None:
     file = cp.adapter(tna.presets.lora(1), queries("layers.0.attn.q_proj"))
     base = cp.write(tmp_path, {"h.0.attention.query_key_value.weight": ("F32", np.ones((18, 6), "<f4"))})
     with pytest.raises(tna.FileError, match=r"roles are not clear: .*'query_key_value' out in different ways.*config"):
-        place(open_checkpoint(base), file)
+        resolve(open_checkpoint(base), file)

@@ -6,7 +6,16 @@ import random
 
 import pytest
 
-from tnadapt.targets.roles import Name, evident, hints, is_attention, layer_of, natural, number, read
+from tnadapt.targets.roles import (
+    ProjectionName,
+    hints,
+    is_attention,
+    is_attention_group,
+    layer_of,
+    natural,
+    number,
+    parse_projection_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +36,11 @@ from tnadapt.targets.roles import Name, evident, hints, is_attention, layer_of, 
     ],
 )  # fmt: skip
 def test_a_name_says_what_it_makes(name: str, letters: str, family: str, plain: bool) -> None:
-    assert read(name) == read(name, attention=True) == Name(letters, family, plain)
+    assert (
+        parse_projection_name(name)
+        == parse_projection_name(name, attention=True)
+        == ProjectionName(letters, family, plain)
+    )
 
 
 @pytest.mark.parametrize("name", [
@@ -36,14 +49,14 @@ def test_a_name_says_what_it_makes(name: str, letters: str, family: str, plain: 
     "q_proj_v", "k_q_v", "vq", "v_k", "qq", "q_query_proj", "q_v_proj",
 ])  # fmt: skip
 def test_a_name_says_nothing(name: str) -> None:
-    assert read(name) is None
-    assert read(name, attention=True) is None
+    assert parse_projection_name(name) is None
+    assert parse_projection_name(name, attention=True) is None
 
 
 @pytest.mark.parametrize("name", ["in_proj", "in_proj_weight"])
 def test_some_say_it_in_an_attention_alone(name: str) -> None:
-    assert read(name) is None
-    assert read(name, attention=True) == Name("qkv", name, True)
+    assert parse_projection_name(name) is None
+    assert parse_projection_name(name, attention=True) == ProjectionName("qkv", name, True)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +95,9 @@ def test_words_of_other_names_are_hints(name: str, letters: str) -> None:
 def test_names_beside_each_other_make_an_attention(
     names: str, named: bool, has_output: bool, expected: list[int]
 ) -> None:
-    found = [read(name) for name in names.split()]
+    found = [parse_projection_name(name) for name in names.split()]
     assert None not in found
-    assert evident(found, named, has_output) == expected  # type: ignore[arg-type]
+    assert is_attention_group(found, named, has_output) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

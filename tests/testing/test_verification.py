@@ -104,12 +104,12 @@ def test_a_wrong_count_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_start_that_is_dead_or_not_zero_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tnadapt.algebra.init import Start
+    from tnadapt.algebra.init import Initializer
 
-    true = Start.make
-    monkeypatch.setattr(Start, "make", lambda self, key: true(self, key) * np.float32(0))
+    true = Initializer.make
+    monkeypatch.setattr(Initializer, "make", lambda self, key: true(self, key) * np.float32(0))
     assert "at the start the gradient is not 0" in broken(monkeypatch, F)
-    monkeypatch.setattr(Start, "make", lambda self, key: true(self, key) + np.float32(1))
+    monkeypatch.setattr(Initializer, "make", lambda self, key: true(self, key) + np.float32(1))
     assert "at the start ΔW is exactly 0" in broken(monkeypatch, tna.presets.lora(2))
 
 

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from tnadapt.errors import TargetError  # noqa: E402
-from tnadapt.targets.roles import is_attention, read  # noqa: E402
+from tnadapt.targets.roles import is_attention, parse_projection_name  # noqa: E402
 from tnadapt.targets.target import Rows  # noqa: E402
 from tnadapt.torch._target_selection import find_targets  # noqa: E402
 
@@ -27,7 +27,7 @@ from .test_target_selection import SHAPES  # noqa: E402
     ],
 )
 def test_names_of_queries(name: str) -> None:
-    found = read(name)
+    found = parse_projection_name(name)
     assert found is not None
     assert found.letters == "q"
 
@@ -42,7 +42,7 @@ def test_names_of_queries(name: str) -> None:
     ],
 )
 def test_names_of_nothing(name: str) -> None:
-    assert read(name) is None
+    assert parse_projection_name(name) is None
 
 
 def test_a_lone_value_or_query_is_no_attention() -> None:

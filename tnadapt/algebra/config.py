@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from tnadapt.errors import ConfigError, integer, peft_hint, shown
+from tnadapt.errors import ConfigError, integer, peft_hint, safe_repr
 
 from .folding import MAX_ORDER
 from .formats import FORMATS
@@ -145,7 +145,7 @@ class Config:
                 f"projection={self.projection!r} does not: use projection='linear', or ratio=1"
             )
         if not isinstance(self.shared, bool):
-            raise ConfigError(f"shared must be True or False; got {shown(self.shared)}")
+            raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
         if self.alpha is not None:
             put("alpha", _number("alpha", self.alpha))
             if not MIN_ALPHA <= self.alpha <= MAX_ALPHA:
@@ -164,7 +164,7 @@ class Config:
         if given is None:
             return None
         if not isinstance(given, (tuple, list)) or len(given) != 2:
-            raise ConfigError(f"weight_shape must be (rows, cols), or None for any weights; got {shown(given)}")
+            raise ConfigError(f"weight_shape must be (rows, cols), or None for any weights; got {safe_repr(given)}")
         rows, cols = (_integer(f"weight_shape[{side}]", size, 1, 1 << 62) for side, size in enumerate(given))
         if not isinstance(self.fold, tuple):
             raise ConfigError(
@@ -201,7 +201,7 @@ class Config:
             )
             if len(sizes) != self.order:
                 raise ConfigError(
-                    f"split_size={shown(sizes)} has {len(sizes)} sizes and order is {self.order}: give one a mode"
+                    f"split_size={safe_repr(sizes)} has {len(sizes)} sizes and order is {self.order}: give one a mode"
                 )
             return sizes
         if isinstance(self.split_size, str) and self.split_size == "balanced":
@@ -284,7 +284,7 @@ def _known(settings: Mapping[str, Any]) -> None:
             hint = peft_hint(name)
             close = difflib.get_close_matches(str(name), known, n=1)
             meant = f" {hint}." if hint else f" did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"Config has no field {shown(name)};{meant} Fields: {', '.join(known)}")
+            raise ConfigError(f"Config has no field {safe_repr(name)};{meant} Fields: {', '.join(known)}")
 
 
 def _listed(value: Any) -> Any:
@@ -297,12 +297,12 @@ def _integer(name: str, value: Any, low: int, high: int, other: str = "") -> int
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, (bool, str)):
-        raise ConfigError(f"{name} must be a number; got {shown(value)}")
+        raise ConfigError(f"{name} must be a number; got {safe_repr(value)}")
     try:
         # As the decimal that it prints as: a float32 of 0.07 means 0.07, not 0.07000000029802322.
         number = float(value) if isinstance(value, (int, float, Fraction)) else float(str(value))
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} must be a number; got {shown(value)}") from None
+        raise ConfigError(f"{name} must be a number; got {safe_repr(value)}") from None
     if not math.isfinite(number):
         raise ConfigError(f"{name} must be finite; got {number!r}")
     return number
@@ -312,18 +312,18 @@ def _word(name: str, value: Any, words: tuple[str, ...], other: str = "") -> Non
     if not isinstance(value, str) or value not in words:
         listed = ", ".join(repr(word) for word in words)
         other = f" {other}" if other else ""
-        raise ConfigError(f"{name} must be one of {listed}{other}; got {shown(value)}")
+        raise ConfigError(f"{name} must be one of {listed}{other}; got {safe_repr(value)}")
 
 
 def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
     what = '"weight", "layer", an integer of at least 1, or a list of lists of weight indices'
     if isinstance(groups, str):
         if groups not in ("weight", "layer"):
-            raise ConfigError(f"groups must be {what}; got {shown(groups)}")
+            raise ConfigError(f"groups must be {what}; got {safe_repr(groups)}")
         return groups
     if isinstance(groups, (list, tuple)):
         if not groups or not all(isinstance(group, (list, tuple)) and group for group in groups):
-            raise ConfigError(f"groups must be {what}, none of them empty; got {shown(groups)}")
+            raise ConfigError(f"groups must be {what}, none of them empty; got {safe_repr(groups)}")
         return tuple(
             tuple(_integer(f"groups[{g}]", weight, 0, MAX_INT) for weight in group) for g, group in enumerate(groups)
         )

@@ -43,12 +43,12 @@ from . import rng
 from .maps.projection import Projection
 from .network import Network
 
-__all__ = ["STEP", "Start"]
+__all__ = ["STEP", "Initializer"]
 
 STEP = 1.0 / 32.0
 
 
-class Start(FixedArrays):
+class Initializer(FixedArrays):
     """The arrays of one group at the start of training.
 
     Parameters
@@ -99,9 +99,9 @@ class Start(FixedArrays):
             prefixes[k] + name for prefixes, (k, name) in zip(self.network.prefixes, self._zero, strict=True)
         )
 
-    def for_trained(self, trained: Collection[str]) -> Start:
+    def for_trained(self, trained: Collection[str]) -> Initializer:
         """The start where only these of the network's arrays are trained."""
-        found = Start(self.network, self.projection, self.seed, self.group, trained)
+        found = Initializer(self.network, self.projection, self.seed, self.group, trained)
         return self if found.zeros == self.zeros else found
 
     @functools.cached_property
@@ -198,7 +198,7 @@ def _linear_std(network: Network, projection: Projection, zero: tuple[int, str])
     if arrays == 0:
         return 0.0
     # V = paths * std ** (2 * arrays), paths being how many products an entry of Z is multiplied with.
-    paths = math.prod(split.total_paths for split in network.splits) / network.splits[k].paths(name)
+    paths = math.prod(split.num_terms for split in network.splits) / network.splits[k].num_terms_per_array(name)
     step = _spread(network, k, name) * projection.map.gain()
     return float((STEP / (step * paths)) ** (1.0 / (2 * arrays)))
 
@@ -209,10 +209,10 @@ def _nonlinear_std(network: Network, projection: Projection) -> float:
     # kinds, where t = g' u and the step passes g' too, by E[g'² t⁴] = 15 * 3 tau². Every array moves.
     moment = projection.map.fourth_moment()
     arrays = _random_arrays(network)
-    paths = network.terms * math.prod(split.total_paths for split in network.splits)
+    paths = network.terms * math.prod(split.num_terms for split in network.splits)
     tau = network.scale**2 * paths * projection.map.variance()
     moved = sum(
-        _spread(network, k, name) / (network.terms * split.paths(name))
+        _spread(network, k, name) / (network.terms * split.num_terms_per_array(name))
         for k, split in enumerate(network.splits)
         for name in split.shapes
         if name not in split.ones
@@ -229,6 +229,6 @@ def _random_arrays(network: Network) -> int:
 def _spread(network: Network, k: int, name: str) -> float:
     """``sqrt(q (q + P))`` of one array, over all terms."""
     split = network.splits[k]
-    paths = network.terms * split.paths(name)
-    touched = network.size * split.paths(name) / math.prod(split.shapes[name])
+    paths = network.terms * split.num_terms_per_array(name)
+    touched = network.size * split.num_terms_per_array(name) / math.prod(split.shapes[name])
     return math.sqrt(paths * (paths + touched))

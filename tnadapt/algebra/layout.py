@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from tnadapt.errors import ConfigError, ShapeError, shown
+from tnadapt.errors import ConfigError, ShapeError, safe_repr
 
 from .folding import MAX_SIZE
 
@@ -285,7 +285,7 @@ def _by_layer(layers: Iterable[Hashable] | None, weights: int) -> list[list[int]
         for weight, key in enumerate(keys):
             members.setdefault(key, []).append(weight)
     except TypeError as error:
-        raise ConfigError(f"layers must be a list of hashable keys, one a weight; got {shown(layers)}") from error
+        raise ConfigError(f"layers must be a list of hashable keys, one a weight; got {safe_repr(layers)}") from error
     if len(keys) != weights:
         raise ConfigError(f"layers has {len(keys)} keys for {weights} weights; give one a weight")
     return list(members.values())
@@ -295,13 +295,13 @@ def _checked_shapes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     try:
         checked = [tuple(operator.index(size) for size in shape) for shape in shapes]
     except TypeError as error:
-        raise ShapeError(f"shapes must be a list of (rows, cols) integers; got {shown(shapes)}") from error
+        raise ShapeError(f"shapes must be a list of (rows, cols) integers; got {safe_repr(shapes)}") from error
     if not checked:
         raise ShapeError("shapes is empty: there is no weight to update")
     for position, shape in enumerate(checked):
         if len(shape) != 2 or min(shape) < 1:
             raise ShapeError(
-                f"shapes[{position}] is {shown(shape)}; expected (rows, cols), both at least 1 "
+                f"shapes[{position}] is {safe_repr(shape)}; expected (rows, cols), both at least 1 "
                 "(a convolution's weight is seen as (out, in * height * width))"
             )
     if sum(math.prod(shape) for shape in checked) > MAX_SIZE:

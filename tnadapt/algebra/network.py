@@ -21,7 +21,7 @@ from .folding import balanced_shape, hypercube_shape, kronecker_sizes
 from .formats import Format, make_format
 from .products import hadamard_tensor, khatri_rao, kronecker_tensor
 from .rearrangement import contracted, rearranged
-from .unfolding import Cut, along, best_cut, rowwise
+from .unfolding import Cut, along, best_cut, row_wise_khatri_rao
 
 __all__ = ["Network", "fold_sizes"]
 
@@ -273,7 +273,7 @@ class Network:
             own = self.of_term(prefixes, arrays)
             halves = [split.unfolded(backend, mine, cut) for split, mine in zip(self.splits, own, strict=True)]
             # Of an elementwise product L has the products of all columns, R those of all rows.
-            lefts.append(rowwise(backend, [left for left, _ in halves]))
+            lefts.append(row_wise_khatri_rao(backend, [left for left, _ in halves]))
             rights.append(khatri_rao(backend, [right for _, right in halves]))
         return backend.concat(lefts, axis=1), backend.concat(rights, axis=0)
 

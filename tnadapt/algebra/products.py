@@ -17,7 +17,7 @@ from typing import Any
 
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ShapeError, shown
+from tnadapt.errors import ShapeError, safe_repr
 
 from .folding import MAX_ORDER
 
@@ -28,7 +28,7 @@ def _several(given: Any, what: str, form: str) -> list[Any]:
     try:
         return list(given)
     except TypeError:
-        raise ShapeError(f"{what} takes {form}; got {shown(given)}") from None
+        raise ShapeError(f"{what} takes {form}; got {safe_repr(given)}") from None
 
 
 def _middle(sizes: Sequence[int]) -> int:

@@ -18,11 +18,11 @@ import numpy as np
 
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import FLOAT_DTYPES, Array
-from tnadapt.errors import BackendError, shown
+from tnadapt.errors import BackendError, safe_repr
 
 from .superlora import SuperLoRA
 
-__all__ = ["ExactUpdates", "add_in_place", "rounded", "widened"]
+__all__ = ["Float64Deltas", "add_in_place", "rounded", "widened"]
 
 # Elements computed at once: a few such pieces in float64 stay in the cache.
 PIECE = 1 << 18
@@ -30,7 +30,7 @@ PIECE = 1 << 18
 SPAN = 1 << 24
 
 
-class ExactUpdates:
+class Float64Deltas:
     """The updates of an adapter in float64, a piece of a weight at a time.
 
     Parameters
@@ -201,7 +201,7 @@ def rounded(numbers: np.ndarray, dtype: str) -> np.ndarray:
     True
     """
     if dtype not in FLOAT_DTYPES:
-        raise BackendError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {shown(dtype)}")
+        raise BackendError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {safe_repr(dtype)}")
     if dtype == "float64":
         return numbers.astype(np.float64, copy=False)
     single = numbers.astype(np.float32)

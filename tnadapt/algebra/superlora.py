@@ -16,10 +16,10 @@ import numpy as np
 
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, shown
+from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
 
 from .config import Config
-from .init import Start
+from .init import Initializer
 from .layout import Piece, make_layout, require_alike
 from .maps.projection import Projection
 from .network import Network
@@ -52,7 +52,7 @@ class Group(NamedTuple):
     size: int
     network: Network
     projection: Projection
-    start: Start
+    start: Initializer
     names: dict[str, str]
     pieces: list[Piece]
 
@@ -206,7 +206,7 @@ class SuperLoRA:
             if key not in projections:
                 projections[key] = Projection(config.projection, network.size, size, config.seed, key[1])
             names = {name: f"group{index}.{name}" for name in network.shapes}
-            start = Start(network, projections[key], config.seed, index)
+            start = Initializer(network, projections[key], config.seed, index)
             found.append(Group(size, network, projections[key], start, names, self.layout.of_group(index)))
         return found
 
@@ -236,7 +236,7 @@ class SuperLoRA:
 
     # -- Arrays ------------------------------------------------------------------------------
 
-    def starts(self, trained: Collection[str] | None = None) -> list[Start]:
+    def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:
         """Where each group starts if these of its arrays are trained, by their full names; all if None."""
         if trained is None:
             return [group.start for group in self.groups]
@@ -309,7 +309,7 @@ class SuperLoRA:
         if not library.usable():
             raise BackendError(f"{backend} is installed and finds no device to compute on here")
         if not isinstance(dtype, str):
-            raise BackendError(f"dtype must be a name such as 'float32'; got {shown(dtype)}")
+            raise BackendError(f"dtype must be a name such as 'float32'; got {safe_repr(dtype)}")
         # An empty array first: a dtype or device that is not there is said before anything is drawn.
         library.asarray(np.zeros(0), dtype, device)
         made = {}
@@ -497,5 +497,5 @@ def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: S
 
 def _some(names: Sequence[str]) -> str:
     """A few of the names, for a message."""
-    shown: Iterator[str] = iter(names[:4])
-    return (", ".join(map(repr, shown)) or "none") + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    first: Iterator[str] = iter(names[:4])
+    return (", ".join(map(repr, first)) or "none") + (f" and {len(names) - 4} more" if len(names) > 4 else "")

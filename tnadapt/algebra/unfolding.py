@@ -17,7 +17,7 @@ from tnadapt.backends.backend import Array
 
 from ._boxes import SLACK, boxes
 
-__all__ = ["Cut", "along", "best_cut", "rowwise"]
+__all__ = ["Cut", "along", "best_cut", "row_wise_khatri_rao"]
 
 # What an element of the result costs beside its multiply-adds, counted in them; and an element of L or R.
 _WRITTEN = 12
@@ -131,7 +131,7 @@ def along(
     return backend.concat(parts, axis=axis)
 
 
-def rowwise(backend: Backend, arrays: Sequence[Array]) -> Array:
+def row_wise_khatri_rao(backend: Backend, arrays: Sequence[Array]) -> Array:
     """Rows of the Kronecker products of rows: L of an elementwise product from those of its factors.
 
     Examples

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tnadapt.errors import BackendError, shown
+from tnadapt.errors import BackendError, safe_repr
 
 from ._kernels import kernels
 from .backend import Backend
@@ -97,7 +97,9 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
     Array([ 3., -1.], dtype=array_api_strict.float64)
     """
     if not isinstance(name, str) or not callable(factory):
-        raise BackendError(f"register_backend takes a name and a callable; got {shown(name)} and {shown(factory)}")
+        raise BackendError(
+            f"register_backend takes a name and a callable; got {safe_repr(name)} and {safe_repr(factory)}"
+        )
     if name in BUILT_IN:
         raise BackendError(f"{name!r} is one of tnadapt's own backends and cannot be replaced; choose another name")
     _instances.pop(name, None)
@@ -132,7 +134,7 @@ def load_backend(name: str) -> Backend:
         return _instances[name]
     if not isinstance(name, str) or name not in _factories:
         raise BackendError(
-            f"no backend named {shown(name)}; known: {', '.join(sorted(_factories))}; "
+            f"no backend named {safe_repr(name)}; known: {', '.join(sorted(_factories))}; "
             "others can be added with register_backend(name, factory)"
         )
     try:

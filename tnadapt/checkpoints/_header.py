@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.errors import FileError, shown
+from tnadapt.errors import FileError, safe_repr
 
 from ._header_entries import DTYPES, FOREIGN, Entries
 from ._json_scan import Document, check_utf8
@@ -110,7 +110,7 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
         _check(key, dtype, shape, offsets, foreign)
         entries.add(raw, dtype, ",".join(map(str, shape)).encode(), *offsets)
     if (twice := entries.index()) is not None:
-        raise FileError(f"the header has the key {shown(twice)} twice")
+        raise FileError(f"the header has the key {safe_repr(twice)} twice")
     return entries, metadata or Metadata({})
 
 
@@ -127,7 +127,9 @@ def _end(content: bytes, padding: bytes) -> int:
 
 def _metadata(document: Document, start: int) -> Metadata:
     def wrong(at: int) -> FileError:
-        return FileError(f"the header's __metadata__ must be an object of strings; got {shown(document.peek(at, 40))}")
+        return FileError(
+            f"the header's __metadata__ must be an object of strings; got {safe_repr(document.peek(at, 40))}"
+        )
 
     if document.content[start : start + 1] != b"{":
         raise wrong(start)
@@ -136,7 +138,7 @@ def _metadata(document: Document, start: int) -> Metadata:
         if document.content[begin : begin + 1] != b'"':
             raise wrong(begin)
         if key in found:
-            raise FileError(f"the header has the key {shown(key)} twice in __metadata__")
+            raise FileError(f"the header has the key {safe_repr(key)} twice in __metadata__")
         if len(found) == MAX_METADATA:
             raise FileError(f"the header has more than {MAX_METADATA} entries of __metadata__")
         found[key] = document.long_text(begin, end)
@@ -147,7 +149,7 @@ def _unusual(document: Document, name: str, start: int, end: int) -> tuple[Any, 
     value = document.value(start, end)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise FileError(
-            f"the header's {shown(name)} must be an object of dtype, shape and data_offsets; got {shown(value)}"
+            f"the header's {safe_repr(name)} must be an object of dtype, shape and data_offsets; got {safe_repr(value)}"
         )
     return value["dtype"], value["shape"], value["data_offsets"]
 
@@ -156,26 +158,30 @@ def _raw(name: str) -> bytes:
     try:
         return name.encode()
     except UnicodeEncodeError:
-        raise FileError(f"the header's {shown(name)} has half a surrogate pair, and is no name") from None
+        raise FileError(f"the header's {safe_repr(name)} has half a surrogate pair, and is no name") from None
 
 
 def _check(name: str, dtype: Any, shape: Any, offsets: Any, foreign: bool) -> None:
     if not isinstance(dtype, str) or (dtype not in DTYPES and not (foreign and dtype in FOREIGN)):
         known = [*DTYPES, *FOREIGN] if foreign else list(DTYPES)
-        raise FileError(f"{shown(name)} has the dtype {shown(dtype)}; expected one of {', '.join(known)}")
+        raise FileError(f"{safe_repr(name)} has the dtype {safe_repr(dtype)}; expected one of {', '.join(known)}")
     if not _naturals(shape) or len(shape) > _MAX_AXES:
-        raise FileError(f"{shown(name)} has the shape {shown(shape)}; expected up to {_MAX_AXES} natural numbers")
+        raise FileError(
+            f"{safe_repr(name)} has the shape {safe_repr(shape)}; expected up to {_MAX_AXES} natural numbers"
+        )
     if not _naturals(offsets) or len(offsets) != 2:
-        raise FileError(f"{shown(name)} has the data_offsets {shown(offsets)}; expected two natural numbers")
+        raise FileError(f"{safe_repr(name)} has the data_offsets {safe_repr(offsets)}; expected two natural numbers")
     bits = _BITS[dtype]
     # Sizes beside a 0 count, too: NumPy multiplies them before it sees the 0.
     if math.prod(max(size, 1) for size in shape) * bits > 8 * _MAX_BYTES:
-        raise FileError(f"{shown(name)} has the shape {shown(shape)}, of more than 2**62 bytes")
+        raise FileError(f"{safe_repr(name)} has the shape {safe_repr(shape)}, of more than 2**62 bytes")
     if math.prod(shape) * bits % 8:
-        raise FileError(f"{shown(name)} has the shape {shown(shape)} of {dtype}, which is no whole number of bytes")
+        raise FileError(
+            f"{safe_repr(name)} has the shape {safe_repr(shape)} of {dtype}, which is no whole number of bytes"
+        )
     needed, (start, stop) = math.prod(shape) * bits // 8, offsets
     if stop - start != needed:
-        raise FileError(f"{shown(name)} needs {needed} bytes; its data_offsets {start} and {stop} do not hold that")
+        raise FileError(f"{safe_repr(name)} needs {needed} bytes; its data_offsets {start} and {stop} do not hold that")
 
 
 _BITS = FOREIGN | {name: 8 * raw_dtype(name).itemsize for name in DTYPES}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from tnadapt.errors import FileError, shown
+from tnadapt.errors import FileError, safe_repr
 
 from .strict_json import strict_value
 
@@ -85,7 +85,7 @@ class Document:
         if at == self.stop:
             raise self._broken(at, "an object")
         if self.content[at : at + 1] != b"{":
-            raise FileError(f"{self.what} must be a JSON object; got {shown(self.peek(at))}")
+            raise FileError(f"{self.what} must be a JSON object; got {safe_repr(self.peek(at))}")
         return at
 
     def finish(self, at: int) -> None:
@@ -232,11 +232,11 @@ class Document:
         return _SPACE.match(self.content, at, self.stop).end()  # type: ignore[union-attr]  # matches anything
 
     def _broken(self, at: int, expected: str) -> FileError:
-        got = shown(self.peek(at, 20)) if at < self.stop else "its end"
+        got = safe_repr(self.peek(at, 20)) if at < self.stop else "its end"
         return FileError(f"{self.what} is not JSON: expected {expected} at byte {at}; got {got}")
 
     def _long(self, limit: int, key: str | None) -> FileError:
-        under = "" if key is None else f" for {shown(key)}"
+        under = "" if key is None else f" for {safe_repr(key)}"
         return FileError(f"{self.what} has a value or name of more than {limit} bytes{under}")
 
 
@@ -290,7 +290,7 @@ def lazy_object(content: bytes, what: str, lazy: Collection[str], most: int = 64
     document, spans = Document(content, what), dict[str, tuple[int, int]]()
     for key, start, stop, _ in document.members(document.start(), limit=len(content)):
         if key in spans:
-            raise FileError(f"{what} has the key {shown(key)} twice")
+            raise FileError(f"{what} has the key {safe_repr(key)} twice")
         if len(spans) == most:
             raise FileError(f"{what} has more than {most} keys")
         spans[key] = start, stop

@@ -13,10 +13,10 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import make_format
-from tnadapt.algebra.init import Start
+from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.layout import make_layout
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import BackendError, ConfigError, ShapeError, shown
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
@@ -104,9 +104,9 @@ class AdapterFile:
             raise ConfigError(f"base must be a Fingerprint or None; got {type(self.base).__name__}")
         if self.activation is not None and self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise ConfigError(f"activation must be None or one of {known}; got {shown(self.activation)}")
+            raise ConfigError(f"activation must be None or one of {known}; got {safe_repr(self.activation)}")
         if not isinstance(self.model, str):
-            raise ConfigError(f"model must be the name of a class; got {shown(self.model)}")
+            raise ConfigError(f"model must be the name of a class; got {safe_repr(self.model)}")
         if not isinstance(self.dtypes, Mapping):
             raise BackendError(f"dtypes must be a mapping of names to dtypes; got {type(self.dtypes).__name__}")
         dtypes = dict(self.dtypes)
@@ -120,8 +120,8 @@ class AdapterFile:
 
     def __repr__(self) -> str:
         return (
-            f"AdapterFile({self.num_parameters} parameters in {counted(len(self.arrays), 'array')}, "
-            f"{counted(len(self.targets), 'target')}, {len(self.kept)} kept)"
+            f"AdapterFile({self.num_parameters} parameters in {pluralize(len(self.arrays), 'array')}, "
+            f"{pluralize(len(self.targets), 'target')}, {len(self.kept)} kept)"
         )
 
     @functools.cached_property
@@ -204,7 +204,7 @@ class AdapterFile:
         """A ShapeError that names the array, if one holds NaN or infinity."""
         for name, array in self.tensors():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ShapeError(f"{shown(name)} holds NaN or infinity, which no adapter file does")
+                raise ShapeError(f"{safe_repr(name)} holds NaN or infinity, which no adapter file does")
 
     def deltas(self) -> list[np.ndarray]:
         """The update of every target.
@@ -239,12 +239,12 @@ def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tupl
     if trained is None:
         return None
     if isinstance(trained, str) or not isinstance(trained, Sequence) or not all(isinstance(n, str) for n in trained):
-        raise ConfigError(f"trained must be a list of names of arrays, or None for all; got {shown(trained)}")
+        raise ConfigError(f"trained must be a list of names of arrays, or None for all; got {safe_repr(trained)}")
     chosen = set(trained)
     if not chosen or len(chosen) < len(trained) or not chosen <= shapes.keys():
         raise ConfigError(
-            f"trained must name some of the arrays, each once; unknown: {some(chosen - shapes.keys())}; there are "
-            f"{some(shapes)}"
+            f"trained must name some of the arrays, each once; unknown: {summarize(chosen - shapes.keys())}; there are "
+            f"{summarize(shapes)}"
         )
     return None if len(chosen) == len(shapes) else tuple(name for name in shapes if name in chosen)
 
@@ -265,17 +265,17 @@ def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[st
     return found
 
 
-def _drawn(start: Start, name: str, dtype: str, kind: str) -> np.ndarray:
+def _drawn(start: Initializer, name: str, dtype: str, kind: str) -> np.ndarray:
     made: np.ndarray = start.make((name, dtype)).astype(kind)
     return made
 
 
 def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
     if isinstance(targets, str) or not isinstance(targets, Sequence):
-        raise ConfigError(f"targets must be a list of Target; got {shown(targets)}")
+        raise ConfigError(f"targets must be a list of Target; got {safe_repr(targets)}")
     for target in targets:
         if not isinstance(target, Target):
-            raise ConfigError(f"targets must be a list of Target; got {shown(target)} among them")
+            raise ConfigError(f"targets must be a list of Target; got {safe_repr(target)} among them")
     if config.groups == "layer":
         return tuple(targets)
     return tuple(dataclasses.replace(target, layer="") for target in targets)
@@ -288,7 +288,7 @@ def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.
     found = {}
     for name, array in arrays.items():
         if not isinstance(name, str) or not name:
-            raise ShapeError(f"{what} must be named by strings; got {shown(name)}")
+            raise ShapeError(f"{what} must be named by strings; got {safe_repr(name)}")
         if not isinstance(array, np.ndarray) or isinstance(array, (np.matrix, np.ma.MaskedArray)):
             raise ShapeError(f"{what}[{name!r}] must be a NumPy array; got {type(array).__name__}")
         if array.dtype.name == "bfloat16":
@@ -305,15 +305,16 @@ def _check_dtypes(file: AdapterFile) -> None:
     tensors = dict(file.tensors())
     for name, dtype in file.dtypes.items():
         if name not in tensors:
-            raise BackendError(f"dtypes names {shown(name)}, which is no array of the file")
+            raise BackendError(f"dtypes names {safe_repr(name)}, which is no array of the file")
         if dtype != "bfloat16" or tensors[name].dtype != np.float32:
             raise BackendError(
-                f"dtypes says which float32 arrays are stored as 'bfloat16'; got {shown(dtype)} for {shown(name)}, "
+                f"dtypes says which float32 arrays are stored as 'bfloat16'; got {safe_repr(dtype)} for "
+                f"{safe_repr(name)}, "
                 f"which is {tensors[name].dtype.name}"
             )
         if (tensors[name].view(np.uint32) & np.uint32(0xFFFF)).any():
             raise BackendError(
-                f"{shown(name)} has numbers that bfloat16 does not hold; round them, or leave it out of dtypes"
+                f"{safe_repr(name)} has numbers that bfloat16 does not hold; round them, or leave it out of dtypes"
             )
     kinds = sorted({file.dtypes.get(name, array.dtype.name) for name, array in file.arrays.items()})
     if len(kinds) > 1:
@@ -328,7 +329,7 @@ def _check_text(file: AdapterFile) -> None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ConfigError(f"{shown(text)} has half a surrogate pair, which no file can hold") from None
+            raise ConfigError(f"{safe_repr(text)} has half a surrogate pair, which no file can hold") from None
 
 
 def plan_of(config: Config, targets: Sequence[Target]) -> SuperLoRA:
@@ -372,8 +373,8 @@ def check_fit(
         )
     if missing or not shapes.keys() <= found.keys():
         raise ShapeError(
-            f"the arrays must be those of config and targets; missing: {some(missing)}; "
-            f"unknown: {some(shapes.keys() - found.keys())}"
+            f"the arrays must be those of config and targets; missing: {summarize(missing)}; "
+            f"unknown: {summarize(shapes.keys() - found.keys())}"
         )
     for name, shape in found.items():
         if shapes.get(name, shape) != shape:
@@ -388,11 +389,13 @@ def _arrays_of_group(config: Config) -> int:
     return config.terms * ((config.splits - 1) * count(leading) + count(config.format))
 
 
-def some(names: Iterable[str]) -> str:
+def summarize(names: Iterable[str]) -> str:
     """A few of the names, for a message."""
     listed = sorted(names)
-    return (", ".join(map(shown, listed[:4])) or "none") + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+    return (", ".join(map(safe_repr, listed[:4])) or "none") + (
+        f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    )
 
 
-def counted(number: int, what: str) -> str:
+def pluralize(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")

@@ -66,15 +66,26 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.config import Config
-from tnadapt.errors import FileError, TnadaptError, shown
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
 from ._header import read_header
 from ._json_scan import MAX_VALUE, Elements, Later, lazy_object
-from .adapter_file import KEPT, MAX_LEFT_OUT, AdapterFile, check_fit, counted, drawn, plan_of, some
+from .adapter_file import KEPT, MAX_LEFT_OUT, AdapterFile, check_fit, drawn, plan_of, pluralize, summarize
 from .atomic_files import replace_file
-from .container import DTYPES, MAX_HEADER, Container, Entry, about, opened, path_of, raw_bytes, raw_dtype, serialized
+from .container import (
+    DTYPES,
+    MAX_HEADER,
+    Container,
+    Entry,
+    file_error_context,
+    opened,
+    path_of,
+    raw_bytes,
+    raw_dtype,
+    serialized,
+)
 from .fingerprint import Fingerprint
 
 __all__ = ["AdapterFile", "content_of", "likeness", "load", "read", "save"]
@@ -134,7 +145,7 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
     (True, True, (4, 6))
     """
     where = path_of(path)
-    with about(where):
+    with file_error_context(where):
         if not isinstance(adapter_file, AdapterFile):
             raise FileError(f"an AdapterFile can be saved there; got {type(adapter_file).__name__}")
         replace_file(where, content_of(adapter_file))
@@ -242,7 +253,7 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
     tnadapt.errors.FileError: missing.safetensors: No such file or directory
     """
     where = path_of(path)
-    with about(where):
+    with file_error_context(where):
         with opened(where) as container:
             found, recipe, left_out = read(container)
         draws = recipe.get("draws")
@@ -331,7 +342,7 @@ def _entry_text(container: Container) -> bytes:
             + ("; tnadapt convert makes it one" if "adapter of" in what else "")
         )
     if len(metadata) > 1:
-        others = some(metadata.keys() - {ENTRY})
+        others = summarize(metadata.keys() - {ENTRY})
         raise FileError(f"must have '{ENTRY}' as its only entry of metadata; it also has {others}")
     text = metadata.raw[ENTRY]
     if _SURROGATE.search(text):
@@ -349,7 +360,7 @@ def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
     else:
         torch, hint = metadata.get("format") == "pt", ""
         what = "weights that torch saved" if torch else "a file of another library"
-    return f"{what}: {counted(len(names), 'tensor')}" + (f" such as {shown(min(names))}" if names else "") + hint
+    return f"{what}: {pluralize(len(names), 'tensor')}" + (f" such as {safe_repr(min(names))}" if names else "") + hint
 
 
 def _checked_recipe(lazy: dict[str, Elements | Later]) -> dict[str, Any]:
@@ -359,16 +370,16 @@ def _checked_recipe(lazy: dict[str, Elements | Later]) -> dict[str, Any]:
     if type(version) is int and version > VERSION:
         raise FileError(f"has format version {version}, and this tnadapt reads up to {VERSION}: update tnadapt")
     if type(version) is not int or version != VERSION:
-        raise FileError(f"the {ENTRY} entry has the format version {shown(version)}; expected {VERSION}")
+        raise FileError(f"the {ENTRY} entry has the format version {safe_repr(version)}; expected {VERSION}")
     unknown = recipe.keys() - _REQUIRED.keys() - _OPTIONAL.keys()
     missing = _REQUIRED.keys() - recipe.keys()
     if unknown or missing:
-        raise FileError(f"the {ENTRY} entry has unknown keys: {some(unknown)}; lacks: {some(missing)}")
+        raise FileError(f"the {ENTRY} entry has unknown keys: {summarize(unknown)}; lacks: {summarize(missing)}")
     for key in [key for key in recipe if key != "config"]:
         recipe[key] = _of_kind(key, _value(recipe[key]))
     for key in ("sha256", "draws"):
         if key in recipe and not re.fullmatch("[0-9a-f]{64}", recipe[key]):
-            raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {shown(recipe[key])}")
+            raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {safe_repr(recipe[key])}")
     return recipe
 
 
@@ -380,7 +391,7 @@ def _of_kind(key: str, value: Any) -> Any:
     """A value, if it is of the kind that this key has."""
     kind = (_REQUIRED | _OPTIONAL)[key]
     if not isinstance(value, kind):  # a list that is not wanted as one is among them
-        raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {shown(value)}")
+        raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {safe_repr(value)}")
     return value
 
 
@@ -388,7 +399,7 @@ def _config(value: Any) -> Config:
     settings = _of_kind("config", value)
     unknown = settings.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise FileError(f"config has unknown fields: {some(unknown)}")
+        raise FileError(f"config has unknown fields: {summarize(unknown)}")
     try:
         return Config.from_dict({**_DEFAULTS, **settings})
     except TnadaptError as error:
@@ -413,7 +424,7 @@ def _trained(listed: Iterable[Any], most: int) -> list[str]:
     found: list[str] = []
     for name in listed:
         if not isinstance(name, str):
-            raise FileError(f"trained must be a list of names of arrays; got {shown(name)} among them")
+            raise FileError(f"trained must be a list of names of arrays; got {safe_repr(name)} among them")
         if len(found) == most:
             raise FileError(f"trained names more than {most} arrays, and the file cannot stand for as many")
         found.append(name)
@@ -422,7 +433,7 @@ def _trained(listed: Iterable[Any], most: int) -> list[str]:
 
 def _base(value: dict[str, Any]) -> Fingerprint:
     if value.keys() != {"sha256", "dtype", "sketch"}:
-        raise FileError(f"base must have dtype, sha256 and sketch; got {shown(value)}")
+        raise FileError(f"base must have dtype, sha256 and sketch; got {safe_repr(value)}")
     return Fingerprint(**value)
 
 

@@ -14,7 +14,7 @@ from tnadapt.errors import FileError
 
 from .renaming import rename_new
 
-__all__ = ["replace_file", "replaced", "sync_file", "sync_folder", "sync_tree"]
+__all__ = ["atomic_write", "replace_file", "sync_file", "sync_folder", "sync_tree"]
 
 # How a file system says that it does not synchronise folders. On macOS ENOTSUP is another number than EOPNOTSUPP.
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EROFS}
@@ -23,7 +23,7 @@ _NO_MODES = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
 
 @contextlib.contextmanager
-def replaced(path: str, overwrite: bool = True) -> Iterator[io.FileIO]:
+def atomic_write(path: str, overwrite: bool = True) -> Iterator[io.FileIO]:
     """An empty file to write to, which takes a path's place when the block ends, and is gone if it fails.
 
     A link is followed: where it leads is replaced. At any time either the old file or the new one is there, whole.
@@ -111,7 +111,7 @@ def _unlink(path: str) -> None:
 
 def replace_file(path: str, content: bytes, overwrite: bool = True) -> None:
     """Write a file so that at any time either the old one or the new one is there, whole; see :func:`replaced`."""
-    with replaced(path, overwrite) as file:
+    with atomic_write(path, overwrite) as file:
         rest = memoryview(content)
         while rest:
             rest = rest[file.write(rest) :]

@@ -9,11 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.errors import FileError, shown
+from tnadapt.errors import FileError, safe_repr
 
 from ._header import Metadata
 from ._header_entries import Entries
-from .container import FOREIGN, MAX_HEADER, Entry, about, check_held, held_bytes, opened, path_of, raw_dtype
+from .container import (
+    FOREIGN,
+    MAX_HEADER,
+    Entry,
+    check_held,
+    file_error_context,
+    held_bytes,
+    opened,
+    path_of,
+    raw_dtype,
+)
 from .strict_json import MAX_CONFIG, json_file
 
 __all__ = ["INDEX_SUFFIX", "SUFFIX", "Checkpoint", "file_state", "open_checkpoint"]
@@ -66,15 +76,15 @@ class Checkpoint:
         self.metadata: dict[str, Metadata] = {}
         self.states: dict[str, list[int]] = {}
         for file in files:
-            with about(file):
+            with file_error_context(file):
                 self.states[file] = file_state(file)
-            with about(file), opened(file, foreign=True) as container:
+            with file_error_context(file), opened(file, foreign=True) as container:
                 self.entries.extend(container.entries)
                 self.data[file], self.metadata[file] = container.data, container.metadata
         if (name := self.entries.index()) is not None:
             both = [os.path.basename(files[number]) for own, number in self.entries.files() if own == name]
-            with about(os.path.join(self.folder, both[1])):
-                raise FileError(f"{shown(name)} is also in {both[0]}")
+            with file_error_context(os.path.join(self.folder, both[1])):
+                raise FileError(f"{safe_repr(name)} is also in {both[0]}")
 
     def __repr__(self) -> str:
         tensors, files = len(self.entries), len(self.files)
@@ -124,20 +134,20 @@ class Checkpoint:
             If its dtype is one that NumPy does not have, such as F8_E4M3, or the file cannot be read.
         """
         file, entry = self.shard[name], self.entries[name]
-        with about(file):
+        with file_error_context(file):
             if entry.dtype in FOREIGN:
                 raise FileError(
-                    f"{shown(name)} is {entry.dtype}, which NumPy does not have: only its bytes can be copied"
+                    f"{safe_repr(name)} is {entry.dtype}, which NumPy does not have: only its bytes can be copied"
                 )
             with open(file, "rb", buffering=0) as raw:
-                check_held(entry.stop - entry.start, held_bytes(os.fstat(raw.fileno())), shown(name), raw)
+                check_held(entry.stop - entry.start, held_bytes(os.fstat(raw.fileno())), safe_repr(name), raw)
                 made = np.empty(entry.shape, raw_dtype(entry.dtype))
                 raw.seek(self.data[file] + entry.start)
                 rest = made.reshape(-1).view(np.uint8).data
                 while rest:
                     got = raw.readinto(rest)  # at most 2 GiB at a time, says Linux
                     if not got:
-                        raise FileError(f"the file ended within {shown(name)}, while it was read")
+                        raise FileError(f"the file ended within {safe_repr(name)}, while it was read")
                     rest = rest[got:]
         return made
 
@@ -198,7 +208,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     tnadapt.errors.FileError: missing: No such file or directory
     """
     given = path_of(path)
-    with about(given):
+    with file_error_context(given):
         where = os.path.abspath(given)
         if os.path.isdir(where):
             where = os.path.join(where, _main(where))
@@ -241,13 +251,13 @@ def _some(names: list[str]) -> str:
 
 
 def _json(path: str, limit: int) -> dict[str, Any]:
-    with about(path):
+    with file_error_context(path):
         return json_file(path, limit)
 
 
 def _indexed(given: str, where: str) -> Checkpoint:
     content = _json(where, MAX_HEADER)
-    with about(where):
+    with file_error_context(where):
         places = _places(content)
         folder = os.path.dirname(where)
         files = tuple(os.path.join(folder, name) for name in sorted(set(places.values())))
@@ -255,15 +265,15 @@ def _indexed(given: str, where: str) -> Checkpoint:
         if missing:
             raise FileError(f"lists files that are not there: {_some(missing)}. Was the download complete?")
     found = Checkpoint(given, files, where)
-    with about(where):
+    with file_error_context(where):
         for name, place in places.items():
             there = found.shard.get(name)
             if there is None or os.path.basename(there) != place:
                 where_it_is = "no file of it" if there is None else os.path.basename(there)
-                raise FileError(f"says that {shown(name)} is in {place}; it is in {where_it_is}")
+                raise FileError(f"says that {safe_repr(name)} is in {place}; it is in {where_it_is}")
         for name in found.entries:
             if name not in places:
-                raise FileError(f"does not list {shown(name)}, which is in {os.path.basename(found.shard[name])}")
+                raise FileError(f"does not list {safe_repr(name)}, which is in {os.path.basename(found.shard[name])}")
     return found
 
 
@@ -271,13 +281,14 @@ def _places(index: Mapping[str, Any]) -> dict[str, str]:
     """The file's name of each tensor, each a plain name in the index's own folder."""
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise FileError(f"is no index: its weight_map must be an object of tensors and files; got {shown(places)}")
+        raise FileError(f"is no index: its weight_map must be an object of tensors and files; got {safe_repr(places)}")
     for name, place in places.items():
         if not isinstance(place, str):
-            raise FileError(f"says that {shown(name)} is in {shown(place)}; expected the name of a file")
+            raise FileError(f"says that {safe_repr(name)} is in {safe_repr(place)}; expected the name of a file")
         plain = place.endswith(SUFFIX) and not any(letter in place for letter in "/\\\0:")
         if not plain or not place.isprintable():
             raise FileError(
-                f"says that {shown(name)} is in {shown(place)}; expected the name of a {SUFFIX} file in its own folder"
+                f"says that {safe_repr(name)} is in {safe_repr(place)}; expected the name of a {SUFFIX} file in "
+                "its own folder"
             )
     return places

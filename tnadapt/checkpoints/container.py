@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.errors import FileError, TnadaptError, shown
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from ._header import raw_dtype, read_header
 from ._header_entries import DTYPES, FOREIGN, Entries, Entry
@@ -29,8 +29,8 @@ __all__ = [
     "FOREIGN",
     "Container",
     "Entry",
-    "about",
     "check_held",
+    "file_error_context",
     "held_bytes",
     "opened",
     "path_of",
@@ -79,7 +79,7 @@ class Container:
         entry = self.entries[name]
         if entry.dtype in FOREIGN:
             raise FileError(
-                f"{shown(name)} is {entry.dtype}, which NumPy does not have: its bytes can be copied, no more"
+                f"{safe_repr(name)} is {entry.dtype}, which NumPy does not have: its bytes can be copied, no more"
             )
         # All of the file, as whoever reads one of its tensors reads the others, too.
         check_held(self._size, self.held, "the file", self._file)
@@ -87,9 +87,9 @@ class Container:
         self._file.seek(self.data + entry.start)
         # A tensor without elements has no bytes to read.
         if made.size and self._file.readinto(raw_bytes(made)) != made.nbytes:
-            raise FileError(f"the file ended within {shown(name)}, while it was read")
+            raise FileError(f"the file ended within {safe_repr(name)}, while it was read")
         if entry.dtype == "BOOL" and made.size and made.view(np.uint8).max() > 1:
-            raise FileError(f"{shown(name)} is BOOL and has bytes other than 0 and 1")
+            raise FileError(f"{safe_repr(name)} is BOOL and has bytes other than 0 and 1")
         return made
 
 
@@ -169,12 +169,12 @@ def path_of(value: Any) -> str:
     except (TypeError, UnicodeEncodeError):
         usable = False
     if not usable:
-        raise FileError(f"{shown(value)}: a path must be a string or PathLike that can name a file")
+        raise FileError(f"{safe_repr(value)}: a path must be a string or PathLike that can name a file")
     return found
 
 
 @contextlib.contextmanager
-def about(path: str) -> Iterator[None]:
+def file_error_context(path: str) -> Iterator[None]:
     """Whatever goes wrong within is a FileError that begins with the path."""
     try:
         yield
@@ -245,7 +245,7 @@ def _check_cover(entries: Entries, size: int) -> None:
     if len(wrong):
         start, position = int(starts[wrong[0]]), int(expected[wrong[0]])
         problem = "overlaps the tensor before it" if start < position else "leaves a hole before it"
-        name = shown(entries.name_at(int(wrong[0])))
+        name = safe_repr(entries.name_at(int(wrong[0])))
         raise FileError(f"{name} begins at byte {start} and {problem}, which ends at {position}")
     position = int(stops[-1]) if len(stops) else 0
     if position != size:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from tnadapt.algebra import rng
 from tnadapt.backends.backend import FLOAT_DTYPES
-from tnadapt.errors import BackendError, ConfigError, ShapeError, shown
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 __all__ = ["TOLERANCE", "Fingerprint", "compare", "fingerprint"]
 
@@ -82,13 +82,13 @@ class Fingerprint:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ConfigError(f"a fingerprint's sha256 must be 64 lower-case hex digits; got {shown(self.sha256)}")
+            raise ConfigError(f"a fingerprint's sha256 must be 64 lower-case hex digits; got {safe_repr(self.sha256)}")
         if self.dtype not in FLOAT_DTYPES:
             known = ", ".join(FLOAT_DTYPES)
-            raise ConfigError(f"a fingerprint's dtype must be one of {known}; got {shown(self.dtype)}")
+            raise ConfigError(f"a fingerprint's dtype must be one of {known}; got {safe_repr(self.dtype)}")
         sketch = self.sketch
         if not isinstance(sketch, (tuple, list)) or len(sketch) != _SKETCHES or not all(map(_finite, sketch)):
-            raise ConfigError(f"a fingerprint's sketch must be {_SKETCHES} finite numbers; got {shown(sketch)}")
+            raise ConfigError(f"a fingerprint's sketch must be {_SKETCHES} finite numbers; got {safe_repr(sketch)}")
         object.__setattr__(self, "sketch", tuple(float(number) for number in sketch))
 
     def matches(self, other: Fingerprint) -> bool:
@@ -154,7 +154,7 @@ def fingerprint(weights: Iterable[np.ndarray], dtype: str) -> Fingerprint:
     (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     """
     if dtype not in FLOAT_DTYPES:
-        raise BackendError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {shown(dtype)}")
+        raise BackendError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {safe_repr(dtype)}")
     digest, sums, squares, position = hashlib.sha256(), np.zeros(_SKETCHES), np.zeros(_SKETCHES), 0
     for number, weight in enumerate(weights):
         raw = _raw(weight, dtype, f"weight {number}")

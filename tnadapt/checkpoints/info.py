@@ -16,7 +16,7 @@ from tnadapt.targets.target import Target
 from .adapter_file import AdapterFile
 from .adapter_format import ENTRY, VERSION, likeness, read
 from .checkpoint import Checkpoint, open_checkpoint
-from .container import about, opened
+from .container import file_error_context, opened
 
 __all__ = ["info"]
 
@@ -69,7 +69,7 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
 
 
 def _of_adapter(path: str, every: bool) -> dict[str, Any]:
-    with about(path), opened(path) as container:
+    with file_error_context(path), opened(path) as container:
         file, recipe, left_out = read(container)
     found: dict[str, Any] = {
         "path": path,

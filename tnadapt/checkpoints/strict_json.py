@@ -7,7 +7,7 @@ import math
 import os
 from typing import Any
 
-from tnadapt.errors import FileError, shown
+from tnadapt.errors import FileError, safe_repr
 
 __all__ = ["MAX_CONFIG", "json_file", "strict_json", "strict_value"]
 
@@ -85,7 +85,7 @@ def strict_json(text: str, what: str) -> dict[str, Any]:
     """
     found = strict_value(text, what)
     if not isinstance(found, dict):
-        raise FileError(f"{what} must be a JSON object; got {shown(found)}")
+        raise FileError(f"{what} must be a JSON object; got {safe_repr(found)}")
     return found
 
 
@@ -103,13 +103,13 @@ def strict_value(text: str, what: str) -> Any:
         if len(found) < len(pairs):
             seen = set[str]()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise FileError(f"{what} has the key {shown(twice)} twice")
+            raise FileError(f"{what} has the key {safe_repr(twice)} twice")
         return found
 
     def number(text: str) -> float:
         value = float(text)  # 1e999 is infinity; so are the words that JSON does not have
         if not math.isfinite(value):
-            raise FileError(f"{what} has the number {shown(text)}, which is not finite")
+            raise FileError(f"{what} has the number {safe_repr(text)}, which is not finite")
         return value
 
     try:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tnadapt import TnadaptError, plan
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import shown
+from tnadapt.errors import safe_repr
 from tnadapt.planning import Plan, known_as, model_targets
 
 from ._printing import echo, echo_json
@@ -74,7 +74,7 @@ def plan_command(
         raise TnadaptError("--preset and --set say what --layout-picture draws; give its file, too")
     for path in (picture, layout_picture):
         if path is not None and (path.is_dir() or not path.suffix):
-            raise TnadaptError(f"a picture is a file that ends in .png, .pdf or .svg; got {shown(str(path))}")
+            raise TnadaptError(f"a picture is a file that ends in .png, .pdf or .svg; got {safe_repr(str(path))}")
     if budget is None:
         raise TnadaptError("give a budget: --budget 1000 for parameters, --budget 4kB for bytes")
     drawn = chosen_config(preset, settings or [], None)

@@ -10,7 +10,7 @@ from typing import Any
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.checkpoints.strict_json import MAX_CONFIG, strict_json
-from tnadapt.errors import FileError, TnadaptError, shown
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 __all__ = ["chosen_config", "setting", "shapes_of", "word_or_number"]
 
@@ -28,7 +28,7 @@ def setting(text: str) -> tuple[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise TnadaptError(f"--set takes FIELD=VALUE; got {shown(text)}")
+        raise TnadaptError(f"--set takes FIELD=VALUE; got {safe_repr(text)}")
     return name, word_or_number(value)
 
 
@@ -53,7 +53,7 @@ def chosen_config(preset: str | None, settings: list[str], path: Path | None) ->
         raise TnadaptError("--preset and --config both name a config; give one of them")
     if preset is not None:
         if preset not in presets.__all__:
-            raise TnadaptError(f"no preset {shown(preset)}; expected one of {', '.join(presets.__all__)}")
+            raise TnadaptError(f"no preset {safe_repr(preset)}; expected one of {', '.join(presets.__all__)}")
         try:
             made = getattr(presets, preset)(**changes)
         except TypeError as error:
@@ -93,8 +93,10 @@ def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
         except ValueError:
             repeat = 0
         if repeat < 1:
-            raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {shown(text)}")
+            raise TnadaptError(f"--shape takes ROWSxCOLS, e.g. 768x768 or 768x768*24; got {safe_repr(text)}")
         if len(found) + repeat > MOST:
-            raise TnadaptError(f"--shape takes {MOST:,} weights at the most, of all that are given; see {shown(text)}")
+            raise TnadaptError(
+                f"--shape takes {MOST:,} weights at the most, of all that are given; see {safe_repr(text)}"
+            )
         found += [shape] * repeat
     return found

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.errors import FileError, TargetError, shown
-from tnadapt.targets.roles import layer_of, read
+from tnadapt.errors import FileError, TargetError, safe_repr
+from tnadapt.targets.roles import layer_of, parse_projection_name
 from tnadapt.targets.target import Target
 
 __all__ = ["Base", "as_base", "target_of"]
@@ -36,17 +36,18 @@ class Base:
         found = self._flat.get(flat, [])
         if len(found) > 1:
             raise TargetError(
-                f"the name {shown(flat)} is of {' and of '.join(map(shown, found))}, for LyCORIS writes dots as "
+                f"the name {safe_repr(flat)} is of {' and of '.join(map(safe_repr, found))}, for LyCORIS writes "
+                "dots as "
                 "underscores; leave all but one of them out of base"
             )
         if not found:
-            raise TargetError(f"base has no module for the name {shown(flat)}{self._close(flat, self._flat)}")
+            raise TargetError(f"base has no module for the name {safe_repr(flat)}{self._close(flat, self._flat)}")
         return found[0]
 
     def check_module(self, path: str) -> None:
         """Raise a TargetError unless there is such a module."""
         if path not in self.shapes:
-            raise TargetError(f"base has no module {shown(path)}{self._close(path, self.shapes)}")
+            raise TargetError(f"base has no module {safe_repr(path)}{self._close(path, self.shapes)}")
 
     def check_targets(self, targets: Iterable[Target]) -> None:
         """Raise a TargetError unless every target that is a module's weight exists, with the shape that it says."""
@@ -60,7 +61,7 @@ class Base:
     def _close(self, name: str, names: Iterable[str]) -> str:
         listed = list(names)
         close = difflib.get_close_matches(name, listed, n=2) or listed[:2]
-        there = f"; it has {', '.join(map(shown, close))}" if close else "; it is empty"
+        there = f"; it has {', '.join(map(safe_repr, close))}" if close else "; it is empty"
         return f"{there}, {len(listed)} in all. Is it the model that the adapter was made for?"
 
 
@@ -90,7 +91,7 @@ def as_base(base: Any) -> Base | None:
     except (TypeError, ValueError, AttributeError):
         raise TargetError(
             f"base must be the path of a safetensors file, a list of modules' paths, or a mapping of paths to shapes; "
-            f"got {shown(base)}"
+            f"got {safe_repr(base)}"
         ) from None
     return Base(shapes)
 
@@ -142,7 +143,7 @@ def target_of(
         transposed = turned and (transposed or not as_it_is)
     elif own[:1] != stored[:1] or math.prod(own) != math.prod(stored) or len(own) < 2:
         raise _misfit(path, stored, own)
-    last = read(path.rpartition(".")[2])
+    last = parse_projection_name(path.rpartition(".")[2])
     role = last.letters if last is not None and last.letters in ("q", "k", "v") else "linear"
     role = "conv" if role == "linear" and len(own) > 2 else role
     return Target(path, own, role, transposed=transposed and len(own) == 2, layer=layer_of(path.rpartition(".")[0]))
@@ -150,7 +151,7 @@ def target_of(
 
 def _misfit(path: str, stored: tuple[int, ...], own: tuple[int, ...]) -> TargetError:
     return TargetError(
-        f"the adapter's update of {shown(path)} has the shape {stored}, and the weight in base has {own}: this is "
+        f"the adapter's update of {safe_repr(path)} has the shape {stored}, and the weight in base has {own}: this is "
         "another model"
     )
 
@@ -158,6 +159,7 @@ def _misfit(path: str, stored: tuple[int, ...], own: tuple[int, ...]) -> TargetE
 def missing_base(flat: str) -> FileError:
     """Return the error for a name that cannot be read without the base."""
     return FileError(
-        f"the name {shown(flat)} has lost the dots of the module's path, so give base=: a safetensors file of the base "
+        f"the name {safe_repr(flat)} has lost the dots of the module's path, so give base=: a safetensors file "
+        "of the base "
         "model, or a list of its modules' paths such as [name for name, _ in model.named_modules()]"
     )

@@ -12,7 +12,7 @@ import numpy as np
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import content_of
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.checkpoints.container import about, path_of
+from tnadapt.checkpoints.container import file_error_context, path_of
 from tnadapt.errors import FileError, escaped
 
 from ._files import replace_folder
@@ -127,7 +127,7 @@ class Conversion:
         """
         where = path_of(path)
         check_free(where, [name for name in self.files if name], overwrite)
-        with about(where):
+        with file_error_context(where):
             if self.file is not None:
                 replace_file(where, content_of(self.file), overwrite)
             elif "" in self.files:

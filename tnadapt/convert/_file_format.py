@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.checkpoints.adapter_file import some
-from tnadapt.errors import ConfigError, shown
+from tnadapt.checkpoints.adapter_file import summarize
+from tnadapt.errors import ConfigError, safe_repr
 from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
@@ -185,14 +185,15 @@ class FileFormat:
         if module.transposed or len(module.stored) != 2:
             what = "as (in, out)" if module.transposed else f"in {len(module.stored)} axes"
             raise ConfigError(
-                f"{shown(module.path)} is stored {what}, and {self.library} has {kind} for matrices (out, in) alone"
+                f"{safe_repr(module.path)} is stored {what}, and {self.library} has {kind} for matrices (out, in) alone"
             )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise a ConfigError unless the whole adapter can be held. By default: if nothing was trained beside it."""
         if kept:
             raise ConfigError(
-                f"{self.library} has no place for the parameters that were trained beside the adapter: {some(kept)}. "
+                f"{self.library} has no place for the parameters that were trained beside the adapter: "
+                f"{summarize(kept)}. "
                 "Convert without them by without_kept=True (--without-kept), and put them into the model by yourself"
             )
 

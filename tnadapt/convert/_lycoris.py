@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.checkpoints.adapter_file import some
+from tnadapt.checkpoints.adapter_file import summarize
 from tnadapt.checkpoints.container import DTYPES, Container
-from tnadapt.errors import ConfigError, FileError, shown
+from tnadapt.errors import ConfigError, FileError, safe_repr
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, missing_base, target_of
@@ -63,12 +63,13 @@ class LycorisFormat(FileFormat):
         """Raise a ConfigError for weights stored as (in, out), and for kernels of more than three axes."""
         if module.transposed:
             raise ConfigError(
-                f"{shown(module.path)} is stored as (in, out), and LyCORIS adapts no such layer; convert to 'peft-lora'"
+                f"{safe_repr(module.path)} is stored as (in, out), and LyCORIS adapts no such layer; convert to "
+                "'peft-lora'"
             )
         axes = len(module.stored) - 2
         if axes > 3:
             raise ConfigError(
-                f"{shown(module.path)} has a kernel of {axes} dimensions, and LyCORIS has {kind} for up to 3"
+                f"{safe_repr(module.path)} has a kernel of {axes} dimensions, and LyCORIS has {kind} for up to 3"
             )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
@@ -78,7 +79,8 @@ class LycorisFormat(FileFormat):
             name = _flat_name(module.path)
             if name in names:
                 raise ConfigError(
-                    f"LyCORIS writes dots as underscores, and {shown(names[name])} and {shown(module.path)} would have "
+                    f"LyCORIS writes dots as underscores, and {safe_repr(names[name])} and "
+                    f"{safe_repr(module.path)} would have "
                     "one name: it cannot adapt both"
                 )
             names[name] = module.path
@@ -177,7 +179,7 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
     for name in flat:
         path = _path(name, base, recorded)
         if path in paths:
-            raise FileError(f"{shown(paths[path])} and {shown(name)} are both of {shown(path)}")
+            raise FileError(f"{safe_repr(paths[path])} and {safe_repr(name)} are both of {safe_repr(path)}")
         paths[path] = name
     for path in sorted(paths, key=natural):
         tensors = flat[paths[path]]
@@ -204,12 +206,12 @@ def _modules(container: Container, part: str | None) -> tuple[dict[str, dict[str
         array = widen(name, entries[name].dtype, container.array(name))
         if suffix in _REFUSED:
             if array.any() or suffix != "diff_b":
-                raise FileError(f"{shown(name)} cannot be converted: {_REFUSED[suffix]}")
+                raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
             continue
         dtypes |= {DTYPES[entries[name].dtype]} if suffix != "alpha" else set()
         found.setdefault(flat, {})[_SUFFIXES.get(suffix, suffix)] = array
     if unknown:
-        raise FileError(f"has tensors that are no part of a LoRA, LoKr, LoHa or full difference: {some(unknown)}")
+        raise FileError(f"has tensors that are no part of a LoRA, LoKr, LoHa or full difference: {summarize(unknown)}")
     _check_part(prefixes, part)
     return found, dtypes
 
@@ -217,7 +219,7 @@ def _modules(container: Container, part: str | None) -> tuple[dict[str, dict[str
 def _check_part(prefixes: set[str], part: str | None) -> None:
     listed = ", ".join(sorted(prefixes))
     if part is not None and part not in prefixes:
-        raise FileError(f"has no part {shown(part)}; its parts are {listed}")
+        raise FileError(f"has no part {safe_repr(part)}; its parts are {listed}")
     if part is None and len(prefixes) > 1:
         raise FileError(f"has the adapters of several models: {listed}; name one of them by part=")
 
@@ -227,7 +229,7 @@ def _scale(path: str, alpha: Float | None, rank: int | None) -> float:
     if alpha is None or rank is None:
         return 1.0
     if alpha.size != 1:
-        raise FileError(f"alpha of {shown(path)} must be one number; it has the shape {alpha.shape}")
+        raise FileError(f"alpha of {safe_repr(path)} must be one number; it has the shape {alpha.shape}")
     return float(alpha.reshape(())) / rank or 1.0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.norms import norm, relative, together
-from tnadapt.errors import ConfigError, shown
+from tnadapt.errors import ConfigError, safe_repr
 
 from ._file_format import ExportChoice, FileFormat
 from ._tensors import factorization
@@ -205,7 +205,8 @@ def _smallest_rank(
     module, worst = max(spectra, key=lambda pair: pair[1].rank)
     if max_error is None:
         raise ConfigError(
-            f"the update of {shown(module.path)} has matrix rank {worst.rank}, and LoRA of that rank is larger than "
+            f"the update of {safe_repr(module.path)} has matrix rank {worst.rank}, and LoRA of that rank is "
+            "larger than "
             f"the update itself, {module.shape[0]} × {module.shape[1]}: give rank= or max_error= for the nearest of "
             "lower rank, or to='lycoris-full' for all of it"
         )
@@ -316,7 +317,8 @@ def _fit(delta: Float, config: Config) -> dict[str, Float]:
 
 def _no_rank(module: Module, method: str) -> ConfigError:
     return ConfigError(
-        f"the update of {shown(module.path)} is no {method} by itself: give rank= for the nearest of that rank, and "
+        f"the update of {safe_repr(module.path)} is no {method} by itself: give rank= for the nearest of that "
+        "rank, and "
         "max_error= for how far off it may be; or to='lycoris-full' for all of it"
     )
 

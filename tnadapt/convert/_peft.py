@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.checkpoints.adapter_file import some
+from tnadapt.checkpoints.adapter_file import summarize
 from tnadapt.checkpoints.container import DTYPES, Container, raw_dtype
-from tnadapt.errors import ConfigError, FileError, shown
+from tnadapt.errors import ConfigError, FileError, safe_repr
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
@@ -103,13 +103,13 @@ class PeftFormat(FileFormat):
         """Raise a ConfigError for weights stored as (in, out), but for LoRA, and for kernels of too many axes."""
         if module.transposed and kind != "lora":
             raise ConfigError(
-                f"{shown(module.path)} is stored as (in, out), and PEFT has no {kind} for such a layer; convert to "
+                f"{safe_repr(module.path)} is stored as (in, out), and PEFT has no {kind} for such a layer; convert to "
                 "'peft-lora'"
             )
         axes, most = len(module.stored) - 2, 3 if kind == "lora" else 2
         if axes > most:
             raise ConfigError(
-                f"{shown(module.path)} has a kernel of {axes} dimensions, and PEFT has {kind} for up to {most}"
+                f"{safe_repr(module.path)} has a kernel of {axes} dimensions, and PEFT has {kind} for up to {most}"
             )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
@@ -118,9 +118,9 @@ class PeftFormat(FileFormat):
             holder = name.rpartition(".")[0]
             inside = [m.path for m in modules if re.match(rf"(^|.*\.){re.escape(holder)}($|\..*)", m.path)]
             if not holder or inside:
-                what = f"the adapted weight of {shown(inside[0])}" if inside else "the model itself"
+                what = f"the adapted weight of {safe_repr(inside[0])}" if inside else "the model itself"
                 raise ConfigError(
-                    f"PEFT saves whole modules, and cannot keep {shown(name)} beside {what}: convert without it by "
+                    f"PEFT saves whole modules, and cannot keep {safe_repr(name)} beside {what}: convert without it by "
                     "without_kept=True (--without-kept)"
                 )
 
@@ -220,27 +220,28 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
             modules.setdefault(path, {})[_SUFFIXES[suffix]] = widen(name, entry.dtype, container.array(name))
             dtypes.add(DTYPES[entry.dtype])
         elif suffix in _REFUSED:
-            raise FileError(f"{shown(name)} cannot be converted: {_REFUSED[suffix]}")
+            raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
         elif (own := _kept_name(path, settings)) is not None:
             kept[own], kind = _kept(name, entry.dtype, container.array(name))
             bits |= {f"kept.{own}": kind} if kind else {}
         else:
             unknown.append(name)
     if unknown:
-        raise FileError(f"has tensors that are no part of a {settings.kind} adapter: {some(unknown)}")
+        raise FileError(f"has tensors that are no part of a {settings.kind} adapter: {summarize(unknown)}")
     if not modules:
         raise FileError("has no adapted weight")
     wrapped = next((path for path in modules if ".base_layer." in f".{path}."), None)
     if wrapped is not None:
         raise FileError(
-            f"{shown(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds its update "
+            f"{safe_repr(wrapped)} cannot be converted: it is PEFT's LoRA on nn.MultiheadAttention, which adds "
+            "its update "
             "of the output projection twice, and of q, k and v to a parameter that is no module's weight"
         )
     transposed, found = _recorded(container.metadata), []
     for path in sorted(modules, key=natural):
         kind = kind_of(path, modules[path])
         if kind != settings.kind:
-            raise FileError(f"{shown(path)} has tensors of {kind}, and {_CONFIG} says {settings.kind}")
+            raise FileError(f"{safe_repr(path)} has tensors of {kind}, and {_CONFIG} says {settings.kind}")
         update, shape = decode(path, modules[path], functools.partial(settings.scale, path), kron_last_axes=True)
         says = transposed.get(path, settings.transposed)
         target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
@@ -266,8 +267,10 @@ def _check_transposed(targets: Sequence[Target], says: bool) -> None:
     square = [target for target in flat if target.stored[0] == target.stored[1]]
     if wrong and square:
         raise FileError(
-            f"fan_in_fan_out is {says} for all weights, which is not so of {shown(wrong[0].module)} in base: of the "
-            f"square {shown(square[0].module)} nothing says how it is stored. Save one adapter for each kind of layer"
+            f"fan_in_fan_out is {says} for all weights, which is not so of {safe_repr(wrong[0].module)} in "
+            "base: of the "
+            f"square {safe_repr(square[0].module)} nothing says how it is stored. Save one adapter for each "
+            "kind of layer"
         )
 
 
@@ -294,7 +297,7 @@ def _kept(name: str, tag: str, array: np.ndarray) -> tuple[np.ndarray, str]:
     if tag == "BF16":
         array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise FileError(f"{shown(name)} holds NaN or infinity")
+        raise FileError(f"{safe_repr(name)} holds NaN or infinity")
     if tag == "BF16":
         return array, "bfloat16"
     return array.astype(raw_dtype(tag).newbyteorder("="), copy=False), ""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tnadapt.errors import FileError, shown
+from tnadapt.errors import FileError, safe_repr
 
 __all__ = ["PeftSettings", "config_of", "settings_of"]
 
@@ -87,7 +87,7 @@ class PeftSettings(NamedTuple):
         """Return ``alpha / r`` of a module whose factors have this rank; None where they have none."""
         given = _integer(f"the rank of {path}", _pattern_value(self.ranks, path, self.rank))
         if rank is not None and rank != given:
-            raise FileError(f"{shown(path)} has factors of rank {rank}, and adapter_config.json says {given}")
+            raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {given}")
         alpha = _number(f"alpha of {path}", _pattern_value(self.alphas, path, self.alpha))
         return alpha / math.sqrt(given) if self.rslora else alpha / given
 
@@ -111,27 +111,29 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
     """
     kind = _KINDS.get(str(config.get("peft_type", "")).upper())
     if kind is None:
-        raise FileError(f"peft_type is {shown(config.get('peft_type'))}; converted are {', '.join(_KINDS)}")
+        raise FileError(f"peft_type is {safe_repr(config.get('peft_type'))}; converted are {', '.join(_KINDS)}")
     for field, value in config.items():
         if field in _HARMLESS or field in _READ or not value:
             continue
         why = _REFUSED.get(field, "this field is not known here, and may change what the adapter does")
         raise FileError(
-            f"{field}={shown(value)} of adapter_config.json cannot be converted: {why}; merge the adapter with PEFT, "
+            f"{field}={safe_repr(value)} of adapter_config.json cannot be converted: {why}; merge the adapter "
+            "with PEFT, "
             "and extract one from the merged weights"
         )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and _CHANGES_BASE.search(start):
         raise FileError(
-            f"init_lora_weights={shown(start)}: this adapter belongs to a base whose weights it has changed; save it "
+            f"init_lora_weights={safe_repr(start)}: this adapter belongs to a base whose weights it has "
+            "changed; save it "
             "with path_initial_model_for_weight_conversion, which makes it an ordinary one"
         )
     bias = config.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
-        raise FileError(f"bias must be 'none', 'all' or 'lora_only'; got {shown(bias)}")
+        raise FileError(f"bias must be 'none', 'all' or 'lora_only'; got {safe_repr(bias)}")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise FileError(f"modules_to_save must be a list of names; got {shown(saved)}")
+        raise FileError(f"modules_to_save must be a list of names; got {safe_repr(saved)}")
     mapping = config.get("auto_mapping")
     model = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     return PeftSettings(
@@ -151,26 +153,26 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
 def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:
     found = config.get(field) or {}
     if not isinstance(found, dict):
-        raise FileError(f"{field} must be an object; got {shown(found)}")
+        raise FileError(f"{field} must be an object; got {safe_repr(found)}")
     for key in found:
         if len(key) > 1000 or _ENDLESS.search(key):
-            raise FileError(f"{field} has the expression {shown(key)}, which may take forever to match")
+            raise FileError(f"{field} has the expression {safe_repr(key)}, which may take forever to match")
         try:
             re.compile(key)
         except (re.error, RecursionError, OverflowError) as error:
-            raise FileError(f"{field} has {shown(key)}, which is no regular expression: {error}") from None
+            raise FileError(f"{field} has {safe_repr(key)}, which is no regular expression: {error}") from None
     return found
 
 
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 40:
-        raise FileError(f"{name} must be an integer of at least 1; got {shown(value)}")
+        raise FileError(f"{name} must be an integer of at least 1; got {safe_repr(value)}")
     return value
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
-        raise FileError(f"{name} must be a finite number; got {shown(value)}")
+        raise FileError(f"{name} must be a finite number; got {safe_repr(value)}")
     return float(value)
 
 

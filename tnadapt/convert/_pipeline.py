@@ -13,8 +13,8 @@ import numpy as np
 
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import load
-from tnadapt.checkpoints.container import about, path_of
-from tnadapt.errors import ConfigError, FileError, integer, shown
+from tnadapt.checkpoints.container import file_error_context, path_of
+from tnadapt.errors import ConfigError, FileError, integer, safe_repr
 
 from ._base_model import Base, as_base
 from ._conversion import Conversion, check_free
@@ -62,14 +62,17 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._]{0,63}", name):
         raise ConfigError(
-            f"the name of a file format is of lower-case letters, digits, '.' and '_', at most 64; got {shown(name)}"
+            "the name of a file format is of lower-case letters, digits, '.' and '_', at most 64; got "
+            f"{safe_repr(name)}"
         )
     if name in _BUILT_IN or name == _OWN:
         raise ConfigError(f"the file format {name!r} is built in and cannot be replaced: choose another name")
     if not (isinstance(cls, type) and issubclass(cls, FileFormat)):
-        raise ConfigError(f"a file format is a class that inherits from tnadapt.convert.FileFormat; got {shown(cls)}")
+        raise ConfigError(
+            f"a file format is a class that inherits from tnadapt.convert.FileFormat; got {safe_repr(cls)}"
+        )
     if unknown := [kind for kind in cls.kinds if kind not in KINDS]:
-        raise ConfigError(f"kinds of {cls.__name__} may have {', '.join(KINDS)}; got {shown(unknown[0])}")
+        raise ConfigError(f"kinds of {cls.__name__} may have {', '.join(KINDS)}; got {safe_repr(unknown[0])}")
     asked = ["detect", "read"]
     asked += ["encode", "write"] if cls.kinds else []
     asked += ["fit_kronecker"] if "lokr" in cls.kinds else []
@@ -86,7 +89,7 @@ def forms() -> tuple[str, ...]:
 
 def _format_of(name: str) -> FileFormat:
     if name not in _formats:
-        raise ConfigError(f"file format must be one of {', '.join(_formats)}; got {shown(name)}")
+        raise ConfigError(f"file format must be one of {', '.join(_formats)}; got {safe_repr(name)}")
     found = _formats[name]()
     found.name = name
     return found
@@ -132,13 +135,13 @@ def run(
 def _checked(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
     """Check the arguments; return what to make of the adapter, None for a file of this library."""
     if to not in (known := forms()):
-        raise ConfigError(f"to must be one of {', '.join(known)}; got {shown(to)}")
+        raise ConfigError(f"to must be one of {', '.join(known)}; got {safe_repr(to)}")
     if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}; got {shown(dtype)}")
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}; got {safe_repr(dtype)}")
     if max_error is not None and (
         isinstance(max_error, bool) or not isinstance(max_error, (int, float)) or not 0 <= max_error <= 1
     ):
-        raise ConfigError(f"max_error must be a number from 0 to 1; got {shown(max_error)}")
+        raise ConfigError(f"max_error must be a number from 0 to 1; got {safe_repr(max_error)}")
     name, _, kind = to.rpartition("-")
     if rank is not None:
         rank = integer("rank", rank, 1, 1 << 40, ConfigError)
@@ -213,12 +216,12 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
     """
     known = None
     if base is not None:
-        with about("base"):
+        with file_error_context("base"):
             known = as_base(base)
     if isinstance(source, AdapterFile):
         return _from_own(source, known)
     path = path_of(source)
-    with about(path):
+    with file_error_context(path):
         found = _detect(path)
         if found is None and os.path.isdir(path):
             path = _in_folder(path)
@@ -227,7 +230,7 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
             name, place = found
             return _read_foreign(name, StoredFiles(place), known, part)
     file = load(path)
-    with about(path):
+    with file_error_context(path):
         return _from_own(file, known)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from tnadapt.errors import FileError, shown
+from tnadapt.errors import FileError, safe_repr
 
 from ._updates import Float, ModuleUpdate, Pair, as_matrix
 
@@ -33,7 +33,7 @@ def kind_of(path: str, tensors: Tensors) -> str:
     kinds = {"lora": LORA, "lokr": LOKR, "loha": LOHA, "dense": DIFF}
     found = [kind for kind, names in kinds.items() if not tensors.keys().isdisjoint(names)]
     if len(found) != 1:
-        raise FileError(f"{shown(path)} has tensors of {' and '.join(found) or 'no method'}: {', '.join(tensors)}")
+        raise FileError(f"{safe_repr(path)} has tensors of {' and '.join(found) or 'no method'}: {', '.join(tensors)}")
     return found[0]
 
 
@@ -95,7 +95,7 @@ class _Getter:
 
     def __call__(self, name: str, axes: int, most: int = 8) -> Float:
         if name not in self.tensors:
-            raise FileError(f"{shown(self.path)} has {', '.join(self.tensors)}, and lacks {name}")
+            raise FileError(f"{safe_repr(self.path)} has {', '.join(self.tensors)}, and lacks {name}")
         array = self.tensors[name]
         if not axes <= array.ndim <= most or 0 in array.shape:
             raise self.misfit(f"{name} must have {axes} axes or more, none of them empty")
@@ -103,7 +103,7 @@ class _Getter:
 
     def misfit(self, why: str) -> FileError:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in self.tensors.items())
-        return FileError(f"the tensors of {shown(self.path)} do not fit together: {why}; they are {shapes}")
+        return FileError(f"the tensors of {safe_repr(self.path)} do not fit together: {why}; they are {shapes}")
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tnadapt.algebra.config import MAX_ALPHA, MIN_ALPHA, Config
 from tnadapt.algebra.norms import exponent_of, norm, norm_of_difference, relative, scaled_by, together
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import ConfigError, FileError, shown
+from tnadapt.errors import ConfigError, FileError, safe_repr
 
 __all__ = [
     "Float", "ModuleUpdate", "Pair", "alpha_of", "as_matrix", "check_range", "common_dtype", "errors_of", "is_rounding",
@@ -117,7 +117,7 @@ class ModuleUpdate(NamedTuple):
         if self.kind == "loha":
             return Config(rank=self.rank, splits=2, combine="hadamard", leading="same")
         if self.kind != "lokr":
-            raise ConfigError(f"the kind of an update is lora, lokr, loha or dense; got {shown(self.kind)}")
+            raise ConfigError(f"the kind of an update is lora, lokr, loha or dense; got {safe_repr(self.kind)}")
         first, last = self.parts
         same = isinstance(first, Pair) and isinstance(last, Pair)
         return Config(
@@ -185,9 +185,9 @@ def widen(name: str, tag: str, array: np.ndarray) -> Float:
     if name.endswith(".alpha") and array.dtype.kind in "iu":
         return array.astype(np.float64)  # some scripts store alpha as an integer
     if array.dtype.kind != "f":
-        raise FileError(f"{shown(name)} is {tag}; the tensors of an adapter are floating-point numbers")
+        raise FileError(f"{safe_repr(name)} is {tag}; the tensors of an adapter are floating-point numbers")
     if not np.isfinite(array).all():
-        raise FileError(f"{shown(name)} holds NaN or infinity")
+        raise FileError(f"{safe_repr(name)} holds NaN or infinity")
     return array.astype(np.float64)
 
 
@@ -233,7 +233,7 @@ def check_range(arrays: Mapping[str, np.ndarray], dtype: str) -> None:
     """Raise a ConfigError if rounding to the dtype made a number infinite."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise ConfigError(f"{shown(name)} has numbers that are too large for {dtype}; use float32")
+            raise ConfigError(f"{safe_repr(name)} has numbers that are too large for {dtype}; use float32")
 
 
 # -- Errors --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ parameters can fall below (``bounds``).
 """
 
 from ._decompose import Settings, decompose
-from ._fit_report import GroupReport, Report, Step
-from ._rank_search import Found, search_rank, smallest_rank
+from ._fit_report import FitReport, GroupReport, Step
+from ._rank_search import FoundRank, search_rank, smallest_rank
 
-__all__ = ["Found", "GroupReport", "Report", "Settings", "Step", "decompose", "search_rank", "smallest_rank"]
+__all__ = ["FitReport", "FoundRank", "GroupReport", "Settings", "Step", "decompose", "search_rank", "smallest_rank"]

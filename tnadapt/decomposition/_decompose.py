@@ -14,9 +14,9 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, shown
+from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
 
-from ._fit_report import Report, Step
+from ._fit_report import FitReport, Step
 from ._group_fits import fit_plan
 from ._linear_algebra import TENSORLY, Algebra
 from ._single_tensor import Limits
@@ -37,10 +37,10 @@ class Settings:
 
     def __init__(self, tol: float = 1e-6, max_iterations: int = 100, svd: str = "auto", seed: int = 0) -> None:
         if isinstance(tol, bool) or not isinstance(tol, (int, float, np.floating)) or not 0.0 <= tol < 1.0:
-            raise ConfigError(f"tol must be from 0 to below 1; got {shown(tol)}")
+            raise ConfigError(f"tol must be from 0 to below 1; got {safe_repr(tol)}")
         self.limits = Limits(float(tol), integer("max_iterations", max_iterations, 1, 1 << 31, ConfigError))
         if svd not in _SVD:
-            raise ConfigError(f"svd must be one of {', '.join(_SVD)}; got {shown(svd)}")
+            raise ConfigError(f"svd must be one of {', '.join(_SVD)}; got {safe_repr(svd)}")
         self.svd, self.seed = svd, integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
 
     def fit(
@@ -50,7 +50,7 @@ class Settings:
         plan: SuperLoRA,
         read: Callable[[int], Array],
         progress: Callable[[Step], None] | None = None,
-    ) -> tuple[dict[str, Array], Report]:
+    ) -> tuple[dict[str, Array], FitReport]:
         """:func:`~tnadapt.decomposition._group_fits.fit_plan` on arrays of like's library, dtype and device."""
         return fit_plan(Algebra(backend, like, self.svd, self.seed), plan, read, self.limits, progress)
 
@@ -65,7 +65,7 @@ def decompose(
     svd: str = "auto",
     seed: int = 0,
     progress: Callable[[Step], None] | None = None,
-) -> tuple[dict[str, Array], Report]:
+) -> tuple[dict[str, Array], FitReport]:
     """Fit a config to given updates: the parameters whose ``deltas`` are nearest to them.
 
     Parameters

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tnadapt.algebra.norms import relative, together
 from tnadapt.algebra.superlora import SuperLoRA
 
-__all__ = ["GroupReport", "Report", "Step"]
+__all__ = ["FitReport", "GroupReport", "Step"]
 
 
 class Step(NamedTuple):
@@ -65,7 +65,7 @@ class GroupReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class FitReport:
     """How near a decomposition came.
 
     Attributes

@@ -11,7 +11,7 @@ from tnadapt.algebra.superlora import Group, SuperLoRA
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ShapeError
 
-from ._fit_report import GroupReport, Report, Step
+from ._fit_report import FitReport, GroupReport, Step
 from ._linear_algebra import Algebra
 from ._lower_bounds import lower_bound
 from ._scaling import at_size, power_of
@@ -34,7 +34,7 @@ def fit_plan(
     read: Callable[[int], Array],
     limits: Limits,
     progress: Progress | None = None,
-) -> tuple[dict[str, Array], Report]:
+) -> tuple[dict[str, Array], FitReport]:
     """The parameters of a plan whose updates are nearest to given ones.
 
     Parameters
@@ -83,7 +83,7 @@ def fit_plan(
         arrays, report = _fitted(algebra, group, y, limits, watch)
         params.update({full: arrays[name] for name, full in group.names.items()})
         reports.append(report)
-    return params, Report(plan, tuple(reports))
+    return params, FitReport(plan, tuple(reports))
 
 
 def _fitted(

@@ -10,15 +10,15 @@ import numpy as np
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ConfigError, integer, shown
+from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ._decompose import decompose
-from ._fit_report import Report
+from ._fit_report import FitReport
 
-__all__ = ["Found", "search_rank", "smallest_rank"]
+__all__ = ["FoundRank", "search_rank", "smallest_rank"]
 
 
-class Found(NamedTuple):
+class FoundRank(NamedTuple):
     """What a search for a rank ended with.
 
     Attributes
@@ -33,10 +33,12 @@ class Found(NamedTuple):
     rank: int
     config: Config
     params: dict[str, Array]
-    report: Report
+    report: FitReport
 
 
-def search_rank(deltas: Any, cfg: Config, error: float = 0.1, *, max_rank: int | None = None, **settings: Any) -> Found:
+def search_rank(
+    deltas: Any, cfg: Config, error: float = 0.1, *, max_rank: int | None = None, **settings: Any
+) -> FoundRank:
     """The smallest rank at which a config comes within an error of given updates.
 
     Parameters
@@ -80,11 +82,11 @@ def search_rank(deltas: Any, cfg: Config, error: float = 0.1, *, max_rank: int |
 
 
 def smallest_rank(
-    fit: Callable[[Config], tuple[dict[str, Array], Report]], cfg: Config, error: float, max_rank: int | None = None
-) -> Found:
+    fit: Callable[[Config], tuple[dict[str, Array], FitReport]], cfg: Config, error: float, max_rank: int | None = None
+) -> FoundRank:
     """:func:`search_rank` by any function that fits a config."""
     if isinstance(error, bool) or not isinstance(error, (int, float, np.floating)) or not 0.0 < error < 1.0:
-        raise ConfigError(f"error must be above 0 and below 1, relative to the updates; got {shown(error)}")
+        raise ConfigError(f"error must be above 0 and below 1, relative to the updates; got {safe_repr(error)}")
     if not isinstance(cfg, Config):
         raise ConfigError(f"expected a tnadapt.Config; got {type(cfg).__name__}")
     ranks = {cfg.rank} if isinstance(cfg.rank, int) else set(cfg.rank) - {None}
@@ -93,10 +95,10 @@ def smallest_rank(
     if max_rank is not None:
         max_rank = integer("max_rank", max_rank, 1, MAX_SIZE, ConfigError)
 
-    def at(rank: int) -> Found:
+    def at(rank: int) -> FoundRank:
         several = not isinstance(cfg.rank, int) and tuple(None if r is None else rank for r in cfg.rank)
         config = cfg.replace(rank=several or rank)
-        return Found(rank, config, *fit(config))
+        return FoundRank(rank, config, *fit(config))
 
     found = at(1)
     useful = _useful(found.report)
@@ -121,7 +123,7 @@ def smallest_rank(
     return found
 
 
-def _useful(report: Report) -> int | None:
+def _useful(report: FitReport) -> int | None:
     """The rank beyond which none makes anything that a smaller one does not; None where there is no rank."""
     most: int | None = None
     for group in report.plan.groups:

@@ -20,13 +20,13 @@ from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from tnadapt.checkpoints.container import DTYPES
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
-from tnadapt.errors import FileError, ShapeError, TargetError, shown
+from tnadapt.errors import FileError, ShapeError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.prefixes import Prefix, found_prefix, near_names
 from tnadapt.targets.target import Target
 
-from . import Report, Settings, Step, smallest_rank
+from . import FitReport, Settings, Step, smallest_rank
 
 __all__ = ["Extraction", "extract", "within"]
 
@@ -48,7 +48,7 @@ class Extraction(NamedTuple):
     """
 
     file: AdapterFile
-    report: Report
+    report: FitReport
     others: tuple[str, ...]
 
 
@@ -170,11 +170,11 @@ def within(
     error: float | None,
     max_rank: int | None,
     progress: Callable[[Step], None] | None,
-) -> tuple[dict[str, np.ndarray], Report, Config]:
+) -> tuple[dict[str, np.ndarray], FitReport, Config]:
     """The fit of updates that are read one at a time, at a config's rank or at the smallest within an error."""
     backend, like = load_backend("numpy"), np.zeros(0, np.float32)
 
-    def fit(config: Config) -> tuple[dict[str, np.ndarray], Report]:
+    def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
         return settings.fit(backend, like, SuperLoRA(config, shapes, list(layers)), read, progress)
 
     if error is None:
@@ -190,7 +190,8 @@ def _prefix(targets: Sequence[Target], base: Checkpoint) -> Prefix:
         missing = [target.name for target in targets if target.name not in stored]
         near = near_names(missing[0], stored)
         raise TargetError(
-            f"the base checkpoint lacks {len(missing)} of {len(targets)} targets, such as {shown(missing[0])}, under "
+            f"the base checkpoint lacks {len(missing)} of {len(targets)} targets, such as "
+            f"{safe_repr(missing[0])}, under "
             f"any prefix{'; ' + near if near else ''}: give two checkpoints of one model"
         )
     return found
@@ -262,7 +263,9 @@ def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -
         own = [name for name in tuned.entries if f".{pattern}." in f".{name}."]
         if not own:
             some = ", ".join(list(tuned.entries)[:6])
-            raise TargetError(f"keep: no tensor lies at or below {shown(pattern)}; the tuned checkpoint has {some}, …")
+            raise TargetError(
+                f"keep: no tensor lies at or below {safe_repr(pattern)}; the tuned checkpoint has {some}, …"
+            )
         found.update(dict.fromkeys(own))
     both = sorted(targets & found.keys())
     if both:
@@ -334,7 +337,9 @@ def _same_bytes(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> b
             size = min(left, _PIECE)
             ours, theirs = one.read(size), other.read(size)
             if len(ours) != size or len(theirs) != size:
-                raise FileError(f"{base.path} or {tuned.path}: a file ended within {shown(name)}, while it was read")
+                raise FileError(
+                    f"{base.path} or {tuned.path}: a file ended within {safe_repr(name)}, while it was read"
+                )
             if ours != theirs:
                 return False
             left -= size

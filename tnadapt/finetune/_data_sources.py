@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tnadapt.checkpoints.adapter_file import some
-from tnadapt.errors import FileError, TnadaptError, shown
+from tnadapt.checkpoints.adapter_file import summarize
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from ._data import Data, Labels, Samples
 from .archives import read_npz
@@ -97,7 +97,7 @@ def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
         raise FileError(f"the labels of {name} are of type {known}; expected words, or integers")
     for index, text in enumerate(inputs if kind == "text" else []):
         if not isinstance(text, str):
-            raise FileError(f"the text of sample {index} of {name} is {shown(text)}")
+            raise FileError(f"the text of sample {index} of {name} is {safe_repr(text)}")
 
 
 # -- Tables ------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def _npz(path: Path) -> Data:
                     raise FileError(f"x_train and x_test of {path} are of different types")
             return _labelled(path.name, "image", inputs, labels, test)
     raise FileError(
-        f"{path} holds {some(known) if known else 'nothing'}; "
+        f"{path} holds {summarize(known) if known else 'nothing'}; "
         "expected x_train, y_train, x_test and y_test, or x and y, or images and labels"
     )
 
@@ -241,7 +241,7 @@ def _from_datasets(source: str, text_column: str | None, label_column: str | Non
         import datasets
     except ImportError:
         raise TnadaptError(
-            f"no file or folder {shown(source)}; give --data one, or pip install 'tnadapt[hub]', to read it as a "
+            f"no file or folder {safe_repr(source)}; give --data one, or pip install 'tnadapt[hub]', to read it as a "
             "datasets name"
         ) from None
     name, _, config = source.partition(":")
@@ -253,7 +253,7 @@ def _from_datasets(source: str, text_column: str | None, label_column: str | Non
                 found = datasets.load_dataset(name, config or None)
     except Exception as error:  # whatever a hub, a proxy or a parser raises
         raise TnadaptError(
-            f"no file or folder {shown(source)}, and datasets cannot load that name: {first_line(error)}; "
+            f"no file or folder {safe_repr(source)}, and datasets cannot load that name: {first_line(error)}; "
             "give --data a file or folder"
         ) from None
     if not isinstance(found, dict):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnadapt.errors import FileError, TnadaptError, shown
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from ._data import Data, Samples, choose, divide
 from ._data_sources import first_line, quiet, read
@@ -84,11 +84,11 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
         return model  # type: ignore[no-any-return]
 
     way = "" if Path(name).exists() else "; give --model a folder"
-    with _refused(f"cannot load {shown(name)} for {data.kind}s through transformers", way):
+    with _refused(f"cannot load {safe_repr(name)} for {data.kind}s through transformers", way):
         model = build(0)
     drawn = tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
     if len(new) == len(model.state_dict()):
-        raise TnadaptError(f"{shown(name)} brings none of the weights of {type(model).__name__}")
+        raise TnadaptError(f"{safe_repr(name)} brings none of the weights of {type(model).__name__}")
     parts: dict[str, Part]
     if data.kind == "text":
         tokenizer = _tokenizer(name, transformers)
@@ -142,7 +142,7 @@ def _head(model: nn.Module) -> tuple[str, ...]:
 
 
 def _tokenizer(name: str, transformers: Any) -> Any:
-    with _refused(f"no tokenizer in {shown(name)}"), _silent(transformers):
+    with _refused(f"no tokenizer in {safe_repr(name)}"), _silent(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -155,17 +155,17 @@ def _texts(spec: Spec, tokenizer: Any, samples: dict[str, Samples], model: Any) 
     most = min(getattr(model.config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
     longest, least = spec.max_length or min(LONGEST, most), tokenizer.num_special_tokens_to_add() + 1
     if not least <= longest <= most:
-        raise TnadaptError(f"--max-length must be from {least} to {most} for {shown(spec.model)}; got {longest}")
+        raise TnadaptError(f"--max-length must be from {least} to {most} for {safe_repr(spec.model)}; got {longest}")
     known = model.get_input_embeddings().num_embeddings
     special = torch.tensor(tokenizer.all_special_ids)
     for part, some in samples.items():
         texts = Texts(some, tokenizer, longest, tokenizer.pad_token_id)
         if texts.lengths is not None and not bool(texts.lengths.all()):
             empty = samples[part].inputs[int(texts.lengths.argmin())]
-            raise TnadaptError(f"the tokenizer of {shown(spec.model)} finds no token in {shown(empty)}")
+            raise TnadaptError(f"the tokenizer of {safe_repr(spec.model)} finds no token in {safe_repr(empty)}")
         # transformers gives a tokenizer that knows no word where there is none in the folder.
         if all(bool(torch.isin(tokens, special).all()) for tokens in texts.tokens):
-            raise TnadaptError(f"no tokenizer in {shown(spec.model)} that knows a word of the texts")
+            raise TnadaptError(f"no tokenizer in {safe_repr(spec.model)} that knows a word of the texts")
         top = max((int(tokens.max()) for tokens in texts.tokens if len(tokens)), default=0)
         if top >= known:
             raise TnadaptError(
@@ -234,7 +234,7 @@ def _timm(spec: Spec, data: Data, samples: dict[str, Samples]) -> Problem:
             except TypeError:  # a model that takes any size takes none
                 return timm.create_model(name, pretrained=True, num_classes=len(data.classes))  # type: ignore[no-any-return]
 
-    with _refused(f"cannot load {shown(name)} through timm"):
+    with _refused(f"cannot load {safe_repr(name)} through timm"):
         model = build(0)
     config: Any = model.pretrained_cfg
     named = config.get("classifier") or "head"
@@ -258,12 +258,12 @@ def _problem(
     head: tuple[str, ...] = (),
 ) -> Problem:
     """The problem, once the model has been seen to take a batch of the samples."""
-    with _refused(f"{shown(spec.model)} does not take the samples of {data.name}"), torch.no_grad():
+    with _refused(f"{safe_repr(spec.model)} does not take the samples of {data.name}"), torch.no_grad():
         part = parts["training"]
         largest = torch.arange(len(part.labels)) if part.lengths is None else part.lengths.argsort(descending=True)
         found = logits(model.eval(), part.batch(largest[:2], torch.device("cpu")))
         if found.shape[1:] != (len(data.classes),):
-            raise TnadaptError(f"{shown(spec.model)} gives {tuple(found.shape)} for two samples of {data.name}")
+            raise TnadaptError(f"{safe_repr(spec.model)} gives {tuple(found.shape)} for two samples of {data.name}")
     # What was drawn must be trained and saved, whatever else is kept.
     keep = (*(spec.keep or head), *(name for name in drawn if not under(name, spec.keep or head)))
     name = Path(str(spec.model).removeprefix("timm:")).name

@@ -12,7 +12,7 @@ from typing import Any
 from tnadapt import torch as tnt
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.errors import FileError, TnadaptError, shown
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from ._best import Proof, prove
 from ._choice import Chooser
@@ -297,7 +297,7 @@ def _check(out: Path) -> None:
         try:
             wrong = path.exists() and path.is_dir() != folder
         except OSError as error:  # a name that is too long
-            raise FileError(f"cannot use {shown(str(path))}: {error.strerror}") from None
+            raise FileError(f"cannot use {safe_repr(str(path))}: {error.strerror}") from None
         if wrong:
             kinds = ("a file", "a folder") if folder else ("a folder", "a file")
             raise FileError(f"{path} is {kinds[0]} and should be {kinds[1]}; give another folder with --out")

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from tnadapt.errors import shown
+from tnadapt.errors import safe_repr
 
 __all__ = ["DEFLATED", "LARGEST", "filled", "read_npz"]
 
@@ -59,7 +59,7 @@ def filled(file: io.BufferedIOBase, shape: tuple[int, ...], dtype: DTypeLike, mo
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if min(shape, default=0) < 0 or size > LARGEST:
-        raise ValueError(f"it claims an array of shape {shown(shape)}; 16 GiB are read at the most")
+        raise ValueError(f"it claims an array of shape {safe_repr(shape)}; 16 GiB are read at the most")
     if size > most:
         raise ValueError(f"it claims an array of {size:,} bytes, and can have {most:,} at the most")
     array = np.empty(math.prod(shape), dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
-from tnadapt.errors import TnadaptError, shown
+from tnadapt.errors import TnadaptError, safe_repr
 from tnadapt.planning import known_as
 
 __all__ = ["DENSE", "HEAD", "Method", "Shapes", "default_methods", "head_alone", "methods_of"]
@@ -173,7 +173,7 @@ def methods_of(
     found = []
     for name in dict.fromkeys(names or ["superlora"]):
         if name not in presets.__all__:
-            raise TnadaptError(f"no preset {shown(name)}; expected one of {', '.join(presets.__all__)}")
+            raise TnadaptError(f"no preset {safe_repr(name)}; expected one of {', '.join(presets.__all__)}")
         preset = getattr(presets, name)
         parameters = inspect.signature(preset).parameters
         stacked = _stacked(name, parameters, shapes, layers)

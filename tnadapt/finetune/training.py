@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt import torch as tnt
-from tnadapt.errors import TnadaptError, shown
+from tnadapt.errors import TnadaptError, safe_repr
 
 from .grid import Method
 from .loop import Schedule, evaluate, fit
@@ -145,7 +145,7 @@ def usable_device(name: str | None) -> str:
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # torch raises several kinds of it
-        raise TnadaptError(f"no device {shown(name)} here: {str(error).splitlines()[0][:200]}") from None
+        raise TnadaptError(f"no device {safe_repr(name)} here: {str(error).splitlines()[0][:200]}") from None
     return name
 
 

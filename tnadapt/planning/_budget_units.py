@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from tnadapt.backends.backend import FLOAT_DTYPES
-from tnadapt.errors import ConfigError, integer, shown
+from tnadapt.errors import ConfigError, integer, safe_repr
 
 __all__ = ["bytes_each", "parameters_of"]
 
@@ -32,7 +32,7 @@ def bytes_each(dtype: str) -> int:
     2
     """
     if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {shown(dtype)}")
+        raise ConfigError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}; got {safe_repr(dtype)}")
     return {"float64": 8, "float32": 4}.get(dtype, 2)
 
 
@@ -69,13 +69,13 @@ def parameters_of(budget: Any, dtype: str = "float32") -> int:
     if match is None or (unit and unit not in UNITS):
         raise ConfigError(
             f"a budget is a number of parameters, such as 1000, or of bytes, such as '4 kB' or '64 KiB'; "
-            f"got {shown(budget)}"
+            f"got {safe_repr(budget)}"
         )
     number = Decimal(match[1].replace(",", "").replace("_", ""))
     if not unit and number != int(number):
-        raise ConfigError(f"a budget of parameters must be a whole number; got {shown(budget)}")
+        raise ConfigError(f"a budget of parameters must be a whole number; got {safe_repr(budget)}")
     found = int(number * UNITS[unit]) // each if unit else int(number)
     if found < 1:
         least = f"; one parameter is {each} bytes in {dtype}" if unit else ""
-        raise ConfigError(f"a budget must be at least 1 parameter; got {shown(budget)}{least}")
+        raise ConfigError(f"a budget must be at least 1 parameter; got {safe_repr(budget)}{least}")
     return min(found, MOST)

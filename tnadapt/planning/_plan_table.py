@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tnadapt.errors import ConfigError, shown
+from tnadapt.errors import ConfigError, safe_repr
 
 from ._plan_row import Row
 
@@ -148,7 +148,7 @@ def checked_criteria(by: Iterable[str]) -> tuple[str, ...]:
     """Names of ``CRITERIA``, or a ConfigError."""
     names = tuple(by) if not isinstance(by, str) else (by,)
     if not names or any(name not in CRITERIA for name in names):
-        raise ConfigError(f"by must name what a setting can be better at: {', '.join(CRITERIA)}; got {shown(by)}")
+        raise ConfigError(f"by must name what a setting can be better at: {', '.join(CRITERIA)}; got {safe_repr(by)}")
     return names
 
 

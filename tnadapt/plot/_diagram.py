@@ -14,9 +14,9 @@ from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import Group, SuperLoRA
 from tnadapt.errors import ShapeError, integer
 
-from ._split_diagram import BOND_POINTS, KINDS, MODES, Box, Label, Part, laid_out, some, wide
+from ._split_diagram import BOND_POINTS, KINDS, MODES, Box, Label, SplitDrawing, laid_out, some, wide
 
-__all__ = ["Diagram", "Entry", "Step", "diagram"]
+__all__ = ["Diagram", "FlowStep", "KeyEntry", "diagram"]
 
 # Of more splits than this the first few are drawn, and the last one.
 _SPLITS, _FIRST = 5, 3
@@ -28,7 +28,7 @@ _STEP_POINTS, _KEY_POINTS = 8.5, 7.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class FlowStep:
     """What becomes of the network: a box, and the arrow that leads to it from above with a note beside it."""
 
     lines: tuple[str, ...]
@@ -48,7 +48,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class KeyEntry:
     """What one kind of node is, in the key: the left end of its sign."""
 
     kind: str
@@ -85,13 +85,13 @@ class Diagram:
     width, height : float
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[SplitDrawing, ...]
     signs: tuple[Label, ...]
     frames: tuple[Box, ...]
     brackets: Box | None
     brace: tuple[float, float, float]
-    steps: tuple[Step, ...]
-    key: tuple[Entry, ...]
+    steps: tuple[FlowStep, ...]
+    key: tuple[KeyEntry, ...]
     words: str
     parameters: int
     splits_left_out: int
@@ -165,7 +165,7 @@ def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
 class _Splits:
     """The splits of one term in rows, with the signs between and around them."""
 
-    def __init__(self, network: Network, parts: Mapping[int, Part], hidden: int) -> None:
+    def __init__(self, network: Network, parts: Mapping[int, SplitDrawing], hidden: int) -> None:
         self.parts, self.hidden = parts, hidden
         self.sign = "⊗" if network.kronecker else "⊙"
         self.several = len(network.splits) > 1
@@ -186,7 +186,7 @@ class _Splits:
         self.block = self.lead + max(self._width(row) for row in self.rows)
         self.inner = self.block + (0.2 if self.terms else 0.0)
         self.outer = self.inner + (2 * (wide(self.terms, BOND_POINTS) + 0.2) if self.terms else 0.0)
-        self.placed: list[Part] = []
+        self.placed: list[SplitDrawing] = []
         self.signs: list[Label] = []
         self.frames: list[Box] = []
         self.brackets: Box | None = None
@@ -247,7 +247,7 @@ class _Splits:
 # -- Words ---------------------------------------------------------------------------------------
 
 
-def _key(kinds: Sequence[str], width: float) -> tuple[tuple[Entry, ...], float]:
+def _key(kinds: Sequence[str], width: float) -> tuple[tuple[KeyEntry, ...], float]:
     """What the signs are, in lines of the width, and where they end."""
     x, y, found = _MARGIN, -0.1, []
     for kind in kinds:
@@ -255,7 +255,7 @@ def _key(kinds: Sequence[str], width: float) -> tuple[tuple[Entry, ...], float]:
         room = 0.27 + wide(text, _KEY_POINTS) + 0.2
         if x > _MARGIN and x + room > width:
             x, y = _MARGIN, y - 0.2
-        found.append(Entry(kind, text, x, y))
+        found.append(KeyEntry(kind, text, x, y))
         x += room
     return tuple(found), y - 0.1
 
@@ -296,11 +296,11 @@ def _times(sizes: Sequence[int]) -> str:
     return " × ".join(map(_number, sizes[:3])) + f" × ⋯ × {_number(sizes[-1])}, of {len(sizes)} modes"
 
 
-def _steps(plan: SuperLoRA, group: Group, index: int) -> list[Step]:
+def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
     """From the network to the weights."""
     network, projection = group.network, group.projection
     tensor = "tensor" if len(network.sizes) > 1 else "vector of"
-    steps = [Step((f"{tensor} {_times(network.sizes)}",), _combined(network))]
+    steps = [FlowStep((f"{tensor} {_times(network.sizes)}",), _combined(network))]
     held = math.prod(network.sizes)
     cut = f"keep the first {network.size:,} of {_number(held)}" if held > network.size else ""
     note = f"unfold, {cut}".removesuffix(", ") if len(network.sizes) > 1 else cut
@@ -309,10 +309,10 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[Step]:
             f"F: {projection.kind}, fixed, not trained",
             f"ρ = {plan.config.ratio:.12g}:  {projection.n_in:,} → {projection.n_out:,}",
         )
-        steps.append(Step(lines, note, fixed=True))
+        steps.append(FlowStep(lines, note, fixed=True))
         note = "" if projection.linear else "minus F at the start"
-    steps.append(Step((f"group {index:,}: {group.size:,} {_plural(group.size, 'element')}",), note))
-    steps.append(Step(tuple(_covered(plan, group.pieces)), "row by row"))
+    steps.append(FlowStep((f"group {index:,}: {group.size:,} {_plural(group.size, 'element')}",), note))
+    steps.append(FlowStep(tuple(_covered(plan, group.pieces)), "row by row"))
     return steps
 
 

@@ -12,7 +12,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 
 from ._diagram import Diagram, diagram
-from ._split_diagram import Label, Node, Part
+from ._split_diagram import Label, Node, SplitDrawing
 from .canvas import INK, OTHERS, PALE, STYLES, figure, saved
 
 __all__ = ["network"]
@@ -107,7 +107,7 @@ def _lighter(colour: str, share: float = 0.35) -> tuple[float, ...]:
     return tuple(1 - (1 - int(colour[at : at + 2], 16) / 255) * (1 - share) for at in (1, 3, 5))
 
 
-def _part(axes: Any, part: Part) -> None:
+def _part(axes: Any, part: SplitDrawing) -> None:
     for bond in part.bonds:
         for (x, y), (to_x, to_y) in itertools.pairwise(bond.line):
             _line(axes, (part.x + x, part.y + y), (part.x + to_x, part.y + to_y))

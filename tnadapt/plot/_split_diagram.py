@@ -13,7 +13,7 @@ from tnadapt.algebra.formats import Formula
 from tnadapt.algebra.superlora import Group, SuperLoRA
 from tnadapt.errors import ConfigError
 
-__all__ = ["KINDS", "MODES", "Bond", "Box", "Label", "Leg", "Node", "Part", "laid_out", "some", "wide"]
+__all__ = ["KINDS", "MODES", "Bond", "Box", "Label", "Leg", "Node", "SplitDrawing", "laid_out", "some", "wide"]
 
 # Of more modes than this the first few are drawn, and the last one.
 MODES, _FIRST = 10, 7
@@ -125,7 +125,7 @@ class Label:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class SplitDrawing:
     """One split.
 
     Attributes
@@ -247,7 +247,7 @@ class _Split:
         self.node(name, kind, self.middle, y, ends[1] - ends[0] + 2 * _RADIUS)
 
 
-def laid_out(plan: SuperLoRA, group: Group, k: int) -> Part:
+def laid_out(plan: SuperLoRA, group: Group, k: int) -> SplitDrawing:
     """One split of a group, with its origin at 0.
 
     Parameters
@@ -273,7 +273,7 @@ def laid_out(plan: SuperLoRA, group: Group, k: int) -> Part:
     _STYLES[style](split)
     boxes = [label.box for label in split.labels]
     above = max(*(node.y + node.height / 2 for node in split.nodes), *(box[3] for box in boxes))
-    return Part(
+    return SplitDrawing(
         x=0.0, y=0.0, width=split.width, above=above, below=-min(box[1] for box in boxes), nodes=tuple(split.nodes),
         bonds=tuple(split.bonds), legs=tuple(split.legs), labels=tuple(split.labels), sizes=split.sizes,
         left_out=split.left_out,

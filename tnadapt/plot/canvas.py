@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from tnadapt.checkpoints.atomic_files import replace_file
-from tnadapt.checkpoints.container import about
+from tnadapt.checkpoints.container import file_error_context
 
 __all__ = ["INK", "OTHERS", "PALE", "STYLES", "figure", "quiet", "saved"]
 
@@ -69,5 +69,5 @@ def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
         kind, place = "png", place.rstrip(".") + ".png"
     content = io.BytesIO()
     drawn.savefig(content, format=kind)
-    with about(place):
+    with file_error_context(place):
         replace_file(place, content.getvalue())

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
-from tnadapt.errors import ConfigError, shown
+from tnadapt.errors import ConfigError, safe_repr
 
 from .entry_points import load_plugins
 
@@ -78,14 +78,14 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(
                 f"the name of a {self.kind} is of lower-case letters, digits, '.', '_' and '-', at most 64; "
-                f"got {shown(name)}"
+                f"got {safe_repr(name)}"
             )
         if name in self._built_in:
             raise ConfigError(f"{self.kind} {name!r} is built in and cannot be replaced: choose another name")
         if not (isinstance(cls, type) and issubclass(cls, self.contract)):
             raise ConfigError(
                 f"a {self.kind} is a class that inherits from {self.contract.__module__.replace('._', '.')}."
-                f"{self.contract.__name__}; got {shown(cls)}"
+                f"{self.contract.__name__}; got {safe_repr(cls)}"
             )
         self._added[name] = cls
 
@@ -119,6 +119,6 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         other = f" {other}" if other else ""
         failed = "".join(f"; {failure}" for failure in failures)
         raise ConfigError(
-            f"{self.kind} must be one of {listed}{other}; got {shown(name)}. If a plug-in provides it, install the "
+            f"{self.kind} must be one of {listed}{other}; got {safe_repr(name)}. If a plug-in provides it, install the "
             f"plug-in{failed}"
         )

@@ -18,9 +18,18 @@ from .attention_grouping import (
     settled_names,
     unclear_children,
 )
-from .attention_layouts import Stored
+from .attention_layouts import StoredWeight
 from .fused_rows import Fused, LayoutError
-from .roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, is_attention, layer_of, natural, read
+from .roles import (
+    AMBIGUOUS_OUTPUTS,
+    OUTPUTS,
+    ProjectionName,
+    is_attention,
+    is_attention_group,
+    layer_of,
+    natural,
+    parse_projection_name,
+)
 from .target import ROLES, Rows, Target
 
 __all__ = ["StoredModel", "targets_of"]
@@ -81,7 +90,9 @@ class StoredModel:
 def _is_weight(name: str, shape: Sequence[int]) -> bool:
     parameter = name.rpartition(".")[2]
     # An attention's own, such as in_proj_weight, is one too.
-    layer = parameter == "weight" or (parameter.endswith("_weight") and read(parameter, attention=True) is not None)
+    layer = parameter == "weight" or (
+        parameter.endswith("_weight") and parse_projection_name(parameter, attention=True) is not None
+    )
     return layer and 2 <= len(shape) <= 8 and min(shape) > 0
 
 
@@ -146,7 +157,7 @@ def _attentions(model: StoredModel) -> Iterator[_StoredAttention]:
         named = _is_attention(path)
         called = _called(model, path, named)
         outputs = model.outputs(path, OUTPUTS)
-        called = [called[place] for place in evident([says for _, says, _ in called], named, bool(outputs))]
+        called = [called[place] for place in is_attention_group([says for _, says, _ in called], named, bool(outputs))]
         inputs = [entry for entry in called if len(entry[2]) > 1 or new(entry[2][0])]
         if not inputs:
             continue
@@ -167,7 +178,7 @@ def _called(model: StoredModel, path: str, named: bool) -> list[_Input]:
     """What of a module's own parameters and children is called a projection to q, k or v."""
     found = []
     for child in model.children[path]:
-        says = read(child, named)
+        says = parse_projection_name(child, named)
         weights = model.projections(path, child) if says is not None else []
         if says is not None and weights:
             found.append((child, says, weights))
@@ -203,12 +214,12 @@ def _inputs(model: StoredModel, attention: _StoredAttention, entry: _Input, role
 
 
 def _rows_in(
-    model: StoredModel, attention: _StoredAttention, child: str, says: Name, whole: Target
+    model: StoredModel, attention: _StoredAttention, child: str, says: ProjectionName, whole: Target
 ) -> dict[str, Rows | None]:
     path = _join(attention.path, child)
     below = whole.module.removeprefix(path).lstrip(".")
     beside = [name for name in model.children[attention.path] if name != child]
-    stored = Stored(child, below, beside, len(whole.stored))
+    stored = StoredWeight(child, below, beside, len(whole.stored))
     out, cols = whole.shape
     queries = [
         model.whole(weights[0], "q", "").shape[0] for _, other, weights in attention.inputs if other.letters == "q"

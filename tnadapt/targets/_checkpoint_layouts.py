@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tnadapt.errors import shown
+from tnadapt.errors import safe_repr
 
-from .attention_layouts import TRANSPOSED, Stored, by_name, contested, of_config
+from .attention_layouts import TRANSPOSED, StoredWeight, by_name, contested, of_config
 from .fused_rows import Facts, Fused, LayoutError, place_rows
 from .target import Rows
 
@@ -37,7 +37,9 @@ _WORDS = {
 }
 
 
-def stored_rows(name: str, stored: Stored, fused: Fused, cols: int, config: Config | None) -> dict[str, Rows | None]:
+def stored_rows(
+    name: str, stored: StoredWeight, fused: Fused, cols: int, config: Config | None
+) -> dict[str, Rows | None]:
     """Which rows of a fused weight make q, k and v.
 
     Parameters
@@ -96,14 +98,14 @@ def is_transposed(name: str, shape: tuple[int, ...], config: Config | None) -> b
     return any(isinstance(kind, str) and kind in TRANSPOSED for kind in kinds)
 
 
-def _rows(stored: Stored, fused: Fused, cols: int, config: Config, given: bool) -> dict[str, Rows | None]:
+def _rows(stored: StoredWeight, fused: Fused, cols: int, config: Config, given: bool) -> dict[str, Rows | None]:
     entry = of_config(config, stored)
     rule = by_name(stored.name) if entry is None else entry.rule
     if rule is None or (entry is None and contested(config, stored)):
         kind = config.get("model_type") or config.get("architecture")
-        says = f"{shown(kind)} is none whose layout is known" if kind else "config.json has no model_type"
+        says = f"{safe_repr(kind)} is none whose layout is known" if kind else "config.json has no model_type"
         raise LayoutError(
-            f"libraries lay {shown(stored.name)} out in different ways, and "
+            f"libraries lay {safe_repr(stored.name)} out in different ways, and "
             + (says if given else "there is no config.json that says what kind of model this is")
         )
     inner = config.get("attn_config")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from .roles import Name, hints
+from .roles import ProjectionName, hints
 from .target import Rows
 
 __all__ = ["PARENT_OUTPUTS", "Called", "distinct_rows", "main_projection", "settled_names", "unclear_children"]
@@ -18,7 +18,7 @@ __all__ = ["PARENT_OUTPUTS", "Called", "distinct_rows", "main_projection", "sett
 Weight = TypeVar("Weight")
 
 # A child's or parameter's name, what the name says, and the weights in it.
-Called = tuple[str, Name, list[Weight]]
+Called = tuple[str, ProjectionName, list[Weight]]
 
 # BERT's way: the attention's parent has the output projection, in output.dense. Called so in a parent that is itself an
 # attention only: elsewhere these are the MLP's.

@@ -18,14 +18,14 @@ from typing import Any
 from . import _fused_rules as rules
 from ._fused_rules import Rule
 
-__all__ = ["TABLE", "TRANSPOSED", "Layout", "Stored", "by_name", "contested", "of_class", "of_config"]
+__all__ = ["TABLE", "TRANSPOSED", "AttentionLayout", "StoredWeight", "by_name", "contested", "of_class", "of_config"]
 
 # Model types of transformers whose linear layers are stored as (in, out).
 TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredWeight:
     """A fused weight as a checkpoint shows it.
 
     Parameters
@@ -46,7 +46,7 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class AttentionLayout:
     """One entry of the table.
 
     Parameters
@@ -81,7 +81,7 @@ class Layout:
     beside: tuple[str, ...] = ()
     ndim: tuple[int, ...] = (2,)
 
-    def may_be(self, stored: Stored) -> bool:
+    def may_be(self, stored: StoredWeight) -> bool:
         """Whether a weight of a checkpoint looks like this one."""
         return (
             stored.name in self.weights
@@ -95,77 +95,79 @@ _GPT2 = (
 )  # fmt: skip
 _QKV = ("query_key_value",)
 
-TABLE: tuple[Layout, ...] = (
+TABLE: tuple[AttentionLayout, ...] = (
     # -- transformers, and models that bring their own code: one after another, whatever their names suggest
-    Layout(rules.concatenated, ("c_attn",), _GPT2, (*sorted(TRANSPOSED), "qwen")),
-    Layout(
+    AttentionLayout(rules.concatenated, ("c_attn",), _GPT2, (*sorted(TRANSPOSED), "qwen")),
+    AttentionLayout(
         rules.concatenated,
         ("qkv_proj",),
         ("Phi3Attention", "Phi4MultimodalAttention"),
         ("phi3", "phi3_v", "phi3small", "phi4_multimodal", "phi4mm"),
     ),
-    Layout(rules.concatenated, ("Wqkv",), ("DbrxAttention", "MptAttention"), ("dbrx", "mpt")),
-    Layout(rules.thirds, ("Wqkv",), ("ModernBertAttention",), ("modernbert", "modernbert-decoder")),
-    Layout(rules.concatenated, ("W_pack",), ("BaichuanAttention",), ("baichuan",)),
-    Layout(rules.concatenated, ("qkv",), ("Exaone4_5_VisionAttention",), ("exaone4_5_vision",)),
+    AttentionLayout(rules.concatenated, ("Wqkv",), ("DbrxAttention", "MptAttention"), ("dbrx", "mpt")),
+    AttentionLayout(rules.thirds, ("Wqkv",), ("ModernBertAttention",), ("modernbert", "modernbert-decoder")),
+    AttentionLayout(rules.concatenated, ("W_pack",), ("BaichuanAttention",), ("baichuan",)),
+    AttentionLayout(rules.concatenated, ("qkv",), ("Exaone4_5_VisionAttention",), ("exaone4_5_vision",)),
     # -- head by head
-    Layout(
+    AttentionLayout(
         rules.by_head,
         _QKV,
         ("BloomAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "PersimmonAttention"),
         ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"),
     ),
-    Layout(rules.by_head, ("in_proj",), ("DisentangledSelfAttention",), ("deberta",)),
-    Layout(
+    AttentionLayout(rules.by_head, ("in_proj",), ("DisentangledSelfAttention",), ("deberta",)),
+    AttentionLayout(
         rules.by_head,
         ("qkv_proj",),
         ("MiniMaxLightningAttention",),
         ("minimax", "minimax_text_01", "MiniMaxText01"),
         beside=("output_gate",),
     ),
-    Layout(rules.by_head, ("linear_kv",), ("EsmFoldInvariantPointAttention",)),
+    AttentionLayout(rules.by_head, ("linear_kv",), ("EsmFoldInvariantPointAttention",)),
     # -- by the numbers of heads and flags
-    Layout(rules.falcon, _QKV, ("FalconAttention",), ("falcon",)),
-    Layout(rules.by_group, _QKV, model_types=("RefinedWeb",)),
-    Layout(rules.multi_query, _QKV, model_types=("RefinedWebModel",)),
-    Layout(rules.multi_query, ("c_attn",), ("GPTBigCodeAttention",), ("gpt_bigcode",)),
-    Layout(rules.by_group, ("wqkv",), ("InternLM2Attention",), ("internlm2",)),
-    Layout(
+    AttentionLayout(rules.falcon, _QKV, ("FalconAttention",), ("falcon",)),
+    AttentionLayout(rules.by_group, _QKV, model_types=("RefinedWeb",)),
+    AttentionLayout(rules.multi_query, _QKV, model_types=("RefinedWebModel",)),
+    AttentionLayout(rules.multi_query, ("c_attn",), ("GPTBigCodeAttention",), ("gpt_bigcode",)),
+    AttentionLayout(rules.by_group, ("wqkv",), ("InternLM2Attention",), ("internlm2",)),
+    AttentionLayout(
         rules.glm,
         _QKV,
         ("SelfAttention",),
         ("chatglm",),
         attributes=("hidden_size_per_attention_head", "num_attention_heads_per_partition"),
     ),
-    Layout(
+    AttentionLayout(
         rules.code_gen, ("qkv_proj",), ("CodeGenAttention", "MossAttention"), ("codegen", "moss"), beside=("out_proj",)
     ),
-    Layout(
+    AttentionLayout(
         rules.latent,
         ("kv_b_proj",),
         attributes=("qk_nope_head_dim", "v_head_dim"),
         settings=("qk_nope_head_dim", "v_head_dim"),
     ),
-    Layout(
+    AttentionLayout(
         rules.delta_rule,
         ("in_proj_qkv", "in_proj_qkvz"),
         attributes=("num_k_heads", "head_k_dim"),
         settings=("linear_num_key_heads", "linear_key_head_dim"),
     ),
-    Layout(
+    AttentionLayout(
         rules.levit,
         ("queries_keys_values", "keys_values"),
         ("LevitAttention", "LevitAttentionSubsample"),
     ),
-    Layout(rules.linear_attention, ("qkv_proj",), ("MobileViTV2LinearSelfAttention",), ("mobilevitv2",), ndim=(4,)),
+    AttentionLayout(
+        rules.linear_attention, ("qkv_proj",), ("MobileViTV2LinearSelfAttention",), ("mobilevitv2",), ndim=(4,)
+    ),
     # -- one weight for two letters, the same numbers
-    Layout(rules.shared, ("query_key",), ("LSHSelfAttention",), ("reformer",)),
-    Layout(rules.shared, ("kv_proj", "wkv"), ("DeepseekV4Attention",), ("deepseek_v4",)),
+    AttentionLayout(rules.shared, ("query_key",), ("LSHSelfAttention",), ("reformer",)),
+    AttentionLayout(rules.shared, ("kv_proj", "wkv"), ("DeepseekV4Attention",), ("deepseek_v4",)),
     # -- stored in an order that no model in memory has
-    Layout(rules.reordered, ("wqkv",), model_types=("kimi_k25",)),
-    Layout(rules.reordered, ("in_proj_weight",), model_types=("step3p5_vision", "step3p7", "step3p7_vision")),
+    AttentionLayout(rules.reordered, ("wqkv",), model_types=("kimi_k25",)),
+    AttentionLayout(rules.reordered, ("in_proj_weight",), model_types=("step3p5_vision", "step3p7", "step3p7_vision")),
     # -- timm
-    Layout(
+    AttentionLayout(
         rules.levit,
         ("qkv", "kv"),
         (
@@ -178,7 +180,7 @@ TABLE: tuple[Layout, ...] = (
         beside=("attention_biases",),
         ndim=(2, 4),
     ),
-    Layout(
+    AttentionLayout(
         rules.head_first,
         ("qkv",),
         (
@@ -190,46 +192,46 @@ TABLE: tuple[Layout, ...] = (
         beside=("rel_pos",),
         ndim=(2, 4),
     ),
-    Layout(rules.head_first, ("qkv",), architectures=("coat", "max"), ndim=(4,)),
-    Layout(
+    AttentionLayout(rules.head_first, ("qkv",), architectures=("coat", "max"), ndim=(4,)),
+    AttentionLayout(
         rules.global_window,
         ("qkv",),
         ("timm.models.gcvit.WindowAttentionGlobal",),
         architectures=("gcvit",),
         beside=("rel_pos",),
     ),
-    Layout(
+    AttentionLayout(
         rules.linear_attention,
         ("qkv_proj",),
         ("timm.models.mobilevit.LinearSelfAttention",),
         architectures=("mobilevitv2",),
         ndim=(4,),
     ),
-    Layout(
+    AttentionLayout(
         rules.sized("q=qk_dim k=qk_dim v=pdim"),
         ("qkv",),
         ("timm.models.shvit.SHSA",),
         architectures=("shvit",),
         ndim=(4,),
     ),
-    Layout(
+    AttentionLayout(
         rules.sized("q=dim k=dim v=dim", count=None),
         ("qkv",),
         ("timm.models.efficientvit_mit.LiteMLA",),
         architectures=("efficientvit_b", "efficientvit_l"),
         ndim=(4,),
     ),
-    Layout(
+    AttentionLayout(
         rules.sized("q=dim_out_qk k=dim_out_qk v=dim_out_v"),
         ("qkv",),
         ("timm.layers.bottleneck_attn.BottleneckAttn",),
         ndim=(4,),
     ),
-    Layout(
+    AttentionLayout(
         rules.sized("k=dim_head_qk v=dim_head_v", count=None), ("kv",), ("timm.layers.halo_attn.HaloAttn",), ndim=(4,)
     ),
-    Layout(rules.lambda_layer, ("qkv",), ("timm.layers.lambda_layer.LambdaLayer",), ndim=(4,)),
-    Layout(
+    AttentionLayout(rules.lambda_layer, ("qkv",), ("timm.layers.lambda_layer.LambdaLayer",), ndim=(4,)),
+    AttentionLayout(
         rules.in_split,
         ("in_proj",),
         (
@@ -238,8 +240,8 @@ TABLE: tuple[Layout, ...] = (
         ),
     ),
     # -- diffusers, and other diffusion models
-    Layout(rules.guided, ("qkv",), ("AttentionBlock",), ndim=(3,)),
-    Layout(
+    AttentionLayout(rules.guided, ("qkv",), ("AttentionBlock",), ndim=(3,)),
+    AttentionLayout(
         rules.sized("q=inner_dim k=inner_dim v=inner_dim -=*"),
         ("to_qkv_mlp_proj",),
         ("Flux2ParallelSelfAttention",),
@@ -250,7 +252,7 @@ TABLE: tuple[Layout, ...] = (
 # -- Looking up -------------------------------------------------------------------------------
 
 
-def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "") -> Layout | None:
+def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "") -> AttentionLayout | None:
     """The entry of an attention in memory; None if its class is not in the table.
 
     Parameters
@@ -279,7 +281,7 @@ def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "")
     return None
 
 
-def of_config(config: Mapping[str, Any], stored: Stored) -> Layout | None:
+def of_config(config: Mapping[str, Any], stored: StoredWeight) -> AttentionLayout | None:
     """The entry of a weight in a checkpoint, by its config; None if no entry has it.
 
     Parameters
@@ -305,7 +307,7 @@ def of_config(config: Mapping[str, Any], stored: Stored) -> Layout | None:
     return None
 
 
-def contested(config: Mapping[str, Any], stored: Stored) -> bool:
+def contested(config: Mapping[str, Any], stored: StoredWeight) -> bool:
     """Whether a weight of a checkpoint, of which :func:`of_config` says nothing, looks like an entry's.
 
     If so, its layout cannot be taken from its name.

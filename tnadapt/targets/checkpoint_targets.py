@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tnadapt.errors import TargetError, shown
+from tnadapt.errors import TargetError, safe_repr
 
 from ._checkpoint_attention import StoredModel, targets_of
-from .roles import layer_of, natural, read
+from .roles import layer_of, natural, parse_projection_name
 from .target import Target
 
 __all__ = ["find_stored"]
@@ -75,11 +75,11 @@ def _chosen(targets: Any) -> Callable[[str], bool]:
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise TargetError(f"targets={shown(targets)} is no roles and no regular expression: {error}") from None
+            raise TargetError(f"targets={safe_repr(targets)} is no roles and no regular expression: {error}") from None
         return lambda path: pattern.fullmatch(path) is not None
     if not isinstance(targets, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in targets):
         raise TargetError(
-            f"targets must be roles such as 'qv', a regular expression, or a list of paths; got {shown(targets)}"
+            f"targets must be roles such as 'qv', a regular expression, or a list of paths; got {safe_repr(targets)}"
         )
     return lambda path: any(f".{path}".endswith(f".{entry}") for entry in targets)
 
@@ -93,14 +93,15 @@ def _nothing(targets: Any, weights: Mapping[str, Any]) -> TargetError:
         f"it has {len(paths)} weights, such as {', '.join(close)}" if paths else "it has no weights of layers at all"
     )
     return TargetError(
-        f"no tensor of the checkpoint is a target for {shown(targets)}; {there}. Give roles such as 'qv', paths in a "
+        f"no tensor of the checkpoint is a target for {safe_repr(targets)}; {there}. Give roles such as 'qv', "
+        "paths in a "
         "list, or a regular expression for whole paths"
     )
 
 
 def _whole(model: StoredModel, name: str) -> Target:
     path = _module(name)
-    says = read(path.rpartition(".")[2])
+    says = parse_projection_name(path.rpartition(".")[2])
     role = says.letters if says is not None and says.letters in ("q", "k", "v") else "linear"
     role = "conv" if role == "linear" and len(model.weights[name]) > 2 else role
     # The module's own number, in a Sequential of layers, is not the layer's.

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tnadapt.errors import TargetError, shown
+from tnadapt.errors import TargetError, safe_repr
 
 from .target import Rows, Target
 
@@ -76,7 +76,7 @@ def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
         other = targets[number]
         if (other.stored, other.transposed) != (first.stored, first.transposed):
             raise TargetError(
-                f"targets {numbers[0]} and {number} describe {shown(first.name)} differently: as {first.stored}"
+                f"targets {numbers[0]} and {number} describe {safe_repr(first.name)} differently: as {first.stored}"
                 f"{_order(first)} and as {other.stored}{_order(other)}. One of them is wrong"
             )
     by_stride: dict[int, list[_Part]] = {}
@@ -85,7 +85,8 @@ def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
         by_stride.setdefault(rows.stride, []).append(_Part(rows.start, rows.start + rows.length, number))
     if len(by_stride) > _MAX_STRIDES:
         raise TargetError(
-            f"the targets of {shown(first.name)} divide its rows into blocks of {len(by_stride)} different lengths; at "
+            f"the targets of {safe_repr(first.name)} divide its rows into blocks of {len(by_stride)} different "
+            "lengths; at "
             f"most {_MAX_STRIDES} are supported"
         )
     for parts in by_stride.values():
@@ -137,7 +138,7 @@ def _overlap(targets: Sequence[Target], one: int, two: int) -> TargetError:
     first, second = targets[one], targets[two]
     row = _shared(_rows(first), _rows(second))
     return TargetError(
-        f"targets {one} and {two} overlap: both update row {row} of {shown(first.name)} ({one}: {_words(first)}; "
+        f"targets {one} and {two} overlap: both update row {row} of {safe_repr(first.name)} ({one}: {_words(first)}; "
         f"{two}: {_words(second)}). Give each row of a weight to one target"
     )
 

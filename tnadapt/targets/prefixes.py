@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from tnadapt.errors import TargetError, shown
+from tnadapt.errors import TargetError, safe_repr
 
 from .target import Target
 
@@ -44,13 +44,13 @@ class Prefix(NamedTuple):
         """
         name = self.of(target.name)
         if name is None:
-            raise TargetError(f"{target.name} does not begin with {shown(self.taken)}")
+            raise TargetError(f"{target.name} does not begin with {safe_repr(self.taken)}")
         return target.renamed(name.removesuffix(target.parameter).removesuffix("."))
 
     def __str__(self) -> str:
         if self.taken:
-            return f"names without {shown(self.taken)}"
-        return f"names with {shown(self.given)} before them" if self.given else ""
+            return f"names without {safe_repr(self.taken)}"
+        return f"names with {safe_repr(self.given)} before them" if self.given else ""
 
 
 def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]]) -> Prefix | None:
@@ -84,9 +84,10 @@ def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]
     if len(fitting) > 1:
         shaped = [one for one in fitting if all(stored[one.of(t.name) or ""] == t.stored for t in targets)]
         if len(shaped) != 1:
-            several = ", ".join(shown(one.of(names[0])) for one in fitting[:4])
+            several = ", ".join(safe_repr(one.of(names[0])) for one in fitting[:4])
             raise TargetError(
-                f"{shown(names[0])} may be any of {several}, and nothing says which: give a checkpoint of the model "
+                f"{safe_repr(names[0])} may be any of {several}, and nothing says which: give a checkpoint of "
+                "the model "
                 "that it belongs to"
             )
         fitting = shaped
@@ -113,4 +114,4 @@ def near_names(name: str, stored: Collection[str]) -> str:
     "nearest: 'layer.0.query.weight'"
     """
     close = difflib.get_close_matches(name, stored, 3, 0.5)
-    return f"nearest: {', '.join(map(shown, close))}" if close else ""
+    return f"nearest: {', '.join(map(safe_repr, close))}" if close else ""

@@ -17,14 +17,14 @@ from typing import NamedTuple
 __all__ = [
     "AMBIGUOUS_OUTPUTS",
     "OUTPUTS",
-    "Name",
-    "evident",
+    "ProjectionName",
     "hints",
     "is_attention",
+    "is_attention_group",
     "layer_of",
     "natural",
     "number",
-    "read",
+    "parse_projection_name",
 ]
 
 _LETTERS = {
@@ -66,7 +66,7 @@ OUTPUTS = frozenset(
 AMBIGUOUS_OUTPUTS = frozenset({"proj", "projection", "projection_layer", "dense", "out", "output", "post"})
 
 
-class Name(NamedTuple):
+class ProjectionName(NamedTuple):
     """A role name, taken apart.
 
     Attributes
@@ -86,7 +86,7 @@ class Name(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def read(name: str, attention: bool = False) -> Name | None:
+def parse_projection_name(name: str, attention: bool = False) -> ProjectionName | None:
     """What a module or parameter of this name makes; None if it says nothing of q, k or v.
 
     Parameters
@@ -103,7 +103,7 @@ def read(name: str, attention: bool = False) -> Name | None:
     """
     whole = _WHOLE.get(name) or (_WHOLE_IN_ATTENTION.get(name) if attention else None)
     if whole is not None:
-        return Name(whole, name, True)
+        return ProjectionName(whole, name, True)
     letters, family, long = "", [], False
     previous = False
     for word in _words(name):
@@ -123,7 +123,7 @@ def read(name: str, attention: bool = False) -> Name | None:
     if letters not in ("q", "k", "v", "qk", "kv", "qkv"):
         return None
     plain = not _PROJECTION.isdisjoint(family) or (long and _HEAD.isdisjoint(family))
-    return Name(letters, "_".join(family), plain)
+    return ProjectionName(letters, "_".join(family), plain)
 
 
 def hints(name: str) -> str:
@@ -148,7 +148,7 @@ def is_attention(*names: str) -> bool:
     return any(re.search(r"attention|attn|mhsa|mha\b|^mla$", name, re.IGNORECASE) for name in names)
 
 
-def evident(names: Sequence[Name], named: bool, has_output: bool) -> list[int]:
+def is_attention_group(names: Sequence[ProjectionName], named: bool, has_output: bool) -> list[int]:
     """Which of the names that lie beside each other together make an attention, by their places.
 
     Parameters
@@ -182,7 +182,7 @@ def evident(names: Sequence[Name], named: bool, has_output: bool) -> list[int]:
     return kept
 
 
-def _letters(names: Iterable[Name]) -> set[str]:
+def _letters(names: Iterable[ProjectionName]) -> set[str]:
     return {letter for name in names for letter in name.letters}
 
 

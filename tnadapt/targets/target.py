@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tnadapt.backends.backend import Array
-from tnadapt.errors import TargetError, escaped, integer, shown
+from tnadapt.errors import TargetError, escaped, integer, safe_repr
 
 __all__ = ["ROLES", "Rows", "Target"]
 
@@ -99,15 +99,15 @@ class Target:
     def __post_init__(self) -> None:
         for name in ("module", "parameter", "layer"):
             if not isinstance(getattr(self, name), str):
-                raise TargetError(f"a target's {name} must be a string; got {shown(getattr(self, name))}")
+                raise TargetError(f"a target's {name} must be a string; got {safe_repr(getattr(self, name))}")
         if not self.parameter:
             raise TargetError("a target's parameter must be a name, such as 'weight'; got ''")
         if self.role not in ROLES:
-            raise TargetError(f"a target's role must be one of {', '.join(ROLES)}; got {shown(self.role)}")
+            raise TargetError(f"a target's role must be one of {', '.join(ROLES)}; got {safe_repr(self.role)}")
         if not isinstance(self.transposed, bool):
-            raise TargetError(f"a target's transposed must be True or False; got {shown(self.transposed)}")
+            raise TargetError(f"a target's transposed must be True or False; got {safe_repr(self.transposed)}")
         if not isinstance(self.stored, (tuple, list)) or not 2 <= len(self.stored) <= 8:
-            raise TargetError(f"a target's stored shape must be two to eight sizes; got {shown(self.stored)}")
+            raise TargetError(f"a target's stored shape must be two to eight sizes; got {safe_repr(self.stored)}")
         stored = tuple(integer("a size of a stored shape", size, 1, _MAX, TargetError) for size in self.stored)
         object.__setattr__(self, "stored", stored)
         if self.transposed and len(stored) != 2:
@@ -117,7 +117,7 @@ class Target:
 
     def _check_rows(self, out: int) -> None:
         if not isinstance(self.rows, (tuple, list)) or len(self.rows) != 4:
-            raise TargetError(f"a target's rows must be (start, length, stride, count); got {shown(self.rows)}")
+            raise TargetError(f"a target's rows must be (start, length, stride, count); got {safe_repr(self.rows)}")
         start, length, stride, count = (
             integer(f"rows of {self.name}", number, low, _MAX, TargetError)
             for number, low in zip(self.rows, (0, 1, 1, 1), strict=True)
@@ -215,9 +215,11 @@ class Target:
             If it is none.
         """
         if not isinstance(value, (list, tuple)) or not 3 <= len(value) <= 4:
-            raise TargetError(f"a target must be [module, shape, role] and at most its settings; got {shown(value)}")
+            raise TargetError(
+                f"a target must be [module, shape, role] and at most its settings; got {safe_repr(value)}"
+            )
         rest = value[3] if len(value) == 4 else {}
         known = {"parameter", "rows", "transposed", "layer"}
         if not isinstance(rest, Mapping) or not known.issuperset(rest):
-            raise TargetError(f"a target's settings must be among {', '.join(sorted(known))}; got {shown(rest)}")
+            raise TargetError(f"a target's settings must be among {', '.join(sorted(known))}; got {safe_repr(rest)}")
         return cls(value[0], value[1], value[2], **rest)

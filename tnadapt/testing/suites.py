@@ -346,16 +346,18 @@ class FormatContract:
                 np.testing.assert_allclose((other * found[name]).sum(), (made * tensor).sum(), rtol=1e-9, atol=1e-9)
 
     def test_paths_count_the_elements_that_an_element_is_made_of(self) -> None:
-        """An element depends on ``paths(name)`` elements of an array: where its gradient is not zero."""
+        """An element depends on ``num_terms_per_array(name)`` elements of an array: where its gradient is not zero."""
         for split, arrays in self._each():
             one = np.zeros(split.sizes)
             one[tuple(size // 2 for size in split.sizes)] = 1.0
             found = split.adjoint(get_backend(*arrays.values()), arrays, one)
             for name, gradient in found.items():
-                assert np.count_nonzero(gradient) == split.paths(name), f"{type(split).__name__}.paths({name!r})"
+                assert np.count_nonzero(gradient) == split.num_terms_per_array(name), (
+                    f"{type(split).__name__}.num_terms_per_array({name!r})"
+                )
 
     def test_paths_are_the_variance(self) -> None:
-        """Of independent unit numbers, elements have variance ``total_paths``: what the start counts on."""
+        """Of independent unit numbers, elements have variance ``num_terms``: what the start counts on."""
         rng = np.random.default_rng(0)
         for sizes, rank in (((6, 5), 2), ((3, 4, 3), 2)):
             split = self.kind(sizes, rank)
@@ -366,7 +368,7 @@ class FormatContract:
                     for name, shape in split.shapes.items()
                 }
                 total.append(split.tensor(get_backend(*arrays.values()), arrays, [(0, d) for d in sizes]))
-            assert 0.5 < np.mean(np.square(total)) / split.total_paths < 2.0
+            assert 0.5 < np.mean(np.square(total)) / split.num_terms < 2.0
 
 
 class MapContract:

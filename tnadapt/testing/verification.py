@@ -16,7 +16,7 @@ import numpy as np
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.backends import available_backends, load_backend
-from tnadapt.errors import ConfigError, integer, shown
+from tnadapt.errors import ConfigError, integer, safe_repr
 
 from . import _laws as rules
 from ._laws import Law
@@ -193,6 +193,6 @@ def _usable(wanted: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
     if wanted is None:
         return available_backends(), {}
     if isinstance(wanted, str) or not wanted:
-        raise ConfigError(f'backends must be a list of one or more names, e.g. ["numpy"]; got {shown(wanted)}')
+        raise ConfigError(f'backends must be a list of one or more names, e.g. ["numpy"]; got {safe_repr(wanted)}')
     absent = {name: "no device to compute on" for name in wanted if not load_backend(name).usable()}
     return [name for name in wanted if name not in absent], absent

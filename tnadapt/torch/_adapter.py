@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tnadapt.algebra.config import Config
-from tnadapt.decomposition import Report
+from tnadapt.decomposition import FitReport
 
 from . import _adapter_saving as saving
 from . import _arrays, _merging, _removal, _trainable
@@ -50,7 +50,7 @@ class Adapter:
         state.handle = self
         self.model, self.name, self.plan = state.model, state.name, state.plan
         self.targets, self.activation = state.targets, state.activation
-        self.report: Report | None = None
+        self.report: FitReport | None = None
 
     def __repr__(self) -> str:
         state = "merged" if self.merged else "attached" if self.enabled else "disabled"

@@ -15,7 +15,7 @@ from tnadapt.algebra.folding import MAX_SIZE
 from tnadapt.algebra.presets import superlora
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
-from tnadapt.errors import BackendError, ConfigError, TargetError, explains_peft_keywords, integer, shown
+from tnadapt.errors import BackendError, ConfigError, TargetError, explains_peft_keywords, integer, safe_repr
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
@@ -116,11 +116,11 @@ def attach(
     check_name(model, name)
     tokens = integer("tokens", tokens, 1, MAX_SIZE, ConfigError)
     if strategy not in STRATEGIES:
-        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {shown(strategy)}")
+        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(strategy)}")
     if activation is not None and activation not in ACTIVATIONS:
-        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {shown(activation)}")
+        raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(activation)}")
     if dtype not in _DTYPES:
-        raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {shown(dtype)}")
+        raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {safe_repr(dtype)}")
     cfg = superlora(rank=8) if cfg is None else cfg
     found = find_targets(model, targets, untie=untie)
     check_distinct(found)
@@ -179,7 +179,9 @@ def _put_on(
 def check_name(model: nn.Module, name: str) -> None:
     """A TargetError where a name is none, or is taken on this model."""
     if not isinstance(name, str) or not name or not name.isprintable():
-        raise TargetError(f"an adapter's name must be a non-empty string of printable characters; got {shown(name)}")
+        raise TargetError(
+            f"an adapter's name must be a non-empty string of printable characters; got {safe_repr(name)}"
+        )
     if DOT in name:
         raise TargetError(
             f"an adapter cannot be called {name!r}: this is how {name.replace(DOT, '.')!r} is written in the names of "
@@ -211,7 +213,7 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
         if not found:
             modules = ", ".join(name for name, _ in model.named_children())
             raise TargetError(
-                f"keep_trainable: no parameter lies at or below {shown(pattern)}; the model's parts are: {modules}"
+                f"keep_trainable: no parameter lies at or below {safe_repr(pattern)}; the model's parts are: {modules}"
             )
         kept.update(dict.fromkeys(found))
     both = [name for name in targets if name in kept]
@@ -245,13 +247,13 @@ def _strategy(
         if how is None or not how.is_plain or wanted not in ("auto", "factored"):
             raise ConfigError(
                 f"activation={activation!r} acts between the two factors of one low-rank matrix a weight, in the "
-                f"factored strategy; {target.name} with {shown(config)} has none: use tnadapt.presets.lora(rank)"
+                f"factored strategy; {target.name} with {safe_repr(config)} has none: use tnadapt.presets.lora(rank)"
             )
         return "factored", how
     if wanted == "factored" and not can_factor:
         raise ConfigError(
             "strategy='factored' needs a linear layer, and an update whose rows and columns are separate, as those of "
-            f"tnadapt.presets.lora(rank) or lokr(rank) are; {target.name} has {shown(config)}: use strategy='auto'"
+            f"tnadapt.presets.lora(rank) or lokr(rank) are; {target.name} has {safe_repr(config)}: use strategy='auto'"
         )
     if wanted == "additive" and not own:
         raise ConfigError(

@@ -20,7 +20,15 @@ from tnadapt.targets.attention_grouping import (
     settled_names,
     unclear_children,
 )
-from tnadapt.targets.roles import AMBIGUOUS_OUTPUTS, OUTPUTS, Name, evident, is_attention, layer_of, read
+from tnadapt.targets.roles import (
+    AMBIGUOUS_OUTPUTS,
+    OUTPUTS,
+    ProjectionName,
+    is_attention,
+    is_attention_group,
+    layer_of,
+    parse_projection_name,
+)
 from tnadapt.targets.target import Rows, Target
 
 from ._fused_weights import rows_of
@@ -46,7 +54,7 @@ class AttentionModule(NamedTuple):
 
     path: str
     module: nn.Module
-    inputs: list[tuple[str, Name, Weight]]
+    inputs: list[tuple[str, ProjectionName, Weight]]
     outputs: list[Weight]
     unclear: list[tuple[str, str]]
 
@@ -110,7 +118,7 @@ def attentions(model: nn.Module) -> Iterator[AttentionModule]:
         named = is_attention(type(module).__name__, plain(path).rpartition(".")[2])
         called = _called(path, module, named or is_known(module))
         outputs = _children(path, module, OUTPUTS)
-        called = [called[place] for place in evident([name for _, name, _ in called], named, bool(outputs))]
+        called = [called[place] for place in is_attention_group([name for _, name, _ in called], named, bool(outputs))]
         inputs = [
             (child, name, named_first(weights[0]))
             for child, name, weights in called
@@ -128,11 +136,11 @@ def _called(path: str, module: nn.Module, attention: bool) -> list[Called[Weight
     """What of a module's own parameters and children is called a projection to q, k or v."""
     found: list[Called[Weight]] = []
     for weight in weights_of(path, module):
-        name = read(weight.parameter, attention=True)
+        name = parse_projection_name(weight.parameter, attention=True)
         if name is not None:
             found.append((weight.parameter, name, [weight]))
     for child_name, child in module._modules.items():
-        name = read(child_name, attention)
+        name = parse_projection_name(child_name, attention)
         weights = [] if name is None or child is None else projections_in(join(path, child_name), child)
         if name is not None and weights:
             found.append((child_name, name, weights))
@@ -147,12 +155,14 @@ def _unclear(module: nn.Module, called: list[Called[Weight]]) -> list[tuple[str,
     return unclear_children(called, children, lambda name: bool(projections_in(name, children[name])))
 
 
-def _in_use(module: nn.Module, inputs: list[tuple[str, Name, Weight]]) -> list[tuple[str, Name, Weight]]:
+def _in_use(
+    module: nn.Module, inputs: list[tuple[str, ProjectionName, Weight]]
+) -> list[tuple[str, ProjectionName, Weight]]:
     """Without the separate weights that diffusers keeps beside a fused copy of them, and no longer reads."""
     if not getattr(module, "fused_projections", False):
         return inputs
 
-    def stream(name: Name) -> bool:
+    def stream(name: ProjectionName) -> bool:
         return name.family.startswith("add_") or "added" in name.family
 
     fused = {(stream(name), letter) for _, name, _ in inputs if len(name.letters) > 1 for letter in name.letters}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tnadapt.targets.attention_layouts import Layout, of_class
+from tnadapt.targets.attention_layouts import AttentionLayout, of_class
 from tnadapt.targets.fused_rows import Facts
 
 __all__ = ["facts_of", "is_known", "layout_of"]
@@ -17,7 +17,7 @@ def facts_of(parent: Any) -> Facts:
     return Facts(lookups, "its attributes are not those that were expected: there is no")
 
 
-def layout_of(parent: Any, weight: str = "") -> Layout | None:
+def layout_of(parent: Any, weight: str = "") -> AttentionLayout | None:
     """The table's entry for an attention of this class, with a fused weight of this name; None if there is none."""
     names = [name for cls in type(parent).__mro__ for name in (f"{cls.__module__}.{cls.__name__}", cls.__name__)]
     return of_class(names, lambda name: hasattr(parent, name), weight)

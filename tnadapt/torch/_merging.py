@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnadapt.algebra.rounding import PIECE, ExactUpdates, add_in_place
+from tnadapt.algebra.rounding import PIECE, Float64Deltas, add_in_place
 from tnadapt.errors import BackendError, TargetError
 from tnadapt.targets.target import Target
 
@@ -65,7 +65,7 @@ class _Exact:
         self.adapter = adapter
         self._arrays = {name: array.detach() for name, array in full_arrays(adapter).items()}
         self._trained = str(next(iter(self._arrays.values())).dtype).removeprefix("torch.")
-        self._updates: dict[torch.device, ExactUpdates] = {}
+        self._updates: dict[torch.device, Float64Deltas] = {}
 
     def sum(self, index: int, target: Target, weight: Tensor) -> Tensor:
         """The weight with its update, ``(rows, cols)``, in its own dtype and memory of its own."""
@@ -90,11 +90,11 @@ class _Exact:
             )
         return cast(Tensor, after.to(weight.device))
 
-    def _on(self, where: torch.device) -> ExactUpdates:
+    def _on(self, where: torch.device) -> Float64Deltas:
         if where not in self._updates:
             moved = {name: array.to(where) for name, array in self._arrays.items()}
             arrays = {name: _numbers(array) for name, array in moved.items()} if where.type == "cpu" else moved
-            self._updates[where] = ExactUpdates(self.adapter.plan, arrays, self._trained, _PIECES[where.type])
+            self._updates[where] = Float64Deltas(self.adapter.plan, arrays, self._trained, _PIECES[where.type])
         return self._updates[where]
 
 

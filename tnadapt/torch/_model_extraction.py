@@ -13,8 +13,8 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.presets import superlora
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
-from tnadapt.decomposition import Report, Settings, Step, smallest_rank
-from tnadapt.errors import ShapeError, TargetError, escaped, shown
+from tnadapt.decomposition import FitReport, Settings, Step, smallest_rank
+from tnadapt.errors import ShapeError, TargetError, escaped, safe_repr
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
@@ -124,7 +124,7 @@ def extract(
         difference: Tensor = found[weight].select(after.to(like) - before.to(like))
         return difference
 
-    def fit(config: Config) -> tuple[dict[str, Tensor], Report]:
+    def fit(config: Config) -> tuple[dict[str, Tensor], FitReport]:
         plan = SuperLoRA(config, [target.shape for target in found], [target.layer for target in found])
         return chosen.fit(load_backend("torch"), like, plan, read, progress)
 
@@ -174,7 +174,7 @@ def _weight(base: nn.Module, target: Target) -> Tensor:
 def _theirs(state: Mapping[str, Tensor], target: Target) -> Tensor:
     found = state.get(target.name)
     if found is None:
-        raise TargetError(f"the tuned model has no {shown(target.name)}: give the same model, tuned")
+        raise TargetError(f"the tuned model has no {safe_repr(target.name)}: give the same model, tuned")
     found = gather_full(found.detach())
     if tuple(found.shape) != target.stored or not found.is_floating_point():
         raise TargetError(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from tnadapt.errors import ConfigError, TargetError, shown
+from tnadapt.errors import ConfigError, TargetError, safe_repr
 
 from ._forward_patch import ForwardPatch
 from ._state import ADAPTERS_ATTR, AdapterState, need_unmerged
@@ -106,5 +106,5 @@ def _finite(weight: float) -> float:
         number = math.nan
     # NaN is not below anything.
     if not abs(number) <= torch.finfo(torch.float32).max:
-        raise ConfigError(f"a mixing weight must be a finite number; got {shown(weight)}")
+        raise ConfigError(f"a mixing weight must be a finite number; got {safe_repr(weight)}")
     return number

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tnadapt.errors import TargetError, shown
+from tnadapt.errors import TargetError, safe_repr
 from tnadapt.targets.roles import layer_of
 from tnadapt.targets.target import Target
 
@@ -49,7 +49,7 @@ class TargetSearch:
         if not isinstance(targets, (list, tuple, set, frozenset)):
             raise TargetError(
                 "targets must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function; "
-                f"got {shown(targets)}"
+                f"got {safe_repr(targets)}"
             )
         entries = sorted(targets, key=str) if isinstance(targets, (set, frozenset)) else targets
         return [target for entry in entries for target in self._by_entry(entry)]
@@ -62,7 +62,7 @@ class TargetSearch:
             f"it has {len(linear)} linear or convolution weights: {some}" if linear else "it has no such weight at all"
         )
         return TargetError(
-            f"no target in {type(self.model).__name__} for {shown(targets)}; {there}. Name them in a list, as "
+            f"no target in {type(self.model).__name__} for {safe_repr(targets)}; {there}. Name them in a list, as "
             "targets=['path', …], or give 'all-linear', 'conv', a regular expression for paths, or a function"
         )
 
@@ -81,7 +81,7 @@ class TargetSearch:
         try:
             pattern = re.compile(word)
         except re.error as error:
-            raise TargetError(f"targets={shown(word)} is no role, word or regular expression: {error}") from None
+            raise TargetError(f"targets={safe_repr(word)} is no role, word or regular expression: {error}") from None
         found = []
         for path, module in self.places:
             # A wrapper stands for the layer in it, whose plain path is the same.
@@ -96,7 +96,7 @@ class TargetSearch:
         if not weights:
             inside = [weight.path for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
             there = f"; name what lies inside, such as {', '.join(inside[:4])}" if inside else ""
-            raise TargetError(f"{shown(path)} is a {type(module).__name__}, which holds no weight to adapt{there}")
+            raise TargetError(f"{safe_repr(path)} is a {type(module).__name__}, which holds no weight to adapt{there}")
         return [_whole(weight) for weight in weights]
 
     # -- Lists -------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class TargetSearch:
         if isinstance(entry, Target):
             return [self._checked(entry)]
         if not isinstance(entry, str) or not entry:
-            raise TargetError(f"a list of targets holds paths and tnadapt.Target; got {shown(entry)}")
+            raise TargetError(f"a list of targets holds paths and tnadapt.Target; got {safe_repr(entry)}")
         found = [_whole(weight) for weight in self.weights if _ends(entry, weight.path) or _is_name(entry, weight)]
         if found:
             return found
@@ -138,7 +138,8 @@ class TargetSearch:
         some = list(dict.fromkeys(close)) or names[:6]
         there = f"{'near it' if close else 'there'}: {', '.join(some)}" if some else "the model has none at all"
         return TargetError(
-            f"no module of {type(self.model).__name__} matches {shown(name)}{what} ({len(names)} could); {there}. A "
+            f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
+            f"{there}. A "
             "list takes whole paths or their last whole parts, a plain string is a regular expression for a whole path"
         )
 
@@ -161,7 +162,7 @@ class TargetSearch:
             else:
                 raise TargetError(
                     "a function for targets gives True, roles such as 'qv', tnadapt.Target or nothing; for "
-                    f"{shown(path)} it gave {shown(given)}"
+                    f"{safe_repr(path)} it gave {safe_repr(given)}"
                 )
         return found
 

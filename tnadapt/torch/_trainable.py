@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnadapt.algebra.init import Start
+from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.superlora import Group
-from tnadapt.errors import ConfigError, shown
+from tnadapt.errors import ConfigError, safe_repr
 
 from ._arrays import named_parameters, pairs
 from ._sharding import copy_all, gather_full, reshard
@@ -41,7 +41,8 @@ def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
     chosen = [name for name, (number, word) in places.items() if number in numbers and word in words]
     if not chosen:
         raise ConfigError(
-            f"adapter {adapter.name!r} has no arrays {shown(arrays)} in groups {shown(groups)}; it has groups 0 to "
+            f"adapter {adapter.name!r} has no arrays {safe_repr(arrays)} in groups {safe_repr(groups)}; it has "
+            "groups 0 to "
             f"{len(known) - 1} and arrays {', '.join(last)}"
         )
     keep(adapter, chosen, _moved_zero(adapter, chosen))
@@ -111,7 +112,7 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
     return moved
 
 
-def _is_start(start: Start, own: Mapping[str, Tensor]) -> bool:
+def _is_start(start: Initializer, own: Mapping[str, Tensor]) -> bool:
     """Whether arrays are a start, to the bit."""
     return all(
         torch.equal(array.cpu(), torch.from_numpy(start.host(name)).to(array.dtype)) for name, array in own.items()

@@ -28,7 +28,7 @@ from tnadapt.checkpoints.merge import _job as job
 from tnadapt.checkpoints.merge import _journal as partial_module
 from tnadapt.checkpoints.merge import _publishing as publishing
 from tnadapt.checkpoints.merge import _work_lock as work_lock
-from tnadapt.checkpoints.merge._journal import Partial, partial
+from tnadapt.checkpoints.merge._journal import MergeJournal, partial
 from tnadapt.checkpoints.merge._shards import Shard, Writer
 
 from .merge_scene import TARGETS, Scene, content, plain_base, scene
@@ -397,7 +397,7 @@ def test_one_that_waited_for_a_lock_and_one_that_came_later_do_not_work_at_once(
     """Found by a race of four processes: the file had tensors of two adapters."""
     where = scene(tmp_path, single=True, adapters=3)
     opened, finished, at_work, done = (threading.Event() for _ in range(4))
-    real_lock, real_remove, real_run = work_lock.lock, Partial.remove, job.Job.run
+    real_lock, real_remove, real_run = work_lock.lock, MergeJournal.remove, job.Job.run
     results: dict[str, str] = {}
 
     def lock(handle: int, wait: bool = False) -> bool:
@@ -406,7 +406,7 @@ def test_one_that_waited_for_a_lock_and_one_that_came_later_do_not_work_at_once(
             assert finished.wait(30)
         return real_lock(handle, wait)
 
-    def remove(work: Partial) -> None:
+    def remove(work: MergeJournal) -> None:
         if threading.current_thread().name == "first":
             second.start()
             assert opened.wait(30)
@@ -426,7 +426,7 @@ def test_one_that_waited_for_a_lock_and_one_that_came_later_do_not_work_at_once(
             results[threading.current_thread().name] = str(error)
 
     monkeypatch.setattr(work_lock, "lock", lock)
-    monkeypatch.setattr(Partial, "remove", remove)
+    monkeypatch.setattr(MergeJournal, "remove", remove)
     monkeypatch.setattr(job.Job, "run", run)
     first, second, third = (
         threading.Thread(target=merge, args=(number,), name=name)
@@ -482,17 +482,17 @@ def test_a_system_that_has_no_locks_is_left_as_tidy(
     with pytest.raises(tna.FileError, match="is in the way"), work_lock.work_lock(str(tmp_path / "work")):
         pass
     # One that is stopped after it has finished a file leaves that one, and the next goes on.
-    done = Partial.finished
+    done = MergeJournal.finished
 
-    def stopped(work: Partial, name: str) -> None:
+    def stopped(work: MergeJournal, name: str) -> None:
         done(work, name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Partial, "finished", stopped)
+    monkeypatch.setattr(MergeJournal, "finished", stopped)
     with pytest.raises(KeyboardInterrupt):
         where.merge(1, overwrite=True)
     assert where.beside.exists()
-    monkeypatch.setattr(Partial, "finished", done)
+    monkeypatch.setattr(MergeJournal, "finished", done)
     assert where.merge(1, overwrite=True).resumed >= 1
     assert content(where.out) == where.results[1]
     assert not where.beside.exists()
@@ -574,15 +574,15 @@ def test_the_lock_of_the_next_one_is_left_alone(tmp_path: Path, monkeypatch: pyt
     other = cp.write(tmp_path / "other", cp.base(TARGETS, seed=9))
     tensors = cp.base(TARGETS)
     tna.save(tmp_path / "adapter", cp.adapter(tna.presets.lora(2), TARGETS, tensors))
-    real, stack = Partial.remove, contextlib.ExitStack()
+    real, stack = MergeJournal.remove, contextlib.ExitStack()
 
-    def remove(work: Partial) -> None:
+    def remove(work: MergeJournal) -> None:
         first = not work.removed
         real(work)
         if first:
             stack.enter_context(work_lock.work_lock(work.root))  # the next one comes at once
 
-    monkeypatch.setattr(Partial, "remove", remove)
+    monkeypatch.setattr(MergeJournal, "remove", remove)
     with pytest.raises(tna.FileError, match="is another base model"):
         tna.merge(other, tmp_path / "adapter", where.out)
     with stack:
@@ -807,7 +807,7 @@ def test_a_base_that_is_replaced_after_its_header_was_read_is_noticed(
     from tnadapt.checkpoints.merge import merge_checkpoint
 
     where = scene(tmp_path, single=True)
-    real = merge_checkpoint.place
+    real = merge_checkpoint.resolve
 
     def place(*arguments: Any) -> Any:
         replace_file(str(where.base), where.base.read_bytes())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.support import checkpoint_files as cp
 from tnadapt.checkpoints.checkpoint import open_checkpoint
-from tnadapt.checkpoints.merge._resolution import place
+from tnadapt.checkpoints.merge._resolution import resolve
 
 P, T = tna.presets, tna.Target
 
@@ -49,9 +49,9 @@ def test_one_prefix_more_or_less_is_found(
     several = sum(all(f"{one}{module}.weight" in names for module in in_model) for one in prefixes(names)) > 1
     if several and not {f"{module}.weight" for module in in_model} <= names.keys():
         with pytest.raises(tna.FileError, match="nothing says which"):  # a is in b.a, too
-            place(open_checkpoint(stored(folder, names)), file)
+            resolve(open_checkpoint(stored(folder, names)), file)
         return
-    found = place(open_checkpoint(stored(folder, names)), file)
+    found = resolve(open_checkpoint(stored(folder, names)), file)
     assert [target.name for target in found.targets] == in_file
     assert [(t.role, t.stored, t.rows) for t in found.targets] == [(t.role, t.stored, t.rows) for t in file.targets]
     assert bool(found.how) == bool(before)
@@ -59,7 +59,7 @@ def test_one_prefix_more_or_less_is_found(
 
 def test_an_exact_name_goes_before_a_prefix(tmp_path: Path) -> None:
     base = stored(tmp_path, {"q.weight": (6, 4), "model.q.weight": (6, 4)})
-    found = place(open_checkpoint(base), cp.adapter(P.lora(1), targets_of("q")))
+    found = resolve(open_checkpoint(base), cp.adapter(P.lora(1), targets_of("q")))
     assert (found.targets[0].name, found.how) == ("q.weight", "")
 
 
@@ -67,21 +67,21 @@ def test_of_two_that_fit_the_shapes_decide_or_nothing(tmp_path: Path) -> None:
     file = cp.adapter(P.lora(1), targets_of("0.attn.q", "1.attn.q"))
     names: dict[str, tuple[int, ...]] = {f"{side}.{n}.attn.q.weight": (6, 4) for side in ("enc", "dec") for n in (0, 1)}
     with pytest.raises(tna.FileError, match=r"'dec.0.attn.q.weight', 'enc.0.attn.q.weight'.* nothing says which"):
-        place(open_checkpoint(stored(tmp_path / "same", names)), file)
+        resolve(open_checkpoint(stored(tmp_path / "same", names)), file)
     names |= {"enc.1.attn.q.weight": (6, 5)}
-    found = place(open_checkpoint(stored(tmp_path / "other", names)), file)
+    found = resolve(open_checkpoint(stored(tmp_path / "other", names)), file)
     assert [target.module for target in found.targets] == ["dec.0.attn.q", "dec.1.attn.q"]
     # Only one side has both names.
     del names["dec.1.attn.q.weight"]
     names |= {"enc.1.attn.q.weight": (6, 4)}
-    found = place(open_checkpoint(stored(tmp_path / "one", names)), file)
+    found = resolve(open_checkpoint(stored(tmp_path / "one", names)), file)
     assert [target.module for target in found.targets] == ["enc.0.attn.q", "enc.1.attn.q"]
 
 
 def test_a_parameter_of_the_model_itself(tmp_path: Path) -> None:
     file = cp.adapter(P.lora(1), [T("", (6, 4), "q", parameter="in_proj_weight")])
     base = stored(tmp_path, {"attn.in_proj_weight": (6, 4)})
-    target = place(open_checkpoint(base), file).targets[0]
+    target = resolve(open_checkpoint(base), file).targets[0]
     assert (target.module, target.parameter) == ("attn", "in_proj_weight")
 
 
@@ -93,7 +93,7 @@ def test_renamed_modules_are_taken_in_order_all_or_none(tmp_path: Path) -> None:
     names = {
         f"encoder.layer.{n}.attention.attention.{name}.weight": (6, 4) for n in range(11) for name in old.values()
     }  # fmt: skip
-    found = place(open_checkpoint(stored(tmp_path / "old", names)), file)
+    found = resolve(open_checkpoint(stored(tmp_path / "old", names)), file)
     assert [target.name for target in found.targets] == [
         f"encoder.layer.{n}.attention.attention.{old[role]}.weight" for n in range(11) for role in "qv"
     ]
@@ -102,12 +102,12 @@ def test_renamed_modules_are_taken_in_order_all_or_none(tmp_path: Path) -> None:
     for name, change in ((min(names), (6, 5)), (max(names), None)):
         fewer = {**names, name: change} if change else {key: shape for key, shape in names.items() if key != name}
         with pytest.raises(tna.FileError, match="lacks 22 of the adapter's 22 weights"):
-            place(open_checkpoint(stored(tmp_path / f"not {change}", fewer)), file)
+            resolve(open_checkpoint(stored(tmp_path / f"not {change}", fewer)), file)
 
 
 def test_renamed_into_one_fused_weight(tmp_path: Path) -> None:
     file = cp.adapter(P.lora(1), [T("blocks.0.attn.q_proj", (8, 8), "q"), T("blocks.0.attn.v_proj", (8, 8), "v")])
-    found = place(open_checkpoint(stored(tmp_path, {"h.0.attn.qkv.weight": (24, 8)})), file)
+    found = resolve(open_checkpoint(stored(tmp_path, {"h.0.attn.qkv.weight": (24, 8)})), file)
     assert [(target.name, target.rows) for target in found.targets] == [
         ("h.0.attn.qkv.weight", tna.Rows(0, 8, 24)), ("h.0.attn.qkv.weight", tna.Rows(16, 8, 24)),
     ]  # fmt: skip
@@ -116,15 +116,15 @@ def test_renamed_into_one_fused_weight(tmp_path: Path) -> None:
 def test_a_trained_part_goes_where_the_weights_went(tmp_path: Path) -> None:
     kept = {"bert.norm.weight": np.ones(4, np.float32), "head.weight": np.ones((2, 4), np.float32)}
     file = cp.adapter(P.lora(1), targets_of("bert.q"), kept=kept)
-    found = place(open_checkpoint(stored(tmp_path / "a", {"q.weight": (6, 4), "norm.weight": (4,)})), file)
+    found = resolve(open_checkpoint(stored(tmp_path / "a", {"q.weight": (6, 4), "norm.weight": (4,)})), file)
     assert found.kept == {"bert.norm.weight": "norm.weight"}
     assert found.added == {"head.weight": "head.weight"}
     names = {"bert.q.weight": (6, 4), "bert.norm.weight": (4,), "head.weight": (2, 4)}
-    found = place(open_checkpoint(stored(tmp_path / "b", names)), file)
+    found = resolve(open_checkpoint(stored(tmp_path / "b", names)), file)
     assert (found.kept, found.added) == ({name: name for name in kept}, {})
     # In a model that has it inside of another one.
     inner = {"x.bert.q.weight": (6, 4), "x.bert.norm.weight": (4,)}
-    found = place(open_checkpoint(stored(tmp_path / "c", inner)), file)
+    found = resolve(open_checkpoint(stored(tmp_path / "c", inner)), file)
     assert found.kept == {"bert.norm.weight": "x.bert.norm.weight"}
     assert found.added == {"head.weight": "x.head.weight"}
 
@@ -132,4 +132,4 @@ def test_a_trained_part_goes_where_the_weights_went(tmp_path: Path) -> None:
 def test_a_config_that_cannot_be_read_is_said_only_where_it_is_needed(tmp_path: Path) -> None:
     base = stored(tmp_path, {"q.weight": (6, 4)})
     (base / "config.json").write_text(json.dumps({"limit": float("inf")}))
-    assert place(open_checkpoint(base), cp.adapter(P.lora(1), targets_of("q"))).how == ""
+    assert resolve(open_checkpoint(base), cp.adapter(P.lora(1), targets_of("q"))).how == ""

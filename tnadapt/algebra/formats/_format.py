@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ConfigError, integer, shown
+from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ..unfolding import Cut
 from ._contraction import Contraction, Formula, least_cut
@@ -108,7 +108,7 @@ class Format:
             M.
         """
         if isinstance(rank, (tuple, list)):
-            raise ConfigError(f"format={name!r} has one rank; got rank={shown(rank)}: give an integer")
+            raise ConfigError(f"format={name!r} has one rank; got rank={safe_repr(rank)}: give an integer")
         return integer("rank", rank, 1, MAX_RANK, ConfigError, "or a tuple of one rank a mode")
 
     def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
@@ -240,14 +240,14 @@ class Format:
 
     # -- What the start of training asks -------------------------------------------------------
 
-    def paths(self, name: str) -> int:
+    def num_terms_per_array(self, name: str) -> int:
         """How many elements of one array each element of the tensor is a sum over. By default, by the formula."""
         formula, size = self._parsed
         own = formula.inputs[list(self.shapes).index(name)]
         return math.prod(size[index] for index in own if index not in formula.output)
 
     @property
-    def total_paths(self) -> int:
+    def num_terms(self) -> int:
         """How many products, of one element of each array, an element of the tensor is a sum of; by the formula."""
         formula, size = self._parsed
         return math.prod(length for index, length in size.items() if index not in formula.output)
@@ -313,7 +313,7 @@ class Format:
     @property
     def products(self) -> int:
         """Products an element of the tensor is a sum of in the last step that forms it; by default all of them."""
-        return self.total_paths
+        return self.num_terms
 
     def fit(self, algebra: Any, tensor: Array, start: Mapping[str, Array] | None, limits: Any) -> Any:
         """The arrays nearest to a tensor, as a :class:`tnadapt.decomposition.Fit`; None for the general solver.
@@ -329,7 +329,9 @@ def rank_a_mode(name: str, rank: Any, order: int, expected: int, optional: bool 
     if not isinstance(rank, (tuple, list)):
         return integer("rank", rank, 1, MAX_RANK, ConfigError, "or a tuple of one rank a mode")
     if len(rank) != expected:
-        raise ConfigError(f"format={name!r} of order {order} needs {expected} ranks; got {len(rank)}: {shown(rank)}")
+        raise ConfigError(
+            f"format={name!r} of order {order} needs {expected} ranks; got {len(rank)}: {safe_repr(rank)}"
+        )
     other = "or None" if optional else ""
     return tuple(
         None if optional and each is None else integer(f"rank[{mode}]", each, 1, MAX_RANK, ConfigError, other)

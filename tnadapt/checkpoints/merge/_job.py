@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.rounding import ExactUpdates, add_in_place, rounded, widened
-from tnadapt.errors import FileError, shown
+from tnadapt.algebra.rounding import Float64Deltas, add_in_place, rounded, widened
+from tnadapt.errors import FileError, safe_repr
 from tnadapt.targets.target import Target
 
 from ..adapter_file import KEPT, AdapterFile
@@ -23,8 +23,8 @@ from ..fingerprint import compare
 from ._blas_threads import one_blas_thread
 from ._comparison import open_regular
 from ._destination import Destination
-from ._journal import Partial
-from ._resolution import FLOATS, Placed
+from ._journal import MergeJournal
+from ._resolution import FLOATS, ResolvedTargets
 from ._shards import Change, Shard, Writer
 from ._symlinks import Belonging
 
@@ -44,11 +44,11 @@ class Job:
     """One merge: what becomes of each tensor."""
 
     def __init__(
-        self, checkpoint: Checkpoint, file: AdapterFile, digest: str, placed: Placed, where: Destination
+        self, checkpoint: Checkpoint, file: AdapterFile, digest: str, placed: ResolvedTargets, where: Destination
     ) -> None:
         self.checkpoint, self.file, self.placed, self.where = checkpoint, file, placed, where
         self.digest = digest
-        self.updates = ExactUpdates(file.plan, file.arrays, file.dtype)
+        self.updates = Float64Deltas(file.plan, file.arrays, file.dtype)
         self.of: dict[str, list[tuple[int, Target]]] = {}
         for index, target in enumerate(placed.targets):
             self.of.setdefault(target.name, []).append((index, target))
@@ -91,7 +91,7 @@ class Job:
 
     # -- Writing -----------------------------------------------------------------------------
 
-    def run(self, work: Partial, progress: Callable[[int, int], None], check_base: bool) -> None:
+    def run(self, work: MergeJournal, progress: Callable[[int, int], None], check_base: bool) -> None:
         """Make all files."""
         checkpoint = self.checkpoint
         self.resumed = len(work.done)
@@ -135,7 +135,7 @@ class Job:
             raise Unfit("was changed while it was merged: run it again")
         self.bytes = sum(os.path.getsize(work.path(os.path.basename(file))) for file in checkpoint.files)
 
-    def _copy_others(self, work: Partial) -> None:
+    def _copy_others(self, work: MergeJournal) -> None:
         belonging = Belonging(self.checkpoint.folder)
         for name in self.where.others:
             path = work.path(name)
@@ -164,10 +164,11 @@ class Job:
             flat = np.ascontiguousarray(target.select(stored)).reshape(-1)
             problem = add_in_place(flat, dtype, self.updates.of(index))
             if problem == "update":
-                raise Unfit(f"the update of {shown(name)} is not finite; nothing was merged")
+                raise Unfit(f"the update of {safe_repr(name)} is not finite; nothing was merged")
             if problem is not None:
                 raise Unfit(
-                    f"{shown(name)} with its update leaves the range of {dtype}; nothing was merged: merge into the "
+                    f"{safe_repr(name)} with its update leaves the range of {dtype}; nothing was merged: merge "
+                    "into the "
                     "checkpoint in a wider dtype"
                 )
             if not np.may_share_memory(flat, stored):
@@ -186,7 +187,7 @@ class Job:
         with np.errstate(over="ignore"):
             found = rounded(array.astype(np.float64), FLOATS[tag])
         if not np.isfinite(widened(found, FLOATS[tag])).all():
-            raise Unfit(f"what the adapter keeps as {shown(name)} leaves the range of {FLOATS[tag]}")
+            raise Unfit(f"what the adapter keeps as {safe_repr(name)} leaves the range of {FLOATS[tag]}")
         return np.asarray(found.astype(found.dtype.newbyteorder("<"), copy=False), order="C")
 
     @functools.cached_property

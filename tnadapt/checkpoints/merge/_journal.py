@@ -53,7 +53,7 @@ from ..strict_json import json_file
 from ._publishing import LeftoverError, Refusal, place, put_back
 from ._work_lock import LOCK, RUN, TRASH, work_lock
 
-__all__ = ["SUFFIX", "Partial", "partial"]
+__all__ = ["SUFFIX", "MergeJournal", "partial"]
 
 SUFFIX = ".tnadapt-partial"
 
@@ -61,7 +61,7 @@ _STATE, _FILES, _OLD = "state.json", "files", "old"
 _MAX_STATE = 1 << 26
 
 
-class Partial:
+class MergeJournal:
     """The run of this process; :func:`partial` makes it.
 
     Attributes
@@ -297,7 +297,7 @@ def _read(path: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def partial(
     out: str, identity: Mapping[str, Any], refusal: Refusal = lambda path: None, overwrite: bool = False
-) -> Iterator[Partial]:
+) -> Iterator[MergeJournal]:
     """A run for ``out``, with what an earlier run of the same work finished.
 
     When the block ends it is deleted. If an error ends it (Ctrl-C, a full disk), the files that are finished stay, and
@@ -333,7 +333,7 @@ def partial(
     (['out'], ['a'])
     """
     with work_lock(out + SUFFIX):
-        work = Partial(out, identity, refusal, overwrite)
+        work = MergeJournal(out, identity, refusal, overwrite)
         try:
             work._take_over()
             yield work

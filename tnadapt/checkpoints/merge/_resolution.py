@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from tnadapt.errors import FileError, TargetError, shown
+from tnadapt.errors import FileError, TargetError, safe_repr
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.overlaps import check_distinct
@@ -15,17 +15,17 @@ from tnadapt.targets.pairing import paired
 from tnadapt.targets.prefixes import Prefix, found_prefix
 from tnadapt.targets.target import Target
 
-from ..adapter_file import AdapterFile, counted, some
+from ..adapter_file import AdapterFile, pluralize, summarize
 from ..checkpoint import Checkpoint
 from ..container import DTYPES, Entry
 
-__all__ = ["FLOATS", "Placed", "place"]
+__all__ = ["FLOATS", "ResolvedTargets", "resolve"]
 
 # What an update can be added to.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class Placed(NamedTuple):
+class ResolvedTargets(NamedTuple):
     """An adapter's targets and kept parameters, as a checkpoint calls them.
 
     Attributes
@@ -46,7 +46,7 @@ class Placed(NamedTuple):
     how: str
 
 
-def place(checkpoint: Checkpoint, file: AdapterFile) -> Placed:
+def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     """Find an adapter's weights in a checkpoint: all of them, or none.
 
     By their names; else by their names with one prefix more or less, the same for all (``bert.``, ``model.``); else by
@@ -96,8 +96,8 @@ def place(checkpoint: Checkpoint, file: AdapterFile) -> Placed:
     kept, added = _kept(entries, file, shift or Prefix())
     both = {target.name for target in targets}.intersection(kept.values())
     if both:
-        raise FileError(f"the adapter both updates and replaces {some(both)}")
-    return Placed(targets, kept, added, how)
+        raise FileError(f"the adapter both updates and replaces {summarize(both)}")
+    return ResolvedTargets(targets, kept, added, how)
 
 
 def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
@@ -110,7 +110,8 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
             found = find_stored(shapes, roles, checkpoint.config)
         except LayoutError as error:
             raise FileError(
-                f"the checkpoint lacks {_how_many(missing, len(file.targets))}, such as {shown(missing[0])}, under any "
+                f"the checkpoint lacks {_how_many(missing, len(file.targets))}, such as "
+                f"{safe_repr(missing[0])}, under any "
                 f"prefix, and those of the same roles are not clear: {error}"
             ) from error
         except TargetError:
@@ -123,7 +124,7 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
 
 
 def _how_many(missing: list[str], targets: int) -> str:
-    return f"{len(missing)} of the adapter's {counted(targets, 'weight')}" if targets > 1 else "the adapter's weight"
+    return f"{len(missing)} of the adapter's {pluralize(targets, 'weight')}" if targets > 1 else "the adapter's weight"
 
 
 def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bool) -> FileError:
@@ -132,15 +133,16 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
     module = name.rpartition(".")[0]
     packed = [entry for entry in entries if entry.startswith(f"{module}.")] if module else []
     if packed:
-        near = f"its module has {some(packed)}: is the checkpoint quantised?"
+        near = f"its module has {summarize(packed)}: is the checkpoint quantised?"
     else:
         close = difflib.get_close_matches(name, entries, 3, 0.5)
-        near = f"nearest: {', '.join(map(shown, close))}" if close else f"it has {some(entries)}"
+        near = f"nearest: {', '.join(map(safe_repr, close))}" if close else f"it has {summarize(entries)}"
     way = ""
     if checkpoint.index is None and "-of-" in checkpoint.files[0]:
         way = ". This file looks like one of several: give the folder, or the index"
     return FileError(
-        f"the checkpoint lacks {what}, such as {shown(name)}, under any prefix, and has no weights of the same roles "
+        f"the checkpoint lacks {what}, such as {safe_repr(name)}, under any prefix, and has no weights of the "
+        "same roles "
         f"and shapes{' of which it is clear which is which' if alike else ''}; {near}{way}"
     )
 
@@ -149,12 +151,14 @@ def _check_target(target: Target, entry: Entry) -> None:
     if entry.dtype not in FLOATS:
         kind = "no weight" if entry.dtype in ("BOOL", "C64") else "quantised or packed"
         raise FileError(
-            f"{shown(target.name)} is {entry.dtype}, {kind}: an update cannot be added to it. Merge into a checkpoint "
+            f"{safe_repr(target.name)} is {entry.dtype}, {kind}: an update cannot be added to it. Merge into a "
+            "checkpoint "
             "of the model in bfloat16, float16 or float32, and quantise the result"
         )
     if entry.shape != target.stored:
         raise FileError(
-            f"{shown(target.name)} has shape {entry.shape} in the checkpoint, and the adapter was trained on one of "
+            f"{safe_repr(target.name)} has shape {entry.shape} in the checkpoint, and the adapter was trained "
+            "on one of "
             f"{target.stored}"
         )
 
@@ -173,8 +177,8 @@ def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tup
             if moved.removeprefix(shift.given).partition(".")[0] in tops:
                 close = difflib.get_close_matches(moved, entries, 3, 0.5)
                 raise FileError(
-                    f"the adapter keeps {shown(name)}, which the checkpoint does not have, though it has others of "
-                    f"that module; nearest: {', '.join(map(shown, close)) or 'none'}"
+                    f"the adapter keeps {safe_repr(name)}, which the checkpoint does not have, though it has others of "
+                    f"that module; nearest: {', '.join(map(safe_repr, close)) or 'none'}"
                 )
             _need_free(added, name, moved)
             added[name] = moved
@@ -182,11 +186,12 @@ def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tup
         entry, theirs = entries[there], file.dtypes.get(f"kept.{name}", array.dtype.name)
         if entry.shape != array.shape:
             raise FileError(
-                f"the adapter keeps {shown(name)} of shape {array.shape}, and the checkpoint's is {entry.shape}: give "
+                f"the adapter keeps {safe_repr(name)} of shape {array.shape}, and the checkpoint's is "
+                f"{entry.shape}: give "
                 "a checkpoint with the head that it was trained with, or without any"
             )
         if DTYPES.get(entry.dtype) != theirs and not (entry.dtype in FLOATS and theirs in FLOATS.values()):
-            raise FileError(f"the adapter keeps {shown(name)} as {theirs}, and the checkpoint's is {entry.dtype}")
+            raise FileError(f"the adapter keeps {safe_repr(name)} as {theirs}, and the checkpoint's is {entry.dtype}")
         _need_free(kept, name, there)
         kept[name] = there
     return kept, added
@@ -197,6 +202,7 @@ def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
     for other, own in taken.items():
         if own == place:
             raise FileError(
-                f"the adapter keeps both {shown(other)} and {shown(name)}, which are both {shown(place)} in the "
+                f"the adapter keeps both {safe_repr(other)} and {safe_repr(name)}, which are both "
+                f"{safe_repr(place)} in the "
                 "checkpoint: it can hold one of them"
             )

@@ -10,15 +10,15 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, FileError, escaped
 
-from ..adapter_file import AdapterFile, counted
+from ..adapter_file import AdapterFile, pluralize
 from ..adapter_format import content_of, load
 from ..checkpoint import file_state, open_checkpoint
-from ..container import about, path_of
+from ..container import file_error_context, path_of
 from ._comparison import open_regular
 from ._destination import destination
 from ._job import Job, Unfit
 from ._journal import partial
-from ._resolution import place
+from ._resolution import resolve
 
 __all__ = ["MergeReport", "merge"]
 
@@ -120,7 +120,7 @@ def merge(
     -----
     The arithmetic is that of :mod:`tnadapt.algebra.rounding`: the bytes are those of ``adapter.merge()`` and
     ``save_pretrained`` in memory. Memory: the largest tensor that is changed, some megabytes, and what F takes
-    (:class:`~tnadapt.algebra.rounding.ExactUpdates`). Tensors that are not changed are copied by the kernel.
+    (:class:`~tnadapt.algebra.rounding.Float64Deltas`). Tensors that are not changed are copied by the kernel.
 
     Files are made in ``OUT.tnadapt-partial`` and take their place in one step when all is there
     (:mod:`tnadapt.checkpoints.merge._journal` says how). After a kill, or on a full disk, the same call continues with
@@ -149,11 +149,11 @@ def merge(
             "on the input: it cannot be merged; attach it to the model"
         )
     where = destination(out, checkpoint, name)
-    with about(checkpoint.path):
-        job = Job(checkpoint, file, digest, place(checkpoint, file), where)
+    with file_error_context(checkpoint.path):
+        job = Job(checkpoint, file, digest, resolve(checkpoint, file), where)
         identity = job.identity
     try:
-        with about(where.path), partial(where.path, identity, where.refusal, overwrite) as work:
+        with file_error_context(where.path), partial(where.path, identity, where.refusal, overwrite) as work:
             # After a kill, what is there may be this very result: then it is compared with it at the end.
             if overwrite or not work.maybe_published:
                 where.need_free(overwrite)
@@ -165,7 +165,7 @@ def merge(
                     raise
                 raise FileError(
                     f"{error.strerror or error}. Finished, and kept in {work.root}: {len(work.done)} of "
-                    f"{counted(len(checkpoint.files), 'file')}. Run the same again to go on from there, or remove it"
+                    f"{pluralize(len(checkpoint.files), 'file')}. Run the same again to go on from there, or remove it"
                 ) from error
             except Unfit:
                 work.remove()
@@ -180,10 +180,10 @@ def _adapter(given: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, 
     if isinstance(given, AdapterFile):
         return given, hashlib.sha256(content_of(given)).hexdigest(), None
     path = path_of(given)
-    with about(path):
+    with file_error_context(path):
         before = file_state(path)
     file = load(path)
-    with about(path), open(open_regular(os.path.realpath(path)), "rb") as content:
+    with file_error_context(path), open(open_regular(os.path.realpath(path)), "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
         if file_state(path) != before:
             # Unfinished work of one adapter would be continued with another.

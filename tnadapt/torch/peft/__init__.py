@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tnadapt.errors import ConfigError, shown
+from tnadapt.errors import ConfigError, safe_repr
 
 from .._state import PREFIX
 from ._peft_config import NAME, TnadaptConfig
@@ -64,7 +64,7 @@ def register() -> None:
     """
     for table, value in _tables():
         if table.get(NAME, value) != value:
-            raise ConfigError(f"PEFT knows a method {NAME!r} already, which is not tnadapt's: {shown(table[NAME])}")
+            raise ConfigError(f"PEFT knows a method {NAME!r} already, which is not tnadapt's: {safe_repr(table[NAME])}")
     for table, value in _tables():
         table[NAME] = value
 

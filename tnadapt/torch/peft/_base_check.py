@@ -10,7 +10,7 @@ import torch
 
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint
-from tnadapt.errors import FileError, TnadaptError, shown
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from .. import _merging as merging
 from .._adapter import Adapter
@@ -42,12 +42,13 @@ def check_base(handle: Adapter, saved: dict[str, Any]) -> None:
     kind = type(handle.model).__name__
     if saved.get("weights") != here["weights"]:
         raise FileError(
-            f"the adapter was trained on weights of the shapes {shown(saved.get('weights'))}, and target_modules find "
+            f"the adapter was trained on weights of the shapes {safe_repr(saved.get('weights'))}, and "
+            "target_modules find "
             f"{here['weights']} in this {kind}. {way}"
         )
     if saved.get("draws") != here["draws"]:
         raise FileError(
-            f"the adapter was trained with fixed draws of F whose digest is {shown(saved.get('draws'))}; on this "
+            f"the adapter was trained with fixed draws of F whose digest is {safe_repr(saved.get('draws'))}; on this "
             f"machine it is {here['draws']}. Its updates would be others: run tnadapt.verify to see why"
         )
     if saved.get("fingerprint") is None or here["fingerprint"] is None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
-from tnadapt.errors import ConfigError, UnexpectedKeywordError, shown
+from tnadapt.errors import ConfigError, UnexpectedKeywordError, safe_repr
 
 from .._forward_patch import ACTIVATIONS, STRATEGIES
 from ._peft_library import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
@@ -155,7 +155,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         self.peft_type = NAME
         self.settings = _settings(preset, self.settings)
         if not isinstance(self.init_weights, bool):
-            raise ConfigError(f"init_weights must be True or False; got {shown(self.init_weights)}")
+            raise ConfigError(f"init_weights must be True or False; got {safe_repr(self.init_weights)}")
         if self.target_modules is None:
             self.target_modules = DefaultTargets("qv")
         self.target_modules = as_words("target_modules", self.target_modules)
@@ -169,13 +169,13 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             saved = self.modules_to_save
             self.modules_to_save = _list("modules_to_save", [saved] if isinstance(saved, str) else saved)
         if self.strategy not in STRATEGIES:
-            raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {shown(self.strategy)}")
+            raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {safe_repr(self.strategy)}")
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise ConfigError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {shown(self.activation)}"
+                f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
             )
         if self.base is not None and not isinstance(self.base, dict):
-            raise ConfigError(f"base is what save_pretrained wrote, or None; got {shown(self.base)}")
+            raise ConfigError(f"base is what save_pretrained wrote, or None; got {safe_repr(self.base)}")
         if self.trained is not None:
             self.trained = _list("trained", self.trained)
 
@@ -187,7 +187,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             several = layers if isinstance(layers, list) else [layers]
             if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in several):
                 raise ConfigError(
-                    f"layers_to_transform must be the number of a layer, from 0, or a list of them; got {shown(layers)}"
+                    "layers_to_transform must be the number of a layer, from 0, or a list of them; got "
+                    f"{safe_repr(layers)}"
                 )
         if patterns is not None and patterns not in ("", []):
             words = _list("layers_pattern", [patterns] if isinstance(patterns, str) else patterns)
@@ -196,13 +197,14 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         for name, given in (("layers_to_transform", layers), ("layers_pattern", patterns)):
             if given is not None and isinstance(self.target_modules, str) and not set(self.target_modules) <= _ROLES:
                 raise ConfigError(
-                    f"`{name}` cannot be used when `target_modules` is a str. It is {shown(self.target_modules)}: give "
+                    f"`{name}` cannot be used when `target_modules` is a str. It is "
+                    f"{safe_repr(self.target_modules)}: give "
                     "a list of names or roles such as 'qv', or write the layers into the regular expression"
                 )
         if patterns and layers is None:
             raise ConfigError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
-                f"layers_pattern={shown(patterns)} alone selects nothing: add the numbers, or leave it out"
+                f"layers_pattern={safe_repr(patterns)} alone selects nothing: add the numbers, or leave it out"
             )
 
     def keep_base(self, base: dict[str, Any] | None) -> None:
@@ -253,13 +255,13 @@ def _settings(preset: Any, settings: Any) -> dict[str, Any]:
             return presets.superlora(rank=8).to_dict()
         return (settings if isinstance(settings, Config) else Config.from_dict(settings)).to_dict()
     if preset not in presets.__all__:
-        raise ConfigError(f"preset must be one of {', '.join(presets.__all__)}; got {shown(preset)}")
+        raise ConfigError(f"preset must be one of {', '.join(presets.__all__)}; got {safe_repr(preset)}")
     if settings is not None and not isinstance(settings, Mapping):
-        raise ConfigError(f"with a preset, settings must be a mapping of its arguments; got {shown(settings)}")
+        raise ConfigError(f"with a preset, settings must be a mapping of its arguments; got {safe_repr(settings)}")
     try:
         found: Config = getattr(presets, preset)(**(settings or {}))
     except TypeError as error:
-        raise ConfigError(f"preset {preset!r} does not take settings={shown(settings)}: {error}") from None
+        raise ConfigError(f"preset {preset!r} does not take settings={safe_repr(settings)}: {error}") from None
     return found.to_dict()
 
 
@@ -271,7 +273,7 @@ def as_words(name: str, value: Any) -> Any:
 def _list(name: str, value: Any) -> list[str]:
     words = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
     if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) and word for word in words):
-        raise ConfigError(f"{name} must be a name or a list of names; got {shown(value)}")
+        raise ConfigError(f"{name} must be a name or a list of names; got {safe_repr(value)}")
     return list(words)
 
 
@@ -280,4 +282,4 @@ def _check_expressions(name: str, expressions: list[str]) -> None:
         try:
             re.compile(expression)
         except re.error as error:
-            raise ConfigError(f"{name}={shown(expression)} is no regular expression: {error}") from None
+            raise ConfigError(f"{name}={safe_repr(expression)} is no regular expression: {error}") from None

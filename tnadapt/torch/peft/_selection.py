@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tnadapt.errors import TargetError, shown
+from tnadapt.errors import TargetError, safe_repr
 from tnadapt.targets.target import Target
 
 from .._target_selection import find_targets
@@ -49,10 +49,12 @@ def select_targets(model: nn.Module, config: TnadaptConfig, model_type: Any = No
     saved += [f".{path}." for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     kept = [target for target in kept if not any(module in f".{target.module}." for module in saved)]
     if not kept:
-        outside = f"modules_to_save={shown(config.modules_to_save)}, which are trained whole"
+        outside = f"modules_to_save={safe_repr(config.modules_to_save)}, which are trained whole"
         if config.exclude_modules:
-            outside = f"exclude_modules={shown(_written(config.exclude_modules))} and {outside}"
-        raise TargetError(f"target_modules={shown(_written(config.target_modules))} names nothing outside of {outside}")
+            outside = f"exclude_modules={safe_repr(_written(config.exclude_modules))} and {outside}"
+        raise TargetError(
+            f"target_modules={safe_repr(_written(config.target_modules))} names nothing outside of {outside}"
+        )
     if config.layers_to_transform is None or config.layers_to_transform == []:
         return kept
     return _of_layers(kept, config)
@@ -110,7 +112,7 @@ def _excluded(path: str, exclude: Any) -> bool:
 def _warn_if_unused(model: nn.Module, exclude: Any) -> None:
     if not any(_excluded(plain(path), exclude) for path, _ in model.named_modules()):
         warnings.warn(
-            f"You have passed exclude_modules={shown(_written(exclude))} but no modules were excluded: none of "
+            f"You have passed exclude_modules={safe_repr(_written(exclude))} but no modules were excluded: none of "
             f"{type(model).__name__} matches. A list takes whole paths or their last whole parts, a string is a "
             "regular expression for a whole path",
             stacklevel=2,
@@ -126,14 +128,14 @@ def _of_layers(targets: list[Target], config: TnadaptConfig) -> list[Target]:
     layers = {target.module: _layer(plain(target.module), config.layers_pattern) for target in targets}
     kept = [t for t in targets if _named_whole(t, config.target_modules) or layers[t.module] in numbers]
     if not kept:
-        pattern = f" (layers_pattern={shown(config.layers_pattern)})" if config.layers_pattern else ""
+        pattern = f" (layers_pattern={safe_repr(config.layers_pattern)})" if config.layers_pattern else ""
         there = ", ".join(map(str, sorted({layer for layer in layers.values() if layer is not None})))
         way = (
             f"their layers are {there}" if there else f"no layer number is in their paths, such as {targets[0].module}"
         )
         raise TargetError(
-            f"layers_to_transform={shown(wanted)}{pattern} selects none of the {len(targets)} weights of "
-            f"target_modules={shown(_written(config.target_modules))}; {way}"
+            f"layers_to_transform={safe_repr(wanted)}{pattern} selects none of the {len(targets)} weights of "
+            f"target_modules={safe_repr(_written(config.target_modules))}; {way}"
         )
     return kept
 

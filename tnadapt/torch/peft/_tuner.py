@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.algebra.config import Config
-from tnadapt.errors import ConfigError, FileError, TargetError, shown
+from tnadapt.errors import ConfigError, FileError, TargetError, safe_repr
 
 from .._adapter import Adapter
 from .._attach import attach
@@ -256,7 +256,8 @@ def _check_saved_modules(config: TnadaptConfig, name: str) -> None:
     """A TargetError where PEFT, which keeps copies of modules by the adapter's name, could not do so."""
     if config.modules_to_save and "." in name:
         raise TargetError(
-            f"an adapter cannot be called {name!r} with modules_to_save={shown(config.modules_to_save)}: PEFT keeps "
+            f"an adapter cannot be called {name!r} with modules_to_save={safe_repr(config.modules_to_save)}: "
+            "PEFT keeps "
             "the trained copies under the adapter's name, in which torch allows no dot; give a name without dots"
         )
 
@@ -267,8 +268,8 @@ def _choose(handle: Adapter, trained: Sequence[str]) -> None:
     unknown = sorted(set(trained) - set(there))
     if unknown:
         raise ConfigError(
-            f"trained={shown(unknown)} of the config are no arrays of adapter {handle.name!r}, which are "
-            f"{shown(list(there))}: give names of these, or None to train all"
+            f"trained={safe_repr(unknown)} of the config are no arrays of adapter {handle.name!r}, which are "
+            f"{safe_repr(list(there))}: give names of these, or None to train all"
         )
     meta = any(array.device.type == "meta" for _, array in handle.named_parameters())
     keep(handle._state, trained, None if meta else handle.plan.init(trained=trained))
