@@ -16,7 +16,7 @@ from tests.conftest import peak_of
 from tnadapt import AdapterFile, Config, SuperLoRA, Target
 from tnadapt.convert import FORMS, ModuleUpdate, Pair, StoredFiles
 from tnadapt.convert._base_model import as_base
-from tnadapt.convert._lycoris import LycorisFormat
+from tnadapt.convert._lycoris_format import LycorisFormat
 from tnadapt.convert._tensors import factorization
 from tnadapt.convert._updates import low_rank_norms, norms_of
 from tnadapt.testing.strategies import plans

@@ -1,10 +1,10 @@
 """Adapters of PEFT, LyCORIS and other libraries, in and out: exactly where algebra permits, else with the error.
 
 The call is :func:`convert`, and ``_pipeline`` has its steps: read, choose, write, measure. A file of another library
-is read by its :class:`FileFormat` (``_peft``, ``_lycoris``) as one ``ModuleUpdate`` a module (``_updates``), and all of
-these are joined into an adapter file (``_unpack``). On the way out, ``_unpack`` finds what each module's update is
-made of, ``_nearest`` what it becomes, and the format encodes and writes that; it is read back to measure the error.
-Another package adds a format by one class and :func:`register_file_format`.
+is read by its :class:`FileFormat` (``_peft_format``, ``_lycoris_format``) as one ``ModuleUpdate`` a module
+(``_updates``), and all of these are joined into an adapter file (``_unpack``). On the way out, ``_unpack`` finds what
+each module's update is made of, ``_nearest`` what it becomes, and the format encodes and writes that; it is read back
+to measure the error. Another package adds a format by one class and :func:`register_file_format`.
 """
 
 import importlib

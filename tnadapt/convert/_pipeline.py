@@ -20,9 +20,9 @@ from ._base_model import Base, as_base
 from ._conversion import Conversion, check_free
 from ._file_format import KINDS, FileFormat
 from ._files import StoredFiles
-from ._lycoris import LycorisFormat
+from ._lycoris_format import LycorisFormat
 from ._nearest import ExportSpec, choose
-from ._peft import PeftFormat
+from ._peft_format import PeftFormat
 from ._unpack import Module, Unpacked, join, modules_of
 from ._updates import ModuleUpdate, check_range, errors_of, is_rounding, low_rank_norms, narrow, norms_of, round_to
 
