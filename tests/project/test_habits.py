@@ -274,6 +274,11 @@ def linked() -> set[str]:
     return found
 
 
+def has_files(path: Path) -> bool:
+    """Whether it is a file, or a folder with one: git leaves folders with only compiled files behind."""
+    return path.is_file() or any(one.is_file() and "__pycache__" not in one.parts for one in path.rglob("*"))
+
+
 def named() -> set[str]:
     """Return the files and folders that the same texts name in code spans, results of commands excepted."""
     texts = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.rst"), ROOT / ".github" / "PULL_REQUEST_TEMPLATE.md"]
@@ -283,7 +288,7 @@ def named() -> set[str]:
         span
         for span in spans
         if re.search(r"\w[./]|\.\w", span)
-        and (ROOT / span).exists()
+        and has_files(ROOT / span)
         and not any(f"{span}/".startswith(f"{line}/") for line in ignored)
     }
 
