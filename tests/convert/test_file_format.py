@@ -14,6 +14,7 @@ import pytest
 
 import tnadapt as tna
 from tnadapt.convert import FORMS, FileFormat, _pipeline, register_file_format
+from tnadapt.plugins import Registry
 
 from .conversions import CONVS, SHAPES, TOLERANCE, error, made, updates
 from .npz_format import NpzFormat, register
@@ -22,7 +23,8 @@ from .npz_format import NpzFormat, register
 @pytest.fixture(autouse=True)
 def npz(monkeypatch: pytest.MonkeyPatch) -> None:
     """The npz format beside the built-in ones, for one test."""
-    monkeypatch.setattr(_pipeline, "_formats", dict(_pipeline._BUILT_IN))
+    built_in = {name: _pipeline._formats[name] for name in _pipeline._formats.built_in}
+    monkeypatch.setattr(_pipeline, "_formats", Registry("file format", FileFormat, built_in))
     register()
 
 
@@ -102,7 +104,7 @@ METHODS = {"detect": lambda self, path: None, "read": None, "encode": None, "wri
 @pytest.mark.parametrize(
     ("name", "cls", "message"),
     [
-        ("npz-2", FileFormat, "the name of a file format is of lower-case letters"),
+        ("npz-2", FileFormat, "the name of a file format has no '-', which begins the form"),
         (3, FileFormat, "the name of a file format is of lower-case letters.*got 3"),
         ("peft", FileFormat, "file format 'peft' is built in and cannot be replaced"),
         ("tnadapt", FileFormat, "file format 'tnadapt' is built in and cannot be replaced"),
@@ -145,7 +147,7 @@ def test_a_cell_can_be_run_again() -> None:
     register_file_format("npz", type("Again", (NpzFormat,), {"library": "the same"}))
     assert _pipeline.forms() == before
     assert _pipeline._format_of("npz").library == "the same"
-    with pytest.raises(tna.ConfigError, match="file format must be one of peft, lycoris, npz; got 'nonsense'"):
+    with pytest.raises(tna.ConfigError, match="file format must be one of 'peft', 'lycoris', 'npz'; got 'nonsense'"):
         _pipeline._format_of("nonsense")
 
 

@@ -360,5 +360,5 @@ def test_bad_names_are_refused(name: Any, message: str) -> None:
 
 
 def test_what_is_no_format_is_refused() -> None:
-    with pytest.raises(tna.ConfigError, match=r"inherits from tnadapt\.algebra\.formats\.format\.Format; got"):
+    with pytest.raises(tna.ConfigError, match=r"inherits from tnadapt\.algebra\.formats\.Format; got"):
         tna.register_format("mine", dict)  # type: ignore[arg-type]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.container import file_error_context, path_of
 from tnadapt.errors import ConfigError, FileError, integer, safe_repr
+from tnadapt.plugins import Registry, load_plugins
 
 from ._base_model import Base, as_base
 from ._conversion import Conversion, check_free
@@ -36,8 +36,7 @@ _OWN, _OWN_FILE = "tnadapt", "adapter.safetensors"
 
 # -- The formats ---------------------------------------------------------------------------------
 
-_BUILT_IN: dict[str, type[FileFormat]] = {"peft": PeftFormat, "lycoris": LycorisFormat}
-_formats: dict[str, type[FileFormat]] = dict(_BUILT_IN)
+_formats: Registry[FileFormat] = Registry("file format", FileFormat, {"peft": PeftFormat, "lycoris": LycorisFormat})
 
 
 def register_file_format(name: str, cls: type[FileFormat]) -> None:
@@ -60,17 +59,11 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     The format registered last is the first to be asked whether a path is its own. Registering a name again replaces the
     class, so that a notebook's cell can be run again.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._]{0,63}", name):
-        raise ConfigError(
-            "the name of a file format is of lower-case letters, digits, '.' and '_', at most 64; got "
-            f"{safe_repr(name)}"
-        )
-    if name in _BUILT_IN or name == _OWN:
-        raise ConfigError(f"the file format {name!r} is built in and cannot be replaced: choose another name")
-    if not (isinstance(cls, type) and issubclass(cls, FileFormat)):
-        raise ConfigError(
-            f"a file format is a class that inherits from tnadapt.convert.FileFormat; got {safe_repr(cls)}"
-        )
+    if isinstance(name, str) and "-" in name:
+        raise ConfigError(f"the name of a file format has no '-', which begins the form: {name}-lora; got {name!r}")
+    if name == _OWN:
+        raise ConfigError(f"file format {name!r} is built in and cannot be replaced: choose another name")
+    _formats.check(name, cls)
     if unknown := [kind for kind in cls.kinds if kind not in KINDS]:
         raise ConfigError(f"kinds of {cls.__name__} may have {', '.join(KINDS)}; got {safe_repr(unknown[0])}")
     asked = ["detect", "read"]
@@ -78,8 +71,7 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     asked += ["fit_kronecker"] if "lokr" in cls.kinds else []
     if missing := [method for method in asked if getattr(cls, method) is getattr(FileFormat, method)]:
         raise ConfigError(f"the file format {name!r} lacks {', '.join(missing)}: define that on {cls.__name__}")
-    _formats.pop(name, None)
-    _formats[name] = cls
+    _formats.register(name, cls)
 
 
 def forms() -> tuple[str, ...]:
@@ -88,9 +80,7 @@ def forms() -> tuple[str, ...]:
 
 
 def _format_of(name: str) -> FileFormat:
-    if name not in _formats:
-        raise ConfigError(f"file format must be one of {', '.join(_formats)}; got {safe_repr(name)}")
-    found = _formats[name]()
+    found = _formats.find(name)()
     found.name = name
     return found
 
@@ -134,6 +124,8 @@ def run(
 
 def _checked(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
     """Check the arguments; return what to make of the adapter, None for a file of this library."""
+    if to not in forms():
+        load_plugins()
     if to not in (known := forms()):
         raise ConfigError(f"to must be one of {', '.join(known)}; got {safe_repr(to)}")
     if dtype is not None and dtype not in _DTYPES:
@@ -229,14 +221,22 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
         if found is not None:
             name, place = found
             return _read_foreign(name, StoredFiles(place), known, part)
-    file = load(path)
+    try:
+        file = load(path)
+    except FileError:
+        # Neither ours nor of a known format: a plug-in may know it.
+        load_plugins()
+        with file_error_context(path):
+            if (found := _detect(path)) is not None:
+                return _read_foreign(found[0], StoredFiles(found[1]), known, part)
+        raise
     with file_error_context(path):
         return _from_own(file, known)
 
 
 def _detect(path: str) -> tuple[str, str] | None:
     """Return the format that knows a path, and where its adapter is."""
-    for name in reversed(_formats):
+    for name in reversed(tuple(_formats)):
         if (place := _format_of(name).detect(path)) is not None:
             return name, place
     return None

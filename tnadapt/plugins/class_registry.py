@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from tnadapt.errors import ConfigError, safe_repr
@@ -66,6 +66,14 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         """The names of the classes that are part of this library."""
         return tuple(self._built_in)
 
+    def check(self, name: str, cls: type[T]) -> None:
+        """Raise what :meth:`register` raises, and register nothing."""
+        checked_name(self.kind, name, self._built_in)
+        if not (isinstance(cls, type) and issubclass(cls, self.contract)):
+            raise ConfigError(
+                f"a {self.kind} is a class that inherits from {_public(self.contract)}; got {safe_repr(cls)}"
+            )
+
     def register(self, name: str, cls: type[T]) -> None:
         """Add a class.
 
@@ -75,18 +83,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             If the name is not lower-case letters, digits, ``.``, ``_`` and ``-`` (at most 64), or is built in, or the
             class does not inherit from the contract.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"the name of a {self.kind} is of lower-case letters, digits, '.', '_' and '-', at most 64; "
-                f"got {safe_repr(name)}"
-            )
-        if name in self._built_in:
-            raise ConfigError(f"{self.kind} {name!r} is built in and cannot be replaced: choose another name")
-        if not (isinstance(cls, type) and issubclass(cls, self.contract)):
-            raise ConfigError(
-                f"a {self.kind} is a class that inherits from {self.contract.__module__.replace('._', '.')}."
-                f"{self.contract.__name__}; got {safe_repr(cls)}"
-            )
+        self.check(name, cls)
+        self._added.pop(name, None)
         self._added[name] = cls
 
     def forget(self) -> None:
@@ -122,3 +120,32 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             f"{self.kind} must be one of {listed}{other}; got {safe_repr(name)}. If a plug-in provides it, install the "
             f"plug-in{failed}"
         )
+
+
+def checked_name(kind: str, name: object, built_in: Container[str]) -> str:
+    """A name that something may be registered by.
+
+    Raises
+    ------
+    ConfigError
+        If it is not lower-case letters, digits, ``.``, ``_`` and ``-`` (at most 64), or is built in.
+
+    Examples
+    --------
+    >>> checked_name("format", "tensor-ring", ("tt",))
+    'tensor-ring'
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"the name of a {kind} is of lower-case letters, digits, '.', '_' and '-', at most 64; got "
+            f"{safe_repr(name)}"
+        )
+    if name in built_in:
+        raise ConfigError(f"{kind} {name!r} is built in and cannot be replaced: choose another name")
+    return name
+
+
+def _public(cls: type) -> str:
+    """The name of a class as users import it: from the package of a private module."""
+    package = cls.__module__.partition("._")[0]
+    return f"{package}.{cls.__name__}"
