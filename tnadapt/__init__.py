@@ -21,6 +21,7 @@ from .algebra.superlora import SuperLoRA, parameter_count
 from .backends import register_backend
 from .convert import convert
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
+from .targets.attention_layouts import register_layout
 from .targets.target import Rows, Target
 from .testing.verification import verify
 
@@ -67,6 +68,7 @@ __all__ = [
     "presets",
     "register_backend",
     "register_format",
+    "register_layout",
     "register_map",
     "save",
     "search_rank",

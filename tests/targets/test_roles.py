@@ -8,9 +8,9 @@ import pytest
 
 from tnadapt.targets.roles import (
     ProjectionName,
+    attention_group,
     hints,
     is_attention,
-    is_attention_group,
     layer_of,
     natural,
     number,
@@ -97,7 +97,7 @@ def test_names_beside_each_other_make_an_attention(
 ) -> None:
     found = [parse_projection_name(name) for name in names.split()]
     assert None not in found
-    assert is_attention_group(found, named, has_output) == expected  # type: ignore[arg-type]
+    assert attention_group(found, named, has_output) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Initializer(FixedArrays):
     Examples
     --------
     >>> from tnadapt import Config
-    >>> start = Start(Network(Config(rank=8), 768 * 768, 768), Projection("identity", 768**2, 768**2), 0, 0)
+    >>> start = Initializer(Network(Config(rank=8), 768 * 768, 768), Projection("identity", 768**2, 768**2), 0, 0)
     >>> round(start.std, 4)  # PEFT's LoRA: 1 / sqrt(3 * 768) = 0.0208
     0.0199
     >>> bool(start.host("split0.factor0").any()), start.host("split0.factor1").shape

@@ -54,7 +54,7 @@ class Float64Deltas:
     --------
     >>> import tnadapt as tna
     >>> plan = SuperLoRA(tna.presets.dense(), [(2, 3)])
-    >>> updates = ExactUpdates(plan, {"group0.split0.dense": np.arange(6, dtype=np.float32)}, "float32", piece=4)
+    >>> updates = Float64Deltas(plan, {"group0.split0.dense": np.arange(6, dtype=np.float32)}, "float32", piece=4)
     >>> [(start, part.tolist()) for start, part in updates.of(0)]
     [(0, [0.0, 1.0, 2.0, 3.0]), (4, [4.0, 5.0])]
     """

@@ -139,7 +139,7 @@ def row_wise_khatri_rao(backend: Backend, arrays: Sequence[Array]) -> Array:
     >>> import numpy as np
     >>> from tnadapt.backends import get_backend
     >>> a, b = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 10.0], [1.0, 10.0]])
-    >>> rowwise(get_backend(a), [a, b])
+    >>> row_wise_khatri_rao(get_backend(a), [a, b])
     array([[ 1., 10.,  2., 20.],
            [ 3., 30.,  4., 40.]])
     """

@@ -51,7 +51,7 @@ def atomic_write(path: str, overwrite: bool = True) -> Iterator[io.FileIO]:
     --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with replaced(folder + "/file") as file:
+    ...     with atomic_write(folder + "/file") as file:
     ...         _ = file.write(b"new")
     ...         during = os.path.exists(folder + "/file")
     ...     during, os.listdir(folder)

@@ -78,7 +78,7 @@ class FitReport:
     --------
     >>> import tnadapt as tna
     >>> plan = tna.SuperLoRA(tna.Config(rank=1), [(2, 2)])
-    >>> print(Report(plan, (GroupReport(4, 2.0, 0.25, 0.25, True, 0, "SVD"),)))
+    >>> print(FitReport(plan, (GroupReport(4, 2.0, 0.25, 0.25, True, 0, "SVD"),)))
     relative error 0.25 in 1 group, 4 parameters for 4 elements; the optimum
     """
 

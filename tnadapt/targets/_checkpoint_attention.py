@@ -24,8 +24,8 @@ from .roles import (
     AMBIGUOUS_OUTPUTS,
     OUTPUTS,
     ProjectionName,
+    attention_group,
     is_attention,
-    is_attention_group,
     layer_of,
     natural,
     parse_projection_name,
@@ -157,7 +157,7 @@ def _attentions(model: StoredModel) -> Iterator[_StoredAttention]:
         named = _is_attention(path)
         called = _called(model, path, named)
         outputs = model.outputs(path, OUTPUTS)
-        called = [called[place] for place in is_attention_group([says for _, says, _ in called], named, bool(outputs))]
+        called = [called[place] for place in attention_group([says for _, says, _ in called], named, bool(outputs))]
         inputs = [entry for entry in called if len(entry[2]) > 1 or new(entry[2][0])]
         if not inputs:
             continue

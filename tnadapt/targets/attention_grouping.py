@@ -55,7 +55,7 @@ def settled_names(found: Sequence[Called[Weight]]) -> list[Called[Weight]]:
     Examples
     --------
     >>> from tnadapt.targets.roles import read
-    >>> beside = [("q_attn", read("q_attn"), []), ("c_attn", read("c_attn"), [])]
+    >>> beside = [(name, parse_projection_name(name), []) for name in ("q_attn", "c_attn")]
     >>> [(name, says.letters) for name, says, _ in settled_names(beside)]
     [('q_attn', 'q'), ('c_attn', 'kv')]
     """
@@ -94,7 +94,7 @@ def unclear_children(
     Examples
     --------
     >>> from tnadapt.targets.roles import read
-    >>> inputs = [("q_proj", read("q_proj"), ["q_proj"]), ("k_proj", read("k_proj"), ["k_proj"])]
+    >>> inputs = [(name, parse_projection_name(name), [name]) for name in ("q_proj", "k_proj")]
     >>> unclear_children(inputs, ["q_proj", "k_proj", "v_gate_proj", "q_gate_proj"], lambda name: True)
     [('v_gate_proj', 'v')]
     """

@@ -2,7 +2,8 @@
 
 An entry says how a layout is recognised in torch (by the class of the attention), how it is recognised in a checkpoint
 (by ``model_type`` or timm's ``architecture``, and the weight's name), and which rule places q, k and v in the rows. A
-lookup that finds nothing gives None, and never a layout that might fit. What may be assumed of a weight that no entry
+lookup that finds nothing gives None, and never a layout that might fit. Another package adds entries by
+:func:`register_layout`. What may be assumed of a weight that no entry
 knows is decided by its name alone, in :func:`by_name`.
 
 Each entry was read in its library's source; the tests show of each that moving the rows of one of q, k and v moves
@@ -12,13 +13,29 @@ that one and no other in what the attention computes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
+
+from tnadapt.errors import ConfigError, safe_repr
+from tnadapt.plugins import checked_name, load_plugins
 
 from . import _fused_rules as rules
 from ._fused_rules import Rule
+from .roles import parse_projection_name
 
-__all__ = ["TABLE", "TRANSPOSED", "AttentionLayout", "StoredWeight", "by_name", "contested", "of_class", "of_config"]
+__all__ = [
+    "TABLE",
+    "TRANSPOSED",
+    "AttentionLayout",
+    "StoredWeight",
+    "by_name",
+    "contested",
+    "forget_layouts",
+    "of_class",
+    "of_config",
+    "register_layout",
+    "rules",
+]
 
 # Model types of transformers whose linear layers are stored as (in, out).
 TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -252,6 +269,74 @@ TABLE: tuple[AttentionLayout, ...] = (
 # -- Looking up -------------------------------------------------------------------------------
 
 
+_added: dict[str, AttentionLayout] = {}
+
+
+def register_layout(name: str, layout: AttentionLayout) -> None:
+    """Make the layout of a fused attention weight known, to models in memory and to checkpoints on disk.
+
+    Parameters
+    ----------
+    name : str
+        Lower-case letters, digits, ``.``, ``_`` and ``-``. Registering it again replaces the layout.
+    layout : AttentionLayout
+        How the attention is recognized, and the rule that places q, k and v in the rows of its weight. The rules of
+        the built-in table are in ``tnadapt.targets.attention_layouts.rules``; another one is a function of the sizes
+        of an attention (``Facts``) and a weight (``Fused``) to blocks of rows.
+
+    Raises
+    ------
+    ConfigError
+        If the name has another form, the layout is none, it says neither a class nor a model type by which to
+        recognize it, or one of these is in the table already: rows of that attention are known, and do not change.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> from tnadapt.targets.attention_layouts import AttentionLayout, rules
+    >>> layout = AttentionLayout(rules.by_head, ("qkv_proj",), ("ParrotAttention",), ("parrot",))
+    >>> tna.register_layout("parrot", layout)
+    >>> of_class(["ParrotAttention"], lambda name: False) is layout
+    True
+    """
+    checked_name("attention layout", name, ())
+    if not isinstance(layout, AttentionLayout):
+        raise ConfigError(f"register_layout takes an AttentionLayout; got {safe_repr(layout)}")
+    if not (layout.weights and (layout.classes or layout.model_types or layout.architectures)):
+        raise ConfigError(
+            f"attention layout {name!r} names no weight, or nothing to recognize its attention by: give weights, and "
+            "classes, model_types or architectures"
+        )
+    if silent := [weight for weight in layout.weights if parse_projection_name(weight, attention=True) is None]:
+        raise ConfigError(
+            f"attention layout {name!r}: the name {silent[0]!r} does not say which of q, k and v the weight makes, as "
+            "'qkv_proj' does; name whole weights or rows by targets= instead"
+        )
+    others = [*TABLE, *(entry for key, entry in _added.items() if key != name)]
+    for what in ("classes", "model_types"):
+        known = {word for entry in others for word in getattr(entry, what) if set(entry.weights) & set(layout.weights)}
+        if taken := sorted(known & set(getattr(layout, what))):
+            raise ConfigError(
+                f"attention layout {name!r}: the layout of {taken[0]} is known, and is not replaced; register a class "
+                "or a model type of your own"
+            )
+    _added[name] = layout
+
+
+def forget_layouts() -> None:
+    """Remove the layouts that were registered: for tests."""
+    _added.clear()
+
+
+def _entries() -> Iterator[AttentionLayout]:
+    """The table, then what is registered, then what plug-ins register: these are loaded when nothing else is found."""
+    yield from TABLE
+    before = dict(_added)
+    yield from before.values()
+    load_plugins()
+    yield from (entry for name, entry in _added.items() if before.get(name) is not entry)
+
+
 def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "") -> AttentionLayout | None:
     """The entry of an attention in memory; None if its class is not in the table.
 
@@ -272,10 +357,10 @@ def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "")
     True
     """
     for name in names:
-        for entry in TABLE:
+        for entry in _entries():
             if name in entry.classes and all(map(has, entry.attributes)):
                 return entry
-    for entry in TABLE:
+    for entry in _entries():
         if not entry.classes and entry.attributes and weight in entry.weights and all(map(has, entry.attributes)):
             return entry
     return None
@@ -292,13 +377,13 @@ def of_config(config: Mapping[str, Any], stored: StoredWeight) -> AttentionLayou
 
     Examples
     --------
-    >>> of_config({"model_type": "deberta"}, Stored("in_proj")).classes
+    >>> of_config({"model_type": "deberta"}, StoredWeight("in_proj")).classes
     ('DisentangledSelfAttention',)
-    >>> of_config({}, Stored("in_proj")) is None
+    >>> of_config({}, StoredWeight("in_proj")) is None
     True
     """
     kind, architecture = config.get("model_type"), config.get("architecture")
-    for entry in TABLE:
+    for entry in _entries():
         known = kind in entry.model_types
         known = known or (isinstance(architecture, str) and architecture.startswith(entry.architectures or ("\0",)))
         known = known or (bool(entry.settings) and all(config.get(name) is not None for name in entry.settings))
@@ -314,12 +399,12 @@ def contested(config: Mapping[str, Any], stored: StoredWeight) -> bool:
 
     Examples
     --------
-    >>> contested({}, Stored("qkv")), contested({}, Stored("qkv", beside=["attention_biases"]))
+    >>> contested({}, StoredWeight("qkv")), contested({}, StoredWeight("qkv", beside=["attention_biases"]))
     (False, True)
-    >>> contested({"architecture": "vit_tiny_patch16_224"}, Stored("qkv", beside=["attention_biases"]))
+    >>> contested({"architecture": "vit_tiny_patch16_224"}, StoredWeight("qkv", beside=["attention_biases"]))
     False
     """
-    for entry in TABLE:
+    for entry in _entries():
         other = entry.architectures and isinstance(config.get("architecture"), str)
         # Reordered rows of q are still the rows of q, unless the model in memory is meant.
         same = entry.rule in (rules.concatenated, rules.thirds, rules.reordered)

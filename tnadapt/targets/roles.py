@@ -18,9 +18,9 @@ __all__ = [
     "AMBIGUOUS_OUTPUTS",
     "OUTPUTS",
     "ProjectionName",
+    "attention_group",
     "hints",
     "is_attention",
-    "is_attention_group",
     "layer_of",
     "natural",
     "number",
@@ -98,8 +98,8 @@ def parse_projection_name(name: str, attention: bool = False) -> ProjectionName 
 
     Examples
     --------
-    >>> read("add_q_proj"), read("Wqkv").letters, read("pool_q")
-    (Name(letters='q', family='add_*_proj', plain=True), 'qkv', None)
+    >>> parse_projection_name("add_q_proj"), parse_projection_name("Wqkv").letters, parse_projection_name("pool_q")
+    (ProjectionName(letters='q', family='add_*_proj', plain=True), 'qkv', None)
     """
     whole = _WHOLE.get(name) or (_WHOLE_IN_ATTENTION.get(name) if attention else None)
     if whole is not None:
@@ -131,7 +131,7 @@ def hints(name: str) -> str:
 
     Examples
     --------
-    >>> hints("q_gate_proj"), read("q_gate_proj")
+    >>> hints("q_gate_proj"), parse_projection_name("q_gate_proj")
     ('q', None)
     """
     return "".join(_LETTERS.get(word, "") for word in _words(name))
@@ -148,7 +148,7 @@ def is_attention(*names: str) -> bool:
     return any(re.search(r"attention|attn|mhsa|mha\b|^mla$", name, re.IGNORECASE) for name in names)
 
 
-def is_attention_group(names: Sequence[ProjectionName], named: bool, has_output: bool) -> list[int]:
+def attention_group(names: Sequence[ProjectionName], named: bool, has_output: bool) -> list[int]:
     """Which of the names that lie beside each other together make an attention, by their places.
 
     Parameters
@@ -162,9 +162,10 @@ def is_attention_group(names: Sequence[ProjectionName], named: bool, has_output:
 
     Examples
     --------
-    >>> evident([read("q_proj"), read("v_proj")], named=False, has_output=False)
+    >>> names = [parse_projection_name(name) for name in ("q_proj", "v_proj")]
+    >>> attention_group(names, named=False, has_output=False)
     [0, 1]
-    >>> evident([read("value")], named=True, has_output=True)
+    >>> attention_group([parse_projection_name("value")], named=True, has_output=True)
     []
     """
     made = _letters(names)

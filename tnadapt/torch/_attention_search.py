@@ -24,8 +24,8 @@ from tnadapt.targets.roles import (
     AMBIGUOUS_OUTPUTS,
     OUTPUTS,
     ProjectionName,
+    attention_group,
     is_attention,
-    is_attention_group,
     layer_of,
     parse_projection_name,
 )
@@ -118,7 +118,7 @@ def attentions(model: nn.Module) -> Iterator[AttentionModule]:
         named = is_attention(type(module).__name__, plain(path).rpartition(".")[2])
         called = _called(path, module, named or is_known(module))
         outputs = _children(path, module, OUTPUTS)
-        called = [called[place] for place in is_attention_group([name for _, name, _ in called], named, bool(outputs))]
+        called = [called[place] for place in attention_group([name for _, name, _ in called], named, bool(outputs))]
         inputs = [
             (child, name, named_first(weights[0]))
             for child, name, weights in called

@@ -76,7 +76,7 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     >>> file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(4, 6)]).init())
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_file({"layer.0.query.weight": np.ones((4, 6), np.float32)}, folder + "/model.safetensors")
-    ...     found = place(open_checkpoint(folder), file)
+    ...     found = resolve(open_checkpoint(folder), file)
     >>> found.targets[0].name, found.how
     ('layer.0.query.weight', "names without 'bert.'")
     """
