@@ -54,7 +54,7 @@ def settled_names(found: Sequence[Called[Weight]]) -> list[Called[Weight]]:
 
     Examples
     --------
-    >>> from tnadapt.targets.roles import read
+    >>> from tnadapt.targets.roles import parse_projection_name
     >>> beside = [(name, parse_projection_name(name), []) for name in ("q_attn", "c_attn")]
     >>> [(name, says.letters) for name, says, _ in settled_names(beside)]
     [('q_attn', 'q'), ('c_attn', 'kv')]
@@ -93,7 +93,7 @@ def unclear_children(
 
     Examples
     --------
-    >>> from tnadapt.targets.roles import read
+    >>> from tnadapt.targets.roles import parse_projection_name
     >>> inputs = [(name, parse_projection_name(name), [name]) for name in ("q_proj", "k_proj")]
     >>> unclear_children(inputs, ["q_proj", "k_proj", "v_gate_proj", "q_gate_proj"], lambda name: True)
     [('v_gate_proj', 'v')]
