@@ -232,6 +232,7 @@ class FormatContract:
 
     Examples
     --------
+    >>> from tnadapt.algebra.formats import FORMATS
     >>> class TestCP(FormatContract):
     ...     kind = FORMATS["cp"]
     >>> TestCP().test_counts()
