@@ -115,7 +115,8 @@ def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(
     began = time.monotonic()
     with pytest.raises(error, match=message):
         run(tmp_path, "long", "a", "b", name, "c", finished=finished)
-    assert finished == ["a", "b"]
+    # The one behind a training that raised may be done before its end is heard of.
+    assert finished in (["a", "b"], ["a", "b", "c"])
     assert time.monotonic() - began < 120, "it does not wait for the long one"
     assert gone(tmp_path)
 

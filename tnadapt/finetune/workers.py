@@ -114,8 +114,8 @@ def _side_by_side(
             while not told.empty():
                 place, fraction = told.get()
                 progress(tasks[place], fraction)
-            # What is finished first, so that a failure loses none of it.
-            for future in sorted(done, key=lambda one: one.exception() is not None):
+            # What is finished comes first, so that a failure loses none of it; else in the order of the tasks.
+            for future in sorted(filter(done.__contains__, waiting), key=lambda one: one.exception() is not None):
                 record = future.result()
                 yield waiting.pop(future), record
     except BrokenProcessPool:
@@ -126,10 +126,9 @@ def _side_by_side(
             "of your own, start under if __name__ == '__main__'. What is finished is kept: the same command goes on "
             "from there"
         ) from None
-    except BaseException:
-        stop.send_bytes(b"stop")  # the executor would wait for the trainings that run
-        raise
     finally:
+        # The executor would wait for trainings that run, and for interpreters that take seconds to clear torch away.
+        stop.send_bytes(b"stop")
         pool.shutdown(cancel_futures=True)
 
 
