@@ -72,6 +72,7 @@ def test_first_step_gradients_are_not_zero(plan: tna.SuperLoRA) -> None:
         assert all(bool(array.grad.any()) for array in params.values())
 
 
+@pytest.mark.slow
 @pytest.mark.law("compile")
 @pytest.mark.parametrize(
     "name", ["lora", "lonkr", "lorta", "cara", "F shuffle", "F linear", "F nonlinear_v2", "compacter"]

@@ -36,6 +36,7 @@ FACTOR = 4
 BESIDE = 2 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.law("allocation-limit")
 @pytest.mark.parametrize("kind", HEADERS)
 def test_memory_before_a_header_is_refused(tmp_path: Path, kind: str) -> None:

@@ -57,6 +57,7 @@ def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NOT all laws hold" in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.law("hostile-commands")
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -53,6 +53,7 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     assert done.stdout.endswith("nothing written: give -o OUT\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

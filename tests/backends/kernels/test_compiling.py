@@ -68,6 +68,7 @@ def test_without_a_compiler_all_is_plain(before: str, environment: dict[str, str
     assert "the plain way is taken" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".nbc", ".nbi"])
 def test_what_was_kept_and_damaged_is_compiled_anew(ending: str, tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
