@@ -194,7 +194,7 @@ def test_copies_and_pickles_leave_the_draws_behind(rng: np.random.Generator) -> 
 @pytest.mark.law("projection-lengths")
 def test_bad_input() -> None:
     for arguments, message in (
-        (("fastfood", 3, 3), "one of identity"),
+        (("fastfood", 3, 3), "one of 'identity'"),
         (("linear", 0, 3), "n_in must be from 1"),
         (("linear", 3, 0), "n_out must be from 1"),
         (("identity", 3, 4), "keeps the length"),

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnadapt import BackendError, ConfigError, ShapeError
-from tnadapt.algebra import rng
+from tnadapt.algebra import rng as streams
 from tnadapt.checkpoints.fingerprint import TOLERANCE, Fingerprint, fingerprint
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16}
@@ -38,7 +38,7 @@ def apart(one: Fingerprint, other: Fingerprint) -> float:
 def defined(weights: list[np.ndarray]) -> np.ndarray:
     """The sketch, by its definition."""
     w = np.concatenate([weight.reshape(-1) for weight in weights]).astype(np.float64)
-    signed = w * rng.signs(0, 2**32 - 1, 0, w.size)
+    signed = w * streams.signs(0, 2**32 - 1, 0, w.size)
     return np.array([signed[j::8].sum() for j in range(8)]) / math.sqrt(np.sum(w * w) / 8)
 
 
@@ -100,7 +100,7 @@ def test_strides_and_byte_order_do_not_show(rng: np.random.Generator) -> None:
 def test_zeros_have_one(rng: np.random.Generator) -> None:
     zeros = fingerprint([np.zeros((4, 4), np.float32)], "float32")
     assert zeros.sketch == (0.0,) * 8
-    almost = -1e-9 * rng.signs(0, 2**32 - 1, 0, 8).astype(np.float64)
+    almost = -1e-9 * streams.signs(0, 2**32 - 1, 0, 8).astype(np.float64)
     almost[0] = 1.0
     assert str(fingerprint([almost.reshape(2, 4)], "float64").sketch[1:]) == str((0.0,) * 7)  # and no -0.0
     assert zeros.matches(fingerprint([np.zeros((4, 4), np.float16)], "float16"))

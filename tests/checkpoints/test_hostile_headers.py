@@ -141,13 +141,17 @@ def test_tensors_targets_and_values_are_counted(tmp_path: Path, monkeypatch: pyt
     arrays = {name: np.ones(size, "f4") for name, size in plan.param_shapes.items()}
     tna.save(path, tna.AdapterFile(config, targets, arrays))
     for limit, most, why in [
-        ("header.MAX_TENSORS", 6, "the header has more than 5 tensors, and no model has as many"),
-        ("files._MAX_TARGETS", 3, "has more than 2 targets, and no model has as many weights to adapt"),
+        ("_header.MAX_TENSORS", 6, "the header has more than 5 tensors, and no model has as many"),
+        (
+            "checkpoints.adapter_format._MAX_TARGETS",
+            3,
+            "has more than 2 targets, and no model has as many weights to adapt",
+        ),
     ]:
         with monkeypatch.context() as patched:
-            patched.setattr(f"tnadapt.{limit}", most)
+            patched.setattr(f"tnadapt.checkpoints.{limit}", most)
             assert len(tna.load(path).targets) == 3
-            patched.setattr(f"tnadapt.{limit}", most - 1)
+            patched.setattr(f"tnadapt.checkpoints.{limit}", most - 1)
             with pytest.raises(tna.FileError, match=why):
                 tna.load(path)
 

@@ -15,11 +15,13 @@ from ._adapter import Adapter, adapters
 from ._adapter_loading import from_pretrained, load
 from ._attach import attach
 from ._model_extraction import extract
+from ._quantized import QuantizedLayer, register_quantized
 from ._registry import mix
 from ._target_selection import find_targets
 
 __all__ = [
     "Adapter",
+    "QuantizedLayer",
     "Rows",
     "Target",
     "adapters",
@@ -29,4 +31,5 @@ __all__ = [
     "from_pretrained",
     "load",
     "mix",
+    "register_quantized",
 ]

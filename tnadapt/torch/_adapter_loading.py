@@ -22,7 +22,7 @@ from ._adapter_saving import FILE_NAME, FileErrorContext, fingerprint_of, kept_p
 from ._arrays import checked_pairs
 from ._attach import attach, check_name
 from ._removal import take_off
-from ._sharding import copy_all, gather_full
+from ._sharding import copy_all
 from ._state import ADAPTERS_ATTR
 from ._target_selection import find_targets
 from ._trainable import keep
@@ -167,9 +167,6 @@ def _base(model: nn.Module, targets: list[Target]) -> Fingerprint | None:
     need_base(model)
     weights: list[Tensor | None] = []
     for target in targets:
-        owner = model.get_submodule(target.module)
-        parameter: Tensor | None = owner._parameters.get(target.parameter)
-        parameter = merging.computed(owner, target.parameter) if parameter is None else parameter
-        plain = parameter is not None and parameter.is_floating_point()
-        weights.append(target.select(gather_full(parameter.detach())) if parameter is not None and plain else None)
+        weight = merging.numbers(model.get_submodule(target.module), target.parameter)
+        weights.append(None if weight is None else target.select(weight))
     return fingerprint_of(weights)

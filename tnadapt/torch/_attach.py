@@ -23,6 +23,7 @@ from . import _freezing as freezing
 from ._adapter import Adapter
 from ._forward_pass import PassHooks
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
+from ._quantized import quantized_type
 from ._registry import overlapping
 from ._removal import take_off
 from ._sharding import is_sharded
@@ -236,7 +237,7 @@ def _strategy(
 ) -> tuple[str, Factoring | None]:
     config = plan.config
     weight = owner._parameters.get(target.parameter)
-    quantised = weight is None or not weight.is_floating_point()
+    quantised = weight is None or not weight.is_floating_point() or quantized_type(owner) is not None
     # What is added to the output must be what a change of the weight would add: of a layer whose forward is another
     # than the linear one, that is not known.
     linear = quantised or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"

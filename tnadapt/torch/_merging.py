@@ -15,6 +15,7 @@ from tnadapt.errors import BackendError, TargetError
 from tnadapt.targets.target import Target
 
 from ._arrays import full_arrays
+from ._quantized import quantized_type
 from ._sharding import gather_full, is_sharded
 from ._state import AdapterState, MergedRows, need_attached, need_linear
 
@@ -187,18 +188,24 @@ def _write(target: Target, weight: Tensor, matrix: Tensor) -> None:
 
 
 def original(adapter: AdapterState, index: int) -> Tensor | None:
-    """A target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if it is quantised.
+    """A target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if it is not known.
 
     Of a parametrised weight, what it is computed to be.
     """
     if adapter.merged is not None:
         return adapter.merged[index].before
-    weight = stored(adapter, index)
-    if weight is None:
-        weight = computed(owner_of(adapter, index), adapter.targets[index].parameter)
-    if weight is None or not weight.is_floating_point():
-        return None
-    return cast(Tensor, adapter.targets[index].select(gather_full(weight.detach())))
+    weight = numbers(owner_of(adapter, index), adapter.targets[index].parameter)
+    return None if weight is None else cast(Tensor, adapter.targets[index].select(weight))
+
+
+def numbers(owner: nn.Module, parameter: str) -> Tensor | None:
+    """The numbers of a whole weight: gathered, computed if it is parametrised, dequantized; None if not known."""
+    quantized = quantized_type(owner)
+    if quantized is not None:
+        return quantized.dequantize(owner)
+    weight: Tensor | None = owner._parameters.get(parameter)
+    weight = computed(owner, parameter) if weight is None else weight
+    return gather_full(weight.detach()) if weight is not None and weight.is_floating_point() else None
 
 
 def stored(adapter: AdapterState, index: int) -> Tensor | None:
@@ -227,7 +234,8 @@ def _writable(adapter: AdapterState, index: int) -> Tensor:
             "attached, or torch.nn.utils.parametrize.remove_parametrizations() first"
         )
     # Eight bits and fewer are floating-point numbers, too, to torch.
-    if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
+    packed = quantized_type(owner_of(adapter, index)) is not None
+    if packed or weight is None or not weight.is_floating_point() or weight.element_size() < 2:
         raise TargetError(f"{name} is quantised: an update cannot be merged into it; keep it attached")
     if is_sharded(weight):
         raise TargetError(f"{name} is sharded over processes: save the adapter and merge it in one process")

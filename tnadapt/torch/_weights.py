@@ -12,6 +12,8 @@ from tnadapt.errors import TargetError
 from tnadapt.targets.attention_grouping import main_projection
 from tnadapt.targets.target import Rows, Target
 
+from ._quantized import quantized_type
+
 __all__ = ["Weight", "check_embedding", "join", "modules_of", "plain", "projections_in", "weights_of", "wraps"]
 
 # Where PEFT keeps the layer that it wraps.
@@ -183,6 +185,9 @@ def projections_in(path: str, module: nn.Module) -> list[Weight]:
 
 def _weight(path: str, module: nn.Module) -> Weight | None:
     anything: Any = module
+    own = quantized_type(module)
+    if own is not None:
+        return Weight(path, "weight", module, own.shape(module), "linear")
     # Where it is no parameter: a parametrised weight, a quantised one, or its method.
     weight: Any = module._parameters.get("weight")
     weight = getattr(module, "weight", None) if weight is None else weight

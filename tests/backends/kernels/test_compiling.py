@@ -30,7 +30,7 @@ def run(code: str, **environment: str) -> tuple[str, list[str]]:
 @pytest.mark.slow
 def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
-    code = CALL + "print(kernels('hadamard') is not None)"
+    code = CALL + "print(kernels('walsh') is not None)"
     first = run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert first[0] == "True"
     assert len(first[1]) == 1
@@ -49,7 +49,7 @@ def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
 )
 def test_where_nothing_can_be_kept(before: str, said: str, tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
-    code = f"from numba.core import caching; {before}{CALL}print(kernels('hadamard') is not None)"
+    code = f"from numba.core import caching; {before}{CALL}print(kernels('walsh') is not None)"
     printed, lines = run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert printed == "True"
     assert [said in line for line in lines].count(True) == 1
@@ -61,7 +61,7 @@ def test_where_nothing_can_be_kept(before: str, said: str, tmp_path: Path) -> No
     ids=["no numba", "no compiling"],
 )
 def test_without_a_compiler_all_is_plain(before: str, environment: dict[str, str]) -> None:
-    code = CALL + "print(kernels('hadamard'), abs(tna.fwht(tna.fwht(x)) - x).max() < 1e-5)"
+    code = CALL + "print(kernels('walsh'), abs(tna.fwht(tna.fwht(x)) - x).max() < 1e-5)"
     printed, said = run(before + code, **environment)
     assert printed == "None True"
     assert len(said) == 1

@@ -68,11 +68,11 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     # In a process of its own: what else has threads here takes a fork ill.
     code = """
 import os, threading
-from tnadapt.backends._kernels import threads
-threads._allowed = lambda: 4
+from tnadapt.backends._kernels import thread_pool
+thread_pool._allowed = lambda: 4
 def meet():
     meeting = threading.Barrier(3)
-    threads.share(lambda i: meeting.wait(timeout=30), 3, 3)
+    thread_pool.share(lambda i: meeting.wait(timeout=30), 3, 3)
 meet()
 child = os.fork()
 meet()

@@ -631,7 +631,7 @@ def test_overwriting(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys, threading
 import tnadapt as tna
-from tnadapt import partial, shards
+from tnadapt.checkpoints.merge import _journal as journal, _shards as shards
 lock = threading.Lock()
 base, adapter, out, point, count = sys.argv[1:]
 left = int(count)
@@ -658,7 +658,7 @@ elif point == "tensor":
 elif point == "synchronised":
     kill_at(os, "fsync", True)
 elif point == "state":
-    kill_at(partial.Partial, "finished", True)
+    kill_at(journal.MergeJournal, "finished", True)
 elif point == "rename":
     kill_at(os, "rename")
 elif point == "renamed":

@@ -813,7 +813,7 @@ def test_a_base_that_is_replaced_after_its_header_was_read_is_noticed(
         replace_file(str(where.base), where.base.read_bytes())
         return real(*arguments)
 
-    monkeypatch.setattr(merge_checkpoint, "place", place)
+    monkeypatch.setattr(merge_checkpoint, "resolve", place)
     with pytest.raises(tna.FileError, match="was changed while it was merged: run it again"):
         where.merge(0)
     assert not where.out.exists()
