@@ -53,6 +53,7 @@ def test_any_config_is_fitted_as_its_report_says(data: st.DataObject) -> None:
     assert same.to_dict() == report.to_dict()
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_nothing_near_an_optimum_is_better(data: st.DataObject) -> None:
     plan = data.draw(plans())

@@ -18,6 +18,7 @@ from tnadapt.decomposition._linear_algebra import Algebra
 from tnadapt.decomposition._lower_bounds import lower_bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [1.0, 0.98, 0.5])
 @pytest.mark.parametrize("shape", [(16, 16), (30, 34)])
 def test_least_squares_through_an_ill_conditioned_f_is_at_the_optimum_or_not_certified(

@@ -117,6 +117,7 @@ def test_a_study_grows_by_rates_seeds_and_methods(finished: tuple[Path, Any], ca
     assert all(one["predictions"] == first.get(one["key"], one["predictions"]) for one in lines(tmp_path))
 
 
+@pytest.mark.slow
 def test_side_by_side_gives_the_same_numbers(finished: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
     out, _ = finished
     study(cache).run(tmp_path, jobs=2)

@@ -123,6 +123,7 @@ def test_layers_and_bytes() -> None:
     assert max(row.bytes for row in half.rows) <= 4096
 
 
+@pytest.mark.slow
 def test_the_table() -> None:
     found = tna.plan(VIT, 1000)
     text = str(found)

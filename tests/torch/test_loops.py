@@ -83,6 +83,7 @@ def test_a_copy_made_in_training_goes_its_own_way(config: str) -> None:
     assert first[0] > first[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.law("base-is-constant")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", CONFIGS)
@@ -149,6 +150,7 @@ def three_losses(config: str, parts: int, compiled_by: Callable[[nn.Module], Any
 
 
 # Of inductor itself.
+@pytest.mark.slow
 @pytest.mark.law("compile")
 @compiles_whole
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

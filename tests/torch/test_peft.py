@@ -299,6 +299,7 @@ def test_train_save_load(kind: str, tmp_path: Path) -> None:
     assert train(again, kind) == train(model, kind)
 
 
+@pytest.mark.slow
 def test_in_a_new_process(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     model = stir(adapted("llama"))

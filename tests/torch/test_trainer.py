@@ -45,6 +45,7 @@ def trained(hf: Any, folder: Path, config: str = "default", **settings: Any) -> 
     return logged(trainer), adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_trainer(hf: Any, tmp_path: Path, config: str) -> None:
     model = hf.bert()
