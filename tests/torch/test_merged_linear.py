@@ -84,7 +84,9 @@ def test_a_batch_of_gradients_at_once(config: tna.Config, strategy: str) -> None
 
 @pytest.mark.law("functional-transforms")
 @each
+# torch's own: forward_ad registers its decompositions by torch.jit.script. From torch 2.15 on it is a FutureWarning.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 def test_forward_mode(config: tna.Config, strategy: str) -> None:
     model, _ = adapted(config, strategy)
     x, tangent = torch.randn(2, 24), torch.randn(2, 24)

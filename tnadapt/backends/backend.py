@@ -283,7 +283,7 @@ class Backend:
     def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
         """The linear part of a projection F along the last axis, or its adjoint.
 
-        ``draws`` are the :class:`tnadapt.algebra.maps._fastfood_draws.ProjectionDraws` that make F.
+        ``draws`` are the :class:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws` that make F.
         """
         return None
 

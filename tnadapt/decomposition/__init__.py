@@ -1,12 +1,27 @@
 """Given updates to the parameters that make them: the standalone decomposition call.
 
-One solver a file: SVD, ALS, HOOI and TT-SVD of one tensor (``single``), Kronecker products and sums (``splits``), free
-padding (``networks``), least squares through F (``least_squares``, ``arrays``), gradients (``gradient``), and what no
-parameters can fall below (``bounds``).
+One solver a file: SVD, ALS, HOOI and TT-SVD of one tensor (``_single_tensor``), alternating least squares of one tensor
+in any format (``_general_fit``), Kronecker products and sums (``_kronecker_sums``), a group before F with free padding
+(``_network_fit``), a group through F (``_through_map``) by least squares (``_least_squares``), array after array
+(``_alternating``) or by gradients (``_gradient``). ``_lower_bounds`` has what no parameters can fall below,
+``_rank_search`` finds the smallest rank within an error, and ``extraction`` makes an adapter from a tuned checkpoint.
 """
 
 from ._decompose import Settings, decompose
 from ._fit_report import FitReport, GroupReport, Step
 from ._rank_search import FoundRank, search_rank, smallest_rank
+from ._single_tensor import Fit, Limits, fit_format
 
-__all__ = ["FitReport", "FoundRank", "GroupReport", "Settings", "Step", "decompose", "search_rank", "smallest_rank"]
+__all__ = [
+    "Fit",
+    "FitReport",
+    "FoundRank",
+    "GroupReport",
+    "Limits",
+    "Settings",
+    "Step",
+    "decompose",
+    "fit_format",
+    "search_rank",
+    "smallest_rank",
+]

@@ -1,4 +1,4 @@
-"""Registries, and the packages that add to them: formats, maps, sources, attention layouts and others by name.
+"""Registries, and the packages that add to them: formats, maps, attention layouts and file formats by name.
 
 Every choice that a setting names is a class in a :class:`Registry`. Another package adds its own by the functions
 ``register_…`` of :mod:`tnadapt`, or without being imported by an entry point in the group ``tnadapt.plugins``

@@ -7,11 +7,11 @@
 ...     assert plan.num_parameters == sum(array.size for array in plan.init().values())
 >>> test_counts()
 
-A new backend inherits :class:`BackendContract`, a new format :class:`FormatContract`, a new map
-:class:`MapContract`; see the documentation's
-page on backends. These names need ``pip install "tnadapt[testing]"``. ``tnadapt.verify`` (``verification``) runs the
-laws with NumPy alone: ``_laws`` lists them, ``_reference`` is the independent reference implementation in float64, and
-``_methods`` has each named method's own formula.
+A new backend inherits :class:`BackendContract`, a new format :class:`FormatContract`, a new map :class:`MapContract`;
+the documentation's pages on backends and on extending tnadapt have examples. These names need
+``pip install "tnadapt[testing]"``. ``tnadapt.verify`` (``verification``) runs the laws with NumPy alone: ``_laws``
+lists them, ``_reference`` is the independent reference implementation in float64, and ``_methods`` has each named
+method's own formula.
 """
 
 import importlib

@@ -31,7 +31,7 @@ class Drawn(NamedTuple):
 
     @classmethod
     def of(cls, draws: Any, n_in: int) -> Drawn:
-        """Of a :class:`tnadapt.algebra.maps._fastfood_draws.ProjectionDraws`."""
+        """Of a :class:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws`."""
         n_out = draws.lengths["diagonal"]
         return cls(n_in, n_out, draws.whole, draws.pruned, draws.seed, draws.group, bool(draws.signs))
 
