@@ -77,7 +77,7 @@ class Job:
         if difference is not None:
             raise Unfit(
                 f"is another base model than the one that the adapter was trained on: of the adapted weights, "
-                f"{difference}. Give that one, or check_base=False (--any-base)"
+                f"{difference}. Give that one, or check_base=False (--no-check-base)"
             )
 
     def _weights(self, kind: str) -> Iterator[np.ndarray]:
