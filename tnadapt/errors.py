@@ -143,7 +143,7 @@ def safe_repr(value: Any) -> str:
 
     Examples
     --------
-    >>> shown("cp"), shown(10**5000)
+    >>> safe_repr("cp"), safe_repr(10**5000)
     ("'cp'", 'an integer of 16610 bits')
     """
     try:

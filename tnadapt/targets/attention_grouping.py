@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from .roles import ProjectionName, hints
+from .roles import ProjectionName, projection_letters
 from .target import Rows
 
 __all__ = ["PARENT_OUTPUTS", "Called", "distinct_rows", "main_projection", "settled_names", "unclear_children"]
@@ -54,8 +54,8 @@ def settled_names(found: Sequence[Called[Weight]]) -> list[Called[Weight]]:
 
     Examples
     --------
-    >>> from tnadapt.targets.roles import read
-    >>> beside = [("q_attn", read("q_attn"), []), ("c_attn", read("c_attn"), [])]
+    >>> from tnadapt.targets.roles import parse_projection_name
+    >>> beside = [(name, parse_projection_name(name), []) for name in ("q_attn", "c_attn")]
     >>> [(name, says.letters) for name, says, _ in settled_names(beside)]
     [('q_attn', 'q'), ('c_attn', 'kv')]
     """
@@ -93,15 +93,15 @@ def unclear_children(
 
     Examples
     --------
-    >>> from tnadapt.targets.roles import read
-    >>> inputs = [("q_proj", read("q_proj"), ["q_proj"]), ("k_proj", read("k_proj"), ["k_proj"])]
+    >>> from tnadapt.targets.roles import parse_projection_name
+    >>> inputs = [(name, parse_projection_name(name), [name]) for name in ("q_proj", "k_proj")]
     >>> unclear_children(inputs, ["q_proj", "k_proj", "v_gate_proj", "q_gate_proj"], lambda name: True)
     [('v_gate_proj', 'v')]
     """
     unclear = [(child, says.letters) for child, says, weights in inputs if len(weights) > 1]
     made = {letter for _, says, _ in inputs for letter in says.letters}
     for child in children:
-        missing = "".join(letter for letter in hints(child) if letter in "qv" and letter not in made)
+        missing = "".join(letter for letter in projection_letters(child) if letter in "qv" and letter not in made)
         if missing and holds_weights(child):
             unclear.append((child, missing))
     return unclear

@@ -18,13 +18,13 @@ __all__ = [
     "AMBIGUOUS_OUTPUTS",
     "OUTPUTS",
     "ProjectionName",
-    "hints",
     "is_attention",
     "is_attention_group",
     "layer_of",
     "natural",
     "number",
     "parse_projection_name",
+    "projection_letters",
 ]
 
 _LETTERS = {
@@ -98,8 +98,8 @@ def parse_projection_name(name: str, attention: bool = False) -> ProjectionName 
 
     Examples
     --------
-    >>> read("add_q_proj"), read("Wqkv").letters, read("pool_q")
-    (Name(letters='q', family='add_*_proj', plain=True), 'qkv', None)
+    >>> parse_projection_name("add_q_proj"), parse_projection_name("Wqkv").letters, parse_projection_name("pool_q")
+    (ProjectionName(letters='q', family='add_*_proj', plain=True), 'qkv', None)
     """
     whole = _WHOLE.get(name) or (_WHOLE_IN_ATTENTION.get(name) if attention else None)
     if whole is not None:
@@ -126,12 +126,12 @@ def parse_projection_name(name: str, attention: bool = False) -> ProjectionName 
     return ProjectionName(letters, "_".join(family), plain)
 
 
-def hints(name: str) -> str:
+def projection_letters(name: str) -> str:
     """Letters of q, k and v that a name has among its words, whatever its other words are.
 
     Examples
     --------
-    >>> hints("q_gate_proj"), read("q_gate_proj")
+    >>> projection_letters("q_gate_proj"), parse_projection_name("q_gate_proj")
     ('q', None)
     """
     return "".join(_LETTERS.get(word, "") for word in _words(name))
@@ -153,7 +153,7 @@ def is_attention_group(names: Sequence[ProjectionName], named: bool, has_output:
 
     Parameters
     ----------
-    names : sequence of Name
+    names : sequence of ProjectionName
         Of the weights in one module.
     named : bool
         Whether the module itself is called an attention.
@@ -162,9 +162,10 @@ def is_attention_group(names: Sequence[ProjectionName], named: bool, has_output:
 
     Examples
     --------
-    >>> evident([read("q_proj"), read("v_proj")], named=False, has_output=False)
+    >>> q, v, value = map(parse_projection_name, ["q_proj", "v_proj", "value"])
+    >>> is_attention_group([q, v], named=False, has_output=False)
     [0, 1]
-    >>> evident([read("value")], named=True, has_output=True)
+    >>> is_attention_group([value], named=True, has_output=True)
     []
     """
     made = _letters(names)
