@@ -88,9 +88,9 @@ print(f"tuned whole: {whole:.1%} of {len(test)} unseen words")
 # ``extract`` finds the queries and values by their names and says what else differs: here the head, which is to be kept
 # as it was tuned, and the biases beside the weights. The same from a shell::
 #
-#     tnadapt extract base tuned -o adapter.safetensors --preset lora --rank 4 --keep classifier
+#     tnadapt extract base tuned -o adapter.safetensors --preset lora --rank 4 --keep-trainable classifier
 
-found = tna.extract(base, tuned, tna.presets.lora(4), keep="classifier")
+found = tna.extract(base, tuned, tna.presets.lora(4), keep_trainable="classifier")
 print(found.report)
 print(f"others: {len(found.others)}, such as {found.others[0]}")
 
@@ -131,12 +131,12 @@ curves = {}
 for family, configs in families.items():
     points = []
     for config in configs:
-        found = tna.extract(base, tuned, config, keep="classifier", compare=False, max_iterations=15)
+        found = tna.extract(base, tuned, config, keep_trainable="classifier", compare=False, max_iterations=15)
         points.append((found.file.num_parameters, found.report.error, measured(found)))
         print(f"{family:9} accuracy {points[-1][2]:.1%}, {found.report}")
     curves[family] = np.array(points)
 
-head = tna.extract(base, tuned, tna.presets.lora(1), keep="classifier", compare=False).file
+head = tna.extract(base, tuned, tna.presets.lora(1), keep_trainable="classifier", compare=False).file
 nothing = tna.AdapterFile(head.config, head.targets, {n: 0 * a for n, a in head.arrays.items()}, kept=head.kept)
 tna.save(file, nothing)
 model = transformers.BertForSequenceClassification.from_pretrained(base)
@@ -150,7 +150,7 @@ folder.cleanup()
 # columns scatters them, and needs many more numbers to say the same. That is about *fitting* an update that was made
 # without the fold: trained from the start, the folded formats do well at these sizes (:doc:`/finetune`).
 #
-# The smallest rank within a given error is found by ``error=`` (``--error``), for any format.
+# The smallest rank within a given error is found by ``max_error=`` (``--max-error``), for any format.
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
 styles = {

@@ -105,13 +105,13 @@ def test_dtypes_are_kept(dtype: str) -> None:
             assert np.array_equal(array, arrays[name])
 
 
-def brain(array: np.ndarray) -> np.ndarray:
+def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """Rounded, in a simple way, to what bfloat16 holds."""
     return (array.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def test_bfloat16_is_kept_as_float32() -> None:
-    arrays = {name: brain(array) for name, array in arrays_of(LORA).items()}
+    arrays = {name: round_to_bfloat16(array) for name, array in arrays_of(LORA).items()}
     file = made(arrays=arrays, dtypes=dict.fromkeys(arrays, "bfloat16"))
     assert file.dtype == "bfloat16"
     ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -134,7 +134,7 @@ def test_a_nonlinear_update_in_bfloat16_begins_at_nothing() -> None:
     for delta in made(config, arrays=start, dtypes=dtypes).deltas():
         assert not delta.any()
     rng = np.random.default_rng(5)
-    moved = {name: brain(array + 0.1 * rng.standard_normal(array.shape)) for name, array in start.items()}
+    moved = {name: round_to_bfloat16(array + 0.1 * rng.standard_normal(array.shape)) for name, array in start.items()}
     wide = [
         plan.deltas({name: array.astype(np.float64) for name, array in arrays.items()}) for arrays in (moved, start)
     ]

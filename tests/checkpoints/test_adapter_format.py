@@ -29,7 +29,7 @@ from tnadapt import AdapterFile, Config, FileError, Rows, SuperLoRA, Target
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
 
-from .test_adapter_file import CONFIGS, LORA, arrays_of, brain, made
+from .test_adapter_file import CONFIGS, LORA, arrays_of, made, round_to_bfloat16
 
 Recipe = dict[str, Any]
 Stored = dict[str, tuple[str, np.ndarray]]
@@ -53,7 +53,7 @@ def full(config: Config | None = None, dtype: str = "float32") -> AdapterFile:
     next(iter(arrays.values())).flat[:3] = (-0.0, np.finfo(dtype).tiny / 2, np.finfo(dtype).max)
     kept = {
         "head.weight": rng.standard_normal((3, 2)),
-        "head.bias": brain(rng.standard_normal(3)),
+        "head.bias": round_to_bfloat16(rng.standard_normal(3)),
         "head.scale": np.float16(1.5)[...],
         "steps": np.int64(-7)[...],
         "none": np.zeros((0, 3), np.uint8),
@@ -104,7 +104,7 @@ def test_a_round_trip_is_exact(tmp_path: Path, name: str, dtype: str) -> None:
     arrays = arrays_of(CONFIGS[name], "float32" if dtype == "bfloat16" else dtype)
     dtypes = {}
     if dtype == "bfloat16":
-        arrays = {array: brain(values) for array, values in arrays.items()}
+        arrays = {array: round_to_bfloat16(values) for array, values in arrays.items()}
         dtypes = dict.fromkeys(arrays, dtype)
     file = made(CONFIGS[name], arrays=arrays, dtypes=dtypes)
     content = content_of(file, tmp_path)

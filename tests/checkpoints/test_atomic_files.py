@@ -218,7 +218,7 @@ def test_what_must_not_be_overwritten_is_not_even_if_it_came_meanwhile(tmp_path:
         "link": lambda: path.symlink_to("nowhere"),
         "pipe": lambda: os.mkfifo(path),
     }[there]
-    refused = pytest.raises(FileError, match=r"exists; give another path, or overwrite=True \(--force\)")
+    refused = pytest.raises(FileError, match=r"exists; give another path, or overwrite=True \(--overwrite\)")
     with refused, atomic_write(str(path), overwrite=False) as file:
         file.write(b"ours")
         make()

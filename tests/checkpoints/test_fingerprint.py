@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnadapt import BackendError, ConfigError, ShapeError
-from tnadapt.algebra import rng as streams
+from tnadapt.algebra.rng import signs
 from tnadapt.checkpoints.fingerprint import TOLERANCE, Fingerprint, fingerprint
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16}
@@ -38,7 +38,7 @@ def apart(one: Fingerprint, other: Fingerprint) -> float:
 def defined(weights: list[np.ndarray]) -> np.ndarray:
     """The sketch, by its definition."""
     w = np.concatenate([weight.reshape(-1) for weight in weights]).astype(np.float64)
-    signed = w * streams.signs(0, 2**32 - 1, 0, w.size)
+    signed = w * signs(0, 2**32 - 1, 0, w.size)
     return np.array([signed[j::8].sum() for j in range(8)]) / math.sqrt(np.sum(w * w) / 8)
 
 
@@ -100,7 +100,7 @@ def test_strides_and_byte_order_do_not_show(rng: np.random.Generator) -> None:
 def test_zeros_have_one(rng: np.random.Generator) -> None:
     zeros = fingerprint([np.zeros((4, 4), np.float32)], "float32")
     assert zeros.sketch == (0.0,) * 8
-    almost = -1e-9 * streams.signs(0, 2**32 - 1, 0, 8).astype(np.float64)
+    almost = -1e-9 * signs(0, 2**32 - 1, 0, 8).astype(np.float64)
     almost[0] = 1.0
     assert str(fingerprint([almost.reshape(2, 4)], "float64").sketch[1:]) == str((0.0,) * 7)  # and no -0.0
     assert zeros.matches(fingerprint([np.zeros((4, 4), np.float16)], "float16"))
@@ -145,18 +145,18 @@ def models(count: int) -> Iterator[np.ndarray]:
 
 @pytest.mark.law("base-dtype")
 def test_rounding_is_forgiven_with_a_wide_margin() -> None:
-    to_half, to_brain = [], []
+    to_half, to_bf16 = [], []
     for weight in models(400):
         full = fingerprint([weight], "float32")
         half = fingerprint([weight.astype(np.float16)], "float16")
-        brain = fingerprint([bfloat16(weight)], "bfloat16")
-        for one in (full, half, brain):
-            assert all(one.matches(other) for other in (full, half, brain))
+        bf16 = fingerprint([bfloat16(weight)], "bfloat16")
+        for one in (full, half, bf16):
+            assert all(one.matches(other) for other in (full, half, bf16))
         to_half.append(apart(full, half))
-        to_brain.append(apart(full, brain))
+        to_bf16.append(apart(full, bf16))
     # What is derived: 0.0015 of each sketch in root mean square; and float16 has three bits more.
-    assert 0.001 < math.sqrt(np.mean(np.square(to_brain))) < 0.002
-    assert max(to_brain) < 0.65 * TOLERANCE
+    assert 0.001 < math.sqrt(np.mean(np.square(to_bf16))) < 0.002
+    assert max(to_bf16) < 0.65 * TOLERANCE
     assert max(to_half) < 0.1 * TOLERANCE
 
 
@@ -167,9 +167,9 @@ def test_rounding_at_its_worst_is_forgiven() -> None:
     found = []
     for _ in range(300):
         weight = (2.0 ** rng.integers(-8, 0, (1, 3000)) * rng.uniform(1, 1.01, (1, 3000))).astype(np.float32)
-        full, brain = fingerprint([weight], "float32"), fingerprint([bfloat16(weight)], "bfloat16")
-        assert full.matches(brain)
-        found.append(apart(full, brain))
+        full, bf16 = fingerprint([weight], "float32"), fingerprint([bfloat16(weight)], "bfloat16")
+        assert full.matches(bf16)
+        found.append(apart(full, bf16))
     assert math.sqrt(np.mean(np.square(found))) < 0.0024
 
 

@@ -48,9 +48,9 @@ def test_it_merges_and_says_what(base: Path, tmp_path: Path) -> None:
     again = run("merge", base, tmp_path / "adapter.safetensors", "--out", tmp_path / "out")
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == (
-        f"tnadapt: {tmp_path / 'out'}: is there already: choose another name, or allow it to be overwritten (--force)\n"
+        f"tnadapt: {tmp_path / 'out'}: is there already: choose another name, or overwrite=True (--overwrite)\n"
     )
-    forced = run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--force", "--json")
+    forced = run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--overwrite", "--json")
     assert forced.returncode == 0
     report = json.loads(forced.stdout)
     assert (report["out"], report["changed"], report["base_checked"]) == (str(tmp_path / "out"), 3, True)
@@ -63,9 +63,9 @@ def test_another_base_needs_to_be_wished_for(base: Path, tmp_path: Path) -> None
     assert "is another base model" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
-    done = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--any-base")
+    done = run("merge", other, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--no-check-base")
     assert done.returncode == 0
-    assert "not checked whether it was trained on this base (--any-base)" in done.stdout
+    assert "not checked whether it was trained on this base (--no-check-base)" in done.stdout
 
 
 @pytest.mark.law("hostile-commands")

@@ -436,7 +436,7 @@ def test_one_wrong_number_is_said() -> None:
 @given(st.integers(2, 9), st.integers(2, 9), st.floats(0.01, 0.9), st.integers(0, 1000))
 def test_the_rank_found_is_the_smallest(rows: int, cols: int, error: float, seed: int) -> None:
     delta = np.random.default_rng(seed).normal(size=(rows, cols))
-    found = tna.search_rank([delta], presets.lora(), error=error)
+    found = tna.search_rank([delta], presets.lora(), max_error=error)
     values = np.linalg.svd(delta, compute_uv=False) ** 2
     tails = [math.sqrt(values[rank:].sum() / values.sum()) for rank in range(len(values) + 1)]
     assert found.rank == max(1, next(rank for rank, tail in enumerate(tails) if tail <= error))
@@ -450,7 +450,7 @@ def test_a_rank_is_found_for_other_formats(name: str) -> None:
     plan = tna.SuperLoRA(config, [(6, 8)] * 2)
     rng = np.random.default_rng(0)
     made = plan.deltas({full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
-    found = tna.search_rank(made, config.replace(rank=7), error=1e-3)
+    found = tna.search_rank(made, config.replace(rank=7), max_error=1e-3)
     assert found.rank <= 2
 
 
@@ -459,7 +459,7 @@ def test_a_rank_of_some_modes_is_searched() -> None:
     config = presets.lotr(2, weights=3, rows=6, cols=8)
     plan = tna.SuperLoRA(config, [(6, 8)] * 3)
     made = plan.deltas({full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
-    found = tna.search_rank(made, config.replace(rank=(None, 5, 5)), error=1e-6)
+    found = tna.search_rank(made, config.replace(rank=(None, 5, 5)), max_error=1e-6)
     assert (found.rank, found.config.rank) == (2, (None, 2, 2))
 
 
@@ -467,16 +467,16 @@ def test_a_search_that_cannot_end_well() -> None:
     rng = np.random.default_rng(0)
     delta = rng.normal(size=(12, 12))
     with pytest.raises(ConfigError, match=r"no rank up to \d+ comes within 0.1: the error there is"):
-        tna.search_rank([delta], presets.lokr(), error=0.1)
+        tna.search_rank([delta], presets.lokr(), max_error=0.1)
     with pytest.raises(ConfigError, match="no rank up to 2 "):
-        tna.search_rank([delta], presets.lora(), error=0.1, max_rank=2)
+        tna.search_rank([delta], presets.lora(), max_error=0.1, max_rank=2)
     with pytest.raises(ConfigError, match="no rank to search"):
         tna.search_rank([delta], presets.dense())
     with pytest.raises(ConfigError, match="has 2: give an integer"):
         tna.search_rank([delta], tna.Config(rank=(1, 2), format="tucker"))
     for error in (-0.1, 0.0, 1.0, "x"):
         with pytest.raises(ConfigError, match="error must be"):
-            tna.search_rank([delta], presets.lora(), error=error)
+            tna.search_rank([delta], presets.lora(), max_error=error)
 
 
 @given(st.data())

@@ -75,9 +75,9 @@ def test_the_file_is_bound_to_its_base(pair: Any, tmp_path: Path) -> None:
 
 def test_the_smallest_rank_within_an_error(pair: Any) -> None:
     base, tuned, *_ = pair
-    assert tna.extract(base, tuned, presets.lora(), error=1e-3).file.config.rank == 2
+    assert tna.extract(base, tuned, presets.lora(), max_error=1e-3).file.config.rank == 2
     with pytest.raises(ConfigError, match="no rank up to 1 "):
-        tna.extract(base, tuned, presets.lora(), error=1e-3, max_rank=1)
+        tna.extract(base, tuned, presets.lora(), max_error=1e-3, max_rank=1)
 
 
 def test_other_tensors_that_differ_are_named_or_kept(tmp_path: Path, pair: Any) -> None:
@@ -87,15 +87,15 @@ def test_other_tensors_that_differ_are_named_or_kept(tmp_path: Path, pair: Any) 
     save_file(after, tmp_path / "more.safetensors")
     found = tna.extract(base, tmp_path / "more.safetensors", presets.lora(2))
     assert sorted(found.others) == ["classifier.weight", "head.bias", "layers.1.norm.weight"]
-    kept = tna.extract(base, tmp_path / "more.safetensors", presets.lora(2), keep=["classifier", "norm"])
+    kept = tna.extract(base, tmp_path / "more.safetensors", presets.lora(2), keep_trainable=["classifier", "norm"])
     assert kept.others == ("head.bias",)
     assert "classifier.weight" in kept.file.kept
     np.testing.assert_array_equal(kept.file.kept["classifier.weight"], after["classifier.weight"])
     assert tna.extract(base, tmp_path / "more.safetensors", presets.lora(2), compare=False).others == ()
-    with pytest.raises(TargetError, match=r"keep: no tensor lies at or below 'clasifier'"):
-        tna.extract(base, tmp_path / "more.safetensors", keep="clasifier")
+    with pytest.raises(TargetError, match=r"keep_trainable: no tensor lies at or below 'clasifier'"):
+        tna.extract(base, tmp_path / "more.safetensors", keep_trainable="clasifier")
     with pytest.raises(TargetError, match="both a target and kept"):
-        tna.extract(base, tmp_path / "more.safetensors", keep="q_proj")
+        tna.extract(base, tmp_path / "more.safetensors", keep_trainable="q_proj")
 
 
 def test_tensors_of_another_shape_or_kind_differ(tmp_path: Path) -> None:
@@ -123,7 +123,9 @@ def test_tensors_of_another_shape_or_kind_differ(tmp_path: Path) -> None:
     swapped = tna.extract(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", presets.lora(1))
     assert set(swapped.others) == set(found.others)
     with pytest.raises(TargetError, match="eight bits is F8_E4M3, which no adapter file holds"):
-        tna.extract(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", presets.lora(1), keep="eight bits")
+        tna.extract(
+            tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", presets.lora(1), keep_trainable="eight bits"
+        )
 
 
 def test_weights_of_two_dtypes_have_no_fingerprint(tmp_path: Path) -> None:
@@ -260,9 +262,11 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, pair: Any) -> None:
     with pytest.raises(TargetError, match="no tensor of the checkpoint is a target"):
         tna.extract(base, tuned, targets=["nothing"])
     with pytest.raises(TargetError, match=f"{first} is both a target and kept; it can be one of them"):
-        tna.extract(base, tuned, presets.lora(2), keep=["layers.0.attn"])
-    with pytest.raises(TargetError, match="keep: no tensor lies at or below 'head2'; the tuned checkpoint has "):
-        tna.extract(base, tuned, presets.lora(2), keep=["head2"])
+        tna.extract(base, tuned, presets.lora(2), keep_trainable=["layers.0.attn"])
+    with pytest.raises(
+        TargetError, match="keep_trainable: no tensor lies at or below 'head2'; the tuned checkpoint has "
+    ):
+        tna.extract(base, tuned, presets.lora(2), keep_trainable=["head2"])
     foreign = tmp_path / "foreign"
     raw = {name: ("F32", array) for name, array in after.items()}
     header, data = forge.listed(raw)
@@ -271,11 +275,11 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, pair: Any) -> None:
     header[name]["shape"] = [header[name]["data_offsets"][1] - header[name]["data_offsets"][0]]
     foreign.write_bytes(forge.container(header, data))
     with pytest.raises(TargetError, match=f"{name} is F8_E4M3, which no adapter file holds"):
-        tna.extract(base, foreign, presets.lora(2), keep=[name])
+        tna.extract(base, foreign, presets.lora(2), keep_trainable=[name])
     # Not kept, it only differs.
     assert tna.extract(base, foreign, presets.lora(2)).others == (name,)
-    with pytest.raises(ConfigError, match="error must be"):
-        tna.extract(base, tuned, error=2.0)
+    with pytest.raises(ConfigError, match="max_error must be"):
+        tna.extract(base, tuned, max_error=2.0)
 
 
 @pytest.mark.parametrize("narrow_first", [True, False])
@@ -352,17 +356,17 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
     assert len(said["targets"]) == 6
     again = _run(base, tuned, "-o", out)
     assert again.returncode == 2
-    assert "exists; give another path, or --force" in again.stderr
-    done = _run(base, tuned, "-o", out, "--force", "--preset", "lora", "--error", "0.001")
+    assert "exists; give another path, or --overwrite" in again.stderr
+    done = _run(base, tuned, "-o", out, "--overwrite", "--preset", "lora", "--max-error", "0.001")
     assert done.returncode == 0
     assert "288 parameters for 6 weights" in done.stdout
     assert tna.load(out).config.rank == 2
-    done = _run(base, tuned, "-o", out, "--force", "--rank", "3")
+    done = _run(base, tuned, "-o", out, "--overwrite", "--rank", "3")
     assert done.returncode == 0
     assert tna.load(out).config == presets.superlora(3)
     # Not over a model, not even by force, and not among its files.
     before = base.read_bytes()
-    done = _run(base, tuned, "-o", base, "--force")
+    done = _run(base, tuned, "-o", base, "--overwrite")
     assert done.returncode == 2
     assert "is a file of the model" in done.stderr
     assert base.read_bytes() == before
@@ -376,12 +380,12 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--preset", "lora", "--error", "3"], "error must be"),
+        (["--preset", "lora", "--max-error", "3"], "max_error must be"),
         (["--preset", "lorra"], "no preset 'lorra'"),
         (["--set", "rnak=3"], "did you mean 'rank'"),
         (["--targets", "("], "no regular expression"),
         (["--svd", "best"], "svd must be one of"),
-        (["--max-rank", "3"], "is the largest rank that --error tries"),
+        (["--max-rank", "3"], "is the largest rank that --max-error tries"),
     ],
 )
 def test_a_mistake_is_one_line(pair: Any, tmp_path: Path, arguments: list[str], match: str) -> None:
@@ -391,6 +395,21 @@ def test_a_mistake_is_one_line(pair: Any, tmp_path: Path, arguments: list[str], 
     assert match in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", ["--error=0.1", "--keep=head", "--force"])
+def test_an_option_of_another_name_is_unknown(pair: Any, tmp_path: Path, option: str) -> None:
+    base, tuned, *_ = pair
+    done = _run(base, tuned, "-o", tmp_path / "a.safetensors", option)
+    assert done.returncode == 2
+    assert f"No such option: {option.split('=')[0]}" in done.stderr
+
+
+def test_an_argument_of_another_name_is_unknown(pair: Any) -> None:
+    base, tuned, *_ = pair
+    for name in ("error", "keep"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            tna.extract(base, tuned, presets.lora(1), **{name: None})
 
 
 def test_a_folder_that_is_not_there_is_said_before_anything_is_read(pair: Any, tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def test_named_scales(scale: float) -> None:
     # A decimal scale rounds the numbers themselves; subnormal ones to fewer digits.
     assert report.error == pytest.approx(plain.error, rel=1e-12)
     assert str(report) == str(plain)
-    assert tna.search_rank([given * scale], presets.lora(), error=0.5).rank == (
-        tna.search_rank([given], presets.lora(), error=0.5).rank
+    assert tna.search_rank([given * scale], presets.lora(), max_error=0.5).rank == (
+        tna.search_rank([given], presets.lora(), max_error=0.5).rank
     )
 
 
@@ -163,7 +163,7 @@ def test_a_rank_for_an_error_is_the_same_at_any_scale(exponent: int, error: floa
     given = integers(seed, [(8, 6)] * 2)
     scaled = [np.ldexp(one, exponent) for one in given]
     for config in (presets.lora(), presets.lotr(weights=2, rows=8, cols=6)):
-        ranks = [tna.search_rank(own, config, error=error, max_iterations=5).rank for own in (given, scaled)]
+        ranks = [tna.search_rank(own, config, max_error=error, max_iterations=5).rank for own in (given, scaled)]
         assert ranks[0] == ranks[1]
 
 

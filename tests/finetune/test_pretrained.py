@@ -101,7 +101,7 @@ def test_a_text_model_keeps_its_padding_out(bert: Path, table: Path) -> None:
     together = problem.logits(model, part.batch(torch.tensor([short, long]), torch.device("cpu")))
     alone = problem.logits(model, part.batch(torch.tensor([short]), torch.device("cpu")))
     torch.testing.assert_close(together[:1], alone)
-    assert problem.keep == ("classifier",)
+    assert problem.keep_trainable == ("classifier",)
 
 
 def test_a_decoder_without_a_padding_token(tmp_path: Path, table: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_checkpoints_own_head_is_cut_and_frozen(classifier: Path, shades: Pa
     cut = problem.build(3)
     assert torch.equal(cut.classifier.weight, whole.classifier.weight[[4, 1]])
     assert torch.equal(cut.classifier.bias, whole.classifier.bias[[4, 1]])
-    assert problem.keep == problem.drawn == ()
+    assert problem.keep_trainable == problem.drawn == ()
     outcome = run(spec, tmp_path)
     alone, adapted = outcome.points
     assert (alone.kept, adapted.kept) == (0, 0)
@@ -241,7 +241,7 @@ def test_a_timm_model(shades: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # Its weights are drawn from the seed of the head here; a checkpoint's would not be.
     spec = Spec(model="timm:vit_tiny_patch16_224", data=str(shades), image_size=32)
     problem = open_problem(spec)
-    assert problem.keep == ("head",)
+    assert problem.keep_trainable == ("head",)
     study = Study(spec, CHOICE, Training(epochs=1, batch=8), (0.02,))
     assert len(study.targets) == 4
     assert problem.parts["test"].batch(torch.arange(1), torch.device("cpu")).shape == (1, 3, 32, 32)
@@ -325,9 +325,9 @@ def test_a_checkpoint_of_other_names_brings_nothing(bert: Path, table: Path, tmp
 
 
 def test_a_new_head_is_kept_whatever_else_is(bert: Path, table: Path, tmp_path: Path) -> None:
-    spec = Spec(model=str(bert), data=str(table), keep=("pooler",))
+    spec = Spec(model=str(bert), data=str(table), keep_trainable=("pooler",))
     problem = open_problem(spec)
-    assert (problem.keep, problem.drawn) == (("pooler", "classifier"), ("classifier",))
+    assert (problem.keep_trainable, problem.drawn) == (("pooler", "classifier"), ("classifier",))
     assert run(spec, tmp_path).proof.holds
 
 

@@ -241,15 +241,15 @@ def test_a_method_that_does_not_fit_is_named(cache: Path) -> None:
 
 @pytest.mark.parametrize("keep", [("nothing",), ("head", "nothing")])
 def test_a_name_to_keep_that_is_not_there(cache: Path, tmp_path: Path, keep: tuple[str, ...]) -> None:
-    one = Study(dataclasses.replace(spec(cache), keep=keep), CHOICE, TRAINING, (0.01,))
+    one = Study(dataclasses.replace(spec(cache), keep_trainable=keep), CHOICE, TRAINING, (0.01,))
     with pytest.raises(TargetError, match="nothing"):
         one.run(tmp_path, jobs=1)
-    with pytest.raises(TargetError, match="--keep nothing: the model has no such"):
+    with pytest.raises(TargetError, match="--keep-trainable nothing: the model has no such"):
         free(one.problem.build(0), keep)
 
 
 def test_another_part_to_keep(cache: Path, tmp_path: Path) -> None:
-    one = Study(dataclasses.replace(spec(cache), keep=("head", "norm")), CHOICE, TRAINING, (0.01,))
+    one = Study(dataclasses.replace(spec(cache), keep_trainable=("head", "norm")), CHOICE, TRAINING, (0.01,))
     outcome = one.run(tmp_path, jobs=1)
     assert {point.kept for point in outcome.points} == {325 + 128}
     assert outcome.proof is not None

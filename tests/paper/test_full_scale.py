@@ -219,7 +219,7 @@ def test_the_frozen_head_is_the_rows_that_the_recipe_names(makers: dict[str, Pat
     rows = open_recipe("cifar10").settings["head_rows"]
     assert torch.equal(cut.weight, whole.weight[rows])
     assert torch.equal(cut.bias, whole.bias[rows])
-    assert study.problem.keep == ()
+    assert study.problem.keep_trainable == ()
 
 
 # -- Without a hub ---------------------------------------------------------------------------------

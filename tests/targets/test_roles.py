@@ -9,12 +9,12 @@ import pytest
 from tnadapt.targets.roles import (
     ProjectionName,
     attention_group,
-    hints,
     is_attention,
     layer_of,
     natural,
     number,
     parse_projection_name,
+    projection_letters,
 )
 
 
@@ -63,8 +63,8 @@ def test_some_say_it_in_an_attention_alone(name: str) -> None:
     ("name", "letters"),
     [("q_gate_proj", "q"), ("pos_key_value", "kv"), ("value_states", "v"), ("kq", ""), ("Wv2", ""), ("w_v_norm", "v")],
 )
-def test_words_of_other_names_are_hints(name: str, letters: str) -> None:
-    assert hints(name) == letters
+def test_the_letters_among_the_words_of_other_names(name: str, letters: str) -> None:
+    assert projection_letters(name) == letters
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class CupyBackend(Backend):
     def lacks(self, x: Array) -> frozenset[str]:
         return frozenset(OPTIONAL if cupy.cuda.runtime.is_hip else {"gradient"})
 
-    def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
+    def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         if not _has_kernels(x):
             return None
         rows, batch = _rows(cupy.moveaxis(x, axis, -1))
@@ -57,7 +57,7 @@ class CupyBackend(Backend):
         found = _LAUNCHER.fwht(rows, length, scale, length)
         return cupy.moveaxis(found.reshape(*batch, length), -1, axis)
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
         if not _has_kernels(x):
             return None
         f = Drawn.of(draws, n_in)
@@ -65,7 +65,7 @@ class CupyBackend(Backend):
         found = _LAUNCHER.fastfood_adjoint(rows, f) if adjoint else _LAUNCHER.fastfood(rows, f)
         return found.reshape(*batch, found.shape[-1])
 
-    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, plain: tuple[Map, Map]) -> Array | None:
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
         if not _has_kernels(x):
             return None
         rows, _ = _rows(x)

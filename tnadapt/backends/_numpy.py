@@ -54,12 +54,12 @@ class NumpyBackend(Backend):
         compiled = {"fwht": "walsh", "fastfood": "fastfood"}
         return frozenset({"gradient", "shuffle", *(name for name, part in compiled.items() if kernels(part) is None)})
 
-    def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
+    def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         # Other subclasses may have ideas of their own of what becomes of them.
         compiled = kernels("walsh") if type(x) in (np.ndarray, np.memmap) else None
         return None if compiled is None else compiled.transform(x, scale, axis)
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
         ours = type(x) in (np.ndarray, np.memmap) and x.dtype == np.float32 and x.size > 0
         compiled = kernels("fastfood") if ours and draws.long else None
         if compiled is None or not compiled.takes(draws.padded):

@@ -106,13 +106,13 @@ class TorchBackend(Backend):
         compiled = {"fwht": "walsh", "fastfood": "fastfood"} if x.device.type == "cpu" else {}
         return frozenset(set(OPTIONAL) - {"gradient"} - {name for name, part in compiled.items() if kernels(part)})
 
-    def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
+    def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard
-        return kernel(x, scale, axis, plain)
+        return kernel(x, scale, axis, fallback)
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
         kernel = torch_gpu.fastfood if torch_gpu.there_are_kernels(x) else fastfood
-        return kernel(x, draws, n_in, adjoint, plain)
+        return kernel(x, draws, n_in, adjoint, fallback)
 
-    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, plain: tuple[Map, Map]) -> Array | None:
-        return torch_gpu.shuffle(x, seed, group, inverse, plain) if torch_gpu.there_are_kernels(x) else None
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
+        return torch_gpu.shuffle(x, seed, group, inverse, fallback) if torch_gpu.there_are_kernels(x) else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._kernels import kernels
-from ._torch_maps import Map, Way, in_memory, linear_map
+from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map
 
 __all__ = ["fastfood", "fwht", "lacking", "shuffle", "there_are_kernels"]
 
@@ -32,44 +32,50 @@ def lacking() -> frozenset[str]:
     return frozenset() if kernels("gpu.triton_launcher") else frozenset({"fwht", "fastfood", "shuffle"})
 
 
-def fwht(x: Tensor, scale: float, axis: int, plain: Map) -> Tensor | None:
+def fwht(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
     """``scale * H x`` along an axis, counted from the last; None where Triton cannot be imported."""
-    room, length = _room(x), x.shape[axis]
-    if room is None:
+    launcher, length = _launcher(x), x.shape[axis]
+    if launcher is None:
         return None
 
     def transformed(x: Tensor) -> Tensor:
-        rows = functools.partial(room.fwht, length=length, scale=scale, n_out=length)
+        rows = functools.partial(launcher.fwht, length=length, scale=scale, n_out=length)
         return _by_rows(rows, x.movedim(axis, -1)).movedim(-1, axis)
 
-    way = Way(transformed, plain)
-    return linear_map(x, way, way)  # H is symmetric
+    symmetric = KernelWithFallback(transformed, fallback)
+    return linear_map(x, KernelPair(symmetric, symmetric))
 
 
-def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Tensor | None:
+def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
     """The linear part of F along the last axis, or its adjoint; None where Triton cannot be imported."""
-    room = _room(x)
-    if room is None:
+    launcher = _launcher(x)
+    if launcher is None:
         return None
-    f = room.Drawn.of(draws, n_in)
-    there = Way(functools.partial(_by_rows, functools.partial(room.fastfood, f=f)), plain[0])
-    back = Way(functools.partial(_by_rows, functools.partial(room.fastfood_adjoint, f=f)), plain[1])
-    return linear_map(x, back, there) if adjoint else linear_map(x, there, back)
-
-
-def shuffle(x: Tensor, seed: int, group: int, inverse: bool, plain: tuple[Map, Map]) -> Tensor | None:
-    """The last axis permuted, or permuted back; None where Triton cannot be imported."""
-    room = _room(x)
-    if room is None:
-        return None
-    there, back = (
-        Way(functools.partial(_by_rows, functools.partial(room.shuffle, seed=seed, group=group, inverse=way)), twin)
-        for way, twin in zip((False, True), plain, strict=True)
+    f = launcher.Drawn.of(draws, n_in)
+    pair = KernelPair(
+        KernelWithFallback(functools.partial(_by_rows, functools.partial(launcher.fastfood, f=f)), fallback[0]),
+        KernelWithFallback(functools.partial(_by_rows, functools.partial(launcher.fastfood_adjoint, f=f)), fallback[1]),
     )
-    return linear_map(x, back, there) if inverse else linear_map(x, there, back)
+    return linear_map(x, pair.transposed if adjoint else pair)
 
 
-def _room(x: Tensor) -> Any:
+def shuffle(x: Tensor, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Tensor | None:
+    """The last axis permuted, or permuted back; None where Triton cannot be imported."""
+    launcher = _launcher(x)
+    if launcher is None:
+        return None
+
+    def permuted(x: Tensor, back: bool) -> Tensor:
+        return _by_rows(functools.partial(launcher.shuffle, seed=seed, group=group, inverse=back), x)
+
+    pair = KernelPair(
+        KernelWithFallback(functools.partial(permuted, back=False), fallback[0]),
+        KernelWithFallback(functools.partial(permuted, back=True), fallback[1]),
+    )
+    return linear_map(x, pair.transposed if inverse else pair)
+
+
+def _launcher(x: Tensor) -> Any:
     return kernels("gpu.triton_launcher") if x.dtype in (torch.float32, torch.float64) else None
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ._kernels import kernels
-from ._torch_maps import Map, Way, in_memory, linear_map
+from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_map
 
 __all__ = ["fastfood", "hadamard"]
 
 
-def hadamard(x: Tensor, scale: float, axis: int, plain: Map) -> Tensor | None:
+def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
     """``scale * H x`` along an axis, counted from the last; None where x is not for a kernel."""
     if x.device.type != "cpu" or not in_memory(x) or kernels("walsh") is None:
         return None
@@ -21,11 +21,11 @@ def hadamard(x: Tensor, scale: float, axis: int, plain: Map) -> Tensor | None:
     def transformed(x: Tensor) -> Tensor:
         return torch.from_numpy(kernels("walsh").transform(x.detach().numpy(), scale, axis))
 
-    way = Way(transformed, plain)
-    return linear_map(x, way, way)  # H is symmetric
+    symmetric = KernelWithFallback(transformed, fallback)
+    return linear_map(x, KernelPair(symmetric, symmetric))
 
 
-def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Tensor | None:
+def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
     """The linear part of a projection, or its adjoint; None where x is not for a kernel."""
     if not (draws.long and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and in_memory(x)):
         return None
@@ -39,5 +39,5 @@ def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, 
     def pulled(y: Tensor) -> Tensor:
         return torch.from_numpy(kernels("fastfood").linear(y.detach().numpy(), draws, n_in, True))
 
-    there, back = Way(projected, plain[0]), Way(pulled, plain[1])
-    return linear_map(x, back, there) if adjoint else linear_map(x, there, back)
+    pair = KernelPair(KernelWithFallback(projected, fallback[0]), KernelWithFallback(pulled, fallback[1]))
+    return linear_map(x, pair.transposed if adjoint else pair)

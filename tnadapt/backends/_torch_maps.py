@@ -10,37 +10,55 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-__all__ = ["Way", "in_memory", "linear_map"]
+__all__ = ["KernelPair", "KernelWithFallback", "in_memory", "linear_map"]
 
 Map = Callable[[Tensor], Tensor]
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Way:
+@dataclasses.dataclass(frozen=True)
+class KernelWithFallback:
     """A linear map along axes that are counted from the last, whatever the batch before them.
 
     Attributes
     ----------
     kernel : callable
         On the memory of a tensor.
-    plain : callable
+    fallback : callable
         The same in torch's own operations, for what has no memory of its own.
     """
 
     kernel: Map
-    plain: Map
+    fallback: Map
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class KernelPair:
+    """A linear map and its adjoint.
+
+    Attributes
+    ----------
+    forward, adjoint : KernelWithFallback
+    """
+
+    forward: KernelWithFallback
+    adjoint: KernelWithFallback
+
+    @property
+    def transposed(self) -> KernelPair:
+        """The adjoint, whose adjoint is the map itself."""
+        return KernelPair(self.adjoint, self.forward)
 
     def __repr__(self) -> str:
-        # A trace has it in its graph, and compares two of them: no address.
-        return "Way(...)"
+        # A trace puts the pair in its graph, and compares two of them: no addresses.
+        return "KernelPair(...)"
 
 
-def linear_map(x: Tensor, there: Way, back: Way) -> Tensor:
-    """``there(x)``, differentiable to any order, forward and backward; ``back`` is its adjoint."""
+def linear_map(x: Tensor, pair: KernelPair) -> Tensor:
+    """``pair.forward`` of x, differentiable to any order, in forward and backward mode."""
     # A batch of gradients at once (is_grads_batched) has no memory.
     if torch._C._functorch.is_legacy_batchedtensor(x):
-        return there.plain(x)
-    return cast(Tensor, LinearMap.apply(x, there, back))  # type: ignore[no-untyped-call]
+        return pair.forward.fallback(x)
+    return cast(Tensor, LinearMap.apply(x, pair))  # type: ignore[no-untyped-call]
 
 
 def in_memory(x: Tensor) -> bool:
@@ -77,7 +95,7 @@ class LinearMap(torch.autograd.Function):
     """Its derivatives are itself, and the adjoint."""
 
     @staticmethod
-    def forward(x: Tensor, there: Way, back: Way) -> Tensor:
+    def forward(x: Tensor, pair: KernelPair) -> Tensor:
         if x.numel() and not x._is_zerotensor():
             stop = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
             if x.untyped_storage().nbytes() < stop * x.element_size():
@@ -86,22 +104,22 @@ class LinearMap(torch.autograd.Function):
                     f"{x.untyped_storage().nbytes()} bytes"
                 )
         # Zeros and opposites that torch has not yet made have no memory of that content.
-        return there.kernel(x.clone() if x._is_zerotensor() else x.resolve_neg())
+        return pair.forward.kernel(x.clone() if x._is_zerotensor() else x.resolve_neg())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Way, Way], output: Tensor) -> None:
-        _, ctx.there, ctx.back = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, KernelPair], output: Tensor) -> None:
+        _, ctx.pair = inputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return linear_map(grads[0], ctx.back, ctx.there), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return linear_map(grads[0], ctx.pair.transposed), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return linear_map(tangents[0], ctx.there, ctx.back)
+        return linear_map(tangents[0], ctx.pair)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, None, None], x: Tensor, there: Way, back: Way) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, pair: KernelPair) -> tuple[Tensor, int]:
         dim = in_dims[0]
         assert dim is not None, "vmap calls a rule only where something is batched"
-        return linear_map(x.movedim(dim, 0), there, back), 0
+        return linear_map(x.movedim(dim, 0), pair), 0

@@ -270,24 +270,25 @@ class Backend:
         return frozenset()
 
     # -- Kernels: faster ways to the same numbers --------------------------------------------
-    # None where there is no kernel for this array: the plain way is taken, which each must equal. It is handed in (of a
-    # map and its adjoint both) for what a kernel meets later and cannot take, as gradients of another kind.
+    # None where there is no kernel for this array: the reference implementation runs, which each kernel must equal.
+    # It is passed as `fallback` (a pair for a map and its adjoint), for what a kernel meets later and cannot take, such
+    # as batches of gradients.
 
-    def fwht(self, x: Array, scale: float, axis: int, plain: Map) -> Array | None:
+    def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         """``scale * H x`` along one axis, the entries of H being 1 and -1.
 
         x is float32 or float64 and not empty; the axis is counted from the last, and a power of two long, at least 2.
         """
         return None
 
-    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, plain: tuple[Map, Map]) -> Array | None:
+    def fastfood(self, x: Array, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Array | None:
         """The linear part of a projection F along the last axis, or its adjoint.
 
         ``draws`` are the :class:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws` that make F.
         """
         return None
 
-    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, plain: tuple[Map, Map]) -> Array | None:
+    def shuffle(self, x: Array, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
         """The last axis of x in the order of the fixed permutation of its length, or of its inverse."""
         return None
 

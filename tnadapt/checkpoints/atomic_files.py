@@ -84,7 +84,7 @@ def _place(made: str, path: str, overwrite: bool) -> None:
         try:
             return rename_new(made, path)
         except FileExistsError:
-            raise FileError("exists; give another path, or overwrite=True (--force)") from None
+            raise FileError("exists; give another path, or overwrite=True (--overwrite)") from None
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
         if not stat.S_ISREG(mode):  # it came to be meanwhile

@@ -33,14 +33,14 @@ def extract_command(
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.")] = None,
-    error: Annotated[
+    max_error: Annotated[
         float | None, typer.Option(help="Take the smallest rank within this relative error, e.g. 0.1.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="The largest that is tried then.")] = None,
     targets: Annotated[
         list[str] | None, typer.Option(help="qv, qkvo, a regular expression, or paths; repeat for more paths.")
     ] = None,
-    keep: Annotated[
+    keep_trainable: Annotated[
         list[str] | None, typer.Option(help="A tensor or module to keep as it was tuned, e.g. classifier; repeat.")
     ] = None,
     compare: Annotated[bool, typer.Option(help="Look for other tensors that differ, which reads both whole.")] = True,
@@ -48,7 +48,7 @@ def extract_command(
     tol: Annotated[float, typer.Option(help="They end at a step that gains no more relative error than this.")] = 1e-6,
     svd: Annotated[str, typer.Option(help="auto, full or randomized.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of random projections and starts.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter file that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Make an adapter of a fully tuned checkpoint: what changed in its queries and values, fitted.
@@ -58,13 +58,13 @@ def extract_command(
     """
     if out.is_dir():
         raise TnadaptError(f"{out} is a folder; give the path of the adapter file")
-    if out.exists() and not force:
-        raise TnadaptError(f"{out} exists; give another path, or --force to replace it")
+    if out.exists() and not overwrite:
+        raise TnadaptError(f"{out} exists; give another path, or --overwrite to replace it")
     if not out.absolute().parent.is_dir():
         raise TnadaptError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
     _check_place(out, base, tuned)
-    if max_rank is not None and error is None:
-        raise TnadaptError("--max-rank is the largest rank that --error tries; give both, or --rank")
+    if max_rank is not None and max_error is None:
+        raise TnadaptError("--max-rank is the largest rank that --max-error tries; give both, or --rank")
     changes = [*(settings or []), *([f"rank={rank}"] if rank is not None else [])]
     if preset is None and config is None:
         # What the library takes where nothing is given, with what is given changed.
@@ -72,8 +72,9 @@ def extract_command(
     chosen = chosen_config(preset, changes, config)
     with _bar() as bar:
         found = extract(
-            base, tuned, chosen, _targets(targets), error=error, max_rank=max_rank, keep=keep or (), compare=compare,
-            progress=bar, max_iterations=iterations, tol=tol, svd=svd, seed=seed,
+            base, tuned, chosen, _targets(targets), max_error=max_error, max_rank=max_rank,
+            keep_trainable=keep_trainable or (), compare=compare, progress=bar, max_iterations=iterations,
+            tol=tol, svd=svd, seed=seed,
         )  # fmt: skip
     save(out, found.file)
     if as_json:
@@ -151,6 +152,6 @@ def _print(found: Extraction, out: Path) -> None:
     if found.others:
         more = f" and {len(found.others) - 6} more" if len(found.others) > 6 else ""
         echo(
-            f"{len(found.others)} other tensors differ and are not in the adapter (--keep takes them): "
+            f"{len(found.others)} other tensors differ and are not in the adapter (--keep-trainable takes them): "
             f"{', '.join(found.others[:6])}{more}"
         )

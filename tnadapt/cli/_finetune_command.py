@@ -94,7 +94,7 @@ def finetune_command(
         list[str] | None,
         typer.Option(help="qv, qkvo, all-linear, conv, a regex, or module names.", rich_help_panel=HOW),
     ] = None,
-    keep: Annotated[
+    keep_trainable: Annotated[
         list[str] | None,
         typer.Option(help="A module or parameter to train beside every adapter and a new head.", rich_help_panel=HOW),
     ] = None,
@@ -149,7 +149,8 @@ def finetune_command(
     usual = DIGITS if digits else OTHERS
     spec = job.Spec(
         model=model, data=data, text_column=text_column, label_column=label_column, image_size=image_size,
-        max_length=max_length, limit=limit, keep=tuple(keep or ()), cache=cache, pretrain_epochs=pretrain_epochs,
+        max_length=max_length, limit=limit, keep_trainable=tuple(keep_trainable or ()), cache=cache,
+        pretrain_epochs=pretrain_epochs,
     )  # fmt: skip
     choice = job.Choice(
         presets=tuple(preset or ()), ranks=tuple(rank or ()), changes=changes, budgets=tuple(budget or ()),

@@ -28,15 +28,15 @@ def merge_command(
         Path,
         typer.Option("--out", "-o", help="What to make: a folder, or a file where BASE is a file.", show_default=False),
     ],
-    force: Annotated[
+    overwrite: Annotated[
         bool,
         typer.Option(
-            "--force", "-f", help="Replace a checkpoint that is at OUT; all other files of a folder OUT go, too."
+            "--overwrite", help="Replace a checkpoint that is at OUT; all other files of a folder OUT go, too."
         ),
     ] = False,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Merge even if the adapter was trained on other weights.")
-    ] = False,
+    check_base: Annotated[
+        bool, typer.Option(help="Refuse a base with other weights than the adapter was trained on.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Add an adapter to a model on disk, and write the sum as a model of its own, which needs no tnadapt.
@@ -53,7 +53,7 @@ def merge_command(
     """
     try:
         with bytes_bar("merging") as progress:
-            report = merge(base, adapter, out, overwrite=force, check_base=not any_base, progress=progress)
+            report = merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=progress)
     except KeyboardInterrupt:
         echo("", err=True)
         echo(f"stopped; {out} is as it was, or whole; the same command continues", err=True)
@@ -61,10 +61,10 @@ def merge_command(
     if as_json:
         echo_json(report.to_dict())
     else:
-        _print(report, any_base)
+        _print(report, check_base)
 
 
-def _print(report: MergeReport, any_base: bool) -> None:
+def _print(report: MergeReport, check_base: bool) -> None:
     files = f"{report.files} file" + "s" * (report.files != 1)
     echo(f"{report.out}: {size(report.bytes)} in {files}")
     echo(f"  {report.targets} updates added to {report.changed} of {report.tensors} tensors")
@@ -79,7 +79,7 @@ def _print(report: MergeReport, any_base: bool) -> None:
         why = "weights without the update, hidden folders, links out of BASE, or no regular files"
         echo(f"  not copied ({why}): {_some(report.left_out)}")
     if not report.base_checked:
-        why = "--any-base" if any_base else "the adapter does not say on which"
+        why = "the adapter does not say on which" if check_base else "--no-check-base"
         echo(f"  not checked whether it was trained on this base ({why})")
     if report.resumed:
         echo(f"  {report.resumed} of {files} had been finished before")

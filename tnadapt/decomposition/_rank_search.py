@@ -37,7 +37,7 @@ class FoundRank(NamedTuple):
 
 
 def search_rank(
-    deltas: Any, cfg: Config, error: float = 0.1, *, max_rank: int | None = None, **settings: Any
+    deltas: Any, cfg: Config, max_error: float = 0.1, *, max_rank: int | None = None, **settings: Any
 ) -> FoundRank:
     """The smallest rank at which a config comes within an error of given updates.
 
@@ -48,7 +48,7 @@ def search_rank(
     cfg : Config
         Its rank is what is searched; a scale of ``alpha / rank`` goes with it. Of a rank for each mode, those that are
         not None must be equal, and stay so.
-    error : float
+    max_error : float
         Relative Frobenius error of all updates together, above 0 and below 1.
     max_rank : int, optional
         The largest to try; by default that beyond which a rank is of no use.
@@ -75,18 +75,21 @@ def search_rank(
     >>> import numpy as np, tnadapt as tna
     >>> rng = np.random.default_rng(0)
     >>> delta = rng.normal(size=(12, 3)) @ rng.normal(size=(3, 8))
-    >>> search_rank([delta], tna.presets.lora(), error=1e-6).rank
+    >>> search_rank([delta], tna.presets.lora(), max_error=1e-6).rank
     3
     """
-    return smallest_rank(lambda config: decompose(deltas, config, **settings), cfg, error, max_rank)
+    return smallest_rank(lambda config: decompose(deltas, config, **settings), cfg, max_error, max_rank)
 
 
 def smallest_rank(
-    fit: Callable[[Config], tuple[dict[str, Array], FitReport]], cfg: Config, error: float, max_rank: int | None = None
+    fit: Callable[[Config], tuple[dict[str, Array], FitReport]],
+    cfg: Config,
+    max_error: float,
+    max_rank: int | None = None,
 ) -> FoundRank:
     """:func:`search_rank` by any function that fits a config."""
-    if isinstance(error, bool) or not isinstance(error, (int, float, np.floating)) or not 0.0 < error < 1.0:
-        raise ConfigError(f"error must be above 0 and below 1, relative to the updates; got {safe_repr(error)}")
+    if isinstance(max_error, bool) or not isinstance(max_error, (int, float, np.floating)) or not 0.0 < max_error < 1.0:
+        raise ConfigError(f"max_error must be above 0 and below 1, relative to the updates; got {safe_repr(max_error)}")
     if not isinstance(cfg, Config):
         raise ConfigError(f"expected a tnadapt.Config; got {type(cfg).__name__}")
     ranks = {cfg.rank} if isinstance(cfg.rank, int) else set(cfg.rank) - {None}
@@ -106,17 +109,17 @@ def smallest_rank(
         raise ConfigError(f"format={cfg.format!r} has no rank to search: decompose() gives its parameters")
     most = min(useful, max_rank or useful)
     low = 0  # the largest that is known not to do
-    while found.report.error > error:
+    while found.report.error > max_error:
         if found.rank >= most:
             raise ConfigError(
-                f"no rank up to {most} comes within {error:g}: the error there is {found.report.error:.4g}; allow "
+                f"no rank up to {most} comes within {max_error:g}: the error there is {found.report.error:.4g}; allow "
                 "more, or take another format or fold"
             )
         low = found.rank
         found = at(min(2 * low, most))
     while found.rank - low > 1:
         tried = at((low + found.rank) // 2)
-        if tried.report.error <= error:
+        if tried.report.error <= max_error:
             found = tried
         else:
             low = tried.rank

@@ -58,9 +58,9 @@ def extract(
     cfg: Config | None = None,
     targets: Any = "qv",
     *,
-    error: float | None = None,
+    max_error: float | None = None,
     max_rank: int | None = None,
-    keep: str | Sequence[str] = (),
+    keep_trainable: str | Sequence[str] = (),
     compare: bool = True,
     progress: Callable[[Step], None] | None = None,
     **settings: Any,
@@ -75,11 +75,11 @@ def extract(
         What the updates are to be made of; ``tnadapt.presets.superlora(rank=8)`` if not given.
     targets : str or list of str
         Which weights, as for :func:`tnadapt.targets.checkpoint_targets.find_stored`.
-    error : float, optional
+    max_error : float, optional
         Take the smallest rank whose relative error is no more, instead of the config's.
     max_rank : int, optional
         The largest that is tried then.
-    keep : str or sequence of str
+    keep_trainable : str or sequence of str
         Tensors to keep beside the adapter as they are in the tuned checkpoint, by whole parts of their names:
         ``"classifier"`` is all at or below it.
     compare : bool
@@ -99,15 +99,15 @@ def extract(
     FileError
         If a checkpoint cannot be read.
     TargetError
-        If a target is not in both, has another shape, or is not floating; or ``keep`` matches nothing.
+        If a target is not in both, has another shape, or is not floating; or ``keep_trainable`` matches nothing.
     ConfigError, ShapeError
         If the config does not suit the weights, or no rank comes within the error.
 
     Notes
     -----
     In memory are what is kept, two tensors with their difference, and one group's part of the long vector a few times
-    over. The difference is taken in float64 and fitted in float32. With ``error`` all of it is read for each rank that
-    is tried.
+    over. The difference is taken in float64 and fitted in float32. With ``max_error`` all of it is read for each rank
+    that is tried.
 
     Examples
     --------
@@ -136,14 +136,14 @@ def extract(
     for target in found:
         _check(target, after, target.name, "tuned")
         _check(target, before, places[target.name], "base")
-    kept = _kept(after, keep, {target.name for target in found})
+    kept = _kept(after, keep_trainable, {target.name for target in found})
     arrays, report, config = within(
         [target.shape for target in found],
         [target.layer for target in found],
         cfg,
         lambda weight: _difference(found[weight], before, places[found[weight].name], after),
         chosen,
-        error,
+        max_error,
         max_rank,
         progress,
     )
@@ -167,7 +167,7 @@ def within(
     cfg: Config,
     read: Callable[[int], np.ndarray],
     settings: Settings,
-    error: float | None,
+    max_error: float | None,
     max_rank: int | None,
     progress: Callable[[Step], None] | None,
 ) -> tuple[dict[str, np.ndarray], FitReport, Config]:
@@ -177,9 +177,9 @@ def within(
     def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
         return settings.fit(backend, like, SuperLoRA(config, shapes, list(layers)), read, progress)
 
-    if error is None:
+    if max_error is None:
         return *fit(cfg), cfg
-    found = smallest_rank(fit, cfg, error, max_rank)
+    found = smallest_rank(fit, cfg, max_error, max_rank)
     return found.params, found.report, found.config
 
 
@@ -264,7 +264,7 @@ def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -
         if not own:
             some = ", ".join(list(tuned.entries)[:6])
             raise TargetError(
-                f"keep: no tensor lies at or below {safe_repr(pattern)}; the tuned checkpoint has {some}, …"
+                f"keep_trainable: no tensor lies at or below {safe_repr(pattern)}; the tuned checkpoint has {some}, …"
             )
         found.update(dict.fromkeys(own))
     both = sorted(targets & found.keys())

@@ -56,7 +56,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     Parameters
     ----------
     spec : Spec
-        ``cache``, ``pretrain_epochs``, ``limit`` and ``keep`` are looked at.
+        ``cache``, ``pretrain_epochs``, ``limit`` and ``keep_trainable`` are looked at.
     progress : callable
         Is told ``(what, fraction done)`` while the model is trained.
 
@@ -111,7 +111,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
         own,
         build,
         _plain,
-        tuple(dict.fromkeys([*spec.keep, "head"])),
+        tuple(dict.fromkeys([*spec.keep_trainable, "head"])),
         ("head",),
         # Products of this size do not gain from a second thread; a second training beside it does.
         threads=1,

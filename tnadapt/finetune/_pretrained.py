@@ -136,7 +136,7 @@ def _head(model: nn.Module) -> tuple[str, ...]:
     if not found:
         raise TnadaptError(
             f"which part of {type(model).__name__} is its head? Its parts are "
-            f"{', '.join(name for name, _ in model.named_children())}: give --keep NAME"
+            f"{', '.join(name for name, _ in model.named_children())}: give --keep-trainable NAME"
         )
     return found
 
@@ -265,7 +265,7 @@ def _problem(
         if found.shape[1:] != (len(data.classes),):
             raise TnadaptError(f"{safe_repr(spec.model)} gives {tuple(found.shape)} for two samples of {data.name}")
     # What was drawn must be trained and saved, whatever else is kept.
-    keep = (*(spec.keep or head), *(name for name in drawn if not under(name, spec.keep or head)))
+    keep = (*(spec.keep_trainable or head), *(name for name in drawn if not under(name, spec.keep_trainable or head)))
     name = Path(str(spec.model).removeprefix("timm:")).name
     return Problem(f"{data.name} with {name}", data.kind, data.classes, parts, build, logits, keep, drawn)
 

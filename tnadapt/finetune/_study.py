@@ -186,7 +186,7 @@ class Study:
             "problem": self.problem.name,
             "classes": list(self.problem.classes),
             "samples": {name: len(part.labels) for name, part in self.problem.parts.items()},
-            "keep": list(self.problem.keep),
+            "keep": list(self.problem.keep_trainable),
             "targets_found": [target.to_list() for target in self.targets],
             "image_size": self.spec.image_size,
             "max_length": self.spec.max_length,

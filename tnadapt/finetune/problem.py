@@ -34,7 +34,7 @@ class Spec:
         Pixels a side, tokens of a text, samples of each part that the source brings.
     holdout : float
         The fraction of each class that is not trained on, and that rates are chosen by.
-    keep : tuple of str
+    keep_trainable : tuple of str
         Modules or parameters that are trained beside every adapter, the new head in any case.
     head_rows : tuple of int
         Instead of a new head: the checkpoint's own, cut to these of its classes, one for each class of the data in
@@ -54,7 +54,7 @@ class Spec:
     max_length: int | None = None
     limit: int | None = None
     holdout: float = HOLDOUT
-    keep: tuple[str, ...] = ()
+    keep_trainable: tuple[str, ...] = ()
     head_rows: tuple[int, ...] = ()
     cache: Path | None = None
     pretrain_epochs: int = 60
@@ -89,7 +89,7 @@ class Problem:
         ``build(seed)``: the base model anew, with a head drawn from the seed.
     logits : callable
         ``logits(model, inputs)``: shape (n, classes).
-    keep : tuple of str
+    keep_trainable : tuple of str
         Modules or parameters that are trained beside every adapter: all of ``drawn``, and others.
     drawn : tuple of str
         Those that ``build`` draws from the seed, such as a new head; the rest is the base.
@@ -105,7 +105,7 @@ class Problem:
     parts: dict[str, Part]
     build: Callable[[int], nn.Module]
     logits: Callable[[nn.Module, Any], Tensor]
-    keep: tuple[str, ...]
+    keep_trainable: tuple[str, ...]
     drawn: tuple[str, ...]
     threads: int | None = None
     sketch: Callable[[], nn.Module] | None = None
@@ -134,7 +134,9 @@ def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
     for kept in keep:
         if not any(under(name, [kept]) for name in named):
             tops = sorted({name.split(".")[0] for name in named})
-            raise TargetError(f"--keep {kept}: the model has no such parameter or module; at its top are {tops}")
+            raise TargetError(
+                f"--keep-trainable {kept}: the model has no such parameter or module; at its top are {tops}"
+            )
     found = []
     for name, parameter in named.items():
         parameter.requires_grad_(under(name, keep))

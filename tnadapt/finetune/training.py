@@ -181,11 +181,11 @@ def train(
         torch.manual_seed(task.seed)
         adapter = None
         if task.method.config is None:
-            free(model, problem.keep)
+            free(model, problem.keep_trainable)
         else:
             config = task.method.config.replace(seed=task.seed)
             try:
-                adapter = tnt.attach(model, config, training.selection, keep_trainable=problem.keep)
+                adapter = tnt.attach(model, config, training.selection, keep_trainable=problem.keep_trainable)
             except MemoryError:
                 raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

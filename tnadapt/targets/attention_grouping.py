@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from .roles import ProjectionName, hints
+from .roles import ProjectionName, projection_letters
 from .target import Rows
 
 __all__ = ["PARENT_OUTPUTS", "Called", "distinct_rows", "main_projection", "settled_names", "unclear_children"]
@@ -101,7 +101,7 @@ def unclear_children(
     unclear = [(child, says.letters) for child, says, weights in inputs if len(weights) > 1]
     made = {letter for _, says, _ in inputs for letter in says.letters}
     for child in children:
-        missing = "".join(letter for letter in hints(child) if letter in "qv" and letter not in made)
+        missing = "".join(letter for letter in projection_letters(child) if letter in "qv" and letter not in made)
         if missing and holds_weights(child):
             unclear.append((child, missing))
     return unclear

@@ -19,12 +19,12 @@ __all__ = [
     "OUTPUTS",
     "ProjectionName",
     "attention_group",
-    "hints",
     "is_attention",
     "layer_of",
     "natural",
     "number",
     "parse_projection_name",
+    "projection_letters",
 ]
 
 _LETTERS = {
@@ -126,12 +126,12 @@ def parse_projection_name(name: str, attention: bool = False) -> ProjectionName 
     return ProjectionName(letters, "_".join(family), plain)
 
 
-def hints(name: str) -> str:
+def projection_letters(name: str) -> str:
     """Letters of q, k and v that a name has among its words, whatever its other words are.
 
     Examples
     --------
-    >>> hints("q_gate_proj"), parse_projection_name("q_gate_proj")
+    >>> projection_letters("q_gate_proj"), parse_projection_name("q_gate_proj")
     ('q', None)
     """
     return "".join(_LETTERS.get(word, "") for word in _words(name))
@@ -153,7 +153,7 @@ def attention_group(names: Sequence[ProjectionName], named: bool, has_output: bo
 
     Parameters
     ----------
-    names : sequence of Name
+    names : sequence of ProjectionName
         Of the weights in one module.
     named : bool
         Whether the module itself is called an attention.
@@ -162,10 +162,10 @@ def attention_group(names: Sequence[ProjectionName], named: bool, has_output: bo
 
     Examples
     --------
-    >>> names = [parse_projection_name(name) for name in ("q_proj", "v_proj")]
-    >>> attention_group(names, named=False, has_output=False)
+    >>> q, v, value = map(parse_projection_name, ["q_proj", "v_proj", "value"])
+    >>> attention_group([q, v], named=False, has_output=False)
     [0, 1]
-    >>> attention_group([parse_projection_name("value")], named=True, has_output=True)
+    >>> attention_group([value], named=True, has_output=True)
     []
     """
     made = _letters(names)

@@ -203,10 +203,14 @@ class BackendContract:
         for kind in (Linear, LinearV2):
             # Of a length for which it is worth importing a compiler.
             b, f = self.backend, kind(300, 9000, seed=5)
-            there, back = twins = functools.partial(f.forward_plain, b), functools.partial(f.adjoint_plain, b)
+            forward, adjoint = both = functools.partial(f.forward_plain, b), functools.partial(f.adjoint_plain, b)
             x, y = self._arange(2, f.n_in), self._arange(2, f.n_out)
-            self._equal(self._found("fastfood", b.fastfood(x, f.draws, f.n_in, adjoint=False, plain=twins)), there(x))
-            self._equal(self._found("fastfood", b.fastfood(y, f.draws, f.n_in, adjoint=True, plain=twins)), back(y))
+            self._equal(
+                self._found("fastfood", b.fastfood(x, f.draws, f.n_in, adjoint=False, fallback=both)), forward(x)
+            )
+            self._equal(
+                self._found("fastfood", b.fastfood(y, f.draws, f.n_in, adjoint=True, fallback=both)), adjoint(y)
+            )
 
     def test_the_kernel_of_shuffle(self) -> None:
         b, f = self.backend, Shuffle(1000, 1000, seed=5)
@@ -217,7 +221,7 @@ class BackendContract:
             def plain(x: Array, order: np.ndarray = order) -> Array:
                 return b.take(x, b.constant(order, b.device(x)))
 
-            found = b.shuffle(x, 5, 0, inverse, plain=(plain, plain))
+            found = b.shuffle(x, 5, 0, inverse, fallback=(plain, plain))
             if self._found("shuffle", found) is not None:
                 self._same(found, b.to_numpy(plain(x)))
 

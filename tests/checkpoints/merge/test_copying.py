@@ -29,17 +29,17 @@ def test_a_range_is_copied_and_nothing_else(
     at = data.draw(st.integers(0, 99))
     (folder / "source").write_bytes(content)
     (folder / "target").write_bytes(b"-" * 1000)
-    told: list[int] = []
+    copied: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copying, "_WAYS", [copying._WAYS[way]])
         patch.setattr(copying, "_KERNEL_PIECE", 100)
         patch.setattr(copying, "_PIECE", 100)
         with open(folder / "source", "rb", buffering=0) as a, open(folder / "target", "r+b", buffering=0) as b:
-            copy_range(a, start, b, at, count, told.append)
+            copy_range(a, start, b, at, count, copied.append)
     expected = b"-" * at + content[start : start + count] + b"-" * (1000 - at - count)
     assert (folder / "target").read_bytes() == expected
-    assert sum(told) == count
-    assert max(told, default=0) <= 100
+    assert sum(copied) == count
+    assert max(copied, default=0) <= 100
 
 
 def files(folder: Path) -> tuple[Any, Any]:

@@ -52,14 +52,14 @@ class Linear(Map):
         self.draws = FastfoodDraws(self.normal, n_out, self.padded, self._pruned, seed, group)
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        found = backend.fastfood(x, self.draws, self.n_in, adjoint=False, plain=self._plain(backend))
+        found = backend.fastfood(x, self.draws, self.n_in, adjoint=False, fallback=self._fallback(backend))
         return self.forward_plain(backend, x) if found is None else found
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
-        found = backend.fastfood(y, self.draws, self.n_in, adjoint=True, plain=self._plain(backend))
+        found = backend.fastfood(y, self.draws, self.n_in, adjoint=True, fallback=self._fallback(backend))
         return self.adjoint_plain(backend, y) if found is None else found
 
-    def _plain(self, backend: Backend) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    def _fallback(self, backend: Backend) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
         return functools.partial(self.forward_plain, backend), functools.partial(self.adjoint_plain, backend)
 
     def forward_plain(self, backend: Backend, x: Array) -> Array:

@@ -45,7 +45,7 @@ class Shuffle(Map):
         def back(x: Array) -> Array:
             return backend.take(x, self.on(backend, "inverse", x))
 
-        found = backend.shuffle(x, self.seed, self.group, inverse, plain=(there, back))
+        found = backend.shuffle(x, self.seed, self.group, inverse, fallback=(there, back))
         return (back if inverse else there)(x) if found is None else found
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:

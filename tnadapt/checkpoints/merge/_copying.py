@@ -28,7 +28,7 @@ class Stopped(Exception):  # noqa: N818  # no error: it was asked for
 
 
 def copy_range(
-    source: BinaryIO, start: int, target: BinaryIO, at: int, count: int, told: Callable[[int], None]
+    source: BinaryIO, start: int, target: BinaryIO, at: int, count: int, on_bytes: Callable[[int], None]
 ) -> None:
     """Copy ``count`` bytes from a place in one file to a place in another.
 
@@ -39,7 +39,7 @@ def copy_range(
     start, at : int
         Where to read from, and where to write to.
     count : int
-    told : callable
+    on_bytes : callable
         Called with the number of bytes of each piece that is copied. What it raises stops the copy.
 
     Raises
@@ -79,7 +79,7 @@ def copy_range(
             ways.pop(0)
             continue
         start, at, count = start + done, at + done, count - done
-        told(done)
+        on_bytes(done)
 
 
 def _by_copy_file_range(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> int:

@@ -47,7 +47,7 @@ class Destination(NamedTuple):
         if not os.path.lexists(self.path):
             return
         if not overwrite:
-            raise FileError("is there already: choose another name, or allow it to be overwritten (--force)")
+            raise FileError("is there already: choose another name, or overwrite=True (--overwrite)")
         if (why := self.refusal(self.path)) is not None:
             raise FileError(why)
 

@@ -77,7 +77,7 @@ class Job:
         if difference is not None:
             raise Unfit(
                 f"is another base model than the one that the adapter was trained on: of the adapted weights, "
-                f"{difference}. Give that one, or check_base=False (--any-base)"
+                f"{difference}. Give that one, or check_base=False (--no-check-base)"
             )
 
     def _weights(self, kind: str) -> Iterator[np.ndarray]:
@@ -106,7 +106,7 @@ class Job:
                 f"{total:,} bytes are to be written, and the disk has {free:,} free: make room, or choose another place"
             )
 
-        def told(count: int) -> None:
+        def on_bytes(count: int) -> None:
             nonlocal done
             done += count
             progress(done, max(total, done))
@@ -126,7 +126,7 @@ class Job:
             self._copy_others(work)
 
         with one_blas_thread():
-            Writer(checkpoint, told).write(shards, beside)
+            Writer(checkpoint, on_bytes).write(shards, beside)
         try:
             changed = any(file_state(file) != state for file, state in checkpoint.states.items())
         except OSError:

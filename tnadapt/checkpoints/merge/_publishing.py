@@ -60,9 +60,9 @@ def place(made: str, out: str, aside: str, refusal: Refusal | None, compare: boo
                 return None
             raise FileError(
                 "is not what an earlier run, which was killed as it finished, would have put there: remove it, or "
-                "allow it to be overwritten (--force), and run again"
+                "run again with overwrite=True (--overwrite)"
                 if compare
-                else "came to be while it was made: remove it, or allow it to be overwritten, and run again"
+                else "came to be while it was made: remove it, or run again with overwrite=True (--overwrite)"
             )
         _check(refusal, out)
         try:

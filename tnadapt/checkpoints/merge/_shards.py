@@ -58,7 +58,7 @@ class Writer:
     ----------
     checkpoint : Checkpoint
         What is read.
-    told : callable
+    on_bytes : callable
         Called with the number of bytes of each piece that is written; by one thread at a time.
 
     Notes
@@ -68,8 +68,8 @@ class Writer:
     copies, one that writes what was computed, one that waits for the disk, and one for ``meanwhile``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, told: Callable[[int], None]) -> None:
-        self.checkpoint, self._told = checkpoint, told
+    def __init__(self, checkpoint: Checkpoint, on_bytes: Callable[[int], None]) -> None:
+        self.checkpoint, self._on_bytes = checkpoint, on_bytes
         self._lock, self._stop = threading.Lock(), threading.Event()
 
     def write(self, shards: Sequence[Shard], meanwhile: Callable[[], None] | None = None) -> None:
@@ -158,12 +158,12 @@ class Writer:
         dirty = 0
         flushed: Future[None] | None = None
 
-        def told(count: int) -> None:
+        def on_copied(count: int) -> None:
             nonlocal dirty, flushed
             if self._stop.is_set():
                 raise Stopped
             with self._lock:
-                self._told(count)
+                self._on_bytes(count)
             dirty += count
             if dirty >= _FLUSHED and (flushed is None or flushed.done()):
                 # So that the disk has work from the start, and little is left at the end.
@@ -171,12 +171,12 @@ class Writer:
 
         with open(file, "rb", buffering=0) as source, open(out, "r+b", buffering=0) as target:
             for start, at, count in runs:
-                copy_range(source, start, target, at, count, told)
+                copy_range(source, start, target, at, count, on_copied)
 
     def _put(self, target: BinaryIO, at: int, content: bytes | memoryview) -> None:
         write_at(target, at, content)
         with self._lock:
-            self._told(len(content))
+            self._on_bytes(len(content))
 
 
 def _synchronise(path: str, finished: Callable[[], None] | None = None) -> None:
