@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 
 import pytest
+
+from tnadapt.plugins import forget_registered
+from tnadapt.targets.attention_layouts import forget_layouts
 
 # Two packages that cannot be imported without torch, though some of their modules could be alone.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["tnadapt/torch", "tnadapt/finetune"]
@@ -33,7 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An example that writes a file writes it somewhere else than here."""
-    if isinstance(request.node, pytest.DoctestItem):
+def _own_folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An example that writes a file writes it somewhere else than here, and what it registers is forgotten."""
+    example = isinstance(request.node, pytest.DoctestItem)
+    if example:
         monkeypatch.chdir(request.getfixturevalue("tmp_path"))
+    yield
+    if example:
+        forget_registered()
+        forget_layouts()

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import MAPS
-from tnadapt.plugins.entry_points import load_plugins
+from tnadapt.plugins import forget_registered
 
 HERE = Path(__file__).parent
 PACKAGES = ("tensor-ring", "count-sketch")
@@ -21,9 +19,7 @@ PACKAGES = ("tensor-ring", "count-sketch")
 
 def forget() -> None:
     """Leave the registries as they are in a process that has not asked for a plug-in."""
-    load_plugins.cache_clear()
-    FORMATS.forget()
-    MAPS.forget()
+    forget_registered()
 
 
 @pytest.fixture(scope="session")

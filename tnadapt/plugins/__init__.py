@@ -5,7 +5,7 @@ Every choice that a setting names is a class in a :class:`Registry`. Another pac
 (:mod:`~tnadapt.plugins.entry_points`).
 """
 
-from .class_registry import Registry, checked_name
+from .class_registry import Registry, checked_name, forget_registered
 from .entry_points import load_plugins
 
-__all__ = ["Registry", "checked_name", "load_plugins"]
+__all__ = ["Registry", "checked_name", "forget_registered", "load_plugins"]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tnadapt.errors import ConfigError, safe_repr
 
 from .entry_points import load_plugins
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "checked_name", "forget_registered"]
 
 T = TypeVar("T")
 
+_registries: list[Registry[Any]] = []
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -47,6 +48,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     """
 
     def __init__(self, kind: str, contract: type[T], built_in: Mapping[str, type[T]]) -> None:
+        _registries.append(self)
         self.kind, self.contract = kind, contract
         self._built_in = dict(built_in)
         self._added: dict[str, type[T]] = {}
@@ -149,3 +151,10 @@ def _public(cls: type) -> str:
     """The name of a class as users import it: from the package of a private module."""
     package = cls.__module__.partition("._")[0]
     return f"{package}.{cls.__name__}"
+
+
+def forget_registered() -> None:
+    """Remove what was registered in every registry, and let plug-ins be loaded again: for tests."""
+    for registry in _registries:
+        registry.forget()
+    load_plugins.cache_clear()
