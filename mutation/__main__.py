@@ -79,7 +79,9 @@ def _known() -> dict[str, report.Record]:
 
 def _parser() -> argparse.ArgumentParser:
     given = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
-    given.add_argument("modules", nargs="*", help="files of tnadapt/, as folding.py; all that modules.toml lists")
+    given.add_argument(
+        "modules", nargs="*", help="files of tnadapt/, as algebra/folding.py; all that modules.toml lists"
+    )
     given.add_argument("--sample", type=int, metavar="N", help="so many mutants, drawn at random")
     given.add_argument("--seed", type=int, default=0, help="of the drawing")
     given.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every Nth mutant, from the Ith on")
