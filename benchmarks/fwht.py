@@ -86,11 +86,11 @@ def close(found: Any, expected: Any, dtype: str) -> None:
 
 
 def numbers(size: int, dtype: str) -> np.ndarray:
-    """Normal numbers, and room as a kernel likes it."""
+    """Normal numbers, aligned as a kernel likes them."""
     compiled = kernels("memory")
-    room: np.ndarray = np.empty(size, dtype) if compiled is None else compiled.aligned_empty((size,), np.dtype(dtype))
-    room[...] = np.random.default_rng(0).standard_normal(size, dtype=np.dtype(dtype).type)
-    return room
+    found: np.ndarray = np.empty(size, dtype) if compiled is None else compiled.aligned_empty((size,), np.dtype(dtype))
+    found[...] = np.random.default_rng(0).standard_normal(size, dtype=np.dtype(dtype).type)
+    return found
 
 
 def in_memory_that_is_there(bits: int, dtype: str, smoke: bool) -> list[dict[str, Any]]:

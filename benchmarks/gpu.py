@@ -49,16 +49,16 @@ def medians(device: str, contestants: dict[str, Callable[[], Any]], rounds: int)
 
 
 def arrays(library: str, device: str, size: int, dtype: str) -> tuple[Any, Any, Callable[[], Any]]:
-    """Random numbers of a library on the device, room for as many, and a copy from one to the other."""
+    """Random numbers of a library on the device, a buffer for as many, and a copy from one to the other."""
     if library == "torch":
         x = torch.randn(size, dtype=getattr(torch, dtype), device=device)
-        room = torch.empty_like(x)
-        return x, room, lambda: room.copy_(x)
+        buffer = torch.empty_like(x)
+        return x, buffer, lambda: buffer.copy_(x)
     import cupy
 
     x = cupy.random.standard_normal(size, dtype=dtype)
-    room = cupy.empty_like(x)
-    return x, room, lambda: cupy.copyto(room, x)
+    buffer = cupy.empty_like(x)
+    return x, buffer, lambda: cupy.copyto(buffer, x)
 
 
 def libraries(device: str) -> list[str]:

@@ -304,15 +304,15 @@ def same_outputs(problem: Problem) -> list[dict[str, Any]]:
         adapter = next(iter(tnadapt.torch.adapters(contestant.model).values()))
         head, arrays = copy.deepcopy(contestant.model.classifier.state_dict()), adapter.arrays()
         for strategy in ("weight", "factored", "additive"):
-            twin = copy.deepcopy(problem.model)
+            duplicate = copy.deepcopy(problem.model)
             try:
-                other = tnadapt.torch.attach(twin, adapter.config, strategy=strategy)
+                other = tnadapt.torch.attach(duplicate, adapter.config, strategy=strategy)
             except tna.TnadaptError:
                 continue
             other.load_arrays({key: array.detach() for key, array in arrays.items()})
-            twin.classifier.load_state_dict(head)
+            duplicate.classifier.load_state_dict(head)
             with torch.no_grad():
-                outputs[strategy] = twin.eval()(**problem.batch).logits
+                outputs[strategy] = duplicate.eval()(**problem.batch).logits
         first = next(iter(outputs.values()))
         for strategy, output in outputs.items():
             torch.testing.assert_close(output, first, rtol=1e-4, atol=1e-5, msg=f"{name}: {strategy} differs")

@@ -47,8 +47,8 @@ def experiment(
     """Run an experiment of the SuperLoRA paper from its recipe, and draw its figure.
 
     Without a name, the recipes are listed. --dry-run lists a recipe's settings with their parameter counts, beside
-    those that the paper states; it needs neither model nor data. Run it again to go on where it was stopped, and to
-    draw the figure anew from the results that are there.
+    those that the paper states; it needs neither model nor data. Run it again to resume after an interruption, and to
+    redraw the figure from the results that are there.
 
     Exit code: 0, or 1 where a count is not the paper's, or 2 for what cannot be done.
     """

@@ -242,7 +242,7 @@ def test_tanhshrink_does_not_cancel_near_zero() -> None:
     found = tanhshrink(numpy, t)
     assert not found[zero].any()
     assert np.max(np.abs(found[~zero] / exact[~zero] - 1)) < 1e-13
-    # The twin itself, against two terms of the series and against the plain difference.
+    # The reference implementation itself, against two terms of the series and against the plain difference.
     small, large = ~zero & (np.abs(t) < 1e-4), np.abs(t) > 1
     assert np.max(np.abs(exact[small] / (t[small] ** 3 / 3 - 2 * t[small] ** 5 / 15) - 1)) < 1e-13
     assert np.max(np.abs(exact[large] / (t[large] - np.tanh(t[large])) - 1)) < 1e-14

@@ -157,20 +157,20 @@ def test_the_sum_is_that_of_the_numbers(dtype: str, data: st.DataObject) -> None
 
 
 @pytest.mark.parametrize(
-    ("dtype", "room"), [("float64", 1.7e308), ("float32", 3e38), ("float16", 65519.0), ("bfloat16", 3.38e38)]
+    ("dtype", "largest"), [("float64", 1.7e308), ("float32", 3e38), ("float16", 65519.0), ("bfloat16", 3.38e38)]
 )
-def test_leaving_the_range_is_told_apart_from_an_update_that_is_not_finite(dtype: str, room: float) -> None:
-    def told(number: float, update: float) -> str | None:
+def test_leaving_the_range_is_told_apart_from_an_update_that_is_not_finite(dtype: str, largest: float) -> None:
+    def refusal(number: float, update: float) -> str | None:
         weight = rounded(np.array([1.0, number, -1.0]), dtype)
         with np.errstate(over="ignore"):
             return add_in_place(weight, dtype, [(1, np.array([update]))])
 
-    assert told(0.0, room) is None
-    assert told(-room, -0.2 * room) == told(room, 0.2 * room) == "range"
-    assert told(1.0, np.nan) == told(1.0, -np.inf) == "update"
+    assert refusal(0.0, largest) is None
+    assert refusal(-largest, -0.2 * largest) == refusal(largest, 0.2 * largest) == "range"
+    assert refusal(1.0, np.nan) == refusal(1.0, -np.inf) == "update"
     # What is not finite in the base stays as it is: it is no fault of the update.
     for odd in (np.inf, -np.inf, np.nan):
-        assert told(odd, 1.0) is None
+        assert refusal(odd, 1.0) is None
 
 
 def test_the_rest_of_a_weight_keeps_its_bits() -> None:

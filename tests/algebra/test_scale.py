@@ -137,7 +137,7 @@ def test_a_group_past_2_31_elements_is_right_at_its_far_end_and_in_pieces(
     os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="2**32 draws take minutes: in the long profile alone"
 )
 def test_a_slice_of_linear_f_is_right_past_2_31_elements() -> None:
-    """Its twin sums the terms of each element in another order: by where the permutation takes from."""
+    """The reference sums the terms of each element in another order: by where the permutation takes from."""
     size, seed = 3 << 30, 5
     start, stop = size - 3, size
     plan = tna.SuperLoRA(tna.presets.fastfood(1e-9, seed=seed), [(3 << 15, 1 << 15)])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import relative_error
 from tnadapt.backends import load_backend
-from tnadapt.backends._kernels import thin_product as room
+from tnadapt.backends._kernels import thin_product as implementation
 from tnadapt.backends._kernels.thin_product import thin_product
 
 
@@ -17,7 +17,7 @@ from tnadapt.backends._kernels.thin_product import thin_product
 def _blocks_of_a_few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that every edge is met in small products."""
     for name, value in {"_LEAST": 1, "_BLOCK": 24, "_COLUMNS": 8, "_LEAST_COLUMNS": 2}.items():
-        monkeypatch.setattr(room, name, value)
+        monkeypatch.setattr(implementation, name, value)
 
 
 def laid_out(array: np.ndarray, how: str) -> np.ndarray:

@@ -82,10 +82,10 @@ def test_it_is_a_plain_object() -> None:
     assert file.dtype == "float32"
     with pytest.raises(dataclasses.FrozenInstanceError):
         file.model = "other"  # type: ignore[misc]
-    for twin in (copy.deepcopy(file), pickle.loads(pickle.dumps(file))):
-        assert twin.targets == file.targets
-        assert all(np.array_equal(twin.arrays[name], array) for name, array in file.arrays.items())
-        assert twin.plan.num_parameters == file.num_parameters
+    for copied in (copy.deepcopy(file), pickle.loads(pickle.dumps(file))):
+        assert copied.targets == file.targets
+        assert all(np.array_equal(copied.arrays[name], array) for name, array in file.arrays.items())
+        assert copied.plan.num_parameters == file.num_parameters
     assert repr(dataclasses.replace(file, kept={}))[-7:] == "0 kept)"
 
 
@@ -117,10 +117,10 @@ def test_bfloat16_is_kept_as_float32() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     theirs = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
     head = np.array(1.5, ml_dtypes.bfloat16)
-    twin = made(arrays=theirs, kept={"head": head})
-    assert twin.dtypes == {**file.dtypes, "kept.head": "bfloat16"}
-    assert all(np.array_equal(twin.arrays[name], array) for name, array in arrays.items())
-    assert (twin.kept["head"].dtype, twin.kept["head"].item()) == (np.float32, 1.5)
+    copied = made(arrays=theirs, kept={"head": head})
+    assert copied.dtypes == {**file.dtypes, "kept.head": "bfloat16"}
+    assert all(np.array_equal(copied.arrays[name], array) for name, array in arrays.items())
+    assert (copied.kept["head"].dtype, copied.kept["head"].item()) == (np.float32, 1.5)
 
 
 def test_a_nonlinear_update_in_bfloat16_begins_at_nothing() -> None:

@@ -669,11 +669,11 @@ def changed(value: Any, place: tuple[Any, ...], change: Callable[[Any], Any]) ->
     """A structure with one place of it changed; ``...`` takes it out."""
     if not place:
         return change(value)
-    twin = dict(value) if isinstance(value, dict) else list(value)
-    twin[place[0]] = changed(value[place[0]], place[1:], change)
-    if twin[place[0]] is ...:
-        del twin[place[0]]
-    return twin
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[place[0]] = changed(value[place[0]], place[1:], change)
+    if copied[place[0]] is ...:
+        del copied[place[0]]
+    return copied
 
 
 @st.composite

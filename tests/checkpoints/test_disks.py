@@ -89,7 +89,7 @@ def test_a_sweep_on_a_full_disk_says_so_and_goes_on(disk: Path) -> None:
     with Results(path, {"what": "a sweep"}, fields=fields) as results:
         results.add({"key": "0", "value": 0})
         filler = fill(disk)
-        # The last page has room for a few lines.
+        # The last page holds a few lines.
         refused = None
         for number in range(1, 100):
             try:

@@ -205,7 +205,7 @@ class Yard:
         for beside in BESIDE:
             (self.folder / beside).mkdir()
         shutil.copytree(self.pristine, self.place, symlinks=True)
-        with open(self.place / "sparse", "wb") as file:  # a hundred gigabytes that take no room
+        with open(self.place / "sparse", "wb") as file:  # a hundred gigabytes that take no space
             file.truncate(100 << 30)
         os.mkfifo(self.place / "pipe")
         self.seen = self.look()

@@ -1,4 +1,4 @@
-"""LSQR and its plain twin are one solver, and solve."""
+"""LSQR agrees with its reference implementation, and solves."""
 
 from __future__ import annotations
 

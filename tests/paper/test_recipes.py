@@ -49,11 +49,11 @@ def test_every_setting_of_every_recipe_can_be_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_settings_have_as_many_parameters_as_the_plain_twin_counts(name: str) -> None:
+def test_settings_have_as_many_parameters_as_the_reference_counts(name: str) -> None:
     for scale in scales(name):
         recipe = open_recipe(name, scale)
         weights, points = recipe.weights, recipe.points()
-        # The twin looks at every element: of large weights, a few settings from all over the recipe.
+        # The reference looks at every element: of large weights, a few settings from all over the recipe.
         few = min(len(points), 40, 2 + 8_000_000 // sum(rows * cols for rows, cols in weights.shapes))
         for point in points[len(points) // (2 * few) :: len(points) // few]:
             assert point.parameters == reference.count(point.config, weights.shapes, weights.layers), point

@@ -35,7 +35,7 @@ PRESETS = {
 
 @st.composite
 def large(draw: st.DrawFn) -> tna.SuperLoRA:
-    """Plans of any order and number of splits, far beyond what has room in a picture."""
+    """Plans of any order and number of splits, far beyond what fits in a picture."""
     order, splits = (draw(st.integers(1, 12) | st.integers(1, 32)) for _ in range(2))
     name = draw(st.sampled_from(list(FORMATS)))
     rank: Any = draw(st.sampled_from([1, 3, 1000, 1 << 40]))
@@ -246,7 +246,7 @@ def test_groups_of_layers(tmp_path: Path) -> None:
     "text", ["14,155,776", "r = 1,024", "768 × 768 × 768", "2 × ⋯ × 2, of 32 modes", "unfold, keep the first 7 of 8",
              "F: nonlinear_v2, fixed, not trained", "⊗", "Σ", "mmm"],
 )  # fmt: skip
-def test_words_take_the_room_that_is_kept_for_them(text: str) -> None:
+def test_words_take_the_width_reserved_for_them(text: str) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.textpath import TextPath
 

@@ -3,7 +3,7 @@
 Their adapter tensors, filled with random numbers, become our parameters; the ΔW, the outputs and the gradients
 must be theirs to 1e-12 in float64. Where a peer errs or has a convention of its own, a test named ``test_fault_…``
 or ``test_convention_…`` asserts what it does, so that a release that changes it is noticed: such a test that
-fails means that the peer was mended and that whatever here works around it is due.
+fails means that the peer was fixed and that whatever here works around it is due.
 """
 
 from __future__ import annotations

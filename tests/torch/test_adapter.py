@@ -68,18 +68,18 @@ def bits(model: nn.Module) -> dict[str, bytes]:
     }
 
 
-def plain_twin(adapter: tt.Adapter) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]:
+def reference_model(adapter: tt.Adapter) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]:
     """The same model with W + ΔW put in by functional_call: nothing of the adapter's machinery."""
     arrays = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
     dtype = next(iter(arrays.values())).dtype
-    twin = small().to(dtype)
-    weights = {name: p.detach() for name, p in twin.named_parameters()}
+    duplicate = small().to(dtype)
+    weights = {name: p.detach() for name, p in duplicate.named_parameters()}
     for target, delta in zip(adapter.targets, adapter.plan.deltas(arrays), strict=True):
         weight = weights[target.name]
         rows = list(range(target.shape[0])) if target.rows is None else target.rows.indices()
         change = torch.zeros(weight.shape[0], target.shape[1], dtype=dtype).index_add(0, torch.tensor(rows), delta)
         weights[target.name] = weight + change.reshape(weight.shape)
-    return lambda x: torch.func.functional_call(twin, weights, x), arrays
+    return lambda x: torch.func.functional_call(duplicate, weights, x), arrays
 
 
 # -- 7: a fresh adapter, and the first step ------------------------------------------------------------------
@@ -144,8 +144,8 @@ def test_gradients_are_those_of_the_plain_formula(variant: str) -> None:
     model.double()
     stir(adapter)
     model(batch().double()).square().sum().backward()
-    twin, arrays = plain_twin(adapter)
-    twin(batch().double()).square().sum().backward()
+    duplicate, arrays = reference_model(adapter)
+    duplicate(batch().double()).square().sum().backward()
     for name, parameter in adapter.named_parameters():
         scale = arrays[name].grad.abs().max()
         assert (parameter.grad - arrays[name].grad).abs().max() <= 1e-10 * scale, name
@@ -566,7 +566,7 @@ def test_autocast(variant: str) -> None:
     exact, fine = attached(variant)
     stir(fine)
     exact(batch()).square().sum().backward()
-    plain, arrays = plain_twin(fine)
+    plain, arrays = reference_model(fine)
     with torch.autocast("cpu", torch.bfloat16):
         z = plain(batch())
     z.float().square().sum().backward()
@@ -588,18 +588,18 @@ def test_copies_are_independent(variant: str, copied: Callable[[nn.Module], nn.M
     model, adapter = attached(variant)
     stir(adapter)
     on = run(model)
-    twin = copied(model)
-    assert torch.equal(run(twin), on)
-    other = tt.adapters(twin)["default"]
+    duplicate = copied(model)
+    assert torch.equal(run(duplicate), on)
+    other = tt.adapters(duplicate)["default"]
     assert other is not adapter
-    assert other.model is twin
+    assert other.model is duplicate
     stir(other, seed=9)
-    assert not torch.equal(run(twin), on)
+    assert not torch.equal(run(duplicate), on)
     assert torch.equal(run(model), on)
     other.merge()
     other.unmerge()
     other.detach()
-    assert torch.equal(run(twin), run(small()))
+    assert torch.equal(run(duplicate), run(small()))
     assert torch.equal(run(model), on)
     adapter.detach()
     assert torch.equal(run(model), run(small()))

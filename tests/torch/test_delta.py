@@ -24,18 +24,18 @@ def moved(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 @given(plans(), st.integers(0, 100))
-def test_the_node_is_its_plain_twin(plan: tna.SuperLoRA, seed: int) -> None:
+def test_the_node_is_its_reference_implementation(plan: tna.SuperLoRA, seed: int) -> None:
     arrays = moved(plan, seed)
     weights = torch.randn(plan.size, generator=torch.Generator().manual_seed(seed)).double()
-    twin = {name: array.detach().clone().requires_grad_() for name, array in arrays.items()}
-    found, plain = vector(plan, arrays), torch.cat([d.reshape(-1) for d in plan.deltas(twin)])
+    duplicate = {name: array.detach().clone().requires_grad_() for name, array in arrays.items()}
+    found, plain = vector(plan, arrays), torch.cat([d.reshape(-1) for d in plan.deltas(duplicate)])
     assert torch.allclose(found, plain, rtol=1e-12, atol=1e-12)
     for _ in range(2):  # the same node twice, without retain_graph
         (found * weights).sum().backward()
     (plain * weights).sum().backward()
     for name, array in arrays.items():
-        scale = float(twin[name].grad.abs().max()) + 1.0
-        assert float((array.grad - 2 * twin[name].grad).abs().max()) <= 1e-12 * scale
+        scale = float(duplicate[name].grad.abs().max()) + 1.0
+        assert float((array.grad - 2 * duplicate[name].grad).abs().max()) <= 1e-12 * scale
 
 
 @pytest.mark.parametrize("config", [P.superlora(2), P.dense(), P.superlora(2, projection="nonlinear", ratio=0.5)])
@@ -91,12 +91,12 @@ def test_groups_of_weights_that_do_not_follow_each_other(groups: list[list[int]]
     shapes = [(5, 4), (3, 4), (2, 4), (6, 4), (4, 4), (1, 4)]
     plan = tna.SuperLoRA(P.superlora(2, groups=groups, projection=projection), shapes)
     arrays = moved(plan)
-    twin = {name: array.detach().clone().requires_grad_() for name, array in arrays.items()}
+    duplicate = {name: array.detach().clone().requires_grad_() for name, array in arrays.items()}
     weights = [torch.randn(*shape, generator=torch.Generator().manual_seed(9)).double() for shape in shapes]
-    for deltas in (pieces(plan, vector(plan, arrays)), plan.deltas(twin)):
+    for deltas in (pieces(plan, vector(plan, arrays)), plan.deltas(duplicate)):
         sum((delta * weight).sum() for delta, weight in zip(deltas, weights, strict=True)).backward()
     for name, array in arrays.items():
-        assert torch.allclose(array.grad, twin[name].grad, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(array.grad, duplicate[name].grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", [P.superlora(2), P.superlora(2, projection="linear", ratio=0.5)], ids=["alone", "F"])

@@ -121,9 +121,9 @@ class Case:
         ]
         self.expected: list[dict[Callable[..., Any], list[Tensor]]] = []
         for arrays in self.arrays:
-            twin, adapter = self.made(config, reentrant)
+            duplicate, adapter = self.made(config, reentrant)
             adapter.load_arrays(arrays)
-            self.expected.append({call: call(twin) for call in CALLS})
+            self.expected.append({call: call(duplicate) for call in CALLS})
         self.base = {name: t.clone() for name, t in self.model.state_dict().items() if "tnadapt" not in name}
         self.put(0)
 
@@ -269,10 +269,10 @@ def test_a_hook_that_edits_the_arrays_acts_on_the_layers_that_follow(config: str
     call(case.model)
     for hook in hooks:
         hook.remove()
-    twin = Case(config)
-    twin.put(1)
+    duplicate = Case(config)
+    duplicate.put(1)
     with torch.no_grad() if call is whole else contextlib.nullcontext():
-        assert torch.equal(seen["out"], twin.model.lin(seen["in"]))
+        assert torch.equal(seen["out"], duplicate.model.lin(seen["in"]))
     case.check(whole, 1)
 
 

@@ -121,12 +121,12 @@ def test_merging_ten_times_and_detaching_gives_the_base_back(name: str) -> None:
         assert torch.equal(now[key].index_select(out, index), before.index_select(out, index))
     with adapter.disabled():
         assert torch.equal(run(model, inputs), run(frozen(name)[0], inputs))
-    twin = copy.deepcopy(model)
+    duplicate = copy.deepcopy(model)
     adapter.detach()
     assert same(bits(model), bits(untouched))
     assert torch.equal(run(model, inputs), run(untouched, inputs))
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in untouched.parameters()]
-    assert not torch.equal(run(twin, inputs), run(frozen(name)[0], inputs))
+    assert not torch.equal(run(duplicate, inputs), run(frozen(name)[0], inputs))
 
 
 @pytest.mark.law("merge-exact-undo", "half-precision-base")

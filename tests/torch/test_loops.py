@@ -72,14 +72,14 @@ def test_a_copy_made_in_training_goes_its_own_way(config: str) -> None:
         return losses
 
     steps(model, adapter, 2)
-    twin = copy.deepcopy(model)
-    (other,) = tnadapt.torch.adapters(twin).values()
+    duplicate = copy.deepcopy(model)
+    (other,) = tnadapt.torch.adapters(duplicate).values()
     with torch.no_grad():
-        before = twin(x)
+        before = duplicate(x)
     first = steps(model, adapter, 3)
     with torch.no_grad():
-        assert torch.equal(twin(x), before)
-    assert steps(twin, other, 3) == first
+        assert torch.equal(duplicate(x), before)
+    assert steps(duplicate, other, 3) == first
     assert first[0] > first[-1]
 
 

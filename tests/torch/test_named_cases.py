@@ -353,8 +353,8 @@ def test_copies_and_pickles_have_locks_of_their_own() -> None:
     model = small()
     stir(tt.attach(model))
     expected = run(model)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(run(twin), expected)
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(duplicate), expected)
 
 
 def test_a_replica_of_data_parallel_is_refused() -> None:

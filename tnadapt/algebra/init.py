@@ -10,7 +10,7 @@ others, from its own stream, with the σ that belongs to the new zero. Which arr
 trained, and nothing else.
 
 **Nonlinear F.** ``tanhshrink'(0) = 0``: from a zero start nothing would ever move. There every array is
-random with one σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` made again from the seed.
+random with one σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` regenerated from the seed.
 
 **σ** is chosen so that the first SGD step moves ΔW equally far whatever the rank, order, splits, terms
 and ρ: for a white gradient and a scale of 1, the root mean square of ΔW after one step is ``STEP`` times

@@ -141,7 +141,7 @@ def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.
 
 
 class _Scratch:
-    """Room for a piece: made anew for each, its pages would cost more than the sums."""
+    """Scratch buffers for a piece: allocating them for each piece would cost more than the sums."""
 
     def __init__(self, size: int) -> None:
         self.total = np.empty(size, np.float64)
@@ -150,7 +150,7 @@ class _Scratch:
 
 
 def _add(part: np.ndarray, dtype: str, piece: np.ndarray, scratch: _Scratch) -> str | None:
-    """:func:`rounded` of :func:`widened` and a piece, in room that is there."""
+    """:func:`rounded` of :func:`widened` and a piece, in scratch buffers."""
     size = piece.size
     total, single, bits = scratch.total[:size], scratch.single[:size], scratch.bits[:size]
     before = part

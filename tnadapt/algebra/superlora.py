@@ -162,7 +162,7 @@ class SuperLoRA:
         return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Made again from its few integers, rather than with every draw that it keeps.
+        # Recomputed from its few integers, rather than with every draw that it keeps.
         return SuperLoRA, (self.config, self.shapes, self._layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:

@@ -29,7 +29,7 @@ class FixedArrays:
     """Arrays that are functions of integers alone: made on the host when first asked for, and kept.
 
     A subclass says in ``make`` what they are. Copies and pickles leave the arrays behind: they can be
-    made again.
+    recomputed.
     """
 
     def __init__(self) -> None:

@@ -144,16 +144,16 @@ class AdapterFile:
     @property
     def left_out(self) -> tuple[str, ...]:
         """The frozen arrays that a file leaves out: what the seed draws, up to so many and so large together."""
-        found, room = list[str](), MAX_DRAWN
+        found, left = list[str](), MAX_DRAWN
         for name, make in drawn(self.plan, self.trained, self.dtype).items():
-            room -= self.arrays[name].size
-            if room < 0 or len(found) == MAX_LEFT_OUT:
+            left -= self.arrays[name].size
+            if left < 0 or len(found) == MAX_LEFT_OUT:
                 break
             # By their bits: a negative zero is another number.
             if np.array_equal(self.arrays[name].view(np.uint8), make().view(np.uint8)):
                 found.append(name)
             else:
-                room += self.arrays[name].size
+                left += self.arrays[name].size
         return tuple(found)
 
     @property

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside, synchronised, and renamed."""
+"""Atomic files: written beside, synchronised, and renamed."""
 
 from __future__ import annotations
 

@@ -132,8 +132,8 @@ def finetune_command(
     learns 5 to 9. With --model and --data, the same for your own. Every method is trained at every learning rate and
     shown at the one that was better on the validation samples; the test samples choose nothing.
 
-    Run it again to go on where it was stopped. Exit code: 0, or 1 where the saved adapter does not predict what the
-    trained one did, or 2 for what cannot be done.
+    An interrupted run resumes when you run it again. Exit code: 0, or 1 where the saved adapter does not predict what
+    the trained one did, or 2 for what cannot be done.
     """
     for stream in (sys.stdout, sys.stderr):
         # A console that has no letter for ρ shows something else in its place, after an hour of training.

@@ -69,7 +69,7 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
     auto = getattr(transformers, f"AutoModelFor{kind}")
     new: list[str] = []
     settings: dict[str, Any] = {}
-    # A head of another size is drawn anew; one that is to be cut must be the checkpoint's.
+    # A head of another size is initialised randomly; one that is to be cut must be the checkpoint's.
     head = {} if spec.head_rows else {"num_labels": len(data.classes), "ignore_mismatched_sizes": True}
 
     def build(seed: int) -> nn.Module:

@@ -164,7 +164,7 @@ _ORIGIN = ("_name_or_path", "transformers_version", "architectures")
 
 
 def base_digest(model: nn.Module, drawn: Iterable[str] = ()) -> str:
-    """SHA-256 of what a model is (modules, their settings) and of its weights, but for the modules drawn anew."""
+    """SHA-256 of a model's modules, their settings and its weights, but for those that are initialised randomly."""
     drawn = tuple(drawn)
     seen = hashlib.sha256(repr(model).encode())
     config: Any = getattr(model, "config", None)

@@ -1,4 +1,4 @@
-"""Results as JSON lines: one a finished training, whole or not there at all."""
+"""Results as JSON lines: one for each finished training, written atomically."""
 
 from __future__ import annotations
 

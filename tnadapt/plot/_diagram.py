@@ -20,7 +20,7 @@ __all__ = ["Diagram", "FlowStep", "KeyEntry", "diagram"]
 
 # Of more splits than this the first few are drawn, and the last one.
 _SPLITS, _FIRST = 5, 3
-# Splits go on in another row beyond the widest; the margin, the room of a sign between two splits, and around each.
+# Splits go on in another row beyond the widest; the margin, the width of a sign between splits, and their padding.
 _WIDEST, _NARROWEST, _MARGIN, _BETWEEN, _INSIDE = 10.5, 5.2, 0.3, 0.5, 0.14
 # A line in a box, an arrow, the name above a split, and what stands for splits that are left out.
 _LINE, _ARROW, _NAME, _GAP = 0.165, 0.36, 0.36, 0.6
@@ -191,11 +191,11 @@ class _Splits:
         self.frames: list[Box] = []
         self.brackets: Box | None = None
 
-    def _room(self, k: int | None) -> float:
+    def _outer_width(self, k: int | None) -> float:
         return self.parts[k].width + 2 * _INSIDE if k is not None else _GAP
 
     def _width(self, row: Sequence[int | None]) -> float:
-        return sum(map(self._room, row)) + _BETWEEN * (len(row) - 1)
+        return sum(map(self._outer_width, row)) + _BETWEEN * (len(row) - 1)
 
     def place(self, middle: float, top: float) -> float:
         """All in their places below a height; how far down they go."""
@@ -224,9 +224,9 @@ class _Splits:
             else:
                 self.placed.append(dataclasses.replace(self.parts[k], x=x + _INSIDE, y=y))
                 if self.several:
-                    self.frames.append((x, bottom, x + self._room(k), top))
-                    self.signs.append(Label(f"split{k}", x + self._room(k) / 2, top - 0.18, role="word"))
-            x += self._room(k)
+                    self.frames.append((x, bottom, x + self._outer_width(k), top))
+                    self.signs.append(Label(f"split{k}", x + self._outer_width(k) / 2, top - 0.18, role="word"))
+            x += self._outer_width(k)
         return bottom
 
     def _left_out(self, x: float, y: float, beside: bool) -> None:
@@ -252,11 +252,11 @@ def _key(kinds: Sequence[str], width: float) -> tuple[tuple[KeyEntry, ...], floa
     x, y, found = _MARGIN, -0.1, []
     for kind in kinds:
         text = KINDS[kind][1]
-        room = 0.27 + wide(text, _KEY_POINTS) + 0.2
-        if x > _MARGIN and x + room > width:
+        needed = 0.27 + wide(text, _KEY_POINTS) + 0.2
+        if x > _MARGIN and x + needed > width:
             x, y = _MARGIN, y - 0.2
         found.append(KeyEntry(kind, text, x, y))
-        x += room
+        x += needed
     return tuple(found), y - 0.1
 
 

@@ -189,23 +189,23 @@ class _Pieces:
         if piece.weight_start + piece.length < self.sizes[piece.weight]:
             self._arrow(bar.y, piece.group_start + piece.length, -1, piece.length)
 
-    def _arrow(self, y: float, edge: float, inward: int, room: int) -> None:
+    def _arrow(self, y: float, edge: float, inward: int, length: int) -> None:
         """At an edge where a weight is cut, pointing to where it goes on."""
-        at = edge + inward * min(0.07 * self.inch, room / 2)
+        at = edge + inward * min(0.07 * self.inch, length / 2)
         self.axes.plot(
             [at], [y - 0.19], marker="<" if inward > 0 else ">", markersize=5.5, color=INK, markeredgecolor="white",
             markeredgewidth=0.7, zorder=5, clip_on=False,
         )  # fmt: skip
 
     def below(self, bar: _Bar) -> None:
-        """As many names of narrow pieces as there is room for, evenly."""
+        """As many names of narrow pieces as fit, evenly."""
         narrow, self.narrow = self.narrow, []
         if not narrow:
             return
-        room = self.inch * (max(_wide(name) for _, name in narrow) + 0.06)
+        needed = self.inch * (max(_wide(name) for _, name in narrow) + 0.06)
         last = -math.inf
         for middle, name in narrow:
-            if middle - last < room:
+            if middle - last < needed:
                 continue
             last = middle
             self.axes.plot(

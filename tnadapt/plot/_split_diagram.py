@@ -209,15 +209,15 @@ class _Split:
                 x += between
             if self.left_out and mode == self.shown[-1]:
                 words = f"{self.left_out} more"
-                room = wide(max(words, "modes", key=len), BOND_POINTS) + 0.2
-                room = max(room, least(self.shown[-2] + 1), least(mode - 1))
-                self.gap = x + room / 2
+                gap = wide(max(words, "modes", key=len), BOND_POINTS) + 0.2
+                gap = max(gap, least(self.shown[-2] + 1), least(mode - 1))
+                self.gap = x + gap / 2
                 self.labels += [
                     Label("⋯", self.gap, lower, 14.0, role="sign"),
                     Label(words, self.gap, lower - 0.2, role="word"),
                     Label("modes", self.gap, lower - 0.33, role="word"),
                 ]
-                x += room
+                x += gap
             column = max(_PITCH, wide(f"{self.sizes[mode]:,}", _LEG_POINTS) + 0.16, least(mode))
             self.middles[mode] = x + column / 2
             x += column
@@ -332,11 +332,11 @@ def _cp(split: _Split) -> None:
     rank = split.shapes["factor0"][1]
     label = f"r = {rank:,}"
     two = len(split.sizes) == 2
-    room = wide(label, BOND_POINTS)
+    needed = wide(label, BOND_POINTS)
     if two:
-        split.columns(lambda mode: 0.0, max(0.3, room - 0.1))
+        split.columns(lambda mode: 0.0, max(0.3, needed - 0.1))
     else:
-        split.columns(lambda mode: 2 * (room + 0.14) / len(split.shown))
+        split.columns(lambda mode: 2 * (needed + 0.14) / len(split.shown))
     x, y = split.middle, 0.0 if two else _UP
     dot = Node(split.dot, "dot", "", 0, x, y, 2 * _DOT, 2 * _DOT)
     for mode in split.shown:

@@ -1,4 +1,4 @@
-"""The plain twin of the library: the definitions read aloud in float64 NumPy, one at a time.
+"""Reference implementation of the library: the definitions, written out in float64 NumPy, one at a time.
 
 Nothing is sliced, pruned or reordered; sizes are found by trying; products are ``einsum`` and
 ``numpy.kron``; F is a dense matrix. It shares with the rest of the library the draws alone, which have known

@@ -45,7 +45,7 @@ def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
         ("caching.CompileResultCacheImpl._locator_classes = []", "compiled kernels are not kept"),
         ("caching.IndexDataCacheFile.save = lambda *_: open('/')", "compiled kernels could not be kept"),
     ],
-    ids=["no folder", "no room"],
+    ids=["no folder", "no space"],
 )
 def test_where_nothing_can_be_kept(before: str, said: str, tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")

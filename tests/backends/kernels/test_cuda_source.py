@@ -1,6 +1,7 @@
-"""The CUDA C kernels against their plain twins, compiled for the host: threads of a block are threads there.
+"""The CUDA C kernels against their reference implementations, compiled for the host.
 
-That checks the arithmetic and the order of things; that NVRTC compiles the source is another test. CuPy's own way,
+Threads of a block are threads there. That checks the arithmetic and the order of things; that NVRTC compiles the
+source is another test. CuPy's own way,
 which needs a device, is tested wherever a test of another file has the backend "cupy".
 """
 

@@ -92,7 +92,7 @@ def test_long_draws_ask_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append(name)
             return getattr(compiled, name)
 
-    monkeypatch.setattr(rng, "kernels", lambda room: Spy())
+    monkeypatch.setattr(rng, "kernels", lambda name: Spy())
     size = rng.WORTH
     for wanted in (size - 1, size):
         rng.words(0, 0, 1, 0, wanted)

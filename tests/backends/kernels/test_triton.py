@@ -1,4 +1,4 @@
-"""The Triton kernels against their plain twins: on a CUDA device, or on the CPU under Triton's interpreter.
+"""The Triton kernels against their reference implementations: on a CUDA device, or under Triton's interpreter.
 
 The interpreter must be chosen before Triton is imported, so where there is no device one test runs this file again in
 a process of its own. What the interpreter does not see, a compiler's rules and roundings, is looked at in

@@ -95,7 +95,7 @@ def small_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     how=st.sampled_from(LAYOUTS),
     normalize=st.booleans(),
 )
-def test_it_equals_its_twin(
+def test_it_equals_its_reference_implementation(
     batch: list[int], inner: list[int], bits: int, dtype: str, how: str, normalize: bool
 ) -> None:
     shape, axis = (*batch, 1 << bits, *inner), len(batch)

@@ -820,7 +820,7 @@ def test_a_disk_that_is_full_indeed(tmp_path: Path) -> None:
         subprocess.run([*mount[:4], "remount,size=3m", *mount[5:]], check=True)
 
         def fill(done: int, total: int) -> None:
-            # Somebody else takes the room meanwhile.
+            # Another process takes the space meanwhile.
             with contextlib.suppress(OSError), open(disk / "filler", "ab", buffering=0) as filler:
                 while filler.write(bytes(4096)):
                     pass

@@ -276,7 +276,7 @@ def test_killed_twice_while_the_files_are_made_again(tmp_path: Path) -> None:
     assert not where.beside.exists()
 
 
-def test_publishing_that_fails_on_a_disk_without_room_for_the_state(
+def test_publishing_that_fails_on_a_disk_without_space_for_the_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = scene(tmp_path, single=False)

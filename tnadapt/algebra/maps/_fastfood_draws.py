@@ -25,7 +25,7 @@ class FastfoodDraws(FixedArrays):
     ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the
     period and ``gain = g[perm]``.
 
-    Compiled kernels draw the permutation anew each time from its ``keys``, take signs as the bits of ``words``, and
+    Compiled kernels regenerate the permutation each time from its ``keys``, take signs as the bits of ``words``, and
     ask for what else they need (:mod:`tnadapt.backends._kernels.fastfood`).
     """
 

@@ -16,7 +16,7 @@ __all__ = ["Projection"]
 
 
 class Projection:
-    """A fixed map F from a vector of ``n_in`` elements to one of ``n_out``, made again from a seed.
+    """A fixed map F from a vector of ``n_in`` elements to one of ``n_out``, regenerated from a seed.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class Projection:
 
     What is drawn at the first call and kept, in bytes an element of L: 9 (permutation 4, gain ``g[perm]`` 4, signs 1;
     12 for the v2 kinds). Compiled kernels (float32 on the CPU, L from 2**14 on, the extra ``fast``) keep the signs
-    as bits, and 4 bytes where n_in is at most 2**18, as they draw the permutation anew in every call; else 7 (g 4,
+    as bits, and 4 bytes where n_in is at most 2**18, as they regenerate the permutation in every call; else 7 (g 4,
     the permutation in two steps 3; for L up to 2**26); 4 more for the v2 kinds. A call then needs, beside its
     result, memory for one vector of L, for two where n_in is larger. On a CUDA device (torch with Triton, CuPy)
     nothing is kept.

@@ -106,10 +106,10 @@ def short(src, dst, first, last, low, bits, scale):
     for i in range(first * run, whole, run):
         low_stages(src, i, dst, i, low, low + bits, scale, run)
     if whole < stop:
-        room = np.zeros(run, src.dtype)
-        room[: stop - whole] = src[whole:stop]
-        low_stages(room, 0, room, 0, low, low + bits, scale, run)
-        dst[whole:stop] = room[: stop - whole]
+        scratch = np.zeros(run, src.dtype)
+        scratch[: stop - whole] = src[whole:stop]
+        low_stages(scratch, 0, scratch, 0, low, low + bits, scale, run)
+        dst[whole:stop] = scratch[: stop - whole]
 
 
 @compiled
@@ -117,14 +117,14 @@ def strips(src, dst, first, last, rows_apart, bits, width, scale):
     """Stages across ``2**bits`` rows ``rows_apart`` elements from each other, from src to dst.
 
     Strips first to last - 1, ``width`` columns each; those of one group of rows after those of the one before. All
-    sweeps but the first and the last are in a room beside, whose rows do not fall on one place of a cache.
+    sweeps but the first and the last are in a scratch buffer, whose rows do not fall on one place of a cache.
     """
     scale = src.dtype.type(scale)
     one = src.dtype.type(1)
     line = CACHE_LINE // src.itemsize
     wide = width + line
-    room = np.empty((wide << bits) + line if bits > RADIX_BITS else 0, src.dtype)
-    start = (-room.ctypes.data % CACHE_LINE) // src.itemsize
+    scratch = np.empty((wide << bits) + line if bits > RADIX_BITS else 0, src.dtype)
+    start = (-scratch.ctypes.data % CACHE_LINE) // src.itemsize
     a_group = (rows_apart + width - 1) // width
     for strip in range(first, last):
         group, column = strip // a_group, strip % a_group * width
@@ -136,13 +136,15 @@ def strips(src, dst, first, last, rows_apart, bits, width, scale):
         done = evenly(bits)
         for i in range(1 << (bits - done)):
             row = at + (i << done) * rows_apart
-            across(src, row, rows_apart, room, start + (i << done) * wide, wide, done, columns, scale, src, 0)
+            across(src, row, rows_apart, scratch, start + (i << done) * wide, wide, done, columns, scale, src, 0)
         while bits - done > RADIX_BITS:
             radix = evenly(bits - done)
             for i in range(1 << (bits - radix)):
                 row = start + ((i >> done << (done + radix)) + (i & ((1 << done) - 1))) * wide
-                across(room, row, wide << done, room, row, wide << done, radix, columns, one, src, 0)
+                across(scratch, row, wide << done, scratch, row, wide << done, radix, columns, one, src, 0)
             done += radix
         for i in range(1 << done):
             to = at + i * rows_apart
-            across(room, start + i * wide, wide << done, dst, to, rows_apart << done, bits - done, columns, one, src, 0)
+            across(
+                scratch, start + i * wide, wide << done, dst, to, rows_apart << done, bits - done, columns, one, src, 0
+            )

@@ -3,7 +3,7 @@
 With ``h`` one period of H times the padded input, F is ``y = diagonal * H z``, ``z[j] = (g h)[perm[j]]``. Two ways:
 
 * *gathered*, where h fits in the second cache: blocks of z are gathered from it there and transformed at once, by
-  ``gain = g[perm]``. The permutation is drawn anew in every call, which takes little longer than to read it from
+  ``gain = g[perm]``. The permutation is regenerated in every call, which takes little longer than to read it from
   memory, where it would be as large as the result;
 * *sorted*, where it does not: a gather out of the whole memory would cost ten transforms. Chunks of ``g h`` are put in
   order of the parts of z that their elements go to (*buckets*, a byte an element) while they are in the cache, and a

@@ -196,12 +196,12 @@ def _fetch(array, at, count):
 
 
 @compiled
-def _sorted(x, factors, buckets, cursor, room):
+def _sorted(x, factors, buckets, cursor, run):
     for k in range(buckets.size):
         bucket = int64(buckets[k])
         at = int64(cursor[bucket])
         cursor[bucket] = at + 1
-        room[at] = x[k] * factors[k]
+        run[at] = x[k] * factors[k]
 
 
 @compiled
@@ -209,35 +209,35 @@ def chunks_to_buckets(first, last, table, g, buckets, starts, runs):
     """Chunks first to last - 1 of ``g * table``, the table repeated, each put in order of buckets."""
     size = 1 << CHUNK_BITS
     for chunk in range(first, last):
-        cursor, room = starts[chunk].copy(), runs[chunk * size : (chunk + 1) * size]
+        cursor, run = starts[chunk].copy(), runs[chunk * size : (chunk + 1) * size]
         for j in range(chunk * size, (chunk + 1) * size, _SHORT):
             # The whole of the next chunk of runs is near when its first element is written.
             _fetch(runs, j + size, _SHORT)
             x = table[j & (table.size - 1) :]
-            _sorted(x, g[j : j + _SHORT], buckets[j : j + _SHORT], cursor, room)
+            _sorted(x, g[j : j + _SHORT], buckets[j : j + _SHORT], cursor, run)
 
 
 @compiled
-def _placed(room, order, out):
+def _placed(scratch, order, out):
     for j in range(out.size):
-        out[j] = room[int64(order[j])]
+        out[j] = scratch[int64(order[j])]
 
 
 @compiled
 def place(first, last, runs, starts, order, out, low, near, within):
     """Blocks first to last - 1, each of some buckets, put together from their runs; transformed, if low is not 0."""
     size, parts = 1 << CHUNK_BITS, 1 << (CHUNK_BITS - near)
-    room = np.empty(size, out.dtype)
+    scratch = np.empty(size, out.dtype)
     for i in range(first << within, last << within, size):
         bucket, number = i >> CHUNK_BITS, 0
         for chunk in range(starts.shape[0]):
             run = runs[chunk * size + int64(starts[chunk, bucket]) : chunk * size + int64(starts[chunk, bucket + 1])]
             for j in range(run.size):
-                room[number + j] = run[j]
+                scratch[number + j] = run[j]
             number += run.size
         for part in range(parts):
             at = i + (part << near)
-            _placed(room, order[at : at + (1 << near)], out[at : at + (1 << near)])
+            _placed(scratch, order[at : at + (1 << near)], out[at : at + (1 << near)])
             if low > 0:
                 block(out, out, at, low, 1, near, near, out.dtype.type(1))
         if low > 0:
@@ -247,42 +247,42 @@ def place(first, last, runs, starts, order, out, low, near, within):
 
 
 @compiled
-def _scattered_to(u, places, room):
+def _scattered_to(u, places, scratch):
     for j in range(u.size):
-        room[int64(places[j])] = u[j]
+        scratch[int64(places[j])] = u[j]
 
 
 @compiled
 def unplace(first, last, u, starts, order, runs):
     """The adjoint of placing: buckets first to last - 1 of u taken apart into their runs."""
     size = 1 << CHUNK_BITS
-    room = np.empty(size, u.dtype)
+    scratch = np.empty(size, u.dtype)
     for bucket in range(first, last):
-        _scattered_to(u[bucket * size : (bucket + 1) * size], order[bucket * size : (bucket + 1) * size], room)
+        _scattered_to(u[bucket * size : (bucket + 1) * size], order[bucket * size : (bucket + 1) * size], scratch)
         number = 0
         for chunk in range(starts.shape[0]):
             run = runs[chunk * size + int64(starts[chunk, bucket]) : chunk * size + int64(starts[chunk, bucket + 1])]
             for j in range(run.size):
-                run[j] = room[number + j]
+                run[j] = scratch[number + j]
             number += run.size
 
 
 @compiled
-def _unsorted(room, buckets, cursor, factors, table):
+def _unsorted(run, buckets, cursor, factors, table):
     for k in range(buckets.size):
         bucket = int64(buckets[k])
         at = int64(cursor[bucket])
         cursor[bucket] = at + 1
-        table[k] = room[at] * factors[k]
+        table[k] = run[at] * factors[k]
 
 
 @compiled
-def _add_unsorted(room, buckets, cursor, factors, table):
+def _add_unsorted(run, buckets, cursor, factors, table):
     for k in range(buckets.size):
         bucket = int64(buckets[k])
         at = int64(cursor[bucket])
         cursor[bucket] = at + 1
-        table[k] += room[at] * factors[k]
+        table[k] += run[at] * factors[k]
 
 
 @compiled
@@ -292,15 +292,15 @@ def chunks_from_buckets(first, last, runs, g, buckets, starts, low, near, within
     for i in range(first << within, last << within, size):
         # The adjoint of repeating is summing over the repeats.
         for at in range(i, runs.size, table.size):
-            cursor, room = starts[at >> CHUNK_BITS].copy(), runs[at : at + size]
+            cursor, run = starts[at >> CHUNK_BITS].copy(), runs[at : at + size]
             coming = at + table.size if at + table.size < runs.size else i + size
             for j in range(0, size, _SHORT):
                 _fetch(runs, coming + j, _SHORT)
                 some = at + j
                 if at == i:
-                    _unsorted(room, buckets[some : some + _SHORT], cursor, g[some:], table[i + j :])
+                    _unsorted(run, buckets[some : some + _SHORT], cursor, g[some:], table[i + j :])
                 else:
-                    _add_unsorted(room, buckets[some : some + _SHORT], cursor, g[some:], table[i + j :])
+                    _add_unsorted(run, buckets[some : some + _SHORT], cursor, g[some:], table[i + j :])
         for part in range(i, i + size, 1 << near):
             block(table, table, part, low, 1, near, near, table.dtype.type(1))
         _rest_of_block(table, i, near, CHUNK_BITS)

@@ -1,8 +1,8 @@
 """The streams of :mod:`tnadapt.algebra.rng`, compiled: the same bits.
 
 Written so that the compiler finds loops without branches over short arrays that stay in cache: a round of the
-Feistel network and a branch of AS 241 are a loop each. The plain twin, :mod:`tnadapt.algebra.rng` itself, says what is
-computed; here the operations and their order are the same, and nothing lets the compiler change them (no
+Feistel network and a branch of AS 241 are a loop each. The reference implementation is :mod:`tnadapt.algebra.rng`
+itself; here the operations and their order are the same, and nothing lets the compiler change them (no
 ``fastmath``: no fused multiply-add, no sum in another order).
 """
 
@@ -172,7 +172,7 @@ def _tail(nearer, bits, power):
 
 @compiled
 def _of_words(word, u, where, power, out):
-    """Normals of a short array of words; the other arrays are room to work in."""
+    """Normals of a short array of words; the other arrays are scratch buffers."""
     _centre(word, u, out)
     count = 0
     for i in range(word.size):

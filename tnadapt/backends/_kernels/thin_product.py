@@ -2,7 +2,7 @@
 
 BLAS fills a result with zeros and adds to it: where little is added to each element, memory is what takes the time, and
 it is gone through three times. With a block that stays in the cache it is once; OpenBLAS besides has kernels for small
-products, which neither fill nor pack. The plain twin is ``a @ b``.
+products, which neither fill nor pack. The reference implementation is ``a @ b``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kernels for CUDA tensors, in Triton: the Hadamard transform, and F with nothing stored.
 
-Design requirements of this room:
+Design requirements of this package:
 
 * A kernel takes tensors and uses their methods alone: torch itself is not imported here.
 * What is random is drawn inside the kernel, from the seed and the index, with the bits of :mod:`tnadapt.algebra.rng`.

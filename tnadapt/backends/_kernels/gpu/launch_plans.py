@@ -1,7 +1,7 @@
 """What is launched, in which order, for the Hadamard transform and for F: the same for Triton and for CUDA C.
 
 A launcher is what runs one pass; arrays are touched by ``reshape`` and ``sum`` alone, so they may be of any library.
-The plain twins are :func:`tnadapt.algebra.maps.hadamard.fwht` and the linear part of
+The reference implementations are :func:`tnadapt.algebra.maps.hadamard.fwht` and the linear part of
 :class:`tnadapt.algebra.maps.projection.Projection`.
 """
 

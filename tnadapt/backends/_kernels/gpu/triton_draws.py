@@ -1,4 +1,6 @@
-"""The draws of the format, element by element inside a Triton kernel; :mod:`tnadapt.algebra.rng` is their plain twin.
+"""The draws of the format, element by element inside a Triton kernel.
+
+The reference implementation is :mod:`tnadapt.algebra.rng`.
 
 Everything is exact in integers or rounded once an operation in float64. A kernel that calls :func:`normal_of` must be
 launched with ``enable_fp_fusion=False``: a multiplication fused with an addition, in one rounding, changes last bits.

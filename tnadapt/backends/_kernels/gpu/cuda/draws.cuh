@@ -1,4 +1,4 @@
-// The draws of the format, element by element; tnadapt.algebra.rng is their plain twin.
+// The draws of the format, element by element; tnadapt.algebra.rng is the reference implementation.
 //
 // Everything is exact in integers or rounded once an operation in double precision: compile without fused
 // multiplication and addition (-fmad=false), which would change last bits.
