@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import MAPS
+from tnadapt.algebra.maps import MAPS, make_map
 from tnadapt.errors import ConfigError
 
 __all__ = ["count", "deltas", "matrix", "positions", "project", "tanhshrink"]
@@ -295,7 +295,7 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
         )
     kind = _LINEAR_PARTS.get(kind, kind)
     if kind not in MAPS.built_in:
-        return np.asarray(MAPS.find(kind)(n_in, n_out, seed, group).matrix(), np.float64)
+        return np.asarray(make_map(kind, n_in, n_out, seed, group).matrix(), np.float64)
     if kind == "identity":
         return np.eye(n_out)
     if kind == "shuffle":

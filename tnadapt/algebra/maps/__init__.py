@@ -16,7 +16,19 @@ from ._map import Map
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, NonlinearV2, tanhshrink
 
-__all__ = ["KINDS", "MAPS", "SQUARE", "Linear", "LinearV2", "Map", "Nonlinear", "Shuffle", "register_map", "tanhshrink"]
+__all__ = [
+    "KINDS",
+    "MAPS",
+    "SQUARE",
+    "Linear",
+    "LinearV2",
+    "Map",
+    "Nonlinear",
+    "Shuffle",
+    "make_map",
+    "register_map",
+    "tanhshrink",
+]
 
 MAPS: Registry[Map] = Registry(
     "projection",
@@ -34,6 +46,24 @@ MAPS: Registry[Map] = Registry(
 #: The paper's six, and those of them that keep the length.
 KINDS = MAPS.built_in
 SQUARE = tuple(name for name in KINDS if MAPS[name].square)
+
+
+def make_map(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Map:
+    """The map of a name for these lengths.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name.
+
+    Examples
+    --------
+    >>> make_map("shuffle", 4, 4, seed=1)
+    Shuffle(n_in=4, n_out=4, seed=1, group=0)
+    """
+    found = MAPS.find(kind)(n_in, n_out, seed, group)
+    found.kind = kind
+    return found
 
 
 def register_map(name: str, cls: type[Map]) -> None:

@@ -10,7 +10,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError, integer
 
 from ..folding import MAX_SIZE
-from . import MAPS
+from . import MAPS, make_map
 
 __all__ = ["Projection"]
 
@@ -85,8 +85,7 @@ class Projection:
         if found.square and n_in != n_out:
             raise ConfigError(f"{kind!r} keeps the length; got n_in={n_in}, n_out={n_out}: use 'linear'")
         self.kind, self.n_in, self.n_out, self.seed, self.group = kind, n_in, n_out, seed, group
-        self.map = found(n_in, n_out, seed, group)
-        self.map.kind = kind
+        self.map = make_map(kind, n_in, n_out, seed, group)
 
     def __repr__(self) -> str:
         return f"Projection({self.kind!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
