@@ -17,7 +17,7 @@ class TensorRing(Format):
     def checked_rank(cls, name: str, rank: Any, order: int) -> Rank:
         return rank_a_mode(name, rank, order, order)
 
-    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+    def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         order = len(self.sizes)
         if order == 1:  # a ring of one core is closed on itself: its trace is a vector
             return {"core0": self.sizes}

@@ -27,7 +27,7 @@ class CP(Format):
     unfolds = True
     diagram = "star"
 
-    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+    def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         assert isinstance(rank, int)  # Config lets no other rank through
         self.rank = rank
         return {f"factor{mode}": (size, rank) for mode, size in enumerate(self.sizes)}
@@ -106,5 +106,5 @@ class WeightedCP(CP):
         modes, bond = letters(len(self.sizes), 1)
         return ",".join([bond, *(mode + bond for mode in modes)]) + "->" + modes
 
-    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
-        return {"weights": (rank,), **super()._shapes(rank)}  # type: ignore[dict-item]
+    def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+        return {"weights": (rank,), **super().array_shapes(rank)}  # type: ignore[dict-item]

@@ -22,7 +22,7 @@ class Dense(Format):
     zero = "dense"
     diagram = "dense"
 
-    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+    def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         return {"dense": self.sizes}
 
     @property

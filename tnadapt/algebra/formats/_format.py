@@ -1,7 +1,7 @@
 """The contract of a format: one way of making a tensor of given sizes from a few arrays.
 
-A format has to say two things: which arrays it has (:meth:`Format._shapes`), and the einsum that makes the tensor of
-them (:attr:`Format.formula`). All else follows from these by computation, and a class overrides what it has a faster
+A format has to say two things: which arrays it has (:meth:`Format.array_shapes`), and the einsum that makes the tensor
+of them (:attr:`Format.formula`). All else follows from these by computation, and a class overrides what it has a faster
 way or a sharper formula for.
 """
 
@@ -63,8 +63,9 @@ class Format:
 
     Notes
     -----
-    A subclass defines ``_shapes`` and ``formula``. The tensor has to be linear in each array, which an einsum is. What
-    the methods below compute for it is correct for every network; each says what a subclass can gain by overriding it.
+    A subclass defines :meth:`array_shapes` and :attr:`formula`. The tensor has to be linear in each array, which an
+    einsum is. What the methods below compute for it is correct for every network; a subclass overrides what it has a
+    faster way or a sharper formula for.
 
     Examples
     --------
@@ -73,7 +74,7 @@ class Format:
     >>> from tnadapt.algebra.formats import Format
     >>> class Three(Format):
     ...     formula = "ar,rs,sb->ab"
-    ...     def _shapes(self, rank):
+    ...     def array_shapes(self, rank):
     ...         return {"left": (self.sizes[0], rank), "middle": (rank, rank), "right": (rank, self.sizes[1])}
     >>> Three((5, 7), 2).num_parameters, Three((5, 7), 2).unfolding_rank([0])
     (28, 2)
@@ -87,7 +88,7 @@ class Format:
     def __init__(self, sizes: Sequence[int], rank: Rank) -> None:
         self.sizes = tuple(sizes)
         self.rank_given = rank
-        self.shapes: dict[str, tuple[int, ...]] = self._shapes(rank)
+        self.shapes: dict[str, tuple[int, ...]] = self.array_shapes(rank)
         if type(self).tensor is Format.tensor or type(self).adjoint is Format.adjoint:
             # Planned at once, so that no compiler that traces a call comes to trace the planning.
             self._contractions = self._planned()
@@ -111,9 +112,9 @@ class Format:
             raise ConfigError(f"format={name!r} has one rank; got rank={safe_repr(rank)}: give an integer")
         return integer("rank", rank, 1, MAX_RANK, ConfigError, "or a tuple of one rank a mode")
 
-    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+    def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         """Name and shape of each array, for these sizes; the array that starts at zero first, if none else is said."""
-        raise ConfigError(f"{type(self).__name__} does not say which arrays it has: define _shapes(rank)")
+        raise ConfigError(f"{type(self).__name__} does not say which arrays it has: define array_shapes(rank)")
 
     @property
     def formula(self) -> str:

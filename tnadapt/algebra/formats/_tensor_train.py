@@ -31,7 +31,7 @@ class TensorTrain(Format):
     def checked_rank(cls, name: str, rank: Any, order: int) -> Rank:
         return rank_a_mode(name, rank, order, order - 1)
 
-    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+    def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         inner = len(self.sizes) - 1
         wanted = (rank,) * inner if isinstance(rank, int) else rank
         left = itertools.accumulate(self.sizes[:-1], lambda a, b: a * b)

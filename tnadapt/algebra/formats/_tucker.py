@@ -29,7 +29,7 @@ class Tucker(Format):
     def checked_rank(cls, name: str, rank: Any, order: int) -> Rank:
         return rank_a_mode(name, rank, order, order, optional=True)
 
-    def _shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
+    def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         wanted = (rank,) * len(self.sizes) if isinstance(rank, int) else rank
         self.core = tuple(d if r is None else min(r, d) for r, d in zip(wanted, self.sizes, strict=True))
         self.modes = [mode for mode, r in enumerate(wanted) if r is not None]
