@@ -115,3 +115,18 @@ def test_the_updates_of_several_adapters_at_once(config: tna.Config) -> None:
         assert torch.allclose(found[at], one, rtol=1e-12, atol=1e-12)
         (expected,) = torch.autograd.grad(one.square().sum(), arrays[next(iter(plan.param_shapes))])
         assert torch.allclose(gradients[at], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["cp", "dense", "tt", "tucker"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_gradients_of_terms_that_are_their_array_accumulate(form: str, order: int) -> None:
+    """Found by Hypothesis: torch took a view of one gradient for those of two arrays, and added to both three times."""
+    plan = tna.SuperLoRA(tna.Config(rank=1, order=order, terms=2, format=form), [(3, 2)])
+    weights = torch.arange(1.0, 7.0, dtype=torch.float64)
+    for made in (lambda arrays: vector(plan, arrays), lambda arrays: plan.deltas(arrays)[0].reshape(-1)):
+        arrays = moved(plan, 0)
+        once = torch.autograd.grad((made(arrays) * weights).sum(), list(arrays.values()))
+        for _ in range(3):
+            (made(arrays) * weights).sum().backward()
+        for array, gradient in zip(arrays.values(), once, strict=True):
+            torch.testing.assert_close(array.grad, 3.0 * gradient, rtol=1e-12, atol=1e-12)

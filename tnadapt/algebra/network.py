@@ -300,6 +300,10 @@ class Network:
         terms = []
         for prefixes in self.prefixes:
             terms.append(compute(backend, self.of_term(prefixes, arrays), ranges))
+        if self.terms > 1 and len(self.splits) == 1:
+            # A term may be a view of its one array, whose gradient is then a view of that of the sum, as every other
+            # term's is. torch adds a second gradient to each in place: once for every view of the same memory.
+            terms = [term * 1.0 for term in terms]
         return functools.reduce(operator.add, terms)
 
     def _hadamard(
