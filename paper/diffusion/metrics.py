@@ -82,6 +82,7 @@ def quality(generated: Seen, real: Seen, asked: Tensor | None = None, seed: int 
     Real images of themselves:
 
     >>> import torch
+    >>> import torch_fidelity  # what computes them
     >>> seen = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     >>> found = quality(Seen(seen, seen), Seen(seen, seen))
     >>> found["is_distance"], abs(found["fid"]) < 1e-6, found["msid"], found["precision"], found["recall"]

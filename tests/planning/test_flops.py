@@ -21,7 +21,8 @@ class Counted(np.ndarray):
 
     def __mul__(self, other: Any) -> Any:
         result = super().__mul__(other)
-        Counted.made += result.size
+        # Of two elements: a product with a number, as the scale, is not counted.
+        Counted.made += result.size if isinstance(other, np.ndarray) else 0
         return result
 
 
