@@ -382,7 +382,7 @@ def test_the_scale_of_a_start_is_a_number_of_single_precision() -> None:
 
 
 def test_the_bits_of_starts_are_known() -> None:
-    """x_start is drawn again wherever an adapter is loaded: a change of one bit changes every update."""
+    """x_start is regenerated wherever an adapter is loaded: a change of one bit changes every update."""
     digests = {}
     for name in KNOWN:
         total = hashlib.sha256()

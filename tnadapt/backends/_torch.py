@@ -93,7 +93,7 @@ class TorchBackend(Backend):
         return list(torch.split(x, list(sizes)))
 
     def pad_last(self, x: Array, size: int) -> Array:
-        # By its name, which torch also knows of a batch of gradients at once, as it does not concat's.
+        # By the name that torch also supports for a batch of gradients at once, which it does not for concat.
         missing = size - x.shape[-1]
         return torch.nn.functional.pad(x, (0, missing)) if missing else x
 

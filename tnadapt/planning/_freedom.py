@@ -5,7 +5,7 @@ arrays cancels (the gauge), and those that only make padding make nothing at all
 the second are not counted.
 
 What is returned is never too small: each formula is the dimension of a set that holds every ΔW. Where all of each
-tensor is used, that set is no larger than it must be, but for the few defective shapes that algebraic geometry knows of
+tensor is used, that set is no larger than it must be, but for the few known defective shapes
 (CP of rank 3 on 2 × 2 × 2 × 2, of rank 4 on 3 × 3 × 3, and their series). Where a tensor is longer than what is used of
 it, matrices without splits still come out exactly; of the others the last slice, of which a part is seen, may be
 counted with some freedom too many. The tests hold all of this against the rank of the Jacobian.

@@ -1,6 +1,6 @@
 """Dimensions of the sets of CP tensors, Tucker tensors and tensor trains, by formula.
 
-None is too small. They are exact but for the few defective shapes that algebraic geometry knows of (CP of rank 3 on
+None is too small. They are exact but for the few known defective shapes (CP of rank 3 on
 2 × 2 × 2 × 2, of rank 4 on 3 × 3 × 3, and their series).
 """
 
