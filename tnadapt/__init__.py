@@ -6,9 +6,10 @@ Importing this imports no framework.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from .algebra import presets
+from .algebra import presets, sources
 from .algebra.config import Config
 from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
 from .algebra.formats import register_format
@@ -17,6 +18,7 @@ from .algebra.maps import register_map
 from .algebra.maps.hadamard import fwht
 from .algebra.maps.projection import Projection
 from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
+from .algebra.sources import register_source
 from .algebra.superlora import SuperLoRA, parameter_count
 from .backends import register_backend
 from .convert import convert
@@ -70,8 +72,10 @@ __all__ = [
     "register_format",
     "register_layout",
     "register_map",
+    "register_source",
     "save",
     "search_rank",
+    "sources",
     "to_hypercube",
     "tt_to_tensor",
     "tucker_to_tensor",
@@ -92,6 +96,11 @@ _LAZY = {
     "save": "checkpoints.adapter_format",
     "search_rank": "decomposition",
 }
+
+
+# Users write `from tnadapt.presets import lora`, too; the modules are in tnadapt.algebra.
+for _module in (presets, sources):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from tnadapt.errors import ConfigError, integer, peft_hint, safe_repr
 from .folding import MAX_ORDER
 from .formats import FORMATS
 from .maps import MAPS
+from .sources import Source, SourceMap, source_from_dict, source_to_dict
 
 __all__ = ["Config"]
 
@@ -74,6 +75,10 @@ class Config:
         The scale is ``alpha / rank`` (the largest of several ranks); None means 1.
     seed : int
         Of the projection and of the random start; 0 to 2**64 - 1.
+    sources : mapping of str to Source
+        Where the numbers of arrays come from, by their names: ``{"factor1": source}`` for that array in every split and
+        term, ``"split0.factor1"`` or ``"term0.split0.factor1"`` for one of them. Arrays without an entry are trained
+        (:class:`tnadapt.sources.Trained`). Adapter files leave it out if it is empty.
     weight_shape : (int, int), optional
         Rows and columns that every weight must have, for a ``fold`` whose sizes stand for weights, rows (or heads and
         rows of a head) and columns. A plan with weights of another shape, or another number of them, is refused: the
@@ -111,6 +116,7 @@ class Config:
     shared: bool = True
     alpha: float | None = None
     seed: int = 0
+    sources: Mapping[str, Source] = dataclasses.field(default_factory=SourceMap)
     # A condition on the weights, not a part of what is computed: files written before there was one stay equal.
     weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
@@ -157,6 +163,7 @@ class Config:
                 "split_size sizes Kronecker splits; with combine='hadamard' every split has the full sizes: "
                 "leave split_size out"
             )
+        put("sources", _checked_sources(self.sources))
         put("weight_shape", self._checked_weight_shape())
 
     def _checked_weight_shape(self) -> tuple[int, int] | None:
@@ -218,7 +225,7 @@ class Config:
         return self.alpha / max((rank for rank in self.rank if rank is not None), default=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them (tuples become lists); without ``weight_shape`` where that is None.
+        """Return the fields as JSON knows them: tuples become lists; ``sources`` and ``weight_shape`` only if set.
 
         Returns
         -------
@@ -231,8 +238,11 @@ class Config:
         True
         """
         found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        if self.weight_shape is None:
-            del found["weight_shape"]
+        found["sources"] = {name: source_to_dict(source) for name, source in self.sources.items()}
+        # Later fields than the others: files without them stay as they were.
+        for name in ("sources", "weight_shape"):
+            if not getattr(self, name):
+                del found[name]
         return found
 
     @classmethod
@@ -256,7 +266,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        weight_shape
+        sources, weight_shape
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")
@@ -328,3 +338,15 @@ def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
             tuple(_integer(f"groups[{g}]", weight, 0, MAX_INT) for weight in group) for g, group in enumerate(groups)
         )
     return _integer("groups", groups, 1, 1 << 62, 'or "weight", "layer" or a list of lists')
+
+
+def _checked_sources(sources: Any) -> SourceMap:
+    """The sources of a config, given as such or as :meth:`Config.to_dict` writes them."""
+    if isinstance(sources, SourceMap):
+        return sources
+    if isinstance(sources, Mapping):
+        sources = {
+            name: source_from_dict(source) if isinstance(source, Mapping) else source
+            for name, source in sources.items()
+        }
+    return SourceMap(sources)

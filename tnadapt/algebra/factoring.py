@@ -23,9 +23,10 @@ from tnadapt.backends.backend import Array
 
 from ._boxes import boxes
 from .formats import Format, Ranges
+from .group import Group
 from .network import Network
 from .products import kronecker_tensor
-from .superlora import Group, SuperLoRA
+from .superlora import SuperLoRA
 from .unfolding import Cut
 
 __all__ = ["Factored", "Factoring", "Matrix", "factoring"]
@@ -93,8 +94,7 @@ class Factoring:
         Whether other weights are made of them, too.
     """
 
-    network: Network
-    keys: Mapping[str, str]
+    group: Group
     #: Of each matrix of a term: which part of the unfolding of its split, or of the whole network, it is.
     cuts: tuple[Cut, ...]
     terms: int
@@ -104,7 +104,12 @@ class Factoring:
     @property
     def names(self) -> tuple[str, ...]:
         """The plan's arrays that the factors are made of."""
-        return tuple(self.keys.values())
+        return tuple(self.group.names.values())
+
+    @property
+    def network(self) -> Network:
+        """The network of the weight's group."""
+        return self.group.network
 
     @functools.cached_property
     def is_plain(self) -> bool:
@@ -114,7 +119,7 @@ class Factoring:
     def __call__(self, backend: Backend, params: Mapping[str, Array]) -> Factored:
         """The factors made of these parameters (of the names in ``names``); differentiable."""
         network = self.network
-        arrays = {name: params[full] for name, full in self.keys.items()}
+        arrays = self.group.arrays(backend, params)
         if len(self.sizes) == 1:
             left, right = network.unfolded(backend, arrays, self.cuts[0])
             return Factored([[Matrix(left, backend.matrix_transpose(right))]], network.scale)
@@ -174,7 +179,7 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
     if width is None:
         return None
     part = Cut(cut, (first, first + rows), (0, cols), piece.group_start)
-    return Factoring(network, group.names, (part,), 1, (Size(rows, cols, width),), shared)
+    return Factoring(group, (part,), 1, (Size(rows, cols, width),), shared)
 
 
 def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -> Factoring | None:
@@ -201,7 +206,7 @@ def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -
         r, c, width = run[1] - run[0], math.prod(split.sizes[cut:]), split.inner(cut)
         cuts.append(Cut(cut, run, (0, c), run[0] * c))
         sizes.append(Size(r, c, width if width is not None and width * (r + c) < r * c else None))
-    return Factoring(network, group.names, tuple(cuts), network.terms, tuple(sizes), shared)
+    return Factoring(group, tuple(cuts), network.terms, tuple(sizes), shared)
 
 
 def _run(sizes: Sequence[int], ranges: Ranges) -> tuple[int, int] | None:

@@ -38,7 +38,7 @@ __all__ = [
     "words_at",
 ]
 
-PURPOSE = {"permutation": 1, "gaussian": 2, "signs": 3, "gaussian_v2": 4, "start": 16}
+PURPOSE = {"permutation": 1, "gaussian": 2, "signs": 3, "gaussian_v2": 4, "start": 16, "source": 1 << 16}
 
 # Shorter draws are done before a compiler would be imported.
 WORTH = 1 << 14

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,71 +19,17 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
 
 from .config import Config
+from .group import Group
 from .init import Initializer
 from .layout import Piece, make_layout, require_alike
 from .maps.projection import Projection
 from .network import Network
+from .sources import FrozenArrays, Source, SourceMap
 
-__all__ = ["Group", "SuperLoRA", "parameter_count"]
+__all__ = ["SuperLoRA", "parameter_count"]
 
 # Plans of up to so many groups are laid out when they are made; larger ones when their arrays are asked for.
 LAID_OUT = 4096
-
-
-class Group(NamedTuple):
-    """One group: what its part of the long vector is made of, and whose elements it holds.
-
-    Attributes
-    ----------
-    size : int
-        Elements of its update.
-    network : Network
-        What F is applied to.
-    projection : Projection
-        F.
-    start : Start
-        Its arrays at the start of training.
-    names : dict of str to str
-        The name of each of the network's arrays -> its name among the plan's.
-    pieces : list of Piece
-        Of which weights its elements are, in order.
-    """
-
-    size: int
-    network: Network
-    projection: Projection
-    start: Initializer
-    names: dict[str, str]
-    pieces: list[Piece]
-
-    def update(
-        self, backend: Backend, params: Mapping[str, Array], start: int, stop: int, trained: str | None = None
-    ) -> Array:
-        """Elements ``start`` to ``stop - 1`` of the update: ``F(x)``, or ``F(x) - F(x_start)`` where F is nonlinear.
-
-        ``trained`` is the dtype that the parameters began in, to whose numbers x_start is rounded; by default theirs.
-        """
-        arrays = {name: params[full] for name, full in self.names.items()}
-        if self.projection.linear:
-            return self._projected(backend, arrays, start, stop)
-        like = next(iter(arrays.values()))
-        kind = backend.dtype_name(like)
-        # The difference of two near numbers: taken in single precision at least, and rounded once.
-        wide = kind if kind == "float64" else "float32"
-        begun = [self.start.on(backend, (name, trained or kind), like, wide) for name in self.names]
-        moved = [backend.astype(array, wide) for array in arrays.values()]
-        # A compiler that computed the two by different routes would not find them equal at the start.
-        both = backend.apart([*moved, *begun])
-        now, then = both[: len(moved)], both[len(moved) :]
-        found = backend.apart(
-            [self._projected(backend, dict(zip(self.names, half, strict=True)), start, stop) for half in (now, then)]
-        )
-        return backend.astype(found[0] - found[1], kind)
-
-    def _projected(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
-        if self.projection.kind == "identity":
-            return self.network.slice(backend, arrays, start, stop)
-        return self.projection.slice(self.network.whole(backend, arrays), start, stop)
 
 
 class SuperLoRA:
@@ -151,9 +97,10 @@ class SuperLoRA:
         self.num_groups = self.layout.num_groups
         self._layers = None if layers is None else list(layers)
         self._networks: dict[tuple[int, int], Network] = {}
-        # What does not fit is said now.
+        # Raise what does not fit now, and not at the first use.
         for group in self._different:
             self._network(group)
+        _ = self._frozen_sources
         if self.num_groups <= LAID_OUT:
             # Laid out at once, so that no compiler that traces a call comes to trace this.
             _ = self.param_shapes
@@ -172,19 +119,48 @@ class SuperLoRA:
 
     @functools.cached_property
     def num_parameters(self) -> int:
-        """Trainable elements; nothing is allocated to count them."""
+        """Number of trained elements; counted without allocating anything."""
         if self._columns_vary:
-            return sum(self._network(group).num_parameters for group in range(self.num_groups))
-        return sum(count * self._network(group).num_parameters for group, count, _ in self.layout.same_size())
+            return sum(self._num_trained(group) for group in range(self.num_groups))
+        return sum(count * self._num_trained(group) for group, count, _ in self.layout.same_size())
+
+    def _num_trained(self, group: int) -> int:
+        network = self._network(group)
+        frozen = sum(math.prod(network.shapes[name]) for name in self._frozen_sources)
+        return network.num_parameters - frozen
 
     @functools.cached_property
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every array, in order.
+        """Name and shape of every trained array, in order.
 
         Names are ``group{g}.split{k}.{array}``, with ``term{t}.`` before the split where there are several
         terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train).
         """
         return {full: group.network.shapes[name] for group in self.groups for name, full in group.names.items()}
+
+    @functools.cached_property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array that ``config.sources`` freezes, in order; named as in ``param_shapes``."""
+        return {full: group.network.shapes[name] for group in self.groups for name, full in group.frozen_names.items()}
+
+    @functools.cached_property
+    def _frozen_sources(self) -> dict[str, Source]:
+        """The sources of the arrays that are frozen in every group, by the network's names."""
+        if not self.config.sources:
+            return {}
+        sources, network = self.config.sources, self._network(0)  # all networks have arrays of the same names
+        assert isinstance(sources, SourceMap)  # Config converts any other mapping
+        sources.check_names(network.shapes)
+        named = {name: sources.of(name) for name in network.shapes}
+        found = {name: source for name, source in named.items() if source is not None and not source.trained}
+        for prefixes in network.prefixes:
+            term = [name for name in network.shapes if name.startswith(tuple(prefixes))]
+            if found.keys() >= set(term):
+                raise ConfigError(
+                    f"sources freezes all of {', '.join(term)}, and nothing is left to train there: give one of them "
+                    "tnadapt.sources.Trained()"
+                )
+        return found
 
     @functools.cached_property
     def groups(self) -> list[Group]:
@@ -205,9 +181,13 @@ class SuperLoRA:
             key = size, 0 if config.shared else index
             if key not in projections:
                 projections[key] = Projection(config.projection, network.size, size, config.seed, key[1])
-            names = {name: f"group{index}.{name}" for name in network.shapes}
-            start = Initializer(network, projections[key], config.seed, index)
-            found.append(Group(size, network, projections[key], start, names, self.layout.of_group(index)))
+            names = {name: f"group{index}.{name}" for name in network.shapes if name not in self._frozen_sources}
+            frozen_names = {name: f"group{index}.{name}" for name in self._frozen_sources}
+            trained = names if frozen_names else None
+            start = Initializer(network, projections[key], config.seed, index, trained)
+            frozen = FrozenArrays(network.shapes, self._frozen_sources, config.seed, index)
+            pieces = self.layout.of_group(index)
+            found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names))
         return found
 
     @property

@@ -55,7 +55,7 @@ class JaxBackend(Backend):
             raise BackendError(f"JAX cannot use device {device!r}: {error}") from error
 
     def apart(self, arrays: Sequence[Array]) -> list[Array]:
-        return list(jax.lax.optimization_barrier(tuple(arrays)))  # type: ignore[no-untyped-call]
+        return list(jax.lax.optimization_barrier(tuple(arrays)))
 
     def constant(self, array: np.ndarray, device: Any) -> Array:
         if array.dtype == np.int64 and jax.dtypes.canonicalize_dtype(np.int64) != np.int64:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import kronecker_sizes
-from tnadapt.algebra.superlora import Group
+from tnadapt.algebra.group import Group
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
@@ -72,7 +72,7 @@ class Unpacked:
         plan, shape = self.file.plan, self.file.targets[weight].shape
         pieces = plan.layout.of_weight(weight)
         group = plan.groups[pieces[0].group]
-        if len(group.pieces) > 1 or len(pieces) > 1 or group.projection.kind != "identity":
+        if len(group.pieces) > 1 or len(pieces) > 1 or group.projection.kind != "identity" or group.frozen_names:
             return None
         network = group.network
         if len(network.sizes) == 1:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tnadapt.algebra.superlora import Group, SuperLoRA
+from tnadapt.algebra.group import Group
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ShapeError
+from tnadapt.errors import ConfigError, ShapeError
 
 from ._fit_report import FitReport, GroupReport, Step
 from ._linear_algebra import Algebra
@@ -58,11 +59,18 @@ def fit_plan(
     ------
     ShapeError
         If an update holds NaN or infinity.
+    ConfigError
+        If the config freezes arrays.
 
     Notes
     -----
     In memory is one group's part of the long vector at a time, a few times over.
     """
+    if plan.frozen_shapes:
+        raise ConfigError(
+            f"the solvers fit trained arrays, and config.sources freezes {next(iter(plan.frozen_shapes))!r}: leave "
+            "sources out"
+        )
     params: dict[str, Array] = {}
     reports = []
     last: tuple[int, Array] | None = None

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import numpy as np
 
 from tnadapt.algebra.formats import Dense
+from tnadapt.algebra.group import Group
 from tnadapt.algebra.maps import Nonlinear, tanhshrink
 from tnadapt.algebra.maps.projection import Projection
-from tnadapt.algebra.superlora import Group
 from tnadapt.backends.backend import Array
 
 from ._alternating import alternate

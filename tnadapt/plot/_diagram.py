@@ -9,9 +9,10 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from tnadapt.algebra.group import Group
 from tnadapt.algebra.layout import Piece
 from tnadapt.algebra.network import Network
-from tnadapt.algebra.superlora import Group, SuperLoRA
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError, integer
 
 from ._split_diagram import BOND_POINTS, KINDS, MODES, Box, Label, SplitDrawing, laid_out, some, wide

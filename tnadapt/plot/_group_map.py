@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tnadapt.algebra.group import Group
 from tnadapt.algebra.layout import Piece
-from tnadapt.algebra.superlora import Group, SuperLoRA
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError
 
 from .canvas import INK, PALE, figure, quiet, saved

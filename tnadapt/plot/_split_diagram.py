@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 
 from tnadapt.algebra.formats import Formula
-from tnadapt.algebra.superlora import Group, SuperLoRA
+from tnadapt.algebra.group import Group
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError
 
 __all__ = ["KINDS", "MODES", "Bond", "Box", "Label", "Leg", "Node", "SplitDrawing", "laid_out", "some", "wide"]

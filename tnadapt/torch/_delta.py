@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tnadapt.algebra.network import Network
+from tnadapt.algebra.group import Group
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 
@@ -101,8 +101,9 @@ class Whole:
             after = backend.concat([gradient[start : start + length] for start, length in _joined(spans)])
             before = group.projection.adjoint(after)
 
-            def made(*given: Tensor, network: Network = group.network, names: Any = group.names) -> Tensor:
-                return cast(Tensor, network.whole(load_backend("torch"), dict(zip(names, given, strict=True))))
+            def made(*given: Tensor, group: Group = group) -> Tensor:
+                arrays = group.with_frozen(backend, dict(zip(group.names, given, strict=True)))
+                return cast(Tensor, group.network.whole(backend, arrays))
 
             parts = _vjp(made, [named[full] for _, full in own], places, before)
             found.update(zip((own[place][1] for place in places), parts, strict=True))
@@ -146,9 +147,10 @@ class Slice:
             return None
         (piece,) = self._pieces
         group = self._groups[piece.group]
-        own = dict(zip(group.names, arrays, strict=True))
+        backend = load_backend("torch")
+        own = group.with_frozen(backend, dict(zip(group.names, arrays, strict=True)))
         start, stop = piece.group_start, piece.group_start + piece.length
-        return group.network.slice_factors(load_backend("torch"), own, start, stop)
+        return group.network.slice_factors(backend, own, start, stop)
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Gradients of the wanted arrays, from that of the update."""

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tnadapt.algebra.group import Group
 from tnadapt.algebra.init import Initializer
-from tnadapt.algebra.superlora import Group
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._arrays import named_parameters, pairs
@@ -123,7 +123,7 @@ def _can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str]
     """Whether some trained array is multiplied with something: of a linear F, its gradient is the rest of its term."""
     if not group.projection.linear:
         return True
-    alive = {name for name, array in own.items() if bool(array.any())}
+    alive = {name for name, array in own.items() if bool(array.any())} | group.frozen_names.keys()
     for prefixes in group.network.prefixes:
         term = {
             prefix + name for prefix, split in zip(prefixes, group.network.splits, strict=True) for name in split.shapes

@@ -1,0 +1,343 @@
+"""Sources: which arrays are trained, which are frozen, and where the frozen ones come from."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import relative_error
+from tnadapt.algebra import rng as draws
+from tnadapt.algebra.sources import SOURCES, Source, SourceMap, Stream, Trained, source_from_dict, source_to_dict
+from tnadapt.backends import Backend
+from tnadapt.plugins import forget_registered
+
+SHAPES = [(6, 4), (8, 4), (6, 4)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal(Source):
+    """Seeded normal numbers, as a plug-in would write them."""
+
+    std: float = 1.0
+    shared: bool = False
+
+    def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
+        group = 0 if self.shared else stream.group
+        drawn = draws.normals(stream.seed, group, stream.purpose, 0, math.prod(shape))
+        return np.float32(self.std) * drawn.reshape(shape)
+
+
+@pytest.fixture
+def normal() -> Iterator[type[Source]]:
+    tna.register_source("normal", Normal)
+    yield Normal
+    forget_registered()
+
+
+# -- Naming them in a config ----------------------------------------------------------------------
+
+
+def test_trained_everywhere_is_the_default() -> None:
+    plain, said = (tna.SuperLoRA(tna.Config(sources=given), SHAPES) for given in ({}, {"factor1": Trained()}))
+    assert plain.param_shapes == said.param_shapes
+    assert plain.frozen_shapes == said.frozen_shapes == {}
+    for ours, theirs in zip(plain.init().values(), said.init().values(), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert "sources" not in plain.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([("factor0", Trained())], r"sources must be a mapping of array names to sources, .*got \[\("),
+        ({"": Trained()}, r"a key of sources is the name of an array, such as 'factor0'.*got ''"),
+        ({"term0.factor0": Trained()}, r"or 'term0.split0.factor0'; got 'term0.factor0'"),
+        ({3: Trained()}, r"a key of sources is the name of an array.*got 3"),
+        ({"factor0": "trained"}, r"sources\['factor0'\] must be a source, such as .*Trained\(\); got 'trained'"),
+        ({"factor0": Trained}, r"sources\['factor0'\] must be a source"),
+        ({"factor0": {"source": "seeded"}}, r"source must be one of 'trained'; got 'seeded'.*install the plug-in"),
+        ({"factor0": {"std": 1.0}}, r"a source must be a mapping with its name as 'source'; got \{'std': 1.0\}"),
+        ({"factor0": {"source": "trained", "std": 1}}, r"source 'trained' has no field 'std'; it has no fields"),
+    ],
+)
+def test_what_is_no_source_is_refused(sources: Any, message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.Config(sources=sources)
+
+
+def test_too_many_entries_are_refused() -> None:
+    with pytest.raises(tna.ConfigError, match="sources has 4097 entries; at most 4096"):
+        tna.Config(sources={f"factor{number}": Trained() for number in range(4097)})
+
+
+@pytest.mark.parametrize("key", ["facotr0", "split1.factor0", "term0.split0.factor0", "core"])
+def test_a_key_that_fits_no_array_is_refused(key: str) -> None:
+    with pytest.raises(tna.ConfigError, match=rf"sources names '{key}'.*the arrays are 'factor0', 'factor1'"):
+        tna.SuperLoRA(tna.Config(sources={key: Trained()}), SHAPES)
+
+
+def test_the_longest_key_counts() -> None:
+    one, two, three = Normal(1.0), Normal(2.0), Normal(3.0)
+    found = SourceMap({"factor0": one, "split1.factor0": two, "term2.split1.factor0": three})
+    assert [found.of(name) for name in ("split0.factor0", "split1.factor0", "term1.split1.factor0")] == [one, two, two]
+    assert found.of("term2.split1.factor0") is three
+    assert found.of("split0.factor1") is None
+
+
+@pytest.mark.usefixtures("normal")
+def test_a_config_with_sources_survives_dictionaries_copies_and_pickles() -> None:
+    config = tna.Config(sources={"factor1": Normal(0.5, shared=True)})
+    written = config.to_dict()
+    assert written["sources"] == {"factor1": {"source": "normal", "std": 0.5, "shared": True}}
+    for other in (tna.Config.from_dict(written), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other == config
+        assert hash(other) == hash(config)
+    assert config != tna.Config(sources={"factor1": Normal(0.5)}) != tna.Config()
+    assert config.replace(rank=8).sources == config.sources
+
+
+def test_a_source_that_is_not_registered_cannot_be_written() -> None:
+    with pytest.raises(tna.ConfigError, match=r"Normal\(.*its class is not registered; call tnadapt.register_source"):
+        tna.Config(sources={"factor1": Normal()}).to_dict()
+
+
+@pytest.mark.usefixtures("normal")
+def test_missing_and_unknown_fields_are_refused() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Needs(Source):
+        seed: int
+
+    tna.register_source("needs", Needs)
+    with pytest.raises(tna.ConfigError, match=r"source 'needs': .*missing 1 required .*'seed'"):
+        source_from_dict({"source": "needs"})
+    with pytest.raises(tna.ConfigError, match="source 'normal' has no field 'scale'; its fields are std, shared"):
+        source_from_dict({"source": "normal", "scale": 1})
+    assert source_from_dict(source_to_dict(Needs(3))) == Needs(3)
+
+
+def test_only_sources_can_be_registered() -> None:
+    with pytest.raises(tna.ConfigError, match=r"a source is a class that inherits from .*Source; got <class 'int'>"):
+        tna.register_source("int", int)  # type: ignore[arg-type]
+    with pytest.raises(tna.ConfigError, match="source 'trained' is built in and cannot be replaced"):
+        tna.register_source("trained", Normal)
+    assert SOURCES.built_in == ("trained",)
+
+
+# -- What they do ---------------------------------------------------------------------------------
+
+CONFIGS: dict[str, tna.Config] = {
+    "lora": tna.Config(rank=2, sources={"factor1": Normal()}),
+    "other factor": tna.Config(rank=2, sources={"factor0": Normal(0.3)}),
+    "core alone": tna.Config(
+        rank=2, format="tucker", groups=1, fold="hypercube", sources={"factor0": Normal(), "factor1": Normal(0.5)}
+    ),
+    "weights alone": tna.Config(
+        rank=3, format="cp-weighted", sources={"factor0": Normal(), "factor1": Normal(shared=True)}
+    ),
+    "one split": tna.Config(rank=2, splits=2, groups=1, fold="balanced", sources={"split0.dense": Normal()}),
+    "one term": tna.Config(rank=1, terms=2, sources={"term1.split0.factor1": Normal()}),
+    "linear": tna.Config(
+        rank=2, groups=2, fold="hypercube", projection="linear", ratio=0.5, sources={"factor1": Normal()}
+    ),
+    "nonlinear": tna.Config(rank=2, groups=1, fold="hypercube", projection="nonlinear", sources={"factor0": Normal()}),
+    "tt": tna.Config(
+        rank=2, order=3, format="tt", groups=1, fold="balanced", sources={"core0": Normal(), "core2": Normal()}
+    ),
+}
+named = pytest.mark.parametrize("name", CONFIGS)
+
+
+def all_arrays(plan: tna.SuperLoRA, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The trained arrays, and the frozen ones computed here by their source's own formula."""
+    found = dict(params)
+    for index, group in enumerate(plan.groups):
+        for number, name in enumerate(group.network.shapes):
+            full = f"group{index}.{name}"
+            if full not in params:
+                source = SourceMap(plan.config.sources).of(name)
+                assert source is not None
+                stream = Stream(plan.config.seed, index, (1 << 16) + number)
+                found[full] = source.array(group.network.shapes[name], stream).astype(np.float64)
+    return found
+
+
+@named
+@given(data=st.data())
+def test_the_update_is_that_of_all_arrays_trained(name: str, data: st.DataObject) -> None:
+    plan = tna.SuperLoRA(CONFIGS[name].replace(seed=data.draw(st.integers(0, 2**64 - 1))), SHAPES)
+    every = tna.SuperLoRA(plan.config.replace(sources={}), SHAPES)
+    numbers = np.random.default_rng(data.draw(st.integers(0, 99)))
+    params = {name: numbers.normal(size=shape) for name, shape in plan.param_shapes.items()}
+    expected = every.deltas(all_arrays(plan, params))
+    if not plan.groups[0].projection.linear:
+        start = {name: array.astype(np.float64) for name, array in plan.init().items()}
+        started = every.deltas(all_arrays(plan, start))
+        expected = [now - then for now, then in zip(expected, started, strict=True)]
+    for delta, wanted in zip(plan.deltas(params), expected, strict=True):
+        assert relative_error(delta, wanted) < 1e-12
+    for weight, wanted in enumerate(expected):
+        assert relative_error(plan.delta(params, weight), wanted) < 1e-12
+    whole = np.concatenate([delta.reshape(-1) for delta in expected])
+    assert relative_error(plan.vector(params, 3, 40), whole[3:40]) < 1e-12
+
+
+@named
+def test_what_is_frozen_is_neither_counted_nor_made(name: str) -> None:
+    plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
+    every = tna.SuperLoRA(plan.config.replace(sources={}), SHAPES)
+    assert plan.frozen_shapes
+    assert not plan.frozen_shapes.keys() & plan.param_shapes.keys()
+    assert {**plan.param_shapes, **plan.frozen_shapes} == every.param_shapes
+    assert plan.num_parameters == sum(map(math.prod, plan.param_shapes.values()))
+    assert plan.num_parameters + sum(map(math.prod, plan.frozen_shapes.values())) == every.num_parameters
+    assert {name: array.shape for name, array in plan.init().items()} == plan.param_shapes
+    with pytest.raises(tna.ShapeError, match="unknown: 'group0"):
+        plan.deltas({**plan.init(), **{name: np.zeros(shape) for name, shape in plan.frozen_shapes.items()}})
+
+
+@named
+def test_a_fresh_adapter_changes_nothing_and_learns(name: str, backend: Backend) -> None:
+    plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
+    params = plan.init(backend.name, "float64")
+    assert not any(backend.to_numpy(delta).any() for delta in plan.deltas(params))
+    if name == "nonlinear":
+        return  # its gradient is that of the next test, on torch
+    moved = {name: array + backend.asarray(np.full(array.shape, 1e-3), "float64") for name, array in params.items()}
+    assert all(backend.to_numpy(delta).any() for delta in plan.deltas(moved))
+
+
+@named
+def test_gradients_are_those_of_the_trained_arrays(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
+    params = {name: array.requires_grad_() for name, array in plan.init("torch", "float64").items()}
+    sum(
+        (delta * torch.arange(1.0, 25.0).repeat(2)[: delta.numel()].reshape(delta.shape)).sum()
+        for delta in plan.deltas(params)
+    ).backward()  # noqa: E501
+    for index in range(plan.num_groups):
+        own = [array.grad for name, array in params.items() if name.startswith(f"group{index}.")]
+        assert any(grad is not None and bool(grad.any()) for grad in own)
+
+
+@pytest.mark.parametrize("keys", [["factor0", "factor1"], ["split0.factor0", "factor1"]])
+def test_a_group_without_a_trained_array_is_refused(keys: list[str]) -> None:
+    with pytest.raises(tna.ConfigError, match=r"freezes all of split0.factor0, split0.factor1, and nothing is left"):
+        tna.SuperLoRA(tna.Config(sources=dict.fromkeys(keys, Normal())), SHAPES)
+
+
+def test_a_term_without_a_trained_array_is_refused() -> None:
+    sources = {"term1.split0.factor0": Normal(), "term1.split0.factor1": Normal()}
+    with pytest.raises(tna.ConfigError, match=r"freezes all of term1.split0.factor0, term1.split0.factor1"):
+        tna.SuperLoRA(tna.Config(terms=2, sources=sources), SHAPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong(Source):
+    what: str = "shape"
+
+    def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
+        made = {"shape": np.zeros((1, 1)), "nan": np.full(shape, np.nan), "int": np.zeros(shape, int)}
+        return made[self.what]
+
+
+@pytest.mark.parametrize("what", ["shape", "nan", "int"])
+def test_a_source_that_returns_something_else_is_named(what: str) -> None:
+    plan = tna.SuperLoRA(tna.Config(sources={"factor1": Wrong(what)}), SHAPES)
+    with pytest.raises(tna.ConfigError, match=r"Wrong\(what=.* must return finite .* of shape \(4, 4\) for 'split0"):
+        plan.deltas(plan.init())
+
+
+def test_a_source_without_a_method_names_what_is_missing() -> None:
+    class Nothing(Source):
+        trained: ClassVar[bool] = False
+
+    plan = tna.SuperLoRA(tna.Config(sources={"factor1": Nothing()}), SHAPES)
+    with pytest.raises(tna.ConfigError, match=r"source Nothing does not define array\(shape, stream\)"):
+        plan.deltas(plan.init())
+
+
+def test_solvers_refuse_frozen_arrays() -> None:
+    config = tna.Config(sources={"factor1": Normal()})
+    with pytest.raises(tna.ConfigError, match=r"solvers fit trained arrays.* freezes 'group0.split0.factor1'"):
+        tna.decompose([np.ones((6, 4))], config)
+
+
+# -- The file, and a model ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("normal")
+@named
+def test_the_file_stores_what_is_trained(name: str, tmp_path: Path) -> None:
+    plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
+    numbers = np.random.default_rng(0)
+    params = {name: numbers.normal(size=shape).astype(np.float32) for name, shape in plan.param_shapes.items()}
+    targets = [tna.Target(f"m{index}", shape) for index, shape in enumerate(SHAPES)]
+    path = tmp_path / "adapter.safetensors"
+    tna.save(path, tna.AdapterFile(plan.config, targets, params))
+    found = tna.load(path)
+    assert found.arrays.keys() == plan.param_shapes.keys()
+    assert found.config == plan.config
+    for ours, theirs in zip(found.deltas(), plan.deltas(params), strict=True):
+        assert np.array_equal(ours, theirs)
+    forget_registered()
+    with pytest.raises(tna.FileError, match=r"source must be one of 'trained'; got 'normal'.*install the plug-in"):
+        tna.load(path)
+
+
+@pytest.mark.usefixtures("normal")
+@pytest.mark.parametrize("strategy", ["auto", "weight"])
+@named
+def test_a_model_trains_what_is_trained(name: str, strategy: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 4), torch.nn.Linear(4, 6))
+    x = torch.randn(5, 4)
+    before = model(x)
+    config = CONFIGS[name]
+    adapter = tnadapt.torch.attach(model, config, targets=["0", "1", "2"], strategy=strategy)
+    assert torch.equal(model(x), before)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    after = model(x)
+    assert not torch.allclose(after, before)
+    assert [p.numel() for p in adapter.parameters()] == list(map(math.prod, adapter.plan.param_shapes.values()))
+    plain = [module.weight + delta for module, delta in zip(model, adapter.deltas(), strict=True)]
+    expected = x
+    for module, weight in zip(model, plain, strict=True):
+        expected = torch.nn.functional.linear(expected, weight, module.bias)
+    assert torch.allclose(after, expected, atol=1e-5)
+    adapter.save(tmp_path / "adapter.safetensors")
+    adapter.merge()
+    assert torch.allclose(model(x), after, atol=1e-5)
+    adapter.unmerge()
+    adapter.detach()
+    tnadapt.torch.load(model, tmp_path / "adapter.safetensors")
+    assert torch.allclose(model(x), after, atol=1e-6)
+
+
+# -- The modules' public names --------------------------------------------------------------------
+
+
+def test_sources_and_presets_are_modules_of_the_root() -> None:
+    from tnadapt.presets import lora
+    from tnadapt.sources import Trained as Public
+
+    assert Public is Trained
+    assert lora is tna.presets.lora

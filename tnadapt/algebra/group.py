@@ -1,0 +1,95 @@
+"""One group of a plan: its network, its map F, its arrays, and the update they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+
+from .init import Initializer
+from .layout import Piece
+from .maps.projection import Projection
+from .network import Network
+from .sources import FrozenArrays
+
+__all__ = ["Group"]
+
+
+class Group(NamedTuple):
+    """One group: the network and map that produce its part of the long vector, and the weights it covers.
+
+    Attributes
+    ----------
+    size : int
+        Elements of its update.
+    network : Network
+        What F is applied to.
+    projection : Projection
+        F.
+    start : Initializer
+        Its arrays at the start of training.
+    names : dict of str to str
+        For each trained array of the network, its name in the plan's ``param_shapes``.
+    pieces : list of Piece
+        The slices of weights that it covers, in order.
+    frozen : FrozenArrays
+        The other arrays of the network.
+    frozen_names : dict of str to str
+        For each of them, its name in the plan's ``frozen_shapes``.
+    """
+
+    size: int
+    network: Network
+    projection: Projection
+    start: Initializer
+    names: dict[str, str]
+    pieces: list[Piece]
+    frozen: FrozenArrays
+    frozen_names: dict[str, str]
+
+    def arrays(self, backend: Backend, params: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return all arrays of the network, by the network's names: those of the parameters, and the frozen ones."""
+        return self.with_frozen(backend, {name: params[full] for name, full in self.names.items()})
+
+    def with_frozen(self, backend: Backend, own: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return the trained arrays, by the network's names, with the frozen ones in their library and dtype."""
+        if not self.frozen_names:
+            return own
+        like = next(iter(own.values()))  # a plan refuses groups without a trained array
+        kind = backend.dtype_name(like)
+        return {
+            name: own[name] if name in own else self.frozen.on(backend, name, like, kind)
+            for name in self.network.shapes
+        }
+
+    def update(
+        self, backend: Backend, params: Mapping[str, Array], start: int, stop: int, trained: str | None = None
+    ) -> Array:
+        """Return elements ``start`` to ``stop - 1`` of the update: ``F(x)``, or ``F(x) - F(x_start)`` of a nonlinear F.
+
+        ``trained`` is the dtype in which the parameters started, to which x_start is rounded; by default their own.
+        """
+        arrays = {name: params[full] for name, full in self.names.items()}
+        if self.projection.linear:
+            return self._projected(backend, arrays, start, stop)
+        like = next(iter(arrays.values()))
+        kind = backend.dtype_name(like)
+        # The difference of two near numbers: taken in single precision at least, and rounded once.
+        wide = kind if kind == "float64" else "float32"
+        begun = [self.start.on(backend, (name, trained or kind), like, wide) for name in self.names]
+        moved = [backend.astype(array, wide) for array in arrays.values()]
+        # A compiler that computed the two by different routes would not find them equal at the start.
+        both = backend.apart([*moved, *begun])
+        now, then = both[: len(moved)], both[len(moved) :]
+        found = backend.apart(
+            [self._projected(backend, dict(zip(self.names, half, strict=True)), start, stop) for half in (now, then)]
+        )
+        return backend.astype(found[0] - found[1], kind)
+
+    def _projected(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
+        arrays = self.with_frozen(backend, arrays)
+        if self.projection.kind == "identity":
+            return self.network.slice(backend, arrays, start, stop)
+        return self.projection.slice(self.network.whole(backend, arrays), start, stop)

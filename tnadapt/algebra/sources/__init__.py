@@ -1,0 +1,134 @@
+"""Where the numbers of an array come from: trained, or frozen and computed from a seed.
+
+One class a source and a file. A new built-in source is one more file and one more line in :data:`SOURCES`; another
+package calls ``tnadapt.register_source``. :class:`tnadapt.testing.SourceContract` checks both kinds. Users find the
+classes in ``tnadapt.sources``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tnadapt.errors import ConfigError, safe_repr
+from tnadapt.plugins import Registry
+
+from ._frozen import FrozenArrays
+from ._source import Source, Stream
+from ._source_map import SourceMap, listed
+from ._trained import Trained
+
+__all__ = [
+    "SOURCES",
+    "FrozenArrays",
+    "Source",
+    "SourceMap",
+    "Stream",
+    "Trained",
+    "register_source",
+    "source_from_dict",
+    "source_to_dict",
+]
+
+SOURCES: Registry[Source] = Registry("source", Source, {"trained": Trained})
+
+
+def register_source(name: str, cls: type[Source]) -> None:
+    """Make a source known by a name, for ``Config(sources={array: cls(…)})`` and adapter files.
+
+    Parameters
+    ----------
+    name : str
+        Lower-case letters, digits, ``.``, ``_`` and ``-``. It is written into adapter files.
+    cls : type
+        A subclass of :class:`tnadapt.sources.Source`: a frozen dataclass.
+
+    Raises
+    ------
+    ConfigError
+        If the name is not of that form or is built in, or the class is no Source.
+
+    See Also
+    --------
+    tnadapt.testing.SourceContract : The tests that such a class has to pass.
+
+    Examples
+    --------
+    LoRA with a frozen factor, so that half of the numbers are trained:
+
+    >>> import dataclasses
+    >>> import tnadapt as tna
+    >>> from tnadapt.algebra import rng
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Normal(tna.sources.Source):
+    ...     std: float = 1.0
+    ...     def array(self, shape, stream):
+    ...         drawn = rng.normals(stream.seed, stream.group, stream.purpose, 0, shape[0] * shape[1])
+    ...         return self.std * drawn.reshape(shape)
+    >>> tna.register_source("normal", Normal)
+    >>> plan = tna.SuperLoRA(tna.Config(rank=2, sources={"factor1": Normal(0.1)}), [(6, 4)])
+    >>> plan.param_shapes, plan.frozen_shapes
+    ({'group0.split0.factor0': (6, 2)}, {'group0.split0.factor1': (4, 2)})
+    """
+    SOURCES.register(name, cls)
+
+
+def source_to_dict(source: Source) -> dict[str, Any]:
+    """Return a source as JSON knows it: its registered name as ``"source"``, and its fields.
+
+    Raises
+    ------
+    ConfigError
+        If its class is not registered.
+
+    Examples
+    --------
+    >>> source_to_dict(Trained())
+    {'source': 'trained'}
+    """
+    name = next((name for name, cls in SOURCES.items() if cls is type(source)), None)
+    if name is None:
+        raise ConfigError(
+            f"{source!r} cannot be written: its class is not registered; call tnadapt.register_source(name, "
+            f"{type(source).__name__})"
+        )
+    fields = {field.name: listed(getattr(source, field.name)) for field in dataclasses.fields(source)}
+    return {"source": name, **fields}
+
+
+def source_from_dict(settings: Mapping[str, Any]) -> Source:
+    """Return the source of a dictionary that :func:`source_to_dict` made.
+
+    Raises
+    ------
+    ConfigError
+        If it is no mapping, has no name that is registered, or has a field that the source has not.
+
+    Examples
+    --------
+    >>> source_from_dict({"source": "trained"})
+    Trained()
+    >>> source_from_dict({"source": "trained", "seed": 1})
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: source 'trained' has no field 'seed'; it has no fields
+    """
+    if not isinstance(settings, Mapping) or "source" not in settings:
+        raise ConfigError(f"a source must be a mapping with its name as 'source'; got {safe_repr(settings)}")
+    name = settings["source"]
+    cls = SOURCES.find(name)
+    known = [field.name for field in dataclasses.fields(cls)]
+    fields = {key: _tuples(value) for key, value in settings.items() if key != "source"}
+    for key in fields:
+        if key not in known:
+            there = f"its fields are {', '.join(known)}" if known else "it has no fields"
+            raise ConfigError(f"source {name!r} has no field {safe_repr(key)}; {there}")
+    try:
+        return cls(**fields)
+    except TypeError as error:  # a field without a default is missing
+        raise ConfigError(f"source {name!r}: {error}") from None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
