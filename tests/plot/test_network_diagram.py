@@ -17,7 +17,7 @@ from tnadapt.algebra.formats import FORMATS
 from tnadapt.errors import ConfigError, ShapeError
 from tnadapt.plot import network
 from tnadapt.plot._diagram import Diagram, diagram
-from tnadapt.plot._split_diagram import Node, SplitDrawing, wide
+from tnadapt.plot._diagram_parts import Node, SplitDrawing, wide
 from tnadapt.testing.strategies import plans
 
 P = tna.presets

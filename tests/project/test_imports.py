@@ -63,7 +63,8 @@ def test_a_function_called_as_a_package_stays_one() -> None:
     # Importing tnadapt.convert would put the package in place of the function, if its modules were imported later.
     code = """
 import importlib, pkgutil, tnadapt
-extras = ("torch", "finetune", "cli", "plot", "testing.suites", "testing.strategies", "backends._", "__main__")
+extras = ("torch", "finetune", "cli", "plot", "testing.strategies", "backends._", "__main__",
+          "testing._backend_contract")
 for module in pkgutil.walk_packages(tnadapt.__path__, "tnadapt."):
     if not module.name.removeprefix("tnadapt.").startswith(extras):
         importlib.import_module(module.name)

@@ -90,7 +90,6 @@ PUBLIC = {
     "tnadapt.plugins.class_registry",
     "tnadapt.plugins.entry_points",
     "tnadapt.testing.strategies",
-    "tnadapt.testing.suites",
 }
 
 

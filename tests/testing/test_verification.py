@@ -17,9 +17,8 @@ from tests.conftest import installed
 from tnadapt.algebra import products, rng
 from tnadapt.algebra.maps import Linear
 from tnadapt.backends import load_backend
-from tnadapt.testing import _laws as laws
 from tnadapt.testing import _reference as reference
-from tnadapt.testing._laws import Law
+from tnadapt.testing._law import Law, relative_error
 from tnadapt.testing.strategies import plans
 from tnadapt.testing.verification import Report, examples, verify
 
@@ -140,8 +139,8 @@ def test_the_seed_is_of_the_parameters_alone(seed: int) -> None:
 
 
 def test_errors_of_arrays_of_other_shapes_are_infinite() -> None:
-    assert laws._error(np.zeros(2), np.zeros(3)) == math.inf
-    assert laws._error(np.zeros(0), np.zeros(0)) == 0.0
+    assert relative_error(np.zeros(2), np.zeros(3)) == math.inf
+    assert relative_error(np.zeros(0), np.zeros(0)) == 0.0
 
 
 def test_bad_input() -> None:

@@ -15,7 +15,8 @@ from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError, integer
 
-from ._split_diagram import BOND_POINTS, KINDS, MODES, Box, Label, SplitDrawing, laid_out, some, wide
+from ._diagram_parts import BOND_POINTS, KINDS, Box, Label, SplitDrawing, some, wide
+from ._split_diagram import MODES, laid_out
 
 __all__ = ["Diagram", "FlowStep", "KeyEntry", "diagram"]
 

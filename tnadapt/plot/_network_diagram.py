@@ -12,7 +12,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.superlora import SuperLoRA
 
 from ._diagram import Diagram, diagram
-from ._split_diagram import Label, Node, SplitDrawing
+from ._diagram_parts import Label, Node, SplitDrawing
 from .canvas import INK, OTHERS, PALE, STYLES, figure, saved
 
 __all__ = ["network"]

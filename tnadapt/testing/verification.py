@@ -1,7 +1,8 @@
 """The laws, as a library call: does this config, on this machine and library, compute what it says?
 
 Each law gives the largest error seen and the error it allows; a report holds where none exceeds it.
-:mod:`tnadapt.testing._laws` has them one by one.
+:mod:`tnadapt.testing._config_laws`, :mod:`tnadapt.testing._projection_laws` and
+:mod:`tnadapt.testing._library_laws` check them one by one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from tnadapt.algebra.config import Config
 from tnadapt.backends import available_backends, load_backend
 from tnadapt.errors import ConfigError, integer, safe_repr
 
-from . import _laws as rules
-from ._laws import Law
+from ._config_laws import checkable, of_config
+from ._law import Law
+from ._library_laws import of_library
 
 __all__ = ["Law", "Report", "examples", "verify"]
 
@@ -147,7 +149,7 @@ def verify(
     seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
     where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
     if config is not None:  # before the libraries are imported, which takes longer
-        rules.checkable(config, where, layers)
+        checkable(config, where, layers)
     names, absent = _usable(backends)
     tell = progress or (lambda line: None)
     found: list[Law] = []
@@ -157,12 +159,12 @@ def verify(
             rng = np.random.default_rng(seed)
             tell(f"{name}: {'the operations' if config is None else 'the config'}")
             if config is not None:
-                found += rules.of_config("config", config, where, layers, backend, rng)
+                found += of_config("config", config, where, layers, backend, rng)
                 continue
-            found += rules.of_library(backend, rng)
+            found += of_library(backend, rng)
             for label, (example, weights) in examples().items():
                 tell(f"{name}: {label}")
-                found += rules.of_config(label, example, weights, None, backend, rng)
+                found += of_config(label, example, weights, None, backend, rng)
     return Report(tuple(found), absent)
 
 

@@ -1,0 +1,232 @@
+"""The laws of one config: counts, formulas, slices, the start and gradients of its plan.
+
+Everything is computed in float64 on one array library and compared with :mod:`tnadapt.testing._reference` and
+:mod:`tnadapt.testing._methods`, which are written independently of the library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import BackendError, ConfigError
+
+from . import _methods as methods
+from . import _reference as reference
+from ._law import TIGHT, Law, LawCollector, relative_error
+from ._projection_laws import of_projection
+
+__all__ = ["checkable", "of_config"]
+
+# A central difference of step 1e-5 has an error of about 1e-10 of the value it differentiates.
+DIFFERENCE = 1e-6
+# A gibibyte in float64, of which several are needed.
+MOST = 1 << 27
+
+
+def of_config(
+    label: str,
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None,
+    backend: Backend,
+    rng: np.random.Generator,
+) -> list[Law]:
+    """The laws of one config on one library.
+
+    Parameters
+    ----------
+    label : str
+        The subject; where it is a name in :data:`tnadapt.testing._methods.METHODS`, that method's formula is compared
+        with, too.
+    config, shapes, layers
+        As for :class:`tnadapt.SuperLoRA`.
+    backend : Backend
+    rng : numpy.random.Generator
+        Of the parameters.
+
+    Returns
+    -------
+    list of Law
+
+    Examples
+    --------
+    >>> from tnadapt.backends import load_backend
+    >>> laws = of_config("x", Config(rank=1), [(2, 2)], None, load_backend("numpy"), np.random.default_rng(0))
+    >>> all(law.holds for law in laws)
+    True
+    """
+    return _Case(label, config, shapes, layers, backend, rng).laws()
+
+
+def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None) -> SuperLoRA:
+    """The plan of a config on weights that are few enough for its laws to be checked.
+
+    Parameters
+    ----------
+    config : Config
+    shapes : sequence of (rows, cols)
+    layers : sequence of hashable, optional
+
+    Returns
+    -------
+    SuperLoRA
+
+    Raises
+    ------
+    ConfigError
+        If parameters and elements of updates are more than 2**27 together, or the config does not suit the shapes.
+
+    Examples
+    --------
+    >>> checkable(Config(rank=1), [(2, 2)], None).num_parameters
+    4
+    """
+    plan = SuperLoRA(config, shapes, layers)
+    elements = plan.num_parameters + sum(rows * cols for rows, cols in plan.shapes)
+    if elements > MOST:
+        raise ConfigError(
+            f"{elements:,} parameters and elements of updates are too many to be checked, which takes some ten "
+            f"arrays of them in float64: give a smaller rank or smaller shapes, of at most {MOST:,} together"
+        )
+    return plan
+
+
+class _Case:
+    """One config on one library."""
+
+    def __init__(
+        self,
+        label: str,
+        config: Config,
+        shapes: Sequence[tuple[int, int]],
+        layers: Sequence[Hashable] | None,
+        backend: Backend,
+        rng: np.random.Generator,
+    ) -> None:
+        self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
+        self.plan = checkable(config, shapes, layers)
+        self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
+        self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
+        self.params = self._sent(self.host)
+        self.collector = LawCollector(label, backend)
+
+    def laws(self) -> list[Law]:
+        whole = self._numbers(self.plan.deltas(self.params))
+        self._counts()
+        self._formulas(whole)
+        self._slices(whole)
+        self._begin()
+        self._gradient()
+        if self.config.projection != "identity":
+            self._projections()
+        return self.collector.found
+
+    def _sent(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
+        return {name: self.backend.asarray(array, "float64") for name, array in arrays.items()}
+
+    def _numbers(self, arrays: Sequence[Array]) -> np.ndarray:
+        return np.concatenate([self.backend.to_numpy(array).reshape(-1) for array in arrays])
+
+    def _counts(self) -> None:
+        made = sum(math.prod(array.shape) for array in self.plan.init(self.backend.name, "float64").values())
+        formula = reference.count(self.config, self.plan.shapes, self.layers)
+        counted = self.plan.num_parameters
+        self.collector.add("parameters counted = made = formula", [abs(counted - made) + abs(counted - formula)], 0.0)
+
+    def _formulas(self, whole: np.ndarray) -> None:
+        shapes = self.plan.shapes
+        textbook = reference.deltas(self.config, shapes, self.host, self.layers, self.start)
+        expected = np.concatenate([delta.reshape(-1) for delta in textbook])
+        self.collector.add("ΔW = the textbook formula", [relative_error(whole, expected)])
+        if self.label in methods.METHODS:
+            own = methods.METHODS[self.label](self.host, self.config, shapes)
+            self.collector.add(
+                "ΔW = the method's own formula", [relative_error(whole, np.concatenate([d.reshape(-1) for d in own]))]
+            )
+        numpy = self.plan.deltas(self.host)
+        self.collector.add("ΔW = NumPy's", [relative_error(whole, np.concatenate([d.reshape(-1) for d in numpy]))])
+
+    def _slices(self, whole: np.ndarray) -> None:
+        errors = []
+        edges = np.cumsum([0, *(rows * cols for rows, cols in self.plan.shapes)])
+        # Errors are judged against the whole: a slice of it may be all but zero.
+        scale = float(np.max(np.abs(whole))) or 1.0
+        for weight in range(len(self.plan.shapes)):
+            found = self._numbers([self.plan.delta(self.params, weight)])
+            errors.append(float(np.max(np.abs(found - whole[edges[weight] : edges[weight + 1]]))) / scale)
+        for _ in range(4):
+            start, stop = sorted(self.rng.choice(self.plan.size + 1, 2, replace=False).tolist())
+            found = self._numbers([self.plan.vector(self.params, start, stop)])
+            errors.append(float(np.max(np.abs(found - whole[start:stop]))) / scale)
+        self.collector.add("a slice = the whole's", errors)
+
+    def _begin(self) -> None:
+        errors = []
+        for dtype in ("float64", "float32"):
+            fresh = self.plan.init(self.backend.name, dtype)
+            errors.append(float(np.max(np.abs(self._numbers(self.plan.deltas(fresh))))))
+            errors.append(float(np.max(np.abs(self._numbers([self.plan.delta(fresh, 0)])))))
+        self.collector.add("at the start ΔW is exactly 0", errors, 0.0)
+        # That the gradient lives: some direction moves ΔW to first order. 1 is "none does". (A dead start
+        # leaves a cubic: 1e-12 of a step of 1e-6.)
+        h = 1e-6
+        alive = []
+        for group in range(self.plan.num_groups):
+            own = [name for name in self.start if name.startswith(f"group{group}.")]
+            way = {name: self.rng.normal(size=self.start[name].shape) for name in own}
+            ahead, behind = ({**self.start, **{n: self.start[n] + s * h * way[n] for n in own}} for s in (1, -1))
+            slope = (self._moved(ahead) - self._moved(behind)) / (2 * h)
+            alive.append(0.0 if np.max(np.abs(slope)) > 1e-11 else 1.0)
+        self.collector.add("at the start the gradient is not 0", alive, 0.0)
+
+    def _moved(self, host: dict[str, np.ndarray]) -> np.ndarray:
+        return self._numbers(self.plan.deltas(self._sent(host)))
+
+    def _gradient(self) -> None:
+        target = self.rng.normal(size=self.plan.size)
+        weights = self.backend.asarray(target, "float64")
+
+        def loss(params: dict[str, Array]) -> Array:
+            return self.backend.sum(self.plan.vector(params) * weights, axis=0)
+
+        if "gradient" in self.backend.lacks(weights):
+            return
+        found = self.backend.gradient(loss, self.params)
+        if found is None:
+            raise BackendError(
+                f"the backend {self.backend.name!r} returned None for a gradient, and its lacks() does not list "
+                "'gradient'; return the derivatives, or list it"
+            )
+        errors = []
+        linear = self.plan.groups[0].projection.linear
+        for name, array in self.host.items():
+            way = self.rng.normal(size=array.shape)
+            got = float(np.sum(self.backend.to_numpy(found[name]) * way))
+            if linear:
+                # ΔW is affine in each of its arrays: put the direction in its place, less what is without it.
+                without = self._textbook({**self.host, name: np.zeros_like(array)})
+                exact = float(target @ (self._textbook({**self.host, name: way}) - without))
+            else:
+                h = 1e-5
+                ahead, behind = (self._textbook({**self.host, name: array + s * h * way}) for s in (1, -1))
+                exact = float(target @ (ahead - behind)) / (2 * h)
+            errors.append(abs(got - exact) / max(abs(exact), abs(got), 1.0))
+        if linear:
+            self.collector.add("the gradient = the exact derivative", errors, TIGHT)
+        else:
+            self.collector.add("the gradient = a central difference", errors, DIFFERENCE)
+
+    def _textbook(self, host: dict[str, np.ndarray]) -> np.ndarray:
+        found = reference.deltas(self.config, self.plan.shapes, host, self.layers, self.start)
+        return np.concatenate([delta.reshape(-1) for delta in found])
+
+    def _projections(self) -> None:
+        for group in self.plan.groups:
+            self.collector.found += of_projection(self.label, group.projection, self.backend, self.rng)
