@@ -13,7 +13,8 @@ from typing import Any
 
 from tnadapt.errors import safe_repr
 
-from .attention_layouts import TRANSPOSED, StoredWeight, by_name, contested, of_config
+from ._fused_table import TRANSPOSED
+from .attention_layouts import StoredWeight, by_name, contested, of_config
 from .fused_rows import Facts, Fused, LayoutError, place_rows
 from .target import Rows
 

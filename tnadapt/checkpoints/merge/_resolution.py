@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from tnadapt.errors import FileError, TargetError, safe_repr
+from tnadapt.errors import FileError, TargetError, pluralize, safe_repr, summarize
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.overlaps import check_distinct
@@ -15,7 +15,7 @@ from tnadapt.targets.pairing import paired
 from tnadapt.targets.prefixes import Prefix, found_prefix
 from tnadapt.targets.target import Target
 
-from ..adapter_file import AdapterFile, pluralize, summarize
+from ..adapter_file import AdapterFile
 from ..checkpoint import Checkpoint
 from ..container import DTYPES, Entry
 

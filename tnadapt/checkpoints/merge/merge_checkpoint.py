@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from tnadapt.errors import ConfigError, FileError, escaped
+from tnadapt.errors import ConfigError, FileError, escaped, pluralize
 
-from ..adapter_file import AdapterFile, pluralize
+from ..adapter_file import AdapterFile
 from ..adapter_format import content_of, load
 from ..checkpoint import file_state, open_checkpoint
 from ..container import file_error_context, path_of
