@@ -1,7 +1,7 @@
 """The built-in table of fused attention weights: how each is recognized, and which rule places q, k and v in its rows.
 
-Each entry was read in its library's source; the tests show of each that moving the rows of one of q, k and v moves
-that one and no other in what the attention computes.
+Each entry was taken from its library's source. For each, the tests check that permuting the rows of one of q, k and v
+affects only that one in the attention's computation.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeight:
-    """A fused weight as a checkpoint shows it.
+    """A fused weight as it appears in a checkpoint.
 
     Parameters
     ----------
     name : str
         Its name in the attention, without ``weight``: ``"qkv_proj"``.
     below : str
-        What lies between that and the tensor, where the projection is wrapped: ``"convolution"``.
+        The path from there to the tensor if the projection is wrapped: ``"convolution"``.
     beside : collection of str
         The other children and parameters of the attention.
     ndim : int
+        The number of axes of the stored tensor.
     """
 
     name: str
@@ -46,23 +47,24 @@ class AttentionLayout:
     Parameters
     ----------
     rule : callable
-        From :mod:`tnadapt.targets._fused_rules`: sizes and a weight to blocks of rows.
+        Maps sizes and a weight to blocks of rows, as those in :mod:`tnadapt.targets._fused_rules` do.
     weights : tuple of str
-        What the fused weight is called in the attention.
+        Names of the fused weight in the attention.
     classes : tuple of str
-        Names of the attention's class, with its module where the name alone is a common one.
+        Names of the attention's class, qualified by its module if the name alone is common.
     model_types : tuple of str
-        Of ``config.json``. None: the checkpoint does not have the sizes that the rule needs.
+        Values of ``model_type`` in ``config.json``. Empty if a checkpoint lacks the sizes that the rule needs.
     architectures : tuple of str
-        Beginnings of the ``architecture`` in timm's ``config.json``.
+        Prefixes of ``architecture`` in timm's ``config.json``.
     attributes : tuple of str
-        What a module must have besides: for names of classes that several libraries use, or instead of them.
+        Attributes that the module must also have. They disambiguate class names that several libraries use, or replace
+        them.
     settings : tuple of str
-        What ``config.json`` has, instead of a model type: for a weight that whole families share.
+        Keys that ``config.json`` has, instead of a model type, for a weight that whole families of models share.
     beside : tuple of str
-        In a checkpoint, at least one of these lies beside the weight; any checkpoint if empty.
+        Names of which at least one must lie next to the weight in a checkpoint; no condition if empty.
     ndim : tuple of int
-        Of the stored tensor: 2 for linear layers, more for convolutions.
+        Accepted numbers of axes of the stored tensor: 2 for linear layers, more for convolutions.
     """
 
     rule: Rule
@@ -76,7 +78,7 @@ class AttentionLayout:
     ndim: tuple[int, ...] = (2,)
 
     def may_be(self, stored: StoredWeight) -> bool:
-        """Whether a weight of a checkpoint looks like this one."""
+        """Return whether a weight of a checkpoint looks like this one."""
         return (
             stored.name in self.weights
             and stored.ndim in self.ndim
@@ -90,7 +92,7 @@ _GPT2 = (
 _QKV = ("query_key_value",)
 
 TABLE: tuple[AttentionLayout, ...] = (
-    # -- transformers, and models that bring their own code: one after another, whatever their names suggest
+    # -- transformers, and models that ship their own code: one after another, whatever their names suggest
     AttentionLayout(rules.concatenated, ("c_attn",), _GPT2, (*sorted(TRANSPOSED), "qwen")),
     AttentionLayout(
         rules.concatenated,
@@ -118,7 +120,7 @@ TABLE: tuple[AttentionLayout, ...] = (
         beside=("output_gate",),
     ),
     AttentionLayout(rules.by_head, ("linear_kv",), ("EsmFoldInvariantPointAttention",)),
-    # -- by the numbers of heads and flags
+    # -- depending on numbers of heads and flags
     AttentionLayout(rules.falcon, _QKV, ("FalconAttention",), ("falcon",)),
     AttentionLayout(rules.by_group, _QKV, model_types=("RefinedWeb",)),
     AttentionLayout(rules.multi_query, _QKV, model_types=("RefinedWebModel",)),
@@ -154,10 +156,10 @@ TABLE: tuple[AttentionLayout, ...] = (
     AttentionLayout(
         rules.linear_attention, ("qkv_proj",), ("MobileViTV2LinearSelfAttention",), ("mobilevitv2",), ndim=(4,)
     ),
-    # -- one weight for two letters, the same numbers
+    # -- one weight for two letters: the same rows
     AttentionLayout(rules.shared, ("query_key",), ("LSHSelfAttention",), ("reformer",)),
     AttentionLayout(rules.shared, ("kv_proj", "wkv"), ("DeepseekV4Attention",), ("deepseek_v4",)),
-    # -- stored in an order that no model in memory has
+    # -- reordered when the model is loaded
     AttentionLayout(rules.reordered, ("wqkv",), model_types=("kimi_k25",)),
     AttentionLayout(rules.reordered, ("in_proj_weight",), model_types=("step3p5_vision", "step3p7", "step3p7_vision")),
     # -- timm

@@ -1,13 +1,10 @@
-"""One table of the fused attention weights that are known, for models in memory and checkpoints on disk alike.
+"""Lookup and registration of the layouts of fused attention weights, for models in memory and checkpoints on disk.
 
-An entry says how a layout is recognised in torch (by the class of the attention), how it is recognised in a checkpoint
-(by ``model_type`` or timm's ``architecture``, and the weight's name), and which rule places q, k and v in the rows. A
-lookup that finds nothing gives None, and never a layout that might fit. Another package adds entries by
-:func:`register_layout`. What may be assumed of a weight that no entry
-knows is decided by its name alone, in :func:`by_name`.
-
-Each entry was read in its library's source; the tests show of each that moving the rows of one of q, k and v moves
-that one and no other in what the attention computes.
+An entry says how to recognize a layout in torch (by the class of the attention) and in a checkpoint (by ``model_type``
+or timm's ``architecture``, and the weight's name), and which rule places q, k and v in the rows. A lookup returns None
+if nothing matches, never a layout that merely might fit. ``tnadapt.targets._fused_table`` has the built-in entries;
+other packages add theirs with :func:`register_layout`. For a weight without an entry, :func:`by_name` decides by the
+name alone what can be assumed.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ _added: dict[str, AttentionLayout] = {}
 
 
 def register_layout(name: str, layout: AttentionLayout) -> None:
-    """Make the layout of a fused attention weight known, to models in memory and to checkpoints on disk.
+    """Register the layout of a fused attention weight, for models in memory and checkpoints on disk.
 
     Parameters
     ----------
@@ -48,14 +45,15 @@ def register_layout(name: str, layout: AttentionLayout) -> None:
         Lower-case letters, digits, ``.``, ``_`` and ``-``. Registering it again replaces the layout.
     layout : AttentionLayout
         How the attention is recognized, and the rule that places q, k and v in the rows of its weight. The rules of
-        the built-in table are in ``tnadapt.targets.attention_layouts.rules``; another one is a function of the sizes
-        of an attention (``Facts``) and a weight (``Fused``) to blocks of rows.
+        the built-in table are in ``tnadapt.targets.attention_layouts.rules``. A custom rule is a function that maps
+        the sizes of an attention (``Facts``) and a weight (``Fused``) to blocks of rows.
 
     Raises
     ------
     ConfigError
-        If the name has another form, the layout is none, it says neither a class nor a model type by which to
-        recognize it, or one of these is in the table already: rows of that attention are known, and do not change.
+        If the name has another form; if the layout is not an :class:`AttentionLayout`, or has neither a class, a model
+        type nor an architecture to recognize it by; if the name of its weight does not imply q, k or v; or if another
+        layout, built-in or registered under another name, already has its class or model type.
 
     Examples
     --------
@@ -91,12 +89,12 @@ def register_layout(name: str, layout: AttentionLayout) -> None:
 
 
 def forget_layouts() -> None:
-    """Remove the layouts that were registered: for tests."""
+    """Remove all registered layouts, for tests."""
     _added.clear()
 
 
 def _entries() -> Iterator[AttentionLayout]:
-    """The table, then what is registered, then what plug-ins register: these are loaded when nothing else is found."""
+    """Yield the built-in entries, the registered ones, and those of plug-ins, which are loaded only once reached."""
     yield from TABLE
     before = dict(_added)
     yield from before.values()
@@ -105,16 +103,16 @@ def _entries() -> Iterator[AttentionLayout]:
 
 
 def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "") -> AttentionLayout | None:
-    """The entry of an attention in memory; None if its class is not in the table.
+    """Return the entry of an attention in memory; None if its class is not in the table.
 
     Parameters
     ----------
     names : sequence of str
-        Names of its class and of those that it derives from, nearest first, each with its module and without.
+        Names of its class and base classes, nearest first, each with and without its module.
     has : callable
-        Whether the module has an attribute of a name.
+        Returns whether the module has an attribute of a given name.
     weight : str
-        The fused weight's name in it, for entries that go by attributes alone.
+        The fused weight's name, for entries that are recognized by attributes alone.
 
     Examples
     --------
@@ -134,13 +132,13 @@ def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "")
 
 
 def of_config(config: Mapping[str, Any], stored: StoredWeight) -> AttentionLayout | None:
-    """The entry of a weight in a checkpoint, by its config; None if no entry has it.
+    """Return the entry of a weight in a checkpoint, by its config; None if there is none.
 
     Parameters
     ----------
     config : mapping
         ``config.json``, or the part of it that the weight belongs to.
-    stored : Stored
+    stored : StoredWeight
 
     Examples
     --------
@@ -160,9 +158,9 @@ def of_config(config: Mapping[str, Any], stored: StoredWeight) -> AttentionLayou
 
 
 def contested(config: Mapping[str, Any], stored: StoredWeight) -> bool:
-    """Whether a weight of a checkpoint, of which :func:`of_config` says nothing, looks like an entry's.
+    """Return whether a weight for which :func:`of_config` finds nothing looks like the weight of some entry.
 
-    If so, its layout cannot be taken from its name.
+    If so, its layout cannot be inferred from its name.
 
     Examples
     --------
@@ -173,7 +171,7 @@ def contested(config: Mapping[str, Any], stored: StoredWeight) -> bool:
     """
     for entry in _entries():
         other = entry.architectures and isinstance(config.get("architecture"), str)
-        # Reordered rows of q are still the rows of q, unless the model in memory is meant.
+        # Reordered rows of q are still rows of q; only the model in memory has them in another order.
         same = entry.rule in (rules.concatenated, rules.thirds, rules.reordered)
         if entry.may_be(stored) and not same and not other:
             return True
@@ -181,7 +179,7 @@ def contested(config: Mapping[str, Any], stored: StoredWeight) -> bool:
 
 
 def by_name(name: str) -> Rule | None:
-    """What the name of a fused weight says where no entry knows it; None if libraries differ in its layout.
+    """Return the rule that the name of a fused weight implies without an entry; None if libraries differ.
 
     Examples
     --------
@@ -190,7 +188,7 @@ def by_name(name: str) -> Rule | None:
     """
     if name in _DOUBTFUL or any(word in name for word in ("qkvz", "mlp")):
         return None
-    # torch.nn.MultiheadAttention, which has as many heads of keys as of queries.
+    # torch.nn.MultiheadAttention, which has as many key heads as query heads.
     return rules.thirds if name == "in_proj_weight" else rules.concatenated
 
 
