@@ -1,4 +1,4 @@
-"""The arrays that a config and its targets call for: their shapes, and the frozen ones that a file may leave out."""
+"""The arrays implied by a config and its targets: their shapes, and the frozen ones that a file may omit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, ShapeError, safe_repr, summarize
 from tnadapt.targets.target import Target
 
-# Frozen arrays that a file leaves out, and elements of them together: what a small file may make a reader draw.
+# Maximum number of frozen arrays that a file omits, and of their elements in total. They bound the work that a small
+# file can impose on its reader.
 MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
-# Trial divisions that factoring may cost: one number of 2**36, or a hundred of 2**23.
+# Maximum trial divisions for factoring: enough for one number of 2**36, or about a hundred of 2**23.
 _MAX_DIVISIONS = 1 << 18
 
 
 def plan_of(config: Config, targets: Sequence[Target]) -> SuperLoRA:
+    """Return the plan of an adapter."""
     return SuperLoRA(config, [target.shape for target in targets], layers=[target.layer for target in targets])
 
 
@@ -33,15 +35,16 @@ def check_fit(
     shapes: Mapping[str, tuple[int, ...]],
     trained: Sequence[str] | None = None,
 ) -> None:
-    """An error unless arrays of these shapes are the plan's; of those that are not ``trained``, some may be left out.
+    """Raise an error unless the shapes are those of the plan's arrays; some that are not ``trained`` may be missing.
 
-    It takes time and memory as there are shapes and targets, however large the numbers in the config are.
+    Time and memory are proportional to the number of shapes and targets, however large the numbers in the config are.
 
     Raises
     ------
     ConfigError, ShapeError
-        That names what is missing, unknown or of another shape.
+        If arrays are missing, unknown or of another shape; the message names them.
     """
+    # Count before planning: a hostile config of a few bytes can ask for millions of arrays.
     layout = make_layout(config.groups, [target.shape for target in targets], [target.layer for target in targets])
     expected = layout.num_groups * _arrays_of_group(config)
     if expected > len(shapes) + 1024:
@@ -81,7 +84,7 @@ def _arrays_of_group(config: Config) -> int:
 
 
 def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
-    """Names of trained arrays in the order of the plan; None where they are all of them."""
+    """Return the names of the trained arrays in the order of the plan; None if all are trained."""
     if trained is None:
         return None
     if isinstance(trained, str) or not isinstance(trained, Sequence) or not all(isinstance(n, str) for n in trained):
@@ -96,9 +99,9 @@ def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tupl
 
 
 def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[str, Callable[[], np.ndarray]]:
-    """Of each array that is frozen, what makes it as the seed draws it, rounded to a dtype; in the order of the plan.
+    """Map each frozen array, in the order of the plan, to a function that draws it from the seed, rounded to a dtype.
 
-    bfloat16 as float32 numbers.
+    Arrays of bfloat16 are returned as float32 with rounded values.
     """
     if trained is None:
         return {}

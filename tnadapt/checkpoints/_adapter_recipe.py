@@ -1,4 +1,4 @@
-"""The entry ``tnadapt`` in the metadata of an adapter file: written from an adapter, and parsed with its limits.
+"""Writing and parsing of the metadata entry ``tnadapt`` of an adapter file.
 
 :mod:`tnadapt.checkpoints.adapter_format` specifies its keys.
 """
@@ -24,7 +24,7 @@ from .fingerprint import Fingerprint
 VERSION = 1
 ENTRY = "tnadapt"
 
-# Config's defaults as format 1 has them: a later release may change its own, and files must not change with them.
+# The defaults of format 1. A later release may change Config's defaults, and files must not change with them.
 _DEFAULTS: dict[str, Any] = {
     "rank": 4, "order": 2, "splits": 1, "groups": "weight", "fold": "stack", "format": "cp", "combine": "kronecker",
     "split_size": "balanced", "leading": "dense", "terms": 1, "projection": "identity", "ratio": 1.0, "shared": True,
@@ -34,13 +34,14 @@ _DEFAULTS: dict[str, Any] = {
 _REQUIRED = {"version": int, "config": dict, "targets": Elements, "sha256": str}
 _OPTIONAL = {"activation": str, "base": dict, "draws": str, "model": str, "trained": Elements}
 _JSON = {dict: "an object", Elements: "a list", str: "a string", int: "an integer"}
-# Bytes of a config beside MAX_VALUE for each target: with explicit groups it has the targets' numbers.
+# Bytes that a config may have for each target on top of MAX_VALUE: explicit groups list the targets' numbers.
 _CONFIG_OF_TARGET = 16
-# How many targets there may be: a plan of so many takes minutes, and no model has as many weights to adapt.
+# Maximum number of targets: a plan of this size takes minutes, and no model has as many weights to adapt.
 _MAX_TARGETS = 1 << 17
 
 
 def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
+    """Return the entry's object for an adapter, without its checksum."""
     config = file.config.replace(weight_shape=None).to_dict()
     recipe: dict[str, Any] = {
         "version": VERSION,
@@ -55,24 +56,25 @@ def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """Return the entry's text."""
     return json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def parse_recipe(
     text: bytes, stored: int
 ) -> tuple[dict[str, Any], Config, list[Target], Fingerprint | None, list[str] | None]:
-    """The entry's object and what its parts stand for, of a file with so many tensors."""
+    """Parse the entry of a file with ``stored`` tensors; return its object, config, targets, base and trained names."""
     recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["targets", "trained"]))
     base = _base(recipe["base"]) if "base" in recipe else None
     trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
     targets = _targets(recipe["targets"])
-    # After the targets, as objects of a long config take many times its bytes.
+    # The targets bound the length of the config, whose objects take many times its bytes.
     config = _config(recipe["config"].value(MAX_VALUE + _CONFIG_OF_TARGET * len(targets)))
     return recipe, config, targets, base, trained
 
 
 def _checked_recipe(lazy: dict[str, Elements | Later]) -> dict[str, Any]:
-    """The entry's values, of the kinds that they must have; the config is left for later."""
+    """Return the entry's values after checking their types; the config is parsed later."""
     recipe: dict[str, Any] = dict(lazy)
     version = _value(recipe.get("version"))
     if type(version) is int and version > VERSION:
@@ -96,9 +98,9 @@ def _value(value: Any) -> Any:
 
 
 def _of_kind(key: str, value: Any) -> Any:
-    """A value, if it is of the kind that this key has."""
+    """Return a value after checking that it has the type of its key."""
     kind = (_REQUIRED | _OPTIONAL)[key]
-    if not isinstance(value, kind):  # a list that is not wanted as one is among them
+    if not isinstance(value, kind):  # also catches Elements where no list is expected
         raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {safe_repr(value)}")
     return value
 
@@ -128,7 +130,7 @@ def _targets(listed: Iterable[Any]) -> list[Target]:
 
 
 def _trained(listed: Iterable[Any], most: int) -> list[str]:
-    """The names, of which there are no more than arrays that are stored or may be left out."""
+    """Return the names; raise FileError if there are more than ``most``, the arrays stored or possibly omitted."""
     found: list[str] = []
     for name in listed:
         if not isinstance(name, str):

@@ -48,8 +48,8 @@ class Entry(NamedTuple):
 class Entries(Mapping[str, Entry]):
     """The tensors of one or several files by name, in the order of their bytes.
 
-    Entries are stored as columns of numbers and two byte strings, and are found by binary search in the sorted hashes of
-    their names. A dictionary of a million entries would take five times the memory of their text.
+    Entries are stored as columns of numbers and two byte strings, and are found by binary search in the sorted hashes
+    of their names. A dictionary of a million entries would take five times the memory of their text.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What an adapter file holds, as an object: config, targets and arrays that fit together."""
+"""The content of an adapter file as an object: a config, targets and arrays that are consistent."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ KEPT = "kept."
 ACTIVATIONS = ("relu", "gelu", "tanh", "silu")
 
 _FLOATS = ("float64", "float32", "float16")
-# Each digest draws up to three million numbers: of many distinct F, so many at either end are looked at.
+# Each digest draws up to three million numbers: of many distinct F, only this many at either end are included.
 _DIGESTED = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """What an adapter file holds.
+    """The content of an adapter file.
 
     Parameters
     ----------
     config : Config
-        What the updates are made of.
+        The structure of the updates.
     targets : sequence of Target
-        Which weights are updated, in the order of the long vector. Their ``layer`` is dropped unless
+        The weights that are updated, in the order of the long vector. Their ``layer`` is dropped unless
         ``config.groups`` is "layer".
     arrays : dict of str to ndarray
-        Named and shaped as ``plan.param_shapes`` says; float64, float32 or float16, all of one dtype.
+        Arrays with the names and shapes of ``plan.param_shapes``; float64, float32 or float16, all of one dtype.
     kept : dict of str to ndarray, optional
-        Parameters of the model that were trained beside the adapter, by their dotted path, of any shape; bool or
-        integers, too.
+        Parameters of the model that were trained alongside the adapter, by dotted path, of any shape; bool and
+        integers are allowed as well.
     dtypes : dict of str to str, optional
-        Which arrays are stored as "bfloat16", which NumPy does not have: they are float32 here and hold
-        numbers that bfloat16 has. By name; a kept parameter's begins with ``kept.``. (Arrays of the bfloat16 that
-        ml_dtypes adds to NumPy are taken, too, and become this.)
+        Arrays to store as "bfloat16", by name; the name of a kept parameter begins with ``kept.``. NumPy lacks
+        bfloat16, so these arrays are float32 here and hold values that bfloat16 can represent. (Arrays of ml_dtypes'
+        bfloat16 are accepted and converted.)
     base : Fingerprint, optional
-        Of the base model's weights at the targets.
+        Fingerprint of the base model's weights at the targets.
     activation : {None, "relu", "gelu", "tanh", "silu"}
         LoDA's nonlinearity.
     model : str
-        Class name of the base model, for people.
+        Class name of the base model, for human readers.
     trained : sequence of str, optional
-        Names of the arrays that are trained, where some are frozen; all if None. A frozen array that is what the seed
-        draws is not stored in the file, but drawn when it is loaded.
+        Names of the trained arrays if some are frozen; all if None. A frozen array that equals what the seed draws is
+        not stored in the file, but drawn again when the file is loaded.
 
     Raises
     ------
     ConfigError, ShapeError, BackendError, TargetError
-        If the arrays do not fit config and targets, two targets update one row of a parameter, or a field or dtype is
-        of another kind.
+        If the arrays do not fit config and targets, two targets update the same row of a parameter, or a field has
+        another type or dtype.
 
     Examples
     --------
@@ -124,25 +124,25 @@ class AdapterFile:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of the adapter's arrays that are trained; what is kept beside them is not counted."""
+        """Number of trained elements in the adapter's arrays, not counting kept parameters."""
         return sum(array.size for name, array in self.arrays.items() if self.trained is None or name in self.trained)
 
     @property
     def dtype(self) -> str:
-        """What the adapter's arrays are stored as."""
+        """The dtype in which the adapter's arrays are stored."""
         first = next(iter(self.arrays))
         return self.dtypes.get(first, self.arrays[first].dtype.name)
 
-    # Not cached, as the arrays may be changed in place.
+    # Not cached, as the arrays may change in place.
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The frozen arrays that a file leaves out: what the seed draws, up to so many and so large together."""
+        """Names of the frozen arrays that a file omits because the seed draws them, up to a limit on count and size."""
         found, left = list[str](), MAX_DRAWN
         for name, make in drawn(self.plan, self.trained, self.dtype).items():
             left -= self.arrays[name].size
             if left < 0 or len(found) == MAX_LEFT_OUT:
                 break
-            # By their bits: a negative zero is another number.
+            # Compare bits: a negative zero must be stored.
             if np.array_equal(self.arrays[name].view(np.uint8), make().view(np.uint8)):
                 found.append(name)
             else:
@@ -151,11 +151,11 @@ class AdapterFile:
 
     @property
     def draws(self) -> str | None:
-        """Digest of what is drawn on this machine and not stored: F, and the arrays left out; None if nothing is."""
+        """Digest of what this machine draws instead of reading a file: F and the omitted arrays; None if nothing."""
         return self.draws_without(self.left_out)
 
     def draws_without(self, left_out: Sequence[str]) -> str | None:
-        """The same for a file that leaves out these arrays."""
+        """Return :attr:`draws` for a file that omits the given arrays."""
         key = tuple(left_out)
         if key not in self._digests:
             self._digests[key] = self._digest_without(key)
@@ -163,7 +163,7 @@ class AdapterFile:
 
     @functools.cached_property
     def _digests(self) -> dict[tuple[str, ...], str | None]:
-        # They are costly, and depend on what is left out and on fields that are never changed.
+        # Digests are costly, and depend only on the omitted arrays and on fields that never change.
         return {}
 
     def _digest_without(self, left_out: Sequence[str]) -> str | None:
@@ -188,29 +188,29 @@ class AdapterFile:
         return total.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """All arrays, by their names in a file: a kept parameter's begins with ``kept.``."""
+        """Yield all arrays with their names in a file, where those of kept parameters begin with ``kept.``."""
         yield from self.arrays.items()
         for name, array in self.kept.items():
             yield KEPT + name, array
 
     def check_finite(self) -> None:
-        """A ShapeError that names the array, if one holds NaN or infinity."""
+        """Raise ShapeError, naming the array, if one contains NaN or infinity."""
         for name, array in self.tensors():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ShapeError(f"{safe_repr(name)} holds NaN or infinity, which no adapter file does")
 
     def deltas(self) -> list[np.ndarray]:
-        """The update of every target.
+        """Compute the update of every target.
 
         Returns
         -------
         list of ndarray, shape (rows, cols)
-            In the dtype of the arrays; of bfloat16 ones computed in float32. They may share memory with the arrays.
+            In the dtype of the arrays; float32 for bfloat16 arrays. They may share memory with the arrays.
 
         Raises
         ------
         ConfigError
-            If there is an activation: LoDA acts on activations, and is no update of a weight.
+            If there is an activation: LoDA acts on activations and does not update weights.
         """
         if self.activation is not None:
             raise ConfigError(
@@ -220,7 +220,8 @@ class AdapterFile:
         found = self.plan.deltas(self.arrays)
         if self.dtype != "bfloat16" or self.plan.groups[0].projection.linear:
             return found
-        # Such an adapter began at the start rounded to bfloat16, and its update is what it moved since.
+        # With a nonlinear F, deltas are differences from the plan's exact start. Training began at the start rounded to
+        # bfloat16: subtracting that one's own delta makes the exact start cancel.
         start = dict[str, np.ndarray]()
         for group in self.plan.groups:
             start.update({full: group.start.make((name, "bfloat16")) for name, full in group.names.items()})
@@ -239,7 +240,7 @@ def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
 
 
 def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.ndarray]:
-    """A dictionary of arrays in the machine's byte order, without a dtype that is not NumPy's."""
+    """Return the arrays as a dictionary, in native byte order, with bfloat16 converted to float32."""
     if not isinstance(arrays, Mapping):
         raise ShapeError(f"{what} must be a mapping of names to arrays; got {type(arrays).__name__}")
     found = {}

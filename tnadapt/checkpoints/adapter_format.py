@@ -1,56 +1,56 @@
-"""The adapter file: the parameters and their recipe in one safetensors file, readable with NumPy alone.
+"""Adapter files: the parameters of an adapter and its recipe in one safetensors file, readable with NumPy alone.
 
-**Format version 1.** A safetensors file (:mod:`tnadapt.checkpoints.container` says what that is) of these tensors:
+**Format version 1.** A safetensors file (described in :mod:`tnadapt.checkpoints.container`) with these tensors:
 
-- the adapter's arrays, named and shaped as ``SuperLoRA(config, shapes, layers).param_shapes`` says, such as
-  ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16. Of those that are not ``trained``, up to 1024 with
-  up to 2**24 elements together are left out where they are the start of :mod:`tnadapt.algebra.init`, rounded to that
-  dtype;
-- ``kept.`` + dotted path: parameters of the model that were trained beside it, such as a classifier head, of any
-  shape; integers and BOOL are allowed, too.
+- the adapter's arrays, with the names and shapes of ``SuperLoRA(config, shapes, layers).param_shapes``, such as
+  ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16. Of the arrays that are not ``trained``, up to 1024
+  with up to 2**24 elements in total are omitted if they equal their initial values from :mod:`tnadapt.algebra.init`,
+  rounded to that dtype;
+- ``kept.`` + dotted path: parameters of the model that were trained alongside the adapter, such as a classifier head,
+  of any shape; integers and BOOL are allowed as well.
 
-No element is NaN or infinite. The header's ``__metadata__`` has one entry, ``tnadapt``, and no other. Its text is a
-JSON object, written with sorted keys and without spaces. These are its keys; there is no other. Those with a default,
-given last, are left out where they have it.
+No element is NaN or infinite. The header's ``__metadata__`` has a single entry, ``tnadapt``. Its text is a JSON object,
+written with sorted keys and without spaces. It has the following keys and no others. A key whose description ends with
+a default is omitted if it has that value.
 
 ``version``
     1.
 ``config``
-    Object: the fields of :class:`~tnadapt.Config` that differ from these values, which belong to the format: rank 4,
-    order 2, splits 1, groups "weight", fold "stack", format "cp", combine "kronecker", split_size "balanced",
+    Object: the fields of :class:`~tnadapt.Config` that differ from these defaults, which are part of the format:
+    rank 4, order 2, splits 1, groups "weight", fold "stack", format "cp", combine "kronecker", split_size "balanced",
     leading "dense", terms 1, projection "identity", ratio 1.0, shared true, alpha null, seed 0. ``weight_shape`` is
     not stored: the targets have their shapes, and the updates do not depend on it.
 ``targets``
-    List of the weights that are updated, in the order of the long vector. Each is a list ``[module, stored, role]``:
-    the dotted path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv. Where
-    it is not an ordinary weight, an object follows, with ``parameter`` (its name in the module; "weight"), ``rows``
-    (``[start, length, stride, count]``: of each of count blocks of stride output rows, rows start to
-    start + length - 1 are updated; all rows), ``transposed`` (whether it is stored as (in, out); false) and,
-    only where groups is "layer", ``layer`` (equal in the weights of one group; ""). The update's shape is
-    (output rows that are updated, the product of the other sizes). No two targets share a row of one parameter.
+    List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
+    path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv. Unless the target is
+    an ordinary weight, an object follows, with ``parameter`` (its name in the module; default "weight"), ``rows``
+    (``[start, length, stride, count]``: in each of count blocks of stride output rows, the rows start to
+    start + length - 1 are updated; default all rows), ``transposed`` (whether it is stored as (in, out); default
+    false) and, only if groups is "layer", ``layer`` (equal for the weights of one group; default ""). The shape of the
+    update is (number of updated output rows, product of the other sizes). No two targets share a row of a parameter.
 ``model``
-    Class name of the base model, for people. "".
+    Class name of the base model, for human readers. Default "".
 ``activation``
-    LoDA's function between the two factors: relu, gelu, tanh or silu. None.
+    LoDA's function between the two factors: relu, gelu, tanh or silu. Default none.
 ``base``
-    Object of ``dtype``, ``sha256`` and ``sketch``: the fingerprint of the base model's weights at the targets
-    (:mod:`tnadapt.checkpoints.fingerprint` says of what). Not known.
+    Object of ``dtype``, ``sha256`` and ``sketch``: the fingerprint of the base model's weights at the targets, as
+    defined in :mod:`tnadapt.checkpoints.fingerprint`. Default unknown.
 ``draws``
-    64 hex digits: what F draws. SHA-256 of the hex digits, as ASCII, of the ``digest`` of each distinct
-    :class:`~tnadapt.Projection` of the groups, in their order (where there are more than 16, of the first and
-    the last 8); and then, where F is nonlinear, of the starting arrays as little-endian float32, in the order of
-    ``param_shapes``; and then of the arrays that are left out, likewise, in float32 before they are rounded. None
-    where F is the identity and no array is left out.
+    64 hex digits: the digest of everything that the seed draws and the file does not store. It is the SHA-256 of the
+    hex digits, as ASCII, of the ``digest`` of each distinct :class:`~tnadapt.Projection` of the groups, in their order
+    (if there are more than 16, of the first and the last 8); followed, if F is nonlinear, by the initial arrays as
+    little-endian float32, in the order of ``param_shapes``; followed by the omitted arrays in the same form, in float32
+    before rounding. Default none, if F is the identity and no array is omitted.
 ``trained``
-    List of the names of the arrays that are trained, in the order of ``param_shapes``; the others are frozen. All.
+    List of the names of the trained arrays, in the order of ``param_shapes``; the others are frozen. Default all.
 ``sha256``
-    64 hex digits that hold the file together. SHA-256 of the text of the entry ``tnadapt``, in UTF-8, with these 64
-    digits as zeros; of a zero byte; and then of every tensor, in the order of the UTF-8 bytes of their names: the name,
-    a zero byte, the dtype as in the header, a zero byte, the shape as decimals joined by commas, a zero byte, and
+    64 hex digits: the checksum of the file. It is the SHA-256 of the text of the entry ``tnadapt``, in UTF-8, with
+    these 64 digits as zeros; then a zero byte; then every tensor, in the order of the UTF-8 bytes of their names: the
+    name, a zero byte, the dtype as in the header, a zero byte, the shape as decimals joined by commas, a zero byte, and
     the tensor's bytes.
 
-What the long vector is, and what the arrays make of it, is the library's subject: :class:`~tnadapt.SuperLoRA`.
-The bytes of a file are a function of its content alone: not of the release, the machine or the time.
+The library documents the long vector, and how the arrays determine it: see :class:`~tnadapt.SuperLoRA`. The bytes of a
+file depend on its content alone, not on the release, the machine or the time.
 """
 
 from __future__ import annotations
@@ -88,29 +88,29 @@ from .container import (
 __all__ = ["ENTRY", "AdapterFile", "content_of", "likeness", "load", "read", "save"]
 
 _TAGS = {name: tag for tag, name in DTYPES.items()}
-# The first bytes of such a half in UTF-8, which has none.
+# A lone surrogate as it would be encoded; valid UTF-8 has none.
 _SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
 
 
 def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
-    """Write an adapter file; what was there before stays whole until the new one is.
+    """Write an adapter file; an existing file stays intact until the new one is complete.
 
     Parameters
     ----------
     path : str or PathLike
-        Of the file, in a folder that exists; its usual ending is ``.safetensors``.
+        Path of the file, in an existing folder. The usual suffix is ``.safetensors``.
     adapter_file : AdapterFile
-        What to write.
+        The content to write.
 
     Raises
     ------
     FileError
-        If an array holds NaN or infinity, or the file cannot be written. Nothing has changed then.
+        If an array contains NaN or infinity, or the file cannot be written. Nothing has changed then.
 
     Notes
     -----
-    The same content gives the same bytes. The file is written under another name in the same folder,
-    synchronised, and renamed. A link is followed.
+    The same content gives the same bytes. The file is written under a temporary name in the same folder,
+    synchronized, and renamed. Symbolic links are followed.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
 
 
 def content_of(file: AdapterFile) -> bytes:
-    """The bytes of an adapter's file."""
+    """Return the bytes of an adapter file."""
     file.check_finite()
     left_out = file.left_out
     stored = {
@@ -150,7 +150,7 @@ def content_of(file: AdapterFile) -> bytes:
 
 
 def _check_readable(header: bytes) -> None:
-    """A FileError if :func:`load` would refuse this header, for its limits above all."""
+    """Raise FileError if :func:`load` would reject this header, mainly because it exceeds a limit."""
     try:
         entries, metadata = read_header(header, False)
         parse_recipe(metadata.raw[ENTRY], len(entries))
@@ -159,11 +159,11 @@ def _check_readable(header: bytes) -> None:
 
 
 def _stored(array: np.ndarray, dtype: str) -> tuple[str, np.ndarray]:
-    """An array's dtype in the file, and its bytes as an array."""
+    """Return an array's dtype in the file, and the array to store."""
     tag = _TAGS[dtype]
     if tag == "BF16":
         array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    # Not ascontiguousarray, which makes a vector of a number.
+    # Not ascontiguousarray, which turns a scalar into a vector.
     return tag, np.asarray(array, raw_dtype(tag), order="C")
 
 
@@ -186,26 +186,28 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
     Parameters
     ----------
     path : str or PathLike
-        Of the file.
+        Path of the file.
     check_draws : bool
-        Whether to compare the digest of what F drew when the file was written with what it draws here.
+        Whether to check that this machine draws the same F, and the same omitted arrays, as the one that wrote the
+        file, by comparing digests.
 
     Returns
     -------
     AdapterFile
-        Equal to the bit to the one that was saved.
+        Bitwise equal to the one that was saved.
 
     Raises
     ------
     FileError
-        If there is no such file, or it is damaged, of another kind (a pickle is not opened), of a newer format, or
-        its numbers do not fit together, or its draws are not this machine's. No other error, whatever is in the file.
+        If there is no such file; if it is damaged, of another kind (pickles are never opened) or of a newer format; if
+        its content is inconsistent; or if its draws differ from this machine's. No content of a file leads to another
+        error.
 
     Notes
     -----
-    Time and memory are those of the bytes that are there, whatever sizes the file claims; its arrays
-    are read when all else is known to fit. The digest of the draws takes up to a tenth of a second for each
-    different F, of which at most 16 are looked at.
+    Time and memory depend on the actual bytes of the file, not on the sizes that it claims; its arrays are read only
+    after everything else has been checked. The digest of the draws takes up to a tenth of a second for each distinct F,
+    of which at most 16 are examined.
 
     Examples
     --------
@@ -219,7 +221,7 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
         with opened(where) as container:
             found, recipe, left_out = read(container)
         draws = recipe.get("draws")
-        # Not found.draws: another writer may store what this one leaves out.
+        # Not found.draws: another writer may store arrays that this one omits.
         here = found.draws_without(left_out)
         if check_draws and draws != here:
             raise FileError(
@@ -230,13 +232,13 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
 
 
 def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, ...]]:
-    """The adapter of an open file, what its entry says beside the targets, and the arrays that were drawn, not read."""
+    """Return the adapter of an open file, its parsed entry, and the names of the arrays that were drawn, not read."""
     text = _entry_text(container)
     entries = container.entries
     recipe, config, targets, base, trained = parse_recipe(text, len(entries))
     own = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
     check_fit(config, targets, {name: entry.shape for name, entry in own.items()}, trained)
-    # They are in the order of their bytes, so that the file is read from one end to the other.
+    # Entries are in the order of their bytes, so the file is read sequentially.
     stored = {name: (entry.dtype, container.array(name)) for name, entry in entries.items()}
     digest = recipe["sha256"]
     before, _, after = text.partition(digest.encode())
@@ -268,12 +270,12 @@ def _draw_missing(
     arrays: dict[str, np.ndarray],
     dtypes: dict[str, str],
 ) -> tuple[str, ...]:
-    """Draw the frozen arrays that the file leaves out, and name them."""
+    """Draw the frozen arrays that the file omits, and return their names."""
     if trained is None:
         return ()
     kind = DTYPES[next(iter(own.values())).dtype]
     if kind not in ("float64", "float32", "float16", "bfloat16"):
-        return ()  # what is wrong with it is said when all is there
+        return ()  # AdapterFile rejects the dtype later, with a better message
     missing = {name: make for name, make in drawn(plan_of(config, targets), trained, kind).items() if name not in own}
     for name, make in missing.items():
         arrays[name] = make()
@@ -300,7 +302,7 @@ def _entry_text(container: Container) -> bytes:
 
 
 def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
-    """What a safetensors file of somebody else seems to be, by the names of its tensors and its metadata."""
+    """Describe a foreign safetensors file, judging by the names of its tensors and its metadata."""
     hint = "; tnadapt.convert makes it one"
     if any(name.startswith("base_model.model.") for name in names):
         what = "an adapter of PEFT"
@@ -313,7 +315,7 @@ def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
 
 
 def _loaded(tag: str, array: np.ndarray) -> np.ndarray:
-    """An array of the file as NumPy computes with it."""
+    """Convert an array of the file to one that NumPy can compute with."""
     if tag == "BF16":
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return array.astype(array.dtype.newbyteorder("="), copy=False)

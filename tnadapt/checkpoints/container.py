@@ -1,7 +1,7 @@
 """Strict reader and writer of the safetensors container, independent of adapters.
 
-A file consists of the length of the header in 8 bytes, little-endian; the header, a JSON object padded with white space;
-and the tensors' bytes, little-endian, in C order, one after another. The header maps each tensor's name to
+A file consists of the length of the header in 8 bytes, little-endian; the header, a JSON object padded with white
+space; and the tensors' bytes, little-endian, in C order, one after another. The header maps each tensor's name to
 ``{"dtype": …, "shape": […], "data_offsets": [begin, end]}``, with offsets counted from the end of the header, and
 ``__metadata__`` to an object of strings. Reading a file, whatever its content, yields arrays or raises a FileError, and
 memory for a tensor is allocated only once its bytes are known to be present.
@@ -41,8 +41,8 @@ __all__ = [
 
 #: Half of what safetensors itself allows. The header of 100,000 tensors, as in the largest models, takes about 15 MB.
 MAX_HEADER = 1 << 26
-# A file may claim up to _HOLES bytes more than _PACKED times the bytes allocated on disk, to allow for file systems that
-# compress or omit zeros.
+# A file may claim up to _HOLES bytes more than _PACKED times the bytes allocated on disk, to allow for file systems
+# that compress or omit zeros.
 _HOLES, _PACKED = 1 << 26, 8
 
 

@@ -30,8 +30,8 @@ def lock(handle: int, wait: bool = False) -> bool:
     Returns
     -------
     bool
-        False if another handle holds the lock. True if it was acquired, and also if the system or the file system has no
-        locks: callers must not rely on the lock alone.
+        False if another handle holds the lock. True if it was acquired, and also if the system or the file system has
+        no locks: callers must not rely on the lock alone.
 
     Examples
     --------

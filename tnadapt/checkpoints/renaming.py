@@ -1,7 +1,7 @@
 """Atomic renames that never replace anything, and atomic exchanges of two names.
 
-Linux provides both in one system call, ``renameat2``, which Python does not expose. On other systems, and on file systems
-that lack it, :func:`rename_new` approximates it and :func:`exchange` returns False.
+Linux provides both in one system call, ``renameat2``, which Python does not expose. On other systems, and on file
+systems that lack it, :func:`rename_new` approximates it and :func:`exchange` returns False.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def rename_new(source: str, target: str) -> None:
     Notes
     -----
     Without ``renameat2``, a file is linked under its new name and unlinked under its old one, and a folder is renamed,
-    which fails on every system if the target is a folder with files in it. Only on a file system without hard links (FAT)
-    is there a gap between the check that a file's name is free and the rename.
+    which fails on every system if the target is a folder with files in it. Only on a file system without hard links
+    (FAT) is there a gap between the check that a file's name is free and the rename.
 
     Examples
     --------
