@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 _Parameters = ParamSpec("_Parameters")
@@ -176,3 +176,15 @@ def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError
     if not low <= number <= high:
         raise error(f"{name} must be from {low} to {high}; got {safe_repr(number)}")
     return number
+
+
+def summarize(names: Iterable[str]) -> str:
+    """A few of the names, for a message."""
+    listed = sorted(names)
+    return (", ".join(map(safe_repr, listed[:4])) or "none") + (
+        f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    )
+
+
+def pluralize(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

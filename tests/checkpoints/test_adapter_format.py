@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.support import forge
 from tnadapt import AdapterFile, Config, FileError, Rows, SuperLoRA, Target
-from tnadapt.checkpoints import adapter_format
+from tnadapt.checkpoints import _adapter_recipe, adapter_format
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
 
 from .test_adapter_file import CONFIGS, LORA, arrays_of, made, round_to_bfloat16
@@ -160,7 +160,7 @@ def test_the_bytes_are_known(tmp_path: Path) -> None:
 
 
 def test_the_defaults_of_the_format_are_all_of_config_s_fields() -> None:
-    assert Config().to_dict() == adapter_format._DEFAULTS
+    assert Config().to_dict() == _adapter_recipe._DEFAULTS
 
 
 def test_the_shape_that_a_preset_asks_of_weights_changes_no_file(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_files_do_not_change_with_config_s_defaults(tmp_path: Path, monkeypatch:
     recipe, tensors = forge.parsed(content_of(file, tmp_path))
     assert recipe["config"] == {"rank": 3}
     # As if Config's default had been another when the format was made.
-    monkeypatch.setitem(adapter_format._DEFAULTS, "rank", 3)
+    monkeypatch.setitem(_adapter_recipe._DEFAULTS, "rank", 3)
     assert forge.parsed(content_of(file, tmp_path))[0]["config"] == {}
     same(read(tmp_path, forge.adapter({**recipe, "config": {}}, tensors)), file)
 
@@ -1061,8 +1061,8 @@ def test_a_config_may_be_longer_by_what_its_targets_need(tmp_path: Path, monkeyp
     config = Config(rank=1, groups=tuple((number,) for number in range(200)))
     arrays = SuperLoRA(config, [(2, 2)] * 200).init()
     file = AdapterFile(config, targets, {name: array.astype(np.float32) for name, array in arrays.items()})
-    monkeypatch.setattr(adapter_format, "MAX_VALUE", 0)
+    monkeypatch.setattr(_adapter_recipe, "MAX_VALUE", 0)
     same(read(tmp_path, content_of(file, tmp_path)), file)
-    monkeypatch.setattr(adapter_format, "_CONFIG_OF_TARGET", 1)
+    monkeypatch.setattr(_adapter_recipe, "_CONFIG_OF_TARGET", 1)
     with pytest.raises(FileError, match=r"load would refuse it: .* more than 200 bytes for 'config'"):
         content_of(file, tmp_path)

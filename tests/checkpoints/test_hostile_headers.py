@@ -143,7 +143,7 @@ def test_tensors_targets_and_values_are_counted(tmp_path: Path, monkeypatch: pyt
     for limit, most, why in [
         ("_header.MAX_TENSORS", 6, "the header has more than 5 tensors, and no model has as many"),
         (
-            "adapter_format._MAX_TARGETS",
+            "_adapter_recipe._MAX_TARGETS",
             3,
             "has more than 2 targets, and no model has as many weights to adapt",
         ),

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: read strictly, entry by entry, in less memory than four times its text."""
+"""Strict parser for a safetensors header: entry by entry, in less than four times the memory of its text."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from ._json_scan import Document, check_utf8
 
 __all__ = ["MAX_METADATA", "MAX_TENSORS", "Metadata", "raw_dtype", "read_header"]
 
-#: The largest models that are published have 150,000 tensors, over all of their files.
+#: The largest published models have 150,000 tensors over all of their files.
 MAX_TENSORS = 1 << 19
-#: Strings beside the tensors. Trainers of diffusion adapters write about a hundred.
+#: Metadata strings of a file. Trainers of diffusion adapters write about a hundred.
 MAX_METADATA = 1 << 12
 
 _MAX_AXES = 64  # NumPy's own limit
 _MAX_BYTES = 1 << 62
 _PIECE = 1 << 12
 
-# White space of JSON, as safetensors reads it. Adapter files are padded with spaces alone: anything else is damage.
+# JSON white space, which safetensors accepts as padding. Adapter files are padded with spaces only: anything else means
+# that the file is damaged.
 _PADDING = b" \t\n\r"
 
 _NATURAL = rb"(?:0|[1-9][0-9]{0,18}+)"
-# An entry as everybody writes it; another order of its keys is read, too, but slower.
+# An entry with its keys in the usual order, matched by one regular expression. Other orders are read, too, but slower.
 _USUAL = re.compile(
     rb'\{ *"dtype" *: *"([A-Z0-9_]{1,16})" *, *"shape" *: *\[ *((?:N(?: *, *N){0,63}+)?) *\] *, '
     rb'*"data_offsets" *: *\[ *(N) *, *(N) *\] *\}'.replace(b"N", _NATURAL).replace(b" *", rb"[ \t\n\r]*+")
@@ -37,7 +38,7 @@ _USUAL = re.compile(
 
 
 class Metadata(Mapping[str, str]):
-    """The strings beside the tensors, kept as UTF-8, which takes no more than the file."""
+    """The metadata strings of a file, kept as UTF-8, so that they take no more memory than the file."""
 
     def __init__(self, raw: Mapping[str, bytes]) -> None:
         self.raw = raw
@@ -46,7 +47,7 @@ class Metadata(Mapping[str, str]):
         return self.raw[key].decode("utf-8", "surrogatepass")
 
     def __contains__(self, key: object) -> bool:
-        return key in self.raw  # the usual way would decode it
+        return key in self.raw  # Mapping's own implementation would decode the value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.raw)
@@ -56,28 +57,28 @@ class Metadata(Mapping[str, str]):
 
 
 def raw_dtype(name: str) -> np.dtype[Any]:
-    """What NumPy reads the bytes of a dtype of ``DTYPES`` as: it has no bfloat16, and its bits are a uint16."""
+    """Return the NumPy dtype for the bytes of a dtype in ``DTYPES``: uint16 for bfloat16, which NumPy lacks."""
     return np.dtype("uint16" if name == "BF16" else DTYPES[name]).newbyteorder("<")
 
 
 def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
-    """What a header lists, checked for all that can be checked without the size of the file.
+    """Parse a header and check everything that can be checked without the size of the file.
 
     Parameters
     ----------
     content : bytes
-        Beginning with a brace; white space may follow.
+        The header, which begins with a brace; white space may follow it.
     foreign : bool
         Whether tensors may have the dtypes of ``FOREIGN``.
 
     Raises
     ------
     FileError
-        That names the entry. It is raised at the first one that is wrong, before later ones are looked at.
+        At the first invalid entry, which the message names. Later entries are not examined.
 
     Notes
     -----
-    It takes at most the memory of the text once more. A document read by :mod:`json` takes up to 25 times the text.
+    The result takes at most as much memory as the text. :mod:`json` would need up to 25 times as much.
 
     Examples
     --------
@@ -95,7 +96,7 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
         if key == "__metadata__":
             if metadata is not None:
                 raise FileError("the header has the key '__metadata__' twice")
-            # safetensors reads null as no metadata.
+            # Like safetensors, accept null for no metadata.
             metadata = Metadata({}) if content[start:end] == b"null" else _metadata(document, start)
             continue
         if len(entries) == MAX_TENSORS:
@@ -115,7 +116,7 @@ def read_header(content: bytes, foreign: bool) -> tuple[Entries, Metadata]:
 
 
 def _end(content: bytes, padding: bytes) -> int:
-    """Where the padding begins."""
+    """Return the position where the padding begins."""
     stop = len(content)
     while stop:
         kept = len(content[max(0, stop - _PIECE) : stop].rstrip(padding))
@@ -172,7 +173,7 @@ def _check(name: str, dtype: Any, shape: Any, offsets: Any, foreign: bool) -> No
     if not _naturals(offsets) or len(offsets) != 2:
         raise FileError(f"{safe_repr(name)} has the data_offsets {safe_repr(offsets)}; expected two natural numbers")
     bits = _BITS[dtype]
-    # Sizes beside a 0 count, too: NumPy multiplies them before it sees the 0.
+    # A size of 0 does not excuse the others: NumPy multiplies the sizes before it sees the 0.
     if math.prod(max(size, 1) for size in shape) * bits > 8 * _MAX_BYTES:
         raise FileError(f"{safe_repr(name)} has the shape {safe_repr(shape)}, of more than 2**62 bytes")
     if math.prod(shape) * bits % 8:

@@ -1,4 +1,4 @@
-"""The tensors that headers list, as a mapping that takes less memory than their text."""
+"""A mapping of the tensors that headers list, which takes less memory than their text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 __all__ = ["DTYPES", "FOREIGN", "Entries", "Entry"]
 
-# A dtype's name in a file -> its name everywhere else.
+# Names of dtypes in a file, and everywhere else.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
-# Others that safetensors knows and NumPy does not, and their bits: a checkpoint may have them, an adapter not.
+# dtypes of safetensors that NumPy lacks, and their bits: allowed in a checkpoint, but not in an adapter.
 FOREIGN = {
     "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6,
     "F4": 4,
@@ -28,15 +28,15 @@ _CODES = {tag: code for code, tag in enumerate(_TAGS)}
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies.
+    """The dtype, shape and position of a tensor in a file.
 
     Attributes
     ----------
     dtype : str
-        One of ``DTYPES``, or of ``FOREIGN`` where those were let in.
+        One of ``DTYPES``, or of ``FOREIGN`` if those were allowed.
     shape : tuple of int
     start, stop : int
-        Its first byte, and the one after its last, counted from the end of the header.
+        The positions of its first byte and after its last byte, counted from the end of the header.
     """
 
     dtype: str
@@ -46,9 +46,10 @@ class Entry(NamedTuple):
 
 
 class Entries(Mapping[str, Entry]):
-    """Tensors by their names, of one file or of several, in the order of their bytes.
+    """The tensors of one or several files by name, in the order of their bytes.
 
-    Columns of numbers and two strings of bytes: a dictionary of a million entries would take five times their text.
+    Entries are stored as columns of numbers and two byte strings, and are found by binary search in the sorted hashes
+    of their names. A dictionary of a million entries would take five times the memory of their text.
 
     Examples
     --------
@@ -63,17 +64,17 @@ class Entries(Mapping[str, Entry]):
         self._names, self._shapes = bytearray(), bytearray()
         self._name_ends, self._shape_ends = array("Q", [0]), array("Q", [0])
         self._codes, self._starts, self._stops = array("B"), array("Q"), array("Q")
-        # Rows in the order of their bytes; the sorted hashes of all names, and the rows that have them.
+        # Rows of the columns in the order of their bytes; the sorted hashes of all names, and the row of each hash.
         self._order, self._hashes, self._rows = array("I"), array("q"), array("I")
-        self._firsts = [0]  # of each file, and of what would be the next one
+        self._firsts = [0]  # first place of each file in the order, and of the next file to be added
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._hashes:
-            self.index()  # hashes of another process are salted in another way
+            self.index()  # another process salts hashes differently
 
     def add(self, name: bytes, dtype: str, shape: bytes, start: int, stop: int) -> None:
-        """One more; the shape as decimals and commas. They are found after :meth:`index`."""
+        """Add an entry, its shape as comma-separated decimals. Lookups need a call to :meth:`index` first."""
         self._names += name
         self._shapes += shape
         self._name_ends.append(len(self._names))
@@ -83,7 +84,7 @@ class Entries(Mapping[str, Entry]):
         self._stops.append(stop)
 
     def extend(self, other: Entries) -> None:
-        """All of another file, after those that are there."""
+        """Append the entries of another file."""
         for ends, theirs, base in (
             (self._name_ends, other._name_ends, len(self._names)),
             (self._shape_ends, other._shape_ends, len(self._shapes)),
@@ -97,7 +98,7 @@ class Entries(Mapping[str, Entry]):
         self._firsts.append(len(self._codes))
 
     def index(self) -> str | None:
-        """Make the entries findable; returns a name that is there twice, or None."""
+        """Prepare for lookups by name, and return a name that occurs twice, or None."""
         count = len(self._codes)
         if len(self._firsts) == 1:
             order = np.lexsort((_column(self._stops), _column(self._starts))).astype(np.uint32)
@@ -113,26 +114,26 @@ class Entries(Mapping[str, Entry]):
         return None
 
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """The first bytes, and those after the last ones, in the order of the bytes."""
+        """Return the start and stop positions of all tensors, in the order of their bytes."""
         order = np.asarray(self._order)
         return _column(self._starts)[order], _column(self._stops)[order]
 
     def name_at(self, place: int) -> str:
-        """The name of the entry at a place in the order of the bytes."""
+        """Return the name of the entry at a place in the order of the bytes."""
         return self._name(self._order[place]).decode()
 
     def of_file(self, number: int) -> Iterator[tuple[str, Entry]]:
-        """Names and entries of one of the files that were added, in the order of their bytes."""
+        """Yield the names and entries of one of the added files, in the order of their bytes."""
         for place in range(self._firsts[number], self._firsts[number + 1]):
             row = self._order[place]
             yield self._name(row).decode(), self._entry(row)
 
     def file_of(self, name: str) -> int:
-        """The number of the file that a tensor is in; a KeyError if it is in none."""
+        """Return the number of the file that holds a tensor; raise KeyError if none does."""
         return bisect.bisect_right(self._firsts, self._row(name)) - 1
 
     def files(self) -> Iterator[tuple[str, int]]:
-        """Every name with the number of its file, in order."""
+        """Yield every name with the number of its file, in order."""
         for number, (first, end) in enumerate(zip(self._firsts, self._firsts[1:], strict=False)):
             for place in range(first, end):
                 yield self.name_at(place), number

@@ -1,7 +1,7 @@
-"""JSON in bytes, walked value by value: what is refused is refused before objects are made of it.
+"""Incremental JSON parser that rejects invalid values before it builds objects from them.
 
-Python's own reader makes objects of up to 25 times the text. Here a document is read as the spans of its values, each
-of which is converted alone, so that what a hostile one takes is its text and one value.
+Python's own parser builds objects of up to 25 times the size of the text. Here a document is scanned for the spans of
+its values, and each value is converted alone, so that a hostile document needs memory only for its text and one value.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .strict_json import strict_value
 
 __all__ = ["MAX_VALUE", "Document", "Elements", "Later", "Member", "check_utf8", "lazy_object"]
 
-#: Bytes of a value that is converted at once, such as a tensor's entry, a target or a name.
+#: Maximum bytes of a value that is converted in one piece, such as a tensor's entry, a target or a name.
 MAX_VALUE = 1 << 16
-# The deepest value that is needed is a tensor's shape, or a group's list of weights in a config.
+# Legitimate values are only as deep as a tensor's shape, or a group's list of weights in a config.
 _MAX_DEPTH = 32
-# Strings and brackets of one value: a list of 100,000 targets has a million.
+# Maximum strings and brackets of one value: a list of 100,000 targets has a million.
 _MAX_TOKENS = 1 << 22
 _PIECE = 1 << 16
 
@@ -31,7 +31,7 @@ _SPACE = re.compile(rb"[ \t\n\r]*+")
 _STRING = re.compile(rb'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"')
 _SCALAR = re.compile(rb'[^ \t\n\r"\[\]{},:]++')
 _TO_BRACKET = re.compile(rb'[^"\[\]{}]*+')
-# Some characters of a string, such that no escape, surrogate pair or letter in UTF-8 is cut.
+# A piece of a string that does not split any escape, surrogate pair or multi-byte character.
 _LETTERS = re.compile(
     rb"(?:[^\\\x80-\xff]{1,4096}+|[\xc0-\xff][\x80-\xbf]*+|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\.){1,256}+",
     re.DOTALL,
@@ -39,7 +39,7 @@ _LETTERS = re.compile(
 
 
 class Member(NamedTuple):
-    """A value of an object.
+    """A member of an object: its key and the span of its value.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Member(NamedTuple):
     start, stop : int
         Its span in the document.
     match : re.Match or None
-        Of the pattern for usual values, where it is one.
+        The match of the pattern for usual values, if it matched.
     """
 
     key: str
@@ -57,16 +57,16 @@ class Member(NamedTuple):
 
 
 class Document:
-    """A JSON document of which parts are read on demand.
+    """A JSON document whose parts are parsed on demand.
 
     Parameters
     ----------
     content : bytes
-        UTF-8, which :func:`check_utf8` sees to.
+        Valid UTF-8, as checked by :func:`check_utf8`.
     what : str
-        How messages name it.
+        Name of the document in messages.
     stop : int, optional
-        Where the text ends; at the end of ``content`` if not given.
+        End of the text; the end of ``content`` if not given.
 
     Examples
     --------
@@ -80,7 +80,7 @@ class Document:
         self.stop = len(content) if stop is None else stop
 
     def start(self) -> int:
-        """Where the document's object begins; an error if it is another value."""
+        """Return the position where the document's object begins; raise FileError if it is another value."""
         at = self._space(0)
         if at == self.stop:
             raise self._broken(at, "an object")
@@ -89,7 +89,7 @@ class Document:
         return at
 
     def finish(self, at: int) -> None:
-        """A FileError if there is anything after the object."""
+        """Raise FileError if anything follows the object."""
         if self._space(at) != self.stop:
             raise self._broken(at, "nothing more")
 
@@ -101,19 +101,19 @@ class Document:
         unlimited: Collection[str] = (),
         whole: bool = True,
     ) -> Iterator[Member]:
-        """The members of the object that begins there.
+        """Yield the members of the object that begins at a position.
 
         Parameters
         ----------
         at : int
         usual : pattern, optional
-            What most values are; others are found bracket by bracket.
+            Pattern that most values match. Values that do not are scanned bracket by bracket, which is slower.
         limit : int
-            Bytes that a value may have.
+            Maximum bytes of a value.
         unlimited : collection of str
             Keys whose values may have any number of bytes.
         whole : bool
-            Whether it is the document's own object, after which nothing may follow.
+            Whether this is the document's own object, which nothing may follow.
         """
         at = self._space(at + 1)
         more = self.content[at : at + 1] != b"}"
@@ -135,7 +135,7 @@ class Document:
             self.finish(at)
 
     def elements(self, at: int, limit: int = MAX_VALUE) -> Iterator[tuple[int, int]]:
-        """The spans of the values of the array that begins there."""
+        """Yield the spans of the values in the array that begins at a position."""
         at = self._space(at + 1)
         more = self.content[at : at + 1] != b"]"
         while more:
@@ -144,7 +144,7 @@ class Document:
             at, more = self._next(stop, b"]")
 
     def _next(self, at: int, close: bytes) -> tuple[int, bool]:
-        """Where the next value begins, or what follows the last one; and whether there is one."""
+        """Return the position of the next value or after the closing bracket, and whether there is a next value."""
         at = self._space(at)
         letter = self.content[at : min(at + 1, self.stop)]
         if letter == b",":
@@ -154,7 +154,7 @@ class Document:
         return at + 1, False
 
     def end_of(self, at: int, limit: int = MAX_VALUE, key: str | None = None) -> int:
-        """Where the value ends that begins there; of its text, only strings and brackets are looked at."""
+        """Return where the value that begins at a position ends, examining only its strings and brackets."""
         first, bound = self.content[at : min(at + 1, self.stop)], min(self.stop, at + limit)
         if first == b'"':
             found = _STRING.match(self.content, at, self.stop)
@@ -194,24 +194,24 @@ class Document:
         raise self._broken(start, "a whole value")
 
     def value(self, start: int, stop: int) -> Any:
-        """A value that was found, converted."""
+        """Convert a value that was found."""
         return strict_value(self.content[start:stop].decode(), self.what)
 
     def limited(self, start: int, stop: int, limit: int, key: str) -> Any:
-        """A value, converted if it has no more bytes than that."""
+        """Convert a value that was found; raise FileError if it has more than ``limit`` bytes."""
         if stop - start > limit:
             raise self._long(limit, key)
         return self.value(start, stop)
 
     def text(self, start: int, stop: int) -> str:
-        """A string that was found, and is no longer than a name may be."""
+        """Convert a string that was found; raise FileError if it is too long for a name."""
         if stop - start > MAX_VALUE:
             raise self._long(MAX_VALUE, None)
         text: str = json.loads(self.content[start:stop].decode())
         return text
 
     def long_text(self, start: int, stop: int) -> bytes:
-        """A string that was found, of any length, as UTF-8 (halves of surrogate pairs as theirs would be)."""
+        """Convert a string of any length that was found to UTF-8, encoding lone surrogates as well."""
         start, stop = start + 1, stop - 1
         if self.content.find(b"\\", start, stop) < 0:
             return self.content[start:stop]
@@ -225,7 +225,7 @@ class Document:
         return made.getvalue()
 
     def peek(self, at: int, count: int = 200) -> str:
-        """The text there, for a message."""
+        """Return the text at a position, for a message."""
         return self.content[at : min(at + count, self.stop)].decode(errors="replace")
 
     def _space(self, at: int) -> int:
@@ -241,7 +241,7 @@ class Document:
 
 
 class Elements:
-    """The values of an array, each converted when it is asked for."""
+    """The values of an array, each converted on demand."""
 
     def __init__(self, document: Document, start: int) -> None:
         self._document, self._start = document, start
@@ -252,33 +252,33 @@ class Elements:
 
 
 class Later:
-    """A value of an object, converted when it is asked for."""
+    """A value of an object, converted on demand."""
 
     def __init__(self, document: Document, start: int, stop: int, key: str) -> None:
         self._document, self._start, self._stop, self._key = document, start, stop, key
 
     def value(self, limit: int = MAX_VALUE) -> Any:
-        """The value; a FileError if it has more bytes than that."""
+        """Return the value; raise FileError if it has more than ``limit`` bytes."""
         return self._document.limited(self._start, self._stop, limit, self._key)
 
 
 def lazy_object(content: bytes, what: str, lazy: Collection[str], most: int = 64) -> dict[str, Elements | Later]:
-    """The object of a document: arrays under some of its keys as :class:`Elements`, other values as :class:`Later`.
+    """Scan a document's object: arrays under some keys become :class:`Elements`, other values :class:`Later`.
 
     Parameters
     ----------
     content : bytes
     what : str
-        How messages name it.
+        Name of the document in messages.
     lazy : collection of str
         The keys whose arrays may have any length.
     most : int
-        Keys that it may have.
+        Maximum number of keys.
 
     Raises
     ------
     FileError
-        If it is no such JSON. What is wrong within its values is found when they are converted.
+        If the document is not such a JSON object. Errors within its values are found when they are converted.
 
     Examples
     --------
@@ -302,7 +302,7 @@ def lazy_object(content: bytes, what: str, lazy: Collection[str], most: int = 64
 
 
 def check_utf8(content: bytes, what: str) -> None:
-    """A FileError unless it is UTF-8; the text is not made."""
+    """Raise FileError unless the content is UTF-8, without decoding it all at once."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for start in range(0, len(content), _PIECE):

@@ -1,25 +1,22 @@
-"""What an adapter file holds, as an object: config, targets and arrays that fit together."""
+"""The content of an adapter file as an object: a config, targets and arrays that are consistent."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.formats import make_format
-from tnadapt.algebra.init import Initializer
-from tnadapt.algebra.layout import make_layout
 from tnadapt.algebra.superlora import SuperLoRA
-from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
+from tnadapt.errors import BackendError, ConfigError, ShapeError, pluralize, safe_repr
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
+from ._adapter_fit import MAX_DRAWN, MAX_LEFT_OUT, check_fit, checked_trained, drawn, plan_of
 from .container import DTYPES
 from .fingerprint import Fingerprint
 
@@ -29,49 +26,45 @@ KEPT = "kept."
 ACTIVATIONS = ("relu", "gelu", "tanh", "silu")
 
 _FLOATS = ("float64", "float32", "float16")
-# Each digest draws up to three million numbers: of many distinct F, so many at either end are looked at.
+# Each digest draws up to three million numbers: of many distinct F, only this many at either end are included.
 _DIGESTED = 8
-# Frozen arrays that a file leaves out, and elements of them together: what a small file may make a reader draw.
-MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
-# Trial divisions that factoring may cost: one number of 2**36, or a hundred of 2**23.
-_MAX_DIVISIONS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """What an adapter file holds.
+    """The content of an adapter file.
 
     Parameters
     ----------
     config : Config
-        What the updates are made of.
+        The structure of the updates.
     targets : sequence of Target
-        Which weights are updated, in the order of the long vector. Their ``layer`` is dropped unless
+        The weights that are updated, in the order of the long vector. Their ``layer`` is dropped unless
         ``config.groups`` is "layer".
     arrays : dict of str to ndarray
-        Named and shaped as ``plan.param_shapes`` says; float64, float32 or float16, all of one dtype.
+        Arrays with the names and shapes of ``plan.param_shapes``; float64, float32 or float16, all of one dtype.
     kept : dict of str to ndarray, optional
-        Parameters of the model that were trained beside the adapter, by their dotted path, of any shape; bool or
-        integers, too.
+        Parameters of the model that were trained alongside the adapter, by dotted path, of any shape; bool and
+        integers are allowed as well.
     dtypes : dict of str to str, optional
-        Which arrays are stored as "bfloat16", which NumPy does not have: they are float32 here and hold
-        numbers that bfloat16 has. By name; a kept parameter's begins with ``kept.``. (Arrays of the bfloat16 that
-        ml_dtypes adds to NumPy are taken, too, and become this.)
+        Arrays to store as "bfloat16", by name; the name of a kept parameter begins with ``kept.``. NumPy lacks
+        bfloat16, so these arrays are float32 here and hold values that bfloat16 can represent. (Arrays of ml_dtypes'
+        bfloat16 are accepted and converted.)
     base : Fingerprint, optional
-        Of the base model's weights at the targets.
+        Fingerprint of the base model's weights at the targets.
     activation : {None, "relu", "gelu", "tanh", "silu"}
         LoDA's nonlinearity.
     model : str
-        Class name of the base model, for people.
+        Class name of the base model, for human readers.
     trained : sequence of str, optional
-        Names of the arrays that are trained, where some are frozen; all if None. A frozen array that is what the seed
-        draws is not stored in the file, but drawn when it is loaded.
+        Names of the trained arrays if some are frozen; all if None. A frozen array that equals what the seed draws is
+        not stored in the file, but drawn again when the file is loaded.
 
     Raises
     ------
     ConfigError, ShapeError, BackendError, TargetError
-        If the arrays do not fit config and targets, two targets update one row of a parameter, or a field or dtype is
-        of another kind.
+        If the arrays do not fit config and targets, two targets update the same row of a parameter, or a field has
+        another type or dtype.
 
     Examples
     --------
@@ -131,25 +124,25 @@ class AdapterFile:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of the adapter's arrays that are trained; what is kept beside them is not counted."""
+        """Number of trained elements in the adapter's arrays, not counting kept parameters."""
         return sum(array.size for name, array in self.arrays.items() if self.trained is None or name in self.trained)
 
     @property
     def dtype(self) -> str:
-        """What the adapter's arrays are stored as."""
+        """The dtype in which the adapter's arrays are stored."""
         first = next(iter(self.arrays))
         return self.dtypes.get(first, self.arrays[first].dtype.name)
 
-    # Not cached, as the arrays may be changed in place.
+    # Not cached, as the arrays may change in place.
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The frozen arrays that a file leaves out: what the seed draws, up to so many and so large together."""
+        """Names of the frozen arrays that a file omits because the seed draws them, up to a limit on count and size."""
         found, left = list[str](), MAX_DRAWN
         for name, make in drawn(self.plan, self.trained, self.dtype).items():
             left -= self.arrays[name].size
             if left < 0 or len(found) == MAX_LEFT_OUT:
                 break
-            # By their bits: a negative zero is another number.
+            # Compare bits: a negative zero must be stored.
             if np.array_equal(self.arrays[name].view(np.uint8), make().view(np.uint8)):
                 found.append(name)
             else:
@@ -158,11 +151,11 @@ class AdapterFile:
 
     @property
     def draws(self) -> str | None:
-        """Digest of what is drawn on this machine and not stored: F, and the arrays left out; None if nothing is."""
+        """Digest of what this machine draws instead of reading a file: F and the omitted arrays; None if nothing."""
         return self.draws_without(self.left_out)
 
     def draws_without(self, left_out: Sequence[str]) -> str | None:
-        """The same for a file that leaves out these arrays."""
+        """Return :attr:`draws` for a file that omits the given arrays."""
         key = tuple(left_out)
         if key not in self._digests:
             self._digests[key] = self._digest_without(key)
@@ -170,7 +163,7 @@ class AdapterFile:
 
     @functools.cached_property
     def _digests(self) -> dict[tuple[str, ...], str | None]:
-        # They are costly, and depend on what is left out and on fields that are never changed.
+        # Digests are costly, and depend only on the omitted arrays and on fields that never change.
         return {}
 
     def _digest_without(self, left_out: Sequence[str]) -> str | None:
@@ -195,29 +188,29 @@ class AdapterFile:
         return total.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """All arrays, by their names in a file: a kept parameter's begins with ``kept.``."""
+        """Yield all arrays with their names in a file, where those of kept parameters begin with ``kept.``."""
         yield from self.arrays.items()
         for name, array in self.kept.items():
             yield KEPT + name, array
 
     def check_finite(self) -> None:
-        """A ShapeError that names the array, if one holds NaN or infinity."""
+        """Raise ShapeError, naming the array, if one contains NaN or infinity."""
         for name, array in self.tensors():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ShapeError(f"{safe_repr(name)} holds NaN or infinity, which no adapter file does")
 
     def deltas(self) -> list[np.ndarray]:
-        """The update of every target.
+        """Compute the update of every target.
 
         Returns
         -------
         list of ndarray, shape (rows, cols)
-            In the dtype of the arrays; of bfloat16 ones computed in float32. They may share memory with the arrays.
+            In the dtype of the arrays; float32 for bfloat16 arrays. They may share memory with the arrays.
 
         Raises
         ------
         ConfigError
-            If there is an activation: LoDA acts on activations, and is no update of a weight.
+            If there is an activation: LoDA acts on activations and does not update weights.
         """
         if self.activation is not None:
             raise ConfigError(
@@ -227,47 +220,12 @@ class AdapterFile:
         found = self.plan.deltas(self.arrays)
         if self.dtype != "bfloat16" or self.plan.groups[0].projection.linear:
             return found
-        # Such an adapter began at the start rounded to bfloat16, and its update is what it moved since.
+        # With a nonlinear F, deltas are differences from the plan's exact start. Training began at the start rounded to
+        # bfloat16: subtracting that one's own delta makes the exact start cancel.
         start = dict[str, np.ndarray]()
         for group in self.plan.groups:
             start.update({full: group.start.make((name, "bfloat16")) for name, full in group.names.items()})
         return [now - then for now, then in zip(found, self.plan.deltas(start), strict=True)]
-
-
-def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
-    """Names of trained arrays in the order of the plan; None where they are all of them."""
-    if trained is None:
-        return None
-    if isinstance(trained, str) or not isinstance(trained, Sequence) or not all(isinstance(n, str) for n in trained):
-        raise ConfigError(f"trained must be a list of names of arrays, or None for all; got {safe_repr(trained)}")
-    chosen = set(trained)
-    if not chosen or len(chosen) < len(trained) or not chosen <= shapes.keys():
-        raise ConfigError(
-            f"trained must name some of the arrays, each once; unknown: {summarize(chosen - shapes.keys())}; there are "
-            f"{summarize(shapes)}"
-        )
-    return None if len(chosen) == len(shapes) else tuple(name for name in shapes if name in chosen)
-
-
-def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[str, Callable[[], np.ndarray]]:
-    """Of each array that is frozen, what makes it as the seed draws it, rounded to a dtype; in the order of the plan.
-
-    bfloat16 as float32 numbers.
-    """
-    if trained is None:
-        return {}
-    chosen, found = set(trained), dict[str, Callable[[], np.ndarray]]()
-    kind = "float32" if dtype == "bfloat16" else dtype
-    for group, start in zip(plan.groups, plan.starts(trained), strict=True):
-        for name, full in group.names.items():
-            if full not in chosen:
-                found[full] = functools.partial(_drawn, start, name, dtype, kind)
-    return found
-
-
-def _drawn(start: Initializer, name: str, dtype: str, kind: str) -> np.ndarray:
-    made: np.ndarray = start.make((name, dtype)).astype(kind)
-    return made
 
 
 def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
@@ -282,7 +240,7 @@ def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
 
 
 def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.ndarray]:
-    """A dictionary of arrays in the machine's byte order, without a dtype that is not NumPy's."""
+    """Return the arrays as a dictionary, in native byte order, with bfloat16 converted to float32."""
     if not isinstance(arrays, Mapping):
         raise ShapeError(f"{what} must be a mapping of names to arrays; got {type(arrays).__name__}")
     found = {}
@@ -330,72 +288,3 @@ def _check_text(file: AdapterFile) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{safe_repr(text)} has half a surrogate pair, which no file can hold") from None
-
-
-def plan_of(config: Config, targets: Sequence[Target]) -> SuperLoRA:
-    return SuperLoRA(config, [target.shape for target in targets], layers=[target.layer for target in targets])
-
-
-def check_fit(
-    config: Config,
-    targets: Sequence[Target],
-    shapes: Mapping[str, tuple[int, ...]],
-    trained: Sequence[str] | None = None,
-) -> None:
-    """An error unless arrays of these shapes are the plan's; of those that are not ``trained``, some may be left out.
-
-    It takes time and memory as there are shapes and targets, however large the numbers in the config are.
-
-    Raises
-    ------
-    ConfigError, ShapeError
-        That names what is missing, unknown or of another shape.
-    """
-    layout = make_layout(config.groups, [target.shape for target in targets], [target.layer for target in targets])
-    expected = layout.num_groups * _arrays_of_group(config)
-    if expected > len(shapes) + 1024:
-        raise ShapeError(f"config and targets make {expected} arrays; there are {len(shapes)}")
-    sizes = {size for _, _, size in layout.same_size()}
-    if config.splits > 1 and config.combine == "kronecker" and config.split_size == "balanced":
-        folds = [config.fold if isinstance(config.fold, tuple) else (size,) for size in sizes]
-        if sum(math.isqrt(size) for fold in folds for size in fold) > _MAX_DIVISIONS:
-            raise ConfigError(
-                "the sizes that split_size='balanced' has to factor are too large; give split_size as an integer"
-            )
-    found = plan_of(config, targets).param_shapes
-    missing = found.keys() - shapes.keys()
-    if trained is not None:
-        missing -= found.keys() - set(checked_trained(trained, found) or found)
-    left_out = found.keys() - shapes.keys() - missing
-    if len(left_out) > MAX_LEFT_OUT or sum(math.prod(found[name]) for name in left_out) > MAX_DRAWN:
-        raise ShapeError(
-            f"{len(left_out)} frozen arrays are left out; at most {MAX_LEFT_OUT} of {MAX_DRAWN} elements together are"
-        )
-    if missing or not shapes.keys() <= found.keys():
-        raise ShapeError(
-            f"the arrays must be those of config and targets; missing: {summarize(missing)}; "
-            f"unknown: {summarize(shapes.keys() - found.keys())}"
-        )
-    for name, shape in found.items():
-        if shapes.get(name, shape) != shape:
-            raise ShapeError(f"{name} has shape {shapes[name]}; config and targets make it {shape}")
-
-
-def _arrays_of_group(config: Config) -> int:
-    def count(name: str) -> int:
-        return len(make_format(name, (1,) * config.order, config.rank).shapes)
-
-    leading = "dense" if config.leading == "dense" else config.format
-    return config.terms * ((config.splits - 1) * count(leading) + count(config.format))
-
-
-def summarize(names: Iterable[str]) -> str:
-    """A few of the names, for a message."""
-    listed = sorted(names)
-    return (", ".join(map(safe_repr, listed[:4])) or "none") + (
-        f" and {len(listed) - 4} more" if len(listed) > 4 else ""
-    )
-
-
-def pluralize(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,78 +1,76 @@
-"""The adapter file: the parameters and their recipe in one safetensors file, readable with NumPy alone.
+"""Adapter files: the parameters of an adapter and its recipe in one safetensors file, readable with NumPy alone.
 
-**Format version 1.** A safetensors file (:mod:`tnadapt.checkpoints.container` says what that is) of these tensors:
+**Format version 1.** A safetensors file (described in :mod:`tnadapt.checkpoints.container`) with these tensors:
 
-- the adapter's arrays, named and shaped as ``SuperLoRA(config, shapes, layers).param_shapes`` says, such as
-  ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16. Of those that are not ``trained``, up to 1024 with
-  up to 2**24 elements together are left out where they are the start of :mod:`tnadapt.algebra.init`, rounded to that
-  dtype;
-- ``kept.`` + dotted path: parameters of the model that were trained beside it, such as a classifier head, of any
-  shape; integers and BOOL are allowed, too.
+- the adapter's arrays, with the names and shapes of ``SuperLoRA(config, shapes, layers).param_shapes``, such as
+  ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16. Of the arrays that are not ``trained``, up to 1024
+  with up to 2**24 elements in total are omitted if they equal their initial values from :mod:`tnadapt.algebra.init`,
+  rounded to that dtype;
+- ``kept.`` + dotted path: parameters of the model that were trained alongside the adapter, such as a classifier head,
+  of any shape; integers and BOOL are allowed as well.
 
-No element is NaN or infinite. The header's ``__metadata__`` has one entry, ``tnadapt``, and no other. Its text is a
-JSON object, written with sorted keys and without spaces. These are its keys; there is no other. Those with a default,
-given last, are left out where they have it.
+No element is NaN or infinite. The header's ``__metadata__`` has a single entry, ``tnadapt``. Its text is a JSON object,
+written with sorted keys and without spaces. It has the following keys and no others. A key whose description ends with
+a default is omitted if it has that value.
 
 ``version``
     1.
 ``config``
-    Object: the fields of :class:`~tnadapt.Config` that differ from these values, which belong to the format: rank 4,
-    order 2, splits 1, groups "weight", fold "stack", format "cp", combine "kronecker", split_size "balanced",
+    Object: the fields of :class:`~tnadapt.Config` that differ from these defaults, which are part of the format:
+    rank 4, order 2, splits 1, groups "weight", fold "stack", format "cp", combine "kronecker", split_size "balanced",
     leading "dense", terms 1, projection "identity", ratio 1.0, shared true, alpha null, seed 0. ``weight_shape`` is
     not stored: the targets have their shapes, and the updates do not depend on it.
 ``targets``
-    List of the weights that are updated, in the order of the long vector. Each is a list ``[module, stored, role]``:
-    the dotted path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv. Where
-    it is not an ordinary weight, an object follows, with ``parameter`` (its name in the module; "weight"), ``rows``
-    (``[start, length, stride, count]``: of each of count blocks of stride output rows, rows start to
-    start + length - 1 are updated; all rows), ``transposed`` (whether it is stored as (in, out); false) and,
-    only where groups is "layer", ``layer`` (equal in the weights of one group; ""). The update's shape is
-    (output rows that are updated, the product of the other sizes). No two targets share a row of one parameter.
+    List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
+    path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv. Unless the target is
+    an ordinary weight, an object follows, with ``parameter`` (its name in the module; default "weight"), ``rows``
+    (``[start, length, stride, count]``: in each of count blocks of stride output rows, the rows start to
+    start + length - 1 are updated; default all rows), ``transposed`` (whether it is stored as (in, out); default
+    false) and, only if groups is "layer", ``layer`` (equal for the weights of one group; default ""). The shape of the
+    update is (number of updated output rows, product of the other sizes). No two targets share a row of a parameter.
 ``model``
-    Class name of the base model, for people. "".
+    Class name of the base model, for human readers. Default "".
 ``activation``
-    LoDA's function between the two factors: relu, gelu, tanh or silu. None.
+    LoDA's function between the two factors: relu, gelu, tanh or silu. Default none.
 ``base``
-    Object of ``dtype``, ``sha256`` and ``sketch``: the fingerprint of the base model's weights at the targets
-    (:mod:`tnadapt.checkpoints.fingerprint` says of what). Not known.
+    Object of ``dtype``, ``sha256`` and ``sketch``: the fingerprint of the base model's weights at the targets, as
+    defined in :mod:`tnadapt.checkpoints.fingerprint`. Default unknown.
 ``draws``
-    64 hex digits: what F draws. SHA-256 of the hex digits, as ASCII, of the ``digest`` of each distinct
-    :class:`~tnadapt.Projection` of the groups, in their order (where there are more than 16, of the first and
-    the last 8); and then, where F is nonlinear, of the starting arrays as little-endian float32, in the order of
-    ``param_shapes``; and then of the arrays that are left out, likewise, in float32 before they are rounded. None
-    where F is the identity and no array is left out.
+    64 hex digits: the digest of everything that the seed draws and the file does not store. It is the SHA-256 of the
+    hex digits, as ASCII, of the ``digest`` of each distinct :class:`~tnadapt.Projection` of the groups, in their order
+    (if there are more than 16, of the first and the last 8); followed, if F is nonlinear, by the initial arrays as
+    little-endian float32, in the order of ``param_shapes``; followed by the omitted arrays in the same form, in float32
+    before rounding. Default none, if F is the identity and no array is omitted.
 ``trained``
-    List of the names of the arrays that are trained, in the order of ``param_shapes``; the others are frozen. All.
+    List of the names of the trained arrays, in the order of ``param_shapes``; the others are frozen. Default all.
 ``sha256``
-    64 hex digits that hold the file together. SHA-256 of the text of the entry ``tnadapt``, in UTF-8, with these 64
-    digits as zeros; of a zero byte; and then of every tensor, in the order of the UTF-8 bytes of their names: the name,
-    a zero byte, the dtype as in the header, a zero byte, the shape as decimals joined by commas, a zero byte, and
+    64 hex digits: the checksum of the file. It is the SHA-256 of the text of the entry ``tnadapt``, in UTF-8, with
+    these 64 digits as zeros; then a zero byte; then every tensor, in the order of the UTF-8 bytes of their names: the
+    name, a zero byte, the dtype as in the header, a zero byte, the shape as decimals joined by commas, a zero byte, and
     the tensor's bytes.
 
-What the long vector is, and what the arrays make of it, is the library's subject: :class:`~tnadapt.SuperLoRA`.
-The bytes of a file are a function of its content alone: not of the release, the machine or the time.
+The library documents the long vector, and how the arrays determine it: see :class:`~tnadapt.SuperLoRA`. The bytes of a
+file depend on its content alone, not on the release, the machine or the time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from tnadapt.algebra.config import Config
-from tnadapt.errors import FileError, TnadaptError, safe_repr
-from tnadapt.targets.overlaps import check_distinct
+from tnadapt.errors import FileError, pluralize, safe_repr, summarize
 from tnadapt.targets.target import Target
 
+from ._adapter_fit import check_fit, drawn, plan_of
+from ._adapter_recipe import ENTRY, parse_recipe, recipe_of, recipe_text
 from ._header import read_header
-from ._json_scan import MAX_VALUE, Elements, Later, lazy_object
-from .adapter_file import KEPT, MAX_LEFT_OUT, AdapterFile, check_fit, drawn, plan_of, pluralize, summarize
+from .adapter_file import KEPT, AdapterFile
 from .atomic_files import replace_file
 from .container import (
     DTYPES,
@@ -86,51 +84,33 @@ from .container import (
     raw_dtype,
     serialized,
 )
-from .fingerprint import Fingerprint
 
-__all__ = ["AdapterFile", "content_of", "likeness", "load", "read", "save"]
-
-VERSION = 1
-ENTRY = "tnadapt"
-
-# Config's defaults as format 1 has them: a later release may change its own, and files must not change with them.
-_DEFAULTS: dict[str, Any] = {
-    "rank": 4, "order": 2, "splits": 1, "groups": "weight", "fold": "stack", "format": "cp", "combine": "kronecker",
-    "split_size": "balanced", "leading": "dense", "terms": 1, "projection": "identity", "ratio": 1.0, "shared": True,
-    "alpha": None, "seed": 0,
-}  # fmt: skip
+__all__ = ["ENTRY", "AdapterFile", "content_of", "likeness", "load", "read", "save"]
 
 _TAGS = {name: tag for tag, name in DTYPES.items()}
-_REQUIRED = {"version": int, "config": dict, "targets": Elements, "sha256": str}
-_OPTIONAL = {"activation": str, "base": dict, "draws": str, "model": str, "trained": Elements}
-# The first bytes of such a half in UTF-8, which has none.
+# A lone surrogate as it would be encoded; valid UTF-8 has none.
 _SURROGATE = re.compile(b"\xed[\xa0-\xbf]")
-_JSON = {dict: "an object", Elements: "a list", str: "a string", int: "an integer"}
-# Bytes of a config beside MAX_VALUE for each target: with explicit groups it has the targets' numbers.
-_CONFIG_OF_TARGET = 16
-# How many targets there may be: a plan of so many takes minutes, and no model has as many weights to adapt.
-_MAX_TARGETS = 1 << 17
 
 
 def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
-    """Write an adapter file; what was there before stays whole until the new one is.
+    """Write an adapter file; an existing file stays intact until the new one is complete.
 
     Parameters
     ----------
     path : str or PathLike
-        Of the file, in a folder that exists; its usual ending is ``.safetensors``.
+        Path of the file, in an existing folder. The usual suffix is ``.safetensors``.
     adapter_file : AdapterFile
-        What to write.
+        The content to write.
 
     Raises
     ------
     FileError
-        If an array holds NaN or infinity, or the file cannot be written. Nothing has changed then.
+        If an array contains NaN or infinity, or the file cannot be written. Nothing has changed then.
 
     Notes
     -----
-    The same content gives the same bytes. The file is written under another name in the same folder,
-    synchronised, and renamed. A link is followed.
+    The same content gives the same bytes. The file is written under a temporary name in the same folder,
+    synchronized, and renamed. Symbolic links are followed.
 
     Examples
     --------
@@ -152,7 +132,7 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
 
 
 def content_of(file: AdapterFile) -> bytes:
-    """The bytes of an adapter's file."""
+    """Return the bytes of an adapter file."""
     file.check_finite()
     left_out = file.left_out
     stored = {
@@ -160,9 +140,9 @@ def content_of(file: AdapterFile) -> bytes:
         for name, array in file.tensors()
         if name not in left_out
     }
-    recipe = _recipe(file, file.draws_without(left_out))
-    digest = _digest(_text({**recipe, "sha256": "0" * 64}).encode(), stored)
-    content = serialized(stored, {ENTRY: _text({**recipe, "sha256": digest})})
+    recipe = recipe_of(file, file.draws_without(left_out))
+    digest = _digest(recipe_text({**recipe, "sha256": "0" * 64}).encode(), stored)
+    content = serialized(stored, {ENTRY: recipe_text({**recipe, "sha256": digest})})
     if int.from_bytes(content[:8], "little") > MAX_HEADER:
         raise FileError(f"{len(stored)} arrays need a header of more than {MAX_HEADER} bytes; use fewer groups")
     _check_readable(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -170,39 +150,21 @@ def content_of(file: AdapterFile) -> bytes:
 
 
 def _check_readable(header: bytes) -> None:
-    """A FileError if :func:`load` would refuse this header, for its limits above all."""
+    """Raise FileError if :func:`load` would reject this header, mainly because it exceeds a limit."""
     try:
         entries, metadata = read_header(header, False)
-        _parsed(metadata.raw[ENTRY], len(entries))
+        parse_recipe(metadata.raw[ENTRY], len(entries))
     except FileError as error:
         raise FileError(f"was not written, as load would refuse it: {error}") from error
 
 
 def _stored(array: np.ndarray, dtype: str) -> tuple[str, np.ndarray]:
-    """An array's dtype in the file, and its bytes as an array."""
+    """Return an array's dtype in the file, and the array to store."""
     tag = _TAGS[dtype]
     if tag == "BF16":
         array = (array.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    # Not ascontiguousarray, which makes a vector of a number.
+    # Not ascontiguousarray, which turns a scalar into a vector.
     return tag, np.asarray(array, raw_dtype(tag), order="C")
-
-
-def _recipe(file: AdapterFile, draws: str | None) -> dict[str, Any]:
-    config = file.config.replace(weight_shape=None).to_dict()
-    recipe: dict[str, Any] = {
-        "version": VERSION,
-        "config": {key: value for key, value in config.items() if key not in _DEFAULTS or value != _DEFAULTS[key]},
-        "targets": [target.to_list() for target in file.targets],
-    }
-    base = None if file.base is None else {**dataclasses.asdict(file.base), "sketch": list(file.base.sketch)}
-    trained = None if file.trained is None else list(file.trained)
-    optional = {"model": file.model, "activation": file.activation, "base": base, "draws": draws}
-    recipe.update({key: value for key, value in {**optional, "trained": trained}.items() if value})
-    return recipe
-
-
-def _text(recipe: Mapping[str, Any]) -> str:
-    return json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def _digest(text: bytes, stored: Mapping[str, tuple[str, np.ndarray]]) -> str:
@@ -224,26 +186,28 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
     Parameters
     ----------
     path : str or PathLike
-        Of the file.
+        Path of the file.
     check_draws : bool
-        Whether to compare the digest of what F drew when the file was written with what it draws here.
+        Whether to check that this machine draws the same F, and the same omitted arrays, as the one that wrote the
+        file, by comparing digests.
 
     Returns
     -------
     AdapterFile
-        Equal to the bit to the one that was saved.
+        Bitwise equal to the one that was saved.
 
     Raises
     ------
     FileError
-        If there is no such file, or it is damaged, of another kind (a pickle is not opened), of a newer format, or
-        its numbers do not fit together, or its draws are not this machine's. No other error, whatever is in the file.
+        If there is no such file; if it is damaged, of another kind (pickles are never opened) or of a newer format; if
+        its content is inconsistent; or if its draws differ from this machine's. No content of a file leads to another
+        error.
 
     Notes
     -----
-    Time and memory are those of the bytes that are there, whatever sizes the file claims; its arrays
-    are read when all else is known to fit. The digest of the draws takes up to a tenth of a second for each
-    different F, of which at most 16 are looked at.
+    Time and memory depend on the actual bytes of the file, not on the sizes that it claims; its arrays are read only
+    after everything else has been checked. The digest of the draws takes up to a tenth of a second for each distinct F,
+    of which at most 16 are examined.
 
     Examples
     --------
@@ -257,7 +221,7 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
         with opened(where) as container:
             found, recipe, left_out = read(container)
         draws = recipe.get("draws")
-        # Not found.draws: another writer may store what this one leaves out.
+        # Not found.draws: another writer may store arrays that this one omits.
         here = found.draws_without(left_out)
         if check_draws and draws != here:
             raise FileError(
@@ -268,13 +232,13 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
 
 
 def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, ...]]:
-    """The adapter of an open file, what its entry says beside the targets, and the arrays that were drawn, not read."""
+    """Return the adapter of an open file, its parsed entry, and the names of the arrays that were drawn, not read."""
     text = _entry_text(container)
     entries = container.entries
-    recipe, config, targets, base, trained = _parsed(text, len(entries))
+    recipe, config, targets, base, trained = parse_recipe(text, len(entries))
     own = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
     check_fit(config, targets, {name: entry.shape for name, entry in own.items()}, trained)
-    # They are in the order of their bytes, so that the file is read from one end to the other.
+    # Entries are in the order of their bytes, so the file is read sequentially.
     stored = {name: (entry.dtype, container.array(name)) for name, entry in entries.items()}
     digest = recipe["sha256"]
     before, _, after = text.partition(digest.encode())
@@ -298,19 +262,6 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
     return found, recipe, left_out
 
 
-def _parsed(
-    text: bytes, stored: int
-) -> tuple[dict[str, Any], Config, list[Target], Fingerprint | None, list[str] | None]:
-    """The entry's object and what its parts stand for, of a file with so many tensors."""
-    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["targets", "trained"]))
-    base = _base(recipe["base"]) if "base" in recipe else None
-    trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
-    targets = _targets(recipe["targets"])
-    # After the targets, as objects of a long config take many times its bytes.
-    config = _config(recipe["config"].value(MAX_VALUE + _CONFIG_OF_TARGET * len(targets)))
-    return recipe, config, targets, base, trained
-
-
 def _draw_missing(
     config: Config,
     targets: list[Target],
@@ -319,12 +270,12 @@ def _draw_missing(
     arrays: dict[str, np.ndarray],
     dtypes: dict[str, str],
 ) -> tuple[str, ...]:
-    """Draw the frozen arrays that the file leaves out, and name them."""
+    """Draw the frozen arrays that the file omits, and return their names."""
     if trained is None:
         return ()
     kind = DTYPES[next(iter(own.values())).dtype]
     if kind not in ("float64", "float32", "float16", "bfloat16"):
-        return ()  # what is wrong with it is said when all is there
+        return ()  # AdapterFile rejects the dtype later, with a better message
     missing = {name: make for name, make in drawn(plan_of(config, targets), trained, kind).items() if name not in own}
     for name, make in missing.items():
         arrays[name] = make()
@@ -351,7 +302,7 @@ def _entry_text(container: Container) -> bytes:
 
 
 def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
-    """What a safetensors file of somebody else seems to be, by the names of its tensors and its metadata."""
+    """Describe a foreign safetensors file, judging by the names of its tensors and its metadata."""
     hint = "; tnadapt.convert makes it one"
     if any(name.startswith("base_model.model.") for name in names):
         what = "an adapter of PEFT"
@@ -363,82 +314,8 @@ def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
     return f"{what}: {pluralize(len(names), 'tensor')}" + (f" such as {safe_repr(min(names))}" if names else "") + hint
 
 
-def _checked_recipe(lazy: dict[str, Elements | Later]) -> dict[str, Any]:
-    """The entry's values, of the kinds that they must have; the config is left for later."""
-    recipe: dict[str, Any] = dict(lazy)
-    version = _value(recipe.get("version"))
-    if type(version) is int and version > VERSION:
-        raise FileError(f"has format version {version}, and this tnadapt reads up to {VERSION}: update tnadapt")
-    if type(version) is not int or version != VERSION:
-        raise FileError(f"the {ENTRY} entry has the format version {safe_repr(version)}; expected {VERSION}")
-    unknown = recipe.keys() - _REQUIRED.keys() - _OPTIONAL.keys()
-    missing = _REQUIRED.keys() - recipe.keys()
-    if unknown or missing:
-        raise FileError(f"the {ENTRY} entry has unknown keys: {summarize(unknown)}; lacks: {summarize(missing)}")
-    for key in [key for key in recipe if key != "config"]:
-        recipe[key] = _of_kind(key, _value(recipe[key]))
-    for key in ("sha256", "draws"):
-        if key in recipe and not re.fullmatch("[0-9a-f]{64}", recipe[key]):
-            raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {safe_repr(recipe[key])}")
-    return recipe
-
-
-def _value(value: Any) -> Any:
-    return value.value() if isinstance(value, Later) else value
-
-
-def _of_kind(key: str, value: Any) -> Any:
-    """A value, if it is of the kind that this key has."""
-    kind = (_REQUIRED | _OPTIONAL)[key]
-    if not isinstance(value, kind):  # a list that is not wanted as one is among them
-        raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {safe_repr(value)}")
-    return value
-
-
-def _config(value: Any) -> Config:
-    settings = _of_kind("config", value)
-    unknown = settings.keys() - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise FileError(f"config has unknown fields: {summarize(unknown)}")
-    try:
-        return Config.from_dict({**_DEFAULTS, **settings})
-    except TnadaptError as error:
-        raise FileError(f"config: {error}") from error
-
-
-def _targets(listed: Iterable[Any]) -> list[Target]:
-    found: list[Target] = []
-    for number, value in enumerate(listed):
-        if number == _MAX_TARGETS:
-            raise FileError(f"has more than {_MAX_TARGETS} targets, and no model has as many weights to adapt")
-        try:
-            found.append(Target.from_list(value))
-        except TnadaptError as error:
-            raise FileError(f"target {number}: {error}") from error
-    check_distinct(found)
-    return found
-
-
-def _trained(listed: Iterable[Any], most: int) -> list[str]:
-    """The names, of which there are no more than arrays that are stored or may be left out."""
-    found: list[str] = []
-    for name in listed:
-        if not isinstance(name, str):
-            raise FileError(f"trained must be a list of names of arrays; got {safe_repr(name)} among them")
-        if len(found) == most:
-            raise FileError(f"trained names more than {most} arrays, and the file cannot stand for as many")
-        found.append(name)
-    return found
-
-
-def _base(value: dict[str, Any]) -> Fingerprint:
-    if value.keys() != {"sha256", "dtype", "sketch"}:
-        raise FileError(f"base must have dtype, sha256 and sketch; got {safe_repr(value)}")
-    return Fingerprint(**value)
-
-
 def _loaded(tag: str, array: np.ndarray) -> np.ndarray:
-    """An array of the file as NumPy computes with it."""
+    """Convert an array of the file to one that NumPy can compute with."""
     if tag == "BF16":
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return array.astype(array.dtype.newbyteorder("="), copy=False)

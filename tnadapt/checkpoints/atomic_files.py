@@ -1,4 +1,4 @@
-"""Atomic files: written beside, synchronised, and renamed."""
+"""Atomic writes: files are written under a temporary name, synchronized and renamed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .renaming import rename_new
 
 __all__ = ["atomic_write", "replace_file", "sync_file", "sync_folder", "sync_tree"]
 
-# How a file system says that it does not synchronise folders. On macOS ENOTSUP is another number than EOPNOTSUPP.
+# Errors of file systems that cannot synchronize folders. On macOS, ENOTSUP and EOPNOTSUPP are different numbers.
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EROFS}
 
 _NO_MODES = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -24,28 +24,29 @@ _NO_MODES = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 
 @contextlib.contextmanager
 def atomic_write(path: str, overwrite: bool = True) -> Iterator[io.FileIO]:
-    """An empty file to write to, which takes a path's place when the block ends, and is gone if it fails.
+    """Open a new file that replaces the one at a path when the block ends, and is deleted if the block fails.
 
-    A link is followed: where it leads is replaced. At any time either the old file or the new one is there, whole.
+    Symbolic links are followed, and their target is replaced. At any time, the path names either the old file or the
+    new one, complete.
 
     Parameters
     ----------
     path : str
     overwrite : bool
-        Whether it may take the place of a file that is there.
+        Whether an existing file may be replaced.
 
     Yields
     ------
     io.FileIO
-        Unbuffered: a large piece goes to the system as it is, and its handle can be written to directly.
+        Unbuffered: large pieces are passed to the system as they are, and its handle can be written to directly.
 
     Raises
     ------
     FileError
-        If the path is a folder or the like, or its folder does not exist; if a file is there that is not to be
-        overwritten, even if it was created only after the block began.
+        If the path names something other than a file, or its folder does not exist; if the file exists and must not be
+        overwritten, even if it was created after the block began.
     OSError
-        If it cannot be written; nothing has changed then.
+        If the file cannot be written. Nothing has changed then.
 
     Examples
     --------
@@ -57,7 +58,7 @@ def atomic_write(path: str, overwrite: bool = True) -> Iterator[io.FileIO]:
     ...     during, os.listdir(folder)
     (False, ['file'])
     """
-    path = os.path.realpath(path)  # where a link leads, the link stays
+    path = os.path.realpath(path)  # replace the target of a link, and keep the link
     folder = os.path.dirname(path)
     if os.path.isdir(path):
         raise FileError("is a folder; give the path of a file in it")
@@ -66,7 +67,7 @@ def atomic_write(path: str, overwrite: bool = True) -> Iterator[io.FileIO]:
     if not os.path.isdir(folder):
         raise FileError(f"the folder {folder} does not exist; make it first")
     beside = os.path.join(folder, f".tnadapt-{secrets.token_hex(8)}.tmp")
-    # Mode 0o666 leaves it to the umask who may read the file, which tempfile does not.
+    # Mode 0o666 lets the umask decide who may read the file; tempfile would not.
     handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with open(handle, "r+b", buffering=0) as file:
@@ -87,14 +88,14 @@ def _place(made: str, path: str, overwrite: bool) -> None:
             raise FileError("exists; give another path, or overwrite=True (--overwrite)") from None
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
-        if not stat.S_ISREG(mode):  # it came to be meanwhile
+        if not stat.S_ISREG(mode):  # created in the meantime
             raise FileError("is neither a file nor a folder")
         _set_mode(made, stat.S_IMODE(mode))
     return os.replace(made, path)
 
 
 def _set_mode(path: str, mode: int) -> None:
-    """Give a file a mode, where the file system has modes: FAT, SMB and some of FUSE have one for all files."""
+    """Set a file's mode, unless the file system lacks modes: FAT, SMB and some FUSE ones use one for all files."""
     if stat.S_IMODE(os.lstat(path).st_mode) == mode:
         return
     try:
@@ -110,7 +111,7 @@ def _unlink(path: str) -> None:
 
 
 def replace_file(path: str, content: bytes, overwrite: bool = True) -> None:
-    """Write a file so that at any time either the old one or the new one is there, whole; see :func:`replaced`."""
+    """Write a file such that the path always names the old or the new one, complete; see :func:`atomic_write`."""
     with atomic_write(path, overwrite) as file:
         rest = memoryview(content)
         while rest:
@@ -118,7 +119,7 @@ def replace_file(path: str, content: bytes, overwrite: bool = True) -> None:
 
 
 def sync_file(path: str) -> None:
-    """Make the content of a file last."""
+    """Flush the content of a file to disk."""
     handle = os.open(path, os.O_RDWR)
     try:
         os.fsync(handle)
@@ -127,7 +128,7 @@ def sync_file(path: str) -> None:
 
 
 def sync_folder(folder: str) -> None:
-    """Make the names in a folder last, where the system lets a folder be synchronised.
+    """Flush the names in a folder to disk, if the system can synchronize folders.
 
     Raises
     ------
@@ -136,7 +137,7 @@ def sync_folder(folder: str) -> None:
     """
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows; a folder that may be written and not read
+    except PermissionError:  # Windows, or a folder with write permission only
         return
     try:
         os.fsync(handle)
@@ -148,6 +149,6 @@ def sync_folder(folder: str) -> None:
 
 
 def sync_tree(folder: str) -> None:
-    """:func:`sync_folder` for a folder and all folders in it, the innermost first."""
+    """Apply :func:`sync_folder` to a folder and all folders in it, innermost first."""
     for root, _, _ in os.walk(folder, topdown=False):
         sync_folder(root)

@@ -1,4 +1,4 @@
-"""A model on disk, in one safetensors file or several with an index: its headers are read, and tensors on demand."""
+"""A model on disk in one safetensors file, or several with an index: headers are read, and tensors on demand."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class Checkpoint:
-    """The tensors of a model on disk; made by :func:`open_checkpoint`.
+    """The tensors of a model on disk, as opened by :func:`open_checkpoint`.
 
     Attributes
     ----------
     path : str
         As it was given.
     folder : str
-        Where its files are.
+        The folder of its files.
     files : tuple of str
         The safetensors files, absolute.
     index : str or None
-        The path of the index, where there is one.
+        The path of the index, if there is one.
     entries : mapping of str to Entry
-        Of every tensor of every file: dtype, shape, and the bytes it takes after the header.
+        The dtype, shape and position of every tensor of every file.
     shard : mapping of str to str
-        The file that each tensor is in.
+        The file of each tensor.
     data : dict of str to int
-        Where in each file the tensors begin.
+        The position in each file where the tensors begin.
     metadata : dict of str to mapping
-        The strings that each file's header has beside the tensors.
+        The metadata strings of each file's header.
     states : dict of str to list of int
-        The size, modification time and inode of each file, from before its header was read.
+        The size, modification time and inode of each file, recorded before its header was read.
 
     Examples
     --------
@@ -95,28 +95,28 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors."""
+        """Total bytes of all tensors."""
         starts, stops = self.entries.spans()
         return int((stops - starts).sum())
 
     def of_file(self, file: str) -> dict[str, Entry]:
-        """The tensors of one of the files, in the order of their bytes."""
+        """Return the tensors of one of the files, in the order of their bytes."""
         return dict(self.entries.of_file(self.files.index(file)))
 
     @functools.cached_property
     def config(self) -> dict[str, Any] | None:
-        """What ``config.json`` beside the files says, or None where there is none.
+        """The content of ``config.json`` next to the files; None if there is none.
 
         Raises
         ------
         FileError
-            If it is no JSON object, or longer than 2**24 bytes.
+            If it is not a JSON object, or is longer than 2**24 bytes.
         """
         path = os.path.join(self.folder, "config.json")
         return _json(path, MAX_CONFIG) if os.path.lexists(path) else None
 
     def array(self, name: str) -> np.ndarray:
-        """One tensor, read whole.
+        """Read a tensor.
 
         Parameters
         ----------
@@ -126,12 +126,12 @@ class Checkpoint:
         Returns
         -------
         ndarray
-            Little-endian; of bfloat16 its bits as uint16.
+            Little-endian; bfloat16 as uint16 bit patterns.
 
         Raises
         ------
         FileError
-            If its dtype is one that NumPy does not have, such as F8_E4M3, or the file cannot be read.
+            If NumPy lacks its dtype, such as F8_E4M3, or the file cannot be read.
         """
         file, entry = self.shard[name], self.entries[name]
         with file_error_context(file):
@@ -145,7 +145,7 @@ class Checkpoint:
                 raw.seek(self.data[file] + entry.start)
                 rest = made.reshape(-1).view(np.uint8).data
                 while rest:
-                    got = raw.readinto(rest)  # at most 2 GiB at a time, says Linux
+                    got = raw.readinto(rest)  # Linux reads at most 2 GiB at a time
                     if not got:
                         raise FileError(f"the file ended within {safe_repr(name)}, while it was read")
                     rest = rest[got:]
@@ -153,7 +153,7 @@ class Checkpoint:
 
 
 def file_state(path: str) -> list[int]:
-    """What changes when a file is written to or replaced: its size, modification time and inode."""
+    """Return a file's size, modification time and inode, which change when it is written to or replaced."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ino]
 
@@ -193,12 +193,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises
     ------
     FileError
-        If there is no such model, its files are damaged, or index and files disagree: the message says
-        which. No pickle is opened.
+        If there is no such model, its files are damaged, or index and files disagree; the message says which. Pickles
+        are never opened.
 
     Notes
     -----
-    Time and memory are those of the headers, whatever the size of the tensors.
+    Time and memory depend on the headers only, not on the size of the tensors.
 
     Examples
     --------
@@ -218,7 +218,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _main(folder: str) -> str:
-    """The file of a folder that is the model, or its index."""
+    """Return the name of the model's file or index in a folder."""
     names = sorted(os.listdir(folder))
     files = [name for name in names if name.endswith(SUFFIX)]
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
@@ -278,7 +278,7 @@ def _indexed(given: str, where: str) -> Checkpoint:
 
 
 def _places(index: Mapping[str, Any]) -> dict[str, str]:
-    """The file's name of each tensor, each a plain name in the index's own folder."""
+    """Return the file name of each tensor, checked to be a plain name in the index's own folder."""
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise FileError(f"is no index: its weight_map must be an object of tensors and files; got {safe_repr(places)}")

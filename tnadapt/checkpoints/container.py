@@ -1,10 +1,10 @@
-"""The safetensors container, read strictly. It knows nothing of adapters.
+"""Strict reader and writer of the safetensors container, independent of adapters.
 
-A file is the length of the header in 8 bytes, little-endian; the header, JSON of one object, padded with white space;
-and the tensors' bytes, little-endian, in C order, one after another. Under each tensor's name the header has
-``{"dtype": …, "shape": […], "data_offsets": [begin, end]}``, counted from the end of the header, and under
-``__metadata__`` an object of strings. Whatever is in a file, reading it gives arrays or a FileError, and
-nothing is allocated before it is known that its bytes are there.
+A file consists of the length of the header in 8 bytes, little-endian; the header, a JSON object padded with white
+space; and the tensors' bytes, little-endian, in C order, one after another. The header maps each tensor's name to
+``{"dtype": …, "shape": […], "data_offsets": [begin, end]}``, with offsets counted from the end of the header, and
+``__metadata__`` to an object of strings. Reading a file, whatever its content, yields arrays or raises a FileError, and
+memory for a tensor is allocated only once its bytes are known to be present.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ __all__ = [
     "serialized",
 ]
 
-#: Half of what safetensors itself allows. 100,000 tensors, as the largest models have, need some 15 MB.
+#: Half of what safetensors itself allows. The header of 100,000 tensors, as in the largest models, takes about 15 MB.
 MAX_HEADER = 1 << 26
-# What a file may claim beyond what the disk holds of it: this much more, and so many times as much, for file systems
-# that compress, or leave out zeros.
+# A file may claim up to _HOLES bytes more than _PACKED times the bytes allocated on disk, to allow for file systems
+# that compress or omit zeros.
 _HOLES, _PACKED = 1 << 26, 8
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a C-contiguous array, without a copy."""
+    """Return the bytes of a C-contiguous array, without a copy."""
     return array.reshape(-1).view(np.uint8).data
 
 
 class Container:
-    """An open safetensors file whose header has been read and holds together.
+    """An open safetensors file with a valid header.
 
     Attributes
     ----------
@@ -60,9 +60,9 @@ class Container:
         By the tensors' names, in the order of their bytes.
     metadata : mapping of str to str
     data : int
-        Where in the file the tensors begin.
+        Position in the file where the tensors begin.
     held : int
-        Bytes of it that the disk holds.
+        Bytes of the file that are allocated on disk.
     """
 
     def __init__(self, file: io.BufferedReader, size: int, foreign: bool = False, held: int | None = None) -> None:
@@ -75,13 +75,13 @@ class Container:
         self._size, self.held = size, size if held is None else held
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor of the file; little-endian, and of bfloat16 its bits as uint16."""
+        """Read a tensor as a little-endian array; bfloat16 as uint16 bit patterns."""
         entry = self.entries[name]
         if entry.dtype in FOREIGN:
             raise FileError(
                 f"{safe_repr(name)} is {entry.dtype}, which NumPy does not have: its bytes can be copied, no more"
             )
-        # All of the file, as whoever reads one of its tensors reads the others, too.
+        # Check the whole file, as a caller that reads one tensor reads the others as well.
         check_held(self._size, self.held, "the file", self._file)
         made = np.empty(entry.shape, raw_dtype(entry.dtype))
         self._file.seek(self.data + entry.start)
@@ -94,22 +94,24 @@ class Container:
 
 
 def held_bytes(state: os.stat_result) -> int:
-    """How many bytes of a file the disk holds; its size where the system does not say."""
+    """Return how many bytes of a file are allocated on disk; its size if the system does not tell."""
     return 512 * state.st_blocks if hasattr(state, "st_blocks") else state.st_size
 
 
 def check_held(claimed: int, held: int, what: str, file: io.BufferedReader | io.FileIO | None = None) -> None:
-    """A FileError for a size that is made of holes, which take no space on a disk and all of it in memory.
+    """Raise FileError for a file that consists of holes, which take no space on disk but their full size in memory.
 
     Parameters
     ----------
     claimed : int
+        The size that the file claims.
     held : int
-        As :func:`held_bytes` has it, which is too low for a file that ZFS has not committed yet, that is very
+        The result of :func:`held_bytes`, which is too low for a file that ZFS has not committed yet, that is highly
         compressible, or that lies on a server.
     what : str
+        Name of the file in messages.
     file : file, optional
-        Its data are added up where ``held`` is too low. Its position stays.
+        If ``held`` is too low, the data of this file are counted instead. Its position is unchanged.
 
     Examples
     --------
@@ -130,7 +132,7 @@ is holes, and was not read
 
 
 def _data_bytes(handle: int, enough: int) -> int:
-    """Bytes of a file outside of holes, counted up to ``enough``; its size where the system cannot tell."""
+    """Count the bytes of a file outside of holes, up to ``enough``; return its size if the system cannot tell."""
     size = os.fstat(handle).st_size
     if not hasattr(os, "SEEK_DATA"):
         return size
@@ -149,12 +151,12 @@ def _data_bytes(handle: int, enough: int) -> int:
 
 
 def path_of(value: Any) -> str:
-    """A path that can name a file, as a string.
+    """Return a path as a string.
 
     Raises
     ------
     FileError
-        If it cannot.
+        If the value cannot name a file.
 
     Examples
     --------
@@ -175,7 +177,7 @@ def path_of(value: Any) -> str:
 
 @contextlib.contextmanager
 def file_error_context(path: str) -> Iterator[None]:
-    """Whatever goes wrong within is a FileError that begins with the path."""
+    """Convert errors raised in the block to a FileError whose message begins with the path."""
     try:
         yield
     except TnadaptError as error:
@@ -190,26 +192,26 @@ def file_error_context(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(path: str, foreign: bool = False) -> Iterator[Container]:
-    """The container at a path.
+    """Open the container at a path.
 
     Parameters
     ----------
     path : str
     foreign : bool
-        Whether its tensors may have the dtypes of ``FOREIGN``, too.
+        Whether its tensors may also have the dtypes of ``FOREIGN``.
 
     Raises
     ------
     FileError
-        If there is no file, or it is none that holds together: the message says what it is instead.
+        If the path is not a valid safetensors file; the message says what it is instead.
     OSError
-        If it cannot be read.
+        If the file does not exist or cannot be read.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise FileError("is a folder; give the path of a file in it")
     if not stat.S_ISREG(mode):
-        # Opening a pipe would wait for somebody to write.
+        # Opening a pipe would block until somebody writes to it.
         raise FileError("is neither a file nor a folder")
     with open(path, "rb") as file:
         state = os.fstat(file.fileno())
@@ -217,7 +219,7 @@ def opened(path: str, foreign: bool = False) -> Iterator[Container]:
 
 
 def _header_length(head: bytes, size: int) -> int:
-    # The first bytes of a pickle can be those of a length, too; then the header's brace follows.
+    # The first bytes of a pickle may also be a valid length; in a safetensors file, the header's brace follows.
     pickled = head[:1] == b"\x80" and head[1:2] <= b"\x10"
     if head[8:9] != b"{" and (pickled or head[:4] == b"PK\x03\x04"):
         what = "a pickle" if pickled else "a zip archive, as torch.save makes it of a pickle"
@@ -238,7 +240,7 @@ def _header_length(head: bytes, size: int) -> int:
 
 
 def _check_cover(entries: Entries, size: int) -> None:
-    """The tensors follow each other from the first byte to the last."""
+    """Raise FileError unless the tensors follow each other without holes or overlaps and fill the file."""
     starts, stops = entries.spans()
     expected = np.concatenate([np.zeros(1, stops.dtype), stops[:-1]])
     wrong = np.flatnonzero(starts != expected[: len(starts)])
@@ -253,18 +255,18 @@ def _check_cover(entries: Entries, size: int) -> None:
 
 
 def serialized(tensors: Mapping[str, tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file.
+    """Return the bytes of a safetensors file.
 
     Parameters
     ----------
     tensors : mapping of str to (str, ndarray)
-        Dtype, one of ``DTYPES``, and the array in the form of :meth:`Container.array`.
+        The dtype, one of ``DTYPES``, and the array in the form that :meth:`Container.array` returns.
     metadata : mapping of str to str
-        Of several keys the order is not fixed: use one.
+        Use a single key for reproducible bytes: the order of several keys is not fixed.
     """
     import safetensors
 
-    # Up to 0.7 it takes bytes, from 0.8 on addresses; a C order array stays where it is while ``tensors`` lives.
+    # safetensors takes bytes up to release 0.7 and addresses from 0.8 on. ``tensors`` keeps the arrays alive meanwhile.
     spec = getattr(safetensors, "TensorSpec", None)
     given: dict[str, Any] = {}
     for name, (dtype, array) in tensors.items():

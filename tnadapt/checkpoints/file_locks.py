@@ -1,4 +1,4 @@
-"""Advisory locks on open files, which end with the process that holds them."""
+"""Advisory locks on open files, released when the process that holds them ends."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["HAS_LOCKS", "lock", "names_handle", "unlock"]
 def lock(handle: int, wait: bool = False) -> bool:
     """Lock an open file or folder exclusively.
 
-    Handles that were opened separately exclude each other, those of two threads too.
+    Separately opened handles exclude each other, even within one process.
 
     Parameters
     ----------
     handle : int
         A file descriptor.
     wait : bool
-        Whether to wait until it is free.
+        Whether to wait until the lock is free.
 
     Returns
     -------
     bool
-        False if somebody else holds the lock. True if it was taken, and also where the system or the file system has no
-        locks: callers must not rely on the lock alone.
+        False if another handle holds the lock. True if it was acquired, and also if the system or the file system has
+        no locks: callers must not rely on the lock alone.
 
     Examples
     --------
@@ -54,14 +54,14 @@ def lock(handle: int, wait: bool = False) -> bool:
 
 
 def unlock(handle: int) -> None:
-    """Release the lock now; closing the handle would not, while a forked child still has a copy of it."""
+    """Release the lock now. Closing the handle would not do so while a forked child still has a copy of it."""
     if HAS_LOCKS:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def names_handle(path: str, handle: int) -> bool:
-    """Whether a path still names the file that a handle has open: it may have been deleted and recreated."""
+    """Return whether a path still names the file of a handle: it may have been deleted and recreated."""
     try:
         named = os.lstat(path)
     except OSError:

@@ -1,6 +1,7 @@
-"""Which base model an adapter was trained on: a fingerprint of the weights that it updates.
+"""Fingerprints of the weights that an adapter updates, which identify its base model.
 
-The weights, each ``(rows, cols)`` as it was before any update, are one long vector w. Its fingerprint has two parts.
+The weights, each of shape ``(rows, cols)`` and as it was before any update, form one long vector w. Its fingerprint has
+two parts.
 
 **SHA-256**, for a base of the same dtype: of each weight's shape as the ASCII text ``rows,cols;`` followed by its
 elements, little-endian, in C order (bfloat16: its 16 bits).
@@ -10,18 +11,19 @@ elements, little-endian, in C order (bfloat16: its 16 bits).
     sketch[j] = sum of signs[i] * w[i] over i = j mod 8   /   sqrt(sum of all w[i]**2 / 8)
 
 with ``signs`` the Rademacher stream of :func:`tnadapt.algebra.rng.signs` for seed 0 and group 2**32 - 1 (which no
-adapter comes to), rounded to four decimals; all zero where every weight is. The sketches of two models without relation
-are standard normal numbers. Sketches match if the root mean square of their eight differences is at most ``TOLERANCE``.
+adapter uses), rounded to four decimals; all zero if every weight is zero. Sketches of unrelated models are standard
+normal numbers. Sketches match if the root mean square of their eight differences is at most
+``TOLERANCE``.
 
-*What rounding does.* Rounding to p significant bits moves an element by at most ``2**-p`` of itself, evenly spread:
-for the 8 bits of bfloat16 by 0.0015 of itself in root mean square where mantissas are spread as usual, and by 0.0023 at
-worst. The signs know nothing of the errors, so each sketch moves by a normal number of that standard deviation, and
-the squares of all eight make a chi-square number of 8 degrees of freedom. Their root mean square exceeds 0.005 with
-probability 4e-15, at worst 5e-6. float16 moves the sketches an eighth as far.
+*Effect of rounding.* Rounding to p significant bits changes an element by a relative error of at most ``2**-p``, evenly
+distributed. For the 8 bits of bfloat16, the root mean square is 0.0015 for the usual distribution of mantissas, and
+0.0023 at worst. The signs are independent of the errors, so each sketch changes by a normal number of that standard
+deviation, and the sum of the eight squares follows a chi-square distribution with 8 degrees of freedom. Their root mean
+square exceeds 0.005 with probability 4e-15, at worst 5e-6. float16 changes the sketches an eighth as much.
 
-*What a change does.* A change of relative norm ε moves each sketch by a normal number of standard deviation ε. Under
-another dtype it goes unnoticed with probability 0.50 for ε = 0.5 %, 0.018 for 1 %, 1.3e-4 for 2 % and 1e-7 for 5 %;
-under the same dtype, never.
+*Effect of a change of the weights.* A change of relative norm ε changes each sketch by a normal number of standard
+deviation ε. In another dtype it goes undetected with probability 0.50 for ε = 0.5 %, 0.018 for 1 %, 1.3e-4 for 2 % and
+1e-7 for 5 %; in the same dtype, never.
 """
 
 from __future__ import annotations
@@ -52,21 +54,21 @@ _PIECE = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What is known of a base model's weights without having them.
+    """A fingerprint of a base model's weights.
 
     Parameters
     ----------
     sha256 : str
         64 lower-case hexadecimal digits.
     dtype : {"float64", "float32", "float16", "bfloat16"}
-        What the weights were kept in.
+        The dtype of the weights.
     sketch : tuple of float
-        Eight numbers.
+        The eight numbers of the sketch.
 
     Raises
     ------
     ConfigError
-        If a field is none of that.
+        If a field is invalid.
 
     Examples
     --------
@@ -92,11 +94,11 @@ class Fingerprint:
         object.__setattr__(self, "sketch", tuple(float(number) for number in sketch))
 
     def matches(self, other: Fingerprint) -> bool:
-        """Whether both can be of one model: the same bits, or in two dtypes the same but for rounding."""
+        """Return whether both can belong to one model: the same bits, or equal up to rounding between two dtypes."""
         return self.difference(other) is None
 
     def difference(self, other: Fingerprint) -> str | None:
-        """In words what tells the two apart, or None where they match.
+        """Describe the difference between two fingerprints; return None if they match.
 
         Examples
         --------
@@ -118,20 +120,20 @@ class Fingerprint:
 
 
 def _finite(number: Any) -> bool:
-    # An integer of a thousand digits is no float, and says so by an error.
+    # The bound also excludes integers that are too large for a float.
     return isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 1e9
 
 
 def fingerprint(weights: Iterable[np.ndarray], dtype: str) -> Fingerprint:
-    """The fingerprint of a base model's weights.
+    """Compute the fingerprint of a base model's weights.
 
     Parameters
     ----------
     weights : iterable of ndarray, shape (rows, cols)
-        The weights that an adapter updates, in its order, as they are before the update; views of any strides.
+        The weights that an adapter updates, in its order, as they are before the update; views with any strides.
     dtype : {"float64", "float32", "float16", "bfloat16"}
-        Of the weights. NumPy has no bfloat16: give its bit patterns as uint16 (or arrays of the dtype that
-        ml_dtypes adds).
+        The dtype of the weights. NumPy lacks bfloat16: give its bit patterns as uint16 (or arrays of ml_dtypes'
+        bfloat16).
 
     Returns
     -------
@@ -142,11 +144,11 @@ def fingerprint(weights: Iterable[np.ndarray], dtype: str) -> Fingerprint:
     BackendError
         If an array is not of that dtype.
     ShapeError
-        If an array is no matrix, holds NaN or infinity, or there is none.
+        If an array is not a matrix or contains NaN or infinity, or there are no weights.
 
     Notes
     -----
-    One weight is looked at at a time, in pieces of 2**20 elements (or one row, if that is longer and not contiguous).
+    Weights are processed one at a time, in pieces of 2**20 elements (or one row, if that is longer and not contiguous).
 
     Examples
     --------
@@ -168,15 +170,15 @@ def fingerprint(weights: Iterable[np.ndarray], dtype: str) -> Fingerprint:
     if not position:
         raise ShapeError("there is no weight to take a fingerprint of")
     norm = math.sqrt(float(squares.sum()) / _SKETCHES)
-    # Adding 0.0 turns -0.0 into 0.0: one text for one number.
+    # Adding 0.0 turns -0.0 into 0.0, so that equal numbers have the same text.
     sketch = tuple(round(float(found) / norm, _DECIMALS) + 0.0 if norm else 0.0 for found in sums)
     return Fingerprint(digest.hexdigest(), dtype, sketch)
 
 
 def compare(known: Fingerprint, weights: Iterable[np.ndarray], dtype: str) -> str | None:
-    """In words what tells a base model's weights from those of a fingerprint, or None where they match.
+    """Describe the difference between a base model's weights and a fingerprint; return None if they match.
 
-    As ``known.difference(fingerprint(weights, dtype))``, but no sketch is computed where it is not looked at, which
+    Same as ``known.difference(fingerprint(weights, dtype))``, but without the sketch where it is not needed, which
     takes a tenth of the time.
 
     Parameters
@@ -213,7 +215,7 @@ def compare(known: Fingerprint, weights: Iterable[np.ndarray], dtype: str) -> st
 
 
 def _raw(weight: np.ndarray, dtype: str, what: str) -> np.ndarray:
-    """The matrix in a little-endian dtype that NumPy knows: bfloat16 as its bits."""
+    """Return the matrix in a little-endian NumPy dtype: bfloat16 as its bit patterns."""
     if not isinstance(weight, np.ndarray) or weight.ndim != 2:
         raise ShapeError(f"{what} must be a NumPy array of shape (rows, cols); got {_described(weight)}")
     accepted = ("uint16", "bfloat16") if dtype == "bfloat16" else (dtype,)
@@ -228,7 +230,7 @@ def _described(weight: Any) -> str:
 
 
 def _pieces(raw: np.ndarray) -> Iterator[np.ndarray]:
-    """A matrix as contiguous vectors, one after another, of no more elements than a piece."""
+    """Yield the elements of a matrix, in order, as contiguous vectors of at most one piece each."""
     rows = max(1, _PIECE // max(1, raw.shape[1]))
     for row in range(0, raw.shape[0], rows):
         block = np.ascontiguousarray(raw[row : row + rows]).reshape(-1)
@@ -238,17 +240,20 @@ def _pieces(raw: np.ndarray) -> Iterator[np.ndarray]:
 
 def _wide(piece: np.ndarray, dtype: str) -> NDArray[np.float64]:
     if dtype == "bfloat16":
-        # Its bits are the upper half of a float32's.
+        # The bits of a bfloat16 are the upper half of a float32.
         return (piece.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
     return piece.astype(np.float64)
 
 
 def _sums(values: NDArray[np.float64], position: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Signed sum and sum of squares of each of the eight classes; ``values`` begin at ``position`` of the vector."""
+    """Return the signed sum and the sum of squares of each of the eight index classes.
+
+    ``values`` begin at ``position`` of the long vector. They are laid out in a table of eight columns, one per class.
+    """
     skipped = position % _SKETCHES
     table = np.zeros((-(-(skipped + values.size) // _SKETCHES), _SKETCHES))
     table.reshape(-1)[skipped : skipped + values.size] = values
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller says which weight it was
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller names the weight in its error
         squares = (table * table).sum(axis=0)
         table.reshape(-1)[skipped : skipped + values.size] *= rng.signs(_SEED, _GROUP, position, position + values.size)
         return table.sum(axis=0), squares

@@ -1,4 +1,4 @@
-"""``tnadapt.info``: what is in an adapter file or a checkpoint, as JSON knows it."""
+"""``tnadapt.info``: a description of an adapter file or a checkpoint as JSON-compatible values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.roles import number
 from tnadapt.targets.target import Target
 
+from ._adapter_recipe import ENTRY, VERSION
 from .adapter_file import AdapterFile
-from .adapter_format import ENTRY, VERSION, likeness, read
+from .adapter_format import likeness, read
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import file_error_context, opened
 
@@ -22,29 +23,30 @@ __all__ = ["info"]
 
 
 def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
-    """What a file or folder is, without a framework and without its base model.
+    """Describe a file or folder, without a framework and without its base model.
 
     Parameters
     ----------
     path : path-like
         An adapter file or a folder with one, a checkpoint, or an adapter of another library.
     every : bool
-        Whether weights and tensors are listed one by one (``"every"``), not by kind alone.
+        Whether to list weights and tensors individually (key ``"every"``), in addition to the summary by kind.
 
     Returns
     -------
     dict
-        ``"kind"`` is "adapter", "checkpoint" or "other adapter"; the other keys belong to it. JSON can hold all.
+        ``"kind"`` is "adapter", "checkpoint" or "other adapter", on which the other keys depend. All values are
+        JSON-compatible.
 
     Raises
     ------
     FileError
-        If there is nothing there, or it is damaged.
+        If the path does not exist or is damaged.
 
     Notes
     -----
-    An adapter is read whole and checked as :func:`tnadapt.load` checks it, but for its draws, which are compared with
-    this machine's and told. Of a checkpoint the headers are read.
+    An adapter is read completely and checked like in :func:`tnadapt.load`, except that draws that differ from this
+    machine's are reported and are no error. For a checkpoint, only the headers are read.
 
     Examples
     --------
@@ -160,7 +162,7 @@ def _target(target: Target) -> dict[str, Any]:
 
 
 def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
-    """Targets that are alike but for the numbers in their paths."""
+    """Group targets that differ only in the numbers in their paths."""
     alike: dict[Any, list[Target]] = {}
     for target in targets:
         key = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", target.name)
@@ -172,7 +174,7 @@ def _grouped(targets: Iterable[Target]) -> list[dict[str, Any]]:
 
 
 def _pattern(names: list[str]) -> str:
-    """``layer.{0-2,5}.q`` of the names of four."""
+    """Return the common pattern of names, such as ``layer.{0-2,5}.q`` for four."""
     columns = list(zip(*(name.split(".") for name in names), strict=True))
     return ".".join(parts[0] if len(set(parts)) == 1 else f"{{{_ranges(parts)}}}" for parts in columns)
 

@@ -1,7 +1,7 @@
-"""Renames that never replace anything, and renames that exchange two names, each in one atomic step.
+"""Atomic renames that never replace anything, and atomic exchanges of two names.
 
-Linux has both in one system call, ``renameat2``, which Python does not offer. Elsewhere, and on file systems that lack
-it, :func:`rename_new` does the next best thing and :func:`exchange` says that it cannot.
+Linux provides both in one system call, ``renameat2``, which Python does not expose. On other systems, and on file
+systems that lack it, :func:`rename_new` approximates it and :func:`exchange` returns False.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable
 __all__ = ["exchange", "rename_new"]
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
-# How a kernel, a file system or a sandbox says that it lacks the call or the flag. On macOS ENOTSUP is another number
-# than EOPNOTSUPP.
+# Errors of kernels, file systems and sandboxes that lack the call or the flag. On macOS, ENOTSUP and EOPNOTSUPP are
+# different numbers.
 _LACKING = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EXDEV}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
@@ -33,7 +33,7 @@ def _system_call() -> Callable[..., int] | None:
 
 
 def _renameat2(source: str, target: str, flags: int) -> bool:
-    """Whether it was done; False where it is not to be had."""
+    """Call ``renameat2``; return False if it is not available."""
     call = _system_call()
     if call is None:
         return False
@@ -46,17 +46,17 @@ def _renameat2(source: str, target: str, flags: int) -> bool:
 
 
 def exchange(first: str, second: str) -> bool:
-    """Exchange what two paths name, atomically: nobody ever sees either of them missing.
+    """Exchange what two paths name, atomically: at no time is either of them missing.
 
     Returns
     -------
     bool
-        False where the system or the file system cannot; nothing has changed then.
+        False if the system or the file system does not support it. Nothing has changed then.
 
     Raises
     ------
     OSError
-        If it fails, FileNotFoundError if one of them is not there. Nothing has changed then.
+        If the exchange fails; FileNotFoundError if one of the paths does not exist. Nothing has changed then.
 
     Examples
     --------
@@ -69,20 +69,20 @@ def exchange(first: str, second: str) -> bool:
 
 
 def rename_new(source: str, target: str) -> None:
-    """Rename a file or a folder to a name that is free.
+    """Rename a file or a folder to a free name.
 
     Raises
     ------
     FileExistsError
-        If anything has that name, a dangling link too. Nothing has changed then.
+        If the name exists, even as a dangling link. Nothing has changed then.
     OSError
-        If it fails otherwise.
+        If the rename fails otherwise.
 
     Notes
     -----
-    Without ``renameat2``: a file is linked under its new name and unlinked under its old one. A folder is renamed,
-    which no system does onto a folder with files in it. Only on a file system without hard links (FAT) is there a
-    moment between looking whether a file's name is free and taking it.
+    Without ``renameat2``, a file is linked under its new name and unlinked under its old one, and a folder is renamed,
+    which fails on every system if the target is a folder with files in it. Only on a file system without hard links
+    (FAT) is there a gap between the check that a file's name is free and the rename.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""JSON of others, read strictly: an object, no key twice, only finite numbers, no file longer than it may be."""
+"""Strict reading of untrusted JSON: an object without duplicate keys, finite numbers only, files of limited size."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from tnadapt.errors import FileError, safe_repr
 
 __all__ = ["MAX_CONFIG", "json_file", "strict_json", "strict_value"]
 
-#: Bytes that settings of a model or an adapter may have: a slip or a hostile file has more.
+#: Maximum bytes of the settings of a model or an adapter; only a mistaken or hostile file is larger.
 MAX_CONFIG = 1 << 24
 
 
 def json_file(path: str, limit: int, what: str = "") -> dict[str, Any]:
-    """The JSON object of a file that has at most so many bytes; it takes the memory of those that it has.
+    """Return the JSON object in a file of at most ``limit`` bytes.
+
+    Memory is proportional to the actual size of the file.
 
     Parameters
     ----------
     path : str
     limit : int
+        Maximum size in bytes.
     what : str
-        How the message names it, where the path alone does not.
+        Name of the file in messages, if the path alone is not enough.
 
     Returns
     -------
@@ -32,7 +35,7 @@ def json_file(path: str, limit: int, what: str = "") -> dict[str, Any]:
     Raises
     ------
     FileError
-        If it is no regular file, is longer, or is no such JSON.
+        If it is not a regular file, is longer than ``limit``, or is not such a JSON object.
     OSError
         If it cannot be read.
 
@@ -45,7 +48,7 @@ def json_file(path: str, limit: int, what: str = "") -> dict[str, Any]:
     tnadapt.errors.FileError: is longer than 10 bytes, and was not read
     """
     named = f"{what} " if what else ""
-    # A pipe is none: opening it would wait for somebody to write.
+    # Opening a pipe would block until somebody writes to it.
     if os.path.exists(path) and not os.path.isfile(path):
         raise FileError(f"{named}is no file")
     with open(path, "rb") as file:
@@ -59,13 +62,13 @@ def json_file(path: str, limit: int, what: str = "") -> dict[str, Any]:
 
 
 def strict_json(text: str, what: str) -> dict[str, Any]:
-    """The JSON object of a text: no key twice, no NaN or infinity, nothing nested too deep.
+    """Return the JSON object in a text, without duplicate keys, NaN, infinity or excessive nesting.
 
     Parameters
     ----------
     text : str
     what : str
-        How the message names it.
+        Name of the text in messages.
 
     Returns
     -------
@@ -74,7 +77,7 @@ def strict_json(text: str, what: str) -> dict[str, Any]:
     Raises
     ------
     FileError
-        If it is no such JSON.
+        If the text is not such a JSON object.
 
     Examples
     --------
@@ -90,7 +93,7 @@ def strict_json(text: str, what: str) -> dict[str, Any]:
 
 
 def strict_value(text: str, what: str) -> Any:
-    """The JSON value of a text, under the rules of :func:`strict_json`.
+    """Return the JSON value in a text, under the rules of :func:`strict_json`.
 
     Examples
     --------
@@ -107,7 +110,7 @@ def strict_value(text: str, what: str) -> Any:
         return found
 
     def number(text: str) -> float:
-        value = float(text)  # 1e999 is infinity; so are the words that JSON does not have
+        value = float(text)  # 1e999 is infinity; NaN and Infinity, which JSON lacks, are parsed here, too
         if not math.isfinite(value):
             raise FileError(f"{what} has the number {safe_repr(text)}, which is not finite")
         return value

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tnadapt.checkpoints.adapter_file import summarize
-from tnadapt.errors import ConfigError, safe_repr
+from tnadapt.errors import ConfigError, safe_repr, summarize
 from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of

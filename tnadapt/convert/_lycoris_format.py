@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.checkpoints.adapter_file import summarize
 from tnadapt.checkpoints.container import DTYPES, Container
-from tnadapt.errors import ConfigError, FileError, safe_repr
+from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
 from ._base_model import Base, missing_base, target_of

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.checkpoints.adapter_file import summarize
 from tnadapt.checkpoints.container import DTYPES, Container, raw_dtype
-from tnadapt.errors import ConfigError, FileError, safe_repr
+from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tnadapt.checkpoints.adapter_file import summarize
-from tnadapt.errors import FileError, TnadaptError, safe_repr
+from tnadapt.errors import FileError, TnadaptError, safe_repr, summarize
 
 from ._data import Data, Labels, Samples
 from .archives import read_npz

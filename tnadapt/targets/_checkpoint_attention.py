@@ -1,7 +1,7 @@
-"""Queries, keys, values and outputs of every attention in a checkpoint, by the names and shapes of its tensors.
+"""Find the queries, keys, values and outputs of every attention in a checkpoint by tensor names and shapes.
 
-The counterpart of ``tnadapt.torch._attention_search``: the same names make an attention, and the same table places q, k
-and v in the rows of a fused weight. What a model shows by its classes, a checkpoint shows by paths.
+The counterpart of ``tnadapt.torch._attention_search``: the same names identify an attention, and the same table places
+q, k and v in the rows of a fused weight. Paths stand in for the classes that a model in memory has.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .target import ROLES, Rows, Target
 
 __all__ = ["StoredModel", "targets_of"]
 
-# No model nests its modules this deep, and the paths of all ancestors of a name take memory quadratic in its depth:
-# of a hostile name of 40 KB that is all dots, gigabytes.
+# No model nests its modules this deep. The paths of all ancestors of a name take memory quadratic in its depth:
+# gigabytes for a hostile name of 40 KB that consists of dots.
 _MAX_DEPTH = 64
 
 
 class StoredModel:
-    """What the headers of a checkpoint say.
+    """The tensors and module tree that a checkpoint's headers describe.
 
     Parameters
     ----------
@@ -54,7 +54,8 @@ class StoredModel:
     weights : dict of str to tuple of int
         The tensors that are weights of layers; others are biases, norms and tables.
     children : dict of str to dict of str to list of str
-        Of each module's path, the names of the children and parameters there; of each, the tensors at or below it.
+        Maps each module's path to the names of its children and parameters, and each of these to the tensors at or
+        below it.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | None) -> None:
@@ -71,25 +72,25 @@ class StoredModel:
                 self.children.setdefault(".".join(parts[:place]), {}).setdefault(child, []).append(name)
 
     def whole(self, name: str, role: str, layer: str) -> Target:
-        """A whole tensor as a target."""
+        """Return a whole tensor as a target."""
         module, _, parameter = name.rpartition(".")
         shape = self.weights[name]
         return Target(module, shape, role, parameter, None, is_transposed(name, shape, self.config), layer)
 
     def projections(self, path: str, child: str) -> list[str]:
-        """The weights of a projection that may be wrapped: one if it is the only one, or is called the projection."""
+        """Return the weights of a projection, which may be wrapped: just one if it is the only one or is named so."""
         found = [name for name in self.children[path][child] if _projects(self.weights.get(name))]
         return main_projection(found, _join(path, child), lambda name: name.removesuffix(".weight"))
 
     def outputs(self, path: str, names: frozenset[str]) -> list[str]:
-        """The weights of children of these names, where there is one weight in it."""
+        """Return the weights of the children with these names that hold exactly one weight."""
         found = [self.projections(path, child) for child in self.children.get(path, {}) if child in names]
         return [weights[0] for weights in found if len(weights) == 1]
 
 
 def _is_weight(name: str, shape: Sequence[int]) -> bool:
     parameter = name.rpartition(".")[2]
-    # An attention's own, such as in_proj_weight, is one too.
+    # A parameter of the attention itself, such as in_proj_weight, counts too.
     layer = parameter == "weight" or (
         parameter.endswith("_weight") and parse_projection_name(parameter, attention=True) is not None
     )
@@ -97,7 +98,7 @@ def _is_weight(name: str, shape: Sequence[int]) -> bool:
 
 
 def _projects(shape: tuple[int, ...] | None) -> bool:
-    # A depthwise convolution does not.
+    # A depthwise convolution is no projection.
     return shape is not None and (len(shape) == 2 or shape[1] > 1 or shape[0] == 1)
 
 
@@ -111,7 +112,7 @@ class _StoredAttention(NamedTuple):
 
 
 def targets_of(model: StoredModel, roles: str) -> list[Target]:
-    """Each weight, or part of one, that makes one of the roles.
+    """Return every weight, or part of one, that produces one of the roles.
 
     Parameters
     ----------
@@ -127,7 +128,7 @@ def targets_of(model: StoredModel, roles: str) -> list[Target]:
     Raises
     ------
     LayoutError
-        If a weight makes several and the layout is not known, or what makes a letter is not clear.
+        If a weight produces several roles in an unknown layout, or it is ambiguous which weight produces a role.
 
     Examples
     --------
@@ -169,13 +170,13 @@ def _attentions(model: StoredModel) -> Iterator[_StoredAttention]:
 
 
 def _is_attention(path: str) -> bool:
-    """Whether a module is called an attention, or is inside one as in BERT's attention.self and XLM's attentions.3."""
+    """Return whether a module is named as an attention, or lies in one: BERT's attention.self, XLM's attentions.3."""
     above, _, last = path.rpartition(".")
     return is_attention(last) or ((last == "self" or last.isdecimal()) and is_attention(above.rpartition(".")[2]))
 
 
 def _called(model: StoredModel, path: str, named: bool) -> list[_Input]:
-    """What of a module's own parameters and children is called a projection to q, k or v."""
+    """Return the parameters and children of a module that are named as projections to q, k or v."""
     found = []
     for child in model.children[path]:
         says = parse_projection_name(child, named)
@@ -186,7 +187,7 @@ def _called(model: StoredModel, path: str, named: bool) -> list[_Input]:
 
 
 def _check_clear(model: StoredModel, attention: _StoredAttention, roles: str) -> None:
-    """Raise if a wanted letter is made in a way that is not understood."""
+    """Raise an error if it is ambiguous which weight produces a requested role."""
     path = attention.path
     unclear = unclear_children(
         attention.inputs, model.children[path], lambda child: bool(model.projections(path, child))

@@ -1,8 +1,8 @@
-"""Rows of q, k and v in a fused weight of a checkpoint, by its ``config.json``, its name and what lies beside it.
+"""Locate q, k and v in a checkpoint's fused weight by its name, ``config.json`` and neighbouring tensors.
 
-A checkpoint says less than a model: it has no classes. The table of layouts is asked by model type. Where that says
-nothing, the name of the weight decides, but only if no entry of the table has a weight that looks the same; else it is
-refused, and the message says what is missing.
+A checkpoint has no classes, so the table of layouts is searched by model type. If that finds nothing, the name of the
+weight decides, unless some entry of the table has a weight that looks the same. Then the weight is rejected with a
+message that says what is missing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 from tnadapt.errors import safe_repr
 
-from .attention_layouts import TRANSPOSED, StoredWeight, by_name, contested, of_config
+from ._fused_table import TRANSPOSED
+from .attention_layouts import StoredWeight, by_name, contested, of_config
 from .fused_rows import Facts, Fused, LayoutError, place_rows
 from .target import Rows
 
@@ -21,12 +22,12 @@ __all__ = ["is_transposed", "stored_rows"]
 
 Config = Mapping[str, Any]
 
-# The layers of these models that are Conv1D; their heads and embeddings are none.
+# The Conv1D layers of these models; heads and embeddings are stored as usual.
 _CONV1D = [["c_attn"], ["q_attn"], ["c_proj"], ["c_fc"]]
 
 _WHICH_PART = "config.json has several parts, and the name does not say to which it belongs"
 
-# What a part of a model is called in its config, and in the names of its weights.
+# Maps the name of a model's part in its config to the words for it in the names of weights.
 _WORDS = {
     "text": {"text", "language", "llm"},
     "llm": {"text", "language", "llm"},
@@ -40,13 +41,13 @@ _WORDS = {
 def stored_rows(
     name: str, stored: StoredWeight, fused: Fused, cols: int, config: Config | None
 ) -> dict[str, Rows | None]:
-    """Which rows of a fused weight make q, k and v.
+    """Return the rows of a fused weight that produce q, k and v.
 
     Parameters
     ----------
     name : str
-        The tensor's name, for the message and for which part of the config it belongs to.
-    stored : Stored
+        The tensor's name. It appears in messages and selects the part of the config.
+    stored : StoredWeight
     fused : Fused
     cols : int
         Columns of the weight.
@@ -55,12 +56,12 @@ def stored_rows(
     Returns
     -------
     dict of str to Rows or None
-        For each letter; None where the whole weight makes it.
+        By letter; None where the whole weight produces it.
 
     Raises
     ------
     LayoutError
-        If the layout does not follow.
+        If the layout cannot be determined.
     """
     found: list[dict[str, Rows | None]] = []
     reasons: list[str] = []
@@ -85,7 +86,7 @@ def stored_rows(
 
 
 def is_transposed(name: str, shape: tuple[int, ...], config: Config | None) -> bool:
-    """Whether a matrix is stored as (in, out), as transformers' Conv1D does.
+    """Return whether a matrix is stored as (in, out), as transformers' Conv1D does.
 
     Examples
     --------
@@ -114,7 +115,7 @@ def _rows(stored: StoredWeight, fused: Fused, cols: int, config: Config, given: 
         rule(Facts(lookups, "config.json lacks" if given else "without a config.json, there is no"), fused), fused
     )
     if entry is None and fused.letters == "qkv" and fused.o_in is None:
-        # No output projection to check the sizes with.
+        # There is no output projection to check the sizes against.
         equal = len({one.length for one in rows.values() if one is not None}) == 1
         if equal and fused.out != 3 * cols and _has_no_heads(config):
             raise LayoutError("no output projection and no numbers of heads tell its sizes")
@@ -137,7 +138,7 @@ def _parts_for(name: str, config: Config) -> list[Config]:
 
 
 def _nested(config: Config) -> Iterator[tuple[str, Config]]:
-    """The models that a config is made of, by what they are called there."""
+    """Yield the nested configs of a config's sub-models, with their keys."""
     for key, part in config.items():
         if isinstance(part, Mapping) and (part.get("model_type") or Facts([part.get], "").heads):
             yield key.removesuffix("_config"), part

@@ -1,11 +1,11 @@
-"""The ways in which libraries lay q, k and v out in the rows of one weight.
+"""Rules for how libraries lay out q, k and v in the rows of one weight.
 
-A rule maps the sizes of one attention and a fused weight to blocks of rows. Which attention follows which rule is in
-``tnadapt.targets.attention_layouts``.
+A rule maps the sizes of an attention and a fused weight to blocks of rows. ``tnadapt.targets.attention_layouts`` finds
+the rule of an attention.
 
-The same shape fits several layouts: 3d rows are q, k and v one after another, or head by head. An adapter on the wrong
-rows trains and merges without any error, only worse. So a rule takes what it needs from the model's own sizes, checks
-it against any other size that is known, and raises a ``LayoutError`` rather than assume.
+One shape fits several layouts: 3d rows may hold q, k and v one after another, or head by head. An adapter on the wrong
+rows trains and merges without an error, only with worse results. A rule therefore takes sizes from the model itself,
+checks them against every other known size, and raises a ``LayoutError`` instead of guessing.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ Rule = Callable[[Facts, Fused], Blocks]
 
 
 def concatenated(facts: Facts, fused: Fused) -> Blocks:
-    """q, then k, then v: sizes by the head counts where keys have fewer, else equal parts.
+    """Place q, then k, then v: sized by the head counts if there are fewer key-value heads, otherwise equal parts.
 
-    The output projection takes what the query heads give, so its columns must be as many as the rows of q.
+    The output projection consumes the output of the query heads, so it has as many columns as q has rows.
     """
     letters, out = fused.letters, fused.out
     if letters != "qkv":
-        # Two letters are as wide as each other, and separate queries (or the output's columns) a multiple of that:
-        # grouped keys and values are narrower than the queries, never wider.
+        # Both letters have the same width, and separate queries (or the output's columns) a multiple of it: grouped
+        # keys and values are narrower than the queries, never wider.
         half = out // 2
         if half == 0 or any(size is not None and size % half for size in (fused.q_out, fused.o_in)):
             raise LayoutError("the sizes do not follow from the numbers that are known")
         return 1, [(letter, half) for letter in letters]
     heads, kv_heads = facts.heads, facts.kv_heads
     if heads is not None and kv_heads is not None and kv_heads != heads:
-        # Some models have heads that are wider than hidden size / heads. The sum below rejects a head size that is not
-        # that of this weight.
+        # Some models have heads wider than hidden size / heads. The check of the sum below rejects a head size that
+        # does not belong to this weight.
         size = facts.head_size or out // (heads + 2 * kv_heads)
         sizes = [heads * size, kv_heads * size, kv_heads * size]
     else:
@@ -50,19 +50,19 @@ def concatenated(facts: Facts, fused: Fused) -> Blocks:
 
 
 def by_head(facts: Facts, fused: Fused) -> Blocks:
-    """Head by head, each with its q, k and v of one size.
+    """Place q, k and v head by head, all of one size.
 
-    Megatron's layout, and that of models trained with it: a shard of the rows holds whole heads, so that tensor
-    parallelism cuts one matrix.
+    The layout of Megatron and of models trained with it: each shard of the rows holds whole heads, so that tensor
+    parallelism can split a single matrix.
     """
     heads = facts.need_heads()
     return heads, [(letter, fused.out // (len(fused.letters) * heads)) for letter in fused.letters]
 
 
 def by_group(facts: Facts, fused: Fused) -> Blocks:
-    """Key-value head by key-value head, each after the queries that use it.
+    """Place each key-value head after the queries that share it.
 
-    :func:`by_head` for grouped queries: a shard holds a key-value head with all its queries.
+    :func:`by_head` for grouped queries: a shard holds a key-value head together with its queries.
     """
     heads, kv_heads = facts.need_heads(), facts.need_kv_heads()
     if heads % kv_heads:
@@ -72,7 +72,7 @@ def by_group(facts: Facts, fused: Fused) -> Blocks:
 
 
 def thirds(facts: Facts, fused: Fused) -> Blocks:
-    """Three equal parts, one a letter, whatever the numbers of heads say."""
+    """Place three equal parts, one per letter, regardless of the numbers of heads."""
     size = fused.out // 3
     if len(fused.letters) != 3 or fused.out % 3 or fused.o_in not in (None, size):
         raise LayoutError("3 equal parts were expected")
@@ -80,12 +80,12 @@ def thirds(facts: Facts, fused: Fused) -> Blocks:
 
 
 def falcon(facts: Facts, fused: Fused) -> Blocks:
-    """By group in the new architecture, else as :func:`multi_query`."""
+    """Apply :func:`by_group` in the new decoder architecture, otherwise :func:`multi_query`."""
     return by_group(facts, fused) if facts.flag("new_decoder_architecture") else multi_query(facts, fused)
 
 
 def multi_query(facts: Facts, fused: Fused) -> Blocks:
-    """All queries, then one head of keys and one of values; or head by head, if a flag says so."""
+    """Place all queries, then one head of keys and one of values; or head by head if a flag says so."""
     if fused.letters != "qkv":
         return concatenated(facts, fused)  # GPT-BigCode's cross-attention
     if not facts.flag("multi_query"):
@@ -96,9 +96,9 @@ def multi_query(facts: Facts, fused: Fused) -> Blocks:
 
 
 def glm(facts: Facts, fused: Fused) -> Blocks:
-    """ChatGLM: head by head in the first release and without multi-query attention, else one after another."""
+    """ChatGLM: head by head in the first release and without multi-query attention, otherwise q, then k, then v."""
     heads = facts.need("num_attention_heads_per_partition", "num_attention_heads")
-    # The first release predates that setting; it can be recognised by one that later releases dropped.
+    # The first release predates that setting; it is recognized by one that later releases dropped.
     first = facts.value("multi_query_attention") is None and facts.value("position_encoding_2d") is not None
     if first or not facts.flag("multi_query_attention"):
         return heads, [(letter, fused.out // (3 * heads)) for letter in fused.letters]
@@ -108,22 +108,22 @@ def glm(facts: Facts, fused: Fused) -> Blocks:
 
 
 def code_gen(facts: Facts, fused: Fused) -> Blocks:
-    """CodeGen and MOSS: in the shards of their training, always four, and with v before k."""
-    # The shards are those of the TPU that it was trained on. transformers has the number as a constant in its code, not
-    # in the config.
+    """CodeGen and MOSS: divided into the shards used in training (always four), with v before k."""
+    # The shards are those of the TPU that the model was trained on. transformers hard-codes their number; the config
+    # lacks it.
     shards = facts.number("mp_num") or 4
     return shards, [(letter, fused.out // (3 * shards)) for letter in "qvk"]
 
 
 def levit(facts: Facts, fused: Fused) -> Blocks:
-    """Head by head, v wider than q and k; its width is what is left of the rows."""
+    """Place q, k and v head by head, where v is wider than q and k and takes the remaining rows."""
     heads, key = facts.need_heads(), facts.need("key_dim")
     value = fused.out // heads - key * (len(fused.letters) - 1)
     return heads, [(letter, value if letter == "v" else key) for letter in fused.letters]
 
 
 def delta_rule(facts: Facts, fused: Fused) -> Blocks:
-    """Gated delta rule: keys and values in head counts of their own; with a gate, key head by key head."""
+    """Gated delta rule: keys and values have different head counts; with a gate, laid out by key head."""
     heads, key = facts.need("num_k_heads", "linear_num_key_heads"), facts.need("head_k_dim", "linear_key_head_dim")
     value = facts.need("num_v_heads", "linear_num_value_heads") * facts.need("head_v_dim", "linear_value_head_dim")
     if fused.out == 2 * heads * key + value:
@@ -132,10 +132,10 @@ def delta_rule(facts: Facts, fused: Fused) -> Blocks:
 
 
 def sized(sizes: str, count: int | None = 1) -> Rule:
-    """A layout from the names that hold its sizes, such as ``"q=dim_q k=dim_q v=*"``.
+    """Return a rule defined by the names of its sizes, such as ``"q=dim_q k=dim_q v=*"``.
 
-    ``*`` is what is left, a number is itself, and ``-`` for a letter is none of q, k and v. With a count of None, the
-    number of blocks follows from the rows.
+    ``*`` stands for the remaining rows, a number for itself, and the letter ``-`` for rows that are none of q, k and v.
+    With a count of None, the number of blocks follows from the number of rows.
     """
 
     def rule(facts: Facts, fused: Fused) -> Blocks:
@@ -161,7 +161,7 @@ def head_first(facts: Facts, fused: Fused) -> Blocks:
 
 
 def global_window(facts: Facts, fused: Fused) -> Blocks:
-    """GC ViT, whose queries come from elsewhere in every second block, under the same name."""
+    """GC ViT: every second block takes its queries from elsewhere, and ``qkv`` holds only k and v."""
     half = fused.out // 2
     return (1, [("k", half), ("v", half)]) if facts.flag("use_global") else concatenated(facts, fused)
 
@@ -172,13 +172,13 @@ def lambda_layer(facts: Facts, fused: Fused) -> Blocks:
 
 
 def linear_attention(facts: Facts, fused: Fused) -> Blocks:
-    """MobileViT v2: one row of q for all."""
+    """MobileViT v2: a single row of q."""
     size = (fused.out - 1) // 2
     return 1, [("q", 1), ("k", size), ("v", size)]
 
 
 def in_split(facts: Facts, fused: Fused) -> Blocks:
-    """Blocks that make the MLP's input in the same product."""
+    """Blocks that compute the MLP's input in the same product, in front of q, k and v."""
     sizes = facts.value("in_split")
     if not isinstance(sizes, (list, tuple)) or len(sizes) != 4:
         raise LayoutError("there is no list of four sizes, in_split")
@@ -186,7 +186,7 @@ def in_split(facts: Facts, fused: Fused) -> Blocks:
 
 
 def guided(facts: Facts, fused: Fused) -> Blocks:
-    """OpenAI's diffusion models: a module without weights, beside the fused one, says whether heads come first."""
+    """OpenAI's diffusion models: a sibling module without weights determines whether heads come first."""
     inner = facts.value("attention")
     if type(inner).__name__ != "QKVAttentionLegacy":
         return concatenated(facts, fused)
@@ -194,5 +194,5 @@ def guided(facts: Facts, fused: Fused) -> Blocks:
 
 
 def latent(facts: Facts, fused: Fused) -> Blocks:
-    """Latent attention: head by head, the part of the keys without position, then the values."""
+    """Latent attention: head by head, first the part of the keys without positions, then the values."""
     return sized("k=qk_nope_head_dim v=v_head_dim", count=None)(facts, fused)

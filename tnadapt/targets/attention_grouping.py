@@ -1,8 +1,7 @@
-"""How names that lie beside each other become the projections of one attention.
+"""Rules that group sibling names into the projections of one attention.
 
-A model in memory shows modules, a checkpoint shows the paths of tensors; what counts as the weights of a projection is
-asked of either in its own way. The rules here are the same for both, so that an adapter finds the same weights of a
-model and of its checkpoint.
+A model in memory has modules and a checkpoint has tensor paths, so each finds the weights of a projection differently.
+The rules here are shared by both, so that an adapter finds the same weights in a model and in its checkpoint.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ __all__ = ["PARENT_OUTPUTS", "Called", "distinct_rows", "main_projection", "sett
 
 Weight = TypeVar("Weight")
 
-# A child's or parameter's name, what the name says, and the weights in it.
+# The name of a child or parameter, the parsed name, and the weights in it.
 Called = tuple[str, ProjectionName, list[Weight]]
 
-# BERT's way: the attention's parent has the output projection, in output.dense. Called so in a parent that is itself an
-# attention only: elsewhere these are the MLP's.
+# In BERT, the attention's parent holds the output projection, output.dense. These names count only in a parent that is
+# itself an attention: elsewhere they belong to the MLP.
 PARENT_OUTPUTS = frozenset({"output", "out_proj", "dense"})
 
-# What the projection is called inside a module that is more than it.
+# Names of the projection inside a module that wraps it.
 _PROJECTIONS = ("linear", "proj", "projection")
 
 
 def main_projection(found: Sequence[Weight], path: str, path_of: Callable[[Weight], str]) -> list[Weight]:
-    """Of the weights at or below a path, the one that is called the projection; all if there is no such one.
+    """Return the weight at or below a path that is named as the projection; all weights if there is not exactly one.
 
     Parameters
     ----------
@@ -37,7 +36,7 @@ def main_projection(found: Sequence[Weight], path: str, path_of: Callable[[Weigh
         Weights of any kind.
     path : str
     path_of : callable
-        The path of the module that holds a weight.
+        Returns the path of the module that holds a weight.
 
     Examples
     --------
@@ -50,7 +49,7 @@ def main_projection(found: Sequence[Weight], path: str, path_of: Callable[[Weigh
 
 
 def settled_names(found: Sequence[Called[Weight]]) -> list[Called[Weight]]:
-    """What each name makes, where the names beside it decide that.
+    """Resolve names whose letters depend on the sibling names.
 
     Examples
     --------
@@ -61,11 +60,11 @@ def settled_names(found: Sequence[Called[Weight]]) -> list[Called[Weight]]:
     """
     settled = list(found)
     if any(says.letters == "q" for _, says, _ in settled):
-        # GPT-2's cross-attention: c_attn makes q, k and v, but only k and v where queries are made by q_attn.
+        # GPT-2: c_attn produces q, k and v, but in cross-attention only k and v, as q_attn produces the queries.
         settled = [
             (child, says._replace(letters="kv") if child == "c_attn" else says, ws) for child, says, ws in settled
         ]
-    # in_proj does not say what it makes. Beside projections that do, it is the way in of something else.
+    # The name in_proj does not say what it produces. Next to explicit projections it is the input of something else.
     separate = [entry for entry in settled if entry[1].family not in ("in_proj", "in_proj_weight")]
     return separate or settled
 
@@ -73,23 +72,23 @@ def settled_names(found: Sequence[Called[Weight]]) -> list[Called[Weight]]:
 def unclear_children(
     inputs: Sequence[Called[Weight]], children: Iterable[str], holds_weights: Callable[[str], bool]
 ) -> list[tuple[str, str]]:
-    """Children of an attention that seem to make some of q, k and v, and with which weight is not known.
+    """Return the children of an attention that seem to produce q, k or v with a weight that cannot be determined.
 
-    They hold several weights, or only half of their name is understood and a letter of it is made by nothing else.
+    They hold several weights, or only part of their name is understood and nothing else produces its letter.
 
     Parameters
     ----------
-    inputs : sequence of (str, Name, list)
-        What is understood.
+    inputs : sequence of (str, ProjectionName, list)
+        The projections whose names are understood.
     children : iterable of str
         All names in the attention.
     holds_weights : callable
-        Whether a child of such a name is a projection at all.
+        Returns whether a child of a given name is a projection at all.
 
     Returns
     -------
     list of (str, str)
-        Names, and the letters that they seem to make.
+        Names and the letters that they seem to produce.
 
     Examples
     --------
@@ -108,7 +107,7 @@ def unclear_children(
 
 
 def distinct_rows(letters: Iterable[str], rows: Mapping[str, Rows | None]) -> Iterator[tuple[str, Rows | None]]:
-    """The letters of a weight that are to be adapted, and their rows; of several that share their rows, the first.
+    """Yield the letters of a weight to adapt, with their rows; for letters that share rows, only the first.
 
     Examples
     --------

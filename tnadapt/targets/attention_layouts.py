@@ -1,19 +1,15 @@
-"""One table of the fused attention weights that are known, for models in memory and checkpoints on disk alike.
+"""Lookup and registration of the layouts of fused attention weights, for models in memory and checkpoints on disk.
 
-An entry says how a layout is recognised in torch (by the class of the attention), how it is recognised in a checkpoint
-(by ``model_type`` or timm's ``architecture``, and the weight's name), and which rule places q, k and v in the rows. A
-lookup that finds nothing gives None, and never a layout that might fit. Another package adds entries by
-:func:`register_layout`. What may be assumed of a weight that no entry
-knows is decided by its name alone, in :func:`by_name`.
-
-Each entry was read in its library's source; the tests show of each that moving the rows of one of q, k and v moves
-that one and no other in what the attention computes.
+An entry says how to recognize a layout in torch (by the class of the attention) and in a checkpoint (by ``model_type``
+or timm's ``architecture``, and the weight's name), and which rule places q, k and v in the rows. A lookup returns None
+if nothing matches, never a layout that merely might fit. ``tnadapt.targets._fused_table`` has the built-in entries;
+other packages add theirs with :func:`register_layout`. For a weight without an entry, :func:`by_name` decides by the
+name alone what can be assumed.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tnadapt.errors import ConfigError, safe_repr
@@ -21,11 +17,11 @@ from tnadapt.plugins import checked_name, load_plugins
 
 from . import _fused_rules as rules
 from ._fused_rules import Rule
+from ._fused_table import TABLE, AttentionLayout, StoredWeight
 from .roles import parse_projection_name
 
 __all__ = [
     "TABLE",
-    "TRANSPOSED",
     "AttentionLayout",
     "StoredWeight",
     "by_name",
@@ -37,243 +33,11 @@ __all__ = [
     "rules",
 ]
 
-# Model types of transformers whose linear layers are stored as (in, out).
-TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredWeight:
-    """A fused weight as a checkpoint shows it.
-
-    Parameters
-    ----------
-    name : str
-        Its name in the attention, without ``weight``: ``"qkv_proj"``.
-    below : str
-        What lies between that and the tensor, where the projection is wrapped: ``"convolution"``.
-    beside : collection of str
-        The other children and parameters of the attention.
-    ndim : int
-    """
-
-    name: str
-    below: str = ""
-    beside: Collection[str] = ()
-    ndim: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionLayout:
-    """One entry of the table.
-
-    Parameters
-    ----------
-    rule : callable
-        From :mod:`tnadapt.targets._fused_rules`: sizes and a weight to blocks of rows.
-    weights : tuple of str
-        What the fused weight is called in the attention.
-    classes : tuple of str
-        Names of the attention's class, with its module where the name alone is a common one.
-    model_types : tuple of str
-        Of ``config.json``. None: the checkpoint does not have the sizes that the rule needs.
-    architectures : tuple of str
-        Beginnings of the ``architecture`` in timm's ``config.json``.
-    attributes : tuple of str
-        What a module must have besides: for names of classes that several libraries use, or instead of them.
-    settings : tuple of str
-        What ``config.json`` has, instead of a model type: for a weight that whole families share.
-    beside : tuple of str
-        In a checkpoint, at least one of these lies beside the weight; any checkpoint if empty.
-    ndim : tuple of int
-        Of the stored tensor: 2 for linear layers, more for convolutions.
-    """
-
-    rule: Rule
-    weights: tuple[str, ...]
-    classes: tuple[str, ...] = ()
-    model_types: tuple[str, ...] = ()
-    architectures: tuple[str, ...] = ()
-    attributes: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    ndim: tuple[int, ...] = (2,)
-
-    def may_be(self, stored: StoredWeight) -> bool:
-        """Whether a weight of a checkpoint looks like this one."""
-        return (
-            stored.name in self.weights
-            and stored.ndim in self.ndim
-            and (not self.beside or any(name in stored.beside for name in self.beside))
-        )
-
-
-_GPT2 = (
-    "GPT2Attention", "ImageGPTAttention", "DecisionTransformerGPT2Attention", "BarkSelfAttention", "QWenAttention",
-)  # fmt: skip
-_QKV = ("query_key_value",)
-
-TABLE: tuple[AttentionLayout, ...] = (
-    # -- transformers, and models that bring their own code: one after another, whatever their names suggest
-    AttentionLayout(rules.concatenated, ("c_attn",), _GPT2, (*sorted(TRANSPOSED), "qwen")),
-    AttentionLayout(
-        rules.concatenated,
-        ("qkv_proj",),
-        ("Phi3Attention", "Phi4MultimodalAttention"),
-        ("phi3", "phi3_v", "phi3small", "phi4_multimodal", "phi4mm"),
-    ),
-    AttentionLayout(rules.concatenated, ("Wqkv",), ("DbrxAttention", "MptAttention"), ("dbrx", "mpt")),
-    AttentionLayout(rules.thirds, ("Wqkv",), ("ModernBertAttention",), ("modernbert", "modernbert-decoder")),
-    AttentionLayout(rules.concatenated, ("W_pack",), ("BaichuanAttention",), ("baichuan",)),
-    AttentionLayout(rules.concatenated, ("qkv",), ("Exaone4_5_VisionAttention",), ("exaone4_5_vision",)),
-    # -- head by head
-    AttentionLayout(
-        rules.by_head,
-        _QKV,
-        ("BloomAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "PersimmonAttention"),
-        ("bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"),
-    ),
-    AttentionLayout(rules.by_head, ("in_proj",), ("DisentangledSelfAttention",), ("deberta",)),
-    AttentionLayout(
-        rules.by_head,
-        ("qkv_proj",),
-        ("MiniMaxLightningAttention",),
-        ("minimax", "minimax_text_01", "MiniMaxText01"),
-        beside=("output_gate",),
-    ),
-    AttentionLayout(rules.by_head, ("linear_kv",), ("EsmFoldInvariantPointAttention",)),
-    # -- by the numbers of heads and flags
-    AttentionLayout(rules.falcon, _QKV, ("FalconAttention",), ("falcon",)),
-    AttentionLayout(rules.by_group, _QKV, model_types=("RefinedWeb",)),
-    AttentionLayout(rules.multi_query, _QKV, model_types=("RefinedWebModel",)),
-    AttentionLayout(rules.multi_query, ("c_attn",), ("GPTBigCodeAttention",), ("gpt_bigcode",)),
-    AttentionLayout(rules.by_group, ("wqkv",), ("InternLM2Attention",), ("internlm2",)),
-    AttentionLayout(
-        rules.glm,
-        _QKV,
-        ("SelfAttention",),
-        ("chatglm",),
-        attributes=("hidden_size_per_attention_head", "num_attention_heads_per_partition"),
-    ),
-    AttentionLayout(
-        rules.code_gen, ("qkv_proj",), ("CodeGenAttention", "MossAttention"), ("codegen", "moss"), beside=("out_proj",)
-    ),
-    AttentionLayout(
-        rules.latent,
-        ("kv_b_proj",),
-        attributes=("qk_nope_head_dim", "v_head_dim"),
-        settings=("qk_nope_head_dim", "v_head_dim"),
-    ),
-    AttentionLayout(
-        rules.delta_rule,
-        ("in_proj_qkv", "in_proj_qkvz"),
-        attributes=("num_k_heads", "head_k_dim"),
-        settings=("linear_num_key_heads", "linear_key_head_dim"),
-    ),
-    AttentionLayout(
-        rules.levit,
-        ("queries_keys_values", "keys_values"),
-        ("LevitAttention", "LevitAttentionSubsample"),
-    ),
-    AttentionLayout(
-        rules.linear_attention, ("qkv_proj",), ("MobileViTV2LinearSelfAttention",), ("mobilevitv2",), ndim=(4,)
-    ),
-    # -- one weight for two letters, the same numbers
-    AttentionLayout(rules.shared, ("query_key",), ("LSHSelfAttention",), ("reformer",)),
-    AttentionLayout(rules.shared, ("kv_proj", "wkv"), ("DeepseekV4Attention",), ("deepseek_v4",)),
-    # -- stored in an order that no model in memory has
-    AttentionLayout(rules.reordered, ("wqkv",), model_types=("kimi_k25",)),
-    AttentionLayout(rules.reordered, ("in_proj_weight",), model_types=("step3p5_vision", "step3p7", "step3p7_vision")),
-    # -- timm
-    AttentionLayout(
-        rules.levit,
-        ("qkv", "kv"),
-        (
-            "timm.models.levit.Attention",
-            "timm.models.levit.AttentionDownsample",
-            "timm.models.efficientformer.Attention",
-            "timm.models.tiny_vit.Attention",
-        ),
-        architectures=("levit", "efficientformer_l", "tiny_vit"),
-        beside=("attention_biases",),
-        ndim=(2, 4),
-    ),
-    AttentionLayout(
-        rules.head_first,
-        ("qkv",),
-        (
-            "timm.models.maxxvit.Attention2d",
-            "timm.models.maxxvit.AttentionCl",
-            "timm.layers.attention2d.Attention2d",
-        ),
-        architectures=("coat", "max"),
-        beside=("rel_pos",),
-        ndim=(2, 4),
-    ),
-    AttentionLayout(rules.head_first, ("qkv",), architectures=("coat", "max"), ndim=(4,)),
-    AttentionLayout(
-        rules.global_window,
-        ("qkv",),
-        ("timm.models.gcvit.WindowAttentionGlobal",),
-        architectures=("gcvit",),
-        beside=("rel_pos",),
-    ),
-    AttentionLayout(
-        rules.linear_attention,
-        ("qkv_proj",),
-        ("timm.models.mobilevit.LinearSelfAttention",),
-        architectures=("mobilevitv2",),
-        ndim=(4,),
-    ),
-    AttentionLayout(
-        rules.sized("q=qk_dim k=qk_dim v=pdim"),
-        ("qkv",),
-        ("timm.models.shvit.SHSA",),
-        architectures=("shvit",),
-        ndim=(4,),
-    ),
-    AttentionLayout(
-        rules.sized("q=dim k=dim v=dim", count=None),
-        ("qkv",),
-        ("timm.models.efficientvit_mit.LiteMLA",),
-        architectures=("efficientvit_b", "efficientvit_l"),
-        ndim=(4,),
-    ),
-    AttentionLayout(
-        rules.sized("q=dim_out_qk k=dim_out_qk v=dim_out_v"),
-        ("qkv",),
-        ("timm.layers.bottleneck_attn.BottleneckAttn",),
-        ndim=(4,),
-    ),
-    AttentionLayout(
-        rules.sized("k=dim_head_qk v=dim_head_v", count=None), ("kv",), ("timm.layers.halo_attn.HaloAttn",), ndim=(4,)
-    ),
-    AttentionLayout(rules.lambda_layer, ("qkv",), ("timm.layers.lambda_layer.LambdaLayer",), ndim=(4,)),
-    AttentionLayout(
-        rules.in_split,
-        ("in_proj",),
-        (
-            "timm.models.vision_transformer.ParallelScalingBlock",
-            "timm.models.vision_transformer.DiffParallelScalingBlock",
-        ),
-    ),
-    # -- diffusers, and other diffusion models
-    AttentionLayout(rules.guided, ("qkv",), ("AttentionBlock",), ndim=(3,)),
-    AttentionLayout(
-        rules.sized("q=inner_dim k=inner_dim v=inner_dim -=*"),
-        ("to_qkv_mlp_proj",),
-        ("Flux2ParallelSelfAttention",),
-    ),
-)
-
-
-# -- Looking up -------------------------------------------------------------------------------
-
-
 _added: dict[str, AttentionLayout] = {}
 
 
 def register_layout(name: str, layout: AttentionLayout) -> None:
-    """Make the layout of a fused attention weight known, to models in memory and to checkpoints on disk.
+    """Register the layout of a fused attention weight, for models in memory and checkpoints on disk.
 
     Parameters
     ----------
@@ -281,14 +45,15 @@ def register_layout(name: str, layout: AttentionLayout) -> None:
         Lower-case letters, digits, ``.``, ``_`` and ``-``. Registering it again replaces the layout.
     layout : AttentionLayout
         How the attention is recognized, and the rule that places q, k and v in the rows of its weight. The rules of
-        the built-in table are in ``tnadapt.targets.attention_layouts.rules``; another one is a function of the sizes
-        of an attention (``Facts``) and a weight (``Fused``) to blocks of rows.
+        the built-in table are in ``tnadapt.targets.attention_layouts.rules``. A custom rule is a function that maps
+        the sizes of an attention (``Facts``) and a weight (``Fused``) to blocks of rows.
 
     Raises
     ------
     ConfigError
-        If the name has another form, the layout is none, it says neither a class nor a model type by which to
-        recognize it, or one of these is in the table already: rows of that attention are known, and do not change.
+        If the name has another form; if the layout is not an :class:`AttentionLayout`, or has neither a class, a model
+        type nor an architecture to recognize it by; if the name of its weight does not imply q, k or v; or if another
+        layout, built-in or registered under another name, already has its class or model type.
 
     Examples
     --------
@@ -324,12 +89,12 @@ def register_layout(name: str, layout: AttentionLayout) -> None:
 
 
 def forget_layouts() -> None:
-    """Remove the layouts that were registered: for tests."""
+    """Remove all registered layouts, for tests."""
     _added.clear()
 
 
 def _entries() -> Iterator[AttentionLayout]:
-    """The table, then what is registered, then what plug-ins register: these are loaded when nothing else is found."""
+    """Yield the built-in entries, the registered ones, and those of plug-ins, which are loaded only once reached."""
     yield from TABLE
     before = dict(_added)
     yield from before.values()
@@ -338,16 +103,16 @@ def _entries() -> Iterator[AttentionLayout]:
 
 
 def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "") -> AttentionLayout | None:
-    """The entry of an attention in memory; None if its class is not in the table.
+    """Return the entry of an attention in memory; None if its class is not in the table.
 
     Parameters
     ----------
     names : sequence of str
-        Names of its class and of those that it derives from, nearest first, each with its module and without.
+        Names of its class and base classes, nearest first, each with and without its module.
     has : callable
-        Whether the module has an attribute of a name.
+        Returns whether the module has an attribute of a given name.
     weight : str
-        The fused weight's name in it, for entries that go by attributes alone.
+        The fused weight's name, for entries that are recognized by attributes alone.
 
     Examples
     --------
@@ -367,13 +132,13 @@ def of_class(names: Sequence[str], has: Callable[[str], bool], weight: str = "")
 
 
 def of_config(config: Mapping[str, Any], stored: StoredWeight) -> AttentionLayout | None:
-    """The entry of a weight in a checkpoint, by its config; None if no entry has it.
+    """Return the entry of a weight in a checkpoint, by its config; None if there is none.
 
     Parameters
     ----------
     config : mapping
         ``config.json``, or the part of it that the weight belongs to.
-    stored : Stored
+    stored : StoredWeight
 
     Examples
     --------
@@ -393,9 +158,9 @@ def of_config(config: Mapping[str, Any], stored: StoredWeight) -> AttentionLayou
 
 
 def contested(config: Mapping[str, Any], stored: StoredWeight) -> bool:
-    """Whether a weight of a checkpoint, of which :func:`of_config` says nothing, looks like an entry's.
+    """Return whether a weight for which :func:`of_config` finds nothing looks like the weight of some entry.
 
-    If so, its layout cannot be taken from its name.
+    If so, its layout cannot be inferred from its name.
 
     Examples
     --------
@@ -406,7 +171,7 @@ def contested(config: Mapping[str, Any], stored: StoredWeight) -> bool:
     """
     for entry in _entries():
         other = entry.architectures and isinstance(config.get("architecture"), str)
-        # Reordered rows of q are still the rows of q, unless the model in memory is meant.
+        # Reordered rows of q are still rows of q; only the model in memory has them in another order.
         same = entry.rule in (rules.concatenated, rules.thirds, rules.reordered)
         if entry.may_be(stored) and not same and not other:
             return True
@@ -414,7 +179,7 @@ def contested(config: Mapping[str, Any], stored: StoredWeight) -> bool:
 
 
 def by_name(name: str) -> Rule | None:
-    """What the name of a fused weight says where no entry knows it; None if libraries differ in its layout.
+    """Return the rule that the name of a fused weight implies without an entry; None if libraries differ.
 
     Examples
     --------
@@ -423,7 +188,7 @@ def by_name(name: str) -> Rule | None:
     """
     if name in _DOUBTFUL or any(word in name for word in ("qkvz", "mlp")):
         return None
-    # torch.nn.MultiheadAttention, which has as many heads of keys as of queries.
+    # torch.nn.MultiheadAttention, which has as many key heads as query heads.
     return rules.thirds if name == "in_proj_weight" else rules.concatenated
 
 

@@ -1,7 +1,7 @@
-"""Which stored tensors of a checkpoint are queries and values, by their names and shapes: no model is built.
+"""Select targets in a checkpoint by tensor names and shapes, without building the model.
 
-A checkpoint says less than a model. Where one tensor makes q, k and v and its layout does not follow from its name and
-the model's ``config.json``, it is refused: rows that are wrong would be merged without a word.
+A checkpoint carries less information than a model. If one tensor produces q, k and v and its layout does not follow
+from its name and the model's ``config.json``, it is rejected: wrong rows would be merged without any error.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _LETTERS = frozenset("qkvo")
 def find_stored(
     shapes: Mapping[str, tuple[int, ...]], targets: Any = "qv", config: Mapping[str, Any] | None = None
 ) -> list[Target]:
-    """The weights of a checkpoint that are to be adapted.
+    """Return the weights of a checkpoint that an adapter should update.
 
     Parameters
     ----------
     shapes : mapping of str to tuple of int
         The name and shape of every stored tensor.
     targets : str or list of str
-        Roles such as ``"qv"``; a list of the paths of modules, whole or their last parts; else a regular
-        expression for the whole path of a module.
+        Roles such as ``"qv"``; a list of module paths, whole or their last parts; or a regular expression that matches
+        the whole path of a module.
     config : mapping, optional
-        The model's ``config.json``: numbers of heads, and what kind of model it is.
+        The model's ``config.json``, for the model type and numbers of heads.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def find_stored(
     Raises
     ------
     TargetError
-        If nothing is found, or the layout of a fused weight is not known.
+        If nothing is found, or the layout of a fused weight is unknown.
 
     Examples
     --------
@@ -104,5 +104,5 @@ def _whole(model: StoredModel, name: str) -> Target:
     says = parse_projection_name(path.rpartition(".")[2])
     role = says.letters if says is not None and says.letters in ("q", "k", "v") else "linear"
     role = "conv" if role == "linear" and len(model.weights[name]) > 2 else role
-    # The module's own number, in a Sequential of layers, is not the layer's.
+    # A number at the end is the module's own place in a Sequential, not the layer's.
     return model.whole(name, role, layer_of(_module(path)))

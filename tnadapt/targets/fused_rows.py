@@ -1,6 +1,6 @@
-"""A fused weight, what is known of its attention, and the rows of q, k and v in it.
+"""Fused weights, the known sizes of their attention, and the rows of q, k and v in them.
 
-Nothing here depends on where the sizes come from, a torch module's attributes or a checkpoint's ``config.json``, so a
+Nothing here depends on whether the sizes come from a torch module's attributes or a checkpoint's ``config.json``, so a
 model in memory and its checkpoint get the same rows.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["SHARED", "Blocks", "Facts", "Fused", "LayoutError", "place_rows"]
 # The number of equal blocks, and the parts of one block: a letter and its row count; "-" is none of q, k and v.
 Blocks = tuple[int, list[tuple[str, int]]]
 
-# One product is used for every letter, as q and k or as k and v. Compared by identity: no rule computes such a value.
+# All letters share the same rows, as q and k or as k and v. Compared by identity: no rule computes such a value.
 SHARED: Blocks = (0, [])
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads", "heads")
@@ -30,7 +30,7 @@ _HEAD_SIZE = ("head_dim", "head_size", "dim_head", "d_head")
 
 
 class LayoutError(TargetError):
-    """The layout of a fused weight does not follow from what is given; the message says what is missing."""
+    """A fused weight whose layout cannot be determined; the message says what is missing."""
 
 
 class Fused(NamedTuple):
@@ -39,7 +39,7 @@ class Fused(NamedTuple):
     Attributes
     ----------
     letters : {"qkv", "qk", "kv"}
-        What it produces, in the order of its name.
+        The projections that it produces, in the order of its name.
     out : int
         Its output rows.
     q_out, o_in : int or None
@@ -58,9 +58,9 @@ class Facts:
     Parameters
     ----------
     lookups : sequence of callable
-        Functions from a name to a value or None; the first that knows a name counts.
+        Functions from a name to a value or None; the first value found wins.
     lacks : str
-        How a message says that a name is not there, such as ``"config.json lacks"``.
+        How messages introduce a missing name, such as ``"config.json lacks"``.
     """
 
     def __init__(self, lookups: Sequence[Callable[[str], Any]], lacks: str) -> None:
@@ -68,13 +68,13 @@ class Facts:
         self._lacks = lacks
 
     def value(self, name: str) -> Any:
-        """Whatever the first lookup that knows the name has for it; None if none does."""
+        """Return the first value that the lookups find for a name; None if there is none."""
         return next((found for lookup in self._lookups if (found := lookup(name)) is not None), None)
 
     def number(self, *names: str) -> int | None:
-        """The first of these names that holds a positive integer below 2**62, which no size of a tensor exceeds."""
-        # Lookups first, names second: an attention's own number counts more than one of the config under a better name,
-        # as the config may describe a model of several parts.
+        """Return the first positive integer under these names below 2**62, which no size of a tensor exceeds."""
+        # The order of lookups comes before that of names: an attention's own number is preferred to the config's under
+        # a better name, as the config may describe a model of several parts.
         for lookup in self._lookups:
             for name in names:
                 value = lookup(name)
@@ -83,14 +83,14 @@ class Facts:
         return None
 
     def need(self, *names: str) -> int:
-        """As :meth:`number`; raises :class:`LayoutError` if none of them is there."""
+        """Return :meth:`number`, or raise :class:`LayoutError` if there is none."""
         found = self.number(*names)
         if found is None:
             raise LayoutError(f"{self._lacks} {names[0]}")
         return found
 
     def flag(self, name: str) -> bool:
-        """A boolean that must be there: its default differs between releases."""
+        """Return a boolean that must be present, as its default differs between releases."""
         found = self.value(name)
         if not isinstance(found, bool):
             raise LayoutError(f"{self._lacks} {name}")
@@ -98,14 +98,14 @@ class Facts:
 
     @property
     def heads(self) -> int | None:
-        """How many query heads there are."""
+        """Number of query heads."""
         return self.number(*_HEADS)
 
     @property
     def kv_heads(self) -> int | None:
-        """How many heads of keys and values."""
-        # Groups are queries for each key-value head. First, because an attention of transformers has these, while the
-        # number of key-value heads is only in its config.
+        """Number of key-value heads."""
+        # num_key_value_groups is the number of query heads per key-value head. It comes first because attentions of
+        # transformers have it as an attribute, while the number of key-value heads is only in the config.
         groups, heads = self.number("num_key_value_groups"), self.heads
         return heads // groups if groups and heads else self.number(*_KV_HEADS)
 
@@ -127,7 +127,7 @@ class Facts:
 
 
 def place_rows(blocks: Blocks, fused: Fused) -> dict[str, Rows | None]:
-    """The rows of each letter.
+    """Return the rows of each letter.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def place_rows(blocks: Blocks, fused: Fused) -> dict[str, Rows | None]:
     """
     if blocks is SHARED:
         return dict.fromkeys(fused.letters)
-    # Rows that are left over, or a size below one, mean that the rule is not this weight's: nothing is rounded away.
+    # Leftover rows, or a size below one, mean that the rule does not fit this weight; sizes are never rounded to fit.
     count, parts = blocks
     stride = sum(size for _, size in parts)
     if count < 1 or stride * count != fused.out or any(size < 1 for letter, size in parts if letter != "-"):

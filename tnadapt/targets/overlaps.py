@@ -1,6 +1,6 @@
-"""The one check that no element of a stored parameter is updated by two targets.
+"""Check that no two targets update the same element of a stored parameter.
 
-Rows come as periodic patterns whose sizes a file may choose freely, so they are compared by arithmetic, never listed.
+Rows are periodic patterns whose sizes a file may choose freely, so they are compared by arithmetic, never enumerated.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from .target import Rows, Target
 
 __all__ = ["check_distinct"]
 
-# Block lengths of one stored parameter that are compared pair by pair. Fused attention weights have one.
+# Different block lengths allowed for one stored parameter, as they are compared pairwise. Fused attention weights have
+# one.
 _MAX_STRIDES = 16
 
 
 class _Part(NamedTuple):
-    """A target's rows as one span of a period."""
+    """A target's rows as a span within one period."""
 
     start: int
     stop: int
@@ -35,13 +36,13 @@ def check_distinct(targets: Sequence[Target]) -> None:
     Parameters
     ----------
     targets : sequence of Target
-        Different rows of one parameter, such as q and v of a fused weight, are fine.
+        Targets on different rows of one parameter, such as q and v of a fused weight, are allowed.
 
     Raises
     ------
     TargetError
         If a target is repeated, two share a row, or two describe one parameter with different shapes or orders. The
-        message names both and a row that they share.
+        message names both targets and a shared row.
 
     Notes
     -----
@@ -70,7 +71,7 @@ def check_distinct(targets: Sequence[Target]) -> None:
 
 
 def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
-    """The targets of one parameter."""
+    """Check the targets of one parameter."""
     first = targets[numbers[0]]
     for number in numbers:
         other = targets[number]
@@ -95,15 +96,15 @@ def _check_one(targets: Sequence[Target], numbers: Sequence[int]) -> None:
             if two.start < one.stop:
                 raise _overlap(targets, one.number, two.number)
     for (stride, several), (longer, others) in itertools.combinations(by_stride.items(), 2):
-        # Both patterns repeat over all rows, so any offset between two blocks that is a multiple of the greatest common
-        # divisor occurs: two spans share a row if, and only if, they do so modulo that divisor.
+        # Both patterns repeat over all rows, so every multiple of the strides' greatest common divisor occurs as an
+        # offset between two blocks: two spans share a row if and only if they do so modulo that divisor.
         _check_folded(targets, several, others, math.gcd(stride, longer))
 
 
 def _check_folded(targets: Sequence[Target], ones: Sequence[_Part], twos: Sequence[_Part], period: int) -> None:
     folded = sorted(piece for part in ones for piece in _folded(part, period))
     starts = [piece.start for piece in folded]
-    # Of the pieces up to each place: the one that reaches furthest.
+    # For each place, the piece up to there that ends last.
     furthest = list(itertools.accumulate(folded, _further))
     for part in twos:
         for piece in _folded(part, period):
@@ -117,7 +118,7 @@ def _further(one: _Part, two: _Part) -> _Part:
 
 
 def _folded(part: _Part, period: int) -> list[_Part]:
-    """A span modulo a period: one piece, or two where it wraps around."""
+    """Reduce a span modulo a period: to one piece, or two if it wraps around."""
     length, start = part.stop - part.start, part.start % period
     if length >= period:
         return [_Part(0, period, part.number)]
@@ -144,10 +145,10 @@ def _overlap(targets: Sequence[Target], one: int, two: int) -> TargetError:
 
 
 def _shared(one: Rows, two: Rows) -> int:
-    """A row that two overlapping patterns share, by the Chinese remainder theorem."""
+    """Return a row that two overlapping patterns share, by the Chinese remainder theorem."""
     period = math.gcd(one.stride, two.stride)
     ahead = (two.start - one.start) % period
-    # Either the second span begins within the first, modulo the period, or the other way round.
+    # Modulo the period, either the second span begins within the first, or the other way round.
     within, beyond = (ahead, 0) if ahead < one.length else (0, -ahead % period)
     offset = two.start + beyond - one.start - within
     steps, turns = one.stride // period, two.stride // period

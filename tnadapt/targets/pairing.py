@@ -1,7 +1,7 @@
-"""Weights of one model under two sets of names: which is which, by what they do and where they lie.
+"""Pair the weights of one model under two sets of names, by role, shape and position.
 
-Modules are renamed between releases. The order of a model's modules and that of the names in a checkpoint differ
-(an encoder comes before its decoder, but not in the alphabet), so an order of both alone pairs nothing.
+Modules are renamed between releases. The order of a model's modules differs from that of the names in a checkpoint
+(an encoder comes before its decoder, but not in the alphabet), so the order alone cannot pair them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from .target import Target
 
 __all__ = ["paired"]
 
-# Names of formats that keep the two halves of a rotary pair side by side; transformers reorders the rows of q and k.
+# Names in formats that store the two halves of a rotary pair side by side; transformers reorders these rows of q and k.
 _ROTARY = frozenset({"wq", "wk", "wqkv"})
 
 
 def paired(wanted: Sequence[Target], found: Sequence[Target]) -> list[Target] | None:
-    """For each of the wanted targets the one among the found that is the same weight.
+    """Return, for each wanted target, the found target that is the same weight.
 
-    By role, shape and the numbers in the path: layer 3 is layer 3. Where numbers changed, too, targets whose paths
-    differ only in numbers are one stack, and are paired in their order. What is alike then, as in an encoder and a
-    decoder, is distinguished by path components that only some of them have.
+    Targets are paired by role, shape and the numbers in the path: layer 3 is layer 3. If the numbers changed as well,
+    targets whose paths differ only in numbers form a stack and are paired in order. Remaining ties, as between an
+    encoder and a decoder, are broken by path components that only some of them have.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def paired(wanted: Sequence[Target], found: Sequence[Target]) -> list[Target] | 
     Returns
     -------
     list of Target or None
-        In the order of ``wanted``; None if they do not correspond one to one, or nothing tells them apart.
+        In the order of ``wanted``; None if they do not correspond one to one, or cannot be told apart.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def paired(wanted: Sequence[Target], found: Sequence[Target]) -> list[Target] | 
     return None
 
 
-# Of what is alike, each path without its numbers, and its targets in the order of these.
+# Maps what two stacks must have in common to the stacks: each path, without its numbers, and its targets in order.
 _Groups = dict[tuple[object, ...], dict[str, list[Target]]]
 
 
@@ -96,7 +96,7 @@ def _matched(theirs: dict[str, list[Target]], ours: dict[str, list[Target]]) -> 
 
 
 def _told_apart(stacks: dict[str, list[Target]]) -> dict[frozenset[str], list[Target]]:
-    """Stacks by the words that not all of them have in their paths; none where two have the same."""
+    """Key the stacks by the path words that not all of them have; empty if two stacks have the same ones."""
     words = {path: frozenset(re.split(r"[._]", re.sub(r"\b\d+\b", "*", path))) for path in stacks}
     common = frozenset.intersection(*words.values()) if words else frozenset()
     found = {words[path] - common: stack for path, stack in stacks.items()}

@@ -1,6 +1,6 @@
-"""Names of one model in two places: the same, or all with one prefix more or less.
+"""Match two sets of names of one model that differ by at most one common prefix.
 
-A model's backbone is saved without the prefix that it has within the model for a task, such as ``bert.``.
+A model's backbone is saved without the prefix, such as ``bert.``, that it has within the model for a task.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ __all__ = ["Prefix", "found_prefix", "near_names"]
 
 
 class Prefix(NamedTuple):
-    """What names have in front in one place and not in the other.
+    """The prefix by which names in two places differ.
 
     Attributes
     ----------
     taken : str
-        What is to be taken off; empty for nothing.
+        Prefix to remove; empty for none.
     given : str
-        What is to be put before; empty for nothing.
+        Prefix to add; empty for none.
     """
 
     taken: str = ""
     given: str = ""
 
     def of(self, name: str) -> str | None:
-        """The other name, or None where the prefix cannot be taken off."""
+        """Return the other name, or None if the name lacks the prefix to remove."""
         return self.given + name.removeprefix(self.taken) if name.startswith(self.taken) else None
 
     def target(self, target: Target) -> Target:
-        """A target under its other name.
+        """Return a target under its other name.
 
         Raises
         ------
         TargetError
-            If the prefix cannot be taken off.
+            If the name lacks the prefix to remove.
         """
         name = self.of(target.name)
         if name is None:
@@ -54,7 +54,7 @@ class Prefix(NamedTuple):
 
 
 def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]]) -> Prefix | None:
-    """The prefix with which all targets are stored, or None if there is none.
+    """Return the prefix under which all targets are stored, or None if there is none.
 
     Parameters
     ----------
@@ -69,8 +69,8 @@ def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]
     Raises
     ------
     TargetError
-        If several fit, as where an encoder and a decoder have modules of the same names, and shapes do not tell them
-        apart.
+        If several fit, for example if an encoder and a decoder have modules of the same names, and shapes do not tell
+        them apart.
 
     Examples
     --------
@@ -95,7 +95,7 @@ def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]
 
 
 def _prefixes(stored: Iterable[str], name: str) -> Iterator[Prefix]:
-    """Every prefix that explains one name."""
+    """Yield every prefix that maps a name to a stored one."""
     known = set(stored)
     for other in sorted(known):
         if other.endswith(f".{name}"):
@@ -106,7 +106,7 @@ def _prefixes(stored: Iterable[str], name: str) -> Iterator[Prefix]:
 
 
 def near_names(name: str, stored: Collection[str]) -> str:
-    """The most similar of the stored names, for a message; empty where none is near.
+    """Return the stored names most similar to a name, for a message; empty if none is close.
 
     Examples
     --------

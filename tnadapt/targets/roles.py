@@ -1,10 +1,10 @@
-"""What the projections of an attention module are called.
+"""Parse the names of projections in attention modules.
 
-A name is read word by word: one word, or several in a row, says which of q, k and v a weight makes (``query``, ``kv``,
-``query_key_value``), and every other word must be one of those that only say "projection" (``to``, ``proj``, ``lin``)
-or which stream it reads (``add``, ``text``, ``global``). So ``to_q``, ``q_proj``, ``add_q_proj`` and ``Wq`` are
-queries, and ``pool_q``, ``pos_query_proj`` and ``q_norm`` are not. The words are those of transformers, timm,
-diffusers and torchvision.
+A name is read word by word. One word, or several in a row, says which of q, k and v a weight produces (``query``,
+``kv``, ``query_key_value``). Every other word must merely say "projection" (``to``, ``proj``, ``lin``) or name the
+stream that it reads (``add``, ``text``, ``global``). So ``to_q``, ``q_proj``, ``add_q_proj`` and ``Wq`` are queries,
+while ``pool_q``, ``pos_query_proj`` and ``q_norm`` are not. The words are those of transformers, timm, diffusers and
+torchvision.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _LETTERS = {
     "qk": "qk", "kv": "kv", "qkv": "qkv", "qkvz": "qkv",
 }  # fmt: skip
 
-# Words that make a name a projection's, whoever its parent is.
+# Words that identify a projection, whatever its parent.
 _PROJECTION = {"to", "w", "proj", "projection", "project", "lin", "linear"}
 
-# Words that say no more than that this is a layer, or which of an attention's parts it belongs to. "b": the upper half
-# of a query or key-value projection in two steps (DeepSeek's latent attention).
+# Words that only say that this is a layer, or which part of an attention it belongs to. "b": the second factor of a
+# query or key-value projection in two steps (DeepSeek's latent attention).
 _LAYER = {"layer", "head", "net", "fc", "dense", "weight", "in", "attn", "att", "attention", "self", "cross", "b"}
 
-# Which input the projection reads, where an attention has several.
+# Words for the input that the projection reads, where an attention has several.
 _STREAM = {
     "add", "added", "global", "layout", "img", "image", "txt", "text", "vision", "cam", "t", "content", "mlp",
     "protein", "structure", "msa", "w2e", "e2w", "e2e",
 }  # fmt: skip
 
-# With one of these a value is as likely that of a state, in reinforcement learning.
+# With one of these words, a value is as likely the value of a state in reinforcement learning.
 _HEAD = {"head", "net", "fc"}
 
-# Names that do not say what they make; the second ones make it in attention modules only.
+# Names that do not spell out what they produce. Those in the second table count in attention modules only.
 _WHOLE = {"c_attn": "qkv", "att_proj": "qkv", "W_pack": "qkv"}
 _WHOLE_IN_ATTENTION = {"in_proj": "qkv", "in_proj_weight": "qkv"}
 
@@ -62,22 +62,22 @@ OUTPUTS = frozenset(
         "attn_out_proj", "attn_proj", "proj_attn", "img_attn_proj", "txt_attn_proj",
     }
 )  # fmt: skip
-# Called so only where none of the above is there: elsewhere they are something else's.
+# Outputs only if none of the above is present: otherwise these names belong to something else.
 AMBIGUOUS_OUTPUTS = frozenset({"proj", "projection", "projection_layer", "dense", "out", "output", "post"})
 
 
 class ProjectionName(NamedTuple):
-    """A role name, taken apart.
+    """The parsed name of a projection.
 
     Attributes
     ----------
     letters : str
-        Which of q, k and v it makes, in the order of its words.
+        The letters among q, k and v that it produces, in the order of its words.
     family : str
-        The name without them: q, k and v of one attention usually share it.
+        The name without these words, which q, k and v of one attention usually share.
     plain : bool
-        Whether the name alone says that this is a projection: ``to_q`` and ``query`` do; ``q``, ``v_head`` and
-        ``fc_q`` may be a Q-function's.
+        Whether the name alone identifies a projection: ``to_q`` and ``query`` do, while ``q``, ``v_head`` and ``fc_q``
+        may belong to a Q-function.
     """
 
     letters: str
@@ -87,14 +87,14 @@ class ProjectionName(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def parse_projection_name(name: str, attention: bool = False) -> ProjectionName | None:
-    """What a module or parameter of this name makes; None if it says nothing of q, k or v.
+    """Parse the name of a module or parameter; return None if it is not that of a projection to q, k or v.
 
     Parameters
     ----------
     name : str
         The last part of a dotted path.
     attention : bool
-        Whether it lies in an attention module, where ``in_proj`` is q, k and v too.
+        Whether it lies in an attention module, where ``in_proj`` stands for q, k and v.
 
     Examples
     --------
@@ -127,7 +127,7 @@ def parse_projection_name(name: str, attention: bool = False) -> ProjectionName 
 
 
 def projection_letters(name: str) -> str:
-    """Letters of q, k and v that a name has among its words, whatever its other words are.
+    """Return the letters q, k and v that occur among a name's words, whatever the other words.
 
     Examples
     --------
@@ -138,7 +138,7 @@ def projection_letters(name: str) -> str:
 
 
 def is_attention(*names: str) -> bool:
-    """Whether one of these names, of a class or of a path's last part, is an attention's.
+    """Return whether one of these names, of a class or the last part of a path, is that of an attention.
 
     Examples
     --------
@@ -149,16 +149,16 @@ def is_attention(*names: str) -> bool:
 
 
 def attention_group(names: Sequence[ProjectionName], named: bool, has_output: bool) -> list[int]:
-    """Which of the names that lie beside each other together make an attention, by their places.
+    """Return the indices of those sibling names that together form an attention.
 
     Parameters
     ----------
     names : sequence of ProjectionName
-        Of the weights in one module.
+        The parsed names of the weights in one module.
     named : bool
-        Whether the module itself is called an attention.
+        Whether the module itself is named as an attention.
     has_output : bool
-        Whether an output projection lies beside them.
+        Whether the module also has an output projection.
 
     Examples
     --------
@@ -188,7 +188,7 @@ def _letters(names: Iterable[ProjectionName]) -> set[str]:
 
 
 def layer_of(path: str) -> str:
-    """The path up to its last number: what ``groups="layer"`` takes for one layer.
+    """Return the path up to its last number, which identifies a layer for ``groups="layer"``.
 
     Examples
     --------
@@ -201,7 +201,7 @@ def layer_of(path: str) -> str:
 
 
 def natural(path: str) -> list[tuple[bool, int, str]]:
-    """What dotted paths are sorted by: layer 2 before layer 10.
+    """Return the sort key for dotted paths in natural order: layer 2 before layer 10.
 
     Examples
     --------
@@ -213,9 +213,9 @@ def natural(path: str) -> list[tuple[bool, int, str]]:
 
 
 def number(part: str) -> int | None:
-    """The number that a part of a path is, or None for a word.
+    """Return a part of a path as a number, or None for a word.
 
-    More than 18 digits are a word: no model counts that far, and Python refuses to read more than 4,300 at all.
+    More than 18 digits count as a word: no model has such numbers, and Python refuses to parse more than 4,300 digits.
 
     Examples
     --------

@@ -1,6 +1,7 @@
-"""What an adapter updates: some rows of a matrix, in whatever shape a model stores that matrix.
+"""Targets of an adapter: rows of a matrix, in whatever shape the model stores that matrix.
 
-Integers and names only, for any array library: torch's modules and a checkpoint on disk are updated by the same views.
+A target consists of integers and names only and works with any array library: torch modules and checkpoints on disk are
+updated through the same views.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Rows(NamedTuple):
     Attributes
     ----------
     start, length, stride, count : int
-        One block is a plain slice: q, k and v one after another. Several are q, k and v interleaved head by head,
-        as GPT-NeoX and BLOOM keep them.
+        One block is a plain slice, for q, k and v stored one after another. Several blocks are for q, k and v
+        interleaved head by head, as in GPT-NeoX and BLOOM.
 
     Examples
     --------
@@ -41,7 +42,7 @@ class Rows(NamedTuple):
     count: int = 1  # type: ignore[assignment]  # hides tuple.count
 
     def indices(self) -> list[int]:
-        """Every row, in order."""
+        """Return the indices of all rows, in order."""
         return [
             block * self.stride + row
             for block in range(self.count)
@@ -58,14 +59,14 @@ class Target:
     module : str
         Dotted path of the module that holds the parameter; empty for the model itself.
     stored : tuple of int
-        Shape of the parameter as the model keeps it: ``(out, in)``, ``(in, out)`` where transposed, or
-        ``(out, in, …)`` of a convolution.
+        Shape of the parameter as the model stores it: ``(out, in)``, ``(in, out)`` if transposed, or ``(out, in, …)``
+        for a convolution.
     role : {"q", "k", "v", "o", "linear", "conv"}
-        What the weight does there.
+        The role of the weight in its module.
     parameter : str
         The parameter's name in its module.
     rows : Rows, optional
-        Which output rows; all of them if None.
+        Output rows to update; all of them if None.
     transposed : bool
         Whether the parameter is stored as ``(in, out)``, as transformers' Conv1D does.
     layer : str
@@ -74,7 +75,7 @@ class Target:
     Raises
     ------
     TargetError
-        If a field is of the wrong type or the rows leave the weight.
+        If a field has the wrong type or the rows do not fit the weight.
 
     Examples
     --------
@@ -149,23 +150,23 @@ class Target:
         return (out if self.rows is None else self.rows.length * self.rows.count), cols
 
     def renamed(self, module: str) -> Target:
-        """The same view of a parameter of another module."""
+        """Return the same view of a parameter of another module."""
         return dataclasses.replace(self, module=module)
 
     def block(self, stored: Array) -> Array:
-        """The weight as a view of the stored array, of shape ``(blocks, rows of each, cols)``.
+        """Return the weight as a view of the stored array, of shape ``(blocks, rows per block, cols)``.
 
-        Writing into it writes into the stored array (which must be contiguous if it is a convolution's).
+        Writing into the view writes into the stored array (which must be contiguous for a convolution).
 
         Parameters
         ----------
         stored : array
-            Of the shape ``self.stored``.
+            Of shape ``self.stored``.
 
         Returns
         -------
         array, shape (count, length, cols)
-            ``(1, rows, cols)`` where the rows are not interleaved.
+            ``(1, rows, cols)`` if the rows are not interleaved.
         """
         matrix = stored.T if self.transposed else stored
         if matrix.ndim > 2:
@@ -175,17 +176,17 @@ class Target:
         return matrix.reshape((rows.count, rows.stride, cols))[:, rows.start : rows.start + rows.length]
 
     def select(self, stored: Array) -> Array:
-        """The weight itself, ``(rows, cols)``: a view of the stored array where that is possible."""
+        """Return the weight as a ``(rows, cols)`` matrix, a view of the stored array if possible."""
         return self.block(stored).reshape(self.shape)
 
     def like_block(self, matrix: Array) -> Array:
-        """A ``(rows, cols)`` array in the shape of :meth:`block`."""
+        """Reshape a ``(rows, cols)`` array to the shape of :meth:`block`."""
         rows, cols = self.shape
         count = 1 if self.rows is None else self.rows.count
         return matrix.reshape((count, rows // count, cols))
 
     def to_list(self) -> list[Any]:
-        """As JSON keeps it, short; :meth:`from_list` reads it.
+        """Return the target as a short list for JSON, which :meth:`from_list` reads.
 
         Examples
         --------
@@ -207,12 +208,12 @@ class Target:
 
     @classmethod
     def from_list(cls, value: Sequence[Any]) -> Target:
-        """The target that :meth:`to_list` wrote.
+        """Return the target of a list that :meth:`to_list` wrote.
 
         Raises
         ------
         TargetError
-            If it is none.
+            If the list does not describe a target.
         """
         if not isinstance(value, (list, tuple)) or not 3 <= len(value) <= 4:
             raise TargetError(

@@ -1,8 +1,8 @@
 """Merge an adapter into a checkpoint on disk, one tensor at a time, without a framework: ``tnadapt.merge``.
 
-``merge_checkpoint`` is the call. ``_resolution`` finds the adapter's weights in the checkpoint, ``_job`` decides what
-becomes of each tensor and file, ``_shards`` writes them, and ``_journal`` resumes an interrupted merge. ``_work_lock``
-serializes processes that write to one destination, ``_publishing`` puts the finished output in place.
+``merge_checkpoint`` defines the function. ``_resolution`` finds the adapter's weights in the checkpoint, ``_job``
+computes each tensor and file, ``_shards`` writes them, and ``_journal`` resumes an interrupted merge. ``_work_lock``
+serializes processes that write to the same destination, ``_publishing`` moves the finished output into place.
 """
 
 from .merge_checkpoint import MergeReport, merge

@@ -1,4 +1,4 @@
-"""How many threads matrix products take: one, where another thread has work to do at the same time."""
+"""Limit matrix products to one thread while another thread is busy."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ __all__ = ["one_blas_thread"]
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
-    """Inside ``with``, NumPy's matrix products are made by the thread that asks for them.
+    """Return a context manager in which NumPy computes matrix products in the calling thread only.
 
-    Products of a few rows gain nothing by more threads, and those wait for each other by turning round: beside a thread
-    that copies, on as many cores, they take up to six times as long.
+    Products of a few rows do not gain from more threads. BLAS threads wait for each other in a busy loop: next to a
+    thread that copies, and with no core to spare, products take up to six times as long.
 
     Notes
     -----
-    For the whole process, and as it was afterwards. By threadpoolctl, which the extra ``cli`` brings; without it
-    nothing is changed, and ``OPENBLAS_NUM_THREADS=1`` (or ``OMP_NUM_THREADS=1``) in the environment does the same.
+    The limit applies to the whole process and is reset at the end of the block. It needs threadpoolctl, which the extra
+    ``cli`` installs. Without it nothing changes; setting ``OPENBLAS_NUM_THREADS=1`` (or ``OMP_NUM_THREADS=1``) in the
+    environment has the same effect.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Whether two files, or two folders of files, hold the same bytes."""
+"""Compare the bytes of two files, or of two folders of files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _PIECE = 1 << 22
 
 
 def open_regular(path: str) -> int:
-    """A file descriptor for reading a regular file, without following a link or waiting at a pipe.
+    """Open a regular file for reading and return its descriptor, without following a link or blocking on a pipe.
 
     Raises
     ------
     OSError
-        If it is not there, is a link, or is anything else than a regular file.
+        If the path does not exist, is a link, or is anything other than a regular file.
     """
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags)
@@ -27,9 +27,9 @@ def open_regular(path: str) -> int:
 
 
 def same_content(first: str, second: str) -> bool:
-    """Whether two paths are files of the same bytes, or folders of the same files, names included.
+    """Return whether two paths are files with the same bytes, or folders of such files under the same names.
 
-    All bytes are read. Links, pipes and devices are the same as nothing, and what cannot be read isn't either.
+    All bytes are read. Links, pipes, devices and unreadable files are never equal to anything.
 
     Examples
     --------

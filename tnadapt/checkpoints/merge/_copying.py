@@ -1,4 +1,4 @@
-"""Bytes from file to file: by the kernel in large pieces where it can, through memory where it cannot."""
+"""Copy bytes between files: in the kernel, in large pieces, or through memory if the kernel cannot."""
 
 from __future__ import annotations
 
@@ -11,47 +11,48 @@ from tnadapt.errors import FileError
 
 __all__ = ["Stopped", "copy_range", "write_at"]
 
-# What the kernel is asked for at once: a fraction of a second, in which nothing can be said or stopped.
+# Size of one kernel call. It takes a fraction of a second, during which progress cannot be reported nor the copy
+# stopped.
 _KERNEL_PIECE = 1 << 26
 _PIECE = 1 << 22
 
-# What tells that the kernel cannot do it for these files: not on one file system, or not on this one. On macOS sendfile
-# takes sockets only, and ENOTSUP is another number than EOPNOTSUPP.
+# Errors that mean that the kernel cannot copy between these files, as on two file systems. On macOS, sendfile only
+# accepts sockets, and ENOTSUP and EOPNOTSUPP are different numbers.
 _CANNOT = {
     errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EBADF, errno.EISDIR,
     errno.ENOTSOCK,
 }  # fmt: skip
 
 
-class Stopped(Exception):  # noqa: N818  # no error: it was asked for
+class Stopped(Exception):  # noqa: N818  # a request, not an error
     """The work was told to stop."""
 
 
 def copy_range(
     source: BinaryIO, start: int, target: BinaryIO, at: int, count: int, on_bytes: Callable[[int], None]
 ) -> None:
-    """Copy ``count`` bytes from a place in one file to a place in another.
+    """Copy ``count`` bytes from a position in one file to a position in another.
 
     Parameters
     ----------
     source, target : unbuffered binary files
-        Their positions are moved: one thread a file object.
+        Their positions change, so each file object must be used by one thread only.
     start, at : int
-        Where to read from, and where to write to.
+        Positions to read from and to write to.
     count : int
     on_bytes : callable
-        Called with the number of bytes of each piece that is copied. What it raises stops the copy.
+        Called with the number of bytes of each copied piece. Exceptions that it raises stop the copy.
 
     Raises
     ------
     FileError
-        If the source ends before.
+        If the source is too short.
     OSError
-        If it cannot be read or written.
+        If a file cannot be read or written.
 
     Notes
     -----
-    ``copy_file_range`` (Linux; file systems that share blocks copy nothing at all), else ``sendfile``, else a buffer of
+    Uses ``copy_file_range`` (Linux; file systems that share blocks copy no data), else ``sendfile``, else a buffer of
     4 MiB.
 
     Examples
@@ -73,7 +74,7 @@ def copy_range(
                 raise
             done = 0
         if not done:
-            # Some file systems say 0 where they mean that they cannot.
+            # Some file systems return 0 instead of an error if they cannot copy.
             if len(ways) == 1:
                 raise FileError("ended before its last tensor, while it was copied")
             ways.pop(0)
@@ -106,7 +107,7 @@ _WAYS: list[Callable[[BinaryIO, int, BinaryIO, int, int], int]] = [
 
 
 def write_at(target: BinaryIO, at: int, content: bytes | memoryview) -> None:
-    """Write all of something at a place in an unbuffered file, which may take several goes."""
+    """Write all bytes at a position of an unbuffered file, in several calls if needed."""
     target.seek(at)
     rest = memoryview(content)
     while rest:

@@ -1,4 +1,4 @@
-"""Where a merged checkpoint goes, and which other files of the base's folder go with it."""
+"""The destination of a merged checkpoint, and the other files of the base's folder that are copied along."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ._symlinks import Belonging
 
 __all__ = ["Destination", "destination"]
 
-# Weights in other forms than the one that is merged, which are the base's: beside merged ones they would be a trap.
+# Suffixes of weights in other formats. They do not have the update, so copying them next to the merged ones would be
+# misleading.
 _WEIGHTS = (
     SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".hdf5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml",
     ".tflite", ".npz", ".npy", ".mlmodel", ".pb", ".engine", ".index.json",
@@ -22,19 +23,19 @@ _WEIGHTS = (
 
 
 class Destination(NamedTuple):
-    """Where the result goes.
+    """The destination of a merge.
 
     Attributes
     ----------
     path : str
-        Absolute, links followed.
+        Absolute path with links resolved.
     name : str or None
-        Of the one file that is made, or None where a folder is.
+        Name of the output file if it is a single one; None if the output is a folder.
     others : tuple of str
         Files of the base's folder that are copied, relative to it.
     left_out : tuple of str
-        Those that are not: weights in other formats, hidden folders, links to folders or out of the checkpoint, and
-        what is no regular file (pipes, devices, sockets).
+        Files that are not copied: weights in other formats, hidden folders, links to folders or out of the checkpoint,
+        and everything that is not a regular file (pipes, devices, sockets).
     """
 
     path: str
@@ -43,7 +44,7 @@ class Destination(NamedTuple):
     left_out: tuple[str, ...] = ()
 
     def need_free(self, overwrite: bool) -> None:
-        """A FileError unless nothing is there, or a checkpoint that may be overwritten."""
+        """Raise FileError unless the path is free, or names a checkpoint that may be overwritten."""
         if not os.path.lexists(self.path):
             return
         if not overwrite:
@@ -52,7 +53,7 @@ class Destination(NamedTuple):
             raise FileError(why)
 
     def refusal(self, path: str) -> str | None:
-        """Why what is at a path must not be replaced by the result; None if it may be, or nothing is there."""
+        """Return why the content of a path must not be replaced by the result; None if it may, or the path is free."""
         for _ in range(_LOOKS):
             before = _state(path)
             if before is None:
@@ -63,11 +64,11 @@ class Destination(NamedTuple):
                 return None
             after = _state(path)
             if after is not None and (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino):
-                break  # else another process has put its own there meanwhile
+                break  # otherwise another process replaced it while it was examined: look again
         return "is no folder of a checkpoint, and is not overwritten: remove it, or choose another name"
 
 
-# How often to look again at what others replace at the same time.
+# How often to examine a path again that other processes keep replacing.
 _LOOKS = 10
 
 
@@ -79,14 +80,15 @@ def _state(path: str) -> os.stat_result | None:
 
 
 def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destination:
-    """Where a merged checkpoint is to go.
+    """Determine the destination of a merged checkpoint.
 
     Raises
     ------
     FileError
-        If it is the base, the adapter, in the base's folder or around it; not of the base's kind (a file or a
-        folder); a pipe, a device or a socket; or in a folder that does not exist. If a file of the base's weights is a
-        link that leaves the checkpoint (:mod:`tnadapt.checkpoints.merge._symlinks`).
+        If the destination is the base or the adapter, lies in the base's folder or contains it; is not of the base's
+        kind (a file or a folder); is a pipe, a device or a socket; or is in a folder that does not exist. Also if a
+        file of the base's weights is a link that leaves the checkpoint
+        (:mod:`tnadapt.checkpoints.merge._symlinks`).
     """
     given = path_of(out)
     path = os.path.realpath(given)
@@ -141,7 +143,7 @@ def _is_checkpoint(folder: str) -> bool:
 
 
 def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The other files of the base's folder: those to copy, and those not."""
+    """Return the other files of the base's folder: those to copy, and those to leave out."""
     belonging = Belonging(checkpoint.folder)
     own = {os.path.basename(file) for file in checkpoint.files}
     if checkpoint.index is not None:
@@ -152,7 +154,7 @@ def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
         here = os.path.relpath(root, checkpoint.folder)
         for name in sorted(folders):
             path = os.path.normpath(os.path.join(here, name))
-            # A link may lead anywhere, round in a circle too.
+            # A link may lead anywhere, even back to its own folder.
             if name.startswith(".") or os.path.islink(os.path.join(root, name)):
                 folders.remove(name)
                 left.append(path + os.sep)
@@ -166,7 +168,7 @@ def _others(checkpoint: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _check_links(checkpoint: Checkpoint) -> None:
-    """A FileError where weights would be read from outside of the checkpoint, which the user did not point to."""
+    """Raise FileError if weights would be read from outside of the checkpoint, which the user did not ask for."""
     belonging = Belonging(checkpoint.folder)
     given = os.path.abspath(checkpoint.path)
     one = ", or give the path of that one file" if checkpoint.index is None else ""

@@ -1,4 +1,4 @@
-"""One merge of an adapter into a checkpoint: what becomes of each tensor, and of each file."""
+"""A single merge of an adapter into a checkpoint: computes each tensor and the list of files to write."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ from ._symlinks import Belonging
 
 __all__ = ["Job", "Unfit"]
 
-# In the identity of what is half made: another number where a release would compute other bits.
+# Part of a merge's identity. Increase it if a release would compute different bits, so that it does not resume the work
+# of an earlier one.
 _ARITHMETIC = 1
 
 _TAGS = {name: tag for tag, name in DTYPES.items()}
 
 
-class Unfit(Exception):  # noqa: N818  # what does not fit is the message
-    """The base does not fit the adapter: no other run would do better, and nothing is kept for one."""
+class Unfit(Exception):  # noqa: N818  # the message says what does not fit
+    """The base does not fit the adapter. A retry would fail as well, so unfinished files are deleted."""
 
 
 class Job:
-    """One merge: what becomes of each tensor."""
+    """A merge of an adapter into a checkpoint."""
 
     def __init__(
         self, checkpoint: Checkpoint, file: AdapterFile, digest: str, placed: ResolvedTargets, where: Destination
@@ -56,22 +57,22 @@ class Job:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What tells this merge from another: where an unfinished one has it, it is gone on with."""
+        """Identity of this merge: an unfinished merge with the same one is resumed."""
         return {
             "arithmetic": _ARITHMETIC,
             "base": {os.path.realpath(file): state for file, state in self.checkpoint.states.items()},
             "adapter": self.digest,
         }
 
-    # -- Looking before writing --------------------------------------------------------------
+    # -- Checking before writing -------------------------------------------------------------
 
     def _check_base(self) -> None:
-        """An error where the base is not the one that the adapter was trained on."""
+        """Raise Unfit if the base is not the one that the adapter was trained on."""
         known, entries = self.file.base, self.checkpoint.entries
         if known is None:
             return
         kinds = {FLOATS[entries[name].dtype] for name in self.of}
-        # Of several dtypes, the one that has all their numbers, as when it was taken.
+        # For several dtypes, use one that represents all their values, as when the fingerprint was taken.
         kind = kinds.pop() if len(kinds) == 1 else "float64" if "float64" in kinds else "float32"
         difference = compare(known, self._weights(kind), kind)
         if difference is not None:
@@ -92,7 +93,7 @@ class Job:
     # -- Writing -----------------------------------------------------------------------------
 
     def run(self, work: MergeJournal, progress: Callable[[int, int], None], check_base: bool) -> None:
-        """Make all files."""
+        """Write all files."""
         checkpoint = self.checkpoint
         self.resumed = len(work.done)
         left = [file for file in checkpoint.files if os.path.basename(file) not in work.done]
@@ -148,7 +149,7 @@ class Job:
             self._write_index(work.path(os.path.basename(self.checkpoint.index)))
 
     def _changes(self, file: str) -> dict[str, Change]:
-        """In the order of the long vector, which F is made in."""
+        """Return the changed tensors of a file, in the order of the long vector, in which F is computed."""
         shard = self.checkpoint.shard
         found: dict[str, Change] = {
             name: functools.partial(self._updated, name) for name in self.of if shard[name] == file
@@ -180,7 +181,7 @@ class Job:
         return self._cast(name, tag)
 
     def _cast(self, name: str, tag: str) -> np.ndarray:
-        """A kept parameter as a checkpoint has it."""
+        """Convert a kept parameter to the dtype of the checkpoint."""
         array = self.file.kept[name]
         if tag not in FLOATS:
             return array.astype(array.dtype.newbyteorder("<"), copy=False)

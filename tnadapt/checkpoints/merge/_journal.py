@@ -1,38 +1,40 @@
-"""Output that is built beside its final place, resumed after a kill, and published in one step.
+"""Journal of a merge: output is built next to its final path, resumed after a kill, and published in one step.
 
-Beside ``OUT``, while it is being made, or after a run that was stopped::
+While the output is being built, or after an interrupted run, there is next to ``OUT``::
 
     OUT.tnadapt-partial/
-        lock                the process at work holds a lock on this file
-        run-<random>/       what one process is making
-            state.json      from what, and which files are finished
+        lock                locked by the active process
+        run-<random>/       the work of one process
+            state.json      identity of the work, and the finished files
             files/          the files
             old/            the previous output, between the two renames of systems that cannot exchange names
         trash-<random>/     being deleted
 
-Any process may be killed between any two system calls, any number of them may want the same ``OUT``, and locks may not
-work (network file systems). These rules keep the output whole:
+Any process may be killed between any two system calls, any number of processes may want the same ``OUT``, and locks may
+not work (network file systems). These rules keep the output intact:
 
-1. Whoever works holds the lock. The lock file is deleted last, by its holder, so that a process that opened it before
-   can lock a deleted file: after locking, it checks that the file still has that name, and otherwise starts over.
-2. A process works only in a run folder whose name it made up itself. It takes over the run of another by renaming it,
-   and every later step of the other one, its publishing too, fails, as its paths are gone. So even without locks
-   the files of two processes never mix.
-3. Runs are never half deleted: what goes is renamed to ``trash-…`` first. All decisions are about whole folders.
-4. ``done`` in the state is the promise that these files are finished and on the disk. It is emptied, on the disk,
-   before publishing begins: from then on ``files`` may hold the previous content of ``OUT``, and is never published.
-5. Nothing at ``OUT`` is ever taken for the result because of what a state says. After a kill the files are recomputed;
-   where ``OUT`` must not be replaced, it is then compared with them byte by byte.
+1. The active process holds the lock. It deletes the lock file last. Another process that had opened the file before may
+   then lock a deleted file, so after locking, each process checks that the file still has its name, and retries if not.
+2. A process works only in a run folder with a random name that it chose itself. It takes over the run of another
+process
+   by renaming the folder. Every later step of that process, including its publishing, then fails, as its paths are
+   gone. So even without locks, the files of two processes never mix.
+3. Runs are never half deleted: they are renamed to ``trash-…`` first. All decisions apply to whole folders.
+4. ``done`` in the state guarantees that the listed files are finished and on disk. It is emptied, on disk, before
+   publishing begins: from then on, ``files`` may hold the previous content of ``OUT``, and is never published.
+5. The content of ``OUT`` is never assumed to be the result because of what a state says. After a kill during
+   publishing, the files are recomputed; if ``OUT`` must not be replaced, it is then compared with them byte by byte.
 
-So what the next run finds after a kill, and does:
+Depending on what it finds after a kill, the next run proceeds as follows:
 
 =================================  ================================================================================
-``old`` and ``files``              renames ``old`` back to ``OUT``; if something else is there, and ``OUT`` may be
-                                   overwritten, deletes ``old`` once the new output is published; else an error
-``publishing``, with files         deletes them, unless they are nothing that could be replaced; makes all again
-``publishing``, without files      makes all again
-``done`` lists files               keeps those of the recorded size and time, makes the others
-anything else                      starts over
+``old`` and ``files``              rename ``old`` back to ``OUT``; if that exists and may be overwritten, delete
+                                   ``old`` once the new output is published; otherwise raise an error
+``publishing``, with files         delete them and recompute everything; raise an error if they are the previous
+                                   content of ``OUT`` and must not be replaced
+``publishing``, without files      recompute everything
+``done`` lists files               keep those of the recorded size and time, recompute the others
+anything else                      start over
 =================================  ================================================================================
 """
 
@@ -62,24 +64,24 @@ _MAX_STATE = 1 << 26
 
 
 class MergeJournal:
-    """The run of this process; :func:`partial` makes it.
+    """The run of this process, as created by :func:`partial`.
 
     Attributes
     ----------
     out, root, run : str
-        The final place, the folder beside it, and the run folder in that.
+        The final path, the working folder next to it, and the run folder in that.
     folder : str
-        Where the files are made.
+        The folder in which the files are written.
     done : dict of str to list of int
-        The names of files that an earlier run, or this one, has finished, with their size and modification time.
+        The names of the files finished by this run or an earlier one, with their size and modification time.
     maybe_published : bool
-        Whether an earlier run of the same work was killed as it published: ``out`` may be the result.
+        Whether an earlier run of the same work was killed during publishing, so that ``out`` may be the result.
     """
 
     def __init__(self, out: str, identity: Mapping[str, Any], refusal: Refusal, overwrite: bool) -> None:
         self.out, self.identity, self._refusal, self._overwrite = out, dict(identity), refusal, overwrite
         self.root = out + SUFFIX
-        self._leftovers: list[str] = []  # runs with what is to be replaced, too
+        self._leftovers: list[str] = []  # runs that hold previous output, deleted after publishing
         self._published = False
         self.done: dict[str, list[int]] = {}
         self.maybe_published = self._publishing = self._said_publishing = self.removed = False
@@ -92,11 +94,11 @@ class MergeJournal:
         return os.path.join(self.root, kind + secrets.token_hex(8))
 
     def path(self, name: str) -> str:
-        """Where a file is made."""
+        """Return the path at which a file is written."""
         return os.path.join(self.folder, name)
 
     def make_folder(self, name: str) -> None:
-        """Make a folder among the files, and those that it is in."""
+        """Create a folder for files, and its parents within the run."""
         path = self.folder
         for part in name.split(os.sep) if name else []:
             path = os.path.join(path, part)
@@ -104,23 +106,25 @@ class MergeJournal:
                 os.mkdir(path)
 
     def finished(self, name: str) -> None:
-        """Record that a file is whole and synchronised."""
+        """Record that a file is complete and synchronized."""
         self.done[name] = _stamp(self.path(name))
         self._write()
 
     # -- Publishing --------------------------------------------------------------------------
 
     def publish(self, name: str | None) -> None:
-        """Put one file, or the whole folder if None, in its final place.
+        """Move one file, or the whole folder if None, to its final path.
 
-        Where nothing may be overwritten and an earlier run may have published the same, what is there is compared with
-        what was made, and left as it is if it is equal.
+        If nothing may be overwritten and an earlier run may have published the same result, existing content is
+        compared with the new one, and left as it is if equal.
 
         Raises
         ------
         FileError
-            If something is there that is not to be replaced; what was made is kept then.
+            If the path exists and must not be replaced. The new files are kept then.
         """
+        # The state is on disk before the rename: a kill from here on leaves `publishing`, and the next run trusts
+        # neither `files` nor `out`. After an error, the inode of `made` tells whether the rename has happened.
         made = self.folder if name is None else self.path(name)
         sync_tree(self.folder)
         before = _identity(made)
@@ -137,7 +141,7 @@ class MergeJournal:
             sync_folder(folder)
         self._publishing, self._published = False, True
 
-    # -- What earlier runs left ----------------------------------------------------------------
+    # -- Leftovers of earlier runs -------------------------------------------------------------
 
     def _take_over(self) -> None:
         """Resume the earlier run of the same work, and delete all others."""
@@ -150,7 +154,7 @@ class MergeJournal:
                 own = self._new(RUN)
                 try:
                     os.rename(path, own)
-                except FileNotFoundError:  # another process was quicker, where locks do not work
+                except FileNotFoundError:  # another process took it over first, as locks do not work
                     continue
                 state = _read(os.path.join(own, _STATE))
                 if self._is_needed(own, state):
@@ -164,14 +168,14 @@ class MergeJournal:
         if not taken:
             os.makedirs(self.root, exist_ok=True)
             os.mkdir(self.run)
-        # Never with its parent: if this run has been taken over, what follows must fail.
+        # Do not create its parent: if another process has taken over this run, the following steps must fail.
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.folder)
 
     def _is_needed(self, run: str, state: Mapping[str, Any]) -> bool:
-        """Put the previous output back; whether a run must stay until there is a new one.
+        """Move the previous output back; return whether a run must stay until the new output is published.
 
-        An error if it holds something that was not to be replaced.
+        Raise LeftoverError if the run holds something that must not be deleted.
         """
         files, old = os.path.join(run, _FILES), os.path.join(run, _OLD)
         if not os.path.lexists(files):
@@ -198,7 +202,7 @@ class MergeJournal:
         if publishing or not isinstance(done, dict):
             self._discard(self.folder)
             done = {}
-            self._write()  # only after it may there be files again
+            self._write()  # clear `publishing` on disk before new files are written
         self.done = {name: stamp for name, stamp in done.items() if _stamp(self.path(name)) == stamp}
         for folder, known in ((self.run, {_FILES, _STATE}), (self.folder, set(self.done))):
             for name in set(_listed(folder)) - known:
@@ -215,7 +219,7 @@ class MergeJournal:
         _delete(trash)
 
     def remove(self) -> None:
-        """Delete all of it, and let others begin; the state last, as it says that ``out`` may be the result."""
+        """Delete the run and release its name. The state goes last, as it records that ``out`` may be the result."""
         if self.removed:
             return
         for name in (_FILES, _OLD):
@@ -226,25 +230,25 @@ class MergeJournal:
         self.done, self.removed = {}, True
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self.root, LOCK))
-        with contextlib.suppress(OSError):  # another process may be there already
+        with contextlib.suppress(OSError):  # another process may have started already
             os.rmdir(self.root)
 
     def _keep(self) -> None:
-        """Leave what is finished to the next run."""
+        """Keep finished files for the next run."""
         with contextlib.suppress(OSError, FileError):  # a full disk
             self._write()
         if self._said_publishing:
-            return  # what the state says of the files holds for all of them
+            return  # the state on disk says `publishing`, so the next run discards all files anyway
         for name in set(_listed(self.folder)) - set(self.done):
             with contextlib.suppress(OSError):
                 self._discard(self.path(name))
-        with contextlib.suppress(OSError, FileError):  # the disk may have space only now
+        with contextlib.suppress(OSError, FileError):  # deleting may have freed the space for it
             self._write()
 
     def _stopped(self) -> None:
-        """Tidy up after an error."""
+        """Clean up after an error."""
         if self._publishing or os.path.lexists(os.path.join(self.run, _OLD)):
-            return  # as after a kill: the next run looks at what is where
+            return  # leave everything as after a kill: the next run examines it
         if self.done or self.maybe_published:
             self._keep()
         else:
@@ -290,7 +294,7 @@ def _listed(folder: str) -> list[str]:
 def _read(path: str) -> dict[str, Any]:
     try:
         return json_file(path, _MAX_STATE)
-    except (OSError, FileError):  # a state that cannot be read is none
+    except (OSError, FileError):  # an unreadable state counts as none
         return {}
 
 
@@ -298,28 +302,28 @@ def _read(path: str) -> dict[str, Any]:
 def partial(
     out: str, identity: Mapping[str, Any], refusal: Refusal = lambda path: None, overwrite: bool = False
 ) -> Iterator[MergeJournal]:
-    """A run for ``out``, with what an earlier run of the same work finished.
+    """Start a run for ``out``, or resume an earlier run of the same work.
 
-    When the block ends it is deleted. If an error ends it (Ctrl-C, a full disk), the files that are finished stay, and
-    another run with the same identity continues from there.
+    The run is deleted when the block ends. If an error ends the block (Ctrl-C, a full disk), finished files are kept,
+    and another run with the same identity resumes with them.
 
     Parameters
     ----------
     out : str
-        The final place, absolute, in a folder that exists.
+        The final path, absolute, in an existing folder.
     identity : mapping
-        JSON: what tells this work from another.
+        JSON-compatible values that identify this work.
     refusal : callable, optional
-        What may be replaced (:data:`tnadapt.checkpoints.merge._publishing.Refusal`).
+        Decides what may be replaced (:data:`tnadapt.checkpoints.merge._publishing.Refusal`).
     overwrite : bool
-        Whether anything may be.
+        Whether anything may be replaced.
 
     Raises
     ------
     FileError
-        If something else of that name is in the way, or another process is at work there, or took over.
+        If something else has the name of the working folder, or another process is active there, or took over.
     OSError
-        If nothing can be written there.
+        If the working folder cannot be written.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""Putting a finished file or folder in its final place: in one step where the system can, and always undoable.
+"""Move a finished file or folder to its final path: in one step if the system can, and always reversibly.
 
-Where names can be exchanged (:mod:`tnadapt.checkpoints.renaming`), readers find the previous content or the new one at
-any time, and the previous content is then where the new one was made. Elsewhere a folder takes two renames, between
-which its name is missing, and the previous content is in a place of its own until the new one is there.
+If the system can exchange names (:mod:`tnadapt.checkpoints.renaming`), readers find either the previous or the new
+content at any time, and the previous content ends up at the path where the new one was built. Otherwise a folder takes
+two renames, between which its name is missing. The previous content is set aside until the new one is in place.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ from ._comparison import same_content
 
 __all__ = ["LeftoverError", "Refusal", "place", "put_back"]
 
-#: Given a path, says why what is there must not be replaced, or None if it may be, or nothing is there.
+#: Given a path, returns why its content must not be replaced, or None if it may be or the path is free.
 Refusal = Callable[[str], str | None]
 
 _ATTEMPTS = 100
 
 
 class LeftoverError(FileError):
-    """What an earlier run moved away is in its folder, and where it was there is something else."""
+    """An earlier run moved content away, and something else now has its path."""
 
 
 def place(made: str, out: str, aside: str, refusal: Refusal | None, compare: bool = False) -> None:
-    """Rename what was made to its final place.
+    """Rename new content to its final path.
 
     Parameters
     ----------
     made, out : str
-        On one file system. If something was at ``out``, it is then at ``made``, at ``aside``, or gone.
+        The new content and its final path, on one file system. Previous content of ``out`` is afterwards at ``made``,
+        at ``aside``, or deleted.
     aside : str
-        A free name for the previous folder, where two renames are needed. It is there afterwards in that case alone.
+        A free name for the previous folder, used only if two renames are needed.
     refusal : callable, optional
-        What may be replaced. It is asked before, and again about what was in fact replaced, which goes back if the
-        answer is different: somebody may have put it there in between. If None, nothing may be.
+        Decides what may be replaced; if None, nothing may. It is called before the rename, and again on what was
+        actually replaced, as that may have been created in between. If it then refuses, the rename is undone.
     compare : bool
-        Whether it is success, too, if nothing may be replaced, and what is there has the same content.
+        Whether existing content that must not be replaced, but equals the new one, counts as success.
 
     Raises
     ------
     FileError
-        If something is there that may not be replaced. Nothing has changed then.
+        If the path exists and must not be replaced. Nothing has changed then.
     OSError
         If the file system fails.
     """
@@ -70,7 +71,7 @@ def place(made: str, out: str, aside: str, refusal: Refusal | None, compare: boo
         except FileNotFoundError:
             if not os.path.lexists(made):
                 raise
-            # What was to be replaced is gone: the name is free.
+            # The previous content has disappeared, so the name is free: try again.
     raise FileError("is created and removed by something else again and again: choose another name")
 
 
@@ -108,7 +109,7 @@ def put_back(aside: str, out: str) -> None:
     Raises
     ------
     LeftoverError
-        If something else is at ``out`` by now.
+        If something else has taken the path ``out``.
     """
     try:
         rename_new(aside, out)

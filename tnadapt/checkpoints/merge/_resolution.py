@@ -1,4 +1,4 @@
-"""Where in a checkpoint the weights of an adapter are, which may have other names there than in the model."""
+"""Find the weights of an adapter in a checkpoint, where they may have other names than in the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from tnadapt.errors import FileError, TargetError, safe_repr
+from tnadapt.errors import FileError, TargetError, pluralize, safe_repr, summarize
 from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.overlaps import check_distinct
@@ -15,29 +15,29 @@ from tnadapt.targets.pairing import paired
 from tnadapt.targets.prefixes import Prefix, found_prefix
 from tnadapt.targets.target import Target
 
-from ..adapter_file import AdapterFile, pluralize, summarize
+from ..adapter_file import AdapterFile
 from ..checkpoint import Checkpoint
 from ..container import DTYPES, Entry
 
 __all__ = ["FLOATS", "ResolvedTargets", "resolve"]
 
-# What an update can be added to.
+# dtypes to which an update can be added.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class ResolvedTargets(NamedTuple):
-    """An adapter's targets and kept parameters, as a checkpoint calls them.
+    """An adapter's targets and kept parameters, under their names in a checkpoint.
 
     Attributes
     ----------
     targets : tuple of Target
-        In the order of the adapter's.
+        In the order of the adapter's targets.
     kept : dict of str to str
-        Of each kept parameter that the checkpoint has: its name there.
+        Maps each kept parameter that the checkpoint has to its name there.
     added : dict of str to str
-        Of each that it lacks: the name that it is to have.
+        Maps each kept parameter that the checkpoint lacks to its new name.
     how : str
-        How the names came about, for people; empty where they are the adapter's own.
+        How the names were matched, for human readers; empty if they are the adapter's own.
     """
 
     targets: tuple[Target, ...]
@@ -47,10 +47,10 @@ class ResolvedTargets(NamedTuple):
 
 
 def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
-    """Find an adapter's weights in a checkpoint: all of them, or none.
+    """Find all of an adapter's weights in a checkpoint.
 
-    By their names; else by their names with one prefix more or less, the same for all (``bert.``, ``model.``); else by
-    role and shape, as modules are renamed between releases.
+    Weights are matched by name; otherwise by name after adding or removing one common prefix (``bert.``, ``model.``);
+    otherwise by role and shape, as modules are renamed between releases.
 
     Parameters
     ----------
@@ -59,13 +59,13 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
 
     Returns
     -------
-    Placed
+    ResolvedTargets
 
     Raises
     ------
     FileError
-        If a weight is not there, or has another shape or a dtype that nothing can be added to; or a kept
-        parameter does not fit, or its module is there under another name.
+        If a weight is missing, or has another shape or a dtype to which nothing can be added; or if a kept parameter
+        does not fit, or has another name in the checkpoint's module.
 
     Examples
     --------
@@ -166,7 +166,7 @@ def _check_target(target: Target, entry: Entry) -> None:
 def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tuple[dict[str, str], dict[str, str]]:
     kept: dict[str, str] = {}
     added: dict[str, str] = {}
-    # Modules beside those of the adapter; under the prefix, where there is one.
+    # Top-level modules of the checkpoint, below the added prefix if there is one.
     tops = {
         name.removeprefix(shift.given).partition(".")[0] for name in entries if name.startswith(shift.given)
     }  # fmt: skip
@@ -198,7 +198,7 @@ def _kept(entries: Mapping[str, Entry], file: AdapterFile, shift: Prefix) -> tup
 
 
 def _need_free(taken: Mapping[str, str], name: str, place: str) -> None:
-    """A FileError where two kept parameters have one place in the checkpoint, as with and without a prefix."""
+    """Raise FileError if two kept parameters map to one name in the checkpoint, as with and without a prefix."""
     for other, own in taken.items():
         if own == place:
             raise FileError(

@@ -1,4 +1,4 @@
-"""A safetensors file like another one, with some tensors changed: the rest is copied by the kernel."""
+"""Write copies of safetensors files in which some tensors are changed: the kernel copies the rest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ._copying import Stopped, copy_range, write_at
 
 __all__ = ["Change", "Shard", "Writer", "extended"]
 
-# Of larger tensors, one is in memory at a time.
+# Only one tensor larger than this is in memory at a time.
 _LARGE = 1 << 26
-# How much is copied before the disk is asked to take it.
+# Bytes copied between requests to flush them to disk.
 _FLUSHED = 1 << 28
 
 Change = Callable[[np.ndarray], np.ndarray]
@@ -33,15 +33,16 @@ class Shard(NamedTuple):
     Attributes
     ----------
     file : str
-        Which file of the checkpoint it is like.
+        The checkpoint's file to copy.
     out : str
-        Where to.
+        Path of the new file.
     changes : dict of str to callable
-        Of each tensor to be changed: what it becomes, in the same dtype and shape; in this order.
+        Maps each tensor to change to a function from its old content to its new one, of the same dtype and shape. They
+        are called in this order.
     added : dict of str to (str, ndarray)
-        Tensors to come after the others, with their dtypes.
+        Tensors to append, with their dtypes.
     finished : callable
-        Called, by another thread, when the file is whole and synchronised.
+        Called, in another thread, when the file is complete and synchronized.
     """
 
     file: str
@@ -52,20 +53,20 @@ class Shard(NamedTuple):
 
 
 class Writer:
-    """Writes files of a checkpoint anew: while tensors are computed, one thread copies what is untouched.
+    """Writer of modified copies of a checkpoint's files.
+
+    While the calling thread computes changed tensors, another one copies the unchanged bytes.
 
     Parameters
     ----------
     checkpoint : Checkpoint
-        What is read.
+        The checkpoint to copy.
     on_bytes : callable
-        Called with the number of bytes of each piece that is written; by one thread at a time.
+        Called with the number of bytes of each piece that is written, by one thread at a time.
 
-    Notes
-    -----
-    Memory: one tensor that is changed, and what changing it takes. Of tensors of up to 64 MiB, another one may be on
-    its way to the disk, and one more in the hands of ``meanwhile``. Besides the caller's thread there are one that
-    copies, one that writes what was computed, one that waits for the disk, and one for ``meanwhile``.
+    Notes ----- Memory is needed for one changed tensor and for its computation. If all are at most 64 MiB, another
+    tensor may be waiting to be written, and one more may be used by ``meanwhile``. In addition to the calling thread
+    there is one that copies, one that writes computed tensors, one that flushes to disk, and one for ``meanwhile``.
     """
 
     def __init__(self, checkpoint: Checkpoint, on_bytes: Callable[[int], None]) -> None:
@@ -79,21 +80,22 @@ class Writer:
         ----------
         shards : sequence of Shard
         meanwhile : callable, optional
-            Called once, in a thread of its own. What it raises ends the work.
+            Called once, in another thread. If it raises an exception, writing stops.
 
         Raises
         ------
         OSError
-            If a file cannot be read or written. Files that are unfinished then are left there.
+            If a file cannot be read or written. Unfinished files are left in place.
         """
         with contextlib.ExitStack() as stack:
             copier, writer, syncer, other = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(4))
             try:
+                # Files are laid out first, so that copies and computed tensors can be written in any order.
                 plans = [self._laid_out(shard) for shard in shards]
                 copies = [copier.submit(self._copy, *plan, syncer) for plan in plans]
                 beside = other.submit(meanwhile or (lambda: None))
                 if self._largest(shards) > _LARGE:
-                    beside.result()
+                    beside.result()  # so that only one large tensor is in memory
                 synced = []
                 for shard, copied in zip(shards, copies, strict=True):
                     self._compute(shard, (copied, beside), writer)
@@ -111,10 +113,10 @@ class Writer:
         return max((entry.stop - entry.start for entry in entries), default=0)
 
     def _laid_out(self, shard: Shard) -> tuple[str, str, list[tuple[int, int, int]]]:
-        """Make the file, in its full length, with its head where that is new; returns what is to be copied."""
+        """Create the file at its full length, write its head if that is new, and return the ranges to copy."""
         entries, old = self.checkpoint.of_file(shard.file), self.checkpoint.data[shard.file]
         size = max((entry.stop for entry in entries.values()), default=0)
-        # The head itself is among what is copied, where it stays.
+        # If the head does not change, it is part of the first range to copy.
         first, new = -old, old
         with open(shard.out, "xb", buffering=0) as target:
             if shard.added:
@@ -142,7 +144,7 @@ class Writer:
                 for name, change in shard.changes.items():
                     for other in others:
                         if other.done():
-                            other.result()  # a full disk, say: what is computed would have no place to go
+                            other.result()  # stop at their errors, such as a full disk, before computing more
                     made = change(self.checkpoint.array(name))
                     if written is not None:
                         written.result()
@@ -166,7 +168,7 @@ class Writer:
                 self._on_bytes(count)
             dirty += count
             if dirty >= _FLUSHED and (flushed is None or flushed.done()):
-                # So that the disk has work from the start, and little is left at the end.
+                # Flush early, so that the disk is busy from the start and little is left at the end.
                 dirty, flushed = 0, syncer.submit(_synchronise, out)
 
         with open(file, "rb", buffering=0) as source, open(out, "r+b", buffering=0) as target:
@@ -188,7 +190,7 @@ def _synchronise(path: str, finished: Callable[[], None] | None = None) -> None:
 def extended(
     entries: Mapping[str, Entry], metadata: Mapping[str, str], added: Mapping[str, tuple[str, np.ndarray]]
 ) -> bytes:
-    """A file's head (the length and the header) with tensors after those that are there.
+    """Return a file's head (the length and the header) with tensors appended to the existing ones.
 
     Examples
     --------
@@ -205,7 +207,7 @@ def extended(
         header[name] = {
             "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.stop]
         }  # fmt: skip
-    # Metadata may hold half a surrogate pair, which has no UTF-8 form: backslashreplace writes it as JSON's own escape.
+    # Metadata may contain a lone surrogate, which has no UTF-8 form: backslashreplace writes it as a JSON escape.
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -1,7 +1,7 @@
-"""Which files belong to a checkpoint: those in its folder, and those that links lead to without leaving it.
+"""Decide which files belong to a checkpoint: those in its folder, and the targets of links that do not leave it.
 
-In a Hugging Face cache, files are links: ``REPOSITORY/snapshots/REVISION/config.json`` leads to
-``REPOSITORY/blobs/HASH``. That folder of blobs is part of every checkpoint below ``snapshots``.
+In a Hugging Face cache, files are links: ``REPOSITORY/snapshots/REVISION/config.json`` points to
+``REPOSITORY/blobs/HASH``. The folder of blobs therefore counts as part of every checkpoint below ``snapshots``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["Belonging"]
 
 
 class Belonging:
-    """What a folder of a checkpoint, and its links, may lead to.
+    """The files that belong to the checkpoint in a folder.
 
     Parameters
     ----------
@@ -35,24 +35,24 @@ class Belonging:
         self._roots = [self.folder, *_blobs(self.folder)]
 
     def leaves(self, name: str) -> str | None:
-        """Where a name in the folder leads, if that is outside of the checkpoint; None if it stays inside."""
+        """Return the target of a name in the folder if it is outside of the checkpoint; None if it is inside."""
         path = os.path.realpath(os.path.join(self.folder, name))
         return None if any(path.startswith(os.path.join(root, "")) for root in self._roots) else path
 
     def file(self, name: str) -> str | None:
-        """The real path of a regular file of the checkpoint; None if it is none, or leads outside."""
+        """Return the real path of a regular file of the checkpoint; None if it is not one, or lies outside."""
         path = os.path.realpath(os.path.join(self.folder, name))
         try:
             regular = stat.S_ISREG(os.lstat(path).st_mode)
-        except OSError:  # a dangling link, or one that leads in a circle
+        except OSError:  # a dangling or circular link
             return None
         return path if regular and self.leaves(name) is None else None
 
 
 def _blobs(folder: str) -> list[str]:
-    """The blobs of the Hugging Face cache that a folder is in, if it is in one."""
+    """Return the folder of blobs if a folder lies in a Hugging Face cache."""
     while (parent := os.path.dirname(folder)) != folder:
-        # snapshots/REVISION: the name before the last of REPOSITORY/snapshots/REVISION.
+        # In REPOSITORY/snapshots/REVISION, the parent of REVISION is named snapshots.
         if os.path.basename(parent) == "snapshots":
             blobs = os.path.join(os.path.dirname(parent), "blobs")
             if os.path.isdir(blobs) and not os.path.islink(blobs):

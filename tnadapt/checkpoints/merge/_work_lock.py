@@ -1,4 +1,4 @@
-"""The lock on a folder of unfinished work, which is made and deleted by those who take turns at it."""
+"""The lock on a folder of unfinished work, which its holders create and delete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..file_locks import HAS_LOCKS, lock, names_handle, unlock
 
 __all__ = ["LOCK", "RUN", "TRASH", "work_lock"]
 
-#: What the folder has in it.
+#: Name of the lock file, and prefixes of the other names in the folder.
 LOCK, RUN, TRASH = "lock", "run-", "trash-"
 
 _OWN = re.compile(rf"{LOCK}|(?:{RUN}|{TRASH})[0-9a-f]{{16}}")
@@ -24,14 +24,14 @@ _ATTEMPTS = 1000
 
 @contextlib.contextmanager
 def work_lock(root: str) -> Iterator[None]:
-    """Make the folder if it is not there, and hold its lock in the block.
+    """Create the folder if needed, and hold its lock during the block.
 
     Raises
     ------
     FileError
         If something else has that name, or another process holds the lock.
     OSError
-        If the folder cannot be made.
+        If the folder cannot be created.
 
     Examples
     --------
@@ -52,8 +52,8 @@ def work_lock(root: str) -> Iterator[None]:
     finally:
         unlock(handle)
         os.close(handle)
-        # On NFS a deleted file that is open keeps its folder. Another process that has come meanwhile has its lock file
-        # in the folder, or makes the folder again.
+        # On NFS, a folder cannot be removed while a deleted file in it is still open, so remove it only now. If another
+        # process has started in the meantime, its lock file keeps the folder, or it creates the folder again.
         with contextlib.suppress(OSError):
             os.rmdir(root)
 
@@ -67,7 +67,7 @@ def _locked(root: str) -> int:
             os.mkdir(root)
         try:
             handle = os.open(path, flags, 0o666)
-        except FileNotFoundError:  # its last holder has just deleted the folder
+        except FileNotFoundError:  # the last holder of the lock has just deleted the folder
             continue
         try:
             if not lock(handle):
@@ -80,16 +80,16 @@ def _locked(root: str) -> int:
         except BaseException:
             os.close(handle)
             raise
-        # Its last holder deleted the file before giving up the lock: this one protects nothing.
+        # The last holder deleted the file before releasing the lock: a lock on it protects nothing.
         os.close(handle)
     raise FileError(f"other processes are making {root} again and again: wait for them, or choose another name")
 
 
 def _check_own(root: str) -> None:
-    """An error if the name is taken by anything that this module would not have made.
+    """Raise FileError if the name is taken by anything that a merge would not have created.
 
-    That needs no lock: whatever others do at the same time, the folder has no other names in it. Names that begin with
-    a dot are the system's (.DS_Store, NFS's .nfs…), and stay.
+    The check needs no lock: whatever other processes do at the same time, they put no other names in the folder. Names
+    that begin with a dot belong to the system (.DS_Store, NFS's .nfs…) and are ignored.
     """
     try:
         own = stat.S_ISDIR(os.lstat(root).st_mode)
@@ -109,7 +109,7 @@ def _mode(path: str) -> int:
 
 
 def _sign(handle: int) -> None:
-    """Say in the file who holds it; for messages only."""
+    """Write the holder's name to the lock file, for messages only."""
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)

@@ -1,4 +1,4 @@
-"""``tnadapt.merge``: an adapter's updates added to a checkpoint on disk, one tensor at a time, without a framework."""
+"""``tnadapt.merge``: add an adapter's updates to a checkpoint on disk, one tensor at a time, without a framework."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from tnadapt.errors import ConfigError, FileError, escaped
+from tnadapt.errors import ConfigError, FileError, escaped, pluralize
 
-from ..adapter_file import AdapterFile, pluralize
+from ..adapter_file import AdapterFile
 from ..adapter_format import content_of, load
 from ..checkpoint import file_state, open_checkpoint
 from ..container import file_error_context, path_of
@@ -25,28 +25,28 @@ __all__ = ["MergeReport", "merge"]
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes
     ----------
     out : str
-        The file or folder that was made.
+        The file or folder that was written.
     files, tensors, bytes : int
-        Safetensors files of it, tensors in them, and bytes of these files.
+        Numbers of its safetensors files, of the tensors in them, and of the bytes of these files.
     targets, changed : int
-        Weights of the adapter, and tensors that they are in.
+        Numbers of the adapter's weights, and of the tensors that hold them.
     names : str
-        How the adapter's weights were found where they have other names in the checkpoint; else empty.
+        How the adapter's weights were found if they have other names in the checkpoint; otherwise empty.
     base_checked : bool
-        Whether the base is known to be the one that the adapter was trained on.
+        Whether the base was verified to be the one that the adapter was trained on.
     replaced, added : tuple of str
-        Tensors that the adapter keeps (a trained head): those of the checkpoint that they replaced, and those that it
-        lacked.
+        Parameters kept by the adapter, such as a trained head: tensors of the checkpoint that they replaced, and
+        tensors that the checkpoint lacked.
     copied, left_out : tuple of str
-        Other files of the folder: those that were copied, and those that were not: weights without the update, hidden
-        folders, links to folders or out of the checkpoint, and what is no regular file (pipes, devices, sockets).
+        Other files of the folder that were copied, and that were not: weights without the update, hidden folders, links
+        to folders or out of the checkpoint, and everything that is not a regular file (pipes, devices, sockets).
     resumed : int
-        Files that an earlier run had finished.
+        Number of files that an earlier run had finished.
     """
 
     out: str
@@ -67,7 +67,7 @@ class MergeReport:
         return escaped(f"MergeReport({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON knows them."""
+        """Return the fields as a JSON-compatible dictionary."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
@@ -88,19 +88,19 @@ def merge(
         A ``.safetensors`` file, an index, or a folder (:func:`~tnadapt.checkpoints.checkpoint.open_checkpoint`). It is
         not changed.
     adapter : path-like or AdapterFile
-        What :func:`tnadapt.save` or :meth:`tnadapt.torch.Adapter.save` wrote.
+        An adapter written by :func:`tnadapt.save` or :meth:`tnadapt.torch.Adapter.save`.
     out : path-like
-        A file where the base is one, else a folder: files of the same names, with the same tensors in the same places.
-        Other files of the folder, such as ``config.json`` and a tokenizer, are copied; weights in other formats
-        are left out, as they would be the base's, and so are links that lead out of the base's folder (a Hugging
-        Face cache's blobs belong to it) and whatever is no regular file.
+        A file if the base is one, otherwise a folder with files of the same names and the same tensors at the same
+        places. Other files of the folder, such as ``config.json`` and a tokenizer, are copied. Weights in other formats
+        are left out, as they lack the update; so are links that lead out of the base's folder (a Hugging Face cache's
+        blobs belong to it) and everything that is not a regular file.
     overwrite : bool
-        Whether a checkpoint that is there may be replaced, once the new one is whole. A folder is replaced as a whole:
-        all other files in it go, too.
+        Whether an existing checkpoint may be replaced, once the new one is complete. A folder is replaced as a whole,
+        including all other files in it.
     check_base : bool
         Whether the base's weights must be those that the adapter was trained on.
     progress : callable, optional
-        Called with the bytes that are written and all there are to write, many times; by one thread at a time.
+        Called repeatedly with the number of bytes written and the total; by one thread at a time.
 
     Returns
     -------
@@ -109,24 +109,22 @@ def merge(
     Raises
     ------
     FileError
-        If base or adapter is damaged, they do not belong together (names, shapes, fingerprint), a weight is
-        quantised, an update or a sum leaves the range of the weight's dtype, something is there, another process is
-        merging to the same place, or nothing can be written. There is nothing at ``out`` then, or what was there
-        before.
+        If base or adapter is damaged; they do not belong together (names, shapes, fingerprint); a weight is quantized;
+        an update or a sum leaves the range of the weight's dtype; ``out`` exists; another process is merging to the
+        same path; or the result cannot be written. ``out`` is unchanged then.
     ConfigError
-        If the adapter acts on activations (LoDA): that is no update of weights.
+        If the adapter acts on activations (LoDA) and so does not update weights.
 
     Notes
     -----
-    The arithmetic is that of :mod:`tnadapt.algebra.rounding`: the bytes are those of ``adapter.merge()`` and
-    ``save_pretrained`` in memory. Memory: the largest tensor that is changed, some megabytes, and what F takes
-    (:class:`~tnadapt.algebra.rounding.Float64Deltas`). Tensors that are not changed are copied by the kernel.
+    The arithmetic is that of :mod:`tnadapt.algebra.rounding`: the bytes equal those of ``adapter.merge()`` and
+    ``save_pretrained`` in memory. Memory is needed for the largest changed tensor, a few megabytes, and the computation
+    of F (:class:`~tnadapt.algebra.rounding.Float64Deltas`). The kernel copies unchanged tensors.
 
-    Files are made in ``OUT.tnadapt-partial`` and take their place in one step when all is there
-    (:mod:`tnadapt.checkpoints.merge._journal` says how). After a kill, or on a full disk, the same call continues with
-    the files that were finished; if base or adapter have changed since, it starts over. A kill between publishing and
-    the last clean-up means that the next call makes all files again, and, without ``overwrite``, compares what is there
-    with them.
+    Files are written to ``OUT.tnadapt-partial`` and moved to their final path in one step when all are complete, as
+    described in :mod:`tnadapt.checkpoints.merge._journal`. After a kill or a full disk, the same call resumes with the
+    finished files; if base or adapter have changed since, it starts over. After a kill between publishing and the final
+    clean-up, the next call recomputes all files and, without ``overwrite``, compares them with the existing ones.
 
     Examples
     --------
@@ -154,7 +152,7 @@ def merge(
         identity = job.identity
     try:
         with file_error_context(where.path), partial(where.path, identity, where.refusal, overwrite) as work:
-            # After a kill, what is there may be this very result: then it is compared with it at the end.
+            # After a kill, existing content may be this very result: publishing compares it then.
             if overwrite or not work.maybe_published:
                 where.need_free(overwrite)
             try:
@@ -176,7 +174,7 @@ def merge(
 
 
 def _adapter(given: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str, str | None]:
-    """The adapter, the SHA-256 of its file, and its path if it has one."""
+    """Return the adapter, the SHA-256 of its file, and its path if it has one."""
     if isinstance(given, AdapterFile):
         return given, hashlib.sha256(content_of(given)).hexdigest(), None
     path = path_of(given)
@@ -186,7 +184,7 @@ def _adapter(given: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, 
     with file_error_context(path), open(open_regular(os.path.realpath(path)), "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
         if file_state(path) != before:
-            # Unfinished work of one adapter would be continued with another.
+            # Otherwise, unfinished work could be resumed with another adapter.
             raise FileError("was changed while it was read: run it again")
     return file, digest, path
 

@@ -1,0 +1,119 @@
+"""The arrays implied by a config and its targets: their shapes, and the frozen ones that a file may omit."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.formats import make_format
+from tnadapt.algebra.init import Initializer
+from tnadapt.algebra.layout import make_layout
+from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.errors import ConfigError, ShapeError, safe_repr, summarize
+from tnadapt.targets.target import Target
+
+# Maximum number of frozen arrays that a file omits, and of their elements in total. They bound the work that a small
+# file can impose on its reader.
+MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
+# Maximum trial divisions for factoring: enough for one number of 2**36, or about a hundred of 2**23.
+_MAX_DIVISIONS = 1 << 18
+
+
+def plan_of(config: Config, targets: Sequence[Target]) -> SuperLoRA:
+    """Return the plan of an adapter."""
+    return SuperLoRA(config, [target.shape for target in targets], layers=[target.layer for target in targets])
+
+
+def check_fit(
+    config: Config,
+    targets: Sequence[Target],
+    shapes: Mapping[str, tuple[int, ...]],
+    trained: Sequence[str] | None = None,
+) -> None:
+    """Raise an error unless the shapes are those of the plan's arrays; some that are not ``trained`` may be missing.
+
+    Time and memory are proportional to the number of shapes and targets, however large the numbers in the config are.
+
+    Raises
+    ------
+    ConfigError, ShapeError
+        If arrays are missing, unknown or of another shape; the message names them.
+    """
+    # Count before planning: a hostile config of a few bytes can ask for millions of arrays.
+    layout = make_layout(config.groups, [target.shape for target in targets], [target.layer for target in targets])
+    expected = layout.num_groups * _arrays_of_group(config)
+    if expected > len(shapes) + 1024:
+        raise ShapeError(f"config and targets make {expected} arrays; there are {len(shapes)}")
+    sizes = {size for _, _, size in layout.same_size()}
+    if config.splits > 1 and config.combine == "kronecker" and config.split_size == "balanced":
+        folds = [config.fold if isinstance(config.fold, tuple) else (size,) for size in sizes]
+        if sum(math.isqrt(size) for fold in folds for size in fold) > _MAX_DIVISIONS:
+            raise ConfigError(
+                "the sizes that split_size='balanced' has to factor are too large; give split_size as an integer"
+            )
+    found = plan_of(config, targets).param_shapes
+    missing = found.keys() - shapes.keys()
+    if trained is not None:
+        missing -= found.keys() - set(checked_trained(trained, found) or found)
+    left_out = found.keys() - shapes.keys() - missing
+    if len(left_out) > MAX_LEFT_OUT or sum(math.prod(found[name]) for name in left_out) > MAX_DRAWN:
+        raise ShapeError(
+            f"{len(left_out)} frozen arrays are left out; at most {MAX_LEFT_OUT} of {MAX_DRAWN} elements together are"
+        )
+    if missing or not shapes.keys() <= found.keys():
+        raise ShapeError(
+            f"the arrays must be those of config and targets; missing: {summarize(missing)}; "
+            f"unknown: {summarize(shapes.keys() - found.keys())}"
+        )
+    for name, shape in found.items():
+        if shapes.get(name, shape) != shape:
+            raise ShapeError(f"{name} has shape {shapes[name]}; config and targets make it {shape}")
+
+
+def _arrays_of_group(config: Config) -> int:
+    def count(name: str) -> int:
+        return len(make_format(name, (1,) * config.order, config.rank).shapes)
+
+    leading = "dense" if config.leading == "dense" else config.format
+    return config.terms * ((config.splits - 1) * count(leading) + count(config.format))
+
+
+def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
+    """Return the names of the trained arrays in the order of the plan; None if all are trained."""
+    if trained is None:
+        return None
+    if isinstance(trained, str) or not isinstance(trained, Sequence) or not all(isinstance(n, str) for n in trained):
+        raise ConfigError(f"trained must be a list of names of arrays, or None for all; got {safe_repr(trained)}")
+    chosen = set(trained)
+    if not chosen or len(chosen) < len(trained) or not chosen <= shapes.keys():
+        raise ConfigError(
+            f"trained must name some of the arrays, each once; unknown: {summarize(chosen - shapes.keys())}; there are "
+            f"{summarize(shapes)}"
+        )
+    return None if len(chosen) == len(shapes) else tuple(name for name in shapes if name in chosen)
+
+
+def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[str, Callable[[], np.ndarray]]:
+    """Map each frozen array, in the order of the plan, to a function that draws it from the seed, rounded to a dtype.
+
+    Arrays of bfloat16 are returned as float32 with rounded values.
+    """
+    if trained is None:
+        return {}
+    chosen, found = set(trained), dict[str, Callable[[], np.ndarray]]()
+    kind = "float32" if dtype == "bfloat16" else dtype
+    for group, start in zip(plan.groups, plan.starts(trained), strict=True):
+        for name, full in group.names.items():
+            if full not in chosen:
+                found[full] = functools.partial(_drawn, start, name, dtype, kind)
+    return found
+
+
+def _drawn(start: Initializer, name: str, dtype: str, kind: str) -> np.ndarray:
+    made: np.ndarray = start.make((name, dtype)).astype(kind)
+    return made

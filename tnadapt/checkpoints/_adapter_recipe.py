@@ -1,0 +1,147 @@
+"""Writing and parsing of the metadata entry ``tnadapt`` of an adapter file.
+
+:mod:`tnadapt.checkpoints.adapter_format` specifies its keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tnadapt.algebra.config import Config
+from tnadapt.errors import FileError, TnadaptError, safe_repr, summarize
+from tnadapt.targets.overlaps import check_distinct
+from tnadapt.targets.target import Target
+
+from ._adapter_fit import MAX_LEFT_OUT
+from ._json_scan import MAX_VALUE, Elements, Later, lazy_object
+from .adapter_file import AdapterFile
+from .fingerprint import Fingerprint
+
+VERSION = 1
+ENTRY = "tnadapt"
+
+# The defaults of format 1. A later release may change Config's defaults, and files must not change with them.
+_DEFAULTS: dict[str, Any] = {
+    "rank": 4, "order": 2, "splits": 1, "groups": "weight", "fold": "stack", "format": "cp", "combine": "kronecker",
+    "split_size": "balanced", "leading": "dense", "terms": 1, "projection": "identity", "ratio": 1.0, "shared": True,
+    "alpha": None, "seed": 0,
+}  # fmt: skip
+
+_REQUIRED = {"version": int, "config": dict, "targets": Elements, "sha256": str}
+_OPTIONAL = {"activation": str, "base": dict, "draws": str, "model": str, "trained": Elements}
+_JSON = {dict: "an object", Elements: "a list", str: "a string", int: "an integer"}
+# Bytes that a config may have for each target on top of MAX_VALUE: explicit groups list the targets' numbers.
+_CONFIG_OF_TARGET = 16
+# Maximum number of targets: a plan of this size takes minutes, and no model has as many weights to adapt.
+_MAX_TARGETS = 1 << 17
+
+
+def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
+    """Return the entry's object for an adapter, without its checksum."""
+    config = file.config.replace(weight_shape=None).to_dict()
+    recipe: dict[str, Any] = {
+        "version": VERSION,
+        "config": {key: value for key, value in config.items() if key not in _DEFAULTS or value != _DEFAULTS[key]},
+        "targets": [target.to_list() for target in file.targets],
+    }
+    base = None if file.base is None else {**dataclasses.asdict(file.base), "sketch": list(file.base.sketch)}
+    trained = None if file.trained is None else list(file.trained)
+    optional = {"model": file.model, "activation": file.activation, "base": base, "draws": draws}
+    recipe.update({key: value for key, value in {**optional, "trained": trained}.items() if value})
+    return recipe
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """Return the entry's text."""
+    return json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def parse_recipe(
+    text: bytes, stored: int
+) -> tuple[dict[str, Any], Config, list[Target], Fingerprint | None, list[str] | None]:
+    """Parse the entry of a file with ``stored`` tensors; return its object, config, targets, base and trained names."""
+    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["targets", "trained"]))
+    base = _base(recipe["base"]) if "base" in recipe else None
+    trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
+    targets = _targets(recipe["targets"])
+    # The targets bound the length of the config, whose objects take many times its bytes.
+    config = _config(recipe["config"].value(MAX_VALUE + _CONFIG_OF_TARGET * len(targets)))
+    return recipe, config, targets, base, trained
+
+
+def _checked_recipe(lazy: dict[str, Elements | Later]) -> dict[str, Any]:
+    """Return the entry's values after checking their types; the config is parsed later."""
+    recipe: dict[str, Any] = dict(lazy)
+    version = _value(recipe.get("version"))
+    if type(version) is int and version > VERSION:
+        raise FileError(f"has format version {version}, and this tnadapt reads up to {VERSION}: update tnadapt")
+    if type(version) is not int or version != VERSION:
+        raise FileError(f"the {ENTRY} entry has the format version {safe_repr(version)}; expected {VERSION}")
+    unknown = recipe.keys() - _REQUIRED.keys() - _OPTIONAL.keys()
+    missing = _REQUIRED.keys() - recipe.keys()
+    if unknown or missing:
+        raise FileError(f"the {ENTRY} entry has unknown keys: {summarize(unknown)}; lacks: {summarize(missing)}")
+    for key in [key for key in recipe if key != "config"]:
+        recipe[key] = _of_kind(key, _value(recipe[key]))
+    for key in ("sha256", "draws"):
+        if key in recipe and not re.fullmatch("[0-9a-f]{64}", recipe[key]):
+            raise FileError(f"the {ENTRY} entry's {key} must be 64 lower-case hex digits; got {safe_repr(recipe[key])}")
+    return recipe
+
+
+def _value(value: Any) -> Any:
+    return value.value() if isinstance(value, Later) else value
+
+
+def _of_kind(key: str, value: Any) -> Any:
+    """Return a value after checking that it has the type of its key."""
+    kind = (_REQUIRED | _OPTIONAL)[key]
+    if not isinstance(value, kind):  # also catches Elements where no list is expected
+        raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {safe_repr(value)}")
+    return value
+
+
+def _config(value: Any) -> Config:
+    settings = _of_kind("config", value)
+    unknown = settings.keys() - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise FileError(f"config has unknown fields: {summarize(unknown)}")
+    try:
+        return Config.from_dict({**_DEFAULTS, **settings})
+    except TnadaptError as error:
+        raise FileError(f"config: {error}") from error
+
+
+def _targets(listed: Iterable[Any]) -> list[Target]:
+    found: list[Target] = []
+    for number, value in enumerate(listed):
+        if number == _MAX_TARGETS:
+            raise FileError(f"has more than {_MAX_TARGETS} targets, and no model has as many weights to adapt")
+        try:
+            found.append(Target.from_list(value))
+        except TnadaptError as error:
+            raise FileError(f"target {number}: {error}") from error
+    check_distinct(found)
+    return found
+
+
+def _trained(listed: Iterable[Any], most: int) -> list[str]:
+    """Return the names; raise FileError if there are more than ``most``, the arrays stored or possibly omitted."""
+    found: list[str] = []
+    for name in listed:
+        if not isinstance(name, str):
+            raise FileError(f"trained must be a list of names of arrays; got {safe_repr(name)} among them")
+        if len(found) == most:
+            raise FileError(f"trained names more than {most} arrays, and the file cannot stand for as many")
+        found.append(name)
+    return found
+
+
+def _base(value: dict[str, Any]) -> Fingerprint:
+    if value.keys() != {"sha256", "dtype", "sketch"}:
+        raise FileError(f"base must have dtype, sha256 and sketch; got {safe_repr(value)}")
+    return Fingerprint(**value)
