@@ -21,6 +21,7 @@ from tnadapt.algebra import rng as draws
 from tnadapt.algebra.sources import SOURCES, Source, SourceMap, Stream, Trained, source_from_dict, source_to_dict
 from tnadapt.backends import Backend
 from tnadapt.plugins import forget_registered
+from tnadapt.testing import SourceContract
 
 SHAPES = [(6, 4), (8, 4), (6, 4)]
 
@@ -43,6 +44,23 @@ def normal() -> Iterator[type[Source]]:
     tna.register_source("normal", Normal)
     yield Normal
     forget_registered()
+
+
+# -- The contract ---------------------------------------------------------------------------------
+
+
+class TestTrained(SourceContract):
+    sources = (Trained(),)
+
+
+@pytest.mark.usefixtures("normal")
+class TestNormal(SourceContract):
+    sources = (Normal(), Normal(0.5, shared=True))
+
+
+def test_every_built_in_source_has_its_contract() -> None:
+    tested = {type(source).__name__ for suite in SourceContract.__subclasses__() for source in suite.sources}
+    assert tested >= {cls.__name__ for cls in SOURCES.values()}
 
 
 # -- Naming them in a config ----------------------------------------------------------------------
@@ -225,7 +243,7 @@ def test_gradients_are_those_of_the_trained_arrays(name: str) -> None:
     sum(
         (delta * torch.arange(1.0, 25.0).repeat(2)[: delta.numel()].reshape(delta.shape)).sum()
         for delta in plan.deltas(params)
-    ).backward()  # noqa: E501
+    ).backward()
     for index in range(plan.num_groups):
         own = [array.grad for name, array in params.items() if name.startswith(f"group{index}.")]
         assert any(grad is not None and bool(grad.any()) for grad in own)
@@ -341,3 +359,20 @@ def test_sources_and_presets_are_modules_of_the_root() -> None:
 
     assert Public is Trained
     assert lora is tna.presets.lora
+
+
+@named
+def test_the_laws_hold(name: str) -> None:
+    table = tna.verify(CONFIGS[name], SHAPES, backends=["numpy"])
+    assert table.holds, str(table)
+
+
+@named
+def test_pictures_count_what_is_trained(name: str) -> None:
+    pytest.importorskip("matplotlib")
+    from tnadapt.plot._diagram import diagram
+
+    plan = tna.SuperLoRA(CONFIGS[name], SHAPES)
+    drawn = diagram(plan)
+    own = {full: shape for full, shape in plan.param_shapes.items() if full.startswith("group0.")}
+    assert drawn.parameters == sum(map(math.prod, own.values()))

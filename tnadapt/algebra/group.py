@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -48,6 +49,11 @@ class Group(NamedTuple):
     pieces: list[Piece]
     frozen: FrozenArrays
     frozen_names: dict[str, str]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained elements."""
+        return sum(math.prod(self.network.shapes[name]) for name in self.names)
 
     def arrays(self, backend: Backend, params: Mapping[str, Array]) -> Mapping[str, Array]:
         """Return all arrays of the network, by the network's names: those of the parameters, and the frozen ones."""

@@ -157,7 +157,7 @@ def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
     return Diagram(
         parts=tuple(splits.placed), signs=tuple(splits.signs), frames=tuple(splits.frames), brackets=splits.brackets,
         brace=(width / 2 - half, width / 2 + half, low), steps=tuple(placed), key=key, words=words,
-        parameters=own.network.num_parameters, splits_left_out=hidden, width=width, height=-y,
+        parameters=own.num_parameters, splits_left_out=hidden, width=width, height=-y,
     )  # fmt: skip
 
 
@@ -263,7 +263,7 @@ def _key(kinds: Sequence[str], width: float) -> tuple[tuple[KeyEntry, ...], floa
 
 
 def _words(plan: SuperLoRA, group: Group) -> str:
-    own = group.network.num_parameters
+    own = group.num_parameters
     told = f"{_number(own)} trainable {_plural(own, 'parameter')}"
     if plan.num_groups == 1:
         return f"{told}, all in this group"

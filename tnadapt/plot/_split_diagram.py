@@ -30,11 +30,12 @@ _LEG_POINTS = 8.0
 class _Split:
     """One split while it is laid out: its arrays, by the names its format gives them, and the columns of its modes."""
 
-    def __init__(self, plan: SuperLoRA, group: Group, k: int) -> None:
+    def __init__(self, group: Group, k: int) -> None:
         network = group.network
         prefix, split = network.prefixes[0][k], network.splits[k]
-        self.names = {name: group.names[prefix + name] for name in split.shapes}
-        self.shapes = {name: plan.param_shapes[full] for name, full in self.names.items()}
+        full_names = {**group.names, **group.frozen_names}
+        self.names = {name: full_names[prefix + name] for name in split.shapes}
+        self.shapes = split.shapes
         self.dot = next(iter(self.names.values())).rpartition(".")[0] + ".dot"
         self.sizes = split.sizes
         self.format = split
@@ -116,7 +117,7 @@ def laid_out(plan: SuperLoRA, group: Group, k: int) -> SplitDrawing:
     ConfigError
         If the format's ``diagram`` is not a known style.
     """
-    split = _Split(plan, group, k)
+    split = _Split(group, k)
     style = group.network.splits[k].diagram
     if style not in _STYLES:
         raise ConfigError(

@@ -7,9 +7,9 @@
 ...     assert plan.num_parameters == sum(array.size for array in plan.init().values())
 >>> test_counts()
 
-A new backend inherits :class:`BackendContract`, a new format :class:`FormatContract`, a new map :class:`MapContract`;
-the documentation's pages on backends and on extending tnadapt have examples. These names need
-``pip install "tnadapt[testing]"``. ``tnadapt.verify`` (``verification``) runs the laws with NumPy alone:
+A new backend inherits :class:`BackendContract`, a new format :class:`FormatContract`, a new map :class:`MapContract`, a
+new source :class:`SourceContract`; the documentation's pages on backends and on extending tnadapt have examples. These
+names need ``pip install "tnadapt[testing]"``. ``tnadapt.verify`` (``verification``) runs the laws with NumPy alone:
 ``_config_laws``, ``_projection_laws`` and ``_library_laws`` check them, ``_reference`` is the independent reference
 implementation in float64, and ``_methods`` has each named method's own formula.
 """
@@ -21,15 +21,26 @@ if TYPE_CHECKING:
     from ._backend_contract import BackendContract
     from ._format_contract import FormatContract
     from ._map_contract import MapContract
+    from ._source_contract import SourceContract
     from .strategies import configs, parameters, plans, shapes
 
-__all__ = ["BackendContract", "FormatContract", "MapContract", "configs", "parameters", "plans", "shapes"]
+__all__ = [
+    "BackendContract",
+    "FormatContract",
+    "MapContract",
+    "SourceContract",
+    "configs",
+    "parameters",
+    "plans",
+    "shapes",
+]
 
 # Imported on first use: Hypothesis and pytest are an extra, and ``tnadapt.verify`` does not need them.
 _LAZY = {
     "BackendContract": "_backend_contract",
     "FormatContract": "_format_contract",
     "MapContract": "_map_contract",
+    "SourceContract": "_source_contract",
     "configs": "strategies",
     "parameters": "strategies",
     "plans": "strategies",

@@ -114,6 +114,12 @@ class _Case:
         self.plan = checkable(config, shapes, layers)
         self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
         self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
+        # A source has no second definition: what it computes is given to the reference.
+        self.frozen = {
+            full: group.frozen.host(name).astype(np.float64)
+            for group in self.plan.groups
+            for name, full in group.frozen_names.items()
+        }
         self.params = self._sent(self.host)
         self.collector = LawCollector(label, backend)
 
@@ -137,16 +143,15 @@ class _Case:
     def _counts(self) -> None:
         made = sum(math.prod(array.shape) for array in self.plan.init(self.backend.name, "float64").values())
         formula = reference.count(self.config, self.plan.shapes, self.layers)
+        formula -= sum(array.size for array in self.frozen.values())
         counted = self.plan.num_parameters
         self.collector.add("parameters counted = made = formula", [abs(counted - made) + abs(counted - formula)], 0.0)
 
     def _formulas(self, whole: np.ndarray) -> None:
         shapes = self.plan.shapes
-        textbook = reference.deltas(self.config, shapes, self.host, self.layers, self.start)
-        expected = np.concatenate([delta.reshape(-1) for delta in textbook])
-        self.collector.add("ΔW = the textbook formula", [relative_error(whole, expected)])
+        self.collector.add("ΔW = the textbook formula", [relative_error(whole, self._textbook(self.host))])
         if self.label in methods.METHODS:
-            own = methods.METHODS[self.label](self.host, self.config, shapes)
+            own = methods.METHODS[self.label]({**self.host, **self.frozen}, self.config, shapes)
             self.collector.add(
                 "ΔW = the method's own formula", [relative_error(whole, np.concatenate([d.reshape(-1) for d in own]))]
             )
@@ -224,7 +229,8 @@ class _Case:
             self.collector.add("the gradient = a central difference", errors, DIFFERENCE)
 
     def _textbook(self, host: dict[str, np.ndarray]) -> np.ndarray:
-        found = reference.deltas(self.config, self.plan.shapes, host, self.layers, self.start)
+        host, start = {**host, **self.frozen}, {**self.start, **self.frozen}
+        found = reference.deltas(self.config, self.plan.shapes, host, self.layers, start)
         return np.concatenate([delta.reshape(-1) for delta in found])
 
     def _projections(self) -> None:

@@ -1,0 +1,101 @@
+"""The contract of a source: the tests that every source of an array passes, as a class to inherit.
+
+``class TestMine(SourceContract): sources = (Mine(),)`` runs them all; the page on extending tnadapt has an example.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Sequence
+
+import numpy as np
+
+from tnadapt.algebra.config import Config
+from tnadapt.algebra.sources import Source, Stream, source_from_dict, source_to_dict
+from tnadapt.algebra.superlora import SuperLoRA
+
+__all__ = ["SourceContract"]
+
+_WEIGHTS = [(6, 4), (8, 4)]
+_CONFIGS = (
+    Config(rank=2),
+    Config(rank=2, format="tucker", groups=1, fold="hypercube", projection="linear", ratio=0.5),
+    Config(rank=2, order=3, format="tt", groups=1, fold="balanced", projection="nonlinear"),
+)
+
+
+class SourceContract:
+    """What every source must do. Inherit, register the class, and give ``sources``.
+
+    Attributes
+    ----------
+    sources : sequence of Source
+        Those under test: one for each kind of setting.
+    shapes : sequence of tuple of int
+        Of arrays that they can provide.
+
+    Examples
+    --------
+    >>> from tnadapt.sources import Trained
+    >>> class TestTrained(SourceContract):
+    ...     sources = (Trained(),)
+    >>> TestTrained().test_a_dictionary_gives_the_source_back()
+    """
+
+    sources: Sequence[Source]
+    shapes: Sequence[tuple[int, ...]] = ((1,), (7,), (1, 1), (5, 3), (3, 5), (2, 3, 4))
+
+    def test_a_dictionary_gives_the_source_back(self) -> None:
+        for source in self.sources:
+            for other in (
+                source_from_dict(source_to_dict(source)), copy.deepcopy(source), pickle.loads(pickle.dumps(source)),
+            ):  # fmt: skip
+                assert other == source
+                assert hash(other) == hash(source)
+
+    def test_frozen_arrays_are_finite_and_of_their_shape(self) -> None:
+        for source in self._frozen():
+            for shape in self.shapes:
+                found = source.array(shape, Stream(3, 1, 1 << 16))
+                assert found.shape == shape
+                assert found.dtype == np.float32
+                assert np.isfinite(found).all()
+
+    def test_equal_streams_give_equal_arrays(self) -> None:
+        state = repr(np.random.get_state(legacy=False))
+        for source in self._frozen():
+            for shape in self.shapes:
+                found, again = (source.array(shape, Stream(2**64 - 1, 5, 1 << 16)) for _ in range(2))
+                assert found.tobytes() == again.tobytes()
+                assert not np.shares_memory(found, again)
+        assert repr(np.random.get_state(legacy=False)) == state
+
+    def test_a_plan_uses_what_they_compute(self) -> None:
+        rng = np.random.default_rng(0)
+        for source in self.sources:
+            for config in _CONFIGS:
+                every = SuperLoRA(config, _WEIGHTS)
+                arrays = {name: rng.normal(size=shape) for name, shape in every.param_shapes.items()}
+                for number, name in enumerate(every.groups[0].network.shapes):
+                    plan = SuperLoRA(config.replace(sources={name: source}), _WEIGHTS)
+                    frozen = {f"group{g}.{name}" for g in range(plan.num_groups)} if not source.trained else set()
+                    assert plan.frozen_shapes.keys() == frozen
+                    assert plan.num_parameters == sum(
+                        math.prod(shape) for full, shape in every.param_shapes.items() if full not in frozen
+                    )
+                    fresh = plan.init(dtype="float64")
+                    assert not any(delta.any() for delta in plan.deltas(fresh))
+                    if plan.groups[0].projection.linear:
+                        whole = dict(arrays)
+                        for full in frozen:
+                            group, shape = int(full[5 : full.index(".")]), every.param_shapes[full]
+                            stream = Stream(config.seed, group, (1 << 16) + number)
+                            whole[full] = source.array(shape, stream).astype(np.float64)
+                        own = {full: arrays[full] for full in plan.param_shapes}
+                        for found, expected in zip(plan.deltas(own), every.deltas(whole), strict=True):
+                            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+    def _frozen(self) -> list[Source]:
+        return [source for source in self.sources if not source.trained]
