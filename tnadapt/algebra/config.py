@@ -1,4 +1,4 @@
-"""The settings of an adapter: frozen, strict, and nothing that computes."""
+"""Config, the settings of an adapter: immutable and validated. It computes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDS = ("stack", "hypercube", "balanced")
 COMBINES = ("kronecker", "hadamard")
 LEADINGS = ("dense", "same")
 
-# Beyond these a setting is a slip of the hand or hostile, not a wish.
+# Values beyond these are typing errors or hostile.
 MAX_INT = 1 << 40
 MAX_TERMS = 1 << 16
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
@@ -31,65 +31,62 @@ MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What each group of weight updates is made of.
+    """Settings of an adapter: how weights are grouped, and the tensor network and map of each group.
 
-    The group's update is ``F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, cut to length (the paper's
+    The update of a group is ``F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, cut to length (the paper's
     equation 2).
 
     Parameters
     ----------
     rank : int or tuple
-        r, the rank of each factorisation. Tucker also takes one rank a mode, None meaning no factor in
-        that mode (partial Tucker); a tensor train also takes its M - 1 inner ranks. Of "dense" only ``alpha / rank``
-        uses it.
+        r, the rank of each factorisation. Tucker also takes one rank per mode, where None means no factor in that mode
+        (partial Tucker); a tensor train also takes its M - 1 inner ranks. For "dense" it affects ``alpha / rank`` only.
     order : int
-        M, the number of modes that a group is folded to; 1 is a vector.
+        M, the number of modes of the tensor that a group is folded to; 1 is a vector.
     splits : int
-        K, the number of tensors combined into one.
+        K, the number of tensors whose product is a group.
     groups : "weight", "layer", int or list of lists of int
-        G: one group a weight, one a layer, that many equal pieces of the long vector, or the weights of
-        each group.
+        One group per weight, one per layer, G equal pieces of the long vector, or explicit lists of weight indices.
     fold : "stack", "hypercube", "balanced" or tuple of int
-        How a group becomes a tensor: weights stacked along rows (M = 2 only), the paper's reshape to
-        equal sizes, the tightest nearly equal sizes, or these sizes (as many as ``order``).
+        How a group becomes a tensor: weights stacked along rows (M = 2 only), the paper's reshape to equal sizes, the
+        smallest nearly equal sizes, or explicit sizes, one per mode.
     format : str
-        What each split is made of: "dense", "cp", "cp-weighted", "tucker", "tt", or a name given to
+        Format of each split: "dense", "cp", "cp-weighted", "tucker", "tt", or a name given to
         :func:`tnadapt.register_format`.
     combine : "kronecker" or "hadamard"
         How splits are combined.
     split_size : int, "balanced" or tuple of int
-        Sizes of the Kronecker splits: f in every mode of all but the last, each mode factored evenly, or one size a
-        mode of all but the last.
+        Sizes of the Kronecker splits: f in every mode of all but the last, each mode factored evenly, or one size per
+        mode for all but the last.
     leading : "dense" or "same"
-        What splits 1 to K - 1 are made of: dense arrays, or ``format`` like the last.
+        Format of splits 1 to K - 1: dense arrays, or ``format`` like the last.
     terms : int
         T, the number of such products that are summed.
     projection : str
         F: "identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", or a name given to
         :func:`tnadapt.register_map`.
     ratio : float
-        ρ, elements before F for each element after it, in (0, 1]; taken as the decimal it prints as.
+        ρ, the length before F divided by the length after it, in (0, 1]; read as the decimal that it prints as.
     shared : bool
-        Whether all groups use one F (the paper's choice).
+        Whether all groups use the same F (the paper's choice).
     alpha : float, optional
-        The scale is ``alpha / rank`` (the largest of several ranks); None means 1.
+        The scale is ``alpha / rank`` (with the largest of several ranks); None means a scale of 1.
     seed : int
-        Of the projection and of the random start; 0 to 2**64 - 1.
+        Seed of the projection and of the initial values; 0 to 2**64 - 1.
     sources : mapping of str to Source
         Where the numbers of arrays come from, by their names: ``{"factor1": source}`` for that array in every split and
         term, ``"split0.factor1"`` or ``"term0.split0.factor1"`` for one of them. Arrays without an entry are trained
         (:class:`tnadapt.sources.Trained`). Adapter files leave it out if it is empty.
     weight_shape : (int, int), optional
         Rows and columns that every weight must have, for a ``fold`` whose sizes stand for weights, rows (or heads and
-        rows of a head) and columns. A plan with weights of another shape, or another number of them, is refused: the
-        fold would cut through weights. The presets with a fold of their own set it; None accepts any weights. It
-        changes no number, so that configs that differ in it alone are equal, and adapter files leave it out.
+        rows per head) and columns. Weights of another shape or number are refused, because the fold would cut through
+        weights. Presets that have such a fold set it; None accepts any weights. It does not affect results: configs
+        that differ only in it are equal, and adapter files leave it out.
 
     Raises
     ------
     ConfigError
-        If a field is of the wrong type, out of range, or at odds with another; the message says what
-        would do.
+        If a field has the wrong type, is out of range, or contradicts another; the message says what is allowed.
 
     Examples
     --------
@@ -117,11 +114,11 @@ class Config:
     alpha: float | None = None
     seed: int = 0
     sources: Mapping[str, Source] = dataclasses.field(default_factory=SourceMap)
-    # A condition on the weights, not a part of what is computed: files written before there was one stay equal.
+    # A condition on the weights that does not affect results: configs of older files stay equal.
     weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
     def __new__(cls, *args: Any, **settings: Any) -> Config:
-        # A dataclass says TypeError of a field that it does not know; here it is a ConfigError like the others.
+        # Raise ConfigError for an unknown field, where a dataclass would raise TypeError.
         _known(settings)
         return super().__new__(cls)
 
@@ -239,7 +236,7 @@ class Config:
         """
         found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
         found["sources"] = {name: source_to_dict(source) for name, source in self.sources.items()}
-        # Later fields than the others: files without them stay as they were.
+        # These fields are newer than file format 1: files that do not use them keep their bytes.
         for name in ("sources", "weight_shape"):
             if not getattr(self, name):
                 del found[name]
@@ -247,17 +244,17 @@ class Config:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Config:
-        """The Config of a dictionary, as :meth:`to_dict` makes one.
+        """Return the config of a dictionary that :meth:`to_dict` wrote.
 
         Parameters
         ----------
         settings : mapping
-            Field names and values; what is missing has its default.
+            Field names and values; missing fields have their defaults.
 
         Raises
         ------
         ConfigError
-            If it is no mapping, or names a field that does not exist, or a value does not do.
+            If it is not a mapping, names an unknown field, or holds an invalid value.
 
         Examples
         --------
@@ -274,7 +271,7 @@ class Config:
         return cls(**settings)
 
     def replace(self, **changes: Any) -> Config:
-        """The same settings with some changed, checked anew.
+        """Return a copy with some fields changed; it is validated again.
 
         Examples
         --------
@@ -285,7 +282,7 @@ class Config:
 
 
 def _known(settings: Mapping[str, Any]) -> None:
-    """A ConfigError unless every name is a field's."""
+    """Raise a ConfigError if a name is not a field."""
     import difflib
 
     known = [field.name for field in dataclasses.fields(Config)]
@@ -309,7 +306,7 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, (bool, str)):
         raise ConfigError(f"{name} must be a number; got {safe_repr(value)}")
     try:
-        # As the decimal that it prints as: a float32 of 0.07 means 0.07, not 0.07000000029802322.
+        # Read it as the decimal that it prints as: a float32 of 0.07 means 0.07, not 0.07000000029802322.
         number = float(value) if isinstance(value, (int, float, Fraction)) else float(str(value))
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} must be a number; got {safe_repr(value)}") from None
@@ -341,7 +338,7 @@ def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
 
 
 def _checked_sources(sources: Any) -> SourceMap:
-    """The sources of a config, given as such or as :meth:`Config.to_dict` writes them."""
+    """Return the sources of a config; each may be given as a dictionary, as :meth:`Config.to_dict` writes it."""
     if isinstance(sources, SourceMap):
         return sources
     if isinstance(sources, Mapping):

@@ -1,30 +1,30 @@
-"""Where training starts: ΔW = 0 to the bit, and a gradient that is not.
+"""Initial values of the arrays: ΔW is exactly zero, and its gradient is not.
 
-**Linear F.** In every term, the array of the last split that carries the leading mode (``lora_B``'s place)
-is zero; all others are random with one root mean square σ. ΔW is then exactly zero, and the zero
+**Linear F.** In every term, one array is zero: the one of the last split that carries the leading mode, in the role
+of ``lora_B``. All other arrays are random, with a common root mean square σ. ΔW is then exactly zero, and the zero
 array has a gradient.
 
-**Frozen arrays.** Where that array is frozen and others are trained, one of those is zero in its place: of the trained
-arrays of a term the first one of the last split that has one, CP weights last. The frozen one is then random like the
-others, from its own stream, with the σ that belongs to the new zero. Which array is zero is a function of which are
-trained, and nothing else.
+**Frozen arrays.** If that array is frozen and others are trained, one of the trained arrays is zero instead: the
+first one of the last split of the term that has a trained array, CP weights last. The frozen array is then random
+like the others, from its own stream, with the σ that belongs to the new choice. Which array is zero depends only on
+which are trained.
 
-**Nonlinear F.** ``tanhshrink'(0) = 0``: from a zero start nothing would ever move. There every array is
-random with one σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` regenerated from the seed.
+**Nonlinear F.** ``tanhshrink'(0) = 0``, so that nothing would ever move from a zero start. All arrays are random with
+a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
 
-**σ** is chosen so that the first SGD step moves ΔW equally far whatever the rank, order, splits, terms
-and ρ: for a white gradient and a scale of 1, the root mean square of ΔW after one step is ``STEP`` times
-what the same step of dense fine-tuning gives. That is what PEFT's LoRA of rank 8 on 768 columns does, so
-that learning rates carry over from it; the scale ``alpha / rank`` acts as it does there, squared. With an
-array Z of which each element of ΔW sums q entries, and n elements of ΔW in all, the step is
-``V * sqrt(q (q + P))`` of the dense one, V being the variance of what an entry of Z is multiplied with
-and ``P = n q / |Z|`` the elements of ΔW that an entry touches. Where nothing is random (dense, and every
-format at order 1) there is nothing to choose, and the step is that of dense fine-tuning, times the rank.
+**σ** makes the first SGD step change ΔW equally, whatever the rank, order, splits, terms and ρ are. For a white
+gradient and a scale of 1, the root mean square of ΔW after one step is ``STEP`` times that of the same step of dense
+fine-tuning. This is what PEFT's LoRA of rank 8 on 768 columns does, so that its learning rates carry over; the scale
+``alpha / rank`` enters squared, as it does there. Let Z be the zero array, let each element of ΔW be a sum over q of
+its entries, and let ΔW have n elements. The step is ``V * sqrt(q (q + P))`` times the dense one, where V is the
+variance of what multiplies an entry of Z, and ``P = n q / |Z|`` is the number of elements of ΔW that an entry
+affects. If no array is random (dense, and every format at order 1), there is nothing to scale, and the step is that
+of dense fine-tuning times the rank.
 
-**Draws**: purpose 16 and up, one an array in the order of ``param_shapes`` within the group (zeros and ones
-use up a purpose too); element i of the array is the normal number of word i. An array of up to 2**14
-numbers is then scaled to the root mean square σ exactly: products of a few unlucky normal numbers would be
-next to nothing, and the group dead. The CP weights start at one.
+**Draws.** Purpose 16 and up, one per array in the order of ``param_shapes`` within the group (arrays of zeros and
+ones use up a purpose, too). Element i of an array is the normal number of word i. An array of up to 2**14 elements is
+then scaled to have the root mean square σ exactly, because a product of a few small draws could be close to zero and
+leave the group without a gradient. CP weights start at one.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ STEP = 1.0 / 32.0
 
 
 class Initializer(FixedArrays):
-    """The arrays of one group at the start of training.
+    """Initial arrays of one group.
 
     Parameters
     ----------
     network : Network
-        What the arrays belong to.
+        The network that has the arrays.
     projection : Projection
         F of the group.
     seed, group : int
-        Of the draws.
+        Select the random words.
     trained : set of str, optional
-        Which of the network's arrays are trained; all if None.
+        The network's arrays that are trained; all if None.
 
     Attributes
     ----------
     zeros : frozenset of str
-        The arrays that are zero.
+        Names of the arrays that are zero.
 
     Examples
     --------
@@ -87,12 +87,12 @@ class Initializer(FixedArrays):
     ) -> None:
         super().__init__()
         self.network, self.projection, self.seed, self.group = network, projection, seed, group
-        #: Of each term, which array is zero: the number of its split and its name there.
+        #: For each term, the array that is zero: the index of its split, and its name in that split.
         self._zero = [_zero_of(network, prefixes, trained) for prefixes in network.prefixes]
 
     @functools.cached_property
     def zeros(self) -> frozenset[str]:
-        """The arrays that are zero, one of each term; of a nonlinear F none."""
+        """Names of the arrays that are zero: one per term, or none for a nonlinear F."""
         if not self.projection.linear:
             return frozenset()
         return frozenset(
@@ -100,13 +100,13 @@ class Initializer(FixedArrays):
         )
 
     def for_trained(self, trained: Collection[str]) -> Initializer:
-        """The start where only these of the network's arrays are trained."""
+        """Return the initial arrays if only these of the network's arrays are trained."""
         found = Initializer(self.network, self.projection, self.seed, self.group, trained)
         return self if found.zeros == self.zeros else found
 
     @functools.cached_property
     def std(self) -> float:
-        """σ of the random arrays; of the first term, where terms differ in what is zero."""
+        """σ of the random arrays; that of the first term, if terms differ in which array is zero."""
         return self._std(self._zero[0])
 
     def _std(self, zero: tuple[int, str]) -> float:
@@ -126,10 +126,10 @@ class Initializer(FixedArrays):
                 found = _nonlinear_std(self.network, self.projection)
         except OverflowError:
             raise ConfigError(
-                f"so many arrays of such ranks are multiplied that their start is beyond floating-point numbers "
-                f"({len(self.network.shapes)} arrays a group); use a smaller rank, order or number of splits"
+                f"so many arrays of such ranks are multiplied that their initial scale is out of floating-point range "
+                f"({len(self.network.shapes)} arrays per group); use a smaller rank, order or number of splits"
             ) from None
-        # To single precision: a power's last bit differs between machines, and x_start must not.
+        # Round to single precision: the last bit of a power differs between machines, and x_start must not.
         return float(np.float32(found))
 
     @functools.cached_property
@@ -137,7 +137,7 @@ class Initializer(FixedArrays):
         return {name: number for number, name in enumerate(self.network.shapes)}
 
     def make(self, key: Any) -> np.ndarray:
-        """One array, float32, by name; or by (name, dtype), with its numbers rounded to what that dtype holds."""
+        """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
         if isinstance(key, tuple):
             return _rounded(self.make(key[0]), key[1])
         shape = self.network.shapes[key]
@@ -153,21 +153,21 @@ class Initializer(FixedArrays):
         return _scaled(drawn, self._std(self._zero[term])).reshape(shape)
 
 
-# Longer arrays have their root mean square to half a percent by themselves.
+# Longer arrays have the root mean square within half a percent without scaling.
 _SHORT = 1 << 14
 
 
 def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
-    """Normal numbers scaled to a root mean square."""
+    """Scale normal numbers to a root mean square."""
     if drawn.size > _SHORT:
         return drawn * np.float32(std)
-    # fsum is exactly rounded: the same bits on every machine, which a vectorised sum does not promise.
+    # fsum is correctly rounded, with the same bits on every machine; a vectorised sum does not promise that.
     wide = drawn.astype(np.float64)
     return (wide * (std / math.sqrt(math.fsum((wide * wide).tolist()) / wide.size))).astype(np.float32)
 
 
 def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 numbers rounded to those of another dtype, as libraries round: to nearest, ties to even."""
+    """Round float32 values to those of another dtype, as array libraries do: to nearest, ties to even."""
     if dtype == "float16":
         with np.errstate(over="ignore"):
             return array.astype(np.float16).astype(np.float32)
@@ -178,14 +178,14 @@ def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _zero_of(network: Network, prefixes: Sequence[str], trained: Collection[str] | None) -> tuple[int, str]:
-    """Which array of a term is zero at the start of a linear adapter: the number of its split and its name there."""
+    """Return which array of a term is zero for a linear F: the index of its split, and its name in that split."""
     last = len(network.splits) - 1
     usual = last, network.splits[last].zero
     if trained is None or prefixes[last] + usual[1] in trained:
         return usual
     for k in range(last, -1, -1):
         split = network.splits[k]
-        # Weights of one a component say the least of an update: they are zero where nothing else is trained.
+        # CP weights are one number per component: make them zero only if nothing else is trained.
         for name in sorted(split.shapes, key=lambda name: name in split.ones):
             if prefixes[k] + name in trained:
                 return k, name
@@ -197,16 +197,16 @@ def _linear_std(network: Network, projection: Projection, zero: tuple[int, str])
     arrays = _random_arrays(network) - (name not in network.splits[k].ones)
     if arrays == 0:
         return 0.0
-    # V = paths * std ** (2 * arrays), paths being how many products an entry of Z is multiplied with.
+    # V = paths * std ** (2 * arrays), where paths is the number of products that multiply an entry of Z.
     paths = math.prod(split.num_terms for split in network.splits) / network.splits[k].num_terms_per_array(name)
     step = _spread(network, k, name) * projection.map.gain()
     return float((STEP / (step * paths)) ** (1.0 / (2 * arrays)))
 
 
 def _nonlinear_std(network: Network, projection: Projection) -> float:
-    # t, tanhshrink's argument, has variance tau = scale² paths n_in / L * std ** (2 arrays). A step is weakened by
-    # the derivative tanh(t)² ~ t² on the way back and on the way out: together by E[t⁴] = 3 tau², or in the v2
-    # kinds, where t = g' u and the step passes g' too, by E[g'² t⁴] = 15 * 3 tau². Every array moves.
+    # t, the argument of tanhshrink, has variance tau = scale² paths n_in / L * std ** (2 arrays). The derivative
+    # tanh(t)² ~ t² scales a step twice, in the backward and in the forward pass: together by E[t⁴] = 3 tau², or in the
+    # v2 kinds, where t = g' u and the step passes through g' too, by E[g'² t⁴] = 15 * 3 tau². Every array moves.
     moment = projection.map.fourth_moment()
     arrays = _random_arrays(network)
     paths = network.terms * math.prod(split.num_terms for split in network.splits)
@@ -222,12 +222,12 @@ def _nonlinear_std(network: Network, projection: Projection) -> float:
 
 
 def _random_arrays(network: Network) -> int:
-    """How many arrays are multiplied in one product, those that start at one left out."""
+    """Return the number of arrays in one product, without those that start at one."""
     return sum(len(split.shapes) - len(split.ones) for split in network.splits)
 
 
 def _spread(network: Network, k: int, name: str) -> float:
-    """``sqrt(q (q + P))`` of one array, over all terms."""
+    """Return ``sqrt(q (q + P))`` of one array, over all terms."""
     split = network.splits[k]
     paths = network.terms * split.num_terms_per_array(name)
     touched = network.size * split.num_terms_per_array(name) / math.prod(split.shapes[name])

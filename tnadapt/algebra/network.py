@@ -1,6 +1,6 @@
-"""One group before F: ``scale * sum_t kron_k(split_tk)``, whole or on any slice of its vector.
+"""The tensor network of one group: ``scale * sum_t kron_k(split_tk)``, as a whole vector or any slice of it.
 
-Paper: the argument of F in equation (2). Symbols: T terms, K splits, M modes.
+In the paper, the argument of F in equation (2). Symbols: T terms, K splits, M modes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from .unfolding import Cut, along, best_cut, row_wise_khatri_rao
 
 __all__ = ["Network", "fold_sizes"]
 
-# An elementwise product of splits is one matrix product while L has no more columns than this; then it costs more.
+# An elementwise product of splits is computed as one matrix product if L has at most this many columns per term; with
+# more of them that costs more than the product of tensors.
 _THICK = 64
 
 
 def fold_sizes(config: Config, size: int, columns: int) -> tuple[int, ...]:
-    """Sizes ``d_1 … d_M`` that a group's vector is folded to.
+    """Return the sizes ``d_1 … d_M`` to which a group's vector is folded.
 
     Parameters
     ----------
     config : Config
-        Its ``fold`` and ``order`` are used.
+        ``fold`` and ``order`` are used.
     size : int
-        Elements of the vector.
+        Length of the vector.
     columns : int
         c, for ``fold="stack"``: the greatest common divisor of the columns of the group's weights.
 
@@ -49,7 +50,7 @@ def fold_sizes(config: Config, size: int, columns: int) -> tuple[int, ...]:
     Raises
     ------
     ShapeError
-        If a stack of c columns does not come out even, or given sizes are too small.
+        If the size is not a multiple of the columns of a stack, or explicit sizes are too small.
 
     Examples
     --------
@@ -81,12 +82,12 @@ def fold_sizes(config: Config, size: int, columns: int) -> tuple[int, ...]:
 
 
 class Network:
-    """A vector of ``size`` elements made from a few arrays.
+    """Tensor network that computes a vector of ``size`` elements from a few arrays.
 
     Parameters
     ----------
     config : Config
-        Its fold, format, rank, splits, terms and combine are used.
+        ``fold``, ``format``, ``rank``, ``splits``, ``terms`` and ``combine`` are used.
     size : int
         Length of the vector.
     columns : int
@@ -95,9 +96,9 @@ class Network:
     Attributes
     ----------
     sizes : tuple of int
-        Of the folded tensor, whose ``vec`` is cut to ``size``.
+        Sizes of the folded tensor, whose ``vec`` is cut to ``size``.
     splits : list of Format
-        K of them; every term has its own arrays of the same shapes.
+        The K splits; each term has its own arrays of the same shapes.
     shapes : dict of str to tuple of int
         The arrays: ``"split0.factor0"``, or ``"term0.split0.factor0"`` where there are several terms.
 
@@ -125,7 +126,7 @@ class Network:
 
     @functools.cached_property
     def prefixes(self) -> list[list[str]]:
-        """What the names of the arrays of one term's splits begin with."""
+        """For each term and split, the prefix of the names of its arrays."""
         several = self.terms > 1
         return [
             [f"{f'term{term}.' if several else ''}split{k}." for k in range(len(self.splits))]
@@ -144,17 +145,18 @@ class Network:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all arrays."""
+        """Number of elements of all arrays."""
         return self.terms * sum(split.num_parameters for split in self.splits)
 
     def whole(self, backend: Backend, arrays: Mapping[str, Array]) -> Array:
-        """The vector, shape (size,)."""
+        """Compute the vector, shape (size,)."""
         return self.slice(backend, arrays, 0, self.size)
 
     def slice(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
-        """Elements ``start`` to ``stop - 1`` of the vector; nothing is formed that is much larger.
+        """Compute elements ``start`` to ``stop - 1`` of the vector, without forming anything much larger.
 
-        One matrix product where the formats have one (see :mod:`tnadapt.algebra.unfolding`), else a box after another.
+        This is one matrix product if the formats allow it (see :mod:`tnadapt.algebra.unfolding`), else a sequence of
+        boxes of the tensor.
         """
         cut = best_cut(self.sizes, start, stop, self._thin)
         if cut is not None:
@@ -169,12 +171,12 @@ class Network:
     def slice_factors(
         self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int
     ) -> tuple[Array, Array, int] | None:
-        """The matrices whose product holds a slice, where :meth:`slice` is one product.
+        """Compute the two matrices whose product contains a slice, if :meth:`slice` is one matrix product.
 
         Returns
         -------
         (array, array, int) or None
-            L and R, the scale in one of them, and the place in ``vec(L R)`` of the slice's first element.
+            L and R, one of them scaled, and the position in ``vec(L R)`` of the first element of the slice.
         """
         cut = best_cut(self.sizes, start, stop, self._thin)
         if cut is None:
@@ -187,9 +189,9 @@ class Network:
     def adjoint(
         self, backend: Backend, arrays: Mapping[str, Array], vec: Array, only: str | None = None
     ) -> dict[str, Array]:
-        """The gradient of ``<vec, whole(arrays)>`` with respect to each array.
+        """Compute the gradient of ``<vec, whole(arrays)>`` with respect to each array.
 
-        The vector is linear in each array by itself: this is the adjoint of each of these maps.
+        The vector is linear in each single array; this applies the adjoint of each of these maps.
 
         Parameters
         ----------
@@ -198,7 +200,7 @@ class Network:
             Of the shapes in ``shapes``.
         vec : array, shape (size,)
         only : str, optional
-            The name of one array: no more than those of its split are computed then.
+            Name of one array, to compute only the arrays of its split.
 
         Returns
         -------
@@ -222,14 +224,14 @@ class Network:
         return {name: found[name] for name in self.shapes if name in found}
 
     def of_term(self, prefixes: Sequence[str], arrays: Mapping[str, Array]) -> list[dict[str, Array]]:
-        """The arrays of one term, split by split, under the names that their formats give them."""
+        """Return the arrays of one term, split by split, by the names that their formats use."""
         return [
             {name: arrays[prefix + name] for name in split.shapes}
             for prefix, split in zip(prefixes, self.splits, strict=True)
         ]
 
     def _reached(self, backend: Backend, own: Sequence[Mapping[str, Array]], tensor: Array, k: int) -> Array:
-        """The gradient of ``<tensor, T>`` with respect to the tensor of one split of a term."""
+        """Compute the gradient of ``<tensor, T>`` with respect to the tensor of one split of a term."""
         if len(self.splits) == 1:
             return tensor
         others = [
@@ -242,7 +244,7 @@ class Network:
         return contracted(backend, rearranged(backend, tensor, sizes), others, sizes[k])
 
     def inner(self, modes: int) -> int | None:
-        """Columns of L where the first ``modes`` modes are rows and the sum is one ``L R``; None for no such."""
+        """Return the inner size of L R if the unfolding with ``modes`` modes as rows is such a product, else None."""
         if len(self.splits) > 1 and self.kronecker:
             return None
         inner = self.terms
@@ -254,55 +256,55 @@ class Network:
         return inner
 
     def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
-        """L and R of a part of the unfolding, without the scale; where :meth:`inner` says that there are such.
+        """Compute L and R of a part of the unfolding, without the scale. :meth:`inner` must not be None.
 
         Parameters
         ----------
         backend : Backend
         arrays : mapping of str to array
         cut : Cut
-            Which modes are rows, and which rows and columns are wanted.
+            The modes that are rows, and the range of rows and columns.
 
         Returns
         -------
         (array, array)
-            Of shapes (rows, inner) and (inner, columns).
+            Shapes (rows, inner) and (inner, columns).
         """
         lefts, rights = [], []
         for prefixes in self.prefixes:
             own = self.of_term(prefixes, arrays)
             halves = [split.unfolded(backend, mine, cut) for split, mine in zip(self.splits, own, strict=True)]
-            # Of an elementwise product L has the products of all columns, R those of all rows.
+            # For an elementwise product, L has all products of columns, and R all products of rows.
             lefts.append(row_wise_khatri_rao(backend, [left for left, _ in halves]))
             rights.append(khatri_rao(backend, [right for _, right in halves]))
         return backend.concat(lefts, axis=1), backend.concat(rights, axis=0)
 
     def _thin(self, modes: int) -> int | None:
-        """:meth:`inner`, where one matrix product is the way that costs least."""
+        """Return :meth:`inner` if one matrix product is the cheapest way; or None."""
         inner = self.inner(modes)
         return None if inner is None or (len(self.splits) > 1 and inner > _THICK * self.terms) else inner
 
     def _product(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> Array:
-        """A part of the unfolded sum over terms, as one matrix product, times the scale."""
+        """Compute a part of the unfolded sum over terms as one matrix product, with the scale."""
         left, right = self.unfolded(backend, arrays, cut)
         if self.scale == 1.0:
             return backend.matmul(left, right)
         if backend.dtype_name(left) in ("float16", "bfloat16"):
-            # Its few bits are not spent on a scaled half.
+            # Scale the product and not a factor: scaling rounds, and half precision has few bits.
             return backend.matmul(left, right) * self.scale
         if left.shape[0] < right.shape[1]:
             return backend.matmul(left * self.scale, right)
         return backend.matmul(left, right * self.scale)
 
     def _sum(self, backend: Backend, arrays: Mapping[str, Array], ranges: Sequence[tuple[int, int]]) -> Array:
-        """The tensor on a box: the sum over terms."""
+        """Compute a box of the tensor: the sum over terms."""
         compute = self._kronecker if self.kronecker else self._hadamard
         terms = []
         for prefixes in self.prefixes:
             terms.append(compute(backend, self.of_term(prefixes, arrays), ranges))
         if self.terms > 1 and len(self.splits) == 1:
-            # A term may be a view of its one array, whose gradient is then a view of that of the sum, as every other
-            # term's is. torch adds a second gradient to each in place: once for every view of the same memory.
+            # A term may be a view of its single array. The gradients of all such arrays are then views of the same
+            # memory, into which torch would accumulate a second gradient once per view: copy the terms instead.
             terms = [term * 1.0 for term in terms]
         return functools.reduce(operator.add, terms)
 
@@ -318,8 +320,8 @@ class Network:
     ) -> Array:
         if len(self.splits) == 1:
             return self.splits[0].tensor(backend, own[0], ranges)
-        # In each mode the index is a number with K digits, one a split, the first the slow one: a range
-        # of it is a box of digits, or a few of them one after another.
+        # In each mode the index is a K-digit number with one digit per split, most significant first. A range of
+        # indices is a box of digits, or a sequence of a few such boxes.
         digits = []
         for mode, (lo, hi) in enumerate(ranges):
             found = boxes([split.sizes[mode] for split in self.splits], lo, hi)

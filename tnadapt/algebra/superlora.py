@@ -1,15 +1,12 @@
-"""SuperLoRA: the plan of an adapter, and the four steps it is used in.
+"""SuperLoRA: from a config and the shapes of weights to parameters, and from parameters to weight updates.
 
-``Config`` + shapes -> :class:`SuperLoRA` (only integers) -> ``init`` (arrays) -> ``deltas`` (arrays). Everything
-else in the library is built on these; nothing else computes a ΔW.
+``Config`` + shapes -> :class:`SuperLoRA` (integers) -> ``init`` (arrays) -> ``deltas`` (arrays). Everything else in the
+library builds on these steps; no other code computes a ΔW.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,21 +15,14 @@ from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
 
+from ._group_plan import GroupPlan, some_names
 from .config import Config
-from .group import Group
-from .init import Initializer
-from .layout import Piece, make_layout, require_alike
-from .maps.projection import Projection
-from .network import Network
-from .sources import FrozenArrays, Source, SourceMap
+from .layout import Piece
 
 __all__ = ["SuperLoRA", "parameter_count"]
 
-# Plans of up to so many groups are laid out when they are made; larger ones when their arrays are asked for.
-LAID_OUT = 4096
 
-
-class SuperLoRA:
+class SuperLoRA(GroupPlan):
     """The weight updates of a model as one long vector, cut into groups, each made from a small tensor network.
 
     ``ΔW_group = F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, unfolded and cut to length.
@@ -42,9 +32,9 @@ class SuperLoRA:
     config : Config
         What each group is made of.
     shapes : sequence of (rows, cols)
-        Of the weights to update, in torch's order ``(out_features, in_features)``.
+        Shapes of the weights to update, in torch's order ``(out_features, in_features)``.
     layers : sequence of hashable, optional
-        One key a weight, for ``groups="layer"``.
+        One key per weight, for ``groups="layer"``.
 
     Attributes
     ----------
@@ -55,20 +45,19 @@ class SuperLoRA:
     num_groups : int
         G, the number of groups.
     layout : Layout
-        Which part of which weight lies in which group.
+        Maps slices of weights to slices of groups.
 
     Raises
     ------
     ConfigError
         If the config does not suit these weights.
     ShapeError
-        If a shape is not two integers of at least 1, or a fold does not fit a group.
+        If a shape is not a pair of positive integers, or a fold does not fit a group.
 
     Notes
     -----
-    Equation (2) of the paper. The object is a plan in integers: it makes no arrays and imports no
-    framework, and takes microseconds for a model of any size. (A group's draws and starting arrays, once
-    used, are kept.)
+    Equation (2) of the paper. The object is a plan in integers: it allocates no arrays, imports no framework, and takes
+    microseconds for a model of any size. Random draws and initial arrays of a group are cached once they are used.
 
     Examples
     --------
@@ -82,155 +71,17 @@ class SuperLoRA:
     (24, (768, 768), False)
     """
 
-    def __init__(
-        self, config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None
-    ) -> None:
-        if not isinstance(config, Config):
-            raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
-        self.config = config
-        self.layout = make_layout(config.groups, shapes, layers)
-        if config.weight_shape is not None:
-            assert isinstance(config.fold, tuple)  # Config has refused any other
-            require_alike(self.layout, config.weight_shape, config.fold)
-        self.shapes = self.layout.shapes
-        self.size = self.layout.size
-        self.num_groups = self.layout.num_groups
-        self._layers = None if layers is None else list(layers)
-        self._networks: dict[tuple[int, int], Network] = {}
-        # Raise what does not fit now, and not at the first use.
-        for group in self._different:
-            self._network(group)
-        _ = self._frozen_sources
-        if self.num_groups <= LAID_OUT:
-            # Laid out at once, so that no compiler that traces a call comes to trace this.
-            _ = self.param_shapes
-
     def __repr__(self) -> str:
         return f"SuperLoRA({self.config!r}, {len(self.shapes)} weights, {self.num_groups} groups, {self.size} elements)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Recomputed from its few integers, rather than with every draw that it keeps.
+        # Recompute it from its few integers, instead of pickling the cached draws.
         return SuperLoRA, (self.config, self.shapes, self._layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
-        return self  # nothing in it changes
-
-    # -- The plan ----------------------------------------------------------------------------
-
-    @functools.cached_property
-    def num_parameters(self) -> int:
-        """Number of trained elements; counted without allocating anything."""
-        if self._columns_vary:
-            return sum(self._num_trained(group) for group in range(self.num_groups))
-        return sum(count * self._num_trained(group) for group, count, _ in self.layout.same_size())
-
-    def _num_trained(self, group: int) -> int:
-        network = self._network(group)
-        frozen = sum(math.prod(network.shapes[name]) for name in self._frozen_sources)
-        return network.num_parameters - frozen
-
-    @functools.cached_property
-    def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every trained array, in order.
-
-        Names are ``group{g}.split{k}.{array}``, with ``term{t}.`` before the split where there are several
-        terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train).
-        """
-        return {full: group.network.shapes[name] for group in self.groups for name, full in group.names.items()}
-
-    @functools.cached_property
-    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every array that ``config.sources`` freezes, in order; named as in ``param_shapes``."""
-        return {full: group.network.shapes[name] for group in self.groups for name, full in group.frozen_names.items()}
-
-    @functools.cached_property
-    def _frozen_sources(self) -> dict[str, Source]:
-        """The sources of the arrays that are frozen in every group, by the network's names."""
-        if not self.config.sources:
-            return {}
-        sources, network = self.config.sources, self._network(0)  # all networks have arrays of the same names
-        assert isinstance(sources, SourceMap)  # Config converts any other mapping
-        sources.check_names(network.shapes)
-        named = {name: sources.of(name) for name in network.shapes}
-        found = {name: source for name, source in named.items() if source is not None and not source.trained}
-        for prefixes in network.prefixes:
-            term = [name for name in network.shapes if name.startswith(tuple(prefixes))]
-            if found.keys() >= set(term):
-                raise ConfigError(
-                    f"sources freezes all of {', '.join(term)}, and nothing is left to train there: give one of them "
-                    "tnadapt.sources.Trained()"
-                )
-        return found
-
-    @functools.cached_property
-    def groups(self) -> list[Group]:
-        """What each group is made of, and which pieces of which weights it holds.
-
-        Groups of one length share their network, and their F where ``config.shared``.
-
-        Examples
-        --------
-        >>> import tnadapt as tna
-        >>> SuperLoRA(tna.presets.fastfood(ratio=0.1), [(10, 10)]).groups[0].projection
-        Projection('linear', n_in=10, n_out=100, seed=0, group=0)
-        """
-        config, found = self.config, list[Group]()
-        projections: dict[tuple[int, int], Projection] = {}
-        for index in range(self.num_groups):
-            network, size = self._network(index), self.layout.group_size(index)
-            key = size, 0 if config.shared else index
-            if key not in projections:
-                projections[key] = Projection(config.projection, network.size, size, config.seed, key[1])
-            names = {name: f"group{index}.{name}" for name in network.shapes if name not in self._frozen_sources}
-            frozen_names = {name: f"group{index}.{name}" for name in self._frozen_sources}
-            trained = names if frozen_names else None
-            start = Initializer(network, projections[key], config.seed, index, trained)
-            frozen = FrozenArrays(network.shapes, self._frozen_sources, config.seed, index)
-            pieces = self.layout.of_group(index)
-            found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names))
-        return found
-
-    @property
-    def _stacked(self) -> bool:
-        return self.config.fold == "stack" and self.config.order == 2
-
-    @property
-    def _columns_vary(self) -> bool:
-        """Whether groups of one size may still differ: in a stack's columns."""
-        return self._stacked and not self.layout.equal_columns
-
-    @property
-    def _different(self) -> Iterable[int]:
-        """Groups that between them have every network there is."""
-        return range(self.num_groups) if self._columns_vary else [first for first, _, _ in self.layout.same_size()]
-
-    def _network(self, group: int) -> Network:
-        size = self.layout.group_size(group)
-        columns = self.layout.columns(group) if self._stacked else 1
-        found = self._networks.get((size, columns))
-        if found is None:
-            # The ratio is the decimal it prints as: 0.07 of 100 is 7, not 8.
-            n_in = max(1, math.ceil(Fraction(str(self.config.ratio)) * size))
-            found = self._networks[size, columns] = Network(self.config, n_in, columns)
-        return found
+        return self  # immutable
 
     # -- Arrays ------------------------------------------------------------------------------
-
-    def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:
-        """Where each group starts if these of its arrays are trained, by their full names; all if None."""
-        if trained is None:
-            return [group.start for group in self.groups]
-        unknown = [name for name in trained if name not in self.param_shapes]
-        if unknown or not trained:
-            raise ConfigError(
-                f"trained must name some of the arrays in param_shapes; unknown: {_some(unknown)}; there are "
-                f"{_some(list(self.param_shapes))}"
-            )
-        chosen = set(trained)
-        return [
-            group.start.for_trained({name for name, full in group.names.items() if full in chosen})
-            for group in self.groups
-        ]
 
     def init(
         self,
@@ -239,7 +90,7 @@ class SuperLoRA:
         device: Any = None,
         trained: Collection[str] | None = None,
     ) -> dict[str, Array]:
-        """Fresh parameters: ΔW is exactly zero, and its gradient is not.
+        """Return initial parameters, for which ΔW is exactly zero and its gradient is not.
 
         Parameters
         ----------
@@ -248,31 +99,31 @@ class SuperLoRA:
         dtype : str
             ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
         device : optional
-            Where the library puts them; its default if None.
+            Device of the arrays; the library's default if None.
         trained : collection of str, optional
-            Names of the arrays that are trained, where the others are frozen as they are returned: zero is then one of
-            these, so that the frozen ones leave it a gradient.
+            Names of the arrays that will be trained while the others stay as returned. The array that starts at zero is
+            then one of these, so that it has a gradient.
 
         Returns
         -------
         dict of str to array
-            In the order of ``param_shapes``. The same numbers in every library.
+            In the order of ``param_shapes``, with the same numbers in every library.
 
         Raises
         ------
         BackendError
-            If the library, dtype or device is not to be had.
+            If the library, dtype or device is not available.
         ConfigError
-            If the dtype cannot hold the start (float16, a nonlinear F and a tiny alpha), or ``trained`` names no array.
+            If the dtype cannot represent the initial values (float16, a nonlinear F and a tiny alpha), or ``trained``
+            names no array.
 
         Notes
         -----
-        For a linear F the factor of the leading mode of the last split is zero, in every term, and the
-        other arrays are random; for a nonlinear F all are, and ``deltas`` subtracts what they give. They are
-        normal numbers drawn from ``config.seed``, each array scaled to one root mean square, the one for
-        which the first SGD step moves ΔW by 1/32 of what it moves in dense fine-tuning (white gradient,
-        scale 1), whatever rank, order, splits and ρ are. :mod:`tnadapt.algebra.init` has the formula, and what it
-        says of order 1.
+        For a linear F, the factor of the leading mode of the last split is zero in every term, and the other arrays are
+        random. For a nonlinear F all arrays are random, and ``deltas`` subtracts the update of the initial values. The
+        random arrays are normal, drawn from ``config.seed``, and scaled to a common root mean square: the one for which
+        the first SGD step changes ΔW by 1/32 of what dense fine-tuning changes (for a white gradient and a scale of 1),
+        whatever rank, order, splits and ρ are. :mod:`tnadapt.algebra.init` has the formula, and the case of order 1.
 
         Examples
         --------
@@ -287,10 +138,10 @@ class SuperLoRA:
         """
         library = load_backend(backend)
         if not library.usable():
-            raise BackendError(f"{backend} is installed and finds no device to compute on here")
+            raise BackendError(f"{backend} is installed, but finds no device to compute on")
         if not isinstance(dtype, str):
             raise BackendError(f"dtype must be a name such as 'float32'; got {safe_repr(dtype)}")
-        # An empty array first: a dtype or device that is not there is said before anything is drawn.
+        # Try an empty array first, to refuse an unavailable dtype or device before anything is drawn.
         library.asarray(np.zeros(0), dtype, device)
         made = {}
         for group, start in zip(self.groups, self.starts(trained), strict=True):
@@ -305,12 +156,12 @@ class SuperLoRA:
         return made
 
     def deltas(self, params: Mapping[str, Array]) -> list[Array]:
-        """The update of every weight.
+        """Compute the update of every weight.
 
         Parameters
         ----------
         params : mapping of str to array
-            Named and shaped as ``param_shapes`` says; one library, dtype and device.
+            Names and shapes as in ``param_shapes``; one library, dtype and device.
 
         Returns
         -------
@@ -326,9 +177,9 @@ class SuperLoRA:
 
         Notes
         -----
-        Each group is formed whole, once, and handed out in pieces. Memory: the long vector, N elements;
-        for a linear F some three times its padded length L, twice that at the first call, which draws. A
-        result may share memory with the parameters (a dense update is a view of them): do not write to it.
+        Each group is computed once and split into pieces. Memory: the long vector of N elements; for a linear F about
+        three times its padded length L, and twice that in the first call, which draws. A result may share memory with
+        the parameters (a dense update is a view of them): do not write to it.
 
         Examples
         --------
@@ -346,35 +197,35 @@ class SuperLoRA:
             found = backend.split(vec, [piece.length for piece in group.pieces])
             for piece, part in zip(group.pieces, found, strict=True):
                 parts[piece.weight].append(part)
-        # Groups cut the long vector in order, so the parts of a weight come in its own order.
+        # Groups cut the long vector in order, so that the parts of each weight are in order, too.
         return [backend.reshape(backend.concat(parts[weight]), shape) for weight, shape in enumerate(self.shapes)]
 
     def delta(self, params: Mapping[str, Array], i: int) -> Array:
-        """The update of one weight, without forming the others.
+        """Compute the update of one weight without forming the others.
 
         Parameters
         ----------
         params : mapping of str to array
             As for :meth:`deltas`.
         i : int
-            Which weight, ``0 <= i < len(shapes)``.
+            Index of the weight, ``0 <= i < len(shapes)``.
 
         Returns
         -------
         array, shape (rows, cols)
-            Equal to ``deltas(params)[i]`` but for the order of summation.
+            Equal to ``deltas(params)[i]`` up to the order of summation.
 
         Raises
         ------
         ShapeError
-            If there is no weight i, or the parameters do not fit.
+            If there is no weight i, or the parameters do not match ``param_shapes``.
 
         Notes
         -----
-        For CP, Tucker, tensor trains and Kronecker products only the rows of the factors that the weight's
-        elements need take part; of a linear F only the slice of the last transform is formed, in memory
-        of the compressed vector, two to three times the slice, and a few pieces of 2**18 elements (time goes
-        through all of F's draws). A shuffle forms the whole group before F.
+        For CP, Tucker, tensor trains and Kronecker products, only the rows of the factors that the weight needs are
+        used. For a linear F, only the slice of the last transform is formed: memory is the compressed vector, two to
+        three times the slice, and a few chunks of 2**18 elements, while time is that of all of F's draws. A shuffle
+        forms the whole group before F.
 
         Examples
         --------
@@ -388,14 +239,14 @@ class SuperLoRA:
         return backend.reshape(self._assembled(backend, params, self.layout.of_weight(i)), self.shapes[i])
 
     def vector(self, params: Mapping[str, Array], start: int = 0, stop: int | None = None) -> Array:
-        """A slice of the long vector: all updates one after another, each in C order.
+        """Compute a slice of the long vector, the concatenation of all updates in C order.
 
         Parameters
         ----------
         params : mapping of str to array
             As for :meth:`deltas`.
         start, stop : int
-            ``0 <= start < stop <= size``; all of it by default.
+            ``0 <= start < stop <= size``; the whole vector by default.
 
         Returns
         -------
@@ -404,11 +255,11 @@ class SuperLoRA:
         Raises
         ------
         ShapeError
-            If the slice is empty or leaves the vector, or the parameters do not fit.
+            If the slice is empty or out of range, or the parameters do not match ``param_shapes``.
 
         Notes
         -----
-        As :meth:`delta`, nothing outside the slice is formed where the format allows it.
+        As in :meth:`delta`, nothing outside the slice is formed where the format allows it.
 
         Examples
         --------
@@ -424,7 +275,7 @@ class SuperLoRA:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements; start must be below stop")
         return self._assembled(backend, params, self.layout.of_slice(start, stop))
 
-    # -- How they come about -----------------------------------------------------------------
+    # -- Helpers -----------------------------------------------------------------------------
 
     def _assembled(self, backend: Backend, params: Mapping[str, Array], pieces: Sequence[Piece]) -> Array:
         return backend.concat(
@@ -435,7 +286,7 @@ class SuperLoRA:
         )
 
     def _checked(self, params: Mapping[str, Array]) -> Backend:
-        """The backend of parameters that are exactly those of the plan."""
+        """Return the backend of the parameters, after checking their names, shapes, dtypes and devices."""
         if not isinstance(params, Mapping):
             raise ShapeError(f"params must be a mapping of names to arrays; got {type(params).__name__}")
         expected = self.param_shapes
@@ -443,8 +294,8 @@ class SuperLoRA:
             missing = [name for name in expected if name not in params]
             unknown = [name for name in params if name not in expected]
             raise ShapeError(
-                f"params must have exactly the names of param_shapes; missing: {_some(missing)}; "
-                f"unknown: {_some(unknown)}"
+                f"params must have exactly the names of param_shapes; missing: {some_names(missing)}; "
+                f"unknown: {some_names(unknown)}"
             )
         backend = get_backend(*params.values())
         for name, shape in expected.items():
@@ -455,7 +306,7 @@ class SuperLoRA:
 
 
 def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None) -> int:
-    """Trainable elements of a config on these weights: ``SuperLoRA(…).num_parameters``.
+    """Return the number of trained elements of a config on these weights: ``SuperLoRA(…).num_parameters``.
 
     Parameters
     ----------
@@ -473,9 +324,3 @@ def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: S
     147456
     """
     return SuperLoRA(config, shapes, layers).num_parameters
-
-
-def _some(names: Sequence[str]) -> str:
-    """A few of the names, for a message."""
-    first: Iterator[str] = iter(names[:4])
-    return (", ".join(map(repr, first)) or "none") + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,177 @@
+"""The integer part of a plan: its groups, their networks, and the names and shapes of their arrays."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from fractions import Fraction
+
+from tnadapt.errors import ConfigError
+
+from .config import Config
+from .group import Group
+from .init import Initializer
+from .layout import make_layout, require_alike
+from .maps.projection import Projection
+from .network import Network
+from .sources import FrozenArrays, Source, SourceMap
+
+__all__ = ["GroupPlan", "some_names"]
+
+# Plans of up to this many groups are laid out when they are made; larger ones when their arrays are asked for.
+LAID_OUT = 4096
+
+
+class GroupPlan:
+    """Groups, networks and shapes of an adapter. The base of :class:`~tnadapt.SuperLoRA`, which adds arrays.
+
+    It has the parameters of :class:`~tnadapt.SuperLoRA` and raises the same errors.
+
+    Examples
+    --------
+    >>> GroupPlan(Config(rank=2), [(6, 4)]).param_shapes
+    {'group0.split0.factor0': (6, 2), 'group0.split0.factor1': (4, 2)}
+    """
+
+    def __init__(
+        self, config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None
+    ) -> None:
+        if not isinstance(config, Config):
+            raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
+        self.config = config
+        self.layout = make_layout(config.groups, shapes, layers)
+        if config.weight_shape is not None:
+            assert isinstance(config.fold, tuple)  # Config refuses any other
+            require_alike(self.layout, config.weight_shape, config.fold)
+        self.shapes = self.layout.shapes
+        self.size = self.layout.size
+        self.num_groups = self.layout.num_groups
+        self._layers = None if layers is None else list(layers)
+        self._networks: dict[tuple[int, int], Network] = {}
+        # Build every network once, to raise errors here and not at the first use.
+        for group in self._different:
+            self._network(group)
+        _ = self._frozen_sources
+        if self.num_groups <= LAID_OUT:
+            # Lay the groups out now, so that torch.compile and jax.jit never trace this code.
+            _ = self.param_shapes
+
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        """Number of trained elements; counted without allocating anything."""
+        if self._columns_vary:
+            return sum(self._num_trained(group) for group in range(self.num_groups))
+        return sum(count * self._num_trained(group) for group, count, _ in self.layout.same_size())
+
+    def _num_trained(self, group: int) -> int:
+        network = self._network(group)
+        frozen = sum(math.prod(network.shapes[name]) for name in self._frozen_sources)
+        return network.num_parameters - frozen
+
+    @functools.cached_property
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every trained array, in order.
+
+        Names are ``group{g}.split{k}.{array}``, with ``term{t}.`` before the split where there are several
+        terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train).
+        """
+        return {full: group.network.shapes[name] for group in self.groups for name, full in group.names.items()}
+
+    @functools.cached_property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array that ``config.sources`` freezes, in order; named as in ``param_shapes``."""
+        return {full: group.network.shapes[name] for group in self.groups for name, full in group.frozen_names.items()}
+
+    @functools.cached_property
+    def _frozen_sources(self) -> dict[str, Source]:
+        """The sources of the arrays that are frozen in every group, by the network's names."""
+        if not self.config.sources:
+            return {}
+        sources, network = self.config.sources, self._network(0)  # all networks have arrays of the same names
+        assert isinstance(sources, SourceMap)  # Config converts any other mapping
+        sources.check_names(network.shapes)
+        named = {name: sources.of(name) for name in network.shapes}
+        found = {name: source for name, source in named.items() if source is not None and not source.trained}
+        for prefixes in network.prefixes:
+            term = [name for name in network.shapes if name.startswith(tuple(prefixes))]
+            if found.keys() >= set(term):
+                raise ConfigError(
+                    f"sources freezes all of {', '.join(term)}, and nothing is left to train there: give one of them "
+                    "tnadapt.sources.Trained()"
+                )
+        return found
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The groups: the network, map and weight slices of each.
+
+        Groups of equal length share their network, and their F if ``config.shared``.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> GroupPlan(tna.presets.fastfood(ratio=0.1), [(10, 10)]).groups[0].projection
+        Projection('linear', n_in=10, n_out=100, seed=0, group=0)
+        """
+        config, found = self.config, list[Group]()
+        projections: dict[tuple[int, int], Projection] = {}
+        for index in range(self.num_groups):
+            network, size = self._network(index), self.layout.group_size(index)
+            key = size, 0 if config.shared else index
+            if key not in projections:
+                projections[key] = Projection(config.projection, network.size, size, config.seed, key[1])
+            names = {name: f"group{index}.{name}" for name in network.shapes if name not in self._frozen_sources}
+            frozen_names = {name: f"group{index}.{name}" for name in self._frozen_sources}
+            trained = names if frozen_names else None
+            start = Initializer(network, projections[key], config.seed, index, trained)
+            frozen = FrozenArrays(network.shapes, self._frozen_sources, config.seed, index)
+            pieces = self.layout.of_group(index)
+            found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names))
+        return found
+
+    @property
+    def _stacked(self) -> bool:
+        return self.config.fold == "stack" and self.config.order == 2
+
+    @property
+    def _columns_vary(self) -> bool:
+        """Whether groups of equal size may have different networks: stacks with different columns."""
+        return self._stacked and not self.layout.equal_columns
+
+    @property
+    def _different(self) -> Iterable[int]:
+        """Indices of groups that together have every network of the plan."""
+        return range(self.num_groups) if self._columns_vary else [first for first, _, _ in self.layout.same_size()]
+
+    def _network(self, group: int) -> Network:
+        size = self.layout.group_size(group)
+        columns = self.layout.columns(group) if self._stacked else 1
+        found = self._networks.get((size, columns))
+        if found is None:
+            # The ratio is the decimal it prints as: 0.07 of 100 is 7, not 8.
+            n_in = max(1, math.ceil(Fraction(str(self.config.ratio)) * size))
+            found = self._networks[size, columns] = Network(self.config, n_in, columns)
+        return found
+
+    def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:
+        """Return each group's initial arrays, if only the arrays of these full names are trained; None means all."""
+        if trained is None:
+            return [group.start for group in self.groups]
+        unknown = [name for name in trained if name not in self.param_shapes]
+        if unknown or not trained:
+            raise ConfigError(
+                f"trained must name some of the arrays in param_shapes; unknown: {some_names(unknown)}; there are "
+                f"{some_names(list(self.param_shapes))}"
+            )
+        chosen = set(trained)
+        return [
+            group.start.for_trained({name for name, full in group.names.items() if full in chosen})
+            for group in self.groups
+        ]
+
+
+def some_names(names: Sequence[str]) -> str:
+    """Return the first few names, for a message."""
+    first: Iterator[str] = iter(names[:4])
+    return (", ".join(map(repr, first)) or "none") + (f" and {len(names) - 4} more" if len(names) > 4 else "")
