@@ -70,6 +70,7 @@ def test_the_spread_of_the_start_is_a_number_of_single_precision(name: str) -> N
         assert group.start.std == float(np.float32(group.start.std))
 
 
+@pytest.mark.slow
 @pytest.mark.law("first-step")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_first_step_does_not_depend_on_the_method(name: str) -> None:

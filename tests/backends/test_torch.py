@@ -222,7 +222,9 @@ NONLINEAR = {
 
 
 @pytest.mark.parametrize("name", NONLINEAR)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "float16"))]
+)
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_start_is_exactly_zero(name: str, dtype: str) -> None:
     torch._dynamo.reset()

@@ -256,6 +256,7 @@ def test_another_part_to_keep(cache: Path, tmp_path: Path) -> None:
     assert outcome.proof.holds
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_open_the_problem_says_why(cache: Path, tmp_path: Path) -> None:
     one = study(cache)
     one.spec = Spec(model="no/such")

@@ -101,6 +101,7 @@ def test_each_of_two_processes_opens_the_work_once_and_does_several(tmp_path: Pa
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
@@ -121,6 +122,7 @@ def test_one_that_fails_ends_those_that_run_and_loses_none_that_is_done(
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_who_stops_listening_ends_those_that_run(tmp_path: Path) -> None:
     with contextlib.closing(run_tasks(Play(tmp_path).open(), Play(tmp_path), tasks("a", "long", "long"), 2)) as found:
         assert next(found)[0].method.family == "a"
@@ -145,6 +147,7 @@ def script(folder: Path, guard: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_parent_that_is_killed_or_interrupted_leaves_no_worker(number: signal.Signals, tmp_path: Path) -> None:
@@ -158,6 +161,7 @@ def test_a_parent_that_is_killed_or_interrupted_leaves_no_worker(number: signal.
     assert gone(tmp_path / "processes")
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
     with script(tmp_path, "") as process:
         _, told = process.communicate(timeout=120)

@@ -102,6 +102,7 @@ def workers(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return request.param
 
 
+@pytest.mark.slow
 def test_cases_are_counted(tmp_path: Path, workers: tuple[str, ...]) -> None:
     fast = run(tmp_path, CASES, *workers, "-m", "not slow", "--junitxml=fast.xml")
     assert "1 failed, 4 passed, 1 skipped" in fast.stdout, fast.stdout + fast.stderr
@@ -120,6 +121,7 @@ def test_cases_are_counted(tmp_path: Path, workers: tuple[str, ...]) -> None:
     assert "| 1 | no \\| device |" in shown
 
 
+@pytest.mark.slow
 def test_a_marker_of_no_law_stops_the_run(tmp_path: Path, workers: tuple[str, ...]) -> None:
     done = run(tmp_path, "import pytest\n@pytest.mark.law('nonsense')\ndef test_words(): pass\n", *workers)
     # pytest-xdist reports it as a failure, pytest alone as an interruption.

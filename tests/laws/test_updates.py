@@ -41,7 +41,9 @@ def textbook(config: tna.Config, plan: tna.SuperLoRA, arrays: dict[str, np.ndarr
 @pytest.mark.law("update-formula")
 @everything
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("backend", ["numpy", "array_api_strict", "torch", "cupy"], indirect=True)
+@pytest.mark.parametrize(
+    "backend", ["numpy", pytest.param("array_api_strict", marks=pytest.mark.slow), "torch", "cupy"], indirect=True
+)
 def test_the_update_is_the_textbook_formula(
     backend: Backend, kind: str, fold: str, projection: str, dtype: str
 ) -> None:

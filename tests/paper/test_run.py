@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 import tnadapt as tna
 from paper import names, open_recipe, redraw, run
+from paper.__main__ import main
 from paper.recipe import parse
 
 pytest.importorskip("typer")
@@ -19,10 +22,16 @@ pytest.importorskip("matplotlib")
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "paper", *map(str, arguments)],
-        capture_output=True, text=True, check=False, encoding="utf-8",
-    )  # fmt: skip
+    """Run ``python -m paper`` in this process, which has imported what it needs."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["paper", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -30,7 +39,9 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 
 def test_without_a_name_the_recipes_are_listed() -> None:
-    done = command()
+    done = subprocess.run(
+        [sys.executable, "-m", "paper"], capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert all(name in done.stdout for name in names())
     assert [one["name"] for one in json.loads(command("--json").stdout)] == names()

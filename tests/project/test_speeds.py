@@ -50,6 +50,7 @@ def run(project: Path, *options: str) -> dict[str, str]:
     return {path.name: path.read_text() for path in (project / "tests").iterdir() if path.name in ("fast", "slow")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "speeds"), [((), {"fast"}), (("-m", "slow"), {"slow"}), (("-m", ""), {"fast", "slow"})]
 )

@@ -135,6 +135,7 @@ print(len(missing), sorted(path.name for path in folder.iterdir()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.law("offline")
 def test_no_connection_is_opened() -> None:
     command = [sys.executable, "-W", "ignore", "-c", OFFLINE]

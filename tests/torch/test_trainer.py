@@ -197,6 +197,7 @@ def in_a_new_process(folder: Path, *names: str) -> dict[tuple[str, str], Tensor]
     return found
 
 
+@pytest.mark.slow
 def test_from_trainer_to_a_new_process(hf: Any, tmp_path: Path) -> None:
     words = torch.stack([sentence["input_ids"] for sentence in hf.sentences()])
     torch.save(words, tmp_path / "words.pt")
