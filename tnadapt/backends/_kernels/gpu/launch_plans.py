@@ -33,7 +33,7 @@ class Drawn(NamedTuple):
     def of(cls, draws: Any, n_in: int) -> Drawn:
         """Of a :class:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws`."""
         n_out = draws.lengths["diagonal"]
-        return cls(n_in, n_out, draws.whole, draws.pruned, draws.seed, draws.group, bool(draws.signs))
+        return cls(n_in, n_out, draws.padded, draws.pruned, draws.seed, draws.group, bool(draws.signs))
 
 
 #: For a transform that draws nothing.
