@@ -225,7 +225,7 @@ def test_bad_input() -> None:
     with pytest.raises(tna.BackendError, match="int64"):
         f(np.zeros(3, np.int64))
     for start, stop in ((0, 0), (3, 2), (-1, 2), (0, 6), (0, 2.0)):
-        with pytest.raises(tna.ShapeError, match=r"no slice|must be from|must be an integer"):
+        with pytest.raises(tna.ShapeError, match=r"is empty|must be from|must be an integer"):
             f.slice(np.zeros(3), start, stop)
 
 
