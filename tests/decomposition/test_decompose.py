@@ -409,7 +409,7 @@ def test_one_wrong_number_is_said() -> None:
     for deltas, error, match in (
         ([], ShapeError, "is empty"),
         ("x", BackendError, "must be a list of arrays"),
-        ([np.ones((2, 3, 4))], ShapeError, "given by itself"),
+        ([np.ones((2, 3, 4))], ShapeError, "by itself, not in a list"),
         (np.ones(()), ShapeError, "must have elements"),
         (np.ones((0, 3)), ShapeError, "must have elements"),
         ([np.ones((2, 3), int)], BackendError, "real floating"),

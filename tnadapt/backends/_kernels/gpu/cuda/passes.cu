@@ -80,8 +80,8 @@ __device__ inline void times_normals(REAL *tile, int points, const Place &place,
   __syncthreads();
 }
 
-// Multiply a tile by signs. Its rows are split into runs of at most 32 neighbours, whose signs are bits of one word, and
-// each run computes one Philox block. There are several rounds if there are more runs than words in the buffer.
+// Multiply a tile by signs. Its rows are split into runs of at most 32 neighbours, whose signs are bits of one word.
+// Each run computes one Philox block. There are several rounds if the buffer has fewer words than there are runs.
 __device__ inline void times_signs(REAL *tile, u32 *words, int points, const Place &place, u32 group, u64 seed) {
   const int log_run = place.log_columns < 5 ? place.log_columns : 5, runs = points >> log_run;
   for (int done = 0; done < runs; done += SIGN_WORDS) {
