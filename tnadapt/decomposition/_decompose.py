@@ -190,7 +190,7 @@ def _listed(deltas: Any) -> list[Array]:
 
 
 def _in_own_modes(deltas: Any, cfg: Config) -> Config:
-    """Return the config for one tensor; raise a ShapeError if it has three or more modes that the fold does not name."""
+    """Return the config for one tensor; raise a ShapeError if it has over two modes that the fold does not name."""
     if isinstance(deltas, (list, tuple)) or len(deltas.shape) <= 2 or not isinstance(cfg, Config):
         return cfg
     shape = tuple(int(size) for size in deltas.shape)

@@ -78,8 +78,8 @@ def started(algebra: Algebra, group: Group) -> dict[str, Array]:
 def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, steps: int) -> Fit:
     """Compute the vector before a linear F by least squares."""
     if projection.n_in * projection.n_out <= _FORMED:
-        # Solve with F as a float64 matrix, which gives a certified optimum: a small gradient in an iterative solver would
-        # not tell how near the optimum is.
+        # Solve with F as a float64 matrix, which gives a certified optimum. The small gradient of an iterative solver
+        # would not tell how near the optimum is.
         backend = algebra.backend
         rows = backend.to_numpy(projection(algebra.array(np.eye(projection.n_in)))).astype(np.float64)
         x, *_ = np.linalg.lstsq(rows.T, backend.to_numpy(y).astype(np.float64), rcond=None)
