@@ -229,7 +229,7 @@ def test_shards_and_folders(tmp_path: Path, pair: Any) -> None:
     assert found.file.model == "LlamaForSequenceClassification"
 
 
-def test_what_cannot_be_done_is_said(tmp_path: Path, pair: Any) -> None:
+def test_impossible_requests_are_refused(tmp_path: Path, pair: Any) -> None:
     base, tuned, before, after = pair
 
     def written(name: str, tensors: dict[str, np.ndarray]) -> Path:

@@ -1,4 +1,4 @@
-"""Errors, bounds and ranks do not depend on the size of the numbers, in any dtype and library."""
+"""Errors, bounds and ranks do not depend on the scale of the numbers, in any dtype and library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a long transform is cut into passes on a GPU: every digit once, tiles that fit."""
+"""Launch plans for GPUs: passes transform every digit once in tiles that fit, and read the draws of a map."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_digit_is_done_once(itemsize: int, tile_bytes: int) -> None:
                 assert step.columns * itemsize >= 64
 
 
-def test_how_often_memory_is_gone_over() -> None:
+def test_number_of_passes() -> None:
     assert [len(passes(bits, 4, 1 << 16)) for bits in (14, 24, 30)] == [1, 2, 3]
     assert [len(passes(bits, 4, 1 << 15)) for bits in (13, 22, 30)] == [1, 2, 3]
     assert [len(passes(bits, 8, 1 << 15)) for bits in (12, 21, 30)] == [1, 2, 3]
