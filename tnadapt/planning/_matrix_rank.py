@@ -130,7 +130,7 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
 
 
 def sketched(blocks: Callable[[], Blocks], shape: tuple[int, int], limit: int, rng: np.random.Generator) -> Rank:
-    """Return the rank of a matrix given as blocks of rows, which ``blocks()`` yields in order and anew in each call."""
+    """Return the rank of a matrix given as blocks of rows, which ``blocks()`` yields in order, again in each call."""
     side = min(limit, *shape)
     full = side == min(shape)
     k = min(_FIRST, side)

@@ -42,8 +42,8 @@ def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        ("caching.CompileResultCacheImpl._locator_classes = []", "compiled kernels are not kept"),
-        ("caching.IndexDataCacheFile.save = lambda *_: open('/')", "compiled kernels could not be kept"),
+        ("caching.CompileResultCacheImpl._locator_classes = []", "compiled kernels are not cached"),
+        ("caching.IndexDataCacheFile.save = lambda *_: open('/')", "compiled kernels could not be cached"),
     ],
     ids=["no folder", "no space"],
 )
