@@ -1,7 +1,7 @@
-"""The errors this library raises for a caller's mistake.
+"""The exceptions that this library raises for invalid input.
 
-All derive from :class:`TnadaptError`, which is a ``ValueError``: code that does not know this library
-still catches them. A message says what was given, what was expected, and the way out.
+All derive from :class:`TnadaptError`, which is a ``ValueError``, so generic code still catches them. Each message says
+what was given, what was expected, and how to fix it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
-# Letters that nobody sees, and that Python calls printable: joiners, fillers and variation selectors.
+# Invisible characters that ``str.isprintable`` accepts: joiners, fillers and variation selectors.
 _INVISIBLE = frozenset(
     chr(code)
     for first, last in (
@@ -26,10 +26,10 @@ _INVISIBLE = frozenset(
 
 
 def escaped(text: str) -> str:
-    r"""Somebody else's text such that a terminal shows it as it is, in one line.
+    r"""Escape untrusted text so that it is safe to print and stays on one line.
 
-    Whatever moves a cursor, changes colours, begins a line, turns the direction of writing or is not seen becomes an
-    escape such as ``\x1b``. What is printed and may come from a file, a model or a folder goes through here: names,
+    Characters that move the cursor, change colours, start a new line, change the writing direction or are invisible
+    become escapes such as ``\x1b``. Use it for all printed text that may come from a file, a model or a folder: names,
     metadata, paths, messages.
 
     Parameters
@@ -54,9 +54,9 @@ def escaped(text: str) -> str:
 
 
 class TnadaptError(ValueError):
-    """Anything a caller of tnadapt did that cannot be carried out.
+    """Base class of the errors that tnadapt raises for invalid input.
 
-    A message is one line that is safe to print: names of files and tensors in it are escaped.
+    The message is a single line that is safe to print: file and tensor names in it are escaped.
     """
 
     def __init__(self, *arguments: object) -> None:
@@ -64,30 +64,30 @@ class TnadaptError(ValueError):
 
 
 class ConfigError(TnadaptError):
-    """A setting that is unknown, of the wrong type, impossible, or at odds with another one."""
+    """A setting that is unknown, of the wrong type, out of range, or in conflict with another setting."""
 
 
 class ShapeError(TnadaptError):
-    """An array, or a list of weight shapes, whose sizes do not fit what was asked."""
+    """An array, or a list of weight shapes, whose sizes do not fit the request."""
 
 
 class BackendError(TnadaptError):
-    """An array library, dtype or device that is not known, not available, or mixed with another."""
+    """An array library, dtype or device that is unknown, unavailable, or mixed with another."""
 
 
 class FileError(TnadaptError):
-    """A file that is damaged, hostile, of another format, or does not belong to what it is used with."""
+    """A file that is damaged, malicious, in another format, or does not match what it is used with."""
 
 
 class TargetError(TnadaptError):
-    """A weight of a model that cannot be found, is there twice, or cannot be updated in the way that was asked."""
+    """A model weight that cannot be found, occurs twice, or cannot be updated as requested."""
 
 
 class UnexpectedKeywordError(ConfigError, TypeError):
-    """A keyword argument that is not taken; also the TypeError that Python raises for one."""
+    """An unexpected keyword argument; also a TypeError, which is what Python itself raises for one."""
 
 
-# What PEFT's users write, what it is called here, and where it is given.
+# PEFT's keyword -> (its name in tnadapt, where it is passed).
 _PEFT_KEYWORDS = {
     "r": ("rank", "a setting of tnadapt.Config and its presets"),
     "lora_alpha": ("alpha", "a setting of tnadapt.Config and its presets"),
@@ -97,7 +97,7 @@ _PEFT_KEYWORDS = {
 
 
 def peft_hint(name: str) -> str | None:
-    """What a keyword of PEFT's configs is called here; None for any other name.
+    """Return a hint with tnadapt's name for a keyword of PEFT's configs; None for any other name.
 
     Examples
     --------
@@ -111,7 +111,7 @@ def peft_hint(name: str) -> str | None:
 
 
 def explains_peft_keywords(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Let a function answer a keyword of PEFT's with an error that has its name here.
+    """Decorate a function so that a PEFT keyword raises an error that gives tnadapt's name for it.
 
     Examples
     --------
@@ -139,7 +139,7 @@ def explains_peft_keywords(function: Callable[_Parameters, _Result]) -> Callable
 
 
 def safe_repr(value: Any) -> str:
-    """A value as a message shows it: short, and never an error of its own.
+    """Return a short repr of a value for an error message; never raise.
 
     Examples
     --------
@@ -149,13 +149,13 @@ def safe_repr(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):
-        # Python refuses to print integers of more than 4300 digits, and lists nested too deep.
+        # Python refuses to print integers of more than 4300 digits, and lists that are nested too deeply.
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return escaped(text if len(text) <= 200 else text[:200] + " …")
 
 
 def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError], other: str = "") -> int:
-    """``value`` as an integer from low to high, or an error that names it.
+    """Return ``value`` as an integer from low to high, or raise an error that names it.
 
     Examples
     --------

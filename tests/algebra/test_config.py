@@ -1,4 +1,4 @@
-"""Config: frozen, strict, and the same after JSON."""
+"""Config: frozen, strict, and unchanged by a JSON round trip."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tnadapt.testing.strategies import configs, shapes
 
 
 @given(st.data())
-def test_json_and_pickle_give_it_back(data: st.DataObject) -> None:
+def test_json_and_pickle_round_trip(data: st.DataObject) -> None:
     config = data.draw(configs(data.draw(shapes())))
     assert tna.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert pickle.loads(pickle.dumps(config)) == config
@@ -51,7 +51,7 @@ def test_it_is_frozen() -> None:
         tna.Config().rank = 5  # type: ignore[misc]
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     config = tna.Config(rank=np.int64(3), alpha=np.float32(2), groups=np.int32(1), ratio=1)
     assert (config.rank, config.alpha, config.groups, config.ratio) == (3, 2.0, 1, 1.0)
     assert json.loads(json.dumps(config.to_dict()))["rank"] == 3
@@ -128,7 +128,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("fields", "message"), BAD)
-def test_what_cannot_be_is_refused_with_the_way_out(fields: dict, message: str) -> None:
+def test_invalid_settings_are_refused_with_a_remedy(fields: dict, message: str) -> None:
     with pytest.raises(tna.ConfigError, match=message):
         tna.Config(**fields)
     with pytest.raises(tna.ConfigError, match=message):
@@ -158,7 +158,7 @@ JSON = st.recursive(
 
 @pytest.mark.law("fuzz")
 @given(JSON, st.sampled_from(sorted(tna.Config().to_dict())))
-def test_any_value_is_taken_or_refused_and_never_anything_else(value: object, field: str) -> None:
+def test_any_value_is_accepted_or_refused(value: object, field: str) -> None:
     try:
         config = tna.Config.from_dict({field: value})
     except tna.ConfigError:
@@ -184,7 +184,7 @@ BOUNDS: list[tuple[str, Callable[[int], dict[str, object]], int, int]] = [
 
 
 @pytest.mark.parametrize(("name", "settings", "low", "high"), BOUNDS, ids=[bound[0] for bound in BOUNDS])
-def test_every_bound_is_taken_and_what_is_beyond_refused(
+def test_bounds_are_accepted_and_values_beyond_are_refused(
     name: str, settings: Callable[[int], dict[str, object]], low: int, high: int
 ) -> None:
     for value in (low, high):

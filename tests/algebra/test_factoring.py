@@ -1,4 +1,4 @@
-"""Row and column factors of a weight: exact, and where they are to be had."""
+"""Row and column factors of a weight: exact, and found wherever they exist."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_factors_are_the_update(data: st.DataObject) -> None:
 
 @st.composite
 def aligned(draw: st.DrawFn) -> tna.SuperLoRA:
-    """Plans whose fold has the columns for its last modes."""
+    """Plans with a fold whose last modes are the columns."""
     rows = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=2))
     cols = draw(st.lists(st.sampled_from([2, 3, 4, 8, 9]), min_size=1, max_size=2))
     weights = draw(st.integers(1, 4))
@@ -99,7 +99,7 @@ def test_the_methods_that_factor(name: str) -> None:
         check(plan, params, i, how)
 
 
-def test_a_cp_that_lines_up_is_a_low_rank_matrix_of_its_own_rank() -> None:
+def test_an_aligned_cp_is_a_matrix_of_the_same_rank() -> None:
     how = factoring(tna.SuperLoRA(P.lorta(3, order=5, format="cp"), [(4096, 4096)] * 64), 17)
     assert how is not None
     assert how.sizes == ((4096, 4096, 3),)

@@ -1,4 +1,4 @@
-"""Sizes by integer arithmetic, and the boxes a slice lies in."""
+"""Sizes by integer arithmetic, and the boxes that cover a slice."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_bad_input() -> None:
         boxes((4, 4), 3, 3)
 
 
-def test_every_bound_is_taken_and_what_is_beyond_refused() -> None:
+def test_bounds_are_accepted_and_values_beyond_are_refused() -> None:
     assert tna.hypercube_shape(2**1024, 32) == (2**32,) * 32
     for size, order, expected in (
         (2**1024 + 1, 32, r"^size must be from 1 to \d+; got "),

@@ -29,7 +29,7 @@ class TestTensorTrain(FormatContract):
     kind = FORMATS["tt"]
 
 
-def test_none_is_forgotten() -> None:
+def test_every_format_is_tested() -> None:
     tested = {contract.kind for contract in FormatContract.__subclasses__() if hasattr(contract, "kind")}
     assert {FORMATS[name] for name in FORMATS.built_in} <= tested
 

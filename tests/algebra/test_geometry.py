@@ -1,4 +1,4 @@
-"""Equations 5 to 7."""
+"""Similarity and distance of updates: equations 5 to 7 of the paper."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_an_update_is_near_itself(rows: int, cols: int, seed: int, data: st.Data
     assert np.allclose(turned, (1.0, 1.0, 3.0), atol=1e-12)
 
 
-def test_spaces_without_a_common_direction() -> None:
+def test_orthogonal_spaces() -> None:
     one, two = np.zeros((6, 6)), np.zeros((6, 6))
     one[:2, :2], two[2:4, 2:4] = np.diag([2.0, 1.0]), np.diag([2.0, 1.0])
     assert np.allclose(tna.geometry(one, two, 2), (0.0, 0.0, np.sqrt(2.0)), atol=1e-12)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_none_are_refused(number: float, rng: np.random.Generator) -> None:
+def test_nan_and_infinity_are_refused(number: float, rng: np.random.Generator) -> None:
     update = rng.normal(size=(3, 4))
     broken = update.copy()
     broken[1, 2] = number
@@ -68,9 +68,9 @@ def test_zero_updates_and_bad_input() -> None:
     zero = np.zeros((3, 3))
     assert tna.geometry(zero, zero, 1).d_euclid == 0.0
     assert tna.geometry(zero, np.eye(3), 1).d_euclid == np.inf
-    with pytest.raises(tna.ShapeError, match="one shape"):
+    with pytest.raises(tna.ShapeError, match="the same shape"):
         tna.geometry(np.eye(3), np.eye(4))
-    with pytest.raises(tna.ShapeError, match="one shape"):
+    with pytest.raises(tna.ShapeError, match="the same shape"):
         tna.geometry(np.ones(3), np.ones(3))
     for k in (0, 4):
         with pytest.raises(tna.ShapeError, match="k must be from 1 to 3"):

@@ -101,7 +101,7 @@ def test_float32_error_grows_like_its_logarithm(rng: np.random.Generator) -> Non
 
 
 @pytest.mark.law("walsh-not-finite")
-def test_what_is_not_finite_spreads_and_nothing_else(rng: np.random.Generator) -> None:
+def test_non_finite_values_spread_only_within_their_vector(rng: np.random.Generator) -> None:
     x = rng.normal(size=(2, 64))
     x[0, 3] = np.nan
     found = tna.fwht(x)
@@ -111,7 +111,7 @@ def test_what_is_not_finite_spreads_and_nothing_else(rng: np.random.Generator) -
 
 @pytest.mark.law("walsh-length")
 @pytest.mark.parametrize(("length", "padded"), [(0, 1), (3, 4), (5, 8), (6, 8), (12, 16), (1000, 1024)])
-def test_a_length_that_is_no_power_of_two(backend: Backend, length: int, padded: int) -> None:
+def test_a_length_that_is_not_a_power_of_two(backend: Backend, length: int, padded: int) -> None:
     with pytest.raises(tna.ShapeError, match=rf"power of two; .* has {length}: pad it with zeros to {padded}$"):
         tna.fwht(backend.asarray(np.zeros((2, length)), "float32"))
 
@@ -131,7 +131,7 @@ def test_bad_input() -> None:
 
 
 @pytest.mark.parametrize("normalize", [None, False, True])
-def test_the_plain_way_takes_the_same_arguments(
+def test_the_reference_implementation_takes_the_same_arguments(
     backend: Backend, normalize: bool | None, rng: np.random.Generator
 ) -> None:
     x = backend.asarray(rng.normal(size=(3, 16)), "float64")

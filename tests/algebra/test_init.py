@@ -1,4 +1,4 @@
-"""The law of the start: the first SGD step moves ΔW alike, whatever rank, order, splits and ρ."""
+"""Initialisation: the first SGD step changes ΔW by the same amount for any rank, order, splits and ρ."""
 
 from __future__ import annotations
 

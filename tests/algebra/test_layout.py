@@ -1,4 +1,4 @@
-"""Weights to groups: every element once, straddling ones in order."""
+"""Layout of weights in groups: every element occurs once, and weights that straddle groups stay in order."""
 
 from __future__ import annotations
 

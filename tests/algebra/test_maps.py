@@ -33,7 +33,7 @@ class TestNonlinearV2(MapContract):
     kind = MAPS["nonlinear_v2"]
 
 
-def test_none_is_forgotten() -> None:
+def test_every_map_is_tested() -> None:
     tested = {
         contract.kind for contract in MapContract.__subclasses__() if isinstance(vars(contract).get("kind"), type)
     }
@@ -41,7 +41,7 @@ def test_none_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("name", MAPS.built_in)
-def test_a_class_says_the_name_that_it_is_registered_by(name: str) -> None:
+def test_a_class_has_the_name_it_is_registered_under(name: str) -> None:
     assert MAPS[name].kind == name
 
 

@@ -1,4 +1,4 @@
-"""Errors of few bits are within what the page states, and the page is that of its results."""
+"""Rounding errors are within the limits on the page about numerics, and the page matches its recorded results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every named method is a setting: its own formula, table 1's reductions, and where two methods meet."""
+"""Presets against the formulas of their methods, the reductions in table 1, and cases where two methods coincide."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kronecker products as outer products, and the adjoint of a whole network."""
+"""Rearrangement of Kronecker products to outer products, and the adjoint of a whole network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streams: known answers, pieces, positions, and no global state touched."""
+"""Random streams: known answers, draws in pieces and at positions, and no use of global random state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_words() -> None:
 
 
 @pytest.mark.law("known-draws")
-def test_the_spec_s_known_answers() -> None:
+def test_known_answers_of_the_format() -> None:
     assert rng.signs(0, 0, 0, 16).tolist() == [1, 1, -1, -1, -1, -1, 1, -1, 1, -1, 1, -1, 1, 1, 1, 1]
     assert rng.permutation(16, 0, 0).tolist() == [14, 13, 7, 10, 6, 8, 3, 15, 1, 2, 9, 4, 0, 11, 12, 5]
     g = rng.normals(0, 0, 2, 0, 6)

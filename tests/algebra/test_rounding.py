@@ -1,4 +1,4 @@
-"""``W + ΔW`` to the bit: updates in float64, piece by piece, and two roundings to nearest."""
+"""Bit-exact ``W + ΔW``: updates in float64, in pieces, and two roundings to nearest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRECISION["bfloat16"] = (7, -126, (2.0 - 2.0**-7) * 2.0**127)
 
 
 def nearest(number: Fraction, dtype: str) -> Fraction | None:
-    """The number of a dtype nearest to a given one, ties to even, by whole numbers; None beyond the largest."""
+    """Return the number of a dtype nearest to a given one, ties to even, in integers; None beyond the largest."""
     if number == 0:
         return number
     bits, least, largest = PRECISION[dtype]
@@ -62,7 +62,7 @@ def test_rounding_is_to_nearest_twice(dtype: str, number: float) -> None:
 
 
 @pytest.mark.law("not-finite-shows")
-def test_float64_is_kept_and_nan_and_infinity_are_what_they_are() -> None:
+def test_float64_nan_and_infinity_are_unchanged() -> None:
     odd = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.1, -0.0])
     assert rounded(odd, "float64").tobytes() == odd.tobytes()
     for dtype in ("float32", "float16", "bfloat16"):
@@ -75,7 +75,7 @@ def test_float64_is_kept_and_nan_and_infinity_are_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_what_is_widened_and_rounded_again_is_the_same(dtype: str) -> None:
+def test_widening_and_rounding_changes_nothing(dtype: str) -> None:
     if dtype in ("float16", "bfloat16"):
         every = np.arange(1 << 16, dtype=np.uint16)
         stored = every if dtype == "bfloat16" else every.view(np.float16)
@@ -85,7 +85,7 @@ def test_what_is_widened_and_rounded_again_is_the_same(dtype: str) -> None:
     assert rounded(widened(stored, dtype).astype(np.float64), dtype).tobytes() == stored.tobytes()
 
 
-def test_bfloat16_s_bits_are_a_float32_s_upper_half() -> None:
+def test_bfloat16_is_the_upper_half_of_float32() -> None:
     assert widened(np.array([0x4049], np.uint16), "bfloat16")[0] == struct.unpack("<f", b"\0\0\x49\x40")[0]
 
 
@@ -122,7 +122,7 @@ def test_a_fresh_adapter_of_any_dtype_changes_nothing(dtype: str, projection: st
     assert not any(part.any() for index in range(2) for _, part in updates.of(index))
 
 
-def test_a_trained_one_of_bfloat16_is_what_it_moved() -> None:
+def test_a_trained_bfloat16_adapter_is_its_change_from_the_start() -> None:
     config = tna.presets.superlora(3, projection="nonlinear", ratio=0.5)
     targets = [tna.Target("a", (12, 9)), tna.Target("b", (9, 9))]
     plan = tna.SuperLoRA(config, [target.shape for target in targets])
@@ -159,7 +159,7 @@ def test_the_sum_is_that_of_the_numbers(dtype: str, data: st.DataObject) -> None
 @pytest.mark.parametrize(
     ("dtype", "largest"), [("float64", 1.7e308), ("float32", 3e38), ("float16", 65519.0), ("bfloat16", 3.38e38)]
 )
-def test_leaving_the_range_is_told_apart_from_an_update_that_is_not_finite(dtype: str, largest: float) -> None:
+def test_overflow_is_distinguished_from_an_update_that_is_not_finite(dtype: str, largest: float) -> None:
     def refusal(number: float, update: float) -> str | None:
         weight = rounded(np.array([1.0, number, -1.0]), dtype)
         with np.errstate(over="ignore"):

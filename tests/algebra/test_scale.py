@@ -1,4 +1,4 @@
-"""Models of 7 to 405 billion parameters, without the machines that hold them."""
+"""Models with 7 to 405 billion parameters, tested without loading them."""
 
 from __future__ import annotations
 

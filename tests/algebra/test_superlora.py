@@ -1,4 +1,4 @@
-"""The plan and its four steps, over every config: values, slices, counts, what is never formed."""
+"""The plan and its four steps, for every config: values, slices, counts, and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A slice as one matrix product: which unfolding is taken, and that it is the slice."""
+"""Slices as one matrix product: the choice of the unfolding, and the values."""
 
 from __future__ import annotations
 

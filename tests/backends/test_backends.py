@@ -1,4 +1,4 @@
-"""The contract, inherited for every library; finding a backend; what must not be mixed."""
+"""The backend contract for every library; lookup of a backend; arrays that must not be mixed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_subclasses_are_their_librarys() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
-def test_what_looks_like_an_array_and_is_none() -> None:
+def test_lookalikes_of_arrays_are_refused() -> None:
     for thing in (np.matrix([[1.0, 2.0]]), np.ma.masked_array([1.0, 2.0])):
         with pytest.raises(tna.BackendError, match="expected an array"):
             tna.fwht(thing)
@@ -84,7 +84,7 @@ def test_mixed_devices_name_both() -> None:
         tna.kronecker([torch.ones(2), torch.ones(2, device="meta")])
 
 
-def test_devices_that_are_not_there() -> None:
+def test_devices_that_do_not_exist() -> None:
     plan = tna.SuperLoRA(tna.presets.lora(1), [(2, 2)])
     torch = pytest.importorskip("torch")
     with pytest.raises(tna.BackendError, match="no device 'toaster'"):
@@ -117,7 +117,7 @@ def test_registering() -> None:
     assert "absent_library" not in available_backends()
 
 
-def test_nothing_at_all() -> None:
+def test_no_arrays() -> None:
     with pytest.raises(tna.BackendError, match="at least one array"):
         get_backend()
     for thing in (1.0, [1.0], None, "x"):

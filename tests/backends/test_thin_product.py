@@ -1,4 +1,4 @@
-"""Thin matrix products, held to ``a @ b``."""
+"""Thin matrix products against ``a @ b``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tnadapt.backends._kernels.thin_product import thin_product
 
 @pytest.fixture(autouse=True)
 def _blocks_of_a_few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that every edge is met in small products."""
+    """Shrink the limits, so that small products reach every edge case."""
     for name, value in {"_LEAST": 1, "_BLOCK": 24, "_COLUMNS": 8, "_LEAST_COLUMNS": 2}.items():
         monkeypatch.setattr(implementation, name, value)
 
 
 def laid_out(array: np.ndarray, how: str) -> np.ndarray:
-    """The same numbers, stored otherwise."""
+    """Return the same numbers in another memory layout."""
     if how == "transposed":
         return np.asfortranarray(array)
     if how == "strided":
@@ -54,7 +54,7 @@ def test_it_is_the_product(height: int, inner: int, width: int, one: str, other:
 
 @pytest.mark.law("not-finite-shows")
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_what_is_no_number_stays_where_it_belongs(rng: np.random.Generator) -> None:
+def test_nan_and_infinity_stay_in_their_rows_and_columns(rng: np.random.Generator) -> None:
     a, b = rng.normal(size=(30, 3)), rng.normal(size=(3, 30))
     a[7, 1], b[2, 20], a[11, 0], b[0, 3] = np.nan, np.nan, np.inf, 0.0
     found = thin_product(a, b)
@@ -63,7 +63,7 @@ def test_what_is_no_number_stays_where_it_belongs(rng: np.random.Generator) -> N
     assert np.isnan(found).sum() == np.isnan(a @ b).sum() > 30
 
 
-def test_what_it_leaves_to_the_plain_way() -> None:
+def test_products_that_are_left_to_numpy() -> None:
     x = np.ones((30, 30))
     assert thin_product(x, x) is None  # thick
     assert thin_product(x[:, :0], x[:0]) is None

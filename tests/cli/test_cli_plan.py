@@ -194,7 +194,7 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [(target.role, target.shape, target.transposed) for target in found[:2]] == [
         ("q", (8, 8), True), ("v", (8, 8), True),
     ]  # fmt: skip
-    with pytest.raises(FileError, match=r"org/none: no such file .* not to be had from the hub: 404: org/none$"):
+    with pytest.raises(FileError, match=r"org/none: no such file .* loading it from the hub failed: 404: org/none$"):
         model_targets("org/none")
     # What is here is not asked for there.
     (tmp_path / "gpt2").mkdir()

@@ -105,7 +105,7 @@ METHODS = {"detect": lambda self, path: None, "read": None, "encode": None, "wri
     ("name", "cls", "message"),
     [
         ("npz-2", FileFormat, "the name of a file format has no '-', which begins the form"),
-        (3, FileFormat, "the name of a file format is of lower-case letters.*got 3"),
+        (3, FileFormat, "the name of a file format must consist of at most 64 lower-case letters.*got 3"),
         ("peft", FileFormat, "file format 'peft' is built in and cannot be replaced"),
         ("tnadapt", FileFormat, "file format 'tnadapt' is built in and cannot be replaced"),
         ("other", dict, r"a class that inherits from tnadapt\.convert\.FileFormat; got <class 'dict'>"),

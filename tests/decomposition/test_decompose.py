@@ -1,4 +1,4 @@
-"""decompose: what holds for every config, and the optimum where algebra knows it."""
+"""decompose: properties of every config, and the optimum where theory gives it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ RECOVERED = {
 
 
 @pytest.mark.parametrize("name", RECOVERED)
-def test_what_a_config_made_is_found_again(name: str) -> None:
+def test_updates_of_a_config_are_recovered(name: str) -> None:
     config = RECOVERED[name]
     plan = tna.SuperLoRA(config, [(12, 24)] * 4)
     rng = np.random.default_rng(0)
@@ -119,7 +119,7 @@ def test_what_a_config_made_is_found_again(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "lora", "lora of two terms", "krona", "lotr", "lotr as a train"])
-def test_and_to_the_last_bits_where_algebra_knows_it(name: str) -> None:
+def test_recovery_is_exact_where_the_optimum_is_known(name: str) -> None:
     config = RECOVERED[name]
     plan = tna.SuperLoRA(config, [(12, 24)] * 4)
     rng = np.random.default_rng(0)
@@ -130,7 +130,7 @@ def test_and_to_the_last_bits_where_algebra_knows_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nonlinear", "nonlinear_v2"])
-def test_a_nonlinear_f_is_found_again(kind: str) -> None:
+def test_updates_of_a_nonlinear_f_are_recovered(kind: str) -> None:
     plan = tna.SuperLoRA(presets.superlora(2, projection=kind, ratio=0.5), [(12, 24)] * 4)
     rng = np.random.default_rng(0)
     made = plan.deltas({full: 0.5 * rng.normal(size=shape) for full, shape in plan.param_shapes.items()})
@@ -400,7 +400,7 @@ def test_groups_by_layer() -> None:
         tna.decompose(given, tna.Config(rank=1, groups="layer"))
 
 
-def test_one_wrong_number_is_said() -> None:
+def test_nan_in_an_update_is_refused() -> None:
     good = np.ones((2, 3))
     config = tna.Config(rank=1)
     for bad in (np.nan, np.inf):
@@ -409,7 +409,7 @@ def test_one_wrong_number_is_said() -> None:
     for deltas, error, match in (
         ([], ShapeError, "is empty"),
         ("x", BackendError, "must be a list of arrays"),
-        ([np.ones((2, 3, 4))], ShapeError, "given by itself"),
+        ([np.ones((2, 3, 4))], ShapeError, "by itself, not in a list"),
         (np.ones(()), ShapeError, "must have elements"),
         (np.ones((0, 3)), ShapeError, "must have elements"),
         ([np.ones((2, 3), int)], BackendError, "real floating"),
@@ -463,7 +463,7 @@ def test_a_rank_of_some_modes_is_searched() -> None:
     assert (found.rank, found.config.rank) == (2, (None, 2, 2))
 
 
-def test_a_search_that_cannot_end_well() -> None:
+def test_searches_that_fail() -> None:
     rng = np.random.default_rng(0)
     delta = rng.normal(size=(12, 12))
     with pytest.raises(ConfigError, match=r"no rank up to \d+ comes within 0.1: the error there is"):
@@ -480,8 +480,8 @@ def test_a_search_that_cannot_end_well() -> None:
 
 
 @given(st.data())
-def test_parameters_of_its_own_come_back_as_updates(data: st.DataObject) -> None:
-    """The updates of one vector or matrix a group, without padding: the best fit is theirs, and is found."""
+def test_updates_without_padding_are_recovered(data: st.DataObject) -> None:
+    """One vector or matrix per group, without padding: the optimal fit is exact, and is found."""
     drawn = data.draw(plans(("identity", "shuffle")).filter(lambda plan: plan.config.order <= 2))
     groups = data.draw(st.sampled_from(["weight", "layer", drawn.config.groups]))
     config = drawn.config.replace(splits=1, terms=1, fold="stack", groups=groups)

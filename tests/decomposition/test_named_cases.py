@@ -1,4 +1,4 @@
-"""What a review found once: each stays as a case of its own."""
+"""Regression tests for bugs that reviews found."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _matmul() -> np.ndarray:
 
 
 @pytest.mark.parametrize(("tensor", "rank", "least"), [(_w(), 2, 0.05), (_matmul(), 8, 1e-5)])
-def test_structured_tensors_hold_no_one_at_a_saddle(tensor: np.ndarray, rank: int, least: float) -> None:
+def test_structured_tensors_do_not_stop_at_a_saddle(tensor: np.ndarray, rank: int, least: float) -> None:
     config = tna.Config(rank=rank, order=3, fold=tensor.shape, groups=1)
     _, report = tna.decompose(tensor, config, max_iterations=2000, tol=1e-9)
     assert report.error < least
@@ -171,10 +171,10 @@ def test_a_large_argument_of_tanhshrink_overflows_nothing() -> None:
 
 def test_a_tensor_on_the_meta_device_is_refused() -> None:
     torch = pytest.importorskip("torch")
-    with pytest.raises(tna.BackendError, match="has no numbers"):
+    with pytest.raises(tna.BackendError, match="has no values"):
         tna.decompose([torch.empty(3, 4, device="meta")], presets.lora(1))
 
 
-def test_nothing_to_fit_is_said() -> None:
+def test_nothing_to_fit_is_reported() -> None:
     _, report = tna.decompose([np.zeros((3, 4))], presets.lora(1))
     assert "the updates are zero" in str(report)

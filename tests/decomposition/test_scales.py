@@ -1,4 +1,4 @@
-"""Errors, bounds and ranks do not depend on the size of the numbers, in any dtype and library."""
+"""Errors, bounds and ranks do not depend on the scale of the numbers, in any dtype and library."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_updates_of_zeros_beside_others() -> None:
 
 
 def test_a_norm_that_float64_cannot_hold_is_refused() -> None:
-    with pytest.raises(ShapeError, match="Frobenius norm float64 cannot hold"):
+    with pytest.raises(ShapeError, match="Frobenius norm exceeds float64"):
         tna.decompose([np.full((12, 8), 1.7e308)], presets.lora(1))
 
 

@@ -1,4 +1,4 @@
-"""The cost of a step: what the products really multiply, counted."""
+"""The cost of a step against the multiplications that the products really do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def counted(network: Any) -> int:
 @pytest.mark.parametrize("leading", ["dense", "same"])
 @pytest.mark.parametrize("name", ["dense", "cp", "cp-weighted", "tucker", "tt"])
 @pytest.mark.parametrize("sizes", [(64,), (64, 16), (8, 24, 16), (8, 4, 16, 8), (8, 8, 2, 2, 16)], ids=str)
-def test_what_is_multiplied(
+def test_products_are_counted(
     sizes: tuple[int, ...], name: str, leading: str, combine: str, splits: int, terms: int
 ) -> None:
     config = tna.Config(

@@ -28,7 +28,7 @@ def point(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def jacobian(plan: tna.SuperLoRA) -> np.ndarray:
-    """By differences: the long vector is linear in each element of each array, so that they are exact."""
+    """Compute the Jacobian by differences, which are exact: the long vector is linear in each element of an array."""
     params = point(plan)
     columns = []
     for name, array in params.items():
@@ -60,7 +60,7 @@ def padded(network: Network) -> bool:
 
 
 def may_be_defective(plan: tna.SuperLoRA) -> bool:
-    """CP of the few sizes and ranks of which algebraic geometry knows that they have less freedom than is expected."""
+    """Return whether CP of these sizes and rank is one of the few known defective cases."""
     if not plan.config.format.startswith("cp"):
         return False
     rank = plan.config.rank
@@ -133,7 +133,7 @@ def test_the_rank_of_the_jacobian_of_padded_matrices(
     ],
     ids=["superlora", "lorta", "lonkr"],
 )
-def test_a_nonlinear_f_takes_nothing_away(build: Callable[..., tna.Config], projection: str) -> None:
+def test_a_nonlinear_f_does_not_reduce_freedom(build: Callable[..., tna.Config], projection: str) -> None:
     jax = pytest.importorskip("jax")
     plan = tna.SuperLoRA(build({"projection": projection, "ratio": 0.5}), [(6, 8), (8, 6)])
     params = {name: 3.0 * jax.numpy.asarray(array) for name, array in point(plan).items()}

@@ -1,4 +1,4 @@
-"""The largest rank of an update: formula, sketch, and the singular values of all of it."""
+"""The largest rank of an update: formula and sketch against the singular values of the whole update."""
 
 from __future__ import annotations
 

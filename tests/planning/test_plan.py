@@ -1,4 +1,4 @@
-"""``tna.plan``: what holds of every plan."""
+"""``tna.plan``: properties of every plan."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_no_row_beats_one_on_the_front_and_each_other_is_beaten_by_one_on_it(dra
 
 @settings(max_examples=15)
 @given(weights, st.integers(1, 3000))
-def test_the_same_again(shapes: list[tuple[int, int]], budget: int) -> None:
+def test_plans_are_reproducible(shapes: list[tuple[int, int]], budget: int) -> None:
     assert tna.plan(shapes, budget).to_dict() == tna.plan(tuple(shapes), f"{budget}").to_dict()
 
 
-def test_each_method_is_there_with_its_freest() -> None:
+def test_each_method_is_listed_with_its_freest_setting() -> None:
     found = tna.plan(VIT, 200_000)
     methods = {row.name.family for row in found.freest}
     assert methods == {
@@ -107,7 +107,7 @@ def test_names_are_told_apart() -> None:
         assert len({str(row.name) for row in found.rows}) == len(found.rows)
 
 
-def test_all_there_is_buys_dense() -> None:
+def test_a_full_budget_includes_dense() -> None:
     found = tna.plan([(8, 8)] * 2, 10**9)
     assert any(row.config == tna.presets.dense() for row in found.rows)
     assert max(row.parameters for row in found.rows) == 128
@@ -145,7 +145,7 @@ def test_the_table() -> None:
         (lambda: tna.plan([(3, 0)], 100), ShapeError, r"expected \(rows, cols\), both at least 1"),
         (lambda: tna.plan(7, 100), ShapeError, "shapes must be a list"),
         (lambda: tna.plan(VIT, 0), ConfigError, "budget must be from 1"),
-        (lambda: tna.plan(VIT, 1.5), ConfigError, "budget must be an integer of parameters, or bytes in words"),
+        (lambda: tna.plan(VIT, 1.5), ConfigError, "budget must be an integer of parameters, or bytes as text"),
         (lambda: tna.plan(VIT, "0"), ConfigError, "a budget must be at least 1 parameter; got '0'"),
         (lambda: tna.plan(VIT, "2 B"), ConfigError, "got '2 B'; one parameter is 4 bytes in float32"),
         (lambda: tna.plan(VIT, "4 parsec"), ConfigError, "such as '4 kB' or '64 KiB'; got '4 parsec'"),
@@ -156,7 +156,7 @@ def test_the_table() -> None:
         (lambda: tna.plan(VIT, None), ConfigError, "budget must be an integer"),
         (lambda: tna.plan(VIT, True), ConfigError, "budget must be an integer"),
         (lambda: tna.plan(VIT, 100, dtype="int8"), ConfigError, "dtype must be one of float64"),
-        (lambda: tna.plan(VIT, 100, by=["speed"]), ConfigError, "by must name what a setting can be better at"),
+        (lambda: tna.plan(VIT, 100, by=["speed"]), ConfigError, "by must name criteria among parameters"),
         (lambda: tna.plan(VIT, 100, by=[]), ConfigError, "by must name"),
         (lambda: tna.plan(VIT, 100, layers=[0, 1]), ConfigError, "layers has 2 keys for 24 weights"),
     ],

@@ -1,4 +1,4 @@
-"""What people call a config."""
+"""Common names of configs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_config_has_a_name(plan: tna.SuperLoRA) -> None:
     assert str(name) == f"{name.family} {name.label}".strip()
 
 
-def test_what_is_told() -> None:
+def test_labels() -> None:
     told = {
         "SuperLoRA r = 4": tna.presets.superlora(4),
         "SuperLoRA G = layer, r = 4": tna.presets.superlora(4, groups="layer"),

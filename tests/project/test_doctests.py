@@ -35,7 +35,7 @@ def run(folder: Path, exception: str, message: str) -> str:
 
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="pyproject.toml is not in this copy of the project")
 def test_a_wrong_message_fails(tmp_path: Path) -> None:
-    right = "tnadapt.errors.ConfigError", "rank must be an integer or a tuple of one rank a mode; got 4.0"
+    right = "tnadapt.errors.ConfigError", "rank must be an integer or a tuple with one rank per mode; got 4.0"
     said = run(tmp_path, *right)
     assert "1 passed" in said, said
     for exception, message in [(right[0], right[1].replace("integer", "number")), ("ConfigError", right[1])]:

@@ -1,7 +1,7 @@
-"""Which boxes of a tensor a slice of its vector lies in: integers only.
+"""Cover a slice of a tensor's vector by boxes of the tensor: integer arithmetic only.
 
-A tensor network restricted to a box is the same network with its factors restricted to the box's rows:
-that is how a slice is computed without the rest.
+A tensor network restricted to a box is the same network with its factors restricted to the box's rows. This is how a
+slice is computed without the rest of the tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Box", "boxes"]
 
 
 class Box(NamedTuple):
-    """A box of a tensor whose elements lie one after another in ``vec``.
+    """A box of a tensor whose elements are contiguous in ``vec``.
 
     Attributes
     ----------
@@ -30,12 +30,12 @@ class Box(NamedTuple):
     start: int
 
 
-# A box may compute this share more than is asked for where that saves cutting it in three.
+# One box may compute up to this fraction of extra elements if that avoids splitting the slice into three boxes.
 SLACK = 0.25
 
 
 def boxes(sizes: Sequence[int], start: int, stop: int) -> list[Box]:
-    """Boxes that together hold elements ``start`` to ``stop - 1`` of ``vec`` of a tensor, in order.
+    """Return boxes that together hold elements ``start`` to ``stop - 1`` of ``vec`` of a tensor, in order.
 
     Parameters
     ----------
@@ -47,19 +47,18 @@ def boxes(sizes: Sequence[int], start: int, stop: int) -> list[Box]:
     Returns
     -------
     list of Box
-        At most 2 M - 1. The first may begin before ``start`` and the last end after ``stop``, by a
-        quarter of what is asked for at most, so that a slice of a few rows is one box and not three.
+        At most 2 M - 1 boxes. The first may begin before ``start`` and the last may end after ``stop``: at most a
+        quarter of the slice's length extra, so that a slice of a few rows is one box instead of three.
 
     Raises
     ------
     ShapeError
-        If the slice is empty or leaves the tensor.
+        If the slice is empty or extends beyond the tensor.
 
     Notes
     -----
-    The leading modes in which the slice stays at one index are fixed, the next mode is cut to the rows
-    that it touches, the rest is whole. A tensor network restricted to a box is the same network with
-    its factors restricted to those rows, which is why nothing else needs to be formed.
+    The leading modes in which the slice stays at one index are fixed, the next mode is cut to the rows that the slice
+    touches, and the remaining modes are whole.
 
     Examples
     --------
@@ -81,7 +80,7 @@ def _boxes(sizes: tuple[int, ...], start: int, stop: int) -> list[Box]:
     first, end = start // row, -(-stop // row)
 
     def inside(index: int, lo: int, hi: int) -> list[Box]:
-        """The part from lo to hi of one row."""
+        """Return the boxes of elements lo to hi - 1 of one row."""
         return [Box(((index, index + 1), *box.ranges), index * row + box.start) for box in _boxes(sizes[1:], lo, hi)]
 
     if end - first == 1:

@@ -1,6 +1,6 @@
-"""The streams of :mod:`tnadapt.algebra.rng` in NumPy: the reference that the compiled kernels must equal to the bit.
+"""The streams of :mod:`tnadapt.algebra.rng` in NumPy: the reference that the compiled kernels match bit for bit.
 
-Arguments are checked there. Philox, AS 241 and the Feistel network are written with whole arrays of words.
+The callers there have checked the arguments. Philox, AS 241 and the Feistel network operate on whole arrays of words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 __all__ = ["chunks", "normals", "normals_at", "permutation", "signs", "words", "words_at"]
 
-# Work is done in pieces that stay in cache; a draw in pieces equals the draw in one go.
+# Draws are computed in chunks that stay in cache; chunking does not change the result.
 CHUNK = 1 << 16
 
 U32 = np.uint32
@@ -23,13 +23,13 @@ _LOW = U64(0xFFFFFFFF)
 
 
 def chunks(start: int, stop: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Consecutive ``(start, stop)`` pairs that cover a range in pieces of at most ``size``."""
+    """Yield consecutive ``(start, stop)`` pairs that cover a range in chunks of at most ``size``."""
     for lo in range(start, stop, size):
         yield lo, min(lo + size, stop)
 
 
 def _philox(blocks: NDArray[np.uint64], purpose: int, group: int, seed: int) -> NDArray[np.uint32]:
-    """Philox4x32-10 of the counters ``(lo32(block), hi32(block), purpose, group)``: shape (blocks, 4)."""
+    """Compute Philox4x32-10 of the counters ``(lo32(block), hi32(block), purpose, group)``: shape (blocks, 4)."""
     c0, c1 = blocks & _LOW, blocks >> U64(32)
     c2, c3 = np.full_like(blocks, purpose), np.full_like(blocks, group)
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
@@ -62,10 +62,10 @@ def words_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]
 
 
 def signs(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.int8]:
-    """:func:`tnadapt.algebra.rng.signs`, of the stream of that purpose."""
+    """:func:`tnadapt.algebra.rng.signs`, from the stream with that purpose."""
     first = start // 32
     word = words(seed, group, purpose, first, (stop + 31) // 32)
-    # The byte order is written out: the bits must not depend on the machine's.
+    # The byte order is explicit, so that the bits do not depend on the machine's.
     bits = np.unpackbits(word.astype("<u4").view(np.uint8), bitorder="little")[start - 32 * first : stop - 32 * first]
     return (1 - 2 * bits.astype(np.int8)).astype(np.int8)
 
@@ -90,8 +90,8 @@ def _normal_of(word: NDArray[np.uint32]) -> NDArray[np.float32]:
     return _inverse_normal((word.astype(np.float64) + 0.5) * 2.0**-32).astype(np.float32)
 
 
-# AS 241, routine PPND16: numerator and denominator of the two rational approximations that 32-bit words
-# can reach (its third one starts below exp(-25), and the smallest u here is 2**-33).
+# AS 241, routine PPND16: numerator and denominator of the two rational approximations that 32-bit words can reach.
+# (The third one starts below exp(-25), and the smallest u here is 2**-33.)
 _CENTRE = (
     (
         2.5090809287301226727e3, 3.3430575583588128105e4, 6.7265770927008700853e4, 4.5921953931549871457e4,
@@ -123,7 +123,11 @@ def _horner(coefficients: tuple[float, ...], x: NDArray[np.float64]) -> NDArray[
 
 
 def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Natural logarithm by frexp to [sqrt(1/2), sqrt(2)) and 2 artanh((m-1)/(m+1)) to its 25th power."""
+    """Compute the natural logarithm without ``libm``, whose last bits differ between machines.
+
+    ``frexp`` reduces the argument to a mantissa m in [sqrt(1/2), sqrt(2)); log(m) is the series of
+    2 artanh((m-1)/(m+1)) up to the 25th power.
+    """
     mantissa, exponent = np.frexp(x)
     low = mantissa < math.sqrt(0.5)
     mantissa = np.where(low, mantissa * 2.0, mantissa)
@@ -145,12 +149,13 @@ def _inverse_normal(u: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def permutation(size: int, keys: NDArray[np.uint32], start: int, stop: int, inverse: bool) -> NDArray[np.int64]:
-    """:func:`tnadapt.algebra.rng.permutation`, by the keys of its rounds."""
+    """:func:`tnadapt.algebra.rng.permutation`, given the round keys."""
     bits = (size - 1).bit_length()
     step = _feistel(bits, keys, inverse)
     out = np.empty(stop - start, np.int64)
     for lo, hi in chunks(start, stop):
         image = step(np.arange(lo, hi, dtype=U64))
+        # Cycle walking: images outside of the range are permuted again until they fall inside.
         outside = np.flatnonzero(image >= size)
         while outside.size:
             image[outside] = step(image[outside])
@@ -172,7 +177,7 @@ def _feistel(bits: int, keys: NDArray[np.uint32], inverse: bool) -> Callable[[ND
 
     def step(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         lo, hi = x.astype(U32) & low_mask, (x >> U64(low)).astype(U32)
-        # A round changes one half by a function of the other: undone by the same round.
+        # A round XORs one half with a function of the other, so it is its own inverse.
         for round_ in order:
             if round_ % 2 == 0:
                 hi = hi ^ (_mix(lo, keys[round_]) & high_mask)

@@ -1,13 +1,13 @@
-"""Row and column factors of one weight's update, where its rows and columns stay separate.
+"""Row and column factors of one weight's update, for updates whose rows and columns are separable.
 
-``ΔW_i = scale * sum_t M_1 ⊗ … ⊗ M_K``, each M_k a small matrix or a product ``left @ right.T`` of two narrow ones: a
-layer that multiplies by these never needs ΔW. LoRA is one term, one product. A weight that is a run of rows of a folded
-tensor whose last modes together are its columns is one product, too: LoTR, CP across layers, a hypercube that lines up
-with the weights digit for digit. Kronecker products of matrices stay what they are (LoKr, KronA, Compacter), and a
-Hadamard product of low-rank matrices is one of the product of the ranks (LoHa).
+``ΔW_i = scale * sum_t M_1 ⊗ … ⊗ M_K``, where each M_k is a small matrix or a product ``left @ right.T`` of two narrow
+ones. A layer that multiplies by these never needs ΔW. LoRA is one term with one product. A weight that is a run of rows
+of a folded tensor whose last modes together are its columns is one product, too: LoTR, CP across layers, or a hypercube
+that lines up with the weights digit for digit. Kronecker products of matrices are kept as they are (LoKr, KronA,
+Compacter), and a Hadamard product of low-rank matrices is a matrix whose rank is the product of the ranks (LoHa).
 
-What is separate is read off the integers of the plan, and is exact. Where a fold cuts through rows, F mixes elements,
-or a Kronecker product is cut to size, there are no such factors.
+Separability is decided from the integers of the plan, and is exact. There are no such factors if a fold cuts through
+rows, F mixes elements, or a Kronecker product is cropped.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = ["Factored", "Factoring", "Matrix", "factoring"]
 
 
 class Matrix(NamedTuple):
-    """A matrix, whole or as a product of two narrow ones.
+    """A matrix, dense or as a product of two narrow ones.
 
     Attributes
     ----------
-    left : array, shape (rows, width), or (rows, cols) where ``right`` is None
+    left : array, shape (rows, width), or (rows, cols) if ``right`` is None
     right : array, shape (cols, width), or None
         The matrix is ``left @ right.T``.
     """
@@ -52,16 +52,16 @@ class Factored(NamedTuple):
     Attributes
     ----------
     terms : list of list of Matrix
-        Of each term the matrices, the first the slow one in rows and columns.
+        The matrices of each term; the first one varies slowest in rows and columns.
     scale : float
-        What their sum is multiplied with.
+        Factor of the sum.
     """
 
     terms: list[list[Matrix]]
     scale: float
 
     def dense(self, backend: Backend) -> Array:
-        """The update itself, ``(rows, cols)``."""
+        """Compute the update itself, ``(rows, cols)``."""
         found = []
         for term in self.terms:
             made = [
@@ -73,7 +73,7 @@ class Factored(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Of one :class:`Matrix`: its rows and columns, and the width of its factors (None: it is whole)."""
+    """Size of a :class:`Matrix`: rows, columns, and the width of its factors (None if it is dense)."""
 
     rows: int
     cols: int
@@ -82,20 +82,20 @@ class Size(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Factoring:
-    """How one weight's update factors: integers alone; a call with arrays gives the factors.
+    """The factorisation of one weight's update, as integers; a call with arrays returns the factors.
 
     Attributes
     ----------
     terms : int
-        How many products are summed.
+        Number of terms in the sum.
     sizes : tuple of Size
-        Of the matrices of each.
+        Sizes of the matrices of each term.
     shared : bool
-        Whether other weights are made of them, too.
+        Whether other weights use the same arrays.
     """
 
     group: Group
-    #: Of each matrix of a term: which part of the unfolding of its split, or of the whole network, it is.
+    #: For each matrix of a term, the part of the unfolding of its split (or of the whole network) that it is.
     cuts: tuple[Cut, ...]
     terms: int
     sizes: tuple[Size, ...]
@@ -103,7 +103,7 @@ class Factoring:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The plan's arrays that the factors are made of."""
+        """Names of the plan's arrays that the factors are computed from."""
         return tuple(self.group.names.values())
 
     @property
@@ -113,11 +113,11 @@ class Factoring:
 
     @functools.cached_property
     def is_plain(self) -> bool:
-        """Whether it is one low-rank matrix."""
+        """Whether the update is a single low-rank matrix."""
         return self.terms == 1 and len(self.sizes) == 1
 
     def __call__(self, backend: Backend, params: Mapping[str, Array]) -> Factored:
-        """The factors made of these parameters (of the names in ``names``); differentiable."""
+        """Compute the factors from parameters, which must include those in ``names``; differentiable."""
         network = self.network
         arrays = self.group.arrays(backend, params)
         if len(self.sizes) == 1:
@@ -131,7 +131,7 @@ class Factoring:
 
 
 def _matrix(backend: Backend, split: Format, arrays: Mapping[str, Array], cut: Cut, size: Size) -> Matrix:
-    """A part of the unfolding of one split, in two factors where that is less."""
+    """Compute a part of the unfolding of one split, as two factors if these are smaller."""
     if size.width is not None:
         left, right = split.unfolded(backend, arrays, cut)
         return Matrix(left, backend.matrix_transpose(right))
@@ -140,13 +140,13 @@ def _matrix(backend: Backend, split: Format, arrays: Mapping[str, Array], cut: C
 
 
 def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
-    """How the update of weight ``i`` factors; None where its rows and columns are not separate.
+    """Return the factorisation of the update of weight ``i``; None if its rows and columns are not separable.
 
     Parameters
     ----------
     plan : SuperLoRA
     i : int
-        Which weight.
+        Index of the weight.
 
     Returns
     -------
@@ -183,7 +183,11 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
 
 
 def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -> Factoring | None:
-    """Where the rows are one index and the columns another, the product of matrices is one of their unfoldings."""
+    """Factor a Kronecker product; None if the weight is not a Kronecker product of unfoldings of the splits.
+
+    It is one if among the row modes, and among the column modes, at most one has more than one index, and the range of
+    each mode is a box of the splits' digits.
+    """
     network = group.network
     found = boxes(network.sizes[:cut], *rows)
     if len(found) > 1 or _extent(found[0].ranges) != rows[1] - rows[0]:
@@ -210,7 +214,7 @@ def _of_kronecker(group: Group, cut: int, rows: tuple[int, int], shared: bool) -
 
 
 def _run(sizes: Sequence[int], ranges: Ranges) -> tuple[int, int] | None:
-    """Start and stop, in ``vec``, of a box whose elements lie one after another; None where they do not."""
+    """Return start and stop in ``vec`` of a box whose elements are contiguous there; None if they are not."""
     start = 0
     for size, (lo, _) in zip(sizes, ranges, strict=True):
         start = start * size + lo
@@ -224,5 +228,5 @@ def _extent(ranges: Ranges) -> int:
 
 
 def _cut(sizes: Sequence[int], cols: int) -> int | None:
-    """Before which mode a tensor is cut for its last modes to be the columns; at least one mode is rows."""
+    """Return the number of leading modes that are rows if the remaining ones make up ``cols`` columns, or None."""
     return next((m for m in range(len(sizes) - 1, 0, -1) if math.prod(sizes[m:]) == cols), None)

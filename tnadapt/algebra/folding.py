@@ -1,7 +1,7 @@
-"""Sizes, and nothing but sizes: how a vector is folded to a tensor and a tensor cut into splits.
+"""Sizes for folding a vector into a tensor and for cutting a tensor into splits.
 
-Paper symbols: N (length of the long vector), M (order), d_m (size of mode m), K (splits).
-All arithmetic is on Python integers: a floating-point root is wrong at exact powers (64 ** (1/3) < 4).
+Paper symbols: N (length of the long vector), M (order), d_m (size of mode m), K (splits). All arithmetic is on Python
+integers: floating-point roots are inexact at perfect powers (64 ** (1/3) < 4).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = [
 MAX_ORDER = 32
 # The long vector's positions are 64-bit integers.
 MAX_SIZE = 1 << 62
-# Beyond this, finding a number's divisors by trial takes minutes.
+# Finding the divisors of larger numbers by trial division takes minutes.
 _MAX_FACTORED = 1 << 44
 
 
 def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
-    """Sizes of the smallest hypercube of that order with room for ``size`` elements.
+    """Return the sizes of the smallest hypercube of that order that holds ``size`` elements.
 
     Parameters
     ----------
@@ -45,12 +45,12 @@ def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
     Returns
     -------
     tuple of int
-        ``(d, …, d)`` with d the least integer for which ``d ** order >= size``.
+        ``(d, …, d)``, where d is the least integer with ``d ** order >= size``.
 
     Raises
     ------
     ShapeError
-        If size or order is no integer or below 1, or order above 32.
+        If size or order is not an integer or is below 1, or order is above 32.
 
     Notes
     -----
@@ -75,7 +75,7 @@ def hypercube_shape(size: int, order: int) -> tuple[int, ...]:
 
 
 def balanced_shape(size: int, order: int) -> tuple[int, ...]:
-    """The tightest nearly equal sizes: each is d or d - 1, with d that of the hypercube.
+    """Return the tightest nearly equal sizes: each is d or d - 1, with d as for the hypercube.
 
     Parameters
     ----------
@@ -85,12 +85,12 @@ def balanced_shape(size: int, order: int) -> tuple[int, ...]:
     Returns
     -------
     tuple of int
-        Largest first; the product is at least ``size`` and never more than the hypercube's.
+        Largest first; the product is at least ``size`` and at most the hypercube's.
 
     Raises
     ------
     ShapeError
-        If size or order is no integer or below 1, or order above 32.
+        If size or order is not an integer or is below 1, or order is above 32.
 
     Examples
     --------
@@ -106,7 +106,7 @@ def balanced_shape(size: int, order: int) -> tuple[int, ...]:
 
 
 def to_hypercube(vec: Array, order: int) -> Array:
-    """A vector folded to a hypercube, with zeros where it is too short.
+    """Fold a vector into a hypercube, padded with zeros at the end.
 
     Parameters
     ----------
@@ -123,9 +123,9 @@ def to_hypercube(vec: Array, order: int) -> Array:
     Raises
     ------
     ShapeError
-        If ``vec`` is no vector of at least one element, or order is below 1.
+        If ``vec`` is not a vector of at least one element, or order is below 1.
     BackendError
-        If ``vec`` is no array of a known library.
+        If ``vec`` is not an array of a known library.
 
     Examples
     --------
@@ -142,7 +142,7 @@ def to_hypercube(vec: Array, order: int) -> Array:
 
 
 def from_hypercube(tensor: Array, size: int) -> Array:
-    """The first ``size`` elements of ``vec(tensor)``: undoes :func:`to_hypercube`.
+    """Return the first ``size`` elements of ``vec(tensor)``; the inverse of :func:`to_hypercube`.
 
     Parameters
     ----------
@@ -178,25 +178,25 @@ def from_hypercube(tensor: Array, size: int) -> Array:
 
 
 def balanced_factors(size: int, parts: int) -> tuple[int, ...]:
-    """``size`` factored exactly into integers as equal as can be, smallest first.
+    """Factor ``size`` exactly into integers that are as equal as possible, smallest first.
 
     Parameters
     ----------
     size : int
         The number to factor, at least 1.
     parts : int
-        How many factors K, at least 1.
+        Number of factors K, at least 1.
 
     Returns
     -------
     tuple of int
-        Of all exact factorisations the one of least sum (the arithmetic mean is least where the factors
-        are equal); of two with one sum, the one with the larger first factor.
+        The exact factorisation with the least sum (for a fixed product the sum is least when the factors are
+        equal); ties are broken by the larger first factor.
 
     Raises
     ------
     ShapeError
-        If size or parts is no integer, below 1, or too large.
+        If size or parts is not an integer, below 1, or too large.
 
     Examples
     --------
@@ -225,11 +225,11 @@ def balanced_factors(size: int, parts: int) -> tuple[int, ...]:
                 found = (d, *tail)
         return found
 
-    return best(size, parts, 1)  # type: ignore[return-value]  # (1, …, 1, size) always is one
+    return best(size, parts, 1)  # type: ignore[return-value]  # (1, …, 1, size) always exists
 
 
 def _checked(size: int) -> int:
-    # Only arithmetic is done with it, so it may be larger than any array.
+    # The size is only used in arithmetic, so it may be larger than any array.
     return integer("size", size, 1, 1 << 1024, ShapeError)
 
 
@@ -239,7 +239,7 @@ def _divisors(size: int) -> list[int]:
 
 
 def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str | Sequence[int]) -> list[tuple[int, ...]]:
-    """Sizes of the K tensors whose Kronecker product covers a tensor of ``sizes``.
+    """Return the sizes of the K tensors whose Kronecker product covers a tensor of ``sizes``.
 
     Parameters
     ----------
@@ -249,18 +249,18 @@ def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str | S
         K, at least 1.
     split_size : int, "balanced" or sequence of int
         An integer f: splits 1 to K - 1 have size f in every mode and the last one
-        ``ceil(d_m / f ** (K - 1))`` (the paper uses 6, 8 and 10). One integer a mode: the same, with ``f_m``.
+        ``ceil(d_m / f ** (K - 1))`` (the paper uses 6, 8 and 10). One integer per mode: the same, with ``f_m``.
         ``"balanced"``: each ``d_m`` is factored by :func:`balanced_factors`.
 
     Returns
     -------
     list of tuple of int
-        One a split. Their product in mode m is at least ``d_m``; the product tensor is cut to it.
+        One per split. Their product in mode m is at least ``d_m``; the product tensor is cropped to ``d_m``.
 
     Raises
     ------
     ConfigError
-        If split_size is neither "balanced" nor an integer of at least 1, nor one such integer a mode.
+        If split_size is neither "balanced", nor an integer of at least 1, nor one such integer per mode.
 
     Examples
     --------
@@ -275,7 +275,7 @@ def kronecker_sizes(sizes: Sequence[int], splits: int, split_size: int | str | S
         return list(zip(*(balanced_factors(d, splits) for d in sizes), strict=True))
     given = split_size if isinstance(split_size, (tuple, list)) else (split_size,) * len(sizes)
     if len(given) != len(sizes):
-        raise ConfigError(f"split_size={tuple(given)} has {len(given)} sizes for {len(sizes)} modes: give one a mode")
+        raise ConfigError(f"split_size={tuple(given)} has {len(given)} sizes for {len(sizes)} modes: give one per mode")
     first = tuple(integer("split_size", f, 1, MAX_SIZE, ConfigError, 'or "balanced"') for f in given)
     last = tuple(-(-d // f ** (splits - 1)) for d, f in zip(sizes, first, strict=True))
     return [first] * (splits - 1) + [last]

@@ -1,4 +1,4 @@
-"""How close an update is to the dense one: the paper's appendix A.4."""
+"""Measures of how close an update is to the dense one: the paper's appendix A.4."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Geometry(NamedTuple):
     Attributes
     ----------
     d_left, d_right : float
-        d_L and d_R, from 0 to 1 up to rounding: 0 for spaces without a common direction, 1 for equal ones.
+        d_L and d_R, from 0 to 1 up to rounding: 0 for orthogonal spaces, 1 for equal ones.
     d_euclid : float
-        d_E, 0 for equal updates.
+        d_E; 0 for equal updates.
     """
 
     d_left: float
@@ -33,14 +33,14 @@ class Geometry(NamedTuple):
 
 
 def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
-    """Similarity of the singular spaces of two updates, and their distance.
+    """Compute the similarity of the singular spaces of two updates, and their distance.
 
     Parameters
     ----------
     dense, variant : array, shape (rows, cols)
-        ΔW of full fine-tuning and of the method compared with it; one library and dtype.
+        ΔW of full fine-tuning and of the method compared with it; of the same library and dtype.
     k : int
-        How many leading singular vectors, 1 to ``min(rows, cols)``.
+        Number of leading singular vectors, 1 to ``min(rows, cols)``.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
     Raises
     ------
     ShapeError
-        If they are not two finite matrices of one shape, or k does not fit.
+        If they are not two finite matrices of the same shape, or k is out of range.
     BackendError
         If libraries, dtypes or devices are mixed, or the dtype is not real floating.
 
@@ -61,9 +61,8 @@ def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
         d_L = || U_dense[:, :k]ᵀ U_variant[:, :k] || / sqrt(k)      d_R likewise for V
         d_E = || dense - variant || / || dense ||
 
-    The norms are Frobenius norms: only with them do d_L and d_R go to 1 as the spaces become equal, as the
-    paper says they do; the spectral norm of equal spaces is 1, and 1 / sqrt(k) after the division. Costs
-    two singular value decompositions.
+    The norms are Frobenius norms: only then are d_L and d_R 1 for equal spaces, as the paper states. (The
+    spectral norm would give 1 / sqrt(k).) Costs two singular value decompositions.
 
     Examples
     --------
@@ -76,13 +75,13 @@ def geometry(dense: Array, variant: Array, k: int = 5) -> Geometry:
     backend.require_float(dense, "an update")
     if len(dense.shape) != 2 or tuple(dense.shape) != tuple(variant.shape):
         raise ShapeError(
-            f"geometry compares two matrices of one shape; got {tuple(dense.shape)} and {tuple(variant.shape)}"
+            f"geometry needs two matrices of the same shape; got {tuple(dense.shape)} and {tuple(variant.shape)}"
         )
     k = integer("k", k, 1, min(dense.shape), ShapeError)
     ours, theirs = (backend.to_numpy(x).astype(np.float64) for x in (dense, variant))
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         raise ShapeError("geometry needs finite updates; one of them has a NaN or an infinity")
-    # Numbers of any size: their squares may be beyond float64.
+    # Scaled by a power of two first: the squares of very large or very small numbers leave float64's range.
     (u, _, vt), (u2, _, vt2) = (
         np.linalg.svd(scaled_by(update, -exponent_of(update)), full_matrices=False) for update in (ours, theirs)
     )

@@ -1,7 +1,7 @@
-"""Which part of which weight lies in which group, and where: integers only.
+"""Layout of the weights in the groups: integer arithmetic only.
 
-The updates of all weights are one long vector: weight after weight, each in C order.
-A layout cuts it into G groups. Paper: appendix A.3, figure 13.
+The updates of all weights form one long vector: weight after weight, each in C order. A layout cuts it into G groups.
+Paper: appendix A.3, figure 13.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Groups = str | int | tuple[tuple[int, ...], ...]
 
 
 class Piece(NamedTuple):
-    """A run of consecutive elements that is in one weight and in one group.
+    """A run of consecutive elements within one weight and one group.
 
     Attributes
     ----------
     weight : int
-        Which weight.
+        Index of the weight.
     weight_start : int
-        Where in ``vec`` of the weight it begins.
+        Position of the first element in ``vec`` of the weight.
     group : int
-        Which group.
+        Index of the group.
     group_start : int
-        Where in the group's vector it begins.
+        Position of the first element in the group's vector.
     length : int
-        How many elements.
+        Number of elements.
     """
 
     weight: int
@@ -54,24 +54,24 @@ class Layout:
     Parameters
     ----------
     shapes : sequence of (rows, cols)
-        One a weight.
+        One per weight.
     members : sequence of sequence of int, optional
-        The weights of each group, whole and in order. Where it is left out, the concatenated vector is
-        cut every ``length`` elements.
+        The weights of each group, whole and in order. If omitted, the concatenated vector is cut every
+        ``length`` elements.
     length : int, optional
         See ``members``.
 
     Attributes
     ----------
     size : int
-        N, the number of elements of all weights.
+        N, the total number of elements of all weights.
     num_groups : int
         G, the number of groups.
 
     Notes
     -----
-    Nothing here grows with the number of groups until a group is asked for, so that a plan for any G
-    is instant.
+    With ``length``, neither time nor memory of the constructor grows with the number of groups, so that a plan for any
+    G is instant.
 
     Examples
     --------
@@ -98,13 +98,13 @@ class Layout:
         self.num_groups = len(members) if members is not None else -(-self.size // self._length)
 
     def group_size(self, group: int) -> int:
-        """Number of elements of a group."""
+        """Return the number of elements of a group."""
         if self._members is not None:
             return sum(self._sizes[weight] for weight in self._members[group])
         return min(self._length, self.size - group * self._length)
 
     def same_size(self) -> list[tuple[int, int, int]]:
-        """Runs of groups that are alike in size: ``(first group, how many, size)``."""
+        """Return runs of consecutive groups of equal size: ``(first group, number of groups, size)``."""
         if self._members is None:
             last = self.num_groups - 1
             runs = [(0, last, self._length)] if last else []
@@ -113,18 +113,18 @@ class Layout:
 
     @cached_property
     def equal_columns(self) -> bool:
-        """Whether all weights have one number of columns."""
+        """Whether all weights have the same number of columns."""
         return len({cols for _, cols in self.shapes}) == 1
 
     def columns(self, group: int) -> int:
-        """c: the greatest common divisor of the columns of the weights that have elements in the group."""
+        """Return c, the greatest common divisor of the column counts of the weights with elements in the group."""
         if self.equal_columns:
             return self.shapes[0][1]
         return math.gcd(*(self.shapes[piece.weight][1] for piece in self.of_group(group)))
 
     @cached_property
     def _home(self) -> dict[int, tuple[int, int]]:
-        """Of each weight: its group, and where it begins there (explicit groups only)."""
+        """Group of each weight, and its position in the group's vector (explicit groups only)."""
         home = {}
         for group, weights in enumerate(self._members or ()):
             starts = itertools.accumulate((self._sizes[weight] for weight in weights), initial=0)
@@ -132,7 +132,7 @@ class Layout:
         return home
 
     def of_weight(self, weight: int) -> list[Piece]:
-        """The pieces of one weight, in its own order; they cover it."""
+        """Return the pieces of one weight, in order; together they cover it."""
         size = self._sizes[weight]
         if self._members is not None:
             group, start = self._home[weight]
@@ -145,7 +145,7 @@ class Layout:
         return pieces
 
     def of_group(self, group: int) -> list[Piece]:
-        """The pieces of one group, in its own order; they cover it."""
+        """Return the pieces of one group, in order; together they cover it."""
         if self._members is not None:
             return [piece for weight in self._members[group] for piece in self.of_weight(weight)]
         start = group * self._length
@@ -160,9 +160,9 @@ class Layout:
         return pieces
 
     def of_slice(self, start: int, stop: int) -> list[Piece]:
-        """Runs of elements ``start`` to ``stop - 1`` of the long vector, in order, each in one group.
+        """Return runs that cover elements ``start`` to ``stop - 1`` of the long vector, in order, each in one group.
 
-        As :meth:`of_weight`, but where weights follow each other in a group, they are one run.
+        Unlike in :meth:`of_weight`, weights that are adjacent in a group form a single run.
         """
         if not 0 <= start <= stop <= self.size:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements")
@@ -185,30 +185,30 @@ class Layout:
 
 
 def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None) -> Layout:
-    """The layout that ``Config.groups`` means for these weights.
+    """Return the layout that ``Config.groups`` describes for these weights.
 
     Parameters
     ----------
     groups : {"weight", "layer"}, int or tuple of tuples
-        One group a weight; one a layer; G pieces of ``ceil(N / G)`` elements; or the weights of each group.
+        One group per weight; one per layer; G pieces of ``ceil(N / G)`` elements; or the weights of each group.
     shapes : sequence of (rows, cols)
-        Of the weights, at least one.
+        Shapes of the weights, at least one.
     layers : sequence of hashable, optional
-        For ``"layer"``: a key a weight; weights of one key make a group, in order of first appearance.
+        For ``"layer"``: one key per weight; weights with the same key form a group, in order of first appearance.
 
     Returns
     -------
     Layout
-        With an integer G, ``ceil(N / G)`` may use up the vector before the last group; groups that would
-        be empty are left out, and ``num_groups`` is then smaller than G.
+        With an integer G, groups of ``ceil(N / G)`` elements may cover the vector with fewer than G groups; empty
+        groups are left out, and ``num_groups`` is then smaller than G.
 
     Raises
     ------
     ShapeError
-        If a shape is not two integers of at least 1, or there is none.
+        If a shape is not two integers of at least 1, or there are no shapes.
     ConfigError
-        If the groups do not fit the weights: G > N, an index twice, missing or out of range, layers
-        missing or of another length.
+        If the groups do not fit the weights: G > N; an index that is repeated, missing or out of range; layers
+        that are missing or of the wrong length.
 
     Examples
     --------
@@ -225,7 +225,7 @@ def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Seque
         if groups > size:
             raise ConfigError(f"groups={groups} is more than the {size} elements there are; use at most {size}")
         return Layout(shapes, length=-(-size // groups))
-    assert not isinstance(groups, str)  # Config has refused any other word
+    assert not isinstance(groups, str)  # Config rejects any other string
     listed = sorted(itertools.chain.from_iterable(groups))
     if listed != list(range(len(shapes))):
         raise ConfigError(
@@ -235,7 +235,7 @@ def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Seque
 
 
 def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -> None:
-    """A ConfigError unless all weights have one shape, and each group is as many of them as a fold holds.
+    """Raise a ConfigError unless all weights have the given shape and each group has as many of them as the fold holds.
 
     Parameters
     ----------
@@ -243,7 +243,7 @@ def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -
     shape : (rows, cols)
         ``Config.weight_shape``.
     fold : sequence of int
-        Sizes of which the last ones multiply to columns, and to rows times columns.
+        Sizes; the product of some of the last ones is columns, and of some more of them rows times columns.
 
     Examples
     --------
@@ -269,14 +269,14 @@ def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -
             found, rest = divmod(size, rows * cols)
             raise ConfigError(
                 f"{meant}, and a group has {found} of them{f' and {rest} elements of another' if rest else ''}: give "
-                "the preset the number of weights that are adapted, and groups that are whole weights"
+                "the preset the number of adapted weights, and use groups of whole weights"
             )
 
 
 def _by_layer(layers: Iterable[Hashable] | None, weights: int) -> list[list[int]]:
     if layers is None:
         raise ConfigError(
-            'groups="layer" needs layers=[…], one key a weight, to know which weights share a layer; '
+            'groups="layer" needs layers=[…], one key per weight, to know which weights share a layer; '
             'or use groups="weight"'
         )
     try:
@@ -285,9 +285,9 @@ def _by_layer(layers: Iterable[Hashable] | None, weights: int) -> list[list[int]
         for weight, key in enumerate(keys):
             members.setdefault(key, []).append(weight)
     except TypeError as error:
-        raise ConfigError(f"layers must be a list of hashable keys, one a weight; got {safe_repr(layers)}") from error
+        raise ConfigError(f"layers must be a list of hashable keys, one per weight; got {safe_repr(layers)}") from error
     if len(keys) != weights:
-        raise ConfigError(f"layers has {len(keys)} keys for {weights} weights; give one a weight")
+        raise ConfigError(f"layers has {len(keys)} keys for {weights} weights; give one key per weight")
     return list(members.values())
 
 

@@ -1,7 +1,7 @@
-"""Frobenius norms of any numbers that float64 holds: scaled by a power of two before they are squared.
+"""Frobenius norms without overflow or underflow: numbers are scaled by a power of two before they are squared.
 
-A square of 1e-163 is zero in float64, and one of 1e155 is infinite. Scaling by a power of two changes no digit, so that
-norms, and quotients of them, are as exact for numbers of any size as for those near 1.
+In float64 the square of 1e-163 is zero, and that of 1e155 is infinite. Scaling by a power of two is exact, so that
+norms and their quotients are as accurate for numbers of any magnitude as for those near 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["exponent_of", "norm", "norm_of_difference", "relative", "relative_di
 
 
 def exponent_of(*arrays: np.ndarray) -> int:
-    """The e for which the largest magnitude is from 2**(e - 1) to below 2**e; 0 where all are zero.
+    """Return the e for which the largest magnitude is in [2**(e - 1), 2**e); 0 if all elements are zero.
 
     Examples
     --------
@@ -26,7 +26,7 @@ def exponent_of(*arrays: np.ndarray) -> int:
 
 
 def scaled_by(array: np.ndarray, exponent: int) -> np.ndarray:
-    """An array in float64 times ``2 ** exponent``, exact unless a result leaves float64's normal range.
+    """Multiply an array in float64 by ``2 ** exponent``; exact unless a result leaves float64's normal range.
 
     Examples
     --------
@@ -38,7 +38,7 @@ def scaled_by(array: np.ndarray, exponent: int) -> np.ndarray:
 
 
 def norm(array: np.ndarray) -> float:
-    """The Frobenius norm, infinite only where float64 cannot hold it.
+    """Compute the Frobenius norm; infinite only if it is beyond the range of float64.
 
     Examples
     --------
@@ -50,7 +50,7 @@ def norm(array: np.ndarray) -> float:
 
 
 def norm_of_difference(one: np.ndarray, other: np.ndarray) -> float:
-    """The Frobenius norm of ``one - other``, which need not be within float64's range itself.
+    """Compute the Frobenius norm of ``one - other``, even if the difference is beyond the range of float64.
 
     Examples
     --------
@@ -62,7 +62,7 @@ def norm_of_difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def relative_difference(whole: np.ndarray, other: np.ndarray) -> float:
-    """``|whole - other| / |whole|``; 0 where both are zero, infinite where ``whole`` alone is, or all but zero.
+    """Compute ``|whole - other| / |whole|``; 0 if both are zero, infinite if ``whole`` alone is zero or negligible.
 
     Examples
     --------
@@ -75,13 +75,13 @@ def relative_difference(whole: np.ndarray, other: np.ndarray) -> float:
 
 
 def _difference(one: np.ndarray, other: np.ndarray) -> tuple[float, int]:
-    """The norm of a difference as a number and the exponent of a power of two that it is to be multiplied by."""
+    """Return the norm of a difference as a number and the exponent of the power of two to multiply it by."""
     exponent = exponent_of(one, other)
     return norm(scaled_by(one, -exponent) - scaled_by(other, -exponent)), exponent
 
 
 def relative(off: float, whole: float) -> float:
-    """``off / whole``; 0 where both are zero, infinite where ``whole`` alone is.
+    """Compute ``off / whole``; 0 if both are zero, infinite if ``whole`` alone is zero.
 
     Examples
     --------
@@ -94,7 +94,7 @@ def relative(off: float, whole: float) -> float:
 
 
 def together(norms: Iterable[float]) -> float:
-    """The norm of several parts together, from that of each.
+    """Compute the norm of several parts together from the norm of each.
 
     Examples
     --------

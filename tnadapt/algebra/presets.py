@@ -1,13 +1,13 @@
-"""Every named method as a :class:`~tnadapt.Config`: table 1 of the paper and the field.
+"""Named methods as :class:`~tnadapt.Config` presets: table 1 of the paper, and others from the literature.
 
-Each preset is proved, in the tests, to be the method's own formula. Keyword arguments that a preset does
-not name are fields of :class:`~tnadapt.Config` (``alpha``, ``seed``, …) and override its choice.
+The tests check each preset against the formula in the method's paper. Keyword arguments that a preset does not name
+are fields of :class:`~tnadapt.Config` (``alpha``, ``seed``, …) and override the preset's choice.
 
-LoDA, which the paper also names, is not here: its nonlinearity acts on activations, so it is no ΔW.
+LoDA, which the paper also names, is not included: its nonlinearity acts on activations, so it defines no ΔW.
 
-Methods with a fold of their own (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``) need to know how
-the weights stack up: they must be as many as the preset says, all of its one shape (``Config.weight_shape``; other
-weights are refused), and stand in the order layer 0 query, layer 0 value, layer 1 query, …
+Methods that stack all weights into one tensor (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``) need to know
+the number of weights and their common shape (``Config.weight_shape``; other weights are refused). The weights must be
+in the order layer 0 query, layer 0 value, layer 1 query, …
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def _config(own: dict[str, Any], changes: dict[str, Any]) -> Config:
 
 
 def _stacked(rows: int, cols: int, fold: tuple[int, ...], own: dict[str, Any], changes: dict[str, Any]) -> Config:
-    """All weights as one tensor whose last modes are rows and columns; a caller's own fold is of any weights."""
+    """Stack all weights into one tensor whose last modes are rows and columns.
+
+    If the caller gives a fold, it replaces this one and may be used with weights of any shapes.
+    """
     if "fold" not in changes:
         own = {**own, "fold": fold, "order": len(fold), "weight_shape": (rows, cols)}
     else:
@@ -54,7 +57,7 @@ def _stacked(rows: int, cols: int, fold: tuple[int, ...], own: dict[str, Any], c
 def dense(**changes: Any) -> Config:
     """Full fine-tuning of each weight (table 1, first row: M = 1, C = I, F = I).
 
-    Settings: one group a weight, order 1, dense. Parameters: rows * cols a weight.
+    Settings: one group per weight, order 1, dense. Parameters: rows * cols per weight.
 
     Examples
     --------
@@ -68,8 +71,8 @@ def dense(**changes: Any) -> Config:
 def lora(rank: int = 4, **changes: Any) -> Config:
     """LoRA: ``ΔW = (alpha / r) B A`` (table 1; Hu et al., arXiv 2106.09685).
 
-    Settings: one group a weight, stack, M = 2, CP. ``factor0`` is ``lora_B`` (rows, r), ``factor1`` is
-    ``lora_A`` transposed (cols, r). Parameters: r (rows + cols) a weight.
+    Settings: one group per weight, stack, M = 2, CP. ``factor0`` is ``lora_B`` (rows, r), ``factor1`` is
+    ``lora_A`` transposed (cols, r). Parameters: r (rows + cols) per weight.
 
     Examples
     --------
@@ -83,7 +86,7 @@ def lora(rank: int = 4, **changes: Any) -> Config:
 def lokr(rank: int = 4, **changes: Any) -> Config:
     """LoKr: ``ΔW = (alpha / r) W1 ⊗ (B A)`` (table 1; Yeh et al., arXiv 2309.14859).
 
-    Settings: one group a weight, stack, K = 2, balanced sizes; split 0 dense (W1), split 1 CP. Give
+    Settings: one group per weight, stack, K = 2, balanced sizes; split 0 dense (W1), split 1 CP. Pass
     ``leading="same"`` for a low-rank W1, ``split_size=f`` for a W1 of f × f.
 
     Examples
@@ -100,7 +103,7 @@ def lokr(rank: int = 4, **changes: Any) -> Config:
 def krona(**changes: Any) -> Config:
     """KronA: ``ΔW = s A ⊗ B`` with both factors dense (Edalati et al., arXiv 2212.10650).
 
-    Settings: one group a weight, stack, K = 2, balanced sizes, dense.
+    Settings: one group per weight, stack, K = 2, balanced sizes, dense.
 
     Examples
     --------
@@ -114,7 +117,7 @@ def krona(**changes: Any) -> Config:
 def loha(rank: int = 4, **changes: Any) -> Config:
     """LoHa: ``ΔW = (alpha / r) (B1 A1) ∘ (B2 A2)`` (Hyeon-Woo et al., FedPara, arXiv 2108.06098; arXiv 2309.14859).
 
-    Settings: one group a weight, stack, K = 2 combined by the Hadamard product, both splits CP.
+    Settings: one group per weight, stack, K = 2 combined by the Hadamard product, both splits CP.
 
     Examples
     --------
@@ -140,8 +143,8 @@ def loha(rank: int = 4, **changes: Any) -> Config:
 def lonkr(rank: int = 4, splits: int = 3, groups: Any = 1, split_size: Any = 8, **changes: Any) -> Config:
     """LoNKr: the N-split LoKr of the paper (table 1, figure 3c; section 4.2 uses sizes 6, 8, 10).
 
-    Settings: G groups, hypercube (or ``fold="stack"``), K > 2, splits 1 to K - 1 dense of ``split_size``
-    a mode, the last one CP.
+    Settings: G groups, hypercube (or ``fold="stack"``), K > 2, splits 1 to K - 1 dense with size ``split_size``
+    in every mode, the last one CP.
 
     Examples
     --------
@@ -167,15 +170,15 @@ def lonkr(rank: int = 4, splits: int = 3, groups: Any = 1, split_size: Any = 8, 
 def lotr(rank: int = 4, *, weights: int, rows: int, cols: int, train: bool = False, **changes: Any) -> Config:
     """LoTR: all updates as one tensor ``(weights, rows, cols)`` (table 1; Bershatsky et al., arXiv 2402.01376).
 
-    Settings: G = 1, that fold, Tucker with no factor in mode 0: ``ΔW_s = A G_s Bᵀ`` with A and B common to
-    all weights and a core G_s each. ``train=True`` makes it a tensor train over the same modes.
+    Settings: G = 1, that fold, Tucker with no factor in mode 0: ``ΔW_s = A G_s Bᵀ``, where all weights share A
+    and B and each has its own core G_s. With ``train=True``, a tensor train over the same modes.
 
     Parameters
     ----------
     rank : int
-        Of rows and columns (of both bonds for a train).
+        Rank of rows and columns (of both bonds for a train).
     weights, rows, cols : int
-        How many weights, and the shape that they all have.
+        Number of weights, and their common shape.
 
     Examples
     --------
@@ -192,7 +195,7 @@ def lotr(rank: int = 4, *, weights: int, rows: int, cols: int, train: bool = Fal
 def lorta(rank: int = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Config:
     """LoRTA of the SuperLoRA paper: Tucker on a hypercube (table 1, equation 3).
 
-    Settings: G groups, hypercube, M > 2, Tucker. Not Hounie's LoRTA, which is :func:`lorta_cp`.
+    Settings: G groups, hypercube, M > 2, Tucker. For Hounie's LoRTA see :func:`lorta_cp`.
 
     Examples
     --------
@@ -209,16 +212,16 @@ def lorta_cp(
 ) -> Config:
     """LoRTA of Hounie et al.: CP over layers, matrices, heads, head size and input (arXiv 2410.04060).
 
-    Same name as :func:`lorta`, another method. Settings: G = 1, CP on ``(layers, matrices, heads,
-    rows / heads, cols)``.
+    A different method from :func:`lorta`, published under the same name. Settings: G = 1, CP on
+    ``(layers, matrices, heads, rows / heads, cols)``.
 
     Parameters
     ----------
     rank : int
     layers, matrices : int
-        Layers, and adapted matrices in each (2: query and value).
+        Number of layers, and of adapted matrices in each (2: query and value).
     rows, cols : int
-        The shape that all weights have.
+        Common shape of the weights.
     heads : int
         Attention heads; divides rows.
 
@@ -242,13 +245,13 @@ def cara(rank: int = 4, *, weights: int, rows: int, cols: int, heads: int, **cha
     """CaRA: weighted CP over matrices, heads, head size and input (Veeramacheneni et al., ICML 2025).
 
     Settings: G = 1, cp-weighted on ``(weights, heads, rows / heads, cols)``. The paper counts query, key and
-    value of every layer; here ``weights`` are the adapted ones.
+    value of every layer; here ``weights`` is the number of adapted weights.
 
     Parameters
     ----------
     rank : int
     weights, rows, cols : int
-        How many weights, and the shape that they all have.
+        Number of weights, and their common shape.
     heads : int
         Attention heads; divides rows.
 
@@ -276,10 +279,10 @@ def _head_size(rows: int, heads: int) -> int:
 
 
 def fact_tt(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any) -> Config:
-    """FacT-TT: ``ΔW_s = U Σ_s Vᵀ``, U and V common to all weights (Jie & Deng, arXiv 2212.03145).
+    """FacT-TT: ``ΔW_s = U Σ_s Vᵀ``, U and V shared by all weights (Jie & Deng, arXiv 2212.03145).
 
-    Settings: G = 1, fold ``(weights, rows, cols)``, Tucker with no factor in mode 0: the tensor train of
-    FacT with its two outer cores on rows and columns and Σ between them is this Tucker form.
+    Settings: G = 1, fold ``(weights, rows, cols)``, Tucker with no factor in mode 0: FacT's tensor train, with its
+    outer cores on rows and columns and Σ between them, is equal to this Tucker form.
 
     Examples
     --------
@@ -291,7 +294,7 @@ def fact_tt(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any
 
 
 def fact_tk(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any) -> Config:
-    """FacT-TK: Tucker over (weights, rows, cols), a factor in every mode (Jie & Deng, arXiv 2212.03145).
+    """FacT-TK: Tucker over (weights, rows, cols) with a factor in every mode (Jie & Deng, arXiv 2212.03145).
 
     Settings: G = 1, that fold, Tucker.
 
@@ -305,9 +308,9 @@ def fact_tk(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any
 
 
 def fastfood(ratio: float = 0.01, **changes: Any) -> Config:
-    """Intrinsic dimension through fastfood: a dense vector and linear F (Aghajanyan et al., arXiv 2012.13255).
+    """Intrinsic dimension by fastfood: a dense vector and a linear F (Aghajanyan et al., arXiv 2012.13255).
 
-    Settings: G = 1, M = 1, dense, linear F of compression ρ. The SuperLoRA paper's "dense with projection".
+    Settings: G = 1, M = 1, dense, linear F with compression ratio ρ. The SuperLoRA paper's "dense with projection".
 
     Examples
     --------
@@ -322,9 +325,9 @@ def fastfood(ratio: float = 0.01, **changes: Any) -> Config:
 def superlora(
     rank: int = 4, groups: Any = 1, projection: str = "identity", ratio: float = 1.0, **changes: Any
 ) -> Config:
-    """The paper's headline: 2D with reshape, any number of groups, any F.
+    """SuperLoRA: the paper's main method, 2D with reshape, for any number of groups and any F.
 
-    Settings: G groups (1), hypercube, M = 2, CP; F as asked.
+    Settings: G groups (default 1), hypercube, M = 2, CP, F as given.
 
     Examples
     --------
@@ -348,8 +351,8 @@ def superlora(
 def compacter(rank: int = 1, terms: int = 4, **changes: Any) -> Config:
     """Compacter's low-rank PHM: ``ΔW = sum_{i=1}^{n} A_i ⊗ (B_i C_iᵀ)`` (Mahabadi et al., arXiv 2106.04647).
 
-    Settings: one group a weight, stack, T = n terms, K = 2, A_i dense of n × n, the other split CP. In the
-    paper A_i are common to all layers and the sum sits in adapter layers; here each weight has its own.
+    Settings: one group per weight, stack, T = n terms, K = 2, A_i dense of n × n, the other split CP. In the paper
+    all layers share the A_i, and the sum is the weight of adapter layers; here each weight has its own A_i.
 
     Examples
     --------

@@ -1,11 +1,11 @@
 """Tensor products: CP, Tucker, tensor train, Kronecker, Hadamard; written with matmul, reshape and ``*``.
 
-Conventions are TensorLy's: factors are ``(size, rank)``, a CP tensor is ``(weights,
-factors)``, a Tucker tensor ``(core, factors)``, a tensor train a list of ``(r_left, size, r_right)``. TensorLy's
-own CPTensor, TuckerTensor and TTTensor objects go in as they are.
+The conventions are TensorLy's: factors are ``(size, rank)``, a CP tensor is ``(weights, factors)``, a Tucker tensor
+``(core, factors)``, a tensor train a list of ``(r_left, size, r_right)``. TensorLy's CPTensor, TuckerTensor and
+TTTensor objects are accepted as they are.
 
-Every contraction ends in one matrix product of the size of its result, with the small dimension inside;
-what is formed before it is small. (An einsum without a path would loop over all indices at once.)
+Every contraction ends in one matrix product of the size of its result, which contracts the small dimension; the
+intermediate results are small. (An einsum without a path would loop over all indices at once.)
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def _several(given: Any, what: str, form: str) -> list[Any]:
 
 
 def _middle(sizes: Sequence[int]) -> int:
-    """Where a product of sizes is cut, so that the two halves are smallest together; the first of such places."""
-    # A list and its index: compilers that trace this do not all know a minimum with a key.
+    """Return where to cut a list of sizes so that the products of the two halves have the least sum; first of ties."""
+    # ``min`` of a list and ``index``: not every compiler that traces this supports ``min`` with a key.
     halves = [math.prod(sizes[:m]) + math.prod(sizes[m:]) for m in range(1, len(sizes))]
     return 1 + halves.index(min(halves))
 
 
 def _two(given: Any, what: str, form: str) -> tuple[Any, list[Any]]:
-    """``(one array, several)``, TensorLy's objects included."""
+    """Unpack ``(one array, several)``; TensorLy's objects unpack in the same way."""
     parts = _several(given, what, form)
     if len(parts) != 2:
         raise ShapeError(f"{what} is {form}; got {len(parts)} parts")
@@ -47,7 +47,7 @@ def _two(given: Any, what: str, form: str) -> tuple[Any, list[Any]]:
 
 
 def cp_to_tensor(cp: Any) -> Array:
-    """The tensor of a CP (canonical polyadic) decomposition.
+    """Compute the tensor of a CP (canonical polyadic) decomposition.
 
     Parameters
     ----------
@@ -63,15 +63,15 @@ def cp_to_tensor(cp: Any) -> Array:
     Raises
     ------
     ShapeError
-        If a factor is no matrix or the ranks differ.
+        If a factor is not a matrix or the ranks differ.
     BackendError
         If libraries, dtypes or devices are mixed.
 
     Notes
     -----
     The paper's equation (2) with a diagonal core; M = 2 is LoRA's ``A Bᵀ`` (equation 1). Costs
-    ``r * prod(d)`` multiply-adds in one matrix product; beyond the result it needs
-    ``r * (left + right)`` elements, the products of the sizes in either half of the modes.
+    ``r * prod(d)`` multiply-adds in one matrix product. Besides the result it needs ``r * (left + right)``
+    elements of memory, where left and right are the products of the sizes in either half of the modes.
 
     Examples
     --------
@@ -88,7 +88,7 @@ def cp_to_tensor(cp: Any) -> Array:
         if len(factor.shape) != 2 or factor.shape[1] != factors[0].shape[-1]:
             raise ShapeError(
                 f"CP factor {mode} has shape {tuple(factor.shape)}; expected (size, {factors[0].shape[-1]}), "
-                "one column a component, like factor 0"
+                "one column per component, like factor 0"
             )
     if weights is not None and tuple(weights.shape) != (factors[0].shape[1],):
         raise ShapeError(f"CP weights have shape {tuple(weights.shape)}; expected ({factors[0].shape[1]},)")
@@ -101,7 +101,6 @@ def cp_tensor(backend: Backend, weights: Array | None, factors: Sequence[Array])
     left = factors[0] if weights is None else factors[0] * weights
     if len(factors) == 1:
         return backend.sum(left, axis=1)
-    # The two halves are formed; cut where they are smallest together.
     cut = _middle(sizes)
     rows = khatri_rao(backend, [left, *factors[1:cut]])
     cols = khatri_rao(backend, factors[cut:])
@@ -109,7 +108,7 @@ def cp_tensor(backend: Backend, weights: Array | None, factors: Sequence[Array])
 
 
 def khatri_rao(backend: Backend, factors: Sequence[Array]) -> Array:
-    """Columnwise Kronecker product of (d_m, r) factors: shape (prod d_m, r)."""
+    """Compute the column-wise Kronecker product of (d_m, r) factors: shape (prod d_m, r)."""
 
     def pair(a: Array, b: Array) -> Array:
         rank = a.shape[1]
@@ -120,13 +119,13 @@ def khatri_rao(backend: Backend, factors: Sequence[Array]) -> Array:
 
 
 def tucker_to_tensor(tucker: Any) -> Array:
-    """The tensor of a Tucker decomposition: ``core x_1 A_1 x_2 A_2 … x_M A_M``.
+    """Compute the tensor of a Tucker decomposition: ``core x_1 A_1 x_2 A_2 … x_M A_M``.
 
     Parameters
     ----------
     tucker : (core, factors)
-        ``core``: array, shape (r_1, …, r_M). ``factors``: M arrays, shape (d_m, r_m); None in a mode
-        leaves the core's own size there (partial Tucker).
+        ``core``: array, shape (r_1, …, r_M). ``factors``: M arrays, shape (d_m, r_m); None for a mode
+        without a factor, which keeps the size of the core (partial Tucker).
 
     Returns
     -------
@@ -136,15 +135,15 @@ def tucker_to_tensor(tucker: Any) -> Array:
     Raises
     ------
     ShapeError
-        If there is not one factor a mode, or one does not fit the core.
+        If the number of factors is not the number of modes, or a factor does not fit the core.
     BackendError
         If libraries, dtypes or devices are mixed.
 
     Notes
     -----
     The paper's equations (2) and (3), with C the core and A_m the plane factors. Modes are expanded
-    first to last, each by one matrix product; the last costs ``prod(d) * r_M`` multiply-adds and
-    needs its input, ``prod(d) / d_M * r_M`` elements, beside the result.
+    first to last, each by one matrix product; the last one costs ``prod(d) * r_M`` multiply-adds and
+    needs memory for its input, ``prod(d) / d_M * r_M`` elements, in addition to the result.
 
     Examples
     --------
@@ -169,7 +168,8 @@ def tucker_to_tensor(tucker: Any) -> Array:
 def tucker_tensor(backend: Backend, core: Array, factors: Sequence[Array | None]) -> Array:
     """:func:`tucker_to_tensor` of checked arrays."""
     sizes = [core.shape[m] if factor is None else factor.shape[0] for m, factor in enumerate(factors)]
-    # The leading mode is contracted and its result put last: after M turns the modes stand in order again.
+    # Each step contracts the leading mode and appends the result as the last one: after M steps the modes are in order
+    # again, and no axes had to be permuted.
     shape = list(core.shape)
     for factor, size in zip(factors, sizes, strict=True):
         rank = shape.pop(0)
@@ -180,7 +180,7 @@ def tucker_tensor(backend: Backend, core: Array, factors: Sequence[Array | None]
 
 
 def tt_to_tensor(cores: Any) -> Array:
-    """The tensor of a tensor train.
+    """Compute the tensor of a tensor train.
 
     Parameters
     ----------
@@ -195,8 +195,8 @@ def tt_to_tensor(cores: Any) -> Array:
     Raises
     ------
     ShapeError
-        If a core has not three axes, neighbours' ranks differ, or the train does not begin and end
-        with rank 1.
+        If a core does not have three axes, the ranks of neighbours differ, or the train does not begin
+        and end with rank 1.
     BackendError
         If libraries, dtypes or devices are mixed.
 
@@ -235,7 +235,7 @@ def tt_tensor(backend: Backend, cores: Sequence[Array]) -> Array:
 
 
 def tt_left(backend: Backend, cores: Sequence[Array]) -> Array:
-    """The first cores of a train, contracted from its beginning: shape (prod d_m, r)."""
+    """Contract the first cores of a train, from its beginning: shape (prod d_m, r)."""
     rows = backend.reshape(cores[0], (-1, cores[0].shape[2]))
     for core in cores[1:]:
         rows = backend.matmul(rows, backend.reshape(core, (core.shape[0], -1)))
@@ -244,7 +244,7 @@ def tt_left(backend: Backend, cores: Sequence[Array]) -> Array:
 
 
 def tt_right(backend: Backend, cores: Sequence[Array]) -> Array:
-    """The last cores of a train, contracted from its end: shape (r, prod d_m)."""
+    """Contract the last cores of a train, from its end: shape (r, prod d_m)."""
     cols = backend.reshape(cores[-1], (cores[-1].shape[0], -1))
     for core in reversed(cores[:-1]):
         cols = backend.matmul(backend.reshape(core, (-1, core.shape[2])), cols)
@@ -253,7 +253,7 @@ def tt_right(backend: Backend, cores: Sequence[Array]) -> Array:
 
 
 def kronecker(arrays: Sequence[Array]) -> Array:
-    """Kronecker product of K arrays of one order.
+    """Compute the Kronecker product of K arrays with the same number of axes.
 
     Parameters
     ----------
@@ -263,20 +263,20 @@ def kronecker(arrays: Sequence[Array]) -> Array:
     Returns
     -------
     array, shape (prod_k d_k1, …, prod_k d_kM)
-        ``numpy.kron`` of them in turn: in each mode the first array's index is the slow one. In their
-        library, dtype and device; differentiable.
+        As ``numpy.kron`` applied in turn: in each mode the first array's index varies slowest. In the
+        library, dtype and device of the arrays; differentiable.
 
     Raises
     ------
     ShapeError
-        If there is none, or the numbers of axes differ.
+        If there are no arrays, or their numbers of axes differ.
     BackendError
         If libraries, dtypes or devices are mixed.
 
     Notes
     -----
-    The paper's ``⊗`` over the splits k = 1 … K in equation (2). One multiplication an element of the
-    result, and one for each of the smaller products on the way.
+    The paper's ``⊗`` over the splits k = 1 … K in equation (2). Costs one multiplication per element of
+    the result and of each smaller product on the way.
 
     Examples
     --------
@@ -290,7 +290,7 @@ def kronecker(arrays: Sequence[Array]) -> Array:
     backend = get_backend(*arrays)
     if len({len(array.shape) for array in arrays}) > 1:
         raise ShapeError(
-            "a Kronecker product needs arrays of one order; got shapes "
+            "a Kronecker product needs arrays with the same number of axes; got shapes "
             + ", ".join(str(tuple(array.shape)) for array in arrays)
         )
     if len(arrays[0].shape) > MAX_ORDER:
@@ -311,14 +311,14 @@ def kronecker_tensor(backend: Backend, arrays: Sequence[Array]) -> Array:
 
 
 def kron_matvec(matrices: Sequence[Array], x: Array) -> Array:
-    """``kronecker(matrices) @ x`` without forming the Kronecker product.
+    """Compute ``kronecker(matrices) @ x`` without forming the Kronecker product.
 
     Parameters
     ----------
     matrices : sequence of array, shape (rows_k, cols_k)
         K matrices.
     x : array, shape (prod cols_k,) or (prod cols_k, batch)
-        What the product is applied to.
+        The vector, or a batch of vectors as columns.
 
     Returns
     -------
@@ -328,14 +328,14 @@ def kron_matvec(matrices: Sequence[Array], x: Array) -> Array:
     Raises
     ------
     ShapeError
-        If a matrix is none, or x does not fit.
+        If one of the matrices is not a matrix, or x does not fit.
     BackendError
         If libraries, dtypes or devices are mixed.
 
     Notes
     -----
-    ``vec(A X Bᵀ) = (A ⊗ B) vec(X)``, one matrix product a factor: for K factors of n² it costs
-    ``K n^(K+1)`` multiply-adds a column where the whole product takes ``n^(2K)``.
+    ``vec(A X Bᵀ) = (A ⊗ B) vec(X)``, one matrix product per factor: for K factors of n² it costs
+    ``K n^(K+1)`` multiply-adds per column, where the full product costs ``n^(2K)``.
 
     Examples
     --------
@@ -357,12 +357,12 @@ def kron_matvec(matrices: Sequence[Array], x: Array) -> Array:
             f"x has shape {tuple(x.shape)}; expected ({math.prod(cols)},) or ({math.prod(cols)}, batch) "
             f"for matrices of {cols} columns"
         )
-    # A Tucker product whose last mode, the batch, has no factor.
+    # This is a Tucker product whose last mode, the batch, has no factor.
     core = backend.reshape(x, (*cols, math.prod(x.shape[1:])))
     product = tucker_tensor(backend, core, [*matrices, None])
     return backend.reshape(product, (math.prod(m.shape[0] for m in matrices), *x.shape[1:]))
 
 
 def hadamard_tensor(arrays: Sequence[Array]) -> Array:
-    """Elementwise product of arrays of one shape."""
+    """Compute the elementwise product of arrays of the same shape."""
     return functools.reduce(lambda a, b: a * b, arrays)

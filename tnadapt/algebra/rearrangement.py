@@ -1,7 +1,7 @@
-"""Kronecker products as outer ones: the rearrangement of Van Loan and Pitsianis, for any number of splits and modes.
+"""The rearrangement of Van Loan and Pitsianis, for any number of splits and modes.
 
-Van Loan & Pitsianis, "Approximation with Kronecker products" (1993). Rearranged, a Kronecker product of K tensors is
-the outer product of their vectors, so that the nearest one is a nearest tensor of rank one.
+It turns a Kronecker product of K tensors into the outer product of their vectors, so that the nearest Kronecker product
+is a nearest tensor of rank one. Van Loan & Pitsianis, "Approximation with Kronecker products" (1993).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["contracted", "padded_to", "rearranged"]
 
 
 def rearranged(backend: Backend, tensor: Array, sizes: Sequence[Sequence[int]]) -> Array:
-    """A tensor in which Kronecker products of splits of these sizes are outer products.
+    """Rearrange a tensor so that Kronecker products of splits of these sizes become outer products.
 
     Parameters
     ----------
     backend : Backend
     tensor : array, shape (d_1, …, d_M)
-        Where the product of the splits' sizes is larger, zeros are appended.
+        Padded with zeros where the product of the splits' sizes is larger.
     sizes : sequence of sequence of int
         ``(s_k1 … s_kM)`` of each of the K splits.
 
@@ -43,7 +43,8 @@ def rearranged(backend: Backend, tensor: Array, sizes: Sequence[Sequence[int]]) 
     """
     order, splits = len(sizes[0]), len(sizes)
     tensor = padded_to(backend, tensor, [math.prod(split[mode] for split in sizes) for mode in range(order)])
-    # Digits of one value are left out: more than 64 axes are beyond NumPy, more than 64 longer ones beyond any memory.
+    # One axis per (mode, split). Axes of length 1 are left out: NumPy allows at most 64 axes, and a tensor with more
+    # than 64 axes of length 2 or more fits in no memory.
     digits = [(k, mode) for mode in range(order) for k in range(splits) if sizes[k][mode] > 1]
     found = backend.reshape(tensor, [sizes[k][mode] for k, mode in digits])
     found = backend.permute_dims(found, sorted(range(len(digits)), key=lambda place: digits[place]))
@@ -51,16 +52,16 @@ def rearranged(backend: Backend, tensor: Array, sizes: Sequence[Sequence[int]]) 
 
 
 def contracted(backend: Backend, tensor: Array, splits: Sequence[Array | None], sizes: Sequence[int]) -> Array:
-    """A rearranged tensor contracted with the vectors of all splits but one.
+    """Contract a rearranged tensor with the vectors of all splits but one.
 
     Parameters
     ----------
     backend : Backend
     tensor : array, shape (p_1, …, p_K)
     splits : sequence of array or None
-        Of any shape of p_k elements; None for the one that is left.
+        Each of any shape with p_k elements; None for the split that is left out.
     sizes : sequence of int
-        The shape that the result is to have.
+        Shape of the result.
 
     Returns
     -------
@@ -79,7 +80,7 @@ def contracted(backend: Backend, tensor: Array, splits: Sequence[Array | None], 
 
 
 def _outer(backend: Backend, tensors: Sequence[Array]) -> Array | None:
-    """The vector of the outer product of all, or None of none."""
+    """Return the outer product of all tensors as a vector; None if there are no tensors."""
 
     def pair(a: Array, b: Array) -> Array:
         return backend.flatten(backend.reshape(a, (-1, 1)) * backend.reshape(b, (1, -1)))
@@ -89,7 +90,7 @@ def _outer(backend: Backend, tensors: Sequence[Array]) -> Array | None:
 
 
 def padded_to(backend: Backend, tensor: Array, sizes: Sequence[int]) -> Array:
-    """A tensor with zeros after its end in every mode, up to these sizes."""
+    """Pad a tensor with zeros at the end of every mode, up to these sizes."""
     for mode, size in enumerate(sizes):
         missing = size - tensor.shape[mode]
         if missing:

@@ -1,14 +1,14 @@
-"""The fixed random numbers: the same bits on every machine, backend and release.
+"""Fixed random numbers with the same bits on every machine, backend and release.
 
 Each element is a pure function of ``(seed, group, purpose, index)``, so any slice can be drawn without
 the rest, and in any order. Words come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", SC 2011); normals from them by AS 241 (Wichura, Applied Statistics 37, 1988); the
+easy as 1, 2, 3", SC 2011); normals from the words by AS 241 (Wichura, Applied Statistics 37, 1988); the
 permutation is a Feistel network with cycle walking. Only integer and IEEE-exact operations are used:
-no ``libm``, whose last bits differ between machines, and no library's own generator, whose streams
-change between releases.
+no ``libm``, whose last bits differ between machines, and no library's generator, whose streams change
+between releases.
 
 The streams differ by ``purpose``: 1 permutation, 2 the Gaussian diagonal ``g``, 3 signs, 4 the Gaussian
-``g'`` of the v2 projections, 16 upward the random starts of factors.
+``g'`` of the v2 projections, 16 and above the random initialisation of factors.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ __all__ = [
 
 PURPOSE = {"permutation": 1, "gaussian": 2, "signs": 3, "gaussian_v2": 4, "start": 16, "source": 1 << 16}
 
-# Shorter draws are done before a compiler would be imported.
+# Shorter draws take less time than importing the compiler.
 WORTH = 1 << 14
 
 
 def _way(size: int) -> Any:
-    """What draws that many elements: compiled kernels where there are any, else NumPy; the same bits."""
+    """Return the implementation for that many elements: compiled kernels if available, else NumPy; the same bits."""
     return (kernels("philox") if size >= WORTH else None) or rng_numpy
 
 
@@ -59,16 +59,16 @@ def _check_stream(seed: int, group: int, start: int, stop: int) -> None:
 
 
 def words(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.uint32]:
-    """Words ``start`` to ``stop - 1`` of one stream.
+    """Draw words ``start`` to ``stop - 1`` of one stream.
 
     Parameters
     ----------
     seed : int
         0 to 2**64 - 1; the Philox key.
     group, purpose : int
-        Which stream: the counter's last two words.
+        The stream: the last two words of the counter.
     start, stop : int
-        Which words of it.
+        Range of words in the stream.
 
     Returns
     -------
@@ -79,7 +79,7 @@ def words(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray
     ConfigError
         If seed or group is out of range.
     ShapeError
-        If not ``0 <= start <= stop``.
+        Unless ``0 <= start <= stop``.
 
     Examples
     --------
@@ -91,7 +91,7 @@ def words(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray
 
 
 def words_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]]) -> NDArray[np.uint32]:
-    """Words of one stream at any positions: as :func:`words`, four times its cost for each.
+    """Draw words of one stream at any positions; each costs four times as much as in :func:`words`.
 
     Examples
     --------
@@ -102,14 +102,14 @@ def words_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]
 
 
 def signs(seed: int, group: int, start: int, stop: int) -> NDArray[np.int8]:
-    """Elements of the Rademacher vector: bit ``i % 32`` of word ``i // 32``; a set bit is -1.
+    """Draw elements of the Rademacher vector: bit ``i % 32`` of word ``i // 32``; a set bit is -1.
 
     Parameters
     ----------
     seed, group : int
-        Which vector.
+        The vector.
     start, stop : int
-        Which elements.
+        Range of elements.
 
     Returns
     -------
@@ -126,14 +126,14 @@ def signs(seed: int, group: int, start: int, stop: int) -> NDArray[np.int8]:
 
 
 def normals(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.float32]:
-    """Standard normal numbers: one word each, through the inverse normal distribution.
+    """Draw standard normal numbers, each from one word by the inverse normal distribution function.
 
     Parameters
     ----------
     seed, group, purpose : int
-        Which stream.
+        The stream.
     start, stop : int
-        Which elements.
+        Range of elements.
 
     Returns
     -------
@@ -150,7 +150,7 @@ def normals(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArr
 
 
 def normals_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-    """Elements of :func:`normals` at any positions.
+    """Draw elements of :func:`normals` at any positions.
 
     Examples
     --------
@@ -163,18 +163,18 @@ def normals_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[An
 def permutation(
     size: int, seed: int, group: int, start: int = 0, stop: int | None = None, inverse: bool = False
 ) -> NDArray[np.int64]:
-    """Part of a fixed random permutation of the integers below ``size``.
+    """Draw part of a fixed random permutation of the integers below ``size``.
 
     Parameters
     ----------
     size : int
         Length of the whole permutation, 1 to 2**63 - 1.
     seed, group : int
-        Which permutation.
+        The permutation.
     start, stop : int
-        Which of its elements; all of them by default.
+        Range of elements; all by default.
     inverse : bool
-        Elements of the inverse permutation instead.
+        Whether to draw elements of the inverse permutation.
 
     Returns
     -------
@@ -185,13 +185,13 @@ def permutation(
     ConfigError
         If seed or group is out of range.
     ShapeError
-        If not ``0 <= start <= stop <= size``.
+        Unless ``0 <= start <= stop <= size``.
 
     Notes
     -----
-    An 8-round Feistel network on ``ceil(log2(size))`` bits; what falls outside ``size`` is sent through
-    it again until it falls inside (fewer than two passes on average). The inverse runs the rounds
-    backwards, so it, too, costs the same for any slice.
+    An 8-round Feistel network on ``ceil(log2(size))`` bits; images of ``size`` or more are permuted again
+    until they are below it (cycle walking; fewer than two passes on average). The inverse runs the rounds
+    backwards, so that its slices can be drawn on their own, too.
 
     Examples
     --------
@@ -210,7 +210,7 @@ def permutation(
 
 
 def digest(*streams: Iterator[bytes]) -> str:
-    """SHA-256, in hex, of byte strings one after another.
+    """Return the hex SHA-256 of the concatenation of byte strings.
 
     Examples
     --------

@@ -1,12 +1,12 @@
-"""``W + ΔW``, to the bit: the one arithmetic of merging, in memory and on disk.
+"""Bit-exact ``W + ΔW``: the arithmetic of merging, in memory and on disk.
 
-**ΔW** is computed in float64 from the adapter's arrays, cast to float64. **The sum** ``W + ΔW`` is taken in
+**ΔW** is computed in float64 from the adapter's arrays, cast to float64. **The sum** ``W + ΔW`` is computed in
 float64, rounded to float32, and then to the weight's dtype: two roundings to nearest, ties to even, which are the same
-in every library. In a float64 weight the sum is kept as it is. A weight of bfloat16 is its bits, as uint16.
+in every library. For a float64 weight the sum is not rounded. A bfloat16 weight is given as its bits, in uint16.
 
-On the CPU both ways of merging are this code, on the same numbers. On another device ΔW may differ in its last
-bit, which changes a float32 sum where it lies within 1e-16 of a boundary between two of them: once in some 1e9
-elements at most, and 65,000 times more seldom in bfloat16.
+On the CPU, merging in memory and on disk run this same code on the same numbers. On another device ΔW may differ in its
+last bit. This changes a float32 sum only if it lies within 1e-16 of the boundary between two float32 numbers: at most
+once in about 1e9 elements, and 65,000 times less often in bfloat16.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ from .superlora import SuperLoRA
 
 __all__ = ["Float64Deltas", "add_in_place", "rounded", "widened"]
 
-# Elements computed at once: a few such pieces in float64 stay in the cache.
+# Elements computed at once: a few such pieces in float64 fit in the cache.
 PIECE = 1 << 18
-# The same where F goes through all of its draws for each piece: a span is kept for the weights that share it.
+# Elements computed at once with an F, which needs all of its draws for each span; a span is kept for the weights that
+# share it.
 SPAN = 1 << 24
 
 
 class Float64Deltas:
-    """The updates of an adapter in float64, a piece of a weight at a time.
+    """The updates of an adapter in float64, in pieces of a weight.
 
     Parameters
     ----------
     plan : SuperLoRA
     arrays : mapping of str to array
-        Named and shaped as ``plan.param_shapes`` says, of any one library.
+        Arrays with the names and shapes of ``plan.param_shapes``, of any one library.
     trained : str
-        The dtype that they were trained in. Where F is nonlinear, ΔW is what they moved from the start as that dtype
-        holds it.
+        The dtype in which they were trained. If F is nonlinear, ΔW is relative to the initial arrays as rounded to
+        that dtype.
     piece : int
-        How many elements are computed at once, about, where F is the identity.
+        Approximate number of elements computed at once if F is the identity.
 
     Notes
     -----
-    Where F is the identity, memory is a few pieces. Otherwise groups are made in spans of 2**24 elements, one
-    of which is kept: some five times 128 MB, and what F keeps (see :class:`~tnadapt.Projection`); time is that of
-    all the group's draws for each span. Which pieces there are does not depend on the order of the weights.
+    If F is the identity, memory is a few pieces. Otherwise groups are computed in spans of 2**24 elements, one of which
+    is kept: this takes about five times 128 MB, plus what F keeps (see :class:`~tnadapt.Projection`), and each span
+    takes the time of drawing the whole group. The boundaries of the pieces do not depend on the order of the weights.
 
     Examples
     --------
@@ -66,7 +67,7 @@ class Float64Deltas:
         self._span: tuple[int, int, Any] = -1, 0, None
 
     def of(self, weight: int) -> Iterator[tuple[int, Array]]:
-        """Where each piece begins in ``vec`` of a weight, and the piece, a float64 vector; in order, and all of it."""
+        """Yield the pieces of a weight in order: the start in its ``vec``, and the piece as a float64 vector."""
         for run in self.plan.layout.of_weight(weight):
             group = self.plan.groups[run.group]
             plain = group.projection.kind == "identity"
@@ -82,21 +83,21 @@ class Float64Deltas:
 
     def _in_span(self, index: int, begin: int) -> Array:
         if self._span[:2] != (index, begin):
-            self._span = -1, 0, None  # the old one goes before the new one comes
+            self._span = -1, 0, None  # free the old span before computing the new one
             self._span = index, begin, self._made(index, begin, min(begin + SPAN, self.plan.groups[index].size))
         return self._span[2]
 
     def _made(self, index: int, start: int, stop: int) -> Array:
         group = self.plan.groups[index]
         if self._wide[0] != index:
-            # Of one group at a time: of a dense adapter this is as long as its weights.
+            # One group at a time: for a dense adapter, these arrays are as large as its weights.
             cast = {full: self._backend.astype(self._arrays[full], "float64") for full in group.names.values()}
             self._wide = index, cast
         return group.update(self._backend, self._wide[1], start, stop, self.trained)
 
 
 def _step(sizes: tuple[int, ...], piece: int) -> int:
-    """About a piece, in whole rows of a folded tensor, which the network makes as one box."""
+    """Round a piece down to whole rows of the folded tensor, so that the network computes it as a single box."""
     row = 1
     for size in reversed(sizes[1:]):
         if row * size > piece:
@@ -111,17 +112,17 @@ def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.
     Parameters
     ----------
     weight : ndarray, shape (n,)
-        Contiguous; changed in place. bfloat16 as its bits.
+        Contiguous; changed in place. bfloat16 is given as its bits.
     dtype : {"float64", "float32", "float16", "bfloat16"}
-        Of the weight.
+        Dtype of the weight.
     pieces : iterable of (int, ndarray)
-        Where each begins, and the numbers, float64.
+        Start of each piece, and its float64 numbers.
 
     Returns
     -------
     str or None
-        ``"update"`` where that is not finite, ``"range"`` where a sum that should be finite is not in this dtype; the
-        weight is then changed in part.
+        ``"update"`` if the update is not finite, ``"range"`` if a finite weight plus a finite update overflows in this
+        dtype; the weight may then be partially changed. None on success.
 
     Examples
     --------
@@ -130,7 +131,7 @@ def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.
     (None, [1.0, 1.5, 3.0])
     """
     scratch = _Scratch(min(PIECE, weight.size))
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+    with np.errstate(over="ignore", invalid="ignore"):  # _add checks for numbers that are not finite
         for start, piece in pieces:
             for lo in range(0, piece.size, PIECE):
                 some = piece[lo : lo + PIECE]
@@ -141,7 +142,7 @@ def add_in_place(weight: np.ndarray, dtype: str, pieces: Iterable[tuple[int, np.
 
 
 class _Scratch:
-    """Scratch buffers for a piece: allocating them for each piece would cost more than the sums."""
+    """Scratch buffers for a piece, reused because allocating them would cost more than the sums."""
 
     def __init__(self, size: int) -> None:
         self.total = np.empty(size, np.float64)
@@ -150,7 +151,7 @@ class _Scratch:
 
 
 def _add(part: np.ndarray, dtype: str, piece: np.ndarray, scratch: _Scratch) -> str | None:
-    """:func:`rounded` of :func:`widened` and a piece, in scratch buffers."""
+    """Set ``part`` to :func:`rounded` of :func:`widened` plus a piece, using scratch buffers."""
     size = piece.size
     total, single, bits = scratch.total[:size], scratch.single[:size], scratch.bits[:size]
     before = part
@@ -177,7 +178,7 @@ def _add(part: np.ndarray, dtype: str, piece: np.ndarray, scratch: _Scratch) -> 
 
 
 def widened(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored numbers as ones of at least single precision, without rounding: float64, or float32 which holds them.
+    """Return stored numbers in at least single precision, without rounding: float64 as it is, the others as float32.
 
     Examples
     --------
@@ -185,7 +186,7 @@ def widened(stored: np.ndarray, dtype: str) -> np.ndarray:
     [1.0, -2.0]
     """
     if dtype == "bfloat16":
-        # Its bits are the upper half of a float32's.
+        # The bits of a bfloat16 are the upper half of a float32's.
         bits = stored.astype(np.uint32)
         bits <<= np.uint32(16)
         return bits.view(np.float32)
@@ -193,7 +194,7 @@ def widened(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def rounded(numbers: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers of float64 as a weight of some dtype keeps them: rounded to float32, and then to that.
+    """Round float64 numbers as a weight of a dtype stores them: to float32, and then to the dtype.
 
     Examples
     --------
@@ -211,13 +212,14 @@ def rounded(numbers: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _bfloat16(single: np.ndarray) -> np.ndarray:
-    """The bits of float32 numbers in bfloat16."""
+    """Return the bits of float32 numbers rounded to bfloat16."""
     found = np.empty(single.shape, np.uint32)
     _to_bfloat16(single, found)
     return found.astype(np.uint16)
 
 
 def _to_bfloat16(single: np.ndarray, out: np.ndarray) -> None:
+    # Round to nearest, ties to even: add half a unit, less one if the last bit kept is even, and drop the low half.
     bits = single.view(np.uint32)
     np.right_shift(bits, 16, out=out)
     np.bitwise_and(out, 1, out=out)
@@ -226,19 +228,19 @@ def _to_bfloat16(single: np.ndarray, out: np.ndarray) -> None:
     np.right_shift(out, 16, out=out)
     nan = np.isnan(single)
     if nan.any():
-        out[nan] = 0x7FC0  # adding would carry into its sign
+        out[nan] = 0x7FC0  # the addition might have carried into the sign
 
 
-# Below these, rounding leads to no infinity; above, it is looked at.
+# Magnitudes below these never round to infinity; larger ones are checked element by element.
 _ROOM = {"float64": 1e308, "float32": 3e38, "float16": 65000.0, "bfloat16": 3e38}
 
 
 def _in_range(numbers: np.ndarray, dtype: str) -> bool:
-    """Whether all numbers are clearly within the dtype's range; NaN is none."""
+    """Return whether all numbers are well within the dtype's range; False if any is NaN."""
     return bool(-_ROOM[dtype] < numbers.min() and numbers.max() < _ROOM[dtype])
 
 
 def _finite(numbers: np.ndarray, dtype: str) -> np.ndarray:
-    """Which of the numbers are finite once they are rounded."""
+    """Return which numbers are finite after rounding."""
     stored = rounded(numbers, dtype)
     return np.asarray(np.isfinite(widened(stored, dtype)))

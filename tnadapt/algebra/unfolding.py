@@ -1,8 +1,8 @@
-"""A slice of a tensor's vector as one matrix product: unfoldings of a tensor network, and the part that is asked for.
+"""Slices of a tensor's vector as one matrix product, by unfoldings of the tensor network.
 
-The leading modes of a tensor make the rows of a matrix, the others its columns: an unfolding. Its ``vec`` is the
+In an unfolding, the leading modes of a tensor are the rows of a matrix and the others its columns. Its ``vec`` is the
 tensor's, so that a slice is a run of rows. CP, Tucker and tensor trains give each unfolding as a product ``L R`` with
-few columns in L; what is asked for is then written once and in order, by one product of some rows of L with R.
+few columns in L. A slice is then one product of some rows of L with R, which writes each element once and in order.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ._boxes import SLACK, boxes
 
 __all__ = ["Cut", "along", "best_cut", "row_wise_khatri_rao"]
 
-# What an element of the result costs beside its multiply-adds, counted in them; and an element of L or R.
+# Cost model, in multiply-adds: overhead per element of the result, and cost per element of L or R.
 _WRITTEN = 12
 _FORMED = 36
 
 
 class Cut(NamedTuple):
-    """Part of an unfolding that holds a slice.
+    """The part of an unfolding that contains a slice.
 
     Attributes
     ----------
     modes : int
-        How many leading modes make the rows.
+        Number of leading modes that are rows.
     rows, cols : (int, int)
         Start and stop.
     start : int
-        Position in ``vec`` of its first element; the others follow one after another.
+        Position of its first element in ``vec``; the others follow contiguously.
     """
 
     modes: int
@@ -44,7 +44,7 @@ class Cut(NamedTuple):
 
 
 def best_cut(sizes: Sequence[int], start: int, stop: int, rank: Callable[[int], int | None]) -> Cut | None:
-    """The unfolding in which a slice costs least.
+    """Return the unfolding in which a slice costs least.
 
     Parameters
     ----------
@@ -53,12 +53,12 @@ def best_cut(sizes: Sequence[int], start: int, stop: int, rank: Callable[[int], 
     start, stop : int
         The slice, ``0 <= start < stop <= prod(sizes)``.
     rank : callable
-        Of a number of leading modes: how many columns L has there; None where there is no such product.
+        Maps a number of leading modes to the number of columns of L; None if there is no such product.
 
     Returns
     -------
     Cut or None
-        None where every one would hold a quarter more than is asked for, or there is none.
+        None if there is no unfolding, or each would compute over a quarter more than the slice.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def best_cut(sizes: Sequence[int], start: int, stop: int, rank: Callable[[int], 
             continue
         length = math.prod(sizes[modes:])
         first, end = start // length, -(-stop // length)
-        # Within one row no more than the slice itself is formed.
+        # A slice within one row needs only its own columns.
         cols = (start - first * length, stop - first * length) if end - first == 1 else (0, length)
         height, width = end - first, cols[1] - cols[0]
         if height * width > (1 + SLACK) * (stop - start):
@@ -95,24 +95,24 @@ def along(
     make: Callable[[Sequence[tuple[int, int]]], Array],
     axis: int = 0,
 ) -> Array:
-    """What ``make`` gives on boxes, joined and cut to a slice of their ``vec``.
+    """Call ``make`` on the boxes of a slice, join the results and crop them to the slice.
 
     Parameters
     ----------
     backend : Backend
     sizes : sequence of int
-        Of the tensor that the boxes are of.
+        Sizes of the tensor.
     start, stop : int
-        The slice.
+        The slice of its ``vec``.
     make : callable
-        Of the ranges of a box: an array with one axis for all of its elements, in order.
+        Maps the ranges of a box to an array with one axis over all elements of the box, in order.
     axis : int
         That axis.
 
     Returns
     -------
     array
-        ``stop - start`` long on that axis.
+        Length ``stop - start`` on that axis.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def along(
 
 
 def row_wise_khatri_rao(backend: Backend, arrays: Sequence[Array]) -> Array:
-    """Rows of the Kronecker products of rows: L of an elementwise product from those of its factors.
+    """Compute the row-wise Kronecker product of matrices: L of an elementwise product from the L of its factors.
 
     Examples
     --------

@@ -1,14 +1,14 @@
-"""All that differs between array libraries, and nothing else.
+"""Backends: everything that differs between array libraries.
 
 Design requirements of this package:
 
-* A backend is found from the *type* of the arrays, once per public call; there is no global
+* The backend is found from the *type* of the arrays, once per public call; there is no global
   ``set_backend`` and no environment variable.
-* Importing tnadapt imports no framework: a library is looked at only when it is already in
-  ``sys.modules``, or when the caller asks for it by name.
-* An operation never asks which backend it got. What differs between libraries is a method of
+* Importing tnadapt imports no framework: a library is considered only if it is already in
+  ``sys.modules``, or if the caller requests it by name.
+* An operation never branches on the backend. What differs between libraries is a method of
   :class:`~tnadapt.backends.backend.Backend`.
-* Adding a library is one class and one call of :func:`register_backend`.
+* Adding a library takes one class and one call of :func:`register_backend`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _make_cupy() -> Backend:
     return CupyBackend()
 
 
-# The name is the library's top-level module, so that `name in sys.modules` says whether it is loaded.
+# The name is the library's top-level module, so that `name in sys.modules` tells whether it is loaded.
 _factories: dict[str, Callable[[], Backend]] = {
     "numpy": _make_numpy,
     "torch": _make_torch,
@@ -62,24 +62,24 @@ _by_type: dict[type, Backend] = {}
 
 
 def register_backend(name: str, factory: Callable[[], Backend]) -> None:
-    """Make another array library known.
+    """Register another array library.
 
     Parameters
     ----------
     name : str
         The library's top-level module, e.g. ``"array_api_strict"``.
     factory : callable
-        Called without arguments, the first time an array of that library is seen, or the library
-        is asked for by name; returns a :class:`Backend`.
+        Called without arguments when an array of that library is first seen, or the library is first
+        requested by name; returns a :class:`Backend`.
 
     Raises
     ------
     BackendError
-        If the name is one of tnadapt's own, or the two are no name and no callable.
+        If the name is a built-in backend, or the arguments are not a string and a callable.
 
     Notes
     -----
-    A name registered before is replaced, so that a notebook's cell can be run again.
+    Registering a name again replaces the earlier backend, so that a notebook cell can be rerun.
 
     Examples
     --------
@@ -101,7 +101,7 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
             f"register_backend takes a name and a callable; got {safe_repr(name)} and {safe_repr(factory)}"
         )
     if name in BUILT_IN:
-        raise BackendError(f"{name!r} is one of tnadapt's own backends and cannot be replaced; choose another name")
+        raise BackendError(f"{name!r} is a built-in backend and cannot be replaced; choose another name")
     _instances.pop(name, None)
     for kind in [kind for kind, backend in _by_type.items() if backend.name == name]:
         del _by_type[kind]
@@ -109,7 +109,7 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
 
 
 def load_backend(name: str) -> Backend:
-    """The backend of that name; its library is imported if need be.
+    """Return the backend with that name; import its library if necessary.
 
     Parameters
     ----------
@@ -142,15 +142,16 @@ def load_backend(name: str) -> Backend:
     except ImportError as error:
         raise BackendError(f"backend {name!r} needs a library that cannot be imported here: {error}") from error
     _instances[name] = backend
-    # Known before they are first met, so that a compiled program does not come to depend on when that was.
+    # Registered before the first array of these types is seen, so that a compiled program does not depend on when this
+    # happens.
     _by_type.update(dict.fromkeys(backend.types, backend))
     return backend
 
 
 def available_backends() -> list[str]:
-    """Names of the registered backends whose library can be used on this machine.
+    """Return the names of the registered backends whose library can be used on this machine.
 
-    This imports each library: it is for tests and ``tnadapt verify``, not for hot paths.
+    This imports every library: use it in tests and in ``tnadapt verify``, not in hot paths.
 
     Examples
     --------
@@ -169,12 +170,12 @@ def available_backends() -> list[str]:
 
 
 def get_backend(*arrays: Any) -> Backend:
-    """The one backend that all these arrays belong to.
+    """Return the backend of one or more arrays.
 
     Parameters
     ----------
     *arrays : array
-        At least one array, all of one library, dtype and device.
+        At least one array, all of the same library, dtype and device.
 
     Returns
     -------
@@ -183,8 +184,8 @@ def get_backend(*arrays: Any) -> Backend:
     Raises
     ------
     BackendError
-        If an argument is no array of a known library, or two of them differ in library, dtype or
-        device; both are named.
+        If an argument is not an array of a known library, or two of them differ in library, dtype or
+        device; the message names both.
 
     Examples
     --------

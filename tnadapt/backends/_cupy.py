@@ -18,7 +18,7 @@ from .backend import OPTIONAL, Array, Backend, Map
 
 
 class CupyBackend(Backend):
-    """CuPy arrays on the current CUDA device, or on the one that an array lives on."""
+    """CuPy arrays on the current CUDA device, or on the device of an existing array."""
 
     name = "cupy"
     types = (cupy.ndarray,)
@@ -83,12 +83,12 @@ class CupyBackend(Backend):
 
 
 def _has_kernels(x: Array) -> bool:
-    # Not on AMD's devices, whose compiler has other rules of rounding.
+    # Not on AMD devices, whose compiler rounds differently.
     return x.dtype in (np.float32, np.float64) and not cupy.cuda.runtime.is_hip
 
 
 def _rows(x: Array) -> tuple[Array, tuple[int, ...]]:
-    """x as (vectors, n), contiguous, and its batch."""
+    """Return x as a contiguous (vectors, n) array, and the shape of its batch."""
     batch = x.shape[:-1]
     return cupy.ascontiguousarray(x.reshape(math.prod(batch), x.shape[-1])), batch
 

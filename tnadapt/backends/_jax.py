@@ -1,4 +1,4 @@
-"""JAX: jax.numpy is an array-API namespace of its own."""
+"""JAX: jax.numpy is itself an array-API namespace."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class JaxBackend(Backend):
         return not isinstance(x, jax.core.Tracer)
 
     def device(self, x: Array) -> Any:
-        # A tracer has no device of its own.
+        # A tracer has no device.
         return x.device if self.is_concrete(x) else None
 
     def dtype(self, name: str) -> Any:
@@ -59,7 +59,7 @@ class JaxBackend(Backend):
 
     def constant(self, array: np.ndarray, device: Any) -> Array:
         if array.dtype == np.int64 and jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
-            # JAX would keep the low 32 bits without a word.
+            # JAX would silently truncate to the low 32 bits.
             if array.size and array.max() >= 1 << 31:
                 raise BackendError(
                     "positions past 2**31 need 64-bit integers: jax.config.update('jax_enable_x64', True)"

@@ -1,4 +1,4 @@
-"""NumPy: the array API through array-api-compat, so that NumPy 1.26 and 2 read alike."""
+"""NumPy: the array API through array-api-compat, which covers NumPy 1.26 and 2 alike."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NumpyBackend(Backend):
         super().__init__(namespace)
 
     def owns(self, x: Any) -> bool:
-        # A matrix multiplies by `*`, and a masked array hides numbers: neither is an array of the standard.
+        # `*` of np.matrix is a matrix product, and a masked array hides elements: neither behaves as the standard says.
         return isinstance(x, np.ndarray) and not isinstance(x, (np.matrix, np.ma.MaskedArray))
 
     def dtype_name(self, x: Array) -> str:
@@ -55,7 +55,7 @@ class NumpyBackend(Backend):
         return frozenset({"gradient", "shuffle", *(name for name, part in compiled.items() if kernels(part) is None)})
 
     def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
-        # Other subclasses may have ideas of their own of what becomes of them.
+        # Other subclasses may redefine operations or attach metadata, which a kernel would ignore.
         compiled = kernels("walsh") if type(x) in (np.ndarray, np.memmap) else None
         return None if compiled is None else compiled.transform(x, scale, axis)
 
@@ -69,5 +69,5 @@ class NumpyBackend(Backend):
 
 @functools.cache
 def _dtype_name(dtype: Any) -> str:
-    # To write a dtype out takes NumPy longer than to transform a thousand numbers.
+    # Formatting a dtype takes NumPy longer than transforming a thousand numbers.
     return str(dtype)

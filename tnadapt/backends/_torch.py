@@ -1,4 +1,4 @@
-"""torch: the array API through array-api-compat; what torch.compile must not look into is marked so."""
+"""torch: the array API through array-api-compat; what torch.compile must not trace is marked for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._kernels import kernels
 from ._torch_kernels import fastfood, hadamard
 from .backend import OPTIONAL, Array, Backend, FixedArrays, Map
 
-# To torch.compile what it returns is a constant, and is not traced: see TorchBackend.fixed.
+# torch.compile treats the return value as a constant and does not trace the call: see TorchBackend.fixed.
 torch.compiler.assume_constant_result(FixedArrays.name_of)  # type: ignore[no-untyped-call]
 
 
@@ -33,7 +33,7 @@ class TorchBackend(Backend):
         return isinstance(x, torch.Tensor)
 
     def is_concrete(self, x: Array) -> bool:
-        # Under a compiler or a functional transform a tensor is a stand-in that must not be kept.
+        # Under a compiler or a functional transform, a tensor is a placeholder that must not be kept.
         return type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
     def asarray(self, array: np.ndarray, dtype: str | None = None, device: Any = None) -> Array:
@@ -48,16 +48,16 @@ class TorchBackend(Backend):
             raise BackendError(f"torch cannot use device {device!r} here: {error}") from error
 
     def constant(self, array: np.ndarray, device: Any) -> Array:
-        # Kept and used again: it must not become an inference tensor, which autograd refuses to save.
+        # The tensor is cached and used again, so it must not be an inference tensor, which autograd refuses to save.
         with torch.inference_mode(False):
             return torch.from_numpy(array).to(device)
 
     def fixed(self, source: FixedArrays, key: Hashable, device: Any, keep: bool = True) -> Array:
         if not torch.compiler.is_compiling():
             return super().fixed(source, key, device, keep)
-        # torch.compile must not trace the drawing (NumPy's integer arithmetic), so that runs outside
-        # the graph; what it left on `source` is then read as any tensor that the graph finds. It is kept
-        # in any case: the compiled program needs it as long as it lives.
+        # torch.compile must not trace the drawing (NumPy's integer arithmetic): `name_of` runs outside the graph and
+        # leaves the array as an attribute of `source`, which the graph then reads like any other tensor. The array is
+        # always kept, whatever `keep` says: the compiled program needs it for as long as it exists.
         return getattr(source, source.name_of(self.name, key, device))
 
     def to_numpy(self, x: Array) -> np.ndarray:
@@ -81,19 +81,19 @@ class TorchBackend(Backend):
         return self._plain(torch.sum, x, axis)
 
     def _plain(self, function: Callable[..., Array], x: Array, *rest: Any) -> Array:
-        # Autocast would take the product in half precision, and give a ΔW of another dtype than its parameters'.
-        # torch knows no autocast on the device that computes nothing.
+        # Autocast would compute in half precision, and ΔW would have another dtype than its parameters. torch has no
+        # autocast for the meta device.
         if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return function(x, *rest)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *rest)
 
     def split(self, x: Array, sizes: Sequence[int]) -> list[Array]:
-        # One node in the graph: its backward writes the whole gradient once.
+        # A single node in the graph: its backward pass writes the whole gradient once.
         return list(torch.split(x, list(sizes)))
 
     def pad_last(self, x: Array, size: int) -> Array:
-        # By the name that torch also supports for a batch of gradients at once, which it does not for concat.
+        # torch supports batched gradients (is_grads_batched) for pad, but not for concat.
         missing = size - x.shape[-1]
         return torch.nn.functional.pad(x, (0, missing)) if missing else x
 

@@ -1,4 +1,4 @@
-"""torch's way to the kernels for CUDA tensors: which tensors have one, and what is run on their rows."""
+"""Dispatch of CUDA tensors of torch to the Triton kernels: which tensors qualify, and the launch on their rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ._torch_maps import KernelPair, KernelWithFallback, Map, in_memory, linear_
 
 __all__ = ["fastfood", "fwht", "lacking", "shuffle", "there_are_kernels"]
 
-#: The least that Triton promises to compile for.
+#: The lowest compute capability that Triton supports.
 _CAPABILITY = (8, 0)
 
 
 def there_are_kernels(x: Tensor) -> bool:
-    """Whether x is what Triton's kernels take, or stands for it in a transformation of torch.func."""
+    """Return whether the Triton kernels accept x, or the tensor that x represents in a torch.func transformation."""
     return (
         x.is_cuda
         and in_memory(x)
@@ -28,12 +28,12 @@ def there_are_kernels(x: Tensor) -> bool:
 
 
 def lacking() -> frozenset[str]:
-    """The methods there are no kernels for, though the device would take them: all of them without Triton."""
+    """Return the methods without a kernel on a supported device: none with Triton, all of them without."""
     return frozenset() if kernels("gpu.triton_launcher") else frozenset({"fwht", "fastfood", "shuffle"})
 
 
 def fwht(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
-    """``scale * H x`` along an axis, counted from the last; None where Triton cannot be imported."""
+    """Compute ``scale * H x`` along an axis, counted from the last; None if there is no kernel for x."""
     launcher, length = _launcher(x), x.shape[axis]
     if launcher is None:
         return None
@@ -47,7 +47,7 @@ def fwht(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
 
 
 def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
-    """The linear part of F along the last axis, or its adjoint; None where Triton cannot be imported."""
+    """Compute the linear part of F along the last axis, or its adjoint; None if there is no kernel for x."""
     launcher = _launcher(x)
     if launcher is None:
         return None
@@ -60,7 +60,7 @@ def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Ma
 
 
 def shuffle(x: Tensor, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Tensor | None:
-    """The last axis permuted, or permuted back; None where Triton cannot be imported."""
+    """Permute the last axis, or invert the permutation; None if there is no kernel for x."""
     launcher = _launcher(x)
     if launcher is None:
         return None
@@ -80,7 +80,7 @@ def _launcher(x: Tensor) -> Any:
 
 
 def _by_rows(kernel: Map, x: Tensor) -> Tensor:
-    """A kernel of (vectors, n_in), run on x's own device, for x of any batch and strides."""
+    """Run a kernel for (vectors, n_in) on x's device, for x with any batch and strides."""
     batch = x.shape[:-1]
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         rows = kernel(x.reshape(batch.numel(), x.shape[-1]).contiguous())

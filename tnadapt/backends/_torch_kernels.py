@@ -1,4 +1,4 @@
-"""Kernels on tensors of the host: they compute on the same memory, as a NumPy array."""
+"""Compiled kernels on CPU tensors, which share their memory with a NumPy array."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["fastfood", "hadamard"]
 
 
 def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None:
-    """``scale * H x`` along an axis, counted from the last; None where x is not for a kernel."""
+    """Compute ``scale * H x`` along an axis, counted from the last; None if no kernel accepts x."""
     if x.device.type != "cpu" or not in_memory(x) or kernels("walsh") is None:
         return None
 
@@ -26,7 +26,7 @@ def hadamard(x: Tensor, scale: float, axis: int, fallback: Map) -> Tensor | None
 
 
 def fastfood(x: Tensor, draws: Any, n_in: int, adjoint: bool, fallback: tuple[Map, Map]) -> Tensor | None:
-    """The linear part of a projection, or its adjoint; None where x is not for a kernel."""
+    """Compute the linear part of a projection, or its adjoint; None if no kernel accepts x."""
     if not (draws.long and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and in_memory(x)):
         return None
     compiled = kernels("fastfood")

@@ -1,4 +1,4 @@
-"""Linear maps that a kernel computes on memory, as torch differentiates them."""
+"""Differentiable torch functions for linear maps that a kernel computes directly on memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Map = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class KernelWithFallback:
-    """A linear map along axes that are counted from the last, whatever the batch before them.
+    """A linear map along axes counted from the last, for any batch before them.
 
     Attributes
     ----------
     kernel : callable
-        On the memory of a tensor.
+        Computes on the memory of a tensor.
     fallback : callable
-        The same in torch's own operations, for what has no memory of its own.
+        The same map in torch's operations, for tensors without memory.
     """
 
     kernel: Map
@@ -49,23 +49,23 @@ class KernelPair:
         return KernelPair(self.adjoint, self.forward)
 
     def __repr__(self) -> str:
-        # A trace puts the pair in its graph, and compares two of them: no addresses.
+        # The pair appears in traced graphs, which are compared with each other: its repr must not contain addresses.
         return "KernelPair(...)"
 
 
 def linear_map(x: Tensor, pair: KernelPair) -> Tensor:
-    """``pair.forward`` of x, differentiable to any order, in forward and backward mode."""
-    # A batch of gradients at once (is_grads_batched) has no memory.
+    """Apply ``pair.forward`` to x; differentiable to any order, in forward and backward mode."""
+    # A batch of gradients (is_grads_batched) has no memory.
     if torch._C._functorch.is_legacy_batchedtensor(x):
         return pair.forward.fallback(x)
     return cast(Tensor, LinearMap.apply(x, pair))  # type: ignore[no-untyped-call]
 
 
 def in_memory(x: Tensor) -> bool:
-    """Whether x has memory that a kernel may look at, or stands for such in a transformation of torch.func.
+    """Return whether x, or the tensor that it represents in a torch.func transformation, has memory for a kernel.
 
-    Not so a tensor of another class, or that a compiler or a mode looks at: these follow torch's operations,
-    and would see none.
+    False for tensors of other classes, and under a compiler or a dispatch mode: these intercept torch's operations, and
+    a kernel calls none.
     """
     return (
         type(x) in (Tensor, torch.nn.Parameter)
@@ -80,19 +80,19 @@ def in_memory(x: Tensor) -> bool:
 
 
 def _traced_before_dispatch() -> bool:
-    """Whether make_fx(pre_dispatch=True) or an export looks at operations."""
+    """Return whether make_fx(pre_dispatch=True) or an export is tracing."""
     length: Callable[[], int] | None = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
     return length is not None and length() > 0
 
 
 def _functionalized() -> bool:
-    """Whether torch.func.functionalize is at work, which has no rule for autograd's functions."""
+    """Return whether torch.func.functionalize is active, which has no rule for autograd functions."""
     stack = torch._C._functorch.get_interpreter_stack()
     return stack is not None and any(level.key() == torch._C._functorch.TransformType.Functionalize for level in stack)
 
 
 class LinearMap(torch.autograd.Function):
-    """Its derivatives are itself, and the adjoint."""
+    """A linear map as an autograd function: it is its own forward derivative, and backward applies the adjoint."""
 
     @staticmethod
     def forward(x: Tensor, pair: KernelPair) -> Tensor:
@@ -103,7 +103,7 @@ class LinearMap(torch.autograd.Function):
                     f"a tensor of shape {tuple(x.shape)} has no memory any more: its storage was freed, or shrunk to "
                     f"{x.untyped_storage().nbytes()} bytes"
                 )
-        # Zeros and opposites that torch has not yet made have no memory of that content.
+        # Lazy zero tensors and lazily negated tensors do not have their values in memory yet.
         return pair.forward.kernel(x.clone() if x._is_zerotensor() else x.resolve_neg())
 
     @staticmethod

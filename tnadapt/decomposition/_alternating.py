@@ -1,7 +1,7 @@
-"""Array after array by least squares, through a linear F.
+"""Alternating least squares over the arrays of a network, through a linear F.
 
-``F(network)`` is linear in each array by itself. With the others held, the best one solves a least-squares problem
-whose map is the network and F, and whose adjoint is theirs; nothing is formed. No step makes the error larger.
+``F(network)`` is linear in each array. With the others fixed, the optimal array solves a linear least-squares problem,
+which needs only the map (the network followed by F) and its adjoint, no matrix. No step increases the error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._single_tensor import Fit, Limits
 
 __all__ = ["alternate"]
 
-# Steps of each least-squares problem: the next sweep goes on from there.
+# Solver steps for each least-squares problem; the next sweep continues from the result.
 _STEPS = 20
 
 
@@ -32,7 +32,7 @@ def alternate(
     limits: Limits,
     watch: Callable[[int, float], None],
 ) -> Fit:
-    """Arrays with which a linear F of the network is nearest to a vector, from where they start.
+    """Fit the arrays of a network through a linear F to a vector, from a start.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def alternate(
         Linear.
     y : array, shape (n_out,)
     start : mapping of str to array
-        Named and shaped as ``network.shapes``.
+        With the names and shapes of ``network.shapes``.
     limits : Limits
     watch : callable
         Called with each sweep's number and relative error.
@@ -53,7 +53,7 @@ def alternate(
 
     Notes
     -----
-    A sweep solves one problem an array, each of up to 20 products with the network, F and their adjoints.
+    A sweep solves one problem per array, each with up to 20 products with the network, F and their adjoints.
     """
     backend = algebra.backend
     arrays = dict(start)
@@ -69,7 +69,7 @@ def alternate(
             arrays[name] = _solved(algebra, network, projection, y, arrays, name, limits)
         before, error = error, algebra.norm(y - whole())
         watch(sweeps, error / norm)
-        if not error < before:  # rounding, at the end; or not a number
+        if not error < before:  # converged up to rounding, or NaN
             arrays = best
             break
         best = dict(arrays)
@@ -87,13 +87,13 @@ def _solved(
     name: str,
     limits: Limits,
 ) -> Array:
-    """The best of one array, the others held."""
+    """Return the optimal value of one array with the others fixed."""
     backend, shape = algebra.backend, network.shapes[name]
 
     def made(vec: Array) -> Array:
         return projection(network.whole(backend, {**arrays, name: backend.reshape(vec, shape)}))
 
-    # Of several terms those without the array are a constant.
+    # The terms of a sum that do not contain the array are a constant.
     constant = made(algebra.zeros((math.prod(shape),))) if network.terms > 1 else None
 
     def forward(vec: Array) -> Array:

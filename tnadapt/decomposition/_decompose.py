@@ -1,4 +1,4 @@
-"""``tnadapt.decompose``."""
+"""``tnadapt.decompose``: fit a config to given updates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SVD = ("auto", "full", "randomized")
 
 
 class Settings:
-    """How a decomposition is done; checked.
+    """Validated settings of a decomposition.
 
     Parameters
     ----------
@@ -66,72 +66,73 @@ def decompose(
     seed: int = 0,
     progress: Callable[[Step], None] | None = None,
 ) -> tuple[dict[str, Array], FitReport]:
-    """Fit a config to given updates: the parameters whose ``deltas`` are nearest to them.
+    """Fit the parameters of a config to given updates.
 
     Parameters
     ----------
     deltas : list of array, or one array
-        The updates, each of shape (rows, cols); one library, real floating dtype and device. Or one tensor of any
-        order, which counts as one weight of shape (d_1, d_2 ⋯ d_M). One of more than two modes needs a config that
-        names them, ``Config(order=M, fold=(d_1, …, d_M), groups=1, …)``; the fold may also merge neighbouring modes,
-        or divide them.
+        The updates, each of shape (rows, cols), all of the same library, real floating dtype and device. Or one
+        tensor of any order, which counts as one weight of shape (d_1, d_2 ⋯ d_M). A tensor of more than two modes
+        needs a config that names them, ``Config(order=M, fold=(d_1, …, d_M), groups=1, …)``; the fold may also merge
+        neighbouring modes or divide modes.
     cfg : Config
-        What the updates are to be made of.
+        The method to fit.
     layers : sequence of hashable, optional
-        One key a weight, for ``groups="layer"``.
+        One key per weight, for ``groups="layer"``.
     tol : float
-        An iteration ends when a step makes the relative error smaller by no more than this.
+        An iteration stops when a step reduces the relative error by no more than this.
     max_iterations : int
-        Of each group, at least 1.
+        Maximum number of iterations per group, at least 1.
     svd : {"auto", "full", "randomized"}
-        How leading singular vectors are found: of the whole matrix, or by random projections (Halko et al.), which
-        "auto" does where both sides are longer than 1024 and few are asked for. A result of those is never certified.
+        How to compute leading singular vectors: from the full matrix, or by random projections (Halko et al.).
+        "auto" uses random projections if both sides are longer than 1024 and few vectors are needed. Their results
+        are never certified.
     seed : int
-        Of random projections and starts.
+        Seed of random projections and starts.
     progress : callable, optional
-        Called with a :class:`~tnadapt.decomposition.Step` as it goes.
+        Called with a :class:`~tnadapt.decomposition.Step` after each step.
 
     Returns
     -------
     params : dict of str to array
-        As ``SuperLoRA(cfg, shapes).param_shapes`` names and shapes them; library, device and dtype of the updates (half
-        precision is computed, and given, in float32). Not differentiable.
-    report : Report
-        Relative Frobenius error and a lower bound of it, of all and of each group, iterations, and whether the
+        With the names and shapes of ``SuperLoRA(cfg, shapes).param_shapes``, and the library, device and dtype of the
+        updates (float32 for half precision). Not differentiable.
+    report : FitReport
+        The relative Frobenius error and a lower bound on it, overall and per group, the iterations, and whether the
         optimum is certified; ``report.plan.deltas(params)`` are the fitted updates.
 
     Raises
     ------
     ShapeError
-        If an update is no matrix, holds NaN or infinity, the config does not fit the shapes, or a tensor of more than
-        two modes comes with a config that does not name them.
+        If an update is not a matrix, contains NaN or infinity, the config does not fit the shapes, or the config does
+        not name the modes of a tensor with more than two.
     ConfigError
         If a setting is out of range.
     BackendError
-        If the arrays are of several libraries, dtypes or devices.
+        If the arrays are of different libraries, dtypes or devices.
 
     Notes
     -----
-    Each group by itself; what is done for one of n elements, by its config:
+    Each group is fitted separately, with a method that depends on the config:
 
     ============================================ =========================================================
     dense; anything of order 1                   exact
     CP, M = 2 (LoRA)                             truncated SVD: without padding the optimum (Eckart & Young)
-    CP, M > 2                                    ALS (TensorLy), no guarantee; of a small tensor from three starts
+    CP, M > 2                                    ALS (TensorLy), no guarantee; three starts for a small tensor
     Tucker                                       HOSVD, then HOOI (TensorLy)
     tensor train                                 TT-SVD (TensorLy): within √(M - 1) of the optimum
     K = 2 dense splits                           nearest Kronecker product, by rearrangement and SVD: the optimum
-    other Kronecker splits, sums                 from that, one split after another; no step makes it worse
-    Hadamard splits                              L-BFGS on all arrays, from near one split alone
-    shuffle                                      as without F, of the shuffled vector
-    dense through linear F                       least squares: small F directly, the optimum; large by LSQR
-    others through linear F                      from that, array after array by least squares
-    nonlinear F                                  from tanhshrink's inverse, L-BFGS on all arrays
+    other Kronecker splits, sums                 from there, alternating over splits; no step increases the error
+    Hadamard splits                              L-BFGS on all arrays, starting near one split alone
+    shuffle                                      as without F, for the unshuffled vector
+    dense through linear F                       least squares: small F directly, the optimum; large F by LSQR
+    others through linear F                      from there, alternating least squares over arrays
+    nonlinear F                                  from the inverse of tanhshrink, L-BFGS on all arrays
     ============================================ =========================================================
 
-    Elements that a fold or a cut adds are free: they are not fitted to zero, but left to take what suits the others.
-    An update of zeros gives the parameters at which training starts. Nothing global changes, TensorLy's backend
-    least. Memory is a few times the largest group.
+    Elements that padding adds are free: they are not fitted to zero, but take any value that helps to fit the others.
+    An update of zeros gives the initial parameters of training. No global state changes; in particular, TensorLy's
+    backend stays the same. Memory is a few times the largest group.
 
     Examples
     --------
@@ -151,10 +152,10 @@ def decompose(
     for number, delta in enumerate(given):
         backend.require_float(delta, f"deltas[{number}]")
         if str(backend.device(delta)) == "meta":
-            raise BackendError(f"deltas[{number}] is on the meta device, and has no numbers")
+            raise BackendError(f"deltas[{number}] is on the meta device and has no values: move it to a real device")
     plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(given)], layers)
     settings = Settings(tol, max_iterations, svd, seed)
-    # A library that TensorLy does not know is computed for on the host.
+    # For a library that TensorLy does not support, compute in NumPy on the host.
     own = backend if backend.name in TENSORLY else load_backend("numpy")
     kind = backend.dtype_name(given[0])
     wide = kind if kind == "float64" else "float32"
@@ -189,7 +190,7 @@ def _listed(deltas: Any) -> list[Array]:
 
 
 def _in_own_modes(deltas: Any, cfg: Config) -> Config:
-    """The config for one tensor of more than two modes; a ShapeError unless its fold names them."""
+    """Return the config for one tensor; raise a ShapeError if it has over two modes that the fold does not name."""
     if isinstance(deltas, (list, tuple)) or len(deltas.shape) <= 2 or not isinstance(cfg, Config):
         return cfg
     shape = tuple(int(size) for size in deltas.shape)
@@ -197,7 +198,7 @@ def _in_own_modes(deltas: Any, cfg: Config) -> Config:
         raise ShapeError(
             f"a tensor of shape {shape} has {len(shape)} modes, and fold={cfg.fold!r} does not say which of them are "
             f"rows and which are columns: give Config(order={len(shape)}, fold={shape}, groups=1, …) to decompose it "
-            "in its own modes, or a list of matrices, one a weight"
+            "in its own modes, or a list of matrices, one per weight"
         )
     ours, theirs = (set(itertools.accumulate(sizes, operator.mul)) for sizes in (cfg.fold, shape))
     if math.prod(cfg.fold) != math.prod(shape) or not (ours <= theirs or theirs <= ours):
@@ -208,16 +209,16 @@ def _in_own_modes(deltas: Any, cfg: Config) -> Config:
     if cfg.groups not in ("weight", "layer", 1, ((0,),)):
         raise ShapeError(
             f"groups={cfg.groups!r} would cut a tensor of shape {shape} across its modes: give groups=1, or a list of "
-            "matrices, one a weight"
+            "matrices, one per weight"
         )
-    # The tensor is one weight to the plan, however many its first mode stands for.
+    # The plan sees the tensor as a single weight, even if its first mode enumerates several.
     return cfg.replace(weight_shape=None)
 
 
 def _shape(delta: Array, number: int) -> tuple[int, int]:
     if len(delta.shape) != 2:
         raise ShapeError(
-            f"deltas[{number}] has shape {tuple(delta.shape)}; expected (rows, cols). One tensor of another order is "
-            "given by itself, not in a list"
+            f"deltas[{number}] has shape {tuple(delta.shape)}; expected (rows, cols). Pass one tensor of another order "
+            "by itself, not in a list"
         )
     return int(delta.shape[0]), int(delta.shape[1])

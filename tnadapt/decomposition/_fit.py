@@ -1,4 +1,4 @@
-"""What a solver returns, and when it stops."""
+"""The result of a solver, and its stopping criteria."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Arrays = dict[str, Array]
 
 
 class Fit(NamedTuple):
-    """Arrays, and how they came about.
+    """Fitted arrays, and how they were computed.
 
     Attributes
     ----------
     arrays : dict of str to array
     optimal : bool
-        Whether algebra says that no others come nearer.
+        Whether theory guarantees that they are the optimum.
     iterations : int
     method : str
-        In a few words.
+        Short description of the method.
     """
 
     arrays: Arrays
@@ -31,14 +31,14 @@ class Fit(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """When an iteration ends.
+    """Stopping criteria of an iteration.
 
     Attributes
     ----------
     tol : float
-        At a step that makes the relative error smaller by no more.
+        Stop when a step reduces the relative error by no more than this.
     iterations : int
-        After so many, in any case.
+        Maximum number of iterations.
     """
 
     tol: float = 1e-6

@@ -1,4 +1,4 @@
-"""How near a fit came, group by group."""
+"""Report on the accuracy of a fit, overall and per group."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["FitReport", "GroupReport", "Step"]
 
 
 class Step(NamedTuple):
-    """How far a decomposition is: what a progress callback is given.
+    """Progress of a decomposition, the argument of a progress callback.
 
     Attributes
     ----------
     group, groups : int
-        Which group, from 0, of how many.
+        Index of the group, from 0, and the number of groups.
     iteration : int
-        Of this group; 0 when it begins.
+        Iteration within this group; 0 when the group begins.
     error : float or None
-        The relative error of the group so far, if it is known.
+        The relative error of the group so far, if known.
     """
 
     group: int
@@ -34,25 +34,26 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GroupReport:
-    """How near the fit of one group came.
+    """The accuracy of the fit of one group.
 
     Attributes
     ----------
     size : int
-        Elements of its update.
+        Number of elements of its update.
     norm : float
         Frobenius norm of the given update.
     error : float
-        Relative Frobenius error, ``|fit - given| / |given|``, in float64 and of the arrays that are returned; 0 for an
+        Relative Frobenius error, ``|fit - given| / |given|``, computed in float64 from the returned arrays; 0 for an
         update of zeros.
     bound : float
-        A relative error that no parameters of this config can fall below; 0 where none is known.
+        A lower bound on the relative error over all parameters of this config; 0 if none is known.
     certified : bool
-        Whether it is the optimum: by theory, as the bound is met, or as nothing but rounding is left.
+        Whether the fit is known to be optimal: by theory, because it meets the bound, or because the error is no more
+        than rounding.
     iterations : int
-        Of the alternating or descending method; 0 where there is none.
+        Iterations of the method; 0 if it is direct.
     method : str
-        What was done.
+        Description of the method.
     """
 
     size: int
@@ -66,7 +67,7 @@ class GroupReport:
 
 @dataclasses.dataclass(frozen=True)
 class FitReport:
-    """How near a decomposition came.
+    """The accuracy of a decomposition.
 
     Attributes
     ----------
@@ -92,26 +93,26 @@ class FitReport:
 
     @functools.cached_property
     def bound(self) -> float:
-        """A relative error of all together that no parameters can fall below."""
+        """Lower bound on the relative error of all updates together."""
         return self._together([group.bound for group in self.groups])
 
     @property
     def errors(self) -> tuple[float, ...]:
-        """The relative error of each group."""
+        """Relative error of each group."""
         return tuple(group.error for group in self.groups)
 
     @property
     def certified(self) -> bool:
-        """Whether every group is at its optimum."""
+        """Whether the fit of every group is known to be optimal."""
         return all(group.certified for group in self.groups)
 
     @property
     def iterations(self) -> int:
-        """Of all groups together."""
+        """Total number of iterations of all groups."""
         return sum(group.iterations for group in self.groups)
 
     def _together(self, errors: list[float]) -> float:
-        # By a power of two near the largest: an error times a norm of 1e-320 would have few digits.
+        # Scale by a power of two near the largest norm: an error times a norm of 1e-320 would have few digits.
         exponent = math.frexp(max((group.norm for group in self.groups), default=0.0))[1]
         norms = [math.ldexp(group.norm, -exponent) for group in self.groups]
         wrong = together(error * norm for error, norm in zip(errors, norms, strict=True))
@@ -130,7 +131,7 @@ class FitReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """Return the report as a dictionary for JSON."""
         return {
             "config": self.plan.config.to_dict(),
             "parameters": self.plan.num_parameters,

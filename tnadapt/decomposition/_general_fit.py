@@ -1,8 +1,7 @@
-"""One tensor to the arrays of any format: alternating least squares by its tensor and its adjoint alone.
+"""Fit of any format to one tensor by alternating least squares.
 
-A tensor is linear in each array by itself. Each array in turn is the solution of a linear least-squares problem, the
-others held: no step makes the error larger. The problems are solved by LSQR, for which the format forms its tensor and
-the adjoint; nothing else is asked of it.
+A tensor is linear in each array, so each array in turn solves a linear least-squares problem with the others fixed; no
+step increases the error. The problems are solved by LSQR, which needs only the tensor and the adjoint of the format.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ __all__ = ["fit_any"]
 
 Arrays = dict[str, Array]
 
-# Random starts of a small tensor, and what is small; of larger ones the first start alone is taken.
+# Number of random starts for a small tensor, and its maximum size; larger ones have a single start.
 _STARTS, _SMALL = 4, 1 << 14
-# Steps of each least-squares problem: the next sweep goes on from there.
+# Solver steps for each least-squares problem; the next sweep continues from the result.
 _STEPS = 30
 
 
 def fit_any(algebra: Algebra, split: Format, tensor: Array, start: Mapping[str, Array] | None, limits: Limits) -> Fit:
-    """The arrays of a format that make a tensor, as nearly as the best of several starts comes.
+    """Fit the arrays of a format to a tensor; return the best result of several starts.
 
     Parameters
     ----------
     algebra : Algebra
     split : Format
     tensor : array, shape (d_1, …, d_M)
-        Not zero. It may have fewer rows in the first mode than the format: the others then take any value.
+        Not zero. It may have fewer rows in the first mode than the format; the other rows are then unconstrained.
     start : mapping of str to array, optional
-        Where to begin; random arrays if None.
+        Initial arrays; random if None.
     limits : Limits
 
     Returns
     -------
     Fit
-        Never called optimal: alternating least squares may end beside the optimum.
+        Never marked optimal, as alternating least squares may end in a local minimum.
     """
     now = _Alternation(algebra, split, tensor, limits)
     if start is not None:
@@ -82,7 +81,7 @@ class _Alternation:
         return self.algebra.norm(self.tensor - self.made(arrays))
 
     def descent(self, begun: Arrays) -> Fit:
-        """Sweeps from given arrays, until one gains no more than the tolerance."""
+        """Run sweeps from given arrays until one gains no more than the tolerance."""
         arrays, best = dict(begun), dict(begun)
         error, sweeps = math.inf, 0
         while sweeps < self.limits.iterations:
@@ -90,7 +89,7 @@ class _Alternation:
             for name in self.split.shapes:
                 arrays[name] = self._solved(arrays, name)
             before, error = error, self.error(arrays)
-            if not error < before:  # rounding, at the end; or not a number
+            if not error < before:  # converged up to rounding, or NaN
                 break
             best = dict(arrays)
             if before - error <= self.limits.tol * self.norm:
@@ -98,14 +97,14 @@ class _Alternation:
         return Fit(best, False, sweeps, "alternating least squares")
 
     def _solved(self, arrays: Mapping[str, Array], name: str) -> Array:
-        """The best of one array, the others held."""
+        """Return the optimal value of one array with the others fixed."""
         backend, shape = self.algebra.backend, self.split.shapes[name]
 
         def forward(vec: Array) -> Array:
             return backend.flatten(self.made({**arrays, name: backend.reshape(vec, shape)}))
 
         def adjoint(vec: Array) -> Array:
-            # The rows that the tensor does not have are no part of the problem: zeros in the adjoint.
+            # Rows that the tensor does not have are not part of the problem, so they are zero in the adjoint.
             filled = backend.reshape(backend.pad_last(vec, vec.shape[0] + self.missing), self.split.sizes)
             return backend.flatten(self.split.adjoint(backend, arrays, filled)[name])
 

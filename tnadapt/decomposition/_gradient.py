@@ -1,7 +1,7 @@
 """Refinement by gradients: L-BFGS on all arrays at once, for a nonlinear F and for Hadamard products.
 
-The gradient goes through the adjoints of F at a point and of the network. The few parameters are SciPy's, in float64 on
-the host; all that is long stays where it is.
+The gradient is computed by the adjoints of F at a point and of the network. The few parameters are passed to SciPy in
+float64 on the host; long vectors stay on their device.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def refine(
     limits: Limits,
     watch: Callable[[int, float], None],
 ) -> Fit:
-    """Arrays with which F of the network is nearer to a vector than where they start.
+    """Improve the arrays of a network so that F of the network is nearer to a vector.
 
     Parameters
     ----------
     algebra : Algebra
     network : Network
     projection : Projection
-        Of any kind.
+        Any kind.
     y : array, shape (n_out,)
-        What ``F(x)`` is to be: of a nonlinear F, the update plus ``F(x_start)``.
+        The target of ``F(x)``; for a nonlinear F, the update plus ``F(x_start)``.
     start : mapping of str to array
     limits : Limits
     watch : callable
@@ -50,14 +50,14 @@ def refine(
 
     Notes
     -----
-    Byrd, Lu, Nocedal & Zhu (1995), as SciPy has it. An evaluation is F and the network forth and back.
+    L-BFGS-B of Byrd, Lu, Nocedal & Zhu (1995), in SciPy. Each evaluation runs F and the network forwards and backwards.
     """
     from scipy.optimize import minimize
 
     backend, shapes = algebra.backend, network.shapes
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
     norm = algebra.norm(y)
-    # Arrays of any size are of one to the method.
+    # Each array is scaled to a root mean square of one, so that the method sees parameters of similar size.
     units = {name: max(algebra.norm(start[name]) / size**0.5, 1e-6) for name, size in zip(shapes, sizes, strict=True)}
 
     def arrays_of(theta: np.ndarray) -> dict[str, Array]:
@@ -75,7 +75,7 @@ def refine(
         arrays = arrays_of(theta)
         x = network.whole(backend, arrays)
         left = projection(x) - y
-        # Divided one by one: the square of the norm may be beyond every number.
+        # Divide twice by the norm: its square may overflow.
         relative = left * (1.0 / norm)
         gradient = network.adjoint(backend, arrays, projection.adjoint(relative, at=x) * (2.0 / norm))
         return algebra.squares(relative), flat(gradient, 1)
@@ -87,7 +87,7 @@ def refine(
         seen += 1
         watch(seen, max(0.0, float(getattr(intermediate_result, "fun", 0.0))) ** 0.5)
 
-    with np.errstate(over="ignore", invalid="ignore"):  # a step too far is taken back
+    with np.errstate(over="ignore", invalid="ignore"):  # the line search backtracks from a step that overflows
         found = minimize(
             value, flat(start, -1), jac=True, method="L-BFGS-B", callback=step,
             options={"maxiter": limits.iterations, "ftol": limits.tol**2, "gtol": 0.0},

@@ -1,4 +1,4 @@
-"""All groups of a plan, one after another, from updates that are read when they are needed."""
+"""Fit of all groups of a plan, one after another, with updates that are read when they are needed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["fit_plan"]
 
 Progress = Callable[[Step], None]
 
-# What is left is rounding where it is this many times the dtype's.
+# An error of up to this many times the dtype's epsilon is rounding.
 _ROUNDING = 64
-# A bound counts as met within this share of it.
+# A bound counts as met within this relative tolerance.
 _MET = 1e-6
 
 
@@ -36,15 +36,15 @@ def fit_plan(
     limits: Limits,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Array], FitReport]:
-    """The parameters of a plan whose updates are nearest to given ones.
+    """Fit the parameters of a plan to given updates.
 
     Parameters
     ----------
     algebra : Algebra
     plan : SuperLoRA
     read : callable
-        The update of one weight, by its number: an array, shape (rows, cols), of algebra's library and dtype. It
-        is asked for each once where no weight lies in two groups, or those follow one another.
+        Returns the update of one weight, given its index: an array, shape (rows, cols), in algebra's library and
+        dtype. It is called once per weight, unless a weight lies in groups that do not follow one another.
     limits : Limits
     progress : callable, optional
         Called with a :class:`Step` when a group begins and after each iteration.
@@ -52,19 +52,19 @@ def fit_plan(
     Returns
     -------
     dict of str to array
-        Named and shaped as ``plan.param_shapes``.
-    Report
+        With the names and shapes of ``plan.param_shapes``.
+    FitReport
 
     Raises
     ------
     ShapeError
-        If an update holds NaN or infinity.
+        If an update contains NaN or infinity.
     ConfigError
         If the config freezes arrays.
 
     Notes
     -----
-    In memory is one group's part of the long vector at a time, a few times over.
+    Memory is a few times one group's part of the long vector.
     """
     if plan.frozen_shapes:
         raise ConfigError(
@@ -97,19 +97,20 @@ def fit_plan(
 def _fitted(
     algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Callable[[int, float | None], None]
 ) -> tuple[dict[str, Array], GroupReport]:
-    # A linear F and the network are homogeneous, and powers of two change no digit: what is fitted is of size one.
+    # If F is linear, F and the network are homogeneous: scale the update to magnitude one by a power of two, which is
+    # exact.
     exponent = power_of(algebra, y) if group.projection.linear else 0
     scaled = algebra.scaled(y, -exponent)
     norm = algebra.norm(scaled)
     if not norm < math.inf or math.frexp(norm)[1] + exponent > 1024:
         raise ShapeError(
-            "an update holds NaN, infinity, or numbers whose Frobenius norm float64 cannot hold: nothing fits it"
+            "an update holds NaN, infinity, or numbers whose Frobenius norm exceeds float64: it cannot be fitted"
         )
     found = fit_group(algebra, group, scaled, limits, watch)
     arrays = at_size(algebra, group.network, found.arrays, exponent) if norm else found.arrays
     error = _error(algebra, group, arrays, scaled, exponent)
     if not error <= norm:
-        # Never worse than nothing at all.
+        # Never return a fit that is worse than an update of zeros.
         found = Fit(started(algebra, group), False, found.iterations, f"{found.method}: no better than zero")
         arrays = found.arrays
         error = _error(algebra, group, arrays, scaled, exponent)
@@ -119,7 +120,7 @@ def _fitted(
     rounding = _ROUNDING * algebra.eps * norm
     certified = found.optimal or error <= rounding or error <= bound * (1.0 + _MET)
     if found.optimal:
-        # Others may come nearer by what rounding to the dtype took, and by no more.
+        # Other arrays can be better by at most the rounding of the optimum to the dtype.
         bound = max(bound, error - rounding)
     bound = min(error, bound)
     relative = (error / norm, bound / norm) if norm else (0.0, 0.0)
@@ -128,12 +129,12 @@ def _fitted(
 
 
 def _error(algebra: Algebra, group: Group, arrays: Mapping[str, Array], scaled: Array, exponent: int) -> float:
-    """How far the update of arrays is from ``scaled``, which was divided by a power of two: in float64."""
+    """Compute, in float64, the distance of the arrays' update from ``scaled``, both divided by ``2 ** exponent``."""
     double = algebra.double
     wide = {name: algebra.doubled(array) for name, array in arrays.items()}
     if group.projection.linear:
         wide = at_size(double, group.network, wide, -exponent)
     params = {full: wide[name] for name, full in group.names.items()}
-    with np.errstate(over="ignore", invalid="ignore"):  # of arrays that reach too far, it is infinite
+    with np.errstate(over="ignore", invalid="ignore"):  # the error is infinite for arrays that overflow
         made = group.update(double.backend, params, 0, group.size, algebra.backend.dtype_name(algebra.like))
         return double.norm(made - algebra.doubled(scaled))

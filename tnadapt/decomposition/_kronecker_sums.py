@@ -1,9 +1,9 @@
-"""Sums of Kronecker products to one tensor: the rearrangement's SVD or CP, then split by split.
+"""Fit of a sum of Kronecker products to one tensor: SVD or CP of the rearrangement, then split by split.
 
 Rearranged (:mod:`tnadapt.algebra.rearrangement`), a sum of T Kronecker products of K splits is a CP tensor of rank T
-whose factors are the splits' vectors. K = 2 dense splits: its truncated SVD, which is the optimum. More: ALS. Splits
-that are themselves factored: one split after another is set to the best of its format, the others held. As the others
-only scale it, that is the format's best for the contracted tensor, and no step makes the error larger.
+whose factors are the splits' vectors. For K = 2 dense splits, its truncated SVD is the optimum; for more, ALS is used.
+Splits that are themselves factored are optimised one after another, with the others fixed. As the others only scale a
+split, its optimum is the format's best fit to the contracted tensor, and no step increases the error.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def fit_sum(
     limits: Limits | None = None,
     watch: Callable[[int, float], None] | None = None,
 ) -> tuple[list[Term], Fit]:
-    """Arrays whose sum of products is nearest to a tensor.
+    """Fit the arrays of a sum of Kronecker products to a tensor.
 
     Parameters
     ----------
     algebra : Algebra
     tensor : array, shape (p_1, …, p_K)
-        Rearranged.
+        The rearranged tensor.
     splits : sequence of Format
-        K of them.
+        The K splits.
     terms : int
         T.
     start : sequence of Term, optional
-        Where to begin.
+        Initial arrays.
     limits : Limits, optional
     watch : callable, optional
         Called with each sweep's number and its relative error.
@@ -88,7 +88,7 @@ def fit_sum(
 
 
 def outer_sum(algebra: Algebra, splits: Sequence[Format], terms: Sequence[Term]) -> Array:
-    """The rearranged tensor that arrays make."""
+    """Compute the rearranged tensor of arrays."""
     return _outer_sum(
         algebra, [[_whole(algebra, split, own) for split, own in zip(splits, term, strict=True)] for term in terms]
     )
@@ -109,10 +109,10 @@ def _outer_sum(algebra: Algebra, terms: Sequence[Sequence[Array]]) -> Array:
 
 
 def _dense_start(algebra: Algebra, tensor: Array, terms: int, limits: Limits) -> tuple[list[list[Array]], Fit]:
-    """Vectors of every split of every term, as if all were dense."""
+    """Compute the vectors of every split of every term as if all splits were dense."""
     backend, sizes = algebra.backend, [int(size) for size in tensor.shape]
     if len(sizes) == 1:
-        # The first term takes all, and the others what its format leaves.
+        # The first term is fitted to all of the tensor, the others later to the residual that its format leaves.
         return [[tensor]] + [[algebra.zeros(sizes)] for _ in range(terms - 1)], Fit({}, True, 0, "exact")
     from tnadapt.algebra.formats import CP
 
@@ -126,7 +126,7 @@ def _dense_start(algebra: Algebra, tensor: Array, terms: int, limits: Limits) ->
 
 
 class _Sum:
-    """Where the alternation stands: arrays, and the tensor of each split of each term."""
+    """State of the alternation: the arrays, and the tensor of each split of each term."""
 
     def __init__(self, algebra: Algebra, tensor: Array, splits: Sequence[Format], arrays: list[Term]) -> None:
         self.algebra, self.tensor, self.splits, self.arrays = algebra, tensor, splits, arrays
@@ -141,19 +141,19 @@ class _Sum:
                 self._improve(term, k, limits)
 
     def _improve(self, term: int, k: int, limits: Limits) -> None:
-        """The best of its format for one split of one term, all else held."""
+        """Optimise one split of one term, with everything else fixed."""
         algebra, own = self.algebra, self.made[term]
         others = [None if j == k else split for j, split in enumerate(own)]
         size = math.prod(algebra.squares(split) for split in others if split is not None)
         if size == 0.0 or not math.isfinite(size):
-            return  # what it is multiplied with is nothing, and so would it be
+            return  # the other factors vanish or overflow, so the split cannot be determined
         wanted = contracted(algebra.backend, self.tensor, others, self.splits[k].sizes)
         for other, theirs in enumerate(self.made):
             if other != term:
                 overlap = math.prod(self._product(own[j], theirs[j]) for j in range(len(self.splits)) if j != k)
                 wanted = wanted - theirs[k] * overlap
         wanted = wanted * (1.0 / size)
-        # A few steps of a format's own alternation: the sweeps go on from there.
+        # A few steps of a format's own iteration are enough: later sweeps continue it.
         few = limits._replace(iterations=min(limits.iterations, 5))
         found = fit_format(algebra, self.splits[k], wanted, self.arrays[term][k], few).arrays
         made = _whole(algebra, self.splits[k], found)

@@ -1,7 +1,7 @@
-"""Linear least squares through a map and its adjoint, nothing formed: SciPy's LSQR, and CGLS on other libraries.
+"""Matrix-free linear least squares, by a map and its adjoint: SciPy's LSQR, and CGLS for other libraries.
 
-Paige & Saunders, "LSQR" (ACM TOMS 8, 1982); both are conjugate gradients on the normal equations, and equal but for
-rounding. SciPy's wants vectors on the host, so that on a device its plain form is used.
+Paige & Saunders, "LSQR" (ACM TOMS 8, 1982). Both are conjugate gradients on the normal equations, and equal up to
+rounding. SciPy needs vectors on the host, so CGLS is used for arrays on a device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Map = Callable[[Array], Array]
 
 
 class Solution(NamedTuple):
-    """What a solver found.
+    """The solution of a least-squares problem.
 
     Attributes
     ----------
     x : array
     converged : bool
-        Whether the gradient is zero, or the residual, to the tolerance.
+        Whether the gradient or the residual is zero to the tolerance.
     iterations : int
     """
 
@@ -39,7 +39,7 @@ class Solution(NamedTuple):
 def least_squares(
     algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int
 ) -> Solution:
-    """The x that makes ``|forward(x) - y|`` least.
+    """Find the x that minimises ``|forward(x) - y|``.
 
     Parameters
     ----------
@@ -47,11 +47,11 @@ def least_squares(
     forward, adjoint : callable
         A linear map of vectors, and its adjoint.
     y, start : array, vectors
-        The right side, and where x begins.
+        The right-hand side, and the initial x.
     tol : float
-        Of the gradient's size beside the map's and the residual's; LSQR's ``atol`` and ``btol``.
+        Tolerance of the gradient relative to the norms of the map and the residual; LSQR's ``atol`` and ``btol``.
     iterations : int
-        At most.
+        Maximum number of iterations.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def least_squares(
 
 
 def lsqr(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int) -> Solution:
-    """:func:`least_squares` by SciPy, on NumPy arrays."""
+    """:func:`least_squares` by SciPy, for NumPy arrays."""
     from scipy.sparse.linalg import LinearOperator
     from scipy.sparse.linalg import lsqr as solve
 
@@ -86,12 +86,12 @@ def lsqr(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, t
 
 
 def cgls(algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int) -> Solution:
-    """:func:`least_squares` by conjugate gradients, on arrays of any library."""
+    """:func:`least_squares` by conjugate gradients, for arrays of any library."""
     x, residual = start, y - forward(start)
     gradient = adjoint(residual)
     direction, slope = gradient, algebra.squares(gradient)
     right = algebra.norm(y)
-    # A running estimate of the map's norm, as LSQR has one.
+    # Running estimate of the map's norm, as in LSQR.
     size = 0.0
     for count in range(iterations + 1):
         left = algebra.norm(residual)

@@ -1,6 +1,6 @@
-"""What a decomposition asks of linear algebra: TensorLy on the arrays' own library, and a few sums.
+"""Linear algebra for decompositions: TensorLy on the library of the arrays, and robust norms.
 
-TensorLy's backend is one for the whole process. It is set for the calling thread alone, and set back.
+TensorLy has one backend for the whole process. Here it is set for the calling thread only, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from tnadapt.errors import BackendError
 
 __all__ = ["TENSORLY", "Algebra", "tensorly_on"]
 
-# A library here -> its name in TensorLy.
+# Name of a library in tnadapt -> its name in TensorLy.
 TENSORLY = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "cupy": "cupy"}
 
-# Matrices whose smaller side is longer are not decomposed whole where a few singular vectors are asked for.
+# If only few singular vectors are needed, matrices whose smaller side is longer than this get a randomised SVD.
 _WHOLE = 1024
 _OVERSAMPLES = 10
 _POWER_ITERATIONS = 4
 _PIECE = 1 << 20
-# Sums of squares within these have lost nothing to numbers whose squares float64 does not hold.
+# A sum of squares in this range has lost nothing to overflow or underflow of its terms.
 _SAFE = 1e-200, 1e200
 
 
 @contextlib.contextmanager
 def tensorly_on(backend: Backend) -> Iterator[Any]:
-    """TensorLy, computing with a library; in this thread, and until the end of the block.
+    """Yield TensorLy with a library as its backend, in this thread and until the end of the block.
 
     Parameters
     ----------
@@ -52,14 +52,14 @@ def tensorly_on(backend: Backend) -> Iterator[Any]:
     import tensorly
 
     own = getattr(tensorly.backend.BackendManager, "_THREAD_LOCAL_DATA", None)
-    # A thread that has set none follows the process, and is to follow it again.
+    # A thread without a backend of its own uses that of the process, and must do so again afterwards.
     follows = own is not None and "backend" not in own.__dict__
     before = tensorly.get_backend()
     tensorly.set_backend(TENSORLY[backend.name], local_threadsafe=True)
     try:
         yield tensorly
     finally:
-        # backend_context would set it back for every thread.
+        # TensorLy's backend_context would restore it for all threads.
         if own is not None and follows:
             del own.backend
         else:
@@ -75,10 +75,10 @@ class Algebra:
     backend : Backend
         One of ``TENSORLY``.
     like : array
-        Its dtype and device are those of all arrays.
+        Defines the dtype and device of all arrays.
     svd_method : {"auto", "full", "randomized"}
     seed : int
-        Of random projections and starts.
+        Seed of random projections and starts.
     """
 
     backend: Backend
@@ -88,64 +88,64 @@ class Algebra:
 
     @property
     def eps(self) -> float:
-        """The distance from 1 to the next number of the dtype."""
+        """Machine epsilon of the dtype."""
         return float(np.finfo(self.backend.dtype_name(self.like)).eps)
 
     @property
     def rng(self) -> np.random.RandomState:
-        """A generator, which TensorLy takes; the same numbers each time."""
+        """A new generator for TensorLy, with the same numbers each time."""
         return np.random.RandomState(self.seed % (1 << 32))
 
     def array(self, host: np.ndarray) -> Array:
-        """A NumPy array in the library, dtype and device."""
+        """Convert a NumPy array to this library, dtype and device."""
         return self.backend.asarray(np.ascontiguousarray(host), self.backend.dtype_name(self.like), self.device)
 
     @property
     def device(self) -> Any:
-        """Where the arrays live."""
+        """Device of the arrays."""
         return self.backend.device(self.like)
 
     def zeros(self, shape: Sequence[int]) -> Array:
-        """Zeros of that shape."""
+        """Return zeros of that shape."""
         return self.backend.zeros(shape, like=self.like)
 
     @functools.cached_property
     def double(self) -> Algebra:
-        """The same in float64: in the library where it has that dtype on the device, else in NumPy."""
+        """This algebra in float64: in the same library if it supports float64 on the device, otherwise in NumPy."""
         try:
             like = self.backend.astype(self.zeros((1,)), "float64")
-        except (BackendError, TypeError):  # JAX without 64-bit numbers; a device of torch without them
+        except (BackendError, TypeError):  # JAX with 64-bit numbers disabled; a torch device without float64
             return Algebra(load_backend("numpy"), np.zeros(1), self.svd_method, self.seed)
         return Algebra(self.backend, like, self.svd_method, self.seed)
 
     def doubled(self, x: Array) -> Array:
-        """An array of :attr:`double` with the numbers of x."""
+        """Convert x to an array of :attr:`double`."""
         backend = self.backend
         return backend.astype(x, "float64") if self.double.backend is backend else backend.to_numpy(x).astype("float64")
 
     def largest(self, x: Array) -> float:
-        """The largest magnitude; 0 of nothing but zeros, NaN or infinity where there is one."""
+        """Return the largest magnitude; 0 if all elements are zero, NaN or infinity if there is one."""
         found = self.backend.largest(x)
-        # Some libraries compute as if numbers below the normal ones were zero; the host does not.
+        # Some libraries flush subnormal numbers to zero; NumPy on the host does not.
         return found if found > self._least else float(np.max(np.abs(self.backend.to_numpy(x)), initial=0.0))
 
     def scaled(self, x: Array, exponent: int) -> Array:
-        """x times ``2 ** exponent``: exact, unless a result leaves the dtype's normal range."""
+        """Multiply x by ``2 ** exponent``; exact unless a result leaves the dtype's normal range."""
         if exponent > 0 and self.backend.largest(x) <= self._least:
             return self.array(np.ldexp(self.backend.to_numpy(x), exponent))
-        # In steps, as a power of two may itself be outside of the dtype's range.
+        # In three steps, as the power of two itself may be outside of the dtype's range.
         for part in (exponent // 3, exponent // 3, exponent - 2 * (exponent // 3)):
             x = x if part == 0 else x * 2.0**part
         return x
 
     @property
     def _least(self) -> float:
-        """Below it, an array may lose digits of its smaller numbers where a library has no subnormal ones."""
+        """Magnitude below which an array may lose digits in a library that flushes subnormal numbers to zero."""
         found = np.finfo(self.backend.dtype_name(self.like))
         return float(found.smallest_normal / found.eps)
 
     def squares(self, x: Array) -> float:
-        """The sum of the squares, in float64."""
+        """Compute the sum of the squares in float64."""
         double, total = self.double.backend, 0.0
         flat = self.backend.flatten(x)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -155,7 +155,7 @@ class Algebra:
         return total
 
     def norm(self, x: Array) -> float:
-        """The Frobenius norm, of numbers of any size."""
+        """Compute the Frobenius norm for numbers of any magnitude."""
         total = self.squares(x)
         if _SAFE[0] < total < _SAFE[1]:
             return math.sqrt(total)
@@ -168,24 +168,24 @@ class Algebra:
         return math.ldexp(found, exponent) if math.frexp(found)[1] + exponent <= 1024 else math.inf
 
     def columns(self, x: Array) -> np.ndarray:
-        """The norm of each column of a matrix, on the host."""
+        """Compute the norm of each column of a matrix; returned on the host."""
         double, wide = self.double.backend, self.doubled(x)
         return np.sqrt(np.asarray(double.to_numpy(double.sum(wide * wide, axis=0)), np.float64))
 
     def randomized(self, shape: Sequence[int], rank: int) -> bool:
-        """Whether the leading singular vectors of such a matrix are found by random projections."""
+        """Return whether :meth:`svd` of a matrix of this shape uses random projections."""
         if self.svd_method != "auto":
             return self.svd_method == "randomized" and rank + _OVERSAMPLES < min(shape)
         return min(shape) > _WHOLE and 4 * (rank + _OVERSAMPLES) < min(shape)
 
     def svd(self, matrix: Array, rank: int) -> tuple[Array, np.ndarray, Array, bool]:
-        """The leading singular triplets of a matrix.
+        """Compute the leading singular triplets of a matrix.
 
         Parameters
         ----------
         matrix : array, shape (m, n)
         rank : int
-            How many, at most ``min(m, n)``.
+            Number of triplets, at most ``min(m, n)``.
 
         Returns
         -------
@@ -194,7 +194,7 @@ class Algebra:
             On the host, float64.
         v : array, shape (n, rank)
         exact : bool
-            False where they come from a random projection (Halko, Martinsson & Tropp, 2011).
+            False if they come from a random projection (Halko, Martinsson & Tropp, 2011).
         """
         from tensorly.tenalg.svd import svd_interface
 

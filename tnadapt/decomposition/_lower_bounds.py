@@ -1,9 +1,9 @@
-"""What no parameters can fall below: lower bounds of the error, by the ranks that a network cannot exceed.
+"""Lower bounds on the error of a fit, from the ranks that a network cannot exceed.
 
 A tensor of a format has unfoldings of limited rank, and the distance of an unfolding to the nearest matrix of that rank
-is known (Eckart & Young): the largest of these distances is a bound. Where a fit meets it, it is an optimum, whatever
-found it. Bounds are computed in float64, whatever dtype the updates have. Only whole rows of the first mode are looked
-at, where nothing is padding.
+is known (Eckart & Young). The largest of these distances is a bound. A fit that meets it is optimal, whatever method
+found it. Bounds are computed in float64 for updates of any dtype, and only from whole rows of the first mode, which
+contain no padding.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ._linear_algebra import Algebra
 
 __all__ = ["lower_bound"]
 
-# Unfoldings whose smaller side is longer are not looked at, nor tensors of more elements.
+# Unfoldings with a longer smaller side are skipped, and tensors with more elements.
 _SIDE = 512
 _ELEMENTS = 1 << 25
-# Columns whose products are one matrix product.
+# Columns per matrix product when a Gram matrix is summed.
 _BLOCK = 1 << 10
 
 
 def lower_bound(algebra: Algebra, network: Network, vec: Array) -> float:
-    """A distance to a vector that no arrays of a network fall below; 0 where none is known.
+    """Return a lower bound on the distance of a network from a vector, over all arrays; 0 if none is known.
 
     Parameters
     ----------
@@ -40,7 +40,8 @@ def lower_bound(algebra: Algebra, network: Network, vec: Array) -> float:
     Returns
     -------
     float
-        Less what rounding may add to it. The vector's largest number is to be near 1, as its squares are taken.
+        Reduced by the possible rounding error. The vector's largest magnitude must be near 1, as its elements are
+        squared.
     """
     if network.size > _ELEMENTS:
         return 0.0
@@ -48,7 +49,7 @@ def lower_bound(algebra: Algebra, network: Network, vec: Array) -> float:
 
 
 def _unfoldings(algebra: Algebra, network: Network, vec: Array) -> Iterator[tuple[Array, int]]:
-    """Matrices of elements of the vector, and the rank that the network's can have."""
+    """Yield unfoldings of the vector, and the maximum rank of the network's."""
     backend, sizes = algebra.backend, network.sizes
     rest = math.prod(sizes[1:])
     rows = network.size // rest
@@ -65,7 +66,7 @@ def _unfoldings(algebra: Algebra, network: Network, vec: Array) -> Iterator[tupl
         for k in range(len(inner)):
             yield _matrix(algebra, outer, [k]), network.terms
     elif len(sizes) == 2:
-        # The rank of a Hadamard product is at most the product of the ranks.
+        # The rank of a Hadamard product is at most the product of the factors' ranks.
         yield tensor, network.terms * math.prod(split.unfolding_rank([0]) for split in network.splits)
 
 
@@ -75,7 +76,7 @@ def _of_format(algebra: Algebra, network: Network, tensor: Array) -> Iterator[tu
 
 
 def _matrix(algebra: Algebra, tensor: Array, modes: list[int]) -> Array:
-    """Some modes as rows, the others as columns."""
+    """Unfold a tensor with some modes as rows and the others as columns."""
     others = [mode for mode in range(len(tensor.shape)) if mode not in modes]
     rows = math.prod(tensor.shape[mode] for mode in modes)
     turned = algebra.backend.permute_dims(tensor, [*modes, *others])
@@ -83,7 +84,7 @@ def _matrix(algebra: Algebra, tensor: Array, modes: list[int]) -> Array:
 
 
 def _beyond(algebra: Algebra, matrix: Array, rank: int) -> float:
-    """The norm of the singular values after so many."""
+    """Return a lower bound on the norm of the singular values after the first ``rank``; 0 if the matrix is skipped."""
     backend, double = algebra.backend, algebra.double
     short = min(matrix.shape)
     if rank >= short or short > _SIDE:
@@ -95,7 +96,7 @@ def _beyond(algebra: Algebra, matrix: Array, rank: int) -> float:
         block = algebra.doubled(matrix[:, start : start + _BLOCK])
         gram += double.backend.to_numpy(double.backend.matmul(block, double.backend.matrix_transpose(block)))
     values = np.linalg.eigvalsh(gram)[: short - rank]
-    # An entry of a block's Gram matrix is a sum of as many products as the block is long, which is off by eps times the
-    # root of that number as a rule, and by four times that here; eigenvalues are off by short times as much at most.
+    # An entry of a block's Gram matrix is a sum of _BLOCK products, whose error is typically eps * sqrt(_BLOCK); four
+    # times that is allowed. The error of the eigenvalues is at most `short` times as large.
     slack = 4.0 * short * math.sqrt(_BLOCK) * double.eps * float(np.trace(gram))
     return math.sqrt(max(0.0, float(values.sum()) - slack))

@@ -1,8 +1,8 @@
-"""One group before F to the arrays of its network, padding free.
+"""Fit of a network to one group before F, with free padding.
 
-What a fold, or the cut of a Kronecker product, adds to the tensor is nobody's: those elements take whatever value
-suits the rest. Rows of the first mode that hold nothing else are left out; the others are filled with what the last fit
-made of them, and the fit is done again (expectation maximisation), which never makes the error larger.
+Padding elements, which a fold or a cropped Kronecker product adds to the tensor, may take any value that helps to fit
+the others. Rows of the first mode with nothing but padding are left out. Other padding is filled with the values of the
+last fit, and the fit is repeated (expectation maximisation), which never increases the error.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["fit_network"]
 Arrays = dict[str, Array]
 Watch = Callable[[int, float], None]
 
-# How far the arrays that begin as ones are from it.
+# Standard deviation of the noise on arrays that start near the fit to ones.
 _NOISE = 0.1
 
 
 def fit_network(algebra: Algebra, network: Network, vec: Array, limits: Limits, watch: Watch) -> Fit:
-    """The arrays whose vector is nearest to one, as nearly as is known.
+    """Fit the arrays of a network to a vector.
 
     Parameters
     ----------
@@ -44,12 +44,12 @@ def fit_network(algebra: Algebra, network: Network, vec: Array, limits: Limits, 
         Not zero.
     limits : Limits
     watch : callable
-        Called with a number and the relative error after each iteration over the whole.
+        Called with the number and the relative error of each iteration over the whole network.
 
     Returns
     -------
     Fit
-        Arrays named and shaped as ``network.shapes``.
+        Arrays with the names and shapes of ``network.shapes``.
     """
     if len(network.splits) > 1 and not network.kronecker:
         return _hadamard(algebra, network, vec, limits, watch)
@@ -59,18 +59,18 @@ def fit_network(algebra: Algebra, network: Network, vec: Array, limits: Limits, 
 
 
 class _Way(NamedTuple):
-    """How a vector is fitted where nothing is missing.
+    """The method that fits a vector without padding.
 
     Attributes
     ----------
     sizes : tuple of int
-        Of the tensor that it is folded to.
+        Sizes of the tensor that the vector is folded into.
     fold : callable
-        A vector to that tensor, zeros where it ends.
+        Maps a vector to that tensor, padded with zeros.
     solve : callable
-        A tensor, and arrays to begin with or None, to a Fit.
+        Maps a tensor, and initial arrays or None, to a Fit.
     make : callable
-        Arrays to that tensor.
+        Maps arrays to that tensor.
     """
 
     sizes: tuple[int, ...]
@@ -87,7 +87,7 @@ def _way(algebra: Algebra, network: Network) -> _Way:
 
 
 def _completed(algebra: Algebra, network: Network, way: _Way, target: Array, limits: Limits, watch: Watch) -> Fit:
-    """The fit, and where elements are missing again and again with what it made of them."""
+    """Fit a vector; if there is padding, repeat the fit with the padding filled in from the last one."""
     backend = algebra.backend
     tensor = way.fold(target)
     missing = math.prod(way.sizes) > network.size
@@ -103,7 +103,7 @@ def _completed(algebra: Algebra, network: Network, way: _Way, target: Array, lim
     error, rounds = algebra.norm(left), found.iterations
     if error == 0.0:
         return found
-    # A few steps of a method's own in each round: the next goes on from there.
+    # A few steps of the method in each round are enough: the next round continues from the result.
     few = limits._replace(iterations=min(limits.iterations, 5))
     for count in range(limits.iterations):
         watch(count, error / norm)
@@ -123,10 +123,10 @@ def _completed(algebra: Algebra, network: Network, way: _Way, target: Array, lim
 
 
 def _one_split(algebra: Algebra, network: Network) -> _Way:
-    """A format by itself; of CP and dense, T terms are one of T times the rank."""
+    """Return the method for a single split; a sum of T terms of CP or dense is one term with T times the rank."""
     backend, split, terms = algebra.backend, network.splits[0], network.terms
     rest = math.prod(network.sizes[1:])
-    # Rows of the first mode beyond the vector's end are whatever one likes.
+    # Rows of the first mode beyond the vector's end are unconstrained.
     sizes = (-(-network.size // rest), *network.sizes[1:])
     prefixes = [prefix for (prefix,) in network.prefixes]
     whole = (split.summed(terms) or split) if terms > 1 else split
@@ -197,7 +197,7 @@ def _several(algebra: Algebra, network: Network) -> _Way:
 
 
 def _hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits, watch: Watch) -> Fit:
-    """One split fitted alone, the others near one; then all arrays by their gradients."""
+    """Fit a Hadamard product: first one split alone, the others near ones; then refine all arrays by gradients."""
     backend, splits = algebra.backend, network.splits
     tensor = backend.reshape(backend.pad_last(vec * (1.0 / network.scale), math.prod(network.sizes)), network.sizes)
     dense = [k for k, split in enumerate(splits) if isinstance(split, Dense)]
@@ -212,7 +212,7 @@ def _hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits, wa
                 wanted = tensor * 0.0
             for name, array in fit_format(algebra, split, wanted, None, limits).arrays.items():
                 plain[prefix + name] = array
-                # What is exactly zero, or exactly one, would stay so: the other arrays have no say in it.
+                # At exact zeros or ones, gradients of these arrays can vanish, and they would never change.
                 noise = algebra.array(rng.normal(size=split.shapes[name])) * _NOISE
                 moved[prefix + name] = array if k == first else array + noise
     if dense:
@@ -223,7 +223,7 @@ def _hadamard(algebra: Algebra, network: Network, vec: Array, limits: Limits, wa
     def error(arrays: Mapping[str, Array]) -> float:
         return algebra.norm(network.whole(backend, arrays) - vec)
 
-    # One split alone, the others being ones, is among what it can be.
+    # The fit of one split alone, with the others equal to ones, is a valid result, too: return the better one.
     if not error(found.arrays) < error(plain):
         return Fit(plain, False, found.iterations, "one split alone")
     return found

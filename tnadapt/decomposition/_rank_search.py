@@ -1,4 +1,4 @@
-"""``tnadapt.search_rank``: the smallest rank within an error."""
+"""``tnadapt.search_rank``: find the smallest rank within an error."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["FoundRank", "search_rank", "smallest_rank"]
 
 
 class FoundRank(NamedTuple):
-    """What a search for a rank ended with.
+    """The result of a rank search.
 
     Attributes
     ----------
     rank : int
     config : Config
-        With that rank.
+        The config with that rank.
     params : dict of str to array
-    report : Report
+    report : FitReport
     """
 
     rank: int
@@ -39,36 +39,37 @@ class FoundRank(NamedTuple):
 def search_rank(
     deltas: Any, cfg: Config, max_error: float = 0.1, *, max_rank: int | None = None, **settings: Any
 ) -> FoundRank:
-    """The smallest rank at which a config comes within an error of given updates.
+    """Find the smallest rank at which a config fits given updates within an error.
 
     Parameters
     ----------
     deltas : list of array, or one array
         As for :func:`tnadapt.decompose`.
     cfg : Config
-        Its rank is what is searched; a scale of ``alpha / rank`` goes with it. Of a rank for each mode, those that are
-        not None must be equal, and stay so.
+        The config whose rank is searched; a scale of ``alpha / rank`` changes with it. If it has one rank per mode,
+        those that are not None must be equal, and are changed together.
     max_error : float
-        Relative Frobenius error of all updates together, above 0 and below 1.
+        Maximum relative Frobenius error of all updates together, above 0 and below 1.
     max_rank : int, optional
-        The largest to try; by default that beyond which a rank is of no use.
+        The largest rank to test; by default the rank beyond which the config gains no expressiveness.
     **settings
-        Of :func:`tnadapt.decompose`.
+        Settings of :func:`tnadapt.decompose`.
 
     Returns
     -------
-    Found
+    FoundRank
         Rank, config, parameters and report.
 
     Raises
     ------
     ConfigError
-        If no rank comes so near, which says how near the largest does; or if the config has no rank to search.
+        If no rank reaches the error (the message has the error at the largest rank), or the config has no rank to
+        search.
 
     Notes
     -----
-    Doubling, then bisection: some 2 log2(r) decompositions. Where each is the optimum (LoRA: SVD), so is the rank;
-    where a method may end beside the optimum, a smaller rank may exist that it did not find.
+    Doubling, then bisection: about 2 log2(r) decompositions. If each decomposition is optimal (LoRA: SVD), so is the
+    rank. Otherwise a smaller rank may exist for which the solver did not find the optimum.
 
     Examples
     --------
@@ -87,14 +88,14 @@ def smallest_rank(
     max_error: float,
     max_rank: int | None = None,
 ) -> FoundRank:
-    """:func:`search_rank` by any function that fits a config."""
+    """:func:`search_rank` with any function that fits a config."""
     if isinstance(max_error, bool) or not isinstance(max_error, (int, float, np.floating)) or not 0.0 < max_error < 1.0:
         raise ConfigError(f"max_error must be above 0 and below 1, relative to the updates; got {safe_repr(max_error)}")
     if not isinstance(cfg, Config):
         raise ConfigError(f"expected a tnadapt.Config; got {type(cfg).__name__}")
     ranks = {cfg.rank} if isinstance(cfg.rank, int) else set(cfg.rank) - {None}
     if len(ranks) != 1:
-        raise ConfigError(f"one rank can be searched, and rank={cfg.rank} has {len(ranks)}: give an integer")
+        raise ConfigError(f"only one rank can be searched, and rank={cfg.rank} has {len(ranks)}: give an integer")
     if max_rank is not None:
         max_rank = integer("max_rank", max_rank, 1, MAX_SIZE, ConfigError)
 
@@ -108,12 +109,12 @@ def smallest_rank(
     if useful is None:
         raise ConfigError(f"format={cfg.format!r} has no rank to search: decompose() gives its parameters")
     most = min(useful, max_rank or useful)
-    low = 0  # the largest that is known not to do
+    low = 0  # the largest rank known to be too small
     while found.report.error > max_error:
         if found.rank >= most:
             raise ConfigError(
                 f"no rank up to {most} comes within {max_error:g}: the error there is {found.report.error:.4g}; allow "
-                "more, or take another format or fold"
+                "a larger error, or use another format or fold"
             )
         low = found.rank
         found = at(min(2 * low, most))
@@ -127,7 +128,7 @@ def smallest_rank(
 
 
 def _useful(report: FitReport) -> int | None:
-    """The rank beyond which none makes anything that a smaller one does not; None where there is no rank."""
+    """Return the rank beyond which the config gains no expressiveness; None if it has no rank."""
     most: int | None = None
     for group in report.plan.groups:
         for split in group.network.splits:

@@ -1,6 +1,6 @@
-"""Powers of two: that of an update's size, and arrays that make it times one, each within its dtype's range.
+"""Scaling of updates by powers of two, and of the arrays accordingly, each within its dtype's range.
 
-An update of numbers near the end of a dtype's range is the product of arrays of which none needs to be.
+An update may have numbers near the limits of a dtype's range although none of its arrays has to.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["at_size", "power_of"]
 
 
 def power_of(algebra: Algebra, x: Array) -> int:
-    """The exponent of the power of two nearest to the root mean square of a vector.
+    """Return the exponent of the power of two nearest to the root mean square of a vector.
 
-    It depends on the digits of the numbers alone: of ``x`` times ``2 ** k`` it is k more, to whatever size that is.
+    For ``x`` times ``2 ** k`` it is exactly k larger, at any magnitude.
     """
     largest = algebra.largest(x)
     if largest == 0.0 or not math.isfinite(largest):
@@ -31,23 +31,24 @@ def power_of(algebra: Algebra, x: Array) -> int:
 
 
 def at_size(algebra: Algebra, network: Network, arrays: Mapping[str, Array], exponent: int) -> dict[str, Array]:
-    """The arrays with which a network makes ``2 ** exponent`` times as much; it is linear in each of them.
+    """Scale the arrays of a network so that its tensor is multiplied by ``2 ** exponent``.
 
     Parameters
     ----------
     algebra : Algebra
-        Of the arrays.
+        Algebra of the arrays.
     network : Network
+        Linear in each array.
     arrays : mapping of str to array
-        Named as the network's.
+        With the names of the network's arrays.
     exponent : int
 
     Returns
     -------
     dict of str to array
-        One array of each term takes the factor, the one that starts at zero; what it cannot take without leaving the
-        dtype's normal range, the others do. Where none can (one array, of an update outside of that range), it takes
-        all the same, and rounds as the dtype does.
+        In each term, the array that starts at zero takes the factor, as far as it stays in the dtype's normal range;
+        the others take the rest. If no array can take it (a single array, of an update outside of that range), the
+        first one takes it all the same and is rounded to the dtype.
     """
     found = dict(arrays)
     if exponent == 0:
@@ -64,12 +65,12 @@ def at_size(algebra: Algebra, network: Network, arrays: Mapping[str, Array], exp
 
 
 def _within(algebra: Algebra, array: Array, exponent: int) -> int:
-    """As much of an exponent as leaves an array's largest number well within the dtype's normal range."""
+    """Return as much of an exponent as keeps an array's largest number well within the dtype's normal range."""
     largest = algebra.largest(array)
     if largest == 0.0 or not math.isfinite(largest):
         return exponent
     kind = np.finfo(algebra.backend.dtype_name(algebra.like))
     now = math.frexp(largest)[1]
-    # Leave range below for the digits of smaller numbers.
+    # Leave room at the lower end for the digits of smaller numbers.
     least, most = kind.minexp + 2 * kind.nmant, kind.maxexp - 1
     return max(min(exponent, most - now), least - now) if least <= now <= most else 0

@@ -1,7 +1,8 @@
-"""One tensor to the arrays of one format: SVD, ALS, HOOI, TT-SVD, or the general solver.
+"""Fit of one format to one tensor: SVD, ALS, HOOI, TT-SVD, or the general solver.
 
-One function a built-in format. Where algebra knows the optimum, it is what is returned; the alternating ones are
-TensorLy's. Any other format is fitted by its own ``fit``, or by :mod:`~tnadapt.decomposition._general_fit`.
+There is one function per built-in format. If the optimum is known in closed form, it is returned; the alternating
+methods are TensorLy's. Any other format is fitted by its own ``fit``, or by
+:mod:`~tnadapt.decomposition._general_fit`.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ def fit_format(
     start: Mapping[str, Array] | None = None,
     limits: Limits | None = None,
 ) -> Fit:
-    """The arrays of a format that make a tensor, as nearly as is known.
+    """Fit the arrays of a format to a tensor.
 
     Parameters
     ----------
     algebra : Algebra
     split : Format
-        Any one.
+        Any format.
     tensor : array, shape (d_1, …, d_M)
-        It may have fewer rows in the first mode than the format: those are zero in the result.
+        It may have fewer rows in the first mode than the format; the arrays are then padded with zeros.
     start : mapping of str to array, optional
-        Where an alternating method begins.
+        Initial arrays of an alternating method.
     limits : Limits, optional
 
     Returns
     -------
     Fit
-        Arrays of the format's shapes.
+        Arrays with the format's shapes.
     """
     limits = limits or Limits()
     if algebra.squares(tensor) == 0.0:
@@ -64,7 +65,7 @@ def fit_format(
 
 
 def _cut(start: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
-    """The leading part of each array."""
+    """Crop each array to a shape, at the end of every axis."""
     return {name: start[name][tuple(slice(0, size) for size in shape)] for name, shape in shapes.items()}
 
 
@@ -80,7 +81,7 @@ def _dense(algebra: Algebra, split: Format, tensor: Array, start: Any, limits: L
 
 def _cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
     factors, sizes, found = _components(algebra, split.rank, tensor, start, limits)
-    # Every factor takes an equal share of a component's size.
+    # Distribute the magnitude of a component equally over its factors.
     shared = algebra.array(sizes ** (1.0 / len(factors)))
     return found._replace(arrays={f"factor{mode}": factor * shared for mode, factor in enumerate(factors)})
 
@@ -96,7 +97,7 @@ def _weighted_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits
 def _components(
     algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits
 ) -> tuple[list[Array], np.ndarray, Fit]:
-    """Factors of unit columns, and the size of each component: no more of either than the rank, and than are of use."""
+    """Compute factors with unit columns, and the magnitude of each component; at most as many as rank or are useful."""
     backend, order = algebra.backend, len(tensor.shape)
     if order == 1:
         size = algebra.norm(tensor)
@@ -104,7 +105,7 @@ def _components(
     if order == 2:
         u, s, v, exact = algebra.svd(tensor, min(rank, *tensor.shape))
         return [u, v], s, Fit({}, exact, 0, "SVD" if exact else "randomised SVD")
-    # Beyond this rank every tensor is within reach, and more components only hinder one another.
+    # With this rank every tensor can be represented exactly; more components would only slow convergence.
     rank = min(rank, math.prod(tensor.shape) // max(tensor.shape))
     factors, iterations = _als(algebra, rank, tensor, start, limits)
     norms = [algebra.columns(factor) for factor in factors]
@@ -116,14 +117,15 @@ def _components(
     return units, sizes, Fit({}, False, iterations, "ALS")
 
 
-# Sweeps between two looks at the error; starts of a small tensor, and what is small; how far the first is moved.
+# Sweeps between two checks of the error; number of starts for a small tensor, and its maximum size; size of the noise
+# on the first start.
 _SWEEPS = 10
 _STARTS, _SMALL = 3, 1 << 14
 _MOVED = 0.01
 
 
 def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits) -> tuple[list[Array], int]:
-    """Alternating least squares: from one start, or of a small tensor the best of several."""
+    """Run alternating least squares from one start, or for a small tensor from several; return the best result."""
     if start is not None:
         begun = [start[f"factor{mode}"][:size, :rank] for mode, size in enumerate(tensor.shape)]
         factors, _, sweeps = _descent(algebra, rank, tensor, begun, limits)
@@ -146,12 +148,12 @@ def _als(algebra: Algebra, rank: int, tensor: Array, start: Any, limits: Limits)
 def _descent(
     algebra: Algebra, rank: int, tensor: Array, begun: Sequence[Array], limits: Limits
 ) -> tuple[list[Array], float, int]:
-    """A few sweeps at a time, the error measured after each few, and the best kept."""
+    """Run a few sweeps at a time, measure the error after each batch of sweeps, and keep the best."""
     backend = algebra.backend
     norm = algebra.norm(tensor)
     best, error, sweeps = list(begun), math.inf, 0
-    # Components that come to lie on one another make the equations singular, or grow against each other without end;
-    # then a little is added to them, and it goes on from where it was.
+    # Components that become collinear make the equations singular, or diverge with opposite signs (degeneracy). Then
+    # add a small ridge to the equations, and continue from the best factors.
     ridges = [0.0, 100.0 * algebra.eps, algebra.eps**0.5]
     while sweeps < limits.iterations and ridges:
         few = min(_SWEEPS, limits.iterations - sweeps)
@@ -160,14 +162,14 @@ def _descent(
         if found is None or not now < error:
             ridges.pop(0)
             if math.isfinite(error) and found is not None:
-                break  # rounding, at the end
+                break  # converged up to rounding
             continue
         sweeps += few
         gain, best, error = error - now, found, now
         if gain <= limits.tol * few * norm:
             break
     if not error < norm:
-        # It cannot be helped: nothing is made, and the report shows it.
+        # No success: return zeros; the report shows the error.
         return [algebra.zeros((size, rank)) for size in tensor.shape], norm, sweeps
     return best, error, sweeps
 
@@ -175,7 +177,7 @@ def _descent(
 def _swept(
     algebra: Algebra, rank: int, tensor: Array, begun: Sequence[Array], sweeps: int, ridge: float
 ) -> list[Array] | None:
-    """TensorLy's sweeps from given factors; None where they come to nothing."""
+    """Run TensorLy's sweeps from given factors; return None if they fail or diverge."""
     from tensorly.decomposition import parafac
 
     ones = algebra.array(np.ones(rank))
@@ -184,7 +186,7 @@ def _swept(
             weights, factors = parafac(
                 tensor, rank, n_iter_max=sweeps, init=(ones, list(begun)), l2_reg=ridge, tol=0, random_state=algebra.rng
             )
-        except (np.linalg.LinAlgError, RuntimeError):  # torch's is a RuntimeError
+        except (np.linalg.LinAlgError, RuntimeError):  # torch raises a RuntimeError
             return None
     sizes = np.prod([algebra.columns(factor) for factor in factors], axis=0)
     if not np.isfinite(sizes).all() or sizes.max() > algebra.norm(tensor) * algebra.eps**-0.5:
@@ -193,10 +195,10 @@ def _swept(
 
 
 def _singular_start(algebra: Algebra, rank: int, tensor: Array, rng: np.random.RandomState) -> list[Array]:
-    """The leading singular vectors of each unfolding, moved a little, and filled up at random where there are too few.
+    """Return the leading singular vectors of each unfolding with a little noise; random columns if there are too few.
 
-    A structured tensor may hold them at a saddle for ever. (TensorLy's own start has too few columns where an unfolding
-    has fewer columns than the rank.)
+    Without the noise, a structured tensor may keep them at a saddle point. (TensorLy's own start has too few columns if
+    an unfolding has fewer columns than the rank.)
     """
     found = []
     for mode, size in enumerate(tensor.shape):
@@ -233,7 +235,7 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
         init = (begun["core"] * (1.0 / norm), [begun[f"factor{mode}"] for mode in split.modes])
     total = math.prod(sizes)
     random = any(algebra.randomized((sizes[mode], total // sizes[mode]), ranks[mode]) for mode in cut)
-    # One sweep is all it takes where no mode but one is cut.
+    # A single sweep is optimal if at most one mode is truncated.
     sweeps = limits.iterations if len(cut) > 1 else 1
     with tensorly_on(algebra.backend):
         (core, factors), errors = partial_tucker(
@@ -248,7 +250,7 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
 
 
 def _possible_ranks(ranks: list[int], modes: list[int]) -> tuple[int, ...]:
-    """No mode of a core is of use beyond the product of the others; those without a factor stay as they are."""
+    """Reduce ranks of a core to the product of the other ranks, as more is useless; modes without a factor stay."""
     before: list[int] = []
     while ranks != before:
         before = list(ranks)

@@ -1,9 +1,9 @@
-"""One group with its F to the arrays that make its update.
+"""Fit of one group through its F.
 
-- identity, shuffle: F keeps all distances, so the network is fitted to ``Fᵀ y``.
-- linear F: least squares for the vector before F. Where that vector is the parameter (dense), it is the answer;
-  else the network is fitted to it, and then array after array through F.
-- nonlinear F: the same for what tanhshrink's argument would have to be, then L-BFGS.
+- identity, shuffle: F preserves distances, so the network is fitted to ``Fᵀ y``.
+- linear F: least squares gives the vector before F. If the network is dense, that vector is the result. Otherwise the
+  network is fitted to it, and then refined by alternating least squares through F.
+- nonlinear F: the same for the argument that tanhshrink would need, then L-BFGS.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = ["fit_group"]
 
 Watch = Callable[[int, float], None]
 
-_STEPS = 50  # of least squares for a first guess
-_FAR = 100.0  # where t - tanh(t) is t - 1 in every dtype
-_FORMED = 1 << 21  # elements of F as a matrix, up to which it is one
+_STEPS = 50  # least-squares steps for an initial guess
+_FAR = 100.0  # beyond this, t - tanh(t) is t - 1 in every dtype
+_FORMED = 1 << 21  # F is formed as a matrix up to this number of elements
 
 
 def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: Watch) -> Fit:
-    """The arrays of a group that make its part of the long vector, as nearly as is known.
+    """Fit the arrays of a group to its part of the long vector.
 
     Parameters
     ----------
@@ -45,12 +45,12 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     y : array, shape (size,)
     limits : Limits
     watch : callable
-        Called with a number and the relative error as it goes.
+        Called with the number and the relative error of each iteration.
 
     Returns
     -------
     Fit
-        Arrays under the network's names.
+        Arrays with the network's names.
     """
     network, projection = group.network, group.projection
     if algebra.largest(y) == 0.0:
@@ -62,7 +62,7 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
     plain = len(network.splits) == 1 and isinstance(network.splits[0], Dense)
     before = _before(algebra, projection, y, limits, limits.iterations if plain else _STEPS)
     if algebra.squares(before.arrays["x"]) == 0.0:
-        # Nothing of y is within F's reach.
+        # y is orthogonal to the range of F.
         return Fit({name: algebra.zeros(shape) for name, shape in network.shapes.items()}, False, 0, before.method)
     found = fit_network(algebra, network, before.arrays["x"], limits, lambda *_: None)
     if plain:
@@ -71,14 +71,15 @@ def fit_group(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: W
 
 
 def started(algebra: Algebra, group: Group) -> dict[str, Array]:
-    """The arrays at the start of training, whose update is zero."""
+    """Return the initial arrays of training, whose update is zero."""
     return {name: algebra.array(group.start.host(name)) for name in group.network.shapes}
 
 
 def _before(algebra: Algebra, projection: Projection, y: Array, limits: Limits, steps: int) -> Fit:
-    """The vector before a linear F: least squares by F and its adjoint."""
+    """Compute the vector before a linear F by least squares."""
     if projection.n_in * projection.n_out <= _FORMED:
-        # Of F as a matrix, in float64: a small gradient alone would not tell how near the optimum it is.
+        # Solve with F as a float64 matrix, which gives a certified optimum. The small gradient of an iterative solver
+        # would not tell how near the optimum is.
         backend = algebra.backend
         rows = backend.to_numpy(projection(algebra.array(np.eye(projection.n_in)))).astype(np.float64)
         x, *_ = np.linalg.lstsq(rows.T, backend.to_numpy(y).astype(np.float64), rcond=None)
@@ -98,7 +99,7 @@ def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: 
     guesses = [begun]
     if not isinstance(projection.map, Nonlinear):
         return refine(algebra, network, projection, wanted, begun, limits, watch)
-    # What the argument of tanhshrink would have to be is fitted through the linear part of F, at a size of one.
+    # Fit the required argument of tanhshrink through the linear part of F, scaled to magnitude one.
     linear, target = projection.linear_part, _unshrunk(algebra, wanted)
     exponent = power_of(algebra, target)
     target = algebra.scaled(target, -exponent)
@@ -108,11 +109,11 @@ def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: 
         fitted = fit_network(algebra, network, before, few, lambda *_: None).arrays
         fitted = alternate(algebra, network, linear, target, fitted, few, lambda *_: None).arrays
         near = at_size(algebra, network, fitted, exponent)
-        # Moved a little from where two zeros would hold each other.
+        # Add a little of the initial arrays: where two factors of a product are zero, both gradients vanish.
         guesses.append({name: near[name] + begun[name] * 1e-3 for name in network.shapes})
 
     def error(arrays: dict[str, Array]) -> float:
-        with np.errstate(over="ignore", invalid="ignore"):  # arrays that reach too far are not chosen
+        with np.errstate(over="ignore", invalid="ignore"):  # arrays that overflow are not chosen
             return algebra.norm(projection(network.whole(backend, arrays)) - wanted)
 
     best = min(guesses, key=error)
@@ -120,9 +121,9 @@ def _nonlinear(algebra: Algebra, group: Group, y: Array, limits: Limits, watch: 
 
 
 def _unshrunk(algebra: Algebra, y: Array) -> Array:
-    """The t with ``t - tanh(t) = y``, by Newton's method from the cube root of 3 y."""
+    """Solve ``t - tanh(t) = y`` for t by Newton's method from the cube root of 3 y."""
     backend = algebra.backend
-    # Further out the tanh is 1 to the last bit, and cubes would leave the dtype.
+    # Beyond _FAR tanh is exactly 1, and cubes would overflow.
     near = backend.where(y > _FAR, y * 0.0 + _FAR, backend.where(y < -_FAR, y * 0.0 - _FAR, y))
     cube = near * 3.0
     root = backend.where(y > 0.0, y * 0.0 + 1.0, y * 0.0 - 1.0)
@@ -132,5 +133,5 @@ def _unshrunk(algebra: Algebra, y: Array) -> Array:
     for _ in range(20):
         slope = backend.tanh(t)
         t = t - (tanhshrink(backend, t) - near) / (slope * slope + 1e-30)
-    # Where y is all but nothing, so is t.
+    # If y is negligible, so is t.
     return backend.where(near * near > 1e-36, t, y * 0.0) + (y - near)

@@ -1,6 +1,7 @@
-"""An adapter from a fully tuned checkpoint: what changed in its queries and values, fitted, from disk.
+"""Extraction of an adapter from a fully tuned checkpoint: a fit to the changes of the target weights, from disk.
 
-No torch: both checkpoints are read a tensor at a time. :func:`tnadapt.torch.extract` does it for models in memory.
+It does not need torch, and reads both checkpoints one tensor at a time. :func:`tnadapt.torch.extract` does the same for
+models in memory.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ _PIECE = 1 << 20
 
 
 class Extraction(NamedTuple):
-    """What was made of a tuned checkpoint.
+    """The adapter extracted from a tuned checkpoint.
 
     Attributes
     ----------
     file : AdapterFile
-        To be saved by :func:`tnadapt.save`.
-    report : Report
-        How near it comes.
+        Save it with :func:`tnadapt.save`.
+    report : FitReport
+        Accuracy of the fit.
     others : tuple of str
-        Tensors that differ between the two, or are the tuned one's alone, and are not in the file.
+        Tensors that differ between the two checkpoints, or are only in the tuned one, and are not in the file.
     """
 
     file: AdapterFile
@@ -65,25 +66,25 @@ def extract(
     progress: Callable[[Step], None] | None = None,
     **settings: Any,
 ) -> Extraction:
-    """Make an adapter of a fully tuned checkpoint.
+    """Extract an adapter from a fully tuned checkpoint.
 
     Parameters
     ----------
     base, tuned : path
         Two checkpoints of one model: safetensors files, indices, or folders.
     cfg : Config, optional
-        What the updates are to be made of; ``tnadapt.presets.superlora(rank=8)`` if not given.
+        The method to fit; ``tnadapt.presets.superlora(rank=8)`` by default.
     targets : str or list of str
-        Which weights, as for :func:`tnadapt.targets.checkpoint_targets.find_stored`.
+        The weights, as for :func:`tnadapt.targets.checkpoint_targets.find_stored`.
     max_error : float, optional
-        Take the smallest rank whose relative error is no more, instead of the config's.
+        Use the smallest rank with at most this relative error, instead of the config's rank.
     max_rank : int, optional
-        The largest that is tried then.
+        The largest rank to test with ``max_error``.
     keep_trainable : str or sequence of str
-        Tensors to keep beside the adapter as they are in the tuned checkpoint, by whole parts of their names:
-        ``"classifier"`` is all at or below it.
+        Tensors to store in the adapter file as they are in the tuned checkpoint, by whole components of their names:
+        ``"classifier"`` selects everything at or below it.
     compare : bool
-        Whether to look for other tensors that differ, which reads both checkpoints whole.
+        Whether to look for other tensors that differ, which reads both checkpoints completely.
     progress : callable, optional
         Called with a :class:`~tnadapt.decomposition.Step`.
     **settings
@@ -92,22 +93,23 @@ def extract(
     Returns
     -------
     Extraction
-        Adapter file, report, and the names of what else differs.
+        Adapter file, report, and the names of other tensors that differ.
 
     Raises
     ------
     FileError
         If a checkpoint cannot be read.
     TargetError
-        If a target is not in both, has another shape, or is not floating; or ``keep_trainable`` matches nothing.
+        If a target is missing in a checkpoint, has another shape, or is not floating; or ``keep_trainable`` matches
+        nothing.
     ConfigError, ShapeError
-        If the config does not suit the weights, or no rank comes within the error.
+        If the config does not fit the weights, or no rank reaches the error.
 
     Notes
     -----
-    In memory are what is kept, two tensors with their difference, and one group's part of the long vector a few times
-    over. The difference is taken in float64 and fitted in float32. With ``max_error`` all of it is read for each rank
-    that is tried.
+    Memory is the kept tensors, two tensors with their difference, and a few times one group's part of the long vector.
+    The difference is computed in float64 and fitted in float32. With ``max_error``, the targets are read again for
+    each rank that is tested.
 
     Examples
     --------
@@ -171,7 +173,7 @@ def within(
     max_rank: int | None,
     progress: Callable[[Step], None] | None,
 ) -> tuple[dict[str, np.ndarray], FitReport, Config]:
-    """The fit of updates that are read one at a time, at a config's rank or at the smallest within an error."""
+    """Fit updates that are read one at a time, at the config's rank or at the smallest rank within an error."""
     backend, like = load_backend("numpy"), np.zeros(0, np.float32)
 
     def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
@@ -192,7 +194,7 @@ def _prefix(targets: Sequence[Target], base: Checkpoint) -> Prefix:
         raise TargetError(
             f"the base checkpoint lacks {len(missing)} of {len(targets)} targets, such as "
             f"{safe_repr(missing[0])}, under "
-            f"any prefix{'; ' + near if near else ''}: give two checkpoints of one model"
+            f"any prefix{'; ' + near if near else ''}: give two checkpoints of the same model"
         )
     return found
 
@@ -204,18 +206,18 @@ def _check(target: Target, checkpoint: Checkpoint, name: str, which: str) -> Non
     entry = checkpoint.entries[name]
     if entry.dtype not in _FLOATS:
         raise TargetError(
-            f"{name} of the {which} checkpoint is {entry.dtype}, and updates are taken of {', '.join(_FLOATS)}: give "
-            "an unquantised checkpoint"
+            f"{name} of the {which} checkpoint is {entry.dtype}; expected one of {', '.join(_FLOATS)}: give an "
+            "unquantised checkpoint"
         )
     if entry.shape != target.stored:
         raise TargetError(
-            f"{name} has shape {entry.shape} in the {which} checkpoint, and {target.stored} in the other: they are not "
-            "of one model"
+            f"{name} has shape {entry.shape} in the {which} checkpoint and {target.stored} in the other: give two "
+            "checkpoints of the same model"
         )
 
 
 def _numbers(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """A tensor in a dtype that NumPy computes with: bfloat16 as float32."""
+    """Read a tensor in a dtype that NumPy supports: bfloat16 as float32."""
     array = checkpoint.array(name)
     if checkpoint.entries[name].dtype == "BF16":
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -224,15 +226,15 @@ def _numbers(checkpoint: Checkpoint, name: str) -> np.ndarray:
 
 def _difference(target: Target, base: Checkpoint, place: str, tuned: Checkpoint) -> np.ndarray:
     after = target.select(_numbers(tuned, target.name)).astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below
         wide = after - target.select(_numbers(base, place))
         found: np.ndarray = wide.astype(np.float32)
     if not np.isfinite(found).all():
-        raise ShapeError(f"{target.name} holds NaN or infinity, or differs by more than float32 can hold")
+        raise ShapeError(f"{target.name} holds NaN or infinity, or differs by more than float32 can represent")
     largest = float(np.max(np.abs(wide), initial=0.0))
     if 0.0 < largest < np.finfo(np.float32).smallest_normal:
         raise ShapeError(
-            f"{target.name} differs by {largest:.3g} at most, less than float32 can hold, in which updates are "
+            f"{target.name} differs by at most {largest:.3g}, which is too small for float32, in which updates are "
             "fitted: scale both checkpoints up, or leave this weight out of the targets"
         )
     return found
@@ -269,10 +271,10 @@ def _kept(tuned: Checkpoint, patterns: str | Sequence[str], targets: set[str]) -
         found.update(dict.fromkeys(own))
     both = sorted(targets & found.keys())
     if both:
-        raise TargetError(f"{both[0]} is both a target and kept; it can be one of them")
+        raise TargetError(f"{both[0]} is both a target and in keep_trainable: remove it from one of them")
     for name in found:
         if tuned.entries[name].dtype not in DTYPES:
-            raise TargetError(f"{name} is {tuned.entries[name].dtype}, which no adapter file holds")
+            raise TargetError(f"{name} is {tuned.entries[name].dtype}, which adapter files do not support")
     return list(found)
 
 
@@ -286,7 +288,7 @@ def _others(
     for name, entry in tuned.entries.items():
         if name in kept:
             continue
-        # What lies outside of the backbone may have the same name in both.
+        # Tensors outside of the backbone may have the same name, without the prefix, in both.
         place = next((one for one in (prefix.of(name), name) if one in base.entries), None)
         if place is None:
             differs = True
@@ -318,12 +320,12 @@ def _same_numbers(base: Checkpoint, place: str, tuned: Checkpoint, name: str) ->
 
 
 def _alike(base: Checkpoint, place: str, tuned: Checkpoint, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Two tensors; of two dtypes, rounded to the one that keeps less: a copy in another dtype is no change."""
+    """Read two tensors; round both to the narrower dtype if they differ, so that a mere cast is not a difference."""
     before, after = _numbers(base, place), _numbers(tuned, name)
     kinds = base.entries[place].dtype, tuned.entries[name].dtype
     if kinds[0] == kinds[1]:
         return before, after
-    # Of bfloat16 and float16 neither holds the other's numbers; whichever comes first is as good.
+    # Neither of bfloat16 and float16 can represent all numbers of the other; either choice is fine.
     narrow = DTYPES[min(kinds, key=_FLOATS[::-1].index)]
     return tuple(widened(rounded(one.astype(np.float64), narrow), narrow) for one in (before, after))  # type: ignore[return-value]
 

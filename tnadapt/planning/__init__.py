@@ -1,4 +1,7 @@
-"""What a budget buys: settings on given weights, what each can do, and what it costs. Integers, but for the rank."""
+"""Planning: the settings that fit a budget for given weights, with the capacity and cost of each.
+
+Everything but the rank is computed from integers, without arrays.
+"""
 
 from ._flops import step_cost
 from ._freedom import degrees_of_freedom

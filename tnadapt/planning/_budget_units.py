@@ -1,4 +1,4 @@
-"""Budgets as they are given: parameters, or bytes of a dtype."""
+"""Parsing of budgets: a number of parameters, or bytes of a dtype."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _FORM = re.compile(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII
 
 
 def bytes_each(dtype: str) -> int:
-    """Bytes of one parameter.
+    """Return the bytes of one parameter.
 
     Raises
     ------
     ConfigError
-        If adapters do not come in that dtype.
+        If adapters do not support that dtype.
 
     Examples
     --------
@@ -37,14 +37,14 @@ def bytes_each(dtype: str) -> int:
 
 
 def parameters_of(budget: Any, dtype: str = "float32") -> int:
-    """How many parameters a budget is.
+    """Return the number of parameters of a budget.
 
     Parameters
     ----------
     budget : int or str
-        Parameters, as a number or in words; or bytes, with a unit: B, kB, MB, GB (powers of 1000), KiB, MiB, GiB.
+        A number of parameters, also as a string; or bytes, with a unit: B, kB, MB, GB (powers of 1000), KiB, MiB, GiB.
     dtype : str
-        Of the parameters, where the budget is in bytes.
+        Dtype of the parameters, for a budget in bytes.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def parameters_of(budget: Any, dtype: str = "float32") -> int:
     Raises
     ------
     ConfigError
-        If it is neither, or too small for one parameter.
+        If it is neither, or is too small for one parameter.
 
     Examples
     --------
@@ -63,7 +63,7 @@ def parameters_of(budget: Any, dtype: str = "float32") -> int:
     """
     each = bytes_each(dtype)
     if not isinstance(budget, str):
-        return integer("budget", budget, 1, MOST, ConfigError, "of parameters, or bytes in words, such as '4 kB'")
+        return integer("budget", budget, 1, MOST, ConfigError, "of parameters, or bytes as text, such as '4 kB'")
     match = _FORM.fullmatch(budget)
     unit = match[2].lower() if match else ""
     if match is None or (unit and unit not in UNITS):

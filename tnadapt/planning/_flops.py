@@ -1,4 +1,4 @@
-"""What a step costs: the multiply-adds of forming all updates and the gradients of their parameters."""
+"""The cost of a training step: multiply-adds for all updates and the gradients of their parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["step_cost"]
 
 
 def step_cost(plan: SuperLoRA) -> int:
-    """Multiply-adds of one training step in the adapter alone, where every group is formed once.
+    """Return the multiply-adds of one training step in the adapter alone, if every group is computed once.
 
     Parameters
     ----------
@@ -24,14 +24,14 @@ def step_cost(plan: SuperLoRA) -> int:
 
     Notes
     -----
-    Counted are the products as they are computed, padding included: forward, and twice that backward, where each
-    product of two arrays has a gradient for either. A map counts its own (fastfood: ``L log2 L`` additions a transform,
-    the first one of the vector before F alone, and three products an element), and as much again for its adjoint. Not
-    counted: the model itself, the scale, and what is computed twice where memory is saved.
+    The products are counted as they are computed, including padding: forward, and twice that backward, where each
+    product of two arrays has a gradient for both. A map declares its own cost (fastfood: ``L log2 L`` additions per
+    transform, the first one of F's input only, and three products per element), and its adjoint costs the same. Not
+    counted: the model itself, the scale, and recomputation that saves memory.
 
     Examples
     --------
-    A low-rank product of N elements takes r N, three times:
+    A product of rank r with N elements costs r N, three times:
 
     >>> import tnadapt as tna
     >>> step_cost(tna.SuperLoRA(tna.presets.lora(4), [(768, 768)])) == 3 * 4 * 768 * 768
@@ -48,14 +48,14 @@ def step_cost(plan: SuperLoRA) -> int:
 
 
 def forward_cost(network: Network) -> int:
-    """Multiply-adds of one group before F: those of the operations that make it, on shapes alone."""
+    """Return the multiply-adds of one group before F, by running its operations on shapes."""
     backend = CountingBackend()
     network.whole(backend, {name: backend.array(shape) for name, shape in network.shapes.items()})
     return backend.products
 
 
 def _projected(projection: Projection) -> int:
-    """Multiply-adds of one call of F: those it declares, or those of its operations on shapes alone."""
+    """Return the multiply-adds of one call of F: as declared, or by running its operations on shapes."""
     own = projection.map.cost()
     if own is not None:
         return own

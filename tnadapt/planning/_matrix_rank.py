@@ -1,4 +1,4 @@
-"""The largest matrix rank that an update can have: what random parameters give, with probability one."""
+"""The largest matrix rank that an update can have, which random parameters attain with probability one."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ __all__ = ["LIMIT", "Rank", "largest_rank"]
 
 Blocks = Iterator[np.ndarray]
 
-# Telling a rank of k from a larger one takes singular values of a k × k matrix.
+# Distinguishing a rank of k from a larger one takes the singular values of a k × k matrix.
 LIMIT = 1024
 _FIRST = 64
-# Ranks of a config that are tried before a larger one: nearly always ΔW has the largest rank there is with these.
+# A config with a larger rank is first tested with one of these: nearly always ΔW already has the largest possible rank.
 _FEW = (16, 256)
-# Elements of ΔW that are formed at once.
+# Elements of ΔW that are computed at once.
 BLOCK = 1 << 22
-# Below this share of the largest singular value, one is rounding.
+# Singular values below this fraction of the largest one are rounding errors.
 _ROUNDING = 1e-11
 
 
 class Rank(NamedTuple):
-    """A rank, or what it is at least.
+    """A rank, or a lower bound on it.
 
     Attributes
     ----------
     value : int
     exact : bool
-        Otherwise the rank is ``value`` or more.
+        If False, the rank is ``value`` or more.
 
     Examples
     --------
@@ -52,17 +52,17 @@ class Rank(NamedTuple):
 
 
 def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT, seed: int = 0) -> Rank:
-    """The largest matrix rank that the update of a weight can have.
+    """Return the largest matrix rank that the update of a weight can have.
 
     Parameters
     ----------
     plan : SuperLoRA
     weight : int, optional
-        Which; if None, the first of those whose smaller side is largest.
+        Index of the weight; by default, the first of those whose smaller side is largest.
     limit : int
-        Ranks above it are not told apart.
+        Ranks above it are not distinguished.
     seed : int
-        Of the random parameters.
+        Seed of the random parameters.
 
     Returns
     -------
@@ -75,15 +75,15 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
 
     Notes
     -----
-    Ranks cannot fall at a random point: all parameters but a set of measure zero give this rank (it is generic). By
-    formula where one holds: a matrix of its own, rank r, and their Kronecker products (ranks multiply) and Hadamard
-    products (ranks multiply, up to full); a vector whose elements are free; and F with its transforms (of
-    one group), which makes of every vector, over its own random draws, a vector with a density: full rank.
+    This rank is generic: all parameters except for a set of measure zero give it. It is known by formula for a matrix
+    of rank r per weight; for Kronecker products of such matrices (ranks multiply) and Hadamard products (ranks
+    multiply, up to full rank); for a vector whose elements are free; and for F with its transforms (of one group),
+    which, over its random draws, maps every vector to one with a density and so with full rank.
 
-    Otherwise ΔW of random parameters is formed in float64, some rows at a time, by :meth:`SuperLoRA.vector
-    <tnadapt.SuperLoRA.vector>`, and sketched from both sides by k random vectors, k doubling: the rank of the k × k
-    sketch is that of ΔW where it is below k. A square part of ΔW of full rank says the same at once. Memory: some
-    times 2**22 elements, and what the format needs to form them.
+    Otherwise ΔW of random parameters is computed in float64, a few rows at a time, by :meth:`SuperLoRA.vector
+    <tnadapt.SuperLoRA.vector>`, and sketched from both sides by k random vectors, k doubling: if the rank of the k × k
+    sketch is below k, it is that of ΔW. A square part of ΔW with full rank also decides it. Memory is a few times
+    2**22 elements, plus what the format needs to compute them.
 
     Examples
     --------
@@ -106,13 +106,14 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     most = min(limit, *shapes[weight])
     smaller = [few for few in _FEW if isinstance(plan.config.rank, int) and plan.config.rank > 2 * few]
     if smaller:
-        # A larger rank makes all that a smaller one does, and takes long to form.
+        # A larger rank can represent all that a smaller one can, and takes longer to compute.
         fewer = SuperLoRA(plan.config.replace(rank=smaller[-1]), shapes, plan._layers)
         found = largest_rank(fewer, weight, limit, seed)
         if found.value >= most:
             return Rank(most, most == min(shapes[weight]))
     rng = np.random.default_rng(seed)
-    # Numbers of about one size: products of many normal ones would leave most of ΔW in the last digits.
+    # Numbers of similar magnitude: with products of many normal numbers, a few elements would dominate ΔW, and the rest
+    # would be lost in rounding.
     params = {
         name: rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 1.5, shape) for name, shape in plan.param_shapes.items()
     }
@@ -129,7 +130,7 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
 
 
 def sketched(blocks: Callable[[], Blocks], shape: tuple[int, int], limit: int, rng: np.random.Generator) -> Rank:
-    """The rank of a matrix that comes in blocks of rows, one after another, as often as is asked."""
+    """Return the rank of a matrix given as blocks of rows, which ``blocks()`` yields in order, again in each call."""
     side = min(limit, *shape)
     full = side == min(shape)
     k = min(_FIRST, side)
@@ -143,7 +144,7 @@ def sketched(blocks: Callable[[], Blocks], shape: tuple[int, int], limit: int, r
 
 
 def _sketch(blocks: Blocks, shape: tuple[int, int], k: int, rng: np.random.Generator) -> np.ndarray:
-    """``left @ matrix @ right``, k × k, with a normal left and right where the side is longer than k."""
+    """Compute ``left @ matrix @ right``, k × k, with a normal matrix on each side that is longer than k."""
     rows, cols = shape
     right = None if cols == k else rng.standard_normal((cols, k))
     narrow = (block if right is None else block @ right for block in blocks)
@@ -153,7 +154,7 @@ def _sketch(blocks: Blocks, shape: tuple[int, int], k: int, rng: np.random.Gener
 
 
 def _part(blocks: Blocks, shape: tuple[int, int], side: int, rng: np.random.Generator) -> np.ndarray:
-    """Some of the rows and columns, as many of each."""
+    """Return ``side`` random rows and columns of the matrix."""
     rows, cols = (np.sort(rng.permutation(size)[:side]) for size in shape)
     found, first = [], 0
     for block in blocks:
@@ -169,11 +170,11 @@ def _count(matrix: np.ndarray) -> int:
 
 
 def by_formula(plan: SuperLoRA, weight: int) -> int | None:
-    """The rank where a formula has it, else None."""
+    """Return the rank if a formula gives it, otherwise None."""
     config, shape = plan.config, plan.shapes[weight]
     pieces = plan.layout.of_weight(weight)
     free = config.order == 1 and (config.splits == 1 or config.combine == "hadamard")
-    # Groups that share F may repeat each other within a weight.
+    # Groups that share F can have linearly dependent parts within a weight.
     group = plan.groups[pieces[0].group]
     drawn = group.projection.map.full_rank and (len(pieces) == 1 or not config.shared)
     if drawn or (free and group.projection.map.isometry):

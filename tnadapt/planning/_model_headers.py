@@ -1,4 +1,4 @@
-"""The weights of a model by its headers alone: a folder, a safetensors file or index, or a name on the hub."""
+"""Shapes of a model's weights from its headers alone: a folder, a safetensors file or index, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 class Headers(NamedTuple):
-    """What a model's headers say.
+    """The headers of a model.
 
     Attributes
     ----------
     shapes : dict of str to tuple of int
-        Of every stored tensor.
+        Shape of every stored tensor.
     config : mapping or None
-        Its ``config.json``.
+        The model's ``config.json``.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -34,13 +34,13 @@ class Headers(NamedTuple):
 
 
 def model_targets(model: str | os.PathLike[str], targets: Any = "qv") -> list[Target]:
-    """The weights of a stored model that are to be adapted; no tensor is read.
+    """Return the weights of a stored model to be adapted, without reading a tensor.
 
     Parameters
     ----------
     model : str or PathLike
         A folder, a ``.safetensors`` file or index, or a hub name such as ``"google/vit-base-patch16-224"``, whose
-        headers are asked for by HTTP.
+        headers are requested by HTTP.
     targets : str or list of str
         Roles such as ``"qv"``, a regular expression, or paths of modules: see
         :func:`tnadapt.targets.checkpoint_targets.find_stored`.
@@ -53,9 +53,9 @@ def model_targets(model: str | os.PathLike[str], targets: Any = "qv") -> list[Ta
     Raises
     ------
     FileError
-        If there is no such model, here or there, or it is damaged.
+        If there is no such model, neither on disk nor on the hub, or it is damaged.
     TargetError
-        If nothing is found in it.
+        If no weight matches.
 
     Examples
     --------
@@ -70,12 +70,12 @@ def model_targets(model: str | os.PathLike[str], targets: Any = "qv") -> list[Ta
 
 
 def read_headers(model: str | os.PathLike[str]) -> Headers:
-    """The shapes of a model's tensors, and its config.
+    """Read the shapes of a model's tensors, and its config.
 
     Parameters
     ----------
     model : str or PathLike
-        As for :func:`model_targets`. What exists here is not looked for on the hub.
+        As for :func:`model_targets`. A path that exists is not looked up on the hub.
 
     Raises
     ------
@@ -101,9 +101,9 @@ def _from_hub(name: str) -> Headers:
         config = _hub_config(huggingface_hub, name)
     except TnadaptError:
         raise
-    except Exception as error:  # its client has errors of its own, of the HTTP library, and of the system
+    except Exception as error:  # the hub's client raises its own errors, those of its HTTP library, and system errors
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileError(f"{name}: no such file or folder here, and not to be had from the hub: {said}") from error
+        raise FileError(f"{name}: no such file or folder here, and loading it from the hub failed: {said}") from error
     shapes = {
         tensor: tuple(int(size) for size in entry.shape)
         for file in metadata.files_metadata.values()

@@ -1,4 +1,4 @@
-"""What is known of one setting on given weights."""
+"""One setting of a plan, with its measures on given weights."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Row:
     Attributes
     ----------
     config : Config
-        To be used as it is.
+        Ready to use.
     name : Name
-        What people call it.
+        Its common name.
     parameters : int
     bytes : int
-        Of its arrays in a file, in the plan's dtype.
+        Bytes of its arrays in a file, in the plan's dtype.
     waste : float
-        Share of the folded tensors' elements that are formed and not used, 0 to 1.
+        Fraction of the folded tensors' elements that are computed but not used, 0 to 1.
     freedom : int
-        Dimension of the set of updates that it can make: :func:`~tnadapt.planning.degrees_of_freedom`.
+        Dimension of the set of updates that it can represent: :func:`~tnadapt.planning.degrees_of_freedom`.
     cost : int
-        Multiply-adds of forming all updates and their gradients once: :func:`~tnadapt.planning.step_cost`.
+        Multiply-adds to compute all updates and their gradients once: :func:`~tnadapt.planning.step_cost`.
     adapter : SuperLoRA
         The setting on the plan's weights.
 
@@ -60,7 +60,7 @@ class Row:
 
     @classmethod
     def of(cls, adapter: SuperLoRA, each: int = 4) -> Row:
-        """The row of a :class:`~tnadapt.SuperLoRA`, a parameter being so many bytes."""
+        """Return the row of a :class:`~tnadapt.SuperLoRA` whose parameters have ``each`` bytes."""
         count = adapter.num_parameters
         return cls(
             adapter.config, known_as(adapter.config), count, count * each, padding_waste(adapter),
@@ -69,19 +69,19 @@ class Row:
 
     @functools.cached_property
     def rank(self) -> Rank:
-        """The largest matrix rank that an update can have, of the first weight whose smaller side is largest.
+        """Largest matrix rank that an update can have, for the first of the weights whose smaller side is largest.
 
-        Computed when it is asked for, by :func:`~tnadapt.planning.largest_rank`, and kept.
+        Computed by :func:`~tnadapt.planning.largest_rank` on first access, and cached.
         """
         return largest_rank(self.adapter)
 
     @property
     def fraction(self) -> float:
-        """``freedom`` as a share of the elements of all updates."""
+        """``freedom`` as a fraction of the number of elements of all updates."""
         return self.freedom / self.adapter.size
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it, the rank included."""
+        """Return the row as a dictionary for JSON, including the rank."""
         return {
             "family": self.name.family, "label": self.name.label, "parameters": self.parameters, "bytes": self.bytes,
             "rank": self.rank.value, "rank_exact": self.rank.exact, "freedom": self.freedom,
@@ -91,7 +91,7 @@ class Row:
 
 
 def padding_waste(plan: SuperLoRA) -> float:
-    """The share of the elements of all folded tensors that are formed and not used.
+    """Return the fraction of the elements of all folded tensors that are computed but not used.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def padding_waste(plan: SuperLoRA) -> float:
     Returns
     -------
     float
-        0 where all of them are used. Of a Kronecker product, its own sizes count, before it is cut to the fold.
+        0 if all elements are used. For a Kronecker product, its sizes before cropping count.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""``tnadapt.plan``: which settings a budget has room for."""
+"""``tnadapt.plan``: find the settings that fit a budget."""
 
 from __future__ import annotations
 
@@ -26,44 +26,43 @@ def plan(
     dtype: str = "float32",
     by: Sequence[str] = ("parameters", "freedom", "cost"),
 ) -> Plan:
-    """Settings of all families within a budget, with what each can and costs, and which of them none beats.
+    """Find the settings of all families within a budget, with their capacity and cost, and their Pareto front.
 
     Parameters
     ----------
     shapes : sequence of (rows, cols)
-        Of the weights to update, in torch's order (out_features, in_features).
+        Shapes of the weights to update, in torch's order (out_features, in_features).
     budget : int or str
-        Parameters; or bytes of the file's arrays, in words: ``"4 kB"``, ``"64 KiB"``.
+        A number of parameters; or bytes of the arrays in a file, as text: ``"4 kB"``, ``"64 KiB"``.
     layers : sequence of hashable, optional
-        One key a weight; with it, ``groups="layer"`` is among the settings.
+        One key per weight; if given, ``groups="layer"`` is among the settings.
     dtype : str
-        Of the file: ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
+        Dtype of the file: ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
     by : sequence of str
-        What the front is of: ``"parameters"``, ``"freedom"``, ``"cost"``, ``"rank"``, ``"waste"``. With ``"rank"``
-        the rank of every row is computed, which takes a second each where weights have 4096².
+        The criteria of the front: ``"parameters"``, ``"freedom"``, ``"cost"``, ``"rank"``, ``"waste"``. With
+        ``"rank"``, the rank of every row is computed, which takes a second each for weights of 4096².
 
     Returns
     -------
     Plan
-        ``print`` it for a table; ``rows``, ``front``, ``freest``; ``to_dict()``.
+        ``print`` shows it as a table; see ``rows``, ``front``, ``freest`` and ``to_dict()``.
 
     Raises
     ------
     ConfigError
-        If the budget is no number or unit, or is less than the least setting needs; if ``by`` or the dtype is
-        unknown, or layers do not fit.
+        If the budget is invalid or is less than the smallest setting needs; if ``by`` or the dtype is unknown, or
+        layers do not fit.
     ShapeError
-        If shapes are no list of (rows, cols), or empty.
+        If shapes are not a list of (rows, cols), or are empty.
 
     Notes
     -----
-    Families are the methods of table 1 of the paper and what lies between them: over G, M, K, format, projection and
-    ratio. Of each, the setting with the most parameters within the budget is found by bisection (of several K and f, or
-    ρ, the one with the most freedom), and within a tenth of it, a hundredth, … and its least. No array is made until a
-    rank is asked for.
+    The families are the methods of table 1 of the paper and settings between them: over G, M, K, format, projection
+    and ratio. For each family, bisection finds the setting with the most parameters within the budget (if the family
+    has several K and f, or ρ, the one with the most freedom), the same for a tenth of the budget, a hundredth, …, and
+    the smallest setting. No array is created until a rank is needed.
 
-    More freedom and a higher rank are what a setting can do, not what it does: accuracy is measured by
-    ``tnadapt finetune``.
+    Freedom and rank measure what a setting can represent, not its accuracy; measure that with ``tnadapt finetune``.
 
     Examples
     --------
@@ -78,7 +77,7 @@ def plan(
     shapes = make_layout("weight", shapes).shapes
     if layers is not None:
         layers = list(layers)
-        make_layout("layer", shapes, layers)  # what does not fit is said now
+        make_layout("layer", shapes, layers)  # raise errors early
     size = sum(rows * cols for rows, cols in shapes)
     wanted = parameters_of(budget, dtype)
     search, kinds = Search(shapes, layers), families(shapes, layers)
@@ -109,7 +108,7 @@ def _least(search: Search, kinds: Sequence[Family]) -> Found:
 
 
 def _down(search: Search, kinds: Sequence[Family], allowed: int) -> dict[Config, None]:
-    """Of each family the freest of its largest settings within the budget, a tenth of it, …; and the least."""
+    """Return for each family the freest of its largest settings within the budget, a tenth of it, …, and the least."""
     found: dict[Config, None] = {}
     for family in kinds:
         least, rung = search.least(family), allowed

@@ -1,4 +1,4 @@
-"""The answer: the rows, which of them are on the front, and the table."""
+"""The result of planning: the rows, their Pareto front, and the printed table."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ._plan_row import Row
 
 __all__ = ["CRITERIA", "RUNG", "Plan", "front_of", "rung"]
 
-# What a row can be better at, and whether more is better. (The rank of a row is known only once it is computed.)
+# Criteria of the front, and whether more is better. (The rank of a row is computed on first access.)
 CRITERIA = {"parameters": False, "freedom": True, "cost": False, "rank": True, "waste": False}
 
-# Parameters are compared by their rung, each a tenth of the one above: freedom grows with them one for one, so that
-# otherwise each row would have the least parameters for its freedom, and be on the front.
+# Numbers of parameters are compared by powers of this factor ("rungs") of the budget. Freedom grows with parameters
+# about one for one: if they were compared exactly, nearly every row would be on the front.
 RUNG = 10
 
 
@@ -27,21 +27,21 @@ class Plan:
     Attributes
     ----------
     budget : int
-        Parameters.
+        Number of parameters.
     dtype : str
-        What a file holds them in.
+        Dtype of the parameters in a file.
     shapes : tuple of (rows, cols)
-        Of the weights.
+        Shapes of the weights.
     by : tuple of str
-        What the front is of.
+        Criteria of the front.
     rows : tuple of Row
-        All settings that were compared, the most parameters first.
+        All settings that were compared, those with the most parameters first.
     front : tuple of Row
-        Those that no other beats, which is as good in everything that ``by`` names, and better in something. Parameters
-        count by tenths: rows between a tenth of the budget and all of it have equally many, and are told apart by them
-        only where all else is equal.
+        The Pareto front: the rows for which no other row is as good in everything that ``by`` names and better in
+        something. Parameters are compared by tenths: all rows between a tenth of the budget and the budget count as
+        equal, and their exact numbers only decide between rows that are otherwise equal.
     freest : tuple of Row
-        Of each method, the one with the most freedom.
+        For each method, the row with the most freedom.
 
     Examples
     --------
@@ -61,36 +61,36 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """N, the elements of all weights."""
+        """N, the number of elements of all weights."""
         return sum(rows * cols for rows, cols in self.shapes)
 
     @property
     def shown(self) -> tuple[Row, ...]:
-        """What the table has: the front, and of each method the one with the most freedom."""
+        """Rows of the printed table: the front, and for each method the row with the most freedom."""
         return tuple(row for row in self.rows if row in self.front or row in self.freest)
 
     def table(self, every: bool = False) -> list[tuple[str, ...]]:
-        """The cells of the table, the titles first.
+        """Return the cells of the table, the titles first.
 
         Parameters
         ----------
         every : bool
-            All rows, not only ``shown``; each rank is computed, which may take a while.
+            Whether to include all rows, not only ``shown``; each rank is computed, which may take a while.
         """
         rows = self.rows if every else self.shown
         return [TITLES, *(_cells(row, row in self.front) for row in rows)]
 
     def __str__(self) -> str:
-        """The table as plain text."""
+        """Return the table as plain text."""
         return "\n".join([*aligned(self.table()), *self.notes()])
 
     def notes(self) -> list[str]:
-        """What the table must be read with."""
+        """Return the lines that explain the table."""
         names = {"parameters": "parameters (by tenths)", "cost": "step", "waste": "padding"}
         told = ", ".join(names.get(name, name) for name in self.by)
         return [
-            f"● front: no other is as good in {told}, and better in one",
-            "  beside it, of each method the one with the most freedom",
+            f"● front: no other setting is as good in {told}, and better in one",
+            "  other rows: for each method, the setting with the most freedom",
             "rank: the largest that a weight's update can have; step: multiply-adds of updates and gradients",
             "freedom: the dimension of the set of all updates, and its share of their elements",
             f"{_counted(len(self.shapes), 'weight')} of {_counted(self.size, 'element')}; at most "
@@ -98,7 +98,7 @@ class Plan:
         ]
 
     def to_dict(self, every: bool = False) -> dict[str, Any]:
-        """As JSON knows it; all rows if ``every``."""
+        """Return the plan as a dictionary for JSON; with all rows if ``every``."""
         rows = self.rows if every else self.shown
         return {
             "budget": self.budget, "dtype": self.dtype, "weights": len(self.shapes), "elements": self.size,
@@ -133,7 +133,7 @@ def _short(count: int) -> str:
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of text; all but the first three columns to the right."""
+    """Align cells into lines of text; all but the first three columns are right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return [
         "  ".join(
@@ -145,15 +145,15 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def checked_criteria(by: Iterable[str]) -> tuple[str, ...]:
-    """Names of ``CRITERIA``, or a ConfigError."""
+    """Return names of ``CRITERIA``, or raise a ConfigError."""
     names = tuple(by) if not isinstance(by, str) else (by,)
     if not names or any(name not in CRITERIA for name in names):
-        raise ConfigError(f"by must name what a setting can be better at: {', '.join(CRITERIA)}; got {safe_repr(by)}")
+        raise ConfigError(f"by must name criteria among {', '.join(CRITERIA)}; got {safe_repr(by)}")
     return names
 
 
 def rung(parameters: int, budget: int) -> int:
-    """How many times the budget can be divided by ten and still holds so many parameters.
+    """Return how many times the budget can be divided by ten and still hold that many parameters.
 
     Examples
     --------
@@ -167,7 +167,7 @@ def rung(parameters: int, budget: int) -> int:
 
 
 def front_of(rows: Sequence[Row], by: Sequence[str], budget: int) -> list[Row]:
-    """The rows that no other beats, in their order; of several that are equal, the first."""
+    """Return the rows that no other row dominates, in order; of several that are equal, the first."""
     keys = [(*(_goodness(row, name, budget) for name in by), -row.parameters) for row in rows]
     firsts = {key: place for place, key in reversed(list(enumerate(keys)))}
     return [
@@ -185,7 +185,7 @@ def _goodness(row: Row, name: str, budget: int) -> float:
 
 
 def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """As good in all that counts, and better in one; where all is equal, of fewer parameters."""
+    """Return whether one is as good in all criteria and better in one; if all are equal, whether it is smaller."""
     *ours, few = one
     *theirs, fewer = other
     return all(a >= b for a, b in zip(ours, theirs, strict=True)) and (ours != theirs or few > fewer)

@@ -1,4 +1,4 @@
-"""What people call a config: the method, and which of its settings."""
+"""Common names of configs: the method, and its setting."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Name(NamedTuple):
     Attributes
     ----------
     family : str
-        As its paper writes it.
+        Name of the method, as in its paper.
     label : str
-        Which of the family, in the paper's symbols.
+        Setting of the method, in the paper's symbols.
     """
 
     family: str
@@ -32,7 +32,7 @@ class Name(NamedTuple):
 
 
 def known_as(config: Config) -> Name:
-    """The name of a config.
+    """Return the name of a config.
 
     Parameters
     ----------
@@ -41,8 +41,8 @@ def known_as(config: Config) -> Name:
     Returns
     -------
     Name
-        Of a preset where the config is one whose settings the table of :mod:`tnadapt.presets` has; else
-        ``SuperLoRA``, with all that tells it from its headline.
+        The name of a preset if the config matches one in :mod:`tnadapt.presets`; otherwise ``SuperLoRA``, with
+        everything that differs from its preset.
 
     Examples
     --------
@@ -83,7 +83,7 @@ def _made(preset: Callable[..., Config], *settings: Any) -> Config | None:
 
 
 def _grouped(config: Config) -> Name:
-    """A method of groups of any size, of which the paper's table has three."""
+    """Return the name of a method with any number of groups; the paper's table has three such methods."""
     bare = config.replace(projection="identity", ratio=1.0)
     rank, groups = config.rank, config.groups
     parts = []
@@ -112,7 +112,7 @@ def _grouped(config: Config) -> Name:
 
 
 def _told(config: Config) -> list[str]:
-    """What tells a config from two-dimensional CP on one network."""
+    """Return the settings in which a config differs from two-dimensional CP with one split and term."""
     parts = [FORMATS.find(config.format).title or config.format] if config.format != "cp" else []
     if config.order != 2:
         parts.append(f"M = {config.order}")

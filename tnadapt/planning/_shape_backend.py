@@ -1,4 +1,4 @@
-"""A backend of shapes without numbers: it counts what would be multiplied."""
+"""A backend of shapes without data, which counts the multiplications."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["CountingBackend", "Shape"]
 
 
 class Shape:
-    """What is known of an array before it is made.
+    """The shape of an array, without data.
 
     Parameters
     ----------
     shape : sequence of int
     counter : CountingBackend
-        Told of every product of two elements.
+        Counts every product of two elements.
     """
 
     def __init__(self, shape: Sequence[int], counter: CountingBackend) -> None:
@@ -27,7 +27,7 @@ class Shape:
 
     def _with(self, other: Any, counted: bool) -> Shape:
         if not isinstance(other, Shape):
-            return self  # a number: the scale, which is not counted
+            return self  # a scalar: the scale, which is not counted
         ndim = max(len(self.shape), len(other.shape))
         a, b = ((1,) * (ndim - len(each.shape)) + each.shape for each in (self, other))
         made = Shape([max(pair) for pair in zip(a, b, strict=True)], self.counter)
@@ -51,12 +51,12 @@ class Shape:
 
 
 class CountingBackend(Backend):
-    """The operations that a tensor network is made by, on shapes.
+    """The operations of a tensor network, on shapes.
 
     Attributes
     ----------
     products : int
-        Of two elements each, so far.
+        Number of products of two elements so far.
 
     Examples
     --------
@@ -72,7 +72,7 @@ class CountingBackend(Backend):
         self.products = 0
 
     def array(self, shape: Sequence[int]) -> Shape:
-        """Of that shape."""
+        """Return an array with that shape."""
         return Shape(shape, self)
 
     def lacks(self, x: Shape) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""The families of settings that a plan compares: the paper's table 1, and what lies between its rows."""
+"""The families of settings that a plan compares: those of the paper's table 1, and settings between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATIOS = (0.1, 0.01, 0.001)
 
 
 def usual(shapes: Shapes) -> list[Family]:
-    """Those that training compares (``tnadapt finetune --budget``): one a method, with one group where it groups.
+    """Return the families that ``tnadapt finetune --budget`` compares: one per method, with a single group.
 
     Examples
     --------
@@ -38,13 +38,13 @@ def usual(shapes: Shapes) -> list[Family]:
         [_lorta(5, 1)],
         [Ladder(presets.superlora, _by_factors)],
         [_projected(presets.superlora, ratio) for ratio in RATIOS],
-        # Ten decimals of ρ come within a parameter of the budget on 10^10 elements.
+        # With ten decimals of ρ, the number of parameters is within one of the budget for 10^10 elements.
         [Ladder(lambda n: presets.fastfood(math.floor(n / size * 1e10) / 1e10 or 1e-10), lambda plan: plan.size)],
     ]
 
 
 def families(shapes: Shapes, layers: Sequence[Hashable] | None = None) -> list[Family]:
-    """All of them: the usual ones, their relatives, other orders and formats, and more groups.
+    """Return all families: the usual ones, related methods, other orders and formats, and more groups.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def families(shapes: Shapes, layers: Sequence[Hashable] | None = None) -> list[F
     found += [[_lorta(4, 1)], [_projected(functools.partial(presets.lorta, order=5), 0.01)]]
     found += [[_cp(order, 1)] for order in ORDERS] + [[_train(order, 1)] for order in ORDERS]
     for groups in _groups(shapes, layers):
-        # A square weight is its own square: that is LoRA.
+        # For square weights, one group per weight is LoRA.
         if groups != "weight" or any(rows != cols for rows, cols in shapes):
             found.append([Ladder(functools.partial(presets.superlora, groups=groups), _by_factors)])
         found += [[_cp(3, groups)], [_lorta(3, groups)], _lonkr(groups, size)]
@@ -68,7 +68,7 @@ def families(shapes: Shapes, layers: Sequence[Hashable] | None = None) -> list[F
 
 
 def groups_between(weights: int) -> list[int]:
-    """Numbers of groups between one and one a weight: divisors near the third and the two thirds, in logarithms.
+    """Return numbers of groups between one and one per weight: the divisors nearest to weights^(1/3) and weights^(2/3).
 
     Examples
     --------
@@ -81,7 +81,7 @@ def groups_between(weights: int) -> list[int]:
 
 
 def _groups(shapes: Shapes, layers: Sequence[Hashable] | None) -> list[Any]:
-    """What ``Config.groups`` may be beside 1."""
+    """Return the values of ``Config.groups`` to compare other than 1."""
     if len(shapes) == 1:
         return []
     several = layers is not None and 1 < len(set(layers)) < len(shapes)
@@ -89,7 +89,7 @@ def _groups(shapes: Shapes, layers: Sequence[Hashable] | None) -> list[Any]:
 
 
 def _lonkr(groups: Any, size: int) -> Family:
-    """Of any K and f; one that is no finer than the hypercube."""
+    """Return ladders for several K and f whose dense splits together are no larger than the hypercube."""
     side = math.isqrt(size - 1) + 1
     factors = [f for f in (*range(2, 33), *range(33, 257, 4)) if f <= side]
     return [
@@ -117,18 +117,18 @@ def _train(order: int, groups: Any) -> Ladder:
 
 
 def _by_factors(plan: SuperLoRA) -> int:
-    """Beyond the least size of a factored mode, a rank buys nothing."""
+    """Return the smallest size of a factored mode, beyond which a rank gains nothing."""
     return min(shape[0] for name, shape in plan.param_shapes.items() if ".factor" in name)
 
 
 def _by_count(plan: SuperLoRA) -> int:
-    """CP of an order above 2: ranks above the sizes still buy freedom, until all elements are free."""
+    """Return the rank of CP of an order above 2 at which all elements are free; ranks above the sizes still help."""
     networks = [group.network for group in plan.groups]
     return max(network.size // (sum(network.sizes) - len(network.sizes) + 1) for network in networks)
 
 
 def _by_bonds(plan: SuperLoRA) -> int:
-    """A train's bond has no use for more than the elements on either side."""
+    """Return the largest useful rank of a tensor train: the number of elements on the smaller side of a bond."""
     sizes = max(group.network.sizes for group in plan.groups)
     cuts = range(1, len(sizes))
     return max(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in cuts)

@@ -1,4 +1,4 @@
-"""Families of settings of growing size, and the largest of one that a budget has room for."""
+"""Families of settings of growing size, and the search for the largest one within a budget."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Family", "Found", "Ladder", "Search"]
 
 
 class Ladder(NamedTuple):
-    """Settings by a size from 1 upward, with which their parameters grow.
+    """Settings indexed by a size from 1 upward, with a growing number of parameters.
 
     Attributes
     ----------
     config : callable
-        The setting of a size.
+        Returns the setting of a size.
     most : callable
-        From the plan of size 1, the size beyond which more parameters buy nothing.
+        Returns, given the plan of size 1, the size beyond which more parameters gain nothing.
     """
 
     config: Callable[[int], Config]
@@ -34,7 +34,7 @@ Family = Sequence[Ladder]
 
 
 class Found(NamedTuple):
-    """A setting and what it costs.
+    """A setting and its number of parameters.
 
     Attributes
     ----------
@@ -51,13 +51,13 @@ def _parameters(found: Found) -> int:
 
 
 class Search:
-    """Settings on given weights, each counted once.
+    """Search for settings on given weights; the parameters of each setting are counted once and cached.
 
     Parameters
     ----------
     shapes : sequence of (rows, cols)
     layers : sequence of hashable, optional
-        One key a weight.
+        One key per weight.
 
     Examples
     --------
@@ -76,22 +76,25 @@ class Search:
         self._most = functools.cache(self._at_most)
 
     def least(self, family: Family) -> Found | None:
-        """The smallest setting of a family; None where none suits the weights."""
+        """Return the smallest setting of a family; None if no setting fits the weights."""
         firsts = [found for ladder in family if (found := self._counted(ladder, 1))]
         return min(firsts, key=lambda found: found.parameters, default=None)
 
     def largest(self, family: Family, allowed: int, worth: Callable[[Found], int] = _parameters) -> Found | None:
-        """Of each ladder of a family the setting with the most parameters that are no more than allowed; of these the
-        one that is worth most, by its parameters or as given. None if there is none."""
+        """Return the largest setting of a family within a number of parameters; None if there is none.
+
+        If the family has several ladders, return the one of their largest settings with the highest ``worth``, by
+        default the number of parameters.
+        """
         found = [one for ladder in family if (one := self._largest(ladder, allowed))]
         return max(found, key=worth) if len(found) > 1 else next(iter(found), None)
 
     def adapter(self, config: Config) -> SuperLoRA:
-        """A setting on these weights."""
+        """Return the plan of a setting on these weights."""
         return SuperLoRA(config, self.shapes, self.layers)
 
     def freedom(self, found: Found) -> int:
-        """What a setting may be worth: its degrees of freedom."""
+        """Return the degrees of freedom of a setting; a ``worth`` for :meth:`largest`."""
         return degrees_of_freedom(self.adapter(found.config))
 
     def _largest(self, ladder: Ladder, allowed: int) -> Found | None:
@@ -112,7 +115,7 @@ class Search:
         try:
             config = ladder.config(size)
             return Found(config, parameter_count(config, self.shapes, self.layers))
-        except TnadaptError:  # a setting that does not suit these weights
+        except TnadaptError:  # the setting does not fit these weights
             return None
 
     def _at_most(self, ladder: Ladder) -> int:

@@ -1,8 +1,8 @@
-"""Registries, and the packages that add to them: formats, maps, attention layouts and file formats by name.
+"""Registries of named formats, maps, attention layouts and file formats, and the plug-ins that extend them.
 
-Every choice that a setting names is a class in a :class:`Registry`. Another package adds its own by the functions
-``register_…`` of :mod:`tnadapt`, or without being imported by an entry point in the group ``tnadapt.plugins``
-(:mod:`~tnadapt.plugins.entry_points`).
+Every choice that a setting names is a class in a :class:`Registry`. Another package adds its own classes through the
+``register_…`` functions of :mod:`tnadapt`, or, without having to be imported, through an entry point in the group
+``tnadapt.plugins`` (:mod:`~tnadapt.plugins.entry_points`).
 """
 
 from .class_registry import Registry, checked_name, forget_registered

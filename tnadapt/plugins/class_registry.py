@@ -1,4 +1,4 @@
-"""Classes by name: those built in, and those that other packages register."""
+"""Registry of classes by name: the built-in ones, and those that other packages register."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """Classes of one kind by the names that settings and files give them.
+    """Classes of one kind, by the names that settings and files use for them.
 
     Parameters
     ----------
     kind : str
-        What the classes are, for messages: ``"format"``.
+        Kind of class, for messages: ``"format"``.
     contract : type
-        What each class must inherit from.
+        Base class that each class must inherit from.
     built_in : mapping of str to type
         In the order in which messages list them.
 
     Notes
     -----
-    Plug-ins are loaded when a name is asked for that is not known; iteration goes over what is registered so far, the
-    built-in classes first. A built-in class cannot be replaced: files that name it mean that class. A class registered
-    before can, so that a notebook's cell can be run again.
+    Plug-ins are loaded when an unknown name is looked up. Iteration yields the names registered so far, the built-in
+    ones first. A built-in class cannot be replaced, because files refer to it by name. A class that was registered
+    earlier can be replaced, so that a notebook cell can be rerun.
 
     Examples
     --------
@@ -65,15 +65,15 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     @property
     def built_in(self) -> tuple[str, ...]:
-        """The names of the classes that are part of this library."""
+        """Names of the classes that are part of this library."""
         return tuple(self._built_in)
 
     def check(self, name: str, cls: type[T]) -> None:
-        """Raise what :meth:`register` raises, and register nothing."""
+        """Raise the errors of :meth:`register` without registering anything."""
         checked_name(self.kind, name, self._built_in)
         if not (isinstance(cls, type) and issubclass(cls, self.contract)):
             raise ConfigError(
-                f"a {self.kind} is a class that inherits from {_public(self.contract)}; got {safe_repr(cls)}"
+                f"a {self.kind} must be a class that inherits from {_public(self.contract)}; got {safe_repr(cls)}"
             )
 
     def register(self, name: str, cls: type[T]) -> None:
@@ -82,31 +82,31 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         Raises
         ------
         ConfigError
-            If the name is not lower-case letters, digits, ``.``, ``_`` and ``-`` (at most 64), or is built in, or the
-            class does not inherit from the contract.
+            If the name has other characters than lower-case letters, digits, ``.``, ``_`` and ``-``, or more than 64,
+            or is built in, or the class does not inherit from the contract.
         """
         self.check(name, cls)
         self._added.pop(name, None)
         self._added[name] = cls
 
     def forget(self) -> None:
-        """Remove what was registered: for tests."""
+        """Remove all registered classes; for tests."""
         self._added.clear()
 
     def find(self, name: object, other: str = "") -> type[T]:
-        """The class of a name; plug-ins are loaded where it is not known.
+        """Return the class of a name; load the plug-ins if the name is unknown.
 
         Parameters
         ----------
         name : object
-            As a user gave it.
+            As given by the user.
         other : str
-            What else than a name would have been right, for the message.
+            What the setting accepts other than a name, for the message.
 
         Raises
         ------
         ConfigError
-            If there is none. It lists the names that there are, and the plug-ins that failed to load.
+            If there is no such class. The message lists the known names and the plug-ins that failed to load.
         """
         if isinstance(name, str):
             if name not in self:
@@ -125,12 +125,13 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
 
 def checked_name(kind: str, name: object, built_in: Container[str]) -> str:
-    """A name that something may be registered by.
+    """Return a name if something may be registered under it, or raise an error.
 
     Raises
     ------
     ConfigError
-        If it is not lower-case letters, digits, ``.``, ``_`` and ``-`` (at most 64), or is built in.
+        If it has other characters than lower-case letters, digits, ``.``, ``_`` and ``-``, or more than 64, or is
+        built in.
 
     Examples
     --------
@@ -139,7 +140,7 @@ def checked_name(kind: str, name: object, built_in: Container[str]) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            f"the name of a {kind} is of lower-case letters, digits, '.', '_' and '-', at most 64; got "
+            f"the name of a {kind} must consist of at most 64 lower-case letters, digits, '.', '_' and '-'; got "
             f"{safe_repr(name)}"
         )
     if name in built_in:
@@ -148,13 +149,13 @@ def checked_name(kind: str, name: object, built_in: Container[str]) -> str:
 
 
 def _public(cls: type) -> str:
-    """The name of a class as users import it: from the package of a private module."""
+    """Return the name of a class as users import it: from the public package, not from its private module."""
     package = cls.__module__.partition("._")[0]
     return f"{package}.{cls.__name__}"
 
 
 def forget_registered() -> None:
-    """Remove what was registered in every registry, and let plug-ins be loaded again: for tests."""
+    """Remove the registered classes of every registry, and let plug-ins be loaded again; for tests."""
     for registry in _registries:
         registry.forget()
     load_plugins.cache_clear()

@@ -1,6 +1,6 @@
-"""Entry points in the group ``tnadapt.plugins``, loaded when a name is first asked for that is not known.
+"""Entry points in the group ``tnadapt.plugins``, loaded when an unknown name is first looked up.
 
-An entry point names a function without arguments, which calls ``tnadapt.register_format`` and its relatives::
+An entry point names a function without arguments that calls ``tnadapt.register_format`` or a similar function::
 
     [project.entry-points."tnadapt.plugins"]
     tensor-ring = "my_package:register"
@@ -18,19 +18,19 @@ GROUP = "tnadapt.plugins"
 
 @functools.cache
 def load_plugins() -> tuple[str, ...]:
-    """Load every installed plug-in, once in a process.
+    """Load every installed plug-in, once per process.
 
     Returns
     -------
     tuple of str
-        One sentence for each plug-in that failed to load: its name, its package, and the error. The others are
-        registered; a plug-in that fails never prevents those, nor anything built in, from working.
+        One sentence per plug-in that failed to load: its name, its package, and the error. A failing plug-in never
+        prevents the others, or anything built in, from working.
     """
     failures = []
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:
             entry.load()()
-        except Exception as error:  # whatever another package raises
+        except Exception as error:  # a plug-in may raise anything
             package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
             failures.append(f"plug-in {entry.name!r} of {package} failed to load: {type(error).__name__}: {error}")
     return tuple(failures)

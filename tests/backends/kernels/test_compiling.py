@@ -1,4 +1,4 @@
-"""The first call says that it compiles, the next process does not compile; without the compiler all is plain."""
+"""The first call compiles and logs it, the next process uses the cache; without a compiler, plain operations run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tnadapt.backends._kernels import kernels
 
 
 def run(code: str, **environment: str) -> tuple[str, list[str]]:
-    """What a fresh process prints, and what it logs."""
+    """Run the call in a new process; return what it prints and logs."""
     found = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
@@ -42,12 +42,12 @@ def test_compiled_once_and_announced_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        ("caching.CompileResultCacheImpl._locator_classes = []", "compiled kernels are not kept"),
-        ("caching.IndexDataCacheFile.save = lambda *_: open('/')", "compiled kernels could not be kept"),
+        ("caching.CompileResultCacheImpl._locator_classes = []", "compiled kernels are not cached"),
+        ("caching.IndexDataCacheFile.save = lambda *_: open('/')", "compiled kernels could not be cached"),
     ],
     ids=["no folder", "no space"],
 )
-def test_where_nothing_can_be_kept(before: str, said: str, tmp_path: Path) -> None:
+def test_without_a_writable_cache(before: str, said: str, tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
     code = f"from numba.core import caching; {before}{CALL}print(kernels('walsh') is not None)"
     printed, lines = run(code, NUMBA_CACHE_DIR=str(tmp_path))
@@ -60,17 +60,17 @@ def test_where_nothing_can_be_kept(before: str, said: str, tmp_path: Path) -> No
     [("import sys; sys.modules['numba'] = None", {}), ("", {"NUMBA_DISABLE_JIT": "1"})],
     ids=["no numba", "no compiling"],
 )
-def test_without_a_compiler_all_is_plain(before: str, environment: dict[str, str]) -> None:
+def test_without_a_compiler_plain_operations_are_used(before: str, environment: dict[str, str]) -> None:
     code = CALL + "print(kernels('walsh'), abs(tna.fwht(tna.fwht(x)) - x).max() < 1e-5)"
     printed, said = run(before + code, **environment)
     assert printed == "None True"
     assert len(said) == 1
-    assert "the plain way is taken" in said[0]
+    assert "plain operations are used" in said[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [".nbc", ".nbi"])
-def test_what_was_kept_and_damaged_is_compiled_anew(ending: str, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_recompiled(ending: str, tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
     environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
     run(CALL, **environment)
@@ -83,7 +83,7 @@ def test_what_was_kept_and_damaged_is_compiled_anew(ending: str, tmp_path: Path)
     assert run(CALL, **environment)[1] == []
 
 
-def test_functions_of_others_are_compiled_as_ever() -> None:
+def test_functions_of_other_packages_compile_as_before() -> None:
     numba = pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")
     code = CALL + "import numba\nnames = {}\nexec('def f(x): return x + 1', names)\nprint(numba.njit(names['f'])(1))"
     assert numba is not None

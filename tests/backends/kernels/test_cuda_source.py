@@ -1,8 +1,8 @@
 """The CUDA C kernels against their reference implementations, compiled for the host.
 
-Threads of a block are threads there. That checks the arithmetic and the order of things; that NVRTC compiles the
-source is another test. CuPy's own way,
-which needs a device, is tested wherever a test of another file has the backend "cupy".
+Threads of a block are threads of the host. This checks the arithmetic and the order of operations; another test checks
+that NVRTC compiles the source. CuPy itself needs a device, and is covered by the tests with the backend "cupy" in other
+files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
 SEEDS = [(0, 0), (2**40 + 7, 3), (2**63 - 1, 2**31), (2**64 - 1, 2**32 - 1)]
 
-# What tests ask of the functions inside.
+# Entry points for tests of inner functions.
 PROBES = """
 extern "C" void draw(i64 start, i64 n, u32 purpose, u32 group, u64 seed, int bits, u32 *words, float *normals,
                      i64 *images, i64 *inverses) {
@@ -243,7 +243,7 @@ def nvrtc() -> ctypes.CDLL:
 
 @pytest.mark.parametrize("itemsize", [4, 8])
 def test_nvrtc_compiles_it_to_machine_code(itemsize: int) -> None:
-    """What the machine code computes is a question for a device: tests with the backend "cupy" ask it there."""
+    """Only compilation: tests with the backend "cupy" check on a device what the machine code computes."""
     library = nvrtc()
     program = ctypes.c_void_p()
     text = source(itemsize).encode()

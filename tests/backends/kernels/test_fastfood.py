@@ -1,4 +1,4 @@
-"""The compiled F is the plain one: values, gradients, batches, whatever the array looks like."""
+"""The compiled F against its reference implementation: values, gradients, batches, any layout of arrays."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def vector(size: int, seed: int = 0) -> np.ndarray:
 
 
 def agree(f: tna.Projection, x: np.ndarray, y: np.ndarray) -> None:
-    """The kernels' F and adjoint, of single precision, against the plain ones in double precision."""
+    """Compare the kernels' F and adjoint in single precision with the reference in double precision."""
     for z, plain, adjoint in ((x, f.map.forward_plain, False), (y, f.map.adjoint_plain, True)):
         found, expected = compiled.linear(z, f.map.draws, f.n_in, adjoint), plain(NUMPY, z.astype(np.float64))
         assert found.dtype == np.float32
@@ -61,7 +61,7 @@ def agree(f: tna.Projection, x: np.ndarray, y: np.ndarray) -> None:
 @pytest.mark.law("kernels-agree")
 @pytest.mark.parametrize("kind", ["linear", "linear_v2"])
 @pytest.mark.parametrize(("n_in", "n_out"), LENGTHS)
-def test_both_ways_at_every_length(kind: str, n_in: int, n_out: int) -> None:
+def test_both_algorithms_at_every_length(kind: str, n_in: int, n_out: int) -> None:
     agree(projection(kind, n_in, n_out), vector(n_in), vector(n_out, 1))
 
 
@@ -127,7 +127,7 @@ def test_batches_strides_and_flags(batch: tuple[int, ...], adjoint: bool, data: 
 @pytest.mark.law("walsh-not-finite")
 @pytest.mark.parametrize("n_in", [700, 300_000])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_no_number_stays_none(n_in: int, value: float) -> None:
+def test_nan_and_infinity_propagate(n_in: int, value: float) -> None:
     f = projection("linear", n_in, 300_000)
     for way, plain, length in ((f, f.map.forward_plain, f.n_in), (f.adjoint, f.map.adjoint_plain, f.n_out)):
         x = vector(length)
@@ -200,7 +200,7 @@ def test_shared_by_groups_of_unequal_length() -> None:
         assert relative_error(*made) < CLOSE
 
 
-def test_another_dtype_or_a_short_vector_goes_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_dtypes_and_short_vectors_use_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError
 
@@ -228,12 +228,12 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
         kernels.cache_clear()
     assert relative_error(found, expected) < CLOSE
     assert {"perm", "index"} & set(again.map.draws.kept)
-    assert "plain way" in caplog.text
+    assert "plain operations are used" in caplog.text
 
 
 @pytest.mark.skipif(not installed("torch"), reason="torch is not installed")
 class TestTorch:
-    """The gradients of tensors."""
+    """Gradients of tensors."""
 
     @pytest.mark.law("derivatives-of-projections")
     @pytest.mark.parametrize("kind", ["linear", "linear_v2", "nonlinear"])

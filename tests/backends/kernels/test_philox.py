@@ -1,4 +1,4 @@
-"""The compiled draws are the plain ones, to the bit."""
+"""The compiled draws equal the reference implementation bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharing work out: every piece once, errors raised, no thread waited for that cannot come."""
+"""Parallel work: every piece runs once, errors are raised, and no call waits for a thread that cannot start."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_others_take_part() -> None:
     share(lambda i: meeting.wait(timeout=30), 3, 3)
 
 
-def test_a_piece_may_share_and_everyone_at_once() -> None:
+def test_nested_and_concurrent_calls() -> None:
     done: collections.Counter[tuple[int, int, int]] = collections.Counter()
 
     def outer(caller: int) -> None:
@@ -65,7 +65,7 @@ def test_an_error_in_a_piece_is_raised(bad: int) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_has_threads_of_its_own() -> None:
-    # In a process of its own: what else has threads here takes a fork ill.
+    # In a separate process: other libraries with threads in this one do not survive a fork.
     code = """
 import os, threading
 from tnadapt.backends._kernels import thread_pool
@@ -99,7 +99,7 @@ def test_how_many_threads_there_are() -> None:
         assert count_in_a_process("import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])") == 1
 
 
-def test_torchs_own_word_counts() -> None:
+def test_the_setting_of_torch_counts() -> None:
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     try:

@@ -1,7 +1,7 @@
-"""torch's way to the Triton kernels: derivatives of every order, vmap, strides; the kernels in a model's place.
+"""The Triton kernels called through torch: derivatives of every order, vmap, strides, and a step of a plan.
 
-As in test_triton.py: on a device, or under the interpreter in a process of its own, where tensors on the CPU are taken
-for tensors on a device.
+As in test_triton.py: on a device, or under the interpreter in a separate process, where CPU tensors are treated as
+tensors on a device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_under_the_interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Every run of a kernel, so that no test passes by the plain way."""
+    """Record every run of a kernel, so that no test passes without one."""
     made: list[Any] = []
     by_rows = torch_gpu._by_rows
 

@@ -1,4 +1,4 @@
-"""The kernels on tensors: values and derivatives of the plain way, in every transformation torch has."""
+"""The kernels on tensors against the reference implementation: values, derivatives, and all torch transformations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plain(x: torch.Tensor, axis: int = -1, normalize: bool = True) -> torch.Tens
 
 
 def compiled(x: torch.Tensor, axis: int = -1) -> bool:
-    """Whether the kernel takes the tensor."""
+    """Return whether the kernel accepts the tensor."""
     return load_backend("torch").fwht(x, 1.0, axis, torch.clone) is not None
 
 
@@ -42,7 +42,7 @@ def x() -> torch.Tensor:
     st.sampled_from(["C", "turned", "strided", "expanded", "Parameter"]),
     st.booleans(),
 )
-def test_it_equals_the_plain_way(dtype: str, bits: int, how: str, normalize: bool) -> None:
+def test_it_equals_the_reference_implementation(dtype: str, bits: int, how: str, normalize: bool) -> None:
     x = torch.randn(4, 1 << bits, 3, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
     x = {
         "C": lambda: x,
@@ -130,7 +130,7 @@ def test_backward_twice_and_a_copy_of_a_model() -> None:
     assert torch.equal(tna.fwht(copy.deepcopy(layer).weight), tna.fwht(layer.weight))
 
 
-def test_what_is_not_for_a_kernel_goes_the_plain_way(x: torch.Tensor) -> None:
+def test_unsupported_tensors_use_plain_operations(x: torch.Tensor) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     assert not compiled(x.to("meta"), 1)
@@ -150,7 +150,7 @@ def test_what_is_not_for_a_kernel_goes_the_plain_way(x: torch.Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of tracing itself
-def test_what_records_operations_records_them(x: torch.Tensor) -> None:
+def test_dispatch_modes_record_operations(x: torch.Tensor) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     other = 2 * x

@@ -1,7 +1,7 @@
 """The Triton kernels against their reference implementations: on a CUDA device, or under Triton's interpreter.
 
-The interpreter must be chosen before Triton is imported, so where there is no device one test runs this file again in
-a process of its own. What the interpreter does not see, a compiler's rules and roundings, is looked at in
+The interpreter must be selected before Triton is imported, so without a device one test runs this file again in a
+separate process. The rules and the rounding of the compiler, which the interpreter does not have, are tested in
 test_triton_compile.py.
 """
 
@@ -160,7 +160,7 @@ def test_three_passes(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator)
 
 @pytest.mark.law("walsh-not-finite")
 @kernels
-def test_what_is_not_finite_spreads_and_nothing_else(rng: np.random.Generator) -> None:
+def test_non_finite_values_spread_only_within_their_vector(rng: np.random.Generator) -> None:
     x = rng.normal(size=(3, 64))
     x[0, 3], x[1, 5] = np.nan, np.inf
     found = numpy(launcher.fwht(tensor(x), 64, 1.0, 64))

@@ -1,6 +1,6 @@
-"""The Triton kernels compiled to machine code without a device: what a compiler refuses, and what the code needs.
+"""The Triton kernels compiled to machine code without a device: compiler errors, and the resources of the code.
 
-Whether the machine code has the right bits is a question for a device: test_triton.py asks it there.
+test_triton.py checks on a device that the machine code computes the right bits.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check(made: Any, tmp_path: Path) -> None:
 
 
 def stack(made: Any, tmp_path: Path) -> int:
-    """Bytes a thread keeps outside its registers."""
+    """Return the bytes that a thread spills from its registers."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton comes without cuobjdump")
@@ -130,7 +130,7 @@ def test_the_shuffle(tmp_path: Path) -> None:
 
 
 class NoDevice:
-    """As much of a driver as compiling asks for."""
+    """The parts of a driver that compiling needs."""
 
     def get_current_device(self) -> int:
         return 99  # of which nothing is kept for a device that is there
@@ -144,7 +144,7 @@ class NoDevice:
 
 @pytest.mark.parametrize(("n_in", "n_out", "signs"), [(1, 1, True), (100, 1000, True), (300, 30000, False)])
 def test_what_is_launched_compiles(n_in: int, n_out: int, signs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher's own calls, all but the launch: arguments, their types, and what is compiled of them."""
+    """Run the launcher's calls except for the launch itself: arguments, their types, and compilation."""
     torch = pytest.importorskip("torch")
     made = []
     run = triton.JITFunction.run

@@ -1,4 +1,4 @@
-"""The compiled transform equals butterflies in NumPy to the bit, and the plain way within rounding, on any array."""
+"""The compiled transform equals NumPy butterflies bit for bit, and the reference within rounding, for any array."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = ("float32", "float64")
 
 
 def butterflies(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The textbook: stage after stage, each a sum and a difference, rounded in the array's own dtype."""
+    """The textbook algorithm: stage by stage, each a sum and a difference, rounded in the array's dtype."""
     moved = np.moveaxis(x, axis, -1)
     y, half = np.ascontiguousarray(moved).reshape(-1, moved.shape[-1]), 1
     while half < y.shape[-1]:
@@ -43,7 +43,7 @@ def plain(x: np.ndarray, axis: int, normalize: bool) -> np.ndarray:
 
 
 def laid_out(x: np.ndarray, how: str) -> np.ndarray:
-    """The same numbers, otherwise in memory."""
+    """Return the same numbers in another memory layout."""
     if how == "Fortran":
         return np.asfortranarray(x)
     if how == "read-only":
@@ -71,7 +71,7 @@ LAYOUTS = ("C", "Fortran", "read-only", "backwards", "every third", "unaligned",
 
 @pytest.fixture(params=[1, 2, 5])
 def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """So many threads for whatever is large enough to be cut into pieces, and caches so small that much is."""
+    """Set the number of threads, and caches so small that many arrays are large enough to be split."""
     monkeypatch.setattr(thread_pool, "_allowed", lambda: request.param)
     monkeypatch.setattr(walsh, "thread_count", lambda: request.param)
     monkeypatch.setattr(walsh, "_SHARED_BYTES", 1 << 12)
@@ -122,9 +122,7 @@ def test_it_equals_its_reference_implementation(
     ("bits", "unit"),
     [(bits, unit) for bits in range(1, 20) for unit in (1, 2, 3, 16, 24, 1000) if unit << bits <= 1 << 20],
 )
-def test_every_way_through_memory_gives_the_same_bits(
-    bits: int, unit: int, dtype: str, team: int, small_caches: None
-) -> None:
+def test_every_schedule_gives_the_same_bits(bits: int, unit: int, dtype: str, team: int, small_caches: None) -> None:
     x = np.random.default_rng(bits).normal(size=(3, 1 << bits, unit)).astype(dtype)
     expected = butterflies(x * x.dtype.type(0.7), 1)
     assert np.array_equal(transform(x, 0.7, 1), expected)
@@ -146,7 +144,7 @@ def test_large_arrays_with_the_caches_that_there_are(shape: tuple[int, ...], rng
     st.lists(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 3e38]), min_size=1, max_size=4),
     st.randoms(use_true_random=False),
 )
-def test_what_is_not_finite_is_where_the_plain_way_has_it(length: int, values: list[float], random: Random) -> None:
+def test_non_finite_values_are_where_the_reference_has_them(length: int, values: list[float], random: Random) -> None:
     x = np.ones((2, length), np.float32)
     for value in values:
         x[1, random.randrange(length)] = value
@@ -154,7 +152,7 @@ def test_what_is_not_finite_is_where_the_plain_way_has_it(length: int, values: l
         found, expected = tna.fwht(x), plain(x, -1, True)
     assert np.array_equal(np.isfinite(found[0]), np.isfinite(expected[0]))
     assert relative_error(found[0], expected[0]) < 1e-6
-    # Scaled at the start, sums stay finite where the plain way's, scaled at the end, may not.
+    # The kernel scales first, so its sums stay finite where those of the reference, scaled last, may not.
     if all(abs(value) < 1e38 or not math.isfinite(value) for value in values):
         assert np.array_equal(np.isfinite(found[1]), np.isfinite(expected[1]))
 

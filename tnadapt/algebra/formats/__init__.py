@@ -1,10 +1,10 @@
-"""What one split of one group is made of: dense, CP, Tucker, a tensor train, or a registered network.
+"""Tensor formats of a split: dense, CP, Tucker, tensor train, or a registered network.
 
-One class a format and a file. It says which arrays it has and the einsum that makes the tensor of them; all that
-planner, solvers, pictures and costs ask is computed from these, or overridden (:class:`Format`). A new built-in
-format is one more file and one more line in :data:`FORMATS`; another package calls ``tnadapt.register_format``.
-:class:`tnadapt.testing.FormatContract` checks both kinds. Paper symbols: C the core (``core``), A_m the plane factors
-(``factor0`` …), r the rank, d_m the sizes.
+Each format is one class in one file. It defines its arrays and the einsum that computes the tensor from them; all that
+the planner, the solvers, the diagrams and the cost estimates need is derived from these, or overridden
+(:class:`Format`). A new built-in format needs one more file and one more line in :data:`FORMATS`; another package calls
+``tnadapt.register_format``. :class:`tnadapt.testing.FormatContract` tests both kinds. Paper symbols: C the core
+(``core``), A_m the plane factors (``factor0`` …), r the rank, d_m the sizes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ FORMATS: Registry[Format] = Registry(
 
 
 def register_format(name: str, cls: type[Format]) -> None:
-    """Make a tensor format known by a name, for ``Config(format=name)`` and everything that takes a config.
+    """Register a tensor format under a name, for ``Config(format=name)`` and everything that takes a config.
 
     Parameters
     ----------
@@ -69,11 +69,11 @@ def register_format(name: str, cls: type[Format]) -> None:
     Raises
     ------
     ConfigError
-        If the name is not of that form or is built in, or the class is no Format.
+        If the name has another form or is built in, or the class is not a subclass of Format.
 
     See Also
     --------
-    tnadapt.testing.FormatContract : The tests that such a class has to pass.
+    tnadapt.testing.FormatContract : The tests that such a class must pass.
 
     Examples
     --------
@@ -91,12 +91,12 @@ def register_format(name: str, cls: type[Format]) -> None:
 
 
 def make_format(name: str, sizes: Sequence[int], rank: Rank) -> Format:
-    """The format of that name for a tensor of these sizes.
+    """Return the format with that name for a tensor of these sizes.
 
     Raises
     ------
     ConfigError
-        If there is none of that name.
+        If there is no format with that name.
 
     Examples
     --------

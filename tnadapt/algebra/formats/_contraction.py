@@ -1,8 +1,8 @@
-"""Contract a small tensor network that an einsum string describes, on any backend.
+"""Contraction of a small tensor network given as an einsum string, on any backend.
 
-The reference way of every format, and the only one of a format that declares no faster: arrays are contracted pair by
-pair, from left to right, each pair as one batched matrix product. An index may be on any number of arrays, and stays
-open where the output names it.
+This is the reference implementation for every format, and the default for formats that do not override it. Arrays are
+contracted pairwise from left to right, each pair as one batched matrix product. An index may occur on any number of
+arrays; it stays open if the output names it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ __all__ = ["Contraction", "Formula", "least_cut", "letters"]
 
 
 def letters(modes: int, bonds: int) -> tuple[str, str]:
-    """Indices for the formula of a format of any order: so many for its modes, and so many for its bonds.
+    """Return distinct index letters for the modes and for the bonds of a formula.
+
+    Greek letters continue after the 52 ASCII letters.
 
     Examples
     --------
@@ -33,14 +35,14 @@ def letters(modes: int, bonds: int) -> tuple[str, str]:
 
 
 class Formula(NamedTuple):
-    """An einsum string, taken apart.
+    """A parsed einsum string.
 
     Attributes
     ----------
     inputs : tuple of str
         The indices of each array, in order.
     output : str
-        The open indices: one a mode.
+        The open indices, one per mode.
 
     Examples
     --------
@@ -53,24 +55,26 @@ class Formula(NamedTuple):
 
     @classmethod
     def parsed(cls, text: str, arrays: int, order: int) -> Formula:
-        """Take a string apart and check it against the number of arrays and of modes.
+        """Parse a string and check it against the number of arrays and of modes.
 
         Raises
         ------
         ConfigError
-            If it is no einsum string of explicit output for so many arrays and modes.
+            If it is not an einsum string with explicit output for that many arrays and modes.
         """
         left, arrow, output = text.replace(" ", "").partition("->")
         inputs = tuple(left.split(","))
         known = set(left)
         if not arrow or len(inputs) != arrays or len(output) != order or len(set(output)) != order:
-            raise ConfigError(f"formula {text!r} is not one of {arrays} arrays and {order} modes, as in 'ar,br->ab'")
+            raise ConfigError(
+                f"formula {text!r} must be an einsum string for {arrays} arrays and {order} modes, such as 'ar,br->ab'"
+            )
         if any(len(set(own)) != len(own) for own in inputs) or not set(output) <= known:
             raise ConfigError(f"formula {text!r} repeats an index on one array, or its output names an unknown index")
         return cls(inputs, output)
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """The size of every index.
+        """Return the size of every index.
 
         Raises
         ------
@@ -85,7 +89,12 @@ class Formula(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """How two arrays are contracted: axes to sum, axes in order, and how many are batch, rows and inner ones."""
+    """The plan of one pairwise contraction.
+
+    ``left_sums`` and ``right_sums`` are axes to sum first. The orders then sort the remaining axes: those of the left
+    array into batch, rows, inner, and those of the right array into batch, inner, columns. The last three fields count
+    the axes of each kind.
+    """
 
     left_sums: tuple[int, ...]
     right_sums: tuple[int, ...]
@@ -97,21 +106,21 @@ class _Pair(NamedTuple):
 
 
 class Contraction:
-    """The einsum of some arrays, planned once and run on any backend.
+    """An einsum, planned once and run on any backend.
 
-    Everything about indices is decided here, on the host: what runs is sums, permutations, reshapes and matrix products
-    alone, which a compiler can trace.
+    All decisions about indices are made in the constructor. A call runs only sums, permutations, reshapes and matrix
+    products, which a compiler can trace.
 
     Parameters
     ----------
     inputs : sequence of str
-        The indices of each array, none twice on one.
+        The indices of each array, without repeats on one array.
     output : str
-        Indices that are not summed, in order; each is on some array.
+        Indices that are not summed, in order; each occurs on at least one array.
 
     Notes
     -----
-    Costs what the pairwise contraction from left to right costs; no optimal order is searched.
+    Pairs are contracted from left to right; no optimal order is searched.
 
     Examples
     --------
@@ -147,7 +156,7 @@ class Contraction:
         return "".join([*batch, *rows, *cols])
 
     def __call__(self, backend: Backend, arrays: Sequence[Array]) -> Array:
-        """The contracted array."""
+        """Compute the contracted array."""
         now = arrays[0]
         for pair, right in zip(self.pairs, arrays[1:], strict=True):
             now = _contracted(backend, pair, now, right)
@@ -156,7 +165,7 @@ class Contraction:
 
 
 def _summed(indices: str, kept: set[str]) -> tuple[tuple[int, ...], str]:
-    """The axes of the indices that nobody else has, from the last one on, and the indices that are left."""
+    """Return the axes of the indices that are not kept, last axis first, and the remaining indices."""
     axes = tuple(axis for axis in reversed(range(len(indices))) if indices[axis] not in kept)
     return axes, "".join(index for index in indices if index in kept)
 
@@ -185,10 +194,11 @@ def _turned(backend: Backend, array: Array, order: tuple[int, ...]) -> Array:
 
 
 def least_cut(formula: Formula, size: Mapping[str, int], rows: Sequence[int]) -> int:
-    """The product of the bonds that a cut between some modes and the others goes through, at the least that is found.
+    """Return the least product of bonds found over the cuts of the network that separate some modes from the others.
 
-    An upper bound of the rank of that unfolding: every division of the arrays into two sides gives one. Up to 12 arrays
-    all divisions are tried; of more, one after another is moved to the side that makes the product smaller.
+    It is an upper bound on the rank of that unfolding: every partition of the arrays into two sides gives one. Up to 12
+    arrays, all partitions are searched. With more, arrays are moved to the other side one at a time as long as this
+    makes the product smaller.
     """
     open_rows = {formula.output[mode] for mode in rows}
     count = len(formula.inputs)

@@ -1,4 +1,4 @@
-"""CP: sums of outer products of vectors, with and without a weight each."""
+"""CP: sums of outer products of vectors, with or without a weight per component."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CP(Format):
     diagram = "star"
 
     def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
-        assert isinstance(rank, int)  # Config lets no other rank through
+        assert isinstance(rank, int)  # Config accepts no other rank
         self.rank = rank
         return {f"factor{mode}": (size, rank) for mode, size in enumerate(self.sizes)}
 
@@ -65,7 +65,7 @@ class CP(Format):
         for mode, factor in enumerate(factors):
             others = factors[:mode] + factors[mode + 1 :]
             rows = unfolded(backend, tensor, mode)
-            # Where there is one mode only, a component is its column itself.
+            # With a single mode, each component is a column itself: the tensor is the gradient of all r columns.
             product = backend.matmul(rows, khatri_rao(backend, others)) if others else rows + 0.0 * factor
             if mode == 0 and weights is not None:
                 found["weights"] = backend.sum(factor * product, axis=0)
@@ -96,7 +96,7 @@ class CP(Format):
 
 
 class WeightedCP(CP):
-    """CP with a weight a component: the diagonal core."""
+    """CP with a weight per component: a diagonal core."""
 
     title = "weighted CP"
     ones = frozenset({"weights"})

@@ -1,4 +1,4 @@
-"""The tensor itself."""
+"""The dense format: the tensor itself."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Dimensions of the sets of CP tensors, Tucker tensors and tensor trains, by formula.
 
-None is too small. They are exact but for the few known defective shapes (CP of rank 3 on
+The formulas are upper bounds. They are exact except for the few known defective shapes (CP of rank 3 on
 2 × 2 × 2 × 2, of rank 4 on 3 × 3 × 3, and their series).
 """
 
@@ -15,7 +15,7 @@ __all__ = ["of_cp", "of_train", "of_tucker"]
 def of_cp(sizes: Sequence[int], rank: int) -> int:
     ranks = multilinear(sizes, [rank] * len(sizes))
     bases = sum(r * (d - r) for r, d in zip(ranks, sizes, strict=True))
-    # Within the spaces that its factors span it is a CP tensor again, and these may be full.
+    # Restricted to the spans of its factors, the tensor is a smaller CP tensor, which may fill these spaces.
     inner = min(math.prod(ranks), rank * (sum(ranks) - len(ranks) + 1))
     return min(math.prod(sizes), bases + inner, rank * (sum(sizes) - len(sizes) + 1))
 
@@ -26,11 +26,11 @@ def of_tucker(sizes: Sequence[int], ranks: Sequence[int]) -> int:
 
 
 def multilinear(sizes: Sequence[int], ranks: Sequence[int]) -> list[int]:
-    """Ranks of the unfoldings: none above its mode's size, nor above the product of the others."""
+    """Return the ranks of the unfoldings: each at most its mode's size and the product of the other ranks."""
     found = [min(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
     largest = max(range(len(found)), key=lambda mode: found[mode])
     rest = math.prod(found[:largest] + found[largest + 1 :])
-    # Only the largest can be above the product of the others: of any other, it is a factor itself.
+    # Only the largest rank can exceed the product of the others, since every other product contains the largest one.
     found[largest] = min(found[largest], rest)
     return found
 

@@ -1,8 +1,8 @@
-"""The contract of a format: one way of making a tensor of given sizes from a few arrays.
+"""Base class of formats: a format computes a tensor of given sizes from a few arrays.
 
-A format has to say two things: which arrays it has (:meth:`Format.array_shapes`), and the einsum that makes the tensor
-of them (:attr:`Format.formula`). All else follows from these by computation, and a class overrides what it has a faster
-way or a sharper formula for.
+A format must define two things: its arrays (:meth:`Format.array_shapes`), and the einsum that computes the tensor from
+them (:attr:`Format.formula`). Everything else is derived from these; a class overrides a method where it has a faster
+algorithm or a sharper formula.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["Format", "Ranges", "Rank", "rank_a_mode", "rows_of", "unfolded"]
 Rank = int | tuple[int | None, ...]
 Ranges = Sequence[tuple[int, int]]
 
-# A rank beyond this is a slip or hostile.
+# A larger rank is a typo or an attack.
 MAX_RANK = 1 << 40
-# Unfoldings that are looked at for a lower bound, of each number of modes as rows.
+# Number of unfoldings considered for a lower bound, for each number of modes as rows.
 _UNFOLDINGS = 16
 
 
 class Format:
-    """One way of making a tensor of given sizes from a few arrays.
+    """A parametrisation of tensors of given sizes by a few arrays.
 
     Parameters
     ----------
@@ -52,24 +52,24 @@ class Format:
     shapes : dict of str to tuple of int
         The arrays, in order.
     title : str
-        What people call the format; the class's name by default.
+        Display name of the format; the class's name by default.
     ones : frozenset of str
-        Arrays that start at one.
+        Arrays that are initialised to one.
     unfolds : bool
-        Whether :meth:`inner` has an answer for every cut of a tensor of integer rank. A format that defines no
-        ``inner`` says False.
+        Whether :meth:`inner` returns a number for every cut of a tensor of integer rank. False for a format that does
+        not define ``inner``.
     diagram : str
-        How :func:`tnadapt.plot.network` places its arrays: ``"network"`` places any, by the formula.
+        How :func:`tnadapt.plot.network` places the arrays: ``"network"`` works for any format, by its formula.
 
     Notes
     -----
-    A subclass defines :meth:`array_shapes` and :attr:`formula`. The tensor has to be linear in each array, which an
-    einsum is. What the methods below compute for it is correct for every network; a subclass overrides what it has a
-    faster way or a sharper formula for.
+    A subclass defines :meth:`array_shapes` and :attr:`formula`. The tensor must be linear in each array, as any einsum
+    is. The default methods are correct for every network; a subclass overrides a method where it has a faster algorithm
+    or a sharper formula.
 
     Examples
     --------
-    A matrix product of three, in full:
+    A product of three matrices, in full:
 
     >>> from tnadapt.algebra.formats import Format
     >>> class Three(Format):
@@ -90,38 +90,37 @@ class Format:
         self.rank_given = rank
         self.shapes: dict[str, tuple[int, ...]] = self.array_shapes(rank)
         if type(self).tensor is Format.tensor or type(self).adjoint is Format.adjoint:
-            # Planned at once, so that no compiler that traces a call comes to trace the planning.
+            # Planned here, so that a compiler that traces a call does not have to trace the planning.
             self._contractions = self._planned()
 
     # -- What a format is ----------------------------------------------------------------------
 
     @classmethod
     def checked_rank(cls, name: str, rank: Any, order: int) -> Rank:
-        """The rank of a config, or an error that says which ranks the format takes. By default one integer.
+        """Return the rank of a config, or raise an error that says which ranks the format takes. Default: one integer.
 
         Parameters
         ----------
         name : str
-            Of the format, for the message.
+            Name of the format, for the message.
         rank : object
-            As the user gave it.
+            As given by the user.
         order : int
             M.
         """
         if isinstance(rank, (tuple, list)):
             raise ConfigError(f"format={name!r} has one rank; got rank={safe_repr(rank)}: give an integer")
-        return integer("rank", rank, 1, MAX_RANK, ConfigError, "or a tuple of one rank a mode")
+        return integer("rank", rank, 1, MAX_RANK, ConfigError, "or a tuple with one rank per mode")
 
     def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each array, for these sizes; the array that starts at zero first, if none else is said."""
-        raise ConfigError(f"{type(self).__name__} does not say which arrays it has: define array_shapes(rank)")
+        """Return the name and shape of each array for these sizes, in order; see also :attr:`zero`."""
+        raise ConfigError(f"{type(self).__name__} does not define its arrays: define array_shapes(rank)")
 
     @property
     def formula(self) -> str:
-        """The einsum of the arrays, in the order of ``shapes``, that is the tensor: one open index a mode."""
+        """Einsum string of the arrays, in the order of ``shapes``, that gives the tensor: one open index per mode."""
         raise ConfigError(
-            f"{type(self).__name__} does not say how its arrays make the tensor: define formula, an einsum string "
-            "such as 'ar,br->ab'"
+            f"{type(self).__name__} does not define its tensor: define formula, an einsum string such as 'ar,br->ab'"
         )
 
     @functools.cached_property
@@ -130,38 +129,40 @@ class Format:
         sizes = found.sizes(list(self.shapes.values()))
         made = tuple(sizes[index] for index in found.output)
         if made != self.sizes:
-            raise ConfigError(f"the formula of {type(self).__name__} makes a tensor of {made}; expected {self.sizes}")
+            raise ConfigError(
+                f"the formula of {type(self).__name__} gives a tensor of sizes {made}; expected {self.sizes}"
+            )
         return found, sizes
 
     @property
     def zero(self) -> str:
-        """The array that is zero at the start of a linear adapter: by default the first one with the leading mode."""
+        """Name of the array that starts at zero in a linear adapter; by default the first one with the leading mode."""
         formula, _ = self._parsed
         return next(name for name, own in zip(self.shapes, formula.inputs, strict=True) if formula.output[0] in own)
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all arrays."""
+        """Total number of elements of all arrays."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     # -- The tensor ----------------------------------------------------------------------------
 
     def tensor(self, backend: Backend, arrays: Mapping[str, Array], ranges: Ranges) -> Array:
-        """The tensor on a box. By default the einsum of the formula, with the rows of the box alone.
+        """Compute the tensor on a box. Default: the einsum of the formula, restricted to the rows of the box.
 
         Parameters
         ----------
         backend : Backend
-            Of the arrays.
+            Backend of the arrays.
         arrays : mapping of str to array
-            Of the shapes in ``shapes``.
+            Arrays with the shapes in ``shapes``.
         ranges : sequence of (int, int)
             Start and stop in every mode.
 
         Returns
         -------
         array
-            Of the box's sizes.
+            With the sizes of the box.
         """
         whole, axes, _ = self._contractions
         parts = []
@@ -173,7 +174,11 @@ class Format:
         return whole(backend, parts)
 
     def _planned(self) -> tuple[Contraction, list[list[tuple[int, int]]], list[tuple[Contraction, list[int], bool]]]:
-        """The contraction that is the tensor, which axis of each array is which mode, and the adjoint of each array."""
+        """Plan the contraction that gives the tensor, the modes of each array's axes, and the adjoint of each array.
+
+        The modes are ``(axis, mode)`` pairs per array. An adjoint is a contraction, the shape of its result, and
+        whether the array has an index that occurs nowhere else.
+        """
         formula, _ = self._parsed
         modes = {index: mode for mode, index in enumerate(formula.output)}
         axes = [[(axis, modes[i]) for axis, i in enumerate(own) if i in modes] for own in formula.inputs]
@@ -181,16 +186,17 @@ class Format:
         for k, (own, shape) in enumerate(zip(formula.inputs, self.shapes.values(), strict=True)):
             inputs = [formula.output, *formula.inputs[:k], *formula.inputs[k + 1 :]]
             reached = "".join(i for i in own if any(i in each for each in inputs))
-            # An index that is on this array alone is summed over: its elements share one gradient.
+            # An index on this array alone is summed over, so the gradient is constant along that axis: length 1 here,
+            # broadcast in :meth:`adjoint`.
             kept = [d if i in reached else 1 for i, d in zip(own, shape, strict=True)]
             adjoints.append((Contraction(inputs, reached), kept, len(reached) < len(own)))
         return Contraction(formula.inputs, formula.output), axes, adjoints
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
-        """The gradient of ``<tensor, T>`` with respect to each array, T being what the arrays make.
+        """Compute the gradient of ``<tensor, T>`` with respect to each array, where T is the tensor of the arrays.
 
-        T is linear in each array, so this is the adjoint of each of these maps, the other arrays held. By default the
-        einsum of the tensor with the other arrays.
+        T is linear in each array, so the gradient is the adjoint of that linear map with the other arrays fixed.
+        Default: the einsum of the tensor with the other arrays.
 
         Parameters
         ----------
@@ -201,7 +207,7 @@ class Format:
         Returns
         -------
         dict of str to array
-            In the shapes of ``shapes``.
+            With the shapes in ``shapes``.
         """
         _, _, adjoints = self._contractions
         names, found = list(self.shapes), dict[str, Array]()
@@ -212,62 +218,63 @@ class Format:
         return found
 
     def inner(self, modes: int) -> int | None:
-        """How many columns L has where the first ``modes`` modes are rows and the tensor is ``L R``; None for no such.
+        """Return the number of columns of L in the unfolding ``L R`` with the first ``modes`` modes as rows, or None.
 
-        ``1 <= modes < M``. A format without it is formed box by box, which takes a few times as long for thin slices.
+        ``1 <= modes < M``. None if there is no such product; the tensor is then computed box by box, which takes a few
+        times as long for thin slices.
         """
         return None
 
     def unfolded(self, backend: Backend, arrays: Mapping[str, Array], cut: Cut) -> tuple[Array, Array]:
-        """L and R of a part of an unfolding, where :meth:`inner` says that there are such.
+        """Compute L and R of a part of an unfolding for which :meth:`inner` returns a number.
 
         Parameters
         ----------
         backend : Backend
         arrays : mapping of str to array
         cut : Cut
-            Which modes are rows, and which rows and columns are wanted.
+            Number of modes that are rows, and the range of rows and columns.
 
         Returns
         -------
         (array, array)
-            Of shapes (rows, inner) and (inner, columns); their product is that part.
+            Shapes (rows, inner) and (inner, columns); their product is that part of the unfolding.
         """
-        raise ConfigError(f"{type(self).__name__} has inner() and no unfolded(): define both, or neither")
+        raise ConfigError(f"{type(self).__name__} defines inner() but not unfolded(): define both, or neither")
 
     def summed(self, terms: int) -> Self | None:
-        """The format whose arrays are those of so many terms side by side along the last axis; None for no such."""
+        """Return the format of a sum of terms, their arrays concatenated along the last axis; None if there is none."""
         return None
 
-    # -- What the start of training asks -------------------------------------------------------
+    # -- Used by the initialisation ------------------------------------------------------------
 
     def num_terms_per_array(self, name: str) -> int:
-        """How many elements of one array each element of the tensor is a sum over. By default, by the formula."""
+        """Return how many elements of one array each element of the tensor sums over. Default: from the formula."""
         formula, size = self._parsed
         own = formula.inputs[list(self.shapes).index(name)]
         return math.prod(size[index] for index in own if index not in formula.output)
 
     @property
     def num_terms(self) -> int:
-        """How many products, of one element of each array, an element of the tensor is a sum of; by the formula."""
+        """Number of products, of one element of each array, that an element of the tensor is a sum of."""
         formula, size = self._parsed
         return math.prod(length for index, length in size.items() if index not in formula.output)
 
-    # -- What the planner, the solvers and the costs ask ---------------------------------------
+    # -- Used by the planner, the solvers and the cost estimates -------------------------------
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
-        """What the rank of the unfolding with these modes as rows is at most.
+        """Return an upper bound on the rank of the unfolding with these modes as rows.
 
-        By default the least product of bonds between them and the others: a minimal cut of the network.
+        Default: the least product of bonds between them and the other modes, a minimal cut of the network.
         """
         rows = math.prod(self.sizes[mode] for mode in modes)
         formula, size = self._parsed
         return min(rows, math.prod(self.sizes) // rows, least_cut(formula, size, modes))
 
     def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
-        """Unfoldings whose rank is limited, and that limit, for lower bounds of a fit's error.
+        """Yield unfoldings of limited rank, each with its limit, for lower bounds on the error of a fit.
 
-        By default of up to half of the modes, some of each number.
+        Default: unfoldings with up to half of the modes as rows, at most 16 for each number of modes.
         """
         order = len(self.sizes)
         for size in range(1, order // 2 + 1):
@@ -278,25 +285,25 @@ class Format:
                     yield list(modes), rank
 
     def matrix_rank(self) -> int | None:
-        """The rank of a matrix (M = 2) of this format with random arrays; None where it has to be computed of one."""
+        """Return the rank of a matrix (M = 2) of this format with random arrays; None to compute it numerically."""
         return None
 
     def freedom(self, sizes: Sequence[int], times: int = 1, power: int = 1) -> int:
-        """The dimension of the set of all tensors of some sizes that the format makes; never less than it.
+        """Return the dimension of the set of tensors that the format can represent, or an upper bound on it.
 
         Parameters
         ----------
         sizes : sequence of int
-            In place of the format's own, none larger.
+            Sizes to use instead of the format's; none larger.
         times : int
-            Of sums of so many.
+            For sums of this many tensors.
         power : int
-            Of elementwise products of so many.
+            For elementwise products of this many tensors.
 
         Notes
         -----
-        By default, of small networks, the rank of the Jacobian at random arrays; of others the number of parameters,
-        or of elements if those are fewer.
+        Default: for small networks the rank of the Jacobian at random arrays; otherwise the number of parameters or of
+        elements, whichever is smaller.
         """
         elements = math.prod(sizes)
         if power > 1:
@@ -305,19 +312,19 @@ class Format:
         return min(elements, jacobian_rank(own, times) or times * own.num_parameters)
 
     def useful_rank(self) -> int | None:
-        """The rank beyond which none makes anything that a smaller one does not; None if the format has no rank.
+        """Return the rank beyond which the format gains no expressiveness; None if the format has no rank.
 
-        By default the number of elements, which is never too small.
+        Default: the number of elements, which is an upper bound.
         """
         return math.prod(self.sizes)
 
     @property
     def products(self) -> int:
-        """Products an element of the tensor is a sum of in the last step that forms it; by default all of them."""
+        """Number of products per element in the last step that computes the tensor; by default :attr:`num_terms`."""
         return self.num_terms
 
     def fit(self, algebra: Any, tensor: Array, start: Mapping[str, Array] | None, limits: Any) -> Any:
-        """The arrays nearest to a tensor, as a :class:`tnadapt.decomposition.Fit`; None for the general solver.
+        """Fit the arrays to a tensor; return a :class:`tnadapt.decomposition.Fit`, or None to use the general solver.
 
         The general solver is alternating least squares with :meth:`tensor` and :meth:`adjoint`, from several starts.
         See :func:`tnadapt.decomposition.fit_format` for the parameters.
@@ -326,9 +333,9 @@ class Format:
 
 
 def rank_a_mode(name: str, rank: Any, order: int, expected: int, optional: bool = False) -> Rank:
-    """:meth:`Format.checked_rank` of a format that takes one integer, or so many; ``optional``: each may be None."""
+    """:meth:`Format.checked_rank` for one integer or ``expected`` integers; with ``optional``, each may be None."""
     if not isinstance(rank, (tuple, list)):
-        return integer("rank", rank, 1, MAX_RANK, ConfigError, "or a tuple of one rank a mode")
+        return integer("rank", rank, 1, MAX_RANK, ConfigError, "or a tuple with one rank per mode")
     if len(rank) != expected:
         raise ConfigError(
             f"format={name!r} of order {order} needs {expected} ranks; got {len(rank)}: {safe_repr(rank)}"
@@ -341,13 +348,13 @@ def rank_a_mode(name: str, rank: Any, order: int, expected: int, optional: bool 
 
 
 def unfolded(backend: Backend, tensor: Array, mode: int) -> Array:
-    """One mode as rows, the others in order as columns."""
+    """Unfold a tensor: one mode as rows, the others in order as columns."""
     moved = backend.moveaxis(tensor, mode, 0)
     return backend.reshape(moved, (tensor.shape[mode], math.prod(tensor.shape) // tensor.shape[mode]))
 
 
 def rows_of(array: Array, bounds: tuple[int, int], axis: int = 0) -> Array:
-    """A range of one axis; the array itself where that is all of it."""
+    """Slice one axis; return the array itself if the range covers the whole axis."""
     start, stop = bounds
     if (start, stop) == (0, array.shape[axis]):
         return array

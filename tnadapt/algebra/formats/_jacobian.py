@@ -1,4 +1,4 @@
-"""Degrees of freedom of a small network, counted: the rank of the Jacobian at random arrays, in float64."""
+"""Degrees of freedom of a small network: the rank of its Jacobian at random arrays, in float64."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tnadapt.backends import load_backend
 
 __all__ = ["jacobian_rank"]
 
-# Elements of the Jacobian, up to which it is formed.
+# The Jacobian is formed up to this number of elements.
 _FORMED = 1 << 20
-# Below this share of the largest singular value, one is rounding.
+# Singular values below this fraction of the largest one are rounding errors.
 _ROUNDING = 1e-10
 
 
@@ -29,9 +29,10 @@ class _Network(Protocol):
 
 
 def jacobian_rank(network: _Network, times: int) -> int | None:
-    """The rank of the Jacobian of a sum of so many of a network's tensors; None where it is too large to form.
+    """Return the rank of the Jacobian of a sum of ``times`` tensors of a network; None if it is too large to form.
 
-    Ranks cannot fall at a random point: this is the dimension of the set of all such sums, with probability one.
+    The rank is maximal at almost every point, so at a random point it is the dimension of the set of all such sums with
+    probability one.
     """
     elements = math.prod(network.sizes)
     if times * network.num_parameters * elements > _FORMED:

@@ -20,7 +20,7 @@ __all__ = ["TensorTrain"]
 
 
 class TensorTrain(Format):
-    """``G_1[i_1] G_2[i_2] … G_M[i_M]``: products of slices of three-way cores; ranks cut to what the sizes allow."""
+    """``G_1[i_1] G_2[i_2] … G_M[i_M]``: products of slices of three-way cores; ranks are capped by the sizes."""
 
     title = "TT"
     zero = "core0"
@@ -36,7 +36,7 @@ class TensorTrain(Format):
         wanted = (rank,) * inner if isinstance(rank, int) else rank
         left = itertools.accumulate(self.sizes[:-1], lambda a, b: a * b)
         right = reversed(list(itertools.accumulate(reversed(self.sizes[1:]), lambda a, b: a * b)))
-        # Config lets no None through here: a train has a bond between any two modes.
+        # A rank is never None here: a train has a bond between any two neighbouring modes, and Config checks this.
         cut = [min(r or 1, before, after) for r, before, after in zip(wanted, left, right, strict=True)]
         self.ranks: tuple[int, ...] = (1, *cut, 1)
         return {f"core{mode}": (self.ranks[mode], size, self.ranks[mode + 1]) for mode, size in enumerate(self.sizes)}
@@ -73,7 +73,7 @@ class TensorTrain(Format):
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         cores = [arrays[f"core{mode}"] for mode in range(len(self.sizes))]
         found = {}
-        # What is left of the tensor once all cores before this one are contracted: (r, d_m, …, d_M).
+        # The tensor contracted with all cores before this one: (r, d_m, …, d_M).
         rest = backend.reshape(tensor, (1, math.prod(self.sizes)))
         for mode, core in enumerate(cores):
             left, size, right = core.shape
@@ -93,7 +93,7 @@ class TensorTrain(Format):
 
     def unfolding_rank(self, modes: Sequence[int]) -> int:
         rows = math.prod(self.sizes[mode] for mode in modes)
-        # A cut goes through every bond between a mode on one side and the next one on the other.
+        # A cut crosses every bond whose two modes are on different sides.
         chosen = set(modes)
         bonds = [rank for mode, rank in enumerate(self.ranks[1:-1]) if (mode in chosen) != (mode + 1 in chosen)]
         return min(math.prod(bonds), rows, math.prod(self.sizes) // rows)

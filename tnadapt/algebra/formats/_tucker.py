@@ -1,4 +1,4 @@
-"""Tucker: a core, and a factor for each mode or for some."""
+"""Tucker: a core, and a factor for each mode or for some of the modes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Tucker(Format):
     def _expanded(
         self, backend: Backend, arrays: Mapping[str, Array], core: Array, modes: Sequence[int | None], ranges: Ranges
     ) -> Array:
-        """A core times the rows of its modes' factors; ``modes`` has None for an axis that is no mode, and stays."""
+        """Multiply a core by the rows of its modes' factors; None in ``modes`` marks an axis that is not a mode."""
         factors: list[Array | None] = []
         bounds = iter(ranges)
         for axis, mode in enumerate(modes):
@@ -63,10 +63,13 @@ class Tucker(Format):
         return tucker_tensor(backend, core, factors)
 
     def _inner(self, modes: int) -> tuple[int, bool] | None:
-        """How many columns L has, and whether the core is in it: it goes where it is contracted with more."""
+        """Return the number of columns of L and whether the core belongs to L (True) or R (False), or None.
+
+        The core goes to the side that leaves the smaller inner dimension.
+        """
         core, order = self.core, len(self.sizes)
         found: list[tuple[int, bool]] = []
-        # The half without the core is the Kronecker product of its factors: every mode has to have one.
+        # The half without the core is the Kronecker product of its factors, so each of its modes needs a factor.
         if all(mode in self.modes for mode in range(modes, order)):
             found.append((math.prod(core[modes:]), True))
         if all(mode in self.modes for mode in range(modes)):
@@ -92,7 +95,7 @@ class Tucker(Format):
 
         def cored(modes: range, bounds: tuple[int, int]) -> Array:
             sizes, ranks = ([every[m] for m in modes] for every in (self.sizes, self.core))
-            # The axis over which the halves are contracted is the last one of L and the first one of R.
+            # The inner axis, over which the halves are contracted, is the last of L and the first of R.
             shape, axes = ([*ranks, inner], [*modes, None]) if core_left else ([inner, *ranks], [None, *modes])
             core = backend.reshape(arrays["core"], shape)
 

@@ -1,9 +1,10 @@
-"""The fixed maps F that follow the network: one class a kind and a file, each with its adjoint and slices.
+"""The fixed maps F that follow the network, each with its adjoint and slices.
 
-A map says how it goes forward and which fixed arrays it draws; all that the start, the planner, the files and the
-solvers ask is computed from these, or overridden (:class:`Map`). A new built-in map is one more file and one more line
-in :data:`MAPS`; another package calls ``tnadapt.register_map``. :class:`tnadapt.testing.MapContract` checks both kinds.
-``hadamard`` is the Walsh-Hadamard transform, and ``projection`` the map as users call it.
+Each map is one class in one file. It defines its forward pass and the fixed arrays that it draws; all that the
+initialisation, the planner, the file formats and the solvers need is derived from these, or overridden (:class:`Map`).
+A new built-in map needs one more file and one more line in :data:`MAPS`; another package calls
+``tnadapt.register_map``. :class:`tnadapt.testing.MapContract` tests both kinds. ``hadamard`` is the Walsh-Hadamard
+transform, and ``projection`` is the user-facing class of a map.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ MAPS: Registry[Map] = Registry(
     },
 )
 
-#: The paper's six, and those of them that keep the length.
+#: The paper's six maps, and those of them that preserve the length.
 KINDS = MAPS.built_in
 SQUARE = tuple(name for name in KINDS if MAPS[name].square)
 
 
 def make_map(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Map:
-    """The map of a name for these lengths.
+    """Return the map with that name for these lengths.
 
     Raises
     ------
     ConfigError
-        If there is none of that name.
+        If there is no map with that name.
 
     Examples
     --------
@@ -67,7 +68,7 @@ def make_map(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) ->
 
 
 def register_map(name: str, cls: type[Map]) -> None:
-    """Make a map F known by a name, for ``Config(projection=name)`` and ``tnadapt.Projection(name, …)``.
+    """Register a map F under a name, for ``Config(projection=name)`` and ``tnadapt.Projection(name, …)``.
 
     Parameters
     ----------
@@ -79,11 +80,11 @@ def register_map(name: str, cls: type[Map]) -> None:
     Raises
     ------
     ConfigError
-        If the name is not of that form or is built in, or the class is no Map.
+        If the name has another form or is built in, or the class is not a subclass of Map.
 
     See Also
     --------
-    tnadapt.testing.MapContract : The tests that such a class has to pass.
+    tnadapt.testing.MapContract : The tests that such a class must pass.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The digest of a map whose streams are drawn a part at a time: long ones by their two ends."""
+"""Digests of maps whose streams are drawn piece by piece; long streams are digested by their two ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .. import rng
 
 __all__ = ["digest_of"]
 
-# Streams longer than this are digested by their two ends: each element is a pure function of its index.
+# Streams longer than twice this are digested by their two ends. That is enough to identify a stream, since each element
+# is a pure function of its index.
 _ENDS = 1 << 19
 
 
@@ -24,7 +25,7 @@ class _Drawn(Protocol):
 
 
 def digest_of(found: _Drawn, lengths: Mapping[str, int]) -> str:
-    """SHA-256, in hex, of kind, lengths and streams; of streams beyond 2**20 elements their first and last 2**19."""
+    """Return the hex SHA-256 of kind, lengths and streams; beyond 2**20 elements, of the first and last 2**19."""
     head = f"tnadapt {found.kind} {found.n_in} {found.n_out}".encode()
     return rng.digest(iter([head]), *(_bytes(found, *stream) for stream in lengths.items()))
 

@@ -1,4 +1,4 @@
-"""The fixed vectors and matrices of a fastfood transform, drawn whole or a piece at a time."""
+"""The fixed vectors and matrices of a fastfood transform, drawn whole or in pieces."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from .. import rng
 
 __all__ = ["FastfoodDraws", "hadamard_rows"]
 
-# From this length on a gather goes out of the processor's caches.
+# From this length on, a gather misses the processor's caches.
 _FAR = 1 << 19
 
 
 class FastfoodDraws(FixedArrays):
-    """The vectors that make one F: perm, inverse, g and diagonal as drawn; index and gain as used.
+    """The vectors of one F: ``perm``, ``inverse``, ``g`` and ``diagonal`` as drawn; ``index`` and ``gain`` as used.
 
-    ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the
-    period and ``gain = g[perm]``.
+    ``H pad(x)`` repeats one period h, so ``z[j] = gain[j] * h[index[j]]`` with ``index = perm`` modulo the period and
+    ``gain = g[perm]``.
 
-    Compiled kernels regenerate the permutation each time from its ``keys``, take signs as the bits of ``words``, and
-    ask for what else they need (:mod:`tnadapt.backends._kernels.fastfood`).
+    Compiled kernels regenerate the permutation in every call from its ``keys``, read signs from the bits of ``words``,
+    and use further arrays of their own (``buckets``, ``starts``, ``order``; see
+    :mod:`tnadapt.backends._kernels.fastfood`).
     """
 
     def __init__(self, normal: bool, length: int, padded: int, pruned: int, seed: int, group: int) -> None:
         super().__init__()
         self.lengths = {"diagonal": length}
         self.padded = padded
-        #: Whether it takes longer than to import a compiler.
+        #: Whether the transform is long enough to be worth importing the compiled kernels.
         self.long = padded >= rng.WORTH
         self.signs = not normal
         self.pruned, self.seed, self.group = pruned, seed, group
 
     def part(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements ``start`` to ``stop - 1`` of one of them, drawn without the rest."""
+        """Draw elements ``start`` to ``stop - 1`` of one of the vectors without the rest."""
         if name in ("perm", "inverse"):
             return rng.permutation(self.padded, self.seed, self.group, start, stop, inverse=name == "inverse")
         if name == "g":
@@ -59,24 +60,24 @@ class FastfoodDraws(FixedArrays):
             return _FOR_KERNELS[key](self)
         length = self.lengths.get(key, self.padded)
         if key == "gain":
-            # Drawing in order and gathering costs a quarter of drawing at scattered places.
+            # Drawing g in order and then gathering costs a quarter of drawing it at scattered positions.
             compiled = kernels("fastfood") if length >= _FAR else None
             if compiled is not None and compiled.permutes(length):
                 return compiled.permuted(self.part("g", 0, length), self.held("keys"))  # type: ignore[no-any-return]
             return np.take(self.part("g", 0, length), self.part("perm", 0, length))
         whole = self.part(key, 0, length)
-        # Half the memory where positions fit in 32 bits.
+        # Half the memory if positions fit in 32 bits.
         return whole.astype(np.int32) if whole.dtype == np.int64 and self.padded <= 1 << 31 else whole
 
     def piece(self, backend: Backend, name: str, start: int, stop: int, like: Array, dtype: str | None = None) -> Array:
-        """:meth:`part` in like's library; from the whole where that has been drawn already."""
+        """:meth:`part` in like's library; sliced from the whole vector if that has been drawn already."""
         if name in self.kept:
             whole = self.on(backend, name, like)[start:stop]
             return whole if dtype is None else backend.astype(whole, dtype)
         return self.on(backend, (name, start, stop), like, dtype, keep=False)
 
 
-# What kernels alone ask for.
+# Arrays that only the compiled kernels use.
 _FOR_KERNELS: dict[str, Callable[[FastfoodDraws], np.ndarray]] = {
     "keys": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["permutation"], 0, 8),
     "words": lambda d: rng.words(d.seed, d.group, rng.PURPOSE["signs"], 0, -(-d.lengths["diagonal"] // 32)),
@@ -87,7 +88,7 @@ _FOR_KERNELS: dict[str, Callable[[FastfoodDraws], np.ndarray]] = {
 
 
 class _HadamardRows(FixedArrays):
-    """Parts of orthonormal Hadamard matrices: entry (i, j) is (-1) ** popcount(i & j) / sqrt(size).
+    """Blocks of orthonormal Hadamard matrices: entry (i, j) is (-1) ** popcount(i & j) / sqrt(size).
 
     Keys are (first row, last row + 1, first column, last column + 1, size).
     """
@@ -95,6 +96,7 @@ class _HadamardRows(FixedArrays):
     def make(self, key: Any) -> np.ndarray:
         row_start, row_stop, col_start, col_stop, size = key
         bits: np.ndarray = np.bitwise_and.outer(np.arange(row_start, row_stop), np.arange(col_start, col_stop))
+        # Fold the bits of i & j onto the lowest one by XOR: the parity of the number of set bits.
         for shift in (32, 16, 8, 4, 2, 1):
             bits = bits ^ (bits >> shift)
         return np.asarray((1 - 2 * (bits & 1)) / math.sqrt(size))

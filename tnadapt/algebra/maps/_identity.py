@@ -1,4 +1,4 @@
-"""No map: y = x."""
+"""The identity map: y = x."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fastfood: F by two Walsh-Hadamard transforms, a normal diagonal, a permutation, and signs or a second diagonal.
+"""Fastfood: F from two Walsh-Hadamard transforms, a normal diagonal, a permutation, and signs or a second diagonal.
 
 Paper symbols (equation 4, appendix A.6): H the Walsh-Hadamard matrix, G the Gaussian diagonal, Π the permutation, B the
 signs (G' in the v2 kind).
@@ -22,10 +22,10 @@ from .hadamard import fwht_last
 
 __all__ = ["Linear", "LinearV2"]
 
-# How much of the long vector a slice draws at a time: of short blocks several, of long ones a part.
+# How many elements of the long vector a slice draws at a time: several short blocks together, or part of a long one.
 _SLICE_CHUNK = 1 << 16
 _SLICE_PART = 1 << 18
-# Shorter slices than this are cut from a block of this length, to keep the matrix products thick.
+# Shorter slices are cut from a block of this length, so that the matrix products are not too thin.
 _LEAST_BLOCK = 1 << 10
 
 
@@ -41,13 +41,13 @@ class Linear(Map):
 
     kind = "linear"
     full_rank = True
-    #: Whether a second normal diagonal stands in place of the signs.
+    #: Whether a second normal diagonal replaces the signs.
     normal = False
 
     def __init__(self, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> None:
         super().__init__(n_in, n_out, seed, group)
         self.padded = 1 << (max(n_in, n_out) - 1).bit_length()
-        # Length of the transform that is left of H pad(x) once its zeros are pruned.
+        # Length of the transform in H pad(x) after pruning: H of a zero-padded vector repeats a shorter transform.
         self._pruned = 1 << (n_in - 1).bit_length()
         self.draws = FastfoodDraws(self.normal, n_out, self.padded, self._pruned, seed, group)
 
@@ -63,14 +63,14 @@ class Linear(Map):
         return functools.partial(self.forward_plain, backend), functools.partial(self.adjoint_plain, backend)
 
     def forward_plain(self, backend: Backend, x: Array) -> Array:
-        """F in the library's own operations: what every kernel must equal."""
+        """Compute F in the library's own operations: the reference implementation for every kernel."""
         kind = backend.dtype_name(x)
         z = backend.take(self._small_transform(backend, x), self.draws.on(backend, "index", x))
         z = z * self.draws.on(backend, "gain", x, kind)
         return fwht_last(backend, z)[..., : self.n_out] * self.draws.on(backend, "diagonal", x, kind)
 
     def _small_transform(self, backend: Backend, x: Array) -> Array:
-        """One period of ``H pad(x)``, which repeats itself where the padding was zero."""
+        """Compute one period of ``H pad(x)``, which is periodic because the padding is zero."""
         return fwht_last(backend, backend.pad_last(x, self._pruned)) * math.sqrt(self._pruned / self.padded)
 
     def adjoint_plain(self, backend: Backend, y: Array) -> Array:
@@ -83,7 +83,10 @@ class Linear(Map):
         return fwht_last(backend, v)[..., : self.n_in]
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        """``H = H_high ⊗ H_low`` with ``H_low`` as long as the slice: rows of ``H_high`` combine the blocks of z."""
+        """Compute a slice with ``H = H_high ⊗ H_low``, ``H_low`` as long as the slice.
+
+        Rows of ``H_high`` combine the blocks of z; ``H_low`` then transforms only the combined blocks.
+        """
         kind = backend.dtype_name(x)
         low = min(self.padded, max(_LEAST_BLOCK, 1 << (stop - start).bit_length() - 1))
         first, end = start // low, (stop - 1) // low + 1
@@ -92,10 +95,10 @@ class Linear(Map):
         return y * self.draws.piece(backend, "diagonal", start, stop, x, kind)
 
     def _mixed(self, backend: Backend, x: Array, low: int, first: int, end: int) -> Array:
-        """Rows ``first`` to ``end - 1`` of H_high times z in blocks of ``low``: shape (…, end - first, low)."""
+        """Multiply rows ``first`` to ``end - 1`` of H_high by z in blocks of ``low``: shape (…, end - first, low)."""
         kind, high = backend.dtype_name(x), self.padded // low
         small = self._small_transform(backend, x)
-        # Of one part of the columns after another, so that beside the sum no more than a part of a block is there.
+        # One part of the columns at a time, so that besides the sum only part of a block is in memory.
         step, width = max(1, _SLICE_CHUNK // low), min(low, _SLICE_PART)
         parts = []
         for column in range(0, low, width):
@@ -103,7 +106,8 @@ class Linear(Map):
             for block in range(0, high, step):
                 blocks = min(step, high - block)
                 lo = block * low + column
-                hi = lo + blocks * width  # a part is of one block, and several blocks are whole
+                # Contiguous: either there is one block (step is 1), or its columns are all there (width is low).
+                hi = lo + blocks * width
                 z = backend.take(small, self.draws.piece(backend, "index", lo, hi, x))
                 z = z * self.draws.piece(backend, "gain", lo, hi, x, kind)
                 z = backend.reshape(z, (*x.shape[:-1], blocks, width))
@@ -114,7 +118,7 @@ class Linear(Map):
         return backend.concat(parts, axis=-1)
 
     def part(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements ``start`` to ``stop - 1`` of a stream, drawn without the rest."""
+        """Draw elements ``start`` to ``stop - 1`` of a stream without the rest."""
         return self.draws.part(name, start, stop)
 
     def gain(self) -> float:
@@ -127,7 +131,10 @@ class Linear(Map):
         return self.n_in * self.n_out / self.padded
 
     def cost(self) -> int:
-        """``L log2 L`` additions a transform, the first one of the vector before F alone; three products an element."""
+        """Return ``L log2 L`` additions per transform, the first one of F's input only, and three products per element.
+
+        ``L`` of the first transform is the least power of two that ``n_in`` fits in.
+        """
         small, length = 1 << (self.n_in - 1).bit_length(), self.padded
         return small * (small.bit_length() - 1) + length * (length.bit_length() - 1) + 3 * length
 
@@ -136,7 +143,7 @@ class Linear(Map):
 
 
 class LinearV2(Linear):
-    """The same with a normal vector g' in place of the signs."""
+    """:class:`Linear` with a normal vector g' instead of the signs."""
 
     kind = "linear_v2"
     normal = True

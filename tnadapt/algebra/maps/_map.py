@@ -1,8 +1,8 @@
-"""The contract of a map F: from a vector of ``n_in`` elements to one of ``n_out``, fixed by a seed.
+"""Base class of maps F, from vectors of ``n_in`` elements to vectors of ``n_out`` elements, fixed by a seed.
 
-A linear map has to say one thing, :meth:`Map.forward`, and which fixed arrays it draws, :attr:`Map.fixed` and
-:meth:`Map.make`. Adjoint, slices, digest, gain and cost follow from these by computation; a class overrides what it
-has a faster way for.
+A linear map must define :meth:`Map.forward`, and its fixed arrays, if any, by :attr:`Map.fixed` and :meth:`Map.make`.
+Adjoint, slices, digest, gain and cost are derived from these; a class overrides a method where it has a faster
+algorithm.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .. import rng
 
 __all__ = ["Map"]
 
-# Elements of F as a matrix, up to which its adjoint is that matrix, transposed.
+# The default adjoint forms F as a matrix and transposes it, up to this number of elements.
 FORMED = 1 << 22
-# Probes of the squared norm: of a long map one is enough, of a short one some.
+# Probes for the squared norm: 2**16 / n_in of them, at least 1 and at most 64.
 _PROBED = 1 << 16
 _MOST_PROBES = 64
 
@@ -38,34 +38,34 @@ class Map(FixedArrays):
     seed : int
         0 to 2**64 - 1.
     group : int
-        Stream of the draws: 0 where all groups share one map.
+        Stream of the draws: 0 if all groups share one map.
 
     Attributes
     ----------
     kind : str
-        The name it is registered by.
+        The name under which it is registered.
     square : bool
-        Whether it keeps the length; a config then refuses ``ratio`` below 1.
+        Whether it preserves the length; a config then refuses ``ratio`` below 1.
     linear : bool
         Whether ``F(x + y) = F(x) + F(y)``.
     isometry : bool
-        Whether it is linear and keeps the length, and ``F Fᵀ = 1``: distances before and after are the same, and so
-        are bounds of a fit.
+        Whether it is linear, preserves the length, and ``F Fᵀ = 1``: it then preserves distances, and with them the
+        bounds of a fit.
     full_rank : bool
-        Whether, over its own draws, almost every vector becomes one whose matrices have full rank. False is always
-        right: the planner then computes the rank.
+        Whether, with probability one over its draws, it maps a vector to one whose matrices have full rank. False is
+        always safe: the planner then computes the rank.
     fixed : tuple of str
         Names of the arrays that :meth:`make` draws, in the order in which they are digested.
 
     Notes
     -----
-    ``make(name)`` returns an array of integers or float32 numbers that depends on ``n_in``, ``n_out``, ``seed`` and
-    ``group`` alone, drawn by :mod:`tnadapt.algebra.rng`, so that it has the same bits everywhere. ``self.on(backend,
-    name, x)`` is that array in x's library and on its device, made once.
+    ``make(name)`` returns an array of integers or float32 numbers that depends only on ``n_in``, ``n_out``, ``seed``
+    and ``group``, drawn by :mod:`tnadapt.algebra.rng`, so that its bits are the same everywhere.
+    ``self.on(backend, name, x)`` is that array in x's library and on its device, computed once.
 
     Examples
     --------
-    Each element of the output is one of the input, or its negative:
+    Each element of the output is the input element or its negative:
 
     >>> import numpy as np
     >>> from tnadapt.algebra import rng
@@ -100,12 +100,12 @@ class Map(FixedArrays):
     # -- What it computes ----------------------------------------------------------------------
 
     def forward(self, backend: Backend, x: Array) -> Array:
-        """F(x).
+        """Compute F(x).
 
         Parameters
         ----------
         backend : Backend
-            Of x. Its operations alone are used, so that the map runs on every library.
+            Backend of x. Use only its operations, so that the map runs on every library.
         x : array, shape (…, n_in)
             Single precision or better.
 
@@ -116,66 +116,66 @@ class Map(FixedArrays):
         raise self._lacks("forward(backend, x)")
 
     def adjoint(self, backend: Backend, y: Array) -> Array:
-        """``Fᵀ y`` of a linear map, ``(…, n_out)`` to ``(…, n_in)``.
+        """Compute ``Fᵀ y`` of a linear map, ``(…, n_out)`` to ``(…, n_in)``.
 
-        By default by F as a matrix, up to 2**22 elements; a longer map has to define its own.
+        The default forms F as a matrix of at most 2**22 elements; a larger map must override this method.
         """
         if not self.linear:
             raise self._lacks("adjoint_at(backend, y, at), which a map that is not linear needs")
         if self.n_in * self.n_out > FORMED:
             raise self._lacks(
-                f"adjoint(backend, y); the general one forms a matrix, and {self.n_out} x {self.n_in} elements are too "
-                "many"
+                f"adjoint(backend, y); the default forms a matrix, and {self.n_out} x {self.n_in} elements are too many"
             )
         unit = backend.asarray(np.eye(self.n_in), backend.dtype_name(y), backend.device(y))
         return backend.matmul(y, backend.matrix_transpose(self.forward(backend, unit)))
 
     def adjoint_at(self, backend: Backend, y: Array, at: Array) -> Array:
-        """The adjoint of F's derivative at a point; of a linear map its adjoint."""
+        """Compute the adjoint of F's derivative at a point; for a linear map, the adjoint."""
         return self.adjoint(backend, y)
 
     def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        """``F(x)[..., start:stop]``; by default cut from the whole."""
+        """Compute ``F(x)[..., start:stop]``. Default: a slice of the whole output."""
         return self.forward(backend, x)[..., start:stop]
 
     @property
     def linear_part(self) -> Map:
-        """The map without a nonlinearity that ends it: the same draws. A linear map is its own."""
+        """The map without its final nonlinearity, with the same draws; a linear map itself."""
         if self.linear:
             return self
         raise self._lacks("linear_part, which a map that is not linear needs")
 
-    # -- What is known of it -------------------------------------------------------------------
+    # -- Properties ----------------------------------------------------------------------------
 
     def streams(self) -> Iterator[np.ndarray]:
-        """The fixed numbers, in order; integers as int64 and the others as float32."""
+        """Yield the fixed arrays, in order; integers as int64 and the others as float32."""
         for name in self.fixed:
             array = np.ravel(self.host(name))
             yield array.astype("<i8" if array.dtype.kind in "iu" else "<f4")
 
     def digest(self) -> str:
-        """SHA-256, in hex, of kind, lengths and draws: equal where F is the same map."""
+        """Return the hex SHA-256 of kind, lengths and draws, the same for equal maps."""
         total = hashlib.sha256(f"tnadapt {self.kind} {self.n_in} {self.n_out}".encode())
         for stream in self.streams():
             total.update(hashlib.sha256(stream.tobytes()).digest())
         return total.hexdigest()
 
     def gain(self) -> float:
-        """Root mean square of ``F δ``, of a white δ as large as ``Fᵀ g`` of white g.
+        """Return the root mean square of ``F δ`` for white noise δ with the mean square of ``Fᵀ g``, g white.
 
-        The two passes are taken as independent. The random arrays of the start are scaled by it.
+        It is the gain of a gradient step through F, with the two passes treated as independent. The initialisation
+        scales the random arrays by it.
         """
         return self.squared_norm() / math.sqrt(self.n_in * self.n_out)
 
     def variance(self) -> float:
-        """Mean square of ``F x``, before a nonlinearity, of white x of variance 1."""
+        """Return the mean square of ``F x``, before a nonlinearity, for white x of variance 1."""
         return self.squared_norm() / self.n_out
 
     def squared_norm(self) -> float:
-        """The sum of the squares of F's entries, as a linear map.
+        """Return the sum of the squares of the entries of F (of its linear part) as a matrix.
 
-        By default estimated by ``|F s|²`` of seeded signs s, whose mean it is, and rounded to eight bits, so that all
-        machines agree.
+        The default estimates it by the mean of ``|F s|²`` over seeded random signs s, whose expectation it is, rounded
+        to eight bits so that all machines agree.
         """
         backend = load_backend("numpy")
         probes = max(1, min(_MOST_PROBES, _PROBED // self.n_in))
@@ -188,15 +188,15 @@ class Map(FixedArrays):
         return math.ldexp(round(mantissa * 256.0), exponent - 8)
 
     def fourth_moment(self) -> float:
-        """Of a nonlinear map, ``E[g'² t⁴] / E[t²]²`` as :mod:`tnadapt.algebra.init` uses it; no other has one."""
+        """Return ``E[g'² t⁴] / E[t²]²``, for :mod:`tnadapt.algebra.init`; only nonlinear maps define it."""
         raise self._lacks("fourth_moment(), which the start of a map that is not linear needs")
 
     def cost(self) -> int | None:
-        """Multiply-adds of one call; None for the planner to count those of :meth:`forward`."""
+        """Return the multiply-adds of one call; None to let the planner count those of :meth:`forward`."""
         return None
 
     def matrix(self) -> np.ndarray:
-        """F as a matrix in float64, by a formula of its own and not by :meth:`forward`: what ``verify`` compares with.
+        """Return F as a matrix in float64, computed independently of :meth:`forward`, for ``verify`` to compare with.
 
         Returns
         -------

@@ -22,14 +22,14 @@ class Shuffle(Map):
     fixed = ("perm",)
 
     def part(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements ``start`` to ``stop - 1`` of the permutation or its inverse, drawn without the rest."""
+        """Draw elements ``start`` to ``stop - 1`` of the permutation or its inverse without the rest."""
         return rng.permutation(self.n_out, self.seed, self.group, start, stop, inverse=name == "inverse")
 
     def make(self, key: object) -> np.ndarray:
         if isinstance(key, tuple):
             return self.part(*key)
         whole = self.part(str(key), 0, self.n_out)
-        # Half the memory where positions fit in 32 bits.
+        # Half the memory if positions fit in 32 bits.
         return whole.astype(np.int32) if self.n_out <= 1 << 31 else whole
 
     def forward(self, backend: Backend, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The linear maps of fastfood followed by ``t - tanh(t)``."""
+"""The linear fastfood maps followed by the nonlinearity ``t - tanh(t)``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Nonlinear", "NonlinearV2", "tanhshrink"]
 
 
 class Nonlinear(Linear):
-    """``tanhshrink(linear)``: no adjoint but at a point, where the slope of ``t - tanh(t)`` is ``tanh(t)**2``."""
+    """``tanhshrink(linear)``; its adjoint at a point uses the slope ``tanh(t)**2`` of ``t - tanh(t)``."""
 
     kind = "nonlinear"
     linear = False
@@ -35,7 +35,7 @@ class Nonlinear(Linear):
         return self.adjoint(backend, y * slope * slope)
 
     def fourth_moment(self) -> float:
-        # t is normal, or of the v2 kind a normal number times a normal vector.
+        # t is normal; for the v2 kind it is a normal number times the normal diagonal g'.
         return 45.0 if self.normal else 3.0
 
 
@@ -48,13 +48,13 @@ class NonlinearV2(Nonlinear):
 
 
 def tanhshrink(backend: Backend, t: Array) -> Array:
-    """``t - tanh(t)``; near 0, where that would cancel to nothing, its series in odd powers."""
+    """Compute ``t - tanh(t)``; near 0, where the difference would cancel, by its series in odd powers."""
     none = t * 0.0
 
     def near(inside: Array, outside: Array) -> Array:
         return backend.where(t > -0.25, backend.where(t < 0.25, inside, outside), outside)
 
-    # Zero where the series is not used: its powers would be beyond all numbers there.
+    # Zero where the series is not used, because its powers would overflow there and spoil the gradient.
     small = near(t, none)
     square = small * small
     series = square * 0.0 + _SHRINK_SERIES[-1]
@@ -64,12 +64,12 @@ def tanhshrink(backend: Backend, t: Array) -> Array:
 
 
 def _shrink_series(terms: int) -> list[float]:
-    """Coefficients of ``t**3, t**5, …`` in ``t - tanh(t)``, from ``tanh' = 1 - tanh**2``."""
+    """Return the coefficients of ``t**3, t**5, …`` in ``t - tanh(t)``, from ``tanh' = 1 - tanh**2``."""
     odd = [Fraction(1)]
     for k in range(1, terms + 1):
         odd.append(-sum((odd[i] * odd[k - 1 - i] for i in range(k)), Fraction(0)) / (2 * k + 1))
     return [float(-coefficient) for coefficient in odd[1:]]
 
 
-# For |t| < 1/4 what is left out is below 1e-15 of the sum: each term is at most 0.026 of the one before.
+# For |t| < 1/4 the truncation error is below 1e-15 of the sum: each term is at most 0.026 of the one before.
 _SHRINK_SERIES = _shrink_series(9)

@@ -13,43 +13,43 @@ from tnadapt.errors import ShapeError, integer
 
 __all__ = ["fwht"]
 
-# Sixteen points at a time: one pass over memory does four butterfly stages as a small matrix product.
+# Radix 16: one pass over memory does four butterfly stages as a product with a small matrix.
 _RADIX_BITS = 4
-# Rows of one product. OpenBLAS shares out what is larger among threads, and takes up to fourteen times as long.
+# Rows per product. OpenBLAS splits larger products among threads, which takes up to fourteen times as long.
 _ROWS = 1 << 11
 
 
 def fwht(x: Array, axis: int = -1, normalize: bool = True) -> Array:
-    """Fast Walsh–Hadamard transform along one axis, in natural (Hadamard) order.
+    """Compute the fast Walsh–Hadamard transform along one axis, in natural (Hadamard) order.
 
     Parameters
     ----------
     x : array, any shape
-        Real floating dtype; the axis is a power of two long, 1 included.
+        Real floating dtype; the length of the axis is a power of two (1 is allowed).
     axis : int
-        Which axis; the others are a batch.
+        The axis to transform; the others are a batch.
     normalize : bool
         True for the orthonormal transform (which is its own inverse), False for entries of 1 and -1.
 
     Returns
     -------
     array, the shape of x
-        ``H x`` in the library, dtype and device of x; differentiable, its gradient being the same
-        transform. Half precision is computed in float32 and rounded once.
+        ``H x`` in the library, dtype and device of x. Differentiable; the gradient is the same transform.
+        Half precision is computed in float32 and rounded once.
 
     Raises
     ------
     ShapeError
-        If the axis does not exist or its length is no power of two.
+        If the axis does not exist or its length is not a power of two.
     BackendError
-        If x is no array of a known library or not real floating.
+        If x is not an array of a known library or not real floating.
 
     Notes
     -----
     ``H_{2n} = [[H_n, H_n], [H_n, -H_n]]``; the paper's Walsh–Hadamard matrix of appendix A.6. Costs
-    ``n log2 n`` additions, as two passes over memory for n up to 2**26 where there is a compiled kernel for x
-    (NumPy's arrays and torch's tensors on the CPU, with the extra ``fast``), else in ``log16 n`` passes, and as
-    much memory again as x.
+    ``n log2 n`` additions, and as much additional memory as x. With a compiled kernel (NumPy arrays and torch
+    tensors on the CPU, with the extra ``fast``) it takes two passes over memory for n up to 2**26, otherwise
+    ``log16 n`` passes.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def fwht(x: Array, axis: int = -1, normalize: bool = True) -> Array:
 
 
 def fwht_last(backend: Backend, x: Array, normalize: bool = True) -> Array:
-    """:func:`fwht` of a checked array along its last axis."""
+    """:func:`fwht` of a validated array along its last axis."""
     return _fwht_along(backend, x, -1, normalize)
 
 
@@ -97,17 +97,17 @@ def _fwht_along(backend: Backend, x: Array, axis: int, normalize: bool) -> Array
 
 
 def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:
-    """:func:`fwht_last` in the library's own matrix products: what every kernel must equal.
+    """Compute :func:`fwht_last` by matrix products of the library: the reference implementation for every kernel.
 
-    For float32 and float64, and no empty batch.
+    For float32 and float64 and a batch that is not empty.
     """
     kind = backend.dtype_name(x)
     shape = x.shape
     length = shape[-1]
     bits = length.bit_length() - 1
     batch = tuple(shape[:-1])
-    # The leading digit is transformed and put last; after all digits had their turn they stand in
-    # order again. The last small matrix carries the scale.
+    # The axis is seen as base-16 digits of the position. Each step transforms the leading digit and moves it to the
+    # end; after the last step the digits are in order again. The last small matrix includes the scale.
     while bits:
         step = min(_RADIX_BITS, bits)
         bits -= step
@@ -120,7 +120,7 @@ def fwht_plain(backend: Backend, x: Array, normalize: bool = True) -> Array:
 
 
 class _SmallMatrices(FixedArrays):
-    """Hadamard matrices of up to 16 rows over the square root of a length: keys are (bits, length)."""
+    """Hadamard matrices of up to 16 rows, divided by the square root of a length: keys are (bits, length)."""
 
     def make(self, key: Any) -> np.ndarray:
         bits, length = key

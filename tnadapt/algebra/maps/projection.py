@@ -1,4 +1,4 @@
-"""A map F as users call it: inputs checked, half precision computed in single, the map found by its name."""
+"""The user-facing class of a map F: it validates inputs, and computes half precision in single precision."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ class Projection:
     Parameters
     ----------
     kind : str
-        One of the paper's six, "identity", "shuffle", "linear", "linear_v2", "nonlinear" and "nonlinear_v2", or a name
-        given to :func:`tnadapt.register_map`.
+        One of the paper's six maps ("identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2"), or a
+        name registered with :func:`tnadapt.register_map`.
     n_in, n_out : int
-        Lengths, at least 1. Identity and shuffle need ``n_in == n_out``. ``n_in > n_out`` is allowed
-        for the others: the projection then reduces.
+        Lengths, at least 1. Identity and shuffle need ``n_in == n_out``. The others also allow
+        ``n_in > n_out``: the projection then reduces the length.
     seed : int
         0 to 2**64 - 1.
     group : int
-        Stream of the draws: 0 where all groups share one F.
+        Stream of the draws: 0 if all groups share one F.
 
     Attributes
     ----------
     map : Map
-        What computes it.
+        The implementation.
     digest : str
         SHA-256 of the draws.
 
     Raises
     ------
     ConfigError
-        If the kind is unknown, lengths do not suit it, or seed or group is out of range.
+        If the kind is unknown, does not allow these lengths, or seed or group is out of range.
 
     Notes
     -----
     With H orthonormal of size L, g normal and Π a permutation (all from :mod:`tnadapt.algebra.rng`)::
 
         linear     v = H pad(x);  z[j] = (g v)[perm[j]];  y = (H z)[:n_out] * signs
-        linear_v2  the same with a normal vector g' in place of signs
-        nonlinear, nonlinear_v2   t - tanh(t) of those (near 0 by its series, which does not cancel)
+        linear_v2  the same with a normal vector g' instead of the signs
+        nonlinear, nonlinear_v2   t - tanh(t) of these (near 0 by its series, to avoid cancellation)
 
-    The transform of the zero-padded x is computed as the small transform of x, repeated; it is exactly
+    The transform of the zero-padded x is computed as the shorter transform of x, repeated; the two are exactly
     equal. One call costs ``L log2 L`` additions and a gather. Half precision is computed in float32.
 
-    What is drawn at the first call and kept, in bytes an element of L: 9 (permutation 4, gain ``g[perm]`` 4, signs 1;
-    12 for the v2 kinds). Compiled kernels (float32 on the CPU, L from 2**14 on, the extra ``fast``) keep the signs
-    as bits, and 4 bytes where n_in is at most 2**18, as they regenerate the permutation in every call; else 7 (g 4,
-    the permutation in two steps 3; for L up to 2**26); 4 more for the v2 kinds. A call then needs, beside its
-    result, memory for one vector of L, for two where n_in is larger. On a CUDA device (torch with Triton, CuPy)
-    nothing is kept.
+    The arrays drawn in the first call are kept. They take 9 bytes per element of L: permutation 4, gain ``g[perm]``
+    4, signs 1 (12 bytes for the v2 kinds). The compiled kernels (float32 on the CPU, L from 2**14 on, the extra
+    ``fast``) keep the signs as bits. If n_in is at most 2**18, they keep 4 bytes, as they regenerate the permutation
+    in every call; otherwise, for L up to 2**26, 7 bytes (g 4, the permutation in two steps 3). The v2 kinds need 4
+    more. A call then needs memory for one vector of length L in addition to its result, or for two if n_in is larger
+    than 2**18. On a CUDA device (torch with Triton, CuPy) nothing is kept.
 
     References
     ----------
@@ -102,14 +102,14 @@ class Projection:
 
     @property
     def linear_part(self) -> Projection:
-        """F without the nonlinearity that ends it: the same draws."""
+        """F without its final nonlinearity, with the same draws."""
         part = self.map.linear_part
         return self if part is self.map else Projection(part.kind, self.n_in, self.n_out, self.seed, self.group)
 
     # -- F -----------------------------------------------------------------------------------
 
     def __call__(self, x: Array) -> Array:
-        """F(x).
+        """Compute F(x).
 
         Parameters
         ----------
@@ -124,9 +124,9 @@ class Projection:
         Raises
         ------
         ShapeError
-            If the last axis is not ``n_in`` long.
+            If the length of the last axis is not ``n_in``.
         BackendError
-            If x is no array of a known library or not real floating.
+            If x is not an array of a known library or not real floating.
 
         Examples
         --------
@@ -137,7 +137,7 @@ class Projection:
         return _in_float32(self.map.forward, self._checked(x, self.n_in))
 
     def slice(self, x: Array, start: int, stop: int) -> Array:
-        """``F(x)[..., start:stop]`` without the rest.
+        """Compute ``F(x)[..., start:stop]`` without the rest.
 
         Parameters
         ----------
@@ -149,19 +149,18 @@ class Projection:
         Returns
         -------
         array, shape (…, stop - start)
-            Equal to the slice of the whole but for the order of summation.
+            Equal to the slice of the whole output up to the order of summation.
 
         Raises
         ------
         ShapeError
-            If the slice is empty or leaves the output, or x does not fit.
+            If the slice is empty or extends beyond the output, or x does not fit.
 
         Notes
         -----
         ``H = H_high ⊗ H_low`` with ``H_low`` as long as the slice: rows of ``H_high`` combine the blocks
-        of z, which are drawn and dropped a piece at a time, and one transform by ``H_low`` ends it.
-        Memory is the slice and x; the draws of all of z are gone through, which takes time in
-        proportion to L.
+        of z, which are drawn and discarded piece by piece, and a final transform by ``H_low`` follows.
+        Memory is in proportion to the slice and x. Time is in proportion to L, as all of z is drawn.
 
         Examples
         --------
@@ -174,20 +173,20 @@ class Projection:
         start = integer("start", start, 0, self.n_out - 1, ShapeError)
         stop = integer("stop", stop, 1, self.n_out, ShapeError)
         if start >= stop:
-            raise ShapeError(f"no slice {start}:{stop} of the {self.n_out} outputs of {self!r}")
+            raise ShapeError(f"slice {start}:{stop} of the {self.n_out} outputs of {self!r} is empty")
         if (start, stop) == (0, self.n_out):
             return self(x)
         return _in_float32(functools.partial(self.map.slice, start=start, stop=stop), x)
 
     def adjoint(self, y: Array, at: Array | None = None) -> Array:
-        """``Fᵀ y``; for the nonlinear kinds the adjoint of F's derivative at a point.
+        """Compute ``Fᵀ y``; for the nonlinear kinds, the adjoint of F's derivative at a point.
 
         Parameters
         ----------
         y : array, shape (…, n_out)
-            What the adjoint is applied to.
+            The vector, or batch of vectors.
         at : array, shape (…, n_in), optional
-            The point x at which a nonlinear F is differentiated; required for those, unused by the others.
+            The point x at which a nonlinear F is differentiated; required for the nonlinear kinds, otherwise unused.
 
         Returns
         -------
@@ -215,7 +214,7 @@ class Projection:
         if self.linear:
             return _in_float32(self.map.adjoint, y)
         if at is None:
-            raise ConfigError(f"{self.kind!r} has an adjoint at a point only: give adjoint(y, at=x)")
+            raise ConfigError(f"{self.kind!r} is nonlinear: give the point of its adjoint, adjoint(y, at=x)")
         get_backend(y, at)
         at = self._checked(at, self.n_in)
         if tuple(at.shape[:-1]) not in ((), tuple(y.shape[:-1])):
@@ -226,10 +225,10 @@ class Projection:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of kind, sizes and draws: equal where F is the same map.
+        """SHA-256, in hex, of kind, lengths and draws, the same for equal maps.
 
-        Streams of more than 2**20 elements are digested by their first and last 2**19: every element is
-        computed from its index alone, in the same way.
+        Streams of more than 2**20 elements are digested by their first and last 2**19 elements, as every
+        element is a function of its index alone.
         """
         return self.map.digest()
 
@@ -242,7 +241,7 @@ class Projection:
 
 
 def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:
-    """``compute`` on arrays of at least single precision; half precision is rounded once, at the end."""
+    """Call ``compute`` on arrays of at least single precision; round half precision once, at the end."""
     backend = get_backend(*arrays)
     kind = backend.dtype_name(arrays[0])
     if kind in ("float16", "bfloat16"):

@@ -1,8 +1,8 @@
-"""The loops of the Hadamard transform: all stages of what lies in a cache, and stages across far rows.
+"""Loops of the Hadamard transform: all stages of a block in the cache, and stages across distant rows.
 
-Stage s pairs elements ``unit * 2**s`` apart, unit being how far two neighbours along the axis are. All ways
-through memory go from the lowest stage to the highest, so that each makes the same sums in the same order,
-and the same bits; what is read first is multiplied by the scale as it is read.
+Stage s pairs elements ``unit * 2**s`` apart, where unit is the distance of neighbours along the axis. Every schedule
+runs from the lowest stage to the highest, so that all of them compute the same sums in the same order, and with them
+the same bits. The first stage applies the scale as it reads its input.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["blocks", "low_run", "short", "strips"]
 
 
 def low_run(itemsize: int) -> int:
-    """How many elements in a row the low stages take at once."""
+    """Return the number of contiguous elements that :func:`low_stages` processes at once."""
     return LOW_VECTORS * VECTOR_BYTES // itemsize
 
 
 @compiled
 def across(src, at, apart, dst, to, to_apart, bits, columns, scale, coming, ahead):
-    """``2**bits`` rows of so many columns, transformed across: ``dst = H (scale * src)``.
+    """Transform across ``2**bits`` rows of that many columns: ``dst = H (scale * src)``.
 
-    Meanwhile the same rows of ``coming``, ``ahead`` elements on, are asked for, unless ahead is 0.
+    Also prefetches the same rows of ``coming``, ``ahead`` elements further on, unless ahead is 0.
     """
     lanes = VECTOR_BYTES // src.itemsize
     whole = columns - columns % lanes
@@ -42,9 +42,9 @@ def across(src, at, apart, dst, to, to_apart, bits, columns, scale, coming, ahea
 
 @compiled
 def evenly(bits):
-    """How many of so many stages the next sweep makes: as few sweeps as can be, and none with many more rows.
+    """Return how many of the remaining stages the next sweep does: the fewest sweeps, with stages spread evenly.
 
-    Rows a power of two apart fall on few places of a cache; sixteen of them push each other out.
+    Rows at distances of a power of two map to few sets of a cache; sixteen such rows evict each other.
     """
     sweeps = (bits + RADIX_BITS - 1) // RADIX_BITS
     return (bits + sweeps - 1) // sweeps
@@ -52,7 +52,10 @@ def evenly(bits):
 
 @compiled
 def stages(x, at, unit, bits, coming, ahead):
-    """Stages 0 to bits - 1 of ``unit << bits`` elements in a row, in place, over all of them again and again."""
+    """Do stages 0 to bits - 1 of ``unit << bits`` contiguous elements in place, in sweeps over all of them.
+
+    The last sweep prefetches the elements of ``coming`` that are ``ahead`` further on.
+    """
     one = x.dtype.type(1)
     size = unit << bits
     while bits > 0:
@@ -65,9 +68,10 @@ def stages(x, at, unit, bits, coming, ahead):
 
 @compiled
 def block(src, dst, at, low, unit, bits, near, scale):
-    """All stages of ``unit << bits`` elements in a row, those within each ``unit << near`` of them first.
+    """Do all stages of ``unit << bits`` contiguous elements, a block that fits in the level 2 cache.
 
-    The first ``low`` of them within runs of ``low_run`` elements, where low is not 0.
+    The stages within each part of ``unit << near`` elements, which fits in the level 1 cache, come first. If low is
+    not 0, :func:`low_stages` does the first ``low`` of them within runs of ``low_run`` elements.
     """
     run = LOW_VECTORS * (VECTOR_BYTES // src.itemsize)
     first = 0
@@ -83,13 +87,13 @@ def block(src, dst, at, low, unit, bits, near, scale):
             for j in range(i, i + part, unit << done):
                 across(src, j, unit, dst, j, unit, done, unit, scale, src, part)
         stages(dst, i, unit << done, near - done, src, 0)
-    # What the next block begins with is on its way while this one is finished.
+    # The last sweep prefetches the beginning of the next block.
     stages(dst, at, part, bits - near, src, size)
 
 
 @compiled
 def blocks(src, dst, first, last, low, unit, bits, near, scale):
-    """Blocks first to last - 1 of ``unit << bits`` elements each, from src to dst: which may be one array."""
+    """Transform blocks first to last - 1 of ``unit << bits`` elements each, from src to dst, which may be the same."""
     size = unit << bits
     scale = src.dtype.type(scale)
     for i in range(first * size, last * size, size):
@@ -98,7 +102,7 @@ def blocks(src, dst, first, last, low, unit, bits, near, scale):
 
 @compiled
 def short(src, dst, first, last, low, bits, scale):
-    """Stages low to low + bits - 1 within runs first to last - 1; the array's last run may be a part of one."""
+    """Do stages low to low + bits - 1 within runs first to last - 1; the array's last run may be incomplete."""
     scale = src.dtype.type(scale)
     run = LOW_VECTORS * (VECTOR_BYTES // src.itemsize)
     stop = min(last * run, src.size)
@@ -114,10 +118,11 @@ def short(src, dst, first, last, low, bits, scale):
 
 @compiled
 def strips(src, dst, first, last, rows_apart, bits, width, scale):
-    """Stages across ``2**bits`` rows ``rows_apart`` elements from each other, from src to dst.
+    """Do stages across ``2**bits`` rows that are ``rows_apart`` elements from each other, from src to dst.
 
-    Strips first to last - 1, ``width`` columns each; those of one group of rows after those of the one before. All
-    sweeps but the first and the last are in a scratch buffer, whose rows do not fall on one place of a cache.
+    Processes strips first to last - 1 of ``width`` columns each; strips are numbered within one group of rows, then
+    within the next. If several sweeps are needed, the first one writes to a scratch buffer and the last one reads from
+    it. Its rows are a cache line longer than the strip, so that they do not map to the same sets of a cache.
     """
     scale = src.dtype.type(scale)
     one = src.dtype.type(1)

@@ -1,4 +1,4 @@
-"""How kernels are compiled: when first called, kept on disk, without the interpreter's lock, and announced."""
+"""Compilation of kernels: on first call, cached on disk, releasing the interpreter lock, and logged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numba.core.caching import FunctionCache
 __all__ = ["compiled"]
 
 if numba.config.DISABLE_JIT:
-    raise ImportError("numba is told not to compile (NUMBA_DISABLE_JIT)")
+    raise ImportError("numba's compiler is disabled (NUMBA_DISABLE_JIT)")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -26,19 +26,23 @@ _ROOMS = Path(__file__).parent
 
 
 def compiled(function: Function) -> Function:
-    """The function, compiled for the types that it is first called with, in this process or one before."""
-    # A division by zero gives what NumPy gives; to look for one would keep loops from being vectorised.
+    """Decorate a function to be compiled for each combination of argument types, or loaded from the cache on disk."""
+    # Division by zero behaves as in NumPy; Python's check for it would prevent vectorised loops.
     made: Any = numba.njit(nogil=True, error_model="numpy")(function)
     try:
         made._cache = _Kept(function)
-    except RuntimeError as error:  # no folder of numba's can be written
-        _say_once("compiled kernels are not kept, so that each process compiles anew (NUMBA_CACHE_DIR)", str(error))
+    except RuntimeError as error:  # none of numba's cache folders is writable
+        _say_once("compiled kernels are not cached, so that each process recompiles them (NUMBA_CACHE_DIR)", str(error))
     found: Function = made
     return found
 
 
 class _Kept(FunctionCache):  # type: ignore[misc]
-    """numba's cache on disk, which looks at a function's own file alone: its code is made of others', too."""
+    """numba's cache on disk, keyed by the source of all kernels.
+
+    numba checks only the file of a function itself for changes, but its machine code also includes inlined functions
+    from other files.
+    """
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         return (*super()._index_key(sig, codegen), _digest())
@@ -46,8 +50,8 @@ class _Kept(FunctionCache):  # type: ignore[misc]
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception as error:  # whatever a file that was cut, or written by another numba, makes of unpickling
-            _say_once("a kernel that was kept on disk cannot be read, and is compiled anew", repr(error))
+        except Exception as error:  # unpickling a truncated file, or one of another numba version, may raise anything
+            _say_once("a cached kernel cannot be read and is recompiled", repr(error))
             with contextlib.suppress(OSError):
                 self.flush()
             return None
@@ -56,14 +60,14 @@ class _Kept(FunctionCache):  # type: ignore[misc]
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            _say_once("compiled kernels could not be kept on disk", str(error))
+            _say_once("compiled kernels could not be cached on disk", str(error))
 
 
 _said: set[str] = set()
 
 
 def _say_once(what: str, why: str) -> None:
-    """There are many kernels, and one reason."""
+    """Log a message once, not for every kernel."""
     if what not in _said:
         _said.add(what)
         _log.info("%s: %s", what, why)
@@ -71,7 +75,7 @@ def _say_once(what: str, why: str) -> None:
 
 @functools.cache
 def _digest() -> str:
-    """Of all that kernels are compiled from."""
+    """Return a digest of the source files of all kernels."""
     digest = hashlib.sha256()
     for path in sorted(_ROOMS.glob("*.py")):
         digest.update(path.read_bytes())
@@ -79,12 +83,12 @@ def _digest() -> str:
 
 
 class _Announcer(event.Listener):  # type: ignore[misc]
-    """Says it when a process first compiles a kernel of ours; silent where all come from the cache."""
+    """Log a message when a process first compiles one of our kernels; none if all come from the cache."""
 
     said = False
 
     def on_start(self, event: Any) -> None:
-        # It is told of everybody's functions; one that was made by exec() has no module.
+        # numba notifies us of all functions, also of other packages; one created by exec() has no module.
         module = getattr(event.data["dispatcher"].py_func, "__module__", None) or ""
         if module.startswith(__package__ or "") and not self.said:
             self.said = True

@@ -1,15 +1,16 @@
-"""A linear F, forward and backward, in few passes over memory.
+"""A linear F and its adjoint, in few passes over memory.
 
-With ``h`` one period of H times the padded input, F is ``y = diagonal * H z``, ``z[j] = (g h)[perm[j]]``. Two ways:
+With ``h`` one period of H times the padded input, F is ``y = diagonal * H z``, ``z[j] = (g h)[perm[j]]``. There are two
+algorithms:
 
-* *gathered*, where h fits in the second cache: blocks of z are gathered from it there and transformed at once, by
-  ``gain = g[perm]``. The permutation is regenerated in every call, which takes little longer than to read it from
-  memory, where it would be as large as the result;
-* *sorted*, where it does not: a gather out of the whole memory would cost ten transforms. Chunks of ``g h`` are put in
-  order of the parts of z that their elements go to (*buckets*, a byte an element) while they are in the cache, and a
-  bucket is then put in order in the cache, too, by ``order``, two bytes an element.
+* *gathered*, if h fits in the level 2 cache: each block of z is gathered from h, multiplied by ``gain = g[perm]``, and
+  transformed while it is in the cache. The permutation is regenerated in every call, which takes little longer than
+  reading it from memory, where it would be as large as the result;
+* *sorted*, otherwise, since random access to main memory would cost as much as ten transforms. While a chunk of ``g h``
+  is in the cache, its elements are sorted by the part of z that they go to (their *bucket*, one byte per element). Each
+  bucket is then put in its final order, also in the cache, by ``order`` (two bytes per element).
 
-The adjoint goes the same way backwards.
+The adjoint runs the same steps backwards.
 """
 
 from __future__ import annotations
@@ -43,35 +44,36 @@ __all__ = ["Draws", "buckets_of", "linear", "order_of", "permuted", "permutes", 
 
 # mypy: disable-error-code="no-untyped-call"
 
-# Lengths of transforms, in bits, that there are loops for.
+# Lengths of transforms that the loops support, as powers of two.
 _LEAST_BITS, _MOST_BITS = 14, 31
-# One period of h that is gathered from: a megabyte.
+# Maximum length of h for the gathered algorithm: a megabyte.
 _GATHERED_BITS = 18
-# And at least so much.
+# Minimum length of the table that it gathers from.
 _TABLE_BITS = 12
-# Beyond this length the runs that a bucket gets are a few elements each.
+# Beyond this length, the run that a bucket gets from a chunk would be only a few elements.
 _SORTED_BITS = 26
-# Blocks are half the second cache, and parts of them half the first.
+# Blocks take half of the level 2 cache, and their parts half of the level 1 cache.
 _BLOCK_BITS, _NEAR_BITS = 18, 12
-# Rows in one pass, in bits, and bytes of a strip of columns across them.
+# Rows in one pass, as a power of two, and bytes of a strip of columns across them.
 _STRIP_BITS, _STRIP_BYTES = 8, 512
-# From this length on another thread gains more than it costs to wake it.
+# From this length on, a second thread gains more than it costs to wake it.
 _SHARED_BITS = 17
-# Parts of the vector that are summed apart, in any case: the same sums, however many threads there are.
+# Parts of the vector that the adjoint sums separately. The number is fixed, so that the order of summation does not
+# depend on the number of threads.
 _SUMS = 4
 
 _FLOAT = np.dtype(np.float32)
 _LOW_BITS = low_run(4).bit_length() - 1
 _NO_WORDS, _NO_NUMBERS = np.empty(0, np.uint32), np.empty(0, np.float32)
-# Signs, as bits of words, and numbers: one of the two, or neither.
+# Signs as bits of words, and numbers; at most one of the two arrays is not empty.
 _Diagonal = tuple[np.ndarray, np.ndarray]
 _ONES: _Diagonal = (_NO_WORDS, _NO_NUMBERS)
-# Pieces of work for each thread: one that is late leaves some to the others.
+# Pieces of work per thread: with several, other threads take over from a slow one.
 _PIECES = 4
 
 
 class Draws(Protocol):
-    """What is drawn for an F: its arrays, kept from the first time that they are asked for."""
+    """The draws of an F; ``held`` computes an array on first use and caches it."""
 
     padded: int
     pruned: int
@@ -82,44 +84,43 @@ class Draws(Protocol):
 
 
 def sorts(padded: int, pruned: int) -> bool:
-    """Whether an F of these lengths is made by sorting."""
+    """Return whether an F of these lengths uses the sorted algorithm."""
     return pruned > 1 << _GATHERED_BITS and padded <= 1 << _SORTED_BITS
 
 
 def takes(padded: int) -> bool:
-    """Whether there are loops for an F of that padded length."""
+    """Return whether the loops support an F of that padded length."""
     return 1 << _LEAST_BITS <= padded <= 1 << _MOST_BITS
 
 
 def permutes(length: int) -> bool:
-    """Whether :func:`permuted` takes vectors of that length."""
+    """Return whether :func:`permuted` supports vectors of that length."""
     return 1 << (CHUNK_BITS + 1) <= length <= 1 << _SORTED_BITS
 
 
 def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
-    """F x along the last axis, or its adjoint.
+    """Compute F x along the last axis, or the adjoint.
 
     Parameters
     ----------
     x : numpy.ndarray, float32
         Any strides and flags; leading axes are a batch.
     draws : Draws
-        Of the F; :func:`takes` says of which lengths.
+        Draws of the F, with a length that :func:`takes` accepts.
     n_in : int
-        Length of its input.
+        Length of the input of F.
     adjoint : bool
-        Whether the adjoint is asked for.
+        Whether to apply the adjoint.
 
     Returns
     -------
     numpy.ndarray, float32, shape (…, n_out) or (…, n_in)
-        The same bits, however many threads there are.
+        The same bits for any number of threads.
 
     Notes
     -----
-    What is kept in ``draws`` is 4 bytes an element of the padded length where one period of the compressed
-    transform is at most 2**18 long, else 7; and a bit for each sign. While it runs, beside x and the result, a call
-    needs one vector of the padded length, two where it sorts.
+    ``draws`` caches 4 bytes per element of the padded length if the period of h is at most 2**18, otherwise 7, and one
+    bit per sign. In addition to x and the result, a call needs one vector of the padded length, or two if it sorts.
     """
     f = _Linear(draws, n_in)
     length = n_in if adjoint else f.n_out
@@ -127,7 +128,7 @@ def linear(x: np.ndarray, draws: Draws, n_in: int, adjoint: bool) -> np.ndarray:
     way = f.backward if adjoint else f.forward
     if len(rows) == 1:
         made = way(_row(rows[0]))[:length]
-        # What lies beyond is kept with it, unless that would be much.
+        # The result is a view that keeps the whole padded vector alive; copy it if more than a fifth would be wasted.
         made = made if made.base is None or 5 * length >= 4 * draws.padded else made.copy()
     else:
         made = aligned_empty((len(rows), length), _FLOAT)
@@ -141,11 +142,12 @@ def _row(x: np.ndarray) -> np.ndarray:
 
 
 class _Linear:
-    """One F: which way it goes, and its steps."""
+    """One F: its algorithm, and the steps of it."""
 
     def __init__(self, draws: Draws, n_in: int) -> None:
         bits = (draws.padded - 1).bit_length()
-        # A longer period is one, too; elements that are summed in one place would wait for each other, and round more.
+        # A multiple of a period is a period, too. In a short table, the adjoint would add many elements to one place:
+        # these additions depend on each other, and their rounding errors accumulate.
         self.bits, self.pruned_bits, self.n_in = bits, max(_TABLE_BITS, (draws.pruned - 1).bit_length()), n_in
         self.n_out = draws.lengths["diagonal"]
         self.keys = draws.held("keys")
@@ -157,11 +159,12 @@ class _Linear:
             self.gain = draws.held("gain")
         self.diagonal = (draws.held("words"), _NO_NUMBERS) if draws.signs else (_NO_WORDS, draws.held("diagonal"))
         self.threads = thread_count() if bits >= _SHARED_BITS else 1
-        # Both transforms' 1 / sqrt(2**bits) at once; some of it at either end, so that nothing in between overflows.
+        # The factors 1 / sqrt(2**bits) of both transforms, as powers of two at either end, so that nothing overflows in
+        # between.
         self.first_scale = 2.0 ** -(bits // 2)
         self.last_scale = 2.0 ** -(bits - bits // 2)
 
-        # Each block is a piece of work: where there are few, smaller ones.
+        # Each block is a piece of work: short vectors get smaller blocks, so that there are at least four.
         self.within = min(_BLOCK_BITS, bits - 2)
         self.table_within = min(_BLOCK_BITS, self.pruned_bits - 2)
 
@@ -207,13 +210,13 @@ class _Linear:
         return transform(tables.sum(axis=0), self.last_scale)
 
     def begin(self, x: np.ndarray, out: np.ndarray, within: int, scale: float, diagonal: _Diagonal = _ONES) -> None:
-        """The stages within blocks of ``H (scale * diagonal * x)``, x padded with zeros."""
+        """Do the stages within blocks of ``H (scale * diagonal * x)``, x padded with zeros."""
         self.share(begin, out.size >> within, x, out, _LOW_BITS, _NEAR_BITS, within, *diagonal, scale)
 
     def end(
         self, out: np.ndarray, within: int, scale: float = 1.0, count: int = 0, diagonal: _Diagonal = _ONES
     ) -> None:
-        """The stages across blocks, in place; then the first ``count`` elements times scale and diagonal."""
+        """Do the stages across blocks in place, then multiply the first ``count`` elements by scale and diagonal."""
         bits = (out.size - 1).bit_length() - within
         passes = max(1, -(-bits // _STRIP_BITS))
         for number in range(passes):
@@ -225,23 +228,23 @@ class _Linear:
             self.share(end, out.size // (width << step), out, apart, step, width, *diagonal, ended, scale)
 
     def share(self, kernel: Callable[..., None], count: int, *arguments: Any) -> None:
-        """A kernel over 0 to count - 1, in pieces."""
+        """Run a kernel over 0 to count - 1, in parallel pieces."""
         pieces = min(count, self.threads * _PIECES) if self.threads > 1 else 1
         share(lambda i: kernel(count * i // pieces, count * (i + 1) // pieces, *arguments), pieces, self.threads)
 
 
-# -- What is kept of the permutation where F is sorted ----------------------------------------------
+# -- The cached form of the permutation for the sorted algorithm -------------------------------------
 
 
 def buckets_of(padded: int, keys: np.ndarray) -> np.ndarray:
-    """Which bucket each element goes to: (padded,), uint8, or uint16 where there are more than 256."""
+    """Compute the bucket of each element: (padded,), uint8, or uint16 if there are more than 256 buckets."""
     buckets = np.empty(padded, np.uint8 if padded >> CHUNK_BITS <= 256 else np.uint16)
     _over(padded >> CHUNK_BITS, draw_buckets, keys, (padded - 1).bit_length(), buckets)
     return buckets
 
 
 def starts_of(buckets: np.ndarray) -> np.ndarray:
-    """Where in each chunk, put in order of buckets, each bucket begins, and its end: uint32, (chunks, buckets + 1)."""
+    """Compute the start of each bucket in each sorted chunk, and the chunk's end: uint32, (chunks, buckets + 1)."""
     chunks = buckets.size >> CHUNK_BITS
     starts = np.empty((chunks, chunks + 1), np.uint32)
     _over(chunks, find_starts, buckets, starts)
@@ -249,9 +252,9 @@ def starts_of(buckets: np.ndarray) -> np.ndarray:
 
 
 def order_of(padded: int, keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Which of the elements that come to a bucket belongs at each of its places: uint16, (padded,)."""
+    """Compute, for each position of a bucket, the number of its element among those that arrive: uint16, (padded,)."""
     bits = (padded - 1).bit_length()
-    # Two arrays, not two parts of one: the first is not kept with the second.
+    # Two separate arrays, so that caching `order` does not keep `locations` alive.
     locations, order = np.empty(padded, np.uint16), np.empty(padded, np.uint16)
     _over(padded >> CHUNK_BITS, sort_locations, keys, bits, starts, locations)
     _over(padded >> CHUNK_BITS, number_buckets, locations, starts, order)
@@ -259,7 +262,7 @@ def order_of(padded: int, keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def permuted(g: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """``g[perm]``; g has the permutation's length, a power of two from 2**18 to 2**26."""
+    """Compute ``g[perm]``; g has the length of the permutation, which :func:`permutes` must accept."""
     buckets = buckets_of(g.size, keys)
     starts = starts_of(buckets)
     order = order_of(g.size, keys, starts)

@@ -1,7 +1,7 @@
-"""The loops of a linear F: its diagonals, gathering and scattering, and putting elements in another order.
+"""Loops of a linear F: its diagonals, gathering and scattering, and sorting into buckets.
 
-All work on pieces that fit in the second cache, and on parts of these that fit in the first; ``fastfood.py`` says
-how they make F.
+All loops work on blocks that fit in the level 2 cache, in parts that fit in the level 1 cache. ``fastfood.py``
+describes how they combine to F.
 """
 
 from __future__ import annotations
@@ -33,17 +33,20 @@ __all__ = [
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
-# Images drawn at a time.
+# Images of the permutation computed at a time.
 _SHORT = 1024
-# Elements of 4 bytes in a line of the cache.
+# Elements of 4 bytes in a cache line.
 _LINE = CACHE_LINE // 4
-#: A chunk of one vector, and a bucket of the other, has so many elements that 16 bits number them.
+#: A chunk of one vector and a bucket of the other have 2**16 elements each, so that 16 bits are enough to number them.
 CHUNK_BITS = 16
 
 
 @compiled
 def _times_diagonal(src, dst, at, count, words, numbers, scale):
-    """``dst = scale * diagonal * src`` at some places; its signs are the bits of words; or it is numbers, or 1."""
+    """Set ``dst = scale * diagonal * src`` for ``count`` elements from ``at`` on.
+
+    The diagonal is signs, the bits of ``words``; or ``numbers``; or 1 if both are empty.
+    """
     whole = count // 32 if at % 32 == 0 else 0
     for i in range(whole):
         signed(src, dst, at + 32 * i, words[at // 32 + i] if words.size > 0 else uint32(0), scale)
@@ -62,13 +65,13 @@ def _multiply(out, factors):
 
 @compiled
 def _rest_of_block(out, at, near, within):
-    """The stages of a block, in place, that are left when those of its near parts are made."""
+    """Do the remaining stages of a block in place, after those within its parts of ``1 << near`` elements."""
     stages(out, at, 1 << near, within - near, out, 0)
 
 
 @compiled
 def begin(first, last, x, out, low, near, within, words, numbers, scale):
-    """Blocks first to last - 1 of ``out = H (scale * diagonal * x)``, x being zero beyond its end."""
+    """Do the stages within blocks first to last - 1 of ``out = H (scale * diagonal * x)``, x padded with zeros."""
     one = out.dtype.type(1)
     for i in range(first << within, last << within, 1 << within):
         for part in range(i, i + (1 << within), 1 << near):
@@ -82,7 +85,7 @@ def begin(first, last, x, out, low, near, within, words, numbers, scale):
 
 @compiled
 def end(first, last, out, apart, bits, width, words, numbers, count, scale):
-    """Stages across rows, as ``strips`` makes them; then the first ``count`` elements times the diagonal."""
+    """Do stages across rows like ``strips``; then multiply the first ``count`` elements by scale and diagonal."""
     groups = apart // width
     for strip in range(first, last):
         if bits > 0:
@@ -94,7 +97,7 @@ def end(first, last, out, apart, bits, width, words, numbers, count, scale):
                 _times_diagonal(out, out, row, some, words, numbers, out.dtype.type(scale))
 
 
-# -- Where one period of the compressed vector's transform fits in the second cache --------------
+# -- The gathered algorithm: one period of the small transform fits in the level 2 cache ---------
 
 
 @compiled
@@ -105,7 +108,7 @@ def _gathered(table, mask, image, gain, out):
 
 @compiled
 def gather(first, last, table, gain, keys, bits, out, low, near, within):
-    """Blocks first to last - 1 of ``out = H z``, ``z[j] = gain[j] * table[image of j, modulo its size]``."""
+    """Compute blocks first to last - 1 of ``out = H z``, ``z[j] = gain[j] * table[image of j modulo its size]``."""
     image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
     for i in range(first << within, last << within, 1 << within):
         for part in range(i, i + (1 << within), 1 << near):
@@ -124,22 +127,23 @@ def _scattered(u, gain, image, mask, table):
 
 @compiled
 def scatter(first, last, u, gain, keys, bits, table):
-    """The adjoint of gathering: elements first to last - 1 of u are added into the table."""
+    """Apply the adjoint of gathering: add elements first to last - 1 of u to the table."""
     image, mask = np.empty(_SHORT, np.uint32), uint32(table.size - 1)
     for j in range(first, last, _SHORT):
         fill_images_meanwhile(j, bits, keys, False, image, gain, j + _SHORT, u, j + _SHORT)
         _scattered(u[j : j + _SHORT], gain[j : j + _SHORT], image, mask, table)
 
 
-# -- Where it does not: first into buckets by where an element goes, then to its place in the bucket --
+# -- The sorted algorithm: first into the bucket of its destination, then to its position in the bucket --
 #
-# A chunk is put in order of buckets while it is in the cache; ``starts[chunk]`` says where in it each bucket begins,
-# and its end. A bucket gets a run from every chunk; ``order`` says which of all these belongs at each of its places.
+# A chunk is sorted by bucket while it is in the cache; ``starts[chunk]`` has the start of each bucket in the sorted
+# chunk, and its end. A bucket receives one run from every chunk. Numbering the received elements in order of chunks,
+# ``order`` has, for each position of the bucket, the number of the element that belongs there.
 
 
 @compiled
 def draw_buckets(first, last, keys, bits, buckets):
-    """The buckets that elements of chunks first to last - 1 go to."""
+    """Compute the buckets of the elements of chunks first to last - 1."""
     image, shift = np.empty(_SHORT, np.uint32), uint32(CHUNK_BITS)
     for j in range(first << CHUNK_BITS, last << CHUNK_BITS, _SHORT):
         fill_images(j, bits, keys, True, image)
@@ -150,7 +154,7 @@ def draw_buckets(first, last, keys, bits, buckets):
 
 @compiled
 def find_starts(first, last, buckets, starts):
-    """Where in chunks first to last - 1, put in order of buckets, each bucket begins; and their end."""
+    """Compute the start of each bucket in the sorted chunks first to last - 1, and the chunks' ends."""
     for chunk in range(first, last):
         counts = np.zeros(starts.shape[1], np.int64)
         for j in range(chunk << CHUNK_BITS, (chunk + 1) << CHUNK_BITS):
@@ -163,7 +167,7 @@ def find_starts(first, last, buckets, starts):
 
 @compiled
 def sort_locations(first, last, keys, bits, starts, locations):
-    """Places within buckets, of chunks first to last - 1, put in order of buckets."""
+    """Compute the elements' positions within their buckets for chunks first to last - 1, sorted by bucket."""
     image, shift, mask = np.empty(_SHORT, np.uint32), uint32(CHUNK_BITS), uint32((1 << CHUNK_BITS) - 1)
     for chunk in range(first, last):
         cursor = starts[chunk].copy()
@@ -179,7 +183,7 @@ def sort_locations(first, last, keys, bits, starts, locations):
 
 @compiled
 def number_buckets(first, last, locations, starts, order):
-    """Which of the elements that come to a bucket, one chunk after another, belongs at each of its places."""
+    """Invert the positions within buckets first to last - 1: for each position, the number of its element."""
     for bucket in range(first, last):
         number, places = 0, order[bucket << CHUNK_BITS : (bucket + 1) << CHUNK_BITS]
         for chunk in range(starts.shape[0]):
@@ -206,12 +210,13 @@ def _sorted(x, factors, buckets, cursor, run):
 
 @compiled
 def chunks_to_buckets(first, last, table, g, buckets, starts, runs):
-    """Chunks first to last - 1 of ``g * table``, the table repeated, each put in order of buckets."""
+    """Sort chunks first to last - 1 of ``g * table`` by bucket, the table repeated periodically."""
     size = 1 << CHUNK_BITS
     for chunk in range(first, last):
         cursor, run = starts[chunk].copy(), runs[chunk * size : (chunk + 1) * size]
         for j in range(chunk * size, (chunk + 1) * size, _SHORT):
-            # The whole of the next chunk of runs is near when its first element is written.
+            # Sorted writes are scattered over a whole chunk of runs, so all of the next chunk is prefetched by the time
+            # its first element is written.
             _fetch(runs, j + size, _SHORT)
             x = table[j & (table.size - 1) :]
             _sorted(x, g[j : j + _SHORT], buckets[j : j + _SHORT], cursor, run)
@@ -225,7 +230,7 @@ def _placed(scratch, order, out):
 
 @compiled
 def place(first, last, runs, starts, order, out, low, near, within):
-    """Blocks first to last - 1, each of some buckets, put together from their runs; transformed, if low is not 0."""
+    """Assemble blocks first to last - 1, each of one or more buckets, from their runs; transform if low is not 0."""
     size, parts = 1 << CHUNK_BITS, 1 << (CHUNK_BITS - near)
     scratch = np.empty(size, out.dtype)
     for i in range(first << within, last << within, size):
@@ -254,7 +259,7 @@ def _scattered_to(u, places, scratch):
 
 @compiled
 def unplace(first, last, u, starts, order, runs):
-    """The adjoint of placing: buckets first to last - 1 of u taken apart into their runs."""
+    """Apply the adjoint of :func:`place`: split buckets first to last - 1 of u into their runs."""
     size = 1 << CHUNK_BITS
     scratch = np.empty(size, u.dtype)
     for bucket in range(first, last):
@@ -287,10 +292,10 @@ def _add_unsorted(run, buckets, cursor, factors, table):
 
 @compiled
 def chunks_from_buckets(first, last, runs, g, buckets, starts, low, near, within, table):
-    """The adjoint of ``chunks_to_buckets``, and all stages of the table's blocks first to last - 1."""
+    """Apply the adjoint of :func:`chunks_to_buckets`, and do all stages of the table's blocks first to last - 1."""
     size = 1 << CHUNK_BITS
     for i in range(first << within, last << within, size):
-        # The adjoint of repeating is summing over the repeats.
+        # The adjoint of repeating the table is summing over the repeats.
         for at in range(i, runs.size, table.size):
             cursor, run = starts[at >> CHUNK_BITS].copy(), runs[at : at + size]
             coming = at + table.size if at + table.size < runs.size else i + size

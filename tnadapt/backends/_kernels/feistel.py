@@ -1,7 +1,7 @@
-"""The permutation of :mod:`tnadapt.algebra.rng`, drawn where it is used: 32-bit images in the processor's registers.
+"""The permutation of :mod:`tnadapt.algebra.rng`, regenerated where it is used: 32-bit images in SIMD registers.
 
-A round of the Feistel network is two multiplications that wait for each other, ten cycles each. Eight vectors
-that take turns keep the processor at work meanwhile; numba's own loops would take one.
+A round of the Feistel network has two dependent multiplications with a latency of ten cycles each. Interleaving eight
+independent vectors hides this latency; numba's own loops would process one vector at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["IMAGES", "fill_images", "fill_images_meanwhile"]
 
 _LANES = VECTOR_BYTES // 4
 _VECTORS = 8
-#: How many images are made at once.
+#: Number of images computed at once.
 IMAGES = _VECTORS * _LANES
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_INT32, _LANES)
@@ -36,7 +36,7 @@ def _all(numbers: Sequence[int] | int) -> Any:
 
 def _network(inverse: bool) -> Any:
     def images(typing: Any, start: Any, bits: Any, keys: Any, dst: Any, to: Any) -> Any:
-        """``dst[to:]`` becomes the images of IMAGES numbers from ``start`` on, below ``2**bits``."""
+        """Set ``dst[to:]`` to the images of IMAGES consecutive numbers from ``start`` on, all below ``2**bits``."""
         signature = types.void(types.intp, types.intp, keys, dst, types.intp)
 
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -94,9 +94,9 @@ _forward, _backward = _network(inverse=False), _network(inverse=True)
 
 @compiled
 def fill_images(start, bits, keys, inverse, out):
-    """Images of consecutive numbers where the length of the permutation is ``2**bits``, bits from 2 to 31.
+    """Fill ``out`` with the images of consecutive numbers under a permutation of length ``2**bits``, bits from 2 to 31.
 
-    ``out`` is uint32, a multiple of IMAGES long.
+    ``out`` is uint32; its length is a multiple of IMAGES.
     """
     for i in range(0, out.size, IMAGES):
         if inverse:
@@ -107,7 +107,10 @@ def fill_images(start, bits, keys, inverse, out):
 
 @compiled
 def fill_images_meanwhile(start, bits, keys, inverse, out, one, at_one, other, at_other):
-    """The same; meanwhile as many elements of two arrays are asked for, which have 4 bytes each."""
+    """:func:`fill_images` that also prefetches as many elements (of 4 bytes) of two arrays.
+
+    The prefetches use memory bandwidth that would be idle during the arithmetic.
+    """
     for i in range(0, out.size, IMAGES):
         if inverse:
             _backward(start + i, bits, keys, out, i)

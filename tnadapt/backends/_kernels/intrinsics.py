@@ -1,4 +1,4 @@
-"""Single steps that numba has no words for: signs that are bits, and memory that is asked for ahead of time."""
+"""LLVM intrinsics for operations that numba cannot express: signs packed as bits, and prefetching."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 __all__ = ["fetch", "signed"]
 
 _BIT, _BYTE, _INT32 = ir.IntType(1), ir.IntType(8), ir.IntType(32)
-_SIGNED = 32  # elements at once: as many as a word has bits
+_SIGNED = 32  # elements at once: one per bit of a word
 
 
 def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, seen_as: Any) -> Any:
@@ -21,7 +21,7 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, seen_as: 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def signed(typing: Any, src: Any, dst: Any, at: Any, word: Any, scale: Any) -> Any:
-    """``dst = scale * src``, 32 elements from ``at`` on; negative where the word has a bit set, the lowest first."""
+    """Set ``dst = scale * src`` for 32 elements from ``at`` on, negated where the word's bit (lowest first) is set."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element = context.get_data_type(src.dtype)
@@ -42,7 +42,7 @@ def signed(typing: Any, src: Any, dst: Any, at: Any, word: Any, scale: Any) -> A
 
 @intrinsic  # type: ignore[untyped-decorator]
 def fetch(typing: Any, array: Any, at: Any) -> Any:
-    """What lies there is asked for: it is on its way to the second cache while other work is done."""
+    """Prefetch an element into the level 2 cache."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _BYTE.as_pointer()

@@ -1,4 +1,4 @@
-"""Where arrays begin, and how much of them is near the processor."""
+"""Alignment of arrays, and the sizes of the processor's caches."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array whose first element is the first of a cache line; NumPy's own begin 16 bytes on.
+    """Return an uninitialised array that begins at a cache line; NumPy's own arrays begin 16 bytes after one.
 
-    A vector of a line's width that begins elsewhere takes two lines, and up to 1.7 times as long. Small
-    arrays begin where they do: to find out takes longer than it saves.
+    A SIMD vector as wide as a cache line touches two lines if it is not aligned, which takes up to 1.7 times as long.
+    Small arrays are not aligned: that would take longer than it saves.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _SMALL:
@@ -32,12 +32,12 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def readable(x: np.ndarray) -> np.ndarray:
-    """x for a kernel that reads it: one that is read-only is no type of its own, and not compiled for."""
+    """Return x, or a writeable view of it: numba would compile a kernel again for the type of read-only arrays."""
     return x if x.flags.writeable else np.asarray(_Writeable(x))
 
 
 class _Writeable:
-    """The same memory under NumPy's protocol, without its flag."""
+    """The memory of an array under NumPy's array interface, without the read-only flag."""
 
     def __init__(self, x: np.ndarray) -> None:
         interface = x.__array_interface__
@@ -47,7 +47,7 @@ class _Writeable:
 
 @functools.cache
 def cache_sizes() -> tuple[int, int]:
-    """Bytes of a core's first and second cache; a small core's where the system does not say."""
+    """Return the bytes of a core's level 1 data and level 2 caches; those of a small core if they are unknown."""
     found = {1: 32 << 10, 2: 512 << 10}
     for index in _CACHES.glob("index*"):
         try:

@@ -1,9 +1,9 @@
-"""The streams of :mod:`tnadapt.algebra.rng`, compiled: the same bits.
+"""Compiled streams of :mod:`tnadapt.algebra.rng`, with the same bits.
 
-Written so that the compiler finds loops without branches over short arrays that stay in cache: a round of the
-Feistel network and a branch of AS 241 are a loop each. The reference implementation is :mod:`tnadapt.algebra.rng`
-itself; here the operations and their order are the same, and nothing lets the compiler change them (no
-``fastmath``: no fused multiply-add, no sum in another order).
+The code consists of branch-free loops over short arrays that stay in the cache, so that the compiler vectorises them: a
+round of the Feistel network and a branch of AS 241 are one loop each. The reference implementation is
+:mod:`tnadapt.algebra.rng`. The operations and their order are the same here, and the compiler may not change them (no
+``fastmath``: no fused multiply-add, no reordered sums).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["normals", "normals_at", "permutation", "signs", "words", "words_at"]
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
-# Elements worked on at a time: what there is of them fits in the first level of cache.
+# Elements processed at a time: all arrays of this length fit in the level 1 cache together.
 _SHORT = 1024
 _ROOT_HALF, _LOG_TWO = math.sqrt(0.5), math.log(2.0)
-# Elements that a thread is given at a time.
+# Elements per piece of work of a thread.
 _PIECE = 1 << 16
 
 # -- Words: Philox4x32-10 -----------------------------------------------------------------------
@@ -42,10 +42,10 @@ def _philox_round(c0, c1, c2, c3, k0, k1):
 
 @compiled
 def _philox(block, purpose, group, seed):
-    """The four words of one block, as 64-bit numbers below 2**32."""
+    """Compute the four words of one block, as 64-bit numbers below 2**32."""
     low, half = uint64(0xFFFFFFFF), uint64(32)
     state = (block & low, block >> half, purpose, group, seed & low, seed >> half)
-    # Written out: a loop over the rounds keeps the compiler from working on many blocks at once.
+    # Unrolled by hand: a loop over the rounds would keep the compiler from vectorising over blocks.
     state = _philox_round(*state)
     state = _philox_round(*state)
     state = _philox_round(*state)
@@ -60,7 +60,7 @@ def _philox(block, purpose, group, seed):
 
 @compiled
 def _blocks(first, purpose, group, seed, out):
-    """Fills a buffer with the words of blocks ``first`` onward."""
+    """Fill a buffer with the words of blocks ``first`` onward."""
     for i in range(out.size // 4):
         lanes = _philox(first + uint64(i), purpose, group, seed)
         out[4 * i] = lanes[0]
@@ -100,12 +100,12 @@ def _signs(start, purpose, group, seed, out):
             out[i - start] = 1 - 2 * int64(bit)
 
 
-# -- Normals: AS 241, the two approximations that 32-bit words reach ------------------------------
+# -- Normals: AS 241, the two of its approximations that 32-bit words can reach -------------------
 
 
 @compiled
 def _centre(word, u, out):
-    """Normals of words by the approximation near 0."""
+    """Compute the normals of words by the approximation near 0."""
     for i in range(word.size):
         u[i] = (float64(word[i]) + 0.5) * 2.0**-32
         q = u[i] - 0.5
@@ -129,9 +129,9 @@ def _centre(word, u, out):
 
 @compiled
 def _tail(nearer, bits, power):
-    """In place: distances from 0 or 1 to how far out their normals lie. ``bits`` is the same memory."""
+    """Replace tail probabilities by the magnitudes of their normals, in place; ``bits`` views the same memory."""
     for i in range(nearer.size):
-        # frexp, by the bits of a number that is neither 0 nor subnormal: 2**-33 at the least.
+        # frexp from the bits; the numbers are at least 2**-33, so neither 0 nor subnormal.
         power[i] = float64((bits[i] >> 52) - 1022)
         bits[i] = (bits[i] & 0xFFFFFFFFFFFFF) | (1022 << 52)
     for i in range(nearer.size):
@@ -172,7 +172,10 @@ def _tail(nearer, bits, power):
 
 @compiled
 def _of_words(word, u, where, power, out):
-    """Normals of a short array of words; the other arrays are scratch buffers."""
+    """Compute the normals of a short array of words; the other arrays are scratch buffers.
+
+    Every word gets the approximation near 0 first; those in the tails (about 15 %) are then collected and replaced.
+    """
     _centre(word, u, out)
     count = 0
     for i in range(word.size):
@@ -208,7 +211,7 @@ def _normals_at(index, purpose, group, seed, out):
         _of_words(word[:size], u, where, power, out[lo : lo + size])
 
 
-# -- The permutation: a Feistel network, with cycle walking where the length is no power of two --------
+# -- The permutation: a Feistel network, with cycle walking if the length is not a power of two --------
 
 
 @compiled
@@ -226,7 +229,7 @@ def _round(changed, by, key, mask):
 
 @compiled
 def _network(low, high, bits, keys, inverse):
-    """All rounds, in place, of numbers in two halves."""
+    """Apply all rounds in place to numbers given as two halves."""
     low_mask, high_mask = uint32((1 << (bits // 2)) - 1), uint32((1 << (bits - bits // 2)) - 1)
     for k in range(8):
         number = 7 - k if inverse else k
@@ -249,7 +252,7 @@ def _permutation(start, size, bits, keys, inverse, out):
         count = some.size
         while count:
             _network(low[:count], high[:count], bits, keys, inverse)
-            # What fell inside is written; the others, moved together, go through it again.
+            # Write every image; those outside of the range are compacted to the front and permuted again.
             left = 0
             for k in range(count):
                 image, place = (int64(high[k]) << (bits // 2)) | int64(low[k]), where[k]
@@ -263,7 +266,7 @@ def _permutation(start, size, bits, keys, inverse, out):
 
 
 def _in_pieces(kernel: Callable[..., None], start: int, out: NDArray[Any], *rest: Any) -> NDArray[Any]:
-    """``kernel(start, …, out)`` in pieces that threads share."""
+    """Run ``kernel(start, …, out)`` in parallel pieces."""
 
     def piece(number: int) -> None:
         lo = number * _PIECE
@@ -279,7 +282,7 @@ def _at(kernel: Callable[..., None], index: NDArray[np.integer[Any]], out: NDArr
 
 
 def words(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.uint32]:
-    """:func:`tnadapt.algebra.rng.words`, of checked arguments, as all below."""
+    """:func:`tnadapt.algebra.rng.words`; the caller has checked the arguments, here and below."""
     return _in_pieces(_words, start, np.empty(stop - start, np.uint32), *_stream(seed, group, purpose))
 
 
@@ -304,7 +307,7 @@ def normals_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[An
 
 
 def permutation(size: int, keys: NDArray[np.uint32], start: int, stop: int, inverse: bool) -> NDArray[np.int64]:
-    """:func:`tnadapt.algebra.rng.permutation`, by the keys of its rounds."""
+    """:func:`tnadapt.algebra.rng.permutation`, given the round keys."""
     bits = (size - 1).bit_length()
     return _in_pieces(_permutation, start, np.empty(stop - start, np.int64), size, bits, keys, inverse)
 

@@ -1,8 +1,8 @@
-"""Butterflies in the registers of the processor: what numba's own loops do not reach.
+"""Butterflies in SIMD registers, written as LLVM intrinsics.
 
-numba's vectoriser does not keep sixteen vectors in registers over several stages, so these are written in
-LLVM's terms: explicit vectors as wide as the host's, loads and stores that need no alignment. All are
-called from compiled loops only.
+numba's vectoriser does not keep several vectors in registers over several butterfly stages. These intrinsics
+do: they emit LLVM code with explicit vectors as wide as the host's registers, and with unaligned loads and
+stores. They can only be called from compiled code.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ __all__ = [
     "low_stages",
 ]
 
-# What numba compiles for, and keeps compiled code apart by: triple, processor, features.
+# The target that numba compiles for, and that its cache is keyed by: triple, processor, features.
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32
 
-# What is held in registers at once, with as many left to work in: sixteen vectors of the thirty-two that there are
-# beside vectors of 64 bytes, eight of the sixteen beside those of 32. With sixteen of sixteen, half of them go to
-# memory and back in every stage, and a transform takes up to 1.8 times as long.
+# Vectors held in registers at once. They take half of the registers (32 with AVX-512, otherwise 16) and leave the other
+# half for temporaries. With 16 of 16 registers, half of the vectors are spilled to memory in every stage, and a
+# transform takes up to 1.8 times as long.
 LOW_VECTORS = 16 if VECTOR_BYTES == 64 else 8
 
-# Stages that are made at once across rows: as many vectors, too.
+# Stages across rows that are done at once: 2**RADIX_BITS rows, one vector of each, also are LOW_VECTORS vectors.
 RADIX_BITS = LOW_VECTORS.bit_length() - 1
 
 _INT32 = ir.IntType(32)
 
 
 def _inlined(function: Callable[..., Any]) -> Any:
-    """The function as numba's intrinsic: called from compiled code, without its first argument."""
+    """Make a function a numba intrinsic: compiled code calls it without its first argument, ``typing``."""
     return intrinsic(function)
 
 
 class _Lanes:
-    """Loads, stores and sums of vectors of some lanes (one lane is a number)."""
+    """Emit loads, stores and butterflies of SIMD vectors with a number of lanes (with one lane, of scalars)."""
 
     def __init__(self, context: Any, builder: Any, element: Any, lanes: int) -> None:
         self.context, self.builder, self.lanes = context, builder, lanes
@@ -71,7 +71,7 @@ class _Lanes:
         self.builder.store(value, self._at(data, offset), align=self.itemsize)
 
     def fetch(self, data: Any, offset: Any) -> None:
-        """Ask for what lies there: it is on its way to the second cache while other work is done."""
+        """Prefetch an element into the level 2 cache."""
         pointer = ir.IntType(8).as_pointer()
         hint = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
         fetch = self.builder.module.declare_intrinsic("llvm.prefetch", [pointer], hint)
@@ -87,7 +87,7 @@ class _Lanes:
         return self.builder.shuffle_vector(one, ir.Constant(self.type, ir.Undefined), zeros)
 
     def between(self, values: Sequence[Any], stages: Sequence[int]) -> list[Any]:
-        """The stages whose pairs are two vectors: stage s pairs vector i with i + 2**s."""
+        """Do stages that combine whole vectors: stage s pairs vector i with vector i + 2**s."""
         values = list(values)
         for half in (1 << stage for stage in stages):
             for low in (i for i in range(len(values)) if not i & half):
@@ -96,7 +96,7 @@ class _Lanes:
         return values
 
     def within(self, value: Any, stage: int) -> Any:
-        """A stage whose pairs are two lanes of one vector, 2**stage apart."""
+        """Do a stage that combines lanes of one vector, 2**stage lanes apart."""
         half = 1 << stage
         swapped = self.builder.shuffle_vector(
             value,
@@ -104,18 +104,19 @@ class _Lanes:
             ir.Constant(ir.VectorType(_INT32, self.lanes), [lane ^ half for lane in range(self.lanes)]),
         )
         signs = ir.Constant(self.type, [-1.0 if lane & half else 1.0 for lane in range(self.lanes)])
-        # Fused, one instruction; a product with 1 or -1 is exact, so that it rounds as a sum does.
+        # swapped + (1 or -1) * value is one fused instruction. The product is exact, so that fusing does not change the
+        # rounding: the bits are those of a sum or difference.
         return self.builder.fadd(self.builder.fmul(value, signs, flags=("contract",)), swapped, flags=("contract",))
 
     def stage(self, values: list[Any], number: int) -> list[Any]:
-        """Stage of that number of vectors in a row: its pairs are 2**number elements apart."""
+        """Do the stage with that number on contiguous vectors: its pairs are 2**number elements apart."""
         inside = self.lanes.bit_length() - 1
         if number >= inside:
             return self.between(values, [number - inside])
         return [self.within(value, number) for value in values]
 
     def where(self, condition: Any, values: list[Any], change: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """The values changed where the condition holds: a branch, foreseen where it always goes one way."""
+        """Apply a change to the values if a condition holds; a branch, which is well predicted if it rarely varies."""
         before = self.builder.block
         with self.builder.if_then(condition):
             changed = change(values)
@@ -128,17 +129,17 @@ class _Lanes:
         return merged
 
     def times(self, values: list[Any], scale: Any) -> list[Any]:
-        """The values times a number; as they are where it is 1."""
+        """Multiply the values by a number, unless it is 1."""
         other = self.builder.fcmp_unordered("!=", scale, ir.Constant(self.element, 1.0))
         return self.where(other, values, lambda those: [self.builder.fmul(v, self.spread(scale)) for v in those])
 
 
 @_inlined
 def low_stages(typing: Any, src: Any, at: Any, dst: Any, to: Any, first: Any, last: Any, scale: Any, ahead: Any) -> Any:
-    """Stages first to last - 1 of ``LOW_VECTORS`` vectors in a row: ``dst[to:] = stages(scale * src[at:])``.
+    """Do stages first to last - 1 on ``LOW_VECTORS`` contiguous vectors: ``dst[to:] = stages(scale * src[at:])``.
 
-    Stage s pairs elements 2**s apart. Asks for as much of src from ``at + ahead`` on: nothing is read there,
-    so that it may be past the end.
+    Stage s pairs elements 2**s apart. Prefetches as many elements of src from ``at + ahead`` on; a prefetch
+    reads nothing, so that these may be past the end.
     """
     intp = types.intp
     signature = types.void(src, intp, dst, intp, intp, intp, src.dtype, intp)
@@ -177,9 +178,9 @@ def _butterfly(lanes: int | None) -> Any:
         coming: Any,
         ahead: Any,
     ) -> Any:
-        """``2**bits`` vectors, ``apart`` elements from each other, times scale and transformed across; bits 1 to 4.
+        """Scale ``2**bits`` vectors, ``apart`` elements from each other, and transform across them; bits 1 to 4.
 
-        Asks for as many vectors of ``coming``, from ``at + ahead`` on, unless that is 0.
+        Prefetches as many vectors of ``coming`` from ``at + ahead`` on, unless ahead is 0.
         """
         intp = types.intp
         signature = types.void(src, intp, intp, dst, intp, intp, intp, src.dtype, coming, intp)
@@ -209,6 +210,6 @@ def _butterfly(lanes: int | None) -> Any:
 
 
 butterfly = _butterfly(None)
-# For what is left where columns are no whole number of vectors.
+# For the remaining columns if their number is not a multiple of the vector width.
 butterfly_of_four = _butterfly(4)
 butterfly_of_one = _butterfly(1)

@@ -1,8 +1,8 @@
-"""Matrix products whose inner dimension is small, on NumPy: block after block of the result.
+"""Matrix products with a small inner dimension, on NumPy, computed in blocks of the result.
 
-BLAS fills a result with zeros and adds to it: where little is added to each element, memory is what takes the time, and
-it is gone through three times. With a block that stays in the cache it is once; OpenBLAS besides has kernels for small
-products, which neither fill nor pack. The reference implementation is ``a @ b``.
+BLAS fills the result with zeros and then adds to it. With a small inner dimension, memory bandwidth dominates, and BLAS
+makes three passes over the result. Computing one cached block at a time makes one pass; OpenBLAS also has kernels for
+small products, which neither fill nor pack. The reference implementation is ``a @ b``.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import numpy as np
 
 __all__ = ["thin_product"]
 
-# More inner columns than this, and arithmetic takes the time; fewer elements, and the result stays in the cache anyway.
+# With a larger inner dimension, arithmetic dominates; a result with fewer elements stays in the cache anyway.
 _THIN = 16
 _LEAST = 1 << 20
-# Of a block: its elements, and its columns where there are that many rows.
+# Elements of a block; its minimum number of columns; and the minimum width of the result.
 _BLOCK = 1 << 15
 _COLUMNS = 1 << 10
 _LEAST_COLUMNS = 1 << 9
 
 
 def thin_product(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
-    """``a @ b`` of two matrices, or None where that itself is as good.
+    """Compute ``a @ b`` of two matrices; None if NumPy's product is as fast.
 
     Parameters
     ----------
     a : ndarray, shape (n, r)
     b : ndarray, shape (r, m)
-        float32 or float64, both of one dtype.
+        float32 or float64, both of the same dtype.
 
     Returns
     -------
@@ -35,7 +35,7 @@ def thin_product(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
 
     Notes
     -----
-    Beyond the result it needs copies of a and b where they are not contiguous.
+    In addition to the result it needs memory for copies of a and b if they are not contiguous.
 
     Examples
     --------

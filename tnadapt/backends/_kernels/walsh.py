@@ -1,9 +1,9 @@
-"""The Hadamard transform along one axis of an array: how it goes through memory, and who does which part.
+"""The Hadamard transform along one axis of an array: its passes over memory, and their division among threads.
 
-The lowest stages pair neighbours, the highest what is far apart. So the first pass over memory takes blocks that
-fit in the second cache, and makes all stages that stay within each: the lowest of them part by part, a part being
-what fits in the first cache. Each further pass makes up to eight stages across rows that lie far apart, a strip of
-columns at a time. 2**26 numbers take two passes.
+The lowest stages pair neighbours, the highest stages distant elements. The first pass over memory therefore processes
+blocks that fit in the level 2 cache and does all stages within each block, the lowest of them in parts that fit in the
+level 1 cache. Each further pass does up to eight stages across distant rows, one strip of columns at a time. 2**26
+numbers take two passes.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from .thread_pool import share, thread_count
 
 __all__ = ["transform", "transform_into"]
 
-# Stages across rows in one pass: strips of 256 rows are in the cache at once.
+# Stages across rows in one pass: a strip has up to 256 rows, which must fit in the cache together.
 _STRIP_BITS = 8
-# Of a strip's row, at least and at most; as much as half the second cache has room for.
+# Minimum and maximum bytes of a strip's row; a strip fills up to half of the level 2 cache.
 _STRIP_BYTES = 256, 4096
-# From here on another thread gains more than it costs to wake it, and to move to its cache what is in this one's.
+# From this size on, a second thread gains more than it costs to wake it and to move data to its core's cache.
 _SHARED_BYTES = 1 << 21
-# Pieces of work for each thread: one that is late leaves some to the others.
+# Pieces of work per thread: with several, other threads take over from a slow one.
 _PIECES = 4
 
 
 def transform(x: np.ndarray, scale: float, axis: int = -1) -> np.ndarray:
-    """``scale * H x`` along one axis, in a new array; the entries of H are 1 and -1.
+    """Compute ``scale * H x`` along one axis, in a new array; the entries of H are 1 and -1.
 
     Parameters
     ----------
     x : numpy.ndarray, float32 or float64
-        Any strides, alignment and flags; the axis is a power of two long.
+        Any strides, alignment and flags; the length of the axis is a power of two.
     scale : float
-        What the transform is multiplied by.
+        Factor of the result.
     axis : int
-        Which axis.
+        The axis to transform.
 
     Returns
     -------
     numpy.ndarray, the shape of x
-        Rounded as butterflies of ``scale * x``, the nearest pairs first, are rounded, however many threads took
-        part. A large one begins with a cache line. Strides are in the order of x's where x is one piece of memory.
+        Rounded like butterflies of ``scale * x``, nearest pairs first, for any number of threads. A large array
+        begins at a cache line. Strides are in the order of x's if x is contiguous in some order of its axes.
     """
     flags = x.flags
     if flags.c_contiguous and flags.aligned:
@@ -68,16 +68,16 @@ def transform(x: np.ndarray, scale: float, axis: int = -1) -> np.ndarray:
 
 
 def transform_into(src: np.ndarray, dst: np.ndarray, scale: float, axis: int = -1) -> None:
-    """``dst[...] = H (scale * src)`` along one axis; both are in C order and aligned, and may be the same array.
+    """Compute ``dst[...] = H (scale * src)`` along one axis; both are in C order and aligned, and may be the same.
 
     Parameters
     ----------
     src, dst : numpy.ndarray, float32 or float64
-        Of one shape and dtype; either the same memory or none in common.
+        Of the same shape and dtype; their memory is identical or disjoint.
     scale : float
-        What the transform is multiplied by.
+        Factor of the result.
     axis : int
-        Which axis; a power of two long.
+        The axis to transform; its length is a power of two.
     """
     if src.size == 0:
         return
@@ -97,7 +97,7 @@ def transform_into(src: np.ndarray, dst: np.ndarray, scale: float, axis: int = -
 def _share(
     threads: int, count: int, kernel: Callable[..., object], src: np.ndarray, dst: np.ndarray, *how: float
 ) -> None:
-    """The kernel over 0 to count - 1, in one piece or in several at once."""
+    """Run a kernel over 0 to count - 1, in one piece or in parallel pieces."""
     if threads == 1 or count < 2:
         kernel(src, dst, 0, count, *how)
         return
@@ -110,7 +110,7 @@ def _share(
 
 
 class _Pass(NamedTuple):
-    """One pass over memory: a kernel over so many blocks or strips, and what it is told besides."""
+    """One pass over memory: a kernel, its number of blocks or strips, and its other arguments."""
 
     kernel: Callable[..., object]
     pieces: int
@@ -119,23 +119,24 @@ class _Pass(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> tuple[_Pass, ...]:
-    """The passes of a transform along an axis, for an array that is not empty."""
+    """Plan the passes of a transform along an axis, for an array that is not empty."""
     bits = shape[axis].bit_length() - 1
-    unit = math.prod(shape[axis % len(shape) + 1 :])  # how far neighbours on the axis are apart
+    unit = math.prod(shape[axis % len(shape) + 1 :])  # distance of neighbours along the axis
     outer = math.prod(shape) // (unit << bits)
     run = low_run(itemsize)
     low = min(bits, (run // unit).bit_length() - 1) if unit < run and unit & (unit - 1) == 0 else 0
     if low and unit << bits < run:
         return (_Pass(short, -(-math.prod(shape) // run), (unit.bit_length() - 1, bits)),)
-    # What is read besides, and what comes next, is in the caches, too.
+    # `near` stages fit in the level 1 cache, `within` stages in the level 2 cache. Only part of each cache is used,
+    # since it also has to hold other data and what is prefetched.
     first, second = cache_sizes()
     near, within = (
         min(bits, max((size // itemsize // unit).bit_length() - 1, 0)) for size in (first * 3 // 4, second // 2)
     )
-    # A block for every thread.
+    # At least one block per thread.
     within = max(low, min(within, bits - (-(-threads // outer) - 1).bit_length()))
     if -(-bits // _STRIP_BITS) <= -(-(bits - within) // _STRIP_BITS) and not low:
-        within = 0  # strips alone take no more passes
+        within = 0  # strips alone need no more passes than strips after blocks
     near = min(within, max(near, low, RADIX_BITS))
     passes = [_Pass(blocks, outer << (bits - within), (low, unit, within, near))] if within else []
     least, most = _STRIP_BYTES

@@ -1,4 +1,4 @@
-"""Runs the plans of this folder by CUDA C, on arrays of a library that compiles it at first use (CuPy by NVRTC)."""
+"""Launcher of CUDA C kernels, for arrays of a library that compiles them on first use (CuPy, by NVRTC)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .passes import Pass
 
 __all__ = ["OPTIONS", "CudaLauncher", "Drawn", "source"]
 
-#: For NVRTC. Fused multiplications and additions would change last bits of the draws.
+#: Options for NVRTC. Fused multiply-adds would change the last bits of the draws.
 OPTIONS = ("--std=c++17", "-fmad=false")
 
 _THREADS = 512
 _REAL = {4: "float", 8: "double"}
-#: How many repeats one thread of the gathering sum adds up: enough that little is left to add, few enough that even a
+#: Number of repeats that one thread of the gathering sum adds: enough to leave few partial sums, few enough that even a
 #: short period keeps the device busy.
 _SUM_ROWS = 16
 
 
 @functools.cache
 def source(itemsize: int) -> str:
-    """The program for numbers of so many bytes."""
+    """Return the source of the program for numbers with that many bytes."""
     folder = resources.files(__package__) / "cuda"
     parts = [f"typedef {_REAL[itemsize]} REAL;\n"]
     parts += [(folder / name).read_text(encoding="utf-8") for name in ("draws.cuh", "passes.cu")]
@@ -35,7 +35,7 @@ def source(itemsize: int) -> str:
 
 
 class CudaLauncher:
-    """See :class:`~tnadapt.backends._kernels.gpu.launch_plans.Launcher`.
+    """A :class:`~tnadapt.backends._kernels.gpu.launch_plans.Launcher` that runs CUDA C kernels.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class CudaLauncher:
         ``empty(x, shape)``: a new array like x.
     """
 
-    #: With the words left free, less than the 48 KiB of shared memory that every block may have unasked.
+    #: With its padding, less than the 48 KiB of shared memory that a block may use by default.
     tile_bytes = 1 << 15
 
     def __init__(
@@ -68,7 +68,7 @@ class CudaLauncher:
             np.uint32(f.group), np.uint64(f.seed), np.int32(f.signs),
             *(np.int32(number.bit_length() - 1) for number in logs),
         )  # fmt: skip
-        # Each thread takes sixteen points at a time.
+        # Each thread processes sixteen points at a time.
         threads = max(32, min(_THREADS, points // 16))
         self._run(x, f"pass_{load}_{store}", step.tiles(vectors * length), threads, arguments)
 
@@ -97,7 +97,7 @@ class CudaLauncher:
         return launch_plans.fastfood_adjoint(self, y, f)
 
     def shuffle(self, x: Any, seed: int, group: int, inverse: bool = False) -> Any:
-        """``x[:, perm]`` of the fixed permutation of as many as x (contiguous) has columns, or of its inverse."""
+        """Compute ``x[:, perm]`` of a contiguous x, for the fixed permutation of its columns or the inverse."""
         vectors, size = x.shape
         out = self._empty(x, (vectors, size))
         arguments = (

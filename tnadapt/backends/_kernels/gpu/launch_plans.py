@@ -1,7 +1,7 @@
-"""What is launched, in which order, for the Hadamard transform and for F: the same for Triton and for CUDA C.
+"""Sequences of kernel launches for the Hadamard transform and for F, shared by Triton and CUDA C.
 
-A launcher is what runs one pass; arrays are touched by ``reshape`` and ``sum`` alone, so they may be of any library.
-The reference implementations are :func:`tnadapt.algebra.maps.hadamard.fwht` and the linear part of
+A launcher runs one pass. Otherwise only ``reshape`` and ``sum`` of arrays are used, so they may be of any library. The
+reference implementations are :func:`tnadapt.algebra.maps.hadamard.fwht` and the linear part of
 :class:`tnadapt.algebra.maps.projection.Projection`.
 """
 
@@ -16,54 +16,54 @@ __all__ = ["Drawn", "Launcher", "fastfood", "fastfood_adjoint", "fwht"]
 
 
 class Drawn(NamedTuple):
-    """The integers that make one F."""
+    """The integers that define one F."""
 
     n_in: int
     n_out: int
     length: int
-    """Of the long transform: L, a power of two."""
+    """Length L of the long transform, a power of two."""
     period: int
-    """Of the small one: the least power of two that n_in fits in."""
+    """Length of the small transform: the least power of two that is at least n_in."""
     seed: int
     group: int
     signs: bool
-    """Whether signs are the diagonal at the end; else normal numbers."""
+    """Whether the final diagonal is signs; otherwise it is normal numbers."""
 
     @classmethod
     def of(cls, draws: Any, n_in: int) -> Drawn:
-        """Of a :class:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws`."""
+        """Read the integers from a :class:`tnadapt.algebra.maps._fastfood_draws.FastfoodDraws`."""
         n_out = draws.lengths["diagonal"]
-        return cls(n_in, n_out, draws.whole, draws.pruned, draws.seed, draws.group, bool(draws.signs))
+        return cls(n_in, n_out, draws.padded, draws.pruned, draws.seed, draws.group, bool(draws.signs))
 
 
-#: For a transform that draws nothing.
+#: Placeholder for a transform without draws.
 _NOTHING = Drawn(1, 1, 1, 1, 0, 0, True)
 
 
 class Launcher(Protocol):
-    """What runs kernels on arrays (vectors, n): contiguous, float32 or float64."""
+    """Runs kernels on contiguous arrays (vectors, n), float32 or float64."""
 
     tile_bytes: int
-    """How much of an array one program works on."""
+    """Bytes of an array that one program (thread block) processes."""
 
     def empty(self, x: Any, *shape: int) -> Any:
-        """A new array like x."""
+        """Return a new array with the dtype and device of x."""
         ...
 
     def transform(
         self, x: Any, out: Any, length: int, step: Pass, scale: float, f: Drawn, load: str, store: str
     ) -> None:
-        """One pass of a transform of that length, from the rows of x to those of out, which may be shorter.
+        """Run one pass of a transform of that length, from the rows of x to the rows of out, which may be shorter.
 
-        ``load`` says what the first pass reads: "plain" numbers, zero beyond the end of x's row; those times the
-        "diagonal" of f; numbers "permuted", ``x[perm[j] % period] * g[perm[j]]``; or "unpermuted",
-        ``x[inverse[j]] * g[j]``. ``store`` says what the last pass writes: "plain" numbers or those times the
-        "diagonal". Either is scaled.
+        ``load`` selects what the pass reads: "plain" numbers, zero beyond the end of x's row; "diagonal", these times
+        the diagonal of f; "permuted", ``x[perm[j] % period] * g[perm[j]]``; or "unpermuted", ``x[inverse[j]] * g[j]``.
+        ``store`` selects what it writes: "plain" numbers, or "diagonal", these times the diagonal. Both are multiplied
+        by scale.
         """
         ...
 
     def gathered_sum(self, x: Any, f: Drawn) -> Any:
-        """Sums over repeats of the period of ``x[inverse[j]] * g[j]``, in some pieces: (vectors, pieces, period)."""
+        """Sum ``x[inverse[j]] * g[j]`` over the repeats of the period; partial sums, (vectors, pieces, period)."""
         ...
 
 
@@ -87,20 +87,20 @@ def _transform(
 
 
 def fwht(launcher: Launcher, x: Any, length: int, scale: float, n_out: int) -> Any:
-    """``scale * (H pad(x))[..., :n_out]``, the entries of H being 1 and -1.
+    """Compute ``scale * (H pad(x))[..., :n_out]``; the entries of H are 1 and -1.
 
     Parameters
     ----------
     launcher : Launcher
-        What runs a pass.
+        Runs a pass.
     x : array, shape (vectors, n_in)
         float32 or float64, contiguous, ``n_in <= length``.
     length : int
         A power of two.
     scale : float
-        What the transform is multiplied by.
+        Factor of the result.
     n_out : int
-        How much of each vector is wanted.
+        Number of elements to return of each vector.
 
     Returns
     -------
@@ -111,21 +111,21 @@ def fwht(launcher: Launcher, x: Any, length: int, scale: float, n_out: int) -> A
 
 
 def fastfood(launcher: Launcher, x: Any, f: Drawn) -> Any:
-    """The linear part of F: (vectors, n_in) to (vectors, n_out), as :func:`fwht` for the rest.
+    """Compute the linear part of F, (vectors, n_in) to (vectors, n_out); otherwise as :func:`fwht`.
 
-    The small transform of x; then the first pass of the long one gathers its input through the Feistel network, times
-    the normal number of that place, and the last one ends with the signs or normal numbers of the diagonal. Memory
-    beside the result: one long vector for each of x.
+    After the small transform of x, the first pass of the long transform gathers its input through the Feistel network
+    and multiplies it by normal numbers, and the last pass applies the diagonal of signs or normal numbers. In addition
+    to the result it needs memory for one long vector per vector of x.
     """
     small = fwht(launcher, x, f.period, 1.0 / math.sqrt(f.length), f.period)
     return _transform(launcher, small, f.length, 1.0 / math.sqrt(f.length), f.n_out, f, "permuted", "diagonal")
 
 
 def fastfood_adjoint(launcher: Launcher, y: Any, f: Drawn) -> Any:
-    """The adjoint of :func:`fastfood`: (vectors, n_out) to (vectors, n_in); the same bits at every run.
+    """Compute the adjoint of :func:`fastfood`, (vectors, n_out) to (vectors, n_in); with the same bits in every run.
 
-    Each place of the small vector gathers through the inverse network what the repeats of the period send it, summed
-    in a fixed order.
+    Each element of the small vector gathers its contributions from all repeats of the period through the inverse
+    network, and sums them in a fixed order (a scatter would need atomics, whose order varies).
     """
     scale = 1.0 / math.sqrt(f.length)
     if not y.shape[0]:

@@ -1,8 +1,8 @@
-"""How a long Hadamard transform is cut into passes over memory on a GPU.
+"""Division of a long Hadamard transform into passes over memory on a GPU.
 
-``H`` of ``2**bits`` points is a Kronecker product of smaller ones, a pass for each: the first transforms runs of
-neighbouring points, every later one points that lie a stride apart, with as many columns beside each other as fill a
-tile. Nothing here was tuned on a device; the reasons for the numbers stand beside them.
+``H`` of ``2**bits`` points is a Kronecker product of smaller matrices, one pass for each. The first pass transforms
+runs of neighbouring points; every later pass transforms points that are a stride apart, with enough adjacent columns to
+fill a tile. The constants were not tuned on a device; their comments give the reasons for them.
 """
 
 from __future__ import annotations
@@ -11,36 +11,37 @@ from typing import NamedTuple
 
 __all__ = ["Pass", "passes"]
 
-#: Shorter tiles where all points lie side by side: more of them run at once, and small inputs fill more of the device.
+#: Tiles of the first pass, whose points are contiguous, are shorter: more of them run at once, and small inputs occupy
+#: more of the device.
 _SHORT_TILE = 1 << 12
-#: A strided pass does at least 2**7 points (fewer would be a pass over memory for little), and no more than leave 64
-#: bytes side by side in a tile: two sectors of memory.
+#: A strided pass combines at least 2**7 points (fewer would waste a pass over memory), and at most as many as leave 64
+#: contiguous bytes per row of a tile, two memory sectors.
 _LEAST_STRIDED_BITS, _LEAST_WIDTH = 7, 64
-#: As wide as a tile gets where points are strided: so many signs come from one block of Philox.
+#: Maximum number of columns of a tile: one block of Philox has this many signs.
 _WIDEST = 128
 
 
 class Pass(NamedTuple):
-    """One pass: which digits of the position it transforms, and the shape of a tile."""
+    """One pass: the binary digits of the position that it transforms, and the shape of a tile."""
 
     stride: int
     """Distance of the points that are combined; 1 in the first pass."""
     bits: int
-    """How many points are combined: ``2**bits``."""
+    """Number of digits: ``2**bits`` points are combined."""
     rows: int
-    """Rows of a tile: what is combined where the stride is not 1."""
+    """Rows of a tile: the points that are combined if the stride is not 1."""
     columns: int
     """Columns of a tile: neighbours in memory."""
 
     def tiles(self, points: int) -> int:
-        """How many tiles so many points are, the last one perhaps not full."""
+        """Return the number of tiles for that many points; the last tile may be incomplete."""
         return -(-points // (self.rows * self.columns))
 
 
 def passes(bits: int, itemsize: int, tile_bytes: int) -> list[Pass]:
-    """The passes of a transform of ``2**bits`` points of so many bytes each, by tiles of so many bytes.
+    """Plan the passes of a transform of ``2**bits`` points with ``itemsize`` bytes each, in tiles of ``tile_bytes``.
 
-    By tiles of 32 KiB: one pass to 2**13 points of float32, two to 2**22, three to 2**31.
+    With tiles of 32 KiB and float32: one pass up to 2**13 points, two up to 2**22, three up to 2**31.
 
     Examples
     --------

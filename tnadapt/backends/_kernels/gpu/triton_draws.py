@@ -1,9 +1,8 @@
-"""The draws of the format, element by element inside a Triton kernel.
+"""Element-wise random draws inside a Triton kernel, with the bits of :mod:`tnadapt.algebra.rng`, the reference.
 
-The reference implementation is :mod:`tnadapt.algebra.rng`.
-
-Everything is exact in integers or rounded once an operation in float64. A kernel that calls :func:`normal_of` must be
-launched with ``enable_fp_fusion=False``: a multiplication fused with an addition, in one rounding, changes last bits.
+Integers are exact, and every float64 operation is rounded separately. A kernel that calls :func:`normal_of` must be
+launched with ``enable_fp_fusion=False``: a fused multiply-add rounds once instead of twice, which changes the last
+bits.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import triton
 import triton.language as tl
 
 if not hasattr(tl, "map_elementwise"):
-    # Older ones also exchange a tile's points through shared memory at almost every stage of a transform.
+    # Older versions also exchange a tile's points through shared memory in almost every stage of a transform.
     raise ImportError(f"Triton {triton.__version__} is too old: 3.5 is needed, which comes with torch 2.9")
 
 __all__ = [
@@ -30,7 +29,7 @@ __all__ = [
 
 @triton.jit
 def philox(block, purpose, group, seed):
-    """Philox4x32-10 of the counters ``(lo32(block), hi32(block), purpose, group)``: four uint32, shaped as block."""
+    """Compute Philox4x32-10 of the counters ``(lo32(block), hi32(block), purpose, group)``: four uint32 like block."""
     block = block.to(tl.uint64)
     c0 = block.to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
@@ -59,7 +58,7 @@ def philox(block, purpose, group, seed):
 
 @triton.jit
 def word(index, purpose, group, seed):
-    """Words of a stream at any positions: a whole block for each."""
+    """Draw words of a stream at any positions; each computes a whole block."""
     w0, w1, w2, w3 = philox(index >> 2, purpose, group, seed)
     lane = index & 3
     return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
@@ -73,11 +72,11 @@ def _horner(x, c0: tl.constexpr, c1: tl.constexpr, c2: tl.constexpr, c3: tl.cons
 
 @triton.jit
 def _log(x):
-    """Natural logarithm of normal float64 numbers, by the series that the format prescribes."""
+    """Compute the natural logarithm of normal float64 numbers by the series of :mod:`tnadapt.algebra.rng`."""
     bits = x.to(tl.int64, bitcast=True)
     exponent = (bits >> 52) - 1022
     mantissa = ((bits & 0xFFFFFFFFFFFFF) | 0x3FE0000000000000).to(tl.float64, bitcast=True)
-    # Compared with 0, as Triton before 3.8 takes a number that something is compared with in single precision.
+    # Compare a difference with 0: Triton before 3.8 rounds a constant operand of a comparison to single precision.
     low = mantissa - 0.7071067811865476 < 0.0
     mantissa = tl.where(low, mantissa * 2.0, mantissa)
     power = (exponent - low.to(tl.int64)).to(tl.float64)
@@ -90,7 +89,7 @@ def _log(x):
 
 @triton.jit
 def normal_of(word):
-    """Standard normal numbers, float32, of words: AS 241 in float64, rounded once at the end."""
+    """Compute standard normal numbers, float32, from words: AS 241 in float64, rounded once at the end."""
     u = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
     q = u - 0.5
     r = 0.180625 - q * q
@@ -113,8 +112,9 @@ def normal_of(word):
     return tl.where(tl.abs(q) - 0.425 > 0.0, tail, centre).to(tl.float32)
 
 
-# A number's some hundred operations one number after another: Triton would do each operation for all of a thread's
-# numbers before the next, and what is between them would not fit into registers. The interpreter has no such thing.
+# A normal number takes about a hundred operations. ``map_elementwise`` does them one number after another; otherwise
+# Triton would do each operation for all numbers of a thread, whose intermediate results would not fit into registers.
+# The interpreter does not support it.
 _MAPPED = tl.constexpr(isinstance(normal_of, triton.JITFunction))
 
 
@@ -125,7 +125,7 @@ def _normal(index, purpose, group, seed):
 
 @triton.jit
 def normal(index, purpose, group, seed):
-    """Elements of a normal vector at any positions."""
+    """Draw elements of a normal vector at any positions."""
     if _MAPPED:
         found = tl.map_elementwise(_normal, index, tl.full((), purpose, tl.int32), group, seed)
     else:
@@ -135,7 +135,7 @@ def normal(index, purpose, group, seed):
 
 @triton.jit
 def normal_row(first, COLUMNS: tl.constexpr, purpose, group, seed):
-    """Normal elements ``first[i]`` to ``first[i] + COLUMNS - 1``, (rows, COLUMNS): a block of Philox for every four.
+    """Draw normal elements ``first[i]`` to ``first[i] + COLUMNS - 1``, (rows, COLUMNS): one Philox block per four.
 
     COLUMNS is a power of two, and each first position a multiple of it.
     """
@@ -152,7 +152,7 @@ def normal_row(first, COLUMNS: tl.constexpr, purpose, group, seed):
 
 @triton.jit
 def sign_row(first, COLUMNS: tl.constexpr, group, seed):
-    """Signs ``first[i]`` to ``first[i] + COLUMNS - 1`` as uint32, 1 for -1: a block of Philox for every row.
+    """Draw signs ``first[i]`` to ``first[i] + COLUMNS - 1`` as uint32, 1 for -1: one Philox block per row.
 
     COLUMNS is a power of two up to 128, and each first position a multiple of it.
     """
@@ -160,7 +160,7 @@ def sign_row(first, COLUMNS: tl.constexpr, group, seed):
     bit = (first & 127).to(tl.uint32)
     column = tl.arange(0, COLUMNS).to(tl.uint32)[None, :]
     if COLUMNS <= 32:
-        # One word for all of a row: found before it is spread over the columns.
+        # A row needs a single word: select it before broadcasting over the columns.
         low = tl.where(bit < 32, w0, w1)
         high = tl.where(bit < 96, w2, w3)
         found = tl.where(bit < 64, low, high)[:, None] >> ((bit & 31)[:, None] + column)
@@ -174,7 +174,7 @@ def sign_row(first, COLUMNS: tl.constexpr, group, seed):
 
 @triton.jit
 def feistel_keys(group, seed):
-    """The eight keys of a permutation: the first words of its stream."""
+    """Draw the eight keys of a permutation: the first words of its stream."""
     zero = tl.full((), 0, tl.int64)
     k0, k1, k2, k3 = philox(zero, 1, group, seed)
     k4, k5, k6, k7 = philox(zero + 1, 1, group, seed)
@@ -199,7 +199,7 @@ def _round(lo, hi, keys, NUMBER: tl.constexpr, LOW: tl.constexpr, HIGH: tl.const
 
 @triton.jit
 def feistel(x, keys, BITS: tl.constexpr, INVERSE: tl.constexpr):
-    """Images (int64) of positions below ``2**BITS`` under the network, or what they are images of."""
+    """Compute the images (int64) of positions below ``2**BITS`` under the network or its inverse."""
     LOW: tl.constexpr = BITS // 2
     lo = x.to(tl.uint32) & tl.full((), (1 << LOW) - 1, tl.uint32)
     hi = (x >> LOW).to(tl.uint32)
@@ -210,10 +210,10 @@ def feistel(x, keys, BITS: tl.constexpr, INVERSE: tl.constexpr):
 
 @triton.jit
 def permuted(x, size, keys, BITS: tl.constexpr, INVERSE: tl.constexpr):
-    """Images of positions below size under the permutation of so many, ``2**(BITS - 1) < size <= 2**BITS``.
+    """Compute the images of positions below size under the permutation of that size, or under its inverse.
 
-    The network again for what fell outside, until all are inside. A position that is not below size might never come
-    inside: put 0 in its place.
+    ``2**(BITS - 1) < size <= 2**BITS``. Images of size or more are permuted again until all are below size (cycle
+    walking). This may never end for a position that is itself not below size: replace it by 0.
     """
     image = feistel(x, keys, BITS, INVERSE)
     while tl.max((image >= size).to(tl.int32)) > 0:

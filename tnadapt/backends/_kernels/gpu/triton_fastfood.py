@@ -1,6 +1,6 @@
-"""The passes of F in Triton, with nothing stored: every draw is made where it is used.
+"""The passes of F in Triton; every random number is drawn where it is used, and none is stored.
 
-The sums of the adjoint are in a fixed order (no atomics), so that two runs give the same bits.
+The adjoint sums in a fixed order (no atomics), so that two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def gathered_sum(
 ):  # fmt: skip
     ACROSS: tl.constexpr = PERIOD // COLUMNS
     program = tl.program_id(0).to(tl.int64)
-    # Of all repeats of all vectors: ROWS divides the repeats of one.
+    # Index over all repeats of all vectors; ROWS divides the number of repeats per vector.
     repeat = program // ACROSS * ROWS + tl.arange(0, ROWS).to(tl.int64)
     first = repeat * PERIOD + program % ACROSS * COLUMNS
     vector = first // LENGTH

@@ -1,8 +1,9 @@
-"""The Hadamard transform of a tile of points in a Triton program, and the pass that does nothing else.
+"""The Hadamard transform of a tile of points in a Triton program, and the pass that does only this.
 
-The points of a tile lie in the program's registers. A stage takes the lowest digit of the position off (``split``),
-does the butterfly, and puts the digit on top (``join``, ``permute``): to the compiler that is a change of names until
-no digit is left in a thread's own registers, and an exchange through shared memory then, once for some five stages.
+The points of a tile are in the program's registers. A stage removes the lowest binary digit of the position
+(``split``), does the butterfly, and adds the digit back at the top (``join``, ``permute``). To the compiler this only
+renames registers as long as the lowest digit is within a thread. Otherwise it exchanges points through shared memory,
+once in about five stages.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def butterflies(x, N: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def tile_rows(ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
-    """Where in all of the array the rows of this program's tile begin: (ROWS,), int64."""
+    """Return the positions in the whole array at which the rows of this program's tile begin: (ROWS,), int64."""
     tile = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, ROWS).to(tl.int64)
     if STRIDE == 1:
@@ -37,7 +38,7 @@ def tile_rows(ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def transform(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, STRIDE: tl.constexpr):
-    """The unscaled transform of a tile: of 2**BITS neighbours, or (STRIDE not 1) of the ROWS of each column."""
+    """Transform a tile without scaling: over 2**BITS neighbours, or (STRIDE not 1) over the ROWS of each column."""
     N: tl.constexpr = ROWS * COLUMNS
     if STRIDE == 1:
         x = butterflies(tl.reshape(x, (N,)), N, BITS)
@@ -49,11 +50,12 @@ def transform(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, 
 
 @triton.jit
 def scaled(x, scale_bits):
-    """x times the float64 number of these bits, rounded to x's dtype first."""
+    """Multiply x by the float64 number with these bits, which is first rounded to x's dtype."""
     return x * scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(x.dtype)
 
 
-# What does not say where numbers lie in memory is no reason to compile anew.
+# Triton recompiles a kernel for special values of integers (1, multiples of 16). That is useless for those that do not
+# enter addresses.
 @triton.jit(do_not_specialize=["vectors", "scale_bits"])
 def hadamard_pass(
     x, out, vectors: tl.int64, n_in: tl.int64, n_out: tl.int64, scale_bits: tl.int64,

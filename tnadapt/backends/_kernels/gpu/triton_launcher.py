@@ -1,4 +1,4 @@
-"""Runs the plans of this folder by Triton, on CUDA tensors (on any under Triton's interpreter)."""
+"""Launcher of Triton kernels, for CUDA tensors (any tensors under Triton's interpreter)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .triton_hadamard import hadamard_pass
 
 __all__ = ["Drawn", "TritonLauncher", "fastfood", "fastfood_adjoint", "fwht", "shuffle", "warps"]
 
-#: What one program of the gathering sum takes: so many places of the period, repeat after repeat.
+#: Elements of one program of the gathering sum, and how many of them are adjacent positions of the period.
 _SUM_TILE, _SUM_COLUMNS = 1024, 128
-#: And one of the shuffle: few, as its last straggler holds up all.
+#: Elements of one program of the shuffle: few, as all of them wait for the last one to finish cycle walking.
 _SHUFFLE_TILE = 256
 
 
 class TritonLauncher:
-    """Run launch plans (:mod:`tnadapt.backends._kernels.gpu.launch_plans`) on torch tensors, by their methods alone."""
+    """A :class:`~tnadapt.backends._kernels.gpu.launch_plans.Launcher` for torch tensors; it uses only their methods."""
 
-    #: Two of them at least go through a multiprocessor's shared memory at once, so that one computes while another
-    #: waits for memory, and a thread has 16 numbers of it, beside which the draws find room in registers.
+    #: At least two tiles fit in a multiprocessor's shared memory, so that one computes while another waits for memory.
+    #: A thread has 16 numbers of a tile, which leaves registers for the draws.
     tile_bytes = 1 << 15
 
     def empty(self, x: Any, *shape: int) -> Any:
@@ -60,12 +60,12 @@ class TritonLauncher:
 
 
 def warps(step: Pass) -> int:
-    """Warps for a tile: sixteen points a thread, eight of double precision in the longest."""
+    """Return the number of warps for a tile: sixteen points per thread, at most sixteen warps."""
     return max(1, min(16, step.rows * step.columns // 512))
 
 
 def _bits(scale: float) -> int:
-    """The bits of a float64 as an int64: Triton would hand a float over in single precision."""
+    """Return the bits of a float64 as an int64, because Triton passes floats in single precision."""
     return int(struct.unpack("<q", struct.pack("<d", scale))[0])
 
 
@@ -88,7 +88,7 @@ def fastfood_adjoint(y: Any, f: Drawn) -> Any:
 
 
 def shuffle(x: Any, seed: int, group: int, inverse: bool = False) -> Any:
-    """``x[:, perm]`` of the fixed permutation of as many as x (contiguous) has columns, or of its inverse."""
+    """Compute ``x[:, perm]`` of a contiguous x, for the fixed permutation of its columns or the inverse."""
     vectors, size = x.shape
     out = x.new_empty((vectors, size))
     if vectors:

@@ -1,7 +1,7 @@
-// The draws of the format, element by element; tnadapt.algebra.rng is the reference implementation.
+// Element-wise random draws; tnadapt.algebra.rng is the reference implementation.
 //
-// Everything is exact in integers or rounded once an operation in double precision: compile without fused
-// multiplication and addition (-fmad=false), which would change last bits.
+// Integers are exact, and every operation in double precision is rounded separately: compile without fused
+// multiply-adds (-fmad=false), which would change the last bits.
 
 typedef unsigned int u32;
 typedef long long i64;
@@ -27,7 +27,7 @@ __device__ inline Block philox(u64 block, u32 purpose, u32 group, u64 seed) {
   return Block{{c0, c1, c2, c3}};
 }
 
-// A word of a stream at any position: a whole block for it.
+// A word of a stream at any position; computes a whole block.
 __device__ inline u32 word_at(i64 index, u32 purpose, u32 group, u64 seed) {
   const Block block = philox((u64)index >> 2, purpose, group, seed);
   const u32 low = index & 1 ? block.word[1] : block.word[0], high = index & 1 ? block.word[3] : block.word[2];
@@ -39,7 +39,7 @@ __device__ inline double horner(double x, double c0, double c1, double c2, doubl
   return ((((((c0 * x + c1) * x + c2) * x + c3) * x + c4) * x + c5) * x + c6) * x + c7;
 }
 
-// Natural logarithm of a normal number, by the series that the format prescribes.
+// Natural logarithm of a normal floating-point number, by the series of tnadapt.algebra.rng.
 __device__ inline double log_of(double x) {
   const i64 bits = __double_as_longlong(x);
   double mantissa = __longlong_as_double((bits & 0xFFFFFFFFFFFFFLL) | 0x3FE0000000000000LL);
@@ -54,7 +54,7 @@ __device__ inline double log_of(double x) {
   return (double)exponent * 0.6931471805599453 + 2.0 * s * series;
 }
 
-// A standard normal number of a word: AS 241, rounded to single precision once, at the end.
+// Standard normal number from a word: AS 241, rounded to single precision once, at the end.
 __device__ inline float normal_of(u32 word) {
   const double u = ((double)word + 0.5) * 2.3283064365386963e-10, q = u - 0.5;
   if (fabs(q) <= 0.425) {
@@ -78,7 +78,7 @@ __device__ inline float normal_of(u32 word) {
   return (float)(q < 0.0 ? -tail : tail);
 }
 
-// A permutation of 2**bits positions: a Feistel network with eight keys, the first words of its stream.
+// A permutation of 2**bits positions: a Feistel network whose eight keys are the first words of its stream.
 struct Network {
   u32 key[8];
   u32 low_mask, high_mask;
@@ -117,7 +117,8 @@ __device__ inline i64 image(const Network &network, i64 x) {
   return ((i64)hi << network.low) | lo;
 }
 
-// The same of size positions, 2**(bits - 1) < size <= 2**bits: again for what fell outside, until it falls inside.
+// A permutation of size positions, 2**(bits - 1) < size <= 2**bits, by cycle walking: an image of size or more is
+// permuted again until it is below size.
 template <bool INVERSE>
 __device__ inline i64 image_below(const Network &network, i64 x, i64 size) {
   do x = image<INVERSE>(network, x);

@@ -1,9 +1,9 @@
-// One pass of a Hadamard transform over memory, plain or with the draws of F, and what else F needs.
+// One pass of a Hadamard transform over memory, plain or with the draws of F, and the other kernels of F.
 //
-// A block takes a tile of rows by columns: neighbours in memory where the stride is 1, else rows a stride apart. The
-// tile lies in shared memory, one word in 33 left free, so that threads that read 16 neighbours each meet in no bank;
-// each step of up to four digits takes 2 to 16 points through registers. REAL is float or double. Loops go from
-// threadIdx.x by blockDim.x: any number of threads gives the same numbers, one included.
+// A block processes a tile of rows and columns: contiguous if the stride is 1, otherwise rows a stride apart. The tile
+// is in shared memory, where every 33rd word is padding, so that threads that read 16 neighbours each have no bank
+// conflicts. Each step of up to four digits combines 2 to 16 points in registers. REAL is float or double. Loops run
+// from threadIdx.x in steps of blockDim.x, so that any number of threads, even one, gives the same numbers.
 
 enum Load { LOAD_PLAIN, LOAD_DIAGONAL, LOAD_PERMUTED, LOAD_UNPERMUTED };
 enum Store { STORE_PLAIN, STORE_DIAGONAL };
@@ -13,12 +13,12 @@ constexpr int SIGN_WORDS = 1024;
 
 __device__ inline int padded(int i) { return i + (i >> 5); }
 
-// Where the tile's rows lie: of which vector, and at which position of it.
+// Maps points of a tile to elements of the array: to a vector, and to a position in it.
 struct Place {
   i64 start;
   int log_length, log_stride, log_columns;
 
-  __device__ i64 at(int i) const {  // of point i of the tile, in all of the array
+  __device__ i64 at(int i) const {  // element of point i of the tile in the whole array
     const i64 row = i >> log_columns, column = i & ((1 << log_columns) - 1);
     return start + (row << (log_stride ? log_stride : log_columns)) + column;
   }
@@ -65,7 +65,7 @@ __device__ inline void butterflies(REAL *tile, int points, int low, int bits) {
   if (bits == 1) step<1>(tile, points, low);
 }
 
-// Multiply a tile by normal numbers: a block of Philox for every four neighbours where there are four.
+// Multiply a tile by normal numbers: one Philox block for every four neighbours, if a row has four.
 __device__ inline void times_normals(REAL *tile, int points, const Place &place, u32 purpose, u32 group, u64 seed) {
   if (place.log_columns < 2) {
     for (int i = threadIdx.x; i < points; i += blockDim.x)
@@ -80,8 +80,8 @@ __device__ inline void times_normals(REAL *tile, int points, const Place &place,
   __syncthreads();
 }
 
-// Multiply a tile by signs. Its rows are read as runs of at most 32 neighbours, which share a word; a block of Philox
-// for every run, in as many rounds as the words have room.
+// Multiply a tile by signs. Its rows are split into runs of at most 32 neighbours, whose signs are bits of one word.
+// Each run computes one Philox block. There are several rounds if the buffer has fewer words than there are runs.
 __device__ inline void times_signs(REAL *tile, u32 *words, int points, const Place &place, u32 group, u64 seed) {
   const int log_run = place.log_columns < 5 ? place.log_columns : 5, runs = points >> log_run;
   for (int done = 0; done < runs; done += SIGN_WORDS) {
@@ -163,15 +163,15 @@ PASS(pass_permuted_plain, LOAD_PERMUTED, STORE_PLAIN)
 PASS(pass_permuted_diagonal, LOAD_PERMUTED, STORE_DIAGONAL)
 PASS(pass_unpermuted_plain, LOAD_UNPERMUTED, STORE_PLAIN)
 
-// sums[vector, piece, q] of x[vector, inverse[p]] * g[p] over p = (piece * rows + row) * period + q, row after row:
-// always in the same order. A thread takes four neighbours, or one where the period is shorter.
+// sums[vector, piece, q]: the sum of x[vector, inverse[p]] * g[p] over p = (piece * rows + row) * period + q, row after
+// row, always in the same order. A thread computes four neighbours, or one if the period is shorter.
 extern "C" __global__ void gathered_sum(const REAL *x, REAL *sums, i64 all, u32 group, u64 seed, int log_length,
                                         int log_period, int rows) {
   const i64 length = (i64)1 << log_length, period = (i64)1 << log_period, pieces = (length >> log_period) / rows;
   const int width = log_period < 2 ? 1 : 4;
   const Network network = network_of(log_length, group, seed);
   for (i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x; t * width < all; t += (i64)gridDim.x * blockDim.x) {
-    const i64 q = t * width & (period - 1), piece = t * width >> log_period;  // of all vectors
+    const i64 q = t * width & (period - 1), piece = t * width >> log_period;  // piece: over all vectors
     const REAL *vector = x + piece / pieces * length;
     REAL total[4] = {0, 0, 0, 0};
     for (int row = 0; row < rows; ++row) {
@@ -192,7 +192,7 @@ extern "C" __global__ void gathered_sum(const REAL *x, REAL *sums, i64 all, u32 
   }
 }
 
-// out[vector, j] = x[vector, perm[j]], or of the inverse.
+// out[vector, j] = x[vector, perm[j]], or with the inverse permutation.
 extern "C" __global__ void shuffle(const REAL *x, REAL *out, i64 all, i64 size, u32 group, u64 seed, int bits,
                                    int inverse) {
   const Network network = network_of(bits, group, seed);
