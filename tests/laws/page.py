@@ -32,15 +32,15 @@ HEAD = """# The laws
 
 The laws that the library obeys, and the number of test cases that confirmed each in one run. `tests/laws/book.toml`
 lists the laws; the tests of each are marked with its id, `@pytest.mark.law("id")`. `python -m pytest --junitxml FILE`
-reports what passed, and `python -m tests.laws.page FILE` generates this page from it. CI repeats the count, and fails if
-a case of a law fails, if a law has no passing case, or if cases are missing or skipped for a reason that is neither in
-the table below nor due to the machine.
+reports what passed, and `python -m tests.laws.page FILE` generates this page from it. CI repeats the count, and fails
+if a case of a law fails, if a law has no passing case, or if cases are missing or skipped for a reason that is neither
+in the table below nor due to the machine.
 
 A *case* is a test with one set of parameters. *drawn* counts the cases that are not single examples but a search by
 Hypothesis, over up to sixty examples of configs, shapes and numbers unless the test says otherwise
-(`HYPOTHESIS_PROFILE=long`: six hundred). A case can belong to several laws; including skipped ones, there are {cases:,}
-in all. *of* lists methods, configs, models or faults by name, and the folds. A test that names no library counts for the
-library that its module imports, or else for NumPy.
+(`HYPOTHESIS_PROFILE=long`: six hundred). A case can belong to several laws; including skipped ones, there are
+{cases:,} in all. *of* lists methods, configs, models or faults by name, and the folds. A test that names no library
+counts for the library that its module imports, or else for NumPy.
 """
 
 
