@@ -153,7 +153,7 @@ for (name, (count, curve)), color, style in zip(curves.items(), colors, styles, 
     label = f"{name}: {count:,}" if count else name
     left.plot(curve, color=color, linestyle=style, label=label)
 left.set(xlabel="epoch", ylabel="test accuracy, digits 5 to 9, %", ylim=(40, 95), xlim=(0, 20), xticks=range(0, 21, 5))
-left.legend(title="parameters beside the head's 325", loc="lower right")
+left.legend(title="parameters in addition to the head's 325", loc="lower right")
 left.grid(alpha=0.3)
 limit = float(learned.abs().quantile(0.995))
 right.imshow(learned, cmap="RdBu", vmin=-limit, vmax=limit)
