@@ -1,6 +1,6 @@
 """Print the lower bounds of pyproject.toml as exact versions: of the dependencies, and of the extras that are named.
 
-A resolver that is asked for lowest versions takes the next one where a bound cannot be had; with these it fails.
+A resolver with a "lowest" strategy takes the next version if a bound is unavailable; with exact versions it fails.
 """
 
 import re
@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 
 
 def bounds(requirements: list[str]) -> Iterator[str]:
-    """``name==version`` of each, and of what its extras of this project require."""
+    """Yield ``name==version`` of each requirement, with this project's extras expanded."""
     for requirement in requirements:
         if own := re.fullmatch(r"tnadapt\[(.*)\]", requirement):
             yield from bounds([one for extra in own[1].split(",") for one in PROJECT["optional-dependencies"][extra]])

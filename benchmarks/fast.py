@@ -1,13 +1,13 @@
-"""How fast it is, against its limits and its peers: ``python benchmarks/fast.py [PART …] [--smoke]``.
+"""Measure speed against limits and peers: ``python benchmarks/fast.py [PART …] [--smoke]``.
 
-Runs the parts (all of them without arguments), each in a process of its own, and keeps what each measured beside this
-file, ``results/fast/PART.jsonl``: a first line that says on what machine and with which versions, then a line a case.
-Of these files it then makes the page, ``results/speed.md``, which the documentation shows, and its pictures;
-``--page`` makes only these. A part that is run alone replaces its own results and no others.
+Runs the parts (all of them without arguments), each in a separate process, and stores the measurements next to this
+file, in ``results/fast/PART.jsonl``: a first line with the machine and the versions, then one line per case.
+From these files it then generates the page ``results/speed.md``, which the documentation shows, and its pictures;
+``--page`` only does this. Running one part alone replaces its results and no others.
 
-Times are medians of contestants that alternate in one process; what is compared is their ratio. Do nothing else on the
-machine meanwhile. ``--smoke`` runs each part on tiny sizes into a folder that is thrown away, in a minute: whether
-the parts run and their contestants agree, not how fast they are.
+Times are medians of contestants that alternate in one process; the comparison is by their ratio. Keep the machine
+otherwise idle. ``--smoke`` runs each part on tiny sizes into a temporary folder, in a minute: it checks that the parts
+run and that their contestants agree, not their speed.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fast"
 
-#: What each part is about, and how many threads its array libraries are given.
+#: The title of each part, and the number of threads for its array libraries.
 PARTS = {
     "fwht": ("the Hadamard transform", 2),
     "fastfood": ("the linear F", 2),
     "steps": ("training steps against PEFT and LyCORIS", 2),
     "memory": ("peak memory of a training step", 2),
-    "strategies": ("how a layer uses its update", 2),
+    "strategies": ("how a layer applies its update", 2),
     "growth": ("cost against the number of elements", 1),
     "slices": ("one weight out of a large group", 1),
     "startup": ("import and attach", 2),
-    "gpu": ("on a graphics card", 2),
+    "gpu": ("on a GPU", 2),
 }
 
 
 def run(part: str, folder: Path, smoke: bool) -> None:
-    """One part in a process of its own, so that no other's threads, caches or memory act on it."""
+    """Run one part in a separate process, so that no other part's threads, caches or memory affect it."""
     code = (
         f"import json, sys; from pathlib import Path; import machine, {part};"
         f"rows = {part}.measure({smoke});"
@@ -54,11 +54,11 @@ def run(part: str, folder: Path, smoke: bool) -> None:
         "OPENBLAS_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
     }
-    # Held back on some machines for the tests' sake; older kernels of it would be measured in place of NumPy's own.
+    # Some machines restrict OpenBLAS for the tests; the benchmark would then measure its older kernels.
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
         environment.pop(name, None)
     folder.mkdir(parents=True, exist_ok=True)
-    # Beside it and renamed: a part that fails or is stopped leaves the results that were there.
+    # Written to a new file and renamed: a part that fails or is stopped leaves the old results intact.
     made = folder / f"{part}.jsonl"
     new = made.with_suffix(".new")
     subprocess.run([sys.executable, "-c", code, str(new)], cwd=HERE, env=environment, check=True)
@@ -66,7 +66,7 @@ def run(part: str, folder: Path, smoke: bool) -> None:
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Part -> its lines, the first one being the machine; parts without results are left out."""
+    """Return a mapping of part to its lines, the first being the machine; parts without results are omitted."""
     found = {}
     for part in PARTS:
         path = folder / f"{part}.jsonl"
@@ -76,11 +76,11 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> int:
-    """What is typed."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)}; all by default")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing kept")
-    parser.add_argument("--page", action="store_true", help="make the page of the results that are there")
+    parser.add_argument("--page", action="store_true", help="only generate the page from existing results")
     given = parser.parse_args()
     unknown = [part for part in given.parts if part not in PARTS]
     if unknown:

@@ -1,10 +1,10 @@
 """The linear F against a copy of as many bytes: ``python benchmarks/fastfood.py [--smoke]``.
 
-ρ is the length of the compressed vector to that of the update. The copy is made by two threads, half each, to memory
-that is there; *copy to new memory* has the system find and zero that memory first, as every result of F has, too.
+ρ is the ratio of the length of the compressed vector to that of the update. Two threads make the copy, half each, to
+existing memory; for *copy to new memory* the system finds and zeroes that memory first, as for every result of F.
 
-*state* is what F draws at its first call: the time is the first call's less a later one's, and how many bytes of it are
-kept an element. *fallback* is F without compiled kernels, in NumPy and in torch, against the transform that is
+*state* covers the draws of F at its first call: the time is that of the first call minus that of a later one, plus the
+bytes kept per element. *fallback* is F without compiled kernels, in NumPy and in torch, against the transform that is
 commonly written in torch, which stacks sums and differences.
 """
 
@@ -29,13 +29,13 @@ ROUNDS = 9
 
 
 def alternated(contestants: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Median seconds of each, one after the other in every round, and median ratios of ours to theirs."""
+    """Return the median seconds of each, alternating in every round, and median ratios of ours to theirs."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, run in contestants.items():
             start = time.perf_counter()
             run()
-            if number:  # the first round is to warm up
+            if number:  # the first round is a warm-up
                 taken[name].append(time.perf_counter() - start)
     found: dict[str, Any] = {name: statistics.median(times) for name, times in taken.items()}
     for name in contestants:
@@ -51,7 +51,7 @@ def close(found: Any, expected: Any) -> None:
 
 
 def ways(size: int, ratio: float, smoke: bool) -> list[dict[str, Any]]:
-    """Forward and backward, on NumPy's arrays and on tensors; then the state."""
+    """Measure forward and backward, on NumPy arrays and on tensors; then the state."""
     n_in = max(1, round(size * ratio))
     f = tna.Projection("linear", n_in, size)
     x, y, there = numbers(n_in, "float32"), numbers(size, "float32"), numbers(size, "float32")
@@ -104,7 +104,7 @@ def dense(f: tna.Projection) -> np.ndarray:
 
 
 def fallback(size: int, smoke: bool) -> list[dict[str, Any]]:
-    """F at ρ = 1 where nothing is compiled."""
+    """Measure F at ρ = 1 without compiled kernels."""
     torch = optional("torch")
     if torch is None:
         return []
@@ -139,9 +139,9 @@ def fallback(size: int, smoke: bool) -> list[dict[str, Any]]:
 
 
 def measure(smoke: bool = False) -> list[dict[str, Any]]:
-    """A row a case: median seconds of ``ours`` and of each other, and median ratios ``ours/other``."""
+    """Return one row per case: median seconds of ``ours`` and the others, and median ratios ``ours/other``."""
     if smoke and kernels("fastfood") is not None:
-        # What a dense matrix cannot be made for is compared with the plain way.
+        # This size is too large for a dense matrix: compare with the reference implementation.
         f = tna.Projection("linear", 1 << 12, 1 << 14)
         x, y = numbers(f.n_in, "float32"), numbers(f.n_out, "float32")
         close(f(x), f(x.astype(np.float64)))
@@ -153,7 +153,7 @@ def measure(smoke: bool = False) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="small sizes, once: are the numbers right")
+    parser.add_argument("--smoke", action="store_true", help="small sizes, once: only check the numbers")
     for row in measure(parser.parse_args().smoke):
         rest = ", ".join(f"{key} {value:.3g}" for key, value in row.items() if "/" in key or "element" in key)
         print(f"{row['case']:30} {row['size']:>9} ρ {row['ρ']:<5} {row['ours'] * 1e3:>9.2f} ms   {rest}", flush=True)

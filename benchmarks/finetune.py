@@ -1,9 +1,9 @@
 """``tnadapt finetune`` with several seeds: ``python benchmarks/finetune.py digits|reviews|cifar10 FOLDER``.
 
-Fetches into FOLDER what is not there (see ``paper.registries``), compares methods at several rates with
-three seeds, and puts the results beside this file: ``results/NAME.jsonl``, a line a training, and made of it
-``results/NAME.csv``, the table, and ``results/NAME.png``, the picture. On two idle cores, the digits take five minutes
-and the others half an hour each. Run it again after a stop: it goes on from the results that are there.
+Fetches missing models and data into FOLDER (see ``paper.registries``), compares methods at several rates with
+three seeds, and stores the results next to this file: ``results/NAME.jsonl``, one line per training run, and derived
+from it ``results/NAME.csv``, the table, and ``results/NAME.png``, the plot. On two idle cores, the digits take five
+minutes and the others half an hour each. An interrupted run resumes from the existing results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPTIONS = {
 
 
 def run(name: str, folder: Path, seeds: int, jobs: int) -> Path:
-    """Do what is typed for one of them, going on from the results beside this file; returns the run's folder."""
+    """Run the command for one of them, resuming from the stored results; return the run's folder."""
     given: list[str] = []
     if name in SOURCES:
         model, data = fetch(name, folder)
@@ -46,18 +46,18 @@ def run(name: str, folder: Path, seeds: int, jobs: int) -> Path:
 
 
 def table(results: Path) -> str:
-    """The table of a file of results, as CSV: what ``docs/finetune.rst`` shows."""
+    """Return the table of a file of results as CSV, which ``docs/finetune.rst`` shows."""
     points: list[Point] = points_in(results)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    # Without the seconds: they are of trainings side by side, on a machine that may have had more to do.
+    # Without the seconds, which come from parallel runs on a machine that may have been busy.
     writer.writerow(columns(len(points[0].test))[:-1])
     writer.writerows(row[:-1] for row in rows_of(points))
     return text.getvalue()
 
 
 def main() -> None:
-    """Run, copy, and make the table."""
+    """Run, copy the results, and write the table."""
     parser = argparse.ArgumentParser(description="tnadapt finetune with several seeds.")
     parser.add_argument("name", choices=OPTIONS)
     parser.add_argument("folder", type=Path)

@@ -1,12 +1,12 @@
 """``tnadapt.fwht`` against a copy of the same bytes and against its peers: ``python benchmarks/fwht.py [--smoke]``.
 
-The copy is made by two threads, half each, by ``numpy.copyto``. Peers, left out where not installed: FFHT, in C
-(through PyPI's fht-cpu, one thread), and PyPI's hadamard-transform (torch). *In place* and *into an array* there is
-time for nothing but the numbers; *a new array* is the public call, and there the copy, too, goes to new memory, for
-which the system's zeroing of it is a good part of the time.
+Two threads make the copy, half each, with ``numpy.copyto``. Peers, skipped if not installed: FFHT, in C
+(through PyPI's fht-cpu, one thread), and PyPI's hadamard-transform (torch). *In place* and *into an array* measure
+only the computation; *a new array* is the public call, for which the copy also goes to new memory, whose zeroing by
+the system is a good part of the time.
 
-Each round goes through all contestants, each once untimed and then timed, so that each finds its arrays as it left
-them; a ratio is the median over the rounds of the ratio within one. Take the machine for yourself meanwhile.
+Each round runs all contestants, each once untimed and then timed, so that each finds its arrays as it left
+them; a ratio is the median over the rounds of the ratio within one. Keep the machine otherwise idle.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROUNDS = 5  # at least
 
 
 def copy(to: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """A copy by two threads."""
+    """Copy with two threads."""
     half = len(of) // 2
     other = POOL.submit(np.copyto, to[:half], of[:half])
     np.copyto(to[half:], of[half:])
@@ -43,7 +43,7 @@ def copy(to: np.ndarray, of: np.ndarray) -> np.ndarray:
 
 
 def optional(name: str) -> Any:
-    """A peer's module, or None where it is not installed."""
+    """Return a peer's module, or None if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -51,7 +51,7 @@ def optional(name: str) -> Any:
 
 
 def timed(contestants: Contestants, reset: Callable[[], object], smoke: bool) -> dict[str, Any]:
-    """Median seconds of each, and median ratios of ours to theirs."""
+    """Return the median seconds of each, and median ratios of ours to theirs."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     repeats = {}
     for name, run in contestants.items():
@@ -86,7 +86,7 @@ def close(found: Any, expected: Any, dtype: str) -> None:
 
 
 def numbers(size: int, dtype: str) -> np.ndarray:
-    """Normal numbers, aligned as a kernel likes them."""
+    """Return normal numbers, aligned for the kernels."""
     compiled = kernels("memory")
     found: np.ndarray = np.empty(size, dtype) if compiled is None else compiled.aligned_empty((size,), np.dtype(dtype))
     found[...] = np.random.default_rng(0).standard_normal(size, dtype=np.dtype(dtype).type)
@@ -94,7 +94,7 @@ def numbers(size: int, dtype: str) -> np.ndarray:
 
 
 def in_memory_that_is_there(bits: int, dtype: str, smoke: bool) -> list[dict[str, Any]]:
-    """In place against FFHT in place, and from one array into another against a copy."""
+    """Compare in place with FFHT in place, and from one array into another with a copy."""
     compiled, ffht = kernels("hadamard"), optional("fht_cpu._core")
     if compiled is None:
         return []
@@ -122,7 +122,7 @@ def plain(x: np.ndarray) -> np.ndarray:
 
 
 def in_a_new_array(bits: int, dtype: str, smoke: bool) -> list[dict[str, Any]]:
-    """The public call on NumPy's and torch's arrays, the plain ways, peers, and a copy, all to new memory."""
+    """Compare the public call on NumPy and torch arrays, reference implementations, peers and a copy, to new memory."""
     x = numbers(1 << bits, dtype)
     ffht, torch, peer = optional("fht_cpu"), optional("torch"), optional("hadamard_transform")
     there = np.empty_like(x)
@@ -152,7 +152,7 @@ def in_a_new_array(bits: int, dtype: str, smoke: bool) -> list[dict[str, Any]]:
 
 
 def along_axes(bits: int, smoke: bool) -> list[dict[str, Any]]:
-    """Batches and other axes, against one transform of as many numbers; all in place."""
+    """Compare batches and other axes with one transform of as many numbers; all in place."""
     compiled = kernels("hadamard")
     if compiled is None:
         return []
@@ -176,14 +176,14 @@ def along_axes(bits: int, smoke: bool) -> list[dict[str, Any]]:
             "one of as many": lambda whole=whole: compiled.transform_into(whole, whole, len(whole) ** -0.5),  # type: ignore[misc]
         }
         found = timed(runs, lambda: None, smoke)
-        # As many numbers, if not quite.
+        # Correct for the slightly different number of elements.
         found["ours/one of as many"] *= whole.size / x.size
         rows.append({"case": name, "size": x.size, "dtype": "float32", **found})
     return rows
 
 
 def double(bits: int, smoke: bool) -> list[dict[str, Any]]:
-    """float64 against float32, in place."""
+    """Compare float64 with float32, in place."""
     compiled = kernels("hadamard")
     if compiled is None:
         return []
@@ -196,7 +196,7 @@ def double(bits: int, smoke: bool) -> list[dict[str, Any]]:
 
 
 def measure(smoke: bool = False) -> list[dict[str, Any]]:
-    """A row a case: median seconds of ``ours`` and of each other, and median ratios ``ours/other``."""
+    """Return one row per case: median seconds of ``ours`` and the others, and median ratios ``ours/other``."""
     rows: list[dict[str, Any]] = []
     for bits in (6, 10) if smoke else (10, 16, 20, 24, 26):
         rows += in_memory_that_is_there(bits, "float32", smoke)
@@ -212,7 +212,7 @@ def measure(smoke: bool = False) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="small sizes, once: are the numbers right")
+    parser.add_argument("--smoke", action="store_true", help="small sizes, once: only check the numbers")
     for row in measure(parser.parse_args().smoke):
         ratios = ", ".join(f"{key} {value:.2f}" for key, value in row.items() if "/" in key)
         print(

@@ -1,9 +1,9 @@
 """On a CUDA device: the Hadamard transform, the linear F and a training step: ``python benchmarks/gpu.py [--smoke]``.
 
-Transforms and F are against a copy of as many bytes on the device (read once, written once), from torch and, where it
-is installed, from CuPy. A step is of ViT-base in bfloat16, batch 128 of 224², q and v adapted, against PEFT's LoRA of
+Transforms and F are compared with a copy of as many bytes on the device (read once, written once), from torch and, if
+installed, from CuPy. A step is of ViT-base in bfloat16, batch 128 of 224², q and v adapted, against PEFT's LoRA of
 rank 4. Contestants alternate, each timed from an idle device to an idle device; the numbers are medians, with the name
-of the card. Where there is no device there is one row that says so; the smoke run then tries tiny sizes on the CPU.
+of the GPU. Without a device there is one row that says so; the smoke run then tests tiny sizes on the CPU.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ STEPS = ["lora", "lokr", "superlora", "dense", "superlora F 0.01", "superlora F 
 
 
 def idle(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def medians(device: str, contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each, taken in turn after two rounds that do not count."""
+    """Return the milliseconds of each, alternating, after two warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(-2, rounds):
         for name, run in contestants.items():
@@ -49,7 +49,7 @@ def medians(device: str, contestants: dict[str, Callable[[], Any]], rounds: int)
 
 
 def arrays(library: str, device: str, size: int, dtype: str) -> tuple[Any, Any, Callable[[], Any]]:
-    """Random numbers of a library on the device, a buffer for as many, and a copy from one to the other."""
+    """Return random numbers of a library on the device, a buffer of the same size, and a copy from one to the other."""
     if library == "torch":
         x = torch.randn(size, dtype=getattr(torch, dtype), device=device)
         buffer = torch.empty_like(x)
@@ -62,12 +62,12 @@ def arrays(library: str, device: str, size: int, dtype: str) -> tuple[Any, Any, 
 
 
 def libraries(device: str) -> list[str]:
-    """Whose arrays can be on the device."""
+    """Return the libraries with arrays on the device."""
     return ["torch", "cupy"] if device == "cuda" and "cupy" in available_backends() else ["torch"]
 
 
 def transforms(device: str, bits: list[int], rounds: int) -> Iterator[dict[str, Any]]:
-    """fwht of float32 and float64 vectors, and of a batch of short ones that are as many bytes as 2**24 numbers."""
+    """Measure fwht of float32 and float64 vectors, and of a batch of short ones with as many bytes as 2**24 numbers."""
     shapes = [(f"2^{b}", (1 << b,)) for b in bits]
     shapes += [(f"2^{b} × 2^{bits[-1] - b}", (1 << bits[-1] - b, 1 << b)) for b in bits[:1]]
     for library in libraries(device):
@@ -83,7 +83,7 @@ def transforms(device: str, bits: list[int], rounds: int) -> Iterator[dict[str, 
 
 
 def projections(device: str, size: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """F of that many numbers and its adjoint; nothing of it is stored, so its draws are in every time."""
+    """Measure F of that size and its adjoint; F stores nothing, so every time includes its draws."""
     for library in libraries(device):
         for kind in ("linear", "linear_v2"):
             for ratio in (0.01, 1.0):
@@ -100,7 +100,7 @@ def projections(device: str, size: int, rounds: int) -> Iterator[dict[str, Any]]
 
 
 class OnDevice(Contestant):
-    """A contestant whose step is in bfloat16, and over when the device is idle."""
+    """A contestant whose step is in bfloat16, and ends when the device is idle."""
 
     def step(self) -> float:
         device = self.batch["pixel_values"].device.type
@@ -116,7 +116,7 @@ class OnDevice(Contestant):
 
 
 def steps(device: str, smoke: bool, rounds: int) -> Iterator[dict[str, Any]]:
-    """Training steps in turn, each with its ratio to PEFT's LoRA in the same round."""
+    """Measure alternating training steps, each with its ratio to PEFT's LoRA in the same round."""
     made = vit(smoke)
     batch = {name: tensor.to(device) for name, tensor in made.batch.items()}
     repeats = 1 if smoke else 16
@@ -139,7 +139,7 @@ def steps(device: str, smoke: bool, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def measure(smoke: bool) -> list[dict[str, Any]]:
-    """All rows; without a device, one that says "not measured"."""
+    """Return all rows; without a device, one that says "not measured"."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
     if smoke or device == "cuda":

@@ -1,12 +1,12 @@
 """How time and memory grow with the number of elements, by format: a part of ``benchmarks/fast.py``.
 
-One group of all query and value weights of a model, from 10**5 to 10**9 elements; ranks stay, models grow. Timed are
-the plan, all updates made one weight after another, and all at once where they fit into memory. Peak memory is what
-NumPy and Python hold at most (tracemalloc), in a call of its own. An exponent is the slope of log time against log N
-over the sizes of at least 10**7 elements that take less than 2 GiB: 1 is linear. The allocator keeps what memory it
-has, where it can be told to, and 2 GiB is as much as it can be told: otherwise arrays of more than 32 MB are new from
-the system each time, and a step in all lines at one size of weight, which a copy has, too, would be taken for growth
-(``slices.py`` has both).
+One group of all query and value weights of a model, from 10**5 to 10**9 elements; the ranks stay constant while the
+models grow. Timed are the plan, all updates computed one weight after another, and all at once if they fit into memory.
+Peak memory is the peak of NumPy and Python (tracemalloc), in a separate call. An exponent is the slope of log time
+against log N over the sizes of at least 10**7 elements that take less than 2 GiB: 1 is linear. The allocator is told
+to keep its memory, if possible, up to its limit of 2 GiB: otherwise the system provides new pages for arrays of more
+than 32 MB at each call, and the resulting step in all curves at one weight size, which a copy shows as well, would be
+mistaken for growth (``slices.py`` has both).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Params = dict[str, np.ndarray]
 #: Weights and their width: q and v of ever larger models, ViT-S, ViT-base, ViT-L and Llama-7B among them.
 MODELS = ((4, 160), (12, 288), (24, 384), (24, 768), (48, 1024), (64, 2048), (64, 4096))
 SMOKE = ((4, 32), (4, 64))
-#: Exponents are of these sizes, where constant costs are gone.
+#: Exponents use sizes from here on, where constant costs are negligible.
 LARGE = 10**7
-#: Updates are made at once up to this many bytes of float32; through F, which takes some thirty an element, less.
+#: Updates are computed at once up to this many bytes of float32; less through F, which takes about thirty per element.
 WHOLE, WHOLE_F = 3e9, 3e8
-#: What glibc can be told to keep: of more, each call gets some anew, and pays for its pages.
+#: The most that glibc can be told to keep: beyond it, each call gets new memory and pays for its pages.
 KEPT = 2**31
-#: Bytes that are written once before anything is timed: more than any case holds.
+#: Bytes that are written once before anything is timed: more than any case uses.
 TOUCHED = 8 << 30
-#: Time that one case of one size may take altogether.
+#: Time limit for one case of one size.
 PATIENCE = 20.0
 
 
@@ -66,9 +66,9 @@ CASES: dict[str, tna.Config] = {
 
 
 def measure(smoke: bool) -> list[Row]:
-    """A row for each case, phase and size."""
+    """Return a row for each case, phase and size."""
     slices.keep_memory()
-    # A virtual machine may have memory that its host has not given it yet: seconds for each gigabyte, once.
+    # The host may not have allocated all memory of a virtual machine yet, which takes seconds per gigabyte, once.
     np.ones(1 if smoke else TOUCHED, np.uint8)
     rows: list[Row] = []
     for case, config in CASES.items():
@@ -79,7 +79,7 @@ def measure(smoke: bool) -> list[Row]:
 
 
 def set_exponents(rows: list[Row]) -> None:
-    """The exponent of each case and phase, in every row of it."""
+    """Set the exponent of each case and phase, in every one of its rows."""
     for row in rows:
         mates = [r for r in rows if (r["case"], r["phase"]) == (row["case"], row["phase"])]
         row["exponent"] = _exponent([(r["elements"], r["seconds"]) for r in mates if r["peak_bytes"] < KEPT])
@@ -99,7 +99,7 @@ def _of_size(case: str, config: tna.Config, count: int, width: int) -> list[Row]
     rows = [row("plan", lambda: tna.SuperLoRA(config, shapes).num_parameters)]
     mixed = config.projection not in ("identity", "shuffle")
     if mixed or config.projection == "shuffle":
-        # A slice goes through the draws of the whole group, or forms it: of all weights that would be a square.
+        # A slice processes the draws of the whole group, or forms it: over all weights this is quadratic.
         rows.append(row("one weight", lambda: tna.SuperLoRA(config, shapes).delta(params, count // 2)))
     else:
         rows.append(row("weight by weight", lambda: _each(plan, params)))
@@ -117,7 +117,7 @@ def _each(plan: tna.SuperLoRA, params: Params) -> None:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The median of a few; of short work, of many at a time."""
+    """Return the median of a few runs; short work is repeated within a run."""
     began = time.perf_counter()
     work()
     first = time.perf_counter() - began
@@ -145,7 +145,7 @@ def _peak(work: Callable[[], object]) -> int:
 
 
 def _exponent(points: list[tuple[int, float]]) -> float | None:
-    """Slope of log time against log N; None of fewer than two large sizes."""
+    """Return the slope of log time against log N; None for fewer than two large sizes."""
     large = [(math.log(size), math.log(seconds)) for size, seconds in points if size >= LARGE]
     if len(large) < 2:
         return None
@@ -156,7 +156,7 @@ def _exponent(points: list[tuple[int, float]]) -> float | None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time and memory against the number of elements, a line a format, and a line of slope 1."""
+    """Plot time and memory against the number of elements, one line per format, and a line of slope 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,7 +174,7 @@ def draw(rows: list[Row], path: Path) -> None:
             left.plot(sizes, [r["seconds"] for r in own], style, color=colour, marker="o", markersize=3, label=label)
             right.plot(sizes, [r["peak_bytes"] for r in own], style, color=colour, marker="o", markersize=3)
     ends = np.array([min(r["elements"] for r in rows), max(r["elements"] for r in rows)], float)
-    left.plot(ends, 2e-9 * ends, "--", color="black", linewidth=1, label="2 ns an element (slope 1)")
+    left.plot(ends, 2e-9 * ends, "--", color="black", linewidth=1, label="2 ns per element (slope 1)")
     right.plot(ends, 4 * ends, "--", color="black", linewidth=1, label="float32 of all elements (slope 1)")
     for axes, title, unit in (
         (left, "Time of all updates, weight by weight or whole", "seconds"),

@@ -1,4 +1,4 @@
-"""What a benchmark was run on: processor, cores, memory, system, and the versions that its numbers depend on."""
+"""Describe the machine of a benchmark: processor, cores, memory, system, and relevant versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, str]:
-    """Name -> text; what cannot be known is left out."""
+    """Return a mapping of name to text; unknown entries are omitted."""
     found = {
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
@@ -77,7 +77,7 @@ def _memory() -> int:
 
 
 def _card() -> str:
-    """The graphics card, where the driver's own command names one."""
+    """Return the GPU's name, if the driver's command reports one."""
     try:
         told = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=True

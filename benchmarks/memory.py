@@ -1,8 +1,7 @@
 """Peak memory of a training step of ViT-base, against PEFT's LoRA: a part of ``benchmarks/fast.py``.
 
-Each case takes three steps alone in a process of its own; what is read is the most that was resident, as the system
-counts it for that process since it began (``VmHWM``: what ``getrusage`` says is, of a process that another one started,
-at least what that one had).
+Each case takes three steps in a separate process; the measurement is the system's peak resident size of that process
+since it started (``VmHWM``; ``getrusage`` would report at least the parent's peak).
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import steps
 
 __all__ = ["measure"]
 
-#: Beside PEFT's LoRA.
+#: The cases besides PEFT's LoRA.
 CASES = ("peft lokr r=4", "peft fourierft", *steps.OURS)
 
 
 def measure(smoke: bool) -> list[dict[str, Any]]:
-    """A row a case; in the smoke run one of them, on a tiny model."""
+    """Return one row per case; in the smoke run one case, on a tiny model."""
     return above("vit", CASES[-1:] if smoke else CASES, smoke)
 
 
 def above(kind: str, names: Iterable[str], smoke: bool) -> list[dict[str, Any]]:
-    """The peak of each case, and what that is above PEFT's LoRA."""
+    """Return the peak of each case, and its difference from PEFT's LoRA."""
     found: dict[str, float] = {}
     for name in dict.fromkeys([steps.REFERENCE, *names]):
         command = [sys.executable, __file__, kind, name, *(["--smoke"] if smoke else [])]
@@ -42,7 +41,7 @@ def above(kind: str, names: Iterable[str], smoke: bool) -> list[dict[str, Any]]:
 
 
 def peak(kind: str, name: str, smoke: bool) -> float:
-    """Peak resident megabytes of this process after a few steps."""
+    """Return the peak resident megabytes of this process after a few steps."""
     contestant = steps.Contestant(name, steps.PROBLEMS[kind](smoke=smoke))
     for _ in range(3):
         contestant.step()

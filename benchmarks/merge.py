@@ -1,11 +1,10 @@
 """``tnadapt merge`` against a copy of the same bytes: ``python benchmarks/merge.py FOLDER``.
 
-Makes in FOLDER a checkpoint with the names and shapes of a Llama of 7 billion parameters cut to some layers, of
-random numbers, in a few shards, and adapters for its q and v. Then, several times in turn, copies its files (by
-``shutil.copyfile``, and by the system's ``cp``, each followed by fsync) and merges (the command as it is typed,
-Python's start included). The times and the memory are put beside this file, ``results/merge.jsonl``, a line a case.
-All are of files that are in the page cache; what was written before is synchronised first. FOLDER needs three times
-the checkpoint's size.
+Creates in FOLDER a checkpoint with the names and shapes of a 7-billion-parameter Llama, cut to a few layers, of
+random numbers, in a few shards, and adapters for its q and v. Then, several times in turn, it copies the files (with
+``shutil.copyfile``, and with the system's ``cp``, each followed by fsync) and merges (by the command line, including
+Python's start-up). Times and memory go to ``results/merge.jsonl`` next to this file, one line per case.
+All files are in the page cache; earlier writes are synchronised first. FOLDER needs three times the checkpoint's size.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ CASES = {
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as transformers stores a Llama."""
+    """Return names and shapes as transformers stores a Llama."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
         at = f"model.layers.{layer}"
@@ -53,7 +52,7 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def numbers(dtype: str) -> Callable[[int], Iterator[np.ndarray]]:
-    """Bytes of normal numbers, a piece at a time: one pool, from another place for each tensor."""
+    """Return a generator of normal numbers, a piece at a time: one pool, with a different offset for each tensor."""
     pool = (0.02 * np.random.default_rng(0).standard_normal(1 << 24, np.float32)).astype("<f4")
     if dtype == "bfloat16":
         pool = (pool.view(np.uint32) >> 16).astype("<u2")
@@ -71,7 +70,7 @@ def numbers(dtype: str) -> Callable[[int], Iterator[np.ndarray]]:
 
 
 def make_base(folder: Path, dtype: str, size: float) -> None:
-    """A checkpoint of about that size, in shards of a gigabyte or so, and an index."""
+    """Write a checkpoint of about that size, in shards of about a gigabyte, and an index."""
     folder.mkdir(parents=True)
     layer = 2 * HIDDEN + 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP
     layers = max(1, round((size / ITEM[dtype] - 2 * VOCABULARY * HIDDEN) / layer))
@@ -106,7 +105,7 @@ def make_base(folder: Path, dtype: str, size: float) -> None:
 
 
 def make_adapter(path: Path, base: Path, config: tna.Config, dtype: str) -> int:
-    """One as if it had been trained on the base's q and v; returns how many elements it updates."""
+    """Write an adapter as if trained on the base's q and v; return the number of elements that it updates."""
     from tnadapt.checkpoints.checkpoint import open_checkpoint
     from tnadapt.targets.checkpoint_targets import find_stored
 
@@ -140,7 +139,7 @@ def cp(base: Path, out: Path) -> None:
 
 
 def merge(base: Path, adapter: Path, out: Path) -> int:
-    """What is typed; returns its largest resident memory in bytes."""
+    """Run the merge command; return its peak resident memory in bytes."""
     command = [sys.executable, "-m", "tnadapt", "merge", str(base), str(adapter), "-o", str(out)]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
@@ -158,7 +157,7 @@ def timed(work: Callable[[], int | None], out: Path) -> tuple[float, int]:
 
 
 def measure(name: str, folder: Path, size: float, rounds: int) -> dict[str, object]:
-    """One case: every way once a round, in turn."""
+    """Measure one case: every method once per round, in turn."""
     config, dtype = CASES[name]
     base, adapter, out = folder / f"base-{dtype}", folder / "adapter.safetensors", folder / "out"
     if not base.exists():
@@ -176,7 +175,7 @@ def measure(name: str, folder: Path, size: float, rounds: int) -> dict[str, obje
         for way, work in ways.items():
             took, used = timed(work, out)
             memory = max(memory, used)
-            if number:  # the first is for the page cache
+            if number:  # the first fills the page cache
                 seconds[way].append(round(took, 3))
                 print(f"{name}, round {number}: {way} {took:.2f} s", flush=True)
     shutil.rmtree(out)
@@ -195,7 +194,7 @@ def measure(name: str, folder: Path, size: float, rounds: int) -> dict[str, obje
         "least_merge_over_cp": round(least["merge"] / least["cp"], 3),
         "peak_bytes": memory, "largest_tensor": largest, "largest_updated_tensor": updated,
         "peak_beyond_largest_updated": memory - updated,
-        # What others had the machine do meanwhile: of the last minute, before each round.
+        # The load by other processes: of the last minute, before each round.
         "load": loads, "machine": {"cpus": os.cpu_count(), "processor": processor(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "tnadapt": tna.__version__},
     }  # fmt: skip
@@ -228,7 +227,7 @@ def main() -> None:
         beyond = found["peak_beyond_largest_updated"]
         print(
             f"{name}: {found['merge_over_copyfile']} times copyfile, {found['merge_over_cp']} times cp (medians), "
-            f"{found['least_merge_over_copyfile']} and {found['least_merge_over_cp']} (the quickest); "
+            f"{found['least_merge_over_copyfile']} and {found['least_merge_over_cp']} (fastest); "
             f"{beyond / 1e6:.0f} MB beyond the largest updated tensor"  # type: ignore[operator]
         )
         for base in given.folder.glob("base-*"):

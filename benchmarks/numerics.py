@@ -1,9 +1,9 @@
-"""Errors of few bits and of tiny numbers, by size: ``python benchmarks/numerics.py``.
+"""Errors at low precision and for tiny numbers, by size: ``python benchmarks/numerics.py``.
 
-The same numbers, rounded to the dtype, go through the transform, every F and every format in it and in float64: normal
-ones, and some so small that the results are below the dtype's smallest normal number. The results are
-``results/numerics.jsonl``; the page ``results/numerics.md`` and its picture are made of them and of nothing else
-(``--page`` makes these alone).
+The same numbers, rounded to the dtype, pass through the transform, every F and every format in that dtype and in
+float64: normal numbers, and some so small that the results are below the dtype's smallest normal number. The results
+are in ``results/numerics.jsonl``; the page ``results/numerics.md`` and its picture are generated only from them
+(``--page`` does this alone).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tnadapt.algebra.maps import KINDS, SQUARE
 
 RESULTS = Path(__file__).parent / "results"
 BITS = (6, 10, 14, 18, 22)
-#: The error of one rounding, of a number of any size.
+#: The relative error of one rounding.
 UNITS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-#: What an operation's largest error may be, in those units.
+#: The largest allowed error of an operation, in those units.
 LIMITS = {"float32": 8.0, "bfloat16": 2.0, "float16": 2.0}
-#: The distance of two neighbours below the smallest normal number, and what makes results of normal numbers so small.
+#: The spacing below the smallest normal number, and a factor that makes results of normal numbers that small.
 TINY = {"float64": (2.0**-1074, 2.0**-1030), "float32": (2.0**-149, 2.0**-135), "float16": (2.0**-24, 2.0**-20)}
-#: The sizes at which that is looked at.
+#: The sizes at which this is measured.
 TINY_BITS = (6, 10, 14)
 RANK = 8
 FORMATS: dict[str, dict[str, Any]] = {
@@ -42,14 +42,14 @@ FORMATS: dict[str, dict[str, Any]] = {
     "Kronecker, K = 3": {"format": "cp", "order": 2, "splits": 3, "split_size": 2},
     "Hadamard, K = 2": {"format": "cp", "order": 2, "splits": 2, "combine": "hadamard"},
 }
-GROUPS = {"transform": "The Hadamard transform", "F": "The fixed projection F", "format": "What a group is made of"}
+GROUPS = {"transform": "The Hadamard transform", "F": "The fixed projection F", "format": "Formats"}
 
 Rows = Sequence[Mapping[str, Any]]
 Function = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 
 def cases(bits: int) -> Iterator[tuple[str, str, dict[str, tuple[int, ...]], Function]]:
-    """Group, name, shapes of the arrays, and the function, of results of ``2 ** bits`` elements."""
+    """Yield group, name, shapes of the arrays, and the function, for results of ``2 ** bits`` elements."""
     size = 1 << bits
     yield "transform", "fwht", {"x": (size,)}, lambda arrays: tna.fwht(arrays["x"])
     for kind in KINDS:
@@ -63,7 +63,7 @@ def cases(bits: int) -> Iterator[tuple[str, str, dict[str, tuple[int, ...]], Fun
 
 
 def measure(most: int) -> list[dict[str, Any]]:
-    """All errors, of sizes up to ``2 ** most``."""
+    """Measure all errors, for sizes up to ``2 ** most``."""
     found: list[dict[str, Any]] = [{"machine": machine()}]
     for bits in (bits for bits in BITS if bits <= most):
         for group, name, shapes, function in cases(bits):
@@ -85,7 +85,7 @@ def measure(most: int) -> list[dict[str, Any]]:
 
 
 def tiny(bits: int) -> Iterator[dict[str, Any]]:
-    """Errors where the first array is so small that the results have not all their digits."""
+    """Yield errors where the first array is so small that the results are subnormal."""
     for group, name, shapes, function in cases(bits):
         if not name.startswith("nonlinear"):  # a cube of these is 0
             rng = np.random.default_rng(bits)
@@ -94,7 +94,7 @@ def tiny(bits: int) -> Iterator[dict[str, Any]]:
             for dtype, (distance, small) in TINY.items():
                 low = {key: array.to(getattr(torch, dtype)) for key, array in host.items()}
                 low[first] = (host[first] * small).to(getattr(torch, dtype))
-                # What is multiplied by a power of two in float64 loses nothing, and has all digits afterwards.
+                # Scaling by a power of two is exact in float64, so the reference keeps all its digits.
                 exact = function(
                     {**{key: array.double() for key, array in low.items()}, first: low[first].double() / small}
                 )
@@ -104,7 +104,7 @@ def tiny(bits: int) -> Iterator[dict[str, Any]]:
 
 
 def allowed(row: Mapping[str, Any]) -> float:
-    """Of tiny numbers: how many distances an operation may be off."""
+    """Return the allowed error of an operation on tiny numbers, in units of their spacing."""
     if row["group"] == "format":
         return 64.0
     return 1.0 if row["dtype"] == "float16" else 4.0 * 2.0 ** (row["bits"] / 2)
@@ -112,47 +112,47 @@ def allowed(row: Mapping[str, Any]) -> float:
 
 # -- The page ----------------------------------------------------------------------------------
 
-HEAD = """# Numbers of few bits
+HEAD = """# Low-precision numerics
 
-Made by `python benchmarks/numerics.py` of `benchmarks/results/numerics.jsonl`. Normal numbers are rounded to a dtype,
-and go through the same operation in it and in float64. Errors are in units of that dtype's own rounding, half the
-distance of two neighbours at 1: 2^-24 = 6.0e-8 of float32, 2^-8 = 0.0039 of bfloat16, 2^-11 = 0.00049 of float16.
-*largest*: the largest error over the largest element. *mean*: the root mean square of the errors over that of the
-elements. Where a result is rounded once and all before it is exact, the largest is at most 1, and the mean some 0.4.
-All numbers on this page are torch's, on the CPU; on the other libraries the tests hold the transform alone, to 2 units
-of the half precisions that a library has.
+Generated by `python benchmarks/numerics.py` from `benchmarks/results/numerics.jsonl`. Normal numbers are rounded to a
+dtype and pass through the same operation in that dtype and in float64. Errors are in units of the dtype's rounding
+error, half the spacing of numbers at 1: 2^-24 = 6.0e-8 for float32, 2^-8 = 0.0039 for bfloat16, 2^-11 = 0.00049 for
+float16. *largest*: the largest error divided by the largest element. *mean*: the root mean square of the errors divided
+by that of the elements. If a result is computed exactly and rounded once, the largest error is at most 1, and the mean
+about 0.4. All numbers on this page are from torch on the CPU; on the other libraries the tests check only the
+transform, to 2 units in the half precisions that a library supports.
 
-The tests hold every operation, at sizes up to 2^10, to {limits}; the table has what was found at greater ones.
+The tests limit the error of every operation, at sizes up to 2^10, to {limits}; the tables also show larger sizes.
 
 ![Root mean square error by size, in units of one rounding](numerics.png)
 """
 
 SMALL = """
-## Numbers below the smallest normal one
-
-NumPy and torch keep such numbers (subnormal ones: below 2.2e-308 in float64, 1.2e-38 in float32, 6.1e-5 in float16),
-with the digits that are left, and so do the kernels: nothing is flushed to zero. The transform and F are off by some
-√n of the distances between such neighbours, as every number is multiplied by 1/√n before it is added; by at most one
-in half precision, which is computed in float32 and rounded once. JAX's compiler takes them for 0, in float32 and in
-float64. What to do: nothing at the sizes of updates; a bfloat16 or float16 model gets float32 adapters unless asked
-otherwise. The table has the largest error, in these distances; the tests hold it to 4 √n (transform and F), 1 (both
-in float16) and 64 (formats).
+## Subnormal numbers
+#
+# NumPy and torch keep subnormal numbers (below 2.2e-308 in float64, 1.2e-38 in float32, 6.1e-5 in float16), with their
+# remaining digits, and so do the kernels: nothing is flushed to zero. The errors of the transform and F are about √n
+# times the spacing of subnormal numbers, because every number is multiplied by 1/√n before it is added; in half
+# precision, which is computed in float32 and rounded once, they are at most one spacing. JAX's compiler flushes
+# subnormal numbers to 0, in float32 and in float64. At the usual sizes of updates no action is needed; a bfloat16 or
+# float16 model gets float32 adapters unless requested otherwise. The table has the largest error, in units of the
+# spacing; the tests limit it to 4 √n (transform and F), 1 (both in float16) and 64 (formats).
 
 """
 TAIL = """
 ## NaN and infinity
 
-The transform and the linear and nonlinear F spread them over the whole vector: one NaN or infinity in an array is seen
-in all of the update of its own group. With the shuffle, or without F, it is where the products bring it (0 times
-infinity is NaN), and what only padding would hold is not seen. It is never in another group's update. In training it
-shows in the loss. No file is written with them, nor read (`FileError`), an update with one is not merged, in memory or
-on disk, nor one whose sum leaves the range of the weight's dtype (65,504 of float16), and `extract`, `convert` and
-`decompose` refuse them.
+The transform and the linear and nonlinear F spread them over the whole vector: one NaN or infinity in an array affects
+the whole update of its own group. With the shuffle, or without F, it appears where the products place it (0 times
+infinity is NaN), and not at all if it only affects padding. It never appears in another group's update. In training it
+shows in the loss. Files with such values are neither written nor read (`FileError`). An update with such a value, or
+with a sum outside the range of the weight's dtype (65,504 for float16), is not merged, in memory or on disk. `extract`,
+`convert` and `decompose` refuse such values.
 """
 
 
 def page(rows: Rows) -> str:
-    """The page, as Markdown."""
+    """Return the page as Markdown."""
     first, *rest = rows
     errors = [row for row in rest if "largest" in row]
     sizes = sorted({row["bits"] for row in errors})
@@ -182,7 +182,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def picture(rows: Rows, path: Path) -> None:
-    """Mean errors by size, a panel a group and a line style a dtype."""
+    """Plot mean errors by size, with one panel per group and one line style per dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -218,18 +218,18 @@ def picture(rows: Rows, path: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Lines of results, the first one being the machine."""
+    """Return the lines of results, the first one being the machine."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write(rows: Rows, folder: Path) -> None:
-    """Page and picture into a folder."""
+    """Write the page and the picture to a folder."""
     (folder / "numerics.md").write_text(page(rows), encoding="utf-8")
     picture(rows, folder / "numerics.png")
 
 
 def main() -> None:
-    """Measure, unless the page alone is asked for, and write."""
+    """Measure, unless only the page is requested, and write the page."""
     given = argparse.ArgumentParser(description=__doc__)
     given.add_argument("--page", action="store_true")
     given.add_argument("--most", type=int, default=BITS[-1], help="sizes up to 2 to this power")

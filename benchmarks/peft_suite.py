@@ -1,9 +1,9 @@
-"""PEFT's own tests over tnadapt's plug-in, beside LoRA: ``python benchmarks/peft_suite.py``.
+"""Run PEFT's own tests with tnadapt's plug-in, next to LoRA: ``python benchmarks/peft_suite.py``.
 
-The tests are those of PEFT's source distribution, of the version that is installed; pip downloads it to a temporary
-folder. The results are ``results/peft_suite.jsonl``, and the page ``results/peft_suite.md`` is made of them and of the
-reasons in ``peft_suite.toml`` (``--page`` makes it alone). A test that LoRA passes and the plug-in does not is a
-difference: one without a reason, or a reason without a difference, is an error.
+The tests are those of the source distribution of the installed PEFT version, which pip downloads to a temporary
+folder. The results are in ``results/peft_suite.jsonl``, and the page ``results/peft_suite.md`` is generated from them
+and from the reasons in ``peft_suite.toml`` (``--page`` only does this). A test that LoRA passes and the plug-in does
+not is a difference: one without a reason, or a reason without a difference, is an error.
 
 It takes a quarter of an hour and needs ``pip install "tnadapt[ci]"``.
 """
@@ -49,9 +49,9 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def run(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:
-    """What came of each test."""
+    """Run the tests and return their results."""
     tests = _sources(folder) / "tests"
-    # It is a package where it comes from, and the distribution has all but this file of it.
+    # In PEFT's repository the tests are a package; the source distribution lacks only this file.
     (tests / "__init__.py").touch()
     home = folder / "hub"
     results = folder / "results.jsonl"
@@ -67,7 +67,7 @@ def run(folder: Path, files: Sequence[str]) -> list[dict[str, Any]]:
     options = ["-p", "peft_suite_plugin", "-p", "no:cacheprovider", "-o", "addopts=", "-q", "--tb=no", "-W", "ignore"]
     command = [sys.executable, "-m", "pytest", *options, *(f"tests/{name}" for name in files)]
     done = subprocess.run(command, cwd=tests.parent, env=environment)
-    # 1: some failed, which is for the page to say.
+    # 1: some tests failed, which the page reports.
     if done.returncode not in (0, 1):
         raise SystemExit(f"pytest stopped with {done.returncode}")
     return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
@@ -83,7 +83,7 @@ def _sources(folder: Path) -> Path:
 
 
 def packed(rows: Rows) -> list[dict[str, Any]]:
-    """Results in fewer lines: one for all rows of a test that went alike."""
+    """Return the results in fewer lines: one for all rows of a test with the same outcome."""
     lines: list[dict[str, Any]] = [dict(row) for row in rows if "test" not in row]
     alike: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
@@ -93,7 +93,7 @@ def packed(rows: Rows) -> list[dict[str, Any]]:
 
 
 def unpacked(lines: Rows) -> list[dict[str, Any]]:
-    """The results that :func:`packed` made the lines of."""
+    """Return the results from the lines of :func:`packed`."""
     rows: list[dict[str, Any]] = []
     for line in lines:
         same = {name: value for name, value in line.items() if name != "rows"}
@@ -108,13 +108,13 @@ _ALIKE = ("file", "test", "method", "outcome", "why")
 
 
 def differences(rows: Rows) -> list[Mapping[str, Any]]:
-    """Tests of the plug-in that do not pass, while LoRA passes the same one."""
+    """Return the plug-in's tests that do not pass while LoRA passes the same test."""
     passed = {_key(row) for row in rows if row["method"] == CONTROL and row["outcome"] == "passed"}
     return [row for row in rows if row["method"] != CONTROL and row["outcome"] != "passed" and _key(row) in passed]
 
 
 def explained(found: Rows, reasons: Sequence[Mapping[str, str]]) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
-    """The differences of each reason, and what is wrong with differences and reasons."""
+    """Return the differences for each reason, and errors in differences and reasons."""
     by_reason: list[list[Mapping[str, Any]]] = [[] for _ in reasons]
     wrong = []
     for row in found:
@@ -142,7 +142,7 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def page(found: Rows, reasons: Sequence[Mapping[str, str]]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     return "\n".join(_page(found, reasons)) + "\n"
 
 
@@ -151,11 +151,11 @@ def _page(found: Rows, reasons: Sequence[Mapping[str, str]]) -> Iterator[str]:
     about = next(row["machine"] for row in found if "machine" in row)
     left_out = next(row["left_out"] for row in found if "left_out" in row)
     by_reason, wrong = explained(differences(rows), reasons)
-    yield f"# PEFT's own tests over the plug-in (PEFT {about['peft']}, {about['date']})"
+    yield f"# PEFT's own tests with the plug-in (PEFT {about['peft']}, {about['date']})"
     yield ""
-    yield "Made by `python benchmarks/peft_suite.py`. Every parametrisation of PEFT's tests over configs that has plain"
-    yield "LoRA in it is run for LoRA, and for the plug-in with the same target modules and several presets. Language"
-    yield "models are tiny ones of the same architectures as those of the hub."
+    yield "Generated by `python benchmarks/peft_suite.py`. Every parametrisation of PEFT's tests over configs that"
+    yield "includes plain LoRA is run for LoRA, and for the plug-in with the same target modules and several presets."
+    yield "Language models are tiny ones with the same architectures as those on the hub."
     yield ""
     yield "| | passed | failed | skipped |"
     yield "|---|---:|---:|---:|"
@@ -178,7 +178,7 @@ def _page(found: Rows, reasons: Sequence[Mapping[str, str]]) -> Iterator[str]:
     names = ", ".join(f"`{row['test']}` ({row['row']})" for row in failed)
     yield from ("", f"LoRA itself fails here, without the hub: {names}.") if failed else ()
     yield ""
-    yield "Left out, as they ask for what only LoRA has: parametrisations with"
+    yield "Left out, because they require features that only LoRA has: parametrisations with"
     yield ", ".join(f"`{name}` ({number})" for name, number in sorted(left_out.items())) + "; and tests that are not"
     yield "parametrised over configs, among them those of mixed batches (`adapter_names=`)."
     for file in dict.fromkeys(row["file"] for row in rows):
@@ -201,8 +201,8 @@ def _counts(rows: Rows) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", action="store_true", help="make the page of the results that there are")
-    parser.add_argument("--files", nargs="*", default=FILES, help="some of PEFT's test files")
+    parser.add_argument("--page", action="store_true", help="only generate the page from existing results")
+    parser.add_argument("--files", nargs="*", default=FILES, help="a selection of PEFT's test files")
     options = parser.parse_args()
     if not options.page:
         with tempfile.TemporaryDirectory() as folder:

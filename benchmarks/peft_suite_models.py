@@ -1,6 +1,6 @@
-"""The language models of PEFT's tests, made here: tiny ones of the same architectures, in a cache like the hub's.
+"""Tiny stand-ins for the language models of PEFT's tests, of the same architectures, in a cache like the hub's.
 
-The hub's own have other random numbers; PEFT's tests look at none of them.
+The hub's models have other random numbers, which PEFT's tests do not depend on.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _LLAMA = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 32, "vocab_size": 1024, "max_position_embeddings": 128, "initializer_range": 0.2,
 }  # fmt: skip
-# PEFT's tests of LoRA's own weighted sums take it that q and v are of one shape.
+# PEFT's tests of LoRA's weighted sums assume that q and v have the same shape.
 _ALIKE = {**_LLAMA, "num_key_value_heads": 4}
-# Their limit for what a conversion to LoRA may change was set for small weights.
+# Their limit on the change by a conversion to LoRA was set for small weights.
 _SMALL = {**_LLAMA, "initializer_range": 0.02}
 _BERT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37, "vocab_size": 1024,
@@ -94,7 +94,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def make_models(home: Path) -> None:
-    """Write all of them to a folder that is to be ``HF_HOME``, unless they are there."""
+    """Write all models to a folder to be used as ``HF_HOME``, unless they exist."""
     for name, (model, config, settings) in MODELS.items():
         place = home / "hub" / f"models--{name.replace('/', '--')}"
         if (place / "refs" / "main").exists():

@@ -1,7 +1,7 @@
-"""A pytest plugin that runs PEFT's own tests with tnadapt's plug-in beside LoRA; :mod:`peft_suite` loads it.
+"""A pytest plugin that runs PEFT's own tests with tnadapt's plug-in next to LoRA; :mod:`peft_suite` loads it.
 
-Wherever PEFT's tests are parametrised over configs, the rows of plain LoRA stay, as the control, every one gets rows of
-the plug-in that have the same target modules, and all other rows are left out. Nothing of PEFT's is changed or copied.
+Wherever PEFT's tests are parametrised over configs, rows of plain LoRA stay, as the control, and each gets rows of
+the plug-in with the same target modules; all other rows are left out. No PEFT code is changed or copied.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-#: How the results call the control.
+#: The name of the control in the results.
 CONTROL = "LoRA"
-#: Settings that every row is tried with, and those that one row of the custom models is tried with as well.
+#: Settings for every row, and further settings for one row of the custom models.
 PRESETS: dict[str, dict[str, Any]] = {
     "lora": {"preset": "lora", "settings": {"rank": 8}},
     "superlora": {"preset": "superlora", "settings": {"rank": 4}},
@@ -35,13 +35,13 @@ MORE_PRESETS: dict[str, dict[str, Any]] = {
 #: The models of such rows.
 FIRST = ("MLP",)
 
-# What plain LoRA's keywords are here. A row with any other keyword is about something that only LoRA has.
+# How plain LoRA's keywords translate. A row with any other keyword tests something that only LoRA has.
 _LEFT_OUT = ("r", "lora_alpha", "lora_dropout")
 _SAME = ("task_type", "modules_to_save", "target_modules")
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Keywords of TnadaptConfig for those of a plain LoraConfig; None if they ask for something that only LoRA has."""
+    """Translate keywords of a plain LoraConfig to TnadaptConfig; None if they need something that only LoRA has."""
     found = {}
     for name, value in settings.items():
         if name in _SAME:
@@ -66,7 +66,7 @@ class Suite:
 
         self.out = out
         self.lora, self.ours = LoraConfig, tnadapt.torch.peft.TnadaptConfig
-        # Which method, with which settings, a dictionary of keywords belongs to, by its id.
+        # The method and settings that a dictionary of keywords belongs to, by its id.
         self.labels: dict[int, str] = {}
         self.kept: list[Any] = []
         self.left_out: Counter[str] = Counter()
@@ -79,10 +79,10 @@ class Suite:
             common = sys.modules.get(f"{module.__package__}.testing_common")
             for one in (module, common):
                 if hasattr(one, "hub_online_once"):
-                    # All models are in the local cache, and each look at the hub would be tried for half a minute.
+                    # All models are in the local cache, and each access to the hub would take half a minute to fail.
                     one.hub_online_once = lambda *args, **kwargs: contextlib.nullcontext()
             if common is not None:
-                # It has a list of the methods that can adapt GPT-2's layers, as tnadapt can.
+                # It has a list of the methods that can adapt GPT-2's layers; tnadapt can, too.
                 _lengthen(common, self.ours)
             for function in _functions(module):
                 function.pytestmark = [self._changed(mark) for mark in function.pytestmark]
@@ -112,7 +112,7 @@ class Suite:
         chosen = {**PRESETS, **(MORE_PRESETS if _several(values) else {})}
         for name, preset in chosen.items() if keywords else [("superlora", {})]:
             changed = [self.ours if index == place else value for index, value in enumerate(values)]
-            # By this word, PEFT's tests know of LoRA's own features.
+            # PEFT's tests use this word to recognize LoRA's own features.
             changed = ["tnadapt" if value == "lora" else value for value in changed]
             for index, found in ours.items():
                 changed[index] = {**found, **copy.deepcopy(preset)}
@@ -121,13 +121,13 @@ class Suite:
     def _named(self, row: Any, values: list[Any], label: str, single: bool) -> Any:
         for index, value in enumerate(values):
             if isinstance(value, dict):
-                # Of its own, as several rows may share one; kept, so that no other object gets its id.
+                # A copy, since several rows may share one; kept alive, so that no other object gets its id.
                 values[index] = value = dict(value)
                 self.kept.append(value)
                 self.labels[id(value)] = label
         return pytest.param(*values) if not single else values[0]
 
-    # -- Which tests, and what came of them --------------------------------------------------------
+    # -- Selection and results of tests -------------------------------------------------------------
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         chosen = [item for item in items if self.label(item) is not None]
@@ -136,7 +136,7 @@ class Suite:
         config.hook.pytest_deselected(items=others)
 
     def label(self, item: Any) -> str | None:
-        """Which method an item tests; None if it is not parametrised over configs."""
+        """Return the method that an item tests; None if it is not parametrised over configs."""
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         classes = [parameters[name] for name in ("config_cls", "config_class") if name in parameters]
         if not classes or classes[0] not in (self.lora, self.ours):
@@ -167,7 +167,7 @@ class Suite:
             file.write(json.dumps(row) + "\n")
 
     def _row(self, item: Any) -> str:
-        """What the same test of another method has in common with it."""
+        """Return the parameters that identify the same test for another method."""
         words = []
         for name, value in item.callspec.params.items():
             if isinstance(value, dict) or name in ("config_cls", "config_class", "mandatory_kwargs"):
@@ -184,7 +184,7 @@ class Suite:
 
 
 def _several(values: Sequence[Any]) -> bool:
-    """Whether a row is about several weights of a model of ``FIRST``, and nothing else."""
+    """Return whether a row only concerns several weights of a model of ``FIRST``."""
     targets = [value.get("target_modules") for value in values if isinstance(value, dict) and len(value) == 1]
     on_first = any(isinstance(value, str) and value in FIRST for value in values)
     return on_first and any(isinstance(target, list) and len(target) > 1 for target in targets)

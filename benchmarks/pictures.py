@@ -1,4 +1,4 @@
-"""The pictures of the page on speed, one a part at most."""
+"""The pictures of the page on speed, at most one per part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OURS, PEER, LIMIT = "#1f6f8b", "#c8743a", "#555555"
 
 
 def draw(part: str, rows: Rows, folder: Path) -> list[str]:
-    """Names of the pictures made; none where a part has none, or its rows do not fill one."""
+    """Draw the pictures of a part and return their names; none if it has no picture or too few rows."""
     make = _PICTURES.get(part)
     if make is None or not rows:
         return []
@@ -26,7 +26,7 @@ def draw(part: str, rows: Rows, folder: Path) -> list[str]:
 
 
 def _steps(rows: Rows, path: Path) -> bool:
-    """Bars: a step of each method over one of PEFT's LoRA."""
+    """Draw bars: the step time of each method relative to PEFT's LoRA."""
     import matplotlib.pyplot as plt
 
     problems = list(dict.fromkeys(row["problem"] for row in rows))
@@ -59,7 +59,7 @@ def _steps(rows: Rows, path: Path) -> bool:
 
 
 def _fwht(rows: Rows, path: Path) -> bool:
-    """Lines: nanoseconds a number against the length, of a new array."""
+    """Draw lines: nanoseconds per number against the length, for a new array."""
     import matplotlib.pyplot as plt
 
     new = {kind: [row for row in rows if row["case"] == f"a new array, {kind}"] for kind in ("NumPy", "NumPy, plain")}
@@ -82,7 +82,7 @@ def _fwht(rows: Rows, path: Path) -> bool:
             markersize=4,
             label=label,
         )
-    axes.set(yscale="log", xlabel="length", ylabel="ns a number (median)", title="Hadamard transform, float32")
+    axes.set(yscale="log", xlabel="length", ylabel="ns per number (median)", title="Hadamard transform, float32")
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -1,12 +1,12 @@
 """One weight out of a group of 2**30 elements, against a copy of as many: a part of ``benchmarks/fast.py``.
 
-Query and value of Llama-7B are 64 weights of 4096² in one group. What is asked for is one of them, 2**24 float32, in
-place in the group (*aligned*) or 12,345 elements on; it is timed beside a copy of an array of that size, on one
-thread. The memory that either writes to is, in one setting, new from the system at each call, whose page faults
-cost as much as a copy; in the other the allocator keeps it (glibc's ``M_MMAP_MAX`` 0), and what is left is the work.
-Memory beyond the slice is the growth of the process's resident set at its highest.
+Query and value of Llama-7B are 64 weights of 4096² in one group. The benchmark requests one of them, 2**24 float32,
+aligned in the group (*aligned*) or 12,345 elements further (*off*), and compares it with a copy of an array of that
+size, on one thread. In one setting, the memory written is new from the system at each call, and its page faults cost
+as much as a copy; in the other the allocator keeps it (glibc's ``M_MMAP_MAX`` 0), and only the work remains.
+Memory beyond the slice is the peak growth of the process's resident set.
 
-A slice of a linear F goes through the draws of all of F: it is timed by itself, with its memory.
+A slice of a linear F processes the draws of all of F: it is timed separately, with its memory.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ THROUGH_F = ((24, 768), (64, 4096))
 
 
 def measure(smoke: bool) -> list[Row]:
-    """A row for each case, library, place and setting; then those through F."""
+    """Return a row for each case, library, place and setting; then those through F."""
     rows: list[Row] = []
     for library in ("numpy", "torch"):
         for memory in ("kept", "new"):
@@ -61,14 +61,14 @@ def measure(smoke: bool) -> list[Row]:
 
 
 def _child(what: str, library: str, memory: str, smoke: bool) -> list[Row]:
-    """Rows of a process of its own: the allocator is told at the start what to do."""
+    """Return the rows of a separate process, whose allocator is configured at the start."""
     command = [sys.executable, str(Path(__file__)), what, library, memory, *(["smoke"] if smoke else [])]
     told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return [json.loads(line) for line in told.splitlines()]
 
 
 def cases(library: str, memory: str, smoke: bool) -> list[Row]:
-    """One library's slices beside copies."""
+    """Measure one library's slices and copies."""
     if memory == "kept" and not keep_memory():
         return []
     backend = load_backend(library)
@@ -101,7 +101,7 @@ def cases(library: str, memory: str, smoke: bool) -> list[Row]:
 
 
 def through_f(library: str, memory: str, smoke: bool) -> list[Row]:
-    """A weight out of a group that a linear F makes: nothing of F is kept before or after."""
+    """Measure one weight out of a group through a linear F, with nothing of F cached before or after."""
     rows = []
     for count, width in ((4, 64),) if smoke else THROUGH_F:
         config = _config(projection="linear", ratio=0.01)
@@ -140,12 +140,12 @@ def _seconds(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
     found = work()
     took = time.perf_counter() - began
-    del found  # giving memory back is not counted
+    del found  # releasing the memory is not timed
     return took
 
 
 def keep_memory() -> bool:
-    """Tell glibc to take all memory from its heap and to give none back; False where it is another library."""
+    """Tell glibc to take all memory from its heap and return none; False with another C library."""
     try:
         told = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -155,11 +155,11 @@ def keep_memory() -> bool:
 
 
 def _resident(work: Callable[[], Any], times: list[float] | None = None) -> int:
-    """By how much the resident set grows at its highest, what is made included."""
+    """Return the peak growth of the resident set, including the result."""
     gc.collect()
     before = _status("VmRSS")
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         return 0
     took = _seconds(work)

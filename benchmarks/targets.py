@@ -1,4 +1,4 @@
-"""What is to be reached, and where in the results it stands; where it is missed, why the limit is where it is."""
+"""The performance targets, where to find each in the results, and explanations for missed ones."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Target(NamedTuple):
-    """One line.
+    """One line of the table of targets.
 
     Attributes
     ----------
     point, what : str
         Its number and text.
     limit : float
-        The most that it may be.
+        The largest acceptable value.
     part : str
-        In whose results it stands.
+        The part whose results contain it.
     find : callable
-        The number, of the rows; None where they do not have it.
+        Returns the value from the rows, or None if they lack it.
     why : str
-        Said where it is missed or not measured.
+        Explanation, shown if it is missed or not measured.
     """
 
     point: str
@@ -36,7 +36,7 @@ class Target(NamedTuple):
 
 
 def largest(column: str, **where: Any) -> Callable[[Rows], float | None]:
-    """The largest number in a column, of the rows that have these values."""
+    """Return a function that finds the largest number in a column, over the rows that have these values."""
 
     def find(rows: Rows) -> float | None:
         found = [
@@ -51,7 +51,7 @@ def largest(column: str, **where: Any) -> Callable[[Rows], float | None]:
 
 
 def over(case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
-    """The ratio of one case over that of another."""
+    """Return a function that computes the ratio of one case relative to another."""
     one, two = largest("ratio", case=case, **where), largest("ratio", case=other, **where)
 
     def find(rows: Rows) -> float | None:
@@ -62,7 +62,7 @@ def over(case: str, other: str, **where: Any) -> Callable[[Rows], float | None]:
 
 
 def inverse(column: str, **where: Any) -> Callable[[Rows], float | None]:
-    """One over the least number in a column, which says how many times faster something is."""
+    """Return a function that computes one over the smallest number in a column of speed-ups."""
     least = largest(column, **where)
 
     def find(rows: Rows) -> float | None:
@@ -74,20 +74,20 @@ def inverse(column: str, **where: Any) -> Callable[[Rows], float | None]:
 
 
 FFHT = {
-    10: "A call of compiled code from Python, and the checks of its arrays, take longer than the numbers; in a batch "
-    "of rows they do not count.",
-    16: "One thread (below 2 MB two lose), of whose time some microseconds are Python's.",
-    20: "What two threads exchange goes through the third cache, and the second is woken for each of two passes.",
-    24: "The limit is about a copy of the array, the least there can be: FFHT takes less than two on this machine.",
-    26: "The limit is little more than a copy of the array, of which there are three here: three passes over memory.",
+    10: "Calling compiled code from Python and checking its arrays takes longer than the computation; in a batch of "
+    "rows this is negligible.",
+    16: "One thread (below 2 MB two are slower), of which Python takes some microseconds.",
+    20: "Two threads exchange data through the L3 cache, and the second is woken for each of two passes.",
+    24: "The limit is about one copy of the array, the minimum possible: FFHT takes less than two on this machine.",
+    26: "The limit is little more than one copy of the array; this takes three passes over memory.",
 }
 
 THIRD = (
-    "An update that is not factored at the layer has the gradient of the whole weight, a product that LoRA does "
-    "without: so has full fine-tuning of q and v, in the table."
+    "An update that is not factored at the layer needs the gradient of the whole weight, a product that LoRA avoids; "
+    "full fine-tuning of q and v in the table needs it too."
 )
-LOADED = "Numba, loaded for the kernels, is as much as 'superlora' has above LoRA."
-KEPT = "W + ΔW is formed at each layer; merge, where it matters."
+LOADED = "Numba, loaded for the kernels, takes as much as 'superlora' exceeds LoRA by."
+KEPT = "W + ΔW is formed at each layer; merge if this is too slow."
 
 WHOLE = (
     "lonkr", "lotr", "lotr train", "lorta", "lorta_cp", "cara", "fact_tt", "fact_tk", "superlora", "dense",
@@ -120,8 +120,8 @@ TARGETS: list[Target] = [
         1.3,
         "fwht",
         largest("ours/one of as many"),
-        "All are below it but those with an odd small number of elements after the axis: there no two whole vectors "
-        "are a pair, and the first sweep goes number by number.",
+        "All are below the limit except those with an odd small number of elements after the axis: there no two whole "
+        "vectors form a pair, and the first sweep processes one number at a time.",
     ),
     Target(
         "1",
@@ -137,7 +137,7 @@ TARGETS: list[Target] = [
         17.0,
         "fwht",
         largest("ours/copy to memory that is there", case="a new array, NumPy, plain", size=1 << 24),
-        "Six matrix products, and the pages of a new array, which what it is compared with has already.",
+        "Six matrix products, and the page faults of a new array, which the reference does not have.",
     ),
     *(
         Target(
@@ -146,12 +146,12 @@ TARGETS: list[Target] = [
             limit,
             "fastfood",
             largest("ours/copy", case=way, size=1 << 24, ρ=ratio),
-            "What is left is the permutation: two more passes over memory, and 3 bytes an element to read in each.",
+            "The remaining cost is the permutation: two more passes over memory, each reading 3 bytes per element.",
         )
         for ratio, limits in ((0.01, (8, 11)), (1.0, (12, 12)))
         for way, limit in zip(("forward", "backward"), limits, strict=True)
     ),
-    Target("2", "its state, bytes an element", 9, "fastfood", largest("bytes an element", case="state")),
+    Target("2", "its state, bytes per element", 9, "fastfood", largest("bytes an element", case="state")),
     Target("2", "its state from the seed, s", 0.4, "fastfood", largest("ours", case="state", size=1 << 24)),
     *(
         Target(
@@ -160,7 +160,7 @@ TARGETS: list[Target] = [
             1 / 8,
             "fastfood",
             inverse("stacked butterflies/ours", case=f"fallback, {library}"),
-            "Its matrix products go through memory six times, and its gather at random.",
+            "Its matrix products pass over memory six times, and its gather accesses memory at random.",
         )
         for library in ("NumPy", "torch")
     ),
@@ -201,13 +201,13 @@ TARGETS: list[Target] = [
             (
                 "F of ρ = 0.01",
                 THROUGH_F[:2],
-                f"{LOADED} ΔW and what is drawn for F are a float32 an element each; backward needs two more vectors.",
+                f"{LOADED} ΔW and the draws of F take one float32 per element each; backward needs two more vectors.",
             ),
             (
                 "F of ρ = 1",
                 THROUGH_F[2:],
-                f"{LOADED} ΔW is a float32 an element, and what is drawn for F 7 bytes: to draw it anew in each call "
-                "would take as long as its state from the seed, above. Backward needs two more vectors.",
+                f"{LOADED} ΔW takes one float32 per element, and the draws of F 7 bytes: regenerating them in each "
+                "call would take as long as its state from the seed, above. Backward needs two more vectors.",
             ),
         )
     ),
@@ -215,22 +215,22 @@ TARGETS: list[Target] = [
         Target(
             "3",
             f"{problem}: inference, {what}, over the base",
-            1.005,  # 1.00, as it is written
+            1.005,  # 1.00 as displayed
             "steps",
             largest("ratio", problem=kind, case=tuple(f"inference, {name} {state}" for name in ("lora", "superlora"))),
-            KEPT if state == "attached" else "The very model, without the adapter: what differs is the machine.",
+            KEPT if state == "attached" else "The same model without the adapter: the difference is machine noise.",
         )
         for kind, problem in (("vit", "ViT-base"), ("minilm", "MiniLM"))
-        for what, state in (("merged", "merged"), ("the update kept", "attached"))
+        for what, state in (("merged", "merged"), ("the update cached", "attached"))
     ),
     Target(
         "3",
-        "the strategy that is chosen, over the best of the three, the worst case",
+        "the chosen strategy over the best of the three, worst case",
         1.1,
         "strategies",
         largest("over best"),
-        "The table says how many are within it. The model's constants are fitted to one machine, and ways of like cost "
-        "stand otherwise on another.",
+        "The table shows how many are within the limit. The model's constants are fitted to one machine; on another, "
+        "strategies of similar cost may rank differently.",
     ),
     Target(
         "4",
@@ -238,8 +238,8 @@ TARGETS: list[Target] = [
         1.05,
         "growth",
         largest("exponent", phase=("weight by weight", "whole")),
-        "The time of an element is the same at all sizes but for the caches: the weights of the smaller models stay in "
-        "them, and the padded length of an F is a power of two.",
+        "The time per element is the same at all sizes except for cache effects: the weights of the smaller models fit "
+        "in the caches, and the padded length of an F is a power of two.",
     ),
     Target(
         "4",
@@ -250,12 +250,12 @@ TARGETS: list[Target] = [
             "ratio",
             case=tuple([f"CP, M = {m}, r = 8" for m in (2, 3, 4, 5)] + [f"Tucker, M = {m}, r = 4" for m in (3, 5)]),
         ),
-        "A rank of 8 is 16 operations an element: where vectors are 32 bytes wide, one thread takes longer for them "
-        "than to copy what comes out.",
+        "A rank of 8 takes 16 operations per element: with vectors of 32 bytes, one thread takes longer for them than "
+        "for copying the result.",
     ),
     Target(
         "4",
-        "memory beyond that slice, bytes",
+        "memory in addition to that slice, bytes",
         1e8,
         "slices",
         largest(
@@ -266,20 +266,20 @@ TARGETS: list[Target] = [
     ),
     Target(
         "5",
-        "on a graphics card: fwht of 2^24 over a device copy",
+        "on a GPU: fwht of 2^24 over a device copy",
         5.0,
         "gpu",
         largest("× copy", what="fwht", points="2^24"),
-        "No card was to be had.",
+        "No GPU was available.",
     ),
     Target(
         "6",
-        "attach on Llama-7B beyond what its arrays cost, s",
+        "attach on Llama-7B in addition to its arrays, s",
         2.0,
         "startup",
         largest("seconds_beyond", device=("meta", "cpu")),
     ),
     Target(
-        "6", "import tnadapt beyond NumPy's own, s", 0.15, "startup", largest("seconds_beyond", case="import tnadapt")
+        "6", "import tnadapt in addition to NumPy, s", 0.15, "startup", largest("seconds_beyond", case="import tnadapt")
     ),
 ]

@@ -1,4 +1,4 @@
-"""What conf.py and the templates need, where Sphinx can import it."""
+"""Helpers for conf.py and the templates, which Sphinx can import."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ GALLERY = (
 
 
 class Order:
-    """Sorts the gallery, from the first steps on; Sphinx-Gallery makes it with the folder the examples are in."""
+    """Sorts the gallery, beginning with the first steps; Sphinx-Gallery calls it with the folder of the examples."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -30,7 +30,7 @@ class Order:
 
 
 class IsProperty:
-    """Whether an attribute of a class is one that is computed; an object, as Sphinx pickles no functions."""
+    """Tests whether an attribute of a class is a property; a class, because Sphinx cannot pickle functions."""
 
     def __call__(self, module, owner, name):
         found = getattr(getattr(importlib.import_module(module), owner), name, None)

@@ -2,17 +2,17 @@
 Attach to a vision transformer of timm
 ======================================
 
-A small ViT learns the digits 0 to 4. Then its weights are frozen, and adapters on its query and value projections
-learn the digits 5 to 9: the default of ``attach`` against LoRA, all of q and v, and the head alone. The best of the
-small ones is merged, and gives the same answers as before.
+A small ViT learns the digits 0 to 4. Then its weights are frozen, and adapters on its query and value projections learn
+the digits 5 to 9. The example compares the default of ``attach`` with LoRA, with training all of q and v, and with the
+head alone. Finally the best small adapter is merged, which leaves the predictions unchanged.
 """
 
 # %%
 # A base model
 # ------------
 #
-# The digits are scikit-learn's: 1797 real ones of 8 × 8 pixels. The ViT looks at patches of 2 × 2. It is trained here
-# and now, so that nothing need be downloaded.
+# The digits are scikit-learn's: 1797 real images of 8 × 8 pixels. The ViT uses patches of 2 × 2. It is trained in this
+# script, so nothing needs to be downloaded.
 
 import copy
 
@@ -36,13 +36,13 @@ held_out = torch.arange(len(labels)) % 3 == 0
 
 
 def part(low, high, test):
-    """Images of the digits from low to high, and their labels counted from 0."""
+    """Return the images of the digits from low to high, and their labels counted from 0."""
     chosen = (low <= labels) & (labels <= high) & (held_out == test)
     return images[chosen], labels[chosen] - low
 
 
 def fit(model, parameters, data, rate, epochs):
-    """Train by AdamW, with a warm-up; returns the test accuracy after each epoch, in percent."""
+    """Train with AdamW and a warm-up; return the test accuracy after each epoch, in percent."""
     (x, y), test = (part(*data, test=which) for which in (False, True))
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     steps = epochs * -(-len(y) // 32)
@@ -61,7 +61,7 @@ def fit(model, parameters, data, rate, epochs):
 
 @torch.no_grad()
 def accuracy(model, x, y):
-    """Of the test images, in percent."""
+    """Return the accuracy in percent."""
     return 100 * float((model.eval()(x).argmax(1) == y).float().mean())
 
 
@@ -76,8 +76,8 @@ print(f"{sum(p.numel() for p in base.parameters()):,} parameters, {curve[-1]:.1f
 # Attach
 # ------
 #
-# The head is new, and stays trainable. Everything else is frozen, and one call adapts query and value. timm keeps q, k
-# and v in one weight; the rows of k are left alone.
+# The head is new, and stays trainable. Everything else is frozen, and one call adapts query and value. timm stores q, k
+# and v in one weight; the rows of k are left unchanged.
 
 base.reset_classifier(5)
 model = copy.deepcopy(base)
@@ -88,8 +88,8 @@ print(adapter.summary())
 # One group, eight weights
 # ------------------------
 #
-# All updates are one long vector. Its elements, row by row, fill a square, to which one low-rank matrix is fitted: rows
-# of the square are made of almost three rows of a weight each, and end where no weight ends.
+# All updates form one long vector. Its elements, row by row, fill a square, which is one low-rank matrix. Each row of
+# the square holds almost three rows of a weight, and its boundaries coincide with no weight's boundary.
 
 rows = adapter.summary().rows
 side = adapter.plan.groups[0].network.sizes[0]
@@ -112,8 +112,8 @@ plt.show()
 # Training
 # --------
 #
-# An ordinary loop on what requires a gradient. Each method has the best of three learning rates. They were chosen by
-# these same test images, with one seed: read the curves as a picture and not as a benchmark.
+# An ordinary loop over the parameters that require a gradient. Each method uses the best of three learning rates. They
+# were chosen on these same test images, with one seed: the curves are an illustration, not a benchmark.
 
 P = tna.presets
 methods = {
@@ -137,8 +137,8 @@ for name, (config, rate) in methods.items():
     print(f"{name:26}: {count:6,} parameters and the head, {curves[name][1][-1]:.1f} %")
 
 # %%
-# On the right is the square that was learned, with lines where weights end: a matrix of rank 8. Cut into eight weights
-# it makes matrices of (almost) full rank, which no low-rank update of one weight by itself could be.
+# The right panel shows the learned square, with lines at the ends of weights: a matrix of rank 8. Cut into eight
+# weights, it gives matrices of (almost) full rank, which no low-rank update of a single weight could produce.
 
 adapter = trained["SuperLoRA, r = 8 (default)"]
 b, a = (array.detach() for array in adapter.arrays().values())
@@ -153,7 +153,7 @@ for (name, (count, curve)), color, style in zip(curves.items(), colors, styles, 
     label = f"{name}: {count:,}" if count else name
     left.plot(curve, color=color, linestyle=style, label=label)
 left.set(xlabel="epoch", ylabel="test accuracy, digits 5 to 9, %", ylim=(40, 95), xlim=(0, 20), xticks=range(0, 21, 5))
-left.legend(title="parameters beside the head's 325", loc="lower right")
+left.legend(title="parameters in addition to the head's 325", loc="lower right")
 left.grid(alpha=0.3)
 limit = float(learned.abs().quantile(0.995))
 right.imshow(learned, cmap="RdBu", vmin=-limit, vmax=limit)
@@ -168,8 +168,8 @@ plt.show()
 # Merging
 # -------
 #
-# After a merge there is no adapter in the way: each weight is the sum. It can be taken back to the bit, or kept for
-# good.
+# After a merge, each weight is the sum, and the adapter costs nothing. The merge can be undone bit for bit, or made
+# permanent.
 
 model = adapter.model.eval()
 x, y = part(5, 9, test=True)

@@ -2,19 +2,20 @@
 An adapter from a tuned model
 =============================
 
-Somebody tuned all queries and values of a model, and has a checkpoint as large as the model. How few parameters would
-have done? ``tnadapt.extract`` reads the model before and after from disk, takes the difference, and fits a config to
-it: the best LoRA of a rank by singular vectors, the nearest Kronecker products, Tucker and CP tensors, least squares
-through a projection. Here a real sentence model is tuned, and its update is given at many sizes.
+Suppose all queries and values of a model have been fine-tuned, and the checkpoint is as large as the model. How few
+parameters would have sufficed? ``tnadapt.extract`` reads the model before and after from disk, takes the difference,
+and fits a config to it: the best LoRA of a rank by singular vectors, the nearest Kronecker products, Tucker and CP
+tensors, least squares through a projection. This example fine-tunes a real sentence model and extracts its update at
+many sizes.
 """
 
 # %%
-# A tuned model
-# -------------
+# A fine-tuned model
+# ------------------
 #
-# all-MiniLM-L6-v2 learns which words sound good and which bad: the lexicon of VADER (Hutto and Gilbert, 2014). Words
-# that begin with the same four letters go to the same side of the split. Query and value projections and the new head
-# are trained, whole: 1.8 million numbers.
+# all-MiniLM-L6-v2 learns which words sound positive and which negative, from the lexicon of VADER (Hutto and Gilbert,
+# 2014). Words that begin with the same four letters go to the same side of the split. The query and value projections
+# and the new head are fully trained: 1.8 million numbers.
 
 import json
 import tempfile
@@ -40,7 +41,7 @@ ratings = {word: np.mean(json.loads(each)) for word, _, _, each in entries if wo
 
 
 def mixed(text):
-    """A number to sort and to split by, the same on every machine."""
+    """Return a number to sort and split by, the same on every machine."""
     return zlib.crc32(text.encode())
 
 
@@ -59,7 +60,7 @@ model.save_pretrained(base)
 
 
 def accuracy(model):
-    """The share of unseen words on whose side the model is right."""
+    """Return the share of unseen words that the model classifies correctly."""
     with torch.no_grad():
         logits = model.eval()(**tokenizer(test, padding=True, return_tensors="pt")).logits
     return float((logits.argmax(1) == torch.tensor([good[word] for word in test])).float().mean())
@@ -79,14 +80,14 @@ for _epoch in range(3):
         optimizer.step()
 model.save_pretrained(tuned)
 whole = accuracy(model)
-print(f"tuned whole: {whole:.1%} of {len(test)} unseen words")
+print(f"fully fine-tuned: {whole:.1%} of {len(test)} unseen words")
 
 # %%
 # What changed
 # ------------
 #
-# ``extract`` finds the queries and values by their names and says what else differs: here the head, which is to be kept
-# as it was tuned, and the biases beside the weights. The same from a shell::
+# ``extract`` finds the queries and values by their names and reports what else differs: here the head, which is kept as
+# trained, and the biases. The equivalent shell command::
 #
 #     tnadapt extract base tuned -o adapter.safetensors --preset lora --rank 4 --keep-trainable classifier
 
@@ -101,7 +102,7 @@ file = Path(folder.name, "adapter.safetensors")
 
 
 def measured(found):
-    """The accuracy of the base with an extracted adapter."""
+    """Return the accuracy of the base with an extracted adapter."""
     tna.save(file, found.file)
     model = transformers.BertForSequenceClassification.from_pretrained(base)
     tnadapt.torch.load(model, file)
@@ -114,10 +115,10 @@ print(f"{found.file.num_parameters:,} parameters, {measured(found):.1%}")
 # At several sizes
 # ----------------
 #
-# LoRA: singular vectors of each weight. LoTR: rows and columns common to all weights. LoKr: a Kronecker product a
-# weight, the second factor of low rank. LoRTA: all weights folded to one cube, Tucker. SuperLoRA: all weights as one
-# square, one low-rank matrix. Where algebra knows the optimum, the report says so, and else what no parameters can
-# fall below, if that is known.
+# LoRA uses the singular vectors of each weight. LoTR shares rows and columns among all weights. LoKr is one Kronecker
+# product per weight, with a low-rank second factor. LoRTA folds all weights to one cube and uses Tucker. SuperLoRA
+# treats all weights as one square with one low-rank matrix. If the fit is provably optimal, the report says so;
+# otherwise it gives a lower bound on the error, if one is known.
 
 stacked = {"weights": len(found.file.targets), "rows": 384, "cols": 384}
 families = {
@@ -145,12 +146,13 @@ head_alone = accuracy(model)
 folder.cleanup()
 
 # %%
-# The Frobenius error falls slowly, and the accuracy comes back long before: what full fine-tuning changes has a few
-# directions in each weight that matter, and a long tail. LoRA keeps just those; a fold that does not keep rows and
-# columns scatters them, and needs many more numbers to say the same. That is about *fitting* an update that was made
-# without the fold: trained from the start, the folded formats do well at these sizes (:doc:`/finetune`).
+# The Frobenius error falls slowly, and the accuracy recovers long before: the update of full fine-tuning has a few
+# important directions in each weight, and a long tail. LoRA keeps just these directions; a fold that does not preserve
+# rows and columns scatters them, and needs many more numbers to represent them. This applies to *fitting* an update
+# that was trained without the fold: when trained from the start, the folded formats do well at these sizes
+# (:doc:`/finetune`).
 #
-# The smallest rank within a given error is found by ``max_error=`` (``--max-error``), for any format.
+# ``max_error=`` (``--max-error``) finds the smallest rank within a given error, for any format.
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
 styles = {
@@ -161,8 +163,8 @@ for family, points in curves.items():
     color, marker = styles[family]
     left.plot(points[:, 0], points[:, 1], marker=marker, color=color, label=family)
     right.plot(points[:, 0], 100 * points[:, 2], marker=marker, color=color, label=family)
-right.axhline(100 * whole, color="black", linestyle=":", label="tuned whole, 1,769,472")
-right.axhline(100 * head_alone, color="grey", linestyle="--", label="its head on the base")
+right.axhline(100 * whole, color="black", linestyle=":", label="full fine-tuning, 1,769,472")
+right.axhline(100 * head_alone, color="grey", linestyle="--", label="head alone")
 left.set(xscale="log", xlabel="parameters", ylabel="relative Frobenius error", ylim=(0, 1.02))
 right.set(xscale="log", xlabel="parameters", ylabel="accuracy on unseen words, %", ylim=(50, 95))
 for axes in (left, right):

@@ -2,8 +2,8 @@
 First steps
 ===========
 
-``Config`` and shapes make a plan, the plan makes arrays, and the arrays make weight updates. This script takes
-these steps on NumPy and on torch, looks at the gradient at the start, and fits a given update by gradient
+A ``Config`` and shapes give a plan, the plan creates arrays, and the arrays give weight updates. This script takes
+these steps on NumPy and on torch, inspects the gradient at the start, and fits a given update by gradient
 descent.
 """
 
@@ -11,8 +11,9 @@ descent.
 # A plan
 # ------
 #
-# Sixteen weights stand for query and value of eight layers. The settings below are the paper's headline: all weights
-# in one group, folded to a square, a factorisation of rank 4. A plan is integers alone: it allocates nothing.
+# Sixteen weights stand for query and value of eight layers. The settings below are the paper's main variant: all
+# weights in one group, folded to a square, a factorisation of rank 4. A plan consists of integers only and allocates
+# nothing.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,7 +35,7 @@ for name, shape in ad.param_shapes.items():
 # Arrays
 # ------
 #
-# ``init`` draws the start from ``cfg.seed``. It is the same numbers in every library, and ΔW is exactly zero.
+# ``init`` draws the initial arrays from ``cfg.seed``. They are the same in every library, and ΔW is exactly zero.
 
 on_numpy = ad.init()
 on_torch = ad.init(backend="torch")
@@ -49,12 +50,12 @@ print(f"{len(deltas)} updates of shape {deltas[0].shape}, largest element {max(n
 # The gradient at the start
 # -------------------------
 #
-# Zero is where training starts, not where it stays. One factor is zero and the other is not, so the zero one has a
-# gradient. After its first step the other one has a gradient as well.
+# ΔW is zero at the start, but training moves it. One factor is zero and the other is not, so the zero one has a
+# gradient. After the first step the other one has a gradient as well.
 
 
 def gradient_norms(ad, params, target):
-    """Norm of the gradient of half the squared distance to a target, of each array."""
+    """Return, for each array, the norm of the gradient of half the squared distance to a target."""
     leaves = {name: array.clone().requires_grad_() for name, array in params.items()}
     loss = 0.5 * (ad.vector(leaves) - target).square().sum()
     loss.backward()
@@ -72,15 +73,15 @@ for name, norm in gradient_norms(ad, on_torch, target).items():
     print(f"{name}: gradient of norm {norm:.2e}")
 
 # %%
-# A given update, fitted
+# Fitting a given update
 # ----------------------
 #
-# The target was made above: sixteen updates of rank two with one row space in common, and noise. Four methods fit
-# it by plain gradient descent, all with one learning rate. They can have that in common, because the start is scaled so
-# that the first step moves ΔW alike, whatever the rank, the order and the format are.
+# The target above consists of sixteen updates of rank two with a common row space, plus noise. Four methods fit it by
+# plain gradient descent, all with the same learning rate. This works because the start is scaled so that the first step
+# moves ΔW by the same amount, whatever the rank, order and format.
 
 methods = {
-    "LoRA, one group a weight": tna.presets.lora(rank=2),
+    "LoRA, one group per weight": tna.presets.lora(rank=2),
     "SuperLoRA, one group": tna.presets.superlora(rank=8),
     "LoTR, weights × rows × cols": tna.presets.lotr(rank=8, weights=16, rows=32, cols=32),
     "SuperLoRA, linear F, ρ = 0.5": tna.presets.superlora(rank=8, projection="linear", ratio=0.5),
@@ -113,11 +114,11 @@ fig.legend(loc="outside lower center", ncols=2, frameon=False)
 plt.show()
 
 # %%
-# Which curve ends lowest is a matter of the target. Here every update has rank two, which is what LoRA of rank 2 can
-# hold, and a row space in common, which a row of the square, four rows of a weight, keeps. LoTR shares rows *and*
-# columns, and a linear F mixes all elements, so that a structure of rows is none to it: these two fit less.
+# Which curve ends lowest depends on the target. Here every update has rank two, which LoRA of rank 2 can represent, and
+# a common row space, which the square preserves, since each of its rows holds four rows of a weight. LoTR shares rows
+# *and* columns, and a linear F mixes all elements and so cannot exploit the row structure: these two fit less well.
 #
-# The updates come back as matrices, one a weight, to be added to it.
+# The updates are returned as matrices, one per weight, ready to be added to it.
 
 for weight, delta in enumerate(plan.deltas(params)[:2]):
     print(f"weight {weight}: ΔW of shape {tuple(delta.shape)}, norm {delta.norm().item():.3f}")

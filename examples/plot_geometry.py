@@ -2,17 +2,17 @@
 How close to the dense update
 =============================
 
-Appendix A.4 of the paper compares updates with the one of full fine-tuning by three numbers: the similarity of the left
-and of the right singular spaces, and the distance. Here they are along growing ranks, for LoRA and for SuperLoRA, both
-at their best.
+Appendix A.4 of the paper compares updates with that of full fine-tuning by three numbers: the similarity of the left
+and of the right singular spaces, and the distance. This example computes them for increasing ranks, for the best LoRA
+and the best SuperLoRA.
 """
 
 # %%
 # A dense update
 # --------------
 #
-# Four weights with singular values that fall as a power law. They share their right singular vectors in part, as
-# updates of layers that read the same features would.
+# Four weights whose singular values follow a power law. They partly share their right singular vectors, as updates of
+# layers that read the same features would.
 
 import math
 
@@ -26,7 +26,7 @@ rng = np.random.default_rng(0)
 
 
 def orthonormal(matrix):
-    """The orthonormal basis that Gram and Schmidt make of its columns."""
+    """Return an orthonormal basis of the column space (QR decomposition)."""
     return np.linalg.qr(matrix)[0]
 
 
@@ -39,16 +39,16 @@ dense = [
 shapes = [update.shape for update in dense]
 
 # %%
-# The best that either can do
-# ---------------------------
+# The best of each method
+# -----------------------
 #
-# LoRA of rank r is at its best where each weight is cut to its r leading singular values. SuperLoRA with one group has
-# one matrix for all, the folded long vector, and is at its best where that is cut. Both are parameters of a plan;
-# ``deltas`` makes the updates of them.
+# The best LoRA of rank r truncates each weight to its r leading singular values. SuperLoRA with one group has a single
+# matrix for all weights, the folded long vector, and its best version truncates that. Both are parameters of a plan;
+# ``deltas`` computes the updates from them.
 
 
 def halves(matrix, rank):
-    """Two factors of the best approximation of that rank, as ``cp`` wants them."""
+    """Return two factors of the best approximation of that rank, in the form that ``cp`` takes."""
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     root = np.sqrt(s[:rank])
     return {"factor0": u[:, :rank] * root, "factor1": vt[:rank].T * root}
@@ -60,7 +60,7 @@ presets = {"LoRA": tna.presets.lora, "SuperLoRA, G = 1": tna.presets.superlora}
 
 
 def measured(name, rank):
-    """Parameters, and d_L, d_R and d_E of each weight."""
+    """Return the number of parameters, and d_L, d_R and d_E of each weight."""
     ad = tna.SuperLoRA(presets[name](rank=rank), shapes)
     params = {
         f"group{g}.split0.{factor}": array
@@ -74,9 +74,9 @@ def measured(name, rank):
 # From one parameter to as many as elements
 # -----------------------------------------
 #
-# Lines are means over the weights, bands from the least to the largest. As the update goes to the dense one, d_L and
-# d_R go to 1, and d_E to 0. LoRA keeps the leading singular vectors of each weight themselves, so its d_L and d_R are 1
-# from rank k. A square of all weights cuts across them.
+# Lines show means over the weights, bands the range. As the update approaches the dense one, d_L and d_R approach 1,
+# and d_E approaches 0. LoRA keeps the leading singular vectors of each weight, so its d_L and d_R are 1 from rank k on.
+# A square of all weights cuts across them.
 
 names = ("d_L, left singular vectors", "d_R, right singular vectors", "d_E, distance")
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
@@ -96,8 +96,8 @@ axes[2].legend()
 plt.show()
 
 # %%
-# The norms of equations (5) and (6) are Frobenius norms here. Only then do the two measures go to 1, as the paper says
-# they do. For equal spaces, the norm over the square root of k is
+# The norms of equations (5) and (6) are computed as Frobenius norms. Only with these do the two measures approach 1, as
+# the paper says. For equal spaces, the norm divided by the square root of k is
 
 equal = np.eye(k)
 print(f"with the spectral norm:  {np.linalg.norm(equal, 2) / math.sqrt(k):.3f}")

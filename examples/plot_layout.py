@@ -1,16 +1,17 @@
 """
-Which group, and where in it
-============================
+Groups and layouts
+==================
 
-All updates are one long vector, weight after weight, each row by row. A layout cuts it into groups, and a fold makes a
-tensor of each group. This script draws both for five small weights of three shapes.
+All updates form one long vector, weight after weight, each row by row. A layout cuts it into groups, and a fold
+reshapes each group to a tensor. This script draws both for five small weights of three shapes.
 """
 
 # %%
-# The cut
-# -------
+# The layout
+# ----------
 #
-# Three groups of equal length do not end where weights end: a weight may straddle two groups.
+# The boundaries of three groups of equal length do not coincide with those of weights: a weight may straddle two
+# groups.
 
 import itertools
 
@@ -30,14 +31,14 @@ for weight in range(len(shapes)):
         )
 
 # %%
-# Above, the long vector with the weights' ends and the groups in colour; below, the weights themselves. Darker is later
-# in its group.
+# Top: the long vector with the weights' boundaries, and the groups in colour. Bottom: the weights themselves. Darker
+# elements are later in their group.
 
 colormaps = [plt.colormaps[name] for name in ("Blues", "Oranges", "Greens")]
 
 
 def shade(group, position):
-    """The colour of one element."""
+    """Return the colour of one element."""
     return colormaps[group](0.25 + 0.6 * position / ad.layout.group_size(group))
 
 
@@ -68,9 +69,9 @@ plt.show()
 # The fold
 # --------
 #
-# An element of a weight takes its value from one row of each factor. Which one is its index in that mode of the fold. A
-# stack keeps rows and columns of the weight as they are; a square of all elements does not, and a cube has three
-# indices. Here is weight 3, of 8 × 6, with a group that holds all of it.
+# Each element of a weight uses one row of each factor, given by its index in that mode of the fold. A stack preserves
+# the rows and columns of the weight; a square of all elements does not, and a cube has three indices. This figure shows
+# weight 3, of 8 × 6, in a group that contains all of it.
 
 plans = {
     "stack": tna.Config(rank=1, groups=[[0, 1, 2], [3, 4]], fold="stack"),

@@ -1,17 +1,17 @@
 """
-Networks of tensors
-===================
+Tensor network diagrams
+=======================
 
-Each group of updates is a small tensor network. :func:`tnadapt.plot.network` draws it from the plan, with the numbers
-that the plan has. A node is an array that is trained. A line between two is an index that is summed over, with its
-size; an open one is a mode of the tensor.
+Each group of updates is a small tensor network. :func:`tnadapt.plot.network` draws it from the plan, with the plan's
+sizes. A node is a trainable array. A line between two nodes is an index that is summed over, with its size; an open
+line is a mode of the tensor.
 """
 
 # %%
 # LoRA
 # ----
 #
-# Two factors a weight. The dot is the index of :math:`\sum_{s=1}^{r}`: one for all its lines.
+# Two factors per weight. The dot is the index of :math:`\sum_{s=1}^{r}`, shared by all of its lines.
 
 import tempfile
 from pathlib import Path
@@ -26,7 +26,7 @@ vit = [(768, 768)] * 24  # query and value of ViT-base
 
 
 def show(config, **settings):
-    """The picture of the first group; it goes to a file, which is shown."""
+    """Draw the first group into a file, and show that."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "picture.png")
         plot.network(config, vit, path, **settings)
@@ -36,14 +36,14 @@ def show(config, **settings):
     plt.show()
 
 
-show(P.lora(rank=4), title="LoRA: a group a weight")
+show(P.lora(rank=4), title="LoRA: one group per weight")
 
 # %%
 # LoRTA
 # -----
 #
-# One group of all weights, folded to a cube: a core, and a factor for each of three modes. The cube holds a few
-# elements more than the weights have; they are cut off.
+# One group of all weights, folded to a cube: a core, and a factor for each of three modes. The cube has a few elements
+# more than the weights; they are cut off.
 
 show(P.lorta(rank=4, order=3), title="LoRTA 3D: Tucker on a cube")
 
@@ -51,7 +51,8 @@ show(P.lorta(rank=4, order=3), title="LoRTA 3D: Tucker on a cube")
 # LoNKr
 # -----
 #
-# A Kronecker product of three splits. In each mode its size is the product of theirs, cut to the size of the tensor.
+# A Kronecker product of three splits. Its size in each mode is the product of their sizes, cut to the size of the
+# tensor.
 
 show(P.lonkr(rank=4, splits=3), title="LoNKr: K = 3")
 
@@ -59,7 +60,7 @@ show(P.lonkr(rank=4, splits=3), title="LoNKr: K = 3")
 # SuperLoRA with a projection
 # ---------------------------
 #
-# The network makes a shorter vector here. A fixed map F, drawn from a seed, makes the group from it.
+# Here the network gives a shorter vector. A fixed map F, drawn from a seed, expands it to the group.
 
 show(P.superlora(rank=8, groups=4, projection="linear", ratio=0.1), title="SuperLoRA: G = 4, linear F")
 
@@ -67,8 +68,8 @@ show(P.superlora(rank=8, groups=4, projection="linear", ratio=0.1), title="Super
 # A tensor train
 # --------------
 #
-# Each core shares an index with the next one. Ranks are cut to what the sizes allow: 20 is asked for, and a first mode
-# of 16 has no use for more than 16.
+# Each core shares an index with the next one. Ranks are limited to what the sizes allow: this example requests 20, but
+# a first mode of size 16 cannot use more than 16.
 
 train = tna.Config(rank=20, order=6, groups=1, fold="balanced", format="tt")
 for name, shape in tna.SuperLoRA(train, vit).param_shapes.items():

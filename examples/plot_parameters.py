@@ -2,8 +2,8 @@
 Parameters against rank
 =======================
 
-The paper's figure 2 and the counts its text states, computed from plans. A plan allocates nothing, so counts for a
-model of any size are instant.
+The paper's figure 2 and the counts stated in its text, computed from plans. A plan allocates nothing, so counting is
+instant for a model of any size.
 """
 
 # %%
@@ -30,12 +30,12 @@ for name, shapes in {"ViT-base": vit, "U-Net": unet}.items():
 # ------------------------------
 #
 # One group of all weights is folded to a hypercube of order M. A CP factorisation, which is Tucker with a diagonal or
-# identity core, has :math:`r\,M\,d` parameters, where :math:`d = \lceil N^{1/M} \rceil`: a line in the rank. A full
-# Tucker core adds :math:`r^M`, which takes over as the rank grows, until the rank is cut to :math:`d`.
+# identity core, has :math:`r\,M\,d` parameters, where :math:`d = \lceil N^{1/M} \rceil`, which is linear in the rank. A
+# full Tucker core adds :math:`r^M`, which dominates as the rank grows, until the rank is limited to :math:`d`.
 
 
 def counts(ranks, order, kind):
-    """Parameters of one group folded to that order, for each rank."""
+    """Return the parameter counts of one group folded to that order, for each rank."""
     configs = (tna.Config(rank=r, order=order, groups=1, fold="hypercube", format=kind) for r in ranks)
     return [tna.parameter_count(config, vit) for config in configs]
 
@@ -47,7 +47,7 @@ colors = plt.colormaps["viridis"](np.linspace(0, 0.85, len(orders)))
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
 for panel, (kind, title) in zip(axes, {"cp": "CP (figure 2)", "tucker": "Tucker (LoRTA)"}.items(), strict=True):
     lora = [tna.parameter_count(tna.presets.lora(rank=r), vit) for r in ranks]
-    panel.plot(ranks, lora, color="crimson", linestyle="--", label="LoRA, one group a weight")
+    panel.plot(ranks, lora, color="crimson", linestyle="--", label="LoRA, one group per weight")
     for order, color in zip(orders, colors, strict=True):
         panel.plot(ranks, counts(ranks, order, kind), color=color, label=f"M = {order}")
     panel.axhline(tna.parameter_count(tna.presets.dense(), vit), color="grey", linestyle=":", label="dense")
@@ -59,11 +59,11 @@ fig.suptitle("Query and value of ViT-base, G = 1")
 plt.show()
 
 # %%
-# The counts the paper states
-# ---------------------------
+# The paper's counts
+# ------------------
 #
-# Appendix A.4 lists four adapters of ViT-base with their exact counts; section 4.2 speaks of the U-Net's smallest ones
-# in words. The right-hand column quotes the paper, the one before it is computed.
+# Appendix A.4 lists four adapters of ViT-base with their exact counts; section 4.2 describes the U-Net's smallest ones
+# in words. The last column quotes the paper, the one before it is computed.
 
 P = tna.presets
 stated = [

@@ -2,8 +2,8 @@
 A budget of parameters
 ======================
 
-Which settings fit a budget, what each of them can do, and where a setting puts each weight. Nothing is trained here: a
-plan is integers.
+Find the settings that fit a budget, their capacity, and where a setting places each weight. Nothing is trained: a plan
+consists of integers.
 """
 
 # %%
@@ -28,13 +28,13 @@ found = tna.plan(vit, 10_000, layers=layers)
 print(found)
 
 # %%
-# Freedom and its price
-# ---------------------
+# Freedom and cost
+# ----------------
 #
-# The settings of more than a tenth of the budget, by their degrees of freedom and the multiply-adds of a step; those of
-# the front have a dark edge. Kronecker products and low ranks are formed by hardly more than a product an element,
-# forward and twice backward. Projections cost their transforms, of :math:`L \log_2 L` additions each, however few the
-# parameters are. High ranks of high orders cost most.
+# Settings that use more than a tenth of the budget, by degrees of freedom and multiply-adds per step; those on the
+# front have a dark edge. Kronecker products and low ranks take little more than one product per element, forward and
+# twice backward. Projections cost their transforms, of :math:`L \log_2 L` additions each, however few the parameters
+# are. High ranks of high orders cost the most.
 
 others = iter([("#332288", "h"), ("#882255", "p")])
 styles = {name: plot.STYLES.get(name) or next(others) for name in dict.fromkeys(row.name.family for row in found.rows)}
@@ -47,7 +47,7 @@ for row in sorted(found.rows, key=lambda row: row in found.front):
         if row in found.front:
             axes.annotate(str(row.name), (row.freedom, row.cost), xytext=(0, -15), textcoords="offset points",
                           ha="right" if row.freedom > 5000 else "left", fontsize="small")  # fmt: skip
-axes.set(yscale="log", xlabel="degrees of freedom", ylabel="multiply-adds of a step", ylim=(2.5e7, 6e9))
+axes.set(yscale="log", xlabel="degrees of freedom", ylabel="multiply-adds per step", ylim=(2.5e7, 6e9))
 axes.grid(which="major", alpha=0.3)
 handles, labels = axes.get_legend_handles_labels()
 firsts = dict(zip(reversed(labels), reversed(handles), strict=True))
@@ -59,12 +59,12 @@ plt.show()
 # Parameters against rank
 # -----------------------
 #
-# Higher orders need fewer parameters at one rank; so they have a higher rank within one budget. ``tnadapt plan`` draws
-# this with ``--picture``.
+# Higher orders need fewer parameters at equal rank, so they reach a higher rank within a budget. ``tnadapt plan`` draws
+# this plot with ``--picture``.
 
 
 def show(draw, *args, **settings):
-    """What one of the pictures of tnadapt, which go to files, looks like."""
+    """Show one of tnadapt's plots, which are written to files."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "picture.png")
         draw(*args, path, **settings)
@@ -80,7 +80,8 @@ show(plot.parameters, vit, budget=10_000, title="Query and value of ViT-base, on
 # Where each weight is
 # --------------------
 #
-# Five groups of 24 weights do not end where weights do. ``tnadapt plan`` draws this with ``--layout-picture``.
+# The boundaries of five groups of 24 weights do not coincide with those of weights. ``tnadapt plan`` draws this plot
+# with ``--layout-picture``.
 
 names = [f"{role}{layer}" for layer in range(12) for role in "qv"]
 roles = ["query", "value"] * 12
@@ -100,8 +101,8 @@ show(plot.layout, plan, names=names, roles=["query", "value"] * 21, title="LoRTA
 # Ranks, and powers of two
 # ------------------------
 #
-# A square of all weights has rank 1 here, and the update of one weight has full rank: each of its rows is cut from the
-# square at another column. Where sizes are powers of two the cuts may meet, and the rank stays low.
+# Here the square of all weights has rank 1, and the update of one weight has full rank: each of its rows is cut from
+# the square at a different column. If sizes are powers of two, the cuts may line up, and the rank stays low.
 
 for name, shapes in {"24 of 768²": vit, "64 of 4096²": [(4096, 4096)] * 64}.items():
     for groups in (1, 3, 4):

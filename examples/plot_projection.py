@@ -2,17 +2,17 @@
 The six projections F
 =====================
 
-F takes the vector that the tensor network makes to the group's update. It has no parameters: it is drawn again from a
-seed. Here are its matrix at a small size, what it does to the values it is given, and what the nonlinearity does to a
-start at zero.
+F maps the output vector of the tensor network to the group's update. It has no parameters: it is regenerated from a
+seed. This example shows its matrix at a small size, its effect on the distribution of values, and the effect of the
+nonlinearity on a start at zero.
 """
 
 # %%
 # As a matrix
 # -----------
 #
-# A linear F of the identity matrix is its own matrix, transposed. Shuffle is a permutation, and needs as many elements
-# before as after. Linear and linear_v2 fill the whole matrix: every element of ΔW depends on every element before F.
+# A linear F applied to the identity matrix gives its matrix, transposed. Shuffle is a permutation, so it has as many
+# inputs as outputs. Linear and linear_v2 fill the whole matrix: every element of ΔW depends on every element before F.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -44,13 +44,12 @@ for kind in ("linear", "linear_v2"):
     print(f"{kind:9}: L = {length}, mean {entries.mean():+.4f}, variance × L {entries.var() * length:.3f}")
 
 # %%
-# What becomes of the values
-# --------------------------
+# Effect on the values
+# --------------------
 #
-# The input has few large elements and many small ones; the pictures end at ±6. Shuffling moves values and keeps them.
-# Linear mixes all of them: the result is close to normal. Linear_v2 multiplies each of these by a normal number once
-# more, so that its tails are heavier. ``t - tanh(t)`` is close to t³ / 3 near zero and to t ± 1 far from it: small
-# values all but vanish.
+# The input has few large elements and many small ones; the plots end at ±6. Shuffling only moves values. Linear mixes
+# all of them, and the result is close to normal. Linear_v2 multiplies each result by another normal number, which gives
+# heavier tails. ``t - tanh(t)`` is close to t³ / 3 near zero and to t ± 1 far from it, so small values almost vanish.
 
 n_in, n_out = 4096, 16384
 rng = np.random.default_rng(0)
@@ -74,12 +73,13 @@ fig.supylabel("density")
 plt.show()
 
 # %%
-# The trap at zero
-# ----------------
+# The zero gradient at zero
+# -------------------------
 #
-# The derivative of ``t - tanh(t)`` is ``tanh(t)²``: zero at zero. An adapter whose network is zero at the start, as
-# LoRA's is, would get no gradient at all through a nonlinear F. So the start of a nonlinear F is not zero, and ΔW is
-# what F gives beyond it, ``F(x) - F(x_start)``. The marks are the root mean squares of F's argument at such starts.
+# The derivative of ``t - tanh(t)`` is ``tanh(t)²``: zero at zero. An adapter whose network is zero at the start, such
+# as LoRA's, would get no gradient at all through a nonlinear F. Therefore the start of a nonlinear F is not zero, and
+# ΔW is the change of F since the start, ``F(x) - F(x_start)``. The markers are the root mean squares of F's argument at
+# such starts.
 
 t = np.linspace(-3, 3, 301)
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")

@@ -2,9 +2,9 @@
 Read an adapter with NumPy alone
 ================================
 
-An adapter file is one safetensors file: a header of JSON, then numbers. Here one is read by hand, from its bytes, and
-the updates are made of it by the formula. Then the whole adapted model is computed in NumPy. torch trains it first, and
-is not used again.
+An adapter file is one safetensors file: a JSON header, then numbers. This example reads one by hand, from its bytes,
+and computes the updates from it by the formula. Then it evaluates the whole adapted model in NumPy. torch is used only
+to train the model first.
 """
 
 # %%
@@ -12,7 +12,7 @@ is not used again.
 # --------------
 #
 # A small transformer reads scikit-learn's digits row by row: eight tokens of eight pixels. It learns 0 to 4, and then
-# an adapter on its query and value projections learns 5 to 9, with the new head beside it.
+# an adapter on its query and value projections learns 5 to 9, together with a new head.
 
 import json
 import tempfile
@@ -54,7 +54,7 @@ class RowReader(torch.nn.Module):
 
 
 def fit(model, chosen, rate, epochs):
-    """Train what requires a gradient on the chosen images."""
+    """Train the parameters that require a gradient on the chosen images."""
     x, y = torch.tensor(images[chosen]), torch.tensor(digits.target[chosen] % 5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     steps = epochs * -(-len(y) // 32)
@@ -87,7 +87,7 @@ print(adapter)
 # By hand
 # -------
 #
-# The first eight bytes are the length of the header, which says of each tensor where its bytes are.
+# The first eight bytes are the length of the header, which gives the position of each tensor's bytes.
 
 content = path.read_bytes()
 length = int.from_bytes(content[:8], "little")
@@ -103,8 +103,7 @@ for target in recipe["targets"]:
     print(target)
 
 # %%
-# Most of a small file is what it says of itself: the recipe, a fingerprint of the base, and digests that hold it
-# together.
+# Most of a small file is metadata: the recipe, a fingerprint of the base, and checksums.
 
 parts = {"recipe": length + 8}
 parts |= {name.removeprefix("group0.split0."): array.nbytes for name, array in arrays.items()}
@@ -118,9 +117,9 @@ fig.legend(ncols=3, loc="outside upper center", frameon=False)
 plt.show()
 
 # %%
-# The config has what differs from the format's own defaults. With these settings the updates of all four weights are
+# The config contains what differs from the format's defaults. With these settings the updates of all four weights are
 # one vector y = F(x), and x is a square matrix of rank 3, read row by row and cut to a quarter of y's length. F is
-# drawn from the seed, and is the one thing that is not in the file.
+# drawn from the seed, and is the only part that is not in the file.
 
 settings = recipe["config"]
 shapes = [(WIDTH, WIDTH)] * len(recipe["targets"])
@@ -134,8 +133,8 @@ by_hand = y.reshape(-1, WIDTH, WIDTH)
 # With tnadapt
 # ------------
 #
-# ``tna.load`` does that and checks it all: that the file is whole, that no number is infinite, that this machine draws
-# the F that the file was made with.
+# ``tna.load`` does the same and checks everything: that the file is complete, that all numbers are finite, and that
+# this machine draws the same F that the file was created with.
 
 file = tna.load(path)
 print(file)
@@ -143,7 +142,7 @@ deltas = file.deltas()
 print("the same updates:", all(np.allclose(a, b, atol=1e-6) for a, b in zip(by_hand, deltas, strict=True)))
 
 # %%
-# The square has rank 3. What F makes of it has no rank to speak of: every weight gets an update of full rank.
+# The square has rank 3. F destroys the low rank: every weight gets an update of full rank.
 
 names = [f"layer {target.module.split('.')[2]}, {target.role}" for target in file.targets]
 fig, axes = plt.subplots(1, 6, figsize=(13, 2.6), layout="constrained", width_ratios=(1, 1, 1, 1, 1, 1.5))
@@ -163,7 +162,7 @@ plt.show()
 # The adapted model, in NumPy
 # ---------------------------
 #
-# Twenty lines do for a transformer of this kind.
+# Twenty lines suffice for a transformer of this kind.
 
 weights = dict(np.load(base_path))
 
@@ -195,8 +194,8 @@ def logits(images):
 
 
 # %%
-# A target says which rows of which parameter it is. Query and value of ``nn.MultiheadAttention`` are the first and the
-# last third of the rows of ``in_proj_weight``; the rows of the key are not touched.
+# A target identifies rows of a parameter. Query and value of ``nn.MultiheadAttention`` are the first and the last third
+# of the rows of ``in_proj_weight``; the rows of the key are not changed.
 
 x, labels = images[new & held_out], digits.target[new & held_out] % 5
 weights |= file.kept

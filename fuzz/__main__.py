@@ -1,8 +1,8 @@
 """Fuzz one target for a while: ``python -m fuzz TARGET --seconds 60``.
 
-Needs atheris (Linux): ``pip install atheris``. New inputs that reach new code are put into the corpus; ``--shrink``
-then keeps the fewest that reach all of it. What breaks a target is left in the folder as ``crash-...``: make it a
-named case of the tests, and mend the cause.
+Needs atheris (Linux): ``pip install atheris``. Inputs that reach new code are added to the corpus; ``--shrink``
+then minimises it. An input that breaks a target is saved in the current folder as ``crash-...``: turn it into a
+named test case, and fix the cause.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ import sys
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
-#: Of memory, in MiB: what is refused must be refused before it is allocated.
+#: Memory limit in MiB: bad input must be refused before anything large is allocated.
 MEMORY = 1500
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: a signal at the death of the parent
-#: Of one input, in seconds: the first one may compile kernels.
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: a signal when the parent dies
+#: Time limit for one input, in seconds: the first one may compile kernels.
 PATIENCE = 60
 
 
 def main() -> None:
-    """Ask, instrument, run."""
+    """Parse arguments, instrument, and fuzz."""
     given = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     given.add_argument("target")
     given.add_argument("--seconds", type=int, default=60)
-    given.add_argument("--corpus", type=Path, help="another folder than fuzz/corpus/TARGET")
-    given.add_argument("--shrink", action="store_true", help="keep of the corpus the fewest that reach all of it")
-    # libFuzzer starts itself anew to shrink, with options of its own.
+    given.add_argument("--corpus", type=Path, help="a folder instead of fuzz/corpus/TARGET")
+    given.add_argument("--shrink", action="store_true", help="minimise the corpus, keeping its coverage")
+    # libFuzzer restarts itself to shrink, with further options.
     asked, options = given.parse_known_args()
     try:
         import atheris
     except ImportError:
         raise SystemExit("fuzzing needs atheris: pip install atheris (Linux)") from None
-    # Linux goes on counting the most memory of whoever started a program as the program's own, and libFuzzer would find
-    # it over its limit. For a fork it begins anew.
+    # On Linux a program inherits the peak memory of the process that started it, which could exceed libFuzzer's limit.
+    # A fork resets it.
     if child := os.fork():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keyboard's is for the child
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the child
         raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with its parent
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the child ends with its parent
     with atheris.instrument_imports(include=["tnadapt"], enable_loader_override=False):
         from fuzz.targets import TARGETS
     if asked.target not in TARGETS:
-        raise SystemExit(f"no target {asked.target!r}; there are {', '.join(TARGETS)}")
+        raise SystemExit(f"no target {asked.target!r}; expected one of {', '.join(TARGETS)}")
     corpus = asked.corpus or CORPUS / asked.target
     corpus.mkdir(parents=True, exist_ok=True)
     seeds = CORPUS / asked.target

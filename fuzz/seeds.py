@@ -1,4 +1,4 @@
-"""Where fuzzing begins: ``python -m fuzz.seeds`` writes good inputs of every kind into the corpus."""
+"""Seeds of the corpus: ``python -m fuzz.seeds`` writes valid inputs of every kind into it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PEERS = {"lora": ("peft-lora", "lycoris-lora"), "lokr": ("peft-lokr", "lycoris-l
 
 
 def main() -> None:
-    """Write them."""
+    """Write the seeds."""
     for name, config in SEEDS.items():
         file = made(config)
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""What a fuzzer calls with bytes. Each returns, or raises what is a fault: any error that no user should see.
+"""The functions that a fuzzer calls with bytes. Each returns, or raises an error that no user should see: a fault.
 
-Nothing here needs a fuzzer: the tests call the targets with every entry of the corpus.
+This module does not need a fuzzer: the tests call the targets with every entry of the corpus.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["TARGETS", "FaultError", "measured"]
 
 SHAPES = [(6, 4), (5, 4), (6, 4)]
 NAMES = ("a.q", "a.v", "b.q")
-#: So much memory is allowed beside some forty times what was read.
+#: Memory allowed in addition to forty times the size of the input.
 ALLOWED = 8 << 20
 
 
@@ -33,17 +33,17 @@ class FaultError(AssertionError):
 
 
 def measured(target: Callable[[bytes], None], data: bytes) -> int:
-    """Call a target and see what it takes, after a first call in which modules are imported.
+    """Call a target and measure its memory, after a first call that imports modules.
 
     Returns
     -------
     int
-        Bytes of memory at the most.
+        Peak memory in bytes.
 
     Raises
     ------
     FaultError
-        If it is out of proportion to what was read.
+        If that is out of proportion to the input.
     """
     target(data)
     tracemalloc.start()
@@ -59,13 +59,13 @@ def measured(target: Callable[[bytes], None], data: bytes) -> int:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder that is gone afterwards."""
+    """Yield a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as made:
         yield Path(made)
 
 
 def _read(path: Path) -> tna.AdapterFile | None:
-    """The adapter in a file, or None where it is refused as it should be."""
+    """Return the adapter in a file, or None if it is properly refused."""
     before = sorted(os.listdir(path.parent))
     try:
         found = tna.load(path)
@@ -76,14 +76,14 @@ def _read(path: Path) -> tna.AdapterFile | None:
     finally:
         if sorted(os.listdir(path.parent)) != before:
             raise FaultError("reading wrote a file")
-    # What is read can be used.
+    # An adapter that was read must be usable.
     if found.num_parameters < 1 << 20 and sum(rows * cols for rows, cols in (t.shape for t in found.targets)) < 1 << 20:
         found.deltas()
     return found
 
 
 def adapter(data: bytes) -> None:
-    """Bytes as an adapter file."""
+    """Read bytes as an adapter file."""
     with _folder() as folder:
         path = folder / "adapter.safetensors"
         path.write_bytes(data)
@@ -91,7 +91,7 @@ def adapter(data: bytes) -> None:
 
 
 def recipe(data: bytes) -> None:
-    """JSON as the recipe of an adapter file whose tensors are good and whose SHA-256 is right: what is behind it."""
+    """Read JSON as the recipe of an adapter file with valid tensors and SHA-256, to get past these checks."""
     value = _json(data)
     if not isinstance(value, dict):
         return
@@ -101,13 +101,13 @@ def recipe(data: bytes) -> None:
         path = folder / "adapter.safetensors"
         try:
             path.write_bytes(forge.adapter(value, tensors, escaped=True))
-        except (ValueError, RecursionError):  # a number or depth that JSON cannot be written with
+        except (ValueError, RecursionError):  # a number or depth that JSON cannot represent
             return
         _read(path)
 
 
 def config(data: bytes) -> None:
-    """JSON as the fields of a Config, which is then planned and computed with."""
+    """Read JSON as the fields of a Config, then plan and compute with it."""
     value = _json(data)
     if not isinstance(value, dict):
         return
@@ -122,13 +122,13 @@ def config(data: bytes) -> None:
     except tna.TnadaptError:
         return
     if plan.num_parameters < 1 << 16:
-        with contextlib.suppress(tna.TnadaptError):  # a start beyond what floats hold
+        with contextlib.suppress(tna.TnadaptError):  # an initial value outside the range of floats
             if any(delta.any() for delta in plan.deltas(plan.init())):
                 raise FaultError("a fresh adapter is not zero")
 
 
 def peers(data: bytes) -> None:
-    """Bytes as the tensors, and after a zero byte as the settings, of an adapter of PEFT; or of LyCORIS."""
+    """Read bytes as the settings and, after two zero bytes, the tensors of an adapter of PEFT, or of LyCORIS."""
     settings, _, tensors = data.partition(b"\0\0")
     with _folder() as folder:
         (folder / "adapter_config.json").write_bytes(settings)
@@ -141,7 +141,7 @@ def peers(data: bytes) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    """Bytes as the index of a checkpoint beside one good shard."""
+    """Read bytes as the index of a checkpoint with one valid shard."""
     with _folder() as folder:
         shard = forge.container(*forge.listed({"a.q.weight": ("F32", np.ones((6, 4), np.float32))}))
         (folder / "model-00001-of-00001.safetensors").write_bytes(shard)

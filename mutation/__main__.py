@@ -1,4 +1,4 @@
-"""Mutate the library and see whether the tests notice: ``python -m mutation [MODULE ...] [--sample N]``."""
+"""Mutate the library and check whether the tests notice: ``python -m mutation [MODULE ...] [--sample N]``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHOSEN, LEFT_OUT = RESULTS / "mutation.jsonl", RESULTS / "mutation_left_out.json
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """List, choose, run, report."""
+    """List, select, run and report mutants."""
     asked = _parser().parse_args(arguments)
     groups = {
         module: [file for file in files if file not in asked.without]
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = {key for key, record in before.items() if record["status"] != "survived" or not asked.again}
         kept |= before.keys() & reasoned
         todo = [mutant for mutant in mine if mutant.key not in kept]
-        print(f"{len(chosen)} mutants, {len(mine)} of them in this shard, {len(todo)} still to be run", flush=True)
+        print(f"{len(chosen)} mutants, {len(mine)} of them in this shard, {len(todo)} left to run", flush=True)
         files = sorted({file for group in groups.values() for file in group})
         reach = Reach.measured(ROOT, asked.work, files, asked.processes)
         survived = {key for key, record in before.items() if "survived" in (record["status"], record.get("first"))}
@@ -80,10 +80,10 @@ def _known() -> dict[str, report.Record]:
 def _parser() -> argparse.ArgumentParser:
     given = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
     given.add_argument(
-        "modules", nargs="*", help="files of tnadapt/, as algebra/folding.py; all that modules.toml lists"
+        "modules", nargs="*", help="files of tnadapt/, such as algebra/folding.py; default: all in modules.toml"
     )
-    given.add_argument("--sample", type=int, metavar="N", help="so many mutants, drawn at random")
-    given.add_argument("--seed", type=int, default=0, help="of the drawing")
+    given.add_argument("--sample", type=int, metavar="N", help="run N mutants, drawn at random")
+    given.add_argument("--seed", type=int, default=0, help="seed of the sample")
     given.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every Nth mutant, from the Ith on")
     given.add_argument("--processes", type=int, default=1, metavar="N")
     given.add_argument(
@@ -91,15 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="FILE",
-        help="test files to leave out: less time, and more survivors",
+        help="test files to leave out: faster, but with more survivors",
     )
     given.add_argument(
-        "--again", action="store_true", help="run earlier survivors again, but for those that no test can notice"
+        "--again", action="store_true", help="run earlier survivors again, except those that no test can notice"
     )
-    given.add_argument("--report", action="store_true", help="run nothing; write the table anew")
+    given.add_argument("--report", action="store_true", help="run nothing; only write the table")
     given.add_argument("--left-out", action="store_true", help="the mutants of cosmic-ray's other operators instead")
-    given.add_argument("--out", type=Path, help=f"the results, a line a mutant; {CHOSEN.name} or {LEFT_OUT.name}")
-    given.add_argument("--work", type=Path, default=ROOT / "runs" / "mutation", help="where measurements are kept")
+    given.add_argument("--out", type=Path, help=f"the results, one line per mutant; {CHOSEN.name} or {LEFT_OUT.name}")
+    given.add_argument("--work", type=Path, default=ROOT / "runs" / "mutation", help="folder that caches measurements")
     return given
 
 
@@ -109,13 +109,13 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _groups(asked: Sequence[str]) -> dict[str, list[str]]:
-    """The test files of each module that is asked for: those of its own name first."""
+    """Return the test files of each requested module, those with the module's name first."""
     found: dict[str, list[str]] = {}
     for group in tomllib.loads((HERE / "modules.toml").read_text(encoding="utf-8"))["group"]:
         for pattern in group["modules"]:
             paths = sorted((ROOT / "tnadapt").glob(pattern))
             if not paths:
-                raise SystemExit(f"modules.toml: no file is {pattern}")
+                raise SystemExit(f"modules.toml: no file matches {pattern}")
             for path in paths:
                 name = path.relative_to(ROOT / "tnadapt").as_posix()
                 if path.stat().st_size and (not asked or name in asked):
@@ -128,7 +128,7 @@ def _groups(asked: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _chosen(modules: dict[str, Module], seed: int, sample: int | None) -> list[Mutant]:
-    """In a random order that a mutant keeps when others come or go."""
+    """Return the mutants in a random order that does not depend on which others exist."""
 
     def place(mutant: Mutant) -> str:
         return hashlib.sha256(f"{seed} {mutant.key}".encode()).hexdigest()
@@ -137,7 +137,7 @@ def _chosen(modules: dict[str, Module], seed: int, sample: int | None) -> list[M
 
 
 def _read(out: Path) -> dict[str, dict[str, Any]]:
-    """The last result of each mutant."""
+    """Return the last result of each mutant."""
     if not out.exists():
         return {}
     return {record["key"]: record for record in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
@@ -153,7 +153,7 @@ def _run(
     codes: dict[str, str],
     survived: set[str],
 ) -> None:
-    """Every mutant, by so many processes, a line each at the end of the file."""
+    """Run every mutant, on several processes, and append one line per mutant to the file."""
     if not todo:
         return
     preload()
@@ -172,7 +172,7 @@ def _run(
                 os._exit(status)
         workers.append(worker)
     if any(os.waitpid(worker, 0)[1] for worker in workers):
-        raise SystemExit("a process of this run failed; what is done is kept, and the same command continues")
+        raise SystemExit("a process of this run failed; finished results are kept, and the same command resumes")
 
 
 def _work(
@@ -184,7 +184,7 @@ def _work(
     codes: dict[str, str],
     survived: set[str],
 ) -> None:
-    """What one process does."""
+    """Run the mutants of one process."""
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         judge = Judge(Tree(ROOT, Path(folder)), reach)
         for mutant in todo:

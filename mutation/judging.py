@@ -1,4 +1,4 @@
-"""Whether the tests notice one mutant."""
+"""Decide whether the tests notice a mutant."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .running import Outcome, Tree
 
 __all__ = ["Judge"]
 
-#: Of tests that are tried at once: how long they take by the measurement, how many, and in which profile.
+#: Stages of tests that run together: their measured time, their number, and the Hypothesis profile.
 _STAGES = ((4.0, 60, "brief"), (60.0, 600, "brief"), (20.0, 200, "ci"))
-#: How much longer than measured a stage may take, for a slower moment of the machine, and for collecting.
+#: How much longer than measured a stage may take, if the machine is slower, and the time for collection.
 _PATIENCE, _START = 5.0, 20.0
-#: Examples of the default profile for one of the brief one.
+#: Time of each profile relative to the brief one.
 _LONGER = {"brief": 1.0, "ci": 6.0}
 
 
@@ -33,7 +33,7 @@ class Judge:
         self._sound: dict[str, bool] = {}
 
     def judged(self, module: Module, mutant: Mutant, first: Sequence[str]) -> dict[str, Any] | None:
-        """What becomes of it: ``status``, ``by``, ``tests``, ``change``; None where there is nothing to run."""
+        """Return a mutant's outcome: ``status``, ``by``, ``tests``, ``change``; None if there is nothing to run."""
         code = module.mutated(mutant)
         if code is None:
             return None
@@ -47,7 +47,7 @@ class Judge:
                 if outcome.status == "passed":
                     break
                 if outcome.status == "timeout" and self.tree.run(stage, profile, limit).status == "timeout":
-                    limit *= 2  # the machine is slower than it was
+                    limit *= 2  # the machine has become slower
                     continue
                 if self._blamed(outcome, stage, profile):
                     status = "timeout" if outcome.status == "timeout" else "killed"
@@ -56,10 +56,10 @@ class Judge:
         return found
 
     def _blamed(self, outcome: Outcome, stage: Sequence[str], profile: str) -> bool:
-        """Whether it was the mutant: the test that failed passes without one."""
+        """Return whether the mutant caused the failure: the failing test passes without it."""
         if outcome.status == "timeout":
             return True
-        if not outcome.test:  # nothing could be imported
+        if not outcome.test:  # the import failed
             files = " ".join(sorted({test.split("::")[0] for test in stage}))
             if files not in self._sound:
                 self._sound[files] = self.tree.run(stage[:1], profile, 600.0).status == "passed"
@@ -81,7 +81,7 @@ class Judge:
                 if (profile == "brief" and test in done) or len(stage) == most:
                     continue
                 if stage and spent + self.reach.seconds[test] > seconds:
-                    continue  # a quicker one may still fit
+                    continue  # a faster one may still fit
                 spent += self.reach.seconds[test]
                 stage.append(test)
                 done.add(test)

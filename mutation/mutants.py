@@ -1,4 +1,4 @@
-"""All mutants of a module, each with a name that later changes elsewhere in the file leave as it is."""
+"""All mutants of a module, each with a name that changes elsewhere in the file do not affect."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Mutant:
     module : str
         Path of the file, from the root of the repository.
     function : str
-        In which function or class, with dots; empty on the level of the module.
+        The function or class, with dots; empty at module level.
     operator : str
     occurrence : int
-        Which place of this operator in the file it is: what cosmic-ray counts by.
+        The number of the place among this operator's in the file, as cosmic-ray counts.
     line : int
     key : str
-        The name: a digest of all of it but the numbers of lines.
+        The name: a digest of everything except line numbers.
     """
 
     module: str
@@ -69,7 +69,7 @@ class Module:
 
     @cached_property
     def mutants(self) -> list[Mutant]:
-        """Every mutant that is a change of what runs, in the order of the operators and of the file."""
+        """All mutants that change code that runs, in the order of the operators and of the file."""
         return list(self._found())
 
     def _found(self) -> Iterator[Mutant]:
@@ -88,7 +88,7 @@ class Module:
                 yield Mutant(self.path, function, name, occurrence, line, key)
 
     def mutated(self, mutant: Mutant) -> str | None:
-        """The file with that mutation; None where it is not Python, or the same program."""
+        """Return the file with that mutation; None if it is not valid Python, or the same program."""
         code = mutate_code(self.code, self.operators[mutant.operator], mutant.occurrence)
         try:
             same = code is None or ast.dump(ast.parse(code)) == ast.dump(self._tree)
@@ -97,19 +97,19 @@ class Module:
             return None
 
     def change(self, code: str) -> str:
-        """The lines that differ, as a diff has them."""
+        """Return the lines that differ, as in a diff."""
         lines = difflib.unified_diff(self._lines, code.splitlines(), n=0, lineterm="")
         return "\n".join(line for line in lines if line[:3] not in ("---", "+++") and line[:2] != "@@")
 
     def function(self, line: int) -> str:
-        """Names of the functions and classes around a line, with dots."""
+        """Return the names of the functions and classes around a line, with dots."""
         return ".".join(node.name for node in self._around(line))
 
     def reach(self, line: int) -> range | None:
-        """The lines one of which runs if the line does; None for what runs when the module is imported.
+        """Return the lines of which one runs if the given line does; None if it runs when the module is imported.
 
-        A statement may have many lines, of which not all are counted. What is in the head of a function runs on import,
-        and is seen by whatever calls the function.
+        A statement may span many lines, of which coverage does not count all. The head of a function runs on import,
+        and any caller of the function sees it.
         """
         around = self._around(line)
         if not around or isinstance(around[-1], ast.ClassDef):
@@ -135,7 +135,7 @@ class Module:
         return found
 
     def _never_run(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Where nothing runs: annotations, and what only a type checker reads; and what only asserts."""
+        """Return the ranges without effect at run time: annotations, code for type checkers, and mere assertions."""
         found: list[ast.AST] = []
         for node in ast.walk(self._tree):
             found += [node.annotation] if isinstance(node, ast.AnnAssign) else []
@@ -152,14 +152,14 @@ class Module:
                 found.append(node.args[0])
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "zip":
                 found += [keyword for keyword in node.keywords if keyword.arg == "strict"]
-            # Type aliases of the module.
+            # Type aliases at module level.
             if isinstance(node, ast.Assign) and node in self._tree.body and _alias(node.value):
                 found.append(node.value)
         return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in found]  # type: ignore[attr-defined]
 
 
 def _alias(node: ast.expr) -> bool:
-    """Whether it is a union of types, or a type of something."""
+    """Return whether the expression is a union of types, or a subscripted type."""
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, ast.BitOr) and _alias(node.left)
     return isinstance(node, ast.Name | ast.Attribute) or (isinstance(node, ast.Subscript) and _alias(node.value))

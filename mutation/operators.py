@@ -1,9 +1,9 @@
-"""Which mutations are made: a choice of cosmic-ray's operators, and four of our own.
+"""The mutation operators: a selection of cosmic-ray's, and four of our own.
 
 cosmic-ray replaces every arithmetic operator by each of the eleven others, and every comparison by each of the seven
-others. Here each operator is replaced by the one that it is most easily mistaken for, and each comparison by its
-negation and by the one that differs on equality: less than half as many mutants, of the same places. :func:`left_out`
-has the others.
+others. Here each operator is replaced by the one that it is most easily confused with, and each comparison by its
+negation and by the one that differs on equality: less than half as many mutants, at the same places. :func:`left_out`
+returns the others.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _span(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 class DropStatement(Operator):  # type: ignore[misc]
-    """``pass`` in place of a statement that is there for its effect: a call, a raise, an assignment to a part."""
+    """Replace a statement with a side effect by ``pass``: a call, a raise, an assignment to an item."""
 
     def mutation_positions(self, node: Any) -> Iterator[Any]:
         if node.parent is not None and node.parent.type == "simple_stmt" and _has_effect(node):
@@ -71,14 +71,14 @@ def _has_effect(node: Any) -> bool:
 
 
 class DropKeyword(Operator):  # type: ignore[misc]
-    """A call without one of its keyword arguments."""
+    """Drop one keyword argument of a call."""
 
     def mutation_positions(self, node: Any) -> Iterator[Any]:
         if node.type == "argument" and node.children[0].type == "name" and node.children[1] == "=":
             yield _span(node)
 
     def mutate(self, node: Any, index: int) -> Any:
-        # A comma stays behind: two in a row are no syntax, so it goes, too.
+        # Also remove a comma: two in a row are a syntax error.
         siblings = node.parent.children
         place = siblings.index(node)
         if place + 1 < len(siblings) and siblings[place + 1] == ",":
@@ -93,10 +93,10 @@ class DropKeyword(Operator):  # type: ignore[misc]
 
 
 class ReturnNone(Operator):  # type: ignore[misc]
-    """``return None`` in place of a value that is returned on a condition."""
+    """Replace a conditionally returned value by None."""
 
     def mutation_positions(self, node: Any) -> Iterator[Any]:
-        # The last statement of a function returns what it is there for: any test notices.
+        # The last statement returns the function's main result: any test notices.
         if node.type == "return_stmt" and node.children[1:] and node.children[1].get_code().strip() != "None":
             holder = node.parent.parent
             if holder is not None and holder.parent is not None and holder.parent.type != "funcdef":
@@ -112,7 +112,7 @@ class ReturnNone(Operator):  # type: ignore[misc]
 
 
 class NegateIn(Operator):  # type: ignore[misc]
-    """``not in`` in place of ``in``, and the other way round: cosmic-ray leaves both alone."""
+    """Replace ``in`` by ``not in`` and vice versa, which cosmic-ray does not."""
 
     def mutation_positions(self, node: Any) -> Iterator[Any]:
         if node.type == "comparison" and node.children[1].get_code(include_prefix=False) in ("in", "not in"):
@@ -129,17 +129,17 @@ class NegateIn(Operator):  # type: ignore[misc]
         return Example("x in y", "x not in y"), Example("x not in y", "x in y")
 
 
-#: Those of our own, by name.
+#: Our own operators, by name.
 OURS = {kind.__name__: kind for kind in (DropStatement, DropKeyword, NegateIn, ReturnNone)}
 
 
 def operators() -> dict[str, Operator]:
-    """All that are chosen, by a short name."""
+    """Return all selected operators, by a short name."""
     return {**_named(_CHOSEN), **{name: kind() for name, kind in OURS.items()}}
 
 
 def left_out() -> dict[str, Operator]:
-    """cosmic-ray's other operators, by a short name; without the two that it needs names of variables for."""
+    """Return cosmic-ray's other operators, by a short name, without the two that require variable names."""
     core = (name.removeprefix("core/") for name in operator_names() if name.startswith("core/"))
     return _named([name for name in sorted(core) if name not in _CHOSEN and not name.startswith("Variable")])
 

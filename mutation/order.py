@@ -1,4 +1,4 @@
-"""A plugin of pytest: these tests and no others, in this order, and which one failed."""
+"""A pytest plugin that runs given tests in a given order, and records which one failed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["Order"]
 
 
 class Order:
-    """Keeps the tests that are asked for.
+    """Keeps only the requested tests, in order.
 
     Parameters
     ----------
     tests : sequence of str
     said : Path
-        Each test that begins, a line; the last one is that which failed, or never ended.
+        A file with one line per started test; the last one failed, or never finished.
     """
 
     def __init__(self, tests: Sequence[str], said: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which tests reach which lines: measured once a test file, and kept until it or the library changes."""
+"""Which tests reach which lines: measured once per test file, and cached until it or the library changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .mutants import Module, Mutant
 __all__ = ["Reach"]
 
 HERE = Path(__file__).parent
-#: How many tests of a file are tried before it is another file's turn; of the module's own files.
+#: How many tests of a file run before another file's turn; the same for the module's own files.
 _TURN, _OWN_TURN = 5, 20
 
 _RUN = """
@@ -42,9 +42,9 @@ class Reach:
     Attributes
     ----------
     seconds : dict of str to float
-        What each test takes, in the brief profile.
+        The time of each test, in the brief profile.
     tests : dict
-        ``tests[module][line]`` is the set of tests that run it; "" is among them where it runs on import.
+        ``tests[module][line]`` is the set of tests that run it; it contains "" if the line runs on import.
     """
 
     seconds: dict[str, float]
@@ -52,7 +52,7 @@ class Reach:
 
     @classmethod
     def measured(cls, root: Path, kept: Path, files: Iterable[str], processes: int = 1) -> Reach:
-        """Of these test files, each measured in a process of its own where that is not kept in a folder."""
+        """Measure these test files, each in a separate process, unless a cached measurement exists."""
         kept.mkdir(parents=True, exist_ok=True)
         library = _digest(sorted((root / "tnadapt").rglob("*.py")))
         seconds: dict[str, float] = {}
@@ -77,16 +77,16 @@ class Reach:
         return cls(seconds, tests)
 
     def of(self, module: Module, mutant: Mutant, first: Iterable[str]) -> list[str]:
-        """The tests that can notice a mutant, the quickest first: of all files in turn, most of the module's own.
+        """Return the tests that can notice a mutant, fastest first: from all files in turn, mostly the module's own.
 
-        There may be thousands, of which not all are tried: a few of each file tell more than all of one.
+        There may be thousands, of which not all are run: a few of each file reveal more than all of one.
         """
         reached, lines = self.tests.get(module.path, {}), module.reach(mutant.line)
         found = set().union(*(reached.get(line, ()) for line in (reached if lines is None else lines)))
-        # A compiler may run a line that nobody sees: torch.compile does. Then it is any test of the module.
+        # A compiler such as torch.compile may run a line unseen by coverage. Then any test of the module may apply.
         found = found or set().union(*reached.values()) - {""}
         order = {file: place for place, file in enumerate(first)}
-        # What runs on import may concern any test.
+        # A line that runs on import may affect any test.
         imported = lines is None or "" in found
         own = {test for test in self.seconds if test.split("::")[0] in order} if imported else set()
         by_file: dict[str, list[str]] = defaultdict(list)
@@ -107,7 +107,7 @@ class Reach:
 
 
 def _measure(root: Path, file: str, out: Path) -> None:
-    """Run the tests of a file, and write which lines each of them reaches."""
+    """Run the tests of a file, and write the lines that each of them reaches."""
     start, part = time.monotonic(), out.with_suffix(".part")
     with tempfile.TemporaryDirectory(prefix="mutation-trace-") as started:
         environment = {
@@ -121,8 +121,8 @@ def _measure(root: Path, file: str, out: Path) -> None:
             [sys.executable, "-c", _RUN, str(root), str(part), started, file],
             cwd=root, env=environment, capture_output=True, text=True, check=False, errors="replace",
         )  # fmt: skip
-    # 1: some fail while lines are traced, such as those of memory; they are left out. 5: nothing was collected, as
-    # where a library is not installed.
+    # 1: some fail while lines are traced, such as those on memory; they are left out. 5: nothing was collected, for
+    # example because a library is not installed.
     if done.returncode not in (0, 1, 5) or not part.exists():
         raise SystemExit(f"{file} fails without any mutation:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
     part.rename(out)

@@ -1,4 +1,4 @@
-"""What became of the mutants: the reasons of survivors, the table, and whether it will do."""
+"""The report on mutants: the reasons for survivors, the table, and whether the goal is met."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["GOAL", "KINDS", "Rest", "failings", "page", "reasons"]
 
 #: The share of the mutants that are not equivalent to the code which the tests have to notice.
 GOAL = 0.95
-#: Why a mutant may survive: nobody can tell it from the code; it only costs time or memory; the test is owed.
+#: Why a mutant may survive: it is indistinguishable from the code; it only costs time or memory; a test is missing.
 KINDS = ("equivalent", "cost", "gap")
 
 Record = Mapping[str, Any]
@@ -27,9 +27,9 @@ class Rest(NamedTuple):
     Attributes
     ----------
     records : sequence of mapping
-        Those that were run.
+        The mutants that were run.
     there : int
-        How many there are.
+        The number of all such mutants.
     """
 
     records: Sequence[Record]
@@ -37,7 +37,7 @@ class Rest(NamedTuple):
 
 
 def reasons(path: Path) -> dict[str, Record]:
-    """The reasons in ``survivors.toml``, by the key of the mutant."""
+    """Return the reasons in ``survivors.toml``, by the key of the mutant."""
     found: dict[str, Record] = {}
     for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("survivor", []):
         if entry["kind"] not in KINDS or not entry["reason"].strip():
@@ -53,13 +53,13 @@ def _equivalent(record: Record, known: Mapping[str, Record]) -> bool:
 
 
 def _rate(records: Sequence[Record], known: Mapping[str, Record]) -> tuple[int, int]:
-    """How many were noticed, of how many that could be."""
+    """Return how many mutants were noticed, and how many could be."""
     could = [record for record in records if not _equivalent(record, known)]
     return sum(record["status"] != "survived" for record in could), len(could)
 
 
 def failings(records: Sequence[Record], known: Mapping[str, Record], goal: bool = True) -> list[str]:
-    """What is wrong with a run, a line each; nothing where all is well. Without a goal, any share will do."""
+    """Return the problems of a run, one line each; empty if there are none. Without a goal, any share is accepted."""
     found = [
         f"{record['key']} survived, and survivors.toml gives no reason: {record['module']}, line {record['line']}\n"
         f"{record['change']}"
@@ -79,7 +79,7 @@ def failings(records: Sequence[Record], known: Mapping[str, Record], goal: bool 
 
 
 def _interval(noticed: int, of: int) -> tuple[float, float]:
-    """Wilson's interval of 95 %."""
+    """Return Wilson's 95 % interval."""
     z, share = 1.96, noticed / of
     middle = share + z * z / (2 * of)
     half = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
@@ -93,20 +93,20 @@ def page(
     run: Mapping[str, Any],
     rest: Rest | None = None,
 ) -> str:
-    """The table in Markdown.
+    """Return the table in Markdown.
 
     Parameters
     ----------
     records : sequence of mapping
-        One for each mutant that was run.
+        One per mutant that was run.
     known : mapping
         The reasons.
     there : mapping of str to int
-        How many mutants each module has.
+        The number of mutants of each module.
     run : mapping
         The seed, the versions, the machine.
     rest : Rest, optional
-        What the operators that are left out make.
+        The mutants of the operators that are left out.
     """
     counts: dict[str, Counter[str]] = {module: Counter() for module in there}
     for record in records:
@@ -162,11 +162,11 @@ def page(
 
 
 def _together(records: Sequence[Record], known: Mapping[str, Record], of: int, rest: Rest) -> list[str]:
-    """What the share is over all that cosmic-ray makes, each of the two kinds counted by how many there are of it."""
+    """Return the share over all of cosmic-ray's mutants, with the two kinds weighted by their numbers."""
     noticed, could = _rate(rest.records, known)
     theirs = [record for record in records if record["operator"] not in OURS]
     share, late = _share(theirs, known), _share(theirs, known, late=False)
-    some = round(of * len(theirs) / len(records))  # of ours there are as many as the sample says
+    some = round(of * len(theirs) / len(records))  # the number of ours is estimated from the sample
 
     def over_all(one: float) -> float:
         return (one * some + noticed / could * rest.there) / (some + rest.there)

@@ -1,4 +1,4 @@
-"""Running tests against a mutant: in a process forked from one that has everything imported but the library itself."""
+"""Run tests against a mutant, in a process forked from one that has imported everything except the library itself."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _PRELOADED = (
     "safetensors.numpy", "tensorly", "numba", "torch", "torch.func", "torch.nn.utils.parametrize", "safetensors.torch",
     "jax", "jax.numpy", "array_api_strict", "transformers", "peft",
 )  # fmt: skip
-# A mutant may ask for more memory than there is.
+# A mutant may request more memory than there is.
 _MEMORY = 12 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What tests said.
+    """The outcome of a run of tests.
 
     Attributes
     ----------
     status : str
         "passed", "failed" or "timeout".
     test : str
-        The first that failed, or was at work when time ran out; empty where the mutant cannot be imported.
+        The first that failed, or was running at the timeout; empty if the mutant cannot be imported.
     """
 
     status: str
@@ -44,8 +44,8 @@ class Outcome:
 
 
 def preload() -> None:
-    """Import what the tests import, so that no mutant has to wait for it. Nothing of the library is among it."""
-    # JAX warns of a fork in a process that has its threads. There are none before it computes something.
+    """Import what the tests import, except the library itself, so that no mutant has to wait for it."""
+    # JAX warns of a fork in a process with its threads. There are none before it computes something.
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -56,7 +56,7 @@ def preload() -> None:
 
 
 class Tree:
-    """A copy of the repository, in which one file at a time is another one.
+    """A copy of the repository, in which one file at a time is replaced.
 
     Parameters
     ----------
@@ -74,15 +74,15 @@ class Tree:
             if (root / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(root / name, folder / name)
-        # Kernels that were compiled before: numba would take a minute.
+        # Copy compiled kernels: numba would take a minute.
         for cache in (root / "tnadapt").glob("kernels/**/__pycache__"):
             shutil.copytree(cache, folder / cache.relative_to(root), dirs_exist_ok=True)
-        # Python takes a compiled file for that of a source of the same second and size.
+        # Python identifies the source of a compiled file by its size and modification time in seconds.
         self._moment = int(time.time()) - 10**8
 
     @contextlib.contextmanager
     def holding(self, path: str, code: str) -> Iterator[None]:
-        """Meanwhile the file has that code."""
+        """Replace the content of a file within the context."""
         place = self.folder / path
         before = place.read_text(encoding="utf-8")
         try:
@@ -97,16 +97,16 @@ class Tree:
         os.utime(place, (self._moment, self._moment))
 
     def run(self, tests: Sequence[str], profile: str, seconds: float) -> Outcome:
-        """Whether these tests pass, in this order and up to the first that fails.
+        """Run these tests in this order, up to the first that fails.
 
         Parameters
         ----------
         tests : sequence of str
-            Their names, as pytest has them.
+            Their names, as in pytest.
         profile : str
-            Hypothesis's.
+            The Hypothesis profile.
         seconds : float
-            After how many it is given up.
+            The timeout.
         """
         said = self.folder / ".mutation-said"
         said.write_text("", encoding="utf-8")
@@ -122,7 +122,7 @@ class Tree:
         return Outcome("failed", lines[-1] if lines else "")
 
     def _child(self, tests: Sequence[str], profile: str, said: Path) -> None:
-        """What the forked process does; it does not return."""
+        """Run the tests in the forked process; does not return."""
         status = 70
         try:
             os.setsid()
@@ -140,7 +140,7 @@ class Tree:
 
             files = list(dict.fromkeys(test.split("::")[0] for test in tests))
             options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""]
-            # Some of pytest's plugins are among what was imported before.
+            # Some of pytest's plugins were already imported.
             options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
             status = int(pytest.main([*files, *options], plugins=[Order(tests, said)]))
         finally:
@@ -148,7 +148,7 @@ class Tree:
 
 
 def _waited(child: int, until: float) -> int | None:
-    """Its exit status; None where it had to be ended."""
+    """Return the exit status; None if the process had to be killed."""
     wait = 0.01
     while time.monotonic() < until:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -163,6 +163,6 @@ def _waited(child: int, until: float) -> int | None:
 
 
 def _end(child: int) -> None:
-    """It and all that it has started."""
+    """Kill the process and all its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)

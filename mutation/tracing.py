@@ -1,4 +1,4 @@
-"""A plugin of pytest: how long each test took, and which lines of the library it ran."""
+"""A pytest plugin that records how long each test took, and which lines of the library it ran."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["Tracing"]
 
 
 class Tracing:
-    """Counts while the tests run; writes one JSON file at the end.
+    """Records while the tests run; writes one JSON file at the end.
 
     Parameters
     ----------
     root : Path
         The repository.
     out : Path
-        ``{test: {"seconds": ..., "lines": {module: [line, ...]}}}`` of every test that passed, and by the name "" of
-        what runs outside of tests, when modules are imported.
+        ``{test: {"seconds": ..., "lines": {module: [line, ...]}}}`` for every test that passed, and under the name ""
+        for code that runs outside tests, when modules are imported.
     started : Path
-        The folder in which the processes that tests start leave what they ran (``startup/sitecustomize.py``).
+        The folder in which processes started by tests record what they ran (``startup/sitecustomize.py``).
     """
 
     def __init__(self, root: Path, out: Path, started: Path) -> None:
@@ -42,7 +42,7 @@ class Tracing:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
-        if not report.passed:  # skipped tests kill nothing either
+        if not report.passed:  # skipped tests cannot notice anything either
             self.failed.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:

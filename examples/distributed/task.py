@@ -1,4 +1,4 @@
-"""What stands in for your model and your data: a small vision transformer, and images of bars to tell apart."""
+"""Stand-ins for your model and data: a small vision transformer, and images of bars to classify."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ SIZE, PATCH, WIDTH, CLASSES = 8, 2, 32, 4
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each beside a shortcut."""
+    """Attention and an MLP, each with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class VisionTransformer(nn.Module):
 
 
 def pretrained_model() -> VisionTransformer:
-    """Always of the same weights, as if they had been read from a file."""
+    """Return a model with fixed weights, as if read from a file."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return VisionTransformer()

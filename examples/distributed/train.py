@@ -17,7 +17,7 @@ arguments = argparse.ArgumentParser(description=__doc__)
 arguments.add_argument("--how", choices=("ddp", "fsdp2"), default="ddp")
 arguments.add_argument("--batch", type=int, default=16, help="over all processes together")
 arguments.add_argument("--epochs", type=int, default=6)
-arguments.add_argument("--adapter", help="an adapter's file to go on from")
+arguments.add_argument("--adapter", help="adapter file to resume from")
 arguments.add_argument("--out", default="adapter.safetensors")
 options = arguments.parse_args()
 
@@ -63,5 +63,5 @@ for epoch in range(options.epochs):
 
 # start: saving
 adapter.save(options.out)  # every process calls it, process 0 writes
-dist.barrier()  # none takes its end of the connections down while another still writes
+dist.barrier()  # no process closes its connections while another still writes
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The same by accelerate: ``accelerate launch train_accelerate.py``."""
+"""The same with accelerate: ``accelerate launch train_accelerate.py``."""
 
 import argparse
 

@@ -1,7 +1,7 @@
-"""Imported by every Python process of a measurement as it starts: which lines of the library a test's processes run.
+"""Imported by every Python process of a measurement at start-up, to record the lines that a test's processes run.
 
-Only processes that a test starts are traced; pytest's own is :class:`mutation.tracing.Tracing`'s. What a process ran is
-written when it ends by itself. A process that is killed writes nothing.
+Only processes that a test starts are traced; :class:`mutation.tracing.Tracing` handles pytest's own. A process writes
+its record when it exits normally; one that is killed writes nothing.
 """
 
 import os

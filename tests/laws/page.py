@@ -1,6 +1,6 @@
-"""The page of the laws: ``python -m tests.laws.page FILE...`` makes it of what ``pytest --junitxml FILE`` reported.
+"""The page of the laws: ``python -m tests.laws.page FILE...`` generates it from reports of ``pytest --junitxml FILE``.
 
-Several files are the parts of one run. ``--check`` changes nothing, and says where a run shows less than the page does:
+Several files are the parts of one run. ``--check`` changes nothing, and reports where a run falls short of the page:
 a law that failed, that skipped cases for a new reason, or of which fewer cases passed.
 """
 
@@ -20,7 +20,7 @@ from .book import laws
 
 __all__ = ["COUNTS", "PAGE", "count", "page", "shortcomings"]
 
-# What another machine may lack: a reason that contains one of these may keep cases from being run there.
+# What another machine may lack: a skip reason that contains one of these is accepted there.
 LACKING = ("cupy is not installed", "no CUDA device", "finds no device", "by root alone", "C++ compiler", "no NVRTC")
 PACKAGES = ("tnadapt", "numpy", "scipy", "torch", "jax", "peft", "transformers", "hypothesis", "pytest")
 
@@ -30,29 +30,29 @@ COUNTS = DOCS / "laws.json"
 
 HEAD = """# The laws
 
-What must hold, and how many cases of a run of the tests showed it. `tests/laws/book.toml` has the laws; the tests of
-each are marked with its id, `@pytest.mark.law("id")`. `python -m pytest --junitxml FILE` reports what passed, and
-`python -m tests.laws.page FILE` makes this page of it. CI counts anew, and does not pass if a case of a law fails, if a
-law has none that passes, or if cases are gone or skipped for a reason that is neither in the table below nor the
-machine's.
+The laws that the library obeys, and the number of test cases that confirmed each in one run. `tests/laws/book.toml`
+lists the laws; the tests of each are marked with its id, `@pytest.mark.law("id")`. `python -m pytest --junitxml FILE`
+reports what passed, and `python -m tests.laws.page FILE` generates this page from it. CI repeats the count, and fails
+if a case of a law fails, if a law has no passing case, or if cases are missing or skipped for a reason that is neither
+in the table below nor due to the machine.
 
-A *case* is a test with one set of parameters. *drawn*: so many of them are not one case but a search by Hypothesis,
-over up to sixty examples of configs, shapes and numbers unless the test says otherwise (`HYPOTHESIS_PROFILE=long`: six
-hundred). A case can be of several laws; with those that were skipped there are {cases:,} in all. *of*: methods,
-configs, models or faults by name, and the folds. A test that names no library is counted as that of the library which
-its module imports, or as NumPy's.
+A *case* is a test with one set of parameters. *drawn* counts the cases that are not single examples but a search by
+Hypothesis, over up to sixty examples of configs, shapes and numbers unless the test says otherwise
+(`HYPOTHESIS_PROFILE=long`: six hundred). A case can belong to several laws; including skipped ones, there are
+{cases:,} in all. *of* lists methods, configs, models or faults by name, and the folds. A test that names no library
+counts for the library that its module imports, or else for NumPy.
 """
 
 
 def count(reports: Sequence[Path]) -> dict[str, Any]:
-    """Cases by law, of JUnit reports."""
+    """Count the cases of each law in JUnit reports."""
     cases: dict[tuple[str | None, str | None], dict[str, Any]] = {}
     for path in reports:
         for case in ElementTree.parse(path).iter("testcase"):
             recorded = [(one.get("name"), one.get("value")) for one in case.iter("property")]
             if any(name == "law" for name, _ in recorded):
                 key = case.get("classname"), case.get("name")
-                # What passed has a second entry where what follows the test fails.
+                # A test that passed has a second entry if its teardown fails.
                 if cases.get(key, {}).get("outcome") != "failed":
                     cases[key] = {"recorded": recorded, **_outcome(case)}
     return {
@@ -99,7 +99,7 @@ def _version(name: str) -> str | None:
 
 
 def page(counted: Mapping[str, Any]) -> str:
-    """The page, as Markdown."""
+    """Return the page as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in counted["versions"].items())
     text = [HEAD.format(cases=counted["cases"])]
     text += [f"\nCounted on {counted['system']}, Python {counted['python']}: {versions}.\n"]
@@ -131,7 +131,7 @@ def _cells(law: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """As a cell of a table holds it."""
+    """Return the text escaped for a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
 
 
@@ -140,10 +140,10 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def shortcomings(counted: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:
-    """What a run lacks of what the page states.
+    """Return where a run falls short of what the page states, one line each.
 
-    Another machine may have no card, or no root: so many cases more than the page's may be skipped for it. A case that
-    is skipped for a reason that the page does not have is missing.
+    Another machine may have no GPU, or no root access, and may skip that many more cases than the page. A case that
+    is skipped for a reason that the page does not have counts as missing.
 
     Examples
     --------
@@ -179,7 +179,7 @@ def _kept_by_the_machine(law: Mapping[str, Any]) -> int:
 
 
 def main() -> None:
-    """Make the page, or check it."""
+    """Generate the page, or check it."""
     given = argparse.ArgumentParser(description=__doc__)
     given.add_argument("reports", type=Path, nargs="+", help="what pytest --junitxml wrote")
     given.add_argument("--check", action="store_true")
