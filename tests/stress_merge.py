@@ -186,7 +186,7 @@ def kills(folder: Path, count: int, seed: int) -> tuple[Count, list[str]]:
 # -- Races -----------------------------------------------------------------------------------------
 
 #: What a loser may be told, by a part of the message.
-TOLD = ("another process is making", "taken over by another process", "other processes are making")
+TOLD = ("another process is writing", "taken over by another process", "other processes are writing")
 
 #: What one of two that replace a folder at once may be told as well, without locks and without exchanges.
 BETWEEN = "has been created while its previous content"

@@ -133,7 +133,7 @@ def test_it_reads_metadata_that_are_null_as_safetensors_does(tmp_path: Path) -> 
         (forge.container({"__metadata__": True}), "an object of strings"),
         (forge.container({"__metadata__": {"a": None}}), "an object of strings"),
         (forge.container('{"__metadata__": null, "__metadata__": {}}'), "the key '__metadata__' twice"),
-        (forge.container('{"\\ud800": 1}'), "has half a surrogate pair, and is no name"),
+        (forge.container('{"\\ud800": 1}'), "has half a surrogate pair, and is not a valid name"),
         (forge.container({"a": 1}), "must be an object of dtype, shape and data_offsets"),
         (forge.container(ONE, b"1234567"), "cut off or too long: the tensors have 8 bytes, and 7 follow"),
         (forge.container(ONE, b"123456789"), "cut off or too long: the tensors have 8 bytes, and 9 follow"),

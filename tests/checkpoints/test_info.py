@@ -94,7 +94,7 @@ def test_adapters_of_others(tmp_path: Path) -> None:
         found = tna.info(tmp_path)
         assert found["kind"] == "other adapter"
         assert what in found["what"]
-        with pytest.raises(tna.FileError, match="tnadapt convert makes it one"):
+        with pytest.raises(tna.FileError, match=r"tnadapt\.convert \(tnadapt convert\) converts it"):
             tna.load(tmp_path / "adapter_model.safetensors")
 
 

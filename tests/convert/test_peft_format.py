@@ -96,7 +96,7 @@ def test_lokr_of_several_sizes_is_stored_dense(tmp_path: Path) -> None:
         f"group{new}.split0.dense": found.file.arrays[f"group{old}.split0.dense"] for new, old in enumerate(places)
     }
     file = tna.AdapterFile(found.file.config, without, arrays)
-    with pytest.raises(tna.ConfigError, match=r"no LoKr by itself: give rank="):
+    with pytest.raises(tna.ConfigError, match=r"not exactly LoKr: give rank="):
         tna.convert(file, to="peft-lokr")
     again = tna.convert(file, tmp_path / "again", to="peft-lokr", rank=9)
     assert again.exact  # found again, by the nearest Kronecker product

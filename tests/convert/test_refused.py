@@ -252,7 +252,7 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
     [
         (kohya(), {"base": None}, "give base=: a safetensors file of the base model, or a list of its modules' paths"),
         (kohya(), {"base": ["a.k"]}, "base has no module for the name 'a_q'; it has 'a_k', 1 in all"),
-        (kohya(), {"base": ["a.q", "a_q"]}, "the name 'a_q' is of 'a.q' and of 'a_q'"),
+        (kohya(), {"base": ["a.q", "a_q"]}, "the name 'a_q' may be 'a.q' or 'a_q'"),
         (kohya(), {"base": {"a.q": (6, 9)}}, "of 'a.q' has the shape (6, 8), and the weight in base has (6, 9)"),
         (kohya(), {"base": {"a.q": (8, 6)}}, "and the weight in base has (8, 6): this is another model"),
         (kohya(), {"base": {"a.q": (6, 2, 2, 3)}}, "and the weight in base has (6, 2, 2, 3)"),
@@ -366,9 +366,9 @@ def test_a_pickle_is_not_opened(name: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(pickle.dumps(Harm()))
     (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(CONFIG))
-    refused(tmp_path / "in" / name, "pickle, which can run any program when it is opened: it was not")
+    refused(tmp_path / "in" / name, "pickle, which can run arbitrary code when opened, so it was not opened")
     if name == "adapter_model.bin":
-        refused(tmp_path / "in", "pickle, which can run any program when it is opened: it was not")
+        refused(tmp_path / "in", "pickle, which can run arbitrary code when opened, so it was not opened")
     assert not (tmp_path / "harm").exists()
 
 
@@ -380,7 +380,7 @@ def test_paths_that_lead_to_an_adapter(tmp_path: Path) -> None:
     tna.save(tmp_path / "ours" / "adapter.safetensors", made(tna.presets.lora(1)))
     assert tna.convert(tmp_path / "ours").origin == "tnadapt"
     assert tna.convert(tna.load(tmp_path / "ours" / "adapter.safetensors")).origin == "tnadapt"
-    with pytest.raises(FileError, match=r"like an adapter of PEFT: .* tnadapt\.convert makes it one"):
+    with pytest.raises(FileError, match=r"like an adapter of PEFT: .*tnadapt\.convert .* converts it"):
         tna.load(where / "adapter_model.safetensors")
 
 
@@ -433,7 +433,7 @@ def test_what_acts_on_activations_is_no_update(tmp_path: Path) -> None:
     import dataclasses
 
     file = dataclasses.replace(made(tna.presets.lora(2)), activation="gelu")
-    with pytest.raises(tna.ConfigError, match="is no update of weights"):
+    with pytest.raises(tna.ConfigError, match="does not update weights"):
         tna.convert(file, to="lycoris-full")
     assert tna.convert(file, dtype="float16").file.activation == "gelu"  # type: ignore[union-attr]
     broken = made(tna.presets.lora(2))
@@ -584,7 +584,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, to: str) -> None:
     tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), to="peft-lora").save(tmp_path / "peft")
     (tmp_path / "peft" / to).unlink()
     os.mkfifo(tmp_path / "peft" / to)
-    with pytest.raises(FileError, match=r"is no file|is neither a file nor a folder"):
+    with pytest.raises(FileError, match=r"is not a file|is neither a file nor a folder"):
         tna.convert(tmp_path / "peft")
 
 

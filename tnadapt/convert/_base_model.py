@@ -36,8 +36,7 @@ class Base:
         found = self._flat.get(flat, [])
         if len(found) > 1:
             raise TargetError(
-                f"the name {safe_repr(flat)} is of {' and of '.join(map(safe_repr, found))}, for LyCORIS writes "
-                "dots as "
+                f"the name {safe_repr(flat)} may be {' or '.join(map(safe_repr, found))}, as LyCORIS writes dots as "
                 "underscores; leave all but one of them out of base"
             )
         if not found:
@@ -100,7 +99,7 @@ def _of_file(path: str) -> dict[str, tuple[int, ...] | None]:
     entries = open_checkpoint(path).entries
     found = {_module(name): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
     if not found:
-        raise FileError(f"{path} has no tensor whose name ends in .weight, and is no base model")
+        raise FileError(f"{path} has no tensor whose name ends in .weight, and is not a base model")
     return dict(found)
 
 

@@ -70,7 +70,7 @@ class StoredFiles:
             return
         path = self._place(name)
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FileError("is no regular file")  # opening a pipe would block until somebody writes to it
+            raise FileError("is not a regular file")  # opening a pipe would block until somebody writes to it
         with open(path, "rb") as file:
             yield file
 
@@ -111,8 +111,8 @@ def foreign_tensor_names(path: str) -> list[str] | None:
 def pickle_error() -> FileError:
     """Return the error for a pickle."""
     return FileError(
-        "the weights are a pickle, which can run any program when it is opened: it was not. Save the adapter again "
-        "with a release of PEFT or LyCORIS that writes safetensors"
+        "the weights are a pickle, which can run arbitrary code when opened, so it was not opened. Save the adapter "
+        "again with a release of PEFT or LyCORIS that writes safetensors"
     )
 
 

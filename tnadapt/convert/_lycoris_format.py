@@ -210,7 +210,9 @@ def _modules(container: Container, part: str | None) -> tuple[dict[str, dict[str
         dtypes |= {DTYPES[entries[name].dtype]} if suffix != "alpha" else set()
         found.setdefault(flat, {})[_SUFFIXES.get(suffix, suffix)] = array
     if unknown:
-        raise FileError(f"has tensors that are no part of a LoRA, LoKr, LoHa or full difference: {summarize(unknown)}")
+        raise FileError(
+            f"has tensors that do not belong to a LoRA, LoKr, LoHa or full difference: {summarize(unknown)}"
+        )
     _check_part(prefixes, part)
     return found, dtypes
 

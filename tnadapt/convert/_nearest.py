@@ -133,7 +133,7 @@ def _spectrum(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, kep
 
 
 def _kronecker_spectrum(form: ModuleUpdate, kept: int | None) -> Spectrum:
-    """Compute the SVD of a Kronecker product, whose singular values and vectors are products of those of its factors."""
+    """Compute the SVD of a Kronecker product: its singular values and vectors are products of the factors'."""
     one, two = (np.linalg.svd(as_matrix(part), full_matrices=False) for part in form.absorb_scale().parts)
     s = np.outer(one.S, two.S).reshape(-1)
     order = np.argsort(-s, kind="stable")
@@ -209,7 +209,7 @@ def _smallest_rank(
             f"the update of {safe_repr(module.path)} has matrix rank {worst.rank}, and LoRA of that rank is "
             "larger than "
             f"the update itself, {module.shape[0]} × {module.shape[1]}: give rank= or max_error= for the nearest of "
-            "lower rank, or to='lycoris-full' for all of it"
+            "lower rank, or to='lycoris-full', which holds every update"
         )
     # Exact updates do not contribute to the error, but to the norm that it is relative to.
     exact = [norm(own.delta(unpacked)) for own, one in zip(modules, found, strict=True) if isinstance(one, Chosen)]
@@ -318,9 +318,8 @@ def _fit(delta: Float, config: Config) -> dict[str, Float]:
 
 def _no_rank(module: Module, method: str) -> ConfigError:
     return ConfigError(
-        f"the update of {safe_repr(module.path)} is no {method} by itself: give rank= for the nearest of that "
-        "rank, and "
-        "max_error= for how far off it may be; or to='lycoris-full' for all of it"
+        f"the update of {safe_repr(module.path)} is not exactly {method}: give rank= for the nearest of that "
+        "rank, and max_error= for the largest error allowed; or to='lycoris-full', which holds every update"
     )
 
 

@@ -228,7 +228,7 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
         else:
             unknown.append(name)
     if unknown:
-        raise FileError(f"has tensors that are no part of a {settings.kind} adapter: {summarize(unknown)}")
+        raise FileError(f"has tensors that do not belong to a {settings.kind} adapter: {summarize(unknown)}")
     if not modules:
         raise FileError("has no adapted weight")
     wrapped = next((path for path in modules if ".base_layer." in f".{path}."), None)
@@ -268,10 +268,8 @@ def _check_transposed(targets: Sequence[Target], says: bool) -> None:
     square = [target for target in flat if target.stored[0] == target.stored[1]]
     if wrong and square:
         raise FileError(
-            f"fan_in_fan_out is {says} for all weights, which is not so of {safe_repr(wrong[0].module)} in "
-            "base: of the "
-            f"square {safe_repr(square[0].module)} nothing says how it is stored. Save one adapter for each "
-            "kind of layer"
+            f"fan_in_fan_out is {says} for all weights, which is wrong for {safe_repr(wrong[0].module)} in base, so it "
+            f"is unknown how the square {safe_repr(square[0].module)} is stored. Save one adapter per kind of layer"
         )
 
 

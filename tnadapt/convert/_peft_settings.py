@@ -161,7 +161,7 @@ def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:
         try:
             re.compile(key)
         except (re.error, RecursionError, OverflowError) as error:
-            raise FileError(f"{field} has {safe_repr(key)}, which is no regular expression: {error}") from None
+            raise FileError(f"{field} has {safe_repr(key)}, which is not a regular expression: {error}") from None
     return found
 
 
