@@ -1,4 +1,4 @@
-"""What an adapter file holds, as an object: its parts fit together, or it is not made."""
+"""The content of an adapter file as an object: inconsistent parts are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter file: exact, small, the same bytes each time, and safe to open whatever is in it."""
+"""Adapter files: exact, small, reproducible, and safe to open whatever their content."""
 
 from __future__ import annotations
 

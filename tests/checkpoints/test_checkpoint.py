@@ -1,4 +1,4 @@
-"""Models on disk: one file, several with an index, and everything that is wrong with one."""
+"""Models on disk: one file, several with an index, and all ways in which they can be damaged."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_dtypes_that_numpy_lacks_are_carried(tmp_path: Path, tag: str) -> None:
 def test_part_of_a_byte_is_no_tensor(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}
     (tmp_path / "model.safetensors").write_bytes(forge.container(header, b"1"))
-    assert "no whole number of bytes" in refused(tmp_path)
+    assert "not a whole number of bytes" in refused(tmp_path)
 
 
 # -- What is wrong with it ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``tnadapt merge`` and ``tnadapt info`` as they are typed."""
+"""``tnadapt merge`` and ``tnadapt info``, run as by a user."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_it_merges_and_says_what(base: Path, tmp_path: Path) -> None:
     assert lines[0].endswith(" in 2 files")
     assert "3 updates added to 3 of 9 tensors" in lines[1]
     assert "added: head.weight" in lines[2]
-    assert lines[4].endswith("links out of BASE, or no regular files): pytorch_model.bin")
+    assert lines[4].endswith("links out of BASE, or not regular files): pytorch_model.bin")
     again = run("merge", base, tmp_path / "adapter.safetensors", "--out", tmp_path / "out")
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == (

@@ -1,4 +1,4 @@
-"""``tnadapt plan``, as its user types it."""
+"""``tnadapt plan``, run as by a user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a review found once: each stays as a case of its own."""
+"""Regression tests for errors found in a review."""
 
 from __future__ import annotations
 

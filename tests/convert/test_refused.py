@@ -1,4 +1,4 @@
-"""What cannot be converted is said, by name, before anything is written."""
+"""Adapters that cannot be converted are rejected by name before anything is written."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def tensors(**fields: Any) -> dict[str, np.ndarray]:
         ('{"peft_type": "LORA", "r": 2, "lora_alpha": 1e999}', "not finite"),
         (changed(rank_pattern=[1]), "rank_pattern must be an object"),
         (changed(rank_pattern={"q": "a"}), "the rank of a.q must be an integer"),
-        (changed(alpha_pattern={"(": 2}), "no regular expression"),
+        (changed(alpha_pattern={"(": 2}), "not a regular expression"),
         (changed(alpha_pattern={"(a+)+": 2}), "may take forever"),
         (changed(modules_to_save="q"), "modules_to_save must be a list"),
         (changed(peft_type="LOKR"), "'a.q' has tensors of lora, and adapter_config.json says lokr"),
@@ -224,10 +224,10 @@ def refused(source: Path, message: str, **more: Any) -> None:
         (tensors(a__q__lora_magnitude_vector=np.ones(6, "f4")), "DoRA"),
         (tensors(a__q__lora_B__bias=np.ones(6, "f4")), "it adds to the layer's bias"),
         (tensors(a__q__lora_embedding_A=np.ones((2, 6), "f4")), "the update of an embedding"),
-        (tensors(head__weight=np.ones((2, 6), "f4")), "no part of a lora adapter: 'base_model.model.head.weight'"),
+        (tensors(head__weight=np.ones((2, 6), "f4")), "do not belong to a lora adapter: 'base_model.model.head.weight'"),
         (tensors(a__q__lokr_w1=np.ones((2, 2), "f4")), "has tensors of lora and lokr"),
-        (tensors(a__q__lora_A__default__weight=np.ones((2, 8), "f4")), "no part of a lora adapter"),
-        ({"a.q.lora_A.weight": np.zeros((2, 8), "f4")}, "no part of a lora adapter"),
+        (tensors(a__q__lora_A__default__weight=np.ones((2, 8), "f4")), "do not belong to a lora adapter"),
+        ({"a.q.lora_A.weight": np.zeros((2, 8), "f4")}, "do not belong to a lora adapter"),
         ({}, "has no adapted weight"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -265,7 +265,7 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
         (kohya(lora_unet_a_q__dora_scale=np.ones((6, 1), "f4")), {}, "DoRA"),
         (kohya(lora_unet_a_q__diff_b=np.ones(6, "f4")), {}, "the change of a bias"),
         (kohya(lora_unet_n__w_norm=np.ones(6, "f4")), {}, "the change of a normalisation"),
-        (kohya(lora_unet_a_q__oft_blocks=np.ones(6, "f4")), {}, "no part of a LoRA, LoKr, LoHa or full difference"),
+        (kohya(lora_unet_a_q__oft_blocks=np.ones(6, "f4")), {}, "do not belong to a LoRA, LoKr, LoHa or full difference"),
         (kohya(lora_unet_a_q__alpha=np.ones(2, "f4")), {}, "alpha of 'a.q' must be one number"),
         (kohya(lora_unet_a_q__alpha=np.asarray(np.inf, "f4")), {}, "holds NaN or infinity"),
         (kohya(lora_unet_a_q__lora_mid__weight=np.ones((3, 2, 3, 3), "f4")), {}, "lora_mid must be (rank, rank"),

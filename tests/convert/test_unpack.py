@@ -1,4 +1,4 @@
-"""What a model's layers may look like: fused weights, transposed ones, heads beside the adapter, dtypes."""
+"""Layers of models: fused weights, transposed weights, heads trained alongside the adapter, dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of fused attention weights: every rule partitions the rows, as a plain reshape does; a miss is an error."""
+"""The table of fused attention weights: rules partition the rows like a plain reshape; a miss is an error."""
 
 from __future__ import annotations
 
@@ -356,7 +356,7 @@ def test_each_part_of_a_config_speaks_for_its_own_weights() -> None:
     ):
         (target,) = find_stored(other, "q", config)
         assert target.shape[0] == 16
-    with pytest.raises(TargetError, match="no output projection and no numbers of heads tell its sizes"):
+    with pytest.raises(TargetError, match="no output projection and no numbers of heads determine its sizes"):
         find_stored(stored("qkv", 48, 20, where="tower.0.attn"), "q", config)
     two = {"encoder": {"model_type": "bloom", "n_head": 2}, "decoder": {"model_type": "bloom", "n_head": 4}}
     with pytest.raises(TargetError, match="several parts, and the name does not say to which"):

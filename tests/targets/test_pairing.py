@@ -1,4 +1,4 @@
-"""Which weight is which when a model's modules have other names, and come in another order."""
+"""Pairing of weights if a model's modules were renamed and reordered."""
 
 from __future__ import annotations
 

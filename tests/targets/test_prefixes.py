@@ -1,4 +1,4 @@
-"""Names of one model in two places."""
+"""Names of one model in two places that differ by a prefix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layouts of attentions that other packages register: for a model in memory and a checkpoint on disk alike."""
+"""Attention layouts registered by other packages, for models in memory and checkpoints on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether two files are equal, and advisory locks."""
+"""Comparison of files, and advisory locks."""
 
 from __future__ import annotations
 

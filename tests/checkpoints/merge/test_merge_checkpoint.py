@@ -1,4 +1,4 @@
-"""``tnadapt.merge``: the sum to the bit, everything else untouched, and nothing half made under the final name."""
+"""``tnadapt.merge``: exact sums, all else unchanged, and no incomplete output under the final name."""
 
 from __future__ import annotations
 

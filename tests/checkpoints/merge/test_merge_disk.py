@@ -1,4 +1,4 @@
-"""What a merge does on the disk: in which order, after a power failure, after a kill, and beside other merges."""
+"""Merges on disk: order of steps, power failures, kills, and concurrent merges."""
 
 from __future__ import annotations
 

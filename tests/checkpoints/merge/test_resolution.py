@@ -1,4 +1,4 @@
-"""Names of weights in a model and in a checkpoint: exactly, with one prefix more or less, by role, or not at all."""
+"""Weights of a model in a checkpoint: found by exact names, with a prefix, by role, or not at all."""
 
 from __future__ import annotations
 
