@@ -191,9 +191,9 @@ class FileFormat:
         """Raise ConfigError unless the whole adapter can be represented; by default, without kept parameters."""
         if kept:
             raise ConfigError(
-                f"{self.library} has no place for the parameters that were trained beside the adapter: "
-                f"{summarize(kept)}. "
-                "Convert without them by without_kept=True (--without-kept), and put them into the model by yourself"
+                f"{self.library} has no place for the parameters that were trained alongside the adapter: "
+                f"{summarize(kept)}. Convert without them by without_kept=True (--without-kept), and add them to the "
+                "model yourself"
             )
 
     def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:

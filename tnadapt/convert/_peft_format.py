@@ -120,8 +120,8 @@ class PeftFormat(FileFormat):
             if not holder or inside:
                 what = f"the adapted weight of {safe_repr(inside[0])}" if inside else "the model itself"
                 raise ConfigError(
-                    f"PEFT saves whole modules, and cannot keep {safe_repr(name)} beside {what}: convert without it by "
-                    "without_kept=True (--without-kept)"
+                    f"PEFT saves whole modules, and cannot keep {safe_repr(name)} next to {what}: convert without it "
+                    "by without_kept=True (--without-kept)"
                 )
 
     def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:
@@ -188,7 +188,7 @@ def _check_weights(folder: str) -> None:
         return
     if os.path.exists(os.path.join(folder, "adapter_model.bin")):
         raise pickle_error()
-    raise FileError(f"has {_CONFIG} and no {_WEIGHTS} beside it")
+    raise FileError(f"has {_CONFIG} and no {_WEIGHTS} next to it")
 
 
 def _decompose_factor(sizes: Sequence[tuple[int, int, int, int]], stored: Sequence[Sequence[int]]) -> int | None:

@@ -36,7 +36,7 @@ _READ = frozenset(
 )  # fmt: skip
 _REFUSED = {
     "use_dora": "DoRA scales the sum of weight and update",
-    "layer_replication": "layers are used several times, each with an update of its own",
+    "layer_replication": "layers are used several times, each with a different update",
     "use_qalora": "QA-LoRA pools the inputs",
     "alora_invocation_tokens": "aLoRA acts from certain tokens on only",
     "arrow_config": "Arrow chooses among adapters for each token",

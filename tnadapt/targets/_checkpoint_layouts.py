@@ -130,7 +130,7 @@ def _has_no_heads(config: Config) -> bool:
 
 
 def _parts_for(name: str, config: Config) -> list[Config]:
-    """The parts of a config that a tensor may belong to: those its name names, else all."""
+    """Return the parts of a config that a tensor may belong to: those that its name mentions, otherwise all."""
     words = set(re.split(r"[._]", name))
     parts = list(_nested(config))
     named = [part for key, part in parts if words & _WORDS.get(key, {key})]
