@@ -1,10 +1,10 @@
-"""Merges that are killed and merges that race, until something is wrong: ``python -m tests.stress_merge``.
+"""Kill merges and race them against each other until an error occurs: ``python -m tests.stress_merge``.
 
-``--kills N``: a merge is killed between two of its steps on the disk, each of which is tried; a user does something to
-the output, or not; the next merge must then make the output, or refuse and leave all as it is. ``--seconds S`` or
-``--minutes M``: four processes merge four adapters to one name, while one of them is killed and started again every so
-often, and while readers look: the output must be one of the four at any time. A table of what happened is
-printed, and the exit code is 1 if anything was wrong. Needs Linux.
+``--kills N``: a merge is killed between two of its steps on disk, for all such steps; a user may change the output; the
+next merge must then write the output, or reject it and leave everything unchanged. ``--seconds S`` or ``--minutes M``:
+four processes merge four adapters to the same name, while one of them is killed and restarted at intervals, and readers
+watch: the output must be one of the four at any time. Prints a table of the outcomes, and exits with 1 if there was any
+error. Needs Linux.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def kills(folder: Path, count: int, seed: int) -> tuple[Count, list[str]]:
 # -- Races -----------------------------------------------------------------------------------------
 
 #: What a loser may be told, by a part of the message.
-TOLD = ("another process is making", "taken over by another process", "other processes are making")
+TOLD = ("another process is writing", "taken over by another process", "other processes are writing")
 
 #: What one of two that replace a folder at once may be told as well, without locks and without exchanges.
 BETWEEN = "has been created while its previous content"

@@ -1,4 +1,4 @@
-"""``tnadapt`` and ``python -m tnadapt``: a user's mistake is one line and exit code 2, never a traceback."""
+"""Entry point of ``tnadapt`` and ``python -m tnadapt``. Users' mistakes print one line, not a traceback."""
 
 from __future__ import annotations
 

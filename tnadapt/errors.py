@@ -179,7 +179,13 @@ def integer(name: str, value: Any, low: int, high: int, error: type[TnadaptError
 
 
 def summarize(names: Iterable[str]) -> str:
-    """A few of the names, for a message."""
+    """Return a few of the names, sorted, for a message.
+
+    Examples
+    --------
+    >>> summarize(["q", "k", "v", "o", "mlp"])
+    "'k', 'mlp', 'o', 'q' and 1 more"
+    """
     listed = sorted(names)
     return (", ".join(map(safe_repr, listed[:4])) or "none") + (
         f" and {len(listed) - 4} more" if len(listed) > 4 else ""
@@ -187,4 +193,11 @@ def summarize(names: Iterable[str]) -> str:
 
 
 def pluralize(number: int, what: str) -> str:
+    """Return a number with a noun, in the plural unless the number is 1.
+
+    Examples
+    --------
+    >>> pluralize(1, "array"), pluralize(2, "array")
+    ('1 array', '2 arrays')
+    """
     return f"{number} {what}" + ("" if number == 1 else "s")

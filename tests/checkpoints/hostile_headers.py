@@ -1,7 +1,7 @@
-"""Headers that are made to take memory, and what reading them takes: a program, so that a process has one alone.
+"""Headers designed to consume memory, and a program that measures one of them in a process of its own.
 
-``python -m tests.checkpoints.hostile_headers PATH USE`` prints what was said, how much Python had allocated at the
-most, and by how much the memory of the process grew at the most, as JSON.
+``python -m tests.checkpoints.hostile_headers PATH USE`` prints the message, the peak of Python's allocations and the
+peak growth of the process's memory as JSON.
 """
 
 from __future__ import annotations

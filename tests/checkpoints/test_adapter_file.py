@@ -1,4 +1,4 @@
-"""What an adapter file holds, as an object: its parts fit together, or it is not made."""
+"""The content of an adapter file as an object: inconsistent parts are rejected."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ FIRST = "group0.split0.factor0"
         (
             {"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].T}},
             ShapeError,
-            rf"{FIRST} has shape \(2, 6\); config and targets make it \(6, 2\)",
+            rf"{FIRST} has shape \(2, 6\); config and targets require \(6, 2\)",
         ),
         ({"arrays": {**ARRAYS, FIRST: [[1.0]]}}, ShapeError, "must be a NumPy array; got list"),
         ({"arrays": {**ARRAYS, FIRST: np.ma.masked_array(ARRAYS[FIRST])}}, ShapeError, "got MaskedArray"),
@@ -237,9 +237,9 @@ FIRST = "group0.split0.factor0"
         ({"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].astype(int)}}, BackendError, "has dtype int64; expected one of"),
         ({"arrays": {**ARRAYS, FIRST: ARRAYS[FIRST].astype("f8")}}, BackendError, "one dtype; got float32 and float64"),
         ({"dtypes": ["bfloat16"]}, BackendError, "dtypes must be a mapping of names to dtypes; got list"),
-        ({"dtypes": {FIRST: "bfloat16"}}, BackendError, "has numbers that bfloat16 does not hold; round them"),
+        ({"dtypes": {FIRST: "bfloat16"}}, BackendError, "has values that bfloat16 cannot represent; round them"),
         ({"dtypes": {FIRST: "float16"}}, BackendError, "which float32 arrays are stored as 'bfloat16'; got 'float16'"),
-        ({"dtypes": {"head": "bfloat16"}}, BackendError, "dtypes names 'head', which is no array of the file"),
+        ({"dtypes": {"head": "bfloat16"}}, BackendError, "dtypes names 'head', which is not an array of the file"),
         (
             {"kept": {"head": np.ones(2)}, "dtypes": {"kept.head": "bfloat16"}},
             BackendError,
@@ -286,7 +286,7 @@ def test_numbers_that_are_none_are_named() -> None:
 
 def test_an_activation_has_no_update() -> None:
     file = made(activation="relu", base=fingerprint([np.ones((2, 2))], "float64"))
-    with pytest.raises(ConfigError, match="activation='relu' is no update of weights"):
+    with pytest.raises(ConfigError, match="activation='relu' does not update weights"):
         file.deltas()
 
 

@@ -1,4 +1,4 @@
-"""The safetensors container: strict in what it reads, atomic in what it writes."""
+"""The safetensors container: strict reading and atomic writing."""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ def test_it_reads_metadata_that_are_null_as_safetensors_does(tmp_path: Path) -> 
         (b"PK\x03\x04", "is a zip archive, as torch.save makes it of a pickle"),
         (b"PK\x03\x04" + bytes(100), "is a zip archive, as torch.save makes it of a pickle"),
         (b"PK\x03\x05" + bytes(100), "header is said to have 84101968 bytes of 96"),
-        (b"\x80\x02" + bytes(100), "is a pickle, which can run any program"),
-        (b"\x80\x10" + bytes(100), "is a pickle, which can run any program"),
+        (b"\x80\x02" + bytes(100), "is a pickle, which can run arbitrary code"),
+        (b"\x80\x10" + bytes(100), "is a pickle, which can run arbitrary code"),
         (b"\x80\x11" + bytes(100), "header is said to have 4480 bytes of 94"),
-        (b"", "no safetensors file: it has 0 bytes"),
-        (b"1234567", "no safetensors file: it has 7 bytes"),
+        (b"", "not a safetensors file: it has 0 bytes"),
+        (b"1234567", "not a safetensors file: it has 7 bytes"),
         ((1 << 63).to_bytes(8, "little") + b"{}", "is said to have 9223372036854775808 bytes of 2"),
         ((9).to_bytes(8, "little") + b"{}", "is said to have 9 bytes of 2"),
         ((0).to_bytes(8, "little"), "does not begin with '{'"),
@@ -133,7 +133,7 @@ def test_it_reads_metadata_that_are_null_as_safetensors_does(tmp_path: Path) -> 
         (forge.container({"__metadata__": True}), "an object of strings"),
         (forge.container({"__metadata__": {"a": None}}), "an object of strings"),
         (forge.container('{"__metadata__": null, "__metadata__": {}}'), "the key '__metadata__' twice"),
-        (forge.container('{"\\ud800": 1}'), "has half a surrogate pair, and is no name"),
+        (forge.container('{"\\ud800": 1}'), "has half a surrogate pair, and is not a valid name"),
         (forge.container({"a": 1}), "must be an object of dtype, shape and data_offsets"),
         (forge.container(ONE, b"1234567"), "cut off or too long: the tensors have 8 bytes, and 7 follow"),
         (forge.container(ONE, b"123456789"), "cut off or too long: the tensors have 8 bytes, and 9 follow"),

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, for real: small file systems in memory, which only root can mount; two writers."""
+"""Full and read-only disks, as small file systems in memory that only root can mount; and concurrent writers."""
 
 from __future__ import annotations
 

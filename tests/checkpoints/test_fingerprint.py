@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: exact in its own dtype, and robust to rounding to another."""
+"""Fingerprints of base models: exact in the same dtype, and robust to rounding to another."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a file claims takes no memory: at most four times its header before it is refused, and nothing for its holes.
+"""Claims of a file take no memory: at most four times its header before it is rejected, and nothing for its holes.
 
-At 1 MiB each; with ``HYPOTHESIS_PROFILE=long`` at 62 MiB, and by the memory of a process as well.
+Headers have 1 MiB each; with ``HYPOTHESIS_PROFILE=long`` 62 MiB, and the memory of a process is measured as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nothing that is read can speak to the terminal: every command, over files whose every text tries to."""
+"""No text in a file can control the terminal: every command, on files in which all texts try to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tnadapt.info``: what a file is, told from the file alone."""
+"""``tnadapt.info``: descriptions of files from the files alone."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_adapters_of_others(tmp_path: Path) -> None:
         found = tna.info(tmp_path)
         assert found["kind"] == "other adapter"
         assert what in found["what"]
-        with pytest.raises(tna.FileError, match="tnadapt convert makes it one"):
+        with pytest.raises(tna.FileError, match=r"tnadapt\.convert \(tnadapt convert\) converts it"):
             tna.load(tmp_path / "adapter_model.safetensors")
 
 
@@ -196,7 +196,7 @@ def test_sizes_of_thousands_of_digits_in_a_config_are_none(tmp_path: Path) -> No
     config = {"linear_num_key_heads": 2, "linear_key_head_dim": 3, "linear_value_head_dim": 2}
     (tmp_path / "config.json").write_text(json.dumps(config | {"linear_num_value_heads": int("9" * 4000)}))
     why = tna.info(tmp_path)["no_targets"]
-    assert "is not known: config.json lacks num_v_heads. " in why
+    assert "in an unknown layout: config.json lacks num_v_heads. " in why
 
 
 @pytest.mark.parametrize("shards", [1, 2])

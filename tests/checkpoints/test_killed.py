@@ -1,6 +1,6 @@
-"""Processes killed at random points while they save, merge and sweep: nothing is lost, and the next run goes on.
+"""Processes killed at random points while they save, merge and sweep: nothing is lost, and the next run resumes.
 
-Twelve kills each; with ``HYPOTHESIS_PROFILE=long`` a hundred and fifty.
+Twelve kills each; 150 with ``HYPOTHESIS_PROFILE=long``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Command lines, run as a user's would be, each in a process of its own that may take so much time and memory.
+"""Run command lines as a user would, each in a separate process with limits on time and memory.
 
-``python -m tests.cli.command_lines`` imports what a command may need, once, and forks for every line of JSON that it
-reads: hundreds of commands in the time of a few dozen. Linux: memory is read from /proc.
+``python -m tests.cli.command_lines`` imports everything that commands may need once, and forks for every line of JSON
+that it reads: hundreds of commands take the time of a few dozen. It needs Linux, as memory is read from /proc.
 """
 
 from __future__ import annotations

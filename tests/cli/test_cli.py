@@ -1,4 +1,4 @@
-"""The command line, as its user types it."""
+"""The command line, run as by a user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tnadapt convert``, as its user types it."""
+"""``tnadapt convert``, run as by a user."""
 
 from __future__ import annotations
 

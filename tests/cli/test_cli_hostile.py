@@ -1,5 +1,5 @@
-"""Arguments and files that nobody means well with: every command ends with its own word, soon, in little memory, and
-writes where it was asked to and nowhere else."""
+"""Hostile arguments and files: every command ends soon, with its own message and little memory, and writes only where
+it was asked to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tnadapt merge`` and ``tnadapt info`` as they are typed."""
+"""``tnadapt merge`` and ``tnadapt info``, run as by a user."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_it_merges_and_says_what(base: Path, tmp_path: Path) -> None:
     assert lines[0].endswith(" in 2 files")
     assert "3 updates added to 3 of 9 tensors" in lines[1]
     assert "added: head.weight" in lines[2]
-    assert lines[4].endswith("links out of BASE, or no regular files): pytorch_model.bin")
+    assert lines[4].endswith("links out of BASE, or not regular files): pytorch_model.bin")
     again = run("merge", base, tmp_path / "adapter.safetensors", "--out", tmp_path / "out")
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == (
-        f"tnadapt: {tmp_path / 'out'}: is there already: choose another name, or overwrite=True (--overwrite)\n"
+        f"tnadapt: {tmp_path / 'out'}: already exists: choose another name, or overwrite=True (--overwrite)\n"
     )
     forced = run("merge", base, tmp_path / "adapter.safetensors", "-o", tmp_path / "out", "--overwrite", "--json")
     assert forced.returncode == 0
@@ -109,7 +109,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path: Path) -> None:
     child.send_signal(signal.SIGINT)
     message = child.communicate(timeout=60)[1]
     assert child.returncode == 130, message
-    assert message.strip() == f"stopped; {tmp_path / 'out'} is as it was, or whole; the same command continues"
+    assert message.strip() == f"stopped; {tmp_path / 'out'} is unchanged or complete; the same command resumes"
     assert not (tmp_path / "out").exists()
     assert run("merge", base, tmp_path / "a.safetensors", "-o", tmp_path / "out").returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base", "out"]

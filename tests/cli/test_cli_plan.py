@@ -1,4 +1,4 @@
-"""``tnadapt plan``, as its user types it."""
+"""``tnadapt plan``, run as by a user."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def test_pictures(model: Path, tmp_path: Path) -> None:
         "--preset", "superlora", "--set", "groups=3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"where SuperLoRA G = 3, r = 4 puts each weight: {places}" in done.stdout
+    assert f"where SuperLoRA G = 3, r = 4 places each weight: {places}" in done.stdout
     assert "<!-- budget, 100 -->" in lines.read_text()
     for name in ("q0", "v0", "q1", "v1", "group 2"):
         assert f"<!-- {name} -->" in places.read_text()
     # Without a setting: the one with most parameters in the table.
     first = tna.plan([(64, 64)] * 8, 300).shown[0].name
     done = run("--shape", "64x64*8", "--budget", "300", "--layout-picture", str(places))
-    assert f"where {first} puts each weight" in done.stdout
+    assert f"where {first} places each weight" in done.stdout
 
 
 def test_by_and_all() -> None:

@@ -1,4 +1,4 @@
-"""What the tests of conversion share: small models, adapters of ours, and random numbers for theirs."""
+"""Shared helpers of the conversion tests: small models, adapters of this library, and random foreign ones."""
 
 from __future__ import annotations
 

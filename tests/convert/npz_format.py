@@ -1,4 +1,4 @@
-"""A file format of another package: ``.npz`` with two LoRA factors for each module."""
+"""A file format of another package: ``.npz`` with two LoRA factors per module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a review found once: each stays as a case of its own."""
+"""Regression tests for errors found in a review."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_one_word_for_weights_of_two_kinds_is_not_believed_of_square_ones(tmp_pa
         model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["square", "wide", "head"]))
     model.save_pretrained(tmp_path)
     base = {"square": (8, 8), "wide": (8, 24), "head": (5, 8)}
-    with pytest.raises(tna.FileError, match="of the square 'square' nothing says how it is stored"):
+    with pytest.raises(tna.FileError, match="unknown how the square 'square' is stored"):
         tna.convert(tmp_path, base=base)
 
 

@@ -1,4 +1,4 @@
-"""A file format of another package: one class and one registration, and what is missing is named."""
+"""A file format of another package: one class and one registration; missing methods are named."""
 
 from __future__ import annotations
 

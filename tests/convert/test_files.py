@@ -1,4 +1,4 @@
-"""A converted adapter in the place of another: wherever a kill or the disk stops it, old and new are never mixed."""
+"""Replacing a converted adapter: old and new files never mix, wherever a kill or a disk error stops it."""
 
 from __future__ import annotations
 

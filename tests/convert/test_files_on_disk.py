@@ -1,4 +1,4 @@
-"""What writing a folder of another library does on the disk: the order, power failures, kills, and other writers."""
+"""Writing a folder of another library on disk: order of steps, power failures, kills, and concurrent writers."""
 
 from __future__ import annotations
 

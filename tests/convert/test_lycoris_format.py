@@ -1,4 +1,4 @@
-"""LyCORIS loads what we write, and we load what it writes: the same updates, by its own code."""
+"""Round trips with LyCORIS' own code: each library loads the other's files to the same updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT loads what we write, and we load what it writes: the same updates, by its own code."""
+"""Round trips with PEFT's own code: each library loads the other's files to the same updates."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_lokr_of_several_sizes_is_stored_dense(tmp_path: Path) -> None:
         f"group{new}.split0.dense": found.file.arrays[f"group{old}.split0.dense"] for new, old in enumerate(places)
     }
     file = tna.AdapterFile(found.file.config, without, arrays)
-    with pytest.raises(tna.ConfigError, match=r"no LoKr by itself: give rank="):
+    with pytest.raises(tna.ConfigError, match=r"not exactly LoKr: give rank="):
         tna.convert(file, to="peft-lokr")
     again = tna.convert(file, tmp_path / "again", to="peft-lokr", rank=9)
     assert again.exact  # found again, by the nearest Kronecker product

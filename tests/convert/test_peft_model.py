@@ -1,4 +1,4 @@
-"""A real model: PEFT's adapter on it is ours after conversion, and the other way round, in what the model puts out."""
+"""Conversion from and to PEFT on a real model leaves its outputs the same."""
 
 from __future__ import annotations
 

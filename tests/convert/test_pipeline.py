@@ -1,4 +1,4 @@
-"""Conversions of any adapter: exact or refused, never wrong; and the best there is where they are not exact."""
+"""Conversions of any adapter: exact or rejected, never wrong; and the best approximation if not exact."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_lokr_of_any_sizes_is_loaded_or_refused(
     try:
         found = tna.convert(file, out, to=form)
     except tna.ConfigError:
-        with pytest.raises(tna.ConfigError, match=r"'blocks\.0\.q' is no LoKr by itself"):
+        with pytest.raises(tna.ConfigError, match=r"'blocks\.0\.q' is not exactly LoKr"):
             tna.convert(file, out, to=form)
         # No decompose_factor makes PEFT arrive at these sizes. (What LyCORIS guesses follows no such rule.)
         assert form != "peft-lokr" or not any(

@@ -1,4 +1,4 @@
-"""What cannot be converted is said, by name, before anything is written."""
+"""Adapters that cannot be converted are rejected by name before anything is written."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def tensors(**fields: Any) -> dict[str, np.ndarray]:
         ('{"peft_type": "LORA", "r": 2, "lora_alpha": 1e999}', "not finite"),
         (changed(rank_pattern=[1]), "rank_pattern must be an object"),
         (changed(rank_pattern={"q": "a"}), "the rank of a.q must be an integer"),
-        (changed(alpha_pattern={"(": 2}), "no regular expression"),
+        (changed(alpha_pattern={"(": 2}), "not a regular expression"),
         (changed(alpha_pattern={"(a+)+": 2}), "may take forever"),
         (changed(modules_to_save="q"), "modules_to_save must be a list"),
         (changed(peft_type="LOKR"), "'a.q' has tensors of lora, and adapter_config.json says lokr"),
@@ -224,10 +224,13 @@ def refused(source: Path, message: str, **more: Any) -> None:
         (tensors(a__q__lora_magnitude_vector=np.ones(6, "f4")), "DoRA"),
         (tensors(a__q__lora_B__bias=np.ones(6, "f4")), "it adds to the layer's bias"),
         (tensors(a__q__lora_embedding_A=np.ones((2, 6), "f4")), "the update of an embedding"),
-        (tensors(head__weight=np.ones((2, 6), "f4")), "no part of a lora adapter: 'base_model.model.head.weight'"),
+        (
+            tensors(head__weight=np.ones((2, 6), "f4")),
+            "do not belong to a lora adapter: 'base_model.model.head.weight'",
+        ),
         (tensors(a__q__lokr_w1=np.ones((2, 2), "f4")), "has tensors of lora and lokr"),
-        (tensors(a__q__lora_A__default__weight=np.ones((2, 8), "f4")), "no part of a lora adapter"),
-        ({"a.q.lora_A.weight": np.zeros((2, 8), "f4")}, "no part of a lora adapter"),
+        (tensors(a__q__lora_A__default__weight=np.ones((2, 8), "f4")), "do not belong to a lora adapter"),
+        ({"a.q.lora_A.weight": np.zeros((2, 8), "f4")}, "do not belong to a lora adapter"),
         ({}, "has no adapted weight"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -252,7 +255,7 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
     [
         (kohya(), {"base": None}, "give base=: a safetensors file of the base model, or a list of its modules' paths"),
         (kohya(), {"base": ["a.k"]}, "base has no module for the name 'a_q'; it has 'a_k', 1 in all"),
-        (kohya(), {"base": ["a.q", "a_q"]}, "the name 'a_q' is of 'a.q' and of 'a_q'"),
+        (kohya(), {"base": ["a.q", "a_q"]}, "the name 'a_q' may be 'a.q' or 'a_q'"),
         (kohya(), {"base": {"a.q": (6, 9)}}, "of 'a.q' has the shape (6, 8), and the weight in base has (6, 9)"),
         (kohya(), {"base": {"a.q": (8, 6)}}, "and the weight in base has (8, 6): this is another model"),
         (kohya(), {"base": {"a.q": (6, 2, 2, 3)}}, "and the weight in base has (6, 2, 2, 3)"),
@@ -265,7 +268,11 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
         (kohya(lora_unet_a_q__dora_scale=np.ones((6, 1), "f4")), {}, "DoRA"),
         (kohya(lora_unet_a_q__diff_b=np.ones(6, "f4")), {}, "the change of a bias"),
         (kohya(lora_unet_n__w_norm=np.ones(6, "f4")), {}, "the change of a normalisation"),
-        (kohya(lora_unet_a_q__oft_blocks=np.ones(6, "f4")), {}, "no part of a LoRA, LoKr, LoHa or full difference"),
+        (
+            kohya(lora_unet_a_q__oft_blocks=np.ones(6, "f4")),
+            {},
+            "do not belong to a LoRA, LoKr, LoHa or full difference",
+        ),
         (kohya(lora_unet_a_q__alpha=np.ones(2, "f4")), {}, "alpha of 'a.q' must be one number"),
         (kohya(lora_unet_a_q__alpha=np.asarray(np.inf, "f4")), {}, "holds NaN or infinity"),
         (kohya(lora_unet_a_q__lora_mid__weight=np.ones((3, 2, 3, 3), "f4")), {}, "lora_mid must be (rank, rank"),
@@ -366,9 +373,9 @@ def test_a_pickle_is_not_opened(name: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(pickle.dumps(Harm()))
     (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(CONFIG))
-    refused(tmp_path / "in" / name, "pickle, which can run any program when it is opened: it was not")
+    refused(tmp_path / "in" / name, "pickle, which can run arbitrary code when opened, so it was not opened")
     if name == "adapter_model.bin":
-        refused(tmp_path / "in", "pickle, which can run any program when it is opened: it was not")
+        refused(tmp_path / "in", "pickle, which can run arbitrary code when opened, so it was not opened")
     assert not (tmp_path / "harm").exists()
 
 
@@ -380,7 +387,7 @@ def test_paths_that_lead_to_an_adapter(tmp_path: Path) -> None:
     tna.save(tmp_path / "ours" / "adapter.safetensors", made(tna.presets.lora(1)))
     assert tna.convert(tmp_path / "ours").origin == "tnadapt"
     assert tna.convert(tna.load(tmp_path / "ours" / "adapter.safetensors")).origin == "tnadapt"
-    with pytest.raises(FileError, match=r"like an adapter of PEFT: .* tnadapt\.convert makes it one"):
+    with pytest.raises(FileError, match=r"like an adapter of PEFT: .*tnadapt\.convert .* converts it"):
         tna.load(where / "adapter_model.safetensors")
 
 
@@ -433,7 +440,7 @@ def test_what_acts_on_activations_is_no_update(tmp_path: Path) -> None:
     import dataclasses
 
     file = dataclasses.replace(made(tna.presets.lora(2)), activation="gelu")
-    with pytest.raises(tna.ConfigError, match="is no update of weights"):
+    with pytest.raises(tna.ConfigError, match="does not update weights"):
         tna.convert(file, to="lycoris-full")
     assert tna.convert(file, dtype="float16").file.activation == "gelu"  # type: ignore[union-attr]
     broken = made(tna.presets.lora(2))
@@ -584,7 +591,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, to: str) -> None:
     tna.convert(made(tna.presets.lora(1), {"a.q": (3, 4)}), to="peft-lora").save(tmp_path / "peft")
     (tmp_path / "peft" / to).unlink()
     os.mkfifo(tmp_path / "peft" / to)
-    with pytest.raises(FileError, match=r"is no file|is neither a file nor a folder"):
+    with pytest.raises(FileError, match=r"is not a file|is neither a file nor a folder"):
         tna.convert(tmp_path / "peft")
 
 

@@ -1,4 +1,4 @@
-"""What a model's layers may look like: fused weights, transposed ones, heads beside the adapter, dtypes."""
+"""Layers of models: fused weights, transposed weights, heads trained alongside the adapter, dtypes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_transposed_weights_are_peft_s_fan_in_fan_out(tmp_path: Path) -> None:
     known = tna.convert(tmp_path / "mine", base={"h.c_attn": (8, 24), "h.c_square": (8, 8)}).file
     assert known is not None
     assert [target.transposed for target in known.targets] == [True, True]
-    with pytest.raises(tna.FileError, match=r"of the square 'h\.c_square' nothing says how it is stored"):
+    with pytest.raises(tna.FileError, match=r"unknown how the square 'h\.c_square' is stored"):
         tna.convert(tmp_path / "mine", base={"h.c_attn": (24, 8), "h.c_square": (8, 8)})
     for to in ("peft-lokr", "peft-loha", "lycoris-lora", "lycoris-full"):
         with pytest.raises(tna.ConfigError, match=r"stored as \(in, out\).*convert to 'peft-lora'"):

@@ -108,7 +108,7 @@ def test_a_proof_that_fails_is_exit_code_1(cache: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(study, "prove", lambda *given: Proof(269, False, 3, 0.5))
     done = invoke(*QUICK, "--cache", cache, "--out", tmp_path, "--rank", 1, "--jobs", 1)
     assert done.exit_code == 1
-    assert "OTHER predictions on 269 test samples; merged: OTHER predictions for 3" in done.stdout
+    assert "DIFFERENT predictions on 269 test samples; merged: DIFFERENT predictions for 3" in done.stdout
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
-    assert f"stopped; what is finished is in {tmp_path / 'run'}, and the same command goes on from there" in told
+    assert f"stopped; finished trainings are in {tmp_path / 'run'}, and the same command resumes" in told
     assert "Traceback" not in told
     assert len(records(tmp_path / "run")) >= 1
 

@@ -1,4 +1,4 @@
-"""Small made-up checkpoints, written without the library, and adapters for them."""
+"""Small synthetic checkpoints, written without the library, and adapters for them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A layer between the library and the disk: what changes the disk is reported before and after it happens.
+"""A layer between the library and the disk that reports every change of the disk before and after it happens.
 
-It stands in for ``os``, ``open`` and the library's one system call of its own, in this process. With it, tests record
-what is done in which order, kill a process between any two steps, and work out what a power failure could leave.
+It replaces ``os``, ``open`` and the library's only direct system call in this process. With it, tests record the order
+of steps, kill a process between any two of them, and derive what a power failure could leave.
 """
 
 from __future__ import annotations

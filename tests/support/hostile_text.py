@@ -1,4 +1,4 @@
-"""Text that tries to speak to a terminal, in every place of a file that takes some."""
+"""Text with terminal control sequences, in every place of a file that can hold text."""
 
 from __future__ import annotations
 

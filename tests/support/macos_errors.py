@@ -1,4 +1,4 @@
-"""Modules as macOS has them, where ENOTSUP and EOPNOTSUPP are two numbers."""
+"""Modules as on macOS, where ENOTSUP and EOPNOTSUPP are different numbers."""
 
 from __future__ import annotations
 

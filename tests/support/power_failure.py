@@ -1,8 +1,8 @@
-"""What a power failure can leave of a recorded series of steps on the disk.
+"""The states of a disk that a power failure can leave after a recorded series of steps.
 
-The model is that of a journaling file system: changes of names come to the disk in their order, at the latest when a
-folder is synchronised; the content of a file comes to the disk when that file is synchronised, and not before, even if
-its name and its length are there.
+The model is that of a journaling file system: changes of names reach the disk in order, at the latest when a folder is
+synchronized; the content of a file reaches the disk when that file is synchronized, and not before, even if its name
+and its length are on disk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rules by which names beside each other become an attention, for models in memory and on disk alike."""
+"""Rules that group sibling names into an attention, shared by models in memory and checkpoints on disk."""
 
 from __future__ import annotations
 

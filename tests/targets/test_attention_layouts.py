@@ -1,4 +1,4 @@
-"""The table of fused attention weights: every rule partitions the rows, as a plain reshape does; a miss is an error."""
+"""The table of fused attention weights: rules partition the rows like a plain reshape; a miss is an error."""
 
 from __future__ import annotations
 
@@ -263,23 +263,23 @@ def stored(name: str, out: int, cols: int = 8, output: str = "", where: str = "l
 @pytest.mark.parametrize(
     ("shapes", "config", "why"),
     [
-        (stored("query_key_value", 24), None, "'query_key_value' out in different ways, and there is no config.json"),
+        (stored("query_key_value", 24), None, "'query_key_value' in different ways, and there is no config.json"),
         (stored("query_key_value", 24), {}, "config.json has no model_type"),
-        (stored("query_key_value", 24), {"model_type": "new"}, "'new' is none whose layout is known"),
+        (stored("query_key_value", 24), {"model_type": "new"}, "'new' has no known layout"),
         (stored("query_key_value", 24), {"model_type": "bloom"}, "config.json lacks num_attention_heads"),
         (stored("query_key_value", 24), {"model_type": "bloom", "n_head": 5}, "5 blocks of 3 rows were expected"),
-        (stored("in_proj", 24), {"num_attention_heads": 2}, "'in_proj' out in different ways"),
+        (stored("in_proj", 24), {"num_attention_heads": 2}, "libraries lay out 'in_proj' in different ways"),
         (stored("wqkv", 24), {"model_type": "kimi_k25"}, "reorders the rows of q and k"),
-        (stored("c_attn", 24), None, "'c_attn' out in different ways"),
-        (stored("qkv_proj", 24, output="out_proj"), None, "'qkv_proj' out in different ways"),
+        (stored("c_attn", 24), None, "libraries lay out 'c_attn' in different ways"),
+        (stored("qkv_proj", 24, output="out_proj"), None, "libraries lay out 'qkv_proj' in different ways"),
         (stored("qkv", 32), {"model_type": "vit"}, "the sizes do not follow"),
         (stored("qkv", 30), {"model_type": "vit"}, "no output projection and no numbers of heads"),
         (stored("qkv", 30), None, "no output projection and no numbers of heads"),
     ],
 )
 def test_a_checkpoint_that_says_too_little_is_refused(shapes: Any, config: Any, why: str) -> None:
-    message = rf"makes q, k, v with one weight of \d+ rows, and which rows make which is not known: .*{re.escape(why)}"
-    with pytest.raises(TargetError, match=rf"{message}.*config\.json beside the weights.*tnadapt.torch"):
+    message = rf"produces q, k, v with one weight of \d+ rows, in an unknown layout: .*{re.escape(why)}"
+    with pytest.raises(TargetError, match=rf"{message}.*config\.json next to the weights.*tnadapt.torch"):
         find_stored(shapes, "v", config)
 
 
@@ -310,7 +310,7 @@ def test_what_makes_a_letter_must_be_clear(
     shapes: dict[str, tuple[int, ...]], role: str, child: str, makes: str
 ) -> None:
     named: Any = {f"attn.{name}.weight": shape for name, shape in shapes.items()} | {"attn.o_proj.weight": (8, 8)}
-    why = f"attn.{child} of the checkpoint seems to make {makes}, and with which weight or rows is not known"
+    why = f"attn.{child} of the checkpoint seems to produce {makes}, but it is unclear with which weight or rows"
     with pytest.raises(TargetError, match=re.escape(why)):
         find_stored(named, role)
     assert [target.module for target in find_stored(named, "q")] == ["attn.q_proj"]
@@ -356,7 +356,7 @@ def test_each_part_of_a_config_speaks_for_its_own_weights() -> None:
     ):
         (target,) = find_stored(other, "q", config)
         assert target.shape[0] == 16
-    with pytest.raises(TargetError, match="no output projection and no numbers of heads tell its sizes"):
+    with pytest.raises(TargetError, match="no output projection and no numbers of heads determine its sizes"):
         find_stored(stored("qkv", 48, 20, where="tower.0.attn"), "q", config)
     two = {"encoder": {"model_type": "bloom", "n_head": 2}, "decoder": {"model_type": "bloom", "n_head": 4}}
     with pytest.raises(TargetError, match="several parts, and the name does not say to which"):

@@ -1,4 +1,4 @@
-"""No row of a stored parameter belongs to two targets: one check, wherever targets come from."""
+"""No row of a stored parameter belongs to two targets, wherever the targets come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weight is which when a model's modules have other names, and come in another order."""
+"""Pairing of weights if a model's modules were renamed and reordered."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def test_an_adapter_of_an_encoder_and_a_decoder_is_placed_where_it_was_trained(t
         f"{one}.block.{n}.attention.query" for one in ("encoder", "decoder") for n in (0, 1)
     ]
     # Where nothing says which is which, nothing is placed.
-    with pytest.raises(tna.FileError, match="same roles and shapes of which it is clear which is which"):
+    with pytest.raises(tna.FileError, match="weights of the same roles and shapes cannot be told apart"):
         resolve(open_checkpoint(stored("other", "first", "second")), file)
 
 
 def test_a_fused_weight_that_is_not_understood_is_named_when_an_adapter_is_placed(tmp_path: Path) -> None:
     file = cp.adapter(tna.presets.lora(1), queries("layers.0.attn.q_proj"))
     base = cp.write(tmp_path, {"h.0.attention.query_key_value.weight": ("F32", np.ones((18, 6), "<f4"))})
-    with pytest.raises(tna.FileError, match=r"roles are not clear: .*'query_key_value' out in different ways.*config"):
+    with pytest.raises(tna.FileError, match=r"cannot be identified: .*'query_key_value' in different ways.*config"):
         resolve(open_checkpoint(base), file)

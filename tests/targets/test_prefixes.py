@@ -1,4 +1,4 @@
-"""Names of one model in two places."""
+"""Names of one model in two places that differ by a prefix."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_of_several_the_shapes_tell() -> None:
     both = {f"{part}.layer.{n}.q.weight": (2, 2) for part in ("encoder", "decoder") for n in range(2)}
     why = (
         r"^'layer\.0\.q\.weight' may be any of 'decoder\.layer\.0\.q\.weight', 'encoder\.layer\.0\.q\.weight', and "
-        "nothing says which"
+        "it is unclear which"
     )
     with pytest.raises(TargetError, match=why):
         found_prefix(two, both)

@@ -1,4 +1,4 @@
-"""Layouts of attentions that other packages register: for a model in memory and a checkpoint on disk alike."""
+"""Attention layouts registered by other packages, for models in memory and checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_a_model_and_its_checkpoint_have_the_same_rows(tmp_path: Path) -> None:
         ("parrot", {}, "takes an AttentionLayout; got {}"),
         ("parrot", AttentionLayout(rules.by_head, ("qkv",)), "nothing to recognize its attention by"),
         ("parrot", AttentionLayout(rules.by_head, ("weight3",), ("A",)), "does not say which of q, k and v"),
-        ("parrot", AttentionLayout(rules.by_head, ("Wqkv",), ("MptAttention",)), "the layout of MptAttention is known"),
-        ("parrot", AttentionLayout(rules.by_head, ("in_proj",), (), ("deberta",)), "the layout of deberta is known"),
+        ("parrot", AttentionLayout(rules.by_head, ("Wqkv",), ("MptAttention",)), "MptAttention already has a layout"),
+        ("parrot", AttentionLayout(rules.by_head, ("in_proj",), (), ("deberta",)), "deberta already has a layout"),
     ],
 )
 def test_what_cannot_be_registered_is_refused(name: str, layout: Any, message: str) -> None:
@@ -91,5 +91,5 @@ def test_what_cannot_be_registered_is_refused(name: str, layout: Any, message: s
 def test_another_package_s_layout_is_not_replaced_either() -> None:
     register_layout("parrot", PARROT)
     register_layout("parrot", PARROT)
-    with pytest.raises(tna.ConfigError, match="the layout of ParrotAttention is known"):
+    with pytest.raises(tna.ConfigError, match="ParrotAttention already has a layout"):
         register_layout("budgie", PARROT)

@@ -1,4 +1,4 @@
-"""Names of projections: which of q, k and v they make, and what of a name is the same in all three."""
+"""Names of projections: the letters q, k and v that they produce, and the family that these share."""
 
 from __future__ import annotations
 

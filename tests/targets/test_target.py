@@ -1,4 +1,4 @@
-"""A target: its fields are checked, and it is a view of the stored weight."""
+"""Targets: fields are validated, and blocks are views of the stored weight."""
 
 from __future__ import annotations
 

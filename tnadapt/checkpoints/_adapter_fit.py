@@ -48,7 +48,7 @@ def check_fit(
     layout = make_layout(config.groups, [target.shape for target in targets], [target.layer for target in targets])
     expected = layout.num_groups * _arrays_of_group(config)
     if expected > len(shapes) + 1024:
-        raise ShapeError(f"config and targets make {expected} arrays; there are {len(shapes)}")
+        raise ShapeError(f"config and targets require {expected} arrays; there are {len(shapes)}")
     sizes = {size for _, _, size in layout.same_size()}
     if config.splits > 1 and config.combine == "kronecker" and config.split_size == "balanced":
         folds = [config.fold if isinstance(config.fold, tuple) else (size,) for size in sizes]
@@ -63,7 +63,8 @@ def check_fit(
     left_out = found.keys() - shapes.keys() - missing
     if len(left_out) > MAX_LEFT_OUT or sum(math.prod(found[name]) for name in left_out) > MAX_DRAWN:
         raise ShapeError(
-            f"{len(left_out)} frozen arrays are left out; at most {MAX_LEFT_OUT} of {MAX_DRAWN} elements together are"
+            f"{len(left_out)} frozen arrays are left out; at most {MAX_LEFT_OUT} with {MAX_DRAWN} elements in total "
+            "may be"
         )
     if missing or not shapes.keys() <= found.keys():
         raise ShapeError(
@@ -72,7 +73,7 @@ def check_fit(
         )
     for name, shape in found.items():
         if shapes.get(name, shape) != shape:
-            raise ShapeError(f"{name} has shape {shapes[name]}; config and targets make it {shape}")
+            raise ShapeError(f"{name} has shape {shapes[name]}; config and targets require {shape}")
 
 
 def _arrays_of_group(config: Config) -> int:

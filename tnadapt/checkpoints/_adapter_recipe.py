@@ -136,7 +136,7 @@ def _trained(listed: Iterable[Any], most: int) -> list[str]:
         if not isinstance(name, str):
             raise FileError(f"trained must be a list of names of arrays; got {safe_repr(name)} among them")
         if len(found) == most:
-            raise FileError(f"trained names more than {most} arrays, and the file cannot stand for as many")
+            raise FileError(f"trained names more than {most} arrays, more than the file can have")
         found.append(name)
     return found
 

@@ -159,7 +159,7 @@ def _raw(name: str) -> bytes:
     try:
         return name.encode()
     except UnicodeEncodeError:
-        raise FileError(f"the header's {safe_repr(name)} has half a surrogate pair, and is no name") from None
+        raise FileError(f"the header's {safe_repr(name)} has half a surrogate pair, and is not a valid name") from None
 
 
 def _check(name: str, dtype: Any, shape: Any, offsets: Any, foreign: bool) -> None:
@@ -178,7 +178,7 @@ def _check(name: str, dtype: Any, shape: Any, offsets: Any, foreign: bool) -> No
         raise FileError(f"{safe_repr(name)} has the shape {safe_repr(shape)}, of more than 2**62 bytes")
     if math.prod(shape) * bits % 8:
         raise FileError(
-            f"{safe_repr(name)} has the shape {safe_repr(shape)} of {dtype}, which is no whole number of bytes"
+            f"{safe_repr(name)} has the shape {safe_repr(shape)} of {dtype}, which is not a whole number of bytes"
         )
     needed, (start, stop) = math.prod(shape) * bits // 8, offsets
     if stop - start != needed:

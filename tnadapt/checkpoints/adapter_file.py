@@ -197,7 +197,9 @@ class AdapterFile:
         """Raise ShapeError, naming the array, if one contains NaN or infinity."""
         for name, array in self.tensors():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ShapeError(f"{safe_repr(name)} holds NaN or infinity, which no adapter file does")
+                raise ShapeError(
+                    f"{safe_repr(name)} holds NaN or infinity; an adapter file may only have finite numbers"
+                )
 
     def deltas(self) -> list[np.ndarray]:
         """Compute the update of every target.
@@ -214,7 +216,7 @@ class AdapterFile:
         """
         if self.activation is not None:
             raise ConfigError(
-                f"an adapter with activation={self.activation!r} is no update of weights: what it adds to an output "
+                f"an adapter with activation={self.activation!r} does not update weights: what it adds to an output "
                 "depends on the input; attach it to the model"
             )
         found = self.plan.deltas(self.arrays)
@@ -263,7 +265,7 @@ def _check_dtypes(file: AdapterFile) -> None:
     tensors = dict(file.tensors())
     for name, dtype in file.dtypes.items():
         if name not in tensors:
-            raise BackendError(f"dtypes names {safe_repr(name)}, which is no array of the file")
+            raise BackendError(f"dtypes names {safe_repr(name)}, which is not an array of the file")
         if dtype != "bfloat16" or tensors[name].dtype != np.float32:
             raise BackendError(
                 f"dtypes says which float32 arrays are stored as 'bfloat16'; got {safe_repr(dtype)} for "
@@ -272,7 +274,7 @@ def _check_dtypes(file: AdapterFile) -> None:
             )
         if (tensors[name].view(np.uint32) & np.uint32(0xFFFF)).any():
             raise BackendError(
-                f"{safe_repr(name)} has numbers that bfloat16 does not hold; round them, or leave it out of dtypes"
+                f"{safe_repr(name)} has values that bfloat16 cannot represent; round them, or leave it out of dtypes"
             )
     kinds = sorted({file.dtypes.get(name, array.dtype.name) for name, array in file.arrays.items()})
     if len(kinds) > 1:

@@ -127,7 +127,7 @@ def save(path: str | os.PathLike[str], adapter_file: AdapterFile) -> None:
     where = path_of(path)
     with file_error_context(where):
         if not isinstance(adapter_file, AdapterFile):
-            raise FileError(f"an AdapterFile can be saved there; got {type(adapter_file).__name__}")
+            raise FileError(f"expected an AdapterFile to save; got {type(adapter_file).__name__}")
         replace_file(where, content_of(adapter_file))
 
 
@@ -226,7 +226,7 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
         if check_draws and draws != here:
             raise FileError(
                 f"was trained with fixed draws of F whose digest is {draws}; on this machine it is {here}. The "
-                "updates would be others; run tnadapt.verify to see why, or load it with check_draws=False"
+                "updates would differ; run tnadapt.verify to see why, or load the file with check_draws=False"
             )
         return found
 
@@ -243,7 +243,7 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
     digest = recipe["sha256"]
     before, _, after = text.partition(digest.encode())
     if text.count(digest.encode()) != 1 or _digest(before + b"0" * 64 + after, stored) != digest:
-        raise FileError("is damaged: its bytes do not have the SHA-256 that it says they have")
+        raise FileError("is damaged: its bytes do not match its SHA-256")
     arrays = {name: _loaded(*tensor) for name, tensor in stored.items()}
     dtypes = {name: "bfloat16" for name, (tag, _) in stored.items() if tag == "BF16"}
     left_out = _draw_missing(config, targets, trained, own, arrays, dtypes)
@@ -289,8 +289,8 @@ def _entry_text(container: Container) -> bytes:
     if ENTRY not in metadata:
         what = likeness(container.entries, metadata)
         raise FileError(
-            f"is no tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {what}"
-            + ("; tnadapt convert makes it one" if "adapter of" in what else "")
+            f"is not a tnadapt adapter: its metadata has no entry '{ENTRY}'. It looks like {what}"
+            + ("; tnadapt.convert (tnadapt convert) converts it" if "adapter of" in what else "")
         )
     if len(metadata) > 1:
         others = summarize(metadata.keys() - {ENTRY})
@@ -303,15 +303,13 @@ def _entry_text(container: Container) -> bytes:
 
 def likeness(names: Collection[str], metadata: Mapping[str, str]) -> str:
     """Describe a foreign safetensors file, judging by the names of its tensors and its metadata."""
-    hint = "; tnadapt.convert makes it one"
     if any(name.startswith("base_model.model.") for name in names):
         what = "an adapter of PEFT"
     elif any(name.startswith(("lycoris_", "lora_unet_", "lora_te")) for name in names):
         what = "an adapter of LyCORIS or kohya"
     else:
-        torch, hint = metadata.get("format") == "pt", ""
-        what = "weights that torch saved" if torch else "a file of another library"
-    return f"{what}: {pluralize(len(names), 'tensor')}" + (f" such as {safe_repr(min(names))}" if names else "") + hint
+        what = "weights that torch saved" if metadata.get("format") == "pt" else "a file of another library"
+    return f"{what}: {pluralize(len(names), 'tensor')}" + (f" such as {safe_repr(min(names))}" if names else "")
 
 
 def _loaded(tag: str, array: np.ndarray) -> np.ndarray:

@@ -238,8 +238,8 @@ def _main(folder: str) -> str:
         raise FileError("is an empty folder; expected a model in safetensors files")
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     why = (
-        f": {_some(pickles)} can run any program when opened, and was not. Load it where you trust it, and save it "
-        "by save_pretrained, which writes safetensors"
+        f": {_some(pickles)} can run arbitrary code when opened, and was not opened. Load it where you trust it, "
+        "and save it by save_pretrained, which writes safetensors"
         if pickles
         else f"; it has {_some(names)}"
     )
@@ -269,7 +269,7 @@ def _indexed(given: str, where: str) -> Checkpoint:
         for name, place in places.items():
             there = found.shard.get(name)
             if there is None or os.path.basename(there) != place:
-                where_it_is = "no file of it" if there is None else os.path.basename(there)
+                where_it_is = "none of its files" if there is None else os.path.basename(there)
                 raise FileError(f"says that {safe_repr(name)} is in {place}; it is in {where_it_is}")
         for name in found.entries:
             if name not in places:
@@ -281,7 +281,9 @@ def _places(index: Mapping[str, Any]) -> dict[str, str]:
     """Return the file name of each tensor, checked to be a plain name in the index's own folder."""
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise FileError(f"is no index: its weight_map must be an object of tensors and files; got {safe_repr(places)}")
+        raise FileError(
+            f"is not an index: its weight_map must be an object of tensors and files; got {safe_repr(places)}"
+        )
     for name, place in places.items():
         if not isinstance(place, str):
             raise FileError(f"says that {safe_repr(name)} is in {safe_repr(place)}; expected the name of a file")

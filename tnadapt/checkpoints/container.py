@@ -187,7 +187,7 @@ def file_error_context(path: str) -> Iterator[None]:
     except MemoryError as error:
         raise FileError(f"{path}: there is not enough memory for it") from error
     except ArithmeticError as error:
-        raise FileError(f"{path}: its settings lead to numbers beyond all bounds: {error}") from error
+        raise FileError(f"{path}: its settings lead to numbers that are too large: {error}") from error
 
 
 @contextlib.contextmanager
@@ -224,18 +224,18 @@ def _header_length(head: bytes, size: int) -> int:
     if head[8:9] != b"{" and (pickled or head[:4] == b"PK\x03\x04"):
         what = "a pickle" if pickled else "a zip archive, as torch.save makes it of a pickle"
         raise FileError(
-            f"is {what}, which can run any program when it is opened: it was not. "
+            f"is {what}, which can run arbitrary code when opened, so it was not opened. "
             "Save it as a safetensors file: an adapter by tnadapt.save, a model by save_pretrained"
         )
     if size < 8:
-        raise FileError(f"is no safetensors file: it has {size} bytes, and the header's length alone takes 8")
+        raise FileError(f"is not a safetensors file: it has {size} bytes, and the header's length alone takes 8")
     length = int.from_bytes(head[:8], "little")
     if length > size - 8:
         raise FileError(f"is cut off, or no safetensors file: the header is said to have {length} bytes of {size - 8}")
     if length > MAX_HEADER:
         raise FileError(f"has a header of {length} bytes; at most {MAX_HEADER} are read")
     if head[8:9] != b"{":
-        raise FileError("is no safetensors file: its header does not begin with '{'")
+        raise FileError("is not a safetensors file: its header does not begin with '{'")
     return length
 
 

@@ -50,7 +50,7 @@ def json_file(path: str, limit: int, what: str = "") -> dict[str, Any]:
     named = f"{what} " if what else ""
     # Opening a pipe would block until somebody writes to it.
     if os.path.exists(path) and not os.path.isfile(path):
-        raise FileError(f"{named}is no file")
+        raise FileError(f"{named}is not a file")
     with open(path, "rb") as file:
         content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(content) > limit:

@@ -1,4 +1,4 @@
-"""The command line. Needs ``pip install "tnadapt[cli]"``; everything it does is a library call."""
+"""The command line, a thin layer over library calls. It needs ``pip install "tnadapt[cli]"``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Weight updates as small tensor networks: SuperLoRA and its relatives."""
 

@@ -1,4 +1,4 @@
-"""Numbers of bytes for people."""
+"""Human-readable numbers of bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["size"]
 
 
 def size(count: int) -> str:
-    """A number of bytes for people.
+    """Format a number of bytes for humans.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""``tnadapt convert``."""
+"""The command ``tnadapt convert``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["convert_command"]
 def convert_command(
     source: Annotated[Path, typer.Argument(help="A tnadapt file, a PEFT folder, or a LyCORIS or kohya file.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="A file, or a folder for PEFT; without it nothing is written.")
+        Path | None, typer.Option("-o", "--out", help="A file, or a folder for PEFT; without it, nothing is written.")
     ] = None,
     to: Annotated[str, typer.Option(metavar="FORM", help=f"One of {', '.join(FORMS)}.")] = "tnadapt",
-    rank: Annotated[int | None, typer.Option(help="The largest rank allowed.", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="Largest rank allowed.", min=1)] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Largest relative error allowed; without it, only rounding is.")
     ] = None,
@@ -35,16 +35,18 @@ def convert_command(
         str | None,
         typer.Option(help="The adapter to read from a kohya file with several, by its prefix, e.g. lora_unet."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the result: float32, float16, bfloat16 or float64.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype of the result: float32, float16, bfloat16 or float64.")
+    ] = None,
     without_kept: Annotated[
-        bool, typer.Option("--without-kept", help="Leave out parameters trained beside the adapter, e.g. a head.")
+        bool, typer.Option("--without-kept", help="Omit parameters trained alongside the adapter, e.g. a head.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Convert an adapter between tnadapt, PEFT, LyCORIS and others: exactly, or with the error that it makes.
+    """Convert an adapter between tnadapt, PEFT, LyCORIS and others: exactly, or with a measured error.
 
-    Exit code: 0, or 2 where it cannot be done; nothing is written then.
+    Exit code: 0, or 2 if the conversion is not possible; nothing is written then.
     """
     try:
         with Console(stderr=True).status("converting"):
@@ -62,7 +64,7 @@ def convert_command(
 
 
 def _as_options(text: str) -> str:
-    """Return a message of the library with its arguments as they are typed here."""
+    """Return a message of the library with its arguments rewritten as command-line options."""
     text = text.replace("without_kept=True (--without-kept)", "--without-kept")
     text = re.sub(r"overwrite=True \(--\w+\)", "--overwrite", text)
     text = re.sub(r"to='([\w.-]+)'", r"--to \1", text)

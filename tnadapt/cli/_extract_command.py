@@ -1,4 +1,4 @@
-"""``tnadapt extract``."""
+"""The command ``tnadapt extract``."""
 
 from __future__ import annotations
 
@@ -22,39 +22,43 @@ __all__ = ["extract_command"]
 
 
 def extract_command(
-    base: Annotated[Path, typer.Argument(help="The checkpoint before: a folder, a .safetensors file or an index.")],
+    base: Annotated[
+        Path, typer.Argument(help="The checkpoint before fine-tuning: a folder, a .safetensors file or an index.")
+    ],
     tuned: Annotated[Path, typer.Argument(help="The same model after full fine-tuning.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adapter file.")],
-    preset: Annotated[
-        str | None, typer.Option(help="A named method, e.g. lora; superlora if nothing is given.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the config.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A named method, e.g. lora; superlora by default.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the config.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.")] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="Take the smallest rank within this relative error, e.g. 0.1.")
+        float | None, typer.Option(help="Use the smallest rank within this relative error, e.g. 0.1.")
     ] = None,
-    max_rank: Annotated[int | None, typer.Option(help="The largest that is tried then.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Largest rank to try with --max-error.")] = None,
     targets: Annotated[
         list[str] | None, typer.Option(help="qv, qkvo, a regular expression, or paths; repeat for more paths.")
     ] = None,
     keep_trainable: Annotated[
-        list[str] | None, typer.Option(help="A tensor or module to keep as it was tuned, e.g. classifier; repeat.")
+        list[str] | None, typer.Option(help="A tensor or module to keep as tuned, e.g. classifier; repeat for more.")
     ] = None,
-    compare: Annotated[bool, typer.Option(help="Look for other tensors that differ, which reads both whole.")] = True,
-    iterations: Annotated[int, typer.Option(min=1, help="Of alternating methods, at most.")] = 100,
-    tol: Annotated[float, typer.Option(help="They end at a step that gains no more relative error than this.")] = 1e-6,
+    compare: Annotated[
+        bool, typer.Option(help="Look for other tensors that differ, which reads both checkpoints completely.")
+    ] = True,
+    iterations: Annotated[int, typer.Option(min=1, help="Maximum iterations of alternating methods.")] = 100,
+    tol: Annotated[
+        float, typer.Option(help="Stop when an iteration reduces the relative error by no more than this.")
+    ] = 1e-6,
     svd: Annotated[str, typer.Option(help="auto, full or randomized.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of random projections and starts.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter file that is there.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random projections and starts.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing adapter file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make an adapter of a fully tuned checkpoint: what changed in its queries and values, fitted.
+    """Extract an adapter from a fully fine-tuned checkpoint: fit the changes of its queries and values.
 
-    Checkpoints are read a tensor at a time. Prints how near the adapter comes, and what else differs that it does not
-    hold. Exit code: 0, or 2 for what cannot be done.
+    Checkpoints are read one tensor at a time. Prints the error of the adapter, and other differences that it does not
+    contain. Exit code: 0, or 2 if the extraction is not possible.
     """
     if out.is_dir():
         raise TnadaptError(f"{out} is a folder; give the path of the adapter file")
@@ -67,7 +71,7 @@ def extract_command(
         raise TnadaptError("--max-rank is the largest rank that --max-error tries; give both, or --rank")
     changes = [*(settings or []), *([f"rank={rank}"] if rank is not None else [])]
     if preset is None and config is None:
-        # What the library takes where nothing is given, with what is given changed.
+        # The library's default config, with the given settings.
         preset, changes = "superlora", ["rank=8", *changes]
     chosen = chosen_config(preset, changes, config)
     with _bar() as bar:
@@ -84,7 +88,7 @@ def extract_command(
 
 
 def _check_place(out: Path, base: Path, tuned: Path) -> None:
-    """The adapter must not be written over, or among, the files of a model."""
+    """Raise TnadaptError if the adapter would be written over, or among, the files of a model."""
     for checkpoint in (open_checkpoint(base), open_checkpoint(tuned)):
         files = [*checkpoint.files, *([checkpoint.index] if checkpoint.index else [])]
         if out.exists() and any(os.path.samefile(out, file) for file in files):
@@ -92,7 +96,7 @@ def _check_place(out: Path, base: Path, tuned: Path) -> None:
         folder = os.path.isdir(checkpoint.path) and os.path.samefile(out.absolute().parent, checkpoint.folder)
         if folder and out.suffix == ".safetensors":
             raise TnadaptError(
-                f"{out} would lie among the weights of {checkpoint.path}, and be taken for some: give another folder"
+                f"{out} would lie among the weights of {checkpoint.path} and be mistaken for them: give another folder"
             )
 
 
@@ -105,7 +109,7 @@ def _targets(given: list[str] | None) -> Any:
 
 
 class _bar:  # noqa: N801  # a context manager reads as a word
-    """A bar of groups on a terminal; nothing elsewhere."""
+    """A progress bar over groups on a terminal; nothing elsewhere."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -152,6 +156,6 @@ def _print(found: Extraction, out: Path) -> None:
     if found.others:
         more = f" and {len(found.others) - 6} more" if len(found.others) > 6 else ""
         echo(
-            f"{len(found.others)} other tensors differ and are not in the adapter (--keep-trainable takes them): "
+            f"{len(found.others)} other tensors differ and are not in the adapter (--keep-trainable includes them): "
             f"{', '.join(found.others[:6])}{more}"
         )

@@ -1,4 +1,4 @@
-"""``tnadapt finetune``."""
+"""The command ``tnadapt finetune``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ if TYPE_CHECKING:
 
 __all__ = ["finetune_command"]
 
-OWN = "A model and data of your own"
-WHAT = "What is compared"
-HOW = "How it is trained"
-WHERE = "Where things go"
+OWN = "Your own model and data"
+WHAT = "Compared methods"
+HOW = "Training"
+WHERE = "Output"
 
 
 class Usual(NamedTuple):
-    """What is taken where nothing is given."""
+    """Default settings."""
 
     epochs: int
     batch: int
     rates: tuple[float, ...]
 
 
-# Tried, on the digits and on a BERT and a ViT: dense wants the first of these rates, the smallest adapters the last.
+# Found by experiments on the digits, and on a BERT and a ViT: dense updates need the first of these rates, and the
+# smallest adapters the last.
 DIGITS = Usual(25, 32, (0.008, 0.03, 0.1))
 OTHERS = Usual(3, 32, (0.0003, 0.002, 0.016))
 
@@ -45,31 +46,29 @@ OTHERS = Usual(3, 32, (0.0003, 0.002, 0.016))
 def finetune_command(
     model: Annotated[
         str | None,
-        typer.Option(help="A local folder or a hub name, through transformers; or timm:NAME.", rich_help_panel=OWN),
+        typer.Option(help="A local folder or a hub name for transformers; or timm:NAME.", rich_help_panel=OWN),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="A .csv of texts; a folder of images, a sub-folder a class; an .npz; or a datasets name.",
+            help="A .csv of texts; a folder of images, one subfolder per class; an .npz; or a datasets name.",
             rich_help_panel=OWN,
         ),
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Of the table.", rich_help_panel=OWN)] = None,
-    label_column: Annotated[str | None, typer.Option(help="Of the table.", rich_help_panel=OWN)] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of texts.", rich_help_panel=OWN)] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels.", rich_help_panel=OWN)] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, max=4096, help="Pixels a side; the model's own if not given.", rich_help_panel=OWN),
+        typer.Option(min=1, max=4096, help="Pixels per side; the model's own by default.", rich_help_panel=OWN),
     ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a text, at most.", rich_help_panel=OWN)
-    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Maximum tokens per text.", rich_help_panel=OWN)] = None,
     limit: Annotated[
-        int | None, typer.Option(min=2, help="Take so many samples of what the data bring.", rich_help_panel=OWN)
+        int | None, typer.Option(min=2, help="Maximum number of samples to use.", rich_help_panel=OWN)
     ] = None,
     preset: Annotated[
         list[str] | None, typer.Option(help="A named method; repeat for more.", rich_help_panel=WHAT)
     ] = None,
-    rank: Annotated[list[int] | None, typer.Option(help="Repeat for more.", rich_help_panel=WHAT)] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="Rank; repeat for more.", rich_help_panel=WHAT)] = None,
     groups: Annotated[str | None, typer.Option(help="weight, layer, or a number.", rich_help_panel=WHAT)] = None,
     order: Annotated[int | None, typer.Option(help="Modes of the folded tensor.", rich_help_panel=WHAT)] = None,
     splits: Annotated[int | None, typer.Option(help="Kronecker factors.", rich_help_panel=WHAT)] = None,
@@ -86,7 +85,7 @@ def finetune_command(
     budget: Annotated[
         list[int] | None,
         typer.Option(
-            help="Of each family, the setting with the most parameters up to this; repeat for more.",
+            help="For each family, use the setting with the most parameters up to this; repeat for more.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -96,47 +95,50 @@ def finetune_command(
     ] = None,
     keep_trainable: Annotated[
         list[str] | None,
-        typer.Option(help="A module or parameter to train beside every adapter and a new head.", rich_help_panel=HOW),
+        typer.Option(
+            help="A module or parameter to train with every adapter, in addition to a new head.", rich_help_panel=HOW
+        ),
     ] = None,
     lr: Annotated[
         list[float] | None,
-        typer.Option(help="A learning rate; repeat for more. Every method gets all of them.", rich_help_panel=HOW),
+        typer.Option(help="A learning rate; repeat for more. Every method is trained at each.", rich_help_panel=HOW),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, rich_help_panel=HOW)] = None,
     batch: Annotated[int | None, typer.Option(min=1, rich_help_panel=HOW)] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many.", rich_help_panel=HOW)] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.", rich_help_panel=HOW)] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …", rich_help_panel=HOW)] = None,
     jobs: Annotated[
-        int, typer.Option(min=0, help="Trainings at once; 0: a core each for the digits, else 1.", rich_help_panel=HOW)
+        int,
+        typer.Option(min=0, help="Parallel trainings; 0: one per core for the digits, else 1.", rich_help_panel=HOW),
     ] = 0,
     pretrain_epochs: Annotated[
-        int, typer.Option(min=1, help="Of the small ViT of the digits.", rich_help_panel=HOW)
+        int, typer.Option(min=1, help="Pretraining epochs of the small ViT for the digits.", rich_help_panel=HOW)
     ] = 60,
     out: Annotated[
         Path | None, typer.Option(help="A folder; runs/digits, or named after model and data.", rich_help_panel=WHERE)
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Remove what an earlier run left there.", rich_help_panel=WHERE)
+        bool, typer.Option("--fresh", help="Delete the results of an earlier run.", rich_help_panel=WHERE)
     ] = False,
     cache: Annotated[
         Path | None, typer.Option(help="A folder for the pretrained small ViT.", rich_help_panel=WHERE)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be trained, and stop.", rich_help_panel=WHERE)
+        bool, typer.Option("--dry-run", help="Print what would be trained, and exit.", rich_help_panel=WHERE)
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=WHERE)] = False,
 ) -> None:
     """Adapt a pretrained model with several methods, and show accuracy against trainable parameters.
 
-    With no arguments, in two to four minutes on two cores: a small vision transformer that knows the digits 0 to 4
-    learns 5 to 9. With --model and --data, the same for your own. Every method is trained at every learning rate and
-    shown at the one that was better on the validation samples; the test samples choose nothing.
+    With no arguments, a small vision transformer trained on the digits 0 to 4 learns 5 to 9, in two to four minutes on
+    two cores. With --model and --data, it does the same for your own. Every method is trained at every learning rate
+    and shown at the one that was best on the validation samples; the test samples are not used for any choice.
 
-    An interrupted run resumes when you run it again. Exit code: 0, or 1 where the saved adapter does not predict what
-    the trained one did, or 2 for what cannot be done.
+    An interrupted run resumes when you run it again. Exit code: 0; 1 if the saved adapter does not make the same
+    predictions as the trained one; or 2 if the run is not possible.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A console that has no letter for ρ shows something else in its place, after an hour of training.
+        # A console that cannot print ρ must not raise an error after an hour of training: replace such characters.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     changes: dict[str, Any] = {
@@ -168,7 +170,7 @@ def finetune_command(
                 outcome = study.run(folder, jobs, fresh)
     except KeyboardInterrupt:
         echo("", err=True)
-        echo(f"stopped; what is finished is in {folder}, and the same command goes on from there", err=True)
+        echo(f"stopped; finished trainings are in {folder}, and the same command resumes", err=True)
         raise typer.Exit(130) from None
     if dry_run:
         _print_plan(study, as_json)
@@ -187,7 +189,7 @@ def _job() -> ModuleType:
 
 
 def _word(source: str | None) -> str:
-    """A path or hub name as part of a folder's name."""
+    """Return a path or hub name as part of a folder's name."""
     stem = Path(source or "none").stem.removeprefix("timm:")
     return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem) or "none"
 
@@ -199,7 +201,7 @@ def _rates(given: Sequence[float]) -> Sequence[float]:
     return given
 
 
-# -- What is printed ---------------------------------------------------------------------------
+# -- Printing ----------------------------------------------------------------------------------
 
 
 def _print_plan(study: Study, as_json: bool) -> None:
@@ -240,11 +242,11 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
     from tnadapt.finetune.pareto_report import columns, rows_of
 
     print_table(columns(len(study.seeds)), rows_of(outcome.points), right=(3, 4, 5, 6, 7))
-    echo("● Pareto front: no other has as few parameters and a better test accuracy. Each is shown at the rate")
-    echo(f"  that was better on the validation samples; {outcome.points[0].kept:,} parameters of the head beside each.")
+    echo("● Pareto front: no other has as few parameters and a better test accuracy. Each is shown at the rate that")
+    echo(f"  was best on the validation samples; each also trains the head's {outcome.points[0].kept:,} parameters.")
     echo(_sizes(study))
     if best is not None and proof is not None:
-        logits = f"logits within {proof.largest:.1g}" if proof.largest else "logits equal to the bit"
+        logits = f"logits within {proof.largest:.1g}" if proof.largest else "logits bitwise equal"
         echo(f"best adapter by validation: {best.method.name} ({best.parameters:,} parameters), {outcome.adapter}")
         echo(
             f"  loaded on a fresh base: {_same(proof.loaded_same)} on {proof.samples:,} test samples; merged: "
@@ -260,4 +262,4 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
 def _same(same: bool, different: int | None = None) -> str:
     if same:
         return "the same predictions"
-    return "OTHER predictions" if different is None else f"OTHER predictions for {different}"
+    return "DIFFERENT predictions" if different is None else f"DIFFERENT predictions for {different}"

@@ -1,4 +1,4 @@
-"""``tnadapt info``."""
+"""The command ``tnadapt info``."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def info_command(
     every: Annotated[bool, typer.Option("--all", help="List each weight, or each tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what is in an adapter file, or in a checkpoint: config, weights, counts, fingerprint.
+    """Show the content of an adapter file or a checkpoint: config, weights, counts, fingerprint.
 
-    Neither the base model nor torch is needed. Exit code: 0, or 2 for what cannot be read.
+    Neither the base model nor torch is needed. Exit code: 0, or 2 if the path cannot be read.
     """
     found = info(path, every)
     if as_json:
@@ -50,15 +50,15 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
     ]  # fmt: skip
     if found["activation"]:
         rows.append(("activation", f"{found['activation']} (LoDA: it cannot be merged)"))
-    rows.append(("model", found["model"] or "not said"))
+    rows.append(("model", found["model"] or "unknown"))
     base = found["base"]
-    rows.append(("base", f"{base['dtype']}, SHA-256 of the weights {base['sha256'][:16]}…" if base else "not known"))
+    rows.append(("base", f"{base['dtype']}, SHA-256 of the weights {base['sha256'][:16]}…" if base else "unknown"))
     if found["draws"]:
-        here = "as on this machine" if found["draws_here"] else "OTHERS than on this machine: it will not be loaded"
+        here = "the same on this machine" if found["draws_here"] else "DIFFERENT on this machine: load rejects the file"
         rows.append(("draws of F", f"{found['draws'][:16]}…, {here}"))
     if found["kept"]:
         kept = [f"{one['name']} {_times(one['shape'])}" for one in found["kept"]]
-        rows.append(("trained beside", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))
+        rows.append(("also trained", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))
     yield from _aligned(rows)
     yield from _targets(found, "weights")
 
@@ -68,7 +68,7 @@ def _frozen(found: dict[str, Any]) -> str:
 
 
 def _config(settings: dict[str, Any]) -> str:
-    """What differs from the defaults, and the rank."""
+    """Return the settings that differ from the defaults, and the rank."""
     usual = Config().to_dict()
     told = {name: value for name, value in settings.items() if name == "rank" or value != usual.get(name)}
     return ", ".join(f"{name}={json.dumps(value).strip(chr(34))}" for name, value in told.items())
@@ -78,7 +78,7 @@ def _checkpoint(found: dict[str, Any]) -> Iterable[str]:
     files = found["files"]
     kind = ", ".join([*(found["architectures"] or []), *([found["model_type"]] if found["model_type"] else [])])
     yield f"{found['path']}: a checkpoint of {size(found['bytes'])} in {_counted(len(files), 'file')}"
-    rows = [("model", found["no_config"] or kind or "no config.json says")]
+    rows = [("model", found["no_config"] or kind or "unknown, without a config.json")]
     rows.append(("tensors", f"{found['tensors']:,}"))
     for dtype, counts in found["dtypes"].items():
         rows.append((f"  {dtype}", f"{counts['tensors']:,}, {size(counts['bytes'])}"))
@@ -103,7 +103,7 @@ def _targets(found: dict[str, Any], title: str) -> Iterable[str]:
             for one in found["targets"]
         ])  # fmt: skip
     if "every" in found:
-        yield "  every one"
+        yield "  all"
         yield from _table([
             [one.get("role", one.get("dtype")), one["name"], _times(one["shape"]), _view(one)]
             for one in found["every"]

@@ -1,4 +1,4 @@
-"""``tnadapt merge``."""
+"""The command ``tnadapt merge``."""
 
 from __future__ import annotations
 
@@ -23,40 +23,42 @@ def merge_command(
             metavar="BASE", help="A folder with a model, an index, or a .safetensors file.", show_default=False
         ),
     ],
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Its .safetensors file.", show_default=False)],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="The adapter's .safetensors file.", show_default=False)
+    ],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="What to make: a folder, or a file where BASE is a file.", show_default=False),
+        typer.Option("--out", "-o", help="The output: a folder, or a file if BASE is a file.", show_default=False),
     ],
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Replace a checkpoint that is at OUT; all other files of a folder OUT go, too."
+            "--overwrite", help="Replace an existing checkpoint OUT, including all other files of a folder OUT."
         ),
     ] = False,
     check_base: Annotated[
-        bool, typer.Option(help="Refuse a base with other weights than the adapter was trained on.")
+        bool, typer.Option(help="Reject a base with other weights than the adapter was trained on.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Add an adapter to a model on disk, and write the sum as a model of its own, which needs no tnadapt.
+    """Add an adapter to a model on disk, and write the sum as a standalone model, which does not need tnadapt.
 
     BASE is not changed. OUT has the same files, shards and dtypes; config.json, the tokenizer and the like are copied.
-    One tensor at a time is in memory, and torch is not needed. The weights are, to the byte, those of adapter.merge()
-    and save_pretrained() in memory.
+    One tensor at a time is in memory, and torch is not needed. The weights equal those of adapter.merge() and
+    save_pretrained() in memory byte for byte.
 
-    OUT appears, or is replaced, in one step, when the result is whole. Until then it is made in OUT.tnadapt-partial:
-    stopped or killed, the same command continues with the files that were finished. Links that lead out of BASE are not
-    followed. Of several commands that merge to one OUT, one works, and the others end with an error.
+    OUT is created or replaced in one step when the result is complete. Until then, it is built in OUT.tnadapt-partial;
+    if stopped or killed, the same command resumes with the finished files. Links that lead out of BASE are not
+    followed. If several commands merge to the same OUT, one proceeds, and the others exit with an error.
 
-    Exit code: 0; 2 for what cannot be done, with nothing at OUT; 130 after Ctrl-C.
+    Exit code: 0; 2 if the merge is not possible, with OUT unchanged; 130 after Ctrl-C.
     """
     try:
         with bytes_bar("merging") as progress:
             report = merge(base, adapter, out, overwrite=overwrite, check_base=check_base, progress=progress)
     except KeyboardInterrupt:
         echo("", err=True)
-        echo(f"stopped; {out} is as it was, or whole; the same command continues", err=True)
+        echo(f"stopped; {out} is unchanged or complete; the same command resumes", err=True)
         raise typer.Exit(130) from None
     if as_json:
         echo_json(report.to_dict())
@@ -71,18 +73,18 @@ def _print(report: MergeReport, check_base: bool) -> None:
     if report.names:
         echo(f"  {report.names}")
     if report.replaced:
-        echo(f"  trained beside the adapter, and put in place: {_some(report.replaced)}")
+        echo(f"  trained alongside the adapter, and replaced: {_some(report.replaced)}")
     if report.added:
-        echo(f"  trained beside the adapter, and added: {_some(report.added)}")
-        echo("  config.json is the base's: give it what these need (num_labels, architectures)")
+        echo(f"  trained alongside the adapter, and added: {_some(report.added)}")
+        echo("  config.json is the base's: add the settings that these need (num_labels, architectures)")
     if report.left_out:
-        why = "weights without the update, hidden folders, links out of BASE, or no regular files"
+        why = "weights without the update, hidden folders, links out of BASE, or not regular files"
         echo(f"  not copied ({why}): {_some(report.left_out)}")
     if not report.base_checked:
-        why = "the adapter does not say on which" if check_base else "--no-check-base"
+        why = "the adapter has no fingerprint" if check_base else "--no-check-base"
         echo(f"  not checked whether it was trained on this base ({why})")
     if report.resumed:
-        echo(f"  {report.resumed} of {files} had been finished before")
+        echo(f"  {report.resumed} of {files} finished by an earlier run")
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""``tnadapt plan``."""
+"""The command ``tnadapt plan``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ._tables import print_table
 
 __all__ = ["plan_command"]
 
-# Left out, in this order, where a terminal is too narrow.
+# Columns to omit, in this order, if a terminal is too narrow.
 SPARE = ("share", "bytes", "padding", "step")
 
 
 class Weights(NamedTuple):
-    """What is planned for."""
+    """The weights to plan for."""
 
     shapes: list[tuple[int, int]]
     layers: list[str] | None
@@ -40,35 +40,37 @@ def plan_command(
         typer.Argument(help="A folder, a safetensors file or index, or a hub name. Only headers are read."),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Parameters, such as 1000; or bytes, such as 4kB or 64KiB.")
+        str | None, typer.Option(help="A number of parameters, such as 1000; or of bytes, such as 4kB or 64KiB.")
     ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="qv, qkvo, a regex, or paths of modules.")] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROWSxCOLS", help="Instead of a model: of a weight; repeat for more, 768x768*24 for 24."),
+        typer.Option(
+            metavar="ROWSxCOLS", help="Shape of a weight, instead of a model; repeat for more, 768x768*24 for 24."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the adapter's file.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="dtype of the adapter file.")] = "float32",
     by: Annotated[
         list[str] | None,
-        typer.Option(help="What the front is of: parameters, freedom, cost, rank, waste; repeat for more."),
+        typer.Option(help="Criteria of the Pareto front: parameters, freedom, cost, rank, waste; repeat for more."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All settings that were compared.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show all settings that were compared.")] = False,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw parameters against rank into this file: .png, .pdf, .svg.")
+        Path | None, typer.Option(help="Plot parameters against rank in this file: .png, .pdf, .svg.")
     ] = None,
     layout_picture: Annotated[
-        Path | None, typer.Option(help="Draw where a setting puts each weight into this file.")
+        Path | None, typer.Option(help="Plot where a setting places each weight in this file.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="The setting of --layout-picture, e.g. superlora.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument, of it."),
+        typer.Option("--set", metavar="FIELD=VALUE", help="A Config field, or a preset's argument, of that setting."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a budget of parameters buys on a model's weights: every method, what it can do, and what it costs.
+    """Show what a budget of parameters buys on a model's weights: the capability and the cost of every method.
 
-    Exit code: 0, or 2 for what cannot be done.
+    Exit code: 0, or 2 if the request is not possible.
     """
     if (preset or settings) and layout_picture is None:
         raise TnadaptError("--preset and --set say what --layout-picture draws; give its file, too")
@@ -96,7 +98,7 @@ def plan_command(
     if picture is not None:
         echo(f"parameters against rank: {picture}")
     if layout_picture is not None:
-        echo(f"where {known_as(chosen)} puts each weight: {layout_picture}")
+        echo(f"where {known_as(chosen)} places each weight: {layout_picture}")
 
 
 def _weights(model: str | None, targets: list[str] | None, shape: list[str] | None) -> Weights:
@@ -130,7 +132,7 @@ def _draw(found: Plan, weights: Weights, adapter: SuperLoRA, picture: Path | Non
             layout(adapter, layout_picture, weights.names, weights.roles, str(known_as(adapter.config)))
     except ImportError as error:
         raise TnadaptError(f"pictures need their extra: pip install 'tnadapt[plot]' ({error})") from None
-    except ValueError as error:  # matplotlib's, of a suffix that it does not know
+    except ValueError as error:  # raised by matplotlib for an unknown suffix
         raise TnadaptError(f"cannot draw: {error}") from None
 
 

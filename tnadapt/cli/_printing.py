@@ -1,4 +1,4 @@
-"""What is printed, on one way out, so that nothing in a file can speak to the terminal."""
+"""Printing through one path that escapes control characters, so that no file can control the terminal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def echo(line: str, err: bool = False) -> None:
 
 
 def echo_table(text: str) -> None:
-    """Print the lines of a report, which escapes what it takes from files itself."""
+    """Print the lines of a report, which must escape text from files itself."""
     for line in text.split("\n"):
         echo(line)
 
 
 def echo_json(value: Any) -> None:
-    """Print JSON in ASCII: what is neither that nor visible is escaped, as JSON has it."""
+    """Print JSON in ASCII, with all other characters escaped."""
     typer.echo(json.dumps(value, indent=2))

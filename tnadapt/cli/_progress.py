@@ -1,4 +1,4 @@
-"""How far a job is: bars on a terminal, a line for each finished training elsewhere; on stderr, both."""
+"""Progress on stderr: bars on a terminal, and a line for each finished training elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["bytes_bar", "reporter"]
 
 @contextlib.contextmanager
 def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """What is called with the bytes done and all there are; a bar on a terminal's stderr, and nothing elsewhere."""
+    """Yield a callback for the bytes done and the total, which draws a bar on a terminal and nothing elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done, total: None
@@ -44,7 +44,7 @@ def bytes_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def reporter() -> Iterator[Any]:
-    """A :class:`tnadapt.finetune.Reporter` for this process's stderr."""
+    """Yield a :class:`tnadapt.finetune.Reporter` for stderr."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(console)

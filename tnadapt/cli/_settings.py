@@ -1,4 +1,4 @@
-"""Settings as they are typed."""
+"""Parsing of settings from the command line."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 __all__ = ["chosen_config", "setting", "shapes_of", "word_or_number"]
 
-# Of all weights that are typed: a plan of so many takes half a minute, and no model's attention has them.
+# Maximum number of weights: a plan of this size takes half a minute, and no model's attention has as many.
 MOST = 10_000
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """``FIELD=VALUE``, the value as JSON or a word.
+    """Parse ``FIELD=VALUE``, with the value as JSON or a word.
 
     Examples
     --------
@@ -33,7 +33,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def word_or_number(text: str) -> Any:
-    """A value as JSON, else as the word that it is."""
+    """Parse a value as JSON, or return it as a word."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -41,7 +41,7 @@ def word_or_number(text: str) -> Any:
 
 
 def chosen_config(preset: str | None, settings: list[str], path: Path | None) -> Config | None:
-    """The config of ``--preset``, ``--config`` and ``--set``; None where none of them is given.
+    """Return the config of ``--preset``, ``--config`` and ``--set``; None if none of them is given.
 
     Examples
     --------
@@ -66,7 +66,7 @@ def chosen_config(preset: str | None, settings: list[str], path: Path | None) ->
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        # Also of a pipe, <(…), whose length is not known before its end.
+        # This also reads a pipe, <(…), whose length is unknown.
         with open(path, "rb") as file:
             content = file.read(MAX_CONFIG + 1)
         if len(content) > MAX_CONFIG:
@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def shapes_of(given: Sequence[str]) -> list[tuple[int, int]]:
-    """``ROWSxCOLS``, with ``*TIMES``, of several.
+    """Parse shapes ``ROWSxCOLS``, each with an optional ``*TIMES``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Tables: of the terminal's own style on a terminal, of spaces elsewhere."""
+"""Tables, formatted by Rich on a terminal and aligned with spaces elsewhere."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ._printing import echo
 
 __all__ = ["cell", "print_table"]
 
-# Letters of one cell: a name in a file may have thousands, and every other row would be as wide.
+# Maximum characters of a cell: a name in a file may have thousands, and all rows would become as wide.
 _WIDEST = 200
 
 
 def cell(text: str) -> str:
-    """What a table shows of a text.
+    """Return a text as shown in a table: escaped and truncated.
 
     Examples
     --------
@@ -31,7 +31,7 @@ def cell(text: str) -> str:
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
-    """Print a table; rows that begin with ● are bold, and the columns named in ``right`` end at one place."""
+    """Print a table with rows that begin with ● in bold, and the columns ``right`` aligned to the right."""
     rows = [[cell(text) for text in row] for row in rows]
     console = Console()
     if console.is_terminal:
@@ -39,7 +39,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Seq
         for index, title in enumerate(titles):
             table.add_column(title, justify="right" if index in right else "left", no_wrap=True)
         for row in rows:
-            # Text, as Rich takes [words] in a string for markup.
+            # Text objects, as Rich parses [words] in a string as markup.
             table.add_row(*map(Text, row), style="bold" if row[0] == "●" else None)
         console.print(table)
         return

@@ -1,4 +1,4 @@
-"""``tnadapt verify``."""
+"""The command ``tnadapt verify``."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def verify_command(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A JSON file of Config fields.")] = None,
     shape: Annotated[
-        list[str] | None, typer.Option(metavar="ROWSxCOLS", help="Of a weight; repeat for more, 12x8*4 for four.")
+        list[str] | None, typer.Option(metavar="ROWSxCOLS", help="Shape of a weight; repeat for more, 12x8*4 for four.")
     ] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="A library to check on; repeat for more.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random parameters.", min=0)] = 0,
+    backend: Annotated[list[str] | None, typer.Option(help="An array library to check; repeat for more.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random parameters.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check the laws of the library, or of one config, on every array library that is installed.
+    """Check the laws of the library, or of one config, on every installed array library.
 
-    Exit code: 0 where all hold, 1 where one does not, 2 for a question that cannot be asked.
+    Exit code: 0 if all laws hold, 1 if one does not, 2 for invalid arguments.
     """
     chosen = chosen_config(preset, settings or [], config)
     shapes = shapes_of(shape or []) or None

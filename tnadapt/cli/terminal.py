@@ -1,6 +1,7 @@
-"""What a command line is built on, here and in a program beside tnadapt: output, progress, and how errors end it.
+"""Building blocks of command lines, for tnadapt and other programs: output, progress, and exits on errors.
 
-A user's mistake is one line on stderr and exit code 2, and no file or path can send control sequences to the terminal.
+A user's mistake leads to one line on stderr and exit code 2. No file or path can send control sequences to the
+terminal.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ __all__ = [
 
 @contextlib.contextmanager
 def _escaping() -> Iterator[None]:
-    """Typer's own errors quote words of the command line, which a shell may have taken from a folder."""
+    """Escape Typer's own errors, which quote the command line: a shell may have inserted names of files."""
     try:
         yield
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str):
-            error.message = escaped(message)  # type: ignore[attr-defined]  # there it is
+            error.message = escaped(message)  # type: ignore[attr-defined]  # checked above
         raise
 
 
@@ -68,24 +69,24 @@ class EscapingGroup(TyperGroup):
 
 
 def help_text(command: Callable[..., None]) -> str:
-    """A docstring's paragraphs, each in one line: the terminal says how wide they are."""
-    # There is none under python -OO.
+    """Return a docstring with each paragraph on one line, to be wrapped to the width of the terminal."""
+    # There are no docstrings under python -OO.
     return "\n\n".join(" ".join(text.split()) for text in (inspect.getdoc(command) or "").split("\n\n"))
 
 
 @contextlib.contextmanager
 def exit_on_error(program: str) -> Iterator[None]:
-    """End the process with one line and exit code 2 where the block raises what a user can cause.
+    """Exit with a one-line message and code 2 if the block raises an error that a user can cause.
 
     Parameters
     ----------
     program : str
-        What the line begins with.
+        Prefix of the message.
 
     Raises
     ------
     SystemExit
-        In place of :class:`~tnadapt.TnadaptError`, ``OSError`` and ``MemoryError``.
+        Replaces :class:`~tnadapt.TnadaptError`, ``OSError`` and ``MemoryError``.
 
     Examples
     --------
@@ -100,7 +101,7 @@ def exit_on_error(program: str) -> Iterator[None]:
     except (TnadaptError, OSError) as error:  # a full disk, a name that is too long
         line = str(error)
     except MemoryError as error:
-        line = f"there is not enough memory for that ({str(error) or 'no more than that is known'})"
+        line = f"there is not enough memory ({str(error) or 'no further details'})"
     else:
         return
     print(escaped(f"{program}: {line}"), file=sys.stderr)

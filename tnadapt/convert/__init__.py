@@ -1,10 +1,10 @@
-"""Adapters of PEFT, LyCORIS and other libraries, in and out: exactly where algebra permits, else with the error.
+"""Convert adapters from and to PEFT, LyCORIS and other libraries: exactly if possible, otherwise with a known error.
 
-The call is :func:`convert`, and ``_pipeline`` has its steps: read, choose, write, measure. A file of another library
-is read by its :class:`FileFormat` (``_peft_format``, ``_lycoris_format``) as one ``ModuleUpdate`` a module
-(``_updates``), and all of these are joined into an adapter file (``_unpack``). On the way out, ``_unpack`` finds what
-each module's update is made of, ``_nearest`` what it becomes, and the format encodes and writes that; it is read back
-to measure the error. Another package adds a format by one class and :func:`register_file_format`.
+:func:`convert` is the entry point, and ``_pipeline`` runs its steps: read, choose, write, measure. The
+:class:`FileFormat` of a library (``_peft_format``, ``_lycoris_format``) reads its files as one ``ModuleUpdate`` per
+module (``_updates``), and ``_unpack`` joins these into an adapter file. For export, ``_unpack`` determines the form of
+each module's update, ``_nearest`` chooses the form to write, and the format encodes and writes it. The result is read
+back to measure the error. Other packages add a format with a class and :func:`register_file_format`.
 """
 
 import importlib
@@ -41,7 +41,7 @@ __all__ = [
     "target_of",
 ]
 
-# Imported when first used: the function convert is a part of the package's root, which most programs use without it.
+# Imported on first use: tnadapt itself exports convert, and most programs never call it.
 _LAZY = {
     "Base": "_base_model",
     "Conversion": "_conversion",

@@ -1,4 +1,4 @@
-"""The function ``convert``. Its steps are in ``_pipeline``, which is imported when it is first called."""
+"""The function ``convert``. Its first call imports ``_pipeline``, which has its steps."""
 
 from __future__ import annotations
 
@@ -26,58 +26,58 @@ def convert(
     without_kept: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
-    """Convert an adapter between this library, PEFT, LyCORIS and others: exactly, or with the error that it makes.
+    """Convert an adapter between this library, PEFT, LyCORIS and others: exactly, or with a measured error.
 
     Parameters
     ----------
     source : str, PathLike or AdapterFile
         A tnadapt file; a folder that PEFT saved (LoRA, LoKr, LoHa); a safetensors file of LyCORIS or kohya (LoRA,
-        LoKr, LoHa, full differences); or what a registered file format reads.
+        LoKr, LoHa, full differences); or any path that a registered file format reads.
     out : str or PathLike, optional
-        Where to write the result: a folder for PEFT, else a file. Nothing is written if None.
+        Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None.
     to : str
         "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha",
         "lycoris-full", or a form of a registered file format.
     rank : int, optional
-        The largest rank allowed. Without it an update keeps the rank that it has; LoRA also finds the smallest rank
-        within ``max_error``.
+        Largest rank allowed. Without it, an update keeps its rank; LoRA also finds the smallest rank within
+        ``max_error``.
     max_error : float, optional
         Largest relative error allowed, in the Frobenius norm of all updates together. None allows only rounding: a
         lossy conversion must be requested.
     base : optional
         The base model: a safetensors file, an index or a folder, of which only headers are read; a mapping of modules'
-        paths to shapes; or a list of paths. Files of LyCORIS need one, as their names have lost their dots. For others
-        the adapter's names and shapes are checked against it.
+        paths to shapes; or a list of paths. Files of LyCORIS need one, as their names lack the dots of the paths. For
+        other files, the adapter's names and shapes are checked against it.
     part : str, optional
-        Prefix of the adapter to read from a kohya file that has several models' adapters, such as "lora_unet".
+        Prefix of the adapter to read from a kohya file with the adapters of several models, such as "lora_unet".
     dtype : str, optional
-        Of the result's tensors. By default the source's, or float32 where that would round anything.
+        The dtype of the result's tensors. By default that of the source, or float32 if that would round any value.
     without_kept : bool
-        Whether parameters that were trained beside the adapter, such as a classifier head, may be left out.
+        Whether to omit parameters that were trained alongside the adapter, such as a classifier head.
     overwrite : bool
-        Whether to replace what is at ``out``.
+        Whether to replace an existing ``out``.
 
     Returns
     -------
     Conversion
-        With the error, overall and of each weight, measured on the very bytes that are written.
+        The result, with the overall error and that of each weight, measured on the bytes that are written.
 
     Raises
     ------
     ConfigError
-        If the result would be off by more than ``max_error``, or the form cannot hold it: the message has the error and
-        the ways out. Nothing is written.
+        If the error of the result would exceed ``max_error``, or the form cannot represent it: the message states the
+        error and the alternatives. Nothing is written.
     FileError, TargetError
-        If the source is damaged or holds what cannot be converted, the base is another model, or ``out`` cannot be
-        written.
+        If the source is damaged or has content that cannot be converted, the base is another model, or ``out`` cannot
+        be written.
 
     Notes
     -----
-    Exact are: LoRA of order 2 with one weight a group, to LoRA; Kronecker products of whole sizes to LoKr, more than
-    two of them multiplied to two; LoHa to LoHa; any update of low matrix rank to all three; everything to
-    "lycoris-full". Otherwise LoRA is the truncated SVD, and LoKr and LoHa are fitted by :func:`tnadapt.decompose`.
-    Everything is computed in float64, one weight after another. The error is also in the metadata of the file, under
-    "tnadapt.convert".
+    These conversions are exact: LoRA of order 2 with one weight per group to LoRA; Kronecker products whose sizes
+    divide the weight's to LoKr, where more than two factors are multiplied into two; LoHa to LoHa; any update of low
+    matrix rank to all three; everything to "lycoris-full". Otherwise LoRA is the truncated SVD, and LoKr and LoHa are
+    fitted by :func:`tnadapt.decompose`. All computations are in float64, one weight at a time. The error is also
+    recorded in the metadata of the file, under "tnadapt.convert".
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The base model of a conversion: its modules' paths, and the shapes of their weights where known."""
+"""The base model of a conversion: the paths of its modules, and the shapes of their weights if known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Base:
     Attributes
     ----------
     shapes : dict of str to (tuple of int or None)
-        Shapes of the modules' ``weight``, by the modules' paths; None where only the path is known.
+        Shapes of the modules' ``weight``, by module path; None if only the path is known.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
@@ -32,12 +32,11 @@ class Base:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
 
     def named(self, flat: str) -> str:
-        """Return the path whose dots are underscores in ``flat``; raise where there is none or more than one."""
+        """Return the path whose dots are underscores in ``flat``; raise TargetError unless there is exactly one."""
         found = self._flat.get(flat, [])
         if len(found) > 1:
             raise TargetError(
-                f"the name {safe_repr(flat)} is of {' and of '.join(map(safe_repr, found))}, for LyCORIS writes "
-                "dots as "
+                f"the name {safe_repr(flat)} may be {' or '.join(map(safe_repr, found))}, as LyCORIS writes dots as "
                 "underscores; leave all but one of them out of base"
             )
         if not found:
@@ -45,12 +44,12 @@ class Base:
         return found[0]
 
     def check_module(self, path: str) -> None:
-        """Raise a TargetError unless there is such a module."""
+        """Raise TargetError unless the module exists."""
         if path not in self.shapes:
             raise TargetError(f"base has no module {safe_repr(path)}{self._close(path, self.shapes)}")
 
     def check_targets(self, targets: Iterable[Target]) -> None:
-        """Raise a TargetError unless every target that is a module's weight exists, with the shape that it says."""
+        """Raise TargetError unless every target that is a module's weight exists and has the target's shape."""
         for target in targets:
             if target.parameter == "weight":
                 self.check_module(target.module)
@@ -66,12 +65,12 @@ class Base:
 
 
 def as_base(base: Any) -> Base | None:
-    """Convert what a caller gives as ``base``.
+    """Convert the argument ``base`` of a caller.
 
     Parameters
     ----------
     base : None, str, PathLike, mapping or iterable
-        A safetensors file, an index, or a folder with either; a mapping of the paths of modules to the shapes of their
+        A safetensors file, an index, or a folder with either; a mapping from module paths to the shapes of their
         weights; or the paths alone. Names may end in ``.weight``.
 
     Raises
@@ -100,7 +99,7 @@ def _of_file(path: str) -> dict[str, tuple[int, ...] | None]:
     entries = open_checkpoint(path).entries
     found = {_module(name): entry.shape for name, entry in entries.items() if name.endswith(".weight")}
     if not found:
-        raise FileError(f"{path} has no tensor whose name ends in .weight, and is no base model")
+        raise FileError(f"{path} has no tensor whose name ends in .weight, and is not a base model")
     return dict(found)
 
 
@@ -111,23 +110,24 @@ def _module(name: str) -> str:
 def target_of(
     path: str, stored: tuple[int, ...], base: Base | None, transposed: bool = False, may_transpose: bool = False
 ) -> Target:
-    """Return the target of a module, checked against the base where it is known.
+    """Return the target of a module, checked against the base if that is given.
 
     Parameters
     ----------
     path : str
     stored : tuple of int
-        ``(out, in, …)``, as the adapter's factors say; of a convolution the sizes after ``out`` may be one product.
+        ``(out, in, …)``, as implied by the adapter's factors; for a convolution, the sizes after ``out`` may be given
+        as one product.
     base : Base, optional
     transposed : bool
         Whether the adapter says that the weight is stored as ``(in, out)``.
     may_transpose : bool
-        Whether the base may store it so even if the adapter does not say so.
+        Whether the base may store it as ``(in, out)`` even if the adapter does not say so.
 
     Raises
     ------
     TargetError
-        If the base has no such module, or its weight another shape.
+        If the base has no such module, or its weight has another shape.
     """
     own = None
     if base is not None:
@@ -139,7 +139,7 @@ def target_of(
         as_it_is, turned = own == stored, own == stored[::-1] and may_transpose
         if not as_it_is and not turned:
             raise _misfit(path, stored, own)
-        # Of a square weight only the adapter says how it is stored.
+        # For a square weight, only the adapter tells how it is stored.
         transposed = turned and (transposed or not as_it_is)
     elif own[:1] != stored[:1] or math.prod(own) != math.prod(stored) or len(own) < 2:
         raise _misfit(path, stored, own)

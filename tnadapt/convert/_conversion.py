@@ -1,4 +1,4 @@
-"""The result of a conversion: what the adapter became, how far off it is, and saving it."""
+"""The result of a conversion: the adapter in its new form, its error, and how to save it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = ["Conversion", "check_free"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversion:
-    """An adapter in another form, and by how much it differs from the original.
+    """An adapter in another form, with its error relative to the original.
 
     Attributes
     ----------
     kind : str
-        Its form now: "tnadapt", "peft-lora", "lycoris-full" and so on.
+        The new form: "tnadapt", "peft-lora", "lycoris-full" and so on.
     origin : str
-        Its form before; "lycoris" where a file mixed methods.
+        The form of the source; "lycoris" if a file mixes methods.
     exact : bool
-        Whether the error is that of rounding.
+        Whether the only error is that of rounding.
     error : float
-        ``|new - old| / |old|``, in the Frobenius norm of all updates together, measured on what is written; 0 where
-        all updates are zero.
+        ``|new - old| / |old|``, in the Frobenius norm of all updates together, measured on the written bytes; 0 if all
+        updates are zero.
     errors : dict of str to float
-        The same of each weight, by its name in a state dict; infinite where only the new one is not zero.
+        The relative error of each weight, by its name in a state dict; infinite if only the new update is nonzero.
     parameters : (int, int)
         Elements of the adapter's tensors before and after.
     notes : tuple of str
@@ -44,9 +44,9 @@ class Conversion:
     file : AdapterFile or None
         The adapter, if its kind is "tnadapt".
     tensors : dict of str to ndarray
-        The tensors of all other kinds, as they are written; numbers of bfloat16 as float32, see ``dtypes``.
+        The tensors of all other kinds, as they are written; bfloat16 values as float32, see ``dtypes``.
     dtypes : dict of str to str
-        Which tensors are written as "bfloat16".
+        Tensors that are written as "bfloat16".
     config : dict or None
         PEFT's ``adapter_config.json``.
     files : dict of str to bytes
@@ -68,7 +68,7 @@ class Conversion:
 
     @property
     def content(self) -> bytes:
-        """The file with the tensors; empty for kind "tnadapt"."""
+        """Content of the file with the tensors; empty for kind "tnadapt"."""
         return next(iter(self.files.values()), b"")
 
     def __repr__(self) -> str:
@@ -91,7 +91,7 @@ class Conversion:
         return f"{what}: relative error {self.error:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values for JSON, without the tensors."""
+        """Return the fields as a JSON-compatible dictionary, without the tensors."""
         before, after = self.parameters
         return {
             "from": self.origin,
@@ -104,26 +104,26 @@ class Conversion:
         }
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the adapter: a folder for PEFT, else a file.
+        """Write the adapter: a folder for PEFT, otherwise a file.
 
         Parameters
         ----------
         path : str or PathLike
-            In a folder that exists.
+            Path in an existing folder.
         overwrite : bool
-            Whether to replace what is there; in a folder, only the files of the adapter.
+            Whether to replace an existing adapter; in a folder, only the files of the adapter are replaced.
 
         Raises
         ------
         FileError
-            If something is there and ``overwrite`` is not given, or the adapter cannot be written. Nothing has changed
+            If the path exists and ``overwrite`` is not given, or the adapter cannot be written. Nothing has changed
             then. (If a disk fails between the two files of a folder, and again while the old ones are restored, the
             message says where they are.)
 
         Notes
         -----
-        Killed at any point, it leaves the old adapter, the new one, or a folder without ``adapter_config.json``, which
-        PEFT and this library refuse; it then has the old files in a folder ``.tnadapt-….tmp/old``.
+        A kill at any point leaves the old adapter, the new one, or a folder without ``adapter_config.json``, which PEFT
+        and this library reject. In that case, the old files are in a subfolder ``.tnadapt-….tmp/old``.
         """
         where = path_of(path)
         check_free(where, [name for name in self.files if name], overwrite)
@@ -137,7 +137,7 @@ class Conversion:
 
 
 def check_free(path: str, names: Sequence[str], overwrite: bool) -> None:
-    """Raise a FileError unless a file may be written at a path; or a folder with these names, if there are any."""
+    """Raise FileError unless a file, or a folder with the given files, may be written at a path."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise FileError(f"{path}: the folder {folder} does not exist; make it first")

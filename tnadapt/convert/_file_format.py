@@ -1,7 +1,7 @@
-"""The contract of a file format: what :func:`tnadapt.convert` asks of the adapters of another library.
+"""The interface of file formats, through which :func:`tnadapt.convert` handles the adapters of other libraries.
 
-One class describes one format: it recognises, reads, encodes and writes the files. :class:`FileFormat` has defaults
-that refuse what a format does not say it can hold.
+One class implements one format: it recognizes, reads, encodes and writes the files. The defaults of
+:class:`FileFormat` reject everything that a format does not explicitly support.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ._updates import Float, ModuleUpdate
 
 __all__ = ["KINDS", "EncodedAdapter", "ExportChoice", "FileFormat", "ForeignAdapter"]
 
-# What an adapter can be written as; "full" is one dense update a module.
+# Methods that an adapter can be written as; "full" is one dense update per module.
 KINDS = ("lora", "lokr", "loha", "full")
 
 
 class ForeignAdapter(NamedTuple):
-    """An adapter as a file of another library holds it.
+    """An adapter as stored in a file of another library.
 
     Attributes
     ----------
     kind : str
-        "lora", "lokr", "loha" or "full"; "" where the file mixes methods.
+        "lora", "lokr", "loha" or "full"; "" if the file mixes methods.
     updates : sequence of TargetUpdate
         At least one.
     dtype : str
-        Of the stored tensors; of several, the one that holds all of their numbers.
+        The dtype of the stored tensors; if there are several, one that represents all of their values.
     kept : mapping of str to ndarray
-        Parameters trained beside the adapter, by their names in the base.
+        Parameters trained alongside the adapter, by their names in the base.
     kept_dtypes : mapping of str to str
-        "bfloat16" for those of ``kept`` that are stored so, by ``kept.NAME``.
+        "bfloat16" for the parameters in ``kept`` that are stored as such, by ``kept.NAME``.
     model : str
         Class name of the base model, or "".
     """
@@ -55,22 +55,22 @@ class ForeignAdapter(NamedTuple):
     def of(
         cls, kind: str, updates: Mapping[str, ModuleUpdate], base: Base | None = None, dtype: str = "float32"
     ) -> ForeignAdapter:
-        """Return the adapter with these updates of linear layers, by their paths; checked against the base."""
+        """Return an adapter with the given updates of linear layers, by path, checked against the base."""
         found = [TargetUpdate(target_of(path, update.shape, base), update) for path, update in updates.items()]
         return cls(kind, found, dtype)
 
 
 class ExportChoice(NamedTuple):
-    """What the updates of all modules become.
+    """The updates of all modules in the form to export.
 
     Attributes
     ----------
     updates : list of ModuleUpdate
-        One a module: of kind "lora", "lokr" or "loha", or "dense" for "full".
+        One per module: of kind "lora", "lokr" or "loha", or "dense" for "full".
     ranks : list of int
-        The rank that the library takes each of them for.
+        The rank that the library assigns to each of them.
     exact : bool
-        Whether nothing but rounding is lost.
+        Whether the updates are exact up to rounding.
     settings : dict
         Further settings of the format, from :meth:`FileFormat.fit_kronecker`.
     """
@@ -87,13 +87,13 @@ class EncodedAdapter(NamedTuple):
     Attributes
     ----------
     tensors : dict of str to ndarray
-        In float64. They are stored in the dtype that the conversion asks for.
+        Tensors in float64, to be stored in the dtype of the conversion.
     scalars : mapping of str to ndarray
-        Such as alpha: stored in float32, and not counted as parameters.
+        Scalars such as alpha, stored in float32 and not counted as parameters.
     config : dict, optional
-        Settings in a file of their own.
+        Settings for a separate file.
     record : mapping
-        What the format adds to the record of the conversion, in the metadata of its file.
+        Entries that the format adds to the record of the conversion in the file's metadata.
     """
 
     tensors: dict[str, Float]
@@ -103,7 +103,7 @@ class EncodedAdapter(NamedTuple):
 
 
 class FileFormat:
-    """A file format of adapters: inherit from it, and register the class by :func:`register_file_format`.
+    """Base class of file formats of adapters; register a subclass with :func:`register_file_format`.
 
     A format defines :meth:`detect` and :meth:`read`; :meth:`encode` and :meth:`write` if ``kinds`` is not empty; and
     :meth:`fit_kronecker` if "lokr" is among them. The other methods have defaults.
@@ -113,15 +113,15 @@ class FileFormat:
     name : str
         Set by the registration.
     library : str
-        For messages.
+        Name of the library in messages.
     kinds : tuple of str
-        What can be written: "lora", "lokr", "loha" and "full" make the forms ``NAME-lora`` and so on.
+        Methods that can be written: "lora", "lokr", "loha" and "full" define the forms ``NAME-lora`` and so on.
     folder : tuple of str
-        Names of the files, where an adapter is a folder with several; the last one is put in place last.
+        Names of the files if an adapter is a folder with several; the last one is moved into place last.
     no_attention : str
-        Why the parameters of ``nn.MultiheadAttention`` cannot be converted.
+        Reason why the parameters of ``nn.MultiheadAttention`` cannot be converted, for messages.
     no_kronecker : str
-        What to do where :meth:`fit_kronecker` finds nothing for the nearest Kronecker products.
+        Message for the case that :meth:`fit_kronecker` finds nothing for the nearest Kronecker products.
     """
 
     name = ""
@@ -134,14 +134,14 @@ class FileFormat:
     # -- Reading -------------------------------------------------------------------------------
 
     def detect(self, path: str) -> str | None:
-        """Return the path of the adapter that a path leads to, or None if it is not of this format.
+        """Return the path of the adapter at a path, or None if there is none of this format.
 
-        The path may lead to anything, or to nothing.
+        The path may name anything, or not exist.
 
         Raises
         ------
         FileError
-            If it is of this format and cannot be read.
+            If the adapter is of this format but cannot be read.
         """
         raise self._lacks("detect")
 
@@ -151,23 +151,23 @@ class FileFormat:
         Parameters
         ----------
         files : StoredFiles
-            At the path that :meth:`detect` returned, or in memory: what is written is read back to measure it.
+            Files at the path that :meth:`detect` returned, or in memory, to read back the result and measure its error.
         base : Base, optional
-            The base model's modules, as the caller gave them.
+            The base model's modules, as given by the caller.
         part : str, optional
-            Which adapter to read of a file with several.
+            The adapter to read from a file with several.
 
         Raises
         ------
         FileError, TargetError
-            If it is damaged or holds what an adapter file cannot.
+            If the adapter is damaged or has content that an adapter file cannot represent.
         """
         raise self._lacks("read")
 
     # -- Writing -------------------------------------------------------------------------------
 
     def check_target(self, target: Target) -> None:
-        """Raise a ConfigError unless the library can adapt the target's parameter. By default: a module's weight."""
+        """Raise ConfigError unless the library can adapt the target's parameter; by default, the weight of a module."""
         if target.parameter == "in_proj_weight":
             raise ConfigError(
                 f"{target.name} cannot be converted to {self.library}: {self.no_attention}; merge the adapter into the "
@@ -180,7 +180,7 @@ class FileFormat:
             )
 
     def check_module(self, module: Module, kind: str) -> None:
-        """Raise a ConfigError unless the library has such an adapter for the module. By default: matrices (out, in)."""
+        """Raise ConfigError unless the library supports the method for the module; by default, matrices (out, in)."""
         if module.transposed or len(module.stored) != 2:
             what = "as (in, out)" if module.transposed else f"in {len(module.stored)} axes"
             raise ConfigError(
@@ -188,16 +188,16 @@ class FileFormat:
             )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
-        """Raise a ConfigError unless the whole adapter can be held. By default: if nothing was trained beside it."""
+        """Raise ConfigError unless the whole adapter can be represented; by default, without kept parameters."""
         if kept:
             raise ConfigError(
-                f"{self.library} has no place for the parameters that were trained beside the adapter: "
-                f"{summarize(kept)}. "
-                "Convert without them by without_kept=True (--without-kept), and put them into the model by yourself"
+                f"{self.library} has no place for the parameters that were trained alongside the adapter: "
+                f"{summarize(kept)}. Convert without them by without_kept=True (--without-kept), and add them to the "
+                "model yourself"
             )
 
     def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:
-        """Return updates of kind "lokr" as the library loads them, or None where it cannot.
+        """Return updates of kind "lokr" in the form that the library loads, or None if it cannot load them.
 
         Parameters
         ----------
@@ -218,12 +218,12 @@ class FileFormat:
         choice : ExportChoice
             An update for each of the modules.
         kept : sequence of str
-            Names of the parameters trained beside the adapter, which are stored, too.
+            Names of the parameters trained alongside the adapter, which are stored as well.
         """
         raise self._lacks("encode")
 
     def kept_name(self, name: str) -> str:
-        """Return the name of the tensor that stores a parameter trained beside the adapter."""
+        """Return the name of the tensor that stores a parameter trained alongside the adapter."""
         raise self._lacks("kept_name")
 
     def write(
@@ -238,18 +238,18 @@ class FileFormat:
         Parameters
         ----------
         tensors : mapping of str to ndarray
-            What :meth:`encode` returned, in the dtype to store.
+            The tensors that :meth:`encode` returned, in the dtype to store.
         dtypes : mapping of str to str
-            Which float32 arrays hold numbers of "bfloat16", and should be stored so.
+            Float32 arrays with "bfloat16" values, to be stored as such.
         record : mapping of str to JSON values
-            What the conversion did, for the metadata of the file.
+            Record of the conversion, for the metadata of the file.
         config : mapping, optional
-            As from :meth:`encode`.
+            The config that :meth:`encode` returned.
 
         Returns
         -------
         dict of str to bytes
-            By the names in ``folder``, in that order; an adapter that is one file has the name ``""``.
+            Contents by the names in ``folder``, in that order; the name of an adapter's only file is ``""``.
         """
         raise self._lacks("write")
 

@@ -1,7 +1,7 @@
 """Files of other libraries' adapters: reading them from disk or memory, and writing them atomically.
 
-The same content gives the same bytes. A kill or a full disk leaves the old files, the new ones, or a folder that is
-refused, and never mixes them.
+The same content gives the same bytes. A kill or a full disk leaves the old files, the new ones, or a folder that cannot
+be loaded, but never a mixture.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ __all__ = [
     "safetensors_content",
 ]
 
-# The entry of metadata in which a conversion is recorded.
+# Metadata entry for the record of a conversion.
 RECORD = "tnadapt.convert"
 
-# In a staging folder: the files that are being replaced.
+# Subfolder of a staging folder for the files that are being replaced.
 _OLD = "old"
 
 _TAGS = {name: tag for tag, name in DTYPES.items()}
@@ -54,9 +54,9 @@ class StoredFiles:
     Parameters
     ----------
     path : str
-        Of a file, or of the folder with the files.
+        Path of a file, or of the folder with the files.
     contents : mapping of str to bytes, optional
-        The files by their names, instead of those on disk; ``""`` is the name of an adapter's only file.
+        Contents by file name, instead of files on disk; ``""`` is the name of an adapter's only file.
     """
 
     def __init__(self, path: str = "", contents: Mapping[str, bytes] | None = None) -> None:
@@ -64,13 +64,13 @@ class StoredFiles:
 
     @contextlib.contextmanager
     def open(self, name: str = "") -> Iterator[BinaryIO]:
-        """Open a file for reading, by its name in the folder; without one, the adapter's only file."""
+        """Open a file for reading, by its name in the folder; without a name, the adapter's only file."""
         if self._contents is not None:
             yield io.BytesIO(self._contents[name])
             return
         path = self._place(name)
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FileError("is no regular file")  # opening a pipe would wait for somebody to write
+            raise FileError("is not a regular file")  # opening a pipe would block until somebody writes to it
         with open(path, "rb") as file:
             yield file
 
@@ -85,7 +85,7 @@ class StoredFiles:
             yield container
 
     def json(self, name: str) -> dict[str, Any]:
-        """Read a JSON object, strictly."""
+        """Read a JSON object strictly."""
         if self._contents is not None:
             return strict_json(self._contents[name].decode(), name)
         return json_file(self._place(name), MAX_CONFIG, name)
@@ -95,12 +95,12 @@ class StoredFiles:
 
 
 def foreign_tensor_names(path: str) -> list[str] | None:
-    """Return the names of the tensors in a safetensors file; None where it is an adapter file of this library.
+    """Return the names of the tensors in a safetensors file; None if it is an adapter file of this library.
 
     Raises
     ------
     FileError
-        If it is no safetensors file.
+        If it is not a safetensors file.
     """
     if path.endswith((".bin", ".pt", ".pth", ".ckpt")) and os.path.exists(path):
         raise pickle_error()
@@ -109,10 +109,10 @@ def foreign_tensor_names(path: str) -> list[str] | None:
 
 
 def pickle_error() -> FileError:
-    """Return the error that refuses a pickle."""
+    """Return the error for a pickle."""
     return FileError(
-        "the weights are a pickle, which can run any program when it is opened: it was not. Save the adapter again "
-        "with a release of PEFT or LyCORIS that writes safetensors"
+        "the weights are a pickle, which can run arbitrary code when opened, so it was not opened. Save the adapter "
+        "again with a release of PEFT or LyCORIS that writes safetensors"
     )
 
 
@@ -120,7 +120,7 @@ def pickle_error() -> FileError:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Format JSON with sorted keys: one text for one value."""
+    """Format JSON with sorted keys, so that equal values give equal texts."""
     separators = (",", ":") if indent is None else (",", ": ")
     return json.dumps(value, sort_keys=True, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
 
@@ -134,12 +134,12 @@ def safetensors_content(
     ----------
     tensors : mapping of str to ndarray
     dtypes : mapping of str to str
-        Which float32 arrays are stored as "bfloat16", whose numbers they hold.
+        Float32 arrays with bfloat16 values, to be stored as "bfloat16".
     metadata : mapping of str to str
-        Written in the order of its keys, which safetensors' own writer does not promise.
+        Written in the order of its keys, which safetensors' own writer does not guarantee.
     """
     tags = {name: _TAGS[dtypes.get(name, array.dtype.name)] for name, array in tensors.items()}
-    # Wide elements first, so that every tensor is aligned to its element's size.
+    # Wide elements first, so that every tensor is aligned to the size of its elements.
     order = sorted(tensors, key=lambda name: (-raw_dtype(tags[name]).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position, pieces = 0, list[bytes | memoryview]()
@@ -164,17 +164,19 @@ def _raw(array: np.ndarray, tag: str) -> np.ndarray:
 
 
 def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True) -> None:
-    """Write files to a folder, which is created if it does not exist; the last file is put in place last.
+    """Write files to a folder, which is created if it does not exist; the last file is moved into place last.
 
-    A new folder appears with all of its files. In an existing one, the old files are replaced once all new ones have
-    been written. The last of the old files is removed first: a reader during the exchange, or after a kill, misses it,
-    and never combines new files with old ones. Several writers take turns, where the file system has locks.
+    A new folder appears together with all of its files. In an existing folder, the old files are replaced once all new
+    ones have been written. The last of the old files is removed first: a reader during the exchange, or after a kill,
+    finds it missing and so never combines new files with old ones. If the file system has locks, concurrent writers
+    take turns.
 
     Raises
     ------
     FileError
-        If the path is no folder, or has a folder by the name of a file; if one of the files exists, and must not be
-        overwritten; or if the disk fails half-way, and again while the old files are restored: it says where they are.
+        If the path is not a folder, or a subfolder has the name of a file; if one of the files exists and must not be
+        overwritten; or if the disk fails half-way, and again while the old files are restored. In that case, the
+        message says where they are.
     OSError
         If the files cannot be written. Nothing has changed then.
     """
@@ -195,7 +197,7 @@ def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True
                 rename_new(stage, path)
                 sync_folder(parent)
                 return
-        # Another process created it meanwhile.
+        # Another process has created the folder in the meantime.
     with _stage(path) as stage:
         for name, content in files.items():
             replace_file(os.path.join(stage, name), content)
@@ -207,7 +209,7 @@ def replace_folder(path: str, files: Mapping[str, bytes], overwrite: bool = True
 
 @contextlib.contextmanager
 def _turn(folder: str) -> Iterator[None]:
-    """Wait for other writers of a folder: put in place one by one, the files of two writers would mix."""
+    """Wait for other writers of a folder. Files are moved one by one, so those of two writers could mix."""
     if not HAS_LOCKS:
         yield
         return
@@ -215,7 +217,7 @@ def _turn(folder: str) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY)
         try:
             lock(handle, wait=True)
-            if names_handle(folder, handle):  # else it was renamed or deleted while this one waited
+            if names_handle(folder, handle):  # otherwise the folder was renamed or deleted during the wait
                 yield
                 return
         finally:
@@ -224,15 +226,15 @@ def _turn(folder: str) -> Iterator[None]:
 
 
 def _exchange(stage: str, path: str, names: Sequence[str]) -> None:
-    """Replace the files of a folder by those of the same names in a stage; all of them or none."""
+    """Replace all files of a folder by those of the same names in a staging folder, or none of them."""
     old = os.path.join(stage, _OLD)
     os.mkdir(old)
     moved = list[tuple[str, str]]()
 
     def move(start: str, end: str) -> None:
-        moved.append((start, end))  # first: an interrupt may come right after
+        moved.append((start, end))  # before the rename, as an interrupt may come right after it
         os.rename(start, end)
-        sync_folder(path)  # one after another on the disk, too
+        sync_folder(path)  # so that the renames reach the disk in order
 
     try:
         for name in reversed(names):
@@ -257,7 +259,7 @@ def _exchange(stage: str, path: str, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _stage(folder: str) -> Iterator[str]:
-    """Create a staging folder in this one. It is removed at the end, unless it was renamed or still holds old files."""
+    """Create a staging folder, which is removed at the end unless it was renamed or still holds old files."""
     stage = os.path.join(folder, f".tnadapt-{secrets.token_hex(8)}.tmp")
     os.mkdir(stage)
     try:

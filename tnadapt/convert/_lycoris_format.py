@@ -1,6 +1,6 @@
-"""LyCORIS' and kohya's LoRA, LoKr, LoHa and full differences: one safetensors file.
+"""The format of LyCORIS and kohya: LoRA, LoKr, LoHa and full differences in one safetensors file.
 
-Everything in such a file is read exactly or refused by name. What is written, LyCORIS loads to the same update.
+Every tensor of such a file is either read exactly or rejected by name. LyCORIS loads written files to the same update.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dty
 
 __all__ = ["LycorisFormat"]
 
-# The entry of the record of a conversion that has the modules' paths and shapes: such a file needs no base.
+# Entry of a conversion's record with the modules' paths and shapes. A file that has it can be read without a base.
 _MODULES = "modules"
 
 _PREFIXES = re.compile(r"(lycoris|lora_unet|lora_te\d?|lora_transformer|lora_prior_unet)_")
@@ -43,7 +43,7 @@ _REFUSED = {
 
 
 class LycorisFormat(FileFormat):
-    """Files that LyCORIS and kohya's scripts save, which write the dots of a module's path as underscores."""
+    """Files saved by LyCORIS and kohya's scripts, which write the dots of a module's path as underscores."""
 
     library = "LyCORIS"
     kinds = ("lora", "lokr", "loha", "full")
@@ -59,7 +59,7 @@ class LycorisFormat(FileFormat):
             return _read(container, base, part)
 
     def check_module(self, module: Module, kind: str) -> None:
-        """Raise a ConfigError for weights stored as (in, out), and for kernels of more than three axes."""
+        """Raise ConfigError for weights stored as (in, out), and for kernels with more than three axes."""
         if module.transposed:
             raise ConfigError(
                 f"{safe_repr(module.path)} is stored as (in, out), and LyCORIS adapts no such layer; convert to "
@@ -72,7 +72,7 @@ class LycorisFormat(FileFormat):
             )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
-        """Raise a ConfigError for paths that become one name, and for parameters trained beside the adapter."""
+        """Raise ConfigError for paths that map to the same name, and for parameters trained alongside the adapter."""
         names = dict[str, str]()
         for module in modules:
             name = _flat_name(module.path)
@@ -86,7 +86,7 @@ class LycorisFormat(FileFormat):
         super().check_adapter(modules, kept)
 
     def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:
-        """Return LoKr updates with parts from which LyCORIS infers their own sizes."""
+        """Return LoKr updates whose sizes LyCORIS infers correctly from their parts."""
         fitted = [fit for one, shape in zip(updates, stored, strict=True) if (fit := _fit(one, shape)) is not None]
         if len(fitted) < len(updates):
             return None
@@ -96,7 +96,7 @@ class LycorisFormat(FileFormat):
         """Encode the tensors.
 
         LyCORIS 4.1 scales LoKr and LoHa twice when it merges them, and never scales LoKr with two full factors. Their
-        scale is therefore multiplied into a factor, and alpha is the rank: however it is read, that is a scale of 1.
+        scale is therefore multiplied into a factor, and alpha is set to the rank, so that the scale is 1 in all cases.
         """
         tensors, alphas = dict[str, Float](), dict[str, Float]()
         for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
@@ -107,7 +107,7 @@ class LycorisFormat(FileFormat):
             own = encode(update, module.stored, "lora_down.weight", "lora_up.weight")
             tensors |= {f"{name}.{key}": array for key, array in own.items()}
             if update.kind != "dense":
-                # In float32: bfloat16 would round it from 257 on.
+                # Stored in float32, as bfloat16 rounds integers from 257 on.
                 alphas[f"{name}.alpha"] = np.asarray(alpha)
         listed = {_flat_name(module.path): [module.path, list(module.stored)] for module in modules}
         return EncodedAdapter(tensors, alphas, record={_MODULES: listed})
@@ -132,7 +132,7 @@ def _flat_name(path: str) -> str:
 
 
 def _fit(update: ModuleUpdate, stored: Sequence[int]) -> ModuleUpdate | None:
-    """Return the update as LyCORIS loads it, or None where it would infer other sizes than the tensors have."""
+    """Return the update in the form that LyCORIS loads, or None if it would infer wrong sizes."""
     size = kronecker_sizes_of(update, stored)
     if size is None:
         return None
@@ -150,13 +150,13 @@ def _fit(update: ModuleUpdate, stored: Sequence[int]) -> ModuleUpdate | None:
 
 
 def _factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """Return a side's sizes in W1 and W2, as LyCORIS has them."""
+    """Return the sizes of a side in W1 and W2, as LyCORIS computes them."""
     small, large = sorted(factorization(size, factor))
     return small, large
 
 
 def _inferred_factor(first: tuple[int, int], last: tuple[int, ...], low: bool) -> int:
-    """Return the factor that LyCORIS infers from the tensors: of a low-rank W2 it takes kernel sizes for channels."""
+    """Return the factor that LyCORIS infers from the tensors, where it counts a low-rank W2's kernel as channels."""
     rows, cols = first[0] * last[0], first[1] * last[1]
     if first == (_factorization(rows)[0], _factorization(cols)[0]):
         return -1
@@ -191,7 +191,7 @@ def _read(container: Container, base: Base | None, part: str | None) -> ForeignA
 
 
 def _modules(container: Container, part: str | None) -> tuple[dict[str, dict[str, Float]], set[str]]:
-    """Return the tensors of each module, by its flat name and theirs; and the dtypes of the factors."""
+    """Return the tensors by the modules' flat names and their own names, and the dtypes of the factors."""
     entries, found = container.entries, dict[str, dict[str, Float]]()
     prefixes, unknown, dtypes = set[str](), list[str](), set[str]()
     for name in entries:
@@ -210,7 +210,9 @@ def _modules(container: Container, part: str | None) -> tuple[dict[str, dict[str
         dtypes |= {DTYPES[entries[name].dtype]} if suffix != "alpha" else set()
         found.setdefault(flat, {})[_SUFFIXES.get(suffix, suffix)] = array
     if unknown:
-        raise FileError(f"has tensors that are no part of a LoRA, LoKr, LoHa or full difference: {summarize(unknown)}")
+        raise FileError(
+            f"has tensors that do not belong to a LoRA, LoKr, LoHa or full difference: {summarize(unknown)}"
+        )
     _check_part(prefixes, part)
     return found, dtypes
 
@@ -233,7 +235,7 @@ def _scale(path: str, alpha: Float | None, rank: int | None) -> float:
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the path and shape of each flat name from the record of a conversion; nothing where it has no such."""
+    """Return the path and shape of each flat name from the record of a conversion; empty if there is none."""
     try:
         listed = json.loads(metadata.get(RECORD, "{}")).get(_MODULES, {})
         found = {str(name): (str(path), tuple(map(int, shape))) for name, (path, shape) in listed.items()}

@@ -1,6 +1,6 @@
-"""What each module's update becomes in another library's form: exactly where algebra permits, else the nearest.
+"""Choose the form of each module's update for another library: an exact one if possible, otherwise the nearest.
 
-LoRA is the truncated SVD, the best of its rank. LoKr and LoHa are fitted by :func:`tnadapt.decompose`.
+LoRA is the truncated SVD, the best approximation of its rank. LoKr and LoHa are fitted by :func:`tnadapt.decompose`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = ["ExportSpec", "choose"]
 
 
 class ExportSpec(NamedTuple):
-    """What a conversion has to make.
+    """The requested form of a conversion.
 
     Attributes
     ----------
     form : str
-        Such as "peft-lora".
+        Name of the form, such as "peft-lora".
     format : FileFormat
     kind : {"lora", "lokr", "loha", "full"}
     rank : int or None
-        The largest rank allowed.
+        Largest rank allowed.
     max_error : float or None
     """
 
@@ -45,13 +45,13 @@ class ExportSpec(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What one module's update becomes.
+    """The new form of one module's update.
 
     Attributes
     ----------
     update : ModuleUpdate
     exact : bool
-        Whether it is the same up to rounding.
+        Whether it equals the original up to rounding.
     """
 
     update: ModuleUpdate
@@ -59,12 +59,12 @@ class Chosen(NamedTuple):
 
 
 def choose(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
-    """Choose what every module's update becomes.
+    """Choose the form of every module's update.
 
     Raises
     ------
     ConfigError
-        If it is possible with a rank only, and none is given.
+        If the form needs a rank, and none is given.
     """
     return _CHOOSERS[spec.kind](modules, unpacked, spec)
 
@@ -83,7 +83,7 @@ def _full(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> Ex
 
 
 class Spectrum(NamedTuple):
-    """``u @ diag(s) @ v.T``, without the singular values that are nothing but rounding.
+    """The SVD ``u @ diag(s) @ v.T``, without singular values that are mere rounding errors.
 
     Attributes
     ----------
@@ -103,7 +103,7 @@ class Spectrum(NamedTuple):
         return int(self.s.size)
 
     def pair(self, rank: int) -> Pair:
-        """Return the best two factors of a rank, each with the square roots of the singular values."""
+        """Return the best factors of a given rank, each with the square roots of the singular values."""
         kept = max(1, min(rank, self.rank))
         if not self.rank:
             return Pair(np.zeros((self.u.shape[0], 1)), np.zeros((self.v.shape[0], 1)))
@@ -112,10 +112,10 @@ class Spectrum(NamedTuple):
 
 
 def _spectrum(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, kept: int | None) -> Spectrum:
-    """Compute the SVD of a module's update; of one that is low-rank or a Kronecker product, from its factors alone.
+    """Compute the SVD of a module's update; for low-rank updates and Kronecker products from the factors alone.
 
-    ``kept`` singular vectors are returned; if None, as many as the matrix rank where the two factors are smaller than
-    the update, else none.
+    ``kept`` singular vectors are returned. If None, their number is the matrix rank if two factors of that rank are
+    smaller than the update, and 0 otherwise.
     """
     if form is not None and form.kind == "lora" and form.rank < min(form.shape):
         pair = form.absorb_scale().pair
@@ -133,7 +133,7 @@ def _spectrum(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, kep
 
 
 def _kronecker_spectrum(form: ModuleUpdate, kept: int | None) -> Spectrum:
-    """Compute the SVD of a Kronecker product: its singular values and vectors are products of its factors' ones."""
+    """Compute the SVD of a Kronecker product: its singular values and vectors are products of the factors'."""
     one, two = (np.linalg.svd(as_matrix(part), full_matrices=False) for part in form.absorb_scale().parts)
     s = np.outer(one.S, two.S).reshape(-1)
     order = np.argsort(-s, kind="stable")
@@ -145,7 +145,7 @@ def _kronecker_spectrum(form: ModuleUpdate, kept: int | None) -> Spectrum:
 
 
 def _ranks(s: Float, shape: tuple[int, int], kept: int | None) -> tuple[int, int]:
-    """Return the rank by NumPy's own bound on descending singular values, and the number of vectors to keep."""
+    """Return the rank by NumPy's tolerance for descending singular values, and the number of vectors to keep."""
     rank = int(np.count_nonzero(s > s[0] * max(shape) * np.finfo(np.float64).eps))
     if kept is None:
         kept = rank if _is_smaller(rank, shape) else 0
@@ -153,15 +153,15 @@ def _ranks(s: Float, shape: tuple[int, int], kept: int | None) -> tuple[int, int
 
 
 def _is_smaller(rank: int, shape: tuple[int, int]) -> bool:
-    """Whether two factors of a rank have fewer elements than their product."""
+    """Return whether two factors of a rank have fewer elements than their product."""
     rows, cols = shape
     return rank * (rows + cols) < rows * cols
 
 
 def _exact_pair(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, rank: int | None) -> Pair | Spectrum:
-    """Return two factors of a module's update, of at most a rank; else its spectrum, to take a lower rank of.
+    """Return exact factors of a module's update of at most the given rank; otherwise its spectrum, to truncate.
 
-    Without a rank, two factors with more elements than the update itself do not count either.
+    Without a rank, factors with more elements than the update itself are not accepted.
     """
     if form is not None and form.kind == "lora" and (rank is None or form.rank <= rank):
         return form.absorb_scale().pair
@@ -171,16 +171,17 @@ def _exact_pair(module: Module, unpacked: Unpacked, form: ModuleUpdate | None, r
 
 
 def _lora(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
-    """Choose every module's update as LoRA.
+    """Choose LoRA for every module.
 
-    Without a rank but with an error, all modules get the same rank: the smallest within the error.
+    With a maximum error but no rank, all modules that must be truncated get the same rank: the smallest within the
+    error.
     """
     rank = spec.rank
     found: list[Chosen | Spectrum] = []
     for module in modules:
         form = module.form(unpacked)
         if form is not None and form.kind == "lora" and (rank is None or form.rank <= rank):
-            found.append(Chosen(form, True))  # with its own scale, so that its factors keep their bits
+            found.append(Chosen(form, True))  # keep the scale separate, so that the factors keep their bits
             continue
         own = _exact_pair(module, unpacked, form, rank)
         found.append(Chosen(ModuleUpdate("lora", module.shape, (own,)), True) if isinstance(own, Pair) else own)
@@ -208,9 +209,9 @@ def _smallest_rank(
             f"the update of {safe_repr(module.path)} has matrix rank {worst.rank}, and LoRA of that rank is "
             "larger than "
             f"the update itself, {module.shape[0]} × {module.shape[1]}: give rank= or max_error= for the nearest of "
-            "lower rank, or to='lycoris-full' for all of it"
+            "lower rank, or to='lycoris-full', which holds every update"
         )
-    # Exact updates add nothing to the error, but count in the norm of the whole.
+    # Exact updates do not contribute to the error, but to the norm that it is relative to.
     exact = [norm(own.delta(unpacked)) for own, one in zip(modules, found, strict=True) if isinstance(one, Chosen)]
     whole = together([*exact, *(norm(one.s) for _, one in spectra)])
     for rank in range(1, worst.rank + 1):
@@ -238,13 +239,13 @@ def _one_loha(module: Module, unpacked: Unpacked, rank: int | None) -> Chosen:
     delta = module.delta(unpacked)
     fitted = _fit(delta, Config(rank=rank, splits=2, combine="hadamard", leading="same"))
     pairs = (Pair(fitted[f"split{k}.factor0"], fitted[f"split{k}.factor1"]) for k in (0, 1))
-    # Not every LoHa fit of a rank is better than LoRA of that rank.
+    # A LoHa fit of a given rank may be worse than LoRA of that rank.
     candidates = [ModuleUpdate("loha", module.shape, tuple(pairs)), _times_ones(module, own.pair(rank))]
     return Chosen(min(candidates, key=lambda update: float(np.linalg.norm(update.delta() - delta))), False)
 
 
 def _times_ones(module: Module, pair: Pair) -> ModuleUpdate:
-    """Return a product of two factors as LoHa: its Hadamard product with a matrix of ones, which has rank 1."""
+    """Return a product of two factors as LoHa: the Hadamard product with a matrix of ones, which has rank 1."""
     rows, cols = module.shape
     return ModuleUpdate("loha", module.shape, (pair, Pair(np.ones((rows, 1)), np.ones((cols, 1)))))
 
@@ -253,10 +254,10 @@ def _times_ones(module: Module, pair: Pair) -> ModuleUpdate:
 
 
 def _lokr(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> ExportChoice:
-    """Choose every module's update as LoKr.
+    """Choose LoKr for every module.
 
-    Kronecker products stay what they are, where the library can load them. Low-rank updates become a low-rank W2 and a
-    W1 of 1 × 1. Others become the nearest of the given rank, with the sizes that the library would choose.
+    Kronecker products are kept if the library can load them. Low-rank updates become a low-rank W2 with a W1 of 1 × 1.
+    Other updates become the nearest of the given rank, with the sizes that the library would choose.
     """
     stored = [module.stored for module in modules]
     forms = [module.form(unpacked) for module in modules]
@@ -268,7 +269,7 @@ def _lokr(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> Ex
     own = [_exact_pair(module, unpacked, form, spec.rank) for module, form in zip(modules, forms, strict=True)]
     pairs = [pair for pair in own if isinstance(pair, Pair)]
     if len(pairs) == len(modules):
-        # A W1 of 1 × 1 divides every size.
+        # A W1 of 1 × 1 fits a weight of any size.
         found = spec.format.fit_kronecker([_times_one(pair) for pair in pairs], stored)
         if found is None:
             raise ConfigError(spec.format.no_kronecker)
@@ -277,7 +278,7 @@ def _lokr(modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec) -> Ex
         raise _no_rank(next(m for m, pair in zip(modules, own, strict=True) if isinstance(pair, Spectrum)), "LoKr")
     deltas = [module.delta(unpacked) for module in modules]
     fitted = [_nearest_lokr(module, unpacked, spec.rank) for module in modules]
-    # LoRA with a W1 of 1 × 1 is LoKr of the same rank, and often the nearer one.
+    # LoRA is LoKr of the same rank with a W1 of 1 × 1, and is often nearer.
     plain = [_times_one(pair if isinstance(pair, Pair) else pair.pair(spec.rank)) for pair in own]
 
     def squared_error(updates: Sequence[ModuleUpdate]) -> float:
@@ -296,9 +297,9 @@ def _times_one(pair: Pair) -> ModuleUpdate:
 
 
 def _nearest_lokr(module: Module, unpacked: Unpacked, rank: int) -> ModuleUpdate:
-    """Fit a LoKr whose W1 has the sizes that PEFT and LyCORIS choose by default."""
+    """Fit a LoKr update whose W1 has the sizes that PEFT and LyCORIS choose by default."""
     (p, k), (q, n) = (factorization(size) for size in module.stored[:2])
-    full = 2 * rank >= max(k, n)  # W2 of such a rank is stored as it is
+    full = 2 * rank >= max(k, n)  # both libraries store W2 of such a rank as a full matrix
     config = Config(rank=rank, splits=2, split_size=(p, q), format="dense" if full else "cp")
     found = _fit(module.delta(unpacked), config)
     last = found["split1.dense"] if full else Pair(found["split1.factor0"], found["split1.factor1"])
@@ -308,8 +309,8 @@ def _nearest_lokr(module: Module, unpacked: Unpacked, rank: int) -> ModuleUpdate
 
 
 def _fit(delta: Float, config: Config) -> dict[str, Float]:
-    """Return the arrays of one weight that come nearest to an update, without the group's prefix."""
-    from tnadapt.decomposition import decompose  # with SciPy and TensorLy, which no exact conversion needs
+    """Fit the arrays of one weight to an update; return them without the group's prefix."""
+    from tnadapt.decomposition import decompose  # imports SciPy and TensorLy, which exact conversions do not need
 
     params, _ = decompose([delta], config)
     return {name.removeprefix("group0."): np.asarray(array, np.float64) for name, array in params.items()}
@@ -317,9 +318,8 @@ def _fit(delta: Float, config: Config) -> dict[str, Float]:
 
 def _no_rank(module: Module, method: str) -> ConfigError:
     return ConfigError(
-        f"the update of {safe_repr(module.path)} is no {method} by itself: give rank= for the nearest of that "
-        "rank, and "
-        "max_error= for how far off it may be; or to='lycoris-full' for all of it"
+        f"the update of {safe_repr(module.path)} is not exactly {method}: give rank= for the nearest of that "
+        "rank, and max_error= for the largest error allowed; or to='lycoris-full', which holds every update"
     )
 
 

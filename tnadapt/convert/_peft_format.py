@@ -1,6 +1,7 @@
-"""PEFT's LoRA, LoKr and LoHa: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""The format of PEFT's LoRA, LoKr and LoHa: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Everything in such a folder is read exactly or refused by name. What is written, PEFT loads to the same update.
+Every tensor and setting of such a folder is either read exactly or rejected by name. PEFT loads written folders to the
+same update.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ _PREFIX = "base_model.model."
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 
-# The entry of the record of a conversion that says which weights are stored as (in, out).
+# Entry of a conversion's record that says which weights are stored as (in, out).
 _TRANSPOSED = "transposed"
 
-# Where to look for a decompose_factor: so far above the sides, and in so many factors.
+# Limits of the search for a decompose_factor: how far above the sides, and how many candidates.
 _BEYOND, _MOST = 64, 1 << 16
 
-# Suffixes of names in the file -> the names under which the tensors are decoded.
+# Maps suffixes of names in the file to the names under which the tensors are decoded.
 _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
 _REFUSED = {
     "lora_magnitude_vector": "DoRA scales the sum of weight and update",
@@ -62,7 +63,7 @@ _REFUSED = {
 
 
 class PeftFormat(FileFormat):
-    """Folders that PEFT saves."""
+    """Folders saved by PEFT."""
 
     library = "PEFT"
     kinds = ("lora", "lokr", "loha")
@@ -74,7 +75,7 @@ class PeftFormat(FileFormat):
     )
 
     def detect(self, path: str) -> str | None:
-        """Return the folder with ``adapter_config.json``: the path itself, or the one that its weights are in."""
+        """Return the folder with ``adapter_config.json``: the path itself, or the folder of the weights at the path."""
         if os.path.isdir(path):
             if not os.path.exists(os.path.join(path, _CONFIG)):
                 return None
@@ -99,7 +100,7 @@ class PeftFormat(FileFormat):
             return _read(container, settings, base)
 
     def check_module(self, module: Module, kind: str) -> None:
-        """Raise a ConfigError for weights stored as (in, out), but for LoRA, and for kernels of too many axes."""
+        """Raise ConfigError for kernels with too many axes and, except for LoRA, for weights stored as (in, out)."""
         if module.transposed and kind != "lora":
             raise ConfigError(
                 f"{safe_repr(module.path)} is stored as (in, out), and PEFT has no {kind} for such a layer; convert to "
@@ -112,21 +113,21 @@ class PeftFormat(FileFormat):
             )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
-        """Raise a ConfigError for kept parameters that are not a whole module, or are one with an adapted weight."""
+        """Raise ConfigError for kept parameters of the model itself, or of modules with an adapted weight."""
         for name in kept:
             holder = name.rpartition(".")[0]
             inside = [m.path for m in modules if re.match(rf"(^|.*\.){re.escape(holder)}($|\..*)", m.path)]
             if not holder or inside:
                 what = f"the adapted weight of {safe_repr(inside[0])}" if inside else "the model itself"
                 raise ConfigError(
-                    f"PEFT saves whole modules, and cannot keep {safe_repr(name)} beside {what}: convert without it by "
-                    "without_kept=True (--without-kept)"
+                    f"PEFT saves whole modules, and cannot keep {safe_repr(name)} next to {what}: convert without it "
+                    "by without_kept=True (--without-kept)"
                 )
 
     def fit_kronecker(self, updates: Sequence[ModuleUpdate], stored: Sequence[tuple[int, ...]]) -> ExportChoice | None:
-        """Return LoKr updates with one ``decompose_factor`` from which PEFT computes all of their sizes.
+        """Return LoKr updates with a common ``decompose_factor`` from which PEFT computes all of their sizes.
 
-        ``decompose_both`` says whether W1 may be two factors. The rank decides which of W1 and W2 are full.
+        ``decompose_both`` says whether W1 may consist of two factors. The rank decides which of W1 and W2 are full.
         """
         sizes = [kronecker_sizes_of(update, shape) for update, shape in zip(updates, stored, strict=True)]
         known = [size for size in sizes if size is not None]
@@ -144,16 +145,16 @@ class PeftFormat(FileFormat):
             elif isinstance(last, Pair) and is_low(last, size[2:], last.rank):
                 rank, parts = last.rank, (as_matrix(first), last)
             elif len(shape) == 3 and size[:2] != (1, 1):
-                return None  # for a Conv1d with a full W2, PEFT multiplies other axes
+                return None  # for a Conv1d with a full W2, PEFT multiplies different axes
             else:
-                rank = -(-max(size[2:]) // 2)  # the smallest for which PEFT has a full W2
+                rank = -(-max(size[2:]) // 2)  # the smallest rank for which PEFT uses a full W2
                 parts = as_matrix(first), as_matrix(last)
             fitted.append(update._replace(parts=parts))
             ranks.append(rank)
         return ExportChoice(fitted, ranks, True, {"decompose_factor": factor, "decompose_both": both})
 
     def encode(self, kind: str, modules: Sequence[Module], choice: ExportChoice, kept: Sequence[str]) -> EncodedAdapter:
-        """Encode the tensors, and ``adapter_config.json``."""
+        """Encode the tensors and ``adapter_config.json``."""
         tensors, alphas = dict[str, Float](), []
         for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
             alpha = alpha_of([update.scale], rank)
@@ -177,7 +178,7 @@ class PeftFormat(FileFormat):
         config: Mapping[str, Any] | None,
     ) -> dict[str, bytes]:
         """Serialize the weights and the settings."""
-        # Some loaders insist on the "pt".
+        # Some loaders require the entry "pt".
         content = safetensors_content(tensors, dtypes, {RECORD: json_text(record), "format": "pt"})
         return {_WEIGHTS: content, _CONFIG: (json_text(config, indent=2) + "\n").encode()}
 
@@ -187,14 +188,15 @@ def _check_weights(folder: str) -> None:
         return
     if os.path.exists(os.path.join(folder, "adapter_model.bin")):
         raise pickle_error()
-    raise FileError(f"has {_CONFIG} and no {_WEIGHTS} beside it")
+    raise FileError(f"has {_CONFIG} and no {_WEIGHTS} next to it")
 
 
 def _decompose_factor(sizes: Sequence[tuple[int, int, int, int]], stored: Sequence[Sequence[int]]) -> int | None:
-    """Return one ``decompose_factor`` for which every weight has its sizes, or None."""
+    """Return a ``decompose_factor`` that gives every weight the right sizes, or None."""
     wanted = dict.fromkeys((size, tuple(shape[:2])) for size, shape in zip(sizes, stored, strict=False))
     sides = [side for size, _ in wanted for side in size[:2]]
-    # A factor that does not divide is a limit: one somewhat above the sides may do where they themselves divide more.
+    # PEFT takes a factor that does not divide a side as an upper limit. A factor slightly above the sides may therefore
+    # work for all weights where the sides themselves divide some of the others.
     factors: list[int] = [-1, *sides, *range(1, max(sides, default=0) + _BEYOND)]
     for factor in dict.fromkeys(factors[:_MOST]):
         if all(
@@ -226,7 +228,7 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
         else:
             unknown.append(name)
     if unknown:
-        raise FileError(f"has tensors that are no part of a {settings.kind} adapter: {summarize(unknown)}")
+        raise FileError(f"has tensors that do not belong to a {settings.kind} adapter: {summarize(unknown)}")
     if not modules:
         raise FileError("has no adapted weight")
     wrapped = next((path for path in modules if ".base_layer." in f".{path}."), None)
@@ -251,7 +253,7 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, bool]:
-    """Return whether each module's weight is stored as ``(in, out)``, where this library wrote the folder."""
+    """Return whether each module's weight is stored as ``(in, out)``, as recorded if this library wrote the folder."""
     try:
         listed = json.loads(metadata.get(RECORD, "{}")).get(_TRANSPOSED, {})
         return {path: value for path, value in listed.items() if isinstance(value, bool)}
@@ -260,21 +262,19 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, bool]:
 
 
 def _check_transposed(targets: Sequence[Target], says: bool) -> None:
-    """Raise a FileError if PEFT's one setting for all weights is wrong for some, and all that is known of others."""
+    """Raise FileError if PEFT's global setting is wrong for some weights and the only information for others."""
     flat = [target for target in targets if len(target.stored) == 2]
     wrong = [target for target in flat if target.stored[0] != target.stored[1] and target.transposed != says]
     square = [target for target in flat if target.stored[0] == target.stored[1]]
     if wrong and square:
         raise FileError(
-            f"fan_in_fan_out is {says} for all weights, which is not so of {safe_repr(wrong[0].module)} in "
-            "base: of the "
-            f"square {safe_repr(square[0].module)} nothing says how it is stored. Save one adapter for each "
-            "kind of layer"
+            f"fan_in_fan_out is {says} for all weights, which is wrong for {safe_repr(wrong[0].module)} in base, so it "
+            f"is unknown how the square {safe_repr(square[0].module)} is stored. Save one adapter per kind of layer"
         )
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Split a name into the module's path and the suffix of an adapter's tensor, "" where it has none."""
+    """Split a name into the module's path and the suffix of an adapter's tensor, "" if it has none."""
     path = name.removeprefix(_PREFIX)
     for suffix in (*_SUFFIXES, *_REFUSED):
         if path != name and path.endswith(f".{suffix}"):
@@ -283,8 +283,8 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _kept_name(path: str, settings: PeftSettings) -> str | None:
-    """Return the name under which another tensor is kept, or None where the settings do not say that it was trained."""
-    # PEFT's own rule for which modules these are.
+    """Return the name under which another tensor is kept, or None if the settings do not mark it as trained."""
+    # PEFT's own rule for modules_to_save.
     if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in settings.saved):
         return path.replace(".modules_to_save.", ".").replace(".original_module.", ".")
     if settings.bias != "none" and path.rpartition(".")[2] == "bias":

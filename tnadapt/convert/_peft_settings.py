@@ -1,6 +1,6 @@
-"""``adapter_config.json`` of PEFT, read and written.
+"""Reading and writing of PEFT's ``adapter_config.json``.
 
-Reading tells the settings that make the update from those without effect on it, and refuses the others.
+Reading keeps the settings that determine the update, ignores those without effect on it, and rejects all others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["PeftSettings", "config_of", "settings_of"]
 
 _KINDS = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha"}
 
-# These have no part in the update that the stored tensors make.
+# Settings that do not affect the update of the stored tensors.
 _HARMLESS = frozenset(
     {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -36,7 +36,7 @@ _READ = frozenset(
 )  # fmt: skip
 _REFUSED = {
     "use_dora": "DoRA scales the sum of weight and update",
-    "layer_replication": "layers are used several times, each with an update of its own",
+    "layer_replication": "layers are used several times, each with a different update",
     "use_qalora": "QA-LoRA pools the inputs",
     "alora_invocation_tokens": "aLoRA acts from certain tokens on only",
     "arrow_config": "Arrow chooses among adapters for each token",
@@ -48,20 +48,21 @@ _REFUSED = {
     "target_parameters": "its updates are of parameters that are no layer's weight",
     "megatron_config": "its factors are parts of Megatron's parallel layers",
 }
-# These subtract their initial update from the base's weights: the adapter belongs to a base that is not on disk.
+# These methods subtract their initial update from the base's weights, so the adapter belongs to a base that is not on
+# disk.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
-# A repeated group that itself repeats: matching such an expression can take exponential time.
+# Nested repetition: matching such an expression can take exponential time.
 _ENDLESS = re.compile(r"[+*}]\??\)[+*{]")
 
 
 class PeftSettings(NamedTuple):
-    """Settings of ``adapter_config.json`` that make the update.
+    """Settings of ``adapter_config.json`` that determine the update.
 
     Attributes
     ----------
     kind : {"lora", "lokr", "loha"}
     rank, alpha : int, float
-        Of modules that no pattern matches.
+        Values for modules that no pattern matches.
     ranks, alphas : dict
         PEFT's ``rank_pattern`` and ``alpha_pattern``.
     rslora, transposed : bool
@@ -84,7 +85,7 @@ class PeftSettings(NamedTuple):
     model: str
 
     def scale(self, path: str, rank: int | None) -> float:
-        """Return ``alpha / r`` of a module whose factors have this rank; None where they have none."""
+        """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
         given = _integer(f"the rank of {path}", _pattern_value(self.ranks, path, self.rank))
         if rank is not None and rank != given:
             raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {given}")
@@ -93,7 +94,7 @@ class PeftSettings(NamedTuple):
 
 
 def _pattern_value(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Return what PEFT finds in a pattern for a module: the first key that matches its path, or an end after a dot."""
+    """Return PEFT's value for a module: that of the first key that matches its path, or its end after a dot."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", path):
             return value
@@ -106,8 +107,8 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
     Raises
     ------
     FileError
-        If the method is none of the three, or a field has the wrong type, is unknown, or gives the update another
-        effect than being added to the weight. The message names the field.
+        If the method is none of the three; or a field has the wrong type, is unknown, or means that the update is not
+        simply added to the weight. The message names the field.
     """
     kind = _KINDS.get(str(config.get("peft_type", "")).upper())
     if kind is None:
@@ -160,7 +161,7 @@ def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:
         try:
             re.compile(key)
         except (re.error, RecursionError, OverflowError) as error:
-            raise FileError(f"{field} has {safe_repr(key)}, which is no regular expression: {error}") from None
+            raise FileError(f"{field} has {safe_repr(key)}, which is not a regular expression: {error}") from None
     return found
 
 
@@ -182,15 +183,15 @@ def _number(name: str, value: Any) -> float:
 def config_of(
     kind: str, transposed: Mapping[str, bool], ranks: Sequence[int], alphas: Sequence[float], kept: Sequence[str]
 ) -> dict[str, Any]:
-    """Return ``adapter_config.json``: every weight by its whole path, and patterns for other ranks or alphas.
+    """Return ``adapter_config.json``, with full paths of all weights, and patterns for differing ranks and alphas.
 
     Parameters
     ----------
     kind : str
     transposed : mapping of str to bool
-        Paths of the modules, and whether their weights are stored as ``(in, out)``.
+        Maps paths of modules to whether their weights are stored as ``(in, out)``.
     ranks, alphas : sequence
-        Of the modules.
+        Ranks and alphas of the modules.
     kept : sequence of str
         Names of the parameters of ``modules_to_save``.
     """
@@ -218,10 +219,10 @@ def _json_number(value: float) -> int | float:
 
 
 def _pattern_of(paths: Sequence[str], values: Sequence[float], default: float) -> dict[str, float]:
-    """Return the values that are not the default, by expressions: plain paths where these are unambiguous.
+    """Return the values that differ from the default, by expressions: plain paths if these are unambiguous.
 
-    PEFT reads a path as a regular expression: it may match the end of another path, and its dots match any letter.
-    Where PEFT would use one weight's value for another, the expressions are anchored and escaped.
+    PEFT reads a path as a regular expression: it may match the end of another path, and its dots match any character.
+    If PEFT would use one weight's value for another weight, the expressions are anchored and escaped.
     """
     plain = {path: value for path, value in zip(paths, values, strict=True) if value != default}
     try:
@@ -232,7 +233,7 @@ def _pattern_of(paths: Sequence[str], values: Sequence[float], default: float) -
 
 
 def _targeted(paths: Sequence[str]) -> list[str] | str:
-    """Return the paths, which PEFT matches as ends of paths; where one is an end of another, an expression."""
+    """Return the paths, which PEFT matches as suffixes; if one is a suffix of another, return an expression instead."""
     unclear = any("." not in path for path in paths) or any(
         other.endswith(f".{path}") for path in paths for other in paths
     )

@@ -1,4 +1,4 @@
-"""The steps of a conversion: read, choose, write and measure; and the registry of the file formats it knows."""
+"""The steps of a conversion: read, choose, write and measure; and the registry of file formats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["forms", "register_file_format", "run"]
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
-# The name of this library's own form, and of the file in a folder that tnadapt.torch's save_pretrained wrote.
+# The name of this library's own form, and of its file in a folder written by save_pretrained of tnadapt.torch.
 _OWN, _OWN_FILE = "tnadapt", "adapter.safetensors"
 
 
@@ -40,24 +40,24 @@ _formats: Registry[FileFormat] = Registry("file format", FileFormat, {"peft": Pe
 
 
 def register_file_format(name: str, cls: type[FileFormat]) -> None:
-    """Make a file format of adapters known, to :func:`tnadapt.convert` and ``tnadapt convert``.
+    """Register a file format of adapters for :func:`tnadapt.convert` and ``tnadapt convert``.
 
     Parameters
     ----------
     name : str
-        Lower-case letters, digits, ``.`` and ``_``. The format's forms are called ``NAME-lora`` and so on.
+        Lower-case letters, digits, ``.`` and ``_``. The format's forms are named ``NAME-lora`` and so on.
     cls : type
         A subclass of :class:`FileFormat`, called without arguments.
 
     Raises
     ------
     ConfigError
-        If the name has another form or is built in, or the class lacks a method: the message names it.
+        If the name has another form or is built in, or the class lacks a method; the message names it.
 
     Notes
     -----
-    The format registered last is the first to be asked whether a path is its own. Registering a name again replaces the
-    class, so that a notebook's cell can be run again.
+    Formats are asked to detect a path in reverse order of registration. Registering a name again replaces the class, so
+    that a notebook cell can be rerun.
     """
     if isinstance(name, str) and "-" in name:
         raise ConfigError(f"the name of a file format has no '-', which begins the form: {name}-lora; got {name!r}")
@@ -75,7 +75,7 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
 
 
 def forms() -> tuple[str, ...]:
-    """Return all that ``to`` may be."""
+    """Return all valid values of ``to``."""
     return (_OWN, *(f"{name}-{kind}" for name, cls in _formats.items() for kind in cls.kinds))
 
 
@@ -123,7 +123,7 @@ def run(
 
 
 def _checked(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | None:
-    """Check the arguments; return what to make of the adapter, None for a file of this library."""
+    """Check the arguments; return the requested form, or None for a file of this library."""
     if to not in forms():
         load_plugins()
     if to not in (known := forms()):
@@ -167,7 +167,7 @@ def _check_error(result: Conversion, max_error: float | None) -> None:
 
 
 def _rounded_up(error: float) -> float:
-    """Round up to two digits."""
+    """Round up to two significant digits."""
     unit = 10.0 ** (math.floor(math.log10(error)) - 1)
     return min(1.0, math.ceil(error / unit) * unit)
 
@@ -176,19 +176,19 @@ def _rounded_up(error: float) -> float:
 
 
 class ConvertedFrom(NamedTuple):
-    """The adapter that a conversion starts from.
+    """The source of a conversion.
 
     Attributes
     ----------
     kind : str
-        "tnadapt", "peft-lora", "lycoris-lokr" and so on; "lycoris" where a file mixes methods.
+        "tnadapt", "peft-lora", "lycoris-lokr" and so on; "lycoris" if a file mixes methods.
     file : AdapterFile
     parameters : int
-        Elements of its tensors as they were stored.
+        Number of elements of its stored tensors.
     notes : tuple of str
-        Remarks on reading it.
+        Remarks from reading it.
     updates : tuple of ModuleUpdate
-        Of each target as another library's file has it; none where the source is a file of this library.
+        The update of each target as stored in another library's file; empty for a file of this library.
     """
 
     kind: str
@@ -199,12 +199,12 @@ class ConvertedFrom(NamedTuple):
 
 
 def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFrom:
-    """Read the adapter at a path, whoever wrote it.
+    """Read the adapter at a path, in any format.
 
     Raises
     ------
     FileError
-        If there is no such file, or it is damaged, or holds what cannot be converted. It begins with the path.
+        If there is no such file, or it is damaged or cannot be converted. The message begins with the path.
     """
     known = None
     if base is not None:
@@ -224,7 +224,7 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
     try:
         file = load(path)
     except FileError:
-        # Neither ours nor of a known format: a plug-in may know it.
+        # Neither a file of this library nor of a registered format: a plug-in may register one.
         load_plugins()
         with file_error_context(path):
             if (found := _detect(path)) is not None:
@@ -235,7 +235,7 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
 
 
 def _detect(path: str) -> tuple[str, str] | None:
-    """Return the format that knows a path, and where its adapter is."""
+    """Return the name of the format that detects a path, and the path of its adapter."""
     for name in reversed(tuple(_formats)):
         if (place := _format_of(name).detect(path)) is not None:
             return name, place
@@ -298,11 +298,11 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
     Raises
     ------
     ConfigError
-        If that form cannot hold it.
+        If that form cannot represent it.
     """
     file, form = found.file, spec.format
     if file.activation is not None:
-        file.deltas()  # raises: an activation's effect is no ΔW
+        file.deltas()  # raises an error, as an activation has no ΔW
     modules, unpacked = _modules(file, spec), Unpacked(file, found.updates)
     choice = choose(modules, unpacked, spec)
     encoded = form.encode(spec.kind, modules, choice, list(file.kept))
@@ -326,7 +326,7 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
 
 
 def _modules(file: AdapterFile, spec: ExportSpec) -> list[Module]:
-    """Return the adapted modules, all of which the form can hold."""
+    """Return the adapted modules, after checking that the form supports all of them."""
     for target in file.targets:
         spec.format.check_target(target)
     modules = modules_of(file)
@@ -342,7 +342,7 @@ def _modules(file: AdapterFile, spec: ExportSpec) -> list[Module]:
 def _measured(
     modules: Sequence[Module], unpacked: Unpacked, spec: ExportSpec, files: Mapping[str, bytes]
 ) -> tuple[float, dict[str, float]]:
-    """Return the error of what is written, read back from its bytes."""
+    """Read the written bytes back, and return their error."""
     back = _read_foreign(spec.format.name, StoredFiles(contents=files), None, None).file
     again, places = Unpacked(back), {target.module: number for number, target in enumerate(back.targets)}
     if places.keys() != {module.path for module in modules}:

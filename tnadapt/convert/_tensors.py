@@ -1,7 +1,7 @@
-"""One module's tensors, as PEFT and LyCORIS name and shape them: decoded to one update, and encoded.
+"""Decode and encode the tensors of one module under the names and shapes of PEFT and LyCORIS.
 
-Both libraries store LoKr and LoHa alike, and LoRA under two sets of names, which their own modules translate. Both
-also derive the sizes of LoKr's W1 and W2 from the weight's by one rule, :func:`factorization`.
+Both libraries store LoKr and LoHa identically, and LoRA under different names, which their format modules translate.
+Both derive the sizes of LoKr's W1 and W2 from the weight's by the same rule, :func:`factorization`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Tensors = Mapping[str, Float]
 
 
 def kind_of(path: str, tensors: Tensors) -> str:
-    """Return the method that the tensors belong to; raise where they belong to two."""
+    """Return the method that the tensors belong to; raise FileError unless there is exactly one."""
     kinds = {"lora": LORA, "lokr": LOKR, "loha": LOHA, "dense": DIFF}
     found = [kind for kind, names in kinds.items() if not tensors.keys().isdisjoint(names)]
     if len(found) != 1:
@@ -48,11 +48,11 @@ def decode(
     Parameters
     ----------
     path : str
-        For messages.
+        Path of the module, for messages.
     tensors : mapping of str to ndarray
-        By the names in ``LORA``, ``LOKR``, ``LOHA`` or ``DIFF``.
+        Tensors by the names in ``LORA``, ``LOKR``, ``LOHA`` or ``DIFF``.
     scale : callable
-        Returns the scale for the rank, or for None where LoKr has two full factors.
+        Returns the scale for a rank, or for None if LoKr has two full factors.
     kron_last_axes : bool
         Whether the Kronecker product of a Conv1d with a full W2 multiplies its last two axes, as in PEFT, and not its
         first two, as in LyCORIS.
@@ -60,13 +60,13 @@ def decode(
     Returns
     -------
     ModuleUpdate, tuple of int
-        And the weight's shape ``(out, in, …)`` as far as the tensors tell it: factors of LoKr and LoHa hold the
-        sizes of a convolution after ``out`` as one product.
+        The update, and the weight's shape ``(out, in, …)`` as far as the tensors determine it: factors of LoKr and
+        LoHa store the sizes of a convolution after ``out`` as one product.
 
     Raises
     ------
     FileError
-        If a tensor is missing or its shape does not fit the others'.
+        If a tensor is missing or its shape does not fit the others.
     """
     kind = kind_of(path, tensors)
     get = _Getter(path, tensors)
@@ -85,7 +85,7 @@ def decode(
 
 
 class _Getter:
-    """Tensors of one module, each requested with the number of axes that it must have."""
+    """The tensors of one module, whose number of axes is checked on access."""
 
     def __init__(self, path: str, tensors: Tensors) -> None:
         self.path, self.tensors = path, tensors
@@ -129,7 +129,7 @@ def _lora(get: _Getter) -> tuple[Pair, tuple[int, ...]]:
 
 
 def _half(get: _Getter, name: str, core: str) -> tuple[Pair, tuple[int, ...]]:
-    """Return a factor ``a @ b``, or in Tucker form ``core x_0 a x_1 b``, where both are stored as (rank, size)."""
+    """Return a factor ``a @ b``, or ``core x_0 a x_1 b`` in Tucker form, where both are stored as (rank, size)."""
     a, b = get(f"{name}_a", 2, 2), get(f"{name}_b", 2)
     if core not in get:
         if a.shape[1] != b.shape[0]:
@@ -230,10 +230,10 @@ def _encode_lokr(update: ModuleUpdate, stored: Sequence[int]) -> dict[str, Float
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """Return a side's sizes in W1 and W2: the factor where it divides the side, else two that are near each other.
+    """Return the sizes of a side in W1 and W2: the given factor if it divides the side, otherwise two close ones.
 
-    PEFT has this rule, and LyCORIS the same with the smaller size first. Files do not store the sizes: a library
-    computes them, so it can load only Kronecker factors that the rule arrives at.
+    This is the rule of PEFT; that of LyCORIS puts the smaller size first. Files do not store the sizes: the libraries
+    compute them, so they can only load Kronecker factors with sizes that follow from the rule.
 
     Examples
     --------
@@ -260,10 +260,10 @@ def kronecker_sizes_of(update: ModuleUpdate, stored: Sequence[int]) -> tuple[int
 
 
 def is_low(part: Pair | Float, sides: Sequence[int], rank: int) -> bool:
-    """Whether a rank is below half of W1's or W2's larger side: both libraries' rule for storing two factors."""
+    """Return whether a rank is below half of the larger side, in which case both libraries store two factors."""
     return isinstance(part, Pair) and 2 * rank < max(sides)
 
 
 def are_both_low(update: ModuleUpdate, size: tuple[int, int, int, int]) -> bool:
-    """Whether W1 and W2 are both stored as two factors. Both then have one rank, the larger."""
+    """Return whether W1 and W2 are both stored as two factors, and so both have the larger of the two ranks."""
     return all(is_low(part, sides, update.rank) for part, sides in zip(update.parts, (size[:2], size[2:]), strict=True))

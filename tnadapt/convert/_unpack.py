@@ -1,7 +1,7 @@
-"""From an adapter file to one update a module, as matrices that others know, and back from updates to a file.
+"""Unpack an adapter file into one update per module, in the forms of other libraries, and join updates into a file.
 
-PEFT and LyCORIS adapt whole modules, each by LoRA, LoKr or LoHa. A file of this library has one config for all of its
-targets, and a target may be some rows of a fused weight.
+PEFT and LyCORIS adapt whole modules, each with LoRA, LoKr or LoHa. A file of this library has one config for all of its
+targets, and a target may consist of some rows of a fused weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, narrow
 
 __all__ = ["Module", "TargetUpdate", "Unpacked", "join", "modules_of"]
 
-# Factoring longer sides evenly takes too long to be worth a shorter config.
+# Above this, factoring a side evenly takes too long to be worth a shorter config.
 _MAX_BALANCED = 1 << 20
 
 
@@ -31,14 +31,14 @@ _MAX_BALANCED = 1 << 20
 
 
 class Unpacked:
-    """Adapter file with its arrays in float64, which holds all of their numbers.
+    """An adapter file with its arrays in float64, which represents all of their values.
 
     Parameters
     ----------
     file : AdapterFile
     updates : sequence of ModuleUpdate
-        The update of each target as another library's file had it. These are returned where given: the file may hold
-        them in another form, and rounded.
+        The update of each target as stored in another library's file. If given, they are used instead of the file's
+        arrays, which may have another form and be rounded.
     """
 
     def __init__(self, file: AdapterFile, updates: Sequence[ModuleUpdate] = ()) -> None:
@@ -48,8 +48,8 @@ class Unpacked:
     def delta(self, weight: int) -> Float:
         """Return ΔW of one target in float64.
 
-        It is computed in float64 where F is linear. A nonlinear F subtracts its value at the start of training, in the
-        dtype of that start.
+        It is computed in float64 if F is linear. With a nonlinear F, the value of F at the start of training is
+        subtracted in the dtype of that start.
         """
         if self.updates:
             return self.updates[weight].delta()
@@ -63,9 +63,9 @@ class Unpacked:
         return self.file.deltas()
 
     def form(self, weight: int) -> ModuleUpdate | None:
-        """Return the update of one target as matrices that multiply to it exactly; None where its arrays are not such.
+        """Return the exact factors of one target's update; None if its arrays do not have such a form.
 
-        That takes a group with one weight, the identity for F, and two modes (or one, dense).
+        The form requires a group of one weight, the identity for F, and two modes (or one, dense).
         """
         if self.updates:
             return self.updates[weight]
@@ -91,7 +91,7 @@ Parts = Sequence[Pair | Float]
 
 
 def _parts(group: Group, arrays: Mapping[str, Float], term: int) -> Parts | None:
-    """Return the splits of a term, each as two factors or one matrix."""
+    """Return the splits of a term, each as two factors or a matrix; None if one has another form."""
     network, found = group.network, list[Pair | Float]()
     for number in range(len(network.splits)):
         prefix = f"term{term}." * (network.terms > 1) + f"split{number}."
@@ -104,7 +104,7 @@ def _parts(group: Group, arrays: Mapping[str, Float], term: int) -> Parts | None
 
 
 def _matrix(own: Mapping[str, Float]) -> Pair | Float | None:
-    """Return the arrays of a split of order 2 as two factors, or a matrix."""
+    """Return the arrays of a split of order 2 as two factors or a matrix; None for unknown arrays."""
     names = set(own)
     if names == {"dense"}:
         return own["dense"]
@@ -128,7 +128,7 @@ def _one_split(terms: Sequence[Parts], count: int, shape: tuple[int, int], scale
         return None
     pairs = [Pair(part.b[: shape[0]], part.a) for part in parts if isinstance(part, Pair)]
     if len(pairs) == count:
-        # A sum of low-rank matrices: their factors side by side.
+        # A sum of low-rank matrices is low-rank: concatenate the factors.
         pair = Pair(np.concatenate([p.b for p in pairs], axis=1), np.concatenate([p.a for p in pairs], axis=1))
         return ModuleUpdate("lora", shape, (pair,), scale)
     if count > 1:
@@ -140,12 +140,12 @@ def _kronecker(terms: Sequence[Parts], count: int, shape: tuple[int, int], scale
     if count > 1 or not terms:
         return None
     *leading, last = terms[0]
-    # All splits but the last become one: a product of more than two is one of two.
+    # Multiply all splits but the last, as other libraries have two factors only.
     first = leading[0]
     for part in leading[1:]:
         first = np.asarray(np.kron(as_matrix(first), as_matrix(part)), np.float64)
     if tuple(one * other for one, other in zip(first.shape, last.shape, strict=True)) != shape:
-        return None  # the product is longer than the weight and cut, which no other library does
+        return None  # the product is larger than the weight and truncated, which no other library supports
     return ModuleUpdate("lokr", shape, (first, last), scale)
 
 
@@ -163,18 +163,18 @@ def _hadamard(terms: Sequence[Parts], count: int, shape: tuple[int, int], scale:
 
 
 class Module(NamedTuple):
-    """A module of the base, and the targets in its weight.
+    """A module of the base, with the targets in its weight.
 
     Attributes
     ----------
     path : str
-        Path of the module, whose ``weight`` is updated.
+        Path of the module whose ``weight`` is updated.
     stored : tuple of int
         Shape of the weight as the model stores it.
     transposed : bool
-        Whether that is ``(in, out)``.
+        Whether that shape is ``(in, out)``.
     targets : tuple of (int, Target)
-        With their positions in the file.
+        The targets with their positions in the file.
     """
 
     path: str
@@ -194,15 +194,15 @@ class Module(NamedTuple):
         return self.targets[0][1].name
 
     def delta(self, unpacked: Unpacked) -> Float:
-        """Return ΔW of the whole weight: zero in rows that no target has, the sum where targets share rows."""
+        """Return ΔW of the whole weight, which is zero in rows without a target."""
         total = np.zeros(self.shape)
         for number, target in self.targets:
-            # Rows of the matrix (out, in), however the weight itself is stored.
+            # Rows of the (out, in) matrix, regardless of how the weight is stored.
             total[_rows(target)] += unpacked.delta(number)
         return total
 
     def form(self, unpacked: Unpacked) -> ModuleUpdate | None:
-        """Return the same as matrices that multiply to it exactly, or None where there are none."""
+        """Return the exact factors of ΔW, or None if there are none."""
         forms = [unpacked.form(number) for number, _ in self.targets]
         found = [form for form in forms if form is not None]
         if len(self.targets) == 1 and self.targets[0][1].rows is None:
@@ -212,7 +212,7 @@ class Module(NamedTuple):
         return self._stacked(found)
 
     def _stacked(self, forms: Sequence[ModuleUpdate]) -> ModuleUpdate:
-        """Combine low-rank updates of some rows each into one of the whole weight; its rank is the sum of theirs."""
+        """Combine low-rank updates of disjoint rows into one of the whole weight, whose rank is the sum of theirs."""
         scales = {form.scale for form in forms}
         scale = scales.pop() if len(scales) == 1 else 1.0
         whole = [form if scale == form.scale else form.absorb_scale() for form in forms]
@@ -236,16 +236,16 @@ def modules_of(file: AdapterFile) -> list[Module]:
         places.setdefault(target.module, []).append((number, target))
     found = []
     for path in sorted(places, key=natural):
-        first = places[path][0][1]  # an adapter file's targets agree on how their weight is stored
+        first = places[path][0][1]  # all targets of a weight agree on how it is stored
         found.append(Module(path, first.stored, first.transposed, tuple(places[path])))
     return found
 
 
-# -- Joining: one file of many updates -----------------------------------------------------------
+# -- Joining: one file from many updates ---------------------------------------------------------
 
 
 class TargetUpdate(NamedTuple):
-    """Update of one weight as another library's file has it.
+    """The update of one weight as stored in another library's file.
 
     Attributes
     ----------
@@ -271,15 +271,15 @@ def join(
     found : sequence of TargetUpdate
         At least one.
     dtype : str
-        Of the stored arrays, if it holds all of their numbers; else they are float32.
+        The dtype of the stored arrays if it represents all of their values; otherwise they are float32.
     kept, dtypes, model
         As in :class:`~tnadapt.AdapterFile`; ``dtypes`` are those of ``kept``.
 
     Notes
     -----
-    One config describes all weights. Ranks are made equal by zero columns, scales that differ move into a factor, and
-    a W1 or W2 of LoKr that is full in one weight and low-rank in another takes a form that fits both. Where forms or
-    Kronecker sizes differ beyond that, every update is stored dense.
+    One config describes all weights. Factors are padded with zero columns to a common rank, differing scales are
+    multiplied into a factor, and a W1 or W2 of LoKr that is full in one weight and low-rank in another gets a form that
+    fits both. If forms or Kronecker sizes differ otherwise, every update is stored dense.
     """
     updates = [one.update for one in found]
     config, notes = _common(updates), list[str]()
@@ -312,7 +312,7 @@ def _described(update: ModuleUpdate) -> str:
 
 
 def _common(updates: Sequence[ModuleUpdate]) -> Config | None:
-    """Return the config that all updates have once they are padded, or None."""
+    """Return the common config of all updates after padding, or None."""
     if len({update.kind for update in updates}) > 1:
         return None
     rank = max(update.rank for update in updates)
@@ -333,7 +333,7 @@ def _common(updates: Sequence[ModuleUpdate]) -> Config | None:
 
 
 def _split_size(updates: Sequence[ModuleUpdate]) -> str | int | tuple[int, ...] | None:
-    """Return the shortest ``split_size`` that gives every update its own sizes."""
+    """Return the shortest ``split_size`` that gives every update its sizes, or None."""
     first = updates[0].parts[0].shape
     small = max(side for update in updates for side in update.shape) <= _MAX_BALANCED
     candidates: list[str | int | tuple[int, ...]] = ["balanced"] if small else []
@@ -346,7 +346,7 @@ def _split_size(updates: Sequence[ModuleUpdate]) -> str | int | tuple[int, ...] 
 
 
 def _factored(part: Pair | Float) -> Pair:
-    """Return a full matrix as a Pair, exactly: the matrix and an identity."""
+    """Return a full matrix as an exact Pair: the matrix and an identity."""
     if isinstance(part, Pair):
         return part
     rows, cols = part.shape
@@ -354,7 +354,7 @@ def _factored(part: Pair | Float) -> Pair:
 
 
 def _conform(update: ModuleUpdate, config: Config) -> ModuleUpdate:
-    """Return an update with the parts that a common config asks for."""
+    """Return an update with its parts in the form that a common config requires."""
     if update.kind == "dense":
         return update
     parts = list(update.parts)

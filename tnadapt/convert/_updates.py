@@ -1,9 +1,8 @@
-"""One module's update in the forms that other libraries have: low rank, Kronecker, Hadamard, dense.
+"""One module's update in the forms of other libraries: low rank, Kronecker, Hadamard, dense.
 
-With it, the dtypes that store it, and the error of one update against another.
-
-Each form is a small adapter of this library for one weight: its ΔW is the plan's, and nothing here computes another.
-Everything is computed in float64 and stored in the narrowest dtype that loses nothing.
+Also the dtypes in which it is stored, and the error of one update relative to another. Each form is a small adapter of
+this library for one weight, and its plan computes ΔW. All computations are in float64, and results are stored in the
+source's dtype or in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Float = NDArray[np.float64]
 
 
 class Pair(NamedTuple):
-    """Low-rank matrix, ``b @ a.T``.
+    """A low-rank matrix, ``b @ a.T``.
 
     Attributes
     ----------
@@ -51,13 +50,13 @@ class Pair(NamedTuple):
         return self.b.shape[0], self.a.shape[0]
 
     def padded(self, rank: int) -> Pair:
-        """Return the same matrix with zero columns up to the rank."""
+        """Return the same matrix, with factors padded with zero columns to the rank."""
         wide = ((0, 0), (0, rank - self.rank))
         return self if self.rank == rank else Pair(np.pad(self.b, wide), np.pad(self.a, wide))
 
 
 def as_matrix(part: Pair | Float) -> Float:
-    """Return a part as one matrix."""
+    """Return a part as a matrix."""
     if not isinstance(part, Pair):
         return part
     found: Float = part.b @ part.a.T
@@ -65,7 +64,7 @@ def as_matrix(part: Pair | Float) -> Float:
 
 
 class ModuleUpdate(NamedTuple):
-    """ΔW of one module and the arrays that multiply to it.
+    """ΔW of one module, as factors.
 
     Attributes
     ----------
@@ -73,10 +72,10 @@ class ModuleUpdate(NamedTuple):
     shape : tuple of int
         ``(rows, cols)`` of the update.
     parts : tuple of Pair or ndarray
-        LoRA: one Pair. LoKr: W1 and W2, whose Kronecker product it is, each a Pair or a matrix. LoHa: two Pairs, whose
-        Hadamard product it is. Dense: the matrix itself. All in float64.
+        LoRA: one Pair. LoKr: the factors W1 and W2 of a Kronecker product, each a Pair or a matrix. LoHa: the two Pairs
+        of a Hadamard product. Dense: the matrix itself. All in float64.
     scale : float
-        Factor of the whole update.
+        Scale of the whole update.
 
     Examples
     --------
@@ -98,7 +97,7 @@ class ModuleUpdate(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The largest rank of a Pair among the parts; 1 where there is none."""
+        """The largest rank of a Pair among the parts; 1 if there is none."""
         return max((part.rank for part in self.parts if isinstance(part, Pair)), default=1)
 
     @property
@@ -129,7 +128,7 @@ class ModuleUpdate(NamedTuple):
         )
 
     def arrays(self) -> dict[str, Float]:
-        """Return the arrays that :meth:`config` asks for, without the group's prefix; all Pairs padded to one rank."""
+        """Return the arrays of :meth:`config`, without the group's prefix, and with all Pairs padded to one rank."""
         config, found = self.config(), dict[str, Float]()
         for number, part in enumerate(self.parts):
             leading = self.kind == "lokr" and number == 0 and config.leading == "dense"
@@ -158,7 +157,7 @@ class ModuleUpdate(NamedTuple):
 
 
 def alpha_of(scales: Sequence[float], rank: int) -> float | None:
-    """Return the alpha for which ``alpha / rank`` is every one of the scales, to the bit; None where there is none.
+    """Return the alpha for which ``alpha / rank`` equals all of the scales exactly; None if there is none.
 
     Examples
     --------
@@ -179,7 +178,7 @@ def alpha_of(scales: Sequence[float], rank: int) -> float | None:
 
 
 def widen(name: str, tag: str, array: np.ndarray) -> Float:
-    """Return a stored tensor as float64; raise unless it is of real numbers, all finite."""
+    """Return a stored tensor as float64; raise FileError unless it consists of finite floating-point numbers."""
     if tag == "BF16":
         array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if name.endswith(".alpha") and array.dtype.kind in "iu":
@@ -192,19 +191,19 @@ def widen(name: str, tag: str, array: np.ndarray) -> Float:
 
 
 def common_dtype(dtypes: set[str]) -> str:
-    """Return the dtype that holds the numbers of all of these."""
+    """Return a dtype that represents the values of all given dtypes."""
     if len(dtypes) == 1:
         return next(iter(dtypes))
     return "float64" if "float64" in dtypes else "float32"
 
 
 def narrow(arrays: Mapping[str, Float], dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Cast arrays to a dtype if it holds each of their numbers to the bit, as float64 always does; else to float32.
+    """Cast arrays to a dtype if it represents each of their values exactly, as float64 always does; else to float32.
 
     Returns
     -------
     dict, dict
-        The arrays. NumPy has no bfloat16: its numbers come as float32 arrays, and the second dictionary names these.
+        The arrays, and "bfloat16" for those that are float32 arrays of bfloat16 values, as NumPy lacks bfloat16.
     """
     cast, says = round_to(arrays, dtype)
     if all(np.array_equal(cast[name], arrays[name]) for name in arrays):
@@ -213,15 +212,15 @@ def narrow(arrays: Mapping[str, Float], dtype: str) -> tuple[dict[str, np.ndarra
 
 
 def round_to(arrays: Mapping[str, Any], dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Round arrays to the nearest numbers of a dtype; returns what :func:`narrow` does."""
+    """Round arrays to the nearest values of a dtype; the result is like that of :func:`narrow`."""
     if dtype == "bfloat16":
         return {name: _round_to_bfloat16(array) for name, array in arrays.items()}, dict.fromkeys(arrays, "bfloat16")
-    with np.errstate(over="ignore"):  # check_range reports what became infinite
+    with np.errstate(over="ignore"):  # check_range reports infinite results
         return {name: np.asarray(array).astype(dtype, order="C") for name, array in arrays.items()}, {}
 
 
 def _round_to_bfloat16(array: Any) -> np.ndarray:
-    """Round to the nearest numbers of bfloat16, ties to even, as float32."""
+    """Round to the nearest bfloat16 values, ties to even, as float32."""
     with np.errstate(over="ignore"):
         bits = np.array(array, dtype=np.float32, order="C").view(np.uint32)
     finite = np.isfinite(array)
@@ -230,7 +229,7 @@ def _round_to_bfloat16(array: Any) -> np.ndarray:
 
 
 def check_range(arrays: Mapping[str, np.ndarray], dtype: str) -> None:
-    """Raise a ConfigError if rounding to the dtype made a number infinite."""
+    """Raise ConfigError if rounding to the dtype produced an infinite value."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise ConfigError(f"{safe_repr(name)} has numbers that are too large for {dtype}; use float32")
@@ -238,32 +237,33 @@ def check_range(arrays: Mapping[str, np.ndarray], dtype: str) -> None:
 
 # -- Errors --------------------------------------------------------------------------------------
 
-# Errors that a few roundings explain: of arrays that multiply to the same update, and of any that do.
+# Largest errors attributed to rounding: for arrays known to be exact before rounding, and for all others.
 _ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 _SAME = {"float64": 1e-12, "float32": 1e-6, "float16": 1e-6, "bfloat16": 1e-6}
 
 
 def is_rounding(error: float, dtype: str, algebra: bool) -> bool:
-    """Whether a measured error is that of rounding to a dtype.
+    """Return whether a measured error can be explained by rounding to a dtype.
 
-    ``algebra`` says whether the unrounded arrays are known to make the same update. Factors that nearly cancel may lose
-    far more by rounding than their last digit.
+    ``algebra`` says whether the unrounded arrays are known to give the same update. Rounding factors that nearly cancel
+    may cost far more than their last digit.
     """
     return error <= (_ROUNDING if algebra else _SAME)[dtype]
 
 
 def norms_of(old: Float, new: Float) -> tuple[float, float]:
-    """Return the Frobenius norms of the difference, and of the old update."""
+    """Return the Frobenius norms of the difference and of the old update."""
     return norm_of_difference(old, new), norm(old)
 
 
 def low_rank_norms(old: ModuleUpdate | None, new: ModuleUpdate | None) -> tuple[float, float] | None:
-    """Return the same for two updates from their factors alone; None where the ranks are too large to save work.
+    """Compute :func:`norms_of` from the factors of two updates; return None if the ranks are too large to save work.
 
     Notes
     -----
-    ``|b a^T - b' a'^T|`` is the norm of ``[b, -b'] [a, a']^T``, and that of the product of the triangular factors of
-    these two matrices, which is as small as the ranks. It is as accurate as the dense one: no squares are subtracted.
+    ``|b a^T - b' a'^T|`` is the norm of ``[b, -b'] [a, a']^T``, and so that of the product of the triangular QR factors
+    of these two matrices, whose size is the sum of the ranks. This is as accurate as the dense computation: no squares
+    are subtracted.
     """
     if old is None or new is None or {old.kind, new.kind} != {"lora"} or 2 * (old.rank + new.rank) > min(old.shape):
         return None
@@ -275,7 +275,7 @@ def low_rank_norms(old: ModuleUpdate | None, new: ModuleUpdate | None) -> tuple[
 
 
 def _norm_of(pair: Pair) -> float:
-    # Each half is brought to the size of 1: their product may be an ordinary number where neither of them is.
+    # Scale each factor to about 1: their product may be in range even if neither factor's norm is.
     exponents = [exponent_of(half) for half in pair]
     upper, lower = (
         np.asarray(np.linalg.qr(scaled_by(half, -exponent), mode="r"))
@@ -285,7 +285,7 @@ def _norm_of(pair: Pair) -> float:
 
 
 def errors_of(norms: Mapping[str, tuple[float, float]]) -> tuple[float, dict[str, float]]:
-    """Return the overall relative error and that of each weight; infinite where only the new update is not zero.
+    """Return the overall relative error and that of each weight; infinite if only the new update is nonzero.
 
     Examples
     --------

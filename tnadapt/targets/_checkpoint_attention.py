@@ -195,8 +195,8 @@ def _check_clear(model: StoredModel, attention: _StoredAttention, roles: str) ->
     for child, makes in unclear:
         if not set(makes).isdisjoint(roles):
             raise LayoutError(
-                f"{_join(attention.path, child)} of the checkpoint seems to make {makes}, and with which weight or "
-                "rows is not known: build the model and use tnadapt.torch, or name whole weights by a list of paths"
+                f"{_join(attention.path, child)} of the checkpoint seems to produce {makes}, but it is unclear with "
+                "which weight or rows: build the model and use tnadapt.torch, or name whole weights by a list of paths"
             )
 
 

@@ -79,9 +79,9 @@ def stored_rows(
         return found[0]
     why = _WHICH_PART if found else reasons[0]
     raise LayoutError(
-        f"{name} makes {', '.join(fused.letters)} with one weight of {fused.out} rows, and which rows make which is "
-        f"not known: {why}. Put the model's own config.json beside the weights, build the model and use tnadapt.torch, "
-        "which reads its classes, or name whole weights"
+        f"{name} produces {', '.join(fused.letters)} with one weight of {fused.out} rows, in an unknown layout: {why}. "
+        "Put the model's own config.json next to the weights, build the model and use tnadapt.torch, which reads its "
+        "classes, or name whole weights"
     )
 
 
@@ -104,9 +104,9 @@ def _rows(stored: StoredWeight, fused: Fused, cols: int, config: Config, given: 
     rule = by_name(stored.name) if entry is None else entry.rule
     if rule is None or (entry is None and contested(config, stored)):
         kind = config.get("model_type") or config.get("architecture")
-        says = f"{safe_repr(kind)} is none whose layout is known" if kind else "config.json has no model_type"
+        says = f"{safe_repr(kind)} has no known layout" if kind else "config.json has no model_type"
         raise LayoutError(
-            f"libraries lay {safe_repr(stored.name)} out in different ways, and "
+            f"libraries lay out {safe_repr(stored.name)} in different ways, and "
             + (says if given else "there is no config.json that says what kind of model this is")
         )
     inner = config.get("attn_config")
@@ -118,9 +118,9 @@ def _rows(stored: StoredWeight, fused: Fused, cols: int, config: Config, given: 
         # There is no output projection to check the sizes against.
         equal = len({one.length for one in rows.values() if one is not None}) == 1
         if equal and fused.out != 3 * cols and _has_no_heads(config):
-            raise LayoutError("no output projection and no numbers of heads tell its sizes")
+            raise LayoutError("no output projection and no numbers of heads determine its sizes")
         if not equal and fused.out == 3 * cols:
-            raise LayoutError("config.json has fewer heads of keys, and its shape speaks for as many as of queries")
+            raise LayoutError("config.json has fewer key heads, but the shape suggests as many as query heads")
     return rows
 
 
@@ -130,7 +130,7 @@ def _has_no_heads(config: Config) -> bool:
 
 
 def _parts_for(name: str, config: Config) -> list[Config]:
-    """The parts of a config that a tensor may belong to: those its name names, else all."""
+    """Return the parts of a config that a tensor may belong to: those that its name mentions, otherwise all."""
     words = set(re.split(r"[._]", name))
     parts = list(_nested(config))
     named = [part for key, part in parts if words & _WORDS.get(key, {key})]

@@ -74,16 +74,16 @@ def register_layout(name: str, layout: AttentionLayout) -> None:
         )
     if silent := [weight for weight in layout.weights if parse_projection_name(weight, attention=True) is None]:
         raise ConfigError(
-            f"attention layout {name!r}: the name {silent[0]!r} does not say which of q, k and v the weight makes, as "
-            "'qkv_proj' does; name whole weights or rows by targets= instead"
+            f"attention layout {name!r}: the name {silent[0]!r} does not say which of q, k and v the weight produces, "
+            "as 'qkv_proj' does; name whole weights or rows by targets= instead"
         )
     others = [*TABLE, *(entry for key, entry in _added.items() if key != name)]
     for what in ("classes", "model_types"):
         known = {word for entry in others for word in getattr(entry, what) if set(entry.weights) & set(layout.weights)}
         if taken := sorted(known & set(getattr(layout, what))):
             raise ConfigError(
-                f"attention layout {name!r}: the layout of {taken[0]} is known, and is not replaced; register a class "
-                "or a model type of your own"
+                f"attention layout {name!r}: {taken[0]} already has a layout, which cannot be replaced; register "
+                "another class or model type"
             )
     _added[name] = layout
 

@@ -75,7 +75,9 @@ def _chosen(targets: Any) -> Callable[[str], bool]:
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise TargetError(f"targets={safe_repr(targets)} is no roles and no regular expression: {error}") from None
+            raise TargetError(
+                f"targets={safe_repr(targets)} is neither a set of roles nor a regular expression: {error}"
+            ) from None
         return lambda path: pattern.fullmatch(path) is not None
     if not isinstance(targets, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in targets):
         raise TargetError(

@@ -86,7 +86,7 @@ def found_prefix(targets: Sequence[Target], stored: Mapping[str, tuple[int, ...]
         if len(shaped) != 1:
             several = ", ".join(safe_repr(one.of(names[0])) for one in fitting[:4])
             raise TargetError(
-                f"{safe_repr(names[0])} may be any of {several}, and nothing says which: give a checkpoint of "
+                f"{safe_repr(names[0])} may be any of {several}, and it is unclear which: give a checkpoint of "
                 "the model "
                 "that it belongs to"
             )

@@ -1,4 +1,4 @@
-"""Checkpoints, adapters and their merges, small and different in every file; what users do to an output meanwhile."""
+"""Small checkpoints and adapters that differ in every file, their merges, and users' changes to the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether two files are equal, and advisory locks."""
+"""Comparison of files, and advisory locks."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_the_lock_of_a_folder_that_is_always_deleted_is_given_up(
 
     monkeypatch.setattr(os, "open", deleted)
     with (
-        pytest.raises(FileError, match=r"other processes are making \S+ again and again"),
+        pytest.raises(FileError, match=r"other processes are writing \S+ again and again"),
         work_lock(str(tmp_path / "work")),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Bytes from file to file, by whichever way the system has."""
+"""Copying of bytes between files by every method that the system has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tnadapt.merge``: the sum to the bit, everything else untouched, and nothing half made under the final name."""
+"""``tnadapt.merge``: exact sums, all else unchanged, and no incomplete output under the final name."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_a_base_of_links_as_a_hub_s_cache_is(shards: int, tmp_path: Path) -> Non
     tna.merge(index, adapter, tmp_path / ("one.safetensors" if shards == 1 else "indexed"))
     if shards == 1:
         blob = (snapshot / "model.safetensors").resolve()
-        with pytest.raises(tna.FileError, match="is what is to be read"):
+        with pytest.raises(tna.FileError, match="is an input of the merge"):
             tna.merge(snapshot / "model.safetensors", adapter, blob, overwrite=True)
 
 
@@ -515,7 +515,7 @@ def test_other_names_shapes_and_kinds(tmp_path: Path) -> None:
     assert "LoDA" in refused(tmp_path, base, loda)
     assert "No such file" in refused(tmp_path, tmp_path / "none", adapter)
     assert "No such file" in refused(tmp_path, base, tmp_path / "none")
-    assert "is no tnadapt adapter" in refused(tmp_path, base, base / "model.safetensors")
+    assert "is not a tnadapt adapter" in refused(tmp_path, base, base / "model.safetensors")
 
 
 def test_one_shard_of_several_says_so(tmp_path: Path) -> None:
@@ -557,23 +557,23 @@ def test_where_it_may_go(tmp_path: Path) -> None:
         (base, base, "is the folder of the base"),
         (base, tmp_path / "link", "is the folder of the base"),
         (base, base / "merged", "is in the folder of the base"),
-        (base, tmp_path, "has what is to be read in it"),
+        (base, tmp_path, "contains an input of the merge"),
         (base, tmp_path / "out.safetensors", "would be a folder"),
         (base, tmp_path / "none" / "out", "does not exist; make it first"),
-        (base, tmp_path / "taken", "is there already"),
-        (base, adapter, "is what is to be read"),
+        (base, tmp_path / "taken", "already exists"),
+        (base, adapter, "is an input of the merge"),
         (base, base / "config.json", "is in the folder of the base"),
-        (file, file, "is what is to be read"),
-        (file, base / "../base/model.safetensors", "is what is to be read"),
+        (file, file, "is an input of the merge"),
+        (file, base / "../base/model.safetensors", "is an input of the merge"),
         (file, tmp_path / "out", r"must end with .safetensors"),
         (file, tmp_path / "taken", "is a folder, and the base is one file"),
-        (file, tmp_path / "taken.safetensors", "is there already"),
+        (file, tmp_path / "taken.safetensors", "already exists"),
         (file, "", "must be a string or PathLike"),
         (file, 7, "must be a string or PathLike"),
         (file, "a\0.safetensors", "must be a string or PathLike"),
     ):
         assert why in refused(tmp_path, source, adapter, out), (source, out)
-    assert "is no folder of a checkpoint" in refused(tmp_path, base, adapter, tmp_path / "taken", overwrite=True)
+    assert "is not the folder of a checkpoint" in refused(tmp_path, base, adapter, tmp_path / "taken", overwrite=True)
     assert "is a file, and the base is a folder" in refused(tmp_path, base, adapter, __file__, overwrite=True)
 
 
@@ -605,7 +605,7 @@ def test_an_output_that_others_replace_while_it_is_looked_at_is_looked_at_again(
     shutil.copytree(tmp_path / "gone", out)
     looks[:] = [[""]]
     monkeypatch.setattr(os, "listdir", replaced)
-    assert "is no folder of a checkpoint" in refused(tmp_path, base, adapter, out, overwrite=True)
+    assert "is not the folder of a checkpoint" in refused(tmp_path, base, adapter, out, overwrite=True)
     assert looks[1:] == [[]]
 
 
@@ -749,7 +749,7 @@ def test_a_folder_of_that_name_is_in_the_way(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
     (tmp_path / f"out{PARTIAL}").mkdir()
     (tmp_path / f"out{PARTIAL}" / "precious").write_text("")
-    with pytest.raises(tna.FileError, match="is in the way, and is no unfinished merge"):
+    with pytest.raises(tna.FileError, match="is in the way, and is not an unfinished merge"):
         tna.merge(base, adapter, tmp_path / "out")
     assert (tmp_path / f"out{PARTIAL}" / "precious").exists()
 
@@ -759,7 +759,7 @@ def test_two_at_once_are_one_too_many(tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
 
     def second(done: int, total: int) -> None:
-        with pytest.raises(tna.FileError, match="another process is making"):
+        with pytest.raises(tna.FileError, match="another process is writing"):
             tna.merge(base, adapter, tmp_path / "out")
 
     tna.merge(base, adapter, tmp_path / "out", progress=second)

@@ -1,4 +1,4 @@
-"""What a merge does on the disk: in which order, after a power failure, after a kill, and beside other merges."""
+"""Merges on disk: order of steps, power failures, kills, and concurrent merges."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_killed_while_cleaning_up_a_base_that_is_put_there_is_not_taken_for_the_
     killed_after_publishing(where, False, "rename run-")
     assert content(where.out) == where.results[0]
     plain_base(where)
-    with pytest.raises(tna.FileError, match="is not what an earlier run, which was killed as it finished, would have"):
+    with pytest.raises(tna.FileError, match="is not the output of an earlier run, which was killed during publishing"):
         where.merge(0)
     assert content(where.out) == content(where.base)
     where.merge(0, overwrite=True)
@@ -228,7 +228,7 @@ def test_the_old_output_is_put_back_after_a_kill_between_two_renames(tmp_path: P
 
     def refused() -> None:
         # Whatever is wanted there next, and even if it fails.
-        with pytest.raises(tna.FileError, match="is there already"):
+        with pytest.raises(tna.FileError, match="already exists"):
             where.merge(1)
 
     calls = recorded(refused, exchange=False)
@@ -347,7 +347,7 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(tmp_path: Path, mon
         assert os.stat(os.path.join(root, "lock")).st_ino == locked[1]
         with (
             pytest.raises(
-                tna.FileError, match=rf"another process is making {root} \(process {os.getpid()} on .+\): wait"
+                tna.FileError, match=rf"another process is writing {root} \(process {os.getpid()} on .+\): wait"
             ),
             work_lock.work_lock(root),
         ):
@@ -440,7 +440,7 @@ def test_one_that_waited_for_a_lock_and_one_that_came_later_do_not_work_at_once(
     third.join()
     done.set()
     second.join()
-    assert results.pop("third").startswith(f"{where.out}: another process is making")
+    assert results.pop("third").startswith(f"{where.out}: another process is writing")
     assert results == {"first": "made", "second": "made"}
     assert content(where.out) == where.results[1]
 
@@ -612,7 +612,7 @@ def test_with_overwrite_false_one_of_many_threads_wins(single: bool, tmp_path: P
             thread.join()
         (winner,) = [number for number, words in said.items() if words == "made"]
         assert content(where.out) == where.results[winner]
-        told = ("another process is making", "is there already", "other processes are making")
+        told = ("another process is writing", "already exists", "other processes are writing")
         assert all(any(words in one for words in told) for one in said.values() if one != "made"), said
         assert not where.beside.exists()
         where.clear()
@@ -630,7 +630,7 @@ def test_the_folder_beside_is_not_taken_if_it_is_somebody_else_s(tmp_path: Path)
     ):
         make()
         with pytest.raises(
-            tna.FileError, match="is in the way, and is no unfinished merge: remove it, or choose another"
+            tna.FileError, match="is in the way, and is not an unfinished merge: remove it, or choose another"
         ):
             where.merge(0)
         assert os.path.lexists(where.beside)
@@ -689,7 +689,7 @@ def test_with_overwrite_false_what_comes_to_be_meanwhile_stays(single: bool, exc
         if call.name == "rename" and call.paths[1] == str(where.out) and not where.out.exists():
             where.put(other)
 
-    with intercepted(before, exchange=exchange), pytest.raises(tna.FileError, match="came to be while it was made"):
+    with intercepted(before, exchange=exchange), pytest.raises(tna.FileError, match="was created during the merge"):
         where.merge(0)
     assert content(where.out) == other
     where.out.rename(where.elsewhere)

@@ -1,4 +1,4 @@
-"""Names of weights in a model and in a checkpoint: exactly, with one prefix more or less, by role, or not at all."""
+"""Weights of a model in a checkpoint: found by exact names, with a prefix, by role, or not at all."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_one_prefix_more_or_less_is_found(
     file = cp.adapter(P.lora(1), targets_of(*in_model))
     several = sum(all(f"{one}{module}.weight" in names for module in in_model) for one in prefixes(names)) > 1
     if several and not {f"{module}.weight" for module in in_model} <= names.keys():
-        with pytest.raises(tna.FileError, match="nothing says which"):  # a is in b.a, too
+        with pytest.raises(tna.FileError, match="it is unclear which"):  # a is in b.a, too
             resolve(open_checkpoint(stored(folder, names)), file)
         return
     found = resolve(open_checkpoint(stored(folder, names)), file)
@@ -66,7 +66,7 @@ def test_an_exact_name_goes_before_a_prefix(tmp_path: Path) -> None:
 def test_of_two_that_fit_the_shapes_decide_or_nothing(tmp_path: Path) -> None:
     file = cp.adapter(P.lora(1), targets_of("0.attn.q", "1.attn.q"))
     names: dict[str, tuple[int, ...]] = {f"{side}.{n}.attn.q.weight": (6, 4) for side in ("enc", "dec") for n in (0, 1)}
-    with pytest.raises(tna.FileError, match=r"'dec.0.attn.q.weight', 'enc.0.attn.q.weight'.* nothing says which"):
+    with pytest.raises(tna.FileError, match=r"'dec.0.attn.q.weight', 'enc.0.attn.q.weight'.* it is unclear which"):
         resolve(open_checkpoint(stored(tmp_path / "same", names)), file)
     names |= {"enc.1.attn.q.weight": (6, 5)}
     found = resolve(open_checkpoint(stored(tmp_path / "other", names)), file)

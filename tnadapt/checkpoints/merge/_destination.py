@@ -48,7 +48,7 @@ class Destination(NamedTuple):
         if not os.path.lexists(self.path):
             return
         if not overwrite:
-            raise FileError("is there already: choose another name, or overwrite=True (--overwrite)")
+            raise FileError("already exists: choose another name, or overwrite=True (--overwrite)")
         if (why := self.refusal(self.path)) is not None:
             raise FileError(why)
 
@@ -59,13 +59,13 @@ class Destination(NamedTuple):
             if before is None:
                 return None
             if self.name is not None:
-                return None if stat.S_ISREG(before.st_mode) else "is no regular file, and is not overwritten"
+                return None if stat.S_ISREG(before.st_mode) else "is not a regular file, and is not overwritten"
             if stat.S_ISDIR(before.st_mode) and _is_checkpoint(path):
                 return None
             after = _state(path)
             if after is not None and (before.st_dev, before.st_ino) == (after.st_dev, after.st_ino):
                 break  # otherwise another process replaced it while it was examined: look again
-        return "is no folder of a checkpoint, and is not overwritten: remove it, or choose another name"
+        return "is not the folder of a checkpoint, and is not overwritten: remove it, or choose another name"
 
 
 # How often to examine a path again that other processes keep replacing.
@@ -100,7 +100,7 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
     _check_links(checkpoint)
     own = [os.path.realpath(file) for file in checkpoint.files]
     if path in own or (adapter is not None and path == os.path.realpath(adapter)):
-        raise refuse("is what is to be read: give another name for what is to be written")
+        raise refuse("is an input of the merge: give another name for the output")
     there = _state(path)
     kind = 0 if there is None else stat.S_IFMT(there.st_mode)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -113,12 +113,12 @@ def destination(out: Any, checkpoint: Checkpoint, adapter: str | None) -> Destin
     else:
         folder = os.path.realpath(checkpoint.folder)
         if path == folder:
-            raise refuse("is the folder of the base: the result goes to another one")
+            raise refuse("is the folder of the base: give another folder for the output")
         if _inside(path, folder):
             raise refuse("is in the folder of the base: give a place outside of it")
         inside = [*own, folder, *([os.path.realpath(adapter)] if adapter is not None else [])]
         if any(_inside(one, path) for one in inside):
-            raise refuse("has what is to be read in it: give another place")
+            raise refuse("contains an input of the merge: give another place")
         if path.endswith((SUFFIX, ".json")):
             raise refuse("would be a folder, as the base is one: give the name of a folder")
         if kind == stat.S_IFREG:

@@ -77,7 +77,7 @@ class Job:
         difference = compare(known, self._weights(kind), kind)
         if difference is not None:
             raise Unfit(
-                f"is another base model than the one that the adapter was trained on: of the adapted weights, "
+                f"is another base model than the one that the adapter was trained on: for the adapted weights, "
                 f"{difference}. Give that one, or check_base=False (--no-check-base)"
             )
 

@@ -192,7 +192,8 @@ class MergeJournal:
             replaced = os.path.join(files, name) if isinstance(name, str) and name else files
             if (why := self._refusal(replaced)) is not None:
                 raise LeftoverError(
-                    f"{replaced} stood here when an earlier run was killed, and {why}: move it away first"
+                    f"{replaced} is the previous content of {self.out}, left by a killed run, and {why}: move it away "
+                    "first"
                 )
         return False
 

@@ -60,10 +60,10 @@ def place(made: str, out: str, aside: str, refusal: Refusal | None, compare: boo
             if compare and same_content(made, out):
                 return None
             raise FileError(
-                "is not what an earlier run, which was killed as it finished, would have put there: remove it, or "
+                "is not the output of an earlier run, which was killed during publishing: remove it, or "
                 "run again with overwrite=True (--overwrite)"
                 if compare
-                else "came to be while it was made: remove it, or run again with overwrite=True (--overwrite)"
+                else "was created during the merge: remove it, or run again with overwrite=True (--overwrite)"
             )
         _check(refusal, out)
         try:

@@ -112,7 +112,7 @@ def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:
             raise FileError(
                 f"the checkpoint lacks {_how_many(missing, len(file.targets))}, such as "
                 f"{safe_repr(missing[0])}, under any "
-                f"prefix, and those of the same roles are not clear: {error}"
+                f"prefix, and weights of the same roles cannot be identified: {error}"
             ) from error
         except TargetError:
             found = []
@@ -141,9 +141,13 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
     if checkpoint.index is None and "-of-" in checkpoint.files[0]:
         way = ". This file looks like one of several: give the folder, or the index"
     return FileError(
-        f"the checkpoint lacks {what}, such as {safe_repr(name)}, under any prefix, and has no weights of the "
-        "same roles "
-        f"and shapes{' of which it is clear which is which' if alike else ''}; {near}{way}"
+        f"the checkpoint lacks {what}, such as {safe_repr(name)}, under any prefix, and "
+        + (
+            "its weights of the same roles and shapes cannot be told apart"
+            if alike
+            else "has no weights of the same roles and shapes"
+        )
+        + f"; {near}{way}"
     )
 
 

@@ -39,7 +39,7 @@ def work_lock(root: str) -> Iterator[None]:
     ...     pass
     Traceback (most recent call last):
         ...
-    tnadapt.errors.FileError: another process is making work (process ... on ...): wait for it, or choose another name
+    tnadapt.errors.FileError: another process is writing work (process ... on ...): wait for it, or choose another name
     """
     if not HAS_LOCKS:
         _check_own(root)
@@ -72,7 +72,7 @@ def _locked(root: str) -> int:
         try:
             if not lock(handle):
                 raise FileError(
-                    f"another process is making {root}{_holder(handle)}: wait for it, or choose another name"
+                    f"another process is writing {root}{_holder(handle)}: wait for it, or choose another name"
                 )
             if names_handle(path, handle):
                 _sign(handle)
@@ -82,7 +82,7 @@ def _locked(root: str) -> int:
             raise
         # The last holder deleted the file before releasing the lock: a lock on it protects nothing.
         os.close(handle)
-    raise FileError(f"other processes are making {root} again and again: wait for them, or choose another name")
+    raise FileError(f"other processes are writing {root} again and again: wait for them, or choose another name")
 
 
 def _check_own(root: str) -> None:
@@ -98,7 +98,7 @@ def _check_own(root: str) -> None:
     except FileNotFoundError:
         return
     if not own:
-        raise FileError(f"{root} is in the way, and is no unfinished merge: remove it, or choose another name")
+        raise FileError(f"{root} is in the way, and is not an unfinished merge: remove it, or choose another name")
 
 
 def _mode(path: str) -> int:

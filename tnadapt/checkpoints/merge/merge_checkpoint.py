@@ -163,7 +163,7 @@ def merge(
                     raise
                 raise FileError(
                     f"{error.strerror or error}. Finished, and kept in {work.root}: {len(work.done)} of "
-                    f"{pluralize(len(checkpoint.files), 'file')}. Run the same again to go on from there, or remove it"
+                    f"{pluralize(len(checkpoint.files), 'file')}. Run the same again to resume, or remove it"
                 ) from error
             except Unfit:
                 work.remove()
