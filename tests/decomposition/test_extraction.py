@@ -146,7 +146,9 @@ def test_differences_too_small_for_float32_are_refused(change: float, fine: bool
     if fine:
         assert tna.extract(*paths, presets.dense()).file.num_parameters == 32
     else:
-        with pytest.raises(ShapeError, match=f"a.q_proj.weight differs by at most {change:.3g}, which is too small for float32"):
+        with pytest.raises(
+            ShapeError, match=f"a.q_proj.weight differs by at most {change:.3g}, which is too small for float32"
+        ):
             tna.extract(*paths, presets.dense())
 
 
