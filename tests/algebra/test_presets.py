@@ -249,7 +249,7 @@ def test_grouped_query_attention_is_refused_with_the_way_out(name: str) -> None:
     message = str(caught.value)
     for part in ("2 of 96×96, 2 of 32×96", "cut through weights", 'targets="q"', "superlora or lora"):
         assert part in message
-    with pytest.raises(tna.ConfigError, match="a group has 3 of them: give the preset the number of weights"):
+    with pytest.raises(tna.ConfigError, match="a group has 3 of them: give the preset the number of adapted weights"):
         tna.SuperLoRA(config, [(96, 96)] * 3)
     with pytest.raises(tna.ConfigError, match="a group has 1 of them and 4608 elements of another"):
         tna.SuperLoRA(config.replace(groups=2), [(96, 96)] * 3)
