@@ -239,7 +239,7 @@ def test_what_is_not_the_same_model_tuned_is_refused() -> None:
     without = {name: value for name, value in model.state_dict().items() if name != "head.bias"}
     for base, tuned, settings, error, match in (
         ("model", model, {}, TargetError, "extract needs a torch module as base; got str"),
-        (meta, model, {}, TargetError, "q_proj.weight is on the meta device and has no numbers"),
+        (meta, model, {}, TargetError, "q_proj.weight is on the meta device and has no values"),
         (integers, model, {}, TargetError, "q_proj.weight is quantised in the base, and what changed in it cannot be"),
         (model, Model(5), {}, TargetError, r"is \(4, 5\), torch.float32 in the tuned model and \(4, 4\) in the base"),
         (model, integers, {}, TargetError, r"is \(4, 4\), torch.int8 in the tuned model and \(4, 4\) in the base"),
@@ -255,7 +255,7 @@ def test_what_is_not_the_same_model_tuned_is_refused() -> None:
             without,
             {"keep_trainable": "head"},
             ShapeError,
-            "head.bias is to be kept; in the tuned model it is not there",
+            "keep_trainable names head.bias; it is missing in the tuned model",
         ),
     ):
         before = [] if isinstance(base, str) else list(base.state_dict())

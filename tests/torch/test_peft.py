@@ -171,7 +171,7 @@ def test_settings_may_be_a_config() -> None:
         ({"modules_to_save": [3]}, "modules_to_save must be"),
         ({"strategy": "fast"}, "strategy must be one of"),
         ({"activation": "sine"}, "activation must be one of"),
-        ({"base": "mine"}, "base is what save_pretrained wrote"),
+        ({"base": "mine"}, "base must be a dict that save_pretrained wrote"),
     ],
 )
 def test_a_wrong_config_is_refused_when_it_is_made(wrong: dict[str, Any], match: str) -> None:
@@ -422,7 +422,7 @@ def test_not_finite_is_refused() -> None:
         next(iter(dict(tt.adapters(model)["second"].named_parameters()).values())).fill_(float("nan"))
     before, expected = bits(model), run(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        match = "NaNs detected in the merged weights. The adapter second seems to be broken: .* no weight was touched"
+        match = "NaNs detected in the merged weights. The adapter second seems to be broken: .* no weight was changed"
         with pytest.raises(tna.BackendError, match=match):
             merge(adapter_names=["default", "second"])
         torch.testing.assert_close(bits(model), before, rtol=0, atol=0, equal_nan=True)
@@ -648,7 +648,7 @@ def test_arrays_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None
         arrays[name] = arrays[name][:-1].clone()
     save_file(arrays, path)
     before, expected = bits(model), run(model)
-    with pytest.raises(tna.FileError, match=r"none was loaded; what differs: .*split0\.factor0"):
+    with pytest.raises(tna.FileError, match=r"none was loaded; they differ in: .*split0\.factor0"):
         model.load_adapter(tmp_path, "default")
     assert same(bits(model), before)
     assert torch.equal(run(model), expected)
@@ -686,7 +686,7 @@ def test_wrapping_twice_and_wrong_targets() -> None:
         adapted("llama", base, target_modules=["nothing_such"])
     assert traces(base) == []
     model = adapted("llama", base)
-    there = pytest.raises(tna.TargetError, match="adapter 'default' on this model already")
+    there = pytest.raises(tna.TargetError, match="this model already has an adapter 'default'")
     with there, pytest.warns(UserWarning, match="Already found a `peft_config`"):
         adapted("llama", base)
     for name in ("tnadapt_arrays", "group0_split0_factor0"):
@@ -714,7 +714,7 @@ def test_attach_beside_the_plug_in() -> None:
     second = tt.attach(model, tna.presets.lora(2), name="second")
     assert all(parameter.requires_grad for _, parameter in first.named_parameters())
     assert second.summary().base == base == sum(p.numel() for p in llama().parameters())
-    with pytest.raises(tna.TargetError, match="no parameter lies at or below 'tnadapt_arrays'"):
+    with pytest.raises(tna.TargetError, match="no parameter is at or below 'tnadapt_arrays'"):
         tt.attach(model, tna.presets.lora(2), name="third", keep_trainable="tnadapt_arrays")
     second.detach()
     assert all(parameter.requires_grad for _, parameter in first.named_parameters())

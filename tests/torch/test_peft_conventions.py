@@ -154,7 +154,7 @@ def test_attach_takes_such_names_too() -> None:
     assert "tnadapt_v1%2E0_group0_split0_factor0" in model.state_dict()
     handle.detach()
     assert torch.equal(run(model), fresh)
-    with pytest.raises(tna.TargetError, match=r"called 'v1%2E0': this is how 'v1\.0' is written in the names"):
+    with pytest.raises(tna.TargetError, match=r"called 'v1%2E0': 'v1\.0' is encoded like this in the names"):
         tt.attach(model, name="v1%2E0")
 
 
@@ -186,7 +186,7 @@ def test_the_config_is_kept_and_not_changed(tmp_path: Path) -> None:
         ("ratio", r"use settings=\{'ratio': …\}"),
         ("targets", "use target_modules"),
         ("keep_trainable", "use modules_to_save"),
-        ("target_parameters", "use target_modules, which takes the names of parameters"),
+        ("target_parameters", "use target_modules, which also accepts names of parameters"),
         ("bias", "biases are not trained"),
         ("target_module", "did you mean 'target_modules'"),
         ("xyz", "There are: .*, settings, target_modules, exclude_modules, .*, modules_to_save,"),

@@ -250,8 +250,11 @@ def test_layers_that_are_not_there() -> None:
         ({"layers_to_transform": [0, -1]}, r"layers_to_transform must be .*; got \[0, -1\]"),
         ({"layers_to_transform": True}, "layers_to_transform must be .*; got True"),
         ({"layers_to_transform": 0, "layers_pattern": [3]}, "layers_pattern must be a name or a list of names"),
-        ({"layers_to_transform": 0, "layers_pattern": "("}, r"layers_pattern='\(' is no regular expression: missing"),
-        ({"exclude_modules": "*"}, r"exclude_modules='\*' is no regular expression: nothing to repeat"),
+        (
+            {"layers_to_transform": 0, "layers_pattern": "("},
+            r"layers_pattern='\(' is not a valid regular expression",
+        ),
+        ({"exclude_modules": "*"}, r"exclude_modules='\*' is not a valid regular expression: nothing to repeat"),
         ({"exclude_modules": [3]}, "exclude_modules must be a name or a list of names"),
     ],
 )

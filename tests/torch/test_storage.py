@@ -318,7 +318,7 @@ def test_folders(tmp_path: Path) -> None:
     assert list(tt.adapters(fresh)) == ["mine"]
     assert torch.equal(run(fresh), run(model))
     (tmp_path / "file").write_text("")
-    with pytest.raises(tna.FileError, match="cannot make this folder"):
+    with pytest.raises(tna.FileError, match="cannot create this folder"):
         adapter.save_pretrained(tmp_path / "file" / "sub")
     with pytest.raises(tna.FileError):
         adapter.save(tmp_path / "no" / "such" / "folder.safetensors")
@@ -356,7 +356,7 @@ def test_swapping_takes_what_fits(tmp_path: Path) -> None:
     assert torch.equal(run(model), on)
     _, other = trained(P.superlora(3))
     other.save(tmp_path / "b.safetensors")
-    with pytest.raises(tna.FileError, match=r"its config is not that of adapter 'default'"):
+    with pytest.raises(tna.FileError, match=r"its config differs from that of adapter 'default'"):
         adapter.swap(tmp_path / "b.safetensors")
     assert torch.equal(run(model), on)
     foreign = tt.attach(small(seed=7))
