@@ -143,7 +143,7 @@ def test_parameters_against_rank(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
     parameters(VIT, path, budget=10_000, title="a title with $x_$ in it")
     found = texts(path)
-    for text in ("M = 2", "M = 5", "LoRA, a group a weight", "budget, 10,000", "all 14,155,776 elements"):
+    for text in ("M = 2", "M = 5", "LoRA, one group per weight", "budget, 10,000", "all 14,155,776 elements"):
         assert text in found
     # The largest rank of each order that stays within the budget.
     for order in (2, 3, 4, 5):
@@ -176,7 +176,7 @@ def test_a_layout_is_drawn(tmp_path: Path, config: tna.Config) -> None:
         math.prod(group.network.sizes) > group.size for group in plan.groups
     ))  # fmt: skip
     straddled = any(len(plan.layout.of_weight(weight)) > 1 for weight in range(42))
-    assert ("goes on in another group" in found) == straddled
+    assert ("continues in another group" in found) == straddled
     assert any(text.endswith("18 more groups") for text in found) == (plan.num_groups == 42)
     assert {"q", "v"} <= set(found)
 

@@ -111,7 +111,7 @@ class Answering(Plain):
 
 @pytest.mark.parametrize("method", OPTIONAL)
 def test_an_answer_where_none_is_declared_fails(method: str) -> None:
-    expected = rf"Answering\.{method} returned a result, though lacks\(\) lists it: take it out there"
+    expected = rf"Answering\.{method} returned a result, but lacks\(\) lists it: remove it"
     with pytest.raises(AssertionError, match=expected):
         TESTS[method](contract_of(Answering(frozenset(OPTIONAL), method)))
 
@@ -169,7 +169,7 @@ def test_a_format_without_halves_has_to_say_so() -> None:
     for kind in (Forgotten, Lacking):
         with pytest.raises(AssertionError, match=rf"{kind.__name__}\.inner returned None: implement it, or set"):
             unfolding(kind)
-    with pytest.raises(AssertionError, match=r"Wrong\.inner returned 1, though unfolds is False: take that out"):
+    with pytest.raises(AssertionError, match=r"Wrong\.inner returned 1, but unfolds is False: remove that line"):
         unfolding(Wrong)
 
 

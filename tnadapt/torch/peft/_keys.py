@@ -33,7 +33,7 @@ def in_file(key: str, adapter_name: str) -> str | None:
 
 
 def check_adapter_name(name: str) -> None:
-    """Raise a TargetError if PEFT would confuse the name with a part of every array's name, or torch does not allow it."""
+    """Raise a TargetError if PEFT would confuse the name with a part of every array's name, or torch forbids it."""
     if _RESERVED.fullmatch(name):
         raise TargetError(
             f"an adapter cannot be called {name!r}: the arrays of all adapters have this word in their names, and PEFT "
