@@ -209,7 +209,7 @@ def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
         (["--lr", "0"], "--lr must be above 0 and at most 1e6; got 0.0"),
         (["--lr", "nan"], "--lr must be above 0 and at most 1e6; got nan"),
         (["--device", "abacus"], "no device 'abacus' here"),
-        (["--model", "here"], "--model needs --data, too; with neither, the job is scikit-learn's digits"),
+        (["--model", "here"], "--model needs --data, too; with neither, the data are scikit-learn's digits"),
         (["--data", "here.csv"], "--data needs --model, too"),
         (
             ["--model", "./nowhere", "--data", "./nothing.csv"],

@@ -366,7 +366,7 @@ def test_a_folder_that_may_be_divided_or_not(tmp_path: Path) -> None:
     for name in ("train", "test", "unlabelled"):
         pictures(tmp_path / name / "cat", 1, 10)
     with pytest.raises(
-        FileError, match=r"divided into train and test, or are these classes\? Beside them is unlabelled"
+        FileError, match=r"has folders named train and test and others \(unlabelled\)"
     ):
         read(str(tmp_path))
 

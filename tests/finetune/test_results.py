@@ -79,7 +79,7 @@ def test_a_damaged_line_in_between_is_named(tmp_path: Path, line: bytes) -> None
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes, fresh: bool) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(content)
-    with pytest.raises(FileError, match=r"is no file of results"):
+    with pytest.raises(FileError, match=r"is not a results file"):
         Results(path, STUDY, fresh)
     assert path.read_bytes() == content
 

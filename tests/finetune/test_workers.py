@@ -104,7 +104,7 @@ def test_each_of_two_processes_opens_the_work_once_and_does_several(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("killed", tna.TnadaptError, r"a worker ended by itself while this was trained: (long; )?killed; .*--jobs 1"),
+        ("killed", tna.TnadaptError, r"a worker died while this was trained: (long; )?killed; .*--jobs 1"),
         ("fails", RuntimeError, r"(?s)a training failed \(fails\):\n.*UnpicklableError: no luck"),
     ],
 )

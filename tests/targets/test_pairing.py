@@ -123,7 +123,7 @@ def test_an_adapter_of_an_encoder_and_a_decoder_is_placed_where_it_was_trained(t
         f"{one}.block.{n}.attention.query" for one in ("encoder", "decoder") for n in (0, 1)
     ]
     # Where nothing says which is which, nothing is placed.
-    with pytest.raises(tna.FileError, match="same roles and shapes that can be matched unambiguously"):
+    with pytest.raises(tna.FileError, match="same roles and shapes of which it is clear which is which"):
         resolve(open_checkpoint(stored("other", "first", "second")), file)
 
 

@@ -115,7 +115,7 @@ def test_register_is_needed_and_idempotent(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(tna.ConfigError, match=r"call tnadapt\.torch\.peft\.register\(\)"):
         TnadaptConfig()
     monkeypatch.setitem(CONFIGS, "TNADAPT", PeftConfig)
-    with pytest.raises(tna.ConfigError, match="knows a method 'TNADAPT' already"):
+    with pytest.raises(tna.ConfigError, match="already has a method 'TNADAPT'"):
         plugin.register()
 
 
@@ -702,7 +702,7 @@ def test_what_peft_does_with_its_own_methods_only() -> None:
         inject_adapter_in_model(TnadaptConfig(), llama())
     with pytest.raises(ValueError, match="TNADAPT"):
         get_peft_model(llama(), TnadaptConfig(task_type="CAUSAL_LM"), mixed=True)
-    with pytest.raises(tna.ConfigError, match="run a batch for each adapter"):
+    with pytest.raises(tna.ConfigError, match="run one batch per adapter"):
         adapted("llama")(input_ids=ids(), adapter_names=["default"] * 4)
 
 

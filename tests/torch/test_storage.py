@@ -385,10 +385,10 @@ def test_what_cannot_be_saved_or_loaded_now(tmp_path: Path) -> None:
         tt.load(model, tmp_path / "a.safetensors", "c")
     assert not (tmp_path / "b.safetensors").exists()
     other.unmerge()
-    with pytest.raises(tna.TargetError, match="there is an adapter 'a'"):
+    with pytest.raises(tna.TargetError, match="already has an adapter 'a'"):
         tt.load(model, tmp_path / "a.safetensors", "a")
     adapter.detach()
-    with pytest.raises(tna.TargetError, match="not attached"):
+    with pytest.raises(tna.TargetError, match="no longer attached"):
         adapter.save(tmp_path / "b.safetensors")
     with torch.device("meta"):
         meta = tt.attach(small())

@@ -226,7 +226,7 @@ def test_a_regular_expression_is_for_the_whole_path() -> None:
         TargetError, match=r"'bert.encoder.layer.0' is a BertLayer, .* such as bert.encoder.layer.0.att"
     ):
         find_targets(model, r"bert\.encoder\.layer\.\d")
-    with pytest.raises(TargetError, match="no role, word or regular expression: "):
+    with pytest.raises(TargetError, match="not a role, keyword or regular expression: "):
         find_targets(model, "(query")
 
 
@@ -361,7 +361,7 @@ def test_no_target_says_what_there_is() -> None:
 
 @pytest.mark.parametrize("targets", [None, 3, b"qv", {"q": 1}, [3], [""], [None], [2.0, "q"]])
 def test_targets_of_a_wrong_type(targets: Any) -> None:
-    with pytest.raises(TargetError, match=r"targets must be roles|list of targets holds paths"):
+    with pytest.raises(TargetError, match=r"targets must be roles|list of targets must hold paths"):
         find_targets(nn.Linear(2, 2), targets)
 
 
