@@ -365,9 +365,7 @@ def test_a_folder_that_comes_divided(tmp_path: Path) -> None:
 def test_a_folder_that_may_be_divided_or_not(tmp_path: Path) -> None:
     for name in ("train", "test", "unlabelled"):
         pictures(tmp_path / name / "cat", 1, 10)
-    with pytest.raises(
-        FileError, match=r"has folders named train and test and others \(unlabelled\)"
-    ):
+    with pytest.raises(FileError, match=r"has folders named train and test and others \(unlabelled\)"):
         read(str(tmp_path))
 
 

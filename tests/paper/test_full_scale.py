@@ -140,7 +140,7 @@ def test_the_miniatures_are_divided_as_ever(tmp_path: Path, monkeypatch: pytest.
 def test_what_is_no_fraction_cannot_be_held_out(holdout: Any, tmp_path: Path) -> None:
     recipe = open_recipe("cifar100")
     recipe = dataclasses.replace(recipe, settings={**recipe.settings, "holdout": holdout})
-    with pytest.raises(tna.ConfigError, match="recipe cifar100: holdout is a fraction, above 0 and below 1; got"):
+    with pytest.raises(tna.ConfigError, match="recipe cifar100: holdout must be a fraction above 0 and below 1; got"):
         classification.study_of(recipe, tmp_path)
 
 

@@ -259,9 +259,7 @@ def test_parts_of_a_fused_weight_by_name() -> None:
     assert roles(model, ["blocks.1.attn:ok"]) == [("k", (32, 32)), ("o", (32, 32))]
     assert find_targets(model, ["attn:qv"]) == find_targets(model, ["qkv:qv"]) == find_targets(model)
     assert roles(model, ["attn.proj:o"]) == [("o", (32, 32))] * 2
-    with pytest.raises(
-        TargetError, match=r"no module .* matches 'attm' with the roles 'qv' .*matches: blocks.0.attn"
-    ):
+    with pytest.raises(TargetError, match=r"no module .* matches 'attm' with the roles 'qv' .*matches: blocks.0.attn"):
         find_targets(model, ["attm:qv"])
     with pytest.raises(TargetError, match=r"with the roles 'q'"):
         find_targets(model, ["attn.proj:q"])

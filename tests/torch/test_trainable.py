@@ -338,9 +338,7 @@ def test_what_could_never_learn_is_refused() -> None:
     mixed = {name: brought[name] if "group0" in name else array + 1.0 for name, array in arrays.items()}
     adapter.set_trainable()
     adapter.load_arrays(mixed)
-    with pytest.warns(
-        UserWarning, match=r"gradient of the trained arrays is zero in groups 0\. Train the others"
-    ):
+    with pytest.warns(UserWarning, match=r"gradient of the trained arrays is zero in groups 0\. Train the others"):
         adapter.set_trainable(arrays="factor1")
 
 

@@ -227,7 +227,7 @@ def best_point(points: Sequence[Point]) -> Point | None:
     return min(own, key=lambda point: (-statistics.fmean(point.validation), point.parameters), default=None)
 
 
-def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each at the better of") -> str:
+def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each at the best of") -> str:
     """Return the small print below a figure: samples of each part, seeds, rates.
 
     Parameters
@@ -246,7 +246,7 @@ def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each a
     Examples
     --------
     >>> trained_on([800, 200, 1000], 3, 4)
-    '800 / 200 / 1,000 samples to train on, choose the rate by, and test; 3 seeds; each at the better of 4 rates'
+    '800 / 200 / 1,000 samples to train on, choose the rate by, and test; 3 seeds; each at the best of 4 rates'
     >>> trained_on([49900, 100, 10000], 1, 1)
     '49,900 / 100 / 10,000 samples to train on, hold out, and test; 1 seed; one rate for all'
     """

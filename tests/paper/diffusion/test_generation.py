@@ -215,7 +215,7 @@ def test_what_looks_at_images_is_opened_before_the_base_is_trained(data: Path, t
 
 
 def test_a_recipe_of_other_weights_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(tna.TnadaptError, match="its U-Net of width 64 has 42 others, the first of"):
+    with pytest.raises(tna.TnadaptError, match="its U-Net of width 64 has 42 weights of other shapes, the first of"):
         run(tiny(base=64), tmp_path, data=str(data))
 
 
