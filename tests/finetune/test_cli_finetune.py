@@ -1,4 +1,4 @@
-"""``tnadapt finetune``, as its user types it; killed in the middle, too."""
+"""``tnadapt finetune`` on the command line, including a run that is killed."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int)
 
 
 def _busy(out: Path) -> bool:
-    """Whether some process has this run's folder in its command line still."""
+    """Return whether a process still has this run's folder in its command line."""
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
     return any(str(out) in line and "tnadapt" in line for line in listed.splitlines())
 

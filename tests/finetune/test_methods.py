@@ -1,4 +1,4 @@
-"""What is compared: by name, by default, and by budget."""
+"""The methods to compare: by name, by default, and by budget."""
 
 from __future__ import annotations
 

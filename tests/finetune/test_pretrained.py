@@ -1,4 +1,4 @@
-"""Models of the user's own, built here from configs: a local folder through transformers, and timm."""
+"""User models, built here from configs: a local folder through transformers, and timm."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_an_image_model_at_its_own_size_and_another(vit: Path, shades: Path, tmp
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT that brings a head of five classes."""
+    """Return a ViT checkpoint with a head of five classes."""
     folder = tmp_path_factory.mktemp("models") / "classifier"
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,

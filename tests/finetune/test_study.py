@@ -1,4 +1,4 @@
-"""A study from end to end, resumed, and side by side."""
+"""A study from end to end, resumed, and in parallel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of the paper's claims is made of its results, and its verdicts are what the differences say."""
+"""The page of the paper's claims matches its results, and its verdicts follow from the differences."""
 
 from __future__ import annotations
 

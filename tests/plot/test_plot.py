@@ -1,4 +1,4 @@
-"""Pictures are written, and nothing else happens."""
+"""Plots are written to files, without other effects."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_kind_of_picture_is_tried() -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_replaces_the_old_one_at_once(name: str, tmp_path: Path) -> None:
-    """Nothing is written into the old file: whoever has it open, or under a second name, keeps it."""
+    """The old file is not written to: open handles and hard links keep its content."""
     path, kept = tmp_path / "a.png", tmp_path / "kept.png"
     path.write_bytes(b"an old picture")
     os.link(path, kept)
@@ -134,7 +134,7 @@ def test_the_counts_of_the_paper() -> None:
 
 
 def texts(path: Path) -> list[str]:
-    """What is written in a picture of vectors."""
+    """Return the text in a vector graphic."""
     lines = path.read_text().splitlines()
     return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
 

@@ -1,4 +1,4 @@
-"""The contract suites can fail: a class that answers None, and does not say that it has nothing, does not pass."""
+"""The contract suites can fail: a class that returns None without declaring it does not pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TESTS = {
 
 
 class Plain(NumpyBackend):
-    """NumPy without any of what is optional; a test says which of it is declared."""
+    """A NumPy backend without optional methods; each test determines which of them are declared."""
 
     name = "plain"
 
@@ -58,7 +58,7 @@ def test_none_without_saying_so_fails(method: str) -> None:
 
 
 class Refusing(Plain):
-    """It refuses one dtype, with an error of its own."""
+    """A backend that refuses one dtype with a given error."""
 
     name = "refusing"
 
@@ -87,7 +87,7 @@ def test_jax_may_have_float64_switched_off() -> None:
 
 
 class Answering(Plain):
-    """It answers one optional question, by zeros."""
+    """A backend that implements one optional method, returning zeros."""
 
     name = "answering"
 

@@ -1,4 +1,4 @@
-"""RELIABILITY's laws 7 to 12 of an attached adapter, over variants and every form that weights are kept in."""
+"""RELIABILITY's laws 7 to 12 of an attached adapter, for all variants and all forms of stored weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
-    """Of the base's parameters and buffers."""
+    """Return the bytes of the base's parameters and buffers by name."""
     return {
         name: tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         for name, tensor in model.state_dict().items()
@@ -69,7 +69,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 
 
 def reference_model(adapter: tt.Adapter) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]:
-    """The same model with W + ΔW put in by functional_call: nothing of the adapter's machinery."""
+    """Return a function that runs the same model with W + ΔW by functional_call, without the adapter's code."""
     arrays = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
     dtype = next(iter(arrays.values())).dtype
     duplicate = small().to(dtype)
@@ -401,7 +401,7 @@ def test_a_weight_beside_a_parametrised_bias_is_merged() -> None:
 
 
 def test_merging_takes_the_memory_of_one_update_and_no_more() -> None:
-    """What was cached of the updates before is given up."""
+    """Merging drops the updates cached before."""
     model = nn.Sequential(nn.Linear(37, 41))
     adapter = tt.attach(model, P.superlora(2), "all-linear")
 
@@ -688,7 +688,7 @@ def test_checkpointing_gives_the_same_gradients(variant: str, reentrant: bool) -
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """torch.distributed with this process alone."""
+    """Set up torch.distributed with a single process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

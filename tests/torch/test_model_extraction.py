@@ -1,4 +1,4 @@
-"""An adapter from a model that was tuned whole, in memory."""
+"""Extraction of an adapter from a fully fine-tuned model in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .architectures import build, output  # noqa: E402
 
 
 def _tuned(model: nn.Module, rank: int = 2, targets: Any = "qv", size: float = 0.3) -> nn.Module:
-    """A copy whose targets have changed by matrices of a low rank."""
+    """Return a copy whose targets differ by matrices of low rank."""
     tuned = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What once went wrong on models, in loops or in an order that nobody had thought of: a named case each."""
+"""Regression tests: cases that once failed on models, in loops or in an unexpected order of calls, each by name."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_jagged_batches() -> None:
 
 
 class Reader(nn.Module):
-    """Reads weights of its children in a way that a subclass says."""
+    """Reads weights of its children in a way that a subclass defines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -499,7 +499,7 @@ def test_a_model_that_accelerate_has_offloaded_is_refused() -> None:
 
 @pytest.mark.parametrize("reference_first", [True, False])
 def test_a_reference_pass_before_a_checkpointed_region_runs_again_is_no_change(reference_first: bool) -> None:
-    """As in preference training: the base's answer beside the adapter's, and one backward pass."""
+    """As in preference training: outputs of the base and of the adapted model, and one backward pass."""
 
     def gradients(checkpointed: bool) -> list[Tensor]:
         model = small()

@@ -1,4 +1,4 @@
-"""The PEFT plug-in on transformers' BERT and Llama, as people who know PEFT use it."""
+"""The PEFT plug-in on transformers' BERT and Llama, as users of PEFT use it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def bert(seed: int = 0, **settings: Any) -> BertForSequenceClassification:
 
 
 def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
-    """Grouped-query: v has half the rows of q."""
+    """Return a grouped-query model, where v has half the rows of q."""
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, **settings}
     config = LlamaConfig(num_hidden_layers=2, intermediate_size=24, bos_token_id=1, eos_token_id=2, **sizes)
     return seeded(seed, lambda: LlamaForCausalLM(config))
@@ -95,7 +95,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 def stir(model: PeftModel, seed: int = 0, name: str = "default") -> PeftModel:
-    """Give an adapter, and what is trained beside it, other numbers, as training would."""
+    """Change an adapter and the modules that are trained with it, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
@@ -366,7 +366,7 @@ def test_merge_and_unmerge(kind: str) -> None:
 
 
 def traces(model: torch.nn.Module) -> list[str]:
-    """What is left of tnadapt or PEFT on a model."""
+    """Return what is left of tnadapt or PEFT on a model."""
     found = [name for name in model.state_dict() if "tnadapt" in name or "modules_to_save" in name]
     for path, module in model.named_modules():
         found += [
@@ -707,7 +707,7 @@ def test_what_peft_does_with_its_own_methods_only() -> None:
 
 
 def test_attach_beside_the_plug_in() -> None:
-    """The plug-in's arrays are no weights of the base: they stay trainable, are not counted, and are not kept."""
+    """The plug-in's arrays are not weights of the base: they stay trainable, are not counted, and are not kept."""
     model = adapted("llama")
     (first,) = tt.adapters(model).values()
     base = first.summary().base

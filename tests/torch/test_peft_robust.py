@@ -50,7 +50,7 @@ def config(**more: Any) -> TnadaptConfig:
 
 
 def made(*names: str, **more: Any) -> PeftModel:
-    """A model with these adapters, of different updates."""
+    """Return a model with these adapters, which have different updates."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = get_peft_model(Net(), config(**more), adapter_name=names[0])

@@ -1,4 +1,4 @@
-"""RELIABILITY's laws 14 and 17 to 19 of adapters on models: files there and back, and what is refused."""
+"""RELIABILITY's laws 14 and 17 to 19 of adapters on models: round trips through files, and rejected files."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_the_same_base_in_half_precision_is_accepted(tmp_path: Path) -> None:
 
 
 class Other(Separate):
-    """The same attention, its projections called by other names."""
+    """The same attention with other names of its projections."""
 
     def __init__(self, old: Separate) -> None:
         nn.Module.__init__(self)
@@ -215,7 +215,7 @@ class Other(Separate):
 
 
 class Renamed(Small):
-    """The same model after a release that calls things by other names."""
+    """The same model after a release that renamed modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_as_strictly_as_a_file(tmp_path: Path) -> None:
-    """By default another base is refused, and tied weights stay tied."""
+    """By default another base is rejected, and tied weights stay tied."""
 
     def made(seed: int = 0) -> nn.Module:
         model = small(seed)

@@ -1,4 +1,4 @@
-"""Finding the weights to adapt, in models of many libraries and by every way of asking."""
+"""Finding the weights to adapt, in models of many libraries and with every kind of request."""
 
 from __future__ import annotations
 

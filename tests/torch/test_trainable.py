@@ -1,4 +1,4 @@
-"""What trains is what was chosen: groups, factors, learning rates, a nonlinearity between the factors."""
+"""Only chosen arrays are trained: groups, factors, learning rates, a nonlinearity between the factors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .loops import batch, loss_of, make, move  # noqa: E402
 
 
 def moved(model: nn.Module, adapter: Adapter, groups: list[dict[str, Any]] | None = None) -> dict[str, float]:
-    """How far one step of gradient descent takes every array; the base must stay."""
+    """Return how far one step of gradient descent moves every array; the base must not change."""
     own = {id(p) for _, p in adapter.named_parameters()}
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
     base = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in own}
