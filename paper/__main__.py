@@ -1,4 +1,4 @@
-"""``python -m paper``: as on tnadapt's command line, a user's mistake is one line and exit code 2."""
+"""``python -m paper``: as on tnadapt's command line, a user error prints one line and exits with code 2."""
 
 from __future__ import annotations
 

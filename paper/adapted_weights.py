@@ -1,4 +1,4 @@
-"""The weights that the paper adapts, by their shapes: what counts are made of, where no model is at hand."""
+"""The shapes of the weights that the paper adapts, so that parameters can be counted without a model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class AdaptedWeights(NamedTuple):
     Attributes
     ----------
     what : str
-        In words.
+        Description in words.
     shapes : tuple of (rows, cols)
-        In the order of the long vector.
+        In the order of the vector of all updates.
     layers : tuple of str
-        The layer of each.
+        The layer of each weight.
     """
 
     what: str
@@ -26,13 +26,13 @@ class AdaptedWeights(NamedTuple):
 
 
 def _query_and_value(what: str, widths: list[int]) -> AdaptedWeights:
-    """A query and a value projection, both square, for each attention module of these widths."""
+    """Return a square query and value projection for each attention module of these widths."""
     shapes = tuple((width, width) for width in widths for _ in "qv")
     return AdaptedWeights(what, shapes, tuple(str(number) for number in range(len(widths)) for _ in "qv"))
 
 
-#: By the names that recipes give them. The U-Net's 21 modules have 64 or 128 channels (A.2): two residual blocks a
-#: level of 1, 2, 2 and 2 times 64, each followed by one, then one in the middle, and three a level on the way up.
+#: By their names in recipes. The U-Net's 21 attention modules have 64 or 128 channels (A.2): one after each of the two
+#: residual blocks per level, of 1, 2, 2 and 2 times 64 channels, one in the middle, and three per level on the way up.
 WEIGHTS = {
     "vit-base": _query_and_value("query and value of ViT-base, 12 layers of 768", [768] * 12),
     "vit-small": _query_and_value("query and value of ViT-S, 12 layers of 384", [384] * 12),

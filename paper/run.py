@@ -1,4 +1,4 @@
-"""A recipe, run: what its kind asks for, into one folder; then its table and figures, of what is in the folder."""
+"""Running a recipe into a folder, and producing its table and figures from the results there."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["RecipeOutcome", "redraw", "run"]
 
 @dataclasses.dataclass(frozen=True)
 class RecipeOutcome:
-    """What came of it.
+    """The outcome of a recipe.
 
     Attributes
     ----------
     rows : list of dict
-        As the table shows them.
+        The rows of the table.
     results : Path
-        JSON lines.
+        A file of JSON lines.
     picture : Path, optional
-        None where matplotlib is not installed.
+        None if matplotlib is not installed.
     """
 
     rows: list[dict[str, Any]]
@@ -55,26 +55,26 @@ def run(
     fresh: bool = False,
     reporter: Reporter | None = None,
 ) -> RecipeOutcome:
-    """Do what is not yet done of a recipe, and draw its figure of all results.
+    """Run the unfinished trainings of a recipe, and draw its figure from all results.
 
     Parameters
     ----------
     recipe : Recipe
     out : Path
-        A folder, made if need be: results as JSON lines, the figure, adapters. The same call again goes on from what is
-        finished, and draws anew.
+        The output folder for results as JSON lines, the figure and adapters; created if needed. Calling again continues
+        after the finished trainings and redraws the figure.
     cache : Path, optional
-        Where what is fetched is kept; ``out / "cache"`` if not given.
+        Folder for fetched files; ``out / "cache"`` by default.
     model, data, rates, seeds, device
-        As :func:`~paper.classification.study_of` takes them.
+        As in :func:`~paper.classification.study_of`.
     features : str, optional
-        What looks at generated images: as :func:`~paper.diffusion.opening.generation_of` takes it.
+        What measures generated images, as in :func:`~paper.diffusion.opening.generation_of`.
     jobs : int
-        Trainings at once.
+        Number of parallel trainings.
     fresh : bool
-        Remove what an earlier run left there.
+        Discard the results of an earlier run in that folder.
     reporter : Reporter, optional
-        Is told how far it is.
+        Receives progress.
 
     Returns
     -------
@@ -83,11 +83,11 @@ def run(
     Raises
     ------
     TnadaptError
-        If model or data cannot be had, or the folder cannot be used.
+        If model or data are unavailable, or the folder cannot be used.
 
     Examples
     --------
-    Figure 2 for a small model; only what trains needs torch:
+    Figure 2 for a small model; only recipes that train need torch:
 
     >>> from pathlib import Path
     >>> from paper import open_recipe, run
@@ -109,7 +109,7 @@ def run(
         ).run(out, jobs, fresh)  # fmt: skip
     else:
         if features is not None:
-            raise TnadaptError(f"recipe {recipe.name} generates no images, and has no --features")
+            raise TnadaptError(f"recipe {recipe.name} generates no images, so --features does not apply; leave it out")
         from .classification import study_of
 
         study = study_of(
@@ -127,13 +127,13 @@ def run(
 
 
 def redraw(recipe: Recipe, out: Path, pictures: Path | None = None) -> RecipeOutcome:
-    """The table and the figures of what is in a folder; nothing is trained, and neither model nor data are needed.
+    """Recompute the table and figures from the results in a folder, without training, model or data.
 
     Parameters
     ----------
     recipe : Recipe
     out : Path
-        Where :func:`run` left its results.
+        The folder in which :func:`run` left its results.
     pictures : Path, optional
         Another folder for the figures.
 

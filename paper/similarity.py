@@ -1,4 +1,4 @@
-"""The paper's geometric analysis: every arm's update against the dense one, weight by weight."""
+"""The paper's geometric analysis: every arm's update compared with the dense one, weight by weight."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["VECTORS", "at_one_rate", "measured", "summary"]
 
-#: Leading singular vectors that are compared.
+#: Number of leading singular vectors to compare.
 VECTORS = 5
 
 
 def at_one_rate(points: Sequence[Point], results: Path) -> list[Point]:
-    """The same settings, all at the dense update's rate: the paper has one rate for all.
+    """Return the same settings, all at the dense update's rate, since the paper has one rate for all.
 
-    How long an update is depends on its rate, and with it the distance of equation 7; its directions less so.
+    The length of an update, and with it the distance of equation 7, depends on its rate; the directions depend less.
     """
     from tnadapt.finetune.pareto_report import points_in
 
@@ -34,23 +34,23 @@ def at_one_rate(points: Sequence[Point], results: Path) -> list[Point]:
 def measured(
     points: Sequence[Point], adapters: Path, k: int = VECTORS, one_rate: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """A row for every arm but the dense one, seed and weight: d_L, d_R and d_E of equations 5 to 7.
+    """Yield a row for every arm except the dense one, seed and weight: d_L, d_R and d_E of equations 5 to 7.
 
     Parameters
     ----------
     points : sequence of Point
-        Of a study; one of them of the family ``dense``.
+        The points of a study, one of them of the family ``dense``.
     adapters : Path
-        Where its adapters are.
+        The folder of its adapters.
     k : int
-        How many singular vectors.
+        Number of singular vectors.
     one_rate : bool
-        What every row says of the rates.
+        Stored in every row.
 
     Raises
     ------
     TnadaptError
-        If there is no dense update, or an adapter is not there.
+        If there is no dense update, or an adapter is missing.
     """
     dense = _dense(points)
     others = [point for point in points if point is not dense and point.method.config is not None]
@@ -84,14 +84,14 @@ def _updates(record: Any, adapters: Path) -> tuple[Any, list[np.ndarray]]:
     if name is None or not (adapters / name).is_file():
         raise FileError(
             f"the adapter of {record['family']} {record['label']}, seed {record['seed']}, is not in {adapters}; "
-            "train anew with --fresh"
+            "train again with --fresh"
         )
     file = load(adapters / name)
     return file.targets, file.deltas()
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The means of every arm over weights and seeds.
+    """Return the means of every arm over weights and seeds.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Lists of settings as a recipe writes them, and all their combinations as configs."""
+"""Lists of values in recipes, and all their combinations as configs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tnadapt.errors import ConfigError
 
 __all__ = ["configs", "numbers"]
 
-# More than any sweep has, and no more than a typing error should cost.
+# More values than any sweep has; limits the cost of a typing error.
 _MOST = 10_000
 
 
 def numbers(text: str) -> list[int]:
-    """Integers, ``a, b..c`` going on from a by steps of b - a.
+    """Parse a list of integers; ``a, b..c`` continues from a in steps of b - a.
 
     Raises
     ------
     ConfigError
-        If it is something else.
+        If the text is not such a list.
 
     Examples
     --------
@@ -39,25 +39,25 @@ def numbers(text: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         step = first - found[-1] if found and match[2] else 1
         if last < first or step < 1 or (last - first) % step or (last - first) // step > _MOST:
-            raise ConfigError(f"{word.strip()!r} in {text!r} does not go up to its end by steps of {step}")
+            raise ConfigError(f"{word.strip()!r} in {text!r} does not reach its end in steps of {step}")
         found += range(first, last + 1, step)
     return found
 
 
 def configs(fixed: Mapping[str, Any], swept: Mapping[str, Any]) -> Iterator[Config]:
-    """Every combination of what is swept, the last name the fastest.
+    """Yield every combination of swept fields; the last one varies fastest.
 
     Parameters
     ----------
     fixed : mapping
-        Fields of :class:`~tnadapt.Config` that all have.
+        Fields of :class:`~tnadapt.Config` common to all.
     swept : mapping
-        Field -> a list of its values, or :func:`numbers` in a string.
+        Field -> a list of its values, or a string for :func:`numbers`.
 
     Raises
     ------
     ConfigError
-        If a field is not known, or its value is wrong.
+        If a field is unknown or a value invalid.
 
     Examples
     --------
@@ -73,5 +73,5 @@ def _values(name: str, given: Any) -> Sequence[Any]:
     if isinstance(given, str):
         return numbers(given)
     if not isinstance(given, list) or not given:
-        raise ConfigError(f"what is swept is a list, or numbers in a string; got {name} = {given!r}")
+        raise ConfigError(f"a swept field must be a list, or numbers in a string; got {name} = {given!r}")
     return given

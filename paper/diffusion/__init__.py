@@ -1,1 +1,1 @@
-"""The paper's second experiment: a diffusion model of one set of images, adapted to another."""
+"""The paper's second experiment: a diffusion model of one image data set, adapted to another."""

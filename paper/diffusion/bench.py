@@ -1,4 +1,4 @@
-"""One adaptation of the base: trained, sampled, measured; a line of results."""
+"""One adaptation of the base: training, sampling and measuring, with a result line as the outcome."""
 
 from __future__ import annotations
 
@@ -29,41 +29,41 @@ from .unet import Generator
 
 __all__ = ["FIELDS", "SHOWN", "Adapting", "Bench", "Setup"]
 
-# Images at once where there are no gradients: of a set and seed, each gets the same noise whatever the batch is.
+# Batch size without gradients. Results do not depend on it for sampling, where each image has its own seed; the
+# held-out loss draws its noise batch by batch.
 CHUNK = 64
-#: Images that are kept of each adaptation, to be looked at: so many a class.
+#: Images per class that are kept of each adaptation, for inspection.
 SHOWN = 4
-#: What a line of results must have to be read.
+#: Required fields of a result line.
 FIELDS = {"key", "config", "seed", "rate", "parameters", "diverged", "validation_loss", "metrics", "seconds"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is adapted to what, and what looks at the outcome: small, for a worker is sent it.
+    """Source, target and evaluation of an adaptation; small, because it is sent to workers.
 
     Attributes
     ----------
     data : Path
         The folder of the images: see :func:`~paper.diffusion.images.read_images`.
     cache : Path
-        Where the pretrained model is kept.
+        Folder for the pretrained model.
     source, target : str
-        Sets of images.
+        Names of image data sets.
     size, channels, base : int
-        Of the images, and width of the U-Net's first level.
+        Size and channels of the images, and width of the U-Net's first level.
     pretraining : Pretraining
     process : Process
     model : Path, optional
-        A safetensors file of a :class:`~paper.diffusion.unet.Generator`, instead of pretraining one.
+        A safetensors file of a :class:`~paper.diffusion.unet.Generator`, used instead of pretraining one.
     features : str
-        ``classifier`` for one trained on the target's images on the spot, or torch-fidelity's file of Inception's
-        weights.
+        ``classifier`` for one trained on the target's images, or torch-fidelity's file of Inception's weights.
     limit : int, optional
-        Of the target's images, so many are trained on.
+        Number of the target's images to train on.
     held_out : int
-        Of its images to train on, the first so many are not: they choose the rate.
+        Number of the target's first training images that are held out to choose the rate.
     real : int
-        Of its test images, so many are compared with.
+        Number of the target's test images to compare with.
     device : str
     """
 
@@ -86,15 +86,15 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Adapting:
-    """How every method is trained and measured.
+    """The settings of training and measuring, the same for every method.
 
     Attributes
     ----------
     batch : int
     epochs, steps : int
-        The latter if it is not 0.
+        ``steps`` is used if it is not 0.
     samples : int
-        Images to generate, the ten classes in turn.
+        Number of images to generate, cycling through the ten classes.
     optimiser, shape, weight_decay
         See :class:`~tnadapt.finetune.loop.Schedule`.
     """
@@ -108,24 +108,24 @@ class Adapting:
     weight_decay: float = 0.0
 
     def schedule(self, rate: float) -> Schedule:
-        """For one rate."""
+        """Return the schedule for one rate."""
         return Schedule(rate, 0.1, self.weight_decay, 1.0, self.optimiser, self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A base, what it is to learn, and what looks at it: the same in every process that opens the same setup.
+    """A base, the images to learn and the evaluation: the same in every process that opens the same setup.
 
     Attributes
     ----------
     setup : Setup
     weights : dict of str to Tensor
-        The base's.
+        The base's weights.
     training, validation, test : ImageSet
-        Of the target; the last of its test images, as many of each class as there are.
+        The target's images; ``test`` are test images, balanced over classes.
     extractor : Extractor
     real : Seen
-        The target's test images as the extractor sees them.
+        Features of the target's test images.
     """
 
     setup: Setup
@@ -137,13 +137,13 @@ class Bench:
     real: Seen
 
     def model(self) -> Generator:
-        """The base anew."""
+        """Return a new copy of the base."""
         made = Generator(self.setup.channels, self.setup.base)
         made.load_state_dict(self.weights)
         return made.to(self.setup.device)
 
     def settings(self) -> dict[str, Any]:
-        """All that an outcome depends on, but for method, seed and rate."""
+        """Return everything that an outcome depends on, except method, seed and rate."""
         setup = self.setup
         return {
             "source": setup.source,
@@ -160,23 +160,23 @@ class Bench:
     def adapt(
         self, task: Task, how: Adapting, out: Path | None, progress: Callable[[float], None] = lambda done: None
     ) -> dict[str, Any]:
-        """Adapt the base by one method, sample from it, and measure what comes.
+        """Adapt the base with one method, sample from it, and measure the images.
 
         Parameters
         ----------
         task : Task
-            Without a config, the base is measured as it is, and so are as many real images: what nothing generated can
-            be expected to better.
+            Without a config, the unchanged base is measured, and as many real images, which are the best that generated
+            ones can be expected to reach.
         how : Adapting
         out : Path, optional
-            A folder for the adapter and for the images that are kept.
+            A folder for the adapter and the images to keep.
         progress : callable
-            Is told the fraction done: nine tenths are the training.
+            Called with the fraction done; training is nine tenths.
 
         Returns
         -------
         dict
-            A line of results, as JSON keeps it.
+            A result line of JSON values.
         """
         began = time.perf_counter()
         device = torch.device(self.setup.device)
@@ -216,9 +216,9 @@ class Bench:
         return record
 
     def _floor(self, count: int, seed: int) -> tuple[dict[str, float | None], Tensor]:
-        """Measures of real images of the target that are not among those compared with, and the first of them.
+        """Measure real images of the target other than those compared with; also return the first of them.
 
-        They are of those held out, or, where these are fewer, of those trained on.
+        They are held-out images, or training images if there are too few held-out ones.
         """
         some = balanced(self.validation if len(self.validation) >= count else self.training, count, seed)
         return quality(self.extractor.see(some.pixels), self.real, some.labels), some.pixels[: SHOWN * CLASSES]
@@ -254,7 +254,7 @@ class Bench:
 
     @torch.no_grad()
     def _loss(self, model: Generator) -> float:
-        """Of the images held out, each with one step and noise, the same for every model."""
+        """Return the loss on held-out images, each with one step and noise, which are the same for every model."""
         model.eval()
         generator = torch.Generator().manual_seed(0)
         total = 0.0
@@ -274,7 +274,7 @@ def _rounded(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def _keep(path: Path, images: Tensor) -> None:
-    """As bytes ``(n, size, size, channels)``, in NumPy's format."""
+    """Write images as bytes ``(n, size, size, channels)`` in NumPy's format."""
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What looks at images: Inception, or a small classifier that is trained on the real images on the spot."""
+"""Feature extractors for images: Inception, or a small classifier that is trained on the real images."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ BATCH = 256
 
 
 class Extractor(Protocol):
-    """Looks at images of values from -1 to 1."""
+    """The interface of a feature extractor for images with values from -1 to 1."""
 
     @property
     def digest(self) -> str:
-        """What tells it from others: measures by two of them are not to be compared."""
+        """Identifies the extractor: measures by different extractors must not be compared."""
         ...
 
     def see(self, pixels: Tensor) -> Seen:
-        """Features and logits of images ``(n, channels, size, size)``, on the CPU."""
+        """Return features and logits of images ``(n, channels, size, size)``, on the CPU."""
         ...
 
 
 class Classifier(nn.Module):
-    """Three convolutions, each of which halves the picture, and two linear maps; 64 features.
+    """A classifier of three convolutions, each of which halves the image, and two linear maps; 64 features.
 
     Parameters
     ----------
     channels, size : int
-        Of the images; the size is at least 8.
+        Channels and size of the images; the size must be at least 8.
     classes : int
 
     Examples
@@ -63,13 +63,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, classes)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features ``(n, 64)`` and logits ``(n, classes)``."""
+        """Return features ``(n, 64)`` and logits ``(n, classes)``."""
         features = self.body(pixels)
         return features, self.head(features)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of its weights."""
+        """SHA-256 of the weights."""
         seen = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             seen.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -77,7 +77,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> Seen:
-        """As :class:`Extractor` says."""
+        """Return features and logits; see :class:`Extractor`."""
         self.eval()
         device = self.head.weight.device
         parts = [[part.cpu() for part in self(some.to(device))] for some in torch.split(pixels, BATCH)]
@@ -88,7 +88,7 @@ class Classifier(nn.Module):
 def train_classifier(
     images: ImageSet, epochs: int = 4, seed: int = 0, progress: Callable[[float], None] = lambda done: None
 ) -> Classifier:
-    """A classifier of these images, by AdamW with a rate of 0.002 that falls to 0.
+    """Train a classifier of these images with AdamW, with a rate of 0.002 that decays to 0.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def train_classifier(
     epochs : int
     seed : int
     progress : callable
-        Is told the fraction done.
+        Called with the fraction done.
 
     Returns
     -------
@@ -122,13 +122,13 @@ def train_classifier(
 
 
 class Inception:
-    """Inception-v3 as FID was defined by: torch-fidelity's, 2,048 features and 1,008 logits.
+    """The Inception-v3 that defines FID, from torch-fidelity: 2,048 features and 1,008 logits.
 
     Parameters
     ----------
     weights : Path
-        torch-fidelity's file of weights (``weights-inception-2015-12-05-6726825d.pth`` of its release 0.2.0). It is
-        read as tensors alone: a file that holds other objects is refused. Nothing is fetched.
+        torch-fidelity's file of weights (``weights-inception-2015-12-05-6726825d.pth`` of its release 0.2.0). A file
+        that holds objects other than tensors is rejected. Nothing is downloaded.
     device : str
 
     Raises
@@ -143,14 +143,14 @@ class Inception:
                 warnings.simplefilter("ignore")
                 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError:
-            raise TnadaptError("Inception is torch-fidelity's: pip install 'tnadapt[paper]'") from None
+            raise TnadaptError("Inception needs torch-fidelity: pip install 'tnadapt[paper]'") from None
         try:
-            # torch-fidelity would unpickle whatever the file holds: what is not tensors alone does not get there.
+            # torch-fidelity would unpickle any object in the file, so this first rejects files with other than tensors.
             torch.load(weights, map_location="cpu", weights_only=True)
             found: Any = FeatureExtractorInceptionV3(
                 "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
             )
-        except Exception as error:  # of files, of pickles, of weights that do not fit
+        except Exception as error:  # errors of files, of pickles, or of weights that do not fit
             raise TnadaptError(
                 f"cannot load Inception's weights from {weights} ({str(error).splitlines()[0]}); give --features a "
                 "file of torch-fidelity's weights, or classifier"
@@ -161,7 +161,7 @@ class Inception:
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> Seen:
-        """As :class:`Extractor` says: it is shown bytes of three colours, and scales them itself."""
+        """Return features and logits; see :class:`Extractor`. The model takes RGB bytes and rescales them itself."""
         parts = []
         for some in torch.split(pixels, 64):
             colours = some.expand(-1, 3, -1, -1)

@@ -1,4 +1,4 @@
-"""All adaptations of a recipe: the rate chosen with the first seed, the other seeds at that rate."""
+"""All adaptations of a recipe: the rate is chosen with the first seed, and the other seeds use that rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .loading import open_bench
 
 __all__ = ["PRETRAINED", "Generated", "Generation", "chosen_rate", "generated_in"]
 
-#: What all are compared with: the base as it is.
+#: The arm of the unchanged base, with which all are compared.
 PRETRAINED = "as pretrained"
 
 
@@ -33,7 +33,7 @@ class Generated:
     parameters : int
     rate : float
     records : tuple of mapping
-        The lines of results, one a seed.
+        The result lines, one per seed.
     """
 
     arm: str
@@ -43,13 +43,13 @@ class Generated:
     records: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
 
     def values(self, metric: str) -> tuple[float | None, ...]:
-        """Of one of the measures, a seed each; None where there is none, as it diverged."""
+        """Return the values of a measure, one per seed; None if the training diverged."""
         return tuple(record["metrics"].get(metric) for record in self.records)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Adaptations:
-    """What a worker is sent: a :class:`~tnadapt.finetune.workers.Work`."""
+    """The :class:`~tnadapt.finetune.workers.Work` that is sent to a worker."""
 
     setup: Setup
     how: Adapting
@@ -70,10 +70,10 @@ class Generation:
     setup : Setup
     how : Adapting
     methods : sequence of Method
-        The base as it is comes before them.
+        The unchanged base is added in front of them.
     rates : sequence of float
-        All are tried with seed 0; the one whose loss on the images held out is least is that of the other seeds. The
-        measures choose nothing.
+        All are tried with seed 0; the other seeds use the one with the lowest held-out loss. The measures are not used
+        to choose anything.
     seeds : int
     reporter : Reporter, optional
 
@@ -84,7 +84,7 @@ class Generation:
     Raises
     ------
     TnadaptError
-        If images or weights cannot be had.
+        If images or weights are unavailable.
     """
 
     def __init__(
@@ -104,22 +104,22 @@ class Generation:
         self.bench = open_bench(setup, self.reporter.preparing)
 
     def settings(self) -> dict[str, Any]:
-        """All that an outcome depends on, but for method, seed and rate."""
+        """Return everything that an outcome depends on, except method, seed and rate."""
         how = dataclasses.asdict(self.how)
         how["generated"] = how.pop("samples")
         return {**self.bench.settings(), **how}
 
     def run(self, out: Path, jobs: int = 1, fresh: bool = False) -> list[Generated]:
-        """Do what is not yet done.
+        """Run the adaptations that are not finished yet.
 
         Parameters
         ----------
         out : Path
-            The folder: ``results.jsonl``, ``images``, ``adapters``. Made if need be.
+            The folder for ``results.jsonl``, ``images`` and ``adapters``; created if needed.
         jobs : int
-            At once, each in a process of its own where there are several; 0 for as many as there are cores.
+            Number of parallel adaptations; several run in separate processes. 0 means one per core.
         fresh : bool
-            Remove what an earlier run left there.
+            Discard the results of an earlier run in that folder.
 
         Returns
         -------
@@ -136,7 +136,7 @@ class Generation:
             if fresh:
                 _forget(out, results.dropped)
             base = Method(PRETRAINED, "", None)
-            # Of a base, no rate makes another.
+            # The rate makes no difference to the base.
             first = [Task(base, seed, 0.0) for seed in self.seeds]
             first += [Task(method, 0, rate) for method in self.methods for rate in self.rates]
             rest = len(self.methods) * (len(self.seeds) - 1)
@@ -155,14 +155,14 @@ class Generation:
         results.begin_session(jobs=jobs, device=self.setup.device)
         work = _Adaptations(self.setup, self.how, out)
         done = run_tasks(work.of(self.bench), work, missing, jobs, None, self.reporter.training)
-        with contextlib.closing(done):  # an exception here must end the workers now
+        with contextlib.closing(done):  # an exception here must end the workers immediately
             for task, record in done:
                 results.add(record)
                 self.reporter.finished(task, record)
 
 
 def _forget(out: Path, adapters: Sequence[str]) -> None:
-    """What an earlier run left: its adapters by their names, and its images, whose names are keys."""
+    """Remove the files of an earlier run: adapters by their names, and images, whose names are keys."""
     left = [*(out / "adapters" / name for name in adapters), *(out / "images").glob("*" + "[0-9a-f]" * 16 + ".npy")]
     for path in left:
         with contextlib.suppress(OSError):
@@ -170,14 +170,14 @@ def _forget(out: Path, adapters: Sequence[str]) -> None:
 
 
 def chosen_rate(records: Mapping[str, Mapping[str, Any]], method: Method, rates: Sequence[float]) -> float:
-    """Of these rates, that with the least loss on the images held out, with seed 0; the lowest where all diverged."""
+    """Return the rate with the lowest held-out loss, with seed 0; the lowest rate if all diverged."""
     found = {rate: records[Task(method, 0, rate).key]["validation_loss"] for rate in rates}
     there = {rate: loss for rate, loss in found.items() if loss is not None}
     return min(there, key=lambda rate: there[rate]) if there else min(rates)
 
 
 def generated_in(path: Path) -> list[Generated]:
-    """What a file of results has: of every method that was finished with all the seeds in it.
+    """Return every method in a results file that was finished with all of the file's seeds.
 
     Parameters
     ----------
@@ -187,12 +187,12 @@ def generated_in(path: Path) -> list[Generated]:
     Returns
     -------
     list of Generated
-        The base first. Each at the rate that was best with the first seed, of those that the other seeds had, too.
+        The base first. Each at the rate that was best with the first seed, among those that all seeds have.
 
     Raises
     ------
     OSError, ValueError, KeyError
-        If it cannot be read, or is none.
+        If it cannot be read, or is not a results file.
     """
     records = {line["key"]: line for line in read_lines(path) if "key" in line}
     methods = dict.fromkeys(method_in(line) for line in records.values())

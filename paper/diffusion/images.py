@@ -1,4 +1,4 @@
-"""Images of ten classes in the files that their makers give out: MNIST, Fashion-MNIST, SVHN."""
+"""Image data sets of ten classes in their original files: MNIST, Fashion-MNIST, SVHN."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES = 10
 
 _IDX = ("mnist", "fashion-mnist")
 DATASETS = (*_IDX, "svhn")
-#: What a folder of each must hold; the IDX files may be packed by gzip.
+#: The files of each set's folder; the IDX files may be gzipped.
 FILES = {
     **dict.fromkeys(
         _IDX, ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -54,17 +54,18 @@ class ImageSet:
 
 
 def balanced(images: ImageSet, count: int, seed: int = 0) -> ImageSet:
-    """So many images, or all that there are: of every class in turn, in an order that the seed draws.
+    """Return ``count`` images, or all: cycling through the classes, in a random order within each class.
 
-    As images are asked for by classes in turn, any beginning of both has the classes alike, as long as none runs out.
+    Images are also generated cycling through the classes, so any two prefixes of equal length have the same classes, as
+    long as no class runs out.
 
     Parameters
     ----------
     images : ImageSet
-        Of labels from 0 to 9.
+        With labels from 0 to 9.
     count : int
     seed : int
-        Of torch's generator on the CPU.
+        Seed of torch's generator on the CPU.
 
     Returns
     -------
@@ -87,19 +88,19 @@ def balanced(images: ImageSet, count: int, seed: int = 0) -> ImageSet:
 
 
 def read_images(name: str, folder: Path, size: int, channels: int, test: bool = False) -> ImageSet:
-    """A set of images, made square of so many pixels, grey or of three colours.
+    """Read a set of images, resized to squares, in grey or colour.
 
     Parameters
     ----------
     name : {"mnist", "fashion-mnist", "svhn"}
     folder : Path
-        In which there is a folder of this name with the files as their makers give them out.
+        Must contain a folder of this name with the original files.
     size : int
-        Pixels a side: scaled with antialiasing where they have others.
+        Pixels per side; images of another size are scaled with antialiasing.
     channels : {1, 3}
-        Grey images become three equal channels; of colours, one is their mean.
+        Grey images are repeated for three channels; colours are averaged for one.
     test : bool
-        The test images instead of those to train on.
+        Read the test images instead of the training images.
 
     Returns
     -------
@@ -109,18 +110,18 @@ def read_images(name: str, folder: Path, size: int, channels: int, test: bool = 
     Raises
     ------
     TnadaptError
-        If there is no such set, or no such folder or file.
+        If the set is unknown, or its folder or a file does not exist.
     FileError
         If a file is damaged.
 
     Examples
     --------
-    MNIST as small as the miniature has it, of ``data/mnist/train-images-idx3-ubyte`` and its labels::
+    MNIST at the size of the miniature, from ``data/mnist/train-images-idx3-ubyte`` and its labels::
 
         read_images("mnist", Path("data"), size=16, channels=1).pixels.shape
     """
     if name not in DATASETS:
-        raise TnadaptError(f"images are one of {', '.join(DATASETS)}; got {name!r}")
+        raise TnadaptError(f"images must be one of {', '.join(DATASETS)}; got {name!r}")
     place = folder / name
     missing = [file for file in FILES[name] if not _there(place / file)]
     if missing:
@@ -157,13 +158,13 @@ def _idx_pair(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.ui
 
 
 def _idx(path: Path) -> NDArray[np.uint8]:
-    """An array of bytes: two zeros, the type 8, the number of axes, their sizes (big-endian), the bytes."""
+    """Read an IDX file: two zero bytes, the type 8, the number of axes, their sizes (big-endian), then the elements."""
     plain = path.is_file()
     path = path if plain else path.with_name(path.name + ".gz")
     with open(path, "rb") if plain else gzip.open(path) as file:
         zeros, kind, axes = struct.unpack(">HBB", file.read(4))
         if zeros or kind != 8:
-            raise ValueError(f"{path.name} is no IDX file of bytes")
+            raise ValueError(f"{path.name} is not an IDX file of bytes")
         shape = struct.unpack(f">{axes}I", file.read(4 * axes))
         array = filled(file, shape, np.uint8, path.stat().st_size * (1 if plain else DEFLATED))
         if file.read(1):
@@ -172,7 +173,7 @@ def _idx(path: Path) -> NDArray[np.uint8]:
 
 
 def _svhn(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """MATLAB's: pixels as (rows, columns, colours, n), and 10 for the digit 0."""
+    """Read SVHN's MATLAB file, which has pixels as (rows, columns, colours, n), and the label 10 for the digit 0."""
     from scipy.io import loadmat
 
     found = loadmat(place / FILES["svhn"][test], variable_names=("X", "y"))
@@ -186,7 +187,7 @@ def _svhn(place: Path, test: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]
 
 
 def _square(pixels: NDArray[np.uint8], size: int, channels: int) -> Tensor:
-    """Bytes ``(n, height, width, colours)`` to float32 ``(n, channels, size, size)``, some thousands at a time."""
+    """Convert bytes ``(n, height, width, colours)`` to float32 ``(n, channels, size, size)``, in chunks."""
     found = []
     for some in torch.split(torch.from_numpy(np.ascontiguousarray(pixels)), 4096):
         part = some.permute(0, 3, 1, 2).float()

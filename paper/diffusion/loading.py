@@ -1,4 +1,4 @@
-"""The base, both sets of images and what looks at them: read, or made and kept."""
+"""Loading of the base, both sets of images and the feature extractor: read, or trained and cached."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["open_bench"]
 
 
 def open_bench(setup: Setup, progress: Callable[[str, float], None] = lambda what, done: None) -> Bench:
-    """Read the images, and train or find what is made of them.
+    """Read the images, and train the models or load them from the cache.
 
     Parameters
     ----------
     setup : Setup
     progress : callable
-        Is told ``(what, fraction done)``.
+        Called with ``(what, fraction done)``.
 
     Returns
     -------
@@ -38,22 +38,25 @@ def open_bench(setup: Setup, progress: Callable[[str, float], None] = lambda wha
     Raises
     ------
     TnadaptError
-        If images or weights cannot be had.
+        If images or weights are unavailable.
 
     Examples
     --------
-    As a recipe sets it up, of images in ``data``::
+    A setup like that of a recipe, with images in ``data``::
 
         open_bench(Setup(Path("data"), Path("cache"), "mnist", "fashion-mnist", 16, 1, 32, Pretraining(), Process()))
     """
     require_packages()
-    # What may be missing is opened before what takes long.
+    # Files that may be missing are opened before long computations.
     inception = None if setup.features == "classifier" else Inception(Path(setup.features), setup.device)
     target = read_images(setup.target, setup.data, setup.size, setup.channels)
     test = balanced(read_images(setup.target, setup.data, setup.size, setup.channels, test=True), setup.real)
     held_out = setup.held_out
     if not 1 <= held_out < len(target):
-        raise TnadaptError(f"of {len(target)} images of {setup.target}, {held_out} cannot be held out")
+        raise TnadaptError(
+            f"cannot hold out {held_out} of {len(target)} images of {setup.target}; give held_out from 1 to "
+            f"{len(target) - 1}"
+        )
     rest = target[held_out:]
     weights = _given(setup) if setup.model else _trained(setup, progress)
     extractor: Extractor = inception or _classifier(
@@ -82,13 +85,13 @@ def _given(setup: Setup) -> dict[str, Tensor]:
     wrong = sorted(wanted.keys() ^ found.keys()) or [name for name in wanted if found[name].shape != wanted[name]]
     if wrong:
         raise TnadaptError(
-            f"{setup.model} is no U-Net of {setup.channels} channels and width {setup.base}: see its {wrong[0]!r}"
+            f"{setup.model} is not a U-Net of {setup.channels} channels and width {setup.base}: {wrong[0]!r} differs"
         )
     return found
 
 
 def _classifier(setup: Setup, images: ImageSet, progress: Callable[[float], None]) -> Classifier:
-    """Of the cache, or trained now on all images."""
+    """Return the classifier from the cache, or train it on all images."""
     path = setup.cache / "diffusion" / f"classifier-{images_digest(images)[:16]}.safetensors"
     try:
         model = Classifier(setup.channels, setup.size)

@@ -1,4 +1,4 @@
-"""Six measures of generated images, from what an extractor sees in them and in real ones."""
+"""Measures of generated images, from the features of generated and real ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .msid import msid
 
 __all__ = ["LOWER", "METRICS", "Seen", "quality", "require_packages"]
 
-#: What :func:`quality` gives, and how people write it.
+#: The measures that :func:`quality` returns, and their usual names.
 METRICS = {
     "is": "IS",
     "is_distance": "|IS − IS of real images|",
@@ -26,9 +26,9 @@ METRICS = {
     "msid": "MSID",
     "precision": "improved precision",
     "recall": "improved recall",
-    "agreement": "of the class asked for",
+    "agreement": "in the requested class",
 }
-#: Those of which less is better.
+#: Measures for which lower is better.
 LOWER = ("is_distance", "fid", "kid", "msid")
 
 SPLITS, SUBSETS, SUBSET, NEIGHBOURHOOD = 10, 20, 1000, 3
@@ -36,7 +36,7 @@ SPLITS, SUBSETS, SUBSET, NEIGHBOURHOOD = 10, 20, 1000, 3
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What an extractor sees in images.
+    """The output of a feature extractor for images.
 
     Attributes
     ----------
@@ -49,40 +49,40 @@ class Seen:
 
 
 def quality(generated: Seen, real: Seen, asked: Tensor | None = None, seed: int = 0) -> dict[str, float | None]:
-    """How good generated images are.
+    """Measure the quality of generated images.
 
     Parameters
     ----------
     generated, real : Seen
-        Of at least 10 images each. Where there are more of one, IS and MSID are of its first.
+        Features of at least 10 images each. If one has more images, only its first are used for IS and MSID.
     asked : Tensor, shape (n,), optional
-        The class that was asked for, image by image.
+        The requested class of each generated image.
     seed : int
-        Of what is drawn: the ten parts of IS, the subsets of KID, the probes of MSID.
+        Seed of random choices: the ten parts of IS, the subsets of KID, the probes of MSID.
 
     Returns
     -------
     dict of str to float
         Each of :data:`METRICS`. ``is``, ``fid``, ``kid``, ``precision``, ``recall`` are torch-fidelity's (Salimans et
         al. 2016; Heusel et al. 2017; Binkowski et al. 2018, the mean over 20 subsets; Kynkäänniemi et al. 2019, with 3
-        neighbours), ``msid`` is :func:`~paper.diffusion.msid.msid`. ``is_distance`` is how far ``is`` is
-        from that of the real images: the paper says that its IS, by an l1 distance, is better when lower, and no more.
-        ``agreement`` is the fraction of images that the extractor takes for the class asked for. None for what is not
-        finite, and for ``agreement`` where no classes were asked for.
+        neighbours), ``msid`` is :func:`~paper.diffusion.msid.msid`. ``is_distance`` is the distance of ``is`` to that
+        of the real images: the paper says only that its IS, measured by an l1 distance, is better when lower.
+        ``agreement`` is the fraction of images that the extractor assigns to the requested class. A measure that is not
+        finite is None, and so is ``agreement`` without ``asked``.
 
     Raises
     ------
     ShapeError
-        If there are too few images, or the two were seen by other extractors.
+        If there are too few images, or the two are from different extractors.
     TnadaptError
         If torch-fidelity is not installed.
 
     Examples
     --------
-    Real images of themselves:
+    A set of images compared with itself:
 
     >>> import torch
-    >>> import torch_fidelity  # what computes them
+    >>> import torch_fidelity  # computes the measures
     >>> seen = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     >>> found = quality(Seen(seen, seen), Seen(seen, seen))
     >>> found["is_distance"], abs(found["fid"]) < 1e-6, found["msid"], found["precision"], found["recall"]
@@ -90,7 +90,7 @@ def quality(generated: Seen, real: Seen, asked: Tensor | None = None, seed: int 
     """
     if min(len(generated.features), len(real.features)) < 10 or generated.features.shape[1] != real.features.shape[1]:
         raise ShapeError(
-            f"expected at least 10 images of either kind, seen by one extractor; got features of shape "
+            f"expected at least 10 images of either kind, and the same extractor for both; got features of shape "
             f"{tuple(generated.features.shape)} and {tuple(real.features.shape)}"
         )
     if not all(bool(part.isfinite().all()) for part in (generated.features, generated.logits)):
@@ -105,12 +105,12 @@ def quality(generated: Seen, real: Seen, asked: Tensor | None = None, seed: int 
 
 
 def require_packages() -> None:
-    """Whether what samples and measures is there.
+    """Check that the packages for sampling and measuring are installed.
 
     Raises
     ------
     TnadaptError
-        If diffusers or torch-fidelity is not.
+        If diffusers or torch-fidelity is missing.
     """
     for name in ("diffusers", "torch_fidelity"):
         if importlib.util.find_spec(name) is None:
@@ -120,11 +120,11 @@ def require_packages() -> None:
 def _fidelity(generated: Seen, real: Seen, seed: int) -> dict[str, float]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what its imports find old in one another
+            warnings.simplefilter("ignore")  # deprecation warnings of its imports
             from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
     except ImportError:
         raise TnadaptError("the measures need torch-fidelity: pip install 'tnadapt[paper]'") from None
-    # IS of few images is another than that of many, and so is MSID: of both kinds, as many are looked at.
+    # IS and MSID depend on the number of images, so the same number of either kind is used.
     count = min(len(generated.logits), len(real.logits))
     scores = [
         metric_isc.isc_features_to_metric(seen.logits[:count], SPLITS, True, seed)[metric_isc.KEY_METRIC_ISC_MEAN]

@@ -1,4 +1,4 @@
-"""MSID: how unlike the shapes of two clouds of points are, by the heat that their neighbourhood graphs lose.
+"""MSID: a distance between the shapes of two point clouds, from heat diffusion on their neighbourhood graphs.
 
 Tsitsulin, Munkhoeva, Mottin, Karras, Bronstein, Oseledets and Müller, "The Shape of Data: Intrinsic Distance for Data
 Distributions" (ICLR 2020).
@@ -19,25 +19,25 @@ from tnadapt.errors import ShapeError
 __all__ = ["heat_trace", "msid"]
 
 NEIGHBOURS = 5
-# Up to so many points, the eigenvalues are found one by one (2 s on one core); beyond, the trace is estimated.
+# Up to this many points all eigenvalues are computed (2 s on one core); beyond, the trace is estimated.
 EXACT = 2048
 STEPS, PROBES = 10, 100
 
 
 def msid(first: ArrayLike, second: ArrayLike, neighbours: int = NEIGHBOURS, seed: int = 0) -> float:
-    """The intrinsic distance of two sets of points, which need not have equally many numbers each.
+    """Compute the intrinsic distance of two sets of points, whose dimensions may differ.
 
-    ``10^6 max over t of exp(-2 (t + 1/t)) |h_1(t) - h_2(t)|``, where h is :func:`heat_trace` and t goes from 0.1 to 10
-    in 256 steps of equal ratio. (The million is the authors', so that numbers can be compared.)
+    ``10^6 max over t of exp(-2 (t + 1/t)) |h_1(t) - h_2(t)|``, where h is :func:`heat_trace` and t has 256
+    logarithmically spaced values from 0.1 to 10. (The factor of a million is the authors', for comparable numbers.)
 
     Parameters
     ----------
     first : array_like, shape (n, d)
     second : array_like, shape (m, e)
     neighbours : int
-        Of each point in its graph.
+        Neighbours of each point in the graph.
     seed : int
-        Of the estimate, where there are more than 2,048 points.
+        Seed of the estimate, for more than 2,048 points.
 
     Returns
     -------
@@ -47,7 +47,7 @@ def msid(first: ArrayLike, second: ArrayLike, neighbours: int = NEIGHBOURS, seed
     Raises
     ------
     ShapeError
-        If one is no matrix of more points than neighbours.
+        If one is not a matrix with more points than neighbours.
 
     Notes
     -----
@@ -55,7 +55,7 @@ def msid(first: ArrayLike, second: ArrayLike, neighbours: int = NEIGHBOURS, seed
 
     Examples
     --------
-    A turned and shifted cloud has the same shape; one on a circle has another:
+    A rotated and shifted cloud has the same shape; points on a circle have another:
 
     >>> points = np.random.default_rng(0).normal(size=(200, 2))
     >>> angle = np.random.default_rng(1).uniform(0, 6.28, 200)
@@ -72,10 +72,10 @@ def msid(first: ArrayLike, second: ArrayLike, neighbours: int = NEIGHBOURS, seed
 def heat_trace(
     points: ArrayLike, times: ArrayLike, neighbours: int = NEIGHBOURS, seed: int = 0, exact: bool | None = None
 ) -> NDArray[np.float64]:
-    """``trace(exp(-t L)) / n``: the mean heat that stays where it was, of the graph of nearest neighbours.
+    """Compute ``trace(exp(-t L)) / n``, the mean heat that stays at its node, on the nearest-neighbour graph.
 
-    L is the normalised Laplacian ``1 - D^(-1/2) A D^(-1/2)``; A joins two points of which one is among the nearest of
-    the other.
+    L is the normalised Laplacian ``1 - D^(-1/2) A D^(-1/2)``; A joins two points if one is among the nearest neighbours
+    of the other.
 
     Parameters
     ----------
@@ -84,8 +84,8 @@ def heat_trace(
     neighbours, seed
         As in :func:`msid`.
     exact : bool, optional
-        By all eigenvalues, or estimated by stochastic Lanczos quadrature (10 steps from 100 vectors of signs); by the
-        number of points if not given.
+        Whether to use all eigenvalues rather than an estimate by stochastic Lanczos quadrature (10 steps from 100
+        vectors of signs); by default it depends on the number of points.
 
     Returns
     -------
@@ -94,11 +94,11 @@ def heat_trace(
     Raises
     ------
     ShapeError
-        If it is no matrix of more points than neighbours.
+        If it is not a matrix with more points than neighbours.
 
     Examples
     --------
-    Of 6 points with 5 neighbours each, every two are joined: eigenvalues 0 and five times 6/5.
+    With 6 points and 5 neighbours each, all points are joined: eigenvalues 0 and five times 6/5.
 
     >>> found = heat_trace(np.eye(6), [1.0])
     >>> np.allclose(found, (1 + 5 * np.exp(-6 / 5)) / 6)
@@ -116,7 +116,7 @@ def heat_trace(
 
 def _laplacian(points: NDArray[np.float64], neighbours: int) -> Any:
     count = len(points)
-    # A point is not its own neighbour, nor need it be the first found where others lie on it.
+    # A point is not its own neighbour, and among coinciding points it need not be the first one found.
     _, near = cKDTree(points).query(points, neighbours + 1)
     own = near == np.arange(count)[:, None]
     own[~own.any(1), -1] = True
@@ -129,10 +129,10 @@ def _laplacian(points: NDArray[np.float64], neighbours: int) -> Any:
 
 
 def _estimated(matrix: Any, times: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
-    """Gauss quadrature from a Lanczos tridiagonal matrix of each probe (Ubaru, Chen and Saad 2017).
+    """Estimate the trace by Gauss quadrature from a Lanczos tridiagonal matrix per probe (Ubaru, Chen and Saad 2017).
 
-    Only what differs from the parabola of exp(-t x) at x = 1 is estimated: the mean eigenvalue is 1, and the mean of
-    (x - 1)^2 is the sum of the squares beside the diagonal, by n.
+    Only the difference of exp(-t x) from its parabola at x = 1 is estimated. The parabola is exact: the mean eigenvalue
+    is 1, and the mean of (x - 1)^2 is the sum of the squared off-diagonal elements, divided by n.
     """
     count = matrix.shape[0]
     beside_diagonal = (matrix - scipy.sparse.identity(count)).power(2).sum() / count
@@ -144,7 +144,7 @@ def _estimated(matrix: Any, times: NDArray[np.float64], random: np.random.Genera
         for step in range(STEPS):
             product = matrix @ basis[-1]
             diagonal.append(float(basis[-1] @ product))
-            for one in (*basis, *basis):  # twice, as once leaves what cancels
+            for one in (*basis, *basis):  # orthogonalise twice: one pass leaves cancellation errors
                 product = product - (one @ product) * one
             length = float(np.linalg.norm(product))
             if step == STEPS - 1 or length < 1e-12:

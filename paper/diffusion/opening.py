@@ -1,4 +1,4 @@
-"""A recipe of the diffusion model as the adaptations that it describes."""
+"""Opening of a diffusion recipe: from its settings to the adaptations that it describes."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def generation_of(
     device: str | None = None,
     reporter: Reporter | None = None,
 ) -> Generation:
-    """The adaptations that a recipe describes.
+    """Return the adaptations that a recipe describes.
 
     Parameters
     ----------
     recipe : Recipe
-        Of the kind ``diffusion``.
+        A recipe of kind ``diffusion``.
     cache : Path
-        Where images are kept that are fetched, and models that are trained.
+        Folder for fetched images and trained models.
     model : str, optional
         A safetensors file of the pretrained U-Net, instead of training it.
     data : str, optional
         A folder of the images: see :func:`~paper.diffusion.images.read_images`.
     features : str, optional
-        ``classifier``, or a file of Inception's weights; the recipe's if not given.
+        ``classifier``, or a file of Inception's weights; the recipe's by default.
     rates, seeds, device, reporter
-        As :func:`~paper.classification.study_of` takes them.
+        As in :func:`~paper.classification.study_of`.
 
     Returns
     -------
@@ -65,12 +65,12 @@ def generation_of(
     Raises
     ------
     TnadaptError
-        If images, model or extractor cannot be had.
+        If images, model or extractor are unavailable.
     """
     settings = dict(recipe.settings)
     known = {*_SETUP, *_PROCESS, *_PRETRAINING, *_ADAPTING, *_OTHERS}
     if unknown := sorted(settings.keys() - known):
-        raise ConfigError(f"recipe {recipe.name}, scale {recipe.scale}, has {unknown[0]!r}, which is no setting of it")
+        raise ConfigError(f"recipe {recipe.name}, scale {recipe.scale}, has an unknown setting {unknown[0]!r}")
 
     def of(names: Sequence[str], before: str = "") -> dict[str, Any]:
         return {name.removeprefix(before): settings[name] for name in names if name in settings}
@@ -78,7 +78,7 @@ def generation_of(
     looks = features or settings["features"]
     if looks == "inception":
         raise TnadaptError(
-            "the paper's measures are by Inception, whose weights no package registry has: give --features the file of "
+            "the paper's measures use Inception, whose weights no package registry has: give --features the file of "
             "torch-fidelity's weights (weights-inception-2015-12-05-6726825d.pth of its release 0.2.0), or --features "
             "classifier for one that is trained on the real images"
         )
@@ -100,7 +100,7 @@ def generation_of(
     if shapes != recipe.weights.shapes:
         raise ConfigError(
             f"recipe {recipe.name} counts the {recipe.weights.what}; its U-Net of width {setup.base} has {len(shapes)} "
-            f"others, the first of {shapes[0]}"
+            f"weights of other shapes, the first of {shapes[0]}"
         )
     methods = [method_of(point.arm, point.config) for point in recipe.points()]
     return Generation(
@@ -109,13 +109,13 @@ def generation_of(
 
 
 def _images(recipe: Recipe, cache: Path, data: str | None) -> Path:
-    """The folder of both sets: given, or fetched where a registry has them."""
+    """Return the folder of both sets: the given one, or that of images fetched from a registry."""
     if data is not None:
         return Path(data)
     if not recipe.settings.get("fetch", False):
         raise TnadaptError(
             f"recipe {recipe.name} needs --data: a folder with the folders {recipe.settings['from']!r} and "
-            f"{recipe.settings['to']!r}, as their makers give them out; --scale mini fetches others itself"
+            f"{recipe.settings['to']!r} with their original files; --scale mini fetches other images itself"
         )
     for name in (recipe.settings["from"], recipe.settings["to"]):
         fetch_images(name, cache / "images")

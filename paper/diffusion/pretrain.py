@@ -1,4 +1,4 @@
-"""The model before it is adapted: trained once, kept in the cache, and gone on with where it was stopped."""
+"""Pretraining of the diffusion model: trained once, cached, and resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .unet import Generator
 
 __all__ = ["Pretraining", "images_digest", "pretrained"]
 
-#: Of every so many steps, the state is kept.
+#: The state is saved every this many steps.
 KEPT = 200
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """How the base is trained: AdamW, its rate up over a tenth of the steps and down as half a cosine.
+    """The settings of pretraining: AdamW, with a warmup over a tenth of the steps and then half a cosine.
 
     Attributes
     ----------
     steps, batch : int
     rate : float
-        The highest.
+        The highest learning rate.
     weight_decay : float
     """
 
@@ -47,7 +47,7 @@ class Pretraining:
     weight_decay: float = 1e-4
 
     def factor(self, step: int) -> float:
-        """Of the rate, at a step counted from 0."""
+        """Return the factor of the rate at a step, counted from 0."""
         warm = math.ceil(0.1 * self.steps)
         if step < warm:
             return (step + 1) / warm
@@ -55,7 +55,7 @@ class Pretraining:
 
 
 def images_digest(images: ImageSet) -> str:
-    """SHA-256 of pixels and labels."""
+    """Return the SHA-256 of pixels and labels."""
     seen = hashlib.sha256(f"{tuple(images.pixels.shape)}".encode())
     for tensor in (images.pixels, images.labels):
         seen.update(tensor.contiguous().numpy().tobytes())
@@ -71,12 +71,12 @@ def pretrained(
     device: str = "cpu",
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Tensor]:
-    """The weights of a :class:`~paper.diffusion.unet.Generator` of these images.
+    """Return the weights of a :class:`~paper.diffusion.unet.Generator` trained on these images.
 
     Parameters
     ----------
     folder : Path
-        Where they are kept, by the digest of all that they depend on; made if need be.
+        Cache folder, with files named by the digest of everything the weights depend on; created if needed.
     how : Pretraining
     process : Process
     images : ImageSet
@@ -84,7 +84,7 @@ def pretrained(
         Width of the U-Net's first level.
     device : str
     progress : callable
-        Is told the fraction done.
+        Called with the fraction done.
 
     Returns
     -------
@@ -98,8 +98,8 @@ def pretrained(
 
     Notes
     -----
-    Every step draws its images, noise and dropout from its own number, so that a training that was stopped and went on
-    is that which was not.
+    Every step seeds its images, noise and dropout with its number, so that an interrupted and resumed training gives
+    the same weights as an uninterrupted one.
     """
     recipe = {
         "version": 1, "how": dataclasses.asdict(how), "steps": process.steps, "hidden": process.hidden,
@@ -158,7 +158,7 @@ def _step(
 
 
 def _read(path: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """The step that a file is of, and what it holds; None where it is not there or is damaged."""
+    """Return the step of a saved state and its tensors; None if the file does not exist or is damaged."""
     try:
         with safe_open(path, "pt") as file:
             step = int((file.metadata() or {})["step"])
@@ -168,7 +168,7 @@ def _read(path: Path) -> tuple[int, dict[str, Tensor]] | None:
 
 
 def _fits(model: Generator, step: int, held: dict[str, Tensor], steps: int) -> bool:
-    """Whether a file is of this model, at one of its steps, with moments where there are steps left."""
+    """Return whether a saved state fits the model and its number of steps, with moments if it is not the last step."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if step != steps:
         shapes |= {f"{moment}:{name}": one.shape for name, one in model.named_parameters() for moment in _MOMENTS}
@@ -186,7 +186,7 @@ def _write(path: Path, step: int, model: Generator, optimiser: Any) -> None:
 
 
 def _go_on(model: Generator, optimiser: Any, step: int, held: dict[str, Tensor]) -> int:
-    """Model and moments as they were after so many steps."""
+    """Restore model and optimiser moments of a saved state; return its step."""
     model.load_state_dict({name: tensor for name, tensor in held.items() if ":" not in name})
     for name, weight in model.named_parameters():
         moments = {moment: held[f"{moment}:{name}"].to(weight.device) for moment in _MOMENTS}

@@ -1,4 +1,4 @@
-"""Noise, its prediction, and the way back to images: DDPM and DDIM, guided by the class without a classifier."""
+"""The diffusion process: noise, the training loss, and sampling by DDPM or DDIM with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SAMPLERS = ("ddpm", "ddim")
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """How images become noise and come back; schedules and steps are those of diffusers.
+    """The settings of the process; schedules and steps are those of diffusers.
 
-    The variance added goes linearly from 1e-4 to 0.02 in 1,000 steps (Ho, Jain and Abbeel 2020). The noise that
-    leads back is ``(1 + w) e(x, class) - w e(x)`` (Ho and Salimans 2021), and the image that it predicts is cut to the
-    values that images have.
+    The added variance rises linearly from 1e-4 to 0.02 in 1,000 steps (Ho, Jain and Abbeel 2020). The noise used in
+    sampling is ``(1 + w) e(x, class) - w e(x)`` (Ho and Salimans 2021), and the predicted image is clipped to the range
+    of images.
 
     Attributes
     ----------
     steps : int
     hidden : float
-        Of the images in training, how many are shown without their class.
+        Fraction of training images whose class is hidden.
     guidance : float
         w; 0 for none.
     sampler : {"ddpm", "ddim"}
@@ -47,24 +47,26 @@ class Process:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise TnadaptError(f"sampler is one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
-        # Otherwise the last of diffusers' steps would stop one short of the image.
+            raise TnadaptError(f"sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+        # Otherwise diffusers' last step would end one short of the image.
         if self.sampling_steps < 1 or self.steps % self.sampling_steps:
-            raise TnadaptError(f"sampling_steps divides {self.steps}; got {self.sampling_steps}")
+            raise TnadaptError(f"sampling_steps must divide {self.steps}; got {self.sampling_steps}")
         if not (0 <= self.hidden < 1 and self.guidance >= 0):
-            raise TnadaptError(f"hidden is in [0, 1), guidance at least 0; got {self.hidden} and {self.guidance}")
+            raise TnadaptError(
+                f"hidden must be in [0, 1) and guidance at least 0; got {self.hidden} and {self.guidance}"
+            )
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the predicted noise.
+        """Compute the mean squared error of the predicted noise.
 
         Parameters
         ----------
         model : Generator
         images : Tensor, shape (batch, channels, height, width)
-            From -1 to 1.
+            Values from -1 to 1.
         labels : Tensor, shape (batch,)
         generator : torch.Generator
-            Draws step, noise, and whose class is hidden; of the CPU, so that they do not depend on the device.
+            Draws steps, noise and hidden classes; on the CPU, so that they do not depend on the device.
 
         Returns
         -------
@@ -79,19 +81,19 @@ class Process:
 
     @torch.no_grad()
     def sample(self, model: nn.Module, labels: Tensor, like: tuple[int, int, int], seed: int, batch: int) -> Tensor:
-        """An image of each class that is asked for.
+        """Generate one image for each requested class.
 
         Parameters
         ----------
         model : Generator
-            Is put in eval mode.
+            Set to eval mode.
         labels : Tensor, shape (n,)
             On the model's device.
         like : (channels, height, width)
         seed : int
-            Of all noise: an image is the same whatever the batch.
+            Seed of all noise; an image does not depend on the batch size.
         batch : int
-            Images at once.
+            Batch size.
 
         Returns
         -------
@@ -128,7 +130,7 @@ class Process:
         except ImportError:
             raise TnadaptError("diffusion needs the package diffusers: pip install 'tnadapt[paper]'") from None
         made = DDPMScheduler if kind == "ddpm" else DDIMScheduler
-        # "trailing": the first step is from noise alone, however few there are.
+        # With "trailing" spacing the first step starts from pure noise, however few steps there are.
         return made(
             self.steps, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True,
             timestep_spacing="trailing",

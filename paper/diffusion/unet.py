@@ -1,10 +1,10 @@
 """The U-Net of the paper's image-generation task: classifier-free guidance on 32 x 32 images of ten classes.
 
-Appendix A.2 gives its outline, that of the public code it cites: base width 64, multipliers 1, 2, 2, 2, two residual
-blocks a level, an attention module after every residual block but the last of the middle (21 in all), 10.42 million
-parameters of which 300 embed the class. Here they are 10,409,027 and 300: 0.1 % fewer, and no choice that the outline
-leaves open accounts for the rest (one image channel instead of three: 2,306 fewer still; a class table of 10 x 30:
-5,120 more). Adapters were perhaps counted in: LoRA of rank 1 on query and value has 9,472, which makes 10.42 million.
+Appendix A.2 outlines it, following the public code it cites: base width 64, multipliers 1, 2, 2, 2, two residual
+blocks per level, an attention module after every residual block except the last of the middle (21 in total), and 10.42
+million parameters, of which 300 embed the class. This one has 10,409,027 and 300: 0.1 % fewer, and no choice that the
+outline leaves open explains the difference (one image channel instead of three: 2,306 fewer; a class table of 10 x 30:
+5,120 more). Perhaps adapters were counted, too: LoRA of rank 1 on query and value has 9,472, which gives 10.42 million.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ GROUPS = 32
 
 
 class ClassEmbedding(nn.Module):
-    """The class as ten numbers: a table and two linear maps, 300 parameters for ten classes.
+    """The embedding of the class: a table and two linear maps, 300 parameters for ten classes.
 
     Parameters
     ----------
     classes, width : int
-        Number of classes and of numbers that stand for each.
+        Number of classes, and width of the embedding.
 
     Notes
     -----
-    Guidance trains a part of the images with an embedding of zeros in the place of the class's.
+    For guidance, some training images get an embedding of zeros instead of their class's.
     """
 
     def __init__(self, classes: int = 10, width: int = 10) -> None:
@@ -39,13 +39,13 @@ class ClassEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False))
 
     def forward(self, label: Tensor) -> Tensor:
-        """Labels of shape ``(batch,)`` to embeddings ``(batch, width)``."""
+        """Map labels ``(batch,)`` to embeddings ``(batch, width)``."""
         embedded: Tensor = self.mlp(self.table(label))
         return embedded
 
 
 class PixelAttention(nn.Module):
-    """Attention among the pixels of a feature map, one head, its four maps 1x1 convolutions."""
+    """Single-head attention among the pixels of a feature map; its four projections are 1x1 convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -56,9 +56,9 @@ class PixelAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, channels, height, width)`` to the same."""
+        """Map ``(batch, channels, height, width)`` to the same shape."""
         normed = self.norm(x)
-        # One head, said: without its axis torch does not take its fused kernel.
+        # An explicit axis for the single head: without it torch does not use its fused kernel.
         q, k, v = (proj(normed).flatten(2).mT[:, None].contiguous() for proj in (self.proj_q, self.proj_k, self.proj_v))
         mixed = nn.functional.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)
         found: Tensor = x + self.proj(mixed)
@@ -66,7 +66,7 @@ class PixelAttention(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions around the time and the class, added to a shortcut."""
+    """A residual block: two 3x3 convolutions, with the embeddings of time and class added between them."""
 
     def __init__(self, channels: int, out: int, embedding: int, dropout: float) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Residual(nn.Module):
         self.shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        """``(batch, channels, height, width)`` and two embeddings to ``(batch, out, height, width)``."""
+        """Map ``(batch, channels, height, width)`` and two embeddings to ``(batch, out, height, width)``."""
         found = self.conv_in(nn.functional.silu(self.norm_in(x)))
         found = found + (self.time(nn.functional.silu(time)) + self.label(nn.functional.silu(label)))[:, :, None, None]
         found = self.conv_out(self.dropout(nn.functional.silu(self.norm_out(found))))
@@ -89,7 +89,7 @@ class Residual(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, its attention, and on the way up perhaps a doubling of the picture."""
+    """A residual block and its attention, with optional upsampling by two."""
 
     def __init__(self, channels: int, out: int, embedding: int, dropout: float, double: bool = False) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Stage(nn.Module):
         self.upsample = nn.Conv2d(out, out, 3, padding=1) if double else None
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        """``(batch, channels, h, w)`` to ``(batch, out, h, w)``, or to twice the height and width."""
+        """Map ``(batch, channels, h, w)`` to ``(batch, out, h, w)``, or to twice the height and width."""
         x = self.attention(self.residual(x, time, label))
         return (
             x
@@ -108,26 +108,26 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noise in an image, from the image, the time step and the embedded class.
+    """Predicts the noise in an image from the image, the time step and the embedded class.
 
     Parameters
     ----------
     channels : int
-        Of the image: 3 for SVHN, and for MNIST where it is to be compared with SVHN.
+        Channels of the image: 3 for SVHN, and for MNIST in combination with SVHN.
     base : int
         Width of the first level, a multiple of 32.
     multipliers : sequence of int
-        Width of each level in units of ``base``; every level but the last halves the picture.
+        Width of each level in units of ``base``; every level except the last halves the image.
     blocks : int
-        Residual blocks a level on the way down; one more on the way up.
+        Residual blocks per level on the way down; one more on the way up.
     classes : int
         Size of the class embedding.
     dropout : float
-        In every residual block.
+        Dropout in every residual block.
 
     Notes
     -----
-    Time and class each pass an MLP to ``4 * base`` numbers, which every residual block maps to its own width. The
+    Time and class are each mapped by an MLP to ``4 * base`` numbers, which every residual block maps to its width. The
     attention modules, in order, have 64, 64, 128 (6 times) channels on the way down, 128 in the middle, and
     128 (9 times), 64, 64, 64 on the way up.
 
@@ -178,7 +178,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, cemb: Tensor) -> Tensor:
-        """The noise.
+        """Predict the noise.
 
         Parameters
         ----------
@@ -187,7 +187,7 @@ class UNet(nn.Module):
         t : Tensor, shape (batch,)
             Time steps.
         cemb : Tensor, shape (batch, classes)
-            Embedded classes, as :class:`ClassEmbedding` gives them; zeros where the class is not to be known.
+            Embedded classes from :class:`ClassEmbedding`; zeros for hidden classes.
 
         Returns
         -------
@@ -207,17 +207,17 @@ class UNet(nn.Module):
 
 
 class Generator(nn.Module):
-    """The U-Net and its class embedding: noise in an image of a class.
+    """The U-Net with its class embedding, which predicts the noise in an image of a class.
 
     Parameters
     ----------
     channels, base, dropout
-        As :class:`UNet` takes them.
+        As in :class:`UNet`.
     classes : int
 
     Examples
     --------
-    The paper's: 300 of its parameters embed the class, and 42 weights are adapted.
+    The paper's model: 300 of its parameters embed the class, and 42 weights are adapted.
 
     >>> model = Generator()
     >>> sum(weight.numel() for weight in model.classes.parameters())
@@ -233,7 +233,7 @@ class Generator(nn.Module):
         self.net = UNet(channels, base, classes=classes, dropout=dropout)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, known: Tensor) -> Tensor:
-        """The noise.
+        """Predict the noise.
 
         Parameters
         ----------
@@ -241,7 +241,7 @@ class Generator(nn.Module):
         t : Tensor, shape (batch,)
         label : Tensor, shape (batch,)
         known : Tensor of bool, shape (batch,)
-            Whose class is told; the others are embedded as zeros.
+            Whether the class is given; hidden classes are embedded as zeros.
 
         Returns
         -------
@@ -253,13 +253,13 @@ class Generator(nn.Module):
 
 
 def sinusoids(t: Tensor, width: int, period: float = 10000.0) -> Tensor:
-    """Cosines, then sines, of the time steps at ``width / 2`` frequencies from 1 to nearly ``1 / period``.
+    """Return cosines, then sines, of the time steps at ``width / 2`` frequencies from 1 to almost ``1 / period``.
 
     Parameters
     ----------
     t : Tensor, shape (batch,)
     width : int
-        Even.
+        Must be even.
     period : float
 
     Returns

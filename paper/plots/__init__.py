@@ -1,4 +1,4 @@
-"""The paper's figures. As in :mod:`tnadapt.plot`, matplotlib is imported inside the functions and draws into files."""
+"""The paper's figures. As in :mod:`tnadapt.plot`, matplotlib is imported inside functions and draws only into files."""
 
 from .fronts import Curve, Dot, Panel, fronts, fronts_grid
 from .generated import generated

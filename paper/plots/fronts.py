@@ -1,4 +1,4 @@
-"""Quality against parameters, a curve an arm: all its points, and its own front."""
+"""Plots of quality against parameters, one curve per arm: all its points and its front."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tnadapt.plot.canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
 
 __all__ = ["Curve", "Dot", "Panel", "fronts", "fronts_grid"]
 
-# The paper's arms in the colours of their methods; what another recipe names gets the others.
+# The paper's arms in the colours of their methods; arms of other recipes get the remaining colours.
 _ARMS = {
     "LoRA": STYLES["LoRA"],
     "SuperLoRA 2D": STYLES["LoKr"],
@@ -39,7 +39,7 @@ class Dot:
     ----------
     parameters : int
     values : tuple of float
-        One a seed.
+        One per seed.
     """
 
     parameters: int
@@ -47,7 +47,7 @@ class Dot:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return statistics.fmean(self.values)
 
     @property
@@ -64,13 +64,13 @@ class Dot:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """An arm; one of a single point without parameters, or of the name ``dense``, is a line across."""
+    """An arm; drawn as a horizontal line if it is named ``dense`` or has no parameters."""
 
     name: str
     dots: tuple[Dot, ...]
 
     def front(self, higher: bool = True) -> list[Dot]:
-        """Its dots that no other of it beats with as few parameters, by parameters.
+        """Return its non-dominated dots, by parameters.
 
         Examples
         --------
@@ -93,9 +93,9 @@ class Panel:
     ----------
     curves : tuple of Curve
     quality : str
-        What the values are.
+        Name of the measure.
     higher : bool
-        Whether more of it is better.
+        Whether higher is better.
     """
 
     curves: tuple[Curve, ...]
@@ -111,19 +111,19 @@ def fronts(
     quality: str = "test accuracy, %",
     higher: bool = True,
 ) -> None:
-    """Draw all points of every arm, with a bar of one standard deviation over seeds, and each arm's front as steps.
+    """Draw all points of every arm with error bars (standard deviation over seeds), and each arm's front as steps.
 
     Parameters
     ----------
     curves : sequence of Curve
     path : path-like
-        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+        Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     title, note : str
-        Above, and small below.
+        Text above the plot, and small text below.
     quality : str
-        What the values are.
+        Name of the measure.
     higher : bool
-        Whether more of it is better.
+        Whether higher is better.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def fronts(
 def fronts_grid(
     panels: Sequence[Panel], path: str | os.PathLike[str], title: str = "", note: str = "", columns: int = 3
 ) -> None:
-    """Several measures of the same settings, a panel each, as :func:`fronts` draws one.
+    """Draw several measures of the same settings, one panel each, as in :func:`fronts`.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def fronts_grid(
 
     Examples
     --------
-    Two measures, of which the first is better when lower::
+    Two measures, the first of which is better when lower::
 
         fid = Panel((Curve("LoRA", (Dot(1024, (12.0,)),)),), "FID", higher=False)
         recall = Panel((Curve("LoRA", (Dot(1024, (0.6,)),)),), "improved recall")
@@ -183,7 +183,7 @@ def fronts_grid(
 
 
 def draw(axes: Any, curves: Sequence[Curve], quality: str, higher: bool) -> None:
-    """All arms into axes; references as lines across."""
+    """Draw all arms into axes; references as horizontal lines."""
     lines = [curve for curve in curves if curve.name == "dense" or not any(dot.parameters for dot in curve.dots)]
     arms = [curve for curve in curves if curve not in lines and curve.dots]
     counts = [dot.parameters for curve in arms for dot in curve.dots] or [1]
@@ -207,7 +207,7 @@ def draw(axes: Any, curves: Sequence[Curve], quality: str, higher: bool) -> None
 def finish(
     drawn: Any, axes: Any, path: str | os.PathLike[str], title: str, note: str, legend: tuple[Any, ...] = ()
 ) -> None:
-    """Title, note, a legend outside, and the file."""
+    """Add title, note and a legend outside the axes, and write the file."""
     if axes is not None:
         axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
     handles, labels = legend or axes.get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""Images that models made, a row a setting, so that one sees what the measures measure."""
+"""A plot of generated images, one row per setting, to compare with the measures."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["generated"]
 def generated(
     rows: Sequence[tuple[str, ArrayLike]], path: str | os.PathLike[str], title: str = "", note: str = ""
 ) -> None:
-    """Draw rows of images, each with its words before it, into a file.
+    """Draw rows of images, each with a caption on the left, into a file.
 
     Parameters
     ----------
     rows : sequence of (str, array_like)
-        Words of up to two lines, and bytes of shape (n, height, width, 1 or 3).
+        A caption of up to two lines, and bytes of shape (n, height, width, 1 or 3).
     path : path-like
-        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+        Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     title, note : str
-        Above, and small below.
+        Text above the plot, and small text below.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def generated(
 
     images = [(words, np.asarray(pixels, np.uint8)) for words, pixels in rows]
     most = max(len(pixels) for _, pixels in images)
-    # A letter of the words takes some 0.06 inches; a row as much height as an image has width.
+    # A letter of the caption takes about 0.06 inches; a row is as high as an image is wide.
     margin = 0.2 + 0.06 * max(len(line) for words, _ in images for line in words.split("\n"))
     width, height = margin + 0.52 * most, 0.54 * len(rows) + 0.7
     drawn = Figure(figsize=(width, height), dpi=150, facecolor="white")
@@ -52,7 +52,7 @@ def generated(
     grid = drawn.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (words, pixels) in zip(grid, images, strict=True):
         shown = pixels if pixels.shape[-1] == 3 else pixels.repeat(3, -1)
-        # A white line between two images: a tile is wider than its image by a twelfth.
+        # A white gap between images: a tile is a twelfth wider than its image.
         gap = max(1, shown.shape[2] // 12)
         tiles = np.pad(shown, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
         axes.imshow(np.concatenate(list(tiles), 1), interpolation="nearest")

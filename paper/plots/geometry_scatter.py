@@ -1,4 +1,4 @@
-"""Singular spaces and distance of updates to the dense one: the paper's figure 14."""
+"""The scatter plot of singular spaces and distances of updates to the dense one: the paper's figure 14."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _ROWS = {"query": ("q",), "value": ("v",), "query and value": ("q", "v")}
 def similarity(
     rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "", note: str = ""
 ) -> None:
-    """Draw three pairs of measures, for query, value and both, a dot a weight, into a file.
+    """Draw three pairs of measures, for query, value and both, one dot per weight, into a file.
 
     Parameters
     ----------
     rows : sequence of mapping
         With ``arm``, ``role`` (``q`` or ``v``), ``d_left``, ``d_right``, ``d_euclid``.
     path : path-like
-        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+        Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     title, note : str
-        Above, and small below.
+        Text above the plot, and small text below.
 
     Raises
     ------

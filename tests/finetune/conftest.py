@@ -1,4 +1,4 @@
-"""One cache of the pretrained model for all tests here, and torch's threads as they were."""
+"""A shared cache of the pretrained model for all tests here, and restoration of torch's number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study of a second or two: the digits' small ViT pretrained for one epoch, and kept for all tests."""
+"""A study that takes a second or two: the digits' small ViT, pretrained for one epoch and cached for all tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tnadapt finetune``, as its user types it; killed in the middle, too."""
+"""``tnadapt finetune`` on the command line, including a run that is killed."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_killed_in_the_middle_it_goes_on(cache: Path, tmp_path: Path, jobs: int)
 
 
 def _busy(out: Path) -> bool:
-    """Whether some process has this run's folder in its command line still."""
+    """Return whether a process still has this run's folder in its command line."""
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
     return any(str(out) in line and "tnadapt" in line for line in listed.splitlines())
 
@@ -209,7 +209,7 @@ def test_interrupted_it_says_how_to_go_on(cache: Path, tmp_path: Path) -> None:
         (["--lr", "0"], "--lr must be above 0 and at most 1e6; got 0.0"),
         (["--lr", "nan"], "--lr must be above 0 and at most 1e6; got nan"),
         (["--device", "abacus"], "no device 'abacus' here"),
-        (["--model", "here"], "--model needs --data, too; with neither, the job is scikit-learn's digits"),
+        (["--model", "here"], "--model needs --data, too; with neither, the data are scikit-learn's digits"),
         (["--data", "here.csv"], "--data needs --model, too"),
         (
             ["--model", "./nowhere", "--data", "./nothing.csv"],

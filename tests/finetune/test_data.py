@@ -1,4 +1,4 @@
-"""Every source of data, and what is wrong with bad ones."""
+"""Every source of data, and the errors for bad ones."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_an_archive_that_is_damaged_inside(tmp_path: Path) -> None:
 
 
 def forged(path: Path, shape: tuple[int, ...], content: bytes, said: int | None = None, **settings: Any) -> str:
-    """An archive whose x claims to be of a shape, and whose own sizes say what is said."""
+    """Write an archive whose array x claims a shape, with the given sizes in its directory."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     labels = io.BytesIO()
@@ -365,9 +365,7 @@ def test_a_folder_that_comes_divided(tmp_path: Path) -> None:
 def test_a_folder_that_may_be_divided_or_not(tmp_path: Path) -> None:
     for name in ("train", "test", "unlabelled"):
         pictures(tmp_path / name / "cat", 1, 10)
-    with pytest.raises(
-        FileError, match=r"divided into train and test, or are these classes\? Beside them is unlabelled"
-    ):
+    with pytest.raises(FileError, match=r"has folders named train and test and others \(unlabelled\)"):
         read(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""What is compared: by name, by default, and by budget."""
+"""The methods to compare: by name, by default, and by budget."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_every_preset_by_its_name_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lorta_cp", "cara"])
 def test_presets_that_want_the_number_of_heads(name: str) -> None:
-    with pytest.raises(TnadaptError, match=f"preset '{name}': .*'heads'; give it by --set NAME=VALUE"):
+    with pytest.raises(TnadaptError, match=f"preset '{name}': .*'heads'; give it with --set NAME=VALUE"):
         methods_of([name], [2], {}, SMALL, 4)
     (method,) = methods_of([name], [2], {"heads": 4}, SMALL, 4)
     assert method.config is not None
@@ -110,7 +110,7 @@ def test_presets_that_want_the_number_of_heads(name: str) -> None:
         ({"presets": ("dense",), "changes": {"dropout": 1}}, "no field 'dropout'"),
         ({"budgets": (10,), "ranks": (1,)}, "a budget or settings, not both"),
         ({"budgets": (10, -3)}, "at least 1 parameter"),
-        ({"presets": ("lora",), "changes": {"seed": 5}}, "goes with the training's: give --seeds N"),
+        ({"presets": ("lora",), "changes": {"seed": 5}}, "is that of the training: give --seeds N"),
     ],
 )
 def test_bad_choices(given: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Models of the user's own, built here from configs: a local folder through transformers, and timm."""
+"""User models, built here from configs: a local folder through transformers, and timm."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_an_image_model_at_its_own_size_and_another(vit: Path, shades: Path, tmp
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT that brings a head of five classes."""
+    """Return a ViT checkpoint with a head of five classes."""
     folder = tmp_path_factory.mktemp("models") / "classifier"
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
@@ -161,7 +161,7 @@ def test_other_rows_than_the_head_has_are_refused(
 
 
 def test_a_head_that_the_checkpoint_does_not_bring_is_not_cut(vit: Path, shades: Path) -> None:
-    with pytest.raises(TnadaptError, match="brings no linear head"):
+    with pytest.raises(TnadaptError, match="has no linear head"):
         open_problem(Spec(model=str(vit), data=str(shades), head_rows=(0, 1)))
     with pytest.raises(TnadaptError, match="transformers loads"):
         open_problem(Spec(model="timm:resnet18", data=str(shades), head_rows=(0, 1)))
@@ -261,7 +261,7 @@ def test_no_such_models(table: Path, tmp_path: Path, bert: Path) -> None:
     refused(str(table), "expected a folder with a config.json, or a hub name, not a file")
     (tmp_path / "config.json").write_text("{}")
     refused(str(tmp_path), "cannot load .* for texts through transformers")
-    refused("timm:vit_tiny_patch16_224", "is a model of images, and films.csv has texts")
+    refused("timm:vit_tiny_patch16_224", "is an image model, but films.csv has texts")
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -293,7 +293,7 @@ def test_a_tokenizer_of_another_model(bert: Path, table: Path, tmp_path: Path) -
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tokenizer.json").unlink()
     tokenizer_of(tmp_path, [*WORDS[:5], *(f"more{index}" for index in range(40)), *WORDS[5:]])
-    with pytest.raises(TnadaptError, match=r"the tokenizer gives token \d+ and the model knows 15"):
+    with pytest.raises(TnadaptError, match=r"the tokenizer returned token \d+, but the model has only 15"):
         open_problem(Spec(model=str(tmp_path), data=str(table)))
 
 
@@ -320,7 +320,7 @@ def test_a_checkpoint_of_other_names_brings_nothing(bert: Path, table: Path, tmp
         (tmp_path / path.name).write_bytes(path.read_bytes())
     weights = safetensors_torch.load_file(bert / "model.safetensors")
     safetensors_torch.save_file({f"my.{name}": one for name, one in weights.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(TnadaptError, match="brings none of the weights of BertForSequenceClassification"):
+    with pytest.raises(TnadaptError, match="has none of the weights of BertForSequenceClassification"):
         open_problem(Spec(model=str(tmp_path), data=str(table)))
 
 

@@ -1,4 +1,4 @@
-"""What the documentation shows is made of the results beside it."""
+"""The results that the documentation shows match the result files next to it."""
 
 from __future__ import annotations
 

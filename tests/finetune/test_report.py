@@ -1,4 +1,4 @@
-"""The front, the choice of the rate, and the best."""
+"""The Pareto front, the choice of the rate, and the best adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file of results: whole lines, of one study, by one process."""
+"""The results file: complete lines of a single study, written by one process at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STUDY = {"epochs": 3, "batch": 32}
 
 
 def training(key: str, **more: object) -> dict[str, object]:
-    """A line of a training, all of whose numbers are 1."""
+    """Return the line of a training, in which all numbers are 1."""
     names = ["config", "seed", "rate", "parameters", "kept", "diverged", "validation", "validation_loss", "test"]
     return {"key": key, **dict.fromkeys([*names, "predictions", "seconds"], 1), **more}
 
@@ -79,7 +79,7 @@ def test_a_damaged_line_in_between_is_named(tmp_path: Path, line: bytes) -> None
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes, fresh: bool) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(content)
-    with pytest.raises(FileError, match=r"is no file of results"):
+    with pytest.raises(FileError, match=r"is not a results file"):
         Results(path, STUDY, fresh)
     assert path.read_bytes() == content
 

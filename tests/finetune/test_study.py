@@ -1,4 +1,4 @@
-"""A study from end to end, resumed, and side by side."""
+"""A study from end to end, resumed, and in parallel."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_fresh_starts_anew_and_takes_away_its_own_alone(cache: Path, tmp_path: P
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == {own, "precious.safetensors"}
     (tmp_path / "results.jsonl").write_text("a diary\n")
     for fresh in (False, True):
-        with pytest.raises(FileError, match="is no file of results"):
+        with pytest.raises(FileError, match="is not a results file"):
             one.run(tmp_path, fresh=fresh)
 
 

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own: what one that fails, dies or is stopped does to the others."""
+"""Trainings in separate processes: the effect on others when one fails, dies or is stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class UnpicklableError(Exception):
-    """An exception that cannot be made from the arguments that it is pickled with."""
+    """An exception that cannot be rebuilt from its pickled arguments."""
 
     def __init__(self, one: str, other: str) -> None:
         super().__init__(one + other)
@@ -35,7 +35,7 @@ class UnpicklableError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Play:
-    """Work whose tasks are told by their names what to do; every process leaves its number in a folder."""
+    """Work whose tasks do what their names say; every process writes its id to a folder."""
 
     folder: Path
 
@@ -60,14 +60,14 @@ def tasks(*names: str) -> list[Task]:
 
 
 def run(folder: Path, *names: str, finished: list[str] | None = None) -> None:
-    """Two at once; what is finished goes into the list by its name."""
+    """Run two tasks at once; append the names of finished ones to the list."""
     for task, _ in run_tasks(Play(folder).open(), Play(folder), tasks(*names), 2):
         if finished is not None:
             finished.append(task.method.family)
 
 
 def gone(folder: Path, seconds: float = 30.0) -> bool:
-    """Whether all processes but this one have ended, soon."""
+    """Return whether all other processes end soon."""
     limit = time.monotonic() + seconds
     others = {int(path.name) for path in folder.iterdir()} - {os.getpid()}
     while any(_lives(process) for process in others) and time.monotonic() < limit:
@@ -105,7 +105,7 @@ def test_each_of_two_processes_opens_the_work_once_and_does_several(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("killed", tna.TnadaptError, r"a worker ended by itself while this was trained: (long; )?killed; .*--jobs 1"),
+        ("killed", tna.TnadaptError, r"a worker died while this was trained: (long; )?killed; .*--jobs 1"),
         ("fails", RuntimeError, r"(?s)a training failed \(fails\):\n.*UnpicklableError: no luck"),
     ],
 )

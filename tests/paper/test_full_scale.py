@@ -1,4 +1,4 @@
-"""The recipes of ViT-base at their full scale, on stand-ins: images as the hub has them, a layer as wide."""
+"""The recipes of ViT-base at full scale, on stand-ins: images in the hub's format, and one layer of the same width."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FINE = [f"fine {label}" for label in range(10)]
 
 
 def hub(label: str, *others: str) -> Any:
-    """As the hub has CIFAR: a column of images, and its columns of labels."""
+    """A data set like the hub's CIFAR: a column of images, and its label columns."""
     random = np.random.default_rng(0)
     features = {"img": datasets.Image(), label: datasets.ClassLabel(names=FINE)}
     features |= {other: datasets.ClassLabel(names=["coarse 0", "coarse 1"]) for other in others}
@@ -140,7 +140,7 @@ def test_the_miniatures_are_divided_as_ever(tmp_path: Path, monkeypatch: pytest.
 def test_what_is_no_fraction_cannot_be_held_out(holdout: Any, tmp_path: Path) -> None:
     recipe = open_recipe("cifar100")
     recipe = dataclasses.replace(recipe, settings={**recipe.settings, "holdout": holdout})
-    with pytest.raises(tna.ConfigError, match="recipe cifar100: holdout is a fraction, above 0 and below 1; got"):
+    with pytest.raises(tna.ConfigError, match="recipe cifar100: holdout must be a fraction above 0 and below 1; got"):
         classification.study_of(recipe, tmp_path)
 
 
@@ -151,7 +151,7 @@ SHORT = AdaptedWeights("query and value of one layer of 768", ((768, 768),) * 2,
 
 @pytest.fixture(scope="module")
 def makers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A layer of ViT-base as their maker gives them out: of ImageNet-21k without a head, of ImageNet-1k with one."""
+    """One layer of ViT-base in the original format: ImageNet-21k without a head, ImageNet-1k with one."""
     folder = tmp_path_factory.mktemp("models")
     config = transformers.ViTConfig(num_hidden_layers=1, intermediate_size=16, image_size=32, num_labels=1000)
     torch.manual_seed(0)
@@ -173,7 +173,7 @@ STARTS = {
 
 
 def short(name: str) -> Recipe:
-    """A full recipe on one layer, for two steps of two small images."""
+    """Return a full recipe on one layer, for two steps with two small images."""
     recipe, (arms, place) = open_recipe(name), STARTS[name]
     kept = tuple(dataclasses.replace(arm, configs=(arm.configs[place],)) for arm in recipe.only(arms).arms)
     settings = {**recipe.settings, "steps": 2, "batch": 2, "image_size": 32}

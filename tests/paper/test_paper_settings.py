@@ -1,4 +1,4 @@
-"""The recipes say what the paper says of its experiments: its own numbers, by section, against what is read here."""
+"""The recipes agree with the paper on its experiments: its numbers, by section, against the parsed recipes."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ DIFFUSION = ["svhn-mnist", "mnist-svhn", "projections", "groups", "splits"]
 
 
 def configs(name: str, arm: str) -> Sequence[tna.Config]:
-    """Of all arms whose names begin so: those that are drawn by a value have it behind their name."""
+    """Return the configs of an arm; where arms are split by the number of groups, of all of its arms."""
     return [config for one in open_recipe(name).arms if one.name.split(", G =")[0] == arm for config in one.configs]
 
 
 def values(found: Sequence[tna.Config], field: str) -> list[Any]:
-    """Those that a field takes, in the order of the recipe."""
+    """Return the values of a field, in the order of the recipe."""
     return list(dict.fromkeys(getattr(config, field) for config in found))
 
 
 def ranks(name: str, arm: str) -> dict[Any, list[Any]]:
-    """Of each number of groups."""
+    """Return the ranks for each number of groups."""
     found = configs(name, arm)
     return {groups: [config.rank for config in found if config.groups == groups] for groups in values(found, "groups")}
 
 
 def each(groups: Sequence[int], ranks: Sequence[int]) -> dict[int, list[int]]:
-    """The same ranks with each number of groups."""
+    """Return the same ranks for each number of groups."""
     return {count: list(ranks) for count in groups}
 
 

@@ -1,4 +1,4 @@
-"""The paper's figures are written at once, by every kind of plot."""
+"""The paper's figures are written atomically, by every kind of plot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_kind_of_picture_is_tried() -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_replaces_the_old_one_at_once(name: str, tmp_path: Path) -> None:
-    """Nothing is written into the old file: whoever has it open, or under a second name, keeps it."""
+    """The old file is not written to: open handles and hard links keep its content."""
     path, kept = tmp_path / "a.png", tmp_path / "kept.png"
     path.write_bytes(b"an old picture")
     os.link(path, kept)

@@ -1,4 +1,4 @@
-"""Recipes: read strictly, counted as the paper counts, and each setting one that can be built."""
+"""Recipes: parsed strictly, with the paper's counts, and with settings that can all be built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is fetched is taken apart as it should be, and kept; the packages are stood in for."""
+"""Fetched packages are unpacked correctly and cached; stand-ins replace the real packages."""
 
 from __future__ import annotations
 

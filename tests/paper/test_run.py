@@ -1,4 +1,4 @@
-"""Recipes that run: counts and figure 2 without torch; classification and geometry on the digits, for real."""
+"""Running recipes: counts and figure 2 without torch; real training of classification and geometry on the digits."""
 
 from __future__ import annotations
 

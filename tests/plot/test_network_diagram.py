@@ -1,4 +1,4 @@
-"""What a diagram says is what the plan is, and nothing in it lies on anything else."""
+"""A diagram describes its plan exactly, and nothing in it overlaps."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def moved(box: tuple[float, float, float, float], part: SplitDrawing) -> tuple[f
 
 
 def things(found: Diagram) -> list[Named]:
-    """All that must not lie one on another."""
+    """Return everything that must not overlap."""
     made: list[Named] = [(sign.text, sign.box) for sign in found.signs]
     for part in found.parts:
         made += [(label.text, moved(label.box, part)) for label in part.labels]
@@ -205,7 +205,7 @@ def test_what_the_plan_refuses(tmp_path: Path) -> None:
 
 
 def texts(path: Path) -> list[str]:
-    """What is written in a picture of vectors."""
+    """Return the text in a vector graphic."""
     lines = path.read_text().splitlines()
     return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
 

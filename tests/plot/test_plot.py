@@ -1,4 +1,4 @@
-"""Pictures are written, and nothing else happens."""
+"""Plots are written to files, without other effects."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_kind_of_picture_is_tried() -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_replaces_the_old_one_at_once(name: str, tmp_path: Path) -> None:
-    """Nothing is written into the old file: whoever has it open, or under a second name, keeps it."""
+    """The old file is not written to: open handles and hard links keep its content."""
     path, kept = tmp_path / "a.png", tmp_path / "kept.png"
     path.write_bytes(b"an old picture")
     os.link(path, kept)
@@ -134,7 +134,7 @@ def test_the_counts_of_the_paper() -> None:
 
 
 def texts(path: Path) -> list[str]:
-    """What is written in a picture of vectors."""
+    """Return the text in a vector graphic."""
     lines = path.read_text().splitlines()
     return [line.strip()[5:-4] for line in lines if line.strip().startswith("<!-- ")]
 
@@ -143,7 +143,7 @@ def test_parameters_against_rank(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
     parameters(VIT, path, budget=10_000, title="a title with $x_$ in it")
     found = texts(path)
-    for text in ("M = 2", "M = 5", "LoRA, a group a weight", "budget, 10,000", "all 14,155,776 elements"):
+    for text in ("M = 2", "M = 5", "LoRA, one group per weight", "budget, 10,000", "all 14,155,776 elements"):
         assert text in found
     # The largest rank of each order that stays within the budget.
     for order in (2, 3, 4, 5):
@@ -176,7 +176,7 @@ def test_a_layout_is_drawn(tmp_path: Path, config: tna.Config) -> None:
         math.prod(group.network.sizes) > group.size for group in plan.groups
     ))  # fmt: skip
     straddled = any(len(plan.layout.of_weight(weight)) > 1 for weight in range(42))
-    assert ("goes on in another group" in found) == straddled
+    assert ("continues in another group" in found) == straddled
     assert any(text.endswith("18 more groups") for text in found) == (plan.num_groups == 42)
     assert {"q", "v"} <= set(found)
 

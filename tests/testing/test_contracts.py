@@ -1,4 +1,4 @@
-"""The contract suites can fail: a class that answers None, and does not say that it has nothing, does not pass."""
+"""The contract suites can fail: a class that returns None without declaring it does not pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TESTS = {
 
 
 class Plain(NumpyBackend):
-    """NumPy without any of what is optional; a test says which of it is declared."""
+    """A NumPy backend without optional methods; each test determines which of them are declared."""
 
     name = "plain"
 
@@ -58,7 +58,7 @@ def test_none_without_saying_so_fails(method: str) -> None:
 
 
 class Refusing(Plain):
-    """It refuses one dtype, with an error of its own."""
+    """A backend that refuses one dtype with a given error."""
 
     name = "refusing"
 
@@ -87,7 +87,7 @@ def test_jax_may_have_float64_switched_off() -> None:
 
 
 class Answering(Plain):
-    """It answers one optional question, by zeros."""
+    """A backend that implements one optional method, returning zeros."""
 
     name = "answering"
 
@@ -111,7 +111,7 @@ class Answering(Plain):
 
 @pytest.mark.parametrize("method", OPTIONAL)
 def test_an_answer_where_none_is_declared_fails(method: str) -> None:
-    expected = rf"Answering\.{method} returned a result, though lacks\(\) lists it: take it out there"
+    expected = rf"Answering\.{method} returned a result, but lacks\(\) lists it: remove it"
     with pytest.raises(AssertionError, match=expected):
         TESTS[method](contract_of(Answering(frozenset(OPTIONAL), method)))
 
@@ -169,7 +169,7 @@ def test_a_format_without_halves_has_to_say_so() -> None:
     for kind in (Forgotten, Lacking):
         with pytest.raises(AssertionError, match=rf"{kind.__name__}\.inner returned None: implement it, or set"):
             unfolding(kind)
-    with pytest.raises(AssertionError, match=r"Wrong\.inner returned 1, though unfolds is False: take that out"):
+    with pytest.raises(AssertionError, match=r"Wrong\.inner returned 1, but unfolds is False: remove that line"):
         unfolding(Wrong)
 
 

@@ -1,4 +1,4 @@
-"""verify: all laws hold here, and a broken one is seen."""
+"""verify: all laws hold, and a broken one is detected."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tiny models of many kinds, built by their own libraries with random weights, for the tests of tnadapt.torch.
 
-``MODELS`` maps a name to a function without arguments that gives the model, in eval mode and always with the same
-weights, and the keyword arguments of one call; :func:`build` calls one, or skips the test where its library is missing.
+``MODELS`` maps a name to a function without arguments that returns the model, in eval mode and always with the same
+weights, and the keyword arguments of one call; :func:`build` calls one, or skips the test if its library is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TEXT = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 
 
 
 def build(name: str) -> tuple[nn.Module, Inputs]:
-    """A model of ``MODELS`` in eval mode, and the keyword arguments of a call."""
+    """Return a model of ``MODELS`` in eval mode, and the keyword arguments of a call."""
     # The library's own random state is the tests' own afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -31,7 +31,7 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The main tensor that a call gives: logits, or the last hidden state."""
+    """Return the main output of a call: logits, or the last hidden state."""
     found = model(**inputs)
     if isinstance(found, Mapping):
         found = next(iter(found.values()))
@@ -63,7 +63,7 @@ def _hugging_face(model: str, config: str, **settings: Any) -> nn.Module:
 
 @_model
 def torch_encoder() -> tuple[nn.Module, Inputs]:
-    """In eval mode without gradients its layers take the fast path, which calls no submodule."""
+    """Its layers take the fast path, which calls no submodule, in eval mode without gradients."""
     layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
     return nn.TransformerEncoder(layer, 2), {"src": torch.randn(2, 5, 16)}
 
@@ -76,7 +76,7 @@ def torch_decoder() -> tuple[nn.Module, Inputs]:
 
 @_model
 def torch_attention_kdim() -> tuple[nn.Module, Inputs]:
-    """Weights of q, k and v apart, as their inputs differ in width."""
+    """It has separate weights of q, k and v, because their inputs differ in width."""
     model = nn.MultiheadAttention(16, 2, kdim=12, vdim=20, batch_first=True)
     return model, {
         "query": torch.randn(2, 5, 16),
@@ -99,7 +99,7 @@ def torchvision_vit() -> tuple[nn.Module, Inputs]:
 
 @_model
 def torchvision_swin() -> tuple[nn.Module, Inputs]:
-    """Attention that hands ``self.qkv.weight`` and ``self.proj.weight`` to a function and calls neither module."""
+    """Attention that passes ``self.qkv.weight`` and ``self.proj.weight`` to a function and calls neither module."""
     models = pytest.importorskip("torchvision.models")
     model = models.SwinTransformer(
         [4, 4], embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=[4, 4], num_classes=5
@@ -148,14 +148,14 @@ def timm_swinv2() -> tuple[nn.Module, Inputs]:
 
 @_model
 def timm_beit() -> tuple[nn.Module, Inputs]:
-    """As :func:`timm_swinv2`."""
+    """A model like :func:`timm_swinv2`."""
     beit = pytest.importorskip("timm.models.beit")
     return beit.Beit(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5), {"x": _image()}
 
 
 @_model
 def timm_eva() -> tuple[nn.Module, Inputs]:
-    """As :func:`timm_swinv2`, with rotary embeddings."""
+    """A model like :func:`timm_swinv2`, with rotary embeddings."""
     eva = pytest.importorskip("timm.models.eva")
     model = eva.Eva(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, use_rot_pos_emb=True)
     return model, {"x": _image()}
@@ -371,5 +371,5 @@ def diffusers_unet() -> tuple[nn.Module, Inputs]:
 
 @_model
 def paper_unet() -> tuple[nn.Module, Inputs]:
-    """The paper's own, at its own width; pictures of 16 x 16, of which four points are left at the lowest level."""
+    """The paper's U-Net at its original width, on images of 16 x 16, of which the lowest level has four points."""
     return unet.UNet(), {"x": _image(16), "t": torch.tensor([3, 700]), "cemb": torch.randn(2, 10)}

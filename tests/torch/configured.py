@@ -1,7 +1,7 @@
-"""Tiny models of transformers by the names of their classes and a config: for comparing a model with its checkpoint.
+"""Tiny transformers models from class names and configs, for comparing a model with its checkpoint.
 
-Every class that the table of fused layouts knows and transformers can build on its own is here, and models whose
-weights transformers saves under other names, or in other pieces, than it has them in memory.
+It has every class in the table of fused layouts that transformers can build, and models whose weights transformers
+saves under other names or in other pieces than in memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model that is spread over processes must allow or refuse; every process runs each of these checks."""
+"""Checks of distributed models: what they must allow or refuse. Every process runs each check."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def changed_parameters_act_at_once() -> None:
 
 
 def new_arrays_stay() -> None:
-    """Given after a forward pass, when torch holds the gathered parameters still, and the next pass sends them back."""
+    """Load arrays after a forward pass, when torch still has gathered parameters that the next pass reshards."""
     model, adapter = stirred(SHARDED)
     running = spread(SHARDED, model)
     outputs(running)
@@ -123,7 +123,7 @@ def same_arrays(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def from_the_meta_device() -> None:
-    """No process ever holds the whole model: built without numbers, sharded, then filled."""
+    """Build a model on the meta device, shard it and fill it, so that no process ever has the whole model."""
     with torch.device("meta"):
         model = Model()
     adapter = tnadapt.torch.attach(model, keep_trainable="head")
@@ -224,7 +224,7 @@ def groups_one_after_another() -> None:
 
 
 def chosen_after_a_pass_without_gradients() -> None:
-    """When torch holds the gathered parameters still, and no number is moved that would have it drop them."""
+    """Choose while torch still has the gathered parameters, and no assignment of values makes it drop them."""
     model, adapter = stirred(SHARDED)
     running = spread(SHARDED, model)
     for word in ("factor1", None, "factor0"):
@@ -239,7 +239,7 @@ def chosen_after_a_pass_without_gradients() -> None:
 
 
 class Around(nn.Module):
-    """A model around the adapted one; it may have the arrays beside that."""
+    """A module around the adapted model, which may also hold the arrays next to it."""
 
     def __init__(self, inner: Model) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ def writes_where_the_sharded_root_contains_the_model() -> None:
 
 
 def updates_of_arrays_sharded_since() -> None:
-    """What was cached before is not compared with them, which torch refuses."""
+    """Arrays cached before sharding are not compared with sharded ones, which torch refuses."""
     plan = SuperLoRA(presets.lora(2), [(4, 4)])
     arrays: dict[str, Tensor] = dict(plan.init("torch"))
     updates = DeltaCache(plan)
@@ -314,7 +314,7 @@ def compiled() -> None:
 
 
 def reentrant_without_static_graph() -> None:
-    """DDP sends a gradient round when it first comes, and reentrant checkpoints bring it block by block."""
+    """DDP reduces a gradient when it first arrives, and reentrant checkpoints deliver it block by block."""
     job = Job("ddp", reentrant=True)
     rank, world = dist.get_rank(), dist.get_world_size()
     gradients = []

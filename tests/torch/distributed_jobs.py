@@ -1,4 +1,4 @@
-"""Small training jobs that one process or several can do, each on its share of the batch."""
+"""Small training jobs for one process or several, each on its share of the batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIGS: dict[str, Config | None] = {
 
 
 class Block(nn.Module):
-    """A transformer's block; its query, key and value are one weight or three."""
+    """A transformer block whose query, key and value are one weight or three."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A vision transformer without its images: two blocks between an embedding and a head."""
+    """A small vision transformer on vectors instead of images: two blocks between an embedding and a head."""
 
     def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -112,14 +112,14 @@ JOBS: dict[str, Job] = {
 
 
 def build(job: Job) -> tuple[Model, tnadapt.torch.Adapter]:
-    """The same model and adapter in every process."""
+    """Build the same model and adapter in every process."""
     torch.manual_seed(0)
     model = Model(job.reentrant)
     return model, tnadapt.torch.attach(model, CONFIGS[job.config], keep_trainable=job.keep)
 
 
 def batches(job: Job) -> list[list[tuple[Tensor, Tensor]]]:
-    """For every step, the batches that are accumulated."""
+    """Return for every step the batches to accumulate."""
     random = torch.Generator().manual_seed(1)
 
     def batch() -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def batches(job: Job) -> list[list[tuple[Tensor, Tensor]]]:
 
 
 def spread(job: Job, model: Model) -> nn.Module:
-    """The model as several processes train it."""
+    """Wrap the model for training by several processes."""
     if job.how == "ddp":
         return DistributedDataParallel(model, static_graph=job.static_graph)
     for block in model.blocks:
@@ -139,7 +139,7 @@ def spread(job: Job, model: Model) -> nn.Module:
 
 
 def synchronised(model: Any, now: bool) -> contextlib.AbstractContextManager[None]:
-    """Whether this backward pass sends its gradients round."""
+    """Set whether this backward pass reduces gradients across processes."""
     if isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext() if now else model.no_sync()
     if hasattr(model, "set_requires_gradient_sync"):
@@ -148,7 +148,7 @@ def synchronised(model: Any, now: bool) -> contextlib.AbstractContextManager[Non
 
 
 def train(job: Job, rank: int = 0, world: int = 1) -> tuple[list[float], tnadapt.torch.Adapter, bool]:
-    """Losses of the whole batch at every step, the adapter, and whether the base kept its bits."""
+    """Train; return the losses of the whole batch at every step, the adapter, and whether the base kept its bits."""
     model, adapter = build(job)
     base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     running = model if world == 1 else spread(job, model)
@@ -174,7 +174,7 @@ def train(job: Job, rank: int = 0, world: int = 1) -> tuple[list[float], tnadapt
 
 
 def train_by_trainer(folder: Path, world: int = 1) -> tuple[list[float], tnadapt.torch.Adapter]:
-    """Losses and adapter of a Trainer, which sees for itself that there are several processes."""
+    """Train with a Trainer, which detects several processes itself; return losses and adapter."""
     from . import hugging_face as hf
 
     model = hf.bert()

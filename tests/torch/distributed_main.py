@@ -1,4 +1,4 @@
-"""What each process of ``test_distributed.py`` runs: ``torchrun -m tests.torch.distributed_main FOLDER NAME …``."""
+"""Each process of ``test_distributed.py`` runs this: ``torchrun -m tests.torch.distributed_main FOLDER NAME …``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .distributed_jobs import JOBS, train, train_by_trainer
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Run jobs and checks; every process leaves what it has, and process 0 the adapters' files."""
+    """Run jobs and checks; every process writes its results, and process 0 also the adapters' files."""
     # Should the one that started it be killed, nothing is left behind.
     signal.alarm(300)
     torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def detached(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def checked(check: Callable[..., None], folder: Path) -> str | None:
-    """What a check raised."""
+    """Return the error that a check raised."""
     try:
         check(folder) if inspect.signature(check).parameters else check()
     except Exception:

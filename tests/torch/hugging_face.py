@@ -1,4 +1,4 @@
-"""Tiny transformers models, data for them, and a Trainer that is quick and silent."""
+"""Tiny transformers models, data for them, and a fast and silent Trainer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def vit() -> Any:
 
 
 def sentences(number: int = 16) -> list[dict[str, Any]]:
-    """Sentences of eight words, of the class of their first word."""
+    """Sentences of eight words; the first word determines the class."""
     words = torch.randint(4, 40, (number, 8), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(8, dtype=torch.long)
     return [{"input_ids": row, "attention_mask": mask, "labels": int(row[0]) % CLASSES} for row in words]
@@ -54,7 +54,7 @@ def images(number: int = 16) -> list[dict[str, Any]]:
 
 
 def trainer_of(model: Any, folder: Path, data: Any = None, **settings: Any) -> Any:
-    """A Trainer that is quick, silent, and stays on the CPU."""
+    """Return a fast and silent Trainer on the CPU."""
     data = sentences() if data is None else data
     settings = {
         "max_steps": 4,
@@ -80,7 +80,7 @@ def trainer_of(model: Any, folder: Path, data: Any = None, **settings: Any) -> A
 
 
 def checkpointing(reentrant: bool) -> dict[str, Any]:
-    """The settings of activation checkpointing, under the name that this release has for them."""
+    """Return the settings of activation checkpointing under the name of this release."""
     fields = transformers.TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": reentrant}}

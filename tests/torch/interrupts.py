@@ -1,4 +1,4 @@
-"""KeyboardInterrupt at a chosen line of tnadapt."""
+"""Raising KeyboardInterrupt at a chosen line of tnadapt."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Lines:
 
 
 def interrupted(action: Callable[[], object], stop: int | None, below: str = PACKAGE) -> Lines:
-    """Run an action, interrupted before one of the lines; what it raises otherwise is raised."""
+    """Run an action and interrupt it before one of its lines; other exceptions propagate."""
     lines, before = Lines(stop, below), sys.gettrace()
     sys.settrace(lines)
     try:
@@ -70,7 +70,7 @@ def interrupted(action: Callable[[], object], stop: int | None, below: str = PAC
 
 
 def moments(action: Callable[[], object], below: str = PACKAGE) -> list[int]:
-    """At which lines to interrupt an action: the first and last time of each; every time in the long profile."""
+    """Return the executions of lines to interrupt: the first and last of each line, all of them in the long profile."""
     seen = interrupted(action, None, below).seen
     assert seen
     if EVERY:
@@ -81,7 +81,7 @@ def moments(action: Callable[[], object], below: str = PACKAGE) -> list[int]:
 
 
 def _leaves_with(file: str, line: int, before: int) -> bool:
-    """Whether the line is that of a ``with`` statement which is being left.
+    """Return whether the line is that of a ``with`` statement that is being exited.
 
     Python reports it between the body and ``__exit__``, where it delivers no signal: there is nothing to interrupt.
     """
@@ -91,6 +91,6 @@ def _leaves_with(file: str, line: int, before: int) -> bool:
 
 @functools.cache
 def _withs(file: str) -> dict[int, int]:
-    """First and last lines of the ``with`` statements of a file."""
+    """Return the first and last lines of the ``with`` statements of a file."""
     tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     return {node.lineno: node.end_lineno or node.lineno for node in ast.walk(tree) if isinstance(node, ast.With)}

@@ -1,4 +1,4 @@
-"""A small model with an adapter that is not fresh, and what tests of training ask of them."""
+"""A small model with a trained adapter, and helpers for tests of training loops."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make(config: str = "default", parts: int = 3) -> tuple[nn.Sequential, Adapte
 
 
 def move(adapter: Adapter, seed: int = 1) -> None:
-    """Another adapter than it was."""
+    """Change the adapter's arrays."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -62,7 +62,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def bits(model: nn.Module, head: str) -> dict[str, Tensor]:
-    """The base's state: all but the adapter and the head that is trained with it."""
+    """Return the base's state: everything except the adapter and the head that is trained with it."""
     return {
         name: value.clone()
         for name, value in model.state_dict().items()

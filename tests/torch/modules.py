@@ -1,4 +1,4 @@
-"""Modules of given children, and what is found in a model, in few words."""
+"""Modules with given children, and short descriptions of the targets found in a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tnadapt.torch._target_selection import find_targets
 
 
 class Module(nn.Module):
-    """A module of these children."""
+    """A module with these children."""
 
     def __init__(self, **children: nn.Module | None) -> None:
         super().__init__()

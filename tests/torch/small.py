@@ -1,4 +1,4 @@
-"""A small model that keeps its q and v in many forms: fused, separate, 1x1 convolutions, nn.MultiheadAttention."""
+"""A small model that stores q and v in many forms: fused, separate, 1x1 convolutions, nn.MultiheadAttention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Fused(nn.Module):
 
 
 class Separate(nn.Module):
-    """Grouped-query: one head of keys and values for two of queries."""
+    """Grouped-query attention: one head of keys and values for two of queries."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Heads(nn.Module):
 
 
 class Small(nn.Module):
-    """All of them, one after another, and a head."""
+    """A model of all these attentions, one after another, and a head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""RELIABILITY's laws 7 to 12 of an attached adapter, over variants and every form that weights are kept in."""
+"""RELIABILITY's laws 7 to 12 of an attached adapter, for all variants and all forms of stored weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
-    """Of the base's parameters and buffers."""
+    """Return the bytes of the base's parameters and buffers by name."""
     return {
         name: tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         for name, tensor in model.state_dict().items()
@@ -69,7 +69,7 @@ def bits(model: nn.Module) -> dict[str, bytes]:
 
 
 def reference_model(adapter: tt.Adapter) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]:
-    """The same model with W + ΔW put in by functional_call: nothing of the adapter's machinery."""
+    """Return a function that runs the same model with W + ΔW by functional_call, without the adapter's code."""
     arrays = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
     dtype = next(iter(arrays.values())).dtype
     duplicate = small().to(dtype)
@@ -208,7 +208,7 @@ def test_refusals_list_what_was_there_and_change_nothing() -> None:
         assert all("forward" not in module.__dict__ for module in model.modules())
 
     refused(
-        tna.TargetError, "keep_trainable: no parameter lies at or below 'haed'; .*: blocks, head", keep_trainable="haed"
+        tna.TargetError, "keep_trainable: no parameter is at or below 'haed'; .*: blocks, head", keep_trainable="haed"
     )
     refused(tna.TargetError, "non-empty string of printable characters; got 3", name=3)
     refused(tna.TargetError, "non-empty string of printable characters; got ''", name="")
@@ -257,14 +257,14 @@ def test_what_is_kept_trainable_is_in_the_state_dict_and_no_adapter_s() -> None:
     assert sorted(adapter.kept) == sorted(own)
     array = next(name for name, _ in model.named_parameters() if "tnadapt" in name)
     for name in ("b.scratch", "scratch", array):
-        with pytest.raises(tna.TargetError, match=r"no parameter lies at or below .*; the model's parts are: a, b, c"):
+        with pytest.raises(tna.TargetError, match=r"no parameter is at or below .*; the model's parts are: a, b, c"):
             tt.attach(model, P.lora(1), ["c"], name="second", keep_trainable=name)
 
 
 @pytest.mark.law("name-clash")
 def test_a_second_adapter_of_one_name_is_refused() -> None:
     model, adapter = attached()
-    with pytest.raises(tna.TargetError, match="there is an adapter 'default' on this model already"):
+    with pytest.raises(tna.TargetError, match="this model already has an adapter 'default'"):
         tt.attach(model)
     assert list(tt.adapters(model)) == ["default"]
     adapter.detach()
@@ -375,13 +375,13 @@ def test_a_second_merge_and_other_misuse_are_refused() -> None:
     adapter.unmerge()
     adapter.detach()
     for call in (adapter.detach, adapter.merge, adapter.bake):
-        with pytest.raises(tna.TargetError, match="not attached"):
+        with pytest.raises(tna.TargetError, match="no longer attached"):
             call()
     # Also where there is another reason, which the caller could do nothing about any more.
     _, adapter = attached()
     adapter.set_weight(0.0)
     adapter.detach()
-    with pytest.raises(tna.TargetError, match="not attached"):
+    with pytest.raises(tna.TargetError, match="no longer attached"):
         adapter.merge()
 
 
@@ -401,7 +401,7 @@ def test_a_weight_beside_a_parametrised_bias_is_merged() -> None:
 
 
 def test_merging_takes_the_memory_of_one_update_and_no_more() -> None:
-    """What was cached of the updates before is given up."""
+    """Merging drops the updates cached before."""
     model = nn.Sequential(nn.Linear(37, 41))
     adapter = tt.attach(model, P.superlora(2), "all-linear")
 
@@ -458,7 +458,7 @@ def test_an_adapter_that_is_not_finite_touches_no_weight(bad: float) -> None:
     before = bits(model)
     with torch.no_grad():  # in the last group: the others are good
         list(adapter.parameters())[-1][0, 0] = bad
-    with pytest.raises(tna.BackendError, match=r"not finite.*no weight was touched"):
+    with pytest.raises(tna.BackendError, match=r"not finite.*no weight was changed"):
         adapter.merge()
     assert bits(model) == before
     assert not adapter.merged
@@ -471,7 +471,7 @@ def test_a_sum_that_leaves_the_range_touches_no_weight() -> None:
     before = bits(model)
     with torch.no_grad():
         list(adapter.parameters())[-1][0] = 1e6
-    with pytest.raises(tna.BackendError, match=r"leaves the range of torch\.float16"):
+    with pytest.raises(tna.BackendError, match=r"exceeds the range of torch\.float16"):
         adapter.merge()
     assert bits(model) == before
 
@@ -688,7 +688,7 @@ def test_checkpointing_gives_the_same_gradients(variant: str, reentrant: bool) -
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """torch.distributed with this process alone."""
+    """Set up torch.distributed with a single process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What is an attention, and which of its weights make queries, keys, values and outputs."""
+"""The recognition of attention modules, and of their query, key, value and output weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_names_of_nothing(name: str) -> None:
 
 
 def test_a_lone_value_or_query_is_no_attention() -> None:
-    """A value head, a query elsewhere, and q beside v without k are reinforcement learning or retrieval."""
+    """A value head, a query elsewhere, and q next to v without k belong to reinforcement learning or retrieval."""
     model = Module(
         attn=linear("query", "key", "value"),
         value=nn.Linear(8, 1),

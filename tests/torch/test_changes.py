@@ -1,4 +1,4 @@
-"""However an adapter's arrays are changed, no layer ever uses the update they made before."""
+"""However an adapter's arrays are changed, no layer uses an update computed from the old values."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_changed_between_forward_and_backward_is_refused() -> None:
 
 def test_a_forward_that_turns_gradients_on_itself() -> None:
     class Guided(nn.Module):
-        """Takes a gradient with respect to its input in the middle of inference, as guided sampling does."""
+        """Computes a gradient with respect to its input during inference, as guided sampling does."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The update with autograd: one node that keeps nothing."""
+"""The update with autograd: a single node that saves only the arrays."""
 
 from __future__ import annotations
 

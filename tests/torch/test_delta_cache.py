@@ -1,4 +1,4 @@
-"""Updates are reused while the arrays behind them are unchanged, and no longer."""
+"""Cached updates are reused exactly while the arrays behind them are unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ P = tna.presets
 
 
 class Reused:
-    """Whether a cache gives the very object again that it gave before."""
+    """A cache with a record of whether it returns the same object as before."""
 
     def __init__(self, config: tna.Config, shapes: list[tuple[int, int]]) -> None:
         self.plan = tna.SuperLoRA(config, shapes)

@@ -1,4 +1,4 @@
-"""Several processes: DDP and FSDP2 train the adapter that one process trains, however they are started."""
+"""Several processes: DDP and FSDP2 train the same adapter as a single process, however they are started."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FOUR = ["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed
 
 
 def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:
-    """Start these commands together and wait for them; what each printed. No process outlives it."""
+    """Start these commands together, wait for them and return their output. No process outlives the call."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = [
         subprocess.Popen(
@@ -101,7 +101,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes made of every job and check."""
+    """Return the results of every job and check with two processes."""
     folder = tmp_path_factory.mktemp("two")
     trainer = ["trainer"] if TRAINER else []
     run([*TORCHRUN, "--standalone", "--nproc-per-node", 2, *JOBS, folder, *jobs.JOBS, *CHECKS, *trainer])
@@ -211,7 +211,7 @@ def task() -> ModuleType:
 
 
 def by_one_process(task: ModuleType, shuffled: bool, start: Path | None = None) -> tna.AdapterFile:
-    """The adapter that the scripts train, by a plain loop."""
+    """Return the adapter that the scripts train, trained by a simple loop."""
     model = task.pretrained_model()
     fresh = start is None
     adapter = tnadapt.torch.attach(model, keep_trainable="head") if fresh else tnadapt.torch.load(model, start)

@@ -1,4 +1,4 @@
-"""Updates that stay factored, and sums made layer by layer: one function with the plain way, gradients too."""
+"""Factored updates, and sums computed layer by layer, equal the reference implementation, including gradients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ each = pytest.mark.parametrize("name", CONFIGS)
 
 
 def layers() -> nn.Module:
-    """Two layers of 12 by 8, and a fused one of which parts are adapted."""
+    """A model of two layers of 12 by 8, and a fused one that is adapted in part."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8, bias=False), nn.Linear(8, 24)).double()
 
@@ -57,7 +57,7 @@ HALVES = (tna.Target("3", (24, 8), rows=tna.Rows(2, 4, 12, 2)),)
 def passed(
     config: tna.Config, strategy: str, targets: Sequence[tna.Target] = TARGETS, weight: float = 1.0
 ) -> list[torch.Tensor]:
-    """The output, and the gradients of the input and of all arrays."""
+    """Return the output, and the gradients of the input and of all arrays."""
     model = layers()
     adapter = tt.attach(model, config, list(targets), strategy=strategy, dtype=torch.float64)
     stir(adapter, 0.5)

@@ -1,4 +1,4 @@
-"""Adapters trained by accelerate's and Lightning's loops."""
+"""Adapters trained with accelerate and Lightning."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def lightning(caplog: pytest.LogCaptureFixture) -> Any:
 
 def module_of(lightning: Any, config: str) -> Any:
     class Module(lightning.LightningModule):
-        """As its users write one."""
+        """A module as users of Lightning write it."""
 
         def __init__(self) -> None:
             super().__init__()

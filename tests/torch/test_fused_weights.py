@@ -1,7 +1,7 @@
-"""Which rows of a fused weight make q, k and v: shown by what moves in the attention's own products when they do.
+"""The rows of a fused weight that produce q, k and v, verified by changing them and observing the attention's products.
 
-An attention multiplies two things: q with k, then what came of that with v. A mode of torch's dispatcher sees these
-products whatever code makes them. Rows of v are right if v is all that moves when they do, and so for q and k.
+An attention computes two products: q with k, then the result with v. A mode of torch's dispatcher observes these
+products in any code. The rows of v are right if changing them changes only v, and the same for q and k.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .architectures import MODELS, TEXT, build  # noqa: E402
 
 
 class Products(TorchDispatchMode):
-    """q, k and v of the first call of an attention: the operands of its products."""
+    """Records q, k and v of the first call of an attention: the operands of its products."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -56,14 +56,14 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def operands(self, right: bool) -> dict[str, Tensor]:
-        """What was multiplied, by letter."""
+        """Return the operands by letter."""
         scores, mixed = self.first[0], self.first[-1]
         found = scores if len(scores) == 3 else (*scores, mixed[0 if right else 1])
         return {letter: tensor.detach().clone() for letter, tensor in zip("qkv", found, strict=True)}
 
 
 def by_products(run: Callable[[], Any], attention: nn.Module, right: bool = False) -> dict[str, Tensor]:
-    """q, k and v as the attention multiplies them; ``right`` where it multiplies v by the average's weights."""
+    """Return q, k and v as the attention multiplies them; ``right`` if v is the left operand of its product."""
     with Products(attention) as products:
         run()
     for hooks in (attention._forward_hooks, attention._forward_pre_hooks):
@@ -73,7 +73,7 @@ def by_products(run: Callable[[], Any], attention: nn.Module, right: bool = Fals
 
 @contextmanager
 def moved(model: nn.Module, target: Target, row: int | None = None) -> Iterator[None]:
-    """With other numbers in a target's rows, or in one of them."""
+    """Change the numbers in a target's rows, or in one of them, inside ``with``."""
     parameter = model.get_submodule(target.module).get_parameter(target.parameter)
     before = parameter.detach().clone()
     noise = torch.zeros(target.shape)
@@ -90,7 +90,7 @@ def moved(model: nn.Module, target: Target, row: int | None = None) -> Iterator[
 def check_letters(
     model: nn.Module, attention: AttentionModule, look: Callable[[], dict[str, Tensor]], letters: str = "qkv"
 ) -> None:
-    """Every letter that the attention is found to make moves itself alone."""
+    """Check that changing the rows of each letter changes only that operand."""
     before = look()
     targets = list(attention.targets(letters))
     assert targets
@@ -287,7 +287,7 @@ def mobilenet_multi_query() -> Case:
 
 
 def _transformers(module: str, name: str, config: str, *args: Any, **settings: Any) -> nn.Module:
-    """An attention of a library's module, made of a config and, but for those of old, the layer's number."""
+    """Build an attention of a library's module from a config and, except in old versions, the layer's number."""
     transformers = pytest.importorskip("transformers")
     package = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
     made = getattr(transformers, config)(**settings)
@@ -409,7 +409,7 @@ def joy_image() -> Case:
 
 
 class AttentionBlock(nn.Module):
-    """As OpenAI's diffusion models have it: a 1x1 convolution, and a module of this name that splits its result."""
+    """As in OpenAI's diffusion models: a 1x1 convolution, and a module of this name that splits its result."""
 
     def __init__(self, legacy: bool) -> None:
         super().__init__()
@@ -518,7 +518,7 @@ def qwen() -> Case:
 
 
 class GroupedQueryAttention(QWenAttention):
-    """MPT's as its own code has it: fewer heads of keys and values, one after another."""
+    """MPT's attention as in its own code: fewer heads of keys and values, one after another."""
 
     fused = "Wqkv"
 
@@ -574,7 +574,7 @@ def test_rows_of_one_attention(name: str) -> None:
 
 
 def by_split(run: Callable[[], Any], letters: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """q, k and v as the first split into so many parts hands them out."""
+    """Return q, k and v from the first split into as many parts as there are letters."""
     found: list[tuple[Tensor, ...]] = []
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -598,7 +598,7 @@ SPLITS: dict[str, tuple[str, Callable[[], Case]]] = {}
 
 
 def _split_case(letters: str) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
-    """An attention and the order in which its code splits its weight's product; "-" is something else."""
+    """Register an attention with the order in which its code splits the weight's product; "-" is something else."""
 
     def keep(make: Callable[[], Case]) -> Callable[[], Case]:
         SPLITS[make.__name__] = letters, make
@@ -656,7 +656,7 @@ def _delta(module: str, name: str, config: str) -> Case:
 
 @_split_case("kv")
 def esmfold() -> Case:
-    """Invariant point attention: keys and values head by head, queries apart."""
+    """Invariant point attention: keys and values head by head, queries separate."""
     package = pytest.importorskip("transformers.models.esm.modeling_esmfold")
     sizes = {"sequence_dim": 16, "pairwise_dim": 6, "ipa_dim": 8, "num_heads_ipa": 2, "num_qk_points": 2}
     model = package.EsmFoldInvariantPointAttention(SimpleNamespace(**sizes, num_v_points=3, inf=1e5, epsilon=1e-8))
@@ -709,7 +709,7 @@ def test_a_weight_that_is_k_and_v_is_taken_once() -> None:
 
 
 class Unknown(nn.Module):
-    """An attention of a class that is in no table."""
+    """An attention of a class that is not in the table."""
 
     def __init__(self, name: str, out: int, width: int = 12, **attributes: Any) -> None:
         super().__init__()
@@ -741,7 +741,7 @@ def test_three_equal_parts(name: str) -> None:
     ],
 )
 def test_sizes_by_the_numbers_of_heads(attributes: dict[str, Any]) -> None:
-    """24 rows would divide by three, too."""
+    """24 rows are divisible by three as well."""
     assert rows(Unknown("qkv", 24, **attributes)) == {"q": Rows(0, 12, 24), "k": Rows(12, 6, 24), "v": Rows(18, 6, 24)}
 
 
@@ -777,7 +777,7 @@ def test_no_guess_at_keys_and_values() -> None:
 
 
 def test_a_name_that_is_half_understood() -> None:
-    """A query with a gate in it, as A.X K2 has it, is not passed over in silence."""
+    """A query with a gate in it, as in A.X K2, is not silently skipped."""
     module = type("LatentAttention", (nn.Module,), {})()
     module.q_gate_proj, module.k_proj, module.v_proj = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(8, 8)
     with pytest.raises(TargetError, match="q_gate_proj of LatentAttention seems to make q, and with which"):

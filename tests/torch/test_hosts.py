@@ -1,4 +1,4 @@
-"""Whose forward reads a weight: the owner's, or that of a parent that does not call it."""
+"""The module whose forward reads a weight: the owner, or a parent that reads it without calling the owner."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_hosts_of_queries_and_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"torchvision_resnet"}))
 def test_a_weight_that_is_not_called_is_read_elsewhere(name: str) -> None:
-    """The proof of the above: with its forward forbidden, the model still runs if and only if a parent is the host."""
+    """With the owner's forward forbidden, the model still runs if and only if a parent is the host."""
     model, inputs = build(name)
     target = find_targets(model)[0]
 
@@ -64,7 +64,7 @@ def test_the_fast_path_reads_all_weights_of_a_layer() -> None:
 
 
 class Reader(nn.Module):
-    """The base of some that read what they should call."""
+    """Base class of modules that read a weight instead of calling its module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Inherits(Direct):
 
 
 class Looks(Reader):
-    """At its type and shape only; and reads it where it does not compute."""
+    """Reads only dtype and shape, or reads the weight without computing with it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x.to(self.inner.weight.dtype)) * self.inner.weight.shape[0] * self.inner.weight.size(0)
@@ -168,7 +168,7 @@ class ByPair(Reader):
 
 
 class ByLoopOverChildren(Reader):
-    """Of one depth: which child it is, is not told apart."""
+    """Children of the same depth are not distinguished."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.layers[0], self.layers[1]):
@@ -186,7 +186,7 @@ def child(module: nn.Module, name: str) -> Any:
 
 
 class ByAFunction(Reader):
-    """What a function gives is not followed."""
+    """The results of functions are not tracked."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ child(self, "inner").weight

@@ -1,4 +1,4 @@
-"""Interrupted before any line of tnadapt, the next call of the model or of any part of it is right."""
+"""After an interruption before any line of tnadapt, the next call of the model or any part of it is correct."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TORCH = PACKAGE + "torch/"
 
 
 class Net(nn.Module):
-    """Attention that reads its fused weight itself, a linear layer, a convolution, and a head."""
+    """A model of attention that reads its fused weight directly, a linear layer, a convolution, and a head."""
 
     def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ CALLS = (whole, attention, linear, convolution, gradients, gradients_of_a_part)
 
 
 class Case:
-    """A model with an adapter, two sets of arrays for it, and what each call gives with either."""
+    """A model with an adapter, two sets of arrays for it, and the expected results of each call with either."""
 
     def __init__(self, config: str, reentrant: bool | None = None) -> None:
         self.model, self.adapter = self.made(config, reentrant)
@@ -137,12 +137,12 @@ class Case:
         return self.adapter.named_parameters()
 
     def put(self, which: int) -> None:
-        """Let the adapter have these arrays, in a way that no version counter sees."""
+        """Write these arrays into the adapter without changing a version counter."""
         for name, parameter in self.named():
             parameter.data.copy_(self.arrays[which][name])
 
     def has(self) -> int:
-        """Which arrays it has; an assertion fails if it has neither."""
+        """Return which arrays it has; an assertion fails if it has neither."""
         (found,) = [
             which
             for which, arrays in enumerate(self.arrays)
@@ -230,7 +230,7 @@ def test_an_interrupted_pass_with_checkpointing(config: str, reentrant: bool) ->
 
 @pytest.mark.law("interrupted-pass")
 def test_an_interrupted_first_use_of_the_draws_of_f() -> None:
-    """They are drawn at the first call, and kept with the plan."""
+    """The draws are computed at the first call and kept with the plan."""
     expected = Case("at once").expected[0][whole]
 
     def made() -> Case:
@@ -289,7 +289,7 @@ def test_an_interrupted_merge_is_whole_or_undone(config: str) -> None:
     case.adapter.unmerge()
 
     def bits() -> bool:
-        """Whether it is merged, as its weights and as itself say."""
+        """Return whether it is merged, according to the weights and to the adapter."""
         now = case.model.state_dict()
         is_merged = all(torch.equal(now[name], tensor) for name, tensor in merged.items())
         assert is_merged or case.has_base_bits()
@@ -311,7 +311,7 @@ def test_an_interrupted_merge_is_whole_or_undone(config: str) -> None:
 
 @pytest.mark.law("interrupted-change")
 def test_an_unmerge_after_two_interrupts_gives_the_bits_back() -> None:
-    """The second of them in the middle of putting the bits back."""
+    """Check a second interruption while the original bits are being restored."""
     case = Case("alone")
     lines = interrupted(case.adapter.merge, None, TORCH).seen
     case.adapter.unmerge()
@@ -329,7 +329,7 @@ def test_an_unmerge_after_two_interrupts_gives_the_bits_back() -> None:
 
 
 def interrupted_twice(action: Callable[[], object], first: int, after: int) -> None:
-    """Interrupt an action, and so many lines later what it does about that."""
+    """Interrupt an action, and its cleanup this many lines later."""
     from .interrupts import Lines
 
     class Twice(Lines):

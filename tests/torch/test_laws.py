@@ -31,7 +31,7 @@ models = pytest.mark.parametrize("name", MODELS)
 
 
 def frozen(name: str) -> tuple[nn.Module, Inputs]:
-    """The base with no parameter trainable: torch takes other kernels where one is, which differ by the last bit."""
+    """Return the base without trainable parameters; with some, torch uses kernels that differ in the last bit."""
     model, inputs = build(name)
     return model.requires_grad_(False), inputs
 

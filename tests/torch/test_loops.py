@@ -1,4 +1,4 @@
-"""Training by hand: gradients accumulated, copies, dtypes, compilers and functional calls."""
+"""Hand-written training loops: gradient accumulation, copies, dtypes, compilers and functional calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RELIABILITY's law 20: a checkpoint merged on disk is, byte for byte, the model merged in memory and saved."""
+"""RELIABILITY's law 20: a checkpoint merged on disk equals, byte for byte, the model merged in memory and saved."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def both_ways(model: Any, adapter: tt.Adapter, folder: Path, **settings: Any) -> tuple[Path, Path, tna.MergeReport]:
-    """The model merged in memory and saved, and its checkpoint merged on disk: two folders."""
+    """Return two folders: the model merged in memory and saved, and its checkpoint merged on disk."""
     adapter.save(folder / "adapter.safetensors")
     adapter.bake()
     model.save_pretrained(folder / "memory", max_shard_size="30KB")

@@ -1,6 +1,6 @@
-"""A linear layer on the sum of its weight and updates; and what it must stand back for.
+"""A linear layer on the sum of its weight and updates, and the modes in which it must not be used.
 
-What looks at single operations, or runs backward otherwise than forward, meets every strategy.
+Modes that intercept single operations, or change how backward runs, are tested with every strategy.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_the_plain_sum(config: tna.Config, weight: float)
 
 
 def peak_of(call: Callable[[], Any]) -> int:
-    """Bytes that torch had allocated on the CPU at the most, beyond what was there."""
+    """Return the peak of bytes that torch allocated on the CPU, beyond those allocated before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -162,7 +162,7 @@ def peak_of(call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("name", ["lora", "lora alpha", "superlora", "loha", "lorta", "dense"])
 def test_a_linear_layer_needs_the_memory_of_one_weight(name: str) -> None:
-    """Its update and the sum are one array after the other; backward also puts the gradient of the weight there."""
+    """The update and the sum share one array in turn; backward also writes the weight's gradient into it."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(256, 256))
     tnadapt.torch.attach(model, FORMS[name], "all-linear", strategy="weight")

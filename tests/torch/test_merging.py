@@ -1,4 +1,4 @@
-"""How merging in memory sums: on a device as on the host."""
+"""Sums of merging in memory are the same on a device and on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnadapt.torch import _merging as merging  # noqa: E402
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.sampled_from([0, -20, 12, 60, 1000]), bad=st.sampled_from([0, 1, 2]))
 def test_the_sum_on_a_device_is_that_of_the_host(dtype: torch.dtype, seed: int, exponent: int, bad: int) -> None:
-    """Where the weight lies on a device, it is summed there; on the host both can be compared."""
+    """A weight on a device is summed there; the code for devices is compared with the host's, on the host."""
     rng = np.random.default_rng(seed)
     weight = torch.from_numpy(rng.normal(size=12)).to(dtype)
     update = np.ldexp(rng.normal(size=9), exponent)

@@ -1,4 +1,4 @@
-"""An adapter from a model that was tuned whole, in memory."""
+"""Extraction of an adapter from a fully fine-tuned model in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .architectures import build, output  # noqa: E402
 
 
 def _tuned(model: nn.Module, rank: int = 2, targets: Any = "qv", size: float = 0.3) -> nn.Module:
-    """A copy whose targets have changed by matrices of a low rank."""
+    """Return a copy whose targets differ by matrices of low rank."""
     tuned = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -239,8 +239,8 @@ def test_what_is_not_the_same_model_tuned_is_refused() -> None:
     without = {name: value for name, value in model.state_dict().items() if name != "head.bias"}
     for base, tuned, settings, error, match in (
         ("model", model, {}, TargetError, "extract needs a torch module as base; got str"),
-        (meta, model, {}, TargetError, "q_proj.weight is on the meta device and has no numbers"),
-        (integers, model, {}, TargetError, "q_proj.weight is quantised in the base, and what changed in it cannot be"),
+        (meta, model, {}, TargetError, "q_proj.weight is on the meta device and has no values"),
+        (integers, model, {}, TargetError, "q_proj.weight is quantised in the base, so its change cannot be"),
         (model, Model(5), {}, TargetError, r"is \(4, 5\), torch.float32 in the tuned model and \(4, 4\) in the base"),
         (model, integers, {}, TargetError, r"is \(4, 4\), torch.int8 in the tuned model and \(4, 4\) in the base"),
         (
@@ -248,14 +248,14 @@ def test_what_is_not_the_same_model_tuned_is_refused() -> None:
             Model(head=5),
             {"keep_trainable": "head"},
             ShapeError,
-            r"the tuned model it is \(5, 4\), in the base \(3, 4\)",
+            r"it is \(5, 4\) in the tuned model, \(3, 4\) in the base",
         ),
         (
             model,
             without,
             {"keep_trainable": "head"},
             ShapeError,
-            "head.bias is to be kept; in the tuned model it is not there",
+            "keep_trainable names head.bias; it is missing in the tuned model",
         ),
     ):
         before = [] if isinstance(base, str) else list(base.state_dict())

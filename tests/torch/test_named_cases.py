@@ -1,4 +1,4 @@
-"""What once went wrong on models, in loops or in an order that nobody had thought of: a named case each."""
+"""Regression tests: cases that once failed on models, in loops or in an unexpected order of calls, each by name."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_jagged_batches() -> None:
 
 
 class Reader(nn.Module):
-    """Reads weights of its children in a way that a subclass says."""
+    """Reads weights of its children in a way that a subclass defines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,9 @@ class Elsewhere(Reader):
 def test_a_read_that_is_not_seen_is_said_once() -> None:
     model = Elsewhere()
     adapter = tt.attach(model)
-    with pytest.warns(UserWarning, match="no module that adapter 'default' is on was called in a forward pass of Else"):
+    with pytest.warns(
+        UserWarning, match="none of the modules that adapter 'default' updates was called in a forward pass"
+    ):
         run(model, torch.randn(4, 8))
     run(model, torch.randn(4, 8))
     adapter.merge()
@@ -199,7 +201,7 @@ def test_one_name_in_a_part_and_the_whole_is_refused(first: str) -> None:
     model = small()
     one, other = (model.blocks[1], model) if first == "part" else (model, model.blocks[1])
     tt.attach(one)
-    with pytest.raises(tna.TargetError, match="there is an adapter 'default' on this model already"):
+    with pytest.raises(tna.TargetError, match="this model already has an adapter 'default'"):
         tt.attach(other)
 
 
@@ -287,7 +289,7 @@ def test_a_swap_takes_the_same_kept_parameters_or_nothing(tmp_path: Path) -> Non
     adapter = tt.attach(model, keep_trainable="head")
     before, arrays = bits(model), {name: array.clone() for name, array in adapter.arrays().items()}
     for name in ("other", "bare"):
-        with pytest.raises(tna.FileError, match="its list of kept parameters is not that of adapter 'default'"):
+        with pytest.raises(tna.FileError, match="its list of kept parameters differs from that of adapter 'default'"):
             adapter.swap(tmp_path / f"{name}.safetensors")
     assert same(bits(model), before)
     assert same(adapter.arrays(), arrays)
@@ -361,7 +363,7 @@ def test_a_replica_of_data_parallel_is_refused() -> None:
     model = small()
     tt.attach(model)
     replica = model._replicate_for_data_parallel()
-    with pytest.raises(tna.TargetError, match="use DistributedDataParallel, a process a device"):
+    with pytest.raises(tna.TargetError, match="use DistributedDataParallel, with one process per device"):
         replica(batch())
     run(model)
 
@@ -490,14 +492,14 @@ def test_a_model_that_accelerate_has_offloaded_is_refused() -> None:
     model = nn.Sequential(*small().blocks[:2])
     before = run(model)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(tna.TargetError, match=r"is offloaded by accelerate.*attach to a model that is in memory whole"):
+    with pytest.raises(tna.TargetError, match=r"is offloaded by accelerate.*attach to a model that is fully in memory"):
         tt.attach(model)
     assert torch.equal(run(model), before)
 
 
 @pytest.mark.parametrize("reference_first", [True, False])
 def test_a_reference_pass_before_a_checkpointed_region_runs_again_is_no_change(reference_first: bool) -> None:
-    """As in preference training: the base's answer beside the adapter's, and one backward pass."""
+    """As in preference training: outputs of the base and of the adapted model, and one backward pass."""
 
     def gradients(checkpointed: bool) -> list[Tensor]:
         model = small()

@@ -1,4 +1,4 @@
-"""The PEFT plug-in on transformers' BERT and Llama, as people who know PEFT use it."""
+"""The PEFT plug-in on transformers' BERT and Llama, as users of PEFT use it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def bert(seed: int = 0, **settings: Any) -> BertForSequenceClassification:
 
 
 def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
-    """Grouped-query: v has half the rows of q."""
+    """Return a grouped-query model, where v has half the rows of q."""
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, **settings}
     config = LlamaConfig(num_hidden_layers=2, intermediate_size=24, bos_token_id=1, eos_token_id=2, **sizes)
     return seeded(seed, lambda: LlamaForCausalLM(config))
@@ -95,7 +95,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 def stir(model: PeftModel, seed: int = 0, name: str = "default") -> PeftModel:
-    """Give an adapter, and what is trained beside it, other numbers, as training would."""
+    """Change an adapter and the modules that are trained with it, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
@@ -115,7 +115,7 @@ def test_register_is_needed_and_idempotent(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(tna.ConfigError, match=r"call tnadapt\.torch\.peft\.register\(\)"):
         TnadaptConfig()
     monkeypatch.setitem(CONFIGS, "TNADAPT", PeftConfig)
-    with pytest.raises(tna.ConfigError, match="knows a method 'TNADAPT' already"):
+    with pytest.raises(tna.ConfigError, match="already has a method 'TNADAPT'"):
         plugin.register()
 
 
@@ -171,7 +171,7 @@ def test_settings_may_be_a_config() -> None:
         ({"modules_to_save": [3]}, "modules_to_save must be"),
         ({"strategy": "fast"}, "strategy must be one of"),
         ({"activation": "sine"}, "activation must be one of"),
-        ({"base": "mine"}, "base is what save_pretrained wrote"),
+        ({"base": "mine"}, "base must be a dict that save_pretrained wrote"),
     ],
 )
 def test_a_wrong_config_is_refused_when_it_is_made(wrong: dict[str, Any], match: str) -> None:
@@ -366,7 +366,7 @@ def test_merge_and_unmerge(kind: str) -> None:
 
 
 def traces(model: torch.nn.Module) -> list[str]:
-    """What is left of tnadapt or PEFT on a model."""
+    """Return what is left of tnadapt or PEFT on a model."""
     found = [name for name in model.state_dict() if "tnadapt" in name or "modules_to_save" in name]
     for path, module in model.named_modules():
         found += [
@@ -422,7 +422,7 @@ def test_not_finite_is_refused() -> None:
         next(iter(dict(tt.adapters(model)["second"].named_parameters()).values())).fill_(float("nan"))
     before, expected = bits(model), run(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        match = "NaNs detected in the merged weights. The adapter second seems to be broken: .* no weight was touched"
+        match = "NaNs detected in the merged weights. The adapter second seems to be broken: .* no weight was changed"
         with pytest.raises(tna.BackendError, match=match):
             merge(adapter_names=["default", "second"])
         torch.testing.assert_close(bits(model), before, rtol=0, atol=0, equal_nan=True)
@@ -648,7 +648,7 @@ def test_arrays_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None
         arrays[name] = arrays[name][:-1].clone()
     save_file(arrays, path)
     before, expected = bits(model), run(model)
-    with pytest.raises(tna.FileError, match=r"none was loaded; what differs: .*split0\.factor0"):
+    with pytest.raises(tna.FileError, match=r"none was loaded; they differ in: .*split0\.factor0"):
         model.load_adapter(tmp_path, "default")
     assert same(bits(model), before)
     assert torch.equal(run(model), expected)
@@ -686,7 +686,7 @@ def test_wrapping_twice_and_wrong_targets() -> None:
         adapted("llama", base, target_modules=["nothing_such"])
     assert traces(base) == []
     model = adapted("llama", base)
-    there = pytest.raises(tna.TargetError, match="adapter 'default' on this model already")
+    there = pytest.raises(tna.TargetError, match="this model already has an adapter 'default'")
     with there, pytest.warns(UserWarning, match="Already found a `peft_config`"):
         adapted("llama", base)
     for name in ("tnadapt_arrays", "group0_split0_factor0"):
@@ -702,19 +702,19 @@ def test_what_peft_does_with_its_own_methods_only() -> None:
         inject_adapter_in_model(TnadaptConfig(), llama())
     with pytest.raises(ValueError, match="TNADAPT"):
         get_peft_model(llama(), TnadaptConfig(task_type="CAUSAL_LM"), mixed=True)
-    with pytest.raises(tna.ConfigError, match="run a batch for each adapter"):
+    with pytest.raises(tna.ConfigError, match="run one batch per adapter"):
         adapted("llama")(input_ids=ids(), adapter_names=["default"] * 4)
 
 
 def test_attach_beside_the_plug_in() -> None:
-    """The plug-in's arrays are no weights of the base: they stay trainable, are not counted, and are not kept."""
+    """The plug-in's arrays are not weights of the base: they stay trainable, are not counted, and are not kept."""
     model = adapted("llama")
     (first,) = tt.adapters(model).values()
     base = first.summary().base
     second = tt.attach(model, tna.presets.lora(2), name="second")
     assert all(parameter.requires_grad for _, parameter in first.named_parameters())
     assert second.summary().base == base == sum(p.numel() for p in llama().parameters())
-    with pytest.raises(tna.TargetError, match="no parameter lies at or below 'tnadapt_arrays'"):
+    with pytest.raises(tna.TargetError, match="no parameter is at or below 'tnadapt_arrays'"):
         tt.attach(model, tna.presets.lora(2), name="third", keep_trainable="tnadapt_arrays")
     second.detach()
     assert all(parameter.requires_grad for _, parameter in first.named_parameters())

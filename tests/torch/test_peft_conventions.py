@@ -1,4 +1,4 @@
-"""What users of PEFT, and code built on it, expect of every method: names, configs, dtypes, tasks, deletion, errors."""
+"""Conventions that users of PEFT and code built on it expect: names, configs, dtypes, tasks, deletion, errors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run(model: Any) -> Any:
 @pytest.mark.law("trl-reference")
 @pytest.mark.parametrize("preset", presets.__all__)
 def test_an_adapter_is_copied_by_the_names_of_its_parameters(preset: str) -> None:
-    """As TRL makes a reference."""
+    """Copy an adapter as TRL does for its reference."""
     model = get_peft_model(llama(), config(preset))
     stir(model)
     model.add_adapter("ref", model.peft_config["default"])
@@ -154,7 +154,7 @@ def test_attach_takes_such_names_too() -> None:
     assert "tnadapt_v1%2E0_group0_split0_factor0" in model.state_dict()
     handle.detach()
     assert torch.equal(run(model), fresh)
-    with pytest.raises(tna.TargetError, match=r"called 'v1%2E0': this is how 'v1\.0' is written in the names"):
+    with pytest.raises(tna.TargetError, match=r"called 'v1%2E0': 'v1\.0' is encoded like this in the names"):
         tt.attach(model, name="v1%2E0")
 
 
@@ -186,7 +186,7 @@ def test_the_config_is_kept_and_not_changed(tmp_path: Path) -> None:
         ("ratio", r"use settings=\{'ratio': …\}"),
         ("targets", "use target_modules"),
         ("keep_trainable", "use modules_to_save"),
-        ("target_parameters", "use target_modules, which takes the names of parameters"),
+        ("target_parameters", "use target_modules, which also accepts names of parameters"),
         ("bias", "biases are not trained"),
         ("target_module", "did you mean 'target_modules'"),
         ("xyz", "There are: .*, settings, target_modules, exclude_modules, .*, modules_to_save,"),
@@ -408,7 +408,7 @@ def test_an_embedding_is_a_target_where_it_is_named(tmp_path: Path) -> None:
 
 
 def test_older_files_are_read(tmp_path: Path) -> None:
-    """The names of the arrays in files are those that they have always had."""
+    """The names of the arrays in files never change."""
     model = get_peft_model(llama(), config("superlora"))
     stir(model)
     model.save_pretrained(tmp_path)
@@ -424,7 +424,7 @@ def test_older_files_are_read(tmp_path: Path) -> None:
 
 
 def test_adapters_are_trained_where_nothing_else_is_said() -> None:
-    """PEFT's ``set_requires_grad`` of a model and of a layer."""
+    """PEFT's ``set_requires_grad`` works on a model and on a layer."""
     model = get_peft_model(llama(), config())
     handle = tt.adapters(model)["default"]
     for holder in (model.base_model, model.base_model.tnadapt):

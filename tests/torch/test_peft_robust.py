@@ -50,7 +50,7 @@ def config(**more: Any) -> TnadaptConfig:
 
 
 def made(*names: str, **more: Any) -> PeftModel:
-    """A model with these adapters, of different updates."""
+    """Return a model with these adapters, which have different updates."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = get_peft_model(Net(), config(**more), adapter_name=names[0])
@@ -245,7 +245,7 @@ def test_a_handle_is_not_taken_off_behind_the_back_of_peft(way: str) -> None:
     model.set_adapter("b")
     model.delete_adapter("default")
     assert list(tt.adapters(model)) == ["b"]
-    with pytest.raises(TargetError, match="not attached to its model any more"):
+    with pytest.raises(TargetError, match="no longer attached to its model"):
         getattr(handle, way)()
 
 
@@ -293,7 +293,7 @@ def test_a_fresh_adapter_with_chosen_arrays_can_learn(array: str) -> None:
 
 def test_unknown_arrays_are_refused() -> None:
     model = made("default")
-    with pytest.raises(ConfigError, match=r"'group9.core'\] of the config are no arrays of adapter 'b', which are"):
+    with pytest.raises(ConfigError, match=r"'group9.core'\] of the config are not arrays of adapter 'b', which has"):
         model.add_adapter("b", config(trained=["group9.core"]))
     assert list(model.peft_config) == list(tt.adapters(model)) == ["default"]
     with pytest.raises(ConfigError, match="trained must be a name or a list of names; got 3"):

@@ -1,4 +1,4 @@
-"""Quantized layers of a type that another package registers: found, adapted, saved, loaded, never written to."""
+"""Quantized layers of a type registered by another package: found, adapted, saved, loaded, never written to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
 
 
 class PackedLinear(torch.nn.Module):
-    """Codes of four bits, two to a byte, and a scale: nothing here is called weight or in_features."""
+    """A layer of 4-bit codes, two per byte, and a scale; no attribute is named weight or in_features."""
 
     def __init__(self, rows: int, cols: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which strategy is chosen: by a count of operations and bytes, at attach."""
+"""The choice of the strategy at attach, by an estimate of operations and bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RELIABILITY's laws 14 and 17 to 19 of adapters on models: files there and back, and what is refused."""
+"""RELIABILITY's laws 14 and 17 to 19 of adapters on models: round trips through files, and rejected files."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_the_same_base_in_half_precision_is_accepted(tmp_path: Path) -> None:
 
 
 class Other(Separate):
-    """The same attention, its projections called by other names."""
+    """The same attention with other names of its projections."""
 
     def __init__(self, old: Separate) -> None:
         nn.Module.__init__(self)
@@ -215,7 +215,7 @@ class Other(Separate):
 
 
 class Renamed(Small):
-    """The same model after a release that calls things by other names."""
+    """The same model after a release that renamed modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,14 +318,14 @@ def test_folders(tmp_path: Path) -> None:
     assert list(tt.adapters(fresh)) == ["mine"]
     assert torch.equal(run(fresh), run(model))
     (tmp_path / "file").write_text("")
-    with pytest.raises(tna.FileError, match="cannot make this folder"):
+    with pytest.raises(tna.FileError, match="cannot create this folder"):
         adapter.save_pretrained(tmp_path / "file" / "sub")
     with pytest.raises(tna.FileError):
         adapter.save(tmp_path / "no" / "such" / "folder.safetensors")
 
 
 def test_a_folder_is_read_as_strictly_as_a_file(tmp_path: Path) -> None:
-    """By default another base is refused, and tied weights stay tied."""
+    """By default another base is rejected, and tied weights stay tied."""
 
     def made(seed: int = 0) -> nn.Module:
         model = small(seed)
@@ -356,7 +356,7 @@ def test_swapping_takes_what_fits(tmp_path: Path) -> None:
     assert torch.equal(run(model), on)
     _, other = trained(P.superlora(3))
     other.save(tmp_path / "b.safetensors")
-    with pytest.raises(tna.FileError, match=r"its config is not that of adapter 'default'"):
+    with pytest.raises(tna.FileError, match=r"its config differs from that of adapter 'default'"):
         adapter.swap(tmp_path / "b.safetensors")
     assert torch.equal(run(model), on)
     foreign = tt.attach(small(seed=7))
@@ -385,10 +385,10 @@ def test_what_cannot_be_saved_or_loaded_now(tmp_path: Path) -> None:
         tt.load(model, tmp_path / "a.safetensors", "c")
     assert not (tmp_path / "b.safetensors").exists()
     other.unmerge()
-    with pytest.raises(tna.TargetError, match="there is an adapter 'a'"):
+    with pytest.raises(tna.TargetError, match="already has an adapter 'a'"):
         tt.load(model, tmp_path / "a.safetensors", "a")
     adapter.detach()
-    with pytest.raises(tna.TargetError, match="not attached"):
+    with pytest.raises(tna.TargetError, match="no longer attached"):
         adapter.save(tmp_path / "b.safetensors")
     with torch.device("meta"):
         meta = tt.attach(small())

@@ -1,7 +1,7 @@
-"""The rows that are found in a checkpoint are the rows that are found in its model: the same numbers, role by role.
+"""The rows found in a checkpoint are those found in its model: the same numbers, role by role.
 
-Names differ where transformers saves under others than it has in memory, so the numbers themselves are compared: no two
-rows of these models are alike.
+transformers may save weights under other names than in memory, so the numbers are compared: no two rows of these models
+are equal.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def numbers(targets: list[Target], tensors: Mapping[str, Tensor]) -> Numbers:
 
 
 def compare(model: nn.Module, stored: Mapping[str, Tensor], config: Any) -> None:
-    """The checkpoint's targets have the numbers of the model's, in layers of the same weights, q before k before v."""
+    """The checkpoint's targets have the model's numbers, in layers of the same weights, q before k before v."""
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     in_memory = {**dict(model.named_parameters()), **model.state_dict()}
     for roles in ("qkvo", "qv", "q", "k", "v", "o"):

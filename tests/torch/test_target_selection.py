@@ -1,4 +1,4 @@
-"""Finding the weights to adapt, in models of many libraries and by every way of asking."""
+"""Finding the weights to adapt, in models of many libraries and with every kind of request."""
 
 from __future__ import annotations
 
@@ -220,13 +220,13 @@ def test_a_regular_expression_is_for_the_whole_path() -> None:
         *(f"bert.encoder.layer.1.attention.self.{name}.weight" for name in ("query", "key"))
     ]
     assert roles(model, ".*self.value") == [("linear", (32, 32))] * 2
-    with pytest.raises(TargetError, match=r"no module .* matches 'query' \(14 could\); near it: .*self\.query"):
+    with pytest.raises(TargetError, match=r"no module .* matches 'query' \(14 could\); close matches: .*self\.query"):
         find_targets(model, "query")
     with pytest.raises(
         TargetError, match=r"'bert.encoder.layer.0' is a BertLayer, .* such as bert.encoder.layer.0.att"
     ):
         find_targets(model, r"bert\.encoder\.layer\.\d")
-    with pytest.raises(TargetError, match="no role, word or regular expression: "):
+    with pytest.raises(TargetError, match="not a role, keyword or regular expression: "):
         find_targets(model, "(query")
 
 
@@ -259,7 +259,7 @@ def test_parts_of_a_fused_weight_by_name() -> None:
     assert roles(model, ["blocks.1.attn:ok"]) == [("k", (32, 32)), ("o", (32, 32))]
     assert find_targets(model, ["attn:qv"]) == find_targets(model, ["qkv:qv"]) == find_targets(model)
     assert roles(model, ["attn.proj:o"]) == [("o", (32, 32))] * 2
-    with pytest.raises(TargetError, match=r"no module .* matches 'attm' with the roles 'qv' .*near it: blocks.0.attn"):
+    with pytest.raises(TargetError, match=r"no module .* matches 'attm' with the roles 'qv' .*matches: blocks.0.attn"):
         find_targets(model, ["attm:qv"])
     with pytest.raises(TargetError, match=r"with the roles 'q'"):
         find_targets(model, ["attn.proj:q"])
@@ -279,10 +279,10 @@ def test_weights_of_torchs_attention_by_name() -> None:
 def test_a_name_that_is_nowhere() -> None:
     model, _ = build("bert")
     with pytest.raises(
-        TargetError, match=r"matches 'quary' \(14 could\); near it: bert.encoder.layer.0.attention.self.query"
+        TargetError, match=r"matches 'quary' \(14 could\); close matches: bert.encoder.layer.0.attention.self.query"
     ):
         find_targets(model, ["query", "quary"])
-    with pytest.raises(TargetError, match=r"matches 'xyz' \(14 could\); there: bert.encoder.layer.0"):
+    with pytest.raises(TargetError, match=r"matches 'xyz' \(14 could\); it has: bert.encoder.layer.0"):
         find_targets(model, ["xyz"])
     with pytest.raises(TargetError, match="'dropout' is a Dropout, which holds no weight"):
         find_targets(model, lambda path, _: path == "dropout")
@@ -300,7 +300,7 @@ def test_a_function_chooses() -> None:
     mine = Target("blocks.0.mlp.fc1", (128, 32), "linear", rows=Rows(0, 4, 128))
     assert find_targets(model, lambda path, module: mine if path == mine.module else False) == [mine]
     assert find_targets(model, lambda path, module: [mine] if path == "" else None) == [mine]
-    with pytest.raises(TargetError, match=r"for '' it gave 3"):
+    with pytest.raises(TargetError, match=r"for '' it returned 3"):
         find_targets(model, lambda path, module: 3)
     with pytest.raises(TargetError, match=r"matches 'blocks' with the roles 'q'"):
         find_targets(model, lambda path, module: "q" if path == "blocks" else None)
@@ -359,7 +359,7 @@ def test_no_target_says_what_there_is() -> None:
 
 @pytest.mark.parametrize("targets", [None, 3, b"qv", {"q": 1}, [3], [""], [None], [2.0, "q"]])
 def test_targets_of_a_wrong_type(targets: Any) -> None:
-    with pytest.raises(TargetError, match=r"targets must be roles|list of targets holds paths"):
+    with pytest.raises(TargetError, match=r"targets must be roles|list of targets must hold paths"):
         find_targets(nn.Linear(2, 2), targets)
 
 

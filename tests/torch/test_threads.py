@@ -1,4 +1,4 @@
-"""Forward passes in several threads, and changes of the adapter beside them."""
+"""Forward passes in several threads, with concurrent changes of the adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _switching_often() -> Iterator[None]:
 
 
 def beside(main: Callable[[], object], others: list[Callable[[], object]]) -> None:
-    """Run a function, and others repeatedly in threads of their own until it returns; raise the first error."""
+    """Run a function, and others repeatedly in separate threads until it returns; raise the first error."""
     done, errors = threading.Event(), list[BaseException]()
 
     def work(other: Callable[[], object]) -> None:
@@ -51,7 +51,7 @@ def beside(main: Callable[[], object], others: list[Callable[[], object]]) -> No
 @pytest.mark.law("threads")
 @configs
 def test_training_beside_inference(config: str) -> None:
-    """Neither takes the other's updates: gradients are all there, and outputs those of the arrays."""
+    """Threads do not use each other's updates: all gradients exist, and outputs are those of the arrays."""
     case = Case(config)
 
     def train() -> None:
@@ -64,7 +64,7 @@ def test_training_beside_inference(config: str) -> None:
 @pytest.mark.law("threads")
 @configs
 def test_arrays_loaded_beside_passes_are_what_counts_from_then_on(config: str) -> None:
-    """A pass that is under way may see some of the old arrays and some of the new; a later one sees the new alone."""
+    """A running pass may see a mixture of old and new arrays; a later one sees only the new ones."""
     case = Case(config)
 
     def load() -> None:

@@ -1,4 +1,4 @@
-"""What trains is what was chosen: groups, factors, learning rates, a nonlinearity between the factors."""
+"""Only chosen arrays are trained: groups, factors, learning rates, a nonlinearity between the factors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .loops import batch, loss_of, make, move  # noqa: E402
 
 
 def moved(model: nn.Module, adapter: Adapter, groups: list[dict[str, Any]] | None = None) -> dict[str, float]:
-    """How far one step of gradient descent takes every array; the base must stay."""
+    """Return how far one step of gradient descent moves every array; the base must not change."""
     own = {id(p) for _, p in adapter.named_parameters()}
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
     base = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in own}
@@ -319,7 +319,7 @@ def test_what_could_never_learn_is_refused() -> None:
     # As a data-driven start brings them: no start of ours, and zero where it is to be trained.
     brought = {name: array + 1.0 if name.endswith("factor1") else array for name, array in arrays.items()}
     adapter.load_arrays(brought)
-    with pytest.raises(ConfigError, match=r"arrays of zeros beside factor1 that would be frozen.*nothing would learn"):
+    with pytest.raises(ConfigError, match=r"arrays of zeros next to factor1 that would be frozen.*nothing would learn"):
         adapter.set_trainable(arrays="factor1")
     assert adapter.trained is None
     assert all(p.requires_grad for _, p in adapter.named_parameters())
@@ -330,7 +330,7 @@ def test_what_could_never_learn_is_refused() -> None:
         {name: array + 1.0 if name.endswith("factor0") else 0 * array for name, array in arrays.items()}
     )
     adapter.set_trainable()
-    with pytest.raises(ConfigError, match=r"arrays of zeros beside factor0 that would be frozen.*nothing would learn"):
+    with pytest.raises(ConfigError, match=r"arrays of zeros next to factor0 that would be frozen.*nothing would learn"):
         adapter.set_trainable(arrays="factor0")
     adapter.reset()
     adapter.set_trainable(arrays="factor1")
@@ -338,7 +338,7 @@ def test_what_could_never_learn_is_refused() -> None:
     mixed = {name: brought[name] if "group0" in name else array + 1.0 for name, array in arrays.items()}
     adapter.set_trainable()
     adapter.load_arrays(mixed)
-    with pytest.warns(UserWarning, match=r"the gradient of what is trained is zero in groups 0\. Train the others too"):
+    with pytest.warns(UserWarning, match=r"gradient of the trained arrays is zero in groups 0\. Train the others"):
         adapter.set_trainable(arrays="factor1")
 
 
@@ -349,7 +349,7 @@ def test_the_groups_that_could_not_learn_are_named(count: int, said: str) -> Non
     # Moved in all groups, and zero in these beside what is to be trained.
     zero = [f"group{number}.split0.factor0" for number in range(count)]
     adapter.load_arrays({name: array * 0 if name in zero else array + 1 for name, array in adapter.arrays().items()})
-    with pytest.warns(UserWarning, match=rf"gradient of what is trained is zero in groups {said}\. Train") as told:
+    with pytest.warns(UserWarning, match=rf"gradient of the trained arrays is zero in groups {said}\. Train") as told:
         adapter.set_trainable(arrays="factor1")
     assert told[0].filename == __file__
 

@@ -1,4 +1,4 @@
-"""Adapters trained by transformers' Trainer."""
+"""Adapters trained with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .loops import CONFIGS, bits, relative, same, snapshot  # noqa: E402
 
 @pytest.fixture
 def hf() -> Any:
-    """The module of helpers that imports transformers, where its Trainer can run."""
+    """Return the module of helpers that imports transformers, if its Trainer can run."""
     for needed in ("accelerate", "transformers"):
         pytest.importorskip(needed)
     return importlib.import_module(".hugging_face", __package__)
@@ -33,7 +33,7 @@ def logged(trainer: Any, key: str = "loss") -> list[float]:
 
 
 def trained(hf: Any, folder: Path, config: str = "default", **settings: Any) -> tuple[list[float], Adapter]:
-    """Losses and adapter of a short run; the base must not have changed, the adapter and the head must."""
+    """Return losses and adapter of a short run, in which only the adapter and the head may change."""
     model = hf.bert()
     adapter = attach(model, CONFIGS[config], keep_trainable=("classifier",))
     base, before = bits(model, "classifier"), {**snapshot(adapter), "head": model.classifier.weight.detach().clone()}
@@ -184,7 +184,7 @@ torch.save(logits, folder + "/logits.pt")
 
 
 def in_a_new_process(folder: Path, *names: str) -> dict[tuple[str, str], Tensor]:
-    """The logits that a new process gets of each adapter in a folder: loaded, merged, and unmerged again."""
+    """Return the logits of each adapter in a folder, in a new process: loaded, merged, and unmerged again."""
     run = subprocess.run(
         [sys.executable, "-c", NEW_PROCESS, str(folder), *names],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""TRL's trainers on an adapter that is trained already: their reference is that adapter, and not the base model."""
+"""TRL's trainers on a trained adapter: their reference is that adapter rather than the base model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def llama() -> Any:
 
 
 def trained(preset: str) -> PeftModel:
-    """A model with an adapter that is not at its start any more."""
+    """Return a model with a trained adapter."""
     takes = inspect.signature(getattr(presets, preset)).parameters
     settings = {name: size for name, size in SIZES.items() if name in takes}
     model = get_peft_model(llama(), plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=settings))

@@ -1,4 +1,4 @@
-"""The weights of modules of many kinds: embeddings, convolutions, quantised ones, and those that are none."""
+"""The weights of modules of many kinds: embeddings, convolutions, quantised layers, and modules without weights."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_lazy_modules_have_no_shape_yet() -> None:
 
 
 class Packed(nn.Linear):
-    """As bitsandbytes keeps four bits a number: bytes in a column, and the sizes as attributes."""
+    """A layer like bitsandbytes' 4-bit one: bytes in a column, and the sizes as attributes."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -98,7 +98,7 @@ class Packed(nn.Linear):
 
 
 class Unpacked(nn.Module):
-    """Whole numbers, and not a word of a shape."""
+    """A layer of integers that does not reveal its shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_quantised_weights_of_known_shape() -> None:
 # They are about to leave torch for torchao, whose weights have a shape.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_torchs_quantised_linear() -> None:
-    """Its weight is a method."""
+    """A layer whose weight is a method."""
     engine = torch.backends.quantized.engine
     if engine == "none":
         pytest.skip("this torch has no quantised kernels")

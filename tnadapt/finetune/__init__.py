@@ -1,15 +1,15 @@
-"""The job behind ``tnadapt finetune``: a pretrained model adapted with several methods, compared and reported.
+"""The study behind ``tnadapt finetune``: adapt a pretrained model with several methods, compare and report them.
 
-:class:`Study` is the whole of it::
+:class:`Study` runs everything::
 
     from pathlib import Path
     from tnadapt.finetune import Choice, Spec, Study, Training
 
-    if __name__ == "__main__":  # trainings side by side are processes of their own, which import this file
+    if __name__ == "__main__":  # parallel trainings run in separate processes, which import this file
         study = Study(Spec(), Choice(), Training(epochs=25, batch=32), rates=[0.008, 0.03, 0.1])
         outcome = study.run(Path("runs/digits"), jobs=2)
 
-It prints nothing: a :class:`Reporter` is told how far it is. Needs torch and ``pip install "tnadapt[demo]"``.
+It prints nothing; progress goes to a :class:`Reporter`. Needs torch and ``pip install "tnadapt[demo]"``.
 """
 
 from ._budget import within

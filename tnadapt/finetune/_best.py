@@ -1,4 +1,4 @@
-"""The proof of a saved adapter: read again on a fresh base, and merged, it predicts what the trained one did."""
+"""The check of a saved adapter: loaded on a fresh base, and merged, it predicts the same as the trained one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["Proof", "prove"]
 
 
 class Proof(NamedTuple):
-    """What came of it.
+    """The result of :func:`prove`.
 
     Attributes
     ----------
     samples : int
-        Test samples that were predicted.
+        Number of test samples.
     loaded_same : bool
-        Whether the adapter, loaded from its file on a fresh base, predicts every class that the trained one did.
+        Whether the adapter, loaded from its file on a fresh base, predicts the same classes as the trained one.
     merged_different : int
-        Samples of which the merged model predicts another class than the loaded one.
+        Number of samples for which the merged model predicts another class than the loaded one.
     largest : float
-        The largest difference of a logit between the two.
+        The largest difference in a logit between the two.
     """
 
     samples: int
@@ -44,17 +44,17 @@ class Proof(NamedTuple):
 
 
 def prove(problem: Problem, record: Mapping[str, Any], path: Path, training: Training) -> Proof:
-    """Load an adapter on a fresh base, predict the test samples, merge, predict again.
+    """Load an adapter on a fresh base and predict the test samples, then merge it and predict them again.
 
     Parameters
     ----------
     problem : Problem
     record : mapping
-        The line of results of the training that it comes from.
+        The result line of the training that produced it.
     path : Path
         The adapter's file.
     training : Training
-        Its ``device`` and ``batch`` are looked at.
+        Only its ``device`` and ``batch`` are used.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def prove(problem: Problem, record: Mapping[str, Any], path: Path, training: Tra
         If the file is damaged or does not fit the base.
     """
     where = torch.device(training.device)
-    # Another seed: the head must come from the file.
+    # A different seed, which proves that the head comes from the file.
     model = problem.build(record["seed"] + 1).to(where)
     adapter = tnt.load(model, path)
     part = problem.parts["test"]

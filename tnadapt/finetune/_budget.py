@@ -1,4 +1,4 @@
-"""What a budget of parameters buys: of each family, its largest setting that fits."""
+"""The largest setting of each family within a budget of parameters."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ __all__ = ["within"]
 
 
 def within(budget: int, shapes: Shapes) -> list[Method]:
-    """Of each family, the setting with the most parameters that are no more than a budget.
+    """Return, for each family, the setting with the most parameters within a budget.
 
     Parameters
     ----------
     budget : int
     shapes : sequence of (rows, cols)
-        Of the model's targets.
+        Shapes of the model's targets.
 
     Returns
     -------
     list of Method
-        Families whose least setting is above the budget are left out.
+        Without families whose smallest setting exceeds the budget.
 
     Raises
     ------
     TnadaptError
-        If all of them are.
+        If the smallest setting of every family exceeds the budget.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Which methods a study compares, as a user asks for them."""
+"""The user's choice of the methods that a study compares."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Choice", "Chooser"]
 
 
 class Chooser(Protocol):
-    """Whatever says which methods are compared."""
+    """The interface of a choice of methods."""
 
     def methods(self, shapes: Shapes, layers: int) -> list[Method]:
-        """For weights of these shapes in so many layers."""
+        """Return the methods to compare on weights of these shapes in ``layers`` layers."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which methods to compare; the head alone is always among them.
+    """The methods to compare; the head alone is always included.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class Choice:
     budgets : tuple of int
         Instead of the three above: see :func:`within`.
     short : bool
-        Where nothing is asked for: the shorter grid.
+        Use the shorter default grid if nothing else is chosen.
     """
 
     presets: tuple[str, ...] = ()
@@ -45,12 +45,12 @@ class Choice:
     short: bool = False
 
     def methods(self, shapes: Shapes, layers: int) -> list[Method]:
-        """For weights of these shapes in so many layers.
+        """Return the methods to compare on weights of these shapes in ``layers`` layers.
 
         Raises
         ------
         TnadaptError
-            If a preset is not known, a setting does not fit, or a budget is too small.
+            If a preset is unknown, a setting does not fit, or a budget is too small.
         """
         named = self.presets or self.ranks or self.changes
         if self.budgets and named:

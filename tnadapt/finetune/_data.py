@@ -1,4 +1,4 @@
-"""Labelled samples: what every source of data becomes, and how it is divided."""
+"""Labelled samples, the common form of all data sources, and their split into parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tnadapt.errors import TnadaptError
 __all__ = ["HOLDOUT", "PARTS", "Data", "Labels", "Samples", "choose", "divide"]
 
 PARTS = ("training", "validation", "test")
-#: The fraction of each class that rates are chosen by.
+#: The fraction of each class held out to choose learning rates.
 HOLDOUT = 0.2
 
 Labels = NDArray[np.int64]
@@ -27,7 +27,7 @@ class Samples:
     ----------
     inputs : sequence
         Texts; or images, each an array ``(height, width[, channels])`` of uint8 or of floats from 0 to 1, a path, or
-        a PIL image. Where they have a ``take``, it is used.
+        a PIL image. A ``take`` method is used if there is one.
     labels : array of int64, shape (n,)
         Indices into :attr:`Data.classes`.
     """
@@ -39,7 +39,7 @@ class Samples:
         return len(self.labels)
 
     def take(self, indices: Labels) -> Samples:
-        """These samples, in this order."""
+        """Return these samples, in this order."""
         if isinstance(self.inputs, np.ndarray):
             return Samples(self.inputs[indices], self.labels[indices])
         if hasattr(self.inputs, "take"):
@@ -49,18 +49,18 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What was read from one source.
+    """The data of one source.
 
     Attributes
     ----------
     name : str
-        As a report shows it.
+        Name in reports.
     kind : {"image", "text"}
     classes : tuple of str
     samples : Samples
-        For training and validation; for the test, too, where ``test`` is None.
+        For training and validation, and for the test if ``test`` is None.
     test : Samples, optional
-        Where the source comes divided.
+        The test part, if the source has one.
     """
 
     name: str
@@ -71,15 +71,14 @@ class Data:
 
 
 def divide(data: Data, seed: int = 0, validation: float = HOLDOUT, test: float = 0.3) -> dict[str, Samples]:
-    """The data in three parts, each class in the same proportions, the same for the same seed.
+    """Split the data into three parts, stratified by class and reproducible by seed.
 
     Parameters
     ----------
     data : Data
     seed : int
     validation, test : float
-        Fractions of each class, rounded, and never fewer than one sample. Where the source brings a test part, that
-        is the test part, whole.
+        Fractions of each class, rounded, but at least one sample. If the source has a test part, all of it is used.
 
     Returns
     -------
@@ -89,7 +88,7 @@ def divide(data: Data, seed: int = 0, validation: float = HOLDOUT, test: float =
     Raises
     ------
     TnadaptError
-        If there are fewer than two classes, or a class has too few samples to be in every part.
+        If there are fewer than two classes, or a class has too few samples for every part.
 
     Examples
     --------
@@ -126,12 +125,12 @@ def divide(data: Data, seed: int = 0, validation: float = HOLDOUT, test: float =
 
 
 def choose(samples: Samples, limit: int | None, seed: int = 0) -> Samples:
-    """At most ``limit`` of the samples, each class in proportion; all of them where limit is None.
+    """Return at most ``limit`` samples, stratified by class; all of them if limit is None.
 
     Raises
     ------
     TnadaptError
-        If limit is below the number of classes that are there.
+        If limit is less than the number of classes present.
     """
     if limit is None or limit >= len(samples):
         return samples
@@ -139,7 +138,7 @@ def choose(samples: Samples, limit: int | None, seed: int = 0) -> Samples:
     if limit < len(present):
         raise TnadaptError(f"--limit {limit} leaves no sample for some of the {len(present)} classes")
     random = np.random.Generator(np.random.PCG64(seed))
-    # Everyone's place in its class, as a fraction: the smallest are an even choice from all classes.
+    # The rank of each sample in its class, as a fraction: taking the smallest selects evenly from all classes.
     place = np.empty(len(samples))
     for label in present:
         members = np.flatnonzero(samples.labels == label)

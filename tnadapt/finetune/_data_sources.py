@@ -1,4 +1,4 @@
-"""Data of the user's own: a CSV of texts, a folder of images, an ``.npz``, or a ``datasets`` name."""
+"""Readers of user data: a CSV of texts, a folder of images, an ``.npz``, or a ``datasets`` name."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ IMAGE_COLUMNS = ("image", "img")
 def read(
     source: str, text_column: str | None = None, label_column: str | None = None, label_names: Sequence[str] = ()
 ) -> Data:
-    """Read what ``--data`` names.
+    """Read the data that ``--data`` names.
 
     Parameters
     ----------
     source : str
-        A ``.csv`` or ``.tsv`` file with a line of column names; a folder with a sub-folder a class (or with ``train``
-        and ``test`` in it, which have them); an ``.npz`` with ``x_train``, ``y_train``, ``x_test``, ``y_test``, with
-        ``x`` and ``y``, or with ``images`` and ``labels``, of 16 GiB together at the most; a folder that ``datasets``
-        saved; else a name for ``datasets.load_dataset``, as ``NAME`` or ``NAME:CONFIG``.
+        A ``.csv`` or ``.tsv`` file with a header line; a folder with one sub-folder per class (or with ``train`` and
+        ``test`` folders that have these); an ``.npz`` with ``x_train``, ``y_train``, ``x_test``, ``y_test``, with ``x``
+        and ``y``, or with ``images`` and ``labels``, of at most 16 GiB in total; a folder saved by ``datasets``; else a
+        name for ``datasets.load_dataset``, as ``NAME`` or ``NAME:CONFIG``.
     text_column, label_column : str, optional
-        Of a table; found by their usual names otherwise.
+        Columns of a table; found by their usual names by default.
     label_names : sequence of str
-        Names that the column of labels may have, tried before the usual ones where ``label_column`` is not given.
+        Possible names of the label column, tried before the usual ones if ``label_column`` is not given.
 
     Returns
     -------
@@ -51,7 +51,7 @@ def read(
     Raises
     ------
     TnadaptError
-        If there is no such thing, or it does not hold labelled texts or images.
+        If the source does not exist or does not hold labelled texts or images.
     """
     path, known = Path(source), (*label_names, *LABEL_COLUMNS)
     if path.is_dir():
@@ -70,7 +70,7 @@ def read(
 
 
 def _labelled(name: str, kind: str, inputs: Any, labels: Sequence[Any], test: tuple[Any, Any] | None = None) -> Data:
-    """Data whose classes are the different labels, sorted (numbers as numbers)."""
+    """Return data whose classes are the distinct labels, sorted (numbers numerically)."""
     for part in [(inputs, labels)] if test is None else [(inputs, labels), test]:
         _check(name, kind, *part)
     found = sorted(set(labels) if test is None else set(labels) | set(test[1]))
@@ -89,7 +89,7 @@ def _labelled(name: str, kind: str, inputs: Any, labels: Sequence[Any], test: tu
 
 
 def _check(name: str, kind: str, inputs: Any, labels: Sequence[Any]) -> None:
-    """Labels are words or integers, and texts are texts."""
+    """Raise a FileError unless the labels are words or integers and the texts are strings."""
     kinds = {type(label) for label in labels}
     if not kinds or not (kinds == {str} or kinds <= {int, bool}):
         known = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
@@ -155,7 +155,10 @@ def _folder(path: Path) -> Data:
     names = {entry.name: entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] != "."}
     if "train" in names and not names.keys().isdisjoint(TEST_FOLDERS) and not names.keys() <= {"train", *TEST_FOLDERS}:
         others = ", ".join(sorted(names.keys() - {"train", *TEST_FOLDERS}))
-        raise FileError(f"is {path} divided into train and test, or are these classes? Beside them is {others}")
+        raise FileError(
+            f"{path} has folders named train and test and others ({others}): it is unclear whether they are parts or "
+            "classes; move the others away, or rename train and test"
+        )
     if "train" in names and names.keys() <= {"train", *TEST_FOLDERS}:
         test = next((names[name] for name in TEST_FOLDERS if name in names), None)
         divided = None if test is None else _class_folders(test)
@@ -179,7 +182,7 @@ def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
 def _npz(path: Path) -> Data:
     try:
         arrays, known = read_npz(path, ARRAYS)
-    except Exception as error:  # whatever zipfile, zlib and NumPy make of a damaged file
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds of errors for a damaged file
         raise FileError(f"cannot read {path} as an .npz of plain arrays: {first_line(error)}") from None
     for x, y in (("x_train", "y_train"), ("x", "y"), ("images", "labels")):
         if x in arrays and y in arrays:
@@ -200,7 +203,7 @@ def _npz(path: Path) -> Data:
 
 
 def _images(path: Path, name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Images as ``(n, height, width[, channels])``, uint8 or float32 from 0 to 1."""
+    """Return images as ``(n, height, width[, channels])``, uint8 or float32 from 0 to 1."""
     if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] not in (1, 3, 4):
         array = np.moveaxis(array, 1, 3)
     if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)) or 0 in array.shape:
@@ -226,7 +229,7 @@ def _labels(path: Path, name: str, array: NDArray[Any], count: int) -> list[Any]
     if array.size != count or array.ndim not in (1, 2) or array.dtype.kind not in "iubUS":
         raise FileError(
             f"{name} of {path} is {array.dtype} of shape {array.shape}; expected {count} integers or words, "
-            "one an image"
+            "one per image"
         )
     labels: list[Any] = array.reshape(-1).tolist()
     return [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in labels]
@@ -250,7 +253,7 @@ def _from_datasets(source: str, text_column: str | None, label_column: str | Non
                 found = datasets.load_from_disk(source)
             else:
                 found = datasets.load_dataset(name, config or None)
-    except Exception as error:  # whatever a hub, a proxy or a parser raises
+    except Exception as error:  # hubs, proxies and parsers raise many kinds of errors
         raise TnadaptError(
             f"no file or folder {safe_repr(source)}, and datasets cannot load that name: {first_line(error)}; "
             "give --data a file or folder"
@@ -261,7 +264,7 @@ def _from_datasets(source: str, text_column: str | None, label_column: str | Non
     if train is None:
         raise TnadaptError(f"{source} has the splits {', '.join(found)}; expected one named train")
     label = _column(source, "label", label_column, label_names, train.column_names)
-    # Of a contest's data the test part comes with no labels: all are -1.
+    # Benchmarks with hidden test labels set them all to -1.
     test = next((found[part] for part in TEST_FOLDERS if part in found and set(found[part][label]) != {-1}), None)
     pictured = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
     if text_column is None and pictured:
@@ -278,7 +281,7 @@ def _from_datasets(source: str, text_column: str | None, label_column: str | Non
 
 
 class _Pictures:
-    """A column of images, each decoded when it is asked for."""
+    """A column of images, each decoded on access."""
 
     def __init__(self, rows: Any, column: str) -> None:
         self.rows, self.column = rows.select_columns([column]), column
@@ -294,14 +297,14 @@ class _Pictures:
 
 
 def first_line(error: Exception) -> str:
-    """An error of another library, in one line of bearable length."""
+    """Return the message of another library's error as one line of limited length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
 @contextlib.contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """Other libraries' remarks are not for the reader of a table."""
+    """Silence the loggers of other libraries inside ``with``."""
     before = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""The job with no arguments: a small ViT that knows the digits 0 to 4, to learn 5 to 9."""
+"""The default problem: a small ViT pretrained on the digits 0 to 4, to learn 5 to 9."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DECAY = 0.05
 
 
 class Pixels:
-    """Images that are a tensor already: a :class:`~tnadapt.finetune.problem.Part`."""
+    """Images in one tensor: a :class:`~tnadapt.finetune.problem.Part`."""
 
     lengths: Tensor | None = None
 
@@ -44,21 +44,21 @@ class Pixels:
         self.labels = torch.from_numpy(samples.labels)
 
     def batch(self, indices: Tensor, device: torch.device) -> Tensor:
-        """``(n, 1, 8, 8)``."""
+        """Return images ``(n, 1, 8, 8)``."""
         return self.images[indices].to(device)
 
 
 def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, done: None) -> Problem:
-    """scikit-learn's digits: a model, and the five classes that it has not seen.
+    """Return the problem of scikit-learn's digits: a model, and the five classes that it has not seen.
 
-    It is taken from the cache, or trained, when it is first built.
+    The model is taken from the cache, or pretrained, when it is first built.
 
     Parameters
     ----------
     spec : Spec
-        ``cache``, ``pretrain_epochs``, ``limit`` and ``keep_trainable`` are looked at.
+        ``cache``, ``pretrain_epochs``, ``limit``, ``holdout`` and ``keep_trainable`` are used.
     progress : callable
-        Is told ``(what, fraction done)`` while the model is trained.
+        Called with ``(what, fraction done)`` during pretraining.
 
     Returns
     -------
@@ -67,10 +67,10 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     Raises
     ------
     TnadaptError
-        If scikit-learn is not installed; when the model is built, if the cache cannot be written.
+        If scikit-learn is not installed; later, when the model is built, if the cache cannot be written.
     """
     if spec.image_size is not None or spec.max_length is not None:
-        raise TnadaptError("--image-size and --max-length are for a model and data of your own; the digits are 8 x 8")
+        raise TnadaptError("--image-size and --max-length need --model and --data; the digits are 8 x 8")
     old, new = _read(OLD), _read(NEW)
     samples = divide(old, validation=0.1, test=0.1)
     mean, std = float(samples["training"].inputs.mean()), float(samples["training"].inputs.std())
@@ -113,7 +113,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
         _plain,
         tuple(dict.fromkeys([*spec.keep_trainable, "head"])),
         ("head",),
-        # Products of this size do not gain from a second thread; a second training beside it does.
+        # Matrix products of this size do not gain from a second thread, but a second training in parallel does.
         threads=1,
         sketch=sketch,
     )
@@ -129,7 +129,7 @@ def _read(classes: tuple[int, ...]) -> Data:
         from sklearn.datasets import load_digits
     except ImportError:
         raise TnadaptError(
-            "the digits come with scikit-learn, which is not here: pip install 'tnadapt[demo]'"
+            "the digits come with scikit-learn, which is not installed: pip install 'tnadapt[demo]'"
         ) from None
     bunch = load_digits()
     chosen = np.isin(bunch.target, classes)
@@ -142,7 +142,7 @@ def _pretrain(
     parts: dict[str, Pixels], sizes: ViTSizes, recipe: dict[str, Any], progress: Callable[[str, float], None]
 ) -> dict[str, Tensor]:
     cpu = torch.device("cpu")
-    # One thread, so that the sums, and with them the weights, do not depend on the number of cores.
+    # One thread, so that the sums, and hence the weights, do not depend on the number of cores.
     with threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SmallViT(len(OLD), sizes)
@@ -160,7 +160,10 @@ def _pretrain(
             progress("pretraining a small ViT on the digits 0 to 4", step / steps)
     held_out = accuracy(model, _plain, parts["test"], cpu)
     if recipe["epochs"] >= 20 and held_out < 0.9:
-        raise TnadaptError(f"the small ViT learnt only {held_out:.0%} of the digits 0 to 4; is this torch in order?")
+        raise TnadaptError(
+            f"the small ViT classifies only {held_out:.0%} of the digits 0 to 4 after pretraining, expected at least "
+            "90%: check the installation of torch"
+        )
     return model.state_dict()
 
 
@@ -168,7 +171,7 @@ def _pretrain(
 
 
 def cache_folder() -> Path:
-    """Where things that can be made anew are kept: ``$XDG_CACHE_HOME/tnadapt``, or the platform's own place."""
+    """Return the cache folder: ``$XDG_CACHE_HOME/tnadapt``, or the platform's default."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given) / "tnadapt"
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
@@ -181,7 +184,7 @@ def cache_folder() -> Path:
 def _cached(
     folder: Path, recipe: dict[str, Any], make: Callable[[], dict[str, Tensor]], like: nn.Module
 ) -> dict[str, Tensor]:
-    """The weights of this recipe from the folder; made, and put there, where they are missing or damaged."""
+    """Return the weights of a recipe from the folder; if missing or damaged, compute and store them."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 

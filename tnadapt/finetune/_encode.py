@@ -1,4 +1,4 @@
-"""Texts as tokens and images as pixels, in batches."""
+"""Batches of texts as tokens and of images as pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._data import Samples
 
 __all__ = ["Images", "Texts"]
 
-# More pixels than this are read anew for each batch.
+# Images of more bytes than this are not kept in memory but read again for each batch.
 KEPT_BYTES = 2 << 30
 
 
@@ -31,9 +31,9 @@ class Texts:
     samples : Samples
     tokenizer : transformers tokenizer
     max_length : int
-        Tokens beyond are cut off.
+        Longer texts are truncated.
     pad : int
-        The token to pad with.
+        The padding token.
     """
 
     def __init__(self, samples: Samples, tokenizer: Any, max_length: int, pad: int) -> None:
@@ -44,7 +44,7 @@ class Texts:
         self.pad = pad
 
     def batch(self, indices: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, both of shape (n, longest)."""
+        """Return ``input_ids`` and ``attention_mask``, both of shape (n, longest)."""
         chosen = [self.tokens[int(i)] for i in indices]
         padded = pad_sequence(chosen, batch_first=True, padding_value=self.pad)
         lengths = torch.tensor([len(tokens) for tokens in chosen])
@@ -55,17 +55,17 @@ class Texts:
 class Images:
     """Square images of one size, normalised batch by batch: a :class:`~tnadapt.finetune.problem.Part`.
 
-    The shorter side is scaled to the size, and the middle cut out.
+    The shorter side is scaled to the size, and the center cropped.
 
     Parameters
     ----------
     samples : Samples
     size : int
-        Pixels a side.
+        Pixels per side.
     channels : int
         3, or 1 for grey.
     statistics : (mean, std), optional
-        Of each channel; of these images where None.
+        Per channel; computed from these images if None.
     """
 
     lengths: Tensor | None = None
@@ -82,7 +82,7 @@ class Images:
         self.statistics = statistics or self._statistics()
 
     def batch(self, indices: Tensor, device: torch.device) -> Tensor:
-        """``(n, channels, size, size)``, float32."""
+        """Return images ``(n, channels, size, size)``, float32."""
         kept = self.pixels
         pixels = torch.from_numpy(self._read(indices.tolist())) if kept is None else kept[indices]
         mean, std = (numbers.to(device) for numbers in self.statistics)
@@ -106,7 +106,7 @@ class Images:
 
 
 def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
-    """One image of any sort as ``(channels, size, size)``."""
+    """Convert one image of any kind to ``(channels, size, size)``."""
     if isinstance(image, np.ndarray) and image.dtype != np.uint8:
         image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     if isinstance(image, np.ndarray) and image.shape == (size, size, channels):  # nothing to convert or scale
@@ -114,7 +114,7 @@ def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
     try:
         from PIL import Image
     except ImportError:
-        raise TnadaptError("images are read with Pillow, which is not here: pip install 'tnadapt[hub]'") from None
+        raise TnadaptError("images are read with Pillow, which is not installed: pip install 'tnadapt[hub]'") from None
     if isinstance(image, Path):
         try:
             with warnings.catch_warnings():
@@ -143,7 +143,7 @@ def _pixels(image: Any, size: int, channels: int) -> NDArray[np.uint8]:
 
 
 def _eight_bits(picture: Any) -> Any:
-    """A picture of 16 bits a pixel as one of 8, which Pillow's own conversion would cut off at 255."""
+    """Convert a picture of 16 bits per pixel to 8 bits; Pillow's conversion would clip at 255."""
     if not picture.mode.startswith(("I", "F")):
         return picture
     from PIL import Image

@@ -1,4 +1,4 @@
-"""A vision transformer small enough to pretrain while one waits."""
+"""A vision transformer small enough to pretrain in about a minute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ViTSizes:
 
 
 class Attention(nn.Module):
-    """Self-attention with query, key and value in one fused ``qkv``, as timm keeps them."""
+    """Self-attention with query, key and value in one fused ``qkv``, as in timm."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(n, tokens, width)`` to the same."""
+        """Map ``(n, tokens, width)`` to the same shape."""
         n, tokens, width = x.shape
         q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mixed: Tensor = self.proj(
@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each behind a norm and beside a residual connection."""
+    """Attention and an MLP, each after a norm and with a residual connection."""
 
     def __init__(self, width: int, heads: int, ratio: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(n, tokens, width)`` to the same."""
+        """Map ``(n, tokens, width)`` to the same shape."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
@@ -92,7 +92,7 @@ class SmallViT(nn.Module):
         self.head = nn.Linear(sizes.width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(n, channels, size, size)`` to logits ``(n, classes)``."""
+        """Map images ``(n, channels, size, size)`` to logits ``(n, classes)``."""
         patches = nn.functional.unfold(images, self.sizes.patch, stride=self.sizes.patch).transpose(1, 2)
         x = self.embed(patches) + self.position
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""A pretrained model of the user's: a local folder or a hub name through transformers, or ``timm:NAME``."""
+"""The user's pretrained model: a local folder or a hub name through transformers, or ``timm:NAME``."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ LONGEST = 256
 
 
 def pretrained(spec: Spec) -> Problem:
-    """The problem of a user's model and data.
+    """Return the problem of a user's model and data.
 
     Parameters
     ----------
     spec : Spec
-        With ``model`` and ``data``.
+        Must have ``model`` and ``data``.
 
     Raises
     ------
     TnadaptError
-        If there is no such model or data, they do not go together, or a library for them is missing.
+        If the model or data does not exist, they do not fit together, or a required library is missing.
     """
     assert spec.model is not None
     assert spec.data is not None
@@ -45,7 +45,7 @@ def pretrained(spec: Spec) -> Problem:
     samples = divide(data, validation=spec.holdout)
     if spec.model.startswith("timm:"):
         if spec.head_rows:
-            raise TnadaptError("head_rows are taken of a head that transformers loads; give a folder or a hub name")
+            raise TnadaptError("head_rows needs a head that transformers loads; give --model a folder or a hub name")
         return _timm(spec, data, samples)
     return _transformers(spec, data, samples)
 
@@ -64,12 +64,14 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
     try:
         import transformers
     except ImportError:
-        raise TnadaptError("models are read with transformers, which is not here: pip install 'tnadapt[hub]'") from None
+        raise TnadaptError(
+            "models are loaded with transformers, which is not installed: pip install 'tnadapt[hub]'"
+        ) from None
     kind = "SequenceClassification" if data.kind == "text" else "ImageClassification"
     auto = getattr(transformers, f"AutoModelFor{kind}")
     new: list[str] = []
     settings: dict[str, Any] = {}
-    # A head of another size is initialised randomly; one that is to be cut must be the checkpoint's.
+    # A head of another size is initialised randomly; a head to take rows from must be the checkpoint's.
     head = {} if spec.head_rows else {"num_labels": len(data.classes), "ignore_mismatched_sizes": True}
 
     def build(seed: int) -> nn.Module:
@@ -88,7 +90,9 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
         model = build(0)
     drawn = tuple(dict.fromkeys(key.rpartition(".")[0] or key for key in new))
     if len(new) == len(model.state_dict()):
-        raise TnadaptError(f"{safe_repr(name)} brings none of the weights of {type(model).__name__}")
+        raise TnadaptError(
+            f"{safe_repr(name)} has none of the weights of {type(model).__name__}; give a checkpoint of that model"
+        )
     parts: dict[str, Part]
     if data.kind == "text":
         tokenizer = _tokenizer(name, transformers)
@@ -102,11 +106,11 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
 
 
 def _cut_head(model: nn.Module, missing: Sequence[str], rows: Sequence[int], classes: int) -> None:
-    """The checkpoint's head, cut to some of its classes."""
+    """Cut the checkpoint's head to some of its classes."""
     name = _head(model)[0]
     whole = getattr(model, name)
     if not isinstance(whole, nn.Linear) or any(under(key, [name]) for key in missing):
-        raise TnadaptError(f"the checkpoint brings no linear head {name!r} to take rows of; leave head_rows out")
+        raise TnadaptError(f"the checkpoint has no linear head {name!r} to take rows from; leave head_rows out")
     if len(rows) != classes or not all(0 <= row < whole.out_features for row in rows):
         raise TnadaptError(
             f"head_rows needs {classes} of the {whole.out_features} classes of the checkpoint's head, one for each "
@@ -131,11 +135,11 @@ def _logits(model: nn.Module, kind: str) -> Callable[[nn.Module, Any], Tensor]:
 
 
 def _head(model: nn.Module) -> tuple[str, ...]:
-    """A head that the checkpoint brought has one of the usual names."""
+    """Return the name of a head from the checkpoint, which must be one of the usual names."""
     found = tuple(name for name in HEADS if hasattr(model, name))
     if not found:
         raise TnadaptError(
-            f"which part of {type(model).__name__} is its head? Its parts are "
+            f"cannot tell which part of {type(model).__name__} is its head; its parts are "
             f"{', '.join(name for name, _ in model.named_children())}: give --keep-trainable NAME"
         )
     return found
@@ -146,7 +150,7 @@ def _tokenizer(name: str, transformers: Any) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise TnadaptError(f"the tokenizer of {name} has no token to pad with")
+            raise TnadaptError(f"the tokenizer of {name} has neither a padding token nor an end-of-sequence token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -163,19 +167,19 @@ def _texts(spec: Spec, tokenizer: Any, samples: dict[str, Samples], model: Any) 
         if texts.lengths is not None and not bool(texts.lengths.all()):
             empty = samples[part].inputs[int(texts.lengths.argmin())]
             raise TnadaptError(f"the tokenizer of {safe_repr(spec.model)} finds no token in {safe_repr(empty)}")
-        # transformers gives a tokenizer that knows no word where there is none in the folder.
+        # If the folder has no tokenizer, transformers returns one without a vocabulary.
         if all(bool(torch.isin(tokens, special).all()) for tokens in texts.tokens):
-            raise TnadaptError(f"no tokenizer in {safe_repr(spec.model)} that knows a word of the texts")
+            raise TnadaptError(f"no tokenizer in {safe_repr(spec.model)} whose vocabulary has any word of the texts")
         top = max((int(tokens.max()) for tokens in texts.tokens if len(tokens)), default=0)
         if top >= known:
             raise TnadaptError(
-                f"the tokenizer gives token {top} and the model knows {known}: they do not belong together"
+                f"the tokenizer returned token {top}, but the model has only {known} tokens: they do not fit together"
             )
         yield part, texts
 
 
 def _processor(name: str, transformers: Any) -> dict[str, Any]:
-    """The image settings that come with a model, or none."""
+    """Return the image settings that come with a model; empty if there are none."""
     with contextlib.suppress(Exception), _silent(transformers):
         return dict(transformers.AutoImageProcessor.from_pretrained(name).to_dict())
     return {}
@@ -192,9 +196,9 @@ def _images(
 
 
 def _divided(samples: dict[str, Samples], size: int, channels: int, given: Any) -> Iterator[tuple[str, Part]]:
-    """The parts as images, normalised alike: as the model says, or by the training images."""
+    """Yield the parts as images with the same normalisation: the model's, or that of the training images."""
     if channels not in (1, 3):
-        raise TnadaptError(f"the model takes images of {channels} channels; only 1 and 3 are known here")
+        raise TnadaptError(f"the model takes images of {channels} channels; only 1 and 3 are supported")
     statistics = None
     if given is not None:
         mean, std = (torch.tensor(numbers, dtype=torch.float32).expand(channels)[:, None, None] for numbers in given)
@@ -218,11 +222,11 @@ def _side(size: Any) -> int | None:
 
 def _timm(spec: Spec, data: Data, samples: dict[str, Samples]) -> Problem:
     if data.kind != "image":
-        raise TnadaptError(f"{spec.model} is a model of images, and {data.name} has texts")
+        raise TnadaptError(f"{spec.model} is an image model, but {data.name} has texts")
     try:
         import timm
     except ImportError:
-        raise TnadaptError("timm is not here: pip install 'tnadapt[hub]'") from None
+        raise TnadaptError("timm is not installed: pip install 'tnadapt[hub]'") from None
     name = str(spec.model).removeprefix("timm:")
 
     def build(seed: int) -> nn.Module:
@@ -231,7 +235,7 @@ def _timm(spec: Spec, data: Data, samples: dict[str, Samples]) -> Problem:
             torch.manual_seed(seed)
             try:
                 return timm.create_model(name, pretrained=True, num_classes=len(data.classes), **more)  # type: ignore[no-any-return]
-            except TypeError:  # a model that takes any size takes none
+            except TypeError:  # models that accept any size have no img_size argument
                 return timm.create_model(name, pretrained=True, num_classes=len(data.classes))  # type: ignore[no-any-return]
 
     with _refused(f"cannot load {safe_repr(name)} through timm"):
@@ -257,25 +261,28 @@ def _problem(
     drawn: tuple[str, ...],
     head: tuple[str, ...] = (),
 ) -> Problem:
-    """The problem, once the model has been seen to take a batch of the samples."""
+    """Build the problem, after checking that the model accepts a batch of the samples."""
     with _refused(f"{safe_repr(spec.model)} does not take the samples of {data.name}"), torch.no_grad():
         part = parts["training"]
         largest = torch.arange(len(part.labels)) if part.lengths is None else part.lengths.argsort(descending=True)
         found = logits(model.eval(), part.batch(largest[:2], torch.device("cpu")))
         if found.shape[1:] != (len(data.classes),):
-            raise TnadaptError(f"{safe_repr(spec.model)} gives {tuple(found.shape)} for two samples of {data.name}")
-    # What was drawn must be trained and saved, whatever else is kept.
+            raise TnadaptError(
+                f"{safe_repr(spec.model)} returned {tuple(found.shape)} logits for two samples of {data.name}; "
+                f"expected (2, {len(data.classes)})"
+            )
+    # Randomly initialised modules must be trained and saved in any case.
     keep = (*(spec.keep_trainable or head), *(name for name in drawn if not under(name, spec.keep_trainable or head)))
     name = Path(str(spec.model).removeprefix("timm:")).name
     return Problem(f"{data.name} with {name}", data.kind, data.classes, parts, build, logits, keep, drawn)
 
 
-# -- Other libraries' words --------------------------------------------------------------------
+# -- Messages of other libraries ---------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _refused(what: str, way: str = "") -> Iterator[None]:
-    """Whatever a hub, a proxy or a loader raises, as one line, with a way out."""
+    """Turn any error of a hub, proxy or loader into a one-line TnadaptError with a way out."""
     try:
         yield
     except TnadaptError:
@@ -286,7 +293,7 @@ def _refused(what: str, way: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent(transformers: Any) -> Iterator[None]:
-    """Without transformers' remarks and progress bars."""
+    """Silence transformers' messages and progress bars inside ``with``."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""From what the user named to a problem: model and data, in one form."""
+"""Opening of a problem: model and data as the user named them, in a common form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_problem(spec: Spec, progress: Callable[[str, float], None] = lambda wha
     ----------
     spec : Spec
     progress : callable
-        Is told ``(what, fraction done)`` of what takes long.
+        Called with ``(what, fraction done)`` during long steps.
 
     Returns
     -------
@@ -29,11 +29,11 @@ def open_problem(spec: Spec, progress: Callable[[str, float], None] = lambda wha
     Raises
     ------
     TnadaptError
-        If one of the two is missing, cannot be read, or does not go with the other.
+        If one of the two is missing or cannot be read, or they do not fit together.
     """
     if spec.model is None and spec.data is None:
         return digits(spec, progress)
     if spec.model is None or spec.data is None:
         given, other = ("--data", "--model") if spec.model is None else ("--model", "--data")
-        raise TnadaptError(f"{given} needs {other}, too; with neither, the job is scikit-learn's digits")
+        raise TnadaptError(f"{given} needs {other}, too; with neither, the data are scikit-learn's digits")
     return pretrained(spec)

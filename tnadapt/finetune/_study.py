@@ -1,4 +1,4 @@
-"""All trainings of a comparison: planned, done or found done, reported."""
+"""A study: all trainings of a comparison, planned, run or found in earlier results, and reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Outcome", "Reporter", "Study"]
 
 @dataclasses.dataclass(frozen=True)
 class _Trainings:
-    """What a worker is sent: a :class:`~tnadapt.finetune.workers.Work`."""
+    """The :class:`~tnadapt.finetune.workers.Work` that is sent to a worker."""
 
     spec: Spec
     training: Training
@@ -44,38 +44,38 @@ class _Trainings:
 
 
 class Reporter:
-    """Is told how far a study is; this one keeps it to itself. Make a subclass to show it."""
+    """Receives the progress of a study and ignores it; override the methods to show it."""
 
     def preparing(self, what: str, done: float) -> None:
-        """The base is pretrained: the fraction done."""
+        """Report the fraction done of pretraining the base."""
 
     def begins(self, tasks: int, finished: int) -> None:
-        """So many trainings in all, of which so many were found finished."""
+        """Report the total number of trainings and the number already finished."""
 
     def training(self, task: Task, done: float) -> None:
-        """A training goes on: the fraction done."""
+        """Report the fraction done of a training."""
 
     def finished(self, task: Task, record: Mapping[str, Any]) -> None:
-        """A training is finished; its line of results."""
+        """Report a finished training and its result line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a study gave.
+    """The outcome of a study.
 
     Attributes
     ----------
     points : list of Point
     best : Point, optional
-        The adapter with the best validation accuracy; None where there was only the head.
+        The adapter with the best validation accuracy; None if only the head was trained.
     adapter : Path, optional
         Its file.
     proof : Proof, optional
-        That the file, loaded and merged, predicts the same.
+        The check that the file, loaded and merged, predicts the same.
     picture : Path, optional
-        None where matplotlib is not installed.
+        None if matplotlib is not installed.
     trained, reused : int
-        Trainings done now, and found done.
+        Number of trainings run now, and found in earlier results.
     """
 
     points: list[Point]
@@ -94,18 +94,17 @@ class Study:
     ----------
     spec : Spec
         The model and the data.
-    choice : Choice, or what has its ``methods``
-        Which methods.
+    choice : Choice, or an object with its ``methods``
+        The methods to compare.
     training : Training
-        How each is trained.
+        The settings of each training.
     rates : sequence of float
-        Learning rates: every method is trained at all of them.
+        Learning rates; every method is trained with all of them.
     seeds : int
-        Every method and rate with seeds 0 to ``seeds - 1``.
+        Number of seeds, 0 to ``seeds - 1``, for every method and rate.
     reporter : Reporter, optional
     tuned_by : int, optional
-        With so many of the seeds, every rate is tried; the others train at the one that was better. With all if not
-        given.
+        The number of seeds with which every rate is tried; the other seeds use only the best rate. All by default.
 
     Attributes
     ----------
@@ -136,7 +135,7 @@ class Study:
         self.rates, self.seeds = sorted(set(rates)), range(seeds)
         self.reporter = reporter or Reporter()
         self.problem: Problem = open_problem(spec, self.reporter.preparing)
-        # What does not fit is refused before a base is trained.
+        # Everything is checked on a sketch, before a base is pretrained.
         model = self.problem.sketch() if self.problem.sketch else self.problem.build(0)
         if self.problem.sketch is None:
             self._base_digest = base_digest(model, self.problem.drawn)
@@ -155,7 +154,7 @@ class Study:
                     SuperLoRA(method.config, self.shapes, self.layers)
                 except TnadaptError as error:
                     raise TnadaptError(f"{method.name} does not fit the targets: {error}") from None
-        # Two names of one config are one training.
+        # Methods with equal configs but different names share one training.
         return list({Task(method, 0, 1.0).key: method for method in reversed(methods)}.values())[::-1]
 
     @functools.cached_property
@@ -167,21 +166,21 @@ class Study:
         return samples_digest(self.problem.parts)
 
     def parameters(self, method: Method) -> int:
-        """Of a method's adapter on these targets."""
+        """Return the number of parameters of a method's adapter on these targets."""
         return 0 if method.config is None else SuperLoRA(method.config, self.shapes, self.layers).num_parameters
 
     def settings(self) -> dict[str, Any]:
-        """All that the outcome of a training depends on, but for method, seed and rate.
+        """Return everything that the outcome of a training depends on, except method, seed and rate.
 
         Raises
         ------
         FileError
-            If the base, which has to be there for its digest, had to be trained, and the cache cannot be written.
+            If the base had to be pretrained to compute its digest, and the cache cannot be written.
         """
         return {**self.outline(), "base_digest": self._base_digest}
 
     def outline(self) -> dict[str, Any]:
-        """The settings that are known before there is a base: all but its digest."""
+        """Return the settings that are known without the base: all but its digest."""
         return {
             "problem": self.problem.name,
             "classes": list(self.problem.classes),
@@ -195,17 +194,17 @@ class Study:
         }
 
     def run(self, out: Path, jobs: int = 1, fresh: bool = False) -> Outcome:
-        """Do what is not yet done, and report all.
+        """Run the trainings that are not finished yet, and report on all.
 
         Parameters
         ----------
         out : Path
-            The folder: ``results.jsonl``, ``pareto.png``, ``best.safetensors`` and the adapters. Made if need be.
+            The folder for ``results.jsonl``, ``pareto.png``, ``best.safetensors`` and the adapters; created if needed.
         jobs : int
-            Trainings at once, each in a process of its own where there are several (a script then needs
-            ``if __name__ == "__main__"``); 0 for as many as there are cores where a training wants one thread, else 1.
+            Number of parallel trainings; several run in separate processes (a script then needs
+            ``if __name__ == "__main__"``). 0 means one per core if a training needs one thread, else 1.
         fresh : bool
-            Remove what an earlier run left there.
+            Discard the results of an earlier run in that folder.
 
         Returns
         -------
@@ -253,13 +252,13 @@ class Study:
         work = _Trainings(self.spec, self.training, adapters)
         do, wanted = work.of(self.problem), self.problem.threads
         done = run_tasks(do, work, tasks, jobs, wanted, self.reporter.training)
-        with contextlib.closing(done):  # an exception here must end the workers now
+        with contextlib.closing(done):  # an exception here must end the workers immediately
             for task, record in done:
                 results.add(record)
                 self.reporter.finished(task, record)
 
     def _saved(self, best: Point, results: Results, adapters: Path, out: Path, jobs: int) -> tuple[Path, Proof]:
-        # Of several seeds, the one that was best on the validation samples.
+        # The seed with the best validation accuracy.
         record = max(best.records, key=lambda one: (one["validation"], -one["seed"]))
         task = Task(best.method, record["seed"], best.rate)
         if not (adapters / task.file_name()).is_file():
@@ -268,7 +267,7 @@ class Study:
             record, jobs = results.records[task.key], 1
         path = out / "best.safetensors"
         replace_file(str(path), (adapters / task.file_name()).read_bytes())
-        # Sums in the order that they had in training: other numbers of threads round otherwise.
+        # The same number of threads as in training: another one would change the order of sums, and the rounding.
         with threads(threads_each(self.problem.threads, min(jobs, len(self.tasks)))):
             return path, prove(self.problem, record, path, self.training)
 
@@ -292,7 +291,7 @@ class Study:
 
 
 def _check(out: Path) -> None:
-    """What cannot be written is better known before an hour of training."""
+    """Raise a FileError if the output cannot be written, before any training starts."""
     for path, folder in ((out, True), (out / "adapters", True), (out / "pareto.png", False)):
         try:
             wrong = path.exists() and path.is_dir() != folder

@@ -1,4 +1,4 @@
-"""Arrays in archives of others: before memory is taken, what is claimed is compared with the bytes that are there."""
+"""Arrays from untrusted archives: claimed sizes are checked against the bytes present before memory is allocated."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from tnadapt.errors import safe_repr
 
 __all__ = ["DEFLATED", "LARGEST", "filled", "read_npz"]
 
-#: Bytes of all arrays of one archive together: 16 GiB.
+#: Limit on the total bytes of an archive's arrays: 16 GiB.
 LARGEST = 1 << 34
-#: How many bytes one byte of Deflate may become: 258 of two bits.
+#: The largest expansion of Deflate: two bits become at most 258 bytes.
 DEFLATED = 1032
 _PIECE = 1 << 20
 
 
 def filled(file: io.BufferedIOBase, shape: tuple[int, ...], dtype: DTypeLike, most: int) -> NDArray[np.generic]:
-    """An array of the next bytes of a file.
+    """Read an array from the next bytes of a file.
 
     Parameters
     ----------
     file : io.BufferedIOBase
     shape : tuple of int
     dtype : DTypeLike
-        Of numbers or words.
+        A dtype of numbers or words.
     most : int
-        How many bytes the file can have, unpacked.
+        The largest number of bytes that the file can have, decompressed.
 
     Returns
     -------
     numpy.ndarray
-        Of that shape, in memory of its own; read in pieces of a mebibyte.
+        A new array of that shape, read in pieces of one mebibyte.
 
     Raises
     ------
     ValueError
-        If more is claimed than :data:`LARGEST`, or than it can have.
+        If the array would be larger than :data:`LARGEST` or ``most``.
     EOFError
-        If it ends too early.
+        If the file ends too early.
 
     Examples
     --------
@@ -75,32 +75,32 @@ def filled(file: io.BufferedIOBase, shape: tuple[int, ...], dtype: DTypeLike, mo
 
 
 def read_npz(path: Path, names: Set[str]) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
-    """Arrays of an ``.npz``, and the names of all that is in it.
+    """Read arrays from an ``.npz``; also return the names of everything in it.
 
     Parameters
     ----------
     path : Path
     names : set of str
-        Which to read, in small letters.
+        The arrays to read, in lower case.
 
     Returns
     -------
     arrays : dict of numpy.ndarray
-        By their names in small letters.
+        By their names in lower case.
     known : list of str
-        The names of all that there are.
+        The names of all entries.
 
     Raises
     ------
     ValueError
-        If one is none of numbers or words, is larger or smaller than it claims, or all are larger than :data:`LARGEST`.
+        If an array does not hold numbers or words, is larger or smaller than it claims, or the total exceeds
+        :data:`LARGEST`.
     Exception
-        Whatever zipfile and NumPy make of a damaged file.
+        Any error of zipfile or NumPy for a damaged file.
 
     Notes
     -----
-    An array may be as much larger than its file as Deflate makes it, a thousandfold at the most: of images that are
-    one colour it is.
+    An array may be up to a thousand times larger than its file, as Deflate compresses images of a single colour so.
 
     Examples
     --------
@@ -125,12 +125,14 @@ def read_npz(path: Path, names: Set[str]) -> tuple[dict[str, NDArray[np.generic]
 
 def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, there: int, left: int) -> NDArray[np.generic]:
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # The others' unpackers give all that a piece holds at once.
-        raise ValueError(f"{entry.filename} is packed by method {entry.compress_type}, and not by NumPy's")
+        # Other decompressors return everything that a piece expands to at once, without a limit.
+        raise ValueError(
+            f"{entry.filename} is compressed with method {entry.compress_type}; expected one that NumPy writes"
+        )
     with archive.open(entry) as opened:
         file = cast(io.BufferedIOBase, opened)
-        if np.lib.format.read_magic(file) != (1, 0):  # later ones are for headers of any length
-            raise ValueError(f"{entry.filename} is no plain array of NumPy's")
+        if np.lib.format.read_magic(file) != (1, 0):  # later versions allow headers of any length
+            raise ValueError(f"{entry.filename} is not a plain NumPy array (.npy version 1.0)")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         if dtype.kind not in "biufcSU" or not dtype.itemsize:
             raise ValueError(f"{entry.filename} is of type {dtype}; expected numbers or words")
@@ -138,10 +140,10 @@ def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, there: int, left: 
         if size != entry.file_size - file.tell() or size > left:
             raise ValueError(
                 f"{entry.filename} claims {size:,} bytes, and has {entry.file_size - file.tell():,}; "
-                "all together may have 16 GiB"
+                "all arrays together may have at most 16 GiB"
             )
-        # What the archive says of its own sizes may be wrong, too.
+        # The archive's own record of sizes may be wrong, too, so the size of the file is the limit.
         most = min(entry.compress_size, there) * (DEFLATED if entry.compress_type else 1)
         array = filled(file, shape[::-1] if fortran else shape, dtype, most)
-        file.read(1)  # at the end the sum of all bytes is checked
+        file.read(1)  # reading to the end makes zipfile check the CRC
     return array.T if fortran else array

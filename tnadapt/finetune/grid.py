@@ -1,4 +1,4 @@
-"""What is compared: a default grid of settings, or settings by name."""
+"""The settings to compare: a default grid, or presets by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["DENSE", "HEAD", "Method", "Shapes", "default_methods", "head_alone",
 
 Shapes = Sequence[tuple[int, int]]
 
-# As their papers write them; other presets go by their own names.
+# Method names as their papers write them; other presets use their own names.
 FAMILIES = {
     "lora": "LoRA", "lokr": "LoKr", "lonkr": "LoNKr", "lorta": "LoRTA", "superlora": "SuperLoRA", "krona": "KronA",
     "loha": "LoHa", "lotr": "LoTR", "fact_tt": "FacT-TT", "fact_tk": "FacT-TK", "cara": "CaRA",
@@ -34,9 +34,9 @@ class Method:
     Attributes
     ----------
     family : str
-        Its colour in a picture.
+        Determines the colour in a plot.
     label : str
-        Which of the family.
+        The setting within the family.
     config : Config, optional
         None for the head alone.
     """
@@ -47,12 +47,12 @@ class Method:
 
     @property
     def name(self) -> str:
-        """Family and label in one."""
+        """Family and label together."""
         return f"{self.family} {self.label}".strip()
 
     @property
     def reference(self) -> bool:
-        """Whether it is there to compare with, and is no small adapter itself."""
+        """Whether it is only a reference for comparison rather than a small adapter."""
         return self.family in (HEAD, DENSE)
 
 
@@ -61,7 +61,7 @@ def head_alone() -> Method:
 
 
 def method_of(config: Config) -> Method:
-    """A config by the name that people know it by."""
+    """Return the method of a config, under its usual name."""
     return Method(*known_as(config), config)
 
 
@@ -94,12 +94,12 @@ def fastfood_of(ratio: float) -> Method:
 
 
 def default_methods(short: bool = False) -> list[Method]:
-    """The grid that is compared where nothing else is asked for: from tens of parameters to dense.
+    """Return the default grid of methods, from tens of parameters to dense.
 
     Parameters
     ----------
     short : bool
-        Half of them, for models that take long.
+        About half of them, for models that train slowly.
 
     Examples
     --------
@@ -139,20 +139,20 @@ def default_methods(short: bool = False) -> list[Method]:
 def methods_of(
     names: Sequence[str], ranks: Sequence[int], changes: Mapping[str, Any], shapes: Shapes, layers: int
 ) -> list[Method]:
-    """Named presets at some ranks, with other fields of :class:`~tnadapt.Config` changed.
+    """Return named presets at the given ranks, with other fields of :class:`~tnadapt.Config` changed.
 
     Parameters
     ----------
     names : sequence of str
-        Of :mod:`tnadapt.presets`; ``superlora`` if empty.
+        Names in :mod:`tnadapt.presets`; ``superlora`` if empty.
     ranks : sequence of int
-        Each preset's own default if empty.
+        The default of each preset if empty.
     changes : mapping
         Fields of the config, or arguments of the preset.
     shapes : sequence of (rows, cols)
-        Of the model's targets: presets with a fold of their own take it from them.
+        Shapes of the model's targets, from which some presets compute their fold.
     layers : int
-        How many layers these are in.
+        Number of layers with these targets.
 
     Returns
     -------
@@ -161,7 +161,7 @@ def methods_of(
     Raises
     ------
     TnadaptError
-        If there is no such preset, or it does not take a setting, or does not fit the weights.
+        If a preset does not exist, does not accept a setting, or does not fit the weights.
 
     Examples
     --------
@@ -169,7 +169,9 @@ def methods_of(
     ['LoRA r = 1, alpha = 16', 'LoRA r = 8, alpha = 16']
     """
     if "seed" in changes:
-        raise TnadaptError("the seed of F and of the start goes with the training's: give --seeds N for 0 to N - 1")
+        raise TnadaptError(
+            "the seed of F and of the initialisation is that of the training: give --seeds N for the seeds 0 to N - 1"
+        )
     found = []
     for name in dict.fromkeys(names or ["superlora"]):
         if name not in presets.__all__:
@@ -182,7 +184,7 @@ def methods_of(
             try:
                 config = preset(**{**stacked, **given})
             except TypeError as error:
-                raise TnadaptError(f"preset {name!r}: {error}; give it by --set NAME=VALUE") from None
+                raise TnadaptError(f"preset {name!r}: {error}; give it with --set NAME=VALUE") from None
             if rank is None and "rank" in parameters:
                 given = {"rank": config.rank, **given}
             label = ", ".join(f"{'r' if key == 'rank' else key} = {value}" for key, value in given.items())
@@ -197,7 +199,7 @@ def _family(name: str, config: Config) -> str:
 
 
 def _stacked(name: str, parameters: Mapping[str, Any], shapes: Shapes, layers: int) -> dict[str, int]:
-    """What a preset with a fold of its own must know of how the weights stack up."""
+    """Return the arguments from which a preset computes its fold of stacked weights."""
     if "rows" not in parameters:
         return {}
     if len(set(shapes)) > 1:

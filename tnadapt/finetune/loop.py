@@ -1,4 +1,4 @@
-"""The loop: some parameters of a model, fitted to labelled samples."""
+"""The training loop: fitting some parameters of a model to labelled samples."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ __all__ = ["Schedule", "accuracy", "evaluate", "fit", "threads"]
 
 Logits = Callable[[nn.Module, Any], Tensor]
 
-# Without gradients so many times a training's batch fit, and more than so many samples gain nothing.
+# Batch size of evaluation: a multiple of the training's, because no gradients are stored, up to a limit beyond which
+# it gets no faster.
 EVALUATION_FACTOR, EVALUATION_BATCH = 4, 256
 
-# Batches' worth of texts that are sorted by length at a time.
+# Number of batches of texts that are sorted by length together.
 POOL = 16
 
 OPTIMISERS = ("adamw", "sgd")
@@ -33,27 +34,27 @@ SHAPES = ("cosine", "onecycle")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which optimiser, and how its rate goes.
+    """The optimiser and the schedule of its learning rate.
 
     Attributes
     ----------
     rate : float
-        The highest.
+        The highest learning rate.
     warmup : float
-        Of the steps, where the shape is ``cosine``: the rate rises linearly over them, then falls as half a cosine.
+        For the shape ``cosine``, the fraction of steps with a linearly rising rate; it then falls as half a cosine.
     weight_decay : float
     clip : float
-        What the gradient's norm is cut to.
+        The gradient is clipped to this norm.
     optimiser : {"adamw", "sgd"}
         SGD has a momentum of 0.9.
     shape : {"cosine", "onecycle"}
-        ``onecycle`` is torch's OneCycleLR with its own defaults: up over three tenths of the steps, from a 25th of the
-        rate, then down to almost 0; SGD's momentum goes the other way, between 0.95 and 0.85.
+        ``onecycle`` is torch's OneCycleLR with its defaults: up over three tenths of the steps, from a 25th of the
+        rate, then down to almost 0; SGD's momentum moves inversely, between 0.95 and 0.85.
 
     Raises
     ------
     TnadaptError
-        If there is no such optimiser or shape.
+        If the optimiser or shape is unknown.
     """
 
     rate: float
@@ -66,10 +67,10 @@ class Schedule:
     def __post_init__(self) -> None:
         for name, word, words in (("optimiser", self.optimiser, OPTIMISERS), ("shape", self.shape, SHAPES)):
             if word not in words:
-                raise TnadaptError(f"{name} is one of {', '.join(words)}; got {word!r}")
+                raise TnadaptError(f"{name} must be one of {', '.join(words)}; got {word!r}")
 
     def factor(self, step: int, steps: int) -> float:
-        """Of the rate, at a step counted from 0, where the shape is ``cosine``.
+        """Return the factor of the rate at a step, counted from 0, for the shape ``cosine``.
 
         Examples
         --------
@@ -83,7 +84,7 @@ class Schedule:
         return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     def begin(self, parameters: Sequence[nn.Parameter], steps: int) -> tuple[Optimizer, LRScheduler]:
-        """An optimiser of these parameters, and what is told after each of so many steps."""
+        """Return an optimiser of these parameters and its scheduler, to be stepped after each step."""
         optimiser: Optimizer
         if self.optimiser == "sgd":
             optimiser = torch.optim.SGD(parameters, lr=self.rate, momentum=0.9, weight_decay=self.weight_decay)
@@ -105,10 +106,10 @@ def fit(
     device: torch.device,
     steps: int | None = None,
 ) -> Iterator[tuple[int, int, float]]:
-    """Train, and yield ``(steps done, steps in all, loss)`` after each step: so many, or else those of so many epochs.
+    """Train for ``steps`` steps, or else ``epochs`` epochs; yield ``(steps done, total steps, loss)`` after each step.
 
-    The order of the samples, and dropout, come from torch's global generator: the caller seeds it. A loss that is
-    not finite is yielded and ends the training before the step is made.
+    The order of the samples and dropout use torch's global generator, which the caller seeds. A loss that is not finite
+    is yielded and ends the training before its step.
     """
     steps = epochs * math.ceil(len(part.labels) / batch) if steps is None else steps
     optimiser, rates = schedule.begin(parameters, steps)
@@ -134,7 +135,7 @@ def fit(
 
 
 def _batches(part: Part, size: int) -> list[Tensor]:
-    """All samples in random batches; texts of like length share one, so that little of it is padding."""
+    """Return random batches of all samples; texts of similar length share a batch, to reduce padding."""
     order = torch.randperm(len(part.labels))
     if part.lengths is None:
         return list(torch.split(order, size))
@@ -147,9 +148,9 @@ def _batches(part: Part, size: int) -> list[Tensor]:
 def evaluate(
     model: nn.Module, logits: Logits, part: Part, device: torch.device, batch: int = EVALUATION_BATCH
 ) -> Tensor:
-    """The logits of every sample, in the order of the labels: float32 on the CPU, shape (n, classes).
+    """Compute the logits of every sample, in the order of the labels: float32 on the CPU, shape (n, classes).
 
-    ``batch`` is a training's: a few times as many samples go through at once.
+    ``batch`` is the training's batch size; evaluation uses larger batches.
     """
     model.eval()
     order = torch.arange(len(part.labels)) if part.lengths is None else part.lengths.argsort(stable=True)
@@ -162,13 +163,13 @@ def evaluate(
 
 
 def accuracy(model: nn.Module, logits: Logits, part: Part, device: torch.device) -> float:
-    """The fraction of samples that a model gives the right class."""
+    """Return the fraction of samples that a model classifies correctly."""
     return float((evaluate(model, logits, part, device).argmax(1) == part.labels).float().mean())
 
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads inside ``with``."""
+    """Set torch's number of threads inside ``with``."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -1,4 +1,4 @@
-"""From results to points: each method at its better rate, the Pareto front, and the table."""
+"""The evaluation of results: each method at its best rate, the Pareto front, and the table."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One method at the rate that was better on the validation samples.
+    """One method at the rate with the best validation accuracy.
 
     Attributes
     ----------
     method : Method
     parameters : int
-        Of the adapter; kept parameters are not among them.
+        Number of parameters of the adapter, without kept parameters.
     kept : int
-        Parameters that are trained beside it: the head.
+        Number of parameters that are trained in addition: the head.
     rate : float
     validation, test : tuple of float
-        Accuracies, one a seed.
+        Accuracies, one per seed.
     seconds : float
-        Of one training, the mean.
+        Mean duration of a training.
     records : tuple of mapping
-        The lines of results, one a seed.
+        The result lines, one per seed.
     front : bool
         Whether no other point has at most as many parameters and a better test accuracy.
     """
@@ -63,21 +63,21 @@ class Point:
 
     @property
     def accuracy(self) -> float:
-        """The mean over seeds on the test samples."""
+        """The mean test accuracy over seeds."""
         return statistics.fmean(self.test)
 
     @property
     def diverged(self) -> bool:
-        """Whether it did with some seed, at every rate."""
+        """Whether the training diverged with some seed; then it did so at every rate."""
         return any(one["diverged"] for one in self.records)
 
     @property
     def spread(self) -> float:
-        """The standard deviation over seeds of the test accuracy; 0 for one seed."""
+        """The standard deviation of the test accuracy over seeds; 0 for one seed."""
         return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """Return the point as JSON values."""
         return {
             "family": self.method.family,
             "label": self.method.label,
@@ -99,18 +99,18 @@ def points_of(
     seeds: Sequence[int],
     tuned_by: int | None = None,
 ) -> list[Point]:
-    """A point a method, at the rate with the best mean validation accuracy; the lower loss decides between equals.
+    """Return one point per method, at the rate with the best mean validation accuracy; ties go to the lower loss.
 
-    A rate at which it diverged with some seed stands behind all at which it did not.
+    Rates at which a seed diverged rank after all others.
 
     Parameters
     ----------
     records : mapping of str to mapping
-        Lines of results by key.
+        Result lines by key.
     methods, rates, seeds : sequence
-        Of these, those with all their seeds there are considered.
+        Only combinations with results for all seeds are considered.
     tuned_by : int, optional
-        With how many of the seeds the rate is chosen; with all if not given.
+        The number of seeds by which the rate is chosen; all by default.
 
     Returns
     -------
@@ -129,7 +129,7 @@ def points_of(
 def better_rate(
     records: Mapping[str, Mapping[str, Any]], method: Method, rates: Sequence[float], seeds: Sequence[int]
 ) -> float | None:
-    """Of the rates that were tried with all these seeds, the one that was better; None if there is none."""
+    """Return the best of the rates with results for all these seeds, or None."""
     tried = [(rate, found) for rate in rates if (found := _complete(records, method, rate, seeds))]
     return max(tried, key=lambda one: _quality(one[1]))[0] if tried else None
 
@@ -137,44 +137,44 @@ def better_rate(
 def _complete(
     records: Mapping[str, Mapping[str, Any]], method: Method, rate: float, seeds: Sequence[int]
 ) -> list[Mapping[str, Any]]:
-    """The lines of these trainings; none where one is missing."""
+    """Return the result lines of these trainings; empty if any is missing."""
     found = [records.get(Task(method, seed, rate).key) for seed in seeds]
     return [one for one in found if one is not None] if None not in found else []
 
 
 def points_in(path: str | os.PathLike[str], rates: Sequence[float] = ()) -> list[Point]:
-    """The points of a whole file of results: of all methods, rates and seeds that it has.
+    """Return the points of a results file, for all its methods, rates and seeds.
 
     Parameters
     ----------
     path : path-like
         A ``results.jsonl``.
     rates : sequence of float
-        Of these alone, if any are given.
+        If given, consider only these.
 
     Returns
     -------
     list of Point
-        As :func:`points_of` gives them.
+        As from :func:`points_of`.
 
     Raises
     ------
     OSError, ValueError
-        If it cannot be read, or is none.
+        If it cannot be read, or is not a results file.
     """
     records = {line["key"]: line for line in read_lines(path) if "key" in line}
     methods = dict.fromkeys(map(method_in, records.values()))
     every, seeds = (sorted({line[name] for line in records.values()}) for name in ("rate", "seed"))
     rates = rates or every
-    # The leading seeds with which every rate was tried are those that it was chosen with.
+    # The rate was chosen by the leading seeds that have results for every rate.
     whole = [all(_complete(records, method, rate, [seed]) for method in methods for rate in rates) for seed in seeds]
     tuned_by = whole.index(False) if False in whole else len(whole)
     return points_of(records, list(methods), rates, seeds, max(1, tuned_by))
 
 
 def method_in(line: Mapping[str, Any]) -> Method:
-    """Of which method a line of results is."""
-    # Lines of one method differ in the seed alone, which Task puts into the config again.
+    """Return the method of a result line."""
+    # Lines of one method differ only in the seed, which Task puts into the config again.
     config = line["config"] and Config.from_dict(line["config"]).replace(seed=0)
     return Method(line["family"], line["label"], config)
 
@@ -199,10 +199,10 @@ def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]]) ->
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, quality) that no other one beats, by rising cost.
+    """Return the indices of the non-dominated points (cost, quality), by rising cost.
 
-    A point is beaten by one that costs no more and is better, or is as good and costs less. Of equal points, the
-    first stands for all.
+    A point is dominated by one that is better at no higher cost, or as good at lower cost. Of equal points, only the
+    first is returned.
 
     Examples
     --------
@@ -219,25 +219,25 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def best_point(points: Sequence[Point]) -> Point | None:
-    """The adapter with the best validation accuracy, the smaller of equals; the test has no say in it.
+    """Return the adapter with the best validation accuracy, the smaller of equals; test results play no role.
 
-    Head alone and dense are there to compare with, and are not considered, nor is what diverged.
+    The references, head alone and dense, and diverged trainings are not considered.
     """
     own = [point for point in points if not point.method.reference and not point.diverged]
     return min(own, key=lambda point: (-statistics.fmean(point.validation), point.parameters), default=None)
 
 
-def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each at the better of") -> str:
-    """What stands small below a figure: samples of each part, seeds, rates.
+def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each at the best of") -> str:
+    """Return the small print below a figure: samples of each part, seeds, rates.
 
     Parameters
     ----------
     samples : sequence of int
-        To train on, held out, and to test.
+        Numbers of training, held-out and test samples.
     seeds, rates : int
-        How many of them.
+        Numbers of seeds and rates.
     at : str
-        Which of several rates is shown, before their number.
+        Says which of several rates is shown; goes before their number.
 
     Returns
     -------
@@ -246,7 +246,7 @@ def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each a
     Examples
     --------
     >>> trained_on([800, 200, 1000], 3, 4)
-    '800 / 200 / 1,000 samples to train on, choose the rate by, and test; 3 seeds; each at the better of 4 rates'
+    '800 / 200 / 1,000 samples to train on, choose the rate by, and test; 3 seeds; each at the best of 4 rates'
     >>> trained_on([49900, 100, 10000], 1, 1)
     '49,900 / 100 / 10,000 samples to train on, hold out, and test; 1 seed; one rate for all'
     """
@@ -258,7 +258,7 @@ def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each a
 
 
 def columns(seeds: int) -> list[str]:
-    """The titles of :func:`rows_of`."""
+    """Return the column titles of :func:`rows_of`."""
     return [
         "",
         "method",
@@ -272,7 +272,7 @@ def columns(seeds: int) -> list[str]:
 
 
 def rows_of(points: Sequence[Point]) -> list[list[str]]:
-    """The table: smallest first, the front marked with a dot.
+    """Return the rows of the table: smallest first, the front marked with a dot.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""A pretrained model and what it is to learn: all that a training needs to know of either."""
+"""A problem: a pretrained model and the data to fine-tune it on, in the form that trainings use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Part", "Problem", "Spec", "base_digest", "free", "samples_digest", "
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Which problem: everything that :func:`~tnadapt.finetune.open_problem` needs, and a worker can be sent.
+    """The specification of a problem: small and picklable, for :func:`~tnadapt.finetune.open_problem` and workers.
 
     Attributes
     ----------
@@ -29,20 +29,20 @@ class Spec:
         Both None for scikit-learn's digits.
     text_column, label_column : str, optional
     label_names : tuple of str
-        Names that the column of labels may have, beside the usual ones.
+        Additional names that the label column may have.
     image_size, max_length, limit : int, optional
-        Pixels a side, tokens of a text, samples of each part that the source brings.
+        Pixels per side, tokens per text, and samples from each part of the source.
     holdout : float
-        The fraction of each class that is not trained on, and that rates are chosen by.
+        The fraction of each class that is held out of training to choose rates.
     keep_trainable : tuple of str
-        Modules or parameters that are trained beside every adapter, the new head in any case.
+        Modules or parameters that are trained along with every adapter; a new head always is.
     head_rows : tuple of int
-        Instead of a new head: the checkpoint's own, cut to these of its classes, one for each class of the data in
-        their order, and frozen.
+        Instead of a new head, use the checkpoint's head, frozen and cut to these of its classes, one for each class of
+        the data in order.
     cache : Path, optional
-        Where the model of the digits is kept.
+        Folder for the pretrained model of the digits.
     pretrain_epochs : int
-        Of that model.
+        Epochs of pretraining that model.
     """
 
     model: str | None = None
@@ -61,22 +61,22 @@ class Spec:
 
 
 class Part(Protocol):
-    """Training, validation or test samples in the model's form."""
+    """Training, validation or test samples in the model's input format."""
 
     labels: Tensor
     """int64, shape (n,)."""
 
     lengths: Tensor | None
-    """Of texts, in tokens: those of like length are batched together. None where all inputs are of one size."""
+    """Lengths of texts in tokens, to batch similar ones together. None if all inputs have the same size."""
 
     def batch(self, indices: Tensor, device: torch.device) -> Any:
-        """The inputs of these samples, as :attr:`Problem.logits` takes them."""
+        """Return the inputs of these samples, as :attr:`Problem.logits` takes them."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A pretrained model and labelled samples in its own form.
+    """A pretrained model and labelled samples in its input format.
 
     Attributes
     ----------
@@ -86,17 +86,17 @@ class Problem:
     parts : dict of str to Part
         ``training``, ``validation``, ``test``.
     build : callable
-        ``build(seed)``: the base model anew, with a head drawn from the seed.
+        ``build(seed)`` returns a new copy of the base model, with a head drawn from the seed.
     logits : callable
-        ``logits(model, inputs)``: shape (n, classes).
+        ``logits(model, inputs)`` returns logits of shape (n, classes).
     keep_trainable : tuple of str
-        Modules or parameters that are trained beside every adapter: all of ``drawn``, and others.
+        Modules or parameters that are trained along with every adapter: all of ``drawn``, and others.
     drawn : tuple of str
-        Those that ``build`` draws from the seed, such as a new head; the rest is the base.
+        Modules or parameters that ``build`` draws from the seed, such as a new head; the rest is the base.
     threads : int, optional
-        How many a training wants; all that there are if None.
+        Number of threads per training; all if None.
     sketch : callable, optional
-        ``sketch()``: a model of the same structure, for what is asked before the base is wanted; ``build(0)`` if None.
+        ``sketch()`` returns a model of the same structure, for checks before the base is needed; ``build(0)`` if None.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Problem:
 
 
 def under(name: str, keep: Sequence[str]) -> bool:
-    """Whether a parameter has one of these among the whole parts of its path, as ``keep_trainable`` asks.
+    """Return whether a parameter's path contains one of the names as whole components, as in ``keep_trainable``.
 
     Examples
     --------
@@ -123,7 +123,7 @@ def under(name: str, keep: Sequence[str]) -> bool:
 
 
 def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
-    """Freeze all but the kept parameters, and return these.
+    """Freeze all except the kept parameters, and return the kept ones.
 
     Raises
     ------
@@ -135,7 +135,7 @@ def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
         if not any(under(name, [kept]) for name in named):
             tops = sorted({name.split(".")[0] for name in named})
             raise TargetError(
-                f"--keep-trainable {kept}: the model has no such parameter or module; at its top are {tops}"
+                f"--keep-trainable {kept}: the model has no such parameter or module; its top-level parts are {tops}"
             )
     found = []
     for name, parameter in named.items():
@@ -146,7 +146,7 @@ def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
 
 
 def samples_digest(parts: Mapping[str, Part], batch: int = 256) -> str:
-    """SHA-256 of labels and inputs as the model sees them: tokens, or normalised pixels."""
+    """Return the SHA-256 of labels and model inputs: tokens, or normalised pixels."""
     seen = hashlib.sha256()
     for name, part in parts.items():
         seen.update(name.encode())
@@ -159,12 +159,12 @@ def samples_digest(parts: Mapping[str, Part], batch: int = 256) -> str:
     return seen.hexdigest()
 
 
-# What a transformers config says of where a model came from, and not of what it is.
+# Fields of a transformers config that describe the origin of a model rather than the model.
 _ORIGIN = ("_name_or_path", "transformers_version", "architectures")
 
 
 def base_digest(model: nn.Module, drawn: Iterable[str] = ()) -> str:
-    """SHA-256 of a model's modules, their settings and its weights, but for those that are initialised randomly."""
+    """Return the SHA-256 of a model's modules, settings and weights, except randomly initialised ones."""
     drawn = tuple(drawn)
     seen = hashlib.sha256(repr(model).encode())
     config: Any = getattr(model, "config", None)

@@ -1,4 +1,4 @@
-"""Results as JSON lines: one for each finished training, written atomically."""
+"""Results as JSON lines: one per finished training, written atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["FORMAT", "Results", "machine", "read_lines"]
 
 FORMAT = "tnadapt finetune 1"
 _BEGINNING = f'{{"format": "{FORMAT}", '.encode()
-# What is read of a line of a training.
+# The required fields of a training's line.
 _FIELDS = {
     "key", "config", "seed", "rate", "parameters", "kept", "diverged", "validation", "validation_loss", "test",
     "predictions", "seconds",
@@ -29,33 +29,34 @@ _FIELDS = {
 class Results:
     """The results of one study, in a file that grows by whole lines.
 
-    The first line has the study's settings and their digest. Then come lines with ``session``, one each time that the
-    job is started (machine, versions), and lines with ``key``, one a finished training. A line that was not finished
-    when the process was killed is dropped.
+    The first line has the study's settings and their digest. It is followed by lines with ``session``, one for each run
+    (machine, versions), and lines with ``key``, one for each finished training. An incomplete last line, left by a
+    killed process, is dropped.
 
     Parameters
     ----------
     path : Path
-        Made if it is not there.
+        Created if it does not exist.
     study : mapping
-        All that a training's outcome depends on but for method, seed and rate. Lines of another study are refused.
+        Everything that a training's outcome depends on, except method, seed and rate. A file of another study is
+        rejected.
     fresh : bool
-        Begin anew, whatever study the file has.
+        Start over, whatever study the file has.
     fields : set of str
-        What a line of a training must have, beside ``key``, to be read.
+        Required fields of a training's line, in addition to ``key``.
 
     Attributes
     ----------
     records : dict of str to dict
         The finished trainings by key.
     dropped : list of str
-        The adapters' files of the lines that were there before a fresh beginning.
+        Adapter files named in the lines that a fresh start discarded.
 
     Raises
     ------
     FileError
-        If the file is no such file, is damaged before its last line, belongs to another study, is in use by another
-        process, or cannot be written.
+        If the file is not a results file, is damaged before its last line, belongs to another study, is in use by
+        another process, or cannot be written.
     """
 
     def __init__(self, path: Path, study: Mapping[str, Any], fresh: bool = False, fields: Set[str] = _FIELDS) -> None:
@@ -64,7 +65,7 @@ class Results:
         self.dropped: list[str] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: what a full disk did not take must not be tried again by the next line, or by close.
+            # Unbuffered: bytes that a full disk rejected must not be written again by the next line or by close.
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (kept open, and locked, until close)
         except OSError as error:
             raise FileError(
@@ -83,7 +84,7 @@ class Results:
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         if not content.startswith(_BEGINNING[: len(content)]):
-            raise FileError(f"{self.path} is no file of results; move it away, or give another folder with --out")
+            raise FileError(f"{self.path} is not a results file; move it away, or give another folder with --out")
         lines = content[:whole].splitlines()
         if fresh or not lines:
             self.dropped = re.findall(r'"adapter": "([\w.-]+)"', content.decode("utf-8", "replace"))
@@ -95,7 +96,7 @@ class Results:
             what = _difference(found[0].get("study"), study)
             raise FileError(
                 f"{self.path} has the results of another study ({what}); "
-                "give another folder with --out, or --fresh to start anew"
+                "give another folder with --out, or --fresh to start over"
             )
         self._file.truncate(whole)
         self.records = {line["key"]: line for line in found[1:] if "key" in line}
@@ -124,16 +125,16 @@ class Results:
             raise FileError(f"cannot write results to {self.path}: {error.strerror}") from None
 
     def begin_session(self, **more: Any) -> None:
-        """Note that the job was started, and where."""
+        """Record that a run started, and on which machine."""
         self._append({"session": {**machine(), **more}})
 
     def add(self, record: dict[str, Any]) -> None:
-        """Write a finished training; it is on the disk when this returns."""
+        """Write a finished training; it is on disk when this returns."""
         self._append(record)
         self.records[record["key"]] = record
 
     def close(self) -> None:
-        """Let others write."""
+        """Close the file and release its lock."""
         self._file.close()
 
     def __enter__(self) -> Results:
@@ -144,21 +145,21 @@ class Results:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The whole lines of a file of results; one that was not finished when a process was killed is dropped.
+    """Read the complete lines of a results file; an incomplete last line, left by a killed process, is dropped.
 
     Raises
     ------
     OSError
         If it cannot be read.
     ValueError
-        If a line is none of JSON's objects.
+        If a line is not a JSON object.
     """
     content = Path(path).read_bytes()
     found = []
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         one = json.loads(line)
         if not isinstance(one, dict):
-            raise ValueError(f"line {number} is no object")
+            raise ValueError(f"line {number} is not a JSON object")
         found.append(one)
     return found
 
@@ -166,18 +167,18 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _lock(file: Any, path: Path) -> None:
     try:
         import fcntl
-    except ImportError:  # not a Unix: two at once are not noticed
+    except ImportError:  # not Unix: two writers at once are not detected
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise FileError(f"{path} is being written by another process; wait for it, or give another --out") from None
-    except OSError:  # some network disks have no locks
+    except OSError:  # some network file systems do not support locks
         return
 
 
 def _difference(there: Any, here: Mapping[str, Any]) -> str:
-    """What two studies do not agree in."""
+    """Describe how two studies differ."""
     there = there if isinstance(there, dict) else {}
     names = sorted({*there, *here})
     found = [
@@ -194,7 +195,7 @@ def _short(value: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that numbers may depend on, and no names of hosts or users."""
+    """Return the machine and versions that results may depend on, without names of hosts or users."""
     versions = {"python": platform.python_version()}
     for name in ("tnadapt", "numpy", "torch", "scikit-learn", "transformers", "timm", "datasets"):
         try:

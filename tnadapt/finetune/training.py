@@ -1,4 +1,4 @@
-"""One training: a method, a seed and a rate; what came out, as a line of results."""
+"""One training with a method, a seed and a rate; its outcome is a result line."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ from .problem import Problem, free
 __all__ = ["Task", "Training", "checked_rates", "predictions_digest", "train", "usable_device"]
 
 
-# Results of a study are known by its settings: those that were written before these fields were there stay its own.
+# Fields added later. They are left out of a study's settings while they have their defaults, so that the digest of
+# results written before these fields existed still matches.
 _LATER = ("optimiser", "shape", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How every method is trained, the same for all.
+    """The settings of a training, the same for all methods.
 
     Attributes
     ----------
     epochs, batch : int
     targets : str or tuple of str
-        As :func:`tnadapt.torch.attach` takes them.
+        As in :func:`tnadapt.torch.attach`.
     device : str
     warmup, weight_decay, clip, optimiser, shape
         See :class:`~tnadapt.finetune.loop.Schedule`.
     steps : int, optional
         Instead of epochs.
     keep_references : bool
-        Whether the adapter of a reference, such as the dense update, is saved like all others.
+        Whether adapters of references, such as the dense update, are saved, too.
     """
 
     epochs: int
@@ -59,11 +60,11 @@ class Training:
     keep_references: bool = False
 
     def schedule(self, rate: float) -> Schedule:
-        """For one rate."""
+        """Return the schedule for one rate."""
         return Schedule(rate, self.warmup, self.weight_decay, self.clip, self.optimiser, self.shape)
 
     def settings(self) -> dict[str, Any]:
-        """What the outcome of a training depends on; what came later only where it is not as it was before."""
+        """Return the settings that the outcome depends on; fields in ``_LATER`` only if not at their default."""
         found = dataclasses.asdict(self)
         del found["device"], found["keep_references"]
         usual = {field.name: field.default for field in dataclasses.fields(self)}
@@ -85,17 +86,17 @@ class Task:
 
     @property
     def key(self) -> str:
-        """What tells its line of results from others of the same study."""
+        """The key of its result line, unique within a study."""
         return hashlib.sha256(repr((self.settings(), self.seed, self.rate)).encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any] | None:
-        """The config with this seed, as JSON keeps it."""
+        """Return the config with this seed as JSON values; None for the head alone."""
         if self.method.config is None:
             return None
         return self.method.config.replace(seed=self.seed).to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """What a line of results says of it."""
+        """Return the fields of a result line that describe the task."""
         return {
             "key": self.key,
             "family": self.method.family,
@@ -106,13 +107,13 @@ class Task:
         }
 
     def file_name(self) -> str:
-        """Of its adapter."""
+        """Return the file name of its adapter."""
         words = re.findall(r"[a-z0-9.]+", self.method.name.lower())
         return f"{'-'.join([*words, self.key])}.safetensors"
 
 
 def checked_rates(rates: Sequence[float]) -> None:
-    """Whether all are rates.
+    """Raise an error unless all are valid learning rates.
 
     Raises
     ------
@@ -123,28 +124,28 @@ def checked_rates(rates: Sequence[float]) -> None:
     --------
     >>> checked_rates([0.1, -1.0])
     Traceback (most recent call last):
-    tnadapt.errors.TnadaptError: a learning rate is a finite number above 0; got -1.0
+    tnadapt.errors.TnadaptError: a learning rate must be a finite number above 0; got -1.0
     """
     for rate in rates:
         if not (math.isfinite(rate) and rate > 0):
-            raise TnadaptError(f"a learning rate is a finite number above 0; got {rate}")
+            raise TnadaptError(f"a learning rate must be a finite number above 0; got {rate}")
     if not rates:
         raise TnadaptError("there is no learning rate; give at least one")
 
 
 def usable_device(name: str | None) -> str:
-    """A device's name, if it can be used; CUDA where there is, else the CPU, for None.
+    """Return a device's name if it is usable; for None, CUDA if available, else the CPU.
 
     Raises
     ------
     TnadaptError
-        If there is no such device here.
+        If the device is not available.
     """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except Exception as error:  # torch raises several kinds of it
+    except Exception as error:  # torch raises several kinds of errors
         raise TnadaptError(f"no device {safe_repr(name)} here: {str(error).splitlines()[0][:200]}") from None
     return name
 
@@ -164,14 +165,14 @@ def train(
     task : Task
     training : Training
     adapters : Path, optional
-        A folder to save the adapter in (of references, none is saved).
+        A folder to save the adapter in (references are not saved unless ``training.keep_references``).
     progress : callable
-        Is told the fraction of steps that are done.
+        Called with the fraction of steps done.
 
     Returns
     -------
     dict
-        A line of results, as JSON keeps it. ``test`` is measured once, after the last step; nothing is chosen by it.
+        A result line of JSON values. ``test`` is measured once, after the last step; nothing is chosen by it.
     """
     began = time.perf_counter()
     device = torch.device(training.device)
@@ -190,7 +191,7 @@ def train(
                 raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         value = math.nan if parameters else 0.0
-        # Under a head that is frozen, there is nothing to train without an adapter.
+        # With a frozen head and no adapter, there is nothing to train.
         steps = fit(
             model, problem.logits, problem.parts["training"], parameters, training.schedule(task.rate),
             training.epochs, training.batch, device, training.steps,
@@ -220,7 +221,7 @@ def train(
 
 
 def _measured(problem: Problem, model: nn.Module, device: torch.device, batch: int) -> dict[str, Any]:
-    """Accuracies, and losses, which are None where they are not finite."""
+    """Measure accuracies and losses; losses that are not finite are None."""
     found: dict[str, Any] = {}
     for name in ("validation", "test"):
         part = problem.parts[name]
@@ -237,7 +238,7 @@ def _finite(value: float) -> float | None:
 
 
 def predictions_digest(logits: Tensor) -> str:
-    """SHA-256 of the predicted classes, in order.
+    """Return the SHA-256 of the predicted classes, in order.
 
     Examples
     --------

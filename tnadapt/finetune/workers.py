@@ -1,6 +1,6 @@
-"""Trainings side by side, each in a process of its own with its own model.
+"""Parallel trainings, each in a separate process with its own model.
 
-What a training is, is not known here: a :class:`Work` says it, which every process is sent and opens for itself.
+This module does not depend on what a training is: every process receives a :class:`Work` and opens it.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ __all__ = ["Do", "Work", "cores", "run_tasks", "threads_each"]
 Progress = Callable[[Task, float], None]
 
 Do = Callable[[Task, Callable[[float], None]], dict[str, Any]]
-"""Does a task, tells the fraction that is done, and returns its line of results."""
+"""Runs a task, reports the fraction done, and returns its result line."""
 
 #: Seconds between two reports of one training.
 _PERIOD = 0.1
 
 
 class Work(Protocol):
-    """What every process is sent: small, and to be pickled."""
+    """The work that is sent to every process: small and picklable."""
 
     def open(self) -> Do:
-        """Load model and data."""
+        """Load model and data; return the function that runs a task."""
         ...
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
@@ -54,7 +54,7 @@ def cores() -> int:
 
 
 def threads_each(wanted: int | None, jobs: int) -> int:
-    """How many threads each of so many trainings at once gets: so many as it wants, or an equal share of all."""
+    """Return the threads of each of ``jobs`` parallel trainings: as many as wanted, or an equal share of all."""
     return wanted or max(1, torch.get_num_threads() // max(1, jobs))
 
 
@@ -66,26 +66,26 @@ def run_tasks(
     wanted: int | None = None,
     progress: Progress = lambda task, done: None,
 ) -> Generator[tuple[Task, dict[str, Any]]]:
-    """Do every task, and yield each with its line of results as it is finished.
+    """Run all tasks, and yield each with its result line when it is finished.
 
     Parameters
     ----------
     do : callable
-        Does a task in this process.
+        Runs a task in this process.
     work : Work
-        What other processes make the same of.
+        From which other processes open the same callable.
     tasks : sequence of Task
     jobs : int
-        How many at once; with 1 they are done in this process.
+        Number of parallel tasks; with 1 they run in this process.
     wanted : int, optional
-        Threads that a training wants; see :func:`threads_each`.
+        Threads per training; see :func:`threads_each`.
     progress : callable
-        Is told a task and the fraction of it that is done.
+        Called with a task and the fraction done.
 
     Raises
     ------
     TnadaptError
-        If a task cannot be done, or a worker dies.
+        If a task fails, or a worker dies.
     """
     jobs = min(jobs, len(tasks))
     share = threads_each(wanted, jobs)
@@ -101,7 +101,7 @@ def run_tasks(
 def _side_by_side(
     work: Work, tasks: Sequence[Task], jobs: int, share: int, progress: Progress
 ) -> Generator[tuple[Task, dict[str, Any]]]:
-    context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along, broken
+    context = multiprocessing.get_context("spawn")  # fork is unsafe with torch's threads
     told: SimpleQueue[tuple[int, float]] = context.SimpleQueue()
     stopped, stop = context.Pipe(duplex=False)
     pool = futures.ProcessPoolExecutor(jobs, context, _begin, (work, share, told, stopped))
@@ -114,20 +114,20 @@ def _side_by_side(
             while not told.empty():
                 place, fraction = told.get()
                 progress(tasks[place], fraction)
-            # What is finished comes first, so that a failure loses none of it; else in the order of the tasks.
+            # Finished results are yielded before a failure is raised, so that none is lost; else in the order of tasks.
             for future in sorted(filter(done.__contains__, waiting), key=lambda one: one.exception() is not None):
                 record = future.result()
                 yield waiting.pop(future), record
     except BrokenProcessPool:
-        # They are taken in order: these, and no others, were running.
+        # Tasks start in order, so exactly these were running.
         names = "; ".join(task.method.name for task in list(waiting.values())[:jobs])
         raise TnadaptError(
-            f"a worker ended by itself while this was trained: {names}; if memory was short, use --jobs 1; in a script "
-            "of your own, start under if __name__ == '__main__'. What is finished is kept: the same command goes on "
-            "from there"
+            f"a worker died while this was trained: {names}; if memory was short, use --jobs 1; in a script, run the "
+            "study under if __name__ == '__main__'. Finished trainings are kept: run the same command again to continue"
         ) from None
     finally:
-        # The executor would wait for trainings that run, and for interpreters that take seconds to clear torch away.
+        # Without this the executor would wait for running trainings, and for interpreters that take seconds to unload
+        # torch.
         stop.send_bytes(b"stop")
         pool.shutdown(cancel_futures=True)
 
@@ -136,7 +136,7 @@ def _side_by_side(
 
 
 class _Worker:
-    """What a worker process keeps from one training to the next: its model and data above all."""
+    """The state that a worker process keeps between trainings: mainly its model and data."""
 
     def __init__(self, work: Work, told: SimpleQueue[tuple[int, float]]) -> None:
         self.told = told
@@ -159,7 +159,7 @@ _worker: _Worker
 
 def _begin(work: Work, share: int, told: SimpleQueue[tuple[int, float]], stopped: Connection) -> None:
     global _worker
-    # Ctrl-C is for the parent, which then ends this process.
+    # Ctrl-C is handled by the parent, which then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_when_told, args=(stopped,), daemon=True).start()
     torch.set_num_threads(share)
@@ -169,7 +169,7 @@ def _begin(work: Work, share: int, told: SimpleQueue[tuple[int, float]], stopped
 def _train(place: int, task: Task) -> dict[str, Any]:
     try:
         return _worker.train(place, task)
-    # As text: not every exception can be pickled and be the same again, and one that cannot breaks the executor.
+    # As text: not every exception survives pickling, and one that fails to unpickle breaks the executor.
     except TnadaptError as error:
         raise TnadaptError(str(error)) from None
     except Exception:
@@ -177,7 +177,7 @@ def _train(place: int, task: Task) -> dict[str, Any]:
 
 
 def _end_when_told(stopped: Connection) -> None:
-    """End this process in the middle of a training: the parent says so, or is gone, killed even."""
+    """End this process, even during a training, when the parent says so or has died."""
     parent = multiprocessing.parent_process()
     wait([stopped, *([] if parent is None else [parent.sentinel])])
     os._exit(1)

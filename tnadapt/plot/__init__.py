@@ -1,4 +1,4 @@
-"""Pictures. matplotlib is imported inside the functions, and draws into files: no window, no global state."""
+"""Plots. matplotlib is imported inside the functions and draws only into files: no window, no global state."""
 
 from ._accuracy import Mark, pareto
 from ._counts import parameters

@@ -1,4 +1,4 @@
-"""Accuracy against parameters, with the front."""
+"""The plot of accuracy against parameters, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ __all__ = ["Mark", "pareto"]
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """One method in a picture of accuracy against parameters.
+    """One method in a plot of accuracy against parameters.
 
     Attributes
     ----------
     family : str
-        Gives colour and shape.
+        Determines colour and shape.
     label : str
-        Written beside the mark where it is on the front.
+        Written next to the mark if it is on the front.
     parameters : int
-        0 is drawn as a line of reference, as is the family ``dense``.
+        0 is drawn as a reference line, as is the family ``dense``.
     accuracies : tuple of float
-        One a seed, 0 to 1.
+        One per seed, 0 to 1.
     front : bool
+        Whether it is on the Pareto front.
 
     Examples
     --------
@@ -45,7 +46,7 @@ class Mark:
 
     @property
     def mean(self) -> float:
-        """In percent."""
+        """Mean accuracy in percent."""
         return 100 * statistics.fmean(self.accuracies)
 
     @property
@@ -61,9 +62,9 @@ def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "",
     ----------
     marks : sequence of Mark
     path : path-like
-        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+        Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     title, note : str
-        Above, and small below.
+        Text above the plot, and small text below.
 
     Raises
     ------
@@ -72,7 +73,7 @@ def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "",
 
     Examples
     --------
-    Two methods and the line of the head alone::
+    Two methods and the reference line of the head alone::
 
         marks = [
             Mark("LoRA", "r = 1", 1024, (0.8, 0.82)),
@@ -150,7 +151,7 @@ def _family(axes: Any, family: str, marks: Sequence[Mark], points: Sequence[Mark
     size = 9.0 if shape in "*P" else 6.5
     style = {"linestyle": "none", "marker": shape, "color": colour}
     for mark in marks:
-        # What is on the front has a dark edge, so that it is told from what is beaten.
+        # Marks on the front have a dark edge, to distinguish them from dominated ones.
         axes.errorbar(
             [mark.parameters], [mark.mean], yerr=[mark.spread] if mark.spread else None, ecolor=colour, elinewidth=1.0,
             markersize=size + 1.5 * mark.front, markeredgecolor=INK if mark.front else "white",
@@ -160,11 +161,11 @@ def _family(axes: Any, family: str, marks: Sequence[Mark], points: Sequence[Mark
 
 
 def _labels(axes: Any, points: Sequence[Mark]) -> None:
-    """The settings of what is on the front, to its upper left, where by its nature nothing is."""
+    """Label the marks on the front at their upper left, where by definition of the front there are no other marks."""
     last = -math.inf
     low, high = axes.get_ylim()
     for mark in sorted((mark for mark in points if mark.front and mark.label), key=lambda mark: mark.parameters):
-        # Of two at almost one height, the second is drawn higher.
+        # If two are at almost the same height, the second label moves up.
         height = max(mark.mean + mark.spread, last + 0.028 * (high - low))
         last = height
         axes.annotate(

@@ -1,4 +1,4 @@
-"""Parameters against rank, a line an order: the paper's figure 2."""
+"""The plot of parameters against rank, one line per order: the paper's figure 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .canvas import INK, PALE, figure, quiet, saved
 
 __all__ = ["counted", "parameters"]
 
-# From dark to light as the order grows, and light enough to print, dark enough to read.
+# From dark to light as the order grows.
 _COLOURS = ("#1B2A6B", "#1F6F9F", "#2A9D8F", "#8AB446", "#E9A23B", "#D1495B")
 
 Shapes = Sequence[tuple[int, int]]
@@ -27,20 +27,21 @@ def parameters(
     ranks: int = 128,
     title: str = "",
 ) -> None:
-    """Draw the number of parameters against the rank into a file, a line for each order of the fold.
+    """Draw the number of parameters against the rank into a file, one line for each order of the fold.
 
     Parameters
     ----------
     shapes : sequence of (rows, cols)
-        Of the weights; they are one group, folded to a hypercube, with a CP factorisation.
+        Shapes of the weights, which form one group, folded to a hypercube, with a CP factorisation.
     path : path-like
-        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+        Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     budget : int, optional
-        A line across, with the largest rank of each order that stays below it; none where it is all elements or more.
+        Drawn as a horizontal line, with the largest rank of each order within the budget; not drawn if it is at least
+        the number of elements.
     orders : sequence of int
-        M.
+        The orders M.
     ranks : int
-        The largest rank drawn.
+        The largest rank to draw.
     title : str
 
     Raises
@@ -62,7 +63,7 @@ def parameters(
     axes.grid(axis="y", which="major", color="#E6E6E6", linewidth=0.7)
     ranks = _useful(shapes, orders, ranks, size)
     lora = _below(_line(Config(), shapes, ranks), size)
-    lines = [("LoRA, a group a weight", "#666666", lora)]
+    lines = [("LoRA, one group per weight", "#666666", lora)]
     for place, order in enumerate(orders):
         lines.append((f"M = {order}", _COLOURS[place % len(_COLOURS)], _below(counted(shapes, order, ranks), size)))
     for place, (_, colour, line) in enumerate(lines):
@@ -89,7 +90,7 @@ def parameters(
 
 
 def counted(shapes: Shapes, order: int, ranks: int) -> Iterator[tuple[int, int]]:
-    """(rank, parameters) of one group of all weights, folded to that order.
+    """Yield (rank, parameters) of a single group of all weights, folded to an order.
 
     Examples
     --------
@@ -105,13 +106,13 @@ def _line(config: Config, shapes: Shapes, ranks: int) -> Iterator[tuple[int, int
 
 
 def _useful(shapes: Shapes, orders: Sequence[int], ranks: int, size: int) -> int:
-    """The rank up to which some order has fewer parameters than there are elements."""
+    """Return the rank up to which at least one order has fewer parameters than there are elements."""
     firsts = [next(counted(shapes, order, 1))[1] for order in orders]
     return max(2, min(ranks, size // min(firsts)))
 
 
 def _below(line: Iterator[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """The line as far as it has fewer parameters than there are elements; one point at least."""
+    """Return the points of a line with at most as many parameters as elements, at least one."""
     points = list(line)
     return [point for point in points if point[1] <= size] or points[:1]
 
@@ -121,7 +122,7 @@ def _level(axes: Any, height: float, colour: str, style: Any) -> None:
 
 
 def _fits(axes: Any, within: Sequence[tuple[int, int]], ranks: int, colour: str) -> None:
-    """The last point of a line that the budget has room for."""
+    """Mark the last point of a line within the budget."""
     if not within:
         return
     rank, count = within[-1]
@@ -134,7 +135,7 @@ def _fits(axes: Any, within: Sequence[tuple[int, int]], ranks: int, colour: str)
 
 
 def _name(axes: Any, ends: Sequence[tuple[tuple[int, int], str, str]]) -> None:
-    """Each line by its name, right of its end; of two that would be one on the other, one is moved up."""
+    """Write each line's name to the right of its end; if two would overlap, one moves up."""
     counts = [count for (_, count), _, _ in ends]
     apart = max(1.05, (max(counts) / min(counts)) ** 0.04)
     taken: list[tuple[int, float]] = []

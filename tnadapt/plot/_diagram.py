@@ -1,4 +1,4 @@
-"""The tensor network of one group, and what becomes of its tensor, in their places: numbers and words, nothing drawn.
+"""The layout of a group's diagram: its tensor network and the steps to the weights, with positions. Draws nothing.
 
 Lengths are inches.
 """
@@ -20,18 +20,19 @@ from ._split_diagram import MODES, laid_out
 
 __all__ = ["Diagram", "FlowStep", "KeyEntry", "diagram"]
 
-# Of more splits than this the first few are drawn, and the last one.
+# Of more than _SPLITS splits only the first few and the last are drawn.
 _SPLITS, _FIRST = 5, 3
-# Splits go on in another row beyond the widest; the margin, the width of a sign between splits, and their padding.
+# The widest row of splits (more continue in another row), the narrowest diagram, the margin, the width of a sign
+# between splits, and the padding of a split.
 _WIDEST, _NARROWEST, _MARGIN, _BETWEEN, _INSIDE = 10.5, 5.2, 0.3, 0.5, 0.14
-# A line in a box, an arrow, the name above a split, and what stands for splits that are left out.
+# Heights of a line in a box, an arrow and the name above a split; width of the ellipsis for omitted splits.
 _LINE, _ARROW, _NAME, _GAP = 0.165, 0.36, 0.36, 0.6
 _STEP_POINTS, _KEY_POINTS = 8.5, 7.5
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowStep:
-    """What becomes of the network: a box, and the arrow that leads to it from above with a note beside it."""
+    """A step from the network to the weights: a box, and the arrow to it from above with a note."""
 
     lines: tuple[str, ...]
     note: str = ""
@@ -40,18 +41,18 @@ class FlowStep:
 
     @property
     def width(self) -> float:
-        """Of the box."""
+        """Width of the box."""
         return max(wide(line, _STEP_POINTS) for line in self.lines) + 0.36
 
     @property
     def height(self) -> float:
-        """Of the box."""
+        """Height of the box."""
         return _LINE * len(self.lines) + 0.16
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyEntry:
-    """What one kind of node is, in the key: the left end of its sign."""
+    """An entry of the key: a kind of node, its text, and the left end of its sign."""
 
     kind: str
     text: str
@@ -61,29 +62,29 @@ class KeyEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Diagram:
-    """All that is drawn of one group, in its place; y is 0 at the top and falls.
+    """The complete diagram of one group with positions; y is 0 at the top and negative below.
 
     Attributes
     ----------
-    parts : tuple of Part
+    parts : tuple of SplitDrawing
         The splits of one term.
     signs : tuple of Label
-        What stands between and beside them.
+        Signs and text between and next to the splits.
     frames : tuple of (float, float, float, float)
-        Left, bottom, right and top of each of several splits.
+        Left, bottom, right and top of each split, if there are several.
     brackets : tuple of (float, float, float, float) or None
-        Left, bottom, right and top of what is summed over terms.
+        Left, bottom, right and top of the part that is summed over terms.
     brace : (float, float, float)
         Left, right and height of the line below the network, from which the arrows start.
-    steps : tuple of Step
-        What becomes of it.
-    key : tuple of Entry
+    steps : tuple of FlowStep
+        The steps from the tensor to the weights.
+    key : tuple of KeyEntry
     words : str
-        How many parameters are trained.
+        The number of trained parameters as text.
     parameters : int
-        Those of the group.
+        Parameters of the group.
     splits_left_out : int
-        Splits that are not drawn.
+        Number of splits that are not drawn.
     width, height : float
     """
 
@@ -102,7 +103,7 @@ class Diagram:
 
 
 def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
-    """Nodes, bonds and legs of one group, and what becomes of its tensor.
+    """Lay out the nodes, bonds and legs of one group, and the steps from its tensor to the weights.
 
     Parameters
     ----------
@@ -121,7 +122,7 @@ def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
 
     Examples
     --------
-    LoRA is two factors; the dot gives both one index of 4:
+    LoRA has two factors, which share one index of size 4 through a dot:
 
     >>> import tnadapt as tna
     >>> found = diagram(tna.SuperLoRA(tna.presets.lora(rank=4), [(768, 512)]))
@@ -174,7 +175,7 @@ class _Splits:
         self.terms = "" if network.terms == 1 else f"{network.terms:,} terms"
         shown: list[int | None] = [*parts]
         if hidden:
-            shown.insert(len(shown) - 1, None)  # what is left out
+            shown.insert(len(shown) - 1, None)  # stands for the omitted splits
         self.rows = [shown]
         if self._width(shown) > _WIDEST:
             self.rows = []
@@ -183,7 +184,7 @@ class _Splits:
                 if None in (k, row[-1]) or self._width([*row, k]) > _WIDEST - _BETWEEN:
                     self.rows.append([])
                 self.rows[-1].append(k)
-        # Rows begin with the sign that joins them to the one above: all of them have room for it.
+        # Every row after the first begins with the sign that joins it to the row above; all rows leave room for it.
         self.lead = _BETWEEN if len(self.rows) > 1 else 0.0
         self.block = self.lead + max(self._width(row) for row in self.rows)
         self.inner = self.block + (0.2 if self.terms else 0.0)
@@ -200,7 +201,7 @@ class _Splits:
         return sum(map(self._outer_width, row)) + _BETWEEN * (len(row) - 1)
 
     def place(self, middle: float, top: float) -> float:
-        """All in their places below a height; how far down they go."""
+        """Place all splits below a height; return the height of their lower end."""
         bottom = top
         for number, row in enumerate(self.rows):
             bottom = self._row(row, middle - self.block / 2, bottom - (0.1 if number else 0.0))
@@ -232,7 +233,7 @@ class _Splits:
         return bottom
 
     def _left_out(self, x: float, y: float, beside: bool) -> None:
-        """Beside splits, or in a row of their own."""
+        """Add the note on omitted splits, next to other splits or in a separate row."""
         count = f"{self.hidden} more"
         if not beside:
             self.signs.append(Label("⋯", x + 0.15, y, 14.0, role="sign"))
@@ -250,7 +251,7 @@ class _Splits:
 
 
 def _key(kinds: Sequence[str], width: float) -> tuple[tuple[KeyEntry, ...], float]:
-    """What the signs are, in lines of the width, and where they end."""
+    """Lay out the key in lines of a width; return its entries and the height of their lower end."""
     x, y, found = _MARGIN, -0.1, []
     for kind in kinds:
         text = KINDS[kind][1]
@@ -271,7 +272,7 @@ def _words(plan: SuperLoRA, group: Group) -> str:
 
 
 def _number(count: int) -> str:
-    """Nearly, where nobody reads all digits.
+    """Format a count; approximately, if it is too long to read.
 
     Examples
     --------
@@ -286,7 +287,7 @@ def _plural(count: int, word: str) -> str:
 
 
 def _times(sizes: Sequence[int]) -> str:
-    """Sizes of a tensor; of many modes the first few and the last.
+    """Format the sizes of a tensor; of many modes only the first few and the last.
 
     Examples
     --------
@@ -299,7 +300,7 @@ def _times(sizes: Sequence[int]) -> str:
 
 
 def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
-    """From the network to the weights."""
+    """Return the steps from the network to the weights."""
     network, projection = group.network, group.projection
     tensor = "tensor" if len(network.sizes) > 1 else "vector of"
     steps = [FlowStep((f"{tensor} {_times(network.sizes)}",), _combined(network))]
@@ -319,7 +320,7 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
 
 
 def _combined(network: Network) -> str:
-    """What is done with the network as it is drawn."""
+    """Describe what is done to the result of the drawn network: cropping and scaling."""
     found = []
     if network.kronecker:
         made = tuple(math.prod(sizes) for sizes in zip(*(split.sizes for split in network.splits), strict=True))
@@ -331,7 +332,7 @@ def _combined(network: Network) -> str:
 
 
 def _covered(plan: SuperLoRA, pieces: Sequence[Piece]) -> Iterator[str]:
-    """Which weights a group has elements of."""
+    """Describe the weights that a group has elements of, in two lines."""
     weights = [piece.weight for piece in pieces]
     cut = [piece.weight for piece in pieces if piece.length < math.prod(plan.shapes[piece.weight])]
     if len(weights) == 1:
@@ -346,7 +347,7 @@ def _covered(plan: SuperLoRA, pieces: Sequence[Piece]) -> Iterator[str]:
 
 
 def _runs(numbers: Iterable[int]) -> str:
-    """Numbers, in order, those in a row as a range.
+    """Format numbers in order, consecutive ones as a range.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Where a plan puts each weight: the groups as bars, the weights as their pieces."""
+"""The plot of a plan's layout: groups as bars, weights as pieces of the bars."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .canvas import INK, PALE, figure, quiet, saved
 
 __all__ = ["layout"]
 
-# q, v and others, of Okabe and Ito; neighbours of one role are told apart by lighter and darker.
+# Colours of Okabe and Ito for q, v and others; neighbours of the same role alternate between lighter and darker.
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-# More bars than this are told in a line.
+# Of more bars than _MOST the middle is replaced by a line of text, before the _LAST few.
 _MOST, _LAST = 24, 3
-# Inches: the picture, its bars from side to side, and each with the space below it.
+# Inches: width of the plot, width of its bars, and height of a bar with the space below it.
 _WIDTH, _INCHES, _BAR = 10.0, 7.6, 0.5
 _HEIGHT = 0.62
 
@@ -39,31 +39,31 @@ def layout(
     roles: Sequence[str] | None = None,
     title: str = "",
 ) -> None:
-    """Draw which slice of which group each weight is into a file.
+    """Draw into a file which slice of which group each weight is.
 
     Parameters
     ----------
     plan : SuperLoRA
     path : path-like
-        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+        Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     names : sequence of str, optional
-        A short one a weight; their numbers if left out.
+        A short name per weight; their indices by default.
     roles : sequence of str, optional
-        One a weight: weights of one role have one colour.
+        One per weight: weights of the same role have the same colour.
     title : str
 
     Raises
     ------
     ShapeError
-        If there is not one name, or role, a weight.
+        If there is not exactly one name, or role, per weight.
     ImportError
         If matplotlib is not installed.
 
     Notes
     -----
-    A bar is a group, in the order of its vector. A piece that goes on in another group has an arrow at the edge where
-    it is cut. Hatched is what the folded tensor holds beyond the group; where F makes the group from a
-    shorter vector, that is told beside the bar.
+    A bar is a group, in the order of its vector. A piece that continues in another group has an arrow at the edge where
+    it is cut. The hatched part is the padding of the folded tensor beyond the group; where F computes the group from a
+    shorter vector, the text next to the bar says so.
 
     Examples
     --------
@@ -77,7 +77,7 @@ def layout(
     roles = [""] * weights if roles is None else list(roles)
     for what, given in (("names", names), ("roles", roles)):
         if len(given) != weights:
-            raise ShapeError(f"{what} has {len(given)} entries for {weights} weights; give one a weight")
+            raise ShapeError(f"{what} has {len(given)} entries for {weights} weights; give one per weight")
     bars, hidden = _bars(plan)
     lines = len(bars) + bool(hidden)
     drawn, axes = figure(_WIDTH, 1.4 + _BAR * lines)
@@ -103,7 +103,7 @@ def layout(
 
 
 def _bars(plan: SuperLoRA) -> tuple[list[_Bar], int]:
-    """The bars that are drawn, and how many are not."""
+    """Return the bars that are drawn, and the number of those that are not."""
     groups = list(enumerate(plan.groups))
     if len(groups) <= _MOST + 1:
         return [_Bar(index, group, -index) for index, group in groups], 0
@@ -114,7 +114,7 @@ def _bars(plan: SuperLoRA) -> tuple[list[_Bar], int]:
 
 
 def _length(group: Group) -> int:
-    """Of a bar: the group, and the padding where it is a folded tensor itself."""
+    """Return the length of a bar: the group, plus the padding of the folded tensor if there is no F."""
     return group.size if _projected(group) else math.prod(group.network.sizes)
 
 
@@ -131,7 +131,7 @@ def _told(group: Group) -> str:
 
 
 def _colours(roles: Sequence[str]) -> list[str]:
-    """Of each weight: the hue of its role, darker and lighter in turn."""
+    """Return each weight's colour: the hue of its role, alternately darker and lighter."""
     hues, seen = _hues(roles), dict.fromkeys(roles, 0)
     found = []
     for role in roles:
@@ -161,14 +161,14 @@ def _dark(colour: str) -> bool:
 
 
 class _Pieces:
-    """Draws pieces; keeps the names of those that are too narrow for them, for the line below the bar."""
+    """Draws pieces; collects the names that do not fit into narrow pieces, for the line below the bar."""
 
     def __init__(
         self, axes: Any, shapes: Sequence[tuple[int, int]], names: Sequence[str], colours: Sequence[str], inch: float
     ) -> None:
         self.axes, self.names, self.colours = axes, names, colours
         self.sizes = [math.prod(shape) for shape in shapes]
-        self.inch = inch  # elements
+        self.inch = inch  # in elements
         self.narrow: list[tuple[float, str]] = []
 
     def draw(self, bar: _Bar, piece: Piece) -> None:
@@ -191,7 +191,7 @@ class _Pieces:
             self._arrow(bar.y, piece.group_start + piece.length, -1, piece.length)
 
     def _arrow(self, y: float, edge: float, inward: int, length: int) -> None:
-        """At an edge where a weight is cut, pointing to where it goes on."""
+        """Draw an arrow at an edge where a weight is cut, pointing to where it continues."""
         at = edge + inward * min(0.07 * self.inch, length / 2)
         self.axes.plot(
             [at], [y - 0.19], marker="<" if inward > 0 else ">", markersize=5.5, color=INK, markeredgecolor="white",
@@ -199,7 +199,7 @@ class _Pieces:
         )  # fmt: skip
 
     def below(self, bar: _Bar) -> None:
-        """As many names of narrow pieces as fit, evenly."""
+        """Write below the bar as many names of narrow pieces as fit."""
         narrow, self.narrow = self.narrow, []
         if not narrow:
             return
@@ -219,7 +219,7 @@ class _Pieces:
 
 
 def _wide(name: str) -> float:
-    """Inches that a name takes."""
+    """Return the approximate width of a name in inches."""
     return 0.062 * len(name) + 0.08
 
 
@@ -243,7 +243,7 @@ def _frame(axes: Any, bars: Sequence[_Bar]) -> None:
 
 
 def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[str]) -> bool:
-    """What the colours and signs mean, as far as they are there; whether any is."""
+    """Draw a legend of the colours and signs that occur; return whether there is any."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -252,7 +252,7 @@ def _legend(axes: Any, plan: SuperLoRA, bars: Sequence[_Bar], roles: Sequence[st
         signs += [Patch(facecolor=_lighter(hue, 0.1), label=role or "others") for role, hue in _hues(roles).items()]
     if any(len(plan.layout.of_weight(piece.weight)) > 1 for bar in bars for piece in bar.group.pieces):
         style: dict[str, Any] = {"linestyle": "none", "marker": ">", "markersize": 5.5, "color": INK}
-        signs.append(Line2D([], [], label="goes on in another group", **style))
+        signs.append(Line2D([], [], label="continues in another group", **style))
     if any(_length(bar.group) > bar.group.size for bar in bars):
         signs.append(Patch(facecolor="#EFEFEF", edgecolor="#9A9A9A", hatch="//////", linewidth=0.0, label="padding"))
     if signs:

@@ -1,4 +1,4 @@
-"""One group as a tensor diagram: what is trained, what is summed over, what becomes of it."""
+"""The plot of one group as a tensor diagram: trained arrays, summed indices, and the steps from tensor to weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .canvas import INK, OTHERS, PALE, STYLES, figure, saved
 
 __all__ = ["network"]
 
-# Each kind has a shape of its own, too, for print in grey.
+# Each kind also has a different shape, for print in grey.
 _COLOURS = {
     "factor": STYLES["LoKr"][0],
     "core": STYLES["LoRTA"][0],
@@ -40,21 +40,21 @@ def network(
     title: str = "",
     note: str = "",
 ) -> None:
-    """Draw the tensor network of one group, and what becomes of its tensor, into a file.
+    """Draw the tensor network of one group, and the steps from its tensor to the weights, into a file.
 
     Parameters
     ----------
     config : Config
     shapes : sequence of (rows, cols)
-        Of the weights.
+        Shapes of the weights.
     path : path-like
-        Its suffix says the format: ``.png``, ``.pdf``, ``.svg``.
+        Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     layers : sequence of hashable, optional
-        One key a weight, for ``groups="layer"``.
+        One key per weight, for ``groups="layer"``.
     group : int
-        Which group, ``0 <= group < G``.
+        Index of the group, ``0 <= group < G``.
     title, note : str
-        Above, and small below.
+        Text above the plot, and small text below.
 
     Raises
     ------
@@ -67,13 +67,14 @@ def network(
 
     Notes
     -----
-    A node is an array, named as in ``param_shapes`` (:math:`A_0` is ``factor0``). A line between two is an index
-    that is summed over, with its size; an open one is a mode. A dot gives all its lines one index: the CP of a
-    rank r. Of several terms one is drawn. Of more than ten modes or five splits the first few and the last are.
+    A node is an array, named as in ``param_shapes`` (:math:`A_0` is ``factor0``). A line between two nodes is an index
+    that is summed over, with its size; an open line is a mode. A dot gives all its lines the same index, as in a CP
+    factorisation of rank r. Only one of several terms is drawn. Of more than ten modes or five splits, only the first
+    few and the last are drawn.
 
     Examples
     --------
-    LoRA of query and value of ViT-base::
+    LoRA of the query and value weights of ViT-base::
 
         network(tna.presets.lora(rank=4), [(768, 768)] * 24, "lora.svg", title="LoRA")
     """
@@ -120,7 +121,7 @@ def _part(axes: Any, part: SplitDrawing) -> None:
 
 
 def _line(axes: Any, start: tuple[float, float], stop: tuple[float, float]) -> None:
-    """Straight along an axis, else one that comes in from above."""
+    """Draw a line: straight along an axis, else a curve that ends from above."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -144,7 +145,7 @@ def _shape(kind: str, x: float, y: float, width: float, height: float) -> Any:
     if kind == "weights":
         half = 0.56 * width
         return Polygon([(x - half, y), (x, y + half), (x + half, y), (x, y - half)], **style)
-    # A core of a train, and an array of any network, have round corners, a dense array none.
+    # Cores and arrays of general networks have round corners, dense arrays have none.
     corner = {"train": 0.3, "core": 0.5, "dense": 0.0, "array": 0.3}[kind] * height / 2
     shape = f"round,pad=0,rounding_size={corner}" if corner else "square,pad=0"
     return FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle=shape, **style)
@@ -171,7 +172,7 @@ def _key(axes: Any, found: Diagram) -> None:
 
 
 def _frames(axes: Any, found: Diagram) -> None:
-    """Behind each of several splits, and the brackets of a sum."""
+    """Draw the frames behind several splits, and the brackets of a sum."""
     from matplotlib.patches import FancyBboxPatch
 
     for left, bottom, right, top in found.frames:

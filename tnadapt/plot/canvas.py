@@ -1,4 +1,4 @@
-"""What all pictures share: colours, a figure that is drawn into a file, axes that stay in the background."""
+"""Parts shared by all plots: colours, a figure that is drawn into a file, and unobtrusive axes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tnadapt.checkpoints.container import file_error_context
 
 __all__ = ["INK", "OTHERS", "PALE", "STYLES", "figure", "quiet", "saved"]
 
-# Colours of Okabe and Ito, which people of every colour vision tell apart, and a shape each for print in grey.
+# The colour-blind safe palette of Okabe and Ito, with different shapes for print in grey.
 STYLES: dict[str, tuple[str, str]] = {
     "LoRA": ("#0072B2", "s"),
     "LoKr": ("#56B4E9", "D"),
@@ -27,7 +27,7 @@ PALE = "#8A8A8A"
 
 
 def figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of so many inches, which draws into files, and its axes."""
+    """Create a figure of this size in inches that draws into files; return it and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,7 +37,7 @@ def figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def quiet(axes: Any) -> None:
-    """Axes of two sides, small ticks, and no more."""
+    """Reduce axes to two sides and small ticks."""
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8, length=3)
     axes.tick_params(which="minor", length=0)
@@ -48,24 +48,24 @@ def quiet(axes: Any) -> None:
 
 
 def saved(drawn: Any, path: str | os.PathLike[str]) -> None:
-    """Draw a figure into a file, which is there whole or as it was.
+    """Draw a figure into a file, which is replaced atomically.
 
     Parameters
     ----------
     drawn : matplotlib.figure.Figure
     path : path-like
-        Its suffix says the kind; without one it becomes ``.png``.
+        Its suffix determines the format; without one, ``.png`` is appended.
 
     Raises
     ------
     FileError
         If the file cannot be written.
     ValueError
-        If matplotlib knows no such kind of picture.
+        If matplotlib does not support the format.
     """
     place = os.fspath(path)
     kind = os.path.splitext(place)[1][1:]
-    if not kind:  # as matplotlib has it
+    if not kind:  # as matplotlib does
         kind, place = "png", place.rstrip(".") + ".png"
     content = io.BytesIO()
     drawn.savefig(content, format=kind)

@@ -1,4 +1,4 @@
-"""Verification, and tools for tests: the laws, Hypothesis strategies, and contract suites to inherit.
+"""Verification and test tools: the laws, Hypothesis strategies, and contract suites to inherit.
 
 >>> from hypothesis import given
 >>> from tnadapt.testing import plans

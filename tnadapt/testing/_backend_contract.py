@@ -22,12 +22,12 @@ __all__ = ["BackendContract"]
 
 
 class BackendContract:
-    """What every backend must do. Inherit, and give ``backend``.
+    """The tests of every backend. Inherit from it and set ``backend``.
 
     Attributes
     ----------
     backend : Backend
-        The one under test.
+        The backend under test.
 
     Examples
     --------
@@ -60,8 +60,8 @@ class BackendContract:
             try:
                 self.backend.dtype(dtype)
             except BackendError as error:
-                # JAX has a float64 that must be switched on. But nobody may say of what the library has that there is
-                # none, or refuse the one dtype that every library has.
+                # Refusing a dtype is allowed: JAX has a float64 that must be enabled first. But a backend must not deny
+                # a dtype that the library has, nor refuse float32, which every library has.
                 denied = hasattr(self.backend.xp, dtype) and "no floating dtype" in str(error)
                 if dtype == "float32" or denied:
                     raise
@@ -154,12 +154,12 @@ class BackendContract:
         assert b.astype(x, "float32") is x
 
     def _found(self, method: str, found: Any) -> Any:
-        """What an optional method returned; None where the backend lists it among what it lacks."""
+        """Return the result of an optional method, which must be None exactly if lacks() lists the method."""
         listed = self.backend.lacks(self._arange(1))
         assert listed <= set(OPTIONAL), f"lacks() lists {set(listed) - set(OPTIONAL)}; expected names of {OPTIONAL}"
         name = type(self.backend).__name__
         if method in listed:
-            assert found is None, f"{name}.{method} returned a result, though lacks() lists it: take it out there"
+            assert found is None, f"{name}.{method} returned a result, but lacks() lists it: remove it from lacks()"
         else:
             assert found is not None, f"{name}.{method} returned None: implement it, or list {method!r} in lacks()"
         return found
@@ -195,7 +195,7 @@ class BackendContract:
 
     def test_the_kernels_of_fastfood(self) -> None:
         for kind in (Linear, LinearV2):
-            # Of a length for which it is worth importing a compiler.
+            # Long enough for backends to compile a kernel.
             b, f = self.backend, kind(300, 9000, seed=5)
             forward, adjoint = both = functools.partial(f.forward_plain, b), functools.partial(f.adjoint_plain, b)
             x, y = self._arange(2, f.n_in), self._arange(2, f.n_out)

@@ -26,7 +26,7 @@ __all__ = ["checkable", "of_config"]
 
 # A central difference of step 1e-5 has an error of about 1e-10 of the value it differentiates.
 DIFFERENCE = 1e-6
-# A gibibyte in float64, of which several are needed.
+# Elements: a gibibyte in float64, of which several are needed.
 MOST = 1 << 27
 
 
@@ -38,18 +38,17 @@ def of_config(
     backend: Backend,
     rng: np.random.Generator,
 ) -> list[Law]:
-    """The laws of one config on one library.
+    """Check the laws of one config on one library.
 
     Parameters
     ----------
     label : str
-        The subject; where it is a name in :data:`tnadapt.testing._methods.METHODS`, that method's formula is compared
-        with, too.
+        The subject; if it is a name in :data:`tnadapt.testing._methods.METHODS`, that method's formula is checked, too.
     config, shapes, layers
         As for :class:`tnadapt.SuperLoRA`.
     backend : Backend
     rng : numpy.random.Generator
-        Of the parameters.
+        Source of the random parameters.
 
     Returns
     -------
@@ -66,7 +65,7 @@ def of_config(
 
 
 def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None) -> SuperLoRA:
-    """The plan of a config on weights that are few enough for its laws to be checked.
+    """Return the plan of a config, if it is small enough for its laws to be checked.
 
     Parameters
     ----------
@@ -81,7 +80,8 @@ def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequenc
     Raises
     ------
     ConfigError
-        If parameters and elements of updates are more than 2**27 together, or the config does not suit the shapes.
+        If there are more than 2**27 parameters and elements of updates in total, or the config does not suit the
+        shapes.
 
     Examples
     --------
@@ -92,14 +92,14 @@ def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequenc
     elements = plan.num_parameters + sum(rows * cols for rows, cols in plan.shapes)
     if elements > MOST:
         raise ConfigError(
-            f"{elements:,} parameters and elements of updates are too many to be checked, which takes some ten "
-            f"arrays of them in float64: give a smaller rank or smaller shapes, of at most {MOST:,} together"
+            f"{elements:,} parameters and elements of updates are too many to check, which takes about ten "
+            f"float64 arrays of that size: give a smaller rank or smaller shapes, at most {MOST:,} elements in total"
         )
     return plan
 
 
 class _Case:
-    """One config on one library."""
+    """The checks of one config on one library."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class _Case:
     def _slices(self, whole: np.ndarray) -> None:
         errors = []
         edges = np.cumsum([0, *(rows * cols for rows, cols in self.plan.shapes)])
-        # Errors are judged against the whole: a slice of it may be all but zero.
+        # Errors are relative to the whole, because a slice may be almost zero.
         scale = float(np.max(np.abs(whole))) or 1.0
         for weight in range(len(self.plan.shapes)):
             found = self._numbers([self.plan.delta(self.params, weight)])
@@ -179,8 +179,8 @@ class _Case:
             errors.append(float(np.max(np.abs(self._numbers(self.plan.deltas(fresh))))))
             errors.append(float(np.max(np.abs(self._numbers([self.plan.delta(fresh, 0)])))))
         self.collector.add("at the start ΔW is exactly 0", errors, 0.0)
-        # That the gradient lives: some direction moves ΔW to first order. 1 is "none does". (A dead start
-        # leaves a cubic: 1e-12 of a step of 1e-6.)
+        # The gradient is not zero if a random direction changes ΔW to first order; the error is 1 if it does not. (From
+        # a dead start ΔW grows cubically, by a slope of about 1e-12 for a step of 1e-6.)
         h = 1e-6
         alive = []
         for group in range(self.plan.num_groups):
@@ -215,7 +215,8 @@ class _Case:
             way = self.rng.normal(size=array.shape)
             got = float(np.sum(self.backend.to_numpy(found[name]) * way))
             if linear:
-                # ΔW is affine in each of its arrays: put the direction in its place, less what is without it.
+                # ΔW is affine in each array, so its derivative is ΔW with the direction in place of the array, minus ΔW
+                # with zeros in its place.
                 without = self._textbook({**self.host, name: np.zeros_like(array)})
                 exact = float(target @ (self._textbook({**self.host, name: way}) - without))
             else:

@@ -19,12 +19,12 @@ __all__ = ["FormatContract"]
 
 
 class FormatContract:
-    """What every format must do. Inherit, and give ``kind``.
+    """The tests of every format. Inherit from it and set ``kind``.
 
     Attributes
     ----------
     kind : type of Format
-        The one under test; called as ``kind(sizes, rank)``.
+        The format under test; called as ``kind(sizes, rank)``.
 
     Examples
     --------
@@ -68,7 +68,7 @@ class FormatContract:
                 inner = split.inner(modes)
                 name = type(split).__name__
                 if not self.kind.unfolds:
-                    assert inner is None, f"{name}.inner returned {inner}, though unfolds is False: take that out"
+                    assert inner is None, f"{name}.inner returned {inner}, but unfolds is False: remove that line"
                     continue
                 assert inner is not None, f"{name}.inner returned None: implement it, or set unfolds = False"
                 height, width = math.prod(split.sizes[:modes]), math.prod(split.sizes[modes:])
@@ -137,13 +137,13 @@ class FormatContract:
             found = split.adjoint(backend, arrays, tensor)
             assert {name: tuple(gradient.shape) for name, gradient in found.items()} == split.shapes
             for name, array in arrays.items():
-                # At an array of its own, so that nothing but the map itself is tested.
+                # At another array than the gradient's, which tests that the map is linear in it.
                 other = rng.normal(size=array.shape)
                 made = split.tensor(backend, {**arrays, name: other}, whole)
                 np.testing.assert_allclose((other * found[name]).sum(), (made * tensor).sum(), rtol=1e-9, atol=1e-9)
 
     def test_paths_count_the_elements_that_an_element_is_made_of(self) -> None:
-        """An element depends on ``num_terms_per_array(name)`` elements of an array: where its gradient is not zero."""
+        """Check that an element depends on ``num_terms_per_array(name)`` elements of an array, by its gradient."""
         for split, arrays in self._each():
             one = np.zeros(split.sizes)
             one[tuple(size // 2 for size in split.sizes)] = 1.0
@@ -154,7 +154,7 @@ class FormatContract:
                 )
 
     def test_paths_are_the_variance(self) -> None:
-        """Of independent unit numbers, elements have variance ``num_terms``: what the start counts on."""
+        """Check that independent unit numbers give elements of variance ``num_terms``, as initialisation assumes."""
         rng = np.random.default_rng(0)
         for sizes, rank in (((6, 5), 2), ((3, 4, 3), 2)):
             split = self.kind(sizes, rank)

@@ -19,22 +19,22 @@ TIGHT = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """One law on one library.
+    """The result of one law on one library.
 
     Attributes
     ----------
     name : str
-        What must hold.
+        The statement of the law.
     subject : str
-        Of what: a method, a config, or the library.
+        What was checked: a method, a config, or the library.
     backend : str
-        On which array library.
+        The array library.
     cases : int
-        How many comparisons were made.
+        Number of comparisons.
     error : float
-        The largest seen; NaN where something that must be a number is none.
+        The largest error found; NaN if a value that must be a number is NaN.
     allowed : float
-        The largest allowed.
+        The largest error allowed.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Law:
 
     @property
     def holds(self) -> bool:
-        """Whether the error is within what is allowed (NaN is not) and there was a case at all."""
+        """Whether the error is at most the allowed one (NaN is not) and there was at least one case."""
         return self.cases > 0 and self.error <= self.allowed
 
 
 def relative_error(found: Any, expected: Any) -> float:
-    """Largest difference, relative to the largest element of what is expected."""
+    """Return the largest difference, relative to the largest expected element; infinite if the shapes differ."""
     found, expected = np.asarray(found), np.asarray(expected)
     if found.shape != expected.shape:
         return math.inf
@@ -62,7 +62,7 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 class LawCollector:
-    """Laws as they are checked, one name at a time."""
+    """Gathers the results of laws for one subject and library."""
 
     def __init__(self, subject: str, backend: Backend) -> None:
         self.subject, self.backend, self.found = subject, backend, list[Law]()

@@ -36,7 +36,7 @@ KNOWN_DIGESTS = {
 
 
 def of_library(backend: Backend, rng: np.random.Generator) -> list[Law]:
-    """The laws of the operations by themselves: draws, fwht, products, projections.
+    """Check the laws of the operations by themselves: draws, fwht, products, projections.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def _draw_laws(collector: LawCollector) -> None:
     made = {name: _drawn(name, 0, length) for name, (length, _) in KNOWN_DIGESTS.items()}
     wrong += sum(rng.digest(iter([array.tobytes()]))[:16] != KNOWN_DIGESTS[name][1] for name, array in made.items())
     for name, array in made.items():
-        # The same bits once they have been through the library, whole or in pieces.
+        # A round trip through the library, whole or in pieces, preserves the bits.
         whole = collector.backend.to_numpy(collector.backend.constant(array, None))
         cut = len(array) // 3
         edges = ((0, cut), (cut, cut + 1), (cut + 1, len(array)))
@@ -109,7 +109,7 @@ def _product_laws(collector: LawCollector, rng: np.random.Generator) -> None:
     def compare(found: Array, expected: Any) -> None:
         errors.append(relative_error(backend.to_numpy(found), expected))
 
-    # TensorLy's backend belongs to the process: it is set for this thread, and restored.
+    # TensorLy's backend is a process-wide setting: set it for this thread only, and restore it.
     with tensorly.backend_context("numpy", local_threadsafe=True):
         for order in range(1, 6):
             sizes = range(2, order + 2)

@@ -20,14 +20,14 @@ __all__ = ["MapContract"]
 
 
 class MapContract:
-    """What every map F must do. Inherit, and give ``kind``.
+    """The tests of every map F. Inherit from it and set ``kind``.
 
     Attributes
     ----------
     kind : type of Map
-        The one under test; called as ``kind(n_in, n_out, seed, group)``.
+        The map under test; called as ``kind(n_in, n_out, seed, group)``.
     lengths : sequence of (int, int)
-        ``n_in`` and ``n_out``; of a map that keeps the length the second alone is used.
+        ``n_in`` and ``n_out``; a map that keeps the length uses only the second.
 
     Examples
     --------
@@ -90,7 +90,7 @@ class MapContract:
             whole = np.asarray(f.forward(b, x))
             for start, stop in {(0, f.n_out), (0, 1), (f.n_out - 1, f.n_out), (f.n_out // 3, f.n_out // 3 + 1)}:
                 fresh = self.kind(f.n_in, f.n_out, f.seed, f.group)
-                for each in (f, fresh):  # with draws that are kept, and with none
+                for each in (f, fresh):  # with draws in memory, and without
                     part = np.asarray(each.slice(b, x, start, stop))
                     np.testing.assert_allclose(part, whole[start:stop], rtol=1e-10, atol=1e-10)
 
@@ -120,7 +120,7 @@ class MapContract:
 
 
 def _matrix(part: Map) -> np.ndarray:
-    """The reference of a linear map: of a built-in one by this package's own formulas, of another by its own."""
+    """Return the reference matrix of a linear map: from this package for built-in maps, else the map's own."""
     if part.kind in MAPS.built_in:
         return reference.matrix(part.kind, part.n_in, part.n_out, part.seed, part.group)
     return part.matrix()

@@ -1,8 +1,8 @@
-"""Each named method's own formula, written as its paper writes it and of nothing else of this library.
+"""The formula of each named method as its paper states it, implemented independently of this library.
 
-:data:`METHODS` maps the name of a preset to a function ``(params, config, shapes) -> [ΔW, …]`` in float64
-NumPy. :mod:`tnadapt.verify` and the tests hold every preset to it: this is the proof that a method is a
-setting.
+:data:`METHODS` maps the name of a preset to a function ``(params, config, shapes) -> [ΔW, …]`` in float64 NumPy.
+:mod:`tnadapt.verify` and the tests compare every preset with it, which proves that each method is a setting of the
+library.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Named = Callable[[str], Float]
 
 
 def _each(formula: Callable[[Named, Config], Float]) -> Method:
-    """A weight-wise method: its formula for one weight, asked for all."""
+    """Return a weight-wise method that applies the formula of one weight to all."""
 
     def all_weights(params: Params, config: Config, shapes: Shapes) -> list[Float]:
         found = []
@@ -84,7 +84,7 @@ def _compacter(p: Named, config: Config) -> Float:
 
 
 def _long(vector: Float, shapes: Shapes) -> list[Float]:
-    """The long vector cut into the weights."""
+    """Cut the vector of all updates into the weights."""
     edges = np.cumsum([rows * cols for rows, cols in shapes]).tolist()
     return [part.reshape(shape) for part, shape in zip(np.split(vector[: edges[-1]], edges[:-1]), shapes, strict=True)]
 

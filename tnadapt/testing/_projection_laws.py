@@ -14,6 +14,7 @@ __all__ = ["of_projection"]
 
 
 def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Generator) -> list[Law]:
+    """Check the laws of one projection on one library."""
     collector = LawCollector(label, backend)
     matrix = reference.matrix(f.kind, f.n_in, f.n_out, f.seed, f.group)
     host = rng.normal(size=f.n_in)
@@ -34,7 +35,7 @@ def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Ge
     for _ in range(2):
         start, stop = sorted(rng.choice(f.n_out + 1, 2, replace=False).tolist())
         fresh = Projection(f.kind, f.n_in, f.n_out, f.seed, f.group)
-        for projection in (f, fresh):  # from the kept draws, and drawn for the slice alone
+        for projection in (f, fresh):  # with draws in memory, and with draws for the slice only
             part = backend.to_numpy(projection.slice(x, start, stop))
             errors.append(float(np.max(np.abs(part - expected[start:stop]))) / (float(np.max(np.abs(expected))) or 1.0))
     collector.add("a slice of F = F's", errors)

@@ -1,9 +1,8 @@
-"""Reference implementation of the library: the definitions, written out in float64 NumPy, one at a time.
+"""Reference implementation of the library: the definitions, written out in float64 NumPy.
 
-Nothing is sliced, pruned or reordered; sizes are found by trying; products are ``einsum`` and
-``numpy.kron``; F is a dense matrix. It shares with the rest of the library the draws alone, which have known
-answers of their own. It exists to be compared with, by :mod:`tnadapt.verify` and by the tests, and is
-for small sizes: F costs L² elements.
+Nothing is sliced, pruned or reordered; sizes are found by search; products are ``einsum`` and ``numpy.kron``; F is a
+dense matrix. It shares only the random draws with the rest of the library, and these are checked against known answers.
+:mod:`tnadapt.verify` and the tests compare results with it. It is for small sizes: F takes L² elements.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tnadapt.errors import ConfigError
 
 __all__ = ["count", "deltas", "matrix", "positions", "project", "tanhshrink"]
 
-# F is compared as a dense matrix up to this length: half a gigabyte.
+# The longest side of a dense matrix of F: half a gigabyte.
 LARGEST = 1 << 13
 
 Float = NDArray[np.floating[Any]]
@@ -35,7 +34,7 @@ Shapes = Sequence[tuple[int, int]]
 
 
 def positions(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = None) -> list[NDArray[np.int64]]:
-    """Which elements of the long vector each group holds.
+    """Return the elements of the vector of all updates that each group holds.
 
     Parameters
     ----------
@@ -46,7 +45,7 @@ def positions(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None 
     Returns
     -------
     list of ndarray of int64
-        One a group, in the order of the group's own vector.
+        One array per group, in the order of the group's vector.
 
     Examples
     --------
@@ -75,17 +74,17 @@ def deltas(
     layers: Sequence[Hashable] | None = None,
     start: Params | None = None,
 ) -> list[Float]:
-    """ΔW of every weight, from the textbook formula.
+    """Return ΔW of every weight from the textbook formula.
 
     Parameters
     ----------
     config : Config
     shapes : sequence of (rows, cols)
     params : mapping of str to ndarray of float64
-        As :class:`tnadapt.SuperLoRA` names them.
+        Named as by :class:`tnadapt.SuperLoRA`.
     layers : sequence of hashable, optional
     start : mapping of str to ndarray, optional
-        The parameters at the start, which a nonlinear F needs.
+        The initial parameters, which a nonlinear F needs.
 
     Returns
     -------
@@ -134,7 +133,7 @@ def _fold(config: Config, n: int, columns: int) -> tuple[int, ...]:
 
 
 def _even_factors(d: int, parts: int) -> tuple[int, ...]:
-    """All factorisations, then the one of least sum: of two, the one whose first factor is larger."""
+    """Find the factorisation of least sum by exhaustive search; ties go to the larger first factor."""
     divisors = [k for k in range(1, d + 1) if d % k == 0]
     exact = (f for f in itertools.combinations_with_replacement(divisors, parts) if math.prod(f) == d)
     return min(exact, key=lambda factors: (sum(factors), [-f for f in factors]))
@@ -174,7 +173,7 @@ def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...])
 def _split(config: Config, kind: str, own: Params, sizes: tuple[int, ...]) -> Float:
     order = len(sizes)
     if kind not in FORMATS.built_in:
-        # What a registered format declares as its tensor, contracted by NumPy.
+        # The formula that a registered format declares, contracted by NumPy.
         formula = FORMATS.find(kind)(sizes, config.rank).formula
         return np.asarray(np.einsum(formula, *own.values(), optimize=True))
     modes, ranks = string.ascii_lowercase[:order], string.ascii_uppercase[: order + 1]
@@ -201,7 +200,7 @@ def _split(config: Config, kind: str, own: Params, sizes: tuple[int, ...]) -> Fl
 
 
 def count(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = None) -> int:
-    """Trainable elements, by the formula of each format.
+    """Count the trainable elements with the formula of each format.
 
     Parameters
     ----------
@@ -251,12 +250,12 @@ def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
     return sum(bonds[m] * d * bonds[m + 1] for m, d in enumerate(sizes))
 
 
-# Of each nonlinear kind, the linear map that tanhshrink follows.
+# The linear map before tanhshrink, for each nonlinear kind.
 _LINEAR_PARTS = {"nonlinear": "linear", "nonlinear_v2": "linear_v2"}
 
 
 def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Float:
-    """The dense matrix of a linear F, or of the linear part of a nonlinear one.
+    """Return the dense matrix of a linear F, or of the linear part of a nonlinear one.
 
     Parameters
     ----------
@@ -275,8 +274,8 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
 
     Notes
     -----
-    ``diag(B) H[:n] Π diag(G) H[:, :n_in]``: the transpose of the paper's equation (4), which writes F from
-    the right. ``scipy.linalg.hadamard`` makes H.
+    ``diag(B) H[:n] Π diag(G) H[:, :n_in]``: the transpose of the paper's equation (4), which applies F from the right.
+    H is ``scipy.linalg.hadamard``.
 
     Examples
     --------
@@ -291,7 +290,7 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
     if max(n_in, n_out) > LARGEST:
         raise ConfigError(
             f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
-            "a side: give smaller shapes, or more groups"
+            "per side: give smaller shapes, or more groups"
         )
     kind = _LINEAR_PARTS.get(kind, kind)
     if kind not in MAPS.built_in:
@@ -312,7 +311,7 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
 
 
 def project(config: Config, x: Float, n_out: int, stream: int = 0) -> Float:
-    """F(x) by the dense matrix (the identity needs none).
+    """Compute F(x) with the dense matrix (the identity needs none).
 
     Parameters
     ----------
@@ -336,12 +335,12 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0) -> Float:
     if config.projection in _LINEAR_PARTS:
         return tanhshrink(y)
     if not MAPS.find(config.projection).linear:
-        raise ConfigError(f"projection {config.projection!r} is not linear, and has no reference implementation")
+        raise ConfigError(f"projection {config.projection!r} is not linear and has no reference implementation")
     return np.asarray(y)
 
 
 def tanhshrink(t: Float) -> Float:
-    """``t - tanh(t)``, near 0 as ``(t cosh t - sinh t) / cosh t``: a series without two signs does not cancel.
+    """Compute ``t - tanh(t)``; near 0 by a series of ``(t cosh t - sinh t) / cosh t``, whose terms do not cancel.
 
     Examples
     --------

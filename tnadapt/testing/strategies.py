@@ -19,7 +19,7 @@ __all__ = ["configs", "parameters", "plans", "shapes"]
 
 @st.composite
 def shapes(draw: st.DrawFn, max_weights: int = 4, max_side: int = 9) -> list[tuple[int, int]]:
-    """Shapes of one to ``max_weights`` weights, equal or not, of sides 1 to ``max_side``.
+    """Draw shapes of one to ``max_weights`` weights, equal or not, with sides 1 to ``max_side``.
 
     Examples
     --------
@@ -40,19 +40,18 @@ def configs(
     projections: tuple[str, ...] = KINDS,
     formats: tuple[str, ...] = FORMATS.built_in,
 ) -> Config:
-    """Configs of every kind that suit weights of these shapes.
+    """Draw configs of every kind for weights of these shapes.
 
     Parameters
     ----------
     weights : list of (rows, cols)
     projections : tuple of str
-        The F to choose from.
+        Projections to choose from.
 
     Returns
     -------
     strategy of Config
-        Valid by itself. Whether a stack comes out even also depends on the groups: :func:`plans` sees
-        to that.
+        Valid by itself. A "stack" fold additionally has to fit the groups, which :func:`plans` ensures.
     """
     size = sum(rows * cols for rows, cols in weights)
     order = draw(st.integers(1, 4))
@@ -69,7 +68,7 @@ def configs(
         rank = draw(st.tuples(*[small] * (order - 1)))
     fold: Any = draw(st.sampled_from([f for f in FOLDS if order <= 2 or f != "stack"]))
     if fold != "stack" and draw(st.integers(0, 4)) == 0:
-        # Sizes of one's own, large enough for any group.
+        # Explicit sizes, large enough for any group.
         side = next(d for d in itertools.count(1) if d**order >= size)
         fold = tuple(draw(st.integers(side, side + 2)) for _ in range(order))
     groups: Any = draw(st.sampled_from(["weight", "layer", "some", "listed"]))
@@ -104,12 +103,12 @@ def configs(
 
 @st.composite
 def plans(draw: st.DrawFn, projections: tuple[str, ...] = KINDS) -> SuperLoRA:
-    """Plans of every kind on small weights: ``SuperLoRA(config, shapes, layers)``.
+    """Draw plans of every kind on small weights: ``SuperLoRA(config, shapes, layers)``.
 
     Parameters
     ----------
     projections : tuple of str
-        The F to choose from.
+        Projections to choose from.
     """
     weights = draw(shapes())
     config = draw(configs(weights, projections))
@@ -117,14 +116,14 @@ def plans(draw: st.DrawFn, projections: tuple[str, ...] = KINDS) -> SuperLoRA:
     try:
         return SuperLoRA(config, weights, layers)
     except ShapeError:
-        # A stack that does not come out even: the message's own way out.
+        # A stack that does not fit the groups; use the fold that the error message suggests.
         assert config.fold == "stack"
         return SuperLoRA(config.replace(fold="hypercube"), weights, layers)
 
 
 @st.composite
 def parameters(draw: st.DrawFn, plan: SuperLoRA) -> dict[str, np.ndarray]:
-    """Random float64 parameters of a plan, as NumPy arrays.
+    """Draw random float64 parameters of a plan, as NumPy arrays.
 
     Parameters
     ----------

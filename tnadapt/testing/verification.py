@@ -1,6 +1,6 @@
-"""The laws, as a library call: does this config, on this machine and library, compute what it says?
+"""Verification of the laws as a library call: whether a config computes what it defines, on this machine and library.
 
-Each law gives the largest error seen and the error it allows; a report holds where none exceeds it.
+Each law reports the largest error found and the error allowed; a report holds if no law exceeds its limit.
 :mod:`tnadapt.testing._config_laws`, :mod:`tnadapt.testing._projection_laws` and
 :mod:`tnadapt.testing._library_laws` check them one by one.
 """
@@ -28,13 +28,13 @@ __all__ = ["Law", "Report", "examples", "verify"]
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What :func:`verify` found.
+    """The results of :func:`verify`.
 
     Attributes
     ----------
     laws : tuple of Law
     absent : dict of str to str
-        Libraries that were asked for and cannot be used here, and why.
+        Libraries that were requested but cannot be used here, and why.
     """
 
     laws: tuple[Law, ...]
@@ -46,7 +46,7 @@ class Report:
         return bool(self.laws) and all(law.holds for law in self.laws)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON knows it.
+        """Return the report as JSON values.
 
         Examples
         --------
@@ -60,13 +60,13 @@ class Report:
         }
 
     def rows(self) -> Iterator[tuple[str, str, str, str, str, str]]:
-        """One line a law and library, the subjects taken together: name, backend, cases, error, allowed, verdict."""
+        """Yield one row per law and library, over all subjects: name, backend, cases, error, allowed, verdict."""
         grouped: dict[tuple[str, str], list[Law]] = {}
         for law in self.laws:
             grouped.setdefault((law.name, law.backend), []).append(law)
         for (name, backend), laws in grouped.items():
             broken = [law.subject for law in laws if not law.holds]
-            # max() passes over a NaN: look for one first.
+            # max() may ignore a NaN, so check for one first.
             errors = [law.error for law in laws]
             worst = math.nan if any(math.isnan(error) for error in errors) else max(errors)
             yield (
@@ -79,7 +79,7 @@ class Report:
             )
 
     def __str__(self) -> str:
-        """The table as plain text."""
+        """Return the table as plain text."""
         table = [("law", "backend", "cases", "largest error", "allowed", ""), *self.rows()]
         widths = [max(len(row[column]) for row in table) for column in range(5)]
         cells = ([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]] for row in table)
@@ -97,24 +97,24 @@ def verify(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
-    """Check the laws.
+    """Check the laws of a config, or of the library and all presets.
 
     Parameters
     ----------
     config : Config, optional
-        What to check. If None: the draws, the products, fwht and F of the library, and every preset
-        of :mod:`tnadapt.presets` against its own method's formula.
+        The config to check. If None, the draws, the products, fwht and F of the library, and every preset of
+        :mod:`tnadapt.presets` against the formula of its method.
     shapes : sequence of (rows, cols), optional
-        Of the weights, for ``config``; ``[(12, 8), (12, 8), (8, 12)]`` by default. A projection is compared
-        with its dense matrix, so keep to a few thousand elements a group.
+        Shapes of the weights for ``config``; ``[(12, 8), (12, 8), (8, 12)]`` by default. A projection is compared with
+        its dense matrix, so use at most a few thousand elements per group.
     layers : sequence of hashable, optional
         For ``groups="layer"``.
     backends : sequence of str, optional
-        Libraries to check on; all that are usable here by default.
+        Libraries to check on; by default all that are usable here.
     seed : int
-        Of the random parameters.
+        Seed of the random parameters.
     progress : callable, optional
-        Called with a line of what is checked next.
+        Called with a line that says what is checked next.
 
     Returns
     -------
@@ -124,17 +124,17 @@ def verify(
     Raises
     ------
     ConfigError
-        If shapes are given without a config, the config does not suit them or makes more than 2**27 elements, seed
-        is no integer from 0 to 2**64 - 1, or backends names nothing.
+        If shapes are given without a config, the config does not suit them or has more than 2**27 elements, seed is not
+        an integer from 0 to 2**64 - 1, or backends is empty.
     BackendError
         If a backend is unknown.
 
     Notes
     -----
-    The laws: parameters counted = elements made = the formula of the format; ΔW = the textbook formula =
-    the method's own; a slice = the whole's; at the start ΔW is exactly 0 and its gradient is not; the
-    gradient = the exact derivative; F = its dense matrix, its adjoint passes the dot test; every library =
-    NumPy; draws = known answers.
+    The laws: the number of parameters equals the number of elements created and the format's formula; ΔW equals the
+    textbook formula and the method's formula; a slice equals that part of the whole; initially ΔW is exactly 0 and its
+    gradient is not; the gradient equals the exact derivative; F equals its dense matrix, and its adjoint passes the dot
+    test; every library agrees with NumPy; draws equal known answers.
 
     Examples
     --------
@@ -169,7 +169,7 @@ def verify(
 
 
 def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
-    """A small instance of every preset: name -> (config, shapes)."""
+    """Return a small instance of every preset: name -> (config, shapes)."""
     four: dict[str, Any] = {"weights": 4, "rows": 12, "cols": 8}
     made = {
         "dense": presets.dense(),

@@ -22,27 +22,27 @@ __all__ = ["Adapter", "adapters"]
 
 
 class Adapter:
-    """An adapter on a model; :func:`tnadapt.torch.attach` makes it.
+    """An adapter on a model, as returned by :func:`tnadapt.torch.attach`.
 
     Attributes
     ----------
     model : Module
-        What it is attached to. Its parameters are registered there, once, as ``tnadapt_{name}_{array}``; those of a
-        PEFT model's adapters beside it, where PEFT looks for them.
+        The model it is attached to. The adapter's parameters are registered there, once, as
+        ``tnadapt_{name}_{array}``; those of a PEFT model's adapters are next to it, where PEFT looks for them.
     name : str
     config : Config
     targets : tuple of Target
         The weights it updates.
     plan : SuperLoRA
-        What it computes; see :class:`tnadapt.SuperLoRA`.
+        The computation of the updates; see :class:`tnadapt.SuperLoRA`.
     strategy : tuple of str
         How each weight is updated: ``"weight"``, ``"factored"`` or ``"additive"``.
     activation : str or None
         LoDA's nonlinearity between the two factors.
     trained : tuple of str or None
         The arrays that :meth:`set_trainable` chose, by their names in the plan; None for all.
-    report : Report or None
-        How near it came, where :func:`tnadapt.torch.extract` made it.
+    report : FitReport or None
+        The error of the fit, if :func:`tnadapt.torch.extract` created the adapter.
     """
 
     def __init__(self, state: AdapterState) -> None:
@@ -59,21 +59,21 @@ class Adapter:
             f"{type(self.model).__name__}, {state}, weight {self.weight:g}>"
         )
 
-    # -- What it is --------------------------------------------------------------------------
+    # -- Properties --------------------------------------------------------------------------
 
     @property
     def config(self) -> Config:
-        """Its settings."""
+        """The adapter's config."""
         return self.plan.config
 
     @property
     def num_parameters(self) -> int:
-        """Elements of its arrays that are trained: of all, unless :meth:`set_trainable` chose some."""
+        """Number of trained elements: of all arrays, unless :meth:`set_trainable` chose some."""
         return _trainable.num_parameters(self._state)
 
     @property
     def strategy(self) -> tuple[str, ...]:
-        """How each weight is updated."""
+        """How each weight is updated: ``"weight"``, ``"factored"`` or ``"additive"``."""
         return tuple(slot.strategy for slot in self._state.slots)
 
     @property
@@ -83,12 +83,12 @@ class Adapter:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The model's own parameters that ``keep_trainable`` left free, which are saved with it."""
+        """The model's own parameters that ``keep_trainable`` left trainable; they are saved with the adapter."""
         return self._state.kept
 
     @property
     def merged(self) -> bool:
-        """Whether ΔW is in the weights themselves; see :meth:`merge`."""
+        """Whether ΔW is merged into the weights; see :meth:`merge`."""
         return self._state.merged is not None
 
     @property
@@ -97,44 +97,44 @@ class Adapter:
         return self._state.enabled
 
     def summary(self) -> Summary:
-        """A table of targets, shapes, groups and slices, and the counts; ``print`` it, or read its ``rows``."""
+        """Return a table of targets, shapes, groups and slices with counts; ``print`` it, or read its ``rows``."""
         return Summary(self._state)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Its arrays, trainable or not, under their names in the plan (``group0.split0.factor0``)."""
+        """Iterate over all arrays, trainable or not, with their names in the plan (``group0.split0.factor0``)."""
         return _arrays.named_parameters(self._state)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of its arrays that are trained: what an optimiser is given.
+        """Iterate over the arrays that are trained, for an optimiser.
 
-        Parameters of the model that ``keep_trainable`` left free are not among them; those of
+        Parameters of the model that ``keep_trainable`` left trainable are not included; the parameters in
         ``model.parameters()`` that require a gradient are both together.
         """
         return (parameter for _, parameter in self.named_parameters() if parameter.requires_grad)
 
     def arrays(self) -> dict[str, Tensor]:
-        """Its arrays by name, whole: sharded ones are gathered (every process must call)."""
+        """Return the arrays by name; sharded ones are gathered (every process must call)."""
         return _arrays.full_arrays(self._state)
 
     def deltas(self) -> list[Tensor]:
-        """The update of every target, ``(rows, cols)``, differentiable; not weighted by its mixing weight.
+        """Return the update of every target, ``(rows, cols)``, differentiable and without the mixing weight.
 
         Raises
         ------
         ConfigError
-            If there is an activation between its factors: then there is no ΔW.
+            If there is an activation between the factors, in which case no ΔW exists.
         """
         return _arrays.deltas(self._state)
 
     # -- Training ----------------------------------------------------------------------------
 
     def set_trainable(self, groups: Any = None, arrays: Any = None) -> None:
-        """Choose what is trained: the groups and arrays named, and no others.
+        """Train only the given groups and arrays, and freeze the others.
 
         Parameters
         ----------
         groups : int or sequence of int, optional
-            Groups to train, all if None. One after another is Local LoRA.
+            Groups to train, all if None. Training one group after another is Local LoRA.
         arrays : str or sequence of str, optional
             The last parts of array names (``"factor0"``, ``"core"``, ``"dense"`` …), all if None. ``"factor0"``
             alone leaves the factor of the columns as it was drawn: asymmetric LoRA.
@@ -142,24 +142,24 @@ class Adapter:
         Raises
         ------
         ConfigError
-            If nothing is of that name or number, or nothing that is chosen could learn: because the arrays have been
-            trained or loaded and those that would be frozen hold zeros, or because ``activation="relu"`` passes nothing
-            back to the factor of the columns while that is zero.
+            If no array matches, or none of the chosen arrays could learn: because the arrays have been trained or
+            loaded and those that would be frozen are zero, or because ``activation="relu"`` passes no gradient to the
+            factor of the columns while that is zero.
 
         Warns
         -----
         UserWarning
-            If that is so in some groups and not in all.
+            If that is so in some groups but not in all.
 
         Notes
         -----
-        ΔW does not change. In groups that are still at the start (:meth:`reset`), the array of zeros is one that is
-        trained: where it would be frozen, it is drawn from the seed like the others, and a trained one becomes zero
-        (:mod:`tnadapt.algebra.init`). A core alone, or the factor of the columns alone, so learns from the first step.
-        Groups that have been trained or loaded keep every number.
+        ΔW does not change. In groups that are still at the start (:meth:`reset`), the array of zeros must be one that
+        is trained: if it would be frozen, it is drawn from the seed like the others, and a trained one becomes zero
+        (:mod:`tnadapt.algebra.init`). So a core alone, or the factor of the columns alone, learns from the first step.
+        Groups that have been trained or loaded keep their values.
 
-        The frozen arrays are not counted in ``num_parameters`` and the summary. A file has the choice, and of the
-        frozen arrays those that are not what the seed draws.
+        Frozen arrays are not counted in ``num_parameters`` and the summary. A file records the choice, and of the
+        frozen arrays only those that differ from what the seed draws.
 
         Under ``torch.distributed`` every process must call. Create a new optimiser afterwards, or give it all
         parameters with ``weight_decay=0``: an optimiser skips parameters that have no gradient.
@@ -167,10 +167,10 @@ class Adapter:
         _trainable.choose(self._state, groups, arrays)
 
     def parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-        """Parameter groups of LoRA+ for an optimiser.
+        """Return the parameter groups of LoRA+ for an optimiser.
 
-        ``lr * ratio`` is for what starts from zero (LoRA's B), ``lr`` for the rest; where nothing does (a nonlinear F),
-        all have ``lr``.
+        Arrays that start from zero (LoRA's B) have rate ``lr * ratio``, the others ``lr``. Where none starts from zero
+        (a nonlinear F), all have ``lr``.
 
         References
         ----------
@@ -179,14 +179,14 @@ class Adapter:
         return _trainable.parameter_groups(self._state, lr, ratio)
 
     def reset(self) -> None:
-        """Start again: ΔW = 0, with the zero in an array that is trained.
+        """Reinitialise the arrays: ΔW = 0, with the zero in an array that is trained.
 
-        Also what fills the arrays after ``model.to_empty()`` of a meta-device model."""
+        Also use it to fill the arrays after ``model.to_empty()`` of a meta-device model."""
         need_unmerged(self._state, "reset()")
         self.load_arrays(self.plan.init(trained=self.trained))
 
     def load_arrays(self, arrays: Mapping[str, Any]) -> None:
-        """Copy arrays into its parameters, in place: a swap that recompiles nothing and keeps the optimiser's view.
+        """Copy arrays into the parameters in place, without recompilation; an optimiser keeps its parameters.
 
         Parameters
         ----------
@@ -196,17 +196,17 @@ class Adapter:
         Raises
         ------
         ShapeError
-            If a name or a shape does not fit; nothing is changed then.
+            If a name or a shape does not fit; nothing is changed.
 
         Notes
         -----
-        An exception in the middle of it, KeyboardInterrupt included, leaves the arrays that there were.
+        An exception during the call, KeyboardInterrupt included, leaves the old arrays in place.
 
-        It is **not** atomic for forward passes that other threads are in at that moment: such a pass may use the old
-        arrays in some layers, the new ones in others, and a mixture of both in one. The same is true of :meth:`swap`,
-        :meth:`activate`, :func:`mix`, :meth:`merge`, :meth:`unmerge` and :meth:`disabled`. Passes that begin after
-        the call has returned are exact, whatever was going on during it. A server that changes adapters while it
-        answers needs a lock around both, or a copy of the model for each adapter.
+        It is **not** atomic for forward passes that other threads are running at that moment: such a pass may use the
+        old arrays in some layers, the new ones in others, and a mixture of both within a layer. The same is true of
+        :meth:`swap`, :meth:`activate`, :func:`mix`, :meth:`merge`, :meth:`unmerge` and :meth:`disabled`. Passes that
+        begin after the call has returned are exact. A server that changes adapters while it answers requests needs a
+        lock around both, or a copy of the model for each adapter.
         """
         _arrays.load_arrays(self._state, arrays)
 
@@ -214,11 +214,11 @@ class Adapter:
 
     @property
     def weight(self) -> float:
-        """What its update is multiplied with; 0 is inactive. :meth:`activate` and :func:`mix` set it."""
+        """The mixing weight, a factor of the update; 0 is inactive. :meth:`activate` and :func:`mix` set it."""
         return self._state.weight
 
     def activate(self) -> None:
-        """Let this adapter act, with weight 1, and no other on this model."""
+        """Activate this adapter with weight 1, and deactivate all others on this model."""
         mix(self.model, {self.name: 1.0})
 
     def set_weight(self, weight: float) -> None:
@@ -226,54 +226,58 @@ class Adapter:
         set_weight(self._state, weight)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Inside ``with`` the base model, bit for bit (and other adapters, where there are); merged or not."""
+        """Disable the adapter inside ``with``: the model is the base, bit for bit, plus other adapters if any.
+
+        Works for merged adapters, too.
+        """
         return _merging.disabled(self._state)
 
     # -- Merging -----------------------------------------------------------------------------
 
     def merge(self) -> None:
-        """Add ΔW to the weights themselves; the model then runs at the base's own speed.
+        """Add ΔW to the weights; the model then runs at the speed of the base.
 
         Raises
         ------
         TargetError
             If it is merged, inactive, or a weight cannot be written to (quantised, sharded); nothing is changed.
         ConfigError
-            If its update depends on the input (LoDA).
+            If the update depends on the input (LoDA).
         BackendError
-            If an update or a sum is not finite; **no** weight is touched.
+            If an update or a sum is not finite; **no** weight is changed.
 
         Notes
         -----
-        The sum is made in float64 and rounded to float32 and then to the weight's dtype, as :func:`tnadapt.merge` does
-        it on disk (:mod:`tnadapt.algebra.rounding`). The original rows are kept: :meth:`unmerge` gives the very bits
-        back, in every dtype. Memory: that of the adapted weights, twice while it is merging, then once.
+        The sum is computed in float64 and rounded to float32 and then to the weight's dtype, exactly as
+        :func:`tnadapt.merge` does on disk (:mod:`tnadapt.algebra.rounding`). The original rows are kept, so that
+        :meth:`unmerge` restores the exact bits in every dtype. This takes the memory of the adapted weights once more,
+        and twice during the merge.
         """
         _merging.merge(self._state)
 
     def unmerge(self) -> None:
-        """Give the weights the bits back that they had before :meth:`merge`.
+        """Restore the exact bits that the weights had before :meth:`merge`.
 
         Raises
         ------
         TargetError
-            If it is not merged, or a weight was changed since.
+            If it is not merged, or a weight has changed since.
         """
         _merging.unmerge(self._state)
 
     def detach(self) -> None:
-        """Take the adapter off: the model is what it was, its parameters trainable as before.
+        """Remove the adapter and restore the model, including which parameters are trainable.
 
         Raises
         ------
         TargetError
-            If it is merged (unmerge first, or keep it merged by :meth:`bake`), not attached any more, or its arrays
+            If it is merged (unmerge first, or keep it merged with :meth:`bake`), no longer attached, or its arrays
             belong to a PEFT model.
         """
         _removal.detach(self._state)
 
     def bake(self) -> nn.Module:
-        """Merge for good and take the adapter off; returns the model, which then knows nothing of tnadapt.
+        """Merge for good and remove the adapter; return the model, which then has no trace of tnadapt.
 
         Examples
         --------
@@ -290,12 +294,12 @@ class Adapter:
     # -- Files -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file: its arrays, what ``keep_trainable`` kept, and the recipe.
+        """Write one safetensors file: the arrays, the parameters in ``keep_trainable``, and the config and targets.
 
         Parameters
         ----------
         path : path-like
-            Written under another name and renamed, so that an existing file is replaced at once or not at all.
+            Written to a temporary name and renamed, so that an existing file is replaced atomically.
 
         Raises
         ------
@@ -309,11 +313,11 @@ class Adapter:
         saving.save(self._state, path)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the file as ``adapter.safetensors`` in a folder, which is made if need be."""
+        """Write the file as ``adapter.safetensors`` in a folder, which is created if needed."""
         saving.save_pretrained(self._state, folder)
 
     def swap(self, path: str | os.PathLike[str]) -> None:
-        """Take the arrays of another adapter's file of the same config and targets, in place, without recompiling.
+        """Load the arrays of another adapter's file, of the same config and targets, in place without recompiling.
 
         Raises
         ------
@@ -324,12 +328,12 @@ class Adapter:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a model by name, those on parts of it included.
+    """Return the adapters on a model and its submodules by name.
 
     Parameters
     ----------
     model : Module
-        As it was given to ``attach``, or a deep copy of it, or what it is wrapped in.
+        The model given to ``attach``, a deep copy of it, or a module that contains it.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Adapters from files, onto the models they belong to."""
+"""Loading of adapters from files onto models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load(
     check_base: bool = True,
     untie: bool = False,
 ) -> Adapter:
-    """Attach the adapter of a file.
+    """Load an adapter from a file and attach it.
 
     Parameters
     ----------
@@ -47,29 +47,29 @@ def load(
     path : path-like
         A file that :meth:`Adapter.save` or :func:`tnadapt.save` wrote.
     name : str
-        Of the adapter on this model.
+        Name of the adapter on this model.
     check_base : bool
-        Whether the model's weights must be those that it was trained on. False applies it to another model whose
-        weights have the same shapes.
+        Whether the model's weights must be those that it was trained on. False allows another model whose weights have
+        the same shapes.
     untie : bool
-        As :func:`tnadapt.torch.attach` takes it: an adapter that was attached so is loaded so.
+        As in :func:`tnadapt.torch.attach`; an adapter that was attached with it must be loaded with it.
 
     Returns
     -------
     Adapter
-        Attached, its parameters, which of them are trained, and what was kept trainable as they were saved.
+        Attached, with its parameters, the choice of trained arrays and the kept parameters as they were saved.
 
     Raises
     ------
     FileError
-        If the file is damaged, draws other numbers than this machine, or does not belong to this model: names, shapes,
-        or the fingerprint of the adapted weights. The model is as it was then.
+        If the file is damaged, its random draws differ from this machine's, or it does not belong to this model: names,
+        shapes, or the fingerprint of the adapted weights. The model is then unchanged.
     TargetError
-        If there is an adapter of that name on the model.
+        If the model already has an adapter of that name.
 
     Notes
     -----
-    Weights are found by their paths; where a model's modules have been renamed since, by role and shape, all or none.
+    Weights are found by their paths. If modules have been renamed since, all weights are matched by role and shape.
 
     Examples
     --------
@@ -108,7 +108,7 @@ def load(
         before = [(tensor, tensor.detach().clone()) for tensor, _ in own]
         copy_all([*checked_pairs(state, file.arrays), *own])
         keep(state, file.trained)
-    except BaseException:  # KeyboardInterrupt, too, from when on it is attached
+    except BaseException:  # KeyboardInterrupt, too, at any point after attaching
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
@@ -132,7 +132,7 @@ def from_pretrained(
 
 
 def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
-    """The file's targets on this model: where it says, or else those of the same roles and shapes."""
+    """Return the file's targets on this model: at the recorded paths, or else those of the same roles and shapes."""
     try:
         return find_targets(model, list(file.targets), untie=True)
     except TargetError as error:
@@ -147,7 +147,7 @@ def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
     theirs, ours = ([(target.role, target.shape) for target in targets] for targets in (file.targets, found))
     partners = paired(file.targets, found)
     if partners is None:
-        unclear = " of which it is clear which is which" if sorted(theirs) == sorted(ours) else ""
+        unclear = " that can be matched unambiguously" if sorted(theirs) == sorted(ours) else ""
         raise FileError(
             f"this {type(model).__name__} does not have its weights ({wrong}), nor weights of the same roles and "
             f"shapes{unclear}: the file has {_counted(theirs)}, the model {_counted(ours)}"

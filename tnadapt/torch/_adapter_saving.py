@@ -1,4 +1,4 @@
-"""Adapters to files, and other adapters' arrays from them."""
+"""Saving of adapters to files, and swapping in the arrays of another adapter's file."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "fl
 
 
 def to_file(adapter: AdapterState) -> AdapterFile:
-    """What a file of an adapter holds; every process must call where the model is sharded."""
+    """Return the contents of an adapter's file; if the model is sharded, every process must call."""
     dtypes: dict[str, str] = {}
 
     def host(name: str, tensor: Tensor) -> np.ndarray:
         if tensor.device.type == "meta":
-            raise TargetError(f"adapter {adapter.name!r} is on the meta device and has no numbers to save")
+            raise TargetError(f"adapter {adapter.name!r} is on the meta device and has no values to save")
         tensor = gather_full(tensor.detach()).cpu()
         if tensor.dtype is torch.bfloat16:
             dtypes[name] = "bfloat16"
@@ -70,7 +70,7 @@ def to_file(adapter: AdapterState) -> AdapterFile:
 
 
 def base_fingerprint(adapter: AdapterState) -> Fingerprint | None:
-    """Of the weights it updates, as they are without it; None for quantised ones."""
+    """Return the fingerprint of the adapted weights without the update; None if any is quantised."""
     need_base(adapter.model, adapter)
     return fingerprint_of([merging.original(adapter, index) for index in range(len(adapter.targets))])
 
@@ -80,7 +80,7 @@ def fingerprint_of(weights: list[Tensor | None]) -> Fingerprint | None:
     kinds = {weight.dtype for weight in known}
     if len(known) != len(weights) or not known or not kinds <= _NAMES.keys():
         return None
-    # Of several dtypes, the one that has all their numbers.
+    # Several dtypes are promoted to one that represents all their values.
     kind = functools.reduce(torch.promote_types, kinds)
 
     def host() -> Iterator[np.ndarray]:
@@ -92,7 +92,7 @@ def fingerprint_of(weights: list[Tensor | None]) -> Fingerprint | None:
 
 
 def need_base(model: nn.Module, but: AdapterState | None = None) -> None:
-    """A TargetError where another adapter is merged into the weights."""
+    """Raise a TargetError if another adapter is merged into the weights."""
     for other in overlapping(model):
         if other is not but and other.merged is not None:
             raise TargetError(
@@ -101,7 +101,7 @@ def need_base(model: nn.Module, but: AdapterState | None = None) -> None:
 
 
 def save(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
-    """See :meth:`Adapter.save`."""
+    """Save an adapter; see :meth:`Adapter.save`."""
     need_attached(adapter)
     file = to_file(adapter)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -110,16 +110,16 @@ def save(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
 
 
 def save_pretrained(adapter: AdapterState, folder: str | os.PathLike[str]) -> None:
-    """See :meth:`Adapter.save_pretrained`."""
+    """Save an adapter to a folder; see :meth:`Adapter.save_pretrained`."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"{os.fspath(folder)}: cannot make this folder: {error}") from None
+        raise FileError(f"{os.fspath(folder)}: cannot create this folder: {error}") from None
     save(adapter, Path(folder) / FILE_NAME)
 
 
 def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
-    """See :meth:`Adapter.swap`."""
+    """Load another adapter's arrays in place; see :meth:`Adapter.swap`."""
     need_attached(adapter)
     file = adapter_format.load(path)
     with FileErrorContext(path):
@@ -130,7 +130,7 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
             ("list of kept parameters", sorted(file.kept), sorted(adapter.kept)),
         ):
             if theirs != ours:
-                raise FileError(f"its {what} is not that of adapter {adapter.name!r}: load it under a name of its own")
+                raise FileError(f"its {what} differs from that of adapter {adapter.name!r}: load it under another name")
         kept_parameters(adapter.model, file)
         base = base_fingerprint(adapter)
         if file.base is not None and base is not None and not file.base.matches(base):
@@ -139,7 +139,7 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
 
 
 class FileErrorContext:
-    """Errors inside are FileErrors that begin with the path."""
+    """A context that turns the package's errors into FileErrors that begin with the path."""
 
     def __init__(self, path: Any) -> None:
         self.path = os.fsdecode(path)
@@ -153,7 +153,7 @@ class FileErrorContext:
 
 
 def kept_parameters(model: nn.Module, file: AdapterFile) -> dict[str, nn.Parameter]:
-    """The model's parameters among those that the file keeps; an error if it lacks any, or their shapes differ."""
+    """Return the model's parameters that the file keeps; raise a FileError if one is missing or its shape differs."""
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, array in file.kept.items():
         there = parameters.get(name, buffers.get(name))
@@ -168,6 +168,6 @@ def kept_parameters(model: nn.Module, file: AdapterFile) -> dict[str, nn.Paramet
 
 
 def kept_pairs(model: nn.Module, file: AdapterFile) -> list[tuple[Tensor, np.ndarray]]:
-    """The model's own tensors that the file keeps, and their values there."""
+    """Return the model's tensors that the file keeps, with their values in the file."""
     own: Mapping[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return [(own[name], array.copy()) for name, array in file.kept.items()]

@@ -1,4 +1,4 @@
-"""An adapter's arrays: the parameters that hold them, new numbers for them, and what ΔW they make."""
+"""An adapter's arrays: the parameters that hold them, loading new values, and the updates ΔW computed from them."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ __all__ = [
 
 
 def named_parameters(state: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters by the arrays' names in the plan."""
+    """Yield the parameters with the arrays' names in the plan."""
     for array, name in state.parameter_names.items():
         yield array, state.owner._parameters[name]  # type: ignore[misc]
 
 
 def current(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
-    """Some arrays, as the model has them at this moment."""
-    # Looked up at each use: FSDP and load_state_dict(assign=True) put other objects in the parameters' places.
+    """Return the named arrays as the model has them at this moment."""
+    # Looked up at each use: FSDP and load_state_dict(assign=True) replace the parameter objects.
     return [state.owner._parameters[state.parameter_names[name]] for name in names]  # type: ignore[misc]
 
 
 def full_arrays(state: AdapterState) -> dict[str, Tensor]:
-    """All arrays by name; sharded ones are gathered (every process must call)."""
+    """Return all arrays by name; sharded ones are gathered (every process must call)."""
     return {name: gather_full(parameter) for name, parameter in named_parameters(state)}
 
 
 def deltas(state: AdapterState) -> list[Tensor]:
-    """The update of every target; see :meth:`Adapter.deltas`."""
+    """Return the update of every target; see :meth:`Adapter.deltas`."""
     need_linear(state, "there is no ΔW")
     return state.plan.deltas(full_arrays(state))
 
@@ -53,7 +53,7 @@ def load_arrays(state: AdapterState, arrays: Mapping[str, Any]) -> None:
 
 
 def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
-    """The parameters, each with the array to be copied into it; a ShapeError where these do not fit."""
+    """Pair each parameter with the array to copy into it; raise a ShapeError if they do not fit."""
     need_unmerged(state, "new arrays")
     expected = state.plan.param_shapes
     found = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -64,7 +64,7 @@ def checked_pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[
 
 
 def pairs(state: AdapterState, arrays: Mapping[str, Any]) -> list[tuple[nn.Parameter, Any]]:
-    """The parameters of these arrays, whose names and shapes are known to fit, each with its array."""
+    """Pair each parameter with its array; names and shapes are known to fit."""
     need_unmerged(state, "new arrays")
     reshard(state.model, state.owner)
     return [(parameter, arrays[name]) for name, parameter in named_parameters(state) if name in arrays]
@@ -74,17 +74,17 @@ def register_in(state: AdapterState, owner: nn.ParameterDict, instead: str) -> N
     """Register the parameters in ``owner`` instead of on the model, under their array names with ``_`` for dots.
 
     The parameters stay the same objects. The caller keeps ``owner`` in the same module tree as the model, so that
-    moving, sharding and copying treat them alike, and takes the adapter off by :func:`~._removal.let_go` or
-    :func:`~._removal.let_go_merged`; ``detach()`` and ``bake()`` are then refused with what to call ``instead``.
+    moving, sharding and copying treat them alike, and removes the adapter with :func:`~._removal.let_go` or
+    :func:`~._removal.let_go_merged`; ``detach()`` and ``bake()`` then raise an error that names ``instead``.
     """
     names = {array: array.replace(".", "_") for array in state.parameter_names}
     left, old = state.owner, list(state.parameter_names.values())
-    # In this order: at every moment, the parameters are where they are looked for.
+    # Added to the new owner before they leave the old one: at every moment, lookups find the parameters.
     for array, parameter in named_parameters(state):
         owner[names[array]] = parameter
     try:
         _move(state, owner, names, instead, left, old)
-    except BaseException:  # half of it would leave them in two places
+    except BaseException:  # finish the move when interrupted: half of it would leave them in two places
         _move(state, owner, names, instead, left, old)
         raise
 

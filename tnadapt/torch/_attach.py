@@ -1,4 +1,4 @@
-"""Putting an adapter on a model."""
+"""Attaching an adapter to a model."""
 
 from __future__ import annotations
 
@@ -50,40 +50,39 @@ def attach(
     dtype: torch.dtype = torch.float32,
     untie: bool = False,
 ) -> Adapter:
-    """Adapt the query and value projections, or other weights, of any torch model.
+    """Attach an adapter to the query and value projections, or other weights, of any torch model.
 
-    The base is frozen and changes in nothing; a fresh adapter leaves every output as it was, to the bit.
+    The base is frozen and never changes; a fresh adapter leaves every output bit for bit the same.
 
     Parameters
     ----------
     model : Module
         Any model whose attention tnadapt knows: see :func:`tnadapt.torch.find_targets`.
     cfg : Config, optional
-        What the updates are made of. By default ``tnadapt.presets.superlora(rank=8)``, the paper's headline: all
-        weights are one group, reshaped to a square and given one low-rank matrix. It fits weights of any number and
-        any shapes (grouped-query attention, Swin's stages), where LoRA's stacking needs equal columns, and of all
-        settings of its size it is the one that the paper found best.
+        The form of the updates. By default ``tnadapt.presets.superlora(rank=8)``, the paper's headline setting: all
+        weights are one group, reshaped to a square with one low-rank matrix. It fits any number of weights of any
+        shapes (grouped-query attention, Swin's stages), where LoRA's stacking needs equal columns, and the paper found
+        it the best of all settings of its size.
     targets : str, list or function
-        Which weights: ``"qv"`` and other roles, ``"all-linear"``, ``"conv"``, a regular expression, a list of paths or
-        of :class:`tnadapt.Target`, a function; see :func:`tnadapt.torch.find_targets`.
+        The weights to adapt: ``"qv"`` and other roles, ``"all-linear"``, ``"conv"``, a regular expression, a list of
+        paths or of :class:`tnadapt.Target`, or a function; see :func:`tnadapt.torch.find_targets`.
     name : str
-        Several adapters on one model have different names. Any printable characters will do.
+        Name of the adapter: any printable characters, unique on the model.
     keep_trainable : str or sequence of str
-        Parameters of the base that stay free, by whole parts of their paths: ``"classifier"`` is every parameter
-        below a module of that name. They are saved with the adapter.
+        Parameters of the base that stay trainable, by whole components of their paths: ``"classifier"`` is every
+        parameter below a module of that name. They are saved with the adapter.
     strategy : {"auto", "weight", "factored", "additive"}
-        How a layer uses its update; see :mod:`tnadapt.torch._forward_patch`. ``"auto"`` takes for each weight the one
-        whose training step costs least by a count of operations and bytes (:mod:`tnadapt.torch._step_cost`); the
-        summary shows it.
+        How a layer uses its update; see :mod:`tnadapt.torch._forward_patch`. ``"auto"`` picks for each weight the
+        strategy with the cheapest training step, estimated from operations and bytes
+        (:mod:`tnadapt.torch._step_cost`); the summary shows the choice.
     tokens : int
-        For ``"auto"``: how many rows a layer is called with, batch times tokens.
+        For ``"auto"``: the number of rows a layer is called with, batch size times tokens.
     activation : {"relu", "gelu", "silu", "tanh"}, optional
-        A nonlinearity between the two factors, on the activations (LoDA). Needs one low-rank matrix a weight.
+        A nonlinearity between the two factors, on the activations (LoDA). Needs one low-rank matrix per weight.
     dtype : torch.dtype
-        Of the adapter's parameters. float32 also on half-precision models: small updates would vanish in less.
+        Dtype of the adapter's parameters. float32 also on half-precision models: small updates would vanish in less.
     untie : bool
-        Where two targets are one tensor (tied weights): give the second a copy of its own. Otherwise they are
-        refused.
+        Where two targets are one tensor (tied weights), give the second its own copy. Otherwise they are rejected.
 
     Returns
     -------
@@ -93,11 +92,13 @@ def attach(
     Raises
     ------
     TargetError
-        If there is no target, a name is taken or not a name, weights are tied, or ``keep_trainable`` matches nothing.
+        If there is no target, the name is taken or invalid, weights are tied, or ``keep_trainable`` matches nothing.
     ConfigError
-        If the config does not suit the weights, or the strategy not the config.
+        If the config does not suit the weights, or the strategy does not suit the config.
     BackendError
-        If the dtype is not a floating one. In each case the model is as it was.
+        If the dtype is not a floating-point dtype.
+
+    In each case the model is unchanged.
 
     Examples
     --------
@@ -134,7 +135,7 @@ def attach(
         _strategy(strategy, plan, index, tokens, target, owner, host, activation)
         for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
     ]
-    # Also under inference_mode: what is made there could never be trained.
+    # Leave inference mode: tensors created in it could never be trained.
     with torch.inference_mode(False):
         arrays = _arrays(plan, _weight_or_substitute(owners[0], found[0].parameter), dtype)
     # Nothing can fail from here on, but it can be interrupted.
@@ -164,7 +165,7 @@ def _put_on(
     for index, (target, owner, host, chosen) in enumerate(zip(found, owners, hosts, strategies, strict=True)):
         there = ForwardPatch.of(host)
         patch = ForwardPatch(host) if there is None else there
-        # In this order: whatever is in the model can be found by who takes it off again.
+        # Recorded before it is installed, so that take_off() finds everything that is in the model.
         state.patches.append(patch)
         if there is None:
             patch.install()
@@ -178,29 +179,29 @@ def _put_on(
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """A TargetError where a name is none, or is taken on this model."""
+    """Raise a TargetError if a name is invalid or taken on this model."""
     if not isinstance(name, str) or not name or not name.isprintable():
         raise TargetError(
             f"an adapter's name must be a non-empty string of printable characters; got {safe_repr(name)}"
         )
     if DOT in name:
         raise TargetError(
-            f"an adapter cannot be called {name!r}: this is how {name.replace(DOT, '.')!r} is written in the names of "
+            f"an adapter cannot be called {name!r}: {name.replace(DOT, '.')!r} is encoded like this in the names of "
             "parameters; give another name"
         )
     taken = {adapter.name: adapter for adapter in overlapping(model)}
     if name in taken:
         raise TargetError(
-            f"there is an adapter {name!r} on this model already ({taken[name].handle!r}); give another name, or "
+            f"this model already has an adapter {name!r} ({taken[name].handle!r}); give another name, or "
             "detach() it first"
         )
 
 
 def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
-    """Parameters and buffers whose dotted path has one of the patterns among its whole parts, in order."""
+    """Return the parameters and buffers whose dotted paths contain a pattern as whole components, in order."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     state = set(model.state_dict(keep_vars=True))
-    # A tied weight has several names, and is kept under the first.
+    # A tied weight has several names and is kept under the first.
     tensors = list(
         itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     )
@@ -214,7 +215,7 @@ def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[
         if not found:
             modules = ", ".join(name for name, _ in model.named_children())
             raise TargetError(
-                f"keep_trainable: no parameter lies at or below {safe_repr(pattern)}; the model's parts are: {modules}"
+                f"keep_trainable: no parameter is at or below {safe_repr(pattern)}; the model's parts are: {modules}"
             )
         kept.update(dict.fromkeys(found))
     both = [name for name in targets if name in kept]
@@ -238,8 +239,7 @@ def _strategy(
     config = plan.config
     weight = owner._parameters.get(target.parameter)
     quantised = weight is None or not weight.is_floating_point() or quantized_type(owner) is not None
-    # What is added to the output must be what a change of the weight would add: of a layer whose forward is another
-    # than the linear one, that is not known.
+    # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
     linear = quantised or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
     how = factoring(plan, index) if own else None
@@ -247,7 +247,7 @@ def _strategy(
     if activation is not None:
         if how is None or not how.is_plain or wanted not in ("auto", "factored"):
             raise ConfigError(
-                f"activation={activation!r} acts between the two factors of one low-rank matrix a weight, in the "
+                f"activation={activation!r} acts between the two factors of one low-rank matrix per weight, in the "
                 f"factored strategy; {target.name} with {safe_repr(config)} has none: use tnadapt.presets.lora(rank)"
             )
         return "factored", how
@@ -279,24 +279,24 @@ def _strategy(
 
 
 def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    # Known before a program is compiled, which would otherwise be compiled again when NumPy is first met.
+    # Loaded before any program is compiled: loading it later would trigger a recompilation.
     load_backend("numpy")
     device = torch.device("cpu") if like is None else like.device
     if like is not None and is_sharded(like):
         raise TargetError("the model is sharded already; attach first, then fully_shard(model)")
     if device.type == "meta":
-        # There is nothing to compute with: nothing is drawn.
+        # No values exist on this device: reset() draws them later.
         return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
     return plan.init("torch", _DTYPES[dtype], device)
 
 
 def _weight_or_substitute(owner: nn.Module, parameter: str) -> torch.Tensor | None:
-    """The weight, or what a quantised layer has instead: the arrays are to lie beside it."""
+    """Return the weight, or what a quantised layer has instead: it determines the device of the arrays."""
     weight: torch.Tensor | None = owner._parameters.get(parameter)
     weight = weight if weight is not None else next(itertools.chain(owner.parameters(), owner.buffers()), None)
     if weight is not None and weight.device.type == "meta" and hasattr(owner, "_hf_hook"):
         raise TargetError(
             "the model is offloaded by accelerate, which keeps each weight elsewhere until its module is called, and "
-            "would keep the adapter there: attach to a model that is in memory whole"
+            "would keep the adapter there: attach to a model that is fully in memory"
         )
     return weight

@@ -1,8 +1,8 @@
-"""Queries, keys, values and outputs of every attention in a model, found by what they do there.
+"""Query, key, value and output projections of every attention in a model, found by structure and names.
 
-A module is an attention if projections to q and v (one weight or several, or k and v of a query that is learned) lie
-beside each other in it. A lone ``value`` or ``query`` elsewhere is none, nor is deformable attention, which has values
-alone.
+A module is an attention if it holds projections to q and v next to each other (one weight or several, or only k and v
+if the query is learned). A single ``value`` or ``query`` elsewhere does not count, nor does deformable attention, which
+has only values.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class AttentionModule(NamedTuple):
     ----------
     path : str
     module : Module
-    inputs : list of (str, Name, Weight)
-        Name in the module, what it makes, and the weight; in the module's order.
+    inputs : list of (str, ProjectionName, Weight)
+        Name in the module, what the name says about q, k and v, and the weight; in the module's order.
     outputs : list of Weight
     unclear : list of (str, str)
-        Children that make q, k or v in a way that is not understood, and what they seem to make.
+        Children that seem to produce q, k or v in an unknown way, and the letters they seem to produce.
     """
 
     path: str
@@ -59,19 +59,19 @@ class AttentionModule(NamedTuple):
     unclear: list[tuple[str, str]]
 
     def targets(self, letters: str) -> Iterator[Target]:
-        """Each weight, or part of one, that makes one of the letters.
+        """Yield each weight, or part of one, that produces one of the letters.
 
         Raises
         ------
         TargetError
-            If a weight makes several and the layout is not known, or what makes a letter is not clear.
+            If a fused weight's layout is unknown, or it is unclear what produces a letter.
         """
         for name, makes in self.unclear:
             if not set(makes).isdisjoint(letters):
                 raise TargetError(
                     f"{join(self.path, name)} of {type(self.module).__name__} seems to make {makes}, and with which "
                     "weight or rows is not known: give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it, "
-                    "or name other targets by a list of paths or a function"
+                    "or name other targets in a list of paths or with a function"
                 )
         layer = layer_of(plain(self.path))
         whole_q = [weight for _, found, weight in self.inputs if found.letters == "q"]
@@ -93,7 +93,7 @@ class AttentionModule(NamedTuple):
 
 
 def attentions(model: nn.Module) -> Iterator[AttentionModule]:
-    """Every attention of a model, in its order.
+    """Yield every attention of a model, in the model's order.
 
     Examples
     --------
@@ -133,7 +133,7 @@ def attentions(model: nn.Module) -> Iterator[AttentionModule]:
 
 
 def _called(path: str, module: nn.Module, attention: bool) -> list[Called[Weight]]:
-    """What of a module's own parameters and children is called a projection to q, k or v."""
+    """Return a module's parameters and children whose names say that they project to q, k or v."""
     found: list[Called[Weight]] = []
     for weight in weights_of(path, module):
         name = parse_projection_name(weight.parameter, attention=True)
@@ -148,7 +148,7 @@ def _called(path: str, module: nn.Module, attention: bool) -> list[Called[Weight
 
 
 def _unclear(module: nn.Module, called: list[Called[Weight]]) -> list[tuple[str, str]]:
-    """Children of an attention that are called so and hold several weights, or are half called so."""
+    """Return an attention's children with the name of a projection but several weights, or with a partial name."""
     if not called:
         return []
     children = {name: child for name, child in module._modules.items() if child is not None}
@@ -158,7 +158,7 @@ def _unclear(module: nn.Module, called: list[Called[Weight]]) -> list[tuple[str,
 def _in_use(
     module: nn.Module, inputs: list[tuple[str, ProjectionName, Weight]]
 ) -> list[tuple[str, ProjectionName, Weight]]:
-    """Without the separate weights that diffusers keeps beside a fused copy of them, and no longer reads."""
+    """Drop the separate weights that diffusers keeps next to a fused copy and no longer reads."""
     if not getattr(module, "fused_projections", False):
         return inputs
 
@@ -170,7 +170,7 @@ def _in_use(
 
 
 def _children(path: str, module: nn.Module, names: frozenset[str]) -> list[Weight]:
-    """The weights of children of these names, where there is one weight in it."""
+    """Return the weights of the children with these names, of children that hold a single weight."""
     found = [
         projections_in(join(path, name), child)
         for name, child in module._modules.items()
@@ -180,7 +180,7 @@ def _children(path: str, module: nn.Module, names: frozenset[str]) -> list[Weigh
 
 
 def _outputs_of_parent(path: str, by_plain_path: dict[str, nn.Module]) -> list[Weight]:
-    """Those that the attention's parent has, where it is an attention itself."""
+    """Return the output projections of the attention's parent, if that is an attention itself."""
     above = plain(path).rpartition(".")[0]
     parent = by_plain_path.get(above)
     if parent is None or not is_attention(type(parent).__name__):

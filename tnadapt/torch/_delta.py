@@ -1,9 +1,9 @@
-"""ΔW with autograd: computed once for all layers that share it, and again in backward rather than kept.
+"""ΔW with autograd: computed once for all layers that share it, and recomputed in backward instead of saved.
 
-Where slices are cheap (:class:`Slice`), each layer makes its own, while training. Where they are not, as behind F, a
-group's update is made whole for many layers. Its graph is one node, :class:`DeltaFunction`, that keeps the small arrays
-and nothing else: gone through a second time (gradient accumulation without an optimiser step, reentrant checkpointing)
-it finds all it needs, and a checkpointed region that meets it saves no tensor on its account.
+Where slices are cheap (:class:`Slice`), each layer computes its own during training. Where they are not, as behind F,
+the updates of a whole group are computed at once for all its layers. The graph is a single node,
+:class:`DeltaFunction`, that keeps only the small arrays. Backward can therefore run through it several times (gradient
+accumulation without an optimiser step, reentrant checkpointing), and a checkpointed region saves no tensor for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["DeltaFunction", "Slice", "Whole", "pieces", "vector", "version"]
 
 
 class DeltaFunction(torch.autograd.Function):
-    """What a function makes of a plan's arrays; backward recomputes and differentiates it."""
+    """A function of a plan's arrays as one autograd node; backward recomputes and differentiates it."""
 
     generate_vmap_rule = True
 
@@ -35,8 +35,8 @@ class DeltaFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.made, *ctx.arrays = inputs
-        # Not by save_for_backward: what that keeps is dropped after the first backward pass, and this node may be gone
-        # through several times, as it is shared by layers and by passes. Its check for writes in place is made here.
+        # Not save_for_backward: tensors saved there are freed after the first backward pass, but layers and passes
+        # share this node, so backward may run several times. Its check for in-place writes is therefore repeated here.
         ctx.versions = [version(array) for array in ctx.arrays]
 
     @staticmethod
@@ -44,7 +44,7 @@ class DeltaFunction(torch.autograd.Function):
         if [version(array) for array in ctx.arrays] != ctx.versions:
             raise RuntimeError(
                 "an array of the adapter was changed in place between the forward pass and this backward pass, which "
-                "needs the values it had: call optimizer.step() after the last backward() of a step"
+                "needs the original values: call optimizer.step() after the last backward() of a step"
             )
         wanted = [index for index, _ in enumerate(ctx.arrays) if ctx.needs_input_grad[1 + index]]
         result: list[Tensor | None] = [None] * (1 + len(ctx.arrays))
@@ -56,7 +56,7 @@ class DeltaFunction(torch.autograd.Function):
 def _vjp(
     made: Callable[..., Tensor], arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor
 ) -> Sequence[Tensor]:
-    """Recompute what is made of arrays, and return the gradients of some of them."""
+    """Recompute a function of arrays and return the gradients of the wanted ones."""
 
     def of(*moved: Tensor) -> Tensor:
         given = list(arrays)
@@ -64,30 +64,30 @@ def _vjp(
             given[index] = array
         return made(*given)
 
-    # By torch.func and not by autograd.grad: a backward pass may be batched or differentiated itself.
+    # torch.func rather than autograd.grad, because a backward pass may itself be batched or differentiated.
     pull: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(of, *(arrays[index] for index in wanted))[1]
     return pull(gradient)
 
 
 class Whole:
-    """The long vector of a plan as a function of its arrays, in order."""
+    """The vector of all updates of a plan as a function of its arrays, in order."""
 
     def __init__(self, plan: SuperLoRA, names: Sequence[str]) -> None:
         self.plan, self.names = plan, tuple(names)
 
     def __repr__(self) -> str:
-        # A trace has it in its graph, and compares two of them: no address.
+        # Traces contain this text and are compared with each other, so it must not contain an address.
         return f"Whole({self.plan!r})"
 
     def __call__(self, *arrays: Tensor) -> Tensor:
         return cast(Tensor, self.plan.vector(dict(zip(self.names, arrays, strict=True))))
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
-        """Gradients of the wanted arrays, from that of the vector."""
+        """Return the gradients of the wanted arrays, given that of the vector."""
         groups = self.plan.groups
         if any(not group.projection.linear or group.projection.kind == "identity" for group in groups):
             return _vjp(self, arrays, wanted, gradient)
-        # The adjoint of a linear F needs no output of F: recomputation ends before it.
+        # The adjoint of a linear F needs no output of F, so only the network in front of it is recomputed.
         backend, found = load_backend("torch"), dict[str, Tensor]()
         named = dict(zip(self.names, arrays, strict=True))
         trained = {self.names[index] for index in wanted}
@@ -116,10 +116,10 @@ class Slice:
     Attributes
     ----------
     names : tuple of str
-        These arrays' names in the plan.
+        Names of these arrays in the plan.
     shape : (int, int)
     size : int
-        Of the update.
+        Number of elements of the update.
     """
 
     def __init__(self, plan: SuperLoRA, index: int) -> None:
@@ -133,7 +133,7 @@ class Slice:
         return f"Slice(shape={self.shape}, pieces={self._pieces})"
 
     def __call__(self, *arrays: Tensor) -> Tensor:
-        # The plan has checked the arrays' shapes when they were made; a check at each layer would cost as much as this.
+        # Shapes were checked when the arrays were created; a check per layer would cost as much as the update itself.
         backend, params = load_backend("torch"), dict(zip(self.names, arrays, strict=True))
         found = [
             self._groups[piece.group].update(backend, params, piece.group_start, piece.group_start + piece.length)
@@ -142,7 +142,7 @@ class Slice:
         return cast(Tensor, backend.reshape(backend.concat(found), self.shape))
 
     def factors(self, *arrays: Tensor) -> tuple[Tensor, Tensor, int] | None:
-        """Two matrices and a place in ``vec`` of their product, from where on the update is; None if it is no such."""
+        """Return (left, right, start): the update is a run of ``vec(left @ right)`` from start. None if it is not."""
         if len(self._pieces) > 1 or arrays[0].dtype not in (torch.float32, torch.float64):
             return None
         (piece,) = self._pieces
@@ -153,15 +153,15 @@ class Slice:
         return group.network.slice_factors(backend, own, start, stop)
 
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
-        """Gradients of the wanted arrays, from that of the update."""
+        """Return the gradients of the wanted arrays, given that of the update."""
         return _vjp(self, arrays, wanted, gradient)
 
     @classmethod
     def of(cls, plan: SuperLoRA, index: int) -> Slice | None:
-        """The slice of one weight, where making it by itself is no dearer than as a part of the whole.
+        """Return the slice of one weight, or None where computing it alone costs more than as part of the whole.
 
-        F mixes all elements of a group. And each slice has a gradient of the size of all the arrays of its groups, so
-        that together these must not be larger than the groups.
+        That is so behind F, which mixes all elements of a group. It is also so where a group's gradients would be
+        larger than the group: each slice has gradients as large as all arrays of its groups.
         """
         if plan.config.projection != "identity":
             return None
@@ -173,7 +173,7 @@ class Slice:
 
 
 def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Runs of ``(start, length)``, those that follow each other as one."""
+    """Merge adjacent runs of ``(start, length)``."""
     found: list[tuple[int, int]] = []
     for start, length in spans:
         if found and sum(found[-1]) == start:
@@ -184,19 +184,19 @@ def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def version(array: Tensor) -> int:
-    """How often it has been written to, where that is counted."""
+    """Return torch's in-place version counter; -1 for inference tensors, which have none."""
     return -1 if array.is_inference() else array._version
 
 
 def vector(plan: SuperLoRA, arrays: Mapping[str, Tensor]) -> Tensor:
-    """The long vector, differentiable; in a compiled program by plain operations, which the compiler plans itself."""
+    """Return the vector of all updates, differentiable; in a compiled program by operations that can be fused."""
     if torch.compiler.is_compiling():
         return cast(Tensor, plan.vector(arrays))
     return cast(Tensor, DeltaFunction.apply(Whole(plan, tuple(arrays)), *arrays.values()))  # type: ignore[no-untyped-call]
 
 
 def pieces(plan: SuperLoRA, vec: Tensor) -> list[Tensor]:
-    """The update of every weight, ``(rows, cols)``, as views of the long vector in the order of the weights."""
+    """Return the update of every weight, ``(rows, cols)``, as views of the vector of all updates, in order."""
     sizes = [rows * cols for rows, cols in plan.shapes]
-    # One split, not many slices: its backward writes the whole gradient once.
+    # One split rather than many slices: its backward writes the whole gradient once.
     return [part.view(shape) for part, shape in zip(torch.split(vec, sizes), plan.shapes, strict=True)]

@@ -1,9 +1,9 @@
-"""A linear layer with updates that stay factored: ΔW never exists.
+"""A linear layer with factored updates: ΔW is never formed.
 
-``y = x Wᵀ + b + s Σ z_t Lᵀ``, where L is the left factor of the last matrix of a term (the matrix itself, if it is
-whole) and z what the rows of x have become before it: x times the last right factor, and then through the other
-matrices of the Kronecker product, each in its own mode. With one matrix a term, which is LoRA, z = x R. The sum is
-accumulated where y lies: no second array of its size is written, and the scale is on the narrow side.
+``y = x Wᵀ + b + s Σ z_t Lᵀ``, where L is the left factor of the last matrix of a term (the matrix itself if it is not
+factored). z is x times the right factor of the last matrix, multiplied by the other matrices of the Kronecker product,
+each along its mode. With one matrix per term, which is LoRA, z = x R. The sum is accumulated in place in y: no second
+array of that size is written.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["Branch", "FactoredLinear", "can_fuse", "factored_linear", "product"]
 
 
 def product(x: Tensor, factored: Factored, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """``x ΔWᵀ`` by plain operations, with a nonlinearity between two factors where one is given."""
+    """Return ``x ΔWᵀ`` by ordinary operations, with an optional nonlinearity between the two factors."""
     if len(factored.terms[0]) == 1:
         ((last,),) = factored.terms
         assert last.right is not None
         inner = functional.linear(x, last.right.T)
         total = functional.linear(inner if activation is None else activation(inner), last.left)
     elif x.is_nested:
-        # Its rows cannot be cut into digits.
+        # Rows of a nested tensor cannot be reshaped into modes.
         total = functional.linear(x, cast(Tensor, factored._replace(scale=1.0).dense(load_backend("torch"))))
     else:
         total = _kronecker(x, factored)
@@ -53,7 +53,7 @@ def _kronecker(x: Tensor, factored: Factored) -> Tensor:
 
 
 def _inner(rows: Tensor, term: Sequence[Matrix]) -> Tensor:
-    """The rows of x times the right factor of the last matrix, its columns being the fastest digits."""
+    """Return the rows of x times the right factor of the last matrix, along the fastest-varying mode of the columns."""
     last = term[-1]
     cols = last.left.shape[1] if last.right is None else last.right.shape[0]
     parts = rows.reshape(-1, cols)
@@ -61,12 +61,12 @@ def _inner(rows: Tensor, term: Sequence[Matrix]) -> Tensor:
 
 
 def _middle(inner: Tensor, count: int, term: Sequence[Matrix]) -> Tensor:
-    """That through the other matrices, a mode each, the first mode first."""
-    # Sizes are all written out: of no rows at all, none could be found from the others.
+    """Apply the other matrices of the term, each along its mode, the first mode first."""
+    # All sizes are explicit: with zero rows, reshape could not infer a -1.
     sizes = [matrix.left.shape[1] if matrix.right is None else matrix.right.shape[0] for matrix in term[:-1]]
     sizes.append(term[-1].left.shape[1])
     for place, matrix in enumerate(term[:-1]):
-        # Rows of x, digits that are done, this digit; and the rest, which the matrix leaves as it is.
+        # Axes: rows of x with the modes already done, this mode, and the remaining modes, which stay unchanged.
         stacked = inner.reshape(count, sizes[place], math.prod(sizes[place + 1 :]))
         if matrix.right is not None:
             stacked = torch.matmul(matrix.right.mT, stacked)
@@ -76,14 +76,17 @@ def _middle(inner: Tensor, count: int, term: Sequence[Matrix]) -> Tensor:
 
 
 class Branch(NamedTuple):
-    """What one update adds, its factors left out: which rows, times what, and of each term which matrices are whole."""
+    """The structure of one update without its factors: target rows, scale, and which matrices of each term are whole.
+
+    An autograd function takes tensors only as positional arguments, so the factors are passed flat, next to this.
+    """
 
     target: Target
     scale: float
     terms: tuple[tuple[bool, ...], ...]
 
     def gathered(self, tensors: Sequence[Tensor]) -> list[list[Matrix]]:
-        """The factors again, of a row of tensors."""
+        """Rebuild the factors from a flat sequence of tensors."""
         found, rest = [], iter(tensors)
         for term in self.terms:
             found.append([Matrix(next(rest), None if is_whole else next(rest)) for is_whole in term])
@@ -91,14 +94,14 @@ class Branch(NamedTuple):
 
     @property
     def number(self) -> int:
-        """How many tensors it has."""
+        """Number of tensors of the update."""
         return sum(1 if is_whole else 2 for term in self.terms for is_whole in term)
 
 
 def factored_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Target, Factored]]
 ) -> Tensor:
-    """``x Wᵀ + b`` and what each update adds to the features of its rows; for what :func:`can_fuse` says yes to."""
+    """Return ``x Wᵀ + b`` plus each update on the features of its rows; requires :func:`can_fuse`."""
     branches, tensors = [], list[Tensor]()
     for target, factored in changes:
         shape = tuple(tuple(matrix.right is None for matrix in term) for term in factored.terms)
@@ -110,19 +113,23 @@ def factored_linear(
 
 
 def can_fuse(x: Tensor, weight: Tensor, changes: Sequence[tuple[Target, Factored]]) -> bool:
-    """Whether all is of one dtype and device, and nothing looks at the single operations."""
+    """Return whether all tensors share dtype and device, and no trace or mode intercepts single operations."""
     if torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode():
         return False
     if x.is_nested or x.ndim == 0 or x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
         return False
     if not x.is_contiguous():
-        return False  # of other strides torch takes its products in another order, and rounds otherwise
+        return False  # with other strides torch sums products in another order, so rounding would differ
     tensors = [t for _, factored in changes for term in factored.terms for matrix in term for t in matrix]
     return all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in [weight, *tensors])
 
 
 class FactoredLinear(torch.autograd.Function):
-    """The layer with its updates; also gives what x has become by the right factors, which backward needs."""
+    """The layer with its updates.
+
+    The products of x with the right factors, which backward needs, are additional outputs: that keeps the function
+    differentiable twice.
+    """
 
     @staticmethod
     def forward(
@@ -136,7 +143,7 @@ class FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # All of the forward pass was of one dtype: backward is, too, where it is called under autocast.
+        # The forward pass had a single dtype (see can_fuse), so backward must not be autocast either.
         with torch.autocast(ctx.device, enabled=False):
             return FactoredLinear._gradients(ctx, grads)
 
@@ -172,7 +179,7 @@ class FactoredLinear(torch.autograd.Function):
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The output, and of each term what x has become by its right factor, where that is narrow."""
+    """Return the output, and the product of x with the right factor for each term that has one."""
     rows = x.reshape(-1, x.shape[-1])
     y, kept = functional.linear(rows, weight, bias), []
     for branch, own in _shared_out(branches, tensors):
@@ -183,7 +190,7 @@ def _forward(
                 kept.append(inner)
             _accumulate(part, _middle(inner, rows.shape[0], term), term[-1].left, branch.scale)
     y = y.view(*x.shape[:-1], y.shape[-1])
-    # The same numbers, and no view: a view that is made in here must not be written to in place.
+    # The same numbers as a tensor that is no view: autograd forbids in-place writes to views from a custom function.
     return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y, kept
 
 
@@ -196,7 +203,7 @@ def _term_vjp(
     given: Tensor | None,
     moved: Tensor | None,
 ) -> list[Tensor | None]:
-    """Gradients of a term's tensors, in order; that of x is added to ``moved``."""
+    """Return the gradients of a term's tensors, in order; the gradient of x is added to ``moved`` in place."""
     found: list[Tensor | None] = []
     last, others = term[-1], term[:-1]
     pulled = given
@@ -236,7 +243,7 @@ def _term_vjp(
 
 
 def _is_kept(term: Sequence[Matrix]) -> bool:
-    """Whether what x becomes by the right factor is kept: where it is narrow."""
+    """Return whether the product of x with the right factor is saved: if there is one, the product is narrow."""
     return term[-1].right is not None
 
 
@@ -249,7 +256,7 @@ def _shared_out(branches: Sequence[Branch], tensors: Sequence[Tensor]) -> list[t
 
 
 def _part(target: Target, features: Tensor) -> Tensor:
-    """Those of ``(n, out)`` features that the rows make, a view: ``(n, rows)`` or ``(n, blocks, rows of each)``."""
+    """Return a view of the target's features in ``(n, out)``: ``(n, rows)`` or ``(n, blocks, rows per block)``."""
     if target.rows is None:
         return features
     rows = target.rows
@@ -258,7 +265,7 @@ def _part(target: Target, features: Tensor) -> Tensor:
 
 
 def _accumulate(part: Tensor, z: Tensor, left: Tensor, scale: float) -> None:
-    """``part += scale * z leftᵀ``, in place; several rows of z may make one of ``part``."""
+    """Compute ``part += scale * z leftᵀ`` in place; several rows of z may form one row of ``part``."""
     if part.is_contiguous() or (part.ndim == 2 and len(z) == len(part)):
         part.view(len(z), left.shape[0]).addmm_(z, left.T, alpha=scale)
     else:

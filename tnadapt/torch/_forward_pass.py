@@ -1,4 +1,4 @@
-"""What an adapter contributes to a forward pass: whether it acts, its updates and factors, and the hooks around it."""
+"""An adapter's part in a forward pass: whether it acts, its updates and factors, and the hooks around the pass."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = ["PassHooks", "acts", "check_recomputation", "delta", "delta_source", 
 
 
 def acts(state: AdapterState) -> bool:
-    """Whether it has a part in a forward pass."""
+    """Return whether the adapter contributes to a forward pass."""
     if not state.enabled or state.merged is not None:
         return False
-    # A compiled program is one for all weights, zero included: it must contain the update.
+    # One compiled program serves all mixing weights, zero included, so it must contain the update.
     return torch.compiler.is_compiling() or state.weight != 0.0
 
 
 def delta(slot: AdapterSlot) -> Tensor:
-    """The update of one weight, times the adapter's weight."""
+    """Return the update of one weight, times the adapter's mixing weight."""
     state = slot.adapter
     _refuse_reentrant(state)
     own = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -42,7 +42,7 @@ def delta(slot: AdapterSlot) -> Tensor:
 
 
 def delta_source(slot: AdapterSlot) -> tuple[DeltaSource, list[Tensor]]:
-    """For a linear layer on the sum: where the update comes from, and the arrays that it is made of."""
+    """Return the source of an update for :class:`MergedWeightLinear`, and the arrays it is computed from."""
     state = slot.adapter
     made = state.cache.slice(slot.index)
     if made is None:
@@ -51,25 +51,25 @@ def delta_source(slot: AdapterSlot) -> tuple[DeltaSource, list[Tensor]]:
 
 
 def factors(slot: AdapterSlot) -> Factored:
-    """The factors of one weight's update; not times the adapter's weight."""
+    """Return the factors of one weight's update, without the adapter's mixing weight."""
     state, how = slot.adapter, slot.factoring
-    assert how is not None  # attach has seen to that
+    assert how is not None  # ensured by attach
     if how.shared:
         _refuse_reentrant(state)
     return how(load_backend("torch"), dict(zip(how.names, current(state, how.names), strict=True)))
 
 
 def scaled(state: AdapterState, value: Tensor) -> Tensor:
-    """A tensor times the adapter's weight."""
+    """Return a tensor times the adapter's mixing weight."""
     if torch.compiler.is_compiling():
-        # where, not a product alone: an inactive adapter adds nothing even if there is a NaN in it.
+        # torch.where rather than a product alone: an inactive adapter adds nothing, even if it contains a NaN.
         zero = state.weight_tensor == 0
         return torch.where(zero, torch.zeros_like(value), value * state.weight_tensor)
     return value if state.weight == 1.0 else value * state.weight
 
 
 def _refuse_reentrant(state: AdapterState) -> None:
-    # A pass that began with gradients and is without them here is inside of reentrant checkpointing.
+    # A pass that began with gradients but runs without them here is inside reentrant checkpointing.
     if state.cache.began_with_gradients and not torch.is_grad_enabled():
         refuse_reentrant(state.name)
 
@@ -78,17 +78,17 @@ def _refuse_reentrant(state: AdapterState) -> None:
 
 
 def check_recomputation(state: AdapterState) -> None:
-    """Raise a RuntimeError where a checkpointed region runs again with other settings than in the forward pass."""
+    """Raise a RuntimeError if a checkpointed region is recomputed with settings that differ from the forward pass."""
     if state.passes[1] and _settings(state) not in state.passes[1]:
         raise RuntimeError(
             f"adapter {state.name!r} was activated, mixed, merged or disabled between a forward pass with "
-            "activation checkpointing and its backward pass, which runs a part of it again: do so after backward()"
+            "activation checkpointing and its backward pass, which recomputes parts of it: do so after backward()"
         )
 
 
 def _remember_settings(state: AdapterState) -> None:
-    # Several passes may come before one backward pass (the base's answer beside the adapter's, as in DPO), so all
-    # settings since the last optimiser step are allowed, not only the latest.
+    # Several passes may precede one backward pass (DPO runs the base model and the adapted one), so all settings since
+    # the last optimiser step are allowed, not only the latest. The version counters tell when a step was taken.
     written = sum(parameter._version for _, parameter in named_parameters(state) if not parameter.is_inference())
     if written != state.passes[0]:
         state.passes = written, set()
@@ -105,19 +105,20 @@ def _settings(state: AdapterState) -> tuple[bool, float, bool]:
 class PassHooks:
     """Hooks on the model that an adapter is attached to.
 
-    They are bound methods of a small object, which ``copy.deepcopy`` and ``pickle`` follow to the copy's own state.
+    They are bound methods of a small object rather than closures, so that ``copy.deepcopy`` and ``pickle`` connect a
+    copied model to the copied state.
     """
 
     def __init__(self, state: AdapterState) -> None:
         self.state = state
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        """Prepare for a forward pass of the whole model."""
+        """Prepare for a forward pass of the whole model (forward pre-hook)."""
         state = self.state
         if getattr(module, "_is_replica", False):
             raise TargetError(
                 "nn.DataParallel copies the model for each device, and an adapter is on one model: use "
-                "DistributedDataParallel, a process a device"
+                "DistributedDataParallel, with one process per device"
             )
         if not torch.compiler.is_compiling():
             state.threads.discard(threading.get_ident())
@@ -127,7 +128,7 @@ class PassHooks:
             state.cache.begin()
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Tidy up after it, also if it failed (then ``output`` is None)."""
+        """Clean up after the pass, also if it failed; ``output`` is then None (forward hook)."""
         state = self.state
         state.cache.end()
         if torch.compiler.is_compiling() or state.warned or output is None or not acts(state):
@@ -136,8 +137,8 @@ class PassHooks:
             return
         state.warned = True
         warnings.warn(
-            f"no module that adapter {state.name!r} is on was called in a forward pass of "
-            f"{type(state.model).__name__}: its updates had no part in the result. If the model reads the weights in "
-            f"another way than by calling {state.targets[0].module!r}, as fused projections do, merge() is the way",
+            f"none of the modules that adapter {state.name!r} updates was called in a forward pass of "
+            f"{type(state.model).__name__}: its updates did not affect the result. If the model reads the weights "
+            f"without calling {state.targets[0].module!r}, as fused projections do, call merge()",
             stacklevel=2,
         )

@@ -1,16 +1,19 @@
-"""How a layer uses ΔW: added to the weight, added to the output, or as the factors of a low-rank update.
+"""The forward of an adapted layer, which applies ΔW: to the weight, to the output, or as low-rank factors.
 
-A :class:`ForwardPatch` stands in for the ``forward`` of one module. Nothing else of the module changes: its class,
-path, parameters and state dict stay what they were. Another module in its place, as PEFT has it, or another class, as
-parametrisations have it, would show in names, state dicts and ``isinstance`` checks; and a pair of hooks around the
-forward could not clean up after an interrupted pass, in which torch runs no hook.
+A :class:`ForwardPatch` replaces the ``forward`` of one module instance. Nothing else about the module changes: class,
+path, parameters and state dict stay the same. Wrapping the module, as PEFT does, or changing its class, as
+parametrisations do, would be visible in names, state dicts and ``isinstance`` checks. A pair of hooks around the
+forward could not clean up after an interrupted pass, for which torch runs no hook.
 
-- *weight*: ``x (W + ΔW)ᵀ``; the sum is rounded once to the weight's dtype, and formed again in
-  backward, not kept. The only way for weights that several rows share, that are read by something other than
-  their own module's forward, or that belong to a convolution.
-- *factored*: ``x Wᵀ + s (x A) Bᵀ`` for one low-rank matrix a weight; ΔW never exists. With an ``activation`` between
-  the two factors this is LoDA.
+- *weight*: ``x (W + ΔW)ᵀ``; the sum is rounded once to the weight's dtype, and recomputed in backward instead of
+  being saved. The only strategy for weights with several targets among their rows, weights that are read by something
+  other than their own module's forward, and weights of convolutions.
+- *factored*: ``x Wᵀ + s (x A) Bᵀ`` for one low-rank matrix per weight; ΔW is never formed. With an ``activation``
+  between the two factors this is LoDA.
 - *additive*: ``x Wᵀ + x ΔWᵀ``, for weights that cannot be added to (quantised ones).
+
+A patch keeps no state of a running pass, so several threads may run the same module. Only ``_shadowed`` changes the
+module for the duration of a forward, under a lock.
 """
 
 from __future__ import annotations
@@ -54,33 +57,33 @@ class PatchedParameter:
 
     @property
     def tensor(self) -> Tensor:
-        """The base weight, as the module has it now."""
+        """The base weight as the module has it now."""
         found = self.owner._parameters.get(self.parameter)
-        # A parametrised weight is no parameter, but computed.
+        # A parametrised weight is computed and not registered as a parameter.
         return cast(Tensor, getattr(self.owner, self.parameter) if found is None else found)
 
 
 class ForwardPatch:
-    """The stand-in for one module's ``forward``.
+    """The replacement for one module's ``forward``.
 
     Parameters
     ----------
     host : Module
-        Whose forward it is. Usually it owns the weights; where a parent reads a child's weight itself,
-        the parent is the host.
+        The module whose forward is replaced. Usually it owns the weights; where a parent reads a child's weight
+        directly, the parent is the host.
     """
 
     def __init__(self, host: nn.Module) -> None:
         self.host = host
         self.weights: list[PatchedParameter] = []
-        #: A forward that was put on the module itself, by accelerate say; None where it is the class's.
+        #: The forward that was set on the instance before, by accelerate say; None where it is the class's.
         self.before: Callable[..., Any] | None = host.__dict__.get("forward")
-        #: Whether it is the forward of torch's Linear or convolutions, on the host's own weight.
+        #: Whether the original is the unmodified forward of torch's Linear or convolutions, on the host's own weight.
         self.is_plain = False
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        # No lock can be copied or pickled.
+        # Locks cannot be copied or pickled: a copy gets a new one.
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,12 +91,12 @@ class ForwardPatch:
 
     @classmethod
     def of(cls, host: nn.Module) -> ForwardPatch | None:
-        """The patch of a module, if it has one."""
+        """Return the patch of a module, or None."""
         found = host.__dict__.get("forward")
         return found if isinstance(found, ForwardPatch) else None
 
     def add(self, slot: AdapterSlot) -> None:
-        """Let a slot act here."""
+        """Add a slot to this module."""
         for patched in self.weights:
             if patched.owner is slot.owner and patched.parameter == slot.target.parameter:
                 patched.slots.append(slot)
@@ -102,12 +105,12 @@ class ForwardPatch:
         self.is_plain = self._is_plain()
 
     def install(self) -> None:
-        """Take the place of the module's forward."""
-        # The patch itself, not a method of it: accelerate takes methods apart.
+        """Replace the module's forward."""
+        # The patch itself rather than a bound method: accelerate unwraps methods.
         self.host.forward = self
 
     def remove(self, adapter: AdapterState) -> None:
-        """Take an adapter's slots away; with the last one, give the module its forward back."""
+        """Remove an adapter's slots; with the last one, restore the module's forward."""
         for patched in self.weights:
             patched.slots = [slot for slot in patched.slots if slot.adapter is not adapter]
         self.weights = [patched for patched in self.weights if patched.slots]
@@ -120,8 +123,8 @@ class ForwardPatch:
     # -- Forward -----------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's forward with every update that acts."""
-        # By what the updates are added to: the weight, or the output.
+        """Run the module's forward with every active update."""
+        # Updates are sorted by what they are added to: the weight or the output.
         to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]] = []
         to_output: list[AdapterSlot] = []
         compiling = torch.compiler.is_compiling()
@@ -133,7 +136,7 @@ class ForwardPatch:
                     check_recomputation(slot.adapter)
                 if not acts(slot.adapter):
                     continue
-                if not compiling:  # for the warning that no patch was used; a set that changes would be a graph break
+                if not compiling:  # for the warning that no patch was used; a changing set would break the graph
                     slot.adapter.threads.add(threading.get_ident())
                 (here if slot.strategy == "weight" else to_output).append(slot)
             if here:
@@ -152,8 +155,8 @@ class ForwardPatch:
     def _base(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
         if not to_weights:
             return self._original(*args, **kwargs)
-        # What nearly all layers are needs no shadow and no lock: the sum is passed as an argument. Only for the very
-        # forward of torch (see _PLAIN): a subclass may do more in its own.
+        # The fast path for nearly all layers: the sum is passed as an argument, without shadowing and lock. Only for
+        # torch's own forwards (_PLAIN), because a subclass may do more in its forward.
         if self.is_plain and not kwargs and len(args) == 1:
             patched, here = to_weights[0]
             host: Any = self.host
@@ -164,7 +167,7 @@ class ForwardPatch:
         return self._shadowed(to_weights, args, kwargs)
 
     def _fused(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> Tensor | None:
-        """The output where all updates are factored and the layer is a linear one of their own dtype; else None."""
+        """Return the output if all updates are factored and the layer is linear with the same dtype; else None."""
         host, x = self.host, args[0] if len(args) == 1 and not kwargs else None
         if not (self.is_plain and isinstance(host, nn.Linear) and isinstance(x, Tensor)):
             return None
@@ -188,18 +191,18 @@ class ForwardPatch:
         return type(self.host).forward(self.host, *args, **kwargs)
 
     def _shadowed(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
-        """Run the original forward, which finds the sum where it looks for the weight.
+        """Run the original forward, with the sum in the place where it reads the weight.
 
-        Python looks an attribute up in the instance's ``__dict__`` first and calls ``Module.__getattr__``, which knows
-        the parameters, only if there is none. So a sum in ``__dict__`` shadows the parameter for ``self.weight``, while
-        the parameter stays registered and untouched: ``parameters()`` and the state dict never show the sum.
+        Python looks up an attribute in the instance's ``__dict__`` first and calls ``Module.__getattr__``, which finds
+        parameters, only if it is missing. So a sum in ``__dict__`` shadows the parameter for ``self.weight``, while the
+        parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
         """
         names = [(patched.owner, patched.parameter) for patched, _ in to_weights]
         sums = [_sum(patched, here) for patched, here in to_weights]
-        # The shadow is seen by all threads. Without the lock a second one would compute with this one's sum (of another
-        # dtype, graph or adapter weight), or find the base weight after this one has removed it. A reentrant lock, as
-        # a forward may call itself; the sums are formed outside of it, so that threads wait for the layer alone. A
-        # compiler traces in one thread, and could not trace the lock.
+        # All threads see the shadow. Without the lock, a second thread could compute with this thread's sum (of another
+        # dtype, graph or mixing weight), or read the base weight after this thread has removed the shadow. The lock is
+        # reentrant because a forward may call itself. The sums are computed outside of it, so that threads wait only
+        # for the layer. A compiler traces in a single thread and could not trace the lock.
         with contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock:
             return self._covered(names, sums, args, kwargs)
 
@@ -212,12 +215,12 @@ class ForwardPatch:
             finally:
                 _uncover(names)
         finally:
-            # Again: a KeyboardInterrupt may come in the middle of cleaning up, and a sum that stayed would be taken for
-            # the weight from then on.
+            # Repeated, because a KeyboardInterrupt may arrive during the first cleanup, and a remaining sum would pass
+            # for the weight from then on.
             _uncover(names)
 
     def _output(self, slot: AdapterSlot, x: Tensor) -> Tensor:
-        """What the update adds to the output."""
+        """Return what the update adds to the output."""
         adapter = slot.adapter
         if slot.strategy == "additive":
             update, autocast = delta(slot), torch.is_autocast_enabled(x.device.type)
@@ -233,7 +236,7 @@ class ForwardPatch:
 
 
 def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:
-    """Remove the sums that stand in front of parameters."""
+    """Remove the sums that shadow parameters."""
     for owner, name in names:
         if name in owner.__dict__:
             del owner.__dict__[name]
@@ -252,8 +255,8 @@ def _sum(patched: PatchedParameter, slots: Sequence[AdapterSlot]) -> Tensor:
 
 
 def _in_backward() -> bool:
-    """Whether this is a part of a backward pass, as a checkpointed region that runs again is."""
-    # torch says so in private only; a version that does not leaves us without the check, not without the adapter.
+    """Return whether a backward pass is running, as when a checkpointed region is recomputed."""
+    # A private function of torch; a version without it only loses the check.
     task = getattr(torch._C, "_current_graph_task_id", None)
     return task is not None and task() != -1
 
@@ -262,7 +265,8 @@ _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.for
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[AdapterSlot]) -> Tensor:
-    # Where each operation is looked at, a custom autograd function would hide them: the same numbers by plain ones.
+    # Where operations are traced or intercepted, a custom autograd function would hide them: use ordinary ones, which
+    # give the same numbers.
     if (
         torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
@@ -282,7 +286,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[Adap
 
 
 def _plus(y: Tensor, target: Target, change: Tensor) -> Tensor:
-    """The output with something added to the features that the target's rows make."""
+    """Return the output with a change added to the features of the target's rows."""
     change = change.to(y.dtype)
     if target.rows is None:
         return y + change

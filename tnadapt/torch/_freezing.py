@@ -1,4 +1,4 @@
-"""The base, frozen while an adapter is on it, and as it was before once the last one is off."""
+"""Freezing of the base model: frozen while any adapter is attached, restored when the last one is detached."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["freeze", "restore", "untie"]
 
 
 def freeze(adapter: AdapterState) -> None:
-    """Turn ``requires_grad`` off for all of its model but what it, or another adapter there, keeps trainable."""
+    """Turn off ``requires_grad`` in the adapter's model, except where an adapter there keeps a parameter trainable."""
     free: set[int] = set()
     before: dict[int, bool] = {}
     for other in [*overlapping(adapter.model), adapter]:
         free.update(id(parameter) for name, parameter in _base(other) if name in other.kept)
         before.update((id(parameter), other.was_trainable[name]) for name, parameter in _held(other))
     for name, parameter in _base(adapter):
-        # What was before the first of them: the last to be detached gives it back.
+        # The state before the first adapter, which the last one to be detached restores.
         adapter.was_trainable[name] = before.get(id(parameter), parameter.requires_grad)
         parameter.requires_grad_(id(parameter) in free)
 
 
 def restore(adapter: AdapterState) -> None:
-    """Undo what ``attach`` did to the base, but for what another adapter still needs."""
+    """Undo what ``attach`` did to the base, except where another adapter still needs it."""
     for module, name, parameter in adapter.untied:
         module._parameters[name] = parameter
     others = [other for other in overlapping(adapter.model) if other is not adapter]
@@ -37,7 +37,7 @@ def restore(adapter: AdapterState) -> None:
 
 
 def untie(adapter: AdapterState, name: str) -> None:
-    """Give a tied weight of its model a copy of its own."""
+    """Replace a tied weight of the adapter's model by its own copy."""
     model = adapter.model
     module, _, parameter = name.rpartition(".")
     owner = model.get_submodule(module)
@@ -49,12 +49,12 @@ def untie(adapter: AdapterState, name: str) -> None:
 
 
 def _base(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of its model that are no adapter's."""
+    """Yield the parameters of the adapter's model that do not belong to an adapter."""
     for name, parameter in adapter.model.named_parameters():
         if not is_array(name):
             yield name, parameter
 
 
 def _held(adapter: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
-    """Those of which it knows whether they were trainable."""
+    """Return the base parameters whose original ``requires_grad`` the adapter has recorded."""
     return ((name, parameter) for name, parameter in _base(adapter) if name in adapter.was_trainable)

@@ -1,9 +1,9 @@
-"""Which rows of a fused weight make q, k and v, in a model.
+"""The rows of a model's fused weight that produce q, k and v.
 
-Layouts that are known by the class of the attention come from one table, which checkpoints on disk share. A weight of
-an unknown class is read as its name says, one letter after another as most libraries have it: sizes from the numbers of
-heads where keys and values have fewer, else equal parts, and checked against what the output projection takes. Where
-the name is in doubt, the rows must be named by the caller.
+Layouts that are known by the class of the attention come from a table shared with checkpoints on disk. The layout of an
+unknown class is inferred from the weight's name, with one block per letter in order, as in most libraries. Block sizes
+come from the numbers of heads where keys and values have fewer heads, else the blocks are equal; they are checked
+against the width of the output projection. Where the name is ambiguous, the caller must give the rows.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ __all__ = ["rows_of"]
 def rows_of(
     parent: Any, name: str, letters: str, out: int, path: str, q_out: int | None = None, o_in: int | None = None
 ) -> dict[str, Rows | None]:
-    """Which rows of a fused weight make q, k and v.
+    """Return the rows of a fused weight that produce q, k and v.
 
     Parameters
     ----------
     parent : Module
-        The attention.
+        The attention module.
     name : str
         The weight's name there.
     letters : {"qkv", "qk", "kv"}
-        What it makes, in the order of its name.
+        The projections in the weight, in the order of its name.
     out : int
-        Its output rows.
+        Number of output rows.
     path : str
-        Its dotted path, for the message.
+        Dotted path of the weight, for the error message.
     q_out, o_in : int, optional
         Rows of a separate query projection, and columns of the output projection, where the attention has them.
 
     Returns
     -------
     dict of str to Rows or None
-        For each letter; None where the whole weight makes it.
+        The rows of each letter; None where the whole weight produces it.
 
     Raises
     ------
     TargetError
-        If the layout is not known, or does not fit.
+        If the layout is unknown or does not fit.
     """
     entry = layout_of(parent, name)
     rule = by_name(name) if entry is None else entry.rule

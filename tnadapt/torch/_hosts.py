@@ -1,8 +1,8 @@
-"""Whose forward uses a weight.
+"""The module whose forward uses a weight, found by static analysis of source code.
 
-As a rule the module that holds it. Some parents read a child's weight themselves and never call the child: timm's
-BEiT, ``F.linear(x, self.qkv.weight, bias)``; the fast path of :class:`torch.nn.TransformerEncoderLayer`. Their own
-source tells, which is read here and never run.
+Usually it is the module that holds the weight. Some parents read a child's weight directly and never call the child:
+timm's BEiT, ``F.linear(x, self.qkv.weight, bias)``; the fast path of :class:`torch.nn.TransformerEncoderLayer`. This is
+visible in their source, which is parsed here but never run.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tnadapt.targets.target import Target
 
 __all__ = ["host_of", "paths_of", "reads_outside"]
 
-# Of each module, by its id: all of its dotted paths.
+# All dotted paths of each module, by the module's id.
 Paths = Mapping[int, Sequence[str]]
 
-# A loop, or an index that only the run knows.
+# A step of a chain that is only known at run time: a loop variable or a computed index.
 _ANY = "*"
 
-# It looks at its first layer's weights only to ask whether they need gradients.
+# Reads its first layer's weights only to check whether they need gradients.
 _ONLY_LOOK = (nn.TransformerEncoder.forward,)
 
-# Of a weight, these say nothing of its numbers.
+# Attributes of a weight that do not depend on its values.
 _ABOUT = {
     "dtype", "device", "shape", "ndim", "dim", "size", "numel", "requires_grad", "is_cuda", "is_nested", "layout",
     "stride", "is_contiguous", "is_quantized", "grad",
@@ -37,7 +37,7 @@ _ABOUT = {
 
 
 def paths_of(model: nn.Module) -> Paths:
-    """All dotted paths of each module of a model, by its id: for asking of many targets.
+    """Return all dotted paths of each module of a model by the module's id; compute it once for many targets.
 
     Examples
     --------
@@ -52,20 +52,20 @@ def paths_of(model: nn.Module) -> Paths:
 
 
 def host_of(model: nn.Module, target: Target, paths: Paths | None = None) -> str:
-    """The module whose forward must know of an update: the owner of the weight, or else who reads it.
+    """Return the module whose forward must apply an update: the weight's owner, or a parent that reads it directly.
 
     Parameters
     ----------
     model : Module
     target : Target
     paths : mapping, optional
-        :func:`paths_of` the model, where that is known.
+        :func:`paths_of` the model, if already computed.
 
     Returns
     -------
     str
-        Dotted path; empty for the model itself. Of several that read the weight the outermost, whose forward
-        encloses those of the others.
+        Dotted path; empty for the model itself. If several modules read the weight, the outermost, whose forward
+        encloses the others.
 
     Examples
     --------
@@ -80,24 +80,24 @@ def host_of(model: nn.Module, target: Target, paths: Paths | None = None) -> str
 
 
 def reads_outside(model: nn.Module, target: Target, paths: Paths | None = None) -> list[str]:
-    """The ancestors of a weight's module whose forward reads the weight itself, outermost first.
+    """Return the ancestors of a weight's module whose forward reads the weight directly, outermost first.
 
     Parameters
     ----------
     model : Module
     target : Target
     paths : mapping, optional
-        :func:`paths_of` the model, where that is known.
+        :func:`paths_of` the model, if already computed.
 
     Returns
     -------
     list of str
-        Dotted paths; empty where all do as they should.
+        Dotted paths; empty if only the owner reads the weight.
 
     Notes
     -----
-    Seen are reads by attributes of ``self``, also through local names, ``getattr``, an index or a loop, in ``forward``
-    and the methods that it uses. What a function elsewhere reads, or a class without source, is not seen.
+    Detects reads of attributes of ``self``, also through local names, ``getattr``, an index or a loop, in ``forward``
+    and the methods that it uses. Reads in other functions or in classes without source are not detected.
 
     Examples
     --------
@@ -117,7 +117,7 @@ def _readers(model: nn.Module, path: str, parameter: str) -> Iterator[str]:
     for length in range(len(parts)):
         above = ".".join(parts[:length])
         cls: Any = type(model.get_submodule(above))
-        # PEFT's wrapper hands its base layer's weight out as its own.
+        # PEFT's wrapper exposes its base layer's weight as its own.
         below = (*(part for part in parts[length:] if part != "base_layer"), parameter)
         if len(below) > 1 and any(_same(read, below) for read in _reads(cls)):
             yield above
@@ -129,7 +129,7 @@ def _same(read: tuple[str, ...], path: tuple[str, ...]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _reads(cls: type) -> frozenset[tuple[str, ...]]:
-    """Chains of attributes of ``self`` that the class's forward reads, each to a child's attribute."""
+    """Return the chains of attributes of ``self`` that the forward reads, each ending at a child's attribute."""
     found: set[tuple[str, ...]] = set()
     waiting, known = ["forward"], {"forward"}
     while waiting:
@@ -143,7 +143,7 @@ def _reads(cls: type) -> frozenset[tuple[str, ...]]:
 
 
 def _source(cls: type, name: str) -> ast.FunctionDef | None:
-    """The function behind a method or property; None if the name is none, or its source is not to be had."""
+    """Return the parsed function behind a method or property; None if there is none or its source is unavailable."""
     found = inspect.getattr_static(cls, name, None)
     for holder in ("fget", "func", "__func__"):
         found = getattr(found, holder, found)
@@ -176,7 +176,7 @@ def _chains(function: ast.FunctionDef | None) -> Iterator[tuple[str, ...]]:
 
 
 def _named(node: ast.AST, known: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names that stand for a chain from here on: ``attn = self.attn``, and ``for layer in self.layers``."""
+    """Yield local names bound to a chain: ``attn = self.attn``, or ``for layer in self.layers``."""
     if isinstance(node, ast.Assign):
         for target in node.targets:
             yield from _assigned(target, node.value, known)
@@ -200,7 +200,7 @@ def _assigned(
 
 
 def _common(several: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """One chain for ``(self.q, self.v)``: ("*",)."""
+    """Return one chain that covers all of ``(self.q, self.v)``: ("*",)."""
     chains = [chain for item in ast.iter_child_nodes(several) if (chain := _chain(item, known))]
     if len({len(chain) for chain in chains}) != 1:
         return None
@@ -208,7 +208,7 @@ def _common(several: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, .
 
 
 def _chain(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """``self.a.b[0]`` as ("a", "b", "0"); None if it starts elsewhere."""
+    """Return ``self.a.b[0]`` as ("a", "b", "0"); None if it does not start at ``self``."""
     if isinstance(node, ast.Name):
         return known.get(node.id)
     if isinstance(node, ast.Attribute):

@@ -1,8 +1,13 @@
-"""A linear layer on the sum of its weight and updates, which is recomputed in backward instead of being kept.
+"""A linear layer on W + ΔW that recomputes the sum in backward instead of saving it.
 
-``F.linear(x, W + ΔW)`` by plain operations would keep the sum of every layer until backward: the memory of a second
-model. ΔW is cheap to compute from its arrays, so only these are kept. The custom function makes it possible to reuse
-memory as well: the sum is formed in the memory of ΔW, and the gradient of ΔW in that of the sum.
+Written with ordinary operations, ``F.linear(x, W + ΔW)`` would save the sum of every layer until backward: the memory
+of a second model. ΔW is cheap to compute from its arrays, so only these are saved. The custom function also reuses
+memory: the sum is computed in the buffer of ΔW, and the gradient of ΔW in the buffer of the sum.
+
+Invariants of the buffers: ``_summed_in_place`` overwrites ΔW only where ΔW was computed for this call and shares no
+storage with a parameter. In backward the order is fixed: ΔW, then W + ΔW in its buffer, then the gradient with respect
+to x, and only then the gradient of ΔW, which overwrites the sum. A buffer that is written to is never saved, and none
+is reused where someone may still look at it (``once`` in ``backward``).
 """
 
 from __future__ import annotations
@@ -24,18 +29,18 @@ __all__ = ["DeltaSource", "MergedWeightLinear", "in_dispatch_mode", "in_functorc
 
 
 class DeltaSource(NamedTuple):
-    """Where the update of some rows comes from.
+    """The source of the update of a target's rows.
 
     Attributes
     ----------
     target : Target
-        Which rows.
+        The rows that are updated.
     made : Slice or None
-        What makes the update, ``(rows, cols)``, of as many arrays as ``number`` says; None where the one array given is
-        the update itself.
+        Computes the update, ``(rows, cols)``, from ``number`` arrays; None where the single array given is the update
+        itself.
     number : int
     weight : float
-        What it is multiplied with, where it is made here.
+        Factor of an update that is computed here.
     """
 
     target: Target
@@ -45,7 +50,7 @@ class DeltaSource(NamedTuple):
 
 
 def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
-    """The stored weight with updates added to their rows; summed in the wider dtype and rounded once."""
+    """Return the stored weight plus the updates of its rows, summed in the wider dtype and rounded once."""
     kind = stored.dtype
     for _, delta in changes:
         kind = torch.promote_types(kind, delta.dtype)
@@ -55,7 +60,8 @@ def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
         if target.rows is None:
             total, own = total + (delta.T if target.transposed else delta.reshape(stored.shape)), True
             continue
-        # The other rows stay as they are, to the bit. Of a weight in channels_last a block would be a copy.
+        # Only the target's rows are written, so the other rows keep their exact bits. In a channels_last weight the
+        # block would be a copy instead of a view, hence the contiguous clone.
         if not own or not total.is_contiguous():
             total, own = total.clone(memory_format=torch.contiguous_format), True
         target.block(total).add_(target.like_block(delta))
@@ -63,7 +69,7 @@ def summed(stored: Tensor, changes: Sequence[tuple[Target, Tensor]]) -> Tensor:
 
 
 def _summed_in_place(stored: Tensor, changes: Sequence[tuple[Target, Tensor]], arrays: Sequence[Tensor]) -> Tensor:
-    """The same sum, in the memory of an update that was made for it alone, where there is one: it is no more then."""
+    """Return the same sum, computed in the buffer of the update where possible; the update is then overwritten."""
     target, delta = changes[0]
     alike = (delta.dtype, delta.device, delta.shape) == (stored.dtype, stored.device, stored.shape)
     if len(changes) > 1 or not alike or target.rows is not None or target.transposed or not delta.is_contiguous():
@@ -75,9 +81,9 @@ def _summed_in_place(stored: Tensor, changes: Sequence[tuple[Target, Tensor]], a
 
 
 class MergedWeightLinear(torch.autograd.Function):
-    """``x (W + ΔW)ᵀ + b``; the sum, and ΔW if it is made here, are formed again in backward instead of being kept.
+    """``x (W + ΔW)ᵀ + b``; backward recomputes the sum, and ΔW if it is computed here, instead of saving them.
 
-    Not for what :func:`in_functorch` or :func:`in_dispatch_mode` says yes to.
+    Do not use it where :func:`in_functorch` or :func:`in_dispatch_mode` returns True.
     """
 
     @staticmethod
@@ -91,18 +97,18 @@ class MergedWeightLinear(torch.autograd.Function):
             delta = own[0] if source.made is None else source.made(*own)
             changes.append((source.target, delta if source.weight == 1.0 else delta * source.weight))
         y = functional.linear(x, _summed_in_place(weight, changes, arrays), bias)
-        # Of a batch it is a view, and a view that is made in here must not be written to in place, as an inplace ReLU
-        # after the layer would. This is the same numbers, and no view.
+        # For batched x the output is a view, and autograd forbids writes in place to a view created inside a custom
+        # function, as by an inplace ReLU after the layer. This returns the same numbers as a tensor that is no view.
         return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *arrays = ctx.saved_tensors
         need_x, need_weight, need_bias, _, *needed = ctx.needs_input_grad
-        # Under autocast the output, and so its gradient, is of the lower precision: so are the products.
+        # Under autocast the output and its gradient have the lower precision, and so have these products.
         rows = grads[0].reshape(-1, grads[0].shape[-1])
         inputs = x.reshape(-1, x.shape[-1]).to(rows.dtype)
-        # Memory is reused only if nobody looks at the intermediate results again: not where this backward pass is
+        # Buffers are reused only if no one needs the intermediate results again: not where this backward pass is
         # itself differentiated (create_graph=True) or batched (vmap).
         batched = torch._C._functorch.is_legacy_batchedtensor(grads[0])
         once = not torch.is_grad_enabled() and not in_functorch() and not batched
@@ -130,7 +136,7 @@ class MergedWeightLinear(torch.autograd.Function):
             elif whole is not None:
                 found += pull(source.target.select(whole).to(kind))
             elif scratch is not None and scratch.shape == source.target.shape and scratch.is_contiguous():
-                # The sum has been used: its memory is in the cache, and need not be asked for.
+                # The sum is no longer needed: its buffer is warm in the cache, and reusing it saves an allocation.
                 found += pull(torch.mm(rows.T, inputs, out=scratch).to(kind))
                 scratch = None
             else:
@@ -141,15 +147,15 @@ class MergedWeightLinear(torch.autograd.Function):
 
 
 def in_functorch() -> bool:
-    """Whether a transformation of torch.func is at work."""
+    """Return whether a torch.func transform is active."""
     active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active is None or active()
 
 
 def in_dispatch_mode() -> bool:
-    """Whether each operation is looked at as it is made: by a trace, by forward mode, or by a dispatch mode.
+    """Return whether operations are intercepted: by a trace, by forward-mode AD or by a dispatch mode.
 
-    Such a mode may keep results for later, as selective checkpointing does: none of them may be written to.
+    Such a mode may keep results for later, as selective checkpointing does, so no result may be overwritten.
     """
     return (
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -159,7 +165,7 @@ def in_dispatch_mode() -> bool:
 
 
 def _shared_out(sources: Sequence[DeltaSource], arrays: Sequence[Tensor]) -> list[tuple[DeltaSource, Sequence[Tensor]]]:
-    """Each source with its arrays."""
+    """Pair each source with its arrays."""
     found, start = [], 0
     for source in sources:
         found.append((source, arrays[start : start + source.number]))
@@ -170,7 +176,7 @@ def _shared_out(sources: Sequence[DeltaSource], arrays: Sequence[Tensor]) -> lis
 def _recompute_vjp(
     source: DeltaSource, arrays: Sequence[Tensor], needed: Sequence[bool], once: bool
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]] | None]:
-    """The update again, and what takes its gradient to the gradients of the arrays (None: none is needed)."""
+    """Recompute the update; also return the function from its gradient to those of the arrays (None if none needed)."""
     if source.made is None:
         return arrays[0], (lambda moved: [moved]) if needed[0] else None
     made, weight = source.made, source.weight
@@ -202,8 +208,8 @@ def _recompute_vjp(
 def _recompute_vjp_once(
     made: Slice, weight: float, arrays: Sequence[Tensor], wanted: Sequence[int]
 ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
-    """As torch.func.vjp, for what is differentiated once: a third of its overhead, and no memory but the update's."""
-    # A graph of its own, from detached leaves to the update: autograd.grad goes through it and stops at the leaves.
+    """Do what torch.func.vjp does, for a single use: a third of its overhead, and no memory beyond the update's."""
+    # A separate graph from detached leaves to the update: autograd.grad stops at these leaves.
     given = list(arrays)
     for index in wanted:
         given[index] = arrays[index].detach().requires_grad_()
@@ -214,8 +220,8 @@ def _recompute_vjp_once(
             value = made(*given)
             value = value if weight == 1.0 else value * weight
             return value.detach(), lambda moved: torch.autograd.grad(value, leaves, moved)
-    # The update is a run of the elements of left @ right (a slice of a group's matrix, which may begin in the middle of
-    # a row). Its product is differentiated by hand below, in the buffer that holds it.
+    # The update is a contiguous run of elements of left @ right (a slice of a group's matrix, which may begin in the
+    # middle of a row). The product is differentiated by hand below, in the buffer that holds it.
     left, right, first = factors
     scratch = torch.mm(left.detach(), right.detach())
     if weight != 1.0:
@@ -225,10 +231,10 @@ def _recompute_vjp_once(
     delta = flat[first:stop].view(made.shape)
 
     def pull(moved: Tensor) -> Sequence[Tensor]:
-        # The gradient takes the place of the update, in the product that the update was a part of.
+        # The gradient replaces the update inside the buffer of the whole product.
         if moved.data_ptr() != delta.data_ptr():
             delta.copy_(moved)
-        # The rest of the product is no part of the update, and so has no gradient.
+        # The rest of the product is not part of the update: its gradient is zero.
         flat[:first].zero_()
         flat[stop:].zero_()
         if weight != 1.0:
@@ -246,7 +252,7 @@ def _recompute_vjp_once(
 
 
 def _of_rows(target: Target, features: Tensor) -> Tensor:
-    """Of ``(n, out)`` features those that the target's rows make, in order."""
+    """Select from ``(n, out)`` features those of the target's rows, in order."""
     if target.rows is None:
         return features
     rows, count = target.rows, features.shape[0]

@@ -1,4 +1,9 @@
-"""Adding updates to the weights themselves, and giving the very bits back."""
+"""Merging updates into the weights, and unmerging to exactly the original bits.
+
+The invariant: from the moment ``adapter.merged`` is set, it holds the original rows of every target, and it is set
+before the first weight is written. Whatever fails or interrupts a merge or an unmerge, the original rows can therefore
+be written back, and writing them twice does no harm.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ __all__ = ["computed", "disabled", "merge", "original", "stored", "unmerge"]
 
 @torch.no_grad()
 def merge(adapter: AdapterState) -> None:
-    """See :meth:`Adapter.merge`."""
+    """Merge an adapter; see :meth:`Adapter.merge`."""
     need_attached(adapter)
     if adapter.merged is not None:
         raise TargetError(f"adapter {adapter.name!r} is merged already; a second merge would add its update twice")
@@ -34,7 +39,7 @@ def merge(adapter: AdapterState) -> None:
     if adapter.weight == 0.0:
         raise TargetError(f"adapter {adapter.name!r} is not active (its weight is 0): call activate() first")
     weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
-    # Everything is computed and looked at before the first weight is touched.
+    # Everything is computed and checked before the first weight is changed.
     updates = _Exact(adapter)
     sums = [
         updates.sum(index, target, weight)
@@ -45,7 +50,7 @@ def merge(adapter: AdapterState) -> None:
         for target, weight, after in zip(adapter.targets, weights, sums, strict=True)
     ]
     try:
-        # Before any weight is written to: whatever happens from here on, unmerge() has the bits to put back.
+        # Set before any weight is written to: whatever happens from here on, unmerge() has the original bits.
         adapter.merged = merged
         for target, weight, after in zip(adapter.targets, weights, sums, strict=True):
             _write(target, weight, after)
@@ -55,12 +60,12 @@ def merge(adapter: AdapterState) -> None:
     adapter.cache.forget()
 
 
-# A cache on the one, as few kernels as may be on the other.
+# Elements per piece: small enough for the CPU's cache, and large enough on CUDA to launch few kernels.
 _PIECES = {"cpu": PIECE, "cuda": 1 << 24}
 
 
 class _Exact:
-    """Sums of weights and updates by the arithmetic of :mod:`tnadapt.algebra.rounding`, on each weight's device."""
+    """Sums of weights and updates with the arithmetic of :mod:`tnadapt.algebra.rounding`, on each weight's device."""
 
     def __init__(self, adapter: AdapterState) -> None:
         self.adapter = adapter
@@ -69,8 +74,8 @@ class _Exact:
         self._updates: dict[torch.device, Float64Deltas] = {}
 
     def sum(self, index: int, target: Target, weight: Tensor) -> Tensor:
-        """The weight with its update, ``(rows, cols)``, in its own dtype and memory of its own."""
-        # Where a device has no float64, it is done on the host.
+        """Return the weight plus its update, ``(rows, cols)``, in the weight's dtype, as a new tensor."""
+        # Other devices than CUDA may lack float64, so these are computed on the host.
         where = weight.device if weight.device.type == "cuda" else torch.device("cpu")
         dtype = str(weight.dtype).removeprefix("torch.")
         after = target.select(weight).to(where, copy=True).contiguous()
@@ -82,11 +87,11 @@ class _Exact:
         if problem == "update":
             raise BackendError(
                 f"the update of {target.name} is not finite (NaN or infinity in adapter {self.adapter.name!r}); "
-                "no weight was touched: load a good one, or reset()"
+                "no weight was changed: load another file, or reset()"
             )
         if problem is not None:
             raise BackendError(
-                f"{target.name} with its update leaves the range of {weight.dtype}; no weight was touched: "
+                f"{target.name} plus its update exceeds the range of {weight.dtype}; no weight was changed: "
                 "merge in a wider dtype, or into the float32 model"
             )
         return cast(Tensor, after.to(weight.device))
@@ -104,12 +109,12 @@ def _numbers(array: Tensor) -> np.ndarray:
 
 
 def _bits(flat: Tensor) -> np.ndarray:
-    """A tensor as NumPy has it, in the same memory; bfloat16 as its bits."""
+    """Return a NumPy view of a tensor's memory; bfloat16 as its bits."""
     return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype is torch.bfloat16 else flat.numpy()
 
 
 def _add_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> str | None:
-    """:func:`tnadapt.algebra.rounding.add_in_place` where the weight is."""
+    """Do :func:`tnadapt.algebra.rounding.add_in_place` on the weight's device."""
     for start, piece in pieces:
         part = flat[start : start + piece.numel()]
         total = part.double() + piece
@@ -122,34 +127,34 @@ def _add_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> str | N
 
 @torch.no_grad()
 def unmerge(adapter: AdapterState) -> None:
-    """See :meth:`Adapter.unmerge`."""
+    """Restore the original weights; see :meth:`Adapter.unmerge`."""
     if adapter.merged is None:
-        raise TargetError(f"adapter {adapter.name!r} is not merged; there is nothing to take back")
+        raise TargetError(f"adapter {adapter.name!r} is not merged; there is nothing to undo")
     weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
     for target, weight, merged in zip(adapter.targets, weights, adapter.merged, strict=True):
         if weight.dtype != merged.before.dtype:
             raise TargetError(
-                f"{target.name} was {merged.before.dtype} when it was merged and is {weight.dtype} now: the bits it "
-                "had cannot come back; convert the model to what it was, or detach by bake()"
+                f"{target.name} was {merged.before.dtype} when it was merged and is {weight.dtype} now: its original "
+                "bits cannot be restored; convert the model back, or detach by bake()"
             )
-        # Rows that are the original ones already are those of an unmerge() that was interrupted.
+        # Rows that already have their original values come from an unmerge() that was interrupted.
         now = _checksum(target.select(weight))
         if now != merged.checksum and now != _checksum(merged.before):
             raise TargetError(
                 f"{target.name} was changed after adapter {adapter.name!r} was merged into it (by another adapter, "
-                "training or loading), and unmerging would throw that away: undo it first, or detach by bake()"
+                "training or loading), and unmerging would discard that change: undo it first, or detach by bake()"
             )
     before = adapter.merged
     try:
         _put_back(adapter, weights, before)
-    except BaseException:  # a half would be neither the model that was merged nor the base
+    except BaseException:  # finish when interrupted: half of it would be neither the merged model nor the base
         _put_back(adapter, weights, before)
         raise
 
 
 @contextlib.contextmanager
 def disabled(adapter: AdapterState) -> Iterator[None]:
-    """See :meth:`Adapter.disabled`."""
+    """Disable an adapter inside ``with``; see :meth:`Adapter.disabled`."""
     was, merged = adapter.enabled, adapter.merged is not None
     try:
         try:
@@ -160,7 +165,7 @@ def disabled(adapter: AdapterState) -> Iterator[None]:
         finally:
             _enable(adapter, was, merged)
     finally:
-        _enable(adapter, was, merged)  # again, for a KeyboardInterrupt in the middle of the first time
+        _enable(adapter, was, merged)  # repeated in case a KeyboardInterrupt arrives during the first call
 
 
 def _enable(adapter: AdapterState, enabled: bool, merged: bool) -> None:
@@ -170,27 +175,27 @@ def _enable(adapter: AdapterState, enabled: bool, merged: bool) -> None:
 
 
 def _put_back(adapter: AdapterState, weights: Sequence[Tensor], merged: Sequence[MergedRows]) -> None:
-    """Give the weights their original rows; may be repeated."""
+    """Write the original rows back into the weights; can be repeated."""
     for target, weight, one in zip(adapter.targets, weights, merged, strict=True):
         _write(target, weight, one.before)
     adapter.merged = None
 
 
 def _write(target: Target, weight: Tensor, matrix: Tensor) -> None:
-    """Put ``(rows, cols)`` where it belongs in a stored weight."""
+    """Write ``(rows, cols)`` to the target's place in a stored weight."""
     if weight.ndim == 2 or weight.is_contiguous():
         target.block(weight).copy_(target.like_block(matrix))
         return
-    # Of a convolution in channels_last, a block would be a copy.
+    # For a convolution in channels_last, a block would be a copy instead of a view.
     whole = weight.contiguous()
     target.block(whole).copy_(target.like_block(matrix))
     weight.copy_(whole)
 
 
 def original(adapter: AdapterState, index: int) -> Tensor | None:
-    """A target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if it is not known.
+    """Return a target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if unknown.
 
-    Of a parametrised weight, what it is computed to be.
+    A parametrised weight is returned as computed.
     """
     if adapter.merged is not None:
         return adapter.merged[index].before
@@ -199,7 +204,7 @@ def original(adapter: AdapterState, index: int) -> Tensor | None:
 
 
 def numbers(owner: nn.Module, parameter: str) -> Tensor | None:
-    """The numbers of a whole weight: gathered, computed if it is parametrised, dequantized; None if not known."""
+    """Return a whole weight as numbers: gathered, computed if parametrised, dequantized; None if unknown."""
     quantized = quantized_type(owner)
     if quantized is not None:
         return quantized.dequantize(owner)
@@ -209,18 +214,18 @@ def numbers(owner: nn.Module, parameter: str) -> Tensor | None:
 
 
 def stored(adapter: AdapterState, index: int) -> Tensor | None:
-    """The parameter that holds a target, as the model keeps it; None if a quantised layer has none of that name."""
+    """Return the parameter that holds a target; None if a quantised layer has none of that name."""
     return owner_of(adapter, index)._parameters.get(adapter.targets[index].parameter)
 
 
 def computed(owner: nn.Module, parameter: str) -> Tensor | None:
-    """What a parametrised weight is at this moment; None if it is not parametrised."""
+    """Return the current value of a parametrised weight; None if it is not parametrised."""
     with torch.no_grad():
         return getattr(owner, parameter) if hasattr(owner, "parametrizations") else None
 
 
 def owner_of(adapter: AdapterState, index: int) -> nn.Module:
-    """The module that holds a target's weight."""
+    """Return the module that holds a target's weight."""
     need_attached(adapter)
     return adapter.slots[index].owner
 
@@ -230,22 +235,22 @@ def _writable(adapter: AdapterState, index: int) -> Tensor:
     name = adapter.targets[index].name
     if weight is None and computed(owner_of(adapter, index), adapter.targets[index].parameter) is not None:
         raise TargetError(
-            f"{name} is parametrised, computed from other parameters: an update cannot be merged into it; keep it "
-            "attached, or torch.nn.utils.parametrize.remove_parametrizations() first"
+            f"{name} is parametrised (computed from other parameters), so an update cannot be merged into it; keep the "
+            "adapter attached, or call torch.nn.utils.parametrize.remove_parametrizations() first"
         )
-    # Eight bits and fewer are floating-point numbers, too, to torch.
+    # torch also counts float8 and narrower types as floating point, hence the check of the element size.
     packed = quantized_type(owner_of(adapter, index)) is not None
     if packed or weight is None or not weight.is_floating_point() or weight.element_size() < 2:
-        raise TargetError(f"{name} is quantised: an update cannot be merged into it; keep it attached")
+        raise TargetError(f"{name} is quantised: an update cannot be merged into it; keep the adapter attached")
     if is_sharded(weight):
         raise TargetError(f"{name} is sharded over processes: save the adapter and merge it in one process")
     if weight.device.type == "meta":
-        raise TargetError(f"{name} is on the meta device and has no numbers to merge into")
+        raise TargetError(f"{name} is on the meta device and has no values to merge into")
     return weight.detach()
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of the bits: the sum, and the sum weighted by position, of the elements as integers."""
+    """Return a checksum of the bits: the sum, and the sum weighted by position, of the elements as integers."""
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.contiguous().view(kind).reshape(-1).to(torch.int64)
     place = torch.arange(1, bits.numel() + 1, device=bits.device)

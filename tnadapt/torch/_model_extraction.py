@@ -1,4 +1,4 @@
-"""An adapter from a model that was tuned whole: what changed in its weights, fitted, in memory."""
+"""Extraction of an adapter from a fully fine-tuned model in memory: fitting the change of its weights."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ def extract(
     progress: Callable[[Step], None] | None = None,
     **settings: Any,
 ) -> Adapter:
-    """Attach to a base model an adapter that makes of it, as nearly as it can, a model that was tuned whole.
+    """Attach to a base model an adapter that approximates a fully fine-tuned version of it.
 
     Parameters
     ----------
     base : Module
-        The model before; the adapter is attached to it.
+        The model before fine-tuning; the adapter is attached to it.
     tuned : Module or mapping of str to Tensor
         The same model after full fine-tuning, or its state dict.
     cfg : Config, optional
-        What the updates are to be made of; ``tnadapt.presets.superlora(rank=8)`` if not given.
+        The form of the updates; ``tnadapt.presets.superlora(rank=8)`` by default.
     targets : str, list or function
-        Which weights, as for :func:`tnadapt.torch.attach`.
+        The weights to adapt, as for :func:`tnadapt.torch.attach`.
     name : str
-        Of the adapter.
+        Name of the adapter.
     max_error : float, optional
-        Take the smallest rank whose relative Frobenius error is no more, instead of the config's.
+        Use the smallest rank whose relative Frobenius error is at most this, instead of the config's rank.
     max_rank : int, optional
-        The largest that is tried then.
+        The largest rank to try with ``max_error``.
     keep_trainable : str or sequence of str
-        Parameters that become as the tuned model has them, and are saved with the adapter, as by
-        :func:`tnadapt.torch.attach`. A new head, say.
+        Parameters to copy from the tuned model and save with the adapter, as in :func:`tnadapt.torch.attach`: a new
+        head, say.
     progress : callable, optional
         Called with a :class:`~tnadapt.decomposition.Step`.
     **settings
@@ -71,21 +71,21 @@ def extract(
     Returns
     -------
     Adapter
-        Attached, with how near it comes in ``adapter.report``. Where other parameters differ that are neither targets
-        nor kept, a warning names them.
+        Attached; ``adapter.report`` has the error of the fit. A warning names parameters that differ and are neither
+        targets nor kept.
 
     Raises
     ------
     TargetError
         If a target is not in both models, has another shape, or is quantised.
     ShapeError, ConfigError
-        If an update is not finite, the config does not suit the weights, or no rank comes within the error. The base is
-        as it was then.
+        If an update is not finite, the config does not suit the weights, or no rank reaches the error. The base is then
+        unchanged.
 
     Notes
     -----
-    Fitted on the device of the base's weights, in float32 (float64 for float64 models); in memory is one group's part
-    of the long vector at a time, a few times over. :func:`tnadapt.extract` does the same for checkpoints on disk.
+    The fit runs on the device of the base's weights, in float32 (float64 for float64 models). It needs memory for a few
+    copies of one group's updates at a time. :func:`tnadapt.extract` does the same for checkpoints on disk.
 
     Examples
     --------
@@ -109,7 +109,7 @@ def extract(
         if other.merged is not None:
             raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it first")
     found = find_targets(base, targets)
-    # What attach would refuse after the fit is said before it.
+    # Raise the errors of attach() now rather than after the fit.
     check_distinct(found)
     check_name(base, name)
     matching(base, keep_trainable, {target.name for target in found})
@@ -120,7 +120,7 @@ def extract(
 
     def read(weight: int) -> Tensor:
         before, after = weights[weight]
-        # The difference of two near numbers of half precision is exact in single.
+        # The difference of two close half-precision numbers is exact in single precision.
         difference: Tensor = found[weight].select(after.to(like) - before.to(like))
         return difference
 
@@ -146,7 +146,7 @@ def extract(
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         warnings.warn(
             f"the two models differ in {', '.join(map(escaped, others[:4]))}{more}, which the adapter does not hold: "
-            "name them by keep_trainable=, or take them as targets",
+            "name them in keep_trainable=, or make them targets",
             stacklevel=2,
         )
     return adapter
@@ -165,21 +165,23 @@ def _weight(base: nn.Module, target: Target) -> Tensor:
     weight: Tensor | None = owner._parameters.get(target.parameter)
     weight = merging.computed(owner, target.parameter) if weight is None else weight
     if weight is None or not weight.is_floating_point():
-        raise TargetError(f"{target.name} is quantised in the base, and what changed in it cannot be told")
+        raise TargetError(
+            f"{target.name} is quantised in the base, so its change cannot be computed: leave it out of the targets"
+        )
     if weight.device.type == "meta":
-        raise TargetError(f"{target.name} is on the meta device and has no numbers")
+        raise TargetError(f"{target.name} is on the meta device and has no values: load the model's weights first")
     return gather_full(weight.detach())
 
 
 def _theirs(state: Mapping[str, Tensor], target: Target) -> Tensor:
     found = state.get(target.name)
     if found is None:
-        raise TargetError(f"the tuned model has no {safe_repr(target.name)}: give the same model, tuned")
+        raise TargetError(f"the tuned model has no {safe_repr(target.name)}: give a fine-tuned version of the base")
     found = gather_full(found.detach())
     if tuple(found.shape) != target.stored or not found.is_floating_point():
         raise TargetError(
             f"{target.name} is {tuple(found.shape)}, {found.dtype} in the tuned model and {target.stored} in the base: "
-            "give the same model, tuned"
+            "give a fine-tuned version of the base"
         )
     return found
 
@@ -188,10 +190,10 @@ def _copy_kept(adapter: AdapterState, theirs: Mapping[str, Tensor]) -> None:
     own = {**dict(adapter.model.named_parameters()), **dict(adapter.model.named_buffers())}
     for name in adapter.kept:
         if name not in theirs or theirs[name].shape != own[name].shape:
-            there = tuple(theirs[name].shape) if name in theirs else "not there"
+            there = tuple(theirs[name].shape) if name in theirs else "missing"
             raise ShapeError(
-                f"{name} is to be kept; in the tuned model it is {there}, in the base {tuple(own[name].shape)}: build "
-                "the base with the head of the tuned model"
+                f"keep_trainable names {name}; it is {there} in the tuned model, {tuple(own[name].shape)} in the base: "
+                "build the base with the head of the tuned model"
             )
     for name in adapter.kept:
         own[name].copy_(theirs[name])
@@ -200,7 +202,7 @@ def _copy_kept(adapter: AdapterState, theirs: Mapping[str, Tensor]) -> None:
 def _others(
     base: nn.Module, theirs: Mapping[str, Tensor], targets: Sequence[Target], adapter: AdapterState
 ) -> Iterator[str]:
-    """Parameters and buffers that differ, and are neither targets nor kept."""
+    """Yield the parameters and buffers that differ and are neither targets nor kept."""
     kept, adapted = set(adapter.kept), {target.name for target in targets}
     own = set(adapter.parameter_names.values())
     parameters = dict(base.named_parameters(remove_duplicate=False))  # a tied weight under each of its names
@@ -222,5 +224,5 @@ def _others(
                 target.block(after).copy_(target.block(before))
         if not torch.equal(before, after):
             yield name
-    # A state dict leaves out buffers that the model recomputes.
+    # Only parameters: a state dict omits buffers that the model recomputes.
     yield from (name for name in parameters if name not in theirs and name not in own)

@@ -1,7 +1,7 @@
-"""Linear layers whose weight is kept in another form: how one is recognized, its shape, and its numbers.
+"""Quantized linear layers: how to recognize them, their shapes, and their dequantized weights.
 
-A layer with ``in_features`` and ``out_features`` and a weight of integers needs no entry. Another one does: one that
-keeps packed codes under names of its own, or a tensor that torch takes for floating-point numbers.
+A layer with ``in_features``, ``out_features`` and an integer weight needs no entry here. Others do: layers that keep
+packed codes under other names, or in a tensor of a floating-point dtype.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ __all__ = ["QUANTIZED", "QuantizedLayer", "quantized_type", "register_quantized"
 
 
 class QuantizedLayer:
-    """What has to be known of one type of quantized linear layer.
+    """Support for one type of quantized linear layer.
 
     A subclass defines :meth:`matches`, and :meth:`shape` where the layer has no ``in_features`` and ``out_features``.
     Adapters act on it by the strategies ``"factored"`` and ``"additive"``, which leave the weight alone.
     """
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether this is a layer of that type. It is asked of every module of a model: look at the class alone."""
+        """Return whether the module is a layer of this type.
+
+        Called for every module of a model, so look only at the class.
+        """
         raise TargetError(f"{type(self).__name__} does not define matches(module)")
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
-        """Rows and columns of the weight: output and input features."""
+        """Return rows and columns of the weight: output and input features."""
         rows, cols = getattr(module, "out_features", None), getattr(module, "in_features", None)
         if not (isinstance(rows, int) and isinstance(cols, int)):
             raise TargetError(
@@ -36,9 +39,9 @@ class QuantizedLayer:
         return rows, cols
 
     def dequantize(self, module: nn.Module) -> Tensor | None:
-        """The weight's numbers, ``(rows, cols)``; None where they cannot be had.
+        """Return the weight as numbers, ``(rows, cols)``, or None if that is not possible.
 
-        The fingerprint by which a file recognizes its base model is made of these. Without them it is not checked.
+        The fingerprint by which a file recognizes its base model is computed from it; without it nothing is checked.
         """
         return None
 
@@ -59,7 +62,7 @@ def register_quantized(name: str, cls: type[QuantizedLayer]) -> None:
     Raises
     ------
     ConfigError
-        If the name is not of that form, or the class is no QuantizedLayer.
+        If the name does not have that form, or the class is not a subclass of QuantizedLayer.
 
     Examples
     --------
@@ -86,7 +89,7 @@ def register_quantized(name: str, cls: type[QuantizedLayer]) -> None:
 
 
 def quantized_type(module: nn.Module) -> QuantizedLayer | None:
-    """What is registered of a module; None where it is of no registered type."""
+    """Return the registered type that matches a module, or None."""
     load_plugins()
     for cls in QUANTIZED.values():
         found = cls()

@@ -1,4 +1,4 @@
-"""Which adapters a model has, and with what weights they act."""
+"""The adapters of a model and their mixing weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["attached", "mix", "overlapping", "set_weight"]
 
 
 def attached(model: nn.Module) -> dict[str, AdapterState]:
-    """The adapters of a model by name, those on parts of it included; a TargetError if two have one name."""
+    """Return the adapters on a model and its submodules by name; raise a TargetError if two have one name."""
     found: dict[str, AdapterState] = {}
     for module in model.modules():
         for name, adapter in module.__dict__.get(ADAPTERS_ATTR, {}).items():
@@ -26,14 +26,14 @@ def attached(model: nn.Module) -> dict[str, AdapterState]:
                 one, other = (type(a.model).__name__ for a in (found[name], adapter))
                 raise TargetError(
                     f"two adapters of this model have the name {name!r}, one attached to a {one} in it and one to a "
-                    f"{other}: ask either for its own, or attach them under two names"
+                    f"{other}: query those submodules separately, or attach the adapters under different names"
                 )
             found[name] = adapter
     return found
 
 
 def overlapping(model: nn.Module) -> list[AdapterState]:
-    """The adapters on a model, on parts of it, and on what it is a part of, as far as they act in it."""
+    """Return the adapters on a model, on its submodules, and those on an enclosing model that act inside it."""
     found: dict[int, AdapterState] = {}
     for module in model.modules():
         for adapter in module.__dict__.get(ADAPTERS_ATTR, {}).values():
@@ -46,22 +46,21 @@ def overlapping(model: nn.Module) -> list[AdapterState]:
 
 
 def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, float]]) -> None:
-    """Let the model's adapters act with these weights; those not named have weight 0.
+    """Set the mixing weights of a model's adapters; adapters that are not named get weight 0.
 
     Parameters
     ----------
     model : Module
-        What they are attached to.
+        The model they are attached to.
     weights : mapping of str to float
         The update becomes ``sum_a weight_a ΔW_a`` (inside the activations for LoDA).
 
     Raises
     ------
     TargetError
-        If a name is none of the model's, or an adapter whose weight would change is merged; nothing is changed.
-
+        If the model has no adapter of that name, or an adapter whose weight would change is merged; nothing is changed.
     ConfigError
-        If a weight is no finite number; nothing is changed.
+        If a weight is not a finite number; nothing is changed.
 
     Examples
     --------
@@ -79,14 +78,14 @@ def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, flo
             raise TargetError(f"no adapter {name!r} on this model; there are: {', '.join(map(repr, there)) or 'none'}")
     for name, adapter in there.items():
         if adapter.merged is not None and wanted.get(name, 0.0) != adapter.weight:
-            raise TargetError(f"adapter {name!r} is merged, and another weight needs it unmerged: call unmerge() first")
+            raise TargetError(f"adapter {name!r} is merged, so its weight cannot change: call unmerge() first")
     new = [(adapter, wanted.get(name, 0.0)) for name, adapter in there.items()]
     old = [(adapter, adapter.weight) for adapter in there.values()]
     all_or_none(set_weight, new, old)
 
 
 def set_weight(adapter: AdapterState, weight: float) -> None:
-    """See :meth:`Adapter.set_weight`."""
+    """Set one mixing weight; see :meth:`Adapter.set_weight`."""
     number = _finite(weight)
     if number != adapter.weight:
         need_unmerged(adapter, "another weight")
@@ -99,12 +98,12 @@ def _assign(adapter: AdapterState, number: float) -> None:
 
 
 def _finite(weight: float) -> float:
-    """A mixing weight as a number that float32 has, or a ConfigError."""
+    """Return a mixing weight as a number within the range of float32, or raise a ConfigError."""
     try:
         number = float(weight)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    # NaN is not below anything.
+    # Written with "not <=" so that NaN fails, too.
     if not abs(number) <= torch.finfo(torch.float32).max:
         raise ConfigError(f"a mixing weight must be a finite number; got {safe_repr(weight)}")
     return number

@@ -1,4 +1,4 @@
-"""Models that are distributed over processes (FSDP2, DDP)."""
+"""Support for models that are distributed over processes (FSDP2, DDP)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["copy_all", "distribute", "gather_full", "is_sharded", "refuse_reentr
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a part of it only (a DTensor)."""
+    """Return whether each process holds only a part of the tensor (a DTensor)."""
     return hasattr(tensor, "full_tensor")
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """Return the tensor as one process would have it; every process must call."""
+    """Return the whole tensor; every process must call."""
     return cast(Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def distribute(tensor: Tensor, like: Tensor) -> Tensor:
-    """Distribute a full tensor, equal on all processes, over them as another one is."""
+    """Distribute a full tensor, equal on all processes, in the same way as ``like``."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -34,8 +34,8 @@ def distribute(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def copy_all(pairs: Sequence[tuple[Tensor, Any]]) -> None:
-    """Copy whole arrays, equal on all processes, into tensors: into all, or none if that fails or is interrupted."""
-    # Whatever cannot be converted is found before the first write.
+    """Copy whole arrays, equal on all processes, into tensors: all of them, or none on failure or interruption."""
+    # Convert everything before the first write, so that bad input changes nothing.
     sources = [torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device) for tensor, array in pairs]
     with torch.no_grad():
         new = [(tensor, distribute(source, tensor)) for (tensor, _), source in zip(pairs, sources, strict=True)]
@@ -44,10 +44,10 @@ def copy_all(pairs: Sequence[tuple[Tensor, Any]]) -> None:
 
 
 def reshard(*models: nn.Module) -> None:
-    """Let the shards be these modules' parameters: what is written into gathered ones is dropped at the next pass.
+    """Make the shards the modules' parameters again, before they are written to.
 
-    FSDP2 keeps its outermost module gathered after a forward pass. That module manages the parameters of everything
-    below it, so it may be one that contains the given ones.
+    FSDP2 keeps its outermost module gathered after a forward pass, and drops what is written into gathered parameters
+    at the next pass. That module manages all parameters below it, so it may be one that contains the given modules.
     """
     inside = {module: None for model in models for module in model.modules()}
     for module in [*inside, *_sharded_around(inside)]:
@@ -57,9 +57,9 @@ def reshard(*models: nn.Module) -> None:
 
 
 def _sharded_around(inside: Collection[nn.Module]) -> list[nn.Module]:
-    """The modules that torch shards and that contain some of these."""
-    # Nothing leads from a module to what contains it. torch lists the sharded ones in private; it has sharded none if
-    # it has not imported the list, and a version without the list leaves us with what lies inside.
+    """Return the modules sharded by torch that contain any of these."""
+    # A module has no reference to its parents, but torch keeps a private list of sharded modules. If the list is not
+    # imported, nothing is sharded; with a version of torch that has no such list, only the given modules are resharded.
     known: Any = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", ())
     return [
         outer for outer in list(known) if outer not in inside and any(module in inside for module in outer.modules())
@@ -67,10 +67,10 @@ def _sharded_around(inside: Collection[nn.Module]) -> list[nn.Module]:
 
 
 def refuse_reentrant(name: str) -> None:
-    """An error where DistributedDataParallel would give wrong gradients without a word.
+    """Raise a RuntimeError where DistributedDataParallel would silently compute wrong gradients.
 
-    Reentrant checkpointing runs a backward pass of its own for each region. DistributedDataParallel takes the first
-    of them for the whole gradient of an array that several regions share, unless it was told that its graph is static.
+    Reentrant checkpointing runs a separate backward pass for each region. DistributedDataParallel takes the first one
+    for the complete gradient of an array that several regions share, unless it was told that the graph is static.
     """
     import torch.distributed as distributed
 

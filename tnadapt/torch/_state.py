@@ -1,7 +1,7 @@
-"""What the modules of this package share: the state of an adapter, and where a model keeps it.
+"""The state of an adapter, which the modules of this package share, and where a model keeps it.
 
-All other modules are functions on :class:`AdapterState` and lie above this one. :class:`tnadapt.torch.Adapter` is the
-public face of such a state; nothing below it knows that class, so no import leads back up.
+All other modules are functions on :class:`AdapterState` and import this one. :class:`tnadapt.torch.Adapter` is the
+public interface of such a state; no module below imports that class, so there are no import cycles.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ __all__ = [
     "need_unmerged",
 ]
 
-#: How the names of an adapter's parameters on its model begin.
+#: Prefix of the names of an adapter's parameters on its model.
 PREFIX = "tnadapt_"
-#: What stands for a dot of an adapter's name there.
+#: Replacement for a dot of the adapter's name in these names.
 DOT = "%2E"
 #: The model's attribute that holds the states of its adapters by name.
 ADAPTERS_ATTR = "_tnadapt_adapters"
 
 
 def is_array(path: str) -> bool:
-    """Whether a parameter belongs to an adapter and not to the base, by its path in the model.
+    """Return whether the parameter at a path of the model belongs to an adapter rather than the base.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def is_array(path: str) -> bool:
 
     Examples
     --------
-    Its own name says it, or that of a module that holds the arrays, as in a PEFT model:
+    Its name has the prefix, or the name of a module that holds the arrays, as in a PEFT model:
 
     >>> is_array("encoder.tnadapt_default_group0_split0_factor0")
     True
@@ -65,7 +65,7 @@ def is_array(path: str) -> bool:
 
 
 def encoded(name: str) -> str:
-    """An adapter's name as a part of a parameter's or module's name, in which torch allows no dot.
+    """Encode an adapter's name for use in the name of a parameter or module, in which torch allows no dot.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def encoded(name: str) -> str:
 
 
 class UntiedWeight(NamedTuple):
-    """Where a tied weight got a copy of its own: the module, its name there, and the shared parameter it had."""
+    """A weight that was untied: the module, the parameter's name there, and the shared parameter it had before."""
 
     module: nn.Module
     name: str
@@ -88,7 +88,7 @@ class UntiedWeight(NamedTuple):
 
 
 class MergedRows(NamedTuple):
-    """One weight that holds an update: what its rows were, and a checksum of what they are."""
+    """The rows of one merged weight: the original values, and a checksum of the merged ones."""
 
     before: Tensor
     checksum: int
@@ -96,7 +96,7 @@ class MergedRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterSlot:
-    """One adapter's share in one weight: which of its updates, on which rows, and how it is used."""
+    """One adapter's part in one weight: the index of its update, the rows, and the strategy."""
 
     adapter: AdapterState
     index: int
@@ -104,21 +104,21 @@ class AdapterSlot:
     owner: nn.Module
     target: Target
     strategy: str
-    #: How the update factors, where it is used factored.
+    #: The factors of the update, for the strategy "factored".
     factoring: Factoring | None = None
 
 
 class Patch(Protocol):
-    """What stands in for a module's forward, as far as the state has to know of it."""
+    """The interface of a patched module's forward that the state needs."""
 
     host: nn.Module
 
     def remove(self, adapter: AdapterState) -> None:
-        """Take an adapter's slots away."""
+        """Remove an adapter's slots."""
 
 
 class AdapterState:
-    """Everything that is known of one adapter on one model.
+    """The complete state of one adapter on one model.
 
     Attributes
     ----------
@@ -128,7 +128,7 @@ class AdapterState:
     targets : tuple of Target
     activation : str or None
     model_name : str
-        The model's class when the adapter was attached: sharding replaces it by one of its own.
+        The model's class when the adapter was attached: sharding replaces the class.
     kept : tuple of str
         The model's own parameters that ``keep_trainable`` left free.
     trained : tuple of str or None
@@ -136,9 +136,9 @@ class AdapterState:
     slots : list of AdapterSlot
         One for each target, in their order.
     patches : list of Patch
-        What uses the slots; the same one several times, where several targets are used by one forward.
+        The patch that uses each slot; the same one several times where one forward uses several targets.
     was_trainable : dict of str to bool
-        ``requires_grad`` of the base's parameters before.
+        ``requires_grad`` of the base's parameters before ``attach``.
     untied : list of UntiedWeight
     merged : list of MergedRows or None
         One for each target while ΔW is in the weights.
@@ -146,24 +146,24 @@ class AdapterState:
     enabled : bool
         False inside ``disabled()``.
     weight : float
-        What the update is multiplied with.
+        Mixing weight: the factor of the update.
     weight_tensor : Tensor
-        The same number. A compiled program reads this one, so that another weight is no reason to compile again.
+        The same number as a tensor. Compiled programs read this one, so that changing the weight does not recompile.
     threads : set of int
-        The threads in whose current forward pass some patch has used this adapter.
+        Ids of the threads in whose current forward pass a patch has used this adapter.
     warned : bool
-        Whether the warning that no patch was used has been given.
+        Whether the warning that no patch was used has been issued.
     passes : (int, set)
-        How often the arrays had been written to, and with which settings forward passes with gradients have begun
-        since: activation checkpointing must find one of these again in backward.
+        The sum of the arrays' version counters, and the settings with which forward passes with gradients have begun
+        at that version: the recomputation of activation checkpointing must match one of them in backward.
     owner : Module
-        What the parameters are registered on: the model, or where PEFT looks for them.
+        The module the parameters are registered on: the model, or the one in which PEFT looks for them.
     parameter_names : dict of str to str
-        Their names there, by those in the plan.
+        Names of the parameters there, by their names in the plan.
     managed_by : str or None
-        Where the owner must know of it, what to call instead of ``detach()`` and ``bake()``.
+        If another library manages the adapter, what to call instead of ``detach()`` and ``bake()``.
     handle : Adapter
-        The public face, typed loosely because its class lies above this module.
+        The public interface, typed loosely because its class is defined above this module.
     """
 
     def __init__(
@@ -202,13 +202,13 @@ class AdapterState:
 
 
 def need_attached(state: AdapterState) -> None:
-    """Raise a TargetError if it was taken off."""
+    """Raise a TargetError if the adapter was detached."""
     if state.model.__dict__.get(ADAPTERS_ATTR, {}).get(state.name) is not state:
-        raise TargetError(f"adapter {state.name!r} is not attached to its model any more")
+        raise TargetError(f"adapter {state.name!r} is no longer attached to its model")
 
 
 def need_unmerged(state: AdapterState, what: str) -> None:
-    """Raise a TargetError if it is merged."""
+    """Raise a TargetError if the adapter is merged."""
     if state.merged is not None:
         raise TargetError(f"adapter {state.name!r} is merged, and {what} needs it unmerged: call unmerge() first")
 

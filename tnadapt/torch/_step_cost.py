@@ -1,8 +1,8 @@
-"""What a training step of one linear layer costs by each strategy: operations, bytes and calls, in seconds.
+"""A cost model for a training step of one linear layer with each strategy: operations, bytes and calls, in seconds.
 
-A model, not a measurement: a few numbers say what a machine can do, and the three strategies differ in what they do
-beyond the layer itself. See the documentation's page on strategies for the reasoning. ``benchmarks/strategies.py`` says
-how near the best the choice is, and is where the numbers for the CPU come from; the GPU's are assumptions.
+This is a model, not a measurement: a few numbers describe a machine, and the three strategies are compared by their
+work beyond the layer itself. The documentation's page on strategies has the reasoning. ``benchmarks/strategies.py``
+measures how close the choice is to the best, and is the source of the numbers for the CPU; the GPU's are assumptions.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from tnadapt.algebra.superlora import SuperLoRA
 
 __all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs"]
 
-#: Rows of x that a layer is called with, where nobody says: ten images of 197 tokens, four texts of 512.
+#: Default number of rows of x per call of a layer: about ten images of 197 tokens, or four texts of 512.
 TOKENS = 2048
 
-_ITEM = 4  # bytes: the adapter's arrays are float32, and where the model's are not, all strategies move less alike
+_ITEM = 4  # bytes of float32; with a smaller dtype all strategies move proportionally less
 
 
 class Machine(NamedTuple):
-    """What a machine can do.
+    """The speed of a machine.
 
     Attributes
     ----------
     operations : float
-        Floating-point operations a second in a large matrix product.
+        Floating-point operations per second in a large matrix product.
     narrow : float
-        The same where one side of the product is narrow: what factors of low rank are multiplied at.
+        The same where one side of the product is narrow, as with low-rank factors.
     bytes : float
-        Bytes read or written a second.
+        Bytes read or written per second.
     call : float
-        Seconds for one operation on arrays, however small, its part in autograd included.
+        Seconds per operation on arrays, however small, including its part in autograd.
     """
 
     operations: float
@@ -44,10 +44,10 @@ class Machine(NamedTuple):
     call: float
 
 
-#: Of one core, or of several: that their numbers grow alike is assumed.
+#: Used for any number of cores: only ratios matter, and all numbers are assumed to grow alike with the cores.
 MACHINES: Mapping[str, Machine] = {
     "cpu": Machine(operations=1.7e11, narrow=1e11, bytes=1.25e10, call=2.0e-5),
-    # Not measured: a card of 60 teraflops in TF32, 1.5 TB/s, and what a launch from Python takes.
+    # Not measured: a card with 60 teraflops in TF32 and 1.5 TB/s, and the time of a kernel launch from Python.
     "cuda": Machine(operations=6e13, narrow=1e13, bytes=1.5e12, call=1.0e-5),
 }
 
@@ -70,7 +70,7 @@ class StepWork(NamedTuple):
         return StepWork(*(a + b for a, b in zip(self, other, strict=True)))
 
     def seconds(self, machine: Machine) -> float:
-        """What it takes there."""
+        """Return the time that the work takes on a machine."""
         return (
             self.large / machine.operations
             + self.narrow / machine.narrow
@@ -80,22 +80,22 @@ class StepWork(NamedTuple):
 
 
 def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKENS) -> dict[str, StepWork]:
-    """What each strategy does in one training step beyond the layer's own two products.
+    """Return the work of each strategy in one training step, beyond the layer's own two products.
 
     Parameters
     ----------
     plan : SuperLoRA
     index : int
-        Which weight.
+        Index of the weight.
     how : Factoring or None
-        How its update factors, if it does.
+        The factors of the update, if it has any.
     tokens : int
         Rows of x.
 
     Returns
     -------
     dict of str to StepWork
-        ``"factored"`` is in it where the update factors.
+        Includes ``"factored"`` if the update has factors.
 
     Examples
     --------
@@ -108,14 +108,14 @@ def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKE
     """
     rows, cols = plan.shapes[index]
     size, product = rows * cols, 2.0 * tokens * rows * cols
-    # ΔW is formed in forward and again in backward; its gradient goes through the same products to either factor.
+    # ΔW is computed in forward and again in backward; backward has two products of the same size, one per factor.
     formed = _formed(plan, index)
     pulled = StepWork(0.0, 2 * formed.narrow, 2.0 * size, 2 * formed.calls)
     update = formed + formed + pulled
     found = {
-        # The sum twice, and the gradient of the sum.
+        # The sum is computed twice, and there is the gradient of the sum.
         "weight": update + StepWork(product, 0.0, 5.0 * size, 14),
-        # Three products of that size, which read ΔW twice; y and the gradient of x are added to.
+        # Three products of that size, which read ΔW twice; additions to y and to the gradient of x.
         "additive": update + StepWork(3 * product, 0.0, 5.0 * size + 4.0 * tokens * (rows + cols), 20),
     }
     if how is not None:
@@ -126,7 +126,7 @@ def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKE
 def choose(
     plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKENS, machine: Machine = MACHINES["cpu"]
 ) -> str:
-    """The strategy of least cost, for a weight that can be added to.
+    """Return the cheapest strategy for a weight that can be added to.
 
     Examples
     --------
@@ -141,7 +141,7 @@ def choose(
 
 
 def _factored(how: Factoring, tokens: int) -> StepWork:
-    """The products with the factors, forward and, twice that, backward."""
+    """Return the work of the products with the factors: forward, and twice as much in backward."""
     total = StepWork(calls=8)
     for _ in range(how.terms):
         total += _of_last(how.sizes, tokens)
@@ -149,28 +149,28 @@ def _factored(how: Factoring, tokens: int) -> StepWork:
         width = how.sizes[-1].width
         inner = inner if width is None else inner // how.sizes[-1].cols * width
         for size in how.sizes[:-1]:
-            # This mode's columns become its rows; all else stays.
+            # This mode's columns are replaced by its rows; the other modes stay.
             after = inner // size.cols * size.rows
             operations = 2.0 * (inner * size.rows if size.width is None else (inner + after) * size.width)
-            # Made in forward and again in backward, where there are two gradients; a small product for each row of x,
-            # at half the speed of one long one.
+            # Forward, its recomputation in backward and two gradients; one small product per row of x, which runs at
+            # half the speed of one large product.
             total += StepWork(0.0, 8 * operations, 8.0 * (inner + after), 24)
             inner = after
     return total
 
 
 def _of_last(sizes: tuple[Size, ...], tokens: int) -> StepWork:
-    """x by the right factor, and what that becomes by the left one, which adds to the output."""
+    """Return the work of the last mode: x times the right factor, times the left one, added to the output."""
     last, out = sizes[-1], tokens * math.prod(size.rows for size in sizes)
     given = tokens * math.prod(size.cols for size in sizes)
-    # Digits of the rows are made by the other matrices before the last left factor is met.
+    # The other matrices are applied in between, so the last left factor already sees their rows.
     if last.width is None:
         return StepWork(0.0, 6.0 * out * last.cols, 4.0 * out + 4.0 * given, 8)
     return StepWork(0.0, 6.0 * (given + out) * last.width, 4.0 * out + 4.0 * given, 12)
 
 
 def _formed(plan: SuperLoRA, index: int) -> StepWork:
-    """One weight's update, made once, of what is in all of them alike: what F does is left out."""
+    """Return the work of computing one weight's update once, without F, which all strategies share."""
     total = StepWork()
     for piece in plan.layout.of_weight(index):
         total += _of_network(plan.groups[piece.group].network, float(piece.length))
@@ -180,7 +180,7 @@ def _formed(plan: SuperLoRA, index: int) -> StepWork:
 def _of_network(network: Network, size: float) -> StepWork:
     total = StepWork()
     for split in network.splits:
-        # Of a Kronecker product each split makes its own small tensor.
+        # In a Kronecker product each split computes a small tensor.
         own = size if not network.kronecker else min(size, float(math.prod(split.sizes)))
         width = split.products
         total += StepWork(0.0, 2.0 * own * width, own if width else 0.0, 4 if width else 1)

@@ -1,4 +1,4 @@
-"""The table of an adapter: which weight is made from which slice of which group."""
+"""The table of an adapter: the slices of groups that each weight's update consists of."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["Summary", "SummaryRow"]
 
 
 class SummaryRow(NamedTuple):
-    """One weight.
+    """The row of one weight.
 
     Attributes
     ----------
     target : str
         The parameter's path in the model.
     role : str
-        What it does there.
+        Its role in the model, such as ``"q"``.
     shape : tuple of int
         ``(rows, cols)`` of the update.
     slices : tuple of (group, start, stop)
-        Which elements of which groups it is made of.
+        The ranges of elements of groups that the update consists of.
     strategy : str
-        How it is used.
+        How the layer uses the update.
     """
 
     target: str
@@ -38,7 +38,7 @@ class SummaryRow(NamedTuple):
 
 
 class Summary:
-    """What :meth:`Adapter.summary` returns: ``rows`` and counts; its text is a table.
+    """The result of :meth:`Adapter.summary`: ``rows`` and counts; prints as a table.
 
     Attributes
     ----------
@@ -46,9 +46,9 @@ class Summary:
     parameters : int
         Trained elements of the adapter.
     frozen : int
-        Elements of the arrays that :meth:`Adapter.set_trainable` left out.
+        Elements of the arrays that :meth:`Adapter.set_trainable` froze.
     adapted : int
-        Elements of the weights it updates.
+        Elements of the weights that the adapter updates.
     kept : int
         Elements of the model's own parameters that ``keep_trainable`` left free.
     base : int

@@ -1,4 +1,4 @@
-"""One model, searched for what ``targets`` asks for."""
+"""The search of one model for the weights that ``targets`` asks for."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["TargetSearch"]
 
 _ROLES = frozenset("qkvo")
 
-# Where the classifier lies that is trained whole, not adapted: names of a model's own children.
+# Names of a model's direct children that hold the output head, which is trained whole rather than adapted.
 _HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "head", "heads", "fc", "classification_head")
 _WRAPPERS = ("module", "_orig_mod", "base_model", "model")
 
 
 class TargetSearch:
-    """One model, looked at once."""
+    """One model, inspected once for several searches."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -55,7 +55,7 @@ class TargetSearch:
         return [target for entry in entries for target in self._by_entry(entry)]
 
     def nothing(self, targets: Any) -> TargetError:
-        """The error of a search that found nothing."""
+        """Return the error of a search that found nothing."""
         linear = [weight.name for weight in self.weights if weight.kind != "other"]
         some = ", ".join(linear[:10]) + (f" and {len(linear) - 10} more" if len(linear) > 10 else "")
         there = (
@@ -81,10 +81,12 @@ class TargetSearch:
         try:
             pattern = re.compile(word)
         except re.error as error:
-            raise TargetError(f"targets={safe_repr(word)} is no role, word or regular expression: {error}") from None
+            raise TargetError(
+                f"targets={safe_repr(word)} is not a role, keyword or regular expression: {error}"
+            ) from None
         found = []
         for path, module in self.places:
-            # A wrapper stands for the layer in it, whose plain path is the same.
+            # PEFT's wrapper is skipped: the layer in it has the same plain path.
             if not wraps(module) and (pattern.fullmatch(path) or pattern.fullmatch(plain(path))):
                 found += self._whole_of(path, module)
         if not found:
@@ -95,7 +97,7 @@ class TargetSearch:
         weights = weights_of(path, module)
         if not weights:
             inside = [weight.path for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
-            there = f"; name what lies inside, such as {', '.join(inside[:4])}" if inside else ""
+            there = f"; name the modules inside it, such as {', '.join(inside[:4])}" if inside else ""
             raise TargetError(f"{safe_repr(path)} is a {type(module).__name__}, which holds no weight to adapt{there}")
         return [_whole(weight) for weight in weights]
 
@@ -105,7 +107,7 @@ class TargetSearch:
         if isinstance(entry, Target):
             return [self._checked(entry)]
         if not isinstance(entry, str) or not entry:
-            raise TargetError(f"a list of targets holds paths and tnadapt.Target; got {safe_repr(entry)}")
+            raise TargetError(f"a list of targets must hold paths or tnadapt.Target; got {safe_repr(entry)}")
         found = [_whole(weight) for weight in self.weights if _ends(entry, weight.path) or _is_name(entry, weight)]
         if found:
             return found
@@ -118,7 +120,7 @@ class TargetSearch:
         raise self._no_match(entry)
 
     def _roles_at(self, path: str, letters: str, same: Callable[[str, str], bool]) -> list[Target]:
-        """What makes these roles in an attention, or a weight, of that path."""
+        """Return the targets with these roles in the attention or weight at a path."""
         found = []
         for attention in self.attentions:
             weights = [weight for _, _, weight in attention.inputs] + attention.outputs
@@ -136,7 +138,7 @@ class TargetSearch:
         last = {path.rpartition(".")[2]: path for path in reversed(names)}
         close = [last.get(near, near) for near in difflib.get_close_matches(name, [*last, *names], 4)]
         some = list(dict.fromkeys(close)) or names[:6]
-        there = f"{'near it' if close else 'there'}: {', '.join(some)}" if some else "the model has none at all"
+        there = f"{'close matches' if close else 'it has'}: {', '.join(some)}" if some else "the model has none at all"
         return TargetError(
             f"no module of {type(self.model).__name__} matches {safe_repr(name)}{what} ({len(names)} could); "
             f"{there}. A "
@@ -161,13 +163,13 @@ class TargetSearch:
                 found += [self._checked(target) for target in given]
             else:
                 raise TargetError(
-                    "a function for targets gives True, roles such as 'qv', tnadapt.Target or nothing; for "
-                    f"{safe_repr(path)} it gave {safe_repr(given)}"
+                    "a function for targets must return True, roles such as 'qv', tnadapt.Target or None; for "
+                    f"{safe_repr(path)} it returned {safe_repr(given)}"
                 )
         return found
 
     def _checked(self, target: Target) -> Target:
-        """A caller's own target, if the model has that weight in that shape."""
+        """Return a caller's target after checking that the model has that weight in that shape."""
         module = next((module for path, module in self.places if path == target.module), None)
         if module is None:
             raise self._no_match(target.module)
@@ -190,7 +192,7 @@ class TargetSearch:
 
 def _whole(weight: Weight) -> Target:
     role = "conv" if weight.kind == "conv" else "linear"
-    # The module's own number, in a Sequential of layers, is not the layer's.
+    # The last component is dropped: a module's index in a Sequential is not the number of a layer.
     return weight.target(role, layer_of(plain(weight.path).rpartition(".")[0]))
 
 
@@ -199,17 +201,17 @@ def _order(transposed: bool) -> str:
 
 
 def _ends(entry: str, path: str) -> bool:
-    """Whether a path is the entry, or ends in it by whole parts; with or without PEFT's wrapping."""
+    """Return whether a path equals the entry or ends in it, by whole components, with or without PEFT's wrapping."""
     return any(one == entry or one.endswith(f".{entry}") for one in (path, plain(path)))
 
 
 def _is_name(entry: str, weight: Weight) -> bool:
-    """Whether the entry is the end of a parameter's name; "weight" alone would be the end of nearly all."""
+    """Return whether the entry is the end of a parameter's name; "weight" alone would match nearly all."""
     return _ends(entry, weight.name) if entry != "weight" else weight.name == entry
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """Modules of the output head: what the model itself calls so, or the last layer below a child of such a name."""
+    """Return ids of the output head's modules: those the model reports, or the last layer below a child so named."""
     found: list[Any] = []
     for method in ("get_output_embeddings", "get_classifier"):
         try:

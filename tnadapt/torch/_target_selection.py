@@ -1,4 +1,4 @@
-"""Which weights an adapter updates: by role, by kind, by name, or by the caller's own function."""
+"""Selection of the weights that an adapter updates: by role, by kind, by name, or by the caller's function."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ __all__ = ["find_targets", "host_of", "paths_of", "reads_outside", "tied"]
 
 
 def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) -> list[Target]:
-    """The weights of a model that are to be adapted.
+    """Find the weights of a model to adapt.
 
     Parameters
     ----------
     model : Module
-        Any. It is only looked at; it may lie on the meta device.
+        Any module. It is only inspected, so it may be on the meta device.
     targets : str, list or callable
-        - roles, such as ``"qv"``, ``"q"`` or ``"qkvo"``: projections of attention modules, under whatever name and in
-          whatever form, also as some rows of a fused weight;
-        - ``"all-linear"``: every linear layer but the output head; fused weights whole;
-        - ``"conv"``: every convolution of any kernel as a matrix ``(out, in * kh * kw)``, grouped ones as they are
-          stored; transposed convolutions are left out, as their weights do not start with the output;
+        - roles, such as ``"qv"``, ``"q"`` or ``"qkvo"``: projections of attention modules, whatever their names and
+          storage, including rows of a fused weight;
+        - ``"all-linear"``: every linear layer except the output head; fused weights whole;
+        - ``"conv"``: every convolution of any kernel size as a matrix ``(out, in * kh * kw)``, grouped ones as they are
+          stored; transposed convolutions are skipped, because the first axis of their weight is not the output;
         - any other string: a regular expression for the whole dotted path of a module;
-        - a list of paths, whole or their last parts (``"query"``, ``"attention.self.query"``), of
-          :class:`tnadapt.Target`, or of ``"path:roles"``, such as ``"blocks.0.attn:qv"`` or ``"attn.qkv:v"``, which
-          takes the roles of the attention or weight of that path; a plain path takes a fused weight whole, and an
-          ``nn.Embedding``, which nothing else finds (its whole update is formed in each forward pass);
-        - a function of a path and a module, called with every module, that gives True for its whole weight, roles, a
-          Target or a list of them, or nothing.
+        - a list whose entries are paths, full or their last parts (``"query"``, ``"attention.self.query"``),
+          :class:`tnadapt.Target` objects, or ``"path:roles"``, such as ``"blocks.0.attn:qv"`` or ``"attn.qkv:v"``,
+          which selects roles of the attention or weight at that path. A path without roles selects a fused weight
+          whole. Only a path selects an ``nn.Embedding`` (its whole update is computed in each forward pass);
+        - a function of a path and a module, called for every module, that returns True for the whole weight, roles, a
+          Target or a list of Targets, or None.
     untie : bool
-        Whether to allow targets whose weight another module has as well: see :func:`tied`.
+        Whether to allow targets whose weight is shared with another module: see :func:`tied`.
 
     Returns
     -------
     list of Target
-        In the order of the model's modules, q before k before v within one; Targets that are all the caller's own in
-        the caller's order, repeated ones too, which :func:`attach` refuses. Else none twice: a module with several
-        paths counts once, under the first.
+        In the order of the model's modules, and q before k before v within a module, without duplicates; a module with
+        several paths appears under the first. A list of only Targets keeps the caller's order and any duplicates, which
+        :func:`attach` rejects.
 
     Raises
     ------
     TargetError
-        If nothing is found, an entry of a list matches nothing, the layout of a fused weight is not known, the shape
-        of a quantised weight is not known, a weight is tied and ``untie`` is false, or an embedding has ``sparse=True``
-        or a ``max_norm``.
+        If nothing is found, an entry of a list matches nothing, the layout of a fused weight or the shape of a
+        quantised weight is unknown, a weight is tied and ``untie`` is false, or an embedding has ``sparse=True`` or a
+        ``max_norm``.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
         raise search.nothing(targets)
     own = not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
     if own:
-        # Never fewer than were given: the caller has a place for each in the long vector.
+        # Duplicates are kept: the caller's config and layers have one entry per Target.
         chosen = list(found)
     else:
         chosen = list({(target.module, target.parameter, target.rows): target for target in found}.values())
@@ -92,7 +92,7 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
 
 
 def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
-    """Pairs of names that are one tensor, of which at least one is a target's.
+    """Return pairs of names that refer to one tensor, where the tensor belongs to a target.
 
     Parameters
     ----------
@@ -102,11 +102,11 @@ def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
     Returns
     -------
     list of (str, str)
-        Dotted paths of parameters. Of several that are one, the first in the model's order stands first in each pair.
+        Dotted paths of parameters. The first entry of each pair is the tensor's first name in the model's order.
 
     Notes
     -----
-    One module under two paths is not meant: it is one, and has one update.
+    One module registered under two paths is not a tie: it is a single module with a single update.
 
     Examples
     --------
@@ -125,7 +125,7 @@ def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies: two parameters there are one, even as different objects."""
+    """Return a key of the tensor's memory: parameters with equal keys are one, even as different objects."""
     if nn.parameter.is_lazy(tensor):
         return (id(tensor),)
     try:

@@ -1,4 +1,4 @@
-"""Which arrays of an adapter are trained, and at which rates: Local LoRA, asymmetric LoRA, LoRA+."""
+"""The choice of the arrays of an adapter to train, and their learning rates: Local LoRA, asymmetric LoRA, LoRA+."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["choose", "keep", "num_parameters", "parameter_groups"]
 
 
 def num_parameters(adapter: AdapterState) -> int:
-    """Elements of the arrays that are trained."""
+    """Count the elements of the arrays that are trained."""
     if adapter.trained is None:
         return adapter.plan.num_parameters
     return sum(math.prod(adapter.plan.param_shapes[name]) for name in adapter.trained)
 
 
 def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
-    """See :meth:`Adapter.set_trainable`."""
+    """Choose the arrays to train; see :meth:`Adapter.set_trainable`."""
     known = range(adapter.plan.num_groups)
     places = {
         name: (int(name.partition(".")[0][len("group") :]), name.rpartition(".")[2])
@@ -51,11 +51,11 @@ def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
 def keep(
     adapter: AdapterState, trained: Collection[str] | None, arrays: Mapping[str, np.ndarray] | None = None
 ) -> None:
-    """Train these arrays and no others, all if None, and give some new numbers.
+    """Train only these arrays (None: all), and load new values into some.
 
-    If it fails or is interrupted, nothing has changed.
+    On failure or interruption everything is restored.
     """
-    # FSDP2 drops what is set on gathered parameters, requires_grad included.
+    # FSDP2 discards changes to gathered parameters, requires_grad included.
     reshard(adapter.model, adapter.owner)
     everything = adapter.plan.param_shapes
     chosen = everything if trained is None else set(trained)
@@ -69,7 +69,7 @@ def keep(
         for name, parameter in named_parameters(adapter):
             parameter.requires_grad_(name in chosen)
             if name not in chosen:
-                parameter.grad = None  # an optimiser that has it already would go on moving it
+                parameter.grad = None  # an optimiser that holds the parameter would go on updating it
         adapter.trained = names
     except BaseException:  # KeyboardInterrupt, too
         adapter.trained = before
@@ -83,7 +83,7 @@ def keep(
 
 
 def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np.ndarray]:
-    """New numbers for groups that are still at the start, where a trained array becomes the zero."""
+    """Return new values for groups still at their start, so that the zero array is one that is trained."""
     plan, everything = adapter.plan, dict(named_parameters(adapter))
     if next(iter(everything.values())).device.type == "meta":
         return {}  # reset() fills it in
@@ -100,7 +100,7 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
             if adapter.activation == "relu" and new is not group.start:
                 raise ConfigError(
                     f"adapter {adapter.name!r} has 'relu' between its factors, whose derivative at zero is zero: "
-                    f"{_last_words(names)} alone could never be trained from a start that changes nothing. Train "
+                    f"{_last_words(names)} alone could never be trained from ΔW = 0. Train "
                     f"{_last_words(group.start.zeros)} too, or use another activation"
                 )
             moved.update({full: new.host(name) for name, full in group.names.items()})
@@ -113,14 +113,18 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
 
 
 def _is_start(start: Initializer, own: Mapping[str, Tensor]) -> bool:
-    """Whether arrays are a start, to the bit."""
+    """Return whether arrays are bit for bit those of a start."""
     return all(
         torch.equal(array.cpu(), torch.from_numpy(start.host(name)).to(array.dtype)) for name, array in own.items()
     )
 
 
 def _can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str]) -> bool:
-    """Whether some trained array is multiplied with something: of a linear F, its gradient is the rest of its term."""
+    """Return whether some trained array has a nonzero gradient.
+
+    With a linear F the gradient of an array is the product of the others of its term, so it is zero where one of those
+    is zero.
+    """
     if not group.projection.linear:
         return True
     alive = {name for name, array in own.items() if bool(array.any())} | group.frozen_names.keys()
@@ -139,10 +143,10 @@ def _refuse_or_warn(
     if not unable:
         return
     problem = (
-        f"adapter {adapter.name!r} has arrays of zeros beside {_last_words(trained)} that would be frozen, so that the "
-        "gradient of what is trained is zero"
+        f"adapter {adapter.name!r} has arrays of zeros next to {_last_words(trained)} that would be frozen, so that "
+        "the gradient of the trained arrays is zero"
     )
-    way = "Train the others too, or call reset(), which starts anew with the zero in a trained array"
+    way = "Train the others too, or call reset(), which starts over with the zero in a trained array"
     if not able:
         raise ConfigError(f"{problem}: nothing would learn. {way}")
     some = ", ".join(map(str, unable[:4])) + (f" and {len(unable) - 4} more" if len(unable) > 4 else "")
@@ -154,7 +158,7 @@ def _last_words(names: Iterable[str]) -> str:
 
 
 def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
-    """What was asked for, as a list; all that is known for None, and nothing where one of them is not known."""
+    """Return what was asked for as a list: everything known for None, and an empty list if any entry is unknown."""
     if given is None:
         return list(known)
     listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
@@ -162,7 +166,7 @@ def _listed(given: Any, known: Sequence[Any]) -> list[Any]:
 
 
 def parameter_groups(adapter: AdapterState, lr: float, ratio: float) -> list[dict[str, Any]]:
-    """See :meth:`Adapter.parameter_groups`."""
+    """Return optimiser parameter groups; see :meth:`Adapter.parameter_groups`."""
     zero = set(_start_zero(adapter))
     fast = [p for name, p in named_parameters(adapter) if p.requires_grad and name in zero]
     slow = [p for name, p in named_parameters(adapter) if p.requires_grad and name not in zero]

@@ -1,4 +1,4 @@
-"""Changes of several things that are made together or not at all."""
+"""Several assignments that take effect together or not at all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Value = TypeVar("Value")
 def all_or_none(
     assign: Callable[[Thing, Value], object], new: Sequence[tuple[Thing, Value]], old: Sequence[tuple[Thing, Value]]
 ) -> None:
-    """Assign each new value; if that fails or is interrupted, assign the old ones again.
+    """Assign each new value; if that fails or is interrupted, restore the old ones.
 
     Parameters
     ----------
     assign : function
-        Called with a thing and its value.
+        Called with each object and its value.
     new, old : sequence of (thing, value)
 
     Examples

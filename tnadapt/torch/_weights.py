@@ -1,4 +1,4 @@
-"""The weights of a model that an adapter may update, whatever kind of module holds them."""
+"""The weights of a model that an adapter can update, whatever kind of module holds them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._quantized import quantized_type
 
 __all__ = ["Weight", "check_embedding", "join", "modules_of", "plain", "projections_in", "weights_of", "wraps"]
 
-# Where PEFT keeps the layer that it wraps.
+# The attribute in which PEFT keeps the layer that it wraps.
 _BASE = "base_layer"
 
 _NOT_LINEAR = (nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd, nn.Bilinear)
@@ -31,9 +31,9 @@ class Weight(NamedTuple):
         Dotted path of its module, and its name there.
     module : Module
     stored : tuple of int, optional
-        Its shape as the model keeps it, undoing quantisation; None if the module does not tell.
+        Shape in which the model stores it, before quantisation; None if the module does not reveal it.
     kind : {"linear", "conv", "other"}
-        "other" is an embedding, or a matrix of a module that is not known: it becomes a target only where it is named.
+        "other" is an embedding or a matrix of an unknown module: it becomes a target only where it is named.
     transposed : bool
         Whether it is stored as ``(in, out)``.
     """
@@ -47,21 +47,21 @@ class Weight(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its dotted path, as in a state dict."""
+        """Dotted path, as in a state dict."""
         return join(self.path, self.parameter)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(rows, cols)`` of the whole of it, in torch's order."""
+        """``(rows, cols)`` of the whole weight, in torch's order."""
         return self.target("linear", "").shape
 
     def target(self, role: str, layer: str, rows: Rows | None = None) -> Target:
-        """It, or some of its rows, as a target.
+        """Return the weight, or some of its rows, as a target.
 
         Raises
         ------
         TargetError
-            If its shape is not known.
+            If its shape is unknown.
         """
         held: Any = self.module._parameters.get(self.parameter)
         if nn.parameter.is_lazy(held):
@@ -75,14 +75,14 @@ class Weight(NamedTuple):
 
 
 def check_embedding(name: str, module: nn.Module) -> None:
-    """A TargetError where a weight belongs to an embedding that cannot be adapted.
+    """Raise a TargetError if a weight belongs to an embedding that cannot be adapted.
 
     Parameters
     ----------
     name : str
         Dotted path of the weight.
     module : Module
-        What holds it.
+        The module that holds it.
     """
     if getattr(module, "sparse", False) is True:
         raise TargetError(
@@ -99,12 +99,12 @@ def check_embedding(name: str, module: nn.Module) -> None:
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, in the model's order, but for those that PEFT has put beside the layers it wraps.
+    """Yield every module once, in the model's order, without those that PEFT adds next to the layers it wraps.
 
     Yields
     ------
     path, module
-        Of several paths the first.
+        The first path of a module that has several.
     """
     seen: set[int] = set()
 
@@ -121,12 +121,12 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def wraps(module: nn.Module) -> bool:
-    """Whether this is PEFT's wrapper of a layer, which has the layer's place in the model and none of its weights."""
+    """Return whether this is PEFT's wrapper, which takes a layer's place in the model and holds none of its weights."""
     return module._modules.get(_BASE) is not None
 
 
 def plain(path: str) -> str:
-    """A path without PEFT's wrapping.
+    """Return a path without the components that PEFT's wrappers add.
 
     Examples
     --------
@@ -137,10 +137,10 @@ def plain(path: str) -> str:
 
 
 def weights_of(path: str, module: nn.Module) -> list[Weight]:
-    """The weights that a module itself holds.
+    """Return the weights that a module itself holds.
 
-    One, as a rule; those of q, k and v where :class:`torch.nn.MultiheadAttention` or its like keeps them as its own
-    parameters; none of a norm or a transposed convolution.
+    Usually one; those of q, k and v where a module like :class:`torch.nn.MultiheadAttention` keeps them as its own
+    parameters; none for a norm or a transposed convolution.
 
     Examples
     --------
@@ -162,10 +162,10 @@ def weights_of(path: str, module: nn.Module) -> list[Weight]:
 
 
 def projections_in(path: str, module: nn.Module) -> list[Weight]:
-    """The weights of a projection that may be wrapped: by PEFT, or with a norm, a pooling or a convolution.
+    """Return the weights of a projection that may be wrapped by PEFT or combined with a norm, pooling or convolution.
 
-    One if it is clear: the only one, or the one that is called the projection. A depthwise convolution is none, it
-    projects nothing, and neither does an embedding.
+    A single weight where that is unambiguous: it is the only one, or its name says that it is the projection.
+    Depthwise convolutions and embeddings are not projections.
 
     Examples
     --------
@@ -188,7 +188,7 @@ def _weight(path: str, module: nn.Module) -> Weight | None:
     own = quantized_type(module)
     if own is not None:
         return Weight(path, "weight", module, own.shape(module), "linear")
-    # Where it is no parameter: a parametrised weight, a quantised one, or its method.
+    # It need not be a parameter: it may be parametrised, quantised, or a method of this name.
     weight: Any = module._parameters.get("weight")
     weight = getattr(module, "weight", None) if weight is None else weight
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
@@ -196,7 +196,8 @@ def _weight(path: str, module: nn.Module) -> Weight | None:
         return Weight(path, "weight", module, None, "linear" if isinstance(module, nn.Linear) else "conv")
     plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
     if all(isinstance(size, int) and size > 0 for size in sizes) and (weight is not None or hasattr(module, "qweight")):
-        # FSDP and others keep the parameter in another shape: the module's own word counts, unless it is out of date.
+        # FSDP and others store the parameter in another shape, so the module's sizes decide. A 2-D parameter takes
+        # precedence, because in_features and out_features may be out of date.
         stored = tuple(weight.shape) if plain and weight.ndim == 2 else sizes
         return Weight(path, "weight", module, stored, "linear")
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -212,7 +213,7 @@ def _weight(path: str, module: nn.Module) -> Weight | None:
 
 
 def join(path: str, name: str) -> str:
-    """A dotted path, of which either part may be empty."""
+    """Join a dotted path and a name, either of which may be empty."""
     if not path or not name:
         return path or name
     return f"{path}.{name}"

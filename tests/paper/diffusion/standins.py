@@ -1,4 +1,4 @@
-"""Tiny sets of images in the files of the real ones."""
+"""Tiny image data sets in the file formats of the real ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Pixels = NDArray[np.uint8]
 
 
 def drawn(count: int, size: int, seed: int) -> tuple[Pixels, NDArray[np.uint8]]:
-    """Noise with a bright square whose place tells the class."""
+    """Noise with a bright square whose position determines the class."""
     random = np.random.default_rng(seed)
     labels = (np.arange(count) % 10).astype(np.uint8)
     pixels = random.integers(0, 60, (count, size, size), dtype=np.uint8)
@@ -31,7 +31,7 @@ def idx(array: NDArray[np.uint8]) -> bytes:
 def write_idx(
     folder: Path, training: int = 60, test: int = 40, size: int = 28, seed: int = 0, pack: bool = False
 ) -> None:
-    """MNIST's four files."""
+    """Write MNIST's four files."""
     folder.mkdir(parents=True)
     for name, count, place in (("train", training, seed), ("t10k", test, seed + 1)):
         pixels, labels = drawn(count, size, place)
@@ -45,7 +45,7 @@ def write_idx(
 
 
 def write_svhn(folder: Path, training: int = 40, test: int = 40) -> None:
-    """SVHN's two files: 10 is the digit 0."""
+    """Write SVHN's two files, in which label 10 is the digit 0."""
     from scipy.io import savemat
 
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What looks at images: it learns to, and Inception's weights are read as tensors alone."""
+"""Feature extractors: the classifier learns, and Inception's weights are only read as tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_batch_changes_nothing_that_is_seen() -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of random weights for torch-fidelity's Inception, which makes itself from a file alone."""
+    """A file of random weights for torch-fidelity's Inception, which can only be built from a file."""
     from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
     path = tmp_path_factory.mktemp("inception") / "weights.pth"

@@ -1,4 +1,4 @@
-"""The diffusion recipes train, sample and measure for real, on tiny images; the full ones make their first steps."""
+"""The diffusion recipes really train, sample and measure, on tiny images; full recipes run their first steps."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TINY = {
 def tiny(
     name: str = "svhn-mnist", scale: str = "mini", arms: tuple[str, ...] = ("LoRA", "dense"), **more: Any
 ) -> Recipe:
-    """A recipe with the first setting of some of its arms, and of all else as little as there can be."""
+    """Return a recipe with the first setting of some arms, and with minimal training."""
     recipe = open_recipe(name, scale)
     kept = tuple(
         dataclasses.replace(arm, configs=arm.configs[:1]) for arm in recipe.arms if not arms or arm.name in arms
@@ -215,7 +215,7 @@ def test_what_looks_at_images_is_opened_before_the_base_is_trained(data: Path, t
 
 
 def test_a_recipe_of_other_weights_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(tna.TnadaptError, match="its U-Net of width 64 has 42 others, the first of"):
+    with pytest.raises(tna.TnadaptError, match="its U-Net of width 64 has 42 weights of other shapes, the first of"):
         run(tiny(base=64), tmp_path, data=str(data))
 
 

@@ -1,4 +1,4 @@
-"""Images are read as their makers wrote them, and what is not theirs is refused."""
+"""Image files in the original formats are read, and other files are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measures on features whose values are known."""
+"""The measures on features with known results."""
 
 from __future__ import annotations
 

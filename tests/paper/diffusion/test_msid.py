@@ -1,4 +1,4 @@
-"""MSID against closed forms of graphs, its own estimate, and piq's."""
+"""MSID against closed forms for graphs, against its estimate, and against piq's implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base is trained once: what was stopped goes on to the same bits, and what is damaged is made anew."""
+"""The base is trained once: an interrupted training resumes to the same bits, and a damaged file is recomputed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise and the way back, against the formulas of DDPM, DDIM and guidance."""
+"""Adding noise and sampling, against the formulas of DDPM, DDIM and guidance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
 
 class Oracle(torch.nn.Module):
-    """Knows the image of each class, and so the noise in any noisy one; what it was asked is kept."""
+    """A model that knows the image of each class, and hence the noise in any noisy image; it records its calls."""
 
     def __init__(self, images: Any, unknown: float = 0.0) -> None:
         super().__init__()

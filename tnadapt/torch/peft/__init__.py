@@ -1,25 +1,25 @@
 """PEFT plug-in: tnadapt's adapters behind ``get_peft_model``, ``PeftModel.from_pretrained`` and ``merge_and_unload``.
 
-**Unofficial.** PEFT has no public way to add a method from outside: :func:`register` writes into three dictionaries of
-``peft.mapping`` under the key ``"TNADAPT"``, and the tuner class overrides hooks that PEFT calls internal. It is tested
-with PEFT 0.21.0, 0.21.1 and 0.21.2, and refuses an older one, which lacks those hooks.
+**Unofficial.** PEFT has no public interface for external methods: :func:`register` writes into three dictionaries of
+``peft.mapping`` under the key ``"TNADAPT"``, and the tuner class overrides hooks that PEFT considers internal. It is
+tested with PEFT 0.21.0, 0.21.1 and 0.21.2, and rejects older versions, which lack those hooks.
 Needs ``pip install "tnadapt[peft]"``.
 
-The adapter itself is that of :func:`tnadapt.torch.attach`, and ``tnadapt.torch.adapters(peft_model)["default"]`` is its
-handle, with ``summary()``, ``save()`` and all else. So a fresh adapter leaves every output as it was, to the bit;
-``unmerge_adapter()`` and ``unload()`` give the base's bits back (but for ``modules_to_save``, of which PEFT's
+The adapter is that of :func:`tnadapt.torch.attach`, and ``tnadapt.torch.adapters(peft_model)["default"]`` is its
+handle, with ``summary()``, ``save()`` and so on. A fresh adapter therefore leaves every output bit for bit the same;
+``unmerge_adapter()`` and ``unload()`` restore the base's bits (except for ``modules_to_save``, where PEFT's
 ``unload()`` leaves the trained copy in place); a merge is finite or refused; and ``adapter_config.json`` has a
-fingerprint of the base model and a digest of what F draws, so that another base is refused.
+fingerprint of the base model and a digest of the draws of F, so that another base is rejected.
 
-The arrays lie beside the base model, as ``base_model.tnadapt.tnadapt_arrays.{adapter}.{array}``: the base's state dict
-has no others than before, and code that looks for an adapter by its name in the names of parameters finds it. TRL's
-trainers do so when they copy a trained adapter to be their reference. An adapter may have any printable name
-(``"my-adapter"``, ``"v1.0"``) but those of attributes of ``nn.ModuleDict`` (``"keys"``, ``"type"``), which PEFT's other
-methods do not take either, and, beside ``modules_to_save``, those with a dot.
+The arrays are next to the base model, as ``base_model.tnadapt.tnadapt_arrays.{adapter}.{array}``. The base's state dict
+therefore has no additional entries, and code that finds an adapter's parameters by its name works, such as TRL's
+trainers, which copy a trained adapter for their reference. An adapter may have any printable name (``"my-adapter"``,
+``"v1.0"``), except those of attributes of ``nn.ModuleDict`` (``"keys"``, ``"type"``), which PEFT's other methods do not
+accept either, and, with ``modules_to_save``, names with a dot.
 
-What is not supported: adapters of other types beside it, several adapters in one batch (``adapter_names=`` in a forward
-pass), ``bias=``, ``add_weighted_adapter`` (:func:`tnadapt.torch.mix` weights adapters), ``inject_adapter_in_model`` and
-transformers' own ``model.add_adapter``.
+Not supported: adapters of other types on the same model, several adapters in one batch (``adapter_names=`` in a forward
+pass), ``bias=``, ``add_weighted_adapter`` (use :func:`tnadapt.torch.mix`), ``inject_adapter_in_model`` and
+transformers' ``model.add_adapter``.
 
 Examples
 --------
@@ -53,9 +53,9 @@ __all__ = ["PeftMissingError", "TnadaptConfig", "TnadaptLayer", "TnadaptModel", 
 
 
 def register() -> None:
-    """Make PEFT know ``TnadaptConfig``; a second call does nothing.
+    """Register ``TnadaptConfig`` with PEFT; a second call does nothing.
 
-    Call it before :class:`TnadaptConfig` is used and before ``PeftModel.from_pretrained`` meets such an adapter.
+    Call it before using :class:`TnadaptConfig`, and before ``PeftModel.from_pretrained`` loads such an adapter.
 
     Raises
     ------
@@ -64,13 +64,15 @@ def register() -> None:
     """
     for table, value in _tables():
         if table.get(NAME, value) != value:
-            raise ConfigError(f"PEFT knows a method {NAME!r} already, which is not tnadapt's: {safe_repr(table[NAME])}")
+            raise ConfigError(
+                f"PEFT already has a method {NAME!r}, registered by another package: {safe_repr(table[NAME])}"
+            )
     for table, value in _tables():
         table[NAME] = value
 
 
 def _tables() -> list[tuple[dict[Any, Any], Any]]:
-    """PEFT's tables of methods, whose keys it types as an enumeration and takes as strings; and what stands there."""
+    """Return PEFT's tables of methods and this method's entries; their keys are typed as an enum but may be strings."""
     return [
         (PEFT_TYPE_TO_CONFIG_MAPPING, TnadaptConfig),
         (PEFT_TYPE_TO_TUNER_MAPPING, TnadaptModel),

@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to a base model: what ``adapter_config.json`` says of the base, and the check of it."""
+"""The description of the base model in ``adapter_config.json``, and the check that an adapter fits a base."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["base_dtype", "check_base", "describe_base"]
 
 
 def describe_base(handle: Adapter) -> dict[str, Any]:
-    """What a file says of the base model and the draws; reads every adapted weight."""
+    """Return the description of the base model and the draws for a file; reads every adapted weight."""
     base = base_fingerprint(handle._state)
     counts: dict[str, int] = {}
     for rows, cols in handle.plan.shapes:
@@ -33,10 +33,10 @@ def describe_base(handle: Adapter) -> dict[str, Any]:
 
 
 def check_base(handle: Adapter, saved: dict[str, Any]) -> None:
-    """A FileError unless the adapter was trained on such weights, and with such draws, as are here."""
+    """Raise a FileError unless the adapter was trained on these weights and with the same draws."""
     here = describe_base(handle)
     way = (
-        "Give the base model that it was trained on; or, to use it here all the same, load its TnadaptConfig, set "
+        "Give the base model that it was trained on; or, to use it here anyway, load its TnadaptConfig, set "
         "config.base = None, and pass it as config="
     )
     kind = type(handle.model).__name__
@@ -49,14 +49,14 @@ def check_base(handle: Adapter, saved: dict[str, Any]) -> None:
     if saved.get("draws") != here["draws"]:
         raise FileError(
             f"the adapter was trained with fixed draws of F whose digest is {safe_repr(saved.get('draws'))}; on this "
-            f"machine it is {here['draws']}. Its updates would be others: run tnadapt.verify to see why"
+            f"machine it is {here['draws']}. Its updates would differ: run tnadapt.verify to see why"
         )
     if saved.get("fingerprint") is None or here["fingerprint"] is None:
         return
     try:
         difference = Fingerprint(**saved["fingerprint"]).difference(Fingerprint(**here["fingerprint"]))
     except (TypeError, TnadaptError) as error:
-        raise FileError(f"the fingerprint of the base model in the adapter's config is none: {error}") from None
+        raise FileError(f"the fingerprint of the base model in the adapter's config is invalid: {error}") from None
     if difference is not None:
         raise FileError(
             f"the adapter was trained on another base model than this {kind}: of its weights, {difference}. {way}"
@@ -64,9 +64,9 @@ def check_base(handle: Adapter, saved: dict[str, Any]) -> None:
 
 
 def base_dtype(handle: Adapter) -> torch.dtype:
-    """The dtype of the adapted weights, of several the one that has all their numbers; float32 if all are quantised."""
+    """Return the dtype of the adapted weights, promoted if they differ; float32 if all are quantised."""
     stored = [merging.stored(handle._state, index) for index in range(len(handle.targets))]
     dtypes = [weight.dtype for weight in stored if weight is not None]
-    # To torch, eight-bit floats are floating-point numbers, too; nothing can be computed in them.
+    # torch counts float8 types as floating point, but cannot compute in them.
     wide = [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1]
     return functools.reduce(torch.promote_types, wide) if wide else torch.float32

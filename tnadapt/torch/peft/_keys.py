@@ -1,4 +1,4 @@
-"""What an adapter's arrays are called on a PEFT model and in a file of PEFT's.
+"""The names of an adapter's arrays on a PEFT model and in PEFT's files.
 
 On the model ``base_model.tnadapt.tnadapt_arrays.default.group0_split0_factor0``, in a file
 ``base_model.model.tnadapt.group0.split0.factor0``.
@@ -20,7 +20,7 @@ _RESERVED = re.compile(rf"tnadapt|tnadapt_arrays|{_ARRAY}")
 
 
 def in_file(key: str, adapter_name: str) -> str | None:
-    """What an array is called in a file, by its name in a state dict; None for anything that is not this adapter's.
+    """Return an array's name in a file, given its name in a state dict; None if it does not belong to this adapter.
 
     Examples
     --------
@@ -33,7 +33,7 @@ def in_file(key: str, adapter_name: str) -> str | None:
 
 
 def check_adapter_name(name: str) -> None:
-    """A TargetError where PEFT would mistake a part of every array's name for the name, or torch has no such module."""
+    """Raise a TargetError if PEFT would confuse the name with a part of every array's name, or torch forbids it."""
     if _RESERVED.fullmatch(name):
         raise TargetError(
             f"an adapter cannot be called {name!r}: the arrays of all adapters have this word in their names, and PEFT "

@@ -1,4 +1,4 @@
-"""The settings of an adapter in PEFT's form."""
+"""The settings of an adapter as a PEFT config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["NAME", "TnadaptConfig"]
 
 
 class _PeftTypeName(str):
-    """A name that PEFT's reports and errors can show as they show a member of their own enumeration."""
+    """A name that PEFT's reports and errors can print like a member of their own enumeration."""
 
     __slots__ = ()
 
@@ -31,10 +31,10 @@ class _PeftTypeName(str):
         return f"PeftType.{self.value}"
 
 
-# What target_modules may hold as a string where layers are chosen.
+# The letters that a target_modules string may consist of if layers are chosen.
 _ROLES = frozenset("qkvo")
 
-#: What the keywords of other methods' configs, and of :func:`tnadapt.torch.attach`, are here.
+#: The equivalents of keywords of other methods' configs and of :func:`tnadapt.torch.attach`.
 _ELSEWHERE = {
     "r": "use settings={'rank': …}",
     "rank": "use settings={'rank': …}",
@@ -44,18 +44,18 @@ _ELSEWHERE = {
     "keep_trainable": "use modules_to_save",
     "cfg": "use settings",
     "config": "use settings",
-    "target_parameters": "use target_modules, which takes the names of parameters, too",
+    "target_parameters": "use target_modules, which also accepts names of parameters",
     "dtype": "the arrays are float32, or of the base's dtype after get_peft_model(…, autocast_adapter_dtype=False)",
     "bias": "biases are not trained; use modules_to_save for modules that are trained whole",
-    "lora_dropout": "there is no dropout on the adapter's path",
-    "use_rslora": "there is no α/√r; use settings={'alpha': …}, which is divided by the rank",
-    "use_dora": "there is no DoRA",
+    "lora_dropout": "dropout on the adapter's path is not supported",
+    "use_rslora": "α/√r is not supported; use settings={'alpha': …}, which is divided by the rank",
+    "use_dora": "DoRA is not supported",
     "fan_in_fan_out": "leave it out: how a weight is stored is read from its module",
 }
 
 
 class DefaultTargets(str):
-    """The ``target_modules`` of a config that was given none: roles, instead of which PEFT's table may decide."""
+    """The default of ``target_modules``: roles, which PEFT's table may override because the user chose nothing."""
 
     __slots__ = ()
 
@@ -66,49 +66,48 @@ NAME = _PeftTypeName("TNADAPT")
 
 @dataclasses.dataclass
 class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not looked at
-    """Settings of an adapter, as PEFT keeps them.
+    """Settings of an adapter, as a PEFT config.
 
     Parameters
     ----------
     preset : str, optional
-        A name of :mod:`tnadapt.presets` (``"superlora"``, ``"lora"``, ``"lokr"`` …). It is resolved here: what is kept,
-        and written to ``adapter_config.json``, is the complete ``settings``.
+        A name of :mod:`tnadapt.presets` (``"superlora"``, ``"lora"``, ``"lokr"`` …). It is resolved immediately: the
+        config and ``adapter_config.json`` contain the complete ``settings``.
     settings : mapping or Config, optional
-        Arguments of the preset, or fields of :class:`tnadapt.Config`. With neither, what
-        :func:`tnadapt.torch.attach` takes by default, ``superlora(rank=8)``.
+        Arguments of the preset, or fields of :class:`tnadapt.Config`. With neither preset nor settings, the default of
+        :func:`tnadapt.torch.attach`, ``superlora(rank=8)``.
     target_modules : str or list of str, optional
-        As ``targets`` of :func:`tnadapt.torch.attach`: ``"qv"``, ``"all-linear"``, a regular expression, a list of
-        paths, which becomes a set, as in PEFT. Modules in ``modules_to_save`` are left out. Without it, ``"qv"``;
-        for a model in which these roles are not found, the targets that PEFT's LoRA has by default for its
-        ``model_type``, and they are entered here.
+        As ``targets`` of :func:`tnadapt.torch.attach`: ``"qv"``, ``"all-linear"``, a regular expression, or a list of
+        paths, which becomes a set, as in PEFT. Modules in ``modules_to_save`` are left out. ``"qv"`` by default; if a
+        model does not have these roles, PEFT's default LoRA targets for its ``model_type``, which are then stored here.
     exclude_modules : str or list of str, optional
-        Modules that are left out of the targets: a regular expression for whole paths, or a list of paths, whole or
-        their last parts.
+        Modules to leave out of the targets: a regular expression for whole paths, or a list of paths, full or their
+        last parts.
     layers_to_transform : int or list of int, optional
         Numbers of the layers whose weights are adapted; an empty list means all. Only with roles or a list as
-        ``target_modules``; an entry that is the whole path of a module counts in any layer.
+        ``target_modules``; an entry that is the full path of a module applies in any layer.
     layers_pattern : str or list of str, optional
-        What comes before the layer's number in a path, such as ``"layers"`` or ``"h"``, as regular expressions. Without
+        Regular expressions for the name before the layer's number in a path, such as ``"layers"`` or ``"h"``. Without
         it, the first number that comes after at least two names is the layer's.
     modules_to_save : list of str, optional
-        Modules of the base that are trained whole and saved, by PEFT's own means; for the ``task_type`` SEQ_CLS,
-        TOKEN_CLS and QUESTION_ANS PEFT adds the classifier.
+        Modules of the base that PEFT trains whole and saves; for the ``task_type`` SEQ_CLS, TOKEN_CLS and QUESTION_ANS
+        PEFT adds the classifier.
     strategy, activation : str
         As in :func:`tnadapt.torch.attach`.
     init_weights : bool
-        True, and the fresh adapter changes nothing. False, and its update is random, drawn from torch's own generator:
-        for tests, as in PEFT's other methods.
+        If True, the fresh adapter changes nothing. If False, its update is random, drawn from torch's generator: for
+        tests, as in PEFT's other methods.
     base : dict, optional
-        Written by ``save_pretrained``: how many weights of which shapes the adapter was trained on, their fingerprint,
-        and the digest of the draws. What does not fit is refused. With None nothing is compared.
+        Written by ``save_pretrained``: the number of weights of each shape that the adapter was trained on, their
+        fingerprint, and the digest of the draws. A base that differs is rejected. With None nothing is compared.
     trained : list of str, optional
-        Written by ``save_pretrained`` where :meth:`tnadapt.torch.Adapter.set_trainable` chose some: the arrays that are
-        trained, by their names in the plan. None trains all.
+        Written by ``save_pretrained`` if :meth:`tnadapt.torch.Adapter.set_trainable` chose some arrays: their names in
+        the plan. None trains all.
 
     Raises
     ------
     ConfigError
-        If the preset, a keyword or a setting is unknown, a setting does not do, or :func:`register` was not called.
+        If the preset, a keyword or a setting is unknown, a setting is invalid, or :func:`register` was not called.
         (An unknown ``task_type`` is a ``ValueError`` of PEFT's.)
 
     Examples
@@ -132,9 +131,9 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     trained: Any = None
     preset: dataclasses.InitVar[str | None] = None
 
-    # What base is to be in the next file. It is of one model, while this object may serve several.
+    # The value of base for the next file. It belongs to one model, while this object may serve several.
     _next_base = None
-    # Likewise of trained, where None is a choice, too.
+    # The same for trained, in a tuple because None is a valid choice there.
     _next_trained = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -150,7 +149,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     def __post_init__(self, preset: str | None) -> None:
         known: Mapping[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
         if known.get(NAME) is not TnadaptConfig:
-            raise ConfigError("PEFT does not know tnadapt yet: call tnadapt.torch.peft.register() first")
+            raise ConfigError("tnadapt is not registered with PEFT yet: call tnadapt.torch.peft.register() first")
         super().__post_init__()
         self.peft_type = NAME
         self.settings = _settings(preset, self.settings)
@@ -175,7 +174,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                 f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
             )
         if self.base is not None and not isinstance(self.base, dict):
-            raise ConfigError(f"base is what save_pretrained wrote, or None; got {safe_repr(self.base)}")
+            raise ConfigError(f"base must be a dict that save_pretrained wrote, or None; got {safe_repr(self.base)}")
         if self.trained is not None:
             self.trained = _list("trained", self.trained)
 
@@ -208,19 +207,19 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             )
 
     def keep_base(self, base: dict[str, Any] | None) -> None:
-        """Let the next file that is written say this of the base model. This object is not changed by it."""
+        """Set the description of the base model for the next file only, without changing this config."""
         self._next_base = base
 
     def keep_trained(self, trained: Sequence[str] | None) -> None:
-        """Let the next file that is written say that these arrays are trained. This object is not changed by it."""
+        """Set the list of trained arrays for the next file only, without changing this config."""
         self._next_trained = (None if trained is None else list(trained),)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as they are written to ``adapter_config.json``."""
+        """Return the settings as they are written to ``adapter_config.json``."""
         settings: dict[str, Any] = super().to_dict()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(settings[name], set):
-                # Sorted, so that the same settings are written as the same bytes.
+                # Sorted, so that equal settings give equal files.
                 settings[name] = sorted(settings[name])
         if self.base is None and self._next_base is not None:
             settings["base"] = dict(self._next_base)
@@ -239,7 +238,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
 
 
 def _instead(name: str, known: list[str]) -> str:
-    """What to write instead of a keyword that is none."""
+    """Return what to write instead of an unknown keyword."""
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
     if name in Config.__dataclass_fields__:
@@ -249,7 +248,7 @@ def _instead(name: str, known: list[str]) -> str:
 
 
 def _settings(preset: Any, settings: Any) -> dict[str, Any]:
-    """The complete settings, as JSON keeps them."""
+    """Return the complete settings as JSON values."""
     if preset is None:
         if settings is None:
             return presets.superlora(rank=8).to_dict()
@@ -266,7 +265,7 @@ def _settings(preset: Any, settings: Any) -> dict[str, Any]:
 
 
 def as_words(name: str, value: Any) -> Any:
-    """A string as it is, and names as a set, which PEFT keeps them as."""
+    """Return a string unchanged, and a list of names as a set, as PEFT does."""
     return value if isinstance(value, str) and value else set(_list(name, value))
 
 
@@ -282,4 +281,4 @@ def _check_expressions(name: str, expressions: list[str]) -> None:
         try:
             re.compile(expression)
         except re.error as error:
-            raise ConfigError(f"{name}={safe_repr(expression)} is no regular expression: {error}") from None
+            raise ConfigError(f"{name}={safe_repr(expression)} is not a valid regular expression: {error}") from None

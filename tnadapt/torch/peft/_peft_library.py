@@ -1,4 +1,4 @@
-"""All that is used of PEFT, public or not, and what to do where it is missing."""
+"""Everything that is imported from PEFT, public or not, and the error if PEFT is missing or too old."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ try:
     from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 
     if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
-        raise ImportError("the PEFT that is installed lacks the hooks that a method from outside needs")
+        raise ImportError("the installed PEFT lacks the hooks that an external method needs")
 except ImportError as error:
     raise PeftMissingError(
         f'tnadapt.torch.peft needs PEFT 0.21 or newer: pip install "tnadapt[peft]" ({error})'

@@ -35,7 +35,7 @@ class AdapterArrays(nn.ModuleDict):
         return super().__getitem__(encoded(key))
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
-        # First, so that an interrupt leaves no module without a name.
+        # The name comes first, so that an interruption leaves no module without a name.
         self._decoded[encoded(key)] = key
         super().__setitem__(encoded(key), module)
 
@@ -50,9 +50,9 @@ class AdapterArrays(nn.ModuleDict):
         return iter(self.keys())
 
     def keys(self) -> KeysView[str]:
-        """The adapters' names."""
+        """Return the adapters' names."""
         return {self._decoded[key]: None for key in self._modules}.keys()
 
     def items(self) -> Any:
-        """The adapters' names and arrays."""
+        """Return the adapters' names and arrays."""
         return {self._decoded[key]: module for key, module in self._modules.items()}.items()

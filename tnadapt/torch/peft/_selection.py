@@ -1,4 +1,4 @@
-"""Which weights a config selects: tnadapt's targets, less what PEFT's rules for modules and layers leave out."""
+"""The weights that a config selects: tnadapt's targets minus those excluded by PEFT's rules for modules and layers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["select_targets"]
 
 
 def select_targets(model: nn.Module, config: TnadaptConfig, model_type: Any = None) -> list[Target]:
-    """The weights of the base model that an adapter with this config updates.
+    """Select the weights of the base model that an adapter with this config updates.
 
     Parameters
     ----------
     model : Module
         The base model.
     config : TnadaptConfig
-        Its ``target_modules`` is replaced if it was left to default and PEFT's table has to decide.
+        Its ``target_modules`` is replaced if it has the default and PEFT's table decides.
     model_type : str, optional
         The key of that table.
 
@@ -74,13 +74,13 @@ def _found(model: nn.Module, config: TnadaptConfig, model_type: Any) -> list[Tar
         if not words:
             raise
     found = _search(model, words)
-    # Kept, so that the file says what was chosen: the table may change.
+    # Stored, so that the file records the choice: the table may change.
     config.target_modules = as_words("target_modules", words)
     return found
 
 
 def _is_there(model: nn.Module, name: str) -> bool:
-    """Whether a default is in a model; one entry of PEFT's table is for several forms of it."""
+    """Return whether a default name exists in a model; one entry of PEFT's table covers several variants."""
     try:
         return bool(_search(model, [name]))
     except TargetError:
@@ -89,10 +89,10 @@ def _is_there(model: nn.Module, name: str) -> bool:
 
 def _search(model: nn.Module, names: Any) -> list[Target]:
     try:
-        # Tied weights are refused when the adapter is attached: one that is excluded does no harm.
+        # Tied weights are only rejected by attach(), because those that are excluded here do no harm.
         return find_targets(model, names, untie=True)
     except TargetError as error:
-        # In the words of PEFT.
+        # Phrased as PEFT does: code that uses PEFT looks for "Please specify `target_modules`".
         text = str(error).replace("targets=", "target_modules=")
         missing = text.startswith(("no target", "no module"))
         raise TargetError(f"Please specify `target_modules`: {text}" if missing else text) from None
@@ -141,7 +141,7 @@ def _of_layers(targets: list[Target], config: TnadaptConfig) -> list[Target]:
 
 
 def _layer(path: str, patterns: Any) -> int | None:
-    """The number of the layer that PEFT reads from a path: the first one, which in experts is not the last."""
+    """Return the layer number that PEFT reads from a path: the first number (with experts not the last)."""
     for pattern in [patterns] if isinstance(patterns, str) and patterns else patterns or ():
         match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\.", path)
         if match:
@@ -151,7 +151,7 @@ def _layer(path: str, patterns: Any) -> int | None:
 
 
 def _named_whole(target: Target, names: Any) -> bool:
-    """Whether a list has the whole path of a weight, or of its attention with this role: that counts in any layer."""
+    """Return whether a list has the full path of a weight, or of its attention with this role, which fits any layer."""
     if isinstance(names, str):
         return False
     for name in names:

@@ -1,4 +1,4 @@
-"""What PEFT puts around a model."""
+"""PEFT's tuner: the wrapper around a model that maps PEFT's calls to tnadapt's adapters."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ __all__ = ["TnadaptModel"]
 
 
 class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not looked at
-    """What PEFT puts around the model: it turns PEFT's calls into those of :class:`tnadapt.torch.Adapter`.
+    """The wrapper that PEFT puts around the model; maps PEFT's calls to those of :class:`tnadapt.torch.Adapter`.
 
     Attributes
     ----------
     model : Module
         The base model.
     tnadapt : TnadaptLayer
-        Its adapters.
+        The adapters.
     """
 
     prefix = PREFIX
@@ -69,7 +69,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Attach an adapter. It is active if it is the first."""
+        """Attach an adapter; the first one becomes active."""
         there, trainable = list[AdapterState](), dict[nn.Parameter, bool]()
         attaching = False
         try:
@@ -109,28 +109,28 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             self.targeted_module_names = list(
                 dict.fromkeys([*self.targeted_module_names, *(target.module for target in handle.targets)])
             )
-        except BaseException:  # KeyboardInterrupt, too, after which PEFT does not roll back
+        except BaseException:  # KeyboardInterrupt, too: PEFT does not roll back
             for other in overlapping(model):
                 if attaching and other not in there:
                     take_off(other)
                     self.tnadapt.drop(adapter_name)
             _restore(trainable)
-            # A second tuner on the same base shares the dictionary with the first.
+            # A second tuner on the same base shares this dictionary with the first.
             if adapter_name not in [other.name for other in there]:
                 self.peft_config.pop(adapter_name, None)
             raise
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Let these adapters act; see PEFT."""
+        """Activate these adapters; see PEFT."""
         set_adapter(self, adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let these adapters, and their ``modules_to_save``, be trained or not."""
+        """Set whether these adapters and their ``modules_to_save`` are trained."""
         set_requires_grad(self, adapter_names=adapter_names, requires_grad=requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off the model.
+        """Remove an adapter from the model.
 
         Raises
         ------
@@ -149,20 +149,20 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         del self.peft_config[adapter_name]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the weights, the active ones by default: all of them, or none if one cannot be."""
+        """Merge adapters into the weights, the active ones by default: all of them, or none if one fails."""
         self._check_merge_allowed()
         self.tnadapt.merge(adapter_names=adapter_names)
 
     def unmerge_adapter(self) -> None:
-        """Give the weights the bits back that they had before any merge."""
+        """Restore the exact bits that the weights had before any merge."""
         self.tnadapt.unmerge()
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise ConfigError(
-                "adapter_names=, an adapter for each sample of a batch, is not for tnadapt's adapters, which change a "
-                "weight for all samples: run a batch for each adapter, after set_adapter"
+                "adapter_names= (one adapter per sample of a batch) is not supported: tnadapt's adapters change "
+                "a weight for all samples: run one batch per adapter, after set_adapter"
             )
         yield
 
@@ -191,7 +191,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         left = [name for name in wanted if name not in layer.merged_adapters]
         if merge and left:
             layer.merge(adapter_names=left)
-        # PEFT takes its own wrappers of modules_to_save off.
+        # PEFT removes its own wrappers of modules_to_save.
         super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar, adapter_names=adapter_names)
         for name, handle in list(layer.handles.items()):
             if name in layer.merged_adapters:
@@ -238,7 +238,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         if found != expected:
             wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
             raise FileError(
-                f"these arrays do not fit adapter {adapter_name!r}, and none was loaded; what differs: {wrong}"
+                f"these arrays do not fit adapter {adapter_name!r}, and none was loaded; they differ in: {wrong}"
             )
         return {names.get(key, key): tensor for key, tensor in state_dict.items()}
 
@@ -253,7 +253,7 @@ def _restore(trainable: Mapping[nn.Parameter, bool]) -> None:
 
 
 def _check_saved_modules(config: TnadaptConfig, name: str) -> None:
-    """A TargetError where PEFT, which keeps copies of modules by the adapter's name, could not do so."""
+    """Raise a TargetError if PEFT could not store copies of saved modules under the adapter's name."""
     if config.modules_to_save and "." in name:
         raise TargetError(
             f"an adapter cannot be called {name!r} with modules_to_save={safe_repr(config.modules_to_save)}: "
@@ -263,13 +263,13 @@ def _check_saved_modules(config: TnadaptConfig, name: str) -> None:
 
 
 def _choose(handle: Adapter, trained: Sequence[str]) -> None:
-    """Train these arrays of a fresh adapter, which starts with the zero in one of them."""
+    """Train only these arrays of a fresh adapter, with the zero in one of them."""
     there = handle.plan.param_shapes
     unknown = sorted(set(trained) - set(there))
     if unknown:
         raise ConfigError(
-            f"trained={safe_repr(unknown)} of the config are no arrays of adapter {handle.name!r}, which are "
-            f"{safe_repr(list(there))}: give names of these, or None to train all"
+            f"trained={safe_repr(unknown)} of the config are not arrays of adapter {handle.name!r}, which has "
+            f"{safe_repr(list(there))}: give some of these names, or None to train all"
         )
     meta = any(array.device.type == "meta" for _, array in handle.named_parameters())
     keep(handle._state, trained, None if meta else handle.plan.init(trained=trained))

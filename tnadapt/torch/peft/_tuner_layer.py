@@ -1,4 +1,4 @@
-"""What PEFT sees of the adapters on a model: one "tuner layer"."""
+"""The adapters on a model as PEFT sees them: a single "tuner layer"."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["TnadaptLayer"]
 
 
 class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not looked at
-    """The adapters of a model, as the one "tuner layer" that PEFT sees.
+    """The adapters of a model as the single "tuner layer" that PEFT sees.
 
-    PEFT's own methods have such a layer for each weight, with a share of the parameters. Here the parameters of a group
-    belong to many weights, so there is one layer for all of them. It lies beside the base model, which it does not
+    PEFT's own methods have one such layer per weight, with its share of the parameters. Here the parameters of a group
+    belong to many weights, so there is one layer for all of them. It is next to the base model, which it does not
     change, and holds the arrays as ``tnadapt_arrays.{adapter}.{array}``.
     """
 
@@ -38,17 +38,17 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._disable_adapters = False
-        # The mixing weights of those that do not act at the moment.
+        # Mixing weights of the adapters that are inactive at the moment, to restore later.
         self._weights: dict[str, float] = {}
         self._bases: dict[str, dict[str, Any]] = {}
 
     def extra_repr(self) -> str:
-        """What there is, for ``print(peft_model)``."""
+        """Return the adapters' descriptions for ``print(peft_model)``."""
         return ", ".join(map(repr, self.handles.values()))
 
     @property
     def in_features(self) -> tuple[int, ...]:
-        """The input sizes of the adapted weights, those of one adapter after those of another."""
+        """The input sizes of the adapted weights, one adapter after another."""
         return tuple(target.shape[1] for handle in self.handles.values() for target in handle.targets)
 
     @property
@@ -57,7 +57,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         return tuple(target.shape[0] for handle in self.handles.values() for target in handle.targets)
 
     def add(self, handle: Adapter) -> None:
-        """Take in an adapter that was just attached, and its arrays."""
+        """Add an adapter that was just attached, and register its arrays here."""
         arrays = nn.ParameterDict()
         register_in(
             handle._state,
@@ -68,10 +68,10 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         self.handles[handle.name] = handle
 
     def remove(self, name: str) -> None:
-        """Take an adapter off the model."""
+        """Remove an adapter from the model."""
         handle = self.handles[name]
-        # While there are others, what is trained is theirs, or PEFT's with modules_to_save: detach() would set it to
-        # what it was before the first of them.
+        # While other adapters remain, requires_grad is decided by them and by PEFT (modules_to_save). Detaching would
+        # reset it to its state before the first adapter, so it is saved and restored.
         required = [(p, p.requires_grad) for p in handle.model.parameters()] if len(self.handles) > 1 else []
         try:
             let_go(handle._state)
@@ -81,7 +81,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         self.drop(name)
 
     def drop(self, name: str) -> None:
-        """Forget an adapter that is off the model, also one that was added in part only."""
+        """Forget an adapter that was removed from the model, also one that was only partly added."""
         self.handles.pop(name, None)
         if name in self.tnadapt_arrays:
             del self.tnadapt_arrays[name]
@@ -89,18 +89,18 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         self._bases.pop(name, None)
 
     def base_of(self, name: str) -> dict[str, Any] | None:
-        """What a file of an adapter says of its base model; None while another one is merged into that."""
-        # When it is first needed, because it reads every weight.
+        """Return the description of the base model for a file; None while another adapter is merged into the base."""
+        # Computed when first needed, because it reads every weight.
         if name not in self._bases and set(self.merged_adapters) <= {name}:
             self._bases[name] = describe_base(self.handle(name))
         return self._bases.get(name)
 
     def get_base_layer(self) -> nn.Module:
-        """There is none: ``weight`` and ``bias``, which PEFT reads from it, are no attributes either."""
+        """Raise an AttributeError: there is no single base layer, hence no ``weight`` and ``bias`` for PEFT to read."""
         raise AttributeError("a TnadaptLayer stands for many weights and has no base layer")
 
     def handle(self, name: str) -> Adapter:
-        """The handle of an adapter.
+        """Return the handle of an adapter.
 
         Raises
         ------
@@ -113,7 +113,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         return self.handles[name]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Let these adapters act, and be trained unless ``inference_mode``; the others do neither."""
+        """Activate these adapters, and train them unless ``inference_mode``; deactivate and freeze the others."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
             self.handle(name)
@@ -123,7 +123,7 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         self._switch()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let these adapters be trained or not; arrays that ``set_trainable`` froze stay frozen."""
+        """Set whether these adapters are trained; arrays that ``set_trainable`` froze stay frozen."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             handle = self.handle(name)
             for array, parameter in handle.named_parameters():
@@ -131,14 +131,14 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
                 parameter.requires_grad_(requires_grad and not frozen)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all of them on or off; off unmerges, as PEFT's own layers do."""
+        """Enable or disable all adapters; disabling unmerges, as in PEFT's own layers."""
         if not enabled and self.merged:
             self.unmerge()
         self._disable_adapters = not enabled
         self._switch()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge these adapters, the active ones by default: all, or none if one cannot be.
+        """Merge these adapters, the active ones by default: all, or none if one fails.
 
         ``safe_merge`` is always on: nothing that is not finite is ever added.
         """
@@ -161,17 +161,18 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
                 raise
             if all(bool(torch.isfinite(array).all()) for _, array in handle.named_parameters()):
                 raise
-            # Code that knows PEFT looks for its sentence.
+            # Code that uses PEFT looks for this sentence.
             raise BackendError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {error}"
             ) from error
 
     def unmerge(self) -> None:
-        """Give the weights the bits back that they had before any merge."""
+        """Restore the exact bits that the weights had before any merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            # In reverse: each one gives back what it found. One that is not merged any more was before an interrupt.
+            # In reverse order, because each restores the rows that it found. An adapter that is listed but no longer
+            # merged comes from an unmerge() that was interrupted.
             handle = self.handles[self.merged_adapters[-1]]
             if handle.merged:
                 handle.unmerge()
@@ -179,14 +180,14 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
         self._switch()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off the model; another one becomes active if it was."""
+        """Remove an adapter from the model; if it was active, another one becomes active."""
         self.handle(adapter_name)
         self.remove(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _switch(self) -> None:
-        """Give every adapter its mixing weight, or zero where it does not act."""
-        # Beside merged ones no other acts: so do PEFT's own layers.
+        """Set every adapter to its mixing weight, or to zero if it is inactive."""
+        # While some are merged, no other adapter acts, as in PEFT's own layers.
         active = [] if self._disable_adapters else self._active_adapter
         for name in self.handles:
             self._act(name, name in (self.merged_adapters or active))
