@@ -75,7 +75,7 @@ class Tree:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(root / name, folder / name)
         # Copy compiled kernels: numba would take a minute.
-        for cache in (root / "tnadapt").glob("kernels/**/__pycache__"):
+        for cache in (root / "tnadapt" / "backends").glob("_kernels/**/__pycache__"):
             shutil.copytree(cache, folder / cache.relative_to(root), dirs_exist_ok=True)
         # Python identifies the source of a compiled file by its size and modification time in seconds.
         self._moment = int(time.time()) - 10**8

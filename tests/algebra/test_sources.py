@@ -376,3 +376,20 @@ def test_pictures_count_what_is_trained(name: str) -> None:
     drawn = diagram(plan)
     own = {full: shape for full, shape in plan.param_shapes.items() if full.startswith("group0.")}
     assert drawn.parameters == sum(map(math.prod, own.values()))
+
+
+@pytest.mark.usefixtures("normal")
+def test_a_file_is_refused_where_its_source_computes_other_arrays(tmp_path: Path) -> None:
+    config = tna.Config(rank=2, sources={"factor1": Normal()})
+    file = tna.AdapterFile(config, [tna.Target("m", (6, 4))], tna.SuperLoRA(config, [(6, 4)]).init())
+    tna.save(tmp_path / "adapter.safetensors", file)
+    assert file.draws is not None
+
+    @dataclasses.dataclass(frozen=True)
+    class Doubled(Normal):
+        def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
+            return super().array(shape, stream) * np.float32(2.0)
+
+    tna.register_source("normal", Doubled)
+    with pytest.raises(tna.FileError, match="draws"):
+        tna.load(tmp_path / "adapter.safetensors")

@@ -167,7 +167,7 @@ class AdapterFile:
         return {}
 
     def _digest_without(self, left_out: Sequence[str]) -> str | None:
-        if self.config.projection == "identity" and not left_out:
+        if self.config.projection == "identity" and not left_out and not self.plan.frozen_shapes:
             return None
         total, groups = hashlib.sha256(), self.plan.groups
         distinct = list({id(group.projection): group.projection for group in groups}.values())
@@ -181,6 +181,9 @@ class AdapterFile:
             for group in groups:
                 for name in group.names:
                     total.update(group.start.make(name).astype("<f4").tobytes())
+        for group in groups:
+            for name in group.frozen_names:
+                total.update(group.frozen.make(name).astype("<f4").tobytes())
         if left_out:
             made = drawn(self.plan, self.trained, "float32")
             for name in left_out:
