@@ -18,9 +18,9 @@ a default is omitted if it has that value.
 ``config``
     Object: the fields of :class:`~tnadapt.Config` that differ from these defaults, which are part of the format:
     rank 4, order 2, splits 1, groups "weight", fold "stack", format "cp", combine "kronecker", split_size "balanced",
-    leading "dense", terms 1, projection "identity", ratio 1.0, shared true, alpha null, seed 0. ``sources`` is stored if
-    it is not empty: an object of array names, each with an object of the source's registered name (``source``) and its
-    fields. ``weight_shape`` is not stored: the targets have their shapes, and the updates do not depend on it.
+    leading "dense", terms 1, projection "identity", ratio 1.0, shared true, alpha null, seed 0. ``sources`` is stored
+    if it is not empty: an object of array names, each with an object of the source's registered name (``source``) and
+    its fields. ``weight_shape`` is not stored: the targets have their shapes, and the updates do not depend on it.
 ``targets``
     List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
     path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv. Unless the target is
@@ -41,8 +41,8 @@ a default is omitted if it has that value.
     hex digits, as ASCII, of the ``digest`` of each distinct :class:`~tnadapt.Projection` of the groups, in their order
     (if there are more than 16, of the first and the last 8); followed, if F is nonlinear, by the initial arrays as
     little-endian float32, in the order of ``param_shapes``; followed by the arrays that ``sources`` freezes in the same
-    form, in the order of ``frozen_shapes``; followed by the omitted arrays in the same form, in float32 before rounding.
-    Default none, if F is the identity and no array is frozen or omitted.
+    form, in the order of ``frozen_shapes``; followed by the omitted arrays in the same form, in float32 before
+    rounding. Default none, if F is the identity and no array is frozen or omitted.
 ``trained``
     List of the names of the trained arrays, in the order of ``param_shapes``; the others are frozen. Default all.
 ``sha256``
