@@ -98,7 +98,7 @@ BAD = [
     ({"leading": "cp"}, "leading must be one of"),
     ({"split_size": 0}, "split_size must be from 1"),
     ({"split_size": "even"}, 'split_size must be an integer or "balanced"'),
-    ({"split_size": (8,)}, "has 1 sizes and order is 2: give one a mode"),
+    ({"split_size": (8,)}, "has 1 sizes and order is 2: give one per mode"),
     ({"split_size": (8, 0)}, r"split_size\[1\] must be from 1"),
     ({"splits": 2, "combine": "hadamard", "split_size": 4}, "leave split_size out"),
     ({"projection": "fast"}, "projection must be one of"),

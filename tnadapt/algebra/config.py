@@ -205,7 +205,7 @@ class Config:
             )
             if len(sizes) != self.order:
                 raise ConfigError(
-                    f"split_size={safe_repr(sizes)} has {len(sizes)} sizes and order is {self.order}: give one a mode"
+                    f"split_size={safe_repr(sizes)} has {len(sizes)} sizes and order is {self.order}: give one per mode"
                 )
             return sizes
         if isinstance(self.split_size, str) and self.split_size == "balanced":
