@@ -303,7 +303,7 @@ def test_all_arrays_together_have_a_limit(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(archives, "LARGEST", 404)
     assert len(read(path).samples) == 4
     monkeypatch.setattr(archives, "LARGEST", 403)
-    with pytest.raises(FileError, match="may have 16 GiB"):
+    with pytest.raises(FileError, match="may have at most 16 GiB"):
         read(path)
 
 

@@ -166,4 +166,4 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
     with script(tmp_path, "") as process:
         _, told = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "start under if __name__ == '__main__'" in told.splitlines()[-1]
+    assert "run the study under if __name__ == '__main__'" in told.splitlines()[-1]

@@ -151,7 +151,7 @@ def test_that_24_stacked_groups_repeat_lora_is_noted() -> None:
     lora = {config.rank: config for config in configs("cifar100", "LoRA")}
     again = [config for config in configs("cifar100", "SuperLoRA 2D") if config.groups == 24]
     (note,) = (note for note in recipe.notes if "G = 24" in note)
-    assert f"the {len(again)} settings of SuperLoRA 2D with G = 24 are LoRA's" in note
+    assert f"the {len(again)} settings of SuperLoRA 2D with G = 24 are those of LoRA" in note
     for config in again:
         one, other = (
             tna.SuperLoRA(own, recipe.weights.shapes, recipe.weights.layers) for own in (config, lora[config.rank])

