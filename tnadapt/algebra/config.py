@@ -210,7 +210,7 @@ class Config:
             return sizes
         if isinstance(self.split_size, str) and self.split_size == "balanced":
             return self.split_size
-        return _integer("split_size", self.split_size, 1, MAX_INT, 'or "balanced", or a tuple of one size a mode')
+        return _integer("split_size", self.split_size, 1, MAX_INT, 'or "balanced", or a tuple of one size per mode')
 
     @property
     def scale(self) -> float:
