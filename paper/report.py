@@ -10,7 +10,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from . import claims
+from .claims import page
+from .compared_studies import ORDER, first_images, studies
 from .recipe import open_recipe
 from .run import redraw
 
@@ -25,8 +26,8 @@ KEPT = ("results.jsonl", "geometry.jsonl")
 
 def take(name: str, folder: Path) -> None:
     """Copy the results of a run, and of generated images only those that the figure shows."""
-    if name not in claims.ORDER or not (folder / KEPT[0]).is_file():
-        raise SystemExit(f"--from NAME=FOLDER needs one of {', '.join(claims.ORDER)} and a folder with {KEPT[0]}")
+    if name not in ORDER or not (folder / KEPT[0]).is_file():
+        raise SystemExit(f"--from NAME=FOLDER needs one of {', '.join(ORDER)} and a folder with {KEPT[0]}")
     place = RESULTS / name
     place.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
@@ -35,17 +36,17 @@ def take(name: str, folder: Path) -> None:
     if (folder / "images").is_dir():
         shutil.rmtree(place / "images", ignore_errors=True)
         (place / "images").mkdir()
-        for path in claims.first_images(place):
+        for path in first_images(place):
             shutil.copyfile(folder / "images" / Path(path).name, place / "images" / Path(path).name)
 
 
 def write(results: Path, out: Path) -> None:
     """Write ``claims.md``, and the figures of every study next to it."""
-    studies = claims.studies(results)
-    for name in (name for name, study in studies.items() if study.pictured):
+    found = studies(results)
+    for name in (name for name, study in found.items() if study.pictured):
         (out / name).mkdir(parents=True, exist_ok=True)
         redraw(open_recipe(name, "mini"), results / name, out / name)
-    (out / "claims.md").write_text(claims.page(studies), encoding="utf-8")
+    (out / "claims.md").write_text(page(found), encoding="utf-8")
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
-from paper import claims  # noqa: E402
+from paper import claims, compared_studies, paired_statistics  # noqa: E402
+from paper.compared_studies import Setting  # noqa: E402
 from paper.report import RESULTS, write  # noqa: E402
 
 
@@ -67,13 +68,13 @@ def test_a_setting_that_lacks_a_seed_is_said_to_be_left_out(tmp_path: Path) -> N
     (tmp_path / "cifar10").mkdir()
     for kept, said in ((lines, False), ([line for line in lines if line != gone], True)):
         (tmp_path / "cifar10" / "results.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
-        about = claims.studies(tmp_path)["cifar10"].about
+        about = compared_studies.studies(tmp_path)["cifar10"].about
         assert ("left out: 1 setting without all seeds" in about) is said
 
 
 def study(*settings: tuple[str, tna.Config | None, int, tuple[float, ...]]) -> Any:
-    made = tuple(claims.Setting(arm, "", config, count, values, values) for arm, config, count, values in settings)
-    return claims.ComparedStudy("x", "x", "x", "x", settings=made)
+    made = tuple(Setting(arm, "", config, count, values, values) for arm, config, count, values in settings)
+    return compared_studies.ComparedStudy("x", "x", "x", "x", settings=made)
 
 
 def claim_of(beginning: str) -> Any:
@@ -137,7 +138,7 @@ def test_a_verdict_is_where_the_interval_lies(first: tuple[float, ...], word: st
     square = tna.Config(groups=1, fold="hypercube", rank=4)
     found = study(("a", square, 9, first), ("b", square.replace(fold="stack"), 9, (85.0, 85.0, 85.0)))
     assert claims._verdict(claim_of("Reshaping"), found).startswith(word)
-    mean, low, high = claims.interval([a - 85.0 for a in first])
+    mean, low, high = paired_statistics.interval([a - 85.0 for a in first])
     assert low < mean < high
     # Of three numbers: t = 4.303 with two degrees of freedom.
     spread = (sum((a - 85.0 - mean) ** 2 for a in first) / 2) ** 0.5
@@ -170,18 +171,18 @@ def test_a_pair_that_says_the_contrary_makes_it_mixed() -> None:
 
 def test_differences_of_pairs_do_not_cancel_by_chance() -> None:
     def pair(*gains: float) -> Any:
-        settings = [claims.Setting("x", "", None, 1, values, values) for values in (gains, (0.0,) * len(gains))]
-        return claims.ComparedPair(*settings)
+        settings = [Setting("x", "", None, 1, values, values) for values in (gains, (0.0,) * len(gains))]
+        return compared_studies.ComparedPair(*settings)
 
     opposite = [pair(1.0, 3.0, 5.0), pair(5.0, 3.0, 1.0)]
-    mean, low, high = claims.pooled(opposite)
+    mean, low, high = paired_statistics.pooled(opposite)
     # Seed by seed the means are all 3. Of the pairs' own variances, 4 each, t with four degrees of freedom is 2.7764.
     assert mean == 3.0
     assert high - mean == pytest.approx(mean - low) == pytest.approx(2.7764 * (8 / 3) ** 0.5 / 2, rel=1e-4)
     # What pairs have in common is not averaged out.
     alike = [pair(1.0, 3.0, 5.0)] * 4
-    assert claims.pooled(alike) == claims.interval([1.0, 3.0, 5.0])
-    assert claims.pooled([pair(1.0)])[1:] == (float("-inf"), float("inf"))
+    assert paired_statistics.pooled(alike) == paired_statistics.interval([1.0, 3.0, 5.0])
+    assert paired_statistics.pooled([pair(1.0)])[1:] == (float("-inf"), float("inf"))
 
 
 @pytest.mark.parametrize(
@@ -247,9 +248,9 @@ def test_what_stands_at_an_edge_is_marked_and_what_diverged_left_out(tmp_path: P
                 )  # fmt: skip
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = claims.studies(tmp_path)["digits"]
+    found = compared_studies.studies(tmp_path)["digits"]
     assert [(one.label, one.edge) for one in found.settings] == [("r = 1", True)]
     assert "left out: 1 setting that diverged at every rate" in found.about
     assert "2 epochs, 6 steps, of AdamW with a cosine, batches of 4" in found.about
-    (pair,) = [claims.ComparedPair(found.settings[0], found.settings[0])]
+    (pair,) = [compared_studies.ComparedPair(found.settings[0], found.settings[0])]
     assert "90.0 ± 0.0°" in "".join(claims._table([pair]))

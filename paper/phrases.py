@@ -1,0 +1,24 @@
+"""Words, numbers and table rows of the page of claims."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+__all__ = ["mean_and_spread", "several", "table_row"]
+
+
+def several(count: int, what: str) -> str:
+    """Return a count with its noun: ``"1 pair"``, ``"1,200 pairs"``."""
+    return f"{count:,} {what}{'s' * (count > 1)}"
+
+
+def mean_and_spread(values: Sequence[float], decimals: int) -> str:
+    """Return the absolute value of the mean, and the standard deviation if there are several values."""
+    spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{abs(statistics.fmean(values)):.{decimals}f}{spread}"
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |\n"
