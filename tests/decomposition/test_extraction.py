@@ -385,7 +385,7 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
         (["--preset", "lora", "--max-error", "3"], "max_error must be"),
         (["--preset", "lorra"], "no preset 'lorra'"),
         (["--set", "rnak=3"], "did you mean 'rank'"),
-        (["--targets", "("], "no regular expression"),
+        (["--targets", "("], "nor a regular expression"),
         (["--svd", "best"], "svd must be one of"),
         (["--max-rank", "3"], "is the largest rank that --max-error tries"),
     ],

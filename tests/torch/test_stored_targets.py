@@ -80,7 +80,7 @@ def test_a_saved_model_has_the_targets_of_the_one_in_memory(name: str, tmp_path:
     model.save_pretrained(tmp_path)
     stored, config = load_file(tmp_path / "model.safetensors"), open_checkpoint(tmp_path).config
     if name in REFUSED:
-        with pytest.raises(LayoutError, match=f"'{REFUSED[name]}' out in different ways"):
+        with pytest.raises(LayoutError, match=f"'{REFUSED[name]}' in different ways"):
             compare(model, stored, config)
     else:
         compare(model, stored, config)
@@ -279,7 +279,7 @@ def test_paths_and_patterns() -> None:
     assert find_stored(shapes, r".*\.query") == [target for target in by_path if target.role == "q"]
     for wrong, match in (
         (["qery"], "such as .*query"),
-        ("(", "no regular expression"),
+        ("(", "nor a regular expression"),
         (3, "must be roles"),
         ("nothing.*", "no tensor of the checkpoint"),
     ):

@@ -243,7 +243,7 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
 
     print_table(columns(len(study.seeds)), rows_of(outcome.points), right=(3, 4, 5, 6, 7))
     echo("● Pareto front: no other has as few parameters and a better test accuracy. Each is shown at the rate that")
-    echo(f"  was best on the validation samples; each also trains the head's {outcome.points[0].kept:,} parameters.")
+    echo(f"  was best on the validation samples; each also trains {outcome.points[0].kept:,} parameters of the head.")
     echo(_sizes(study))
     if best is not None and proof is not None:
         logits = f"logits within {proof.largest:.1g}" if proof.largest else "logits bitwise equal"
