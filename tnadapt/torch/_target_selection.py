@@ -86,7 +86,7 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     if shared:
         raise TargetError(
             f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both; "
-            "leave it out of the targets, or untie=True, which gives the second a copy of its own"
+            "leave it out of the targets, or untie=True, which gives the second its own copy"
         )
     return chosen
 
