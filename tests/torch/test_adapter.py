@@ -1079,7 +1079,7 @@ def test_the_summary_has_every_slice_and_prints_nothing(capsys: pytest.CaptureFi
     assert re.search(r"^blocks\.1\.v_proj\.weight +v +8×16 +\d\[\d+:\d+\]", str(summary), flags=re.MULTILINE)
     assert " + " in str(summary)  # a weight that straddles groups
     assert f"{adapter.num_parameters:,} parameters in 4 groups" in str(summary)
-    assert "51 of its own kept trainable" in str(summary)
+    assert "51 of the model kept trainable" in str(summary)
 
 
 @pytest.mark.law("no-target")

@@ -152,9 +152,7 @@ def test_a_head_that_is_kept_must_be_in_both_models(head: nn.Module | None, said
     tuned = copy.deepcopy(model)
     tuned["head"] = head or nn.Identity()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(
-        ShapeError, match=rf"keep_trainable names head\.weight; it is {said}.*build the base with the head"
-    ):
+    with pytest.raises(ShapeError, match=rf"names head\.weight; it is {said}.*build the base with the head"):
         tnadapt.torch.extract(model, tuned, presets.lora(2), ["body"], keep_trainable="head")
     assert not tnadapt.torch.adapters(model)
     assert before.keys() == model.state_dict().keys()

@@ -1,4 +1,4 @@
-"""A vision transformer small enough to pretrain in about a minute."""
+"""A vision transformer small enough to pretrain within a short wait."""
 
 from __future__ import annotations
 

@@ -119,8 +119,7 @@ class DeltaCache:
         """Compute the entry of all weights at once; with gradients, as one graph that all layers share."""
         names = list(self.plan.param_shapes)
         given = lookup(names)
-        # State before copies: a write in between makes the copies newer than the state, which invalidates the entry. In
-        # the other order an entry computed from old numbers could pass for a new one.
+        # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
         state = _state(given) if torch.is_grad_enabled() else None
         copies = self._copied(names, given)
         if state is None:

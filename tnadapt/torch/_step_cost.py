@@ -44,7 +44,7 @@ class Machine(NamedTuple):
     call: float
 
 
-#: Used for any number of cores: only ratios matter, and all numbers are assumed to grow alike with the cores.
+#: The same for one core or several, whose numbers are assumed to scale alike.
 MACHINES: Mapping[str, Machine] = {
     "cpu": Machine(operations=1.7e11, narrow=1e11, bytes=1.25e10, call=2.0e-5),
     # Not measured: a card with 60 teraflops in TF32 and 1.5 TB/s, and the time of a kernel launch from Python.

@@ -96,7 +96,7 @@ class Summary:
         if self.frozen:
             count += f"; {self.frozen:,} more frozen"
         if self.kept:
-            count += f"; {self.kept:,} of its own kept trainable"
+            count += f"; {self.kept:,} of the model kept trainable"
         return "\n".join([self.title, *lines, count])
 
     __repr__ = __str__

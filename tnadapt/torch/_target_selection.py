@@ -74,7 +74,7 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
         raise search.nothing(targets)
     own = not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
     if own:
-        # Duplicates are kept: the caller's config and layers have one entry per Target.
+        # Nothing is dropped: each given Target has its place in the vector of all updates.
         chosen = list(found)
     else:
         chosen = list({(target.module, target.parameter, target.rows): target for target in found}.values())
@@ -86,7 +86,7 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     if shared:
         raise TargetError(
             f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both; "
-            "leave it out of the targets, or untie=True, which gives the second a copy of its own"
+            "leave it out of the targets, or untie=True, which gives the second its own copy"
         )
     return chosen
 
