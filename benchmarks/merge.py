@@ -4,7 +4,7 @@ Creates in FOLDER a checkpoint with the names and shapes of a 7-billion-paramete
 random numbers, in a few shards, and adapters for its q and v. Then, several times in turn, it copies the files (with
 ``shutil.copyfile``, and with the system's ``cp``, each followed by fsync) and merges (by the command line, including
 Python's start-up). Times and memory go to ``results/merge.jsonl`` next to this file, one line per case.
-All files are in the page cache; earlier writes are synchronised first. FOLDER needs three times the checkpoint's size.
+All files are in the page cache; earlier writes are synchronized first. FOLDER needs three times the checkpoint's size.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def make_adapter(path: Path, base: Path, config: tna.Config, dtype: str) -> int:
     return plan.size
 
 
-def synchronised(folder: Path) -> None:
+def synchronized(folder: Path) -> None:
     for path in folder.iterdir():
         handle = os.open(path, os.O_RDWR)
         os.fsync(handle)
@@ -130,12 +130,12 @@ def copy(base: Path, out: Path) -> None:
     out.mkdir()
     for path in sorted(base.iterdir()):
         shutil.copyfile(path, out / path.name)
-    synchronised(out)
+    synchronized(out)
 
 
 def cp(base: Path, out: Path) -> None:
     subprocess.run(["cp", "-r", base, out], check=True)
-    synchronised(out)
+    synchronized(out)
 
 
 def merge(base: Path, adapter: Path, out: Path) -> int:

@@ -24,7 +24,7 @@ otherwise.
 WHAT = {
     "fwht": (
         "The Hadamard transform",
-        "Of random numbers, not normalised; out of place, like the public function.",
+        "Of random numbers, not normalized; out of place, like the public function.",
     ),
     "fastfood": ("The linear F", "Fastfood: two transforms, a permutation, a gain and signs; and its adjoint."),
     "steps": (

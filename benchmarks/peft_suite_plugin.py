@@ -1,6 +1,6 @@
 """A pytest plugin that runs PEFT's own tests with tnadapt's plug-in next to LoRA; :mod:`peft_suite` loads it.
 
-Wherever PEFT's tests are parametrised over configs, rows of plain LoRA stay, as the control, and each gets rows of
+Wherever PEFT's tests are parametrized over configs, rows of plain LoRA stay, as the control, and each gets rows of
 the plug-in with the same target modules; all other rows are left out. No PEFT code is changed or copied.
 """
 
@@ -71,7 +71,7 @@ class Suite:
         self.kept: list[Any] = []
         self.left_out: Counter[str] = Counter()
 
-    # -- Parametrisations ------------------------------------------------------------------------
+    # -- Parametrizations ------------------------------------------------------------------------
 
     def pytest_collectstart(self, collector: Any) -> None:
         if isinstance(collector, pytest.Module):
@@ -136,7 +136,7 @@ class Suite:
         config.hook.pytest_deselected(items=others)
 
     def label(self, item: Any) -> str | None:
-        """Return the method that an item tests; None if it is not parametrised over configs."""
+        """Return the method that an item tests; None if it is not parametrized over configs."""
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         classes = [parameters[name] for name in ("config_cls", "config_class") if name in parameters]
         if not classes or classes[0] not in (self.lora, self.ours):

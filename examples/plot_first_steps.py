@@ -12,7 +12,7 @@ descent.
 # ------
 #
 # Sixteen weights stand for query and value of eight layers. The settings below are the paper's main variant: all
-# weights in one group, folded to a square, a factorisation of rank 4. A plan consists of integers only and allocates
+# weights in one group, folded to a square, a factorization of rank 4. A plan consists of integers only and allocates
 # nothing.
 
 import matplotlib.pyplot as plt

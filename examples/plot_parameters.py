@@ -29,7 +29,7 @@ for name, shapes in {"ViT-base": vit, "U-Net": unet}.items():
 # Higher order, fewer parameters
 # ------------------------------
 #
-# One group of all weights is folded to a hypercube of order M. A CP factorisation, which is Tucker with a diagonal or
+# One group of all weights is folded to a hypercube of order M. A CP factorization, which is Tucker with a diagonal or
 # identity core, has :math:`r\,M\,d` parameters, where :math:`d = \lceil N^{1/M} \rceil`, which is linear in the rank. A
 # full Tucker core adds :math:`r^M`, which dominates as the rank grows, until the rank is limited to :math:`d`.
 

@@ -1,7 +1,7 @@
 """Fuzz one target for a while: ``python -m fuzz TARGET --seconds 60``.
 
 Needs atheris (Linux): ``pip install atheris``. Inputs that reach new code are added to the corpus; ``--shrink``
-then minimises it. An input that breaks a target is saved in the current folder as ``crash-...``: turn it into a
+then minimizes it. An input that breaks a target is saved in the current folder as ``crash-...``: turn it into a
 named test case, and fix the cause.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
     given.add_argument("target")
     given.add_argument("--seconds", type=int, default=60)
     given.add_argument("--corpus", type=Path, help="a folder instead of fuzz/corpus/TARGET")
-    given.add_argument("--shrink", action="store_true", help="minimise the corpus, keeping its coverage")
+    given.add_argument("--shrink", action="store_true", help="minimize the corpus, keeping its coverage")
     # libFuzzer restarts itself to shrink, with further options.
     asked, options = given.parse_known_args()
     try:

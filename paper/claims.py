@@ -139,15 +139,15 @@ CLAIMS = (
         "A linear projection is better than a nonlinear one",
         "A.6, figure 17",
         "The same setting, linear against nonlinear, and linear_v2 against nonlinear_v2. The nonlinear ones use this "
-        "library's initialisation, from which they learn at the first step.",
+        "library's initialization, from which they learn at the first step.",
         lambda study: pairs_with(study, nonlinear),
     ),
     Claim(
         "A nonlinear projection learns from a start with a nonzero gradient",
-        "not in the paper, which uses LoRA's initialisation, with a factor of zeros",
-        "With LoRA's initialisation the gradient of every array is exactly 0 (`tests/algebra/test_init.py`), because "
+        "not in the paper, which uses LoRA's initialization, with a factor of zeros",
+        "With LoRA's initialization the gradient of every array is exactly 0 (`tests/algebra/test_init.py`), because "
         "tanhshrink is flat there: such an adapter never changes the model. So all nonlinear settings, with this "
-        "library's initialisation, are compared with no adapter. The section before shows how they compare with "
+        "library's initialization, are compared with no adapter. The section before shows how they compare with "
         "linear ones from that start.",
         living,
     ),

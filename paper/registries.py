@@ -104,7 +104,7 @@ def cifar10(folder: Path) -> tuple[Path, Path]:
 
 
 def _write_vit(folder: Path, content: bytes) -> None:
-    """Write the backbone's initialisers, under the names of transformers' Dinov2, into a folder."""
+    """Write the backbone's initializers, under the names of transformers' Dinov2, into a folder."""
     try:
         import onnx
         from onnx import numpy_helper

@@ -1,6 +1,6 @@
 """Profiles of Hypothesis, and every array library that is installed as a parameter.
 
-Three profiles: ``ci`` (the default) is derandomised, so that a run tells of the change and not of luck;
+Three profiles: ``ci`` (the default) is derandomized, so that a run tells of the change and not of luck;
 ``HYPOTHESIS_PROFILE=long`` searches anew, ten times as far; ``brief`` is for a second run of the same tests, which asks
 what is different about an environment and not whether the laws hold.
 """

@@ -65,7 +65,7 @@ def quality(generated: Seen, real: Seen, asked: Tensor | None = None, seed: int 
     dict of str to float
         Each of :data:`METRICS`. ``is``, ``fid``, ``kid``, ``precision``, ``recall`` are torch-fidelity's (Salimans et
         al. 2016; Heusel et al. 2017; Binkowski et al. 2018, the mean over 20 subsets; Kynkäänniemi et al. 2019, with 3
-        neighbours), ``msid`` is :func:`~paper.diffusion.msid.msid`. ``is_distance`` is the distance of ``is`` to that
+        neighbors), ``msid`` is :func:`~paper.diffusion.msid.msid`. ``is_distance`` is the distance of ``is`` to that
         of the real images: the paper says only that its IS, measured by an l1 distance, is better when lower.
         ``agreement`` is the fraction of images that the extractor assigns to the requested class. A measure that is not
         finite is None, and so is ``agreement`` without ``asked``.

@@ -1,4 +1,4 @@
-"""MSID: a distance between the shapes of two point clouds, from heat diffusion on their neighbourhood graphs.
+"""MSID: a distance between the shapes of two point clouds, from heat diffusion on their neighborhood graphs.
 
 Tsitsulin, Munkhoeva, Mottin, Karras, Bronstein, Oseledets and Müller, "The Shape of Data: Intrinsic Distance for Data
 Distributions" (ICLR 2020).
@@ -24,7 +24,7 @@ EXACT = 2048
 STEPS, PROBES = 10, 100
 
 
-def msid(first: ArrayLike, second: ArrayLike, neighbours: int = NEIGHBOURS, seed: int = 0) -> float:
+def msid(first: ArrayLike, second: ArrayLike, neighbors: int = NEIGHBOURS, seed: int = 0) -> float:
     """Compute the intrinsic distance of two sets of points, whose dimensions may differ.
 
     ``10^6 max over t of exp(-2 (t + 1/t)) |h_1(t) - h_2(t)|``, where h is :func:`heat_trace` and t has 256
@@ -34,8 +34,8 @@ def msid(first: ArrayLike, second: ArrayLike, neighbours: int = NEIGHBOURS, seed
     ----------
     first : array_like, shape (n, d)
     second : array_like, shape (m, e)
-    neighbours : int
-        Neighbours of each point in the graph.
+    neighbors : int
+        Neighbors of each point in the graph.
     seed : int
         Seed of the estimate, for more than 2,048 points.
 
@@ -47,7 +47,7 @@ def msid(first: ArrayLike, second: ArrayLike, neighbours: int = NEIGHBOURS, seed
     Raises
     ------
     ShapeError
-        If one is not a matrix with more points than neighbours.
+        If one is not a matrix with more points than neighbors.
 
     Notes
     -----
@@ -65,23 +65,23 @@ def msid(first: ArrayLike, second: ArrayLike, neighbours: int = NEIGHBOURS, seed
     True
     """
     times = np.logspace(-1, 1, 256)
-    traces = [heat_trace(points, times, neighbours, seed) for points in (first, second)]
+    traces = [heat_trace(points, times, neighbors, seed) for points in (first, second)]
     return float(1e6 * np.max(np.exp(-2 * (times + 1 / times)) * np.abs(traces[0] - traces[1])))
 
 
 def heat_trace(
-    points: ArrayLike, times: ArrayLike, neighbours: int = NEIGHBOURS, seed: int = 0, exact: bool | None = None
+    points: ArrayLike, times: ArrayLike, neighbors: int = NEIGHBOURS, seed: int = 0, exact: bool | None = None
 ) -> NDArray[np.float64]:
-    """Compute ``trace(exp(-t L)) / n``, the mean heat that stays at its node, on the nearest-neighbour graph.
+    """Compute ``trace(exp(-t L)) / n``, the mean heat that stays at its node, on the nearest-neighbor graph.
 
-    L is the normalised Laplacian ``1 - D^(-1/2) A D^(-1/2)``; A joins two points if one is among the nearest neighbours
+    L is the normalized Laplacian ``1 - D^(-1/2) A D^(-1/2)``; A joins two points if one is among the nearest neighbors
     of the other.
 
     Parameters
     ----------
     points : array_like, shape (n, d)
     times : array_like, shape (k,)
-    neighbours, seed
+    neighbors, seed
         As in :func:`msid`.
     exact : bool, optional
         Whether to use all eigenvalues rather than an estimate by stochastic Lanczos quadrature (10 steps from 100
@@ -94,34 +94,34 @@ def heat_trace(
     Raises
     ------
     ShapeError
-        If it is not a matrix with more points than neighbours.
+        If it is not a matrix with more points than neighbors.
 
     Examples
     --------
-    With 6 points and 5 neighbours each, all points are joined: eigenvalues 0 and five times 6/5.
+    With 6 points and 5 neighbors each, all points are joined: eigenvalues 0 and five times 6/5.
 
     >>> found = heat_trace(np.eye(6), [1.0])
     >>> np.allclose(found, (1 + 5 * np.exp(-6 / 5)) / 6)
     True
     """
     points, times = np.asarray(points, np.float64), np.asarray(times, np.float64)
-    if points.ndim != 2 or len(points) <= neighbours:
-        raise ShapeError(f"expected a matrix of more than {neighbours} points; got shape {points.shape}")
-    laplacian = _laplacian(points, neighbours)
+    if points.ndim != 2 or len(points) <= neighbors:
+        raise ShapeError(f"expected a matrix of more than {neighbors} points; got shape {points.shape}")
+    laplacian = _laplacian(points, neighbors)
     if len(points) <= EXACT if exact is None else exact:
         values = np.linalg.eigvalsh(laplacian.toarray())
         return np.asarray(np.exp(-np.outer(times, values)).mean(1))
     return _estimated(laplacian, times, np.random.default_rng(seed))
 
 
-def _laplacian(points: NDArray[np.float64], neighbours: int) -> Any:
+def _laplacian(points: NDArray[np.float64], neighbors: int) -> Any:
     count = len(points)
-    # A point is not its own neighbour, and among coinciding points it need not be the first one found.
-    _, near = cKDTree(points).query(points, neighbours + 1)
+    # A point is not its own neighbor, and among coinciding points it need not be the first one found.
+    _, near = cKDTree(points).query(points, neighbors + 1)
     own = near == np.arange(count)[:, None]
     own[~own.any(1), -1] = True
-    near = near[~own].reshape(count, neighbours)
-    rows = np.repeat(np.arange(count), neighbours)
+    near = near[~own].reshape(count, neighbors)
+    rows = np.repeat(np.arange(count), neighbors)
     joined = scipy.sparse.csr_matrix((np.ones(rows.size), (rows, near.reshape(-1))), (count, count))
     joined = joined.maximum(joined.T)
     root = scipy.sparse.diags(1 / np.sqrt(np.asarray(joined.sum(1)).reshape(-1)))
@@ -144,7 +144,7 @@ def _estimated(matrix: Any, times: NDArray[np.float64], random: np.random.Genera
         for step in range(STEPS):
             product = matrix @ basis[-1]
             diagonal.append(float(basis[-1] @ product))
-            for one in (*basis, *basis):  # orthogonalise twice: one pass leaves cancellation errors
+            for one in (*basis, *basis):  # orthogonalize twice: one pass leaves cancellation errors
                 product = product - (one @ product) * one
             length = float(np.linalg.norm(product))
             if step == STEPS - 1 or length < 1e-12:

@@ -88,7 +88,7 @@ def test_half_precision_is_computed_in_single_and_rounded_once(backend: Backend,
         found = tna.fwht(x)
         assert backend.dtype_name(found) == dtype
         exact = tna.fwht(backend.to_numpy(x).astype(np.float64))
-        # Unnormalised sums reach 2**6 times the result: in float16 they would overflow.
+        # Unnormalized sums reach 2**6 times the result: in float16 they would overflow.
         assert relative_error(backend.to_numpy(found).astype(np.float64), exact) < tolerance
 
 

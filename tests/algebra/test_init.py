@@ -1,4 +1,4 @@
-"""Initialisation: the first SGD step changes ΔW by the same amount for any rank, order, splits and ρ."""
+"""Initialization: the first SGD step changes ΔW by the same amount for any rank, order, splits and ρ."""
 
 from __future__ import annotations
 

@@ -374,7 +374,7 @@ def test_what_is_refused_is_refused_before_anything_is_allocated() -> None:
     assert peak_of(attempts) < 1 << 20
 
 
-def test_neighbours_in_one_group_are_one_slice() -> None:
+def test_neighbors_in_one_group_are_one_slice() -> None:
     plan = tna.SuperLoRA(tna.presets.superlora(2), [(5, 4)] * 6)
     assert len(plan.layout.of_slice(0, plan.size)) == 1
     assert len(plan.layout.of_slice(7, 93)) == 1

@@ -125,7 +125,7 @@ def test_a_mode_that_is_right_is_not_set(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_bytes() == b"new"
 
 
-def test_a_folder_that_cannot_be_synchronised_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_synchronized_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = as_on_macos(monkeypatch, "tnadapt.checkpoints.atomic_files")
 
     def fsync(handle: int) -> None:
@@ -249,6 +249,6 @@ def test_a_disk_that_cannot_keep_a_name_is_an_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
         replace_file(str(tmp_path / "file"), b"new")
-    fails = 22  # EINVAL: a file system that does not synchronise folders
+    fails = 22  # EINVAL: a file system that does not synchronize folders
     replace_file(str(tmp_path / "file"), b"newer")
     assert (tmp_path / "file").read_bytes() == b"newer"

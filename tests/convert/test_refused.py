@@ -267,7 +267,7 @@ def kohya(**more: Any) -> dict[str, np.ndarray]:
         (kohya(lora_te_x__diff=np.ones((2, 2), "f4")), {}, "has the adapters of several models: lora_te, lora_unet"),
         (kohya(lora_unet_a_q__dora_scale=np.ones((6, 1), "f4")), {}, "DoRA"),
         (kohya(lora_unet_a_q__diff_b=np.ones(6, "f4")), {}, "the change of a bias"),
-        (kohya(lora_unet_n__w_norm=np.ones(6, "f4")), {}, "the change of a normalisation"),
+        (kohya(lora_unet_n__w_norm=np.ones(6, "f4")), {}, "the change of a normalization"),
         (
             kohya(lora_unet_a_q__oft_blocks=np.ones(6, "f4")),
             {},
@@ -506,14 +506,14 @@ def test_a_full_disk_changes_nothing(to: str, there: bool, tmp_path: Path, monke
     if there:
         tna.convert(made(tna.presets.lora(1)), out, to=to)
     before = everything(tmp_path)
-    synchronise, calls = os.fsync, []
+    synchronize, calls = os.fsync, []
 
     def full(handle: int) -> None:
         # The second file of PEFT's two is the one that no longer fits.
         calls.append(handle)
         if len(calls) >= (2 if to == "peft-lora" else 1):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        synchronise(handle)
+        synchronize(handle)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FileError, match="No space left on device"):

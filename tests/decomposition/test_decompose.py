@@ -335,8 +335,8 @@ def test_random_projections_find_what_stands_out_and_certify_nothing() -> None:
     full = tna.decompose([delta], presets.lora(5), svd="full")[1]
     found = tna.decompose([delta], presets.lora(5), svd="randomized")[1]
     assert full.certified
-    assert found.groups[0].method == "randomised SVD"
-    # The randomised error is no smaller but for rounding: each is the root of a float64 sum of 4,800 squares, and these
+    assert found.groups[0].method == "randomized SVD"
+    # The randomized error is no smaller but for rounding: each is the root of a float64 sum of 4,800 squares, and these
     # two may differ in the last bits alone.
     assert full.error * (1.0 - 1e-12) <= found.error <= full.error * 1.001
 

@@ -167,7 +167,7 @@ def test_a_head_that_the_checkpoint_does_not_bring_is_not_cut(vit: Path, shades:
         open_problem(Spec(model="timm:resnet18", data=str(shades), head_rows=(0, 1)))
 
 
-def test_images_are_normalised_as_the_model_says(vit: Path, shades: Path) -> None:
+def test_images_are_normalized_as_the_model_says(vit: Path, shades: Path) -> None:
     problem = open_problem(Spec(model=str(vit), data=str(shades), limit=20))
     assert sum(len(part.labels) for part in problem.parts.values()) == 20
     batch = problem.parts["test"].batch(torch.arange(2), torch.device("cpu"))
@@ -175,7 +175,7 @@ def test_images_are_normalised_as_the_model_says(vit: Path, shades: Path) -> Non
     assert -2 <= float(batch.min()) < float(batch.max()) <= 2
 
 
-def test_images_are_normalised_by_the_training_images_where_it_does_not(
+def test_images_are_normalized_by_the_training_images_where_it_does_not(
     vit: Path, shades: Path, tmp_path: Path
 ) -> None:
     for path in vit.iterdir():

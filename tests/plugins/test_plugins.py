@@ -329,13 +329,13 @@ def test_a_plug_in_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 2.5\n")
     (info / "entry_points.txt").write_text("[tnadapt.plugins]\nring = broken_plugin:register\n")
-    (tmp_path / "broken_plugin.py").write_text("def register():\n    raise RuntimeError('no licence')\n")
+    (tmp_path / "broken_plugin.py").write_text("def register():\n    raise RuntimeError('no license')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     forget()
     try:
         assert tna.Config(format="cp").format == "cp"
-        said = r"got 'tensor-ring'.*plug-in 'ring' of broken 2\.5 failed to load: RuntimeError: no licence"
+        said = r"got 'tensor-ring'.*plug-in 'ring' of broken 2\.5 failed to load: RuntimeError: no license"
         with pytest.raises(tna.ConfigError, match=said):
             tna.Config(format="tensor-ring")
     finally:

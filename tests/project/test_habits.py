@@ -237,7 +237,7 @@ def test_the_project_has_one_home() -> None:
 def test_classifiers_are_known() -> None:
     trove = pytest.importorskip("trove_classifiers", reason="trove-classifiers is not installed")
     assert set(PROJECT["classifiers"]) <= trove.classifiers
-    # The licence is an SPDX expression, beside which PyPI accepts no classifier.
+    # The license is an SPDX expression, beside which PyPI accepts no classifier.
     assert not any(line.startswith("License ::") for line in PROJECT["classifiers"])
 
 

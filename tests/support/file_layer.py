@@ -27,7 +27,7 @@ class Call(NamedTuple):
     name : str
         That of the function, or "create" for opening a new file, "exchange" and "rename_new" for ``renameat2``.
     paths : tuple of str
-        Absolute. Of fsync: that of what is synchronised.
+        Absolute. Of fsync: that of what is synchronized.
     content : bytes or None
         Of fsync of a file: what it held.
     state : tuple of int, or None

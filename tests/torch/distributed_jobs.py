@@ -138,7 +138,7 @@ def spread(job: Job, model: Model) -> nn.Module:
     return fully_shard(model)
 
 
-def synchronised(model: Any, now: bool) -> contextlib.AbstractContextManager[None]:
+def synchronized(model: Any, now: bool) -> contextlib.AbstractContextManager[None]:
     """Set whether this backward pass reduces gradients across processes."""
     if isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext() if now else model.no_sync()
@@ -157,7 +157,7 @@ def train(job: Job, rank: int = 0, world: int = 1) -> tuple[list[float], tnadapt
     for step in batches(job):
         total = torch.zeros(())
         for number, (x, y) in enumerate(step, 1):
-            with synchronised(running, number == len(step)):
+            with synchronized(running, number == len(step)):
                 loss = functional.cross_entropy(running(x[rank::world]), y[rank::world]) / len(step)
                 loss.backward()
             total += loss.detach()

@@ -385,7 +385,7 @@ def test_a_second_merge_and_other_misuse_are_refused() -> None:
         adapter.merge()
 
 
-def test_a_weight_beside_a_parametrised_bias_is_merged() -> None:
+def test_a_weight_beside_a_parametrized_bias_is_merged() -> None:
     class Twice(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * x
@@ -913,9 +913,9 @@ def test_loda_is_a_nonlinearity_between_the_factors() -> None:
             call()
 
 
-def test_a_quantised_weight_is_adapted_beside() -> None:
-    class Quantised(nn.Module):
-        """A linear layer of 8-bit integers, as quantisation libraries make them."""
+def test_a_quantized_weight_is_adapted_beside() -> None:
+    class Quantized(nn.Module):
+        """A linear layer of 8-bit integers, as quantization libraries make them."""
 
         def __init__(self, linear: nn.Linear) -> None:
             super().__init__()
@@ -927,24 +927,24 @@ def test_a_quantised_weight_is_adapted_beside() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x @ (self.weight.to(x.dtype) * self.scale).T
 
-    def quantised() -> nn.Module:
+    def quantized() -> nn.Module:
         model = small()
         for name in ("q_proj", "v_proj"):
-            setattr(model.blocks[1], name, Quantised(getattr(model.blocks[1], name)))
+            setattr(model.blocks[1], name, Quantized(getattr(model.blocks[1], name)))
         return model
 
-    model = quantised()
+    model = quantized()
     targets = ["blocks.1.q_proj", "blocks.1.v_proj"]
     adapter = tt.attach(model, targets=targets)
     assert set(adapter.strategy) == {"additive"}
-    assert torch.equal(run(model), run(quantised()))
+    assert torch.equal(run(model), run(quantized()))
     model(batch()).sum().backward()
     assert any(p.grad.any() for p in adapter.parameters())
     stir(adapter)
-    with pytest.raises(tna.TargetError, match="quantised"):
+    with pytest.raises(tna.TargetError, match="quantized"):
         adapter.merge()
-    with pytest.raises(tna.ConfigError, match="quantised: use 'additive'"):
-        tt.attach(quantised(), targets=targets, strategy="weight")
+    with pytest.raises(tna.ConfigError, match="quantized: use 'additive'"):
+        tt.attach(quantized(), targets=targets, strategy="weight")
 
 
 def test_a_linear_layer_of_another_forward_is_adapted_in_its_weight() -> None:
@@ -1002,7 +1002,7 @@ def test_what_accelerate_has_hooked_and_not_offloaded_is_adapted() -> None:
         tt.attach(offloaded, P.lora(1), "all-linear")
 
 
-def test_arrays_lie_beside_what_a_quantised_layer_has() -> None:
+def test_arrays_lie_beside_what_a_quantized_layer_has() -> None:
     for parameter in (False, True):
         layer = nn.Linear(4, 4, bias=False)
         del layer.weight
@@ -1040,7 +1040,7 @@ def test_a_forward_that_was_put_on_a_layer_before_is_called(strategy: str) -> No
     assert model[0].forward is before
 
 
-def test_a_quantised_layer_without_a_weight_of_that_name(tmp_path: Path) -> None:
+def test_a_quantized_layer_without_a_weight_of_that_name(tmp_path: Path) -> None:
     class Packed(nn.Module):
         """As GPTQ's: integers under another name."""
 
@@ -1059,7 +1059,7 @@ def test_a_quantised_layer_without_a_weight_of_that_name(tmp_path: Path) -> None
     assert adapter.strategy == ("additive",)
     model(batch()).sum().backward()
     assert any(p.grad.any() for p in adapter.parameters())
-    with pytest.raises(tna.TargetError, match="quantised"):
+    with pytest.raises(tna.TargetError, match="quantized"):
         adapter.merge()
     adapter.save(tmp_path / "a.safetensors")
     assert tna.load(tmp_path / "a.safetensors").base is None

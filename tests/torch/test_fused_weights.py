@@ -660,7 +660,7 @@ def esmfold() -> Case:
     package = pytest.importorskip("transformers.models.esm.modeling_esmfold")
     sizes = {"sequence_dim": 16, "pairwise_dim": 6, "ipa_dim": 8, "num_heads_ipa": 2, "num_qk_points": 2}
     model = package.EsmFoldInvariantPointAttention(SimpleNamespace(**sizes, num_v_points=3, inf=1e5, epsilon=1e-8))
-    # Some of its weights are left uninitialised, the last one starts at zero.
+    # Some of its weights are left uninitialized, the last one starts at zero.
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     rigid = package.Rigid.identity((2, 5), requires_grad=False)
@@ -761,7 +761,7 @@ def test_sizes_by_the_numbers_of_heads(attributes: dict[str, Any]) -> None:
     ],
 )
 def test_no_guess_at_rows(module: nn.Module, why: str) -> None:
-    with pytest.raises(TargetError, match=rf"rows of a \w+ make which is not known: .*{why}.*tnadapt.Rows"):
+    with pytest.raises(TargetError, match=rf"layout of the rows in a \w+ is unknown: .*{why}.*tnadapt.Rows"):
         rows(module)
     # The output projection is not in doubt.
     assert rows(module, "o") == {"o": None}
@@ -780,6 +780,6 @@ def test_a_name_that_is_half_understood() -> None:
     """A query with a gate in it, as in A.X K2, is not silently skipped."""
     module = type("LatentAttention", (nn.Module,), {})()
     module.q_gate_proj, module.k_proj, module.v_proj = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(8, 8)
-    with pytest.raises(TargetError, match="q_gate_proj of LatentAttention seems to make q, and with which"):
+    with pytest.raises(TargetError, match="q_gate_proj of LatentAttention seems to compute q, but with which"):
         rows(module, "qv")
     assert rows(module, "v") == {"v": None}

@@ -244,7 +244,7 @@ def test_what_is_not_the_same_model_tuned_is_refused() -> None:
     for base, tuned, settings, error, match in (
         ("model", model, {}, TargetError, "extract needs a torch module as base; got str"),
         (meta, model, {}, TargetError, "q_proj.weight is on the meta device and has no values"),
-        (integers, model, {}, TargetError, "q_proj.weight is quantised in the base, so its change cannot be"),
+        (integers, model, {}, TargetError, "q_proj.weight is quantized in the base, so its change cannot be"),
         (model, Model(5), {}, TargetError, r"is \(4, 5\), torch.float32 in the tuned model and \(4, 4\) in the base"),
         (model, integers, {}, TargetError, r"is \(4, 4\), torch.int8 in the tuned model and \(4, 4\) in the base"),
         (

@@ -387,7 +387,7 @@ def test_a_trace_computes_the_update_from_the_arrays() -> None:
 # -- Weights that are not plain parameters -----------------------------------------------------
 
 
-def test_a_parametrised_weight(tmp_path: Path) -> None:
+def test_a_parametrized_weight(tmp_path: Path) -> None:
     def made(seed: int) -> nn.Module:
         model = small(seed)
         nn.utils.parametrizations.weight_norm(model.blocks[1].q_proj)
@@ -397,7 +397,7 @@ def test_a_parametrised_weight(tmp_path: Path) -> None:
     adapter = tt.attach(model)
     stir(adapter)
     attached = run(model)
-    with pytest.raises(tna.TargetError, match=r"q_proj.weight is parametrised.*remove_parametrizations\(\) first"):
+    with pytest.raises(tna.TargetError, match=r"q_proj.weight is parametrized.*remove_parametrizations\(\) first"):
         adapter.merge()
     adapter.save(tmp_path / "a.safetensors")
     assert torch.equal(run(tt.load(made(0), tmp_path / "a.safetensors").model), attached)
@@ -405,7 +405,7 @@ def test_a_parametrised_weight(tmp_path: Path) -> None:
         tt.load(made(1), tmp_path / "a.safetensors")
 
 
-def test_a_weight_that_is_parametrised_after_attaching() -> None:
+def test_a_weight_that_is_parametrized_after_attaching() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     adapter = tt.attach(model, targets=["0"])
     stir(adapter)

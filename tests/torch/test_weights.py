@@ -1,4 +1,4 @@
-"""The weights of modules of many kinds: embeddings, convolutions, quantised layers, and modules without weights."""
+"""The weights of modules of many kinds: embeddings, convolutions, quantized layers, and modules without weights."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Unpacked(nn.Module):
         self.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.int8), requires_grad=False)
 
 
-def test_quantised_weights_of_known_shape() -> None:
+def test_quantized_weights_of_known_shape() -> None:
     attention = Module(q_proj=Packed(8, 6), k_proj=Packed(8, 6), v_proj=Packed(8, 4))
     assert roles(attention) == qv((6, 8), (4, 8))
     gptq = nn.Linear(8, 6)
@@ -116,19 +116,19 @@ def test_quantised_weights_of_known_shape() -> None:
 
 # They are about to leave torch for torchao, whose weights have a shape.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_torchs_quantised_linear() -> None:
+def test_torchs_quantized_linear() -> None:
     """A layer whose weight is a method."""
     engine = torch.backends.quantized.engine
     if engine == "none":
-        pytest.skip("this torch has no quantised kernels")
-    quantised = pytest.importorskip("torch.ao.nn.quantized.dynamic").Linear(8, 6)
-    assert roles(nn.Sequential(quantised), "all-linear") == [("linear", (6, 8))]
+        pytest.skip("this torch has no quantized kernels")
+    quantized = pytest.importorskip("torch.ao.nn.quantized.dynamic").Linear(8, 6)
+    assert roles(nn.Sequential(quantized), "all-linear") == [("linear", (6, 8))]
 
 
-def test_quantised_weights_of_unknown_shape() -> None:
+def test_quantized_weights_of_unknown_shape() -> None:
     model = nn.Sequential(Unpacked(), nn.Linear(2, 2))
-    with pytest.raises(TargetError, match=r"0\.weight of Unpacked is quantised"):
+    with pytest.raises(TargetError, match=r"0\.weight of Unpacked is quantized"):
         find_targets(model, ["0"])
     assert names(model, "all-linear") == ["1.weight"]
-    with pytest.raises(TargetError, match=r"q\.weight of Unpacked is quantised"):
+    with pytest.raises(TargetError, match=r"q\.weight of Unpacked is quantized"):
         find_targets(Module(attn=Module(q=Unpacked(), k=nn.Linear(2, 2), v=nn.Linear(2, 2))))

@@ -39,7 +39,7 @@ class Config:
     Parameters
     ----------
     rank : int or tuple
-        r, the rank of each factorisation. Tucker also takes one rank per mode, where None means no factor in that mode
+        r, the rank of each factorization. Tucker also takes one rank per mode, where None means no factor in that mode
         (partial Tucker); a tensor train also takes its M - 1 inner ranks. For "dense" it affects ``alpha / rank`` only.
     order : int
         M, the number of modes of the tensor that a group is folded to; 1 is a vector.

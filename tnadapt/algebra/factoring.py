@@ -82,7 +82,7 @@ class Size(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Factoring:
-    """The factorisation of one weight's update, as integers; a call with arrays returns the factors.
+    """The factorization of one weight's update, as integers; a call with arrays returns the factors.
 
     Attributes
     ----------
@@ -140,7 +140,7 @@ def _matrix(backend: Backend, split: Format, arrays: Mapping[str, Array], cut: C
 
 
 def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
-    """Return the factorisation of the update of weight ``i``; None if its rows and columns are not separable.
+    """Return the factorization of the update of weight ``i``; None if its rows and columns are not separable.
 
     Parameters
     ----------

@@ -190,7 +190,7 @@ def balanced_factors(size: int, parts: int) -> tuple[int, ...]:
     Returns
     -------
     tuple of int
-        The exact factorisation with the least sum (for a fixed product the sum is least when the factors are
+        The exact factorization with the least sum (for a fixed product the sum is least when the factors are
         equal); ties are broken by the larger first factor.
 
     Raises

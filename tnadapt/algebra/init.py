@@ -161,7 +161,7 @@ def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
     """Scale normal numbers to a root mean square."""
     if drawn.size > _SHORT:
         return drawn * np.float32(std)
-    # fsum is correctly rounded, with the same bits on every machine; a vectorised sum does not promise that.
+    # fsum is correctly rounded, with the same bits on every machine; a vectorized sum does not promise that.
     wide = drawn.astype(np.float64)
     return (wide * (std / math.sqrt(math.fsum((wide * wide).tolist()) / wide.size))).astype(np.float32)
 

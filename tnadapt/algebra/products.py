@@ -195,7 +195,7 @@ def tt_to_tensor(cores: Any) -> Array:
     Raises
     ------
     ShapeError
-        If a core does not have three axes, the ranks of neighbours differ, or the train does not begin
+        If a core does not have three axes, the ranks of neighbors differ, or the train does not begin
         and end with rank 1.
     BackendError
         If libraries, dtypes or devices are mixed.

@@ -8,7 +8,7 @@ no ``libm``, whose last bits differ between machines, and no library's generator
 between releases.
 
 The streams differ by ``purpose``: 1 permutation, 2 the Gaussian diagonal ``g``, 3 signs, 4 the Gaussian
-``g'`` of the v2 projections, 16 and above the random initialisation of factors.
+``g'`` of the v2 projections, 16 and above the random initialization of factors.
 """
 
 from __future__ import annotations

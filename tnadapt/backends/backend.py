@@ -239,7 +239,7 @@ class Backend:
         return self.xp.tanh(x)
 
     def apart(self, arrays: Sequence[Array]) -> list[Array]:
-        """Return the arrays behind an optimisation barrier: no compiler merges their computation into what follows."""
+        """Return the arrays behind an optimization barrier: no compiler merges their computation into what follows."""
         return list(arrays)
 
     # -- Optional features -------------------------------------------------------------------

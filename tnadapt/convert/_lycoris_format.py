@@ -36,8 +36,8 @@ _SUFFIXES |= {name: name for name in (*LOKR, *LOHA, *DIFF)}
 _REFUSED = {
     "dora_scale": "DoRA scales the sum of weight and update",
     "diff_b": "the change of a bias, which an adapter file does not hold",
-    "w_norm": "the change of a normalisation",
-    "b_norm": "the change of a normalisation",
+    "w_norm": "the change of a normalization",
+    "b_norm": "the change of a normalization",
     "scalar": "a scale that is trained",
 }
 

@@ -74,7 +74,7 @@ def decompose(
         The updates, each of shape (rows, cols), all of the same library, real floating dtype and device. Or one
         tensor of any order, which counts as one weight of shape (d_1, d_2 ⋯ d_M). A tensor of more than two modes
         needs a config that names them, ``Config(order=M, fold=(d_1, …, d_M), groups=1, …)``; the fold may also merge
-        neighbouring modes or divide modes.
+        neighboring modes or divide modes.
     cfg : Config
         The method to fit.
     layers : sequence of hashable, optional
@@ -204,7 +204,7 @@ def _in_own_modes(deltas: Any, cfg: Config) -> Config:
     if math.prod(cfg.fold) != math.prod(shape) or not (ours <= theirs or theirs <= ours):
         raise ShapeError(
             f"fold={cfg.fold} cuts across the modes of a tensor of shape {shape}: give fold={shape}, or sizes that "
-            "merge neighbouring modes or divide them"
+            "merge neighboring modes or divide them"
         )
     if cfg.groups not in ("weight", "layer", 1, ((0,),)):
         raise ShapeError(

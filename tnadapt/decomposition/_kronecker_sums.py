@@ -2,7 +2,7 @@
 
 Rearranged (:mod:`tnadapt.algebra.rearrangement`), a sum of T Kronecker products of K splits is a CP tensor of rank T
 whose factors are the splits' vectors. For K = 2 dense splits, its truncated SVD is the optimum; for more, ALS is used.
-Splits that are themselves factored are optimised one after another, with the others fixed. As the others only scale a
+Splits that are themselves factored are optimized one after another, with the others fixed. As the others only scale a
 split, its optimum is the format's best fit to the contracted tensor, and no step increases the error.
 """
 
@@ -141,7 +141,7 @@ class _Sum:
                 self._improve(term, k, limits)
 
     def _improve(self, term: int, k: int, limits: Limits) -> None:
-        """Optimise one split of one term, with everything else fixed."""
+        """Optimize one split of one term, with everything else fixed."""
         algebra, own = self.algebra, self.made[term]
         others = [None if j == k else split for j, split in enumerate(own)]
         size = math.prod(algebra.squares(split) for split in others if split is not None)

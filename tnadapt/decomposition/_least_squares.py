@@ -39,7 +39,7 @@ class Solution(NamedTuple):
 def least_squares(
     algebra: Algebra, forward: Map, adjoint: Map, y: Array, start: Array, tol: float, iterations: int
 ) -> Solution:
-    """Find the x that minimises ``|forward(x) - y|``.
+    """Find the x that minimizes ``|forward(x) - y|``.
 
     Parameters
     ----------

@@ -23,7 +23,7 @@ __all__ = ["TENSORLY", "Algebra", "tensorly_on"]
 # Name of a library in tnadapt -> its name in TensorLy.
 TENSORLY = {"numpy": "numpy", "torch": "pytorch", "jax": "jax", "cupy": "cupy"}
 
-# If only few singular vectors are needed, matrices whose smaller side is longer than this get a randomised SVD.
+# If only few singular vectors are needed, matrices whose smaller side is longer than this get a randomized SVD.
 _WHOLE = 1024
 _OVERSAMPLES = 10
 _POWER_ITERATIONS = 4

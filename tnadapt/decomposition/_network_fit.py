@@ -2,7 +2,7 @@
 
 Padding elements, which a fold or a cropped Kronecker product adds to the tensor, may take any value that helps to fit
 the others. Rows of the first mode with nothing but padding are left out. Other padding is filled with the values of the
-last fit, and the fit is repeated (expectation maximisation), which never increases the error.
+last fit, and the fit is repeated (expectation maximization), which never increases the error.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def _components(
         return [backend.reshape(tensor, (-1, 1)) * (1.0 / size)], np.array([size]), Fit({}, True, 0, "exact")
     if order == 2:
         u, s, v, exact = algebra.svd(tensor, min(rank, *tensor.shape))
-        return [u, v], s, Fit({}, exact, 0, "SVD" if exact else "randomised SVD")
+        return [u, v], s, Fit({}, exact, 0, "SVD" if exact else "randomized SVD")
     # With this rank every tensor can be represented exactly; more components would only slow convergence.
     rank = min(rank, math.prod(tensor.shape) // max(tensor.shape))
     factors, iterations = _als(algebra, rank, tensor, start, limits)
@@ -226,7 +226,7 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
     if len(sizes) == len(split.modes) == 2:
         u, values, v, exact = algebra.svd(tensor, ranks[0])
         core = algebra.array(np.diag(values))
-        return Fit({"core": core, "factor0": u, "factor1": v}, exact, 0, "SVD" if exact else "randomised SVD")
+        return Fit({"core": core, "factor0": u, "factor1": v}, exact, 0, "SVD" if exact else "randomized SVD")
     norm = algebra.norm(tensor)
     init: Any = "svd"
     if start is not None:
@@ -245,7 +245,7 @@ def _tucker(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Lim
         )  # fmt: skip
     arrays = {"core": core * norm} | {f"factor{mode}": one for mode, one in zip(split.modes, factors, strict=True)}
     if len(cut) <= 1:
-        return Fit(arrays, not random, 1, "randomised SVD" if random else "SVD")
+        return Fit(arrays, not random, 1, "randomized SVD" if random else "SVD")
     return Fit(arrays, False, len(errors), "HOSVD, HOOI")
 
 

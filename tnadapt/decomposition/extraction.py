@@ -207,7 +207,7 @@ def _check(target: Target, checkpoint: Checkpoint, name: str, which: str) -> Non
     if entry.dtype not in _FLOATS:
         raise TargetError(
             f"{name} of the {which} checkpoint is {entry.dtype}; expected one of {', '.join(_FLOATS)}: give an "
-            "unquantised checkpoint"
+            "unquantized checkpoint"
         )
     if entry.shape != target.stored:
         raise TargetError(

@@ -24,7 +24,7 @@ KEPT_BYTES = 2 << 30
 
 
 class Texts:
-    """Tokenised texts, padded batch by batch: a :class:`~tnadapt.finetune.problem.Part`.
+    """Tokenized texts, padded batch by batch: a :class:`~tnadapt.finetune.problem.Part`.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class Texts:
 
 
 class Images:
-    """Square images of one size, normalised batch by batch: a :class:`~tnadapt.finetune.problem.Part`.
+    """Square images of one size, normalized batch by batch: a :class:`~tnadapt.finetune.problem.Part`.
 
     The shorter side is scaled to the size, and the center cropped.
 

@@ -71,7 +71,7 @@ def _transformers(spec: Spec, data: Data, samples: dict[str, Samples]) -> Proble
     auto = getattr(transformers, f"AutoModelFor{kind}")
     new: list[str] = []
     settings: dict[str, Any] = {}
-    # A head of another size is initialised randomly; a head to take rows from must be the checkpoint's.
+    # A head of another size is initialized randomly; a head to take rows from must be the checkpoint's.
     head = {} if spec.head_rows else {"num_labels": len(data.classes), "ignore_mismatched_sizes": True}
 
     def build(seed: int) -> nn.Module:
@@ -196,7 +196,7 @@ def _images(
 
 
 def _divided(samples: dict[str, Samples], size: int, channels: int, given: Any) -> Iterator[tuple[str, Part]]:
-    """Yield the parts as images with the same normalisation: the model's, or that of the training images."""
+    """Yield the parts as images with the same normalization: the model's, or that of the training images."""
     if channels not in (1, 3):
         raise TnadaptError(f"the model takes images of {channels} channels; only 1 and 3 are supported")
     statistics = None
@@ -271,7 +271,7 @@ def _problem(
                 f"{safe_repr(spec.model)} returned {tuple(found.shape)} logits for two samples of {data.name}; "
                 f"expected (2, {len(data.classes)})"
             )
-    # Randomly initialised modules must be trained and saved in any case.
+    # Randomly initialized modules must be trained and saved in any case.
     keep = (*(spec.keep_trainable or head), *(name for name in drawn if not under(name, spec.keep_trainable or head)))
     name = Path(str(spec.model).removeprefix("timm:")).name
     return Problem(f"{data.name} with {name}", data.kind, data.classes, parts, build, logits, keep, drawn)

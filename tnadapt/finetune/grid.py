@@ -170,7 +170,7 @@ def methods_of(
     """
     if "seed" in changes:
         raise TnadaptError(
-            "the seed of F and of the initialisation is that of the training: give --seeds N for the seeds 0 to N - 1"
+            "the seed of F and of the initialization is that of the training: give --seeds N for the seeds 0 to N - 1"
         )
     found = []
     for name in dict.fromkeys(names or ["superlora"]):

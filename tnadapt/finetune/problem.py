@@ -146,7 +146,7 @@ def free(model: nn.Module, keep: Sequence[str]) -> list[nn.Parameter]:
 
 
 def samples_digest(parts: Mapping[str, Part], batch: int = 256) -> str:
-    """Return the SHA-256 of labels and model inputs: tokens, or normalised pixels."""
+    """Return the SHA-256 of labels and model inputs: tokens, or normalized pixels."""
     seen = hashlib.sha256()
     for name, part in parts.items():
         seen.update(name.encode())
@@ -164,7 +164,7 @@ _ORIGIN = ("_name_or_path", "transformers_version", "architectures")
 
 
 def base_digest(model: nn.Module, drawn: Iterable[str] = ()) -> str:
-    """Return the SHA-256 of a model's modules, settings and weights, except randomly initialised ones."""
+    """Return the SHA-256 of a model's modules, settings and weights, except randomly initialized ones."""
     drawn = tuple(drawn)
     seen = hashlib.sha256(repr(model).encode())
     config: Any = getattr(model, "config", None)

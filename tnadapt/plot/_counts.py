@@ -32,7 +32,7 @@ def parameters(
     Parameters
     ----------
     shapes : sequence of (rows, cols)
-        Shapes of the weights, which form one group, folded to a hypercube, with a CP factorisation.
+        Shapes of the weights, which form one group, folded to a hypercube, with a CP factorization.
     path : path-like
         Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     budget : int, optional

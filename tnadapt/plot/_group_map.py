@@ -17,7 +17,7 @@ from .canvas import INK, PALE, figure, quiet, saved
 
 __all__ = ["layout"]
 
-# Colours of Okabe and Ito for q, v and others; neighbours of the same role alternate between lighter and darker.
+# Colours of Okabe and Ito for q, v and others; neighbors of the same role alternate between lighter and darker.
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 # Of more bars than _MOST the middle is replaced by a line of text, before the _LAST few.
 _MOST, _LAST = 24, 3

@@ -69,7 +69,7 @@ def network(
     -----
     A node is an array, named as in ``param_shapes`` (:math:`A_0` is ``factor0``). A line between two nodes is an index
     that is summed over, with its size; an open line is a mode. A dot gives all its lines the same index, as in a CP
-    factorisation of rank r. Only one of several terms is drawn. Of more than ten modes or five splits, only the first
+    factorization of rank r. Only one of several terms is drawn. Of more than ten modes or five splits, only the first
     few and the last are drawn.
 
     Examples

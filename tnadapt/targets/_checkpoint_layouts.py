@@ -1,4 +1,4 @@
-"""Locate q, k and v in a checkpoint's fused weight by its name, ``config.json`` and neighbouring tensors.
+"""Locate q, k and v in a checkpoint's fused weight by its name, ``config.json`` and neighboring tensors.
 
 A checkpoint has no classes, so the table of layouts is searched by model type. If that finds nothing, the name of the
 weight decides, unless some entry of the table has a weight that looks the same. Then the weight is rejected with a

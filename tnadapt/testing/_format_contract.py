@@ -154,7 +154,7 @@ class FormatContract:
                 )
 
     def test_paths_are_the_variance(self) -> None:
-        """Check that independent unit numbers give elements of variance ``num_terms``, as initialisation assumes."""
+        """Check that independent unit numbers give elements of variance ``num_terms``, as initialization assumes."""
         rng = np.random.default_rng(0)
         for sizes, rank in (((6, 5), 2), ((3, 4, 3), 2)):
             split = self.kind(sizes, rank)

@@ -133,7 +133,7 @@ def _fold(config: Config, n: int, columns: int) -> tuple[int, ...]:
 
 
 def _even_factors(d: int, parts: int) -> tuple[int, ...]:
-    """Find the factorisation of least sum by exhaustive search; ties go to the larger first factor."""
+    """Find the factorization of least sum by exhaustive search; ties go to the larger first factor."""
     divisors = [k for k in range(1, d + 1) if d % k == 0]
     exact = (f for f in itertools.combinations_with_replacement(divisors, parts) if math.prod(f) == d)
     return min(exact, key=lambda factors: (sum(factors), [-f for f in factors]))

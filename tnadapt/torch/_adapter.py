@@ -179,7 +179,7 @@ class Adapter:
         return _trainable.parameter_groups(self._state, lr, ratio)
 
     def reset(self) -> None:
-        """Reinitialise the arrays: ΔW = 0, with the zero in an array that is trained.
+        """Reinitialize the arrays: ΔW = 0, with the zero in an array that is trained.
 
         Also use it to fill the arrays after ``model.to_empty()`` of a meta-device model."""
         need_unmerged(self._state, "reset()")
@@ -240,7 +240,7 @@ class Adapter:
         Raises
         ------
         TargetError
-            If it is merged, inactive, or a weight cannot be written to (quantised, sharded); nothing is changed.
+            If it is merged, inactive, or a weight cannot be written to (quantized, sharded); nothing is changed.
         ConfigError
             If the update depends on the input (LoDA).
         BackendError

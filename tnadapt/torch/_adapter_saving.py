@@ -70,7 +70,7 @@ def to_file(adapter: AdapterState) -> AdapterFile:
 
 
 def base_fingerprint(adapter: AdapterState) -> Fingerprint | None:
-    """Return the fingerprint of the adapted weights without the update; None if any is quantised."""
+    """Return the fingerprint of the adapted weights without the update; None if any is quantized."""
     need_base(adapter.model, adapter)
     return fingerprint_of([merging.original(adapter, index) for index in range(len(adapter.targets))])
 

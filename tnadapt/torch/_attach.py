@@ -238,9 +238,9 @@ def _strategy(
 ) -> tuple[str, Factoring | None]:
     config = plan.config
     weight = owner._parameters.get(target.parameter)
-    quantised = weight is None or not weight.is_floating_point() or quantized_type(owner) is not None
+    quantized = weight is None or not weight.is_floating_point() or quantized_type(owner) is not None
     # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
-    linear = quantised or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
+    linear = quantized or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
     how = factoring(plan, index) if own else None
     can_factor = how is not None
@@ -261,21 +261,21 @@ def _strategy(
             f"strategy='additive' needs a linear layer; {target.name} is read by {type(host).__name__} itself: "
             "use 'weight'"
         )
-    if wanted == "weight" and quantised:
-        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantised: use 'additive'")
+    if wanted == "weight" and quantized:
+        raise ConfigError(f"strategy='weight' cannot add to {target.name}, which is quantized: use 'additive'")
     if wanted != "auto":
         return wanted, how if wanted == "factored" else None
-    if own and not quantised:
+    if own and not quantized:
         device = weight.device.type if weight is not None else "cpu"
         chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]))
         return chosen, how if chosen == "factored" else None
     if can_factor:
         return "factored", how
-    if quantised and not own:
+    if quantized and not own:
         raise TargetError(
-            f"{target.name} is quantised and read by {type(host).__name__} itself: leave it out of the targets"
+            f"{target.name} is quantized and read by {type(host).__name__} itself: leave it out of the targets"
         )
-    return "additive" if quantised else "weight", None
+    return "additive" if quantized else "weight", None
 
 
 def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -291,7 +291,7 @@ def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> d
 
 
 def _weight_or_substitute(owner: nn.Module, parameter: str) -> torch.Tensor | None:
-    """Return the weight, or what a quantised layer has instead: it determines the device of the arrays."""
+    """Return the weight, or what a quantized layer has instead: it determines the device of the arrays."""
     weight: torch.Tensor | None = owner._parameters.get(parameter)
     weight = weight if weight is not None else next(itertools.chain(owner.parameters(), owner.buffers()), None)
     if weight is not None and weight.device.type == "meta" and hasattr(owner, "_hf_hook"):

@@ -69,8 +69,8 @@ class AttentionModule(NamedTuple):
         for name, makes in self.unclear:
             if not set(makes).isdisjoint(letters):
                 raise TargetError(
-                    f"{join(self.path, name)} of {type(self.module).__name__} seems to make {makes}, and with which "
-                    "weight or rows is not known: give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it, "
+                    f"{join(self.path, name)} of {type(self.module).__name__} seems to compute {makes}, but with which "
+                    "weight or rows is unknown: give tnadapt.Target(path, shape, role, rows=tnadapt.Rows(…)) for it, "
                     "or name other targets in a list of paths or with a function"
                 )
         layer = layer_of(plain(self.path))

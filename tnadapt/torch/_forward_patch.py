@@ -2,7 +2,7 @@
 
 A :class:`ForwardPatch` replaces the ``forward`` of one module instance. Nothing else about the module changes: class,
 path, parameters and state dict stay the same. Wrapping the module, as PEFT does, or changing its class, as
-parametrisations do, would be visible in names, state dicts and ``isinstance`` checks. A pair of hooks around the
+parametrizations do, would be visible in names, state dicts and ``isinstance`` checks. A pair of hooks around the
 forward could not clean up after an interrupted pass, for which torch runs no hook.
 
 - *weight*: ``x (W + ΔW)ᵀ``; the sum is rounded once to the weight's dtype, and recomputed in backward instead of
@@ -10,7 +10,7 @@ forward could not clean up after an interrupted pass, for which torch runs no ho
   other than their own module's forward, and weights of convolutions.
 - *factored*: ``x Wᵀ + s (x A) Bᵀ`` for one low-rank matrix per weight; ΔW is never formed. With an ``activation``
   between the two factors this is LoDA.
-- *additive*: ``x Wᵀ + x ΔWᵀ``, for weights that cannot be added to (quantised ones).
+- *additive*: ``x Wᵀ + x ΔWᵀ``, for weights that cannot be added to (quantized ones).
 
 A patch keeps no state of a running pass, so several threads may run the same module. Only ``_shadowed`` changes the
 module for the duration of a forward, under a lock.
@@ -59,7 +59,7 @@ class PatchedParameter:
     def tensor(self) -> Tensor:
         """The base weight as the module has it now."""
         found = self.owner._parameters.get(self.parameter)
-        # A parametrised weight is computed and not registered as a parameter.
+        # A parametrized weight is computed and not registered as a parameter.
         return cast(Tensor, getattr(self.owner, self.parameter) if found is None else found)
 
 

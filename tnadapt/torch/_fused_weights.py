@@ -60,7 +60,7 @@ def rows_of(
     except LayoutError as error:
         why = str(error)
     raise TargetError(
-        f"{path} makes {', '.join(letters)} with one weight of {out} rows, and which rows of a {type(parent).__name__} "
-        f"make which is not known: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored shape, 'q', "
-        "rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out by a list of paths or a function"
+        f"{path} computes {', '.join(letters)} with one weight of {out} rows, and the layout of the rows in a "
+        f"{type(parent).__name__} is unknown: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored shape, 'q', "
+        "rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out with a list of paths or a function"
     )

@@ -195,7 +195,7 @@ def _write(target: Target, weight: Tensor, matrix: Tensor) -> None:
 def original(adapter: AdapterState, index: int) -> Tensor | None:
     """Return a target's weight ``(rows, cols)`` without this adapter's update, merged or not; None if unknown.
 
-    A parametrised weight is returned as computed.
+    A parametrized weight is returned as computed.
     """
     if adapter.merged is not None:
         return adapter.merged[index].before
@@ -204,7 +204,7 @@ def original(adapter: AdapterState, index: int) -> Tensor | None:
 
 
 def numbers(owner: nn.Module, parameter: str) -> Tensor | None:
-    """Return a whole weight as numbers: gathered, computed if parametrised, dequantized; None if unknown."""
+    """Return a whole weight as numbers: gathered, computed if parametrized, dequantized; None if unknown."""
     quantized = quantized_type(owner)
     if quantized is not None:
         return quantized.dequantize(owner)
@@ -214,12 +214,12 @@ def numbers(owner: nn.Module, parameter: str) -> Tensor | None:
 
 
 def stored(adapter: AdapterState, index: int) -> Tensor | None:
-    """Return the parameter that holds a target; None if a quantised layer has none of that name."""
+    """Return the parameter that holds a target; None if a quantized layer has none of that name."""
     return owner_of(adapter, index)._parameters.get(adapter.targets[index].parameter)
 
 
 def computed(owner: nn.Module, parameter: str) -> Tensor | None:
-    """Return the current value of a parametrised weight; None if it is not parametrised."""
+    """Return the current value of a parametrized weight; None if it is not parametrized."""
     with torch.no_grad():
         return getattr(owner, parameter) if hasattr(owner, "parametrizations") else None
 
@@ -235,13 +235,13 @@ def _writable(adapter: AdapterState, index: int) -> Tensor:
     name = adapter.targets[index].name
     if weight is None and computed(owner_of(adapter, index), adapter.targets[index].parameter) is not None:
         raise TargetError(
-            f"{name} is parametrised (computed from other parameters), so an update cannot be merged into it; keep the "
+            f"{name} is parametrized (computed from other parameters), so an update cannot be merged into it; keep the "
             "adapter attached, or call torch.nn.utils.parametrize.remove_parametrizations() first"
         )
     # torch also counts float8 and narrower types as floating point, hence the check of the element size.
     packed = quantized_type(owner_of(adapter, index)) is not None
     if packed or weight is None or not weight.is_floating_point() or weight.element_size() < 2:
-        raise TargetError(f"{name} is quantised: an update cannot be merged into it; keep the adapter attached")
+        raise TargetError(f"{name} is quantized: an update cannot be merged into it; keep the adapter attached")
     if is_sharded(weight):
         raise TargetError(f"{name} is sharded over processes: save the adapter and merge it in one process")
     if weight.device.type == "meta":

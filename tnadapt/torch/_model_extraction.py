@@ -77,7 +77,7 @@ def extract(
     Raises
     ------
     TargetError
-        If a target is not in both models, has another shape, or is quantised.
+        If a target is not in both models, has another shape, or is quantized.
     ShapeError, ConfigError
         If an update is not finite, the config does not suit the weights, or no rank reaches the error. The base is then
         unchanged.
@@ -166,7 +166,7 @@ def _weight(base: nn.Module, target: Target) -> Tensor:
     weight = merging.computed(owner, target.parameter) if weight is None else weight
     if weight is None or not weight.is_floating_point():
         raise TargetError(
-            f"{target.name} is quantised in the base, so its change cannot be computed: leave it out of the targets"
+            f"{target.name} is quantized in the base, so its change cannot be computed: leave it out of the targets"
         )
     if weight.device.type == "meta":
         raise TargetError(f"{target.name} is on the meta device and has no values: load the model's weights first")

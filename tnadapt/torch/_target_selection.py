@@ -52,7 +52,7 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     ------
     TargetError
         If nothing is found, an entry of a list matches nothing, the layout of a fused weight or the shape of a
-        quantised weight is unknown, a weight is tied and ``untie`` is false, or an embedding has ``sparse=True`` or a
+        quantized weight is unknown, a weight is tied and ``untie`` is false, or an embedding has ``sparse=True`` or a
         ``max_norm``.
 
     Examples

@@ -31,7 +31,7 @@ class Weight(NamedTuple):
         Dotted path of its module, and its name there.
     module : Module
     stored : tuple of int, optional
-        Shape in which the model stores it, before quantisation; None if the module does not reveal it.
+        Shape in which the model stores it, before quantization; None if the module does not reveal it.
     kind : {"linear", "conv", "other"}
         "other" is an embedding or a matrix of an unknown module: it becomes a target only where it is named.
     transposed : bool
@@ -68,7 +68,7 @@ class Weight(NamedTuple):
             raise TargetError(f"{self.name} of {type(self.module).__name__} has no shape yet; run the model once first")
         if self.stored is None:
             raise TargetError(
-                f"{self.name} of {type(self.module).__name__} is quantised, and the module has no in_features and "
+                f"{self.name} of {type(self.module).__name__} is quantized, and the module has no in_features and "
                 "out_features that tell its shape: leave it out, or give tnadapt.Target(path, shape, …) yourself"
             )
         return Target(self.path, self.stored, role, self.parameter, rows, self.transposed, layer)
@@ -188,7 +188,7 @@ def _weight(path: str, module: nn.Module) -> Weight | None:
     own = quantized_type(module)
     if own is not None:
         return Weight(path, "weight", module, own.shape(module), "linear")
-    # It need not be a parameter: it may be parametrised, quantised, or a method of this name.
+    # It need not be a parameter: it may be parametrized, quantized, or a method of this name.
     weight: Any = module._parameters.get("weight")
     weight = getattr(module, "weight", None) if weight is None else weight
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)

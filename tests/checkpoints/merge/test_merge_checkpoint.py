@@ -105,7 +105,7 @@ def test_it_is_the_sum_rounded_and_nothing_else_is_touched(
     expected = cp.merged(tensors, targets, exact(file), dtype)
     found = cp.read(where[1])
     if not same(found, expected):
-        # Slices and wholes may differ in the last bit of float64: then two sums are neighbours, and no more.
+        # Slices and wholes may differ in the last bit of float64: then two sums are neighbors, and no more.
         for name, (tag, array) in found.items():
             assert tag == expected[name][0]
             wide = cp.numbers(array, dtype) if tag == cp.TAGS[dtype] else array.astype(np.float64)
@@ -484,7 +484,7 @@ def test_a_base_of_two_dtypes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tag", ["I8", "U8", "F8_E4M3", "F4", "I32", "BOOL"])
-def test_a_quantised_target_is_named(tag: str, tmp_path: Path) -> None:
+def test_a_quantized_target_is_named(tag: str, tmp_path: Path) -> None:
     base, adapter, _ = small(tmp_path)
     header = {"layer.1.q.weight": {"dtype": tag, "shape": [6, 4], "data_offsets": [0, 96]}}
     width = {"I32": 4, "F4": 0.5}.get(tag, 1)
@@ -500,7 +500,7 @@ def test_a_packed_checkpoint_says_what_it_has(tmp_path: Path) -> None:
     targets = [T("layer.0.q", (6, 4), "q")]
     tensors = {"layer.0.q.qweight": ("U8", np.zeros((6, 2), "<u1")), "layer.0.q.scales": ("F16", np.ones(6, "<f2"))}
     message = refused(tmp_path, cp.write(tmp_path / "base", tensors), cp.adapter(P.lora(1), targets))
-    assert "its module has 'layer.0.q.qweight', 'layer.0.q.scales': is the checkpoint quantised?" in message
+    assert "its module has 'layer.0.q.qweight', 'layer.0.q.scales': is the checkpoint quantized?" in message
 
 
 def test_other_names_shapes_and_kinds(tmp_path: Path) -> None:
@@ -655,7 +655,7 @@ if point == "copy":
     kill_at(shards, "copy_range", True)
 elif point == "tensor":
     kill_at(shards, "write_at")
-elif point == "synchronised":
+elif point == "synchronized":
     kill_at(os, "fsync", True)
 elif point == "state":
     kill_at(journal.MergeJournal, "finished", True)
@@ -681,8 +681,8 @@ def done_in(left: Path) -> list[str]:
 
 
 POINTS = [
-    ("copy", 1), ("copy", 3), ("tensor", 1), ("tensor", 2), ("tensor", 3), ("synchronised", 1), ("synchronised", 4),
-    ("synchronised", 7), ("state", 1), ("state", 2), ("replaced", 2), ("replaced", 4),
+    ("copy", 1), ("copy", 3), ("tensor", 1), ("tensor", 2), ("tensor", 3), ("synchronized", 1), ("synchronized", 4),
+    ("synchronized", 7), ("state", 1), ("state", 2), ("replaced", 2), ("replaced", 4),
 ]  # fmt: skip
 
 

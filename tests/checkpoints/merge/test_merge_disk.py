@@ -41,7 +41,7 @@ PARTIAL = ".tnadapt-partial"
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: these tests synchronise often."""
+    """A folder in memory where there is one: these tests synchronize often."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         yield tmp_path
@@ -87,14 +87,14 @@ def test_everything_is_on_the_disk_before_it_is_published_and_the_name_after(set
     for path in files:
         steps = [call.name for call in before if call.paths[0] == str(path)]
         assert steps[0] == "create"
-        assert steps[-1] == "fsync", f"{path.name} was written to after it was synchronised"
+        assert steps[-1] == "fsync", f"{path.name} was written to after it was synchronized"
     folders = {path.parent for path in files} | ({made} if not setting.single else set())
     for folder in folders:
         last = [
             number for number, call in enumerate(before)
             if call.name in ("create", "mkdir") and Path(call.paths[0]).parent == folder
         ][-1]  # fmt: skip
-        assert Call("fsync", (str(folder),)) in before[last:], f"{folder.name} was not synchronised"
+        assert Call("fsync", (str(folder),)) in before[last:], f"{folder.name} was not synchronized"
 
     # The state no longer promises anything of `files`, on the disk, before they may be the old output.
     states = [number for number, call in enumerate(before) if call.paths[-1].endswith("state.json")]
@@ -105,7 +105,7 @@ def test_everything_is_on_the_disk_before_it_is_published_and_the_name_after(set
     # Linking takes the old name away at once.
     first = deletions[1 if calls[at].name == "link" else 0]
     for folder in (where.out.parent, made.parent):
-        assert Call("fsync", (str(folder),)) in after[:first], f"{folder.name} was not synchronised"
+        assert Call("fsync", (str(folder),)) in after[:first], f"{folder.name} was not synchronized"
 
 
 @pytest.mark.law("power-failure")

@@ -22,16 +22,16 @@ def cloud(count: int, width: int, seed: int = 0) -> np.ndarray:
 @given(st.integers(6, 40))
 def test_a_ring_has_the_eigenvalues_of_its_circulant(count: int) -> None:
     angles = 2 * np.pi * np.arange(count) / count
-    # A little unequal radii would not do: of equal distances, either may be taken. Two neighbours are unique.
+    # A little unequal radii would not do: of equal distances, either may be taken. Two neighbors are unique.
     points = np.stack([np.cos(angles), np.sin(angles)], 1)
     expected = np.exp(-np.outer(TIMES, 1 - np.cos(angles))).mean(1)
-    np.testing.assert_allclose(heat_trace(points, TIMES, neighbours=2), expected, rtol=1e-10)
+    np.testing.assert_allclose(heat_trace(points, TIMES, neighbors=2), expected, rtol=1e-10)
 
 
 @given(st.integers(2, 20))
-def test_of_all_neighbours_the_graph_is_complete(count: int) -> None:
+def test_of_all_neighbors_the_graph_is_complete(count: int) -> None:
     expected = (1 + (count - 1) * np.exp(-TIMES * count / (count - 1))) / count
-    np.testing.assert_allclose(heat_trace(cloud(count, 3), TIMES, neighbours=count - 1), expected, rtol=1e-10)
+    np.testing.assert_allclose(heat_trace(cloud(count, 3), TIMES, neighbors=count - 1), expected, rtol=1e-10)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -56,7 +56,7 @@ def test_beyond_2048_points_it_is_estimated(monkeypatch: pytest.MonkeyPatch) -> 
     assert 0 < msid(cloud(2049, 2), cloud(2049, 2, 1)) < 100
 
 
-def test_points_that_lie_on_one_another_are_not_their_own_neighbours() -> None:
+def test_points_that_lie_on_one_another_are_not_their_own_neighbors() -> None:
     points = np.repeat(cloud(12, 2), 8, axis=0)
     found = heat_trace(points, [0.0, 1.0])
     assert found[0] == pytest.approx(1.0)

@@ -36,7 +36,7 @@ _UNFOLDINGS = 16
 
 
 class Format:
-    """A parametrisation of tensors of given sizes by a few arrays.
+    """A parametrization of tensors of given sizes by a few arrays.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Format:
     title : str
         Display name of the format; the class's name by default.
     ones : frozenset of str
-        Arrays that are initialised to one.
+        Arrays that are initialized to one.
     unfolds : bool
         Whether :meth:`inner` returns a number for every cut of a tensor of integer rank. False for a format that does
         not define ``inner``.
@@ -246,7 +246,7 @@ class Format:
         """Return the format of a sum of terms, their arrays concatenated along the last axis; None if there is none."""
         return None
 
-    # -- Used by the initialisation ------------------------------------------------------------
+    # -- Used by the initialization ------------------------------------------------------------
 
     def num_terms_per_array(self, name: str) -> int:
         """Return how many elements of one array each element of the tensor sums over. Default: from the formula."""

@@ -36,7 +36,7 @@ class TensorTrain(Format):
         wanted = (rank,) * inner if isinstance(rank, int) else rank
         left = itertools.accumulate(self.sizes[:-1], lambda a, b: a * b)
         right = reversed(list(itertools.accumulate(reversed(self.sizes[1:]), lambda a, b: a * b)))
-        # A rank is never None here: a train has a bond between any two neighbouring modes, and Config checks this.
+        # A rank is never None here: a train has a bond between any two neighboring modes, and Config checks this.
         cut = [min(r or 1, before, after) for r, before, after in zip(wanted, left, right, strict=True)]
         self.ranks: tuple[int, ...] = (1, *cut, 1)
         return {f"core{mode}": (self.ranks[mode], size, self.ranks[mode + 1]) for mode, size in enumerate(self.sizes)}

@@ -162,7 +162,7 @@ class Map(FixedArrays):
     def gain(self) -> float:
         """Return the root mean square of ``F δ`` for white noise δ with the mean square of ``Fᵀ g``, g white.
 
-        It is the gain of a gradient step through F, with the two passes treated as independent. The initialisation
+        It is the gain of a gradient step through F, with the two passes treated as independent. The initialization
         scales the random arrays by it.
         """
         return self.squared_norm() / math.sqrt(self.n_in * self.n_out)

@@ -1,6 +1,6 @@
 """Loops of the Hadamard transform: all stages of a block in the cache, and stages across distant rows.
 
-Stage s pairs elements ``unit * 2**s`` apart, where unit is the distance of neighbours along the axis. Every schedule
+Stage s pairs elements ``unit * 2**s`` apart, where unit is the distance of neighbors along the axis. Every schedule
 runs from the lowest stage to the highest, so that all of them compute the same sums in the same order, and with them
 the same bits. The first stage applies the scale as it reads its input.
 """

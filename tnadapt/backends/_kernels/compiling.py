@@ -27,7 +27,7 @@ _ROOMS = Path(__file__).parent
 
 def compiled(function: Function) -> Function:
     """Decorate a function to be compiled for each combination of argument types, or loaded from the cache on disk."""
-    # Division by zero behaves as in NumPy; Python's check for it would prevent vectorised loops.
+    # Division by zero behaves as in NumPy; Python's check for it would prevent vectorized loops.
     made: Any = numba.njit(nogil=True, error_model="numpy")(function)
     try:
         made._cache = _Kept(function)

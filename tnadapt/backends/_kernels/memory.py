@@ -18,7 +18,7 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-    """Return an uninitialised array that begins at a cache line; NumPy's own arrays begin 16 bytes after one.
+    """Return an uninitialized array that begins at a cache line; NumPy's own arrays begin 16 bytes after one.
 
     A SIMD vector as wide as a cache line touches two lines if it is not aligned, which takes up to 1.7 times as long.
     Small arrays are not aligned: that would take longer than it saves.

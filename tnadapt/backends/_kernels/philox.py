@@ -1,6 +1,6 @@
 """Compiled streams of :mod:`tnadapt.algebra.rng`, with the same bits.
 
-The code consists of branch-free loops over short arrays that stay in the cache, so that the compiler vectorises them: a
+The code consists of branch-free loops over short arrays that stay in the cache, so that the compiler vectorizes them: a
 round of the Feistel network and a branch of AS 241 are one loop each. The reference implementation is
 :mod:`tnadapt.algebra.rng`. The operations and their order are the same here, and the compiler may not change them (no
 ``fastmath``: no fused multiply-add, no reordered sums).
@@ -45,7 +45,7 @@ def _philox(block, purpose, group, seed):
     """Compute the four words of one block, as 64-bit numbers below 2**32."""
     low, half = uint64(0xFFFFFFFF), uint64(32)
     state = (block & low, block >> half, purpose, group, seed & low, seed >> half)
-    # Unrolled by hand: a loop over the rounds would keep the compiler from vectorising over blocks.
+    # Unrolled by hand: a loop over the rounds would keep the compiler from vectorizing over blocks.
     state = _philox_round(*state)
     state = _philox_round(*state)
     state = _philox_round(*state)

@@ -1,6 +1,6 @@
 """Butterflies in SIMD registers, written as LLVM intrinsics.
 
-numba's vectoriser does not keep several vectors in registers over several butterfly stages. These intrinsics
+numba's vectorizer does not keep several vectors in registers over several butterfly stages. These intrinsics
 do: they emit LLVM code with explicit vectors as wide as the host's registers, and with unaligned loads and
 stores. They can only be called from compiled code.
 """

@@ -1,6 +1,6 @@
 """The Hadamard transform along one axis of an array: its passes over memory, and their division among threads.
 
-The lowest stages pair neighbours, the highest stages distant elements. The first pass over memory therefore processes
+The lowest stages pair neighbors, the highest stages distant elements. The first pass over memory therefore processes
 blocks that fit in the level 2 cache and does all stages within each block, the lowest of them in parts that fit in the
 level 1 cache. Each further pass does up to eight stages across distant rows, one strip of columns at a time. 2**26
 numbers take two passes.
@@ -121,7 +121,7 @@ class _Pass(NamedTuple):
 def _planned(shape: tuple[int, ...], axis: int, itemsize: int, threads: int) -> tuple[_Pass, ...]:
     """Plan the passes of a transform along an axis, for an array that is not empty."""
     bits = shape[axis].bit_length() - 1
-    unit = math.prod(shape[axis % len(shape) + 1 :])  # distance of neighbours along the axis
+    unit = math.prod(shape[axis % len(shape) + 1 :])  # distance of neighbors along the axis
     outer = math.prod(shape) // (unit << bits)
     run = low_run(itemsize)
     low = min(bits, (run // unit).bit_length() - 1) if unit < run and unit & (unit - 1) == 0 else 0

@@ -133,7 +133,7 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
     module = name.rpartition(".")[0]
     packed = [entry for entry in entries if entry.startswith(f"{module}.")] if module else []
     if packed:
-        near = f"its module has {summarize(packed)}: is the checkpoint quantised?"
+        near = f"its module has {summarize(packed)}: is the checkpoint quantized?"
     else:
         close = difflib.get_close_matches(name, entries, 3, 0.5)
         near = f"nearest: {', '.join(map(safe_repr, close))}" if close else f"it has {summarize(entries)}"
@@ -153,11 +153,11 @@ def _missing(checkpoint: Checkpoint, missing: list[str], targets: int, alike: bo
 
 def _check_target(target: Target, entry: Entry) -> None:
     if entry.dtype not in FLOATS:
-        kind = "no weight" if entry.dtype in ("BOOL", "C64") else "quantised or packed"
+        kind = "no weight" if entry.dtype in ("BOOL", "C64") else "quantized or packed"
         raise FileError(
             f"{safe_repr(target.name)} is {entry.dtype}, {kind}: an update cannot be added to it. Merge into a "
             "checkpoint "
-            "of the model in bfloat16, float16 or float32, and quantise the result"
+            "of the model in bfloat16, float16 or float32, and quantize the result"
         )
     if entry.shape != target.stored:
         raise FileError(

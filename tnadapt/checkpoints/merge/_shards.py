@@ -100,7 +100,7 @@ class Writer:
                 for shard, copied in zip(shards, copies, strict=True):
                     self._compute(shard, (copied, beside), writer)
                     copied.result()
-                    synced.append(syncer.submit(_synchronise, shard.out, shard.finished))
+                    synced.append(syncer.submit(_synchronize, shard.out, shard.finished))
                 for future in (beside, *synced):
                     future.result()
             except BaseException:
@@ -169,7 +169,7 @@ class Writer:
             dirty += count
             if dirty >= _FLUSHED and (flushed is None or flushed.done()):
                 # Flush early, so that the disk is busy from the start and little is left at the end.
-                dirty, flushed = 0, syncer.submit(_synchronise, out)
+                dirty, flushed = 0, syncer.submit(_synchronize, out)
 
         with open(file, "rb", buffering=0) as source, open(out, "r+b", buffering=0) as target:
             for start, at, count in runs:
@@ -181,7 +181,7 @@ class Writer:
             self._on_bytes(len(content))
 
 
-def _synchronise(path: str, finished: Callable[[], None] | None = None) -> None:
+def _synchronize(path: str, finished: Callable[[], None] | None = None) -> None:
     sync_file(path)
     if finished is not None:
         finished()

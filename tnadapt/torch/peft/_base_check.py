@@ -64,7 +64,7 @@ def check_base(handle: Adapter, saved: dict[str, Any]) -> None:
 
 
 def base_dtype(handle: Adapter) -> torch.dtype:
-    """Return the dtype of the adapted weights, promoted if they differ; float32 if all are quantised."""
+    """Return the dtype of the adapted weights, promoted if they differ; float32 if all are quantized."""
     stored = [merging.stored(handle._state, index) for index in range(len(handle.targets))]
     dtypes = [weight.dtype for weight in stored if weight is not None]
     # torch counts float8 types as floating point, but cannot compute in them.

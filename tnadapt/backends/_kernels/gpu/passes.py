@@ -1,7 +1,7 @@
 """Division of a long Hadamard transform into passes over memory on a GPU.
 
 ``H`` of ``2**bits`` points is a Kronecker product of smaller matrices, one pass for each. The first pass transforms
-runs of neighbouring points; every later pass transforms points that are a stride apart, with enough adjacent columns to
+runs of neighboring points; every later pass transforms points that are a stride apart, with enough adjacent columns to
 fill a tile. The constants were not tuned on a device; their comments give the reasons for them.
 """
 
@@ -31,7 +31,7 @@ class Pass(NamedTuple):
     rows: int
     """Rows of a tile: the points that are combined if the stride is not 1."""
     columns: int
-    """Columns of a tile: neighbours in memory."""
+    """Columns of a tile: neighbors in memory."""
 
     def tiles(self, points: int) -> int:
         """Return the number of tiles for that many points; the last tile may be incomplete."""

@@ -38,7 +38,7 @@ def tile_rows(ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def transform(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, STRIDE: tl.constexpr):
-    """Transform a tile without scaling: over 2**BITS neighbours, or (STRIDE not 1) over the ROWS of each column."""
+    """Transform a tile without scaling: over 2**BITS neighbors, or (STRIDE not 1) over the ROWS of each column."""
     N: tl.constexpr = ROWS * COLUMNS
     if STRIDE == 1:
         x = butterflies(tl.reshape(x, (N,)), N, BITS)
