@@ -61,6 +61,6 @@ def rows_of(
         why = str(error)
     raise TargetError(
         f"{path} computes {', '.join(letters)} with one weight of {out} rows, and the layout of the rows in a "
-        f"{type(parent).__name__} is unknown: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored shape, 'q', "
-        "rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out with a list of paths or a function"
+        f"{type(parent).__name__} is unknown: {why}; give the rows, targets=[tnadapt.Target({path!r}, stored shape, "
+        "'q', rows=tnadapt.Rows(start, length, stride, count)), …], or leave it out with a list of paths or a function"
     )
