@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import tnadapt as tna
-from tnadapt.algebra.maps.hadamard import fwht_plain
+from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
 from tnadapt.backends import load_backend
 from tnadapt.backends._kernels import kernels
 

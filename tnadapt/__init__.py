@@ -15,8 +15,8 @@ from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
 from .algebra.formats import register_format
 from .algebra.geometry import geometry
 from .algebra.maps import register_map
-from .algebra.maps.hadamard import fwht
 from .algebra.maps.projection import Projection
+from .algebra.maps.walsh_hadamard import fwht
 from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from .algebra.sources import register_source
 from .algebra.superlora import SuperLoRA, parameter_count

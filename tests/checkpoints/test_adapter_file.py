@@ -14,7 +14,7 @@ import pytest
 import tnadapt as tna
 from tests.conftest import relative_error
 from tnadapt import AdapterFile, BackendError, Config, ConfigError, ShapeError, SuperLoRA, Target
-from tnadapt.checkpoints._adapter_fit import _arrays_of_group
+from tnadapt.checkpoints._expected_arrays import _arrays_of_group
 from tnadapt.checkpoints.fingerprint import fingerprint
 
 TARGETS = (

@@ -1,4 +1,4 @@
-"""The integer part of a plan: its groups, their networks, and the names and shapes of their arrays."""
+"""The integers of a plan: groups, lengths before and after F (ρ), parameter counts, shapes of arrays."""
 
 from __future__ import annotations
 

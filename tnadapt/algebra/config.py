@@ -1,4 +1,4 @@
-"""Config, the settings of an adapter: immutable and validated. It computes nothing."""
+"""Config, the settings of an adapter (r, M, K, G, ρ, α and others): immutable and validated."""
 
 from __future__ import annotations
 

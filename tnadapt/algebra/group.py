@@ -1,4 +1,4 @@
-"""One group of a plan: its network, its map F, its arrays, and the update they make."""
+"""One group: its network, its map F (shared or its own), its arrays, and the update they compute."""
 
 from __future__ import annotations
 

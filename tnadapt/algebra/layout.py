@@ -1,4 +1,4 @@
-"""Layout of the weights in the groups: integer arithmetic only.
+"""How N weights form one long vector (``vec``, concatenated), and how it is cut into G groups.
 
 The updates of all weights form one long vector: weight after weight, each in C order. A layout cuts it into G groups.
 Paper: appendix A.3, figure 13.

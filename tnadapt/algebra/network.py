@@ -1,6 +1,7 @@
-"""The tensor network of one group: ``scale * sum_t kron_k(split_tk)``, as a whole vector or any slice of it.
+"""The tensor network of one group before F: a scaled sum of Kronecker or Hadamard products of splits.
 
-In the paper, the argument of F in equation (2). Symbols: T terms, K splits, M modes.
+``scale * sum_t kron_k(split_tk)``, the argument of F in equation (2) of the paper; for LoHa, elementwise products.
+Symbols: T terms, K splits, M modes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensor products: CP, Tucker, tensor train, Kronecker, Hadamard; written with matmul, reshape and ``*``.
+"""Tensor products: mode products, CP, Tucker, tensor train, Kronecker, Hadamard, as array operations.
 
 The conventions are TensorLy's: factors are ``(size, rank)``, a CP tensor is ``(weights, factors)``, a Tucker tensor
 ``(core, factors)``, a tensor train a list of ``(r_left, size, r_right)``. TensorLy's CPTensor, TuckerTensor and

@@ -1,4 +1,4 @@
-"""Fixed random numbers with the same bits on every machine, backend and release.
+"""Seeded random streams (Philox): words, signs, normals and permutations, the same bits on every machine.
 
 Each element is a pure function of ``(seed, group, purpose, index)``, so any slice can be drawn without
 the rest, and in any order. Words come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as

@@ -1,4 +1,4 @@
-"""Bit-exact ``W + ΔW``: the arithmetic of merging, in memory and on disk.
+"""Arithmetic of merging: ``W + ΔW`` computed in float64 and rounded, bit-identical in memory and on disk.
 
 **ΔW** is computed in float64 from the adapter's arrays, cast to float64. **The sum** ``W + ΔW`` is computed in
 float64, rounded to float32, and then to the weight's dtype: two roundings to nearest, ties to even, which are the same

@@ -16,7 +16,7 @@ from tnadapt.errors import FileError, TnadaptError, safe_repr, summarize
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
-from ._adapter_fit import MAX_LEFT_OUT
+from ._expected_arrays import MAX_LEFT_OUT
 from ._json_scan import MAX_VALUE, Elements, Later, lazy_object
 from .adapter_file import AdapterFile
 from .fingerprint import Fingerprint

@@ -1,4 +1,4 @@
-"""The content of an adapter file as an object: a config, targets and arrays that are consistent."""
+"""AdapterFile, the content of an adapter file in memory: a config, targets and arrays that fit together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, pluralize, saf
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
 
-from ._adapter_fit import MAX_DRAWN, MAX_LEFT_OUT, check_fit, checked_trained, drawn, plan_of
+from ._expected_arrays import MAX_DRAWN, MAX_LEFT_OUT, check_fit, checked_trained, drawn, plan_of
 from .container import DTYPES
 from .fingerprint import Fingerprint
 

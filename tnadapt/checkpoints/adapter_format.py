@@ -1,4 +1,4 @@
-"""Adapter files: the parameters of an adapter and its recipe in one safetensors file, readable with NumPy alone.
+"""Save and load adapter files, and the specification of their format: one safetensors file.
 
 **Format version 1.** A safetensors file (described in :mod:`tnadapt.checkpoints.container`) with these tensors:
 
@@ -69,8 +69,8 @@ from tnadapt.algebra.config import Config
 from tnadapt.errors import FileError, pluralize, safe_repr, summarize
 from tnadapt.targets.target import Target
 
-from ._adapter_fit import check_fit, drawn, plan_of
 from ._adapter_recipe import ENTRY, parse_recipe, recipe_of, recipe_text
+from ._expected_arrays import check_fit, drawn, plan_of
 from ._header import read_header
 from .adapter_file import KEPT, AdapterFile
 from .atomic_files import replace_file

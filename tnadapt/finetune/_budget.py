@@ -1,4 +1,4 @@
-"""The largest setting of each family within a budget of parameters."""
+"""For ``tnadapt finetune --budget``: the largest setting of each family within a budget of parameters."""
 
 from __future__ import annotations
 

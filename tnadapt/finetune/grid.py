@@ -1,4 +1,4 @@
-"""The settings to compare: a default grid, or presets by name."""
+"""For ``tnadapt finetune``: the settings to train, a default grid or presets by name."""
 
 from __future__ import annotations
 

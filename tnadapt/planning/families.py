@@ -1,4 +1,4 @@
-"""The families of settings that a plan compares: those of the paper's table 1, and settings between them."""
+"""The methods that ``plan`` compares, as families of settings: table 1 of the paper, and between them."""
 
 from __future__ import annotations
 

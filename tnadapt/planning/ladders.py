@@ -1,4 +1,4 @@
-"""Families of settings of growing size, and the search for the largest one within a budget."""
+"""The settings of a family in order of size, and the search for the largest within a budget."""
 
 from __future__ import annotations
 

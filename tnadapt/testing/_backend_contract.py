@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tnadapt.algebra.maps import Linear, LinearV2, Shuffle
-from tnadapt.algebra.maps.hadamard import fwht_plain
+from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import FLOAT_DTYPES, OPTIONAL, Array, FixedArrays
 from tnadapt.errors import BackendError

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra import rng
-from tnadapt.algebra.maps.hadamard import fwht
 from tnadapt.algebra.maps.projection import Projection
+from tnadapt.algebra.maps.walsh_hadamard import fwht
 from tnadapt.algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array

@@ -1,4 +1,4 @@
-"""The module whose forward uses a weight, found by static analysis of source code.
+"""Find the module whose forward uses a weight, where an adapter has to act, by analysis of its source code.
 
 Usually it is the module that holds the weight. Some parents read a child's weight directly and never call the child:
 timm's BEiT, ``F.linear(x, self.qkv.weight, bias)``; the fast path of :class:`torch.nn.TransformerEncoderLayer`. This is

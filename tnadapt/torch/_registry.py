@@ -1,4 +1,4 @@
-"""The adapters of a model and their mixing weights."""
+"""The adapters that are attached to a model, and the weights of their mix."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
-from tnadapt.algebra.maps.hadamard import fwht_plain
+from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.5")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tests.conftest import relative_error
-from tnadapt.algebra.maps.hadamard import fwht_plain
+from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
 from tnadapt.backends import load_backend
 
 pytest.importorskip("numba", reason="numba, which compiles the kernels, is not installed")

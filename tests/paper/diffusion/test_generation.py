@@ -278,7 +278,10 @@ def test_a_model_of_ones_own(done: tuple[Path, Any], data: Path, cache: Path, tm
     found = generation_of(tiny(), tmp_path, data=str(data), model=str(base)).bench
     assert found.weights.keys() == found.model().state_dict().keys()
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    for name, word in (("other.safetensors", "is not a U-Net of 1 channels and width 32"), ("none", "cannot read the model")):
+    for name, word in (
+        ("other.safetensors", "is not a U-Net of 1 channels and width 32"),
+        ("none", "cannot read the model"),
+    ):
         with pytest.raises(tna.TnadaptError, match=word):
             generation_of(tiny(), tmp_path, data=str(data), model=str(tmp_path / name))
 

@@ -1,4 +1,4 @@
-"""CP: sums of outer products of vectors, with or without a weight per component."""
+"""CP: sums of outer products; the core is the identity, or diagonal with a weight per component."""
 
 from __future__ import annotations
 

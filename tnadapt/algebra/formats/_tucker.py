@@ -1,4 +1,4 @@
-"""Tucker: a core, and a factor for each mode or for some of the modes."""
+"""Tucker: a core C, and a plane factor A_m for each mode or for some of the modes."""
 
 from __future__ import annotations
 

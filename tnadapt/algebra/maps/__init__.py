@@ -3,7 +3,7 @@
 Each map is one class in one file. It defines its forward pass and the fixed arrays that it draws; all that the
 initialization, the planner, the file formats and the solvers need is derived from these, or overridden (:class:`Map`).
 A new built-in map needs one more file and one more line in :data:`MAPS`; another package calls
-``tnadapt.register_map``. :class:`tnadapt.testing.MapContract` tests both kinds. ``hadamard`` is the Walsh-Hadamard
+``tnadapt.register_map``. :class:`tnadapt.testing.MapContract` tests both kinds. ``walsh_hadamard`` is the
 transform, and ``projection`` is the user-facing class of a map.
 """
 

@@ -1,4 +1,4 @@
-"""The fixed vectors and matrices of a fastfood transform, drawn whole or in pieces."""
+"""The draws of fastfood: permutation Π, normal diagonals 𝒢 and 𝒢', signs ℬ, whole or in pieces."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tnadapt.backends.backend import Array
 from ._digest import digest_of
 from ._fastfood_draws import FastfoodDraws, hadamard_rows
 from ._map import Map
-from .hadamard import fwht_last
+from .walsh_hadamard import fwht_last
 
 __all__ = ["Linear", "LinearV2"]
 

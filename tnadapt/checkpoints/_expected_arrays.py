@@ -1,4 +1,4 @@
-"""The arrays implied by a config and its targets: their shapes, and the frozen ones that a file may omit."""
+"""The arrays that a config and its targets imply: their shapes, and the frozen ones a file may omit."""
 
 from __future__ import annotations
 

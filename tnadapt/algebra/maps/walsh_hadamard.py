@@ -1,4 +1,4 @@
-"""The fast Walsh–Hadamard transform."""
+"""The fast Walsh–Hadamard transform H."""
 
 from __future__ import annotations
 
