@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.conftest import relative_error
+from tests.conftest import peak_of, relative_error
 from tnadapt.algebra import rng as draws
+from tnadapt.algebra.init import STEP
 from tnadapt.algebra.sources import SOURCES, Source, SourceMap, Stream, Trained, source_from_dict, source_to_dict
-from tnadapt.backends import Backend
+from tnadapt.backends import Backend, load_backend
 from tnadapt.plugins import forget_registered
 from tnadapt.testing import SourceContract
 
@@ -84,7 +86,11 @@ def test_trained_everywhere_is_the_default() -> None:
         ({3: Trained()}, r"a key of sources is the name of an array.*got 3"),
         ({"factor0": "trained"}, r"sources\['factor0'\] must be a source, such as .*Trained\(\); got 'trained'"),
         ({"factor0": Trained}, r"sources\['factor0'\] must be a source"),
-        ({"factor0": {"source": "seeded"}}, r"source must be one of 'trained'; got 'seeded'.*install the plug-in"),
+        (None, r"sources must be a mapping of array names to sources, .*got None"),
+        (
+            {"factor0": {"source": "seeded"}},
+            r"sources\['factor0'\]: source must be one of 'trained'; got 'seeded'.*install the plug-in",
+        ),
         ({"factor0": {"std": 1.0}}, r"a source must be a mapping with its name as 'source'; got \{'std': 1.0\}"),
         ({"factor0": {"source": "trained", "std": 1}}, r"source 'trained' has no field 'std'; it has no fields"),
     ],
@@ -145,7 +151,7 @@ def test_missing_and_unknown_fields_are_refused() -> None:
 
 
 def test_only_sources_can_be_registered() -> None:
-    with pytest.raises(tna.ConfigError, match=r"a source is a class that inherits from .*Source; got <class 'int'>"):
+    with pytest.raises(tna.ConfigError, match=r"must be a class that inherits from .*Source; got <class 'int'>"):
         tna.register_source("int", int)  # type: ignore[arg-type]
     with pytest.raises(tna.ConfigError, match="source 'trained' is built in and cannot be replaced"):
         tna.register_source("trained", Normal)
@@ -266,24 +272,150 @@ class Wrong(Source):
     what: str = "shape"
 
     def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
-        made = {"shape": np.zeros((1, 1)), "nan": np.full(shape, np.nan), "int": np.zeros(shape, int)}
+        if self.what == "raises":
+            raise KeyError("no such table")
+        made = {
+            "shape": np.ones((1, 1)), "int": np.ones(shape, int), "nan": np.full(shape, np.nan),
+            "large": np.full(shape, 1e300), "half": np.full(shape, 1e5), "zeros": np.zeros(shape),
+        }  # fmt: skip
         return made[self.what]
 
 
-@pytest.mark.parametrize("what", ["shape", "nan", "int"])
-def test_a_source_that_returns_something_else_is_named(what: str) -> None:
-    plan = tna.SuperLoRA(tna.Config(sources={"factor1": Wrong(what)}), SHAPES)
-    with pytest.raises(tna.ConfigError, match=r"Wrong\(what=.* must return finite .* of shape \(4, 4\) for 'split0"):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "shape",
+            r"must compute floating-point numbers of shape \(4, 4\) for 'split0.factor1'; it returned float64 of",
+        ),
+        ("int", r"must compute floating-point numbers of shape \(4, 4\) .*; it returned int64"),
+        ("nan", r"computes NaN, infinity, or numbers beyond float32 for 'split0.factor1'"),
+        ("large", r"computes NaN, infinity, or numbers beyond float32"),
+        ("zeros", r"computes only zeros for 'split0.factor1', so that nothing could be trained"),
+        ("raises", r"failed to compute 'split0.factor1': KeyError: 'no such table'"),
+    ],
+)
+def test_a_source_that_returns_something_else_is_named(what: str, message: str) -> None:
+    plan = tna.SuperLoRA(tna.Config(format="cp-weighted", sources={"factor1": Wrong(what)}), SHAPES)
+    with pytest.raises(tna.ConfigError, match=r"Wrong\(what=.* " + message):
         plan.deltas(plan.init())
 
 
+def test_numbers_that_half_precision_cannot_represent_are_refused() -> None:
+    plan = tna.SuperLoRA(tna.Config(sources={"factor1": Wrong("half")}), SHAPES)
+    with pytest.raises(tna.ConfigError, match=r"for 'split0.factor1' that float16 cannot represent; use float32"):
+        plan.deltas(plan.init(dtype="float16"))
+    assert np.isfinite(plan.deltas(plan.init())[0]).all()
+
+
 def test_a_source_without_a_method_names_what_is_missing() -> None:
+    @dataclasses.dataclass(frozen=True)
     class Nothing(Source):
         trained: ClassVar[bool] = False
 
     plan = tna.SuperLoRA(tna.Config(sources={"factor1": Nothing()}), SHAPES)
     with pytest.raises(tna.ConfigError, match=r"source Nothing does not define array\(shape, stream\)"):
         plan.deltas(plan.init())
+
+
+@pytest.mark.parametrize("value", [[], {}, math.inf, math.nan, 1 << 64, ((((((),),),),),), np.float32(0.5), object()])
+def test_settings_that_a_file_cannot_hold_are_refused(value: Any) -> None:
+    with pytest.raises(
+        tna.ConfigError, match=r"sources\['factor1'\]: std must be None, a boolean, an integer, a finite"
+    ):
+        tna.Config(sources={"factor1": Normal(value)})
+
+
+@pytest.mark.usefixtures("normal")
+@pytest.mark.parametrize("value", ["x", None, {}, [1, 2, 3], 10**400, {"a": 1}, [[[[[[1]]]]]], "9" * 100_000])
+def test_hostile_settings_are_an_error_of_ours(value: Any) -> None:
+    nested: list[Any] = []
+    for _ in range(5000):
+        nested = [nested]
+
+    def use(source: Any) -> None:
+        plan = tna.SuperLoRA(tna.Config.from_dict({"sources": {"factor1": source}}), SHAPES)
+        plan.deltas(plan.init())
+
+    for std in (value, nested):
+        for source in ({"source": "normal", "std": std}, {"source": "trained", "std": std}, std):
+            with pytest.raises(tna.TnadaptError):
+                use(source)
+
+
+def test_classes_whose_settings_would_be_lost_are_refused() -> None:
+    class Plain(Source):
+        def __init__(self, std: float) -> None:
+            object.__setattr__(self, "std", std)
+
+    @dataclasses.dataclass(frozen=True)
+    class Named(Source):
+        source: str = "x"
+
+    @dataclasses.dataclass(frozen=True)
+    class Computed(Source):
+        std: float = dataclasses.field(init=False, default=1.0)
+
+    for cls, message in ((Plain, "must be a frozen dataclass"), (Named, "'source' is reserved"), (Computed, "'std'")):
+        with pytest.raises(tna.ConfigError, match=message):
+            tna.register_source("wrong", cls)
+    with pytest.raises(tna.ConfigError, match="Plain must be a frozen dataclass: decorate"):
+        tna.Config(sources={"factor1": Plain(1.0)})
+
+
+@pytest.mark.parametrize("name", ["one term", "two terms", "core alone", "lora"])
+def test_whatever_else_is_frozen_the_start_changes_nothing(name: str) -> None:
+    config = {
+        "two terms": tna.Config(
+            rank=2, terms=2, sources={"term0.split0.factor1": Normal(), "term1.split0.factor0": Normal()}
+        ),
+        **CONFIGS,
+    }[name]
+    plan = tna.SuperLoRA(config, SHAPES)
+    for chosen in plan.param_shapes:
+        for arrays in ([chosen], [full for full in plan.param_shapes if full.endswith(chosen.rpartition(".")[2])]):
+            fresh = plan.init(trained=arrays)
+            assert not any(delta.any() for delta in plan.deltas(fresh))
+
+
+def test_the_first_step_takes_the_size_of_frozen_arrays_into_account() -> None:
+    def step(std: float) -> float:
+        torch = pytest.importorskip("torch")
+        sources = {"factor1": Normal(std)}
+        plan = tna.SuperLoRA(tna.Config(rank=4, format="tucker", groups="weight", sources=sources), [(24, 16)])
+        params = {name: array.requires_grad_() for name, array in plan.init("torch", "float64").items()}
+        gradient = torch.tensor(np.random.default_rng(0).normal(size=plan.size))
+        (plan.vector(params) * gradient).sum().backward()
+        moved = {name: (a - 1e-4 * a.grad).detach() for name, a in params.items()}
+        return float(plan.vector(moved).square().mean().sqrt() / gradient.square().mean().sqrt() / 1e-4)
+
+    assert all(STEP / 5 < step(std) < STEP * 5 for std in (1e-3, 1.0, 1e3))
+
+
+def test_many_terms_cost_as_much_as_without_sources() -> None:
+    def seconds(sources: dict[str, Source]) -> float:
+        began = time.perf_counter()
+        _ = tna.SuperLoRA(tna.Config(rank=1, terms=4000, sources=sources), [(6, 4)]).param_shapes
+        return time.perf_counter() - began
+
+    plain = min(seconds({}) for _ in range(3))
+    assert min(seconds({"factor1": Normal()}) for _ in range(3)) < 20 * plain + 0.2
+
+
+def test_planning_accounts_for_frozen_arrays() -> None:
+    from tnadapt.planning import degrees_of_freedom, known_as, largest_rank
+
+    config = tna.presets.lora(4).replace(sources={"factor1": Normal()})
+    plan = tna.SuperLoRA(config, [(48, 48)])
+    assert (
+        degrees_of_freedom(plan)
+        <= plan.num_parameters
+        < degrees_of_freedom(tna.SuperLoRA(tna.presets.lora(4), [(48, 48)]))
+    )
+    assert largest_rank(plan).value == 4
+    ones = tna.SuperLoRA(config.replace(sources={"factor1": Wrong("half")}), [(48, 48)])
+    assert largest_rank(ones).value == 1
+    assert "factor1" in str(known_as(config)) != str(known_as(tna.presets.lora(4)))
 
 
 def test_solvers_refuse_frozen_arrays() -> None:
@@ -393,3 +525,80 @@ def test_a_file_is_refused_where_its_source_computes_other_arrays(tmp_path: Path
     tna.register_source("normal", Doubled)
     with pytest.raises(tna.FileError, match="draws"):
         tna.load(tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.usefixtures("normal")
+def test_a_file_may_have_more_frozen_arrays_than_it_may_leave_out(tmp_path: Path) -> None:
+    config = tna.Config(rank=1, sources={"factor1": Normal()})
+    targets = [tna.Target(f"m{index}", (3, 2)) for index in range(1100)]
+    file = tna.AdapterFile(config, targets, tna.SuperLoRA(config, [(3, 2)] * 1100).init())
+    tna.save(tmp_path / "adapter.safetensors", file)
+    assert tna.load(tmp_path / "adapter.safetensors").num_parameters == 3300
+    with pytest.raises(tna.ShapeError, match="require 4400 arrays; there are 1100"):
+        tna.AdapterFile(tna.Config(rank=1, terms=4, sources=config.sources), targets, file.arrays)
+
+
+@pytest.mark.usefixtures("normal")
+def test_a_small_file_does_not_make_its_reader_draw_much(tmp_path: Path) -> None:
+    config = tna.Config(rank=1, sources={"factor1": Normal()})
+    target = tna.Target("m", (1, 1 << 28))
+    arrays = {"group0.split0.factor0": np.ones((1, 1), np.float32)}
+    tna.save(tmp_path / "adapter.safetensors", tna.AdapterFile(config, [target], arrays))
+    assert peak_of(lambda: tna.load(tmp_path / "adapter.safetensors")) < 1 << 24
+    assert peak_of(lambda: tna.info(tmp_path / "adapter.safetensors")) < 1 << 24
+
+
+@pytest.mark.usefixtures("normal")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", ["lora", "nonlinear", "one split"])
+def test_merging_uses_the_frozen_arrays_of_training(name: str, dtype: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch
+
+    kind = getattr(torch, dtype)
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 6) for _ in range(2))).to(kind)
+    adapter = tnadapt.torch.attach(model, CONFIGS[name], targets=["0", "1"], dtype=kind)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    adapter.save(tmp_path / "adapter.safetensors")
+    file = tna.load(tmp_path / "adapter.safetensors")
+    wide = {key: array.astype(np.float64) for key, array in file.arrays.items()}
+    tolerance = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-5}[dtype]
+    exact = file.plan.deltas(wide, dtype)
+    for wanted, of_file, of_model in zip(exact, file.deltas(), adapter.deltas(), strict=True):
+        assert relative_error(of_file, wanted) < (tolerance if dtype == "float16" else 1e-5)
+        assert relative_error(of_model.detach().double().numpy(), wanted) < tolerance
+    group = file.plan.groups[0]
+    own = {key: wide[full] for key, full in group.names.items()}
+    frozen = group.with_frozen(load_backend("numpy"), own, dtype)
+    for key in group.frozen_names:
+        assert torch.equal(torch.from_numpy(frozen[key]).to(kind).double(), torch.from_numpy(frozen[key]))
+
+
+def test_relu_needs_the_array_behind_it_to_start_at_zero() -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch
+
+    for sources, refused in (({"factor0": Normal()}, True), ({"factor1": Normal()}, False)):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6))
+        config = tna.Config(rank=2, sources=sources)
+        if refused:
+            with pytest.raises(tna.ConfigError, match=r"activation='relu' .* freezes 'factor0'.*nothing would learn"):
+                tnadapt.torch.attach(model, config, targets=["0"], activation="relu")
+            continue
+        adapter = tnadapt.torch.attach(model, config, targets=["0"], activation="relu")
+        model(torch.randn(5, 4)).sum().backward()
+        assert all(bool(parameter.grad.any()) for parameter in adapter.parameters())
+
+
+def test_a_copied_model_shares_its_plan_s_frozen_arrays() -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6))
+    adapter = tnadapt.torch.attach(model, tna.Config(rank=2, sources={"factor1": Normal()}), targets=["0"])
+    copied = copy.deepcopy(model)
+    x = torch.randn(3, 4)
+    assert torch.equal(copied(x), model(x))
+    assert copy.deepcopy(adapter.plan.groups[0]) is adapter.plan.groups[0]

@@ -89,7 +89,7 @@ def test_a_rank_is_below_the_sizes_where_the_recipe_says_so() -> None:
 def test_the_documentation_says_which_have_a_miniature_and_which_were_run() -> None:
     root = Path(__file__).parents[2]
     page = " ".join((root / "docs" / "paper.rst").read_text(encoding="utf-8").split())
-    found = re.search(r"In miniature, (.*?) have been run, and (.*?) has not; (.*?) have no miniature", page)
+    found = re.search(r"At reduced scale, (.*?) have been run, and (.*?) has not; (.*?) have no reduced", page)
     assert found is not None
     run, other, none = (re.findall(r"``([\w-]+)``", part) for part in found.groups())
     assert sorted([*run, *other]) == [name for name in names() if "mini" in scales(name)]

@@ -70,10 +70,10 @@ for module in pkgutil.walk_packages(tnadapt.__path__, "tnadapt."):
         importlib.import_module(module.name)
 packages = {path.name for path in pkgutil.iter_modules(tnadapt.__path__) if path.ispkg}
 print(sorted(packages & set(tnadapt.__all__)))
-print([name for name in tnadapt.__all__ if type(getattr(tnadapt, name)) is type(tnadapt) and name != "presets"])
+print([name for name in tnadapt.__all__ if type(getattr(tnadapt, name)) is type(tnadapt)])
 print(tnadapt.convert.__module__, importlib.import_module("tnadapt.convert").Conversion.__name__)
 """
-    assert run(code).splitlines() == ["['convert']", "[]", "tnadapt.convert._api Conversion"]
+    assert run(code).splitlines() == ["['convert']", "['presets', 'sources']", "tnadapt.convert._api Conversion"]
 
 
 def test_using_numpy_imports_no_framework() -> None:

@@ -771,7 +771,7 @@ def test_no_guess_at_rows(module: nn.Module, why: str) -> None:
 def test_no_guess_at_keys_and_values() -> None:
     module = Unknown("kv", 20)
     module.q = nn.Linear(16, 12)
-    with pytest.raises(TargetError, match="kv makes k, v with one weight of 20 rows"):
+    with pytest.raises(TargetError, match="kv computes k, v with one weight of 20 rows"):
         rows(module)
     assert rows(module, "q") == {"q": None}
 

@@ -93,8 +93,9 @@ class GroupPlan:
         sources.check_names(network.shapes)
         named = {name: sources.of(name) for name in network.shapes}
         found = {name: source for name, source in named.items() if source is not None and not source.trained}
-        for prefixes in network.prefixes:
-            term = [name for name in network.shapes if name.startswith(tuple(prefixes))]
+        for prefixes in network.prefixes if found else ():
+            pairs = zip(prefixes, network.splits, strict=True)
+            term = [prefix + name for prefix, split in pairs for name in split.shapes]
             if found.keys() >= set(term):
                 raise ConfigError(
                     f"sources freezes all of {', '.join(term)}, and nothing is left to train there: give one of them "
@@ -123,9 +124,8 @@ class GroupPlan:
                 projections[key] = Projection(config.projection, network.size, size, config.seed, key[1])
             names = {name: f"group{index}.{name}" for name in network.shapes if name not in self._frozen_sources}
             frozen_names = {name: f"group{index}.{name}" for name in self._frozen_sources}
-            trained = names if frozen_names else None
-            start = Initializer(network, projections[key], config.seed, index, trained)
             frozen = FrozenArrays(network.shapes, self._frozen_sources, config.seed, index)
+            start = Initializer(network, projections[key], config.seed, index, frozen)
             pieces = self.layout.of_group(index)
             found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names))
         return found

@@ -235,7 +235,7 @@ class Config:
         True
         """
         found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        found["sources"] = {name: source_to_dict(source) for name, source in self.sources.items()}
+        found["sources"] = {name: source_to_dict(self.sources[name]) for name in sorted(self.sources)}
         # These fields are newer than file format 1: files that do not use them keep their bytes.
         for name in ("sources", "weight_shape"):
             if not getattr(self, name):
@@ -341,9 +341,15 @@ def _checked_sources(sources: Any) -> SourceMap:
     """Return the sources of a config; each may be given as a dictionary, as :meth:`Config.to_dict` writes it."""
     if isinstance(sources, SourceMap):
         return sources
-    if isinstance(sources, Mapping):
-        sources = {
-            name: source_from_dict(source) if isinstance(source, Mapping) else source
-            for name, source in sources.items()
-        }
-    return SourceMap(sources)
+    if not isinstance(sources, Mapping):
+        raise ConfigError(
+            f"sources must be a mapping of array names to sources, such as {{'factor0': Trained()}}; got "
+            f"{safe_repr(sources)}"
+        )
+    found = {}
+    for name, source in sources.items():
+        try:
+            found[name] = source_from_dict(source) if isinstance(source, Mapping) else source
+        except ConfigError as error:
+            raise ConfigError(f"sources[{safe_repr(name)}]: {error}") from error
+    return SourceMap(found)

@@ -50,6 +50,9 @@ class Group(NamedTuple):
     frozen: FrozenArrays
     frozen_names: dict[str, str]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Group:
+        return self  # immutable
+
     @property
     def num_parameters(self) -> int:
         """Number of trained elements."""
@@ -59,14 +62,20 @@ class Group(NamedTuple):
         """Return all arrays of the network, by the network's names: those of the parameters, and the frozen ones."""
         return self.with_frozen(backend, {name: params[full] for name, full in self.names.items()})
 
-    def with_frozen(self, backend: Backend, own: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Return the trained arrays, by the network's names, with the frozen ones in their library and dtype."""
+    def with_frozen(
+        self, backend: Backend, own: Mapping[str, Array], trained: str | None = None
+    ) -> Mapping[str, Array]:
+        """Return the trained arrays, by the network's names, with the frozen ones in their library and dtype.
+
+        The frozen ones are rounded to the dtype ``trained``, so that an update that is computed in a wider dtype than
+        that of training, as in merging, has the arrays of training.
+        """
         if not self.frozen_names:
             return own
         like = next(iter(own.values()))  # a plan refuses groups without a trained array
         kind = backend.dtype_name(like)
         return {
-            name: own[name] if name in own else self.frozen.on(backend, name, like, kind)
+            name: own[name] if name in own else self.frozen.on(backend, (name, trained or kind), like, kind)
             for name in self.network.shapes
         }
 
@@ -79,7 +88,7 @@ class Group(NamedTuple):
         """
         arrays = {name: params[full] for name, full in self.names.items()}
         if self.projection.linear:
-            return self._projected(backend, arrays, start, stop)
+            return self._projected(backend, arrays, start, stop, trained)
         like = next(iter(arrays.values()))
         kind = backend.dtype_name(like)
         # The difference of two near numbers: taken in single precision at least, and rounded once.
@@ -90,12 +99,17 @@ class Group(NamedTuple):
         both = backend.apart([*moved, *begun])
         now, then = both[: len(moved)], both[len(moved) :]
         found = backend.apart(
-            [self._projected(backend, dict(zip(self.names, half, strict=True)), start, stop) for half in (now, then)]
+            [
+                self._projected(backend, dict(zip(self.names, half, strict=True)), start, stop, trained or kind)
+                for half in (now, then)
+            ]
         )
         return backend.astype(found[0] - found[1], kind)
 
-    def _projected(self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int) -> Array:
-        arrays = self.with_frozen(backend, arrays)
+    def _projected(
+        self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int, trained: str | None
+    ) -> Array:
+        arrays = self.with_frozen(backend, arrays, trained)
         if self.projection.kind == "identity":
             return self.network.slice(backend, arrays, start, stop)
         return self.projection.slice(self.network.whole(backend, arrays), start, stop)

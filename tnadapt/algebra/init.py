@@ -4,10 +4,13 @@
 of ``lora_B``. All other arrays are random, with a common root mean square σ. ΔW is then exactly zero, and the zero
 array has a gradient.
 
-**Frozen arrays.** If that array is frozen and others are trained, one of the trained arrays is zero instead: the
-first one of the last split of the term that has a trained array, CP weights last. The frozen array is then random
-like the others, from its own stream, with the σ that belongs to the new choice. Which array is zero depends only on
-which are trained.
+**Arrays frozen during training.** If that array is frozen and others are trained, one of the trained arrays is zero
+instead: the first one of the last split of the term that has a trained array, CP weights last. The frozen array is
+then random like the others, from its own stream, with the σ that belongs to the new choice. Which array is zero
+depends only on which are trained.
+
+**Arrays of a source.** Arrays that ``Config.sources`` freezes are not drawn here. The zero is then one of the other
+arrays, by the same rule, and σ takes the mean square of the frozen ones into account.
 
 **Nonlinear F.** ``tanhshrink'(0) = 0``, so that nothing would ever move from a zero start. All arrays are random with
 a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
@@ -40,8 +43,10 @@ from tnadapt.backends.backend import FixedArrays
 from tnadapt.errors import ConfigError
 
 from . import rng
+from ._dtype_rounding import rounded_to
 from .maps.projection import Projection
 from .network import Network
+from .sources import FrozenArrays
 
 __all__ = ["STEP", "Initializer"]
 
@@ -59,8 +64,10 @@ class Initializer(FixedArrays):
         F of the group.
     seed, group : int
         Select the random words.
+    frozen : FrozenArrays
+        The network's arrays that a source computes.
     trained : set of str, optional
-        The network's arrays that are trained; all if None.
+        The network's arrays that are trained; all that are not in ``frozen`` if None.
 
     Attributes
     ----------
@@ -83,12 +90,14 @@ class Initializer(FixedArrays):
         projection: Projection,
         seed: int,
         group: int,
+        frozen: FrozenArrays | None = None,
         trained: Collection[str] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.projection, self.seed, self.group = network, projection, seed, group
+        self.frozen = FrozenArrays(network.shapes, {}, seed, group) if frozen is None else frozen
         #: For each term, the array that is zero: the index of its split, and its name in that split.
-        self._zero = [_zero_of(network, prefixes, trained) for prefixes in network.prefixes]
+        self._zero = [self._zero_of(prefixes, trained) for prefixes in network.prefixes]
 
     @functools.cached_property
     def zeros(self) -> frozenset[str]:
@@ -99,9 +108,28 @@ class Initializer(FixedArrays):
             prefixes[k] + name for prefixes, (k, name) in zip(self.network.prefixes, self._zero, strict=True)
         )
 
+    def _zero_of(self, prefixes: Sequence[str], trained: Collection[str] | None) -> tuple[int, str]:
+        """Return which array of a term is zero for a linear F: the index of its split, and its name in that split."""
+        splits, sources = self.network.splits, self.frozen.sources
+        last = len(splits) - 1
+        usual = last, splits[last].zero
+        if trained is None:
+            if prefixes[last] + usual[1] not in sources:
+                return usual
+            trained = self.network.shapes.keys() - sources.keys()
+        elif prefixes[last] + usual[1] in trained:
+            return usual
+        for k in range(last, -1, -1):
+            # CP weights are one number per component: make them zero only if nothing else is trained.
+            for name in sorted(splits[k].shapes, key=lambda name: name in splits[k].ones):
+                if prefixes[k] + name in trained:
+                    return k, name
+        # No array of this term is trained. One must be zero nevertheless, so that the term contributes nothing.
+        return self._zero_of(prefixes, None)
+
     def for_trained(self, trained: Collection[str]) -> Initializer:
         """Return the initial arrays if only these of the network's arrays are trained."""
-        found = Initializer(self.network, self.projection, self.seed, self.group, trained)
+        found = Initializer(self.network, self.projection, self.seed, self.group, self.frozen, trained)
         return self if found.zeros == self.zeros else found
 
     @functools.cached_property
@@ -121,9 +149,9 @@ class Initializer(FixedArrays):
     def _computed_std(self, zero: tuple[int, str]) -> float:
         try:
             if self.projection.linear:
-                found = _linear_std(self.network, self.projection, zero)
+                found = _linear_std(self.network, self.projection, zero, self._frozen_in_term(zero))
             else:
-                found = _nonlinear_std(self.network, self.projection)
+                found = _nonlinear_std(self.network, self.projection, self._frozen_in_term(zero))
         except OverflowError:
             raise ConfigError(
                 f"so many arrays of such ranks are multiplied that their initial scale is out of floating-point range "
@@ -132,6 +160,24 @@ class Initializer(FixedArrays):
         # Round to single precision: the last bit of a power differs between machines, and x_start must not.
         return float(np.float32(found))
 
+    def _frozen_in_term(self, zero: tuple[int, str]) -> tuple[float, int]:
+        """Describe the frozen arrays in the first term that has this zero array.
+
+        Returns
+        -------
+        (float, int)
+            The product of their mean squares, and how many of them would be random if they were trained.
+        """
+        if not self.frozen.sources:
+            return 1.0, 0
+        squares, count = [], 0
+        for prefix, split in zip(self.network.prefixes[self._zero.index(zero)], self.network.splits, strict=True):
+            for name in split.shapes:
+                if prefix + name in self.frozen.sources:
+                    squares.append(self.frozen.mean_square(prefix + name))
+                    count += name not in split.ones
+        return math.prod(squares), count
+
     @functools.cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.network.shapes)}
@@ -139,7 +185,7 @@ class Initializer(FixedArrays):
     def make(self, key: Any) -> np.ndarray:
         """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
         if isinstance(key, tuple):
-            return _rounded(self.make(key[0]), key[1])
+            return rounded_to(self.make(key[0]), key[1])
         shape = self.network.shapes[key]
         if key in self.zeros:
             return np.zeros(shape, np.float32)
@@ -166,44 +212,19 @@ def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
     return (wide * (std / math.sqrt(math.fsum((wide * wide).tolist()) / wide.size))).astype(np.float32)
 
 
-def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Round float32 values to those of another dtype, as array libraries do: to nearest, ties to even."""
-    if dtype == "float16":
-        with np.errstate(over="ignore"):
-            return array.astype(np.float16).astype(np.float32)
-    if dtype == "bfloat16":
-        bits = array.view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
-    return array
-
-
-def _zero_of(network: Network, prefixes: Sequence[str], trained: Collection[str] | None) -> tuple[int, str]:
-    """Return which array of a term is zero for a linear F: the index of its split, and its name in that split."""
-    last = len(network.splits) - 1
-    usual = last, network.splits[last].zero
-    if trained is None or prefixes[last] + usual[1] in trained:
-        return usual
-    for k in range(last, -1, -1):
-        split = network.splits[k]
-        # CP weights are one number per component: make them zero only if nothing else is trained.
-        for name in sorted(split.shapes, key=lambda name: name in split.ones):
-            if prefixes[k] + name in trained:
-                return k, name
-    return usual
-
-
-def _linear_std(network: Network, projection: Projection, zero: tuple[int, str]) -> float:
+def _linear_std(network: Network, projection: Projection, zero: tuple[int, str], frozen: tuple[float, int]) -> float:
     k, name = zero
-    arrays = _random_arrays(network) - (name not in network.splits[k].ones)
-    if arrays == 0:
+    # Frozen arrays contribute their own mean squares to V instead of σ².
+    arrays = _random_arrays(network) - (name not in network.splits[k].ones) - frozen[1]
+    if arrays <= 0:
         return 0.0
     # V = paths * std ** (2 * arrays), where paths is the number of products that multiply an entry of Z.
     paths = math.prod(split.num_terms for split in network.splits) / network.splits[k].num_terms_per_array(name)
-    step = _spread(network, k, name) * projection.map.gain()
+    step = _spread(network, k, name) * projection.map.gain() * frozen[0]
     return float((STEP / (step * paths)) ** (1.0 / (2 * arrays)))
 
 
-def _nonlinear_std(network: Network, projection: Projection) -> float:
+def _nonlinear_std(network: Network, projection: Projection, frozen: tuple[float, int]) -> float:
     # t, the argument of tanhshrink, has variance tau = scale² paths n_in / L * std ** (2 arrays). The derivative
     # tanh(t)² ~ t² scales a step twice, in the backward and in the forward pass: together by E[t⁴] = 3 tau², or in the
     # v2 kinds, where t = g' u and the step passes through g' too, by E[g'² t⁴] = 15 * 3 tau². Every array moves.
@@ -217,8 +238,11 @@ def _nonlinear_std(network: Network, projection: Projection) -> float:
         for name in split.shapes
         if name not in split.ones
     )
-    step = moment * tau**2 * paths * moved * projection.map.gain()
-    return float((STEP / step) ** (1.0 / (6 * arrays - 2)))
+    # Frozen arrays enter tau and the multiplier of every array by their mean squares. (They do not move, which
+    # ``moved`` neglects: at most a factor of the number of arrays in the step.)
+    step = moment * tau**2 * paths * moved * projection.map.gain() * frozen[0] ** 3
+    arrays -= frozen[1]
+    return float((STEP / step) ** (1.0 / (6 * arrays - 2))) if arrays > 0 else 1.0
 
 
 def _random_arrays(network: Network) -> int:

@@ -155,13 +155,16 @@ class SuperLoRA(GroupPlan):
                 made[full] = library.asarray(host, dtype, device)
         return made
 
-    def deltas(self, params: Mapping[str, Array]) -> list[Array]:
+    def deltas(self, params: Mapping[str, Array], dtype: str | None = None) -> list[Array]:
         """Compute the update of every weight.
 
         Parameters
         ----------
         params : mapping of str to array
             Names and shapes as in ``param_shapes``; one library, dtype and device.
+        dtype : str, optional
+            The dtype in which the parameters were trained, if they have been cast since. Frozen arrays, and the initial
+            values that a nonlinear F subtracts, are rounded to it; by default to that of the parameters.
 
         Returns
         -------
@@ -193,14 +196,14 @@ class SuperLoRA(GroupPlan):
         backend = self._checked(params)
         parts: dict[int, list[Array]] = {weight: [] for weight in range(len(self.shapes))}
         for group in self.groups:
-            vec = group.update(backend, params, 0, group.size)
+            vec = group.update(backend, params, 0, group.size, dtype)
             found = backend.split(vec, [piece.length for piece in group.pieces])
             for piece, part in zip(group.pieces, found, strict=True):
                 parts[piece.weight].append(part)
         # Groups cut the long vector in order, so that the parts of each weight are in order, too.
         return [backend.reshape(backend.concat(parts[weight]), shape) for weight, shape in enumerate(self.shapes)]
 
-    def delta(self, params: Mapping[str, Array], i: int) -> Array:
+    def delta(self, params: Mapping[str, Array], i: int, dtype: str | None = None) -> Array:
         """Compute the update of one weight without forming the others.
 
         Parameters
@@ -209,6 +212,8 @@ class SuperLoRA(GroupPlan):
             As for :meth:`deltas`.
         i : int
             Index of the weight, ``0 <= i < len(shapes)``.
+        dtype : str, optional
+            As for :meth:`deltas`.
 
         Returns
         -------
@@ -236,9 +241,11 @@ class SuperLoRA(GroupPlan):
         """
         backend = self._checked(params)
         i = integer("weight", i, 0, len(self.shapes) - 1, ShapeError)
-        return backend.reshape(self._assembled(backend, params, self.layout.of_weight(i)), self.shapes[i])
+        return backend.reshape(self._assembled(backend, params, self.layout.of_weight(i), dtype), self.shapes[i])
 
-    def vector(self, params: Mapping[str, Array], start: int = 0, stop: int | None = None) -> Array:
+    def vector(
+        self, params: Mapping[str, Array], start: int = 0, stop: int | None = None, dtype: str | None = None
+    ) -> Array:
         """Compute a slice of the long vector, the concatenation of all updates in C order.
 
         Parameters
@@ -247,6 +254,8 @@ class SuperLoRA(GroupPlan):
             As for :meth:`deltas`.
         start, stop : int
             ``0 <= start < stop <= size``; the whole vector by default.
+        dtype : str, optional
+            As for :meth:`deltas`.
 
         Returns
         -------
@@ -273,15 +282,17 @@ class SuperLoRA(GroupPlan):
         stop = self.size if stop is None else integer("stop", stop, 0, self.size, ShapeError)
         if start >= stop:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements; start must be below stop")
-        return self._assembled(backend, params, self.layout.of_slice(start, stop))
+        return self._assembled(backend, params, self.layout.of_slice(start, stop), dtype)
 
     # -- Helpers -----------------------------------------------------------------------------
 
-    def _assembled(self, backend: Backend, params: Mapping[str, Array], pieces: Sequence[Piece]) -> Array:
+    def _assembled(
+        self, backend: Backend, params: Mapping[str, Array], pieces: Sequence[Piece], dtype: str | None
+    ) -> Array:
         return backend.concat(
             [
-                self.groups[piece.group].update(backend, params, piece.group_start, piece.group_start + piece.length)
-                for piece in pieces
+                self.groups[run.group].update(backend, params, run.group_start, run.group_start + run.length, dtype)
+                for run in pieces
             ]
         )
 

@@ -13,6 +13,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.layout import make_layout
+from tnadapt.algebra.sources import SourceMap, Trained
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, ShapeError, safe_repr, summarize
 from tnadapt.targets.target import Target
@@ -77,11 +78,25 @@ def check_fit(
 
 
 def _arrays_of_group(config: Config) -> int:
-    def count(name: str) -> int:
-        return len(make_format(name, (1,) * config.order, config.rank).shapes)
-
+    """Return the number of trained arrays of a group, without listing them: there may be many terms."""
     leading = "dense" if config.leading == "dense" else config.format
-    return config.terms * ((config.splits - 1) * count(leading) + count(config.format))
+    names = [
+        f"split{split}.{name}"
+        for split in range(config.splits)
+        for name in make_format(
+            config.format if split == config.splits - 1 else leading, (1,) * config.order, config.rank
+        ).shapes
+    ]
+    sources = SourceMap(config.sources)
+
+    def trained(prefix: str) -> int:
+        return sum((sources.of(prefix + name) or Trained()).trained for name in names)
+
+    usual = trained("")
+    # Terms with keys of their own, such as term3.split0.factor0.
+    terms = {key.partition(".")[0] for key in sources if key.startswith("term")}
+    named = {term for term in terms if config.terms > 1 and int(term.removeprefix("term")) < config.terms}
+    return config.terms * usual + sum(trained(f"{term}.") - usual for term in named)
 
 
 def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -181,9 +182,12 @@ class AdapterFile:
             for group in groups:
                 for name in group.names:
                     total.update(group.start.make(name).astype("<f4").tobytes())
+        drawn_so_far = 0
         for group in groups:
             for name in group.frozen_names:
-                total.update(group.frozen.make(name).astype("<f4").tobytes())
+                drawn_so_far += math.prod(group.network.shapes[name])
+                if drawn_so_far <= MAX_DRAWN:
+                    total.update(group.frozen.make(name).astype("<f4").tobytes())
         if left_out:
             made = drawn(self.plan, self.trained, "float32")
             for name in left_out:
@@ -222,15 +226,7 @@ class AdapterFile:
                 f"an adapter with activation={self.activation!r} does not update weights: what it adds to an output "
                 "depends on the input; attach it to the model"
             )
-        found = self.plan.deltas(self.arrays)
-        if self.dtype != "bfloat16" or self.plan.groups[0].projection.linear:
-            return found
-        # With a nonlinear F, deltas are differences from the plan's exact start. Training began at the start rounded to
-        # bfloat16: subtracting that one's own delta makes the exact start cancel.
-        start = dict[str, np.ndarray]()
-        for group in self.plan.groups:
-            start.update({full: group.start.make((name, "bfloat16")) for name, full in group.names.items()})
-        return [now - then for now, then in zip(found, self.plan.deltas(start), strict=True)]
+        return self.plan.deltas(self.arrays, self.dtype)
 
 
 def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:

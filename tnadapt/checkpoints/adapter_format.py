@@ -41,7 +41,8 @@ a default is omitted if it has that value.
     hex digits, as ASCII, of the ``digest`` of each distinct :class:`~tnadapt.Projection` of the groups, in their order
     (if there are more than 16, of the first and the last 8); followed, if F is nonlinear, by the initial arrays as
     little-endian float32, in the order of ``param_shapes``; followed by the arrays that ``sources`` freezes in the same
-    form, in the order of ``frozen_shapes``; followed by the omitted arrays in the same form, in float32 before
+    form, in the order of ``frozen_shapes``, except those that would bring their elements to more than 2**24 in total;
+    followed by the omitted arrays in the same form, in float32 before
     rounding. Default none, if F is the identity and no array is frozen or omitted.
 ``trained``
     List of the names of the trained arrays, in the order of ``param_shapes``; the others are frozen. Default all.
@@ -224,11 +225,10 @@ def load(path: str | os.PathLike[str], check_draws: bool = True) -> AdapterFile:
             found, recipe, left_out = read(container)
         draws = recipe.get("draws")
         # Not found.draws: another writer may store arrays that this one omits.
-        here = found.draws_without(left_out)
-        if check_draws and draws != here:
+        if check_draws and draws != (here := found.draws_without(left_out)):
             raise FileError(
-                f"was trained with fixed draws of F whose digest is {draws}; on this machine it is {here}. The "
-                "updates would differ; run tnadapt.verify to see why, or load the file with check_draws=False"
+                f"was trained with fixed draws whose digest is {draws}; on this machine it is {here}. The updates "
+                "would differ; run tnadapt.verify to see why, or load the file with check_draws=False"
             )
         return found
 

@@ -73,6 +73,8 @@ def info(path: str | os.PathLike[str], every: bool = False) -> dict[str, Any]:
 def _of_adapter(path: str, every: bool) -> dict[str, Any]:
     with file_error_context(path), opened(path) as container:
         file, recipe, left_out = read(container)
+        draws = recipe.get("draws")
+        draws_here = None if draws is None else file.draws_without(left_out) == draws
     found: dict[str, Any] = {
         "path": path,
         "kind": "adapter",
@@ -89,8 +91,8 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "targets": _grouped(file.targets),
         "kept": _kept(file),
         "base": recipe.get("base"),
-        "draws": recipe.get("draws"),
-        "draws_here": None if recipe.get("draws") is None else file.draws_without(left_out) == recipe["draws"],
+        "draws": draws,
+        "draws_here": draws_here,
         "sha256": recipe["sha256"],
     }
     if file.trained is not None:

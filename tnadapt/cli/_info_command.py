@@ -55,7 +55,7 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
     rows.append(("base", f"{base['dtype']}, SHA-256 of the weights {base['sha256'][:16]}…" if base else "unknown"))
     if found["draws"]:
         here = "the same on this machine" if found["draws_here"] else "DIFFERENT on this machine: load rejects the file"
-        rows.append(("draws of F", f"{found['draws'][:16]}…, {here}"))
+        rows.append(("draws", f"{found['draws'][:16]}…, {here}"))
     if found["kept"]:
         kept = [f"{one['name']} {_times(one['shape'])}" for one in found["kept"]]
         rows.append(("also trained", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))

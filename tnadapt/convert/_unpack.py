@@ -14,7 +14,8 @@ import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.folding import kronecker_sizes
-from tnadapt.algebra.group import Group
+from tnadapt.algebra.network import Network
+from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
@@ -55,7 +56,9 @@ class Unpacked:
             return self.updates[weight].delta()
         plan = self.file.plan
         linear = plan.groups[0].projection.linear
-        found: Float = plan.delta(self.arrays, weight) if linear else self._nonlinear[weight].astype(np.float64)
+        found: Float = (
+            plan.delta(self.arrays, weight, self.file.dtype) if linear else self._nonlinear[weight].astype(np.float64)
+        )
         return found
 
     @functools.cached_property
@@ -72,17 +75,19 @@ class Unpacked:
         plan, shape = self.file.plan, self.file.targets[weight].shape
         pieces = plan.layout.of_weight(weight)
         group = plan.groups[pieces[0].group]
-        if len(group.pieces) > 1 or len(pieces) > 1 or group.projection.kind != "identity" or group.frozen_names:
+        if len(group.pieces) > 1 or len(pieces) > 1 or group.projection.kind != "identity":
             return None
         network = group.network
         if len(network.sizes) == 1:
             if network.shapes.keys() != {"split0.dense"} or network.sizes != (shape[0] * shape[1],):
                 return None
-            vec = self.arrays[group.names["split0.dense"]]
+            vec = self.arrays[group.names["split0.dense"]]  # a group's only array is trained
             return ModuleUpdate("dense", shape, (vec.reshape(shape),), network.scale)
         if len(network.sizes) != 2 or network.sizes[1] != shape[1]:
             return None
-        terms = [_parts(group, self.arrays, term) for term in range(network.terms)]
+        own = {name: self.arrays[full] for name, full in group.names.items()}
+        arrays = group.with_frozen(load_backend("numpy"), own, self.file.dtype)
+        terms = [_parts(network, arrays, term) for term in range(network.terms)]
         unpack = _one_split if len(network.splits) == 1 else _kronecker if network.kronecker else _hadamard
         return unpack([term for term in terms if term is not None], network.terms, shape, network.scale)
 
@@ -90,12 +95,12 @@ class Unpacked:
 Parts = Sequence[Pair | Float]
 
 
-def _parts(group: Group, arrays: Mapping[str, Float], term: int) -> Parts | None:
+def _parts(network: Network, arrays: Mapping[str, Float], term: int) -> Parts | None:
     """Return the splits of a term, each as two factors or a matrix; None if one has another form."""
-    network, found = group.network, list[Pair | Float]()
+    found = list[Pair | Float]()
     for number in range(len(network.splits)):
         prefix = f"term{term}." * (network.terms > 1) + f"split{number}."
-        own = {name.removeprefix(prefix): arrays[full] for name, full in group.names.items() if name.startswith(prefix)}
+        own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
         part = _matrix(own)
         if part is None:
             return None

@@ -63,7 +63,8 @@ def degrees_of_freedom(plan: SuperLoRA) -> int:
     for group in plan.groups:  # groups of one length share their network
         key = id(group.network)
         if key not in known:
-            known[key] = of_network(group.network)
+            # Frozen arrays leave fewer degrees of freedom than the formulas, which are then an upper bound.
+            known[key] = min(of_network(group.network), group.num_parameters)
         total += known[key]
     return total
 

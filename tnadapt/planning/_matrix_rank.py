@@ -105,7 +105,7 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
         return Rank(known, True)
     most = min(limit, *shapes[weight])
     smaller = [few for few in _FEW if isinstance(plan.config.rank, int) and plan.config.rank > 2 * few]
-    if smaller:
+    if smaller and not plan.frozen_shapes:  # frozen arrays of another rank are others
         # A larger rank can represent all that a smaller one can, and takes longer to compute.
         fewer = SuperLoRA(plan.config.replace(rank=smaller[-1]), shapes, plan._layers)
         found = largest_rank(fewer, weight, limit, seed)
@@ -172,6 +172,8 @@ def _count(matrix: np.ndarray) -> int:
 def by_formula(plan: SuperLoRA, weight: int) -> int | None:
     """Return the rank if a formula gives it, otherwise None."""
     config, shape = plan.config, plan.shapes[weight]
+    if plan.frozen_shapes:
+        return None  # the formulas are for arrays in general position, which frozen ones need not be
     pieces = plan.layout.of_weight(weight)
     free = config.order == 1 and (config.splits == 1 or config.combine == "hadamard")
     # Groups that share F can have linearly dependent parts within a weight.

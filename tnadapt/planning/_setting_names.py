@@ -102,6 +102,8 @@ def _grouped(config: Config) -> Name:
     if config.format != "dense":
         shown = rank if isinstance(rank, int) else ", ".join("–" if r is None else str(r) for r in rank)
         parts.append(f"r = {shown}")
+    if frozen := [f"{name} = {source}" for name, source in config.sources.items() if not source.trained]:
+        parts.append("frozen " + ", ".join(frozen))
     if config.projection != "identity":
         family += " + F"
         if config.projection != "linear":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,7 +33,7 @@ class SourceContract:
     sources : sequence of Source
         Those under test: one for each kind of setting.
     shapes : sequence of tuple of int
-        Of arrays that they can provide.
+        Shapes of arrays that they can provide. Give matrices alone for sources of matrices.
 
     Examples
     --------
@@ -49,9 +48,7 @@ class SourceContract:
 
     def test_a_dictionary_gives_the_source_back(self) -> None:
         for source in self.sources:
-            for other in (
-                source_from_dict(source_to_dict(source)), copy.deepcopy(source), pickle.loads(pickle.dumps(source)),
-            ):  # fmt: skip
+            for other in (source_from_dict(source_to_dict(source)), copy.deepcopy(source)):
                 assert other == source
                 assert hash(other) == hash(source)
 
@@ -78,7 +75,9 @@ class SourceContract:
             for config in _CONFIGS:
                 every = SuperLoRA(config, _WEIGHTS)
                 arrays = {name: rng.normal(size=shape) for name, shape in every.param_shapes.items()}
-                for number, name in enumerate(every.groups[0].network.shapes):
+                for number, (name, shape) in enumerate(every.groups[0].network.shapes.items()):
+                    if len(shape) not in {len(other) for other in self.shapes}:
+                        continue
                     plan = SuperLoRA(config.replace(sources={name: source}), _WEIGHTS)
                     frozen = {f"group{g}.{name}" for g in range(plan.num_groups)} if not source.trained else set()
                     assert plan.frozen_shapes.keys() == frozen
@@ -87,7 +86,10 @@ class SourceContract:
                     )
                     fresh = plan.init(dtype="float64")
                     assert not any(delta.any() for delta in plan.deltas(fresh))
-                    if plan.groups[0].projection.linear:
+                    if not plan.groups[0].projection.linear:
+                        own = {full: array + 0.1 for full, array in fresh.items()}
+                        assert any(delta.any() for delta in plan.deltas(own))
+                    else:
                         whole = dict(arrays)
                         for full in frozen:
                             group, shape = int(full[5 : full.index(".")]), every.param_shapes[full]

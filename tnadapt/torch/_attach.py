@@ -250,6 +250,12 @@ def _strategy(
                 f"activation={activation!r} acts between the two factors of one low-rank matrix per weight, in the "
                 f"factored strategy; {target.name} with {safe_repr(config)} has none: use tnadapt.presets.lora(rank)"
             )
+        split = how.network.splits[0]
+        if activation == "relu" and how.network.prefixes[0][0] + split.zero in how.group.frozen_names:
+            raise ConfigError(
+                f"activation='relu' has the derivative zero at zero, and config.sources freezes {split.zero!r}, the "
+                "array that has to start at zero behind it: nothing would learn. Use another activation, or train it"
+            )
         return "factored", how
     if wanted == "factored" and not can_factor:
         raise ConfigError(

@@ -166,9 +166,7 @@ class Slice:
         if plan.config.projection != "identity":
             return None
         groups = [plan.groups[piece.group] for piece in plan.layout.of_weight(index)]
-        many = any(
-            len(group.pieces) * group.network.num_parameters > group.size for group in groups if len(group.pieces) > 1
-        )
+        many = any(len(group.pieces) * group.num_parameters > group.size for group in groups if len(group.pieces) > 1)
         return None if many else cls(plan, index)
 
 

@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_the_noise_and_hides_some_classes() -> None:
 @pytest.mark.parametrize(
     ("given_", "word"),
     [
-        ({"sampler": "euler"}, "one of ddpm, ddim; got 'euler'"), ({"sampling_steps": 0}, "divides 1000; got 0"),
+        ({"sampler": "euler"}, "one of ddpm, ddim; got 'euler'"), ({"sampling_steps": 0}, "must divide 1000; got 0"),
         ({"sampling_steps": 3}, "got 3"), ({"hidden": 1.0}, "got 1.0 and 1.8"), ({"guidance": -1}, "and -1"),
     ],
 )  # fmt: skip

@@ -11,12 +11,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tnadapt.errors import ConfigError, safe_repr
+from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 from tnadapt.plugins import Registry
 
 from ._frozen import FrozenArrays
 from ._source import Source, Stream
-from ._source_map import SourceMap, listed
+from ._source_map import SourceMap, check_class
 from ._trained import Trained
 
 __all__ = [
@@ -47,7 +47,7 @@ def register_source(name: str, cls: type[Source]) -> None:
     Raises
     ------
     ConfigError
-        If the name is not of that form or is built in, or the class is no Source.
+        If the name is not of that form or is built in, or the class is not a Source, or not a frozen dataclass.
 
     See Also
     --------
@@ -71,6 +71,8 @@ def register_source(name: str, cls: type[Source]) -> None:
     >>> plan.param_shapes, plan.frozen_shapes
     ({'group0.split0.factor0': (6, 2)}, {'group0.split0.factor1': (4, 2)})
     """
+    SOURCES.check(name, cls)
+    check_class(cls)
     SOURCES.register(name, cls)
 
 
@@ -90,20 +92,20 @@ def source_to_dict(source: Source) -> dict[str, Any]:
     name = next((name for name, cls in SOURCES.items() if cls is type(source)), None)
     if name is None:
         raise ConfigError(
-            f"{source!r} cannot be written: its class is not registered; call tnadapt.register_source(name, "
-            f"{type(source).__name__})"
+            f"{safe_repr(source)} cannot be written: its class is not registered; call tnadapt.register_source(name, "
+            f"{type(source).__name__}). If a class of this name was registered again since, create the source again"
         )
-    fields = {field.name: listed(getattr(source, field.name)) for field in dataclasses.fields(source)}
+    fields = {field.name: _lists(getattr(source, field.name)) for field in dataclasses.fields(source)}
     return {"source": name, **fields}
 
 
 def source_from_dict(settings: Mapping[str, Any]) -> Source:
-    """Return the source of a dictionary that :func:`source_to_dict` made.
+    """Return the source of a dictionary that :func:`source_to_dict` wrote.
 
     Raises
     ------
     ConfigError
-        If it is no mapping, has no name that is registered, or has a field that the source has not.
+        If it is not a mapping, its name is not registered, or its fields are not those of the source.
 
     Examples
     --------
@@ -119,16 +121,24 @@ def source_from_dict(settings: Mapping[str, Any]) -> Source:
     name = settings["source"]
     cls = SOURCES.find(name)
     known = [field.name for field in dataclasses.fields(cls)]
-    fields = {key: _tuples(value) for key, value in settings.items() if key != "source"}
-    for key in fields:
-        if key not in known:
+    for key in settings:
+        if key not in ("source", *known):
             there = f"its fields are {', '.join(known)}" if known else "it has no fields"
             raise ConfigError(f"source {name!r} has no field {safe_repr(key)}; {there}")
     try:
-        return cls(**fields)
-    except TypeError as error:  # a field without a default is missing
-        raise ConfigError(f"source {name!r}: {error}") from None
+        return cls(**{key: _tuples(value) for key, value in settings.items() if key != "source"})
+    except TnadaptError:
+        raise
+    except Exception as error:  # a field is missing, or the class refuses a value
+        raise ConfigError(f"source {name!r}: {type(error).__name__}: {error}") from error
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any, depth: int = 4) -> Any:
+    """Convert lists to tuples; a value that is nested more deeply stays a list, which no field may be."""
+    if isinstance(value, list) and depth > 0:
+        return tuple(_tuples(item, depth - 1) for item in value)
+    return value

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import types
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from tnadapt.errors import ConfigError, safe_repr
+from tnadapt.errors import ConfigError, safe_repr, summarize
 
 from ._source import Source
 
-__all__ = ["SourceMap"]
+__all__ = ["SourceMap", "check_class"]
 
 # factor0, split1.factor0, term2.split1.factor0: the last part is the format's own name of the array.
 _KEY = re.compile(r"(?:(?:term(?:0|[1-9]\d*)\.)?split(?:0|[1-9]\d*)\.)?[A-Za-z_]\w*")
@@ -30,7 +33,7 @@ class SourceMap(Mapping[str, Source]):
     Raises
     ------
     ConfigError
-        If it is no mapping, a key is not such a name, or a value is no source.
+        If a key is not such a name, a value is not a source, or a setting of a source cannot be stored in a file.
 
     Examples
     --------
@@ -40,13 +43,8 @@ class SourceMap(Mapping[str, Source]):
     (Trained(), True)
     """
 
-    def __init__(self, sources: Mapping[str, Source] | None = None) -> None:
-        if sources is not None and not isinstance(sources, Mapping):
-            raise ConfigError(
-                f"sources must be a mapping of array names to sources, such as {{'factor0': Trained()}}; got "
-                f"{safe_repr(sources)}"
-            )
-        self._sources = dict(sources or {})
+    def __init__(self, sources: Mapping[str, Source] = types.MappingProxyType({})) -> None:
+        self._sources = dict(sources)
         if len(self._sources) > _MAX_ENTRIES:
             raise ConfigError(f"sources has {len(self._sources)} entries; at most {_MAX_ENTRIES} are allowed")
         for key, source in self._sources.items():
@@ -59,6 +57,13 @@ class SourceMap(Mapping[str, Source]):
                 raise ConfigError(
                     f"sources[{key!r}] must be a source, such as tnadapt.sources.Trained(); got {safe_repr(source)}"
                 )
+            check_class(type(source))
+            for field in dataclasses.fields(source):
+                if not _is_plain(getattr(source, field.name)):
+                    raise ConfigError(
+                        f"sources[{key!r}]: {field.name} must be None, a boolean, an integer, a finite float, a string "
+                        f"or a tuple of these; got {safe_repr(getattr(source, field.name))}"
+                    )
 
     def __getitem__(self, key: str) -> Source:
         return self._sources[key]
@@ -80,13 +85,15 @@ class SourceMap(Mapping[str, Source]):
         keys = _keys_of(name)
         return next((self._sources[key] for key in keys if key in self._sources), None)
 
-    def check_names(self, names: Iterable[str]) -> None:
+    def check_names(self, names: Collection[str]) -> None:
         """Raise a ConfigError if a key fits none of a network's arrays."""
         known = dict.fromkeys(key for name in names for key in _keys_of(name)[::-1])
         for key in self:
             if key not in known:
-                last = ", ".join(repr(name) for name in known if "." not in name)
-                raise ConfigError(f"sources names {key!r}, and no array is called that; the arrays are {last}")
+                raise ConfigError(
+                    f"sources names {safe_repr(key)}, which fits no array; the arrays are "
+                    f"{summarize([name for name in known if '.' not in name])}, in {summarize(list(names))}"
+                )
 
 
 def _keys_of(name: str) -> list[str]:
@@ -95,6 +102,31 @@ def _keys_of(name: str) -> list[str]:
     return [".".join(parts[skipped:]) for skipped in range(len(parts))]
 
 
-def listed(value: Any) -> Any:
-    """A field's value as JSON knows it: tuples become lists."""
-    return [listed(item) for item in value] if isinstance(value, tuple) else value
+def check_class(cls: type[Source]) -> None:
+    """Raise a ConfigError unless the settings of a class are the fields of a frozen dataclass.
+
+    Others would be lost: two sources with different settings would be equal, and a file would not hold them.
+    """
+    fields = cls.__dict__.get("__dataclass_fields__")
+    if fields is None or not cls.__dict__["__dataclass_params__"].frozen:
+        raise ConfigError(
+            f"source {cls.__name__} must be a frozen dataclass: decorate the class with "
+            "@dataclasses.dataclass(frozen=True)"
+        )
+    for field in dataclasses.fields(cls):
+        if field.name == "source" or not field.init:
+            raise ConfigError(
+                f"source {cls.__name__} has the field {field.name!r}: the name 'source' is reserved, and every field "
+                "must be an argument of the class"
+            )
+
+
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Return whether a file can hold a value and give it back."""
+    if isinstance(value, tuple):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    if isinstance(value, float):
+        return type(value) is float and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 1 << 64
+    return value is None or type(value) in (bool, str)

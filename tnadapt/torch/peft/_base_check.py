@@ -48,7 +48,7 @@ def check_base(handle: Adapter, saved: dict[str, Any]) -> None:
         )
     if saved.get("draws") != here["draws"]:
         raise FileError(
-            f"the adapter was trained with fixed draws of F whose digest is {safe_repr(saved.get('draws'))}; on this "
+            f"the adapter was trained with fixed draws whose digest is {safe_repr(saved.get('draws'))}; on this "
             f"machine it is {here['draws']}. Its updates would differ: run tnadapt.verify to see why"
         )
     if saved.get("fingerprint") is None or here["fingerprint"] is None:
