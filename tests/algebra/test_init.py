@@ -215,7 +215,7 @@ def test_arrays_have_the_scale_exactly_and_one_number_is_never_small() -> None:
 
 
 def test_halves_are_rounded_as_libraries_round_them() -> None:
-    from tnadapt.algebra.init import _rounded
+    from tnadapt.algebra._dtype_rounding import rounded_to
 
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
@@ -224,7 +224,7 @@ def test_halves_are_rounded_as_libraries_round_them() -> None:
     numbers = np.concatenate([normals, *(bits.view(np.float32) for bits in ties)])
     for dtype in ("bfloat16", "float16", "float32"):
         expected = torch.tensor(numbers).to(getattr(torch, dtype)).float().numpy()
-        assert np.array_equal(_rounded(numbers, dtype), expected)
+        assert np.array_equal(rounded_to(numbers, dtype), expected)
 
 
 @pytest.mark.law("dtype-overflow")

@@ -20,12 +20,22 @@ import tnadapt as tna
 from tests.conftest import peak_of, relative_error
 from tnadapt.algebra import rng as draws
 from tnadapt.algebra.init import STEP
-from tnadapt.algebra.sources import SOURCES, Source, SourceMap, Stream, Trained, source_from_dict, source_to_dict
+from tnadapt.algebra.sources import (
+    SOURCES,
+    Seeded,
+    Source,
+    SourceMap,
+    Stream,
+    Trained,
+    source_from_dict,
+    source_to_dict,
+)
 from tnadapt.backends import Backend, load_backend
 from tnadapt.plugins import forget_registered
 from tnadapt.testing import SourceContract
 
 SHAPES = [(6, 4), (8, 4), (6, 4)]
+DISTRIBUTIONS = ("normal", "uniform", "signs", "orthonormal", "one-hot", "eye")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +65,22 @@ class TestTrained(SourceContract):
     sources = (Trained(),)
 
 
+class TestSeeded(SourceContract):
+    sources = tuple(Seeded(name, shared) for name in DISTRIBUTIONS for shared in (True, False))
+
+
+class TestScaledSeeded(SourceContract):
+    sources = tuple(Seeded(name, scale=0.25) for name in DISTRIBUTIONS)
+
+
 @pytest.mark.usefixtures("normal")
 class TestNormal(SourceContract):
     sources = (Normal(), Normal(0.5, shared=True))
 
 
 def test_every_built_in_source_has_its_contract() -> None:
-    tested = {type(source).__name__ for suite in SourceContract.__subclasses__() for source in suite.sources}
-    assert tested >= {cls.__name__ for cls in SOURCES.values()}
+    tested = {type(source) for suite in SourceContract.__subclasses__() for source in suite.sources}
+    assert tested >= {SOURCES[name] for name in SOURCES.built_in}
 
 
 # -- Naming them in a config ----------------------------------------------------------------------
@@ -88,8 +106,8 @@ def test_trained_everywhere_is_the_default() -> None:
         ({"factor0": Trained}, r"sources\['factor0'\] must be a source"),
         (None, r"sources must be a mapping of array names to sources, .*got None"),
         (
-            {"factor0": {"source": "seeded"}},
-            r"sources\['factor0'\]: source must be one of 'trained'; got 'seeded'.*install the plug-in",
+            {"factor0": {"source": "vera"}},
+            r"sources\['factor0'\]: source must be one of 'trained', 'seeded'.*; got 'vera'.*install the plug-in",
         ),
         ({"factor0": {"std": 1.0}}, r"a source must be a mapping with its name as 'source'; got \{'std': 1.0\}"),
         ({"factor0": {"source": "trained", "std": 1}}, r"source 'trained' has no field 'std'; it has no fields"),
@@ -155,7 +173,7 @@ def test_only_sources_can_be_registered() -> None:
         tna.register_source("int", int)  # type: ignore[arg-type]
     with pytest.raises(tna.ConfigError, match="source 'trained' is built in and cannot be replaced"):
         tna.register_source("trained", Normal)
-    assert SOURCES.built_in == ("trained",)
+    assert {"trained", "seeded"} <= set(SOURCES.built_in)
 
 
 # -- What they do ---------------------------------------------------------------------------------
@@ -424,6 +442,102 @@ def test_solvers_refuse_frozen_arrays() -> None:
         tna.decompose([np.ones((6, 4))], config)
 
 
+# -- Seeded arrays -------------------------------------------------------------------------------
+
+sizes = st.integers(1, 40)
+
+
+@given(st.sampled_from(DISTRIBUTIONS), sizes, sizes, st.integers(0, 2**64 - 1), st.booleans())
+def test_seeded_arrays_are_what_their_name_says(name: str, rows: int, cols: int, seed: int, shared: bool) -> None:
+    array = Seeded(name, shared).array((rows, cols), Stream(seed, 3, (1 << 16) + 5)).astype(np.float64)
+    if name == "signs":
+        assert np.allclose(np.abs(array), rows**-0.5, rtol=1e-6)
+    elif name == "uniform":
+        assert np.abs(array).max() <= (3 / rows) ** 0.5 * (1 + 1e-6)
+    elif name == "orthonormal":
+        thin = array if rows >= cols else array.T
+        assert np.allclose(thin.T @ thin, np.eye(min(rows, cols)), atol=1e-5)
+    elif name == "one-hot":
+        assert np.array_equal(array.sum(axis=0), np.ones(cols))
+        assert set(np.unique(array)) <= {0.0, 1.0}
+        assert array.sum(axis=1).max() - array.sum(axis=1).min() <= 1
+    elif name == "eye":
+        assert np.array_equal(array, np.eye(rows, cols))
+
+
+@pytest.mark.parametrize("name", ["normal", "uniform", "signs"])
+def test_independent_numbers_have_the_variance_that_the_docstring_states(name: str) -> None:
+    wide = Seeded(name).array((50, 4000), Stream(1, 0, 1 << 16)).astype(np.float64)
+    assert abs(wide.mean()) < 4 * (50 * wide.size) ** -0.5
+    assert abs(50 * wide.var() - 1) < 0.02
+    assert np.allclose(Seeded(name, scale=3.0).array((50, 4000), Stream(1, 0, 1 << 16)), wide * 3 * 50**0.5, rtol=1e-6)
+
+
+def test_normal_numbers_are_those_of_the_stream() -> None:
+    found = Seeded("normal", shared=False, scale=1.0).array((4, 3), Stream(7, 2, (1 << 16) + 1))
+    assert np.array_equal(found.reshape(-1), draws.normals(7, 2, (1 << 16) + 1, 0, 12))
+
+
+@given(st.sampled_from(DISTRIBUTIONS), sizes, sizes, sizes, sizes)
+def test_a_shared_array_is_cut_from_that_of_the_largest_sizes(name: str, rows: int, cols: int, r: int, c: int) -> None:
+    largest = max(rows, r), max(cols, c)
+    whole = Seeded(name).array(largest, Stream(5, 9, 1 << 16))
+    part = Seeded(name).array((rows, cols), Stream(5, 1, 1 << 16, largest))
+    assert np.array_equal(part, whole[:rows, :cols])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_groups_share_arrays_or_not(shared: bool) -> None:
+    plan = tna.SuperLoRA(tna.Config(rank=3, sources={"factor1": Seeded("normal", shared)}), [(6, 4), (5, 4), (6, 7)])
+    first, second, third = (group.frozen.host("split0.factor1") for group in plan.groups)
+    assert np.array_equal(first, second) is shared
+    assert np.array_equal(first, third[:4]) is shared
+    alike = tna.SuperLoRA(plan.config, [(6, 4)] * 100).groups
+    assert (len({id(group.frozen) for group in alike}) == 1) is shared
+    other = tna.SuperLoRA(plan.config.replace(seed=1), plan.shapes)
+    assert not np.array_equal(other.groups[0].frozen.host("split0.factor1"), first)
+
+
+def test_arrays_of_one_group_and_terms_differ() -> None:
+    sources = {"factor0": Seeded("normal"), "term0.split0.factor0": Trained()}
+    plan = tna.SuperLoRA(tna.Config(rank=2, terms=3, groups=1, fold="hypercube", sources=sources), [(6, 6)])
+    frozen = [plan.groups[0].frozen.host(name) for name in plan.groups[0].frozen_names]
+    assert len(frozen) == 2
+    assert not np.array_equal(*frozen)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distribution": "gauss"}, r"distribution must be one of 'normal', .*'eye'; got 'gauss'"),
+        ({"distribution": ["normal"]}, r"distribution must be one of"),
+        ({"distribution": "normal", "shared": 1}, r"shared must be True or False; got 1"),
+        ({"distribution": "normal", "scale": 0.0}, r"scale must be a number from 1e-30 to 1e30, or None; got 0.0"),
+        ({"distribution": "normal", "scale": math.nan}, r"scale must be a number"),
+        ({"distribution": "normal", "scale": True}, r"scale must be a number .*; got True"),
+        ({"distribution": "normal", "scale": 10**400}, r"scale must be a number"),
+        ({}, r"missing 1 required positional argument: 'distribution'"),
+    ],
+)
+def test_seeded_refuses_what_it_cannot_draw(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.Config.from_dict({"sources": {"factor1": {"source": "seeded", **settings}}})
+
+
+@given(st.integers(1, 6), st.integers(0, 2**64 - 1))
+def test_lora_with_a_frozen_factor_is_lora_fa(rank: int, seed: int) -> None:
+    """B is trained and A is frozen: ``ΔW = B Aᵀ`` (Zhang et al., LoRA-FA, arXiv 2308.03303)."""
+    config = tna.presets.lora(rank).replace(sources={"factor1": Seeded("normal", shared=False)}, seed=seed)
+    plan = tna.SuperLoRA(config, SHAPES)
+    assert plan.num_parameters == sum(rank * rows for rows, _ in SHAPES)
+    numbers = np.random.default_rng(0)
+    params = {name: numbers.normal(size=shape) for name, shape in plan.param_shapes.items()}
+    for index, (delta, (_, cols)) in enumerate(zip(plan.deltas(params), SHAPES, strict=True)):
+        words = draws.normals(seed, index, (1 << 16) + 1, 0, cols * rank).astype(np.float64)
+        frozen = (words.reshape(cols, rank) / np.sqrt(cols)).astype(np.float32).astype(np.float64)
+        assert relative_error(delta, params[f"group{index}.split0.factor0"] @ frozen.T) < 1e-12
+
+
 # -- The file, and a model ------------------------------------------------------------------------
 
 
@@ -442,7 +556,9 @@ def test_the_file_stores_what_is_trained(name: str, tmp_path: Path) -> None:
     for ours, theirs in zip(found.deltas(), plan.deltas(params), strict=True):
         assert np.array_equal(ours, theirs)
     forget_registered()
-    with pytest.raises(tna.FileError, match=r"source must be one of 'trained'; got 'normal'.*install the plug-in"):
+    with pytest.raises(
+        tna.FileError, match=r"source must be one of 'trained', 'seeded'; got 'normal'.*install the plug-in"
+    ):
         tna.load(path)
 
 

@@ -33,7 +33,7 @@ class NpzFormat(FileFormat):
         return path if path.endswith(".npz") else None
 
     def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
-        with files.open() as stream, np.load(stream) as arrays:
+        with files.open() as stream, np.load(stream, allow_pickle=False) as arrays:
             factors = {name: arrays[name] for name in arrays if name != "record"}
         updates = {}
         for path in sorted({name.rpartition(":")[0] for name in factors}):

@@ -178,3 +178,14 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     back = updates(tna.load(tmp_path / "back.safetensors"))
     for path, delta in updates(file).items():
         assert error(back[path], delta) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("npz")
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x00" * 100, b"garbage"])
+def test_what_a_plug_in_s_libraries_raise_is_an_error_of_the_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.npz"
+    path.write_bytes(content)
+    with pytest.raises(
+        tna.FileError, match=r"damaged.npz: the file format 'npz' \(the npz library\) cannot read it: \w+"
+    ):
+        tna.convert(path)

@@ -104,6 +104,15 @@ class GroupPlan:
         return found
 
     @functools.cached_property
+    def _largest_frozen(self) -> dict[str, tuple[int, ...]]:
+        """The largest size of each frozen array along each axis, over all groups."""
+        shapes = [self._network(group).shapes for group in (self._different if self._frozen_sources else ())]
+        return {
+            name: tuple(max(sizes) for sizes in zip(*(own[name] for own in shapes), strict=True))
+            for name in self._frozen_sources
+        }
+
+    @functools.cached_property
     def groups(self) -> list[Group]:
         """The groups: the network, map and weight slices of each.
 
@@ -117,6 +126,9 @@ class GroupPlan:
         """
         config, found = self.config, list[Group]()
         projections: dict[tuple[int, int], Projection] = {}
+        # Arrays that do not depend on the group are computed and kept once for all groups with the same network.
+        alike = all(source.independent_of_group for source in self._frozen_sources.values())
+        arrays: dict[tuple[int, int], FrozenArrays] = {}
         for index in range(self.num_groups):
             network, size = self._network(index), self.layout.group_size(index)
             key = size, 0 if config.shared else index
@@ -124,7 +136,12 @@ class GroupPlan:
                 projections[key] = Projection(config.projection, network.size, size, config.seed, key[1])
             names = {name: f"group{index}.{name}" for name in network.shapes if name not in self._frozen_sources}
             frozen_names = {name: f"group{index}.{name}" for name in self._frozen_sources}
-            frozen = FrozenArrays(network.shapes, self._frozen_sources, config.seed, index)
+            own = id(network), 0 if alike else index
+            if own not in arrays:
+                arrays[own] = FrozenArrays(
+                    network.shapes, self._frozen_sources, config.seed, own[1], self._largest_frozen
+                )
+            frozen = arrays[own]
             start = Initializer(network, projections[key], config.seed, index, frozen)
             pieces = self.layout.of_group(index)
             found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names))

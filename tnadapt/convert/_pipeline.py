@@ -13,7 +13,7 @@ import numpy as np
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.adapter_format import load
 from tnadapt.checkpoints.container import file_error_context, path_of
-from tnadapt.errors import ConfigError, FileError, integer, safe_repr
+from tnadapt.errors import ConfigError, FileError, TnadaptError, integer, safe_repr
 from tnadapt.plugins import Registry, load_plugins
 
 from ._base_model import Base, as_base
@@ -243,7 +243,18 @@ def _detect(path: str) -> tuple[str, str] | None:
 
 
 def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | None) -> ConvertedFrom:
-    adapter = _format_of(name).read(files, base, part)
+    reader = _format_of(name)
+    try:
+        adapter = reader.read(files, base, part)
+    except (TnadaptError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if name in _formats.built_in:
+            raise  # a bug of ours must not look like a damaged file
+        # Damaged files raise whatever another package's libraries raise.
+        raise FileError(
+            f"the file format {name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
+        ) from error
     file, notes = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
     updates = tuple(one.update for one in adapter.updates)
     kind = f"{name}-{adapter.kind}" if adapter.kind else name

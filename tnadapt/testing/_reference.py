@@ -270,7 +270,7 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
     Raises
     ------
     ConfigError
-        If a side is longer than 2**13.
+        If a side is longer than 2**13, or there is no reference of that kind.
 
     Notes
     -----
@@ -299,6 +299,8 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
         return np.eye(n_out)
     if kind == "shuffle":
         return np.eye(n_out)[rng.permutation(n_out, seed, group)]
+    if kind not in ("linear", "linear_v2"):
+        raise ConfigError(f"there is no reference implementation of the map {kind!r}: add its matrix here")
     length = 2 ** math.ceil(math.log2(max(n_in, n_out)))
     h = hadamard(length) / math.sqrt(length)
     g = rng.normals(seed, group, rng.PURPOSE["gaussian"], 0, length).astype(np.float64)

@@ -91,9 +91,11 @@ class SourceContract:
                         assert any(delta.any() for delta in plan.deltas(own))
                     else:
                         whole = dict(arrays)
+                        own_shapes = [every.param_shapes[full] for full in frozen]
+                        largest = tuple(max(sizes) for sizes in zip(shape, *own_shapes, strict=True))
                         for full in frozen:
                             group, shape = int(full[5 : full.index(".")]), every.param_shapes[full]
-                            stream = Stream(config.seed, group, (1 << 16) + number)
+                            stream = Stream(config.seed, group, (1 << 16) + number, largest)
                             whole[full] = source.array(shape, stream).astype(np.float64)
                         own = {full: arrays[full] for full in plan.param_shapes}
                         for found, expected in zip(plan.deltas(own), every.deltas(whole), strict=True):

@@ -74,7 +74,7 @@ class Map(FixedArrays):
     ...     square = isometry = True
     ...     fixed = ("signs",)
     ...     def make(self, name):
-    ...         return rng.signs(self.seed, self.group, 0, self.n_out)
+    ...         return 1 - 2 * (rng.words(self.seed, self.group, 1 << 24, 0, self.n_out) >> 31).astype(np.int8)
     ...     def forward(self, backend, x):
     ...         return x * self.on(backend, "signs", x, backend.dtype_name(x))
     """

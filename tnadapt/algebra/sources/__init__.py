@@ -15,6 +15,7 @@ from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 from tnadapt.plugins import Registry
 
 from ._frozen import FrozenArrays
+from ._seeded import Seeded
 from ._source import Source, Stream
 from ._source_map import SourceMap, check_class
 from ._trained import Trained
@@ -22,6 +23,7 @@ from ._trained import Trained
 __all__ = [
     "SOURCES",
     "FrozenArrays",
+    "Seeded",
     "Source",
     "SourceMap",
     "Stream",
@@ -31,7 +33,7 @@ __all__ = [
     "source_to_dict",
 ]
 
-SOURCES: Registry[Source] = Registry("source", Source, {"trained": Trained})
+SOURCES: Registry[Source] = Registry("source", Source, {"trained": Trained, "seeded": Seeded})
 
 
 def register_source(name: str, cls: type[Source]) -> None:

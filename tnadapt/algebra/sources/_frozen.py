@@ -28,6 +28,8 @@ class FrozenArrays(FixedArrays):
     sources : mapping of str to Source
         Sources of the frozen arrays.
     seed, group : int
+    largest : mapping of str to tuple of int, optional
+        The largest size of each frozen array along each axis, over all groups; by default its own sizes.
 
     Examples
     --------
@@ -36,11 +38,17 @@ class FrozenArrays(FixedArrays):
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, Source], seed: int, group: int
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        sources: Mapping[str, Source],
+        seed: int,
+        group: int,
+        largest: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__()
         self.sources = dict(sources)
         self._shapes, self._seed, self._group = shapes, seed, group
+        self._largest = largest or shapes
         self._numbers = {name: number for number, name in enumerate(shapes)} if sources else {}
 
     def make(self, key: Any) -> np.ndarray:
@@ -55,7 +63,7 @@ class FrozenArrays(FixedArrays):
                 )
             return rounded
         source, shape = self.sources[key], self._shapes[key]
-        stream = Stream(self._seed, self._group, PURPOSE["source"] + self._numbers[key])
+        stream = Stream(self._seed, self._group, PURPOSE["source"] + self._numbers[key], self._largest[key])
         try:
             found = np.asarray(source.array(shape, stream))
         except TnadaptError:

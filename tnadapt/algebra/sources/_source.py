@@ -24,11 +24,15 @@ class Stream:
         Index of the group. A source whose arrays are the same in all groups uses 0 instead.
     purpose : int
         Different for each array of a group: ``2**16`` plus its position among the group's arrays.
+    largest : tuple of int, optional
+        The largest size of the array along each axis, over all groups of the plan. A source whose array is the same in
+        all groups computes it at these sizes, and returns the leading elements along each axis.
     """
 
     seed: int
     group: int
     purpose: int
+    largest: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +50,27 @@ class Source:
 
     Examples
     --------
-    A frozen array of random signs, scaled so that its rows have length 1:
+    A frozen array of normal numbers:
 
     >>> import dataclasses
     >>> import numpy as np
     >>> from tnadapt.algebra import rng
     >>> from tnadapt.algebra.sources import Source
     >>> @dataclasses.dataclass(frozen=True)
-    ... class Signs(Source):
+    ... class Normal(Source):
     ...     def array(self, shape, stream):
-    ...         signs = rng.signs(stream.seed, stream.group, 0, int(np.prod(shape)))
-    ...         return signs.reshape(shape) / np.sqrt(np.float32(shape[-1]))
-    >>> Signs().trained
+    ...         size = int(np.prod(shape))
+    ...         return rng.normals(stream.seed, stream.group, stream.purpose, 0, size).reshape(shape)
+    >>> Normal().trained
     False
     """
 
     trained: ClassVar[bool] = False
+
+    @property
+    def independent_of_group(self) -> bool:
+        """Whether :meth:`array` does not depend on the group: groups of equal shapes then share one copy."""
+        return False
 
     def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
         """Compute the numbers of a frozen array.
