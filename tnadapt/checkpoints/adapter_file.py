@@ -59,7 +59,7 @@ class AdapterFile:
         Class name of the base model, for human readers.
     trained : sequence of str, optional
         Names of the trained arrays if some are frozen; all if None. A frozen array that equals what the seed draws is
-        not stored in the file, but drawn again when the file is loaded.
+        not stored in the file, but recomputed when the file is loaded.
 
     Raises
     ------

@@ -71,6 +71,6 @@ def _within(algebra: Algebra, array: Array, exponent: int) -> int:
         return exponent
     kind = np.finfo(algebra.backend.dtype_name(algebra.like))
     now = math.frexp(largest)[1]
-    # Leave room at the lower end for the digits of smaller numbers.
+    # Keep a margin at the lower end for the digits of smaller numbers.
     least, most = kind.minexp + 2 * kind.nmant, kind.maxexp - 1
     return max(min(exponent, most - now), least - now) if least <= now <= most else 0

@@ -184,7 +184,7 @@ class _Splits:
                 if None in (k, row[-1]) or self._width([*row, k]) > _WIDEST - _BETWEEN:
                     self.rows.append([])
                 self.rows[-1].append(k)
-        # Every row after the first begins with the sign that joins it to the row above; all rows leave room for it.
+        # Every row after the first begins with the sign that joins it to the row above; all rows reserve space for it.
         self.lead = _BETWEEN if len(self.rows) > 1 else 0.0
         self.block = self.lead + max(self._width(row) for row in self.rows)
         self.inner = self.block + (0.2 if self.terms else 0.0)

@@ -104,7 +104,8 @@ class Job:
         free = shutil.disk_usage(work.root).free
         if free < total:
             raise FileError(
-                f"{total:,} bytes are to be written, and the disk has {free:,} free: make room, or choose another place"
+                f"{total:,} bytes are to be written, and the disk has {free:,} left: free some space, or choose "
+                "another place"
             )
 
         def on_bytes(count: int) -> None:
