@@ -729,3 +729,34 @@ def test_a_copied_model_shares_its_plan_s_frozen_arrays() -> None:
     x = torch.randn(3, 4)
     assert torch.equal(copied(x), model(x))
     assert copy.deepcopy(adapter.plan.groups[0]) is adapter.plan.groups[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "choice"),
+    [
+        (tna.Config(rank=2, sources={"factor0": Seeded("normal")}), {"groups": [0]}),
+        (
+            tna.Config(
+                rank=2,
+                terms=2,
+                sources={"term0.split0.factor1": Seeded("normal"), "term1.split0.factor0": Seeded("signs")},
+            ),
+            {"arrays": "factor0"},
+        ),
+    ],
+    ids=["a group", "an array that one term lacks"],
+)
+def test_choosing_what_is_trained_keeps_the_start(config: tna.Config, choice: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch")
+    import tnadapt.torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 4))
+    x = torch.randn(3, 4)
+    before = model(x)
+    adapter = tnadapt.torch.attach(model, config, targets=["0", "1"])
+    adapter.set_trainable(**choice)
+    assert torch.equal(model(x), before)
+    adapter.reset()
+    assert torch.equal(model(x), before)
+    model(x).square().sum().backward()
+    assert all(bool(p.grad.any()) for p in adapter.parameters() if p.requires_grad)
