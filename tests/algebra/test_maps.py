@@ -33,6 +33,18 @@ class TestNonlinearV2(MapContract):
     kind = MAPS["nonlinear_v2"]
 
 
+class TestOneHot(MapContract):
+    kind = MAPS["one-hot"]
+
+
+class TestSignedOneHot(MapContract):
+    kind = MAPS["signed-one-hot"]
+
+
+class TestNormal(MapContract):
+    kind = MAPS["normal"]
+
+
 def test_every_map_is_tested() -> None:
     tested = {
         contract.kind for contract in MapContract.__subclasses__() if isinstance(vars(contract).get("kind"), type)

@@ -22,10 +22,14 @@ from tnadapt.algebra import rng as draws
 from tnadapt.algebra.init import STEP
 from tnadapt.algebra.sources import (
     SOURCES,
+    FromBase,
+    Given,
+    Scaled,
     Seeded,
     Source,
     SourceMap,
     Stream,
+    Tied,
     Trained,
     source_from_dict,
     source_to_dict,
@@ -71,6 +75,22 @@ class TestSeeded(SourceContract):
 
 class TestScaledSeeded(SourceContract):
     sources = tuple(Seeded(name, scale=0.25) for name in DISTRIBUTIONS)
+
+
+class TestFromBase(SourceContract):
+    sources = (FromBase("rows"), FromBase("cols", vectors=True), FromBase("mode"))
+
+
+class TestGiven(SourceContract):
+    sources = (Given(), Given(shared=True))
+
+
+class TestTied(SourceContract):
+    sources = (Tied("split0.factor0"), Tied("group3.term1.split0.core"))
+
+
+class TestScaled(SourceContract):
+    sources = (Scaled(Seeded("normal")), Scaled(Tied("group0.split0.factor0"), size=False, rank=True, start=0.1))
 
 
 @pytest.mark.usefixtures("normal")
@@ -304,13 +324,13 @@ class Wrong(Source):
     [
         (
             "shape",
-            r"must compute floating-point numbers of shape \(4, 4\) for 'split0.factor1'; it returned float64 of",
+            r"must compute floating-point numbers of shape \(4, 4\) for 'group0.split0.factor1'; it returned float64",
         ),
         ("int", r"must compute floating-point numbers of shape \(4, 4\) .*; it returned int64"),
-        ("nan", r"computes NaN, infinity, or numbers beyond float32 for 'split0.factor1'"),
+        ("nan", r"computes NaN, infinity, or numbers beyond float32 for 'group0.split0.factor1'"),
         ("large", r"computes NaN, infinity, or numbers beyond float32"),
-        ("zeros", r"computes only zeros for 'split0.factor1', so that nothing could be trained"),
-        ("raises", r"failed to compute 'split0.factor1': KeyError: 'no such table'"),
+        ("zeros", r"computes only zeros for 'group0.split0.factor1', so that nothing could be trained"),
+        ("raises", r"failed to compute 'group0.split0.factor1': KeyError: 'no such table'"),
     ],
 )
 def test_a_source_that_returns_something_else_is_named(what: str, message: str) -> None:
@@ -447,10 +467,14 @@ def test_planning_accounts_for_frozen_arrays() -> None:
     assert "factor1" in str(known_as(config)) != str(known_as(tna.presets.lora(4)))
 
 
-def test_solvers_refuse_frozen_arrays() -> None:
+def test_solvers_hold_frozen_arrays() -> None:
     config = tna.Config(sources={"factor1": Normal()})
-    with pytest.raises(tna.ConfigError, match=r"solvers fit trained arrays.* freezes 'group0.split0.factor1'"):
-        tna.decompose([np.ones((6, 4))], config)
+    frozen = Normal().array((4, 4), Stream(0, 0, (1 << 16) + 1)).astype(np.float64)
+    wanted = np.random.default_rng(0).normal(size=(6, 4))
+    params, report = tna.decompose([wanted], config)
+    exact, *_ = np.linalg.lstsq(frozen, wanted.T, rcond=None)
+    assert report.certified
+    np.testing.assert_allclose(params["group0.split0.factor0"], exact.T, rtol=1e-10)
 
 
 # -- Seeded arrays -------------------------------------------------------------------------------
@@ -568,7 +592,7 @@ def test_the_file_stores_what_is_trained(name: str, tmp_path: Path) -> None:
         assert np.array_equal(ours, theirs)
     forget_registered()
     with pytest.raises(
-        tna.FileError, match=r"source must be one of 'trained', 'seeded'; got 'normal'.*install the plug-in"
+        tna.FileError, match=r"source must be one of 'trained', 'seeded', .*; got 'normal'.*install the plug-in"
     ):
         tna.load(path)
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
+
+import numpy as np
 
 from tnadapt.errors import ConfigError
 
+from ._array_plan import ArrayPlan, checked_given, names_of
 from .config import Config
 from .group import Group
 from .init import Initializer
 from .layout import make_layout, require_alike
 from .maps.projection import Projection
 from .network import Network
-from .sources import FrozenArrays, Source, SourceMap
+from .sources import FrozenArrays
+from .theta import Theta
 
 __all__ = ["GroupPlan", "some_names"]
 
@@ -35,7 +40,12 @@ class GroupPlan:
     """
 
     def __init__(
-        self, config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None
+        self,
+        config: Config,
+        shapes: Sequence[tuple[int, int]],
+        layers: Sequence[Hashable] | None = None,
+        *,
+        given: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(config, Config):
             raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
@@ -52,65 +62,79 @@ class GroupPlan:
         # Build every network once, to raise errors here and not at the first use.
         for group in self._different:
             self._network(group)
-        _ = self._frozen_sources
+        self._array_plan = ArrayPlan(config, self.num_groups, self._network, self._different)
+        self._array_plan.check()
+        self._given = checked_given(given, {**self.given_shapes, **self.base_shapes})
         if self.num_groups <= LAID_OUT:
             # Lay the groups out now, so that torch.compile and jax.jit never trace this code.
             _ = self.param_shapes
+        if self._array_plan.tied:
+            for laid_out in self.groups:
+                _ = laid_out.start.zeros  # raises a ConfigError if a term cannot start at zero
 
     @functools.cached_property
     def num_parameters(self) -> int:
         """Number of trained elements; counted without allocating anything."""
+        if self.theta is not None or self._array_plan.tied:
+            return sum(math.prod(shape) for shape in self.param_shapes.values())
         if self._columns_vary:
             return sum(self._num_trained(group) for group in range(self.num_groups))
         return sum(count * self._num_trained(group) for group, count, _ in self.layout.same_size())
 
     def _num_trained(self, group: int) -> int:
-        network = self._network(group)
-        frozen = sum(math.prod(network.shapes[name]) for name in self._frozen_sources)
-        return network.num_parameters - frozen
+        if not self.config.sources:
+            return self._network(group).num_parameters
+        return sum(math.prod(shape) for shape in self._array_plan.trained_shapes(group).values())
+
+    @functools.cached_property
+    def theta(self) -> Theta | None:
+        """The map before the network; None if there is none, and the arrays themselves are trained."""
+        return None if self.config.before is None else Theta(self.config, self.array_shapes)
 
     @functools.cached_property
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every trained array, in order.
+        """Name and shape of every parameter, in order: the arrays in ``array_shapes``, or θ.
+
+        With ``config.before``, θ is named ``theta``, ``group{g}.theta`` or ``group{g}.split{k}.{array}.theta``,
+        depending on ``config.scope``.
+        """
+        return self.array_shapes if self.theta is None else self.theta.shapes
+
+    @functools.cached_property
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array that is trained, or made from θ, in order.
 
         Names are ``group{g}.split{k}.{array}``, with ``term{t}.`` before the split where there are several
-        terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train).
+        terms; ``array`` is dense, factor0 …, weights, core, or core0 … (tensor train). The trained diagonals of a
+        frozen array are ``.size`` and ``.rank`` after its name.
         """
-        return {full: group.network.shapes[name] for group in self.groups for name, full in group.names.items()}
+        if not self.config.sources:
+            return {full: group.network.shapes[name] for group in self.groups for name, full in group.names.items()}
+        return {
+            f"group{group}.{name}": shape
+            for group in range(self.num_groups)
+            for name, shape in self._array_plan.trained_shapes(group).items()
+        }
 
     @functools.cached_property
     def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every array that ``config.sources`` freezes, in order; named as in ``param_shapes``."""
+        """Name and shape of every array that ``config.sources`` freezes, in order; named as in ``array_shapes``."""
         return {full: group.network.shapes[name] for group in self.groups for name, full in group.frozen_names.items()}
 
     @functools.cached_property
-    def _frozen_sources(self) -> dict[str, Source]:
-        """The sources of the arrays that are frozen in every group, by the network's names."""
-        if not self.config.sources:
-            return {}
-        sources, network = self.config.sources, self._network(0)  # all networks have arrays of the same names
-        assert isinstance(sources, SourceMap)  # Config converts any other mapping
-        sources.check_names(network.shapes)
-        named = {name: sources.of(name) for name in network.shapes}
-        found = {name: source for name, source in named.items() if source is not None and not source.trained}
-        for prefixes in network.prefixes if found else ():
-            pairs = zip(prefixes, network.splits, strict=True)
-            term = [prefix + name for prefix, split in pairs for name in split.shapes]
-            if found.keys() >= set(term):
-                raise ConfigError(
-                    f"sources freezes all of {', '.join(term)}, and nothing is left to train there: give one of them "
-                    "tnadapt.sources.Trained()"
-                )
-        return found
+    def given_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every frozen array that the caller brings (:class:`tnadapt.sources.Given`), in order."""
+        return self._array_plan.shapes_of(lambda source: source.brought)
 
     @functools.cached_property
-    def _largest_frozen(self) -> dict[str, tuple[int, ...]]:
-        """The largest size of each frozen array along each axis, over all groups."""
-        shapes = [self._network(group).shapes for group in (self._different if self._frozen_sources else ())]
-        return {
-            name: tuple(max(sizes) for sizes in zip(*(own[name] for own in shapes), strict=True))
-            for name in self._frozen_sources
-        }
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every frozen array that is computed from the base weights, in order."""
+        return self._array_plan.shapes_of(lambda source: source.needs_base)
+
+    @property
+    def given(self) -> dict[str, np.ndarray]:
+        """The arrays in ``given_shapes`` and ``base_shapes`` that the plan has, by name, in float32."""
+        return dict(self._given)
 
     @functools.cached_property
     def groups(self) -> list[Group]:
@@ -127,25 +151,30 @@ class GroupPlan:
         config, found = self.config, list[Group]()
         projections: dict[tuple[int, int], Projection] = {}
         # Arrays that do not depend on the group are computed and kept once for all groups with the same network.
-        alike = all(source.independent_of_group for source in self._frozen_sources.values())
+        alike, tied = self._array_plan.alike, self._array_plan.tied
         arrays: dict[tuple[int, int], FrozenArrays] = {}
         for index in range(self.num_groups):
             network, size = self._network(index), self.layout.group_size(index)
             key = size, 0 if config.shared else index
             if key not in projections:
                 projections[key] = Projection(config.projection, network.size, size, config.seed, key[1])
-            names = {name: f"group{index}.{name}" for name in network.shapes if name not in self._frozen_sources}
-            frozen_names = {name: f"group{index}.{name}" for name in self._frozen_sources}
+            origins = self._array_plan.origins(index)
+            names, frozen_names = names_of(index, network.shapes, origins)
             own = id(network), 0 if alike else index
             if own not in arrays:
-                arrays[own] = FrozenArrays(
-                    network.shapes, self._frozen_sources, config.seed, own[1], self._largest_frozen
-                )
+                arrays[own] = FrozenArrays(self._array_plan.frozen(origins), self._given)
             frozen = arrays[own]
-            start = Initializer(network, projections[key], config.seed, index, frozen)
+            start = Initializer(
+                network, projections[key], config.seed, index, frozen, origins=origins,
+                starts=self._start_of if tied else None,
+            )  # fmt: skip
+            scaled = {name: origin.scaled for name, origin in origins.items() if origin.scaled is not None}
             pieces = self.layout.of_group(index)
-            found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names))
+            found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names, scaled))
         return found
+
+    def _start_of(self, group: int) -> Initializer:
+        return self.groups[group].start
 
     @property
     def _stacked(self) -> bool:
@@ -172,20 +201,25 @@ class GroupPlan:
         return found
 
     def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:
-        """Return each group's initial arrays, if only the arrays of these full names are trained; None means all."""
+        """Return each group's initial arrays, if only the parameters of these names are trained; None means all.
+
+        Which θ are trained does not affect them: the gradient of each θ comes through all of its arrays.
+        """
         if trained is None:
             return [group.start for group in self.groups]
         unknown = [name for name in trained if name not in self.param_shapes]
         if unknown or not trained:
             raise ConfigError(
-                f"trained must name some of the arrays in param_shapes; unknown: {some_names(unknown)}; there are "
+                f"trained must name some of the parameters in param_shapes; unknown: {some_names(unknown)}; there are "
                 f"{some_names(list(self.param_shapes))}"
             )
-        chosen = set(trained)
-        return [
-            group.start.for_trained({name for name, full in group.names.items() if full in chosen})
-            for group in self.groups
-        ]
+        if self.theta is not None:
+            return self.starts()
+        chosen, found = set(trained), list[Initializer]()
+        for group in self.groups:
+            own = {name for name, full in group.names.items() if full in chosen}
+            found.append(group.start.for_trained(own, found.__getitem__))
+        return found
 
 
 def some_names(names: Sequence[str]) -> str:

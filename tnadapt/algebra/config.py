@@ -22,6 +22,17 @@ __all__ = ["Config"]
 FOLDS = ("stack", "hypercube", "balanced")
 COMBINES = ("kronecker", "hadamard")
 LEADINGS = ("dense", "same")
+SCOPES = ("plan", "group", "array")
+
+# Fields that are newer than file format 1, with their defaults as JSON: files that do not use them keep their bytes.
+_NEWER: dict[str, Any] = {
+    "sources": {},
+    "before": None,
+    "parameters": None,
+    "scope": "plan",
+    "offset": True,
+    "weight_shape": None,
+}
 
 # Values beyond these are typing errors or hostile.
 MAX_INT = 1 << 40
@@ -77,6 +88,17 @@ class Config:
         Where the numbers of arrays come from, by their names: ``{"factor1": source}`` for that array in every split and
         term, ``"split0.factor1"`` or ``"term0.split0.factor1"`` for one of them. Arrays without an entry are trained
         (:class:`tnadapt.sources.Trained`). Adapter files leave it out if it is empty.
+    before : str, optional
+        P, a linear map before the network: all trained arrays of the plan, in order, are ``a_start + P θ``, and θ alone
+        is trained. "one-hot" (Uni-LoRA), "signed-one-hot", "normal" (TinyLoRA, NOLA), "linear", or another registered
+        linear map. None trains the arrays themselves. Adapter files leave out this field and the next three at their
+        defaults.
+    parameters : int, optional
+        p, the number of elements of each θ; with ``before`` only.
+    scope : "plan", "group" or "array"
+        Whether there is one θ for all arrays, one for each group, or one for each array.
+    offset : bool
+        Whether the arrays start at ``a_start`` of :mod:`tnadapt.algebra.init`; if False they are ``P θ`` alone.
     weight_shape : (int, int), optional
         Rows and columns that every weight must have, for a ``fold`` whose sizes stand for weights, rows (or heads and
         rows per head) and columns. Weights of another shape or number are refused, because the fold would cut through
@@ -114,6 +136,10 @@ class Config:
     alpha: float | None = None
     seed: int = 0
     sources: Mapping[str, Source] = dataclasses.field(default_factory=SourceMap)
+    before: str | None = None
+    parameters: int | None = None
+    scope: str = "plan"
+    offset: bool = True
     # A condition on the weights that does not affect results: configs of older files stay equal.
     weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
@@ -161,7 +187,35 @@ class Config:
                 "leave split_size out"
             )
         put("sources", _checked_sources(self.sources))
+        self._check_before()
         put("weight_shape", self._checked_weight_shape())
+
+    def _check_before(self) -> None:
+        _word("scope", self.scope, SCOPES)
+        if not isinstance(self.offset, bool):
+            raise ConfigError(f"offset must be True or False; got {safe_repr(self.offset)}")
+        if self.before is None:
+            for name, default in (("parameters", None), ("scope", "plan"), ("offset", True)):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} is about the map before the network, and there is none: set "
+                        f"before='one-hot', or leave {name} out"
+                    )
+            return
+        found = MAPS.find(self.before)
+        if not found.linear or found.square:
+            raise ConfigError(
+                f"before must be a linear map that changes the length, such as 'one-hot', 'normal' or 'linear'; got "
+                f"{self.before!r}"
+            )
+        if self.parameters is None:
+            raise ConfigError(f"before={self.before!r} needs the number of parameters: parameters=p, an integer")
+        object.__setattr__(self, "parameters", _integer("parameters", self.parameters, 1, MAX_INT))
+        if not self.offset and not MAPS.find(self.projection).linear:
+            raise ConfigError(
+                f"offset=False starts the arrays at zero, where the nonlinear projection={self.projection!r} has no "
+                "gradient: use offset=True"
+            )
 
     def _checked_weight_shape(self) -> tuple[int, int] | None:
         given = self.weight_shape
@@ -222,7 +276,7 @@ class Config:
         return self.alpha / max((rank for rank in self.rank if rank is not None), default=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON knows them: tuples become lists; ``sources`` and ``weight_shape`` only if set.
+        """Return the fields as JSON knows them: tuples become lists; those newer than file format 1 only if set.
 
         Returns
         -------
@@ -236,9 +290,8 @@ class Config:
         """
         found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
         found["sources"] = {name: source_to_dict(self.sources[name]) for name in sorted(self.sources)}
-        # These fields are newer than file format 1: files that do not use them keep their bytes.
-        for name in ("sources", "weight_shape"):
-            if not getattr(self, name):
+        for name, default in _NEWER.items():
+            if found[name] == default:
                 del found[name]
         return found
 
@@ -263,7 +316,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        sources, weight_shape
+        sources, before, parameters, scope, offset, weight_shape
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

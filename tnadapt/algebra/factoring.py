@@ -104,7 +104,7 @@ class Factoring:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the plan's arrays that the factors are computed from."""
-        return tuple(self.group.names.values())
+        return tuple(dict.fromkeys(self.group.names.values()))  # arrays may be tied
 
     @property
     def network(self) -> Network:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tnadapt.backends import Backend
@@ -13,7 +14,7 @@ from .init import Initializer
 from .layout import Piece
 from .maps.projection import Projection
 from .network import Network
-from .sources import FrozenArrays
+from .sources import FrozenArrays, Scaled
 
 __all__ = ["Group"]
 
@@ -39,6 +40,8 @@ class Group(NamedTuple):
         The other arrays of the network.
     frozen_names : dict of str to str
         For each of them, its name in the plan's ``frozen_shapes``.
+    scaled : dict of str to Scaled
+        The arrays that are multiplied by trained diagonals: ``names`` has these as ``split0.factor0.size``.
     """
 
     size: int
@@ -49,14 +52,23 @@ class Group(NamedTuple):
     pieces: list[Piece]
     frozen: FrozenArrays
     frozen_names: dict[str, str]
+    scaled: dict[str, Scaled] = MappingProxyType({})  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Group:
         return self  # immutable
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained elements."""
-        return sum(math.prod(self.network.shapes[name]) for name in self.names)
+        """Number of trained elements that the group uses; those that are tied together count once."""
+        shapes = dict(zip(self.names.values(), map(self.shape_of, self.names), strict=True))
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an array or diagonal, by its name in ``names``."""
+        if name in self.network.shapes:
+            return self.network.shapes[name]
+        array, _, diagonal = name.rpartition(".")
+        return self.scaled[array].diagonal_shapes(self.network.shapes[array])[diagonal]
 
     def arrays(self, backend: Backend, params: Mapping[str, Array]) -> Mapping[str, Array]:
         """Return all arrays of the network, by the network's names: those of the parameters, and the frozen ones."""
@@ -65,19 +77,23 @@ class Group(NamedTuple):
     def with_frozen(
         self, backend: Backend, own: Mapping[str, Array], trained: str | None = None
     ) -> Mapping[str, Array]:
-        """Return the trained arrays, by the network's names, with the frozen ones in their library and dtype.
+        """Return all arrays of the network, given the trained ones by the names in ``names``; in their dtype.
 
         The frozen ones are rounded to the dtype ``trained``, so that an update that is computed in a wider dtype than
         that of training, as in merging, has the arrays of training.
         """
-        if not self.frozen_names:
+        if not self.frozen_names and not self.scaled:
             return own
         like = next(iter(own.values()))  # a plan refuses groups without a trained array
         kind = backend.dtype_name(like)
-        return {
-            name: own[name] if name in own else self.frozen.on(backend, (name, trained or kind), like, kind)
-            for name in self.network.shapes
-        }
+        found = {}
+        for name in self.network.shapes:
+            array = own[name] if name in own else self.frozen.on(backend, (name, trained or kind), like, kind)
+            if name in self.scaled:
+                diagonals = {part: own[f"{name}.{part}"] for part in self.scaled[name].diagonals}
+                array = self.scaled[name].scaled(backend, array, diagonals)
+            found[name] = array
+        return found
 
     def update(
         self, backend: Backend, params: Mapping[str, Array], start: int, stop: int, trained: str | None = None

@@ -10,7 +10,10 @@ then random like the others, from its own stream, with the σ that belongs to th
 depends only on which are trained.
 
 **Arrays of a source.** Arrays that ``Config.sources`` freezes are not drawn here. The zero is then one of the other
-arrays, by the same rule, and σ takes the mean square of the frozen ones into account.
+arrays, by the same rule, and σ takes the mean square of the frozen ones into account. A frozen array with trained
+diagonals (:class:`tnadapt.sources.Scaled`) is zero by its first diagonal; the other diagonals are one, or what
+``start`` says. A diagonal whose ``start`` is 0 is the zero of its term. An array that is tied to another one starts as
+that does; a term with such a zero needs no other.
 
 **Nonlinear F.** ``tanhshrink'(0) = 0``, so that nothing would ever move from a zero start. All arrays are random with
 a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
@@ -34,7 +37,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +49,7 @@ from . import rng
 from ._dtype_rounding import rounded_to
 from .maps.projection import Projection
 from .network import Network
-from .sources import FrozenArrays
+from .sources import FrozenArrays, Origin
 
 __all__ = ["STEP", "Initializer"]
 
@@ -65,14 +68,18 @@ class Initializer(FixedArrays):
     seed, group : int
         Select the random words.
     frozen : FrozenArrays
-        The network's arrays that a source computes.
+        The network's arrays that are not trained themselves.
     trained : set of str, optional
-        The network's arrays that are trained; all that are not in ``frozen`` if None.
+        The names of the arrays and diagonals that are trained; all that are not frozen if None.
+    origins : mapping of str to Origin, optional
+        Origin of each array, if the config has sources.
+    starts : callable, optional
+        Returns the Initializer of a group by its index, for arrays that are tied to it.
 
     Attributes
     ----------
     zeros : frozenset of str
-        Names of the arrays that are zero.
+        Names of the arrays and diagonals that are zero.
 
     Examples
     --------
@@ -92,44 +99,154 @@ class Initializer(FixedArrays):
         group: int,
         frozen: FrozenArrays | None = None,
         trained: Collection[str] | None = None,
+        origins: Mapping[str, Origin] | None = None,
+        starts: Callable[[int], Initializer] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.projection, self.seed, self.group = network, projection, seed, group
-        self.frozen = FrozenArrays(network.shapes, {}, seed, group) if frozen is None else frozen
-        #: For each term, the array that is zero: the index of its split, and its name in that split.
-        self._zero = [self._zero_of(prefixes, trained) for prefixes in network.prefixes]
+        self.frozen = FrozenArrays({}) if frozen is None else frozen
+        self.trained, self.origins = trained, origins or {}
+        self._starts = starts
+
+    @functools.cached_property
+    def _zero(self) -> list[tuple[int, str]]:
+        """For each term, the array that is zero: the index of its split, and its name in that split."""
+        found, chosen = list[tuple[int, str]](), set[str]()
+        for prefixes in self.network.prefixes:
+            k, name = self._zero_of(prefixes, self.trained, chosen)
+            found.append((k, name))
+            chosen.add(self._zero_part(prefixes[k] + name))
+        if self.origins and self.projection.linear:
+            for prefixes in self.network.prefixes:
+                term = [array for _, array in self._arrays_of(prefixes)]
+                zero = [
+                    array for array in term if self._zero_part(array) in chosen or self._is_zero_already(array, chosen)
+                ]
+                self._need_one_zero(zero)
+        return found
+
+    def _arrays_of(self, prefixes: Sequence[str]) -> list[tuple[tuple[int, str], str]]:
+        """Return the arrays of a term: the index of the split and the name in it, and the network's name."""
+        return [
+            ((k, name), prefix + name)
+            for k, (prefix, split) in enumerate(zip(prefixes, self.network.splits, strict=True))
+            for name in split.shapes
+        ]
+
+    def _need_one_zero(self, zero: Sequence[str]) -> None:
+        if len(zero) > 1:
+            raise ConfigError(
+                f"sources makes {', '.join(zero)} all zero at the start, so that their gradients are zero and nothing "
+                "would learn; only one of them may be"
+            )
 
     @functools.cached_property
     def zeros(self) -> frozenset[str]:
-        """Names of the arrays that are zero: one per term, or none for a nonlinear F."""
+        """Names of the arrays and diagonals that are zero: one per term, or none for a nonlinear F."""
         if not self.projection.linear:
             return frozenset()
-        return frozenset(
-            prefixes[k] + name for prefixes, (k, name) in zip(self.network.prefixes, self._zero, strict=True)
-        )
+        arrays = [prefixes[k] + name for prefixes, (k, name) in zip(self.network.prefixes, self._zero, strict=True)]
+        return frozenset(self._zero_part(array) for array in arrays)
 
-    def _zero_of(self, prefixes: Sequence[str], trained: Collection[str] | None) -> tuple[int, str]:
+    def _zero_part(self, array: str) -> str:
+        """Return which part of an array makes it zero: the array itself, or its first trained diagonal."""
+        origin = self.origins.get(array)
+        if origin is None or origin.scaled is None:
+            return array
+        diagonals = [f"{array}.{name}" for name in origin.scaled.diagonals]
+        if origin.scaled.zero is not None and self._trains(f"{array}.{origin.scaled.zero}"):
+            return f"{array}.{origin.scaled.zero}"
+        own = origin.source.trained and origin.key == (self.group, array)
+        able = [array] * own + diagonals
+        return next((part for part in able if self._trains(part)), able[0])
+
+    def _trains(self, part: str) -> bool:
+        """Return whether an array or diagonal is trained; in a term of which nothing is, all count as trained."""
+        if self.trained is None or part in self.trained:
+            return True
+        term = part.partition("split")[0]
+        return not any(other.startswith(f"{term}split") for other in self.trained)
+
+    def _zero_of(
+        self, prefixes: Sequence[str], trained: Collection[str] | None, chosen: Collection[str]
+    ) -> tuple[int, str]:
         """Return which array of a term is zero for a linear F: the index of its split, and its name in that split."""
-        splits, sources = self.network.splits, self.frozen.sources
+        splits = self.network.splits
         last = len(splits) - 1
         usual = last, splits[last].zero
+        # CP weights are one number per component: make them zero only if nothing else is trained.
+        order = [
+            (k, name)
+            for k in range(last, -1, -1)
+            for name in sorted(splits[k].shapes, key=lambda name: name in splits[k].ones)
+        ]
+        order = [usual, *(other for other in order if other != usual)]
+        settled = [(k, name) for k, name in order if self._is_zero_already(prefixes[k] + name, chosen)]
+        self._need_one_zero([prefixes[k] + name for k, name in settled])
+        if settled:
+            return settled[0]
+        for k, name in order:
+            if self._may_be_zero(prefixes, prefixes[k] + name, trained):
+                return k, name
         if trained is None:
-            if prefixes[last] + usual[1] not in sources:
-                return usual
-            trained = self.network.shapes.keys() - sources.keys()
-        elif prefixes[last] + usual[1] in trained:
-            return usual
-        for k in range(last, -1, -1):
-            # CP weights are one number per component: make them zero only if nothing else is trained.
-            for name in sorted(splits[k].shapes, key=lambda name: name in splits[k].ones):
-                if prefixes[k] + name in trained:
-                    return k, name
+            raise ConfigError(
+                f"none of {', '.join(prefixes[k] + name for k, name in order)} can be zero at the start: each one that "
+                "is trained is tied to an array that is not zero, or occurs twice. Tie fewer of them"
+            )
         # No array of this term is trained. One must be zero nevertheless, so that the term contributes nothing.
-        return self._zero_of(prefixes, None)
+        return self._zero_of(prefixes, None, chosen)
 
-    def for_trained(self, trained: Collection[str]) -> Initializer:
-        """Return the initial arrays if only these of the network's arrays are trained."""
-        found = Initializer(self.network, self.projection, self.seed, self.group, self.frozen, trained)
+    def _is_zero_already(self, array: str, chosen: Collection[str]) -> bool:
+        """Return whether an array is zero whatever its term chooses: by its ``start``, or as one that it is tied to."""
+        origin = self.origins.get(array)
+        if origin is None or not self.projection.linear:
+            return False
+        scaled, (group, name) = origin.scaled, origin.owner
+        if scaled is not None:
+            if (group, name) == (self.group, array):
+                if scaled.zero is not None and self._trains(f"{array}.{scaled.zero}"):
+                    return True
+            else:
+                zeros = self._zeros_of(group, chosen)
+                if any(f"{name}.{diagonal}" in zeros for diagonal in scaled.diagonals):
+                    return True
+        tied = origin.source.trained and origin.key != (self.group, array)
+        return tied and origin.name in self._zeros_of(origin.group, chosen)
+
+    def _zeros_of(self, group: int, chosen: Collection[str]) -> Collection[str]:
+        """Return the arrays and diagonals that are zero in a group; in this one, those chosen so far."""
+        return chosen if group == self.group else self._start_of(group).zeros
+
+    def _may_be_zero(self, prefixes: Sequence[str], array: str, trained: Collection[str] | None) -> bool:
+        """Return whether an array can be chosen as the zero of its term."""
+        origin = self.origins.get(array)
+        if origin is None:
+            return trained is None or array in trained
+        own = [array] if origin.source.trained and origin.key == (self.group, array) else []
+        if origin.scaled is not None and origin.owner == (self.group, array):
+            own += [f"{array}.{name}" for name in origin.scaled.diagonals]
+        if not own or not (trained is None or any(part in trained for part in own)):
+            return False
+        if not origin.source.trained:
+            return True
+        # A product of an array with itself has no gradient where the array is zero.
+        term = [
+            prefix + name for prefix, split in zip(prefixes, self.network.splits, strict=True) for name in split.shapes
+        ]
+        return sum(self.origins[name].key == origin.key for name in term) == 1
+
+    def _start_of(self, group: int) -> Initializer:
+        assert self._starts is not None  # the plan passes it wherever arrays are tied
+        return self._starts(group)
+
+    def for_trained(self, trained: Collection[str], starts: Callable[[int], Initializer] | None = None) -> Initializer:
+        """Return the initial arrays if only these of the network's arrays and diagonals are trained."""
+        found = Initializer(
+            self.network, self.projection, self.seed, self.group, self.frozen, trained, self.origins,
+            starts or self._starts,
+        )  # fmt: skip
+        if any(origin.group != self.group for origin in self.origins.values()):
+            return found  # what is zero is decided elsewhere, and later
         return self if found.zeros == self.zeros else found
 
     @functools.cached_property
@@ -149,7 +266,9 @@ class Initializer(FixedArrays):
     def _computed_std(self, zero: tuple[int, str]) -> float:
         try:
             if self.projection.linear:
-                found = _linear_std(self.network, self.projection, zero, self._frozen_in_term(zero))
+                prefixes = self.network.prefixes[self._zero.index(zero)]
+                diagonal = self._zero_part(prefixes[zero[0]] + zero[1]).removeprefix(prefixes[zero[0]] + zero[1])[1:]
+                found = _linear_std(self.network, self.projection, zero, diagonal, self._frozen_in_term(zero))
             else:
                 found = _nonlinear_std(self.network, self.projection, self._frozen_in_term(zero))
         except OverflowError:
@@ -168,14 +287,17 @@ class Initializer(FixedArrays):
         (float, int)
             The product of their mean squares, and how many of them would be random if they were trained.
         """
-        if not self.frozen.sources:
+        if not self.frozen.entries and not self.origins:
             return 1.0, 0
-        squares, count = [], 0
+        squares, count = [1.0], 0
         for prefix, split in zip(self.network.prefixes[self._zero.index(zero)], self.network.splits, strict=True):
             for name in split.shapes:
-                if prefix + name in self.frozen.sources:
+                if prefix + name in self.frozen.entries:
                     squares.append(self.frozen.mean_square(prefix + name))
                     count += name not in split.ones
+                origin = self.origins.get(prefix + name)
+                if origin is not None and origin.scaled is not None:
+                    squares += [value**2 for value in origin.scaled.starts.values() if value]
         return math.prod(squares), count
 
     @functools.cached_property
@@ -186,6 +308,11 @@ class Initializer(FixedArrays):
         """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
         if isinstance(key, tuple):
             return rounded_to(self.make(key[0]), key[1])
+        if key not in self.network.shapes:
+            return self._diagonal(key)
+        origin = self.origins.get(key)
+        if origin is not None and origin.key != (self.group, key):
+            return self._start_of(origin.group).make(origin.name)
         shape = self.network.shapes[key]
         if key in self.zeros:
             return np.zeros(shape, np.float32)
@@ -197,6 +324,18 @@ class Initializer(FixedArrays):
         drawn = rng.normals(self.seed, self.group, purpose, 0, math.prod(shape))
         term = int(key.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
         return _scaled(drawn, self._std(self._zero[term])).reshape(shape)
+
+    def _diagonal(self, key: str) -> np.ndarray:
+        """Compute a diagonal, such as ``split0.factor0.size``."""
+        array, _, diagonal = key.rpartition(".")
+        origin = self.origins[array]
+        if origin.owner != (self.group, array):
+            return self._start_of(origin.owner[0]).make(f"{origin.owner[1]}.{diagonal}")
+        assert origin.scaled is not None
+        shape = origin.scaled.diagonal_shapes(self.network.shapes[array])[diagonal]
+        # A diagonal that would be zero and is not trained is one: another array is the zero then.
+        value = 0.0 if key in self.zeros else origin.scaled.starts[diagonal] or 1.0
+        return np.full(shape, value, np.float32)
 
 
 # Longer arrays have the root mean square within half a percent without scaling.
@@ -212,15 +351,26 @@ def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
     return (wide * (std / math.sqrt(math.fsum((wide * wide).tolist()) / wide.size))).astype(np.float32)
 
 
-def _linear_std(network: Network, projection: Projection, zero: tuple[int, str], frozen: tuple[float, int]) -> float:
+def _linear_std(
+    network: Network, projection: Projection, zero: tuple[int, str], diagonal: str, frozen: tuple[float, int]
+) -> float:
     k, name = zero
+    split = network.splits[k]
     # Frozen arrays contribute their own mean squares to V instead of σ².
-    arrays = _random_arrays(network) - (name not in network.splits[k].ones) - frozen[1]
+    arrays = _random_arrays(network) - frozen[1]
+    # V = paths * std ** (2 * arrays), where paths is the number of products that multiply an entry of Z.
+    paths = math.prod(one.num_terms for one in network.splits) / split.num_terms_per_array(name)
+    if diagonal:
+        # Z scales an array, which is one of the factors of V: an entry for each of its columns, or one for all of them.
+        entries = split.num_terms_per_array(name) if diagonal == "rank" else 1
+        paths *= split.num_terms_per_array(name) / entries
+        spread = _spread_of(network, entries, split.shapes[name][1 if diagonal == "rank" else 0])
+    else:
+        arrays -= name not in split.ones
+        spread = _spread(network, k, name)
     if arrays <= 0:
         return 0.0
-    # V = paths * std ** (2 * arrays), where paths is the number of products that multiply an entry of Z.
-    paths = math.prod(split.num_terms for split in network.splits) / network.splits[k].num_terms_per_array(name)
-    step = _spread(network, k, name) * projection.map.gain() * frozen[0]
+    step = spread * projection.map.gain() * frozen[0]
     return float((STEP / (step * paths)) ** (1.0 / (2 * arrays)))
 
 
@@ -253,6 +403,11 @@ def _random_arrays(network: Network) -> int:
 def _spread(network: Network, k: int, name: str) -> float:
     """Return ``sqrt(q (q + P))`` of one array, over all terms."""
     split = network.splits[k]
-    paths = network.terms * split.num_terms_per_array(name)
-    touched = network.size * split.num_terms_per_array(name) / math.prod(split.shapes[name])
+    return _spread_of(network, split.num_terms_per_array(name), math.prod(split.shapes[name]))
+
+
+def _spread_of(network: Network, entries: int, size: int) -> float:
+    """Return ``sqrt(q (q + P))`` of an array of ``size`` elements; a term sums ``entries`` of them per ΔW element."""
+    paths = network.terms * entries
+    touched = network.size * entries / size
     return math.sqrt(paths * (paths + touched))

@@ -144,6 +144,13 @@ class Network:
             for name, shape in split.shapes.items()
         }
 
+    def mode_of(self, name: str) -> int | None:
+        """Return the mode whose factor an array is, of shape ``(sizes[mode], rank)``; None if it is none."""
+        if self.kronecker and len(self.splits) > 1:
+            return None
+        prefix, _, own = name.rpartition(".")
+        return self.splits[int(prefix.rpartition("split")[2])].mode_of(own)
+
     @property
     def num_parameters(self) -> int:
         """Number of elements of all arrays."""

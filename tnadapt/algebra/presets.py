@@ -16,6 +16,18 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, integer
 
+from ._source_presets import (
+    lora_fa,
+    lora_xs,
+    nola,
+    randlora,
+    share_lora,
+    svft,
+    tied_lora,
+    tinylora,
+    unilora,
+    vera,
+)
 from .config import Config
 from .folding import MAX_SIZE
 
@@ -31,10 +43,20 @@ __all__ = [
     "lokr",
     "lonkr",
     "lora",
+    "lora_fa",
+    "lora_xs",
     "lorta",
     "lorta_cp",
     "lotr",
+    "nola",
+    "randlora",
+    "share_lora",
     "superlora",
+    "svft",
+    "tied_lora",
+    "tinylora",
+    "unilora",
+    "vera",
 ]
 
 

@@ -8,7 +8,8 @@ no ``libm``, whose last bits differ between machines, and no library's generator
 between releases.
 
 The streams differ by ``purpose``: 1 permutation, 2 the Gaussian diagonal ``g``, 3 signs, 4 the Gaussian
-``g'`` of the v2 projections, 16 and above the random initialization of factors.
+``g'`` of the v2 projections, 5 the dense map ``normal``, 16 and above the random initialization of factors, 2**16 and
+above frozen arrays. Maps before the network use the groups from 2**31 up.
 """
 
 from __future__ import annotations
@@ -38,7 +39,15 @@ __all__ = [
     "words_at",
 ]
 
-PURPOSE = {"permutation": 1, "gaussian": 2, "signs": 3, "gaussian_v2": 4, "start": 16, "source": 1 << 16}
+PURPOSE = {
+    "permutation": 1,
+    "gaussian": 2,
+    "signs": 3,
+    "gaussian_v2": 4,
+    "normal_map": 5,
+    "start": 16,
+    "source": 1 << 16,
+}
 
 # Shorter draws take less time than importing the compiler.
 WORTH = 1 << 14

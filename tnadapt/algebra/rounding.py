@@ -61,8 +61,8 @@ class Float64Deltas:
     """
 
     def __init__(self, plan: SuperLoRA, arrays: Mapping[str, Array], trained: str, piece: int = PIECE) -> None:
-        self.plan, self.trained, self.piece = plan, trained, piece
-        self._arrays, self._backend = arrays, get_backend(*arrays.values())
+        self.plan, self.trained, self.piece = plan.arrays_plan, trained, piece
+        self._arrays, self._backend = plan.arrays(arrays, trained), get_backend(*arrays.values())
         self._wide: tuple[int, dict[str, Array]] = -1, {}
         self._span: tuple[int, int, Any] = -1, 0, None
 

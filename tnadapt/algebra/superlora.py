@@ -6,7 +6,8 @@ library builds on these steps; no other code computes a ΔW.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
 
+from ._array_plan import checked_given
+from ._base_arrays import from_base
 from ._group_plan import GroupPlan, some_names
 from .config import Config
 from .layout import Piece
 
-__all__ = ["SuperLoRA", "parameter_count"]
+__all__ = ["SuperLoRA", "checked_given", "parameter_count"]
 
 
 class SuperLoRA(GroupPlan):
@@ -35,6 +38,9 @@ class SuperLoRA(GroupPlan):
         Shapes of the weights to update, in torch's order ``(out_features, in_features)``.
     layers : sequence of hashable, optional
         One key per weight, for ``groups="layer"``.
+    given : mapping of str to array, optional
+        The frozen arrays in ``given_shapes``, whose source is :class:`tnadapt.sources.Given`; also those in
+        ``base_shapes``, in place of :meth:`with_base`. Copied, in float32.
 
     Attributes
     ----------
@@ -76,10 +82,62 @@ class SuperLoRA(GroupPlan):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Recompute it from its few integers, instead of pickling the cached draws.
-        return SuperLoRA, (self.config, self.shapes, self._layers)
+        return functools.partial(SuperLoRA, given=self.given), (self.config, self.shapes, self._layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
         return self  # immutable
+
+    # -- Base weights ------------------------------------------------------------------------
+
+    def with_base(
+        self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
+    ) -> SuperLoRA:
+        """Return this plan with the frozen arrays that are computed from the base weights.
+
+        Parameters
+        ----------
+        weights : sequence of array, or callable
+            The base weight of each update, ``(rows, cols)``, of any library; or a function that returns the weight with
+            an index, so that only one group's weights are in memory at a time.
+        progress : callable, optional
+            Called with the numbers of arrays that are computed and of all, after each array.
+
+        Returns
+        -------
+        SuperLoRA
+            Itself if none of its arrays is computed from the base.
+
+        Raises
+        ------
+        ShapeError
+            If a weight is missing or has another shape.
+        ConfigError
+            If an array cannot be computed from its weight: NaN, or too few singular values.
+
+        Notes
+        -----
+        For :class:`tnadapt.sources.FromBase`. Memory: a group's weights in float64.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> sources = {"factor0": tna.sources.FromBase("rows")}
+        >>> plan = SuperLoRA(tna.presets.lora(2, sources=sources), [(6, 4)])
+        >>> plan.base_shapes, plan.with_base([np.diag([3.0, 2, 1, 1, 1, 1])[:, :4]]).given.keys()
+        ({'group0.split0.factor0': (6, 2)}, dict_keys(['group0.split0.factor0']))
+        """
+        if not self.base_shapes:
+            return self
+        found = from_base(self, weights, progress)
+        return SuperLoRA(self.config, self.shapes, self._layers, given={**self.given, **found})
+
+    def fill(self, given: Mapping[str, Any]) -> None:
+        """Add frozen arrays that the plan lacks, in place, for an adapter that uses the plan already.
+
+        Only for arrays that could not be computed before: those the plan has stay as they are.
+        """
+        shapes = {**self.given_shapes, **self.base_shapes}
+        self._given.update({k: v for k, v in checked_given(given, shapes).items() if k not in self._given})
 
     # -- Arrays ------------------------------------------------------------------------------
 
@@ -143,9 +201,14 @@ class SuperLoRA(GroupPlan):
             raise BackendError(f"dtype must be a name such as 'float32'; got {safe_repr(dtype)}")
         # Try an empty array first, to refuse an unavailable dtype or device before anything is drawn.
         library.asarray(np.zeros(0), dtype, device)
+        if self.theta is not None:
+            self._require_gradient()
+            return {name: library.asarray(np.zeros(shape), dtype, device) for name, shape in self.param_shapes.items()}
         made = {}
         for group, start in zip(self.groups, self.starts(trained), strict=True):
             for name, full in group.names.items():
+                if full in made:
+                    continue  # arrays that are tied
                 host = start.host(name)
                 if dtype == "float16" and np.max(np.abs(host)) > np.finfo(np.float16).max:
                     raise ConfigError(
@@ -153,7 +216,80 @@ class SuperLoRA(GroupPlan):
                         f"use float32, or a larger alpha than {self.config.alpha}"
                     )
                 made[full] = library.asarray(host, dtype, device)
-        return made
+        return {name: made[name] for name in self.param_shapes}
+
+    def arrays(self, params: Mapping[str, Array], dtype: str | None = None) -> dict[str, Array]:
+        """Compute the arrays in ``array_shapes`` from the parameters: ``a_start + P θ``, or the parameters themselves.
+
+        Parameters
+        ----------
+        params : mapping of str to array
+            Names and shapes as in ``param_shapes``; one library, dtype and device.
+        dtype : str, optional
+            The dtype in which the parameters were trained, if they have been cast since: the arrays then have the
+            numbers of training, and no gradient.
+
+        Returns
+        -------
+        dict of str to array
+            Differentiable in torch and JAX. ``arrays_plan`` computes updates from them.
+
+        Raises
+        ------
+        ShapeError, BackendError
+            As in :meth:`deltas`.
+
+        Notes
+        -----
+        One call of P. a_start is rounded to the dtype of the parameters, and the sum is exactly a_start if θ is 0.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> plan = SuperLoRA(tna.presets.lora(1, before="one-hot", parameters=2), [(2, 3)])
+        >>> [array.shape for array in plan.arrays({"theta": np.ones(2)}).values()]
+        [(2, 1), (3, 1)]
+        """
+        return self._arrays(self._checked(params), params, dtype)
+
+    def _arrays(self, backend: Backend, params: Mapping[str, Array], dtype: str | None) -> dict[str, Array]:
+        if self.theta is None:
+            return dict(params)
+        return self.theta.arrays(backend, params, functools.partial(self.array_start, backend), dtype)
+
+    def array_start(self, backend: Backend, full: str, like: Array, dtype: str | None = None) -> Array:
+        """Return the initial value of an array in ``array_shapes``, in the library, dtype and device of ``like``.
+
+        ``dtype`` is the dtype to which it is rounded, if that is not like's.
+        """
+        index, _, name = full.removeprefix("group").partition(".")
+        kind = backend.dtype_name(like)
+        return self.groups[int(index)].start.on(backend, (name, dtype or kind), like, kind)
+
+    @functools.cached_property
+    def arrays_plan(self) -> SuperLoRA:
+        """The plan whose parameters are the arrays of this one: itself, unless ``config.before`` makes them from θ."""
+        if self.theta is None:
+            return self
+        found = object.__new__(SuperLoRA)
+        own = {"theta", "param_shapes", "num_parameters", "arrays_plan"}
+        # The groups, and the arrays that they draw, are shared.
+        found.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        found.config = self.config.replace(before=None, parameters=None, scope="plan", offset=True)
+        return found
+
+    def _require_gradient(self) -> None:
+        """Raise a ConfigError if θ = 0 has no gradient: without an offset, where two arrays of a product are zero."""
+        if self.config.offset:
+            return
+        for group in self.groups:
+            for prefixes in group.network.prefixes:
+                made = [name for name in group.names if name.startswith(tuple(prefixes))]
+                if len(made) > 1:
+                    raise ConfigError(
+                        f"offset=False starts {' and '.join(made[:2])} at zero, whose product has no gradient there: "
+                        "use offset=True, or sources that leave one array per term to train"
+                    )
 
     def deltas(self, params: Mapping[str, Array], dtype: str | None = None) -> list[Array]:
         """Compute the update of every weight.
@@ -194,6 +330,7 @@ class SuperLoRA(GroupPlan):
                [  2.,  20., 200.]])
         """
         backend = self._checked(params)
+        params = self._arrays(backend, params, dtype)
         parts: dict[int, list[Array]] = {weight: [] for weight in range(len(self.shapes))}
         for group in self.groups:
             vec = group.update(backend, params, 0, group.size, dtype)
@@ -241,7 +378,8 @@ class SuperLoRA(GroupPlan):
         """
         backend = self._checked(params)
         i = integer("weight", i, 0, len(self.shapes) - 1, ShapeError)
-        return backend.reshape(self._assembled(backend, params, self.layout.of_weight(i), dtype), self.shapes[i])
+        arrays = self._arrays(backend, params, dtype)
+        return backend.reshape(self._assembled(backend, arrays, self.layout.of_weight(i), dtype), self.shapes[i])
 
     def vector(
         self, params: Mapping[str, Array], start: int = 0, stop: int | None = None, dtype: str | None = None
@@ -282,16 +420,17 @@ class SuperLoRA(GroupPlan):
         stop = self.size if stop is None else integer("stop", stop, 0, self.size, ShapeError)
         if start >= stop:
             raise ShapeError(f"no slice {start}:{stop} of a vector of {self.size} elements; start must be below stop")
-        return self._assembled(backend, params, self.layout.of_slice(start, stop), dtype)
+        arrays = self._arrays(backend, params, dtype)
+        return self._assembled(backend, arrays, self.layout.of_slice(start, stop), dtype)
 
     # -- Helpers -----------------------------------------------------------------------------
 
     def _assembled(
-        self, backend: Backend, params: Mapping[str, Array], pieces: Sequence[Piece], dtype: str | None
+        self, backend: Backend, arrays: Mapping[str, Array], pieces: Sequence[Piece], dtype: str | None
     ) -> Array:
         return backend.concat(
             [
-                self.groups[run.group].update(backend, params, run.group_start, run.group_start + run.length, dtype)
+                self.groups[run.group].update(backend, arrays, run.group_start, run.group_start + run.length, dtype)
                 for run in pieces
             ]
         )

@@ -13,7 +13,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.layout import make_layout
-from tnadapt.algebra.sources import SourceMap, Trained
+from tnadapt.algebra.sources import Scaled, Source, SourceMap, Tied, Trained, inner_source
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, ShapeError, safe_repr, summarize
 from tnadapt.targets.target import Target
@@ -21,13 +21,17 @@ from tnadapt.targets.target import Target
 # Maximum number of frozen arrays that a file omits, and of their elements in total. They bound the work that a small
 # file can impose on its reader.
 MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
+# Maximum number of arrays that a file's plan may have beyond those that are stored, and beyond so many per target:
+# arrays that are frozen, tied or made from θ take no bytes in it.
+_MAX_UNSTORED, _PER_TARGET = 1 << 16, 64
 # Maximum trial divisions for factoring: enough for one number of 2**36, or about a hundred of 2**23.
 _MAX_DIVISIONS = 1 << 18
 
 
-def plan_of(config: Config, targets: Sequence[Target]) -> SuperLoRA:
-    """Return the plan of an adapter."""
-    return SuperLoRA(config, [target.shape for target in targets], layers=[target.layer for target in targets])
+def plan_of(config: Config, targets: Sequence[Target], given: Mapping[str, np.ndarray] | None = None) -> SuperLoRA:
+    """Return the plan of an adapter, with frozen arrays that are not computed."""
+    layers = [target.layer for target in targets]
+    return SuperLoRA(config, [target.shape for target in targets], layers=layers, given=given)
 
 
 def check_fit(
@@ -35,8 +39,11 @@ def check_fit(
     targets: Sequence[Target],
     shapes: Mapping[str, tuple[int, ...]],
     trained: Sequence[str] | None = None,
-) -> None:
-    """Raise an error unless the shapes are those of the plan's arrays; some that are not ``trained`` may be missing.
+) -> SuperLoRA:
+    """Return the plan, or raise an error unless the shapes are those of a file's arrays.
+
+    A file has the parameters of the plan, of which some that are not ``trained`` may be missing; the frozen arrays that
+    the caller brought; and possibly those that are computed from the base weights.
 
     Time and memory are proportional to the number of shapes and targets, however large the numbers in the config are.
 
@@ -47,7 +54,9 @@ def check_fit(
     """
     # Count before planning: a hostile config of a few bytes can ask for millions of arrays.
     layout = make_layout(config.groups, [target.shape for target in targets], [target.layer for target in targets])
-    expected = layout.num_groups * _arrays_of_group(config)
+    every, expected = (layout.num_groups * count for count in _arrays_of_group(config))
+    if every > len(shapes) + _PER_TARGET * len(targets) + _MAX_UNSTORED:
+        raise ShapeError(f"config and targets make {every} arrays; a file of {len(shapes)} may make fewer")
     if expected > len(shapes) + 1024:
         raise ShapeError(f"config and targets require {expected} arrays; there are {len(shapes)}")
     sizes = {size for _, _, size in layout.same_size()}
@@ -57,11 +66,13 @@ def check_fit(
             raise ConfigError(
                 "the sizes that split_size='balanced' has to factor are too large; give split_size as an integer"
             )
-    found = plan_of(config, targets).param_shapes
-    missing = found.keys() - shapes.keys()
+    plan = plan_of(config, targets)
+    params = plan.param_shapes
+    found = {**params, **plan.given_shapes, **plan.base_shapes}
+    missing = found.keys() - shapes.keys() - plan.base_shapes.keys()
     if trained is not None:
-        missing -= found.keys() - set(checked_trained(trained, found) or found)
-    left_out = found.keys() - shapes.keys() - missing
+        missing -= params.keys() - set(checked_trained(trained, params) or params)
+    left_out = params.keys() - shapes.keys() - missing
     if len(left_out) > MAX_LEFT_OUT or sum(math.prod(found[name]) for name in left_out) > MAX_DRAWN:
         raise ShapeError(
             f"{len(left_out)} frozen arrays are left out; at most {MAX_LEFT_OUT} with {MAX_DRAWN} elements in total "
@@ -75,10 +86,11 @@ def check_fit(
     for name, shape in found.items():
         if shapes.get(name, shape) != shape:
             raise ShapeError(f"{name} has shape {shapes[name]}; config and targets require {shape}")
+    return plan
 
 
-def _arrays_of_group(config: Config) -> int:
-    """Return the number of trained arrays of a group, without listing them: there may be many terms."""
+def _arrays_of_group(config: Config) -> tuple[int, int]:
+    """Count the arrays of a group, without listing them, as there may be many terms: all, and those that are stored."""
     leading = "dense" if config.leading == "dense" else config.format
     names = [
         f"split{split}.{name}"
@@ -87,16 +99,26 @@ def _arrays_of_group(config: Config) -> int:
             config.format if split == config.splits - 1 else leading, (1,) * config.order, config.rank
         ).shapes
     ]
+    every = config.terms * len(names)
     sources = SourceMap(config.sources)
+    if config.before is not None or any(isinstance(inner_source(source), Tied) for source in sources.values()):
+        return every, 0  # how many are stored is known only from the plan
 
-    def trained(prefix: str) -> int:
-        return sum((sources.of(prefix + name) or Trained()).trained for name in names)
+    def stored(prefix: str) -> int:
+        return sum(_stored(sources.of(prefix + name) or Trained()) for name in names)
 
-    usual = trained("")
+    usual = stored("")
     # Terms with keys of their own, such as term3.split0.factor0.
     terms = {key.partition(".")[0] for key in sources if key.startswith("term")}
     named = {term for term in terms if config.terms > 1 and int(term.removeprefix("term")) < config.terms}
-    return config.terms * usual + sum(trained(f"{term}.") - usual for term in named)
+    return every, config.terms * usual + sum(stored(f"{term}.") - usual for term in named)
+
+
+def _stored(source: Source) -> int:
+    """Return how many arrays of a file an array with this source has in every group."""
+    diagonals = len(source.diagonals) if isinstance(source, Scaled) else 0
+    inner = inner_source(source)
+    return diagonals + (inner.trained or (inner.brought and not inner.independent_of_group))
 
 
 def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
@@ -119,8 +141,8 @@ def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[st
 
     Arrays of bfloat16 are returned as float32 with rounded values.
     """
-    if trained is None:
-        return {}
+    if trained is None or plan.theta is not None:
+        return {}  # θ is stored, as it is short
     chosen, found = set(trained), dict[str, Callable[[], np.ndarray]]()
     kind = "float32" if dtype == "bfloat16" else dtype
     for group, start in zip(plan.groups, plan.starts(trained), strict=True):

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.algebra.superlora import SuperLoRA, checked_given
 from tnadapt.errors import BackendError, ConfigError, ShapeError, pluralize, safe_repr
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.target import Target
@@ -57,6 +57,9 @@ class AdapterFile:
         LoDA's nonlinearity.
     model : str
         Class name of the base model, for human readers.
+    given : dict of str to ndarray, optional
+        The frozen arrays in ``plan.given_shapes``, all of them, and those in ``plan.base_shapes`` that are stored: in
+        float32.
     trained : sequence of str, optional
         Names of the trained arrays if some are frozen; all if None. A frozen array that equals what the seed draws is
         not stored in the file, but recomputed when the file is loaded.
@@ -85,6 +88,7 @@ class AdapterFile:
     activation: str | None = None
     model: str = ""
     trained: Sequence[str] | None = None
+    given: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -109,8 +113,12 @@ class AdapterFile:
         put("dtypes", dtypes)
         _check_dtypes(self)
         _check_text(self)
-        check_fit(self.config, self.targets, {name: array.shape for name, array in self.arrays.items()})
-        put("trained", checked_trained(self.trained, self.plan.param_shapes))
+        if not isinstance(self.given, Mapping):
+            raise ShapeError(f"given must be a mapping of names to arrays; got {type(self.given).__name__}")
+        own = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
+        plan = check_fit(self.config, self.targets, own)
+        put("given", checked_given(self.given, {**plan.given_shapes, **plan.base_shapes}))
+        put("trained", checked_trained(self.trained, plan.param_shapes))
 
     def __repr__(self) -> str:
         return (
@@ -120,8 +128,29 @@ class AdapterFile:
 
     @functools.cached_property
     def plan(self) -> SuperLoRA:
-        """The plan of the adapter."""
-        return plan_of(self.config, self.targets)
+        """The plan of the adapter, with the arrays in ``given``."""
+        return plan_of(self.config, self.targets, self.given)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all arrays are known: False if some are computed from the base weights and are not stored."""
+        return self.plan.base_shapes.keys() <= self.given.keys()
+
+    def with_base(
+        self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
+    ) -> AdapterFile:
+        """Return this file with the arrays that are computed from the base weights in ``given``.
+
+        Parameters
+        ----------
+        weights, progress
+            As for :meth:`tnadapt.SuperLoRA.with_base`.
+
+        Notes
+        -----
+        :meth:`deltas` needs these arrays. They are stored if this file is saved, as with ``store_bases=True``.
+        """
+        return dataclasses.replace(self, given=self.plan.with_base(weights, progress).given)
 
     @property
     def num_parameters(self) -> int:
@@ -168,7 +197,9 @@ class AdapterFile:
         return {}
 
     def _digest_without(self, left_out: Sequence[str]) -> str | None:
-        if self.config.projection == "identity" and not left_out and not self.plan.frozen_shapes:
+        plan = self.plan
+        fixed = self.config.projection == "identity" and not plan.frozen_shapes and plan.theta is None
+        if fixed and not left_out:
             return None
         total, groups = hashlib.sha256(), self.plan.groups
         distinct = list({id(group.projection): group.projection for group in groups}.values())
@@ -176,15 +207,20 @@ class AdapterFile:
             distinct = []
         if len(distinct) > 2 * _DIGESTED:
             distinct = distinct[:_DIGESTED] + distinct[-_DIGESTED:]
-        for projection in distinct:
+        before = [] if plan.theta is None else [part.projection for part in plan.theta.parts]
+        for projection in [*distinct, *before[:_DIGESTED], *before[_DIGESTED:][-_DIGESTED:]]:
             total.update(projection.digest.encode())
+        if plan.theta is not None and self.config.offset and groups[0].projection.linear:
+            total.update(_starts(plan))
         if not groups[0].projection.linear:
             for group in groups:
                 for name in group.names:
                     total.update(group.start.make(name).astype("<f4").tobytes())
         drawn_so_far = 0
         for group in groups:
-            for name in group.frozen_names:
+            for name, entry in group.frozen.entries.items():
+                if entry.source.brought or entry.source.needs_base:
+                    continue  # stored, or known by the fingerprint of the base
                 drawn_so_far += math.prod(group.network.shapes[name])
                 if drawn_so_far <= MAX_DRAWN:
                     total.update(group.frozen.make(name).astype("<f4").tobytes())
@@ -197,6 +233,7 @@ class AdapterFile:
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield all arrays with their names in a file, where those of kept parameters begin with ``kept.``."""
         yield from self.arrays.items()
+        yield from self.given.items()
         for name, array in self.kept.items():
             yield KEPT + name, array
 
@@ -219,7 +256,8 @@ class AdapterFile:
         Raises
         ------
         ConfigError
-            If there is an activation: LoDA acts on activations and does not update weights.
+            If there is an activation: LoDA acts on activations and does not update weights. If arrays are computed from
+            the base weights and are not stored: call :meth:`with_base` first.
         """
         if self.activation is not None:
             raise ConfigError(
@@ -227,6 +265,17 @@ class AdapterFile:
                 "depends on the input; attach it to the model"
             )
         return self.plan.deltas(self.arrays, self.dtype)
+
+
+def _starts(plan: SuperLoRA) -> bytes:
+    """Return a digest of the initial arrays from which θ moves, up to a limit on their elements."""
+    total, left = hashlib.sha256(), MAX_DRAWN
+    for full, shape in plan.array_shapes.items():
+        left -= math.prod(shape)
+        if left >= 0:
+            group, _, name = full.removeprefix("group").partition(".")
+            total.update(plan.groups[int(group)].start.make(name).astype("<f4").tobytes())
+    return total.digest()
 
 
 def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:

@@ -6,6 +6,9 @@
   ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16. Of the arrays that are not ``trained``, up to 1024
   with up to 2**24 elements in total are omitted if they equal their initial values from :mod:`tnadapt.algebra.init`,
   rounded to that dtype;
+- the frozen arrays that the caller brought (``sources`` with ``given``), in F32, with the names and shapes of
+  ``SuperLoRA(…).given_shapes``; and, if the writer chose so, those computed from the base weights (``from-base``), with
+  those of ``base_shapes``;
 - ``kept.`` + dotted path: parameters of the model that were trained alongside the adapter, such as a classifier head,
   of any shape; integers and BOOL are allowed as well.
 
@@ -20,7 +23,9 @@ a default is omitted if it has that value.
     rank 4, order 2, splits 1, groups "weight", fold "stack", format "cp", combine "kronecker", split_size "balanced",
     leading "dense", terms 1, projection "identity", ratio 1.0, shared true, alpha null, seed 0. ``sources`` is stored
     if it is not empty: an object of array names, each with an object of the source's registered name (``source``) and
-    its fields. ``weight_shape`` is not stored: the targets have their shapes, and the updates do not depend on it.
+    its fields. ``before`` and ``parameters`` are stored if the arrays are made from θ, and then ``scope`` unless it is
+    "plan" and ``offset`` unless it is true. ``weight_shape`` is not stored: the targets have their shapes, and the
+    updates do not depend on it.
 ``targets``
     List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
     path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv. Unless the target is
@@ -39,11 +44,13 @@ a default is omitted if it has that value.
 ``draws``
     64 hex digits: the digest of everything that the seed draws and the file does not store. It is the SHA-256 of the
     hex digits, as ASCII, of the ``digest`` of each distinct :class:`~tnadapt.Projection` of the groups, in their order
-    (if there are more than 16, of the first and the last 8); followed, if F is nonlinear, by the initial arrays as
+    (if there are more than 16, of the first and the last 8), and likewise those of the maps from θ; followed, if there
+    are such maps with an offset and F is linear, by the SHA-256 of the initial arrays as little-endian float32, in the
+    order of ``array_shapes``, up to 2**24 elements in total; followed, if F is nonlinear, by the initial arrays as
     little-endian float32, in the order of ``param_shapes``; followed by the arrays that ``sources`` freezes in the same
-    form, in the order of ``frozen_shapes``, except those that would bring their elements to more than 2**24 in total;
-    followed by the omitted arrays in the same form, in float32 before
-    rounding. Default none, if F is the identity and no array is frozen or omitted.
+    form, in the order of ``frozen_shapes``, except those that the caller brought or that come from the base weights,
+    and those that would bring their elements to more than 2**24 in total; followed by the omitted arrays in the same
+    form, in float32 before rounding. Default none, if F is the identity and no array is frozen or omitted.
 ``trained``
     List of the names of the trained arrays, in the order of ``param_shapes``; the others are frozen. Default all.
 ``sha256``
@@ -66,12 +73,11 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.config import Config
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import FileError, pluralize, safe_repr, summarize
-from tnadapt.targets.target import Target
 
 from ._adapter_recipe import ENTRY, parse_recipe, recipe_of, recipe_text
-from ._expected_arrays import check_fit, drawn, plan_of
+from ._expected_arrays import check_fit, drawn
 from ._header import read_header
 from .adapter_file import KEPT, AdapterFile
 from .atomic_files import replace_file
@@ -239,7 +245,7 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
     entries = container.entries
     recipe, config, targets, base, trained = parse_recipe(text, len(entries))
     own = {name: entry for name, entry in entries.items() if not name.startswith(KEPT)}
-    check_fit(config, targets, {name: entry.shape for name, entry in own.items()}, trained)
+    plan = check_fit(config, targets, {name: entry.shape for name, entry in own.items()}, trained)
     # Entries are in the order of their bytes, so the file is read sequentially.
     stored = {name: (entry.dtype, container.array(name)) for name, entry in entries.items()}
     digest = recipe["sha256"]
@@ -248,11 +254,16 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
         raise FileError("is damaged: its bytes do not match its SHA-256")
     arrays = {name: _loaded(*tensor) for name, tensor in stored.items()}
     dtypes = {name: "bfloat16" for name, (tag, _) in stored.items() if tag == "BF16"}
-    left_out = _draw_missing(config, targets, trained, own, arrays, dtypes)
+    left_out = _draw_missing(plan, trained, own, arrays, dtypes)
+    params = plan.param_shapes
+    given = {name: array for name, array in arrays.items() if name not in params and not name.startswith(KEPT)}
+    if any(stored[name][0] != "F32" for name in given):
+        raise FileError("has frozen arrays of another dtype than float32")
     found = AdapterFile(
         config,
         targets,
-        {name: array for name, array in arrays.items() if not name.startswith(KEPT)},
+        {name: array for name, array in arrays.items() if name in params},
+        given=given,
         kept={name.removeprefix(KEPT): array for name, array in arrays.items() if name.startswith(KEPT)},
         dtypes=dtypes,
         base=base,
@@ -265,8 +276,7 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
 
 
 def _draw_missing(
-    config: Config,
-    targets: list[Target],
+    plan: SuperLoRA,
     trained: list[str] | None,
     own: Mapping[str, Entry],
     arrays: dict[str, np.ndarray],
@@ -275,10 +285,10 @@ def _draw_missing(
     """Draw the frozen arrays that the file omits, and return their names."""
     if trained is None:
         return ()
-    kind = DTYPES[next(iter(own.values())).dtype]
+    kind = DTYPES[next(entry for name, entry in own.items() if name in plan.param_shapes).dtype]
     if kind not in ("float64", "float32", "float16", "bfloat16"):
         return ()  # AdapterFile rejects the dtype later, with a better message
-    missing = {name: make for name, make in drawn(plan_of(config, targets), trained, kind).items() if name not in own}
+    missing = {name: make for name, make in drawn(plan, trained, kind).items() if name not in own}
     for name, make in missing.items():
         arrays[name] = make()
         if kind == "bfloat16":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,8 @@ def decompose(
     cfg: Config,
     *,
     layers: Sequence[Hashable] | None = None,
+    base: Sequence[Array] | None = None,
+    given: Mapping[str, Array] | None = None,
     tol: float = 1e-6,
     max_iterations: int = 100,
     svd: str = "auto",
@@ -79,6 +81,10 @@ def decompose(
         The method to fit.
     layers : sequence of hashable, optional
         One key per weight, for ``groups="layer"``.
+    base : sequence of array, optional
+        The base weights, for frozen arrays that are computed from them; see :meth:`tnadapt.SuperLoRA.with_base`.
+    given : mapping of str to array, optional
+        The frozen arrays that the caller brings.
     tol : float
         An iteration stops when a step reduces the relative error by no more than this.
     max_iterations : int
@@ -128,6 +134,8 @@ def decompose(
     dense through linear F                       least squares: small F directly, the optimum; large F by LSQR
     others through linear F                      from there, alternating least squares over arrays
     nonlinear F                                  from the inverse of tanhshrink, L-BFGS on all arrays
+    arrays frozen, tied, scaled, or made from θ  least squares if ΔW is linear in what is trained, else
+                                                 Gauss-Newton, in float64 on the host
     ============================================ =========================================================
 
     Elements that padding adds are free: they are not fitted to zero, but take any value that helps to fit the others.
@@ -147,27 +155,29 @@ def decompose(
     >>> [array.shape for array in params.values()], report.bound <= report.error < 1
     ([(1, 4, 2), (2, 5, 2), (2, 6, 1)], True)
     """
-    given, cfg = _listed(deltas), _in_own_modes(deltas, cfg)
-    backend = get_backend(*given)
-    for number, delta in enumerate(given):
+    listed, cfg = _listed(deltas), _in_own_modes(deltas, cfg)
+    backend = get_backend(*listed)
+    for number, delta in enumerate(listed):
         backend.require_float(delta, f"deltas[{number}]")
         if str(backend.device(delta)) == "meta":
             raise BackendError(f"deltas[{number}] is on the meta device and has no values: move it to a real device")
-    plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(given)], layers)
+    plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(listed)], layers, given=given)
+    if base is not None:
+        plan = plan.with_base(base)
     settings = Settings(tol, max_iterations, svd, seed)
     # For a library that TensorLy does not support, compute in NumPy on the host.
     own = backend if backend.name in TENSORLY else load_backend("numpy")
-    kind = backend.dtype_name(given[0])
+    kind = backend.dtype_name(listed[0])
     wide = kind if kind == "float64" else "float32"
 
     def read(weight: int) -> Array:
-        delta = given[weight]
+        delta = listed[weight]
         delta = backend.detached(delta) if own is backend else backend.to_numpy(delta)
         return own.reshape(own.astype(delta, wide), plan.shapes[weight])
 
     params, report = settings.fit(own, read(0), plan, read, progress)
     if own is not backend:
-        device = backend.device(given[0])
+        device = backend.device(listed[0])
         params = {name: backend.asarray(own.to_numpy(array), wide, device) for name, array in params.items()}
     return params, report
 

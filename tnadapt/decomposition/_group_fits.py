@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.backends import load_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError
 
 from ._fit_report import FitReport, GroupReport, Step
 from ._linear_algebra import Algebra
 from ._lower_bounds import lower_bound
+from ._parameter_fit import fit_parameters
 from ._scaling import at_size, power_of
 from ._single_tensor import Fit, Limits
 from ._through_map import fit_group, started
@@ -60,28 +62,18 @@ def fit_plan(
     ShapeError
         If an update contains NaN or infinity.
     ConfigError
-        If the config freezes arrays.
+        If the config has sources or a map before the network, and F is nonlinear; or a frozen array is missing.
 
     Notes
     -----
     Memory is a few times one group's part of the long vector.
     """
-    if plan.frozen_shapes:
-        raise ConfigError(
-            f"the solvers fit trained arrays, and config.sources freezes {next(iter(plan.frozen_shapes))!r}: leave "
-            "sources out"
-        )
+    if plan.config.sources or plan.theta is not None:
+        return _fitted_together(algebra, plan, read, limits, progress)
     params: dict[str, Array] = {}
     reports = []
-    last: tuple[int, Array] | None = None
     count = len(plan.groups)
-    for number, group in enumerate(plan.groups):
-        parts = []
-        for piece in group.pieces:
-            if last is None or last[0] != piece.weight:
-                last = piece.weight, algebra.backend.flatten(read(piece.weight))
-            parts.append(last[1][piece.weight_start : piece.weight_start + piece.length])
-        y = algebra.backend.concat(parts)
+    for number, (group, y) in enumerate(_vectors(algebra, plan, read)):
 
         def watch(iteration: int, error: float | None, number: int = number) -> None:
             if progress is not None:
@@ -91,6 +83,59 @@ def fit_plan(
         arrays, report = _fitted(algebra, group, y, limits, watch)
         params.update({full: arrays[name] for name, full in group.names.items()})
         reports.append(report)
+    return params, FitReport(plan, tuple(reports))
+
+
+def _vectors(algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array]) -> Iterator[tuple[Group, Array]]:
+    """Yield each group with its part of the long vector."""
+    last: tuple[int, Array] | None = None
+    for group in plan.groups:
+        parts = []
+        for piece in group.pieces:
+            if last is None or last[0] != piece.weight:
+                last = piece.weight, algebra.backend.flatten(read(piece.weight))
+            parts.append(last[1][piece.weight_start : piece.weight_start + piece.length])
+        yield group, algebra.backend.concat(parts)
+
+
+def _fitted_together(
+    algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array], limits: Limits, progress: Progress | None
+) -> tuple[dict[str, Array], FitReport]:
+    """Fit the parameters of a plan that has more than one trained array per array of the network."""
+    if not plan.groups[0].projection.linear:
+        raise ConfigError(
+            "the solvers fit frozen, tied and scaled arrays and θ through linear maps F only; got "
+            f"projection={plan.config.projection!r}: use another one, or leave sources and before out"
+        )
+    wide = [np.asarray(algebra.backend.to_numpy(y), np.float64) for _, y in _vectors(algebra, plan, read)]
+    norms = [float(np.linalg.norm(y)) for y in wide]
+    if not all(map(math.isfinite, norms)):
+        raise ShapeError(
+            "an update holds NaN, infinity, or numbers whose Frobenius norm exceeds float64: it cannot be fitted"
+        )
+
+    def watch(iteration: int, error: float | None) -> None:
+        if progress is not None:
+            progress(Step(0, len(wide), iteration, error))
+
+    watch(0, None)
+    found = fit_parameters(plan, wide, limits, algebra.seed, watch)
+    params = {name: algebra.array(array) for name, array in found.params.items()}
+    host = {name: np.asarray(algebra.backend.to_numpy(array), np.float64) for name, array in params.items()}
+    arrays = plan.arrays(host)
+    numpy, reports = load_backend("numpy"), []
+    for group, y, norm in zip(plan.groups, wide, norms, strict=True):
+        error = float(np.linalg.norm(group.update(numpy, arrays, 0, group.size) - y))
+        rounding = _ROUNDING * algebra.eps * norm
+        bound = 0.0
+        if norm and group.projection.map.isometry:
+            bound = lower_bound(Algebra(numpy, y), group.network, group.projection.adjoint(y))
+        if found.optimal and len(wide) == 1:
+            bound = max(bound, error - rounding)
+        bound = min(error, bound)
+        certified = found.optimal or error <= rounding or error <= bound * (1.0 + _MET)
+        relative = (error / norm, bound / norm) if norm else (0.0, 0.0)
+        reports.append(GroupReport(group.size, norm, *relative, certified, found.iterations, found.method))
     return params, FitReport(plan, tuple(reports))
 
 

@@ -144,19 +144,24 @@ def extract(
         [target.layer for target in found],
         cfg,
         lambda weight: _difference(found[weight], before, places[found[weight].name], after),
+        lambda weight: found[weight].select(_numbers(before, places[found[weight].name])),
         chosen,
         max_error,
         max_rank,
         progress,
     )
     dtypes = {KEPT + name: "bfloat16" for name in kept if after.entries[name].dtype == "BF16"}
+    base_print = _fingerprint(found, before, places)
+    # A base that has no fingerprint could not be recognized, so that what is computed from it is stored.
+    given = {} if base_print is not None else report.plan.given
     file = AdapterFile(
         config,
         found,
         arrays,
         kept={name: _numbers(after, name) for name in kept},
         dtypes=dtypes,
-        base=_fingerprint(found, before, places),
+        base=base_print,
+        given=given,
         model=_model(after),
     )
     others = tuple(_others(before, after, found, prefix, set(kept))) if compare else ()
@@ -168,16 +173,21 @@ def within(
     layers: Sequence[str],
     cfg: Config,
     read: Callable[[int], np.ndarray],
+    base: Callable[[int], np.ndarray],
     settings: Settings,
     max_error: float | None,
     max_rank: int | None,
     progress: Callable[[Step], None] | None,
 ) -> tuple[dict[str, np.ndarray], FitReport, Config]:
-    """Fit updates that are read one at a time, at the config's rank or at the smallest rank within an error."""
+    """Fit updates that are read one at a time, at the config's rank or at the smallest rank within an error.
+
+    ``base`` reads the base weights, for arrays that are computed from them.
+    """
     backend, like = load_backend("numpy"), np.zeros(0, np.float32)
 
     def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
-        return settings.fit(backend, like, SuperLoRA(config, shapes, list(layers)), read, progress)
+        plan = SuperLoRA(config, shapes, list(layers)).with_base(base)
+        return settings.fit(backend, like, plan, read, progress)
 
     if max_error is None:
         return *fit(cfg), cfg

@@ -66,7 +66,8 @@ def degrees_of_freedom(plan: SuperLoRA) -> int:
             # Frozen arrays leave fewer degrees of freedom than the formulas, which are then an upper bound.
             known[key] = min(of_network(group.network), group.num_parameters)
         total += known[key]
-    return total
+    # Arrays that are tied, or made from θ, are counted once.
+    return min(total, plan.num_parameters)
 
 
 def of_network(network: Network) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.sources import Source, Trained
 from tnadapt.errors import ConfigError
 
 __all__ = ["Name", "known_as"]
@@ -102,8 +104,10 @@ def _grouped(config: Config) -> Name:
     if config.format != "dense":
         shown = rank if isinstance(rank, int) else ", ".join("–" if r is None else str(r) for r in rank)
         parts.append(f"r = {shown}")
-    if frozen := [f"{name} = {source}" for name, source in config.sources.items() if not source.trained]:
-        parts.append("frozen " + ", ".join(frozen))
+    parts += [f"{name}: {_short(source)}" for name, source in config.sources.items() if source != Trained()]
+    if config.before is not None:
+        each = "" if config.scope == "plan" else f" per {config.scope}"
+        parts.append(f"{config.before} of {config.parameters} parameters{each}")
     if config.projection != "identity":
         family += " + F"
         if config.projection != "linear":
@@ -111,6 +115,19 @@ def _grouped(config: Config) -> Name:
         if config.ratio != 1.0 or config.projection != "shuffle":
             parts.append(f"ρ = {config.ratio:.4g}")
     return Name(family, ", ".join(parts))
+
+
+def _short(source: Source) -> str:
+    """Return a source as it would be written, without the settings that have their default."""
+    shown = []
+    for field in dataclasses.fields(source):
+        value = getattr(source, field.name)
+        if value != field.default:
+            named = field.default is not dataclasses.MISSING
+            shown.append(
+                f"{field.name}={value!r}" if named else _short(value) if isinstance(value, Source) else repr(value)
+            )
+    return f"{type(source).__name__}({', '.join(shown)})"
 
 
 def _told(config: Config) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.sources import Tied, inner_source
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
@@ -21,6 +22,7 @@ from . import _methods as methods
 from . import _reference as reference
 from ._law import TIGHT, Law, LawCollector, relative_error
 from ._projection_laws import of_projection
+from ._reference_arrays import network_arrays, trained_shapes
 
 __all__ = ["checkable", "of_config"]
 
@@ -112,6 +114,9 @@ class _Case:
     ) -> None:
         self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
         self.plan = checkable(config, shapes, layers)
+        if self.plan.base_shapes:
+            # Any base will do: what is computed from it is given to the reference, like the draws of a source.
+            self.plan = self.plan.with_base([rng.normal(size=shape) for shape in self.plan.shapes])
         self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
         self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
         # A source has no second definition: what it computes is given to the reference.
@@ -120,6 +125,12 @@ class _Case:
             for group in self.plan.groups
             for name, full in group.frozen_names.items()
         }
+        self.begun = {
+            f"group{index}.{name}": group.start.host(name).astype(np.float64)
+            for index, group in enumerate(self.plan.groups)
+            for name in group.names
+        }
+        self.names = [group.network.shapes for group in self.plan.groups]
         self.params = self._sent(self.host)
         self.collector = LawCollector(label, backend)
 
@@ -142,16 +153,25 @@ class _Case:
 
     def _counts(self) -> None:
         made = sum(math.prod(array.shape) for array in self.plan.init(self.backend.name, "float64").values())
-        formula = reference.count(self.config, self.plan.shapes, self.layers)
-        formula -= sum(array.size for array in self.frozen.values())
+        formula = self._formula_count()
         counted = self.plan.num_parameters
         self.collector.add("parameters counted = made = formula", [abs(counted - made) + abs(counted - formula)], 0.0)
+
+    def _formula_count(self) -> int:
+        """The number of parameters by the formulas of the formats, and by what each source says is trained."""
+        if self.config.before is not None:
+            scopes = {"plan": 1, "group": self.plan.num_groups, "array": len(self.plan.array_shapes)}
+            return scopes[self.config.scope] * (self.config.parameters or 0)
+        if self.config.sources:
+            return sum(math.prod(shape) for shape in trained_shapes(self.config, self.names).values())
+        return reference.count(self.config, self.plan.shapes, self.layers)
 
     def _formulas(self, whole: np.ndarray) -> None:
         shapes = self.plan.shapes
         self.collector.add("ΔW = the textbook formula", [relative_error(whole, self._textbook(self.host))])
         if self.label in methods.METHODS:
-            own = methods.METHODS[self.label]({**self.host, **self.frozen}, self.config, shapes)
+            begun = {f"begun.{full}": array for full, array in self.begun.items()}
+            own = methods.METHODS[self.label]({**self.host, **self.frozen, **begun}, self.config, shapes)
             self.collector.add(
                 "ΔW = the method's own formula", [relative_error(whole, np.concatenate([d.reshape(-1) for d in own]))]
             )
@@ -184,7 +204,8 @@ class _Case:
         h = 1e-6
         alive = []
         for group in range(self.plan.num_groups):
-            own = [name for name in self.start if name.startswith(f"group{group}.")]
+            made = self.plan.groups[group].names.values()
+            own = [name for name in self.start if name in made or self.plan.theta is not None]
             way = {name: self.rng.normal(size=self.start[name].shape) for name in own}
             ahead, behind = ({**self.start, **{n: self.start[n] + s * h * way[n] for n in own}} for s in (1, -1))
             slope = (self._moved(ahead) - self._moved(behind)) / (2 * h)
@@ -210,7 +231,7 @@ class _Case:
                 "'gradient'; return the derivatives, or list it"
             )
         errors = []
-        linear = self.plan.groups[0].projection.linear
+        linear = self.plan.groups[0].projection.linear and not self._powers
         for name, array in self.host.items():
             way = self.rng.normal(size=array.shape)
             got = float(np.sum(self.backend.to_numpy(found[name]) * way))
@@ -229,10 +250,18 @@ class _Case:
         else:
             self.collector.add("the gradient = a central difference", errors, DIFFERENCE)
 
+    @property
+    def _powers(self) -> bool:
+        """Whether a parameter may occur more than once in a product: θ, and arrays that are tied."""
+        inner = map(inner_source, self.config.sources.values())
+        return self.config.before is not None or any(isinstance(source, Tied) for source in inner)
+
     def _textbook(self, host: dict[str, np.ndarray]) -> np.ndarray:
-        host, start = {**host, **self.frozen}, {**self.start, **self.frozen}
-        found = reference.deltas(self.config, self.plan.shapes, host, self.layers, start)
+        found = reference.deltas(self.config, self.plan.shapes, self._whole(host), self.layers, self._whole(self.start))
         return np.concatenate([delta.reshape(-1) for delta in found])
+
+    def _whole(self, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return network_arrays(self.config, self.names, host, self.frozen, self.begun)
 
     def _projections(self) -> None:
         for group in self.plan.groups:

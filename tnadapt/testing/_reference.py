@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import MAPS, make_map
+from tnadapt.algebra.maps import KINDS, MAPS, make_map
 from tnadapt.errors import ConfigError
 
 __all__ = ["count", "deltas", "matrix", "positions", "project", "tanhshrink"]
@@ -293,7 +293,7 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
             "per side: give smaller shapes, or more groups"
         )
     kind = _LINEAR_PARTS.get(kind, kind)
-    if kind not in MAPS.built_in:
+    if kind not in KINDS:
         return np.asarray(make_map(kind, n_in, n_out, seed, group).matrix(), np.float64)
     if kind == "identity":
         return np.eye(n_out)

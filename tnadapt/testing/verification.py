@@ -187,6 +187,16 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         "fact_tk": presets.fact_tk(3, **four),
         "cara": presets.cara(3, heads=3, **four),
         "compacter": presets.compacter(1, terms=2),
+        "lora_fa": presets.lora_fa(3, alpha=6),
+        "lora_xs": presets.lora_xs(3),
+        "nola": presets.nola(5, rank=2),
+        "randlora": presets.randlora(3, rows=12, cols=8, alpha=6),
+        "share_lora": presets.share_lora(3),
+        "svft": presets.svft(8),
+        "tied_lora": presets.tied_lora(3, alpha=6),
+        "tinylora": presets.tinylora(5),
+        "unilora": presets.unilora(11, rank=3),
+        "vera": presets.vera(5),
     }
     return {name: (config, [(12, 8)] * 4) for name, config in made.items()}
 

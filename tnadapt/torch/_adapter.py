@@ -14,6 +14,7 @@ from tnadapt.decomposition import FitReport
 
 from . import _adapter_saving as saving
 from . import _arrays, _merging, _removal, _trainable
+from ._bound_plan import fill
 from ._registry import attached, mix, set_weight
 from ._state import AdapterState, need_unmerged
 from ._summary import Summary
@@ -181,8 +182,10 @@ class Adapter:
     def reset(self) -> None:
         """Reinitialize the arrays: ΔW = 0, with the zero in an array that is trained.
 
-        Also use it to fill the arrays after ``model.to_empty()`` of a meta-device model."""
+        Also use it to fill the arrays after ``model.to_empty()`` of a meta-device model, once its weights are loaded:
+        frozen arrays that are computed from them are computed then."""
         need_unmerged(self._state, "reset()")
+        fill(self._state)
         self.load_arrays(self.plan.init(trained=self.trained))
 
     def load_arrays(self, arrays: Mapping[str, Any]) -> None:
@@ -293,13 +296,17 @@ class Adapter:
 
     # -- Files -------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, store_bases: bool = False) -> None:
         """Write one safetensors file: the arrays, the parameters in ``keep_trainable``, and the config and targets.
 
         Parameters
         ----------
         path : path-like
             Written to a temporary name and renamed, so that an existing file is replaced atomically.
+        store_bases : bool
+            Whether to store the frozen arrays that are computed from the base weights (``FromBase``), so that the file
+            gives the same bits on every machine. By default the file has the base's fingerprint, and they are computed
+            again; a base without a fingerprint has them stored anyway.
 
         Raises
         ------
@@ -310,11 +317,11 @@ class Adapter:
         -----
         Under ``torch.distributed`` every process must call (sharded arrays are gathered), and process 0 writes.
         """
-        saving.save(self._state, path)
+        saving.save(self._state, path, store_bases)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the file as ``adapter.safetensors`` in a folder, which is created if needed."""
-        saving.save_pretrained(self._state, folder)
+    def save_pretrained(self, folder: str | os.PathLike[str], *, store_bases: bool = False) -> None:
+        """Write the file as ``adapter.safetensors`` in a folder, which is created if needed; see :meth:`save`."""
+        saving.save_pretrained(self._state, folder, store_bases)
 
     def swap(self, path: str | os.PathLike[str]) -> None:
         """Load the arrays of another adapter's file, of the same config and targets, in place without recompiling.

@@ -20,7 +20,7 @@ from . import _merging as merging
 from ._adapter import Adapter
 from ._adapter_saving import FILE_NAME, FileErrorContext, fingerprint_of, kept_pairs, kept_parameters, need_base
 from ._arrays import checked_pairs
-from ._attach import attach, check_name
+from ._attach import attach_with, check_name
 from ._removal import take_off
 from ._sharding import copy_all
 from ._state import ADAPTERS_ATTR
@@ -94,13 +94,18 @@ def load(
                     f"it was trained on another base model than this {type(model).__name__}: of the adapted weights, "
                     f"{difference}. Give the model it was trained on, or check_base=False"
                 )
+        if not file.complete and (not check_base or file.base is None or base is None):
+            raise FileError(
+                "its arrays are computed from the base weights, which have to be those that it was trained on: give "
+                "the model with its weights and leave check_base=False out, or save the adapter with store_bases=True"
+            )
         dtype = getattr(torch, file.dtype)
     check_name(model, name)
     before: list[tuple[Tensor, Tensor]] = []
     try:
-        adapter = attach(
+        adapter = attach_with(
             model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
-            untie=untie,
+            untie=untie, given=file.given, fresh=False,
         )  # fmt: skip
         state = adapter._state
         state.kept = tuple(file.kept)

@@ -19,7 +19,8 @@ from tnadapt.errors import FileError, TargetError, TnadaptError
 
 from . import _merging as merging
 from ._arrays import checked_pairs, named_parameters
-from ._registry import overlapping
+from ._bound_plan import is_bound
+from ._registry import refuse_merged
 from ._sharding import copy_all, gather_full
 from ._state import AdapterState, need_attached
 
@@ -42,8 +43,19 @@ FILE_NAME = "adapter.safetensors"
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def to_file(adapter: AdapterState) -> AdapterFile:
-    """Return the contents of an adapter's file; if the model is sharded, every process must call."""
+def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
+    """Return the contents of an adapter's file; if the model is sharded, every process must call.
+
+    The arrays that are computed from the base weights are included with ``store_bases``, and where the weights have no
+    fingerprint by which the file could recognize them.
+    """
+    if not is_bound(adapter.plan):
+        raise TargetError(
+            f"adapter {adapter.name!r} has arrays that are computed from the base weights, which had no values when it "
+            "was attached: call reset() once the model has its weights"
+        )
+    plan, base = adapter.plan, base_fingerprint(adapter)
+    stored = plan.given if store_bases or base is None else {name: plan.given[name] for name in plan.given_shapes}
     dtypes: dict[str, str] = {}
 
     def host(name: str, tensor: Tensor) -> np.ndarray:
@@ -62,10 +74,11 @@ def to_file(adapter: AdapterState) -> AdapterFile:
         arrays={name: host(name, parameter) for name, parameter in named_parameters(adapter)},
         kept={name: host(KEPT + name, own[name]) for name in adapter.kept},
         dtypes=dtypes,
-        base=base_fingerprint(adapter),
+        base=base,
         activation=adapter.activation,
         model=adapter.model_name,
         trained=adapter.trained,
+        given=stored,
     )
 
 
@@ -93,29 +106,25 @@ def fingerprint_of(weights: list[Tensor | None]) -> Fingerprint | None:
 
 def need_base(model: nn.Module, but: AdapterState | None = None) -> None:
     """Raise a TargetError if another adapter is merged into the weights."""
-    for other in overlapping(model):
-        if other is not but and other.merged is not None:
-            raise TargetError(
-                f"adapter {other.name!r} is merged into the base: unmerge it before another is saved or loaded"
-            )
+    refuse_merged(model, "another adapter is saved or loaded", but)
 
 
-def save(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
+def save(adapter: AdapterState, path: str | os.PathLike[str], store_bases: bool = False) -> None:
     """Save an adapter; see :meth:`Adapter.save`."""
     need_attached(adapter)
-    file = to_file(adapter)
+    file = to_file(adapter, store_bases)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
         adapter_format.save(path, file)
 
 
-def save_pretrained(adapter: AdapterState, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(adapter: AdapterState, folder: str | os.PathLike[str], store_bases: bool = False) -> None:
     """Save an adapter to a folder; see :meth:`Adapter.save_pretrained`."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{os.fspath(folder)}: cannot create this folder: {error}") from None
-    save(adapter, Path(folder) / FILE_NAME)
+    save(adapter, Path(folder) / FILE_NAME, store_bases)
 
 
 def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
@@ -135,6 +144,12 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
         base = base_fingerprint(adapter)
         if file.base is not None and base is not None and not file.base.matches(base):
             raise FileError(f"it was trained on another base model: {file.base.difference(base)}")
+        for array, frozen in file.given.items():
+            if not np.array_equal(frozen, adapter.plan.given[array]):
+                raise FileError(
+                    f"its frozen array {array!r} differs from that of adapter {adapter.name!r}: load it under another "
+                    "name"
+                )
     copy_all([*checked_pairs(adapter, file.arrays), *kept_pairs(adapter.model, file)])
 
 

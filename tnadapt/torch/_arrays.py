@@ -31,7 +31,14 @@ def named_parameters(state: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def current(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
-    """Return the named arrays as the model has them at this moment."""
+    """Return the named arrays as the model has them at this moment, or as θ makes them."""
+    if state.made is not None:
+        arrays = state.made.get(_parameters(state, list(state.plan.param_shapes)))
+        return [arrays[name] for name in names]
+    return _parameters(state, names)
+
+
+def _parameters(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
     # Looked up at each use: FSDP and load_state_dict(assign=True) replace the parameter objects.
     return [state.owner._parameters[state.parameter_names[name]] for name in names]  # type: ignore[misc]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +21,18 @@ from tnadapt.targets.target import Target
 
 from . import _freezing as freezing
 from ._adapter import Adapter
+from ._bound_plan import bound, is_bound
 from ._forward_pass import PassHooks
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
 from ._quantized import quantized_type
-from ._registry import overlapping
+from ._registry import overlapping, refuse_merged
 from ._removal import take_off
 from ._sharding import is_sharded
 from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
 from ._step_cost import MACHINES, TOKENS, choose
 from ._target_selection import find_targets, host_of, paths_of, tied
 
-__all__ = ["attach", "check_name", "matching"]
+__all__ = ["attach", "attach_with", "check_name", "matching"]
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -49,6 +50,8 @@ def attach(
     activation: str | None = None,
     dtype: torch.dtype = torch.float32,
     untie: bool = False,
+    given: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Adapter:
     """Attach an adapter to the query and value projections, or other weights, of any torch model.
 
@@ -83,6 +86,10 @@ def attach(
         Dtype of the adapter's parameters. float32 also on half-precision models: small updates would vanish in less.
     untie : bool
         Where two targets are one tensor (tied weights), give the second its own copy. Otherwise they are rejected.
+    given : mapping of str to array, optional
+        Frozen arrays of the config's ``Given`` sources, by their names in the plan.
+    progress : callable, optional
+        Called with the numbers of arrays that are computed from the base weights (``FromBase``) so far and in all.
 
     Returns
     -------
@@ -92,7 +99,8 @@ def attach(
     Raises
     ------
     TargetError
-        If there is no target, the name is taken or invalid, weights are tied, or ``keep_trainable`` matches nothing.
+        If there is no target, the name is taken or invalid, weights are tied, or ``keep_trainable`` matches nothing; or
+        arrays are computed from base weights into which another adapter is merged.
     ConfigError
         If the config does not suit the weights, or the strategy does not suit the config.
     BackendError
@@ -113,6 +121,29 @@ def attach(
     368 parameters in 1 group for 512 elements of 2 weights; 16.5 % of the base's 2,224
     >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
     """
+    return attach_with(
+        model, cfg, targets, name, keep_trainable=keep_trainable, strategy=strategy, tokens=tokens,
+        activation=activation, dtype=dtype, untie=untie, given=given, progress=progress,
+    )  # fmt: skip
+
+
+def attach_with(
+    model: nn.Module,
+    cfg: Config | None,
+    targets: Any,
+    name: str,
+    *,
+    keep_trainable: str | Sequence[str] = (),
+    strategy: str = "auto",
+    tokens: int = TOKENS,
+    activation: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    untie: bool = False,
+    given: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    fresh: bool = True,
+) -> Adapter:
+    """Do :func:`attach`; with ``fresh=False`` for a caller that loads all parameters, which are then zeros."""
     if not isinstance(model, nn.Module):
         raise TargetError(f"attach needs a torch module; got {type(model).__name__}")
     check_name(model, name)
@@ -126,18 +157,22 @@ def attach(
     cfg = superlora(rank=8) if cfg is None else cfg
     found = find_targets(model, targets, untie=untie)
     check_distinct(found)
-    plan = SuperLoRA(cfg, [target.shape for target in found], layers=[target.layer for target in found])
+    layers = [target.layer for target in found]
+    plan = SuperLoRA(cfg, [target.shape for target in found], layers=layers, given=given)
     kept = matching(model, keep_trainable, {target.name for target in found})
     owners = [model.get_submodule(target.module) for target in found]
     paths = paths_of(model)
     hosts = [model.get_submodule(host_of(model, target, paths)) for target in found]
+    if not is_bound(plan):
+        refuse_merged(model, f"adapter {name!r} is attached, whose arrays are computed from it")
+        plan = bound(plan, found, owners, progress)
     strategies = [
-        _strategy(strategy, plan, index, tokens, target, owner, host, activation)
+        _strategy(strategy, plan.arrays_plan, index, tokens, target, owner, host, activation)
         for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
     ]
     # Leave inference mode: tensors created in it could never be trained.
     with torch.inference_mode(False):
-        arrays = _arrays(plan, _weight_or_substitute(owners[0], found[0].parameter), dtype)
+        arrays = _arrays(plan, _weight_or_substitute(owners[0], found[0].parameter), dtype, fresh)
     # Nothing can fail from here on, but it can be interrupted.
     state = AdapterState(model, name, plan, found, kept, activation)
     adapter = Adapter(state)
@@ -251,7 +286,8 @@ def _strategy(
                 f"factored strategy; {target.name} with {safe_repr(config)} has none: use tnadapt.presets.lora(rank)"
             )
         split = how.network.splits[0]
-        if activation == "relu" and how.network.prefixes[0][0] + split.zero in how.group.frozen_names:
+        left = how.network.prefixes[0][0] + split.zero
+        if activation == "relu" and not all(f"{zero}.".startswith(f"{left}.") for zero in how.group.start.zeros):
             raise ConfigError(
                 f"activation='relu' has the derivative zero at zero, and config.sources freezes {split.zero!r}, the "
                 "array that has to start at zero behind it: nothing would learn. Use another activation, or train it"
@@ -284,7 +320,7 @@ def _strategy(
     return "additive" if quantized else "weight", None
 
 
-def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype, fresh: bool) -> dict[str, torch.Tensor]:
     # Loaded before any program is compiled: loading it later would trigger a recompilation.
     load_backend("numpy")
     device = torch.device("cpu") if like is None else like.device
@@ -293,6 +329,8 @@ def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype) -> d
     if device.type == "meta":
         # No values exist on this device: reset() draws them later.
         return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
+    if not fresh:
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in plan.param_shapes.items()}
     return plan.init("torch", _DTYPES[dtype], device)
 
 

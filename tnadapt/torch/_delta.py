@@ -106,7 +106,10 @@ class Whole:
                 return cast(Tensor, group.network.whole(backend, arrays))
 
             parts = _vjp(made, [named[full] for _, full in own], places, before)
-            found.update(zip((own[place][1] for place in places), parts, strict=True))
+            for place, part in zip(places, parts, strict=True):
+                full = own[place][1]
+                # Arrays that are tied occur in several groups.
+                found[full] = found[full] + part if full in found else part
         return [found[self.names[index]] for index in wanted]
 
 
@@ -127,7 +130,8 @@ class Slice:
         self.size = math.prod(self.shape)
         self._pieces = plan.layout.of_weight(index)
         self._groups = {piece.group: plan.groups[piece.group] for piece in self._pieces}
-        self.names = tuple(full for group in self._groups.values() for full in group.names.values())
+        # Once each: arrays may be tied.
+        self.names = tuple(dict.fromkeys(full for group in self._groups.values() for full in group.names.values()))
 
     def __repr__(self) -> str:
         return f"Slice(shape={self.shape}, pieces={self._pieces})"
@@ -148,7 +152,7 @@ class Slice:
         (piece,) = self._pieces
         group = self._groups[piece.group]
         backend = load_backend("torch")
-        own = group.with_frozen(backend, dict(zip(group.names, arrays, strict=True)))
+        own = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
         start, stop = piece.group_start, piece.group_start + piece.length
         return group.network.slice_factors(backend, own, start, stop)
 

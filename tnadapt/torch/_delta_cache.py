@@ -16,7 +16,7 @@ from ._delta import DeltaFunction, Slice, Whole, pieces, vector, version
 from ._merged_linear import in_dispatch_mode, in_functorch
 from ._sharding import is_sharded
 
-__all__ = ["DeltaCache"]
+__all__ = ["CacheEntry", "DeltaCache", "array_state", "can_cache", "trace_number"]
 
 #: Gives the current arrays of an adapter by name.
 Lookup = Callable[[Sequence[str]], list[Tensor]]
@@ -89,7 +89,7 @@ class DeltaCache:
         # Look up once: everything below refers to these tensors, even if another thread replaces them meanwhile.
         given = lookup(own.names)
         # With gradients, an update that is computed alone gets a separate graph in each call.
-        if (alone and torch.is_grad_enabled()) or not _can_cache(given, alone):
+        if (alone and torch.is_grad_enabled()) or not can_cache(given, alone):
             return DeltaFunction.apply(own, *given)  # type: ignore[no-any-return, no-untyped-call]
         # An update with a graph cannot replace one without (outputs would require gradients, and the graph would stay
         # alive), nor can an inference tensor replace an ordinary one.
@@ -120,7 +120,7 @@ class DeltaCache:
         names = list(self.plan.param_shapes)
         given = lookup(names)
         # State before copies: a write in between makes the copies newer than the state, which invalidates the entry.
-        state = _state(given) if torch.is_grad_enabled() else None
+        state = array_state(given) if torch.is_grad_enabled() else None
         copies = self._copied(names, given)
         if state is None:
             # Computed from the copies, so that the entry is consistent whatever is written to the arrays meanwhile.
@@ -155,7 +155,7 @@ class DeltaCache:
         if self._alone[index]:
             own = self._slices[index]
             return own(*lookup(own.names))
-        number = _trace_number()
+        number = trace_number()
         # Between two programs of one pass, and after an interrupted pass, _traced may hold tensors of another trace.
         # They must not be reused: a program cannot check whether the arrays have changed since.
         if self._traced is None or self._traced[0] != number or number == 0:
@@ -193,7 +193,7 @@ class CacheEntry(NamedTuple):
     def is_of(self, names: Sequence[str], given: Sequence[Tensor]) -> bool:
         """Return whether the arrays of these names that it was computed from equal the given ones."""
         if self.leaves is not None:
-            states = _state(given)
+            states = array_state(given)
             for name, array, state in zip(names, given, states, strict=True):
                 leaf, before = self.leaves[name]
                 if leaf is not array or before != state:
@@ -217,11 +217,12 @@ def _equal(arrays: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
         return bool(torch.stack([(a == b).all() for a, b in pairs]).all())
 
 
-def _state(arrays: Sequence[Tensor]) -> list[Hashable]:
+def array_state(arrays: Sequence[Tensor]) -> list[Hashable]:
+    """Return what tells whether a graph still belongs to arrays: whether they require gradients, and their versions."""
     return [(array.requires_grad, version(array)) for array in arrays]
 
 
-def _can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
+def can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
     """Return whether an update of these arrays may be cached."""
     kind = arrays[0].device.type
     if kind == "meta" or (alone and kind != "cpu"):
@@ -234,7 +235,7 @@ def _can_cache(arrays: Sequence[Tensor], alone: bool) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _trace_number() -> int:
+def trace_number() -> int:
     """Return a number that identifies the current compiler trace; 0 outside a trace."""
     context: Any = TracingContext.try_get()
     return 0 if context is None else context.__dict__.setdefault("tnadapt_number", time.perf_counter_ns())

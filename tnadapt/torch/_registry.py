@@ -14,7 +14,7 @@ from ._forward_patch import ForwardPatch
 from ._state import ADAPTERS_ATTR, AdapterState, need_unmerged
 from ._transaction import all_or_none
 
-__all__ = ["attached", "mix", "overlapping", "set_weight"]
+__all__ = ["attached", "mix", "overlapping", "refuse_merged", "set_weight"]
 
 
 def attached(model: nn.Module) -> dict[str, AdapterState]:
@@ -43,6 +43,13 @@ def overlapping(model: nn.Module) -> list[AdapterState]:
             for slot in patched.slots:
                 found[id(slot.adapter)] = slot.adapter
     return list(found.values())
+
+
+def refuse_merged(model: nn.Module, what: str, but: AdapterState | None = None) -> None:
+    """Raise a TargetError if an adapter, except one, is merged into the weights; ``what`` needs the base without it."""
+    for other in overlapping(model):
+        if other is not but and other.merged is not None:
+            raise TargetError(f"adapter {other.name!r} is merged into the base: unmerge it before {what}")
 
 
 def mix(model: nn.Module, weights: Mapping[str, float] | Iterable[tuple[str, float]]) -> None:

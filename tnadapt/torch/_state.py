@@ -19,6 +19,7 @@ from tnadapt.errors import ConfigError, TargetError
 from tnadapt.targets.target import Target
 
 from ._delta_cache import DeltaCache
+from ._theta_arrays import ThetaArrays
 
 __all__ = [
     "ADAPTERS_ATTR",
@@ -143,6 +144,8 @@ class AdapterState:
     merged : list of MergedRows or None
         One for each target while ΔW is in the weights.
     cache : DeltaCache
+    made : ThetaArrays or None
+        The arrays that θ makes, if the plan has a map before the network.
     enabled : bool
         False inside ``disabled()``.
     weight : float
@@ -186,7 +189,8 @@ class AdapterState:
         self.was_trainable: dict[str, bool] = {}
         self.untied: list[UntiedWeight] = []
         self.merged: list[MergedRows] | None = None
-        self.cache = DeltaCache(plan)
+        self.cache = DeltaCache(plan.arrays_plan)
+        self.made = None if plan.theta is None else ThetaArrays(plan)
         self.enabled = True
         self.weight = 1.0
         self.weight_tensor = torch.tensor(1.0)

@@ -32,13 +32,15 @@ def num_parameters(adapter: AdapterState) -> int:
 def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
     """Choose the arrays to train; see :meth:`Adapter.set_trainable`."""
     known = range(adapter.plan.num_groups)
-    places = {
-        name: (int(name.partition(".")[0][len("group") :]), name.rpartition(".")[2])
-        for name in adapter.plan.param_shapes
-    }
-    last = sorted({word for _, word in places.values()})
+    places = {name: _place(name) for name in adapter.plan.param_shapes}
+    last = sorted({word for _, words in places.values() for word in words})
     numbers, words = _listed(groups, known), _listed(arrays, last)
-    chosen = [name for name, (number, word) in places.items() if number in numbers and word in words]
+    chosen = [
+        name
+        for name, (number, own) in places.items()
+        # A θ of the whole plan belongs to all groups.
+        if (number in numbers or (number is None and numbers)) and not own.isdisjoint(words)
+    ]
     if not chosen:
         raise ConfigError(
             f"adapter {adapter.name!r} has no arrays {safe_repr(arrays)} in groups {safe_repr(groups)}; it has "
@@ -46,6 +48,18 @@ def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
             f"{len(known) - 1} and arrays {', '.join(last)}"
         )
     keep(adapter, chosen, _moved_zero(adapter, chosen))
+
+
+def _place(name: str) -> tuple[int | None, set[str]]:
+    """Return the group of a parameter, and the words by which its array can be chosen.
+
+    ``group0.split0.factor0`` is ``factor0``; a diagonal ``group0.split0.factor0.size`` is ``factor0`` and ``size``.
+    """
+    group, _, rest = name.rpartition("group")[2].partition(".")
+    if not rest:
+        return None, {name}
+    parts = [part for part in rest.split(".") if not part.startswith(("term", "split"))]
+    return int(group), set(parts)
 
 
 def keep(
@@ -85,8 +99,8 @@ def keep(
 def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np.ndarray]:
     """Return new values for groups still at their start, so that the zero array is one that is trained."""
     plan, everything = adapter.plan, dict(named_parameters(adapter))
-    if next(iter(everything.values())).device.type == "meta":
-        return {}  # reset() fills it in
+    if plan.theta is not None or next(iter(everything.values())).device.type == "meta":
+        return {}  # each θ moves all of its arrays; on the meta device, reset() fills them in
     moved: dict[str, np.ndarray] = {}
     able, unable = list[int](), list[int]()
     for number, (group, old, new) in enumerate(
@@ -128,9 +142,19 @@ def _can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str]
     if not group.projection.linear:
         return True
     alive = {name for name, array in own.items() if bool(array.any())} | group.frozen_names.keys()
+    parts = {
+        array: [
+            array,
+            *(f"{array}.{part}" for part in (group.scaled[array].diagonals if array in group.scaled else ())),
+        ]
+        for array in group.network.shapes
+    }
     for prefixes in group.network.prefixes:
         term = {
-            prefix + name for prefix, split in zip(prefixes, group.network.splits, strict=True) for name in split.shapes
+            part
+            for prefix, split in zip(prefixes, group.network.splits, strict=True)
+            for name in split.shapes
+            for part in parts[prefix + name]
         }
         if any(term - {name} <= alive for name in term & set(trained)):
             return True

@@ -140,6 +140,14 @@ class Format:
         formula, _ = self._parsed
         return next(name for name, own in zip(self.shapes, formula.inputs, strict=True) if formula.output[0] in own)
 
+    def mode_of(self, name: str) -> int | None:
+        """Return the mode whose factor an array is: a matrix of its size and a bond. None for any other array."""
+        formula, _ = self._parsed
+        own = formula.inputs[list(self.shapes).index(name)]
+        if len(own) != 2 or own[0] not in formula.output or own[1] in formula.output:
+            return None
+        return formula.output.index(own[0])
+
     @property
     def num_parameters(self) -> int:
         """Total number of elements of all arrays."""

@@ -14,6 +14,8 @@ from tnadapt.plugins import Registry
 from ._identity import Identity
 from ._linear import Linear, LinearV2
 from ._map import Map
+from ._normal import Normal
+from ._one_hot import OneHot, SignedOneHot
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, NonlinearV2, tanhshrink
 
@@ -41,11 +43,14 @@ MAPS: Registry[Map] = Registry(
         "linear_v2": LinearV2,
         "nonlinear": Nonlinear,
         "nonlinear_v2": NonlinearV2,
+        "one-hot": OneHot,
+        "signed-one-hot": SignedOneHot,
+        "normal": Normal,
     },
 )
 
 #: The paper's six maps, and those of them that preserve the length.
-KINDS = MAPS.built_in
+KINDS = MAPS.built_in[:6]
 SQUARE = tuple(name for name in KINDS if MAPS[name].square)
 
 

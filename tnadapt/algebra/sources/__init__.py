@@ -1,4 +1,4 @@
-"""Where the numbers of an array come from: trained, or frozen and computed from a seed.
+"""Where the numbers of an array come from: trained, or frozen (from a seed, the base weights, the caller), or tied.
 
 One class a source and a file. A new built-in source is one more file and one more line in :data:`SOURCES`; another
 package calls ``tnadapt.register_source``. :class:`tnadapt.testing.SourceContract` checks both kinds. Users find the
@@ -14,26 +14,54 @@ from typing import Any
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 from tnadapt.plugins import Registry
 
-from ._frozen import FrozenArrays
+from ._from_base import FromBase
+from ._frozen import FrozenArray, FrozenArrays
+from ._given import Given
+from ._origins import Origin, check_term, inner_source, origins_of
+from ._scaled import Scaled
 from ._seeded import Seeded
-from ._source import Source, Stream
+from ._source import Place, Source, Stream
 from ._source_map import SourceMap, check_class
+from ._tied import Tied
 from ._trained import Trained
 
 __all__ = [
     "SOURCES",
+    "FromBase",
+    "FrozenArray",
     "FrozenArrays",
+    "Given",
+    "Origin",
+    "Place",
+    "Scaled",
     "Seeded",
     "Source",
     "SourceMap",
     "Stream",
+    "Tied",
     "Trained",
+    "check_term",
+    "inner_source",
+    "origins_of",
     "register_source",
     "source_from_dict",
     "source_to_dict",
 ]
 
-SOURCES: Registry[Source] = Registry("source", Source, {"trained": Trained, "seeded": Seeded})
+SOURCES: Registry[Source] = Registry(
+    "source",
+    Source,
+    {
+        "trained": Trained,
+        "seeded": Seeded,
+        "from-base": FromBase,
+        "given": Given,
+        "tied": Tied,
+        "scaled": Scaled,
+    },
+)
+# A source within a source within …, as a hostile file may have it.
+_MAX_DEPTH = 4
 
 
 def register_source(name: str, cls: type[Source]) -> None:
@@ -118,6 +146,12 @@ def source_from_dict(settings: Mapping[str, Any]) -> Source:
         ...
     tnadapt.errors.ConfigError: source 'trained' has no field 'seed'; it has no fields
     """
+    return _from_dict(settings, _MAX_DEPTH)
+
+
+def _from_dict(settings: Any, depth: int) -> Source:
+    if depth == 0:
+        raise ConfigError(f"sources are nested more than {_MAX_DEPTH} deep")
     if not isinstance(settings, Mapping) or "source" not in settings:
         raise ConfigError(f"a source must be a mapping with its name as 'source'; got {safe_repr(settings)}")
     name = settings["source"]
@@ -128,7 +162,7 @@ def source_from_dict(settings: Mapping[str, Any]) -> Source:
             there = f"its fields are {', '.join(known)}" if known else "it has no fields"
             raise ConfigError(f"source {name!r} has no field {safe_repr(key)}; {there}")
     try:
-        return cls(**{key: _tuples(value) for key, value in settings.items() if key != "source"})
+        return cls(**{key: _read(value, depth) for key, value in settings.items() if key != "source"})
     except TnadaptError:
         raise
     except Exception as error:  # a field is missing, or the class refuses a value
@@ -136,7 +170,14 @@ def source_from_dict(settings: Mapping[str, Any]) -> Source:
 
 
 def _lists(value: Any) -> Any:
+    if isinstance(value, Source):
+        return source_to_dict(value)
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _read(value: Any, depth: int) -> Any:
+    """Return the value of a field: a source for a mapping, a tuple for a list."""
+    return _from_dict(value, depth - 1) if isinstance(value, Mapping) else _tuples(value)
 
 
 def _tuples(value: Any, depth: int = 4) -> Any:

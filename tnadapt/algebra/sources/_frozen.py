@@ -1,10 +1,10 @@
-"""The frozen arrays of one group: computed by their sources when they are first used."""
+"""The frozen arrays of one group: computed by their sources when they are first used, or brought by the caller."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,81 +12,111 @@ from tnadapt.backends.backend import FixedArrays
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
 from .._dtype_rounding import rounded_to
-from ..rng import PURPOSE
 from ._source import Source, Stream
 
-__all__ = ["FrozenArrays"]
+__all__ = ["FrozenArray", "FrozenArrays"]
+
+
+class FrozenArray(NamedTuple):
+    """One frozen array: what computes it.
+
+    Attributes
+    ----------
+    full : str
+        Name of the array in the plan's ``frozen_shapes``; that of the array it is tied to, if it is.
+    source : Source
+    shape : tuple of int
+    stream : Stream
+    """
+
+    full: str
+    source: Source
+    shape: tuple[int, ...]
+    stream: Stream
+
+    def compute(self, stream: Stream | None = None) -> np.ndarray:
+        """Compute the array in float32, or raise a ConfigError that names it; with another stream if one is given."""
+        source, shape = self.source, self.shape
+        try:
+            found = np.asarray(source.array(shape, self.stream if stream is None else stream))
+        except TnadaptError:
+            raise
+        except Exception as error:  # whatever another package raises
+            raise ConfigError(
+                f"{safe_repr(source)} failed to compute {self.full!r}: {type(error).__name__}: {error}"
+            ) from error
+        if found.shape != shape or found.dtype.kind != "f":
+            raise ConfigError(
+                f"{safe_repr(source)} must compute floating-point numbers of shape {shape} for {self.full!r}; it "
+                f"returned {found.dtype} of shape {found.shape}"
+            )
+        with np.errstate(over="ignore"):
+            single = found.astype(np.float32)
+        if not np.isfinite(single).all():
+            raise ConfigError(
+                f"{safe_repr(source)} computes NaN, infinity, or numbers beyond float32 for {self.full!r}"
+            )
+        if not single.any():
+            raise ConfigError(
+                f"{safe_repr(source)} computes only zeros for {self.full!r}, so that nothing could be trained"
+            )
+        return single
 
 
 class FrozenArrays(FixedArrays):
-    """The frozen arrays of one group, by name.
+    """The frozen arrays of one group, by the network's names.
 
     Parameters
     ----------
-    shapes : mapping of str to tuple of int
-        All arrays of the group's network, in order: the position of an array selects its random words.
-    sources : mapping of str to Source
-        Sources of the frozen arrays.
-    seed, group : int
-    largest : mapping of str to tuple of int, optional
-        The largest size of each frozen array along each axis, over all groups; by default its own sizes.
+    entries : mapping of str to FrozenArray
+    given : mapping of str to ndarray, optional
+        Arrays that are not computed, by their full names, in float32.
 
     Examples
     --------
-    >>> FrozenArrays({"split0.dense": (2, 3)}, {}, seed=0, group=0).sources
+    >>> FrozenArrays({}).entries
     {}
     """
 
-    def __init__(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        sources: Mapping[str, Source],
-        seed: int,
-        group: int,
-        largest: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> None:
+    def __init__(self, entries: Mapping[str, FrozenArray], given: Mapping[str, np.ndarray] | None = None) -> None:
         super().__init__()
-        self.sources = dict(sources)
-        self._shapes, self._seed, self._group = shapes, seed, group
-        self._largest = largest or shapes
-        self._numbers = {name: number for number, name in enumerate(shapes)} if sources else {}
+        self.entries = dict(entries)
+        self._given = given or {}
 
     def make(self, key: Any) -> np.ndarray:
-        """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
+        """Return an array in float32, by its name, or by (name, dtype) with its values rounded to that dtype."""
         if isinstance(key, tuple):
             name, dtype = key
             rounded = rounded_to(self.make(name), dtype)
             if not np.isfinite(rounded).all():
                 raise ConfigError(
-                    f"{safe_repr(self.sources[name])} computes numbers for {name!r} that {dtype} cannot represent; use "
-                    "float32"
+                    f"{safe_repr(self.entries[name].source)} computes numbers for {name!r} that {dtype} cannot "
+                    "represent; use float32"
                 )
             return rounded
-        source, shape = self.sources[key], self._shapes[key]
-        stream = Stream(self._seed, self._group, PURPOSE["source"] + self._numbers[key], self._largest[key])
-        try:
-            found = np.asarray(source.array(shape, stream))
-        except TnadaptError:
-            raise
-        except Exception as error:  # whatever another package raises
+        entry = self.entries[key]
+        given = self._given.get(entry.full)
+        if given is not None:
+            return given[tuple(map(slice, entry.shape))]
+        if entry.source.brought:
             raise ConfigError(
-                f"{safe_repr(source)} failed to compute {key!r}: {type(error).__name__}: {error}"
-            ) from error
-        if found.shape != shape or found.dtype.kind != "f":
-            raise ConfigError(
-                f"{safe_repr(source)} must compute floating-point numbers of shape {shape} for {key!r}; it returned "
-                f"{found.dtype} of shape {found.shape}"
+                f"{entry.full!r} is an array that the caller brings: tnadapt.SuperLoRA(…, given={{{entry.full!r}: "
+                "array}), or tnadapt.torch.attach(…, given=…)"
             )
-        with np.errstate(over="ignore"):
-            single = found.astype(np.float32)
-        if not np.isfinite(single).all():
-            raise ConfigError(f"{safe_repr(source)} computes NaN, infinity, or numbers beyond float32 for {key!r}")
-        if not single.any():
-            raise ConfigError(f"{safe_repr(source)} computes only zeros for {key!r}, so that nothing could be trained")
-        return single
+        if entry.source.needs_base:
+            raise ConfigError(
+                f"{entry.full!r} is computed from the base weights: bind the plan to them with "
+                "plan.with_base(weights); on a model that was on the meta device, call adapter.reset() once it has "
+                "its weights"
+            )
+        return entry.compute()
 
     def mean_square(self, name: str) -> float:
         """Return the mean square of an array, rounded to eight bits so that all machines agree."""
-        wide = self.host(name).astype(np.float64).reshape(-1)
-        mantissa, exponent = math.frexp(float(wide @ wide) / wide.size)
+        entry = self.entries[name]
+        known = entry.source.mean_square(entry.shape)
+        if known is None:
+            wide = self.host(name).astype(np.float64).reshape(-1)
+            known = float(wide @ wide) / wide.size
+        mantissa, exponent = math.frexp(known)
         return math.ldexp(round(mantissa * 256.0), exponent - 8)

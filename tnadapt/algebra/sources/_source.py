@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from tnadapt.errors import ConfigError
 
-__all__ = ["Source", "Stream"]
+__all__ = ["Place", "Source", "Stream"]
+
+
+class Place(NamedTuple):
+    """One array of a network, as integers: a source checks with it whether it can compute the array.
+
+    Attributes
+    ----------
+    name : str
+        The network's name of the array: ``"split0.factor1"``.
+    shape : tuple of int
+    mode : int or None
+        The mode of the folded group whose factor it is, counted from 0, if the array is a matrix of shape
+        ``(sizes[mode], rank)``; None for a core, weights, a dense tensor, and a factor of a Kronecker split.
+    sizes : tuple of int
+        Sizes of the folded group.
+    projection : bool
+        Whether a map F other than the identity follows the network.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    mode: int | None
+    sizes: tuple[int, ...]
+    projection: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Random words that belong to one array: pass the fields to the draws of :mod:`tnadapt.algebra.rng`.
+    """What a source may use to compute an array: random words that belong to it, and the base weights.
 
     Parameters
     ----------
@@ -27,12 +51,18 @@ class Stream:
     largest : tuple of int, optional
         The largest size of the array along each axis, over all groups of the plan. A source whose array is the same in
         all groups computes it at these sizes, and returns the leading elements along each axis.
+    base : ndarray of float64, optional
+        The group's base weights, folded to the sizes of its network; only for a source that ``needs_base``.
+    mode : int, optional
+        The array's mode; see :class:`Place`.
     """
 
     seed: int
     group: int
     purpose: int
     largest: tuple[int, ...] | None = None
+    base: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    mode: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +70,18 @@ class Source:
     """Where the numbers of one array of a network come from.
 
     A subclass is a frozen dataclass whose fields are its settings. They are written into adapter files, so that their
-    values must be ``None``, booleans, numbers, strings, or tuples of these.
+    values must be ``None``, booleans, numbers, strings, sources, or tuples of these.
 
     Attributes
     ----------
     trained : bool
-        Whether the array is a parameter. If False, the array is frozen: it is not counted, trained or stored, and
+        Whether the array is a parameter. If False, the array is frozen: it is not counted or trained, and
         :meth:`array` computes it.
+    needs_base : bool
+        Whether :meth:`array` needs the base weights. Plans count without them; arrays need
+        :meth:`tnadapt.SuperLoRA.with_base`.
+    brought : bool
+        Whether the caller brings the array: ``SuperLoRA(…, given={name: array})``. It is stored in files.
 
     Examples
     --------
@@ -66,11 +101,21 @@ class Source:
     """
 
     trained: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = False
+    brought: ClassVar[bool] = False
 
     @property
     def independent_of_group(self) -> bool:
         """Whether :meth:`array` does not depend on the group: groups of equal shapes then share one copy."""
         return False
+
+    def check(self, place: Place) -> None:
+        """Raise a ConfigError if the source cannot be that of an array. Default: any array will do.
+
+        Parameters
+        ----------
+        place : Place
+        """
 
     def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
         """Compute the numbers of a frozen array.
@@ -79,15 +124,20 @@ class Source:
         ----------
         shape : tuple of int
         stream : Stream
-            The array's random words.
+            The array's random words, and the base weights if the source needs them.
 
         Returns
         -------
         ndarray of float32
             Finite, of the given shape. A function of the arguments and the source's fields alone, with the same bits on
-            every machine: the array is recomputed wherever it is needed.
+            every machine: the array is recomputed wherever it is needed. (A source that needs the base weights may
+            differ between machines by rounding.)
         """
         raise ConfigError(
             f"source {type(self).__name__} does not define array(shape, stream), which computes a frozen array; define "
             "it, or set trained = True"
         )
+
+    def mean_square(self, shape: tuple[int, ...]) -> float | None:
+        """Return the mean square of the array if it is known without computing it; None otherwise."""
+        return None

@@ -61,8 +61,8 @@ class SourceMap(Mapping[str, Source]):
             for field in dataclasses.fields(source):
                 if not _is_plain(getattr(source, field.name)):
                     raise ConfigError(
-                        f"sources[{key!r}]: {field.name} must be None, a boolean, an integer, a finite float, a string "
-                        f"or a tuple of these; got {safe_repr(getattr(source, field.name))}"
+                        f"sources[{key!r}]: {field.name} must be None, a boolean, an integer, a finite float, a "
+                        f"string, a source or a tuple of these; got {safe_repr(getattr(source, field.name))}"
                     )
 
     def __getitem__(self, key: str) -> Source:
@@ -125,6 +125,9 @@ def _is_plain(value: Any, depth: int = 4) -> bool:
     """Return whether a file can hold a value and give it back."""
     if isinstance(value, tuple):
         return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    if isinstance(value, Source):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in fields)
     if isinstance(value, float):
         return type(value) is float and math.isfinite(value)
     if type(value) is int:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.rounding import Float64Deltas, add_in_place, rounded, widened
-from tnadapt.errors import FileError, safe_repr
+from tnadapt.backends.blas_threads import one_blas_thread
+from tnadapt.errors import FileError, TnadaptError, safe_repr
 from tnadapt.targets.target import Target
 
 from ..adapter_file import KEPT, AdapterFile
@@ -20,7 +21,6 @@ from ..atomic_files import sync_file
 from ..checkpoint import Checkpoint, file_state
 from ..container import DTYPES
 from ..fingerprint import compare
-from ._blas_threads import one_blas_thread
 from ._comparison import open_regular
 from ._destination import Destination
 from ._journal import MergeJournal
@@ -49,7 +49,8 @@ class Job:
     ) -> None:
         self.checkpoint, self.file, self.placed, self.where = checkpoint, file, placed, where
         self.digest = digest
-        self.updates = Float64Deltas(file.plan, file.arrays, file.dtype)
+        #: The updates; None until the arrays that come from the base weights are computed.
+        self.updates = Float64Deltas(file.plan, file.arrays, file.dtype) if file.complete else None
         self.of: dict[str, list[tuple[int, Target]]] = {}
         for index, target in enumerate(placed.targets):
             self.of.setdefault(target.name, []).append((index, target))
@@ -90,12 +91,34 @@ class Job:
             weight, own = target.select(last[1]), FLOATS[self.checkpoint.entries[target.name].dtype]
             yield weight if own == kind else widened(weight, own).astype(kind)
 
+    def _compute_from_base(self, check_base: bool) -> None:
+        """Compute the arrays that come from the base weights, of the base that the adapter was trained on."""
+        if self.updates is not None:
+            return
+        if not check_base or self.file.base is None:
+            raise Unfit(
+                "has to be the base that the adapter was trained on, as arrays of the adapter are computed from its "
+                "weights: leave check_base=False (--no-check-base) out, or save the adapter with store_bases=True"
+            )
+        self._check_base()
+        try:
+            plan = self.file.plan.with_base(self._base_weight)
+        except TnadaptError as error:
+            raise Unfit(f"does not give the arrays of the adapter that come from its weights: {error}") from error
+        self.updates = Float64Deltas(plan, self.file.arrays, self.file.dtype)
+
+    def _base_weight(self, index: int) -> np.ndarray:
+        target = self.placed.targets[index]
+        own = FLOATS[self.checkpoint.entries[target.name].dtype]
+        return np.asarray(widened(target.select(self.checkpoint.array(target.name)), own).reshape(target.shape))
+
     # -- Writing -----------------------------------------------------------------------------
 
     def run(self, work: MergeJournal, progress: Callable[[int, int], None], check_base: bool) -> None:
         """Write all files."""
         checkpoint = self.checkpoint
         self.resumed = len(work.done)
+        self._compute_from_base(check_base)
         left = [file for file in checkpoint.files if os.path.basename(file) not in work.done]
         sizes = [os.path.getsize(file) for file in left]
         added = {} if checkpoint.files[-1] not in left else self._added
@@ -163,6 +186,7 @@ class Job:
     def _updated(self, name: str, stored: np.ndarray) -> np.ndarray:
         dtype = FLOATS[self.checkpoint.entries[name].dtype]
         for index, target in self.of[name]:
+            assert self.updates is not None  # computed before anything is written
             flat = np.ascontiguousarray(target.select(stored)).reshape(-1)
             problem = add_in_place(flat, dtype, self.updates.of(index))
             if problem == "update":

@@ -28,7 +28,7 @@ def describe_base(handle: Adapter) -> dict[str, Any]:
     return {
         "weights": counts,
         "fingerprint": None if base is None else {**dataclasses.asdict(base), "sketch": list(base.sketch)},
-        "draws": AdapterFile(handle.config, handle.targets, handle.plan.init()).draws,
+        "draws": AdapterFile(handle.config, handle.targets, handle.plan.init(), given=handle.plan.given).draws,
     }
 
 

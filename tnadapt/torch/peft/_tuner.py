@@ -234,7 +234,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             key = in_file(name, adapter_name)
             if key is not None:
                 names[key], expected[key] = name, tuple(tensor.shape)
-        found = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".tnadapt.group" in f".{key}"}
+        found = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".tnadapt." in f".{key}"}
         if found != expected:
             wrong = sorted(set(found.items()) ^ set(expected.items()))[:4]
             raise FileError(

@@ -1,4 +1,4 @@
-"""Limit matrix products to one thread while another thread is busy."""
+"""Limit matrix products to one thread: while another thread is busy, or where the bits of a result matter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ __all__ = ["one_blas_thread"]
 def one_blas_thread() -> AbstractContextManager[Any]:
     """Return a context manager in which NumPy computes matrix products in the calling thread only.
 
-    Products of a few rows do not gain from more threads. BLAS threads wait for each other in a busy loop: next to a
-    thread that copies, and with no core to spare, products take up to six times as long.
+    The last bits of a product depend on the number of threads. Products of a few rows do not gain from more threads.
+    BLAS threads wait for each other in a busy loop: next to a thread that copies, and with no core to spare, products
+    take up to six times as long.
 
     Notes
     -----

@@ -1,0 +1,253 @@
+"""Presets that say where the numbers come from: frozen, tied and scaled arrays, and a map before the network.
+
+Users find them in :mod:`tnadapt.presets`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tnadapt.errors import ConfigError, integer
+
+from .config import Config
+from .folding import MAX_SIZE
+from .sources import FromBase, Scaled, Seeded, Source, Tied
+
+__all__ = [
+    "lora_fa",
+    "lora_xs",
+    "nola",
+    "randlora",
+    "share_lora",
+    "svft",
+    "tied_lora",
+    "tinylora",
+    "unilora",
+    "vera",
+]
+
+
+def _lora(rank: int, sources: dict[str, Source], changes: dict[str, Any], **own: Any) -> Config:
+    """LoRA's settings with sources: one group per weight, stack, M = 2, CP."""
+    base = {"groups": "weight", "fold": "stack", "order": 2, "format": "cp", "rank": rank, "sources": sources}
+    return Config.from_dict({**base, **own, **changes})
+
+
+def lora_fa(rank: int = 4, **changes: Any) -> Config:
+    """LoRA-FA: LoRA with a frozen random A (Zhang et al., arXiv 2308.03303).
+
+    Settings: LoRA with ``factor1`` seeded, another one for each weight. Parameters: r rows per weight.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(lora_fa(rank=4), [(768, 768)] * 24) == 18_432 * 4
+    True
+    """
+    return _lora(rank, {"factor1": Seeded("normal", shared=False)}, changes)
+
+
+def share_lora(rank: int = 4, **changes: Any) -> Config:
+    """ShareLoRA: LoRA with one A for all weights (Song et al., arXiv 2406.10785).
+
+    Settings: LoRA with ``factor1`` tied to that of group 0, for weights with equal numbers of columns. Parameters:
+    r cols, and r rows per weight.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(share_lora(rank=4), [(768, 768)] * 24) == 4 * 768 + 24 * 4 * 768
+    True
+    """
+    return _lora(rank, {"factor1": Tied("group0.split0.factor1")}, changes)
+
+
+def tied_lora(rank: int = 4, **changes: Any) -> Config:
+    """Tied-LoRA: ``ΔW = (alpha / r) diag(v) B diag(u) A``, B and A shared (Renduchintala et al., arXiv 2311.09578).
+
+    Settings: LoRA with both factors tied to those of group 0, for weights of one shape; ``factor0.size`` is v and
+    ``factor1.rank`` is u, which each weight has for itself. Parameters: r (rows + cols), and rows + r per weight.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(tied_lora(rank=4), [(768, 768)] * 24) == 4 * 1536 + 24 * (768 + 4)
+    True
+    """
+    sources: dict[str, Source] = {
+        "factor0": Scaled(Tied("group0.split0.factor0")),
+        "factor1": Scaled(Tied("group0.split0.factor1"), size=False, rank=True),
+    }
+    return _lora(rank, sources, changes)
+
+
+def vera(rank: int = 256, *, d_initial: float = 0.1, **changes: Any) -> Config:
+    """VeRA: ``ΔW = diag(b) B diag(d) A``, B and A random and shared by all weights (Kopiczko et al., arXiv 2310.11454).
+
+    Settings: LoRA with both factors seeded and shared, cut to size where sizes differ; ``factor0.size`` is b, zero at
+    the start, and ``factor1.rank`` is d. Parameters: rows + r per weight.
+
+    Parameters
+    ----------
+    rank : int
+        r; large, as it costs r parameters per weight.
+    d_initial : float
+        Initial value of d.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(vera(rank=256), [(768, 768)] * 24) == 24 * (768 + 256)
+    True
+    """
+    # The paper's factors are uniform with the variance 2 / fan_in, which for B is 2 / r.
+    wide = math.sqrt(2.0 / integer("rank", rank, 1, MAX_SIZE, ConfigError))
+    sources: dict[str, Source] = {
+        "factor0": Scaled(Seeded("uniform", scale=wide), start=0.0),
+        "factor1": Scaled(Seeded("uniform"), size=False, rank=True, start=d_initial),
+    }
+    return _lora(rank, sources, changes)
+
+
+def randlora(rank: int = 32, *, rows: int, cols: int, **changes: Any) -> Config:
+    """RandLoRA: a sum of low-rank products of full rank together (Albert et al., arXiv 2502.00987).
+
+    ``ΔW = (alpha / r) sum_t B_t diag(λ_t) A diag(γ_t)``, with random B_t and A shared by all weights. Settings:
+    T = ⌈min(rows, cols) / r⌉ terms of LoRA; the factor of the shorter side is A, with ``.size`` γ_t and ``.rank`` λ_t,
+    which is zero at the start. Parameters: T (r + min(rows, cols)) per weight.
+
+    Parameters
+    ----------
+    rank : int
+    rows, cols : int
+        Shape of the largest weight.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(randlora(rank=32, rows=768, cols=768), [(768, 768)] * 24)
+    460800
+    """
+    rank, rows, cols = (
+        integer(name, value, 1, MAX_SIZE, ConfigError)
+        for name, value in (("rank", rank), ("rows", rows), ("cols", cols))
+    )
+    terms, last = -(-min(rows, cols) // rank), max(rows, cols)
+    short, long = ("factor1", "factor0") if cols <= rows else ("factor0", "factor1")
+    first = f"term0.split0.{short}" if terms > 1 else short
+    start = 1.0 / last, 0.0
+    sources: dict[str, Source] = {
+        long: Seeded("uniform"),
+        first: Scaled(Seeded("uniform"), size=True, rank=True, start=start),
+    }
+    if terms > 1:
+        sources[short] = Scaled(Tied(first), size=True, rank=True, start=start)
+    return _lora(rank, sources, changes, terms=terms)
+
+
+def _of_base(rank: int, changes: dict[str, Any], **own: Any) -> Config:
+    """``U C Vᵀ`` with U and V from the base weight: Tucker of order 2."""
+    sources: dict[str, Source] = {"factor0": FromBase("rows"), "factor1": FromBase("cols")}
+    return _lora(rank, sources, changes, **{"format": "tucker", **own})
+
+
+def lora_xs(rank: int = 16, **changes: Any) -> Config:
+    """LoRA-XS: ``ΔW = U R Vᵀ``, U and V from the base weight, R of r × r trained (Bałazy et al., arXiv 2405.17604).
+
+    Settings: one group per weight, stack, Tucker of order 2 with both factors from the base weight: orthonormal bases
+    of its dominant singular subspaces. ``core`` is R. Parameters: r² per weight.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(lora_xs(rank=16), [(768, 768)] * 24) == 24 * 16**2
+    True
+    """
+    return _of_base(rank, changes)
+
+
+def svft(rank: int, **changes: Any) -> Config:
+    """SVFT: ``ΔW = U diag(m) Vᵀ``, U and V the singular vectors of the base weight (Lingam et al., arXiv 2405.19597).
+
+    Settings: one group per weight, stack, weighted CP of order 2 with both factors from the base weight; ``weights`` is
+    m. This is the paper's plain variant if the rank is min(rows, cols). Parameters: r per weight.
+
+    Parameters
+    ----------
+    rank : int
+        Number of singular vectors.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(svft(768), [(768, 768)] * 24)
+    18432
+    """
+    sources: dict[str, Source] = {
+        "factor0": FromBase("rows", vectors=True),
+        "factor1": FromBase("cols", vectors=True),
+    }
+    return _lora(rank, sources, changes, format="cp-weighted")
+
+
+def tinylora(parameters: int = 13, rank: int = 2, **changes: Any) -> Config:
+    """TinyLoRA: LoRA-XS whose R are random combinations of a few parameters (Morris et al., arXiv 2602.04118).
+
+    Settings: :func:`lora_xs` with ``before="normal"``: all R together are ``P θ`` with a random P.
+
+    Parameters
+    ----------
+    parameters : int
+        Elements of θ, for all weights together; with ``scope="group"`` for each weight.
+    rank : int
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(tinylora(13), [(768, 768)] * 24)
+    13
+    """
+    return _of_base(rank, changes, before="normal", parameters=parameters)
+
+
+def unilora(parameters: int = 256, rank: int = 4, **changes: Any) -> Config:
+    """Uni-LoRA: each number of all A and B is one of a few parameters, scaled (Li et al., arXiv 2506.00799).
+
+    Settings: LoRA with ``before="one-hot"``. The paper starts at random parameters, where ΔW is not zero; here the
+    factors start like LoRA's, and θ at zero. ``offset=False`` gives the paper's form.
+
+    Parameters
+    ----------
+    parameters : int
+        Elements of θ.
+    rank : int
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(unilora(256), [(768, 768)] * 24)
+    256
+    """
+    return _lora(rank, {}, changes, before="one-hot", parameters=parameters)
+
+
+def nola(parameters: int = 1000, rank: int = 4, **changes: Any) -> Config:
+    """NOLA: A and B are linear combinations of random matrices (Koohpayegani et al., arXiv 2310.02556).
+
+    Settings: LoRA with ``before="normal"`` and a θ for each array: k coefficients for the A and k for the B of each
+    weight. Parameters: 2 k per weight.
+
+    Parameters
+    ----------
+    parameters : int
+        k, the number of random matrices.
+    rank : int
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(nola(100), [(768, 768)] * 24)
+    4800
+    """
+    return _lora(rank, {}, changes, before="normal", parameters=parameters, scope="array")

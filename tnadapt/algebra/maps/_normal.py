@@ -1,0 +1,86 @@
+"""A dense map of independent normal numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+
+from .. import rng
+from ._map import Map
+
+__all__ = ["Normal"]
+
+# A matrix of up to this many elements is drawn once and kept; a larger one is drawn in blocks at each use.
+_KEPT = 1 << 24
+_BLOCK = 1 << 22
+
+
+class Normal(Map):
+    """``y = N x``, where N has independent normal entries of variance 1 / n_out, so that ``FᵀF`` is about 1.
+
+    Entry (i, j) is word ``i n_in + j`` of the stream with purpose 5. For inputs of up to some thousands of elements, as
+    in TinyLoRA and NOLA: one call costs ``n_in n_out`` multiply-adds, and as many draws if the matrix has more than
+    2**24 elements, which are then not kept.
+    """
+
+    kind = "normal"
+    full_rank = True
+    fixed = ("first",)
+
+    def make(self, key: object) -> np.ndarray:
+        """Draw a block of rows ``(start, stop)``; ``"first"`` is what is digested, up to 2**20 elements."""
+        if key == "first":
+            key = (0, max(1, min(self.n_out, (1 << 20) // self.n_in)))
+        assert isinstance(key, tuple)
+        start, stop = key
+        drawn = rng.normals(self.seed, self.group, rng.PURPOSE["normal_map"], start * self.n_in, stop * self.n_in)
+        wide = drawn.astype(np.float64) / math.sqrt(self.n_out)
+        return wide.astype(np.float32).reshape(stop - start, self.n_in)
+
+    def _blocks(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Blocks of rows that cover a range; their edges do not depend on it."""
+        if self.n_in * self.n_out <= _KEPT:
+            return [(0, self.n_out)]
+        step = max(1, _BLOCK // self.n_in)
+        return [(row, min(row + step, self.n_out)) for row in range(start // step * step, stop, step)]
+
+    def _block(self, backend: Backend, like: Array, block: tuple[int, int]) -> Array:
+        keep = self.n_in * self.n_out <= _KEPT
+        return backend.astype(self.on(backend, block, like, keep=keep), backend.dtype_name(like))
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self.slice(backend, x, 0, self.n_out)
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        row = backend.reshape(x, (*x.shape[:-1], 1, self.n_in))
+        parts = []
+        for lo, hi in self._blocks(start, stop):
+            block = self._block(backend, x, (lo, hi))[max(start - lo, 0) : stop - lo]
+            made = backend.matmul(row, backend.matrix_transpose(block))
+            parts.append(backend.reshape(made, (*x.shape[:-1], block.shape[0])))
+        return backend.concat(parts, axis=-1)
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        total = None
+        for lo, hi in self._blocks(0, self.n_out):
+            row = backend.reshape(y[..., lo:hi], (*y.shape[:-1], 1, hi - lo))
+            part = backend.reshape(backend.matmul(row, self._block(backend, y, (lo, hi))), (*y.shape[:-1], self.n_in))
+            total = part if total is None else total + part
+        return total
+
+    def squared_norm(self) -> float:
+        return float(self.n_in)  # its expectation
+
+    def cost(self) -> int:
+        return self.n_in * self.n_out
+
+    def matrix(self) -> np.ndarray:
+        rows = [
+            rng.normals(self.seed, self.group, rng.PURPOSE["normal_map"], row * self.n_in, (row + 1) * self.n_in)
+            for row in range(self.n_out)
+        ]
+        return np.asarray(np.float32(np.asarray(rows, np.float64) / math.sqrt(self.n_out)), np.float64)

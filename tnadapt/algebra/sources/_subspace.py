@@ -1,0 +1,110 @@
+"""Dominant singular subspaces of a matrix, by subspace iteration from seeded normal numbers in float64.
+
+LAPACKs agree on a singular subspace and not on the singular vectors, whose signs and, where singular values are close,
+directions are arbitrary. So a subspace is computed here and given a basis that depends on it alone: the projection of
+the seeded normal numbers onto it, orthonormalized. Rounding errors change that basis by about 1e-12 where the subspace
+is well separated.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from tnadapt.errors import ConfigError
+
+__all__ = ["EXTRA", "PASSES", "dominant_basis"]
+
+#: Passes of the iteration, each a multiplication by the matrix and by its transpose.
+PASSES = 4
+#: Columns that are iterated in addition to those wanted.
+EXTRA = 8
+# Singular values closer than this, relative to the larger one, leave the single vectors undetermined.
+_TIE = 1e-4
+# Singular values below this, relative to the largest one, are rounding errors of a float32 weight.
+_NOISE = 1e-9
+
+
+def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: bool, what: str) -> np.ndarray:
+    """Return an orthonormal basis of the subspace of the ``rank`` largest left singular values.
+
+    Parameters
+    ----------
+    matrix : ndarray of float64, shape (d, n)
+    normals : ndarray of float64, shape (d, min(rank + EXTRA, d))
+        Start of the iteration.
+    rank : int
+        At most ``min(d, n)``.
+    vectors : bool
+        Whether to return the singular vectors themselves, each with its largest entry positive.
+    what : str
+        Name of the array, for messages.
+
+    Returns
+    -------
+    ndarray of float64, shape (d, rank)
+
+    Raises
+    ------
+    ConfigError
+        If the matrix has NaN or infinity, or fewer than ``rank`` singular values above rounding errors.
+
+    Warns
+    -----
+    UserWarning
+        If ``vectors`` and two neighboring singular values are nearer than 1e-4.
+
+    Notes
+    -----
+    ``PASSES`` passes of ``Q <- qr(A Aᵀ Q)`` with ``rank + EXTRA`` columns; all of min(d, n), where that many are
+    needed, give the subspace exactly. Cost: ``2 d n (rank + EXTRA)`` multiply-adds a pass.
+
+    Examples
+    --------
+    >>> matrix = np.diag([3.0, 2.0, 1.0])
+    >>> dominant_basis(matrix, np.ones((3, 3)) + np.eye(3), 2, True, "factor0").round(6)
+    array([[1., 0.],
+           [0., 1.],
+           [0., 0.]])
+    """
+    largest = max(float(np.max(matrix)), -float(np.min(matrix)))
+    if not np.isfinite(largest):
+        raise ConfigError(f"{what} is computed from the base weight, which holds NaN or infinity")
+    width = min(rank + EXTRA, *matrix.shape)
+    # Only float64 weights can be so large or small that their squares overflow or underflow.
+    own = matrix if 1e-60 < largest < 1e60 or largest == 0.0 else matrix / largest
+    q = _orthonormal(normals[:, :width])
+    if width < matrix.shape[0]:
+        for _ in range(PASSES):
+            q = _orthonormal(own @ (own.T @ q))
+    # Rayleigh-Ritz: the singular vectors of the part of the matrix in that space.
+    left, values, _ = np.linalg.svd(q.T @ own, full_matrices=False)
+    if values[rank - 1] <= _NOISE * values[0]:
+        raise ConfigError(
+            f"{what} needs {rank} singular vectors of the base weight, which has only "
+            f"{int((values > _NOISE * values[0]).sum())} singular values above rounding errors: use a smaller rank"
+        )
+    found = q @ left[:, :rank]
+    if not vectors:
+        return _orthonormal(found @ (found.T @ normals[:, :rank]))
+    values = values[: rank + 1]
+    if (values[:-1] - values[1:] < _TIE * values[:-1]).any():
+        warnings.warn(
+            f"{what} takes single singular vectors of a base weight, two of whose singular values are nearer than "
+            f"{_TIE:g}: another machine may compute other vectors. Save with store_bases=True, or use vectors=False",
+            stacklevel=2,
+        )
+    return np.asarray(found * _signs(found))
+
+
+def _orthonormal(matrix: np.ndarray) -> np.ndarray:
+    """Return the Q of the QR decomposition whose R has a positive diagonal."""
+    q, r = np.linalg.qr(matrix)
+    return np.asarray(q * np.where(np.diagonal(r) < 0.0, -1.0, 1.0))
+
+
+def _signs(vectors: np.ndarray) -> np.ndarray:
+    """Return the signs that make the largest entry of each column positive."""
+    largest = np.abs(vectors).argmax(axis=0)
+    return np.where(vectors[largest, np.arange(vectors.shape[1])] < 0.0, -1.0, 1.0)

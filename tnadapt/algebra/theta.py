@@ -1,0 +1,158 @@
+"""A map before the network: the trained arrays of a plan, as a vector, are ``a_start + P θ``, and θ is trained.
+
+P is a map with a short input and a long output, one of :mod:`tnadapt.algebra.maps`, such as ``one-hot`` (Uni-LoRA,
+arXiv 2506.00799) or ``normal`` (TinyLoRA, arXiv 2602.04118; NOLA, arXiv 2310.02556). Its draws are those of that map
+with the group index ``2**31`` plus the index of θ, which no map after a network has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import ConfigError
+
+from ._dtype_rounding import rounded_to
+from .config import Config
+from .maps.projection import Projection
+
+__all__ = ["THETA_STREAMS", "Theta", "ThetaPart"]
+
+#: Group index of the draws of the first P.
+THETA_STREAMS = 1 << 31
+
+
+class ThetaPart(NamedTuple):
+    """One θ, its map, and the arrays made from it.
+
+    Attributes
+    ----------
+    name : str
+        Name of θ: ``"theta"``, ``"group0.theta"``, or ``"group0.split0.factor0.theta"``.
+    projection : Projection
+        P.
+    arrays : dict of str to tuple of int
+        Names and shapes of the arrays, in the order of the vector.
+    """
+
+    name: str
+    projection: Projection
+    arrays: dict[str, tuple[int, ...]]
+
+
+class Theta:
+    """The map before the network of a plan.
+
+    Parameters
+    ----------
+    config : Config
+        With a ``before``.
+    array_shapes : mapping of str to tuple of int
+        The plan's trained arrays, in order.
+
+    Attributes
+    ----------
+    shapes : dict of str to tuple of int
+        Names and shapes of the parameters.
+
+    Raises
+    ------
+    ConfigError
+        If θ has more elements than what is made from it.
+
+    Examples
+    --------
+    >>> config = Config(rank=2, before="one-hot", parameters=5)
+    >>> Theta(config, {"group0.split0.factor0": (6, 2), "group0.split0.factor1": (4, 2)}).shapes
+    {'theta': (5,)}
+    """
+
+    def __init__(self, config: Config, array_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.offset = config.offset
+        scoped: dict[str, dict[str, tuple[int, ...]]] = {}
+        for full, shape in array_shapes.items():
+            scoped.setdefault(_SCOPED[config.scope](full), {})[full] = shape
+        self.parts = [
+            ThetaPart(name, _projection(config, name, index, arrays), arrays)
+            for index, (name, arrays) in enumerate(scoped.items())
+        ]
+        assert config.parameters is not None  # ensured by Config
+        self.shapes: dict[str, tuple[int, ...]] = {part.name: (config.parameters,) for part in self.parts}
+
+    def arrays(
+        self,
+        backend: Backend,
+        params: Mapping[str, Array],
+        start: Callable[[str, Array, str | None], Array],
+        dtype: str | None = None,
+    ) -> dict[str, Array]:
+        """Compute the arrays.
+
+        Parameters
+        ----------
+        backend : Backend
+        params : mapping of str to array
+            Named and shaped as ``shapes``.
+        start : callable
+            Returns a_start of an array by its name, in the library and dtype of the second argument, rounded to the
+            third.
+        dtype : str, optional
+            The dtype in which θ was trained, if it has been cast since.
+
+        Returns
+        -------
+        dict of str to array
+            Differentiable; equal to a_start to the bit if θ is 0.
+        """
+        found = {}
+        for part in self.parts:
+            theta = params[part.name]
+            cast = dtype if dtype != backend.dtype_name(theta) else None
+            for full, moved in self.moved(backend, part, theta).items():
+                moved = _rounded(backend, moved, cast)
+                found[full] = _rounded(backend, start(full, moved, cast) + moved, cast) if self.offset else moved
+        return found
+
+    @staticmethod
+    def moved(backend: Backend, part: ThetaPart, theta: Array) -> dict[str, Array]:
+        """Compute ``P θ``, cut into the arrays."""
+        sizes = [math.prod(shape) for shape in part.arrays.values()]
+        pieces = backend.split(part.projection(theta), sizes)
+        return {
+            full: backend.reshape(piece, shape)
+            for (full, shape), piece in zip(part.arrays.items(), pieces, strict=True)
+        }
+
+    def pulled(self, backend: Backend, part: ThetaPart, gradients: Sequence[Array]) -> Array:
+        """Compute ``Pᵀ g``, for the gradients of the arrays in order: the gradient of θ."""
+        return part.projection.adjoint(backend.concat([backend.flatten(gradient) for gradient in gradients]))
+
+
+def _rounded(backend: Backend, array: Array, dtype: str | None) -> Array:
+    """Round an array to a dtype that its library may lack, and keep its own."""
+    if dtype is None:
+        return array
+    host = rounded_to(backend.to_numpy(array), dtype)
+    return backend.asarray(host, backend.dtype_name(array), backend.device(array))
+
+
+_SCOPED: dict[str, Callable[[str], str]] = {
+    "plan": lambda full: "theta",
+    "group": lambda full: full.partition(".")[0] + ".theta",
+    "array": lambda full: full + ".theta",
+}
+
+
+def _projection(config: Config, name: str, index: int, arrays: Mapping[str, tuple[int, ...]]) -> Projection:
+    assert config.before is not None  # ensured by Config, like the next
+    assert config.parameters is not None
+    size = sum(math.prod(shape) for shape in arrays.values())
+    if config.parameters > size:
+        raise ConfigError(
+            f"parameters={config.parameters} is more than the {size} elements that {name!r} makes; use at most {size}, "
+            "or before=None to train the arrays themselves"
+        )
+    return Projection(config.before, config.parameters, size, config.seed, THETA_STREAMS + index)
