@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ from tnadapt.errors import ConfigError
 
 from . import rng
 from ._dtype_rounding import rounded_to
+from ._zeros import ZeroArray, ZeroChoice
 from .maps.projection import Projection
 from .network import Network
 from .sources import FrozenArrays, Origin
@@ -109,131 +110,21 @@ class Initializer(FixedArrays):
         self._starts = starts
 
     @functools.cached_property
-    def _zero(self) -> list[tuple[int, str]]:
-        """For each term, the array that is zero: the index of its split, and its name in that split."""
-        found, chosen = list[tuple[int, str]](), set[str]()
-        for prefixes in self.network.prefixes:
-            k, name = self._zero_of(prefixes, self.trained, chosen)
-            found.append((k, name))
-            chosen.add(self._zero_part(prefixes[k] + name))
-        if self.origins and self.projection.linear:
-            for prefixes in self.network.prefixes:
-                term = [array for _, array in self._arrays_of(prefixes)]
-                zero = [
-                    array for array in term if self._zero_part(array) in chosen or self._is_zero_already(array, chosen)
-                ]
-                self._need_one_zero(zero)
-        return found
+    def _zero(self) -> list[ZeroArray]:
+        """For each term, the array that is zero for a linear F."""
+        origins = self.origins if self.projection.linear else {}
 
-    def _arrays_of(self, prefixes: Sequence[str]) -> list[tuple[tuple[int, str], str]]:
-        """Return the arrays of a term: the index of the split and the name in it, and the network's name."""
-        return [
-            ((k, name), prefix + name)
-            for k, (prefix, split) in enumerate(zip(prefixes, self.network.splits, strict=True))
-            for name in split.shapes
-        ]
+        def zeros_of(group: int) -> frozenset[str]:
+            return self._start_of(group).zeros
 
-    def _need_one_zero(self, zero: Sequence[str]) -> None:
-        if len(zero) > 1:
-            raise ConfigError(
-                f"sources makes {', '.join(zero)} all zero at the start, so that their gradients are zero and nothing "
-                "would learn; only one of them may be"
-            )
+        return ZeroChoice(self.network, self.group, self.trained, origins, zeros_of).terms
 
     @functools.cached_property
     def zeros(self) -> frozenset[str]:
         """Names of the arrays and diagonals that are zero: one per term, or none for a nonlinear F."""
         if not self.projection.linear:
             return frozenset()
-        arrays = [prefixes[k] + name for prefixes, (k, name) in zip(self.network.prefixes, self._zero, strict=True)]
-        return frozenset(self._zero_part(array) for array in arrays)
-
-    def _zero_part(self, array: str) -> str:
-        """Return which part of an array makes it zero: the array itself, or its first trained diagonal."""
-        origin = self.origins.get(array)
-        if origin is None or origin.scaled is None:
-            return array
-        diagonals = [f"{array}.{name}" for name in origin.scaled.diagonals]
-        if origin.scaled.zero is not None and self._trains(f"{array}.{origin.scaled.zero}"):
-            return f"{array}.{origin.scaled.zero}"
-        own = origin.source.trained and origin.key == (self.group, array)
-        able = [array] * own + diagonals
-        return next((part for part in able if self._trains(part)), able[0])
-
-    def _trains(self, part: str) -> bool:
-        """Return whether an array or diagonal is trained; in a term of which nothing is, all count as trained."""
-        if self.trained is None or part in self.trained:
-            return True
-        term = part.partition("split")[0]
-        return not any(other.startswith(f"{term}split") for other in self.trained)
-
-    def _zero_of(
-        self, prefixes: Sequence[str], trained: Collection[str] | None, chosen: Collection[str]
-    ) -> tuple[int, str]:
-        """Return which array of a term is zero for a linear F: the index of its split, and its name in that split."""
-        splits = self.network.splits
-        last = len(splits) - 1
-        usual = last, splits[last].zero
-        # CP weights are one number per component: make them zero only if nothing else is trained.
-        order = [
-            (k, name)
-            for k in range(last, -1, -1)
-            for name in sorted(splits[k].shapes, key=lambda name: name in splits[k].ones)
-        ]
-        order = [usual, *(other for other in order if other != usual)]
-        settled = [(k, name) for k, name in order if self._is_zero_already(prefixes[k] + name, chosen)]
-        self._need_one_zero([prefixes[k] + name for k, name in settled])
-        if settled:
-            return settled[0]
-        for k, name in order:
-            if self._may_be_zero(prefixes, prefixes[k] + name, trained):
-                return k, name
-        if trained is None:
-            raise ConfigError(
-                f"none of {', '.join(prefixes[k] + name for k, name in order)} can be zero at the start: each one that "
-                "is trained is tied to an array that is not zero, or occurs twice. Tie fewer of them"
-            )
-        # No array of this term is trained. One must be zero nevertheless, so that the term contributes nothing.
-        return self._zero_of(prefixes, None, chosen)
-
-    def _is_zero_already(self, array: str, chosen: Collection[str]) -> bool:
-        """Return whether an array is zero whatever its term chooses: by its ``start``, or as one that it is tied to."""
-        origin = self.origins.get(array)
-        if origin is None or not self.projection.linear:
-            return False
-        scaled, (group, name) = origin.scaled, origin.owner
-        if scaled is not None:
-            if (group, name) == (self.group, array):
-                if scaled.zero is not None and self._trains(f"{array}.{scaled.zero}"):
-                    return True
-            else:
-                zeros = self._zeros_of(group, chosen)
-                if any(f"{name}.{diagonal}" in zeros for diagonal in scaled.diagonals):
-                    return True
-        tied = origin.source.trained and origin.key != (self.group, array)
-        return tied and origin.name in self._zeros_of(origin.group, chosen)
-
-    def _zeros_of(self, group: int, chosen: Collection[str]) -> Collection[str]:
-        """Return the arrays and diagonals that are zero in a group; in this one, those chosen so far."""
-        return chosen if group == self.group else self._start_of(group).zeros
-
-    def _may_be_zero(self, prefixes: Sequence[str], array: str, trained: Collection[str] | None) -> bool:
-        """Return whether an array can be chosen as the zero of its term."""
-        origin = self.origins.get(array)
-        if origin is None:
-            return trained is None or array in trained
-        own = [array] if origin.source.trained and origin.key == (self.group, array) else []
-        if origin.scaled is not None and origin.owner == (self.group, array):
-            own += [f"{array}.{name}" for name in origin.scaled.diagonals]
-        if not own or not (trained is None or any(part in trained for part in own)):
-            return False
-        if not origin.source.trained:
-            return True
-        # A product of an array with itself has no gradient where the array is zero.
-        term = [
-            prefix + name for prefix, split in zip(prefixes, self.network.splits, strict=True) for name in split.shapes
-        ]
-        return sum(self.origins[name].key == origin.key for name in term) == 1
+        return frozenset(zero.part for zero in self._zero if zero.part is not None)
 
     def _start_of(self, group: int) -> Initializer:
         assert self._starts is not None  # the plan passes it wherever arrays are tied
@@ -252,25 +143,27 @@ class Initializer(FixedArrays):
     @functools.cached_property
     def std(self) -> float:
         """σ of the random arrays; that of the first term, if terms differ in which array is zero."""
-        return self._std(self._zero[0])
+        return self._std(0)
 
-    def _std(self, zero: tuple[int, str]) -> float:
-        if zero not in self._stds:
-            self._stds[zero] = self._computed_std(zero)
-        return self._stds[zero]
+    def _std(self, term: int) -> float:
+        zero = self._zero[term]
+        # Terms with the same zero have the same σ: that of the first of them.
+        key = zero.split, zero.name, zero.diagonal
+        if key not in self._stds:
+            self._stds[key] = self._computed_std(term)
+        return self._stds[key]
 
     @functools.cached_property
-    def _stds(self) -> dict[tuple[int, str], float]:
+    def _stds(self) -> dict[tuple[int, str, str], float]:
         return {}
 
-    def _computed_std(self, zero: tuple[int, str]) -> float:
+    def _computed_std(self, term: int) -> float:
         try:
+            frozen = self._frozen_in_term(term)
             if self.projection.linear:
-                prefixes = self.network.prefixes[self._zero.index(zero)]
-                diagonal = self._zero_part(prefixes[zero[0]] + zero[1]).removeprefix(prefixes[zero[0]] + zero[1])[1:]
-                found = _linear_std(self.network, self.projection, zero, diagonal, self._frozen_in_term(zero))
+                found = _linear_std(self.network, self.projection, self._zero[term], frozen)
             else:
-                found = _nonlinear_std(self.network, self.projection, self._frozen_in_term(zero))
+                found = _nonlinear_std(self.network, self.projection, frozen)
         except OverflowError:
             raise ConfigError(
                 f"so many arrays of such ranks are multiplied that their initial scale is out of floating-point range "
@@ -279,8 +172,8 @@ class Initializer(FixedArrays):
         # Round to single precision: the last bit of a power differs between machines, and x_start must not.
         return float(np.float32(found))
 
-    def _frozen_in_term(self, zero: tuple[int, str]) -> tuple[float, int]:
-        """Describe the frozen arrays in the first term that has this zero array.
+    def _frozen_in_term(self, term: int) -> tuple[float, int]:
+        """Describe the frozen arrays of a term.
 
         Returns
         -------
@@ -290,7 +183,7 @@ class Initializer(FixedArrays):
         if not self.frozen.entries and not self.origins:
             return 1.0, 0
         squares, count = [1.0], 0
-        for prefix, split in zip(self.network.prefixes[self._zero.index(zero)], self.network.splits, strict=True):
+        for prefix, split in zip(self.network.prefixes[term], self.network.splits, strict=True):
             for name in split.shapes:
                 if prefix + name in self.frozen.entries:
                     squares.append(self.frozen.mean_square(prefix + name))
@@ -323,7 +216,7 @@ class Initializer(FixedArrays):
         purpose = rng.PURPOSE["start"] + self._numbers[key]
         drawn = rng.normals(self.seed, self.group, purpose, 0, math.prod(shape))
         term = int(key.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
-        return _scaled(drawn, self._std(self._zero[term])).reshape(shape)
+        return _scaled(drawn, self._std(term)).reshape(shape)
 
     def _diagonal(self, key: str) -> np.ndarray:
         """Compute a diagonal, such as ``split0.factor0.size``."""
@@ -351,10 +244,8 @@ def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
     return (wide * (std / math.sqrt(math.fsum((wide * wide).tolist()) / wide.size))).astype(np.float32)
 
 
-def _linear_std(
-    network: Network, projection: Projection, zero: tuple[int, str], diagonal: str, frozen: tuple[float, int]
-) -> float:
-    k, name = zero
+def _linear_std(network: Network, projection: Projection, zero: ZeroArray, frozen: tuple[float, int]) -> float:
+    k, name, diagonal = zero.split, zero.name, zero.diagonal
     split = network.splits[k]
     # Frozen arrays contribute their own mean squares to V instead of σ².
     arrays = _random_arrays(network) - frozen[1]
