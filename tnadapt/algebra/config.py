@@ -14,7 +14,7 @@ from tnadapt.errors import ConfigError, integer, peft_hint, safe_repr
 
 from .folding import MAX_ORDER
 from .formats import FORMATS
-from .maps import MAPS
+from .maps import ON, Recipe, checked_projection, projection_to_json, require_ratio_fits
 from .sources import Source, SourceMap, source_from_dict, source_to_dict
 
 __all__ = ["Config"]
@@ -62,11 +62,13 @@ class Config:
         Format of splits 1 to K - 1: dense arrays, or ``format`` like the last.
     terms : int
         T, the number of such products that are summed.
-    projection : str
-        F: "identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", or a name given to
-        :func:`tnadapt.register_map`.
+    projection : str, settings of a map, or list of these
+        F: "identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", "gather", "sign-gather", "dct2",
+        "dft2", "wavelet", or a name given to :func:`tnadapt.register_map`; settings, such as
+        ``tnadapt.maps.Scatter(size=1000)``; or a list of maps that are applied one after another, the first one first.
     ratio : float
-        ρ, the length before F divided by the length after it, in (0, 1]; read as the decimal that it prints as.
+        ρ, the length before F divided by the length after it, in (0, 1]; read as the decimal that it prints as. Left
+        out if the settings of F determine the length before it.
     shared : bool
         Whether all groups use the same F (the paper's choice).
     alpha : float, optional
@@ -77,6 +79,9 @@ class Config:
         Where the numbers of arrays come from, by their names: ``{"factor1": source}`` for that array in every split and
         term, ``"split0.factor1"`` or ``"term0.split0.factor1"`` for one of them. Arrays without an entry are trained
         (:class:`tnadapt.sources.Trained`). Adapter files leave it out if it is empty.
+    on : "vector" or "weight"
+        What F is applied to: the vector of a group, or each of its weights as a matrix, which needs groups of whole
+        weights. Adapter files leave out "vector".
     weight_shape : (int, int), optional
         Rows and columns that every weight must have, for a ``fold`` whose sizes stand for weights, rows (or heads and
         rows per head) and columns. Weights of another shape or number are refused, because the fold would cut through
@@ -108,12 +113,13 @@ class Config:
     split_size: int | str | tuple[int, ...] = "balanced"
     leading: str = "dense"
     terms: int = 1
-    projection: str = "identity"
+    projection: Recipe = "identity"
     ratio: float = 1.0
     shared: bool = True
     alpha: float | None = None
     seed: int = 0
     sources: Mapping[str, Source] = dataclasses.field(default_factory=SourceMap)
+    on: str = "vector"
     # A condition on the weights that does not affect results: configs of older files stay equal.
     weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
@@ -132,21 +138,18 @@ class Config:
         for name, words in (
             ("combine", COMBINES),
             ("leading", LEADINGS),
+            ("on", ON),
         ):
             _word(name, getattr(self, name), words)
         put("rank", FORMATS.find(self.format).checked_rank(self.format, self.rank, self.order))
-        square = MAPS.find(self.projection).square
+        put("projection", checked_projection(self.projection))
         put("groups", _checked_groups(self.groups))
         put("fold", self._checked_fold())
         put("split_size", self._checked_split_size())
         put("ratio", _number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio must be above 0 and at most 1; got {self.ratio!r}")
-        if self.ratio != 1.0 and square:
-            raise ConfigError(
-                f"ratio={self.ratio} needs a projection that changes the length; "
-                f"projection={self.projection!r} does not: use projection='linear', or ratio=1"
-            )
+        require_ratio_fits(self.projection, self.on, self.ratio)
         if not isinstance(self.shared, bool):
             raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
         if self.alpha is not None:
@@ -222,7 +225,7 @@ class Config:
         return self.alpha / max((rank for rank in self.rank if rank is not None), default=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON knows them: tuples become lists; ``sources`` and ``weight_shape`` only if set.
+        """Return the fields as JSON knows them: tuples become lists; newer fields only if they are not at their default.
 
         Returns
         -------
@@ -235,11 +238,14 @@ class Config:
         True
         """
         found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        found["projection"] = projection_to_json(self.projection)
         found["sources"] = {name: source_to_dict(self.sources[name]) for name in sorted(self.sources)}
         # These fields are newer than file format 1: files that do not use them keep their bytes.
         for name in ("sources", "weight_shape"):
             if not getattr(self, name):
                 del found[name]
+        if self.on == "vector":
+            del found["on"]
         return found
 
     @classmethod
@@ -263,7 +269,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        sources, weight_shape
+        sources, on, weight_shape
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

@@ -168,12 +168,12 @@ class AdapterFile:
         return {}
 
     def _digest_without(self, left_out: Sequence[str]) -> str | None:
-        if self.config.projection == "identity" and not left_out and not self.plan.frozen_shapes:
+        groups = self.plan.groups
+        plain = all(group.projection.map.identity for group in groups)
+        if plain and not left_out and not self.plan.frozen_shapes:
             return None
-        total, groups = hashlib.sha256(), self.plan.groups
-        distinct = list({id(group.projection): group.projection for group in groups}.values())
-        if self.config.projection == "identity":
-            distinct = []
+        total = hashlib.sha256()
+        distinct = [] if plain else list({id(group.projection): group.projection for group in groups}.values())
         if len(distinct) > 2 * _DIGESTED:
             distinct = distinct[:_DIGESTED] + distinct[-_DIGESTED:]
         for projection in distinct:

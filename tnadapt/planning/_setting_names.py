@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.maps import MapSettings, Scatter, fixes_length, projection_name
 from tnadapt.errors import ConfigError
 
 __all__ = ["Name", "known_as"]
@@ -62,6 +63,8 @@ def known_as(config: Config) -> Name:
         return Name("fastfood", f"ρ = {config.ratio:.4g}")
     if plain == presets.krona():
         return Name("KronA", "")
+    if (sparse := _of_few_values(plain)) is not None:
+        return sparse
     if isinstance(rank, int):
         for family, preset in (("LoRA", presets.lora), ("LoHa", presets.loha), ("LoKr", presets.lokr)):
             if plain == preset(rank):
@@ -75,6 +78,20 @@ def known_as(config: Config) -> Name:
     return _grouped(plain)
 
 
+def _of_few_values(config: Config) -> Name | None:
+    """Return the name of a method whose map determines how many numbers are trained."""
+    listed = config.projection if isinstance(config.projection, tuple) else (config.projection,)
+    first = listed[0]
+    if isinstance(first, Scatter):
+        for family, preset in (
+            ("SHiRA", presets.shira), ("FourierFT", presets.fourierft), ("LoCA", presets.loca),
+            ("WaveFT", presets.waveft),
+        ):  # fmt: skip
+            if config == _made(preset, first.size).replace(projection=(first, *listed[1:]), rank=config.rank) :
+                return Name(family, f"n = {first.size}")
+    return None
+
+
 def _made(preset: Callable[..., Config], *settings: Any) -> Config | None:
     try:
         return preset(*settings)
@@ -84,7 +101,7 @@ def _made(preset: Callable[..., Config], *settings: Any) -> Config | None:
 
 def _grouped(config: Config) -> Name:
     """Return the name of a method with any number of groups; the paper's table has three such methods."""
-    bare = config.replace(projection="identity", ratio=1.0)
+    bare = config.replace(projection="identity", ratio=1.0, on="vector")
     rank, groups = config.rank, config.groups
     parts = []
     if bare == _made(presets.superlora, rank, groups):
@@ -107,8 +124,10 @@ def _grouped(config: Config) -> Name:
     if config.projection != "identity":
         family += " + F"
         if config.projection != "linear":
-            parts.append(config.projection)
-        if config.ratio != 1.0 or config.projection != "shuffle":
+            parts.append(projection_name(config.projection))
+        if config.on != "vector":
+            parts.append(f"on each {config.on}")
+        if config.ratio != 1.0 or not (config.projection == "shuffle" or fixes_length(config.projection)):
             parts.append(f"ρ = {config.ratio:.4g}")
     return Name(family, ", ".join(parts))
 

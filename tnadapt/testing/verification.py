@@ -187,6 +187,12 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         "fact_tk": presets.fact_tk(3, **four),
         "cara": presets.cara(3, heads=3, **four),
         "compacter": presets.compacter(1, terms=2),
+        "shira": presets.shira(10),
+        "fourierft": presets.fourierft(10),
+        "loca": presets.loca(10),
+        "waveft": presets.waveft(10, family="db2"),
+        "c3a": presets.c3a(4),
+        "miss": presets.miss(3),
     }
     return {name: (config, [(12, 8)] * 4) for name, config in made.items()}
 
