@@ -225,7 +225,7 @@ class Config:
         return self.alpha / max((rank for rank in self.rank if rank is not None), default=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON knows them: tuples become lists; newer fields only if they are not at their default.
+        """Return the fields as JSON knows them: tuples become lists; newer fields only where they are set.
 
         Returns
         -------

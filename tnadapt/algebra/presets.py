@@ -31,9 +31,9 @@ __all__ = [
     "fastfood",
     "fourierft",
     "krona",
+    "loca",
     "loha",
     "lokr",
-    "loca",
     "lonkr",
     "lora",
     "lorta",
@@ -383,7 +383,7 @@ def compacter(rank: int = 1, terms: int = 4, **changes: Any) -> Config:
 
 
 def _few_values(projection: Any, changes: dict[str, Any]) -> Config:
-    """Return a config whose only array is a vector for each weight, as long as the map determines; alpha is the scale."""
+    """Return a config with one vector per weight, as long as the map determines; alpha is the scale."""
     own = {
         "groups": "weight",
         "order": 1,
@@ -464,9 +464,7 @@ def loca(n: int = 1000, positions: Sequence[int] | None = None, **changes: Any) 
     return _few_values([_scatter(n, positions), "dct2"], changes)
 
 
-def waveft(
-    n: int = 1000, positions: Sequence[int] | None = None, family: str = "haar", **changes: Any
-) -> Config:
+def waveft(n: int = 1000, positions: Sequence[int] | None = None, family: str = "haar", **changes: Any) -> Config:
     """WaveFT: ``ΔW = alpha`` times the inverse wavelet transform of n trained coefficients (arXiv 2505.12532).
 
     Settings: one group per weight, order 1, dense, F scatters n values and transforms them back, one level, alpha = 25

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import MapSettings, Scatter, fixes_length, projection_name
+from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet, fixes_length, projection_name
 from tnadapt.errors import ConfigError
 
 __all__ = ["Name", "known_as"]
@@ -63,8 +63,8 @@ def known_as(config: Config) -> Name:
         return Name("fastfood", f"ρ = {config.ratio:.4g}")
     if plain == presets.krona():
         return Name("KronA", "")
-    if (sparse := _of_few_values(plain)) is not None:
-        return sparse
+    if (mapped := _by_map(plain)) is not None:
+        return mapped
     if isinstance(rank, int):
         for family, preset in (("LoRA", presets.lora), ("LoHa", presets.loha), ("LoKr", presets.lokr)):
             if plain == preset(rank):
@@ -78,17 +78,25 @@ def known_as(config: Config) -> Name:
     return _grouped(plain)
 
 
-def _of_few_values(config: Config) -> Name | None:
-    """Return the name of a method whose map determines how many numbers are trained."""
+def _by_map(config: Config) -> Name | None:
+    """Return the name of a method that is known by its map."""
     listed = config.projection if isinstance(config.projection, tuple) else (config.projection,)
-    first = listed[0]
-    if isinstance(first, Scatter):
-        for family, preset in (
-            ("SHiRA", presets.shira), ("FourierFT", presets.fourierft), ("LoCA", presets.loca),
-            ("WaveFT", presets.waveft),
-        ):  # fmt: skip
-            if config == _made(preset, first.size).replace(projection=(first, *listed[1:]), rank=config.rank) :
-                return Name(family, f"n = {first.size}")
+    first, rest = listed[0], listed[1:]
+    if isinstance(first, Circulant) and config == presets.c3a(first.block, alpha=None):
+        return Name("C3A", f"b = {first.block}")
+    if isinstance(first, Tile) and first.cols and config == presets.miss(first.cols, first.rows, alpha=None):
+        return Name("MiSS", f"r = {first.cols}" + (f", mini = {first.rows}" if first.rows else ""))
+    if not isinstance(first, Scatter):
+        return None
+    n = first.size
+    assert n is not None  # or its positions set it
+    seeded = config.replace(projection=(Scatter(n), *rest))
+    for family, preset in (("SHiRA", presets.shira), ("FourierFT", presets.fourierft), ("LoCA", presets.loca)):
+        if seeded == preset(n, alpha=None):
+            return Name(family, f"n = {n}")
+    wavelet = rest[0].family if rest and isinstance(rest[0], Wavelet) else "haar"
+    if seeded == presets.waveft(n, family=wavelet, alpha=None):
+        return Name("WaveFT", f"n = {n}" + (f", {wavelet}" if wavelet != "haar" else ""))
     return None
 
 

@@ -126,6 +126,7 @@ class MapContract:
             if f.isometry:
                 assert f.square
                 np.testing.assert_allclose(matrix @ matrix.T, np.eye(f.n_out), atol=1e-12)
+            assert np.linalg.matrix_rank(matrix) <= f.freedom() <= min(f.n_in, f.n_out)
             cost = f.cost()
             assert cost is None or cost >= 0
 
@@ -134,7 +135,9 @@ class MapContract:
         for f, again, other in zip(self._each(), self._each(), self._each(seed=4), strict=True):
             assert f.digest() == again.digest() == copy.deepcopy(f).digest()
             assert [*map(np.ndarray.tobytes, f.streams())] == [*map(np.ndarray.tobytes, again.streams())]
-            if f.n_out > 16 and any(a.tobytes() != b.tobytes() for a, b in zip(f.streams(), other.streams(), strict=True)):
+            if f.n_out > 16 and any(
+                a.tobytes() != b.tobytes() for a, b in zip(f.streams(), other.streams(), strict=True)
+            ):
                 assert f.digest() != other.digest()
         assert repr(np.random.get_state(legacy=False)) == state
 

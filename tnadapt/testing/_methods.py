@@ -188,7 +188,10 @@ def _loca(p: Named, config: Config, shape: tuple[int, int]) -> Float:
     c, d = (
         np.array(
             [
-                [math.sqrt((1 if k == 0 else 2) / n) * math.cos((2 * place + 1) * k * math.pi / (2 * n)) for place in range(n)]
+                [
+                    math.sqrt((1 if k == 0 else 2) / n) * math.cos((2 * place + 1) * k * math.pi / (2 * n))
+                    for place in range(n)
+                ]
                 for k in range(n)
             ]
         )

@@ -2,8 +2,8 @@
 
 Each map is one class in one file. It defines its forward pass and the fixed arrays that it draws; all that the
 initialization, the planner, the file formats and the solvers need is derived from these, or overridden (:class:`Map`).
-Settings of a map are a frozen dataclass (:class:`MapSettings`), which users find in ``tnadapt.maps``. A new built-in map
-needs one more file and one more line in :data:`MAPS`; another package calls ``tnadapt.register_map``.
+Settings of a map are a frozen dataclass (:class:`MapSettings`), which users find in ``tnadapt.maps``. A new built-in
+map needs one more file and one more line in :data:`MAPS`; another package calls ``tnadapt.register_map``.
 :class:`tnadapt.testing.MapContract` tests both kinds. ``_map_recipe`` parses ``Config.projection`` and builds maps,
 ``_chain`` composes them, and ``_per_weight`` applies one to each weight of a group. ``walsh_hadamard`` is the
 transform, and ``projection`` is the user-facing class of a map.

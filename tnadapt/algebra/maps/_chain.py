@@ -90,6 +90,9 @@ class Chain(Map):
         parts = list(itertools.dropwhile(lambda part: part.isometry, self.parts))
         return tuple(itertools.dropwhile(lambda part: part.isometry, reversed(parts)))
 
+    def freedom(self) -> int:
+        return min(part.freedom() for part in self.parts)
+
     def fourth_moment(self) -> float:
         return self.parts[-1].fourth_moment()
 

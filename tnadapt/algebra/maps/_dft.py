@@ -41,11 +41,18 @@ class Dft2(TwoSided):
         rows, cols = self.shape
         return [(("cos", rows), ("cos", cols)), (("-sin", rows), ("sin", cols))]
 
+    @property
+    def _self_conjugate(self) -> int:
+        """Number of frequencies that are their own negatives; the others have the same cosine in pairs."""
+        return math.gcd(2, self.shape[0]) * math.gcd(2, self.shape[1])
+
     def squared_norm(self) -> float:
         # The sum of cos² of all angles: half of them, and half the sum of the cosines of the doubled angles, which is
         # rows * cols for every frequency whose double is zero.
-        doubled = math.gcd(2, self.shape[0]) * math.gcd(2, self.shape[1])
-        return 0.5 * (1.0 + doubled / self.n_out)
+        return 0.5 * (1.0 + self._self_conjugate / self.n_out)
+
+    def freedom(self) -> int:
+        return (self.n_out + self._self_conjugate) // 2
 
     def matrix(self) -> np.ndarray:
         units = np.eye(self.n_in).reshape(self.n_in, *self.shape)

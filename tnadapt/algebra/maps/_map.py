@@ -254,6 +254,10 @@ class Map(FixedArrays):
         mantissa, exponent = math.frexp(total / probes)
         return math.ldexp(round(mantissa * 256.0), exponent - 8)
 
+    def freedom(self) -> int:
+        """Return the rank of F (of its linear part), or an upper bound on it. Default: the smaller length."""
+        return min(self.n_in, self.n_out)
+
     def fourth_moment(self) -> float:
         """Return ``E[g'² t⁴] / E[t²]²``, for :mod:`tnadapt.algebra.init`; only nonlinear maps define it."""
         raise self._lacks("fourth_moment(), which the start of a map that is not linear needs")

@@ -92,7 +92,7 @@ def _steps(projection: Recipe) -> list[_Step]:
 
 
 def checked_projection(given: Any) -> Recipe:
-    """Return a projection in its canonical form: a name if no setting differs from its default; chains without "identity".
+    """Return a projection in its canonical form: names for settings that are the default, and no "identity" in chains.
 
     Parameters
     ----------
@@ -237,8 +237,8 @@ def require_ratio_fits(projection: Recipe, on: str, ratio: float) -> None:
             f"projection={projection!r} does not: use projection='linear', or ratio=1"
         )
     raise ConfigError(
-        f"ratio={ratio} sets the length before F, and the projection {projection_name(projection)} determines it by its "
-        "own settings: leave ratio out"
+        f"ratio={ratio} sets the length before F, and the projection {projection_name(projection)} determines it by "
+        "its own settings: leave ratio out"
     )
 
 
@@ -267,7 +267,7 @@ def _build(steps: Sequence[_Step], codomain: Space, free_length: int | None, see
     """Return the map of a chain with this output; ``free_length`` is that before the map that :func:`_free` returns."""
     free, parts = _free(steps), list[Map]()
     if len(steps) > 1 and group >= _STREAMS:
-        raise ConfigError(f"a chain of maps can be drawn for {_STREAMS} groups; group {group} is beyond: use shared=True")
+        raise ConfigError(f"a chain of maps can be drawn for {_STREAMS} groups, and {group} is beyond: use shared=True")
     for number in reversed(range(len(steps))):
         step = steps[number]
         cls, settings = step.cls, step.settings
@@ -291,9 +291,7 @@ def _build(steps: Sequence[_Step], codomain: Space, free_length: int | None, see
     return parts[0] if len(parts) == 1 else Chain(parts)
 
 
-def input_length(
-    projection: Recipe, size: int, ratio: float, shapes: Sequence[tuple[int, int]] | None = None
-) -> int:
+def input_length(projection: Recipe, size: int, ratio: float, shapes: Sequence[tuple[int, int]] | None = None) -> int:
     """Return the length before F of a group of so many elements, or of weights of these shapes.
 
     Examples

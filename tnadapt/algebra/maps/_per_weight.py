@@ -47,9 +47,7 @@ class PerWeight(Map):
         batch = tuple(arrays[0][0].shape[:-1])
         if self._alike:
             first, count = self.parts[0], len(self.parts)
-            split = [
-                backend.reshape(array, (*array.shape[:-1], count, getattr(first, name))) for array, name in arrays
-            ]
+            split = [backend.reshape(array, (*array.shape[:-1], count, getattr(first, name))) for array, name in arrays]
             return backend.reshape(apply(first, backend, *split), (*batch, getattr(self, length)))
         starts = [
             list(itertools.accumulate((getattr(part, name) for part in self.parts), initial=0)) for _, name in arrays
@@ -57,8 +55,7 @@ class PerWeight(Map):
         pieces = []
         for number, part in enumerate(self.parts):
             own = [
-                array[..., edges[number] : edges[number + 1]]
-                for (array, _), edges in zip(arrays, starts, strict=True)
+                array[..., edges[number] : edges[number + 1]] for (array, _), edges in zip(arrays, starts, strict=True)
             ]
             pieces.append(apply(part, backend, *own))
         return backend.concat(pieces, axis=-1)
@@ -102,6 +99,9 @@ class PerWeight(Map):
     def squared_norm(self) -> float:
         distinct = {id(part): part.squared_norm() for part in self.parts}
         return sum(distinct[id(part)] for part in self.parts)
+
+    def freedom(self) -> int:
+        return sum(part.freedom() for part in self.parts)
 
     def fourth_moment(self) -> float:
         return self.parts[0].fourth_moment()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -123,6 +122,9 @@ class TileMap(Map):
 
     def matrix(self) -> np.ndarray:
         rows, cols = self._tile
-        whole = np.tile(np.arange(rows * cols).reshape(rows, cols), [-(-a // b) for a, b in zip(self.shape, (rows, cols), strict=True)])
+        whole = np.tile(
+            np.arange(rows * cols).reshape(rows, cols),
+            [-(-a // b) for a, b in zip(self.shape, (rows, cols), strict=True)],
+        )
         cut = whole[: self.shape[0], : self.shape[1]].reshape(-1)
         return np.asarray(np.eye(self.n_in)[cut])

@@ -61,7 +61,9 @@ class Wavelet(MapSettings):
 
     def __post_init__(self) -> None:
         if not isinstance(self.family, str) or self.family not in _FILTERS:
-            raise ConfigError(f"Wavelet's family must be one of {', '.join(map(repr, _FILTERS))}; got {safe_repr(self.family)}")
+            raise ConfigError(
+                f"Wavelet's family must be one of {', '.join(map(repr, _FILTERS))}; got {safe_repr(self.family)}"
+            )
         if not isinstance(self.periodic, bool):
             raise ConfigError(f"Wavelet's periodic must be True or False; got {safe_repr(self.periodic)}")
         super().__post_init__()
