@@ -48,6 +48,10 @@ CONFIGS = {
     "nonlinear, 0.1": P.superlora(4, projection="nonlinear", ratio=0.1),
     "nonlinear_v2, lorta 5": P.lorta(4, order=5, projection="nonlinear_v2", ratio=0.1),
     "compacter": P.compacter(2, terms=4),
+    "low rank, dct2": P.lora(4, projection="dct2", on="weight"),
+    "low rank, tiled": tna.Config(rank=4, fold="hypercube", projection=tna.maps.Tile(cols=8), on="weight"),
+    "chain": P.superlora(4, projection=["sign-gather", "linear"], ratio=0.2),
+    "nonlinear chain": P.superlora(4, projection=["gather", "nonlinear"], ratio=0.5),
 }
 
 
@@ -246,6 +250,8 @@ FROZEN = {
     "lorta_cp": P.lorta_cp(2, layers=2, rows=6, cols=4, heads=3), "fastfood": P.fastfood(0.5),
     "superlora": P.superlora(2, groups=2), "fact_tt": P.fact_tt(2, **STACK), "fact_tk": P.fact_tk(2, **STACK),
     "cara": P.cara(2, heads=3, **STACK), "compacter": P.compacter(2, terms=2),
+    "shira": P.shira(5), "fourierft": P.fourierft(5), "loca": P.loca(5), "waveft": P.waveft(5), "c3a": P.c3a(2),
+    "miss": P.miss(2),
     "linear": P.superlora(2, projection="linear", ratio=0.5),
     "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5),
     "weighted, nonlinear": P.cara(2, heads=3, projection="nonlinear_v2", **STACK),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tnadapt.maps import Circulant, Gather, Scatter, SignGather, Tile, Wavelet
 
 from tnadapt import ConfigError
 from tnadapt.algebra.maps import KINDS, MAPS
-from tnadapt.maps import Circulant, Gather, Scatter, SignGather, Tile, Wavelet
 from tnadapt.testing import MapContract
 
 
