@@ -112,20 +112,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"projection": []}, "composes 1 to 16 maps; got 0"),
     ({"projection": ["shuffle"] * 17}, "composes 1 to 16 maps; got 17"),
     ({"projection": [["shuffle"]]}, r"projection must be one of .*got \['shuffle'\]"),
-    ({"projection": "scatter"}, r"map 'scatter' needs settings: projection=tnadapt.maps.Scatter\(size=…, positions=…\)"),
+    ({"projection": "scatter"}, r"map 'scatter' needs settings: .*tnadapt.maps.Scatter\(size=…, positions=…\)"),
     ({"projection": "circulant"}, r"map 'circulant' needs settings: projection=tnadapt.maps.Circulant\(block=…\)"),
     ({"projection": {"size": 3}}, r"a mapping with its name as 'map'; got \{'size': 3\}"),
     ({"projection": {"map": "linear"}}, "map 'linear' has no settings; give its name, projection='linear'"),
     ({"projection": {"map": "scatter", "sise": 3}}, "map 'scatter' has no setting 'sise'; its settings are size, pos"),
     ({"projection": {"map": "circulant"}}, "map 'circulant': TypeError: .*block"),
     ({"projection": {"map": "scatters"}}, "projection must be one of .*got 'scatters'"),
-    ({"projection": Unregistered()}, r"Unregistered\(\) are the settings of no registered map; call tnadapt.register_map"),
+    ({"projection": Unregistered()}, r"Unregistered\(\) are the settings of no registered map; call tnadapt.regis"),
     ({"projection": ["nonlinear", "shuffle"]}, "'nonlinear' is not linear, and only the last map of a chain may be"),
     ({"projection": "dct2"}, "'dct2' works on the rows and columns of a weight, and on='vector'.*set on='weight'"),
     ({"projection": [Scatter(3), "dft2"]}, "'dft2' works on the rows and columns of a weight.*set on='weight'"),
     ({"on": "matrix"}, "on must be one of 'vector', 'weight'; got 'matrix'"),
     ({"projection": Scatter(3), "ratio": 0.5},
-     r"ratio=0.5 sets the length before F, and the projection scatter\(size=3\) determines it by its own settings: leave"),
+     r"ratio=0.5 sets the length before F, and the projection scatter\(size=3\) determines it by its own settings"),
     ({"projection": [Scatter(3), "linear"], "ratio": 0.5}, "ratio=0.5 sets the length before F, and the projection"),
     ({"projection": ["shuffle", "shuffle"], "ratio": 0.5}, "ratio=0.5 needs a projection that changes the length"),
 ]  # fmt: skip
@@ -148,7 +148,7 @@ def test_what_a_config_refuses(settings: dict[str, Any], message: str) -> None:
         (lambda: Scatter(positions=(1, -1)), "a position of Scatter must be from 0"),
         (lambda: Scatter(positions=(1, 4, 1)), "positions must be distinct; 1 is given twice"),
         (lambda: Scatter(3, (1, 4)), "Scatter has size=3 and 2 positions: leave size out"),
-        (lambda: Scatter(positions=tuple(range(20_000))), r"20000 positions have more digits than .*Scatter\(size=20000"),
+        (lambda: Scatter(positions=tuple(range(20_000))), r"20000 positions have more digits .*Scatter\(size=20000"),
         (lambda: Gather(0), "Gather's size must be from 1"),
         (lambda: SignGather(0), "SignGather's size must be from 1"),
         (lambda: Tile(cols=0), "Tile's cols must be from 1"),
@@ -171,7 +171,7 @@ def test_what_settings_refuse(make: Any, message: str) -> None:
         (Tile(cols=5), "Tile has cols=5, and a weight of 4×4 has 4: give at most 4"),
         (Circulant(3), "Circulant has block=3, which does not divide the 4 rows and 4 columns"),
         (["dct2", Scatter(9)], "'dct2' works on the rows and columns of a weight, and its output is a vector of 9"),
-        (["dct2", Circulant(2)], "'dct2' works on .* its output is a vector of 8 elements: set on='weight', and let only"),
+        (["dct2", Circulant(2)], "'dct2' works on .* its output is a vector of 8 elements: set on='weight', and let"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_a_weight_are_refused_by_the_plan(projection: Any, message: str) -> None:
@@ -440,13 +440,13 @@ def test_filters_are_pywavelets(moments: int) -> None:
 
 CONFIGS = {
     "scatter": dense_config(Scatter(7)),
-    "gather, low rank": tna.Config(rank=2, groups=1, fold="hypercube", projection=["sign-gather", "shuffle"], ratio=0.3),
-    "chain of fastfood": tna.Config(rank=2, groups=2, fold="balanced", order=3, projection=["linear", "linear"], ratio=0.3),
+    "gather, low rank": tna.presets.superlora(2, projection=["sign-gather", "shuffle"], ratio=0.3),
+    "chain of fastfood": tna.Config(2, 3, groups=2, fold="balanced", projection=["linear", "linear"], ratio=0.3),
     "nonlinear chain": tna.Config(
         rank=2, groups=1, fold="hypercube", projection=["gather", "nonlinear"], ratio=0.5, seed=2
     ),
     "per weight": dense_config([Scatter(5), "dft2"], on="weight", groups=1, shared=False),
-    "per weight, low rank": tna.Config(rank=2, projection="linear", on="weight", groups=[[0, 2], [1]], fold="hypercube"),
+    "per weight, low rank": tna.presets.superlora(2, [[0, 2], [1]], projection="linear", on="weight"),
     "per weight, nonlinear": tna.Config(
         rank=2, groups=1, fold="hypercube", projection=["dct2", "nonlinear"], on="weight"
     ),

@@ -1,7 +1,7 @@
 """FourierFT, WaveFT, C3A, SHiRA and MiSS against PEFT's own modules, with PEFT's own numbers and positions.
 
-PEFT computes in float32. Its faults and conventions are pinned as in ``test_peers``: a ``test_fault_…`` that fails means
-that PEFT was repaired. (PEFT has no LoCA.)
+PEFT computes in float32. Its faults and conventions are pinned as in ``test_peers``: a ``test_fault_…`` that fails
+means that PEFT was repaired. (PEFT has no LoCA.)
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Gather(MapSettings):
     --------
     >>> import numpy as np, tnadapt as tna
     >>> tna.Projection(tna.maps.Gather(size=2), n_out=6, seed=1)(np.array([1.0, 2.0]))
-    array([2., 1., 1., 2., 1., 2.])
+    array([2., 2., 2., 1., 1., 1.])
     """
 
     size: int | None = None
@@ -61,7 +61,7 @@ class SignGather(Gather):
     --------
     >>> import numpy as np, tnadapt as tna
     >>> tna.Projection(tna.maps.SignGather(size=2), n_out=6, seed=1)(np.array([1.0, 2.0]))
-    array([ 2., -1.,  1., -2., -1.,  2.])
+    array([ 2., -2.,  2., -1., -1., -1.])
     """
 
 

@@ -46,7 +46,7 @@ class Scatter(MapSettings):
     >>> f(np.array([1.0, 2.0]))
     array([2., 0., 0., 0., 1., 0.])
     >>> tna.Projection(tna.maps.Scatter(size=2), n_out=6, seed=1)(np.array([1.0, 2.0]))
-    array([0., 2., 0., 0., 1., 0.])
+    array([0., 0., 0., 2., 0., 1.])
     """
 
     size: int | None = None

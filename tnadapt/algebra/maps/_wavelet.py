@@ -49,7 +49,7 @@ class Wavelet(MapSettings):
     --------
     >>> import numpy as np, tnadapt as tna
     >>> f = tna.Projection.on_weights("wavelet", [(2, 2)])
-    >>> f(np.array([2.0, 0.0, 0.0, 2.0])).reshape(2, 2)
+    >>> f(np.array([2.0, 0.0, 0.0, 2.0])).reshape(2, 2).round(9)
     array([[2., 0.],
            [0., 2.]])
     >>> tna.Projection.on_weights(tna.maps.Wavelet("db3"), [(16, 16)]).n_in == 20 * 20
