@@ -24,6 +24,7 @@ from tnadapt.algebra.maps._daubechies import DAUBECHIES
 from tnadapt.backends import Backend, load_backend
 from tnadapt.plugins import forget_registered
 from tnadapt.testing import _reference as reference
+from tnadapt.testing.strategies import parameters, plans
 
 NUMPY = load_backend("numpy")
 SHAPES = [(6, 4), (4, 4), (6, 4)]
@@ -127,6 +128,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"projection": Scatter(3), "ratio": 0.5},
      r"ratio=0.5 sets the length before F, and the projection scatter\(size=3\) determines it by its own settings"),
     ({"projection": [Scatter(3), "linear"], "ratio": 0.5}, "ratio=0.5 sets the length before F, and the projection"),
+    ({"projection": ["dct2", "linear"], "on": "weight", "ratio": 0.5}, "the projection dct2 → linear determines it by"),
     ({"projection": ["shuffle", "shuffle"], "ratio": 0.5}, "ratio=0.5 needs a projection that changes the length"),
 ]  # fmt: skip
 
@@ -580,3 +582,37 @@ def test_weights_of_equal_shape_share_one_map() -> None:
     assert isinstance(found, PerWeight)
     assert found.parts[0] is found.parts[2]
     assert found.n_in == 9
+
+
+# -- Any config -----------------------------------------------------------------------------------
+
+ON_VECTORS = (
+    Scatter(1),
+    "gather",
+    SignGather(3),
+    ("shuffle", "linear"),
+    (Gather(2), "nonlinear"),
+    ("gather", "shuffle"),
+)
+ON_MATRICES = (
+    "linear", "nonlinear_v2", "gather", "dct2", "dft2", "wavelet", Tile(cols=1), Tile(1), Circulant(1, average=True),
+    (Scatter(1), "dct2"), ("gather", "dft2"), ("dct2", "nonlinear"), ("sign-gather", Wavelet("db2")),
+)  # fmt: skip
+
+
+@pytest.mark.law("update-formula", "update-slice", "parameter-count", "first-gradients")
+@given(st.one_of(plans(ON_VECTORS), plans(ON_MATRICES, "weight")), st.data())
+def test_any_config_is_its_textbook_formula(plan: tna.SuperLoRA, data: st.DataObject) -> None:
+    layers = [plan.layout.of_weight(weight)[0].group for weight in range(len(plan.shapes))]
+    host = data.draw(parameters(plan))
+    begun = plan.init(dtype="float64")
+    expected = np.concatenate([d.reshape(-1) for d in reference.deltas(plan.config, plan.shapes, host, layers, begun)])
+    scale = np.max(np.abs(expected)) or 1.0
+    found = np.concatenate([delta.reshape(-1) for delta in plan.deltas(host)])
+    assert np.max(np.abs(found - expected)) < 1e-11 * scale
+    start = data.draw(st.integers(0, plan.size - 1))
+    stop = data.draw(st.integers(start + 1, plan.size))
+    assert np.max(np.abs(plan.vector(host, start, stop) - expected[start:stop])) < 1e-11 * scale
+    assert plan.num_parameters == sum(array.size for array in begun.values())
+    assert plan.num_parameters == reference.count(plan.config, plan.shapes, layers)
+    assert not any(delta.any() for delta in plan.deltas(begun))

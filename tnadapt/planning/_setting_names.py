@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet, fixes_length, projection_name
+from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet, projection_name, takes_ratio
 from tnadapt.errors import ConfigError
 
 __all__ = ["Name", "known_as"]
@@ -135,7 +135,7 @@ def _grouped(config: Config) -> Name:
             parts.append(projection_name(config.projection))
         if config.on != "vector":
             parts.append(f"on each {config.on}")
-        if config.ratio != 1.0 or not (config.projection == "shuffle" or fixes_length(config.projection)):
+        if takes_ratio(config.projection):
             parts.append(f"ρ = {config.ratio:.4g}")
     return Name(family, ", ".join(parts))
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.layout import Piece
-from tnadapt.algebra.maps import fixes_length, projection_name
+from tnadapt.algebra.maps import projection_name, takes_ratio
+from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError, integer
@@ -311,7 +312,7 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
     if not projection.map.identity:
         lines = (
             f"F: {projection_name(projection.kind)}, fixed, not trained",
-            f"{_ratio(plan)}{projection.n_in:,} → {projection.n_out:,}",
+            f"{_ratio(plan, projection)}{projection.n_in:,} → {projection.n_out:,}",
         )
         steps.append(FlowStep(lines, note, fixed=True))
         note = "" if projection.linear else "minus F at the start"
@@ -320,10 +321,10 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
     return steps
 
 
-def _ratio(plan: SuperLoRA) -> str:
+def _ratio(plan: SuperLoRA, projection: Projection) -> str:
     # A ratio of 1 says nothing about an F that determines the length before it.
-    fixed = fixes_length(plan.config.projection)
-    return "" if fixed else f"ρ = {plan.config.ratio:.12g}:  "
+    said = takes_ratio(plan.config.projection) or projection.n_in == projection.n_out
+    return f"ρ = {plan.config.ratio:.12g}:  " if said else ""
 
 
 def _combined(network: Network) -> str:

@@ -20,13 +20,13 @@ from ._map_recipe import (
     ON,
     Recipe,
     checked_projection,
-    fixes_length,
     input_length,
     make_map,
     make_map_on_weights,
     projection_name,
     projection_to_json,
     require_ratio_fits,
+    takes_ratio,
 )
 from ._map_registry import KINDS, MAPS, SQUARE
 from ._map_settings import MapSettings, check_settings_class
@@ -59,7 +59,6 @@ __all__ = [
     "Tile",
     "Wavelet",
     "checked_projection",
-    "fixes_length",
     "input_length",
     "make_map",
     "make_map_on_weights",
@@ -67,6 +66,7 @@ __all__ = [
     "projection_to_json",
     "register_map",
     "require_ratio_fits",
+    "takes_ratio",
     "tanhshrink",
 ]
 

@@ -20,13 +20,13 @@ __all__ = [
     "ON",
     "Recipe",
     "checked_projection",
-    "fixes_length",
     "input_length",
     "make_map",
     "make_map_on_weights",
     "projection_name",
     "projection_to_json",
     "require_ratio_fits",
+    "takes_ratio",
 ]
 
 #: What a map is applied to: the vector of a group, or each of its weights as a matrix.
@@ -206,17 +206,16 @@ def projection_name(projection: Recipe) -> str:
     return f"{step.name}({told})" if told else step.name
 
 
-def fixes_length(projection: Recipe) -> bool:
-    """Return whether a projection shortens a vector by its own settings, so that ``ratio`` does not apply.
+def takes_ratio(projection: Recipe) -> bool:
+    """Return whether ``Config.ratio`` determines the length before F; otherwise it must be 1.
 
     Examples
     --------
     >>> from tnadapt.algebra.maps import Scatter
-    >>> fixes_length((Scatter(5), "dct2")), fixes_length("linear"), fixes_length("shuffle")
-    (True, False, False)
+    >>> takes_ratio((Scatter(5), "dct2")), takes_ratio("linear"), takes_ratio("shuffle")
+    (False, True, False)
     """
-    steps = _steps(projection)
-    return _free(steps) is None and not all(step.cls.square for step in steps)
+    return _free(_steps(projection)) is not None
 
 
 def require_ratio_fits(projection: Recipe, on: str, ratio: float) -> None:
@@ -231,7 +230,7 @@ def require_ratio_fits(projection: Recipe, on: str, ratio: float) -> None:
                 )
     if ratio == 1.0 or _free(steps) is not None:
         return
-    if not fixes_length(projection):
+    if all(step.cls.square for step in steps):
         raise ConfigError(
             f"ratio={ratio} needs a projection that changes the length; "
             f"projection={projection!r} does not: use projection='linear', or ratio=1"
@@ -245,12 +244,13 @@ def require_ratio_fits(projection: Recipe, on: str, ratio: float) -> None:
 def _free(steps: Sequence[_Step]) -> int | None:
     """Return which map of a chain has the length that ``ratio`` determines; None if the chain determines its own.
 
-    It is the first one that does not determine the length of its input, if those before it preserve the length.
+    It is the first one that does not determine the length of its input, if those before it preserve any length (which a
+    map of matrices does not: its length is that of a weight).
     """
     for number, step in enumerate(steps):
         if not step.fixes_length:
             return number
-        if not step.cls.square:
+        if not step.cls.square or step.cls.two_sided:
             return None
     return None
 
