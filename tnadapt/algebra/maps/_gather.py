@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from ._map import Map, Space
 from ._map_settings import MapSettings
 
 __all__ = ["Gather", "GatherMap", "SignGather", "SignGatherMap"]
+
+# Streams longer than twice this are digested by their two ends.
+_ENDS = 1 << 19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,15 @@ class GatherMap(Map):
         if name == "index":
             found %= self.n_in
         return found.astype(np.int32) if self.n_out < 1 << 31 else found
+
+    def streams(self) -> Iterator[np.ndarray]:
+        # Long streams by their two ends: each element is a pure function of its index.
+        if self.n_out <= 2 * _ENDS:
+            yield from super().streams()
+            return
+        for name in self.fixed:
+            ends = self._drawn(name, 0, _ENDS), self._drawn(name, self.n_out - _ENDS, self.n_out)
+            yield np.concatenate(ends).astype("<i8")
 
     def make(self, key: object) -> np.ndarray:
         if isinstance(key, tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -67,8 +68,8 @@ class Scatter(MapSettings):
             raise ConfigError(f"Scatter's positions must be a tuple of integers, or None; got {safe_repr(given)}")
         found = tuple(integer("a position of Scatter", place, 0, MAX_SIZE - 1, ConfigError) for place in given)
         if len(set(found)) < len(found):
-            twice = next(place for number, place in enumerate(found) if place in found[:number])
-            raise ConfigError(f"Scatter's positions must be distinct; {twice} is given twice")
+            (twice, _), *_ = collections.Counter(found).most_common(1)
+            raise ConfigError(f"Scatter's positions must be distinct; {twice} is given twice or more often")
         if self.size not in (None, len(found)):
             raise ConfigError(f"Scatter has size={self.size} and {len(found)} positions: leave size out")
         if sum(len(str(place)) + 1 for place in found) > _MOST_DIGITS:

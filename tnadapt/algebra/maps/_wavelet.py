@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tnadapt.backends.backend import FixedArrays
+from tnadapt.backends import Backend
+from tnadapt.backends.backend import Array, FixedArrays
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._daubechies import DAUBECHIES
-from ._map import Space
+from ._map import Map, Space
 from ._map_settings import MapSettings
-from ._two_sided import TwoSided
 
 __all__ = ["Wavelet", "WaveletMap"]
 
@@ -76,32 +75,46 @@ class Wavelet(MapSettings):
         return size + size % 2
 
 
-class _Synthesis(FixedArrays):
-    """Matrices from the coefficients to the samples of one side; keys are (family, periodic, number of samples)."""
+class _Taps(FixedArrays):
+    """Indices and factors of the filter bank of one side.
+
+    Keys are (name, family, periodic, number of samples). With L taps, each sample is a sum over L / 2 coefficients of
+    either half: rows of ``"coefficient"`` and of ``"low"`` and ``"high"``. Each coefficient is, in the adjoint, a sum
+    over L samples: rows of ``"sample"``, the number of samples standing for a zero that is appended.
+    """
 
     def make(self, key: Any) -> np.ndarray:
-        family, periodic, samples = key
+        name, family, periodic, samples = key
         low = np.array(_FILTERS[family])
-        high = low[::-1] * (-1.0) ** np.arange(len(low))
-        length = Wavelet(family, periodic).coefficients(samples)
-        found = np.zeros((samples, length))
-        for half, taps in enumerate((low, high)):
-            for k in range(length // 2):
-                for place, tap in enumerate(taps, 2 * k - (len(low) // 2 - 1 if periodic else len(low) - 2)):
-                    if periodic:
-                        found[place % samples, half * (length // 2) + k] += tap
-                    elif 0 <= place < samples:
-                        found[place, half * (length // 2) + k] += tap
-        return found
+        length, half = len(low), Wavelet(family, periodic).coefficients(samples) // 2
+        shift = length // 2 - 1 if periodic else length - 2
+        if name == "sample":
+            found = 2 * np.arange(half)[None, :] - shift + np.arange(length)[:, None]
+            return found % samples if periodic else np.where((found >= 0) & (found < samples), found, samples)
+        places = np.arange(samples)[None, :] + shift
+        number = np.arange(length // 2)[:, None]
+        if name == "coefficient":
+            return (places // 2 - number) % half
+        taps = low if name == "low" else _mirrored(low)
+        return np.asarray(taps[places % 2 + 2 * number])
 
 
-class WaveletMap(TwoSided):
-    """``Y = U X Vᵀ``, with U and V the synthesis matrices of rows and columns."""
+def _mirrored(low: np.ndarray) -> np.ndarray:
+    """Return the high-pass filter of a low-pass filter."""
+    return np.asarray(low[::-1] * (-1.0) ** np.arange(len(low)))
+
+
+_taps = _Taps()
+
+
+class WaveletMap(Map):
+    """``Y = U X Vᵀ``, with U and V the synthesis matrices of rows and columns, applied tap by tap."""
 
     kind = "wavelet"
     settings_class = Wavelet
     settings: Wavelet
-    matrices = _Synthesis()
+    shape: tuple[int, int]
+    two_sided = True
 
     def __init__(self, *lengths: int, settings: Wavelet, shape: tuple[int, int]) -> None:
         super().__init__(*lengths, settings=settings, shape=shape)
@@ -126,26 +139,78 @@ class WaveletMap(TwoSided):
         return Space(shape[0] * shape[1], shape)
 
     @property
-    def shape_in(self) -> tuple[int, int]:
+    def _shape_in(self) -> tuple[int, int]:
         return self.settings.coefficients(self.shape[0]), self.settings.coefficients(self.shape[1])
 
-    @property
-    def sides(self) -> Sequence[tuple[tuple[str, bool, int], tuple[str, bool, int]]]:
-        family, periodic = self.settings.family, self.settings.periodic
-        rows, cols = self.shape
-        return [((family, periodic, rows), (family, periodic, cols))]
+    def _key(self, name: str, side: int) -> tuple[str, str, bool, int]:
+        return name, self.settings.family, self.settings.periodic, self.shape[side]
+
+    def forward(self, backend: Backend, x: Array) -> Array:
+        return self._rows(backend, x, 0, self.shape[0])
+
+    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
+        cols = self.shape[1]
+        first, last = start // cols, -(-stop // cols)
+        return self._rows(backend, x, first, last)[..., start - first * cols : stop - first * cols]
+
+    def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
+        """Compute some rows of Y, flattened."""
+        batch = tuple(x.shape[:-1])
+        x = backend.reshape(x, (*batch, *self._shape_in))
+        x = backend.matrix_transpose(self._synthesis(backend, backend.matrix_transpose(x), 0, first, last))
+        x = self._synthesis(backend, x, 1, 0, self.shape[1])
+        return backend.reshape(x, (*batch, (last - first) * self.shape[1]))
+
+    def _synthesis(self, backend: Backend, x: Array, side: int, first: int, last: int) -> Array:
+        """Compute some samples of one side, the last axis, from all of its coefficients."""
+        kind = backend.dtype_name(x)
+        half = x.shape[-1] // 2
+        index = _taps.on(backend, self._key("coefficient", side), x)
+        found = None
+        for name, part in (("low", x[..., :half]), ("high", x[..., half:])):
+            taps = _taps.on(backend, self._key(name, side), x, kind)
+            for number in range(index.shape[0]):
+                own = backend.take(part, index[number, first:last]) * taps[number, first:last]
+                found = own if found is None else found + own
+        return found
+
+    def adjoint(self, backend: Backend, y: Array) -> Array:
+        batch = tuple(y.shape[:-1])
+        y = self._analysis(backend, backend.reshape(y, (*batch, *self.shape)), 1)
+        y = backend.matrix_transpose(self._analysis(backend, backend.matrix_transpose(y), 0))
+        return backend.reshape(y, (*batch, self.n_in))
+
+    def _analysis(self, backend: Backend, y: Array, side: int) -> Array:
+        """Apply the adjoint of :meth:`_synthesis`."""
+        index = _taps.on(backend, self._key("sample", side), y)
+        y = backend.pad_last(y, y.shape[-1] + 1)
+        low = _FILTERS[self.settings.family]
+        halves: list[Array] = [None, None]
+        for number in range(len(low)):
+            samples = backend.take(y, index[number, :])
+            # The high-pass filter is the mirrored low-pass one, every second tap negated.
+            for half, tap in enumerate((low[number], (-1) ** number * low[len(low) - 1 - number])):
+                halves[half] = samples * tap if halves[half] is None else halves[half] + samples * tap
+        return backend.concat(halves, axis=-1)
 
     def squared_norm(self) -> float:
         if self.isometry:
             return float(self.n_out)
         # fsum is correctly rounded, with the same bits on every machine.
-        sums = [math.fsum((self.matrices.held(key) ** 2).reshape(-1).tolist()) for key in self.sides[0]]
-        return sums[0] * sums[1]
+        keys = [[self._key(name, side) for name in ("low", "high")] for side in (0, 1)]
+        rows, cols = (
+            math.fsum(v for key in side for v in (_taps.make(key) ** 2).reshape(-1).tolist()) for side in keys
+        )
+        return rows * cols
+
+    def cost(self) -> int:
+        (rows, cols), cols_in = self.shape, self._shape_in[1]
+        return len(_FILTERS[self.settings.family]) * rows * (cols_in + cols)
 
     def matrix(self) -> np.ndarray:
-        found = np.zeros((*self.shape, *self.shape_in))
+        found = np.zeros((*self.shape, *self._shape_in))
         for (row, col), _ in np.ndenumerate(found[0, 0]):
-            unit = np.zeros(self.shape_in)
+            unit = np.zeros(self._shape_in)
             unit[row, col] = 1.0
             for axis in (0, 1):
                 unit = np.apply_along_axis(self._synthesized, axis, unit, self.shape[axis])
