@@ -78,17 +78,12 @@ class Chain(Map):
         return hashlib.sha256(" ".join(["tnadapt chain", *(part.digest() for part in self.parts)]).encode()).hexdigest()
 
     def squared_norm(self) -> float:
-        # A map that preserves distances, first or last, does not change the sum of squares. What several others have
-        # together is estimated.
+        # A map that preserves distances does not change the sum of squares of another one, before or after it. That of
+        # several others together is estimated.
         others = [part for part in self.parts if not part.isometry]
-        inner = all(not part.isometry for part in self._without_outer_isometries())
-        if len(others) == 1 and inner:
-            return others[0].linear_part.squared_norm()
-        return float(self.n_out) if not others else super().squared_norm()
-
-    def _without_outer_isometries(self) -> tuple[Map, ...]:
-        parts = list(itertools.dropwhile(lambda part: part.isometry, self.parts))
-        return tuple(itertools.dropwhile(lambda part: part.isometry, reversed(parts)))
+        if len(others) > 1:
+            return super().squared_norm()
+        return others[0].linear_part.squared_norm() if others else float(self.n_out)
 
     def freedom(self) -> int:
         return min(part.freedom() for part in self.parts)

@@ -41,7 +41,7 @@ class Wavelet(MapSettings):
 
     Notes
     -----
-    The coefficients are a matrix of four quarters, as :func:`pywt.coeffs_to_array` arranges them: the first half of
+    The coefficients are a matrix of four quarters, as ``pywt.coeffs_to_array`` arranges them: the first half of
     the rows (columns) are those of the low-pass filter along rows (columns).
 
     Examples

@@ -12,7 +12,7 @@ from tnadapt.errors import ConfigError, ShapeError, integer
 
 from ..folding import MAX_SIZE
 from ._map import Map
-from ._map_recipe import checked_projection, make_map, make_map_on_weights
+from ._map_recipe import checked_projection, make_map, make_map_on_weights, projection_name
 
 __all__ = ["Projection"]
 
@@ -122,7 +122,8 @@ class Projection:
         self.n_in, self.n_out, self.seed, self.group = found.n_in, found.n_out, found.seed, found.group
 
     def __repr__(self) -> str:
-        return f"Projection({self.kind!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
+        kind = self.kind if isinstance(self.kind, str) else projection_name(self.kind)
+        return f"Projection({kind!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
 
     @property
     def padded(self) -> int:
