@@ -103,7 +103,7 @@ def living(study: ComparedStudy) -> list[ComparedPair]:
     return [
         ComparedPair(one, base)
         for one in study.settings
-        if base is not None and one.config is not None and one.config.projection.startswith("nonlinear")
+        if base is not None and one.config is not None and str(one.config.projection).startswith("nonlinear")
     ]
 
 

@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .algebra import presets, sources
+from .algebra import maps, presets, sources
 from .algebra.config import Config
 from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
 from .algebra.formats import register_format
@@ -64,6 +64,7 @@ __all__ = [
     "kron_matvec",
     "kronecker",
     "load",
+    "maps",
     "merge",
     "parameter_count",
     "plan",
@@ -99,7 +100,7 @@ _LAZY = {
 
 
 # Users write `from tnadapt.presets import lora`, too; the modules are in tnadapt.algebra.
-for _module in (presets, sources):
+for _module in (maps, presets, sources):
     sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 

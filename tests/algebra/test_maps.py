@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tnadapt.maps import Circulant, Gather, Scatter, SignGather, Tile, Wavelet
 
 from tnadapt import ConfigError
-from tnadapt.algebra.maps import MAPS
+from tnadapt.algebra.maps import KINDS, MAPS
 from tnadapt.testing import MapContract
 
 
@@ -45,11 +46,62 @@ class TestNormal(MapContract):
     kind = MAPS["normal"]
 
 
+class TestScatter(MapContract):
+    kind = MAPS["scatter"]
+    lengths = ((0, 5), (0, 6), (0, 64), (0, 509))
+    settings = (Scatter(5), Scatter(positions=(4, 0, 2)))
+
+
+class TestGather(MapContract):
+    kind = MAPS["gather"]
+    settings = (Gather(), Gather(4))
+
+
+class TestSignGather(MapContract):
+    kind = MAPS["sign-gather"]
+    settings = (SignGather(), SignGather(4))
+
+
+class TestTile(MapContract):
+    kind = MAPS["tile"]
+    shapes = ((2, 3), (4, 6), (9, 5), (16, 16), (12, 35))
+    settings = (Tile(), Tile(cols=3), Tile(rows=2), Tile(2, 2))
+
+
+class TestCirculant(MapContract):
+    kind = MAPS["circulant"]
+    shapes = ((3, 3), (3, 6), (12, 9), (18, 3))
+    settings = (Circulant(1), Circulant(3), Circulant(3, average=True))
+
+
+class TestDct2(MapContract):
+    kind = MAPS["dct2"]
+
+
+class TestDft2(MapContract):
+    kind = MAPS["dft2"]
+
+
+class TestWavelet(MapContract):
+    kind = MAPS["wavelet"]
+    settings = (Wavelet(), Wavelet("db2"), Wavelet("db5"))
+
+
+class TestPeriodicWavelet(MapContract):
+    kind = MAPS["wavelet"]
+    shapes = ((2, 2), (4, 6), (16, 16), (12, 34))
+    settings = tuple(Wavelet(family, periodic=True) for family in ("haar", "db2", "db7"))
+
+
 def test_every_map_is_tested() -> None:
     tested = {
         contract.kind for contract in MapContract.__subclasses__() if isinstance(vars(contract).get("kind"), type)
     }
     assert {MAPS[name] for name in MAPS.built_in} <= tested
+
+
+def test_the_papers_maps_are_built_in() -> None:
+    assert MAPS.built_in[: len(KINDS)] == KINDS
 
 
 @pytest.mark.parametrize("name", MAPS.built_in)

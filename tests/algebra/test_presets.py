@@ -109,6 +109,36 @@ def test_superlora_and_fastfood(shapes: list[tuple[int, int]], rank: int, projec
     held_to_its_formula("fastfood", tna.presets.fastfood(ratio, projection="linear_v2"), shapes)
 
 
+@pytest.mark.law("presets")
+@given(
+    name=st.sampled_from(["shira", "fourierft", "loca", "waveft"]),
+    shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3),
+    seed=st.sampled_from([0, 1, 2**40 + 7]),
+    alpha=st.sampled_from([None, 3.0]),
+    given_ones=st.booleans(),
+    data=st.data(),
+)
+def test_methods_of_few_values(
+    name: str, shapes: list[tuple[int, int]], seed: int, alpha: float | None, given_ones: bool, data: st.DataObject
+) -> None:
+    n = data.draw(st.integers(1, min(rows * cols for rows, cols in shapes)))
+    positions = np.random.default_rng(seed).permutation(min(rows * cols for rows, cols in shapes))[:n]
+    family = {"family": data.draw(st.sampled_from(["haar", "db1", "db2", "db3"]))} if name == "waveft" else {}
+    config = getattr(tna.presets, name)(n, positions if given_ones else None, seed=seed, alpha=alpha, **family)
+    held_to_its_formula(name, config, shapes)
+
+
+@pytest.mark.law("presets")
+@given(
+    block=st.integers(1, 5), down=st.integers(1, 3), across=st.integers(1, 3), weights=WEIGHTS, r=RANKS, data=st.data()
+)
+def test_methods_that_repeat(block: int, down: int, across: int, weights: int, r: int, data: st.DataObject) -> None:
+    held_to_its_formula("c3a", tna.presets.c3a(block), [(block * down, block * across)] * weights)
+    rows, cols = data.draw(SIDES), data.draw(st.integers(r, 12))
+    mini = data.draw(st.none() | st.integers(1, rows))
+    held_to_its_formula("miss", tna.presets.miss(r, mini), [(rows, cols)] * weights)
+
+
 # -- Table 1: where the settings meet ---------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "lorra"], "no preset 'lorra'; expected one of cara"),
+        (["--preset", "lorra"], "no preset 'lorra'; expected one of c3a, cara"),
         (["--preset", "lora", "--set", "rank=0"], "rank must be from 1"),
         (["--preset", "lora", "--set", "rank"], "--set takes FIELD=VALUE"),
         (["--preset", "lora", "--set", "dropout=1"], "no field 'dropout'"),
@@ -124,3 +124,15 @@ def test_hostile_files(tmp_path: Path, text: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("tnadapt: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_chain_of_maps_is_set_as_json() -> None:
+    chain = '[{"map": "scatter", "size": 5}, "dft2"]'
+    settings = [f"projection={chain}", "on=weight", "order=1", "format=dense"]
+    options = [part for text in settings for part in ("--set", text)]
+    done = run("verify", *options, "--shape", "6x4", "--backend", "numpy")
+    assert done.returncode == 0, done.stderr
+    assert "all laws hold" in done.stdout
+    done = run("verify", "--set", "projection=scatter", "--backend", "numpy")
+    assert done.returncode == 2
+    assert "map 'scatter' needs settings" in done.stderr

@@ -86,11 +86,19 @@ def test_named_settings() -> None:
     assert dense.label == ""
 
 
-@pytest.mark.parametrize("name", sorted(set(tna.presets.__all__) - {"lorta_cp", "cara"}))
+@pytest.mark.parametrize("name", sorted(set(tna.presets.__all__) - {"lorta_cp", "cara", "c3a"}))
 def test_every_preset_by_its_name_alone(name: str) -> None:
     (method,) = methods_of([name], [], {}, SMALL, 4)
     assert method.config is not None
     assert tna.parameter_count(method.config, SMALL) > 0
+
+
+def test_a_preset_whose_sizes_do_not_fit() -> None:
+    (method,) = methods_of(["c3a"], [], {"block": 64}, SMALL, 4)
+    assert (method.family, method.label) == ("C3A", "block = 64")
+    assert tna.parameter_count(method.config, SMALL) == 8 * 64  # type: ignore[arg-type]
+    with pytest.raises(TnadaptError, match="block=768, which does not divide the 64 rows"):
+        tna.parameter_count(methods_of(["c3a"], [], {}, SMALL, 4)[0].config, SMALL)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["lorta_cp", "cara"])
@@ -105,7 +113,7 @@ def test_presets_that_want_the_number_of_heads(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"presets": ("lorra",)}, "no preset 'lorra'; expected one of cara"),
+        ({"presets": ("lorra",)}, "no preset 'lorra'; expected one of c3a, cara"),
         ({"ranks": (0,)}, "rank must be from 1"),
         ({"presets": ("dense",), "changes": {"dropout": 1}}, "no field 'dropout'"),
         ({"budgets": (10,), "ranks": (1,)}, "a budget or settings, not both"),

@@ -13,7 +13,8 @@ from tnadapt.testing.verification import examples
 FAMILIES = {
     "dense": "dense", "lora": "LoRA", "lokr": "LoKr", "krona": "KronA", "loha": "LoHa", "lonkr": "LoNKr",
     "lotr": "LoTR", "lorta": "LoRTA", "fastfood": "fastfood", "superlora": "SuperLoRA + F", "fact_tt": "LoTR",
-    "compacter": "Compacter",
+    "compacter": "Compacter", "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA", "waveft": "WaveFT",
+    "c3a": "C3A", "miss": "MiSS",
     # What a mode of a fold means to a model is not in a config.
     "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA",
 }  # fmt: skip

@@ -29,6 +29,8 @@ PRESETS = {
     "lorta_cp": P.lorta_cp(4, layers=12, rows=768, cols=768, heads=12), "cara": P.cara(4, **ALIKE, heads=12),
     "fact_tt": P.fact_tt(4, **ALIKE), "fact_tk": P.fact_tk(4, **ALIKE), "fastfood": P.fastfood(),
     "superlora": P.superlora(22, groups=5, projection="nonlinear", ratio=0.1), "compacter": P.compacter(),
+    "shira": P.shira(), "fourierft": P.fourierft(), "loca": P.loca(), "waveft": P.waveft(family="db4"), "c3a": P.c3a(),
+    "miss": P.miss(),
     "lotr as a train": P.lotr(4, **ALIKE, train=True),
 }  # fmt: skip
 

@@ -73,7 +73,11 @@ print(sorted(packages & set(tnadapt.__all__)))
 print([name for name in tnadapt.__all__ if type(getattr(tnadapt, name)) is type(tnadapt)])
 print(tnadapt.convert.__module__, importlib.import_module("tnadapt.convert").Conversion.__name__)
 """
-    assert run(code).splitlines() == ["['convert']", "['presets', 'sources']", "tnadapt.convert._api Conversion"]
+    assert run(code).splitlines() == [
+        "['convert']",
+        "['maps', 'presets', 'sources']",
+        "tnadapt.convert._api Conversion",
+    ]
 
 
 def test_using_numpy_imports_no_framework() -> None:

@@ -43,6 +43,9 @@ VARIANTS: dict[str, tna.Config | None] = {
     "superlora linear_v2": P.superlora(3, projection="linear_v2", ratio=0.3, groups=3, shared=False),
     "superlora nonlinear": P.superlora(3, projection="nonlinear", ratio=0.3),
     "superlora nonlinear_v2": P.superlora(3, projection="nonlinear_v2", ratio=0.3),
+    "fourierft": P.fourierft(5),
+    "c3a layer": P.c3a(8, groups="layer"),
+    "chain": P.superlora(3, projection=["sign-gather", "nonlinear"], ratio=0.5),
     "tt": tna.Config(rank=3, groups=1, fold="balanced", order=4, format="tt"),
     "cp-weighted": tna.Config(rank=3, groups=1, fold="hypercube", order=3, format="cp-weighted"),
 }

@@ -12,7 +12,7 @@ from tnadapt.backends import get_backend
 from tnadapt.errors import ConfigError, ShapeError, TnadaptError, safe_repr, summarize
 
 from .config import Config
-from .maps import MAPS
+from .maps import is_linear
 from .network import Network
 from .rng import PURPOSE
 from .sources import (
@@ -126,7 +126,7 @@ class ArrayPlan:
         if origin.scaled is None:
             return
         origin.scaled.check(Place(name, own.shapes[name], own.mode_of(name), own.sizes, not plain))
-        if origin.scaled.zero is not None and not MAPS.find(self.config.projection).linear:
+        if origin.scaled.zero is not None and not is_linear(self.config.projection):
             raise ConfigError(
                 f"start=0 of {name!r} leaves a nonlinear F without a gradient, as tanhshrink'(0) = 0: give start=1"
             )

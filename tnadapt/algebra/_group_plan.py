@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,15 @@ from .config import Config
 from .group import Group
 from .init import Initializer
 from .layout import make_layout, require_alike
+from .maps import input_length
 from .maps.projection import Projection
 from .network import Network
 from .sources import FrozenArrays
 from .theta import Theta
 
 __all__ = ["GroupPlan", "some_names"]
+
+Weights = tuple[tuple[int, int], ...] | None
 
 # Plans of up to this many groups are laid out when they are made; larger ones when their arrays are asked for.
 LAID_OUT = 4096
@@ -58,7 +60,7 @@ class GroupPlan:
         self.size = self.layout.size
         self.num_groups = self.layout.num_groups
         self._layers = None if layers is None else list(layers)
-        self._networks: dict[tuple[int, int], Network] = {}
+        self._networks: dict[tuple[int, int, Weights], Network] = {}
         # Build every network once, to raise errors here and not at the first use.
         for group in self._different:
             self._network(group)
@@ -149,15 +151,15 @@ class GroupPlan:
         Projection('linear', n_in=10, n_out=100, seed=0, group=0)
         """
         config, found = self.config, list[Group]()
-        projections: dict[tuple[int, int], Projection] = {}
+        projections: dict[tuple[int, int, Weights], Projection] = {}
         # Arrays that do not depend on the group are computed and kept once for all groups with the same network.
         alike, tied = self._array_plan.alike, self._array_plan.tied
         arrays: dict[tuple[int, int], FrozenArrays] = {}
         for index in range(self.num_groups):
             network, size = self._network(index), self.layout.group_size(index)
-            key = size, 0 if config.shared else index
+            key = size, 0 if config.shared else index, self._weights(index)
             if key not in projections:
-                projections[key] = Projection(config.projection, network.size, size, config.seed, key[1])
+                projections[key] = self._projection(network.size, *key)
             origins = self._array_plan.origins(index)
             names, frozen_names = names_of(index, network.shapes, origins)
             own = id(network), 0 if alike else index
@@ -176,14 +178,33 @@ class GroupPlan:
     def _start_of(self, group: int) -> Initializer:
         return self.groups[group].start
 
+    def _projection(self, n_in: int, size: int, stream: int, weights: Weights) -> Projection:
+        config = self.config
+        if weights is None:
+            return Projection(config.projection, n_in, size, config.seed, stream)
+        return Projection.on_weights(config.projection, weights, config.ratio, config.seed, stream)
+
+    def _weights(self, group: int) -> Weights:
+        """Return the shapes of a group's weights if F is applied to each of them; None if to the group's vector."""
+        if self.config.on == "vector":
+            return None
+        for piece in self.layout.of_group(group):
+            rows, cols = self.shapes[piece.weight]
+            if piece.length != rows * cols:
+                raise ConfigError(
+                    f"on='weight' needs groups of whole weights, and groups={self.config.groups} cuts through weight "
+                    f"{piece.weight} of {rows}×{cols}: use groups='weight', 'layer', 1 or lists of weights"
+                )
+        return tuple(self.shapes[piece.weight] for piece in self.layout.of_group(group))
+
     @property
     def _stacked(self) -> bool:
         return self.config.fold == "stack" and self.config.order == 2
 
     @property
     def _columns_vary(self) -> bool:
-        """Whether groups of equal size may have different networks: stacks with different columns."""
-        return self._stacked and not self.layout.equal_columns
+        """Whether groups of equal size may have different networks: stacks with different columns, or F of a weight."""
+        return (self._stacked and not self.layout.equal_columns) or self.config.on == "weight"
 
     @property
     def _different(self) -> Iterable[int]:
@@ -193,11 +214,11 @@ class GroupPlan:
     def _network(self, group: int) -> Network:
         size = self.layout.group_size(group)
         columns = self.layout.columns(group) if self._stacked else 1
-        found = self._networks.get((size, columns))
+        weights = self._weights(group)
+        found = self._networks.get((size, columns, weights))
         if found is None:
-            # The ratio is the decimal it prints as: 0.07 of 100 is 7, not 8.
-            n_in = max(1, math.ceil(Fraction(str(self.config.ratio)) * size))
-            found = self._networks[size, columns] = Network(self.config, n_in, columns)
+            n_in = input_length(self.config.projection, size, self.config.ratio, weights)
+            found = self._networks[size, columns, weights] = Network(self.config, n_in, columns)
         return found
 
     def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:

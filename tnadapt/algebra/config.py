@@ -14,7 +14,16 @@ from tnadapt.errors import ConfigError, integer, peft_hint, safe_repr
 
 from .folding import MAX_ORDER
 from .formats import FORMATS
-from .maps import MAPS
+from .maps import (
+    ON,
+    Recipe,
+    checked_projection,
+    is_linear,
+    projection_name,
+    projection_to_json,
+    require_ratio_fits,
+    takes_ratio,
+)
 from .sources import Source, SourceMap, source_from_dict, source_to_dict
 
 __all__ = ["Config"]
@@ -27,6 +36,7 @@ SCOPES = ("plan", "group", "array")
 # Fields that are newer than file format 1, with their defaults as JSON: files that do not use them keep their bytes.
 _NEWER: dict[str, Any] = {
     "sources": {},
+    "on": "vector",
     "before": None,
     "parameters": None,
     "scope": "plan",
@@ -73,11 +83,13 @@ class Config:
         Format of splits 1 to K - 1: dense arrays, or ``format`` like the last.
     terms : int
         T, the number of such products that are summed.
-    projection : str
-        F: "identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", or a name given to
-        :func:`tnadapt.register_map`.
+    projection : str, settings of a map, or list of these
+        F: "identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2", "gather", "sign-gather", "dct2",
+        "dft2", "wavelet", or a name given to :func:`tnadapt.register_map`; settings, such as
+        ``tnadapt.maps.Scatter(size=1000)``; or a list of maps that are applied one after another, the first one first.
     ratio : float
-        ρ, the length before F divided by the length after it, in (0, 1]; read as the decimal that it prints as.
+        ρ, the length before F divided by the length after it, in (0, 1]; read as the decimal that it prints as. Left
+        out if the settings of F determine the length before it.
     shared : bool
         Whether all groups use the same F (the paper's choice).
     alpha : float, optional
@@ -88,7 +100,10 @@ class Config:
         Where the numbers of arrays come from, by their names: ``{"factor1": source}`` for that array in every split and
         term, ``"split0.factor1"`` or ``"term0.split0.factor1"`` for one of them. Arrays without an entry are trained
         (:class:`tnadapt.sources.Trained`). Adapter files leave it out if it is empty.
-    before : str, optional
+    on : "vector" or "weight"
+        What F is applied to: the vector of a group, or each of its weights as a matrix, which needs groups of whole
+        weights. Adapter files leave out "vector".
+    before : str, settings of a map, or list of these, optional
         P, a linear map before the network: all trained arrays of the plan, in order, are ``a_start + P θ``, and θ alone
         is trained. "one-hot" (Uni-LoRA), "signed-one-hot", "normal" (TinyLoRA, NOLA), "linear", or another registered
         linear map. None trains the arrays themselves. Adapter files leave out this field and the next three at their
@@ -130,13 +145,14 @@ class Config:
     split_size: int | str | tuple[int, ...] = "balanced"
     leading: str = "dense"
     terms: int = 1
-    projection: str = "identity"
+    projection: Recipe = "identity"
     ratio: float = 1.0
     shared: bool = True
     alpha: float | None = None
     seed: int = 0
     sources: Mapping[str, Source] = dataclasses.field(default_factory=SourceMap)
-    before: str | None = None
+    on: str = "vector"
+    before: Recipe | None = None
     parameters: int | None = None
     scope: str = "plan"
     offset: bool = True
@@ -158,21 +174,18 @@ class Config:
         for name, words in (
             ("combine", COMBINES),
             ("leading", LEADINGS),
+            ("on", ON),
         ):
             _word(name, getattr(self, name), words)
         put("rank", FORMATS.find(self.format).checked_rank(self.format, self.rank, self.order))
-        square = MAPS.find(self.projection).square
+        put("projection", checked_projection(self.projection))
         put("groups", _checked_groups(self.groups))
         put("fold", self._checked_fold())
         put("split_size", self._checked_split_size())
         put("ratio", _number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio must be above 0 and at most 1; got {self.ratio!r}")
-        if self.ratio != 1.0 and square:
-            raise ConfigError(
-                f"ratio={self.ratio} needs a projection that changes the length; "
-                f"projection={self.projection!r} does not: use projection='linear', or ratio=1"
-            )
+        require_ratio_fits(self.projection, self.on, self.ratio)
         if not isinstance(self.shared, bool):
             raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
         if self.alpha is not None:
@@ -202,18 +215,18 @@ class Config:
                         f"before='one-hot', or leave {name} out"
                     )
             return
-        found = MAPS.find(self.before)
-        if not found.linear or found.square:
+        object.__setattr__(self, "before", checked_projection(self.before))
+        if not is_linear(self.before) or not takes_ratio(self.before):
             raise ConfigError(
-                f"before must be a linear map that changes the length, such as 'one-hot', 'normal' or 'linear'; got "
-                f"{self.before!r}"
+                f"before must be a linear map from vectors of any length, such as 'one-hot', 'normal' or 'linear'; got "
+                f"{projection_name(self.before)}"
             )
         if self.parameters is None:
             raise ConfigError(f"before={self.before!r} needs the number of parameters: parameters=p, an integer")
         object.__setattr__(self, "parameters", _integer("parameters", self.parameters, 1, MAX_INT))
-        if not self.offset and not MAPS.find(self.projection).linear:
+        if not self.offset and not is_linear(self.projection):
             raise ConfigError(
-                f"offset=False starts the arrays at zero, where the nonlinear projection={self.projection!r} has no "
+                f"offset=False starts the arrays at zero, where projection={projection_name(self.projection)!r} has no "
                 "gradient: use offset=True"
             )
 
@@ -289,6 +302,8 @@ class Config:
         True
         """
         found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        found["projection"] = projection_to_json(self.projection)
+        found["before"] = None if self.before is None else projection_to_json(self.before)
         found["sources"] = {name: source_to_dict(self.sources[name]) for name in sorted(self.sources)}
         for name, default in _NEWER.items():
             if found[name] == default:
@@ -316,7 +331,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        sources, before, parameters, scope, offset, weight_shape
+        sources, on, before, parameters, scope, offset, weight_shape
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

@@ -163,10 +163,12 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
     True
     """
     pieces = plan.layout.of_weight(i)
-    if plan.config.projection != "identity" or len(pieces) != 1:
+    if len(pieces) != 1:
         return None
     (piece,) = pieces
     group, cols = plan.groups[piece.group], plan.shapes[i][1]
+    if not group.projection.map.identity:
+        return None
     network = group.network
     cut = _cut(network.sizes, cols)
     if cut is None or piece.group_start % cols:

@@ -126,6 +126,6 @@ class Group(NamedTuple):
         self, backend: Backend, arrays: Mapping[str, Array], start: int, stop: int, trained: str | None
     ) -> Array:
         arrays = self.with_frozen(backend, arrays, trained)
-        if self.projection.kind == "identity":
+        if self.projection.map.identity:
             return self.network.slice(backend, arrays, start, stop)
         return self.projection.slice(self.network.whole(backend, arrays), start, stop)

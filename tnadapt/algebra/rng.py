@@ -8,8 +8,9 @@ no ``libm``, whose last bits differ between machines, and no library's generator
 between releases.
 
 The streams differ by ``purpose``: 1 permutation, 2 the Gaussian diagonal ``g``, 3 signs, 4 the Gaussian
-``g'`` of the v2 projections, 5 the dense map ``normal``, 16 and above the random initialization of factors, 2**16 and
-above frozen arrays. Maps before the network use the groups from 2**31 up.
+``g'`` of the v2 projections, 5 the dense map ``normal``, 10 the permutation of a gather, 11 its signs, 16 and
+above the random initialization of factors, 2**16 and above frozen arrays. Maps before the network use the groups from
+2**31 up.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ PURPOSE = {
     "signs": 3,
     "gaussian_v2": 4,
     "normal_map": 5,
+    "gather": 10,
+    "gather_signs": 11,
     "start": 16,
     "source": 1 << 16,
 }
@@ -110,7 +113,7 @@ def words_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[Any]
     return _way(index.size).words_at(seed, group, purpose, index)  # type: ignore[no-any-return]
 
 
-def signs(seed: int, group: int, start: int, stop: int) -> NDArray[np.int8]:
+def signs(seed: int, group: int, start: int, stop: int, purpose: int = PURPOSE["signs"]) -> NDArray[np.int8]:
     """Draw elements of the Rademacher vector: bit ``i % 32`` of word ``i // 32``; a set bit is -1.
 
     Parameters
@@ -119,6 +122,8 @@ def signs(seed: int, group: int, start: int, stop: int) -> NDArray[np.int8]:
         The vector.
     start, stop : int
         Range of elements.
+    purpose : int
+        Stream of the words; by default that of the signs of fastfood.
 
     Returns
     -------
@@ -131,7 +136,7 @@ def signs(seed: int, group: int, start: int, stop: int) -> NDArray[np.int8]:
     [1, 1, -1, -1, -1, -1, 1, -1]
     """
     _check_stream(seed, group, start, stop)
-    return _way(stop - start).signs(seed, group, PURPOSE["signs"], start, stop)  # type: ignore[no-any-return]
+    return _way(stop - start).signs(seed, group, purpose, start, stop)  # type: ignore[no-any-return]
 
 
 def normals(seed: int, group: int, purpose: int, start: int, stop: int) -> NDArray[np.float32]:
@@ -170,7 +175,13 @@ def normals_at(seed: int, group: int, purpose: int, index: NDArray[np.integer[An
 
 
 def permutation(
-    size: int, seed: int, group: int, start: int = 0, stop: int | None = None, inverse: bool = False
+    size: int,
+    seed: int,
+    group: int,
+    start: int = 0,
+    stop: int | None = None,
+    inverse: bool = False,
+    purpose: int = PURPOSE["permutation"],
 ) -> NDArray[np.int64]:
     """Draw part of a fixed random permutation of the integers below ``size``.
 
@@ -184,6 +195,8 @@ def permutation(
         Range of elements; all by default.
     inverse : bool
         Whether to draw elements of the inverse permutation.
+    purpose : int
+        Stream of the keys; by default that of fastfood, the shuffle and scatter.
 
     Returns
     -------
@@ -214,7 +227,7 @@ def permutation(
     _check_stream(seed, group, start, stop)
     if stop > size:
         raise ShapeError(f"a permutation of {size} has no element {stop - 1}; got stop={stop}")
-    keys = words(seed, group, PURPOSE["permutation"], 0, 8)
+    keys = words(seed, group, purpose, 0, 8)
     return _way(stop - start).permutation(size, keys, start, stop, inverse)  # type: ignore[no-any-return]
 
 

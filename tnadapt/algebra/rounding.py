@@ -70,7 +70,7 @@ class Float64Deltas:
         """Yield the pieces of a weight in order: the start in its ``vec``, and the piece as a float64 vector."""
         for run in self.plan.layout.of_weight(weight):
             group = self.plan.groups[run.group]
-            plain = group.projection.kind == "identity"
+            plain = group.projection.map.identity
             step = _step(group.network.sizes, self.piece) if plain else SPAN
             stop = run.group_start + run.length
             for begin in range(run.group_start // step * step, stop, step):

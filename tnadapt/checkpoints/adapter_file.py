@@ -197,14 +197,12 @@ class AdapterFile:
         return {}
 
     def _digest_without(self, left_out: Sequence[str]) -> str | None:
-        plan = self.plan
-        fixed = self.config.projection == "identity" and not plan.frozen_shapes and plan.theta is None
-        if fixed and not left_out:
+        plan, groups = self.plan, self.plan.groups
+        plain = all(group.projection.map.identity for group in groups)
+        if plain and not left_out and not plan.frozen_shapes and plan.theta is None:
             return None
-        total, groups = hashlib.sha256(), self.plan.groups
-        distinct = list({id(group.projection): group.projection for group in groups}.values())
-        if self.config.projection == "identity":
-            distinct = []
+        total = hashlib.sha256()
+        distinct = [] if plain else list({id(group.projection): group.projection for group in groups}.values())
         if len(distinct) > 2 * _DIGESTED:
             distinct = distinct[:_DIGESTED] + distinct[-_DIGESTED:]
         before = [] if plan.theta is None else [part.projection for part in plan.theta.parts]

@@ -143,7 +143,7 @@ def finetune_command(
             stream.reconfigure(errors="replace")
     changes: dict[str, Any] = {
         "groups": groups and word_or_number(groups), "order": order, "splits": splits, "format": format,
-        "fold": fold and word_or_number(fold), "projection": projection, "ratio": ratio,
+        "fold": fold and word_or_number(fold), "projection": projection and word_or_number(projection), "ratio": ratio,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None} | dict(map(setting, settings or []))
     job = _job()

@@ -20,7 +20,8 @@ Shapes = Sequence[tuple[int, int]]
 FAMILIES = {
     "lora": "LoRA", "lokr": "LoKr", "lonkr": "LoNKr", "lorta": "LoRTA", "superlora": "SuperLoRA", "krona": "KronA",
     "loha": "LoHa", "lotr": "LoTR", "fact_tt": "FacT-TT", "fact_tk": "FacT-TK", "cara": "CaRA",
-    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)",
+    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)", "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA",
+    "waveft": "WaveFT", "c3a": "C3A", "miss": "MiSS",
 }  # fmt: skip
 
 HEAD = "head alone"

@@ -39,8 +39,9 @@ def degrees_of_freedom(plan: SuperLoRA) -> int:
 
     Notes
     -----
-    It is the rank of the Jacobian of the long vector at random parameters, in exact arithmetic. Groups add up, and F
-    does not reduce it, as F is injective. For one group, with sizes d_m:
+    It is the rank of the Jacobian of the long vector at random parameters, in exact arithmetic. Groups add up. F limits
+    it to its own rank (:meth:`Map.freedom <tnadapt.algebra.maps.Map.freedom>`); the paper's maps are injective. For one
+    group, with sizes d_m:
 
     - CP: ``r (Σ d_m - M + 1)``; of order 2, ``r (d_1 + d_2 - r)``.
     - Tucker: ``Π r_m + Σ r_m (d_m - r_m)``.
@@ -64,7 +65,7 @@ def degrees_of_freedom(plan: SuperLoRA) -> int:
         key = id(group.network)
         if key not in known:
             # Frozen arrays leave fewer degrees of freedom than the formulas, which are then an upper bound.
-            known[key] = min(of_network(group.network), group.num_parameters)
+            known[key] = min(of_network(group.network), group.num_parameters, group.projection.map.freedom())
         total += known[key]
     # Arrays that are tied, or made from θ, are counted once.
     return min(total, plan.num_parameters)

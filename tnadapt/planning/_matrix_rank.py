@@ -182,7 +182,7 @@ def by_formula(plan: SuperLoRA, weight: int) -> int | None:
     if drawn or (free and group.projection.map.isometry):
         return min(shape)
     alone = len(pieces) == 1 and group.size == math.prod(shape)
-    if config.projection != "identity" or not alone or group.network.sizes != shape:
+    if not group.projection.map.identity or not alone or group.network.sizes != shape:
         return None
     return _of_matrix(group.network)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
+from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet, projection_name, takes_ratio
 from tnadapt.algebra.sources import Source, Trained
 from tnadapt.errors import ConfigError
 
@@ -64,6 +65,8 @@ def known_as(config: Config) -> Name:
         return Name("fastfood", f"ρ = {config.ratio:.4g}")
     if plain == presets.krona():
         return Name("KronA", "")
+    if (mapped := _by_map(plain)) is not None:
+        return mapped
     if isinstance(rank, int):
         for family, preset in (("LoRA", presets.lora), ("LoHa", presets.loha), ("LoKr", presets.lokr)):
             if plain == preset(rank):
@@ -77,6 +80,28 @@ def known_as(config: Config) -> Name:
     return _grouped(plain)
 
 
+def _by_map(config: Config) -> Name | None:
+    """Return the name of a method that is known by its map."""
+    listed = config.projection if isinstance(config.projection, tuple) else (config.projection,)
+    first, rest = listed[0], listed[1:]
+    if isinstance(first, Circulant) and config == presets.c3a(first.block, alpha=None):
+        return Name("C3A", f"b = {first.block}")
+    if isinstance(first, Tile) and first.cols and config == presets.miss(first.cols, first.rows, alpha=None):
+        return Name("MiSS", f"r = {first.cols}" + (f", mini = {first.rows}" if first.rows else ""))
+    if not isinstance(first, Scatter):
+        return None
+    n = first.size
+    assert n is not None  # or its positions set it
+    seeded = config.replace(projection=(Scatter(n), *rest))
+    for family, preset in (("SHiRA", presets.shira), ("FourierFT", presets.fourierft), ("LoCA", presets.loca)):
+        if seeded == preset(n, alpha=None):
+            return Name(family, f"n = {n}")
+    wavelet = rest[0].family if rest and isinstance(rest[0], Wavelet) else "haar"
+    if seeded == presets.waveft(n, family=wavelet, alpha=None):
+        return Name("WaveFT", f"n = {n}" + (f", {wavelet}" if wavelet != "haar" else ""))
+    return None
+
+
 def _made(preset: Callable[..., Config], *settings: Any) -> Config | None:
     try:
         return preset(*settings)
@@ -86,7 +111,7 @@ def _made(preset: Callable[..., Config], *settings: Any) -> Config | None:
 
 def _grouped(config: Config) -> Name:
     """Return the name of a method with any number of groups; the paper's table has three such methods."""
-    bare = config.replace(projection="identity", ratio=1.0)
+    bare = config.replace(projection="identity", ratio=1.0, on="vector")
     rank, groups = config.rank, config.groups
     parts = []
     if bare == _made(presets.superlora, rank, groups):
@@ -107,12 +132,14 @@ def _grouped(config: Config) -> Name:
     parts += [f"{name}: {_short(source)}" for name, source in config.sources.items() if source != Trained()]
     if config.before is not None:
         each = "" if config.scope == "plan" else f" per {config.scope}"
-        parts.append(f"{config.before} of {config.parameters} parameters{each}")
+        parts.append(f"{projection_name(config.before)} of {config.parameters} parameters{each}")
     if config.projection != "identity":
         family += " + F"
         if config.projection != "linear":
-            parts.append(config.projection)
-        if config.ratio != 1.0 or config.projection != "shuffle":
+            parts.append(projection_name(config.projection))
+        if config.on != "vector":
+            parts.append(f"on each {config.on}")
+        if takes_ratio(config.projection):
             parts.append(f"ρ = {config.ratio:.4g}")
     return Name(family, ", ".join(parts))
 

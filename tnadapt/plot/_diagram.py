@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.layout import Piece
+from tnadapt.algebra.maps import projection_name, takes_ratio
+from tnadapt.algebra.maps.projection import Projection
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError, integer
@@ -307,16 +309,22 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
     held = math.prod(network.sizes)
     cut = f"keep the first {network.size:,} of {_number(held)}" if held > network.size else ""
     note = f"unfold, {cut}".removesuffix(", ") if len(network.sizes) > 1 else cut
-    if projection.kind != "identity":
+    if not projection.map.identity:
         lines = (
-            f"F: {projection.kind}, fixed, not trained",
-            f"ρ = {plan.config.ratio:.12g}:  {projection.n_in:,} → {projection.n_out:,}",
+            f"F: {projection_name(projection.kind)}, fixed, not trained",
+            f"{_ratio(plan, projection)}{projection.n_in:,} → {projection.n_out:,}",
         )
         steps.append(FlowStep(lines, note, fixed=True))
         note = "" if projection.linear else "minus F at the start"
     steps.append(FlowStep((f"group {index:,}: {group.size:,} {_plural(group.size, 'element')}",), note))
     steps.append(FlowStep(tuple(_covered(plan, group.pieces)), "row by row"))
     return steps
+
+
+def _ratio(plan: SuperLoRA, projection: Projection) -> str:
+    # A ratio of 1 says nothing about an F that determines the length before it.
+    said = takes_ratio(plan.config.projection) or projection.n_in == projection.n_out
+    return f"ρ = {plan.config.ratio:.12g}:  " if said else ""
 
 
 def _combined(network: Network) -> str:

@@ -119,7 +119,7 @@ def _length(group: Group) -> int:
 
 
 def _projected(group: Group) -> bool:
-    return group.projection.kind != "identity"
+    return not group.projection.map.identity
 
 
 def _told(group: Group) -> str:

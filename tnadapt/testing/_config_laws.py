@@ -141,7 +141,7 @@ class _Case:
         self._slices(whole)
         self._begin()
         self._gradient()
-        if self.config.projection != "identity":
+        if not all(group.projection.map.identity for group in self.plan.groups):
             self._projections()
         return self.collector.found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 from tnadapt.algebra.maps.projection import Projection
@@ -16,7 +18,7 @@ __all__ = ["of_projection"]
 def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Generator) -> list[Law]:
     """Check the laws of one projection on one library."""
     collector = LawCollector(label, backend)
-    matrix = reference.matrix(f.kind, f.n_in, f.n_out, f.seed, f.group)
+    matrix = reference.matrix_of(f.map)
     host = rng.normal(size=f.n_in)
     x = backend.asarray(host, "float64")
     expected: np.ndarray = matrix @ host
@@ -34,7 +36,7 @@ def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Ge
     errors = []
     for _ in range(2):
         start, stop = sorted(rng.choice(f.n_out + 1, 2, replace=False).tolist())
-        fresh = Projection(f.kind, f.n_in, f.n_out, f.seed, f.group)
+        fresh = copy.deepcopy(f)  # without the draws
         for projection in (f, fresh):  # with draws in memory, and with draws for the slice only
             part = backend.to_numpy(projection.slice(x, start, stop))
             errors.append(float(np.max(np.abs(part - expected[start:stop]))) / (float(np.max(np.abs(expected))) or 1.0))

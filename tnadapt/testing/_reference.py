@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import KINDS, MAPS, make_map
+from tnadapt.algebra.maps import KINDS, Chain, Map, PerWeight, Recipe, input_length, make_map, make_map_on_weights
 from tnadapt.errors import ConfigError
 
-__all__ = ["count", "deltas", "matrix", "positions", "project", "tanhshrink"]
+__all__ = ["count", "deltas", "matrix", "matrix_of", "positions", "project", "tanhshrink"]
 
 # The longest side of a dense matrix of F: half a gigabyte.
 LARGEST = 1 << 13
@@ -101,17 +101,37 @@ def deltas(
     owner = np.repeat(np.arange(len(shapes)), [rows * cols for rows, cols in shapes])
     long_vector = np.empty(edges[-1])
     for group, where in enumerate(positions(config, shapes, layers)):
-        n = len(where)
-        n_in = max(1, math.ceil(Decimal(str(config.ratio)) * n))
+        n, weights = len(where), _weights(config, shapes, owner[where])
+        n_in = _length(config, n, weights)
         columns = int(np.gcd.reduce([shapes[weight][1] for weight in np.unique(owner[where])]))
         sizes = _fold(config, n_in, columns)
         stream = 0 if config.shared else group
-        y = project(config, _network(config, params, group, sizes).reshape(-1)[:n_in], n, stream)
-        if not MAPS.find(config.projection).linear:
+        y = project(config, _network(config, params, group, sizes).reshape(-1)[:n_in], n, stream, weights)
+        if not _map(config, n_in, n, stream, weights).linear:
             assert start is not None
-            y = y - project(config, _network(config, start, group, sizes).reshape(-1)[:n_in], n, stream)
+            y = y - project(config, _network(config, start, group, sizes).reshape(-1)[:n_in], n, stream, weights)
         long_vector[where] = y
     return [part.reshape(shape) for part, shape in zip(np.split(long_vector, edges[:-1]), shapes, strict=True)]
+
+
+def _weights(config: Config, shapes: Shapes, owners: NDArray[np.int64]) -> Shapes | None:
+    """Return the shapes of a group's weights, in order, if F is applied to each; None if it is to the vector."""
+    if config.on == "vector":
+        return None
+    return [shapes[weight] for weight in dict.fromkeys(owners.tolist())]
+
+
+def _length(config: Config, n: int, weights: Shapes | None) -> int:
+    """Return the length before F. Of a map that determines it by its settings, there is no second definition."""
+    if weights is None and config.projection in KINDS:
+        return max(1, math.ceil(Decimal(str(config.ratio)) * n))
+    return input_length(config.projection, n, config.ratio, weights)
+
+
+def _map(config: Config, n_in: int, n_out: int, stream: int, weights: Shapes | None) -> Map:
+    if weights is None:
+        return make_map(config.projection, n_in, n_out, config.seed, stream)
+    return make_map_on_weights(config.projection, weights, config.ratio, config.seed, stream)
 
 
 def _hypercube(n: int, order: int) -> int:
@@ -220,7 +240,7 @@ def count(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = No
     owner = np.repeat(np.arange(len(shapes)), [rows * cols for rows, cols in shapes])
     total = 0
     for where in positions(config, shapes, layers):
-        n_in = max(1, math.ceil(Decimal(str(config.ratio)) * len(where)))
+        n_in = _length(config, len(where), _weights(config, shapes, owner[where]))
         columns = int(np.gcd.reduce([shapes[weight][1] for weight in np.unique(owner[where])]))
         for k, sizes in enumerate(_split_sizes(config, _fold(config, n_in, columns))):
             last = k == config.splits - 1
@@ -252,6 +272,50 @@ def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
 
 # The linear map before tanhshrink, for each nonlinear kind.
 _LINEAR_PARTS = {"nonlinear": "linear", "nonlinear_v2": "linear_v2"}
+
+
+def matrix_of(found: Map) -> Float:
+    """Return the dense matrix of a linear map, or of the linear part of a nonlinear one.
+
+    Parameters
+    ----------
+    found : Map
+
+    Returns
+    -------
+    ndarray of float64, shape (n_out, n_in)
+
+    Notes
+    -----
+    That of a chain is the product of its maps', and that of a map of each weight has theirs on its diagonal. Maps other
+    than the paper's define their own, independently of what they compute with.
+
+    Examples
+    --------
+    >>> matrix_of(make_map(("shuffle", "shuffle"), 3, 3)).sum(axis=0)
+    array([1., 1., 1.])
+    """
+    if isinstance(found, Chain):
+        product = matrix_of(found.parts[0])
+        for part in found.parts[1:]:
+            product = matrix_of(part) @ product
+        return product
+    if isinstance(found, PerWeight):
+        from scipy.linalg import block_diag
+
+        return np.asarray(block_diag(*map(matrix_of, found.parts)))
+    if found.kind in KINDS:
+        return matrix(found.kind, found.n_in, found.n_out, found.seed, found.group)
+    _check_small(found.n_in, found.n_out)
+    return np.asarray(found.linear_part.matrix(), np.float64)
+
+
+def _check_small(n_in: int, n_out: int) -> None:
+    if max(n_in, n_out) > LARGEST:
+        raise ConfigError(
+            f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
+            "per side: give smaller shapes, or more groups"
+        )
 
 
 def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Float:
@@ -287,11 +351,7 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
     """
     from scipy.linalg import hadamard
 
-    if max(n_in, n_out) > LARGEST:
-        raise ConfigError(
-            f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
-            "per side: give smaller shapes, or more groups"
-        )
+    _check_small(n_in, n_out)
     kind = _LINEAR_PARTS.get(kind, kind)
     if kind not in KINDS:
         return np.asarray(make_map(kind, n_in, n_out, seed, group).matrix(), np.float64)
@@ -312,17 +372,19 @@ def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> F
     return np.asarray(b[:, None] * (h @ permuted)[:n_out])
 
 
-def project(config: Config, x: Float, n_out: int, stream: int = 0) -> Float:
+def project(config: Config, x: Float, n_out: int, stream: int = 0, weights: Shapes | None = None) -> Float:
     """Compute F(x) with the dense matrix (the identity needs none).
 
     Parameters
     ----------
     config : Config
-        Its ``projection`` and ``seed`` are used.
+        Its ``projection``, ``on``, ``ratio`` and ``seed`` are used.
     x : ndarray, shape (n_in,)
     n_out : int
     stream : int
         The group whose draws are used.
+    weights : sequence of (rows, cols), optional
+        The weights of the group, for ``on="weight"``.
 
     Returns
     -------
@@ -333,12 +395,19 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0) -> Float:
     >>> project(Config(projection="shuffle"), np.array([0.0, 1.0, 2.0, 3.0]), 4)
     array([3., 1., 2., 0.])
     """
-    y = x if config.projection == "identity" else matrix(config.projection, len(x), n_out, config.seed, stream) @ x
-    if config.projection in _LINEAR_PARTS:
+    if config.projection == "identity":
+        return np.asarray(x)
+    found = _map(config, len(x), n_out, stream, weights)
+    y = matrix_of(found) @ x
+    if _last(config.projection) in _LINEAR_PARTS:
         return tanhshrink(y)
-    if not MAPS.find(config.projection).linear:
+    if not found.linear:
         raise ConfigError(f"projection {config.projection!r} is not linear and has no reference implementation")
     return np.asarray(y)
+
+
+def _last(projection: Recipe) -> object:
+    return projection[-1] if isinstance(projection, tuple) else projection
 
 
 def tanhshrink(t: Float) -> Float:

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.maps import make_map
 from tnadapt.algebra.sources import Scaled, Source, Tied, Trained
 
-from ._reference import matrix
+from ._reference import matrix_of
 
 __all__ = ["network_arrays", "trained_shapes"]
 
@@ -116,7 +117,7 @@ def _from_theta(
     assert config.before is not None
     for stream, (theta, made) in enumerate(scopes.items()):
         sizes = [math.prod(shapes[full]) for full in made]
-        p = matrix(config.before, len(params[theta]), sum(sizes), config.seed, _FIRST_STREAM + stream)
+        p = matrix_of(make_map(config.before, len(params[theta]), sum(sizes), config.seed, _FIRST_STREAM + stream))
         parts = np.split(p @ params[theta], np.cumsum(sizes)[:-1])
         for full, part in zip(made, parts, strict=True):
             found[full] = part.reshape(shapes[full]) + (begun[full] if config.offset else 0.0)

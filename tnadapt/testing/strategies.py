@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 from tnadapt.algebra.config import COMBINES, FOLDS, LEADINGS, Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import KINDS, SQUARE
+from tnadapt.algebra.maps import KINDS, Recipe, takes_ratio
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError
 
 __all__ = ["configs", "parameters", "plans", "shapes"]
+
+# Groups of whole weights.
+WHOLE = ("weight", "layer", "listed")
 
 
 @st.composite
@@ -37,16 +40,19 @@ def shapes(draw: st.DrawFn, max_weights: int = 4, max_side: int = 9) -> list[tup
 def configs(
     draw: st.DrawFn,
     weights: list[tuple[int, int]],
-    projections: tuple[str, ...] = KINDS,
+    projections: tuple[Recipe, ...] = KINDS,
     formats: tuple[str, ...] = FORMATS.built_in,
+    on: str = "vector",
 ) -> Config:
     """Draw configs of every kind for weights of these shapes.
 
     Parameters
     ----------
     weights : list of (rows, cols)
-    projections : tuple of str
-        Projections to choose from.
+    projections : tuple
+        Projections to choose from: names, settings of maps, or tuples of these. They must fit the weights.
+    on : "vector" or "weight"
+        What they are applied to.
 
     Returns
     -------
@@ -56,7 +62,7 @@ def configs(
     size = sum(rows * cols for rows, cols in weights)
     order = draw(st.integers(1, 4))
     projection = draw(st.sampled_from(projections))
-    ratio = 1.0 if projection in SQUARE else draw(st.sampled_from([1.0, 0.5, 0.3, 0.07]))
+    ratio = draw(st.sampled_from([1.0, 0.5, 0.3, 0.07])) if takes_ratio(projection) else 1.0
     splits = draw(st.integers(1, 3))
     combine = draw(st.sampled_from(COMBINES))
     name = draw(st.sampled_from(formats))
@@ -67,11 +73,12 @@ def configs(
     elif name == "tt" and draw(st.booleans()):
         rank = draw(st.tuples(*[small] * (order - 1)))
     fold: Any = draw(st.sampled_from([f for f in FOLDS if order <= 2 or f != "stack"]))
-    if fold != "stack" and draw(st.integers(0, 4)) == 0:
+    # The length before other maps than the paper's may be larger than the weights.
+    if fold != "stack" and projection in KINDS and draw(st.integers(0, 4)) == 0:
         # Explicit sizes, large enough for any group.
         side = next(d for d in itertools.count(1) if d**order >= size)
         fold = tuple(draw(st.integers(side, side + 2)) for _ in range(order))
-    groups: Any = draw(st.sampled_from(["weight", "layer", "some", "listed"]))
+    groups: Any = draw(st.sampled_from(["weight", "layer", "some", "listed"] if on == "vector" else WHOLE))
     if groups == "some":
         groups = draw(st.integers(1, min(size, 5)))
     elif groups == "listed":
@@ -98,20 +105,22 @@ def configs(
         shared=draw(st.booleans()),
         alpha=draw(st.none() | st.sampled_from([0.5, 8.0])),
         seed=draw(st.sampled_from([0, 1, 2**40 + 7, 2**64 - 1])),
+        on=on,
     )
 
 
 @st.composite
-def plans(draw: st.DrawFn, projections: tuple[str, ...] = KINDS) -> SuperLoRA:
+def plans(draw: st.DrawFn, projections: tuple[Recipe, ...] = KINDS, on: str = "vector") -> SuperLoRA:
     """Draw plans of every kind on small weights: ``SuperLoRA(config, shapes, layers)``.
 
     Parameters
     ----------
-    projections : tuple of str
-        Projections to choose from.
+    projections : tuple
+        Projections to choose from, as for :func:`configs`.
+    on : "vector" or "weight"
     """
     weights = draw(shapes())
-    config = draw(configs(weights, projections))
+    config = draw(configs(weights, projections, on=on))
     layers = [draw(st.integers(0, 1)) for _ in weights]
     try:
         return SuperLoRA(config, weights, layers)

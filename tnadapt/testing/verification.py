@@ -197,6 +197,12 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         "tinylora": presets.tinylora(5),
         "unilora": presets.unilora(11, rank=3),
         "vera": presets.vera(5),
+        "shira": presets.shira(10),
+        "fourierft": presets.fourierft(10),
+        "loca": presets.loca(10),
+        "waveft": presets.waveft(10, family="db2"),
+        "c3a": presets.c3a(4),
+        "miss": presets.miss(3),
     }
     return {name: (config, [(12, 8)] * 4) for name, config in made.items()}
 

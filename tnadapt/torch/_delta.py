@@ -85,7 +85,7 @@ class Whole:
     def vjp(self, arrays: Sequence[Tensor], wanted: Sequence[int], gradient: Tensor) -> Sequence[Tensor]:
         """Return the gradients of the wanted arrays, given that of the vector."""
         groups = self.plan.groups
-        if any(not group.projection.linear or group.projection.kind == "identity" for group in groups):
+        if any(not group.projection.linear or group.projection.map.identity for group in groups):
             return _vjp(self, arrays, wanted, gradient)
         # The adjoint of a linear F needs no output of F, so only the network in front of it is recomputed.
         backend, found = load_backend("torch"), dict[str, Tensor]()
@@ -167,9 +167,9 @@ class Slice:
         That is so behind F, which mixes all elements of a group. It is also so where a group's gradients would be
         larger than the group: each slice has gradients as large as all arrays of its groups.
         """
-        if plan.config.projection != "identity":
-            return None
         groups = [plan.groups[piece.group] for piece in plan.layout.of_weight(index)]
+        if not all(group.projection.map.identity for group in groups):
+            return None
         many = any(len(group.pieces) * group.num_parameters > group.size for group in groups if len(group.pieces) > 1)
         return None if many else cls(plan, index)
 

@@ -2,74 +2,75 @@
 
 Each map is one class in one file. It defines its forward pass and the fixed arrays that it draws; all that the
 initialization, the planner, the file formats and the solvers need is derived from these, or overridden (:class:`Map`).
-A new built-in map needs one more file and one more line in :data:`MAPS`; another package calls
-``tnadapt.register_map``. :class:`tnadapt.testing.MapContract` tests both kinds. ``walsh_hadamard`` is the
+Settings of a map are a frozen dataclass (:class:`MapSettings`), which users find in ``tnadapt.maps``. A new built-in
+map needs one more file and one more line in :data:`MAPS`; another package calls ``tnadapt.register_map``.
+:class:`tnadapt.testing.MapContract` tests both kinds. ``_map_recipe`` parses ``Config.projection`` and builds maps,
+``_chain`` composes them, and ``_per_weight`` applies one to each weight of a group. ``walsh_hadamard`` is the
 transform, and ``projection`` is the user-facing class of a map.
 """
 
 from __future__ import annotations
 
-from tnadapt.plugins import Registry
-
-from ._identity import Identity
+from ._chain import Chain
+from ._circulant import Circulant
+from ._gather import Gather, SignGather
 from ._linear import Linear, LinearV2
-from ._map import Map
-from ._normal import Normal
-from ._one_hot import OneHot, SignedOneHot
+from ._map import Map, Space
+from ._map_recipe import (
+    ON,
+    Recipe,
+    checked_projection,
+    input_length,
+    is_linear,
+    make_map,
+    make_map_on_weights,
+    projection_name,
+    projection_to_json,
+    require_ratio_fits,
+    takes_ratio,
+)
+from ._map_registry import KINDS, MAPS, SQUARE
+from ._map_settings import MapSettings, check_settings_class
+from ._per_weight import PerWeight
+from ._scatter import Scatter
 from ._shuffle import Shuffle
-from ._tanhshrink import Nonlinear, NonlinearV2, tanhshrink
+from ._tanhshrink import Nonlinear, tanhshrink
+from ._tile import Tile
+from ._wavelet import Wavelet
 
 __all__ = [
     "KINDS",
     "MAPS",
+    "ON",
     "SQUARE",
+    "Chain",
+    "Circulant",
+    "Gather",
     "Linear",
     "LinearV2",
     "Map",
+    "MapSettings",
     "Nonlinear",
+    "PerWeight",
+    "Recipe",
+    "Scatter",
     "Shuffle",
+    "SignGather",
+    "Space",
+    "Tile",
+    "Wavelet",
+    "checked_projection",
+    "input_length",
+    "is_linear",
     "make_map",
+    "make_map_on_weights",
+    "projection_name",
+    "projection_to_json",
     "register_map",
+    "require_ratio_fits",
+    "takes_ratio",
     "tanhshrink",
 ]
-
-MAPS: Registry[Map] = Registry(
-    "projection",
-    Map,
-    {
-        "identity": Identity,
-        "shuffle": Shuffle,
-        "linear": Linear,
-        "linear_v2": LinearV2,
-        "nonlinear": Nonlinear,
-        "nonlinear_v2": NonlinearV2,
-        "one-hot": OneHot,
-        "signed-one-hot": SignedOneHot,
-        "normal": Normal,
-    },
-)
-
-#: The paper's six maps, and those of them that preserve the length.
-KINDS = MAPS.built_in[:6]
-SQUARE = tuple(name for name in KINDS if MAPS[name].square)
-
-
-def make_map(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Map:
-    """Return the map with that name for these lengths.
-
-    Raises
-    ------
-    ConfigError
-        If there is no map with that name.
-
-    Examples
-    --------
-    >>> make_map("shuffle", 4, 4, seed=1)
-    Shuffle(n_in=4, n_out=4, seed=1, group=0)
-    """
-    found = MAPS.find(kind)(n_in, n_out, seed, group)
-    found.kind = kind
-    return found
 
 
 def register_map(name: str, cls: type[Map]) -> None:
@@ -80,12 +81,14 @@ def register_map(name: str, cls: type[Map]) -> None:
     name : str
         Lower-case letters, digits, ``.``, ``_`` and ``-``. It is written into adapter files.
     cls : type
-        A subclass of :class:`tnadapt.algebra.maps.Map`.
+        A subclass of :class:`tnadapt.algebra.maps.Map`. If it has settings, ``Config(projection=settings)`` takes an
+        instance of its ``settings_class``.
 
     Raises
     ------
     ConfigError
-        If the name has another form or is built in, or the class is not a subclass of Map.
+        If the name has another form or is built in, the class is not a subclass of Map, or its settings are not a
+        frozen dataclass.
 
     See Also
     --------
@@ -106,4 +109,7 @@ def register_map(name: str, cls: type[Map]) -> None:
     >>> f(np.array([1.0, 2.0, 3.0])), f.adjoint(np.array([0.0, 0.0, 1.0]))
     (array([3., 2., 1.]), array([1., 0., 0.]))
     """
+    MAPS.check(name, cls)
+    if cls.settings_class is not None:
+        check_settings_class(name, cls.settings_class)
     MAPS.register(name, cls)

@@ -17,7 +17,7 @@ class Identity(Map):
     """``y = x``; ρ = 1 only."""
 
     kind = "identity"
-    square = isometry = True
+    square = isometry = identity = True
 
     def forward(self, backend: Backend, x: Array) -> Array:
         return x

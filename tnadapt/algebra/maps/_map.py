@@ -2,7 +2,8 @@
 
 A linear map must define :meth:`Map.forward`, and its fixed arrays, if any, by :attr:`Map.fixed` and :meth:`Map.make`.
 Adjoint, slices, digest, gain and cost are derived from these; a class overrides a method where it has a faster
-algorithm.
+algorithm. A map whose settings determine the length of its input also defines :meth:`Map.fixes_length` and
+:meth:`Map.domain`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -18,14 +20,30 @@ from tnadapt.backends.backend import Array, FixedArrays
 from tnadapt.errors import ConfigError
 
 from .. import rng
+from ._map_settings import MapSettings, settings_text
 
-__all__ = ["Map"]
+__all__ = ["Map", "Space"]
 
 # The default adjoint forms F as a matrix and transposes it, up to this number of elements.
 FORMED = 1 << 22
 # Probes for the squared norm: 2**16 / n_in of them, at least 1 and at most 64.
 _PROBED = 1 << 16
 _MOST_PROBES = 64
+
+
+class Space(NamedTuple):
+    """Vectors that a map takes or returns.
+
+    Attributes
+    ----------
+    length : int
+        Number of elements.
+    shape : (int, int), optional
+        Rows and columns, if a vector is a matrix in C order; None if it has no such meaning.
+    """
+
+    length: int
+    shape: tuple[int, int] | None = None
 
 
 class Map(FixedArrays):
@@ -39,11 +57,21 @@ class Map(FixedArrays):
         0 to 2**64 - 1.
     group : int
         Stream of the draws: 0 if all groups share one map.
+    settings : MapSettings, optional
+        An instance of ``settings_class``.
+    shape : (int, int), optional
+        Rows and columns of the output as a matrix, for a two-sided map.
 
     Attributes
     ----------
     kind : str
         The name under which it is registered.
+    settings_class : type of MapSettings, optional
+        The class of its settings; None if it has none.
+    two_sided : bool
+        Whether it works on the rows and columns of a matrix, so that a config needs ``on="weight"``.
+    identity : bool
+        Whether ``F(x) = x``: nothing then calls it.
     square : bool
         Whether it preserves the length; a config then refuses ``ratio`` below 1.
     linear : bool
@@ -80,22 +108,56 @@ class Map(FixedArrays):
     """
 
     kind: str = ""
+    settings_class: ClassVar[type[MapSettings] | None] = None
+    two_sided: bool = False
+    identity: bool = False
     square: bool = False
     linear: bool = True
     isometry: bool = False
     full_rank: bool = False
     fixed: tuple[str, ...] = ()
 
-    def __init__(self, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> None:
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        seed: int = 0,
+        group: int = 0,
+        *,
+        settings: Any = None,
+        shape: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.n_in, self.n_out, self.seed, self.group = n_in, n_out, seed, group
+        self.settings, self.shape = settings, shape
 
     def __repr__(self) -> str:
         name = type(self).__name__
-        return f"{name}(n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
+        extra = "" if self.settings is None else f", settings={settings_text(self.settings)}"
+        extra += "" if self.shape is None else f", shape={self.shape}"
+        return f"{name}(n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group}{extra})"
 
     def _lacks(self, what: str) -> ConfigError:
         return ConfigError(f"map {self.kind or type(self).__name__!r} does not define {what}")
+
+    # -- Lengths -------------------------------------------------------------------------------
+
+    @classmethod
+    def fixes_length(cls, settings: Any) -> bool:
+        """Return whether the output and the settings determine the length of the input; else ``ratio`` does."""
+        return cls.square
+
+    @classmethod
+    def domain(cls, codomain: Space, settings: Any) -> Space:
+        """Return the space of the input, if :meth:`fixes_length`; raise a ConfigError if the settings do not fit.
+
+        Parameters
+        ----------
+        codomain : Space
+            The space of the output; a two-sided map always gets one with a shape.
+        settings : MapSettings or None
+        """
+        return codomain
 
     # -- What it computes ----------------------------------------------------------------------
 
@@ -153,8 +215,13 @@ class Map(FixedArrays):
             yield array.astype("<i8" if array.dtype.kind in "iu" else "<f4")
 
     def digest(self) -> str:
-        """Return the hex SHA-256 of kind, lengths and draws, the same for equal maps."""
-        total = hashlib.sha256(f"tnadapt {self.kind} {self.n_in} {self.n_out}".encode())
+        """Return the hex SHA-256 of kind, lengths, settings, shape and draws, the same for equal maps."""
+        head = f"tnadapt {self.kind} {self.n_in} {self.n_out}"
+        if self.settings is not None:
+            head += f" {settings_text(self.settings)}"
+        if self.shape is not None:
+            head += f" {self.shape[0]}x{self.shape[1]}"
+        total = hashlib.sha256(head.encode())
         for stream in self.streams():
             total.update(hashlib.sha256(stream.tobytes()).digest())
         return total.hexdigest()
@@ -186,6 +253,10 @@ class Map(FixedArrays):
             total += float(made @ made)
         mantissa, exponent = math.frexp(total / probes)
         return math.ldexp(round(mantissa * 256.0), exponent - 8)
+
+    def freedom(self) -> int:
+        """Return the rank of F (of its linear part), or an upper bound on it. Default: the smaller length."""
+        return min(self.n_in, self.n_out)
 
     def fourth_moment(self) -> float:
         """Return ``E[g'² t⁴] / E[t²]²``, for :mod:`tnadapt.algebra.init`; only nonlinear maps define it."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tnadapt.backends import get_backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError, integer
 
 from ..folding import MAX_SIZE
-from . import MAPS, make_map
+from ._map import Map
+from ._map_recipe import checked_projection, make_map, make_map_on_weights, projection_name
 
 __all__ = ["Projection"]
 
@@ -20,12 +22,14 @@ class Projection:
 
     Parameters
     ----------
-    kind : str
-        One of the paper's six maps ("identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2"), or a
-        name registered with :func:`tnadapt.register_map`.
+    kind : str, settings of a map, or list of these
+        As ``Config.projection``: one of the paper's six maps ("identity", "shuffle", "linear", "linear_v2",
+        "nonlinear", "nonlinear_v2"), a name registered with :func:`tnadapt.register_map`, settings such as
+        ``tnadapt.maps.Scatter(size=1000)``, or a list of maps that are applied one after another.
     n_in, n_out : int
-        Lengths, at least 1. Identity and shuffle need ``n_in == n_out``. The others also allow
-        ``n_in > n_out``: the projection then reduces the length.
+        Lengths, at least 1. ``n_in`` may be left out if the map determines it, or preserves the length. Identity and
+        shuffle need ``n_in == n_out``. The paper's others also allow ``n_in > n_out``: the projection then reduces the
+        length.
     seed : int
         0 to 2**64 - 1.
     group : int
@@ -76,19 +80,50 @@ class Projection:
     True
     """
 
-    def __init__(self, kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> None:
-        found = MAPS.find(kind)
-        n_in = integer("n_in", n_in, 1, MAX_SIZE, ConfigError)
+    def __init__(
+        self, kind: Any, n_in: int | None = None, n_out: int | None = None, seed: int = 0, group: int = 0
+    ) -> None:
+        kind = checked_projection(kind)
+        n_in = None if n_in is None else integer("n_in", n_in, 1, MAX_SIZE, ConfigError)
         n_out = integer("n_out", n_out, 1, MAX_SIZE, ConfigError)
-        seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
-        group = integer("group", group, 0, (1 << 32) - 1, ConfigError)
-        if found.square and n_in != n_out:
-            raise ConfigError(f"{kind!r} keeps the length; got n_in={n_in}, n_out={n_out}: use 'linear'")
-        self.kind, self.n_in, self.n_out, self.seed, self.group = kind, n_in, n_out, seed, group
-        self.map = make_map(kind, n_in, n_out, seed, group)
+        self._hold(kind, make_map(kind, n_in, n_out, *_stream(seed, group)))
+
+    @classmethod
+    def on_weights(
+        cls, kind: Any, shapes: Sequence[tuple[int, int]], ratio: float = 1.0, seed: int = 0, group: int = 0
+    ) -> Projection:
+        """Return the projection of a group of whole weights that is applied to each weight as a matrix.
+
+        Parameters
+        ----------
+        kind
+            As for the class.
+        shapes : sequence of (rows, cols)
+            The weights of the group; the output is their updates, one after another.
+        ratio : float
+            ρ of each weight, for a map that does not determine the length of its input.
+        seed, group : int
+            As for the class. All weights of the group use the same streams.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> f = Projection.on_weights([tna.maps.Scatter(size=2), "dct2"], [(2, 3), (4, 2)])
+        >>> f.n_in, f(np.ones(4)).shape
+        (4, (14,))
+        """
+        kind = checked_projection(kind)
+        found = cls.__new__(cls)
+        found._hold(kind, make_map_on_weights(kind, shapes, ratio, *_stream(seed, group)))
+        return found
+
+    def _hold(self, kind: Any, found: Map) -> None:
+        self.kind, self.map = kind, found
+        self.n_in, self.n_out, self.seed, self.group = found.n_in, found.n_out, found.seed, found.group
 
     def __repr__(self) -> str:
-        return f"Projection({self.kind!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
+        kind = self.kind if isinstance(self.kind, str) else projection_name(self.kind)
+        return f"Projection({kind!r}, n_in={self.n_in}, n_out={self.n_out}, seed={self.seed}, group={self.group})"
 
     @property
     def padded(self) -> int:
@@ -104,7 +139,11 @@ class Projection:
     def linear_part(self) -> Projection:
         """F without its final nonlinearity, with the same draws."""
         part = self.map.linear_part
-        return self if part is self.map else Projection(part.kind, self.n_in, self.n_out, self.seed, self.group)
+        if part is self.map:
+            return self
+        found = Projection.__new__(Projection)
+        found._hold(part.kind, part)
+        return found
 
     # -- F -----------------------------------------------------------------------------------
 
@@ -238,6 +277,13 @@ class Projection:
         if len(x.shape) < 1 or x.shape[-1] != length:
             raise ShapeError(f"{self!r} got an array of shape {tuple(x.shape)}; expected (…, {length})")
         return x
+
+
+def _stream(seed: int, group: int) -> tuple[int, int]:
+    return (
+        integer("seed", seed, 0, (1 << 64) - 1, ConfigError),
+        integer("group", group, 0, (1 << 32) - 1, ConfigError),
+    )
 
 
 def _in_float32(compute: Callable[..., Array], *arrays: Array) -> Array:

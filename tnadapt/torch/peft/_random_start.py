@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .._adapter import Adapter
@@ -19,6 +21,8 @@ def start_randomly(handle: Adapter) -> None:
     zero = [array for array in arrays if not array.any()]
     # A single array is the update itself, so its numbers must be small; otherwise the small initial values of the other
     # arrays scale the product.
+    # They are smaller still if the scale or F enlarges them, as WaveFT's scale of 25 does.
     alone = len(arrays) == handle.plan.num_groups
+    enlarged = max(group.network.scale * math.sqrt(group.projection.map.variance()) for group in handle.plan.groups)
     for array in zero or arrays:
-        array.add_(torch.randn_like(array), alpha=0.1 if alone else 1.0)
+        array.add_(torch.randn_like(array), alpha=0.1 / max(1.0, enlarged) if alone else 1.0)

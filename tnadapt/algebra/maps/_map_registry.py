@@ -1,0 +1,50 @@
+"""The registry of maps by name."""
+
+from __future__ import annotations
+
+from tnadapt.plugins import Registry
+
+from ._circulant import CirculantMap
+from ._dct import Dct2
+from ._dft import Dft2
+from ._gather import GatherMap, SignGatherMap
+from ._identity import Identity
+from ._linear import Linear, LinearV2
+from ._map import Map
+from ._normal import Normal
+from ._one_hot import OneHot, SignedOneHot
+from ._scatter import ScatterMap
+from ._shuffle import Shuffle
+from ._tanhshrink import Nonlinear, NonlinearV2
+from ._tile import TileMap
+from ._wavelet import WaveletMap
+
+__all__ = ["KINDS", "MAPS", "SQUARE"]
+
+MAPS: Registry[Map] = Registry(
+    "projection",
+    Map,
+    {
+        "identity": Identity,
+        "shuffle": Shuffle,
+        "linear": Linear,
+        "linear_v2": LinearV2,
+        "nonlinear": Nonlinear,
+        "nonlinear_v2": NonlinearV2,
+        "scatter": ScatterMap,
+        "gather": GatherMap,
+        "sign-gather": SignGatherMap,
+        "tile": TileMap,
+        "circulant": CirculantMap,
+        "dct2": Dct2,
+        "dft2": Dft2,
+        "wavelet": WaveletMap,
+        "one-hot": OneHot,
+        "signed-one-hot": SignedOneHot,
+        "normal": Normal,
+    },
+)
+
+#: The paper's six maps, and those of them that preserve the length.
+KINDS = ("identity", "shuffle", "linear", "linear_v2", "nonlinear", "nonlinear_v2")
+SQUARE = tuple(name for name in KINDS if MAPS[name].square)
