@@ -247,7 +247,7 @@ def test_grouped_query_attention_is_refused_with_the_way_out(name: str) -> None:
     with pytest.raises(tna.ConfigError) as caught:
         tna.SuperLoRA(config, [(96, 96), (32, 96)] * 2)
     message = str(caught.value)
-    for part in ("2 of 96×96, 2 of 32×96", "cut through weights", 'targets="q"', "superlora or lora"):
+    for part in ("2 of 96×96, 2 of 32×96", "cut through weights", 'groups="role"', "superlora or lora"):
         assert part in message
     with pytest.raises(tna.ConfigError, match="a group has 3 of them: give the preset the number of adapted weights"):
         tna.SuperLoRA(config, [(96, 96)] * 3)

@@ -95,7 +95,9 @@ def test_every_preset_by_its_name_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lorta_cp", "cara"])
 def test_presets_that_want_the_number_of_heads(name: str) -> None:
-    with pytest.raises(TnadaptError, match=f"preset '{name}': .*'heads'; give it with --set NAME=VALUE"):
+    with pytest.raises(
+        TnadaptError, match=f"preset '{name}' needs the number of 'heads' or .*; give it with --set NAME=VALUE"
+    ):
         methods_of([name], [2], {}, SMALL, 4)
     (method,) = methods_of([name], [2], {"heads": 4}, SMALL, 4)
     assert method.config is not None

@@ -38,6 +38,7 @@ VARIANTS: dict[str, tna.Config | None] = {
     "compacter": P.compacter(1, terms=2),
     "superlora groups": P.superlora(3, groups=4),
     "superlora layer": P.superlora(3, groups="layer"),
+    "superlora role": P.superlora(3, groups="role"),
     "superlora shuffle": P.superlora(3, projection="shuffle"),
     "superlora linear": P.superlora(3, projection="linear", ratio=0.3),
     "superlora linear_v2": P.superlora(3, projection="linear_v2", ratio=0.3, groups=3, shared=False),

@@ -14,6 +14,7 @@ from .group import Group
 from .init import Initializer
 from .layout import make_layout, require_alike
 from .maps.projection import Projection
+from .named_fold import group_fold, is_named
 from .network import Network
 from .sources import FrozenArrays, Source, SourceMap
 
@@ -35,20 +36,24 @@ class GroupPlan:
     """
 
     def __init__(
-        self, config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None
+        self,
+        config: Config,
+        shapes: Sequence[tuple[int, int]],
+        layers: Sequence[Hashable] | None = None,
+        roles: Sequence[Hashable] | None = None,
     ) -> None:
         if not isinstance(config, Config):
             raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
         self.config = config
-        self.layout = make_layout(config.groups, shapes, layers)
+        self.layout = make_layout(config.groups, shapes, layers, roles)
         if config.weight_shape is not None:
-            assert isinstance(config.fold, tuple)  # Config refuses any other
-            require_alike(self.layout, config.weight_shape, config.fold)
+            require_alike(self.layout, config.weight_shape, config.fold)  # type: ignore[arg-type]  # Config refuses others
         self.shapes = self.layout.shapes
         self.size = self.layout.size
         self.num_groups = self.layout.num_groups
         self._layers = None if layers is None else list(layers)
-        self._networks: dict[tuple[int, int], Network] = {}
+        self._roles = None if roles is None else list(roles)
+        self._networks: dict[tuple[int, int, tuple[int, ...] | None], Network] = {}
         # Build every network once, to raise errors here and not at the first use.
         for group in self._different:
             self._network(group)
@@ -60,7 +65,7 @@ class GroupPlan:
     @functools.cached_property
     def num_parameters(self) -> int:
         """Number of trained elements; counted without allocating anything."""
-        if self._columns_vary:
+        if self._networks_vary:
             return sum(self._num_trained(group) for group in range(self.num_groups))
         return sum(count * self._num_trained(group) for group, count, _ in self.layout.same_size())
 
@@ -152,23 +157,28 @@ class GroupPlan:
         return self.config.fold == "stack" and self.config.order == 2
 
     @property
-    def _columns_vary(self) -> bool:
-        """Whether groups of equal size may have different networks: stacks with different columns."""
+    def _networks_vary(self) -> bool:
+        """Whether groups of equal size may have different networks: stacks and folds in names, of different weights."""
+        if is_named(self.config.fold):
+            return not self.layout.equal_shapes
         return self._stacked and not self.layout.equal_columns
 
     @property
     def _different(self) -> Iterable[int]:
         """Indices of groups that together have every network of the plan."""
-        return range(self.num_groups) if self._columns_vary else [first for first, _, _ in self.layout.same_size()]
+        return range(self.num_groups) if self._networks_vary else [first for first, _, _ in self.layout.same_size()]
 
     def _network(self, group: int) -> Network:
         size = self.layout.group_size(group)
         columns = self.layout.columns(group) if self._stacked else 1
-        found = self._networks.get((size, columns))
+        config = self.config
+        fold = group_fold(config.fold, self.layout, group) if is_named(config.fold) else None
+        found = self._networks.get((size, columns, fold))
         if found is None:
             # The ratio is the decimal it prints as: 0.07 of 100 is 7, not 8.
-            n_in = max(1, math.ceil(Fraction(str(self.config.ratio)) * size))
-            found = self._networks[size, columns] = Network(self.config, n_in, columns)
+            n_in = max(1, math.ceil(Fraction(str(config.ratio)) * size))
+            own = config if fold is None else config.replace(fold=fold)
+            found = self._networks[size, columns, fold] = Network(own, n_in, columns)
         return found
 
     def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:

@@ -15,6 +15,7 @@ from tnadapt.errors import ConfigError, integer, peft_hint, safe_repr
 from .folding import MAX_ORDER
 from .formats import FORMATS
 from .maps import MAPS
+from .named_fold import check_fold, is_named
 from .sources import Source, SourceMap, source_from_dict, source_to_dict
 
 __all__ = ["Config"]
@@ -45,11 +46,14 @@ class Config:
         M, the number of modes of the tensor that a group is folded to; 1 is a vector.
     splits : int
         K, the number of tensors whose product is a group.
-    groups : "weight", "layer", int or list of lists of int
-        One group per weight, one per layer, G equal pieces of the long vector, or explicit lists of weight indices.
-    fold : "stack", "hypercube", "balanced" or tuple of int
+    groups : "weight", "layer", "role", int or list of lists of int
+        One group per weight, one per layer, one per role (all queries, all values, …), G equal pieces of the long
+        vector, or explicit lists of weight indices.
+    fold : "stack", "hypercube", "balanced" or tuple of int and str
         How a group becomes a tensor: weights stacked along rows (M = 2 only), the paper's reshape to equal sizes, the
-        smallest nearly equal sizes, or explicit sizes, one per mode.
+        smallest nearly equal sizes, or explicit sizes, one per mode. A size may be a name, which stands for a number of
+        each group: ``("weights", "rows", "cols")``, or ``("weights", "rows/64", 64, "cols")`` with heads of 64 rows.
+        The weights of a group must then have one shape; see :mod:`tnadapt.algebra.named_fold`.
     format : str
         Format of each split: "dense", "cp", "cp-weighted", "tucker", "tt", or a name given to
         :func:`tnadapt.register_format`.
@@ -102,7 +106,7 @@ class Config:
     order: int = 2
     splits: int = 1
     groups: str | int | tuple[tuple[int, ...], ...] = "weight"
-    fold: str | tuple[int, ...] = "stack"
+    fold: str | tuple[int | str, ...] = "stack"
     format: str = "cp"
     combine: str = "kronecker"
     split_size: int | str | tuple[int, ...] = "balanced"
@@ -147,6 +151,11 @@ class Config:
                 f"ratio={self.ratio} needs a projection that changes the length; "
                 f"projection={self.projection!r} does not: use projection='linear', or ratio=1"
             )
+        if self.ratio != 1.0 and is_named(self.fold):
+            raise ConfigError(
+                f"fold={self.fold} has the sizes of the weights, and ratio={self.ratio} folds a shorter vector: use "
+                "ratio=1, or fold='hypercube'"
+            )
         if not isinstance(self.shared, bool):
             raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
         if self.alpha is not None:
@@ -175,7 +184,13 @@ class Config:
                 f"weight_shape={(rows, cols)} says what the sizes of a fold stand for, and fold={self.fold!r} names "
                 "none: give fold=(weights, rows, cols), or weight_shape=None"
             )
-        inner = list(itertools.accumulate(reversed(self.fold), operator.mul))
+        if is_named(self.fold):
+            raise ConfigError(
+                f"fold={self.fold} takes the shapes that the weights have, and weight_shape={(rows, cols)} demands "
+                "one: leave weight_shape out, or give the fold in integers"
+            )
+        fold = [int(size) for size in self.fold]
+        inner = list(itertools.accumulate(reversed(fold), operator.mul))
         if cols not in inner or rows * cols not in inner[inner.index(cols) :]:
             raise ConfigError(
                 f"the last sizes of fold={self.fold} do not multiply to the {rows} rows and {cols} columns of "
@@ -183,9 +198,14 @@ class Config:
             )
         return rows, cols
 
-    def _checked_fold(self) -> str | tuple[int, ...]:
+    def _checked_fold(self) -> str | tuple[int | str, ...]:
         if isinstance(self.fold, (tuple, list)):
-            sizes = tuple(_integer(f"fold[{mode}]", size, 1, 1 << 62) for mode, size in enumerate(self.fold))
+            sizes = tuple(
+                size if isinstance(size, str) else _integer(f"fold[{mode}]", size, 1, 1 << 62)
+                for mode, size in enumerate(self.fold)
+            )
+            if is_named(sizes):
+                check_fold(sizes)
             if len(sizes) != self.order:
                 raise ConfigError(
                     f"fold={sizes} has {len(sizes)} sizes and order is {self.order}; set order={len(sizes)}"
@@ -323,9 +343,9 @@ def _word(name: str, value: Any, words: tuple[str, ...], other: str = "") -> Non
 
 
 def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
-    what = '"weight", "layer", an integer of at least 1, or a list of lists of weight indices'
+    what = '"weight", "layer", "role", an integer of at least 1, or a list of lists of weight indices'
     if isinstance(groups, str):
-        if groups not in ("weight", "layer"):
+        if groups not in ("weight", "layer", "role"):
             raise ConfigError(f"groups must be {what}; got {safe_repr(groups)}")
         return groups
     if isinstance(groups, (list, tuple)):
@@ -334,7 +354,7 @@ def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
         return tuple(
             tuple(_integer(f"groups[{g}]", weight, 0, MAX_INT) for weight in group) for g, group in enumerate(groups)
         )
-    return _integer("groups", groups, 1, 1 << 62, 'or "weight", "layer" or a list of lists')
+    return _integer("groups", groups, 1, 1 << 62, 'or "weight", "layer", "role" or a list of lists')
 
 
 def _checked_sources(sources: Any) -> SourceMap:

@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ShapeError
+from tnadapt.errors import ConfigError, ShapeError
 
 from ._boxes import boxes
 from .config import Config
 from .folding import balanced_shape, hypercube_shape, kronecker_sizes
 from .formats import Format, make_format
+from .named_fold import is_named
 from .products import hadamard_tensor, khatri_rao, kronecker_tensor
 from .rearrangement import contracted, rearranged
 from .unfolding import Cut, along, best_cut, row_wise_khatri_rao
@@ -72,8 +73,9 @@ def fold_sizes(config: Config, size: int, columns: int) -> tuple[int, ...]:
     elif config.fold == "balanced":
         sizes = balanced_shape(size, config.order)
     else:
-        assert not isinstance(config.fold, str)  # Config has refused any other word
-        sizes = config.fold
+        if isinstance(config.fold, str) or is_named(config.fold):
+            raise ConfigError(f"fold={config.fold!r} has no sizes without the weights of a group")
+        sizes = tuple(int(each) for each in config.fold)
     if math.prod(sizes) < size:
         raise ShapeError(
             f"fold={sizes} holds {math.prod(sizes)} elements and a group has {size}; "

@@ -5,16 +5,19 @@ are fields of :class:`~tnadapt.Config` (``alpha``, ``seed``, …) and override t
 
 LoDA, which the paper also names, is not included: its nonlinearity acts on activations, so it defines no ΔW.
 
-Methods that stack all weights into one tensor (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``) need to know
-the number of weights and their common shape (``Config.weight_shape``; other weights are refused). The weights must be
-in the order layer 0 query, layer 0 value, layer 1 query, …
+Methods that stack all weights of a group into one tensor (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``)
+take the number of weights and their shape from the weights of each group. If the sizes are given as arguments, they are
+a condition (``Config.weight_shape``): other weights are refused. The weights of a group must have one shape;
+``groups="role"`` makes one group of all queries, one of all values and so on, which have different shapes in
+grouped-query attention. The weights must be in the order layer 0 query, layer 0 value, layer 1 query, …
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from tnadapt.errors import ConfigError, integer
+from tnadapt.errors import ConfigError, integer, safe_repr
 
 from .config import Config
 from .folding import MAX_SIZE
@@ -42,16 +45,44 @@ def _config(own: dict[str, Any], changes: dict[str, Any]) -> Config:
     return Config.from_dict({**own, **changes})
 
 
-def _stacked(rows: int, cols: int, fold: tuple[int, ...], own: dict[str, Any], changes: dict[str, Any]) -> Config:
-    """Stack all weights into one tensor whose last modes are rows and columns.
+Fold = tuple[int | str, ...]
 
-    If the caller gives a fold, it replaces this one and may be used with weights of any shapes.
+
+def _stacked(
+    sizes: dict[str, int | None], fold: Callable[..., Fold], own: dict[str, Any], changes: dict[str, Any]
+) -> Config:
+    """Stack all weights of a group into one tensor whose last modes are rows and columns.
+
+    ``fold`` maps the sizes, or their names where the caller gives no sizes, to the fold. If the caller gives a fold, it
+    replaces this one and may be used with weights of any shapes.
     """
-    if "fold" not in changes:
-        own = {**own, "fold": fold, "order": len(fold), "weight_shape": (rows, cols)}
+    absent = [name for name, size in sizes.items() if size is None]
+    if absent and len(absent) < len(sizes):
+        raise ConfigError(
+            f"{', '.join(name for name in sizes if name not in absent)} given without {', '.join(absent)}: give all of "
+            f"{', '.join(sizes)}, or none to take them from the weights of each group"
+        )
+    made = fold(*(sizes if absent else sizes.values()))
+    if "fold" in changes:
+        own = {**own, "order": len(made)}
+    elif absent:
+        own = {**own, "order": len(made), "fold": made}
     else:
-        own = {**own, "order": len(fold)}
+        own = {**own, "order": len(made), "fold": made, "weight_shape": (sizes["rows"], sizes["cols"])}
     return _config({"groups": 1, **own}, changes)
+
+
+def _in_heads(rows: int | str, heads: int | None, head_size: int | None) -> Fold:
+    """Return the number of heads and their size, of which one is given; the other is a quotient of the rows."""
+    if (heads is None) == (head_size is None):
+        raise ConfigError(
+            f"give heads, or head_size where weights have different numbers of heads; got heads={safe_repr(heads)}, "
+            f"head_size={safe_repr(head_size)}"
+        )
+    name, value = ("heads", heads) if head_size is None else ("head_size", head_size)
+    given = integer(name, value, 1, MAX_SIZE, ConfigError)
+    other = f"{rows}/{given}" if isinstance(rows, str) else _head_size(rows, given, name)
+    return (given, other) if head_size is None else (other, given)
 
 
 def dense(**changes: Any) -> Config:
@@ -167,29 +198,42 @@ def lonkr(rank: int = 4, splits: int = 3, groups: Any = 1, split_size: Any = 8, 
     )
 
 
-def lotr(rank: int = 4, *, weights: int, rows: int, cols: int, train: bool = False, **changes: Any) -> Config:
+def lotr(
+    rank: int = 4,
+    *,
+    weights: int | None = None,
+    rows: int | None = None,
+    cols: int | None = None,
+    train: bool = False,
+    **changes: Any,
+) -> Config:
     """LoTR: all updates as one tensor ``(weights, rows, cols)`` (table 1; Bershatsky et al., arXiv 2402.01376).
 
-    Settings: G = 1, that fold, Tucker with no factor in mode 0: ``ΔW_s = A G_s Bᵀ``, where all weights share A
-    and B and each has its own core G_s. With ``train=True``, a tensor train over the same modes.
+    Settings: G = 1, that fold, Tucker with no factor in mode 0: ``ΔW_s = A G_s Bᵀ``, where all weights of a group share
+    A and B and each has its own core G_s. With ``train=True``, a tensor train over the same modes.
 
     Parameters
     ----------
     rank : int
         Rank of rows and columns (of both bonds for a train).
-    weights, rows, cols : int
-        Number of weights, and their common shape.
+    weights, rows, cols : int, optional
+        Number of weights, and their common shape; by default those of each group.
 
     Examples
     --------
     >>> import tnadapt as tna
     >>> tna.SuperLoRA(lotr(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3).param_shapes
     {'group0.split0.core': (3, 2, 2), 'group0.split0.factor1': (8, 2), 'group0.split0.factor2': (5, 2)}
+
+    Queries and values of grouped-query attention:
+
+    >>> tna.parameter_count(lotr(rank=2, groups="role"), [(64, 32), (16, 32)] * 3, roles="qvqvqv")
+    312
     """
     own: dict[str, Any] = {"format": "tucker", "rank": (None, rank, rank)}
     if train:
         own = {"format": "tt", "rank": rank}
-    return _stacked(rows, cols, (weights, rows, cols), own, changes)
+    return _stacked({"weights": weights, "rows": rows, "cols": cols}, lambda *sizes: sizes, own, changes)
 
 
 def lorta(rank: int = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Config:
@@ -208,7 +252,15 @@ def lorta(rank: int = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Con
 
 
 def lorta_cp(
-    rank: int = 4, *, layers: int, rows: int, cols: int, heads: int, matrices: int = 2, **changes: Any
+    rank: int = 4,
+    *,
+    layers: int | None = None,
+    rows: int | None = None,
+    cols: int | None = None,
+    heads: int | None = None,
+    head_size: int | None = None,
+    matrices: int | None = None,
+    **changes: Any,
 ) -> Config:
     """LoRTA of Hounie et al.: CP over layers, matrices, heads, head size and input (arXiv 2410.04060).
 
@@ -218,17 +270,17 @@ def lorta_cp(
     Parameters
     ----------
     rank : int
-    layers, matrices : int
-        Number of layers, and of adapted matrices in each (2: query and value).
-    rows, cols : int
-        Common shape of the weights.
-    heads : int
-        Attention heads; divides rows.
+    layers, rows, cols : int, optional
+        Number of layers, and the common shape of the weights; by default those of each group.
+    heads, head_size : int
+        Number of attention heads, or the rows of each; one of them. It divides rows.
+    matrices : int
+        Adapted matrices of each layer in a group: by default 2 (query and value), and 1 with ``groups="role"``.
 
     Raises
     ------
     ConfigError
-        If heads does not divide rows.
+        If heads or head_size does not divide rows.
 
     Examples
     --------
@@ -237,11 +289,26 @@ def lorta_cp(
     >>> tna.parameter_count(cfg, [(768, 768)] * 24) == 4 * (12 + 2 + 12 + 64 + 768)
     True
     """
-    fold = (layers, matrices, heads, _head_size(rows, heads), cols)
-    return _stacked(rows, cols, fold, {"format": "cp", "rank": rank}, changes)
+    if matrices is None:
+        matrices = 1 if changes.get("groups") == "role" else 2
+
+    def fold(layers: int | str, rows: int | str, cols: int | str) -> Fold:
+        each = layers if not isinstance(layers, str) else f"weights/{matrices}"
+        return (each, matrices, *_in_heads(rows, heads, head_size), cols)
+
+    return _stacked({"layers": layers, "rows": rows, "cols": cols}, fold, {"format": "cp", "rank": rank}, changes)
 
 
-def cara(rank: int = 4, *, weights: int, rows: int, cols: int, heads: int, **changes: Any) -> Config:
+def cara(
+    rank: int = 4,
+    *,
+    weights: int | None = None,
+    rows: int | None = None,
+    cols: int | None = None,
+    heads: int | None = None,
+    head_size: int | None = None,
+    **changes: Any,
+) -> Config:
     """CaRA: weighted CP over matrices, heads, head size and input (Veeramacheneni et al., ICML 2025).
 
     Settings: G = 1, cp-weighted on ``(weights, heads, rows / heads, cols)``. The paper counts query, key and
@@ -250,15 +317,15 @@ def cara(rank: int = 4, *, weights: int, rows: int, cols: int, heads: int, **cha
     Parameters
     ----------
     rank : int
-    weights, rows, cols : int
-        Number of weights, and their common shape.
-    heads : int
-        Attention heads; divides rows.
+    weights, rows, cols : int, optional
+        Number of weights, and their common shape; by default those of each group.
+    heads, head_size : int
+        Number of attention heads, or the rows of each; one of them. It divides rows.
 
     Raises
     ------
     ConfigError
-        If heads does not divide rows.
+        If heads or head_size does not divide rows.
 
     Examples
     --------
@@ -267,18 +334,24 @@ def cara(rank: int = 4, *, weights: int, rows: int, cols: int, heads: int, **cha
     >>> tna.parameter_count(cfg, [(768, 768)] * 24) == 4 + 4 * (24 + 12 + 64 + 768)
     True
     """
-    fold = (weights, heads, _head_size(rows, heads), cols)
-    return _stacked(rows, cols, fold, {"format": "cp-weighted", "rank": rank}, changes)
+
+    def fold(weights: int | str, rows: int | str, cols: int | str) -> Fold:
+        return (weights, *_in_heads(rows, heads, head_size), cols)
+
+    own = {"format": "cp-weighted", "rank": rank}
+    return _stacked({"weights": weights, "rows": rows, "cols": cols}, fold, own, changes)
 
 
-def _head_size(rows: int, heads: int) -> int:
-    rows, heads = (integer(name, value, 1, MAX_SIZE, ConfigError) for name, value in (("rows", rows), ("heads", heads)))
-    if rows % heads:
-        raise ConfigError(f"heads must divide rows; got heads={heads}, rows={rows}")
-    return rows // heads
+def _head_size(rows: int, given: int, name: str) -> int:
+    rows = integer("rows", rows, 1, MAX_SIZE, ConfigError)
+    if rows % given:
+        raise ConfigError(f"{name} must divide rows; got {name}={given}, rows={rows}")
+    return rows // given
 
 
-def fact_tt(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any) -> Config:
+def fact_tt(
+    rank: int = 4, *, weights: int | None = None, rows: int | None = None, cols: int | None = None, **changes: Any
+) -> Config:
     """FacT-TT: ``ΔW_s = U Σ_s Vᵀ``, U and V shared by all weights (Jie & Deng, arXiv 2212.03145).
 
     Settings: G = 1, fold ``(weights, rows, cols)``, Tucker with no factor in mode 0: FacT's tensor train, with its
@@ -293,7 +366,9 @@ def fact_tt(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any
     return lotr(rank, weights=weights, rows=rows, cols=cols, **changes)
 
 
-def fact_tk(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any) -> Config:
+def fact_tk(
+    rank: int = 4, *, weights: int | None = None, rows: int | None = None, cols: int | None = None, **changes: Any
+) -> Config:
     """FacT-TK: Tucker over (weights, rows, cols) with a factor in every mode (Jie & Deng, arXiv 2212.03145).
 
     Settings: G = 1, that fold, Tucker.
@@ -304,7 +379,8 @@ def fact_tk(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any
     >>> tna.parameter_count(fact_tk(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3) == 8 + 6 + 16 + 10
     True
     """
-    return _stacked(rows, cols, (weights, rows, cols), {"format": "tucker", "rank": rank}, changes)
+    own = {"format": "tucker", "rank": rank}
+    return _stacked({"weights": weights, "rows": rows, "cols": cols}, lambda *sizes: sizes, own, changes)
 
 
 def fastfood(ratio: float = 0.01, **changes: Any) -> Config:

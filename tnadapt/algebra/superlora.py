@@ -35,6 +35,8 @@ class SuperLoRA(GroupPlan):
         Shapes of the weights to update, in torch's order ``(out_features, in_features)``.
     layers : sequence of hashable, optional
         One key per weight, for ``groups="layer"``.
+    roles : sequence of hashable, optional
+        One key per weight, for ``groups="role"``, such as ``["q", "v", "q", "v"]``.
 
     Attributes
     ----------
@@ -76,7 +78,7 @@ class SuperLoRA(GroupPlan):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Recompute it from its few integers, instead of pickling the cached draws.
-        return SuperLoRA, (self.config, self.shapes, self._layers)
+        return SuperLoRA, (self.config, self.shapes, self._layers, self._roles)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
         return self  # immutable
@@ -316,12 +318,17 @@ class SuperLoRA(GroupPlan):
         return backend
 
 
-def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None) -> int:
+def parameter_count(
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
+) -> int:
     """Return the number of trained elements of a config on these weights: ``SuperLoRA(…).num_parameters``.
 
     Parameters
     ----------
-    config, shapes, layers
+    config, shapes, layers, roles
         As for :class:`SuperLoRA`.
 
     Returns
@@ -334,4 +341,4 @@ def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: S
     >>> parameter_count(tna.presets.lora(rank=4), [(768, 768)] * 24)
     147456
     """
-    return SuperLoRA(config, shapes, layers).num_parameters
+    return SuperLoRA(config, shapes, layers, roles).num_parameters

@@ -142,6 +142,7 @@ def extract(
     arrays, report, config = within(
         [target.shape for target in found],
         [target.layer for target in found],
+        [target.role for target in found],
         cfg,
         lambda weight: _difference(found[weight], before, places[found[weight].name], after),
         chosen,
@@ -166,6 +167,7 @@ def extract(
 def within(
     shapes: Sequence[tuple[int, int]],
     layers: Sequence[str],
+    roles: Sequence[str],
     cfg: Config,
     read: Callable[[int], np.ndarray],
     settings: Settings,
@@ -177,7 +179,7 @@ def within(
     backend, like = load_backend("numpy"), np.zeros(0, np.float32)
 
     def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
-        return settings.fit(backend, like, SuperLoRA(config, shapes, list(layers)), read, progress)
+        return settings.fit(backend, like, SuperLoRA(config, shapes, list(layers), list(roles)), read, progress)
 
     if max_error is None:
         return *fit(cfg), cfg

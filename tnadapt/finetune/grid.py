@@ -178,7 +178,11 @@ def methods_of(
             raise TnadaptError(f"no preset {safe_repr(name)}; expected one of {', '.join(presets.__all__)}")
         preset = getattr(presets, name)
         parameters = inspect.signature(preset).parameters
-        stacked = _stacked(name, parameters, shapes, layers)
+        if "head_size" in parameters and changes.keys().isdisjoint({"heads", "head_size"}):
+            raise TnadaptError(
+                f"preset {name!r} needs the number of 'heads' or their 'head_size'; give it with --set NAME=VALUE"
+            )
+        stacked = {} if changes.get("groups") == "role" else _stacked(name, parameters, shapes, layers)
         for rank in dict.fromkeys(ranks) if ranks else [None]:
             given = dict(changes) if rank is None else {"rank": rank, **changes}
             try:
@@ -203,7 +207,10 @@ def _stacked(name: str, parameters: Mapping[str, Any], shapes: Shapes, layers: i
     if "rows" not in parameters:
         return {}
     if len(set(shapes)) > 1:
-        raise TnadaptError(f"preset {name!r} needs weights of one shape; the targets have {sorted(set(shapes))}")
+        raise TnadaptError(
+            f"preset {name!r} needs weights of one shape; the targets have {sorted(set(shapes))}: give --groups role, "
+            "for one group of all queries, one of all values and so on"
+        )
     known = {
         "weights": len(shapes),
         "rows": shapes[0][0],

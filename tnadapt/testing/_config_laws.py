@@ -37,6 +37,7 @@ def of_config(
     layers: Sequence[Hashable] | None,
     backend: Backend,
     rng: np.random.Generator,
+    roles: Sequence[Hashable] | None = None,
 ) -> list[Law]:
     """Check the laws of one config on one library.
 
@@ -44,7 +45,7 @@ def of_config(
     ----------
     label : str
         The subject; if it is a name in :data:`tnadapt.testing._methods.METHODS`, that method's formula is checked, too.
-    config, shapes, layers
+    config, shapes, layers, roles
         As for :class:`tnadapt.SuperLoRA`.
     backend : Backend
     rng : numpy.random.Generator
@@ -61,17 +62,22 @@ def of_config(
     >>> all(law.holds for law in laws)
     True
     """
-    return _Case(label, config, shapes, layers, backend, rng).laws()
+    return _Case(label, config, shapes, layers, backend, rng, roles).laws()
 
 
-def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None) -> SuperLoRA:
+def checkable(
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None,
+    roles: Sequence[Hashable] | None = None,
+) -> SuperLoRA:
     """Return the plan of a config, if it is small enough for its laws to be checked.
 
     Parameters
     ----------
     config : Config
     shapes : sequence of (rows, cols)
-    layers : sequence of hashable, optional
+    layers, roles : sequence of hashable, optional
 
     Returns
     -------
@@ -88,7 +94,7 @@ def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequenc
     >>> checkable(Config(rank=1), [(2, 2)], None).num_parameters
     4
     """
-    plan = SuperLoRA(config, shapes, layers)
+    plan = SuperLoRA(config, shapes, layers, roles)
     elements = plan.num_parameters + sum(rows * cols for rows, cols in plan.shapes)
     if elements > MOST:
         raise ConfigError(
@@ -109,9 +115,11 @@ class _Case:
         layers: Sequence[Hashable] | None,
         backend: Backend,
         rng: np.random.Generator,
+        roles: Sequence[Hashable] | None = None,
     ) -> None:
+        self.roles = roles
         self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
-        self.plan = checkable(config, shapes, layers)
+        self.plan = checkable(config, shapes, layers, roles)
         self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
         self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
         # A source has no second definition: what it computes is given to the reference.
@@ -142,7 +150,7 @@ class _Case:
 
     def _counts(self) -> None:
         made = sum(math.prod(array.shape) for array in self.plan.init(self.backend.name, "float64").values())
-        formula = reference.count(self.config, self.plan.shapes, self.layers)
+        formula = reference.count(self.config, self.plan.shapes, self.layers, self.roles)
         formula -= sum(array.size for array in self.frozen.values())
         counted = self.plan.num_parameters
         self.collector.add("parameters counted = made = formula", [abs(counted - made) + abs(counted - formula)], 0.0)
@@ -231,7 +239,7 @@ class _Case:
 
     def _textbook(self, host: dict[str, np.ndarray]) -> np.ndarray:
         host, start = {**host, **self.frozen}, {**self.start, **self.frozen}
-        found = reference.deltas(self.config, self.plan.shapes, host, self.layers, start)
+        found = reference.deltas(self.config, self.plan.shapes, host, self.layers, start, self.roles)
         return np.concatenate([delta.reshape(-1) for delta in found])
 
     def _projections(self) -> None:

@@ -126,7 +126,12 @@ def attach(
     cfg = superlora(rank=8) if cfg is None else cfg
     found = find_targets(model, targets, untie=untie)
     check_distinct(found)
-    plan = SuperLoRA(cfg, [target.shape for target in found], layers=[target.layer for target in found])
+    plan = SuperLoRA(
+        cfg,
+        [target.shape for target in found],
+        layers=[target.layer for target in found],
+        roles=[target.role for target in found],
+    )
     kept = matching(model, keep_trainable, {target.name for target in found})
     owners = [model.get_submodule(target.module) for target in found]
     paths = paths_of(model)
