@@ -185,7 +185,7 @@ def test_a_group_of_different_shapes_is_refused_and_told_of_roles(name: str) -> 
         ({"fold": (2, "weights", "rows", "cols"), "order": 4}, "must give the number of weights"),
         (
             {"fold": ("weights", "rows", "columns")},
-            "a size of a fold must be an integer, one of 'weights', 'rows', 'cols'",
+            "fold[2] must be an integer, one of 'weights', 'rows', 'cols', or",
         ),
         ({"fold": ("weights", "rows/0", "cols")}, "such as 'rows/12'; got 'rows/0'"),
         ({"order": 2}, "has 3 sizes and order is 2; set order=3"),

@@ -6,6 +6,7 @@ library builds on these steps; no other code computes a ΔW.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_
 from ._group_plan import GroupPlan, some_names
 from .config import Config
 from .layout import Piece
+from .rank_bounds import lora_rank, rank_bound
 
 __all__ = ["SuperLoRA", "parameter_count"]
 
@@ -82,6 +84,68 @@ class SuperLoRA(GroupPlan):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
         return self  # immutable
+
+    # -- Ranks -------------------------------------------------------------------------------
+
+    def largest_rank(self, i: int) -> int:
+        """Return a matrix rank that the update of a weight never exceeds, whatever the arrays are.
+
+        LoRA of that rank holds the update exactly, and :func:`tnadapt.convert` writes it from the factors.
+
+        Parameters
+        ----------
+        i : int
+            Index of the weight, ``0 <= i < len(shapes)``.
+
+        Returns
+        -------
+        int
+            At most ``min(shapes[i])``.
+
+        Raises
+        ------
+        ShapeError
+            If there is no weight i.
+
+        Notes
+        -----
+        The bound follows from the integers of the plan: the least product of bonds of the network between the rows and
+        the columns of the weight, as a slice of the folded tensor. It holds for frozen arrays as well. Terms add up,
+        and ranks of the splits of Kronecker and Hadamard products multiply. Behind a map F other than the identity, or
+        where a fold cuts through rows, only ``min(rows, cols)`` is known. Random arrays usually attain it; see
+        :func:`tnadapt.planning.largest_rank` for the rank that they have.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> vit, P = [(768, 768)] * 24, tna.presets
+        >>> for config in (P.lora(4), P.lotr(4), P.cara(4, heads=12), P.lokr(4), P.superlora(4)):
+        ...     print(SuperLoRA(config, vit).largest_rank(0))
+        4
+        4
+        4
+        96
+        768
+        """
+        i = integer("weight", i, 0, len(self.shapes) - 1, ShapeError)
+        return rank_bound(self.layout, self.groups, i)
+
+    @functools.cached_property
+    def lora_rank(self) -> int | None:
+        """The rank of LoRA that holds the update of every weight exactly: the maximum of :meth:`largest_rank`.
+
+        None if for some weight two factors of its rank are no smaller than the update itself.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> gqa = [(64, 32), (16, 32)] * 3
+        >>> SuperLoRA(tna.presets.fact_tk(2, groups="role"), gqa, roles="qvqvqv").lora_rank
+        2
+        >>> SuperLoRA(tna.presets.superlora(2), gqa).lora_rank is None
+        True
+        """
+        return lora_rank(self.shapes, [rank_bound(self.layout, self.groups, i) for i in range(len(self.shapes))])
 
     # -- Arrays ------------------------------------------------------------------------------
 

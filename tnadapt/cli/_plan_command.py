@@ -21,7 +21,7 @@ from ._tables import print_table
 __all__ = ["plan_command"]
 
 # Columns to omit, in this order, if a terminal is too narrow.
-SPARE = ("share", "bytes", "padding", "step")
+SPARE = ("share", "bytes", "padding", "step", "LoRA")
 
 
 class Weights(NamedTuple):

@@ -18,7 +18,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ..unfolding import Cut
-from ._contraction import Contraction, Formula, least_cut
+from ._contraction import Contraction, Formula, least_cut, least_cut_of_legs
 from ._jacobian import jacobian_rank
 
 if TYPE_CHECKING:
@@ -270,6 +270,19 @@ class Format:
         rows = math.prod(self.sizes[mode] for mode in modes)
         formula, size = self._parsed
         return min(rows, math.prod(self.sizes) // rows, least_cut(formula, size, modes))
+
+    def rank_of_legs(self, legs: Sequence[tuple[int, int]]) -> int:
+        """Return an upper bound on the rank of a box of the tensor as a matrix.
+
+        Default: a minimal cut of the network. It holds for any arrays, trained or not.
+
+        Parameters
+        ----------
+        legs : sequence of (int, int)
+            For each mode, the numbers of rows and of columns that its index in the box stands for, rows slow.
+        """
+        formula, size = self._parsed
+        return least_cut_of_legs(formula, size, legs)
 
     def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
         """Yield unfoldings of limited rank, each with its limit, for lower bounds on the error of a fit.
