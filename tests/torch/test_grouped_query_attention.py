@@ -59,7 +59,15 @@ def test_from_the_first_step_to_a_merged_model(name: str, tmp_path: Path) -> Non
     assert torch.equal(run(model), run(llama()))
     assert [target.shape for target in adapter.targets] == [(64, 32), (16, 32)] * 3
     assert adapter.plan.num_groups == 2
-    assert [row.slices[0][0] for row in adapter.summary().rows] == [0, 1] * 3
+    summary = adapter.summary()
+    assert [row.slices[0][0] for row in summary.rows] == [0, 1] * 3
+    if name == "superlora":
+        assert summary.lora_rank is None
+        assert str(summary).endswith("does not export exactly as LoRA: its updates may have matrix rank 32")
+    else:
+        assert summary.lora_rank == 2
+        assert [row.rank for row in summary.rows] == [2] * 6
+        assert str(summary).endswith("exports exactly as LoRA of rank 2")
     model(input_ids=torch.arange(12).reshape(2, 6)).last_hidden_state.square().sum().backward()
     for group in range(2):
         assert any(p.grad.any() for n, p in adapter.named_parameters() if f"group{group}" in n)
@@ -75,6 +83,12 @@ def test_from_the_first_step_to_a_merged_model(name: str, tmp_path: Path) -> Non
     fresh = llama()
     assert tt.load(fresh, path).config == BY_ROLE[name]
     assert torch.equal(run(fresh), on)
+
+    if summary.lora_rank is not None:
+        found = tna.convert(path, to="peft-lora")
+        assert found.exact
+        assert found.config is not None
+        assert (found.config["r"], found.config["rank_pattern"]) == (2, {})
 
     llama().save_pretrained(tmp_path / "base")
     tna.merge(tmp_path / "base", path, tmp_path / "merged")
@@ -99,3 +113,24 @@ def test_groups_by_role_are_fitted_to_a_tuned_model(tmp_path: Path) -> None:
     assert found.report.error < 1e-4
     for mine, theirs in zip(found.file.deltas(), adapter.deltas(), strict=True):
         assert np.allclose(mine, theirs.detach().numpy(), atol=1e-4)
+
+
+def test_a_summary_says_why_there_is_no_lora() -> None:
+    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    line = str(tt.attach(torch.nn.ModuleDict({"attn": attention}), P.lora(2)).summary()).rpartition("\n")[2]
+    assert line == "does not export as LoRA: attn.in_proj_weight is not the weight of a layer"
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    adapter = tt.attach(model, P.lora(2), targets="all-linear", activation="relu")
+    line = str(adapter.summary()).rpartition("\n")[2]
+    assert line == "does not export as LoRA: an activation acts between its factors"
+    assert adapter.summary().lora_rank is None
+
+
+def test_rows_of_one_fused_weight_export_with_the_sum_of_their_ranks(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=100)
+    adapter = tt.attach(transformers.GPT2LMHeadModel(config), P.lora(3))
+    assert adapter.summary().lora_rank == 6
+    adapter.save(tmp_path / "a.safetensors")
+    found = tna.convert(tmp_path / "a.safetensors", to="peft-lora")
+    assert found.config is not None
+    assert (found.exact, found.config["r"]) == (True, 6)
