@@ -28,6 +28,7 @@ BY_ROLE: dict[str, tna.Config] = {
     "fact_tk": P.fact_tk(2, groups="role", alpha=4),
     "cara": P.cara(2, head_size=16, groups="role"),
     "lorta_cp": P.lorta_cp(2, head_size=16, groups="role"),
+    "metatt": P.metatt(2, groups="role", alpha=3),
 }
 
 
@@ -117,7 +118,7 @@ def test_a_fold_in_names_is_the_fold_in_integers(
 ) -> None:
     weights, rows = 2 * layers, heads * head
     own: dict[str, Any] = {"weights": weights, "rows": rows, "cols": cols}
-    if name == "lorta_cp":
+    if name in ("lorta_cp", "metatt"):
         own = {"layers": layers, "rows": rows, "cols": cols}
     split: dict[str, Any] = {}
     if name in ("cara", "lorta_cp"):

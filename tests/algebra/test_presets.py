@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,25 @@ def test_methods_over_heads(rank: int, heads: int, head: int, cols: int, layers:
     held_to_its_formula("lorta_cp", config, shapes)
     config = tna.presets.cara(rank, weights=2 * layers, rows=heads * head, cols=cols, heads=heads)
     held_to_its_formula("cara", config, shapes)
+
+
+@pytest.mark.law("presets", "parameter-count")
+@given(
+    rank=RANKS, heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES, layers=WEIGHTS, matrices=st.integers(1, 3),
+    alpha=ALPHAS, split=st.booleans(),
+)  # fmt: skip
+def test_metatt(
+    rank: int, heads: int, head: int, cols: int, layers: int, matrices: int, alpha: float | None, split: bool
+) -> None:
+    shapes = [(heads * head, cols)] * (matrices * layers)
+    own: dict[str, Any] = {"matrices": matrices, "alpha": alpha, **({"heads": heads} if split else {})}
+    for sizes in ({}, {"layers": layers, "rows": heads * head, "cols": cols}):
+        config = tna.presets.metatt(rank, **sizes, **own)
+        held_to_its_formula("metatt", config, shapes)
+        plan = tna.SuperLoRA(config, shapes)
+        assert plan.largest_rank(0) <= rank
+        if rank == 1:
+            assert plan.num_parameters == layers + matrices + cols + (heads + head if split else heads * head)
 
 
 @pytest.mark.law("presets")

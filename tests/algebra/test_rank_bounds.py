@@ -84,6 +84,8 @@ METHODS: dict[str, tuple[tna.Config, int]] = {
     "fact_tk, fewer rows": (P.fact_tk((2, 3, 5)), 3),
     "cara": (P.cara(3, heads=2, **FOUR), 3),
     "lorta_cp": (P.lorta_cp(3, heads=3), 3),
+    "metatt": (P.metatt(3), 3),
+    "metatt, heads": (P.metatt(2, heads=3), 2),
     "loha": (P.loha(2), 4),
     "lokr": (P.lokr(1), 2),
     "krona": (P.krona(), 8),

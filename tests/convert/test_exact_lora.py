@@ -34,6 +34,9 @@ METHODS: dict[str, Config] = {
     "cara": P.cara(2, head_size=6, groups="role"),
     "cara, terms": P.cara(1, head_size=6, terms=3, groups="role"),
     "lorta_cp": P.lorta_cp(3, head_size=6, groups="role"),
+    "metatt": P.metatt(2, groups="role", alpha=3),
+    "metatt, heads": P.metatt(2, head_size=6, groups="role"),
+    "metatt, terms": P.metatt(1, terms=2, groups="role"),
     "Hadamard across weights": P.lotr(1, splits=2, combine="hadamard", leading="same", groups="role"),
 }
 FROZEN = {
@@ -43,6 +46,7 @@ FROZEN = {
     "fact_tk": {"factor2": Seeded("signs")},
     "cara": {"factor0": Seeded("uniform")},
     "lorta_cp": {"factor4": Seeded("normal", shared=False)},
+    "metatt": {"core0": Seeded("normal"), "core3": Seeded("normal")},
 }
 CASES = {**METHODS, **{f"{name}, frozen": METHODS[name].replace(sources=own) for name, own in FROZEN.items()}}
 

@@ -15,7 +15,7 @@ FAMILIES = {
     "lotr": "LoTR", "lorta": "LoRTA", "fastfood": "fastfood", "superlora": "SuperLoRA + F", "fact_tt": "LoTR",
     "compacter": "Compacter",
     # What a mode of a fold means to a model is not in a config.
-    "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA",
+    "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA", "metatt": "SuperLoRA",
 }  # fmt: skip
 
 

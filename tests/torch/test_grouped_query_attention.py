@@ -22,6 +22,8 @@ BY_ROLE: dict[str, tna.Config] = {
     "fact_tk": P.fact_tk(2, groups="role"),
     "cara": P.cara(2, head_size=16, groups="role"),
     "lorta_cp": P.lorta_cp(2, head_size=16, groups="role"),
+    "metatt": P.metatt(2, groups="role"),
+    "metatt, heads": P.metatt(2, head_size=16, groups="role"),
     "superlora": P.superlora(2, groups="role", projection="linear", ratio=0.5),
 }
 

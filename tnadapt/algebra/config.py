@@ -12,6 +12,7 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, integer, peft_hint, safe_repr
 
+from ._axes import checked_axes
 from .folding import MAX_ORDER
 from .formats import FORMATS
 from .maps import MAPS
@@ -86,6 +87,12 @@ class Config:
         rows per head) and columns. Weights of another shape or number are refused, because the fold would cut through
         weights. Presets that have such a fold set it; None accepts any weights. It does not affect results: configs
         that differ only in it are equal, and adapter files leave it out.
+    axes : tuple of int or of tuples of int, optional
+        For a fold of explicit sizes: the order in which the network's modes index them, as positions in ``fold``. With
+        ``fold=("weights", "rows", "cols")``, ``axes=(1, 0, 2)`` is a network over rows, weights and columns. A tuple
+        puts several sizes into one mode, the first one slow: ``fold=(8, 4, 8, 4)`` and ``axes=((0, 2), (1, 3))`` pair
+        digits of the row with digits of the column. ``order`` is the number of modes. None is the order of the fold.
+        Adapter files leave it out if it is None.
 
     Raises
     ------
@@ -120,6 +127,7 @@ class Config:
     sources: Mapping[str, Source] = dataclasses.field(default_factory=SourceMap)
     # A condition on the weights that does not affect results: configs of older files stay equal.
     weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
+    axes: tuple[int | tuple[int, ...], ...] | None = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Config:
         # Raise ConfigError for an unknown field, where a dataclass would raise TypeError.
@@ -142,6 +150,12 @@ class Config:
         square = MAPS.find(self.projection).square
         put("groups", _checked_groups(self.groups))
         put("fold", self._checked_fold())
+        put("axes", checked_axes(self.axes, self.fold, self.order))
+        if self.axes is not None and self.combine == "kronecker" and self.splits > 1:
+            raise ConfigError(
+                "axes give the modes of one tensor an order, and Kronecker splits have several: leave axes out, or use "
+                "splits=1"
+            )
         put("split_size", self._checked_split_size())
         put("ratio", _number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
@@ -206,7 +220,7 @@ class Config:
             )
             if is_named(sizes):
                 check_fold(sizes)
-            if len(sizes) != self.order:
+            if self.axes is None and len(sizes) != self.order:
                 raise ConfigError(
                     f"fold={sizes} has {len(sizes)} sizes and order is {self.order}; set order={len(sizes)}"
                 )
@@ -242,7 +256,7 @@ class Config:
         return self.alpha / max((rank for rank in self.rank if rank is not None), default=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON knows them: tuples become lists; ``sources`` and ``weight_shape`` only if set.
+        """Return the fields as JSON knows them: tuples become lists; newer fields (``sources`` and on) only if set.
 
         Returns
         -------
@@ -257,7 +271,7 @@ class Config:
         found = {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
         found["sources"] = {name: source_to_dict(self.sources[name]) for name in sorted(self.sources)}
         # These fields are newer than file format 1: files that do not use them keep their bytes.
-        for name in ("sources", "weight_shape"):
+        for name in ("sources", "weight_shape", "axes"):
             if not getattr(self, name):
                 del found[name]
         return found
@@ -283,7 +297,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        sources, weight_shape
+        sources, weight_shape, axes
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

@@ -5,8 +5,8 @@ are fields of :class:`~tnadapt.Config` (``alpha``, ``seed``, …) and override t
 
 LoDA, which the paper also names, is not included: its nonlinearity acts on activations, so it defines no ΔW.
 
-Methods that stack all weights of a group into one tensor (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``)
-take the number of weights and their shape from the weights of each group. If the sizes are given as arguments, they are
+Methods that stack all weights of a group into one tensor (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``,
+``metatt``) take the number of weights and their shape from the weights of each group. If the sizes are given as arguments, they are
 a condition (``Config.weight_shape``): other weights are refused. The weights of a group must have one shape;
 ``groups="role"`` makes one group of all queries, one of all values and so on, which have different shapes in
 grouped-query attention. The weights must be in the order layer 0 query, layer 0 value, layer 1 query, …
@@ -37,6 +37,7 @@ __all__ = [
     "lorta",
     "lorta_cp",
     "lotr",
+    "metatt",
     "superlora",
 ]
 
@@ -289,12 +290,9 @@ def lorta_cp(
     >>> tna.parameter_count(cfg, [(768, 768)] * 24) == 4 * (12 + 2 + 12 + 64 + 768)
     True
     """
-    if matrices is None:
-        matrices = 1 if changes.get("groups") == "role" else 2
 
     def fold(layers: int | str, rows: int | str, cols: int | str) -> Fold:
-        each = layers if not isinstance(layers, str) else f"weights/{matrices}"
-        return (each, matrices, *_in_heads(rows, heads, head_size), cols)
+        return (*_in_layers(layers, matrices, changes), *_in_heads(rows, heads, head_size), cols)
 
     return _stacked({"layers": layers, "rows": rows, "cols": cols}, fold, {"format": "cp", "rank": rank}, changes)
 
@@ -342,6 +340,13 @@ def cara(
     return _stacked({"weights": weights, "rows": rows, "cols": cols}, fold, own, changes)
 
 
+def _in_layers(layers: int | str, matrices: int | None, changes: dict[str, Any]) -> Fold:
+    """Return the number of layers, and of the matrices of each that are in a group."""
+    if matrices is None:
+        matrices = 1 if changes.get("groups") == "role" else 2
+    return (f"weights/{matrices}" if isinstance(layers, str) else layers, matrices)
+
+
 def _head_size(rows: int, given: int, name: str) -> int:
     rows = integer("rows", rows, 1, MAX_SIZE, ConfigError)
     if rows % given:
@@ -364,6 +369,60 @@ def fact_tt(
     True
     """
     return lotr(rank, weights=weights, rows=rows, cols=cols, **changes)
+
+
+def metatt(
+    rank: int = 4,
+    *,
+    layers: int | None = None,
+    rows: int | None = None,
+    cols: int | None = None,
+    heads: int | None = None,
+    head_size: int | None = None,
+    matrices: int | None = None,
+    **changes: Any,
+) -> Config:
+    """MetaTT: one tensor train for all weights, ``ΔWᵀ = G1 G2[layer] G3[matrix] G4`` (arXiv 2506.09105).
+
+    Settings: G = 1, fold ``(layers, matrices, rows, cols)``, a tensor train over (cols, layers, matrices, rows):
+    MetaTT-4D. With heads, the rows are ``(heads, rows / heads)``: MetaTT-5D. Parameters of 4D, where no rank exceeds
+    the sizes: ``r (rows + cols) + r² (layers + matrices)``.
+
+    Parameters
+    ----------
+    rank : int
+        Of all bonds.
+    layers, rows, cols : int, optional
+        Number of layers, and the common shape of the weights; by default those of each group.
+    heads, head_size : int, optional
+        For 5D: the number of attention heads, or the rows of each. It divides rows.
+    matrices : int
+        Adapted matrices of each layer in a group: by default 2 (query and value), and 1 with ``groups="role"``.
+
+    Raises
+    ------
+    ConfigError
+        If heads or head_size does not divide rows.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(metatt(rank=8), [(768, 768)] * 24) == 8 * (768 + 768) + 64 * (12 + 2)
+    True
+    >>> tna.SuperLoRA(metatt(rank=8), [(768, 768)] * 24).lora_rank
+    8
+    """
+    split = heads is not None or head_size is not None
+
+    def fold(layers: int | str, rows: int | str, cols: int | str) -> Fold:
+        return (
+            *_in_layers(layers, matrices, changes),
+            *(_in_heads(rows, heads, head_size) if split else (rows,)),
+            cols,
+        )
+
+    own: dict[str, Any] = {"format": "tt", "rank": rank, "axes": (4, 0, 1, 2, 3) if split else (3, 0, 1, 2)}
+    return _stacked({"layers": layers, "rows": rows, "cols": cols}, fold, own, changes)
 
 
 def fact_tk(

@@ -22,7 +22,7 @@ a default is omitted if it has that value.
     if it is not empty: an object of array names, each with an object of the source's registered name (``source``) and
     its fields. ``weight_shape`` is not stored: the targets have their shapes, and the updates do not depend on it.
     ``fold`` may be a list of sizes, of which some are names: "weights", "rows", "cols", or one of these, a slash and a
-    divisor.
+    divisor. ``axes`` is stored if it is set: a list of lists of positions in ``fold``, one for each mode.
 ``targets``
     List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
     path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv, which if groups is

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.formats import CP, Dense, Format, TensorTrain, Tucker, WeightedCP, unfolded
+from tnadapt.algebra.formats import CP, Dense, Format, Permuted, TensorTrain, Tucker, WeightedCP, unfolded
 from tnadapt.algebra.products import cp_tensor
 from tnadapt.algebra.rearrangement import padded_to
 from tnadapt.backends.backend import Array
@@ -55,7 +55,9 @@ def fit_format(
     limits = limits or Limits()
     if algebra.squares(tensor) == 0.0:
         return Fit({name: algebra.zeros(shape) for name, shape in split.shapes.items()}, True, 0, "zero")
-    if type(split) in _SOLVERS:
+    if isinstance(split, Permuted):
+        found = fit_format(algebra, split.own, split.turned(algebra.backend, tensor), start, limits)
+    elif type(split) in _SOLVERS:
         found = _SOLVERS[type(split)](algebra, split, tensor, start, limits)
     else:
         own = split.fit(algebra, tensor, start, limits)

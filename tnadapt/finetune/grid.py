@@ -20,8 +20,11 @@ Shapes = Sequence[tuple[int, int]]
 FAMILIES = {
     "lora": "LoRA", "lokr": "LoKr", "lonkr": "LoNKr", "lorta": "LoRTA", "superlora": "SuperLoRA", "krona": "KronA",
     "loha": "LoHa", "lotr": "LoTR", "fact_tt": "FacT-TT", "fact_tk": "FacT-TK", "cara": "CaRA",
-    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)",
+    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)", "metatt": "MetaTT",
 }  # fmt: skip
+
+# Presets that need the number of heads or their size.
+_WITH_HEADS = ("cara", "lorta_cp")
 
 HEAD = "head alone"
 DENSE = "dense"
@@ -178,7 +181,7 @@ def methods_of(
             raise TnadaptError(f"no preset {safe_repr(name)}; expected one of {', '.join(presets.__all__)}")
         preset = getattr(presets, name)
         parameters = inspect.signature(preset).parameters
-        if "head_size" in parameters and changes.keys().isdisjoint({"heads", "head_size"}):
+        if name in _WITH_HEADS and changes.keys().isdisjoint({"heads", "head_size"}):
             raise TnadaptError(
                 f"preset {name!r} needs the number of 'heads' or their 'head_size'; give it with --set NAME=VALUE"
             )

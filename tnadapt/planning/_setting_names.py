@@ -119,6 +119,11 @@ def _grouped(config: Config) -> Name:
         parts.append(f"G = {groups if isinstance(groups, (str, int)) else len(groups)}")
     if family == "SuperLoRA" and config.fold != "hypercube":
         parts.append(config.fold if isinstance(config.fold, str) else " × ".join(map(str, config.fold)))
+    if config.axes is not None:
+        parts.append(
+            "axes "
+            + ", ".join("·".join(map(str, axis)) if isinstance(axis, tuple) else str(axis) for axis in config.axes)
+        )
     if config.format != "dense":
         shown = rank if isinstance(rank, int) else ", ".join("–" if r is None else str(r) for r in rank)
         parts.append(f"r = {shown}")

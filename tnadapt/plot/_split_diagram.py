@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from tnadapt.algebra.formats import Formula
+from tnadapt.algebra.formats import Format, Formula, Permuted
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError
@@ -27,12 +27,17 @@ _BELOW_BAR = -0.36
 _LEG_POINTS = 8.0
 
 
+def _drawn(split: Format) -> Format:
+    """Return the format with the arrays of a split, in the order of its own modes."""
+    return split.own if isinstance(split, Permuted) else split
+
+
 class _Split:
     """One split while it is laid out: its arrays, by the names its format gives them, and the columns of its modes."""
 
     def __init__(self, group: Group, k: int) -> None:
         network = group.network
-        prefix, split = network.prefixes[0][k], network.splits[k]
+        prefix, split = network.prefixes[0][k], _drawn(network.splits[k])
         full_names = {**group.names, **group.frozen_names}
         self.names = {name: full_names[prefix + name] for name in split.shapes}
         self.shapes = split.shapes

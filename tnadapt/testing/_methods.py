@@ -153,6 +153,19 @@ def _fastfood(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     return _long(project(config, params["group0.split0.dense"], n, 0), shapes)
 
 
+def _metatt(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # ΔW = (G1 G2[l] G3[m] G4)ᵀ with one train for all layers l and matrices m, and with heads G4[h] G5; MetaTT.
+    first, by_layer, by_matrix, *last = (params[f"group0.split0.core{k}"] for k in range(config.order))
+    found = []
+    for place, (rows, cols) in enumerate(shapes):
+        layer, matrix = divmod(place, by_matrix.shape[1])
+        product = first[0] @ by_layer[:, layer] @ by_matrix[:, matrix]
+        for core in last:
+            product = np.tensordot(product, core, 1)
+        found.append(_alpha_over_rank(config) * product.reshape(cols, rows).T)
+    return found
+
+
 METHODS: dict[str, Method] = {
     "dense": _each(_dense),
     "lora": _each(_lora),
@@ -168,5 +181,6 @@ METHODS: dict[str, Method] = {
     "fact_tt": _lotr,
     "fact_tk": _fact_tk,
     "cara": _heads_cp,
+    "metatt": _metatt,
     "compacter": _each(_compacter),
 }

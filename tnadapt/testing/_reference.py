@@ -126,7 +126,7 @@ def _hypercube(n: int, order: int) -> int:
 
 
 def _fold(config: Config, n: int, weights: Shapes) -> tuple[int, ...]:
-    if config.order == 1:
+    if config.order == 1 and config.axes is None:
         return (n,)
     if config.fold == "stack":
         columns = math.gcd(*(cols for _, cols in weights))
@@ -151,8 +151,14 @@ def _even_factors(d: int, parts: int) -> tuple[int, ...]:
     return min(exact, key=lambda factors: (sum(factors), [-f for f in factors]))
 
 
+def _axes(config: Config) -> list[tuple[int, ...]]:
+    return [axis if isinstance(axis, tuple) else (axis,) for axis in config.axes or ()]
+
+
 def _split_sizes(config: Config, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
     k = config.splits
+    if config.axes is not None:
+        return [tuple(math.prod(sizes[digit] for digit in axis) for axis in _axes(config))] * k
     if config.combine == "hadamard" or k == 1:
         return [sizes] * k
     if config.split_size == "balanced":
@@ -177,7 +183,13 @@ def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...])
             else:
                 tensor = tensor * split if config.combine == "hadamard" else np.kron(tensor, split)
         assert tensor is not None
-        total = total + tensor[tuple(slice(d) for d in sizes)]
+        total = total + (tensor[tuple(slice(d) for d in sizes)] if config.axes is None else tensor)
+    if config.axes is not None:
+        # Take each element of the folded tensor from its place in the tensor over the network's modes.
+        place = np.zeros(sizes, np.int64)
+        for digit in itertools.chain.from_iterable(_axes(config)):
+            place = place * sizes[digit] + np.indices(sizes)[digit]
+        total = np.asarray(total).reshape(-1)[place]
     rank = config.rank if isinstance(config.rank, int) else max([r for r in config.rank if r is not None], default=1)
     return np.asarray(total * (1.0 if config.alpha is None else config.alpha / rank))
 

@@ -19,16 +19,19 @@ from ._dense import Dense
 from ._dimensions import of_cp, of_tucker
 from ._format import Format, Ranges, Rank, rank_a_mode, unfolded
 from ._jacobian import jacobian_rank
+from ._permuted import Axes, Permuted
 from ._tensor_train import TensorTrain
 from ._tucker import Tucker
 
 __all__ = [
     "CP",
     "FORMATS",
+    "Axes",
     "Contraction",
     "Dense",
     "Format",
     "Formula",
+    "Permuted",
     "Ranges",
     "TensorTrain",
     "Tucker",

@@ -242,6 +242,13 @@ class Format:
         """
         raise ConfigError(f"{type(self).__name__} defines inner() but not unfolded(): define both, or neither")
 
+    def boxed(self, lengths: Sequence[int]) -> Self | None:
+        """Return the format of a box with these lengths, whose arrays are those of this one cut to the box.
+
+        Default: None, if :meth:`unfolded` needs more than ``sizes`` to be changed.
+        """
+        return None
+
     def summed(self, terms: int) -> Self | None:
         """Return the format of a sum of terms, their arrays concatenated along the last axis; None if there is none."""
         return None
