@@ -47,7 +47,8 @@ def reordered(draw: st.DrawFn) -> tna.SuperLoRA:
     config = tna.Config(
         given, order=len(axes), groups=1, fold=fold, axes=axes, format=name,
         terms=draw(st.integers(1, 2)),
-        splits=2 if draw(st.booleans()) else 1, combine="hadamard", leading="same", alpha=draw(st.none() | st.just(2.0)),
+        splits=2 if draw(st.booleans()) else 1, combine="hadamard", leading="same",
+        alpha=draw(st.none() | st.just(2.0)),
         projection=draw(st.sampled_from(["identity", "identity", "linear"])),
     )  # fmt: skip
     return tna.SuperLoRA(config, [shape] * weights)
@@ -159,3 +160,17 @@ def test_axes_are_part_of_a_config_and_left_out_where_there_are_none() -> None:
     assert config.to_dict()["axes"] == [[1, 0], [2]]
     assert tna.Config.from_dict(config.to_dict()) == config
     assert "axes" not in tna.Config(2).to_dict()
+
+
+def test_blocks_are_fitted_each_by_itself_to_the_optimum() -> None:
+    rng = np.random.default_rng(0)
+    deltas = [rng.normal(size=(8, 6)), np.zeros((8, 6))]
+    deltas[1][:4, :3] = 1.0  # the other blocks are zero
+    _, report = tna.decompose(deltas, P.gralora(2, blocks=2))
+    left = 0.0
+    for delta in deltas:
+        for block in (delta[:4, :3], delta[:4, 3:], delta[4:, :3], delta[4:, 3:]):
+            left += float(np.sum(np.linalg.svd(block, compute_uv=False)[1:] ** 2))
+    whole = sum(float(np.sum(delta**2)) for delta in deltas)
+    assert report.error == pytest.approx(np.sqrt(left / whole))
+    assert report.certified

@@ -246,6 +246,7 @@ FROZEN = {
     "lorta_cp": P.lorta_cp(2, layers=2, rows=6, cols=4, heads=3), "fastfood": P.fastfood(0.5),
     "superlora": P.superlora(2, groups=2), "fact_tt": P.fact_tt(2, **STACK), "fact_tk": P.fact_tk(2, **STACK),
     "cara": P.cara(2, heads=3, **STACK), "compacter": P.compacter(2, terms=2),
+    "metatt": P.metatt(2), "gralora": P.gralora(2, blocks=2),
     "linear": P.superlora(2, projection="linear", ratio=0.5),
     "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5),
     "weighted, nonlinear": P.cara(2, heads=3, projection="nonlinear_v2", **STACK),

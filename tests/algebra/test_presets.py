@@ -84,6 +84,30 @@ def test_methods_over_heads(rank: int, heads: int, head: int, cols: int, layers:
     held_to_its_formula("cara", config, shapes)
 
 
+@pytest.mark.law("presets", "parameter-count", "largest-rank")
+@given(
+    rank=st.integers(1, 3), blocks=st.integers(1, 3), rows=st.integers(1, 5), cols=st.integers(1, 5), weights=WEIGHTS,
+    alpha=ALPHAS,
+)  # fmt: skip
+def test_gralora(rank: int, blocks: int, rows: int, cols: int, weights: int, alpha: float | None) -> None:
+    shapes = [(rows * blocks, cols * blocks)] * weights
+    config = tna.presets.gralora(rank * blocks, blocks, alpha=alpha)
+    held_to_its_formula("gralora", config, shapes)
+    plan = tna.SuperLoRA(config, shapes)
+    assert plan.num_parameters == weights * rank * blocks * (rows + cols) * blocks
+    for weight, delta in enumerate(plan.deltas(drawn(plan))):
+        assert plan.largest_rank(weight) == min(rank * blocks**2, blocks * min(rows, cols))
+        assert np.linalg.matrix_rank(delta, rtol=1e-9) <= plan.largest_rank(weight)
+    assert config.scale == (1.0 if alpha is None else pytest.approx(alpha / (rank * blocks)))
+
+
+def test_gralora_of_blocks_that_do_not_divide_is_refused() -> None:
+    with pytest.raises(tna.ConfigError, match=r"blocks must divide the rank, .*; got rank=5, blocks=2"):
+        tna.presets.gralora(5, 2)
+    with pytest.raises(tna.ConfigError, match="divides the rows of each group by 2, and group 0 has 5 rows"):
+        tna.SuperLoRA(tna.presets.gralora(4, 2), [(5, 4)])
+
+
 @pytest.mark.law("presets", "parameter-count")
 @given(
     rank=RANKS, heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES, layers=WEIGHTS, matrices=st.integers(1, 3),

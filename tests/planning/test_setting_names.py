@@ -16,6 +16,7 @@ FAMILIES = {
     "compacter": "Compacter",
     # What a mode of a fold means to a model is not in a config.
     "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA", "metatt": "SuperLoRA",
+    "gralora": "SuperLoRA",
 }  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.factoring import Matrix, factoring
 from tnadapt.algebra.folding import kronecker_sizes
 from tnadapt.algebra.network import Network
 from tnadapt.backends import load_backend
@@ -21,6 +20,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
+from ._slices import low_rank_slice
 from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, narrow
 
 __all__ = ["Module", "TargetUpdate", "Unpacked", "join", "modules_of"]
@@ -74,24 +74,7 @@ class Unpacked:
         """
         if self.updates:
             return self.updates[weight]
-        return self._of_one_group(weight) or self._of_slice(weight)
-
-    def _of_slice(self, weight: int) -> ModuleUpdate | None:
-        """Return the two factors of a slice of a tensor shared by several weights, if they are smaller than the slice.
-
-        They are products of the network's own arrays.
-        """
-        plan = self.file.plan
-        how, (rows, cols) = factoring(plan, weight), plan.shapes[weight]
-        if how is None or len(how.sizes) > 1:
-            return None
-        (size,) = how.sizes
-        if size.width is None or size.width * (rows + cols) >= rows * cols:
-            return None
-        found = how(load_backend("numpy"), self.arrays, self.file.dtype)
-        ((matrix,),) = found.terms
-        assert matrix.right is not None
-        return ModuleUpdate("lora", (rows, cols), (_narrowed(matrix, plan.largest_rank(weight)),), found.scale)
+        return self._of_one_group(weight) or low_rank_slice(self.file.plan, weight, self.arrays, self.file.dtype)
 
     def _of_one_group(self, weight: int) -> ModuleUpdate | None:
         plan, shape = self.file.plan, self.file.targets[weight].shape
@@ -112,17 +95,6 @@ class Unpacked:
         terms = [_parts(network, arrays, term) for term in range(network.terms)]
         unpack = _one_split if len(network.splits) == 1 else _kronecker if network.kronecker else _hadamard
         return unpack([term for term in terms if term is not None], network.terms, shape, network.scale)
-
-
-def _narrowed(matrix: Matrix, rank: int) -> Pair:
-    """Return two factors of at most the given rank, if it is known to be that of the product."""
-    pair = Pair(np.asarray(matrix.left), np.asarray(matrix.right))
-    if pair.rank <= rank:
-        return pair
-    # A Tucker core that is narrower on one side: the product lies in the span of as many vectors.
-    basis, upper = np.linalg.qr(pair.a)
-    left, s, vt = np.linalg.svd(pair.b @ upper.T, full_matrices=False)
-    return Pair(left[:, :rank] * s[:rank], basis @ vt[:rank].T)
 
 
 Parts = Sequence[Pair | Float]

@@ -20,7 +20,7 @@ Shapes = Sequence[tuple[int, int]]
 FAMILIES = {
     "lora": "LoRA", "lokr": "LoKr", "lonkr": "LoNKr", "lorta": "LoRTA", "superlora": "SuperLoRA", "krona": "KronA",
     "loha": "LoHa", "lotr": "LoTR", "fact_tt": "FacT-TT", "fact_tk": "FacT-TK", "cara": "CaRA",
-    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)", "metatt": "MetaTT",
+    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)", "metatt": "MetaTT", "gralora": "GraLoRA",
 }  # fmt: skip
 
 # Presets that need the number of heads or their size.

@@ -166,6 +166,15 @@ def _metatt(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     return found
 
 
+def _gralora(p: Named, config: Config) -> Float:
+    # k × k blocks, each (alpha / r) B A of rank r / k; Jung et al.
+    b, a = p("split0.factor1"), p("split0.factor2")
+    k = math.isqrt(len(b))
+    rank = k * b.shape[2]
+    scale = 1.0 if config.alpha is None else config.alpha * k / rank
+    return scale * np.block([[b[k * i + j] @ a[k * i + j].T for j in range(k)] for i in range(k)])
+
+
 METHODS: dict[str, Method] = {
     "dense": _each(_dense),
     "lora": _each(_lora),
@@ -182,5 +191,6 @@ METHODS: dict[str, Method] = {
     "fact_tk": _fact_tk,
     "cara": _heads_cp,
     "metatt": _metatt,
+    "gralora": _each(_gralora),
     "compacter": _each(_compacter),
 }

@@ -190,6 +190,7 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         "fact_tk": presets.fact_tk(3, **four),
         "cara": presets.cara(3, heads=3, **four),
         "metatt": presets.metatt(2, layers=2, rows=12, cols=8, alpha=3),
+        "gralora": presets.gralora(4, blocks=2, alpha=3),
         "compacter": presets.compacter(1, terms=2),
     }
     return {name: (config, [(12, 8)] * 4) for name, config in made.items()}

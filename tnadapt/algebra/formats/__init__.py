@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from tnadapt.plugins import Registry
 
+from ._batched_cp import BatchedCP
 from ._contraction import Contraction, Formula, letters
 from ._cp import CP, WeightedCP
 from ._dense import Dense
@@ -27,6 +28,7 @@ __all__ = [
     "CP",
     "FORMATS",
     "Axes",
+    "BatchedCP",
     "Contraction",
     "Dense",
     "Format",
@@ -55,6 +57,7 @@ FORMATS: Registry[Format] = Registry(
         "cp-weighted": WeightedCP,
         "tucker": Tucker,
         "tt": TensorTrain,
+        "cp-batched": BatchedCP,
     },
 )
 
