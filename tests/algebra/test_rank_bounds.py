@@ -161,3 +161,11 @@ def test_large_plans_need_no_arrays() -> None:
 def test_a_weight_that_is_not_there_is_refused() -> None:
     with pytest.raises(tna.ShapeError, match="weight must be from 0 to 0"):
         tna.SuperLoRA(tna.Config(1), [(2, 2)]).largest_rank(1)
+
+
+def test_a_train_of_many_modes_has_the_rank_of_its_bond() -> None:
+    # Too many arrays to search all cuts: those of the weights' modes belong to either side.
+    config = tna.Config(2, order=14, groups=1, fold=(2,) * 14, format="tt")
+    plan = tna.SuperLoRA(config, [(64, 64)] * 4)
+    assert [plan.largest_rank(weight) for weight in range(4)] == [2] * 4
+    assert rank(plan.delta(drawn(plan), 3)) == 2

@@ -242,7 +242,8 @@ def test_lokr_and_krona_of_balanced_sizes_are_peft_s(
 
 @pytest.mark.law("peft-agrees")
 @given(
-    rows=st.integers(1, 4), cols=st.integers(1, 4), k=st.integers(1, 3), rank=st.integers(1, 3), alpha=ALPHAS, seed=SEEDS
+    rows=st.integers(1, 4), cols=st.integers(1, 4), k=st.integers(1, 3), rank=st.integers(1, 3), alpha=ALPHAS,
+    seed=SEEDS,
 )  # fmt: skip
 @example(rows=3, cols=2, k=2, rank=2, alpha=16.0, seed=0)
 def test_gralora_is_peft_s(

@@ -6,6 +6,7 @@ They are computed from the integers of a plan. LoRA of that rank holds the updat
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -146,4 +147,10 @@ def _of_network(network: Network, place: _Place) -> int:
 
 def _of_split(split: Format, legs: Legs) -> int:
     rows, cols = (math.prod(leg[side] for leg in legs) for side in (0, 1))
-    return min(rows, cols, split.rank_of_legs(legs))
+    return min(rows, cols, _least_cut(split, tuple(legs)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _least_cut(split: Format, legs: tuple[tuple[int, int], ...]) -> int:
+    # The same for all weights of one shape in a group.
+    return split.rank_of_legs(legs)

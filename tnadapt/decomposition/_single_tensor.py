@@ -99,8 +99,8 @@ def _weighted_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits
 def _batched_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
     """Fit each index of the leading mode by itself."""
     backend = algebra.backend
-    if len(tensor.shape) == 1:
-        return Fit({"factor0": backend.reshape(tensor, (-1, 1))}, True, 0, "exact")
+    if len(tensor.shape) < 3:
+        return Fit({f"factor{len(tensor.shape) - 1}": tensor}, True, 0, "exact")
     parts, fits = list[dict[str, Array]](), list[Fit]()
     for index in range(tensor.shape[0]):
         own = None

@@ -210,8 +210,8 @@ def _split(config: Config, kind: str, own: Params, sizes: tuple[int, ...]) -> Fl
             operands, inputs = [own["weights"], *operands], ["R", *inputs]
         return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
     if kind == "cp-batched":
-        if order == 1:
-            return np.asarray(np.sum(own["factor0"], axis=1))
+        if order < 3:
+            return own[f"factor{order - 1}"]
         operands = [own[f"factor{m}"] for m in range(1, order)]
         inputs = [f"{modes[0]}{mode}R" for mode in modes[1:]]
         return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
@@ -275,7 +275,7 @@ def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
     if kind == "cp-weighted":
         return int(rank) + int(rank) * sum(sizes)
     if kind == "cp-batched":
-        return int(rank) * sizes[0] * (sum(sizes[1:]) or 1)
+        return int(rank) * sizes[0] * sum(sizes[1:]) if order > 2 else math.prod(sizes)
     if kind == "tucker":
         ranks = [rank] * order if isinstance(rank, int) else list(rank)
         cut = [d if r is None else min(r, d) for r, d in zip(ranks, sizes, strict=True)]

@@ -21,15 +21,16 @@ class BatchedCP(Format):
         assert isinstance(rank, int)  # checked_rank allows nothing else
         self.rank = rank
         batch, *others = self.sizes
-        if not others:
-            return {"factor0": (batch, rank)}
+        if len(others) < 2:
+            # A batch of numbers or of vectors, which are sums of no more than one of their kind.
+            return {f"factor{len(others)}": self.sizes}
         return {f"factor{mode}": (batch, size, rank) for mode, size in enumerate(others, 1)}
 
     @property
     def formula(self) -> str:
         modes, bond = letters(len(self.sizes), 1)
-        if len(modes) == 1:
-            return f"{modes}{bond}->{modes}"
+        if len(modes) < 3:
+            return f"{modes}->{modes}"
         return ",".join(modes[0] + mode + bond for mode in modes[1:]) + "->" + modes
 
     def matrix_rank(self) -> int:

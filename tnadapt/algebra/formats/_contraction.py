@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from tnadapt.backends import Backend
@@ -230,9 +230,15 @@ def least_cut_of_legs(formula: Formula, size: Mapping[str, int], legs: Sequence[
 
     if count <= 12:
         return min(cost(side) for side in itertools.product((False, True), repeat=count))
-    # True is the side of the rows.
-    side = [any(lengths[index][0] > 1 for index in own if index in lengths) for own in formula.inputs]
-    best, improved = cost(side), True
+    # True is the side of the rows. Arrays without a leg begin on one side, and on the other.
+    held = [[lengths[index] for index in own if index in lengths] for own in formula.inputs]
+    starts = [any(rows > 1 for rows, _ in own) for own in held], [all(cols == 1 for _, cols in own) for own in held]
+    return min(_descended(cost, list(side)) for side in starts)
+
+
+def _descended(cost: Callable[[Sequence[bool]], int], side: list[bool]) -> int:
+    """Move one array at a time to the other side as long as the cost falls, and return it."""
+    count, best, improved = len(side), cost(side), True
     while improved:
         improved = False
         for k in range(count):
