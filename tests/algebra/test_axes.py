@@ -76,6 +76,22 @@ def test_updates_are_the_textbooks_and_slices_are_parts_of_them(plan: tna.SuperL
     assert not any(delta.any() for delta in plan.deltas(plan.init()))
 
 
+@given(plan=reordered())
+def test_the_adjoint_of_each_array_is_that_of_a_linear_map(plan: tna.SuperLoRA) -> None:
+    network, numpy = plan.groups[0].network, load_backend("numpy")
+    arrays = {name: drawn(plan)[full] for name, full in plan.groups[0].names.items()}
+    vec = np.random.default_rng(1).normal(size=network.size)
+    whole = float(vec @ network.whole(numpy, arrays))
+    scale = float(np.linalg.norm(vec) * np.linalg.norm(network.whole(numpy, arrays))) or 1.0
+    for prefixes in network.prefixes:
+        for prefix, split in zip(prefixes, network.splits, strict=True):
+            # Without this term's array, what is left is the other terms.
+            name = prefix + next(iter(split.shapes))
+            rest = float(vec @ network.whole(numpy, {**arrays, name: 0.0 * arrays[name]}))
+            found = network.adjoint(numpy, arrays, vec)[name]
+            assert abs(float(np.sum(found * arrays[name])) - (whole - rest)) < 1e-12 * scale
+
+
 @pytest.mark.law("special-cases")
 @given(sizes=st.tuples(*[st.integers(1, 4)] * 3), name=st.sampled_from(sorted(FORMATS.built_in)), r=st.integers(1, 3))
 def test_the_folds_own_order_is_no_change(sizes: tuple[int, int, int], name: str, r: int) -> None:

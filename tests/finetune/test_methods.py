@@ -93,6 +93,16 @@ def test_every_preset_by_its_name_alone(name: str) -> None:
     assert tna.parameter_count(method.config, SMALL) > 0
 
 
+def test_groups_by_role_need_no_weights_of_one_shape() -> None:
+    grouped = [(64, 32), (16, 32)] * 2
+    (method,) = methods_of(["lotr"], [2], {"groups": "role"}, grouped, 2)
+    assert method.config == tna.presets.lotr(2, groups="role")
+    with pytest.raises(
+        TnadaptError, match=r"'lotr' needs weights of one shape; .* give --groups role, for one group of"
+    ):
+        methods_of(["lotr"], [2], {}, grouped, 2)
+
+
 @pytest.mark.parametrize("name", ["lorta_cp", "cara"])
 def test_presets_that_want_the_number_of_heads(name: str) -> None:
     with pytest.raises(

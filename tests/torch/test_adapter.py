@@ -1096,7 +1096,7 @@ def test_shapes_of_other_arrays_are_refused_and_change_nothing() -> None:
 def test_a_fold_that_would_cut_through_grouped_queries_is_refused() -> None:
     model = nn.Sequential(Separate(), Separate())
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
-    with pytest.raises(tna.ConfigError, match=r'2 of 16×16, 2 of 8×16.*targets="q" and targets="v" as two adapters'):
+    with pytest.raises(tna.ConfigError, match=r'2 of 16×16, 2 of 8×16.*Use groups="role", one group of all queries'):
         tt.attach(model, tna.presets.lotr(2, weights=4, rows=16, cols=16))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name][0])
