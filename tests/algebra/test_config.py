@@ -82,7 +82,7 @@ BAD = [
     ({"splits": 0}, "splits must be from 1"),
     ({"terms": 0}, "terms must be from 1"),
     ({"groups": 0}, "groups must be from 1"),
-    ({"groups": "all"}, 'groups must be "weight", "layer"'),
+    ({"groups": "all"}, 'groups must be "weight", "layer", "role"'),
     ({"groups": []}, "none of them empty"),
     ({"groups": [[0], []]}, "none of them empty"),
     ({"groups": [[0, -1]]}, r"groups\[0\] must be from 0"),

@@ -29,6 +29,10 @@ class TestTensorTrain(FormatContract):
     kind = FORMATS["tt"]
 
 
+class TestBatchedCP(FormatContract):
+    kind = FORMATS["cp-batched"]
+
+
 def test_every_format_is_tested() -> None:
     tested = {contract.kind for contract in FormatContract.__subclasses__() if hasattr(contract, "kind")}
     assert {FORMATS[name] for name in FORMATS.built_in} <= tested
@@ -43,7 +47,10 @@ def test_ranks_are_cut_to_what_sizes_allow() -> None:
 
 def test_the_factor_of_the_leading_mode_starts_at_zero() -> None:
     found = {name: make_format(name, (4, 5, 6), 2).zero for name in FORMATS.built_in}
-    assert found == {"dense": "dense", "cp": "factor0", "cp-weighted": "factor0", "tucker": "factor0", "tt": "core0"}
+    assert found == {
+        "dense": "dense", "cp": "factor0", "cp-weighted": "factor0", "tucker": "factor0", "tt": "core0",
+        "cp-batched": "factor1",
+    }  # fmt: skip
     # Of partial Tucker, that of the first mode that has one.
     assert make_format("tucker", (4, 5, 6), (None, 2, 3)).zero == "factor1"
     assert make_format("tucker", (4, 5, 6), (None, None, None)).zero == "core"

@@ -256,6 +256,7 @@ FROZEN = {
     "unilora": P.unilora(5, 2), "vera": P.vera(3),
     "shira": P.shira(5), "fourierft": P.fourierft(5), "loca": P.loca(5), "waveft": P.waveft(5), "c3a": P.c3a(2),
     "miss": P.miss(2),
+    "metatt": P.metatt(2), "gralora": P.gralora(2, blocks=2),
     "linear": P.superlora(2, projection="linear", ratio=0.5),
     "nonlinear": P.superlora(2, projection="nonlinear", ratio=0.5),
     "weighted, nonlinear": P.cara(2, heads=3, projection="nonlinear_v2", **STACK),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,49 @@ def test_methods_over_heads(rank: int, heads: int, head: int, cols: int, layers:
     held_to_its_formula("lorta_cp", config, shapes)
     config = tna.presets.cara(rank, weights=2 * layers, rows=heads * head, cols=cols, heads=heads)
     held_to_its_formula("cara", config, shapes)
+
+
+@pytest.mark.law("presets", "parameter-count", "largest-rank")
+@given(
+    rank=st.integers(1, 3), blocks=st.integers(1, 3), rows=st.integers(1, 5), cols=st.integers(1, 5), weights=WEIGHTS,
+    alpha=ALPHAS,
+)  # fmt: skip
+def test_gralora(rank: int, blocks: int, rows: int, cols: int, weights: int, alpha: float | None) -> None:
+    shapes = [(rows * blocks, cols * blocks)] * weights
+    config = tna.presets.gralora(rank * blocks, blocks, alpha=alpha)
+    held_to_its_formula("gralora", config, shapes)
+    plan = tna.SuperLoRA(config, shapes)
+    assert plan.num_parameters == weights * rank * blocks * (rows + cols) * blocks
+    for weight, delta in enumerate(plan.deltas(drawn(plan))):
+        assert plan.largest_rank(weight) == min(rank * blocks**2, blocks * min(rows, cols))
+        assert np.linalg.matrix_rank(delta, rtol=1e-9) <= plan.largest_rank(weight)
+    assert config.scale == (1.0 if alpha is None else pytest.approx(alpha / (rank * blocks)))
+
+
+def test_gralora_of_blocks_that_do_not_divide_is_refused() -> None:
+    with pytest.raises(tna.ConfigError, match=r"blocks must divide the rank, .*; got rank=5, blocks=2"):
+        tna.presets.gralora(5, 2)
+    with pytest.raises(tna.ConfigError, match="divides the rows of each group by 2, and group 0 has 5 rows"):
+        tna.SuperLoRA(tna.presets.gralora(4, 2), [(5, 4)])
+
+
+@pytest.mark.law("presets", "parameter-count")
+@given(
+    rank=RANKS, heads=st.integers(1, 3), head=st.integers(1, 4), cols=SIDES, layers=WEIGHTS, matrices=st.integers(1, 3),
+    alpha=ALPHAS, split=st.booleans(),
+)  # fmt: skip
+def test_metatt(
+    rank: int, heads: int, head: int, cols: int, layers: int, matrices: int, alpha: float | None, split: bool
+) -> None:
+    shapes = [(heads * head, cols)] * (matrices * layers)
+    own: dict[str, Any] = {"matrices": matrices, "alpha": alpha, **({"heads": heads} if split else {})}
+    for sizes in ({}, {"layers": layers, "rows": heads * head, "cols": cols}):
+        config = tna.presets.metatt(rank, **sizes, **own)
+        held_to_its_formula("metatt", config, shapes)
+        plan = tna.SuperLoRA(config, shapes)
+        assert plan.largest_rank(0) <= rank
+        if rank == 1:
+            assert plan.num_parameters == layers + matrices + cols + (heads + head if split else heads * head)
 
 
 @pytest.mark.law("presets")
@@ -277,7 +321,7 @@ def test_grouped_query_attention_is_refused_with_the_way_out(name: str) -> None:
     with pytest.raises(tna.ConfigError) as caught:
         tna.SuperLoRA(config, [(96, 96), (32, 96)] * 2)
     message = str(caught.value)
-    for part in ("2 of 96×96, 2 of 32×96", "cut through weights", 'targets="q"', "superlora or lora"):
+    for part in ("2 of 96×96, 2 of 32×96", "cut through weights", 'groups="role"', "superlora or lora"):
         assert part in message
     with pytest.raises(tna.ConfigError, match="a group has 3 of them: give the preset the number of adapted weights"):
         tna.SuperLoRA(config, [(96, 96)] * 3)

@@ -294,6 +294,7 @@ def test_bad_plans() -> None:
         (tna.Config(fold=(3, 4), groups=5000), [(16, 5000)], tna.ShapeError, "holds 12 elements and a group has 16"),
         (tna.Config(projection="linear", ratio=0.3), [(4, 4)], tna.ShapeError, "multiple of 4 columns"),
         (tna.Config(groups="layer"), [(4, 4)], tna.ConfigError, "needs layers"),
+        (tna.Config(groups="role"), [(4, 4)], tna.ConfigError, "needs roles"),
         # Found by Hypothesis: the first group comes out even, the second of the same size does not.
         (tna.Config(groups=3), [(2, 1), (1, 3)], tna.ShapeError, "multiple of 3 columns; one has 2 elements"),
     ):

@@ -29,7 +29,7 @@ LORA = Config(rank=2)
 def arrays_of(config: Config, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
     """Trained arrays: no start, and no zeros."""
     rng = np.random.default_rng(seed)
-    plan = SuperLoRA(config, SHAPES, layers=["a", "a", "b"])
+    plan = SuperLoRA(config, SHAPES, layers=["a", "a", "b"], roles="qvq")
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in plan.param_shapes.items()}
 
 
@@ -50,6 +50,9 @@ CONFIGS = {
     "partial": Config(rank=(None, 2, 2), order=3, groups=1, fold=(5, 4, 4), format="tucker"),
     "vector": Config(order=1, format="tt", groups=2, fold="hypercube"),
     "layers": Config(rank=1, groups="layer", fold="hypercube"),
+    "roles": Config(rank=1, groups="role", fold="hypercube"),
+    "names": tna.presets.lotr(2, groups="role"),
+    "names, balanced": tna.presets.lotr(1, groups="role", splits=2),
     "explicit": Config(rank=1, groups=[[0, 2], [1]], splits=2, terms=3),
     "linear": tna.presets.superlora(2, projection="linear", ratio=0.5, seed=7),
     "own F": Config(rank=1, groups=2, fold="hypercube", projection="shuffle", shared=False),
@@ -61,7 +64,7 @@ CONFIGS = {
 def test_it_holds_any_config(name: str) -> None:
     config = CONFIGS[name]
     file = made(config)
-    plan = SuperLoRA(config, SHAPES, layers=["a", "a", "b"])
+    plan = SuperLoRA(config, SHAPES, layers=["a", "a", "b"], roles="qvq")
     assert file.plan.param_shapes == plan.param_shapes
     assert file.plan is file.plan
     assert len(plan.param_shapes) == plan.num_groups * _arrays_of_group(config)[1]

@@ -58,12 +58,12 @@ def test_a_model_as_json(model: Path) -> None:
     assert done.returncode == 0, done.stderr
     read = json.loads(done.stdout)
     assert read["targets"] == [f"h.{layer}.attn.{x}_proj.weight" for layer in range(2) for x in "qv"]
-    shapes, layers = [(16, 24)] * 4, ["h.0.attn"] * 2 + ["h.1.attn"] * 2
+    shapes, layers, roles = [(16, 24)] * 4, ["h.0.attn"] * 2 + ["h.1.attn"] * 2, ["q", "v"] * 2
     assert read["budget"] == 2000
-    assert any(row["config"]["groups"] == "layer" for row in read["rows"])
+    assert {"layer", "role"} < {str(row["config"]["groups"]) for row in read["rows"]}
     for row in read["rows"]:
         config = tna.Config.from_dict(row["config"])
-        assert row["parameters"] == tna.parameter_count(config, shapes, layers)
+        assert row["parameters"] == tna.parameter_count(config, shapes, layers, roles)
         assert row["bytes"] == 2 * row["parameters"]
     assert run(str(model / "model.safetensors.index.json"), "--budget", "2000").returncode == 0
 

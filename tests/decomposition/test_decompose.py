@@ -398,6 +398,8 @@ def test_groups_by_layer() -> None:
     assert len(report.groups) == 2
     with pytest.raises(ConfigError, match="needs layers"):
         tna.decompose(given, tna.Config(rank=1, groups="layer"))
+    _, by_role = tna.decompose(given, tna.Config(rank=1, groups="role"), roles=["a", "a", "b", "b"])
+    assert by_role.error == report.error
 
 
 def test_nan_in_an_update_is_refused() -> None:

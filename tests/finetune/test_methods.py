@@ -101,9 +101,21 @@ def test_a_preset_whose_sizes_do_not_fit() -> None:
         tna.parameter_count(methods_of(["c3a"], [], {}, SMALL, 4)[0].config, SMALL)  # type: ignore[arg-type]
 
 
+def test_groups_by_role_need_no_weights_of_one_shape() -> None:
+    grouped = [(64, 32), (16, 32)] * 2
+    (method,) = methods_of(["lotr"], [2], {"groups": "role"}, grouped, 2)
+    assert method.config == tna.presets.lotr(2, groups="role")
+    with pytest.raises(
+        TnadaptError, match=r"'lotr' needs weights of one shape; .* give --groups role, for one group of"
+    ):
+        methods_of(["lotr"], [2], {}, grouped, 2)
+
+
 @pytest.mark.parametrize("name", ["lorta_cp", "cara"])
 def test_presets_that_want_the_number_of_heads(name: str) -> None:
-    with pytest.raises(TnadaptError, match=f"preset '{name}': .*'heads'; give it with --set NAME=VALUE"):
+    with pytest.raises(
+        TnadaptError, match=f"preset '{name}' needs the number of 'heads' or .*; give it with --set NAME=VALUE"
+    ):
         methods_of([name], [2], {}, SMALL, 4)
     (method,) = methods_of([name], [2], {"heads": 4}, SMALL, 4)
     assert method.config is not None

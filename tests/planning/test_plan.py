@@ -117,6 +117,20 @@ def test_layers_and_bytes() -> None:
     layers = [i // 2 for i in range(24)]
     assert any(row.config.groups == "layer" for row in tna.plan(VIT, 40_000, layers=layers).rows)
     assert not any(row.config.groups == "layer" for row in tna.plan(VIT, 40_000).rows)
+
+
+def test_roles_are_among_the_groups_where_they_are_known() -> None:
+    grouped, roles = [(64, 32), (16, 32)] * 3, ["q", "v"] * 3
+    found = tna.plan(grouped, 2000, roles=roles)
+    names = [str(row.name) for row in found.rows if row.config.groups == "role"]
+    assert any(name.startswith("LoTR G = role, r = ") for name in names)
+    assert any(name.startswith("SuperLoRA G = role, r = ") for name in names)
+    for row in found.rows:
+        assert row.parameters == tna.parameter_count(row.config, grouped, roles=roles)
+        assert row.rank.value <= 32
+    assert not any(row.config.groups == "role" for row in tna.plan(grouped, 2000).rows)
+    with pytest.raises(ConfigError, match="roles has 1 keys for 6 weights; give one key per weight"):
+        tna.plan(grouped, 2000, roles=["q"])
     assert tna.plan(VIT, "4 kB").budget == 1000
     half = tna.plan(VIT, "4KiB", dtype="bfloat16")
     assert half.budget == 2048
@@ -170,6 +184,6 @@ def test_a_budget_below_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     from tnadapt.planning import _plan_search as plan_search
     from tnadapt.planning import families
 
-    monkeypatch.setattr(plan_search, "families", lambda shapes, layers: families.usual(shapes)[:3])
+    monkeypatch.setattr(plan_search, "families", lambda shapes, layers, roles: families.usual(shapes)[:3])
     with pytest.raises(ConfigError, match=r"a budget of 20 parameters .* the least is 137: LoNKr K = 4, f = 5, r = 1"):
         tna.plan(VIT, 20)

@@ -16,7 +16,8 @@ FAMILIES = {
     "compacter": "Compacter", "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA", "waveft": "WaveFT",
     "c3a": "C3A", "miss": "MiSS",
     # What a mode of a fold means to a model is not in a config.
-    "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA",
+    "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA", "metatt": "SuperLoRA",
+    "gralora": "SuperLoRA",
 }  # fmt: skip
 
 
@@ -37,6 +38,8 @@ def test_labels() -> None:
     told = {
         "SuperLoRA r = 4": tna.presets.superlora(4),
         "SuperLoRA G = layer, r = 4": tna.presets.superlora(4, groups="layer"),
+        "LoTR G = role, r = 4": tna.presets.lotr(4, groups="role"),
+        "LoTR r = 5": tna.presets.lotr(5),
         "SuperLoRA + F r = 4, ρ = 0.1": tna.presets.superlora(4, projection="linear", ratio=0.1),
         "SuperLoRA + F r = 4, nonlinear, ρ = 1": tna.presets.superlora(4, projection="nonlinear"),
         "SuperLoRA + F r = 4, shuffle": tna.presets.superlora(4, projection="shuffle"),

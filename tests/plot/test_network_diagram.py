@@ -31,7 +31,7 @@ PRESETS = {
     "superlora": P.superlora(22, groups=5, projection="nonlinear", ratio=0.1), "compacter": P.compacter(),
     "shira": P.shira(), "fourierft": P.fourierft(), "loca": P.loca(), "waveft": P.waveft(family="db4"), "c3a": P.c3a(),
     "miss": P.miss(),
-    "lotr as a train": P.lotr(4, **ALIKE, train=True),
+    "lotr as a train": P.lotr(4, **ALIKE, train=True), "metatt": P.metatt(4), "gralora": P.gralora(4),
 }  # fmt: skip
 
 
@@ -185,6 +185,19 @@ def test_the_steps_are_the_plan_s() -> None:
     assert lora.steps[0].note == "times 2, the scale α / r"
     assert lonkr.steps[0].note == "cut from 3,776 × 3,776"
     assert [sign.text for sign in lonkr.signs] == ["split0", "⊗", "split1", "⊗", "split2"]
+
+
+def test_axes_in_another_order_are_a_step() -> None:
+    found = diagram(tna.SuperLoRA(PRESETS["metatt"], VIT))
+    assert [(step.lines, step.note) for step in found.steps[:2]] == [
+        (("tensor 768 × 12 × 2 × 768",), ""), (("tensor 12 × 2 × 768 × 768",), "reorder axes"),
+    ]  # fmt: skip
+
+
+def test_groups_of_roles(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    network(P.lotr(1, groups="role"), VIT, tmp_path / "a.svg", roles=["q", "v"] * 12, group=1)
+    assert "12 weights: 1, 3, 5" in (tmp_path / "a.svg").read_text()
 
 
 def test_a_sum_of_terms() -> None:

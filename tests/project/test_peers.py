@@ -240,6 +240,35 @@ def test_lokr_and_krona_of_balanced_sizes_are_peft_s(
     check_peft(peft, "lokr", theirs, configs, sizes, seed)
 
 
+@pytest.mark.law("peft-agrees")
+@given(
+    rows=st.integers(1, 4), cols=st.integers(1, 4), k=st.integers(1, 3), rank=st.integers(1, 3), alpha=ALPHAS,
+    seed=SEEDS,
+)  # fmt: skip
+@example(rows=3, cols=2, k=2, rank=2, alpha=16.0, seed=0)
+def test_gralora_is_peft_s(
+    peft: Any, torch: Any, rows: int, cols: int, k: int, rank: int, alpha: float | None, seed: int
+) -> None:
+    r, rows, cols = rank * k, rows * k, cols * k
+    whole = r if alpha is None else alpha
+    theirs = peft.GraloraConfig(r=r, alpha=whole, gralora_k=k, target_modules=["0"], init_weights=False)
+    torch.manual_seed(seed % 1000)
+    layer = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(cols, rows)), theirs).base_model.model[0]
+    expected = layer.get_delta_weight("default").detach().numpy().astype(np.float64)
+    # PEFT has A of each block of inputs, with r / k columns for each block of outputs, and B the other way around.
+    a, b = (np.asarray(part["default"].detach(), np.float64) for part in (layer.gralora_A, layer.gralora_B))
+    config = presets.gralora(r, k, alpha=whole)
+    plan = SuperLoRA(config, [(rows, cols)])
+    blocks = [(out, into) for out in range(k) for into in range(k)]
+    part = [slice(block * rank, (block + 1) * rank) for block in range(k)]
+    params = {
+        "group0.split0.factor1": np.stack([b[out, part[into]].T for out, into in blocks]),
+        "group0.split0.factor2": np.stack([a[into][:, part[out]] for out, into in blocks]),
+    }
+    assert plan.num_parameters == a.size + b.size
+    assert error(plan.deltas(params)[0], expected) < 1e-6
+
+
 W1 = {"split0.dense"}
 W2 = {"split1.dense"}
 LOW_W1 = {"split0.factor0", "split0.factor1"}

@@ -38,6 +38,7 @@ VARIANTS: dict[str, tna.Config | None] = {
     "compacter": P.compacter(1, terms=2),
     "superlora groups": P.superlora(3, groups=4),
     "superlora layer": P.superlora(3, groups="layer"),
+    "superlora role": P.superlora(3, groups="role"),
     "superlora shuffle": P.superlora(3, projection="shuffle"),
     "superlora linear": P.superlora(3, projection="linear", ratio=0.3),
     "superlora linear_v2": P.superlora(3, projection="linear_v2", ratio=0.3, groups=3, shared=False),
@@ -1098,7 +1099,7 @@ def test_shapes_of_other_arrays_are_refused_and_change_nothing() -> None:
 def test_a_fold_that_would_cut_through_grouped_queries_is_refused() -> None:
     model = nn.Sequential(Separate(), Separate())
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
-    with pytest.raises(tna.ConfigError, match=r'2 of 16×16, 2 of 8×16.*targets="q" and targets="v" as two adapters'):
+    with pytest.raises(tna.ConfigError, match=r'2 of 16×16, 2 of 8×16.*Use groups="role", one group of all queries'):
         tt.attach(model, tna.presets.lotr(2, weights=4, rows=16, cols=16))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name][0])

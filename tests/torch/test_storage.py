@@ -53,6 +53,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         P.dense(),
         P.lokr(2),
         P.superlora(3, groups="layer"),
+        P.superlora(3, groups="role"),
         P.superlora(3, groups=4, projection="nonlinear", ratio=0.3, seed=5),
         P.superlora(3, projection="linear_v2", ratio=0.3, shared=False),
     ],

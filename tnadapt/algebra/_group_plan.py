@@ -18,6 +18,7 @@ from .init import Initializer
 from .layout import make_layout, require_alike
 from .maps import input_length
 from .maps.projection import Projection
+from .named_fold import group_fold, is_named
 from .network import Network
 from .sources import FrozenArrays
 from .theta import Theta
@@ -46,21 +47,22 @@ class GroupPlan:
         config: Config,
         shapes: Sequence[tuple[int, int]],
         layers: Sequence[Hashable] | None = None,
+        roles: Sequence[Hashable] | None = None,
         *,
         given: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(config, Config):
             raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
         self.config = config
-        self.layout = make_layout(config.groups, shapes, layers)
+        self.layout = make_layout(config.groups, shapes, layers, roles)
         if config.weight_shape is not None:
-            assert isinstance(config.fold, tuple)  # Config refuses any other
-            require_alike(self.layout, config.weight_shape, config.fold)
+            require_alike(self.layout, config.weight_shape, config.fold)  # type: ignore[arg-type]  # Config refuses others
         self.shapes = self.layout.shapes
         self.size = self.layout.size
         self.num_groups = self.layout.num_groups
         self._layers = None if layers is None else list(layers)
-        self._networks: dict[tuple[int, int, Weights], Network] = {}
+        self._roles = None if roles is None else list(roles)
+        self._networks: dict[tuple[int, int, Weights, tuple[int, ...] | None], Network] = {}
         # Build every network once, to raise errors here and not at the first use.
         for group in self._different:
             self._network(group)
@@ -79,7 +81,7 @@ class GroupPlan:
         """Number of trained elements; counted without allocating anything."""
         if self.theta is not None or self._array_plan.tied:
             return sum(math.prod(shape) for shape in self.param_shapes.values())
-        if self._columns_vary:
+        if self._networks_vary:
             return sum(self._num_trained(group) for group in range(self.num_groups))
         return sum(count * self._num_trained(group) for group, count, _ in self.layout.same_size())
 
@@ -202,23 +204,32 @@ class GroupPlan:
         return self.config.fold == "stack" and self.config.order == 2
 
     @property
-    def _columns_vary(self) -> bool:
-        """Whether groups of equal size may have different networks: stacks with different columns, or F of a weight."""
-        return (self._stacked and not self.layout.equal_columns) or self.config.on == "weight"
+    def _networks_vary(self) -> bool:
+        """Whether groups of equal size may have different networks.
+
+        So have stacks and folds in names, of different weights, and groups with a map F of each weight.
+        """
+        if self.config.on == "weight":
+            return True
+        if is_named(self.config.fold):
+            return not self.layout.equal_shapes
+        return self._stacked and not self.layout.equal_columns
 
     @property
     def _different(self) -> Iterable[int]:
         """Indices of groups that together have every network of the plan."""
-        return range(self.num_groups) if self._columns_vary else [first for first, _, _ in self.layout.same_size()]
+        return range(self.num_groups) if self._networks_vary else [first for first, _, _ in self.layout.same_size()]
 
     def _network(self, group: int) -> Network:
         size = self.layout.group_size(group)
         columns = self.layout.columns(group) if self._stacked else 1
-        weights = self._weights(group)
-        found = self._networks.get((size, columns, weights))
+        config, weights = self.config, self._weights(group)
+        fold = group_fold(config.fold, self.layout, group) if is_named(config.fold) else None
+        found = self._networks.get((size, columns, weights, fold))
         if found is None:
-            n_in = input_length(self.config.projection, size, self.config.ratio, weights)
-            found = self._networks[size, columns, weights] = Network(self.config, n_in, columns)
+            n_in = input_length(config.projection, size, config.ratio, weights)
+            own = config if fold is None else config.replace(fold=fold)
+            found = self._networks[size, columns, weights, fold] = Network(own, n_in, columns)
         return found
 
     def starts(self, trained: Collection[str] | None = None) -> list[Initializer]:

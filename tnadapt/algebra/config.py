@@ -12,6 +12,7 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, integer, peft_hint, safe_repr
 
+from ._axes import checked_axes
 from .folding import MAX_ORDER
 from .formats import FORMATS
 from .maps import (
@@ -24,6 +25,7 @@ from .maps import (
     require_ratio_fits,
     takes_ratio,
 )
+from .named_fold import check_fold, is_named
 from .sources import Source, SourceMap, source_from_dict, source_to_dict
 
 __all__ = ["Config"]
@@ -42,6 +44,7 @@ _NEWER: dict[str, Any] = {
     "scope": "plan",
     "offset": True,
     "weight_shape": None,
+    "axes": None,
 }
 
 # Values beyond these are typing errors or hostile.
@@ -66,11 +69,14 @@ class Config:
         M, the number of modes of the tensor that a group is folded to; 1 is a vector.
     splits : int
         K, the number of tensors whose product is a group.
-    groups : "weight", "layer", int or list of lists of int
-        One group per weight, one per layer, G equal pieces of the long vector, or explicit lists of weight indices.
-    fold : "stack", "hypercube", "balanced" or tuple of int
+    groups : "weight", "layer", "role", int or list of lists of int
+        One group per weight, one per layer, one per role (all queries, all values, …), G equal pieces of the long
+        vector, or explicit lists of weight indices.
+    fold : "stack", "hypercube", "balanced" or tuple of int and str
         How a group becomes a tensor: weights stacked along rows (M = 2 only), the paper's reshape to equal sizes, the
-        smallest nearly equal sizes, or explicit sizes, one per mode.
+        smallest nearly equal sizes, or explicit sizes, one per mode. A size may be a name, which stands for a number of
+        each group: ``("weights", "rows", "cols")``, or ``("weights", "rows/64", 64, "cols")`` with heads of 64 rows.
+        The weights of a group must then have one shape; see :mod:`tnadapt.algebra.named_fold`.
     format : str
         Format of each split: "dense", "cp", "cp-weighted", "tucker", "tt", or a name given to
         :func:`tnadapt.register_format`.
@@ -119,6 +125,12 @@ class Config:
         rows per head) and columns. Weights of another shape or number are refused, because the fold would cut through
         weights. Presets that have such a fold set it; None accepts any weights. It does not affect results: configs
         that differ only in it are equal, and adapter files leave it out.
+    axes : tuple of int or of tuples of int, optional
+        For a fold of explicit sizes: the order in which the network's modes index them, as positions in ``fold``. With
+        ``fold=("weights", "rows", "cols")``, ``axes=(1, 0, 2)`` is a network over rows, weights and columns. A tuple
+        puts several sizes into one mode, the first one slow: ``fold=(8, 4, 8, 4)`` and ``axes=((0, 2), (1, 3))`` pair
+        digits of the row with digits of the column. ``order`` is the number of modes. None is the order of the fold.
+        Adapter files leave it out if it is None.
 
     Raises
     ------
@@ -139,7 +151,7 @@ class Config:
     order: int = 2
     splits: int = 1
     groups: str | int | tuple[tuple[int, ...], ...] = "weight"
-    fold: str | tuple[int, ...] = "stack"
+    fold: str | tuple[int | str, ...] = "stack"
     format: str = "cp"
     combine: str = "kronecker"
     split_size: int | str | tuple[int, ...] = "balanced"
@@ -158,6 +170,7 @@ class Config:
     offset: bool = True
     # A condition on the weights that does not affect results: configs of older files stay equal.
     weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
+    axes: tuple[int | tuple[int, ...], ...] | None = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Config:
         # Raise ConfigError for an unknown field, where a dataclass would raise TypeError.
@@ -181,11 +194,22 @@ class Config:
         put("projection", checked_projection(self.projection))
         put("groups", _checked_groups(self.groups))
         put("fold", self._checked_fold())
+        put("axes", checked_axes(self.axes, self.fold, self.order))
+        if self.axes is not None and self.combine == "kronecker" and self.splits > 1:
+            raise ConfigError(
+                "axes give the modes of one tensor an order, and Kronecker splits have several: leave axes out, or use "
+                "splits=1"
+            )
         put("split_size", self._checked_split_size())
         put("ratio", _number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio must be above 0 and at most 1; got {self.ratio!r}")
         require_ratio_fits(self.projection, self.on, self.ratio)
+        if self.ratio != 1.0 and is_named(self.fold):
+            raise ConfigError(
+                f"fold={self.fold} has the sizes of the weights, and ratio={self.ratio} folds a shorter vector: use "
+                "ratio=1, or fold='hypercube'"
+            )
         if not isinstance(self.shared, bool):
             raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
         if self.alpha is not None:
@@ -242,7 +266,13 @@ class Config:
                 f"weight_shape={(rows, cols)} says what the sizes of a fold stand for, and fold={self.fold!r} names "
                 "none: give fold=(weights, rows, cols), or weight_shape=None"
             )
-        inner = list(itertools.accumulate(reversed(self.fold), operator.mul))
+        if is_named(self.fold):
+            raise ConfigError(
+                f"fold={self.fold} takes the shapes that the weights have, and weight_shape={(rows, cols)} demands "
+                "one: leave weight_shape out, or give the fold in integers"
+            )
+        fold = [int(size) for size in self.fold]
+        inner = list(itertools.accumulate(reversed(fold), operator.mul))
         if cols not in inner or rows * cols not in inner[inner.index(cols) :]:
             raise ConfigError(
                 f"the last sizes of fold={self.fold} do not multiply to the {rows} rows and {cols} columns of "
@@ -250,10 +280,15 @@ class Config:
             )
         return rows, cols
 
-    def _checked_fold(self) -> str | tuple[int, ...]:
+    def _checked_fold(self) -> str | tuple[int | str, ...]:
         if isinstance(self.fold, (tuple, list)):
-            sizes = tuple(_integer(f"fold[{mode}]", size, 1, 1 << 62) for mode, size in enumerate(self.fold))
-            if len(sizes) != self.order:
+            sizes = tuple(
+                size if isinstance(size, str) else _integer(f"fold[{mode}]", size, 1, 1 << 62)
+                for mode, size in enumerate(self.fold)
+            )
+            if is_named(sizes):
+                check_fold(sizes)
+            if self.axes is None and len(sizes) != self.order:
                 raise ConfigError(
                     f"fold={sizes} has {len(sizes)} sizes and order is {self.order}; set order={len(sizes)}"
                 )
@@ -331,7 +366,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        sources, on, before, parameters, scope, offset, weight_shape
+        sources, on, before, parameters, scope, offset, weight_shape, axes
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")
@@ -391,9 +426,9 @@ def _word(name: str, value: Any, words: tuple[str, ...], other: str = "") -> Non
 
 
 def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
-    what = '"weight", "layer", an integer of at least 1, or a list of lists of weight indices'
+    what = '"weight", "layer", "role", an integer of at least 1, or a list of lists of weight indices'
     if isinstance(groups, str):
-        if groups not in ("weight", "layer"):
+        if groups not in ("weight", "layer", "role"):
             raise ConfigError(f"groups must be {what}; got {safe_repr(groups)}")
         return groups
     if isinstance(groups, (list, tuple)):
@@ -402,7 +437,7 @@ def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
         return tuple(
             tuple(_integer(f"groups[{g}]", weight, 0, MAX_INT) for weight in group) for g, group in enumerate(groups)
         )
-    return _integer("groups", groups, 1, 1 << 62, 'or "weight", "layer" or a list of lists')
+    return _integer("groups", groups, 1, 1 << 62, 'or "weight", "layer", "role" or a list of lists')
 
 
 def _checked_sources(sources: Any) -> SourceMap:

@@ -116,10 +116,13 @@ class Factoring:
         """Whether the update is a single low-rank matrix."""
         return self.terms == 1 and len(self.sizes) == 1
 
-    def __call__(self, backend: Backend, params: Mapping[str, Array]) -> Factored:
-        """Compute the factors from parameters, which must include those in ``names``; differentiable."""
+    def __call__(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Factored:
+        """Compute the factors from parameters, which must include those in ``names``; differentiable.
+
+        ``trained`` is the dtype of training, if the parameters have been cast since: frozen arrays are rounded to it.
+        """
         network = self.network
-        arrays = self.group.arrays(backend, params)
+        arrays = self.group.arrays(backend, params, trained)
         if len(self.sizes) == 1:
             left, right = network.unfolded(backend, arrays, self.cuts[0])
             return Factored([[Matrix(left, backend.matrix_transpose(right))]], network.scale)

@@ -70,9 +70,12 @@ class Group(NamedTuple):
         array, _, diagonal = name.rpartition(".")
         return self.scaled[array].diagonal_shapes(self.network.shapes[array])[diagonal]
 
-    def arrays(self, backend: Backend, params: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Return all arrays of the network, by the network's names: those of the parameters, and the frozen ones."""
-        return self.with_frozen(backend, {name: params[full] for name, full in self.names.items()})
+    def arrays(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Mapping[str, Array]:
+        """Return all arrays of the network, by the network's names: those of the parameters, and the frozen ones.
+
+        ``trained`` is as in :meth:`with_frozen`.
+        """
+        return self.with_frozen(backend, {name: params[full] for name, full in self.names.items()}, trained)
 
     def with_frozen(
         self, backend: Backend, own: Mapping[str, Array], trained: str | None = None

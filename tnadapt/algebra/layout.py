@@ -116,6 +116,11 @@ class Layout:
         """Whether all weights have the same number of columns."""
         return len({cols for _, cols in self.shapes}) == 1
 
+    @cached_property
+    def equal_shapes(self) -> bool:
+        """Whether all weights have the same shape."""
+        return len(set(self.shapes)) == 1
+
     def columns(self, group: int) -> int:
         """Return c, the greatest common divisor of the column counts of the weights with elements in the group."""
         if self.equal_columns:
@@ -184,17 +189,25 @@ class Layout:
         return pieces
 
 
-def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None) -> Layout:
+def make_layout(
+    groups: Groups,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
+) -> Layout:
     """Return the layout that ``Config.groups`` describes for these weights.
 
     Parameters
     ----------
-    groups : {"weight", "layer"}, int or tuple of tuples
-        One group per weight; one per layer; G pieces of ``ceil(N / G)`` elements; or the weights of each group.
+    groups : {"weight", "layer", "role"}, int or tuple of tuples
+        One group per weight; one per layer; one per role; G pieces of ``ceil(N / G)`` elements; or the weights of each
+        group.
     shapes : sequence of (rows, cols)
         Shapes of the weights, at least one.
     layers : sequence of hashable, optional
         For ``"layer"``: one key per weight; weights with the same key form a group, in order of first appearance.
+    roles : sequence of hashable, optional
+        For ``"role"``: likewise, such as ``["q", "v", "q", "v"]``.
 
     Returns
     -------
@@ -208,7 +221,7 @@ def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Seque
         If a shape is not two integers of at least 1, or there are no shapes.
     ConfigError
         If the groups do not fit the weights: G > N; an index that is repeated, missing or out of range; layers
-        that are missing or of the wrong length.
+        or roles that are missing or of the wrong length.
 
     Examples
     --------
@@ -219,7 +232,9 @@ def make_layout(groups: Groups, shapes: Sequence[tuple[int, int]], layers: Seque
     if groups == "weight":
         return Layout(shapes, [(weight,) for weight in range(len(shapes))])
     if groups == "layer":
-        return Layout(shapes, _by_layer(layers, len(shapes)))
+        return Layout(shapes, _by_key("layer", layers, len(shapes)))
+    if groups == "role":
+        return Layout(shapes, _by_key("role", roles, len(shapes)))
     if isinstance(groups, int):
         size = sum(rows * cols for rows, cols in shapes)
         if groups > size:
@@ -260,9 +275,9 @@ def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -
         listed = [f"{count} of {r}×{c}" for (r, c), count in list(counts.items())[:6]]
         raise ConfigError(
             f"{meant}, and the weights given are {', '.join(listed)}{', …' if len(counts) > 6 else ''}: the fold would "
-            "cut through weights. Adapt weights of one shape (where queries and values differ, as under grouped-query "
-            'attention, targets="q" and targets="v" as two adapters), or use a preset that takes any shapes, such as '
-            "superlora or lora"
+            'cut through weights. Use groups="role", one group of all queries, one of all values and so on '
+            '(grouped-query attention), and leave the sizes to it: preset(rank, groups="role") without weights, rows '
+            "and cols. Or use a preset that takes any shapes, such as superlora or lora"
         )
     for _, _, size in layout.same_size():
         if size != math.prod(fold):
@@ -273,21 +288,22 @@ def require_alike(layout: Layout, shape: tuple[int, int], fold: Sequence[int]) -
             )
 
 
-def _by_layer(layers: Iterable[Hashable] | None, weights: int) -> list[list[int]]:
-    if layers is None:
+def _by_key(what: str, given: Iterable[Hashable] | None, weights: int) -> list[list[int]]:
+    """Return the weights of each group: those with the same key, in order of first appearance."""
+    if given is None:
         raise ConfigError(
-            'groups="layer" needs layers=[…], one key per weight, to know which weights share a layer; '
+            f'groups="{what}" needs {what}s=[…], one key per weight, to know which weights share a {what}; '
             'or use groups="weight"'
         )
     try:
-        keys = list(layers)
+        keys = list(given)
         members: dict[Hashable, list[int]] = {}
         for weight, key in enumerate(keys):
             members.setdefault(key, []).append(weight)
     except TypeError as error:
-        raise ConfigError(f"layers must be a list of hashable keys, one per weight; got {safe_repr(layers)}") from error
+        raise ConfigError(f"{what}s must be a list of hashable keys, one per weight; got {safe_repr(given)}") from error
     if len(keys) != weights:
-        raise ConfigError(f"layers has {len(keys)} keys for {weights} weights; give one key per weight")
+        raise ConfigError(f"{what}s has {len(keys)} keys for {weights} weights; give one key per weight")
     return list(members.values())
 
 

@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import ShapeError
+from tnadapt.errors import ConfigError, ShapeError
 
 from ._boxes import boxes
 from .config import Config
 from .folding import balanced_shape, hypercube_shape, kronecker_sizes
-from .formats import Format, make_format
+from .formats import Format, Permuted, make_format
+from .named_fold import is_named
 from .products import hadamard_tensor, khatri_rao, kronecker_tensor
 from .rearrangement import contracted, rearranged
 from .unfolding import Cut, along, best_cut, row_wise_khatri_rao
@@ -58,7 +59,7 @@ def fold_sizes(config: Config, size: int, columns: int) -> tuple[int, ...]:
     >>> fold_sizes(Config(groups=1), 24 * 768 * 768, columns=768)
     (18432, 768)
     """
-    if config.order == 1:
+    if config.order == 1 and config.axes is None:
         sizes: tuple[int, ...] = (size,)
     elif config.fold == "stack":
         if size % columns:
@@ -72,14 +73,24 @@ def fold_sizes(config: Config, size: int, columns: int) -> tuple[int, ...]:
     elif config.fold == "balanced":
         sizes = balanced_shape(size, config.order)
     else:
-        assert not isinstance(config.fold, str)  # Config has refused any other word
-        sizes = config.fold
+        if isinstance(config.fold, str) or is_named(config.fold):
+            raise ConfigError(f"fold={config.fold!r} has no sizes without the weights of a group")
+        sizes = tuple(int(each) for each in config.fold)
     if math.prod(sizes) < size:
         raise ShapeError(
             f"fold={sizes} holds {math.prod(sizes)} elements and a group has {size}; "
             "give larger sizes, or fold='balanced'"
         )
     return sizes
+
+
+def _in_order(name: str, sizes: tuple[int, ...], config: Config) -> Format:
+    """Return the format of a split, with its modes in the order of ``config.axes``."""
+    if config.axes is None:
+        return make_format(name, sizes, config.rank)
+    axes = tuple(axis if isinstance(axis, tuple) else (axis,) for axis in config.axes)
+    own = make_format(name, [math.prod(sizes[digit] for digit in axis) for axis in axes], config.rank)
+    return Permuted(own, sizes, axes)
 
 
 class Network:
@@ -121,8 +132,13 @@ class Network:
         leading = "dense" if config.leading == "dense" else config.format
         names = [leading] * (config.splits - 1) + [config.format]
         self.splits: list[Format] = [
-            make_format(name, sizes, config.rank) for name, sizes in zip(names, split_sizes, strict=True)
+            _in_order(name, sizes, config) for name, sizes in zip(names, split_sizes, strict=True)
         ]
+        if config.axes is not None and math.prod(self.sizes) != size:
+            raise ShapeError(
+                f"axes={config.axes} reorder all {math.prod(self.sizes)} elements of fold={self.sizes}, and a group "
+                f"has {size}: give a fold with as many elements as the group, such as ('weights', 'rows', 'cols')"
+            )
         self.terms = config.terms
 
     @functools.cached_property

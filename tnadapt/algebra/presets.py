@@ -5,9 +5,12 @@ are fields of :class:`~tnadapt.Config` (``alpha``, ``seed``, …) and override t
 
 LoDA, which the paper also names, is not included: its nonlinearity acts on activations, so it defines no ΔW.
 
-Methods that stack all weights into one tensor (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``) need to know
-the number of weights and their common shape (``Config.weight_shape``; other weights are refused). The weights must be
-in the order layer 0 query, layer 0 value, layer 1 query, …
+Methods that stack all weights of a group into one tensor (``lotr``, ``fact_tt``, ``fact_tk``, ``cara``, ``lorta_cp``,
+``metatt``) take the number of weights and their shape from the weights of each group. If the sizes are given as
+arguments, they are a condition (``Config.weight_shape``): other weights are refused. The weights of a group must have
+one shape;
+``groups="role"`` makes one group of all queries, one of all values and so on, which have different shapes in
+grouped-query attention. The weights must be in the order layer 0 query, layer 0 value, layer 1 query, …
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, integer
 
+from ._joint_presets import cara, fact_tk, fact_tt, lorta_cp, lotr, metatt
 from ._source_presets import (
     lora_fa,
     lora_xs,
@@ -42,6 +46,7 @@ __all__ = [
     "fact_tt",
     "fastfood",
     "fourierft",
+    "gralora",
     "krona",
     "loca",
     "loha",
@@ -53,6 +58,7 @@ __all__ = [
     "lorta",
     "lorta_cp",
     "lotr",
+    "metatt",
     "miss",
     "nola",
     "randlora",
@@ -70,18 +76,6 @@ __all__ = [
 
 def _config(own: dict[str, Any], changes: dict[str, Any]) -> Config:
     return Config.from_dict({**own, **changes})
-
-
-def _stacked(rows: int, cols: int, fold: tuple[int, ...], own: dict[str, Any], changes: dict[str, Any]) -> Config:
-    """Stack all weights into one tensor whose last modes are rows and columns.
-
-    If the caller gives a fold, it replaces this one and may be used with weights of any shapes.
-    """
-    if "fold" not in changes:
-        own = {**own, "fold": fold, "order": len(fold), "weight_shape": (rows, cols)}
-    else:
-        own = {**own, "order": len(fold)}
-    return _config({"groups": 1, **own}, changes)
 
 
 def dense(**changes: Any) -> Config:
@@ -197,31 +191,6 @@ def lonkr(rank: int = 4, splits: int = 3, groups: Any = 1, split_size: Any = 8, 
     )
 
 
-def lotr(rank: int = 4, *, weights: int, rows: int, cols: int, train: bool = False, **changes: Any) -> Config:
-    """LoTR: all updates as one tensor ``(weights, rows, cols)`` (table 1; Bershatsky et al., arXiv 2402.01376).
-
-    Settings: G = 1, that fold, Tucker with no factor in mode 0: ``ΔW_s = A G_s Bᵀ``, where all weights share A
-    and B and each has its own core G_s. With ``train=True``, a tensor train over the same modes.
-
-    Parameters
-    ----------
-    rank : int
-        Rank of rows and columns (of both bonds for a train).
-    weights, rows, cols : int
-        Number of weights, and their common shape.
-
-    Examples
-    --------
-    >>> import tnadapt as tna
-    >>> tna.SuperLoRA(lotr(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3).param_shapes
-    {'group0.split0.core': (3, 2, 2), 'group0.split0.factor1': (8, 2), 'group0.split0.factor2': (5, 2)}
-    """
-    own: dict[str, Any] = {"format": "tucker", "rank": (None, rank, rank)}
-    if train:
-        own = {"format": "tt", "rank": rank}
-    return _stacked(rows, cols, (weights, rows, cols), own, changes)
-
-
 def lorta(rank: int = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Config:
     """LoRTA of the SuperLoRA paper: Tucker on a hypercube (table 1, equation 3).
 
@@ -237,104 +206,50 @@ def lorta(rank: int = 4, order: int = 3, groups: Any = 1, **changes: Any) -> Con
     return _config({"groups": groups, "fold": "hypercube", "order": order, "format": "tucker", "rank": rank}, changes)
 
 
-def lorta_cp(
-    rank: int = 4, *, layers: int, rows: int, cols: int, heads: int, matrices: int = 2, **changes: Any
-) -> Config:
-    """LoRTA of Hounie et al.: CP over layers, matrices, heads, head size and input (arXiv 2410.04060).
+def gralora(rank: int = 4, blocks: int = 2, **changes: Any) -> Config:
+    """GraLoRA: each weight cut into k × k blocks, each with its own low-rank matrix (Jung et al., arXiv 2505.20355).
 
-    A different method from :func:`lorta`, published under the same name. Settings: G = 1, CP on
-    ``(layers, matrices, heads, rows / heads, cols)``.
-
-    Parameters
-    ----------
-    rank : int
-    layers, matrices : int
-        Number of layers, and of adapted matrices in each (2: query and value).
-    rows, cols : int
-        Common shape of the weights.
-    heads : int
-        Attention heads; divides rows.
-
-    Raises
-    ------
-    ConfigError
-        If heads does not divide rows.
-
-    Examples
-    --------
-    >>> import tnadapt as tna
-    >>> cfg = lorta_cp(rank=4, layers=12, rows=768, cols=768, heads=12)
-    >>> tna.parameter_count(cfg, [(768, 768)] * 24) == 4 * (12 + 2 + 12 + 64 + 768)
-    True
-    """
-    fold = (layers, matrices, heads, _head_size(rows, heads), cols)
-    return _stacked(rows, cols, fold, {"format": "cp", "rank": rank}, changes)
-
-
-def cara(rank: int = 4, *, weights: int, rows: int, cols: int, heads: int, **changes: Any) -> Config:
-    """CaRA: weighted CP over matrices, heads, head size and input (Veeramacheneni et al., ICML 2025).
-
-    Settings: G = 1, cp-weighted on ``(weights, heads, rows / heads, cols)``. The paper counts query, key and
-    value of every layer; here ``weights`` is the number of adapted weights.
+    Settings: one group per weight, fold ``(weights, k, rows / k, k, cols / k)``, axes that make the blocks one mode,
+    batched CP of rank r / k: ``ΔW[a, b] = (alpha / r) B_ab A_abᵀ``. Parameters: r (rows + cols) per weight, as for LoRA
+    of rank r; the matrix rank is up to k r.
 
     Parameters
     ----------
     rank : int
-    weights, rows, cols : int
-        Number of weights, and their common shape.
-    heads : int
-        Attention heads; divides rows.
+        r, a multiple of ``blocks``.
+    blocks : int
+        k, which divides rows and columns.
+    alpha : float, optional
+        As in :class:`~tnadapt.Config`, of the rank r.
 
     Raises
     ------
     ConfigError
-        If heads does not divide rows.
+        If blocks does not divide the rank.
 
     Examples
     --------
     >>> import tnadapt as tna
-    >>> cfg = cara(rank=4, weights=24, rows=768, cols=768, heads=12)
-    >>> tna.parameter_count(cfg, [(768, 768)] * 24) == 4 + 4 * (24 + 12 + 64 + 768)
-    True
+    >>> ad = tna.SuperLoRA(gralora(rank=8, blocks=2), [(768, 768)] * 24)
+    >>> ad.num_parameters == 24 * 8 * (768 + 768), ad.lora_rank
+    (True, 16)
     """
-    fold = (weights, heads, _head_size(rows, heads), cols)
-    return _stacked(rows, cols, fold, {"format": "cp-weighted", "rank": rank}, changes)
-
-
-def _head_size(rows: int, heads: int) -> int:
-    rows, heads = (integer(name, value, 1, MAX_SIZE, ConfigError) for name, value in (("rows", rows), ("heads", heads)))
-    if rows % heads:
-        raise ConfigError(f"heads must divide rows; got heads={heads}, rows={rows}")
-    return rows // heads
-
-
-def fact_tt(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any) -> Config:
-    """FacT-TT: ``ΔW_s = U Σ_s Vᵀ``, U and V shared by all weights (Jie & Deng, arXiv 2212.03145).
-
-    Settings: G = 1, fold ``(weights, rows, cols)``, Tucker with no factor in mode 0: FacT's tensor train, with its
-    outer cores on rows and columns and Σ between them, is equal to this Tucker form.
-
-    Examples
-    --------
-    >>> import tnadapt as tna
-    >>> tna.parameter_count(fact_tt(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3) == 3 * 4 + 16 + 10
-    True
-    """
-    return lotr(rank, weights=weights, rows=rows, cols=cols, **changes)
-
-
-def fact_tk(rank: int = 4, *, weights: int, rows: int, cols: int, **changes: Any) -> Config:
-    """FacT-TK: Tucker over (weights, rows, cols) with a factor in every mode (Jie & Deng, arXiv 2212.03145).
-
-    Settings: G = 1, that fold, Tucker.
-
-    Examples
-    --------
-    >>> import tnadapt as tna
-    >>> tna.parameter_count(fact_tk(rank=2, weights=3, rows=8, cols=5), [(8, 5)] * 3) == 8 + 6 + 16 + 10
-    True
-    """
-    return _stacked(rows, cols, (weights, rows, cols), {"format": "tucker", "rank": rank}, changes)
+    k = integer("blocks", blocks, 1, MAX_SIZE, ConfigError)
+    rank = integer("rank", rank, 1, MAX_SIZE, ConfigError)
+    if rank % k:
+        raise ConfigError(f"blocks must divide the rank, as each block has rank / blocks; got rank={rank}, blocks={k}")
+    alpha = Config(alpha=changes.get("alpha")).alpha
+    if alpha is not None:
+        changes = {**changes, "alpha": alpha / k}
+    own = {
+        "groups": "weight",
+        "order": 3,
+        "fold": ("weights", k, f"rows/{k}", k, f"cols/{k}"),
+        "axes": ((0, 1, 3), 2, 4),
+        "format": "cp-batched",
+        "rank": rank // k,
+    }
+    return _config(own, changes)
 
 
 def fastfood(ratio: float = 0.01, **changes: Any) -> Config:

@@ -21,6 +21,7 @@ from ._base_arrays import from_base
 from ._group_plan import GroupPlan, some_names
 from .config import Config
 from .layout import Piece
+from .rank_bounds import lora_rank, rank_bound
 
 __all__ = ["SuperLoRA", "checked_given", "parameter_count"]
 
@@ -38,6 +39,8 @@ class SuperLoRA(GroupPlan):
         Shapes of the weights to update, in torch's order ``(out_features, in_features)``.
     layers : sequence of hashable, optional
         One key per weight, for ``groups="layer"``.
+    roles : sequence of hashable, optional
+        One key per weight, for ``groups="role"``, such as ``["q", "v", "q", "v"]``.
     given : mapping of str to array, optional
         The frozen arrays in ``given_shapes``, whose source is :class:`tnadapt.sources.Given`; also those in
         ``base_shapes``, in place of :meth:`with_base`. Copied, in float32.
@@ -82,7 +85,8 @@ class SuperLoRA(GroupPlan):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Recompute it from its few integers, instead of pickling the cached draws.
-        return functools.partial(SuperLoRA, given=self.given), (self.config, self.shapes, self._layers)
+        arguments = self.config, self.shapes, self._layers, self._roles
+        return functools.partial(SuperLoRA, given=self.given), arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
         return self  # immutable
@@ -129,7 +133,7 @@ class SuperLoRA(GroupPlan):
         if not self.base_shapes:
             return self
         found = from_base(self, weights, progress)
-        return SuperLoRA(self.config, self.shapes, self._layers, given={**self.given, **found})
+        return SuperLoRA(self.config, self.shapes, self._layers, self._roles, given={**self.given, **found})
 
     def fill(self, given: Mapping[str, Any]) -> None:
         """Add frozen arrays that the plan lacks, in place, for an adapter that uses the plan already.
@@ -138,6 +142,68 @@ class SuperLoRA(GroupPlan):
         """
         shapes = {**self.given_shapes, **self.base_shapes}
         self._given.update({k: v for k, v in checked_given(given, shapes).items() if k not in self._given})
+
+    # -- Ranks -------------------------------------------------------------------------------
+
+    def largest_rank(self, i: int) -> int:
+        """Return a matrix rank that the update of a weight never exceeds, whatever the arrays are.
+
+        LoRA of that rank holds the update exactly, and :func:`tnadapt.convert` writes it from the factors.
+
+        Parameters
+        ----------
+        i : int
+            Index of the weight, ``0 <= i < len(shapes)``.
+
+        Returns
+        -------
+        int
+            At most ``min(shapes[i])``.
+
+        Raises
+        ------
+        ShapeError
+            If there is no weight i.
+
+        Notes
+        -----
+        The bound follows from the integers of the plan: the least product of bonds of the network between the rows and
+        the columns of the weight, as a slice of the folded tensor. It holds for frozen arrays as well. Terms add up,
+        and ranks of the splits of Kronecker and Hadamard products multiply. Behind a map F other than the identity, or
+        where a fold cuts through rows, only ``min(rows, cols)`` is known. Random arrays usually attain it; see
+        :func:`tnadapt.planning.largest_rank` for the rank that they have.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> vit, P = [(768, 768)] * 24, tna.presets
+        >>> for config in (P.lora(4), P.lotr(4), P.cara(4, heads=12), P.lokr(4), P.superlora(4)):
+        ...     print(SuperLoRA(config, vit).largest_rank(0))
+        4
+        4
+        4
+        96
+        768
+        """
+        i = integer("weight", i, 0, len(self.shapes) - 1, ShapeError)
+        return rank_bound(self.layout, self.groups, i)
+
+    @functools.cached_property
+    def lora_rank(self) -> int | None:
+        """The rank of LoRA that holds the update of every weight exactly: the maximum of :meth:`largest_rank`.
+
+        None if for some weight two factors of its rank are no smaller than the update itself.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> gqa = [(64, 32), (16, 32)] * 3
+        >>> SuperLoRA(tna.presets.fact_tk(2, groups="role"), gqa, roles="qvqvqv").lora_rank
+        2
+        >>> SuperLoRA(tna.presets.superlora(2), gqa).lora_rank is None
+        True
+        """
+        return lora_rank(self.shapes, [rank_bound(self.layout, self.groups, i) for i in range(len(self.shapes))])
 
     # -- Arrays ------------------------------------------------------------------------------
 
@@ -455,12 +521,17 @@ class SuperLoRA(GroupPlan):
         return backend
 
 
-def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None) -> int:
+def parameter_count(
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
+) -> int:
     """Return the number of trained elements of a config on these weights: ``SuperLoRA(…).num_parameters``.
 
     Parameters
     ----------
-    config, shapes, layers
+    config, shapes, layers, roles
         As for :class:`SuperLoRA`.
 
     Returns
@@ -473,4 +544,4 @@ def parameter_count(config: Config, shapes: Sequence[tuple[int, int]], layers: S
     >>> parameter_count(tna.presets.lora(rank=4), [(768, 768)] * 24)
     147456
     """
-    return SuperLoRA(config, shapes, layers).num_parameters
+    return SuperLoRA(config, shapes, layers, roles).num_parameters

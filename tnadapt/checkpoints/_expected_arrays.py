@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.init import Initializer
-from tnadapt.algebra.layout import make_layout
+from tnadapt.algebra.layout import Layout, make_layout
+from tnadapt.algebra.named_fold import group_fold, is_named
 from tnadapt.algebra.sources import Scaled, Source, SourceMap, Tied, Trained, inner_source
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, ShapeError, safe_repr, summarize
@@ -30,8 +31,13 @@ _MAX_DIVISIONS = 1 << 18
 
 def plan_of(config: Config, targets: Sequence[Target], given: Mapping[str, np.ndarray] | None = None) -> SuperLoRA:
     """Return the plan of an adapter, with frozen arrays that are not computed."""
-    layers = [target.layer for target in targets]
-    return SuperLoRA(config, [target.shape for target in targets], layers=layers, given=given)
+    return SuperLoRA(
+        config,
+        [target.shape for target in targets],
+        layers=[target.layer for target in targets],
+        roles=[target.role for target in targets],
+        given=given,
+    )
 
 
 def check_fit(
@@ -53,15 +59,20 @@ def check_fit(
         If arrays are missing, unknown or of another shape; the message names them.
     """
     # Count before planning: a hostile config of a few bytes can ask for millions of arrays.
-    layout = make_layout(config.groups, [target.shape for target in targets], [target.layer for target in targets])
+    layout = make_layout(
+        config.groups,
+        [target.shape for target in targets],
+        [target.layer for target in targets],
+        [target.role for target in targets],
+    )
     every, expected = (layout.num_groups * count for count in _arrays_of_group(config))
-    if every > len(shapes) + _PER_TARGET * len(targets) + _MAX_UNSTORED:
-        raise ShapeError(f"config and targets make {every} arrays; a file of {len(shapes)} may make fewer")
     if expected > len(shapes) + 1024:
         raise ShapeError(f"config and targets require {expected} arrays; there are {len(shapes)}")
-    sizes = {size for _, _, size in layout.same_size()}
+    most = len(shapes) + _PER_TARGET * len(targets) + _MAX_UNSTORED
+    if every > most:
+        raise ShapeError(f"config and targets make {every} arrays; at most {most} can come from so few that are stored")
     if config.splits > 1 and config.combine == "kronecker" and config.split_size == "balanced":
-        folds = [config.fold if isinstance(config.fold, tuple) else (size,) for size in sizes]
+        folds = _folds(config, layout)
         if sum(math.isqrt(size) for fold in folds for size in fold) > _MAX_DIVISIONS:
             raise ConfigError(
                 "the sizes that split_size='balanced' has to factor are too large; give split_size as an integer"
@@ -87,6 +98,14 @@ def check_fit(
         if shapes.get(name, shape) != shape:
             raise ShapeError(f"{name} has shape {shapes[name]}; config and targets require {shape}")
     return plan
+
+
+def _folds(config: Config, layout: Layout) -> Iterable[Sequence[int]]:
+    """Return the sizes of each different network, which are to be factored: of the fold, or the group's length."""
+    if is_named(config.fold):
+        return {group_fold(config.fold, layout, group) for group in range(layout.num_groups)}
+    lengths = {size for _, _, size in layout.same_size()}
+    return [[int(each) for each in config.fold] if isinstance(config.fold, tuple) else [size] for size in lengths]
 
 
 def _arrays_of_group(config: Config) -> tuple[int, int]:

@@ -25,15 +25,18 @@ a default is omitted if it has that value.
     if it is not empty: an object of array names, each with an object of the source's registered name (``source``) and
     its fields. ``before`` and ``parameters`` are stored if the arrays are made from θ, and then ``scope`` unless it is
     "plan" and ``offset`` unless it is true. ``weight_shape`` is not stored: the targets have their shapes, and the
-    updates do not depend on it.
+    updates do not depend on it. ``fold`` may be a list of sizes, of which some are names: "weights", "rows",
+    "cols", or one of these, a slash and a divisor. ``axes`` is stored if it is set: a list of lists of positions in
+    ``fold``, one for each mode.
 ``targets``
     List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
-    path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv. Unless the target is
-    an ordinary weight, an object follows, with ``parameter`` (its name in the module; default "weight"), ``rows``
-    (``[start, length, stride, count]``: in each of count blocks of stride output rows, the rows start to
-    start + length - 1 are updated; default all rows), ``transposed`` (whether it is stored as (in, out); default
-    false) and, only if groups is "layer", ``layer`` (equal for the weights of one group; default ""). The shape of the
-    update is (number of updated output rows, product of the other sizes). No two targets share a row of a parameter.
+    path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv, which if groups is
+    "role" is equal for the weights of one group. Unless the target is an ordinary weight, an object follows, with
+    ``parameter`` (its name in the module; default "weight"), ``rows`` (``[start, length, stride, count]``: in each of
+    count blocks of stride output rows, the rows start to start + length - 1 are updated; default all rows),
+    ``transposed`` (whether it is stored as (in, out); default false) and, only if groups is "layer", ``layer`` (equal
+    for the weights of one group; default ""). The shape of the update is (number of updated output rows, product of
+    the other sizes). No two targets share a row of a parameter.
 ``model``
     Class name of the base model, for human readers. Default "".
 ``activation``

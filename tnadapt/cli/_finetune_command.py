@@ -69,7 +69,7 @@ def finetune_command(
         list[str] | None, typer.Option(help="A named method; repeat for more.", rich_help_panel=WHAT)
     ] = None,
     rank: Annotated[list[int] | None, typer.Option(help="Rank; repeat for more.", rich_help_panel=WHAT)] = None,
-    groups: Annotated[str | None, typer.Option(help="weight, layer, or a number.", rich_help_panel=WHAT)] = None,
+    groups: Annotated[str | None, typer.Option(help="weight, layer, role, or a number.", rich_help_panel=WHAT)] = None,
     order: Annotated[int | None, typer.Option(help="Modes of the folded tensor.", rich_help_panel=WHAT)] = None,
     splits: Annotated[int | None, typer.Option(help="Kronecker factors.", rich_help_panel=WHAT)] = None,
     format: Annotated[

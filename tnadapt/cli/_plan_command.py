@@ -21,7 +21,7 @@ from ._tables import print_table
 __all__ = ["plan_command"]
 
 # Columns to omit, in this order, if a terminal is too narrow.
-SPARE = ("share", "bytes", "padding", "step")
+SPARE = ("share", "bytes", "padding", "step", "LoRA")
 
 
 class Weights(NamedTuple):
@@ -32,6 +32,7 @@ class Weights(NamedTuple):
     names: list[str] | None  # short
     roles: list[str] | None
     targets: list[str]
+    drawn_roles: list[str] | None = None  # None where roles do not tell weights apart
 
 
 def plan_command(
@@ -82,10 +83,17 @@ def plan_command(
     drawn = chosen_config(preset, settings or [], None)
     with Console(stderr=True).status("planning"):
         weights = _weights(model, targets, shape)
-        found = plan(weights.shapes, budget, layers=weights.layers, dtype=dtype, **({"by": by} if by else {}))
+        found = plan(
+            weights.shapes,
+            budget,
+            layers=weights.layers,
+            roles=weights.roles,
+            dtype=dtype,
+            **({"by": by} if by else {}),
+        )
         table = found.table(every)
     chosen = found.shown[0].config if drawn is None else drawn
-    adapter = SuperLoRA(chosen, weights.shapes, weights.layers)
+    adapter = SuperLoRA(chosen, weights.shapes, weights.layers, weights.roles)
     if picture is not None or layout_picture is not None:
         _draw(found, weights, adapter, picture, layout_picture)
     if as_json:
@@ -119,7 +127,8 @@ def _weights(model: str | None, targets: list[str] | None, shape: list[str] | No
         f"{role}{numbers[layer]}" if plain else str(i)
         for i, (role, layer) in enumerate(zip(roles, layers, strict=True))
     ]
-    return Weights([t.shape for t in found], layers, names, roles if plain else None, [t.name for t in found])
+    shapes, paths = [target.shape for target in found], [target.name for target in found]
+    return Weights(shapes, layers, names, roles, paths, roles if plain else None)
 
 
 def _draw(found: Plan, weights: Weights, adapter: SuperLoRA, picture: Path | None, layout_picture: Path | None) -> None:
@@ -129,7 +138,7 @@ def _draw(found: Plan, weights: Weights, adapter: SuperLoRA, picture: Path | Non
         if picture is not None:
             parameters(found.shapes, picture, budget=found.budget, title=f"{len(found.shapes)} weights in one group")
         if layout_picture is not None:
-            layout(adapter, layout_picture, weights.names, weights.roles, str(known_as(adapter.config)))
+            layout(adapter, layout_picture, weights.names, weights.drawn_roles, str(known_as(adapter.config)))
     except ImportError as error:
         raise TnadaptError(f"pictures need their extra: pip install 'tnadapt[plot]' ({error})") from None
     except ValueError as error:  # raised by matplotlib for an unknown suffix

@@ -20,6 +20,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
+from ._slices import low_rank_slice
 from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, narrow
 
 __all__ = ["Module", "TargetUpdate", "Unpacked", "join", "modules_of"]
@@ -68,10 +69,14 @@ class Unpacked:
     def form(self, weight: int) -> ModuleUpdate | None:
         """Return the exact factors of one target's update; None if its arrays do not have such a form.
 
-        The form requires a group of one weight, the identity for F, and two modes (or one, dense).
+        The form requires the identity for F, and either a group of one weight with two modes (or one, dense), or a
+        tensor of which the weight is a slice of low rank (LoTR, FacT, CP across layers).
         """
         if self.updates:
             return self.updates[weight]
+        return self._of_one_group(weight) or low_rank_slice(self.file.plan, weight, self.arrays, self.file.dtype)
+
+    def _of_one_group(self, weight: int) -> ModuleUpdate | None:
         plan, shape = self.file.plan, self.file.targets[weight].shape
         pieces = plan.layout.of_weight(weight)
         group = plan.groups[pieces[0].group]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.named_fold import is_named
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import Array
@@ -60,6 +61,7 @@ def decompose(
     cfg: Config,
     *,
     layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
     base: Sequence[Array] | None = None,
     given: Mapping[str, Array] | None = None,
     tol: float = 1e-6,
@@ -81,6 +83,8 @@ def decompose(
         The method to fit.
     layers : sequence of hashable, optional
         One key per weight, for ``groups="layer"``.
+    roles : sequence of hashable, optional
+        One key per weight, for ``groups="role"``.
     base : sequence of array, optional
         The base weights, for frozen arrays that are computed from them; see :meth:`tnadapt.SuperLoRA.with_base`.
     given : mapping of str to array, optional
@@ -161,7 +165,7 @@ def decompose(
         backend.require_float(delta, f"deltas[{number}]")
         if str(backend.device(delta)) == "meta":
             raise BackendError(f"deltas[{number}] is on the meta device and has no values: move it to a real device")
-    plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(listed)], layers, given=given)
+    plan = SuperLoRA(cfg, [_shape(delta, number) for number, delta in enumerate(listed)], layers, roles, given=given)
     if base is not None:
         plan = plan.with_base(base)
     settings = Settings(tol, max_iterations, svd, seed)
@@ -204,19 +208,20 @@ def _in_own_modes(deltas: Any, cfg: Config) -> Config:
     if isinstance(deltas, (list, tuple)) or len(deltas.shape) <= 2 or not isinstance(cfg, Config):
         return cfg
     shape = tuple(int(size) for size in deltas.shape)
-    if not isinstance(cfg.fold, tuple):
+    if not isinstance(cfg.fold, tuple) or is_named(cfg.fold):
         raise ShapeError(
             f"a tensor of shape {shape} has {len(shape)} modes, and fold={cfg.fold!r} does not say which of them are "
             f"rows and which are columns: give Config(order={len(shape)}, fold={shape}, groups=1, …) to decompose it "
             "in its own modes, or a list of matrices, one per weight"
         )
-    ours, theirs = (set(itertools.accumulate(sizes, operator.mul)) for sizes in (cfg.fold, shape))
-    if math.prod(cfg.fold) != math.prod(shape) or not (ours <= theirs or theirs <= ours):
+    fold = tuple(int(size) for size in cfg.fold)
+    ours, theirs = (set(itertools.accumulate(sizes, operator.mul)) for sizes in (fold, shape))
+    if math.prod(fold) != math.prod(shape) or not (ours <= theirs or theirs <= ours):
         raise ShapeError(
             f"fold={cfg.fold} cuts across the modes of a tensor of shape {shape}: give fold={shape}, or sizes that "
             "merge neighboring modes or divide them"
         )
-    if cfg.groups not in ("weight", "layer", 1, ((0,),)):
+    if cfg.groups not in ("weight", "layer", "role", 1, ((0,),)):
         raise ShapeError(
             f"groups={cfg.groups!r} would cut a tensor of shape {shape} across its modes: give groups=1, or a list of "
             "matrices, one per weight"

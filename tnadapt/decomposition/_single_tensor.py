@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.formats import CP, Dense, Format, TensorTrain, Tucker, WeightedCP, unfolded
+from tnadapt.algebra.formats import CP, BatchedCP, Dense, Format, Permuted, TensorTrain, Tucker, WeightedCP, unfolded
 from tnadapt.algebra.products import cp_tensor
 from tnadapt.algebra.rearrangement import padded_to
 from tnadapt.backends.backend import Array
@@ -55,7 +55,9 @@ def fit_format(
     limits = limits or Limits()
     if algebra.squares(tensor) == 0.0:
         return Fit({name: algebra.zeros(shape) for name, shape in split.shapes.items()}, True, 0, "zero")
-    if type(split) in _SOLVERS:
+    if isinstance(split, Permuted):
+        found = fit_format(algebra, split.own, split.turned(algebra.backend, tensor), start, limits)
+    elif type(split) in _SOLVERS:
         found = _SOLVERS[type(split)](algebra, split, tensor, start, limits)
     else:
         own = split.fit(algebra, tensor, start, limits)
@@ -92,6 +94,38 @@ def _weighted_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits
     factors, sizes, found = _components(algebra, split.rank, tensor, start, limits)
     arrays = {f"factor{mode}": factor for mode, factor in enumerate(factors)}
     return found._replace(arrays={"weights": algebra.array(sizes), **arrays})
+
+
+def _batched_cp(algebra: Algebra, split: Any, tensor: Array, start: Any, limits: Limits) -> Fit:
+    """Fit each index of the leading mode by itself."""
+    backend = algebra.backend
+    if len(tensor.shape) < 3:
+        return Fit({f"factor{len(tensor.shape) - 1}": tensor}, True, 0, "exact")
+    parts, fits = list[dict[str, Array]](), list[Fit]()
+    for index in range(tensor.shape[0]):
+        own = None
+        if start is not None:
+            own = {f"factor{mode}": start[f"factor{mode + 1}"][index] for mode in range(len(tensor.shape) - 1)}
+        if algebra.squares(tensor[index]) == 0.0:
+            fits.append(Fit({}, True, 0, "zero"))
+        else:
+            fits.append(_cp(algebra, split, tensor[index], own, limits))
+        shapes = {f"factor{mode}": (size, split.rank) for mode, size in enumerate(tensor.shape[1:])}
+        found = fits[-1].arrays
+        parts.append(
+            {
+                name: padded_to(backend, found[name], shape) if found else algebra.zeros(shape)
+                for name, shape in shapes.items()
+            }
+        )
+    arrays = {
+        f"factor{mode + 1}": backend.concat(
+            [backend.reshape(part[f"factor{mode}"], (1, size, split.rank)) for part in parts], axis=0
+        )
+        for mode, size in enumerate(tensor.shape[1:])
+    }
+    optimal, iterations = all(fit.optimal for fit in fits), max(fit.iterations for fit in fits)
+    return Fit(arrays, optimal, iterations, next((fit.method for fit in fits if fit.arrays), "zero"))
 
 
 def _components(
@@ -285,6 +319,7 @@ _SOLVERS: dict[type[Format], Callable[[Algebra, Any, Array, Any, Limits], Fit]] 
     Dense: _dense,
     CP: _cp,
     WeightedCP: _weighted_cp,
+    BatchedCP: _batched_cp,
     Tucker: _tucker,
     TensorTrain: _tensor_train,
 }

@@ -142,6 +142,7 @@ def extract(
     arrays, report, config = within(
         [target.shape for target in found],
         [target.layer for target in found],
+        [target.role for target in found],
         cfg,
         lambda weight: _difference(found[weight], before, places[found[weight].name], after),
         lambda weight: found[weight].select(_numbers(before, places[found[weight].name])),
@@ -171,6 +172,7 @@ def extract(
 def within(
     shapes: Sequence[tuple[int, int]],
     layers: Sequence[str],
+    roles: Sequence[str],
     cfg: Config,
     read: Callable[[int], np.ndarray],
     base: Callable[[int], np.ndarray],
@@ -186,7 +188,7 @@ def within(
     backend, like = load_backend("numpy"), np.zeros(0, np.float32)
 
     def fit(config: Config) -> tuple[dict[str, np.ndarray], FitReport]:
-        plan = SuperLoRA(config, shapes, list(layers)).with_base(base)
+        plan = SuperLoRA(config, shapes, list(layers), list(roles)).with_base(base)
         return settings.fit(backend, like, plan, read, progress)
 
     if max_error is None:

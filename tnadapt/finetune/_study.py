@@ -142,6 +142,7 @@ class Study:
         self.targets = tnt.find_targets(model, training.selection)
         self.layers = [target.layer for target in self.targets]
         self.shapes = [target.shape for target in self.targets]
+        self.roles = [target.role for target in self.targets]
         self.methods = self._chosen(choice)
         tuning = self.seeds[:tuned_by]
         self.tasks = [Task(method, seed, rate) for seed in tuning for method in self.methods for rate in self.rates]
@@ -151,7 +152,7 @@ class Study:
         for method in methods:
             if method.config is not None:
                 try:
-                    SuperLoRA(method.config, self.shapes, self.layers)
+                    SuperLoRA(method.config, self.shapes, self.layers, self.roles)
                 except TnadaptError as error:
                     raise TnadaptError(f"{method.name} does not fit the targets: {error}") from None
         # Methods with equal configs but different names share one training.
@@ -167,7 +168,9 @@ class Study:
 
     def parameters(self, method: Method) -> int:
         """Return the number of parameters of a method's adapter on these targets."""
-        return 0 if method.config is None else SuperLoRA(method.config, self.shapes, self.layers).num_parameters
+        if method.config is None:
+            return 0
+        return SuperLoRA(method.config, self.shapes, self.layers, self.roles).num_parameters
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the outcome of a training depends on, except method, seed and rate.

@@ -20,9 +20,13 @@ Shapes = Sequence[tuple[int, int]]
 FAMILIES = {
     "lora": "LoRA", "lokr": "LoKr", "lonkr": "LoNKr", "lorta": "LoRTA", "superlora": "SuperLoRA", "krona": "KronA",
     "loha": "LoHa", "lotr": "LoTR", "fact_tt": "FacT-TT", "fact_tk": "FacT-TK", "cara": "CaRA",
-    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)", "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA",
+    "compacter": "Compacter", "lorta_cp": "LoRTA (CP)", "metatt": "MetaTT", "gralora": "GraLoRA",
+    "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA",
     "waveft": "WaveFT", "c3a": "C3A", "miss": "MiSS",
 }  # fmt: skip
+
+# Presets that need the number of heads or their size.
+_WITH_HEADS = ("cara", "lorta_cp")
 
 HEAD = "head alone"
 DENSE = "dense"
@@ -179,7 +183,11 @@ def methods_of(
             raise TnadaptError(f"no preset {safe_repr(name)}; expected one of {', '.join(presets.__all__)}")
         preset = getattr(presets, name)
         parameters = inspect.signature(preset).parameters
-        stacked = _stacked(name, parameters, shapes, layers)
+        if name in _WITH_HEADS and changes.keys().isdisjoint({"heads", "head_size"}):
+            raise TnadaptError(
+                f"preset {name!r} needs the number of 'heads' or their 'head_size'; give it with --set NAME=VALUE"
+            )
+        stacked = {} if changes.get("groups") == "role" else _stacked(name, parameters, shapes, layers)
         for rank in dict.fromkeys(ranks) if ranks else [None]:
             given = dict(changes) if rank is None else {"rank": rank, **changes}
             try:
@@ -204,7 +212,10 @@ def _stacked(name: str, parameters: Mapping[str, Any], shapes: Shapes, layers: i
     if "rows" not in parameters:
         return {}
     if len(set(shapes)) > 1:
-        raise TnadaptError(f"preset {name!r} needs weights of one shape; the targets have {sorted(set(shapes))}")
+        raise TnadaptError(
+            f"preset {name!r} needs weights of one shape; the targets have {sorted(set(shapes))}: give --groups role, "
+            "for one group of all queries, one of all values and so on"
+        )
     known = {
         "weights": len(shapes),
         "rows": shapes[0][0],

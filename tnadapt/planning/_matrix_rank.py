@@ -107,7 +107,7 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     smaller = [few for few in _FEW if isinstance(plan.config.rank, int) and plan.config.rank > 2 * few]
     if smaller and not plan.frozen_shapes:  # frozen arrays of another rank are others
         # A larger rank can represent all that a smaller one can, and takes longer to compute.
-        fewer = SuperLoRA(plan.config.replace(rank=smaller[-1]), shapes, plan._layers)
+        fewer = SuperLoRA(plan.config.replace(rank=smaller[-1]), shapes, plan._layers, plan._roles)
         found = largest_rank(fewer, weight, limit, seed)
         if found.value >= most:
             return Rank(most, most == min(shapes[weight]))

@@ -76,6 +76,11 @@ class Row:
         return largest_rank(self.adapter)
 
     @property
+    def lora_rank(self) -> int | None:
+        """Rank of LoRA that holds every update exactly, or None: :attr:`tnadapt.SuperLoRA.lora_rank`."""
+        return self.adapter.lora_rank
+
+    @property
     def fraction(self) -> float:
         """``freedom`` as a fraction of the number of elements of all updates."""
         return self.freedom / self.adapter.size
@@ -84,8 +89,8 @@ class Row:
         """Return the row as a dictionary for JSON, including the rank."""
         return {
             "family": self.name.family, "label": self.name.label, "parameters": self.parameters, "bytes": self.bytes,
-            "rank": self.rank.value, "rank_exact": self.rank.exact, "freedom": self.freedom,
-            "fraction": self.fraction, "waste": self.waste, "cost": self.cost,
+            "rank": self.rank.value, "rank_exact": self.rank.exact, "lora_rank": self.lora_rank,
+            "freedom": self.freedom, "fraction": self.fraction, "waste": self.waste, "cost": self.cost,
             "config": self.config.to_dict(),
         }  # fmt: skip
 

@@ -23,6 +23,7 @@ def plan(
     budget: int | str,
     *,
     layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
     dtype: str = "float32",
     by: Sequence[str] = ("parameters", "freedom", "cost"),
 ) -> Plan:
@@ -36,6 +37,8 @@ def plan(
         A number of parameters; or bytes of the arrays in a file, as text: ``"4 kB"``, ``"64 KiB"``.
     layers : sequence of hashable, optional
         One key per weight; if given, ``groups="layer"`` is among the settings.
+    roles : sequence of hashable, optional
+        One key per weight, such as ``"q"`` and ``"v"``; if given, ``groups="role"`` is among the settings.
     dtype : str
         Dtype of the file: ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
     by : sequence of str
@@ -51,7 +54,7 @@ def plan(
     ------
     ConfigError
         If the budget is invalid or is less than the smallest setting needs; if ``by`` or the dtype is unknown, or
-        layers do not fit.
+        layers or roles do not fit.
     ShapeError
         If shapes are not a list of (rows, cols), or are empty.
 
@@ -78,9 +81,12 @@ def plan(
     if layers is not None:
         layers = list(layers)
         make_layout("layer", shapes, layers)  # raise errors early
+    if roles is not None:
+        roles = list(roles)
+        make_layout("role", shapes, roles=roles)
     size = sum(rows * cols for rows, cols in shapes)
     wanted = parameters_of(budget, dtype)
-    search, kinds = Search(shapes, layers), families(shapes, layers)
+    search, kinds = Search(shapes, layers, roles), families(shapes, layers, roles)
     found = _down(search, kinds, min(wanted, size))
     if not found:
         least = _least(search, kinds)

@@ -92,6 +92,7 @@ class Plan:
             f"● front: no other setting is as good in {told}, and better in one",
             "  other rows: for each method, the setting with the most freedom",
             "rank: the largest that a weight's update can have; step: multiply-adds of updates and gradients",
+            "LoRA: exports exactly as LoRA of that rank; –: no LoRA that is smaller than the updates holds them",
             "freedom: the dimension of the set of all updates, and its share of their elements",
             f"{_counted(len(self.shapes), 'weight')} of {_counted(self.size, 'element')}; at most "
             f"{_counted(self.budget, 'parameter')}; {_counted(len(self.rows), 'setting')} compared",
@@ -107,13 +108,14 @@ class Plan:
         }  # fmt: skip
 
 
-TITLES = ("", "method", "setting", "parameters", "bytes", "rank", "freedom", "share", "padding", "step")
+TITLES = ("", "method", "setting", "parameters", "bytes", "rank", "LoRA", "freedom", "share", "padding", "step")
 
 
 def _cells(row: Row, front: bool) -> tuple[str, ...]:
     return (
         "●" if front else "", row.name.family, row.name.label, f"{row.parameters:,}", f"{row.bytes:,}",
-        str(row.rank), f"{row.freedom:,}", _percent(row.fraction), f"{row.waste:.1%}", _short(row.cost),
+        str(row.rank), str(row.lora_rank or "–"), f"{row.freedom:,}", _percent(row.fraction),
+        f"{row.waste:.1%}", _short(row.cost),
     )  # fmt: skip
 
 

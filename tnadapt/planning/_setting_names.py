@@ -10,6 +10,7 @@ from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet, projection_name, takes_ratio
+from tnadapt.algebra.named_fold import is_named
 from tnadapt.algebra.sources import Source, Trained
 from tnadapt.errors import ConfigError
 
@@ -73,11 +74,30 @@ def known_as(config: Config) -> Name:
                 return Name(family, f"r = {rank}")
         if plain == _made(presets.compacter, rank, plain.terms):
             return Name("Compacter", f"n = {plain.terms}, r = {rank}")
-    if isinstance(rank, tuple) and isinstance(config.fold, tuple) and len(config.fold) == 3:
-        weights, rows, cols = config.fold
-        if rank[-1] is not None and plain == presets.lotr(rank[-1], weights=weights, rows=rows, cols=cols):
-            return Name("LoTR", f"r = {rank[-1]}")
-    return _grouped(plain)
+    return _lotr(plain) or _grouped(plain)
+
+
+def _lotr(config: Config) -> Name | None:
+    rank, fold = config.rank, config.fold
+    if (
+        not isinstance(rank, tuple)
+        or len(rank) != 3
+        or rank[-1] is None
+        or not isinstance(fold, tuple)
+        or len(fold) != 3
+    ):
+        return None
+    if is_named(fold):
+        own = presets.lotr(rank[-1], groups=config.groups)
+    else:
+        weights, rows, cols = (int(size) for size in fold)
+        own = presets.lotr(rank[-1], weights=weights, rows=rows, cols=cols)
+    return Name("LoTR", f"{_groups_label(own)}r = {rank[-1]}") if config == own else None
+
+
+def _groups_label(config: Config) -> str:
+    groups = config.groups
+    return "" if groups == 1 else f"G = {groups if isinstance(groups, (str, int)) else len(groups)}, "
 
 
 def _by_map(config: Config) -> Name | None:
@@ -126,6 +146,11 @@ def _grouped(config: Config) -> Name:
         parts.append(f"G = {groups if isinstance(groups, (str, int)) else len(groups)}")
     if family == "SuperLoRA" and config.fold != "hypercube":
         parts.append(config.fold if isinstance(config.fold, str) else " × ".join(map(str, config.fold)))
+    if config.axes is not None:
+        parts.append(
+            "axes "
+            + ", ".join("·".join(map(str, axis)) if isinstance(axis, tuple) else str(axis) for axis in config.axes)
+        )
     if config.format != "dense":
         shown = rank if isinstance(rank, int) else ", ".join("–" if r is None else str(r) for r in rank)
         parts.append(f"r = {shown}")

@@ -43,7 +43,9 @@ def usual(shapes: Shapes) -> list[Family]:
     ]
 
 
-def families(shapes: Shapes, layers: Sequence[Hashable] | None = None) -> list[Family]:
+def families(
+    shapes: Shapes, layers: Sequence[Hashable] | None = None, roles: Sequence[Hashable] | None = None
+) -> list[Family]:
     """Return all families: the usual ones, related methods, other orders and formats, and more groups.
 
     Examples
@@ -57,9 +59,12 @@ def families(shapes: Shapes, layers: Sequence[Hashable] | None = None) -> list[F
         (rows, cols), weights = shapes[0], len(shapes)
         lotr = functools.partial(presets.lotr, weights=weights, rows=rows, cols=cols)
         found.append([Ladder(lotr, _by_factors)])
+    if roles is not None and 1 < len(set(roles)) < len(shapes):
+        # Left out by the search where the weights of a role differ in shape.
+        found.append([Ladder(functools.partial(presets.lotr, groups="role"), _by_factors)])
     found += [[_lorta(4, 1)], [_projected(functools.partial(presets.lorta, order=5), 0.01)]]
     found += [[_cp(order, 1)] for order in ORDERS] + [[_train(order, 1)] for order in ORDERS]
-    for groups in _groups(shapes, layers):
+    for groups in _groups(shapes, layers, roles):
         # For square weights, one group per weight is LoRA.
         if groups != "weight" or any(rows != cols for rows, cols in shapes):
             found.append([Ladder(functools.partial(presets.superlora, groups=groups), _by_factors)])
@@ -80,12 +85,13 @@ def groups_between(weights: int) -> list[int]:
     return sorted({min(divisors, key=lambda g: abs(math.log(g / wish))) for wish in ideal}) if divisors else []
 
 
-def _groups(shapes: Shapes, layers: Sequence[Hashable] | None) -> list[Any]:
+def _groups(shapes: Shapes, layers: Sequence[Hashable] | None, roles: Sequence[Hashable] | None) -> list[Any]:
     """Return the values of ``Config.groups`` to compare other than 1."""
     if len(shapes) == 1:
         return []
-    several = layers is not None and 1 < len(set(layers)) < len(shapes)
-    return [*groups_between(len(shapes)), *(["layer"] if several else []), "weight"]
+    keys = {"layer": layers, "role": roles}
+    several = [name for name, given in keys.items() if given is not None and 1 < len(set(given)) < len(shapes)]
+    return [*groups_between(len(shapes)), *several, "weight"]
 
 
 def _lonkr(groups: Any, size: int) -> Family:

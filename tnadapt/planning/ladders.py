@@ -58,6 +58,8 @@ class Search:
     shapes : sequence of (rows, cols)
     layers : sequence of hashable, optional
         One key per weight.
+    roles : sequence of hashable, optional
+        One key per weight.
 
     Examples
     --------
@@ -70,8 +72,13 @@ class Search:
     36864
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None = None) -> None:
-        self.shapes, self.layers = shapes, layers
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        layers: Sequence[Hashable] | None = None,
+        roles: Sequence[Hashable] | None = None,
+    ) -> None:
+        self.shapes, self.layers, self.roles = shapes, layers, roles
         self._counted = functools.cache(self._count)
         self._most = functools.cache(self._at_most)
 
@@ -91,7 +98,7 @@ class Search:
 
     def adapter(self, config: Config) -> SuperLoRA:
         """Return the plan of a setting on these weights."""
-        return SuperLoRA(config, self.shapes, self.layers)
+        return SuperLoRA(config, self.shapes, self.layers, self.roles)
 
     def freedom(self, found: Found) -> int:
         """Return the degrees of freedom of a setting; a ``worth`` for :meth:`largest`."""
@@ -114,7 +121,7 @@ class Search:
     def _count(self, ladder: Ladder, size: int) -> Found | None:
         try:
             config = ladder.config(size)
-            return Found(config, parameter_count(config, self.shapes, self.layers))
+            return Found(config, parameter_count(config, self.shapes, self.layers, self.roles))
         except TnadaptError:  # the setting does not fit these weights
             return None
 

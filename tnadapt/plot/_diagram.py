@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from tnadapt.algebra.formats import Permuted
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.layout import Piece
 from tnadapt.algebra.maps import projection_name, takes_ratio
@@ -306,6 +307,10 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
     network, projection = group.network, group.projection
     tensor = "tensor" if len(network.sizes) > 1 else "vector of"
     steps = [FlowStep((f"{tensor} {_times(network.sizes)}",), _combined(network))]
+    first = network.splits[0]
+    if isinstance(first, Permuted):
+        made = FlowStep((f"tensor {_times(first.own.sizes)}",), _combined(network))
+        steps = [made, FlowStep((f"tensor {_times(network.sizes)}",), "reorder axes")]
     held = math.prod(network.sizes)
     cut = f"keep the first {network.size:,} of {_number(held)}" if held > network.size else ""
     note = f"unfold, {cut}".removesuffix(", ") if len(network.sizes) > 1 else cut

@@ -36,6 +36,7 @@ def network(
     path: str | os.PathLike[str],
     *,
     layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
     group: int = 0,
     title: str = "",
     note: str = "",
@@ -51,6 +52,8 @@ def network(
         Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     layers : sequence of hashable, optional
         One key per weight, for ``groups="layer"``.
+    roles : sequence of hashable, optional
+        One key per weight, for ``groups="role"``.
     group : int
         Index of the group, ``0 <= group < G``.
     title, note : str
@@ -78,7 +81,7 @@ def network(
 
         network(tna.presets.lora(rank=4), [(768, 768)] * 24, "lora.svg", title="LoRA")
     """
-    found = diagram(SuperLoRA(config, shapes, layers), group)
+    found = diagram(SuperLoRA(config, shapes, layers, roles), group)
     head = textwrap.wrap(title, int((found.width - 2 * _MARGIN) / 0.092))
     foot = textwrap.wrap(note, int((found.width - 2 * _MARGIN) / 0.059))
     above = 0.15 + 0.2 * len(head)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from tnadapt.algebra.formats import Formula
+from tnadapt.algebra.formats import Format, Formula, Permuted
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError
@@ -27,12 +27,17 @@ _BELOW_BAR = -0.36
 _LEG_POINTS = 8.0
 
 
+def _drawn(split: Format) -> Format:
+    """Return the format with the arrays of a split, in the order of its own modes."""
+    return split.own if isinstance(split, Permuted) else split
+
+
 class _Split:
     """One split while it is laid out: its arrays, by the names its format gives them, and the columns of its modes."""
 
     def __init__(self, group: Group, k: int) -> None:
         network = group.network
-        prefix, split = network.prefixes[0][k], network.splits[k]
+        prefix, split = network.prefixes[0][k], _drawn(network.splits[k])
         full_names = {**group.names, **group.frozen_names}
         self.names = {name: full_names[prefix + name] for name in split.shapes}
         self.shapes = split.shapes
@@ -223,12 +228,13 @@ def _network(split: _Split) -> None:
     """Lay out any network from its formula: arrays in a row, each above its modes, joined by bonds.
 
     Neighbors are joined by straight lines. Bonds that pass over other arrays run above them, each at a different
-    height. An index on more than two arrays gets a dot above them.
+    height. An index on more than two arrays gets a dot above them, and so does a mode on more than one.
     """
     formula = Formula.parsed(split.format.formula, len(split.shapes), len(split.sizes))
     size = formula.sizes(list(split.shapes.values()))
     names = list(split.shapes)
     mode_of = {index: mode for mode, index in enumerate(formula.output)}
+    shared = {index for index in mode_of if sum(index in own for own in formula.inputs) > 1}
     # The first array with a mode takes that mode's column; arrays without a mode take further columns on the right.
     column: dict[str, float] = {}
     bonds = [index for index in size if index not in mode_of]
@@ -236,7 +242,7 @@ def _network(split: _Split) -> None:
     split.columns(lambda mode: 2 * RADIUS + 0.2 + max([0.0, *labels]))
     for name, own in zip(names, formula.inputs, strict=True):
         for index in own:
-            mode = mode_of.get(index)
+            mode = None if index in shared else mode_of.get(index)
             if mode is not None and mode in split.middles and split.middles[mode] not in column.values():
                 column[name] = split.middles[mode]
                 break
@@ -251,7 +257,7 @@ def _network(split: _Split) -> None:
     for name, own in zip(names, formula.inputs, strict=True):
         for index in own:
             mode = mode_of.get(index)
-            if name not in column or mode is None or mode not in split.middles or mode in drawn:
+            if name not in column or mode is None or mode not in split.middles or mode in drawn or index in shared:
                 continue
             drawn.add(mode)
             split.leg(name, mode, size[index], -RADIUS)
@@ -260,6 +266,24 @@ def _network(split: _Split) -> None:
         on = [name for name, own in zip(names, formula.inputs, strict=True) if index in own and name in column]
         level += _bond(split, [split.names[name] for name in on], sorted(column[name] for name in on), size[index],
                        sorted(column.values()), level)  # fmt: skip
+    for index in sorted(shared, key=mode_of.__getitem__):
+        if mode_of[index] in split.middles:
+            on = [name for name, own in zip(names, formula.inputs, strict=True) if index in own and name in column]
+            level += 1
+            _shared_mode(split, on, [column[name] for name in on], mode_of[index], size[index], level)
+
+
+def _shared_mode(split: _Split, names: list[str], ends: list[float], mode: int, size: int, level: int) -> None:
+    """Draw a mode of several arrays: a dot above its column, with the mode's leg."""
+    x, height, bottom = split.middles[mode], RADIUS + _FIRST_OVER + _OVER * level, -RADIUS - _LEG
+    dot = f"{split.dot}.mode{mode}"
+    split.nodes.append(Node(dot, "dot", "", 0, x, height, 2 * _DOT, 2 * _DOT))
+    split.bonds += [
+        Bond((dot, split.names[name]), size, ((x, height), (end, RADIUS)))
+        for name, end in zip(names, ends, strict=True)
+    ]
+    split.legs.append(Leg(dot, mode, size, x, height - _DOT, bottom))
+    split.labels.append(Label(f"{size:,}", x, bottom - 0.1, _LEG_POINTS))
 
 
 def _bond(split: _Split, names: list[str], ends: list[float], size: int, columns: list[float], level: int) -> int:

@@ -39,6 +39,7 @@ def of_config(
     layers: Sequence[Hashable] | None,
     backend: Backend,
     rng: np.random.Generator,
+    roles: Sequence[Hashable] | None = None,
 ) -> list[Law]:
     """Check the laws of one config on one library.
 
@@ -46,7 +47,7 @@ def of_config(
     ----------
     label : str
         The subject; if it is a name in :data:`tnadapt.testing._methods.METHODS`, that method's formula is checked, too.
-    config, shapes, layers
+    config, shapes, layers, roles
         As for :class:`tnadapt.SuperLoRA`.
     backend : Backend
     rng : numpy.random.Generator
@@ -63,17 +64,22 @@ def of_config(
     >>> all(law.holds for law in laws)
     True
     """
-    return _Case(label, config, shapes, layers, backend, rng).laws()
+    return _Case(label, config, shapes, layers, backend, rng, roles).laws()
 
 
-def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequence[Hashable] | None) -> SuperLoRA:
+def checkable(
+    config: Config,
+    shapes: Sequence[tuple[int, int]],
+    layers: Sequence[Hashable] | None,
+    roles: Sequence[Hashable] | None = None,
+) -> SuperLoRA:
     """Return the plan of a config, if it is small enough for its laws to be checked.
 
     Parameters
     ----------
     config : Config
     shapes : sequence of (rows, cols)
-    layers : sequence of hashable, optional
+    layers, roles : sequence of hashable, optional
 
     Returns
     -------
@@ -90,7 +96,7 @@ def checkable(config: Config, shapes: Sequence[tuple[int, int]], layers: Sequenc
     >>> checkable(Config(rank=1), [(2, 2)], None).num_parameters
     4
     """
-    plan = SuperLoRA(config, shapes, layers)
+    plan = SuperLoRA(config, shapes, layers, roles)
     elements = plan.num_parameters + sum(rows * cols for rows, cols in plan.shapes)
     if elements > MOST:
         raise ConfigError(
@@ -111,9 +117,11 @@ class _Case:
         layers: Sequence[Hashable] | None,
         backend: Backend,
         rng: np.random.Generator,
+        roles: Sequence[Hashable] | None = None,
     ) -> None:
+        self.roles = roles
         self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
-        self.plan = checkable(config, shapes, layers)
+        self.plan = checkable(config, shapes, layers, roles)
         if self.plan.base_shapes:
             # Any base will do: what is computed from it is given to the reference, like the draws of a source.
             self.plan = self.plan.with_base([rng.normal(size=shape) for shape in self.plan.shapes])
@@ -164,7 +172,7 @@ class _Case:
             return scopes[self.config.scope] * (self.config.parameters or 0)
         if self.config.sources:
             return sum(math.prod(shape) for shape in trained_shapes(self.config, self.names).values())
-        return reference.count(self.config, self.plan.shapes, self.layers)
+        return reference.count(self.config, self.plan.shapes, self.layers, self.roles)
 
     def _formulas(self, whole: np.ndarray) -> None:
         shapes = self.plan.shapes
@@ -257,7 +265,9 @@ class _Case:
         return self.config.before is not None or any(isinstance(source, Tied) for source in inner)
 
     def _textbook(self, host: dict[str, np.ndarray]) -> np.ndarray:
-        found = reference.deltas(self.config, self.plan.shapes, self._whole(host), self.layers, self._whole(self.start))
+        found = reference.deltas(
+            self.config, self.plan.shapes, self._whole(host), self.layers, self._whole(self.start), self.roles
+        )
         return np.concatenate([delta.reshape(-1) for delta in found])
 
     def _whole(self, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -348,6 +348,28 @@ def _miss(p: Named, config: Config, shape: tuple[int, int]) -> Float:
     return _alpha_over_rank(config) * whole @ sums
 
 
+def _metatt(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # ΔW = (G1 G2[l] G3[m] G4)ᵀ with one train for all layers l and matrices m, and with heads G4[h] G5; MetaTT.
+    first, by_layer, by_matrix, *last = (params[f"group0.split0.core{k}"] for k in range(config.order))
+    found = []
+    for place, (rows, cols) in enumerate(shapes):
+        layer, matrix = divmod(place, by_matrix.shape[1])
+        product = first[0] @ by_layer[:, layer] @ by_matrix[:, matrix]
+        for core in last:
+            product = np.tensordot(product, core, 1)
+        found.append(_alpha_over_rank(config) * product.reshape(cols, rows).T)
+    return found
+
+
+def _gralora(p: Named, config: Config) -> Float:
+    # k × k blocks, each (alpha / r) B A of rank r / k; Jung et al.
+    b, a = p("split0.factor1"), p("split0.factor2")
+    k = math.isqrt(len(b))
+    rank = k * b.shape[2]
+    scale = 1.0 if config.alpha is None else config.alpha * k / rank
+    return scale * np.block([[b[k * i + j] @ a[k * i + j].T for j in range(k)] for i in range(k)])
+
+
 METHODS: dict[str, Method] = {
     "dense": _each(_dense),
     "lora": _each(_lora),
@@ -363,6 +385,8 @@ METHODS: dict[str, Method] = {
     "fact_tt": _lotr,
     "fact_tk": _fact_tk,
     "cara": _heads_cp,
+    "metatt": _metatt,
+    "gralora": _each(_gralora),
     "compacter": _each(_compacter),
     "lora_fa": _each(_lora),
     "lora_xs": _each(_lora_xs),

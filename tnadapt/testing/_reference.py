@@ -33,14 +33,19 @@ Params = Mapping[str, Float]
 Shapes = Sequence[tuple[int, int]]
 
 
-def positions(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = None) -> list[NDArray[np.int64]]:
+def positions(
+    config: Config,
+    shapes: Shapes,
+    layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
+) -> list[NDArray[np.int64]]:
     """Return the elements of the vector of all updates that each group holds.
 
     Parameters
     ----------
     config : Config
     shapes : sequence of (rows, cols)
-    layers : sequence of hashable, optional
+    layers, roles : sequence of hashable, optional
 
     Returns
     -------
@@ -59,9 +64,10 @@ def positions(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None 
         return [np.arange(lo, min(lo + length, sum(sizes))) for lo in range(0, sum(sizes), length)]
     if config.groups == "weight":
         members = [[weight] for weight in range(len(shapes))]
-    elif config.groups == "layer":
-        assert layers is not None
-        members = [[w for w, key in enumerate(layers) if key == wanted] for wanted in dict.fromkeys(layers)]
+    elif config.groups in ("layer", "role"):
+        keys = layers if config.groups == "layer" else roles
+        assert keys is not None
+        members = [[w for w, key in enumerate(keys) if key == wanted] for wanted in dict.fromkeys(keys)]
     else:
         members = [list(group) for group in config.groups if not isinstance(group, str)]
     return [np.concatenate([of_weight[weight] for weight in group]) for group in members]
@@ -73,6 +79,7 @@ def deltas(
     params: Params,
     layers: Sequence[Hashable] | None = None,
     start: Params | None = None,
+    roles: Sequence[Hashable] | None = None,
 ) -> list[Float]:
     """Return ΔW of every weight from the textbook formula.
 
@@ -85,6 +92,7 @@ def deltas(
     layers : sequence of hashable, optional
     start : mapping of str to ndarray, optional
         The initial parameters, which a nonlinear F needs.
+    roles : sequence of hashable, optional
 
     Returns
     -------
@@ -100,11 +108,10 @@ def deltas(
     edges = np.cumsum([rows * cols for rows, cols in shapes]).tolist()
     owner = np.repeat(np.arange(len(shapes)), [rows * cols for rows, cols in shapes])
     long_vector = np.empty(edges[-1])
-    for group, where in enumerate(positions(config, shapes, layers)):
+    for group, where in enumerate(positions(config, shapes, layers, roles)):
         n, weights = len(where), _weights(config, shapes, owner[where])
         n_in = _length(config, n, weights)
-        columns = int(np.gcd.reduce([shapes[weight][1] for weight in np.unique(owner[where])]))
-        sizes = _fold(config, n_in, columns)
+        sizes = _fold(config, n_in, [shapes[weight] for weight in np.unique(owner[where])])
         stream = 0 if config.shared else group
         y = project(config, _network(config, params, group, sizes).reshape(-1)[:n_in], n, stream, weights)
         if not _map(config, n_in, n, stream, weights).linear:
@@ -138,10 +145,11 @@ def _hypercube(n: int, order: int) -> int:
     return next(d for d in itertools.count(1) if d**order >= n)
 
 
-def _fold(config: Config, n: int, columns: int) -> tuple[int, ...]:
-    if config.order == 1:
+def _fold(config: Config, n: int, weights: Shapes) -> tuple[int, ...]:
+    if config.order == 1 and config.axes is None:
         return (n,)
     if config.fold == "stack":
+        columns = math.gcd(*(cols for _, cols in weights))
         return (n // columns, columns)
     d = _hypercube(n, config.order)
     if config.fold == "hypercube":
@@ -149,7 +157,11 @@ def _fold(config: Config, n: int, columns: int) -> tuple[int, ...]:
     if config.fold == "balanced":
         descending = itertools.combinations_with_replacement((d, d - 1), config.order)
         return min((sizes for sizes in descending if math.prod(sizes) >= n), key=math.prod)
-    return tuple(int(size) for size in config.fold)
+    rows, cols = weights[0]
+    named = {"weights": len(weights), "rows": rows, "cols": cols}
+    # "rows/12" is a twelfth of the rows.
+    parts = (str(size).partition("/") for size in config.fold)
+    return tuple(int(named.get(name, name)) // int(divisor or 1) for name, _, divisor in parts)
 
 
 def _even_factors(d: int, parts: int) -> tuple[int, ...]:
@@ -159,8 +171,14 @@ def _even_factors(d: int, parts: int) -> tuple[int, ...]:
     return min(exact, key=lambda factors: (sum(factors), [-f for f in factors]))
 
 
+def _axes(config: Config) -> list[tuple[int, ...]]:
+    return [axis if isinstance(axis, tuple) else (axis,) for axis in config.axes or ()]
+
+
 def _split_sizes(config: Config, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
     k = config.splits
+    if config.axes is not None:
+        return [tuple(math.prod(sizes[digit] for digit in axis) for axis in _axes(config))] * k
     if config.combine == "hadamard" or k == 1:
         return [sizes] * k
     if config.split_size == "balanced":
@@ -185,7 +203,13 @@ def _network(config: Config, params: Params, group: int, sizes: tuple[int, ...])
             else:
                 tensor = tensor * split if config.combine == "hadamard" else np.kron(tensor, split)
         assert tensor is not None
-        total = total + tensor[tuple(slice(d) for d in sizes)]
+        total = total + (tensor[tuple(slice(d) for d in sizes)] if config.axes is None else tensor)
+    if config.axes is not None:
+        # Take each element of the folded tensor from its place in the tensor over the network's modes.
+        place = np.zeros(sizes, np.int64)
+        for digit in itertools.chain.from_iterable(_axes(config)):
+            place = place * sizes[digit] + np.indices(sizes)[digit]
+        total = np.asarray(total).reshape(-1)[place]
     rank = config.rank if isinstance(config.rank, int) else max([r for r in config.rank if r is not None], default=1)
     return np.asarray(total * (1.0 if config.alpha is None else config.alpha / rank))
 
@@ -205,6 +229,12 @@ def _split(config: Config, kind: str, own: Params, sizes: tuple[int, ...]) -> Fl
         if kind == "cp-weighted":
             operands, inputs = [own["weights"], *operands], ["R", *inputs]
         return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
+    if kind == "cp-batched":
+        if order < 3:
+            return own[f"factor{order - 1}"]
+        operands = [own[f"factor{m}"] for m in range(1, order)]
+        inputs = [f"{modes[0]}{mode}R" for mode in modes[1:]]
+        return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
     if kind == "tucker":
         present = [m for m in range(order) if f"factor{m}" in own]
         core = "".join(ranks[m] if m in present else modes[m] for m in range(order))
@@ -219,14 +249,19 @@ def _split(config: Config, kind: str, own: Params, sizes: tuple[int, ...]) -> Fl
     return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
 
 
-def count(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = None) -> int:
+def count(
+    config: Config,
+    shapes: Shapes,
+    layers: Sequence[Hashable] | None = None,
+    roles: Sequence[Hashable] | None = None,
+) -> int:
     """Count the trainable elements with the formula of each format.
 
     Parameters
     ----------
     config : Config
     shapes : sequence of (rows, cols)
-    layers : sequence of hashable, optional
+    layers, roles : sequence of hashable, optional
 
     Returns
     -------
@@ -239,10 +274,10 @@ def count(config: Config, shapes: Shapes, layers: Sequence[Hashable] | None = No
     """
     owner = np.repeat(np.arange(len(shapes)), [rows * cols for rows, cols in shapes])
     total = 0
-    for where in positions(config, shapes, layers):
+    for where in positions(config, shapes, layers, roles):
         n_in = _length(config, len(where), _weights(config, shapes, owner[where]))
-        columns = int(np.gcd.reduce([shapes[weight][1] for weight in np.unique(owner[where])]))
-        for k, sizes in enumerate(_split_sizes(config, _fold(config, n_in, columns))):
+        own = [shapes[weight] for weight in np.unique(owner[where])]
+        for k, sizes in enumerate(_split_sizes(config, _fold(config, n_in, own))):
             last = k == config.splits - 1
             kind = config.format if last or config.leading == "same" else "dense"
             total += config.terms * _split_count(kind, config.rank, sizes)
@@ -259,6 +294,8 @@ def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
         return int(rank) * sum(sizes)
     if kind == "cp-weighted":
         return int(rank) + int(rank) * sum(sizes)
+    if kind == "cp-batched":
+        return int(rank) * sizes[0] * sum(sizes[1:]) if order > 2 else math.prod(sizes)
     if kind == "tucker":
         ranks = [rank] * order if isinstance(rank, int) else list(rank)
         cut = [d if r is None else min(r, d) for r, d in zip(ranks, sizes, strict=True)]

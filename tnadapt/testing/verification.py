@@ -96,6 +96,7 @@ def verify(
     backends: Sequence[str] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    roles: Sequence[Hashable] | None = None,
 ) -> Report:
     """Check the laws of a config, or of the library and all presets.
 
@@ -115,6 +116,8 @@ def verify(
         Seed of the random parameters.
     progress : callable, optional
         Called with a line that says what is checked next.
+    roles : sequence of hashable, optional
+        For ``groups="role"``.
 
     Returns
     -------
@@ -149,7 +152,7 @@ def verify(
     seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
     where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
     if config is not None:  # before the libraries are imported, which takes longer
-        checkable(config, where, layers)
+        checkable(config, where, layers, roles)
     names, absent = _usable(backends)
     tell = progress or (lambda line: None)
     found: list[Law] = []
@@ -159,7 +162,7 @@ def verify(
             rng = np.random.default_rng(seed)
             tell(f"{name}: {'the operations' if config is None else 'the config'}")
             if config is not None:
-                found += of_config("config", config, where, layers, backend, rng)
+                found += of_config("config", config, where, layers, backend, rng, roles)
                 continue
             found += of_library(backend, rng)
             for label, (example, weights) in examples().items():
@@ -186,6 +189,8 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         "fact_tt": presets.fact_tt(3, **four),
         "fact_tk": presets.fact_tk(3, **four),
         "cara": presets.cara(3, heads=3, **four),
+        "metatt": presets.metatt(2, layers=2, rows=12, cols=8, alpha=3),
+        "gralora": presets.gralora(4, blocks=2, alpha=3),
         "compacter": presets.compacter(1, terms=2),
         "lora_fa": presets.lora_fa(3, alpha=6),
         "lora_xs": presets.lora_xs(3),

@@ -119,6 +119,7 @@ def attach(
     self_attn.in_proj_weight  q     16×16  0[0:256]      weight
     self_attn.in_proj_weight  v     16×16  0[256:512]    weight
     368 parameters in 1 group for 512 elements of 2 weights; 16.5 % of the base's 2,224
+    does not export as LoRA: self_attn.in_proj_weight is not the weight of a layer
     >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
     """
     return attach_with(
@@ -157,8 +158,13 @@ def attach_with(
     cfg = superlora(rank=8) if cfg is None else cfg
     found = find_targets(model, targets, untie=untie)
     check_distinct(found)
-    layers = [target.layer for target in found]
-    plan = SuperLoRA(cfg, [target.shape for target in found], layers=layers, given=given)
+    plan = SuperLoRA(
+        cfg,
+        [target.shape for target in found],
+        layers=[target.layer for target in found],
+        roles=[target.role for target in found],
+        given=given,
+    )
     kept = matching(model, keep_trainable, {target.name for target in found})
     owners = [model.get_submodule(target.module) for target in found]
     paths = paths_of(model)

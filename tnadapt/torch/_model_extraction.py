@@ -125,7 +125,12 @@ def extract(
         return difference
 
     def fit(config: Config) -> tuple[dict[str, Tensor], FitReport]:
-        plan = SuperLoRA(config, [target.shape for target in found], [target.layer for target in found])
+        plan = SuperLoRA(
+            config,
+            [target.shape for target in found],
+            [target.layer for target in found],
+            [target.role for target in found],
+        )
         plan = plan.with_base(lambda weight: found[weight].select(weights[weight][0]).float().cpu())
         return chosen.fit(load_backend("torch"), like, plan, read, progress)
 

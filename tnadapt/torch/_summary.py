@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from tnadapt.algebra.rank_bounds import lora_rank
 from tnadapt.errors import escaped
 
 from ._arrays import named_parameters
@@ -28,6 +32,8 @@ class SummaryRow(NamedTuple):
         The ranges of elements of groups that the update consists of.
     strategy : str
         How the layer uses the update.
+    rank : int
+        A matrix rank that the update never exceeds: :meth:`tnadapt.SuperLoRA.largest_rank`.
     """
 
     target: str
@@ -35,6 +41,7 @@ class SummaryRow(NamedTuple):
     shape: tuple[int, int]
     slices: tuple[tuple[int, int, int], ...]
     strategy: str
+    rank: int
 
 
 class Summary:
@@ -53,6 +60,9 @@ class Summary:
         Elements of the model's own parameters that ``keep_trainable`` left free.
     base : int
         Elements of the base model.
+    lora_rank : int or None
+        The rank of LoRA that holds the update of every module exactly, so that :func:`tnadapt.convert` exports it; None
+        if there is none that is smaller than the updates.
     """
 
     def __init__(self, adapter: AdapterState) -> None:
@@ -65,10 +75,12 @@ class Summary:
                 target.shape,
                 tuple((p.group, p.group_start, p.group_start + p.length) for p in plan.layout.of_weight(index)),
                 slot.strategy,
+                plan.largest_rank(index),
             )
             for index, (target, slot) in enumerate(zip(adapter.targets, adapter.slots, strict=True))
         ]
         self.groups = plan.num_groups
+        self.lora_rank, self._says = _exported(adapter, [row.rank for row in self.rows])
         self.parameters = num_parameters(adapter)
         self.frozen = plan.num_parameters - self.parameters
         self.adapted = plan.size
@@ -97,7 +109,7 @@ class Summary:
             count += f"; {self.frozen:,} more frozen"
         if self.kept:
             count += f"; {self.kept:,} of the model kept trainable"
-        return "\n".join([self.title, *lines, count])
+        return "\n".join([self.title, *lines, count, self._says])
 
     __repr__ = __str__
 
@@ -105,3 +117,21 @@ class Summary:
     def _cells(row: SummaryRow) -> tuple[str, ...]:
         slices = " + ".join(f"{group}[{start}:{stop}]" for group, start, stop in row.slices)
         return escaped(row.target), row.role, "×".join(map(str, row.shape)), slices, row.strategy
+
+
+def _exported(adapter: AdapterState, ranks: Sequence[int]) -> tuple[int | None, str]:
+    """Return the rank of LoRA that holds the update of every module, or None; and a line that says so, or why."""
+    if adapter.activation is not None:
+        return None, "does not export as LoRA: an activation acts between its factors"
+    other = next((target for target in adapter.targets if target.parameter != "weight"), None)
+    if other is not None:
+        return None, f"does not export as LoRA: {escaped(other.name)} is not the weight of a layer"
+    total = Counter[str]()
+    for target, rank in zip(adapter.targets, ranks, strict=True):
+        total[target.module] += rank  # rows of one fused weight are updated as a whole
+    whole = {target.module: dataclasses.replace(target, rows=None).shape for target in adapter.targets}
+    found = lora_rank([whole[module] for module in total], list(total.values()))
+    if found is None:
+        most = max(min(rank, *whole[module]) for module, rank in total.items())
+        return None, f"does not export exactly as LoRA: its updates may have matrix rank {most}"
+    return found, f"exports exactly as LoRA of rank {found}"

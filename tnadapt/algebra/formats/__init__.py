@@ -13,22 +13,27 @@ from collections.abc import Sequence
 
 from tnadapt.plugins import Registry
 
+from ._batched_cp import BatchedCP
 from ._contraction import Contraction, Formula, letters
 from ._cp import CP, WeightedCP
 from ._dense import Dense
 from ._dimensions import of_cp, of_tucker
 from ._format import Format, Ranges, Rank, rank_a_mode, unfolded
 from ._jacobian import jacobian_rank
+from ._permuted import Axes, Permuted
 from ._tensor_train import TensorTrain
 from ._tucker import Tucker
 
 __all__ = [
     "CP",
     "FORMATS",
+    "Axes",
+    "BatchedCP",
     "Contraction",
     "Dense",
     "Format",
     "Formula",
+    "Permuted",
     "Ranges",
     "TensorTrain",
     "Tucker",
@@ -52,6 +57,7 @@ FORMATS: Registry[Format] = Registry(
         "cp-weighted": WeightedCP,
         "tucker": Tucker,
         "tt": TensorTrain,
+        "cp-batched": BatchedCP,
     },
 )
 

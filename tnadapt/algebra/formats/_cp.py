@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,6 +71,11 @@ class CP(Format):
             if mode == 0 and weights is not None:
                 found["weights"] = backend.sum(factor * product, axis=0)
             found[f"factor{mode}"] = product if weights is None else product * weights
+        return found
+
+    def boxed(self, lengths: Sequence[int]) -> Self:
+        found = copy.copy(self)
+        found.sizes = tuple(lengths)
         return found
 
     def summed(self, terms: int) -> Self:

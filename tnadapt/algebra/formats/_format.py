@@ -18,7 +18,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ..unfolding import Cut
-from ._contraction import Contraction, Formula, least_cut
+from ._contraction import Contraction, Formula, least_cut, least_cut_of_legs
 from ._jacobian import jacobian_rank
 
 if TYPE_CHECKING:
@@ -250,6 +250,13 @@ class Format:
         """
         raise ConfigError(f"{type(self).__name__} defines inner() but not unfolded(): define both, or neither")
 
+    def boxed(self, lengths: Sequence[int]) -> Self | None:
+        """Return the format of a box with these lengths, whose arrays are those of this one cut to the box.
+
+        Default: None, if :meth:`unfolded` needs more than ``sizes`` to be changed.
+        """
+        return None
+
     def summed(self, terms: int) -> Self | None:
         """Return the format of a sum of terms, their arrays concatenated along the last axis; None if there is none."""
         return None
@@ -278,6 +285,19 @@ class Format:
         rows = math.prod(self.sizes[mode] for mode in modes)
         formula, size = self._parsed
         return min(rows, math.prod(self.sizes) // rows, least_cut(formula, size, modes))
+
+    def rank_of_legs(self, legs: Sequence[tuple[int, int]]) -> int:
+        """Return an upper bound on the rank of a box of the tensor as a matrix.
+
+        Default: a minimal cut of the network. It holds for any arrays, trained or not.
+
+        Parameters
+        ----------
+        legs : sequence of (int, int)
+            For each mode, the numbers of rows and of columns that its index in the box stands for, rows slow.
+        """
+        formula, size = self._parsed
+        return least_cut_of_legs(formula, size, legs)
 
     def bounded_unfoldings(self) -> Iterator[tuple[list[int], int]]:
         """Yield unfoldings of limited rank, each with its limit, for lower bounds on the error of a fit.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
@@ -69,6 +70,11 @@ class TensorTrain(Format):
             along(backend, self.sizes[: cut.modes], *cut.rows, left),
             along(backend, self.sizes[cut.modes :], *cut.cols, right, axis=1),
         )
+
+    def boxed(self, lengths: Sequence[int]) -> Self:
+        found = copy.copy(self)
+        found.sizes = tuple(lengths)
+        return found
 
     def adjoint(self, backend: Backend, arrays: Mapping[str, Array], tensor: Array) -> dict[str, Array]:
         cores = [arrays[f"core{mode}"] for mode in range(len(self.sizes))]

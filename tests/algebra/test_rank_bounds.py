@@ -1,0 +1,171 @@
+"""Ranks that updates never exceed: of any plan with any arrays, attained by the named methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tnadapt.sources import Seeded
+
+import tnadapt as tna
+from tnadapt.algebra.formats import FORMATS
+from tnadapt.planning import largest_rank
+from tnadapt.testing.strategies import parameters, plans
+
+P = tna.presets
+
+
+def rank(matrix: np.ndarray) -> int:
+    return int(np.linalg.matrix_rank(matrix, rtol=1e-9)) if matrix.any() else 0
+
+
+def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape) for name, shape in plan.param_shapes.items()
+    }
+
+
+@pytest.mark.law("largest-rank")
+@given(st.data())
+def test_no_update_exceeds_its_bound(data: st.DataObject) -> None:
+    plan = data.draw(plans())
+    params = data.draw(parameters(plan))
+    for weight, delta in enumerate(plan.deltas(params)):
+        bound = plan.largest_rank(weight)
+        assert 1 <= bound <= min(plan.shapes[weight])
+        assert rank(delta) <= bound
+
+
+# A folded tensor whose modes line up with rows and columns in many ways.
+SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4).map(tuple)
+
+
+@pytest.mark.law("largest-rank")
+@given(
+    sizes=SIZES, columns=st.integers(1, 24), wide=st.integers(1, 3), format=st.sampled_from(sorted(FORMATS.built_in)),
+    rank_given=st.integers(1, 3), splits=st.integers(1, 2), combine=st.sampled_from(["kronecker", "hadamard"]),
+    terms=st.integers(1, 2), seed=st.integers(0, 9),
+)  # fmt: skip
+@example(
+    sizes=(4, 6), columns=12, wide=1, format="cp", rank_given=1, splits=1, combine="kronecker", terms=1, seed=0
+)  # columns are several indices of a mode
+@example(sizes=(2, 3, 4), columns=2, wide=1, format="cp", rank_given=1, splits=1, combine="kronecker", terms=1, seed=0)
+def test_no_slice_of_a_tensor_exceeds_its_bound(
+    sizes: tuple[int, ...], columns: int, wide: int, format: str, rank_given: int, splits: int, combine: str,
+    terms: int, seed: int,
+) -> None:  # fmt: skip
+    size = int(np.prod(sizes))
+    columns = min(columns, size)
+    rows = size // columns
+    weights = [(rows, columns)] if wide == 1 else [(1, columns)] * (rows // 2) + [(rows - rows // 2, columns)]
+    config = tna.Config(
+        rank_given, order=len(sizes), fold=sizes if len(sizes) > 1 else "balanced", groups=1, format=format,
+        splits=splits, combine=combine, terms=terms, leading="same",
+    )  # fmt: skip
+    plan = tna.SuperLoRA(config, weights)
+    for weight, delta in enumerate(plan.deltas(drawn(plan, seed))):
+        assert rank(delta) <= plan.largest_rank(weight)
+
+
+FOUR: dict[str, Any] = {"weights": 4, "rows": 12, "cols": 10}
+# Each with the rank that its formula has.
+METHODS: dict[str, tuple[tna.Config, int]] = {
+    "lora": (P.lora(3), 3),
+    "lora, terms": (P.lora(2, terms=3), 6),
+    "lotr": (P.lotr(3, **FOUR), 3),
+    "lotr, train": (P.lotr(3, train=True, **FOUR), 3),
+    "fact_tt": (P.fact_tt(3), 3),
+    "fact_tk": (P.fact_tk(3), 3),
+    "fact_tk, fewer columns": (P.fact_tk((2, 5, 3)), 3),
+    "fact_tk, fewer rows": (P.fact_tk((2, 3, 5)), 3),
+    "cara": (P.cara(3, heads=2, **FOUR), 3),
+    "lorta_cp": (P.lorta_cp(3, heads=3), 3),
+    "metatt": (P.metatt(3), 3),
+    "metatt, heads": (P.metatt(2, heads=3), 2),
+    "loha": (P.loha(2), 4),
+    "lokr": (P.lokr(1), 2),
+    "krona": (P.krona(), 8),
+    "compacter": (P.compacter(1, terms=2), 4),
+    "lotr, Kronecker": (P.lotr(1, splits=2, leading="same"), 1),
+    "dense": (P.dense(), 10),
+    "superlora": (P.superlora(1), 10),
+    "fastfood": (P.fastfood(0.3), 10),
+    "shuffled": (P.lora(1, projection="shuffle"), 10),
+    "superlora of one weight": (P.superlora(2, groups="weight", fold=(12, 10)), 2),
+    "six columns in an index": (tna.Config(2, groups=1, fold=(8, 60)), 10),
+    "two rows in a row": (tna.Config(2, groups=1, fold=(24, 20)), 4),
+    "half a row": (tna.Config(2, groups=1, fold=(96, 5)), 4),
+}
+
+
+@pytest.mark.law("largest-rank")
+@pytest.mark.parametrize("name", METHODS)
+def test_the_bound_is_the_methods_rank(name: str) -> None:
+    config, expected = METHODS[name]
+    plan = tna.SuperLoRA(config, [(12, 10)] * 4)
+    params = drawn(plan)
+    for weight in range(4):
+        assert plan.largest_rank(weight) == expected
+        assert rank(plan.delta(params, weight)) == expected
+    assert plan.lora_rank == (expected if expected * 22 < 120 else None)
+
+
+@pytest.mark.law("largest-rank")
+@given(
+    name=st.sampled_from(["lora", "lotr", "fact_tt", "fact_tk", "cara", "lorta_cp"]), given_rank=st.integers(1, 6),
+    heads=st.integers(1, 3), head=st.integers(1, 4), kv=st.integers(1, 3), cols=st.integers(1, 9),
+    layers=st.integers(1, 3), terms=st.integers(1, 2), frozen=st.booleans(),
+)  # fmt: skip
+def test_methods_of_low_rank_attain_their_bound(
+    name: str, given_rank: int, heads: int, head: int, kv: int, cols: int, layers: int, terms: int, frozen: bool
+) -> None:
+    settings: dict[str, Any] = {"terms": terms}
+    if name in ("cara", "lorta_cp"):
+        settings["head_size"] = head
+    if frozen:
+        settings["sources"] = {"factor1": Seeded("normal")}
+    config = getattr(P, name)(given_rank, **{**settings, "groups": "weight" if name == "lora" else "role"})
+    plan = tna.SuperLoRA(config, [(heads * head, cols), (kv * head, cols)] * layers, roles=["q", "v"] * layers)
+    params = drawn(plan)
+    for weight, shape in enumerate(plan.shapes):
+        bound = plan.largest_rank(weight)
+        assert bound <= min(terms * given_rank, *shape)
+        assert rank(plan.delta(params, weight)) == bound
+
+
+@pytest.mark.law("largest-rank")
+def test_the_rank_of_random_arrays_is_within_the_bound() -> None:
+    shapes = [(12, 10)] * 4
+    for config, expected in METHODS.values():
+        plan = tna.SuperLoRA(config, shapes)
+        assert largest_rank(plan).value == expected
+
+
+def test_a_weight_in_two_groups_has_the_sum_of_their_ranks() -> None:
+    plan = tna.SuperLoRA(tna.Config(1, groups=2, fold="stack"), [(3, 8), (4, 8), (3, 8)])
+    assert [plan.largest_rank(weight) for weight in range(3)] == [1, 2, 1]
+    assert [rank(delta) for delta in plan.deltas(drawn(plan))] == [1, 2, 1]
+
+
+def test_large_plans_need_no_arrays() -> None:
+    llama = [(8192, 8192), (1024, 8192)] * 80
+    plan = tna.SuperLoRA(P.lotr(16, groups="role"), llama, roles=["q", "v"] * 80)
+    assert plan.lora_rank == 16
+    assert tna.SuperLoRA(P.superlora(16), llama).lora_rank is None
+
+
+def test_a_weight_that_is_not_there_is_refused() -> None:
+    with pytest.raises(tna.ShapeError, match="weight must be from 0 to 0"):
+        tna.SuperLoRA(tna.Config(1), [(2, 2)]).largest_rank(1)
+
+
+def test_a_train_of_many_modes_has_the_rank_of_its_bond() -> None:
+    # Too many arrays to search all cuts: those of the weights' modes belong to either side.
+    config = tna.Config(2, order=14, groups=1, fold=(2,) * 14, format="tt")
+    plan = tna.SuperLoRA(config, [(64, 64)] * 4)
+    assert [plan.largest_rank(weight) for weight in range(4)] == [2] * 4
+    assert rank(plan.delta(drawn(plan), 3)) == 2
