@@ -136,3 +136,32 @@ def test_rows_of_one_fused_weight_export_with_the_sum_of_their_ranks(tmp_path: P
     found = tna.convert(tmp_path / "a.safetensors", to="peft-lora")
     assert found.config is not None
     assert (found.exact, found.config["r"]) == (True, 6)
+
+
+class Layers(torch.nn.Module):
+    """Queries of 64×32 and values of 16×32, which a compiler traces whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q = torch.nn.ModuleList(torch.nn.Linear(32, 64) for _ in range(2))
+        self.v = torch.nn.ModuleList(torch.nn.Linear(32, 16) for _ in range(2))
+
+    def forward(self, x: Any) -> Any:
+        return sum(q(x)[..., :16] + v(x) for q, v in zip(self.q, self.v, strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["weight", "factored"])
+@pytest.mark.parametrize("name", ["lotr", "metatt", "metatt, heads", "gralora"])
+def test_a_compiler_traces_slices_in_any_order_of_axes(name: str, strategy: str) -> None:
+    if (name, strategy) == ("gralora", "factored"):
+        pytest.skip("blocks of a weight have no two factors")
+    model = Layers()
+    targets = [tna.Target(f"{r}.{i}", (rows, 32), r) for i in range(2) for r, rows in (("q", 64), ("v", 16))]
+    adapter = tt.attach(model, {**BY_ROLE, "gralora": P.gralora(4, 2)}[name], targets, strategy=strategy)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) / 8)
+    x = torch.randn(3, 32)
+    found = torch.compile(model, fullgraph=True, backend="eager")(x)
+    assert torch.allclose(found, model(x), atol=1e-5)

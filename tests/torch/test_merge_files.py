@@ -58,6 +58,8 @@ CONFIGS = {
     "compacter": P.compacter(2),
     "lorta_cp": P.lorta_cp(2, layers=2, rows=32, cols=32, heads=2),
     "cara": P.cara(2, weights=4, rows=32, cols=32, heads=2),
+    "metatt": P.metatt(2, layers=2, rows=32, cols=32),
+    "gralora": P.gralora(4, blocks=2),
     "lorta": P.lorta(2, order=5),
     "shira": P.shira(20),
     "fourierft": P.fourierft(20),
@@ -72,6 +74,7 @@ CONFIGS = {
     "nonlinear_v2": P.superlora(3, projection="nonlinear_v2", ratio=0.3),
     "shuffle": P.superlora(3, projection="shuffle"),
     "layer": P.superlora(3, groups="layer", seed=7),
+    "role": P.lotr(2, groups="role"),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

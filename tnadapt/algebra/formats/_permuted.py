@@ -68,6 +68,10 @@ class Permuted(Format):
         self.title, self.ones, self.unfolds, self.diagram = own.title, own.ones, own.unfolds, own.diagram
         self._order = [digit for axis in axes for digit in axis]
         self._back = tuple(self._order.index(digit) for digit in range(len(self._order)))
+        # Planned here, so that a compiler that traces a call does not have to trace the planning.
+        formula, _ = own._parsed
+        modes = {index: mode for mode, index in enumerate(formula.output)}
+        self._legs = [[(axis, modes[i]) for axis, i in enumerate(held) if i in modes] for held in formula.inputs]
 
     @property
     def formula(self) -> str:
@@ -96,7 +100,8 @@ class Permuted(Format):
 
     def _cover(self, axis: Sequence[int], ranges: Ranges) -> _Cover:
         start, open_ = 0, False
-        lengths, crop = list[int](), list[slice]()
+        lengths: list[int] = []  # a compiler cannot trace list[int]()
+        crop: list[slice] = []
         for digit, (lo, hi) in zip(axis, ranges, strict=True):
             size = self.sizes[digit]
             if open_:
@@ -179,13 +184,11 @@ class Permuted(Format):
         return along(backend, [self.sizes[digit] for digit in digits], *bounds, on_box)
 
     def _restricted(self, arrays: Mapping[str, Array], ranges: Ranges) -> dict[str, Array]:
-        formula, _ = self.own._parsed
-        modes = {index: mode for mode, index in enumerate(formula.output)}
         found = {}
-        for (name, array), own in zip(((name, arrays[name]) for name in self.shapes), formula.inputs, strict=True):
-            for axis, index in enumerate(own):
-                if index in modes:
-                    array = rows_of(array, ranges[modes[index]], axis)
+        for name, legs in zip(self.shapes, self._legs, strict=True):
+            array = arrays[name]
+            for axis, mode in legs:
+                array = rows_of(array, ranges[mode], axis)
             found[name] = array
         return found
 
