@@ -211,6 +211,8 @@ def _single(name: str, array: Any, shape: tuple[int, ...]) -> np.ndarray:
         raise ConfigError(f"given[{name!r}] must be an array; {error}") from error
     if found.shape != shape:
         raise ShapeError(f"given[{name!r}] has shape {found.shape}; expected {shape}")
-    if found.dtype.kind != "f" or not np.isfinite(found).all() or not np.isfinite(found.astype(np.float32)).all():
+    with np.errstate(over="ignore"):
+        single = np.array(found, np.float32)
+    if found.dtype.kind != "f" or not np.isfinite(single).all():
         raise ConfigError(f"given[{name!r}] must hold finite floating-point numbers that float32 can represent")
-    return np.array(found, np.float32)
+    return single

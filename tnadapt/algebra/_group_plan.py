@@ -12,11 +12,12 @@ import numpy as np
 from tnadapt.errors import ConfigError
 
 from ._array_plan import ArrayPlan, checked_given, names_of
+from ._zeros import StartingGroup, ZeroArray, zero_arrays
 from .config import Config
 from .group import Group
 from .init import Initializer
 from .layout import make_layout, require_alike
-from .maps import input_length
+from .maps import input_length, is_linear
 from .maps.projection import Projection
 from .named_fold import group_fold, is_named
 from .network import Network
@@ -72,9 +73,8 @@ class GroupPlan:
         if self.num_groups <= LAID_OUT:
             # Lay the groups out now, so that torch.compile and jax.jit never trace this code.
             _ = self.param_shapes
-        if self._array_plan.tied:
-            for laid_out in self.groups:
-                _ = laid_out.start.zeros  # raises a ConfigError if a term cannot start at zero
+        if self._array_plan.tied and is_linear(config.projection):
+            _ = self._zeros  # raises a ConfigError if a term cannot start at zero
 
     @functools.cached_property
     def num_parameters(self) -> int:
@@ -170,7 +170,7 @@ class GroupPlan:
             frozen = arrays[own]
             start = Initializer(
                 network, projections[key], config.seed, index, frozen, origins=origins,
-                starts=self._start_of if tied else None,
+                starts=self._start_of if tied else None, table=self._zero_table if tied else None,
             )  # fmt: skip
             scaled = {name: origin.scaled for name, origin in origins.items() if origin.scaled is not None}
             pieces = self.layout.of_group(index)
@@ -179,6 +179,22 @@ class GroupPlan:
 
     def _start_of(self, group: int) -> Initializer:
         return self.groups[group].start
+
+    def _zero_table(self) -> dict[int, list[ZeroArray]]:
+        return self._zeros
+
+    @functools.cached_property
+    def _zeros(self) -> dict[int, list[ZeroArray]]:
+        """The array that is zero at the start in each term of each group, if arrays are tied and F is linear."""
+        return self._zeros_if([None] * self.num_groups)
+
+    def _zeros_if(self, trained: Sequence[Collection[str] | None]) -> dict[int, list[ZeroArray]]:
+        return zero_arrays(
+            [
+                StartingGroup(index, self._network(index), self._array_plan.origins(index), own)
+                for index, own in enumerate(trained)
+            ]
+        )
 
     def _projection(self, n_in: int, size: int, stream: int, weights: Weights) -> Projection:
         config = self.config
@@ -248,9 +264,18 @@ class GroupPlan:
         if self.theta is not None:
             return self.starts()
         chosen, found = set(trained), list[Initializer]()
-        for group in self.groups:
-            own = {name for name, full in group.names.items() if full in chosen}
-            found.append(group.start.for_trained(own, found.__getitem__))
+        own = [{name for name, full in group.names.items() if full in chosen} for group in self.groups]
+        if not self._array_plan.tied:
+            return [group.start.for_trained(names) for group, names in zip(self.groups, own, strict=True)]
+        zeros: list[dict[int, list[ZeroArray]]] = []
+
+        def table() -> dict[int, list[ZeroArray]]:
+            if not zeros:
+                zeros.append(self._zeros_if(own))
+            return zeros[0]
+
+        for group, names in zip(self.groups, own, strict=True):
+            found.append(group.start.for_trained(names, found.__getitem__, table))
         return found
 
 

@@ -1,11 +1,12 @@
 """Which array of each term is zero at the start, so that ΔW is zero and its gradient is not.
 
 The rules are those of :mod:`tnadapt.algebra.init`. An array is zero by itself, or by one of its trained diagonals.
+Groups whose arrays are tied are decided together, in their order: what one group has chosen counts for the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from tnadapt.errors import ConfigError
@@ -13,11 +14,33 @@ from tnadapt.errors import ConfigError
 from .network import Network
 from .sources import Origin
 
-__all__ = ["ZeroArray", "ZeroChoice"]
+__all__ = ["StartingGroup", "ZeroArray", "zero_arrays"]
+
+# A group, and the network's name of an array or diagonal in it.
+_Part = tuple[int, str]
+
+
+class StartingGroup(NamedTuple):
+    """What decides which arrays of a group are zero.
+
+    Attributes
+    ----------
+    number : int
+    network : Network
+    origins : mapping of str to Origin
+        Origin of each array; empty if the config has no sources.
+    trained : collection of str or None
+        The group's arrays and diagonals that are trained; None for all that are not frozen.
+    """
+
+    number: int
+    network: Network
+    origins: Mapping[str, Origin]
+    trained: Collection[str] | None
 
 
 class ZeroArray(NamedTuple):
-    """The zero of one term.
+    """The zero of one term of a group.
 
     Attributes
     ----------
@@ -25,40 +48,25 @@ class ZeroArray(NamedTuple):
         Index of the array's split.
     name : str
         Its name in that split.
-    part : str or None
-        The group's own array or diagonal that is zero, by its name in the group; None if the array is tied to one that
-        is zero.
+    diagonal : str
+        The diagonal that is zero, ``"size"`` or ``"rank"``; empty if it is the array itself.
+    part : (int, str)
+        Group and name of the array or diagonal that is zero: in another group if it is tied to one there.
     """
 
     split: int
     name: str
-    part: str | None
-
-    @property
-    def diagonal(self) -> str:
-        """The diagonal that is zero, ``"size"`` or ``"rank"``; empty if it is the array itself."""
-        last = "" if self.part is None else self.part.rpartition(".")[2]
-        return "" if last == self.name else last
+    diagonal: str
+    part: _Part
 
 
-class ZeroChoice:
-    """The choice of the zero arrays of a group with a linear F.
+def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
+    """Return the zero of each term of each group, by the groups' indices.
 
     Parameters
     ----------
-    network : Network
-    group : int
-    trained : collection of str or None
-        The group's arrays and diagonals that are trained; None for all that are not frozen.
-    origins : mapping of str to Origin
-        Origin of each array; empty if the config has no sources.
-    zeros_of : callable
-        Returns what is zero in another group, by its index.
-
-    Attributes
-    ----------
-    terms : list of ZeroArray
-        One for each term.
+    groups : sequence of StartingGroup
+        All groups that have tied arrays in common, for a linear F.
 
     Raises
     ------
@@ -68,34 +76,63 @@ class ZeroChoice:
     Examples
     --------
     >>> from tnadapt import Config
-    >>> ZeroChoice(Network(Config(rank=2), 24, 4), 0, None, {}, lambda group: ()).terms
-    [ZeroArray(split=0, name='factor0', part='split0.factor0')]
+    >>> zero_arrays([StartingGroup(0, Network(Config(rank=2), 24, 4), {}, None)])
+    {0: [ZeroArray(split=0, name='factor0', diagonal='', part=(0, 'split0.factor0'))]}
     """
+    choices = [_GroupChoice(group) for group in groups]
+    zero = {part for choice in choices for part in choice.by_start()}
+    # What occurs in a term that has its zero must not become another one.
+    settled = set[_Part]()
+    found = {choice.group.number: choice.chosen(zero, settled) for choice in choices}
+    for choice in choices:
+        choice.check(zero)
+    return found
 
-    def __init__(
-        self,
-        network: Network,
-        group: int,
-        trained: Collection[str] | None,
-        origins: Mapping[str, Origin],
-        zeros_of: Callable[[int], Collection[str]],
-    ) -> None:
-        self.network, self.group, self.trained, self.origins = network, group, trained, origins
-        self._elsewhere = zeros_of
-        self._parts = set[str]()
-        self.terms: list[ZeroArray] = []
-        for prefixes in network.prefixes:
-            found = self._of_term(prefixes)
-            self.terms.append(found)
-            if found.part is not None:
-                self._parts.add(found.part)
-        # A later term may have made a second array of an earlier one zero.
-        for prefixes in network.prefixes if origins else ():
-            self._need_one([array for array, _, _ in self._arrays(prefixes) if self._is_zero(array)])
+
+class _GroupChoice:
+    """The choice for one group, given what is zero already."""
+
+    def __init__(self, group: StartingGroup) -> None:
+        self.group = group
+
+    def by_start(self) -> list[_Part]:
+        """Return the diagonals that the ``start`` of their source makes zero, if they are trained."""
+        found = []
+        for array, origin in self.group.origins.items():
+            if (
+                origin.scaled is not None
+                and origin.scaled.zero is not None
+                and origin.owner == (self.group.number, array)
+            ):
+                part = f"{array}.{origin.scaled.zero}"
+                if self._trains(part):
+                    found.append((self.group.number, part))
+        return found
+
+    def chosen(self, zero: set[_Part], settled: set[_Part]) -> list[ZeroArray]:
+        """Return the zero of each term, and add what is chosen here to the two sets."""
+        found = []
+        for prefixes in self.group.network.prefixes:
+            one = self._of_term(prefixes, zero, settled)
+            zero.add(one.part)
+            if self.group.origins:
+                settled |= {part for array, _, _ in self._arrays(prefixes) for _, part in self._parts(array)}
+            found.append(one)
+        return found
+
+    def check(self, zero: Collection[_Part]) -> None:
+        """Raise a ConfigError if a term has more than one array that is zero."""
+        for prefixes in self.group.network.prefixes if self.group.origins else ():
+            arrays = [array for array, _, _ in self._arrays(prefixes) if self._zero_part(array, zero) is not None]
+            if len(arrays) > 1:
+                raise ConfigError(
+                    f"sources makes {', '.join(arrays)} of group {self.group.number} all zero at the start, so that "
+                    "their gradients are zero and nothing would learn; only one of them may be"
+                )
 
     def _arrays(self, prefixes: Sequence[str]) -> list[tuple[str, int, str]]:
         """The arrays of a term in the order of preference: the network's name, the split, the name in the split."""
-        splits = self.network.splits
+        splits = self.group.network.splits
         last = len(splits) - 1
         usual = prefixes[last] + splits[last].zero, last, splits[last].zero
         # CP weights are one number per component: make them zero only if nothing else is trained.
@@ -106,70 +143,58 @@ class ZeroChoice:
         ]
         return [usual, *(other for other in others if other != usual)]
 
-    def _of_term(self, prefixes: Sequence[str]) -> ZeroArray:
+    def _of_term(self, prefixes: Sequence[str], zero: Collection[_Part], settled: Collection[_Part]) -> ZeroArray:
         arrays = self._arrays(prefixes)
-        zero = [(array, k, name) for array, k, name in arrays if self._is_zero(array) or self._by_start(array)]
-        self._need_one([array for array, _, _ in zero])
-        for array, k, name in zero:
-            return ZeroArray(k, name, self._by_start(array))
-        # If none that is trained can be, another one must be zero nevertheless, so that the term contributes nothing.
+        for array, k, name in arrays:
+            part = self._zero_part(array, zero)
+            if part is not None:
+                return ZeroArray(k, name, self._diagonal(array, part), part)
+        # If none that is trained can be zero, another one must be nevertheless, so that the term contributes nothing.
         for trained_only in (True, False):
             for array, k, name in arrays:
-                part = self._candidate(prefixes, array, trained_only)
+                able = self._candidates(prefixes, array, trained_only)
+                part = next((part for part in able if part not in settled), None)
                 if part is not None:
-                    return ZeroArray(k, name, part)
+                    return ZeroArray(k, name, self._diagonal(array, part), part)
         raise ConfigError(
             f"none of {', '.join(array for array, _, _ in arrays)} can be zero at the start: each one that is trained "
-            "is tied to an array that is not zero, or occurs twice. Tie fewer of them"
+            "occurs twice in the product, or in another one that has its zero. Tie fewer of them"
         )
 
-    @staticmethod
-    def _need_one(zero: Sequence[str]) -> None:
-        if len(zero) > 1:
-            raise ConfigError(
-                f"sources makes {', '.join(zero)} all zero at the start, so that their gradients are zero and nothing "
-                "would learn; only one of them may be"
-            )
+    def _diagonal(self, array: str, part: _Part) -> str:
+        origin = self.group.origins.get(array)
+        if origin is None or origin.scaled is None or (origin.source.trained and part == origin.key):
+            return ""
+        return part[1].rpartition(".")[2]
 
-    def _is_zero(self, array: str) -> bool:
-        """Return whether an array is zero by what has been chosen so far, here or in the group it is tied to."""
-        origin = self.origins.get(array)
+    def _parts(self, array: str) -> list[tuple[str, _Part]]:
+        """The trained array and diagonals of an array: their names in the group, and where they are."""
+        origin = self.group.origins.get(array)
         if origin is None:
-            return array in self._parts
-        if origin.source.trained and origin.name in self._zeros_of(origin.group):
-            return True
-        if origin.scaled is None:
-            return False
-        group, owner = origin.owner
-        return any(f"{owner}.{diagonal}" in self._zeros_of(group) for diagonal in origin.scaled.diagonals)
+            return [(array, (self.group.number, array))]
+        found = [(array, origin.key)] if origin.source.trained else []
+        if origin.scaled is not None:
+            group, owner = origin.owner
+            found += [(f"{array}.{name}", (group, f"{owner}.{name}")) for name in origin.scaled.diagonals]
+        return found
 
-    def _zeros_of(self, group: int) -> Collection[str]:
-        return self._parts if group == self.group else self._elsewhere(group)
+    def _zero_part(self, array: str, zero: Collection[_Part]) -> _Part | None:
+        """Return what makes an array zero already; None if nothing does."""
+        return next((part for _, part in self._parts(array) if part in zero), None)
 
-    def _by_start(self, array: str) -> str | None:
-        """Return the diagonal of an array of this group that the ``start`` of its source makes zero, if any."""
-        origin = self.origins.get(array)
-        if origin is None or origin.scaled is None or origin.owner != (self.group, array):
-            return None
-        part = f"{array}.{origin.scaled.zero}"
-        return part if origin.scaled.zero is not None and self._trains(part) else None
+    def _candidates(self, prefixes: Sequence[str], array: str, trained_only: bool) -> list[_Part]:
+        """Return what of an array can be chosen as zero: itself, and its diagonals."""
+        origin = self.group.origins.get(array)
+        if origin is not None and origin.source.trained:
+            term = [self.group.origins[other].key for other, _, _ in self._arrays(prefixes)]
+            if term.count(origin.key) > 1:
+                return []  # a product of an array with itself has no gradient where the array is zero
+        return [part for name, part in self._parts(array) if self._trains(name) or not trained_only]
 
-    def _candidate(self, prefixes: Sequence[str], array: str, trained_only: bool) -> str | None:
-        """Return the array, or the diagonal of it, that can be chosen as zero; None if there is none."""
-        origin = self.origins.get(array)
-        if origin is None:
-            return array if self._trains(array) or not trained_only else None
-        term = [self.origins[other].key for other, _, _ in self._arrays(prefixes)]
-        if origin.source.trained and term.count(origin.key) > 1:
-            return None  # a product of an array with itself has no gradient where the array is zero
-        own = [array] if origin.source.trained and origin.key == (self.group, array) else []
-        if origin.scaled is not None and origin.owner == (self.group, array):
-            own += [f"{array}.{diagonal}" for diagonal in origin.scaled.diagonals]
-        return next((part for part in own if self._trains(part) or not trained_only), None)
-
-    def _trains(self, part: str) -> bool:
+    def _trains(self, name: str) -> bool:
         """Return whether an array or diagonal is trained; in a term of which nothing is, all count as trained."""
-        if self.trained is None or part in self.trained:
+        trained = self.group.trained
+        if trained is None or name in trained:
             return True
-        term = part.partition("split")[0]
-        return not any(other.startswith(f"{term}split") for other in self.trained)
+        term = name.partition("split")[0]
+        return not any(other.startswith(f"{term}split") for other in trained)

@@ -47,7 +47,7 @@ from tnadapt.errors import ConfigError
 
 from . import rng
 from ._dtype_rounding import rounded_to
-from ._zeros import ZeroArray, ZeroChoice
+from ._zeros import StartingGroup, ZeroArray, zero_arrays
 from .maps.projection import Projection
 from .network import Network
 from .sources import FrozenArrays, Origin
@@ -76,6 +76,8 @@ class Initializer(FixedArrays):
         Origin of each array, if the config has sources.
     starts : callable, optional
         Returns the Initializer of a group by its index, for arrays that are tied to it.
+    table : callable, optional
+        Returns the zero arrays of all groups, if their arrays are tied.
 
     Attributes
     ----------
@@ -102,42 +104,54 @@ class Initializer(FixedArrays):
         trained: Collection[str] | None = None,
         origins: Mapping[str, Origin] | None = None,
         starts: Callable[[int], Initializer] | None = None,
+        table: Callable[[], Mapping[int, list[ZeroArray]]] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.projection, self.seed, self.group = network, projection, seed, group
         self.frozen = FrozenArrays({}) if frozen is None else frozen
         self.trained, self.origins = trained, origins or {}
-        self._starts = starts
+        self._starts, self._table = starts, table
 
     @functools.cached_property
     def _zero(self) -> list[ZeroArray]:
         """For each term, the array that is zero for a linear F."""
+        if self._table is not None and self.projection.linear:
+            return self._table()[self.group]
         origins = self.origins if self.projection.linear else {}
-
-        def zeros_of(group: int) -> frozenset[str]:
-            return self._start_of(group).zeros
-
-        return ZeroChoice(self.network, self.group, self.trained, origins, zeros_of).terms
+        return zero_arrays([StartingGroup(self.group, self.network, origins, self.trained)])[self.group]
 
     @functools.cached_property
     def zeros(self) -> frozenset[str]:
-        """Names of the arrays and diagonals that are zero: one per term, or none for a nonlinear F."""
+        """Names of the arrays and diagonals that are zero: one per term, or none for a nonlinear F.
+
+        Of arrays that are tied, only the group that they belong to lists them.
+        """
         if not self.projection.linear:
             return frozenset()
-        return frozenset(zero.part for zero in self._zero if zero.part is not None)
+        if self._table is None:
+            return frozenset(zero.part[1] for zero in self._zero)
+        zeros = {zero.part for terms in self._table().values() for zero in terms}
+        return frozenset(name for group, name in zeros if group == self.group)
 
     def _start_of(self, group: int) -> Initializer:
         assert self._starts is not None  # the plan passes it wherever arrays are tied
         return self._starts(group)
 
-    def for_trained(self, trained: Collection[str], starts: Callable[[int], Initializer] | None = None) -> Initializer:
-        """Return the initial arrays if only these of the network's arrays and diagonals are trained."""
+    def for_trained(
+        self,
+        trained: Collection[str],
+        starts: Callable[[int], Initializer] | None = None,
+        table: Callable[[], Mapping[int, list[ZeroArray]]] | None = None,
+    ) -> Initializer:
+        """Return the initial arrays if only these of the network's arrays and diagonals are trained.
+
+        ``starts`` and ``table`` are those of the same choice for all groups, if arrays are tied.
+        """
         found = Initializer(
-            self.network, self.projection, self.seed, self.group, self.frozen, trained, self.origins,
-            starts or self._starts,
-        )  # fmt: skip
-        if any(origin.group != self.group for origin in self.origins.values()):
-            return found  # what is zero is decided elsewhere, and later
+            self.network, self.projection, self.seed, self.group, self.frozen, trained, self.origins, starts, table
+        )
+        if table is not None:
+            return found
         return self if found.zeros == self.zeros else found
 
     @functools.cached_property

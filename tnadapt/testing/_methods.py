@@ -198,9 +198,9 @@ def _randlora(params: Params, config: Config, shapes: Shapes) -> list[Float]:
     for i, (rows, cols) in enumerate(shapes):
         total: Float = np.zeros((rows, cols))
         short, long = ("factor1", "factor0") if cols <= rows else ("factor0", "factor1")
-        for n in range(config.terms):
-            name = f"group{i}.term{n}.split0."
-            a = params[f"group{i}.term0.split0.{short}"].T
+        terms = [f"group{i}.term{n}.split0." if config.terms > 1 else f"group{i}.split0." for n in range(config.terms)]
+        for name in terms:
+            a = params[terms[0] + short].T
             a = np.diag(params[f"{name}{short}.rank"]) @ a @ np.diag(params[f"{name}{short}.size"])
             product = params[name + long] @ a
             total = total + (product if short == "factor1" else product.T)

@@ -1,0 +1,656 @@
+"""Arrays that are given, tied, scaled, or made of the base: what they compute, how they start, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import relative_error
+from tnadapt.algebra.sources import (
+    FromBase,
+    Given,
+    Scaled,
+    Seeded,
+    Source,
+    Tied,
+    Trained,
+    source_from_dict,
+    source_to_dict,
+)
+from tnadapt.algebra.sources._subspace import dominant_basis
+from tnadapt.backends import Backend
+from tnadapt.testing import _reference as reference
+from tnadapt.testing._reference_arrays import network_arrays, trained_shapes
+
+SHAPES = [(6, 4)] * 3
+BASE = list(np.random.default_rng(7).normal(size=(3, 6, 4)))
+
+# What every array of every group may be, and the settings of the networks that have them.
+NETWORKS: dict[str, tna.Config] = {
+    "lora": tna.Config(rank=2, alpha=3.0),
+    "weighted": tna.Config(rank=2, format="cp-weighted"),
+    "tucker": tna.Config(rank=2, format="tucker"),
+    "train": tna.Config(rank=2, order=3, format="tt", fold=(2, 3, 4)),
+    "lokr": tna.presets.lokr(2, leading="same"),
+    "loha": tna.presets.loha(2),
+    "terms": tna.Config(rank=2, terms=2),
+    "projected": tna.Config(rank=2, order=3, fold="balanced", projection="linear", ratio=0.5),
+}
+
+
+@st.composite
+def configs(draw: st.DrawFn, names: tuple[str, ...] = tuple(NETWORKS)) -> tna.Config:
+    """A network with a source for each of its arrays."""
+    config = NETWORKS[draw(st.sampled_from(names))].replace(seed=draw(st.integers(0, 2**64 - 1)))
+    network = tna.SuperLoRA(config, SHAPES).groups[0].network
+    sources: dict[str, Source] = {}
+    for name, shape in network.shapes.items():
+        frozen = Seeded("normal", shared=draw(st.booleans()))
+        choices: list[Source] = [Trained(), Trained(), frozen, Tied(f"group{draw(st.integers(0, 2))}.{name}")]
+        if len(shape) == 2:
+            diagonals = draw(st.sampled_from([(True, False), (False, True), (True, True)]))
+            choices += [Scaled(source, *diagonals) for source in (frozen, Trained(), choices[3])]
+        sources[name] = draw(st.sampled_from(choices))
+    return config.replace(sources=sources)
+
+
+def plan_of(config: tna.Config) -> tna.SuperLoRA:
+    """The plan of a config, unless nothing of a term is trained."""
+    try:
+        return tna.SuperLoRA(config, SHAPES)
+    except tna.ConfigError as error:
+        if "nothing is left to train" not in str(error) and "can be zero at the start" not in str(error):
+            raise
+        assume(False)
+        raise
+
+
+def frozen_of(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
+    return {
+        full: group.frozen.host(name).astype(np.float64)
+        for group in plan.groups
+        for name, full in group.frozen_names.items()
+    }
+
+
+def names_of(plan: tna.SuperLoRA) -> list[dict[str, tuple[int, ...]]]:
+    return [dict(group.network.shapes) for group in plan.groups]
+
+
+# -- Laws over all of them --------------------------------------------------------------------------
+
+
+@pytest.mark.law("sources")
+@given(configs(), st.integers(0, 99))
+def test_updates_are_those_of_the_arrays_written_out(config: tna.Config, seed: int) -> None:
+    plan = plan_of(config)
+    rng = np.random.default_rng(seed)
+    params = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
+    assert plan.param_shapes == trained_shapes(config, names_of(plan))
+    assert plan.num_parameters == sum(math.prod(shape) for shape in plan.param_shapes.values())
+    whole = network_arrays(config, names_of(plan), params, frozen_of(plan), {})
+    expected = reference.deltas(config.replace(sources={}), SHAPES, whole)
+    found = plan.deltas(params)
+    scale = max(float(np.max(np.abs(delta))) for delta in expected) or 1.0
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * scale)
+    for index, delta in enumerate(found):
+        np.testing.assert_allclose(plan.delta(params, index), delta, rtol=0, atol=1e-12 * scale)
+
+
+@pytest.mark.law("sources")
+@given(configs())
+def test_a_fresh_adapter_changes_nothing_and_learns(config: tna.Config) -> None:
+    torch = pytest.importorskip("torch")
+    plan = plan_of(config)
+    params = {name: array.requires_grad_() for name, array in plan.init("torch").items()}
+    vec = plan.vector(params)
+    assert not vec.any()
+    weights = torch.tensor(np.random.default_rng(0).normal(size=plan.size), dtype=torch.float32)
+    (vec * weights).sum().backward()
+    for group in plan.groups:
+        assert any(params[full].grad.any() for full in group.names.values())
+
+
+@pytest.mark.law("sources")
+@given(configs())
+def test_a_plan_survives_copies_and_its_config_a_dictionary(config: tna.Config) -> None:
+    plan = plan_of(config)
+    assert tna.Config.from_dict(config.to_dict()) == config
+    params = plan.init()
+    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan)), copy.copy(plan)):
+        assert other.param_shapes == plan.param_shapes
+        for ours, theirs in zip(other.init().values(), params.values(), strict=True):
+            assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_of_tied_and_scaled_arrays_in_every_library(name: str, backend: Backend) -> None:
+    config = NETWORKS[name]
+    names = tna.SuperLoRA(config, SHAPES).groups[0].network.shapes
+    sources: dict[str, Source] = {
+        array: Scaled(Tied(f"group0.{array}"), rank=True) if len(shape) == 2 else Tied(f"group0.{array}")
+        for array, shape in names.items()
+    }
+    plan = tna.SuperLoRA(config.replace(sources=sources), SHAPES)
+    rng = np.random.default_rng(3)
+    host = {full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()}
+    with backend.double_precision():
+        params = {full: backend.asarray(array, "float64") for full, array in host.items()}
+        target = rng.normal(size=plan.size)
+        weights = backend.asarray(target, "float64")
+        found = np.asarray(backend.to_numpy(plan.vector(params)))
+        np.testing.assert_allclose(found, plan.vector(host), rtol=1e-10, atol=1e-12)
+        if "gradient" in backend.lacks(weights):
+            return
+        gradients = backend.gradient(lambda own: backend.sum(plan.vector(own) * weights, axis=0), params)
+        assert gradients is not None
+        for full, array in host.items():
+            way = rng.normal(size=array.shape)
+            ahead, behind = (plan.vector({**host, full: array + step * 1e-6 * way}) for step in (1, -1))
+            slope = float(target @ (ahead - behind)) / 2e-6
+            got = float(np.sum(np.asarray(backend.to_numpy(gradients[full])) * way))
+            assert abs(got - slope) <= 1e-6 * max(1.0, abs(slope))
+
+
+# -- Tied -------------------------------------------------------------------------------------------
+
+
+def test_a_tied_array_is_counted_and_stored_once() -> None:
+    plan = tna.SuperLoRA(tna.presets.share_lora(2), SHAPES)
+    assert list(plan.param_shapes) == [
+        "group0.split0.factor0",
+        "group0.split0.factor1",
+        "group1.split0.factor0",
+        "group2.split0.factor0",
+    ]
+    assert plan.num_parameters == 3 * 12 + 8
+    params = {name: np.random.default_rng(0).normal(size=shape) for name, shape in plan.param_shapes.items()}
+    for index, delta in enumerate(plan.deltas(params)):
+        expected = params[f"group{index}.split0.factor0"] @ params["group0.split0.factor1"].T
+        np.testing.assert_allclose(delta, expected, rtol=1e-12)
+
+
+def test_ties_lead_through_other_groups_and_frozen_arrays() -> None:
+    config = tna.presets.lora(
+        2,
+        sources={
+            "factor1": Tied("group0.split0.factor1"),
+            "factor0": Scaled(Tied("group2.split0.factor0")),
+        },
+    )
+    assert tna.verify(config, SHAPES, backends=["numpy"]).holds
+    frozen = tna.Config(
+        rank=2,
+        terms=2,
+        sources={"term0.split0.factor1": Seeded("signs"), "term1.split0.factor1": Tied("term0.split0.factor1")},
+    )
+    plan = tna.SuperLoRA(frozen, SHAPES)
+    assert [name for name in plan.frozen_shapes if name.startswith("group1")] == [
+        "group1.term0.split0.factor1",
+        "group1.term1.split0.factor1",
+    ]
+    group = plan.groups[1]
+    first, second = (group.frozen.host(f"term{term}.split0.factor1") for term in range(2))
+    assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("sources", "shapes", "message"),
+    [
+        (
+            {"factor0": Tied("group5.split0.factor0")},
+            SHAPES,
+            r"to 'group5.split0.factor0', which is not there: there are groups 0 to 2 with the arrays 'split0.f",
+        ),
+        ({"factor0": Tied("split0.core")}, SHAPES, r"which is not there"),
+        (
+            {"factor0": Tied("split0.factor1")},
+            SHAPES,
+            r"of shape \(6, 2\), to 'group0.split0.factor1', of shape \(4, 2\): only arrays of one shape can",
+        ),
+        (
+            {"factor0": Tied("group0.split0.factor0")},
+            [(6, 4), (5, 4)],
+            r"'group1.split0.factor0', of shape \(5, 2\), to 'group0.split0.factor0', of",
+        ),
+        (
+            {"factor0": Tied("split0.factor1"), "factor1": Tied("split0.factor0")},
+            [(4, 4)],
+            r"ties 'split0.factor0', 'split0.factor1' in a circle",
+        ),
+        (
+            {"factor0": Tied("split0.factor1")},
+            [(4, 4)],
+            r"none of split0.factor0, split0.factor1 can be zero .* occurs twice in the product",
+        ),
+        ({"factor9": Tied("split0.factor1")}, SHAPES, r"sources names 'factor9', which fits no array"),
+        (
+            {"factor0": Scaled(Seeded("normal"), start=0), "factor1": Scaled(Seeded("normal"), start=0)},
+            SHAPES,
+            r"makes split0.factor0, split0.factor1 of group 0 all zero",
+        ),
+    ],
+)
+def test_ties_that_cannot_be(sources: dict[str, Source], shapes: list[tuple[int, int]], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.SuperLoRA(tna.Config(rank=2, sources=sources), shapes).init()
+
+
+@pytest.mark.parametrize("to", ["", "factor0", "group0.factor0", "split0.factor0.size", "group01.split0.core", 3, None])
+def test_a_name_that_is_none(to: Any) -> None:
+    with pytest.raises(tna.ConfigError, match=r"Tied needs the full name of an array, such as 'split0.factor0'"):
+        Tied(to)
+
+
+# -- Scaled -----------------------------------------------------------------------------------------
+
+
+def test_diagonals_start_as_they_say() -> None:
+    both = Scaled(Seeded("normal"), rank=True, start=(2.0, 0.0))
+    plan = tna.SuperLoRA(tna.Config(rank=2, sources={"factor1": both, "factor0": Scaled(Seeded("normal"))}), SHAPES)
+    fresh = plan.init()
+    assert (fresh["group1.split0.factor1.size"] == 2.0).all()
+    assert not fresh["group1.split0.factor1.rank"].any()
+    assert (fresh["group1.split0.factor0.size"] == 1.0).all()
+    usual = tna.SuperLoRA(tna.Config(rank=2, sources={"factor0": Scaled(Seeded("normal"))}), SHAPES).init()
+    assert not usual["group0.split0.factor0.size"].any()
+    assert usual["group0.split0.factor1"].any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Scaled("seeded"), r"Scaled needs a source that is not scaled itself; got 'seeded'"),
+        (lambda: Scaled(Scaled(Trained())), r"not scaled itself"),
+        (lambda: Scaled(Trained(), size=1), r"size must be True or False; got 1"),
+        (lambda: Scaled(Trained(), size=False), r"needs a diagonal: size=True, rank=True, or both"),
+        (lambda: Scaled(Trained(), start=math.nan), r"start must be a finite number .*; got nan"),
+        (lambda: Scaled(Trained(), start=(0.0, 1.0)), r"must have one number for each of size, at most one of them 0"),
+        (lambda: Scaled(Trained(), rank=True, start=(0, 0)), r"at most one of them 0"),
+        (lambda: Scaled(Trained(), start="one"), r"start must be a finite number"),
+    ],
+)
+def test_diagonals_that_cannot_be(make: Any, message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        make()
+
+
+def test_only_factors_have_diagonals_and_a_nonlinear_map_no_zero() -> None:
+    with pytest.raises(tna.ConfigError, match=r"Scaled is for factors, .*; 'split0.core1' has the shape \(2, 3, 2\)"):
+        tna.SuperLoRA(NETWORKS["train"].replace(sources={"core1": Scaled(Trained())}), [(6, 4)])
+    config = tna.Config(rank=2, projection="nonlinear", sources={"factor0": Scaled(Seeded("normal"), start=0)})
+    with pytest.raises(tna.ConfigError, match=r"start=0 of 'split0.factor0' leaves a nonlinear F without a gradient"):
+        tna.SuperLoRA(config, SHAPES)
+    assert tna.verify(config.replace(sources={"factor0": Scaled(Seeded("normal"))}), SHAPES, backends=["numpy"]).holds
+
+
+# -- Given ------------------------------------------------------------------------------------------
+
+
+def test_given_arrays_are_used_as_they_are() -> None:
+    numbers = np.random.default_rng(0).normal(size=(3, 4, 2)).astype(np.float32)
+    config = tna.Config(rank=2, sources={"factor1": Given()})
+    plan = tna.SuperLoRA(config, SHAPES)
+    assert plan.given_shapes == {f"group{g}.split0.factor1": (4, 2) for g in range(3)}
+    with pytest.raises(tna.ConfigError, match=r"'group0.split0.factor1' is an array that the caller brings: .*given="):
+        plan.deltas(plan.init())
+    plan = tna.SuperLoRA(config, SHAPES, given={f"group{g}.split0.factor1": numbers[g] for g in range(3)})
+    params = {name: np.random.default_rng(1).normal(size=shape) for name, shape in plan.param_shapes.items()}
+    for group, delta in enumerate(plan.deltas(params)):
+        np.testing.assert_allclose(delta, params[f"group{group}.split0.factor0"] @ numbers[group].T, rtol=1e-12)
+    found = pickle.loads(pickle.dumps(plan))
+    assert found.given.keys() == plan.given.keys()
+
+
+def test_one_given_array_for_groups_of_several_sizes() -> None:
+    shapes = [(6, 4), (5, 3), (6, 2)]
+    plan = tna.SuperLoRA(tna.Config(rank=2, sources={"factor1": Given(shared=True)}), shapes)
+    assert plan.given_shapes == {"group0.split0.factor1": (4, 2)}
+    whole = np.random.default_rng(0).normal(size=(4, 2))
+    plan = tna.SuperLoRA(plan.config, shapes, given={"group0.split0.factor1": whole})
+    params = {name: np.ones(shape) for name, shape in plan.param_shapes.items()}
+    for (rows, cols), delta in zip(shapes, plan.deltas(params), strict=True):
+        np.testing.assert_allclose(delta, np.ones((rows, 2)) @ np.float32(whole)[:cols].T, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("brought", "error", "message"),
+    [
+        (
+            {"group0.split0.factor0": np.ones((6, 2))},
+            tna.ConfigError,
+            r"names 'group0.split0.factor0'; the arrays that a caller can give are 'group0",
+        ),
+        ({"group0.split0.factor1": np.ones((2, 4))}, tna.ShapeError, r"has shape \(2, 4\); expected \(4, 2\)"),
+        ({"group0.split0.factor1": np.full((4, 2), np.nan)}, tna.ConfigError, r"must hold finite floating-point"),
+        ({"group0.split0.factor1": np.full((4, 2), 1e300)}, tna.ConfigError, r"that float32 can represent"),
+        ({"group0.split0.factor1": np.ones((4, 2), int)}, tna.ConfigError, r"floating-point"),
+        ({"group0.split0.factor1": [[1.0, 2.0]]}, tna.ConfigError, r"'group0.split0.factor1'\] must be an array"),
+        ([1], tna.ConfigError, r"given must be a mapping of names to arrays; got list"),
+    ],
+)
+def test_arrays_that_do_not_fit(brought: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tna.SuperLoRA(tna.Config(rank=2, sources={"factor1": Given()}), SHAPES, given=brought)
+
+
+def test_a_given_array_where_there_is_none() -> None:
+    with pytest.raises(tna.ConfigError, match=r"a caller can give are none: use tnadapt.sources.Given\(\)"):
+        tna.SuperLoRA(tna.Config(), SHAPES, given={"group0.split0.factor0": np.ones((6, 4))})
+
+
+# -- FromBase ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def separated(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+    """A matrix, and a rank at which its singular values are well separated."""
+    rows, cols = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    rank = draw(st.integers(1, min(rows, cols)))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    left, _ = np.linalg.qr(rng.normal(size=(rows, rows)))
+    right, _ = np.linalg.qr(rng.normal(size=(cols, cols)))
+    values = np.concatenate([rng.uniform(2.0, 4.0, rank), rng.uniform(0.01, 0.4, min(rows, cols) - rank)])
+    size = len(values)
+    scale = 10.0 ** draw(st.integers(-30, 30))
+    return (left[:, :size] * values) @ right[:, :size].T * scale, rank
+
+
+@pytest.mark.law("base-arrays")
+@given(separated(), st.integers(0, 99))
+def test_a_basis_spans_the_dominant_subspace(case: tuple[np.ndarray, int], seed: int) -> None:
+    matrix, rank = case
+    normals = np.random.default_rng(seed).normal(size=(len(matrix), min(rank + 8, len(matrix))))
+    basis = dominant_basis(matrix, normals, rank, False, "x")
+    np.testing.assert_allclose(basis.T @ basis, np.eye(rank), atol=1e-12)
+    exact = np.linalg.svd(matrix)[0][:, :rank]
+    np.testing.assert_allclose(basis @ basis.T, exact @ exact.T, atol=1e-6)
+    # The basis depends on the subspace alone: the same weight with its right side turned has the same one.
+    turn, _ = np.linalg.qr(np.random.default_rng(seed + 1).normal(size=(matrix.shape[1],) * 2))
+    np.testing.assert_allclose(dominant_basis(matrix @ turn, normals, rank, False, "x"), basis, atol=1e-9)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+def test_single_vectors_are_those_of_the_svd_with_the_largest_entry_positive(rows: int, cols: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    left, _ = np.linalg.qr(rng.normal(size=(rows, rows)))
+    right, _ = np.linalg.qr(rng.normal(size=(cols, cols)))
+    size = min(rows, cols)
+    matrix = (left[:, :size] * np.arange(size, 0, -1)) @ right[:, :size].T
+    found = dominant_basis(matrix, rng.normal(size=(rows, min(size + 8, rows))), size, True, "x")
+    assert (found[np.abs(found).argmax(axis=0), np.arange(size)] > 0).all()
+    np.testing.assert_allclose(np.abs(np.sum(found * left[:, :size], axis=0)), 1.0, atol=1e-9)
+
+
+def test_values_that_tie_are_warned_about() -> None:
+    with pytest.warns(UserWarning, match=r"two of whose singular values are nearer than 0.0001: another machine"):
+        dominant_basis(np.eye(5), np.random.default_rng(0).normal(size=(5, 5)), 2, True, "x")
+    dominant_basis(np.eye(5), np.random.default_rng(0).normal(size=(5, 5)), 2, False, "x")
+
+
+@pytest.mark.parametrize("side", ["rows", "cols", "mode"])
+def test_a_factor_of_the_base(side: str) -> None:
+    name = "factor1" if side == "cols" else "factor0"
+    plan = tna.SuperLoRA(tna.Config(rank=2, sources={name: FromBase(side)}), SHAPES)
+    assert plan.num_parameters == 3 * 2 * (6 if name == "factor1" else 4)
+    assert list(plan.base_shapes) == [f"group{g}.split0.{name}" for g in range(3)]
+    seen: list[tuple[int, int]] = []
+    plan = plan.with_base(BASE, lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    again = plan.with_base(lambda index: BASE[index].astype(np.float32))
+    for group in range(3):
+        array = plan.given[f"group{group}.split0.{name}"]
+        left, _, right = np.linalg.svd(BASE[group])
+        exact = right[:2].T if name == "factor1" else left[:, :2]
+        assert relative_error(array @ array.T, exact @ exact.T) < 1e-5
+        np.testing.assert_allclose(again.given[f"group{group}.split0.{name}"], array, atol=1e-5)
+
+
+def test_factors_of_a_stack_are_those_of_its_modes() -> None:
+    config = tna.presets.fact_tk(2, weights=3, rows=6, cols=4).replace(
+        sources={"factor0": FromBase("mode"), "factor1": FromBase("rows"), "factor2": FromBase("cols")}
+    )
+    plan = tna.SuperLoRA(config, SHAPES).with_base(BASE)
+    tensor = np.stack(BASE)
+    for mode in range(3):
+        exact = np.linalg.svd(np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1))[0][:, :2]
+        array = plan.given[f"group0.split0.factor{mode}"]
+        assert relative_error(array @ array.T, exact @ exact.T) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            tna.presets.lora(5, sources={"factor0": FromBase("rows")}),
+            r"needs 5 singular vectors for 'split0.factor0', .* has 4 at most along that mode: use rank=4",
+        ),
+        (
+            tna.presets.lora(2, sources={"factor0": FromBase("cols")}),
+            r"gives vectors of 4 elements, and 'split0.factor0' has 6 rows: use the other side",
+        ),
+        (
+            tna.presets.lokr(2, sources={"factor0": FromBase("rows")}),
+            r"'split1.factor0' of shape \(\d, 2\) is none: use format='cp'",
+        ),
+        (
+            tna.Config(rank=2, format="tucker", sources={"core": FromBase("rows")}),
+            r"\(size of a mode, rank\), and 'split0.core' of shape \(2, 2\) is none",
+        ),
+        (tna.Config(rank=2, order=3, format="tt", fold=(2, 3, 4), sources={"core0": FromBase("mode")}), r"is none"),
+        (
+            tna.Config(rank=2, order=4, fold=(2, 3, 2, 2), sources={"factor0": FromBase("rows")}),
+            r"needs matrices, or a stack .*use FromBase\('mode'\)",
+        ),
+        (
+            tna.presets.superlora(2, projection="shuffle", sources={"factor0": FromBase("rows")}),
+            r"a projection follows the network, .*use projection='identity'",
+        ),
+    ],
+)
+def test_factors_that_no_base_gives(config: tna.Config, message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.SuperLoRA(config, [(6, 4)])
+
+
+def test_arrays_say_that_they_need_the_base() -> None:
+    plan = tna.SuperLoRA(tna.presets.lora_xs(2), SHAPES)
+    assert (plan.num_parameters, len(plan.init())) == (12, 3)
+    with pytest.raises(tna.ConfigError, match=r"from the base weights: .*plan.with_base\(weights\).*reset\(\)"):
+        plan.deltas(plan.init())
+    with pytest.raises(tna.ShapeError, match=r"with_base needs the 3 base weights; got 2"):
+        plan.with_base(BASE[:2])
+    with pytest.raises(tna.ShapeError, match=r"base weight 0 has shape \(4, 6\); expected \(6, 4\)"):
+        plan.with_base([base.T for base in BASE])
+    with pytest.raises(tna.ConfigError, match=r"holds NaN or infinity"):
+        plan.with_base([np.full((6, 4), np.nan)] * 3)
+    with pytest.raises(tna.ConfigError, match=r"has only 1 singular values above rounding errors: use a smaller rank"):
+        plan.with_base([np.ones((6, 4))] * 3)
+    with pytest.raises(tna.ConfigError, match=r"has only 0 singular values"):
+        plan.with_base([np.zeros((6, 4))] * 3)
+    assert tna.SuperLoRA(tna.Config(), SHAPES).with_base(BASE).given == {}
+
+
+@pytest.mark.parametrize(("side", "vectors"), [("left", False), (None, False), ("rows", 1)])
+def test_sides_that_do_not_exist(side: Any, vectors: Any) -> None:
+    with pytest.raises(tna.ConfigError, match=r"side must be one of 'rows', 'cols', 'mode'|vectors must be True"):
+        FromBase(side, vectors)
+
+
+# -- As dictionaries --------------------------------------------------------------------------------
+
+
+def test_sources_in_sources_as_dictionaries() -> None:
+    source = Scaled(Tied("group0.split0.factor1"), size=False, rank=True, start=(0.5,))
+    stored = source_to_dict(source)
+    assert stored == {
+        "source": "scaled",
+        "of": {"source": "tied", "to": "group0.split0.factor1"},
+        "size": False,
+        "rank": True,
+        "start": [0.5],
+    }
+    assert source_from_dict(stored) == source
+    deep: dict[str, Any] = {"source": "trained"}
+    for _ in range(6):
+        deep = {"source": "scaled", "of": deep}
+    with pytest.raises(tna.ConfigError, match=r"nested more than 4 deep"):
+        source_from_dict(deep)
+
+
+# -- Fits -------------------------------------------------------------------------------------------
+
+
+FITTED: dict[str, tna.Config] = {
+    "from base": tna.presets.lora_xs(2),
+    "svft": tna.presets.svft(4),
+    "vera": tna.presets.vera(3),
+    "shared": tna.presets.share_lora(2),
+    "theta": tna.presets.tinylora(5),
+    "one-hot": tna.presets.unilora(9, 2),
+    "seeded": tna.presets.lora_fa(2),
+    "projected": tna.presets.superlora(2, projection="linear", ratio=0.5, sources={"factor1": Seeded("normal")}),
+}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_fit_finds_updates_that_the_config_made(name: str) -> None:
+    config = FITTED[name]
+    plan = tna.SuperLoRA(config, SHAPES).with_base(BASE)
+    rng = np.random.default_rng(1)
+    params = {full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()}
+    deltas = plan.deltas(params)
+    fitted, report = tna.decompose(deltas, config, base=BASE if plan.base_shapes else None, max_iterations=300)
+    assert fitted.keys() == plan.param_shapes.keys()
+    assert report.error < 1e-7
+    # Frozen arrays are held: what is left is the residual of the report.
+    made = report.plan.deltas(fitted)
+    whole = np.linalg.norm([np.linalg.norm(delta) for delta in deltas])
+    wrong = np.linalg.norm([np.linalg.norm(a - b) for a, b in zip(made, deltas, strict=True)])
+    assert math.isclose(wrong / whole, report.error, rel_tol=1e-6, abs_tol=1e-14)
+
+
+def test_a_linear_fit_is_the_optimum() -> None:
+    plan = tna.SuperLoRA(tna.presets.lora_xs(2), SHAPES).with_base(BASE)
+    wanted = list(np.random.default_rng(5).normal(size=(3, 6, 4)))
+    params, report = tna.decompose(wanted, plan.config, base=BASE)
+    assert report.certified
+    for group, delta in enumerate(wanted):
+        u, v = (plan.given[f"group{group}.split0.factor{mode}"].astype(np.float64) for mode in range(2))
+        exact = np.linalg.pinv(u) @ delta @ np.linalg.pinv(v).T
+        np.testing.assert_allclose(params[f"group{group}.split0.core"], exact, rtol=1e-8, atol=1e-10)
+
+
+def test_fits_behind_a_nonlinear_map_are_refused() -> None:
+    config = tna.Config(rank=2, projection="nonlinear", sources={"factor1": Seeded("normal")})
+    with pytest.raises(tna.ConfigError, match=r"through linear maps F only; got projection='nonlinear'"):
+        tna.decompose([np.ones((6, 4))], config)
+
+
+# -- Combinations -----------------------------------------------------------------------------------
+
+SIX = [(12, 8)] * 6
+COMBINED: dict[str, tna.Config] = {
+    "TinyLoRA over SuperLoRA's groups": tna.presets.superlora(4, groups=4, before="normal", parameters=13),
+    "VeRA through LoNKr": tna.presets.lonkr(
+        3, groups=2, split_size=2,
+        sources={
+            "dense": Seeded("normal"),
+            "factor0": Scaled(Seeded("uniform"), start=0.0),
+            "factor1": Scaled(Seeded("uniform"), size=False, rank=True, start=0.1),
+        },
+    ),
+    "one core over depth between bases of each weight": tna.presets.lora_xs(
+        3,
+        sources={
+            "factor0": FromBase("rows"),
+            "factor1": FromBase("cols"),
+            "core": Tied("group0.split0.core"),
+        },
+    ),
+    **{
+        f"one θ for {form}": tna.Config(
+            rank=2, order=order, groups=2, fold="balanced", format=form, before="one-hot", parameters=7
+        )
+        for form, order in (("dense", 1), ("cp", 3), ("cp-weighted", 3), ("tucker", 3), ("tt", 4))
+    },
+}  # fmt: skip
+
+
+@pytest.mark.law("combinations")
+@pytest.mark.parametrize("name", COMBINED)
+def test_combinations_that_no_other_library_has(name: str) -> None:
+    report = tna.verify(COMBINED[name], SIX, backends=["numpy"])
+    assert report.holds, report
+
+
+def test_counts_of_the_combinations() -> None:
+    counts = {name: tna.parameter_count(config, SIX) for name, config in COMBINED.items()}
+    assert counts["TinyLoRA over SuperLoRA's groups"] == 13
+    assert counts["one core over depth between bases of each weight"] == 9
+    assert all(count == 7 for name, count in counts.items() if "θ" in name)
+
+
+# -- The table of the specification ----------------------------------------------------------------
+
+VIT = [(768, 768)] * 24
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        *((tna.presets.lora_fa(r), 18_432 * r) for r in (1, 8)),
+        *((tna.presets.lora_xs(r), 24 * r**2) for r in (2, 16)),
+        (tna.presets.svft(768), 18_432),
+        (tna.presets.vera(256), 24 * (768 + 256)),
+        (tna.presets.randlora(32, rows=768, cols=768), 460_800),
+        (tna.presets.nola(100), 2 * 24 * 100),
+        (tna.presets.unilora(256), 256),
+        (tna.presets.tinylora(13), 13),
+        (tna.presets.tied_lora(8), 8 * 1536 + 24 * (768 + 8)),
+        (tna.presets.share_lora(8), 8 * 768 + 24 * 8 * 768),
+    ],
+)
+def test_counts_on_query_and_value_of_a_vit(config: tna.Config, count: int) -> None:
+    assert tna.parameter_count(config, VIT) == count
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**64 - 1), st.data())
+def test_presets_equal_their_formulas_on_weights_of_several_shapes(
+    rank: int, count: int, seed: int, data: st.DataObject
+) -> None:
+    from tnadapt.testing._methods import METHODS
+
+    alike = data.draw(st.tuples(st.integers(rank, 9), st.integers(rank, 9)))
+    mixed = data.draw(st.lists(st.tuples(st.integers(rank, 9), st.integers(rank, 9)), min_size=count, max_size=count))
+    P = tna.presets
+    cases = {
+        "lora_fa": (P.lora_fa(rank), mixed), "lora_xs": (P.lora_xs(rank), mixed), "svft": (P.svft(rank), mixed),
+        "vera": (P.vera(rank), mixed), "nola": (P.nola(1, rank), mixed), "unilora": (P.unilora(2, rank), mixed),
+        "share_lora": (P.share_lora(rank), [alike] * count), "tied_lora": (P.tied_lora(rank), [alike] * count),
+        "randlora": (P.randlora(rank, rows=alike[0], cols=alike[1]), [alike] * count),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    for name, (config, shapes) in cases.items():
+        plan = tna.SuperLoRA(config.replace(seed=seed), shapes)
+        plan = plan.with_base([rng.normal(size=shape) for shape in shapes])
+        params = {full: rng.normal(size=shape) for full, shape in plan.param_shapes.items()}
+        begun = {
+            f"begun.group{index}.{array}": group.start.host(array).astype(np.float64)
+            for index, group in enumerate(plan.groups)
+            for array in group.names
+        }
+        own = METHODS[name]({**params, **frozen_of(plan), **begun}, plan.config, shapes)
+        for ours, theirs in itertools.zip_longest(plan.deltas(params), own):
+            assert relative_error(ours, theirs) < 1e-12, name
