@@ -81,7 +81,7 @@ class FrozenArrays(FixedArrays):
     def __init__(self, entries: Mapping[str, FrozenArray], given: Mapping[str, np.ndarray] | None = None) -> None:
         super().__init__()
         self.entries = dict(entries)
-        self._given = given or {}
+        self._given = {} if given is None else given  # filled in later if it is empty
 
     def make(self, key: Any) -> np.ndarray:
         """Return an array in float32, by its name, or by (name, dtype) with its values rounded to that dtype."""
