@@ -14,7 +14,9 @@ FAMILIES = {
     "dense": "dense", "lora": "LoRA", "lokr": "LoKr", "krona": "KronA", "loha": "LoHa", "lonkr": "LoNKr",
     "lotr": "LoTR", "lorta": "LoRTA", "fastfood": "fastfood", "superlora": "SuperLoRA + F", "fact_tt": "LoTR",
     "compacter": "Compacter", "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA", "waveft": "WaveFT",
-    "c3a": "C3A", "miss": "MiSS",
+    "c3a": "C3A", "miss": "MiSS", "lora_fa": "LoRA-FA", "lora_xs": "LoRA-XS", "nola": "NOLA", "randlora": "RandLoRA",
+    "share_lora": "ShareLoRA", "svft": "SVFT", "tied_lora": "Tied-LoRA", "tinylora": "TinyLoRA", "unilora": "Uni-LoRA",
+    "vera": "VeRA",
     # What a mode of a fold means to a model is not in a config.
     "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA", "metatt": "SuperLoRA",
     "gralora": "SuperLoRA",

@@ -30,7 +30,9 @@ PRESETS = {
     "fact_tt": P.fact_tt(4, **ALIKE), "fact_tk": P.fact_tk(4, **ALIKE), "fastfood": P.fastfood(),
     "superlora": P.superlora(22, groups=5, projection="nonlinear", ratio=0.1), "compacter": P.compacter(),
     "shira": P.shira(), "fourierft": P.fourierft(), "loca": P.loca(), "waveft": P.waveft(family="db4"), "c3a": P.c3a(),
-    "miss": P.miss(),
+    "miss": P.miss(), "lora_fa": P.lora_fa(4), "share_lora": P.share_lora(4), "tied_lora": P.tied_lora(4),
+    "vera": P.vera(64), "randlora": P.randlora(384, rows=768, cols=768), "lora_xs": P.lora_xs(8), "svft": P.svft(768),
+    "tinylora": P.tinylora(), "unilora": P.unilora(), "nola": P.nola(100),
     "lotr as a train": P.lotr(4, **ALIKE, train=True), "metatt": P.metatt(4), "gralora": P.gralora(4),
 }  # fmt: skip
 

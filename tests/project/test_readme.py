@@ -19,6 +19,7 @@ GIVEN = {
     "fact_tt": OWN,
     "fact_tk": OWN,
     "cara": {**OWN, "heads": 12},
+    "randlora": {"rows": 768, "cols": 768},
     "lorta_cp": {"layers": 12, "rows": 768, "cols": 768, "heads": 12},
 }
 ROWS = [

@@ -167,23 +167,32 @@ def lora_xs(rank: int = 16, **changes: Any) -> Config:
     return _of_base(rank, changes)
 
 
-def svft(rank: int, **changes: Any) -> Config:
+def svft(rank: int | None = None, *, rows: int | None = None, cols: int | None = None, **changes: Any) -> Config:
     """SVFT: ``ΔW = U diag(m) Vᵀ``, U and V the singular vectors of the base weight (Lingam et al., arXiv 2405.19597).
 
     Settings: one group per weight, stack, weighted CP of order 2 with both factors from the base weight; ``weights`` is
-    m. This is the paper's plain variant if the rank is min(rows, cols). Parameters: r per weight.
+    m. Parameters: r per weight.
 
     Parameters
     ----------
-    rank : int
-        Number of singular vectors.
+    rank : int, optional
+        Number of singular vectors; min(rows, cols) by default, the paper's plain variant.
+    rows, cols : int, optional
+        Shape of the smallest weight, if no rank is given.
 
     Examples
     --------
     >>> import tnadapt as tna
-    >>> tna.parameter_count(svft(768), [(768, 768)] * 24)
+    >>> tna.parameter_count(svft(rows=768, cols=768), [(768, 768)] * 24)
     18432
     """
+    if rank is None:
+        if rows is None or cols is None:
+            raise ConfigError(
+                "svft needs the number of singular vectors: give rank=r, or rows= and cols= of the weights"
+            )
+        sides = (integer(name, value, 1, MAX_SIZE, ConfigError) for name, value in (("rows", rows), ("cols", cols)))
+        rank = min(sides)
     sources: dict[str, Source] = {
         "factor0": FromBase("rows", vectors=True),
         "factor1": FromBase("cols", vectors=True),

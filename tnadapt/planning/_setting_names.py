@@ -11,7 +11,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet, projection_name, takes_ratio
 from tnadapt.algebra.named_fold import is_named
-from tnadapt.algebra.sources import Source, Trained
+from tnadapt.algebra.sources import Scaled, Source, Trained
 from tnadapt.errors import ConfigError
 
 __all__ = ["Name", "known_as"]
@@ -68,6 +68,8 @@ def known_as(config: Config) -> Name:
         return Name("KronA", "")
     if (mapped := _by_map(plain)) is not None:
         return mapped
+    if (sourced := _by_sources(plain)) is not None:
+        return sourced
     if isinstance(rank, int):
         for family, preset in (("LoRA", presets.lora), ("LoHa", presets.loha), ("LoKr", presets.lokr)):
             if plain == preset(rank):
@@ -120,6 +122,35 @@ def _by_map(config: Config) -> Name | None:
     if seeded == presets.waveft(n, family=wavelet, alpha=None):
         return Name("WaveFT", f"n = {n}" + (f", {wavelet}" if wavelet != "haar" else ""))
     return None
+
+
+def _by_sources(config: Config) -> Name | None:
+    """Return the name of a method that is known by where its numbers come from."""
+    rank, parameters = config.rank, config.parameters
+    if not isinstance(rank, int):
+        return None
+    for family, few in (("TinyLoRA", presets.tinylora), ("Uni-LoRA", presets.unilora), ("NOLA", presets.nola)):
+        if parameters is not None and config == few(parameters, rank):
+            return Name(family, f"{'k' if family == 'NOLA' else 'p'} = {parameters}, r = {rank}")
+    for family, preset in (
+        ("LoRA-FA", presets.lora_fa), ("ShareLoRA", presets.share_lora), ("Tied-LoRA", presets.tied_lora),
+        ("VeRA", presets.vera), ("LoRA-XS", presets.lora_xs), ("SVFT", presets.svft),
+    ):  # fmt: skip
+        if config == preset(rank):
+            return Name(family, f"r = {rank}")
+    for shape in ((config.terms * rank, 1 << 40), (1 << 40, config.terms * rank)):
+        # The initial diagonals depend on the longer side, which does not matter here.
+        if _without_starts(config) == _without_starts(presets.randlora(rank, rows=shape[0], cols=shape[1])):
+            return Name("RandLoRA", f"r = {rank}")
+    return None
+
+
+def _without_starts(config: Config) -> Config:
+    sources = {
+        name: dataclasses.replace(source, start=None) if isinstance(source, Scaled) else source
+        for name, source in config.sources.items()
+    }
+    return config.replace(sources=sources)
 
 
 def _made(preset: Callable[..., Config], *settings: Any) -> Config | None:
