@@ -1,4 +1,4 @@
-"""Two plug-ins, each installed from its own package into a folder of its own, and gone again afterwards."""
+"""Three plug-ins, each installed from its own package into a folder of its own, and gone again afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tnadapt.plugins import forget_registered
 
 HERE = Path(__file__).parent
-PACKAGES = ("tensor-ring", "count-sketch")
+PACKAGES = ("tensor-ring", "count-sketch", "hadamard-rows")
 
 
 def forget() -> None:
@@ -24,7 +24,7 @@ def forget() -> None:
 
 @pytest.fixture(scope="session")
 def installed_plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed both."""
+    """A folder into which pip has installed all of them."""
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling, which builds the plug-ins, is not installed")
     folder = tmp_path_factory.mktemp("plugins")
@@ -36,11 +36,11 @@ def installed_plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plugins(installed_plugins: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Both are installed, as far as this process can see; nothing is imported or registered."""
+    """All are installed, as far as this process can see; nothing is imported or registered."""
     monkeypatch.syspath_prepend(str(installed_plugins))
     importlib.invalidate_caches()
     forget()
     yield installed_plugins
     forget()
-    for name in ("tnadapt_tensor_ring", "tnadapt_count_sketch"):
+    for name in ("tnadapt_tensor_ring", "tnadapt_count_sketch", "tnadapt_hadamard_rows"):
         sys.modules.pop(name, None)

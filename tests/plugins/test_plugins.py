@@ -1,4 +1,4 @@
-"""Two plug-ins that touch nothing of ours, through everything that takes a config: a format and a map."""
+"""Plug-ins that touch nothing of ours, through everything that takes a config: a format, a map and a source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tnadapt.backends import Backend, get_backend
 from tnadapt.planning import degrees_of_freedom, largest_rank, step_cost
-from tnadapt.testing import FormatContract, MapContract
+from tnadapt.testing import FormatContract, MapContract, SourceContract
 
 SHAPES = [(12, 10), (12, 10)]
 RING = {"format": "tensor-ring", "order": 3, "groups": 1, "fold": "hypercube"}
@@ -30,6 +30,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sketch": {"rank": 2, "ratio": 0.3, **SKETCH},
     "sketch of a group each": {"rank": 2, "ratio": 0.5, **SKETCH, "groups": "weight", "shared": False},
     "sketch of a ring": {"rank": 2, "ratio": 0.3, **RING, **SKETCH, "order": 3},
+}
+ROWS = {"source": "hadamard-rows", "permuted": True}
+CONFIGS |= {
+    "rows": {"rank": 2, "sources": {"factor1": ROWS}},
+    "rows, scaled": {"rank": 2, "sources": {"factor0": {"source": "scaled", "of": ROWS}}},
+    "rows, through a sketch": {"rank": 2, "ratio": 0.3, **SKETCH, "sources": {"factor0": {**ROWS, "permuted": False}}},
 }
 named = pytest.mark.parametrize("name", CONFIGS)
 
@@ -64,6 +70,18 @@ class TestCountSketch(MapContract):
         return CountSketch
 
 
+@pytest.mark.usefixtures("plugins")
+class TestHadamardRows(SourceContract):
+    shapes = ((1, 1), (5, 3), (3, 5), (16, 4))
+
+    @property
+    def sources(self) -> Any:  # type: ignore[override]
+        from tnadapt_hadamard_rows import HadamardRows
+
+        tna.Config(sources={"factor0": ROWS})  # finds the plug-in, which registers the class
+        return HadamardRows(), HadamardRows(permuted=False)
+
+
 # -- Registration ---------------------------------------------------------------------------------
 
 
@@ -72,6 +90,14 @@ def test_without_them_the_names_are_refused() -> None:
         tna.Config(format="tensor-ring")
     with pytest.raises(tna.ConfigError, match=r"one of 'identity', .*got 'count-sketch'"):
         tna.Config(projection="count-sketch")
+    with pytest.raises(tna.ConfigError, match=r"source must be one of 'trained', .*got 'hadamard-rows'"):
+        tna.Config(sources={"factor0": ROWS})
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_source_says_what_it_is_for() -> None:
+    with pytest.raises(tna.ConfigError, match=r"HadamardRows is for factors; 'split0.core1' has the shape \(2, 3, 2\)"):
+        tna.SuperLoRA(tna.Config(rank=2, order=3, fold=(2, 3, 4), format="tt", sources={"core1": ROWS}), [(6, 4)])
 
 
 @pytest.mark.usefixtures("plugins")
@@ -229,7 +255,7 @@ def test_a_file_needs_the_plug_in_and_says_so(name: str, plugins: Path, tmp_path
     assert again.config == plan.config
     for found, expected in zip(again.deltas(), plan.deltas(arrays), strict=True):
         assert np.array_equal(found, expected)
-    missing = "tensor-ring" if "ring" in name else "count-sketch"
+    missing = "tensor-ring" if "ring" in name else "count-sketch" if "sketch" in name else "hadamard-rows"
     sys.path.remove(str(plugins))
     forget()
     with pytest.raises(tna.FileError, match=rf"adapter\.safetensors.*got '{missing}'.*install the plug-in"):
