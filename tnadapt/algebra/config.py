@@ -50,6 +50,7 @@ _NEWER: dict[str, Any] = {
 # Values beyond these are typing errors or hostile.
 MAX_INT = 1 << 40
 MAX_TERMS = 1 << 16
+MAX_BEFORE = 8
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 
 
@@ -245,6 +246,8 @@ class Config:
                 f"before must be a linear map from vectors of any length, such as 'one-hot', 'normal' or 'linear'; got "
                 f"{projection_name(self.before)}"
             )
+        if isinstance(self.before, tuple) and len(self.before) > MAX_BEFORE:
+            raise ConfigError(f"before composes at most {MAX_BEFORE} maps; got {len(self.before)}")
         if self.parameters is None:
             raise ConfigError(f"before={self.before!r} needs the number of parameters: parameters=p, an integer")
         object.__setattr__(self, "parameters", _integer("parameters", self.parameters, 1, MAX_INT))

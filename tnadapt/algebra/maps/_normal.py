@@ -59,7 +59,7 @@ class Normal(Map):
         row = backend.reshape(x, (*x.shape[:-1], 1, self.n_in))
         parts = []
         for lo, hi in self._blocks(start, stop):
-            block = self._block(backend, x, (lo, hi))[max(start - lo, 0) : stop - lo]
+            block = self._block(backend, x, (lo, hi))[max(start - lo, 0) : stop - lo, :]
             made = backend.matmul(row, backend.matrix_transpose(block))
             parts.append(backend.reshape(made, (*x.shape[:-1], block.shape[0])))
         return backend.concat(parts, axis=-1)

@@ -1,0 +1,251 @@
+"""A map before the network: arrays are a_start + P θ, in every library, scope and dtype; what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.algebra._dtype_rounding import rounded_to
+from tnadapt.algebra.maps import make_map
+from tnadapt.algebra.theta import THETA_STREAMS
+from tnadapt.backends import Backend
+from tnadapt.testing import _reference as reference
+
+P = tna.presets
+SHAPES = [(6, 4), (5, 4), (6, 4)]
+MAPS = ("one-hot", "signed-one-hot", "normal", "linear", ("shuffle", "one-hot"))
+SCOPES = ("plan", "group", "array")
+before = pytest.mark.parametrize("name", MAPS)
+scoped = pytest.mark.parametrize("scope", SCOPES)
+
+
+def plan_of(name: Any, scope: str = "plan", **settings: Any) -> tna.SuperLoRA:
+    return tna.SuperLoRA(P.lora(2, before=name, parameters=5, scope=scope, seed=3, **settings), SHAPES)
+
+
+def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
+
+
+# -- What it computes -------------------------------------------------------------------------------
+
+
+@pytest.mark.law("theta")
+@before
+@scoped
+def test_arrays_are_their_start_plus_p_theta(name: Any, scope: str) -> None:
+    plan = plan_of(name, scope)
+    assert plan.theta is not None
+    params, begun = drawn(plan), plan.arrays_plan.init(dtype="float64")
+    found = plan.arrays(params)
+    assert list(found) == list(plan.array_shapes) == list(begun)
+    for index, part in enumerate(plan.theta.parts):
+        size = sum(math.prod(shape) for shape in part.arrays.values())
+        dense = reference.matrix_of(make_map(name, 5, size, 3, THETA_STREAMS + index))
+        moved = np.split(dense @ params[part.name], np.cumsum([math.prod(s) for s in part.arrays.values()])[:-1])
+        for (full, shape), piece in zip(part.arrays.items(), moved, strict=True):
+            np.testing.assert_allclose(found[full], begun[full] + piece.reshape(shape), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.law("theta")
+@before
+@scoped
+def test_updates_are_those_of_the_arrays(name: Any, scope: str) -> None:
+    plan = plan_of(name, scope)
+    params = drawn(plan)
+    arrays = plan.arrays(params)
+    inner = plan.arrays_plan
+    assert inner.param_shapes == plan.array_shapes
+    assert inner.config.before is None
+    for ours, theirs in zip(plan.deltas(params), inner.deltas(arrays), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(plan.delta(params, 1), inner.delta(arrays, 1))
+    np.testing.assert_array_equal(plan.vector(params, 7, 40), inner.vector(arrays, 7, 40))
+    assert tna.SuperLoRA(P.lora(2), SHAPES).arrays_plan.theta is None
+
+
+@pytest.mark.law("theta")
+@given(
+    st.sampled_from(["one-hot", "signed-one-hot"]), st.integers(1, 40), st.integers(0, 60), st.integers(0, 2**64 - 1)
+)
+def test_one_hot_maps_are_isometries(name: str, n_in: int, more: int, seed: int) -> None:
+    found = make_map(name, n_in, n_in + more, seed)
+    dense = reference.matrix_of(found)
+    np.testing.assert_allclose(dense.T @ dense, np.eye(n_in), atol=1e-12)
+    assert ((dense != 0).sum(axis=1) == 1).all()
+    counts = (dense != 0).sum(axis=0)
+    assert counts.max() - counts.min() <= 1
+    assert (dense >= 0).all() or name != "one-hot"
+    assert found.gain() * math.sqrt(n_in * (n_in + more)) == pytest.approx(np.linalg.norm(dense) ** 2)
+
+
+def test_a_large_normal_map_is_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tnadapt.algebra.maps import _normal
+
+    small = make_map("normal", 7, 50, seed=1)
+    x, y = np.random.default_rng(0).normal(size=(2, 7)), np.random.default_rng(1).normal(size=(2, 50))
+    f, g = tna.Projection("normal", 7, 50, seed=1), tna.Projection("normal", 7, 50, seed=1)
+    whole, back = f(x), f.adjoint(y)
+    monkeypatch.setattr(_normal, "_KEPT", 0)
+    monkeypatch.setattr(_normal, "_BLOCK", 7 * 8)
+    np.testing.assert_allclose(g(x), whole, rtol=1e-12)
+    np.testing.assert_allclose(g.adjoint(y), back, rtol=1e-12)
+    np.testing.assert_allclose(g.slice(x, 5, 43), whole[:, 5:43], rtol=1e-12)
+    assert not g.map.kept
+    assert small.digest() == g.digest
+
+
+# -- The start --------------------------------------------------------------------------------------
+
+
+@pytest.mark.law("theta")
+@before
+@scoped
+def test_theta_starts_at_zero_where_the_arrays_are_those_without_it(name: Any, scope: str) -> None:
+    plan = plan_of(name, scope)
+    for dtype in ("float32", "float64", "float16"):
+        fresh = plan.init(dtype=dtype)
+        assert not any(theta.any() for theta in fresh.values())
+        usual = plan.arrays_plan.init(dtype=dtype)
+        for full, array in plan.arrays(fresh).items():
+            assert array.tobytes() == usual[full].tobytes()
+        assert not any(delta.any() for delta in plan.deltas(fresh))
+
+
+def test_without_an_offset_one_array_per_term_must_be_made() -> None:
+    plan = plan_of("one-hot", offset=False)
+    with pytest.raises(tna.ConfigError, match=r"offset=False starts split0.factor0 and split0.factor1 at zero, whose"):
+        plan.init()
+    theta = {"theta": np.arange(1.0, 6.0)}
+    assert all(np.abs(array).min() > 0 for array in plan.arrays(theta).values())
+    sources = {"factor1": tna.sources.Seeded("normal")}
+    one = tna.SuperLoRA(P.lora(2, sources=sources, before="one-hot", parameters=5, offset=False), SHAPES)
+    assert not any(delta.any() for delta in one.deltas(one.init()))
+    assert any(delta.any() for delta in one.deltas(theta))
+    with pytest.raises(tna.ConfigError, match=r"offset=False starts the arrays at zero, where projection='nonlinear'"):
+        P.superlora(2, projection="nonlinear", before="one-hot", parameters=5, offset=False)
+
+
+@pytest.mark.law("theta")
+@before
+def test_gradients_in_every_library(name: Any, backend: Backend) -> None:
+    plan = plan_of(name)
+    host = drawn(plan)
+    rng = np.random.default_rng(2)
+    target = rng.normal(size=plan.size)
+    with backend.double_precision():
+        params = {full: backend.asarray(array, "float64") for full, array in host.items()}
+        weights = backend.asarray(target, "float64")
+        np.testing.assert_allclose(backend.to_numpy(plan.vector(params)), plan.vector(host), rtol=1e-10, atol=1e-12)
+        if "gradient" in backend.lacks(weights):
+            return
+        found = backend.gradient(lambda own: backend.sum(plan.vector(own) * weights, axis=0), params)
+        assert found is not None
+        way = rng.normal(size=5)
+        ahead, behind = (plan.vector({"theta": host["theta"] + step * 1e-6 * way}) for step in (1, -1))
+        slope = float(target @ (ahead - behind)) / 2e-6
+        assert abs(float(np.asarray(backend.to_numpy(found["theta"])) @ way) - slope) <= 1e-6 * max(1.0, abs(slope))
+
+
+# -- Casts ------------------------------------------------------------------------------------------
+
+
+def test_arrays_of_a_cast_theta_are_those_of_training() -> None:
+    torch = pytest.importorskip("torch")
+    plan = plan_of("one-hot")
+    theta = torch.randn(5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    trained = plan.arrays({"theta": theta})
+    cast = plan.arrays({"theta": theta.float().numpy()}, "bfloat16")
+    for full, array in trained.items():
+        np.testing.assert_array_equal(cast[full], array.float().numpy())
+        np.testing.assert_array_equal(cast[full], rounded_to(cast[full], "bfloat16"))
+
+
+def test_copies_and_pickles() -> None:
+    plan = plan_of("normal", "group")
+    params = drawn(plan)
+    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan)), pickle.loads(pickle.dumps(plan.arrays_plan))):
+        own = params if other.theta is not None else plan.arrays(params)
+        for ours, theirs in zip(other.deltas(own), plan.deltas(params), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+# -- Files ------------------------------------------------------------------------------------------
+
+
+@before
+@scoped
+def test_a_file_holds_theta_alone(name: Any, scope: str, tmp_path: Any) -> None:
+    plan = plan_of(name, scope)
+    targets = [tna.Target(f"m{index}", shape) for index, shape in enumerate(SHAPES)]
+    params = {full: array.astype(np.float32) for full, array in drawn(plan).items()}
+    file = tna.AdapterFile(plan.config, targets, params)
+    tna.save(tmp_path / "a.safetensors", file)
+    found = tna.load(tmp_path / "a.safetensors")
+    assert found.config == plan.config
+    assert found.arrays.keys() == plan.param_shapes.keys()
+    for ours, theirs in zip(found.deltas(), plan.deltas(params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # Another seed draws another P, which a digest tells.
+    other = tna.AdapterFile(plan.config.replace(seed=4), targets, params)
+    assert None is not file.draws != other.draws
+
+
+# -- What is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"before": "one-hot"}, r"before='one-hot' needs the number of parameters: parameters=p"),
+        (
+            {"before": "shuffle", "parameters": 5},
+            r"before must be a linear map from vectors .*got shuffle",
+        ),
+        ({"before": "nonlinear", "parameters": 5}, r"must be a linear map"),
+        ({"before": tna.maps.Scatter(5), "parameters": 5}, r"must be a linear map from vectors of any length"),
+        ({"before": "unilora", "parameters": 5}, r"projection must be one of 'identity'"),
+        ({"before": "one-hot", "parameters": 0}, r"parameters must be from 1"),
+        ({"before": "one-hot", "parameters": 2.5}, r"parameters must be"),
+        ({"before": "one-hot", "parameters": 5, "scope": "layer"}, r"scope must be one of 'plan', 'group', 'array'"),
+        ({"before": "one-hot", "parameters": 5, "offset": 1}, r"offset must be True or False; got 1"),
+        ({"before": ["shuffle"] * 8 + ["one-hot"], "parameters": 5}, r"before composes at most 8 maps; got 9"),
+        ({"parameters": 5}, r"parameters=5 is about the map before the network, and there is none: set before="),
+        ({"scope": "group"}, r"scope='group' is about the map before the network"),
+        ({"offset": False}, r"offset=False is about the map before the network"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.Config(**settings)
+
+
+def test_more_parameters_than_what_they_make() -> None:
+    with pytest.raises(tna.ConfigError, match=r"parameters=59 is more than the 58 elements that 'theta' makes"):
+        tna.SuperLoRA(P.lora(2, before="one-hot", parameters=59), SHAPES)
+    assert tna.parameter_count(P.lora(2, before="one-hot", parameters=58), SHAPES) == 58
+    with pytest.raises(tna.ConfigError, match=r"more than the 8 elements that 'group0.split0.factor1.theta' makes"):
+        tna.SuperLoRA(P.lora(2, before="normal", parameters=9, scope="array"), SHAPES)
+
+
+def test_counts_allocate_nothing_at_any_size() -> None:
+    llama = [(16384, 16384)] * 1000
+    plan = tna.SuperLoRA(P.tinylora(13), llama)
+    assert plan.num_parameters == 13
+    assert tna.SuperLoRA(P.unilora(256, 64), llama).num_parameters == 256
+
+
+def test_a_config_with_theta_is_a_dictionary_and_one_without_is_as_before() -> None:
+    config = P.lora(2, before=["shuffle", "one-hot"], parameters=5, scope="array", offset=False)
+    assert tna.Config.from_dict(config.to_dict()) == config
+    assert config.to_dict()["before"] == ["shuffle", "one-hot"]
+    assert P.lora(2).to_dict().keys().isdisjoint({"before", "parameters", "scope", "offset"})
