@@ -145,10 +145,15 @@ class ArrayPlan:
         """Return what computes each frozen array of a group, by the network's names."""
         return {name: self._frozen(origin) for name, origin in origins.items() if not origin.source.trained}
 
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Positions of the arrays among those of a group, which are the same in all groups."""
+        return {name: number for number, name in enumerate(self._network(0).shapes)}
+
     def _frozen(self, origin: Origin) -> FrozenArray:
         network, name = self._network(origin.group), origin.name
         stream = Stream(
-            self.config.seed, origin.group, PURPOSE["source"] + list(network.shapes).index(name), self._largest[name],
+            self.config.seed, origin.group, PURPOSE["source"] + self._numbers[name], self._largest[name],
             mode=network.mode_of(name),
         )  # fmt: skip
         group = 0 if origin.source.brought and origin.source.independent_of_group else origin.group

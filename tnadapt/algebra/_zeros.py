@@ -94,6 +94,8 @@ class _GroupChoice:
 
     def __init__(self, group: StartingGroup) -> None:
         self.group = group
+        #: Prefixes of the terms of which something is trained.
+        self._terms = None if group.trained is None else {name.partition("split")[0] for name in group.trained}
 
     def by_start(self) -> list[_Part]:
         """Return the diagonals that the ``start`` of their source makes zero, if they are trained."""
@@ -193,8 +195,6 @@ class _GroupChoice:
 
     def _trains(self, name: str) -> bool:
         """Return whether an array or diagonal is trained; in a term of which nothing is, all count as trained."""
-        trained = self.group.trained
-        if trained is None or name in trained:
+        if self._terms is None or self.group.trained is None or name in self.group.trained:
             return True
-        term = name.partition("split")[0]
-        return not any(other.startswith(f"{term}split") for other in trained)
+        return name.partition("split")[0] not in self._terms

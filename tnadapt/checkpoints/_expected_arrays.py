@@ -24,7 +24,7 @@ from tnadapt.targets.target import Target
 MAX_LEFT_OUT, MAX_DRAWN = 1024, 1 << 24
 # Maximum number of arrays that a file's plan may have beyond those that are stored, and beyond so many per target:
 # arrays that are frozen, tied or made from θ take no bytes in it.
-_MAX_UNSTORED, _PER_TARGET = 1 << 16, 64
+_MAX_UNSTORED, _PER_TARGET = 1 << 12, 64
 # Maximum trial divisions for factoring: enough for one number of 2**36, or about a hundred of 2**23.
 _MAX_DIVISIONS = 1 << 18
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,12 +208,11 @@ class AdapterFile:
         before = [] if plan.theta is None else [part.projection for part in plan.theta.parts]
         for projection in [*distinct, *before[:_DIGESTED], *before[_DIGESTED:][-_DIGESTED:]]:
             total.update(projection.digest.encode())
-        if plan.theta is not None and self.config.offset and groups[0].projection.linear:
+        if plan.theta is not None and self.config.offset:
             total.update(_starts(plan))
-        if not groups[0].projection.linear:
-            for group in groups:
-                for name in group.names:
-                    total.update(group.start.make(name).astype("<f4").tobytes())
+        elif not groups[0].projection.linear:
+            for array in _started(plan, plan.array_shapes):
+                total.update(array)
         drawn_so_far = 0
         for group in groups:
             for name, entry in group.frozen.entries.items():
@@ -265,14 +264,22 @@ class AdapterFile:
         return self.plan.deltas(self.arrays, self.dtype)
 
 
+def _started(plan: SuperLoRA, names: Iterable[str]) -> Iterator[bytes]:
+    """Yield the initial values of arrays."""
+    for full in names:
+        group, _, name = full.removeprefix("group").partition(".")
+        yield plan.groups[int(group)].start.make(name).astype("<f4").tobytes()
+
+
 def _starts(plan: SuperLoRA) -> bytes:
     """Return a digest of the initial arrays from which θ moves, up to a limit on their elements."""
-    total, left = hashlib.sha256(), MAX_DRAWN
+    total, left, names = hashlib.sha256(), MAX_DRAWN, list[str]()
     for full, shape in plan.array_shapes.items():
         left -= math.prod(shape)
         if left >= 0:
-            group, _, name = full.removeprefix("group").partition(".")
-            total.update(plan.groups[int(group)].start.make(name).astype("<f4").tobytes())
+            names.append(full)
+    for array in _started(plan, names):
+        total.update(array)
     return total.digest()
 
 
