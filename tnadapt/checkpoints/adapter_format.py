@@ -50,10 +50,11 @@ a default is omitted if it has that value.
     (if there are more than 16, of the first and the last 8), and likewise those of the maps from θ; followed, if there
     are such maps with an offset, by the SHA-256 of the initial arrays as little-endian float32, in the order of
     ``array_shapes``, leaving out those that would bring their elements to more than 2**24 in total; else, if F is
-    nonlinear, by the initial arrays in the same form, in the order of ``param_shapes``; followed by the arrays that ``sources`` freezes in the same
-    form, in the order of ``frozen_shapes``, except those that the caller brought or that come from the base weights,
-    and those that would bring their elements to more than 2**24 in total; followed by the omitted arrays in the same
-    form, in float32 before rounding. Default none, if F is the identity and no array is frozen or omitted.
+    nonlinear, by the initial arrays in the same form, in the order of ``param_shapes``; followed by the arrays that
+    ``sources`` freezes in the same form, in the order of ``frozen_shapes``, except those that the caller brought or
+    that come from the base weights, and those that would bring their elements to more than 2**24 in total; followed by
+    the omitted arrays in the same form, in float32 before rounding. Default none, if F is the identity and no array is
+    frozen or omitted.
 ``trained``
     List of the names of the trained arrays, in the order of ``param_shapes``; the others are frozen. Default all.
 ``sha256``

@@ -82,8 +82,8 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
 
     Otherwise ΔW of random parameters is computed in float64, a few rows at a time, by :meth:`SuperLoRA.vector
     <tnadapt.SuperLoRA.vector>`, and sketched from both sides by k random vectors, k doubling: if the rank of the k × k
-    sketch is below k, it is that of ΔW. A square part of ΔW with full rank also decides it. Memory is a few times
-    2**22 elements, plus what the format needs to compute them.
+    sketch is below k, it is that of ΔW. Random numbers stand in for frozen arrays that the plan lacks. A square part of
+    ΔW with full rank also decides it. Memory is a few times 2**22 elements, plus what the format needs to compute them.
 
     Examples
     --------
@@ -105,7 +105,7 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
         return Rank(known, True)
     most = min(limit, *shapes[weight])
     smaller = [few for few in _FEW if isinstance(plan.config.rank, int) and plan.config.rank > 2 * few]
-    if smaller and not plan.frozen_shapes:  # frozen arrays of another rank are others
+    if smaller and _free(plan):  # frozen arrays of another rank are others
         # A larger rank can represent all that a smaller one can, and takes longer to compute.
         fewer = SuperLoRA(plan.config.replace(rank=smaller[-1]), shapes, plan._layers, plan._roles)
         found = largest_rank(fewer, weight, limit, seed)
@@ -117,6 +117,7 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     params = {
         name: rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 1.5, shape) for name, shape in plan.param_shapes.items()
     }
+    plan = _with_stand_ins(plan, rng)
     start = sum(math.prod(shape) for shape in shapes[:weight])
     rows, cols = shapes[weight]
     step = max(1, BLOCK // cols)
@@ -127,6 +128,20 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
             yield plan.vector(params, start + lo * cols, start + hi * cols).reshape(hi - lo, cols)
 
     return sketched(blocks, (rows, cols), limit, rng)
+
+
+def _free(plan: SuperLoRA) -> bool:
+    """Return whether every array is a parameter by itself: none is frozen, tied, scaled, or made from θ."""
+    return not plan.config.sources and plan.theta is None
+
+
+def _with_stand_ins(plan: SuperLoRA, rng: np.random.Generator) -> SuperLoRA:
+    """Return the plan with random numbers for frozen arrays that it lacks: those of the caller, or from the base."""
+    shapes = {**plan.given_shapes, **plan.base_shapes}
+    missing = {name: rng.standard_normal(shape) for name, shape in shapes.items() if name not in plan.given}
+    if not missing:
+        return plan
+    return SuperLoRA(plan.config, plan.shapes, plan._layers, plan._roles, given={**plan.given, **missing})
 
 
 def sketched(blocks: Callable[[], Blocks], shape: tuple[int, int], limit: int, rng: np.random.Generator) -> Rank:
@@ -172,8 +187,8 @@ def _count(matrix: np.ndarray) -> int:
 def by_formula(plan: SuperLoRA, weight: int) -> int | None:
     """Return the rank if a formula gives it, otherwise None."""
     config, shape = plan.config, plan.shapes[weight]
-    if plan.frozen_shapes:
-        return None  # the formulas are for arrays in general position, which frozen ones need not be
+    if not _free(plan):
+        return None  # the formulas are for arrays in general position, which others need not be
     pieces = plan.layout.of_weight(weight)
     free = config.order == 1 and (config.splits == 1 or config.combine == "hadamard")
     # Groups that share F can have linearly dependent parts within a weight.
