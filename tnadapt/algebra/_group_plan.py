@@ -74,7 +74,7 @@ class GroupPlan:
         self._base_starts: dict[str, np.ndarray] = {}
         if self.num_groups <= LAID_OUT:
             # Lay the groups out now, so that torch.compile and jax.jit never trace this code.
-            _ = self.param_shapes
+            _ = self.param_shapes, self.weight_param_names
         if self._array_plan.tied:
             for laid_out in self.groups:
                 _ = laid_out.start.zeros  # raises a ConfigError if a term cannot start at zero

@@ -261,7 +261,7 @@ class Magnitude(Applying):
         found = norms(backend, total, AXES[self.axis])
         found = backend.astype(_stored(backend, found, trained or backend.dtype_name(magnitude)), kind)
         zero = found == 0.0
-        ones = found * 0.0 + 1.0
+        ones = backend.detached(found) * 0.0 + 1.0
         quotient = backend.where(zero, ones, backend.astype(magnitude, kind) / backend.where(zero, ones, found))
         shape = (-1, 1) if self.axis == "rows" else (1, -1)
         infinite = backend.where(zero, ones * float("inf"), found)

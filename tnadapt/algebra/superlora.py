@@ -376,6 +376,7 @@ class SuperLoRA(GroupPlan):
             before=None, parameters=None, scope="plan", offset=True, apply="add", magnitude_axis="rows"
         )
         found.applying, found._base_starts = applying_of("add"), {}
+        _ = found.param_shapes, found.weight_param_names
         return found
 
     def _require_gradient(self) -> None:

@@ -219,7 +219,8 @@ def _put_on(
         state.patches.append(patch)
         if there is None:
             patch.install()
-        slot = AdapterSlot(state, index, owner, target, *chosen)
+        quantized = not state.plan.applying.additive and _is_quantized(owner, target)
+        slot = AdapterSlot(state, index, owner, target, *chosen, quantized)
         state.slots.append(slot)
         patch.add(slot)
     hooks = PassHooks(state)
@@ -288,7 +289,7 @@ def _strategy(
 ) -> tuple[str, Factoring | None]:
     config, applying, plan = plan.config, plan.applying, plan.arrays_plan
     weight = owner._parameters.get(target.parameter)
-    quantized = weight is None or not weight.is_floating_point() or quantized_type(owner) is not None
+    quantized = _is_quantized(owner, target)
     # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
     linear = quantized or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
@@ -345,6 +346,11 @@ def _strategy(
             f"{target.name} is quantized and read by {type(host).__name__} itself: leave it out of the targets"
         )
     return "additive" if quantized else "weight", None
+
+
+def _is_quantized(owner: nn.Module, target: Target) -> bool:
+    weight = owner._parameters.get(target.parameter)
+    return weight is None or not weight.is_floating_point() or quantized_type(owner) is not None
 
 
 def _check_quantized(config: Config, applying: Applying, target: Target, owner: nn.Module) -> None:

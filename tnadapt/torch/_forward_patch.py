@@ -39,7 +39,6 @@ from ._changed_forward import added_matrix, changed_linear, changed_weight, scal
 from ._factored_linear import can_fuse, factored_linear, product
 from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
 from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
-from ._quantized import quantized_type
 from ._state import AdapterSlot, AdapterState, not_a_sum
 
 __all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch", "PatchedParameter"]
@@ -208,10 +207,11 @@ class ForwardPatch:
 
     def _stored(self, slot: AdapterSlot) -> Tensor | None:
         """Return the base weight of a slot as the module has it now; None if it is quantized."""
-        if quantized_type(slot.owner) is not None:
+        if slot.quantized:
             return None
-        found = next(one for one in self.weights if one.owner is slot.owner and one.parameter == slot.target.parameter)
-        return found.tensor if found.tensor.is_floating_point() else None
+        return next(
+            one.tensor for one in self.weights if one.owner is slot.owner and one.parameter == slot.target.parameter
+        )
 
     def _base(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
         if not to_weights:

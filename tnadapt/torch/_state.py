@@ -109,6 +109,8 @@ class AdapterSlot:
     strategy: str
     #: The factors of the update, for the strategy "factored".
     factoring: Factoring | None = None
+    #: Whether the weight has no numbers to read in place; known if the update is not just added.
+    quantized: bool = False
 
 
 class Patch(Protocol):
