@@ -14,7 +14,7 @@ FAMILIES = {
     "dense": "dense", "lora": "LoRA", "lokr": "LoKr", "krona": "KronA", "loha": "LoHa", "lonkr": "LoNKr",
     "lotr": "LoTR", "lorta": "LoRTA", "fastfood": "fastfood", "superlora": "SuperLoRA + F", "fact_tt": "LoTR",
     "compacter": "Compacter", "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA", "waveft": "WaveFT",
-    "c3a": "C3A", "miss": "MiSS",
+    "c3a": "C3A", "miss": "MiSS", "dora": "DoRA", "hira": "HiRA",
     # What a mode of a fold means to a model is not in a config.
     "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA", "metatt": "SuperLoRA",
     "gralora": "SuperLoRA",
@@ -53,6 +53,8 @@ def test_labels() -> None:
         "SuperLoRA Hadamard, K = 2, balanced, r = 3": tna.Config(
             3, splits=2, groups=1, fold="balanced", combine="hadamard"
         ),
+        "DoRA r = 4": tna.presets.dora(4),
+        "SuperLoRA r = 2, magnitude by cols": tna.presets.superlora(2, apply="magnitude", magnitude_axis="cols"),
         "SuperLoRA K = 2, f = 4, same, G = weight, stack, r = 3": tna.presets.lokr(3, split_size=4, leading="same"),
     }  # fmt: skip
     for name, config in told.items():

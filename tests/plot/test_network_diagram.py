@@ -30,7 +30,7 @@ PRESETS = {
     "fact_tt": P.fact_tt(4, **ALIKE), "fact_tk": P.fact_tk(4, **ALIKE), "fastfood": P.fastfood(),
     "superlora": P.superlora(22, groups=5, projection="nonlinear", ratio=0.1), "compacter": P.compacter(),
     "shira": P.shira(), "fourierft": P.fourierft(), "loca": P.loca(), "waveft": P.waveft(family="db4"), "c3a": P.c3a(),
-    "miss": P.miss(),
+    "miss": P.miss(), "dora": P.dora(4), "hira": P.hira(4),
     "lotr as a train": P.lotr(4, **ALIKE, train=True), "metatt": P.metatt(4), "gralora": P.gralora(4),
 }  # fmt: skip
 

@@ -533,8 +533,15 @@ class SuperLoRA(GroupPlan):
         """
         if len(weights) != len(self.shapes):
             raise ShapeError(f"merged needs the {len(self.shapes)} base weights; got {len(weights)}")
-        backend, found = get_backend(*params.values(), *weights), list[Array]()
-        for index, delta in enumerate(self.deltas(params, dtype)):
+        deltas, found = self.deltas(params, dtype), list[Array]()
+        backend = get_backend(*deltas)
+        for index, delta in enumerate(deltas):
+            # Weights and parameters may be of different dtypes.
+            if not backend.owns(weights[index]):
+                raise BackendError(
+                    f"base weight {index} is {type(weights[index]).__name__}, and the parameters are arrays of "
+                    f"{backend.name}: convert it"
+                )
             weight = base_weight(backend, weights[index], index, self.shapes[index])
             kind = _wider(backend.dtype_name(weight), backend.dtype_name(delta))
             found.append(
