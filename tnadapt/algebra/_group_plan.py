@@ -134,7 +134,10 @@ class GroupPlan:
     @property
     def needs_base(self) -> bool:
         """Whether the plan lacks arrays or initial values that are computed from the base weights."""
-        return not (self.base_shapes.keys() <= self._given.keys() and self.weight_param_shapes.keys() <= self._base_starts.keys())
+        return not (
+            self.base_shapes.keys() <= self._given.keys()
+            and self.weight_param_shapes.keys() <= self._base_starts.keys()
+        )
 
     @functools.cached_property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:

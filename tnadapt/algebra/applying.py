@@ -237,7 +237,8 @@ class Magnitude(Applying):
 
     def starts(self, index: int, weight: np.ndarray) -> dict[str, np.ndarray]:
         found = norms(load_backend("numpy"), weight, AXES[self.axis])
-        return {name: found for name in self.param_shapes(index, weight.shape)}  # type: ignore[arg-type]  # a matrix
+        (name,) = self.param_shapes(index, (weight.shape[0], weight.shape[1]))
+        return {name: found}
 
     @property
     def rescales(self) -> bool:

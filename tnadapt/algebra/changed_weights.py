@@ -98,7 +98,7 @@ def changed_spans(
         Returns the elements of the weight between two positions, in float64.
     pieces : iterable of (int, array)
     """
-    rows, cols = shape
+    _rows, cols = shape
     span = applying.span(shape)
     for start, piece in _joined(backend, pieces, span):
         # A run of whole rows, the whole weight, or elements that do not depend on each other.

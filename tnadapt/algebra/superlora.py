@@ -121,8 +121,8 @@ class SuperLoRA(GroupPlan):
 
         Notes
         -----
-        For :class:`tnadapt.sources.FromBase`, and for ``apply="magnitude"``, whose magnitudes start at the norms of the
-        weights: :meth:`init` needs them, and nothing else does. Memory: a group's weights in float64.
+        For :class:`tnadapt.sources.FromBase`, and for ``apply="magnitude"``, whose magnitudes start at the norms of
+        the weights: :meth:`init` needs them, and nothing else does. Memory: a group's weights in float64.
 
         Examples
         --------
@@ -196,8 +196,8 @@ class SuperLoRA(GroupPlan):
     def lora_rank(self) -> int | None:
         """The rank of LoRA that holds the update of every weight exactly: the maximum of :meth:`largest_rank`.
 
-        None if for some weight two factors of its rank are no smaller than the update itself, or if ``config.apply`` does
-        more than add the update.
+        None if for some weight two factors of its rank are no smaller than the update itself, or if ``config.apply``
+        does more than add the update.
 
         Examples
         --------
@@ -506,8 +506,8 @@ class SuperLoRA(GroupPlan):
         Returns
         -------
         list of array, shape (rows, cols)
-            In the wider dtype of weight and parameters, at least float32; not rounded to the weight's. Differentiable in
-            torch and JAX, with respect to the weights, too.
+            In the wider dtype of weight and parameters, at least float32; not rounded to the weight's. Differentiable
+            in torch and JAX, with respect to the weights, too.
 
         Raises
         ------
@@ -544,12 +544,9 @@ class SuperLoRA(GroupPlan):
                 )
             weight = base_weight(backend, weights[index], index, self.shapes[index])
             kind = _wider(backend.dtype_name(weight), backend.dtype_name(delta))
-            found.append(
-                self.applying.merged(
-                    backend, backend.astype(weight, kind), backend.astype(delta, kind),
-                    [params[name] for name in self.weight_param_names[index]], dtype, detach_norm,
-                )  # fmt: skip
-            )
+            own = [params[name] for name in self.weight_param_names[index]]
+            weight, delta = backend.astype(weight, kind), backend.astype(delta, kind)
+            found.append(self.applying.merged(backend, weight, delta, own, dtype, detach_norm))
         return found
 
     def vector(

@@ -48,13 +48,13 @@ def formula(config: Config, weight: np.ndarray, delta: np.ndarray, magnitude: np
     array([[6., 8.]])
     """
     if config.apply == "add":
-        return weight + delta
+        return np.asarray(weight + delta)
     if config.apply == "hadamard":
-        return weight * (1.0 + delta)
+        return np.asarray(weight * (1.0 + delta))
     if config.apply != "magnitude":
         raise ConfigError(f"there is no reference for apply={safe_repr(config.apply)}")
     assert magnitude is not None
-    found = weight + delta
+    found = np.asarray(weight + delta)
     turned = found if config.magnitude_axis == "rows" else found.T
     for row, length in zip(turned, magnitude.tolist(), strict=True):  # views: changed in place
         row *= length / math.hypot(*row.tolist())

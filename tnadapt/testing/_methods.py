@@ -413,7 +413,7 @@ METHODS: dict[str, Method] = {
 def _dora(params: Params, config: Config, weights: Sequence[Float]) -> list[Float]:
     # W' = m (W0 + B A) / ||W0 + B A||, one m for each output; Liu et al., equation (5).
     found: list[Float] = []
-    for i, update in enumerate(_each(_lora)(params, config, [weight.shape for weight in weights])):  # type: ignore[misc]
+    for i, update in enumerate(_each(_lora)(params, config, [weight.shape for weight in weights])):
         direction = weights[i] + update
         lengths = np.array([math.sqrt(math.fsum(x * x for x in row)) for row in direction.tolist()])
         found.append(params[f"weight{i}.magnitude"][:, None] * direction / lengths[:, None])
@@ -422,7 +422,7 @@ def _dora(params: Params, config: Config, weights: Sequence[Float]) -> list[Floa
 
 def _hira(params: Params, config: Config, weights: Sequence[Float]) -> list[Float]:
     # W' = W0 + W0 ⊙ (B A); Huang et al.
-    updates = _each(_lora)(params, config, [weight.shape for weight in weights])  # type: ignore[misc]
+    updates = _each(_lora)(params, config, [weight.shape for weight in weights])
     return [weight + np.multiply(weight, update) for weight, update in zip(weights, updates, strict=True)]
 
 

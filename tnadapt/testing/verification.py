@@ -136,8 +136,8 @@ def verify(
     -----
     The laws: the number of parameters equals the number of elements created and the format's formula; ΔW equals the
     textbook formula and the method's formula; a slice equals that part of the whole; initially ΔW is exactly 0 and its
-    gradient is not; the gradient equals the exact derivative; where ``apply`` is not "add", the same of W', which equals
-    its formula, is W to the bit initially, and has its derivative; F equals its dense matrix, and its adjoint passes the dot
+    gradient is not; the gradient equals the exact derivative; where ``apply`` is not "add", W' equals its formula, is W
+    to the bit initially, and has the formula's derivative; F equals its dense matrix, and its adjoint passes the dot
     test; every library agrees with NumPy; draws equal known answers.
 
     Examples

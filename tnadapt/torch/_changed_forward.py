@@ -75,8 +75,9 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
     made = None if torch.compiler.is_compiling() else state.cache.slice(slot.index)
     own = weight_params(state, slot.index)
     weight = functools.partial(_base, slot) if stored is None else functools.partial(slot.target.select, stored)
+    names: tuple[str, ...] = ()
     if made is None:
-        names, arrays, scale = (), [delta(slot), *own], 1.0
+        arrays, scale = [delta(slot), *own], 1.0
     else:
         names = (*made.names, *state.plan.weight_param_names[slot.index])
         arrays, scale = [*current(state, made.names), *own], state.weight

@@ -98,9 +98,9 @@ class QuotientCache:
 
     Notes
     -----
-    As in :class:`~tnadapt.torch._delta_cache.DeltaCache`, arrays are compared by content with the copies that a quotient
-    was computed from. The weight is too large for that: it has to be the same memory with the same version counter,
-    which every operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
+    As in :class:`~tnadapt.torch._delta_cache.DeltaCache`, arrays are compared by content with the copies that a
+    quotient was computed from. The weight is too large for that: it has to be the same memory with the same version
+    counter, which every operation in place on it changes. (A write through ``weight.data`` or NumPy does not.)
     """
 
     def __init__(self) -> None:
