@@ -90,7 +90,7 @@ class ChangeLaws:
         self.rng, self.collector = rng, collector
 
     def check(self, host: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> None:
-        """Check all laws for parameters in float64; ``others`` are arrays that are not among them."""
+        """Check all laws for parameters in float64; ``others`` are frozen arrays."""
         sent = [self.backend.asarray(weight, "float64") for weight in self.base]
         params = {name: self.backend.asarray(array, "float64") for name, array in host.items()}
         found = _vector([self.backend.to_numpy(weight) for weight in self.plan.merged(params, sent)])

@@ -157,7 +157,7 @@ class _Case:
             self._projections()
         if not self.plan.applying.additive:
             laws = ChangeLaws(self.label, self.plan, self.base, self.backend, self.rng, self.collector)
-            laws.check(self.host, self.begun | self.frozen)
+            laws.check(self.host, self.frozen)
         return self.collector.found
 
     def _sent(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:

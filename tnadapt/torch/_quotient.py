@@ -85,7 +85,7 @@ class Quotient:
         return [gradients.get(index) for index in wanted]
 
 
-class _Kept(NamedTuple):
+class _KeptQuotient(NamedTuple):
     """A quotient without a graph, and what it was computed from."""
 
     entry: CacheEntry
@@ -104,7 +104,7 @@ class QuotientCache:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, bool], _Kept] = {}
+        self._kept: dict[tuple[int, bool], _KeptQuotient] = {}
 
     def get(self, index: int, names: Sequence[str], arrays: Sequence[Tensor], own: Quotient, weight: Tensor) -> Tensor:
         """Return the quotient of a weight for the current arrays; ``weight`` is the stored parameter."""
@@ -118,7 +118,7 @@ class QuotientCache:
         # Copied first: computed from the copies, it is consistent whatever is written to the arrays meanwhile.
         copies = {name: array.detach().clone() for name, array in zip(names, arrays, strict=True)}
         made = own(*copies.values())
-        self._kept[key] = _Kept(CacheEntry(copies, {}), settings, made)
+        self._kept[key] = _KeptQuotient(CacheEntry(copies, {}), settings, made)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuotientCache:
