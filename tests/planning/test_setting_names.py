@@ -16,7 +16,7 @@ FAMILIES = {
     "compacter": "Compacter", "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA", "waveft": "WaveFT",
     "c3a": "C3A", "miss": "MiSS", "lora_fa": "LoRA-FA", "lora_xs": "LoRA-XS", "nola": "NOLA", "randlora": "RandLoRA",
     "share_lora": "ShareLoRA", "svft": "SVFT", "tied_lora": "Tied-LoRA", "tinylora": "TinyLoRA", "unilora": "Uni-LoRA",
-    "vera": "VeRA",
+    "vera": "VeRA", "dora": "DoRA", "hira": "HiRA",
     # What a mode of a fold means to a model is not in a config.
     "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA", "metatt": "SuperLoRA",
     "gralora": "SuperLoRA",
@@ -55,6 +55,8 @@ def test_labels() -> None:
         "SuperLoRA Hadamard, K = 2, balanced, r = 3": tna.Config(
             3, splits=2, groups=1, fold="balanced", combine="hadamard"
         ),
+        "DoRA r = 4": tna.presets.dora(4),
+        "SuperLoRA r = 2, magnitude by cols": tna.presets.superlora(2, apply="magnitude", magnitude_axis="cols"),
         "SuperLoRA K = 2, f = 4, same, G = weight, stack, r = 3": tna.presets.lokr(3, split_size=4, leading="same"),
     }  # fmt: skip
     for name, config in told.items():

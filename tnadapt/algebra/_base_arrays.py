@@ -1,4 +1,4 @@
-"""Computes the frozen arrays that come from base weights: folds the weights of a group as its network is folded."""
+"""Computes what comes from base weights: frozen arrays, of a group's weights folded as its network is; magnitudes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.backends import get_backend
+from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.blas_threads import one_blas_thread
-from tnadapt.errors import ShapeError
+from tnadapt.errors import ConfigError, ShapeError
 
 from ._group_plan import GroupPlan
 from .sources import FrozenArray
 
-__all__ = ["from_base"]
+__all__ = ["base_starts", "base_weight", "from_base"]
 
 
 def from_base(
@@ -50,6 +50,27 @@ def from_base(
     return found
 
 
+def base_starts(plan: GroupPlan, weights: Sequence[Any] | Callable[[int], Any]) -> dict[str, np.ndarray]:
+    """Compute where the parameters in ``plan.weight_param_shapes`` start."""
+    found = dict[str, np.ndarray]()
+    for index, names in enumerate(plan.weight_param_names):
+        if names:
+            weight = _weight(plan, index, weights).reshape(plan.shapes[index])
+            found.update(plan.applying.starts(index, weight.astype(np.float64)))
+    for name, start in found.items():
+        if not np.isfinite(start).all():
+            raise ConfigError(f"{name} would start at the norms of a base weight that holds NaN or infinity")
+    return found
+
+
+def base_weight(backend: Backend, weight: Any, index: int, shape: tuple[int, int]) -> Any:
+    """Return a base weight after checking its shape and dtype."""
+    if tuple(weight.shape) != shape:
+        raise ShapeError(f"base weight {index} has shape {tuple(weight.shape)}; expected {shape}")
+    backend.require_float(weight, f"base weight {index}")
+    return weight
+
+
 def _computed(base: np.ndarray, entry: FrozenArray) -> np.ndarray:
     return entry.compute(dataclasses.replace(entry.stream, base=base))
 
@@ -68,11 +89,11 @@ def _folded(plan: GroupPlan, index: int, weights: Sequence[Any] | Callable[[int]
 
 
 def _weight(plan: GroupPlan, index: int, weights: Sequence[Any] | Callable[[int], Any]) -> np.ndarray:
+    if not callable(weights) and len(weights) != len(plan.shapes):
+        raise ShapeError(f"with_base needs the {len(plan.shapes)} base weights; got {len(weights)}")
     weight = weights(index) if callable(weights) else weights[index]
     backend = get_backend(weight)
-    if tuple(weight.shape) != plan.shapes[index]:
-        raise ShapeError(f"base weight {index} has shape {tuple(weight.shape)}; expected {plan.shapes[index]}")
-    backend.require_float(weight, f"base weight {index}")
+    weight = base_weight(backend, weight, index, plan.shapes[index])
     # bfloat16 has no NumPy dtype; every bfloat16 and float16 number is a float32 number.
     wide = weight if backend.dtype_name(weight) == "float64" else backend.astype(weight, "float32")
     return np.asarray(backend.to_numpy(wide)).reshape(-1)

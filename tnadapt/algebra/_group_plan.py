@@ -13,6 +13,7 @@ from tnadapt.errors import ConfigError
 
 from ._array_plan import ArrayPlan, checked_given, names_of
 from ._zeros import StartingGroup, ZeroArray, zero_arrays
+from .applying import applying_of
 from .config import Config
 from .group import Group
 from .init import Initializer
@@ -55,6 +56,7 @@ class GroupPlan:
         if not isinstance(config, Config):
             raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
         self.config = config
+        self.applying = applying_of(config.apply, config.magnitude_axis)
         self.layout = make_layout(config.groups, shapes, layers, roles)
         if config.weight_shape is not None:
             require_alike(self.layout, config.weight_shape, config.fold)  # type: ignore[arg-type]  # Config refuses others
@@ -70,9 +72,10 @@ class GroupPlan:
         self._array_plan = ArrayPlan(config, self.num_groups, self._network, self._different)
         self._array_plan.check()
         self._given = checked_given(given, {**self.given_shapes, **self.base_shapes})
+        self._base_starts: dict[str, np.ndarray] = {}
         if self.num_groups <= LAID_OUT:
             # Lay the groups out now, so that torch.compile and jax.jit never trace this code.
-            _ = self.param_shapes
+            _ = self.param_shapes, self.weight_param_names
         if self._array_plan.tied and is_linear(config.projection):
             _ = self._zeros  # raises a ConfigError if a term cannot start at zero
 
@@ -81,9 +84,10 @@ class GroupPlan:
         """Number of trained elements; counted without allocating anything."""
         if self.theta is not None or self._array_plan.tied:
             return sum(math.prod(shape) for shape in self.param_shapes.values())
+        own = sum(math.prod(shape) for shape in self.weight_param_shapes.values())
         if self._networks_vary:
-            return sum(self._num_trained(group) for group in range(self.num_groups))
-        return sum(count * self._num_trained(group) for group, count, _ in self.layout.same_size())
+            return own + sum(self._num_trained(group) for group in range(self.num_groups))
+        return own + sum(count * self._num_trained(group) for group, count, _ in self.layout.same_size())
 
     def _num_trained(self, group: int) -> int:
         if not self.config.sources:
@@ -97,12 +101,43 @@ class GroupPlan:
 
     @functools.cached_property
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter, in order: the arrays in ``array_shapes``, or θ.
+        """Name and shape of every parameter, in order: the arrays in ``array_shapes``, or θ; ``weight_param_shapes``.
 
         With ``config.before``, θ is named ``theta``, ``group{g}.theta`` or ``group{g}.split{k}.{array}.theta``,
         depending on ``config.scope``.
         """
-        return self.array_shapes if self.theta is None else self.theta.shapes
+        made = self.array_shapes if self.theta is None else self.theta.shapes
+        return {**made, **self.weight_param_shapes} if self.weight_param_shapes else made
+
+    @functools.cached_property
+    def weight_param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter that belongs to a weight, not to its update, in order.
+
+        ``weight{i}.magnitude`` with ``apply="magnitude"``. They start at numbers of the base weights.
+        """
+        return {
+            name: own
+            for index, shape in enumerate(self.shapes)
+            for name, own in self.applying.param_shapes(index, shape).items()
+        }
+
+    @functools.cached_property
+    def weight_param_names(self) -> list[tuple[str, ...]]:
+        """The names in ``weight_param_shapes`` of each weight."""
+        return [tuple(self.applying.param_shapes(index, shape)) for index, shape in enumerate(self.shapes)]
+
+    @property
+    def base_starts(self) -> dict[str, np.ndarray]:
+        """The initial values of the parameters in ``weight_param_shapes`` that the plan has, by name, in float64."""
+        return dict(self._base_starts)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the plan lacks arrays or initial values that are computed from the base weights."""
+        return not (
+            self.base_shapes.keys() <= self._given.keys()
+            and self.weight_param_shapes.keys() <= self._base_starts.keys()
+        )
 
     @functools.cached_property
     def array_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from typing import Any
 from tnadapt.errors import ConfigError, integer, peft_hint, safe_repr
 
 from ._axes import checked_axes
+from .applying import APPLYING, AXES
 from .folding import MAX_ORDER
 from .formats import FORMATS
 from .maps import (
@@ -45,6 +46,8 @@ _NEWER: dict[str, Any] = {
     "offset": True,
     "weight_shape": None,
     "axes": None,
+    "apply": "add",
+    "magnitude_axis": "rows",
 }
 
 # Values beyond these are typing errors or hostile.
@@ -132,6 +135,12 @@ class Config:
         puts several sizes into one mode, the first one slow: ``fold=(8, 4, 8, 4)`` and ``axes=((0, 2), (1, 3))`` pair
         digits of the row with digits of the column. ``order`` is the number of modes. None is the order of the fold.
         Adapter files leave it out if it is None.
+    apply : "add", "hadamard" or "magnitude"
+        How ΔW meets the base weight W: ``W + ΔW``; ``W + W ∘ ΔW`` (HiRA); or ``m ∘ (W + ΔW) / ‖W + ΔW‖`` (DoRA), where
+        m is trained and starts at ‖W‖. See :mod:`tnadapt.algebra.applying`. Adapter files leave out "add".
+    magnitude_axis : "rows" or "cols"
+        For "magnitude": whether m and the norm belong to the rows, the outputs (PEFT, and the default of LyCORIS), or
+        to the columns, the inputs. Adapter files leave out "rows".
 
     Raises
     ------
@@ -172,6 +181,8 @@ class Config:
     # A condition on the weights that does not affect results: configs of older files stay equal.
     weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
     axes: tuple[int | tuple[int, ...], ...] | None = None
+    apply: str = "add"
+    magnitude_axis: str = "rows"
 
     def __new__(cls, *args: Any, **settings: Any) -> Config:
         # Raise ConfigError for an unknown field, where a dataclass would raise TypeError.
@@ -227,6 +238,13 @@ class Config:
         put("sources", _checked_sources(self.sources))
         self._check_before()
         put("weight_shape", self._checked_weight_shape())
+        rescales = APPLYING.find(self.apply)().rescales
+        _word("magnitude_axis", self.magnitude_axis, tuple(AXES))
+        if self.magnitude_axis != "rows" and not rescales:
+            raise ConfigError(
+                f"magnitude_axis={self.magnitude_axis!r} is about the trained magnitude, and apply={self.apply!r} has "
+                "none: use apply='magnitude', or leave magnitude_axis out"
+            )
 
     def _check_before(self) -> None:
         _word("scope", self.scope, SCOPES)
@@ -369,7 +387,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        sources, on, before, parameters, scope, offset, weight_shape, axes
+        sources, on, before, parameters, scope, offset, weight_shape, axes, apply, magnitude_axis
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

@@ -20,6 +20,7 @@ from typing import Any
 
 from tnadapt.errors import ConfigError, integer
 
+from ._applying_presets import dora, hira
 from ._joint_presets import cara, fact_tk, fact_tt, lorta_cp, lotr, metatt
 from ._source_presets import (
     lora_fa,
@@ -42,11 +43,13 @@ __all__ = [
     "cara",
     "compacter",
     "dense",
+    "dora",
     "fact_tk",
     "fact_tt",
     "fastfood",
     "fourierft",
     "gralora",
+    "hira",
     "krona",
     "loca",
     "loha",

@@ -17,8 +17,9 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError, ShapeError, integer, safe_repr
 
 from ._array_plan import checked_given
-from ._base_arrays import from_base
+from ._base_arrays import base_starts, base_weight, from_base
 from ._group_plan import GroupPlan, some_names
+from .applying import applying_of
 from .config import Config
 from .layout import Piece
 from .rank_bounds import lora_rank, rank_bound
@@ -86,7 +87,7 @@ class SuperLoRA(GroupPlan):
     def __reduce__(self) -> tuple[Any, ...]:
         # Recompute it from its few integers, instead of pickling the cached draws.
         arguments = self.config, self.shapes, self._layers, self._roles
-        return functools.partial(SuperLoRA, given=self.given), arguments
+        return functools.partial(SuperLoRA, given=self.given), arguments, {"_base_starts": self._base_starts}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SuperLoRA:
         return self  # immutable
@@ -96,7 +97,7 @@ class SuperLoRA(GroupPlan):
     def with_base(
         self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
     ) -> SuperLoRA:
-        """Return this plan with the frozen arrays that are computed from the base weights.
+        """Return this plan with what is computed from the base weights: frozen arrays, and where magnitudes start.
 
         Parameters
         ----------
@@ -104,12 +105,12 @@ class SuperLoRA(GroupPlan):
             The base weight of each update, ``(rows, cols)``, of any library; or a function that returns the weight with
             an index, so that only one group's weights are in memory at a time.
         progress : callable, optional
-            Called with the numbers of arrays that are computed and of all, after each array.
+            Called with the numbers of frozen arrays that are computed and of all, after each array.
 
         Returns
         -------
         SuperLoRA
-            Itself if none of its arrays is computed from the base.
+            Itself if nothing of it is computed from the base.
 
         Raises
         ------
@@ -120,7 +121,8 @@ class SuperLoRA(GroupPlan):
 
         Notes
         -----
-        For :class:`tnadapt.sources.FromBase`. Memory: a group's weights in float64.
+        For :class:`tnadapt.sources.FromBase`, and for ``apply="magnitude"``, whose magnitudes start at the norms of
+        the weights: :meth:`init` needs them, and nothing else does. Memory: a group's weights in float64.
 
         Examples
         --------
@@ -130,18 +132,20 @@ class SuperLoRA(GroupPlan):
         >>> plan.base_shapes, plan.with_base([np.diag([3.0, 2, 1, 1, 1, 1])[:, :4]]).given.keys()
         ({'group0.split0.factor0': (6, 2)}, dict_keys(['group0.split0.factor0']))
         """
-        if not self.base_shapes:
+        if not self.base_shapes and not self.weight_param_shapes:
             return self
-        found = from_base(self, weights, progress)
-        return SuperLoRA(self.config, self.shapes, self._layers, self._roles, given={**self.given, **found})
+        found = from_base(self, weights, progress) if self.base_shapes else {}
+        plan = SuperLoRA(self.config, self.shapes, self._layers, self._roles, given={**self.given, **found})
+        plan._base_starts = base_starts(self, weights)
+        return plan
 
-    def fill(self, given: Mapping[str, Any]) -> None:
-        """Add frozen arrays that the plan lacks, in place, for an adapter that uses the plan already.
+    def fill(self, other: SuperLoRA) -> None:
+        """Add what is computed from the base weights and this plan lacks, in place, from a plan that has it.
 
-        Only for arrays that could not be computed before: those the plan has stay as they are.
+        For an adapter that uses the plan already. What the plan has stays as it is.
         """
-        shapes = {**self.given_shapes, **self.base_shapes}
-        self._given.update({k: v for k, v in checked_given(given, shapes).items() if k not in self._given})
+        self._given.update({name: array for name, array in other.given.items() if name not in self._given})
+        self._base_starts = {**other.base_starts, **self._base_starts}
 
     # -- Ranks -------------------------------------------------------------------------------
 
@@ -192,7 +196,8 @@ class SuperLoRA(GroupPlan):
     def lora_rank(self) -> int | None:
         """The rank of LoRA that holds the update of every weight exactly: the maximum of :meth:`largest_rank`.
 
-        None if for some weight two factors of its rank are no smaller than the update itself.
+        None if for some weight two factors of its rank are no smaller than the update itself, or if ``config.apply``
+        does more than add the update.
 
         Examples
         --------
@@ -203,6 +208,8 @@ class SuperLoRA(GroupPlan):
         >>> SuperLoRA(tna.presets.superlora(2), gqa).lora_rank is None
         True
         """
+        if not self.applying.additive:
+            return None
         return lora_rank(self.shapes, [rank_bound(self.layout, self.groups, i) for i in range(len(self.shapes))])
 
     # -- Arrays ------------------------------------------------------------------------------
@@ -267,10 +274,12 @@ class SuperLoRA(GroupPlan):
             raise BackendError(f"dtype must be a name such as 'float32'; got {safe_repr(dtype)}")
         # Try an empty array first, to refuse an unavailable dtype or device before anything is drawn.
         library.asarray(np.zeros(0), dtype, device)
+        made = self._weight_params(library, dtype, device)
         if self.theta is not None:
             self._require_gradient()
-            return {name: library.asarray(np.zeros(shape), dtype, device) for name, shape in self.param_shapes.items()}
-        made = {}
+            for name, shape in self.theta.shapes.items():
+                made[name] = library.asarray(np.zeros(shape), dtype, device)
+            return {name: made[name] for name in self.param_shapes}
         for group, start in zip(self.groups, self.starts(trained), strict=True):
             for name, full in group.names.items():
                 if full in made:
@@ -283,6 +292,25 @@ class SuperLoRA(GroupPlan):
                     )
                 made[full] = library.asarray(host, dtype, device)
         return {name: made[name] for name in self.param_shapes}
+
+    def _weight_params(self, library: Backend, dtype: str, device: Any) -> dict[str, Array]:
+        """Return the initial values of the parameters in ``weight_param_shapes``."""
+        missing = [name for name in self.weight_param_shapes if name not in self._base_starts]
+        if missing:
+            raise ConfigError(
+                f"{missing[0]} starts at the norms of its base weight, which this plan has not seen: call "
+                "plan.with_base(weights) first, or attach the config to a model"
+            )
+        found = {}
+        for name in self.weight_param_shapes:
+            # To float32 first, as the norm is rounded where it is divided by.
+            host = self._base_starts[name] if dtype == "float64" else self._base_starts[name].astype(np.float32)
+            if dtype == "float16" and np.max(host) > np.finfo(np.float16).max:
+                raise ConfigError(
+                    f"{name} starts at norms of up to {np.max(host):.1e}, which float16 cannot hold; use float32"
+                )
+            found[name] = library.asarray(host, dtype, device)
+        return found
 
     def arrays(self, params: Mapping[str, Array], dtype: str | None = None) -> dict[str, Array]:
         """Compute the arrays in ``array_shapes`` from the parameters: ``a_start + P θ``, or the parameters themselves.
@@ -320,7 +348,7 @@ class SuperLoRA(GroupPlan):
 
     def _arrays(self, backend: Backend, params: Mapping[str, Array], dtype: str | None) -> dict[str, Array]:
         if self.theta is None:
-            return dict(params)
+            return dict(params) if not self.weight_param_shapes else {name: params[name] for name in self.array_shapes}
         return self.theta.arrays(backend, params, functools.partial(self.array_start, backend), dtype)
 
     def array_start(self, backend: Backend, full: str, like: Array, dtype: str | None = None) -> Array:
@@ -334,14 +362,21 @@ class SuperLoRA(GroupPlan):
 
     @functools.cached_property
     def arrays_plan(self) -> SuperLoRA:
-        """The plan whose parameters are the arrays of this one: itself, unless ``config.before`` makes them from θ."""
-        if self.theta is None:
+        """The plan of the updates alone, whose parameters are the arrays of this one.
+
+        Itself, unless ``config.before`` makes them from θ or ``config.apply`` adds parameters of the weights.
+        """
+        if self.theta is None and self.applying.additive:
             return self
         found = object.__new__(SuperLoRA)
-        own = {"theta", "param_shapes", "num_parameters", "arrays_plan"}
+        own = {"theta", "param_shapes", "num_parameters", "arrays_plan", "weight_param_shapes", "weight_param_names"}
         # The groups, and the arrays that they draw, are shared.
         found.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
-        found.config = self.config.replace(before=None, parameters=None, scope="plan", offset=True)
+        found.config = self.config.replace(
+            before=None, parameters=None, scope="plan", offset=True, apply="add", magnitude_axis="rows"
+        )
+        found.applying, found._base_starts = applying_of("add"), {}
+        _ = found.param_shapes, found.weight_param_names
         return found
 
     def _require_gradient(self) -> None:
@@ -447,6 +482,73 @@ class SuperLoRA(GroupPlan):
         arrays = self._arrays(backend, params, dtype)
         return backend.reshape(self._assembled(backend, arrays, self.layout.of_weight(i), dtype), self.shapes[i])
 
+    def merged(
+        self,
+        params: Mapping[str, Array],
+        weights: Sequence[Array],
+        dtype: str | None = None,
+        *,
+        detach_norm: bool = False,
+    ) -> list[Array]:
+        """Compute the changed weights W', as ``config.apply`` says.
+
+        Parameters
+        ----------
+        params : mapping of str to array
+            As for :meth:`deltas`.
+        weights : sequence of array
+            The base weight W of each update, ``(rows, cols)``, of the library and device of the parameters.
+        dtype : str, optional
+            As for :meth:`deltas`.
+        detach_norm : bool
+            For ``apply="magnitude"``: whether the gradient takes the norm for a constant, as PEFT's does.
+
+        Returns
+        -------
+        list of array, shape (rows, cols)
+            In the wider dtype of weight and parameters, at least float32; not rounded to the weight's. Differentiable
+            in torch and JAX, with respect to the weights, too.
+
+        Raises
+        ------
+        ShapeError
+            If a weight is missing or has another shape, or as in :meth:`deltas`.
+        BackendError
+            If the weights are of another library, or as in :meth:`deltas`; with ``apply="magnitude"``, if the library
+            has no float64 (JAX, unless it is switched on).
+
+        Notes
+        -----
+        For the parameters of :meth:`init` W' is W to the bit. :mod:`tnadapt.algebra.applying` has the formulas, and the
+        order of the sum in a norm, which makes that so.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> w = np.array([[3.0, 4.0], [0.0, 2.0]])
+        >>> plan = SuperLoRA(tna.presets.dora(rank=1), [(2, 2)]).with_base([w])
+        >>> params = plan.init(dtype="float64")
+        >>> params["weight0.magnitude"], bool((plan.merged(params, [w])[0] == w).all())
+        (array([5., 2.]), True)
+        """
+        if len(weights) != len(self.shapes):
+            raise ShapeError(f"merged needs the {len(self.shapes)} base weights; got {len(weights)}")
+        deltas, found = self.deltas(params, dtype), list[Array]()
+        backend = get_backend(*deltas)
+        for index, delta in enumerate(deltas):
+            # Weights and parameters may be of different dtypes.
+            if not backend.owns(weights[index]):
+                raise BackendError(
+                    f"base weight {index} is {type(weights[index]).__name__}, and the parameters are arrays of "
+                    f"{backend.name}: convert it"
+                )
+            weight = base_weight(backend, weights[index], index, self.shapes[index])
+            kind = _wider(backend.dtype_name(weight), backend.dtype_name(delta))
+            own = [params[name] for name in self.weight_param_names[index]]
+            weight, delta = backend.astype(weight, kind), backend.astype(delta, kind)
+            found.append(self.applying.merged(backend, weight, delta, own, dtype, detach_norm))
+        return found
+
     def vector(
         self, params: Mapping[str, Array], start: int = 0, stop: int | None = None, dtype: str | None = None
     ) -> Array:
@@ -519,6 +621,11 @@ class SuperLoRA(GroupPlan):
             if tuple(params[name].shape) != shape:
                 raise ShapeError(f"params[{name!r}] has shape {tuple(params[name].shape)}; expected {shape}")
         return backend
+
+
+def _wider(one: str, other: str) -> str:
+    """Return the dtype in which a weight of one dtype and an update of another are combined."""
+    return "float64" if "float64" in (one, other) else "float32"
 
 
 def parameter_count(

@@ -54,6 +54,9 @@ class JaxBackend(Backend):
         except (TypeError, ValueError) as error:
             raise BackendError(f"JAX cannot use device {device!r}: {error}") from error
 
+    def detached(self, x: Array) -> Array:
+        return jax.lax.stop_gradient(x)
+
     def apart(self, arrays: Sequence[Array]) -> list[Array]:
         return list(jax.lax.optimization_barrier(tuple(arrays)))
 

@@ -238,6 +238,10 @@ class Backend:
         """Compute the hyperbolic tangent element by element."""
         return self.xp.tanh(x)
 
+    def sqrt(self, x: Array) -> Array:
+        """Compute the square root element by element, correctly rounded."""
+        return self.xp.sqrt(x)
+
     def apart(self, arrays: Sequence[Array]) -> list[Array]:
         """Return the arrays behind an optimization barrier: no compiler merges their computation into what follows."""
         return list(arrays)

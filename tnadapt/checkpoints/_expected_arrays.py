@@ -82,7 +82,9 @@ def check_fit(
     found = {**params, **plan.given_shapes, **plan.base_shapes}
     missing = found.keys() - shapes.keys() - plan.base_shapes.keys()
     if trained is not None:
-        missing -= params.keys() - set(checked_trained(trained, params) or params)
+        # Parameters of weights start at numbers of the base, which a reader may not have.
+        drawn_ones = params.keys() - plan.weight_param_shapes.keys()
+        missing -= drawn_ones - set(checked_trained(trained, params) or params)
     left_out = params.keys() - shapes.keys() - missing
     if len(left_out) > MAX_LEFT_OUT or sum(math.prod(found[name]) for name in left_out) > MAX_DRAWN:
         raise ShapeError(

@@ -6,6 +6,8 @@
   ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16. Of the arrays that are not ``trained``, up to 1024
   with up to 2**24 elements in total are omitted if they equal their initial values from :mod:`tnadapt.algebra.init`,
   rounded to that dtype;
+- with ``apply`` "magnitude", the magnitudes, ``weight0.magnitude`` and so on, which ``param_shapes`` lists after the
+  arrays; they are never omitted;
 - the frozen arrays that the caller brought (``sources`` with ``given``), in F32, with the names and shapes of
   ``SuperLoRA(…).given_shapes``; and, if the writer chose so, those computed from the base weights (``from-base``), with
   those of ``base_shapes``;
@@ -27,7 +29,7 @@ a default is omitted if it has that value.
     "plan" and ``offset`` unless it is true. ``weight_shape`` is not stored: the targets have their shapes, and the
     updates do not depend on it. ``fold`` may be a list of sizes, of which some are names: "weights", "rows",
     "cols", or one of these, a slash and a divisor. ``axes`` is stored if it is set: a list of lists of positions in
-    ``fold``, one for each mode.
+    ``fold``, one for each mode. ``apply`` is stored unless it is "add", and ``magnitude_axis`` unless it is "rows".
 ``targets``
     List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
     path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv, which if groups is

@@ -314,6 +314,11 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
     file, form = found.file, spec.format
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
+    if not file.plan.applying.additive:
+        raise ConfigError(
+            f"apply={file.config.apply!r} of this adapter does more than add ΔW to the weight, and {spec.form} holds "
+            "nothing else: merge it into the base with tnadapt.merge, and extract an adapter from the merged weights"
+        )
     modules, unpacked = _modules(file, spec), Unpacked(file, found.updates)
     choice = choose(modules, unpacked, spec)
     encoded = form.encode(spec.kind, modules, choice, list(file.kept))

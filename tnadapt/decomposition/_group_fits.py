@@ -62,12 +62,18 @@ def fit_plan(
     ShapeError
         If an update contains NaN or infinity.
     ConfigError
-        If the config has sources or a map before the network, and F is nonlinear; or a frozen array is missing.
+        If the config has sources or a map before the network, and F is nonlinear; or a frozen array is missing; or the
+        config does more than add its updates.
 
     Notes
     -----
     Memory is a few times one group's part of the long vector.
     """
+    if not plan.applying.additive:
+        raise ConfigError(
+            f"a fit needs updates that are added to the weights, and apply={plan.config.apply!r} does more: use "
+            "apply='add'"
+        )
     if plan.config.sources or plan.theta is not None:
         return _fitted_together(algebra, plan, read, limits, progress)
     params: dict[str, Array] = {}

@@ -71,7 +71,10 @@ def known_as(config: Config) -> Name:
     if (sourced := _by_sources(plain)) is not None:
         return sourced
     if isinstance(rank, int):
-        for family, preset in (("LoRA", presets.lora), ("LoHa", presets.loha), ("LoKr", presets.lokr)):
+        for family, preset in (
+            ("LoRA", presets.lora), ("LoHa", presets.loha), ("LoKr", presets.lokr), ("DoRA", presets.dora),
+            ("HiRA", presets.hira),
+        ):  # fmt: skip
             if plain == preset(rank):
                 return Name(family, f"r = {rank}")
         if plain == _made(presets.compacter, rank, plain.terms):
@@ -162,7 +165,7 @@ def _made(preset: Callable[..., Config], *settings: Any) -> Config | None:
 
 def _grouped(config: Config) -> Name:
     """Return the name of a method with any number of groups; the paper's table has three such methods."""
-    bare = config.replace(projection="identity", ratio=1.0, on="vector")
+    bare = config.replace(projection="identity", ratio=1.0, on="vector", apply="add", magnitude_axis="rows")
     rank, groups = config.rank, config.groups
     parts = []
     if bare == _made(presets.superlora, rank, groups):
@@ -189,6 +192,8 @@ def _grouped(config: Config) -> Name:
     if config.before is not None:
         each = "" if config.scope == "plan" else f" per {config.scope}"
         parts.append(f"{projection_name(config.before)} of {config.parameters} parameters{each}")
+    if config.apply != "add":
+        parts.append(config.apply + (f" by {config.magnitude_axis}" if config.magnitude_axis != "rows" else ""))
     if config.projection != "identity":
         family += " + F"
         if config.projection != "linear":

@@ -150,6 +150,7 @@ class BackendContract:
         self._same(b.sum(x, axis=0), host.sum(0))
         self._same((x + x) * 2.0 - x / 2.0, 3.5 * host)
         np.testing.assert_allclose(b.to_numpy(b.tanh(x)), np.tanh(host), rtol=1e-6)
+        self._same(b.sqrt(x), np.sqrt(host.astype(np.float32)))
         self._same(b.astype(x, "float32"), host)
         assert b.astype(x, "float32") is x
 

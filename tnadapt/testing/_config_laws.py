@@ -18,8 +18,10 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError
 
+from . import _change_laws as changed
 from . import _methods as methods
 from . import _reference as reference
+from ._change_laws import ChangeLaws
 from ._law import TIGHT, Law, LawCollector, relative_error
 from ._projection_laws import of_projection
 from ._reference_arrays import network_arrays, trained_shapes
@@ -122,9 +124,11 @@ class _Case:
         self.roles = roles
         self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
         self.plan = checkable(config, shapes, layers, roles)
-        if self.plan.base_shapes:
+        self.base: list[np.ndarray] = []
+        if self.plan.needs_base or not self.plan.applying.additive:
             # Any base will do: what is computed from it is given to the reference, like the draws of a source.
-            self.plan = self.plan.with_base([rng.normal(size=shape) for shape in self.plan.shapes])
+            self.base = [rng.normal(size=shape) for shape in self.plan.shapes]
+            self.plan = self.plan.with_base(self.base)
         self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
         self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
         # A source has no second definition: what it computes is given to the reference.
@@ -151,6 +155,9 @@ class _Case:
         self._gradient()
         if not all(group.projection.map.identity for group in self.plan.groups):
             self._projections()
+        if not self.plan.applying.additive:
+            laws = ChangeLaws(self.label, self.plan, self.base, self.backend, self.rng, self.collector)
+            laws.check(self.host, self.frozen)
         return self.collector.found
 
     def _sent(self, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
@@ -167,6 +174,9 @@ class _Case:
 
     def _formula_count(self) -> int:
         """The number of parameters by the formulas of the formats, and by what each source says is trained."""
+        return self._formula_count_of_updates() + changed.count(self.config, self.plan.shapes)
+
+    def _formula_count_of_updates(self) -> int:
         if self.config.before is not None:
             scopes = {"plan": 1, "group": self.plan.num_groups, "array": len(self.plan.array_shapes)}
             return scopes[self.config.scope] * (self.config.parameters or 0)
@@ -214,6 +224,7 @@ class _Case:
         for group in range(self.plan.num_groups):
             made = self.plan.groups[group].names.values()
             own = [name for name in self.start if name in made or self.plan.theta is not None]
+            own = [name for name in own if name not in self.plan.weight_param_shapes]
             way = {name: self.rng.normal(size=self.start[name].shape) for name in own}
             ahead, behind = ({**self.start, **{n: self.start[n] + s * h * way[n] for n in own}} for s in (1, -1))
             slope = (self._moved(ahead) - self._moved(behind)) / (2 * h)
@@ -226,13 +237,16 @@ class _Case:
     def _gradient(self) -> None:
         target = self.rng.normal(size=self.plan.size)
         weights = self.backend.asarray(target, "float64")
+        # ΔW does not depend on the magnitudes of weights.
+        fixed = {name: self.params[name] for name in self.plan.weight_param_shapes}
+        host = {name: array for name, array in self.host.items() if name not in fixed}
 
         def loss(params: dict[str, Array]) -> Array:
-            return self.backend.sum(self.plan.vector(params) * weights, axis=0)
+            return self.backend.sum(self.plan.vector({**fixed, **params}) * weights, axis=0)
 
         if "gradient" in self.backend.lacks(weights):
             return
-        found = self.backend.gradient(loss, self.params)
+        found = self.backend.gradient(loss, {name: self.params[name] for name in host})
         if found is None:
             raise BackendError(
                 f"the backend {self.backend.name!r} returned None for a gradient, and its lacks() does not list "
@@ -240,7 +254,7 @@ class _Case:
             )
         errors = []
         linear = self.plan.groups[0].projection.linear and not self._powers
-        for name, array in self.host.items():
+        for name, array in host.items():
             way = self.rng.normal(size=array.shape)
             got = float(np.sum(self.backend.to_numpy(found[name]) * way))
             if linear:

@@ -1,6 +1,7 @@
 """The formula of each named method as its paper states it, implemented independently of this library.
 
-:data:`METHODS` maps the name of a preset to a function ``(params, config, shapes) -> [ΔW, …]`` in float64 NumPy.
+:data:`METHODS` maps the name of a preset to a function ``(params, config, shapes) -> [ΔW, …]`` in float64 NumPy, and
+:data:`CHANGED` that of a preset that does not add ΔW to a function ``(params, config, weights) -> [W', …]``.
 :mod:`tnadapt.verify` and the tests compare every preset with it, which proves that each method is a setting of the
 library.
 """
@@ -21,7 +22,7 @@ from tnadapt.algebra.maps import Circulant, Scatter, Tile, Wavelet
 
 from ._reference import project
 
-__all__ = ["METHODS"]
+__all__ = ["CHANGED", "METHODS"]
 
 Float = NDArray[np.floating[Any]]
 Params = Mapping[str, Float]
@@ -404,4 +405,26 @@ METHODS: dict[str, Method] = {
     "waveft": _each_shape(_waveft),
     "c3a": _each_shape(_c3a),
     "miss": _each_shape(_miss),
+    "dora": _each(_lora),
+    "hira": _each(_lora),
 }
+
+
+def _dora(params: Params, config: Config, weights: Sequence[Float]) -> list[Float]:
+    # W' = m (W0 + B A) / ||W0 + B A||, one m for each output; Liu et al., equation (5).
+    found: list[Float] = []
+    for i, update in enumerate(_each(_lora)(params, config, [weight.shape for weight in weights])):
+        direction = weights[i] + update
+        lengths = np.array([math.sqrt(math.fsum(x * x for x in row)) for row in direction.tolist()])
+        found.append(params[f"weight{i}.magnitude"][:, None] * direction / lengths[:, None])
+    return found
+
+
+def _hira(params: Params, config: Config, weights: Sequence[Float]) -> list[Float]:
+    # W' = W0 + W0 ⊙ (B A); Huang et al.
+    updates = _each(_lora)(params, config, [weight.shape for weight in weights])
+    return [weight + np.multiply(weight, update) for weight, update in zip(weights, updates, strict=True)]
+
+
+Change = Callable[[Params, Config, Sequence[Float]], list[Float]]
+CHANGED: dict[str, Change] = {"dora": _dora, "hira": _hira}

@@ -136,7 +136,8 @@ def verify(
     -----
     The laws: the number of parameters equals the number of elements created and the format's formula; ΔW equals the
     textbook formula and the method's formula; a slice equals that part of the whole; initially ΔW is exactly 0 and its
-    gradient is not; the gradient equals the exact derivative; F equals its dense matrix, and its adjoint passes the dot
+    gradient is not; the gradient equals the exact derivative; where ``apply`` is not "add", W' equals its formula, is W
+    to the bit initially, and has the formula's derivative; F equals its dense matrix, and its adjoint passes the dot
     test; every library agrees with NumPy; draws equal known answers.
 
     Examples
@@ -176,6 +177,8 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
     four: dict[str, Any] = {"weights": 4, "rows": 12, "cols": 8}
     made = {
         "dense": presets.dense(),
+        "dora": presets.dora(3, alpha=6),
+        "hira": presets.hira(3, alpha=6),
         "lora": presets.lora(3, alpha=6),
         "lokr": presets.lokr(2, alpha=3),
         "krona": presets.krona(),

@@ -21,6 +21,7 @@ __all__ = [
     "named_parameters",
     "pairs",
     "register_in",
+    "weight_params",
 ]
 
 
@@ -33,9 +34,14 @@ def named_parameters(state: AdapterState) -> Iterator[tuple[str, nn.Parameter]]:
 def current(state: AdapterState, names: Sequence[str]) -> list[Tensor]:
     """Return the named arrays as the model has them at this moment, or as θ makes them."""
     if state.made is not None:
-        arrays = state.made.get(_parameters(state, list(state.plan.param_shapes)))
+        arrays = state.made.get(_parameters(state, list(state.made.theta.shapes)))
         return [arrays[name] for name in names]
     return _parameters(state, names)
+
+
+def weight_params(state: AdapterState, index: int) -> list[Tensor]:
+    """Return the parameters that a weight has next to those of its update, as the model has them at this moment."""
+    return _parameters(state, state.plan.weight_param_names[index])
 
 
 def _parameters(state: AdapterState, names: Sequence[str]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnadapt.algebra.applying import Applying
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring, factoring
 from tnadapt.algebra.folding import MAX_SIZE
@@ -24,6 +25,7 @@ from ._adapter import Adapter
 from ._bound_plan import bound, is_bound
 from ._forward_pass import PassHooks
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
+from ._merging import numbers
 from ._quantized import quantized_type
 from ._registry import overlapping, refuse_merged
 from ._removal import take_off
@@ -52,6 +54,7 @@ def attach(
     untie: bool = False,
     given: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    detach_norm: bool = False,
 ) -> Adapter:
     """Attach an adapter to the query and value projections, or other weights, of any torch model.
 
@@ -90,6 +93,9 @@ def attach(
         Frozen arrays of the config's ``Given`` sources, by their names in the plan.
     progress : callable, optional
         Called with the numbers of arrays that are computed from the base weights (``FromBase``) so far and in all.
+    detach_norm : bool
+        For ``apply="magnitude"``: whether the gradient takes ‖W + ΔW‖ for a constant, as PEFT does. The default is the
+        exact gradient. It is not saved with the adapter.
 
     Returns
     -------
@@ -124,7 +130,7 @@ def attach(
     """
     return attach_with(
         model, cfg, targets, name, keep_trainable=keep_trainable, strategy=strategy, tokens=tokens,
-        activation=activation, dtype=dtype, untie=untie, given=given, progress=progress,
+        activation=activation, dtype=dtype, untie=untie, given=given, progress=progress, detach_norm=detach_norm,
     )  # fmt: skip
 
 
@@ -142,6 +148,7 @@ def attach_with(
     untie: bool = False,
     given: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    detach_norm: bool = False,
     fresh: bool = True,
 ) -> Adapter:
     """Do :func:`attach`; with ``fresh=False`` for a caller that loads all parameters, which are then zeros."""
@@ -155,6 +162,8 @@ def attach_with(
         raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(activation)}")
     if dtype not in _DTYPES:
         raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {safe_repr(dtype)}")
+    if not isinstance(detach_norm, bool):
+        raise ConfigError(f"detach_norm must be True or False; got {safe_repr(detach_norm)}")
     cfg = superlora(rank=8) if cfg is None else cfg
     found = find_targets(model, targets, untie=untie)
     check_distinct(found)
@@ -173,14 +182,14 @@ def attach_with(
         refuse_merged(model, f"adapter {name!r} is attached, whose arrays are computed from it")
         plan = bound(plan, found, owners, progress)
     strategies = [
-        _strategy(strategy, plan.arrays_plan, index, tokens, target, owner, host, activation)
+        _strategy(strategy, plan, index, tokens, target, owner, host, activation)
         for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
     ]
     # Leave inference mode: tensors created in it could never be trained.
     with torch.inference_mode(False):
         arrays = _arrays(plan, _weight_or_substitute(owners[0], found[0].parameter), dtype, fresh)
     # Nothing can fail from here on, but it can be interrupted.
-    state = AdapterState(model, name, plan, found, kept, activation)
+    state = AdapterState(model, name, plan, found, kept, activation, detach_norm)
     adapter = Adapter(state)
     try:
         _put_on(state, arrays, owners, hosts, strategies)
@@ -210,7 +219,8 @@ def _put_on(
         state.patches.append(patch)
         if there is None:
             patch.install()
-        slot = AdapterSlot(state, index, owner, target, *chosen)
+        quantized = not state.plan.applying.additive and _is_quantized(owner, target)
+        slot = AdapterSlot(state, index, owner, target, *chosen, quantized)
         state.slots.append(slot)
         patch.add(slot)
     hooks = PassHooks(state)
@@ -277,13 +287,20 @@ def _strategy(
     host: nn.Module,
     activation: str | None,
 ) -> tuple[str, Factoring | None]:
-    config = plan.config
+    config, applying, plan = plan.config, plan.applying, plan.arrays_plan
     weight = owner._parameters.get(target.parameter)
-    quantized = weight is None or not weight.is_floating_point() or quantized_type(owner) is not None
+    quantized = _is_quantized(owner, target)
     # Adding to the output must be equivalent to changing the weight, which is known only for linear forwards.
     linear = quantized or type(owner).forward is nn.Linear.forward or type(owner).__name__ == "Conv1D"
     own = host is owner and linear and len(target.stored) == 2 and target.parameter == "weight"
-    how = factoring(plan, index) if own else None
+    how = factoring(plan, index) if own and applying.takes_factors else None
+    if activation is not None and not applying.additive:
+        raise ConfigError(
+            f"activation={activation!r} acts on the input of one of two factors, so that there is no ΔW, and "
+            f"apply={config.apply!r} needs one: leave activation out, or use apply='add'"
+        )
+    if quantized and not applying.additive:
+        _check_quantized(config, applying, target, owner)
     can_factor = how is not None
     if activation is not None:
         if how is None or not how.is_plain or wanted not in ("auto", "factored"):
@@ -304,6 +321,11 @@ def _strategy(
             "strategy='factored' needs a linear layer, and an update whose rows and columns are separate, as those of "
             f"tnadapt.presets.lora(rank) or lokr(rank) are; {target.name} has {safe_repr(config)}: use strategy='auto'"
         )
+    if wanted == "additive" and not applying.scales_outputs:
+        raise ConfigError(
+            f"strategy='additive' adds to the output, and magnitude_axis={config.magnitude_axis!r} scales the input of "
+            f"{target.name}: use 'weight'"
+        )
     if wanted == "additive" and not own:
         raise ConfigError(
             f"strategy='additive' needs a linear layer; {target.name} is read by {type(host).__name__} itself: "
@@ -315,7 +337,7 @@ def _strategy(
         return wanted, how if wanted == "factored" else None
     if own and not quantized:
         device = weight.device.type if weight is not None else "cpu"
-        chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]))
+        chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]), applying)
         return chosen, how if chosen == "factored" else None
     if can_factor:
         return "factored", how
@@ -324,6 +346,25 @@ def _strategy(
             f"{target.name} is quantized and read by {type(host).__name__} itself: leave it out of the targets"
         )
     return "additive" if quantized else "weight", None
+
+
+def _is_quantized(owner: nn.Module, target: Target) -> bool:
+    weight = owner._parameters.get(target.parameter)
+    return weight is None or not weight.is_floating_point() or quantized_type(owner) is not None
+
+
+def _check_quantized(config: Config, applying: Applying, target: Target, owner: nn.Module) -> None:
+    """Raise a ConfigError if W' of a quantized weight cannot be computed."""
+    if numbers(owner, target.parameter) is None:
+        raise ConfigError(
+            f"apply={config.apply!r} needs the values of {target.name}, which is quantized, and they cannot be read: "
+            "register its layer type with tnadapt.torch.register_quantized"
+        )
+    if not applying.scales_outputs:
+        raise ConfigError(
+            f"magnitude_axis={config.magnitude_axis!r} changes the weight itself, and {target.name} is quantized: use "
+            "magnitude_axis='rows', which scales the output"
+        )
 
 
 def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype, fresh: bool) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Frozen arrays of an adapter that are computed from the weights of its model."""
+"""What an adapter's plan computes from the weights of its model: frozen arrays, and where magnitudes start."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["bound", "fill", "is_bound"]
 
 
 def is_bound(plan: SuperLoRA) -> bool:
-    """Return whether the plan has all arrays that are computed from base weights."""
-    return plan.base_shapes.keys() <= plan.given.keys()
+    """Return whether the plan has everything that is computed from base weights."""
+    return not plan.needs_base
 
 
 def bound(
@@ -27,7 +27,7 @@ def bound(
     owners: Sequence[nn.Module],
     progress: Callable[[int, int], None] | None = None,
 ) -> SuperLoRA:
-    """Return the plan with the arrays that are computed from the weights of the model.
+    """Return the plan with what is computed from the weights of the model.
 
     Quantized weights are dequantized. The plan is returned as it is if the weights are on the meta device.
 
@@ -39,23 +39,34 @@ def bound(
     devices = {tensor.device.type for owner in owners for tensor in [*owner.parameters(), *owner.buffers()]}
     if is_bound(plan) or "meta" in devices:
         return plan
-    return plan.with_base(lambda index: _weight(targets[index], owners[index]).float().cpu(), progress)
+    # A norm is that of the weight itself, to the bit; frozen arrays are computed from float32.
+    exact = bool(plan.weight_param_shapes)
+
+    def weight(index: int) -> Tensor:
+        found = _weight(plan, targets[index], owners[index]).cpu()
+        return found if exact else found.float()
+
+    return plan.with_base(weight, progress)
 
 
 def fill(state: AdapterState) -> None:
     """Compute the arrays of an adapter that was attached on the meta device, now that the weights have values."""
     if not is_bound(state.plan):
         owners = [slot.owner for slot in state.slots]
-        state.plan.fill(bound(state.plan, state.targets, owners).given)
+        state.plan.fill(bound(state.plan, state.targets, owners))
 
 
-def _weight(target: Target, owner: nn.Module) -> Tensor:
+def _what(plan: SuperLoRA) -> str:
+    return f"apply={plan.config.apply!r}" if plan.weight_param_shapes else "FromBase"
+
+
+def _weight(plan: SuperLoRA, target: Target, owner: nn.Module) -> Tensor:
     weight = numbers(owner, target.parameter)
     if weight is None:
         raise TargetError(
-            f"the adapter has arrays that are computed from the base weights (FromBase), and the values of "
-            f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized, or give the "
-            "arrays as given="
+            f"the adapter has arrays that are computed from the base weights ({_what(plan)}), and the values of "
+            f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized"
+            + ("" if plan.weight_param_shapes else ", or give the arrays as given=")
         )
     found: Tensor = target.select(weight)
     return found

@@ -12,6 +12,9 @@ forward could not clean up after an interrupted pass, for which torch runs no ho
   between the two factors this is LoDA.
 - *additive*: ``x Wᵀ + x ΔWᵀ``, for weights that cannot be added to (quantized ones).
 
+That is for ``apply="add"``. :mod:`tnadapt.torch._changed_forward` has the same strategies for W' that is not a sum, of
+an adapter that has to act on its rows alone (:meth:`ForwardPatch.rivals`).
+
 A patch keeps no state of a running pass, so several threads may run the same module. Only ``_shadowed`` changes the
 module for the duration of a forward, under a lock.
 """
@@ -29,12 +32,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tnadapt.algebra.factoring import Factored, Matrix
+from tnadapt.errors import TargetError
 from tnadapt.targets.target import Target
 
+from ._changed_forward import added_matrix, changed_linear, changed_weight, scaled_output
 from ._factored_linear import can_fuse, factored_linear, product
 from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
 from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
-from ._state import AdapterSlot, AdapterState
+from ._state import AdapterSlot, AdapterState, not_a_sum
 
 __all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch", "PatchedParameter"]
 
@@ -49,11 +54,43 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclasses.dataclass(eq=False)
 class PatchedParameter:
-    """A parameter of a module, and the slots of the adapters that update it."""
+    """A parameter of a module, and the slots of the adapters that update it.
+
+    Attributes
+    ----------
+    sums : bool
+        Whether all of them add to the weight.
+    rivals : list of (AdapterSlot, AdapterSlot)
+        Slots with rows in common, the first of which does not add to the weight.
+    """
 
     owner: nn.Module
     parameter: str
     slots: list[AdapterSlot] = dataclasses.field(default_factory=list)
+    sums: bool = True
+    rivals: list[tuple[AdapterSlot, AdapterSlot]] = dataclasses.field(default_factory=list)
+
+    def put(self, slots: list[AdapterSlot]) -> None:
+        """Set the slots."""
+        self.slots = slots
+        others = [slot for slot in slots if not slot.adapter.plan.applying.additive]
+        self.sums = not others
+        self.rivals = [
+            (one, other)
+            for one in others
+            for other in slots
+            if other.adapter is not one.adapter and _overlap(one.target, other.target)
+        ]
+
+    def check_alone(self) -> None:
+        """Raise a TargetError if an adapter acts on the rows of one that is not a sum."""
+        for one, other in self.rivals:
+            states = one.adapter, other.adapter
+            if all(acts(state) or state.merged is not None for state in states):
+                raise TargetError(
+                    f"adapters {states[0].name!r} and {states[1].name!r} both act on {one.target.name}, and "
+                    f"{not_a_sum(*states)}: activate() one of them, or detach the other"
+                )
 
     @property
     def tensor(self) -> Tensor:
@@ -99,9 +136,10 @@ class ForwardPatch:
         """Add a slot to this module."""
         for patched in self.weights:
             if patched.owner is slot.owner and patched.parameter == slot.target.parameter:
-                patched.slots.append(slot)
+                patched.put([*patched.slots, slot])
                 return
-        self.weights.append(PatchedParameter(slot.owner, slot.target.parameter, [slot]))
+        self.weights.append(PatchedParameter(slot.owner, slot.target.parameter))
+        self.weights[-1].put([slot])
         self.is_plain = self._is_plain()
 
     def install(self) -> None:
@@ -112,13 +150,18 @@ class ForwardPatch:
     def remove(self, adapter: AdapterState) -> None:
         """Remove an adapter's slots; with the last one, restore the module's forward."""
         for patched in self.weights:
-            patched.slots = [slot for slot in patched.slots if slot.adapter is not adapter]
+            patched.put([slot for slot in patched.slots if slot.adapter is not adapter])
         self.weights = [patched for patched in self.weights if patched.slots]
         if not self.weights:
             if self.before is None:
                 self.host.__dict__.pop("forward", None)
             else:
                 self.host.__dict__["forward"] = self.before
+
+    def rivals(self, adapter: AdapterState) -> list[AdapterState]:
+        """Return the adapters of the same rows with which this one does not add up."""
+        pairs = [(one.adapter, other.adapter) for patched in self.weights for one, other in patched.rivals]
+        return [state for pair in pairs if adapter in pair for state in pair if state is not adapter]
 
     # -- Forward -----------------------------------------------------------------------------
 
@@ -130,6 +173,8 @@ class ForwardPatch:
         compiling = torch.compiler.is_compiling()
         recomputing = not compiling and _in_backward()
         for patched in self.weights:
+            if patched.rivals and not compiling:
+                patched.check_alone()
             here: list[AdapterSlot] = []
             for slot in patched.slots:
                 if recomputing:
@@ -144,13 +189,29 @@ class ForwardPatch:
         if to_output and not to_weights and not compiling:
             fused = self._fused(to_output, args, kwargs)
             if fused is not None:
-                return fused
+                return self._rescaled(fused, to_output)
         y = self._base(to_weights, args, kwargs)
         if to_output:
             x = args[0] if args else next(iter(kwargs.values()))
             for slot in to_output:
                 y = _plus(y, slot.target, self._output(slot, x))
+            y = self._rescaled(y, to_output)
         return y
+
+    def _rescaled(self, y: Any, added: list[AdapterSlot]) -> Any:
+        """Return the output with the features scaled that a magnitude scales."""
+        for slot in added:
+            if slot.adapter.plan.applying.rescales:
+                y = scaled_output(y, getattr(self.host, "bias", None), slot, self._stored(slot))
+        return y
+
+    def _stored(self, slot: AdapterSlot) -> Tensor | None:
+        """Return the base weight of a slot as the module has it now; None if it is quantized."""
+        if slot.quantized:
+            return None
+        return next(
+            one.tensor for one in self.weights if one.owner is slot.owner and one.parameter == slot.target.parameter
+        )
 
     def _base(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
         if not to_weights:
@@ -161,6 +222,8 @@ class ForwardPatch:
             patched, here = to_weights[0]
             host: Any = self.host
             if isinstance(host, nn.Linear):
+                if not patched.sums:
+                    return changed_linear(args[0], patched.tensor, host.bias, here)
                 return _linear(args[0], patched.tensor, host.bias, here)
             if isinstance(host, nn.modules.conv._ConvNd):
                 return host._conv_forward(args[0], _sum(patched, here), host.bias)
@@ -223,7 +286,9 @@ class ForwardPatch:
         """Return what the update adds to the output."""
         adapter = slot.adapter
         if slot.strategy == "additive":
-            update, autocast = delta(slot), torch.is_autocast_enabled(x.device.type)
+            plain = adapter.plan.applying.takes_factors
+            update = delta(slot) if plain else added_matrix(slot, self._stored(slot))
+            autocast = torch.is_autocast_enabled(x.device.type)
             return functional.linear(x, update.to(x.device) if autocast else update.to(x))
         found = factors(slot)
         first = found.terms[0][0].left
@@ -233,6 +298,13 @@ class ForwardPatch:
             found = _moved(found, x.device)
         activation = None if adapter.activation is None else ACTIVATIONS[adapter.activation]
         return scaled(adapter, product(x, found, activation))
+
+
+def _overlap(one: Target, other: Target) -> bool:
+    """Return whether two targets of one parameter have rows in common."""
+    if one.rows is None or other.rows is None:
+        return True
+    return not set(one.rows.indices()).isdisjoint(other.rows.indices())
 
 
 def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:
@@ -251,6 +323,8 @@ def _moved(factored: Factored, device: torch.device) -> Factored:
 
 
 def _sum(patched: PatchedParameter, slots: Sequence[AdapterSlot]) -> Tensor:
+    if not patched.sums:
+        return changed_weight(patched.tensor, slots)
     return summed(patched.tensor, [(slot.target, delta(slot)) for slot in slots])
 
 

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnadapt.algebra.rounding import PIECE, Float64Deltas, add_in_place
+from tnadapt.algebra.changed_weights import change_in_place, changed_spans
+from tnadapt.algebra.rounding import PIECE, Float64Deltas
+from tnadapt.backends import load_backend
 from tnadapt.errors import BackendError, TargetError
 from tnadapt.targets.target import Target
 
 from ._arrays import full_arrays
 from ._quantized import quantized_type
 from ._sharding import gather_full, is_sharded
-from ._state import AdapterState, MergedRows, need_attached, need_linear
+from ._state import AdapterState, MergedRows, need_attached, need_linear, not_a_sum
 
 __all__ = ["computed", "disabled", "merge", "original", "stored", "unmerge"]
 
@@ -38,6 +40,12 @@ def merge(adapter: AdapterState) -> None:
     need_linear(adapter, "it cannot be merged")
     if adapter.weight == 0.0:
         raise TargetError(f"adapter {adapter.name!r} is not active (its weight is 0): call activate() first")
+    for rival in dict.fromkeys(rival for patch in dict.fromkeys(adapter.patches) for rival in patch.rivals(adapter)):
+        if rival.merged is not None:
+            raise TargetError(
+                f"adapter {rival.name!r} is merged into a weight of adapter {adapter.name!r}, and "
+                f"{not_a_sum(adapter, rival)}: unmerge {rival.name!r} first"
+            )
     weights = [_writable(adapter, index) for index in range(len(adapter.targets))]
     # Everything is computed and checked before the first weight is changed.
     updates = _Exact(adapter)
@@ -82,8 +90,17 @@ class _Exact:
         pieces: Iterator[tuple[int, Any]] = self._on(where).of(index)
         if self.adapter.weight != 1.0:
             pieces = ((start, piece * self.adapter.weight) for start, piece in pieces)
-        flat = after.view(-1)
-        problem = add_in_place(_bits(flat), dtype, pieces) if where.type == "cpu" else _add_in_place(flat, pieces)
+        flat, plan = after.view(-1), self.adapter.plan
+        own = [self._arrays[name].to(where) for name in plan.weight_param_names[index]]
+        if where.type == "cpu":
+            problem = change_in_place(
+                plan.applying, _bits(flat), target.shape, dtype, pieces, [_numbers(array) for array in own],
+                self._trained,
+            )  # fmt: skip
+        else:
+            if not plan.applying.additive:
+                pieces = self._changes(flat, target, pieces, own)
+            problem = _add_in_place(flat, pieces) if plan.applying.additive else _replace(flat, pieces)
         if problem == "update":
             raise BackendError(
                 f"the update of {target.name} is not finite (NaN or infinity in adapter {self.adapter.name!r}); "
@@ -95,6 +112,17 @@ class _Exact:
                 "merge in a wider dtype, or into the float32 model"
             )
         return cast(Tensor, after.to(weight.device))
+
+    def _changes(
+        self, flat: Tensor, target: Target, pieces: Iterator[tuple[int, Tensor]], own: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the changed weight in float64, where it is not a sum."""
+        wide = [array.double() for array in own]
+        spans = changed_spans(
+            self.adapter.plan.applying, load_backend("torch"), target.shape,
+            lambda start, stop: flat[start:stop].double(), pieces, wide, self._trained,
+        )  # fmt: skip
+        return ((start, found) for start, found, _ in spans)
 
     def _on(self, where: torch.device) -> Float64Deltas:
         if where not in self._updates:
@@ -121,6 +149,17 @@ def _add_in_place(flat: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> str | N
         after = (total if part.dtype is torch.float64 else total.float()).to(part.dtype)
         if bool((~torch.isfinite(after) & torch.isfinite(part)).any()):
             return "range" if bool(torch.isfinite(piece).all()) else "update"
+        part.copy_(after)
+    return None
+
+
+def _replace(flat: Tensor, spans: Iterator[tuple[int, Tensor]]) -> str | None:
+    """Do :func:`tnadapt.algebra.changed_weights.change_in_place` on the weight's device."""
+    for start, found in spans:
+        part = flat[start : start + found.numel()]
+        after = (found if part.dtype is torch.float64 else found.float()).to(part.dtype)
+        if bool((~torch.isfinite(after) & torch.isfinite(part)).any()):
+            return "range" if bool(torch.isfinite(found).all()) else "update"
         part.copy_(after)
     return None
 

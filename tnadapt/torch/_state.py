@@ -19,6 +19,7 @@ from tnadapt.errors import ConfigError, TargetError
 from tnadapt.targets.target import Target
 
 from ._delta_cache import DeltaCache
+from ._quotient import QuotientCache
 from ._theta_arrays import ThetaArrays
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "need_attached",
     "need_linear",
     "need_unmerged",
+    "not_a_sum",
 ]
 
 #: Prefix of the names of an adapter's parameters on its model.
@@ -107,6 +109,8 @@ class AdapterSlot:
     strategy: str
     #: The factors of the update, for the strategy "factored".
     factoring: Factoring | None = None
+    #: Whether the weight has no numbers to read in place; known if the update is not just added.
+    quantized: bool = False
 
 
 class Patch(Protocol):
@@ -116,6 +120,9 @@ class Patch(Protocol):
 
     def remove(self, adapter: AdapterState) -> None:
         """Remove an adapter's slots."""
+
+    def rivals(self, adapter: AdapterState) -> list[AdapterState]:
+        """Return the adapters of the same rows with which this one does not add up."""
 
 
 class AdapterState:
@@ -144,6 +151,10 @@ class AdapterState:
     merged : list of MergedRows or None
         One for each target while ΔW is in the weights.
     cache : DeltaCache
+    quotients : QuotientCache
+        The quotients of a magnitude and a norm, where the plan has magnitudes.
+    detach_norm : bool
+        Whether gradients take these norms for constants.
     made : ThetaArrays or None
         The arrays that θ makes, if the plan has a map before the network.
     enabled : bool
@@ -177,7 +188,9 @@ class AdapterState:
         targets: Sequence[Target],
         kept: Sequence[str],
         activation: str | None,
+        detach_norm: bool = False,
     ) -> None:
+        self.detach_norm = detach_norm
         self.model, self.name, self.plan = model, name, plan
         self.model_name = type(model).__name__
         self.targets = tuple(targets)
@@ -190,6 +203,7 @@ class AdapterState:
         self.untied: list[UntiedWeight] = []
         self.merged: list[MergedRows] | None = None
         self.cache = DeltaCache(plan.arrays_plan)
+        self.quotients = QuotientCache()
         self.made = None if plan.theta is None else ThetaArrays(plan)
         self.enabled = True
         self.weight = 1.0
@@ -215,6 +229,12 @@ def need_unmerged(state: AdapterState, what: str) -> None:
     """Raise a TargetError if the adapter is merged."""
     if state.merged is not None:
         raise TargetError(f"adapter {state.name!r} is merged, and {what} needs it unmerged: call unmerge() first")
+
+
+def not_a_sum(*states: AdapterState) -> str:
+    """Return why the updates of adapters do not add up."""
+    one = next(state for state in states if not state.plan.applying.additive)
+    return f"apply={one.plan.config.apply!r} of adapter {one.name!r} is not a sum that others could be added to"
 
 
 def need_linear(state: AdapterState, what: str) -> None:

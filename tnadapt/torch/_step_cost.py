@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from tnadapt.algebra.applying import Add, Applying
 from tnadapt.algebra.factoring import Factoring, Size
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
@@ -20,6 +21,7 @@ __all__ = ["MACHINES", "TOKENS", "Machine", "StepWork", "choose", "costs"]
 #: Default number of rows of x per call of a layer: about ten images of 197 tokens, or four texts of 512.
 TOKENS = 2048
 
+_SUM = Add()
 _ITEM = 4  # bytes of float32; with a smaller dtype all strategies move proportionally less
 
 
@@ -79,7 +81,9 @@ class StepWork(NamedTuple):
         )
 
 
-def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKENS) -> dict[str, StepWork]:
+def costs(
+    plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKENS, applying: Applying = _SUM
+) -> dict[str, StepWork]:
     """Return the work of each strategy in one training step, beyond the layer's own two products.
 
     Parameters
@@ -91,6 +95,8 @@ def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKE
         The factors of the update, if it has any.
     tokens : int
         Rows of x.
+    applying : Applying
+        How the update meets the weight.
 
     Returns
     -------
@@ -120,11 +126,25 @@ def costs(plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKE
     }
     if how is not None:
         found["factored"] = _factored(how, tokens)
-    return found
+    if applying.additive:
+        return found
+    if not applying.scales_outputs:
+        del found["additive"]
+    # Squares in float64 and their sum, in forward and in backward; q and the gradients of the sum.
+    norm = StepWork(0.0, 0.0, 20.0 * size, 90) if applying.rescales else StepWork(0.0, 0.0, 4.0 * size, 4)
+    output = StepWork(0.0, 0.0, 8.0 * tokens * rows, 12) if applying.rescales else StepWork()
+    # Where the update is not formed for the product, it is for the norm.
+    extra = {"weight": norm, "additive": norm + output, "factored": norm + output + update}
+    return {strategy: work + extra[strategy] for strategy, work in found.items()}
 
 
 def choose(
-    plan: SuperLoRA, index: int, how: Factoring | None, tokens: int = TOKENS, machine: Machine = MACHINES["cpu"]
+    plan: SuperLoRA,
+    index: int,
+    how: Factoring | None,
+    tokens: int = TOKENS,
+    machine: Machine = MACHINES["cpu"],
+    applying: Applying = _SUM,
 ) -> str:
     """Return the cheapest strategy for a weight that can be added to.
 
@@ -136,7 +156,7 @@ def choose(
     >>> [choose(plan, 0, factoring(plan, 0), tokens) for tokens in (64, 8192)]
     ['factored', 'weight']
     """
-    found = costs(plan, index, how, tokens)
+    found = costs(plan, index, how, tokens, applying)
     return min(found, key=lambda strategy: found[strategy].seconds(machine))
 
 

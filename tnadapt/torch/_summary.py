@@ -123,6 +123,8 @@ def _exported(adapter: AdapterState, ranks: Sequence[int]) -> tuple[int | None, 
     """Return the rank of LoRA that holds the update of every module, or None; and a line that says so, or why."""
     if adapter.activation is not None:
         return None, "does not export as LoRA: an activation acts between its factors"
+    if not adapter.plan.applying.additive:
+        return None, f"does not export as LoRA: apply={adapter.plan.config.apply!r} does more than add its updates"
     other = next((target for target in adapter.targets if target.parameter != "weight"), None)
     if other is not None:
         return None, f"does not export as LoRA: {escaped(other.name)} is not the weight of a layer"

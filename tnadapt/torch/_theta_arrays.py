@@ -61,7 +61,7 @@ class ThetaArrays:
         self._traced: tuple[int, dict[str, Tensor]] | None = None
 
     def get(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the arrays by their names in the plan, for the current θ in the order of ``plan.param_shapes``."""
+        """Return the arrays by their names in the plan, for the current θ in the order of ``theta.shapes``."""
         if torch.compiler.is_compiling():
             number = trace_number()
             if self._traced is None or self._traced[0] != number or number == 0:
@@ -69,7 +69,7 @@ class ThetaArrays:
             return self._traced[1]
         if not can_cache(thetas, False):
             return self._made(thetas)
-        names = list(self.plan.param_shapes)
+        names = list(self.theta.shapes)
         key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         found = self._entries.get(key)
         if found is not None and found[0].is_of(names, thetas):

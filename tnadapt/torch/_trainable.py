@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tnadapt.algebra.group import Group
 from tnadapt.algebra.init import Initializer
+from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, safe_repr
 
 from ._arrays import named_parameters, pairs
@@ -32,13 +33,13 @@ def num_parameters(adapter: AdapterState) -> int:
 def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
     """Choose the arrays to train; see :meth:`Adapter.set_trainable`."""
     known = range(adapter.plan.num_groups)
-    places = {name: _place(name) for name in adapter.plan.param_shapes}
+    places = _places(adapter.plan)
     last = sorted({word for _, words in places.values() for word in words})
     numbers, words = _listed(groups, known), _listed(arrays, last)
     chosen = [
         name
         for name, (number, own) in places.items()
-        # A θ of the whole plan belongs to all groups.
+        # A θ of the whole plan belongs to all groups, as does the magnitude of a weight in several of them.
         if (number in numbers or (number is None and numbers)) and not own.isdisjoint(words)
     ]
     if not chosen:
@@ -48,6 +49,17 @@ def choose(adapter: AdapterState, groups: Any, arrays: Any) -> None:
             f"{len(known) - 1} and arrays {', '.join(last)}"
         )
     keep(adapter, chosen, _moved_zero(adapter, chosen))
+
+
+def _places(plan: SuperLoRA) -> dict[str, tuple[int | None, set[str]]]:
+    """Return the group of each parameter, and the words by which its array can be chosen."""
+    found = {name: _place(name) for name in plan.param_shapes if name not in plan.weight_param_shapes}
+    for index, names in enumerate(plan.weight_param_names):
+        # A weight that is cut into several groups is part of each.
+        groups = {piece.group for piece in plan.layout.of_weight(index)} if names else set()
+        for name in names:
+            found[name] = groups.pop() if len(groups) == 1 else None, {name.rpartition(".")[2]}
+    return found
 
 
 def _place(name: str) -> tuple[int | None, set[str]]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.algebra.rounding import Float64Deltas, add_in_place, rounded, widened
+from tnadapt.algebra.changed_weights import change_in_place
+from tnadapt.algebra.rounding import Float64Deltas, rounded, widened
 from tnadapt.backends.blas_threads import one_blas_thread
 from tnadapt.errors import FileError, TnadaptError, safe_repr
 from tnadapt.targets.target import Target
@@ -188,7 +189,11 @@ class Job:
         for index, target in self.of[name]:
             assert self.updates is not None  # computed before anything is written
             flat = np.ascontiguousarray(target.select(stored)).reshape(-1)
-            problem = add_in_place(flat, dtype, self.updates.of(index))
+            plan, arrays = self.file.plan, self.file.arrays
+            own = [arrays[name] for name in plan.weight_param_names[index]]
+            problem = change_in_place(
+                plan.applying, flat, target.shape, dtype, self.updates.of(index), own, self.file.dtype
+            )
             if problem == "update":
                 raise Unfit(f"the update of {safe_repr(name)} is not finite; nothing was merged")
             if problem is not None:

@@ -1,0 +1,136 @@
+"""The part of adapters that are not sums in a forward pass: the changed weight, and the scaled output.
+
+A layer works on the changed weight (:mod:`tnadapt.torch._changed_linear`), or leaves the weight alone and scales its
+output: with q = m / ‖W + ΔW‖ and ``y = x (W + ΔW)ᵀ + b``, the layer's output is ``y + (q - 1) ∘ (y - b)``, which for
+q = 1 is y to the bit. Each function is called for slots whose adapter alone acts on their rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tnadapt.backends import load_backend
+from tnadapt.errors import TargetError
+
+from ._arrays import current, weight_params
+from ._changed_linear import ChangedLinear, RowChange, changed
+from ._delta import DeltaFunction
+from ._forward_pass import delta
+from ._merged_linear import in_dispatch_mode, in_functorch
+from ._merging import numbers
+from ._quotient import Quotient, wide_pair
+from ._state import AdapterSlot
+
+__all__ = ["added_matrix", "changed_linear", "changed_weight", "scaled_output"]
+
+
+def changed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequence[AdapterSlot]) -> Tensor:
+    """Return the output of a linear layer on its changed weight."""
+    if _traced() or not torch.is_grad_enabled() or x.is_nested:
+        return functional.linear(x, changed_weight(weight, slots), bias)
+    changes, arrays = list[RowChange](), list[Tensor]()
+    for slot in slots:
+        state, own = slot.adapter, weight_params(slot.adapter, slot.index)
+        made = state.cache.slice(slot.index)
+        of_update = [delta(slot)] if made is None else current(state, made.names)
+        scale = 1.0 if made is None else state.weight
+        changes.append(
+            RowChange(slot.target, state.plan.applying, made, len(of_update), len(own), scale, state.detach_norm)
+        )
+        arrays += [*of_update, *own]
+    return cast(Tensor, ChangedLinear.apply(x, weight, bias, tuple(changes), *arrays))  # type: ignore[no-untyped-call]
+
+
+def changed_weight(stored: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
+    """Return a changed weight, by ordinary operations."""
+    total = stored
+    for slot in slots:
+        rows = slot.target.select(total)
+        total = changed(total, [(slot.target, _changed_rows(slot, stored, rows))])
+    return total
+
+
+def _changed_rows(slot: AdapterSlot, stored: Tensor, rows: Tensor) -> Tensor:
+    state = slot.adapter
+    applying, backend = state.plan.applying, load_backend("torch")
+    update = delta(slot)
+    base, update = wide_pair(rows, update)
+    own = [array.to(base.device) for array in weight_params(state, slot.index)]
+    if applying.rescales and applying.scales_outputs and not torch.is_grad_enabled() and not _traced():
+        total = base + applying.change(backend, base, update)
+        return cast(Tensor, total * quotient(slot, stored).view(-1, 1).to(total.dtype))
+    found = applying.merged(backend, base, update, own, detach=state.detach_norm)
+    return _unless_inactive(slot, found, base)
+
+
+def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
+    """Return q of one weight, one number for each row; ``stored`` is None for a quantized weight."""
+    state = slot.adapter
+    made = None if torch.compiler.is_compiling() else state.cache.slice(slot.index)
+    own = weight_params(state, slot.index)
+    weight = functools.partial(_base, slot) if stored is None else functools.partial(slot.target.select, stored)
+    names: tuple[str, ...] = ()
+    if made is None:
+        arrays, scale = [delta(slot), *own], 1.0
+    else:
+        names = (*made.names, *state.plan.weight_param_names[slot.index])
+        arrays, scale = [*current(state, made.names), *own], state.weight
+    made_here = Quotient(state.plan.applying, weight, made, scale, state.detach_norm)
+    # The node passes no gradient to the weight, and traces have to show single operations.
+    if _traced() or (torch.is_grad_enabled() and stored is not None and stored.requires_grad):
+        found = made_here(*arrays)
+        return _unless_inactive(slot, found, torch.ones_like(found))
+    if torch.is_grad_enabled():
+        return cast(Tensor, DeltaFunction.apply(made_here, *arrays))  # type: ignore[no-untyped-call]
+    if names and stored is not None:
+        return state.quotients.get(slot.index, names, arrays, made_here, stored)
+    return made_here(*arrays)
+
+
+def scaled_output(y: Tensor, bias: Tensor | None, slot: AdapterSlot, stored: Tensor | None) -> Tensor:
+    """Return a layer's output with the features of the target's rows times q; the bias is not scaled."""
+    found = quotient(slot, stored)
+    rows = slot.target.rows
+    if rows is not None:
+        # Ones for all other features.
+        place = torch.ones(rows.stride * rows.count, dtype=found.dtype, device=found.device)
+        places = torch.tensor(rows.indices(), device=found.device)
+        found = place.index_copy(0, places, found)
+    found = found.to(y.device)
+    kind = torch.promote_types(y.dtype, found.dtype)
+    own = y if bias is None else y - bias.to(y.device, y.dtype)
+    return (y.to(kind) + (found - 1.0).to(kind) * own.to(kind)).to(y.dtype)
+
+
+def added_matrix(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
+    """Return C, which is added to the weight, in the dtype of the update."""
+    applying, update = slot.adapter.plan.applying, delta(slot)
+    if applying.takes_factors:
+        return update
+    weight = _base(slot) if stored is None else slot.target.select(stored)
+    base, wide = wide_pair(weight, update)
+    return cast(Tensor, applying.change(load_backend("torch"), base, wide).to(update.dtype))
+
+
+def _base(slot: AdapterSlot) -> Tensor:
+    weight: Any = numbers(slot.owner, slot.target.parameter)
+    if weight is None:
+        raise TargetError(f"the values of {slot.target.name} can no longer be read")
+    return cast(Tensor, slot.target.select(weight))
+
+
+def _unless_inactive(slot: AdapterSlot, found: Tensor, otherwise: Tensor) -> Tensor:
+    """Return what an adapter changes; in a compiled program, which serves all mixing weights, what is there at 0."""
+    if not torch.compiler.is_compiling():
+        return found
+    return torch.where(slot.adapter.weight_tensor == 0, otherwise, found)
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or in_functorch() or in_dispatch_mode()
