@@ -1,4 +1,4 @@
-"""Computes the frozen arrays that come from base weights: folds the weights of a group as its network is folded."""
+"""Computes the arrays that come from base weights, frozen or the start: folds the weights of a group as its network is folded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import numpy as np
 
 from tnadapt.backends import get_backend
 from tnadapt.backends.blas_threads import one_blas_thread
-from tnadapt.errors import ShapeError
+from tnadapt.errors import ConfigError, ShapeError
 
 from ._group_plan import GroupPlan
-from .sources import FrozenArray
+from .rng import PURPOSE
+from .sources import FrozenArray, Stream
+from .starting_points import PREFIX
 
 __all__ = ["from_base"]
 
@@ -39,9 +41,14 @@ def from_base(
                 for entry in group.frozen.entries.values()
                 if entry.source.needs_base and entry.stream.group == index and entry.full not in found
             }
-            if not entries:
+            if not entries and not plan.point.needs_base:
                 continue
             base = _folded(plan, index, weights)
+            if plan.point.needs_base:
+                for full, array in _start(plan, index, base).items():
+                    found[full] = array
+                    if progress is not None:
+                        progress(len(found), len(plan.base_shapes))
             arrays = pool.map(functools.partial(_computed, base), entries.values())
             for full, array in zip(entries, arrays, strict=True):
                 found[full] = array
@@ -52,6 +59,17 @@ def from_base(
 
 def _computed(base: np.ndarray, entry: FrozenArray) -> np.ndarray:
     return entry.compute(dataclasses.replace(entry.stream, base=base))
+
+
+def _start(plan: GroupPlan, index: int, base: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute the start of a group, by the names in ``plan.start_shapes``, in float32."""
+    place = plan.start_place(index)
+    stream = Stream(plan.config.seed, index, PURPOSE["source"])
+    made = plan.point.arrays(place, base, stream)
+    found = {f"{PREFIX}group{index}.{name}": array.astype(np.float32) for name, array in made.items()}
+    if not all(np.isfinite(array).all() for array in found.values()):
+        raise ConfigError(f"start={plan.config.start!r} of group {index} has numbers that float32 cannot represent")
+    return found
 
 
 def _folded(plan: GroupPlan, index: int, weights: Sequence[Any] | Callable[[int], Any]) -> np.ndarray:

@@ -27,6 +27,7 @@ from .maps import (
 )
 from .named_fold import check_fold, is_named
 from .sources import Source, SourceMap, source_from_dict, source_to_dict
+from .starting_points import starting_point
 
 __all__ = ["Config"]
 
@@ -45,6 +46,7 @@ _NEWER: dict[str, Any] = {
     "offset": True,
     "weight_shape": None,
     "axes": None,
+    "start": "zero",
 }
 
 # Values beyond these are typing errors or hostile.
@@ -131,6 +133,11 @@ class Config:
         puts several sizes into one mode, the first one slow: ``fold=(8, 4, 8, 4)`` and ``axes=((0, 2), (1, 3))`` pair
         digits of the row with digits of the column. ``order`` is the number of modes. None is the order of the fold.
         Adapter files leave it out if it is None.
+    start : str
+        Where training starts. "zero": one array of each term is zero (:mod:`tnadapt.algebra.init`). Any other one
+        subtracts, ``ΔW = net(x) - net(x_0)``, and x starts at x_0: "given" for arrays that the caller brings
+        (``SuperLoRA(…, start_from=…)``, ``adapter.start_from(…)``); "pissa", "milora" and "olora" for LoRA's factors
+        computed from the base weight. Adapter files leave out "zero".
 
     Raises
     ------
@@ -171,6 +178,7 @@ class Config:
     # A condition on the weights that does not affect results: configs of older files stay equal.
     weight_shape: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
     axes: tuple[int | tuple[int, ...], ...] | None = None
+    start: str = "zero"
 
     def __new__(cls, *args: Any, **settings: Any) -> Config:
         # Raise ConfigError for an unknown field, where a dataclass would raise TypeError.
@@ -225,6 +233,11 @@ class Config:
             )
         put("sources", _checked_sources(self.sources))
         self._check_before()
+        if starting_point(self.start).subtracts and not self.offset:
+            raise ConfigError(
+                f"start={self.start!r} says where the arrays start, and offset=False starts them at P θ = 0: leave "
+                "offset out, or use start='zero'"
+            )
         put("weight_shape", self._checked_weight_shape())
 
     def _check_before(self) -> None:
@@ -366,7 +379,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        sources, on, before, parameters, scope, offset, weight_shape, axes
+        sources, on, before, parameters, scope, offset, weight_shape, axes, start
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

@@ -18,6 +18,10 @@ that does; a term with such a zero needs no other.
 **Nonlinear F.** ``tanhshrink'(0) = 0``, so that nothing would ever move from a zero start. All arrays are random with
 a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
 
+**Given starts.** With ``Config.start`` other than "zero", ΔW is ``net(x) - net(x_0)`` in the same way. x_0 consists of
+the arrays that are brought or computed from the base, and of the above for the others. Which arrays are trained does
+not affect it.
+
 **σ** makes the first SGD step change ΔW equally, whatever the rank, order, splits, terms and ρ are. For a white
 gradient and a scale of 1, the root mean square of ΔW after one step is ``STEP`` times that of the same step of dense
 fine-tuning. This is what PEFT's LoRA of rank 8 on 768 columns does, so that its learning rates carry over; the scale
@@ -51,6 +55,7 @@ from ._zeros import ZeroArray, ZeroChoice
 from .maps.projection import Projection
 from .network import Network
 from .sources import FrozenArrays, Origin
+from .starting_points import PREFIX, Start, starting_point
 
 __all__ = ["STEP", "Initializer"]
 
@@ -76,9 +81,15 @@ class Initializer(FixedArrays):
         Origin of each array, if the config has sources.
     starts : callable, optional
         Returns the Initializer of a group by its index, for arrays that are tied to it.
+    point : Start, optional
+        The config's start; the usual one if None.
+    given : mapping of str to ndarray, optional
+        Arrays of x_0 that are not drawn, by their full names after ``"start."``.
 
     Attributes
     ----------
+    subtracts : bool
+        Whether the update of x_0 is subtracted, whatever F is.
     zeros : frozenset of str
         Names of the arrays and diagonals that are zero.
 
@@ -102,12 +113,17 @@ class Initializer(FixedArrays):
         trained: Collection[str] | None = None,
         origins: Mapping[str, Origin] | None = None,
         starts: Callable[[int], Initializer] | None = None,
+        point: Start | None = None,
+        given: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.projection, self.seed, self.group = network, projection, seed, group
         self.frozen = FrozenArrays({}) if frozen is None else frozen
         self.trained, self.origins = trained, origins or {}
         self._starts = starts
+        self.point = starting_point("zero") if point is None else point
+        self.subtracts = self.point.subtracts
+        self._given: Mapping[str, np.ndarray] = {} if given is None else given
 
     @functools.cached_property
     def _zero(self) -> list[ZeroArray]:
@@ -121,8 +137,11 @@ class Initializer(FixedArrays):
 
     @functools.cached_property
     def zeros(self) -> frozenset[str]:
-        """Names of the arrays and diagonals that are zero: one per term, or none for a nonlinear F."""
-        if not self.projection.linear:
+        """Names of the arrays and diagonals that are zero: one per term, or none for a nonlinear F.
+
+        Nor is there one if x_0 is computed from the base.
+        """
+        if not self.projection.linear or self.point.needs_base:
             return frozenset()
         return frozenset(zero.part for zero in self._zero if zero.part is not None)
 
@@ -132,6 +151,8 @@ class Initializer(FixedArrays):
 
     def for_trained(self, trained: Collection[str], starts: Callable[[int], Initializer] | None = None) -> Initializer:
         """Return the initial arrays if only these of the network's arrays and diagonals are trained."""
+        if self.subtracts:
+            return self
         found = Initializer(
             self.network, self.projection, self.seed, self.group, self.frozen, trained, self.origins,
             starts or self._starts,
@@ -201,6 +222,8 @@ class Initializer(FixedArrays):
         """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
         if isinstance(key, tuple):
             return rounded_to(self.make(key[0]), key[1])
+        if not self.draws(key):
+            return self._brought(key)
         if key not in self.network.shapes:
             return self._diagonal(key)
         origin = self.origins.get(key)
@@ -217,6 +240,23 @@ class Initializer(FixedArrays):
         drawn = rng.normals(self.seed, self.group, purpose, 0, math.prod(shape))
         term = int(key.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
         return _scaled(drawn, self._std(term)).reshape(shape)
+
+    def draws(self, name: str) -> bool:
+        """Return whether an array or diagonal starts at what the seed draws, rather than at what is given."""
+        return not self.subtracts or not (self.point.needs_base or self._full(name) in self._given)
+
+    def _full(self, name: str) -> str:
+        return f"{PREFIX}group{self.group}.{name}"
+
+    def _brought(self, name: str) -> np.ndarray:
+        found = self._given.get(self._full(name))
+        if found is None:
+            raise ConfigError(
+                f"the start of 'group{self.group}.{name}' is computed from the base weights: bind the plan to them "
+                "with plan.with_base(weights); on a model that was on the meta device, call adapter.reset() once it "
+                "has its weights"
+            )
+        return found
 
     def _diagonal(self, key: str) -> np.ndarray:
         """Compute a diagonal, such as ``split0.factor0.size``."""

@@ -44,6 +44,9 @@ class SuperLoRA(GroupPlan):
     given : mapping of str to array, optional
         The frozen arrays in ``given_shapes``, whose source is :class:`tnadapt.sources.Given`; also those in
         ``base_shapes``, in place of :meth:`with_base`. Copied, in float32.
+    start_from : mapping of str to array, optional
+        For ``config.start="given"``: the arrays at which training starts, of some or all names in ``array_shapes``;
+        the others start as usual. Copied, in float32.
 
     Attributes
     ----------
@@ -96,7 +99,7 @@ class SuperLoRA(GroupPlan):
     def with_base(
         self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
     ) -> SuperLoRA:
-        """Return this plan with the frozen arrays that are computed from the base weights.
+        """Return this plan with the arrays that are computed from the base weights: frozen ones, and the start.
 
         Parameters
         ----------
@@ -120,7 +123,7 @@ class SuperLoRA(GroupPlan):
 
         Notes
         -----
-        For :class:`tnadapt.sources.FromBase`. Memory: a group's weights in float64.
+        For :class:`tnadapt.sources.FromBase`, and starts that are made of the base weights. Memory: a group's weights in float64.
 
         Examples
         --------
@@ -140,8 +143,38 @@ class SuperLoRA(GroupPlan):
 
         Only for arrays that could not be computed before: those the plan has stay as they are.
         """
-        shapes = {**self.given_shapes, **self.base_shapes}
-        self._given.update({k: v for k, v in checked_given(given, shapes).items() if k not in self._given})
+        self._given.update({k: v for k, v in checked_given(given, self.fixed_shapes).items() if k not in self._given})
+
+    # -- Start -------------------------------------------------------------------------------
+
+    def with_start(self, arrays: Mapping[str, Any]) -> SuperLoRA:
+        """Return this plan with other initial arrays, as ``start_from=arrays`` gives it.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            Of any library, for some or all names in ``array_shapes``. The others start as usual.
+
+        Raises
+        ------
+        ConfigError
+            If ``config.start`` is not "given", a name is unknown, or an array is not finite.
+        ShapeError
+            If an array has another shape.
+
+        Examples
+        --------
+        ΔW is the difference to the start, which itself is no zero:
+
+        >>> import numpy as np, tnadapt as tna
+        >>> plan = SuperLoRA(tna.presets.lora(1, start="given"), [(2, 3)])
+        >>> plan = plan.with_start({"group0.split0.factor0": np.ones((2, 1))})
+        >>> params = plan.init()
+        >>> params["group0.split0.factor0"].tolist(), bool(plan.deltas(params)[0].any())
+        ([[1.0], [1.0]], False)
+        """
+        given = {name: array for name, array in self._given.items() if name not in self.start_shapes}
+        return SuperLoRA(self.config, self.shapes, self._layers, self._roles, given=given, start_from=arrays)
 
     # -- Ranks -------------------------------------------------------------------------------
 

@@ -14,10 +14,12 @@ import numpy as np
 
 from tnadapt.errors import ConfigError
 
-__all__ = ["EXTRA", "PASSES", "dominant_basis"]
+__all__ = ["EXTRA", "PASSES", "START_PASSES", "dominant_basis", "dominant_svd", "full_svd", "leading_qr"]
 
 #: Passes of the iteration, each a multiplication by the matrix and by its transpose.
 PASSES = 4
+#: Passes for a start of training, which needs the vectors and values themselves.
+START_PASSES = 16
 #: Columns that are iterated in addition to those wanted.
 EXTRA = 8
 # Singular values closer than this, relative to the larger one, leave the single vectors undetermined.
@@ -96,6 +98,100 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
             stacklevel=2,
         )
     return np.asarray(found * _signs(found))
+
+
+Triples = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def dominant_svd(matrix: np.ndarray, normals: np.ndarray, rank: int, what: str) -> Triples:
+    """Return the ``rank`` largest singular values with their vectors, by ``START_PASSES`` passes.
+
+    Parameters
+    ----------
+    matrix : ndarray of float64, shape (d, n)
+        Finite.
+    normals : ndarray of float64, shape (d, width)
+        Start of the iteration; of ``min(d, n)`` columns, it gives the decomposition itself.
+    rank : int
+        At most ``width``.
+    what : str
+        Name of what is computed, for messages.
+
+    Returns
+    -------
+    (ndarray, ndarray, ndarray)
+        Left vectors (d, rank), the largest entry of each positive; values; right vectors (n, rank).
+
+    Raises
+    ------
+    ConfigError
+        If the matrix has fewer than ``rank`` singular values above rounding errors.
+
+    Examples
+    --------
+    >>> left, values, right = dominant_svd(np.diag([3.0, 2.0, 1.0]), np.ones((3, 3)) + np.eye(3), 2, "x")
+    >>> ((left * values) @ right.T).round(6)
+    array([[3., 0., 0.],
+           [0., 2., 0.],
+           [0., 0., 0.]])
+    """
+    largest = float(np.abs(matrix).max())
+    own = matrix / (largest or 1.0)
+    q = _orthonormal(normals)
+    if q.shape[1] < matrix.shape[0]:
+        for _ in range(START_PASSES):
+            q = _orthonormal(own @ (own.T @ q))
+    inner, values, right = np.linalg.svd(q.T @ own, full_matrices=False)
+    return _signed(q @ inner, largest * values, right.T, slice(0, rank), what)
+
+
+def full_svd(matrix: np.ndarray, what: str) -> Triples:
+    """Return the whole singular value decomposition, as :func:`dominant_svd` returns a part of it.
+
+    Examples
+    --------
+    >>> full_svd(np.diag([3.0, 2.0]), "x")[1]
+    array([3., 2.])
+    """
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    return _signed(left, values, right.T, slice(None), what)
+
+
+def leading_qr(matrix: np.ndarray, rank: int, what: str) -> np.ndarray:
+    """Return Q of the QR decomposition of the first ``rank`` columns, for a positive diagonal of R.
+
+    Raises
+    ------
+    ConfigError
+        If these columns are linearly dependent up to rounding errors, so that Q is not determined.
+
+    Examples
+    --------
+    >>> leading_qr(np.diag([-3.0, 2.0]), 1, "x")
+    array([[-1.],
+           [-0.]])
+    """
+    first = matrix[:, :rank]
+    q = _orthonormal(first)
+    diagonal = np.abs(np.diagonal(q.T @ first))
+    if diagonal.min() <= _NOISE * diagonal.max():
+        raise ConfigError(
+            f"{what} needs the first {rank} columns of the base weight to be linearly independent, and only "
+            f"{int((diagonal > _NOISE * diagonal.max()).sum())} are: use a smaller rank, or start='pissa'"
+        )
+    return q
+
+
+def _signed(left: np.ndarray, values: np.ndarray, right: np.ndarray, part: slice, what: str) -> Triples:
+    """Return some of the triples, each with the largest entry of its left vector positive."""
+    found = values[part]
+    if found[-1] <= _NOISE * values[0]:
+        raise ConfigError(
+            f"{what} needs {len(found)} singular values of the base weight that are not zero, and only "
+            f"{int((values > _NOISE * values[0]).sum())} are above rounding errors: use a smaller rank, or start='zero'"
+        )
+    signs = _signs(left[:, part])
+    return left[:, part] * signs, found, right[:, part] * signs
 
 
 def _orthonormal(matrix: np.ndarray) -> np.ndarray:
