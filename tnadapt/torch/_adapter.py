@@ -13,7 +13,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.decomposition import FitReport
 
 from . import _adapter_saving as saving
-from . import _arrays, _merging, _removal, _trainable
+from . import _arrays, _begin, _merging, _removal, _trainable
 from ._bound_plan import fill
 from ._registry import attached, mix, set_weight
 from ._state import AdapterState, need_unmerged
@@ -187,6 +187,48 @@ class Adapter:
         need_unmerged(self._state, "reset()")
         fill(self._state)
         self.load_arrays(self.plan.init(trained=self.trained))
+
+    def start_from(self, arrays: Mapping[str, Any]) -> None:
+        """Start training from these arrays; ΔW, which is the difference to them, stays exactly 0.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            NumPy arrays or tensors for some or all names in ``plan.array_shapes``, such as those that
+            :mod:`tnadapt.torch.starts` computes from data. The others start as usual. Copied, in float32.
+
+        Raises
+        ------
+        ConfigError
+            If the config's ``start`` is not "given", the adapter has been trained or loaded, a name is unknown, an
+            array is not finite, or nothing could learn from these arrays.
+        ShapeError
+            If an array has another shape.
+        TargetError
+            If the adapter is merged or detached.
+
+        In each case nothing is changed.
+
+        Warns
+        -----
+        UserWarning
+            If nothing could learn in some groups.
+
+        Notes
+        -----
+        Files store the arrays: no seed gives them again. :meth:`reset` returns to them. Under ``torch.distributed``
+        every process must call.
+
+        Examples
+        --------
+        >>> import torch, tnadapt as tna, tnadapt.torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> adapter = tnadapt.torch.attach(model, tna.presets.lora(1, start="given"), "all-linear")
+        >>> adapter.start_from({"group0.split0.factor0": torch.ones(4, 1)})
+        >>> adapter.arrays()["group0.split0.factor0"].T, adapter.deltas()[0].any()
+        (tensor([[1., 1., 1., 1.]]), tensor(False))
+        """
+        _begin.start_from(self._state, arrays)
 
     def load_arrays(self, arrays: Mapping[str, Any]) -> None:
         """Copy arrays into the parameters in place, without recompilation; an optimiser keeps its parameters.

@@ -1,4 +1,4 @@
-"""Frozen arrays of an adapter that are computed from the weights of its model."""
+"""Arrays of an adapter that are computed from the weights of its model: frozen ones, and starts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _weight(target: Target, owner: nn.Module) -> Tensor:
     weight = numbers(owner, target.parameter)
     if weight is None:
         raise TargetError(
-            f"the adapter has arrays that are computed from the base weights (FromBase), and the values of "
+            f"the adapter has arrays that are computed from the base weights (FromBase, start), and the values of "
             f"{target.name} cannot be read: register its layer type with tnadapt.torch.register_quantized, or give the "
             "arrays as given="
         )

@@ -104,6 +104,11 @@ class ForwardPatch:
         self.weights.append(PatchedParameter(slot.owner, slot.target.parameter, [slot]))
         self.is_plain = self._is_plain()
 
+    def exchange(self, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
+        """Put other slots in the place of some, each for the same weight."""
+        for patched in self.weights:
+            patched.slots = [slots.get(slot, slot) for slot in patched.slots]
+
     def install(self) -> None:
         """Replace the module's forward."""
         # The patch itself rather than a bound method: accelerate unwraps methods.

@@ -7,7 +7,7 @@ public interface of such a state; no module below imports that class, so there a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -116,6 +116,9 @@ class Patch(Protocol):
 
     def remove(self, adapter: AdapterState) -> None:
         """Remove an adapter's slots."""
+
+    def exchange(self, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
+        """Put other slots in the place of some."""
 
 
 class AdapterState:
