@@ -205,7 +205,9 @@ def checked_given(given: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     return {name: _single(f"given[{name!r}]", array, shapes[name]) for name, array in given.items()}
 
 
-def checked_start(start: str, brought: bool, arrays: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def checked_start(
+    start: str, brought: bool, arrays: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
     """Return the initial arrays that a caller brings, in float32, by their names after ``"start."``.
 
     Parameters

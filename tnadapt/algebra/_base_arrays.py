@@ -1,4 +1,4 @@
-"""Computes the arrays that come from base weights, frozen or the start: folds the weights of a group as its network is folded."""
+"""Computes the arrays that come from base weights, frozen ones and starts: folds them as the network is folded."""
 
 from __future__ import annotations
 

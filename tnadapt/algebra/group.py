@@ -100,7 +100,7 @@ class Group(NamedTuple):
 
     @property
     def subtracts(self) -> bool:
-        """Whether the update is that of the arrays minus that of the initial ones: of a nonlinear F, or a given start."""
+        """Whether the update is that of the arrays minus that of the start: of a nonlinear F, or a given start."""
         return self.start.subtracts or not self.projection.linear
 
     def begun(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Mapping[str, Array]:

@@ -123,7 +123,8 @@ class SuperLoRA(GroupPlan):
 
         Notes
         -----
-        For :class:`tnadapt.sources.FromBase`, and starts that are made of the base weights. Memory: a group's weights in float64.
+        For :class:`tnadapt.sources.FromBase`, and starts that are computed from the base weights. Memory: a group's
+        weights in float64.
 
         Examples
         --------

@@ -54,11 +54,11 @@ a default is omitted if it has that value.
     (if there are more than 16, of the first and the last 8), and likewise those of the maps from θ; followed, if there
     are such maps with an offset and F is linear, by the SHA-256 of the initial arrays as little-endian float32, in the
     order of ``array_shapes``, up to 2**24 elements in total; followed, if F is nonlinear or (without maps from θ)
-    ``start`` is not "zero", by the initial arrays as little-endian float32, in the order of ``param_shapes`` (both lists
-    without the arrays whose start the caller brought or the base weights determine); followed by the arrays that ``sources`` freezes in the same
-    form, in the order of ``frozen_shapes``, except those that the caller brought or that come from the base weights,
-    and those that would bring their elements to more than 2**24 in total; followed by the omitted arrays in the same
-    form, in float32 before rounding. Default none, if F is the identity and there is nothing of the above.
+    ``start`` is not "zero", by the initial arrays as little-endian float32, in the order of ``param_shapes`` (both
+    lists without the arrays whose start the caller brought or the base weights determine); followed by the arrays that
+    ``sources`` freezes in the same form, in the order of ``frozen_shapes``, except those that the caller brought or
+    that come from the base weights, and those that would bring their elements to more than 2**24 in total; followed by
+    the omitted arrays in the same form, in float32 before rounding. Default none, if F is the identity and there is nothing of the above.
 ``trained``
     List of the names of the trained arrays, in the order of ``param_shapes``; the others are frozen. Default all.
 ``sha256``

@@ -78,8 +78,8 @@ def _check_gradient(adapter: AdapterState, plan: SuperLoRA) -> None:
     if not unable:
         return
     problem = (
-        f"adapter {adapter.name!r} would start where the gradient of every trained array is zero, because more than one "
-        f"array of a product is zero or frozen at zero, in group {unable[0]}"
+        f"adapter {adapter.name!r} would start where the gradient of every trained array is zero, because more than "
+        f"one array of a product is zero or frozen at zero, in group {unable[0]}"
     ) + (f" and {len(unable) - 1} more" if len(unable) > 1 else "")
     if len(unable) == able:
         raise ConfigError(f"{problem}: nothing would learn. Start one of them at other numbers")

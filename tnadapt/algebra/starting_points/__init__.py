@@ -1,7 +1,7 @@
 """Starting points x_0 of training: the usual one with a zero, or one that is brought, or computed from the base.
 
-``Config(start=…)`` names one. Where it subtracts, ``ΔW = net(x) - net(x_0)`` and x begins at x_0, so that a fresh adapter
-changes nothing whatever x_0 is. One class a start and a file; a new one is one more file and one more line in
+``Config(start=…)`` names one. Where it subtracts, ``ΔW = net(x) - net(x_0)`` and x begins at x_0, so that a fresh
+adapter changes nothing whatever x_0 is. One class a start and a file; a new one is one more file and one more line in
 :data:`STARTS`.
 """
 

@@ -20,8 +20,8 @@ _LEFT, _RIGHT = "split0.factor0", "split0.factor1"
 class FactorStart(Start):
     """The base of starts that choose B and A so that their product is a part of the base weight.
 
-    A subclass defines :meth:`factors`. Both factors are divided by the square root of the scale s = alpha / rank, so that
-    ``s B A`` is that part whatever s is.
+    A subclass defines :meth:`factors`. Both factors are divided by the square root of the scale s = alpha / rank, so
+    that ``s B A`` is that part whatever s is.
     """
 
     needs_base: ClassVar[bool] = True
