@@ -58,7 +58,8 @@ a default is omitted if it has that value.
     lists without the arrays whose start the caller brought or the base weights determine); followed by the arrays that
     ``sources`` freezes in the same form, in the order of ``frozen_shapes``, except those that the caller brought or
     that come from the base weights, and those that would bring their elements to more than 2**24 in total; followed by
-    the omitted arrays in the same form, in float32 before rounding. Default none, if F is the identity and there is nothing of the above.
+    the omitted arrays in the same form, in float32 before rounding. Default none, if F is the identity and there is
+    nothing of the above.
 ``trained``
     List of the names of the trained arrays, in the order of ``param_shapes``; the others are frozen. Default all.
 ``sha256``

@@ -68,8 +68,8 @@ def eva(
     -----
     Incremental principal component analysis in float64 (Ross et al., 2008): of the inputs minus their mean, without a
     second pass. The model runs without the adapter and in evaluation mode. Memory: ``keep`` vectors of the input's
-    length for each layer, and the work of ``5 keep`` rows. Layers with several targets (a fused qkv) are observed once. All
-    weights have the rank of the config: the redistribution of ranks of the paper's section 3.3 is not done.
+    length for each layer, and the work of ``5 keep`` rows. Layers with several targets (a fused qkv) are observed once.
+    All weights have the rank of the config: ranks are not redistributed, as the paper does.
 
     References
     ----------
