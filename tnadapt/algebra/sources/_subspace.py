@@ -65,7 +65,7 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
     Examples
     --------
     >>> matrix = np.diag([3.0, 2.0, 1.0])
-    >>> dominant_basis(matrix, np.ones((3, 3)) + np.eye(3), 2, True, "factor0").round(6)
+    >>> dominant_basis(matrix, np.ones((3, 3)) + np.eye(3), 2, True, "factor0").round(6) + 0.0  # no -0
     array([[1., 0.],
            [0., 1.],
            [0., 0.]])
@@ -130,7 +130,7 @@ def dominant_svd(matrix: np.ndarray, normals: np.ndarray, rank: int, what: str) 
     Examples
     --------
     >>> left, values, right = dominant_svd(np.diag([3.0, 2.0, 1.0]), np.ones((3, 3)) + np.eye(3), 2, "x")
-    >>> ((left * values) @ right.T).round(6)
+    >>> ((left * values) @ right.T).round(6) + 0.0  # no -0
     array([[3., 0., 0.],
            [0., 2., 0.],
            [0., 0., 0.]])
@@ -167,9 +167,9 @@ def leading_qr(matrix: np.ndarray, rank: int, what: str) -> np.ndarray:
 
     Examples
     --------
-    >>> leading_qr(np.diag([-3.0, 2.0]), 1, "x")
+    >>> leading_qr(np.diag([-3.0, 2.0]), 1, "x") + 0.0  # no -0
     array([[-1.],
-           [-0.]])
+           [ 0.]])
     """
     first = matrix[:, :rank]
     q = _orthonormal(first)
