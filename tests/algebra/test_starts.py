@@ -299,6 +299,17 @@ def test_weights_that_have_no_such_part(start: str) -> None:
         factors(start, low)
 
 
+@pytest.mark.parametrize(
+    ("start", "values"), [("pissa", [9, 8, 7, 7, 5, 4, 3, 2]), ("milora", [9, 8, 7, 6, 5, 5, 3, 2])]
+)
+def test_a_warning_where_the_part_is_not_determined(start: str, values: list[float]) -> None:
+    left, right = (np.linalg.qr(base((size, 8)))[0] for size in (12, 8))
+    with pytest.warns(UserWarning, match=rf"start='{start}' of group 0 takes .* nearer than 0.0001 to the next one"):
+        factors(start, (left * values) @ right.T)
+    values[3 if start == "pissa" else 5] -= 0.5
+    factors(start, (left * values) @ right.T)  # warnings are errors
+
+
 @pytest.mark.parametrize("start", FROM_BASE)
 def test_arrays_need_the_base(start: str) -> None:
     plan = tna.SuperLoRA(config_of(start), SHAPES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from .starting_points import PREFIX
 
 __all__ = ["from_base"]
 
+_WORKERS = min(8, os.cpu_count() or 1)
+
 
 def from_base(
     plan: GroupPlan,
@@ -32,8 +36,16 @@ def from_base(
     if not callable(weights) and len(weights) != len(plan.shapes):
         raise ShapeError(f"with_base needs the {len(plan.shapes)} base weights; got {len(weights)}")
     found = dict[str, np.ndarray]()
+
+    def put(arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+        for full, array in arrays:
+            found[full] = array
+            if progress is not None:
+                progress(len(found), len(plan.base_shapes))
+
+    starts = collections.deque[Future[dict[str, np.ndarray]]]()
     # The last bits of a matrix product depend on the number of threads: one for each array, and arrays in parallel.
-    with one_blas_thread(), ThreadPoolExecutor() as pool:
+    with one_blas_thread(), ThreadPoolExecutor(_WORKERS) as pool:
         for index, group in enumerate(plan.groups):
             # Tied arrays are computed with the group that they belong to.
             entries = {
@@ -45,15 +57,14 @@ def from_base(
                 continue
             base = _folded(plan, index, weights)
             if plan.point.needs_base:
-                for full, array in _start(plan, index, base).items():
-                    found[full] = array
-                    if progress is not None:
-                        progress(len(found), len(plan.base_shapes))
+                # Starts of several groups in parallel, as many as there are weights in memory.
+                starts.append(pool.submit(_start, plan, index, base))
+                if len(starts) == _WORKERS:
+                    put(starts.popleft().result().items())
             arrays = pool.map(functools.partial(_computed, base), entries.values())
-            for full, array in zip(entries, arrays, strict=True):
-                found[full] = array
-                if progress is not None:
-                    progress(len(found), len(plan.base_shapes))
+            put(zip(entries, arrays, strict=True))
+        for start in starts:
+            put(start.result().items())
     return found
 
 

@@ -124,7 +124,7 @@ class SuperLoRA(GroupPlan):
         Notes
         -----
         For :class:`tnadapt.sources.FromBase`, and starts that are computed from the base weights. Memory: a group's
-        weights in float64.
+        weights in float64; for starts, those of as many groups as there are cores, up to 8.
 
         Examples
         --------

@@ -346,7 +346,7 @@ class Adapter:
         path : path-like
             Written to a temporary name and renamed, so that an existing file is replaced atomically.
         store_bases : bool
-            Whether to store the frozen arrays that are computed from the base weights (``FromBase``), so that the file
+            Whether to store the arrays that are computed from the base weights (``FromBase``, starts), so that the file
             gives the same bits on every machine. By default the file has the base's fingerprint, and they are computed
             again; a base without a fingerprint has them stored anyway.
 

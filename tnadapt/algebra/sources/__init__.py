@@ -23,7 +23,7 @@ from ._seeded import Seeded
 from ._source import Place, Source, Stream
 from ._source_map import SourceMap, check_class
 from ._subspace import EXTRA as OVERSAMPLING
-from ._subspace import dominant_svd, full_svd, leading_qr
+from ._subspace import dominant_svd, leading_qr, minor_svd
 from ._tied import Tied
 from ._trained import Trained
 
@@ -45,9 +45,9 @@ __all__ = [
     "Trained",
     "check_term",
     "dominant_svd",
-    "full_svd",
     "inner_source",
     "leading_qr",
+    "minor_svd",
     "origins_of",
     "register_source",
     "source_from_dict",

@@ -14,7 +14,7 @@ import numpy as np
 
 from tnadapt.errors import ConfigError
 
-__all__ = ["EXTRA", "PASSES", "START_PASSES", "dominant_basis", "dominant_svd", "full_svd", "leading_qr"]
+__all__ = ["EXTRA", "PASSES", "START_PASSES", "dominant_basis", "dominant_svd", "leading_qr", "minor_svd"]
 
 #: Passes of the iteration, each a multiplication by the matrix and by its transpose.
 PASSES = 4
@@ -91,13 +91,18 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
     if not vectors:
         return _orthonormal(found @ (found.T @ normals[:, :rank]))
     values = values[: rank + 1]
-    if (values[:-1] - values[1:] < _TIE * values[:-1]).any():
+    if _tied(values):
         warnings.warn(
             f"{what} takes single singular vectors of a base weight, two of whose singular values are nearer than "
             f"{_TIE:g}: another machine may compute other vectors. Save with store_bases=True, or use vectors=False",
             stacklevel=2,
         )
     return np.asarray(found * _signs(found))
+
+
+def _tied(values: np.ndarray) -> bool:
+    """Return whether two neighboring singular values, of a falling sequence, are nearer than 1e-4."""
+    return bool((values[:-1] - values[1:] < _TIE * values[:-1]).any())
 
 
 Triples = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -127,6 +132,11 @@ def dominant_svd(matrix: np.ndarray, normals: np.ndarray, rank: int, what: str) 
     ConfigError
         If the matrix has fewer than ``rank`` singular values above rounding errors.
 
+    Warns
+    -----
+    UserWarning
+        If the smallest value taken and the largest one left out are nearer than 1e-4.
+
     Examples
     --------
     >>> left, values, right = dominant_svd(np.diag([3.0, 2.0, 1.0]), np.ones((3, 3)) + np.eye(3), 2, "x")
@@ -145,16 +155,16 @@ def dominant_svd(matrix: np.ndarray, normals: np.ndarray, rank: int, what: str) 
     return _signed(q @ inner, largest * values, right.T, slice(0, rank), what)
 
 
-def full_svd(matrix: np.ndarray, what: str) -> Triples:
-    """Return the whole singular value decomposition, as :func:`dominant_svd` returns a part of it.
+def minor_svd(matrix: np.ndarray, rank: int, what: str) -> Triples:
+    """Return the ``rank`` smallest singular values with their vectors, like :func:`dominant_svd`, from LAPACK.
 
     Examples
     --------
-    >>> full_svd(np.diag([3.0, 2.0]), "x")[1]
-    array([3., 2.])
+    >>> minor_svd(np.diag([3.0, 2.0]), 1, "x")[1]
+    array([2.])
     """
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    return _signed(left, values, right.T, slice(None), what)
+    return _signed(left, values, right.T, slice(len(values) - rank, None), what)
 
 
 def leading_qr(matrix: np.ndarray, rank: int, what: str) -> np.ndarray:
@@ -189,6 +199,14 @@ def _signed(left: np.ndarray, values: np.ndarray, right: np.ndarray, part: slice
         raise ConfigError(
             f"{what} needs {len(found)} singular values of the base weight that are not zero, and only "
             f"{int((values > _NOISE * values[0]).sum())} are above rounding errors: use a smaller rank, or start='zero'"
+        )
+    first = part.start or 0
+    edge = first or first + len(found)
+    if 0 < edge < len(values) and _tied(values[edge - 1 : edge + 1]):
+        warnings.warn(
+            f"{what} takes singular vectors of a base weight up to a value that is nearer than {_TIE:g} to the next "
+            "one: another machine may take another part. Save with store_bases=True",
+            stacklevel=2,
         )
     signs = _signs(left[:, part])
     return left[:, part] * signs, found, right[:, part] * signs

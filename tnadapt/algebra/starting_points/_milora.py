@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..sources import Stream, full_svd
+from ..sources import Stream, minor_svd
 from ._factor_start import FactorStart
 
 __all__ = ["MiLoRA"]
@@ -20,6 +20,5 @@ class MiLoRA(FactorStart):
 
     def factors(self, matrix: np.ndarray, rank: int, stream: Stream, what: str) -> tuple[np.ndarray, np.ndarray]:
         """See :meth:`FactorStart.factors`."""
-        left, values, right = full_svd(matrix, what)
-        left, values, right = left[:, -rank:], values[-rank:], right[:, -rank:]
+        left, values, right = minor_svd(matrix, rank, what)
         return left * np.sqrt(values), right * np.sqrt(values)

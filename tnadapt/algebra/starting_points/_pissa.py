@@ -15,7 +15,8 @@ class PiSSA(FactorStart):
     """``B = U sqrt(S)``, ``A = sqrt(S) Vᵀ`` of the ``rank`` largest singular values (arXiv 2404.02948).
 
     Computed in float64 by subspace iteration from seeded normal numbers, with the largest entry of each left singular
-    vector positive (:mod:`tnadapt.algebra.sources._subspace`): 16 passes, ``8 d n (2 r + 8)`` multiply-adds each four.
+    vector positive (:mod:`tnadapt.algebra.sources._subspace`): 16 passes, of ``2 d n (2 r + 8)`` multiply-adds each.
+    Where the singular values fall slowly, the iteration ends at a part of the weight with nearly the largest ones.
     """
 
     def factors(self, matrix: np.ndarray, rank: int, stream: Stream, what: str) -> tuple[np.ndarray, np.ndarray]:
