@@ -17,7 +17,7 @@ from tests.conftest import relative_error
 from tnadapt.algebra.factoring import factoring
 from tnadapt.algebra.starting_points import STARTS, Start, starting_point
 from tnadapt.backends import Backend, load_backend
-from tnadapt.planning import degrees_of_freedom, largest_rank
+from tnadapt.planning import degrees_of_freedom, known_as, largest_rank, step_cost
 from tnadapt.testing.verification import examples
 
 P = tna.presets
@@ -376,6 +376,12 @@ def test_the_factors_are_exact(config: tna.Config) -> None:
     for dtype in (np.float32, np.float64):
         fresh = {name: array.astype(dtype) for name, array in plan.init().items()}
         assert not how(numpy, fresh).dense(numpy).any()
+
+
+def test_the_start_costs_a_forward_pass() -> None:
+    usual, given = (step_cost(tna.SuperLoRA(config_of(start), SHAPES)) for start in ("zero", "given"))
+    assert 3 * given == 4 * usual
+    assert str(known_as(config_of("olora"))) == "LoRA r = 3, olora"
 
 
 def test_a_start_leaves_the_degrees_of_freedom() -> None:
