@@ -321,6 +321,14 @@ def test_arrays_need_the_base(start: str) -> None:
         plan.init()
 
 
+@pytest.mark.parametrize("start", [*FROM_BASE, "given"])
+def test_arrays_are_contiguous_as_parameters_must_be(start: str) -> None:
+    plan = bound(config_of(start))
+    if start == "given":
+        plan = plan.with_start({name: np.asfortranarray(array) for name, array in brought(plan).items()})
+    assert all(array.flags.c_contiguous for array in plan.init().values())
+
+
 def test_progress_and_equal_bits() -> None:
     told: list[tuple[int, int]] = []
     plan = tna.SuperLoRA(config_of("pissa"), SHAPES)

@@ -249,4 +249,4 @@ def _single(label: str, array: Any, shape: tuple[int, ...]) -> np.ndarray:
         raise ShapeError(f"{label} has shape {found.shape}; expected {shape}")
     if found.dtype.kind != "f" or not np.isfinite(found).all() or not np.isfinite(found.astype(np.float32)).all():
         raise ConfigError(f"{label} must hold finite floating-point numbers that float32 can represent")
-    return np.array(found, np.float32)
+    return np.array(found, np.float32, order="C")  # parameters that start there must be contiguous

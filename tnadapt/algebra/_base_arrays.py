@@ -78,7 +78,7 @@ def _start(plan: GroupPlan, index: int, base: np.ndarray) -> dict[str, np.ndarra
     stream = Stream(plan.config.seed, index, PURPOSE["source"])
     made = plan.point.arrays(place, base, stream)
     with np.errstate(over="ignore"):
-        found = {f"{PREFIX}group{index}.{name}": array.astype(np.float32) for name, array in made.items()}
+        found = {f"{PREFIX}group{index}.{name}": array.astype(np.float32, order="C") for name, array in made.items()}
     if not all(np.isfinite(array).all() and array.any() for array in found.values()):
         raise ConfigError(f"start={plan.config.start!r} of group {index} has numbers that float32 cannot represent")
     return found

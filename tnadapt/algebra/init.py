@@ -253,8 +253,8 @@ class Initializer(FixedArrays):
         if found is None:
             raise ConfigError(
                 f"the start of 'group{self.group}.{name}' is computed from the base weights: bind the plan to them "
-                "with plan.with_base(weights); on a model that was on the meta device, call adapter.reset() once it "
-                "has its weights"
+                "with plan.with_base(weights), or save the adapter with store_bases=True; on a model that was on the "
+                "meta device, call adapter.reset() once it has its weights"
             )
         return found
 
