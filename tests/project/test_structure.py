@@ -90,6 +90,7 @@ PUBLIC = {
     "tnadapt.plugins.class_registry",
     "tnadapt.plugins.entry_points",
     "tnadapt.testing.strategies",
+    "tnadapt.torch.starts",
 }
 
 

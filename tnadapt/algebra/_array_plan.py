@@ -27,8 +27,9 @@ from .sources import (
     inner_source,
     origins_of,
 )
+from .starting_points import PREFIX
 
-__all__ = ["ArrayPlan", "checked_given", "names_of"]
+__all__ = ["ArrayPlan", "checked_given", "checked_start", "names_of"]
 
 
 class ArrayPlan:
@@ -206,18 +207,53 @@ def checked_given(given: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     if unknown:
         there = f"are {summarize(list(shapes))}" if shapes else "are none: use tnadapt.sources.Given()"
         raise ConfigError(f"given names {safe_repr(unknown[0])}; the arrays that a caller can give {there}")
-    return {name: _single(name, array, shapes[name]) for name, array in given.items()}
+    return {name: _single(f"given[{name!r}]", array, shapes[name]) for name, array in given.items()}
 
 
-def _single(name: str, array: Any, shape: tuple[int, ...]) -> np.ndarray:
+def checked_start(
+    start: str, brought: bool, arrays: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Return the initial arrays that a caller brings, in float32, by their names after ``"start."``.
+
+    Parameters
+    ----------
+    start : str
+        ``Config.start``.
+    brought : bool
+        Whether arrays may be brought to such a start.
+    arrays : mapping of str to array
+    shapes : mapping of str to tuple of int
+        ``plan.array_shapes``.
+
+    Raises
+    ------
+    ConfigError
+        If the start takes none, a name is unknown, or an array is not finite.
+    ShapeError
+        If an array has another shape.
+    """
+    if not brought:
+        raise ConfigError(f"arrays to start from need Config(start='given'); the config has start={start!r}")
+    if not isinstance(arrays, Mapping):
+        raise ConfigError(f"start_from must be a mapping of array names to arrays; got {type(arrays).__name__}")
+    unknown = [name for name in arrays if name not in shapes]
+    if unknown:
+        raise ConfigError(
+            f"start_from names {safe_repr(unknown[0])}; the arrays that can start anywhere are those in array_shapes: "
+            f"{summarize(list(shapes))}"
+        )
+    return {PREFIX + name: _single(f"start_from[{name!r}]", array, shapes[name]) for name, array in arrays.items()}
+
+
+def _single(label: str, array: Any, shape: tuple[int, ...]) -> np.ndarray:
     try:
         found = np.asarray(get_backend(array).to_numpy(array))
     except TnadaptError as error:
-        raise ConfigError(f"given[{name!r}] must be an array; {error}") from error
+        raise ConfigError(f"{label} must be an array; {error}") from error
     if found.shape != shape:
-        raise ShapeError(f"given[{name!r}] has shape {found.shape}; expected {shape}")
+        raise ShapeError(f"{label} has shape {found.shape}; expected {shape}")
     with np.errstate(over="ignore"):
-        single = np.array(found, np.float32)
+        single = np.array(found, np.float32, order="C")  # parameters that start there must be contiguous
     if found.dtype.kind != "f" or not np.isfinite(single).all():
-        raise ConfigError(f"given[{name!r}] must hold finite floating-point numbers that float32 can represent")
+        raise ConfigError(f"{label} must hold finite floating-point numbers that float32 can represent")
     return single

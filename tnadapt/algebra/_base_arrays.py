@@ -1,12 +1,14 @@
-"""Computes what comes from base weights: frozen arrays, of a group's weights folded as its network is; magnitudes."""
+"""Computes what comes from base weights: frozen arrays and starts, of weights folded as the network; magnitudes."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,13 @@ from tnadapt.backends.blas_threads import one_blas_thread
 from tnadapt.errors import ConfigError, ShapeError
 
 from ._group_plan import GroupPlan
-from .sources import FrozenArray
+from .rng import PURPOSE
+from .sources import FrozenArray, Stream
+from .starting_points import PREFIX
 
 __all__ = ["base_starts", "base_weight", "from_base"]
+
+_WORKERS = min(8, os.cpu_count() or 1)
 
 
 def from_base(
@@ -30,8 +36,16 @@ def from_base(
     if not callable(weights) and len(weights) != len(plan.shapes):
         raise ShapeError(f"with_base needs the {len(plan.shapes)} base weights; got {len(weights)}")
     found = dict[str, np.ndarray]()
+
+    def put(arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+        for full, array in arrays:
+            found[full] = array
+            if progress is not None:
+                progress(len(found), len(plan.base_shapes))
+
+    starts = collections.deque[Future[dict[str, np.ndarray]]]()
     # The last bits of a matrix product depend on the number of threads: one for each array, and arrays in parallel.
-    with one_blas_thread(), ThreadPoolExecutor() as pool:
+    with one_blas_thread(), ThreadPoolExecutor(_WORKERS) as pool:
         for index, group in enumerate(plan.groups):
             # Tied arrays are computed with the group that they belong to.
             entries = {
@@ -39,14 +53,18 @@ def from_base(
                 for entry in group.frozen.entries.values()
                 if entry.source.needs_base and entry.stream.group == index and entry.full not in found
             }
-            if not entries:
+            if not entries and not plan.point.needs_base:
                 continue
             base = _folded(plan, index, weights)
+            if plan.point.needs_base:
+                # Starts of several groups in parallel, as many as there are weights in memory.
+                starts.append(pool.submit(_start, plan, index, base))
+                if len(starts) == _WORKERS:
+                    put(starts.popleft().result().items())
             arrays = pool.map(functools.partial(_computed, base), entries.values())
-            for full, array in zip(entries, arrays, strict=True):
-                found[full] = array
-                if progress is not None:
-                    progress(len(found), len(plan.base_shapes))
+            put(zip(entries, arrays, strict=True))
+        for start in starts:
+            put(start.result().items())
     return found
 
 
@@ -73,6 +91,18 @@ def base_weight(backend: Backend, weight: Any, index: int, shape: tuple[int, int
 
 def _computed(base: np.ndarray, entry: FrozenArray) -> np.ndarray:
     return entry.compute(dataclasses.replace(entry.stream, base=base))
+
+
+def _start(plan: GroupPlan, index: int, base: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute the start of a group, by the names in ``plan.start_shapes``, in float32."""
+    place = plan.start_place(index)
+    stream = Stream(plan.config.seed, index, PURPOSE["source"])
+    made = plan.point.arrays(place, base, stream)
+    with np.errstate(over="ignore"):
+        found = {f"{PREFIX}group{index}.{name}": array.astype(np.float32, order="C") for name, array in made.items()}
+    if not all(np.isfinite(array).all() and array.any() for array in found.values()):
+        raise ConfigError(f"start={plan.config.start!r} of group {index} has numbers that float32 cannot represent")
+    return found
 
 
 def _folded(plan: GroupPlan, index: int, weights: Sequence[Any] | Callable[[int], Any]) -> np.ndarray:

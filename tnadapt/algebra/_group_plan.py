@@ -11,7 +11,7 @@ import numpy as np
 
 from tnadapt.errors import ConfigError
 
-from ._array_plan import ArrayPlan, checked_given, names_of
+from ._array_plan import ArrayPlan, checked_given, checked_start, names_of
 from ._zeros import StartingGroup, ZeroArray, zero_arrays
 from .applying import applying_of
 from .config import Config
@@ -23,6 +23,7 @@ from .maps.projection import Projection
 from .named_fold import group_fold, is_named
 from .network import Network
 from .sources import FrozenArrays
+from .starting_points import PREFIX, StartPlace, starting_point
 from .theta import Theta
 
 __all__ = ["GroupPlan", "some_names"]
@@ -52,6 +53,7 @@ class GroupPlan:
         roles: Sequence[Hashable] | None = None,
         *,
         given: Mapping[str, Any] | None = None,
+        start_from: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(config, Config):
             raise ConfigError(f"expected a tnadapt.Config; got {type(config).__name__}")
@@ -71,8 +73,16 @@ class GroupPlan:
             self._network(group)
         self._array_plan = ArrayPlan(config, self.num_groups, self._network, self._different)
         self._array_plan.check()
-        self._given = checked_given(given, {**self.given_shapes, **self.base_shapes})
         self._base_starts: dict[str, np.ndarray] = {}
+        self.point = starting_point(config.start)
+        if self.point.needs_base:
+            for group in self._different if config.groups == "weight" else range(self.num_groups):
+                self.point.check(self.start_place(group))
+        # Filled in place: groups refer to it.
+        self._given: dict[str, np.ndarray] = {}
+        self._given.update(checked_given(given, self.fixed_shapes))
+        if start_from is not None:
+            self._given.update(checked_start(config.start, self.point.brought, start_from, self.array_shapes))
         if self.num_groups <= LAID_OUT:
             # Lay the groups out now, so that torch.compile and jax.jit never trace this code.
             _ = self.param_shapes, self.weight_param_names
@@ -167,13 +177,41 @@ class GroupPlan:
 
     @functools.cached_property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every frozen array that is computed from the base weights, in order."""
-        return self._array_plan.shapes_of(lambda source: source.needs_base)
+        """Name and shape of every array that is computed from the base weights, in order: frozen ones, and the start.
+
+        The start of an array is named ``start.`` and the array's name.
+        """
+        frozen = self._array_plan.shapes_of(lambda source: source.needs_base)
+        return {**frozen, **self.start_shapes} if self.point.needs_base else frozen
+
+    @functools.cached_property
+    def start_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array of x_0 that is not drawn: ``start.`` and its name in ``array_shapes``.
+
+        With ``config.start="given"``, of all those that a caller may bring.
+        """
+        if not (self.point.brought or self.point.needs_base):
+            return {}
+        return {PREFIX + name: shape for name, shape in self.array_shapes.items()}
+
+    @property
+    def fixed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array that ``given`` may have: those in given, base and start shapes."""
+        return {**self.given_shapes, **self.base_shapes, **self.start_shapes}
 
     @property
     def given(self) -> dict[str, np.ndarray]:
-        """The arrays in ``given_shapes`` and ``base_shapes`` that the plan has, by name, in float32."""
+        """The arrays in ``fixed_shapes`` that the plan has, by name, in float32."""
         return dict(self._given)
+
+    def start_place(self, group: int) -> StartPlace:
+        """Return what a start needs to know of a group."""
+        network, config = self._network(group), self.config
+        weights = tuple(self.shapes[piece.weight] for piece in self.layout.of_group(group))
+        plain = config.projection == "identity" and not config.sources and network.terms == 1
+        plain = plain and list(network.shapes) == ["split0.factor0", "split0.factor1"]
+        size = self.layout.group_size(group)
+        return StartPlace(network.shapes, network.sizes, weights, size, network.scale, plain)
 
     @functools.cached_property
     def groups(self) -> list[Group]:
@@ -206,6 +244,7 @@ class GroupPlan:
             start = Initializer(
                 network, projections[key], config.seed, index, frozen, origins=origins,
                 starts=self._start_of if tied else None, table=self._zero_table if tied else None,
+                point=self.point, given=self._given,
             )  # fmt: skip
             scaled = {name: origin.scaled for name, origin in origins.items() if origin.scaled is not None}
             pieces = self.layout.of_group(index)

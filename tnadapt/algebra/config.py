@@ -28,6 +28,7 @@ from .maps import (
 )
 from .named_fold import check_fold, is_named
 from .sources import Source, SourceMap, source_from_dict, source_to_dict
+from .starting_points import starting_point
 
 __all__ = ["Config"]
 
@@ -48,6 +49,7 @@ _NEWER: dict[str, Any] = {
     "axes": None,
     "apply": "add",
     "magnitude_axis": "rows",
+    "start": "zero",
 }
 
 # Values beyond these are typing errors or hostile.
@@ -141,6 +143,11 @@ class Config:
     magnitude_axis : "rows" or "cols"
         For "magnitude": whether m and the norm belong to the rows, the outputs (PEFT, and the default of LyCORIS), or
         to the columns, the inputs. Adapter files leave out "rows".
+    start : str
+        Where training starts. "zero": one array of each term is zero (:mod:`tnadapt.algebra.init`). Any other one
+        subtracts, ``ΔW = net(x) - net(x_0)``, and x starts at x_0: "given" for arrays that the caller brings
+        (``SuperLoRA(…, start_from=…)``, ``adapter.start_from(…)``); "pissa", "milora" and "olora" for LoRA's factors
+        computed from the base weight. Adapter files leave out "zero".
 
     Raises
     ------
@@ -183,6 +190,7 @@ class Config:
     axes: tuple[int | tuple[int, ...], ...] | None = None
     apply: str = "add"
     magnitude_axis: str = "rows"
+    start: str = "zero"
 
     def __new__(cls, *args: Any, **settings: Any) -> Config:
         # Raise ConfigError for an unknown field, where a dataclass would raise TypeError.
@@ -237,6 +245,11 @@ class Config:
             )
         put("sources", _checked_sources(self.sources))
         self._check_before()
+        if starting_point(self.start).subtracts and not self.offset:
+            raise ConfigError(
+                f"start={self.start!r} says where the arrays start, and offset=False starts them at P θ = 0: leave "
+                "offset out, or use start='zero'"
+            )
         put("weight_shape", self._checked_weight_shape())
         rescales = APPLYING.find(self.apply)().rescales
         _word("magnitude_axis", self.magnitude_axis, tuple(AXES))
@@ -387,7 +400,7 @@ class Config:
             ...
         tnadapt.errors.ConfigError: Config has no field 'rnak'; did you mean 'rank'? Fields: rank, order,
         splits, groups, fold, format, combine, split_size, leading, terms, projection, ratio, shared, alpha, seed,
-        sources, on, before, parameters, scope, offset, weight_shape, axes, apply, magnitude_axis
+        sources, on, before, parameters, scope, offset, weight_shape, axes, apply, magnitude_axis, start
         """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"expected a mapping of field names to values; got {type(settings).__name__}")

@@ -6,6 +6,9 @@ of a folded tensor whose last modes together are its columns is one product, too
 that lines up with the weights digit for digit. Kronecker products of matrices are kept as they are (LoKr, KronA,
 Compacter), and a Hadamard product of low-rank matrices is a matrix whose rank is the product of the ranks (LoHa).
 
+With a start that is subtracted, ``L R - L_0 R_0`` is ``(L - L_0) R + L_0 (R - R_0)``: one product of twice the width,
+which is exactly zero at the start, and near it does not subtract large numbers. Kronecker products have no such form.
+
 Separability is decided from the integers of the plan, and is exact. There are no such factors if a fold cuts through
 rows, F mixes elements, or a Kronecker product is cropped.
 """
@@ -125,6 +128,11 @@ class Factoring:
         arrays = self.group.arrays(backend, params, trained)
         if len(self.sizes) == 1:
             left, right = network.unfolded(backend, arrays, self.cuts[0])
+            if self.group.subtracts:
+                begun = self.group.begun(backend, params, trained)
+                left_0, right_0 = network.unfolded(backend, begun, self.cuts[0])
+                left = backend.concat([left - left_0, left_0], axis=1)
+                right = backend.concat([right, right - right_0], axis=0)
             return Factored([[Matrix(left, backend.matrix_transpose(right))]], network.scale)
         found = []
         for prefixes in network.prefixes:
@@ -179,10 +187,13 @@ def factoring(plan: SuperLoRA, i: int) -> Factoring | None:
     first, rows = piece.group_start // cols, plan.shapes[i][0]
     shared = len(group.pieces) > 1
     if network.kronecker and len(network.splits) > 1:
+        if group.subtracts:
+            return None
         return _of_kronecker(group, cut, (first, first + rows), shared)
     width = network.inner(cut)
     if width is None:
         return None
+    width *= 2 if group.subtracts else 1
     part = Cut(cut, (first, first + rows), (0, cols), piece.group_start)
     return Factoring(group, (part,), 1, (Size(rows, cols, width),), shared)
 

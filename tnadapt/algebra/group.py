@@ -98,15 +98,27 @@ class Group(NamedTuple):
             found[name] = array
         return found
 
+    @property
+    def subtracts(self) -> bool:
+        """Whether the update is that of the arrays minus that of the start: of a nonlinear F, or a given start."""
+        return self.start.subtracts or not self.projection.linear
+
+    def begun(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Mapping[str, Array]:
+        """Return all arrays of the network at the start, as :meth:`arrays` returns the current ones."""
+        like = next(params[full] for full in self.names.values())
+        kind = backend.dtype_name(like)
+        own = {name: self.start.on(backend, (name, trained or kind), like, kind) for name in self.names}
+        return self.with_frozen(backend, own, trained)
+
     def update(
         self, backend: Backend, params: Mapping[str, Array], start: int, stop: int, trained: str | None = None
     ) -> Array:
-        """Return elements ``start`` to ``stop - 1`` of the update: ``F(x)``, or ``F(x) - F(x_start)`` of a nonlinear F.
+        """Return elements ``start`` to ``stop - 1`` of the update: ``F(x)``, or ``F(x) - F(x_start)`` if it subtracts.
 
         ``trained`` is the dtype in which the parameters started, to which x_start is rounded; by default their own.
         """
         arrays = {name: params[full] for name, full in self.names.items()}
-        if self.projection.linear:
+        if not self.subtracts:
             return self._projected(backend, arrays, start, stop, trained)
         like = next(iter(arrays.values()))
         kind = backend.dtype_name(like)

@@ -18,6 +18,10 @@ that does; a term with such a zero needs no other.
 **Nonlinear F.** ``tanhshrink'(0) = 0``, so that nothing would ever move from a zero start. All arrays are random with
 a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
 
+**Given starts.** With ``Config.start`` other than "zero", ΔW is ``net(x) - net(x_0)`` in the same way. x_0 consists of
+the arrays that are brought or computed from the base, and of the above for the others. Which arrays are trained does
+not affect it.
+
 **σ** makes the first SGD step change ΔW equally, whatever the rank, order, splits, terms and ρ are. For a white
 gradient and a scale of 1, the root mean square of ΔW after one step is ``STEP`` times that of the same step of dense
 fine-tuning. This is what PEFT's LoRA of rank 8 on 768 columns does, so that its learning rates carry over; the scale
@@ -51,6 +55,7 @@ from ._zeros import StartingGroup, ZeroArray, zero_arrays
 from .maps.projection import Projection
 from .network import Network
 from .sources import FrozenArrays, Origin
+from .starting_points import PREFIX, Start, starting_point
 
 __all__ = ["STEP", "Initializer"]
 
@@ -78,9 +83,15 @@ class Initializer(FixedArrays):
         Returns the Initializer of a group by its index, for arrays that are tied to it.
     table : callable, optional
         Returns the zero arrays of all groups, if their arrays are tied.
+    point : Start, optional
+        The config's start; the usual one if None.
+    given : mapping of str to ndarray, optional
+        Arrays of x_0 that are not drawn, by their full names after ``"start."``.
 
     Attributes
     ----------
+    subtracts : bool
+        Whether the update of x_0 is subtracted, whatever F is.
     zeros : frozenset of str
         Names of the arrays and diagonals that are zero.
 
@@ -105,12 +116,17 @@ class Initializer(FixedArrays):
         origins: Mapping[str, Origin] | None = None,
         starts: Callable[[int], Initializer] | None = None,
         table: Callable[[], Mapping[int, list[ZeroArray]]] | None = None,
+        point: Start | None = None,
+        given: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         super().__init__()
         self.network, self.projection, self.seed, self.group = network, projection, seed, group
         self.frozen = FrozenArrays({}) if frozen is None else frozen
         self.trained, self.origins = trained, origins or {}
         self._starts, self._table = starts, table
+        self.point = starting_point("zero") if point is None else point
+        self.subtracts = self.point.subtracts
+        self._given: Mapping[str, np.ndarray] = {} if given is None else given
 
     @functools.cached_property
     def _zero(self) -> list[ZeroArray]:
@@ -124,9 +140,10 @@ class Initializer(FixedArrays):
     def zeros(self) -> frozenset[str]:
         """Names of the arrays and diagonals that are zero: one per term, or none for a nonlinear F.
 
-        Of arrays that are tied, only the group that they belong to lists them.
+        Nor is there one if x_0 is computed from the base. Of arrays that are tied, only the group that they belong to
+        lists them.
         """
-        if not self.projection.linear:
+        if not self.projection.linear or self.point.needs_base:
             return frozenset()
         if self._table is None:
             return frozenset(zero.part[1] for zero in self._zero)
@@ -147,6 +164,8 @@ class Initializer(FixedArrays):
 
         ``starts`` and ``table`` are those of the same choice for all groups, if arrays are tied.
         """
+        if self.subtracts:
+            return self
         found = Initializer(
             self.network, self.projection, self.seed, self.group, self.frozen, trained, self.origins, starts, table
         )
@@ -215,6 +234,8 @@ class Initializer(FixedArrays):
         """Compute an array in float32, by its name, or by (name, dtype) to round its values to that dtype."""
         if isinstance(key, tuple):
             return rounded_to(self.make(key[0]), key[1])
+        if not self.draws(key):
+            return self._brought(key)
         if key not in self.network.shapes:
             return self._diagonal(key)
         origin = self.origins.get(key)
@@ -231,6 +252,23 @@ class Initializer(FixedArrays):
         drawn = rng.normals(self.seed, self.group, purpose, 0, math.prod(shape))
         term = int(key.partition(".")[0].removeprefix("term")) if self.network.terms > 1 else 0
         return _scaled(drawn, self._std(term)).reshape(shape)
+
+    def draws(self, name: str) -> bool:
+        """Return whether an array or diagonal starts at what the seed draws, rather than at what is given."""
+        return not self.subtracts or not (self.point.needs_base or self._full(name) in self._given)
+
+    def _full(self, name: str) -> str:
+        return f"{PREFIX}group{self.group}.{name}"
+
+    def _brought(self, name: str) -> np.ndarray:
+        found = self._given.get(self._full(name))
+        if found is None:
+            raise ConfigError(
+                f"the start of 'group{self.group}.{name}' is computed from the base weights: bind the plan to them "
+                "with plan.with_base(weights), or save the adapter with store_bases=True; on a model that was on the "
+                "meta device, call adapter.reset() once it has its weights"
+            )
+        return found
 
     def _diagonal(self, key: str) -> np.ndarray:
         """Compute a diagonal, such as ``split0.factor0.size``."""

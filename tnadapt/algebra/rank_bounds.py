@@ -87,7 +87,10 @@ def _of_piece(group: Group, piece: Piece, cols: int) -> int:
     if group.projection.kind != "identity" or piece.weight_start % cols or piece.length % cols:
         return touched
     place = _place(group.network.sizes, piece.group_start, piece.length, cols)
-    return touched if place is None else min(touched, _of_network(group.network, place))
+    if place is None:
+        return touched
+    # The difference of two updates, that of the arrays and that of their start.
+    return min(touched, _of_network(group.network, place) * (2 if group.subtracts else 1))
 
 
 def _place(sizes: Sequence[int], start: int, length: int, cols: int) -> _Place | None:

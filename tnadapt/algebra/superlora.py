@@ -45,6 +45,9 @@ class SuperLoRA(GroupPlan):
     given : mapping of str to array, optional
         The frozen arrays in ``given_shapes``, whose source is :class:`tnadapt.sources.Given`; also those in
         ``base_shapes``, in place of :meth:`with_base`. Copied, in float32.
+    start_from : mapping of str to array, optional
+        For ``config.start="given"``: the arrays at which training starts, of some or all names in ``array_shapes``;
+        the others start as usual. Copied, in float32.
 
     Attributes
     ----------
@@ -97,7 +100,7 @@ class SuperLoRA(GroupPlan):
     def with_base(
         self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
     ) -> SuperLoRA:
-        """Return this plan with what is computed from the base weights: frozen arrays, and where magnitudes start.
+        """Return this plan with what is computed from the base weights: frozen arrays, the start, and magnitudes.
 
         Parameters
         ----------
@@ -121,8 +124,9 @@ class SuperLoRA(GroupPlan):
 
         Notes
         -----
-        For :class:`tnadapt.sources.FromBase`, and for ``apply="magnitude"``, whose magnitudes start at the norms of
-        the weights: :meth:`init` needs them, and nothing else does. Memory: a group's weights in float64.
+        For :class:`tnadapt.sources.FromBase`; for starts that are computed from the base weights; and for
+        ``apply="magnitude"``, whose magnitudes start at the norms of the weights. Memory: a group's weights in float64;
+        for starts, those of as many groups as there are cores, up to 8.
 
         Examples
         --------
@@ -146,6 +150,39 @@ class SuperLoRA(GroupPlan):
         """
         self._given.update({name: array for name, array in other.given.items() if name not in self._given})
         self._base_starts = {**other.base_starts, **self._base_starts}
+
+    # -- Start -------------------------------------------------------------------------------
+
+    def with_start(self, arrays: Mapping[str, Any]) -> SuperLoRA:
+        """Return this plan with other initial arrays, as ``start_from=arrays`` gives it.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            Of any library, for some or all names in ``array_shapes``. The others start as usual.
+
+        Raises
+        ------
+        ConfigError
+            If ``config.start`` is not "given", a name is unknown, or an array is not finite.
+        ShapeError
+            If an array has another shape.
+
+        Examples
+        --------
+        ΔW is the difference to the start, which itself is no zero:
+
+        >>> import numpy as np, tnadapt as tna
+        >>> plan = SuperLoRA(tna.presets.lora(1, start="given"), [(2, 3)])
+        >>> plan = plan.with_start({"group0.split0.factor0": np.ones((2, 1))})
+        >>> params = plan.init()
+        >>> params["group0.split0.factor0"].tolist(), bool(plan.deltas(params)[0].any())
+        ([[1.0], [1.0]], False)
+        """
+        given = {name: array for name, array in self._given.items() if name not in self.start_shapes}
+        plan = SuperLoRA(self.config, self.shapes, self._layers, self._roles, given=given, start_from=arrays)
+        plan._base_starts = self._base_starts
+        return plan
 
     # -- Ranks -------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ def check_fit(
     """Return the plan, or raise an error unless the shapes are those of a file's arrays.
 
     A file has the parameters of the plan, of which some that are not ``trained`` may be missing; the frozen arrays that
-    the caller brought; and possibly those that are computed from the base weights.
+    the caller brought; and possibly those that are computed from the base weights, and those of a start.
 
     Time and memory are proportional to the number of shapes and targets, however large the numbers in the config are.
 
@@ -79,8 +79,8 @@ def check_fit(
             )
     plan = plan_of(config, targets)
     params = plan.param_shapes
-    found = {**params, **plan.given_shapes, **plan.base_shapes}
-    missing = found.keys() - shapes.keys() - plan.base_shapes.keys()
+    found = {**params, **plan.fixed_shapes}
+    missing = found.keys() - shapes.keys() - plan.base_shapes.keys() - plan.start_shapes.keys()
     if trained is not None:
         # Parameters of weights start at numbers of the base, which a reader may not have.
         drawn_ones = params.keys() - plan.weight_param_shapes.keys()
@@ -162,8 +162,8 @@ def drawn(plan: SuperLoRA, trained: Sequence[str] | None, dtype: str) -> dict[st
 
     Arrays of bfloat16 are returned as float32 with rounded values.
     """
-    if trained is None or plan.theta is not None:
-        return {}  # θ is stored, as it is short
+    if trained is None or plan.theta is not None or plan.point.subtracts:
+        return {}  # θ is stored, as it is short; so is what starts at arrays that may not be drawn
     chosen, found = set(trained), dict[str, Callable[[], np.ndarray]]()
     kind = "float32" if dtype == "bfloat16" else dtype
     for group, start in zip(plan.groups, plan.starts(trained), strict=True):

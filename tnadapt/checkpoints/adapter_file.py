@@ -58,8 +58,8 @@ class AdapterFile:
     model : str
         Class name of the base model, for human readers.
     given : dict of str to ndarray, optional
-        The frozen arrays in ``plan.given_shapes``, all of them, and those in ``plan.base_shapes`` that are stored: in
-        float32.
+        The frozen arrays in ``plan.given_shapes``, all of them, and those in ``plan.base_shapes`` and
+        ``plan.start_shapes`` that are stored: in float32.
     trained : sequence of str, optional
         Names of the trained arrays if some are frozen; all if None. A frozen array that equals what the seed draws is
         not stored in the file, but recomputed when the file is loaded.
@@ -117,7 +117,12 @@ class AdapterFile:
             raise ShapeError(f"given must be a mapping of names to arrays; got {type(self.given).__name__}")
         own = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
         plan = check_fit(self.config, self.targets, own)
-        put("given", checked_given(self.given, {**plan.given_shapes, **plan.base_shapes}))
+        put("given", checked_given(self.given, plan.fixed_shapes))
+        if self.activation is not None and plan.point.subtracts:
+            raise ConfigError(
+                f"activation={self.activation!r} depends on the input, so that the update of a start cannot be "
+                f"subtracted: use start='zero' instead of {self.config.start!r}"
+            )
         put("trained", checked_trained(self.trained, plan.param_shapes))
 
     def __repr__(self) -> str:
@@ -199,7 +204,9 @@ class AdapterFile:
     def _digest_without(self, left_out: Sequence[str]) -> str | None:
         plan, groups = self.plan, self.plan.groups
         plain = all(group.projection.map.identity for group in groups)
-        if plain and not left_out and not plan.frozen_shapes and plan.theta is None:
+        # What is subtracted is drawn, except for what is stored or computed from the base.
+        begun = [full for full in plan.array_shapes if _draws(plan, full)] if groups[0].subtracts else []
+        if plain and not left_out and not plan.frozen_shapes and plan.theta is None and not begun:
             return None
         total = hashlib.sha256()
         distinct = [] if plain else list({id(group.projection): group.projection for group in groups}.values())
@@ -210,8 +217,8 @@ class AdapterFile:
             total.update(projection.digest.encode())
         if plan.theta is not None and self.config.offset:
             total.update(_starts(plan))
-        elif not groups[0].projection.linear:
-            for array in _started(plan, plan.array_shapes):
+        else:
+            for array in _started(plan, begun):
                 total.update(array)
         drawn_so_far = 0
         for group in groups:
@@ -271,10 +278,18 @@ def _started(plan: SuperLoRA, names: Iterable[str]) -> Iterator[bytes]:
         yield plan.groups[int(group)].start.make(name).astype("<f4").tobytes()
 
 
+def _draws(plan: SuperLoRA, full: str) -> bool:
+    """Return whether an array starts at what the seed draws: not at what is stored, or computed from the base."""
+    group, _, name = full.removeprefix("group").partition(".")
+    return plan.groups[int(group)].start.draws(name)
+
+
 def _starts(plan: SuperLoRA) -> bytes:
     """Return a digest of the initial arrays from which θ moves, up to a limit on their elements."""
     total, left, names = hashlib.sha256(), MAX_DRAWN, list[str]()
     for full, shape in plan.array_shapes.items():
+        if not _draws(plan, full):
+            continue
         left -= math.prod(shape)
         if left >= 0:
             names.append(full)

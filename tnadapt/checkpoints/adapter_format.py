@@ -11,6 +11,10 @@
 - the frozen arrays that the caller brought (``sources`` with ``given``), in F32, with the names and shapes of
   ``SuperLoRA(…).given_shapes``; and, if the writer chose so, those computed from the base weights (``from-base``), with
   those of ``base_shapes``;
+- if ``start`` is not "zero", x_0, the initial values of the arrays, in F32, each named ``start.`` + the name in
+  ``SuperLoRA(…).array_shapes``: with "given", of the arrays that the caller brought, while the others start as usual;
+  with "pissa", "milora" and "olora", of all arrays if the writer chose so, and otherwise of none, as they are computed
+  from the base weights;
 - ``kept.`` + dotted path: parameters of the model that were trained alongside the adapter, such as a classifier head,
   of any shape; integers and BOOL are allowed as well.
 
@@ -29,7 +33,8 @@ a default is omitted if it has that value.
     "plan" and ``offset`` unless it is true. ``weight_shape`` is not stored: the targets have their shapes, and the
     updates do not depend on it. ``fold`` may be a list of sizes, of which some are names: "weights", "rows",
     "cols", or one of these, a slash and a divisor. ``axes`` is stored if it is set: a list of lists of positions in
-    ``fold``, one for each mode. ``apply`` is stored unless it is "add", and ``magnitude_axis`` unless it is "rows".
+    ``fold``, one for each mode. ``apply`` is stored unless it is "add", ``magnitude_axis`` unless it is "rows", and
+    ``start`` unless it is "zero".
 ``targets``
     List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
     path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv, which if groups is
@@ -52,11 +57,12 @@ a default is omitted if it has that value.
     (if there are more than 16, of the first and the last 8), and likewise those of the maps from θ; followed, if there
     are such maps with an offset, by the SHA-256 of the initial arrays as little-endian float32, in the order of
     ``array_shapes``, leaving out those that would bring their elements to more than 2**24 in total; else, if F is
-    nonlinear, by the initial arrays in the same form, in the order of ``param_shapes``; followed by the arrays that
+    nonlinear or ``start`` is not "zero", by the initial arrays in the same form, in the order of ``array_shapes`` (both
+    lists without the arrays whose start the caller brought or the base weights determine); followed by the arrays that
     ``sources`` freezes in the same form, in the order of ``frozen_shapes``, except those that the caller brought or
     that come from the base weights, and those that would bring their elements to more than 2**24 in total; followed by
-    the omitted arrays in the same form, in float32 before rounding. Default none, if F is the identity and no array is
-    frozen or omitted.
+    the omitted arrays in the same form, in float32 before rounding. Default none, if F is the identity and there is
+    nothing of the above.
 ``trained``
     List of the names of the trained arrays, in the order of ``param_shapes``; the others are frozen. Default all.
 ``sha256``

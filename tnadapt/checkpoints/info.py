@@ -97,6 +97,9 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
     }
     if file.trained is not None:
         found["frozen"] = sum(array.size for array in file.arrays.values()) - file.num_parameters
+    if file.plan.point.subtracts:
+        stored = [name for name in file.given if name in file.plan.start_shapes]
+        found["start"] = {"name": file.config.start, "stored": len(stored)}
     if every:
         found["every"] = [_target(target) for target in file.targets]
     return found

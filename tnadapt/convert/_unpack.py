@@ -80,7 +80,7 @@ class Unpacked:
         plan, shape = self.file.plan, self.file.targets[weight].shape
         pieces = plan.layout.of_weight(weight)
         group = plan.groups[pieces[0].group]
-        if len(group.pieces) > 1 or len(pieces) > 1 or not group.projection.map.identity:
+        if len(group.pieces) > 1 or len(pieces) > 1 or not group.projection.map.identity or group.subtracts:
             return None
         network = group.network
         if len(network.sizes) == 1:

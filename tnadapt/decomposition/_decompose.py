@@ -53,6 +53,10 @@ class Settings:
         progress: Callable[[Step], None] | None = None,
     ) -> tuple[dict[str, Array], FitReport]:
         """:func:`~tnadapt.decomposition._group_fits.fit_plan` on arrays of like's library, dtype and device."""
+        if plan.point.subtracts:
+            raise ConfigError(
+                f"start={plan.config.start!r} is where training starts, and a fit gives all arrays: use start='zero'"
+            )
         return fit_plan(Algebra(backend, like, self.svd, self.seed), plan, read, self.limits, progress)
 
 

@@ -26,7 +26,8 @@ def step_cost(plan: SuperLoRA) -> int:
     -----
     The products are counted as they are computed, including padding: forward, and twice that backward, where each
     product of two arrays has a gradient for both. A map declares its own cost (fastfood: ``L log2 L`` additions per
-    transform, the first one of F's input only, and three products per element), and its adjoint costs the same. Not
+    transform, the first one of F's input only, and three products per element), and its adjoint costs the same. A start
+    that is subtracted is computed as well, forward. Not
     counted: the model itself, the scale, and recomputation that saves memory.
 
     Examples
@@ -42,7 +43,8 @@ def step_cost(plan: SuperLoRA) -> int:
     for group in plan.groups:
         key = id(group.network), group.size
         if key not in known:
-            known[key] = 3 * forward_cost(group.network) + 2 * _projected(group.projection)
+            start = 1 if group.start.subtracts else 0
+            known[key] = (3 + start) * forward_cost(group.network) + (2 + start) * _projected(group.projection)
         total += known[key]
     return total
 

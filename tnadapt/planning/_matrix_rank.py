@@ -121,6 +121,8 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     start = sum(math.prod(shape) for shape in shapes[:weight])
     rows, cols = shapes[weight]
     step = max(1, BLOCK // cols)
+    if plan.point.brought:  # the start may be anything
+        plan = plan.with_start({name: rng.standard_normal(shape) for name, shape in plan.array_shapes.items()})
 
     def blocks() -> Blocks:
         for lo in range(0, rows, step):
@@ -199,7 +201,9 @@ def by_formula(plan: SuperLoRA, weight: int) -> int | None:
     alone = len(pieces) == 1 and group.size == math.prod(shape)
     if not group.projection.map.identity or not alone or group.network.sizes != shape:
         return None
-    return _of_matrix(group.network)
+    found = _of_matrix(group.network)
+    # The update of the start, which is subtracted, has a rank of its own.
+    return min(2 * found, *shape) if found is not None and group.subtracts else found
 
 
 def _of_matrix(network: Network) -> int | None:

@@ -57,7 +57,12 @@ def known_as(config: Config) -> Name:
     LoRTA M = 5, G = weight, r = 1
     >>> print(known_as(tna.Config(rank=3, order=4, groups=2, fold="balanced", format="tt")))
     SuperLoRA TT, M = 4, G = 2, balanced, r = 3
+    >>> print(known_as(tna.presets.lora(8, start="pissa")))
+    LoRA r = 8, pissa
     """
+    if config.start != "zero":
+        usual = known_as(config.replace(start="zero"))
+        return usual._replace(label=f"{usual.label}, {config.start}".removeprefix(", "))
     plain = config.replace(alpha=None, seed=0, shared=True)
     rank = config.rank
     if plain == presets.dense():

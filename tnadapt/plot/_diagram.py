@@ -320,7 +320,9 @@ def _steps(plan: SuperLoRA, group: Group, index: int) -> list[FlowStep]:
             f"{_ratio(plan, projection)}{projection.n_in:,} → {projection.n_out:,}",
         )
         steps.append(FlowStep(lines, note, fixed=True))
-        note = "" if projection.linear else "minus F at the start"
+        note = "minus F at the start" if group.subtracts else ""
+    elif group.subtracts:
+        note = f"minus the start, {note}".removesuffix(", ")
     steps.append(FlowStep((f"group {index:,}: {group.size:,} {_plural(group.size, 'element')}",), note))
     steps.append(FlowStep(tuple(_covered(plan, group.pieces)), "row by row"))
     return steps

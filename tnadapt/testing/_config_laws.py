@@ -129,6 +129,8 @@ class _Case:
             # Any base will do: what is computed from it is given to the reference, like the draws of a source.
             self.base = [rng.normal(size=shape) for shape in self.plan.shapes]
             self.plan = self.plan.with_base(self.base)
+        if self.plan.point.brought:
+            self.plan = self.plan.with_start({n: rng.normal(size=s) for n, s in self.plan.array_shapes.items()})
         self.start = {name: array.astype(np.float64) for name, array in self.plan.init().items()}
         self.host = {name: rng.normal(size=shape) for name, shape in self.plan.param_shapes.items()}
         # A source has no second definition: what it computes is given to the reference.

@@ -91,7 +91,7 @@ def deltas(
         Named as by :class:`tnadapt.SuperLoRA`.
     layers : sequence of hashable, optional
     start : mapping of str to ndarray, optional
-        The initial parameters, which a nonlinear F needs.
+        The initial parameters, which a nonlinear F needs, and every start but "zero".
     roles : sequence of hashable, optional
 
     Returns
@@ -114,7 +114,7 @@ def deltas(
         sizes = _fold(config, n_in, [shapes[weight] for weight in np.unique(owner[where])])
         stream = 0 if config.shared else group
         y = project(config, _network(config, params, group, sizes).reshape(-1)[:n_in], n, stream, weights)
-        if not _map(config, n_in, n, stream, weights).linear:
+        if config.start != "zero" or not _map(config, n_in, n, stream, weights).linear:
             assert start is not None
             y = y - project(config, _network(config, start, group, sizes).reshape(-1)[:n_in], n, stream, weights)
         long_vector[where] = y

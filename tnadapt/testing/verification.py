@@ -16,6 +16,7 @@ import numpy as np
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.starting_points import STARTS
 from tnadapt.backends import available_backends, load_backend
 from tnadapt.errors import ConfigError, integer, safe_repr
 
@@ -103,8 +104,8 @@ def verify(
     Parameters
     ----------
     config : Config, optional
-        The config to check. If None, the draws, the products, fwht and F of the library, and every preset of
-        :mod:`tnadapt.presets` against the formula of its method.
+        The config to check. If None, the draws, the products, fwht and F of the library, every preset of
+        :mod:`tnadapt.presets` against the formula of its method, and every start.
     shapes : sequence of (rows, cols), optional
         Shapes of the weights for ``config``; ``[(12, 8), (12, 8), (8, 12)]`` by default. A projection is compared with
         its dense matrix, so use at most a few thousand elements per group.
@@ -166,7 +167,7 @@ def verify(
                 found += of_config("config", config, where, layers, backend, rng, roles)
                 continue
             found += of_library(backend, rng)
-            for label, (example, weights) in examples().items():
+            for label, (example, weights) in {**examples(), **_starts()}.items():
                 tell(f"{name}: {label}")
                 found += of_config(label, example, weights, None, backend, rng)
     return Report(tuple(found), absent)
@@ -213,6 +214,16 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         "miss": presets.miss(3),
     }
     return {name: (config, [(12, 8)] * 4) for name, config in made.items()}
+
+
+def _starts() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
+    """Return a small instance of every start but the usual one, which the presets have."""
+    rank = {"rank": 3, "alpha": 6}
+    return {
+        f"lora, start={name}": (presets.lora(**rank, start=name), [(12, 8)] * 2)
+        for name in STARTS.built_in
+        if STARTS[name].subtracts
+    }
 
 
 def _usable(wanted: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:

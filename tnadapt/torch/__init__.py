@@ -11,6 +11,7 @@ Examples
 
 from tnadapt.targets.target import Rows, Target
 
+from . import starts
 from ._adapter import Adapter, adapters
 from ._adapter_loading import from_pretrained, load
 from ._attach import attach
@@ -32,4 +33,5 @@ __all__ = [
     "load",
     "mix",
     "register_quantized",
+    "starts",
 ]

@@ -13,7 +13,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.decomposition import FitReport
 
 from . import _adapter_saving as saving
-from . import _arrays, _merging, _removal, _trainable
+from . import _arrays, _begin, _merging, _removal, _trainable
 from ._bound_plan import fill
 from ._registry import attached, mix, set_weight
 from ._state import AdapterState, need_unmerged
@@ -188,6 +188,48 @@ class Adapter:
         fill(self._state)
         self.load_arrays(self.plan.init(trained=self.trained))
 
+    def start_from(self, arrays: Mapping[str, Any]) -> None:
+        """Start training from these arrays; ΔW, which is the difference to them, stays exactly 0.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            NumPy arrays or tensors for some or all names in ``plan.array_shapes``, such as those that
+            :mod:`tnadapt.torch.starts` computes from data. The others start as usual. Copied, in float32.
+
+        Raises
+        ------
+        ConfigError
+            If the config's ``start`` is not "given", the adapter has been trained or loaded, a name is unknown, an
+            array is not finite, or nothing could learn from these arrays.
+        ShapeError
+            If an array has another shape.
+        TargetError
+            If the adapter is merged or detached.
+
+        In each case nothing is changed.
+
+        Warns
+        -----
+        UserWarning
+            If nothing could learn in some groups.
+
+        Notes
+        -----
+        Files store the arrays: no seed gives them again. :meth:`reset` returns to them. Under ``torch.distributed``
+        every process must call.
+
+        Examples
+        --------
+        >>> import torch, tnadapt as tna, tnadapt.torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> adapter = tnadapt.torch.attach(model, tna.presets.lora(1, start="given"), "all-linear")
+        >>> adapter.start_from({"group0.split0.factor0": torch.ones(4, 1)})
+        >>> adapter.arrays()["group0.split0.factor0"].any(), adapter.deltas()[0].any()
+        (tensor(True), tensor(False))
+        """
+        _begin.start_from(self._state, arrays)
+
     def load_arrays(self, arrays: Mapping[str, Any]) -> None:
         """Copy arrays into the parameters in place, without recompilation; an optimiser keeps its parameters.
 
@@ -304,7 +346,7 @@ class Adapter:
         path : path-like
             Written to a temporary name and renamed, so that an existing file is replaced atomically.
         store_bases : bool
-            Whether to store the frozen arrays that are computed from the base weights (``FromBase``), so that the file
+            Whether to store the arrays that are computed from the base weights (``FromBase``, starts), so that the file
             gives the same bits on every machine. By default the file has the base's fingerprint, and they are computed
             again; a base without a fingerprint has them stored anyway.
 

@@ -55,7 +55,8 @@ def to_file(adapter: AdapterState, store_bases: bool = False) -> AdapterFile:
             "was attached: call reset() once the model has its weights"
         )
     plan, base = adapter.plan, base_fingerprint(adapter)
-    stored = plan.given if store_bases or base is None else {name: plan.given[name] for name in plan.given_shapes}
+    all_stored = store_bases or base is None
+    stored = {name: array for name, array in plan.given.items() if all_stored or name not in plan.base_shapes}
     dtypes: dict[str, str] = {}
 
     def host(name: str, tensor: Tensor) -> np.ndarray:
@@ -144,8 +145,10 @@ def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:
         base = base_fingerprint(adapter)
         if file.base is not None and base is not None and not file.base.matches(base):
             raise FileError(f"it was trained on another base model: {file.base.difference(base)}")
-        for array, frozen in file.given.items():
-            if not np.array_equal(frozen, adapter.plan.given[array]):
+        own = adapter.plan.given
+        brought = [name for name in own if name not in adapter.plan.base_shapes]
+        for array in dict.fromkeys([*file.given, *brought]):
+            if array not in own or array not in file.given or not np.array_equal(file.given[array], own[array]):
                 raise FileError(
                     f"its frozen array {array!r} differs from that of adapter {adapter.name!r}: load it under another "
                     "name"

@@ -92,7 +92,8 @@ def attach(
     given : mapping of str to array, optional
         Frozen arrays of the config's ``Given`` sources, by their names in the plan.
     progress : callable, optional
-        Called with the numbers of arrays that are computed from the base weights (``FromBase``) so far and in all.
+        Called with the numbers of arrays that are computed from the base weights (``FromBase``, and starts such as
+        "pissa") so far and in all.
     detach_norm : bool
         For ``apply="magnitude"``: whether the gradient takes ‖W + ΔW‖ for a constant, as PEFT does. The default is the
         exact gradient. It is not saved with the adapter.
@@ -303,6 +304,11 @@ def _strategy(
         _check_quantized(config, applying, target, owner)
     can_factor = how is not None
     if activation is not None:
+        if plan.point.subtracts:
+            raise ConfigError(
+                f"activation={activation!r} depends on the input, so that the update of a start cannot be subtracted: "
+                f"use start='zero' instead of {config.start!r}"
+            )
         if how is None or not how.is_plain or wanted not in ("auto", "factored"):
             raise ConfigError(
                 f"activation={activation!r} acts between the two factors of one low-rank matrix per weight, in the "

@@ -1,4 +1,4 @@
-"""What an adapter's plan computes from the weights of its model: frozen arrays, and where magnitudes start."""
+"""What an adapter's plan computes from the weights of its model: frozen arrays, and where it starts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def fill(state: AdapterState) -> None:
 
 
 def _what(plan: SuperLoRA) -> str:
-    return f"apply={plan.config.apply!r}" if plan.weight_param_shapes else "FromBase"
+    if plan.weight_param_shapes:
+        return f"apply={plan.config.apply!r}"
+    return f"start={plan.config.start!r}" if plan.point.needs_base else "FromBase"
 
 
 def _weight(plan: SuperLoRA, target: Target, owner: nn.Module) -> Tensor:

@@ -151,6 +151,8 @@ class Slice:
             return None
         (piece,) = self._pieces
         group = self._groups[piece.group]
+        if group.subtracts:
+            return None  # the difference of two products
         backend = load_backend("torch")
         own = group.arrays(backend, dict(zip(self.names, arrays, strict=True)))
         start, stop = piece.group_start, piece.group_start + piece.length

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -141,6 +141,11 @@ class ForwardPatch:
         self.weights.append(PatchedParameter(slot.owner, slot.target.parameter))
         self.weights[-1].put([slot])
         self.is_plain = self._is_plain()
+
+    def exchange(self, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
+        """Put other slots in the place of some, each for the same weight."""
+        for patched in self.weights:
+            patched.slots = [slots.get(slot, slot) for slot in patched.slots]
 
     def install(self) -> None:
         """Replace the module's forward."""

@@ -7,7 +7,7 @@ public interface of such a state; no module below imports that class, so there a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -123,6 +123,9 @@ class Patch(Protocol):
 
     def rivals(self, adapter: AdapterState) -> list[AdapterState]:
         """Return the adapters of the same rows with which this one does not add up."""
+
+    def exchange(self, slots: Mapping[AdapterSlot, AdapterSlot]) -> None:
+        """Put other slots in the place of some."""
 
 
 class AdapterState:

@@ -20,7 +20,7 @@ from ._arrays import named_parameters, pairs
 from ._sharding import copy_all, gather_full, reshard
 from ._state import AdapterState
 
-__all__ = ["choose", "keep", "num_parameters", "parameter_groups"]
+__all__ = ["can_learn", "choose", "keep", "num_parameters", "parameter_groups"]
 
 
 def num_parameters(adapter: AdapterState) -> int:
@@ -130,7 +130,7 @@ def _moved_zero(adapter: AdapterState, trained: Collection[str]) -> dict[str, np
                     f"{_last_words(group.start.zeros)} too, or use another activation"
                 )
             moved.update({full: new.host(name) for name, full in group.names.items()})
-        elif not _can_learn(group, own, names):
+        elif not can_learn(group, own, names):
             unable.append(number)
             continue
         able.append(number)
@@ -145,7 +145,7 @@ def _is_start(start: Initializer, own: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str]) -> bool:
+def can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str]) -> bool:
     """Return whether some trained array has a nonzero gradient.
 
     With a linear F the gradient of an array is the product of the others of its term, so it is zero where one of those

@@ -22,10 +22,13 @@ from ._scaled import Scaled
 from ._seeded import Seeded
 from ._source import Place, Source, Stream
 from ._source_map import SourceMap, check_class
+from ._subspace import EXTRA as OVERSAMPLING
+from ._subspace import dominant_svd, leading_qr, minor_svd
 from ._tied import Tied
 from ._trained import Trained
 
 __all__ = [
+    "OVERSAMPLING",
     "SOURCES",
     "FromBase",
     "FrozenArray",
@@ -41,7 +44,10 @@ __all__ = [
     "Tied",
     "Trained",
     "check_term",
+    "dominant_svd",
     "inner_source",
+    "leading_qr",
+    "minor_svd",
     "origins_of",
     "register_source",
     "source_from_dict",

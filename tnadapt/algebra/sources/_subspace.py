@@ -14,10 +14,12 @@ import numpy as np
 
 from tnadapt.errors import ConfigError
 
-__all__ = ["EXTRA", "PASSES", "dominant_basis"]
+__all__ = ["EXTRA", "PASSES", "START_PASSES", "dominant_basis", "dominant_svd", "leading_qr", "minor_svd"]
 
 #: Passes of the iteration, each a multiplication by the matrix and by its transpose.
 PASSES = 4
+#: Passes for a start of training, which needs the vectors and values themselves.
+START_PASSES = 16
 #: Columns that are iterated in addition to those wanted.
 EXTRA = 8
 # Singular values closer than this, relative to the larger one, leave the single vectors undetermined.
@@ -63,7 +65,7 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
     Examples
     --------
     >>> matrix = np.diag([3.0, 2.0, 1.0])
-    >>> dominant_basis(matrix, np.ones((3, 3)) + np.eye(3), 2, True, "factor0").round(6)
+    >>> dominant_basis(matrix, np.ones((3, 3)) + np.eye(3), 2, True, "factor0").round(6) + 0.0  # no -0
     array([[1., 0.],
            [0., 1.],
            [0., 0.]])
@@ -89,13 +91,125 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
     if not vectors:
         return _orthonormal(found @ (found.T @ normals[:, :rank]))
     values = values[: rank + 1]
-    if (values[:-1] - values[1:] < _TIE * values[:-1]).any():
+    if _tied(values):
         warnings.warn(
             f"{what} takes single singular vectors of a base weight, two of whose singular values are nearer than "
             f"{_TIE:g}: another machine may compute other vectors. Save with store_bases=True, or use vectors=False",
             stacklevel=2,
         )
     return np.asarray(found * _signs(found))
+
+
+def _tied(values: np.ndarray) -> bool:
+    """Return whether two neighboring singular values, of a falling sequence, are nearer than 1e-4."""
+    return bool((values[:-1] - values[1:] < _TIE * values[:-1]).any())
+
+
+Triples = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def dominant_svd(matrix: np.ndarray, normals: np.ndarray, rank: int, what: str) -> Triples:
+    """Return the ``rank`` largest singular values with their vectors, by ``START_PASSES`` passes.
+
+    Parameters
+    ----------
+    matrix : ndarray of float64, shape (d, n)
+        Finite.
+    normals : ndarray of float64, shape (d, width)
+        Start of the iteration; of ``min(d, n)`` columns, it gives the decomposition itself.
+    rank : int
+        At most ``width``.
+    what : str
+        Name of what is computed, for messages.
+
+    Returns
+    -------
+    (ndarray, ndarray, ndarray)
+        Left vectors (d, rank), the largest entry of each positive; values; right vectors (n, rank).
+
+    Raises
+    ------
+    ConfigError
+        If the matrix has fewer than ``rank`` singular values above rounding errors.
+
+    Warns
+    -----
+    UserWarning
+        If the smallest value taken and the largest one left out are nearer than 1e-4.
+
+    Examples
+    --------
+    >>> left, values, right = dominant_svd(np.diag([3.0, 2.0, 1.0]), np.ones((3, 3)) + np.eye(3), 2, "x")
+    >>> ((left * values) @ right.T).round(6) + 0.0  # no -0
+    array([[3., 0., 0.],
+           [0., 2., 0.],
+           [0., 0., 0.]])
+    """
+    largest = float(np.abs(matrix).max())
+    own = matrix / (largest or 1.0)
+    q = _orthonormal(normals)
+    if q.shape[1] < matrix.shape[0]:
+        for _ in range(START_PASSES):
+            q = _orthonormal(own @ (own.T @ q))
+    inner, values, right = np.linalg.svd(q.T @ own, full_matrices=False)
+    return _signed(q @ inner, largest * values, right.T, slice(0, rank), what)
+
+
+def minor_svd(matrix: np.ndarray, rank: int, what: str) -> Triples:
+    """Return the ``rank`` smallest singular values with their vectors, like :func:`dominant_svd`, from LAPACK.
+
+    Examples
+    --------
+    >>> minor_svd(np.diag([3.0, 2.0]), 1, "x")[1]
+    array([2.])
+    """
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    return _signed(left, values, right.T, slice(len(values) - rank, None), what)
+
+
+def leading_qr(matrix: np.ndarray, rank: int, what: str) -> np.ndarray:
+    """Return Q of the QR decomposition of the first ``rank`` columns, for a positive diagonal of R.
+
+    Raises
+    ------
+    ConfigError
+        If these columns are linearly dependent up to rounding errors, so that Q is not determined.
+
+    Examples
+    --------
+    >>> leading_qr(np.diag([-3.0, 2.0]), 1, "x") + 0.0  # no -0
+    array([[-1.],
+           [ 0.]])
+    """
+    first = matrix[:, :rank]
+    q = _orthonormal(first)
+    diagonal = np.abs(np.diagonal(q.T @ first))
+    if diagonal.min() <= _NOISE * diagonal.max():
+        raise ConfigError(
+            f"{what} needs the first {rank} columns of the base weight to be linearly independent, and only "
+            f"{int((diagonal > _NOISE * diagonal.max()).sum())} are: use a smaller rank, or start='pissa'"
+        )
+    return q
+
+
+def _signed(left: np.ndarray, values: np.ndarray, right: np.ndarray, part: slice, what: str) -> Triples:
+    """Return some of the triples, each with the largest entry of its left vector positive."""
+    found = values[part]
+    if found[-1] <= _NOISE * values[0]:
+        raise ConfigError(
+            f"{what} needs {len(found)} singular values of the base weight that are not zero, and only "
+            f"{int((values > _NOISE * values[0]).sum())} are above rounding errors: use a smaller rank, or start='zero'"
+        )
+    first = part.start or 0
+    edge = first or first + len(found)
+    if 0 < edge < len(values) and _tied(values[edge - 1 : edge + 1]):
+        warnings.warn(
+            f"{what} takes singular vectors of a base weight up to a value that is nearer than {_TIE:g} to the next "
+            "one: another machine may take another part. Save with store_bases=True",
+            stacklevel=2,
+        )
+    signs = _signs(left[:, part])
+    return left[:, part] * signs, found, right[:, part] * signs
 
 
 def _orthonormal(matrix: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from tnadapt.algebra import presets
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.starting_points import starting_point
 from tnadapt.errors import ConfigError, UnexpectedKeywordError, safe_repr
 
 from .._forward_patch import ACTIVATIONS, STRATEGIES
@@ -153,6 +154,11 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         super().__post_init__()
         self.peft_type = NAME
         self.settings = _settings(preset, self.settings)
+        if starting_point(self.settings.get("start", "zero")).brought:
+            raise ConfigError(
+                "start='given' stores its start, and PEFT's files hold the trained arrays alone: use start='pissa', "
+                "'milora' or 'olora', or attach with tnadapt.torch.attach"
+            )
         if not isinstance(self.init_weights, bool):
             raise ConfigError(f"init_weights must be True or False; got {safe_repr(self.init_weights)}")
         if self.target_modules is None:

@@ -1,0 +1,409 @@
+"""Starts: where training begins, and that ΔW is the difference to it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.conftest import relative_error
+from tnadapt.algebra.factoring import factoring
+from tnadapt.algebra.starting_points import STARTS, Start, starting_point
+from tnadapt.backends import Backend, load_backend
+from tnadapt.planning import degrees_of_freedom, known_as, largest_rank, step_cost
+from tnadapt.testing.verification import examples
+
+P = tna.presets
+FROM_BASE = ("pissa", "milora", "olora")
+SHAPES = [(12, 8), (6, 8)]
+LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
+
+
+def config_of(start: str, **changes: Any) -> tna.Config:
+    return P.lora(3, start=start, **changes)
+
+
+def base(shape: tuple[int, int] = (12, 8), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def brought(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.array_shapes.items()}
+
+
+def bound(config: tna.Config, shapes: list[tuple[int, int]] | None = None) -> tna.SuperLoRA:
+    plan = tna.SuperLoRA(config, shapes or SHAPES)
+    plan = plan.with_base([base(shape, i) for i, shape in enumerate(plan.shapes)])
+    return plan.with_start(brought(plan)) if plan.point.brought else plan
+
+
+# -- The setting -------------------------------------------------------------------------------------------
+
+
+def test_the_usual_start_is_not_written() -> None:
+    assert "start" not in P.lora(2).to_dict()
+    assert P.lora(2, start="pissa").to_dict()["start"] == "pissa"
+    assert tna.Config.from_dict(P.lora(2, start="given").to_dict()) == P.lora(2, start="given")
+
+
+@pytest.mark.parametrize("wrong", ["svd", "", 3, None, ["pissa"]])
+def test_unknown_starts(wrong: Any) -> None:
+    with pytest.raises(tna.ConfigError, match="start must be one of 'zero', 'given', 'pissa', 'milora', 'olora'; got"):
+        tna.Config(start=wrong)
+
+
+def test_a_start_needs_the_offset() -> None:
+    with pytest.raises(tna.ConfigError, match=r"start='given' says where the arrays start, and offset=False starts"):
+        P.unilora(5, rank=2, start="given", offset=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shapes"),
+    [
+        ({"groups": 1}, SHAPES),
+        ({"groups": "weight", "fold": "hypercube"}, SHAPES),
+        ({"format": "tucker"}, SHAPES),
+        ({"splits": 2}, SHAPES),
+        ({"terms": 2}, SHAPES),
+        ({"projection": "shuffle"}, SHAPES),
+        ({"sources": {"factor1": tna.sources.Seeded("normal")}}, SHAPES),
+        ({"format": "cp-weighted"}, SHAPES),
+        ({"groups": 3}, [(12, 8), (12, 8)]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("start", FROM_BASE)
+def test_starts_of_the_base_are_those_of_lora(start: str, changes: dict[str, Any], shapes: Any) -> None:
+    with pytest.raises(
+        tna.ConfigError, match=rf"start='{start}' makes LoRA's two factors of one base weight: it needs"
+    ):
+        tna.SuperLoRA(config_of(start, **changes), shapes)
+
+
+@pytest.mark.parametrize("start", FROM_BASE)
+def test_a_rank_above_the_weights(start: str) -> None:
+    with pytest.raises(tna.ConfigError, match=rf"start='{start}' needs rank .* \(6, 2\), which has 2; got rank=3: use"):
+        tna.SuperLoRA(config_of(start), [(6, 2)])
+
+
+# -- The laws ----------------------------------------------------------------------------------------------
+
+
+def cases() -> dict[str, tuple[tna.Config, list[tuple[int, int]]]]:
+    own = {name: (config.replace(start="given"), shapes) for name, (config, shapes) in examples().items()}
+    own["linear"] = P.superlora(2, projection="linear", ratio=0.4, groups=2, start="given"), SHAPES
+    own["nonlinear"] = P.superlora(2, projection="nonlinear", start="given"), SHAPES
+    own |= {start: (config_of(start, alpha=5), SHAPES) for start in FROM_BASE}
+    own |= {f"{start}, θ": (P.unilora(9, rank=2, start=start), SHAPES) for start in FROM_BASE}
+    return own
+
+
+@pytest.mark.law("fresh-is-zero", "first-gradients", "update-formula", "update-slice")
+@pytest.mark.parametrize("name", cases())
+def test_the_laws_hold(name: str) -> None:
+    config, shapes = cases()[name]
+    report = tna.verify(config, shapes, backends=["numpy", "torch"])
+    assert report.holds, report
+
+
+@pytest.mark.slow
+@pytest.mark.law("fresh-is-zero", "torch-jax-gradients")
+@pytest.mark.parametrize("name", ["lora", "lokr", "nonlinear", "linear", "vera", *FROM_BASE])
+def test_the_laws_hold_on_jax(name: str) -> None:
+    pytest.importorskip("jax")
+    config, shapes = cases()[name]
+    assert tna.verify(config, shapes, backends=["jax"]).holds
+
+
+@pytest.mark.slow
+@pytest.mark.law("fresh-is-zero")
+@pytest.mark.parametrize("start", ["given", "pissa"])
+def test_jit_finds_the_start_at_zero(start: str) -> None:
+    jax = pytest.importorskip("jax")
+    plan = bound(config_of(start, alpha=5))
+    params = plan.init("jax")
+    assert not any(bool(delta.any()) for delta in jax.jit(plan.deltas)(params))
+
+
+def test_every_start_is_tested() -> None:
+    assert {"zero", "given", *FROM_BASE} == set(STARTS.built_in)
+
+
+@pytest.mark.law("fresh-is-zero")
+@given(
+    dtype=st.sampled_from(["float64", "float32", "float16", "bfloat16"]), start=st.sampled_from([*FROM_BASE, "given"])
+)
+def test_the_start_is_zero_in_every_dtype(dtype: str, start: str) -> None:
+    pytest.importorskip("torch")
+    plan = bound(config_of(start, alpha=0.7))
+    params = plan.init("torch", dtype)
+    assert all(bool(array.any()) for array in params.values())
+    assert not any(bool(delta.any()) for delta in plan.deltas(params))
+    wide = {name: array.double() for name, array in params.items()}
+    # As in merging: x_0 is rounded as in training.
+    assert not any(bool(delta.any()) for delta in plan.deltas(wide, dtype))
+
+
+def test_on_every_library(backend: Backend) -> None:
+    plan = bound(config_of("given", alpha=5))
+    host = brought(plan, 1)
+    params = {name: backend.asarray(array, "float64") for name, array in host.items()}
+    wide = {name: array.astype(np.float64) for name, array in host.items()}
+    for found, want in zip(plan.deltas(params), plan.deltas(wide), strict=True):
+        assert relative_error(backend.to_numpy(found), want) < 1e-12
+
+
+# -- Arrays that are brought -------------------------------------------------------------------------------
+
+
+def test_the_update_is_the_difference() -> None:
+    plan = bound(config_of("given"))
+    start, params = brought(plan), brought(plan, 1)
+    usual = tna.SuperLoRA(config_of("zero"), SHAPES)
+    wide = [{name: array.astype(np.float64) for name, array in own.items()} for own in (params, start)]
+    for found, now, then in zip(plan.deltas(wide[0]), *map(usual.deltas, wide), strict=True):
+        assert relative_error(found, now - then) < 1e-13
+
+
+def test_what_is_not_brought_starts_as_usual() -> None:
+    usual = tna.SuperLoRA(config_of("zero"), SHAPES).init()
+    array = np.full((8, 3), 0.5, np.float32)
+    found = tna.SuperLoRA(config_of("given"), SHAPES, start_from={RIGHT: array}).init()
+    assert np.array_equal(found[RIGHT], array)
+    for name in usual.keys() - {RIGHT}:
+        assert np.array_equal(found[name], usual[name])
+
+
+def test_a_new_start_replaces_the_old_one() -> None:
+    plan = bound(config_of("given"))
+    found = plan.with_start({LEFT: np.ones((12, 3))})
+    assert found.given.keys() == {f"start.{LEFT}"}
+    assert plan.given.keys() == {f"start.{name}" for name in plan.array_shapes}
+
+
+def test_frozen_arrays_stay_when_the_start_changes() -> None:
+    config = config_of("given", sources={"factor1": tna.sources.Given(shared=True)})
+    plan = tna.SuperLoRA(config, SHAPES, given={RIGHT: np.ones((8, 3))}).with_start({LEFT: np.ones((12, 3))})
+    assert plan.given.keys() == {RIGHT, f"start.{LEFT}"}
+    assert not any(delta.any() for delta in plan.deltas(plan.init()))
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda plan: pickle.loads(pickle.dumps(plan)), copy.deepcopy], ids=["pickle", "copy"]
+)
+@pytest.mark.parametrize("start", ["given", *FROM_BASE])
+def test_copies_have_the_start(start: str, copied: Any) -> None:
+    plan = bound(config_of(start))
+    found = copied(plan)
+    params = brought(plan, 1)
+    assert all(map(np.array_equal, found.deltas(params), plan.deltas(params)))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error", "message"),
+    [
+        ({"factor0": np.ones((12, 3))}, tna.ConfigError, "start_from names 'factor0'; the arrays that can start"),
+        ({LEFT: np.ones((3, 12))}, tna.ShapeError, r"start_from\['.*'\] has shape \(3, 12\); expected \(12, 3\)"),
+        ({LEFT: np.full((12, 3), math.nan)}, tna.ConfigError, r"start_from\['.*'\] must hold finite floating-point"),
+        ({LEFT: np.ones((12, 3), int)}, tna.ConfigError, r"start_from\['.*'\] must hold finite floating-point"),
+        ({LEFT: "ones"}, tna.ConfigError, r"start_from\['.*'\] must be an array"),
+        ([1, 2], tna.ConfigError, "start_from must be a mapping of array names to arrays; got list"),
+    ],
+    ids=["name", "shape", "nan", "integers", "text", "list"],
+)
+def test_arrays_that_do_not_fit(arrays: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tna.SuperLoRA(config_of("given"), SHAPES, start_from=arrays)
+
+
+@pytest.mark.parametrize("start", ["zero", "pissa"])
+def test_other_starts_take_no_arrays(start: str) -> None:
+    with pytest.raises(tna.ConfigError, match=rf"arrays to start from need Config\(start='given'\).* start='{start}'"):
+        tna.SuperLoRA(config_of(start), SHAPES, start_from={LEFT: np.ones((12, 3))})
+
+
+# -- Starts of the base ------------------------------------------------------------------------------------
+
+
+def factors(start: str, weight: np.ndarray, **changes: Any) -> tuple[np.ndarray, np.ndarray, float]:
+    config = config_of(start, **changes)
+    params = tna.SuperLoRA(config, [weight.shape]).with_base([weight]).init()
+    return params[LEFT].astype(np.float64), params[RIGHT].astype(np.float64), config.scale
+
+
+@pytest.mark.law("update-formula")
+@pytest.mark.parametrize("alpha", [None, 0.5, 24])
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (8, 8), (3, 8)])
+@pytest.mark.parametrize("start", ["pissa", "milora"])
+def test_singular_vectors_and_values(start: str, shape: tuple[int, int], alpha: float | None) -> None:
+    weight = base(shape)
+    b, a, scale = factors(start, weight, alpha=alpha)
+    left, values, right = np.linalg.svd(weight, full_matrices=False)
+    part = slice(0, 3) if start == "pissa" else slice(len(values) - 3, None)
+    assert relative_error(scale * b @ a.T, (left[:, part] * values[part]) @ right[part]) < 1e-6
+    # Each factor has the root of the values, and the largest entry of a left vector is positive.
+    assert relative_error(b.T @ b * scale, np.diag(values[part])) < 1e-6
+    assert relative_error(a.T @ a * scale, np.diag(values[part])) < 1e-6
+    assert (b[np.abs(b).argmax(0), range(3)] > 0).all()
+
+
+@pytest.mark.law("update-formula")
+@pytest.mark.parametrize("alpha", [None, 0.5, 24])
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (3, 8)])
+def test_the_qr_decomposition(shape: tuple[int, int], alpha: float | None) -> None:
+    weight = base(shape)
+    b, a, scale = factors("olora", weight, alpha=alpha)
+    q, r = np.linalg.qr(weight)
+    assert relative_error(scale * b @ a.T, q[:, :3] @ r[:3]) < 1e-6
+    assert relative_error(scale * b.T @ b, np.eye(3)) < 1e-6
+    assert (np.diagonal(a[:3]) > 0).all()
+    assert relative_error(np.tril(a[:3].T, -1), np.zeros((3, 3))) < 1e-6
+
+
+def test_the_iteration_converges() -> None:
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(size, 60)))[0] for size in (200, 150))
+    weight = (left * 0.9 ** np.arange(60)) @ right.T
+    b, a, _ = factors("pissa", weight)
+    assert relative_error(b @ a.T, (left[:, :3] * 0.9 ** np.arange(3)) @ right[:, :3].T) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e150])
+def test_weights_of_extreme_size(size: float) -> None:
+    with pytest.raises(tna.ConfigError, match="start='pissa' of group 0 has numbers that float32 cannot represent"):
+        factors("pissa", base() * size)
+    b, a, _ = factors("pissa", base() * math.sqrt(math.sqrt(size)))
+    assert b.any()
+    assert np.isfinite(a).all()
+
+
+@pytest.mark.parametrize("start", FROM_BASE)
+def test_weights_that_have_no_such_part(start: str) -> None:
+    wrong = base()
+    wrong[2, 3] = math.nan
+    with pytest.raises(
+        tna.ConfigError, match=rf"start='{start}' of group 0 is computed from the base weight, which ho"
+    ):
+        factors(start, wrong)
+    low = np.outer(np.ones(12), np.ones(8))
+    message = "linearly independent, and only 1 are" if start == "olora" else "not zero, and only 1 are above rounding"
+    with pytest.raises(tna.ConfigError, match=rf"start='{start}' of group 0 needs .*{message}"):
+        factors(start, low)
+
+
+@pytest.mark.parametrize(
+    ("start", "values"), [("pissa", [9, 8, 7, 7, 5, 4, 3, 2]), ("milora", [9, 8, 7, 6, 5, 5, 3, 2])]
+)
+def test_a_warning_where_the_part_is_not_determined(start: str, values: list[float]) -> None:
+    left, right = (np.linalg.qr(base((size, 8)))[0] for size in (12, 8))
+    with pytest.warns(UserWarning, match=rf"start='{start}' of group 0 takes .* nearer than 0.0001 to the next one"):
+        factors(start, (left * values) @ right.T)
+    values[3 if start == "pissa" else 5] -= 0.5
+    factors(start, (left * values) @ right.T)  # warnings are errors
+
+
+@pytest.mark.parametrize("start", FROM_BASE)
+def test_arrays_need_the_base(start: str) -> None:
+    plan = tna.SuperLoRA(config_of(start), SHAPES)
+    assert plan.num_parameters == tna.SuperLoRA(config_of("zero"), SHAPES).num_parameters
+    assert list(plan.base_shapes) == [f"start.{name}" for name in plan.param_shapes]
+    with pytest.raises(
+        tna.ConfigError, match=r"the start of 'group0.split0.factor0' is computed from the base weights"
+    ):
+        plan.init()
+
+
+@pytest.mark.parametrize("start", [*FROM_BASE, "given"])
+def test_arrays_are_contiguous_as_parameters_must_be(start: str) -> None:
+    plan = bound(config_of(start))
+    if start == "given":
+        plan = plan.with_start({name: np.asfortranarray(array) for name, array in brought(plan).items()})
+    assert all(array.flags.c_contiguous for array in plan.init().values())
+
+
+def test_progress_and_equal_bits() -> None:
+    told: list[tuple[int, int]] = []
+    plan = tna.SuperLoRA(config_of("pissa"), SHAPES)
+    weights = [base(shape) for shape in SHAPES]
+    found = plan.with_base(weights, progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    again = plan.with_base(lambda index: weights[index])
+    assert all(np.array_equal(array, again.given[name]) for name, array in found.given.items())
+
+
+def test_a_start_without_a_method() -> None:
+    class Empty(Start):
+        needs_base = True
+
+    with pytest.raises(tna.ConfigError, match=r"start Empty does not define arrays\(place, base, stream\)"):
+        Empty().arrays(tna.SuperLoRA(P.lora(1), [(2, 2)]).start_place(0), np.eye(2), None)  # type: ignore[arg-type]
+    assert starting_point("given").brought
+
+
+# -- Which arrays are trained, ranks and factors ------------------------------------------------------------
+
+
+def test_which_arrays_are_trained_does_not_move_the_start() -> None:
+    plan = bound(config_of("pissa"))
+    assert all(map(np.array_equal, plan.init(trained=[LEFT]).values(), plan.init().values()))
+
+
+@pytest.mark.law("largest-rank")
+@pytest.mark.parametrize("config", [P.lora(2), P.lotr(2, weights=2, rows=12, cols=8), P.loha(2), P.lokr(1)], ids=str)
+def test_the_rank_is_twice_as_large(config: tna.Config) -> None:
+    shapes = [(12, 8)] * 2
+    one, two = (tna.SuperLoRA(config.replace(start=start), shapes) for start in ("zero", "given"))
+    assert two.largest_rank(0) == min(8, 2 * one.largest_rank(0))
+    found = largest_rank(two, 0)
+    rng = np.random.default_rng(0)
+    plan = two.with_start({name: rng.normal(size=shape) for name, shape in two.array_shapes.items()})
+    params = {name: rng.normal(size=shape) for name, shape in plan.param_shapes.items()}
+    assert np.linalg.matrix_rank(plan.deltas(params)[0]) == found.value <= two.largest_rank(0)
+
+
+@pytest.mark.law("special-cases")
+@pytest.mark.parametrize("config", [P.lora(2, alpha=5), P.lotr(2, weights=2, rows=12, cols=8), P.loha(2)], ids=str)
+def test_the_factors_are_exact(config: tna.Config) -> None:
+    plan = bound(config.replace(start="given"), [(12, 8)] * 2)
+    how, usual = (factoring(tna.SuperLoRA(config.replace(start=s), [(12, 8)] * 2), 1) for s in ("given", "zero"))
+    assert how is not None
+    assert usual is not None
+    assert how.sizes[0].width == 2 * (usual.sizes[0].width or 0)
+    how, numpy = factoring(plan, 1), load_backend("numpy")
+    assert how is not None
+    params = {name: array.astype(np.float64) for name, array in brought(plan, 1).items()}
+    assert relative_error(how(numpy, params).dense(numpy), plan.delta(params, 1)) < 1e-13
+    for dtype in (np.float32, np.float64):
+        fresh = {name: array.astype(dtype) for name, array in plan.init().items()}
+        assert not how(numpy, fresh).dense(numpy).any()
+
+
+def test_the_start_costs_a_forward_pass() -> None:
+    usual, given = (step_cost(tna.SuperLoRA(config_of(start), SHAPES)) for start in ("zero", "given"))
+    assert 3 * given == 4 * usual
+    assert str(known_as(config_of("olora"))) == "LoRA r = 3, olora"
+
+
+def test_a_start_leaves_the_degrees_of_freedom() -> None:
+    plans = [tna.SuperLoRA(config_of(start), SHAPES) for start in ("zero", "given", "pissa")]
+    assert len({degrees_of_freedom(plan) for plan in plans}) == 1
+
+
+def test_kronecker_products_have_no_such_factors() -> None:
+    assert factoring(tna.SuperLoRA(P.lokr(2), [(12, 8)]), 0) is not None
+    assert factoring(tna.SuperLoRA(P.lokr(2, start="given"), [(12, 8)]), 0) is None
+
+
+def test_a_fit_has_no_start() -> None:
+    with pytest.raises(
+        tna.ConfigError, match="start='given' is where training starts, and a fit gives all arrays: use"
+    ):
+        tna.decompose([base()], config_of("given"))
