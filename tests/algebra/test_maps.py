@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tnadapt.maps import Circulant, Gather, Scatter, SignGather, Tile, Wavelet
+from tnadapt.maps import Circulant, Gather, Scatter, SignGather, Tile, TorchScatter, Wavelet
 
 from tnadapt import ConfigError
 from tnadapt.algebra.maps import KINDS, MAPS
@@ -50,6 +50,12 @@ class TestScatter(MapContract):
     kind = MAPS["scatter"]
     lengths = ((0, 5), (0, 6), (0, 64), (0, 509))
     settings = (Scatter(5), Scatter(positions=(4, 0, 2)))
+
+
+class TestTorchScatter(MapContract):
+    kind = MAPS["torch-scatter"]
+    lengths = ((0, 5), (0, 6), (0, 64), (0, 509))
+    settings = (TorchScatter(5), TorchScatter(3, seed=-1))
 
 
 class TestGather(MapContract):

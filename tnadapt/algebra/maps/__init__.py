@@ -36,6 +36,7 @@ from ._scatter import Scatter
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, tanhshrink
 from ._tile import Tile
+from ._torch_scatter import TorchScatter
 from ._wavelet import Wavelet
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "SignGather",
     "Space",
     "Tile",
+    "TorchScatter",
     "Wavelet",
     "checked_projection",
     "input_length",

@@ -17,6 +17,7 @@ from ._scatter import ScatterMap
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, NonlinearV2
 from ._tile import TileMap
+from ._torch_scatter import TorchScatterMap
 from ._wavelet import WaveletMap
 
 __all__ = ["KINDS", "MAPS", "SQUARE"]
@@ -32,6 +33,7 @@ MAPS: Registry[Map] = Registry(
         "nonlinear": Nonlinear,
         "nonlinear_v2": NonlinearV2,
         "scatter": ScatterMap,
+        "torch-scatter": TorchScatterMap,
         "gather": GatherMap,
         "sign-gather": SignGatherMap,
         "tile": TileMap,
