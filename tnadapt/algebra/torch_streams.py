@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tnadapt.errors import ConfigError
 
-__all__ = ["DEFAULT_SEED", "TorchStream", "permutation_head"]
+__all__ = ["DEFAULT_SEED", "TorchStream", "bfloat16_of", "permutation_head"]
 
 #: The seed of ``torch.Generator()`` that nobody has seeded.
 DEFAULT_SEED = 67280421310721
