@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from ._peft_c3a import PeftC3a
+from ._peft_fourierft import PeftFourierFT
 from ._peft_method import PeftMethod
+from ._peft_miss import PeftMiss
 from ._peft_randlora import PeftRandLora
+from ._peft_shira import PeftShira
 from ._peft_vera import PeftVera
+from ._peft_waveft import PeftWaveFT
 
 __all__ = ["METHODS"]
 
 METHODS: dict[str, PeftMethod] = {
-    "RANDLORA": PeftRandLora(),
     "VERA": PeftVera(),
+    "RANDLORA": PeftRandLora(),
+    "FOURIERFT": PeftFourierFT(),
+    "WAVEFT": PeftWaveFT(),
+    "C3A": PeftC3a(),
+    "SHIRA": PeftShira(),
+    "MISS": PeftMiss(),
 }
