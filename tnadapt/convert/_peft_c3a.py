@@ -44,11 +44,11 @@ class PeftC3a(PeftMethod):
         """Encode the kernels."""
         tensors, size = dict[str, Float](), 0
         for module in modules:
-            values, projection = values_of(self, module, file)
+            values, scale, projection = values_of(self, module, file)
             if not isinstance(projection, Circulant):
                 self.refuse("it needs projection=maps.Circulant(…) alone, as presets.c3a has it")
             size, (rows, cols) = projection.block, module.shape
-            kernel = values.reshape(rows // size, cols // size, size)
+            kernel = scale * values.reshape(rows // size, cols // size, size)
             tensors[self.name_of(module, "c3a_kernel")] = kernel if projection.average else kernel * cols
         return EncodedAdapter(tensors, config={"block_size": size})
 

@@ -54,12 +54,13 @@ class PeftFourierFT(PeftMethod):
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the entries, if a seed gives their positions."""
-        tensors, size, seed = dict[str, Float](), 0, _SEED
+        tensors, settings = dict[str, Float](), dict[str, object]()
         for module in modules:
-            values, projection = values_of(self, module, file)
-            size, seed = values.size, self._seed(projection, module)
+            values, scale, projection = values_of(self, module, file)
+            seed = self._seed(projection, module)
+            settings = {"n_frequency": values.size, "scaling": scale, "random_loc_seed": seed}
             tensors[self.name_of(module, "fourierft_spectrum")] = values
-        return EncodedAdapter(tensors, config={"n_frequency": size, "scaling": 1.0, "random_loc_seed": seed})
+        return EncodedAdapter(tensors, config=settings)
 
     def _seed(self, projection: Recipe, module: Module) -> int:
         """Return the seed of torch's that gives the positions."""

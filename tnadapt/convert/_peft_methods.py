@@ -8,6 +8,9 @@ from ._peft_method import PeftMethod
 from ._peft_miss import PeftMiss
 from ._peft_randlora import PeftRandLora
 from ._peft_shira import PeftShira
+from ._peft_tinylora import PeftTinyLora
+from ._peft_unilora import PeftUniLora
+from ._peft_vblora import PeftVbLora
 from ._peft_vera import PeftVera
 from ._peft_waveft import PeftWaveFT
 
@@ -21,4 +24,7 @@ METHODS: dict[str, PeftMethod] = {
     "C3A": PeftC3a(),
     "SHIRA": PeftShira(),
     "MISS": PeftMiss(),
+    "UNILORA": PeftUniLora(),
+    "TINYLORA": PeftTinyLora(),
+    "VBLORA": PeftVbLora(),
 }

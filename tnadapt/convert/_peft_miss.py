@@ -56,12 +56,12 @@ class PeftMiss(PeftMethod):
         """Encode the matrix, transposed."""
         tensors, config = dict[str, Float](), dict[str, object]()
         for module in modules:
-            values, tile = values_of(self, module, file)
+            values, scale, tile = values_of(self, module, file)
             if not isinstance(tile, Tile) or tile.cols is None:
                 self.refuse("it needs projection=maps.Tile(cols=…) alone, as presets.miss has it")
             if tile.rows is not None and module.shape[0] % tile.rows:
                 self.refuse(f"mini_r={tile.rows} must divide the {module.shape[0]} rows of {module.path} there")
-            tensors[self.name_of(module, "miss_block")] = values.reshape(-1, tile.cols).T
+            tensors[self.name_of(module, "miss_block")] = scale * values.reshape(-1, tile.cols).T
             config = {"r": tile.cols, "init_weights": True}
             if tile.rows is not None:
                 config |= {"init_weights": "mini", "mini_r": tile.rows}

@@ -8,16 +8,12 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.group import Group
-from tnadapt.algebra.maps import Chain, Circulant, PerWeight, Recipe, Tile
+from tnadapt.algebra.maps import Recipe
 from tnadapt.checkpoints.adapter_file import AdapterFile
-from tnadapt.errors import ConfigError
 from tnadapt.targets.target import Target
 
 from ._peft_method import OwnStructure, PeftMethod, scaled_config
@@ -53,8 +49,8 @@ def padded(values: Float, size: int) -> Float:
     return np.pad(values, (0, size - values.size))
 
 
-def values_of(method: PeftMethod, module: Module, file: AdapterFile) -> tuple[Float, Recipe]:
-    """Return the scaled values of a weight, and the map; raise ConfigError unless a map is applied to one vector."""
+def values_of(method: PeftMethod, module: Module, file: AdapterFile) -> tuple[Float, float, Recipe]:
+    """Return the values of a weight, their scale and the map; raise ConfigError unless a map is applied to one vector."""
     config, plan = file.config, file.plan
     method.require_one_weight_per_group(file)
     group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
@@ -63,9 +59,5 @@ def values_of(method: PeftMethod, module: Module, file: AdapterFile) -> tuple[Fl
             "it needs one trained vector for each weight, order=1 and format='dense', and a map with on='weight', as "
             f"presets.{method.kind} has them"
         )
-    return _vector(group, file), config.projection
-
-
-def _vector(group: Group, file: AdapterFile) -> Float:
-    vector: Float = file.arrays[group.names["split0.dense"]].astype(np.float64).reshape(-1) * group.network.scale
-    return vector
+    vector: Float = file.arrays[group.names["split0.dense"]].astype(np.float64).reshape(-1)
+    return vector, group.network.scale, config.projection

@@ -77,13 +77,13 @@ class PeftWaveFT(PeftMethod):
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the coefficients, if PEFT's default seed gives their positions."""
-        tensors, size, family = dict[str, Float](), 0, ""
+        tensors, settings = dict[str, Float](), dict[str, object]()
         for module in modules:
-            values, projection = values_of(self, module, file)
-            size, family = values.size, self._family(projection, module)
+            values, scale, projection = values_of(self, module, file)
+            family = self._family(projection, module)
+            settings = {"n_frequency": values.size, "scaling": scale, "random_loc_seed": _SEED, "wavelet_family": family}
             tensors[self.name_of(module, "waveft_spectrum")] = values
-        config = {"n_frequency": size, "scaling": 1.0, "random_loc_seed": _SEED, "wavelet_family": family}
-        return EncodedAdapter(tensors, config=config)
+        return EncodedAdapter(tensors, config=settings)
 
     def _family(self, projection: Recipe, module: Module) -> str:
         steps = projection if isinstance(projection, tuple) else (projection,)
