@@ -48,11 +48,11 @@ class TorchStream:
     def uniforms(self, shape: Sequence[int], low: float, high: float, dtype: str = "float32") -> NDArray[np.float32]:
         """Return what ``torch.empty(shape, dtype=dtype).uniform_(low, high)`` holds, of "float32" or "bfloat16"."""
         unit = (self.words(math.prod(shape)) & np.uint32((1 << 24) - 1)) * 2.0**-24
-        low, high = np.float32(low), np.float32(high)
-        found = (unit * np.float64(high - low) + np.float64(low)).astype(np.float32)
+        ends = np.array([low, high], np.float32)
+        found = (unit * np.float64(ends[1] - ends[0]) + np.float64(ends[0])).astype(np.float32)
         if dtype == "bfloat16":
-            found, low, high = (bfloat16_of(value) for value in (found, low, high))
-        return np.where(found == high, low, found).reshape(tuple(shape)).astype(np.float32)
+            found, ends = bfloat16_of(found), bfloat16_of(ends)
+        return np.where(found == ends[1], ends[0], found).reshape(tuple(shape)).astype(np.float32)
 
     def normals(self, count: int) -> NDArray[np.float64]:
         """Return what ``torch.randn(count)`` of 16 elements or more holds, but for rounding."""

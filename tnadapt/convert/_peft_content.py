@@ -121,7 +121,9 @@ class PeftContent:
             self.dtypes.add(DTYPES.get(tag, tag))
             return widen(name, tag, array)
         # PEFT on Windows stores integers as float32.
-        whole = array.astype(np.int64) if array.dtype.kind in "iuf" and tag != "BF16" and np.isfinite(array).all() else None
+        whole = (
+            array.astype(np.int64) if array.dtype.kind in "iuf" and tag != "BF16" and np.isfinite(array).all() else None
+        )
         if whole is None or not np.array_equal(whole, array):
             raise FileError(f"{safe_repr(name)} must hold integers; it is {tag}")
         return whole
@@ -198,13 +200,15 @@ class PeftContent:
                 "module in model.named_modules() if hasattr(module, 'weight')}"
             )
         if len(stored) != 2:
-            raise FileError(f"{safe_repr(path)} is a weight of {len(stored)} axes in base, and {self.title} adapts matrices")
+            raise FileError(
+                f"{safe_repr(path)} is a weight of {len(stored)} axes in base, and {self.title} adapts matrices"
+            )
         here = (stored[1], stored[0]) if self._is_transposed(path) else (stored[0], stored[1])
         # PEFT has one setting for all weights. Where it contradicts the tensors, they decide.
         return [here, here[::-1]] if self.settings.may_transpose else [here]
 
     def _is_transposed(self, path: str) -> bool:
-        return self._transposed.get(path, self.settings.transposed)
+        return bool(self._transposed.get(path, self.settings.transposed))
 
 
 def _checked(what: str, array: np.ndarray, axes: int) -> np.ndarray:

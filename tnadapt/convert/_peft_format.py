@@ -88,8 +88,8 @@ class PeftFormat(FileFormat):
             return folder or "."
         if any(name.startswith(PREFIX) for name in names):
             raise FileError(
-                f"has weights of a PEFT adapter, which are no use without {CONFIG_NAME}: give the folder that has it and "
-                f"{_WEIGHTS}"
+                f"has weights of a PEFT adapter, which are no use without {CONFIG_NAME}: give the folder that has it "
+                f"and {_WEIGHTS}"
             )
         return None
 

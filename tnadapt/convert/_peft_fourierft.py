@@ -13,7 +13,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from ._file_format import EncodedAdapter
 from ._peft_content import PeftContent
 from ._peft_method import OwnStructure, PeftMethod, seed_of
-from ._peft_positions import dense_updates, few_values, padded, values_of
+from ._peft_positions import dense_updates, few_values, padded, targets_with_room, values_of
 from ._peft_settings import number_of
 from ._unpack import Module
 from ._updates import Float
@@ -35,10 +35,7 @@ class PeftFourierFT(PeftMethod):
         """Read the entries as a vector, and their positions as the map that draws them."""
         content.require_modules()
         values = [content.tensor(path, "fourierft_spectrum", 1) for path in content.modules]
-        targets = [
-            content.target_from_base(path, lambda rows, cols, n=own.size: rows * cols >= n, f"it has {own.size} entries")
-            for path, own in zip(content.modules, values, strict=True)
-        ]
+        targets = targets_with_room(content, values)
         scale = number_of("scaling", content.config.get("scaling", 150.0))
         seed = seed_of("random_loc_seed", content.config.get("random_loc_seed"), _SEED)
         most = max(own.size for own in values)
@@ -50,7 +47,9 @@ class PeftFourierFT(PeftMethod):
             spectrum = np.zeros(target.shape[0] * target.shape[1])
             spectrum[permutation_head(spectrum.size, own.size, seed)] = own
             deltas.append(np.asarray(np.fft.ifft2(spectrum.reshape(target.shape)).real * scale))
-        return dense_updates(targets, deltas, f"a config has one number of entries, and {most} are more than a weight has")
+        return dense_updates(
+            targets, deltas, f"a config has one number of entries, and {most} are more than a weight has"
+        )
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the entries, if a seed gives their positions."""

@@ -100,14 +100,10 @@ class PeftMethod:
     def load(self, container: Container, config: Mapping[str, Any], base: Base | None) -> ForeignAdapter:
         """Read the adapter of an open file of weights."""
         settings = common_settings(config, self.title, self.fields, self.refused, self.may_transpose)
-        content = PeftContent(
-            container, config, settings, base, self.tensors, self.shared, self.integers, self.copies
-        )
+        content = PeftContent(container, config, settings, base, self.tensors, self.shared, self.integers, self.copies)
         found = self.read(content)
         dtype = content.dtype
-        updates = [
-            TargetUpdate(target, update) for target, update in zip(found.targets, found.updates, strict=False)
-        ]
+        updates = [TargetUpdate(target, update) for target, update in zip(found.targets, found.updates, strict=False)]
         file = None
         if found.config is not None:
             stored, kinds = narrow(found.arrays, dtype)
@@ -142,8 +138,8 @@ class PeftMethod:
             )
         if len(module.targets) > 1 or module.targets[0][1].rows is not None:
             raise ConfigError(
-                f"{safe_repr(module.path)} is updated in some of its rows, and PEFT has {self.title} for whole modules; "
-                "convert to 'peft-lora'"
+                f"{safe_repr(module.path)} is updated in some of its rows, and PEFT has {self.title} for whole modules "
+                "only; convert to 'peft-lora'"
             )
 
     def encoded(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
@@ -162,9 +158,7 @@ class PeftMethod:
 
     def refuse(self, why: str, way_out: str = "") -> NoReturn:
         """Raise the ConfigError for a config of another structure."""
-        raise ConfigError(
-            f"the adapter cannot be written as PEFT's {self.title}: {why}; {way_out or _WAY_OUT}"
-        )
+        raise ConfigError(f"the adapter cannot be written as PEFT's {self.title}: {why}; {way_out or _WAY_OUT}")
 
     def name_of(self, module: Module, tensor: str) -> str:
         """Return the name of a module's tensor in the file."""
@@ -178,7 +172,9 @@ class PeftMethod:
             self.refuse("several weights are one group, or one weight is several, and PEFT adapts weights one by one")
 
 
-_WAY_OUT = "convert to 'peft-lora', which is exact for updates of low rank, or to 'lycoris-full', which holds every update"
+_WAY_OUT = (
+    "convert to 'peft-lora', which is exact for updates of low rank, or to 'lycoris-full', which holds every update"
+)
 
 
 def scaled_config(scale: float, make: Callable[[float | None], Config]) -> tuple[Config, float]:

@@ -1,4 +1,4 @@
-"""The registry of PEFT's methods with a structure of their own, by PEFT's names. A new one is a file and a line here."""
+"""The registry of PEFT's methods with a structure of their own: a new one is one more file, and one more line here."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from tnadapt.algebra.maps import Tile
@@ -44,11 +45,9 @@ class PeftMiss(PeftMethod):
             height = block.shape[1]
             if block.shape[0] != rank or mini not in (None, height):
                 raise content.misfit(path, f"miss_block must be ({rank}, {'rows' if mini is None else mini})")
-            targets.append(content.target_from_base(
-                path,
-                lambda rows, cols, own=height: rank <= cols and (rows == own if mini is None else rows % own == 0),
-                f"it must have {height} rows{' or a multiple' * (mini is not None)}, and {rank} columns or more",
-            ))  # fmt: skip
+            fits = functools.partial(_fits, rank, height, mini is not None)
+            what = f"it must have {height} rows{' or a multiple' * (mini is not None)}, and {rank} columns or more"
+            targets.append(content.target_from_base(path, fits, what))
             values.append(block.T)
         return few_values(targets, values, Tile(mini, rank), 1.0)
 
@@ -66,3 +65,7 @@ class PeftMiss(PeftMethod):
             if tile.rows is not None:
                 config |= {"init_weights": "mini", "mini_r": tile.rows}
         return EncodedAdapter(tensors, config=config)
+
+
+def _fits(rank: int, height: int, repeated: bool, rows: int, cols: int) -> bool:
+    return rank <= cols and (rows % height == 0 if repeated else rows == height)

@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,16 +17,15 @@ from tnadapt.algebra.maps import Recipe
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.targets.target import Target
 
+from ._peft_content import PeftContent
 from ._peft_method import OwnStructure, PeftMethod, scaled_config
 from ._unpack import Module
 from ._updates import Float, ModuleUpdate
 
-__all__ = ["dense_updates", "few_values", "padded", "values_of"]
+__all__ = ["dense_updates", "few_values", "padded", "targets_with_room", "values_of"]
 
 
-def few_values(
-    targets: Sequence[Target], values: Sequence[Float], projection: Recipe, scale: float
-) -> OwnStructure:
+def few_values(targets: Sequence[Target], values: Sequence[Float], projection: Recipe, scale: float) -> OwnStructure:
     """Return one vector per weight, to which a map is applied."""
 
     def config(alpha: float | None) -> Config:
@@ -38,10 +38,20 @@ def few_values(
 
 def dense_updates(targets: Sequence[Target], deltas: Sequence[Float], why: str) -> OwnStructure:
     """Return the updates themselves, exact but large, with a note."""
-    updates = [
-        ModuleUpdate("dense", target.shape, (delta,)) for target, delta in zip(targets, deltas, strict=True)
-    ]
+    updates = [ModuleUpdate("dense", target.shape, (delta,)) for target, delta in zip(targets, deltas, strict=True)]
     return OwnStructure(targets, updates=updates, notes=(f"stored dense: {why}",))
+
+
+def targets_with_room(content: PeftContent, values: Sequence[Float]) -> list[Target]:
+    """Return the target of each module, which must have as many elements as there are values."""
+    return [
+        content.target_from_base(path, functools.partial(_has_room, own.size), f"it has {own.size} values")
+        for path, own in zip(content.modules, values, strict=True)
+    ]
+
+
+def _has_room(count: int, rows: int, cols: int) -> bool:
+    return rows * cols >= count
 
 
 def padded(values: Float, size: int) -> Float:
@@ -50,7 +60,7 @@ def padded(values: Float, size: int) -> Float:
 
 
 def values_of(method: PeftMethod, module: Module, file: AdapterFile) -> tuple[Float, float, Recipe]:
-    """Return the values of a weight, their scale and the map; raise ConfigError unless a map is applied to one vector."""
+    """Return the values of a weight, their scale and the map; raise ConfigError if the config has another structure."""
     config, plan = file.config, file.plan
     method.require_one_weight_per_group(file)
     group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]

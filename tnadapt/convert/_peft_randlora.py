@@ -7,6 +7,7 @@ with the smaller side of a weight, so does the pairing, and weights share B only
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.sources import Given, Scaled, Source, Tied
 from tnadapt.algebra.torch_streams import TorchStream, bfloat16_of
+from tnadapt.errors import ConfigError
 from tnadapt.targets.target import Target
 
 from ._peft_content import PeftContent
@@ -62,7 +64,7 @@ class PeftRandLora(PeftMethod):
         config, moved = plan.config(), 1.0
         try:
             config = config.replace(alpha=alpha)
-        except ValueError:
+        except ConfigError:
             moved = scale
         trained = list[str]()
         for number, weight in enumerate(weights):
@@ -90,9 +92,8 @@ class PeftRandLora(PeftMethod):
             raise content.misfit(
                 path, f"with r = {rank}, randlora_lambda must be (r, N) and randlora_gamma (N, side), N = ⌈side / r⌉"
             )
-        target = content.target_from_base(
-            path, lambda rows, cols: min(rows, cols) == least, f"its smaller side is {least}"
-        )
+        fits = functools.partial(_has_smaller_side, least)
+        target = content.target_from_base(path, fits, f"its smaller side is {least}")
         rows, cols = target.shape
         return _Weight(target, lambdas, gammas, cols <= rows)
 
@@ -105,7 +106,9 @@ class PeftRandLora(PeftMethod):
         count = -(-least // rank)
         if content.config.get("save_projection", True) or "randlora_A" in content.shared:
             a, b = (
-                content.shared_tensor(name, 3, ": save it with save_projection=True, or set that to false in the config")
+                content.shared_tensor(
+                    name, 3, ": save it with save_projection=True, or set that to false in the config"
+                )
                 for name in self.shared
             )
             own = max(min(weight.target.shape) for weight in weights)
@@ -117,7 +120,9 @@ class PeftRandLora(PeftMethod):
                     f"larger; they are {a.shape} and {b.shape}",
                 )
             if b.shape[1] < max(len(weight.gammas) for weight in weights):
-                raise content.misfit(weights[0].target.module, f"randlora_B has {b.shape[1]} bases, and that is too few")
+                raise content.misfit(
+                    weights[0].target.module, f"randlora_B has {b.shape[1]} bases, and that is too few"
+                )
             return a[:, 0], b, ()
         stream = TorchStream(seed_of("projection_prng_key", content.config.get("projection_prng_key"), 0))
         if content.config.get("very_sparse") or content.config.get("sparse"):
@@ -181,9 +186,7 @@ class _Plan:
         weight, own, given = self.weights[number], dict[str, Float](), dict[str, Float]()
         least, most = min(weight.target.shape), max(weight.target.shape)
         short, long = self.short(weight), self.long(weight)
-        largest_least, largest = (
-            max(side(other.target.shape) for other in self.weights) for side in (min, max)
-        )
+        largest_least, largest = (max(side(other.target.shape) for other in self.weights) for side in (min, max))
         for term in range(self.terms):
             prefix = f"group{number}." + f"term{term}." * (self.terms > 1)
             real = term < len(weight.gammas)
@@ -211,6 +214,10 @@ class _Plan:
         return ModuleUpdate("lora", weight.target.shape, (pair,), scale)
 
 
+def _has_smaller_side(least: int, rows: int, cols: int) -> bool:
+    return min(rows, cols) == least
+
+
 def _kaiming(stream: TorchStream, shape: tuple[int, int, int]) -> Float:
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(shape[1] * shape[2]))
     # PEFT draws in bfloat16 where the machine has it, and in float16 elsewhere.
@@ -224,7 +231,7 @@ def _sparse(stream: TorchStream, shape: tuple[int, int, int], sparsity: float) -
 
 
 def _normalized(array: Float, half: bool) -> Float:
-    deviation = np.float32(array.std(ddof=1))
-    if not half:
-        return (array.astype(np.float32) / deviation).astype(np.float64)
-    return bfloat16_of(array.astype(np.float32) / bfloat16_of(deviation)).astype(np.float64)
+    deviation = np.array(array.std(ddof=1), np.float32)
+    single = array.astype(np.float32)
+    found = bfloat16_of(single / bfloat16_of(deviation)) if half else single / deviation
+    return np.asarray(found, np.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,7 +46,7 @@ class PeftShira(PeftMethod):
                 raise content.misfit(path, f"shira_weight must have r (rows + cols) elements, r = {rank}, and "
                                      "shira_indices a row and a column for each")  # fmt: skip
             target = content.target_from_base(
-                path, lambda rows, cols, sides=sides: rows + cols == sides, f"rows and columns must sum to {sides}"
+                path, functools.partial(_have_sum, sides), f"rows and columns must sum to {sides}"
             )
             if (indices < 0).any() or (indices >= np.array(target.shape)[:, None]).any():
                 raise content.misfit(path, f"shira_indices has a position outside the {target.shape} elements")
@@ -95,6 +97,10 @@ class PeftShira(PeftMethod):
         return places, vector[which[places] - 1]
 
 
+def _have_sum(total: int, rows: int, cols: int) -> bool:
+    return rows + cols == total
+
+
 def _seeded(
     targets: Sequence[Target], places: Sequence[NDArray[np.int64]], values: Sequence[Float], seed: int
 ) -> OwnStructure | None:
@@ -113,13 +119,24 @@ def _seeded(
 
 
 def _listed(targets: Sequence[Target], places: Sequence[NDArray[np.int64]], values: Sequence[Float]) -> OwnStructure:
-    """Return the values with a list of their positions in the long vector; the updates if it is too long."""
+    """Return the values with a list of their positions; the updates if it is too long.
+
+    The positions are those in each weight if they are the same in all, otherwise those in the long vector.
+    """
+    if all(np.array_equal(own, places[0]) for own in places) and len({target.shape for target in targets}) == 1:
+        with contextlib.suppress(ConfigError):
+            return few_values(targets, values, Scatter(positions=tuple(places[0].tolist())), 1.0)
     sizes = [target.shape[0] * target.shape[1] for target in targets]
     starts = np.cumsum([0, *sizes])
     flat = np.concatenate([own + start for own, start in zip(places, starts, strict=False)])
     try:
         config = Config(
-            groups=1, order=1, fold="hypercube", format="dense", rank=1, projection=Scatter(positions=tuple(flat.tolist()))
+            groups=1,
+            order=1,
+            fold="hypercube",
+            format="dense",
+            rank=1,
+            projection=Scatter(positions=tuple(flat.tolist())),
         )
     except ConfigError:
         deltas = []

@@ -20,7 +20,8 @@ __all__ = ["PeftTinyLora"]
 
 _NOTE = "the r × r matrix of each weight is stored as trained, as no config has PEFT's P: {} trained numbers became {}"
 _ORDER = (
-    "give base={name: tuple(module.weight.shape) for name, module in model.named_modules() if hasattr(module, 'weight')}"
+    "give base={name: tuple(module.weight.shape) for name, module in model.named_modules() "
+    "if hasattr(module, 'weight')}"
 )
 
 
@@ -31,7 +32,8 @@ class PeftTinyLora(PeftMethod):
     tensors = ("tinylora_A", "tinylora_B", "tinylora_P")
     shared = ("tinylora_v",)
     fields = (
-        "r", "u", "weight_tying", "projection_seed", "save_projection", "init_v_bound", "tinylora_dropout", "init_weights",
+        "r", "u", "weight_tying", "projection_seed", "save_projection", "init_v_bound", "tinylora_dropout",
+        "init_weights",
     )  # fmt: skip
     may_transpose = True
     writable = False
@@ -58,10 +60,11 @@ class PeftTinyLora(PeftMethod):
         rank = max(len(core) for _, core, _ in parts)
         arrays, given, updates = dict[str, Float](), dict[str, Float](), []
         for number, ((b, core, a), target) in enumerate(zip(parts, targets, strict=True)):
-            short = (0, rank - len(core))
+            # A Tucker factor has no more columns than rows.
+            left, right = ((0, min(rank, side) - len(core)) for side in target.shape)
             name = f"group{number}.split0"
-            arrays[f"{name}.core"] = np.pad(core, (short, short))
-            given |= {f"{name}.factor0": np.pad(b, ((0, 0), short)), f"{name}.factor1": np.pad(a, (short, (0, 0))).T}
+            arrays[f"{name}.core"] = np.pad(core, (left, right))
+            given |= {f"{name}.factor0": np.pad(b, ((0, 0), left)), f"{name}.factor1": np.pad(a, (right, (0, 0))).T}
             updates.append(ModuleUpdate("lora", target.shape, (Pair(b @ core, a.T),)))
         config = Config(rank=rank, format="tucker", sources={"factor0": Given(), "factor1": Given()})
         trained = sum(v.size for v in vectors), sum(array.size for array in arrays.values())
@@ -80,7 +83,9 @@ class PeftTinyLora(PeftMethod):
             return dict.fromkeys(content.modules, 0)
         if content.base is None or not content.base.ordered:
             why = "which of its vectors v is a weight's" if stored else "the matrices P"
-            raise FileError(f"the order of the modules in the model decides {why}, and the file does not have it: {_ORDER}")
+            raise FileError(
+                f"the order of the modules in the model decides {why}, and the file does not have it: {_ORDER}"
+            )
         for path in content.modules:
             content.base.check_module(path)
         return {path: place for place, path in enumerate(one for one in content.base.shapes if one in content.modules)}
@@ -88,12 +93,15 @@ class PeftTinyLora(PeftMethod):
     def _projection(self, content: PeftContent, path: str, place: int, count: int, rank: int) -> Float:
         """Return P, (u, r, r), stored or drawn as PEFT draws it."""
         if "tinylora_P" in content.modules[path] or content.config.get("save_projection", True):
-            p: Float = content.tensor(path, "tinylora_P", 3)
-            if p.shape != (count, rank, rank):
+            stored: Float = content.tensor(path, "tinylora_P", 3)
+            if stored.shape != (count, rank, rank):
                 raise content.misfit(path, f"tinylora_P must be ({count}, {rank}, {rank})")
-            return p
+            return stored
         size = count * rank * rank
         if size < 16:
-            raise FileError(f"the {size} elements of P are too few to draw as torch does: save it with save_projection=True")
+            raise FileError(
+                f"the {size} elements of P are too few to draw as torch does: save it with save_projection=True"
+            )
         seed = seed_of("projection_seed", content.config.get("projection_seed"), 42) + place
-        return (TorchStream(seed).normals(size) / rank**0.5).astype(np.float32).astype(np.float64).reshape(count, rank, rank)
+        drawn = (TorchStream(seed).normals(size) / rank**0.5).astype(np.float32)
+        return np.asarray(drawn.reshape(count, rank, rank), np.float64)

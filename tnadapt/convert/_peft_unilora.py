@@ -17,7 +17,6 @@ from tnadapt.targets.roles import natural
 
 from ._peft_content import PeftContent
 from ._peft_method import OwnStructure, PeftMethod, rank_of
-from ._peft_settings import integer_of
 from ._updates import Float, ModuleUpdate, Pair
 
 __all__ = ["PeftUniLora"]
@@ -91,8 +90,8 @@ class PeftUniLora(PeftMethod):
         config, base = content.config, content.base
         if base is None or not base.ordered or None in base.shapes.values():
             raise FileError(
-                "it stores neither its indices nor the names of its weights, and PEFT draws the indices in the order of "
-                f"the model's modules: {_SAVE}, or give base={{name: tuple(module.weight.shape) for name, module in "
+                "it stores neither its indices nor the names of its weights, and PEFT draws the indices in the order "
+                f"of the model's modules: {_SAVE}, or give base={{name: tuple(module.weight.shape) for name, module in "
                 "model.named_modules() if hasattr(module, 'weight')}"
             )
         unclear = [name for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if config.get(name)]

@@ -1,4 +1,4 @@
-"""PEFT's VB-LoRA: parts of A and B are mixtures of a few vectors of a bank. No config has such mixtures: read as LoRA."""
+"""PEFT's VB-LoRA: parts of A and B are mixtures of a few vectors of a bank, which no config has: read as LoRA."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ class PeftVbLora(PeftMethod):
     """``ΔW = B A``, whose parts are means of the k vectors with the largest logits, weighted by their softmax."""
 
     title = "VB-LoRA"
-    tensors = tuple(
-        f"vblora_logits_{side}{end}" for side in "AB" for end in ("", "_topk_indices", "_topk_weights")
-    )
+    tensors = tuple(f"vblora_logits_{side}{end}" for side in "AB" for end in ("", "_topk_indices", "_topk_weights"))
     shared = ("vblora_vector_bank",)
     integers = ("vblora_logits_A_topk_indices", "vblora_logits_B_topk_indices")
     fields = (
@@ -56,16 +54,25 @@ class PeftVbLora(PeftMethod):
         name = f"vblora_logits_{side}"
         if f"{name}_topk_indices" in content.modules[path]:
             index = content.tensor(path, f"{name}_topk_indices", 3)
-            first = content.tensor(path, f"{name}_topk_weights", 3) if index.shape[2] > 1 else np.zeros((*index.shape[:2], 0))
+            first = (
+                content.tensor(path, f"{name}_topk_weights", 3)
+                if index.shape[2] > 1
+                else np.zeros((*index.shape[:2], 0))
+            )
             if first.shape != (*index.shape[:2], index.shape[2] - 1) or (index < 0).any() or (index >= len(bank)).any():
-                raise content.misfit(path, f"{name}_topk_indices must name {len(bank)} vectors, with one weight less each")
+                raise content.misfit(
+                    path, f"{name}_topk_indices must name {len(bank)} vectors, with one weight less each"
+                )
             weights = np.concatenate([first, 1.0 - first.sum(axis=2, keepdims=True)], axis=2)
         else:
             logits = content.tensor(path, name, 3)
             if logits.shape[2] != len(bank) or count > len(bank):
-                raise content.misfit(path, f"{name} must have a logit for each of the {len(bank)} vectors, topk of them")
+                raise content.misfit(
+                    path, f"{name} must have a logit for each of the {len(bank)} vectors, topk of them"
+                )
             index = np.argsort(-logits, axis=2, kind="stable")[:, :, :count]
             top = np.take_along_axis(logits, index, axis=2)
             weights = np.exp(top - top.max(axis=2, keepdims=True))
             weights /= weights.sum(axis=2, keepdims=True)
-        return np.einsum("abk,abkl->abl", weights, bank[index])
+        mixed: Float = np.einsum("abk,abkl->abl", weights, bank[index])
+        return mixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -41,8 +42,8 @@ class PeftVera(PeftMethod):
             b, d = (content.tensor(path, name, 1) for name in self.tensors)
             if d.size != rank:
                 raise content.misfit(path, f"vera_lambda_d must have r = {rank} elements")
-            rows = b.size
-            targets.append(content.target_from_base(path, lambda r, _, rows=rows: r == rows, f"it has {rows} rows"))
+            fits = functools.partial(_has_rows, b.size)
+            targets.append(content.target_from_base(path, fits, f"it has {b.size} rows"))
             diagonals.append((b, d))
         rows, cols = (max(target.shape[side] for target in targets) for side in (0, 1))
         a, b_matrix, notes = self._projections(content, rank, rows, cols)
@@ -65,7 +66,9 @@ class PeftVera(PeftMethod):
         """Return A (rank, cols) and B (rows, rank), stored or drawn as PEFT draws them."""
         if content.config.get("save_projection", True) or "vera_A" in content.shared:
             a, b = (
-                content.shared_tensor(name, 2, ": save it with save_projection=True, or set that to false in the config")
+                content.shared_tensor(
+                    name, 2, ": save it with save_projection=True, or set that to false in the config"
+                )
                 for name in self.shared
             )
             if a.shape[0] != rank or b.shape[1] != rank or a.shape[1] < cols or b.shape[0] < rows:
@@ -111,6 +114,10 @@ class PeftVera(PeftMethod):
         tensors |= {"base_model.vera_A": whole[_D].T, "base_model.vera_B": whole[_B]}
         assert isinstance(config.rank, int)
         return EncodedAdapter(tensors, config={"r": config.rank, "projection_prng_key": 0, "save_projection": True})
+
+
+def _has_rows(own: int, rows: int, _cols: int) -> bool:
+    return rows == own
 
 
 def _start(content: PeftContent) -> float:

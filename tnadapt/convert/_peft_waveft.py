@@ -20,7 +20,7 @@ from tnadapt.errors import ConfigError, FileError, safe_repr
 from ._file_format import EncodedAdapter
 from ._peft_content import PeftContent
 from ._peft_method import OwnStructure, PeftMethod, seed_of
-from ._peft_positions import dense_updates, few_values, padded, values_of
+from ._peft_positions import dense_updates, few_values, padded, targets_with_room, values_of
 from ._peft_settings import number_of
 from ._unpack import Module
 from ._updates import Float
@@ -45,10 +45,7 @@ class PeftWaveFT(PeftMethod):
         """Read the coefficients as a vector, with their positions in :class:`tnadapt.maps.Wavelet`'s matrix."""
         content.require_modules()
         values = [content.tensor(path, "waveft_spectrum", 1) for path in content.modules]
-        targets = [
-            content.target_from_base(path, lambda rows, cols, n=own.size: rows * cols >= n, f"it has {own.size} entries")
-            for path, own in zip(content.modules, values, strict=True)
-        ]
+        targets = targets_with_room(content, values)
         scale = number_of("scaling", content.config.get("scaling", 25.0))
         seed = seed_of("random_loc_seed", content.config.get("random_loc_seed"), _SEED)
         most, shapes = max(own.size for own in values), [target.shape for target in targets]
@@ -57,7 +54,9 @@ class PeftWaveFT(PeftMethod):
             if room:
                 return few_values(targets, [padded(own, most) for own in values], TorchScatter(most, seed), scale)
             plain = [_placed(own, shape, seed) * scale for own, shape in zip(values, shapes, strict=True)]
-            return dense_updates(targets, plain, f"a config has one number of entries, and {most} are more than a weight has")
+            return dense_updates(
+                targets, plain, f"a config has one number of entries, and {most} are more than a weight has"
+            )
         wavelet = _wavelet(content.config.get("wavelet_family", "db1"))
         why = "the weights differ in their shapes, and a config has one list of positions"
         if room and len(set(shapes)) == 1:
@@ -81,7 +80,12 @@ class PeftWaveFT(PeftMethod):
         for module in modules:
             values, scale, projection = values_of(self, module, file)
             family = self._family(projection, module)
-            settings = {"n_frequency": values.size, "scaling": scale, "random_loc_seed": _SEED, "wavelet_family": family}
+            settings = {
+                "n_frequency": values.size,
+                "scaling": scale,
+                "random_loc_seed": _SEED,
+                "wavelet_family": family,
+            }
             tensors[self.name_of(module, "waveft_spectrum")] = values
         return EncodedAdapter(tensors, config=settings)
 

@@ -17,6 +17,7 @@ from tnadapt.errors import ConfigError, FileError, TnadaptError, integer, safe_r
 from tnadapt.plugins import Registry, load_plugins
 
 from ._base_model import Base, as_base
+from ._base_numbers import with_base_arrays
 from ._conversion import Conversion, check_free
 from ._file_format import KINDS, FileFormat
 from ._files import StoredFiles
@@ -212,7 +213,7 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
         with file_error_context("base"):
             known = as_base(base)
     if isinstance(source, AdapterFile):
-        return _from_own(source, known)
+        return _from_own(source, known, base)
     path = path_of(source)
     with file_error_context(path):
         found = _detect(path)
@@ -232,7 +233,7 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
                 return _read_foreign(found[0], StoredFiles(found[1]), known, part)
         raise
     with file_error_context(path):
-        return _from_own(file, known)
+        return _from_own(file, known, base)
 
 
 def _detect(path: str) -> tuple[str, str] | None:
@@ -267,10 +268,10 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
     return ConvertedFrom(kind, file, count, (*adapter.notes, *notes), updates)
 
 
-def _from_own(file: AdapterFile, base: Base | None) -> ConvertedFrom:
-    if base is not None:
-        base.check_targets(file.targets)
-    return ConvertedFrom(_OWN, file, file.num_parameters)
+def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:
+    if known is not None:
+        known.check_targets(file.targets)
+    return ConvertedFrom(_OWN, with_base_arrays(file, base), file.num_parameters)
 
 
 def _in_folder(folder: str) -> str:

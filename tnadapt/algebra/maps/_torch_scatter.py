@@ -10,7 +10,7 @@ from tnadapt.errors import ConfigError, integer
 
 from ..folding import MAX_SIZE
 from ..torch_streams import DEFAULT_SEED, permutation_head
-from ._map import Map, Space
+from ._map import Space
 from ._map_settings import MapSettings
 from ._scatter import ScatterMap
 
@@ -59,7 +59,7 @@ class TorchScatterMap(ScatterMap):
     """``y[positions[i]] = x[i]``, and 0 elsewhere."""
 
     kind = "torch-scatter"
-    settings_class = TorchScatter
+    settings_class = TorchScatter  # type: ignore[assignment]
     settings: TorchScatter  # type: ignore[assignment]
 
     @classmethod
