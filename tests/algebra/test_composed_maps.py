@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tnadapt.maps import Circulant, Gather, MapSettings, Scatter, SignGather, Tile, TorchScatter, Wavelet
+from tnadapt.maps import (
+    CenteredWavelet,
+    Circulant,
+    Gather,
+    MapSettings,
+    Scatter,
+    SignGather,
+    Tile,
+    TorchScatter,
+    Wavelet,
+)
 
 import tnadapt as tna
 from tests.conftest import relative_error
@@ -54,6 +64,7 @@ MATRICES: list[Any] = [
     [Scatter(3), "dft2"],
     [TorchScatter(3), "dft2"],
     [Scatter(3), Wavelet("db3")],
+    [Scatter(3), CenteredWavelet("db3")],
     [Scatter(3), Circulant(2, average=True)],
     ["dct2", Tile(2, 2)],
     [SignGather(3), "dct2", "nonlinear"],

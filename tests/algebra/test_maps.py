@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tnadapt.maps import Circulant, Gather, Scatter, SignGather, Tile, TorchScatter, Wavelet
+from tnadapt.maps import CenteredWavelet, Circulant, Gather, Scatter, SignGather, Tile, TorchScatter, Wavelet
 
 from tnadapt import ConfigError
 from tnadapt.algebra.maps import KINDS, MAPS
@@ -66,6 +66,11 @@ class TestGather(MapContract):
 class TestSignGather(MapContract):
     kind = MAPS["sign-gather"]
     settings = (SignGather(), SignGather(4))
+
+
+class TestCenteredWavelet(MapContract):
+    kind = MAPS["centered-wavelet"]
+    settings = (CenteredWavelet(), CenteredWavelet("db2"), CenteredWavelet("db5"))
 
 
 class TestTile(MapContract):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,39 @@ def test_what_is_missing_is_said(name: str, tmp_path: Path) -> None:
         assert "does not store the arrays that are computed from the base weights, 'group0.split0.factor0'" in told
         assert "give base=, a safetensors file, an index or a folder of the base model" in told
         assert "or convert file.with_base(weights)" in told
+
+
+@pytest.mark.law("foreign-files")
+@pytest.mark.parametrize("changes", [{}, {"offset": False, "seed": 3}, {"before": "linear"}])
+def test_tinylora_is_written_for_peft(changes: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    file = made(presets.tinylora(13, 2, alpha=3, **changes))
+    base = weights()
+    save_file(base, tmp_path / "model.safetensors")
+    found = tna.convert(file, tmp_path / "theirs", to="peft-tinylora", base=tmp_path / "model.safetensors")
+    assert found.exact
+    wrapped = peft.PeftModel.from_pretrained(model(SHAPES), tmp_path / "theirs")
+    assert sum(p.numel() for n, p in wrapped.named_parameters() if "tinylora_v" in n) == 13
+    for path, delta in updates(file.with_base(list(base.values()))).items():
+        assert error(wrapped.get_submodule(f"base_model.model.{path}").get_delta_weight("default"), delta) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (presets.lora_xs(4), "it needs one θ for all weights, and both factors frozen"),
+        (presets.tinylora(3, 2, scope="group"), "it needs one θ for all weights"),
+        (presets.unilora(50, 3), "it needs one θ for all weights, and both factors frozen"),
+        (
+            presets.tinylora(7, 2).replace(rank=(2, 3)),
+            "PEFT's matrices between the factors are square and start at zero",
+        ),
+    ],
+)
+def test_what_is_no_tinylora_of_peft(config: tna.Config, message: str) -> None:
+    file = made(config)
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.convert(file.with_base(list(weights().values())), to="peft-tinylora")
 
 
 def test_a_file_on_disk_with_its_base(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from tnadapt.maps import Circulant, Scatter, Tile, TorchScatter, Wavelet
+from tnadapt.maps import Circulant, Tile, TorchScatter, Wavelet
 
 import tnadapt as tna
 from tnadapt import ConfigError, FileError, TargetError
@@ -268,10 +268,16 @@ P = tna.presets
         (lambda: P.superlora(2, groups=1), "vera", "several weights are one group"),
         (lambda: P.fourierft(5), "fourierft", "which is not what these are: train with maps.TorchScatter"),
         (lambda: P.loca(5), "fourierft", r"it needs projection=\[maps.Scatter\(…\), 'dft2'\]"),
+        (lambda: P.lora(2), "randlora", "it needs ⌈smaller side / rank⌉ terms for every weight, with frozen factors"),
+        (lambda: P.randlora(4, rows=6, cols=4), "randlora", "it needs ⌈smaller side / rank⌉ terms for every weight"),
+        (lambda: P.krona(), "randlora", "as presets.randlora has them"),
         (lambda: P.lora(2), "fourierft", "it needs one trained vector for each weight"),
-        (lambda: P.waveft(5), "waveft", "those of its default, 777, are others"),
-        (lambda: P.waveft(2, (3, 4)), "waveft", "those of its default, 777, are others"),
-        (lambda: few([Scatter(3), Wavelet("db2", periodic=True)]), "waveft", r"it needs projection=\[maps.Scatter"),
+        (lambda: P.waveft(5), "waveft", r"it needs projection=\[maps.TorchScatter\(size, seed\), maps.CenteredWavelet"),
+        (
+            lambda: few([TorchScatter(3), Wavelet("db2")]),
+            "waveft",
+            "and places the coefficients otherwise than presets",
+        ),
         (lambda: P.c3a(2), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
         (lambda: P.miss(2), "c3a", r"it needs projection=maps.Circulant\(…\) alone"),
         (lambda: few(Tile(2)), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
@@ -314,6 +320,6 @@ def test_weights_that_peft_does_not_adapt_so() -> None:
 def test_a_rank_belongs_to_other_forms() -> None:
     with pytest.raises(ConfigError, match="rank=2 belongs to LoRA, LoKr and LoHa; 'peft-miss' keeps all there is"):
         tna.convert(made(P.miss(2), FLAT), to="peft-miss", rank=2)
-    for kind in ("randlora", "unilora", "tinylora", "vblora"):
+    for kind in ("unilora", "vblora"):
         with pytest.raises(ConfigError, match="to must be one of tnadapt, peft-lora, peft-lokr, peft-loha, peft-vera"):
             tna.convert(made(P.lora(2), FLAT), to=f"peft-{kind}")

@@ -38,8 +38,9 @@ def convert(
         Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None.
     to : str
         "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha",
-        "lycoris-full", or a form of a registered file format. "peft-vera", "peft-fourierft", "peft-waveft", "peft-c3a",
-        "peft-shira" and "peft-miss" are written from a config of that structure only.
+        "lycoris-full", or a form of a registered file format. "peft-vera", "peft-randlora", "peft-fourierft",
+        "peft-waveft", "peft-c3a", "peft-shira", "peft-miss" and "peft-tinylora" are written from a config of that
+        structure only.
     rank : int, optional
         Largest rank allowed. Without it, an update keeps its rank; LoRA also finds the smallest rank within
         ``max_error``.

@@ -24,7 +24,8 @@ from ._peft_settings import CommonSettings
 from ._updates import Float, common_dtype, widen
 
 __all__ = [
-    "CONFIG_NAME", "PREFIX", "SHAPES", "TRANSPOSED", "PeftContent", "kept_array", "kept_name", "recorded",
+    "CONFIG_NAME", "PREFIX", "SHAPES", "TRANSPOSED", "PeftContent", "check_transposed", "kept_array", "kept_name",
+    "recorded",
 ]  # fmt: skip
 
 PREFIX = "base_model.model."
@@ -152,6 +153,12 @@ class PeftContent:
         if not self.modules:
             raise FileError("has no adapted weight")
 
+    def check_targets(self, targets: Sequence[Target]) -> None:
+        """Raise FileError if ``fan_in_fan_out`` is wrong for some weights in base, and others rely on it."""
+        if self.base is not None and self.settings.may_transpose:
+            unknown = [target for target in targets if target.module not in self._transposed]
+            check_transposed(unknown, self.settings.transposed)
+
     def misfit(self, path: str, why: str) -> FileError:
         """Return the error for tensors of a module that do not fit together."""
         shapes = ", ".join(f"{name} {array.shape}" for name, array in self.modules.get(path, {}).items())
@@ -224,6 +231,18 @@ def recorded(metadata: Mapping[str, str], entry: str, kind: type) -> dict[str, A
         return {path: value for path, value in listed.items() if isinstance(value, kind)}
     except (ValueError, RecursionError, AttributeError):
         return {}
+
+
+def check_transposed(targets: Sequence[Target], says: bool) -> None:
+    """Raise FileError if PEFT's global setting is wrong for some weights and the only information for others."""
+    flat = [target for target in targets if len(target.stored) == 2]
+    wrong = [target for target in flat if target.stored[0] != target.stored[1] and target.transposed != says]
+    square = [target for target in flat if target.stored[0] == target.stored[1]]
+    if wrong and square:
+        raise FileError(
+            f"fan_in_fan_out is {says} for all weights, which is wrong for {safe_repr(wrong[0].module)} in base, so it "
+            f"is unknown how the square {safe_repr(square[0].module)} is stored. Save one adapter per kind of layer"
+        )
 
 
 def kept_name(path: str, saved: Sequence[str], bias: str) -> str | None:

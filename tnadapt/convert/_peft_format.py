@@ -20,12 +20,11 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.container import DTYPES, Container
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
-from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
-from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, kept_array, kept_name, recorded
+from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, check_transposed, kept_array, kept_name, recorded
 from ._peft_methods import METHODS
 from ._peft_settings import LOW_RANK, PeftSettings, config_of, settings_of
 from ._tensors import (
@@ -263,20 +262,8 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
         target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
         found.append(TargetUpdate(target, update))
     if base is not None and settings.kind == "lora":
-        _check_transposed([one.target for one in found if one.target.module not in transposed], settings.transposed)
+        check_transposed([one.target for one in found if one.target.module not in transposed], settings.transposed)
     return ForeignAdapter(settings.kind, found, common_dtype(dtypes), kept, bits, settings.model)
-
-
-def _check_transposed(targets: Sequence[Target], says: bool) -> None:
-    """Raise FileError if PEFT's global setting is wrong for some weights and the only information for others."""
-    flat = [target for target in targets if len(target.stored) == 2]
-    wrong = [target for target in flat if target.stored[0] != target.stored[1] and target.transposed != says]
-    square = [target for target in flat if target.stored[0] == target.stored[1]]
-    if wrong and square:
-        raise FileError(
-            f"fan_in_fan_out is {says} for all weights, which is wrong for {safe_repr(wrong[0].module)} in base, so it "
-            f"is unknown how the square {safe_repr(square[0].module)} is stored. Save one adapter per kind of layer"
-        )
 
 
 def _split_name(name: str) -> tuple[str, str]:

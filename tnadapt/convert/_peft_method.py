@@ -102,6 +102,7 @@ class PeftMethod:
         settings = common_settings(config, self.title, self.fields, self.refused, self.may_transpose)
         content = PeftContent(container, config, settings, base, self.tensors, self.shared, self.integers, self.copies)
         found = self.read(content)
+        content.check_targets(found.targets)
         dtype = content.dtype
         updates = [TargetUpdate(target, update) for target, update in zip(found.targets, found.updates, strict=False)]
         file = None

@@ -15,17 +15,28 @@ from typing import NamedTuple
 import numpy as np
 
 from tnadapt.algebra.config import Config
+from tnadapt.algebra.group import Group
 from tnadapt.algebra.sources import Given, Scaled, Source, Tied
 from tnadapt.algebra.torch_streams import TorchStream, bfloat16_of
+from tnadapt.backends import load_backend
+from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import ConfigError
 from tnadapt.targets.target import Target
 
+from ._file_format import EncodedAdapter
 from ._peft_content import PeftContent
 from ._peft_method import DRAWN, OwnStructure, PeftMethod, rank_of, seed_of
 from ._peft_settings import number_of
+from ._unpack import Module
 from ._updates import Float, ModuleUpdate, Pair
 
 __all__ = ["PeftRandLora"]
+
+
+_STRUCTURE = (
+    "it needs ⌈smaller side / rank⌉ terms for every weight, with frozen factors that all weights share; those on the "
+    "smaller side tied to one, with both diagonals, as presets.randlora has them"
+)
 
 
 class _Weight(NamedTuple):
@@ -49,7 +60,6 @@ class PeftRandLora(PeftMethod):
         "init_weights",
     )  # fmt: skip
     may_transpose = True
-    writable = False
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read the diagonals as trained, A and B as given."""
@@ -84,6 +94,54 @@ class PeftRandLora(PeftMethod):
             [weight.target for weight in weights], config, arrays, given, updates,
             trained if plan.mixed else None, notes,
         )  # fmt: skip
+
+    def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
+        """Encode the diagonals, A, and the bases in the order in which PEFT pairs them."""
+        self.require_one_weight_per_group(file)
+        config, rank = file.config, file.config.rank
+        fit = (config.order, config.splits, config.format, config.projection, config.fold)
+        if fit != (2, 1, "cp", "identity", "stack") or not isinstance(rank, int):
+            self.refuse(_STRUCTURE)
+        tensors, whole = dict[str, Float](), dict[str, Float]()
+        names: tuple[list[str], list[str]] = [], []
+        for module in modules:
+            group = file.plan.groups[file.plan.layout.of_weight(module.targets[0][0])[0].group]
+            tall = module.shape[1] <= module.shape[0]
+            factors = ["factor1", "factor0"] if tall else ["factor0", "factor1"]
+            own_names = [[prefix + name for (prefix,) in group.network.prefixes] for name in factors]
+            short, long = own_names
+            if names[0] and names[0] != short:
+                self.refuse(
+                    "some weights have more rows than columns and others have not, and A would be on both sides"
+                )
+            names = short, long
+            self._check(group, short, long, -(-min(module.shape) // rank))
+            own = {name: file.arrays[full].astype(np.float64) for name, full in group.names.items()}
+            tensors[self.name_of(module, "randlora_lambda")] = np.stack([own[f"{name}.rank"] for name in short], axis=1)
+            tensors[self.name_of(module, "randlora_gamma")] = np.stack([own[f"{name}.size"] for name in short])
+            for name in (short[0], *long):
+                array = group.frozen.on(load_backend("numpy"), (name, file.dtype), np.zeros(1), "float64")
+                if name not in whole or len(array) > len(whole[name]):
+                    whole[name] = array
+        short, long = names
+        # Column k = r N + n of PEFT's bases, flattened, is column r of base n.
+        bases = np.stack([whole[name] for name in long], axis=2)
+        tensors["base_model.randlora_A"] = whole[short[0]].T[:, None]
+        tensors["base_model.randlora_B"] = bases.reshape(len(bases), config.terms, rank)
+        alpha = rank if config.alpha is None else config.alpha
+        return EncodedAdapter(tensors, config={"r": rank, "randlora_alpha": alpha, "save_projection": True})
+
+    def _check(self, group: Group, short: Sequence[str], long: Sequence[str], count: int) -> None:
+        """Raise ConfigError unless a weight is the sum of as many terms as PEFT has, with one A and shared bases."""
+        entries = group.frozen.entries
+        diagonals = {name: (one.size, one.rank) for name, one in group.scaled.items()}
+        if (
+            not all(name in entries and entries[name].source.independent_of_group for name in (*short, *long))
+            or diagonals != dict.fromkeys(short, (True, True))
+            or len({entries[name].full for name in short}) > 1
+            or len(short) != count
+        ):
+            self.refuse(_STRUCTURE)
 
     def _weight(self, content: PeftContent, path: str, rank: int) -> _Weight:
         lambdas, gammas = (content.tensor(path, name, 2) for name in self.tensors)

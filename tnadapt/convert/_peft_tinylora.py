@@ -5,15 +5,21 @@ The map before the network has its own draws, and no given ones yet, so the matr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.sources import Given
 from tnadapt.algebra.torch_streams import TorchStream
+from tnadapt.backends import load_backend
+from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import FileError
 
+from ._file_format import EncodedAdapter
 from ._peft_content import PeftContent
 from ._peft_method import DRAWN, OwnStructure, PeftMethod, seed_of
+from ._unpack import Module
 from ._updates import Float, ModuleUpdate, Pair
 
 __all__ = ["PeftTinyLora"]
@@ -36,7 +42,6 @@ class PeftTinyLora(PeftMethod):
         "init_weights",
     )  # fmt: skip
     may_transpose = True
-    writable = False
 
     def read(self, content: PeftContent) -> OwnStructure:
         """Read A and B as given, and the matrix between them as trained."""
@@ -69,6 +74,34 @@ class PeftTinyLora(PeftMethod):
         config = Config(rank=rank, format="tucker", sources={"factor0": Given(), "factor1": Given()})
         trained = sum(v.size for v in vectors), sum(array.size for array in arrays.values())
         return OwnStructure(targets, config, arrays, given, updates, notes=(_NOTE.format(*trained), *notes))
+
+    def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
+        """Encode the factors, θ, and P as the map before the network has it."""
+        theta, plan = file.plan.theta, file.plan.arrays_plan
+        if theta is None or len(theta.parts) > 1 or set(file.config.sources) != {"factor0", "factor1"}:
+            self.refuse("it needs one θ for all weights, and both factors frozen, as presets.tinylora has them")
+        (part,) = theta.parts
+        backend, like = load_backend("numpy"), np.zeros(1)
+        vector = file.arrays[part.name].astype(np.float64)
+        # P of unit vectors: a matrix for each element of θ.
+        matrices = [theta.moved(backend, part, unit) for unit in np.eye(vector.size)]
+        tensors: dict[str, Float] = {"base_model.tinylora_v.0": vector}
+        for module in modules:
+            group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
+            if list(group.names) != ["split0.core"] or len(group.pieces) > 1 or len(group.network.sizes) != 2:
+                self.refuse("it needs format='tucker', order=2 and one weight per group, as presets.tinylora has them")
+            full, sides = group.names["split0.core"], group.network.shapes["split0.core"]
+            start = plan.array_start(backend, full, like)
+            if sides[0] != sides[1] or (file.config.offset and np.any(start)) or not group.projection.map.identity:
+                self.refuse("PEFT's matrices between the factors are square and start at zero, and no map follows")
+            b, a = (group.frozen.on(backend, (f"split0.factor{n}", file.dtype), like, "float64") for n in (0, 1))
+            tensors[self.name_of(module, "tinylora_A")] = a.T
+            tensors[self.name_of(module, "tinylora_B")] = b
+            tensors[self.name_of(module, "tinylora_P")] = group.network.scale * np.stack(
+                [one[full] for one in matrices]
+            )
+        settings = {"r": file.config.rank, "u": vector.size, "weight_tying": 1.0, "save_projection": True}
+        return EncodedAdapter(tensors, config=settings)
 
     def _vectors(self, content: PeftContent) -> list[Float]:
         names = [f"tinylora_v.{number}" for number in range(len(content.shared))]

@@ -11,6 +11,7 @@ transform, and ``projection`` is the user-facing class of a map.
 
 from __future__ import annotations
 
+from ._centered_wavelet import CenteredWavelet
 from ._chain import Chain
 from ._circulant import Circulant
 from ._gather import Gather, SignGather
@@ -44,6 +45,7 @@ __all__ = [
     "MAPS",
     "ON",
     "SQUARE",
+    "CenteredWavelet",
     "Chain",
     "Circulant",
     "Gather",

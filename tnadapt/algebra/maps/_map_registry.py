@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tnadapt.plugins import Registry
 
+from ._centered_wavelet import CenteredWaveletMap
 from ._circulant import CirculantMap
 from ._dct import Dct2
 from ._dft import Dft2
@@ -41,6 +42,7 @@ MAPS: Registry[Map] = Registry(
         "dct2": Dct2,
         "dft2": Dft2,
         "wavelet": WaveletMap,
+        "centered-wavelet": CenteredWaveletMap,
         "one-hot": OneHot,
         "signed-one-hot": SignedOneHot,
         "normal": Normal,
