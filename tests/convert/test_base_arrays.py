@@ -98,7 +98,7 @@ def test_tinylora_is_written_for_peft(changes: dict[str, Any], tmp_path: Path) -
         (presets.unilora(50, 3), "it needs one θ for all weights, and both factors frozen"),
         (
             presets.tinylora(7, 2).replace(rank=(2, 3)),
-            "PEFT's matrices between the factors are square and start at zero",
+            "PEFT's matrices between the factors are square",
         ),
     ],
 )
