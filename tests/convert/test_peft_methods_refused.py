@@ -95,6 +95,16 @@ def test_these_are_read(method: str, tmp_path: Path) -> None:
     assert [target.shape for target in found.file.targets] == [(6, 8)]
 
 
+def test_positions_from_windows_are_floating_point_numbers(tmp_path: Path) -> None:
+    name = f"{Q}shira_indices"
+    whole = tna.convert(folder(tmp_path / "a", "SHIRA"), base=SHAPES).file
+    turned = {name: CONTENT["SHIRA"][1][name].astype("f4")}
+    found = tna.convert(folder(tmp_path / "b", "SHIRA", {}, turned), base=SHAPES).file
+    assert whole is not None
+    assert found is not None
+    assert np.array_equal(found.deltas()[0], whole.deltas()[0])
+
+
 NO_SHAPE = r"does not store the shapes of the weights, and 'a.q' needs one: give base=, a safetensors file"
 SEED = "must be an integer that torch takes as a seed; got"
 
