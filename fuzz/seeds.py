@@ -14,6 +14,13 @@ from .__main__ import CORPUS
 
 SEEDS = {**CONFIGS, "hadamard": tna.Config(rank=2, groups=1, fold="hypercube", splits=2, combine="hadamard")}
 PEERS = {"lora": ("peft-lora", "lycoris-lora"), "lokr": ("peft-lokr", "lycoris-lokr"), "loha": ("peft-loha",)}
+# PEFT's methods with a structure of their own.
+METHODS = {
+    "peft-vera": tna.presets.vera(2),
+    "peft-miss": tna.presets.miss(2),
+    "peft-shira": tna.presets.shira(8),
+    "peft-fourierft": tna.presets.fourierft(8).replace(projection=(tna.maps.TorchScatter(8), "dft2")),
+}
 
 
 def main() -> None:
@@ -34,6 +41,12 @@ def main() -> None:
                 tensors = written / "adapter_model.safetensors" if written.is_dir() else written
                 _write("peers", to, settings + b"\0\0" + tensors.read_bytes())
         _write("config", name, json.dumps(file.config.to_dict()).encode())
+    for to, config in METHODS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / to
+            tna.convert(made(config), written, to=to)
+            settings = (written / "adapter_config.json").read_bytes()
+            _write("peers", to, settings + b"\0\0" + (written / "adapter_model.safetensors").read_bytes())
     index = {"metadata": {"total_size": 96}, "weight_map": {"a.q.weight": "model-00001-of-00001.safetensors"}}
     _write("checkpoint", "one", json.dumps(index).encode())
 

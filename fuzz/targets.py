@@ -136,8 +136,9 @@ def peers(data: bytes) -> None:
         lone = folder / "lone.safetensors"
         lone.write_bytes(tensors)
         for source in (folder, lone):
-            with contextlib.suppress(tna.TnadaptError):
-                tna.convert(source, base=list(NAMES))
+            for base in (list(NAMES), dict.fromkeys(NAMES, (6, 4))):
+                with contextlib.suppress(tna.TnadaptError):
+                    tna.convert(source, base=base)
 
 
 def checkpoint(data: bytes) -> None:

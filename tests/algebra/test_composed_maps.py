@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tnadapt.maps import Circulant, Gather, MapSettings, Scatter, SignGather, Tile, Wavelet
+from tnadapt.maps import (
+    CenteredWavelet,
+    Circulant,
+    Gather,
+    MapSettings,
+    Scatter,
+    SignGather,
+    Tile,
+    TorchScatter,
+    Wavelet,
+)
 
 import tnadapt as tna
 from tests.conftest import relative_error
@@ -31,7 +41,7 @@ SHAPES = [(6, 4), (4, 4), (6, 4)]
 SIDES = st.integers(1, 9)
 
 # Every way to shorten, and what may follow on vectors and on matrices.
-SHORTER = [Scatter(3), Scatter(positions=(2, 0)), Gather(3), SignGather(2)]
+SHORTER = [Scatter(3), Scatter(positions=(2, 0)), TorchScatter(3, 777), Gather(3), SignGather(2)]
 VECTORS: list[Any] = [
     *SHORTER,
     "gather",
@@ -52,7 +62,9 @@ MATRICES: list[Any] = [
     Circulant(2),
     [Scatter(3), "dct2"],
     [Scatter(3), "dft2"],
+    [TorchScatter(3), "dft2"],
     [Scatter(3), Wavelet("db3")],
+    [Scatter(3), CenteredWavelet("db3")],
     [Scatter(3), Circulant(2, average=True)],
     ["dct2", Tile(2, 2)],
     [SignGather(3), "dct2", "nonlinear"],
@@ -168,6 +180,7 @@ def test_what_settings_refuse(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("projection", "message"),
     [
+        (TorchScatter(17), "TorchScatter has size=17, more positions than places: its output has 16 elements; give a"),
         (Scatter(17), "Scatter has size=17, more positions than places: its output has 16 elements; give a size of at"),
         (Scatter(positions=(3, 16)), "position 16 is beyond its output of 16 elements, whose positions are 0 to 15"),
         (Tile(cols=5), "Tile has cols=5, and a weight of 4×4 has 4: give at most 4"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tnadapt.maps import Circulant, Gather, Scatter, SignGather, Tile, Wavelet
+from tnadapt.maps import CenteredWavelet, Circulant, Gather, Scatter, SignGather, Tile, TorchScatter, Wavelet
 
 from tnadapt import ConfigError
 from tnadapt.algebra.maps import KINDS, MAPS
@@ -52,6 +52,12 @@ class TestScatter(MapContract):
     settings = (Scatter(5), Scatter(positions=(4, 0, 2)))
 
 
+class TestTorchScatter(MapContract):
+    kind = MAPS["torch-scatter"]
+    lengths = ((0, 5), (0, 6), (0, 64), (0, 509))
+    settings = (TorchScatter(5), TorchScatter(3, seed=-1))
+
+
 class TestGather(MapContract):
     kind = MAPS["gather"]
     settings = (Gather(), Gather(4))
@@ -60,6 +66,11 @@ class TestGather(MapContract):
 class TestSignGather(MapContract):
     kind = MAPS["sign-gather"]
     settings = (SignGather(), SignGather(4))
+
+
+class TestCenteredWavelet(MapContract):
+    kind = MAPS["centered-wavelet"]
+    settings = (CenteredWavelet(), CenteredWavelet("db2"), CenteredWavelet("db5"))
 
 
 class TestTile(MapContract):

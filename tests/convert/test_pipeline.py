@@ -16,6 +16,7 @@ from tests.conftest import peak_of
 from tnadapt import AdapterFile, Config, SuperLoRA, Target
 from tnadapt.convert import FORMS, ModuleUpdate, Pair, StoredFiles
 from tnadapt.convert._base_model import as_base
+from tnadapt.convert._file_format import KINDS
 from tnadapt.convert._lycoris_format import LycorisFormat
 from tnadapt.convert._tensors import factorization
 from tnadapt.convert._updates import low_rank_norms, norms_of
@@ -23,7 +24,8 @@ from tnadapt.testing.strategies import plans
 
 from .conversions import TOLERANCE, error, made, updates
 
-FOREIGN = [form for form in FORMS if form != "tnadapt"]
+# The forms that hold more than the adapters of one structure.
+FOREIGN = [form for form in FORMS if form.rpartition("-")[2] in KINDS]
 
 
 def named(plan: SuperLoRA, seed: int = 0) -> AdapterFile:

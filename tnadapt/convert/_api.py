@@ -31,13 +31,16 @@ def convert(
     Parameters
     ----------
     source : str, PathLike or AdapterFile
-        A tnadapt file; a folder that PEFT saved (LoRA, LoKr, LoHa); a safetensors file of LyCORIS or kohya (LoRA,
+        A tnadapt file; a folder that PEFT saved (LoRA, LoKr, LoHa, VeRA, RandLoRA, FourierFT, WaveFT, C3A, SHiRA, MiSS,
+        Uni-LoRA, TinyLoRA, VB-LoRA); a safetensors file of LyCORIS or kohya (LoRA,
         LoKr, LoHa, full differences); or any path that a registered file format reads.
     out : str or PathLike, optional
         Where to write the result: a folder for PEFT, otherwise a file. Nothing is written if None.
     to : str
         "tnadapt", "peft-lora", "peft-lokr", "peft-loha", "lycoris-lora", "lycoris-lokr", "lycoris-loha",
-        "lycoris-full", or a form of a registered file format.
+        "lycoris-full", or a form of a registered file format. "peft-vera", "peft-randlora", "peft-fourierft",
+        "peft-waveft", "peft-c3a", "peft-shira", "peft-miss" and "peft-tinylora" are written from a config of that
+        structure only.
     rank : int, optional
         Largest rank allowed. Without it, an update keeps its rank; LoRA also finds the smallest rank within
         ``max_error``.
@@ -47,7 +50,9 @@ def convert(
     base : optional
         The base model: a safetensors file, an index or a folder, of which only headers are read; a mapping of modules'
         paths to shapes; or a list of paths. Files of LyCORIS need one, as their names lack the dots of the paths. For
-        other files, the adapter's names and shapes are checked against it.
+        other files, the adapter's names and shapes are checked against it. Some of PEFT's methods do not store the
+        shapes of the weights, or depend on the order of the modules, which a mapping gives. If this library's adapter
+        has arrays that are computed from the base weights and not stored, base must be a path: the weights are read.
     part : str, optional
         Prefix of the adapter to read from a kohya file with the adapters of several models, such as "lora_unet".
     dtype : str, optional

@@ -23,10 +23,12 @@ class Base:
     ----------
     shapes : dict of str to (tuple of int or None)
         Shapes of the modules' ``weight``, by module path; None if only the path is known.
+    ordered : bool
+        Whether the modules are in the order of the model's ``named_modules()``, as far as is known.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
-        self.shapes = dict(shapes)
+    def __init__(self, shapes: Mapping[str, tuple[int, ...] | None], ordered: bool = True) -> None:
+        self.shapes, self.ordered = dict(shapes), ordered
         self._flat: dict[str, list[str]] = {}
         for path in self.shapes:
             self._flat.setdefault(path.replace(".", "_"), []).append(path)
@@ -81,7 +83,7 @@ def as_base(base: Any) -> Base | None:
     if base is None:
         return None
     if isinstance(base, (str, os.PathLike)):
-        return Base(_of_file(os.fspath(base)))
+        return Base(_of_file(os.fspath(base)), ordered=False)  # safetensors sorts its tensors
     try:
         if isinstance(base, Mapping):
             shapes = {_module(name): None if shape is None else tuple(map(int, shape)) for name, shape in base.items()}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import ConfigError, safe_repr, summarize
 from tnadapt.targets.target import Target
 
@@ -33,7 +34,7 @@ class ForeignAdapter(NamedTuple):
     kind : str
         "lora", "lokr", "loha" or "full"; "" if the file mixes methods.
     updates : sequence of TargetUpdate
-        At least one.
+        At least one, unless there is a ``file``.
     dtype : str
         The dtype of the stored tensors; if there are several, one that represents all of their values.
     kept : mapping of str to ndarray
@@ -42,6 +43,13 @@ class ForeignAdapter(NamedTuple):
         "bfloat16" for the parameters in ``kept`` that are stored as such, by ``kept.NAME``.
     model : str
         Class name of the base model, or "".
+    file : AdapterFile, optional
+        The adapter in its own structure, such as VeRA, instead of one made of the updates. The updates, if there are
+        any, are those of its targets, computed from the stored tensors, and the file is compared with them.
+    notes : tuple of str
+        Remarks for the user.
+    parameters : int, optional
+        Number of elements of the stored tensors; by default those of the updates.
     """
 
     kind: str
@@ -50,6 +58,9 @@ class ForeignAdapter(NamedTuple):
     kept: Mapping[str, np.ndarray] = {}
     kept_dtypes: Mapping[str, str] = {}
     model: str = ""
+    file: AdapterFile | None = None
+    notes: tuple[str, ...] = ()
+    parameters: int | None = None
 
     @classmethod
     def of(
@@ -92,6 +103,8 @@ class EncodedAdapter(NamedTuple):
         Scalars such as alpha, stored in float32 and not counted as parameters.
     config : dict, optional
         Settings for a separate file.
+    integers : mapping of str to ndarray
+        Tensors of integers, such as positions, not counted as parameters.
     record : mapping
         Entries that the format adds to the record of the conversion in the file's metadata.
     """
@@ -100,6 +113,7 @@ class EncodedAdapter(NamedTuple):
     scalars: Mapping[str, Float] = {}
     config: dict[str, Any] | None = None
     record: Mapping[str, Any] = {}
+    integers: Mapping[str, np.ndarray] = {}
 
 
 class FileFormat:
@@ -116,6 +130,9 @@ class FileFormat:
         Name of the library in messages.
     kinds : tuple of str
         Methods that can be written: "lora", "lokr", "loha" and "full" define the forms ``NAME-lora`` and so on.
+    structures : tuple of str
+        Methods that can be written only from a config of that structure, by :meth:`encode_file`: "vera" defines the
+        form ``NAME-vera``.
     folder : tuple of str
         Names of the files if an adapter is a folder with several; the last one is moved into place last.
     no_attention : str
@@ -127,6 +144,7 @@ class FileFormat:
     name = ""
     library = ""
     kinds: tuple[str, ...] = ()
+    structures: tuple[str, ...] = ()
     folder: tuple[str, ...] = ()
     no_attention = "it has no module for nn.MultiheadAttention"
     no_kronecker = "no Kronecker product of this rank can be loaded there: give another rank"
@@ -221,6 +239,23 @@ class FileFormat:
             Names of the parameters trained alongside the adapter, which are stored as well.
         """
         raise self._lacks("encode")
+
+    def encode_file(self, kind: str, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
+        """Encode an adapter file as tensors, without a change of structure.
+
+        Parameters
+        ----------
+        kind : str
+            One of ``structures``.
+        modules : sequence of Module
+        file : AdapterFile
+
+        Raises
+        ------
+        ConfigError
+            If its config has another structure.
+        """
+        raise self._lacks("encode_file")
 
     def kept_name(self, name: str) -> str:
         """Return the name of the tensor that stores a parameter trained alongside the adapter."""

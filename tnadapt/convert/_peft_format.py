@@ -1,4 +1,6 @@
-"""The format of PEFT's LoRA, LoKr and LoHa: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""The format of PEFT: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+LoRA, LoKr and LoHa are here; the methods with a structure of their own are in ``_peft_methods``, one per file.
 
 Every tensor and setting of such a folder is either read exactly or rejected by name. PEFT loads written folders to the
 same update.
@@ -7,7 +9,6 @@ same update.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from tnadapt.checkpoints.container import DTYPES, Container, raw_dtype
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.container import DTYPES, Container
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
-from tnadapt.targets.target import Target
 
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
-from ._peft_settings import PeftSettings, config_of, settings_of
+from ._peft_content import CONFIG_NAME, PREFIX, TRANSPOSED, check_transposed, kept_array, kept_name, recorded
+from ._peft_methods import METHODS
+from ._peft_settings import LOW_RANK, PeftSettings, config_of, settings_of
 from ._tensors import (
     LOHA,
     LOKR,
@@ -40,12 +43,7 @@ from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, common_dty
 
 __all__ = ["PeftFormat"]
 
-_PREFIX = "base_model.model."
-_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-
-# Entry of a conversion's record that says which weights are stored as (in, out).
-_TRANSPOSED = "transposed"
 
 # Limits of the search for a decompose_factor: how far above the sides, and how many candidates.
 _BEYOND, _MOST = 64, 1 << 16
@@ -67,7 +65,8 @@ class PeftFormat(FileFormat):
 
     library = "PEFT"
     kinds = ("lora", "lokr", "loha")
-    folder = (_WEIGHTS, _CONFIG)
+    structures = tuple(name.lower() for name, method in METHODS.items() if method.writable)
+    folder = (_WEIGHTS, CONFIG_NAME)
     no_attention = "its LoRA layer of nn.MultiheadAttention adds the update of the output projection twice"
     no_kronecker = (
         "PEFT multiplies other axes where W2 of a one-dimensional convolution is full, as it is at this rank: "
@@ -77,30 +76,41 @@ class PeftFormat(FileFormat):
     def detect(self, path: str) -> str | None:
         """Return the folder with ``adapter_config.json``: the path itself, or the folder of the weights at the path."""
         if os.path.isdir(path):
-            if not os.path.exists(os.path.join(path, _CONFIG)):
+            if not os.path.exists(os.path.join(path, CONFIG_NAME)):
                 return None
             _check_weights(path)
             return path
         names, folder = foreign_tensor_names(path), os.path.dirname(path)
         if names is None:
             return None
-        if os.path.basename(path) == _WEIGHTS and os.path.exists(os.path.join(folder, _CONFIG)):
+        if os.path.basename(path) == _WEIGHTS and os.path.exists(os.path.join(folder, CONFIG_NAME)):
             return folder or "."
-        if any(name.startswith(_PREFIX) for name in names):
+        if any(name.startswith(PREFIX) for name in names):
             raise FileError(
-                f"has weights of a PEFT adapter, which are no use without {_CONFIG}: give the folder that has it and "
-                f"{_WEIGHTS}"
+                f"has weights of a PEFT adapter, which are no use without {CONFIG_NAME}: give the folder that has it "
+                f"and {_WEIGHTS}"
             )
         return None
 
     def read(self, files: StoredFiles, base: Base | None, part: str | None) -> ForeignAdapter:
         """Read the adapter of a folder; ``part`` does not apply."""
-        settings = settings_of(files.json(_CONFIG))
+        config = files.json(CONFIG_NAME)
+        kind = str(config.get("peft_type", "")).upper()
+        if kind in METHODS:
+            with files.container(_WEIGHTS) as container:
+                return METHODS[kind].load(container, config, base)
+        if kind not in LOW_RANK:
+            known = ", ".join((*LOW_RANK, *METHODS))
+            raise FileError(f"peft_type is {safe_repr(config.get('peft_type'))}; converted are {known}")
+        settings = settings_of(config)
         with files.container(_WEIGHTS) as container:
             return _read(container, settings, base)
 
     def check_module(self, module: Module, kind: str) -> None:
         """Raise ConfigError for kernels with too many axes and, except for LoRA, for weights stored as (in, out)."""
+        if kind in self.structures:
+            METHODS[kind.upper()].check_module(module)
+            return
         if module.transposed and kind != "lora":
             raise ConfigError(
                 f"{safe_repr(module.path)} is stored as (in, out), and PEFT has no {kind} for such a layer; convert to "
@@ -160,15 +170,19 @@ class PeftFormat(FileFormat):
             alpha = alpha_of([update.scale], rank)
             whole = update if alpha is not None else update.absorb_scale()
             own = encode(whole, module.stored, "lora_A.weight", "lora_B.weight")
-            tensors |= {f"{_PREFIX}{module.path}.{name}": array for name, array in own.items()}
+            tensors |= {f"{PREFIX}{module.path}.{name}": array for name, array in own.items()}
             alphas.append(float(rank) if alpha is None else alpha)
         transposed = {module.path: module.transposed for module in modules}
         config = config_of(kind, transposed, choice.ranks, alphas, kept) | choice.settings
-        return EncodedAdapter(tensors, config=config, record={_TRANSPOSED: transposed})
+        return EncodedAdapter(tensors, config=config, record={TRANSPOSED: transposed})
+
+    def encode_file(self, kind: str, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
+        """Encode the tensors and settings of a method with a structure of its own."""
+        return METHODS[kind.upper()].encoded(modules, file)
 
     def kept_name(self, name: str) -> str:
         """Return the name of a tensor of ``modules_to_save``."""
-        return _PREFIX + name
+        return PREFIX + name
 
     def write(
         self,
@@ -180,7 +194,7 @@ class PeftFormat(FileFormat):
         """Serialize the weights and the settings."""
         # Some loaders require the entry "pt".
         content = safetensors_content(tensors, dtypes, {RECORD: json_text(record), "format": "pt"})
-        return {_WEIGHTS: content, _CONFIG: (json_text(config, indent=2) + "\n").encode()}
+        return {_WEIGHTS: content, CONFIG_NAME: (json_text(config, indent=2) + "\n").encode()}
 
 
 def _check_weights(folder: str) -> None:
@@ -188,7 +202,7 @@ def _check_weights(folder: str) -> None:
         return
     if os.path.exists(os.path.join(folder, "adapter_model.bin")):
         raise pickle_error()
-    raise FileError(f"has {_CONFIG} and no {_WEIGHTS} next to it")
+    raise FileError(f"has {CONFIG_NAME} and no {_WEIGHTS} next to it")
 
 
 def _decompose_factor(sizes: Sequence[tuple[int, int, int, int]], stored: Sequence[Sequence[int]]) -> int | None:
@@ -222,8 +236,8 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
             dtypes.add(DTYPES[entry.dtype])
         elif suffix in _REFUSED:
             raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
-        elif (own := _kept_name(path, settings)) is not None:
-            kept[own], kind = _kept(name, entry.dtype, container.array(name))
+        elif (own := kept_name(path, settings.saved, settings.bias)) is not None:
+            kept[own], kind = kept_array(name, entry.dtype, container.array(name))
             bits |= {f"kept.{own}": kind} if kind else {}
         else:
             unknown.append(name)
@@ -238,65 +252,24 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
             "its update "
             "of the output projection twice, and of q, k and v to a parameter that is no module's weight"
         )
-    transposed, found = _recorded(container.metadata), []
+    transposed, found = recorded(container.metadata, TRANSPOSED, bool), []
     for path in sorted(modules, key=natural):
         kind = kind_of(path, modules[path])
         if kind != settings.kind:
-            raise FileError(f"{safe_repr(path)} has tensors of {kind}, and {_CONFIG} says {settings.kind}")
+            raise FileError(f"{safe_repr(path)} has tensors of {kind}, and {CONFIG_NAME} says {settings.kind}")
         update, shape = decode(path, modules[path], functools.partial(settings.scale, path), kron_last_axes=True)
         says = transposed.get(path, settings.transposed)
         target = target_of(path, shape, base, says and len(shape) == 2, settings.kind == "lora")
         found.append(TargetUpdate(target, update))
     if base is not None and settings.kind == "lora":
-        _check_transposed([one.target for one in found if one.target.module not in transposed], settings.transposed)
+        check_transposed([one.target for one in found if one.target.module not in transposed], settings.transposed)
     return ForeignAdapter(settings.kind, found, common_dtype(dtypes), kept, bits, settings.model)
-
-
-def _recorded(metadata: Mapping[str, str]) -> dict[str, bool]:
-    """Return whether each module's weight is stored as ``(in, out)``, as recorded if this library wrote the folder."""
-    try:
-        listed = json.loads(metadata.get(RECORD, "{}")).get(_TRANSPOSED, {})
-        return {path: value for path, value in listed.items() if isinstance(value, bool)}
-    except (ValueError, RecursionError, AttributeError):
-        return {}
-
-
-def _check_transposed(targets: Sequence[Target], says: bool) -> None:
-    """Raise FileError if PEFT's global setting is wrong for some weights and the only information for others."""
-    flat = [target for target in targets if len(target.stored) == 2]
-    wrong = [target for target in flat if target.stored[0] != target.stored[1] and target.transposed != says]
-    square = [target for target in flat if target.stored[0] == target.stored[1]]
-    if wrong and square:
-        raise FileError(
-            f"fan_in_fan_out is {says} for all weights, which is wrong for {safe_repr(wrong[0].module)} in base, so it "
-            f"is unknown how the square {safe_repr(square[0].module)} is stored. Save one adapter per kind of layer"
-        )
 
 
 def _split_name(name: str) -> tuple[str, str]:
     """Split a name into the module's path and the suffix of an adapter's tensor, "" if it has none."""
-    path = name.removeprefix(_PREFIX)
+    path = name.removeprefix(PREFIX)
     for suffix in (*_SUFFIXES, *_REFUSED):
         if path != name and path.endswith(f".{suffix}"):
             return path.removesuffix(f".{suffix}"), suffix
     return path, ""
-
-
-def _kept_name(path: str, settings: PeftSettings) -> str | None:
-    """Return the name under which another tensor is kept, or None if the settings do not mark it as trained."""
-    # PEFT's own rule for modules_to_save.
-    if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in settings.saved):
-        return path.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-    if settings.bias != "none" and path.rpartition(".")[2] == "bias":
-        return path.replace(".base_layer.", ".")
-    return None
-
-
-def _kept(name: str, tag: str, array: np.ndarray) -> tuple[np.ndarray, str]:
-    if tag == "BF16":
-        array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise FileError(f"{safe_repr(name)} holds NaN or infinity")
-    if tag == "BF16":
-        return array, "bfloat16"
-    return array.astype(raw_dtype(tag).newbyteorder("="), copy=False), ""

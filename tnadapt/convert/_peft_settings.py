@@ -8,20 +8,29 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tnadapt.errors import FileError, safe_repr
 
-__all__ = ["PeftSettings", "config_of", "settings_of"]
+__all__ = [
+    "LOW_RANK", "CommonSettings", "PeftSettings", "common_config", "common_settings", "config_of", "integer_of",
+    "number_of", "settings_of",
+]  # fmt: skip
 
-_KINDS = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha"}
+#: The methods whose tensors are those of ``_tensors``, by PEFT's name.
+LOW_RANK = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha"}
 
-# Settings that do not affect the update of the stored tensors.
-_HARMLESS = frozenset(
+# Settings of all methods that do not affect the update of the stored tensors, or are read for all of them.
+_COMMON = frozenset(
     {
         "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
         "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "fan_in_fan_out", "modules_to_save", "bias",
+    }
+)  # fmt: skip
+_HARMLESS = frozenset(
+    {
         "lora_dropout", "rank_dropout",
         "module_dropout", "rank_dropout_scale", "init_weights", "eva_config", "ensure_weight_tying", "megatron_core",
         "qalora_group_size", "runtime_config", "velora_config", "use_effective_conv2d", "decompose_both",
@@ -30,8 +39,7 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 _READ = frozenset(
     {
-        "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "modules_to_save",
-        "bias", "init_lora_weights",
+        "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights",
     }
 )  # fmt: skip
 _REFUSED = {
@@ -86,10 +94,10 @@ class PeftSettings(NamedTuple):
 
     def scale(self, path: str, rank: int | None) -> float:
         """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
-        given = _integer(f"the rank of {path}", _pattern_value(self.ranks, path, self.rank))
+        given = integer_of(f"the rank of {path}", _pattern_value(self.ranks, path, self.rank))
         if rank is not None and rank != given:
             raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {given}")
-        alpha = _number(f"alpha of {path}", _pattern_value(self.alphas, path, self.alpha))
+        alpha = number_of(f"alpha of {path}", _pattern_value(self.alphas, path, self.alpha))
         return alpha / math.sqrt(given) if self.rslora else alpha / given
 
 
@@ -107,21 +115,11 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
     Raises
     ------
     FileError
-        If the method is none of the three; or a field has the wrong type, is unknown, or means that the update is not
+        If a field has the wrong type, is unknown, or means that the update is not
         simply added to the weight. The message names the field.
     """
-    kind = _KINDS.get(str(config.get("peft_type", "")).upper())
-    if kind is None:
-        raise FileError(f"peft_type is {safe_repr(config.get('peft_type'))}; converted are {', '.join(_KINDS)}")
-    for field, value in config.items():
-        if field in _HARMLESS or field in _READ or not value:
-            continue
-        why = _REFUSED.get(field, "this field is not known here, and may change what the adapter does")
-        raise FileError(
-            f"{field}={safe_repr(value)} of adapter_config.json cannot be converted: {why}; merge the adapter "
-            "with PEFT, "
-            "and extract one from the merged weights"
-        )
+    kind = LOW_RANK[str(config["peft_type"]).upper()]
+    _check_fields(config, _HARMLESS | _READ, _REFUSED)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and _CHANGES_BASE.search(start):
         raise FileError(
@@ -129,26 +127,79 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
             "changed; save it "
             "with path_initial_model_for_weight_conversion, which makes it an ordinary one"
         )
+    saved, bias, model = _kept_settings(config)
+    return PeftSettings(
+        kind,
+        integer_of("r", config.get("r", 8)),
+        number_of("alpha", config.get("lora_alpha" if kind == "lora" else "alpha", 8)),
+        _pattern("rank_pattern", config),
+        _pattern("alpha_pattern", config),
+        bool(config.get("use_rslora")) and kind == "lora",
+        bool(config.get("fan_in_fan_out")) and kind == "lora",
+        saved,
+        bias,
+        model,
+    )
+
+
+def _check_fields(config: Mapping[str, Any], known: Collection[str], refused: Mapping[str, str]) -> None:
+    """Raise FileError if a field is set that is neither known nor common to all methods."""
+    for field, value in config.items():
+        if field in _COMMON or field in known or not value:
+            continue
+        why = refused.get(field, "this field is not known here, and may change what the adapter does")
+        raise FileError(
+            f"{field}={safe_repr(value)} of adapter_config.json cannot be converted: {why}; merge the adapter "
+            "with PEFT, "
+            "and extract one from the merged weights"
+        )
+
+
+def _kept_settings(config: Mapping[str, Any]) -> tuple[tuple[str, ...], str, str]:
+    """Return ``modules_to_save``, ``bias`` and the class name of the base model."""
     bias = config.get("bias", "none")
-    if bias not in ("none", "all", "lora_only"):
+    if not isinstance(bias, str) or (bias not in ("none", "all") and not bias.endswith("_only")):
         raise FileError(f"bias must be 'none', 'all' or 'lora_only'; got {safe_repr(bias)}")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise FileError(f"modules_to_save must be a list of names; got {safe_repr(saved)}")
     mapping = config.get("auto_mapping")
     model = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-    return PeftSettings(
-        kind,
-        _integer("r", config.get("r", 8)),
-        _number("alpha", config.get("lora_alpha" if kind == "lora" else "alpha", 8)),
-        _pattern("rank_pattern", config),
-        _pattern("alpha_pattern", config),
-        bool(config.get("use_rslora")) and kind == "lora",
-        bool(config.get("fan_in_fan_out")) and kind == "lora",
-        tuple(saved),
-        bias,
-        model if isinstance(model, str) else "",
-    )
+    return tuple(saved), bias, model if isinstance(model, str) else ""
+
+
+class CommonSettings(NamedTuple):
+    """Settings that all methods have.
+
+    Attributes
+    ----------
+    title : str
+        The method's name in messages.
+    saved : tuple of str
+        ``modules_to_save``.
+    bias, model : str
+    transposed : bool
+        ``fan_in_fan_out``.
+    may_transpose : bool
+        Whether the method adapts weights that are stored as (in, out).
+    """
+
+    title: str
+    saved: tuple[str, ...]
+    bias: str
+    model: str
+    transposed: bool
+    may_transpose: bool
+
+
+def common_settings(
+    config: Mapping[str, Any], title: str, fields: Collection[str], refused: Mapping[str, str], may_transpose: bool
+) -> CommonSettings:
+    """Read the settings that all methods have; raise FileError if a field is set that is not in ``fields``."""
+    _check_fields(config, fields, refused)
+    saved, bias, model = _kept_settings(config)
+    transposed = bool(config.get("fan_in_fan_out")) and may_transpose
+    return CommonSettings(title, saved, bias, model, transposed, may_transpose)
 
 
 def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,19 +216,33 @@ def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _integer(name: str, value: Any) -> int:
+def integer_of(name: str, value: Any) -> int:
+    """Return a positive integer; raise FileError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 40:
         raise FileError(f"{name} must be an integer of at least 1; got {safe_repr(value)}")
     return value
 
 
-def _number(name: str, value: Any) -> float:
+def number_of(name: str, value: Any) -> float:
+    """Return a finite number; raise FileError for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         raise FileError(f"{name} must be a finite number; got {safe_repr(value)}")
     return float(value)
 
 
 # -- Writing -------------------------------------------------------------------------------------
+
+
+def common_config(kind: str, paths: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of ``adapter_config.json`` that all methods have, with full paths of all weights."""
+    return {
+        "peft_type": kind.upper(),
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": _targeted(paths),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in kept}) or None,
+    }
 
 
 def config_of(
@@ -197,17 +262,12 @@ def config_of(
     """
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks, alphas))
     paths = list(transposed)
-    config: dict[str, Any] = {
-        "peft_type": kind.upper(),
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
+    config = {
+        **common_config(kind, paths, kept),
         "r": rank,
         ("lora_alpha" if kind == "lora" else "alpha"): _json_number(alpha),
-        "target_modules": _targeted(paths),
         "rank_pattern": _pattern_of(paths, ranks, rank),
         "alpha_pattern": _pattern_of(paths, [_json_number(value) for value in alphas], _json_number(alpha)),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in kept}) or None,
     }
     if kind == "lora":
         config |= {"bias": "none", "fan_in_fan_out": all(transposed.values())}

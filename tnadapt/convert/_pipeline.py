@@ -17,6 +17,7 @@ from tnadapt.errors import ConfigError, FileError, TnadaptError, integer, safe_r
 from tnadapt.plugins import Registry, load_plugins
 
 from ._base_model import Base, as_base
+from ._base_numbers import with_base_arrays
 from ._conversion import Conversion, check_free
 from ._file_format import KINDS, FileFormat
 from ._files import StoredFiles
@@ -69,14 +70,15 @@ def register_file_format(name: str, cls: type[FileFormat]) -> None:
     asked = ["detect", "read"]
     asked += ["encode", "write"] if cls.kinds else []
     asked += ["fit_kronecker"] if "lokr" in cls.kinds else []
-    if missing := [method for method in asked if getattr(cls, method) is getattr(FileFormat, method)]:
+    asked += ["encode_file", "write"] if cls.structures else []
+    if missing := [method for method in dict.fromkeys(asked) if getattr(cls, method) is getattr(FileFormat, method)]:
         raise ConfigError(f"the file format {name!r} lacks {', '.join(missing)}: define that on {cls.__name__}")
     _formats.register(name, cls)
 
 
 def forms() -> tuple[str, ...]:
     """Return all valid values of ``to``."""
-    return (_OWN, *(f"{name}-{kind}" for name, cls in _formats.items() for kind in cls.kinds))
+    return (_OWN, *(f"{name}-{kind}" for name, cls in _formats.items() for kind in (*cls.kinds, *cls.structures)))
 
 
 def _format_of(name: str) -> FileFormat:
@@ -137,13 +139,13 @@ def _checked(to: Any, rank: Any, max_error: Any, dtype: Any) -> ExportSpec | Non
     name, _, kind = to.rpartition("-")
     if rank is not None:
         rank = integer("rank", rank, 1, 1 << 40, ConfigError)
-        if _holds_everything(to):
+        if not _has_rank(to):
             raise ConfigError(f"rank={rank} belongs to LoRA, LoKr and LoHa; {to!r} keeps all there is")
     return None if to == _OWN else ExportSpec(to, _format_of(name), kind, rank, max_error)
 
 
-def _holds_everything(form: str) -> bool:
-    return form == _OWN or form.endswith("-full")
+def _has_rank(form: str) -> bool:
+    return form.rpartition("-")[2] in KINDS and not form.endswith("-full")
 
 
 def _without_kept(file: AdapterFile) -> AdapterFile:
@@ -155,7 +157,7 @@ def _check_error(result: Conversion, max_error: float | None) -> None:
     if result.error <= (max_error or 0.0) or (result.exact and max_error is None):
         return
     allowed = "nothing but rounding is allowed" if max_error is None else f"max_error={max_error:g} is allowed"
-    whole = _holds_everything(result.kind)
+    whole = not _has_rank(result.kind)
     ways = "a wider dtype" if whole else "a larger rank or a wider dtype"
     full = "" if whole else ", or to='lycoris-full', which holds every update"
     worst = max(result.errors, key=lambda name: result.errors[name])
@@ -211,7 +213,7 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
         with file_error_context("base"):
             known = as_base(base)
     if isinstance(source, AdapterFile):
-        return _from_own(source, known)
+        return _from_own(source, known, base)
     path = path_of(source)
     with file_error_context(path):
         found = _detect(path)
@@ -231,7 +233,7 @@ def _read(source: Any, base: Any = None, part: str | None = None) -> ConvertedFr
                 return _read_foreign(found[0], StoredFiles(found[1]), known, part)
         raise
     with file_error_context(path):
-        return _from_own(file, known)
+        return _from_own(file, known, base)
 
 
 def _detect(path: str) -> tuple[str, str] | None:
@@ -255,16 +257,21 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
         raise FileError(
             f"the file format {name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
         ) from error
-    file, notes = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
     updates = tuple(one.update for one in adapter.updates)
     kind = f"{name}-{adapter.kind}" if adapter.kind else name
-    return ConvertedFrom(kind, file, sum(update.num_parameters for update in updates), tuple(notes), updates)
+    count = adapter.parameters
+    if count is None:
+        count = sum(update.num_parameters for update in updates)
+    if adapter.file is not None:
+        return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates)
+    file, notes = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
+    return ConvertedFrom(kind, file, count, (*adapter.notes, *notes), updates)
 
 
-def _from_own(file: AdapterFile, base: Base | None) -> ConvertedFrom:
-    if base is not None:
-        base.check_targets(file.targets)
-    return ConvertedFrom(_OWN, file, file.num_parameters)
+def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:
+    if known is not None:
+        known.check_targets(file.targets)
+    return ConvertedFrom(_OWN, with_base_arrays(file, base), file.num_parameters)
 
 
 def _in_folder(folder: str) -> str:
@@ -320,19 +327,22 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
             "nothing else: merge it into the base with tnadapt.merge, and extract an adapter from the merged weights"
         )
     modules, unpacked = _modules(file, spec), Unpacked(file, found.updates)
-    choice = choose(modules, unpacked, spec)
-    encoded = form.encode(spec.kind, modules, choice, list(file.kept))
+    if spec.kind in form.structures:
+        encoded, known = form.encode_file(spec.kind, modules, file), True
+    else:
+        choice = choose(modules, unpacked, spec)
+        encoded, known = form.encode(spec.kind, modules, choice, list(file.kept)), choice.exact
     stored, kinds = (round_to if dtype is not None else narrow)(encoded.tensors, dtype or file.dtype)
     check_range(stored, dtype or file.dtype)
     scalars = {name: array.astype(np.float32) for name, array in encoded.scalars.items()}
-    tensors = stored | scalars
+    tensors = stored | scalars | dict(encoded.integers)
     for name, array in file.kept.items():
         tensors[form.kept_name(name)] = array
         kinds |= {form.kept_name(name): "bfloat16"} if f"kept.{name}" in file.dtypes else {}
     record = {"from": found.kind, "to": spec.form, "config": file.config.to_dict(), **encoded.record}
     error, errors = _measured(modules, unpacked, spec, form.write(tensors, kinds, record, encoded.config))
     written = next(kinds.get(name, array.dtype.name) for name, array in stored.items())
-    exact = all(is_rounding(one, written, choice.exact) for one in (error, *errors.values()))
+    exact = all(is_rounding(one, written, known) for one in (error, *errors.values()))
     record |= {"exact": exact, "error": float(f"{error:.2e}")}
     files = form.write(tensors, kinds, record, encoded.config)
     sizes = found.parameters, sum(array.size for array in stored.values())

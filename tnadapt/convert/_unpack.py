@@ -58,9 +58,16 @@ class Unpacked:
         plan = self.file.plan
         linear = plan.groups[0].projection.linear
         found: Float = (
-            plan.delta(self.arrays, weight, self.file.dtype) if linear else self._nonlinear[weight].astype(np.float64)
+            plan.arrays_plan.delta(self._made, weight, self.file.dtype)
+            if linear
+            else self._nonlinear[weight].astype(np.float64)
         )
         return found
+
+    @functools.cached_property
+    def _made(self) -> dict[str, Float]:
+        """The arrays of the network that are not frozen: those of the file, or those that θ makes."""
+        return self.file.plan.arrays(self.arrays, self.file.dtype)
 
     @functools.cached_property
     def _nonlinear(self) -> list[np.ndarray]:
@@ -74,7 +81,8 @@ class Unpacked:
         """
         if self.updates:
             return self.updates[weight]
-        return self._of_one_group(weight) or low_rank_slice(self.file.plan, weight, self.arrays, self.file.dtype)
+        plan = self.file.plan.arrays_plan
+        return self._of_one_group(weight) or low_rank_slice(plan, weight, self._made, self.file.dtype)
 
     def _of_one_group(self, weight: int) -> ModuleUpdate | None:
         plan, shape = self.file.plan, self.file.targets[weight].shape
@@ -86,11 +94,11 @@ class Unpacked:
         if len(network.sizes) == 1:
             if network.shapes.keys() != {"split0.dense"} or network.sizes != (shape[0] * shape[1],):
                 return None
-            vec = self.arrays[group.names["split0.dense"]]  # a group's only array is trained
+            vec = self._made[group.names["split0.dense"]]  # a group's only array is trained
             return ModuleUpdate("dense", shape, (vec.reshape(shape),), network.scale)
         if len(network.sizes) != 2 or network.sizes[1] != shape[1]:
             return None
-        own = {name: self.arrays[full] for name, full in group.names.items()}
+        own = {name: self._made[full] for name, full in group.names.items()}
         arrays = group.with_frozen(load_backend("numpy"), own, self.file.dtype)
         terms = [_parts(network, arrays, term) for term in range(network.terms)]
         unpack = _one_split if len(network.splits) == 1 else _kronecker if network.kronecker else _hadamard

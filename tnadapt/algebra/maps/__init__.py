@@ -11,6 +11,7 @@ transform, and ``projection`` is the user-facing class of a map.
 
 from __future__ import annotations
 
+from ._centered_wavelet import CenteredWavelet
 from ._chain import Chain
 from ._circulant import Circulant
 from ._gather import Gather, SignGather
@@ -36,6 +37,7 @@ from ._scatter import Scatter
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, tanhshrink
 from ._tile import Tile
+from ._torch_scatter import TorchScatter
 from ._wavelet import Wavelet
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "MAPS",
     "ON",
     "SQUARE",
+    "CenteredWavelet",
     "Chain",
     "Circulant",
     "Gather",
@@ -58,6 +61,7 @@ __all__ = [
     "SignGather",
     "Space",
     "Tile",
+    "TorchScatter",
     "Wavelet",
     "checked_projection",
     "input_length",

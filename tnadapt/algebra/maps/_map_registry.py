@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tnadapt.plugins import Registry
 
+from ._centered_wavelet import CenteredWaveletMap
 from ._circulant import CirculantMap
 from ._dct import Dct2
 from ._dft import Dft2
@@ -17,6 +18,7 @@ from ._scatter import ScatterMap
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, NonlinearV2
 from ._tile import TileMap
+from ._torch_scatter import TorchScatterMap
 from ._wavelet import WaveletMap
 
 __all__ = ["KINDS", "MAPS", "SQUARE"]
@@ -32,6 +34,7 @@ MAPS: Registry[Map] = Registry(
         "nonlinear": Nonlinear,
         "nonlinear_v2": NonlinearV2,
         "scatter": ScatterMap,
+        "torch-scatter": TorchScatterMap,
         "gather": GatherMap,
         "sign-gather": SignGatherMap,
         "tile": TileMap,
@@ -39,6 +42,7 @@ MAPS: Registry[Map] = Registry(
         "dct2": Dct2,
         "dft2": Dft2,
         "wavelet": WaveletMap,
+        "centered-wavelet": CenteredWaveletMap,
         "one-hot": OneHot,
         "signed-one-hot": SignedOneHot,
         "normal": Normal,

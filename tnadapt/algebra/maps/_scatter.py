@@ -107,6 +107,11 @@ class ScatterMap(Map):
             )
         return Space(settings.size)
 
+    @property
+    def _invertible(self) -> bool:
+        """Whether the value at a position is known without all positions."""
+        return self.settings.positions is None
+
     def make(self, key: object) -> np.ndarray:
         if key == "positions":
             if self.settings.positions is not None:
@@ -120,7 +125,7 @@ class ScatterMap(Map):
     def _sources(self, start: int, stop: int) -> np.ndarray:
         """Return which element of x each of these elements of y is; ``n_in``, for a zero that is appended, if none."""
         positions = self.kept.get("positions")
-        if positions is None and (self.settings.positions is not None or stop - start == self.n_out):
+        if positions is None and (not self._invertible or stop - start == self.n_out):
             positions = self.make("positions")
         if positions is None:  # a slice: drawn without the rest
             inverse = rng.permutation(self.n_out, self.seed, self.group, start, stop, inverse=True)

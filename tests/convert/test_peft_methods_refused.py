@@ -1,0 +1,335 @@
+"""Folders of PEFT's methods that cannot be read, and configs that cannot be written as them, are refused in words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from tnadapt.maps import Circulant, Tile, TorchScatter, Wavelet
+
+import tnadapt as tna
+from tnadapt import ConfigError, FileError, TargetError
+from tnadapt.convert._peft_methods import METHODS
+
+from .conversions import made
+
+RNG = np.random.default_rng(0)
+Q = "base_model.model.a.q."
+SHAPES: dict[str, tuple[int, ...]] = {"a.q": (6, 8)}
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype("f4")
+
+
+def integers(*rows: Any) -> np.ndarray:
+    return np.array(rows, "i4")
+
+
+# One small adapter of each method on a weight of 6 × 8.
+CONTENT: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
+    "VERA": ({"r": 2}, {
+        f"{Q}vera_lambda_b": floats(6), f"{Q}vera_lambda_d": floats(2),
+        "base_model.vera_A": floats(2, 8), "base_model.vera_B": floats(6, 2),
+    }),
+    "RANDLORA": ({"r": 4, "randlora_alpha": 8}, {
+        f"{Q}randlora_lambda": floats(4, 2), f"{Q}randlora_gamma": floats(2, 6),
+        "base_model.randlora_A": floats(4, 1, 6), "base_model.randlora_B": floats(8, 2, 4),
+    }),
+    "FOURIERFT": ({}, {f"{Q}fourierft_spectrum": floats(5)}),
+    "WAVEFT": ({}, {f"{Q}waveft_spectrum": floats(5)}),
+    "C3A": ({"block_size": 2}, {f"{Q}c3a_kernel": floats(3, 4, 2)}),
+    "SHIRA": ({"r": 1}, {f"{Q}shira_weight": floats(14), f"{Q}shira_indices": integers(range(6), range(6))}),
+    "MISS": ({"r": 3}, {f"{Q}miss_block": floats(3, 6)}),
+    "UNILORA": ({"r": 2}, {
+        "base_model.unilora_theta_d": floats(9),
+        f"{Q}unilora_indices_A": RNG.integers(0, 9, (2, 8)), f"{Q}unilora_indices_B": RNG.integers(0, 9, (6, 2)),
+        f"{Q}unilora_scales_A": floats(2, 8), f"{Q}unilora_scales_B": floats(6, 2),
+    }),
+    "TINYLORA": ({"r": 2, "u": 3}, {
+        f"{Q}tinylora_A": floats(2, 8), f"{Q}tinylora_B": floats(6, 2), f"{Q}tinylora_P": floats(3, 2, 2),
+        "base_model.tinylora_v.0": floats(3),
+    }),
+    "VBLORA": ({"r": 2}, {
+        f"{Q}vblora_logits_A": floats(2, 4, 5), f"{Q}vblora_logits_B": floats(3, 2, 5),
+        "base_model.vblora_vector_bank": floats(5, 2),
+    }),
+}  # fmt: skip
+PLACES = np.sort(RNG.permutation(48)[:14])
+CONTENT["SHIRA"][1][f"{Q}shira_indices"] = integers(*np.divmod(PLACES, 8))
+
+
+def folder(
+    path: Path, method: str, config: Mapping[str, Any] | None = None, tensors: Mapping[str, Any] | None = None
+) -> Path:
+    """A folder of a method, with some settings and tensors changed, or removed by None."""
+    path.mkdir(exist_ok=True)
+    fields, arrays = CONTENT[method]
+    merged = {name: array for name, array in {**arrays, **(tensors or {})}.items() if array is not None}
+    save_file({name: np.ascontiguousarray(array) for name, array in merged.items()}, path / "adapter_model.safetensors")
+    text = json.dumps({"peft_type": method, "target_modules": ["q"], **fields, **(config or {})})
+    (path / "adapter_config.json").write_text(text)
+    return path
+
+
+def test_every_method_is_here() -> None:
+    assert CONTENT.keys() == METHODS.keys()
+    assert all(method.kind.upper() == name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("method", CONTENT)
+def test_these_are_read(method: str, tmp_path: Path) -> None:
+    found = tna.convert(folder(tmp_path / "a", method), base=SHAPES)
+    assert found.exact
+    assert found.origin == f"peft-{method.lower()}"
+    assert found.file is not None
+    assert [target.shape for target in found.file.targets] == [(6, 8)]
+
+
+def test_positions_from_windows_are_floating_point_numbers(tmp_path: Path) -> None:
+    name = f"{Q}shira_indices"
+    whole = tna.convert(folder(tmp_path / "a", "SHIRA"), base=SHAPES).file
+    turned = {name: CONTENT["SHIRA"][1][name].astype("f4")}
+    found = tna.convert(folder(tmp_path / "b", "SHIRA", {}, turned), base=SHAPES).file
+    assert whole is not None
+    assert found is not None
+    assert np.array_equal(found.deltas()[0], whole.deltas()[0])
+
+
+NO_SHAPE = r"does not store the shapes of the weights, and 'a.q' needs one: give base=, a safetensors file"
+SEED = "must be an integer that torch takes as a seed; got"
+
+
+@pytest.mark.law("foreign-files")
+@pytest.mark.parametrize(
+    ("method", "config", "tensors", "message"),
+    [
+        (method, {"magic": 3}, {}, "magic=3 of adapter_config.json cannot be converted: this field is not known here")
+        for method in CONTENT
+    ]
+    + [
+        (method, {}, {f"{Q}other": floats(2)}, f"do not belong to a {METHODS[method].title} adapter: '{Q}other'")
+        for method in CONTENT
+    ]
+    + [
+        (method, {}, {next(name for name, array in arrays.items() if array.dtype.kind == "f"): floats(1, 1, 1, 1)},
+         "axes, none of them empty")
+        for method, (_, arrays) in CONTENT.items()
+    ]
+    + [
+        (method, {}, {next(iter(arrays)): np.full_like(next(iter(arrays.values())), np.nan)}, "holds NaN or infinity")
+        for method, (_, arrays) in CONTENT.items()
+    ]
+    + [
+        ("VERA", {}, {f"{Q}vera_lambda_d": None}, "'a.q' has vera_lambda_b, and lacks vera_lambda_d"),
+        ("VERA", {}, {f"{Q}vera_lambda_d": floats(3)}, r"vera_lambda_d must have r = 2 elements; they are vera"),
+        ("VERA", {}, {f"{Q}vera_lambda_b": floats(7)}, "it has 7 rows, and the weight is 6 × 8"),
+        ("VERA", {}, {"base_model.vera_A": None}, "lacks base_model.vera_A, .*: save it with save_projection=True"),
+        ("VERA", {}, {"base_model.vera_A": floats(2, 7)}, r"vera_A must be \(2, 8\) and vera_B \(6, 2\), or larger"),
+        ("VERA", {"r": 0}, {}, "r must be an integer of at least 1"),
+        ("VERA", {"save_projection": False, "projection_prng_key": "a"},
+         {"base_model.vera_A": None, "base_model.vera_B": None}, f"projection_prng_key {SEED} 'a'"),
+        ("RANDLORA", {}, {f"{Q}randlora_gamma": floats(2, 9)}, "randlora_lambda must be .* N = ⌈side / r⌉"),
+        ("RANDLORA", {}, {f"{Q}randlora_gamma": floats(2, 5)}, "its smaller side is 5, and the weight is 6 × 8"),
+        ("RANDLORA", {}, {"base_model.randlora_B": None}, "lacks base_model.randlora_B"),
+        ("RANDLORA", {}, {"base_model.randlora_B": floats(7, 2, 4)}, r"randlora_B \(8, 2, 4\), or larger; they are"),
+        ("RANDLORA", {}, {"base_model.randlora_B": floats(8, 1, 4)}, "randlora_B has 1 bases, and that is too few"),
+        ("RANDLORA", {}, {f"{Q}randlora_B": floats(8, 2, 4)}, "differs from base_model.randlora_B, of which PEFT st"),
+        ("RANDLORA", {"randlora_alpha": "a"}, {}, "randlora_alpha must be a finite number"),
+        ("FOURIERFT", {}, {f"{Q}fourierft_spectrum": floats(49)}, "it has 49 values, and the weight is 6 × 8"),
+        ("FOURIERFT", {"scaling": None}, {}, "scaling must be a finite number; got None"),
+        ("FOURIERFT", {"random_loc_seed": 1.5}, {}, f"random_loc_seed {SEED} 1.5"),
+        ("WAVEFT", {"wavelet_family": "sym4"}, {}, "wavelet_family='sym4' cannot be converted: only db1 to db10"),
+        ("WAVEFT", {}, {f"{Q}waveft_spectrum": floats(49)}, "it has 49 values, and the weight is 6 × 8"),
+        ("SHIRA", {}, {f"{Q}shira_weight": floats(13)}, "shira_indices a row and a column for each"),
+        ("SHIRA", {"r": 2}, {}, "rows and columns must sum to 7, and the weight is 6 × 8"),
+        ("SHIRA", {}, {f"{Q}shira_indices": integers(*np.divmod(PLACES, 8)) + 6}, "a position outside"),
+        ("SHIRA", {}, {f"{Q}shira_indices": integers([0] * 14, [0] * 14)}, "shira_indices has a position twice"),
+        ("SHIRA", {}, {f"{Q}shira_indices": integers(*np.divmod(PLACES, 8)) + 0.5}, "must hold integers; it is F64"),
+        ("MISS", {"init_weights": "bat"}, {}, "init_weights='bat' cannot be converted: its update depends on"),
+        ("MISS", {"r": 4}, {}, r"miss_block must be \(4, rows\)"),
+        ("MISS", {"init_weights": "mini", "mini_r": 2}, {}, r"miss_block must be \(3, 2\)"),
+        ("MISS", {}, {f"{Q}miss_block": floats(3, 5)}, "it must have 5 rows, and 3 columns or more, and the weight"),
+        ("MISS", {"init_weights": "mini", "mini_r": 4}, {f"{Q}miss_block": floats(3, 4)}, "have 4 rows or a mul"),
+        ("C3A", {}, {f"{Q}c3a_kernel": floats(3, 3, 2)}, r"has the shape \(6, 6\), and the weight in base has"),
+        ("UNILORA", {}, {"base_model.unilora_theta_d": None}, "lacks base_model.unilora_theta_d"),
+        ("UNILORA", {}, {f"{Q}unilora_indices_A": np.full((2, 8), 9)}, "an index is outside the 9 elements"),
+        ("UNILORA", {}, {f"{Q}unilora_scales_A": floats(2, 7)}, "indices and scales must be"),
+        ("UNILORA", {"r": 3}, {}, r"unilora_indices_A must be \(r, columns\), r = 3"),
+        ("TINYLORA", {}, {"base_model.tinylora_v.0": None}, "lacks base_model.tinylora_v.0"),
+        ("TINYLORA", {}, {"base_model.tinylora_v.7": floats(3)}, "lacks base_model.tinylora_v.1"),
+        ("TINYLORA", {}, {f"{Q}tinylora_B": floats(6, 3)}, r"tinylora_A must be \(r, columns\)"),
+        ("TINYLORA", {}, {f"{Q}tinylora_P": floats(3, 2, 3)}, r"tinylora_P must be \(3, 2, 2\)"),
+        ("TINYLORA", {}, {f"{Q}tinylora_P": None}, "and lacks tinylora_P"),
+        ("TINYLORA", {"save_projection": False}, {f"{Q}tinylora_P": None}, "12 elements of P are too few to draw"),
+        ("VBLORA", {}, {f"{Q}vblora_logits_A": floats(3, 4, 5)}, r"A must have \(r, parts\) mixtures"),
+        ("VBLORA", {}, {f"{Q}vblora_logits_A": floats(2, 4, 4)}, "must have a logit for each of the 5 vectors"),
+        ("VBLORA", {"topk": 6}, {}, "must have a logit for each of the 5 vectors, topk of them"),
+        ("VBLORA", {}, {f"{Q}vblora_logits_A_topk_indices": np.full((2, 4, 2), 5),
+                        f"{Q}vblora_logits_A_topk_weights": floats(2, 4, 1)}, "topk_indices must name 5 vectors"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read(
+    method: str, config: dict[str, Any], tensors: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    place = folder(tmp_path / "a", method, config, tensors)
+    with pytest.raises((FileError, TargetError), match=message):
+        tna.convert(place, base=SHAPES)
+
+
+@pytest.mark.parametrize("method", ["VERA", "RANDLORA", "FOURIERFT", "WAVEFT", "SHIRA", "MISS"])
+def test_shapes_that_are_not_stored(method: str, tmp_path: Path) -> None:
+    place = folder(tmp_path / "a", method)
+    for base in (None, ["a.q"]):
+        with pytest.raises(FileError, match=NO_SHAPE):
+            tna.convert(place, base=base)
+    with pytest.raises(FileError, match=r"'a.q' is a weight of 4 axes in base, and .* adapts matrices"):
+        tna.convert(place, base={"a.q": (6, 2, 2, 2)})
+    with pytest.raises(FileError, match=r"base has no module 'a.q'"):
+        tna.convert(place, base={"a.k": (6, 8)})
+
+
+def test_an_unknown_method_lists_what_is_read(tmp_path: Path) -> None:
+    place = folder(tmp_path / "a", "VERA", {"peft_type": "HIRA"})
+    known = ", ".join(("LORA", "LOKR", "LOHA", *CONTENT))
+    with pytest.raises(FileError, match=f"peft_type is 'HIRA'; converted are {known}$"):
+        tna.convert(place, base=SHAPES)
+
+
+def test_the_order_of_modules_that_is_not_stored(tmp_path: Path) -> None:
+    bare = dict.fromkeys(f"{Q}{name}" for name in METHODS["UNILORA"].tensors)
+    place = folder(tmp_path / "a", "UNILORA", {}, bare)
+    save_file({"a.q.weight": floats(6, 8)}, tmp_path / "model.safetensors")
+    for base in (None, tmp_path / "model.safetensors", ["a.q"]):
+        with pytest.raises(FileError, match=r"in the order of the model's modules: save it with save_indices=True, or"):
+            tna.convert(place, base=base)
+    assert tna.convert(place, base=SHAPES).exact
+    for field in ({"layers_to_transform": [1]}, {"target_modules": "all-linear"}, {"target_modules": None}):
+        folder(tmp_path / "a", "UNILORA", field, bare)
+        with pytest.raises(FileError, match=r"nor the names of its weights, and .*: save it with save_indices=True"):
+            tna.convert(place, base=SHAPES)
+    folder(tmp_path / "a", "UNILORA", {"target_modules": ["nothing"]}, bare)
+    with pytest.raises(FileError, match=r"target_modules=\['nothing'\] matches no matrix of base"):
+        tna.convert(place, base=SHAPES)
+    folder(tmp_path / "a", "UNILORA", {"target_modules": "("}, bare)
+    with pytest.raises(FileError, match=r"target_modules='\(' is no regular expression"):
+        tna.convert(place, base=SHAPES)
+    two = {name.replace("a.q", "a.v"): array for name, array in CONTENT["TINYLORA"][1].items() if "a.q" in name}
+    folder(tmp_path / "a", "TINYLORA", {}, two)
+    assert tna.convert(place).exact  # one v for all
+    folder(tmp_path / "a", "TINYLORA", {}, {**two, "base_model.tinylora_v.1": floats(3)})
+    with pytest.raises(FileError, match=r"the order of the modules in the model decides which of its vectors v is a"):
+        tna.convert(place)
+    assert tna.convert(place, base={"a.v": (6, 8), "a.q": (6, 8)}).exact
+
+
+@pytest.mark.law("foreign-files")
+@settings(max_examples=60)
+@given(st.sampled_from(list(CONTENT)), st.data())
+def test_damaged_tensors_raise_nothing_else(method: str, data: st.DataObject) -> None:
+    fields, arrays = CONTENT[method]
+    name = data.draw(st.sampled_from(list(arrays)))
+    shape = data.draw(st.lists(st.integers(0, 9), max_size=4))
+    kind = data.draw(st.sampled_from(["f4", "f2", "i4", "u1"]))
+    changed = {name: np.zeros(shape, kind) if data.draw(st.booleans()) else None}
+    config = {data.draw(st.sampled_from([*fields, "seed", "topk", "scaling"])): data.draw(
+        st.sampled_from([None, -1, 0, 1, 2, 3, "a", 1.5, [1], {"a": 1}, True])
+    )}  # fmt: skip
+    with tempfile.TemporaryDirectory() as place, contextlib.suppress(FileError, TargetError):
+        assert tna.convert(folder(Path(place, "a"), method, config, changed), base=SHAPES).file is not None
+
+
+# -- Writing -------------------------------------------------------------------------------------
+
+
+def few(projection: Any, **changes: Any) -> tna.Config:
+    return tna.Config.from_dict({"order": 1, "format": "dense", "rank": 1, "on": "weight", **changes}).replace(
+        projection=projection
+    )
+
+
+FLAT = {"a.q": (6, 8), "a.v": (6, 8)}
+P = tna.presets
+
+
+@pytest.mark.parametrize(
+    ("config", "to", "message"),
+    [
+        (
+            lambda: P.lora(2),
+            "vera",
+            "it needs order=2, format='cp', and both factors frozen, shared by all",
+        ),
+        (
+            lambda: P.tied_lora(2),
+            "vera",
+            "as presets.vera has them; convert to 'peft-lora', which is exact",
+        ),
+        (lambda: P.unilora(9, 2), "vera", "its arrays are made from θ by before='one-hot'"),
+        (lambda: P.superlora(2, groups=1), "vera", "several weights are one group"),
+        (lambda: P.fourierft(5), "fourierft", "which is not what these are: train with maps.TorchScatter"),
+        (lambda: P.loca(5), "fourierft", r"it needs projection=\[maps.Scatter\(…\), 'dft2'\]"),
+        (lambda: P.lora(2), "randlora", "it needs ⌈smaller side / rank⌉ terms for every weight, with frozen factors"),
+        (lambda: P.randlora(4, rows=6, cols=4), "randlora", "it needs ⌈smaller side / rank⌉ terms for every weight"),
+        (lambda: P.krona(), "randlora", "as presets.randlora has them"),
+        (lambda: P.lora(2), "fourierft", "it needs one trained vector for each weight"),
+        (lambda: P.waveft(5), "waveft", r"it needs projection=\[maps.TorchScatter\(size, seed\), maps.CenteredWavelet"),
+        (
+            lambda: few([TorchScatter(3), Wavelet("db2")]),
+            "waveft",
+            "and places the coefficients otherwise than presets",
+        ),
+        (lambda: P.c3a(2), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
+        (lambda: P.miss(2), "c3a", r"it needs projection=maps.Circulant\(…\) alone"),
+        (lambda: few(Tile(2)), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
+        (lambda: few(Tile(4, 2)), "miss", "mini_r=4 must divide the 6 rows of a.q there"),
+        (
+            lambda: P.shira(48),
+            "shira",
+            r"PEFT trains r \(rows \+ cols\) elements of each weight, r = 4 here",
+        ),
+        (lambda: P.fourierft(5), "shira", r"it needs projection=maps.Scatter\(…\) alone"),
+        (lambda: few(TorchScatter(3), on="vector", groups=1, fold="hypercube"), "shira", ""),
+        (lambda: few([Circulant(2), "dct2"]), "c3a", "it needs projection=maps.Circulant"),
+    ],
+)
+def test_what_cannot_be_written(config: Callable[[], tna.Config], to: str, message: str) -> None:
+    file = made(config(), FLAT)
+    if not message:
+        assert tna.convert(file, to=f"peft-{to}").exact
+        return
+    with pytest.raises(ConfigError, match=message) as caught:
+        tna.convert(file, to=f"peft-{to}")
+    assert "cannot be written as PEFT's" in str(caught.value)
+
+
+def test_weights_that_peft_does_not_adapt_so() -> None:
+    conv = made(P.miss(2), {"a.conv": (4, 3, 2, 2)})
+    with pytest.raises(ConfigError, match=r"'a.conv' is stored in 4 axes, and PEFT has MiSS for matrices \(out"):
+        tna.convert(conv, to="peft-miss")
+    targets = [tna.Target("a", (6, 8), transposed=True)]
+    arrays = {"group0.split0.dense": np.ones(16, "f4")}
+    turned = tna.AdapterFile(P.miss(2), targets, arrays)
+    with pytest.raises(ConfigError, match=r"'a' is stored as \(in, out\), and PEFT has MiSS for matrices \(out"):
+        tna.convert(turned, to="peft-miss")
+    rows = [tna.Target("a", (12, 8), rows=tna.Rows(6, 6, 12))]
+    part = tna.AdapterFile(P.miss(2), rows, {"group0.split0.dense": np.ones(12, "f4")})
+    with pytest.raises(ConfigError, match=r"'a' is updated in some of its rows, and PEFT has MiSS for whole modules"):
+        tna.convert(part, to="peft-miss")
+
+
+def test_a_rank_belongs_to_other_forms() -> None:
+    with pytest.raises(ConfigError, match="rank=2 belongs to LoRA, LoKr and LoHa; 'peft-miss' keeps all there is"):
+        tna.convert(made(P.miss(2), FLAT), to="peft-miss", rank=2)
+    for kind in ("unilora", "vblora"):
+        with pytest.raises(ConfigError, match="to must be one of tnadapt, peft-lora, peft-lokr, peft-loha, peft-vera"):
+            tna.convert(made(P.lora(2), FLAT), to=f"peft-{kind}")

@@ -1,0 +1,111 @@
+"""The random numbers of torch's CPU generator, drawn without torch, for adapters whose draws are left to a torch seed.
+
+The generator is MT19937 with its classic seeding, which NumPy's ``RandomState`` has as well and never changes (NEP 19).
+The numbers are those of torch 1.0 to 2.13 to the bit, except :func:`normals`, whose logarithms and cosines torch
+computes in single precision, differently on different processors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tnadapt.errors import ConfigError
+
+__all__ = ["DEFAULT_SEED", "TorchStream", "bfloat16_of", "permutation_head"]
+
+#: The seed of ``torch.Generator()`` that nobody has seeded.
+DEFAULT_SEED = 67280421310721
+
+# torch draws longer permutations with 64-bit words.
+_LONGEST = ((1 << 32) - 1) // 20
+
+
+class TorchStream:
+    """A ``torch.Generator("cpu").manual_seed(seed)``: each call continues where the last one ended.
+
+    Parameters
+    ----------
+    seed : int
+        Any integer that torch takes; it uses the last 32 bits.
+
+    Examples
+    --------
+    >>> TorchStream(0).uniforms((2,), 0.0, 1.0)
+    array([0.4962566, 0.7682218], dtype=float32)
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._state = np.random.RandomState(seed % (1 << 32))
+
+    def words(self, count: int) -> NDArray[np.uint32]:
+        """Return the next words."""
+        return np.frombuffer(self._state.bytes(4 * count), "<u4").astype(np.uint32)
+
+    def uniforms(self, shape: Sequence[int], low: float, high: float, dtype: str = "float32") -> NDArray[np.float32]:
+        """Return what ``torch.empty(shape, dtype=dtype).uniform_(low, high)`` holds, of "float32" or "bfloat16"."""
+        unit = (self.words(math.prod(shape)) & np.uint32((1 << 24) - 1)) * 2.0**-24
+        ends = np.array([low, high], np.float32)
+        found = (unit * np.float64(ends[1] - ends[0]) + np.float64(ends[0])).astype(np.float32)
+        if dtype == "bfloat16":
+            found, ends = bfloat16_of(found), bfloat16_of(ends)
+        return np.where(found == ends[1], ends[0], found).reshape(tuple(shape)).astype(np.float32)
+
+    def normals(self, count: int) -> NDArray[np.float64]:
+        """Return what ``torch.randn(count)`` of 16 elements or more holds, but for rounding."""
+        if count < 16:
+            raise ConfigError(f"torch draws fewer than 16 normal numbers in another way; got {count}")
+        full = count // 16 * 16
+        found = np.zeros(count)
+        words = self.words(count)
+        found[:full] = _box_muller(words[:full])
+        if count > full:
+            found[-16:] = _box_muller(self.words(16))
+        return found
+
+
+def bfloat16_of(values: np.ndarray) -> NDArray[np.float32]:
+    """Round to the nearest bfloat16 numbers, as float32."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return nearest.astype(np.uint32).view(np.float32)
+
+
+def _box_muller(words: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Return 16 normal numbers for each 16 words: eight radii, then eight angles."""
+    unit = ((words & np.uint32((1 << 24) - 1)) * 2.0**-24).reshape(-1, 2, 8)
+    radius, angle = np.sqrt(-2.0 * np.log1p(-unit[:, 0])), 2.0 * math.pi * unit[:, 1]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+
+
+def permutation_head(length: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Return ``torch.randperm(length)[:count]`` for a seed, in time and memory for ``count`` elements.
+
+    Raises
+    ------
+    ConfigError
+        If the length is beyond 214,748,364, where torch draws permutations differently.
+
+    Examples
+    --------
+    >>> permutation_head(1 << 24, 3, seed=777)
+    array([1374311, 8240085, 6766295])
+    """
+    if length > _LONGEST:
+        raise ConfigError(
+            f"torch draws permutations of more than {_LONGEST} elements differently, and {length} are asked for: give "
+            "the positions instead"
+        )
+    words = TorchStream(seed).words(min(count, length - 1)).tolist()
+    # A Fisher-Yates shuffle from the front, of which only the elements that have moved are kept.
+    moved, found = dict[int, int](), list[int]()
+    for place, word in enumerate(words):
+        other = place + word % (length - place)
+        found.append(moved.get(other, other))
+        moved[other] = moved.get(place, place)
+    if count == length:
+        found.append(moved.get(length - 1, length - 1))
+    return np.array(found, np.int64)

@@ -1,0 +1,266 @@
+"""What is in a folder of PEFT, read strictly: names of tensors, kept parameters, shapes of weights.
+
+The methods whose structure this library has (``_peft_method``) read their folders through :class:`PeftContent`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tnadapt.checkpoints.container import DTYPES, Container, raw_dtype
+from tnadapt.errors import FileError, safe_repr, summarize
+from tnadapt.targets.roles import natural
+from tnadapt.targets.target import Target
+
+from ._base_model import Base, target_of
+from ._files import RECORD
+from ._peft_settings import CommonSettings
+from ._updates import Float, common_dtype, widen
+
+__all__ = [
+    "CONFIG_NAME", "PREFIX", "SHAPES", "TRANSPOSED", "PeftContent", "check_transposed", "kept_array", "kept_name",
+    "recorded",
+]  # fmt: skip
+
+PREFIX = "base_model.model."
+CONFIG_NAME = "adapter_config.json"
+
+#: Entries of a conversion's record: which weights are stored as (in, out), and the shapes (rows, cols) of the updates.
+TRANSPOSED, SHAPES = "transposed", "shapes"
+
+_MODEL_LEVEL = "base_model."
+
+
+class PeftContent:
+    """The tensors and settings of an adapter in a folder of PEFT.
+
+    Parameters
+    ----------
+    container : Container
+        The open file of weights.
+    config : mapping
+        ``adapter_config.json``.
+    settings : CommonSettings
+    base : Base, optional
+    own : sequence of str
+        Names of the method's tensors in a module.
+    shared : sequence of str
+        Names of its tensors of the whole adapter.
+    integers : sequence of str
+        Those of both that hold integers.
+    copies : sequence of str
+        Those of the whole adapter that PEFT stores for each module once more.
+
+    Attributes
+    ----------
+    modules : dict of str to dict of str to ndarray
+        By path in natural order, then by name; floating-point numbers in float64, integers as int64.
+    shared : dict of str to ndarray
+        By name, without ``base_model.``.
+    dtypes : set of str
+        The dtypes of the floating-point tensors.
+
+    Raises
+    ------
+    FileError
+        If a tensor belongs to neither the method nor the parameters that were trained alongside.
+    """
+
+    def __init__(
+        self,
+        container: Container,
+        config: Mapping[str, Any],
+        settings: CommonSettings,
+        base: Base | None,
+        own: Sequence[str],
+        shared: Sequence[str],
+        integers: Sequence[str],
+        copies: Sequence[str] = (),
+    ) -> None:
+        self.config, self.settings, self.base, self.title = config, settings, base, settings.title
+        self.shared: dict[str, Any] = {}
+        self.dtypes = set[str]()
+        self.kept, self.kept_dtypes = dict[str, np.ndarray](), dict[str, str]()
+        self.parameters = 0
+        modules, unknown = dict[str, dict[str, Any]](), list[str]()
+        for name, entry in container.entries.items():
+            path, _, last = name.removeprefix(PREFIX).rpartition(".")
+            whole = name.removeprefix(_MODEL_LEVEL)
+            if name.startswith(PREFIX) and path and last in own:
+                modules.setdefault(path, {})[last] = self._number(name, entry.dtype, container, last in integers)
+            elif name.startswith(PREFIX) and path and last in copies:
+                self._check_copy(name, last, container)
+            elif name != whole and any(whole == one or whole.startswith(f"{one}.") for one in shared):
+                self.shared[whole] = self._number(name, entry.dtype, container, False)
+            elif (kept := kept_name(name.removeprefix(PREFIX), settings.saved, settings.bias)) is not None:
+                self.kept[kept], kind = kept_array(name, entry.dtype, container.array(name))
+                self.kept_dtypes |= {f"kept.{kept}": kind} if kind else {}
+            else:
+                unknown.append(name)
+        if unknown:
+            raise FileError(f"has tensors that do not belong to a {self.title} adapter: {summarize(unknown)}")
+        self.modules = {path: modules[path] for path in sorted(modules, key=natural)}
+        self._transposed = recorded(container.metadata, TRANSPOSED, bool)
+        self._shapes = recorded(container.metadata, SHAPES, list)
+
+    def _check_copy(self, name: str, of: str, container: Container) -> None:
+        original = _MODEL_LEVEL + of
+        self.parameters += math.prod(container.entries[name].shape)
+        if original not in container.entries or not np.array_equal(container.array(name), container.array(original)):
+            raise FileError(f"{safe_repr(name)} differs from {original}, of which PEFT stores copies")
+
+    def _number(self, name: str, tag: str, container: Container, integer: bool) -> Any:
+        array = container.array(name)
+        self.parameters += array.size
+        if not integer:
+            self.dtypes.add(DTYPES.get(tag, tag))
+            return widen(name, tag, array)
+        # PEFT on Windows stores integers as float32.
+        whole = (
+            array.astype(np.int64) if array.dtype.kind in "iuf" and tag != "BF16" and np.isfinite(array).all() else None
+        )
+        if whole is None or not np.array_equal(whole, array):
+            raise FileError(f"{safe_repr(name)} must hold integers; it is {tag}")
+        return whole
+
+    @property
+    def dtype(self) -> str:
+        """A dtype that represents all floating-point numbers."""
+        return common_dtype(self.dtypes)
+
+    def tensor(self, path: str, name: str, axes: int) -> Any:
+        """Return a tensor of a module; raise FileError if it is missing or has another number of axes."""
+        found = self.modules[path].get(name)
+        if found is None:
+            raise FileError(f"{safe_repr(path)} has {', '.join(self.modules[path])}, and lacks {name}")
+        return _checked(f"{name} of {safe_repr(path)}", found, axes)
+
+    def shared_tensor(self, name: str, axes: int, way_out: str = "") -> Float:
+        """Return a tensor of the whole adapter; raise FileError if it is missing or has another number of axes."""
+        if name not in self.shared:
+            raise FileError(f"lacks {_MODEL_LEVEL}{name}, which a {self.title} adapter needs{way_out}")
+        found: Float = _checked(_MODEL_LEVEL + name, self.shared[name], axes)
+        return found
+
+    def require_modules(self) -> None:
+        """Raise FileError if no weight is adapted."""
+        if not self.modules:
+            raise FileError("has no adapted weight")
+
+    def check_targets(self, targets: Sequence[Target]) -> None:
+        """Raise FileError if ``fan_in_fan_out`` is wrong for some weights in base, and others rely on it."""
+        if self.base is not None and self.settings.may_transpose:
+            unknown = [target for target in targets if target.module not in self._transposed]
+            check_transposed(unknown, self.settings.transposed)
+
+    def misfit(self, path: str, why: str) -> FileError:
+        """Return the error for tensors of a module that do not fit together."""
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in self.modules.get(path, {}).items())
+        return FileError(f"the tensors of {safe_repr(path)} do not fit: {why}; they are {shapes}")
+
+    def target(self, path: str, shape: tuple[int, int]) -> Target:
+        """Return the target of a module whose tensors give the shape ``(rows, cols)`` of the update."""
+        return target_of(path, shape, self.base, self._is_transposed(path), self.settings.may_transpose)
+
+    def target_from_base(self, path: str, fits: Callable[[int, int], bool], why: str) -> Target:
+        """Return the target of a module whose tensors do not give the shape of the update.
+
+        Parameters
+        ----------
+        path : str
+        fits : callable
+            Returns whether rows and columns agree with the tensors.
+        why : str
+            What the tensors require, for the error.
+
+        Raises
+        ------
+        FileError, TargetError
+            If neither the base nor the metadata of a folder that this library wrote gives the shape, or it does not
+            fit.
+        """
+        known = self._shapes.get(path)
+        if isinstance(known, list) and len(known) == 2 and all(type(side) is int and side > 0 for side in known):
+            candidates = [(known[0], known[1])]
+        else:
+            candidates = self._candidates(path)
+        for shape in candidates:
+            if fits(*shape):
+                return target_of(path, shape, self.base, self._is_transposed(path), self.settings.may_transpose)
+        raise self.misfit(path, f"{why}, and the weight is {candidates[0][0]} × {candidates[0][1]}")
+
+    def _candidates(self, path: str) -> list[tuple[int, int]]:
+        """Return the shapes of update that the weight in the base may mean; the one that the settings say first."""
+        if self.base is not None:
+            self.base.check_module(path)
+        stored = None if self.base is None else self.base.shapes[path]
+        if stored is None:
+            raise FileError(
+                f"a {self.title} adapter of PEFT does not store the shapes of the weights, and {safe_repr(path)} needs "
+                "one: give base=, a safetensors file of the base model, or {name: tuple(module.weight.shape) for name, "
+                "module in model.named_modules() if hasattr(module, 'weight')}"
+            )
+        if len(stored) != 2:
+            raise FileError(
+                f"{safe_repr(path)} is a weight of {len(stored)} axes in base, and {self.title} adapts matrices"
+            )
+        here = (stored[1], stored[0]) if self._is_transposed(path) else (stored[0], stored[1])
+        # PEFT has one setting for all weights. Where it contradicts the tensors, they decide.
+        return [here, here[::-1]] if self.settings.may_transpose else [here]
+
+    def _is_transposed(self, path: str) -> bool:
+        return bool(self._transposed.get(path, self.settings.transposed))
+
+
+def _checked(what: str, array: np.ndarray, axes: int) -> np.ndarray:
+    if array.ndim != axes or 0 in array.shape:
+        raise FileError(f"{what} must have {axes} axes, none of them empty; its shape is {array.shape}")
+    return array
+
+
+def recorded(metadata: Mapping[str, str], entry: str, kind: type) -> dict[str, Any]:
+    """Return an entry of the record of a folder that this library wrote: a value of a type for each module."""
+    try:
+        listed = json.loads(metadata.get(RECORD, "{}")).get(entry, {})
+        return {path: value for path, value in listed.items() if isinstance(value, kind)}
+    except (ValueError, RecursionError, AttributeError):
+        return {}
+
+
+def check_transposed(targets: Sequence[Target], says: bool) -> None:
+    """Raise FileError if PEFT's global setting is wrong for some weights and the only information for others."""
+    flat = [target for target in targets if len(target.stored) == 2]
+    wrong = [target for target in flat if target.stored[0] != target.stored[1] and target.transposed != says]
+    square = [target for target in flat if target.stored[0] == target.stored[1]]
+    if wrong and square:
+        raise FileError(
+            f"fan_in_fan_out is {says} for all weights, which is wrong for {safe_repr(wrong[0].module)} in base, so it "
+            f"is unknown how the square {safe_repr(square[0].module)} is stored. Save one adapter per kind of layer"
+        )
+
+
+def kept_name(path: str, saved: Sequence[str], bias: str) -> str | None:
+    """Return the name under which another tensor is kept, or None if the settings do not mark it as trained."""
+    # PEFT's own rule for modules_to_save.
+    if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in saved):
+        return path.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    if bias != "none" and path.rpartition(".")[2] == "bias":
+        return path.replace(".base_layer.", ".")
+    return None
+
+
+def kept_array(name: str, tag: str, array: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return a kept parameter, and "bfloat16" if it is stored as such, else ""."""
+    if tag == "BF16":
+        array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise FileError(f"{safe_repr(name)} holds NaN or infinity")
+    if tag == "BF16":
+        return array, "bfloat16"
+    return array.astype(raw_dtype(tag).newbyteorder("="), copy=False), ""
