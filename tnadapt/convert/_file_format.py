@@ -14,6 +14,7 @@ import numpy as np
 from tnadapt.errors import ConfigError, safe_repr, summarize
 from tnadapt.targets.target import Target
 
+from ._application import Application
 from ._base_model import Base, target_of
 from ._files import StoredFiles
 from ._unpack import Module, TargetUpdate
@@ -42,6 +43,8 @@ class ForeignAdapter(NamedTuple):
         "bfloat16" for the parameters in ``kept`` that are stored as such, by ``kept.NAME``.
     model : str
         Class name of the base model, or "".
+    application : Application
+        How the updates meet the weights; by default they are added.
     """
 
     kind: str
@@ -50,6 +53,7 @@ class ForeignAdapter(NamedTuple):
     kept: Mapping[str, np.ndarray] = {}
     kept_dtypes: Mapping[str, str] = {}
     model: str = ""
+    application: Application = Application()
 
     @classmethod
     def of(
@@ -186,6 +190,21 @@ class FileFormat:
             raise ConfigError(
                 f"{safe_repr(module.path)} is stored {what}, and {self.library} has {kind} for matrices (out, in) alone"
             )
+
+    def applied(
+        self,
+        encoded: EncodedAdapter,
+        kind: str,
+        modules: Sequence[Module],
+        choice: ExportChoice,
+        application: Application,
+    ) -> EncodedAdapter:
+        """Return what :meth:`encode` returned for updates that are not just added; refused unless overridden."""
+        raise ConfigError(
+            f"apply={application.apply!r} of this adapter does more than add ΔW to the weight, and "
+            f"{self.name}-{kind} holds nothing else: merge it into the base with tnadapt.merge, and extract an adapter "
+            "from the merged weights"
+        )
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError unless the whole adapter can be represented; by default, without kept parameters."""

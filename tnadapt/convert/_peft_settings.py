@@ -15,7 +15,7 @@ from tnadapt.errors import FileError, safe_repr
 
 __all__ = ["PeftSettings", "config_of", "settings_of"]
 
-_KINDS = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha"}
+_KINDS = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha", "HIRA": "lora"}
 
 # Settings that do not affect the update of the stored tensors.
 _HARMLESS = frozenset(
@@ -25,17 +25,16 @@ _HARMLESS = frozenset(
         "lora_dropout", "rank_dropout",
         "module_dropout", "rank_dropout_scale", "init_weights", "eva_config", "ensure_weight_tying", "megatron_core",
         "qalora_group_size", "runtime_config", "velora_config", "use_effective_conv2d", "decompose_both",
-        "decompose_factor", "loftq_config", "corda_config", "lora_ga_config",
+        "decompose_factor", "loftq_config", "corda_config", "lora_ga_config", "hira_dropout",
     }
 )  # fmt: skip
 _READ = frozenset(
     {
         "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "modules_to_save",
-        "bias", "init_lora_weights",
+        "bias", "init_lora_weights", "use_dora",
     }
 )  # fmt: skip
 _REFUSED = {
-    "use_dora": "DoRA scales the sum of weight and update",
     "layer_replication": "layers are used several times, each with a different update",
     "use_qalora": "QA-LoRA pools the inputs",
     "alora_invocation_tokens": "aLoRA acts from certain tokens on only",
@@ -71,6 +70,8 @@ class PeftSettings(NamedTuple):
     bias : str
     model : str
         Class name of the base model, or "".
+    apply : str
+        How the updates meet the weights: "magnitude" for DoRA, "hadamard" for HiRA.
     """
 
     kind: str
@@ -83,9 +84,12 @@ class PeftSettings(NamedTuple):
     saved: tuple[str, ...]
     bias: str
     model: str
+    apply: str = "add"
 
     def scale(self, path: str, rank: int | None) -> float:
         """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
+        if self.apply == "hadamard":
+            return 1.0  # HiRA has no alpha; PEFT makes all factors of rank r, whatever rank_pattern says
         given = _integer(f"the rank of {path}", _pattern_value(self.ranks, path, self.rank))
         if rank is not None and rank != given:
             raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {given}")
@@ -148,7 +152,19 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
         tuple(saved),
         bias,
         model if isinstance(model, str) else "",
+        _apply(config, kind),
     )
+
+
+def _apply(config: Mapping[str, Any], kind: str) -> str:
+    """Return how the updates meet the weights."""
+    if str(config["peft_type"]).upper() == "HIRA":
+        return "hadamard"
+    if not config.get("use_dora"):
+        return "add"
+    if kind != "lora":
+        raise FileError(f"use_dora={safe_repr(config['use_dora'])} belongs to LoRA; peft_type is {kind.upper()}")
+    return "magnitude"
 
 
 def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tnadapt.checkpoints.container import file_error_context, path_of
 from tnadapt.errors import ConfigError, FileError, TnadaptError, integer, safe_repr
 from tnadapt.plugins import Registry, load_plugins
 
+from ._application import application_of, with_application
 from ._base_model import Base, as_base
 from ._conversion import Conversion, check_free
 from ._file_format import KINDS, FileFormat
@@ -256,6 +257,7 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
             f"the file format {name!r} ({reader.library}) cannot read it: {type(error).__name__}: {error}"
         ) from error
     file, notes = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
+    file = with_application(file, adapter.application, adapter.dtype)
     updates = tuple(one.update for one in adapter.updates)
     kind = f"{name}-{adapter.kind}" if adapter.kind else name
     return ConvertedFrom(kind, file, sum(update.num_parameters for update in updates), tuple(notes), updates)
@@ -314,14 +316,11 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
     file, form = found.file, spec.format
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
-    if not file.plan.applying.additive:
-        raise ConfigError(
-            f"apply={file.config.apply!r} of this adapter does more than add ΔW to the weight, and {spec.form} holds "
-            "nothing else: merge it into the base with tnadapt.merge, and extract an adapter from the merged weights"
-        )
     modules, unpacked = _modules(file, spec), Unpacked(file, found.updates)
     choice = choose(modules, unpacked, spec)
     encoded = form.encode(spec.kind, modules, choice, list(file.kept))
+    if not file.plan.applying.additive:
+        encoded = form.applied(encoded, spec.kind, modules, choice, application_of(file, modules))
     stored, kinds = (round_to if dtype is not None else narrow)(encoded.tensors, dtype or file.dtype)
     check_range(stored, dtype or file.dtype)
     scalars = {name: array.astype(np.float32) for name, array in encoded.scalars.items()}
