@@ -199,9 +199,9 @@ def test_shapes_that_are_not_stored(method: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_method_lists_what_is_read(tmp_path: Path) -> None:
-    place = folder(tmp_path / "a", "VERA", {"peft_type": "HIRA"})
-    known = ", ".join(("LORA", "LOKR", "LOHA", *CONTENT))
-    with pytest.raises(FileError, match=f"peft_type is 'HIRA'; converted are {known}$"):
+    place = folder(tmp_path / "a", "VERA", {"peft_type": "BOFT"})
+    known = ", ".join(("LORA", "LOKR", "LOHA", "HIRA", *CONTENT))
+    with pytest.raises(FileError, match=f"peft_type is 'BOFT'; converted are {known}$"):
         tna.convert(place, base=SHAPES)
 
 

@@ -70,14 +70,16 @@ def tensors(**fields: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (changed(peft_type="IA3"), "peft_type is 'IA3'; converted are LORA, LOKR, LOHA"),
+        (changed(peft_type="IA3"), "peft_type is 'IA3'; converted are LORA, LOKR, LOHA, HIRA"),
         ({"r": 2}, "peft_type is None"),
         ("[1]", "must be a JSON object"),
         ("{", "is not JSON"),
         ('{"r": 2, "r": 3}', "has the key 'r' twice"),
         ("\udcff", "is not UTF-8"),
         ("[" * 100_000, "nested too deep"),
-        (changed(use_dora=True), "use_dora=True of adapter_config.json cannot be converted: DoRA"),
+        (changed(use_dora=True), "is true, and these lack a magnitude or factors: 'a.q'"),
+        (changed(peft_type="HIRA"), "has tensors that do not belong to a lora adapter"),
+        (changed(peft_type="LOKR", use_dora=True), "use_dora=True belongs to LoRA; peft_type is LOKR"),
         (changed(layer_replication=[[0, 2]]), "layer_replication="),
         (changed(use_qalora=True), "use_qalora=True"),
         (changed(alora_invocation_tokens=[1]), "aLoRA"),
@@ -221,7 +223,7 @@ def refused(source: Path, message: str, **more: Any) -> None:
         (tensors(a__q__lora_A__weight=np.zeros((2, 8), "i4")), "is I32; the tensors of an adapter are floating-point"),
         (tensors(a__q__lora_A__weight=np.full((2, 8), np.nan, "f4")), "holds NaN or infinity"),
         (tensors(a__q__lora_B__weight=np.zeros((6, 2, 2, 1), "f4")), "lora_up must be a matrix"),
-        (tensors(a__q__lora_magnitude_vector=np.ones(6, "f4")), "DoRA"),
+        (tensors(a__q__lora_magnitude_vector=np.ones(6, "f4")), "is a magnitude of DoRA, and use_dora of"),
         (tensors(a__q__lora_B__bias=np.ones(6, "f4")), "it adds to the layer's bias"),
         (tensors(a__q__lora_embedding_A=np.ones((2, 6), "f4")), "the update of an embedding"),
         (

@@ -135,6 +135,11 @@ def test_fault_a_fresh_dora_of_peft_s_changes_the_output_in_half_precision() -> 
     assert not torch.equal(model(x), expected)
 
 
+def test_fault_peft_s_hira_ignores_its_rank_pattern() -> None:
+    _, layer = peft_layer(peft.HiraConfig(r=3, rank_pattern={"0": 2}, target_modules=["0"]), 6, 4, 0)
+    assert layer.hira_A["default"].shape == (3, 4)
+
+
 @pytest.mark.law("lycoris-agrees")
 @settings(max_examples=10, deadline=None)
 @given(SIDES, SIDES, st.integers(1, 4), st.booleans(), SEEDS)

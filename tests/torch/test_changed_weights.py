@@ -268,6 +268,18 @@ def test_a_weight_in_several_groups_is_in_each() -> None:
     assert adapter.trained[-2:] == ("weight0.magnitude", "weight1.magnitude")
 
 
+def test_the_gradient_can_be_chosen_when_loading(tmp_path: Path) -> None:
+    x = torch.linspace(-1.0, 1.0, 18).reshape(3, 6)
+    stirred(tt.attach(layers(torch.float32), P.dora(2), "all-linear")).save_pretrained(tmp_path)
+    found = []
+    for detach in (False, True):
+        model = layers(torch.float32)
+        adapter = tt.from_pretrained(model, tmp_path, detach_norm=detach)
+        model(x).square().sum().backward()
+        found.append(dict(adapter.named_parameters())["group0.split0.factor0"].grad)
+    assert not torch.allclose(*found)
+
+
 def test_frozen_magnitudes_are_in_the_file(tmp_path: Path) -> None:
     model = layers(torch.float32)
     adapter = tt.attach(model, P.dora(2), "all-linear")

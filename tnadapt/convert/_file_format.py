@@ -15,6 +15,7 @@ from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.errors import ConfigError, safe_repr, summarize
 from tnadapt.targets.target import Target
 
+from ._application import Application, not_additive
 from ._base_model import Base, target_of
 from ._files import StoredFiles
 from ._unpack import Module, TargetUpdate
@@ -50,6 +51,8 @@ class ForeignAdapter(NamedTuple):
         Remarks for the user.
     parameters : int, optional
         Number of elements of the stored tensors; by default those of the updates.
+    application : Application
+        How the updates meet the weights; by default they are added.
     """
 
     kind: str
@@ -61,6 +64,7 @@ class ForeignAdapter(NamedTuple):
     file: AdapterFile | None = None
     notes: tuple[str, ...] = ()
     parameters: int | None = None
+    application: Application = Application()
 
     @classmethod
     def of(
@@ -204,6 +208,17 @@ class FileFormat:
             raise ConfigError(
                 f"{safe_repr(module.path)} is stored {what}, and {self.library} has {kind} for matrices (out, in) alone"
             )
+
+    def applied(
+        self,
+        encoded: EncodedAdapter,
+        kind: str,
+        modules: Sequence[Module],
+        choice: ExportChoice,
+        application: Application,
+    ) -> EncodedAdapter:
+        """Return what :meth:`encode` returned for updates that are not just added; refused unless overridden."""
+        raise not_additive(application.apply, f"{self.name}-{kind}")
 
     def check_adapter(self, modules: Sequence[Module], kept: Mapping[str, np.ndarray]) -> None:
         """Raise ConfigError unless the whole adapter can be represented; by default, without kept parameters."""

@@ -1,6 +1,6 @@
 """The format of PEFT: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-LoRA, LoKr and LoHa are here; the methods with a structure of their own are in ``_peft_methods``, one per file.
+LoRA, DoRA, HiRA, LoKr and LoHa are here; methods with a structure of their own are in ``_peft_methods``, one per file.
 
 Every tensor and setting of such a folder is either read exactly or rejected by name. PEFT loads written folders to the
 same update.
@@ -21,6 +21,7 @@ from tnadapt.checkpoints.container import DTYPES, Container
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
+from ._application import Application
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
@@ -50,8 +51,10 @@ _BEYOND, _MOST = 64, 1 << 16
 
 # Maps suffixes of names in the file to the names under which the tensors are decoded.
 _SUFFIXES = {"lora_A.weight": "lora_down", "lora_B.weight": "lora_up"} | {name: name for name in (*LOKR, *LOHA)}
+# Those of HiRA are not in "LORA" adapters, nor the others in "HIRA" ones.
+_HIRA = {"hira_A": "lora_down", "hira_B": "lora_up"}
+_MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 _REFUSED = {
-    "lora_magnitude_vector": "DoRA scales the sum of weight and update",
     "lora_embedding_A": "the update of an embedding",
     "lora_embedding_B": "the update of an embedding",
     "lora_A.bias": "a bias",
@@ -180,6 +183,39 @@ class PeftFormat(FileFormat):
         """Encode the tensors and settings of a method with a structure of its own."""
         return METHODS[kind.upper()].encoded(modules, file)
 
+    def applied(
+        self,
+        encoded: EncodedAdapter,
+        kind: str,
+        modules: Sequence[Module],
+        choice: ExportChoice,
+        application: Application,
+    ) -> EncodedAdapter:
+        """Encode DoRA, by rows, or HiRA; both next to LoRA's factors."""
+        assert encoded.config is not None  # of encode
+        if kind == "lora" and application.apply == "magnitude" and application.magnitude_axis == "rows":
+            found = {
+                f"{PREFIX}{m.path}.{_MAGNITUDES[0]}": application.magnitudes[m.path].reshape(
+                    (1, -1, *[1] * (len(m.stored) - 2)) if len(m.stored) > 2 else (-1,)
+                )
+                for m in modules
+            }
+            return encoded._replace(tensors=encoded.tensors | found, config={**encoded.config, "use_dora": True})
+        if kind == "lora" and application.apply == "hadamard":
+            tensors, most = dict[str, Float](), max(choice.ranks)
+            for module, update, rank in zip(modules, choice.updates, choice.ranks, strict=True):
+                # HiRA has no alpha: a scale that encode() left to it goes into B. PEFT ignores its rank_pattern: zeros
+                # make all factors of one rank.
+                scale = 1.0 if alpha_of([update.scale], rank) is None else update.scale
+                name = PREFIX + module.path
+                a, b = (encoded.tensors[f"{name}.lora_{which}.weight"] for which in "AB")
+                tensors[f"{name}.hira_A"] = _wider(a, 0, most)
+                tensors[f"{name}.hira_B"] = _wider(b * scale, 1, most)
+            left_out = ("lora_alpha", "alpha_pattern", "bias", "rank_pattern")
+            config = {key: value for key, value in encoded.config.items() if key not in left_out}
+            return encoded._replace(tensors=tensors, config={**config, "r": most, "peft_type": "HIRA"})
+        return super().applied(encoded, kind, modules, choice, application)
+
     def kept_name(self, name: str) -> str:
         """Return the name of a tensor of ``modules_to_save``."""
         return PREFIX + name
@@ -195,6 +231,12 @@ class PeftFormat(FileFormat):
         # Some loaders require the entry "pt".
         content = safetensors_content(tensors, dtypes, {RECORD: json_text(record), "format": "pt"})
         return {_WEIGHTS: content, CONFIG_NAME: (json_text(config, indent=2) + "\n").encode()}
+
+
+def _wider(factor: Float, axis: int, rank: int) -> Float:
+    """Pad a factor with zeros to a rank."""
+    widths = [(0, rank - size if place == axis else 0) for place, size in enumerate(factor.shape)]
+    return np.pad(factor, widths)
 
 
 def _check_weights(folder: str) -> None:
@@ -229,10 +271,17 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
     modules: dict[str, dict[str, Float]] = {}
     kept, bits = dict[str, np.ndarray](), dict[str, str]()
     dtypes, unknown = set[str](), list[str]()
+    magnitudes, hira = dict[str, Float](), settings.apply == "hadamard"
     for name, entry in container.entries.items():
         path, suffix = _split_name(name)
-        if suffix in _SUFFIXES:
-            modules.setdefault(path, {})[_SUFFIXES[suffix]] = widen(name, entry.dtype, container.array(name))
+        if suffix in (_HIRA if hira else _SUFFIXES):
+            own_name = (_HIRA if hira else _SUFFIXES)[suffix]
+            modules.setdefault(path, {})[own_name] = widen(name, entry.dtype, container.array(name))
+            dtypes.add(DTYPES[entry.dtype])
+        elif suffix in _MAGNITUDES:
+            if settings.apply != "magnitude":
+                raise FileError(f"{safe_repr(name)} is a magnitude of DoRA, and use_dora of {CONFIG_NAME} is not true")
+            magnitudes[path] = widen(name, entry.dtype, container.array(name)).reshape(-1)
             dtypes.add(DTYPES[entry.dtype])
         elif suffix in _REFUSED:
             raise FileError(f"{safe_repr(name)} cannot be converted: {_REFUSED[suffix]}")
@@ -263,13 +312,18 @@ def _read(container: Container, settings: PeftSettings, base: Base | None) -> Fo
         found.append(TargetUpdate(target, update))
     if base is not None and settings.kind == "lora":
         check_transposed([one.target for one in found if one.target.module not in transposed], settings.transposed)
-    return ForeignAdapter(settings.kind, found, common_dtype(dtypes), kept, bits, settings.model)
+    if settings.apply == "magnitude" and magnitudes.keys() != modules.keys():
+        wrong = summarize(magnitudes.keys() ^ modules.keys())
+        raise FileError(f"use_dora of {CONFIG_NAME} is true, and these lack a magnitude or factors: {wrong}")
+    application = Application(settings.apply, magnitudes=magnitudes)
+    named = {"add": settings.kind, "magnitude": "dora", "hadamard": "hira"}[settings.apply]
+    return ForeignAdapter(named, found, common_dtype(dtypes), kept, bits, settings.model, application=application)
 
 
 def _split_name(name: str) -> tuple[str, str]:
     """Split a name into the module's path and the suffix of an adapter's tensor, "" if it has none."""
     path = name.removeprefix(PREFIX)
-    for suffix in (*_SUFFIXES, *_REFUSED):
+    for suffix in (*_SUFFIXES, *_HIRA, *_MAGNITUDES, *_REFUSED):
         if path != name and path.endswith(f".{suffix}"):
             return path.removesuffix(f".{suffix}"), suffix
     return path, ""

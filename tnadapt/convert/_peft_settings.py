@@ -18,8 +18,8 @@ __all__ = [
     "number_of", "settings_of",
 ]  # fmt: skip
 
-#: The methods whose tensors are those of ``_tensors``, by PEFT's name.
-LOW_RANK = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha"}
+#: The methods whose tensors are those of LoRA, LoKr and LoHa, by PEFT's name.
+LOW_RANK = {"LORA": "lora", "LOKR": "lokr", "LOHA": "loha", "HIRA": "lora"}
 
 # Settings of all methods that do not affect the update of the stored tensors, or are read for all of them.
 _COMMON = frozenset(
@@ -34,16 +34,15 @@ _HARMLESS = frozenset(
         "lora_dropout", "rank_dropout",
         "module_dropout", "rank_dropout_scale", "init_weights", "eva_config", "ensure_weight_tying", "megatron_core",
         "qalora_group_size", "runtime_config", "velora_config", "use_effective_conv2d", "decompose_both",
-        "decompose_factor", "loftq_config", "corda_config", "lora_ga_config",
+        "decompose_factor", "loftq_config", "corda_config", "lora_ga_config", "hira_dropout",
     }
 )  # fmt: skip
 _READ = frozenset(
     {
-        "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights",
+        "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "use_dora",
     }
 )  # fmt: skip
 _REFUSED = {
-    "use_dora": "DoRA scales the sum of weight and update",
     "layer_replication": "layers are used several times, each with a different update",
     "use_qalora": "QA-LoRA pools the inputs",
     "alora_invocation_tokens": "aLoRA acts from certain tokens on only",
@@ -79,6 +78,8 @@ class PeftSettings(NamedTuple):
     bias : str
     model : str
         Class name of the base model, or "".
+    apply : str
+        How the updates meet the weights: "magnitude" for DoRA, "hadamard" for HiRA.
     """
 
     kind: str
@@ -91,9 +92,12 @@ class PeftSettings(NamedTuple):
     saved: tuple[str, ...]
     bias: str
     model: str
+    apply: str = "add"
 
     def scale(self, path: str, rank: int | None) -> float:
         """Return the scale, ``alpha / r``, of a module with factors of this rank; None if they have no rank."""
+        if self.apply == "hadamard":
+            return 1.0  # HiRA has no alpha; PEFT makes all factors of rank r, whatever rank_pattern says
         given = integer_of(f"the rank of {path}", _pattern_value(self.ranks, path, self.rank))
         if rank is not None and rank != given:
             raise FileError(f"{safe_repr(path)} has factors of rank {rank}, and adapter_config.json says {given}")
@@ -139,6 +143,7 @@ def settings_of(config: Mapping[str, Any]) -> PeftSettings:
         saved,
         bias,
         model,
+        _apply(config, kind),
     )
 
 
@@ -200,6 +205,17 @@ def common_settings(
     saved, bias, model = _kept_settings(config)
     transposed = bool(config.get("fan_in_fan_out")) and may_transpose
     return CommonSettings(title, saved, bias, model, transposed, may_transpose)
+
+
+def _apply(config: Mapping[str, Any], kind: str) -> str:
+    """Return how the updates meet the weights."""
+    if str(config["peft_type"]).upper() == "HIRA":
+        return "hadamard"
+    if not config.get("use_dora"):
+        return "add"
+    if kind != "lora":
+        raise FileError(f"use_dora={safe_repr(config['use_dora'])} belongs to LoRA; peft_type is {kind.upper()}")
+    return "magnitude"
 
 
 def _pattern(field: str, config: Mapping[str, Any]) -> dict[str, Any]:

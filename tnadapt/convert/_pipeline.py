@@ -16,6 +16,7 @@ from tnadapt.checkpoints.container import file_error_context, path_of
 from tnadapt.errors import ConfigError, FileError, TnadaptError, integer, safe_repr
 from tnadapt.plugins import Registry, load_plugins
 
+from ._application import application_of, not_additive, with_application
 from ._base_model import Base, as_base
 from ._base_numbers import with_base_arrays
 from ._conversion import Conversion, check_free
@@ -265,6 +266,7 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
     if adapter.file is not None:
         return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates)
     file, notes = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
+    file = with_application(file, adapter.application, adapter.dtype)
     return ConvertedFrom(kind, file, count, (*adapter.notes, *notes), updates)
 
 
@@ -321,17 +323,16 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
     file, form = found.file, spec.format
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
-    if not file.plan.applying.additive:
-        raise ConfigError(
-            f"apply={file.config.apply!r} of this adapter does more than add ΔW to the weight, and {spec.form} holds "
-            "nothing else: merge it into the base with tnadapt.merge, and extract an adapter from the merged weights"
-        )
     modules, unpacked = _modules(file, spec), Unpacked(file, found.updates)
     if spec.kind in form.structures:
+        if not file.plan.applying.additive:
+            raise not_additive(file.config.apply, spec.form)
         encoded, known = form.encode_file(spec.kind, modules, file), True
     else:
         choice = choose(modules, unpacked, spec)
         encoded, known = form.encode(spec.kind, modules, choice, list(file.kept)), choice.exact
+        if not file.plan.applying.additive:
+            encoded = form.applied(encoded, spec.kind, modules, choice, application_of(file, modules))
     stored, kinds = (round_to if dtype is not None else narrow)(encoded.tensors, dtype or file.dtype)
     check_range(stored, dtype or file.dtype)
     scalars = {name: array.astype(np.float32) for name, array in encoded.scalars.items()}

@@ -37,6 +37,7 @@ def load(
     *,
     check_base: bool = True,
     untie: bool = False,
+    detach_norm: bool = False,
 ) -> Adapter:
     """Load an adapter from a file and attach it.
 
@@ -53,6 +54,8 @@ def load(
         the same shapes.
     untie : bool
         As in :func:`tnadapt.torch.attach`; an adapter that was attached with it must be loaded with it.
+    detach_norm : bool
+        As in :func:`tnadapt.torch.attach`.
 
     Returns
     -------
@@ -105,7 +108,7 @@ def load(
     try:
         adapter = attach_with(
             model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
-            untie=untie, given=file.given, fresh=False,
+            untie=untie, given=file.given, fresh=False, detach_norm=detach_norm,
         )  # fmt: skip
         state = adapter._state
         state.kept = tuple(file.kept)
@@ -131,9 +134,10 @@ def from_pretrained(
     *,
     check_base: bool = True,
     untie: bool = False,
+    detach_norm: bool = False,
 ) -> Adapter:
     """Attach the adapter that :meth:`Adapter.save_pretrained` wrote to a folder; see :func:`load`."""
-    return load(model, Path(folder) / FILE_NAME, name, check_base=check_base, untie=untie)
+    return load(model, Path(folder) / FILE_NAME, name, check_base=check_base, untie=untie, detach_norm=detach_norm)
 
 
 def _located(model: nn.Module, file: AdapterFile) -> list[Target]:
