@@ -323,7 +323,7 @@ def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
     config = FROZEN[name]
     steps: dict[tuple[str, ...], list[float]] = {}
     for seed in range(5):
-        plan = tna.SuperLoRA(config.replace(seed=seed), SMALL)
+        plan = tna.SuperLoRA(config.replace(seed=seed), SMALL).with_base(BASE)
         gradient = torch.tensor(np.random.default_rng(seed).normal(size=plan.size))
         for groups, words in choices(plan):
             trained = chosen(plan, groups, words)
@@ -347,7 +347,7 @@ def test_the_first_step_does_not_depend_on_what_is_frozen(name: str) -> None:
 
 @pytest.mark.parametrize("name", IN_PART)
 def test_the_usual_zero_stays_where_it_is_trained(name: str) -> None:
-    plan = tna.SuperLoRA(FROZEN[name], SMALL)
+    plan = tna.SuperLoRA(FROZEN[name], SMALL).with_base(BASE)
     usual = plan.init()
     for groups, words in choices(plan):
         trained = chosen(plan, groups, words)
