@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import relative_error
 from tnadapt.algebra.applying import APPLYING, Add, Applying, Hadamard, Magnitude, applying_of, norms
+from tnadapt.algebra.changed_weights import change_in_place
+from tnadapt.algebra.rounding import rounded, widened
 from tnadapt.backends import load_backend
 from tnadapt.testing import _change_laws as laws
 from tnadapt.testing import _methods as methods
@@ -317,3 +319,34 @@ def test_fits_are_refused(fit: Any) -> None:
         tna.ConfigError, match=r"a fit needs updates that are added to the weights, and apply='hadamard'"
     ):
         fit(P.hira(1))
+
+
+# -- Merging -------------------------------------------------------------------------------------
+
+
+@pytest.mark.law("merge-disk-is-memory")
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+@settings(max_examples=20)
+@given(SIDES, SIDES, SEEDS, st.lists(st.integers(1, 40), min_size=1, max_size=8))
+def test_a_merge_in_any_pieces_is_the_rounded_formula(
+    way: Applying, dtype: str, rows: int, cols: int, seed: int, sizes: list[int]
+) -> None:
+    host, delta, *own = drawn(seed, (rows, cols), (rows, cols), *own_shapes(way, (rows, cols)))
+    stored = rounded(host, dtype).reshape(-1)
+    expected = way.merged(NUMPY, widened(stored, dtype).astype(np.float64).reshape(rows, cols), delta, own, "float32")
+    pieces, start = [], 0
+    for size in [*sizes, rows * cols]:
+        pieces.append((start, delta.reshape(-1)[start : start + size]))
+        start += size
+    pieces = [piece for piece in pieces if piece[1].size]
+    assert change_in_place(way, stored, (rows, cols), dtype, pieces, own, "float32") is None
+    assert np.array_equal(stored, rounded(expected, dtype).reshape(-1))
+
+
+def test_a_merge_that_is_not_finite_is_told() -> None:
+    weight, pieces = np.ones(4, np.float16), [(0, np.zeros(4))]
+    for size, problem in ((1e6, "range"), (np.inf, "update")):
+        own = [np.array([1.0, size])]
+        assert change_in_place(Magnitude(), weight.copy(), (2, 2), "float16", pieces, own, "float32") == problem
+    assert change_in_place(Hadamard(), weight.copy(), (2, 2), "float16", [(0, np.full(4, np.nan))], [], "x") == "update"

@@ -555,3 +555,36 @@ def test_checkpointed_layers_recompute_the_same() -> None:
         checkpoint(model, x, use_reentrant=False).square().sum().backward()
         for parameter, gradient in zip(adapter.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "transposed"])
+@pytest.mark.parametrize(("config", "strategy"), WAYS, ids=IDS)
+def test_rows_of_a_fused_weight(config: tna.Config, strategy: str, transposed: bool) -> None:
+    torch.manual_seed(0)
+    layer = (Conv1D(18, 4) if transposed else nn.Linear(4, 18)).double()
+    model, x = nn.Sequential(layer), torch.randn(3, 4, dtype=torch.float64)
+    stored = tuple(layer.weight.shape)
+    # q, and v in two heads.
+    rows = [tna.Rows(0, 6, 18), tna.Rows(7, 2, 9, 2)]
+    targets = [tna.Target("0", stored, "linear", rows=own, transposed=transposed) for own in rows]
+    expected = model(x)
+    adapter = tt.attach(model, config, targets, strategy=strategy, dtype=torch.float64)
+    assert adapter.strategy == (strategy,) * 2
+    assert torch.equal(model(x), expected)
+    stirred(adapter)
+    leaves = {name: array.detach().clone().requires_grad_() for name, array in adapter.arrays().items()}
+    weight = layer.weight.detach().T if transposed else layer.weight.detach()
+    changed = weight.clone()
+    parts = [own.indices() for own in rows]
+    for index, own in zip(parts, adapter.plan.merged(leaves, [weight[index] for index in parts]), strict=True):
+        changed = changed.index_copy(0, torch.tensor(index), own)
+    reference = functional.linear(x, changed, layer.bias)
+    torch.testing.assert_close(model(x), reference, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference, rtol=1e-12, atol=1e-12)
+    reference.square().sum().backward()
+    model(x).square().sum().backward()
+    for name, parameter in adapter.named_parameters():
+        torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-10, atol=1e-12)
+    adapter.merge()
+    torch.testing.assert_close(model(x), reference, rtol=1e-12, atol=1e-12)

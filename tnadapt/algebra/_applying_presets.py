@@ -31,7 +31,7 @@ def dora(rank: int = 8, **changes: Any) -> Config:
 def hira(rank: int = 32, **changes: Any) -> Config:
     """HiRA: ``W' = W + W ∘ ΔW`` with LoRA's ΔW, a change of full rank (Huang et al., ICLR 2025).
 
-    Settings: LoRA with ``apply="hadamard"``. Parameters: r (rows + cols) per weight.
+    Settings: LoRA with ``apply="hadamard"``. The paper's A and B are LoRA's. Parameters: r (rows + cols) per weight.
 
     Examples
     --------
