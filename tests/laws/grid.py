@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tnadapt as tna
-from tnadapt.algebra.config import FOLDS
+from tnadapt.algebra.folding import FOLDS
 from tnadapt.algebra.maps import KINDS, SQUARE
 
 __all__ = ["KINDS_OF_GROUP", "SHAPES", "config_of", "every_group", "everything", "in_one_fold"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tnadapt.algebra.config import FOLDS
+from tnadapt.algebra.folding import FOLDS
 
 from .book import laws
 

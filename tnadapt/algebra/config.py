@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-import operator
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
-from tnadapt.errors import ConfigError, integer, peft_hint, safe_repr
+from tnadapt.errors import ConfigError, peft_hint, safe_repr
 
 from ._axes import checked_axes
+from ._config_checks import (
+    checked_before,
+    checked_fold,
+    checked_groups,
+    checked_integer,
+    checked_number,
+    checked_sources,
+    checked_split_size,
+    checked_weight_shape,
+    checked_word,
+)
 from .applying import APPLYING, AXES
 from .folding import MAX_ORDER
 from .formats import FORMATS
@@ -20,22 +27,17 @@ from .maps import (
     ON,
     Recipe,
     checked_projection,
-    is_linear,
-    projection_name,
     projection_to_json,
     require_ratio_fits,
-    takes_ratio,
 )
-from .named_fold import check_fold, is_named
-from .sources import Source, SourceMap, source_from_dict, source_to_dict
+from .named_fold import is_named
+from .sources import Source, SourceMap, source_to_dict
 from .starting_points import starting_point
 
 __all__ = ["Config"]
 
-FOLDS = ("stack", "hypercube", "balanced")
 COMBINES = ("kronecker", "hadamard")
 LEADINGS = ("dense", "same")
-SCOPES = ("plan", "group", "array")
 
 # Fields that are newer than file format 1, with their defaults as JSON: files that do not use them keep their bytes.
 _NEWER: dict[str, Any] = {
@@ -53,9 +55,7 @@ _NEWER: dict[str, Any] = {
 }
 
 # Values beyond these are typing errors or hostile.
-MAX_INT = 1 << 40
 MAX_TERMS = 1 << 16
-MAX_BEFORE = 8
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 
 
@@ -202,26 +202,26 @@ class Config:
             object.__setattr__(self, name, value)  # the class is frozen
 
         for name, low, high in (("order", 1, MAX_ORDER), ("splits", 1, MAX_ORDER), ("terms", 1, MAX_TERMS)):
-            put(name, _integer(name, getattr(self, name), low, high))
-        put("seed", _integer("seed", self.seed, 0, (1 << 64) - 1))
+            put(name, checked_integer(name, getattr(self, name), low, high))
+        put("seed", checked_integer("seed", self.seed, 0, (1 << 64) - 1))
         for name, words in (
             ("combine", COMBINES),
             ("leading", LEADINGS),
             ("on", ON),
         ):
-            _word(name, getattr(self, name), words)
+            checked_word(name, getattr(self, name), words)
         put("rank", FORMATS.find(self.format).checked_rank(self.format, self.rank, self.order))
         put("projection", checked_projection(self.projection))
-        put("groups", _checked_groups(self.groups))
-        put("fold", self._checked_fold())
+        put("groups", checked_groups(self.groups))
+        put("fold", checked_fold(self.fold, self.axes, self.order))
         put("axes", checked_axes(self.axes, self.fold, self.order))
         if self.axes is not None and self.combine == "kronecker" and self.splits > 1:
             raise ConfigError(
                 "axes give the modes of one tensor an order, and Kronecker splits have several: leave axes out, or use "
                 "splits=1"
             )
-        put("split_size", self._checked_split_size())
-        put("ratio", _number("ratio", self.ratio))
+        put("split_size", checked_split_size(self.split_size, self.order))
+        put("ratio", checked_number("ratio", self.ratio))
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(f"ratio must be above 0 and at most 1; got {self.ratio!r}")
         require_ratio_fits(self.projection, self.on, self.ratio)
@@ -233,7 +233,7 @@ class Config:
         if not isinstance(self.shared, bool):
             raise ConfigError(f"shared must be True or False; got {safe_repr(self.shared)}")
         if self.alpha is not None:
-            put("alpha", _number("alpha", self.alpha))
+            put("alpha", checked_number("alpha", self.alpha))
             if not MIN_ALPHA <= self.alpha <= MAX_ALPHA:
                 raise ConfigError(
                     f"alpha must be from {MIN_ALPHA:g} to {MAX_ALPHA:g}, or None for a scale of 1; got {self.alpha!r}"
@@ -243,110 +243,23 @@ class Config:
                 "split_size sizes Kronecker splits; with combine='hadamard' every split has the full sizes: "
                 "leave split_size out"
             )
-        put("sources", _checked_sources(self.sources))
-        self._check_before()
+        put("sources", checked_sources(self.sources))
+        before, parameters = checked_before(self.before, self.parameters, self.scope, self.offset, self.projection)
+        put("before", before)
+        put("parameters", parameters)
         if starting_point(self.start).subtracts and not self.offset:
             raise ConfigError(
                 f"start={self.start!r} says where the arrays start, and offset=False starts them at P θ = 0: leave "
                 "offset out, or use start='zero'"
             )
-        put("weight_shape", self._checked_weight_shape())
+        put("weight_shape", checked_weight_shape(self.weight_shape, self.fold))
         rescales = APPLYING.find(self.apply)().rescales
-        _word("magnitude_axis", self.magnitude_axis, tuple(AXES))
+        checked_word("magnitude_axis", self.magnitude_axis, tuple(AXES))
         if self.magnitude_axis != "rows" and not rescales:
             raise ConfigError(
                 f"magnitude_axis={self.magnitude_axis!r} is about the trained magnitude, and apply={self.apply!r} has "
                 "none: use apply='magnitude', or leave magnitude_axis out"
             )
-
-    def _check_before(self) -> None:
-        _word("scope", self.scope, SCOPES)
-        if not isinstance(self.offset, bool):
-            raise ConfigError(f"offset must be True or False; got {safe_repr(self.offset)}")
-        if self.before is None:
-            for name, default in (("parameters", None), ("scope", "plan"), ("offset", True)):
-                if getattr(self, name) != default:
-                    raise ConfigError(
-                        f"{name}={getattr(self, name)!r} is about the map before the network, and there is none: set "
-                        f"before='one-hot', or leave {name} out"
-                    )
-            return
-        object.__setattr__(self, "before", checked_projection(self.before))
-        if not is_linear(self.before) or not takes_ratio(self.before):
-            raise ConfigError(
-                f"before must be a linear map from vectors of any length, such as 'one-hot', 'normal' or 'linear'; got "
-                f"{projection_name(self.before)}"
-            )
-        if isinstance(self.before, tuple) and len(self.before) > MAX_BEFORE:
-            raise ConfigError(f"before composes at most {MAX_BEFORE} maps; got {len(self.before)}")
-        if self.parameters is None:
-            raise ConfigError(f"before={self.before!r} needs the number of parameters: parameters=p, an integer")
-        object.__setattr__(self, "parameters", _integer("parameters", self.parameters, 1, MAX_INT))
-        if not self.offset and not is_linear(self.projection):
-            raise ConfigError(
-                f"offset=False starts the arrays at zero, where projection={projection_name(self.projection)!r} has no "
-                "gradient: use offset=True"
-            )
-
-    def _checked_weight_shape(self) -> tuple[int, int] | None:
-        given = self.weight_shape
-        if given is None:
-            return None
-        if not isinstance(given, (tuple, list)) or len(given) != 2:
-            raise ConfigError(f"weight_shape must be (rows, cols), or None for any weights; got {safe_repr(given)}")
-        rows, cols = (_integer(f"weight_shape[{side}]", size, 1, 1 << 62) for side, size in enumerate(given))
-        if not isinstance(self.fold, tuple):
-            raise ConfigError(
-                f"weight_shape={(rows, cols)} says what the sizes of a fold stand for, and fold={self.fold!r} names "
-                "none: give fold=(weights, rows, cols), or weight_shape=None"
-            )
-        if is_named(self.fold):
-            raise ConfigError(
-                f"fold={self.fold} takes the shapes that the weights have, and weight_shape={(rows, cols)} demands "
-                "one: leave weight_shape out, or give the fold in integers"
-            )
-        fold = [int(size) for size in self.fold]
-        inner = list(itertools.accumulate(reversed(fold), operator.mul))
-        if cols not in inner or rows * cols not in inner[inner.index(cols) :]:
-            raise ConfigError(
-                f"the last sizes of fold={self.fold} do not multiply to the {rows} rows and {cols} columns of "
-                f"weight_shape={(rows, cols)}: give fold=(weights, rows, cols), or weight_shape=None"
-            )
-        return rows, cols
-
-    def _checked_fold(self) -> str | tuple[int | str, ...]:
-        if isinstance(self.fold, (tuple, list)):
-            sizes = tuple(
-                size if isinstance(size, str) else _integer(f"fold[{mode}]", size, 1, 1 << 62)
-                for mode, size in enumerate(self.fold)
-            )
-            if is_named(sizes):
-                check_fold(sizes)
-            if self.axes is None and len(sizes) != self.order:
-                raise ConfigError(
-                    f"fold={sizes} has {len(sizes)} sizes and order is {self.order}; set order={len(sizes)}"
-                )
-            return sizes
-        _word("fold", self.fold, FOLDS, "or a tuple of sizes")
-        if self.fold == "stack" and self.order > 2:
-            raise ConfigError(
-                f"fold='stack' makes matrices only and order is {self.order}; use fold='hypercube' or 'balanced'"
-            )
-        return self.fold
-
-    def _checked_split_size(self) -> int | str | tuple[int, ...]:
-        if isinstance(self.split_size, (tuple, list)):
-            sizes = tuple(
-                _integer(f"split_size[{mode}]", size, 1, MAX_INT) for mode, size in enumerate(self.split_size)
-            )
-            if len(sizes) != self.order:
-                raise ConfigError(
-                    f"split_size={safe_repr(sizes)} has {len(sizes)} sizes and order is {self.order}: give one per mode"
-                )
-            return sizes
-        if isinstance(self.split_size, str) and self.split_size == "balanced":
-            return self.split_size
-        return _integer("split_size", self.split_size, 1, MAX_INT, 'or "balanced", or a tuple of one size per mode')
 
     @property
     def scale(self) -> float:
@@ -433,60 +346,3 @@ def _known(settings: Mapping[str, Any]) -> None:
 
 def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _integer(name: str, value: Any, low: int, high: int, other: str = "") -> int:
-    return integer(name, value, low, high, ConfigError, other)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str)):
-        raise ConfigError(f"{name} must be a number; got {safe_repr(value)}")
-    try:
-        # Read it as the decimal that it prints as: a float32 of 0.07 means 0.07, not 0.07000000029802322.
-        number = float(value) if isinstance(value, (int, float, Fraction)) else float(str(value))
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} must be a number; got {safe_repr(value)}") from None
-    if not math.isfinite(number):
-        raise ConfigError(f"{name} must be finite; got {number!r}")
-    return number
-
-
-def _word(name: str, value: Any, words: tuple[str, ...], other: str = "") -> None:
-    if not isinstance(value, str) or value not in words:
-        listed = ", ".join(repr(word) for word in words)
-        other = f" {other}" if other else ""
-        raise ConfigError(f"{name} must be one of {listed}{other}; got {safe_repr(value)}")
-
-
-def _checked_groups(groups: Any) -> str | int | tuple[tuple[int, ...], ...]:
-    what = '"weight", "layer", "role", an integer of at least 1, or a list of lists of weight indices'
-    if isinstance(groups, str):
-        if groups not in ("weight", "layer", "role"):
-            raise ConfigError(f"groups must be {what}; got {safe_repr(groups)}")
-        return groups
-    if isinstance(groups, (list, tuple)):
-        if not groups or not all(isinstance(group, (list, tuple)) and group for group in groups):
-            raise ConfigError(f"groups must be {what}, none of them empty; got {safe_repr(groups)}")
-        return tuple(
-            tuple(_integer(f"groups[{g}]", weight, 0, MAX_INT) for weight in group) for g, group in enumerate(groups)
-        )
-    return _integer("groups", groups, 1, 1 << 62, 'or "weight", "layer", "role" or a list of lists')
-
-
-def _checked_sources(sources: Any) -> SourceMap:
-    """Return the sources of a config; each may be given as a dictionary, as :meth:`Config.to_dict` writes it."""
-    if isinstance(sources, SourceMap):
-        return sources
-    if not isinstance(sources, Mapping):
-        raise ConfigError(
-            f"sources must be a mapping of array names to sources, such as {{'factor0': Trained()}}; got "
-            f"{safe_repr(sources)}"
-        )
-    found = {}
-    for name, source in sources.items():
-        try:
-            found[name] = source_from_dict(source) if isinstance(source, Mapping) else source
-        except ConfigError as error:
-            raise ConfigError(f"sources[{safe_repr(name)}]: {error}") from error
-    return SourceMap(found)

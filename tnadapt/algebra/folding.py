@@ -15,6 +15,7 @@ from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, ShapeError, integer
 
 __all__ = [
+    "FOLDS",
     "balanced_factors",
     "balanced_shape",
     "from_hypercube",
@@ -22,6 +23,9 @@ __all__ = [
     "kronecker_sizes",
     "to_hypercube",
 ]
+
+#: The folds that have a name.
+FOLDS = ("stack", "hypercube", "balanced")
 
 
 # NumPy arrays have at most 64 axes; a Kronecker product of order M is computed with 2 M of them.

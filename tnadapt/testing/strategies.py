@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from tnadapt.algebra.config import COMBINES, FOLDS, LEADINGS, Config
+from tnadapt.algebra.config import COMBINES, LEADINGS, Config
+from tnadapt.algebra.folding import FOLDS
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.maps import KINDS, Recipe, takes_ratio
 from tnadapt.algebra.superlora import SuperLoRA

@@ -1,0 +1,237 @@
+"""Where the arrays of a plan start: at drawn, given or computed numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from tnadapt.backends import Backend, load_backend
+from tnadapt.backends.backend import Array
+from tnadapt.errors import BackendError, ConfigError, safe_repr
+
+from ._base_arrays import base_starts, from_base
+from ._group_plan import GroupPlan
+
+__all__ = ["StartingPlan"]
+
+
+class StartingPlan(GroupPlan):
+    """A plan with initial parameters. The base of :class:`~tnadapt.SuperLoRA`, which adds updates.
+
+    Examples
+    --------
+    >>> from tnadapt import Config
+    >>> list(StartingPlan(Config(rank=2), [(6, 4)]).init())
+    ['group0.split0.factor0', 'group0.split0.factor1']
+    """
+
+    # -- Base weights ------------------------------------------------------------------------
+
+    def with_base(
+        self, weights: Sequence[Any] | Callable[[int], Any], progress: Callable[[int, int], None] | None = None
+    ) -> Self:
+        """Return this plan with what is computed from the base weights: frozen arrays, the start, and magnitudes.
+
+        Parameters
+        ----------
+        weights : sequence of array, or callable
+            The base weight of each update, ``(rows, cols)``, of any library; or a function that returns the weight with
+            an index, so that only one group's weights are in memory at a time.
+        progress : callable, optional
+            Called with the numbers of frozen arrays that are computed and of all, after each array.
+
+        Returns
+        -------
+        SuperLoRA
+            Itself if nothing of it is computed from the base.
+
+        Raises
+        ------
+        ShapeError
+            If a weight is missing or has another shape.
+        ConfigError
+            If an array cannot be computed from its weight: NaN, or too few singular values.
+
+        Notes
+        -----
+        For :class:`tnadapt.sources.FromBase`; for starts that are computed from the base weights; and for
+        ``apply="magnitude"``, whose magnitudes start at the norms of the weights. Memory: a group's weights in float64;
+        for starts, those of as many groups as there are cores, up to 8.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> sources = {"factor0": tna.sources.FromBase("rows")}
+        >>> plan = tna.SuperLoRA(tna.presets.lora(2, sources=sources), [(6, 4)])
+        >>> plan.base_shapes, plan.with_base([np.diag([3.0, 2, 1, 1, 1, 1])[:, :4]]).given.keys()
+        ({'group0.split0.factor0': (6, 2)}, dict_keys(['group0.split0.factor0']))
+        """
+        if not self.base_shapes and not self.weight_param_shapes:
+            return self
+        found = from_base(self, weights, progress) if self.base_shapes else {}
+        plan = type(self)(self.config, self.shapes, self._layers, self._roles, given={**self.given, **found})
+        plan._base_starts = base_starts(self, weights)
+        return plan
+
+    def fill(self, other: StartingPlan) -> None:
+        """Add what is computed from the base weights and this plan lacks, in place, from a plan that has it.
+
+        For an adapter that uses the plan already. What the plan has stays as it is.
+        """
+        self._given.update({name: array for name, array in other.given.items() if name not in self._given})
+        self._base_starts = {**other.base_starts, **self._base_starts}
+
+    # -- Start -------------------------------------------------------------------------------
+
+    def with_start(self, arrays: Mapping[str, Any]) -> Self:
+        """Return this plan with other initial arrays, as ``start_from=arrays`` gives it.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array
+            Of any library, for some or all names in ``array_shapes``. The others start as usual.
+
+        Raises
+        ------
+        ConfigError
+            If ``config.start`` is not "given", a name is unknown, or an array is not finite.
+        ShapeError
+            If an array has another shape.
+
+        Examples
+        --------
+        ΔW is the difference to the start, which itself is no zero:
+
+        >>> import numpy as np, tnadapt as tna
+        >>> plan = tna.SuperLoRA(tna.presets.lora(1, start="given"), [(2, 3)])
+        >>> plan = plan.with_start({"group0.split0.factor0": np.ones((2, 1))})
+        >>> params = plan.init()
+        >>> params["group0.split0.factor0"].tolist(), bool(plan.deltas(params)[0].any())
+        ([[1.0], [1.0]], False)
+        """
+        given = {name: array for name, array in self._given.items() if name not in self.start_shapes}
+        plan = type(self)(self.config, self.shapes, self._layers, self._roles, given=given, start_from=arrays)
+        plan._base_starts = self._base_starts
+        return plan
+
+    def init(
+        self,
+        backend: str = "numpy",
+        dtype: str = "float32",
+        device: Any = None,
+        trained: Collection[str] | None = None,
+    ) -> dict[str, Array]:
+        """Return initial parameters, for which ΔW is exactly zero and its gradient is not.
+
+        Parameters
+        ----------
+        backend : str
+            ``"numpy"``, ``"torch"``, ``"jax"``, ``"cupy"`` or a registered name.
+        dtype : str
+            ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"``.
+        device : optional
+            Device of the arrays; the library's default if None.
+        trained : collection of str, optional
+            Names of the arrays that will be trained while the others stay as returned. The array that starts at zero is
+            then one of these, so that it has a gradient.
+
+        Returns
+        -------
+        dict of str to array
+            In the order of ``param_shapes``, with the same numbers in every library.
+
+        Raises
+        ------
+        BackendError
+            If the library, dtype or device is not available.
+        ConfigError
+            If the dtype cannot represent the initial values (float16, a nonlinear F and a tiny alpha), or ``trained``
+            names no array.
+
+        Notes
+        -----
+        For a linear F, the factor of the leading mode of the last split is zero in every term, and the other arrays are
+        random. For a nonlinear F all arrays are random, and ``deltas`` subtracts the update of the initial values. The
+        random arrays are normal, drawn from ``config.seed``, and scaled to a common root mean square: the one for which
+        the first SGD step changes ΔW by 1/32 of what dense fine-tuning changes (for a white gradient and a scale of 1),
+        whatever rank, order, splits and ρ are. :mod:`tnadapt.algebra.init` has the formula, and the case of order 1.
+
+        Examples
+        --------
+        >>> import tnadapt as tna
+        >>> params = tna.SuperLoRA(tna.Config(rank=1), [(2, 3)]).init()
+        >>> params["group0.split0.factor0"].tolist()
+        [[0.0], [0.0]]
+        >>> plan = tna.SuperLoRA(tna.Config(rank=1), [(2, 3)])
+        >>> params = plan.init(trained=["group0.split0.factor1"])
+        >>> [bool(array.any()) for array in params.values()]
+        [True, False]
+        """
+        library = load_backend(backend)
+        if not library.usable():
+            raise BackendError(f"{backend} is installed, but finds no device to compute on")
+        if not isinstance(dtype, str):
+            raise BackendError(f"dtype must be a name such as 'float32'; got {safe_repr(dtype)}")
+        # Try an empty array first, to refuse an unavailable dtype or device before anything is drawn.
+        library.asarray(np.zeros(0), dtype, device)
+        made = self._weight_params(library, dtype, device)
+        if self.theta is not None:
+            self._require_gradient()
+            for name, shape in self.theta.shapes.items():
+                made[name] = library.asarray(np.zeros(shape), dtype, device)
+            return {name: made[name] for name in self.param_shapes}
+        for group, start in zip(self.groups, self.starts(trained), strict=True):
+            for name, full in group.names.items():
+                if full in made:
+                    continue  # arrays that are tied
+                host = start.host(name)
+                if dtype == "float16" and np.max(np.abs(host)) > np.finfo(np.float16).max:
+                    raise ConfigError(
+                        f"{full} starts at numbers of up to {np.max(np.abs(host)):.1e}, which float16 cannot hold; "
+                        f"use float32, or a larger alpha than {self.config.alpha}"
+                    )
+                made[full] = library.asarray(host, dtype, device)
+        return {name: made[name] for name in self.param_shapes}
+
+    def _weight_params(self, library: Backend, dtype: str, device: Any) -> dict[str, Array]:
+        """Return the initial values of the parameters in ``weight_param_shapes``."""
+        missing = [name for name in self.weight_param_shapes if name not in self._base_starts]
+        if missing:
+            raise ConfigError(
+                f"{missing[0]} starts at the norms of its base weight, which this plan has not seen: call "
+                "plan.with_base(weights) first, or attach the config to a model"
+            )
+        found = {}
+        for name in self.weight_param_shapes:
+            # To float32 first, as the norm is rounded where it is divided by.
+            host = self._base_starts[name] if dtype == "float64" else self._base_starts[name].astype(np.float32)
+            if dtype == "float16" and np.max(host) > np.finfo(np.float16).max:
+                raise ConfigError(
+                    f"{name} starts at norms of up to {np.max(host):.1e}, which float16 cannot hold; use float32"
+                )
+            found[name] = library.asarray(host, dtype, device)
+        return found
+
+    def array_start(self, backend: Backend, full: str, like: Array, dtype: str | None = None) -> Array:
+        """Return the initial value of an array in ``array_shapes``, in the library, dtype and device of ``like``.
+
+        ``dtype`` is the dtype to which it is rounded, if that is not like's.
+        """
+        index, _, name = full.removeprefix("group").partition(".")
+        kind = backend.dtype_name(like)
+        return self.groups[int(index)].start.on(backend, (name, dtype or kind), like, kind)
+
+    def _require_gradient(self) -> None:
+        """Raise a ConfigError if θ = 0 has no gradient: without an offset, where two arrays of a product are zero."""
+        if self.config.offset:
+            return
+        for group in self.groups:
+            for prefixes in group.network.prefixes:
+                made = [name for name in group.names if name.startswith(tuple(prefixes))]
+                if len(made) > 1:
+                    raise ConfigError(
+                        f"offset=False starts {' and '.join(made[:2])} at zero, whose product has no gradient there: "
+                        "use offset=True, or sources that leave one array per term to train"
+                    )
