@@ -33,8 +33,8 @@ OPTIONS = {
         "lora_xs", "--preset", "vera", "--lr", "0.01", "--lr", "0.1", "--lr", "1",
     ],
     "llama": [
-        "--limit", "400", "--epochs", "2", "--batch", "8", "--preset", "tinylora", "--preset", "unilora", "--preset",
-        "lora_xs", "--lr", "0.03", "--lr", "0.3",
+        "--limit", "800", "--epochs", "1", "--batch", "8", "--preset", "tinylora", "--preset", "unilora", "--preset",
+        "lora_xs", "--lr", "0.01", "--lr", "0.1",
     ],
     "cifar10": ["--limit", "1000", "--epochs", "2", "--batch", "16", "--image-size", "56"],
 }
