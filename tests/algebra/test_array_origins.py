@@ -395,7 +395,18 @@ def test_single_vectors_are_those_of_the_svd_with_the_largest_entry_positive(row
 def test_values_that_tie_are_warned_about() -> None:
     with pytest.warns(UserWarning, match=r"two of whose singular values are nearer than 0.0001: another machine"):
         dominant_basis(np.eye(5), np.random.default_rng(0).normal(size=(5, 5)), 2, True, "x")
-    dominant_basis(np.eye(5), np.random.default_rng(0).normal(size=(5, 5)), 2, False, "x")
+
+
+def test_a_subspace_that_ends_between_equal_values_is_warned_about(recwarn: pytest.WarningsRecorder) -> None:
+    normals = np.random.default_rng(0).normal(size=(6, 6))
+    equal = np.diag([3.0, 2.0, 2.0, 1.0, 1.0, 0.5])
+    for rank in (1, 3, 5, 6):
+        dominant_basis(equal, normals, rank, False, "factor0")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"factor0 takes .* nearer than 1e-08 to the next one: .* use another rank"):
+        dominant_basis(equal, normals, 2, False, "factor0")
+    with pytest.warns(UserWarning, match="another machine may take another part"):
+        tna.SuperLoRA(tna.presets.lora_xs(2), [(6, 4)]).with_base([np.eye(6)[:, :4]])
 
 
 @pytest.mark.parametrize("side", ["rows", "cols", "mode"])

@@ -24,6 +24,8 @@ START_PASSES = 16
 EXTRA = 8
 # Singular values closer than this, relative to the larger one, leave the single vectors undetermined.
 _TIE = 1e-4
+# A gap below this, relative to the larger value, lets rounding errors of float64 turn a subspace by what float32 shows.
+_LOST = 1e-8
 # Singular values below this, relative to the largest one, are rounding errors of a float32 weight.
 _NOISE = 1e-9
 
@@ -55,7 +57,8 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
     Warns
     -----
     UserWarning
-        If ``vectors`` and two neighboring singular values are nearer than 1e-4.
+        If ``vectors`` and two neighboring singular values are nearer than 1e-4, or if the last value of the subspace is
+        nearer than 1e-8 to the next one.
 
     Notes
     -----
@@ -89,6 +92,12 @@ def dominant_basis(matrix: np.ndarray, normals: np.ndarray, rank: int, vectors: 
         )
     found = q @ left[:, :rank]
     if not vectors:
+        if rank < len(values) and values[rank - 1] - values[rank] < _LOST * values[rank - 1]:
+            warnings.warn(
+                f"{what} takes singular vectors of a base weight up to a value that is nearer than {_LOST:g} to the "
+                "next one: another machine may take another part. Save with store_bases=True, or use another rank",
+                stacklevel=2,
+            )
         return _orthonormal(found @ (found.T @ normals[:, :rank]))
     values = values[: rank + 1]
     if _tied(values):
