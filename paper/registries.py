@@ -100,7 +100,9 @@ def _write_llama(model: Path, file: Path) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise TnadaptError("SmolLM2 is a GGUF file, which needs the package gguf: pip install gguf") from error
+        raise TnadaptError(
+            "SmolLM2 is a GGUF file, which needs the package gguf: pip install 'tnadapt[paper]'"
+        ) from error
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -37,6 +37,10 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+#: For laws that are the same in any library: the core is tested without torch.
+NUMPY_AND_TORCH = [name for name in ("numpy", "torch") if installed(name)]
+
+
 if installed("jax"):
     import jax
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.conftest import relative_error
+from tests.conftest import NUMPY_AND_TORCH, relative_error
 from tnadapt.algebra.applying import APPLYING, Add, Applying, Hadamard, Magnitude, applying_of, norms
 from tnadapt.algebra.changed_weights import change_in_place
 from tnadapt.algebra.rounding import rounded, widened
@@ -67,7 +67,7 @@ def test_presets_equal_their_methods(name: str, shapes: list[tuple[int, int]], r
 )
 def test_any_update(kind: str, axis: str, settings: dict[str, Any]) -> None:
     config = tna.Config(rank=2, apply=kind, magnitude_axis=axis, **settings)
-    report = tna.verify(config, [(6, 4), (4, 4), (6, 4)], backends=["numpy", "torch"])
+    report = tna.verify(config, [(6, 4), (4, 4), (6, 4)], backends=NUMPY_AND_TORCH)
     assert report.holds, str(report)
     names = {law.name for law in report.laws}
     assert {"W' = the textbook formula", "at the start W' is W to the bit"} <= names

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnadapt as tna
-from tests.conftest import relative_error
+from tests.conftest import NUMPY_AND_TORCH, relative_error
 from tnadapt.algebra.factoring import factoring
 from tnadapt.algebra.starting_points import STARTS, Start, starting_point
 from tnadapt.backends import Backend, load_backend
@@ -110,7 +110,7 @@ def cases() -> dict[str, tuple[tna.Config, list[tuple[int, int]]]]:
 @pytest.mark.parametrize("name", cases())
 def test_the_laws_hold(name: str) -> None:
     config, shapes = cases()[name]
-    report = tna.verify(config, shapes, backends=["numpy", "torch"])
+    report = tna.verify(config, shapes, backends=NUMPY_AND_TORCH)
     assert report.holds, report
 
 

