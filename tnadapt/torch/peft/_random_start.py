@@ -22,7 +22,8 @@ def start_randomly(handle: Adapter) -> None:
     # A single array is the update itself, so its numbers must be small; otherwise the small initial values of the other
     # arrays scale the product.
     # They are smaller still if the scale or F enlarges them, as WaveFT's scale of 25 does.
-    alone = len(arrays) == handle.plan.num_groups
+    # θ moves all arrays of a product at once.
+    alone = len(arrays) == handle.plan.num_groups or handle.plan.theta is not None
     enlarged = max(group.network.scale * math.sqrt(group.projection.map.variance()) for group in handle.plan.groups)
     for array in zero or arrays:
         array.add_(torch.randn_like(array), alpha=0.1 / max(1.0, enlarged) if alone else 1.0)
