@@ -66,7 +66,7 @@ def test_a_broken_law_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--preset", "lora", "--set", "rank=0"], "rank must be from 1"),
         (["--preset", "lora", "--set", "rank"], "--set takes FIELD=VALUE"),
         (["--preset", "lora", "--set", "dropout=1"], "no field 'dropout'"),
-        (["--preset", "lotr"], "preset 'lotr'"),
+        (["--preset", "lotr"], "needs groups of weights of one shape, and group 0 has 2 of 12×8"),
         (["--preset", "lora", "--config", "x.json"], "give one of them"),
         (["--config", "no/such/file.json"], "cannot read a config from"),
         (["--preset", "lora", "--shape", "12"], "--shape takes ROWSxCOLS"),
