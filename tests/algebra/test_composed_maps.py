@@ -34,6 +34,7 @@ from tnadapt.algebra.maps._daubechies import DAUBECHIES
 from tnadapt.backends import Backend, load_backend
 from tnadapt.plugins import forget_registered
 from tnadapt.testing import _reference as reference
+from tnadapt.testing import _reference_maps as reference_maps
 from tnadapt.testing.strategies import parameters, plans
 
 NUMPY = load_backend("numpy")
@@ -255,14 +256,14 @@ def maps_of(projection: Any) -> list[Map]:
 @pytest.mark.parametrize("projection", [*VECTORS, *MATRICES], ids=str)
 def test_a_chain_is_the_product_of_its_matrices(projection: Any, rng: np.random.Generator) -> None:
     for f in maps_of(projection):
-        matrix, part = reference.matrix_of(f), f.linear_part
+        matrix, part = reference_maps.matrix_of(f), f.linear_part
         x, y = rng.normal(size=(2, 3, f.n_in)), rng.normal(size=(2, 3, f.n_out))
         expected = x @ matrix.T
         assert relative_error(part.forward(NUMPY, x), expected) < 1e-12
         assert relative_error(part.adjoint(NUMPY, y), y @ matrix) < 1e-12
         slope = np.ones_like(expected)
         if not f.linear:
-            slope, expected = np.tanh(expected) ** 2, reference.tanhshrink(expected)
+            slope, expected = np.tanh(expected) ** 2, reference_maps.tanhshrink(expected)
         assert relative_error(f.forward(NUMPY, x), expected) < 1e-12
         assert relative_error(f.adjoint_at(NUMPY, y, x), (y * slope) @ matrix) < 1e-12
         for start, stop in ((0, 1), (f.n_out - 1, f.n_out), (1, f.n_out - 1), (0, f.n_out)):
@@ -277,7 +278,7 @@ def test_a_chain_is_the_product_of_its_matrices(projection: Any, rng: np.random.
 @pytest.mark.parametrize("projection", [*VECTORS, *MATRICES], ids=str)
 def test_the_sum_of_squares(projection: Any) -> None:
     for f in maps_of(projection):
-        exact = float(np.sum(reference.matrix_of(f) ** 2))
+        exact = float(np.sum(reference_maps.matrix_of(f) ** 2))
         blocks = f.parts if isinstance(f, PerWeight) else (f,)
         chains = [block.parts if isinstance(block, Chain) else (block,) for block in blocks]
         # Fastfood's is that of its expectation, and that of several maps is estimated.
@@ -583,8 +584,8 @@ def test_settings_of_another_class_cannot_be_registered() -> None:
 
     for settings, message in (
         (int, "settings_class must inherit from tnadapt.maps.MapSettings; got <class 'int'>"),
-        (Loose, "the settings Loose must be a frozen dataclass"),
-        (Reserved, "the settings Reserved have the field 'map': the name 'map' is reserved"),
+        (Loose, "the settings class Loose must be a frozen dataclass"),
+        (Reserved, "the settings class Reserved has the field 'map': the name 'map' is reserved"),
     ):
         with pytest.raises(tna.ConfigError, match=message):
             tna.register_map("other", type("Other", (Map,), {"settings_class": settings}))

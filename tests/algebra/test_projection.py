@@ -17,7 +17,7 @@ from tests.conftest import relative_error
 from tnadapt.algebra.maps import KINDS, SQUARE
 from tnadapt.algebra.maps._fastfood_draws import hadamard_rows
 from tnadapt.backends import Backend
-from tnadapt.testing import _reference as reference
+from tnadapt.testing import _reference_maps as reference_maps
 
 KIND = st.sampled_from(KINDS)
 LENGTHS = [(1, 1), (1, 9), (9, 1), (2, 3), (7, 7), (64, 64), (37, 509), (40, 7), (100, 1000)]
@@ -32,12 +32,12 @@ DIGESTS = {
 
 
 def dense(f: tna.Projection) -> np.ndarray:
-    return reference.matrix(f.kind.removeprefix("non"), f.n_in, f.n_out, f.seed, f.group)
+    return reference_maps.matrix(f.kind.removeprefix("non"), f.n_in, f.n_out, f.seed, f.group)
 
 
 def expected(f: tna.Projection, x: np.ndarray) -> np.ndarray:
     y = x @ dense(f).T
-    return y if f.linear else reference.tanhshrink(y)
+    return y if f.linear else reference_maps.tanhshrink(y)
 
 
 def made(kind: str, n_in: int, n_out: int, seed: int = 3, group: int = 0) -> tna.Projection:
@@ -237,7 +237,7 @@ def test_tanhshrink_does_not_cancel_near_zero() -> None:
     numpy = load_backend("numpy")
     t = np.concatenate([np.geomspace(1e-12, 3.0, 4001), [0.0, 0.25]])
     t = np.concatenate([-t, t])
-    exact = reference.tanhshrink(t)
+    exact = reference_maps.tanhshrink(t)
     zero = t == 0
     found = tanhshrink(numpy, t)
     assert not found[zero].any()

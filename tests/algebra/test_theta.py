@@ -17,7 +17,7 @@ from tnadapt.algebra._dtype_rounding import rounded_to
 from tnadapt.algebra.maps import make_map
 from tnadapt.algebra.theta import THETA_STREAMS
 from tnadapt.backends import Backend
-from tnadapt.testing import _reference as reference
+from tnadapt.testing import _reference_maps as reference_maps
 
 P = tna.presets
 SHAPES = [(6, 4), (5, 4), (6, 4)]
@@ -50,7 +50,7 @@ def test_arrays_are_their_start_plus_p_theta(name: Any, scope: str) -> None:
     assert list(found) == list(plan.array_shapes) == list(begun)
     for index, part in enumerate(plan.theta.parts):
         size = sum(math.prod(shape) for shape in part.arrays.values())
-        dense = reference.matrix_of(make_map(name, 5, size, 3, THETA_STREAMS + index))
+        dense = reference_maps.matrix_of(make_map(name, 5, size, 3, THETA_STREAMS + index))
         moved = np.split(dense @ params[part.name], np.cumsum([math.prod(s) for s in part.arrays.values()])[:-1])
         for (full, shape), piece in zip(part.arrays.items(), moved, strict=True):
             np.testing.assert_allclose(found[full], begun[full] + piece.reshape(shape), rtol=1e-12, atol=1e-13)
@@ -79,7 +79,7 @@ def test_updates_are_those_of_the_arrays(name: Any, scope: str) -> None:
 )
 def test_one_hot_maps_are_isometries(name: str, n_in: int, more: int, seed: int) -> None:
     found = make_map(name, n_in, n_in + more, seed)
-    dense = reference.matrix_of(found)
+    dense = reference_maps.matrix_of(found)
     np.testing.assert_allclose(dense.T @ dense, np.eye(n_in), atol=1e-12)
     assert ((dense != 0).sum(axis=1) == 1).all()
     counts = (dense != 0).sum(axis=0)

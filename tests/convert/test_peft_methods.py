@@ -283,7 +283,7 @@ def test_vera_keeps_its_numbers(tmp_path: Path) -> None:
                     found.file.given[f"group0.split0.{ours}"], drawn.T if ours == "factor1" else drawn
                 )
             assert found.notes == (
-                "PEFT left A and B to a seed of torch's: drawn again as torch draws on a CPU, which PEFT does not "
+                "PEFT left A and B to a seed of torch's: regenerated as torch draws on a CPU, which PEFT does not "
                 "promise for every system, and stored here",
             )
 

@@ -16,9 +16,7 @@ from tnadapt.errors import BackendError, ShapeError, integer
 
 from ._array_plan import checked_given
 from ._base_arrays import base_weight
-from ._group_plan import some_names
-from ._starting_plan import StartingPlan
-from .applying import applying_of
+from ._parameter_plan import ParameterPlan
 from .config import Config
 from .layout import Piece
 from .rank_bounds import lora_rank, rank_bound
@@ -26,7 +24,7 @@ from .rank_bounds import lora_rank, rank_bound
 __all__ = ["SuperLoRA", "checked_given", "parameter_count"]
 
 
-class SuperLoRA(StartingPlan):
+class SuperLoRA(ParameterPlan):
     """The weight updates of a model as one long vector, cut into groups, each made from a small tensor network.
 
     ``ΔW_group = F(scale * sum_t kron_k(core_k x_1 A_k1 … x_M A_kM))``, unfolded and cut to length.
@@ -160,64 +158,6 @@ class SuperLoRA(StartingPlan):
         return lora_rank(self.shapes, [rank_bound(self.layout, self.groups, i) for i in range(len(self.shapes))])
 
     # -- Arrays ------------------------------------------------------------------------------
-
-    def arrays(self, params: Mapping[str, Array], dtype: str | None = None) -> dict[str, Array]:
-        """Compute the arrays in ``array_shapes`` from the parameters: ``a_start + P θ``, or the parameters themselves.
-
-        Parameters
-        ----------
-        params : mapping of str to array
-            Names and shapes as in ``param_shapes``; one library, dtype and device.
-        dtype : str, optional
-            The dtype in which the parameters were trained, if they have been cast since: the arrays then have the
-            numbers of training, and no gradient.
-
-        Returns
-        -------
-        dict of str to array
-            Differentiable in torch and JAX. ``arrays_plan`` computes updates from them.
-
-        Raises
-        ------
-        ShapeError, BackendError
-            As in :meth:`deltas`.
-
-        Notes
-        -----
-        One call of P. a_start is rounded to the dtype of the parameters, and the sum is exactly a_start if θ is 0.
-
-        Examples
-        --------
-        >>> import numpy as np, tnadapt as tna
-        >>> plan = SuperLoRA(tna.presets.lora(1, before="one-hot", parameters=2), [(2, 3)])
-        >>> [array.shape for array in plan.arrays({"theta": np.ones(2)}).values()]
-        [(2, 1), (3, 1)]
-        """
-        return self._arrays(self._checked(params), params, dtype)
-
-    def _arrays(self, backend: Backend, params: Mapping[str, Array], dtype: str | None) -> dict[str, Array]:
-        if self.theta is None:
-            return dict(params) if not self.weight_param_shapes else {name: params[name] for name in self.array_shapes}
-        return self.theta.arrays(backend, params, functools.partial(self.array_start, backend), dtype)
-
-    @functools.cached_property
-    def arrays_plan(self) -> SuperLoRA:
-        """The plan of the updates alone, whose parameters are the arrays of this one.
-
-        Itself, unless ``config.before`` makes them from θ or ``config.apply`` adds parameters of the weights.
-        """
-        if self.theta is None and self.applying.additive:
-            return self
-        found = object.__new__(SuperLoRA)
-        own = {"theta", "param_shapes", "num_parameters", "arrays_plan", "weight_param_shapes", "weight_param_names"}
-        # The groups, and the arrays that they draw, are shared.
-        found.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
-        found.config = self.config.replace(
-            before=None, parameters=None, scope="plan", offset=True, apply="add", magnitude_axis="rows"
-        )
-        found.applying, found._base_starts = applying_of("add"), {}
-        _ = found.param_shapes, found.weight_param_names
-        return found
 
     def deltas(self, params: Mapping[str, Array], dtype: str | None = None) -> list[Array]:
         """Compute the update of every weight.
@@ -370,7 +310,8 @@ class SuperLoRA(StartingPlan):
                     f"{backend.name}: convert it"
                 )
             weight = base_weight(backend, weights[index], index, self.shapes[index])
-            kind = _wider(backend.dtype_name(weight), backend.dtype_name(delta))
+            kinds = backend.dtype_name(weight), backend.dtype_name(delta)
+            kind = "float64" if "float64" in kinds else "float32"
             own = [params[name] for name in self.weight_param_names[index]]
             weight, delta = backend.astype(weight, kind), backend.astype(delta, kind)
             found.append(self.applying.merged(backend, weight, delta, own, dtype, detach_norm))
@@ -429,30 +370,6 @@ class SuperLoRA(StartingPlan):
                 for run in pieces
             ]
         )
-
-    def _checked(self, params: Mapping[str, Array]) -> Backend:
-        """Return the backend of the parameters, after checking their names, shapes, dtypes and devices."""
-        if not isinstance(params, Mapping):
-            raise ShapeError(f"params must be a mapping of names to arrays; got {type(params).__name__}")
-        expected = self.param_shapes
-        if params.keys() != expected.keys():
-            missing = [name for name in expected if name not in params]
-            unknown = [name for name in params if name not in expected]
-            raise ShapeError(
-                f"params must have exactly the names of param_shapes; missing: {some_names(missing)}; "
-                f"unknown: {some_names(unknown)}"
-            )
-        backend = get_backend(*params.values())
-        for name, shape in expected.items():
-            backend.require_float(params[name], f"params[{name!r}]")
-            if tuple(params[name].shape) != shape:
-                raise ShapeError(f"params[{name!r}] has shape {tuple(params[name].shape)}; expected {shape}")
-        return backend
-
-
-def _wider(one: str, other: str) -> str:
-    """Return the dtype in which a weight of one dtype and an update of another are combined."""
-    return "float64" if "float64" in (one, other) else "float32"
 
 
 def parameter_count(

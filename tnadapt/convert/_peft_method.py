@@ -28,7 +28,7 @@ from ._updates import Float, ModuleUpdate, narrow
 __all__ = ["DRAWN", "OwnStructure", "PeftMethod", "rank_of", "scaled_config", "seed_of"]
 
 #: The end of a note.
-DRAWN = "drawn again as torch draws on a CPU, which PEFT does not promise for every system, and stored here"
+DRAWN = "regenerated as torch draws on a CPU, which PEFT does not promise for every system, and stored here"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from tnadapt.algebra.maps import Map, MapSettings, Space
 from tnadapt.backends import load_backend
 
-from . import _reference as reference
+from . import _reference_maps as reference_maps
 
 __all__ = ["MapContract"]
 
@@ -143,4 +143,4 @@ class MapContract:
 
 
 def _matrix(part: Map) -> np.ndarray:
-    return reference.matrix_of(part)
+    return reference_maps.matrix_of(part)

@@ -9,7 +9,7 @@ import numpy as np
 from tnadapt.algebra.maps.projection import Projection
 from tnadapt.backends import Backend
 
-from . import _reference as reference
+from . import _reference_maps as reference_maps
 from ._law import Law, LawCollector, relative_error
 
 __all__ = ["of_projection"]
@@ -18,13 +18,13 @@ __all__ = ["of_projection"]
 def of_projection(label: str, f: Projection, backend: Backend, rng: np.random.Generator) -> list[Law]:
     """Check the laws of one projection on one library."""
     collector = LawCollector(label, backend)
-    matrix = reference.matrix_of(f.map)
+    matrix = reference_maps.matrix_of(f.map)
     host = rng.normal(size=f.n_in)
     x = backend.asarray(host, "float64")
     expected: np.ndarray = matrix @ host
     slope = np.ones_like(expected)
     if not f.linear:
-        expected, slope = reference.tanhshrink(expected), np.tanh(expected) ** 2
+        expected, slope = reference_maps.tanhshrink(expected), np.tanh(expected) ** 2
     collector.add("F = its dense matrix", [relative_error(backend.to_numpy(f(x)), expected)])
     y = rng.normal(size=f.n_out)
     adjoint = backend.to_numpy(f.adjoint(backend.asarray(y, "float64"), at=x))

@@ -17,16 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tnadapt.algebra import rng
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.formats import FORMATS
-from tnadapt.algebra.maps import KINDS, Chain, Map, PerWeight, Recipe, input_length, make_map, make_map_on_weights
+from tnadapt.algebra.maps import KINDS, Map, Recipe, input_length, make_map, make_map_on_weights
 from tnadapt.errors import ConfigError
 
-__all__ = ["count", "deltas", "matrix", "matrix_of", "positions", "project", "tanhshrink"]
+from ._reference_maps import LINEAR_PARTS, matrix_of, tanhshrink
 
-# The longest side of a dense matrix of F: half a gigabyte.
-LARGEST = 1 << 13
+__all__ = ["count", "deltas", "positions", "project"]
 
 Float = NDArray[np.floating[Any]]
 Params = Mapping[str, Float]
@@ -307,108 +305,6 @@ def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
     return sum(bonds[m] * d * bonds[m + 1] for m, d in enumerate(sizes))
 
 
-# The linear map before tanhshrink, for each nonlinear kind.
-_LINEAR_PARTS = {"nonlinear": "linear", "nonlinear_v2": "linear_v2"}
-
-
-def matrix_of(found: Map) -> Float:
-    """Return the dense matrix of a linear map, or of the linear part of a nonlinear one.
-
-    Parameters
-    ----------
-    found : Map
-
-    Returns
-    -------
-    ndarray of float64, shape (n_out, n_in)
-
-    Notes
-    -----
-    That of a chain is the product of its maps', and that of a map of each weight has theirs on its diagonal. Maps other
-    than the paper's define their own, independently of what they compute with.
-
-    Examples
-    --------
-    >>> matrix_of(make_map(("shuffle", "shuffle"), 3, 3)).sum(axis=0)
-    array([1., 1., 1.])
-    """
-    if isinstance(found, Chain):
-        product = matrix_of(found.parts[0])
-        for part in found.parts[1:]:
-            product = matrix_of(part) @ product
-        return product
-    if isinstance(found, PerWeight):
-        from scipy.linalg import block_diag
-
-        return np.asarray(block_diag(*map(matrix_of, found.parts)))
-    if found.kind in KINDS:
-        return matrix(found.kind, found.n_in, found.n_out, found.seed, found.group)
-    _check_small(found.n_in, found.n_out)
-    return np.asarray(found.linear_part.matrix(), np.float64)
-
-
-def _check_small(n_in: int, n_out: int) -> None:
-    if max(n_in, n_out) > LARGEST:
-        raise ConfigError(
-            f"the dense matrix of F has {n_out} x {n_in} elements; it is for checking small ones, of up to {LARGEST} "
-            "per side: give smaller shapes, or more groups"
-        )
-
-
-def matrix(kind: str, n_in: int, n_out: int, seed: int = 0, group: int = 0) -> Float:
-    """Return the dense matrix of a linear F, or of the linear part of a nonlinear one.
-
-    Parameters
-    ----------
-    kind : str
-        As for :class:`tnadapt.Projection`.
-    n_in, n_out, seed, group : int
-
-    Returns
-    -------
-    ndarray of float64, shape (n_out, n_in)
-
-    Raises
-    ------
-    ConfigError
-        If a side is longer than 2**13, or there is no reference of that kind.
-
-    Notes
-    -----
-    ``diag(B) H[:n] Π diag(G) H[:, :n_in]``: the transpose of the paper's equation (4), which applies F from the right.
-    H is ``scipy.linalg.hadamard``.
-
-    Examples
-    --------
-    >>> matrix("shuffle", 4, 4, seed=0)
-    array([[0., 0., 0., 1.],
-           [0., 1., 0., 0.],
-           [0., 0., 1., 0.],
-           [1., 0., 0., 0.]])
-    """
-    from scipy.linalg import hadamard
-
-    _check_small(n_in, n_out)
-    kind = _LINEAR_PARTS.get(kind, kind)
-    if kind not in KINDS:
-        return np.asarray(make_map(kind, n_in, n_out, seed, group).matrix(), np.float64)
-    if kind == "identity":
-        return np.eye(n_out)
-    if kind == "shuffle":
-        return np.eye(n_out)[rng.permutation(n_out, seed, group)]
-    if kind not in ("linear", "linear_v2"):
-        raise ConfigError(f"there is no reference implementation of the map {kind!r}: add its matrix here")
-    length = 2 ** math.ceil(math.log2(max(n_in, n_out)))
-    h = hadamard(length) / math.sqrt(length)
-    g = rng.normals(seed, group, rng.PURPOSE["gaussian"], 0, length).astype(np.float64)
-    permuted = (g[:, None] * h[:, :n_in])[rng.permutation(length, seed, group)]
-    if kind.endswith("_v2"):
-        b = rng.normals(seed, group, rng.PURPOSE["gaussian_v2"], 0, n_out).astype(np.float64)
-    else:
-        b = rng.signs(seed, group, 0, n_out).astype(np.float64)
-    return np.asarray(b[:, None] * (h @ permuted)[:n_out])
-
-
 def project(config: Config, x: Float, n_out: int, stream: int = 0, weights: Shapes | None = None) -> Float:
     """Compute F(x) with the dense matrix (the identity needs none).
 
@@ -436,7 +332,7 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0, weights: Shap
         return np.asarray(x)
     found = _map(config, len(x), n_out, stream, weights)
     y = matrix_of(found) @ x
-    if _last(config.projection) in _LINEAR_PARTS:
+    if _last(config.projection) in LINEAR_PARTS:
         return tanhshrink(y)
     if not found.linear:
         raise ConfigError(f"projection {config.projection!r} is not linear and has no reference implementation")
@@ -445,16 +341,3 @@ def project(config: Config, x: Float, n_out: int, stream: int = 0, weights: Shap
 
 def _last(projection: Recipe) -> object:
     return projection[-1] if isinstance(projection, tuple) else projection
-
-
-def tanhshrink(t: Float) -> Float:
-    """Compute ``t - tanh(t)``; near 0 by a series of ``(t cosh t - sinh t) / cosh t``, whose terms do not cancel.
-
-    Examples
-    --------
-    >>> tanhshrink(np.array([1e-5, 5.0]))
-    array([3.33333333e-16, 4.00009080e+00])
-    """
-    near = np.where(np.abs(t) < 3.0, t, 0.0)
-    terms = [2 * k * near ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(1, 26)]
-    return np.asarray(np.where(np.abs(t) < 3.0, sum(terms) / np.cosh(near), t - np.tanh(t)))

@@ -17,7 +17,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.maps import make_map
 from tnadapt.algebra.sources import Scaled, Source, Tied, Trained
 
-from ._reference import matrix_of
+from ._reference_maps import matrix_of
 
 __all__ = ["network_arrays", "trained_shapes"]
 

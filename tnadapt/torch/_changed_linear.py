@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tnadapt.algebra.applying import Applying
 from tnadapt.backends import load_backend
 from tnadapt.targets.target import Target
 
 from ._delta import Slice
+from ._merged_linear import linear
 from ._quotient import wide_pair
 
 __all__ = ["ChangedLinear", "RowChange", "changed"]
@@ -110,9 +110,7 @@ class ChangedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.changes = changes
         ctx.save_for_backward(x, weight, *arrays)
-        y = functional.linear(x, _total(weight, changes, arrays), bias)
-        # As in MergedWeightLinear: the same numbers as a tensor that is no view.
-        return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
+        return linear(x, _total(weight, changes, arrays), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -25,7 +25,7 @@ from tnadapt.targets.target import Target
 
 from ._delta import Slice
 
-__all__ = ["DeltaSource", "MergedWeightLinear", "in_dispatch_mode", "in_functorch", "summed"]
+__all__ = ["DeltaSource", "MergedWeightLinear", "in_dispatch_mode", "in_functorch", "linear", "summed"]
 
 
 class DeltaSource(NamedTuple):
@@ -80,6 +80,16 @@ def _summed_in_place(stored: Tensor, changes: Sequence[tuple[Target, Tensor]], a
     return delta.add_(stored)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x Wᵀ + b`` for a custom function to return: no view.
+
+    For batched x the output of ``functional.linear`` is one, and autograd forbids writes in place to a view created
+    inside a custom function, as by an inplace ReLU after the layer.
+    """
+    y = functional.linear(x, weight, bias)
+    return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
+
+
 class MergedWeightLinear(torch.autograd.Function):
     """``x (W + ΔW)ᵀ + b``; backward recomputes the sum, and ΔW if it is computed here, instead of saving them.
 
@@ -96,10 +106,7 @@ class MergedWeightLinear(torch.autograd.Function):
         for source, own in _shared_out(sources, arrays):
             delta = own[0] if source.made is None else source.made(*own)
             changes.append((source.target, delta if source.weight == 1.0 else delta * source.weight))
-        y = functional.linear(x, _summed_in_place(weight, changes, arrays), bias)
-        # For batched x the output is a view, and autograd forbids writes in place to a view created inside a custom
-        # function, as by an inplace ReLU after the layer. This returns the same numbers as a tensor that is no view.
-        return cast(Tensor, torch.ops.aten._unsafe_view.default(y, y.shape)) if y._is_view() else y
+        return linear(x, _summed_in_place(weight, changes, arrays), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from tnadapt.algebra._settings_class import require_frozen
 from tnadapt.errors import ConfigError, safe_repr
 
 __all__ = ["MapSettings", "check_settings_class", "settings_text"]
@@ -45,17 +46,7 @@ def check_settings_class(kind: str, cls: Any) -> None:
         raise ConfigError(
             f"map {kind!r}: settings_class must inherit from tnadapt.maps.MapSettings; got {safe_repr(cls)}"
         )
-    if "__dataclass_fields__" not in cls.__dict__ or not cls.__dict__["__dataclass_params__"].frozen:
-        raise ConfigError(
-            f"map {kind!r}: the settings {cls.__name__} must be a frozen dataclass: decorate the class with "
-            "@dataclasses.dataclass(frozen=True)"
-        )
-    for field in dataclasses.fields(cls):
-        if field.name == "map" or not field.init:
-            raise ConfigError(
-                f"map {kind!r}: the settings {cls.__name__} have the field {field.name!r}: the name 'map' is reserved, "
-                "and every field must be an argument of the class"
-            )
+    require_frozen(cls, f"map {kind!r}: the settings class {cls.__name__}", "map")
 
 
 def settings_text(settings: MapSettings, short: bool = False) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Hashable, Sequence
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array, FixedArrays
 
-from ._map import Map
+from ._by_rows import ByRows
 
 __all__ = ["TwoSided"]
 
 
-class TwoSided(Map):
+class TwoSided(ByRows):
     """``Y = sum_t L_t X R_tᵀ``. A subclass names the matrices in :attr:`sides`, as keys of :attr:`matrices`.
 
     Attributes
@@ -22,8 +22,6 @@ class TwoSided(Map):
         depend on sizes and settings only, and the last bits of sines and cosines differ between machines.
     """
 
-    two_sided = True
-    shape: tuple[int, int]
     matrices: FixedArrays
 
     @property
@@ -35,14 +33,6 @@ class TwoSided(Map):
     def sides(self) -> Sequence[tuple[Hashable, Hashable]]:
         """Keys of ``L_t``, of shape (rows of Y, rows of X), and of ``R_t``, likewise for columns."""
         raise self._lacks("sides")
-
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self._rows(backend, x, 0, self.shape[0])
-
-    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        cols = self.shape[1]
-        first, last = start // cols, -(-stop // cols)
-        return self._rows(backend, x, first, last)[..., start - first * cols : stop - first * cols]
 
     def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
         """Compute some rows of Y, flattened."""

@@ -12,8 +12,9 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array, FixedArrays
 from tnadapt.errors import ConfigError, safe_repr
 
+from ._by_rows import ByRows
 from ._daubechies import DAUBECHIES
-from ._map import Map, Space
+from ._map import Space
 from ._map_settings import MapSettings
 
 __all__ = ["Wavelet", "WaveletMap"]
@@ -107,14 +108,12 @@ def _mirrored(low: np.ndarray) -> np.ndarray:
 _taps = _Taps()
 
 
-class WaveletMap(Map):
+class WaveletMap(ByRows):
     """``Y = U X Vᵀ``, with U and V the synthesis matrices of rows and columns, applied tap by tap."""
 
     kind = "wavelet"
     settings_class = Wavelet
     settings: Wavelet
-    shape: tuple[int, int]
-    two_sided = True
 
     def __init__(self, *lengths: int, settings: Wavelet, shape: tuple[int, int]) -> None:
         super().__init__(*lengths, settings=settings, shape=shape)
@@ -144,14 +143,6 @@ class WaveletMap(Map):
 
     def _key(self, name: str, side: int) -> tuple[str, str, bool, int]:
         return name, self.settings.family, self.settings.periodic, self.shape[side]
-
-    def forward(self, backend: Backend, x: Array) -> Array:
-        return self._rows(backend, x, 0, self.shape[0])
-
-    def slice(self, backend: Backend, x: Array, start: int, stop: int) -> Array:
-        cols = self.shape[1]
-        first, last = start // cols, -(-stop // cols)
-        return self._rows(backend, x, first, last)[..., start - first * cols : stop - first * cols]
 
     def _rows(self, backend: Backend, x: Array, first: int, last: int) -> Array:
         """Compute some rows of Y, flattened."""

@@ -9,6 +9,7 @@ import types
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from tnadapt.algebra._settings_class import require_frozen
 from tnadapt.errors import ConfigError, safe_repr, summarize
 
 from ._source import Source
@@ -103,22 +104,8 @@ def _keys_of(name: str) -> list[str]:
 
 
 def check_class(cls: type[Source]) -> None:
-    """Raise a ConfigError unless the settings of a class are the fields of a frozen dataclass.
-
-    Others would be lost: two sources with different settings would be equal, and a file would not hold them.
-    """
-    fields = cls.__dict__.get("__dataclass_fields__")
-    if fields is None or not cls.__dict__["__dataclass_params__"].frozen:
-        raise ConfigError(
-            f"source {cls.__name__} must be a frozen dataclass: decorate the class with "
-            "@dataclasses.dataclass(frozen=True)"
-        )
-    for field in dataclasses.fields(cls):
-        if field.name == "source" or not field.init:
-            raise ConfigError(
-                f"source {cls.__name__} has the field {field.name!r}: the name 'source' is reserved, and every field "
-                "must be an argument of the class"
-            )
+    """Raise a ConfigError unless the settings of a class are the fields of a frozen dataclass."""
+    require_frozen(cls, f"source {cls.__name__}", "source")
 
 
 def _is_plain(value: Any, depth: int = 4) -> bool:

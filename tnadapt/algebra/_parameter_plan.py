@@ -1,29 +1,31 @@
-"""Where the arrays of a plan start: at drawn, given or computed numbers."""
+"""The parameters of a plan: where they start, what base weights determine, and the arrays that they make."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from tnadapt.backends import Backend, load_backend
+from tnadapt.backends import Backend, get_backend, load_backend
 from tnadapt.backends.backend import Array
-from tnadapt.errors import BackendError, ConfigError, safe_repr
+from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 
 from ._base_arrays import base_starts, from_base
-from ._group_plan import GroupPlan
+from ._group_plan import GroupPlan, some_names
+from .applying import applying_of
 
-__all__ = ["StartingPlan"]
+__all__ = ["ParameterPlan"]
 
 
-class StartingPlan(GroupPlan):
-    """A plan with initial parameters. The base of :class:`~tnadapt.SuperLoRA`, which adds updates.
+class ParameterPlan(GroupPlan):
+    """A plan with parameters. The base of :class:`~tnadapt.SuperLoRA`, which adds updates.
 
     Examples
     --------
     >>> from tnadapt import Config
-    >>> list(StartingPlan(Config(rank=2), [(6, 4)]).init())
+    >>> list(ParameterPlan(Config(rank=2), [(6, 4)]).init())
     ['group0.split0.factor0', 'group0.split0.factor1']
     """
 
@@ -75,7 +77,7 @@ class StartingPlan(GroupPlan):
         plan._base_starts = base_starts(self, weights)
         return plan
 
-    def fill(self, other: StartingPlan) -> None:
+    def fill(self, other: ParameterPlan) -> None:
         """Add what is computed from the base weights and this plan lacks, in place, from a plan that has it.
 
         For an adapter that uses the plan already. What the plan has stays as it is.
@@ -214,6 +216,64 @@ class StartingPlan(GroupPlan):
             found[name] = library.asarray(host, dtype, device)
         return found
 
+    def arrays(self, params: Mapping[str, Array], dtype: str | None = None) -> dict[str, Array]:
+        """Compute the arrays in ``array_shapes`` from the parameters: ``a_start + P θ``, or the parameters themselves.
+
+        Parameters
+        ----------
+        params : mapping of str to array
+            Names and shapes as in ``param_shapes``; one library, dtype and device.
+        dtype : str, optional
+            The dtype in which the parameters were trained, if they have been cast since: the arrays then have the
+            numbers of training, and no gradient.
+
+        Returns
+        -------
+        dict of str to array
+            Differentiable in torch and JAX. ``arrays_plan`` computes updates from them.
+
+        Raises
+        ------
+        ShapeError, BackendError
+            As in :meth:`deltas`.
+
+        Notes
+        -----
+        One call of P. a_start is rounded to the dtype of the parameters, and the sum is exactly a_start if θ is 0.
+
+        Examples
+        --------
+        >>> import numpy as np, tnadapt as tna
+        >>> plan = tna.SuperLoRA(tna.presets.lora(1, before="one-hot", parameters=2), [(2, 3)])
+        >>> [array.shape for array in plan.arrays({"theta": np.ones(2)}).values()]
+        [(2, 1), (3, 1)]
+        """
+        return self._arrays(self._checked(params), params, dtype)
+
+    def _arrays(self, backend: Backend, params: Mapping[str, Array], dtype: str | None) -> dict[str, Array]:
+        if self.theta is None:
+            return dict(params) if not self.weight_param_shapes else {name: params[name] for name in self.array_shapes}
+        return self.theta.arrays(backend, params, functools.partial(self.array_start, backend), dtype)
+
+    @functools.cached_property
+    def arrays_plan(self) -> Self:
+        """The plan of the updates alone, whose parameters are the arrays of this one.
+
+        Itself, unless ``config.before`` makes them from θ or ``config.apply`` adds parameters of the weights.
+        """
+        if self.theta is None and self.applying.additive:
+            return self
+        found = object.__new__(type(self))
+        own = {"theta", "param_shapes", "num_parameters", "arrays_plan", "weight_param_shapes", "weight_param_names"}
+        # The groups, and the arrays that they draw, are shared.
+        found.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        found.config = self.config.replace(
+            before=None, parameters=None, scope="plan", offset=True, apply="add", magnitude_axis="rows"
+        )
+        found.applying, found._base_starts = applying_of("add"), {}
+        _ = found.param_shapes, found.weight_param_names
+        return found
+
     def array_start(self, backend: Backend, full: str, like: Array, dtype: str | None = None) -> Array:
         """Return the initial value of an array in ``array_shapes``, in the library, dtype and device of ``like``.
 
@@ -235,3 +295,22 @@ class StartingPlan(GroupPlan):
                         f"offset=False starts {' and '.join(made[:2])} at zero, whose product has no gradient there: "
                         "use offset=True, or sources that leave one array per term to train"
                     )
+
+    def _checked(self, params: Mapping[str, Array]) -> Backend:
+        """Return the backend of the parameters, after checking their names, shapes, dtypes and devices."""
+        if not isinstance(params, Mapping):
+            raise ShapeError(f"params must be a mapping of names to arrays; got {type(params).__name__}")
+        expected = self.param_shapes
+        if params.keys() != expected.keys():
+            missing = [name for name in expected if name not in params]
+            unknown = [name for name in params if name not in expected]
+            raise ShapeError(
+                f"params must have exactly the names of param_shapes; missing: {some_names(missing)}; "
+                f"unknown: {some_names(unknown)}"
+            )
+        backend = get_backend(*params.values())
+        for name, shape in expected.items():
+            backend.require_float(params[name], f"params[{name!r}]")
+            if tuple(params[name].shape) != shape:
+                raise ShapeError(f"params[{name!r}] has shape {tuple(params[name].shape)}; expected {shape}")
+        return backend
