@@ -100,7 +100,7 @@ def ways(size: int, ratio: float, smoke: bool) -> list[dict[str, Any]]:
 
 
 def dense(f: tna.Projection) -> np.ndarray:
-    return reference.matrix("linear", f.n_in, f.n_out, f.seed, f.group)
+    return reference_maps.matrix("linear", f.n_in, f.n_out, f.seed, f.group)
 
 
 def fallback(size: int, smoke: bool) -> list[dict[str, Any]]:
