@@ -22,7 +22,7 @@ from fwht import copy, numbers, optional
 
 import tnadapt as tna
 from tnadapt.backends._kernels import kernels
-from tnadapt.testing import _reference as reference
+from tnadapt.testing import _reference_maps as reference_maps
 
 RATIOS = (0.01, 0.1, 0.5, 1.0)
 ROUNDS = 9

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
-from tnadapt.maps import CenteredWavelet, Circulant, Gather, Scatter, SignGather, Tile, TorchScatter, Wavelet
+from tnadapt.maps import CenteredWavelet, Circulant, Gather, Scatter, SignGather, Tied, Tile, TorchScatter, Wavelet
 
 from tnadapt import ConfigError
-from tnadapt.algebra.maps import KINDS, MAPS
+from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Map
 from tnadapt.testing import MapContract
 
 
@@ -44,6 +47,23 @@ class TestSignedOneHot(MapContract):
 
 class TestNormal(MapContract):
     kind = MAPS["normal"]
+
+
+class _Brought(MapContract):
+    def _each(self, seed: int = 3) -> Iterator[Map]:
+        for found in super()._each(seed):
+            assert isinstance(found, BroughtMap)
+            found.bring(found.stand_in(np.random.default_rng(seed)))
+            yield found
+
+
+class TestTied(_Brought):
+    kind = MAPS["tied"]
+    settings = (Tied(), Tied(normalized=True))
+
+
+class TestGivenMatrix(_Brought):
+    kind = MAPS["given"]
 
 
 class TestScatter(MapContract):
@@ -105,9 +125,8 @@ class TestPeriodicWavelet(MapContract):
 
 
 def test_every_map_is_tested() -> None:
-    tested = {
-        contract.kind for contract in MapContract.__subclasses__() if isinstance(vars(contract).get("kind"), type)
-    }
+    contracts = [*MapContract.__subclasses__(), *_Brought.__subclasses__()]
+    tested = {contract.kind for contract in contracts if isinstance(vars(contract).get("kind"), type)}
     assert {MAPS[name] for name in MAPS.built_in} <= tested
 
 

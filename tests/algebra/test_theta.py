@@ -14,21 +14,37 @@ from hypothesis import strategies as st
 
 import tnadapt as tna
 from tnadapt.algebra._dtype_rounding import rounded_to
-from tnadapt.algebra.maps import make_map
+from tnadapt.algebra.maps import BroughtMap, Map, make_map
 from tnadapt.algebra.theta import THETA_STREAMS
-from tnadapt.backends import Backend
+from tnadapt.backends import Backend, load_backend
 from tnadapt.testing import _reference_maps as reference_maps
 
 P = tna.presets
 SHAPES = [(6, 4), (5, 4), (6, 4)]
-MAPS = ("one-hot", "signed-one-hot", "normal", "linear", ("shuffle", "one-hot"))
+NORMALIZED = tna.maps.Tied(normalized=True)
+MAPS = ("one-hot", "signed-one-hot", "normal", "linear", ("shuffle", "one-hot"), "tied", NORMALIZED, "given")
 SCOPES = ("plan", "group", "array")
 before = pytest.mark.parametrize("name", MAPS)
 scoped = pytest.mark.parametrize("scope", SCOPES)
 
 
 def plan_of(name: Any, scope: str = "plan", **settings: Any) -> tna.SuperLoRA:
-    return tna.SuperLoRA(P.lora(2, before=name, parameters=5, scope=scope, seed=3, **settings), SHAPES)
+    plan = tna.SuperLoRA(P.lora(2, before=name, parameters=5, scope=scope, seed=3, **settings), SHAPES)
+    assert plan.theta is not None
+    given = plan.theta.stand_ins(np.random.default_rng(9))
+    return tna.SuperLoRA(plan.config, SHAPES, given=given) if given else plan
+
+
+def expected_map(plan: tna.SuperLoRA, index: int) -> Map:
+    """Return P of one θ, built anew."""
+    assert plan.theta is not None
+    assert plan.config.before is not None
+    part = plan.theta.parts[index]
+    size = sum(math.prod(shape) for shape in part.arrays.values())
+    found = make_map(plan.config.before, 5, size, 3, THETA_STREAMS + index)
+    if isinstance(found, BroughtMap):
+        found.bring(plan.given[f"{part.name}.{found.brings}"])
+    return found
 
 
 def drawn(plan: tna.SuperLoRA, seed: int = 0) -> dict[str, np.ndarray]:
@@ -49,8 +65,7 @@ def test_arrays_are_their_start_plus_p_theta(name: Any, scope: str) -> None:
     found = plan.arrays(params)
     assert list(found) == list(plan.array_shapes) == list(begun)
     for index, part in enumerate(plan.theta.parts):
-        size = sum(math.prod(shape) for shape in part.arrays.values())
-        dense = reference_maps.matrix_of(make_map(name, 5, size, 3, THETA_STREAMS + index))
+        dense = reference_maps.matrix_of(expected_map(plan, index))
         moved = np.split(dense @ params[part.name], np.cumsum([math.prod(s) for s in part.arrays.values()])[:-1])
         for (full, shape), piece in zip(part.arrays.items(), moved, strict=True):
             np.testing.assert_allclose(found[full], begun[full] + piece.reshape(shape), rtol=1e-12, atol=1e-13)
@@ -102,6 +117,81 @@ def test_a_large_normal_map_is_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(g.slice(x, 5, 43), whole[:, 5:43], rtol=1e-12)
     assert not g.map.kept
     assert small.digest() == g.digest
+
+
+# -- Arrays of P that the caller brings -------------------------------------------------------------
+
+
+@pytest.mark.law("theta")
+@given(st.integers(1, 12), st.lists(st.integers(0, 11), min_size=1, max_size=80), st.booleans())
+def test_the_adjoint_of_tied_elements_sums_those_of_one_index(n_in: int, index: list[int], normalized: bool) -> None:
+    index = [number % n_in for number in index]
+    found = make_map(tna.maps.Tied(normalized), n_in, len(index))
+    assert isinstance(found, BroughtMap)
+    found.bring(np.array(index, np.float32))
+    y = np.random.default_rng(0).normal(size=(2, len(index)))
+    expected = np.zeros((2, n_in))
+    for place, number in enumerate(index):
+        expected[:, number] += y[:, place] / (math.sqrt(index.count(number)) if normalized else 1.0)
+    np.testing.assert_allclose(found.adjoint(load_backend("numpy"), y), expected, rtol=1e-12, atol=1e-13)
+    if normalized:
+        dense = found.matrix()
+        used = sorted(set(index))
+        np.testing.assert_allclose((dense.T @ dense)[np.ix_(used, used)], np.eye(len(used)), atol=1e-12)
+
+
+def test_a_sum_over_very_unequal_indices_takes_little_memory() -> None:
+    found = make_map("tied", 1000, 100_000)
+    assert isinstance(found, BroughtMap)
+    index = np.zeros(100_000, np.float32)
+    index[:999] = np.arange(1, 1000)
+    found.bring(index)
+    y = np.ones(100_000)
+    total = found.adjoint(load_backend("numpy"), y)
+    assert total.tolist() == [99_001.0] + [1.0] * 999
+    assert sum(array.size for key, array in found.kept.items() if isinstance(key, tuple)) <= 3 * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("tied", {}, r"'theta.index', of shape \(58,\), is an array that the caller brings: tnadapt.SuperLoRA\("),
+        ("given", {}, r"'theta.matrix', of shape \(58, 5\), is an array that the caller brings"),
+        (
+            "tied",
+            {"theta.index": np.full(58, 5)},
+            r"given\['theta.index'\] must hold integers from 0 to 4.* is 5",
+        ),
+        ("tied", {"theta.index": np.full(58, 0.5)}, r"must hold integers from 0 to 4.*element 0 is 0.5"),
+        ("tied", {"theta.index": np.full(58, -1)}, r"must hold integers from 0 to 4.*element 0 is -1"),
+        (
+            "tied",
+            {"theta.indices": np.zeros(58)},
+            r"given names 'theta.indices'; the arrays that a caller",
+        ),
+        ("one-hot", {"theta.index": np.zeros(58)}, r"given names 'theta.index'; the arrays .* are none"),
+        (
+            "given",
+            {"theta.matrix": np.full((58, 5), np.nan)},
+            r"given\['theta.matrix'\] must hold finite floating-point",
+        ),
+    ],
+)
+def test_arrays_of_p_that_do_not_fit(name: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.SuperLoRA(P.lora(2, before=name, parameters=5), SHAPES, given=given).init()
+
+
+def test_an_index_of_another_length_is_refused() -> None:
+    with pytest.raises(tna.ShapeError, match=r"given\['theta.index'\] .*\(57,\).*\(58,\)"):
+        tna.SuperLoRA(P.lora(2, before="tied", parameters=5), SHAPES, given={"theta.index": np.zeros(57)})
+
+
+def test_a_plan_counts_without_the_arrays_of_p() -> None:
+    plan = tna.SuperLoRA(P.lora(2, before="tied", parameters=5), SHAPES)
+    assert (plan.num_parameters, plan.given_shapes) == (5, {"theta.index": (58,)})
+    with pytest.raises(tna.ConfigError, match=r"'theta.index', of shape \(58,\), is an array that the caller brings"):
+        plan.deltas({"theta": np.zeros(5)})
 
 
 # -- The start --------------------------------------------------------------------------------------
@@ -188,7 +278,7 @@ def test_a_file_holds_theta_alone(name: Any, scope: str, tmp_path: Any) -> None:
     plan = plan_of(name, scope)
     targets = [tna.Target(f"m{index}", shape) for index, shape in enumerate(SHAPES)]
     params = {full: array.astype(np.float32) for full, array in drawn(plan).items()}
-    file = tna.AdapterFile(plan.config, targets, params)
+    file = tna.AdapterFile(plan.config, targets, params, given=plan.given)
     tna.save(tmp_path / "a.safetensors", file)
     found = tna.load(tmp_path / "a.safetensors")
     assert found.config == plan.config
@@ -196,7 +286,7 @@ def test_a_file_holds_theta_alone(name: Any, scope: str, tmp_path: Any) -> None:
     for ours, theirs in zip(found.deltas(), plan.deltas(params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     # Another seed draws another P, which a digest tells.
-    other = tna.AdapterFile(plan.config.replace(seed=4), targets, params)
+    other = tna.AdapterFile(plan.config.replace(seed=4), targets, params, given=plan.given)
     assert None is not file.draws != other.draws
 
 
@@ -213,6 +303,11 @@ def test_a_file_holds_theta_alone(name: Any, scope: str, tmp_path: Any) -> None:
         ),
         ({"before": "nonlinear", "parameters": 5}, r"must be a linear map"),
         ({"before": tna.maps.Scatter(5), "parameters": 5}, r"must be a linear map from vectors of any length"),
+        (
+            {"before": ["shuffle", "tied"], "parameters": 5},
+            r"before=shuffle → tied composes a map whose array",
+        ),
+        ({"projection": "tied"}, r"projection 'tied' has an array that the caller brings, and only the map before the"),
         ({"before": "unilora", "parameters": 5}, r"projection must be one of 'identity'"),
         ({"before": "one-hot", "parameters": 0}, r"parameters must be from 1"),
         ({"before": "one-hot", "parameters": 2.5}, r"parameters must be"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -189,8 +189,18 @@ def names_of(index: int, shapes: Iterable[str], origins: Mapping[str, Origin]) -
     return names, frozen
 
 
-def checked_given(given: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def checked_given(
+    given: Any, shapes: Mapping[str, tuple[int, ...]], integers: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """Return the arrays that a caller gives in float32, or raise an error that names the one that does not fit.
+
+    Parameters
+    ----------
+    given : mapping of str to array
+    shapes : mapping of str to tuple of int
+        Of those that a caller may give.
+    integers : collection of str
+        Names of the arrays whose dtype may be an integer one.
 
     Raises
     ------
@@ -207,7 +217,7 @@ def checked_given(given: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     if unknown:
         there = f"are {summarize(list(shapes))}" if shapes else "are none: use tnadapt.sources.Given()"
         raise ConfigError(f"given names {safe_repr(unknown[0])}; the arrays that a caller can give {there}")
-    return {name: _single(f"given[{name!r}]", array, shapes[name]) for name, array in given.items()}
+    return {name: _single(f"given[{name!r}]", array, shapes[name], name in integers) for name, array in given.items()}
 
 
 def checked_start(
@@ -245,7 +255,7 @@ def checked_start(
     return {PREFIX + name: _single(f"start_from[{name!r}]", array, shapes[name]) for name, array in arrays.items()}
 
 
-def _single(label: str, array: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _single(label: str, array: Any, shape: tuple[int, ...], integers: bool = False) -> np.ndarray:
     try:
         found = np.asarray(get_backend(array).to_numpy(array))
     except TnadaptError as error:
@@ -254,6 +264,6 @@ def _single(label: str, array: Any, shape: tuple[int, ...]) -> np.ndarray:
         raise ShapeError(f"{label} has shape {found.shape}; expected {shape}")
     with np.errstate(over="ignore"):
         single = np.array(found, np.float32, order="C")  # parameters that start there must be contiguous
-    if found.dtype.kind != "f" or not np.isfinite(single).all():
+    if found.dtype.kind not in ("fiu" if integers else "f") or not np.isfinite(single).all():
         raise ConfigError(f"{label} must hold finite floating-point numbers that float32 can represent")
     return single

@@ -12,7 +12,7 @@ from typing import Any
 from tnadapt.errors import ConfigError, integer, safe_repr
 
 from .folding import FOLDS
-from .maps import Recipe, checked_projection, is_linear, projection_name, takes_ratio
+from .maps import Recipe, checked_projection, is_brought, is_linear, projection_name, takes_ratio
 from .named_fold import check_fold, is_named
 from .sources import SourceMap, source_from_dict
 
@@ -63,6 +63,11 @@ def checked_before(
         )
     if isinstance(found, tuple) and len(found) > MAX_BEFORE:
         raise ConfigError(f"before composes at most {MAX_BEFORE} maps; got {len(found)}")
+    if isinstance(found, tuple) and is_brought(found):
+        raise ConfigError(
+            f"before={projection_name(found)} composes a map whose array the caller brings, which must be the only "
+            "map: compose its array with the others"
+        )
     if parameters is None:
         raise ConfigError(f"before={found!r} needs the number of parameters: parameters=p, an integer")
     count = checked_integer("parameters", parameters, 1, MAX_INT)

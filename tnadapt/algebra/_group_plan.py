@@ -80,7 +80,10 @@ class GroupPlan:
                 self.point.check(self.start_place(group))
         # Filled in place: groups refer to it.
         self._given: dict[str, np.ndarray] = {}
-        self._given.update(checked_given(given, self.fixed_shapes))
+        fitting = checked_given(given, self.fixed_shapes, self.brought_shapes)
+        if self.theta is not None:
+            self.theta.bring({name: fitting.pop(name) for name in self.brought_shapes if name in fitting})
+        self._given.update(fitting)
         if start_from is not None:
             self._given.update(checked_start(config.start, self.point.brought, start_from, self.array_shapes))
         if self.num_groups <= LAID_OUT:
@@ -172,8 +175,18 @@ class GroupPlan:
 
     @functools.cached_property
     def given_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every frozen array that the caller brings (:class:`tnadapt.sources.Given`), in order."""
-        return self._array_plan.shapes_of(lambda source: source.brought)
+        """Name and shape of every array that the caller brings, in order.
+
+        Frozen arrays whose source is :class:`tnadapt.sources.Given`, and those of P for ``before="tied"``
+        (``theta.index``) and ``before="given"`` (``theta.matrix``).
+        """
+        frozen = self._array_plan.shapes_of(lambda source: source.brought)
+        return {**frozen, **self.brought_shapes}
+
+    @property
+    def brought_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array of the map before the network that the caller brings."""
+        return {} if self.theta is None else self.theta.brought_shapes
 
     @functools.cached_property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -202,7 +215,7 @@ class GroupPlan:
     @property
     def given(self) -> dict[str, np.ndarray]:
         """The arrays in ``fixed_shapes`` that the plan has, by name, in float32."""
-        return dict(self._given)
+        return dict(self._given) if self.theta is None else {**self._given, **self.theta.brought}
 
     def start_place(self, group: int) -> StartPlace:
         """Return what a start needs to know of a group."""

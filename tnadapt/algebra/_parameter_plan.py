@@ -82,7 +82,8 @@ class ParameterPlan(GroupPlan):
 
         For an adapter that uses the plan already. What the plan has stays as it is.
         """
-        self._given.update({name: array for name, array in other.given.items() if name not in self._given})
+        own = self.given
+        self._given.update({name: array for name, array in other.given.items() if name not in own})
         self._base_starts = {**other.base_starts, **self._base_starts}
 
     # -- Start -------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class ParameterPlan(GroupPlan):
         >>> params["group0.split0.factor0"].tolist(), bool(plan.deltas(params)[0].any())
         ([[1.0], [1.0]], False)
         """
-        given = {name: array for name, array in self._given.items() if name not in self.start_shapes}
+        given = {name: array for name, array in self.given.items() if name not in self.start_shapes}
         plan = type(self)(self.config, self.shapes, self._layers, self._roles, given=given, start_from=arrays)
         plan._base_starts = self._base_starts
         return plan
@@ -180,6 +181,7 @@ class ParameterPlan(GroupPlan):
         library.asarray(np.zeros(0), dtype, device)
         made = self._weight_params(library, dtype, device)
         if self.theta is not None:
+            self.theta.require_brought()
             self._require_gradient()
             for name, shape in self.theta.shapes.items():
                 made[name] = library.asarray(np.zeros(shape), dtype, device)

@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError
 
 from ._dtype_rounding import rounded_to
 from .config import Config
+from .maps import BroughtMap
 from .maps.projection import Projection
 
 __all__ = ["THETA_STREAMS", "Theta", "ThetaPart"]
@@ -57,6 +60,8 @@ class Theta:
     ----------
     shapes : dict of str to tuple of int
         Names and shapes of the parameters.
+    brought_shapes : dict of str to tuple of int
+        Names and shapes of the arrays of P that the caller brings, such as ``"theta.index"``.
 
     Raises
     ------
@@ -81,6 +86,37 @@ class Theta:
         ]
         assert config.parameters is not None  # ensured by Config
         self.shapes: dict[str, tuple[int, ...]] = {part.name: (config.parameters,) for part in self.parts}
+        self._takers = {f"{part.name}.{taker.brings}": taker for part in self.parts if (taker := _taker(part))}
+        self.brought_shapes = {name: taker.brought_shape for name, taker in self._takers.items()}
+        self._brought: dict[str, np.ndarray] = {}
+
+    # -- Arrays that the caller brings -------------------------------------------------------
+
+    @property
+    def brought(self) -> dict[str, np.ndarray]:
+        """The arrays in ``brought_shapes`` that there are, in float32."""
+        return dict(self._brought)
+
+    def bring(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set arrays in ``brought_shapes``; raise a ConfigError that names the one that does not fit."""
+        for name, array in arrays.items():
+            self._takers[name].bring(array, f"given[{name!r}]")
+            self._brought[name] = array
+
+    def require_brought(self) -> None:
+        """Raise a ConfigError if an array is missing."""
+        for name, shape in self.brought_shapes.items():
+            if name not in self._brought:
+                raise ConfigError(
+                    f"{name!r}, of shape {shape}, is an array that the caller brings: tnadapt.SuperLoRA(…, "
+                    f"given={{{name!r}: array}}), or tnadapt.torch.attach(…, given=…)"
+                )
+
+    def stand_ins(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Return random arrays that fit, for those that are missing."""
+        return {name: taker.stand_in(rng) for name, taker in self._takers.items() if name not in self._brought}
+
+    # -- Arrays made from θ ------------------------------------------------------------------
 
     def arrays(
         self,
@@ -107,6 +143,7 @@ class Theta:
         dict of str to array
             Differentiable; equal to a_start to the bit if θ is 0.
         """
+        self.require_brought()
         found = {}
         for part in self.parts:
             theta = params[part.name]
@@ -144,6 +181,12 @@ _SCOPED: dict[str, Callable[[str], str]] = {
     "group": lambda full: full.partition(".")[0] + ".theta",
     "array": lambda full: full + ".theta",
 }
+
+
+def _taker(part: ThetaPart) -> BroughtMap | None:
+    """Return P if it has an array that the caller brings; a chain has none."""
+    found = part.projection.map
+    return found if isinstance(found, BroughtMap) else None
 
 
 def _projection(config: Config, name: str, index: int, arrays: Mapping[str, tuple[int, ...]]) -> Projection:

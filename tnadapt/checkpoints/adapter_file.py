@@ -117,7 +117,10 @@ class AdapterFile:
             raise ShapeError(f"given must be a mapping of names to arrays; got {type(self.given).__name__}")
         own = {name: tuple(array.shape) for name, array in [*self.arrays.items(), *self.given.items()]}
         plan = check_fit(self.config, self.targets, own)
-        put("given", checked_given(self.given, plan.fixed_shapes))
+        put(
+            "given",
+            checked_given(self.given, plan.fixed_shapes, plan.brought_shapes),
+        )
         if self.activation is not None and plan.point.subtracts:
             raise ConfigError(
                 f"activation={self.activation!r} depends on the input, so that the update of a start cannot be "

@@ -141,6 +141,8 @@ def _with_stand_ins(plan: SuperLoRA, rng: np.random.Generator) -> SuperLoRA:
     """Return the plan with random numbers for frozen arrays that it lacks: those of the caller, or from the base."""
     shapes = {**plan.given_shapes, **plan.base_shapes}
     missing = {name: rng.standard_normal(shape) for name, shape in shapes.items() if name not in plan.given}
+    if plan.theta is not None:
+        missing |= plan.theta.stand_ins(rng)
     if not missing:
         return plan
     return SuperLoRA(plan.config, plan.shapes, plan._layers, plan._roles, given={**plan.given, **missing})

@@ -11,6 +11,7 @@ transform, and ``projection`` is the user-facing class of a map.
 
 from __future__ import annotations
 
+from ._brought import BroughtMap
 from ._centered_wavelet import CenteredWavelet
 from ._chain import Chain
 from ._circulant import Circulant
@@ -22,6 +23,7 @@ from ._map_recipe import (
     Recipe,
     checked_projection,
     input_length,
+    is_brought,
     is_linear,
     make_map,
     make_map_on_weights,
@@ -36,6 +38,7 @@ from ._per_weight import PerWeight
 from ._scatter import Scatter
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, tanhshrink
+from ._tied import Tied
 from ._tile import Tile
 from ._torch_scatter import TorchScatter
 from ._wavelet import Wavelet
@@ -45,6 +48,7 @@ __all__ = [
     "MAPS",
     "ON",
     "SQUARE",
+    "BroughtMap",
     "CenteredWavelet",
     "Chain",
     "Circulant",
@@ -60,11 +64,13 @@ __all__ = [
     "Shuffle",
     "SignGather",
     "Space",
+    "Tied",
     "Tile",
     "TorchScatter",
     "Wavelet",
     "checked_projection",
     "input_length",
+    "is_brought",
     "is_linear",
     "make_map",
     "make_map_on_weights",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 
+from ._brought import BroughtMap
 from ._chain import Chain
 from ._map import Map, Space
 from ._map_registry import MAPS
@@ -21,6 +22,7 @@ __all__ = [
     "Recipe",
     "checked_projection",
     "input_length",
+    "is_brought",
     "is_linear",
     "make_map",
     "make_map_on_weights",
@@ -232,9 +234,26 @@ def is_linear(projection: Recipe) -> bool:
     return all(step.cls.linear for step in _steps(projection))
 
 
+def is_brought(projection: Recipe) -> bool:
+    """Return whether a map of a projection has an array that the caller brings.
+
+    Examples
+    --------
+    >>> is_brought("tied"), is_brought(("shuffle", "linear"))
+    (True, False)
+    """
+    return any(issubclass(step.cls, BroughtMap) for step in _steps(projection))
+
+
 def require_ratio_fits(projection: Recipe, on: str, ratio: float) -> None:
     """Raise a ConfigError if these fields of a config contradict each other."""
     steps = _steps(projection)
+    for step in steps:
+        if issubclass(step.cls, BroughtMap):
+            raise ConfigError(
+                f"projection {step.name!r} has an array that the caller brings, and only the map before the network "
+                f"can have one: set before={step.name!r}, or use a map that is drawn, such as 'gather'"
+            )
     if on == "vector":
         for step in steps:
             if step.cls.two_sided:

@@ -9,6 +9,7 @@ from ._circulant import CirculantMap
 from ._dct import Dct2
 from ._dft import Dft2
 from ._gather import GatherMap, SignGatherMap
+from ._given_matrix import GivenMatrix
 from ._identity import Identity
 from ._linear import Linear, LinearV2
 from ._map import Map
@@ -17,6 +18,7 @@ from ._one_hot import OneHot, SignedOneHot
 from ._scatter import ScatterMap
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, NonlinearV2
+from ._tied import TiedMap
 from ._tile import TileMap
 from ._torch_scatter import TorchScatterMap
 from ._wavelet import WaveletMap
@@ -46,6 +48,8 @@ MAPS: Registry[Map] = Registry(
         "one-hot": OneHot,
         "signed-one-hot": SignedOneHot,
         "normal": Normal,
+        "tied": TiedMap,
+        "given": GivenMatrix,
     },
 )
 
