@@ -137,6 +137,10 @@ CASES: dict[str, tuple[Callable[[], Any], Shapes]] = {
     "unilora, expression": (
         lambda: peft.UniLoraConfig(r=3, theta_d_length=8, target_modules=r".*\.[qv]", proj_seed=3), FOURS
     ),
+    "unilora, high rank": (
+        lambda: peft.UniLoraConfig(r=9, theta_d_length=17, target_modules=["q", "v"], save_indices=True), ALIKE
+    ),
+    "tinylora, many": (lambda: peft.TinyLoraConfig(r=1, u=7, target_modules=TARGETS), SHAPES),
     "tinylora": (lambda: peft.TinyLoraConfig(r=3, u=7, target_modules=TARGETS), SHAPES),
     "tinylora, low": (lambda: peft.TinyLoraConfig(r=10, u=7, target_modules=TARGETS), SHAPES),
     "tinylora, tied": (lambda: peft.TinyLoraConfig(r=3, u=7, target_modules=TARGETS, weight_tying=1.0), SHAPES),
@@ -223,6 +227,13 @@ OURS: dict[str, tuple[tna.Config, str, Shapes]] = {
     "shira": (tna.presets.shira(40), "shira", SHAPES),
     "shira, given": (tna.presets.shira(3, (5, 90, 1), alpha=2), "shira", SHAPES),
     "c3a": (tna.presets.c3a(6, alpha=2), "c3a", SIXES),
+    "unilora": (
+        tna.presets.lora(3, before=tna.maps.Tied(normalized=True), parameters=9, offset=False, alpha=2),
+        "unilora", SHAPES,
+    ),
+    "one-hot": (tna.presets.lora(3, before="one-hot", parameters=9, offset=False), "unilora", SHAPES),
+    "signed one-hot": (tna.presets.lora(3, before="signed-one-hot", parameters=9, offset=False), "unilora", SHAPES),
+    "tied": (tna.presets.lora(2, before="tied", parameters=9, offset=False), "unilora", ALIKE),
     "circulant": (tna.Config(order=1, format="dense", projection=tna.maps.Circulant(3), on="weight"), "c3a", SIXES),
     "miss": (tna.presets.miss(5, alpha=2), "miss", SHAPES),
     "miss, mini": (tna.presets.miss(5, 4), "miss", SHAPES),
@@ -234,6 +245,8 @@ def our_file(config: tna.Config, shapes: Shapes, seed: int = 0) -> tna.AdapterFi
     rng = np.random.default_rng(seed)
     plan = tna.SuperLoRA(config, [target.shape for target in targets])
     given = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.given_shapes.items()}
+    if plan.theta is not None:
+        given |= plan.theta.stand_ins(rng)
     arrays = {name: rng.normal(size=shape).astype("f4") for name, shape in plan.param_shapes.items()}
     return tna.AdapterFile(config, targets, arrays, given=given)
 
@@ -286,6 +299,42 @@ def test_vera_keeps_its_numbers(tmp_path: Path) -> None:
                 "PEFT left A and B to a seed of torch's: regenerated as torch draws on a CPU, which PEFT does not "
                 "promise for every system, and stored here",
             )
+
+
+@pytest.mark.parametrize("name", ["unilora", "unilora, drawn", "tinylora", "tinylora, tied", "tinylora, pairs"])
+def test_few_numbers_stay_few(name: str, tmp_path: Path) -> None:
+    """PEFT's trained numbers are our θ, element by element, and its draws are stored."""
+    from safetensors.numpy import load_file
+
+    make, shapes = CASES[name]
+    theirs(tmp_path / "theirs", make(), shapes)
+    found = tna.convert(tmp_path / "theirs", base=shapes).file
+    assert found is not None
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    own = [stored[key] for key in sorted(stored) if "theta_d" in key or "tinylora_v" in key]
+    assert found.arrays.keys() == {"theta"}
+    assert np.array_equal(found.arrays["theta"], np.concatenate(own))
+    assert found.num_parameters == sum(array.size for array in own)
+    if name == "unilora":
+        index = stored["base_model.model.blocks.0.attn.q_proj.unilora_indices_B"]
+        assert np.array_equal(found.given["theta.index"][: index.size].reshape(index.shape), index)
+    elif name == "tinylora, tied":
+        p = stored["base_model.model.blocks.0.attn.q_proj.tinylora_P"]
+        assert np.array_equal(found.given["theta.matrix"][: p[0].size].T.reshape(p.shape), p)
+
+
+def test_unilora_in_half_precision_is_read_as_lora(tmp_path: Path) -> None:
+    """PEFT rounds the scales to the model's dtype, and then they are no longer those of an isometry."""
+    from safetensors.torch import load_file, save_file
+
+    make, shapes = CASES["unilora"]
+    theirs(tmp_path / "theirs", make(), shapes)
+    place = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = load_file(place)
+    save_file({n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}, place)
+    found = tna.convert(tmp_path / "theirs", base=shapes)
+    assert "as its scales are not 1 / sqrt of the number of elements that share one, in float32" in str(found)
+    assert found.exact
 
 
 def test_randlora_is_terms_of_scaled_factors(tmp_path: Path) -> None:
@@ -385,10 +434,9 @@ def test_it_attaches_and_trains_what_peft_trains(name: str, tmp_path: Path) -> N
 
 def test_what_no_config_has_is_noted(tmp_path: Path) -> None:
     notes = {
-        "unilora": "stored as LoRA of the same rank, as no config says which of the 17 trained numbers",
+        "unilora, high rank": "stored as LoRA of the same rank, as its rank 9 is larger than a weight's: 17",
         "vblora": "stored as LoRA of the same rank, as no config has mixtures",
-        "tinylora, tied": "the r × r matrix of each weight is stored as trained, as no config has PEFT's P: 7 trained "
-                          "numbers became 27",
+        "tinylora, many": "the r × r matrix of each weight is stored as trained, as it has fewer elements than its",
         "waveft, dense": "stored dense: a config has one number of coefficients, and 200 are more than a weight has",
         "randlora, wide": "weights whose smaller sides differ: PEFT pairs the bases differently, and each stores",
         "c3a, patterns": r"stored dense: a config has one size of block, and there are [2, 6]",

@@ -288,6 +288,14 @@ P = tna.presets
             "waveft",
             "and places the coefficients otherwise than presets",
         ),
+        (lambda: P.unilora(9, 2), "unilora", "and here they start at other numbers: set offset=False"),
+        (lambda: P.lora(2), "unilora", "it needs one θ for all factors of LoRA, and one weight per group"),
+        (lambda: P.unilora(9, 2, scope="group"), "unilora", "it needs one θ for all factors of LoRA"),
+        (
+            lambda: P.lora(2, before="normal", parameters=5, offset=False),
+            "unilora",
+            "before='normal' adds several elements of θ up",
+        ),
         (lambda: P.c3a(2), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
         (lambda: P.miss(2), "c3a", r"it needs projection=maps.Circulant\(…\) alone"),
         (lambda: few(Tile(2)), "miss", r"it needs projection=maps.Tile\(cols=…\) alone"),
@@ -330,6 +338,5 @@ def test_weights_that_peft_does_not_adapt_so() -> None:
 def test_a_rank_belongs_to_other_forms() -> None:
     with pytest.raises(ConfigError, match="rank=2 belongs to LoRA, LoKr and LoHa; 'peft-miss' keeps all there is"):
         tna.convert(made(P.miss(2), FLAT), to="peft-miss", rank=2)
-    for kind in ("unilora", "vblora"):
-        with pytest.raises(ConfigError, match="to must be one of tnadapt, peft-lora, peft-lokr, peft-loha, peft-vera"):
-            tna.convert(made(P.lora(2), FLAT), to=f"peft-{kind}")
+    with pytest.raises(ConfigError, match="to must be one of tnadapt, peft-lora, peft-lokr, peft-loha, peft-vera"):
+        tna.convert(made(P.lora(2), FLAT), to="peft-vblora")

@@ -34,6 +34,8 @@ CONFIGS: dict[str, tna.Config] = {
     "θ and a nonlinear F": P.superlora(2, projection="nonlinear", ratio=0.5, before="linear", parameters=9),
     "θ of tied arrays": P.share_lora(2, before="one-hot", parameters=7),
     "θ of diagonals": P.vera(3, before="normal", parameters=5),
+    "θ by index": P.lora(2, before=tna.maps.Tied(normalized=True), parameters=11),
+    "θ by matrix": P.lora(2, before="given", parameters=4, scope="group"),
     "given": P.lora(2, sources={"factor0": Given(shared=True)}),
     "hadamard": P.loha(2, sources={"split0.factor1": Seeded("signs")}),
     "kronecker": P.lokr(2, sources={"dense": Tied("group0.split0.dense")}),
@@ -65,8 +67,10 @@ def inputs() -> tuple[Any, Any]:
 
 
 def attached(name: str, base: Any, **settings: Any) -> Any:
-    own = {"given": GIVEN} if name == "given" else {}
-    return tt.attach(base, CONFIGS[name], **own, **settings)
+    # Four weights of 16 × 16.
+    theta = tna.SuperLoRA(CONFIGS[name], [(16, 16)] * 4, [0, 0, 1, 1]).theta
+    brought = {} if theta is None else theta.stand_ins(np.random.default_rng(7))
+    return tt.attach(base, CONFIGS[name], given=GIVEN if name == "given" else brought or None, **settings)
 
 
 def trained(name: str, strategy: str = "auto", steps: int = 3) -> tuple[Any, Any]:
@@ -178,13 +182,13 @@ def test_activation_checkpointing(name: str, reentrant: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["tinylora", "unilora", "tied_lora", "lora_xs"])
+@pytest.mark.parametrize("name", ["tinylora", "unilora", "tied_lora", "lora_xs", "θ by index", "θ by matrix"])
 def test_compiled(name: str) -> None:
     torch.compiler.reset()
     base, adapter = trained(name)
     x, weights = inputs()
     expected, gradients = reference(adapter)
-    compiled = torch.compile(base)
+    compiled = torch.compile(base, fullgraph=True)
     assert torch.allclose(compiled(x), expected, atol=1e-5)
     base.zero_grad()
     (compiled(x) * weights).sum().backward()

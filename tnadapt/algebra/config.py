@@ -118,8 +118,8 @@ class Config:
     before : str, settings of a map, or list of these, optional
         P, a linear map before the network: all trained arrays of the plan, in order, are ``a_start + P θ``, and θ alone
         is trained. "one-hot" (Uni-LoRA), "signed-one-hot", "normal" (TinyLoRA, NOLA), "linear", or another registered
-        linear map. None trains the arrays themselves. Adapter files leave out this field and the next three at their
-        defaults.
+        linear map; "tied" and "given" take an index or a matrix of your own, ``SuperLoRA(…, given=…)``. None trains the
+        arrays themselves. Adapter files leave out this field and the next three at their defaults.
     parameters : int, optional
         p, the number of elements of each θ; with ``before`` only.
     scope : "plan", "group" or "array"

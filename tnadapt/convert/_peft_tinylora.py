@@ -1,6 +1,6 @@
 """PEFT's TinyLoRA: LoRA-XS whose r × r matrices are combinations of fixed random ones with few trained numbers.
 
-The map before the network has its own draws, and no given ones yet, so the matrix of each weight is read as trained.
+PEFT's random matrices become the matrix of a given map before the network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from ._updates import Float, ModuleUpdate, Pair
 
 __all__ = ["PeftTinyLora"]
 
-_NOTE = "the r × r matrix of each weight is stored as trained, as no config has PEFT's P: {} trained numbers became {}"
+_NOTE = (
+    "the r × r matrix of each weight is stored as trained, as it has fewer elements than its v: {} trained numbers "
+    "became {}"
+)
 _ORDER = (
     "give base={name: tuple(module.weight.shape) for name, module in model.named_modules() "
     "if hasattr(module, 'weight')}"
@@ -44,9 +47,10 @@ class PeftTinyLora(PeftMethod):
     may_transpose = True
 
     def read(self, content: PeftContent) -> OwnStructure:
-        """Read A and B as given, and the matrix between them as trained."""
+        """Read A, B and P as given, and all v together as θ."""
         content.require_modules()
         vectors = self._vectors(content)
+        firsts = np.cumsum([0, *(v.size for v in vectors)])
         order = self._order(content, len(vectors))
         targets, parts, notes = [], list[tuple[Float, Float, Float]](), tuple[str, ...]()
         for path in content.modules:
@@ -55,25 +59,36 @@ class PeftTinyLora(PeftMethod):
                 raise content.misfit(path, "tinylora_A must be (r, columns), and tinylora_B (rows, r)")
             place = order.get(path, 0)
             # PEFT's groups of layers: all of one size, and the rest in the last one.
-            v = vectors[min(place // max(1, len(order) // len(vectors)), len(vectors) - 1)]
-            p = self._projection(content, path, place, v.size, len(a))
+            number = min(place // max(1, len(order) // len(vectors)), len(vectors) - 1)
+            own = self._projection(content, path, place, vectors[number].size, len(a))
+            p = np.zeros((firsts[-1], len(a), len(a)))
+            p[firsts[number] : firsts[number + 1]] = own
             targets.append(content.target(path, (len(b), a.shape[1])))
-            parts.append((b, np.einsum("i,ijk->jk", v, p), a))
+            parts.append((b, p, a))
+        theta = np.concatenate(vectors)
+        # P and θ are not rounded to the dtype of the stored v: PEFT multiplies them in that of the model.
+        content.dtypes.add("float32")
         if "tinylora_P" not in next(iter(content.modules.values())):
-            content.dtypes.add("float32")
             notes = (f"PEFT left P to a seed of torch's: {DRAWN}",)
-        rank = max(len(core) for _, core, _ in parts)
-        arrays, given, updates = dict[str, Float](), dict[str, Float](), []
-        for number, ((b, core, a), target) in enumerate(zip(parts, targets, strict=True)):
+        rank = max(p.shape[1] for _, p, _ in parts)
+        matrices, given, updates = dict[str, Float](), dict[str, Float](), []
+        for number, ((b, p, a), target) in enumerate(zip(parts, targets, strict=True)):
             # A Tucker factor has no more columns than rows.
-            left, right = ((0, min(rank, side) - len(core)) for side in target.shape)
+            left, right = ((0, min(rank, side) - p.shape[1]) for side in target.shape)
             name = f"group{number}.split0"
-            arrays[f"{name}.core"] = np.pad(core, (left, right))
+            matrices[f"{name}.core"] = np.pad(p, ((0, 0), left, right))
             given |= {f"{name}.factor0": np.pad(b, ((0, 0), left)), f"{name}.factor1": np.pad(a, (right, (0, 0))).T}
-            updates.append(ModuleUpdate("lora", target.shape, (Pair(b @ core, a.T),)))
+            updates.append(ModuleUpdate("lora", target.shape, (Pair(b @ np.einsum("i,ijk->jk", theta, p), a.T),)))
         config = Config(rank=rank, format="tucker", sources={"factor0": Given(), "factor1": Given()})
-        trained = sum(v.size for v in vectors), sum(array.size for array in arrays.values())
-        return OwnStructure(targets, config, arrays, given, updates, notes=(_NOTE.format(*trained), *notes))
+        matrix = np.concatenate([p.reshape(theta.size, -1) for p in matrices.values()], axis=1).T
+        if theta.size <= len(matrix):
+            config = config.replace(before="given", parameters=theta.size, offset=False)
+            return OwnStructure(
+                targets, config, {"theta": theta}, {**given, "theta.matrix": matrix}, updates, notes=notes
+            )
+        cores = {name: np.einsum("i,ijk->jk", theta, p) for name, p in matrices.items()}
+        notes = (_NOTE.format(theta.size, sum(core.size for core in cores.values())), *notes)
+        return OwnStructure(targets, config, cores, given, updates, notes=notes)
 
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the factors, θ, and P as the map before the network has it."""

@@ -124,6 +124,9 @@ class _Case:
         self.roles = roles
         self.label, self.config, self.layers, self.backend, self.rng = label, config, layers, backend, rng
         self.plan = checkable(config, shapes, layers, roles)
+        if self.plan.theta is not None and self.plan.brought_shapes:
+            brought = self.plan.theta.stand_ins(rng)
+            self.plan = SuperLoRA(config, self.plan.shapes, layers, roles, given=brought)
         self.base: list[np.ndarray] = []
         if self.plan.needs_base or not self.plan.applying.additive:
             # Any base will do: what is computed from it is given to the reference, like the draws of a source.
@@ -138,7 +141,7 @@ class _Case:
             full: group.frozen.host(name).astype(np.float64)
             for group in self.plan.groups
             for name, full in group.frozen_names.items()
-        }
+        } | {name: self.plan.given[name].astype(np.float64) for name in self.plan.brought_shapes}
         self.begun = {
             f"group{index}.{name}": group.start.host(name).astype(np.float64)
             for index, group in enumerate(self.plan.groups)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.maps import make_map
+from tnadapt.algebra.maps import BroughtMap, make_map
 from tnadapt.algebra.sources import Scaled, Source, Tied, Trained
 
 from ._reference_maps import matrix_of
@@ -40,7 +40,7 @@ def network_arrays(config: Config, names: Names, params: Arrays, frozen: Arrays,
     params : mapping of str to ndarray of float64
         The parameters.
     frozen : mapping of str to ndarray
-        What sources compute, by the full names of the arrays.
+        What sources compute, and what the map before the network is given, by full names.
     begun : mapping of str to ndarray
         Initial arrays, which θ moves.
 
@@ -53,7 +53,7 @@ def network_arrays(config: Config, names: Names, params: Arrays, frozen: Arrays,
     ['group0.split0.factor0', 'group0.split0.factor1', 'group1.split0.factor0', 'group1.split0.factor1']
     """
     if config.before is not None:
-        params = _from_theta(config, trained_shapes(config, names), params, begun)
+        params = _from_theta(config, trained_shapes(config, names), params, frozen, begun)
     return {
         f"group{group}.{name}": _value(config, group, name, _source(config, name), params, frozen)
         for group, arrays in enumerate(names)
@@ -107,7 +107,7 @@ def _value(config: Config, group: int, name: str, source: Source, params: Arrays
 
 
 def _from_theta(
-    config: Config, shapes: Mapping[str, tuple[int, ...]], params: Arrays, begun: Arrays
+    config: Config, shapes: Mapping[str, tuple[int, ...]], params: Arrays, frozen: Arrays, begun: Arrays
 ) -> dict[str, Float]:
     scopes: dict[str, list[str]] = {}
     for full in shapes:
@@ -117,8 +117,10 @@ def _from_theta(
     assert config.before is not None
     for stream, (theta, made) in enumerate(scopes.items()):
         sizes = [math.prod(shapes[full]) for full in made]
-        p = matrix_of(make_map(config.before, len(params[theta]), sum(sizes), config.seed, _FIRST_STREAM + stream))
-        parts = np.split(p @ params[theta], np.cumsum(sizes)[:-1])
+        taken = make_map(config.before, len(params[theta]), sum(sizes), config.seed, _FIRST_STREAM + stream)
+        if isinstance(taken, BroughtMap):
+            taken.bring(frozen[f"{theta}.{taken.brings}"])
+        parts = np.split(matrix_of(taken) @ params[theta], np.cumsum(sizes)[:-1])
         for full, part in zip(made, parts, strict=True):
             found[full] = part.reshape(shapes[full]) + (begun[full] if config.offset else 0.0)
     return found

@@ -83,7 +83,8 @@ class ThetaArrays:
         return made
 
     def _made(self, thetas: Sequence[Tensor]) -> dict[str, Tensor]:
-        backend, found = load_backend("torch"), dict[str, Tensor]()
+        backend = load_backend("torch")
+        found: dict[str, Tensor] = {}  # which torch.compile traces, unlike dict[str, Tensor]()
         for part, theta in zip(self.theta.parts, thetas, strict=True):
             sizes = [torch.Size(shape).numel() for shape in part.arrays.values()]
             apply = part.projection if torch.compiler.is_compiling() else functools.partial(ThetaFunction.apply, part)
