@@ -18,6 +18,7 @@ from tests.conftest import relative_error
 from tnadapt.algebra.sources import (
     FromBase,
     Given,
+    Mixed,
     Scaled,
     Seeded,
     Source,
@@ -58,7 +59,8 @@ def configs(draw: st.DrawFn, names: tuple[str, ...] = tuple(NETWORKS)) -> tna.Co
         choices: list[Source] = [Trained(), Trained(), frozen, Tied(f"group{draw(st.integers(0, 2))}.{name}")]
         if len(shape) == 2:
             diagonals = draw(st.sampled_from([(True, False), (False, True), (True, True)]))
-            choices += [Scaled(source, *diagonals) for source in (frozen, Trained(), choices[3])]
+            for source in (frozen, Trained(), choices[3]):
+                choices += [Scaled(source, *diagonals), Mixed(source)]
         sources[name] = draw(st.sampled_from(choices))
     return config.replace(sources=sources)
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from tnadapt.algebra.sources import (
     SOURCES,
     FromBase,
     Given,
+    Mixed,
     Scaled,
     Seeded,
     Source,
@@ -91,6 +92,10 @@ class TestTied(SourceContract):
 
 class TestScaled(SourceContract):
     sources = (Scaled(Seeded("normal")), Scaled(Tied("group0.split0.factor0"), size=False, rank=True, start=0.1))
+
+
+class TestMixed(SourceContract):
+    sources = (Mixed(Seeded("normal")), Mixed(Tied("group0.split0.factor0")))
 
 
 @pytest.mark.usefixtures("normal")
@@ -420,10 +425,14 @@ def test_whatever_else_is_frozen_the_start_changes_nothing(name: str) -> None:
             assert not any(delta.any() for delta in plan.deltas(fresh))
 
 
-def test_the_first_step_takes_the_size_of_frozen_arrays_into_account() -> None:
+@pytest.mark.parametrize("array", ["factor0", "factor1"])
+@pytest.mark.parametrize("multiplied", [lambda source: source, Scaled, Mixed])
+def test_the_first_step_takes_the_size_of_frozen_arrays_into_account(
+    array: str, multiplied: Callable[[Source], Source]
+) -> None:
     def step(std: float) -> float:
         torch = pytest.importorskip("torch")
-        sources = {"factor1": Normal(std)}
+        sources = {array: multiplied(Normal(std))}
         plan = tna.SuperLoRA(tna.Config(rank=4, format="tucker", groups="weight", sources=sources), [(24, 16)])
         params = {name: array.requires_grad_() for name, array in plan.init("torch", "float64").items()}
         gradient = torch.tensor(np.random.default_rng(0).normal(size=plan.size))

@@ -88,14 +88,14 @@ class ArrayPlan:
         return origins_of(self._sources, 0, self._network(0).shapes, self.num_groups)
 
     def trained_shapes(self, group: int) -> dict[str, tuple[int, ...]]:
-        """Return the trained arrays and diagonals that belong to a group itself, by the network's names."""
+        """Return the trained arrays and multipliers that belong to a group itself, by the network's names."""
         shapes, found = self._network(group).shapes, dict[str, tuple[int, ...]]()
         for name, origin in self.origins(group).items():
             if origin.source.trained and origin.key == (group, name):
                 found[name] = shapes[name]
-            if origin.scaled is not None and origin.owner == (group, name):
-                diagonals = origin.scaled.diagonal_shapes(shapes[name])
-                found |= {f"{name}.{diagonal}": shape for diagonal, shape in diagonals.items()}
+            if origin.multiplied is not None and origin.owner == (group, name):
+                multipliers = origin.multiplied.multiplier_shapes(shapes[name])
+                found |= {f"{name}.{multiplier}": shape for multiplier, shape in multipliers.items()}
         return found
 
     def check(self) -> None:
@@ -113,7 +113,7 @@ class ArrayPlan:
                 check_term(origins, [prefix + name for prefix, split in pairs for name in split.shapes])
 
     def _check_array(self, group: int, name: str, origin: Origin) -> None:
-        if origin.scaled is None and origin.source.trained and origin.key == (group, name):
+        if origin.multiplied is None and origin.source.trained and origin.key == (group, name):
             return
         own, there = self._network(group), self._network(origin.group)
         if there.shapes[origin.name] != own.shapes[name]:
@@ -124,10 +124,10 @@ class ArrayPlan:
             )
         plain = self.config.projection == "identity"
         origin.source.check(Place(origin.name, own.shapes[name], there.mode_of(origin.name), there.sizes, not plain))
-        if origin.scaled is None:
+        if origin.multiplied is None:
             return
-        origin.scaled.check(Place(name, own.shapes[name], own.mode_of(name), own.sizes, not plain))
-        if origin.scaled.zero is not None and not is_linear(self.config.projection):
+        origin.multiplied.check(Place(name, own.shapes[name], own.mode_of(name), own.sizes, not plain))
+        if origin.multiplied.zero is not None and not is_linear(self.config.projection):
             raise ConfigError(
                 f"start=0 of {name!r} leaves a nonlinear F without a gradient, as tanhshrink'(0) = 0: give start=1"
             )
@@ -174,7 +174,7 @@ class ArrayPlan:
 
 
 def names_of(index: int, shapes: Iterable[str], origins: Mapping[str, Origin]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the full names of a group's trained arrays and diagonals, and of its frozen arrays."""
+    """Return the full names of a group's trained arrays and multipliers, and of its frozen arrays."""
     if not origins:
         return {name: f"group{index}.{name}" for name in shapes}, {}
     names, frozen = dict[str, str](), dict[str, str]()
@@ -183,9 +183,9 @@ def names_of(index: int, shapes: Iterable[str], origins: Mapping[str, Origin]) -
             names[name] = f"group{origin.group}.{origin.name}"
         else:
             frozen[name] = f"group{index}.{name}"
-        if origin.scaled is not None:
+        if origin.multiplied is not None:
             group, owner = origin.owner
-            names |= {f"{name}.{part}": f"group{group}.{owner}.{part}" for part in origin.scaled.diagonals}
+            names |= {f"{name}.{part}": f"group{group}.{owner}.{part}" for part in origin.multiplied.multipliers}
     return names, frozen
 
 

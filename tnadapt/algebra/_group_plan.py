@@ -259,9 +259,9 @@ class GroupPlan:
                 starts=self._start_of if tied else None, table=self._zero_table if tied else None,
                 point=self.point, given=self._given,
             )  # fmt: skip
-            scaled = {name: origin.scaled for name, origin in origins.items() if origin.scaled is not None}
+            multiplied = {name: origin.multiplied for name, origin in origins.items() if origin.multiplied is not None}
             pieces = self.layout.of_group(index)
-            found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names, scaled))
+            found.append(Group(size, network, projections[key], start, names, pieces, frozen, frozen_names, multiplied))
         return found
 
     def _start_of(self, group: int) -> Initializer:

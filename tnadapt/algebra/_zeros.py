@@ -1,6 +1,6 @@
 """Which array of each term is zero at the start, so that ΔW is zero and its gradient is not.
 
-The rules are those of :mod:`tnadapt.algebra.init`. An array is zero by itself, or by one of its trained diagonals.
+The rules are those of :mod:`tnadapt.algebra.init`. An array is zero by itself, or by one of its trained multipliers.
 Groups whose arrays are tied are decided together, in their order: what one group has chosen counts for the others.
 """
 
@@ -16,7 +16,7 @@ from .sources import Origin
 
 __all__ = ["StartingGroup", "ZeroArray", "zero_arrays"]
 
-# A group, and the network's name of an array or diagonal in it.
+# A group, and the network's name of an array or multiplier in it.
 _Part = tuple[int, str]
 
 
@@ -30,7 +30,7 @@ class StartingGroup(NamedTuple):
     origins : mapping of str to Origin
         Origin of each array; empty if the config has no sources.
     trained : collection of str or None
-        The group's arrays and diagonals that are trained; None for all that are not frozen.
+        The group's arrays and multipliers that are trained; None for all that are not frozen.
     """
 
     number: int
@@ -48,15 +48,15 @@ class ZeroArray(NamedTuple):
         Index of the array's split.
     name : str
         Its name in that split.
-    diagonal : str
-        The diagonal that is zero, ``"size"`` or ``"rank"``; empty if it is the array itself.
+    multiplier : str
+        The multiplier that is zero, ``"size"`` or ``"rank"``; empty if it is the array itself.
     part : (int, str)
-        Group and name of the array or diagonal that is zero: in another group if it is tied to one there.
+        Group and name of the array or multiplier that is zero: in another group if it is tied to one there.
     """
 
     split: int
     name: str
-    diagonal: str
+    multiplier: str
     part: _Part
 
 
@@ -77,7 +77,7 @@ def zero_arrays(groups: Sequence[StartingGroup]) -> dict[int, list[ZeroArray]]:
     --------
     >>> from tnadapt import Config
     >>> zero_arrays([StartingGroup(0, Network(Config(rank=2), 24, 4), {}, None)])
-    {0: [ZeroArray(split=0, name='factor0', diagonal='', part=(0, 'split0.factor0'))]}
+    {0: [ZeroArray(split=0, name='factor0', multiplier='', part=(0, 'split0.factor0'))]}
     """
     choices = [_GroupChoice(group) for group in groups]
     zero = {part for choice in choices for part in choice.by_start()}
@@ -98,15 +98,15 @@ class _GroupChoice:
         self._terms = None if group.trained is None else {name.partition("split")[0] for name in group.trained}
 
     def by_start(self) -> list[_Part]:
-        """Return the diagonals that the ``start`` of their source makes zero, if they are trained."""
+        """Return the multipliers that the ``start`` of their source makes zero, if they are trained."""
         found = []
         for array, origin in self.group.origins.items():
             if (
-                origin.scaled is not None
-                and origin.scaled.zero is not None
+                origin.multiplied is not None
+                and origin.multiplied.zero is not None
                 and origin.owner == (self.group.number, array)
             ):
-                part = f"{array}.{origin.scaled.zero}"
+                part = f"{array}.{origin.multiplied.zero}"
                 if self._trains(part):
                     found.append((self.group.number, part))
         return found
@@ -150,34 +150,34 @@ class _GroupChoice:
         for array, k, name in arrays:
             part = self._zero_part(array, zero)
             if part is not None:
-                return ZeroArray(k, name, self._diagonal(array, part), part)
+                return ZeroArray(k, name, self._multiplier(array, part), part)
         # If none that is trained can be zero, another one must be nevertheless, so that the term contributes nothing.
         for trained_only in (True, False):
             for array, k, name in arrays:
                 able = self._candidates(prefixes, array, trained_only)
                 part = next((part for part in able if part not in settled), None)
                 if part is not None:
-                    return ZeroArray(k, name, self._diagonal(array, part), part)
+                    return ZeroArray(k, name, self._multiplier(array, part), part)
         raise ConfigError(
             f"none of {', '.join(array for array, _, _ in arrays)} can be zero at the start: each one that is trained "
             "occurs twice in the product, or in another one that has its zero. Tie fewer of them"
         )
 
-    def _diagonal(self, array: str, part: _Part) -> str:
+    def _multiplier(self, array: str, part: _Part) -> str:
         origin = self.group.origins.get(array)
-        if origin is None or origin.scaled is None or (origin.source.trained and part == origin.key):
+        if origin is None or origin.multiplied is None or (origin.source.trained and part == origin.key):
             return ""
         return part[1].rpartition(".")[2]
 
     def _parts(self, array: str) -> list[tuple[str, _Part]]:
-        """The trained array and diagonals of an array: their names in the group, and where they are."""
+        """The trained array and multipliers of an array: their names in the group, and where they are."""
         origin = self.group.origins.get(array)
         if origin is None:
             return [(array, (self.group.number, array))]
         found = [(array, origin.key)] if origin.source.trained else []
-        if origin.scaled is not None:
+        if origin.multiplied is not None:
             group, owner = origin.owner
-            found += [(f"{array}.{name}", (group, f"{owner}.{name}")) for name in origin.scaled.diagonals]
+            found += [(f"{array}.{name}", (group, f"{owner}.{name}")) for name in origin.multiplied.multipliers]
         return found
 
     def _zero_part(self, array: str, zero: Collection[_Part]) -> _Part | None:
@@ -185,7 +185,7 @@ class _GroupChoice:
         return next((part for _, part in self._parts(array) if part in zero), None)
 
     def _candidates(self, prefixes: Sequence[str], array: str, trained_only: bool) -> list[_Part]:
-        """Return what of an array can be chosen as zero: itself, and its diagonals."""
+        """Return what of an array can be chosen as zero: itself, and its multipliers."""
         origin = self.group.origins.get(array)
         if origin is not None and origin.source.trained:
             term = [self.group.origins[other].key for other, _, _ in self._arrays(prefixes)]
@@ -194,7 +194,7 @@ class _GroupChoice:
         return [part for name, part in self._parts(array) if self._trains(name) or not trained_only]
 
     def _trains(self, name: str) -> bool:
-        """Return whether an array or diagonal is trained; in a term of which nothing is, all count as trained."""
+        """Return whether an array or multiplier is trained; in a term of which nothing is, all count as trained."""
         if self._terms is None or self.group.trained is None or name in self.group.trained:
             return True
         return name.partition("split")[0] not in self._terms

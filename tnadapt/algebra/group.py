@@ -14,7 +14,7 @@ from .init import Initializer
 from .layout import Piece
 from .maps.projection import Projection
 from .network import Network
-from .sources import FrozenArrays, Scaled
+from .sources import FrozenArrays, Multiplied
 
 __all__ = ["Group"]
 
@@ -40,8 +40,8 @@ class Group(NamedTuple):
         The other arrays of the network.
     frozen_names : dict of str to str
         For each of them, its name in the plan's ``frozen_shapes``.
-    scaled : dict of str to Scaled
-        The arrays that are multiplied by trained diagonals: ``names`` has these as ``split0.factor0.size``.
+    multiplied : dict of str to Multiplied
+        The arrays with trained multipliers, which ``names`` has as ``split0.factor0.size``.
     """
 
     size: int
@@ -52,7 +52,7 @@ class Group(NamedTuple):
     pieces: list[Piece]
     frozen: FrozenArrays
     frozen_names: dict[str, str]
-    scaled: dict[str, Scaled] = MappingProxyType({})  # type: ignore[assignment]
+    multiplied: dict[str, Multiplied] = MappingProxyType({})  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Group:
         return self  # immutable
@@ -64,11 +64,11 @@ class Group(NamedTuple):
         return sum(math.prod(shape) for shape in shapes.values())
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Return the shape of an array or diagonal, by its name in ``names``."""
+        """Return the shape of an array or multiplier, by its name in ``names``."""
         if name in self.network.shapes:
             return self.network.shapes[name]
-        array, _, diagonal = name.rpartition(".")
-        return self.scaled[array].diagonal_shapes(self.network.shapes[array])[diagonal]
+        array, _, multiplier = name.rpartition(".")
+        return self.multiplied[array].multiplier_shapes(self.network.shapes[array])[multiplier]
 
     def arrays(self, backend: Backend, params: Mapping[str, Array], trained: str | None = None) -> Mapping[str, Array]:
         """Return all arrays of the network, by the network's names: those of the parameters, and the frozen ones.
@@ -85,16 +85,16 @@ class Group(NamedTuple):
         The frozen ones are rounded to the dtype ``trained``, so that an update that is computed in a wider dtype than
         that of training, as in merging, has the arrays of training.
         """
-        if not self.frozen_names and not self.scaled:
+        if not self.frozen_names and not self.multiplied:
             return own
         like = next(iter(own.values()))  # a plan refuses groups without a trained array
         kind = backend.dtype_name(like)
         found = {}
         for name in self.network.shapes:
             array = own[name] if name in own else self.frozen.on(backend, (name, trained or kind), like, kind)
-            if name in self.scaled:
-                diagonals = {part: own[f"{name}.{part}"] for part in self.scaled[name].diagonals}
-                array = self.scaled[name].scaled(backend, array, diagonals)
+            if name in self.multiplied:
+                multipliers = {part: own[f"{name}.{part}"] for part in self.multiplied[name].multipliers}
+                array = self.multiplied[name].product(backend, array, multipliers)
             found[name] = array
         return found
 

@@ -11,9 +11,9 @@ depends only on which are trained.
 
 **Arrays of a source.** Arrays that ``Config.sources`` freezes are not drawn here. The zero is then one of the other
 arrays, by the same rule, and σ takes the mean square of the frozen ones into account. A frozen array with trained
-diagonals (:class:`tnadapt.sources.Scaled`) is zero by its first diagonal; the other diagonals are one, or what
-``start`` says. A diagonal whose ``start`` is 0 is the zero of its term. An array that is tied to another one starts as
-that does; a term with such a zero needs no other.
+multipliers (:class:`tnadapt.sources.Scaled`, :class:`tnadapt.sources.Mixed`) is zero by its first one; the others are
+one, or what ``start`` says. A multiplier whose ``start`` is 0 is the zero of its term. An array that is tied to
+another one starts as that does; a term with such a zero needs no other.
 
 **Nonlinear F.** ``tanhshrink'(0) = 0``, so that nothing would ever move from a zero start. All arrays are random with
 a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
@@ -54,7 +54,7 @@ from ._dtype_rounding import rounded_to
 from ._zeros import StartingGroup, ZeroArray, zero_arrays
 from .maps.projection import Projection
 from .network import Network
-from .sources import FrozenArrays, Origin
+from .sources import FrozenArrays, Multiplied, Origin
 from .starting_points import PREFIX, Start, starting_point
 
 __all__ = ["STEP", "Initializer"]
@@ -76,7 +76,7 @@ class Initializer(FixedArrays):
     frozen : FrozenArrays
         The network's arrays that are not trained themselves.
     trained : set of str, optional
-        The names of the arrays and diagonals that are trained; all that are not frozen if None.
+        The names of the arrays and multipliers that are trained; all that are not frozen if None.
     origins : mapping of str to Origin, optional
         Origin of each array, if the config has sources.
     starts : callable, optional
@@ -93,7 +93,7 @@ class Initializer(FixedArrays):
     subtracts : bool
         Whether the update of x_0 is subtracted, whatever F is.
     zeros : frozenset of str
-        Names of the arrays and diagonals that are zero.
+        Names of the arrays and multipliers that are zero.
 
     Examples
     --------
@@ -138,7 +138,7 @@ class Initializer(FixedArrays):
 
     @functools.cached_property
     def zeros(self) -> frozenset[str]:
-        """Names of the arrays and diagonals that are zero: one per term, or none for a nonlinear F.
+        """Names of the arrays and multipliers that are zero: one per term, or none for a nonlinear F.
 
         Nor is there one if x_0 is computed from the base. Of arrays that are tied, only the group that they belong to
         lists them.
@@ -160,7 +160,7 @@ class Initializer(FixedArrays):
         starts: Callable[[int], Initializer] | None = None,
         table: Callable[[], Mapping[int, list[ZeroArray]]] | None = None,
     ) -> Initializer:
-        """Return the initial arrays if only these of the network's arrays and diagonals are trained.
+        """Return the initial arrays if only these of the network's arrays and multipliers are trained.
 
         ``starts`` and ``table`` are those of the same choice for all groups, if arrays are tied.
         """
@@ -181,7 +181,7 @@ class Initializer(FixedArrays):
     def _std(self, term: int) -> float:
         zero = self._zero[term]
         # Terms with the same zero have the same σ: that of the first of them.
-        key = zero.split, zero.name, zero.diagonal
+        key = zero.split, zero.name, zero.multiplier
         if key not in self._stds:
             self._stds[key] = self._computed_std(term)
         return self._stds[key]
@@ -194,7 +194,7 @@ class Initializer(FixedArrays):
         try:
             frozen = self._frozen_in_term(term)
             if self.projection.linear:
-                found = _linear_std(self.network, self.projection, self._zero[term], frozen)
+                found = _linear_std(self.network, self.projection, self._zero[term], frozen, self._source_of_zero(term))
             else:
                 found = _nonlinear_std(self.network, self.projection, frozen)
         except OverflowError:
@@ -204,6 +204,12 @@ class Initializer(FixedArrays):
             ) from None
         # Round to single precision: the last bit of a power differs between machines, and x_start must not.
         return float(np.float32(found))
+
+    def _source_of_zero(self, term: int) -> Multiplied | None:
+        """Return the source of the array that is zero in a term, if it has multipliers."""
+        zero = self._zero[term]
+        origin = self.origins.get(self.network.prefixes[term][zero.split] + zero.name)
+        return None if origin is None else origin.multiplied
 
     def _frozen_in_term(self, term: int) -> tuple[float, int]:
         """Describe the frozen arrays of a term.
@@ -222,8 +228,8 @@ class Initializer(FixedArrays):
                     squares.append(self.frozen.mean_square(prefix + name))
                     count += name not in split.ones
                 origin = self.origins.get(prefix + name)
-                if origin is not None and origin.scaled is not None:
-                    squares += [value**2 for value in origin.scaled.starts.values() if value]
+                if origin is not None and origin.multiplied is not None:
+                    squares += [value**2 for value in origin.multiplied.starts.values() if value]
         return math.prod(squares), count
 
     @functools.cached_property
@@ -237,7 +243,7 @@ class Initializer(FixedArrays):
         if not self.draws(key):
             return self._brought(key)
         if key not in self.network.shapes:
-            return self._diagonal(key)
+            return self._multiplier(key)
         origin = self.origins.get(key)
         if origin is not None and origin.key != (self.group, key):
             return self._start_of(origin.group).make(origin.name)
@@ -254,7 +260,7 @@ class Initializer(FixedArrays):
         return _scaled(drawn, self._std(term)).reshape(shape)
 
     def draws(self, name: str) -> bool:
-        """Return whether an array or diagonal starts at what the seed draws, rather than at what is given."""
+        """Return whether an array or multiplier starts at what the seed draws, rather than at what is given."""
         return not self.subtracts or not (self.point.needs_base or self._full(name) in self._given)
 
     def _full(self, name: str) -> str:
@@ -270,17 +276,16 @@ class Initializer(FixedArrays):
             )
         return found
 
-    def _diagonal(self, key: str) -> np.ndarray:
-        """Compute a diagonal, such as ``split0.factor0.size``."""
-        array, _, diagonal = key.rpartition(".")
+    def _multiplier(self, key: str) -> np.ndarray:
+        """Compute a multiplier, such as ``split0.factor0.size``."""
+        array, _, multiplier = key.rpartition(".")
         origin = self.origins[array]
         if origin.owner != (self.group, array):
-            return self._start_of(origin.owner[0]).make(f"{origin.owner[1]}.{diagonal}")
-        assert origin.scaled is not None
-        shape = origin.scaled.diagonal_shapes(self.network.shapes[array])[diagonal]
-        # A diagonal that would be zero and is not trained is one: another array is the zero then.
-        value = 0.0 if key in self.zeros else origin.scaled.starts[diagonal] or 1.0
-        return np.full(shape, value, np.float32)
+            return self._start_of(origin.owner[0]).make(f"{origin.owner[1]}.{multiplier}")
+        assert origin.multiplied is not None
+        # A multiplier that would be zero and is not trained is one: another array is the zero then.
+        value = 0.0 if key in self.zeros else origin.multiplied.starts[multiplier] or 1.0
+        return origin.multiplied.initial(multiplier, self.network.shapes[array], value)
 
 
 # Longer arrays have the root mean square within half a percent without scaling.
@@ -296,18 +301,22 @@ def _scaled(drawn: np.ndarray, std: float) -> np.ndarray:
     return (wide * (std / math.sqrt(math.fsum((wide * wide).tolist()) / wide.size))).astype(np.float32)
 
 
-def _linear_std(network: Network, projection: Projection, zero: ZeroArray, frozen: tuple[float, int]) -> float:
-    k, name, diagonal = zero.split, zero.name, zero.diagonal
+def _linear_std(
+    network: Network, projection: Projection, zero: ZeroArray, frozen: tuple[float, int], source: Multiplied | None
+) -> float:
+    k, name, multiplier = zero.split, zero.name, zero.multiplier
     split = network.splits[k]
     # Frozen arrays contribute their own mean squares to V instead of σ².
     arrays = _random_arrays(network) - frozen[1]
     # V = paths * std ** (2 * arrays), where paths is the number of products that multiply an entry of Z.
     paths = math.prod(one.num_terms for one in network.splits) / split.num_terms_per_array(name)
-    if diagonal:
-        # Z scales an array, which is one of the factors of V: an entry for each of its columns, or one for all of them.
-        entries = split.num_terms_per_array(name) if diagonal == "rank" else 1
-        paths *= split.num_terms_per_array(name) / entries
-        spread = _spread_of(network, entries, split.shapes[name][1 if diagonal == "rank" else 0])
+    if multiplier:
+        # Z multiplies an array, which is one of the factors of V.
+        assert source is not None
+        columns, shape = split.num_terms_per_array(name), split.shapes[name]
+        entries, products = source.touched(multiplier, columns, shape)
+        paths *= columns * products / entries
+        spread = _spread_of(network, entries, math.prod(source.multiplier_shapes(shape)[multiplier]))
     else:
         arrays -= name not in split.ones
         spread = _spread(network, k, name)

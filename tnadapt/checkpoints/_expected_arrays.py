@@ -14,7 +14,7 @@ from tnadapt.algebra.formats import make_format
 from tnadapt.algebra.init import Initializer
 from tnadapt.algebra.layout import Layout, make_layout
 from tnadapt.algebra.named_fold import group_fold, is_named
-from tnadapt.algebra.sources import Scaled, Source, SourceMap, Tied, Trained, inner_source
+from tnadapt.algebra.sources import Multiplied, Source, SourceMap, Tied, Trained, inner_source
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ConfigError, ShapeError, safe_repr, summarize
 from tnadapt.targets.target import Target
@@ -137,9 +137,9 @@ def _arrays_of_group(config: Config) -> tuple[int, int]:
 
 def _stored(source: Source) -> int:
     """Return how many arrays of a file an array with this source has in every group."""
-    diagonals = len(source.diagonals) if isinstance(source, Scaled) else 0
+    multipliers = len(source.multipliers) if isinstance(source, Multiplied) else 0
     inner = inner_source(source)
-    return diagonals + (inner.trained or (inner.brought and not inner.independent_of_group))
+    return multipliers + (inner.trained or (inner.brought and not inner.independent_of_group))
 
 
 def checked_trained(trained: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:

@@ -134,10 +134,10 @@ class PeftRandLora(PeftMethod):
     def _check(self, group: Group, short: Sequence[str], long: Sequence[str], count: int) -> None:
         """Raise ConfigError unless a weight is the sum of as many terms as PEFT has, with one A and shared bases."""
         entries = group.frozen.entries
-        diagonals = {name: (one.size, one.rank) for name, one in group.scaled.items()}
+        multipliers = {name: one.multipliers for name, one in group.multiplied.items()}
         if (
             not all(name in entries and entries[name].source.independent_of_group for name in (*short, *long))
-            or diagonals != dict.fromkeys(short, (True, True))
+            or multipliers != dict.fromkeys(short, ("size", "rank"))
             or len({entries[name].full for name in short}) > 1
             or len(short) != count
         ):

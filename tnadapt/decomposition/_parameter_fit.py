@@ -98,7 +98,7 @@ class _Problem:
 
     @property
     def linear(self) -> bool:
-        """Whether the updates are an affine function of the parameters: one trained array or diagonal per term."""
+        """Whether the updates are an affine function of the parameters: one trained array or multiplier per term."""
         for group in self.plan.groups:
             for prefixes in group.network.prefixes:
                 own = [name for name in group.names if name.startswith(tuple(prefixes))]
@@ -169,47 +169,44 @@ def _network_arrays(group: Group, arrays: Mapping[str, np.ndarray]) -> Mapping[s
 
 
 def _parts(group: Group, name: str, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return an array without its diagonals, and the diagonals as broadcast factors."""
+    """Return an array without its multipliers, and the multipliers."""
     base = arrays[group.names[name]] if name in group.names else group.frozen.host((name, "float64")).astype(np.float64)
-    if name not in group.scaled:
+    if name not in group.multiplied:
         return base, {}
-    shapes = {"size": (-1, 1), "rank": (1, -1)}
-    return base, {
-        part: arrays[group.names[f"{name}.{part}"]].reshape(shapes[part]) for part in group.scaled[name].diagonals
-    }
+    return base, {part: arrays[group.names[f"{name}.{part}"]] for part in group.multiplied[name].multipliers}
 
 
 def _network_tangents(
     group: Group, arrays: Mapping[str, np.ndarray], tangents: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Return the derivative of each array of the network, by the product rule over its diagonals."""
-    found = {}
+    """Return the derivative of each array of the network, by the product rule over its multipliers."""
+    backend, found = load_backend("numpy"), {}
     for name in group.network.shapes:
-        base, diagonals = _parts(group, name, arrays)
-        terms = []
+        base, own = _parts(group, name, arrays)
+        if name not in group.multiplied:
+            if name in group.names:
+                found[name] = tangents[group.names[name]]
+            continue
+        product = group.multiplied[name].product
+        terms = [product(backend, base, {**own, part: tangents[group.names[f"{name}.{part}"]]}) for part in own]
         if name in group.names:
-            terms.append(tangents[group.names[name]] * math.prod(diagonals.values(), start=np.float64(1.0)))
-        for part, own in diagonals.items():
-            others = math.prod((d for other, d in diagonals.items() if other != part), start=np.float64(1.0))
-            terms.append(base * others * tangents[group.names[f"{name}.{part}"]].reshape(own.shape))
-        if terms:
-            found[name] = np.asarray(sum(terms))
+            terms.append(product(backend, tangents[group.names[name]], own))
+        found[name] = np.asarray(sum(terms))
     return found
 
 
 def _parameter_gradients(
     group: Group, arrays: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
 ) -> list[tuple[str, np.ndarray]]:
-    """Return the gradient of each trained array and diagonal, by full name, from those of the network's arrays."""
+    """Return the gradient of each trained array and multiplier, by full name, from those of the network's arrays."""
     gradients: list[tuple[str, np.ndarray]] = []
     for name, gradient in found.items():
-        base, diagonals = _parts(group, name, arrays)
+        if name in group.multiplied:
+            base, own = _parts(group, name, arrays)
+            gradient, parts = group.multiplied[name].gradients(base, own, gradient)
+            gradients += [(group.names[f"{name}.{part}"], array) for part, array in parts.items()]
         if name in group.names:
-            gradients.append((group.names[name], gradient * math.prod(diagonals.values(), start=np.float64(1.0))))
-        for part, own in diagonals.items():
-            others = math.prod((d for other, d in diagonals.items() if other != part), start=np.float64(1.0))
-            axis = 1 if own.shape[0] != 1 or (own.shape == (1, 1) and part == "size") else 0
-            gradients.append((group.names[f"{name}.{part}"], (gradient * base * others).sum(axis=axis)))
+            gradients.append((group.names[name], gradient))
     return gradients
 
 

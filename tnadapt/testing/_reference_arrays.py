@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.maps import BroughtMap, make_map
-from tnadapt.algebra.sources import Scaled, Source, Tied, Trained
+from tnadapt.algebra.sources import Mixed, Multiplied, Scaled, Source, Tied, Trained
 
 from ._reference_maps import matrix_of
 
@@ -67,12 +67,14 @@ def trained_shapes(config: Config, names: Names) -> dict[str, tuple[int, ...]]:
     for group, arrays in enumerate(names):
         for name, shape in arrays.items():
             full, source = f"group{group}.{name}", _source(config, name)
-            inner = source.of if isinstance(source, Scaled) else source
+            inner = source.of if isinstance(source, Multiplied) else source
             if isinstance(inner, Trained) or (isinstance(inner, Tied) and _target(inner, group) == (group, name)):
                 found[full] = shape
             if isinstance(source, Scaled):
                 found |= {f"{full}.size": shape[:1]} if source.size else {}
                 found |= {f"{full}.rank": shape[1:]} if source.rank else {}
+            if isinstance(source, Mixed):
+                found[f"{full}.mix"] = shape[1], shape[1]
     return found
 
 
@@ -94,13 +96,15 @@ def _value(config: Config, group: int, name: str, source: Source, params: Arrays
         if source.size:
             array = np.diag(params[f"{full}.size"]) @ array
         return array @ np.diag(params[f"{full}.rank"]) if source.rank else array
+    if isinstance(source, Mixed):
+        return _value(config, group, name, source.of, params, frozen) @ params[f"{full}.mix"]
     if isinstance(source, Tied):
         other, theirs = _target(source, group)
         if (other, theirs) == (group, name):
             return params[full]
         own = _source(config, theirs)
-        # What is scaled itself is tied to the array under the other one's diagonals.
-        if isinstance(own, Scaled) and isinstance(_source(config, name), Scaled):
+        # What has multipliers itself is tied to the array under the other one's multipliers.
+        if isinstance(own, Multiplied) and isinstance(_source(config, name), Multiplied):
             own = own.of
         return _value(config, other, theirs, own, params, frozen)
     return params[full] if source.trained else frozen[full]

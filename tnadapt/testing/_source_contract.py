@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.sources import Scaled, Source, Stream, Tied, source_from_dict, source_to_dict
+from tnadapt.algebra.sources import Multiplied, Source, Stream, Tied, source_from_dict, source_to_dict
 from tnadapt.algebra.superlora import SuperLoRA
 
 __all__ = ["SourceContract"]
@@ -108,5 +108,5 @@ class SourceContract:
         return [
             source
             for source in self.sources
-            if not (source.trained or source.needs_base or source.brought or isinstance(source, (Tied, Scaled)))
+            if not (source.trained or source.needs_base or source.brought or isinstance(source, (Tied, Multiplied)))
         ]

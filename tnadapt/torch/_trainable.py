@@ -157,7 +157,7 @@ def can_learn(group: Group, own: Mapping[str, Tensor], trained: Collection[str])
     parts = {
         array: [
             array,
-            *(f"{array}.{part}" for part in (group.scaled[array].diagonals if array in group.scaled else ())),
+            *(f"{array}.{part}" for part in (group.multiplied[array].multipliers if array in group.multiplied else ())),
         ]
         for array in group.network.shapes
     }

@@ -17,6 +17,8 @@ from tnadapt.plugins import Registry
 from ._from_base import FromBase
 from ._frozen import FrozenArray, FrozenArrays
 from ._given import Given
+from ._mixed import Mixed
+from ._multiplied import Multiplied
 from ._origins import Origin, check_term, inner_source, origins_of
 from ._scaled import Scaled
 from ._seeded import Seeded
@@ -34,6 +36,8 @@ __all__ = [
     "FrozenArray",
     "FrozenArrays",
     "Given",
+    "Mixed",
+    "Multiplied",
     "Origin",
     "Place",
     "Scaled",
@@ -64,6 +68,7 @@ SOURCES: Registry[Source] = Registry(
         "given": Given,
         "tied": Tied,
         "scaled": Scaled,
+        "mixed": Mixed,
     },
 )
 # A source within a source within …, as a hostile file may have it.

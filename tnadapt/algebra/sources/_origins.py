@@ -1,4 +1,4 @@
-"""Where each array of a group comes from in the end, after following ties and diagonals."""
+"""Where each array of a group comes from in the end, after following ties and multipliers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tnadapt.errors import ConfigError, safe_repr, summarize
 
-from ._scaled import Scaled
+from ._multiplied import Multiplied
 from ._source import Source
 from ._source_map import SourceMap
 from ._tied import Tied
@@ -27,16 +27,16 @@ class Origin(NamedTuple):
         The network's name of that array.
     source : Source
         That array's source: trained, or one that computes it or takes it from the caller.
-    scaled : Scaled or None
-        The diagonals that multiply it, if there are any.
+    multiplied : Multiplied or None
+        The source whose multipliers multiply it, if there are any.
     owner : (int, str)
-        Group and network's name of the array that the diagonals belong to.
+        Group and network's name of the array that the multipliers belong to.
     """
 
     group: int
     name: str
     source: Source
-    scaled: Scaled | None
+    multiplied: Multiplied | None
     owner: tuple[int, str]
 
     @property
@@ -47,7 +47,7 @@ class Origin(NamedTuple):
     @property
     def learns(self) -> bool:
         """Whether anything of the array is trained."""
-        return self.source.trained or self.scaled is not None
+        return self.source.trained or self.multiplied is not None
 
 
 def origins_of(sources: SourceMap, group: int, names: Collection[str], num_groups: int) -> dict[str, Origin]:
@@ -68,8 +68,8 @@ def origins_of(sources: SourceMap, group: int, names: Collection[str], num_group
 
     Notes
     -----
-    An array that is tied to a scaled one shares its diagonals; one that is scaled itself, ``Scaled(Tied(…))``, has its
-    own.
+    An array that is tied to a scaled one shares its multipliers; one that is scaled itself, ``Scaled(Tied(…))``, has
+    its own.
 
     Examples
     --------
@@ -83,7 +83,7 @@ def origins_of(sources: SourceMap, group: int, names: Collection[str], num_group
 
 def _origin(sources: SourceMap, array: tuple[int, str], names: Collection[str], num_groups: int) -> Origin:
     source = sources.of(array[1]) or Trained()
-    scaled = source if isinstance(source, Scaled) else None
+    scaled = source if isinstance(source, Multiplied) else None
     root, own, ended, owner = _root(sources, array, source if scaled is None else scaled.of, names, num_groups)
     if scaled is None and ended is not None:
         return Origin(*root, own, ended, owner)
@@ -92,8 +92,8 @@ def _origin(sources: SourceMap, array: tuple[int, str], names: Collection[str], 
 
 def _root(
     sources: SourceMap, array: tuple[int, str], source: Source, names: Collection[str], num_groups: int
-) -> tuple[tuple[int, str], Source, Scaled | None, tuple[int, str]]:
-    """Follow ties: return the array that has the numbers, its source, and the diagonals on the way with their owner."""
+) -> tuple[tuple[int, str], Source, Multiplied | None, tuple[int, str]]:
+    """Follow ties: return the array that has the numbers, its source, and the multipliers on the way with owner."""
     seen = [array]
     while isinstance(source, Tied):
         group, name = source.target(array[0])
@@ -110,15 +110,15 @@ def _root(
             raise ConfigError(f"sources ties {circle} in a circle, so that none of them has numbers: train one of them")
         seen.append(array)
         source = sources.of(name) or Trained()
-        if isinstance(source, Scaled):
+        if isinstance(source, Multiplied):
             inner, own, _, _ = _root(sources, array, source.of, names, num_groups)
             return inner, own, source, array
     return array, source, None, array
 
 
 def inner_source(source: Source) -> Source:
-    """Return the source without its diagonals."""
-    return source.of if isinstance(source, Scaled) else source
+    """Return the source without its multipliers."""
+    return source.of if isinstance(source, Multiplied) else source
 
 
 def check_term(origins: Mapping[str, Origin], term: Collection[str]) -> None:

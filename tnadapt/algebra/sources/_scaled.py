@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import ConfigError, safe_repr
 
-from ._source import Place, Source
+from ._multiplied import Multiplied
 
 __all__ = ["Scaled"]
 
@@ -20,7 +22,7 @@ _AXES = {"size": 0, "rank": 1}
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled(Source):
+class Scaled(Multiplied):
     """A factor times trained diagonals: ``diag(size) A diag(rank)``, or one of the two.
 
     Parameters
@@ -55,14 +57,12 @@ class Scaled(Source):
     {'group0.split0.factor0.size': (6,), 'group0.split0.factor1.rank': (2,)}
     """
 
-    of: Source
     size: bool = True
     rank: bool = False
     start: float | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, Source) or isinstance(self.of, Scaled):
-            raise ConfigError(f"Scaled needs a source that is not scaled itself; got {safe_repr(self.of)}")
+        super().__post_init__()
         for name in _AXES:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False; got {safe_repr(getattr(self, name))}")
@@ -78,10 +78,10 @@ class Scaled(Source):
                     "start must be a finite number of at most 1e30, a tuple of one per diagonal, or None; got "
                     f"{safe_repr(self.start)}"
                 )
-        if isinstance(self.start, tuple) and (len(given) != len(self.diagonals) or given.count(0.0) > 1):
+        if isinstance(self.start, tuple) and (len(given) != len(self.multipliers) or given.count(0.0) > 1):
             raise ConfigError(
-                f"start={safe_repr(self.start)} must have one number for each of {', '.join(self.diagonals)}, at most "
-                "one of them 0"
+                f"start={safe_repr(self.start)} must have one number for each of {', '.join(self.multipliers)}, at "
+                "most one of them 0"
             )
         floats = tuple(map(float, given))
         object.__setattr__(self, "start", floats if isinstance(self.start, tuple) else floats[0])  # the class is frozen
@@ -90,37 +90,39 @@ class Scaled(Source):
     def starts(self) -> dict[str, float]:
         """Initial value of each diagonal, where it is not the one that has to be zero."""
         if isinstance(self.start, tuple):
-            return dict(zip(self.diagonals, self.start, strict=True))
-        first, *others = self.diagonals
+            return dict(zip(self.multipliers, self.start, strict=True))
+        first, *others = self.multipliers
         if self.start == 0.0:
             return {first: 0.0, **dict.fromkeys(others, 1.0)}
-        return dict.fromkeys(self.diagonals, 1.0 if self.start is None else self.start)
+        return dict.fromkeys(self.multipliers, 1.0 if self.start is None else self.start)
 
     @property
-    def zero(self) -> str | None:
-        """The diagonal that ``start`` makes zero; None if there is none."""
-        return next((name for name, value in self.starts.items() if value == 0.0), None)
-
-    @property
-    def diagonals(self) -> tuple[str, ...]:
+    def multipliers(self) -> tuple[str, ...]:
         """Names of the diagonals, in order: ``size``, ``rank``."""
         return tuple(name for name in _AXES if getattr(self, name))
 
-    def diagonal_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int]]:
+    def multiplier_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return the shape of each diagonal of an array."""
-        return {name: (shape[_AXES[name]],) for name in self.diagonals}
+        return {name: (shape[_AXES[name]],) for name in self.multipliers}
 
-    def check(self, place: Place) -> None:
-        """See :meth:`Source.check`."""
-        if len(place.shape) != 2:
-            raise ConfigError(
-                f"Scaled is for factors, of shape (size, rank); {place.name!r} has the shape {place.shape}: give "
-                "another source"
-            )
+    def touched(self, name: str, columns: int, shape: tuple[int, ...]) -> tuple[int, int]:
+        """See :meth:`Multiplied.touched`: one entry for each column, or one for all of them."""
+        return (columns if name == "rank" else 1), 1
 
-    def scaled(self, backend: Backend, array: Array, diagonals: Mapping[str, Array]) -> Array:
+    def product(self, backend: Backend, array: Array, multipliers: Mapping[str, Array]) -> Array:
         """Compute the array times its diagonals, which are given by name."""
-        for name in self.diagonals:
-            own: Any = diagonals[name]
+        for name in self.multipliers:
+            own: Any = multipliers[name]
             array = array * backend.reshape(own, (-1, 1) if _AXES[name] == 0 else (1, -1))
         return array
+
+    def gradients(
+        self, array: np.ndarray, multipliers: Mapping[str, np.ndarray], gradient: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the gradients of A and of each diagonal."""
+        wide = {name: multipliers[name].reshape((-1, 1) if _AXES[name] == 0 else (1, -1)) for name in self.multipliers}
+        found = {}
+        for name in self.multipliers:
+            others = math.prod((own for other, own in wide.items() if other != name), start=np.float64(1.0))
+            found[name] = (gradient * array * others).sum(axis=1 - _AXES[name])
+        return gradient * math.prod(wide.values(), start=np.float64(1.0)), found
