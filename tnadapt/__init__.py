@@ -19,6 +19,7 @@ from .algebra.maps.projection import Projection
 from .algebra.maps.walsh_hadamard import fwht
 from .algebra.products import cp_to_tensor, kron_matvec, kronecker, tt_to_tensor, tucker_to_tensor
 from .algebra.sources import register_source
+from .algebra.starting_points import register_start
 from .algebra.superlora import SuperLoRA, parameter_count
 from .backends import register_backend
 from .convert import convert
@@ -74,6 +75,7 @@ __all__ = [
     "register_layout",
     "register_map",
     "register_source",
+    "register_start",
     "save",
     "search_rank",
     "sources",

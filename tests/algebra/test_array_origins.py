@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import relative_error
 from tnadapt.algebra.sources import (
+    BaseCore,
     FromBase,
     Given,
     Mixed,
@@ -429,6 +430,49 @@ def test_a_factor_of_the_base(side: str) -> None:
         np.testing.assert_allclose(again.given[f"group{group}.split0.{name}"], array, atol=1e-5)
 
 
+@pytest.mark.law("sources")
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_the_core_of_the_base_is_that_of_its_higher_order_svd(rank: int, weights: int, seed: int) -> None:
+    base = list(np.random.default_rng(seed).normal(size=(weights, 6, 4)))
+    plan = tna.SuperLoRA(tna.presets.craft(rank, groups=1), [(6, 4)] * weights).with_base(base)
+    found = {name.removeprefix("group0.split0."): array.astype(np.float64) for name, array in plan.given.items()}
+    bases = [found[f"factor{mode}"] for mode in range(3)]
+    core = np.einsum("abc,ai,bj,ck->ijk", np.stack(base), *bases)
+    assert relative_error(found["core"], core) < 1e-6
+    # The projection of the base to the dominant subspace of each mode, whatever bases these have.
+    projected = np.stack(base)
+    for mode, own in enumerate(bases):
+        matrix = np.moveaxis(np.stack(base), mode, 0).reshape(projected.shape[mode], -1)
+        exact = np.linalg.svd(matrix)[0][:, : own.shape[1]]
+        projected = np.moveaxis(np.tensordot(exact @ exact.T, projected, axes=(1, mode)), 0, mode)
+    whole = np.einsum("ijk,ai,bj,ck->abc", found["core"], *bases)
+    assert relative_error(whole, projected) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"factor0": Trained()},
+            r"BaseCore computes 'split0.core' from the base .* 'split0.factor0' is not computed",
+        ),
+        ({"factor1": Seeded("normal")}, r"'split0.factor1' is not computed from the base: give it FromBase\('mode'\)"),
+        ({"factor2": BaseCore()}, r"BaseCore is for the core of format='tucker' with splits=1; 'split0.factor2' has"),
+    ],
+)
+def test_a_core_of_the_base_needs_factors_of_the_base(changes: dict[str, Source], message: str) -> None:
+    config = tna.presets.craft(2, groups=1)
+    with pytest.raises(tna.ConfigError, match=message):
+        tna.SuperLoRA(config.replace(sources={**config.sources, **changes}), SHAPES)
+
+
+def test_a_core_of_the_base_is_not_for_other_networks() -> None:
+    with pytest.raises(tna.ConfigError, match=r"BaseCore makes 'split0.core' of the base weights, and a projection"):
+        tna.SuperLoRA(
+            tna.Config(2, format="tucker", groups=1, sources={"core": BaseCore()}, projection="shuffle"), SHAPES
+        )
+
+
 def test_factors_of_a_stack_are_those_of_its_modes() -> None:
     config = tna.presets.fact_tk(2, weights=3, rows=6, cols=4).replace(
         sources={"factor0": FromBase("mode"), "factor1": FromBase("rows"), "factor2": FromBase("cols")}
@@ -632,10 +676,12 @@ VIT = [(768, 768)] * 24
         (tna.presets.tinylora(13), 13),
         (tna.presets.tied_lora(8), 8 * 1536 + 24 * (768 + 8)),
         (tna.presets.share_lora(8), 8 * 768 + 24 * 8 * 768),
+        (tna.presets.craft(16), 2 * (12**2 + 2 * 16**2)),
+        (tna.presets.craft(64, weights=8), 2 * (8**2 + 2 * 64**2)),
     ],
 )
 def test_counts_on_query_and_value_of_a_vit(config: tna.Config, count: int) -> None:
-    assert tna.parameter_count(config, VIT) == count
+    assert tna.parameter_count(config, VIT, roles="qv" * 12) == count
 
 
 @settings(max_examples=20)
@@ -653,6 +699,7 @@ def test_presets_equal_their_formulas_on_weights_of_several_shapes(
         "vera": (P.vera(rank), mixed), "nola": (P.nola(1, rank), mixed), "unilora": (P.unilora(2, rank), mixed),
         "share_lora": (P.share_lora(rank), [alike] * count), "tied_lora": (P.tied_lora(rank), [alike] * count),
         "randlora": (P.randlora(rank, rows=alike[0], cols=alike[1]), [alike] * count),
+        "craft": (P.craft(rank, groups=1), [alike] * count),
     }  # fmt: skip
     rng = np.random.default_rng(0)
     for name, (config, shapes) in cases.items():

@@ -22,6 +22,7 @@ from tnadapt.algebra import rng as draws
 from tnadapt.algebra.init import STEP
 from tnadapt.algebra.sources import (
     SOURCES,
+    BaseCore,
     FromBase,
     Given,
     Mixed,
@@ -80,6 +81,10 @@ class TestScaledSeeded(SourceContract):
 
 class TestFromBase(SourceContract):
     sources = (FromBase("rows"), FromBase("cols", vectors=True), FromBase("mode"))
+
+
+class TestBaseCore(SourceContract):
+    sources = (BaseCore(),)
 
 
 class TestGiven(SourceContract):

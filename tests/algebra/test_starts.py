@@ -22,6 +22,7 @@ from tnadapt.testing.verification import examples
 
 P = tna.presets
 FROM_BASE = ("pissa", "milora", "olora")
+STARTING = (*FROM_BASE, "given", "random")
 SHAPES = [(12, 8), (6, 8)]
 LEFT, RIGHT = "group0.split0.factor0", "group0.split0.factor1"
 
@@ -56,7 +57,9 @@ def test_the_usual_start_is_not_written() -> None:
 
 @pytest.mark.parametrize("wrong", ["svd", "", 3, None, ["pissa"]])
 def test_unknown_starts(wrong: Any) -> None:
-    with pytest.raises(tna.ConfigError, match="start must be one of 'zero', 'given', 'pissa', 'milora', 'olora'; got"):
+    with pytest.raises(
+        tna.ConfigError, match="start must be one of 'zero', 'given', 'random', 'pissa', 'milora', 'olora'"
+    ):
         tna.Config(start=wrong)
 
 
@@ -101,6 +104,9 @@ def cases() -> dict[str, tuple[tna.Config, list[tuple[int, int]]]]:
     own = {name: (config.replace(start="given"), shapes) for name, (config, shapes) in examples().items()}
     own["linear"] = P.superlora(2, projection="linear", ratio=0.4, groups=2, start="given"), SHAPES
     own["nonlinear"] = P.superlora(2, projection="nonlinear", start="given"), SHAPES
+    own["random"] = config_of("random", alpha=5), SHAPES
+    own["random, diagonals"] = P.vera(3, start="random"), SHAPES
+    own["random, tied"] = P.share_lora(2, start="random"), SHAPES
     own |= {start: (config_of(start, alpha=5), SHAPES) for start in FROM_BASE}
     own |= {f"{start}, θ": (P.unilora(9, rank=2, start=start), SHAPES) for start in FROM_BASE}
     return own
@@ -134,12 +140,13 @@ def test_jit_finds_the_start_at_zero(start: str) -> None:
 
 
 def test_every_start_is_tested() -> None:
-    assert {"zero", "given", *FROM_BASE} == set(STARTS.built_in)
+    assert {"zero", "given", "random", *FROM_BASE} == set(STARTS.built_in)
 
 
 @pytest.mark.law("fresh-is-zero")
 @given(
-    dtype=st.sampled_from(["float64", "float32", "float16", "bfloat16"]), start=st.sampled_from([*FROM_BASE, "given"])
+    dtype=st.sampled_from(["float64", "float32", "float16", "bfloat16"]),
+    start=st.sampled_from(STARTING),
 )
 def test_the_start_is_zero_in_every_dtype(dtype: str, start: str) -> None:
     pytest.importorskip("torch")
@@ -150,6 +157,20 @@ def test_the_start_is_zero_in_every_dtype(dtype: str, start: str) -> None:
     wide = {name: array.double() for name, array in params.items()}
     # As in merging: x_0 is rounded as in training.
     assert not any(bool(delta.any()) for delta in plan.deltas(wide, dtype))
+
+
+@pytest.mark.law("fresh-is-zero", "first-gradients")
+@pytest.mark.parametrize("name", ["lora", "lokr", "lorta", "vera", "tied_lora"])
+def test_a_random_start_has_no_zero_and_a_gradient_for_every_array(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    config, shapes = examples()[name]
+    plan = tna.SuperLoRA(config.replace(start="random"), shapes)
+    params = {full: array.requires_grad_() for full, array in plan.init("torch", "float64").items()}
+    assert all(bool(array.any()) for array in params.values())
+    update = plan.vector(params)
+    assert not update.any()
+    (update * torch.tensor(np.random.default_rng(0).normal(size=plan.size))).sum().backward()
+    assert all(bool(array.grad.any()) for array in params.values())
 
 
 def test_on_every_library(backend: Backend) -> None:

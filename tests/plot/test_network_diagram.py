@@ -33,7 +33,7 @@ PRESETS = {
     "miss": P.miss(), "lora_fa": P.lora_fa(4), "share_lora": P.share_lora(4), "tied_lora": P.tied_lora(4),
     "vera": P.vera(64), "randlora": P.randlora(384, rows=768, cols=768), "lora_xs": P.lora_xs(8), "svft": P.svft(768),
     "tinylora": P.tinylora(), "unilora": P.unilora(), "nola": P.nola(100),
-    "dora": P.dora(4), "hira": P.hira(4),
+    "dora": P.dora(4), "hira": P.hira(4), "craft": P.craft(16, groups=1),
     "lotr as a train": P.lotr(4, **ALIKE, train=True), "metatt": P.metatt(4), "gralora": P.gralora(4),
 }  # fmt: skip
 

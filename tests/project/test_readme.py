@@ -39,7 +39,7 @@ def test_the_table_s_counts(name: str, arguments: str, count: int) -> None:
         else:
             positional.append(float(value) if "." in value else int(value))
     config = getattr(tna.presets, name)(*positional, **named)
-    assert tna.parameter_count(config, [(768, 768)] * 24) == count
+    assert tna.parameter_count(config, [(768, 768)] * 24, roles="qv" * 12) == count
 
 
 def test_the_table_names_every_preset() -> None:

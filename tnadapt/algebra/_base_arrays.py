@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,7 @@ from tnadapt.backends.blas_threads import one_blas_thread
 from tnadapt.errors import ConfigError, ShapeError
 
 from ._group_plan import GroupPlan
+from .group import Group
 from .rng import PURPOSE
 from .sources import FrozenArray, Stream
 from .starting_points import PREFIX
@@ -61,8 +62,11 @@ def from_base(
                 starts.append(pool.submit(_start, plan, index, base))
                 if len(starts) == _WORKERS:
                     put(starts.popleft().result().items())
-            arrays = pool.map(functools.partial(_computed, base), entries.values())
-            put(zip(entries, arrays, strict=True))
+            # What is computed from the factors comes after them.
+            for late in (False, True):
+                own = {full: entry for full, entry in entries.items() if entry.source.needs_factors == late}
+                factors = _factors(group, found) if late and own else {}
+                put(zip(own, pool.map(functools.partial(_computed, base, factors), own.values()), strict=True))
         for start in starts:
             put(start.result().items())
     return found
@@ -89,8 +93,14 @@ def base_weight(backend: Backend, weight: Any, index: int, shape: tuple[int, int
     return weight
 
 
-def _computed(base: np.ndarray, entry: FrozenArray) -> np.ndarray:
-    return entry.compute(dataclasses.replace(entry.stream, base=base))
+def _factors(group: Group, found: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
+    """Return the frozen factors of a group by their modes."""
+    modes = {full: group.network.mode_of(name) for name, full in group.frozen_names.items()}
+    return {mode: found[full] for full, mode in modes.items() if mode is not None}
+
+
+def _computed(base: np.ndarray, factors: Mapping[int, np.ndarray], entry: FrozenArray) -> np.ndarray:
+    return entry.compute(dataclasses.replace(entry.stream, base=base, factors=factors))
 
 
 def _start(plan: GroupPlan, index: int, base: np.ndarray) -> dict[str, np.ndarray]:

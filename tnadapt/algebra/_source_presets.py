@@ -12,9 +12,10 @@ from tnadapt.errors import ConfigError, integer
 
 from .config import Config
 from .folding import MAX_SIZE
-from .sources import FromBase, Scaled, Seeded, Source, Tied
+from .sources import BaseCore, FromBase, Mixed, Scaled, Seeded, Source, Tied
 
 __all__ = [
+    "craft",
     "lora_fa",
     "lora_xs",
     "nola",
@@ -198,6 +199,44 @@ def svft(rank: int | None = None, *, rows: int | None = None, cols: int | None =
         "factor1": FromBase("cols", vectors=True),
     }
     return _lora(rank, sources, changes, format="cp-weighted")
+
+
+def craft(rank: int = 64, *, weights: int | None = None, **changes: Any) -> Config:
+    """CRAFT: a Tucker decomposition of the base weights, with a trained square matrix per mode (arXiv 2602.17510).
+
+    The weights of a role are a tensor (weights, rows, cols). Its truncated higher-order SVD, ``G ×_0 U_0 ×_1 U_1 ×_2
+    U_2``, is frozen, and ``ΔW = G ×_0 U_0 J_0 ×_1 U_1 J_1 ×_2 U_2 J_2 - G ×_0 U_0 ×_1 U_1 ×_2 U_2``, where the matrices
+    J start at the identity (Dewage et al.).
+
+    Settings: one group per role, that fold, Tucker with core and factors from the base weights, each factor mixed by a
+    trained matrix, ``start="random"``. Parameters: the squares of the three ranks, for each role.
+
+    Parameters
+    ----------
+    rank : int
+        Rank of rows and columns.
+    weights : int, optional
+        Rank of the mode of weights: at most, and by default, the number of weights of a role, or the rank if that is
+        smaller.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> plan = tna.SuperLoRA(craft(rank=16), [(768, 768)] * 24, roles="qv" * 12)
+    >>> plan.num_parameters == 2 * (12**2 + 16**2 + 16**2)
+    True
+    """
+    bases: Source = Mixed(FromBase("mode"))
+    base = {
+        "groups": "role",
+        "fold": ("weights", "rows", "cols"),
+        "order": 3,
+        "format": "tucker",
+        "rank": rank if weights is None else (weights, rank, rank),
+        "sources": {"core": BaseCore(), "factor0": bases, "factor1": bases, "factor2": bases},
+        "start": "random",
+    }
+    return Config.from_dict({**base, **changes})
 
 
 def tinylora(parameters: int = 13, rank: int = 2, **changes: Any) -> Config:

@@ -146,8 +146,8 @@ class Config:
     start : str
         Where training starts. "zero": one array of each term is zero (:mod:`tnadapt.algebra.init`). Any other one
         subtracts, ``ΔW = net(x) - net(x_0)``, and x starts at x_0: "given" for arrays that the caller brings
-        (``SuperLoRA(…, start_from=…)``, ``adapter.start_from(…)``); "pissa", "milora" and "olora" for LoRA's factors
-        computed from the base weight. Adapter files leave out "zero".
+        (``SuperLoRA(…, start_from=…)``, ``adapter.start_from(…)``); "random" for arrays of which none is zero; "pissa",
+        "milora" and "olora" for LoRA's factors computed from the base weight. Adapter files leave out "zero".
 
     Raises
     ------

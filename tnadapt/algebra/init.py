@@ -19,7 +19,8 @@ another one starts as that does; a term with such a zero needs no other.
 a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
 
 **Given starts.** With ``Config.start`` other than "zero", ΔW is ``net(x) - net(x_0)`` in the same way. x_0 consists of
-the arrays that are brought or computed from the base, and of the above for the others. Which arrays are trained does
+the arrays that are brought or computed from the base, and of the above for the others; with "random", without the
+zero. Which arrays are trained does
 not affect it.
 
 **σ** makes the first SGD step change ΔW equally, whatever the rank, order, splits, terms and ρ are. For a white
@@ -140,10 +141,10 @@ class Initializer(FixedArrays):
     def zeros(self) -> frozenset[str]:
         """Names of the arrays and multipliers that are zero: one per term, or none for a nonlinear F.
 
-        Nor is there one if x_0 is computed from the base. Of arrays that are tied, only the group that they belong to
-        lists them.
+        Nor is there one if x_0 is computed from the base or leaves none. Of arrays that are tied, only the group that
+        they belong to lists them.
         """
-        if not self.projection.linear or self.point.needs_base:
+        if not self.projection.linear or self.point.needs_base or not self.point.leaves_zero:
             return frozenset()
         if self._table is None:
             return frozenset(zero.part[1] for zero in self._zero)

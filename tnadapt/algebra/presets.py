@@ -23,6 +23,7 @@ from ._applying_presets import dora, hira
 from ._joint_presets import cara, fact_tk, fact_tt, lorta_cp, lotr, metatt
 from ._map_presets import c3a, fourierft, loca, miss, shira, waveft
 from ._source_presets import (
+    craft,
     lora_fa,
     lora_xs,
     nola,
@@ -41,6 +42,7 @@ __all__ = [
     "c3a",
     "cara",
     "compacter",
+    "craft",
     "dense",
     "dora",
     "fact_tk",

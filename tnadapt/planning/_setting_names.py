@@ -60,11 +60,15 @@ def known_as(config: Config) -> Name:
     >>> print(known_as(tna.presets.lora(8, start="pissa")))
     LoRA r = 8, pissa
     """
+    rank = config.rank
+    if isinstance(rank, int) and config == presets.craft(
+        rank, groups=config.groups, alpha=config.alpha, seed=config.seed, shared=config.shared
+    ):
+        return Name("CRAFT", f"{_groups_label(config)}r = {rank}")
     if config.start != "zero":
         usual = known_as(config.replace(start="zero"))
         return usual._replace(label=f"{usual.label}, {config.start}".removeprefix(", "))
     plain = config.replace(alpha=None, seed=0, shared=True)
-    rank = config.rank
     if plain == presets.dense():
         return Name("dense", "")
     if plain == presets.fastfood(config.ratio):

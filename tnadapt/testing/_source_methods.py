@@ -107,7 +107,17 @@ def _normal_map(size: int, count: int, seed: int, stream: int) -> Float:
     return np.float32(drawn / math.sqrt(size)).astype(np.float64).reshape(size, count)
 
 
+def _craft(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # ΔW = G ×_0 U_0 J_0 ×_1 U_1 J_1 ×_2 U_2 J_2 - G ×_0 U_0 ×_1 U_1 ×_2 U_2, for one tensor of all; Dewage et al.
+    own = {name.removeprefix("group0.split0."): array for name, array in params.items()}
+    bases = [own[f"factor{mode}"] for mode in range(3)]
+    mixed = [base @ own[f"factor{mode}.mix"] for mode, base in enumerate(bases)]
+    formula = "ijk,ai,bj,ck->abc"
+    return list(np.einsum(formula, own["core"], *mixed) - np.einsum(formula, own["core"], *bases))
+
+
 SOURCE_METHODS: dict[str, Method] = {
+    "craft": _craft,
     "lora_fa": each(lora),
     "lora_xs": each(_lora_xs),
     "nola": _nola,

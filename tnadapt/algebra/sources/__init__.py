@@ -14,6 +14,7 @@ from typing import Any
 from tnadapt.errors import ConfigError, TnadaptError, safe_repr
 from tnadapt.plugins import Registry
 
+from ._base_core import BaseCore
 from ._from_base import FromBase
 from ._frozen import FrozenArray, FrozenArrays
 from ._given import Given
@@ -32,6 +33,7 @@ from ._trained import Trained
 __all__ = [
     "OVERSAMPLING",
     "SOURCES",
+    "BaseCore",
     "FromBase",
     "FrozenArray",
     "FrozenArrays",
@@ -65,6 +67,7 @@ SOURCES: Registry[Source] = Registry(
         "trained": Trained,
         "seeded": Seeded,
         "from-base": FromBase,
+        "base-core": BaseCore,
         "given": Given,
         "tied": Tied,
         "scaled": Scaled,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -55,6 +56,8 @@ class Stream:
         The group's base weights, folded to the sizes of its network; only for a source that ``needs_base``.
     mode : int, optional
         The array's mode; see :class:`Place`.
+    factors : mapping of int to ndarray
+        The group's frozen factors without their multipliers, by their modes; only for a source that ``needs_factors``.
     """
 
     seed: int
@@ -63,6 +66,7 @@ class Stream:
     largest: tuple[int, ...] | None = None
     base: np.ndarray | None = dataclasses.field(default=None, compare=False)
     mode: int | None = None
+    factors: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Source:
     needs_base : bool
         Whether :meth:`array` needs the base weights. Plans count without them; arrays need
         :meth:`tnadapt.SuperLoRA.with_base`.
+    needs_factors : bool
+        Whether :meth:`array` also needs the factors of the same split, all of which must be computed from the base.
     brought : bool
         Whether the caller brings the array: ``SuperLoRA(…, given={name: array})``. It is stored in files.
 
@@ -102,6 +108,7 @@ class Source:
 
     trained: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
+    needs_factors: ClassVar[bool] = False
     brought: ClassVar[bool] = False
 
     @property

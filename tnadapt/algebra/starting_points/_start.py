@@ -64,11 +64,14 @@ class Start:
     brought : bool
         Whether the caller may bring x_0, of all arrays or of some: ``SuperLoRA(…, start_from=…)``. It is stored in
         files.
+    leaves_zero : bool
+        Whether one array of each term is zero in x_0, unless it is brought or F is nonlinear.
     """
 
     subtracts: ClassVar[bool] = True
     needs_base: ClassVar[bool] = False
     brought: ClassVar[bool] = False
+    leaves_zero: ClassVar[bool] = True
 
     def check(self, place: StartPlace) -> None:
         """Raise a ConfigError if a group cannot begin like this. Default: any group can."""
