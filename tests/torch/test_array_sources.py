@@ -25,6 +25,7 @@ CONFIGS: dict[str, tna.Config] = {
     "tied_lora": P.tied_lora(2),
     "lora_xs": P.lora_xs(2),
     "svft": P.svft(4),
+    "craft": P.craft(3),
     "tinylora": P.tinylora(3),
     "unilora": P.unilora(16, 2),
     "nola": P.nola(3, 2),
@@ -68,7 +69,7 @@ def inputs() -> tuple[Any, Any]:
 
 def attached(name: str, base: Any, **settings: Any) -> Any:
     # Four weights of 16 × 16.
-    theta = tna.SuperLoRA(CONFIGS[name], [(16, 16)] * 4, [0, 0, 1, 1]).theta
+    theta = tna.SuperLoRA(CONFIGS[name], [(16, 16)] * 4, [0, 0, 1, 1], "qvqv").theta
     brought = {} if theta is None else theta.stand_ins(np.random.default_rng(7))
     return tt.attach(base, CONFIGS[name], given=GIVEN if name == "given" else brought or None, **settings)
 

@@ -73,6 +73,7 @@ CONFIGS = {
     "vera": P.vera(4),
     "randlora": P.randlora(16, rows=32, cols=32),
     "lora_xs": P.lora_xs(3),
+    "craft": P.craft(3),
     "svft": P.svft(8),
     "tinylora": P.tinylora(13),
     "unilora": P.unilora(20, 2),
