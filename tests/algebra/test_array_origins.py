@@ -700,6 +700,7 @@ def test_presets_equal_their_formulas_on_weights_of_several_shapes(
         "share_lora": (P.share_lora(rank), [alike] * count), "tied_lora": (P.tied_lora(rank), [alike] * count),
         "randlora": (P.randlora(rank, rows=alike[0], cols=alike[1]), [alike] * count),
         "craft": (P.craft(rank, groups=1), [alike] * count),
+        "quanta": (P.quanta((2, rank)), [(6 * rank, 4 * rank)] * count),
     }  # fmt: skip
     rng = np.random.default_rng(0)
     for name, (config, shapes) in cases.items():

@@ -33,6 +33,11 @@ class TestBatchedCP(FormatContract):
     kind = FORMATS["cp-batched"]
 
 
+class TestCircuit(FormatContract):
+    kind = FORMATS["circuit"]
+    sizes = (*FormatContract.sizes, (2, 3, 2, 4, 2, 3))
+
+
 def test_every_format_is_tested() -> None:
     tested = {contract.kind for contract in FormatContract.__subclasses__() if hasattr(contract, "kind")}
     assert {FORMATS[name] for name in FORMATS.built_in} <= tested
@@ -49,7 +54,7 @@ def test_the_factor_of_the_leading_mode_starts_at_zero() -> None:
     found = {name: make_format(name, (4, 5, 6), 2).zero for name in FORMATS.built_in}
     assert found == {
         "dense": "dense", "cp": "factor0", "cp-weighted": "factor0", "tucker": "factor0", "tt": "core0",
-        "cp-batched": "factor1",
+        "cp-batched": "factor1", "circuit": "gate0",
     }  # fmt: skip
     # Of partial Tucker, that of the first mode that has one.
     assert make_format("tucker", (4, 5, 6), (None, 2, 3)).zero == "factor1"

@@ -16,7 +16,7 @@ FAMILIES = {
     "compacter": "Compacter", "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA", "waveft": "WaveFT",
     "c3a": "C3A", "miss": "MiSS", "lora_fa": "LoRA-FA", "lora_xs": "LoRA-XS", "nola": "NOLA", "randlora": "RandLoRA",
     "share_lora": "ShareLoRA", "svft": "SVFT", "tied_lora": "Tied-LoRA", "tinylora": "TinyLoRA", "unilora": "Uni-LoRA",
-    "vera": "VeRA", "craft": "CRAFT", "dora": "DoRA", "hira": "HiRA",
+    "vera": "VeRA", "craft": "CRAFT", "quanta": "QuanTA", "dora": "DoRA", "hira": "HiRA",
     # What a mode of a fold means to a model is not in a config.
     "lorta_cp": "SuperLoRA", "fact_tk": "SuperLoRA", "cara": "SuperLoRA", "metatt": "SuperLoRA",
     "gralora": "SuperLoRA",

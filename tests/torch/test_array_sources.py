@@ -26,6 +26,7 @@ CONFIGS: dict[str, tna.Config] = {
     "lora_xs": P.lora_xs(2),
     "svft": P.svft(4),
     "craft": P.craft(3),
+    "quanta": P.quanta((4, 2)),
     "tinylora": P.tinylora(3),
     "unilora": P.unilora(16, 2),
     "nola": P.nola(3, 2),

@@ -74,6 +74,7 @@ CONFIGS = {
     "randlora": P.randlora(16, rows=32, cols=32),
     "lora_xs": P.lora_xs(3),
     "craft": P.craft(3),
+    "quanta": P.quanta((4,)),
     "svft": P.svft(8),
     "tinylora": P.tinylora(13),
     "unilora": P.unilora(20, 2),

@@ -15,9 +15,11 @@ grouped-query attention. The weights must be in the order layer 0 query, layer 0
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
-from tnadapt.errors import ConfigError, integer
+from tnadapt.errors import ConfigError, integer, safe_repr
 
 from ._applying_presets import dora, hira
 from ._joint_presets import cara, fact_tk, fact_tt, lorta_cp, lotr, metatt
@@ -65,6 +67,7 @@ __all__ = [
     "metatt",
     "miss",
     "nola",
+    "quanta",
     "randlora",
     "share_lora",
     "shira",
@@ -252,6 +255,43 @@ def gralora(rank: int = 4, blocks: int = 2, **changes: Any) -> Config:
         "axes": ((0, 1, 3), 2, 4),
         "format": "cp-batched",
         "rank": rank // k,
+    }
+    return _config(own, changes)
+
+
+def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
+    """QuanTA: a circuit of small tensors, each of which acts on two axes of the features (arXiv 2406.00132).
+
+    A few digits index the columns of a weight, and as many its rows. ``ΔW = T_n … T_1 - S_n … S_1``, where each gate T
+    acts on two of the digits, with one gate for every two, and S is T at the start (Chen et al.).
+
+    Settings: one group per weight, fold of the digits of rows and columns, circuit, ``start="random"``. Parameters: for
+    every two axes of sizes a and b, ``a² b²`` for square weights.
+
+    Parameters
+    ----------
+    digits : sequence of int
+        Sizes of all digits but the last one, from the most significant one. The last digit has what is left of the rows
+        and of the columns, which the product of the digits divides: 16, 8 and 6 for 768.
+
+    Examples
+    --------
+    >>> import tnadapt as tna
+    >>> tna.parameter_count(quanta((16, 8)), [(768, 768)]) == (16 * 8) ** 2 + (16 * 6) ** 2 + (8 * 6) ** 2
+    True
+    """
+    if not isinstance(digits, (tuple, list)) or not digits:
+        raise ConfigError(f"digits must be a tuple of sizes, such as (16, 8); got {safe_repr(digits)}")
+    sizes = tuple(integer(f"digits[{place}]", size, 1, MAX_SIZE, ConfigError) for place, size in enumerate(digits))
+    known = math.prod(sizes)
+    own = {
+        "groups": "weight",
+        "order": 2 * len(sizes) + 2,
+        "fold": ("weights", *sizes, f"rows/{known}", *sizes, f"cols/{known}"),
+        "axes": ((0, 1), *range(2, 2 * len(sizes) + 3)),
+        "format": "circuit",
+        "rank": 1,
+        "start": "random",
     }
     return _config(own, changes)
 

@@ -24,7 +24,7 @@ FAMILIES = {
     "shira": "SHiRA", "fourierft": "FourierFT", "loca": "LoCA",
     "waveft": "WaveFT", "c3a": "C3A", "miss": "MiSS", "lora_fa": "LoRA-FA", "share_lora": "ShareLoRA",
     "tied_lora": "Tied-LoRA", "vera": "VeRA", "randlora": "RandLoRA", "lora_xs": "LoRA-XS", "svft": "SVFT",
-    "craft": "CRAFT", "tinylora": "TinyLoRA", "unilora": "Uni-LoRA", "nola": "NOLA",
+    "craft": "CRAFT", "quanta": "QuanTA", "tinylora": "TinyLoRA", "unilora": "Uni-LoRA", "nola": "NOLA",
 }  # fmt: skip
 
 # Presets that need the number of heads or their size.

@@ -65,6 +65,10 @@ def known_as(config: Config) -> Name:
         rank, groups=config.groups, alpha=config.alpha, seed=config.seed, shared=config.shared
     ):
         return Name("CRAFT", f"{_groups_label(config)}r = {rank}")
+    if config.format == "circuit" and isinstance(config.fold, tuple):
+        digits = config.fold[1 : len(config.fold) // 2]
+        if config.replace(alpha=None, seed=0, shared=True) == _made(presets.quanta, digits):
+            return Name("QuanTA", "·".join(map(str, digits)))
     if config.start != "zero":
         usual = known_as(config.replace(start="zero"))
         return usual._replace(label=f"{usual.label}, {config.start}".removeprefix(", "))

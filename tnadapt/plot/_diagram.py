@@ -149,7 +149,8 @@ def diagram(plan: SuperLoRA, group: int = 0) -> Diagram:
         *(2 * (wide(step.note, BOND_POINTS) + 0.2 + _MARGIN) for step in steps),
         wide(words, _STEP_POINTS) + 2 * _MARGIN,
     )
-    kinds = {node.kind for part in splits.parts.values() for node in part.nodes}
+    drawn = [node for part in splits.parts.values() for node in part.nodes]
+    kinds = {node.kind for node in drawn} | ({"frozen"} if any(node.frozen for node in drawn) else set())
     key, top = _key([kind for kind in KINDS if kind in kinds], width)
     bottom = splits.place(width / 2, top - 0.26)
     half = max(splits.inner / 2, 0.4)

@@ -15,7 +15,8 @@ RADIUS, BOND_POINTS = 0.21, 7.5
 # Widths, at font size 1, of letters that are narrower or wider than a digit.
 _EM = dict.fromkeys(" ,.:;()'ijlftrI|", 0.36) | dict.fromkeys("×=→⋯⊗⊙·mwMW–−", 0.88)
 
-# Each kind of node: its letter in the picture and its text in the key.
+# Each kind of node: its letter in the picture and its text in the key. "frozen" is in the key alone, for nodes of any
+# kind.
 KINDS = {
     "factor": ("A", "factor"),
     "core": ("C", "core"),
@@ -24,6 +25,7 @@ KINDS = {
     "dense": ("D", "dense array"),
     "array": ("T", "array"),
     "dot": ("", "one index on all its lines"),
+    "frozen": ("", "frozen, not trained"),
 }
 
 #: Left, bottom, right and top.
@@ -46,6 +48,8 @@ class Node:
         Number of elements; 0 for a dot.
     x, y, width, height : float
         Center, full width and full height.
+    frozen : bool
+        Whether nothing of the array is trained.
     """
 
     name: str
@@ -56,9 +60,10 @@ class Node:
     y: float
     width: float = 2 * RADIUS
     height: float = 2 * RADIUS
+    frozen: bool = False
 
     @property
-    def trained(self) -> bool:
+    def is_array(self) -> bool:
         """Whether the node is an array rather than a dot."""
         return self.kind != "dot"
 

@@ -72,8 +72,8 @@ def network(
     -----
     A node is an array, named as in ``param_shapes`` (:math:`A_0` is ``factor0``). A line between two nodes is an index
     that is summed over, with its size; an open line is a mode. A dot gives all its lines the same index, as in a CP
-    factorization of rank r. Only one of several terms is drawn. Of more than ten modes or five splits, only the first
-    few and the last are drawn.
+    factorization of rank r. A dashed outline marks an array of which nothing is trained. Only one of several terms is
+    drawn. Of more than ten modes or five splits, only the first few and the last are drawn.
 
     Examples
     --------
@@ -136,13 +136,19 @@ def _line(axes: Any, start: tuple[float, float], stop: tuple[float, float]) -> N
     axes.add_patch(PathPatch(Path(points, codes), facecolor="none", edgecolor=INK, linewidth=1.2, zorder=2))
 
 
-def _shape(kind: str, x: float, y: float, width: float, height: float) -> Any:
+def _shape(kind: str, x: float, y: float, width: float, height: float, frozen: bool = False) -> Any:
     from matplotlib.patches import Circle, FancyBboxPatch, Polygon
 
     style: dict[str, Any] = {"edgecolor": INK, "linewidth": 1.0, "zorder": 3}
     if kind == "dot":
         return Circle((x, y), width / 2, facecolor=INK, **style)
-    style["facecolor"] = _lighter(_COLOURS[kind])
+    if kind == "frozen":
+        kind, frozen = "array", True
+        style["facecolor"] = "white"
+    else:
+        style["facecolor"] = _lighter(_COLOURS[kind], 0.85 if frozen else 0.35)
+    if frozen:
+        style["linestyle"] = (0, (3, 2))
     if kind == "factor":
         return Circle((x, y), width / 2, **style)
     if kind == "weights":
@@ -155,7 +161,7 @@ def _shape(kind: str, x: float, y: float, width: float, height: float) -> Any:
 
 
 def _node(axes: Any, node: Node, x: float, y: float) -> None:
-    axes.add_patch(_shape(node.kind, x + node.x, y + node.y, node.width, node.height))
+    axes.add_patch(_shape(node.kind, x + node.x, y + node.y, node.width, node.height, node.frozen))
     if node.symbol:
         axes.text(x + node.x, y + node.y, node.symbol, ha="center", va="center", fontsize=9.5, color=INK, zorder=4)
 

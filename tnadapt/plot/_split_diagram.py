@@ -40,6 +40,7 @@ class _Split:
         prefix, split = network.prefixes[0][k], _drawn(network.splits[k])
         full_names = {**group.names, **group.frozen_names}
         self.names = {name: full_names[prefix + name] for name in split.shapes}
+        self.frozen = {full for name, full in group.frozen_names.items() if name not in group.multiplied}
         self.shapes = split.shapes
         self.dot = next(iter(self.names.values())).rpartition(".")[0] + ".dot"
         self.sizes = split.sizes
@@ -88,7 +89,8 @@ class _Split:
             str(list(self.names).index(name)) if kind == "array" else name.removeprefix("factor").removeprefix("core")
         )
         symbol = f"${letter}_{{{index}}}$" if index.isdigit() else f"${letter}$"
-        self.nodes.append(Node(self.names[name], kind, symbol, math.prod(self.shapes[name]), x, y, width))
+        full, size = self.names[name], math.prod(self.shapes[name])
+        self.nodes.append(Node(full, kind, symbol, size, x, y, width, frozen=full in self.frozen))
 
     def leg(self, name: str, mode: int, size: int, top: float) -> None:
         x, bottom = self.middles[mode], -RADIUS - _LEG
@@ -228,7 +230,8 @@ def _network(split: _Split) -> None:
     """Lay out any network from its formula: arrays in a row, each above its modes, joined by bonds.
 
     Neighbors are joined by straight lines. Bonds that pass over other arrays run above them, each at a different
-    height. An index on more than two arrays gets a dot above them, and so does a mode on more than one.
+    height. An index on more than two arrays gets a dot above them, and so does a mode on more than one, or on one
+    in another column.
     """
     formula = Formula.parsed(split.format.formula, len(split.shapes), len(split.sizes))
     size = formula.sizes(list(split.shapes.values()))
@@ -239,7 +242,8 @@ def _network(split: _Split) -> None:
     column: dict[str, float] = {}
     bonds = [index for index in size if index not in mode_of]
     labels = [wide(f"{size[index]:,}", BOND_POINTS) for index in bonds]
-    split.columns(lambda mode: 2 * RADIUS + 0.2 + max([0.0, *labels]))
+    pitch = max(_PITCH, 2 * RADIUS + 0.2 + max([0.0, *labels]))
+    split.columns(lambda mode: pitch)
     for name, own in zip(names, formula.inputs, strict=True):
         for index in own:
             mode = None if index in shared else mode_of.get(index)
@@ -249,8 +253,8 @@ def _network(split: _Split) -> None:
         else:
             if any(index in mode_of for index in own):
                 continue  # all its modes are omitted
-            column[name] = split.width + _PITCH / 2
-            split.width += _PITCH
+            column[name] = split.width + pitch / 2
+            split.width += pitch
     for name, x in column.items():
         split.node(name, "array", x, 0.0)
     drawn = set[int]()
@@ -259,13 +263,17 @@ def _network(split: _Split) -> None:
             mode = mode_of.get(index)
             if name not in column or mode is None or mode not in split.middles or mode in drawn or index in shared:
                 continue
+            if split.middles[mode] != column[name]:
+                shared.add(index)
+                continue
             drawn.add(mode)
             split.leg(name, mode, size[index], -RADIUS)
     level = 0
+    crossing = sorted(split.middles[mode_of[index]] for index in shared if mode_of[index] in split.middles)
     for index in bonds:
         on = [name for name, own in zip(names, formula.inputs, strict=True) if index in own and name in column]
         level += _bond(split, [split.names[name] for name in on], sorted(column[name] for name in on), size[index],
-                       sorted(column.values()), level)  # fmt: skip
+                       sorted(column.values()), level, crossing)  # fmt: skip
     for index in sorted(shared, key=mode_of.__getitem__):
         if mode_of[index] in split.middles:
             on = [name for name, own in zip(names, formula.inputs, strict=True) if index in own and name in column]
@@ -286,19 +294,29 @@ def _shared_mode(split: _Split, names: list[str], ends: list[float], mode: int, 
     split.labels.append(Label(f"{size:,}", x, bottom - 0.1, _LEG_POINTS))
 
 
-def _bond(split: _Split, names: list[str], ends: list[float], size: int, columns: list[float], level: int) -> int:
-    """Draw one summed index; return 1 if it runs above the nodes, else 0."""
+def _bond(
+    split: _Split,
+    names: list[str],
+    ends: list[float],
+    size: int,
+    columns: list[float],
+    level: int,
+    crossing: list[float],
+) -> int:
+    """Draw one summed index; return 1 if it runs above the nodes, else 0. ``crossing`` is where legs cross it."""
     text = f"{size:,}"
     if len(ends) < 2:
         return 0  # the other end is omitted, or only one array has the index
     between = [x for x in columns if ends[0] < x < ends[-1]]
+    crossed = [x for x in crossing if ends[0] < x < ends[-1]]
     straight = any(
         {*bond.ends} == {names[0], names[-1]} for bond in split.bonds
     )  # a second bond between the same two arrays runs above the first
     if len(ends) == 2 and not between and not straight:
         line = ((ends[0] + RADIUS, 0.0), (ends[1] - RADIUS, 0.0))
         split.bonds.append(Bond((names[0], names[1]), size, line))
-        split.labels.append(Label(text, (ends[0] + ends[1]) / 2, 0.11))
+        middle = (ends[0] + RADIUS + crossed[0]) / 2 if crossed else (ends[0] + ends[1]) / 2
+        split.labels.append(Label(text, middle, 0.11))
         return 0
     height = RADIUS + _FIRST_OVER + _OVER * level
     if len(ends) == 2:
@@ -312,7 +330,8 @@ def _bond(split: _Split, names: list[str], ends: list[float], size: int, columns
             Bond((dot, name), size, ((x, height), (end, RADIUS))) for name, end in zip(names, ends, strict=True)
         ]
     # The label is offset from a dot, so that the lines that meet there do not cross it.
-    split.labels.append(Label(text, sum(ends) / len(ends), height + (0.09 if len(ends) == 2 else 0.15)))
+    middle = (ends[0] + min([*crossed, *between])) / 2 if crossed else sum(ends) / len(ends)
+    split.labels.append(Label(text, middle, height + (0.09 if len(ends) == 2 else 0.15)))
     return 1
 
 

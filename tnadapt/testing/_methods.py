@@ -17,7 +17,7 @@ import numpy as np
 from tnadapt.algebra.config import Config
 
 from ._map_methods import MAP_METHODS
-from ._method_forms import Float, Method, Named, Params, Shapes, alpha_over_rank, each, lora
+from ._method_forms import Float, Method, Named, Params, Shapes, alpha_over_rank, each, each_shape, lora
 from ._reference import project
 from ._source_methods import SOURCE_METHODS
 
@@ -146,6 +146,34 @@ def _gralora(p: Named, config: Config) -> Float:
     return scale * np.block([[b[k * i + j] @ a[k * i + j].T for j in range(k)] for i in range(k)])
 
 
+def _gates(p: Named, config: Config, shape: tuple[int, int]) -> Float:
+    # T_n … T_1 as matrices, each T ⊗ 1 after the digits are reordered; Chen et al.
+    assert isinstance(config.fold, tuple)
+    axes = len(config.fold) // 2
+    known = [size for size in config.fold[1:axes] if isinstance(size, int)]
+    dims = [*known, shape[1] // math.prod(known)]
+    total: Float = np.eye(math.prod(dims))
+    pairs = [(k, j) for k in range(axes) for j in range(k + 1, axes)]
+    for number, pair in enumerate(pairs):
+        gate = p(f"split0.gate{number}")
+        order = np.moveaxis(np.arange(math.prod(dims)).reshape(dims), pair, range(2)).reshape(-1)
+        inner = math.prod(dims[axis] for axis in pair)
+        lifted = np.kron(gate.reshape(-1, inner), np.eye(math.prod(dims) // inner)) @ total[order]
+        for axis, size in zip(pair, gate.shape, strict=False):
+            dims[axis] = size
+        place = np.moveaxis(np.arange(math.prod(dims)).reshape(dims), pair, range(2)).reshape(-1)
+        total = np.empty_like(lifted)
+        total[place] = lifted
+    return total
+
+
+def _quanta(params: Params, config: Config, shapes: Shapes) -> list[Float]:
+    # ΔW = T_n … T_1 - S_n … S_1, where S is T at the start; Chen et al.
+    begun = {name.removeprefix("begun."): array for name, array in params.items() if name.startswith("begun.")}
+    now, then = (each_shape(_gates)(own, config, shapes) for own in (params, begun))
+    return [one - other for one, other in zip(now, then, strict=True)]
+
+
 METHODS: dict[str, Method] = {
     "dense": each(_dense),
     "lora": each(lora),
@@ -162,6 +190,7 @@ METHODS: dict[str, Method] = {
     "fact_tk": _fact_tk,
     "cara": _heads_cp,
     "metatt": _metatt,
+    "quanta": _quanta,
     "gralora": each(_gralora),
     "compacter": each(_compacter),
     **SOURCE_METHODS,

@@ -22,6 +22,7 @@ from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.maps import KINDS, Map, Recipe, input_length, make_map, make_map_on_weights
 from tnadapt.errors import ConfigError
 
+from ._reference_circuit import circuit, circuit_count
 from ._reference_maps import LINEAR_PARTS, matrix_of, tanhshrink
 
 __all__ = ["count", "deltas", "positions", "project"]
@@ -239,6 +240,8 @@ def _split(config: Config, kind: str, own: Params, sizes: tuple[int, ...]) -> Fl
         inputs = [core, *(modes[m] + ranks[m] for m in present)]
         operands = [own["core"], *(own[f"factor{m}"] for m in present)]
         return np.asarray(np.einsum(",".join(inputs) + "->" + modes, *operands, optimize=True))
+    if kind == "circuit":
+        return circuit(own, sizes)
     if kind != "tt":
         raise ConfigError(f"format {kind!r} has no reference implementation")
     inputs = [ranks[m] + modes[m] + ranks[m + 1] for m in range(order)]
@@ -298,6 +301,8 @@ def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:
         ranks = [rank] * order if isinstance(rank, int) else list(rank)
         cut = [d if r is None else min(r, d) for r, d in zip(ranks, sizes, strict=True)]
         return math.prod(cut) + sum(d * r for d, r, given in zip(sizes, cut, ranks, strict=True) if given is not None)
+    if kind == "circuit":
+        return circuit_count(sizes)
     if kind != "tt":
         raise ConfigError(f"format {kind!r} has no reference count")
     wanted = [rank] * (order - 1) if isinstance(rank, int) else list(rank)

@@ -196,6 +196,7 @@ def examples() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         "metatt": presets.metatt(2, layers=2, rows=12, cols=8, alpha=3),
         "gralora": presets.gralora(4, blocks=2, alpha=3),
         "compacter": presets.compacter(1, terms=2),
+        "quanta": presets.quanta((2, 2)),
         "craft": presets.craft(3, groups=1),
         "lora_fa": presets.lora_fa(3, alpha=6),
         "lora_xs": presets.lora_xs(3),

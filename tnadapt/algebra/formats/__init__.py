@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from tnadapt.plugins import Registry
 
 from ._batched_cp import BatchedCP
+from ._circuit import Circuit
 from ._contraction import Contraction, Formula, letters
 from ._cp import CP, WeightedCP
 from ._dense import Dense
@@ -29,6 +30,7 @@ __all__ = [
     "FORMATS",
     "Axes",
     "BatchedCP",
+    "Circuit",
     "Contraction",
     "Dense",
     "Format",
@@ -58,6 +60,7 @@ FORMATS: Registry[Format] = Registry(
         "tucker": Tucker,
         "tt": TensorTrain,
         "cp-batched": BatchedCP,
+        "circuit": Circuit,
     },
 )
 
