@@ -81,6 +81,11 @@ class ParameterPlan(GroupPlan):
         """Add what is computed from the base weights and this plan lacks, in place, from a plan that has it.
 
         For an adapter that uses the plan already. What the plan has stays as it is.
+
+        Parameters
+        ----------
+        other : SuperLoRA
+            A plan of the same config and shapes, such as :meth:`with_base` returns.
         """
         own = self.given
         self._given.update({name: array for name, array in other.given.items() if name not in own})
@@ -95,6 +100,11 @@ class ParameterPlan(GroupPlan):
         ----------
         arrays : mapping of str to array
             Of any library, for some or all names in ``array_shapes``. The others start as usual.
+
+        Returns
+        -------
+        SuperLoRA
+            A new plan, with the given and base arrays of this one.
 
         Raises
         ------
