@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tnadapt.maps import CenteredWavelet, Circulant, Gather, Scatter, SignGather, Tied, Tile, TorchScatter, Wavelet
+from tnadapt.maps import (
+    CenteredWavelet,
+    Circulant,
+    Gather,
+    Scatter,
+    SignGather,
+    TiedElements,
+    Tile,
+    TorchScatter,
+    Wavelet,
+)
 
 from tnadapt import ConfigError
 from tnadapt.algebra.maps import KINDS, MAPS, BroughtMap, Map
@@ -59,7 +69,7 @@ class _Brought(MapContract):
 
 class TestTied(_Brought):
     kind = MAPS["tied"]
-    settings = (Tied(), Tied(normalized=True))
+    settings = (TiedElements(), TiedElements(normalized=True))
 
 
 class TestGivenMatrix(_Brought):

@@ -21,7 +21,7 @@ from tnadapt.testing import _reference_maps as reference_maps
 
 P = tna.presets
 SHAPES = [(6, 4), (5, 4), (6, 4)]
-NORMALIZED = tna.maps.Tied(normalized=True)
+NORMALIZED = tna.maps.TiedElements(normalized=True)
 MAPS = ("one-hot", "signed-one-hot", "normal", "linear", ("shuffle", "one-hot"), "tied", NORMALIZED, "given")
 SCOPES = ("plan", "group", "array")
 before = pytest.mark.parametrize("name", MAPS)
@@ -126,7 +126,7 @@ def test_a_large_normal_map_is_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) 
 @given(st.integers(1, 12), st.lists(st.integers(0, 11), min_size=1, max_size=80), st.booleans())
 def test_the_adjoint_of_tied_elements_sums_those_of_one_index(n_in: int, index: list[int], normalized: bool) -> None:
     index = [number % n_in for number in index]
-    found = make_map(tna.maps.Tied(normalized), n_in, len(index))
+    found = make_map(tna.maps.TiedElements(normalized), n_in, len(index))
     assert isinstance(found, BroughtMap)
     found.bring(np.array(index, np.float32))
     y = np.random.default_rng(0).normal(size=(2, len(index)))

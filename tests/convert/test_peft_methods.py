@@ -228,7 +228,7 @@ OURS: dict[str, tuple[tna.Config, str, Shapes]] = {
     "shira, given": (tna.presets.shira(3, (5, 90, 1), alpha=2), "shira", SHAPES),
     "c3a": (tna.presets.c3a(6, alpha=2), "c3a", SIXES),
     "unilora": (
-        tna.presets.lora(3, before=tna.maps.Tied(normalized=True), parameters=9, offset=False, alpha=2),
+        tna.presets.lora(3, before=tna.maps.TiedElements(normalized=True), parameters=9, offset=False, alpha=2),
         "unilora", SHAPES,
     ),
     "one-hot": (tna.presets.lora(3, before="one-hot", parameters=9, offset=False), "unilora", SHAPES),

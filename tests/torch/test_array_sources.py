@@ -36,7 +36,7 @@ CONFIGS: dict[str, tna.Config] = {
     "θ and a nonlinear F": P.superlora(2, projection="nonlinear", ratio=0.5, before="linear", parameters=9),
     "θ of tied arrays": P.share_lora(2, before="one-hot", parameters=7),
     "θ of diagonals": P.vera(3, before="normal", parameters=5),
-    "θ by index": P.lora(2, before=tna.maps.Tied(normalized=True), parameters=11),
+    "θ by index": P.lora(2, before=tna.maps.TiedElements(normalized=True), parameters=11),
     "θ by matrix": P.lora(2, before="given", parameters=4, scope="group"),
     "given": P.lora(2, sources={"factor0": Given(shared=True)}),
     "hadamard": P.loha(2, sources={"split0.factor1": Seeded("signs")}),

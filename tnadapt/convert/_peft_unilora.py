@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.maps import Tied
+from tnadapt.algebra.maps import TiedElements
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
@@ -95,7 +95,7 @@ class PeftUniLora(PeftMethod):
         elif np.max(np.abs(scale / expected - 1.0)) > _ROUNDING:
             why = "its scales are not 1 / sqrt of the number of elements that share one, in float32"
         else:
-            config = Config(rank=rank, before=Tied(normalized=True), parameters=theta.size, offset=False)
+            config = Config(rank=rank, before=TiedElements(normalized=True), parameters=theta.size, offset=False)
             content.dtypes.add("float32")  # the factors are not rounded to the dtype of the stored θ
             return OwnStructure(targets, config, {"theta": theta}, {"theta.index": index.astype(np.float64)}, updates)
         return OwnStructure(targets, updates=updates, notes=(_NOTE.format(why, theta.size, index.size),))

@@ -38,7 +38,7 @@ from ._per_weight import PerWeight
 from ._scatter import Scatter
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, tanhshrink
-from ._tied import Tied
+from ._tied_elements import TiedElements
 from ._tile import Tile
 from ._torch_scatter import TorchScatter
 from ._wavelet import Wavelet
@@ -64,7 +64,7 @@ __all__ = [
     "Shuffle",
     "SignGather",
     "Space",
-    "Tied",
+    "TiedElements",
     "Tile",
     "TorchScatter",
     "Wavelet",

@@ -18,7 +18,7 @@ from ._one_hot import OneHot, SignedOneHot
 from ._scatter import ScatterMap
 from ._shuffle import Shuffle
 from ._tanhshrink import Nonlinear, NonlinearV2
-from ._tied import TiedMap
+from ._tied_elements import TiedMap
 from ._tile import TileMap
 from ._torch_scatter import TorchScatterMap
 from ._wavelet import WaveletMap

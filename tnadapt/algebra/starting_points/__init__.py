@@ -13,8 +13,8 @@ from ._brought_start import BroughtStart
 from ._milora import MiLoRA
 from ._olora import OLoRA
 from ._pissa import PiSSA
-from ._random_start import RandomStart
 from ._start import PREFIX, Start, StartPlace
+from ._start_without_zero import RandomStart
 from ._zero_start import ZeroStart
 
 __all__ = ["PREFIX", "STARTS", "Start", "StartPlace", "register_start", "starting_point"]

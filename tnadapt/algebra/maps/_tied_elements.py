@@ -1,4 +1,4 @@
-"""Tied elements: each element of the output is the element of the input that a given index names."""
+"""TiedElements elements: each element of the output is the element of the input that a given index names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tnadapt.errors import ConfigError, safe_repr
 from ._brought import BroughtMap
 from ._map_settings import MapSettings
 
-__all__ = ["Tied", "TiedMap"]
+__all__ = ["TiedElements", "TiedMap"]
 
 # The index is stored in float32, which holds the integers up to this one.
 _MOST = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
-class Tied(MapSettings):
+class TiedElements(MapSettings):
     """Each trained element is an element of θ, which a given index names: ``a[i] = a_start[i] + θ[index[i]]``.
 
     For ``Config.before`` only. The plan takes the index as ``given={"theta.index": index}``, integers from 0 to
@@ -54,7 +54,7 @@ class Tied(MapSettings):
 
     def __post_init__(self) -> None:
         if not isinstance(self.normalized, bool):
-            raise ConfigError(f"Tied's normalized must be True or False; got {safe_repr(self.normalized)}")
+            raise ConfigError(f"TiedElements's normalized must be True or False; got {safe_repr(self.normalized)}")
         super().__post_init__()
 
 
@@ -62,8 +62,8 @@ class TiedMap(BroughtMap):
     """``y[i] = c[index[i]] x[index[i]]``, where c is 1, or 1 / sqrt of the number of outputs with the index."""
 
     kind = "tied"
-    settings_class = Tied
-    settings: Tied
+    settings_class = TiedElements
+    settings: TiedElements
     brings = "index"
     fixed = ("index",)
 
