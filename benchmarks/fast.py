@@ -29,6 +29,7 @@ RESULTS = HERE / "results" / "fast"
 PARTS = {
     "fwht": ("the Hadamard transform", 2),
     "fastfood": ("the linear F", 2),
+    "fourier": ("the Fourier transform of FourierFT", 2),
     "steps": ("training steps against PEFT and LyCORIS", 2),
     "memory": ("peak memory of a training step", 2),
     "strategies": ("how a layer applies its update", 2),

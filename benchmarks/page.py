@@ -27,6 +27,10 @@ WHAT = {
         "Of random numbers, not normalized; out of place, like the public function.",
     ),
     "fastfood": ("The linear F", "Fastfood: two transforms, a permutation, a gain and signs; and its adjoint."),
+    "fourier": (
+        "The Fourier transform of FourierFT",
+        "The map `dft2` by the library's own FFT, compared with the products with cosines and sines, in float32.",
+    ),
     "steps": (
         "A training step",
         "Forward, loss, backward and optimiser step, compared with PEFT's LoRA of rank 4 in the same round. ViT-base: "

@@ -642,19 +642,3 @@ def test_many_given_positions_fit_into_a_file_and_not_into_a_message(tmp_path: A
     assert repr(plan.groups[0].projection) == (
         "Projection('scatter(size=8000, positions=(8000 given))', n_in=8000, n_out=160000, seed=0, group=0)"
     )
-
-
-@pytest.mark.parametrize("shape", [(66, 128), (131, 96), (70, 81), (64, 67)])
-def test_long_fourier_transforms_in_two_steps(
-    shape: tuple[int, int], backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tnadapt.algebra.maps._dft._SHORT", 64)
-    x = np.random.default_rng(0).normal(size=(2, math.prod(shape)))
-    f = tna.Projection.on_weights("dft2", [shape])
-    expected = np.fft.ifft2(x.reshape(2, *shape), axes=(1, 2)).real.reshape(2, -1)
-    theirs = backend.asarray(x, "float64")
-    assert relative_error(backend.to_numpy(f(theirs)), expected) < 1e-12
-    assert relative_error(backend.to_numpy(f.adjoint(theirs)), expected) < 1e-12  # its matrix is symmetric
-    assert relative_error(backend.to_numpy(f.slice(theirs, 100, 777)), expected[:, 100:777]) < 1e-12
-    dense = 2 * math.prod(shape) * sum(shape)
-    assert f.map.cost() < dense or shape == (64, 67)  # no side of which is long and has two factors

@@ -31,6 +31,7 @@ PRESETS = {
     "fact_tk": P.fact_tk(2, **FOUR),
     "cara": P.cara(2, heads=2, **FOUR),
     "compacter": P.compacter(1, terms=1),
+    "fourierft": P.fourierft(5),
     **{f"F {kind}": P.superlora(1, projection=kind, ratio=1.0 if kind in SQUARE else 0.3) for kind in KINDS},
 }
 

@@ -15,7 +15,7 @@ from tests.conftest import BENCHMARKS
 
 pytest.importorskip("torch")
 
-PARTS = ("fwht", "fastfood", "steps", "memory", "strategies", "growth", "slices", "startup", "gpu")
+PARTS = ("fwht", "fastfood", "fourier", "steps", "memory", "strategies", "growth", "slices", "startup", "gpu")
 
 pytestmark = [
     pytest.mark.slow,

@@ -91,7 +91,7 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
     ...     def __init__(self):
     ...         super().__init__(array_api_strict)
     ...     def lacks(self, x):
-    ...         return frozenset({"gradient", "fwht", "fastfood", "shuffle"})
+    ...         return frozenset({"gradient", "fwht", "fastfood", "shuffle", "dft2"})
     >>> register_backend("array_api_strict", Strict)
     >>> tna.fwht(array_api_strict.asarray([1.0, 2.0]), normalize=False)
     Array([ 3., -1.], dtype=array_api_strict.float64)

@@ -13,6 +13,7 @@ import numpy as np
 
 from tnadapt.errors import BackendError
 
+from ._dft2 import FFT_DTYPES, dft2_by_fft
 from ._kernels.gpu.cuda_launcher import OPTIONS, CudaLauncher, Drawn, source
 from .backend import OPTIONAL, Array, Backend, Map
 
@@ -47,7 +48,7 @@ class CupyBackend(Backend):
         return np.asarray(cupy.asnumpy(x))
 
     def lacks(self, x: Array) -> frozenset[str]:
-        return frozenset(OPTIONAL if cupy.cuda.runtime.is_hip else {"gradient"})
+        return frozenset(set(OPTIONAL) - {"dft2"} if cupy.cuda.runtime.is_hip else {"gradient"})
 
     def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         if not _has_kernels(x):
@@ -70,6 +71,9 @@ class CupyBackend(Backend):
             return None
         rows, _ = _rows(x)
         return _LAUNCHER.shuffle(rows, seed, group, inverse).reshape(x.shape)
+
+    def dft2(self, x: Array, fallback: Map) -> Array | None:
+        return dft2_by_fft(self.xp, x) if self.dtype_name(x) in FFT_DTYPES and x.size else None
 
     def _device(self, device: Any) -> Any:
         if device is None:

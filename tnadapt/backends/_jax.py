@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 
 from tnadapt.errors import BackendError
 
-from .backend import Array, Backend
+from ._dft2 import FFT_DTYPES, dft2_by_fft
+from .backend import Array, Backend, Map
 
 
 class JaxBackend(Backend):
@@ -73,6 +75,9 @@ class JaxBackend(Backend):
     def lacks(self, x: Array) -> frozenset[str]:
         return frozenset({"fwht", "fastfood", "shuffle"})
 
+    def dft2(self, x: Array, fallback: Map) -> Array | None:
+        return _dft2(x) if self.dtype_name(x) in FFT_DTYPES and x.size else None
+
     def double_precision(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = jax.enable_x64(True)
         return context
@@ -84,3 +89,7 @@ class JaxBackend(Backend):
 
     def zeros(self, shape: Any, like: Array) -> Array:
         return jnp.zeros(tuple(shape), dtype=like.dtype, device=self.device(like))
+
+
+# One program instead of eight: JAX takes longer to call an operation than to transform a small matrix.
+_dft2 = jax.jit(functools.partial(dft2_by_fft, jnp))

@@ -11,6 +11,7 @@ import numpy as np
 
 from tnadapt.errors import BackendError
 
+from ._dft2 import FFT_DTYPES, dft2_in_chunks
 from ._kernels import kernels
 from ._kernels.thin_product import thin_product
 from .backend import Array, Backend, Map
@@ -65,6 +66,10 @@ class NumpyBackend(Backend):
         if compiled is None or not compiled.takes(draws.padded):
             return None
         return compiled.linear(x, draws, n_in, adjoint)
+
+    def dft2(self, x: Array, fallback: Map) -> Array | None:
+        ours = type(x) in (np.ndarray, np.memmap) and self.dtype_name(x) in FFT_DTYPES and x.size > 0
+        return dft2_in_chunks(self.xp, x, np.empty_like) if ours else None
 
 
 @functools.cache

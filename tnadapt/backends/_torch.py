@@ -13,6 +13,7 @@ from tnadapt.errors import BackendError
 
 from . import _torch_gpu as torch_gpu
 from ._kernels import kernels
+from ._torch_dft2 import dft2
 from ._torch_kernels import fastfood, hadamard
 from .backend import OPTIONAL, Array, Backend, FixedArrays, Map
 
@@ -113,7 +114,8 @@ class TorchBackend(Backend):
         if torch_gpu.there_are_kernels(x):
             return torch_gpu.lacking()
         compiled = {"fwht": "walsh", "fastfood": "fastfood"} if x.device.type == "cpu" else {}
-        return frozenset(set(OPTIONAL) - {"gradient"} - {name for name, part in compiled.items() if kernels(part)})
+        there = {"gradient", "dft2", *(name for name, part in compiled.items() if kernels(part))}
+        return frozenset(set(OPTIONAL) - there)
 
     def fwht(self, x: Array, scale: float, axis: int, fallback: Map) -> Array | None:
         kernel = torch_gpu.fwht if torch_gpu.there_are_kernels(x) else hadamard
@@ -125,6 +127,9 @@ class TorchBackend(Backend):
 
     def shuffle(self, x: Array, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
         return torch_gpu.shuffle(x, seed, group, inverse, fallback) if torch_gpu.there_are_kernels(x) else None
+
+    def dft2(self, x: Array, fallback: Map) -> Array | None:
+        return dft2(x, fallback)
 
 
 def _missing(root: Array, x: Array) -> Array:

@@ -22,7 +22,7 @@ Map = Callable[[Array], Array]
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 #: Methods of a backend that may return None, if :meth:`Backend.lacks` lists them.
-OPTIONAL = ("gradient", "fwht", "fastfood", "shuffle")
+OPTIONAL = ("gradient", "fwht", "fastfood", "shuffle", "dft2")
 
 
 class FixedArrays:
@@ -295,6 +295,10 @@ class Backend:
 
     def shuffle(self, x: Array, seed: int, group: int, inverse: bool, fallback: tuple[Map, Map]) -> Array | None:
         """Permute the last axis of x by the fixed permutation of its length, or by its inverse."""
+        return None
+
+    def dft2(self, x: Array, fallback: Map) -> Array | None:
+        """Compute ``Re(ifft2(x))`` of the real matrices in the last two axes by an FFT; this map is its own adjoint."""
         return None
 
     # -- Used by the checks of the laws ------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tnadapt.algebra.maps import Linear, LinearV2, Shuffle
+from tnadapt.algebra.maps import Dft2, Linear, LinearV2, Shuffle
 from tnadapt.algebra.maps.walsh_hadamard import fwht_plain
 from tnadapt.backends import Backend, get_backend
 from tnadapt.backends.backend import FLOAT_DTYPES, OPTIONAL, Array, FixedArrays
@@ -219,3 +219,16 @@ class BackendContract:
             found = b.shuffle(x, 5, 0, inverse, fallback=(plain, plain))
             if self._found("shuffle", found) is not None:
                 self._same(found, b.to_numpy(plain(x)))
+
+    def test_the_fft_of_dft2(self) -> None:
+        b = self.backend
+        for rows, cols in ((1, 1), (1, 2), (3, 1), (4, 6), (5, 7)):
+            f = Dft2(rows * cols, rows * cols, shape=(rows, cols))
+            x = self._arange(2, rows, cols)
+
+            def plain(x: Array, f: Dft2 = f) -> Array:
+                return b.reshape(f.forward_plain(b, b.reshape(x, (2, f.n_in))), x.shape)
+
+            found = self._found("dft2", b.dft2(x, plain))
+            self._equal(found, plain(x))
+            assert found is None or tuple(found.shape) == (2, rows, cols)

@@ -15,6 +15,7 @@ from ._brought import BroughtMap
 from ._centered_wavelet import CenteredWavelet
 from ._chain import Chain
 from ._circulant import Circulant
+from ._dft import Dft2
 from ._gather import Gather, SignGather
 from ._linear import Linear, LinearV2
 from ._map import Map, Space
@@ -52,6 +53,7 @@ __all__ = [
     "CenteredWavelet",
     "Chain",
     "Circulant",
+    "Dft2",
     "Gather",
     "Linear",
     "LinearV2",
