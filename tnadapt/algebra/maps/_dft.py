@@ -16,6 +16,10 @@ from ._two_sided import TwoSided
 
 __all__ = ["Dft2"]
 
+# How many operations of a matrix product take as long as one of an FFT, which waits for memory: measured on the CPU,
+# from sides of 16 to 4096.
+_PRODUCTS_PER_STEP = 8
+
 
 class _Waves(FixedArrays):
     """Cosines, sines and negated sines of ``2 π j k / size``, divided by the size; keys are (name, size)."""
@@ -33,9 +37,10 @@ class _Waves(FixedArrays):
 class Dft2(TwoSided):
     """``Y = Re(ifft2(X))`` for a real X, with the normalization of ``numpy.fft``: 1 / (rows * cols).
 
-    It is computed by the FFT of X's library. The reference implementation, for libraries without one and for tensors
-    that have no numbers yet, multiplies X by matrices of cosines and sines. A slice is cut from the whole by an FFT,
-    which takes less time than the products for a single row.
+    It is computed by the FFT of X's library, or by products with matrices of cosines and sines: the reference
+    implementation, which is also used where a library has no FFT of X, and for sides with which it is faster. These are
+    the ones with which an FFT has more than an eighth of the operations, such as primes below 200. The choice depends
+    on the sides alone. A slice is cut from the whole by an FFT, which takes less time than the products of one row.
     """
 
     kind = "dft2"
@@ -64,6 +69,8 @@ class Dft2(TwoSided):
         return super().forward(backend, x)
 
     def _by_fft(self, backend: Backend, x: Array) -> Array | None:
+        if not self._fft_is_faster:
+            return None
         matrices = backend.reshape(x, (*x.shape[:-1], *self.shape))
         found = backend.dft2(matrices, functools.partial(self._plain_matrices, backend))
         return None if found is None else backend.reshape(found, x.shape)
@@ -74,14 +81,17 @@ class Dft2(TwoSided):
             self.forward_plain(backend, backend.reshape(matrices, (*batch, self.n_in))), (*batch, *self.shape)
         )
 
-    def cost(self) -> int:
-        """Return the multiply-adds of the FFT, whether or not the library has one.
+    @property
+    def _fft_is_faster(self) -> bool:
+        return _PRODUCTS_PER_STEP * self._fft_cost <= super().cost()
 
-        An FFT of complex numbers has about p products per element for each prime factor p of the length (Cooley &
-        Tukey, 1965), or three transforms of a power of two of at least twice the length (Bluestein, 1970) if these have
-        fewer. Those of real numbers have half of them.
-        """
+    @property
+    def _fft_cost(self) -> int:
+        # A transform of real numbers has half of the products.
         return math.ceil(self.n_in * sum(map(_products, self.shape)) / 2)
+
+    def cost(self) -> int:
+        return self._fft_cost if self._fft_is_faster else super().cost()
 
     @property
     def _self_conjugate(self) -> int:
@@ -102,7 +112,11 @@ class Dft2(TwoSided):
 
 
 def _products(size: int) -> float:
-    """Return the products per element of an FFT of complex numbers."""
+    """Return the products per element of an FFT of complex numbers.
+
+    About p for each prime factor p of the length (Cooley & Tukey, 1965), or three transforms of a power of two of at
+    least twice the length (Bluestein, 1970), if these have fewer.
+    """
     bits = (2 * size - 2).bit_length()
     total, left, factor = 0, size, 2
     while left > 1:
