@@ -123,6 +123,7 @@ def test_an_array_class_of_its_own_keeps_its_class() -> None:
     [
         ((1, 1), 0),
         ((64, 32), 64 * 32 * 11),  # log2 of the number of elements
+        ((1, 1024 * 9), 1024 * 9 * (10 * 2 + 2 * 3) / 2),
         ((12, 350), 12 * 350 * (2 + 2 + 3 + 2 + 5 + 5 + 7) / 2),
         ((1, 769), 6 * 11 * 2048 / 2),  # a prime: three transforms of 2048
         ((61, 67), 2 * 61 * 67 * (61 + 67)),  # the products are faster

@@ -16,8 +16,8 @@ from ._two_sided import TwoSided
 
 __all__ = ["Dft2"]
 
-# How many operations of a matrix product take as long as one of an FFT, which waits for memory: measured on the CPU,
-# from sides of 16 to 4096.
+# How many multiply-adds of a matrix product take as long as one of an FFT, about, on the CPU: benchmarks/fourier.py
+# measures both ways.
 _PRODUCTS_PER_STEP = 8
 
 
@@ -119,9 +119,10 @@ def _products(size: int) -> float:
     """
     bits = (2 * size - 2).bit_length()
     total, left, factor = 0, size, 2
-    while left > 1:
+    while factor * factor <= left:
         if left % factor:
             factor += 1
         else:
             total, left = total + factor, left // factor
+    total += left if left > 1 else 0
     return min(total, 6 * bits * (1 << bits) / size)
