@@ -140,6 +140,8 @@ def test_large_matrices_are_summed_in_pieces_with_the_same_bits() -> None:
     (host,) = drawn(0, (70, 1 << 13))
     one = np.concatenate([norms(NUMPY, host[row : row + 1], 1) for row in range(70)])
     assert np.array_equal(norms(NUMPY, host, 1), one)
+    assert np.array_equal(norms(NUMPY, host.T, 0), one)
+    assert np.array_equal(norms(NUMPY, np.ascontiguousarray(host.T), 0), one)
 
 
 def test_zero_rows_stay_zero_until_they_move() -> None:

@@ -31,6 +31,7 @@ AXES = {"rows": 1, "cols": 0}
 
 # Elements whose norms are computed at once, where numbers are known: their squares fit in the cache.
 _PIECE = 1 << 18
+_NARROW = 64
 
 
 class Rescaling(NamedTuple):
@@ -310,11 +311,12 @@ def norms(backend: Backend, matrix: Array, axis: int) -> Array:
     array([5., 0.])
     """
     rows, cols = matrix.shape
-    step = max(1, _PIECE // cols)
-    if axis == 1 and rows > step and backend.is_concrete(matrix):
-        # Rows do not depend on each other: in pieces, all intermediate results stay in the cache.
-        pieces = [norms(backend, matrix[start : start + step], axis) for start in range(0, rows, step)]
-        return backend.concat(pieces)
+    # Narrower pieces of columns would read little of each row at a time.
+    step = max(1, _PIECE // cols) if axis == 1 else max(_NARROW, _PIECE // rows)
+    if matrix.shape[1 - axis] > step and backend.is_concrete(matrix):
+        # Rows do not depend on each other, nor do columns: in pieces, all intermediate results stay in the cache.
+        starts = range(0, matrix.shape[1 - axis], step)
+        return backend.concat([norms(backend, _cut(matrix, 1 - axis, at, at + step), axis) for at in starts])
     wide = backend.astype(matrix, "float64")
     squares = wide * wide
     size = squares.shape[axis]
