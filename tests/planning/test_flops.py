@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import tnadapt as tna
+from tnadapt.algebra.applying import APPLYING, AXES, applying_of
 from tnadapt.backends import Backend, load_backend
 from tnadapt.planning import padding_waste, step_cost
-from tnadapt.planning._flops import forward_cost
+from tnadapt.planning._flops import applied_cost, forward_cost
 
 
 class Counted(np.ndarray):
@@ -22,6 +23,11 @@ class Counted(np.ndarray):
     def __mul__(self, other: Any) -> Any:
         result = super().__mul__(other)
         # Of two elements: a product with a number, as the scale, is not counted.
+        Counted.made += result.size if isinstance(other, np.ndarray) else 0
+        return result
+
+    def __truediv__(self, other: Any) -> Any:
+        result = super().__truediv__(other)
         Counted.made += result.size if isinstance(other, np.ndarray) else 0
         return result
 
@@ -62,6 +68,38 @@ def test_partial_tucker() -> None:
     assert forward_cost(group.network) == counted(group.network)
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (8, 8), (1, 3), (9, 1)], ids=str)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("kind", APPLYING.built_in)
+def test_products_of_changed_weights_are_counted(kind: str, axis: str, shape: tuple[int, int]) -> None:
+    applying, backend = applying_of(kind, axis), load_backend("numpy")
+    weight, delta, gradient = (np.ones(shape).view(Counted) for _ in range(3))
+    own = [np.ones(size).view(Counted) for size in applying.param_shapes(0, shape).values()]
+
+    def made(call: Any) -> int:
+        Counted.made = 0
+        call()
+        return Counted.made
+
+    again = made(lambda: applying.rescaling(backend, weight + applying.change(backend, weight, delta), own))
+    forward = made(lambda: applying.merged(backend, weight, delta, own))
+    backward = made(lambda: applying.pulled(backend, weight, delta, own, gradient))
+    assert applied_cost(applying, shape) == forward + backward - again
+    elements, quotients = math.prod(shape), shape[1 - AXES[axis]]
+    assert applied_cost(applying, shape) == {
+        "add": 0, "hadamard": 3 * elements, "magnitude": 5 * elements + 4 * quotients,
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [tna.presets.lora(2), tna.presets.superlora(2, projection="linear", ratio=0.5)])
+def test_a_change_that_is_no_sum_costs_more(config: tna.Config) -> None:
+    shapes = [(6, 4), (4, 6), (6, 4)]
+    add, *others = (
+        step_cost(tna.SuperLoRA(config.replace(apply=kind), shapes)) for kind in ("add", "hadamard", "magnitude")
+    )
+    assert [other - add for other in others] == [3 * 3 * 24, 3 * 5 * 24 + 4 * (6 + 4 + 6)]
+
+
 def test_a_step() -> None:
     def of(config: tna.Config) -> int:
         return step_cost(tna.SuperLoRA(config, [(16, 16)] * 3))
@@ -69,6 +107,8 @@ def test_a_step() -> None:
     n = 16 * 16
     assert of(tna.presets.dense()) == 0
     assert of(tna.presets.lora(2)) == 3 * 3 * 2 * n
+    assert of(tna.presets.hira(2)) == 3 * 3 * (2 + 1) * n
+    assert of(tna.presets.dora(2)) == 3 * (3 * 2 * n + 5 * n + 4 * 16)
     # 768 elements: a transform of 1024 and one of 128, which holds 77; and their adjoints.
     assert of(tna.presets.fastfood(0.1)) == 2 * (1024 * 10 + 128 * 7 + 3 * 1024)
     assert of(tna.presets.superlora(1, projection="shuffle")) == of(tna.presets.superlora(1))

@@ -17,11 +17,8 @@ from torch.nn import functional  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
-from tnadapt.algebra.applying import Hadamard, Magnitude  # noqa: E402
-from tnadapt.algebra.factoring import factoring  # noqa: E402
 from tnadapt.torch import _quotient as quotients  # noqa: E402
 from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
-from tnadapt.torch._step_cost import choose, costs  # noqa: E402
 
 from .small import batch, small, stir  # noqa: E402
 from .test_quantized import Packed  # noqa: E402
@@ -521,18 +518,6 @@ def test_without_gradients_the_norm_is_computed_once(monkeypatch: pytest.MonkeyP
             model(x)
             assert len(calls) == 8
         adapter.detach()
-
-
-def test_the_choice_counts_the_norm() -> None:
-    plan = tna.SuperLoRA(P.lora(8), [(768, 768)])
-    how = factoring(plan, 0)
-    base, norms, by_columns = (costs(plan, 0, how, 64, *way) for way in ((), (Magnitude(),), (Magnitude("cols"),)))
-    assert all(norms[strategy].moved > base[strategy].moved for strategy in base)
-    assert norms["factored"].moved - base["factored"].moved > norms["weight"].moved - base["weight"].moved
-    assert "additive" not in by_columns
-    # Many tokens: the factors; few: forming W' costs no more than forming ΔW for the norm.
-    assert [choose(plan, 0, how, tokens, applying=Magnitude()) for tokens in (8192,)] == ["factored"]
-    assert choose(plan, 0, None, 64, applying=Hadamard()) == "weight"
 
 
 def test_the_summary_says_that_it_is_no_lora() -> None:

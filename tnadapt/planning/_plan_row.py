@@ -37,7 +37,8 @@ class Row:
     freedom : int
         Dimension of the set of updates that it can represent: :func:`~tnadapt.planning.degrees_of_freedom`.
     cost : int
-        Multiply-adds to compute all updates and their gradients once: :func:`~tnadapt.planning.step_cost`.
+        Multiply-adds to compute all updates, what they make of the weights, and their gradients once:
+        :func:`~tnadapt.planning.step_cost`.
     adapter : SuperLoRA
         The setting on the plan's weights.
 

@@ -41,7 +41,8 @@ class Shape:
     def __add__(self, other: Any) -> Shape:
         return self._with(other, counted=False)
 
-    __rmul__, __sub__ = __mul__, __add__
+    __rmul__ = __truediv__ = __mul__
+    __sub__ = __rsub__ = __add__
 
     def __getitem__(self, key: Any) -> Shape:
         keys = key if isinstance(key, tuple) else (key,)
@@ -51,12 +52,12 @@ class Shape:
 
 
 class CountingBackend(Backend):
-    """The operations of a tensor network, on shapes.
+    """The operations of a tensor network and of applying its updates, on shapes.
 
     Attributes
     ----------
     products : int
-        Number of products of two elements so far.
+        Number of products and quotients of two elements so far.
 
     Examples
     --------
@@ -80,6 +81,21 @@ class CountingBackend(Backend):
 
     def dtype_name(self, x: Shape) -> str:
         return "float32"
+
+    def is_concrete(self, x: Shape) -> bool:
+        return False
+
+    def detached(self, x: Shape) -> Shape:
+        return x
+
+    def astype(self, x: Shape, dtype: str) -> Shape:
+        return x
+
+    def sqrt(self, x: Shape) -> Shape:
+        return x
+
+    def where(self, condition: Any, a: Shape, b: Shape) -> Shape:
+        return a
 
     def reshape(self, x: Shape, shape: Sequence[int]) -> Shape:
         known = math.prod(size for size in shape if size != -1)

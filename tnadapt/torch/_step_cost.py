@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from tnadapt.algebra.applying import Add, Applying
+from tnadapt.algebra.applying import AXES, Add, Applying
 from tnadapt.algebra.factoring import Factoring, Size
 from tnadapt.algebra.network import Network
 from tnadapt.algebra.superlora import SuperLoRA
@@ -101,7 +101,7 @@ def costs(
     Returns
     -------
     dict of str to StepWork
-        Includes ``"factored"`` if the update has factors.
+        Includes ``"factored"`` if the update has factors that the layer can use.
 
     Examples
     --------
@@ -124,18 +124,43 @@ def costs(
         # Three products of that size, which read ΔW twice; additions to y and to the gradient of x.
         "additive": update + StepWork(3 * product, 0.0, 5.0 * size + 4.0 * tokens * (rows + cols), 20),
     }
-    if how is not None:
+    if how is not None and applying.takes_factors:
         found["factored"] = _factored(how, tokens)
     if applying.additive:
         return found
     if not applying.scales_outputs:
         del found["additive"]
-    # Squares in float64 and their sum, in forward and in backward; q and the gradients of the sum.
-    norm = StepWork(0.0, 0.0, 20.0 * size, 90) if applying.rescales else StepWork(0.0, 0.0, 4.0 * size, 4)
-    output = StepWork(0.0, 0.0, 8.0 * tokens * rows, 12) if applying.rescales else StepWork()
-    # Where the update is not formed for the product, it is for the norm.
-    extra = {"weight": norm, "additive": norm + output, "factored": norm + output + update}
+    norm = _norm(applying, (rows, cols))
+    # W ∘ ΔW, where it is that which is added to W; where outputs are not scaled, ΔW is added but has no strategy.
+    multiplied = 3.0 * size if applying.scales_outputs and not applying.takes_factors else 0.0
+    quotient = StepWork()
+    if applying.rescales:
+        # Forward: the sum and its norm. Backward: both again, the gradient of the sum, and ΔW's by one more vjp. Then y
+        # and its gradient, times q.
+        again = StepWork(0.0, 0.0, 3.0 * size, 1)
+        quotient = formed + formed + formed + pulled + norm + norm + again + again
+        quotient += StepWork(0.0, 0.0, 2.0 * size + 8.0 * tokens * rows, 16)
+    # W' is made three times: in forward, and in backward for the gradient of x and for that of W', which is another sum
+    # and forms ΔW twice more. Then its gradient goes to ΔW, and to W, whether or not W is trained.
+    made = norm + StepWork(0.0, 0.0, multiplied + 2.0 * size * applying.rescales, 1 + applying.rescales)
+    gradients = 9.0 * size if multiplied else 0.0
+    gradients += 9.0 * size if applying.rescales else 0.0
+    extra = {
+        "weight": made + made + made + formed + formed + StepWork(0.0, 0.0, 3.0 * size + gradients, 10),
+        # The product in forward, and that with the gradient in backward.
+        "additive": quotient + StepWork(0.0, 0.0, 2.0 * multiplied, 4 * bool(multiplied)),
+        "factored": quotient,
+    }
     return {strategy: work + extra[strategy] for strategy, work in found.items()}
+
+
+def _norm(applying: Applying, shape: tuple[int, int]) -> StepWork:
+    """Return the work of the norms of rows or columns: in float64, whose numbers count twice."""
+    if not applying.rescales:
+        return StepWork()
+    levels = math.ceil(math.log2(shape[AXES[applying.axis]])) if shape[AXES[applying.axis]] > 1 else 0
+    # To float64, 1 + 2; squares, 2 + 2; and half of them added to the others, 2 + 1, in all twice as much.
+    return StepWork(0.0, 0.0, 13.0 * math.prod(shape), 4 * levels + 16)
 
 
 def choose(
@@ -148,6 +173,9 @@ def choose(
 ) -> str:
     """Return the cheapest strategy for a weight that can be added to.
 
+    "additive" is never cheaper for a sum. For another change it can be, by a little where x has few rows, but keeps a
+    matrix of the weight's size for backward, as much as a second model: it is not chosen.
+
     Examples
     --------
     >>> import tnadapt as tna
@@ -157,6 +185,7 @@ def choose(
     ['factored', 'weight']
     """
     found = costs(plan, index, how, tokens, applying)
+    found.pop("additive", None)
     return min(found, key=lambda strategy: found[strategy].seconds(machine))
 
 
