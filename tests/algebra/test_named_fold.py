@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import relative_error
 from tnadapt.algebra.layout import make_layout
+from tnadapt.algebra.starting_points import STARTS
 from tnadapt.testing import _methods as methods
-from tnadapt.testing.strategies import configs, shapes
+from tnadapt.testing.strategies import base_weights, configs, shapes
 
 P = tna.presets
 # Grouped-query attention, as in a small Llama: four query heads and one key and value head of 16 rows.
@@ -45,16 +46,19 @@ def drawn(plan: tna.SuperLoRA) -> dict[str, np.ndarray]:
 def test_roles_group_as_layers_do(data: st.DataObject) -> None:
     weights = data.draw(shapes())
     keys = [data.draw(st.sampled_from("qkv")) for _ in weights]
-    config = data.draw(configs(weights)).replace(groups="layer", ratio=1.0, fold="balanced")
-    plans = (
-        tna.SuperLoRA(config, weights, layers=keys),
-        tna.SuperLoRA(config.replace(groups="role"), weights, roles=keys),
-    )
-    one, other = plans
+    config = data.draw(configs(weights))
+    if STARTS[config.start].needs_base:
+        config = config.replace(start="zero")  # the others are LoRA's alone, which has groups of one weight
+    config = config.replace(groups="layer", ratio=1.0, fold="balanced")
+    base = data.draw(base_weights(weights))
+    one = tna.SuperLoRA(config, weights, layers=keys).with_base(base)
+    other = tna.SuperLoRA(config.replace(groups="role"), weights, roles=keys).with_base(base)
     assert one.param_shapes == other.param_shapes
     assert one.num_parameters == tna.parameter_count(other.config, weights, roles=keys)
     params = drawn(one)
     for mine, theirs in zip(one.deltas(params), other.deltas(params), strict=True):
+        assert np.array_equal(mine, theirs)
+    for mine, theirs in zip(one.merged(params, base), other.merged(params, base), strict=True):
         assert np.array_equal(mine, theirs)
     for mine, theirs in zip(one.init().values(), other.init().values(), strict=True):
         assert np.array_equal(mine, theirs)

@@ -16,7 +16,8 @@ import tnadapt as tna
 from tests.conftest import peak_of, relative_error
 from tnadapt.backends import Backend
 from tnadapt.testing import _reference as reference
-from tnadapt.testing.strategies import parameters, plans
+from tnadapt.testing._change_laws import formula
+from tnadapt.testing.strategies import base_weights, parameters, plans
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles.json").read_text())
 VIT_BASE = [(768, 768)] * 24
@@ -46,6 +47,24 @@ def test_deltas_are_the_textbook_formula(data: st.DataObject) -> None:
     assert relative_error(flat(found), flat(expected)) < 1e-12
 
 
+@pytest.mark.law("update-formula", "fresh-is-zero")
+@given(st.data())
+def test_changed_weights_are_the_textbook_formula_and_w_at_the_start(data: st.DataObject) -> None:
+    plan = data.draw(plans())
+    weights = data.draw(base_weights(plan.shapes))
+    params = data.draw(parameters(plan))
+    own = [[params[name] for name in names] for names in plan.weight_param_names]
+    expected = [
+        formula(plan.config, weight, delta, magnitude[0] if magnitude else None)
+        for weight, delta, magnitude in zip(weights, plan.deltas(params), own, strict=True)
+    ]
+    assert relative_error(flat(plan.merged(params, weights)), flat(expected)) < 1e-12
+    # Of other base weights than those that the plan has seen.
+    plan = plan.with_base(weights)
+    for found, weight in zip(plan.merged(plan.init(dtype="float64"), weights), weights, strict=True):
+        assert np.array_equal(found, weight)
+
+
 @pytest.mark.law("update-slice")
 @given(st.data())
 def test_a_slice_is_the_whole_cut(data: st.DataObject) -> None:
@@ -56,7 +75,7 @@ def test_a_slice_is_the_whole_cut(data: st.DataObject) -> None:
     weight = data.draw(st.integers(0, len(plan.shapes) - 1))
     start = data.draw(st.integers(0, plan.size - 1))
     stop = data.draw(st.integers(start + 1, plan.size))
-    fresh = tna.SuperLoRA(plan.config, plan.shapes, _layers(plan))  # has drawn nothing yet
+    fresh = pickle.loads(pickle.dumps(plan))  # has drawn nothing yet
     for other in (plan, fresh):
         first = sum(rows * cols for rows, cols in plan.shapes[:weight])
         found = other.delta(params, weight)
@@ -89,7 +108,12 @@ def test_counts(plan: tna.SuperLoRA) -> None:
 @given(plans())
 def test_names_are_the_specs(plan: tna.SuperLoRA) -> None:
     config = plan.config
-    for name in plan.param_shapes:
+    for name in plan.weight_param_shapes:
+        weight, array = name.split(".")
+        assert 0 <= int(weight.removeprefix("weight")) < len(plan.shapes)
+        assert array == "magnitude"
+    assert list(plan.param_shapes) == [*plan.array_shapes, *plan.weight_param_shapes]
+    for name in plan.array_shapes:
         group, *term, split, array = name.split(".")
         assert group.removeprefix("group").isdigit()
         assert len(term) == (config.terms > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,19 @@ def test_what_a_form_does_not_hold_is_refused(file: tna.AdapterFile, to: str, me
     with pytest.raises(tna.ConfigError) as error:
         tna.convert(file, to=to)
     assert message in str(error.value)
+
+
+def test_it_is_refused_before_a_rank_is_asked_for() -> None:
+    # An update that is no Kronecker product: a rank would not help.
+    file = own_file(P.dora(2, start="pissa"))
+    rng = np.random.default_rng(0)
+    arrays, given = (
+        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for shapes in (file.plan.param_shapes, file.plan.start_shapes)
+    )
+    for to in ("peft-lokr", "lycoris-lokr", "peft-loha"):
+        with pytest.raises(tna.ConfigError, match="apply='magnitude' of this adapter does more than add"):
+            tna.convert(dataclasses.replace(file, arrays=arrays, given=given), to=to)
 
 
 def test_a_magnitude_of_another_length_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,13 @@ def named(plan: SuperLoRA, seed: int = 0) -> AdapterFile:
     targets = [Target(f"blocks.{n}.q", shape) for n, shape in enumerate(plan.shapes)]
     rng = np.random.default_rng(seed)
     arrays = {name: rng.standard_normal(shape).astype("f4") for name, shape in plan.param_shapes.items()}
-    return AdapterFile(plan.config, targets, arrays)
+    # The arrays at which it started are stored, as in a file that needs no base.
+    return AdapterFile(plan.config, targets, arrays, given=plan.given)
+
+
+def holds(plan: SuperLoRA, form: str) -> bool:
+    """Whether a form has what apply= makes of the update: all hold a ΔW, and one DoRA by rows, and HiRA."""
+    return plan.applying.additive or (form == "peft-lora" and plan.config.magnitude_axis == "rows")
 
 
 @pytest.mark.law("foreign-files")
@@ -41,10 +47,14 @@ def test_any_adapter_is_converted_exactly_or_refused(plan: SuperLoRA, form: str,
     assume(plan.config.groups != "layer")
     file = named(plan)
     rank = None if form == "lycoris-full" else rank
+    if not holds(plan, form):
+        with pytest.raises(tna.ConfigError, match="does more than add"):
+            tna.convert(file, to=form, rank=rank)
+        return
     try:
         found = tna.convert(file, to=form, rank=rank)
     except tna.ConfigError:
-        with pytest.raises(tna.ConfigError, match="lycoris-full"):  # which takes everything
+        with pytest.raises(tna.ConfigError, match="lycoris-full"):  # which takes every update
             tna.convert(file, to=form, rank=rank)
         assert form != "lycoris-full"
         return
@@ -61,8 +71,12 @@ def test_any_adapter_is_converted_exactly_or_refused(plan: SuperLoRA, form: str,
 @given(plan=plans(), form=st.sampled_from(FOREIGN), rank=st.integers(1, 4))
 def test_any_adapter_is_converted_with_its_error(plan: SuperLoRA, form: str, rank: int) -> None:
     assume(plan.config.groups != "layer")
-    file = named(plan)
-    found = tna.convert(file, to=form, rank=None if form == "lycoris-full" else rank, max_error=1.0)
+    file, most = named(plan), None if form == "lycoris-full" else rank
+    if not holds(plan, form):
+        with pytest.raises(tna.ConfigError, match="does more than add"):
+            tna.convert(file, to=form, rank=most, max_error=1.0)
+        return
+    found = tna.convert(file, to=form, rank=most, max_error=1.0)
     assert (found.error <= TOLERANCE) or not found.exact
     # The error is that of what a reader finds in the bytes.
     if form.startswith("lycoris"):

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
 
 import tnadapt as tna
 from tnadapt.algebra.applying import APPLYING, AXES, applying_of
 from tnadapt.backends import Backend, load_backend
 from tnadapt.planning import padding_waste, step_cost
 from tnadapt.planning._flops import applied_cost, forward_cost
+from tnadapt.testing.strategies import plans
 
 
 class Counted(np.ndarray):
@@ -98,6 +100,13 @@ def test_a_change_that_is_no_sum_costs_more(config: tna.Config) -> None:
         step_cost(tna.SuperLoRA(config.replace(apply=kind), shapes)) for kind in ("add", "hadamard", "magnitude")
     )
     assert [other - add for other in others] == [3 * 3 * 24, 3 * 5 * 24 + 4 * (6 + 4 + 6)]
+
+
+@given(plans())
+def test_a_step_of_any_plan_is_that_of_its_updates_and_of_its_weights(plan: tna.SuperLoRA) -> None:
+    of_weights = step_cost(plan) - step_cost(plan.arrays_plan)
+    assert of_weights == sum(applied_cost(plan.applying, shape) for shape in plan.shapes)
+    assert (of_weights > 0) == (plan.config.apply != "add")
 
 
 def test_a_step() -> None:

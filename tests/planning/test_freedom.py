@@ -76,6 +76,13 @@ def may_be_defective(plan: tna.SuperLoRA) -> bool:
     return False
 
 
+def test_magnitudes_are_no_freedom_of_the_update() -> None:
+    # θ has fewer elements than the formulas of the arrays that are made from it.
+    shapes = [(6, 4), (4, 6)]
+    for apply in ("add", "magnitude"):
+        assert degrees_of_freedom(tna.SuperLoRA(tna.presets.unilora(9, 2, apply=apply), shapes)) == 9
+
+
 def hadamard(name: str) -> tna.SuperLoRA:
     config = tna.Config(2, 3, 2, groups=1, fold=(4, 4, 4), format=name, combine="hadamard", leading="same")
     return tna.SuperLoRA(config, [(8, 8)])

@@ -97,10 +97,20 @@ def test_every_array_is_a_node_and_every_axis_a_line(plan: tna.SuperLoRA, data: 
 @given(plans())
 def test_the_groups_make_up_the_parameters(plan: tna.SuperLoRA) -> None:
     found = [diagram(plan, group) for group in range(plan.num_groups)]
-    assert sum(one.parameters for one in found) == plan.num_parameters
+    magnitudes = sum(map(math.prod, plan.weight_param_shapes.values()))
+    total = sum(one.parameters for one in found)
+    assert total + magnitudes == plan.num_parameters
     for one in found:
-        told = [f"{one.parameters:,} trainable"] + ([f"{plan.num_parameters:,} in all"] if len(found) > 1 else [])
+        told = [f"{one.parameters:,} trainable"] + ([f"{total:,} in all"] if len(found) > 1 else [])
+        told += [f"{magnitudes:,} magnitude"] if magnitudes else []
         assert all(words in one.words for words in told)
+
+
+def test_magnitudes_are_told_beside_the_groups() -> None:
+    one = tna.SuperLoRA(tna.presets.dora(1, groups=1), [(2, 3)])
+    assert diagram(one).words == "5 trainable parameters, all in this group, and 2 magnitudes of weights"
+    two = tna.SuperLoRA(tna.presets.dora(1, magnitude_axis="cols"), [(2, 1), (2, 3)])
+    assert diagram(two).words == "3 trainable parameters in this group, 8 in all 2 groups, and 4 magnitudes of weights"
 
 
 @given(large())

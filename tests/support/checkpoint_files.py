@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -105,6 +106,9 @@ def adapter(
 ) -> tna.AdapterFile:
     """One that has been trained, on the weights of ``tensors`` if they are given."""
     plan = tna.SuperLoRA(config, [target.shape for target in targets], [target.layer for target in targets])
+    if tensors is not None:
+        names = {value: key for key, value in TAGS.items()}
+        plan = plan.with_base([target.select(numbers(*_named(tensors[target.name], names))) for target in targets])
     rng = np.random.default_rng(seed)
     arrays, dtypes = {}, {}
     for name, start in plan.init().items():
@@ -118,16 +122,42 @@ def adapter(
         kinds = {value: key for key, value in TAGS.items()}
         kind = kinds[tensors[targets[0].name][0]]
         print_of = fingerprint([target.select(tensors[target.name][1]) for target in targets], kind)
-    return tna.AdapterFile(config, targets, arrays, dtypes=dtypes, base=print_of, kept=kept or {})
+    return tna.AdapterFile(config, targets, arrays, dtypes=dtypes, base=print_of, kept=kept or {}, given=plan.given)
 
 
-def merged(tensors: Tensors, targets: Sequence[tna.Target], deltas: Sequence[np.ndarray], dtype: str) -> Tensors:
-    """What should come out, by the definition: the numbers, plus the update in float64, rounded."""
+def _named(tensor: tuple[str, np.ndarray], names: Mapping[str, str]) -> tuple[np.ndarray, str]:
+    return tensor[1], names[tensor[0]]
+
+
+def changed(file: tna.AdapterFile, index: int, weight: np.ndarray, delta: np.ndarray) -> np.ndarray:
+    """W' by its definition, in float64; a norm is rounded to float32 and to the dtype of the magnitude."""
+    config = file.config
+    if config.apply == "hadamard":
+        return weight + weight * delta
+    found = weight + delta
+    if config.apply == "magnitude":
+        magnitude = file.arrays[f"weight{index}.magnitude"]
+        for row, length in zip(found if config.magnitude_axis == "rows" else found.T, magnitude, strict=True):
+            norm = np.float64(math.hypot(*row.tolist()))
+            row *= np.float64(length) / np.float64(norm.astype(magnitude.dtype))
+    return found
+
+
+def merged(
+    tensors: Tensors,
+    targets: Sequence[tna.Target],
+    deltas: Sequence[np.ndarray],
+    dtype: str,
+    file: tna.AdapterFile | None = None,
+) -> Tensors:
+    """What should come out, by the definition: the numbers, changed by the update in float64, rounded."""
     found = dict(tensors)
-    for target, delta in zip(targets, deltas, strict=True):
+    for index, (target, delta) in enumerate(zip(targets, deltas, strict=True)):
         tag, array = found[target.name]
         wide = numbers(array, dtype)
-        target.block(wide)[...] += target.like_block(delta)
+        rows_of = target.select(wide)
+        new = rows_of + delta if file is None else changed(file, index, rows_of, delta)
+        target.block(wide)[...] = target.like_block(new)
         rows = np.zeros(target.stored, bool)
         target.block(rows)[...] = True
         found[target.name] = tag, np.where(rows, stored(wide, dtype), array)

@@ -45,12 +45,13 @@ def test_what_does_not_factor_is_never_factored() -> None:
 def test_every_plan_has_a_cost(plan: tna.SuperLoRA, tokens: int, machine: str) -> None:
     for index in range(len(plan.shapes)):
         how = factoring(plan, index)
-        found = costs(plan, index, how, tokens)
-        assert ("factored" in found) == (how is not None)
-        more = costs(plan, index, how, 2 * tokens)
+        found = costs(plan, index, how, tokens, plan.applying)
+        assert ("factored" in found) == (how is not None and plan.applying.takes_factors)
+        more = costs(plan, index, how, 2 * tokens, plan.applying)
         for strategy, work in found.items():
             assert 0 < work.seconds(MACHINES[machine]) < more[strategy].seconds(MACHINES[machine])
-        assert choose(plan, index, how, tokens, MACHINES[machine]) in found
+            assert plan.applying.additive or work.moved > costs(plan, index, how, tokens)[strategy].moved
+        assert choose(plan, index, how, tokens, MACHINES[machine], plan.applying) in found
 
 
 ROWS, COLS, TOKENS = 24, 12, 100

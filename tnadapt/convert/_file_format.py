@@ -209,6 +209,11 @@ class FileFormat:
                 f"{safe_repr(module.path)} is stored {what}, and {self.library} has {kind} for matrices (out, in) alone"
             )
 
+    def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
+        """Raise ConfigError, before anything is fitted, unless :meth:`applied` takes updates of this application."""
+        if type(self).applied is FileFormat.applied:
+            raise not_additive(apply, f"{self.name}-{kind}")
+
     def applied(
         self,
         encoded: EncodedAdapter,

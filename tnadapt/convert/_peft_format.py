@@ -21,7 +21,7 @@ from tnadapt.checkpoints.container import DTYPES, Container
 from tnadapt.errors import ConfigError, FileError, safe_repr, summarize
 from tnadapt.targets.roles import natural
 
-from ._application import Application
+from ._application import Application, not_additive
 from ._base_model import Base, target_of
 from ._file_format import EncodedAdapter, ExportChoice, FileFormat, ForeignAdapter
 from ._files import RECORD, StoredFiles, foreign_tensor_names, json_text, pickle_error, safetensors_content
@@ -182,6 +182,11 @@ class PeftFormat(FileFormat):
     def encode_file(self, kind: str, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode the tensors and settings of a method with a structure of its own."""
         return METHODS[kind.upper()].encoded(modules, file)
+
+    def check_applied(self, kind: str, apply: str, magnitude_axis: str) -> None:
+        """Allow HiRA, and DoRA by rows."""
+        if kind != "lora" or not (apply == "hadamard" or (apply == "magnitude" and magnitude_axis == "rows")):
+            raise not_additive(apply, f"{self.name}-{kind}")
 
     def applied(
         self,

@@ -324,9 +324,11 @@ def _export(found: ConvertedFrom, spec: ExportSpec, dtype: str | None) -> Conver
     if file.activation is not None:
         file.deltas()  # raises an error, as an activation has no ΔW
     modules, unpacked = _modules(file, spec), Unpacked(file, found.updates)
-    if spec.kind in form.structures:
-        if not file.plan.applying.additive:
+    if not file.plan.applying.additive:
+        if spec.kind in form.structures:
             raise not_additive(file.config.apply, spec.form)
+        form.check_applied(spec.kind, file.config.apply, file.config.magnitude_axis)
+    if spec.kind in form.structures:
         encoded, known = form.encode_file(spec.kind, modules, file), True
     else:
         choice = choose(modules, unpacked, spec)

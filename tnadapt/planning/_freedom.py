@@ -67,8 +67,8 @@ def degrees_of_freedom(plan: SuperLoRA) -> int:
             # Frozen arrays leave fewer degrees of freedom than the formulas, which are then an upper bound.
             known[key] = min(of_network(group.network), group.num_parameters, group.projection.map.freedom())
         total += known[key]
-    # Arrays that are tied, or made from θ, are counted once.
-    return min(total, plan.num_parameters)
+    # Arrays that are tied, or made from θ, are counted once. The magnitudes of weights are no part of an update.
+    return min(total, plan.num_parameters - sum(map(math.prod, plan.weight_param_shapes.values())))
 
 
 def of_network(network: Network) -> int:

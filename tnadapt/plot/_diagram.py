@@ -270,9 +270,12 @@ def _key(kinds: Sequence[str], width: float) -> tuple[tuple[KeyEntry, ...], floa
 def _words(plan: SuperLoRA, group: Group) -> str:
     own = group.num_parameters
     told = f"{_number(own)} trainable {_plural(own, 'parameter')}"
+    # Magnitudes belong to weights, not to a group.
+    rest = sum(map(math.prod, plan.weight_param_shapes.values()))
+    beside = f", and {_number(rest)} {_plural(rest, 'magnitude')} of weights" if rest else ""
     if plan.num_groups == 1:
-        return f"{told}, all in this group"
-    return f"{told} in this group, {_number(plan.num_parameters)} in all {plan.num_groups:,} groups"
+        return f"{told}, all in this group{beside}"
+    return f"{told} in this group, {_number(plan.num_parameters - rest)} in all {plan.num_groups:,} groups{beside}"
 
 
 def _number(count: int) -> str:

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from ._format_contract import FormatContract
     from ._map_contract import MapContract
     from ._source_contract import SourceContract
-    from .strategies import configs, parameters, plans, shapes
+    from .strategies import base_weights, configs, parameters, plans, shapes
 
 __all__ = [
     "BackendContract",
     "FormatContract",
     "MapContract",
     "SourceContract",
+    "base_weights",
     "configs",
     "parameters",
     "plans",
@@ -41,6 +42,7 @@ _LAZY = {
     "FormatContract": "_format_contract",
     "MapContract": "_map_contract",
     "SourceContract": "_source_contract",
+    "base_weights": "strategies",
     "configs": "strategies",
     "parameters": "strategies",
     "plans": "strategies",

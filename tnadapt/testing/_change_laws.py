@@ -20,23 +20,10 @@ from tnadapt.errors import ConfigError, safe_repr
 from . import _methods as methods
 from ._law import LawCollector, relative_error
 
-__all__ = ["ChangeLaws", "count", "formula"]
+__all__ = ["ChangeLaws", "formula"]
 
 # As for ΔW: a central difference of step 1e-5.
 _STEP, _DIFFERENCE = 1e-5, 1e-6
-
-
-def count(config: Config, shapes: Sequence[tuple[int, int]]) -> int:
-    """Count the parameters that weights have next to those of the updates.
-
-    Examples
-    --------
-    >>> count(Config(apply="magnitude"), [(3, 2), (5, 4)]), count(Config(apply="hadamard"), [(3, 2)])
-    (8, 0)
-    """
-    if config.apply != "magnitude":
-        return 0
-    return sum(rows if config.magnitude_axis == "rows" else cols for rows, cols in shapes)
 
 
 def formula(config: Config, weight: np.ndarray, delta: np.ndarray, magnitude: np.ndarray | None) -> np.ndarray:

@@ -18,7 +18,6 @@ from tnadapt.backends import Backend
 from tnadapt.backends.backend import Array
 from tnadapt.errors import BackendError, ConfigError
 
-from . import _change_laws as changed
 from . import _methods as methods
 from . import _reference as reference
 from ._change_laws import ChangeLaws
@@ -179,14 +178,12 @@ class _Case:
 
     def _formula_count(self) -> int:
         """The number of parameters by the formulas of the formats, and by what each source says is trained."""
-        return self._formula_count_of_updates() + changed.count(self.config, self.plan.shapes)
-
-    def _formula_count_of_updates(self) -> int:
+        own = reference.count_of_magnitudes(self.config, self.plan.shapes)
         if self.config.before is not None:
             scopes = {"plan": 1, "group": self.plan.num_groups, "array": len(self.plan.array_shapes)}
-            return scopes[self.config.scope] * (self.config.parameters or 0)
+            return own + scopes[self.config.scope] * (self.config.parameters or 0)
         if self.config.sources:
-            return sum(math.prod(shape) for shape in trained_shapes(self.config, self.names).values())
+            return own + sum(math.prod(shape) for shape in trained_shapes(self.config, self.names).values())
         return reference.count(self.config, self.plan.shapes, self.layers, self.roles)
 
     def _formulas(self, whole: np.ndarray) -> None:

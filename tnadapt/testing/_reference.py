@@ -25,7 +25,7 @@ from tnadapt.errors import ConfigError
 from ._reference_circuit import circuit, circuit_count
 from ._reference_maps import LINEAR_PARTS, matrix_of, tanhshrink
 
-__all__ = ["count", "deltas", "positions", "project"]
+__all__ = ["count", "count_of_magnitudes", "deltas", "positions", "project"]
 
 Float = NDArray[np.floating[Any]]
 Params = Mapping[str, Float]
@@ -274,7 +274,7 @@ def count(
     6144
     """
     owner = np.repeat(np.arange(len(shapes)), [rows * cols for rows, cols in shapes])
-    total = 0
+    total = count_of_magnitudes(config, shapes)
     for where in positions(config, shapes, layers, roles):
         n_in = _length(config, len(where), _weights(config, shapes, owner[where]))
         own = [shapes[weight] for weight in np.unique(owner[where])]
@@ -283,6 +283,21 @@ def count(
             kind = config.format if last or config.leading == "same" else "dense"
             total += config.terms * _split_count(kind, config.rank, sizes)
     return total
+
+
+def count_of_magnitudes(config: Config, shapes: Shapes) -> int:
+    """Count the parameters that weights have next to those of the updates.
+
+    Examples
+    --------
+    >>> count_of_magnitudes(Config(apply="magnitude"), [(3, 2), (5, 4)])
+    8
+    >>> count_of_magnitudes(Config(apply="hadamard"), [(3, 2)])
+    0
+    """
+    if config.apply != "magnitude":
+        return 0
+    return sum(rows if config.magnitude_axis == "rows" else cols for rows, cols in shapes)
 
 
 def _split_count(kind: str, rank: Any, sizes: tuple[int, ...]) -> int:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
+from tnadapt.algebra.applying import APPLYING, AXES
 from tnadapt.algebra.config import COMBINES, LEADINGS, Config
 from tnadapt.algebra.folding import FOLDS
 from tnadapt.algebra.formats import FORMATS
 from tnadapt.algebra.maps import KINDS, Recipe, takes_ratio
+from tnadapt.algebra.starting_points import STARTS
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.errors import ShapeError
 
-__all__ = ["configs", "parameters", "plans", "shapes"]
+__all__ = ["base_weights", "configs", "parameters", "plans", "shapes"]
 
+ALPHAS = st.none() | st.sampled_from([0.5, 8.0])
+SEEDS = st.sampled_from([0, 1, 2**40 + 7, 2**64 - 1])
 # Groups of whole weights.
 WHOLE = ("weight", "layer", "listed")
 
@@ -58,8 +63,14 @@ def configs(
     Returns
     -------
     strategy of Config
-        Valid by itself. A "stack" fold additionally has to fit the groups, which :func:`plans` ensures.
+        Valid by itself. A "stack" fold additionally has to fit the groups, which :func:`plans` ensures. One of four has
+        any ``apply`` and any ``start``. Starts that are computed from the base weight make LoRA's factors, and are
+        drawn where projections and formats allow these.
     """
+    settings = draw(changes(projections, formats, on)) if draw(st.integers(0, 3)) == 3 else {}
+    if STARTS[settings.get("start", "zero")].needs_base:
+        factors = draw(st.integers(1, min(3, *(min(shape) for shape in weights))))
+        return Config(factors, alpha=draw(ALPHAS), seed=draw(SEEDS), **settings)
     size = sum(rows * cols for rows, cols in weights)
     order = draw(st.integers(1, 4))
     projection = draw(st.sampled_from(projections))
@@ -104,15 +115,35 @@ def configs(
         projection=projection,
         ratio=ratio,
         shared=draw(st.booleans()),
-        alpha=draw(st.none() | st.sampled_from([0.5, 8.0])),
-        seed=draw(st.sampled_from([0, 1, 2**40 + 7, 2**64 - 1])),
+        alpha=draw(ALPHAS),
+        seed=draw(SEEDS),
         on=on,
+        **settings,
     )
+
+
+@st.composite
+def changes(draw: st.DrawFn, projections: tuple[Recipe, ...], formats: tuple[str, ...], on: str) -> dict[str, Any]:
+    """Draw how ΔW meets W, and where training starts."""
+    apply = draw(st.sampled_from(APPLYING.built_in))
+    axis = draw(st.sampled_from(tuple(AXES))) if APPLYING[apply]().rescales else "rows"
+    lora = "identity" in projections and "cp" in formats and on == "vector"
+    starts = [name for name in STARTS.built_in if lora or not STARTS[name].needs_base]
+    return {"apply": apply, "magnitude_axis": axis, "start": draw(st.sampled_from(starts))}
+
+
+@st.composite
+def base_weights(draw: st.DrawFn, weights: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Draw base weights of these shapes: random float64 NumPy arrays."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return [rng.normal(size=shape) for shape in weights]
 
 
 @st.composite
 def plans(draw: st.DrawFn, projections: tuple[Recipe, ...] = KINDS, on: str = "vector") -> SuperLoRA:
     """Draw plans of every kind on small weights: ``SuperLoRA(config, shapes, layers)``.
+
+    What a plan computes from base weights is that of random ones, and so are arrays at which it is told to start.
 
     Parameters
     ----------
@@ -124,11 +155,17 @@ def plans(draw: st.DrawFn, projections: tuple[Recipe, ...] = KINDS, on: str = "v
     config = draw(configs(weights, projections, on=on))
     layers = [draw(st.integers(0, 1)) for _ in weights]
     try:
-        return SuperLoRA(config, weights, layers)
+        plan = SuperLoRA(config, weights, layers)
     except ShapeError:
         # A stack that does not fit the groups; use the fold that the error message suggests.
         assert config.fold == "stack"
-        return SuperLoRA(config.replace(fold="hypercube"), weights, layers)
+        plan = SuperLoRA(config.replace(fold="hypercube"), weights, layers)
+    if plan.point.brought:
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        # The others start as usual.
+        names = draw(st.sets(st.sampled_from(list(plan.array_shapes))))
+        plan = plan.with_start({name: rng.normal(size=plan.array_shapes[name]) for name in sorted(names)})
+    return plan.with_base(draw(base_weights(weights))) if plan.base_shapes or plan.weight_param_shapes else plan
 
 
 @st.composite
