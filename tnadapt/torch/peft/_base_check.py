@@ -16,7 +16,7 @@ from .. import _merging as merging
 from .._adapter import Adapter
 from .._adapter_saving import base_fingerprint
 
-__all__ = ["base_dtype", "check_base", "describe_base"]
+__all__ = ["base_dtype", "check_base", "describe_base", "made_from"]
 
 
 def describe_base(handle: Adapter) -> dict[str, Any]:
@@ -32,35 +32,61 @@ def describe_base(handle: Adapter) -> dict[str, Any]:
     }
 
 
-def check_base(handle: Adapter, saved: dict[str, Any]) -> None:
-    """Raise a FileError unless the adapter was trained on these weights and with the same draws."""
-    here = describe_base(handle)
+def made_from(handle: Adapter, base: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the fingerprint of a described base if arrays of the adapter are computed from its weights."""
+    return base["fingerprint"] if base is not None and handle.plan.base_shapes else None
+
+
+def check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str, Any] | None) -> None:
+    """Raise a FileError unless the adapter was trained on these weights and with the same draws.
+
+    Parameters
+    ----------
+    handle : Adapter
+    saved : dict or None
+        What :func:`describe_base` returned for the base that it was trained on; None if nothing of it is compared.
+    source : dict or None
+        What :func:`made_from` returned. On another base the arrays that the adapter does not store would be other ones.
+    """
+    computed = handle.plan.base_shapes
+    if saved is None and (source is None or not computed):
+        return
+    here, kind = describe_base(handle), type(handle.model).__name__
     way = (
         "Give the base model that it was trained on; or, to use it here anyway, load its TnadaptConfig, set "
         "config.base = None, and pass it as config="
     )
-    kind = type(handle.model).__name__
-    if saved.get("weights") != here["weights"]:
+    if saved is not None and saved.get("weights") != here["weights"]:
         raise FileError(
             f"the adapter was trained on weights of the shapes {safe_repr(saved.get('weights'))}, and "
             "target_modules find "
             f"{here['weights']} in this {kind}. {way}"
         )
-    if saved.get("draws") != here["draws"]:
+    if saved is not None and saved.get("draws") != here["draws"]:
         raise FileError(
             f"the adapter was trained with fixed draws whose digest is {safe_repr(saved.get('draws'))}; on this "
             f"machine it is {here['draws']}. Its updates would differ: run tnadapt.verify to see why"
         )
-    if saved.get("fingerprint") is None or here["fingerprint"] is None:
-        return
+    other = f"the adapter was trained on another base model than this {kind}: of its weights"
+    if computed and (difference := _difference(source, here["fingerprint"])) is not None:
+        raise FileError(
+            f"{other}, {difference}. Arrays such as {next(iter(computed))!r} are computed from the base weights and "
+            "not stored, and would be other ones here. Give the base model that it was trained on; or, on that model, "
+            "save the adapter with tnadapt.torch.adapters(model)[name].save(path, store_bases=True), and load that "
+            "file with tnadapt.torch.load(…, check_base=False)"
+        )
+    if saved is not None and (difference := _difference(saved.get("fingerprint"), here["fingerprint"])) is not None:
+        raise FileError(f"{other}, {difference}. {way}")
+
+
+def _difference(saved: Any, here: dict[str, Any] | None) -> str | None:
+    """Describe how two fingerprints differ; None if they match, or one of them could not be taken."""
+    if saved is None or here is None:
+        return None
     try:
-        difference = Fingerprint(**saved["fingerprint"]).difference(Fingerprint(**here["fingerprint"]))
+        return Fingerprint(**saved).difference(Fingerprint(**here))
     except (TypeError, TnadaptError) as error:
         raise FileError(f"the fingerprint of the base model in the adapter's config is invalid: {error}") from None
-    if difference is not None:
-        raise FileError(
-            f"the adapter was trained on another base model than this {kind}: of its weights, {difference}. {way}"
-        )
 
 
 def base_dtype(handle: Adapter) -> torch.dtype:

@@ -15,7 +15,7 @@ from ._registered_arrays import AdapterArrays
 
 __all__ = ["check_adapter_name", "in_file"]
 
-_ARRAY = r"(?:group\d+_(?:term\d+_)?split\d+_[a-z]+\d*(?:_size|_rank|_theta)?|(?:group\d+_)?theta)"
+_ARRAY = r"(?:group\d+_(?:term\d+_)?split\d+_[a-z]+\d*(?:_size|_rank|_theta)?|(?:group\d+_)?theta|weight\d+_[a-z]+)"
 _RESERVED = re.compile(rf"tnadapt|tnadapt_arrays|{_ARRAY}")
 
 

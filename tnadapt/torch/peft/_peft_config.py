@@ -50,7 +50,7 @@ _ELSEWHERE = {
     "bias": "biases are not trained; use modules_to_save for modules that are trained whole",
     "lora_dropout": "dropout on the adapter's path is not supported",
     "use_rslora": "α/√r is not supported; use settings={'alpha': …}, which is divided by the rank",
-    "use_dora": "DoRA is not supported",
+    "use_dora": "use preset='dora' or settings={'apply': 'magnitude'}; PEFT's gradient needs detach_norm=True",
     "fan_in_fan_out": "leave it out: how a weight is stored is read from its module",
 }
 
@@ -98,9 +98,16 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     init_weights : bool
         If True, the fresh adapter changes nothing. If False, its update is random, drawn from torch's generator: for
         tests, as in PEFT's other methods.
+    detach_norm : bool
+        As in :func:`tnadapt.torch.attach`: True is the gradient of PEFT's DoRA. ``adapter_config.json`` has it only if
+        it is True.
     base : dict, optional
         Written by ``save_pretrained``: the number of weights of each shape that the adapter was trained on, their
-        fingerprint, and the digest of the draws. A base that differs is rejected. With None nothing is compared.
+        fingerprint, and the digest of the draws. A base that differs is rejected. With None nothing of it is compared.
+    made_from : dict, optional
+        Written by ``save_pretrained`` if arrays are computed from the base weights (``FromBase``; starts such as
+        "pissa"): their fingerprint. They are computed again when the adapter is loaded, so that a base that differs is
+        rejected whatever ``base`` is.
     trained : list of str, optional
         Written by ``save_pretrained`` if :meth:`tnadapt.torch.Adapter.set_trainable` chose some arrays: their names in
         the plan. None trains all.
@@ -128,13 +135,16 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     strategy: str = "auto"
     activation: str | None = None
     init_weights: bool = True
+    detach_norm: bool = False
     base: dict[str, Any] | None = None
+    made_from: dict[str, Any] | None = None
     trained: Any = None
     preset: dataclasses.InitVar[str | None] = None
 
     # The value of base for the next file. It belongs to one model, while this object may serve several.
     _next_base = None
-    # The same for trained, in a tuple because None is a valid choice there.
+    # The same for made_from, and for trained, in a tuple because None is a valid choice there.
+    _next_made_from = None
     _next_trained = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -179,8 +189,14 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             raise ConfigError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, or None; got {safe_repr(self.activation)}"
             )
-        if self.base is not None and not isinstance(self.base, dict):
-            raise ConfigError(f"base must be a dict that save_pretrained wrote, or None; got {safe_repr(self.base)}")
+        if not isinstance(self.detach_norm, bool):
+            raise ConfigError(f"detach_norm must be True or False; got {safe_repr(self.detach_norm)}")
+        for name in ("base", "made_from"):
+            written = getattr(self, name)
+            if written is not None and not isinstance(written, dict):
+                raise ConfigError(
+                    f"{name} must be a dict that save_pretrained wrote, or None; got {safe_repr(written)}"
+                )
         if self.trained is not None:
             self.trained = _list("trained", self.trained)
 
@@ -212,9 +228,9 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                 f"layers_pattern={safe_repr(patterns)} alone selects nothing: add the numbers, or leave it out"
             )
 
-    def keep_base(self, base: dict[str, Any] | None) -> None:
-        """Set the description of the base model for the next file only, without changing this config."""
-        self._next_base = base
+    def keep_base(self, base: dict[str, Any] | None, made_from: dict[str, Any] | None) -> None:
+        """Set the descriptions of the base model for the next file only, without changing this config."""
+        self._next_base, self._next_made_from = base, made_from
 
     def keep_trained(self, trained: Sequence[str] | None) -> None:
         """Set the list of trained arrays for the next file only, without changing this config."""
@@ -229,10 +245,14 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                 settings[name] = sorted(settings[name])
         if self.base is None and self._next_base is not None:
             settings["base"] = dict(self._next_base)
+        if self.made_from is None and self._next_made_from is not None:
+            settings["made_from"] = dict(self._next_made_from)
         if self._next_trained is not None:
             settings["trained"] = self._next_trained[0]
-        if settings["trained"] is None:
-            del settings["trained"]
+        # Files that do not need these keep their bytes.
+        for name, default in (("trained", None), ("made_from", None), ("detach_norm", False)):
+            if settings[name] == default:
+                del settings[name]
         return settings
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -240,7 +260,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self._next_base = self._next_trained = None
+            self._next_base = self._next_made_from = self._next_trained = None
 
 
 def _instead(name: str, known: list[str]) -> str:

@@ -19,7 +19,7 @@ from .._registry import overlapping
 from .._removal import let_go, let_go_merged, take_off
 from .._state import PREFIX, AdapterState
 from .._trainable import keep
-from ._base_check import base_dtype, check_base
+from ._base_check import base_dtype, check_base, made_from
 from ._keys import check_adapter_name, in_file
 from ._peft_config import TnadaptConfig
 from ._peft_library import (
@@ -87,8 +87,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
                 handle = _attach(model, config, adapter_name)
                 layer.add(handle)
-            if config.base is not None:
-                check_base(handle, config.base)
+            check_base(handle, config.base, config.made_from)
             if config.trained is not None:
                 _choose(handle, config.trained)
             if not config.init_weights:
@@ -214,9 +213,12 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
-        if config.base is None:
-            config.keep_base(_layer_of(model).base_of(adapter_name))
-        config.keep_trained(_layer_of(model).handle(adapter_name).trained)
+        layer = _layer_of(model)
+        handle = layer.handle(adapter_name)
+        if config.base is None or (config.made_from is None and handle.plan.base_shapes):
+            base = layer.base_of(adapter_name)
+            config.keep_base(base, made_from(handle, base))
+        config.keep_trained(handle.trained)
         return {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
 
     @classmethod
@@ -280,4 +282,7 @@ def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:
     model_type = about.get("model_type") if isinstance(about, Mapping) else None
     targets = select_targets(model, config, model_type)
     settings = Config.from_dict(config.settings)
-    return attach(model, settings, targets, name, strategy=config.strategy, activation=config.activation)
+    return attach(
+        model, settings, targets, name, strategy=config.strategy, activation=config.activation,
+        detach_norm=config.detach_norm,
+    )  # fmt: skip
