@@ -18,11 +18,25 @@ from tnadapt.testing.strategies import plans
 from .test_freedom import point, rank
 
 
+def anywhere(plan: tna.SuperLoRA) -> tna.SuperLoRA:
+    """The plan that starts at arrays in general position: the rank of a plan is that for any start that is brought."""
+    if not plan.point.brought:
+        return plan
+    rng = np.random.default_rng(0)
+    return plan.with_start({name: rng.normal(size=shape) for name, shape in plan.array_shapes.items()})
+
+
 @given(plans(projections=("identity", "shuffle", "linear", "linear_v2")))
 # Three groups in one weight that share an F of one element: the same two rows thrice.
 @example(tna.SuperLoRA(tna.Config(1, 1, groups=3, format="dense", projection="linear", ratio=0.07), [(6, 6)]))
+# One array of the start is brought and the other is zero: nothing is subtracted. Of another start a matrix would be.
+@example(
+    tna.SuperLoRA(
+        tna.Config(1, 1, 2, format="dense", start="given"), [(2, 2)], start_from={"group0.split1.dense": np.ones(2)}
+    )
+)
 def test_the_rank_of_random_updates(plan: tna.SuperLoRA) -> None:
-    deltas = plan.deltas(point(plan, seed=5))
+    deltas = anywhere(plan).deltas(point(plan, seed=5))
     for weight, delta in enumerate(deltas):
         assert largest_rank(plan, weight) == Rank(rank(delta), True)
 
@@ -30,7 +44,7 @@ def test_the_rank_of_random_updates(plan: tna.SuperLoRA) -> None:
 @given(plans(projections=("nonlinear", "nonlinear_v2")))
 def test_a_nonlinear_f_has_full_rank(plan: tna.SuperLoRA) -> None:
     # Far from where tanhshrink is almost flat.
-    deltas = plan.deltas({name: 8.0 * array for name, array in point(plan, seed=5).items()})
+    deltas = anywhere(plan).deltas({name: 8.0 * array for name, array in point(plan, seed=5).items()})
     for weight, delta in enumerate(deltas):
         rows = np.linalg.norm(delta, axis=1, keepdims=True)
         assert largest_rank(plan, weight).value == rank(delta / rows)
