@@ -15,7 +15,7 @@ from ._registered_arrays import AdapterArrays
 
 __all__ = ["check_adapter_name", "in_file"]
 
-_ARRAY = r"(?:group\d+_(?:term\d+_)?split\d+_[a-z]+\d*(?:_size|_rank|_theta)?|(?:group\d+_)?theta|weight\d+_[a-z]+)"
+_ARRAY = r"(?:group\d+_(?:term\d+_)?split\d+_[a-z]+\d*(?:_[a-z]+)?|(?:group\d+_)?theta|weight\d+_[a-z]+)"
 _RESERVED = re.compile(rf"tnadapt|tnadapt_arrays|{_ARRAY}")
 
 
@@ -28,7 +28,8 @@ def in_file(key: str, adapter_name: str) -> str | None:
     'base_model.model.tnadapt.group0.split0.factor0'
     >>> in_file("base_model.model.lm_head.weight", "v1.0")
     """
-    found = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(encoded(adapter_name))}\.({_ARRAY})", key)
+    # Whatever is in an adapter's container is one of its arrays: formats and sources of other packages name theirs.
+    found = re.fullmatch(rf"(.*\.)?tnadapt\.tnadapt_arrays\.{re.escape(encoded(adapter_name))}\.([^.]+)", key)
     return None if found is None else f"{found[1] or ''}model.tnadapt.{found[2].replace('_', '.')}"
 
 
