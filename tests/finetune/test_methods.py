@@ -86,7 +86,9 @@ def test_named_settings() -> None:
     assert dense.label == ""
 
 
-@pytest.mark.parametrize("name", sorted(set(tna.presets.__all__) - {"lorta_cp", "cara", "c3a", "nola"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(tna.presets.__all__) - {"lorta_cp", "cara", "c3a", "nola", "craft", "quanta"})
+)
 def test_every_preset_by_its_name_alone(name: str) -> None:
     (method,) = methods_of([name], [], {}, SMALL, 4)
     assert method.config is not None
@@ -99,6 +101,16 @@ def test_a_preset_whose_sizes_do_not_fit() -> None:
     assert tna.parameter_count(method.config, SMALL) == 8 * 64  # type: ignore[arg-type]
     with pytest.raises(TnadaptError, match="block=768, which does not divide the 64 rows"):
         tna.parameter_count(methods_of(["c3a"], [], {}, SMALL, 4)[0].config, SMALL)  # type: ignore[arg-type]
+
+
+def test_presets_that_need_roles_or_digits() -> None:
+    (craft,) = methods_of(["craft"], [8], {}, SMALL, 4)
+    assert craft.config is not None
+    assert tna.parameter_count(craft.config, SMALL, roles="qv" * 4) == 2 * (4**2 + 2 * 8**2)
+    (quanta,) = methods_of(["quanta"], [], {"digits": (4, 4)}, SMALL, 4)
+    assert quanta.family == "QuanTA"
+    assert quanta.config is not None
+    assert tna.parameter_count(quanta.config, SMALL) == 8 * 3 * 16**2
 
 
 def test_groups_by_role_need_no_weights_of_one_shape() -> None:

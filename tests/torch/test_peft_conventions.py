@@ -45,7 +45,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 plugin.register()
 
-SIZES = {"weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2, "n": 40, "block": 4, "r": 2, "parameters": 13}
+SIZES = {
+    "weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2, "n": 40, "block": 4, "r": 2, "parameters": 13,
+    "digits": (4, 2),
+}  # fmt: skip
 
 
 def seeded(make: Any, seed: int = 0) -> Any:

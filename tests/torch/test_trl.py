@@ -31,7 +31,10 @@ pytestmark = [
 ]
 
 WORDS = ["<pad>", "<end>", "<unknown>", *(f"w{number}" for number in range(40))]
-SIZES = {"weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2, "n": 40, "block": 4, "r": 2, "parameters": 13}
+SIZES = {
+    "weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2, "n": 40, "block": 4, "r": 2, "parameters": 13,
+    "digits": (4, 2),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,6 +24,11 @@ def start_randomly(handle: Adapter) -> None:
     # They are smaller still if the scale or F enlarges them, as WaveFT's scale of 25 does.
     # θ moves all arrays of a product at once.
     alone = len(arrays) == handle.plan.num_groups or handle.plan.theta is not None
+    if not zero and not handle.plan.point.leaves_zero:
+        # All arrays move at once, and some are identities.
+        for array in arrays:
+            array.add_(torch.randn_like(array), alpha=0.3 * float(array.square().mean().sqrt()))
+        return
     enlarged = max(group.network.scale * math.sqrt(group.projection.map.variance()) for group in handle.plan.groups)
     for array in zero or arrays:
         array.add_(torch.randn_like(array), alpha=0.1 / max(1.0, enlarged) if alone else 1.0)
