@@ -449,6 +449,31 @@ def test_the_core_of_the_base_is_that_of_its_higher_order_svd(rank: int, weights
     assert relative_error(whole, projected) < 1e-3
 
 
+@pytest.mark.law("sources")
+@pytest.mark.parametrize("several", [{"terms": 2}, {"splits": 2, "combine": "hadamard", "leading": "same"}])
+def test_a_core_of_the_base_uses_the_factors_of_its_own_split(several: dict[str, Any]) -> None:
+    sources = {"core": BaseCore(), "factor0": FromBase("mode"), "factor1": Mixed(FromBase("mode"))}
+    config = tna.Config(rank=2, format="tucker", start="random", sources=sources, **several)
+    found = tna.SuperLoRA(config, SHAPES).with_base(BASE).given
+    cores = [name for name in found if name.endswith(".core")]
+    assert len(cores) == 6
+    for name in cores:
+        group, split = int(name[5]), name.rpartition(".")[0]
+        left, right = (found[f"{split}.factor{mode}"].astype(np.float64) for mode in (0, 1))
+        assert relative_error(found[name], left.T @ BASE[group] @ right) < 1e-6
+
+
+def test_a_core_of_the_base_next_to_other_terms() -> None:
+    own = {"term0.split0.core": BaseCore(), "factor0": FromBase("mode"), "factor1": Mixed(FromBase("mode"))}
+    others: list[dict[str, Source]] = [
+        {"term1.split0.factor0": Seeded("normal")},
+        {"term1.split0.core": Tied("group0.term0.split0.core")},
+    ]
+    for other in others:
+        config = tna.Config(rank=2, format="tucker", terms=2, start="random", sources={**own, **other})
+        assert "group0.term0.split0.core" in tna.SuperLoRA(config, SHAPES).with_base(BASE).given
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -457,7 +482,7 @@ def test_the_core_of_the_base_is_that_of_its_higher_order_svd(rank: int, weights
             r"BaseCore computes 'split0.core' from the base .* 'split0.factor0' is not computed",
         ),
         ({"factor1": Seeded("normal")}, r"'split0.factor1' is not computed from the base: give it FromBase\('mode'\)"),
-        ({"factor2": BaseCore()}, r"BaseCore is for the core of format='tucker' with splits=1; 'split0.factor2' has"),
+        ({"factor2": BaseCore()}, r"BaseCore is for the core of format='tucker'; 'split0.factor2' has"),
     ],
 )
 def test_a_core_of_the_base_needs_factors_of_the_base(changes: dict[str, Source], message: str) -> None:

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 import tnadapt as tna
 from tests.conftest import NUMPY_AND_TORCH, relative_error
 from tnadapt.algebra.factoring import factoring
+from tnadapt.algebra.sources import Mixed, Scaled, Seeded, Trained
 from tnadapt.algebra.starting_points import STARTS, Start, starting_point
 from tnadapt.backends import Backend, load_backend
 from tnadapt.planning import degrees_of_freedom, known_as, largest_rank, step_cost
+from tnadapt.plugins import forget_registered
 from tnadapt.testing.verification import examples
 
 P = tna.presets
@@ -159,12 +161,23 @@ def test_the_start_is_zero_in_every_dtype(dtype: str, start: str) -> None:
     assert not any(bool(delta.any()) for delta in plan.deltas(wide, dtype))
 
 
+# θ itself starts at zero, and magnitudes at norms.
+RANDOM = {name: found for name, found in examples().items() if found[0].before is None and found[0].apply == "add"}
+RANDOM |= {
+    "trained and scaled": (P.lora(2, sources={"factor0": Scaled(Trained()), "factor1": Seeded("normal")}), SHAPES),
+    "trained and mixed": (P.lora(2, sources={"factor0": Mixed(Trained()), "factor1": Seeded("normal")}), SHAPES),
+    "weighted vectors": (tna.Config(rank=2, order=1, format="cp-weighted"), SHAPES),
+    "one gate": (tna.Config(order=2, format="circuit"), SHAPES),
+}
+
+
 @pytest.mark.law("fresh-is-zero", "first-gradients")
-@pytest.mark.parametrize("name", ["lora", "lokr", "lorta", "vera", "tied_lora"])
+@pytest.mark.parametrize("name", RANDOM)
 def test_a_random_start_has_no_zero_and_a_gradient_for_every_array(name: str) -> None:
     torch = pytest.importorskip("torch")
-    config, shapes = examples()[name]
+    config, shapes = RANDOM[name]
     plan = tna.SuperLoRA(config.replace(start="random"), shapes)
+    plan = plan.with_base([base(shape, seed) for seed, shape in enumerate(shapes)])
     params = {full: array.requires_grad_() for full, array in plan.init("torch", "float64").items()}
     assert all(bool(array.any()) for array in params.values())
     update = plan.vector(params)
@@ -358,6 +371,39 @@ def test_progress_and_equal_bits() -> None:
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     again = plan.with_base(lambda index: weights[index])
     assert all(np.array_equal(array, again.given[name]) for name, array in found.given.items())
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (7, r"start='wrong' of group 0 must compute an array for each of split0.factor0, split0.factor1; got int"),
+        ({"split0.factor0": np.ones((12, 3))}, r"must compute an array for each .*; got \['split0.factor0'\]"),
+        (
+            {"split0.factor0": np.ones((12, 2)), "split0.factor1": np.ones((8, 3))},
+            r"must compute floating-point numbers of shape \(12, 3\) for 'split0.factor0'; got float64 of",
+        ),
+        (
+            {"split0.factor0": np.ones((12, 3)), "split0.factor1": np.full((8, 3), 1e300)},
+            r"start='wrong' of group 0 has numbers that float32 cannot represent in 'split0.factor1'",
+        ),
+    ],
+)
+def test_starts_of_other_packages_that_compute_something_else(made: Any, message: str) -> None:
+    class Wrong(Start):
+        needs_base = True
+
+        def arrays(self, place: Any, base: Any, stream: Any) -> Any:
+            return made
+
+    tna.register_start("wrong", Wrong)
+    try:
+        with pytest.raises(tna.ConfigError, match=message):
+            bound(config_of("wrong"))
+        # Zeros are a start like any other.
+        Wrong.arrays = lambda *_: {"split0.factor0": np.zeros((12, 3)), "split0.factor1": np.ones((8, 3))}  # type: ignore[method-assign]
+        assert not bound(config_of("wrong"), [(12, 8)]).init()[LEFT].any()
+    finally:
+        forget_registered()
 
 
 def test_a_start_without_a_method() -> None:

@@ -118,7 +118,7 @@ def test_names_are_the_specs(plan: tna.SuperLoRA) -> None:
         assert group.removeprefix("group").isdigit()
         assert len(term) == (config.terms > 1)
         assert 0 <= int(split.removeprefix("split")) < config.splits
-        assert array.rstrip("0123456789") in ("dense", "factor", "weights", "core")
+        assert array.rstrip("0123456789") in ("dense", "factor", "weights", "core", "gate")
 
 
 @pytest.mark.law("first-gradients")

@@ -6,6 +6,7 @@ A ``test_fault_…`` pins a fault of PEFT: if it fails, PEFT was repaired, and t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,9 @@ CASES: dict[str, tuple[Callable[[], Any], Shapes]] = {
     ),
     "unilora, high rank": (
         lambda: peft.UniLoraConfig(r=9, theta_d_length=17, target_modules=["q", "v"], save_indices=True), ALIKE
+    ),
+    "unilora, many": (
+        lambda: peft.UniLoraConfig(r=3, theta_d_length=90, target_modules=["q"], save_indices=True), {"a.q": (12, 8)}
     ),
     "tinylora, many": (lambda: peft.TinyLoraConfig(r=1, u=7, target_modules=TARGETS), SHAPES),
     "tinylora": (lambda: peft.TinyLoraConfig(r=3, u=7, target_modules=TARGETS), SHAPES),
@@ -312,8 +316,8 @@ def test_few_numbers_stay_few(name: str, tmp_path: Path) -> None:
     assert found is not None
     stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     own = [stored[key] for key in sorted(stored) if "theta_d" in key or "tinylora_v" in key]
-    assert found.arrays.keys() == {"theta"}
-    assert np.array_equal(found.arrays["theta"], np.concatenate(own))
+    assert found.arrays.keys() == ({f"group{g}.theta" for g in range(3)} if name == "tinylora" else {"theta"})
+    assert np.array_equal(np.concatenate(list(found.arrays.values())), np.concatenate(own))
     assert found.num_parameters == sum(array.size for array in own)
     if name == "unilora":
         index = stored["base_model.model.blocks.0.attn.q_proj.unilora_indices_B"]
@@ -321,6 +325,46 @@ def test_few_numbers_stay_few(name: str, tmp_path: Path) -> None:
     elif name == "tinylora, tied":
         p = stored["base_model.model.blocks.0.attn.q_proj.tinylora_P"]
         assert np.array_equal(found.given["theta.matrix"][: p[0].size].T.reshape(p.shape), p)
+
+
+@pytest.mark.parametrize("name", ["unilora", "tinylora"])
+def test_numbers_in_float64_are_read_as_lora(name: str, tmp_path: Path) -> None:
+    """What a config computes from θ has scales, factors and P in float32 or of its own rounding."""
+    make, shapes = CASES[name]
+    wrapped = peft.get_peft_model(model(shapes).double(), make(), autocast_adapter_dtype=False)
+    fill((p for _, p in wrapped.named_parameters() if p.requires_grad), 1)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    found = tna.convert(tmp_path / "theirs", base=shapes)
+    assert found.exact
+    assert found.error <= 1e-12
+    assert "stored as LoRA of the same rank, as " in str(found)
+
+
+def test_a_scale_becomes_part_of_unilora_s_numbers(tmp_path: Path) -> None:
+    file = our_file(*OURS["unilora"][::2])
+    tna.convert(file, tmp_path / "theirs", to="peft-unilora")
+    again = tna.convert(tmp_path / "theirs").file
+    assert again is not None
+    assert again.num_parameters == file.num_parameters == 9
+    np.testing.assert_allclose(again.arrays["theta"], file.arrays["theta"] * math.sqrt(2 / 3), rtol=1e-6)
+
+
+@pytest.mark.law("foreign-files")
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("to", ["peft-lora", "peft-unilora"])
+def test_theta_in_bfloat16(offset: bool, to: str, tmp_path: Path) -> None:
+    if offset and to == "peft-unilora":
+        pytest.skip("refused, as the factors start elsewhere")
+    config = tna.presets.lora(3, before="tied", parameters=9, offset=offset)
+    whole = our_file(config, SHAPES)
+    rounded = (whole.arrays["theta"].view("u4") & 0xFFFF0000).view("f4")
+    file = tna.AdapterFile(config, whole.targets, {"theta": rounded}, dtypes={"theta": "bfloat16"}, given=whole.given)
+    found = tna.convert(file, tmp_path / "theirs", to=to, dtype="float32")
+    assert found.exact == (found.error <= TOLERANCE)
+    expected = dict(zip(SHAPES, file.deltas(), strict=True))
+    for path, delta in loaded(tmp_path / "theirs", SHAPES).items():
+        # PEFT computes Uni-LoRA's factors in float32; this library rounds them to bfloat16, as in training.
+        assert error(delta, expected[path]) <= (TOLERANCE if to == "peft-lora" else 2.0**-7)
 
 
 def test_unilora_in_half_precision_is_read_as_lora(tmp_path: Path) -> None:
@@ -333,7 +377,7 @@ def test_unilora_in_half_precision_is_read_as_lora(tmp_path: Path) -> None:
     tensors = load_file(place)
     save_file({n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}, place)
     found = tna.convert(tmp_path / "theirs", base=shapes)
-    assert "as its scales are not 1 / sqrt of the number of elements that share one, in float32" in str(found)
+    assert "as its scales are not 1 / sqrt of the number of elements that share one, in the dtype" in str(found)
     assert found.exact
 
 
@@ -434,7 +478,7 @@ def test_it_attaches_and_trains_what_peft_trains(name: str, tmp_path: Path) -> N
 
 def test_what_no_config_has_is_noted(tmp_path: Path) -> None:
     notes = {
-        "unilora, high rank": "stored as LoRA of the same rank, as its rank 9 is larger than a weight's: 17",
+        "unilora, many": "stored as LoRA of the same rank, as it has 90 trained numbers for 60 elements: 90 trained",
         "vblora": "stored as LoRA of the same rank, as no config has mixtures",
         "tinylora, many": "the r × r matrix of each weight is stored as trained, as it has fewer elements than its",
         "waveft, dense": "stored dense: a config has one number of coefficients, and 200 are more than a weight has",

@@ -292,6 +292,11 @@ P = tna.presets
         (lambda: P.lora(2), "unilora", "it needs one θ for all factors of LoRA, and one weight per group"),
         (lambda: P.unilora(9, 2, scope="group"), "unilora", "it needs one θ for all factors of LoRA"),
         (
+            lambda: P.lora(2, before="one-hot", parameters=5, offset=False, fold="hypercube"),
+            "unilora",
+            "it needs one θ for all factors of LoRA, and one weight per group",
+        ),
+        (
             lambda: P.lora(2, before="normal", parameters=5, offset=False),
             "unilora",
             "before='normal' adds several elements of θ up",

@@ -23,7 +23,7 @@ from tnadapt.testing.strategies import plans
 from tnadapt.testing.verification import Report, examples, verify
 
 # JAX compiles every operation for every shape: a preset of each format but in the long profile, else a minute.
-OF_EACH_FORMAT = ("dense", "lonkr", "lorta", "superlora", "cara", "compacter", "metatt", "gralora")
+OF_EACH_FORMAT = ("dense", "lonkr", "lorta", "superlora", "cara", "compacter", "metatt", "gralora", "quanta")
 
 
 @pytest.mark.law("projection-adjoint", "presets", "parameter-count")

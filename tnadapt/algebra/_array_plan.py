@@ -108,21 +108,21 @@ class ArrayPlan:
             origins = self.origins(group)
             for name, origin in origins.items():
                 self._check_array(group, name, origin)
-            self._check_factors(origins)
+            self._check_factors(group, origins)
             for prefixes in network.prefixes:
                 pairs = zip(prefixes, network.splits, strict=True)
                 check_term(origins, [prefix + name for prefix, split in pairs for name in split.shapes])
 
     @staticmethod
-    def _check_factors(origins: Mapping[str, Origin]) -> None:
+    def _check_factors(group: int, origins: Mapping[str, Origin]) -> None:
         """Raise a ConfigError if a source needs the factors of its split, and one is not computed from the base."""
         for name, origin in origins.items():
-            if not origin.source.needs_factors:
+            if not origin.source.needs_factors or origin.key != (group, name):
                 continue
             split = name.rpartition(".")[0]
             for other, theirs in origins.items():
                 own = other != name and other.rpartition(".")[0] == split
-                if own and not (theirs.source.needs_base and theirs.key == (origin.group, other)):
+                if own and not (theirs.source.needs_base and theirs.key == (group, other)):
                     raise ConfigError(
                         f"{type(origin.source).__name__} computes {name!r} from the base weights and the factors of "
                         f"all modes, and {other!r} is not computed from the base: give it FromBase('mode') or Mixed"

@@ -65,8 +65,9 @@ def from_base(
             # What is computed from the factors comes after them.
             for late in (False, True):
                 own = {full: entry for full, entry in entries.items() if entry.source.needs_factors == late}
-                factors = _factors(group, found) if late and own else {}
-                put(zip(own, pool.map(functools.partial(_computed, base, factors), own.values()), strict=True))
+                factors = [_factors(group, full, found) if late else {} for full in own]
+                arrays = pool.map(functools.partial(_computed, base), own.values(), factors)
+                put(zip(own, arrays, strict=True))
         for start in starts:
             put(start.result().items())
     return found
@@ -93,13 +94,14 @@ def base_weight(backend: Backend, weight: Any, index: int, shape: tuple[int, int
     return weight
 
 
-def _factors(group: Group, found: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
-    """Return the frozen factors of a group by their modes."""
-    modes = {full: group.network.mode_of(name) for name, full in group.frozen_names.items()}
-    return {mode: found[full] for full, mode in modes.items() if mode is not None}
+def _factors(group: Group, full: str, found: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
+    """Return the frozen factors of the split of an array, by their modes."""
+    split = full.partition(".")[2].rpartition(".")[0] + "."
+    modes = {name: group.network.mode_of(name) for name in group.frozen_names if name.startswith(split)}
+    return {mode: found[group.frozen_names[name]] for name, mode in modes.items() if mode is not None}
 
 
-def _computed(base: np.ndarray, factors: Mapping[int, np.ndarray], entry: FrozenArray) -> np.ndarray:
+def _computed(base: np.ndarray, entry: FrozenArray, factors: Mapping[int, np.ndarray]) -> np.ndarray:
     return entry.compute(dataclasses.replace(entry.stream, base=base, factors=factors))
 
 
@@ -108,10 +110,23 @@ def _start(plan: GroupPlan, index: int, base: np.ndarray) -> dict[str, np.ndarra
     place = plan.start_place(index)
     stream = Stream(plan.config.seed, index, PURPOSE["source"])
     made = plan.point.arrays(place, base, stream)
-    with np.errstate(over="ignore"):
-        found = {f"{PREFIX}group{index}.{name}": array.astype(np.float32, order="C") for name, array in made.items()}
-    if not all(np.isfinite(array).all() and array.any() for array in found.values()):
-        raise ConfigError(f"start={plan.config.start!r} of group {index} has numbers that float32 cannot represent")
+    what = f"start={plan.config.start!r} of group {index}"
+    if not isinstance(made, Mapping) or made.keys() != place.shapes.keys():
+        names = sorted(made) if isinstance(made, Mapping) else type(made).__name__
+        raise ConfigError(f"{what} must compute an array for each of {', '.join(place.shapes)}; got {names}")
+    found = dict[str, np.ndarray]()
+    for name, shape in place.shapes.items():
+        array = np.asarray(made[name])
+        if array.shape != shape or array.dtype.kind != "f":
+            raise ConfigError(
+                f"{what} must compute floating-point numbers of shape {shape} for {name!r}; got {array.dtype} of shape "
+                f"{array.shape}"
+            )
+        with np.errstate(over="ignore"):
+            single = array.astype(np.float32, order="C")
+        if not np.isfinite(single).all() or (array.any() and not single.any()):
+            raise ConfigError(f"{what} has numbers that float32 cannot represent in {name!r}")
+        found[f"{PREFIX}group{index}.{name}"] = single
     return found
 
 

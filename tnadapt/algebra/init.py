@@ -19,9 +19,8 @@ another one starts as that does; a term with such a zero needs no other.
 a common σ, and ΔW is ``F(x) - F(x_start)``, with ``x_start`` recomputed from the seed.
 
 **Given starts.** With ``Config.start`` other than "zero", ΔW is ``net(x) - net(x_0)`` in the same way. x_0 consists of
-the arrays that are brought or computed from the base, and of the above for the others; with "random", without the
-zero. Which arrays are trained does
-not affect it.
+the arrays that are brought or computed from the base, and of the above for the others. With "random" no array of x_0 is
+zero, and the only random array of a product has σ = ``STEP``. Which arrays are trained does not affect x_0.
 
 **σ** makes the first SGD step change ΔW equally, whatever the rank, order, splits, terms and ρ are. For a white
 gradient and a scale of 1, the root mean square of ΔW after one step is ``STEP`` times that of the same step of dense
@@ -141,8 +140,8 @@ class Initializer(FixedArrays):
     def zeros(self) -> frozenset[str]:
         """Names of the arrays and multipliers that are zero: one per term, or none for a nonlinear F.
 
-        Nor is there one if x_0 is computed from the base or leaves none. Of arrays that are tied, only the group that
-        they belong to lists them.
+        There is none either if x_0 is computed from the base, or is the start "random". Of arrays that are tied, only
+        the group that they belong to lists them.
         """
         if not self.projection.linear or self.point.needs_base or not self.point.leaves_zero:
             return frozenset()
@@ -194,7 +193,9 @@ class Initializer(FixedArrays):
     def _computed_std(self, term: int) -> float:
         try:
             frozen = self._frozen_in_term(term)
-            if self.projection.linear:
+            if not self.point.leaves_zero and _random_arrays(self.network) - frozen[1] == 1:
+                found = STEP  # of the only random array, which is zero otherwise
+            elif self.projection.linear:
                 found = _linear_std(self.network, self.projection, self._zero[term], frozen, self._source_of_zero(term))
             else:
                 found = _nonlinear_std(self.network, self.projection, frozen)

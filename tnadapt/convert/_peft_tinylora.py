@@ -28,6 +28,7 @@ _NOTE = (
     "the r × r matrix of each weight is stored as trained, as it has fewer elements than its v: {} trained numbers "
     "became {}"
 )
+_WIDE = "stored as LoRA of the same rank, as a config holds PEFT's factors and P in float32, and these are in float64"
 _ORDER = (
     "give base={name: tuple(module.weight.shape) for name, module in model.named_modules() "
     "if hasattr(module, 'weight')}"
@@ -53,6 +54,7 @@ class PeftTinyLora(PeftMethod):
         firsts = np.cumsum([0, *(v.size for v in vectors)])
         order = self._order(content, len(vectors))
         targets, parts, notes = [], list[tuple[Float, Float, Float]](), tuple[str, ...]()
+        owners = list[int]()  # which v is that of each weight
         for path in content.modules:
             a, b = content.tensor(path, "tinylora_A", 2), content.tensor(path, "tinylora_B", 2)
             if len(a) != b.shape[1]:
@@ -61,6 +63,7 @@ class PeftTinyLora(PeftMethod):
             # PEFT's groups of layers: all of one size, and the rest in the last one.
             number = min(place // max(1, len(order) // len(vectors)), len(vectors) - 1)
             own = self._projection(content, path, place, vectors[number].size, len(a))
+            owners.append(number)
             p = np.zeros((firsts[-1], len(a), len(a)))
             p[firsts[number] : firsts[number + 1]] = own
             targets.append(content.target(path, (len(b), a.shape[1])))
@@ -79,7 +82,20 @@ class PeftTinyLora(PeftMethod):
             matrices[f"{name}.core"] = np.pad(p, ((0, 0), left, right))
             given |= {f"{name}.factor0": np.pad(b, ((0, 0), left)), f"{name}.factor1": np.pad(a, (right, (0, 0))).T}
             updates.append(ModuleUpdate("lora", target.shape, (Pair(b @ np.einsum("i,ijk->jk", theta, p), a.T),)))
+        if "float64" in content.dtypes:
+            return OwnStructure(targets, updates=updates, notes=(_WIDE, *notes))
         config = Config(rank=rank, format="tucker", sources={"factor0": Given(), "factor1": Given()})
+        if sorted(owners) == list(range(len(vectors))) and len({v.size for v in vectors}) == 1:
+            # One θ of one size for each weight.
+            size = vectors[0].size
+            if all(size <= p[0].size for p in matrices.values()):
+                config = config.replace(before="given", parameters=size, scope="group", offset=False)
+                arrays = dict[str, Float]()
+                for group, (owner, p) in enumerate(zip(owners, matrices.values(), strict=True)):
+                    arrays[f"group{group}.theta"] = vectors[owner]
+                    own = p[firsts[owner] : firsts[owner + 1]]
+                    given[f"group{group}.theta.matrix"] = own.reshape(size, -1).T
+                return OwnStructure(targets, config, arrays, given, updates, notes=notes)
         matrix = np.concatenate([p.reshape(theta.size, -1) for p in matrices.values()], axis=1).T
         if theta.size <= len(matrix):
             config = config.replace(before="given", parameters=theta.size, offset=False)
@@ -103,7 +119,8 @@ class PeftTinyLora(PeftMethod):
         tensors: dict[str, Float] = {"base_model.tinylora_v.0": vector}
         for module in modules:
             group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
-            if list(group.names) != ["split0.core"] or len(group.pieces) > 1 or len(group.network.sizes) != 2:
+            own_names = list(group.names) == ["split0.core"] and len(group.pieces) == 1
+            if not own_names or group.network.sizes != module.shape:
                 self.refuse("it needs format='tucker', order=2 and one weight per group, as presets.tinylora has them")
             full, sides = group.names["split0.core"], group.network.shapes["split0.core"]
             start = plan.array_start(backend, full, like)
@@ -115,7 +132,7 @@ class PeftTinyLora(PeftMethod):
             tensors[self.name_of(module, "tinylora_P")] = group.network.scale * np.stack(
                 [one[full] for one in matrices]
             )
-        settings = {"r": file.config.rank, "u": vector.size, "weight_tying": 1.0, "save_projection": True}
+        settings = {"r": max(sides), "u": vector.size, "weight_tying": 1.0, "save_projection": True}
         return EncodedAdapter(tensors, config=settings)
 
     def _vectors(self, content: PeftContent) -> list[Float]:

@@ -6,6 +6,7 @@ PEFT's indices become the index of tied elements before the network.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
@@ -32,8 +33,11 @@ __all__ = ["PeftUniLora"]
 _TENSORS = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
 _NOTE = "stored as LoRA of the same rank, as {}: {} trained numbers became {}"
 _SAVE = "save it with save_indices=True"
-# PEFT rounds 1 / sqrt(count) to the dtype of the model; beyond float32's rounding, the scales are others than ours.
-_ROUNDING = 1e-6
+# PEFT rounds 1 / sqrt(count) to the dtype of the model, or to float32. Beyond float32's rounding, and beyond float64's
+# for numbers in float64, the scales are others than ours.
+_ROUNDING = {True: 1e-12, False: 1e-6}
+# The index is stored in float32.
+_MOST = 1 << 24
 
 
 class _Factors(NamedTuple):
@@ -88,12 +92,10 @@ class PeftUniLora(PeftMethod):
             flat.append(factors[path].flat)
         index, scale = (np.concatenate(parts) for parts in zip(*flat, strict=True))
         expected = 1.0 / np.sqrt(np.maximum(np.bincount(index, minlength=theta.size), 1))[index]
-        if theta.size > index.size:
-            why = "there are fewer elements than trained numbers"
-        elif any(rank > min(target.shape) for target in targets):
-            why = f"its rank {rank} is larger than a weight's"
-        elif np.max(np.abs(scale / expected - 1.0)) > _ROUNDING:
-            why = "its scales are not 1 / sqrt of the number of elements that share one, in float32"
+        if theta.size > min(index.size, _MOST):
+            why = f"it has {theta.size} trained numbers for {index.size} elements"
+        elif np.max(np.abs(scale / expected - 1.0)) > _ROUNDING["float64" in content.dtypes]:
+            why = "its scales are not 1 / sqrt of the number of elements that share one, in the dtype of the others"
         else:
             config = Config(rank=rank, before=TiedElements(normalized=True), parameters=theta.size, offset=False)
             content.dtypes.add("float32")  # the factors are not rounded to the dtype of the stored θ
@@ -103,7 +105,7 @@ class PeftUniLora(PeftMethod):
     def write(self, modules: Sequence[Module], file: AdapterFile) -> EncodedAdapter:
         """Encode θ, and which of its elements each element of A and B is."""
         theta, plan = file.plan.theta, file.plan
-        if theta is None or len(theta.parts) > 1 or file.config.sources or not _is_lora(plan):
+        if theta is None or len(theta.parts) > 1 or not _is_lora(plan):
             self.refuse("it needs one θ for all factors of LoRA, and one weight per group, as presets.unilora has them")
         (part,) = theta.parts
         backend, like = load_backend("numpy"), np.zeros(1)
@@ -114,7 +116,9 @@ class PeftUniLora(PeftMethod):
         scales, places, made = (
             theta.moved(backend, part, probe) for probe in (np.ones(vector.size), np.arange(vector.size) + 1.0, random)
         )
-        tensors, integers = {"base_model.unilora_theta_d": vector}, dict[str, NDArray[np.int64]]()
+        # Both factors are multiples of θ, so that a scale of their product can be part of it.
+        scaled = vector * math.sqrt(plan.groups[0].network.scale)
+        tensors, integers = {"base_model.unilora_theta_d": scaled}, dict[str, NDArray[np.int64]]()
         for module in modules:
             group = plan.groups[plan.layout.of_weight(module.targets[0][0])[0].group]
             for letter, name in (("A", "split0.factor1"), ("B", "split0.factor0")):
@@ -127,8 +131,6 @@ class PeftUniLora(PeftMethod):
                     self._refuse_map(file)
                 if letter == "A":
                     scale, index = scale.T, index.T
-                else:
-                    scale = scale * group.network.scale
                 tensors[self.name_of(module, f"unilora_scales_{letter}")] = scale
                 integers[self.name_of(module, f"unilora_indices_{letter}")] = index
         settings = {"r": file.config.rank, "theta_d_length": vector.size, "save_indices": True}
@@ -200,8 +202,9 @@ def _is_lora(plan: SuperLoRA) -> bool:
     """Return whether every weight has two factors, and nothing follows their product."""
     return all(
         list(group.names) == ["split0.factor0", "split0.factor1"]
+        and not group.frozen_names
         and len(group.pieces) == 1
-        and len(group.network.sizes) == 2
+        and group.network.sizes == plan.shapes[group.pieces[0].weight]
         and group.projection.map.identity
         for group in plan.groups
     ) and plan.num_groups == len(plan.shapes)

@@ -47,7 +47,7 @@ class BaseCore(Source):
             )
         if place.name.rpartition(".")[2] != "core" or len(place.shape) != len(place.sizes):
             raise ConfigError(
-                f"BaseCore is for the core of format='tucker' with splits=1; {place.name!r} has the shape {place.shape}"
+                f"BaseCore is for the core of format='tucker'; {place.name!r} has the shape {place.shape}"
             )
 
     def array(self, shape: tuple[int, ...], stream: Stream) -> np.ndarray:
