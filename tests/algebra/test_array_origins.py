@@ -273,8 +273,8 @@ def test_diagonals_start_as_they_say() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Scaled("seeded"), r"Scaled needs a source that is not scaled itself; got 'seeded'"),
-        (lambda: Scaled(Scaled(Trained())), r"not scaled itself"),
+        (lambda: Scaled("seeded"), r"Scaled needs a source without trained diagonals or matrices; got .seeded."),
+        (lambda: Scaled(Scaled(Trained())), r"without trained diagonals or matrices; got Scaled"),
         (lambda: Scaled(Trained(), size=1), r"size must be True or False; got 1"),
         (lambda: Scaled(Trained(), size=False), r"needs a diagonal: size=True, rank=True, or both"),
         (lambda: Scaled(Trained(), start=math.nan), r"start must be a finite number .*; got nan"),

@@ -51,6 +51,14 @@ def test_an_adapter(tmp_path: Path) -> None:
     assert [one["name"] for one in tna.info(tmp_path, every=True)["every"]] == [target.name for target in targets]
 
 
+def test_given_arrays_are_counted(tmp_path: Path) -> None:
+    config = tna.presets.lora(2, before="tied", parameters=3)
+    given = {"theta.index": np.arange(40) % 3}
+    file = tna.AdapterFile(config, [tna.Target("a", (12, 8))], {"theta": np.ones(3, np.float32)}, given=given)
+    tna.save(tmp_path / "a.safetensors", file)
+    assert tna.info(tmp_path / "a.safetensors")["given"] == {"arrays": 1, "elements": 40}
+
+
 def test_other_draws_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tna.save(tmp_path / "a.safetensors", cp.adapter(P.fastfood(0.5), [T("a", (4, 4))]))
     monkeypatch.setattr("tnadapt.checkpoints.adapter_file.AdapterFile.draws_without", lambda *_: "0" * 64)

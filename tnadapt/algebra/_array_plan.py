@@ -281,5 +281,6 @@ def _single(label: str, array: Any, shape: tuple[int, ...], integers: bool = Fal
     with np.errstate(over="ignore"):
         single = np.array(found, np.float32, order="C")  # parameters that start there must be contiguous
     if found.dtype.kind not in ("fiu" if integers else "f") or not np.isfinite(single).all():
-        raise ConfigError(f"{label} must hold finite floating-point numbers that float32 can represent")
+        what = "finite numbers" if integers else "finite floating-point numbers"
+        raise ConfigError(f"{label} must hold {what} that float32 can represent; its dtype is {found.dtype}")
     return single

@@ -271,8 +271,8 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
     Parameters
     ----------
     digits : sequence of int
-        Sizes of all digits but the last one, from the most significant one. The last digit has what is left of the rows
-        and of the columns, which the product of the digits divides: 16, 8 and 6 for 768.
+        Sizes of all digits but the last one, from the most significant one. The last digit is the number of rows, or of
+        columns, divided by the product of these, which must divide it: 16, 8 and 6 for 768.
 
     Examples
     --------
@@ -283,6 +283,8 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
     if not isinstance(digits, (tuple, list)) or not digits:
         raise ConfigError(f"digits must be a tuple of sizes, such as (16, 8); got {safe_repr(digits)}")
     sizes = tuple(integer(f"digits[{place}]", size, 1, MAX_SIZE, ConfigError) for place, size in enumerate(digits))
+    if "rank" in changes:
+        raise ConfigError(f"quanta has gates, and no rank; got rank={safe_repr(changes['rank'])}: choose the digits")
     known = math.prod(sizes)
     own = {
         "groups": "weight",

@@ -97,6 +97,8 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
     }
     if file.trained is not None:
         found["frozen"] = sum(array.size for array in file.arrays.values()) - file.num_parameters
+    if given := [array for name, array in file.given.items() if name not in file.plan.start_shapes]:
+        found["given"] = {"arrays": len(given), "elements": sum(array.size for array in given)}
     if file.plan.point.subtracts:
         stored = [name for name in file.given if name in file.plan.start_shapes]
         found["start"] = {"name": file.config.start, "stored": len(stored)}

@@ -48,6 +48,9 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
                     f"{_counted(found['groups'], 'group')}"),
         ("config", _config(found["config"])),
     ]  # fmt: skip
+    if "given" in found:
+        given = found["given"]
+        rows.insert(1, ("given", f"{given['elements']:,} float32 in {_counted(given['arrays'], 'array')}, not trained"))
     if found["activation"]:
         rows.append(("activation", f"{found['activation']} (LoDA: it cannot be merged)"))
     rows.append(("model", found["model"] or "unknown"))

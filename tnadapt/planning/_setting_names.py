@@ -61,10 +61,11 @@ def known_as(config: Config) -> Name:
     LoRA r = 8, pissa
     """
     rank = config.rank
-    if isinstance(rank, int) and config == presets.craft(
-        rank, groups=config.groups, alpha=config.alpha, seed=config.seed, shared=config.shared
+    last, weights = (rank, None) if isinstance(rank, int) else (rank[-1], rank[0])
+    if last is not None and config == presets.craft(
+        last, weights=weights, groups=config.groups, alpha=config.alpha, seed=config.seed, shared=config.shared
     ):
-        return Name("CRAFT", f"{_groups_label(config)}r = {rank}")
+        return Name("CRAFT", f"{_groups_label(config)}r = {last}" + (f", {weights} of weights" if weights else ""))
     if config.format == "circuit" and isinstance(config.fold, tuple):
         digits = config.fold[1 : len(config.fold) // 2]
         if config.replace(alpha=None, seed=0, shared=True) == _made(presets.quanta, digits):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tnadapt.errors import ConfigError
@@ -13,7 +13,7 @@ from ._format import Format, Rank
 
 __all__ = ["Circuit"]
 
-# Gates for every two of 8 axes.
+# Modes, of 8 axes: 28 gates.
 _MOST = 16
 
 
@@ -38,52 +38,37 @@ class Circuit(Format):
         return super().checked_rank(name, rank, order)
 
     @staticmethod
-    def _gates(order: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the name of each gate and the axes that it acts on."""
+    def _gates(order: int) -> list[list[tuple[str, int]]]:
+        """Return the indices of each gate, those after it before those before it: ("mode", m), or (bond, row digit)."""
         axes = -(-order // 2)
-        if axes == 1:
-            yield "gate0", (0,)
-        for number, pair in enumerate(itertools.combinations(range(axes), 2)):
-            yield f"gate{number}", pair
-
-    @staticmethod
-    def _traced(rows: Sequence[Any], cols: Sequence[Any], fresh: Iterator[Any], order: int) -> Iterator[list[Any]]:
-        """Yield what the axes of each gate are: those after it, then those before it, where there are any.
-
-        ``rows`` and ``cols`` are those at the ends; ``fresh`` yields those of an axis between two gates.
-        """
-        gates = [pair for _, pair in Circuit._gates(order)]
-        current: list[Any] = [*cols, *[None] * (len(rows) - len(cols))]
-        for number, pair in enumerate(gates):
-            last = [not any(axis in later for later in gates[number + 1 :]) for axis in pair]
-            after = [rows[axis] if ends else next(fresh) for axis, ends in zip(pair, last, strict=True)]
-            before = [current[axis] for axis in pair if current[axis] is not None]
-            for axis, now in zip(pair, after, strict=True):
-                current[axis] = now
-            yield after + before
+        pairs: list[tuple[int, ...]] = list(itertools.combinations(range(axes), 2)) or [(0,)]
+        uses = collections.Counter(axis for pair in pairs for axis in pair)
+        # What each axis is so far: the column digit, or nothing for a row digit without one.
+        current = {axis: ("mode", axes + axis) for axis in range(order - axes)}
+        found = []
+        for number, pair in enumerate(pairs):
+            before = [current[axis] for axis in pair if axis in current]
+            for axis in pair:
+                uses[axis] -= 1
+                current[axis] = (f"bond{number}", axis) if uses[axis] else ("mode", axis)
+            found.append([*(current[axis] for axis in pair), *before])
+        return found
 
     def array_shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
-        order = len(self.sizes)
-        axes = -(-order // 2)
-        rows, cols = self.sizes[:axes], self.sizes[axes:]
-        touched = (rows[axis] for axis in self._unfinished(order))
-        traced = self._traced(rows, cols, touched, order)
-        return {name: tuple(shape) for (name, _), shape in zip(self._gates(order), traced, strict=True)}
-
-    @staticmethod
-    def _unfinished(order: int) -> Iterator[int]:
-        """Yield the axis of each index between two gates."""
-        gates = [pair for _, pair in Circuit._gates(order)]
-        for number, pair in enumerate(gates):
-            yield from (axis for axis in pair if any(axis in later for later in gates[number + 1 :]))
+        # A bond has the size of its axis's row digit, which is mode ``axis``.
+        return {
+            f"gate{number}": tuple(self.sizes[mode] for _, mode in own)
+            for number, own in enumerate(self._gates(len(self.sizes)))
+        }
 
     @property
     def formula(self) -> str:
         order = len(self.sizes)
-        axes = -(-order // 2)
-        modes, bonds = letters(order, len(list(self._unfinished(order))))
-        traced = self._traced(modes[:axes], modes[axes:], iter(bonds), order)
-        return ",".join("".join(own) for own in traced) + "->" + modes
+        gates = self._gates(order)
+        bonds = list(dict.fromkeys(index for own in gates for index in own if index[0] != "mode"))
+        modes, others = letters(order, len(bonds))
+        letter = dict(zip(bonds, others, strict=True)) | {("mode", m): own for m, own in enumerate(modes)}
+        return ",".join("".join(letter[index] for index in own) for own in gates) + "->" + modes
 
     def useful_rank(self) -> None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tnadapt.errors import ConfigError
+from tnadapt.errors import ConfigError, ShapeError
 
 from ._map import Map
 
@@ -29,7 +29,7 @@ class BroughtMap(Map):
         raise self._lacks("brought_shape")
 
     def bring(self, array: np.ndarray, label: str = "the array") -> None:
-        """Set the array; raise a ConfigError that names it by ``label`` if it does not fit.
+        """Set the array; raise a ConfigError or ShapeError that names it by ``label`` if it does not fit.
 
         Parameters
         ----------
@@ -37,6 +37,8 @@ class BroughtMap(Map):
             Finite float32 numbers.
         label : str
         """
+        if array.shape != self.brought_shape:
+            raise ShapeError(f"{label} has shape {array.shape}; expected {self.brought_shape}")
         self.check(array, label)
         self._brought = array
         self.kept.clear()

@@ -96,9 +96,9 @@ class TiedMap(BroughtMap):
     def _stages(self) -> list[tuple[np.ndarray, int]]:
         """How :meth:`adjoint` sums elements of one index: which to take, and how many consecutive ones to sum.
 
-        A stage sums runs of elements with one index, padded with a zero after the last element. A run is at most as
-        long as the mean number of elements per index, so that a stage takes at most twice the elements that it is
-        given, however unequal the numbers are; the sums of runs are the elements of the next stage.
+        A stage sums runs of elements with one index, padded with a zero after the last element. A run is as long as the
+        mean number of elements per index, but at least 2, so that a stage takes at most about twice the elements that
+        it is given, however unequal the numbers are. The sums of runs are the elements of the next stage.
         """
         owners = self.brought.astype(np.int64)
         order, stages = np.argsort(owners, kind="stable"), list[tuple[np.ndarray, int]]()

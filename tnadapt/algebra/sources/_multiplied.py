@@ -37,9 +37,9 @@ class Multiplied(Source):
 
     def __post_init__(self) -> None:
         if not isinstance(self.of, Source) or isinstance(self.of, Multiplied):
-            kind = type(self).__name__
-            what = "is not scaled itself" if kind == "Scaled" else "has no multipliers itself"
-            raise ConfigError(f"{kind} needs a source that {what}; got {safe_repr(self.of)}")
+            raise ConfigError(
+                f"{type(self).__name__} needs a source without trained diagonals or matrices; got {safe_repr(self.of)}"
+            )
 
     @property
     def multipliers(self) -> tuple[str, ...]:
