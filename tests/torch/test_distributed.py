@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -42,32 +43,45 @@ FOUR = ["ddp-default", "ddp-lora", "fsdp2-default", "fsdp2-linear", "fsdp2-mixed
 def run(*commands: Sequence[Any], timeout: float = 200.0) -> list[str]:
     """Start these commands together, wait for them and return their output. No process outlives the call."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = [
-        subprocess.Popen(
-            [str(part) for part in command],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for command in commands
-    ]
-    try:
-        printed = [process.communicate(timeout=timeout)[0] for process in started]
-    finally:
-        for process in started:
-            if process.poll() is None:
-                # torchrun ends its workers when it is asked to end, and could not if it were killed.
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(timeout=30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+    with contextlib.ExitStack() as stack:  # closes their pipes
+        started = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [str(part) for part in command],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+            for command in commands
+        ]
+        try:
+            printed = [process.communicate(timeout=timeout)[0] for process in started]
+        except subprocess.TimeoutExpired:
+            states = [process.poll() for process in started]
+            _end(started)
+            told = "\n".join(process.communicate()[0] for process in started)
+            pytest.fail(f"not done within {timeout:g} s; exit codes {states} (None is running):\n{told}")
+        finally:
+            _end(started)
     for process, text in zip(started, printed, strict=True):
         assert process.returncode == 0, text
     return printed
+
+
+def _end(started: Sequence[subprocess.Popen[str]]) -> None:
+    """End the processes that are running."""
+    for process in started:
+        if process.poll() is None:
+            # torchrun ends its workers when it is asked to end, and could not if it were killed.
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 DEATHS = {"killed": "Signal 9 (SIGKILL) received by PID", "raises": "the data of this process ended"}
