@@ -50,7 +50,7 @@ def test_another_base_is_refused_whatever_the_config_says_of_the_base(name: str,
     model = stir(get_peft_model(llama(), config(**COMPUTED[name])))
     expected = run(model)
     model.save_pretrained(tmp_path)
-    assert written(tmp_path)["made_from"] == written(tmp_path)["base"]["fingerprint"]
+    assert written(tmp_path)["computed_from"] == written(tmp_path)["base"]["fingerprint"]
     assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path)), expected)
     for named in (True, False):
         given = PeftConfig.from_pretrained(str(tmp_path))
@@ -89,35 +89,35 @@ def test_files_without_the_fingerprint_load_as_before(tmp_path: Path) -> None:
     model = stir(get_peft_model(llama(), config(**COMPUTED["lora_xs"])))
     model.save_pretrained(tmp_path)
     text = written(tmp_path)
-    del text["made_from"]
+    del text["computed_from"]
     (tmp_path / "adapter_config.json").write_text(json.dumps({**text, "base": None}))
     PeftModel.from_pretrained(llama(1), tmp_path)
     # What is saved again tells of the base there.
     again = PeftModel.from_pretrained(llama(), tmp_path)
     again.save_pretrained(tmp_path / "again")
-    assert written(tmp_path / "again")["made_from"] == text["base"]["fingerprint"]
+    assert written(tmp_path / "again")["computed_from"] == text["base"]["fingerprint"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(text))
     PeftModel.from_pretrained(llama(), tmp_path).save_pretrained(tmp_path / "third")
-    assert written(tmp_path / "third")["made_from"] == text["base"]["fingerprint"]
+    assert written(tmp_path / "third")["computed_from"] == text["base"]["fingerprint"]
 
 
 def test_the_fingerprint_is_in_files_that_need_it_alone(tmp_path: Path) -> None:
     model = get_peft_model(llama(), config(preset="lora", settings={"rank": 2}))
     model.save_pretrained(tmp_path)
-    assert not {"made_from", "detach_norm"} & written(tmp_path).keys()
+    assert not {"computed_from", "detach_norm"} & written(tmp_path).keys()
     # An adapter that computes nothing from the base may be put on another one, by explicit wish.
     given = PeftConfig.from_pretrained(str(tmp_path))
-    given.base, given.made_from = None, {"sha256": "0" * 64, "dtype": "float32", "sketch": [0.0] * 8}
+    given.base, given.computed_from = None, {"sha256": "0" * 64, "dtype": "float32", "sketch": [0.0] * 8}
     PeftModel.from_pretrained(llama(1), tmp_path, config=given)
 
 
 def test_a_damaged_fingerprint_is_told(tmp_path: Path) -> None:
     get_peft_model(llama(), config(**COMPUTED["lora_xs"])).save_pretrained(tmp_path)
     given = PeftConfig.from_pretrained(str(tmp_path))
-    given.base, given.made_from = None, {"sha256": 1}
+    given.base, given.computed_from = None, {"sha256": 1}
     with pytest.raises(tna.FileError, match="fingerprint of the base model in the adapter's config is invalid"):
         PeftModel.from_pretrained(llama(), tmp_path, config=given)
-    for name in ("base", "made_from"):
+    for name in ("base", "computed_from"):
         with pytest.raises(tna.ConfigError, match=f"{name} must be a dict that save_pretrained wrote"):
             config(**{name: "x"})
 

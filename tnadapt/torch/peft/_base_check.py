@@ -16,7 +16,7 @@ from .. import _merging as merging
 from .._adapter import Adapter
 from .._adapter_saving import base_fingerprint
 
-__all__ = ["base_dtype", "check_base", "describe_base", "made_from"]
+__all__ = ["base_dtype", "check_base", "computed_from", "describe_base"]
 
 
 def describe_base(handle: Adapter) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def describe_base(handle: Adapter) -> dict[str, Any]:
     }
 
 
-def made_from(handle: Adapter, base: dict[str, Any] | None) -> dict[str, Any] | None:
+def computed_from(handle: Adapter, base: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the fingerprint of a described base if arrays of the adapter are computed from its weights."""
     return base["fingerprint"] if base is not None and handle.plan.base_shapes else None
 
@@ -46,7 +46,7 @@ def check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str, 
     saved : dict or None
         What :func:`describe_base` returned for the base that it was trained on; None if nothing of it is compared.
     source : dict or None
-        What :func:`made_from` returned. On another base the arrays that the adapter does not store would be other ones.
+        What :func:`computed_from` returned. On another base the arrays that the adapter does not store would be other ones.
     """
     computed = handle.plan.base_shapes
     if saved is None and (source is None or not computed):

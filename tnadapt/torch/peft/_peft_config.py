@@ -104,7 +104,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     base : dict, optional
         Written by ``save_pretrained``: the number of weights of each shape that the adapter was trained on, their
         fingerprint, and the digest of the draws. A base that differs is rejected. With None nothing of it is compared.
-    made_from : dict, optional
+    computed_from : dict, optional
         Written by ``save_pretrained`` if arrays are computed from the base weights (``FromBase``; starts such as
         "pissa"): their fingerprint. They are computed again when the adapter is loaded, so that a base that differs is
         rejected whatever ``base`` is.
@@ -137,14 +137,14 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     init_weights: bool = True
     detach_norm: bool = False
     base: dict[str, Any] | None = None
-    made_from: dict[str, Any] | None = None
+    computed_from: dict[str, Any] | None = None
     trained: Any = None
     preset: dataclasses.InitVar[str | None] = None
 
     # The value of base for the next file. It belongs to one model, while this object may serve several.
     _next_base = None
-    # The same for made_from, and for trained, in a tuple because None is a valid choice there.
-    _next_made_from = None
+    # The same for computed_from, and for trained, in a tuple because None is a valid choice there.
+    _next_computed_from = None
     _next_trained = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -191,7 +191,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             )
         if not isinstance(self.detach_norm, bool):
             raise ConfigError(f"detach_norm must be True or False; got {safe_repr(self.detach_norm)}")
-        for name in ("base", "made_from"):
+        for name in ("base", "computed_from"):
             written = getattr(self, name)
             if written is not None and not isinstance(written, dict):
                 raise ConfigError(
@@ -228,9 +228,9 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                 f"layers_pattern={safe_repr(patterns)} alone selects nothing: add the numbers, or leave it out"
             )
 
-    def keep_base(self, base: dict[str, Any] | None, made_from: dict[str, Any] | None) -> None:
+    def keep_base(self, base: dict[str, Any] | None, computed_from: dict[str, Any] | None) -> None:
         """Set the descriptions of the base model for the next file only, without changing this config."""
-        self._next_base, self._next_made_from = base, made_from
+        self._next_base, self._next_computed_from = base, computed_from
 
     def keep_trained(self, trained: Sequence[str] | None) -> None:
         """Set the list of trained arrays for the next file only, without changing this config."""
@@ -245,12 +245,12 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
                 settings[name] = sorted(settings[name])
         if self.base is None and self._next_base is not None:
             settings["base"] = dict(self._next_base)
-        if self.made_from is None and self._next_made_from is not None:
-            settings["made_from"] = dict(self._next_made_from)
+        if self.computed_from is None and self._next_computed_from is not None:
+            settings["computed_from"] = dict(self._next_computed_from)
         if self._next_trained is not None:
             settings["trained"] = self._next_trained[0]
         # Files that do not need these keep their bytes.
-        for name, default in (("trained", None), ("made_from", None), ("detach_norm", False)):
+        for name, default in (("trained", None), ("computed_from", None), ("detach_norm", False)):
             if settings[name] == default:
                 del settings[name]
         return settings
@@ -260,7 +260,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self._next_base = self._next_made_from = self._next_trained = None
+            self._next_base = self._next_computed_from = self._next_trained = None
 
 
 def _instead(name: str, known: list[str]) -> str:

@@ -19,7 +19,7 @@ from .._registry import overlapping
 from .._removal import let_go, let_go_merged, take_off
 from .._state import PREFIX, AdapterState
 from .._trainable import keep
-from ._base_check import base_dtype, check_base, made_from
+from ._base_check import base_dtype, check_base, computed_from
 from ._keys import check_adapter_name, in_file
 from ._peft_config import TnadaptConfig
 from ._peft_library import (
@@ -87,7 +87,7 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
             with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
                 handle = _attach(model, config, adapter_name)
                 layer.add(handle)
-            check_base(handle, config.base, config.made_from)
+            check_base(handle, config.base, config.computed_from)
             if config.trained is not None:
                 _choose(handle, config.trained)
             if not config.init_weights:
@@ -215,9 +215,9 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
     ) -> dict[str, Tensor]:
         layer = _layer_of(model)
         handle = layer.handle(adapter_name)
-        if config.base is None or (config.made_from is None and handle.plan.base_shapes):
+        if config.base is None or (config.computed_from is None and handle.plan.base_shapes):
             base = layer.base_of(adapter_name)
-            config.keep_base(base, made_from(handle, base))
+            config.keep_base(base, computed_from(handle, base))
         config.keep_trained(handle.trained)
         return {key: tensor for key, tensor in state_dict.items() if in_file(key, adapter_name) is not None}
 
