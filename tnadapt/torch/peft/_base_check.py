@@ -46,7 +46,7 @@ def check_base(handle: Adapter, saved: dict[str, Any] | None, source: dict[str, 
     saved : dict or None
         What :func:`describe_base` returned for the base that it was trained on; None if nothing of it is compared.
     source : dict or None
-        What :func:`computed_from` returned. On another base the arrays that the adapter does not store would be other ones.
+        What :func:`computed_from` returned. On another base, the arrays that the adapter does not store would differ.
     """
     computed = handle.plan.base_shapes
     if saved is None and (source is None or not computed):
