@@ -253,7 +253,7 @@ FROZEN = {
     "cara": P.cara(2, heads=3, **STACK), "compacter": P.compacter(2, terms=2),
     "lora_fa": P.lora_fa(2), "lora_xs": P.lora_xs(2), "nola": P.nola(3, 2), "randlora": P.randlora(2, rows=6, cols=4),
     "share_lora": P.share_lora(2), "svft": P.svft(4), "tied_lora": P.tied_lora(2), "tinylora": P.tinylora(3),
-    "unilora": P.unilora(5, 2), "vera": P.vera(3), "craft": P.craft(2, groups=1), "quanta": P.quanta((2,)),
+    "unilora": P.unilora(5, 2), "vera": P.vera(3), "craft": P.craft(2, groups=1), "quanta": P.quanta((2, 1)),
     "shira": P.shira(5), "fourierft": P.fourierft(5), "loca": P.loca(5), "waveft": P.waveft(5), "c3a": P.c3a(2),
     "miss": P.miss(2), "dora": P.dora(2), "hira": P.hira(2),
     "metatt": P.metatt(2), "gralora": P.gralora(2, blocks=2),
