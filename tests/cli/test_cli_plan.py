@@ -134,7 +134,7 @@ def test_a_terminal_of_any_width(monkeypatch: pytest.MonkeyPatch, columns: int) 
         (["--budget", "100", "--shape", "3x3", "--set", "rank=0", "--layout-picture", "a.png"], "rank must be from 1"),
         (["--budget", "100", "nowhere.safetensors"], "nowhere.safetensors: No such file or directory"),
         (["--budget", "100", "./nowhere"], "./nowhere: No such file or directory"),
-        (["--budget", "100", "."], "has no safetensors file"),
+        (["--budget", "100", "docs"], "has no safetensors file"),
     ],
 )
 def test_a_users_mistake_is_exit_code_2_and_no_traceback(arguments: list[str], message: str) -> None:
