@@ -36,7 +36,7 @@ def plan_of(name: Any, scope: str = "plan", **settings: Any) -> tna.SuperLoRA:
 
 
 def expected_map(plan: tna.SuperLoRA, index: int) -> Map:
-    """Return P of one θ, built anew."""
+    """Return P of one θ, without the plan's cached draws."""
     assert plan.theta is not None
     assert plan.config.before is not None
     part = plan.theta.parts[index]

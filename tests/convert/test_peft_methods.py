@@ -329,7 +329,7 @@ def test_few_numbers_stay_few(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["unilora", "tinylora"])
 def test_numbers_in_float64_are_read_as_lora(name: str, tmp_path: Path) -> None:
-    """What a config computes from θ has scales, factors and P in float32 or of its own rounding."""
+    """A config holds the scales, factors and P in float32, or rounds them differently."""
     make, shapes = CASES[name]
     wrapped = peft.get_peft_model(model(shapes).double(), make(), autocast_adapter_dtype=False)
     fill((p for _, p in wrapped.named_parameters() if p.requires_grad), 1)

@@ -106,7 +106,7 @@ def test_the_groups_make_up_the_parameters(plan: tna.SuperLoRA) -> None:
         assert all(words in one.words for words in told)
 
 
-def test_magnitudes_are_told_beside_the_groups() -> None:
+def test_magnitudes_are_counted_next_to_the_groups() -> None:
     one = tna.SuperLoRA(tna.presets.dora(1, groups=1), [(2, 3)])
     assert diagram(one).words == "5 trainable parameters, all in this group, and 2 magnitudes of weights"
     two = tna.SuperLoRA(tna.presets.dora(1, magnitude_axis="cols"), [(2, 1), (2, 3)])

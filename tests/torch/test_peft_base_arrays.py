@@ -92,7 +92,7 @@ def test_files_without_the_fingerprint_load_as_before(tmp_path: Path) -> None:
     del text["computed_from"]
     (tmp_path / "adapter_config.json").write_text(json.dumps({**text, "base": None}))
     PeftModel.from_pretrained(llama(1), tmp_path)
-    # What is saved again tells of the base there.
+    # Saved again, the config describes the base that the adapter is on.
     again = PeftModel.from_pretrained(llama(), tmp_path)
     again.save_pretrained(tmp_path / "again")
     assert written(tmp_path / "again")["computed_from"] == text["base"]["fingerprint"]
@@ -111,7 +111,7 @@ def test_the_fingerprint_is_in_files_that_need_it_alone(tmp_path: Path) -> None:
     PeftModel.from_pretrained(llama(1), tmp_path, config=given)
 
 
-def test_a_damaged_fingerprint_is_told(tmp_path: Path) -> None:
+def test_a_damaged_fingerprint_is_reported(tmp_path: Path) -> None:
     get_peft_model(llama(), config(**COMPUTED["lora_xs"])).save_pretrained(tmp_path)
     given = PeftConfig.from_pretrained(str(tmp_path))
     given.base, given.computed_from = None, {"sha256": 1}

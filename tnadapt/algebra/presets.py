@@ -274,6 +274,11 @@ def quanta(digits: Sequence[int] = (16, 8), **changes: Any) -> Config:
         Sizes of all digits but the last one, from the most significant one. The last digit is the number of rows, or of
         columns, divided by the product of these, which must divide it: 16, 8 and 6 for 768.
 
+    Raises
+    ------
+    ConfigError
+        If a digit is not an integer of at least 1, there are more than 7, or a rank is given.
+
     Examples
     --------
     >>> import tnadapt as tna

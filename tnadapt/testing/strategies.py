@@ -143,7 +143,7 @@ def base_weights(draw: st.DrawFn, weights: Sequence[tuple[int, int]]) -> list[np
 def plans(draw: st.DrawFn, projections: tuple[Recipe, ...] = KINDS, on: str = "vector") -> SuperLoRA:
     """Draw plans of every kind on small weights: ``SuperLoRA(config, shapes, layers)``.
 
-    What a plan computes from base weights is that of random ones, and so are arrays at which it is told to start.
+    Base weights are random where a plan computes something from them. So are the arrays of a given start.
 
     Parameters
     ----------
