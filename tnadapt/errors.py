@@ -6,13 +6,9 @@ what was given, what was expected, and how to fix it.
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
-
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
+from collections.abc import Iterable
+from typing import Any
 
 # Invisible characters that ``str.isprintable`` accepts: joiners, fillers and variation selectors.
 _INVISIBLE = frozenset(
@@ -93,6 +89,9 @@ _PEFT_KEYWORDS = {
     "lora_alpha": ("alpha", "a setting of tnadapt.Config and its presets"),
     "target_modules": ("targets", "an argument of tnadapt.torch.attach"),
     "modules_to_save": ("keep_trainable", "an argument of tnadapt.torch.attach"),
+    "layers_to_transform": ("layers", "an argument of tnadapt.torch.attach"),
+    "exclude_modules": ("exclude", "an argument of tnadapt.torch.attach"),
+    "bias": ("biases", "an argument of tnadapt.torch.attach: 'none', 'adapted' or 'all'"),
 }
 
 
@@ -108,34 +107,6 @@ def peft_hint(name: str) -> str | None:
         return None
     ours, where = _PEFT_KEYWORDS[name]
     return f"PEFT's {name!r} is {ours!r} here, {where}"
-
-
-def explains_peft_keywords(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Decorate a function so that a PEFT keyword raises an error that gives tnadapt's name for it.
-
-    Examples
-    --------
-    >>> @explains_peft_keywords
-    ... def attach(model, targets="qv"):
-    ...     return targets
-    >>> attach(None, target_modules="qkv")
-    Traceback (most recent call last):
-        ...
-    tnadapt.errors.UnexpectedKeywordError: attach() got an unexpected keyword argument 'target_modules': PEFT's
-    'target_modules' is 'targets' here, an argument of tnadapt.torch.attach
-    """
-
-    @functools.wraps(function)
-    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        for name in kwargs:
-            hint = peft_hint(name)
-            if hint is not None:
-                raise UnexpectedKeywordError(
-                    f"{function.__name__}() got an unexpected keyword argument {name!r}: {hint}"
-                )
-        return function(*args, **kwargs)
-
-    return checked
 
 
 def safe_repr(value: Any) -> str:

@@ -36,6 +36,8 @@ class Settings:
         As for :func:`decompose`.
     """
 
+    NAMES = ("tol", "max_iterations", "svd", "seed")
+
     def __init__(self, tol: float = 1e-6, max_iterations: int = 100, svd: str = "auto", seed: int = 0) -> None:
         if isinstance(tol, bool) or not isinstance(tol, (int, float, np.floating)) or not 0.0 <= tol < 1.0:
             raise ConfigError(f"tol must be from 0 to below 1; got {safe_repr(tol)}")
@@ -43,6 +45,12 @@ class Settings:
         if svd not in _SVD:
             raise ConfigError(f"svd must be one of {', '.join(_SVD)}; got {safe_repr(svd)}")
         self.svd, self.seed = svd, integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
+
+    @classmethod
+    def taken_from(cls, keywords: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+        """Return the settings among a function's keywords, and the other keywords."""
+        own = {name: value for name, value in keywords.items() if name in cls.NAMES}
+        return cls(**own), {name: value for name, value in keywords.items() if name not in cls.NAMES}
 
     def fit(
         self,

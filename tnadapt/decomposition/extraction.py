@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.presets import superlora
+from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.rounding import rounded, widened
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
@@ -56,7 +56,7 @@ class Extraction(NamedTuple):
 def extract(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],
-    cfg: Config | None = None,
+    cfg: Config | str | None = None,
     targets: Any = "qv",
     *,
     max_error: float | None = None,
@@ -72,8 +72,8 @@ def extract(
     ----------
     base, tuned : path
         Two checkpoints of one model: safetensors files, indices, or folders.
-    cfg : Config, optional
-        The method to fit; ``tnadapt.presets.superlora(rank=8)`` by default.
+    cfg : Config or str, optional
+        The method to fit: a config, or the name of a preset; ``tnadapt.presets.superlora(rank=8)`` by default.
     targets : str or list of str
         The weights, as for :func:`tnadapt.targets.checkpoint_targets.find_stored`.
     max_error : float, optional
@@ -88,7 +88,8 @@ def extract(
     progress : callable, optional
         Called with a :class:`~tnadapt.decomposition.Step`.
     **settings
-        ``tol``, ``max_iterations``, ``svd`` and ``seed`` of :func:`tnadapt.decompose`.
+        ``tol``, ``max_iterations``, ``svd`` and ``seed`` of :func:`tnadapt.decompose`; with the name of a preset also
+        its settings, except for the seed.
 
     Returns
     -------
@@ -127,8 +128,8 @@ def extract(
     >>> found.file, found.report.error < 1e-5, found.others
     (AdapterFile(64 parameters in 4 arrays, 2 targets, 0 kept), True, ())
     """
-    cfg = superlora(rank=8) if cfg is None else cfg
-    chosen = Settings(**settings)
+    chosen, rest = Settings.taken_from(settings)
+    cfg = config_of(cfg, rest, "extract", ("targets", "max_error", "max_rank", "keep_trainable", *Settings.NAMES))
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     shapes = {name: entry.shape for name, entry in after.entries.items()}
     found = find_stored(shapes, targets, after.config or before.config)

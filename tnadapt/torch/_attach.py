@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import nn
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.folding import MAX_SIZE
-from tnadapt.algebra.presets import superlora
+from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
-from tnadapt.errors import BackendError, ConfigError, TargetError, explains_peft_keywords, integer, safe_repr
+from tnadapt.errors import BackendError, ConfigError, TargetError, integer, safe_repr
 from tnadapt.targets.overlaps import check_distinct
 
 from . import _freezing as freezing
@@ -23,27 +24,30 @@ from ._adapter import Adapter
 from ._bound_plan import bound, is_bound
 from ._forward_pass import PassHooks
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
+from ._kept_parameters import kept_names
 from ._registry import overlapping, refuse_merged
 from ._removal import take_off
 from ._sharding import is_sharded
-from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState, is_array
+from ._state import ADAPTERS_ATTR, DOT, AdapterSlot, AdapterState
 from ._step_cost import TOKENS
 from ._strategy_choice import is_quantized, strategy_of
 from ._target_selection import find_targets, host_of, paths_of, tied
 
-__all__ = ["attach", "attach_with", "check_name", "matching"]
+__all__ = ["attach", "attach_with", "check_name"]
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-@explains_peft_keywords
 def attach(
     model: nn.Module,
-    cfg: Config | None = None,
+    cfg: Config | str | None = None,
     targets: Any = "qv",
     name: str = "default",
     *,
+    layers: int | Sequence[int] | None = None,
+    exclude: Any = None,
     keep_trainable: str | Sequence[str] = (),
+    biases: str = "none",
     strategy: str = "auto",
     tokens: int = TOKENS,
     activation: str | None = None,
@@ -52,6 +56,7 @@ def attach(
     given: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     detach_norm: bool = False,
+    **settings: Any,
 ) -> Adapter:
     """Attach an adapter to the query and value projections, or other weights, of any torch model.
 
@@ -61,19 +66,26 @@ def attach(
     ----------
     model : Module
         Any model whose attention tnadapt knows: see :func:`tnadapt.torch.find_targets`.
-    cfg : Config, optional
-        The form of the updates. By default ``tnadapt.presets.superlora(rank=8)``, the paper's headline setting: all
-        weights are one group, reshaped to a square with one low-rank matrix. It fits any number of weights of any
-        shapes (grouped-query attention, Swin's stages), where LoRA's stacking needs equal columns, and the paper found
-        it the best of all settings of its size.
+    cfg : Config or str, optional
+        The form of the updates: a config, or the name of a preset such as ``"lora"``, whose settings are further
+        keywords. By default ``tnadapt.presets.superlora(rank=8)``, the paper's headline setting: all weights are one
+        group, reshaped to a square with one low-rank matrix. It fits any number of weights of any shapes (grouped-query
+        attention, Swin's stages), where LoRA's stacking needs equal columns, and the paper found it the best of all
+        settings of its size.
     targets : str, list or function
         The weights to adapt: ``"qv"`` and other roles, ``"all-linear"``, ``"conv"``, a regular expression, a list of
         paths or of :class:`tnadapt.Target`, or a function; see :func:`tnadapt.torch.find_targets`.
     name : str
         Name of the adapter: any printable characters, unique on the model.
+    layers : int, range or list of int, optional
+        Only the targets in these layers; negative numbers count from the end. See :func:`tnadapt.torch.find_targets`.
+    exclude : str, list or function, optional
+        Targets to leave out, in the words of ``targets``.
     keep_trainable : str or sequence of str
         Parameters of the base that stay trainable, by whole components of their paths: ``"classifier"`` is every
         parameter below a module of that name. They are saved with the adapter.
+    biases : {"none", "adapted", "all"}
+        The biases that stay trainable, like ``keep_trainable``: those of the adapted layers, or of all layers.
     strategy : {"auto", "weight", "factored", "additive"}
         How a layer uses its update; see :mod:`tnadapt.torch._forward_patch`. ``"auto"`` picks for each weight the
         strategy with the cheapest training step, estimated from operations and bytes
@@ -94,6 +106,9 @@ def attach(
     detach_norm : bool
         For ``apply="magnitude"``: whether the gradient takes ‖W + ΔW‖ for a constant, as PEFT does. The default is the
         exact gradient. It is not saved with the adapter.
+    **settings
+        With the name of a preset: its settings, and fields of :class:`tnadapt.Config`. (``layers`` is always the one
+        above.)
 
     Returns
     -------
@@ -103,10 +118,12 @@ def attach(
     Raises
     ------
     TargetError
-        If there is no target, the name is taken or invalid, weights are tied, or ``keep_trainable`` matches nothing; or
-        arrays are computed from base weights into which another adapter is merged.
+        If there is no target, the name is taken or invalid, weights are tied, or ``layers``, ``exclude``,
+        ``keep_trainable`` or ``biases`` matches nothing; or arrays are computed from base weights into which another
+        adapter is merged.
     ConfigError
-        If the config does not suit the weights, or the strategy does not suit the config.
+        If the config does not suit the weights, the strategy does not suit the config, or there is no such preset or
+        setting.
     BackendError
         If the dtype is not a floating-point dtype.
 
@@ -125,20 +142,30 @@ def attach(
     368 parameters in 1 group for 512 elements of 2 weights; 16.5 % of the base's 2,224
     does not export as LoRA: self_attn.in_proj_weight is not the weight of a layer
     >>> optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
+
+    A preset by its name:
+
+    >>> tnadapt.torch.attach(model, "lora", name="second", rank=4, alpha=8).config.scale
+    2.0
     """
+    cfg = config_of(cfg, settings, "attach", list(inspect.signature(attach).parameters)[:-1])
     return attach_with(
-        model, cfg, targets, name, keep_trainable=keep_trainable, strategy=strategy, tokens=tokens,
-        activation=activation, dtype=dtype, untie=untie, given=given, progress=progress, detach_norm=detach_norm,
+        model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
+        strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, given=given,
+        progress=progress, detach_norm=detach_norm,
     )  # fmt: skip
 
 
 def attach_with(
     model: nn.Module,
-    cfg: Config | None,
+    cfg: Config,
     targets: Any,
     name: str,
     *,
+    layers: Any = None,
+    exclude: Any = None,
     keep_trainable: str | Sequence[str] = (),
+    biases: str = "none",
     strategy: str = "auto",
     tokens: int = TOKENS,
     activation: str | None = None,
@@ -162,8 +189,7 @@ def attach_with(
         raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {safe_repr(dtype)}")
     if not isinstance(detach_norm, bool):
         raise ConfigError(f"detach_norm must be True or False; got {safe_repr(detach_norm)}")
-    cfg = superlora(rank=8) if cfg is None else cfg
-    found = find_targets(model, targets, untie=untie)
+    found = find_targets(model, targets, layers=layers, exclude=exclude, untie=untie)
     check_distinct(found)
     plan = SuperLoRA(
         cfg,
@@ -172,7 +198,7 @@ def attach_with(
         roles=[target.role for target in found],
         given=given,
     )
-    kept = matching(model, keep_trainable, {target.name for target in found})
+    kept = kept_names(model, keep_trainable, biases, found)
     owners = [model.get_submodule(target.module) for target in found]
     paths = paths_of(model)
     hosts = [model.get_submodule(host_of(model, target, paths)) for target in found]
@@ -244,35 +270,6 @@ def check_name(model: nn.Module, name: str) -> None:
             f"this model already has an adapter {name!r} ({taken[name].handle!r}); give another name, or "
             "detach() it first"
         )
-
-
-def matching(model: nn.Module, patterns: str | Sequence[str], targets: Iterable[str]) -> list[str]:
-    """Return the parameters and buffers whose dotted paths contain a pattern as whole components, in order."""
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    state = set(model.state_dict(keep_vars=True))
-    # A tied weight has several names and is kept under the first.
-    tensors = list(
-        itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    )
-    first: dict[int, str] = {}
-    for name, tensor in tensors:
-        first.setdefault(id(tensor), name)
-    names = {name: first[id(tensor)] for name, tensor in tensors if name in state and not is_array(name)}
-    kept: dict[str, None] = {}
-    for pattern in patterns:
-        found = [own for name, own in names.items() if f".{pattern}." in f".{name}."]
-        if not found:
-            modules = ", ".join(name for name, _ in model.named_children())
-            raise TargetError(
-                f"keep_trainable: no parameter is at or below {safe_repr(pattern)}; the model's parts are: {modules}"
-            )
-        kept.update(dict.fromkeys(found))
-    both = [name for name in targets if name in kept]
-    if both:
-        raise TargetError(
-            f"{both[0]} is both a target and in keep_trainable; it can be adapted or trained itself, not both"
-        )
-    return list(kept)
 
 
 def _arrays(plan: SuperLoRA, like: torch.Tensor | None, dtype: torch.dtype, fresh: bool) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnadapt.algebra.config import Config
-from tnadapt.algebra.presets import superlora
+from tnadapt.algebra.named_config import config_of
 from tnadapt.algebra.superlora import SuperLoRA
 from tnadapt.backends import load_backend
 from tnadapt.decomposition import FitReport, Settings, Step, smallest_rank
@@ -20,7 +20,8 @@ from tnadapt.targets.target import Target
 
 from . import _merging as merging
 from ._adapter import Adapter
-from ._attach import attach, check_name, matching
+from ._attach import attach, check_name
+from ._kept_parameters import matching
 from ._registry import overlapping
 from ._sharding import gather_full
 from ._state import AdapterState
@@ -32,7 +33,7 @@ __all__ = ["extract"]
 def extract(
     base: nn.Module,
     tuned: nn.Module | Mapping[str, Tensor],
-    cfg: Config | None = None,
+    cfg: Config | str | None = None,
     targets: Any = "qv",
     name: str = "default",
     *,
@@ -50,8 +51,8 @@ def extract(
         The model before fine-tuning; the adapter is attached to it.
     tuned : Module or mapping of str to Tensor
         The same model after full fine-tuning, or its state dict.
-    cfg : Config, optional
-        The form of the updates; ``tnadapt.presets.superlora(rank=8)`` by default.
+    cfg : Config or str, optional
+        The form of the updates: a config, or the name of a preset; ``tnadapt.presets.superlora(rank=8)`` by default.
     targets : str, list or function
         The weights to adapt, as for :func:`tnadapt.torch.attach`.
     name : str
@@ -66,7 +67,8 @@ def extract(
     progress : callable, optional
         Called with a :class:`~tnadapt.decomposition.Step`.
     **settings
-        ``tol``, ``max_iterations``, ``svd`` and ``seed`` of :func:`tnadapt.decompose`.
+        ``tol``, ``max_iterations``, ``svd`` and ``seed`` of :func:`tnadapt.decompose`; with the name of a preset also
+        its settings, except for the seed.
 
     Returns
     -------
@@ -101,8 +103,8 @@ def extract(
     >>> bool(torch.allclose(base(x), tuned(x), atol=1e-5))
     True
     """
-    cfg = superlora(rank=8) if cfg is None else cfg
-    chosen = Settings(**settings)
+    chosen, rest = Settings.taken_from(settings)
+    cfg = config_of(cfg, rest, "extract", ("targets", "max_error", "max_rank", "keep_trainable", *Settings.NAMES))
     if not isinstance(base, nn.Module):
         raise TargetError(f"extract needs a torch module as base; got {type(base).__name__}")
     for other in overlapping(base):

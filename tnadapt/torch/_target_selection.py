@@ -12,13 +12,16 @@ from tnadapt.errors import TargetError
 from tnadapt.targets.target import ROLES, Target
 
 from ._hosts import host_of, paths_of, reads_outside
+from ._target_filters import in_layers, without
 from ._target_search import TargetSearch
 from ._weights import check_embedding, join, modules_of
 
 __all__ = ["find_targets", "host_of", "paths_of", "reads_outside", "tied"]
 
 
-def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) -> list[Target]:
+def find_targets(
+    model: nn.Module, targets: Any = "qv", *, layers: Any = None, exclude: Any = None, untie: bool = False
+) -> list[Target]:
     """Find the weights of a model to adapt.
 
     Parameters
@@ -38,6 +41,13 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
           whole. Only a path selects an ``nn.Embedding`` (its whole update is computed in each forward pass);
         - a function of a path and a module, called for every module, that returns True for the whole weight, roles, a
           Target or a list of Targets, or None.
+    layers : int, range or list of int, optional
+        Only targets in layers of these numbers; negative ones count from the end. A layer's number is the first number
+        above the module in its path: 3 in ``model.layers.3.mlp.experts.7.up``. Where a model has several stacks of
+        layers, such as an encoder and a decoder, they are counted separately. Targets outside of layers are left out.
+    exclude : str, list or callable, optional
+        Targets to leave out, in the words of ``targets``. The path of a module, as an entry of a list or matched by a
+        regular expression, stands for everything in it: ``["vision_tower"]``.
     untie : bool
         Whether to allow targets whose weight is shared with another module: see :func:`tied`.
 
@@ -53,7 +63,7 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     TargetError
         If nothing is found, an entry of a list matches nothing, the layout of a fused weight or the shape of a
         quantized weight is unknown, a weight is tied and ``untie`` is false, or an embedding has ``sparse=True`` or a
-        ``max_norm``.
+        ``max_norm``. If a layer does not exist, or ``exclude`` matches nothing or everything.
 
     Examples
     --------
@@ -65,6 +75,9 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     v self_attn.in_proj_weight Rows(start=16, length=8, stride=24, count=1)
     >>> [target.module for target in find_targets(model, ["linear1", "self_attn:o"])]
     ['self_attn.out_proj', 'linear1']
+    >>> encoder = nn.TransformerEncoder(model, 3, enable_nested_tensor=False)
+    >>> [target.module for target in find_targets(encoder, "all-linear", layers=-1, exclude=["self_attn", "linear2"])]
+    ['layers.2.linear1']
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"targets are found in a torch module; got {type(model).__name__}")
@@ -72,6 +85,10 @@ def find_targets(model: nn.Module, targets: Any = "qv", *, untie: bool = False) 
     found = search.find(targets)
     if not found:
         raise search.nothing(targets)
+    if layers is not None:
+        found = in_layers(search, found, layers)
+    if exclude is not None:
+        found = without(search, found, exclude)
     own = not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
     if own:
         # Nothing is dropped: each given Target has its place in the vector of all updates.

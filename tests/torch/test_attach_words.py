@@ -1,0 +1,281 @@
+"""What attach() takes by name: presets, layers, what to exclude, and biases."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.targets.target import Target  # noqa: E402
+
+from .small import WIDTH, batch, small, stir  # noqa: E402
+
+
+class Layer(nn.Module):
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH)) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.q_proj(x)) * self.v_proj(x)
+        return x + sum(expert(x) for expert in self.experts)
+
+
+class Stacks(nn.Module):
+    """Two stacks of layers of different heights, with two experts in each layer, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(2) for _ in range(3))})
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(2) for _ in range(2))})
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stack in (self.encoder, self.decoder):
+            for layer in stack["layers"]:
+                x = layer(x)
+        return self.head(self.norm(x))
+
+
+def stacks() -> Stacks:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Stacks()
+
+
+def modules(**words: Any) -> list[str]:
+    return [target.module for target in tt.find_targets(stacks(), **words)]
+
+
+# -- Presets -----------------------------------------------------------------------------------------
+
+
+def test_a_preset_by_its_name() -> None:
+    model = small()
+    named = tt.attach(model, "lora", "qkvo", rank=3, alpha=6, name="named", biases="adapted")
+    plain = tt.attach(small(), tna.presets.lora(3, alpha=6), "qkvo", name="plain")
+    assert named.config == plain.config
+    assert [target.name for target in named.targets] == [target.name for target in plain.targets]
+    assert tt.attach(small(), "superlora").config == tna.presets.superlora()
+    assert tt.attach(small(), "miss", ["head"], r=1).config == tna.presets.miss(r=1)
+
+
+def test_a_keyword_that_nothing_takes_changes_nothing() -> None:
+    model = small()
+    for settings in ({"rank": 3}, {"stratgy": "weight"}, {"target_modules": "qv"}):
+        with pytest.raises(TypeError, match="attach\\(\\) got an unexpected keyword argument"):
+            tt.attach(model, **settings)
+    for settings in ({"rnak": 3}, {"stratgy": "weight"}, {"target_modules": "qv"}):
+        with pytest.raises(TypeError, match="preset 'lora' has no setting"):
+            tt.attach(model, "lora", **settings)
+    assert not tt.adapters(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_extraction_takes_a_preset_by_its_name() -> None:
+    base, tuned = small(), small()
+    with torch.no_grad():
+        tuned.blocks[1].q_proj.weight += torch.outer(torch.ones(WIDTH), torch.arange(WIDTH) / WIDTH)
+    adapter = tt.extract(base, tuned, "lora", ["q_proj"], rank=1, tol=1e-7)
+    assert adapter.config == tna.presets.lora(1)
+    assert adapter.report.error < 1e-5
+    with pytest.raises(TypeError, match="preset 'lora' has no setting 'max_eror'; did you mean 'max_error'"):
+        tt.extract(small(), tuned, "lora", ["q_proj"], max_eror=0.1)
+
+
+# -- Layers ------------------------------------------------------------------------------------------
+
+
+def test_the_first_number_of_a_path_is_that_of_a_layer() -> None:
+    ups = r".*\.experts\.\d+\.0"
+    assert modules(targets=ups, layers=2) == [f"encoder.layers.2.experts.{expert}.0" for expert in (0, 1)]
+    # Both stacks have layers 0 and 1, and the last one is another in each.
+    assert modules(targets=["q_proj"], layers=range(2)) == [
+        f"{stack}.layers.{layer}.q_proj" for stack in ("encoder", "decoder") for layer in (0, 1)
+    ]
+    assert modules(targets=["q_proj"], layers=-1) == ["encoder.layers.2.q_proj", "decoder.layers.1.q_proj"]
+    assert modules(targets=["q_proj"], layers=[0, -1]) == [
+        "encoder.layers.0.q_proj", "encoder.layers.2.q_proj", "decoder.layers.0.q_proj", "decoder.layers.1.q_proj",
+    ]  # fmt: skip
+    # A module's own number is not that of a layer, and what is in no layer is left out.
+    assert modules(targets=["head", "q_proj"], layers=2) == ["encoder.layers.2.q_proj"]
+    assert modules(targets=[Target("decoder.layers.1.q_proj", (WIDTH, WIDTH))], layers=1) == ["decoder.layers.1.q_proj"]
+
+
+def test_layers_of_roles() -> None:
+    model = small()
+    every, some = tt.find_targets(model), tt.find_targets(model, layers=[1, 3])
+    assert some == [target for target in every if target.module.startswith(("blocks.1", "blocks.3"))]
+    assert {target.role for target in some} == {"q", "v"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [
+        (3, "layers=3: there is no layer 3; 'encoder.layers' has 0 to 2, 'decoder.layers' has 0 to 1"),
+        ([0, -4], "there is no layer -4; 'encoder.layers' has 0 to 2"),
+        ("1", "layers must be the number of a layer, a range or a list of such numbers"),
+        ([], "layers must be the number of a layer"),
+        (True, "layers must be the number of a layer"),
+        ([0.0], "got [0.0]"),
+        (None.__class__, "layers must be the number of a layer"),
+    ],
+)
+def test_layers_that_are_none(layers: Any, text: str) -> None:
+    with pytest.raises(tna.TargetError, match=re.escape(text)):
+        tt.find_targets(stacks(), ["q_proj"], layers=layers)
+
+
+def test_layers_without_a_target() -> None:
+    with pytest.raises(tna.TargetError, match=r"layers=\[0\] leaves no target: they are in the layers 1 to 2"):
+        tt.find_targets(stacks(), r"encoder\.layers\.[12]\.q_proj", layers=[0])
+    with pytest.raises(tna.TargetError, match="no number of a layer is in the paths of the targets, such as 'head'"):
+        tt.find_targets(stacks(), ["head"], layers=0)
+
+
+# -- Exclusion ---------------------------------------------------------------------------------------
+
+
+def test_what_is_excluded() -> None:
+    linear = modules(targets="all-linear")
+    assert "head" not in linear
+    assert modules(targets="all-linear", exclude=["experts"]) == [path for path in linear if "experts" not in path]
+    assert modules(targets="all-linear", exclude=["encoder", "experts"]) == [
+        path for path in linear if "encoder" not in path and "experts" not in path
+    ]
+    # A path with its last parts, a regular expression, a function, the name of a parameter, roles, and a Target.
+    assert modules(targets=["q_proj", "v_proj"], exclude=["layers.1.q_proj"], layers=1) == [
+        f"{stack}.layers.1.v_proj" for stack in ("encoder", "decoder")
+    ]
+    assert modules(targets=["q_proj"], exclude=r"encoder\.layers\.\d") == [
+        "decoder.layers.0.q_proj", "decoder.layers.1.q_proj",
+    ]  # fmt: skip
+    assert modules(targets=["q_proj"], exclude=lambda path, module: path == "encoder") == modules(
+        targets=r"decoder.*q_proj"
+    )
+    assert modules(targets=["q_proj"], exclude=["encoder.layers.0.q_proj.weight"])[0] == "encoder.layers.1.q_proj"
+    assert modules(exclude="q") == modules(targets="v")
+    assert modules(exclude=["encoder.layers.0:q"])[:2] == ["encoder.layers.0.v_proj", "encoder.layers.1.q_proj"]
+    one = Target("encoder.layers.0.q_proj", (WIDTH, WIDTH))
+    assert modules(targets=["q_proj"], exclude=[one]) == modules(targets=["q_proj"])[1:]
+
+
+def test_rows_of_a_fused_weight_are_excluded_by_their_role() -> None:
+    model = small()
+    assert {target.role for target in tt.find_targets(model, "qkv", exclude="k")} == {"q", "v"}
+    left = tt.find_targets(model, "qv", exclude=["qkv"])
+    assert [target.module for target in left if target.module.startswith("blocks.0")] == []
+    text = "exclude names the role 'q' of blocks.0.qkv.weight, of which other rows are a target as well"
+    with pytest.raises(tna.TargetError, match=re.escape(text)):
+        tt.find_targets(model, ["qkv"], exclude="q")
+
+
+def test_a_tied_weight_may_be_excluded() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[1].weight
+    with pytest.raises(tna.TargetError, match="one tensor"):
+        tt.find_targets(model, "all-linear")
+    assert [target.module for target in tt.find_targets(model, "all-linear", exclude=["1", "2"])] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "text"),
+    [
+        ("lm_head", "exclude='lm_head' excludes none of the 5 targets, such as encoder.layers.0.q_proj.weight"),
+        (["head"], "exclude=['head'] excludes none of the 5 targets"),
+        (["haed"], "matches 'haed'"),
+        (["q_proj"], "exclude=['q_proj'] excludes all of the 5 targets"),
+        (".*", "excludes all of the 5 targets"),
+        ("(", "exclude='(' is not a role, keyword or regular expression"),
+        (3, "exclude must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function"),
+        ([3], "a list of targets must hold paths or tnadapt.Target; got 3"),
+        (lambda path, module: 3, "must return True, roles such as 'qv', tnadapt.Target or None"),
+    ],
+)
+def test_exclusions_that_are_refused(exclude: Any, text: str) -> None:
+    with pytest.raises(tna.TargetError, match=re.escape(text)):
+        tt.find_targets(stacks(), ["q_proj"], exclude=exclude)
+
+
+# -- Biases ------------------------------------------------------------------------------------------
+
+
+def test_biases_of_the_adapted_layers() -> None:
+    model = small()
+    adapter = tt.attach(model, "lora", biases="adapted")
+    # Separate projections have none; nn.MultiheadAttention has one for all three.
+    assert adapter.kept == (
+        "blocks.0.qkv.bias", "blocks.2.proj_q.bias", "blocks.2.proj_v.bias", "blocks.3.attn.in_proj_bias",
+        "blocks.4.self_attn.in_proj_bias",
+    )  # fmt: skip
+    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert free == set(adapter.kept) | set(adapter._state.parameter_names.values())
+    apart = nn.MultiheadAttention(WIDTH, 2, kdim=4, vdim=4)
+    assert tt.attach(apart, "lora", biases="adapted").kept == ("in_proj_bias",)
+
+
+def test_all_biases_with_what_is_kept_besides() -> None:
+    model = stacks()
+    adapter = tt.attach(model, "lora", ["v_proj"], biases="all", keep_trainable="head")
+    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    assert adapter.kept == ("head.weight", "head.bias", *(name for name in biases if name != "head.bias"))
+    assert "norm.bias" in adapter.kept
+
+
+@pytest.mark.parametrize("biases", ["adapted", "all"])
+def test_trained_biases_are_saved_and_loaded(biases: str, tmp_path: Path) -> None:
+    model, x = small(), batch()
+    adapter = tt.attach(model, "lora", rank=2, biases=biases)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model(x).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    moved -= set(adapter._state.parameter_names.values())
+    # The outputs of a softmax do not depend on the bias of its keys.
+    assert set(adapter.kept) - {"blocks.2.proj_k.bias"} <= moved <= set(adapter.kept)
+    adapter.save(tmp_path / "adapter.safetensors")
+    other = small()
+    loaded = tt.load(other, tmp_path / "adapter.safetensors")
+    assert sorted(loaded.kept) == sorted(adapter.kept)
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x))
+    # They belong to the model: its trained numbers stay, and all is trainable again.
+    trained = {name: dict(model.named_parameters())[name].detach().clone() for name in adapter.kept}
+    adapter.detach()
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in trained.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_no_bias_to_train() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4)})
+    with pytest.raises(
+        tna.TargetError, match="biases='adapted': no adapted layer of this ModuleDict has a bias; leave"
+    ):
+        tt.attach(model, "lora", ["a"], biases="adapted")
+    assert tt.attach(model, "lora", ["a"], biases="all").kept == ("b.bias",)
+    with pytest.raises(tna.TargetError, match="biases='all': no layer of this Linear has a bias"):
+        tt.attach(nn.Linear(4, 4, bias=False), "lora", "", biases="all")
+    with pytest.raises(tna.ConfigError, match="biases must be one of none, adapted, all; got 'lora_only'"):
+        tt.attach(small(), "lora", biases="lora_only")
+
+
+def test_all_together_in_training() -> None:
+    model, x = stacks(), batch()
+    with torch.no_grad():
+        before = model(x)
+    adapter = tt.attach(model, "lora", "all-linear", rank=2, layers=[0, -1], exclude=["experts"], biases="adapted")
+    assert len(adapter.targets) == 8
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+        stir(adapter)
+        assert not torch.equal(model(x), before)

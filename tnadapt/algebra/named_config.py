@@ -1,0 +1,139 @@
+"""A config by the name of its preset, with the preset's settings: ``"lora", rank=8``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tnadapt.errors import ConfigError, UnexpectedKeywordError, peft_hint, safe_repr
+
+from . import presets
+from .config import Config
+
+__all__ = ["config_of", "named_config"]
+
+# What a caller means who gives one of these as the config, which comes before the targets.
+_TARGETS = ("all-linear", "conv")
+_ROLES = frozenset("qkvo")
+
+
+def config_of(
+    cfg: Any, settings: Mapping[str, Any], function: str = "attach", keywords: Collection[str] = ()
+) -> Config:
+    """Return the config that a caller of a function means by ``cfg`` and further keywords.
+
+    Parameters
+    ----------
+    cfg : Config, str or None
+        A config; the name of a preset, whose settings are the keywords; or None for ``superlora(rank=8)``.
+    settings : mapping of str to object
+        The function's keywords that are not its own.
+    function : str
+        Its name, for messages.
+    keywords : collection of str
+        Its own keywords, for suggestions.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    UnexpectedKeywordError
+        If there are keywords and ``cfg`` is no name, or the preset has no such setting.
+    ConfigError
+        If no preset has the name, or it lacks a setting or refuses one.
+
+    Examples
+    --------
+    >>> config_of("lora", {"rank": 8}) == presets.lora(rank=8), config_of(None, {}) == presets.superlora(rank=8)
+    (True, True)
+    >>> config_of("lroa", {})
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.ConfigError: no preset 'lroa'; did you mean 'lora'? The presets are c3a, cara, ...
+    """
+    if isinstance(cfg, str):
+        return named_config(cfg, settings, function, keywords)
+    if cfg is not None and not isinstance(cfg, Config):
+        raise ConfigError(
+            f"expected a tnadapt.Config, the name of a preset such as 'lora', or None; got {type(cfg).__name__}"
+        )
+    for name in settings:
+        hint = peft_hint(name)
+        if hint is not None:
+            way = hint
+        elif name not in _fields() and not any(name in _own(preset) for preset in presets.__all__):
+            close = difflib.get_close_matches(name, keywords, n=1)
+            way = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(keywords)}"
+        elif cfg is None:
+            way = f"settings belong to a preset, so name one: {function}(…, 'superlora', {name}=…)"
+        else:
+            way = f"the Config has its settings already: use cfg.replace({name}=…), or the name of a preset instead"
+        raise UnexpectedKeywordError(f"{function}() got an unexpected keyword argument {name!r}: {way}")
+    return presets.superlora(rank=8) if cfg is None else cfg
+
+
+def named_config(
+    name: str, settings: Mapping[str, Any], function: str = "attach", keywords: Collection[str] = ()
+) -> Config:
+    """Return the config of the preset of this name, as :func:`config_of` does.
+
+    Examples
+    --------
+    >>> named_config("lokr", {"rank": 2, "alpha": 4}).scale
+    2.0
+    >>> named_config("lora", {"rnak": 2})
+    Traceback (most recent call last):
+        ...
+    tnadapt.errors.UnexpectedKeywordError: preset 'lora' has no setting 'rnak'; did you mean 'rank'? It has rank, and
+    the fields of tnadapt.Config
+    """
+    if name not in presets.__all__:
+        raise ConfigError(f"no preset {safe_repr(name)}; {_instead(name, function)}")
+    preset, own = getattr(presets, name), _own(name)
+    for setting in settings:
+        if setting not in own and setting not in _fields():
+            raise UnexpectedKeywordError(
+                f"preset {name!r} has no setting {setting!r}; {_meant(name, setting, keywords)}"
+            )
+    missing = [each for each, entry in own.items() if entry.default is entry.empty and each not in settings]
+    if missing:
+        raise ConfigError(
+            f"preset {name!r} needs {' and '.join(missing)}, which depend on the weights of the model: give "
+            f"{', '.join(f'{each}=…' for each in missing)}"
+        )
+    found: Config = preset(**settings)
+    return found
+
+
+def _instead(name: str, function: str) -> str:
+    close = difflib.get_close_matches(name, presets.__all__, n=1)
+    if close:
+        meant = f"did you mean {close[0]!r}? The presets are "
+    elif name in _TARGETS or (name and _ROLES.issuperset(name)):
+        meant = f"to adapt these weights write {function}(…, targets={name!r}). The presets are "
+    else:
+        meant = "the presets are "
+    return f"{meant}{', '.join(presets.__all__)}"
+
+
+def _meant(name: str, setting: str, keywords: Collection[str]) -> str:
+    own = _own(name)
+    hint = peft_hint(setting)
+    close = difflib.get_close_matches(setting, [*own, *_fields(), *keywords], n=1)
+    meant = f"{hint}. It has " if hint else f"did you mean {close[0]!r}? It has " if close else "it has "
+    return f"{meant}{''.join(f'{each}, ' for each in own)}{'and ' * bool(own)}the fields of tnadapt.Config"
+
+
+def _own(name: str) -> dict[str, inspect.Parameter]:
+    """Return the preset's own parameters, without the fields of Config that all take."""
+    found = inspect.signature(getattr(presets, name)).parameters
+    return {each: entry for each, entry in found.items() if entry.kind is not entry.VAR_KEYWORD}
+
+
+def _fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(Config)]
