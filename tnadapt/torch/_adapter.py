@@ -78,6 +78,11 @@ class Adapter:
         return tuple(slot.strategy for slot in self._state.slots)
 
     @property
+    def dropout(self) -> float:
+        """The probability of dropout in training, as given to ``attach`` or ``load``; files do not have it."""
+        return self._state.dropout
+
+    @property
     def trained(self) -> tuple[str, ...] | None:
         """The arrays that :meth:`set_trainable` chose, by their names in the plan; None for all."""
         return self._state.trained

@@ -38,6 +38,7 @@ def load(
     check_base: bool = True,
     untie: bool = False,
     detach_norm: bool = False,
+    dropout: float = 0.0,
 ) -> Adapter:
     """Load an adapter from a file and attach it.
 
@@ -56,6 +57,8 @@ def load(
         As in :func:`tnadapt.torch.attach`; an adapter that was attached with it must be loaded with it.
     detach_norm : bool
         As in :func:`tnadapt.torch.attach`.
+    dropout : float
+        As in :func:`tnadapt.torch.attach`, for training it further.
 
     Returns
     -------
@@ -108,7 +111,7 @@ def load(
     try:
         adapter = attach_with(
             model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
-            untie=untie, given=file.given, fresh=False, detach_norm=detach_norm,
+            untie=untie, given=file.given, fresh=False, detach_norm=detach_norm, dropout=dropout,
         )  # fmt: skip
         state = adapter._state
         state.kept = tuple(file.kept)
@@ -135,9 +138,13 @@ def from_pretrained(
     check_base: bool = True,
     untie: bool = False,
     detach_norm: bool = False,
+    dropout: float = 0.0,
 ) -> Adapter:
     """Attach the adapter that :meth:`Adapter.save_pretrained` wrote to a folder; see :func:`load`."""
-    return load(model, Path(folder) / FILE_NAME, name, check_base=check_base, untie=untie, detach_norm=detach_norm)
+    return load(
+        model, Path(folder) / FILE_NAME, name, check_base=check_base, untie=untie, detach_norm=detach_norm,
+        dropout=dropout,
+    )  # fmt: skip
 
 
 def _located(model: nn.Module, file: AdapterFile) -> list[Target]:

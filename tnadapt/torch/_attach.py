@@ -22,6 +22,7 @@ from tnadapt.targets.overlaps import check_distinct
 from . import _freezing as freezing
 from ._adapter import Adapter
 from ._bound_plan import bound, is_bound
+from ._dropout import check_dropout
 from ._forward_pass import PassHooks
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
 from ._kept_parameters import kept_names
@@ -56,6 +57,7 @@ def attach(
     given: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     detach_norm: bool = False,
+    dropout: float = 0.0,
     **settings: Any,
 ) -> Adapter:
     """Attach an adapter to the query and value projections, or other weights, of any torch model.
@@ -106,6 +108,9 @@ def attach(
     detach_norm : bool
         For ``apply="magnitude"``: whether the gradient takes ‖W + ΔW‖ for a constant, as PEFT does. The default is the
         exact gradient. It is not saved with the adapter.
+    dropout : float
+        The probability with which single elements of x are zero in the adapter's own part of a layer's output, in
+        training mode (``lora_dropout`` of PEFT; :mod:`tnadapt.torch._dropout`). It is not saved with the adapter.
     **settings
         With the name of a preset: its settings, and fields of :class:`tnadapt.Config`. (``layers`` is always the one
         above.)
@@ -152,7 +157,7 @@ def attach(
     return attach_with(
         model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
         strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, given=given,
-        progress=progress, detach_norm=detach_norm,
+        progress=progress, detach_norm=detach_norm, dropout=dropout,
     )  # fmt: skip
 
 
@@ -174,6 +179,7 @@ def attach_with(
     given: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     detach_norm: bool = False,
+    dropout: float = 0.0,
     fresh: bool = True,
 ) -> Adapter:
     """Do :func:`attach`; with ``fresh=False`` for a caller that loads all parameters, which are then zeros."""
@@ -189,6 +195,7 @@ def attach_with(
         raise BackendError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {safe_repr(dtype)}")
     if not isinstance(detach_norm, bool):
         raise ConfigError(f"detach_norm must be True or False; got {safe_repr(detach_norm)}")
+    dropout = check_dropout(dropout)
     found = find_targets(model, targets, layers=layers, exclude=exclude, untie=untie)
     check_distinct(found)
     plan = SuperLoRA(
@@ -206,14 +213,14 @@ def attach_with(
         refuse_merged(model, f"adapter {name!r} is attached, whose arrays are computed from it")
         plan = bound(plan, found, owners, progress)
     strategies = [
-        strategy_of(strategy, plan, index, tokens, target, owner, host, activation)
+        strategy_of(strategy, plan, index, tokens, target, owner, host, activation, dropout > 0.0)
         for index, (target, owner, host) in enumerate(zip(found, owners, hosts, strict=True))
     ]
     # Leave inference mode: tensors created in it could never be trained.
     with torch.inference_mode(False):
         arrays = _arrays(plan, _weight_or_substitute(owners[0], found[0].parameter), dtype, fresh)
     # Nothing can fail from here on, but it can be interrupted.
-    state = AdapterState(model, name, plan, found, kept, activation, detach_norm)
+    state = AdapterState(model, name, plan, found, kept, activation, detach_norm, dropout)
     adapter = Adapter(state)
     try:
         _put_on(state, arrays, owners, hosts, strategies)

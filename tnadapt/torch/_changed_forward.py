@@ -21,6 +21,7 @@ from tnadapt.errors import TargetError
 from ._arrays import current, weight_params
 from ._changed_linear import ChangedLinear, RowChange, changed
 from ._delta import DeltaFunction
+from ._dropout import ColumnDropout
 from ._forward_pass import delta
 from ._merged_linear import in_dispatch_mode, in_functorch
 from ._merging import numbers
@@ -47,12 +48,15 @@ def changed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequen
     return cast(Tensor, ChangedLinear.apply(x, weight, bias, tuple(changes), *arrays))  # type: ignore[no-untyped-call]
 
 
-def changed_weight(stored: Tensor, slots: Sequence[AdapterSlot]) -> Tensor:
-    """Return a changed weight, by ordinary operations."""
+def changed_weight(stored: Tensor, slots: Sequence[AdapterSlot], drop: ColumnDropout | None = None) -> Tensor:
+    """Return a changed weight, by ordinary operations; with dropout of columns of the changes."""
     total = stored
     for slot in slots:
         rows = slot.target.select(total)
-        total = changed(total, [(slot.target, _changed_rows(slot, stored, rows))])
+        found = _changed_rows(slot, stored, rows)
+        if drop is not None and drop.acts(slot):
+            found = rows + drop(slot, found - rows)
+        total = changed(total, [(slot.target, found)])
     return total
 
 

@@ -22,7 +22,6 @@ module for the duration of a forward, under a lock.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -32,16 +31,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tnadapt.algebra.factoring import Factored, Matrix
-from tnadapt.errors import TargetError
 from tnadapt.targets.target import Target
 
 from ._changed_forward import added_matrix, changed_linear, changed_weight, scaled_output
+from ._dropout import ColumnDropout, dropped_inputs, drops_input
 from ._factored_linear import can_fuse, factored_linear, product
 from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
 from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
-from ._state import AdapterSlot, AdapterState, not_a_sum
+from ._patched_parameter import PatchedParameter
+from ._state import AdapterSlot, AdapterState
 
-__all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch", "PatchedParameter"]
+__all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch"]
 
 STRATEGIES = ("auto", "weight", "factored", "additive")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,52 +52,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclasses.dataclass(eq=False)
-class PatchedParameter:
-    """A parameter of a module, and the slots of the adapters that update it.
-
-    Attributes
-    ----------
-    sums : bool
-        Whether all of them add to the weight.
-    rivals : list of (AdapterSlot, AdapterSlot)
-        Slots with rows in common, the first of which does not add to the weight.
-    """
-
-    owner: nn.Module
-    parameter: str
-    slots: list[AdapterSlot] = dataclasses.field(default_factory=list)
-    sums: bool = True
-    rivals: list[tuple[AdapterSlot, AdapterSlot]] = dataclasses.field(default_factory=list)
-
-    def put(self, slots: list[AdapterSlot]) -> None:
-        """Set the slots."""
-        self.slots = slots
-        others = [slot for slot in slots if not slot.adapter.plan.applying.additive]
-        self.sums = not others
-        self.rivals = [
-            (one, other)
-            for one in others
-            for other in slots
-            if other.adapter is not one.adapter and _overlap(one.target, other.target)
-        ]
-
-    def check_alone(self) -> None:
-        """Raise a TargetError if an adapter acts on the rows of one that is not a sum."""
-        for one, other in self.rivals:
-            states = one.adapter, other.adapter
-            if all(acts(state) or state.merged is not None for state in states):
-                raise TargetError(
-                    f"adapters {states[0].name!r} and {states[1].name!r} both act on {one.target.name}, and "
-                    f"{not_a_sum(*states)}: activate() one of them, or detach the other"
-                )
-
-    @property
-    def tensor(self) -> Tensor:
-        """The base weight as the module has it now."""
-        found = self.owner._parameters.get(self.parameter)
-        # A parametrized weight is computed and not registered as a parameter.
-        return cast(Tensor, getattr(self.owner, self.parameter) if found is None else found)
+#: A slot with the parameter that it updates.
+Placed = tuple[PatchedParameter, AdapterSlot]
 
 
 class ForwardPatch:
@@ -172,15 +128,16 @@ class ForwardPatch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward with every active update."""
-        # Updates are sorted by what they are added to: the weight or the output.
-        to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]] = []
-        to_output: list[AdapterSlot] = []
+        return self.run(self._acting(), args, kwargs)
+
+    def _acting(self) -> list[Placed]:
+        """Return the slots of active adapters."""
+        found: list[Placed] = []
         compiling = torch.compiler.is_compiling()
         recomputing = not compiling and _in_backward()
         for patched in self.weights:
             if patched.rivals and not compiling:
                 patched.check_alone()
-            here: list[AdapterSlot] = []
             for slot in patched.slots:
                 if recomputing:
                     check_recomputation(slot.adapter)
@@ -188,19 +145,51 @@ class ForwardPatch:
                     continue
                 if not compiling:  # for the warning that no patch was used; a changing set would break the graph
                     slot.adapter.threads.add(threading.get_ident())
-                (here if slot.strategy == "weight" else to_output).append(slot)
-            if here:
-                to_weights.append((patched, here))
-        if to_output and not to_weights and not compiling:
+                found.append((patched, slot))
+        return found
+
+    def run(self, acting: Sequence[Placed], args: Any, kwargs: Any, drop: bool = True) -> Any:
+        """Run the module's forward with the updates of these slots; with ``drop=False`` without dropout."""
+        # Updates are sorted by what they are added to: the weight or the output.
+        to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]] = []
+        to_output: list[AdapterSlot] = []
+        dropping: list[Placed] = []
+        for patched, slot in acting:
+            if drop and drops_input(slot, self.host):
+                dropping.append((patched, slot))
+            elif slot.strategy != "weight":
+                to_output.append(slot)
+            elif to_weights and to_weights[-1][0] is patched:
+                to_weights[-1][1].append(slot)
+            else:
+                to_weights.append((patched, [slot]))
+        if to_output and not to_weights and not dropping and not torch.compiler.is_compiling():
             fused = self._fused(to_output, args, kwargs)
             if fused is not None:
                 return self._rescaled(fused, to_output)
         y = self._base(to_weights, args, kwargs)
         if to_output:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = _input(args, kwargs)
             for slot in to_output:
                 y = _plus(y, slot.target, self._output(slot, x))
             y = self._rescaled(y, to_output)
+        return self._with_dropout(y, dropping, _input(args, kwargs)) if dropping else y
+
+    def _with_dropout(self, y: Tensor, dropping: Sequence[Placed], x: Tensor) -> Tensor:
+        """Return the output plus what adapters add to it that drop elements of their input."""
+        for dropped, slots in dropped_inputs([slot for _, slot in dropping], x):
+            if all(slot.strategy != "weight" for slot in slots) and slots[0].adapter.plan.applying.additive:
+                for slot in slots:
+                    y = _plus(y, slot.target, self._output(slot, dropped))
+                continue
+            own = [placed for placed in dropping if placed[1] in slots]
+            if isinstance(self.host, nn.Linear) and self.is_plain and own[0][0].sums:
+                # Plus a weight of zeros: in backward the update is recomputed, as without dropout.
+                zeros = own[0][0].tensor.new_zeros(()).expand(own[0][0].tensor.shape)
+                y = y + _linear(dropped, zeros, None, slots)
+            else:
+                # Right for any layer that is linear in x, whatever its W' is; the bias cancels.
+                y = y + (self.run(own, (dropped,), {}, drop=False) - self._original(dropped))
         return y
 
     def _rescaled(self, y: Any, added: list[AdapterSlot]) -> Any:
@@ -231,7 +220,7 @@ class ForwardPatch:
                     return changed_linear(args[0], patched.tensor, host.bias, here)
                 return _linear(args[0], patched.tensor, host.bias, here)
             if isinstance(host, nn.modules.conv._ConvNd):
-                return host._conv_forward(args[0], _sum(patched, here), host.bias)
+                return host._conv_forward(args[0], _sum(patched, here, host), host.bias)
         return self._shadowed(to_weights, args, kwargs)
 
     def _fused(self, added: list[AdapterSlot], args: Any, kwargs: Any) -> Tensor | None:
@@ -266,7 +255,7 @@ class ForwardPatch:
         parameter stays registered and unchanged: ``parameters()`` and the state dict never show the sum.
         """
         names = [(patched.owner, patched.parameter) for patched, _ in to_weights]
-        sums = [_sum(patched, here) for patched, here in to_weights]
+        sums = [_sum(patched, here, self.host) for patched, here in to_weights]
         # All threads see the shadow. Without the lock, a second thread could compute with this thread's sum (of another
         # dtype, graph or mixing weight), or read the base weight after this thread has removed the shadow. The lock is
         # reentrant because a forward may call itself. The sums are computed outside of it, so that threads wait only
@@ -305,13 +294,6 @@ class ForwardPatch:
         return scaled(adapter, product(x, found, activation))
 
 
-def _overlap(one: Target, other: Target) -> bool:
-    """Return whether two targets of one parameter have rows in common."""
-    if one.rows is None or other.rows is None:
-        return True
-    return not set(one.rows.indices()).isdisjoint(other.rows.indices())
-
-
 def _uncover(names: Sequence[tuple[nn.Module, str]]) -> None:
     """Remove the sums that shadow parameters."""
     for owner, name in names:
@@ -327,10 +309,15 @@ def _moved(factored: Factored, device: torch.device) -> Factored:
     return Factored(terms, factored.scale)
 
 
-def _sum(patched: PatchedParameter, slots: Sequence[AdapterSlot]) -> Tensor:
+def _sum(patched: PatchedParameter, slots: Sequence[AdapterSlot], host: nn.Module) -> Tensor:
+    drop = ColumnDropout(host)
     if not patched.sums:
-        return changed_weight(patched.tensor, slots)
-    return summed(patched.tensor, [(slot.target, delta(slot)) for slot in slots])
+        return changed_weight(patched.tensor, slots, drop)
+    return summed(patched.tensor, [(slot.target, drop(slot, delta(slot))) for slot in slots])
+
+
+def _input(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _in_backward() -> bool:

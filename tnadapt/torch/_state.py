@@ -158,6 +158,8 @@ class AdapterState:
         The quotients of a magnitude and a norm, where the plan has magnitudes.
     detach_norm : bool
         Whether gradients take these norms for constants.
+    dropout : float
+        The probability with which elements of the input of what the adapter adds are dropped in training.
     made : ThetaArrays or None
         The arrays that θ makes, if the plan has a map before the network.
     enabled : bool
@@ -192,8 +194,9 @@ class AdapterState:
         kept: Sequence[str],
         activation: str | None,
         detach_norm: bool = False,
+        dropout: float = 0.0,
     ) -> None:
-        self.detach_norm = detach_norm
+        self.detach_norm, self.dropout = detach_norm, dropout
         self.model, self.name, self.plan = model, name, plan
         self.model_name = type(model).__name__
         self.targets = tuple(targets)

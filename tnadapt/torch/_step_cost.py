@@ -170,8 +170,11 @@ def choose(
     tokens: int = TOKENS,
     machine: Machine = MACHINES["cpu"],
     applying: Applying = _SUM,
+    dropout: bool = False,
 ) -> str:
     """Return the cheapest strategy for a weight that can be added to.
+
+    With dropout the weight strategy has a second product in training, as the additive one.
 
     "additive" is never cheaper for a sum. For another change it can be, by a little where x has few rows, but keeps a
     matrix of the weight's size for backward, as much as a second model: it is not chosen.
@@ -185,7 +188,9 @@ def choose(
     ['factored', 'weight']
     """
     found = costs(plan, index, how, tokens, applying)
-    found.pop("additive", None)
+    additive = found.pop("additive", None)
+    if dropout and additive is not None and applying.additive:
+        found["weight"] = additive
     return min(found, key=lambda strategy: found[strategy].seconds(machine))
 
 

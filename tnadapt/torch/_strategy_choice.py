@@ -27,6 +27,7 @@ def strategy_of(
     owner: nn.Module,
     host: nn.Module,
     activation: str | None,
+    dropout: bool = False,
 ) -> tuple[str, Factoring | None]:
     """Return the strategy for a weight, and the factors of its update where the strategy uses them."""
     config, applying, plan = plan.config, plan.applying, plan.arrays_plan
@@ -84,7 +85,7 @@ def strategy_of(
         return wanted, how if wanted == "factored" else None
     if own and not quantized:
         device = weight.device.type if weight is not None else "cpu"
-        chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]), applying)
+        chosen = choose(plan, index, how, tokens, MACHINES.get(device, MACHINES["cpu"]), applying, dropout)
         return chosen, how if chosen == "factored" else None
     if can_factor:
         return "factored", how

@@ -13,6 +13,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.algebra.starting_points import starting_point
 from tnadapt.errors import ConfigError, UnexpectedKeywordError, safe_repr
 
+from .._dropout import check_dropout
 from .._forward_patch import ACTIVATIONS, STRATEGIES
 from ._peft_library import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
@@ -48,7 +49,7 @@ _ELSEWHERE = {
     "target_parameters": "use target_modules, which also accepts names of parameters",
     "dtype": "the arrays are float32, or of the base's dtype after get_peft_model(…, autocast_adapter_dtype=False)",
     "bias": "biases are not trained; use modules_to_save for modules that are trained whole",
-    "lora_dropout": "dropout on the adapter's path is not supported",
+    "lora_dropout": "use dropout",
     "use_rslora": "α/√r is not supported; use settings={'alpha': …}, which is divided by the rank",
     "use_dora": "use preset='dora' or settings={'apply': 'magnitude'}; PEFT's gradient needs detach_norm=True",
     "fan_in_fan_out": "leave it out: how a weight is stored is read from its module",
@@ -101,6 +102,8 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     detach_norm : bool
         As in :func:`tnadapt.torch.attach`: True is the gradient of PEFT's DoRA. ``adapter_config.json`` has it only if
         it is True.
+    dropout : float
+        As in :func:`tnadapt.torch.attach`: PEFT's ``lora_dropout``. ``adapter_config.json`` has it if it is not 0.
     base : dict, optional
         Written by ``save_pretrained``: the number of weights of each shape that the adapter was trained on, their
         fingerprint, and the digest of the draws. A base that differs is rejected. With None nothing of it is compared.
@@ -136,6 +139,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
     activation: str | None = None
     init_weights: bool = True
     detach_norm: bool = False
+    dropout: float = 0.0
     base: dict[str, Any] | None = None
     computed_from: dict[str, Any] | None = None
     trained: Any = None
@@ -191,6 +195,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
             )
         if not isinstance(self.detach_norm, bool):
             raise ConfigError(f"detach_norm must be True or False; got {safe_repr(self.detach_norm)}")
+        self.dropout = check_dropout(self.dropout)
         for name in ("base", "computed_from"):
             written = getattr(self, name)
             if written is not None and not isinstance(written, dict):
@@ -250,7 +255,7 @@ class TnadaptConfig(PeftConfig):  # type: ignore[misc]  # PEFT's types are not l
         if self._next_trained is not None:
             settings["trained"] = self._next_trained[0]
         # Files that do not need these keep their bytes.
-        for name, default in (("trained", None), ("computed_from", None), ("detach_norm", False)):
+        for name, default in (("trained", None), ("computed_from", None), ("detach_norm", False), ("dropout", 0.0)):
             if settings[name] == default:
                 del settings[name]
         return settings

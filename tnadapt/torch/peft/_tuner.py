@@ -284,5 +284,5 @@ def _attach(model: nn.Module, config: TnadaptConfig, name: str) -> Adapter:
     settings = Config.from_dict(config.settings)
     return attach(
         model, settings, targets, name, strategy=config.strategy, activation=config.activation,
-        detach_norm=config.detach_norm,
+        detach_norm=config.detach_norm, dropout=config.dropout,
     )  # fmt: skip

@@ -1,0 +1,396 @@
+"""Dropout of an adapter: on the input of what it adds, with the same law in every strategy, and only in training."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.algebra.factoring import factoring  # noqa: E402
+from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
+from tnadapt.torch._step_cost import choose  # noqa: E402
+
+from .small import batch, compiles_whole, small, stir  # noqa: E402
+from .test_quantized import Packed, model  # noqa: E402
+
+P = tna.presets
+CONFIGS = {
+    "lora": P.lora(2), "lokr": P.lokr(2), "superlora": P.superlora(2), "theta": P.unilora(9, 2),
+    "behind F": P.superlora(2, projection="linear", ratio=0.5), "pissa": P.lora(2, start="pissa"),
+    "dora": P.dora(2), "columns": P.dora(2, magnitude_axis="cols"), "hira": P.hira(2),
+}  # fmt: skip
+WAYS = [
+    (config, strategy)
+    for config in CONFIGS
+    for strategy in ("weight", "factored", "additive")
+    if (strategy != "factored" or config in ("lora", "lokr", "pissa", "dora"))
+    and (strategy != "additive" or config != "columns")
+]
+ways = pytest.mark.parametrize(("config", "strategy"), WAYS)
+
+
+def layer(kind: Any = torch.float64) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4).to(kind))
+
+
+def adapted(config: str, strategy: str = "auto", dropout: float = 0.4, **settings: Any) -> tuple[Any, tt.Adapter]:
+    made = layer()
+    settings = {"dtype": torch.float64, "targets": "all-linear", **settings}
+    adapter = tt.attach(made, CONFIGS[config], strategy=strategy, dropout=dropout, **settings)
+    stir(adapter, 0.3)
+    return made.train(), adapter
+
+
+def changed(made: Any, adapter: tt.Adapter) -> Any:
+    """W' of the layer, by the plan alone."""
+    return adapter.plan.merged(adapter.arrays(), [made[0].weight.detach()])[0]
+
+
+@ways
+def test_the_layer_is_the_formula(config: str, strategy: str) -> None:
+    """``y = x Wᵀ + b + drop(x) (W' - W)ᵀ``, with gradients, whatever the strategy; no strategy draws other zeros."""
+    made, adapter = adapted(config, strategy)
+    assert adapter.strategy == (strategy,)
+    x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(7)
+    found = made(x)
+    of_x, *of_arrays = torch.autograd.grad(found.square().sum(), [x, *adapter.parameters()])
+    torch.manual_seed(7)
+    dropped = functional.dropout(x, 0.4, training=True)
+    weight = made[0].weight.detach()
+    expected = functional.linear(x, weight, made[0].bias) + functional.linear(dropped, changed(made, adapter) - weight)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    plain_x, *plain = torch.autograd.grad(expected.square().sum(), [x, *adapter.parameters()])
+    torch.testing.assert_close(of_x, plain_x, rtol=1e-10, atol=1e-11)
+    for one, other in zip(of_arrays, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+
+
+@ways
+def test_the_expectation_is_the_output_without_dropout(config: str, strategy: str) -> None:
+    made, _ = adapted(config, strategy)
+    x = torch.randn(1, 6, dtype=torch.float64)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        several = made(x.expand(20_000, 6))
+        expected = made.eval()(x)[0]
+    error = several.std(0) / 20_000**0.5
+    assert ((several.mean(0) - expected).abs() < 5 * error).all()
+    assert (several.std(0) > 1e-3).all()
+
+
+@ways
+def test_evaluation_zero_and_a_fresh_adapter_change_no_bit(config: str, strategy: str) -> None:
+    for kind in (torch.float64, torch.bfloat16):
+        made, x = layer(kind), torch.randn(3, 6).to(kind)
+        before = made(x)
+        dtype = torch.promote_types(kind, torch.float32)
+        adapter = tt.attach(made, CONFIGS[config], "all-linear", strategy=strategy, dropout=0.4, dtype=dtype)
+        # The base's part sees the whole x.
+        assert torch.equal(made.train()(x), before)
+        stir(adapter, 0.3)
+        same = copy.deepcopy(made)
+        tt.adapters(same)["default"]._state.dropout = 0.0
+        assert torch.equal(made.eval()(x), same.eval()(x))
+        with torch.no_grad():
+            assert torch.equal(made(x), same(x))
+        assert not torch.equal(made.train()(x), same.train()(x))
+
+
+def test_zero_is_the_same_path_as_no_dropout() -> None:
+    one, other = adapted("lora", dropout=0.0)[0], layer()
+    stir(tt.attach(other, CONFIGS["lora"], targets="all-linear", dtype=torch.float64), 0.3)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert torch.equal(one.train()(x), other.train()(x))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_manual_seed_determines_the_zeros(seed: int) -> None:
+    made, _ = adapted("superlora")
+    x = torch.randn(3, 6, dtype=torch.float64)
+    outputs = []
+    for again in (seed, seed, seed + 1):
+        torch.manual_seed(again)
+        outputs.append(made(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_loda_drops_the_input_before_its_nonlinearity() -> None:
+    made, adapter = adapted("lora", "factored", activation="gelu")
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.manual_seed(7)
+    found = made(x)
+    torch.manual_seed(7)
+    dropped = functional.dropout(x, 0.4, training=True)
+    left, right = (adapter.arrays()[f"group0.split0.factor{index}"] for index in (0, 1))
+    expected = functional.linear(x, made[0].weight, made[0].bias) + functional.gelu(dropped @ right) @ left.T
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", ["superlora", "dora", "hira"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Conv1d(4, 6, 3, padding=1), lambda: nn.Conv1d(4, 6, 3, groups=2, bias=False)],
+    ids=["conv", "groups"],
+)
+def test_convolutions_see_their_dropped_input(make: Any, config: str) -> None:
+    torch.manual_seed(0)
+    made = nn.Sequential(make().double())
+    adapter = tt.attach(made, CONFIGS[config], "conv", dtype=torch.float64, dropout=0.4)
+    stir(adapter, 0.3)
+    x = torch.randn(2, 4, 7, dtype=torch.float64)
+    torch.manual_seed(7)
+    found = made.train()(x)
+    torch.manual_seed(7)
+    dropped = functional.dropout(x, 0.4, training=True)
+    conv = made[0]
+    stored = adapter.targets[0].shape
+    new = adapter.plan.merged(adapter.arrays(), [conv.weight.detach().reshape(stored)])[0].reshape(conv.weight.shape)
+    expected = conv._conv_forward(x, conv.weight, conv.bias) + conv._conv_forward(dropped, new - conv.weight, None)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_conv1d_of_transformers_and_rows_of_a_fused_weight() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    for config in ("superlora", "lora", "dora"):
+        torch.manual_seed(0)
+        made = nn.ModuleDict({"c_attn": Conv1D(12, 6).double()})
+        target = tna.Target("c_attn", (6, 12), "q", transposed=True, rows=tna.Rows(2, 4, 12))
+        adapter = tt.attach(made, CONFIGS[config], [target], dtype=torch.float64, dropout=0.4)
+        stir(adapter, 0.3)
+        x = torch.randn(3, 6, dtype=torch.float64)
+        torch.manual_seed(7)
+        found = made.train()["c_attn"](x)
+        torch.manual_seed(7)
+        dropped = functional.dropout(x, 0.4, training=True)
+        own = made["c_attn"]
+        rows = own.weight.detach().T[2:6]
+        expected = x @ own.weight + own.bias
+        expected[:, 2:6] += dropped @ (adapter.plan.merged(adapter.arrays(), [rows])[0] - rows).T
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert transformers
+
+
+@pytest.mark.parametrize("config", ["lora", "superlora", "dora"])
+def test_quantized_layers(config: str) -> None:
+    tt.register_quantized("packed", Packed)
+    try:
+        made, x = model().train(), torch.randn(5, 8)
+        base = made(x)
+        adapter = tt.attach(made, CONFIGS[config], "all-linear", dropout=0.4)
+        assert torch.equal(made(x), base)
+        stir(adapter, 0.3)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            several = made[0](x[:1].expand(4000, 8))
+            expected = made.eval()[0](x[:1])[0]
+        error = several.std(0) / 4000**0.5
+        assert ((several.mean(0) - expected).abs() < 5 * error + 1e-6).all()
+    finally:
+        QUANTIZED.forget()
+
+
+@pytest.mark.parametrize("config", ["superlora", "dora", "hira"])
+def test_where_a_module_reads_its_child_s_weight_features_are_dropped_for_the_batch(config: str) -> None:
+    """nn.MultiheadAttention: zeros in columns of W' - W, the same for q and v, and the expectation is the update's."""
+    torch.manual_seed(0)
+    made = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    adapter = tt.attach(made, CONFIGS[config], "qv", dtype=torch.float64, dropout=0.4)
+    stir(adapter, 0.3)
+    base = made.in_proj_weight.detach()
+    seen: list[Any] = []
+
+    def look(module: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(module.in_proj_weight.detach() - base)
+        return original(module, *args, **kwargs)
+
+    original = nn.MultiheadAttention.forward
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.MultiheadAttention, "forward", look)
+        made.eval()(x, x, x, need_weights=False)
+        made.train()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for _ in range(60):
+                made(x, x, x, need_weights=False)
+    whole, *dropped = seen
+    assert not whole[8:16].any()
+    for one in dropped[:20]:
+        # Either gone, in q and in v, or scaled.
+        gone = (one[:8] == 0).all(0)
+        assert torch.equal(gone, (one[16:] == 0).all(0))
+        torch.testing.assert_close(one[:, ~gone], whole[:, ~gone] / 0.6, rtol=1e-10, atol=1e-12)
+    # The factor of a column is 0 or 1 / 0.6, with the mean 1 and the standard deviation 0.82.
+    kept = (torch.stack(dropped)[:, 0] != 0).double().mean()
+    assert abs(kept - 0.6) < 5 * (0.6 * 0.4 / (8 * 60)) ** 0.5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("strategy", ["weight", "factored", "additive"])
+def test_checkpointing_recomputes_with_the_same_zeros(strategy: str, reentrant: bool) -> None:
+    made, adapter = adapted("lora", strategy)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for run in (lambda x: made(x), lambda x: checkpoint(made, x, use_reentrant=reentrant)):
+        adapter._state.model.zero_grad()
+        torch.manual_seed(5)
+        run(x).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in adapter.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_the_weight_strategy_keeps_no_matrix_for_backward() -> None:
+    """Neither the update nor a sum is saved; gradients are those of ordinary operations."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(48, 40))
+    stir(tt.attach(made, P.superlora(2), "all-linear", strategy="weight", dropout=0.4))
+    sizes = list[int]()
+
+    def pack(saved: Any) -> Any:
+        if saved.data_ptr() != made[0].weight.data_ptr():
+            sizes.append(saved.untyped_storage().nbytes() // 4)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        made.train()(torch.randn(2, 48, requires_grad=True)).sum().backward()
+    assert max(sizes) < 48 * 40 // 2
+
+
+@pytest.mark.slow
+@compiles_whole
+@pytest.mark.parametrize("config", ["lora", "superlora", "dora"])
+def test_compiled(config: str) -> None:
+    made, adapter = adapted(config)
+    program = torch.compile(made, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 6, dtype=torch.float64)
+    found = []
+    for run in (made, program):
+        made.zero_grad()
+        torch.manual_seed(0)
+        y = run(x)
+        y.square().sum().backward()
+        found.append([y, *(parameter.grad for parameter in adapter.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+    made.eval()
+    torch.testing.assert_close(program(x), made(x))
+    assert not torch.allclose(made(x), found[0][0])
+
+
+def test_two_adapters_have_their_own_zeros_and_probabilities() -> None:
+    made, first = adapted("lora", "factored", 0.5)
+    second = tt.attach(made, P.superlora(2), "all-linear", "b", dtype=torch.float64)
+    stir(second, 0.3)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.manual_seed(7)
+    found = made(x)
+    torch.manual_seed(7)
+    dropped = functional.dropout(x, 0.5, training=True)
+    (one,), (other,) = first.deltas(), second.deltas()
+    expected = functional.linear(x, made[0].weight + other, made[0].bias) + functional.linear(dropped, one)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_of_many_attentions_trains() -> None:
+    made = small()
+    adapter = tt.attach(made, None, dropout=0.2)
+    stir(adapter)
+    torch.manual_seed(0)
+    one, other = made.train()(batch()), made(batch())
+    assert not torch.equal(one, other)
+    one.square().sum().backward()
+    assert all(parameter.grad.any() for parameter in adapter.parameters())
+    assert torch.equal(made.eval()(batch()), made(batch()))
+
+
+def test_it_is_no_part_of_a_file(tmp_path: Path) -> None:
+    made, adapter = adapted("lora", dropout=0.25)
+    assert adapter.dropout == 0.25
+    adapter.save(tmp_path / "with.safetensors")
+    adapter._state.dropout = 0.0
+    adapter.save(tmp_path / "without.safetensors")
+    assert (tmp_path / "with.safetensors").read_bytes() == (tmp_path / "without.safetensors").read_bytes()
+    assert tt.load(layer(), tmp_path / "with.safetensors").dropout == 0.0
+    assert tt.load(layer(), tmp_path / "with.safetensors", dropout=0.5).dropout == 0.5
+    adapter.save_pretrained(tmp_path / "folder")
+    assert tt.from_pretrained(layer(), tmp_path / "folder", dropout=0.5).dropout == 0.5
+    assert copy.deepcopy(made)[0].training
+
+
+@pytest.mark.parametrize("wrong", [1.0, -0.1, float("nan"), True, "0.1", None])
+def test_no_probability(wrong: Any) -> None:
+    with pytest.raises(tna.ConfigError, match="dropout must be a probability from 0 to below 1; got"):
+        tt.attach(layer(), dropout=wrong, targets="all-linear")
+
+
+def test_the_choice_of_a_strategy_counts_the_second_product() -> None:
+    """A Kronecker product of full matrices, which is used as factors for fewer rows of x without dropout."""
+    plan = tna.SuperLoRA(P.krona(), [(768, 768)])
+    how = factoring(plan, 0)
+    assert choose(plan, 0, how, 8192) == "weight"
+    assert choose(plan, 0, how, 8192, dropout=True) == "factored"
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_it_is_the_dropout_of_peft(dora: bool) -> None:
+    """The same arrays and seed give the output of PEFT's own layer with ``lora_dropout``."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=2, lora_dropout=0.4, target_modules=["0"], use_dora=dora)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(6, 4)), config)
+    own = theirs.base_model.model[0]
+    with torch.no_grad():
+        own.lora_B["default"].weight.normal_()
+    made = nn.Sequential(nn.Linear(6, 4))
+    made.load_state_dict({"0.weight": own.base_layer.weight, "0.bias": own.base_layer.bias})
+    adapter = tt.attach(made, P.dora(2) if dora else P.lora(2), "all-linear", dropout=0.4)
+    arrays = {
+        "group0.split0.factor0": own.lora_B["default"].weight,
+        "group0.split0.factor1": own.lora_A["default"].weight.T,
+    }
+    if dora:
+        arrays["weight0.magnitude"] = own.lora_magnitude_vector["default"].weight
+    adapter.load_arrays(
+        {name: array.detach().reshape(adapter.plan.param_shapes[name]) for name, array in arrays.items()}
+    )
+    x = torch.randn(3, 6)
+    found = []
+    for run in (made.train(), theirs.train()):
+        torch.manual_seed(7)
+        found.append(run(x))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_plug_in_of_peft_keeps_it_in_its_config(tmp_path: Path) -> None:
+    peft, plugin = pytest.importorskip("peft"), pytest.importorskip("tnadapt.torch.peft")
+    plugin.register()
+    with pytest.raises(TypeError, match="'lora_dropout': use dropout"):
+        plugin.TnadaptConfig(lora_dropout=0.1)
+    with pytest.raises(tna.ConfigError, match="dropout must be a probability from 0 to below 1; got 2"):
+        plugin.TnadaptConfig(dropout=2)
+    made = peft.get_peft_model(layer(torch.float32), plugin.TnadaptConfig(target_modules="all-linear", dropout=0.25))
+    assert tt.adapters(made)["default"].dropout == 0.25
+    made.save_pretrained(tmp_path / "with")
+    assert '"dropout": 0.25' in (tmp_path / "with" / "adapter_config.json").read_text(encoding="utf-8")
+    again = peft.PeftModel.from_pretrained(layer(torch.float32), tmp_path / "with")
+    assert tt.adapters(again)["default"].dropout == 0.25
+    plain = peft.get_peft_model(layer(torch.float32), plugin.TnadaptConfig(target_modules="all-linear"))
+    plain.save_pretrained(tmp_path / "without")
+    assert "dropout" not in (tmp_path / "without" / "adapter_config.json").read_text(encoding="utf-8")
