@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .checkpoints.adapter_format import load, save
     from .checkpoints.info import info
     from .checkpoints.merge import MergeReport, merge
+    from .checkpoints.pretrained_model import Pretrained
     from .decomposition import decompose, search_rank
     from .decomposition.extraction import extract
     from .planning import plan
@@ -46,6 +47,7 @@ __all__ = [
     "ConfigError",
     "FileError",
     "MergeReport",
+    "Pretrained",
     "Projection",
     "Rows",
     "ShapeError",
@@ -90,6 +92,7 @@ __all__ = [
 _LAZY = {
     "AdapterFile": "checkpoints.adapter_file",
     "MergeReport": "checkpoints.merge",
+    "Pretrained": "checkpoints.pretrained_model",
     "decompose": "decomposition",
     "extract": "decomposition.extraction",
     "info": "checkpoints.info",

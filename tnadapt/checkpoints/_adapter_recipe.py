@@ -20,6 +20,7 @@ from ._expected_arrays import MAX_LEFT_OUT
 from ._json_scan import MAX_VALUE, Elements, Later, lazy_object
 from .adapter_file import AdapterFile
 from .fingerprint import Fingerprint
+from .pretrained_model import Pretrained
 
 VERSION = 1
 ENTRY = "tnadapt"
@@ -32,7 +33,10 @@ _DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 _REQUIRED = {"version": int, "config": dict, "targets": Elements, "sha256": str}
-_OPTIONAL = {"activation": str, "base": dict, "draws": str, "model": str, "trained": Elements}
+_OPTIONAL = {
+    "activation": str, "base": dict, "draws": str, "labels": Elements, "model": str, "pretrained": dict,
+    "trained": Elements,
+}  # fmt: skip
 _JSON = {dict: "an object", Elements: "a list", str: "a string", int: "an integer"}
 # Bytes that a config may have for each target on top of MAX_VALUE: explicit groups list the targets' numbers.
 _CONFIG_OF_TARGET = 16
@@ -52,6 +56,10 @@ def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
     trained = None if file.trained is None else list(file.trained)
     optional = {"model": file.model, "activation": file.activation, "base": base, "draws": draws}
     recipe.update({key: value for key, value in {**optional, "trained": trained}.items() if value})
+    if file.pretrained is not None:
+        about = file.pretrained.to_dict()
+        # Labels are many, and are scanned one by one.
+        recipe.update({"labels": labels} if (labels := about.pop("labels", None)) else {}, pretrained=about)
     return recipe
 
 
@@ -64,7 +72,8 @@ def parse_recipe(
     text: bytes, stored: int
 ) -> tuple[dict[str, Any], Config, list[Target], Fingerprint | None, list[str] | None]:
     """Parse the entry of a file with ``stored`` tensors; return its object, config, targets, base and trained names."""
-    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["targets", "trained"]))
+    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["labels", "targets", "trained"]))
+    recipe["pretrained"] = _pretrained(recipe)
     base = _base(recipe["base"]) if "base" in recipe else None
     trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
     targets = _targets(recipe["targets"])
@@ -139,6 +148,16 @@ def _trained(listed: Iterable[Any], most: int) -> list[str]:
             raise FileError(f"trained names more than {most} arrays, more than the file can have")
         found.append(name)
     return found
+
+
+def _pretrained(recipe: dict[str, Any]) -> Pretrained | None:
+    if "pretrained" in recipe:
+        if "labels" in recipe["pretrained"]:
+            raise FileError("pretrained has unknown keys: 'labels'")
+        return Pretrained.from_dict(recipe["pretrained"], recipe.get("labels", ()))
+    if "labels" in recipe:
+        raise FileError(f"the {ENTRY} entry has labels without pretrained, whose outputs they name")
+    return None
 
 
 def _base(value: dict[str, Any]) -> Fingerprint:

@@ -20,6 +20,7 @@ from tnadapt.targets.target import Target
 from ._expected_arrays import MAX_DRAWN, MAX_LEFT_OUT, check_fit, checked_trained, drawn, plan_of
 from .container import DTYPES
 from .fingerprint import Fingerprint
+from .pretrained_model import Pretrained
 
 __all__ = ["ACTIVATIONS", "KEPT", "AdapterFile"]
 
@@ -63,6 +64,8 @@ class AdapterFile:
     trained : sequence of str, optional
         Names of the trained arrays if some are frozen; all if None. A frozen array that equals what the seed draws is
         not stored in the file, but recomputed when the file is loaded.
+    pretrained : Pretrained, optional
+        The pretrained model that it was trained on: name, revision, task, labels.
 
     Raises
     ------
@@ -89,6 +92,7 @@ class AdapterFile:
     model: str = ""
     trained: Sequence[str] | None = None
     given: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    pretrained: Pretrained | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -100,6 +104,8 @@ class AdapterFile:
         check_distinct(self.targets)
         if self.base is not None and not isinstance(self.base, Fingerprint):
             raise ConfigError(f"base must be a Fingerprint or None; got {type(self.base).__name__}")
+        if self.pretrained is not None and not isinstance(self.pretrained, Pretrained):
+            raise ConfigError(f"pretrained must be a Pretrained or None; got {type(self.pretrained).__name__}")
         if self.activation is not None and self.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ConfigError(f"activation must be None or one of {known}; got {safe_repr(self.activation)}")

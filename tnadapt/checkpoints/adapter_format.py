@@ -46,6 +46,11 @@ a default is omitted if it has that value.
     the other sizes). No two targets share a row of a parameter.
 ``model``
     Class name of the base model, for human readers. Default "".
+``pretrained``
+    Object of what :class:`~tnadapt.Pretrained` has, except the labels, by the names of its fields; a field that has
+    its default is omitted. No value of it names code: the task and the library are from fixed lists. Default unknown.
+``labels``
+    List of at most 32,768 strings, only with ``pretrained``: the names of the model's outputs. Default none.
 ``activation``
     LoDA's function between the two factors: relu, gelu, tanh or silu. Default none.
 ``base``
@@ -282,6 +287,7 @@ def read(container: Container) -> tuple[AdapterFile, dict[str, Any], tuple[str, 
         activation=recipe.get("activation"),
         model=recipe.get("model", ""),
         trained=trained,
+        pretrained=recipe["pretrained"],
     )
     found.check_finite()
     return found, recipe, left_out

@@ -95,6 +95,8 @@ def _of_adapter(path: str, every: bool) -> dict[str, Any]:
         "draws_here": draws_here,
         "sha256": recipe["sha256"],
     }
+    if file.pretrained is not None:
+        found["pretrained"] = file.pretrained.to_dict()
     if file.trained is not None:
         found["frozen"] = sum(array.size for array in file.arrays.values()) - file.num_parameters
     if given := [array for name, array in file.given.items() if name not in file.plan.start_shapes]:

@@ -54,6 +54,7 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
     if found["activation"]:
         rows.append(("activation", f"{found['activation']} (LoDA: it cannot be merged)"))
     rows.append(("model", found["model"] or "unknown"))
+    rows += _pretrained(found.get("pretrained", {}))
     base = found["base"]
     rows.append(("base", f"{base['dtype']}, SHA-256 of the weights {base['sha256'][:16]}…" if base else "unknown"))
     if found["draws"]:
@@ -64,6 +65,20 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
         rows.append(("also trained", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))
     yield from _aligned(rows)
     yield from _targets(found, "weights")
+
+
+def _pretrained(about: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Return the rows of what the file records of its base model."""
+    if "name" in about:
+        parts = [f"{part} {about[part]}" for part in ("file", "revision") if part in about]
+        yield "pretrained", ", ".join([about["name"], *parts, about.get("library", "transformers")])
+    if "task" in about:
+        yield "task", about["task"]
+    if labels := about.get("labels"):
+        more = f" and {len(labels) - 6} more" if len(labels) > 6 else ""
+        yield "labels", f"{len(labels)}: {', '.join(labels[:6])}{more}"
+    if settings := {**about.get("settings", {}), **about.get("inputs", {})}:
+        yield "settings", ", ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
 
 
 def _frozen(found: dict[str, Any]) -> str:

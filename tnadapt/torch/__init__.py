@@ -16,6 +16,7 @@ from ._adapter import Adapter, adapters
 from ._adapter_loading import from_pretrained, load
 from ._attach import attach
 from ._model_extraction import extract
+from ._pretrained_loading import load_pretrained, load_processor
 from ._quantized import QuantizedLayer, register_quantized
 from ._registry import mix
 from ._target_selection import find_targets
@@ -31,6 +32,8 @@ __all__ = [
     "find_targets",
     "from_pretrained",
     "load",
+    "load_pretrained",
+    "load_processor",
     "mix",
     "register_quantized",
     "starts",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from tnadapt.algebra.config import Config
 from tnadapt.decomposition import FitReport
 
-from . import _adapter_saving as saving
 from . import _arrays, _begin, _merging, _removal, _trainable
+from ._adapter_files import AdapterFiles
 from ._bound_plan import fill
 from ._registry import attached, mix, set_weight
 from ._state import AdapterState, need_unmerged
@@ -22,7 +21,7 @@ from ._summary import Summary
 __all__ = ["Adapter", "adapters"]
 
 
-class Adapter:
+class Adapter(AdapterFiles):
     """An adapter on a model, as returned by :func:`tnadapt.torch.attach`.
 
     Attributes
@@ -340,45 +339,6 @@ class Adapter:
         """
         _removal.bake(self._state)
         return self.model
-
-    # -- Files -------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str], *, store_bases: bool = False) -> None:
-        """Write one safetensors file: the arrays, the parameters in ``keep_trainable``, and the config and targets.
-
-        Parameters
-        ----------
-        path : path-like
-            Written to a temporary name and renamed, so that an existing file is replaced atomically.
-        store_bases : bool
-            Whether to store the arrays that are computed from the base weights (``FromBase``, starts), so that the file
-            gives the same bits on every machine. By default the file has the base's fingerprint, and they are computed
-            again; a base without a fingerprint has them stored anyway.
-
-        Raises
-        ------
-        FileError
-            If it cannot be written, or an array is not finite.
-
-        Notes
-        -----
-        Under ``torch.distributed`` every process must call (sharded arrays are gathered), and process 0 writes.
-        """
-        saving.save(self._state, path, store_bases)
-
-    def save_pretrained(self, folder: str | os.PathLike[str], *, store_bases: bool = False) -> None:
-        """Write the file as ``adapter.safetensors`` in a folder, which is created if needed; see :meth:`save`."""
-        saving.save_pretrained(self._state, folder, store_bases)
-
-    def swap(self, path: str | os.PathLike[str]) -> None:
-        """Load the arrays of another adapter's file, of the same config and targets, in place without recompiling.
-
-        Raises
-        ------
-        FileError
-            If the file does not fit; nothing is changed.
-        """
-        saving.swap(self._state, path)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,25 @@ from torch import Tensor, nn
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint
+from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, TargetError
 from tnadapt.targets.pairing import paired
 from tnadapt.targets.target import Target
 
 from . import _merging as merging
 from ._adapter import Adapter
-from ._adapter_saving import FILE_NAME, FileErrorContext, fingerprint_of, kept_pairs, kept_parameters, need_base
+from ._adapter_saving import FileErrorContext, fingerprint_of, kept_pairs, kept_parameters, need_base
 from ._arrays import checked_pairs
 from ._attach import attach_with, check_name
+from ._bundle.hub import adapter_path
+from ._bundle.libraries import describe
 from ._removal import take_off
 from ._sharding import copy_all
 from ._state import ADAPTERS_ATTR
 from ._target_selection import find_targets
 from ._trainable import keep
 
-__all__ = ["from_pretrained", "load"]
+__all__ = ["attach_file", "from_pretrained", "load"]
 
 
 def load(
@@ -88,7 +91,20 @@ def load(
     ...     tnadapt.torch.load(model, folder + "/adapter.safetensors").num_parameters
     368
     """
-    file = adapter_format.load(path)
+    return attach_file(
+        model, adapter_format.load(path), path, name, check_base, untie=untie, detach_norm=detach_norm, dropout=dropout
+    )
+
+
+def attach_file(
+    model: nn.Module,
+    file: AdapterFile,
+    path: str | os.PathLike[str],
+    name: str,
+    check_base: bool,
+    **options: Any,
+) -> Adapter:
+    """Attach an adapter that was read from a path, with these options of ``attach``; see :func:`load`."""
     with FileErrorContext(path):
         targets = _located(model, file)
         kept = kept_parameters(model, file)
@@ -111,10 +127,11 @@ def load(
     try:
         adapter = attach_with(
             model, file.config, targets, name, keep_trainable=list(kept), activation=file.activation, dtype=dtype,
-            untie=untie, given=file.given, fresh=False, detach_norm=detach_norm, dropout=dropout,
+            given=file.given, fresh=False, **options,
         )  # fmt: skip
         state = adapter._state
         state.kept = tuple(file.kept)
+        state.pretrained = _recorded(model, file.pretrained, check_base)
         own = kept_pairs(model, file)
         before = [(tensor, tensor.detach().clone()) for tensor, _ in own]
         copy_all([*checked_pairs(state, file.arrays), *own])
@@ -139,12 +156,23 @@ def from_pretrained(
     untie: bool = False,
     detach_norm: bool = False,
     dropout: float = 0.0,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Adapter:
-    """Attach the adapter that :meth:`Adapter.save_pretrained` wrote to a folder; see :func:`load`."""
-    return load(
-        model, Path(folder) / FILE_NAME, name, check_base=check_base, untie=untie, detach_norm=detach_norm,
-        dropout=dropout,
-    )  # fmt: skip
+    """Attach the adapter that :meth:`Adapter.save_pretrained` wrote to a folder, or one on the hub; see :func:`load`.
+
+    ``revision`` and ``token`` are those of a repository on the hub. :func:`load_pretrained` builds the model, too.
+    """
+    path = adapter_path(folder, revision, token)
+    return load(model, path, name, check_base=check_base, untie=untie, detach_norm=detach_norm, dropout=dropout)
+
+
+def _recorded(model: nn.Module, about: Pretrained | None, check_base: bool) -> Pretrained | None:
+    """Return what the file says about its base; of another base, only what does not depend on it."""
+    if about is None or check_base or (own := describe(model)) is None:
+        return about
+    labels = about.labels if len(about.labels) == len(own.labels) else own.labels
+    return dataclasses.replace(own, labels=labels, inputs=about.inputs)
 
 
 def _located(model: nn.Module, file: AdapterFile) -> list[Target]:

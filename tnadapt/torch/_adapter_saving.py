@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tnadapt.checkpoints import adapter_format
 from tnadapt.checkpoints.adapter_file import KEPT, AdapterFile
 from tnadapt.checkpoints.fingerprint import Fingerprint, fingerprint
+from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import FileError, TargetError, TnadaptError
 
 from . import _merging as merging
@@ -25,20 +26,17 @@ from ._sharding import copy_all, gather_full
 from ._state import AdapterState, need_attached
 
 __all__ = [
-    "FILE_NAME",
     "FileErrorContext",
     "base_fingerprint",
     "fingerprint_of",
+    "is_writer",
     "kept_pairs",
     "kept_parameters",
     "need_base",
     "save",
-    "save_pretrained",
     "swap",
     "to_file",
 ]
-
-FILE_NAME = "adapter.safetensors"
 
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -110,22 +108,20 @@ def need_base(model: nn.Module, but: AdapterState | None = None) -> None:
     refuse_merged(model, "another adapter is saved or loaded", but)
 
 
-def save(adapter: AdapterState, path: str | os.PathLike[str], store_bases: bool = False) -> None:
+def save(
+    adapter: AdapterState, path: str | os.PathLike[str], about: Pretrained | None, store_bases: bool = False
+) -> None:
     """Save an adapter; see :meth:`Adapter.save`."""
     need_attached(adapter)
-    file = to_file(adapter, store_bases)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
+    file = dataclasses.replace(to_file(adapter, store_bases), pretrained=about)
+    if is_writer():
         adapter_format.save(path, file)
 
 
-def save_pretrained(adapter: AdapterState, folder: str | os.PathLike[str], store_bases: bool = False) -> None:
-    """Save an adapter to a folder; see :meth:`Adapter.save_pretrained`."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{os.fspath(folder)}: cannot create this folder: {error}") from None
-    save(adapter, Path(folder) / FILE_NAME, store_bases)
+def is_writer() -> bool:
+    """Return whether this process writes files: process 0 of several."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
 
 
 def swap(adapter: AdapterState, path: str | os.PathLike[str]) -> None:

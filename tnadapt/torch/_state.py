@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.superlora import SuperLoRA
+from tnadapt.checkpoints.pretrained_model import Pretrained
 from tnadapt.errors import ConfigError, TargetError
 from tnadapt.targets.target import Target
 
@@ -181,6 +182,8 @@ class AdapterState:
         Names of the parameters there, by their names in the plan.
     managed_by : str or None
         If another library manages the adapter, what to call instead of ``detach()`` and ``bake()``.
+    pretrained : Pretrained or None
+        What files record of the base model, if a file or the user determined it.
     handle : Adapter
         The public interface, typed loosely because its class is defined above this module.
     """
@@ -222,6 +225,7 @@ class AdapterState:
             array: f"{PREFIX}{encoded(name)}_{array.replace('.', '_')}" for array in plan.param_shapes
         }
         self.managed_by: str | None = None
+        self.pretrained: Pretrained | None = None
         self.handle: Any = None
 
 

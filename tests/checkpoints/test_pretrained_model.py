@@ -1,0 +1,185 @@
+"""What a file records of its base: exact, bounded, refused if strange, and absent from files without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tests.support import forge
+from tnadapt import ConfigError, FileError, Pretrained
+from tnadapt.checkpoints.pretrained_model import MAX_LABELS, TASKS
+
+from .test_adapter_file import LORA, made
+
+FULL = Pretrained(
+    "user/base", "0123abc", "q4.gguf", "transformers", "text-classification", ["no", "yés", "👩‍🔬"], "bfloat16",
+    {"problem_type": "regression", "pad_token_id": 0}, {"max_length": 128, "image_mean": [0.5, 1.0], "lower": False},
+)  # fmt: skip
+
+
+def written(folder: Path, about: Pretrained | None) -> bytes:
+    path = folder / "adapter.safetensors"
+    tna.save(path, dataclasses.replace(made(LORA), pretrained=about))
+    return path.read_bytes()
+
+
+def recipe_of(content: bytes) -> dict[str, Any]:
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return json.loads(header["__metadata__"]["tnadapt"])
+
+
+def refusal(folder: Path, **entries: Any) -> str:
+    """The message about a file whose recipe has these entries, with a right checksum."""
+    recipe = {"version": 1, "config": {}, "targets": [["fc", [2, 2], "q"]], **entries}
+    tensors = {f"group0.split0.factor{k}": ("F32", np.zeros((2, 4))) for k in (0, 1)}
+    path = folder / "forged.safetensors"
+    forge.write(path, forge.adapter(recipe, tensors))
+    with pytest.raises(FileError) as caught:
+        tna.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value)[len(f"{path}: ") :]
+
+
+@pytest.mark.law("file-round-trip")
+@pytest.mark.parametrize("about", [FULL, Pretrained(), Pretrained(labels=["a"]), Pretrained("x", library="timm")])
+def test_it_comes_back_from_a_file(tmp_path: Path, about: Pretrained) -> None:
+    content = written(tmp_path, about)
+    found = tna.load(tmp_path / "adapter.safetensors")
+    assert found.pretrained == about
+    assert written(tmp_path, found.pretrained) == content
+    assert Pretrained.from_dict(about.to_dict()) == about
+
+
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=5),
+    st.dictionaries(st.text("abc_", max_size=5), st.integers(-9, 9) | st.booleans() | st.none() | st.text("aé")),
+)
+def test_labels_and_inputs_survive_their_json(labels: list[str], inputs: dict[str, Any]) -> None:
+    about = Pretrained("base", labels=labels, inputs=inputs)
+    assert Pretrained.from_dict(json.loads(json.dumps(about.to_dict()))) == about
+
+
+def test_labels_by_number_and_back() -> None:
+    assert FULL.id2label == {0: "no", 1: "yés", 2: "👩‍🔬"}
+    assert FULL.label2id == {"no": 0, "yés": 1, "👩‍🔬": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("bert", False), ("user/bert", False), ("vit.augreg", False), ("hf-hub:user/vit", False), ("", False),
+        ("/a/b", True), ("./b", True), ("~/b", True), ("a/b/c", True), ("C:\\b", True), ("a\\b", True),
+        ("local-dir:/a", True),
+    ],
+)  # fmt: skip
+def test_which_names_are_folders(name: str, local: bool) -> None:
+    assert Pretrained(name).local is local
+
+
+@pytest.mark.law("file-bytes")
+def test_a_file_without_it_has_not_changed(tmp_path: Path) -> None:
+    recipe = recipe_of(written(tmp_path, None))
+    assert recipe.keys().isdisjoint({"pretrained", "labels"})
+    assert recipe_of(written(tmp_path, FULL)) == {
+        **recipe,
+        "labels": list(FULL.labels),
+        "pretrained": {key: value for key, value in FULL.to_dict().items() if key != "labels"},
+        "sha256": recipe_of(written(tmp_path, FULL))["sha256"],
+    }
+
+
+def test_info_shows_it(tmp_path: Path) -> None:
+    written(tmp_path, FULL)
+    assert tna.info(tmp_path / "adapter.safetensors")["pretrained"] == FULL.to_dict()
+    written(tmp_path, None)
+    assert "pretrained" not in tna.info(tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": 3}, "name must be a string; got 3"),
+        ({"name": "a\nb"}, "name must be at most 1024 letters without control characters"),
+        ({"name": "a" * 1025}, "name must be at most 1024 letters"),
+        ({"revision": "main..x"}, "revision must be a commit, branch or tag; got 'main..x'"),
+        ({"file": "../secret"}, "file must be a file in the base's folder; got '../secret'"),
+        ({"file": "/etc/passwd"}, "file must be a file in the base's folder"),
+        ({"library": "pickle"}, "library must be one of transformers, timm; got 'pickle'"),
+        ({"task": "AutoModelForCausalLM"}, "task must be one of text-classification, "),
+        ({"task": ["x"]}, "task must be one of"),
+        ({"dtype": "complex64"}, "dtype must be one of float64, float32, float16, bfloat16"),
+        ({"labels": "ab"}, "labels must be a list of strings; got 'ab'"),
+        ({"labels": [1]}, "a label must be a string of at most 1024 letters; got 1"),
+        ({"labels": ["\ud800"]}, "a label must be a string of at most 1024 letters"),
+        ({"labels": ["a"] * (MAX_LABELS + 1)}, f"labels must be at most {MAX_LABELS}; got 32769 labels"),
+        ({"settings": {"auto_map": "x"}}, "settings of transformers must be among problem_type, pad_token_id; got"),
+        ({"settings": {"pad_token_id": True}}, "settings have an impossible pad_token_id: True"),
+        ({"settings": {"img_size": [0.5]}, "library": "timm"}, "settings have an impossible img_size: [0.5]"),
+        ({"settings": 1}, "settings must be a dictionary; got 1"),
+        ({"inputs": {"a": {}}}, "inputs['a'] must be text, a number, a boolean, None or a list of these; got {}"),
+        ({"inputs": {"a": [[1]]}}, "inputs['a'] must be text, a number"),
+        ({"inputs": {"a": float("nan")}}, "inputs['a'] must be text, a number"),
+        ({"inputs": {str(n): n for n in range(65)}}, "inputs must be at most 64 settings; got 65"),
+        ({"inputs": {str(n): "x" * 1000 for n in range(20)}}, "inputs must be small settings, of at most 16 KiB"),
+        ({"inputs": []}, "inputs must be a dictionary; got []"),
+    ],
+)
+def test_what_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Pretrained(**settings)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"labels": ["a"]}, "the tnadapt entry has labels without pretrained, whose outputs they name"),
+        ({"pretrained": {"labels": ["a"]}}, "pretrained has unknown keys: 'labels'"),
+        ({"pretrained": {"auto_map": "x"}}, "pretrained has unknown keys: 'auto_map'"),
+        ({"pretrained": {"task": "exec"}}, "pretrained: task must be one of"),
+        ({"pretrained": {"name": 1}}, "pretrained: name must be a string"),
+        ({"pretrained": []}, "the tnadapt entry's pretrained must be an object; got []"),
+        ({"pretrained": {}, "labels": {}}, "the tnadapt entry's labels must be a list; got {}"),
+        ({"pretrained": {}, "labels": [1]}, "pretrained: a label must be a string"),
+        ({"pretrained": {"name": "x" * (1 << 17)}}, "has a value or name of more than 65536 bytes for 'pretrained'"),
+        ({"pretrained": {}, "labels": ["a"] * (MAX_LABELS + 1)}, f"has more than {MAX_LABELS} labels"),
+    ],
+)
+def test_what_a_file_may_not_say(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
+    assert said in refusal(tmp_path, **entries)
+
+
+@pytest.mark.law("allocation-limit")
+def test_many_labels_take_no_memory(tmp_path: Path) -> None:
+    labels = ["a"] * (1 << 16)
+    refusal(tmp_path, pretrained={}, labels=labels)  # imports, and the text for the file
+    length = (tmp_path / "forged.safetensors").stat().st_size
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileError, match="labels"):
+            tna.load(tmp_path / "forged.safetensors")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= 4 * length + (2 << 20)
+
+
+def test_an_adapter_file_takes_no_other_object() -> None:
+    with pytest.raises(ConfigError, match="pretrained must be a Pretrained or None; got dict"):
+        dataclasses.replace(made(LORA), pretrained={})
+
+
+def test_the_tasks_name_classes_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    for task in TASKS.values():
+        assert hasattr(transformers, task.model)
+        assert hasattr(transformers, task.processor)

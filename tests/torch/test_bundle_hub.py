@@ -1,0 +1,203 @@
+"""Uploads and downloads, with the functions of huggingface_hub replaced."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.errors import FileError, TnadaptError  # noqa: E402
+
+from .small import stir  # noqa: E402
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+
+
+class Hub:
+    """Repositories in a folder, and a record of all calls."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.calls = root, list[tuple[Any, ...]]()
+
+    def api(self, token: Any = None) -> Hub:
+        self.calls.append(("HfApi", token))
+        return self
+
+    def create_repo(self, repo_id: str, **settings: Any) -> None:
+        self.calls.append(("create_repo", repo_id, settings))
+        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
+
+    def create_branch(self, repo_id: str, **settings: Any) -> None:
+        self.calls.append(("create_branch", repo_id, settings))
+
+    def file_exists(self, repo_id: str, filename: str, revision: Any = None) -> bool:
+        return (self.root / repo_id / filename).exists()
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, ignore_patterns: Any, **settings: Any) -> Any:
+        self.calls.append(("upload_folder", repo_id, settings))
+        ignored = shutil.ignore_patterns(*(ignore_patterns or ()))
+        shutil.copytree(folder_path, self.root / repo_id, ignore=ignored, dirs_exist_ok=True)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    def hf_hub_download(self, repo_id: str, filename: str, **settings: Any) -> str:
+        self.calls.append(("hf_hub_download", repo_id, filename, settings))
+        if not (self.root / repo_id / filename).exists():
+            raise FileNotFoundError("404 Client Error.\nRepository Not Found")
+        return str(self.root / repo_id / filename)
+
+    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str], **settings: Any) -> str:
+        self.calls.append(("snapshot_download", repo_id, settings))
+        folder = self.root / "snapshots"
+        for pattern in allow_patterns:
+            for path in (self.root / repo_id).glob(pattern):
+                folder.mkdir(exist_ok=True)
+                shutil.copy(path, folder)
+        return str(folder)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", made.api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", made.hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    return made
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def tokenizer() -> Any:
+    return transformers.BertTokenizerFast({word: number for number, word in enumerate(WORDS)})
+
+
+def adapted(base: Path, name: str = "") -> tuple[Any, tt.Adapter]:
+    model = transformers.BertForSequenceClassification.from_pretrained(base, id2label={0: "no", 1: "yes", 2: "so"})
+    adapter = tt.attach(model.eval(), tna.presets.superlora(1), keep_trainable=["classifier"])
+    stir(adapter)
+    if name:
+        model.config._name_or_path, model.config._commit_hash = name, "a" * 40
+    return model, adapter
+
+
+def test_an_upload(base: Path, hub: Hub) -> None:
+    _, adapter = adapted(base, "user/base")
+    address = adapter.push_to_hub(
+        "user/mine", private=True, token="hf_x", commit_message="First", tokenizer=tokenizer(), metrics={"f1": 0.5}
+    )
+    assert address == "https://hub/user/mine/commit/1"
+    assert hub.calls == [
+        ("HfApi", "hf_x"),
+        ("create_repo", "user/mine", {"private": True, "exist_ok": True}),
+        ("upload_folder", "user/mine", {"commit_message": "First", "revision": None}),
+    ]
+    names = sorted(path.name for path in (hub.root / "user" / "mine").iterdir())
+    assert names == ["README.md", "adapter.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert tna.load(hub.root / "user/mine/adapter.safetensors").pretrained == adapter.pretrained
+    card = (hub.root / "user/mine/README.md").read_text()
+    assert 'base_model: "user/base"' in card
+    assert 'load_pretrained("user/mine")' in card
+    assert "# mine\n" in card
+
+
+def test_a_branch_and_a_card_that_stays(base: Path, hub: Hub) -> None:
+    _, adapter = adapted(base)
+    (hub.root / "user" / "mine").mkdir(parents=True)
+    card = hub.root / "user" / "mine" / "README.md"
+    card.write_text("by hand")
+    adapter.push_to_hub("user/mine", revision="v2")
+    assert ("create_branch", "user/mine", {"branch": "v2", "exist_ok": True}) in hub.calls
+    assert hub.calls[-1] == (
+        "upload_folder", "user/mine", {"commit_message": "Upload a tnadapt adapter", "revision": "v2"}
+    )  # fmt: skip
+    assert card.read_text() == "by hand"
+    adapter.push_to_hub("user/mine", overwrite_card=True)
+    assert "An adapter of [tnadapt]" in card.read_text()
+
+
+def test_a_local_base_is_not_named_in_an_upload(base: Path, hub: Hub) -> None:
+    model, adapter = adapted(base)
+    assert adapter.pretrained.name == str(base)
+    adapter.push_to_hub("user/mine")
+    for path in (hub.root / "user" / "mine").iterdir():
+        assert str(base).encode() not in path.read_bytes()
+    assert adapter.pretrained.name == str(base)
+    with pytest.raises(FileError, match="it does not name its base model: give base="):
+        tt.load_pretrained("user/mine")
+    words = torch.tensor([[5, 7]])
+    with torch.no_grad():
+        assert torch.equal(tt.load_pretrained("user/mine", base=base)(words).logits, model(words).logits)
+
+
+def test_a_download(base: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = adapted(base, "user/base")
+    adapter.push_to_hub("user/mine", tokenizer=tokenizer())
+    hub.calls.clear()
+    build = transformers.AutoModelForSequenceClassification.from_pretrained
+    asked = list[tuple[str, Any, Any]]()
+
+    def found(name: str, **settings: Any) -> Any:
+        asked.append((name, settings["revision"], settings["trust_remote_code"]))
+        return build(base, **{**settings, "revision": None})
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", found)
+    loaded = tt.load_pretrained("user/mine", revision="v2", token="hf_x")
+    assert asked == [("user/base", "a" * 40, False)]
+    assert hub.calls == [("hf_hub_download", "user/mine", "adapter.safetensors", {"revision": "v2", "token": "hf_x"})]
+    words = tt.load_processor("user/mine")(["good film"], return_tensors="pt")
+    assert hub.calls[-1] == ("snapshot_download", "user/mine", {"revision": None, "token": None})
+    assert sorted(path.name for path in (hub.root / "snapshots").iterdir()) == [
+        "tokenizer.json", "tokenizer_config.json"
+    ]  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(loaded(**words).logits, model(**words).logits)
+    assert loaded.config.id2label == {0: "no", 1: "yes", 2: "so"}
+
+
+def test_an_adapter_from_the_hub_on_a_model(base: Path, hub: Hub) -> None:
+    _, adapter = adapted(base)
+    adapter.push_to_hub("user/mine")
+    fresh = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=3)
+    found = tt.from_pretrained(fresh, "user/mine", revision="v1")
+    assert hub.calls[-1][-1] == {"revision": "v1", "token": None}
+    assert found.num_parameters == adapter.num_parameters
+
+
+def test_messages(base: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TnadaptError) as caught:
+        tt.load_pretrained("user/missing")
+    assert str(caught.value) == (
+        "cannot download adapter.safetensors of 'user/missing', which is no file or folder here, from the hub: 404 "
+        "Client Error.; check the name, the network and the token, or give a folder"
+    )
+    _, adapter = adapted(base)
+    with pytest.raises(TnadaptError, match=r"repo_id must be like 'user/my-adapter'; got 'a/b/c'"):
+        adapter.push_to_hub("a/b/c")
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("Cannot reach https://hub: offline mode is enabled.")
+
+    monkeypatch.setattr(hub, "create_repo", offline)
+    with pytest.raises(TnadaptError) as caught:
+        adapter.push_to_hub("user/mine")
+    assert str(caught.value) == (
+        "cannot upload to 'user/mine' on the hub: Cannot reach https://hub: offline mode is enabled.; check the name, "
+        "the network and the token"
+    )

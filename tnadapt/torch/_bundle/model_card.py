@@ -1,0 +1,160 @@
+"""The model card that is saved next to an adapter: README.md, of which hubs read the first lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tnadapt.algebra.config import Config
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.pretrained_model import Pretrained
+from tnadapt.errors import ConfigError, FileError, pluralize, safe_repr
+
+from .hub import README
+
+__all__ = ["checked_metrics", "model_card", "write_card"]
+
+_MARK = re.compile(r"\n<!-- tnadapt wrote this: ([0-9a-f]{16}) -->\n\Z")
+#: Labels that a card lists.
+_LISTED = 20
+#: The hub's names of tasks that differ from those here.
+_HUB_TASKS = {"speech-seq2seq": "automatic-speech-recognition", "speech-ctc": "automatic-speech-recognition"}
+
+
+def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the metrics; raise ConfigError unless they are numbers by name."""
+    found = dict(metrics or {})
+    for name, value in found.items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(
+                f"metrics must be numbers by name, such as {{'accuracy': 0.9}}; got {safe_repr(name)}: "
+                f"{safe_repr(value)}"
+            )
+    return found
+
+
+def model_card(file: AdapterFile, where: str, metrics: Mapping[str, float]) -> str:
+    """Return the text of a card.
+
+    Parameters
+    ----------
+    file : AdapterFile
+    where : str
+        The name of the folder or repository, from which the card loads the adapter.
+    metrics : dict of str to float
+    """
+    about = file.pretrained or Pretrained()
+    lines = ["---", *_front_matter(about), "---", "", f"# {_text(Path(where).name)}", ""]
+    lines += [*_what(file, about), "", *_labels(about), *_metrics(metrics), "## Use", "", *_use(about, where)]
+    text = "\n".join(lines) + "\n"
+    return f"{text}\n<!-- tnadapt wrote this: {_digest(text)} -->\n"
+
+
+def write_card(folder: Path, text: str, overwrite: bool) -> bool:
+    """Write the card; return False, and leave the one that is there, if somebody else wrote or edited it."""
+    path = folder / README
+    try:
+        if path.exists() and not overwrite and not _untouched(path):
+            return False
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise FileError(f"{path}: cannot write the card: {error}") from None
+    return True
+
+
+def _untouched(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = _MARK.search(text)
+    return found is not None and _digest(text[: found.start()]) == found[1]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _front_matter(about: Pretrained) -> Iterator[str]:
+    if about.name and not about.local:
+        name = about.name.removeprefix("hf-hub:")
+        in_timm = about.library == "timm" and "/" not in name
+        yield f"base_model: {json.dumps(f'timm/{name}' if in_timm else name)}"
+    yield "library_name: tnadapt"
+    if about.task:
+        yield f"pipeline_tag: {_HUB_TASKS.get(about.task, about.task)}"
+    yield from ("tags:", "- tnadapt")
+
+
+def _what(file: AdapterFile, about: Pretrained) -> Iterator[str]:
+    model = f" ({_text(file.model)})" if file.model else ""
+    base = f"`{_base(about)}`{model}" if about.name else f"a {_text(file.model)}" if file.model else "a model"
+    yield f"An adapter of [tnadapt](https://tnadapt.readthedocs.io) for {base}."
+    yield ""
+    roles = ", ".join(dict.fromkeys(target.role for target in file.targets))
+    names = [target.name for target in file.targets]
+    usual = Config().to_dict()
+    config = {name: value for name, value in file.config.to_dict().items() if value != usual.get(name)}
+    config = {"rank": file.config.rank, **{k: v for k, v in config.items() if k != "weight_shape"}}
+    listed = ", ".join(f"`{name}` … `{names[-1]}`" if len(names) > 1 else f"`{name}`" for name in names[:1])
+    rows = [
+        ("Trained parameters", f"{file.num_parameters:,} {file.dtype}"),
+        ("Updated weights", f"{pluralize(len(names), 'weight')} ({roles}): {listed}"),
+        ("Config", ", ".join(f"`{name}={json.dumps(value)}`" for name, value in config.items())),
+    ]
+    if file.kept:
+        kept = [f"`{_text(name)}`" for name in file.kept]
+        rows.append(("Also trained", ", ".join(kept[:6]) + (f" and {len(kept) - 6} more" if len(kept) > 6 else "")))
+    if about.task:
+        rows.append(("PretrainedTask", about.task))
+    yield from _table(("", ""), rows)
+
+
+def _base(about: Pretrained) -> str:
+    name = Path(about.name).name if about.local else about.name
+    parts = [about.file and f"file {about.file}", about.revision and f"revision {about.revision}"]
+    return _text(", ".join(filter(None, (name, *parts))))
+
+
+def _labels(about: Pretrained) -> Iterator[str]:
+    if about.labels:
+        more = len(about.labels) - _LISTED
+        listed = ", ".join(f"{number} {_text(label)}" for number, label in enumerate(about.labels[:_LISTED]))
+        yield f"Labels: {listed}" + (f" and {more} more." if more > 0 else ".")
+        yield ""
+
+
+def _metrics(metrics: Mapping[str, float]) -> Iterator[str]:
+    if metrics:
+        yield from ("## Results", "")
+        yield from _table(("metric", "value"), [(_text(name), f"{value:.6g}") for name, value in metrics.items()])
+        yield ""
+
+
+def _use(about: Pretrained, where: str) -> Iterator[str]:
+    known = bool(about.name and not about.local)
+    base = "" if known else ', base="…"'
+    yield from ("```python", "import tnadapt.torch", "")
+    if about.task and about.library:
+        yield f"model = tnadapt.torch.load_pretrained({json.dumps(where)}{base})"
+        yield f"processor = tnadapt.torch.load_processor({json.dumps(where)})"
+    else:
+        yield f"adapter = tnadapt.torch.from_pretrained(model, {json.dumps(where)})  # on the base model"
+    yield from ("```", "")
+    if not known:
+        yield "The base model is not on the hub: give its folder, or the model itself."
+        yield ""
+    yield "`load_pretrained(…, merge=True)` adds the update to the weights, for the speed of the base. `tnadapt merge`"
+    yield "writes a checkpoint with the update, which any server of models can load. `tnadapt info` describes the file."
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> Iterator[str]:
+    yield f"| {head[0]} | {head[1]} |"
+    yield "|---|---|"
+    yield from (f"| {name} | {value} |" for name, value in rows)
+
+
+def _text(text: str) -> str:
+    """Return text that stays text in Markdown, on one line."""
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", line)

@@ -1,0 +1,175 @@
+"""Models that are ready to predict, from an adapter's file alone: the base is built as the file says."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnadapt.checkpoints import adapter_format
+from tnadapt.checkpoints.adapter_file import AdapterFile
+from tnadapt.checkpoints.pretrained_model import Pretrained
+from tnadapt.errors import FileError, safe_repr, summarize
+
+from ._adapter_loading import attach_file
+from ._adapter_saving import FileErrorContext
+from ._bundle.hub import FILE_NAME, PROCESSOR_FILES, adapter_path, is_repository, processor_folder
+from ._bundle.libraries import LIBRARIES
+from ._bundle.model_library import BuildOptions
+
+__all__ = ["load_pretrained", "load_processor"]
+
+
+def load_pretrained(
+    where: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | nn.Module | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    quantization_config: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    name: str = "default",
+    check_base: bool = True,
+    merge: bool = False,
+    untie: bool = False,
+    detach_norm: bool = False,
+) -> nn.Module:
+    """Build the base model that an adapter's file records, attach the adapter, and return the model in eval mode.
+
+    Parameters
+    ----------
+    where : path-like or str
+        A folder that :meth:`Adapter.save_pretrained` wrote, a file that :meth:`Adapter.save` wrote, or the name of a
+        repository on the hub.
+    base : path-like, str or Module, optional
+        The base to use instead of the recorded one: a folder, a name on the hub, or a model, which is changed in place.
+    device : str or torch.device, optional
+        Where to put the model; the CPU if None.
+    dtype : torch.dtype, optional
+        The dtype of the base; that of the model when the adapter was saved if None.
+    quantization_config : object, optional
+        Loads the base quantized, as in ``from_pretrained`` of transformers.
+    revision, token
+        Of the adapter's repository on the hub. The revision of the base is in the file.
+    name, check_base, untie, detach_norm
+        As in :func:`load`.
+    merge : bool
+        Whether to merge ΔW into the weights (:meth:`Adapter.merge`), for the speed of the base.
+
+    Returns
+    -------
+    Module
+        A model of transformers, whose ``config.id2label`` has the labels, or of timm, whose
+        ``pretrained_cfg["label_names"]`` has. ``adapters(model)`` has the adapter's handle, whose ``pretrained`` has
+        all that the file records; :func:`load_processor` returns the tokenizer or processor.
+
+    Raises
+    ------
+    FileError
+        If the file is damaged or does not say what its base is, the base is not the one that it was trained on, or some
+        parameters are neither in the base nor in the file.
+    TnadaptError
+        If the base cannot be loaded, or a library is missing: the extra ``hub`` has them.
+
+    Notes
+    -----
+    A file may come from someone else. It can name a base, of which only safetensors and GGUF files are read; no code
+    from a repository is run. With ``base`` you decide what is loaded.
+    """
+    path = adapter_path(where, revision, token)
+    file = adapter_format.load(path)
+    with FileErrorContext(path):
+        about = _about(file, base)
+        if isinstance(base, nn.Module):
+            model = base
+        else:
+            options = BuildOptions(device, dtype, quantization_config, token, trusted=base is not None)
+            model, random = LIBRARIES[about.library].build(about, options)
+            _check_known(file, about, random)
+    if device is not None and quantization_config is None:
+        model = model.to(device)
+    adapter = attach_file(model, file, path, name, check_base, untie=untie, detach_norm=detach_norm)
+    LIBRARIES[about.library].set_labels(model, about)
+    if merge:
+        adapter.merge()
+    return model.eval()
+
+
+def load_processor(
+    where: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> Any:
+    """Return what prepares a model's inputs: the tokenizer or processor saved with an adapter, or else its base's.
+
+    Parameters
+    ----------
+    where, revision, token
+        As in :func:`load_pretrained`.
+
+    Returns
+    -------
+    object
+        The tokenizer, image processor, feature extractor or processor of transformers, by the task; timm's transform
+        of images for evaluation for a model of timm.
+
+    Raises
+    ------
+    FileError
+        If the file is damaged, or does not say for which task its model is.
+    TnadaptError
+        If it cannot be loaded, or a library is missing.
+    """
+    path = adapter_path(where, revision, token)
+    about = adapter_format.load(path, check_draws=False).pretrained
+    with FileErrorContext(path):
+        if about is None:
+            raise FileError("it does not say what its base model is: load its tokenizer or processor yourself")
+        own = _own_folder(where, path, revision, token)
+        return LIBRARIES[about.library].processor(about, own, token)
+
+
+def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -> Pretrained:
+    """Return what to build: what the file says, with the caller's base."""
+    if isinstance(base, nn.Module):
+        return file.pretrained or Pretrained()
+    if file.pretrained is None:
+        raise FileError(
+            f"it does not say what its base model is, only its class {safe_repr(file.model)}: give base= with the model"
+        )
+    if base is None:
+        return file.pretrained
+    about, name = file.pretrained, os.fspath(base)
+    if name.endswith(".gguf") and os.path.isfile(name):
+        return dataclasses.replace(about, name=str(Path(name).parent), revision="", file=Path(name).name)
+    same = name == about.name
+    keeps_file = same or os.path.isfile(os.path.join(name, about.file))
+    return dataclasses.replace(
+        about, name=name, revision=about.revision if same else "", file=about.file if keeps_file else ""
+    )
+
+
+def _check_known(file: AdapterFile, about: Pretrained, random: frozenset[str]) -> None:
+    """Raise FileError if a parameter is neither in the base nor in the file."""
+    if unknown := random - file.kept.keys():
+        raise FileError(
+            f"its base model {safe_repr(about.name)} has no numbers for {summarize(unknown)}, and the file has none "
+            "either, so that the model's outputs would be random: attach with keep_trainable for these parameters, "
+            "train and save again; or give base= with a model that has them"
+        )
+
+
+def _own_folder(
+    where: str | os.PathLike[str], path: Path, revision: str | None, token: str | bool | None
+) -> str | None:
+    """Return the folder with the files of the adapter's own tokenizer or processor; None if there are none."""
+    if is_repository(where):
+        folder = processor_folder(str(where), revision, token)
+    elif path.name == FILE_NAME:
+        folder = path.parent
+    else:
+        return None
+    return str(folder) if any((folder / name).is_file() for name in PROCESSOR_FILES) else None
