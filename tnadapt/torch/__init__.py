@@ -9,7 +9,7 @@ Examples
 (368, 2)
 """
 
-from tnadapt.targets.target import Rows, Target
+from tnadapt.targets.target import RowIndices, Rows, Target
 
 from . import starts
 from ._adapter import Adapter, adapters
@@ -20,10 +20,12 @@ from ._pretrained_loading import load_pretrained, load_processor
 from ._quantized import QuantizedLayer, register_quantized
 from ._registry import mix
 from ._target_selection import find_targets
+from ._token_rows import token_targets
 
 __all__ = [
     "Adapter",
     "QuantizedLayer",
+    "RowIndices",
     "Rows",
     "Target",
     "adapters",
@@ -37,4 +39,5 @@ __all__ = [
     "mix",
     "register_quantized",
     "starts",
+    "token_targets",
 ]
