@@ -25,7 +25,7 @@ from .backends import register_backend
 from .convert import convert
 from .errors import BackendError, ConfigError, FileError, ShapeError, TargetError, TnadaptError
 from .targets.attention_layouts import register_layout
-from .targets.target import RowIndices, Rows, Target
+from .targets.target import Rows, Target
 from .testing.verification import verify
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ __all__ = [
     "MergeReport",
     "Pretrained",
     "Projection",
-    "RowIndices",
     "Rows",
     "ShapeError",
     "SuperLoRA",

@@ -61,7 +61,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def bits(model: nn.Module, head: str) -> dict[str, Tensor]:
+def bits(model: nn.Module, head: str = "") -> dict[str, Tensor]:
     """Return the base's state: everything except the adapter and the head that is trained with it."""
     return {
         name: value.clone()

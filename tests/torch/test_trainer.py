@@ -19,6 +19,9 @@ from tnadapt.torch import Adapter, attach  # noqa: E402
 
 from .loops import CONFIGS, bits, relative, same, snapshot  # noqa: E402
 
+# Checkpoints of the whole model; test_trainer_checkpoints.py has those of adapters alone.
+WHOLE_MODEL = pytest.mark.filterwarnings("ignore:save_pretrained writes the whole:UserWarning")
+
 
 @pytest.fixture
 def hf() -> Any:
@@ -111,6 +114,7 @@ def test_trainer_in_bfloat16(hf: Any, tmp_path: Path) -> None:
     assert {array.dtype for array in adapter.arrays().values()} == {torch.float32}
 
 
+@WHOLE_MODEL
 def test_trainer_resumes(hf: Any, tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     losses, adapter = trained(hf, tmp_path, **settings)
@@ -124,6 +128,7 @@ def test_trainer_resumes(hf: Any, tmp_path: Path) -> None:
     assert same(bits(model, "classifier"), base)
 
 
+@WHOLE_MODEL
 def test_trainer_goes_back_to_the_best(hf: Any, tmp_path: Path) -> None:
     model = hf.bert()
     adapter = attach(model, keep_trainable=("classifier",))

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 pytest.importorskip("trl")
 
 from peft import PeftModel, get_peft_model  # noqa: E402
@@ -21,6 +21,8 @@ from peft import PeftModel, get_peft_model  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 import tnadapt.torch.peft as plugin  # noqa: E402
 from tnadapt import presets  # noqa: E402
+
+from . import tiny_language_model  # noqa: E402
 
 # They are about TRL's own dependencies, and about options that it sets itself.
 pytestmark = [
@@ -30,7 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-WORDS = ["<pad>", "<end>", "<unknown>", *(f"w{number}" for number in range(40))]
 SIZES = {
     "weights": 4, "rows": 16, "cols": 16, "heads": 4, "layers": 2, "n": 40, "block": 4, "r": 2, "parameters": 13,
     "digits": (4, 2),
@@ -44,30 +45,16 @@ def _registered() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    model = tokenizers.models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unknown>")
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>", padding_side="left"
-    )
-
-
-def llama() -> Any:
-    # Ten times the usual deviation: what an adapter does then shows.
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
-        max_position_embeddings=64, initializer_range=0.3, bos_token_id=1, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(config)
+    return tiny_language_model.tokenizer()
 
 
 def trained(preset: str) -> PeftModel:
     """Return a model with a trained adapter."""
     takes = inspect.signature(getattr(presets, preset)).parameters
     settings = {name: size for name, size in SIZES.items() if name in takes}
-    model = get_peft_model(llama(), plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=settings))
+    model = get_peft_model(
+        tiny_language_model.llama(), plugin.TnadaptConfig(task_type="CAUSAL_LM", preset=preset, settings=settings)
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, array in tt.adapters(model)["default"].named_parameters():
@@ -76,11 +63,7 @@ def trained(preset: str) -> PeftModel:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder), "learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 2,
-        "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
-        "bf16": False, "dataloader_pin_memory": False,
-    }  # fmt: skip
+    return tiny_language_model.settings(folder, learning_rate=0.0)
 
 
 def first_log(trainer: Any) -> dict[str, float]:

@@ -9,7 +9,7 @@ Examples
 (368, 2)
 """
 
-from tnadapt.targets.target import RowIndices, Rows, Target
+from tnadapt.targets.target import Rows, Target
 
 from . import starts
 from ._adapter import Adapter, adapters
@@ -18,16 +18,17 @@ from ._attach import attach
 from ._model_extraction import extract
 from ._pretrained_loading import load_pretrained, load_processor
 from ._quantized import QuantizedLayer, register_quantized
+from ._reference_model import reference_model
 from ._registry import mix
 from ._target_selection import find_targets
-from ._token_rows import token_targets
+from ._trainer_checkpoints import adapter_checkpoints
 
 __all__ = [
     "Adapter",
     "QuantizedLayer",
-    "RowIndices",
     "Rows",
     "Target",
+    "adapter_checkpoints",
     "adapters",
     "attach",
     "extract",
@@ -37,7 +38,7 @@ __all__ = [
     "load_pretrained",
     "load_processor",
     "mix",
+    "reference_model",
     "register_quantized",
     "starts",
-    "token_targets",
 ]

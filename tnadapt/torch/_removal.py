@@ -10,6 +10,7 @@ from ._forward_pass import PassHooks
 from ._freezing import restore
 from ._merging import merge
 from ._state import ADAPTERS_ATTR, AdapterState, need_attached, need_unmerged
+from ._transformers_model import TransformersModel
 
 __all__ = ["bake", "detach", "let_go", "let_go_merged", "take_off"]
 
@@ -77,6 +78,7 @@ def take_off(state: AdapterState) -> None:
     registered.pop(state.name, None)
     if not registered:
         state.model.__dict__.pop(ADAPTERS_ATTR, None)
+    TransformersModel.remove(state.model)
 
 
 def _need_own_arrays(state: AdapterState, what: str) -> None:

@@ -41,10 +41,6 @@ class TargetSearch:
     def weights(self) -> list[Weight]:
         return [weight for path, module in self.places for weight in weights_of(path, module)]
 
-    @functools.cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        return dict(self.places)
-
     def find(self, targets: Any) -> list[Target]:
         if isinstance(targets, str):
             return self._by_word(targets)
@@ -52,8 +48,8 @@ class TargetSearch:
             return self._by_function(targets)
         if not isinstance(targets, (list, tuple, set, frozenset)):
             raise TargetError(
-                "targets must be roles such as 'qv', 'all-linear', 'conv', 'embeddings', a regular expression, a list "
-                f"or a function; got {safe_repr(targets)}"
+                "targets must be roles such as 'qv', 'all-linear', 'conv', a regular expression, a list or a function; "
+                f"got {safe_repr(targets)}"
             )
         entries = sorted(targets, key=str) if isinstance(targets, (set, frozenset)) else targets
         return [target for entry in entries for target in self._by_entry(entry)]
@@ -67,8 +63,7 @@ class TargetSearch:
         )
         return TargetError(
             f"no target in {type(self.model).__name__} for {safe_repr(targets)}; {there}. Name them in a list, as "
-            "targets=['path', …], or give 'all-linear', 'conv', 'embeddings', a regular expression for paths, or a "
-            "function"
+            "targets=['path', …], or give 'all-linear', 'conv', a regular expression for paths, or a function"
         )
 
     # -- Words -------------------------------------------------------------------------------
@@ -81,8 +76,6 @@ class TargetSearch:
             return [
                 _whole(weight) for weight in self.weights if weight.kind == "linear" and id(weight.module) not in heads
             ]
-        if word == "embeddings":
-            return [_whole(weight) for weight in self.weights if isinstance(weight.module, nn.Embedding)]
         if word == "conv":
             return [_whole(weight) for weight in self.weights if weight.kind == "conv"]
         try:
@@ -177,7 +170,7 @@ class TargetSearch:
 
     def _checked(self, target: Target) -> Target:
         """Return a caller's target after checking that the model has that weight in that shape."""
-        module = self.modules.get(target.module)
+        module = next((module for path, module in self.places if path == target.module), None)
         if module is None:
             raise self._no_match(target.module)
         for weight in weights_of(target.module, module):
@@ -198,7 +191,7 @@ class TargetSearch:
 
 
 def _whole(weight: Weight) -> Target:
-    role = "embedding" if isinstance(weight.module, nn.Embedding) else "conv" if weight.kind == "conv" else "linear"
+    role = "conv" if weight.kind == "conv" else "linear"
     # The last component is dropped: a module's index in a Sequential is not the number of a layer.
     return weight.target(role, layer_of(plain(weight.path).rpartition(".")[0]))
 

@@ -53,7 +53,7 @@ class Job:
         #: The updates; None until the arrays that come from the base weights are computed.
         self.updates = Float64Deltas(file.plan, file.arrays, file.dtype) if file.complete else None
         self.of: dict[str, list[tuple[int, Target]]] = {}
-        for index, target in (*enumerate(placed.targets), *placed.also):
+        for index, target in enumerate(placed.targets):
             self.of.setdefault(target.name, []).append((index, target))
         self.resumed = self.bytes = 0
 
@@ -203,7 +203,7 @@ class Job:
                     "checkpoint in a wider dtype"
                 )
             if not np.may_share_memory(flat, stored):
-                target.write(stored, flat.reshape(target.shape))
+                target.block(stored)[...] = target.like_block(flat.reshape(target.shape))
         return stored
 
     def _replaced(self, name: str, stored_name: str, stored: np.ndarray) -> np.ndarray:

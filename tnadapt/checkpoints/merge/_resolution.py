@@ -12,7 +12,7 @@ from tnadapt.targets.checkpoint_targets import find_stored
 from tnadapt.targets.fused_rows import LayoutError
 from tnadapt.targets.overlaps import check_distinct
 from tnadapt.targets.pairing import paired
-from tnadapt.targets.prefixes import Prefix, stored_names
+from tnadapt.targets.prefixes import Prefix, found_prefix
 from tnadapt.targets.target import Target
 
 from ..adapter_file import AdapterFile
@@ -38,15 +38,12 @@ class ResolvedTargets(NamedTuple):
         Maps each kept parameter that the checkpoint lacks to its new name.
     how : str
         How the names were matched, for human readers; empty if they are the adapter's own.
-    also : tuple of (int, Target)
-        Copies of tied weights that the checkpoint has under other names, with the indices of their targets.
     """
 
     targets: tuple[Target, ...]
     kept: dict[str, str]
     added: dict[str, str]
     how: str
-    also: tuple[tuple[int, Target], ...] = ()
 
 
 def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
@@ -84,31 +81,23 @@ def resolve(checkpoint: Checkpoint, file: AdapterFile) -> ResolvedTargets:
     ('layer.0.query.weight', "names without 'bert.'")
     """
     entries = checkpoint.entries
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    also: tuple[tuple[int, Target], ...] = ()
     try:
-        named, shift = stored_names(file.targets, shapes)
+        shift = found_prefix(file.targets, {name: entry.shape for name, entry in entries.items()})
     except TargetError as error:
         raise FileError(str(error)) from error
     if shift is not None:
-        targets = tuple(shift.target(target) for target in named)
+        targets = tuple(shift.target(target) for target in file.targets)
         how = str(shift)
-        also = tuple(
-            (index, shift.target(other))
-            for index, target in enumerate(named)
-            for other in target.tied_targets()
-            if shift.of(other.name) in entries
-        )
     else:
         targets, how = _by_role(checkpoint, file), "weights of the same roles and shapes under other names"
     check_distinct(targets)
-    for target in (*targets, *(other for _, other in also)):
+    for target in targets:
         _check_target(target, entries[target.name])
     kept, added = _kept(entries, file, shift or Prefix())
-    both = {target.name for target in (*targets, *(other for _, other in also))}.intersection(kept.values())
+    both = {target.name for target in targets}.intersection(kept.values())
     if both:
         raise FileError(f"the adapter both updates and replaces {summarize(both)}")
-    return ResolvedTargets(targets, kept, added, how, also)
+    return ResolvedTargets(targets, kept, added, how)
 
 
 def _by_role(checkpoint: Checkpoint, file: AdapterFile) -> tuple[Target, ...]:

@@ -1,0 +1,92 @@
+"""References that share the base's tensors."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt import presets  # noqa: E402
+from tnadapt.errors import TargetError  # noqa: E402
+
+
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 6), nn.Linear(6, 3))
+
+
+def move(parameters) -> None:  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.5)
+
+
+def trained_pair(**how: bool) -> tuple[nn.Module, nn.Module, tt.Adapter]:
+    model = perceptron().eval()
+    adapter = tt.attach(model, presets.superlora(2), ["0", "3"], keep_trainable="4")
+    move(adapter.parameters())
+    return model, tt.reference_model(model, **how), adapter
+
+
+x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_base() -> None:
+    model, reference, adapter = trained_pair()
+    with torch.no_grad(), adapter.disabled():
+        expected = model(x)
+    move(parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert torch.equal(reference(x), expected)
+    assert not torch.equal(model(x), expected)
+    assert tt.adapters(reference) == {}
+    assert list(reference.state_dict()) == list(perceptron().state_dict())
+
+
+def test_the_adapters_as_they_are() -> None:
+    model, reference, _ = trained_pair(with_adapters=True)
+    with torch.no_grad():
+        expected = model(x)
+    move(parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert torch.equal(reference(x), expected)
+    assert not torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_only_what_is_trained_is_copied(with_adapters: bool) -> None:
+    model, reference, _ = trained_pair(with_adapters=with_adapters)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    other = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert name not in other or (other[name] is parameter) == (name not in trainable)
+    # Nothing changes in the model that is trained.
+    assert trainable == {"4.weight", "4.bias", *(n for n, _ in model.named_parameters() if n.startswith("tnadapt_"))}
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    # Each has its own mode.
+    model.train()
+    assert not any(module.training for module in reference.modules())
+
+
+def test_a_forward_pass_in_training_mode_writes_to_its_own_buffers() -> None:
+    model, reference, _ = trained_pair()
+    before = reference[1].running_mean.clone()  # type: ignore[index]
+    model.train()
+    model(x)
+    assert torch.equal(reference[1].running_mean, before)  # type: ignore[index]
+
+
+def test_refused() -> None:
+    model = perceptron()
+    with pytest.raises(TargetError) as caught:
+        tt.reference_model(model)
+    assert str(caught.value) == (
+        "Sequential has no adapter, so that all of its parameters may be trained: for a reference, copy.deepcopy() it"
+    )
+    adapter = tt.attach(model, targets="all-linear")
+    move(adapter.parameters())
+    adapter.merge()
+    with pytest.raises(TargetError) as caught:
+        tt.reference_model(model)
+    assert str(caught.value) == ("adapter 'default' is merged into the weights that the reference shares: unmerge() it")

@@ -1,0 +1,175 @@
+"""Checkpoints of the Trainer that hold adapters alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt import presets  # noqa: E402
+from tnadapt.errors import FileError, TargetError  # noqa: E402
+
+from .loops import bits, same, snapshot  # noqa: E402
+
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+
+
+@pytest.fixture
+def hf() -> Any:
+    return importlib.import_module(".hugging_face", __package__)
+
+
+def trainer_of(hf: Any, model: Any, folder: Path, **settings: Any) -> Any:
+    trainer = hf.trainer_of(model, folder, **{**EVERY_STEP, **settings})
+    tt.adapter_checkpoints(trainer)
+    return trainer
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    adapter = tt.attach(model, keep_trainable="classifier")
+    trainer = trainer_of(hf, model, tmp_path)
+    trainer.train()
+    names = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
+    assert {"adapter.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"} <= names
+    assert not any(name.startswith(("model", "config", "pytorch")) for name in names)
+
+    other = hf.bert()
+    resumed = tt.attach(other, keep_trainable="classifier")
+    base = bits(other, "classifier")
+    again = trainer_of(hf, other, tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (trainer, again)]
+    assert losses[0] == losses[1]
+    assert same(snapshot(resumed), snapshot(adapter))
+    assert torch.equal(other.classifier.weight, model.classifier.weight)
+    assert same(bits(other, "classifier"), base)
+
+
+def test_a_checkpoint_loads_as_an_adapter(hf: Any, tmp_path: Path) -> None:
+    model, words = hf.bert(), torch.arange(4, 12).view(1, 8)
+    tt.attach(model, keep_trainable="classifier")
+    trainer_of(hf, model, tmp_path).train()
+    other = hf.bert().eval()
+    tt.load(other, tmp_path / "checkpoint-4" / "adapter.safetensors")
+    with torch.no_grad():
+        assert torch.equal(other(words).logits, model.eval()(words).logits)
+
+
+def test_the_best_is_loaded_at_the_end(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    adapter = tt.attach(model, keep_trainable="classifier")
+    # The loss falls. With its largest taken for the best, the Trainer has to go back.
+    best = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    trainer = trainer_of(hf, model, tmp_path, eval_strategy="steps", eval_steps=1, **best)
+    seen = []
+
+    class Look(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(snapshot(adapter))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    first = evaluated.index(max(evaluated))
+    assert first < len(evaluated) - 1
+    assert same(snapshot(adapter), seen[first])
+
+
+def test_several_adapters_have_folders(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    one, other = tt.attach(model, name="a.b"), tt.attach(model, presets.lora(2), name="other")
+    trainer = trainer_of(hf, model, tmp_path)
+    trainer.save_model(str(tmp_path / "end"))
+    files = {str(file.relative_to(tmp_path / "end")) for file in (tmp_path / "end").rglob("*.safetensors")}
+    assert files == {os.path.join("a%2Eb", "adapter.safetensors"), os.path.join("other", "adapter.safetensors")}
+    before = snapshot(one), snapshot(other)
+    with torch.no_grad():
+        for array in (*one.parameters(), *other.parameters()):
+            array.add_(1.0)
+    trainer._load_from_checkpoint(str(tmp_path / "end"))
+    assert same(snapshot(one), before[0])
+    assert same(snapshot(other), before[1])
+
+
+def test_a_checkpoint_of_a_whole_model_resumes(hf: Any, tmp_path: Path) -> None:
+    def run(folder: Path, checkpoint: str | None, whole: bool) -> dict[str, Any]:
+        model = hf.bert()
+        adapter = tt.attach(model, keep_trainable="classifier")
+        make = hf.trainer_of if whole else trainer_of.__get__(hf)
+        trainer = make(model, folder, **EVERY_STEP)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return snapshot(adapter)
+
+    with pytest.warns(UserWarning, match="adapter_checkpoints"):
+        expected = run(tmp_path, None, whole=True)
+    assert same(run(tmp_path / "again", str(tmp_path / "checkpoint-3"), whole=False), expected)
+
+
+def test_asked_twice_it_still_falls_back_to_the_trainer(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    tt.attach(model)
+    trainer = trainer_of(hf, model, tmp_path)
+    tt.adapter_checkpoints(trainer)
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        trainer._load_from_checkpoint(str(tmp_path))
+
+
+def test_refused(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    with pytest.raises(TargetError) as caught:
+        tt.adapter_checkpoints(model)
+    assert str(caught.value) == (
+        "adapter_checkpoints takes a transformers Trainer; BertForSequenceClassification has no '_save': in a training "
+        "loop of your own, call adapter.save(path)"
+    )
+    trainer = hf.trainer_of(model, tmp_path)
+    with pytest.raises(TargetError) as caught:
+        tt.adapter_checkpoints(trainer)
+    assert str(caught.value) == (
+        "BertForSequenceClassification has no adapter: call attach() before adapter_checkpoints()"
+    )
+    tt.attach(model)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(TargetError) as caught:
+        tt.adapter_checkpoints(trainer)
+    assert str(caught.value) == (
+        "this trainer shards the model by FSDP, which writes checkpoints of its own: leave adapter_checkpoints out, "
+        "and call adapter.save(path) in every process when it has trained"
+    )
+
+
+def test_other_adapters_are_refused_on_resuming(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    tt.attach(model, presets.lora(2))
+    trainer_of(hf, model, tmp_path).save_model(str(tmp_path))
+    other = hf.bert()
+    tt.attach(other, presets.lora(3))
+    with pytest.raises(FileError, match="its config differs from that of adapter 'default'"):
+        trainer_of(hf, other, tmp_path)._load_from_checkpoint(str(tmp_path))
+    tt.attach(other, presets.lora(2), name="second")
+    with pytest.raises(FileError) as caught:
+        trainer_of(hf, other, tmp_path)._load_from_checkpoint(str(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path}: it has adapter.safetensors, and the model has the adapters 'default', 'second': attach those "
+        "that were trained, under the same names"
+    )
+
+
+# PEFT asks transformers' models for a property that they deprecate.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_peft_model_needs_none(hf: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plugin = importlib.import_module("tnadapt.torch.peft")
+    plugin.register()
+    model = peft.get_peft_model(hf.bert(), plugin.TnadaptConfig(preset="superlora", settings={"rank": 2}))
+    with pytest.raises(TargetError, match="belongs to a PEFT model, whose checkpoints hold adapters alone already"):
+        tt.adapter_checkpoints(hf.trainer_of(model, tmp_path))

@@ -1,0 +1,121 @@
+"""What transformers' models do with adapters: saving as a whole, and what the Trainer asks of quantized ones."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from tnadapt.torch import adapters, attach  # noqa: E402
+
+
+@pytest.fixture
+def hf() -> Any:
+    return importlib.import_module(".hugging_face", __package__)
+
+
+def train(adapter: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for array in adapter.parameters():
+            array.add_(0.1 * torch.randn(array.shape, generator=generator))
+
+
+def test_saving_a_model_whole_warns_and_says_what_to_do(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    attach(model, name="words")
+    with pytest.warns(UserWarning, match="save_pretrained writes the whole") as caught:
+        model.save_pretrained(tmp_path)
+    (warning,) = caught
+    assert str(warning.message) == (
+        "save_pretrained writes the whole BertForSequenceClassification, with the arrays of adapter 'words' beside the "
+        "unchanged base: from_pretrained will load the base without its effect. To save the adapter alone, call "
+        "tnadapt.torch.adapters(model)['words'].save_pretrained(folder). To save the changed model, call merge() of "
+        "the adapter first. For a Trainer's checkpoints, call tnadapt.torch.adapter_checkpoints(trainer) before train()"
+    )
+    assert warning.filename == __file__
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_merged_model_is_saved_as_an_ordinary_one(hf: Any, tmp_path: Path) -> None:
+    model, words = hf.bert().eval(), torch.arange(4, 12).view(1, 8)
+    names = list(model.state_dict())
+    adapter = attach(model)
+    train(adapter)
+    adapter.merge()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    assert list(loaded.state_dict()) == names
+    with torch.no_grad():
+        assert torch.equal(loaded(words).logits, model(words).logits)
+
+
+def test_without_adapters_nothing_is_left(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    before = set(model.__dict__)
+    one, other = attach(model, name="a"), attach(model, name="b")
+    one.detach()
+    assert "save_pretrained" in model.__dict__
+    other.detach()
+    assert set(model.__dict__) == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_saves_itself(hf: Any, tmp_path: Path, copied: Any) -> None:
+    model = hf.bert()
+    attach(model)
+    other = copied(model)
+    adapter = adapters(other)["default"]
+    train(adapter)
+    adapter.merge()
+    other.save_pretrained(tmp_path)
+    found = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    name = adapter.targets[0].name
+    assert torch.equal(found.state_dict()[name], other.state_dict()[name])
+    assert not torch.equal(found.state_dict()[name], model.state_dict()[name])
+
+
+def test_a_method_of_the_instance_is_left_alone(hf: Any) -> None:
+    model = hf.bert()
+    own = model.save_pretrained = lambda folder: None
+    attach(model).detach()
+    assert model.save_pretrained is own
+
+
+def test_the_trainer_takes_a_quantized_model_with_an_adapter(hf: Any) -> None:
+    validate = pytest.importorskip("transformers.trainer_utils").validate_quantization_for_training
+    model = hf.bert()
+    # As the model of a GGUF file is: its weights are dequantized, and it counts as quantized.
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        validate(model)
+    adapter = attach(model)
+    validate(model)
+    other = attach(model, name="other")
+    adapter.detach()
+    validate(model)
+    other.detach()
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        validate(model)
+
+
+def test_a_quantized_model_is_not_saved_in_pefts_format(hf: Any, tmp_path: Path) -> None:
+    model = hf.bert()
+    model.is_quantized = True
+    attach(model)
+    with pytest.warns(UserWarning, match="from_pretrained will load the base without its effect"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").is_file()
+    assert not (tmp_path / "adapter_config.json").exists()
+    pytest.importorskip("transformers.trainer_utils").validate_quantization_for_training(model)

@@ -1,0 +1,40 @@
+"""A tiny Llama, and a tokenizer of words for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+
+WORDS = ["<pad>", "<end>", "<unknown>", *(f"w{number}" for number in range(40))]
+
+
+def tokenizer() -> Any:
+    model = tokenizers.models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unknown>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>", padding_side="left"
+    )
+
+
+def llama() -> Any:
+    # Ten times the usual deviation: what an adapter does then shows.
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+        max_position_embeddings=64, initializer_range=0.3, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config)
+
+
+def settings(folder: Any, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a fast and silent trainer of TRL's on the CPU."""
+    return {
+        "output_dir": str(folder), "learning_rate": 0.02, "max_steps": 1, "per_device_train_batch_size": 2,
+        "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
+        "bf16": False, "dataloader_pin_memory": False, **changes,
+    }  # fmt: skip

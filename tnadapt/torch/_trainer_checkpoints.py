@@ -1,0 +1,169 @@
+"""Checkpoints of transformers' Trainer that hold adapters instead of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnadapt.errors import FileError, TargetError
+
+from ._adapter_saving import swap
+from ._bundle.hub import FILE_NAME
+from ._registry import attached
+from ._state import AdapterState, encoded
+
+__all__ = ["adapter_checkpoints"]
+
+# The Trainer's file of its own arguments in a checkpoint.
+_ARGUMENTS = "training_args.bin"
+_METHODS = ("_save", "_load_from_checkpoint", "_load_best_model")
+
+
+def adapter_checkpoints(trainer: Any) -> None:
+    """Make the checkpoints of a Trainer hold the adapters alone, instead of the whole model.
+
+    A checkpoint then has ``adapter.safetensors`` and a model card, which :func:`tnadapt.torch.load` and
+    :func:`tnadapt.torch.load_pretrained` read, next to the optimizer, the schedule and the random states as usual. ``train(resume_from_checkpoint=…)``, ``load_best_model_at_end`` and
+    ``save_model`` work as before; checkpoints of whole models can still be resumed. With several adapters on the model,
+    each has a folder of its name.
+
+    Parameters
+    ----------
+    trainer : transformers.Trainer
+        Or a subclass, such as TRL's. Its model has an adapter. The methods of this instance are replaced; call it
+        before ``train()``.
+
+    Raises
+    ------
+    TargetError
+        If it is not such a trainer, its model has no adapter or is a PEFT model (which saves its adapters alone
+        already), or the trainer shards the model by FSDP or DeepSpeed, which write checkpoints of their own.
+
+    Notes
+    -----
+    Parameters that ``keep_trainable`` left free are in the file; nothing else of the model is. On resuming, the model
+    has to be the one that was trained, with the same adapters attached: the file checks its config, targets and base.
+
+    Examples
+    --------
+    >>> import os, tempfile, torch, transformers, tnadapt.torch
+    >>> config = transformers.BertConfig(
+    ...     vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    >>> bert = transformers.BertForSequenceClassification(config)
+    >>> adapter = tnadapt.torch.attach(bert, keep_trainable="classifier")
+    >>> data = [{"input_ids": torch.tensor([2, 3, 5]), "labels": 1}] * 4
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> arguments = transformers.TrainingArguments(
+    ...     folder.name, max_steps=2, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
+    ...     dataloader_pin_memory=False)
+    >>> trainer = transformers.Trainer(bert, arguments, train_dataset=data)
+    >>> tnadapt.torch.adapter_checkpoints(trainer)
+    >>> trainer.train().global_step
+    {'train_runtime': ...}
+    2
+    >>> [name for name in os.listdir(folder.name + "/checkpoint-2") if name.endswith("safetensors")]
+    ['adapter.safetensors']
+    >>> folder.cleanup()
+    """
+    missing = [name for name in (*_METHODS, "model", "args") if not hasattr(trainer, name)]
+    if missing:
+        raise TargetError(
+            f"adapter_checkpoints takes a transformers Trainer; {type(trainer).__name__} has no {missing[0]!r}: in a "
+            "training loop of your own, call adapter.save(path)"
+        )
+    for sharded, library in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+        if getattr(trainer, sharded, False):
+            raise TargetError(
+                f"this trainer shards the model by {library}, which writes checkpoints of its own: leave "
+                "adapter_checkpoints out, and call adapter.save(path) in every process when it has trained"
+            )
+    checkpoints = _AdapterCheckpoints(trainer)
+    if not checkpoints.adapters():
+        raise TargetError(f"{type(trainer.model).__name__} has no adapter: call attach() before adapter_checkpoints()")
+    managed = next((state for state in checkpoints.adapters().values() if state.managed_by is not None), None)
+    if managed is not None:
+        raise TargetError(
+            f"adapter {managed.name!r} belongs to a PEFT model, whose checkpoints hold adapters alone already: leave "
+            "adapter_checkpoints out"
+        )
+    trainer._save = checkpoints.save
+    trainer._load_from_checkpoint = checkpoints.load
+    trainer._load_best_model = checkpoints.load_best
+
+
+class _AdapterCheckpoints:
+    """Replaces the methods of one Trainer that write and read the model of a checkpoint."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        found = [getattr(trainer, name) for name in _METHODS]
+        # Called a second time, it still falls back to the trainer's own methods.
+        own = [getattr(getattr(method, "__self__", None), "otherwise", {}) for method in found]
+        self.otherwise: dict[str, Callable[..., Any]] = {
+            name: before.get(name, method) for name, before, method in zip(_METHODS, own, found, strict=True)
+        }
+
+    @property
+    def model(self) -> nn.Module:
+        model: nn.Module = self.trainer.model
+        return model
+
+    def adapters(self) -> dict[str, AdapterState]:
+        return attached(self.model)
+
+    def files(self, folder: str | Path) -> dict[str, Path]:
+        """Return the file of each adapter in a checkpoint."""
+        names, root = list(self.adapters()), Path(folder)
+        if len(names) == 1:
+            return {names[0]: root / FILE_NAME}
+        return {name: root / encoded(name) / FILE_NAME for name in names}
+
+    def save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the adapters, and beside them what the Trainer writes beside a model."""
+        trainer = self.trainer
+        folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
+        states = self.adapters()
+        # Every process calls: arrays may be sharded. Process 0 writes.
+        for name, file in self.files(folder).items():
+            states[name].handle.save_pretrained(file.parent)
+        if not trainer.args.should_save:
+            return
+        processing = trainer.processing_class
+        processing = getattr(trainer.data_collator, "tokenizer", None) if processing is None else processing
+        if processing is not None:
+            processing.save_pretrained(folder)
+        torch.save(trainer.args, folder / _ARGUMENTS)
+
+    def load(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read the adapters of a checkpoint, or a whole model."""
+        if not self._read(resume_from_checkpoint):
+            self.otherwise["_load_from_checkpoint"](resume_from_checkpoint, model)
+
+    def load_best(self) -> None:
+        """Read the adapters of the best checkpoint, or its whole model."""
+        if not self._read(self.trainer.state.best_model_checkpoint):
+            self.otherwise["_load_best_model"]()
+
+    def _read(self, folder: str) -> bool:
+        """Load the adapters from a checkpoint; return False if it has none."""
+        files, states = self.files(folder), self.adapters()
+        missing = [name for name, file in files.items() if not file.is_file()]
+        if len(missing) == len(files):
+            other = next(Path(folder).glob(f"**/{FILE_NAME}"), None)
+            if other is not None:
+                raise FileError(
+                    f"{folder}: it has {other.relative_to(folder)}, and the model has the adapters "
+                    f"{', '.join(map(repr, states))}: attach those that were trained, under the same names"
+                )
+            return False
+        if missing:
+            raise FileError(
+                f"{folder}: it has no file of adapter {missing[0]!r}: attach the adapters that were trained"
+            )
+        for name, file in files.items():
+            swap(states[name], file)
+        return True
