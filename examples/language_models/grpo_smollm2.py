@@ -20,7 +20,7 @@ options = parser(__doc__)
 options.add_argument("--largest", type=int, default=9, help="largest number in a sum")
 options.add_argument("--prompts", type=int, default=4, help="sums in each step")
 options.add_argument("--generations", type=int, default=8, help="answers to each sum")
-options.set_defaults(steps=50, rate=0.1, tests=40)
+options.set_defaults(steps=30, rate=0.3, tests=40)
 options = options.parse_args()
 started = time.time()
 
@@ -67,11 +67,8 @@ tnadapt.torch.adapter_checkpoints(trainer)
 trainer.train()
 
 # start: the result
-trained = accuracy()
+found = {"accuracy": accuracy()}
 with adapter.disabled():
-    before = accuracy()
+    found["accuracy of the base"] = accuracy()
 rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-write(
-    options, adapter, tokenizer, started, accuracy=trained, accuracy_of_the_base=before, tests=len(tests),
-    rewards=rewards,
-)  # fmt: skip
+write(options, adapter, tokenizer, started, **found, tests=len(tests), rewards=rewards)

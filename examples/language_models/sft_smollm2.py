@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import datasets
+import torch
 import trl
 
 import tnadapt.torch
@@ -47,6 +48,19 @@ def accuracy():
     return sum(text == label for text, (_, label) in zip(found, tests, strict=True)) / len(tests)
 
 
+def choices():
+    """Return the share of test reviews for which the right label is the likelier one of the two."""
+    labels = [" negative", " positive"]
+    first = [tokenizer(label)["input_ids"][0] for label in labels]
+    found = []
+    for start in range(0, len(tests), 50):
+        prompts = [prompt for prompt, _ in tests[start : start + 50]]
+        with torch.no_grad():
+            logits = model(**tokenizer(prompts, return_tensors="pt", padding=True), logits_to_keep=1).logits
+        found += logits[:, -1, first].argmax(-1).tolist()
+    return sum(labels[index] == label for index, (_, label) in zip(found, tests, strict=True)) / len(tests)
+
+
 # start: training
 arguments = trl.SFTConfig(
     str(options.out), learning_rate=options.rate, max_steps=options.steps, per_device_train_batch_size=options.batch,
@@ -58,7 +72,7 @@ tnadapt.torch.adapter_checkpoints(trainer)  # checkpoints of kilobytes instead o
 trainer.train()
 
 # start: the result
-trained = accuracy()
+found = {"accuracy": accuracy(), "accuracy of the likelier label": choices()}
 with adapter.disabled():
-    before = accuracy()
-write(options, adapter, tokenizer, started, accuracy=trained, accuracy_of_the_base=before, tests=len(tests))
+    found |= {"accuracy of the base": accuracy(), "accuracy of the base's likelier label": choices()}
+write(options, adapter, tokenizer, started, **found, tests=len(tests))

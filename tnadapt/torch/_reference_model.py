@@ -55,7 +55,7 @@ def reference_model(model: nn.Module, *, with_adapters: bool = False) -> nn.Modu
     >>> reference = tnadapt.torch.reference_model(model)
     >>> with torch.no_grad():
     ...     for array in adapter.parameters():
-    ...         array.add_(1.0)
+    ...         _ = array.add_(1.0)
     >>> torch.allclose(reference(x), before), torch.allclose(model(x), before)
     (True, False)
     >>> reference.linear1.weight is model.linear1.weight

@@ -27,9 +27,9 @@ def adapter_checkpoints(trainer: Any) -> None:
     """Make the checkpoints of a Trainer hold the adapters alone, instead of the whole model.
 
     A checkpoint then has ``adapter.safetensors`` and a model card, which :func:`tnadapt.torch.load` and
-    :func:`tnadapt.torch.load_pretrained` read, next to the optimizer, the schedule and the random states as usual. ``train(resume_from_checkpoint=…)``, ``load_best_model_at_end`` and
-    ``save_model`` work as before; checkpoints of whole models can still be resumed. With several adapters on the model,
-    each has a folder of its name.
+    :func:`tnadapt.torch.load_pretrained` read, next to the optimizer, the schedule and the random states as usual.
+    ``train(resume_from_checkpoint=…)``, ``load_best_model_at_end`` and ``save_model`` work as before; checkpoints of
+    whole models can still be resumed. With several adapters on the model, each has a folder of its name.
 
     Parameters
     ----------
