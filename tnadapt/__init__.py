@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .algebra import maps, presets, sources
+from .algebra.composite import CompositeConfig
 from .algebra.config import Config
 from .algebra.folding import from_hypercube, hypercube_shape, to_hypercube
 from .algebra.formats import register_format
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterFile",
     "BackendError",
+    "CompositeConfig",
     "Config",
     "ConfigError",
     "FileError",

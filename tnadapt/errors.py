@@ -91,6 +91,8 @@ _PEFT_KEYWORDS = {
     "modules_to_save": ("keep_trainable", "an argument of tnadapt.torch.attach"),
     "layers_to_transform": ("layers", "an argument of tnadapt.torch.attach"),
     "exclude_modules": ("exclude", "an argument of tnadapt.torch.attach"),
+    "rank_pattern": ("cfg", "an argument of tnadapt.torch.attach: a mapping of patterns to configs"),
+    "alpha_pattern": ("cfg", "an argument of tnadapt.torch.attach: a mapping of patterns to configs"),
     "bias": ("biases", "an argument of tnadapt.torch.attach: 'none', 'adapted' or 'all'"),
 }
 

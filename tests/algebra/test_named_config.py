@@ -80,7 +80,7 @@ def test_refused(cfg: Any, settings: dict[str, Any], text: str) -> None:
         (None, {"blocks": 2}, "argument 'blocks': settings belong to a preset, so name one:"),
         (None, {"stratgy": 2}, "attach() got an unexpected keyword argument 'stratgy': did you mean 'strategy'?"),
         (None, {"zzzz": 2}, "argument 'zzzz': it has targets, strategy"),
-        (tna.Config(), {"rank": 2}, "the Config has its settings already: use cfg.replace(rank=…), or the name of"),
+        (tna.Config(), {"rank": 2}, "a config has its settings already: use config.replace(rank=…), or the name of"),
     ],
 )
 def test_unexpected_keywords(cfg: Any, settings: dict[str, Any], text: str) -> None:

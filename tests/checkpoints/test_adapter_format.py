@@ -401,8 +401,8 @@ def test_no_file_and_no_path(tmp_path: Path) -> None:
 
 def test_a_newer_format_says_so(tmp_path: Path) -> None:
     recipe, tensors = forge.parsed(small(tmp_path))
-    why = refusal(tmp_path, forge.adapter({**recipe, "version": 2, "more": "unheard of"}, tensors))
-    assert why == "has format version 2, and this tnadapt reads up to 1: update tnadapt"
+    why = refusal(tmp_path, forge.adapter({**recipe, "version": 3, "more": "unheard of"}, tensors))
+    assert why == "has format version 3, and this tnadapt reads up to 2: update tnadapt"
 
 
 # -- A recipe that is none ----------------------------------------------------------------------

@@ -350,7 +350,11 @@ class GroupPlan:
             )
         if self.theta is not None:
             return self.starts()
-        chosen, found = set(trained), list[Initializer]()
+        return self._starts_if(set(trained))
+
+    def _starts_if(self, chosen: Collection[str]) -> list[Initializer]:
+        """Return each group's initial arrays if these are trained, of which a group may have none."""
+        found = list[Initializer]()
         own = [{name for name, full in group.names.items() if full in chosen} for group in self.groups]
         if not self._array_plan.tied:
             return [group.start.for_trained(names) for group, names in zip(self.groups, own, strict=True)]

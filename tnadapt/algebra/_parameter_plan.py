@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from tnadapt.errors import BackendError, ConfigError, ShapeError, safe_repr
 from ._base_arrays import base_starts, from_base
 from ._group_plan import GroupPlan, some_names
 from .applying import applying_of
+from .config import Config
 
 __all__ = ["ParameterPlan"]
 
@@ -28,6 +29,17 @@ class ParameterPlan(GroupPlan):
     >>> list(ParameterPlan(Config(rank=2), [(6, 4)]).init())
     ['group0.split0.factor0', 'group0.split0.factor1']
     """
+
+    #: The class of the plans of each special class of configs.
+    _of: ClassVar[dict[type[Config], type[ParameterPlan]]] = {}
+
+    def __init_subclass__(cls, of: type[Config] | None = None) -> None:
+        super().__init_subclass__()
+        if of is not None:
+            ParameterPlan._of[of] = cls
+
+    def __new__(cls, config: Config, *args: Any, **settings: Any) -> Self:
+        return cast(Self, object.__new__(cls._of.get(type(config), cls)))
 
     # -- Base weights ------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from tnadapt.errors import ConfigError, peft_hint, safe_repr
 
@@ -35,6 +35,8 @@ from .sources import Source, SourceMap, source_to_dict
 from .starting_points import starting_point
 
 __all__ = ["Config"]
+
+_Item = TypeVar("_Item")
 
 COMBINES = ("kronecker", "hadamard")
 LEADINGS = ("dense", "same")
@@ -269,6 +271,18 @@ class Config:
         if isinstance(self.rank, int):
             return self.alpha / self.rank
         return self.alpha / max((rank for rank in self.rank if rank is not None), default=1)
+
+    def split(self, items: Sequence[_Item]) -> list[tuple[Config, Sequence[_Item]]]:
+        """Return each config of an adapter with its own of the items, of which there is one for each weight.
+
+        A :class:`~tnadapt.CompositeConfig` has several; any other config has all items.
+
+        Examples
+        --------
+        >>> Config().split("qv")
+        [(Config(rank=4, ...), 'qv')]
+        """
+        return [(self, items)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON knows them: tuples become lists; those newer than file format 1 only if set.

@@ -72,7 +72,7 @@ def config_of(
         elif cfg is None:
             way = f"settings belong to a preset, so name one: {function}(…, 'superlora', {name}=…)"
         else:
-            way = f"the Config has its settings already: use cfg.replace({name}=…), or the name of a preset instead"
+            way = f"a config has its settings already: use config.replace({name}=…), or the name of a preset instead"
         raise UnexpectedKeywordError(f"{function}() got an unexpected keyword argument {name!r}: {way}")
     return presets.superlora(rank=8) if cfg is None else cfg
 

@@ -359,7 +359,9 @@ class SuperLoRA(ParameterPlan):
         arrays = self._arrays(backend, params, dtype)
         return self._assembled(backend, arrays, self.layout.of_slice(start, stop), dtype)
 
-    # -- Helpers -----------------------------------------------------------------------------
+    def part_of(self, i: int) -> tuple[SuperLoRA, int]:
+        """Return the plan of the one config that weight ``i`` has, and the weight's number in it."""
+        return self, i
 
     def _assembled(
         self, backend: Backend, arrays: Mapping[str, Array], pieces: Sequence[Piece], dtype: str | None

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.errors import FileError, TnadaptError, safe_repr, summarize
 from tnadapt.targets.overlaps import check_distinct
@@ -22,7 +23,8 @@ from .adapter_file import AdapterFile
 from .fingerprint import Fingerprint
 from .pretrained_model import Pretrained
 
-VERSION = 1
+#: Of a file with one config, and of one with several.
+VERSION, COMPOSITE = 1, 2
 ENTRY = "tnadapt"
 
 # The defaults of format 1. A later release may change Config's defaults, and files must not change with them.
@@ -32,7 +34,9 @@ _DEFAULTS: dict[str, Any] = {
     "alpha": None, "seed": 0,
 }  # fmt: skip
 
-_REQUIRED = {"version": int, "config": dict, "targets": Elements, "sha256": str}
+_REQUIRED = {"version": int, "targets": Elements, "sha256": str}
+# The key with the config, or the configs, in each version.
+_CONFIGS: dict[int, tuple[str, type]] = {VERSION: ("config", dict), COMPOSITE: ("parts", Elements)}
 _OPTIONAL = {
     "activation": str, "base": dict, "draws": str, "labels": Elements, "model": str, "pretrained": dict,
     "trained": Elements,
@@ -46,11 +50,11 @@ _MAX_TARGETS = 1 << 17
 
 def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
     """Return the entry's object for an adapter, without its checksum."""
-    config = file.config.replace(weight_shape=None).to_dict()
+    parts = [[_settings(config), len(targets)] for config, targets in file.config.split(file.targets)]
     recipe: dict[str, Any] = {
-        "version": VERSION,
-        "config": {key: value for key, value in config.items() if key not in _DEFAULTS or value != _DEFAULTS[key]},
+        "version": VERSION if len(parts) == 1 else COMPOSITE,
         "targets": [target.to_list() for target in file.targets],
+        **({"config": parts[0][0]} if len(parts) == 1 else {"parts": parts}),
     }
     base = None if file.base is None else {**dataclasses.asdict(file.base), "sketch": list(file.base.sketch)}
     trained = None if file.trained is None else list(file.trained)
@@ -63,6 +67,11 @@ def recipe_of(file: AdapterFile, draws: str | None) -> dict[str, Any]:
     return recipe
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    found = config.replace(weight_shape=None).to_dict()
+    return {key: value for key, value in found.items() if key not in _DEFAULTS or value != _DEFAULTS[key]}
+
+
 def recipe_text(recipe: Mapping[str, Any]) -> str:
     """Return the entry's text."""
     return json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -72,11 +81,13 @@ def parse_recipe(
     text: bytes, stored: int
 ) -> tuple[dict[str, Any], Config, list[Target], Fingerprint | None, list[str] | None]:
     """Parse the entry of a file with ``stored`` tensors; return its object, config, targets, base and trained names."""
-    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["labels", "targets", "trained"]))
+    recipe = _checked_recipe(lazy_object(text, f"the {ENTRY} entry", ["labels", "targets", "trained", "parts"]))
     recipe["pretrained"] = _pretrained(recipe)
     base = _base(recipe["base"]) if "base" in recipe else None
     trained = _trained(recipe["trained"], stored + MAX_LEFT_OUT) if "trained" in recipe else None
     targets = _targets(recipe["targets"])
+    if "parts" in recipe:
+        return recipe, _composite(recipe["parts"], len(targets)), targets, base, trained
     # The targets bound the length of the config, whose objects take many times its bytes.
     config = _config(recipe["config"].value(MAX_VALUE + _CONFIG_OF_TARGET * len(targets)))
     return recipe, config, targets, base, trained
@@ -86,12 +97,15 @@ def _checked_recipe(lazy: dict[str, Elements | Later]) -> dict[str, Any]:
     """Return the entry's values after checking their types; the config is parsed later."""
     recipe: dict[str, Any] = dict(lazy)
     version = _value(recipe.get("version"))
-    if type(version) is int and version > VERSION:
-        raise FileError(f"has format version {version}, and this tnadapt reads up to {VERSION}: update tnadapt")
-    if type(version) is not int or version != VERSION:
-        raise FileError(f"the {ENTRY} entry has the format version {safe_repr(version)}; expected {VERSION}")
-    unknown = recipe.keys() - _REQUIRED.keys() - _OPTIONAL.keys()
-    missing = _REQUIRED.keys() - recipe.keys()
+    if type(version) is int and version > COMPOSITE:
+        raise FileError(f"has format version {version}, and this tnadapt reads up to {COMPOSITE}: update tnadapt")
+    if type(version) is not int or version not in _CONFIGS:
+        raise FileError(
+            f"the {ENTRY} entry has the format version {safe_repr(version)}; expected {VERSION} or {COMPOSITE}"
+        )
+    required = {*_REQUIRED, _CONFIGS[version][0]}
+    unknown = recipe.keys() - required - _OPTIONAL.keys()
+    missing = required - recipe.keys()
     if unknown or missing:
         raise FileError(f"the {ENTRY} entry has unknown keys: {summarize(unknown)}; lacks: {summarize(missing)}")
     for key in [key for key in recipe if key != "config"]:
@@ -108,7 +122,7 @@ def _value(value: Any) -> Any:
 
 def _of_kind(key: str, value: Any) -> Any:
     """Return a value after checking that it has the type of its key."""
-    kind = (_REQUIRED | _OPTIONAL)[key]
+    kind = (_REQUIRED | _OPTIONAL | dict(_CONFIGS.values()))[key]
     if not isinstance(value, kind):  # also catches Elements where no list is expected
         raise FileError(f"the {ENTRY} entry's {key} must be {_JSON[kind]}; got {safe_repr(value)}")
     return value
@@ -123,6 +137,25 @@ def _config(value: Any) -> Config:
         return Config.from_dict({**_DEFAULTS, **settings})
     except TnadaptError as error:
         raise FileError(f"config: {error}") from error
+
+
+def _composite(listed: Iterable[Any], targets: int) -> CompositeConfig:
+    parts: list[tuple[Config, int]] = []
+    for number, value in enumerate(listed):
+        if number == targets:
+            raise FileError(f"has more than {targets} parts, and each has a target")
+        if not isinstance(value, list) or len(value) != 2:
+            raise FileError(f"part {number} must be a list of a config and a number of targets; got {safe_repr(value)}")
+        try:
+            parts.append((_config(value[0]), value[1]))
+        except FileError as error:
+            raise FileError(f"part {number}: {error}") from error
+    try:
+        found = CompositeConfig(parts)
+        found.split(range(targets))
+    except TnadaptError as error:
+        raise FileError(f"parts: {error}") from error
+    return found
 
 
 def _targets(listed: Iterable[Any]) -> list[Target]:

@@ -59,24 +59,13 @@ def check_fit(
         If arrays are missing, unknown or of another shape; the message names them.
     """
     # Count before planning: a hostile config of a few bytes can ask for millions of arrays.
-    layout = make_layout(
-        config.groups,
-        [target.shape for target in targets],
-        [target.layer for target in targets],
-        [target.role for target in targets],
-    )
-    every, expected = (layout.num_groups * count for count in _arrays_of_group(config))
+    counts = [_checked_counts(own, weights) for own, weights in config.split(targets)]
+    every, expected = (sum(numbers) for numbers in zip(*counts, strict=True))
     if expected > len(shapes) + 1024:
         raise ShapeError(f"config and targets require {expected} arrays; there are {len(shapes)}")
     most = len(shapes) + _PER_TARGET * len(targets) + _MAX_UNSTORED
     if every > most:
         raise ShapeError(f"config and targets make {every} arrays; at most {most} can come from so few that are stored")
-    if config.splits > 1 and config.combine == "kronecker" and config.split_size == "balanced":
-        folds = _folds(config, layout)
-        if sum(math.isqrt(size) for fold in folds for size in fold) > _MAX_DIVISIONS:
-            raise ConfigError(
-                "the sizes that split_size='balanced' has to factor are too large; give split_size as an integer"
-            )
     plan = plan_of(config, targets)
     params = plan.param_shapes
     found = {**params, **plan.fixed_shapes}
@@ -100,6 +89,24 @@ def check_fit(
         if shapes.get(name, shape) != shape:
             raise ShapeError(f"{name} has shape {shapes[name]}; config and targets require {shape}")
     return plan
+
+
+def _checked_counts(config: Config, targets: Sequence[Target]) -> tuple[int, int]:
+    """Return the numbers of all arrays of a config and of those that are stored; refuse sizes that take too long."""
+    layout = make_layout(
+        config.groups,
+        [target.shape for target in targets],
+        [target.layer for target in targets],
+        [target.role for target in targets],
+    )
+    if config.splits > 1 and config.combine == "kronecker" and config.split_size == "balanced":
+        folds = _folds(config, layout)
+        if sum(math.isqrt(size) for fold in folds for size in fold) > _MAX_DIVISIONS:
+            raise ConfigError(
+                "the sizes that split_size='balanced' has to factor are too large; give split_size as an integer"
+            )
+    every, stored = _arrays_of_group(config)
+    return layout.num_groups * every, layout.num_groups * stored
 
 
 def _folds(config: Config, layout: Layout) -> Iterable[Sequence[int]]:

@@ -39,7 +39,7 @@ class AdapterFile:
     Parameters
     ----------
     config : Config
-        The structure of the updates.
+        The structure of the updates. A :class:`tnadapt.CompositeConfig` has one for each part of the targets.
     targets : sequence of Target
         The weights that are updated, in the order of the long vector. Their ``layer`` is dropped unless
         ``config.groups`` is "layer".
@@ -214,7 +214,8 @@ class AdapterFile:
         plan, groups = self.plan, self.plan.groups
         plain = all(group.projection.map.identity for group in groups)
         # What is subtracted is drawn, except for what is stored or computed from the base.
-        begun = [full for full in plan.array_shapes if _draws(plan, full)] if groups[0].subtracts else []
+        subtracting = any(group.subtracts for group in groups)
+        begun = [full for full in plan.array_shapes if _draws(plan, full, True)] if subtracting else []
         if plain and not left_out and not plan.frozen_shapes and plan.theta is None and not begun:
             return None
         total = hashlib.sha256()
@@ -287,10 +288,14 @@ def _started(plan: SuperLoRA, names: Iterable[str]) -> Iterator[bytes]:
         yield plan.groups[int(group)].start.make(name).astype("<f4").tobytes()
 
 
-def _draws(plan: SuperLoRA, full: str) -> bool:
-    """Return whether an array starts at what the seed draws: not at what is stored, or computed from the base."""
+def _draws(plan: SuperLoRA, full: str, subtracted: bool = False) -> bool:
+    """Return whether an array starts at what the seed draws: not at what is stored, or computed from the base.
+
+    With ``subtracted``, only those whose start the update subtracts.
+    """
     group, _, name = full.removeprefix("group").partition(".")
-    return plan.groups[int(group)].start.draws(name)
+    own = plan.groups[int(group)]
+    return (own.subtracts or not subtracted) and own.start.draws(name)
 
 
 def _starts(plan: SuperLoRA) -> bytes:
@@ -313,9 +318,11 @@ def _own_targets(targets: Any, config: Config) -> tuple[Target, ...]:
     for target in targets:
         if not isinstance(target, Target):
             raise ConfigError(f"targets must be a list of Target; got {safe_repr(target)} among them")
-    if config.groups == "layer":
-        return tuple(targets)
-    return tuple(dataclasses.replace(target, layer="") for target in targets)
+    return tuple(
+        target if own.groups == "layer" else dataclasses.replace(target, layer="")
+        for own, weights in config.split(targets)
+        for target in weights
+    )
 
 
 def _own_arrays(what: str, arrays: Any, dtypes: dict[str, str]) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Save and load adapter files, and the specification of their format: one safetensors file.
 
-**Format version 1.** A safetensors file (described in :mod:`tnadapt.checkpoints.container`) with these tensors:
+**Format versions 1 and 2.** A safetensors file (described in :mod:`tnadapt.checkpoints.container`) with these tensors:
 
 - the adapter's arrays, with the names and shapes of ``SuperLoRA(config, shapes, layers).param_shapes``, such as
   ``group0.split0.factor0``, all of one dtype: F64, F32, F16 or BF16. Of the arrays that are not ``trained``, up to 1024
@@ -23,18 +23,27 @@ written with sorted keys and without spaces. It has the following keys and no ot
 a default is omitted if it has that value.
 
 ``version``
-    1.
+    1 if the adapter has one config; 2 if it has several. The two versions differ only in the next key. A reader that
+    knows version 1 alone refuses files of version 2 by this number.
 ``config``
-    Object: the fields of :class:`~tnadapt.Config` that differ from these defaults, which are part of the format:
-    rank 4, order 2, splits 1, groups "weight", fold "stack", format "cp", combine "kronecker", split_size "balanced",
-    leading "dense", terms 1, projection "identity", ratio 1.0, shared true, alpha null, seed 0. ``sources`` is stored
-    if it is not empty: an object of array names, each with an object of the source's registered name (``source``) and
-    its fields. ``before`` and ``parameters`` are stored if the arrays are made from θ, and then ``scope`` unless it is
-    "plan" and ``offset`` unless it is true. ``weight_shape`` is not stored: the targets have their shapes, and the
-    updates do not depend on it. ``fold`` may be a list of sizes, of which some are names: "weights", "rows",
-    "cols", or one of these, a slash and a divisor. ``axes`` is stored if it is set: a list of lists of positions in
-    ``fold``, one for each mode. ``apply`` is stored unless it is "add", ``magnitude_axis`` unless it is "rows", and
-    ``start`` unless it is "zero".
+    In version 1. Object: the fields of :class:`~tnadapt.Config` that differ from these defaults, which are part of the
+    format: rank 4, order 2, splits 1, groups "weight", fold "stack", format "cp", combine "kronecker", split_size
+    "balanced", leading "dense", terms 1, projection "identity", ratio 1.0, shared true, alpha null, seed 0. ``sources``
+    is stored if it is not empty: an object of array names, each with an object of the source's registered name
+    (``source``) and its fields. ``before`` and ``parameters`` are stored if the arrays are made from θ, and then
+    ``scope`` unless it is "plan" and ``offset`` unless it is true. ``weight_shape`` is not stored: the targets have
+    their shapes, and the updates do not depend on it. ``fold`` may be a list of sizes, of which some are names:
+    "weights", "rows", "cols", or one of these, a slash and a divisor. ``axes`` is stored if it is set: a list of lists
+    of positions in ``fold``, one for each mode. ``apply`` is stored unless it is "add", ``magnitude_axis`` unless it is
+    "rows", and ``start`` unless it is "zero".
+``parts``
+    In version 2, in place of ``config``: a list of two or more lists ``[config, count]``, each for the next ``count``
+    targets. The long vector is that of the first part, then that of the second, and so on. Each part is an adapter of
+    version 1 on its own targets, with its own seed and its own numbers of groups and weights, from 0, in all that is
+    drawn. In names, groups and weights are numbered through all parts: if the first part has two groups, ``group2`` is
+    group 0 of the second. All parts have the same ``apply``, ``magnitude_axis`` and ``start``, and none has ``before``.
+    In what follows, ``config`` is that of a target's part, and ``SuperLoRA(config, …)`` has all parts; of the initial
+    arrays, ``draws`` has those of the groups whose F is nonlinear, unless ``start`` is not "zero".
 ``targets``
     List of the updated weights, in the order of the long vector. Each is a list ``[module, stored, role]``: the dotted
     path of the module; the shape of the parameter in the model; one of q, k, v, o, linear, conv, which if groups is

@@ -46,7 +46,7 @@ def _adapter(found: dict[str, Any]) -> Iterable[str]:
                        f"{_frozen(found)}"),
         ("updates", f"{found['updated']:,} elements of {_counted(_count(found), 'weight')} in "
                     f"{_counted(found['groups'], 'group')}"),
-        ("config", _config(found["config"])),
+        *_configs(found["config"]),
     ]  # fmt: skip
     if "given" in found:
         given = found["given"]
@@ -83,6 +83,14 @@ def _pretrained(about: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 def _frozen(found: dict[str, Any]) -> str:
     return f"; {found['frozen']:,} more frozen" if "frozen" in found else ""
+
+
+def _configs(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    if "parts" not in settings:
+        return [("config", _config(settings))]
+    parts = settings["parts"]
+    told = [("", f"{_config(own)} for {_counted(weights, 'weight')}") for own, weights in parts]
+    return [("configs", f"{len(parts)}, one after another"), *told]
 
 
 def _config(settings: dict[str, Any]) -> str:

@@ -56,7 +56,7 @@ class Unpacked:
         if self.updates:
             return self.updates[weight].delta()
         plan = self.file.plan
-        linear = plan.groups[0].projection.linear
+        linear = all(plan.groups[piece.group].projection.linear for piece in plan.layout.of_weight(weight))
         found: Float = (
             plan.arrays_plan.delta(self._made, weight, self.file.dtype)
             if linear

@@ -74,7 +74,7 @@ def fit_plan(
             f"a fit needs updates that are added to the weights, and apply={plan.config.apply!r} does more: use "
             "apply='add'"
         )
-    if plan.config.sources or plan.theta is not None:
+    if plan.theta is not None or any(config.sources for config, _ in plan.config.split(plan.shapes)):
         return _fitted_together(algebra, plan, read, limits, progress)
     params: dict[str, Array] = {}
     reports = []
@@ -108,7 +108,7 @@ def _fitted_together(
     algebra: Algebra, plan: SuperLoRA, read: Callable[[int], Array], limits: Limits, progress: Progress | None
 ) -> tuple[dict[str, Array], FitReport]:
     """Fit the parameters of a plan that has more than one trained array per array of the network."""
-    if not plan.groups[0].projection.linear:
+    if not all(group.projection.linear for group in plan.groups):
         raise ConfigError(
             "the solvers fit frozen, tied and scaled arrays and θ through linear maps F only; got "
             f"projection={plan.config.projection!r}: use another one, or leave sources and before out"

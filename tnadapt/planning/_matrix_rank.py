@@ -98,7 +98,8 @@ def largest_rank(plan: SuperLoRA, weight: int | None = None, limit: int = LIMIT,
     shapes = plan.shapes
     if weight is None:
         weight = max(range(len(shapes)), key=lambda i: (min(shapes[i]), -i))
-    weight = integer("weight", weight, 0, len(shapes) - 1, ShapeError)
+    plan, weight = plan.part_of(integer("weight", weight, 0, len(shapes) - 1, ShapeError))
+    shapes = plan.shapes
     limit = integer("limit", limit, 1, 1 << 16, ShapeError)
     known = by_formula(plan, weight)
     if known is not None:

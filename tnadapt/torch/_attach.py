@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.factoring import Factoring
 from tnadapt.algebra.folding import MAX_SIZE
@@ -22,6 +23,7 @@ from tnadapt.targets.overlaps import check_distinct
 from . import _freezing as freezing
 from ._adapter import Adapter
 from ._bound_plan import bound, is_bound
+from ._config_patterns import check_ordered, of_patterns
 from ._dropout import check_dropout
 from ._forward_pass import PassHooks
 from ._forward_patch import ACTIVATIONS, STRATEGIES, ForwardPatch
@@ -42,7 +44,7 @@ _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "
 
 def attach(
     model: nn.Module,
-    cfg: Config | str | None = None,
+    cfg: Config | str | Mapping[Any, Config | str] | None = None,
     targets: Any = "qv",
     name: str = "default",
     *,
@@ -69,12 +71,17 @@ def attach(
     ----------
     model : Module
         Any model whose attention tnadapt knows: see :func:`tnadapt.torch.find_targets`.
-    cfg : Config or str, optional
+    cfg : Config, str or mapping, optional
         The form of the updates: a config, or the name of a preset such as ``"lora"``, whose settings are further
         keywords. By default ``tnadapt.presets.superlora(rank=8)``, the paper's headline setting: all weights are one
         group, reshaped to a square with one low-rank matrix. It fits any number of weights of any shapes (grouped-query
         attention, Swin's stages), where LoRA's stacking needs equal columns, and the paper found it the best of all
         settings of its size.
+
+        A mapping gives several configs to one adapter, each with the pattern of its weights, in place of ``targets``:
+        ``{"qv": tnadapt.presets.lora(8), "mlp": "lokr"}``. A pattern is a role or keyword of ``targets``, or a regular
+        expression for the path of a module or its last whole parts; a module without a weight of its own stands for all
+        linear weights in it. No weight may match two.
     targets : str, list or function
         The weights to adapt: ``"qv"`` and other roles, ``"all-linear"``, ``"conv"``, a regular expression, a list of
         paths or of :class:`tnadapt.Target`, or a function; see :func:`tnadapt.torch.find_targets`.
@@ -153,8 +160,28 @@ def attach(
 
     >>> tnadapt.torch.attach(model, "lora", name="second", rank=4, alpha=8).config.scale
     2.0
+
+    Several configs in one adapter:
+
+    >>> print(tnadapt.torch.attach(model, {"qv": "lora", "linear1": tnadapt.presets.lokr(2)}, name="third").summary())
+    adapter 'third' on TransformerEncoderLayer
+    target                    role    shape  group[slice]  strategy
+    self_attn.in_proj_weight  q       16×16  0[0:256]      weight
+    self_attn.in_proj_weight  v       16×16  1[0:256]      weight
+    linear1.weight            linear  32×16  2[0:512]      weight
+    ...
     """
-    cfg = config_of(cfg, settings, "attach", list(inspect.signature(attach).parameters)[:-1])
+    keywords = list(inspect.signature(attach).parameters)[:-1]
+    if isinstance(cfg, Mapping):
+        if targets != "qv":
+            raise ConfigError(
+                f"the keys of a mapping of configs are the targets; got targets={safe_repr(targets)}, too"
+            )
+        cfg, targets = of_patterns(model, cfg, layers=layers, exclude=exclude, untie=untie)
+        layers = exclude = None
+    elif isinstance(cfg, CompositeConfig):
+        check_ordered(targets)
+    cfg = config_of(cfg, settings, "attach", keywords)
     return attach_with(
         model, cfg, targets, name, layers=layers, exclude=exclude, keep_trainable=keep_trainable, biases=biases,
         strategy=strategy, tokens=tokens, activation=activation, dtype=dtype, untie=untie, given=given,

@@ -21,6 +21,7 @@ from tnadapt.targets.target import Target
 from . import _merging as merging
 from ._adapter import Adapter
 from ._attach import attach, check_name
+from ._config_patterns import of_patterns
 from ._kept_parameters import matching
 from ._registry import overlapping
 from ._sharding import gather_full
@@ -33,7 +34,7 @@ __all__ = ["extract"]
 def extract(
     base: nn.Module,
     tuned: nn.Module | Mapping[str, Tensor],
-    cfg: Config | str | None = None,
+    cfg: Config | str | Mapping[Any, Config | str] | None = None,
     targets: Any = "qv",
     name: str = "default",
     *,
@@ -51,8 +52,9 @@ def extract(
         The model before fine-tuning; the adapter is attached to it.
     tuned : Module or mapping of str to Tensor
         The same model after full fine-tuning, or its state dict.
-    cfg : Config or str, optional
-        The form of the updates: a config, or the name of a preset; ``tnadapt.presets.superlora(rank=8)`` by default.
+    cfg : Config, str or mapping, optional
+        The form of the updates: a config, the name of a preset, or a mapping from patterns to these, as for
+        :func:`tnadapt.torch.attach`; ``tnadapt.presets.superlora(rank=8)`` by default.
     targets : str, list or function
         The weights to adapt, as for :func:`tnadapt.torch.attach`.
     name : str
@@ -104,6 +106,8 @@ def extract(
     True
     """
     chosen, rest = Settings.taken_from(settings)
+    if isinstance(cfg, Mapping):
+        cfg, targets = of_patterns(base, cfg)
     cfg = config_of(cfg, rest, "extract", ("targets", "max_error", "max_rank", "keep_trainable", *Settings.NAMES))
     if not isinstance(base, nn.Module):
         raise TargetError(f"extract needs a torch module as base; got {type(base).__name__}")

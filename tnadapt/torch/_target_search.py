@@ -93,6 +93,28 @@ class TargetSearch:
             raise self._no_match(word)
         return found
 
+    def by_pattern(self, pattern: str) -> list[Target]:
+        """Return the targets of a word, or of a regular expression for the whole path or its last whole parts.
+
+        Of a module that holds no weight itself, those are all linear weights in it.
+        """
+        if pattern in ("all-linear", "conv") or (pattern and _ROLES.issuperset(pattern)):
+            return self._by_word(pattern)
+        try:
+            ends = re.compile(rf"(?:.*\.)?(?:{pattern})")
+        except re.error as error:
+            raise TargetError(f"{safe_repr(pattern)} is not a role, keyword or regular expression: {error}") from None
+        found = []
+        for path, module in self.places:
+            if wraps(module) or not (ends.fullmatch(path) or ends.fullmatch(plain(path))):
+                continue
+            own = weights_of(path, module)
+            inside = [weight for weight in self.weights if weight.path.startswith(f"{path}." if path else "")]
+            found += [_whole(weight) for weight in own or inside if own or weight.kind == "linear"]
+        if not found:
+            raise self._no_match(pattern)
+        return found
+
     def _whole_of(self, path: str, module: nn.Module) -> list[Target]:
         weights = weights_of(path, module)
         if not weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,16 @@ from ._target_filters import in_layers, without
 from ._target_search import TargetSearch
 from ._weights import check_embedding, join, modules_of
 
-__all__ = ["find_targets", "host_of", "paths_of", "reads_outside", "tied"]
+__all__ = [
+    "check_usable",
+    "filtered",
+    "find_targets",
+    "host_of",
+    "in_order",
+    "paths_of",
+    "reads_outside",
+    "tied",
+]
 
 
 def find_targets(
@@ -85,18 +94,30 @@ def find_targets(
     found = search.find(targets)
     if not found:
         raise search.nothing(targets)
+    found = filtered(search, found, layers, exclude)
+    own = not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
+    # Of given Targets nothing is dropped: each has its place in the vector of all updates.
+    chosen = list(found) if own else in_order(search, found)
+    check_usable(model, chosen, untie)
+    return chosen
+
+
+def filtered(search: TargetSearch, found: Sequence[Target], layers: Any, exclude: Any) -> list[Target]:
+    """Return the targets that ``layers`` and ``exclude`` leave."""
     if layers is not None:
         found = in_layers(search, found, layers)
-    if exclude is not None:
-        found = without(search, found, exclude)
-    own = not isinstance(targets, str) and not callable(targets) and all(isinstance(entry, Target) for entry in targets)
-    if own:
-        # Nothing is dropped: each given Target has its place in the vector of all updates.
-        chosen = list(found)
-    else:
-        chosen = list({(target.module, target.parameter, target.rows): target for target in found}.values())
-        order = {path: place for place, (path, _) in enumerate(modules_of(model))}
-        chosen.sort(key=lambda target: (order[target.module], ROLES.index(target.role)))
+    return list(found) if exclude is None else without(search, found, exclude)
+
+
+def in_order(search: TargetSearch, found: Iterable[Target]) -> list[Target]:
+    """Return targets in the order of the model's modules and of roles, each once."""
+    order = {path: place for place, (path, _) in enumerate(search.places)}
+    chosen = {(target.module, target.parameter, target.rows): target for target in found}.values()
+    return sorted(chosen, key=lambda target: (order[target.module], ROLES.index(target.role)))
+
+
+def check_usable(model: nn.Module, chosen: Sequence[Target], untie: bool) -> None:
+    """Raise a TargetError if a weight is tied, and ``untie`` is false, or is that of an embedding that changes it."""
     for target in chosen:
         check_embedding(target.name, model.get_submodule(target.module))
     shared = [] if untie else tied(model, chosen)
@@ -105,7 +126,6 @@ def find_targets(
             f"{shared[0][0]} and {shared[0][1]} are one tensor (tied weights), and an update of one would change both; "
             "leave it out of the targets, or untie=True, which gives the second its own copy"
         )
-    return chosen
 
 
 def tied(model: nn.Module, targets: Iterable[Target]) -> list[tuple[str, str]]:

@@ -1,0 +1,291 @@
+"""Several configs in one plan: every part has the numbers that it has alone, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import tnadapt as tna
+from tnadapt.algebra.composite import CompositeConfig, CompositePlan
+from tnadapt.planning import degrees_of_freedom, largest_rank
+from tnadapt.testing.strategies import base_weights, parameters, plans
+
+P = tna.presets
+# What all parts have in common.
+PLAIN = {"apply": "add", "magnitude_axis": "rows", "start": "zero", "before": None, "parameters": None}
+PLAIN |= {"scope": "plan", "offset": True}
+
+
+def renamed(name: str, groups: int, weights: int) -> str:
+    """The name in the whole of an array of a part, after so many groups and weights of other parts."""
+    return re.sub(
+        r"^(start\.)?(group|weight)(\d+)",
+        lambda found: f"{found[1] or ''}{found[2]}{int(found[3]) + (groups if found[2] == 'group' else weights)}",
+        name,
+    )
+
+
+def whole_of(parts: list[tna.SuperLoRA]) -> CompositePlan:
+    """The plan of several plans' configs and weights, with what they were given."""
+    config = CompositeConfig([(part.config, len(part.shapes)) for part in parts])
+    given, groups, weights = dict[str, np.ndarray](), 0, 0
+    for part in parts:
+        given |= {renamed(name, groups, weights): array for name, array in part.given.items()}
+        groups, weights = groups + part.num_groups, weights + len(part.shapes)
+    keys = [
+        [(place, key) for place, part in enumerate(parts) for key in (part._layers or range(len(part.shapes)))]
+        for _ in "lr"
+    ]
+    found = tna.SuperLoRA(config, [shape for part in parts for shape in part.shapes], *keys, given=given)
+    assert isinstance(found, CompositePlan)
+    return found
+
+
+def numbered(parts: list[tna.SuperLoRA]) -> list[tuple[tna.SuperLoRA, int, int]]:
+    found, groups, weights = [], 0, 0
+    for part in parts:
+        found.append((part, groups, weights))
+        groups, weights = groups + part.num_groups, weights + len(part.shapes)
+    return found
+
+
+@st.composite
+def some_parts(draw: st.DrawFn) -> list[tna.SuperLoRA]:
+    """Two or three plans that can be parts of one."""
+    found = []
+    for _ in range(draw(st.integers(2, 3))):
+        drawn = draw(plans())
+        try:
+            config = drawn.config.replace(**PLAIN)
+        except tna.ConfigError:
+            assume(False)
+        plan = tna.SuperLoRA(config, drawn.shapes, drawn._layers)
+        found.append(plan.with_base(draw(base_weights(plan.shapes))) if plan.base_shapes else plan)
+    return found
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+@pytest.mark.law("update-formula", "fresh-is-zero", "update-slice", "copies")
+@settings(max_examples=25)
+@given(st.data())
+def test_every_part_is_what_it_is_alone(data: st.DataObject) -> None:
+    parts = data.draw(some_parts())
+    whole = whole_of(parts)
+    params = data.draw(parameters(whole))
+    started = whole.init()
+    assert not any(delta.any() for delta in whole.deltas(started))
+    deltas, groups = whole.deltas(params), list(whole.groups)
+    assert whole.num_parameters == sum(array.size for array in params.values())
+    copied = pickle.loads(pickle.dumps(whole))
+    assert all(map(same, copied.deltas(params), deltas))
+    start = data.draw(st.integers(0, whole.size - 1))
+    stop = data.draw(st.integers(start + 1, whole.size))
+    vec = whole.vector(params)
+    owns = [
+        {name: params[renamed(name, first, weight)] for name in part.param_shapes}
+        for part, first, weight in numbered(parts)
+    ]
+    assert same(vec, np.concatenate([part.vector(own) for part, own in zip(parts, owns, strict=True)]))
+    np.testing.assert_allclose(whole.vector(params, start, stop), vec[start:stop], rtol=1e-9, atol=1e-9)
+    for own, (part, first, weight) in zip(owns, numbered(parts), strict=True):
+        assert all(same(array, started[renamed(name, first, weight)]) for name, array in part.init().items())
+        assert all(map(same, part.deltas(own), deltas[weight : weight + len(part.shapes)]))
+        for index in range(len(part.shapes)):
+            assert same(part.delta(own, index), whole.delta(params, weight + index))
+            assert part.largest_rank(index) == whole.largest_rank(weight + index)
+            assert whole.part_of(weight + index)[1] == index
+        for index, group in enumerate(part.groups):
+            there = groups[first + index]
+            assert there.names == {name: renamed(full, first, weight) for name, full in group.names.items()}
+            assert [(p.weight, p.group) for p in there.pieces] == [
+                (p.weight + weight, first + index) for p in group.pieces
+            ]
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_the_start_of_a_choice_of_arrays(data: st.DataObject) -> None:
+    parts = data.draw(some_parts())
+    whole = whole_of(parts)
+    names = data.draw(st.sets(st.sampled_from(list(whole.param_shapes)), min_size=1))
+    started = whole.init(trained=names)
+    for part, first, weight in numbered(parts):
+        own = {name for name in part.param_shapes if renamed(name, first, weight) in names}
+        if own:  # a plan that has no trained array is refused
+            for name, array in part.init(trained=own).items():
+                assert same(array, started[renamed(name, first, weight)])
+
+
+@pytest.mark.parametrize("sharing", ["magnitude", "hadamard", "given", "random", "pissa"])
+def test_what_all_parts_share(sharing: str) -> None:
+    common = {"apply": sharing} if sharing in ("magnitude", "hadamard") else {"start": sharing}
+    shapes = [(6, 4), (5, 4), (8, 4)]
+    config = CompositeConfig([(P.lora(1, seed=1, **common), 1), (P.lora(2, seed=2, **common), 2)])
+    weights = [np.random.default_rng(index).normal(size=shape) for index, shape in enumerate(shapes)]
+    whole = tna.SuperLoRA(config, shapes).with_base(weights)
+    parts = [tna.SuperLoRA(part.config, own).with_base(mine) for part, own, mine in
+             ((config.parts[0], shapes[:1], weights[:1]), (config.parts[1], shapes[1:], weights[1:]))]  # fmt: skip
+    if sharing == "given":
+        whole = whole.with_start({"group1.split0.factor0": np.ones((5, 2)), "group0.split0.factor1": np.ones((4, 1))})
+        parts = [
+            parts[0].with_start({"group0.split0.factor1": np.ones((4, 1))}),
+            parts[1].with_start({"group0.split0.factor0": np.ones((5, 2))}),
+        ]
+    started = whole.init(dtype="float64")
+    assert all(map(same, whole.merged(started, weights), weights))
+    moved = {name: array + 0.1 for name, array in started.items()}
+    found = whole.merged(moved, weights)
+    for part, first, weight in numbered(parts):
+        own = {name: moved[renamed(name, first, weight)] for name in part.param_shapes}
+        count = len(part.shapes)
+        assert all(map(same, part.init(dtype="float64").values(), (started[renamed(n, first, weight)] for n in own)))
+        assert all(map(same, part.merged(own, weights[weight : weight + count]), found[weight : weight + count]))
+    assert pickle.loads(pickle.dumps(whole)).needs_base is whole.needs_base is False
+
+
+def test_base_weights_and_given_arrays() -> None:
+    config = CompositeConfig([
+        (P.lora(2), 1),
+        (P.lora(2, sources={"factor1": tna.sources.Given()}), 2),
+        (P.lora(2, sources={"factor0": tna.sources.FromBase("rows")}), 1),
+    ])  # fmt: skip
+    shapes = [(6, 4), (5, 3), (8, 3), (4, 4)]
+    plan = tna.SuperLoRA(config, shapes)
+    assert list(plan.given_shapes) == ["group1.split0.factor1", "group2.split0.factor1"]
+    assert list(plan.base_shapes) == ["group3.split0.factor0"]
+    given = {name: np.full(shape, 0.5) for name, shape in plan.given_shapes.items()}
+    weights = [np.random.default_rng(index).normal(size=shape) for index, shape in enumerate(shapes)]
+    told: list[tuple[int, int]] = []
+    bound = tna.SuperLoRA(config, shapes, given=given).with_base(weights, lambda *counts: told.append(counts))
+    assert told == [(1, 1)]
+    assert bound.needs_base is False
+    assert plan.needs_base is True
+    alone = tna.SuperLoRA(config.parts[2].config, shapes[3:]).with_base(weights[3:])
+    assert same(bound.given["group3.split0.factor0"], alone.given["group0.split0.factor0"])
+    plan.fill(bound)
+    assert plan.given.keys() == bound.given.keys()
+    params = {name: np.ones(shape) for name, shape in plan.param_shapes.items()}
+    assert all(map(same, plan.deltas(params), bound.deltas(params)))
+    np.testing.assert_allclose(bound.deltas(params)[1], 1.0)  # two columns of ones and halves
+    with pytest.raises(tna.ShapeError, match="with_base needs the 4 base weights; got 1"):
+        plan.with_base(weights[:1])
+    with pytest.raises(
+        tna.ConfigError, match=r"given names 'group0.split0.factor1'; the arrays that a caller can give"
+    ):
+        tna.SuperLoRA(config, shapes, given={"group0.split0.factor1": np.ones((4, 2))})
+
+
+def test_layers_and_roles_are_those_of_each_part() -> None:
+    config = CompositeConfig([(P.superlora(1, groups="layer"), 3), (P.superlora(1, groups="role"), 2)])
+    plan = tna.SuperLoRA(config, [(2, 2)] * 5, layers=["a", "a", "b", "a", "a"], roles="qqqqv")
+    assert [len(group.pieces) for group in plan.groups] == [2, 1, 1, 1]
+    with pytest.raises(tna.ConfigError, match="one key per weight; got 1 for 5 weights"):
+        tna.SuperLoRA(config, [(2, 2)] * 5, layers="a")
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_every_library_has_the_same_numbers(name: str) -> None:
+    pytest.importorskip(name)
+    config = CompositeConfig([(P.lora(1), 1), (P.superlora(2, projection="linear", ratio=0.5), 2)])
+    plan = tna.SuperLoRA(config, [(6, 4), (8, 4), (4, 4)])
+    expected = plan.deltas({name: array + 0.5 for name, array in plan.init().items()})
+    found = plan.deltas({array: value + 0.5 for array, value in plan.init(name).items()})
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(one), other, rtol=1e-5, atol=1e-6)
+
+
+# -- Configs -----------------------------------------------------------------------------------------
+
+
+def test_a_field_that_differs_is_refused_and_one_that_does_not_is_shared() -> None:
+    config = CompositeConfig([(P.lora(2), 1), (P.lokr(2, seed=3), 2)])
+    assert (config.rank, config.format, config.apply, config.before, config.scale) == (2, "cp", "add", None, 1.0)
+    for name in ("splits", "seed"):
+        with pytest.raises(tna.ConfigError, match=f"{name} differs between the 2 configs of one adapter: "):
+            getattr(config, name)
+    # All fields, those of later releases included, are read like this.
+    for field in dataclasses.fields(tna.Config):
+        assert isinstance(getattr(CompositeConfig, field.name), property)
+
+
+def test_composite_configs_are_values() -> None:
+    config = CompositeConfig([(P.lora(2), 1), (P.lokr(2, seed=3), 2)])
+    other = CompositeConfig([(P.lora(2), 2), (P.lokr(2, seed=3), 1)])
+    assert config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config))
+    assert config == CompositeConfig.from_dict(config.to_dict())
+    assert hash(config) == hash(copy.copy(config))
+    assert config not in (other, P.lora(2))
+    assert P.lora(2) != config
+    assert config.replace(rank=5).parts == ((P.lora(5), 1), (P.lokr(5, seed=3), 2))
+    assert eval(repr(config), vars(tna)) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([], "parts must be a list of two or more pairs of a config and a number of weights; got []"),
+        ([(P.lora(2), 1)], "parts must be a list of two or more pairs"),
+        ({"a": 1}, "parts must be a list of two or more pairs"),
+        ([(P.lora(2), 1), P.lora(2)], "parts must be a list of two or more pairs"),
+        ([(P.lora(2), 1), ("lora", 1)], "part 1 must be a tnadapt.Config; got str"),
+        ([(P.lora(2), 1), (P.lora(2), 0)], "the weights of part 1 must be from 1 to"),
+        ([(P.lora(2), 1), (P.lora(2), True)], "the weights of part 1 must be an integer; got True"),
+        (
+            [(P.lora(2), 1), (P.unilora(2), 1)],
+            "part 1 makes its arrays from θ by before='one-hot', which one config of several cannot",
+        ),
+        (
+            [(P.lora(2), 1), (P.dora(2), 1)],
+            "all configs of one adapter must have the same apply; part 0 has 'add', part",
+        ),
+        (
+            [(P.lora(2), 1), (P.lora(2, start="given"), 1)],
+            "must have the same start; part 0 has 'zero', part 1 'given'",
+        ),
+        (
+            [(CompositeConfig([(P.lora(2), 1)] * 2), 2), (P.lora(2), 1)],
+            "part 0 must be a tnadapt.Config; got Composite",
+        ),
+    ],
+)
+def test_parts_that_are_refused(parts: Any, text: str) -> None:
+    with pytest.raises(tna.ConfigError, match=re.escape(text)):
+        CompositeConfig(parts)
+
+
+def test_other_refusals() -> None:
+    config = CompositeConfig([(P.lora(2), 1), (P.lora(3), 1)])
+    with pytest.raises(tna.ShapeError, match="the configs of one adapter are for 2 weights; there are 3"):
+        tna.SuperLoRA(config, [(4, 4)] * 3)
+    for wrong in ({}, {"parts": 3}, {"parts": [3]}, {"rank": 3}, 3):
+        with pytest.raises(
+            tna.ConfigError, match=r"expected a mapping with the key 'parts'|parts must be a list of pairs"
+        ):
+            CompositeConfig.from_dict(wrong)  # type: ignore[arg-type]
+
+
+def test_measures_of_a_composite_plan() -> None:
+    config = CompositeConfig([(P.lora(2), 1), (P.superlora(3), 2), (P.dense(), 1)])
+    shapes = [(12, 8), (8, 8), (16, 8), (3, 8)]
+    plan = tna.SuperLoRA(config, shapes)
+    assert [largest_rank(plan, weight).value for weight in range(4)] == [
+        2, *(largest_rank(tna.SuperLoRA(P.superlora(3), shapes[1:3]), weight).value for weight in (0, 1)), 3,
+    ]  # fmt: skip
+    assert degrees_of_freedom(plan) == sum(map(degrees_of_freedom, plan.parts))
+    rng = np.random.default_rng(0)
+    params, report = tna.decompose([rng.normal(size=shape) for shape in shapes], config)
+    assert params.keys() == plan.param_shapes.keys()
+    assert report.groups[-1].error < 1e-6
