@@ -82,6 +82,7 @@ class Suite:
                     # All models are in the local cache, and each access to the hub would take half a minute to fail.
                     one.hub_online_once = lambda *args, **kwargs: contextlib.nullcontext()
             if common is not None:
+                _include(common, self.ours)
                 # It has a list of the methods that can adapt GPT-2's layers; tnadapt can, too.
                 _lengthen(common, self.ours)
             for function in _functions(module):
@@ -200,6 +201,27 @@ def _lengthen(common: Any, ours: type) -> None:
 
         changed.original = skip  # type: ignore[attr-defined]
         common._skip_if_conv1d_not_supported = changed
+
+
+#: Tests of features that PEFT checks for by the class of the config.
+_BY_CLASS = ("_test_mixed_adapter_batches", "_test_generate_with_mixed_adapter_batches_and_beam_search")
+
+
+def _include(common: Any, ours: type) -> None:
+    """While these tests run with our config, LoRA's class in their module is ours: they take it for one of the list."""
+    for name in _BY_CLASS:
+        test = getattr(common.PeftCommonTester, name)
+        if hasattr(test, "original"):
+            continue
+
+        def changed(self: Any, model_id: str, config_cls: type, *args: Any, test: Any = test) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                if config_cls is ours:
+                    patch.setattr(common, "LoraConfig", ours)
+                test(self, model_id, config_cls, *args)
+
+        changed.original = test  # type: ignore[attr-defined]
+        setattr(common.PeftCommonTester, name, changed)
 
 
 def _functions(module: Any) -> Iterator[Any]:

@@ -703,8 +703,9 @@ def test_what_peft_does_with_its_own_methods_only() -> None:
         inject_adapter_in_model(TnadaptConfig(), llama())
     with pytest.raises(ValueError, match="TNADAPT"):
         get_peft_model(llama(), TnadaptConfig(task_type="CAUSAL_LM"), mixed=True)
-    with pytest.raises(tna.ConfigError, match="run one batch per adapter"):
-        adapted("llama")(input_ids=ids(), adapter_names=["default"] * 4)
+    text = r"without a new adapter, .*: tnadapt\.torch\.mix\(model, \{'first': 0\.5, 'second': 0\.5\}\)"
+    with pytest.raises(tna.ConfigError, match=text):
+        adapted("llama").add_weighted_adapter(["default"], [0.5], "other")
 
 
 def test_attach_beside_the_plug_in() -> None:

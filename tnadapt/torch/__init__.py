@@ -20,6 +20,7 @@ from ._pretrained_loading import load_pretrained, load_processor
 from ._quantized import QuantizedLayer, register_quantized
 from ._reference_model import reference_model
 from ._registry import mix
+from ._rows import rows
 from ._target_selection import find_targets
 from ._trainer_checkpoints import adapter_checkpoints
 
@@ -40,5 +41,6 @@ __all__ = [
     "mix",
     "reference_model",
     "register_quantized",
+    "rows",
     "starts",
 ]

@@ -26,6 +26,7 @@ from ._forward_pass import delta
 from ._merged_linear import in_dispatch_mode, in_functorch
 from ._merging import numbers
 from ._quotient import Quotient, wide_pair
+from ._row_assignment import mixing_weight
 from ._state import AdapterSlot
 
 __all__ = ["added_matrix", "changed_linear", "changed_weight", "scaled_output"]
@@ -40,7 +41,7 @@ def changed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slots: Sequen
         state, own = slot.adapter, weight_params(slot.adapter, slot.index)
         made = state.cache.slice(slot.index)
         of_update = [delta(slot)] if made is None else current(state, made.names)
-        scale = 1.0 if made is None else state.weight
+        scale = 1.0 if made is None else mixing_weight(state)
         changes.append(
             RowChange(slot.target, state.plan.applying, made, len(of_update), len(own), scale, state.detach_norm)
         )
@@ -84,7 +85,7 @@ def quotient(slot: AdapterSlot, stored: Tensor | None) -> Tensor:
         arrays, scale = [delta(slot), *own], 1.0
     else:
         names = (*made.names, *state.plan.weight_param_names[slot.index])
-        arrays, scale = [*current(state, made.names), *own], state.weight
+        arrays, scale = [*current(state, made.names), *own], mixing_weight(state)
     made_here = Quotient(state.plan.applying, weight, made, scale, state.detach_norm)
     # The node passes no gradient to the weight, and traces have to show single operations.
     if _traced() or (torch.is_grad_enabled() and stored is not None and stored.requires_grad):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tnadapt.errors import TargetError
 from ._arrays import current, named_parameters
 from ._delta import DeltaFunction
 from ._merged_linear import DeltaSource
+from ._row_assignment import assignment_of, mixing_weight
 from ._sharding import refuse_reentrant
 from ._state import AdapterSlot, AdapterState
 
@@ -27,7 +29,7 @@ def acts(state: AdapterState) -> bool:
     if not state.enabled or state.merged is not None:
         return False
     # One compiled program serves all mixing weights, zero included, so it must contain the update.
-    return torch.compiler.is_compiling() or state.weight != 0.0
+    return torch.compiler.is_compiling() or mixing_weight(state) != 0.0
 
 
 def delta(slot: AdapterSlot) -> Tensor:
@@ -47,7 +49,7 @@ def delta_source(slot: AdapterSlot) -> tuple[DeltaSource, list[Tensor]]:
     made = state.cache.slice(slot.index)
     if made is None:
         return DeltaSource(slot.target), [delta(slot)]
-    return DeltaSource(slot.target, made, len(made.names), state.weight), current(state, made.names)
+    return DeltaSource(slot.target, made, len(made.names), mixing_weight(state)), current(state, made.names)
 
 
 def factors(slot: AdapterSlot) -> Factored:
@@ -65,7 +67,8 @@ def scaled(state: AdapterState, value: Tensor) -> Tensor:
         # torch.where rather than a product alone: an inactive adapter adds nothing, even if it contains a NaN.
         zero = state.weight_tensor == 0
         return torch.where(zero, torch.zeros_like(value), value * state.weight_tensor)
-    return value if state.weight == 1.0 else value * state.weight
+    weight = mixing_weight(state)
+    return value if weight == 1.0 else value * weight
 
 
 def _refuse_reentrant(state: AdapterState) -> None:
@@ -81,8 +84,8 @@ def check_recomputation(state: AdapterState) -> None:
     """Raise a RuntimeError if a checkpointed region is recomputed with settings that differ from the forward pass."""
     if state.passes[1] and _settings(state) not in state.passes[1]:
         raise RuntimeError(
-            f"adapter {state.name!r} was activated, mixed, merged or disabled between a forward pass with "
-            "activation checkpointing and its backward pass, which recomputes parts of it: do so after backward()"
+            f"adapter {state.name!r} was activated, mixed, merged or disabled, or rows() left, between a forward pass "
+            "with activation checkpointing and its backward pass, which recomputes parts of it: do so after backward()"
         )
 
 
@@ -95,8 +98,9 @@ def _remember_settings(state: AdapterState) -> None:
     state.passes[1].add(_settings(state))
 
 
-def _settings(state: AdapterState) -> tuple[bool, float, bool]:
-    return state.enabled, state.weight, state.merged is not None
+def _settings(state: AdapterState) -> tuple[Hashable, ...]:
+    found = assignment_of(state)
+    return state.enabled, mixing_weight(state), state.merged is not None, None if found is None else found.names
 
 
 # -- Hooks -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ from ._factored_linear import can_fuse, factored_linear, product
 from ._forward_pass import acts, check_recomputation, delta, delta_source, factors, scaled
 from ._merged_linear import DeltaSource, MergedWeightLinear, in_dispatch_mode, in_functorch, summed
 from ._patched_parameter import PatchedParameter
+from ._row_assignment import mixing_weight
+from ._row_pass import run_by_rows
 from ._state import AdapterSlot, AdapterState
 
 __all__ = ["ACTIVATIONS", "STRATEGIES", "ForwardPatch"]
@@ -128,15 +130,17 @@ class ForwardPatch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward with every active update."""
-        return self.run(self._acting(), args, kwargs)
+        if any(slot.adapter.by_rows for patched in self.weights for slot in patched.slots):
+            return run_by_rows(self, args, kwargs)
+        return self.run(self.acting(), args, kwargs)
 
-    def _acting(self) -> list[Placed]:
-        """Return the slots of active adapters."""
+    def acting(self, alone: bool = True) -> list[Placed]:
+        """Return the slots of active adapters; with ``alone``, check that those that have to be alone are."""
         found: list[Placed] = []
         compiling = torch.compiler.is_compiling()
         recomputing = not compiling and _in_backward()
         for patched in self.weights:
-            if patched.rivals and not compiling:
+            if alone and patched.rivals and not compiling:
                 patched.check_alone()
             for slot in patched.slots:
                 if recomputing:
@@ -166,13 +170,13 @@ class ForwardPatch:
         if to_output and not to_weights and not dropping and not torch.compiler.is_compiling():
             fused = self._fused(to_output, args, kwargs)
             if fused is not None:
-                return self._rescaled(fused, to_output)
+                return self.rescaled(fused, to_output)
         y = self._base(to_weights, args, kwargs)
         if to_output:
             x = _input(args, kwargs)
             for slot in to_output:
-                y = _plus(y, slot.target, self._output(slot, x))
-            y = self._rescaled(y, to_output)
+                y = _plus(y, slot.target, self.output(slot, x))
+            y = self.rescaled(y, to_output)
         return self._with_dropout(y, dropping, _input(args, kwargs)) if dropping else y
 
     def _with_dropout(self, y: Tensor, dropping: Sequence[Placed], x: Tensor) -> Tensor:
@@ -180,7 +184,7 @@ class ForwardPatch:
         for dropped, slots in dropped_inputs([slot for _, slot in dropping], x):
             if all(slot.strategy != "weight" for slot in slots) and slots[0].adapter.plan.applying.additive:
                 for slot in slots:
-                    y = _plus(y, slot.target, self._output(slot, dropped))
+                    y = _plus(y, slot.target, self.output(slot, dropped))
                 continue
             own = [placed for placed in dropping if placed[1] in slots]
             if isinstance(self.host, nn.Linear) and self.is_plain and own[0][0].sums:
@@ -192,7 +196,7 @@ class ForwardPatch:
                 y = y + (self.run(own, (dropped,), {}, drop=False) - self._original(dropped))
         return y
 
-    def _rescaled(self, y: Any, added: list[AdapterSlot]) -> Any:
+    def rescaled(self, y: Any, added: list[AdapterSlot]) -> Any:
         """Return the output with the features scaled that a magnitude scales."""
         for slot in added:
             if slot.adapter.plan.applying.rescales:
@@ -208,11 +212,16 @@ class ForwardPatch:
         )
 
     def _base(self, to_weights: list[tuple[PatchedParameter, list[AdapterSlot]]], args: Any, kwargs: Any) -> Any:
+        if self.is_plain and not args and list(kwargs) == ["input"]:
+            args, kwargs = (kwargs["input"],), {}
+        plain = self.is_plain and len(args) == 1 and not kwargs
         if not to_weights:
-            return self._original(*args, **kwargs)
+            # Another thread, with other rows of adapters, may have its sum in the place of a weight at this moment.
+            summing = not plain and any(slot.strategy == "weight" for one in self.weights for slot in one.slots)
+            return self._shadowed([], args, kwargs) if summing else self._original(*args, **kwargs)
         # The fast path for nearly all layers: the sum is passed as an argument, without shadowing and lock. Only for
         # torch's own forwards (_PLAIN), because a subclass may do more in its forward.
-        if self.is_plain and not kwargs and len(args) == 1:
+        if plain:
             patched, here = to_weights[0]
             host: Any = self.host
             if isinstance(host, nn.Linear):
@@ -233,7 +242,7 @@ class ForwardPatch:
         changes = []
         for slot in added:
             found = factors(slot)
-            changes.append((slot.target, found._replace(scale=found.scale * slot.adapter.weight)))
+            changes.append((slot.target, found._replace(scale=found.scale * mixing_weight(slot.adapter))))
         weight = self.weights[0].tensor
         return factored_linear(x, weight, host.bias, changes) if can_fuse(x, weight, changes) else None
 
@@ -276,7 +285,7 @@ class ForwardPatch:
             # for the weight from then on.
             _uncover(names)
 
-    def _output(self, slot: AdapterSlot, x: Tensor) -> Tensor:
+    def output(self, slot: AdapterSlot, x: Tensor) -> Tensor:
         """Return what the update adds to the output."""
         adapter = slot.adapter
         if slot.strategy == "additive":

@@ -7,7 +7,7 @@ public interface of such a state; no module below imports that class, so there a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -169,6 +169,8 @@ class AdapterState:
         Mixing weight: the factor of the update.
     weight_tensor : Tensor
         The same number as a tensor. Compiled programs read this one, so that changing the weight does not recompile.
+    row_passes : int
+        Number of open ``with rows(...)`` of the model, in all threads; ``by_rows`` tells whether there are any.
     threads : set of int
         Ids of the threads in whose current forward pass a patch has used this adapter.
     warned : bool
@@ -217,9 +219,10 @@ class AdapterState:
         self.enabled = True
         self.weight = 1.0
         self.weight_tensor = torch.tensor(1.0)
+        self.row_passes, self.by_rows = 0, False
         self.threads: set[int] = set()
         self.warned = False
-        self.passes: tuple[int, set[tuple[bool, float, bool]]] = -1, set()
+        self.passes: tuple[int, set[tuple[Hashable, ...]]] = -1, set()
         self.owner = model
         self.parameter_names = {
             array: f"{PREFIX}{encoded(name)}_{array.replace('.', '_')}" for array in plan.param_shapes

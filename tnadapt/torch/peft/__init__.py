@@ -17,9 +17,10 @@ trainers, which copy a trained adapter for their reference. An adapter may have 
 ``"v1.0"``), except those of attributes of ``nn.ModuleDict`` (``"keys"``, ``"type"``), which PEFT's other methods do not
 accept either, and, with ``modules_to_save``, names with a dot.
 
-Not supported: adapters of other types on the same model, several adapters in one batch (``adapter_names=`` in a forward
-pass), ``bias=``, ``add_weighted_adapter`` (use :func:`tnadapt.torch.mix`), ``inject_adapter_in_model`` and
-transformers' ``model.add_adapter``.
+``adapter_names=`` in a forward pass and in ``generate`` gives each sample of a batch its adapter, also with DoRA.
+
+Not supported: adapters of other types on the same model, ``bias=``, ``add_weighted_adapter`` (use
+:func:`tnadapt.torch.mix`), ``inject_adapter_in_model`` and transformers' ``model.add_adapter``.
 
 Examples
 --------

@@ -21,6 +21,7 @@ from .._state import PREFIX, AdapterState
 from .._trainable import keep
 from ._base_check import base_dtype, check_base, computed_from
 from ._keys import check_adapter_name, in_file
+from ._mixed_batches import mixed_batch
 from ._peft_config import TnadaptConfig
 from ._peft_library import (
     BaseTuner,
@@ -158,12 +159,19 @@ class TnadaptModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not loo
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ConfigError(
-                "adapter_names= (one adapter per sample of a batch) is not supported: tnadapt's adapters change "
-                "a weight for all samples: run one batch per adapter, after set_adapter"
-            )
-        yield
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        with mixed_batch(self, self.tnadapt, names, args, kwargs):
+            yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise a ConfigError: adapters are mixed without a new one, by :func:`tnadapt.torch.mix`."""
+        raise ConfigError(
+            "tnadapt's adapters are combined by their weights, without a new adapter, which could have another "
+            "form: tnadapt.torch.mix(model, {'first': 0.5, 'second': 0.5})"
+        )
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         self.tnadapt.enable_adapters(enabled)

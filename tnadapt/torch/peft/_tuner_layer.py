@@ -14,6 +14,7 @@ from tnadapt.errors import BackendError, TargetError, TnadaptError
 from .._adapter import Adapter
 from .._arrays import register_in
 from .._removal import let_go
+from .._state import AdapterState
 from ._base_check import describe_base
 from ._peft_library import BaseTunerLayer, check_adapters_to_merge
 from ._registered_arrays import AdapterArrays
@@ -98,6 +99,10 @@ class TnadaptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT's t
     def get_base_layer(self) -> nn.Module:
         """Raise an AttributeError: there is no single base layer, hence no ``weight`` and ``bias`` for PEFT to read."""
         raise AttributeError("a TnadaptLayer stands for many weights and has no base layer")
+
+    def inactive_weights(self) -> dict[AdapterState, float]:
+        """Return the mixing weights that inactive adapters have when they are active."""
+        return {self.handles[name]._state: weight for name, weight in self._weights.items()}
 
     def handle(self, name: str) -> Adapter:
         """Return the handle of an adapter.

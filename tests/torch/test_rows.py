@@ -1,0 +1,463 @@
+"""One adapter, or none, for each row of a batch: every row is that of the row alone with its adapter activated."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import tnadapt as tna  # noqa: E402
+import tnadapt.torch as tt  # noqa: E402
+from tnadapt.torch import _row_pass as passes  # noqa: E402
+from tnadapt.torch._quantized import QUANTIZED  # noqa: E402
+
+from .small import WIDTH, batch, compiles_whole, small, stir  # noqa: E402
+from .test_quantized import Packed  # noqa: E402
+from .test_quantized import model as packed  # noqa: E402
+
+P = tna.presets
+NAMES: list[str | None] = ["a", None, "b", "a"]
+#: Pairs of adapters, with the settings of ``attach``.
+PAIRS: dict[str, list[tuple[tna.Config, dict[str, Any]]]] = {
+    "lora": [(P.lora(2), {}), (P.lora(2, alpha=6), {})],
+    "ranks": [(P.lora(2), {}), (P.lora(3), {})],
+    "lora and superlora": [(P.lora(2), {}), (P.superlora(3), {})],
+    "superlora": [(P.superlora(2), {}), (P.superlora(2, groups="weight"), {})],
+    "lokr": [(P.lokr(2), {}), (P.lokr(2), {})],
+    "weight": [(P.lora(2), {"strategy": "weight"}), (P.lora(2), {"strategy": "weight"})],
+    "behind F": [(P.superlora(2, projection="linear", ratio=0.5), {}), (P.lora(1), {})],
+    "theta": [(P.unilora(9, 2), {}), (P.unilora(9, 2), {})],
+    "dora": [(P.dora(2), {}), (P.dora(2), {})],
+    "dora, weight": [(P.dora(2), {"strategy": "weight"}), (P.lora(2), {})],
+    "columns": [(P.dora(2, magnitude_axis="cols"), {}), (P.hira(2), {})],
+    "from the base": [(P.lora(2, start="pissa"), {}), (P.lora_xs(2), {})],
+}
+pairs = pytest.mark.parametrize("pair", PAIRS)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    QUANTIZED.forget()
+
+
+def adapted(model: Any, pair: str, targets: Any = "qv", **more: Any) -> Any:
+    for seed, (name, (config, extra)) in enumerate(zip("ab", PAIRS[pair], strict=True)):
+        stir(tt.attach(model, config, targets, name, **{**extra, **more}), 0.3, seed)
+    return model
+
+
+def activate(model: Any, name: str | None) -> None:
+    tt.mix(model, {} if name is None else {name: 1.0})
+
+
+def alone(model: Any, names: Sequence[str | None], x: Any, call: Callable[..., Any] | None = None) -> Any:
+    """Each row of the batch by itself, with its adapter activated; the reference."""
+    before = {name: adapter.weight for name, adapter in tt.adapters(model).items()}
+    outputs = []
+    number = len(x) // len(names)
+    for row, name in enumerate(names):
+        activate(model, name)
+        outputs.append((call or model)(x[row * number : (row + 1) * number]))
+    tt.mix(model, before)
+    return torch.cat(outputs)
+
+
+def by_rows(model: Any, names: Sequence[str | None], x: Any) -> Any:
+    with tt.rows(model, names):
+        return model(x)
+
+
+@pairs
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_are_those_of_each_adapter_alone(pair: str, grad: bool) -> None:
+    """In a model with fused and separate projections, convolutions, and modules that read their child's weight."""
+    model = adapted(small(), pair)
+    x = batch(size=4)
+    activate(model, "a")
+    with torch.set_grad_enabled(grad):
+        expected = alone(model, NAMES, x)
+        torch.testing.assert_close(by_rows(model, NAMES, x), expected, rtol=1e-4, atol=1e-5)
+    # Afterwards nothing of it is left.
+    torch.testing.assert_close(model(x[2:3]), alone(model, ["a"], x[2:3]), rtol=0, atol=0)
+    assert not torch.allclose(expected[0], expected[2])
+
+
+@pairs
+def test_gradients_are_those_of_each_adapter_alone(pair: str) -> None:
+    model = adapted(small().double(), pair, dtype=torch.float64)
+    x = batch(size=4).double()
+
+    def gradients(output: Any) -> list[Any]:
+        parameters = [parameter for adapter in tt.adapters(model).values() for parameter in adapter.parameters()]
+        return list(torch.autograd.grad(output.square().sum(), parameters))
+
+    expected = gradients(alone(model, NAMES, x))
+    for one, other in zip(gradients(by_rows(model, NAMES, x)), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    names=st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=6),
+    repeats=st.integers(1, 3), kind=st.sampled_from(["lora", "rows", "mixed", "weight", "dora", "activation"]),
+    flat=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_every_way_is_the_reference(names: list[str | None], repeats: int, kind: str, flat: bool, seed: int) -> None:
+    """Grouped products and additions to a shared base product equal the forward on each group's rows."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6).double())
+    for index, name in enumerate("abc"):
+        config = P.lora(2, alpha=1 + index) if kind != "mixed" or index else P.lokr(1)
+        extra: dict[str, Any] = {"strategy": "weight"} if kind == "weight" else {}
+        if kind == "activation":
+            extra = {"activation": ("relu", "gelu", "gelu")[index]}
+        if kind == "dora":
+            config = P.dora(2)
+        target = tna.Target("0", (6, 4), rows=tna.Rows(1, 2, 3, 2) if kind == "rows" else None)
+        stir(tt.attach(model, config, [target], name, dtype=torch.float64, **extra), 0.4, seed + index)
+    if seed % 2:
+        tt.mix(model, {"a": 0.5, "c": -1.0})
+    tokens = 2 if flat else 3
+    x = torch.randn(len(names) * repeats, tokens, 4, dtype=torch.float64)
+    x = x.flatten(0, 1) if flat else x
+    weights = {name: adapter.weight or 1.0 for name, adapter in tt.adapters(model).items()}
+    before = {name: adapter.weight for name, adapter in tt.adapters(model).items()}
+    number = len(x) // len(names)
+    if x.ndim > 2 and len(x) != len(names) and x.shape[1] == len(names) > 1:
+        return
+    with tt.rows(model, names), torch.no_grad():
+        found = model(x)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                passes, "shared", lambda patch, one, groups, x: passes.by_group(patch, one, groups, x, (x,), {})
+            )
+            reference = model(x)
+    torch.testing.assert_close(found, reference, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        for row, name in enumerate(names):
+            tt.mix(model, {} if name is None else {name: weights[name]})
+            part = slice(row * number, (row + 1) * number)
+            torch.testing.assert_close(found[part], model(x[part]), rtol=1e-10, atol=1e-12)
+    tt.mix(model, before)
+
+
+def test_many_tokens_form_the_sum_once_for_each_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a second product costs more than W + ΔW; a few tokens are added to the output."""
+    model = adapted(nn.Sequential(nn.Linear(32, 32)), "weight", "all-linear")
+    ways: list[str] = []
+    for way in ("shared", "by_group"):
+        whole = getattr(passes, way)
+        monkeypatch.setattr(passes, way, lambda *args, way=way, whole=whole: (ways.append(way), whole(*args))[1])
+    for tokens in (1, 3000):
+        x = torch.randn(4, tokens, 32)
+        torch.testing.assert_close(by_rows(model, NAMES, x), alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
+    assert ways == ["shared", "by_group"]
+
+
+@pytest.mark.parametrize("config", [P.lora(2), P.superlora(2), P.dora(2)], ids=["lora", "superlora", "dora"])
+def test_quantized_layers(config: tna.Config) -> None:
+    tt.register_quantized("packed", Packed)
+    model = packed()
+    for seed, name in enumerate("ab"):
+        stir(tt.attach(model, config, "all-linear", name), 0.3, seed)
+    x = torch.randn(4, 3, 8)
+    torch.testing.assert_close(by_rows(model, NAMES, x), alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_and_autocast(dtype: Any) -> None:
+    model = adapted(
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4)).to(dtype),
+        "lora and superlora",
+        "all-linear",
+    )
+    x = batch(size=4).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        found, expected = by_rows(model, NAMES, x), alone(model, NAMES, x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_layer_that_only_one_adapter_updates() -> None:
+    model = small()
+    stir(tt.attach(model, P.lora(2), "q", "a"), 0.3)
+    stir(tt.attach(model, P.superlora(2), ["head"], "b"), 0.3)
+    x = batch(size=4)
+    torch.testing.assert_close(by_rows(model, NAMES, x), alone(model, NAMES, x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(by_rows(model, [None] * 4, x), alone(model, [None], x))
+
+
+def test_weights_of_the_mix_count_and_an_inactive_adapter_acts_fully() -> None:
+    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
+    x = batch(size=2)
+    tt.mix(model, {"a": 0.5})
+    first = model(x[:1])
+    found = by_rows(model, ["a", "b"], x)
+    torch.testing.assert_close(found[:1], first)
+    activate(model, "b")
+    torch.testing.assert_close(found[1:], model(x[1:]))
+    assert not any(adapter._state.by_rows for adapter in tt.adapters(model).values())
+
+
+def test_a_model_that_masks_attention() -> None:
+    """nn.MultiheadAttention with masks: rows cannot be told from its arguments, so each adapter has a whole pass."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = adapted(nn.ModuleDict({"attn": attention}), "superlora")
+    x, hidden = torch.randn(4, 4, 8), torch.ones(4, 4).triu(1).bool()
+    padding = torch.zeros(4, 4, dtype=torch.bool)
+    padding[1, 3] = True
+
+    def call(x: Any, rows: slice = slice(None)) -> Any:
+        return attention(x, x, x, key_padding_mask=padding[rows], attn_mask=hidden)
+
+    with tt.rows(model, NAMES):
+        found, weights = call(x)
+    for row, name in enumerate(NAMES):
+        activate(model, name)
+        expected, own = call(x[row : row + 1], slice(row, row + 1))
+        torch.testing.assert_close(found[row : row + 1], expected)
+        torch.testing.assert_close(weights[row : row + 1], own)
+
+
+def test_nested_the_inner_one_counts_and_names_of_base() -> None:
+    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
+    x = batch(size=2)
+    with tt.rows(model, ["a", "b"]):
+        outer = model(x)
+        with tt.rows(model, ["b", "__base__"]):
+            inner = model(x)
+        assert torch.equal(model(x), outer)
+    torch.testing.assert_close(inner, alone(model, ["b", None], x))
+    torch.testing.assert_close(outer, alone(model, ["a", "b"], x))
+
+
+def test_a_submodule_and_a_copy() -> None:
+    model = adapted(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)), "lora", "all-linear")
+    x = batch(size=2)
+    expected = alone(model, ["a", "b"], x)
+    with (
+        pytest.raises(tna.TargetError, match="no adapter 'a' on this model; there are: none"),
+        tt.rows(model[0], ["a"]),
+    ):
+        pass
+    with tt.rows(nn.Sequential(model), ["a", "b"]):
+        torch.testing.assert_close(model(x), expected)
+        duplicate = copy.deepcopy(model)
+        both = duplicate(x)
+    torch.testing.assert_close(by_rows(duplicate, ["a", "b"], x), expected)
+    assert torch.equal(duplicate(x), both)
+
+
+def test_threads_with_different_rows() -> None:
+    """Rows hold for the thread that enters them, also where another thread has none."""
+    model = adapted(small(), "lora and superlora")
+    x = batch(size=4)
+    several: list[list[str | None] | None] = [NAMES, ["b", "b", None, "a"], None]
+    with torch.no_grad():
+        expected = [model(x) if names is None else alone(model, names, x) for names in several]
+    wrong: list[BaseException] = []
+
+    def work(names: list[str | None] | None, right: Any) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(10):
+                    found = model(x) if names is None else by_rows(model, names, x)
+                    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=one) for one in zip(several, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if wrong:
+        raise wrong[0]
+
+
+# -- Training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_inside(reentrant: bool) -> None:
+    model = adapted(nn.Sequential(nn.Sequential(nn.Linear(WIDTH, 4))), "lora", "all-linear")
+    x = batch(size=4).requires_grad_()
+    found = []
+    for run in (lambda x: model(x), lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        model.zero_grad()
+        with tt.rows(model, NAMES):
+            run(x).square().sum().backward()
+        found.append([parameter.grad.clone() for name in "ab" for parameter in tt.adapters(model)[name].parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_backward_outside_recomputes_nothing_else() -> None:
+    model = adapted(nn.Sequential(nn.Sequential(nn.Linear(WIDTH, 4))), "lora", "all-linear")
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Any) -> Any:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    model = adapted(Checkpointed(), "lora", "all-linear")
+    output = by_rows(model, NAMES, batch(size=4).requires_grad_())
+    with pytest.raises(RuntimeError, match=r"or rows\(\) left, between a forward pass with activation checkpointing"):
+        output.sum().backward()
+
+
+def test_dropout_in_training() -> None:
+    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora and superlora", "all-linear", dropout=0.5).train()
+    x = torch.randn(2, 1, WIDTH).expand(2, 4000, WIDTH)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = by_rows(model, ["a", "b"], x)
+        expected = by_rows(model.eval(), ["a", "b"], x)
+    error = found.std(1) / 4000**0.5
+    assert ((found.mean(1) - expected[:, 0]).abs() < 5 * error + 1e-6).all()
+    assert (error > 0).all()
+
+
+# -- Compiled programs ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@compiles_whole
+def test_a_compiled_model_runs_adapted_layers_outside_of_its_program() -> None:
+    """Correct, with any rows, and without compiling anew for other rows or other active adapters."""
+    model = adapted(
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4)), "lora and superlora", "all-linear"
+    )
+    activate(model, "a")
+    program = torch.compile(model, backend="aot_eager")
+    x = batch(size=4)
+    counts = []
+    with torch.no_grad():
+        before = program(x)
+        for names in (NAMES, ["b", "b", None, None], ["a"] * 4):
+            expected = alone(model, names, x)
+            with tt.rows(model, names):
+                torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(program(x), before)
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        activate(model, "b")
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counts[0] == counts[-1] == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with tt.rows(model, NAMES), pytest.raises(torch._dynamo.exc.Unsupported, match=r"tnadapt\.torch\.rows\(\) divides"):
+        whole(x)
+
+
+# -- Errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "text"),
+    [
+        (
+            "a",
+            tna.ConfigError,
+            r"rows\(\) needs a list with an adapter's name, or None, for each row of the batch; got 'a'",
+        ),
+        ([], tna.ConfigError, r"rows\(\) needs a list with an adapter's name"),
+        (["a", 3], tna.ConfigError, r"an entry of rows\(\) is an adapter's name or None; got 3"),
+        (["a", "c"], tna.TargetError, "no adapter 'c' on this model; there are: 'a', 'b', and None for the base"),
+    ],
+)
+def test_no_names(names: Any, error: type[Exception], text: str) -> None:
+    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
+    with pytest.raises(error, match=text), tt.rows(model, names):
+        pass
+
+
+def test_merged_and_disabled_adapters() -> None:
+    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
+    a, b = tt.adapters(model).values()
+    merged = r"adapter 'b' is merged into the base, and so into every row: unmerge\(\) it before rows\(\)"
+    b.merge()
+    with pytest.raises(tna.TargetError, match=merged):
+        by_rows(model, ["a", None], batch(size=2))
+    b.unmerge()
+    with tt.rows(model, ["a", None]):
+        b.merge()
+        with pytest.raises(tna.TargetError, match=merged):
+            model(batch(size=2))
+    b.unmerge()
+    with a.disabled(), pytest.raises(tna.TargetError, match=r"adapter 'a' is disabled, and rows\(\) names it"):
+        by_rows(model, ["a", None], batch(size=2))
+    with a.disabled():
+        torch.testing.assert_close(by_rows(model, ["b", None], batch(size=2)), alone(model, ["b", None], batch(size=2)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        (
+            (5, 3, WIDTH),
+            r"rows\(\) has 4 names, and 0 got an input of shape \(5, 3, 16\): its first dimension must be 4, or",
+        ),
+        ((8, 4, WIDTH), r"\(8, 4, 16\), whose first or second dimension could be the batch: .* for each of its 8 rows"),
+        ((WIDTH,), r"rows\(\) needs layers whose input has rows, and 0 got an input of shape \(16,\)"),
+    ],
+)
+def test_rows_that_do_not_fit(shape: tuple[int, ...], text: str) -> None:
+    model = adapted(nn.Sequential(nn.Linear(WIDTH, 4)), "lora", "all-linear")
+    with pytest.raises(tna.TargetError, match=text):
+        by_rows(model, NAMES, torch.randn(shape))
+    with pytest.raises(tna.TargetError, match=text):
+        by_rows(model, ["a"] * 4, torch.randn(shape))
+    # One name is for all rows, whatever their number.
+    assert by_rows(model, ["a"], torch.randn(8, 4, WIDTH)).shape == (8, 4, 4)
+
+
+def test_models_whose_rows_cannot_be_told_apart() -> None:
+    model = adapted(nn.Sequential(nn.MultiheadAttention(8, 2)), "lora")
+    with pytest.raises(tna.TargetError, match=r"0 has batch_first=False: .*0\.in_proj_weight sees, is not that of the"):
+        by_rows(model, ["a", "b"], torch.randn(2, 2, 8))
+    experts = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})
+    model = adapted(experts, "lora", "all-linear")
+    with (
+        pytest.raises(tna.TargetError, match=r"experts\.0\.weight belongs to experts, which see selected tokens"),
+        tt.rows(model, ["a", None]),
+    ):
+        pass
+
+
+def test_modules_that_keep_state_or_return_something_else() -> None:
+    class Reader(nn.Module):
+        """Reads its child's weight itself."""
+
+        def __init__(self, made: Any = None) -> None:
+            super().__init__()
+            self.inner, self.made = nn.Linear(WIDTH, 4), made
+
+        def forward(self, x: Any, cache: Any = None) -> Any:
+            y = nn.functional.linear(x, self.inner.weight)
+            return y if self.made is None else self.made(y)
+
+    x = batch(size=2)
+    model = adapted(Reader(), "lora", ["inner"])
+    torch.testing.assert_close(by_rows(model, ["a", "b"], x), alone(model, ["a", "b"], x))
+    text = r"Reader, around inner\.weight got a object, which may keep state"
+    with pytest.raises(tna.TargetError, match=text), tt.rows(model, ["a", "b"]):
+        model(x, object())
+    model = adapted(Reader(lambda y: {"y": y}), "lora", ["inner"])
+    with pytest.raises(tna.TargetError, match=r"cannot divide the output of Reader, around inner\.weight, a dict"):
+        by_rows(model, ["a", "b"], x)
+    model = adapted(Reader(lambda y: y.sum(0)), "lora", ["inner"])
+    with pytest.raises(tna.TargetError, match=r"of 1 rows it made a tensor of shape \(5, 4\)"):
+        by_rows(model, ["a", "b"], x)
