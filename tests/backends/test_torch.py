@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 import tnadapt as tna
+from tests.support.depth import in_depth
 from tnadapt.algebra.maps import KINDS, SQUARE
 from tnadapt.testing.strategies import plans
 
@@ -76,7 +77,11 @@ def test_first_step_gradients_are_not_zero(plan: tna.SuperLoRA) -> None:
 @pytest.mark.slow
 @pytest.mark.law("compile")
 @pytest.mark.parametrize(
-    "name", ["lora", "lonkr", "lorta", "cara", "F shuffle", "F linear", "F nonlinear_v2", "compacter"]
+    "name",
+    in_depth(
+        ["lora", "lonkr", "lorta", "cara", "F shuffle", "F linear", "F nonlinear_v2", "compacter"],
+        ["lonkr", "F linear", "compacter"],
+    ),
 )
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compile_in_one_graph_from_cold(name: str) -> None:

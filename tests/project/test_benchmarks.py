@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from tests.conftest import BENCHMARKS
+from tests.support.depth import in_depth
 
 pytest.importorskip("torch")
 
@@ -32,7 +33,7 @@ def test_every_part_is_tried(scripts: ModuleType) -> None:
     assert tuple(scripts.PARTS) == PARTS
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", in_depth(PARTS, ("fwht", "fastfood", "steps", "strategies", "memory")))
 def test_a_part_runs_and_its_contestants_agree(part: str) -> None:
     command = [sys.executable, str(BENCHMARKS / "fast.py"), part, "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -20,6 +20,7 @@ from torch import nn  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 
 from .small import Separate, batch, compiles_whole, small, stir  # noqa: E402
 
@@ -733,7 +734,13 @@ asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tens
 @pytest.mark.law("compile")
 @compiles_whole
 @asks_for_grad
-@pytest.mark.parametrize("variant", ["default", "lora", "lorta", "superlora linear", "superlora nonlinear", "dense"])
+@pytest.mark.parametrize(
+    "variant",
+    in_depth(
+        ["default", "lora", "lorta", "superlora linear", "superlora nonlinear", "dense"],
+        ["default", "lora", "superlora nonlinear"],
+    ),
+)
 def test_compiled_whole_is_eager(variant: str) -> None:
     model, adapter = attached(variant)
     stir(adapter)

@@ -15,6 +15,7 @@ from tnadapt.sources import FromBase, Given, Scaled, Seeded, Tied  # noqa: E402
 
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 
 P = tna.presets
 GIVEN = {"group0.split0.factor0": np.random.default_rng(0).normal(size=(16, 2))}
@@ -184,7 +185,10 @@ def test_activation_checkpointing(name: str, reentrant: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["tinylora", "unilora", "tied_lora", "lora_xs", "θ by index", "θ by matrix"])
+@pytest.mark.parametrize(
+    "name",
+    in_depth(["tinylora", "unilora", "tied_lora", "lora_xs", "θ by index", "θ by matrix"], ["tinylora", "tied_lora"]),
+)
 def test_compiled(name: str) -> None:
     torch.compiler.reset()
     base, adapter = trained(name)

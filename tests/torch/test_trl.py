@@ -20,6 +20,7 @@ from peft import PeftModel, get_peft_model  # noqa: E402
 
 import tnadapt.torch as tt  # noqa: E402
 import tnadapt.torch.peft as plugin  # noqa: E402
+from tests.support.depth import in_depth  # noqa: E402
 from tnadapt import presets  # noqa: E402
 
 from . import tiny_language_model  # noqa: E402
@@ -127,7 +128,9 @@ def test_dpo_starts_at_log_2(preset: str, tokenizer: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.law("trl-reference")
-@pytest.mark.parametrize("preset", presets.__all__)
+@pytest.mark.parametrize(
+    "preset", in_depth(presets.__all__, ("lora", "superlora", "dora", "tinylora", "vera", "fourierft"))
+)
 def test_grpo_starts_without_divergence(preset: str, tokenizer: Any, tmp_path: Path) -> None:
     model = trained(preset)
     before = tt.adapters(model)["default"].arrays()
