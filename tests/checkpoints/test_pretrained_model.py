@@ -85,6 +85,17 @@ def test_which_names_are_folders(name: str, local: bool) -> None:
     assert Pretrained(name).local is local
 
 
+@pytest.mark.parametrize(
+    ("name", "remote"),
+    [
+        ("user/bert", False), ("hf-hub:user/vit", False), ("/a/b", False), ("C:\\b", False), ("local-dir:/a", False),
+        ("\\\\host\\share", True), ("//host/share", True), ("https://host/bert", True), ("file:/a", True),
+    ],
+)  # fmt: skip
+def test_which_names_are_elsewhere(name: str, remote: bool) -> None:
+    assert Pretrained(name).remote is remote
+
+
 @pytest.mark.law("file-bytes")
 def test_a_file_without_it_has_not_changed(tmp_path: Path) -> None:
     recipe = recipe_of(written(tmp_path, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -130,6 +131,21 @@ def test_info_prints_what_there_is(base: Path, tmp_path: Path) -> None:
         assert words in done.stdout, words
     assert "layers.1.self_attn.q_proj.weight" in run("info", tmp_path / "adapter.safetensors", "--all").stdout
     assert json.loads(run("info", tmp_path / "adapter.safetensors", "--json").stdout)["parameters"] == 60
+    # What it records of its base model, as text that cannot move the cursor.
+    about = tna.Pretrained(
+        "user/base", "0a1b", task="text-classification", labels=["no", "y\x1b[1mes", *"abcdefg"],
+        settings={"problem_type": "single_label_classification"}, inputs={"max_length": 16},
+    )  # fmt: skip
+    file = tna.load(tmp_path / "adapter.safetensors")
+    tna.save(tmp_path / "about.safetensors", dataclasses.replace(file, pretrained=about))
+    done = run("info", tmp_path / "about.safetensors")
+    assert {
+        "pretrained user/base, revision 0a1b, transformers",
+        "task text-classification",
+        r"labels 9: no, y\x1b[1mes, a, b, c, d and 3 more",
+        'settings problem_type="single_label_classification", max_length=16',
+    } <= {" ".join(line.split()) for line in done.stdout.splitlines()}
+    assert json.loads(run("info", tmp_path / "about.safetensors", "--json").stdout)["pretrained"] == about.to_dict()
     done = run("info", base)
     assert "a checkpoint of" in done.stdout
     assert "model-00001-of-00002.safetensors" in done.stdout

@@ -230,9 +230,17 @@ def test_no_task_and_no_name(bert: Path, tmp_path: Path) -> None:
     assert refusal(tmp_path).endswith("it does not name its base model: give base= with a folder, a name or a model")
 
 
+def test_an_address_that_only_the_file_names_is_not_opened(bert: Path, tmp_path: Path) -> None:
+    _, adapter = adapted(bert)
+    adapter.pretrained = dataclasses.replace(adapter.pretrained, name="\\\\host\\share")
+    adapter.save_pretrained(tmp_path)
+    assert "an address or network share, which is not opened because a file says so: give base=" in refusal(tmp_path)
+    tt.load_pretrained(tmp_path, base=bert)
+
+
 def test_paths_that_are_not_there(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path}: this folder has no adapter.safetensors, which save_pretrained writes"
-    for name in ("./missing", "missing.safetensors", tmp_path / "missing"):
+    for name in ("./missing", "missing", "user/missing.safetensors", tmp_path / "missing"):
         assert "there is no such file or folder; a name on the hub is like 'user/my-adapter'" in refusal(name)
 
 
@@ -300,6 +308,31 @@ def test_the_task_is_that_of_the_class(bert: Path, kind: str, task: str) -> None
     assert tt.attach(model).pretrained.task == task
 
 
+def test_timm_reads_safetensors_alone_of_what_a_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    asked = list[dict[str, Any]]()
+
+    def recorded(name: str, **settings: Any) -> Any:
+        asked.append({"name": name, **settings})
+        raise OSError("offline")
+
+    monkeypatch.setattr(timm, "create_model", recorded)
+    adapter = tt.attach(small())
+    for name in ("hf-hub:user/vit", f"local-dir:{tmp_path}"):
+        adapter.pretrained = tna.Pretrained(name, library="timm", task="image-classification", labels=["a", "b"])
+        adapter.save_pretrained(tmp_path)
+        said = refusal(tmp_path)
+    assert said.endswith(f"'local-dir:{tmp_path}' is no folder here with model.safetensors: give base= with timm's "
+                         "name of a model, or a model")  # fmt: skip
+    assert "offline; give base=" in refusal(tmp_path, base=f"local-dir:{tmp_path}")
+    assert asked == [
+        {"name": "hf-hub:user/vit", "pretrained": True, "num_classes": 2,
+         "pretrained_cfg_overlay": {"hf_hub_filename": "model.safetensors"}},
+        {"name": f"local-dir:{tmp_path}", "pretrained": True, "num_classes": 2},
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_a_timm_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     create = timm.create_model

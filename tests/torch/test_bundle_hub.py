@@ -188,8 +188,9 @@ def test_messages(base: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
         "Client Error.; check the name, the network and the token, or give a folder"
     )
     _, adapter = adapted(base)
-    with pytest.raises(TnadaptError, match=r"repo_id must be like 'user/my-adapter'; got 'a/b/c'"):
-        adapter.push_to_hub("a/b/c")
+    for name in ("a/b/c", "mine", "../mine"):
+        with pytest.raises(TnadaptError, match=r"repo_id must be like 'user/my-adapter'; got "):
+            adapter.push_to_hub(name)
 
     def offline(*_: Any, **__: Any) -> None:
         raise OSError("Cannot reach https://hub: offline mode is enabled.")

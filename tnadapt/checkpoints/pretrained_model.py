@@ -45,6 +45,8 @@ TASKS: Mapping[str, PretrainedTask] = {
     "token-classification": PretrainedTask("AutoModelForTokenClassification", "AutoTokenizer", True),
     "question-answering": PretrainedTask("AutoModelForQuestionAnswering", "AutoTokenizer"),
     "multiple-choice": PretrainedTask("AutoModelForMultipleChoice", "AutoTokenizer"),
+    # Before text generation, whose class builds some of these models, too.
+    "image-text-to-text": PretrainedTask("AutoModelForImageTextToText", "AutoProcessor"),
     "text-generation": PretrainedTask("AutoModelForCausalLM", "AutoTokenizer"),
     "text2text-generation": PretrainedTask("AutoModelForSeq2SeqLM", "AutoTokenizer"),
     "fill-mask": PretrainedTask("AutoModelForMaskedLM", "AutoTokenizer"),
@@ -55,7 +57,6 @@ TASKS: Mapping[str, PretrainedTask] = {
     "audio-classification": PretrainedTask("AutoModelForAudioClassification", "AutoFeatureExtractor", True),
     "speech-seq2seq": PretrainedTask("AutoModelForSpeechSeq2Seq", "AutoProcessor"),
     "speech-ctc": PretrainedTask("AutoModelForCTC", "AutoProcessor"),
-    "image-text-to-text": PretrainedTask("AutoModelForImageTextToText", "AutoProcessor"),
     "feature-extraction": PretrainedTask("AutoModel", "AutoTokenizer"),
 }
 
@@ -155,6 +156,11 @@ class Pretrained:
     def local(self) -> bool:
         """Whether the name is the path of a folder rather than a name on the hub."""
         return bool(re.match(r"local-dir:|[/.~]|[A-Za-z]:|.*\\", self.name)) or self.name.count("/") > 1
+
+    @property
+    def remote(self) -> bool:
+        """Whether the name is an address or a network share, neither on the hub nor in a folder of this machine."""
+        return re.match(r"[/\\]{2}|(?!local-dir:|hf-hub:)\w[\w+.-]+:", self.name) is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values that differ from the defaults, as JSON-compatible values."""

@@ -141,6 +141,11 @@ def _about(file: AdapterFile, base: str | os.PathLike[str] | nn.Module | None) -
             f"it does not say what its base model is, only its class {safe_repr(file.model)}: give base= with the model"
         )
     if base is None:
+        if file.pretrained.remote:
+            raise FileError(
+                f"it names as its base {safe_repr(file.pretrained.name)}, an address or network share, which is "
+                "not opened because a file says so: give base= with it"
+            )
         return file.pretrained
     about, name = file.pretrained, os.fspath(base)
     if name.endswith(".gguf") and os.path.isfile(name):

@@ -25,7 +25,7 @@ _PROCESSOR_PATTERNS = [
     "*.model", "*.jinja",
 ]  # fmt: skip
 
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def is_repository(where: str | os.PathLike[str]) -> bool:
@@ -33,8 +33,7 @@ def is_repository(where: str | os.PathLike[str]) -> bool:
     name = os.fspath(where)
     if not isinstance(name, str) or isinstance(where, os.PathLike) or os.path.exists(name):
         return False
-    written = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
-    return not written and _REPOSITORY.fullmatch(name) is not None
+    return _REPOSITORY.fullmatch(name) is not None and not name.endswith(".safetensors")
 
 
 def adapter_path(where: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:

@@ -16,6 +16,7 @@ from .model_library import BuildOptions, ModelLibrary, missing, quiet_loggers, r
 
 __all__ = ["TimmModels"]
 
+_WEIGHTS = "model.safetensors"
 _WAY = "give base= with timm's name of a model, or a model"
 
 
@@ -54,6 +55,8 @@ class TimmModels(ModelLibrary):
             settings["num_classes"] = len(about.labels)
         if "img_size" in settings:
             settings["img_size"] = tuple(settings["img_size"])
+        if not options.trusted:
+            settings |= _without_pickles(about.name)
         with (
             refusing(f"cannot load its base model {safe_repr(about.name)} through timm", _WAY),
             quiet_loggers("timm", "huggingface_hub"),
@@ -90,6 +93,14 @@ def _imported() -> Any:
     except ImportError:
         raise missing("timm") from None
     return timm
+
+
+def _without_pickles(name: str) -> dict[str, Any]:
+    """Return settings with which timm reads safetensors alone from a repository or folder; refuse a folder without."""
+    source, _, place = name.partition(":")
+    if source == "local-dir" and not Path(place, _WEIGHTS).is_file():
+        raise FileError(f"its base model {safe_repr(name)} is no folder here with {_WEIGHTS}: {_WAY}")
+    return {"pretrained_cfg_overlay": {"hf_hub_filename": _WEIGHTS}} if source == "hf-hub" else {}
 
 
 def _pretrained_config(name: str) -> dict[str, Any]:
