@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 import tnadapt as tna  # noqa: E402
 import tnadapt.torch as tt  # noqa: E402
 from tnadapt.errors import FileError, TnadaptError  # noqa: E402
+from tnadapt.torch._bundle.model_card import model_card  # noqa: E402
 
 from .small import small, stir  # noqa: E402
 
@@ -392,6 +393,23 @@ def test_the_card(bert: Path, tmp_path: Path) -> None:
         adapter.save_pretrained(tmp_path, metrics={"accuracy": "high"})
     with pytest.raises(tna.ConfigError, match="tokenizer and processor must have save_pretrained"):
         adapter.save_pretrained(tmp_path, tokenizer="bert")
+
+
+def test_a_card_of_several_configs_and_of_a_long_one(tmp_path: Path) -> None:
+    model = small()
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    first, second = names[:2]
+    tt.attach(model, {first: tna.presets.lora(2), second: tna.presets.superlora(3)}).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| Config | `rank=2` for 1 weight |\n" in card
+    assert '| Config | `rank=3`, `groups=1`, `fold="hypercube"` for 1 weight |\n' in card
+    file = tna.load(tmp_path / "adapter.safetensors")
+    config = tna.Config(rank=1, groups=[[number] for number in range(99)], fold="hypercube")
+    targets = [tna.Target(f"layer{number}", (2, 2), "q") for number in range(99)]
+    arrays = tna.SuperLoRA(config, [(2, 2)] * 99).init()
+    card = model_card(dataclasses.replace(file, config=config, targets=targets, arrays=arrays, trained=None), "x", {})
+    assert "`groups=[[0], [1], [2]," in card
+    assert max(map(len, card.splitlines())) < 400
 
 
 def test_a_card_tells_no_path_of_this_machine(bert: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tnadapt.algebra.config import Config
 from tnadapt.checkpoints.adapter_file import AdapterFile
@@ -20,6 +21,8 @@ __all__ = ["checked_metrics", "model_card", "write_card"]
 _MARK = re.compile(r"\n<!-- tnadapt wrote this: ([0-9a-f]{16}) -->\n\Z")
 #: Labels that a card lists.
 _LISTED = 20
+# Letters of a setting, such as explicit groups.
+_LONG = 200
 #: The hub's names of tasks that differ from those here.
 _HUB_TASKS = {"speech-seq2seq": "automatic-speech-recognition", "speech-ctc": "automatic-speech-recognition"}
 
@@ -93,14 +96,11 @@ def _what(file: AdapterFile, about: Pretrained) -> Iterator[str]:
     yield ""
     roles = ", ".join(dict.fromkeys(target.role for target in file.targets))
     names = [target.name for target in file.targets]
-    usual = Config().to_dict()
-    config = {name: value for name, value in file.config.to_dict().items() if value != usual.get(name)}
-    config = {"rank": file.config.rank, **{k: v for k, v in config.items() if k != "weight_shape"}}
     listed = ", ".join(f"`{name}` … `{names[-1]}`" if len(names) > 1 else f"`{name}`" for name in names[:1])
     rows = [
         ("Trained parameters", f"{file.num_parameters:,} {file.dtype}"),
         ("Updated weights", f"{pluralize(len(names), 'weight')} ({roles}): {listed}"),
-        ("Config", ", ".join(f"`{name}={json.dumps(value)}`" for name, value in config.items())),
+        *_configs(file.config.to_dict()),
     ]
     if file.kept:
         kept = [f"`{_text(name)}`" for name in file.kept]
@@ -108,6 +108,22 @@ def _what(file: AdapterFile, about: Pretrained) -> Iterator[str]:
     if about.task:
         rows.append(("PretrainedTask", about.task))
     yield from _table(("", ""), rows)
+
+
+def _configs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Return a row for the config, or one for each of several."""
+    if "parts" not in settings:
+        yield "Config", _config(settings)
+    for own, weights in settings.get("parts", ()):
+        yield "Config", f"{_config(own)} for {pluralize(weights, 'weight')}"
+
+
+def _config(settings: dict[str, Any]) -> str:
+    """Return the settings that differ from the defaults, and the rank; long ones in part."""
+    usual = {**Config().to_dict(), "rank": None}
+    told = {name: json.dumps(value) for name, value in settings.items() if value != usual.get(name)}
+    told.pop("weight_shape", None)
+    return ", ".join(f"`{name}={text if len(text) <= _LONG else text[:_LONG] + ' …'}`" for name, text in told.items())
 
 
 def _base(about: Pretrained) -> str:
