@@ -289,3 +289,12 @@ def test_measures_of_a_composite_plan() -> None:
     params, report = tna.decompose([rng.normal(size=shape) for shape in shapes], config)
     assert params.keys() == plan.param_shapes.keys()
     assert report.groups[-1].error < 1e-6
+
+
+def test_verification_checks_every_part() -> None:
+    config = CompositeConfig([(P.lora(2), 1), (P.superlora(2, projection="linear", ratio=0.5), 2)])
+    report = tna.verify(config, [(8, 6)] * 3, backends=["numpy"])
+    assert report.holds
+    assert {law.subject for law in report.laws} == {"part 0", "part 1"}
+    with pytest.raises(tna.ShapeError, match="the configs of one adapter are for 3 weights; there are 2"):
+        tna.verify(config, [(8, 6)] * 2, backends=["numpy"])

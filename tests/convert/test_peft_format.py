@@ -81,31 +81,59 @@ def test_what_peft_saved_gives_its_updates(name: str, tmp_path: Path) -> None:
         assert error(ours[path], delta) <= TOLERANCE, path
 
 
-def test_lokr_of_several_sizes_is_stored_dense(tmp_path: Path) -> None:
+def test_lokr_of_several_sizes_has_several_configs(tmp_path: Path) -> None:
     expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=9, alpha=3, target_modules=ALL), BOTH)
     found = tna.convert(tmp_path / "theirs", base=BOTH)
     assert found.file is not None
-    assert found.file.config.format == "dense"
-    assert "stored dense, as one config cannot say" in str(found)
+    assert isinstance(found.file.config, tna.CompositeConfig)
+    assert {part.config.splits for part in found.file.config.parts} == {1, 2}
+    assert found.notes == ()
+    assert found.parameters[0] == found.parameters[1]
     for path, delta in expected.items():
         # That of the one-dimensional convolution is PEFT's own, which multiplies other axes than LyCORIS.
         assert error(updates(found.file)[path], delta) <= TOLERANCE, path
-    without = [target for target in found.file.targets if target.module != "stem.line"]
-    places = [found.file.targets.index(target) for target in without]
-    arrays = {
-        f"group{new}.split0.dense": found.file.arrays[f"group{old}.split0.dense"] for new, old in enumerate(places)
-    }
-    file = tna.AdapterFile(found.file.config, without, arrays)
+
+
+def test_dense_updates_of_lokr_are_found_again(tmp_path: Path) -> None:
+    shapes = {path: shape for path, shape in BOTH.items() if path != "stem.line"}
+    expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=9, alpha=3, target_modules=ALL[:-1]), shapes)
+    factors = tna.convert(tmp_path / "theirs", base=shapes).file
+    assert factors is not None
+    arrays = {f"group{number}.split0.dense": delta.reshape(-1) for number, delta in enumerate(factors.deltas())}
+    file = tna.AdapterFile(tna.presets.dense(), factors.targets, arrays)
     with pytest.raises(tna.ConfigError, match=r"not exactly LoKr: give rank="):
         tna.convert(file, to="peft-lokr")
     again = tna.convert(file, tmp_path / "again", to="peft-lokr", rank=9)
     assert again.exact  # found again, by the nearest Kronecker product
     assert again.error <= TOLERANCE
-    check_loaded(tmp_path / "again", {target.module: expected[target.module] for target in without})
+    check_loaded(tmp_path / "again", expected)
+
+
+def test_rank_and_alpha_patterns_are_configs_of_their_own(tmp_path: Path) -> None:
+    patterns = {"q_proj": 5, "^stem.conv": 3}
+    settings = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=ALL, rank_pattern=patterns, alpha_pattern={"q_proj": 5}
+    )
+    expected = theirs(tmp_path / "theirs", settings, BOTH)
+    file = tna.convert(tmp_path / "theirs", base=BOTH).file
+    assert file is not None
+    found = {}
+    for config, targets in file.config.split(file.targets):
+        found |= {target.module: (config.rank, config.scale) for target in targets}
+    for path in expected:
+        special = (5, 1.0) if path.endswith("q_proj") else (3, 4 / 3) if path == "stem.conv" else (2, 2.0)
+        assert found[path] == special
+    # As many numbers as PEFT has, none of them a padding of zeros.
+    assert file.num_parameters == sum(rank * sum(delta.shape) for (rank, _), delta in zip(
+        (found[target.module] for target in file.targets), file.deltas(), strict=True
+    ))  # fmt: skip
+    back = tna.convert(file, tmp_path / "back", to="peft-lora")
+    assert (back.exact, back.config["r"]) == (True, 2)
+    check_loaded(tmp_path / "back", expected)
 
 
 def test_lokr_of_several_sizes_goes_straight_to_the_other_library(tmp_path: Path) -> None:
-    """What one config cannot say need not be said where the file is never ours."""
+    """The factors are those of the file."""
     shapes = {path: shape for path, shape in BOTH.items() if path != "stem.line"}
     expected = theirs(tmp_path / "theirs", peft.LoKrConfig(r=2, alpha=3, target_modules=ALL[:-1]), shapes)
     for to in ("peft-lokr", "lycoris-lokr", "lycoris-full"):

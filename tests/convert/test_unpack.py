@@ -264,7 +264,8 @@ def test_ranks_and_scales_that_differ_keep_the_update(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "kohya.safetensors")
     file = tna.convert(tmp_path / "kohya.safetensors", base=list(deltas)).file
     assert file is not None
-    assert (file.config.rank, file.config.alpha) == (3, None)
+    parts = [(config.rank, config.alpha, len(targets)) for config, targets in file.config.split(file.targets)]
+    assert parts == [(2, 4.0, 1), (3, 1.0, 1), (1, None, 1)]
     for path, delta in updates(file).items():
         assert error(delta, deltas[path]) <= 1e-14
 

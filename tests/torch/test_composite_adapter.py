@@ -339,3 +339,14 @@ def test_a_composite_config_needs_targets_in_its_order() -> None:
     targets = [tna.Target("head", (3, WIDTH)), tna.Target("blocks.1.q_proj", (WIDTH, WIDTH))]
     adapter = tt.attach(small(), config, targets)
     assert [np.prod(array.shape) for array in adapter.parameters()] == [3, WIDTH, WIDTH * WIDTH]
+
+
+def test_a_peft_config_has_one_config() -> None:
+    pytest.importorskip("peft")
+    from tnadapt.torch.peft import TnadaptConfig, register
+
+    register()
+    with pytest.raises(
+        tna.ConfigError, match="settings of a PEFT config are those of one config, for all of its weights"
+    ):
+        TnadaptConfig(settings=CompositeConfig([(P.lora(2), 1), (P.lora(3), 1)]))

@@ -22,10 +22,11 @@ from ._base_numbers import with_base_arrays
 from ._conversion import Conversion, check_free
 from ._file_format import KINDS, FileFormat
 from ._files import StoredFiles
+from ._join import join
 from ._lycoris_format import LycorisFormat
 from ._nearest import ExportSpec, choose
 from ._peft_format import PeftFormat
-from ._unpack import Module, Unpacked, join, modules_of
+from ._unpack import Module, Unpacked, modules_of
 from ._updates import ModuleUpdate, check_range, errors_of, is_rounding, low_rank_norms, narrow, norms_of, round_to
 
 __all__ = ["forms", "register_file_format", "run"]
@@ -265,9 +266,9 @@ def _read_foreign(name: str, files: StoredFiles, base: Base | None, part: str | 
         count = sum(update.num_parameters for update in updates)
     if adapter.file is not None:
         return ConvertedFrom(kind, adapter.file, count, adapter.notes, updates)
-    file, notes = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
+    file, updates = join(adapter.updates, adapter.dtype, adapter.kept, adapter.kept_dtypes, adapter.model)
     file = with_application(file, adapter.application, adapter.dtype)
-    return ConvertedFrom(kind, file, count, (*adapter.notes, *notes), updates)
+    return ConvertedFrom(kind, file, count, adapter.notes, updates)
 
 
 def _from_own(file: AdapterFile, known: Base | None, base: Any) -> ConvertedFrom:

@@ -1,7 +1,7 @@
-"""Unpack an adapter file into one update per module, in the forms of other libraries, and join updates into a file.
+"""Unpack an adapter file into one update per module, in the forms of other libraries.
 
-PEFT and LyCORIS adapt whole modules, each with LoRA, LoKr or LoHa. A file of this library has one config for all of its
-targets, and a target may consist of some rows of a fused weight.
+PEFT and LyCORIS adapt whole modules, each with LoRA, LoKr or LoHa. In a file of this library, a target may consist of
+some rows of a fused weight.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tnadapt.algebra.config import Config
-from tnadapt.algebra.folding import kronecker_sizes
 from tnadapt.algebra.network import Network
 from tnadapt.backends import load_backend
 from tnadapt.checkpoints.adapter_file import AdapterFile
@@ -21,12 +19,9 @@ from tnadapt.targets.roles import natural
 from tnadapt.targets.target import Target
 
 from ._slices import low_rank_slice
-from ._updates import Float, ModuleUpdate, Pair, alpha_of, as_matrix, narrow
+from ._updates import Float, ModuleUpdate, Pair, as_matrix
 
-__all__ = ["Module", "TargetUpdate", "Unpacked", "join", "modules_of"]
-
-# Above this, factoring a side evenly takes too long to be worth a shorter config.
-_MAX_BALANCED = 1 << 20
+__all__ = ["Module", "TargetUpdate", "Unpacked", "modules_of"]
 
 
 # -- Unpacking: the update of one target ---------------------------------------------------------
@@ -259,7 +254,7 @@ def modules_of(file: AdapterFile) -> list[Module]:
     return found
 
 
-# -- Joining: one file from many updates ---------------------------------------------------------
+# -- Updates of another library ------------------------------------------------------------------
 
 
 class TargetUpdate(NamedTuple):
@@ -273,112 +268,3 @@ class TargetUpdate(NamedTuple):
 
     target: Target
     update: ModuleUpdate
-
-
-def join(
-    found: Sequence[TargetUpdate],
-    dtype: str,
-    kept: Mapping[str, np.ndarray],
-    dtypes: Mapping[str, str],
-    model: str = "",
-) -> tuple[AdapterFile, list[str]]:
-    """Join the updates of many weights into one adapter file, exactly; also return notes about it.
-
-    Parameters
-    ----------
-    found : sequence of TargetUpdate
-        At least one.
-    dtype : str
-        The dtype of the stored arrays if it represents all of their values; otherwise they are float32.
-    kept, dtypes, model
-        As in :class:`~tnadapt.AdapterFile`; ``dtypes`` are those of ``kept``.
-
-    Notes
-    -----
-    One config describes all weights. Factors are padded with zero columns to a common rank, differing scales are
-    multiplied into a factor, and a W1 or W2 of LoKr that is full in one weight and low-rank in another gets a form that
-    fits both. If forms or Kronecker sizes differ otherwise, every update is stored dense.
-    """
-    updates = [one.update for one in found]
-    config, notes = _common(updates), list[str]()
-    if config is None:
-        kinds = sorted({_described(update) for update in updates})
-        notes.append(f"stored dense, as one config cannot say {' and '.join(kinds[:4])}{' …' * (len(kinds) > 4)}")
-        updates = [ModuleUpdate("dense", update.shape, (update.delta(),)) for update in updates]
-        config = updates[0].config()
-    scales = [update.scale for update in updates]
-    assert isinstance(config.rank, int)
-    alpha = None if set(scales) == {1.0} else alpha_of(scales, config.rank)
-    if alpha is None:
-        updates = [update.absorb_scale() for update in updates]
-    config = config.replace(alpha=alpha)
-    arrays: dict[str, Float] = {}
-    for number, update in enumerate(updates):
-        own = _conform(update, config).arrays()
-        arrays |= {f"group{number}.{name}": array for name, array in own.items()}
-    stored, kinds_of = narrow(arrays, dtype)
-    file = AdapterFile(
-        config, [one.target for one in found], stored, kept=kept, dtypes={**dtypes, **kinds_of}, model=model
-    )
-    return file, notes
-
-
-def _described(update: ModuleUpdate) -> str:
-    if update.kind == "lokr":
-        return f"LoKr of W1 {update.parts[0].shape}"
-    return {"lora": "LoRA", "loha": "LoHa", "dense": "dense updates"}[update.kind]
-
-
-def _common(updates: Sequence[ModuleUpdate]) -> Config | None:
-    """Return the common config of all updates after padding, or None."""
-    if len({update.kind for update in updates}) > 1:
-        return None
-    rank = max(update.rank for update in updates)
-    config = updates[0].config()
-    if updates[0].kind != "lokr":
-        return config.replace(rank=rank)
-    size = _split_size(updates)
-    if size is None:
-        return None
-    firsts, lasts = ([update.parts[place] for update in updates] for place in (0, 1))
-    if not any(isinstance(last, Pair) for last in lasts):
-        return config.replace(rank=1, split_size=size, leading="dense", format="dense")
-    same = all(isinstance(first, Pair) for first in firsts)
-    rank = max(_factored(last).rank for last in lasts)
-    if same:
-        rank = max(rank, *(first.rank for first in firsts if isinstance(first, Pair)))
-    return config.replace(rank=rank, split_size=size, leading="same" if same else "dense", format="cp")
-
-
-def _split_size(updates: Sequence[ModuleUpdate]) -> str | int | tuple[int, ...] | None:
-    """Return the shortest ``split_size`` that gives every update its sizes, or None."""
-    first = updates[0].parts[0].shape
-    small = max(side for update in updates for side in update.shape) <= _MAX_BALANCED
-    candidates: list[str | int | tuple[int, ...]] = ["balanced"] if small else []
-    candidates += [first[0]] if len(set(first)) == 1 else []
-    candidates.append(first)
-    for size in candidates:
-        if all(kronecker_sizes(update.shape, 2, size) == [part.shape for part in update.parts] for update in updates):
-            return size
-    return None
-
-
-def _factored(part: Pair | Float) -> Pair:
-    """Return a full matrix as an exact Pair: the matrix and an identity."""
-    if isinstance(part, Pair):
-        return part
-    rows, cols = part.shape
-    return Pair(part, np.eye(cols)) if cols <= rows else Pair(np.eye(rows), part.T)
-
-
-def _conform(update: ModuleUpdate, config: Config) -> ModuleUpdate:
-    """Return an update with its parts in the form that a common config requires."""
-    if update.kind == "dense":
-        return update
-    parts = list(update.parts)
-    if update.kind == "lokr":
-        parts[0] = as_matrix(parts[0]) if config.leading == "dense" else parts[0]
-        parts[1] = _factored(parts[1]) if config.format == "cp" else as_matrix(parts[1])
-    assert isinstance(config.rank, int)
-    rank = config.rank
-    return update._replace(parts=tuple(part.padded(rank) if isinstance(part, Pair) else part for part in parts))

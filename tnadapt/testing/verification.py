@@ -104,8 +104,9 @@ def verify(
     Parameters
     ----------
     config : Config, optional
-        The config to check. If None, the draws, the products, fwht and F of the library, every preset of
-        :mod:`tnadapt.presets` against the formula of its method, and every start.
+        The config to check; of a :class:`tnadapt.CompositeConfig` every part, on its own of the shapes. If None, the
+        draws, the products, fwht and F of the library, every preset of :mod:`tnadapt.presets` against the formula of
+        its method, and every start.
     shapes : sequence of (rows, cols), optional
         Shapes of the weights for ``config``; ``[(12, 8), (12, 8), (8, 12)]`` by default. A projection is compared with
         its dense matrix, so use at most a few thousand elements per group.
@@ -154,7 +155,8 @@ def verify(
     seed = integer("seed", seed, 0, (1 << 64) - 1, ConfigError)
     where = shapes if shapes is not None else ((12, 8), (12, 8), (8, 12))
     if config is not None:  # before the libraries are imported, which takes longer
-        checkable(config, where, layers, roles)
+        for _, own, weights, keys, own_roles in _parts(config, where, layers, roles):
+            checkable(own, weights, keys, own_roles)
     names, absent = _usable(backends)
     tell = progress or (lambda line: None)
     found: list[Law] = []
@@ -164,7 +166,8 @@ def verify(
             rng = np.random.default_rng(seed)
             tell(f"{name}: {'the operations' if config is None else 'the config'}")
             if config is not None:
-                found += of_config("config", config, where, layers, backend, rng, roles)
+                for label, own, weights, keys, own_roles in _parts(config, where, layers, roles):
+                    found += of_config(label, own, weights, keys, backend, rng, own_roles)
                 continue
             found += of_library(backend, rng)
             for label, (example, weights) in {**examples(), **_starts()}.items():
@@ -226,6 +229,22 @@ def _starts() -> dict[str, tuple[Config, list[tuple[int, int]]]]:
         for name in STARTS.built_in
         if STARTS[name].subtracts
     }
+
+
+Keys = Sequence[Hashable] | None
+
+
+def _parts(
+    config: Config, shapes: Sequence[tuple[int, int]], layers: Keys, roles: Keys
+) -> Iterator[tuple[str, Config, Sequence[tuple[int, int]], Keys, Keys]]:
+    """Yield each config of an adapter with a label, and its own of the weights."""
+    parts = config.split(range(len(shapes)))
+    if len(parts) == 1:
+        yield "config", config, shapes, layers, roles
+        return
+    for number, (own, places) in enumerate(parts):
+        keys = [None if given is None else [given[place] for place in places] for given in (layers, roles)]
+        yield f"part {number}", own, [shapes[place] for place in places], keys[0], keys[1]
 
 
 def _usable(wanted: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from tnadapt.algebra import presets
+from tnadapt.algebra.composite import CompositeConfig
 from tnadapt.algebra.config import Config
 from tnadapt.algebra.starting_points import starting_point
 from tnadapt.errors import ConfigError, UnexpectedKeywordError, safe_repr
@@ -283,6 +284,11 @@ def _settings(preset: Any, settings: Any) -> dict[str, Any]:
     if preset is None:
         if settings is None:
             return presets.superlora(rank=8).to_dict()
+        if isinstance(settings, CompositeConfig):
+            raise ConfigError(
+                "settings of a PEFT config are those of one config, for all of its weights: add a PEFT adapter for "
+                "each, or use tnadapt.torch.attach, which takes a mapping of patterns to configs"
+            )
         return (settings if isinstance(settings, Config) else Config.from_dict(settings)).to_dict()
     if preset not in presets.__all__:
         raise ConfigError(f"preset must be one of {', '.join(presets.__all__)}; got {safe_repr(preset)}")
