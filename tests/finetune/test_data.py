@@ -169,7 +169,9 @@ def test_no_such_file(name: str) -> None:
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"expected a \.csv, \.tsv or \.npz file, or a folder of images"):
+    with pytest.raises(
+        FileError, match=r"expected a \.csv, \.tsv, \.jsonl, \.json or \.npz file, or a folder of images"
+    ):
         read(write(tmp_path / "a.txt", "text"))
 
 

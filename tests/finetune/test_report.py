@@ -54,7 +54,7 @@ def test_the_rate_is_chosen_by_validation_whatever_the_test_says() -> None:
         record(LORA, 0.2, 1, 0.84, 0.99),
     )  # fmt: skip
     (point,) = points_of(records, [LORA], [0.1, 0.2], range(2))
-    assert (point.rate, point.test, point.accuracy) == (0.1, (0.1, 0.3), 0.2)
+    assert (point.rate, point.test, point.score) == (0.1, (0.1, 0.3), 0.2)
     assert point.spread == pytest.approx(0.1414213)
 
 

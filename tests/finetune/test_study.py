@@ -357,6 +357,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path
         fit(
             model,
             lambda model, x: problem.logits(model, x) * float("nan"),
+            problem.task,
             problem.parts["training"],
             list(model.parameters()),
             Schedule(0.1),
@@ -370,7 +371,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_its_step(cache: Path
 
 
 def test_texts_of_like_length_share_a_batch(cache: Path) -> None:
-    from tnadapt.finetune.loop import _batches
+    from tnadapt.finetune.loop import batches as _batches
 
     part = open_problem(spec(cache)).parts["training"]
     part.lengths = torch.arange(len(part.labels)).flip(0)

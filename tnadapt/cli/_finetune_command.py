@@ -17,11 +17,12 @@ from ._printing import echo, echo_json
 from ._progress import reporter
 from ._settings import setting, word_or_number
 from ._tables import print_table
+from ._task_options import TASK_NAMES, ReportTo, check_options
 
 if TYPE_CHECKING:
-    from tnadapt.finetune import Outcome, Study
+    from tnadapt.finetune import Outcome, Point, Study
 
-__all__ = ["finetune_command"]
+__all__ = ["finetune_command", "job_package"]
 
 OWN = "Your own model and data"
 WHAT = "Compared methods"
@@ -51,12 +52,29 @@ def finetune_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A .csv of texts; a folder of images, one subfolder per class; an .npz; or a datasets name.",
+            help="A .csv or .jsonl of texts; a folder of images, one subfolder per class; an .npz; or a datasets name.",
             rich_help_panel=OWN,
         ),
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of texts.", rich_help_panel=OWN)] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels.", rich_help_panel=OWN)] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(TASK_NAMES)}; the one that is evident from the data by default.", rich_help_panel=OWN
+        ),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of texts, words or prompts.", rich_help_panel=OWN)
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of labels, numbers, tags or completions.", rich_help_panel=OWN)
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Between several labels of a text.", rich_help_panel=OWN)
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A folder or hub name, for a model without a tokenizer.", rich_help_panel=OWN),
+    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(min=1, max=4096, help="Pixels per side; the model's own by default.", rich_help_panel=OWN),
@@ -111,6 +129,10 @@ def finetune_command(
         int,
         typer.Option(min=0, help="Parallel trainings; 0: one per core for the digits, else 1.", rich_help_panel=HOW),
     ] = 0,
+    report_to: Annotated[
+        ReportTo,
+        typer.Option(help="Where transformers' Trainer reports the trainings of your own model.", rich_help_panel=HOW),
+    ] = ReportTo.NONE,
     pretrain_epochs: Annotated[
         int, typer.Option(min=1, help="Pretraining epochs of the small ViT for the digits.", rich_help_panel=HOW)
     ] = 60,
@@ -128,7 +150,7 @@ def finetune_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=WHERE)] = False,
 ) -> None:
-    """Adapt a pretrained model with several methods, and show accuracy against trainable parameters.
+    """Adapt a pretrained model with several methods, and show accuracy, or the task's metric, against parameters.
 
     With no arguments, a small vision transformer trained on the digits 0 to 4 learns 5 to 9, in two to four minutes on
     two cores. With --model and --data, it does the same for your own. Every method is trained at every learning rate
@@ -145,12 +167,15 @@ def finetune_command(
         "groups": groups and word_or_number(groups), "order": order, "splits": splits, "format": format,
         "fold": fold and word_or_number(fold), "projection": projection and word_or_number(projection), "ratio": ratio,
     }  # fmt: skip
+    own = {"task": task, "separator": separator, "tokenizer": tokenizer, "report-to": report_to.given}
+    check_options(own, model is not None or data is not None, report_to)
     changes = {name: value for name, value in changes.items() if value is not None} | dict(map(setting, settings or []))
-    job = _job()
+    job = job_package()
     digits = model is None and data is None
     usual = DIGITS if digits else OTHERS
     spec = job.Spec(
-        model=model, data=data, text_column=text_column, label_column=label_column, image_size=image_size,
+        model=model, data=data, task=task, separator=separator, tokenizer=tokenizer, text_column=text_column,
+        label_column=label_column, image_size=image_size,
         max_length=max_length, limit=limit, keep_trainable=tuple(keep_trainable or ()), cache=cache,
         pretrain_epochs=pretrain_epochs,
     )  # fmt: skip
@@ -160,7 +185,7 @@ def finetune_command(
     )  # fmt: skip
     training = job.Training(
         epochs=epochs or usual.epochs, batch=batch or usual.batch, device=job.usable_device(device),
-        targets="qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets),
+        targets="qv" if not targets else targets[0] if len(targets) == 1 else tuple(targets), report_to=report_to.value,
     )  # fmt: skip
     folder = out or Path("runs", "digits" if digits else f"{_word(model)}-{_word(data)}")
     try:
@@ -180,7 +205,14 @@ def finetune_command(
         raise typer.Exit(1)
 
 
-def _job() -> ModuleType:
+def job_package() -> ModuleType:
+    """Return tnadapt.finetune.
+
+    Raises
+    ------
+    TnadaptError
+        If a library that it needs is not installed.
+    """
     try:
         from tnadapt import finetune
     except ImportError as error:
@@ -234,6 +266,7 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
             "study": study.settings(),
             "points": [point.to_dict() for point in outcome.points],
             "best": best and {**best.to_dict(), "file": str(outcome.adapter), "proof": proof and proof._asdict()},
+            "control": outcome.control and outcome.control.to_dict(),
             "picture": outcome.picture and str(outcome.picture),
             "results": str(folder / "results.jsonl"),
         }
@@ -241,22 +274,39 @@ def _print_outcome(study: Study, outcome: Outcome, folder: Path, as_json: bool) 
         return
     from tnadapt.finetune.pareto_report import columns, rows_of
 
+    metric = study.problem.task.metric
     print_table(columns(len(study.seeds)), rows_of(outcome.points), right=(3, 4, 5, 6, 7))
-    echo("● Pareto front: no other has as few parameters and a better test accuracy. Each is shown at the rate that")
-    echo(f"  was best on the validation samples; each also trains {outcome.points[0].kept:,} parameters of the head.")
+    echo(f"● Pareto front: no other has as few parameters and a better test {metric.name}. Each is shown at the")
+    kept = outcome.points[0].kept
+    head = f"; each also trains {kept:,} parameters of the head" if kept else ""
+    echo(f"  rate that was best on the validation samples{head}.")
+    if metric.lower:
+        echo(f"  Validation and test: {metric.unit}.")
     echo(_sizes(study))
     if best is not None and proof is not None:
-        logits = f"logits within {proof.largest:.1g}" if proof.largest else "logits bitwise equal"
+        numbers = study.problem.task.numbers
+        logits = f"{numbers} within {proof.largest:.1g}" if proof.largest else f"{numbers} bitwise equal"
         echo(f"best adapter by validation: {best.method.name} ({best.parameters:,} parameters), {outcome.adapter}")
+        if more := _others(best):
+            echo(f"  test: {more}")
         echo(
             f"  loaded on a fresh base: {_same(proof.loaded_same)} on {proof.samples:,} test samples; merged: "
             f"{_same(not proof.merged_different, proof.merged_different)}, {logits}"
         )
+    if outcome.control is not None and outcome.control.warning is not None:
+        echo(f"warning: {outcome.control.warning}")
     echo(f"results: {folder / 'results.jsonl'}")
     if outcome.picture is None:
         echo("no picture: pip install 'tnadapt[plot]'")
     else:
         echo(f"picture: {outcome.picture}")
+
+
+def _others(best: Point) -> str:
+    """Return the other metrics of the best adapter, each the mean over seeds."""
+    found = [one.get("test_metrics", {}) for one in best.records]
+    means = {name: [one[name] for one in found if one[name] is not None] for name in found[0]}
+    return ", ".join(f"{name} {sum(some) / len(some):.4g}" for name, some in means.items() if some)
 
 
 def _same(same: bool, different: int | None = None) -> str:

@@ -121,5 +121,8 @@ def _told(task: Task) -> str:
 def _outcome(record: Mapping[str, Any]) -> str:
     if record["diverged"]:
         return "diverged"
-    told = f"{record['validation']:.1%}" if "validation" in record else f"loss {record['validation_loss']:.4f}"
+    if "metric" in record:
+        told = f"{record['metric']} {record['validation']:.4g}"
+    else:
+        told = f"{record['validation']:.1%}" if "validation" in record else f"loss {record['validation_loss']:.4f}"
     return f"validation {told}, {record['seconds']:.1f} s"

@@ -14,11 +14,13 @@ It prints nothing; progress goes to a :class:`Reporter`. Needs torch and ``pip i
 
 from ._budget import within
 from ._choice import Choice
+from ._prediction import Predictions, predict
 from ._problem_loading import open_problem
+from ._specification import Spec
 from ._study import Outcome, Reporter, Study
 from .grid import Method, default_methods
 from .pareto_report import Point, pareto_front
-from .problem import Problem, Spec
+from .problem import Problem
 from .training import Task, Training, usable_device
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Method",
     "Outcome",
     "Point",
+    "Predictions",
     "Problem",
     "Reporter",
     "Spec",
@@ -35,6 +38,7 @@ __all__ = [
     "default_methods",
     "open_problem",
     "pareto_front",
+    "predict",
     "usable_device",
     "within",
 ]

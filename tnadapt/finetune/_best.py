@@ -12,7 +12,7 @@ from tnadapt import torch as tnt
 
 from .loop import evaluate
 from .problem import Problem
-from .training import Training, predictions_digest
+from .training import Training
 
 __all__ = ["Proof", "prove"]
 
@@ -25,11 +25,11 @@ class Proof(NamedTuple):
     samples : int
         Number of test samples.
     loaded_same : bool
-        Whether the adapter, loaded from its file on a fresh base, predicts the same classes as the trained one.
+        Whether the adapter, loaded from its file on a fresh base, predicts the same as the trained one.
     merged_different : int
-        Number of samples for which the merged model predicts another class than the loaded one.
+        Number of samples for which the merged model predicts something else than the loaded one.
     largest : float
-        The largest difference in a logit between the two.
+        The largest difference in a logit between the two; of language models, in the loss of a token.
     """
 
     samples: int
@@ -70,12 +70,12 @@ def prove(problem: Problem, record: Mapping[str, Any], path: Path, training: Tra
     model = problem.build(record["seed"] + 1).to(where)
     adapter = tnt.load(model, path)
     part = problem.parts["test"]
-    loaded = evaluate(model, problem.logits, part, where, training.batch)
+    loaded = evaluate(model, problem.logits, problem.task, part, where, training.batch)
     adapter.merge()
-    merged = evaluate(model, problem.logits, part, where, training.batch)
+    merged = evaluate(model, problem.logits, problem.task, part, where, training.batch)
     return Proof(
         len(part.labels),
-        predictions_digest(loaded) == record["predictions"],
-        int((loaded.argmax(1) != merged.argmax(1)).sum()),
-        float((loaded - merged).abs().max()),
+        problem.task.digest(loaded) == record["predictions"],
+        problem.task.different(loaded, merged),
+        problem.task.largest_gap(loaded, merged),
     )

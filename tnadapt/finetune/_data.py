@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tnadapt.errors import TnadaptError
+from tnadapt.errors import TnadaptError, pluralize
 
 __all__ = ["HOLDOUT", "PARTS", "Data", "Labels", "Samples", "choose", "divide"]
 
@@ -28,12 +29,12 @@ class Samples:
     inputs : sequence
         Texts; or images, each an array ``(height, width[, channels])`` of uint8 or of floats from 0 to 1, a path, or
         a PIL image. A ``take`` method is used if there is one.
-    labels : array of int64, shape (n,)
-        Indices into :attr:`Data.classes`.
+    labels : array, one row per sample
+        Indices into :attr:`Data.classes`, int64 of shape (n,); other tasks have others.
     """
 
     inputs: Any
-    labels: Labels
+    labels: NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,9 +70,16 @@ class Data:
     samples: Samples
     test: Samples | None = None
 
+    def with_words(self, words: Sequence[str]) -> Data:
+        """Return the data with these class names if the classes are their numbers; else unchanged."""
+        numbered = self.classes == tuple(map(str, range(len(words))))
+        return dataclasses.replace(self, classes=tuple(words)) if numbered else self
 
-def divide(data: Data, seed: int = 0, validation: float = HOLDOUT, test: float = 0.3) -> dict[str, Samples]:
-    """Split the data into three parts, stratified by class and reproducible by seed.
+
+def divide(
+    data: Data, seed: int = 0, validation: float = HOLDOUT, test: float = 0.3, stratified: bool = True
+) -> dict[str, Samples]:
+    """Split the data into three parts, reproducible by seed.
 
     Parameters
     ----------
@@ -79,6 +87,8 @@ def divide(data: Data, seed: int = 0, validation: float = HOLDOUT, test: float =
     seed : int
     validation, test : float
         Fractions of each class, rounded, but at least one sample. If the source has a test part, all of it is used.
+    stratified : bool
+        Whether to split each class by itself; labels must then be numbers of classes.
 
     Returns
     -------
@@ -97,21 +107,14 @@ def divide(data: Data, seed: int = 0, validation: float = HOLDOUT, test: float =
     >>> {name: np.bincount(part.labels).tolist() for name, part in divide(data).items()}
     {'training': [5, 10], 'validation': [2, 4], 'test': [3, 6]}
     """
-    if len(data.classes) < 2:
-        raise TnadaptError(f"{data.name} has {len(data.classes)} class; classification needs at least 2")
     fractions = [validation] if data.test is not None else [validation, test]
-    counts = np.bincount(data.samples.labels, minlength=len(data.classes)).tolist()
-    for name, count in zip(data.classes, counts, strict=True):
-        if count <= len(fractions):
-            wanted = ", ".join(PARTS[: len(fractions) + 1])
-            raise TnadaptError(
-                f"class {name!r} of {data.name} has {count} sample{'s' * (count != 1)}; it needs at least "
-                f"{len(fractions) + 1}, one for each of {wanted}: add samples, leave the class out, or raise --limit"
-            )
+    strata = data.samples.labels if stratified else np.zeros(len(data.samples), np.int64)
+    counts = np.bincount(strata, minlength=len(data.classes) if stratified else 1).tolist()
+    _check_counts(data, counts if stratified else None, len(fractions) + 1)
     pieces: list[list[Labels]] = [[] for _ in range(len(fractions) + 1)]
     random = np.random.Generator(np.random.PCG64(seed))
     for label, count in enumerate(counts):
-        order = random.permutation(np.flatnonzero(data.samples.labels == label))
+        order = random.permutation(np.flatnonzero(strata == label))
         sizes = [max(1, round(fraction * count)) for fraction in fractions]
         while count - sum(sizes) < 1:
             sizes[int(np.argmax(sizes))] -= 1
@@ -124,8 +127,25 @@ def divide(data: Data, seed: int = 0, validation: float = HOLDOUT, test: float =
     return dict(zip(PARTS, parts, strict=True))
 
 
-def choose(samples: Samples, limit: int | None, seed: int = 0) -> Samples:
-    """Return at most ``limit`` samples, stratified by class; all of them if limit is None.
+def _check_counts(data: Data, counts: Sequence[int] | None, parts: int) -> None:
+    """Raise an error unless there is a sample of each class, or any sample, for each part."""
+    wanted = f"it needs at least {parts}, one for each of {', '.join(PARTS[:parts])}"
+    if counts is None:
+        if len(data.samples) < parts:
+            raise TnadaptError(f"{data.name} has {pluralize(len(data.samples), 'sample')}; {wanted}: add samples")
+        return
+    if len(data.classes) < 2:
+        raise TnadaptError(f"{data.name} has {len(data.classes)} class; classification needs at least 2")
+    for name, count in zip(data.classes, counts, strict=True):
+        if count < parts:
+            raise TnadaptError(
+                f"class {name!r} of {data.name} has {pluralize(count, 'sample')}; {wanted}: add samples, leave the "
+                "class out, or raise --limit"
+            )
+
+
+def choose(samples: Samples, limit: int | None, seed: int = 0, stratified: bool = True) -> Samples:
+    """Return at most ``limit`` samples, with equal shares of all classes if stratified; all if limit is None.
 
     Raises
     ------
@@ -134,13 +154,14 @@ def choose(samples: Samples, limit: int | None, seed: int = 0) -> Samples:
     """
     if limit is None or limit >= len(samples):
         return samples
-    present = np.unique(samples.labels)
+    strata = samples.labels if stratified else np.zeros(len(samples), np.int64)
+    present = np.unique(strata)
     if limit < len(present):
         raise TnadaptError(f"--limit {limit} leaves no sample for some of the {len(present)} classes")
     random = np.random.Generator(np.random.PCG64(seed))
     # The rank of each sample in its class, as a fraction: taking the smallest selects evenly from all classes.
     place = np.empty(len(samples))
     for label in present:
-        members = np.flatnonzero(samples.labels == label)
+        members = np.flatnonzero(strata == label)
         place[random.permutation(members)] = np.arange(len(members)) / len(members)
     return samples.take(np.sort(np.argsort(place, kind="stable")[:limit]))

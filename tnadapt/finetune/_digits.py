@@ -21,8 +21,10 @@ from tnadapt.errors import FileError, TnadaptError
 
 from ._data import Data, Samples, choose, divide
 from ._models import SmallViT, ViTSizes
+from ._specification import Part, Spec
 from .loop import Schedule, accuracy, fit, threads
-from .problem import Part, Problem, Spec, samples_digest
+from .problem import Problem, samples_digest
+from .tasks import ImageClassification
 
 __all__ = ["cache_folder", "digits"]
 
@@ -34,7 +36,7 @@ DECAY = 0.05
 
 
 class Pixels:
-    """Images in one tensor: a :class:`~tnadapt.finetune.problem.Part`."""
+    """Images in one tensor: a part of a :class:`~tnadapt.finetune.Problem`."""
 
     lengths: Tensor | None = None
 
@@ -69,6 +71,8 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
     TnadaptError
         If scikit-learn is not installed; later, when the model is built, if the cache cannot be written.
     """
+    if spec.task is not None:
+        raise TnadaptError("--task needs --model and --data; the digits are images of classes")
     if spec.image_size is not None or spec.max_length is not None:
         raise TnadaptError("--image-size and --max-length need --model and --data; the digits are 8 x 8")
     old, new = _read(OLD), _read(NEW)
@@ -113,6 +117,7 @@ def digits(spec: Spec, progress: Callable[[str, float], None] = lambda what, don
         _plain,
         tuple(dict.fromkeys([*spec.keep_trainable, "head"])),
         ("head",),
+        ImageClassification(new.classes),
         # Matrix products of this size do not gain from a second thread, but a second training in parallel does.
         threads=1,
         sketch=sketch,
@@ -145,11 +150,12 @@ def _pretrain(
     # One thread, so that the sums, and hence the weights, do not depend on the number of cores.
     with threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = SmallViT(len(OLD), sizes)
+        model, task = SmallViT(len(OLD), sizes), ImageClassification(tuple(map(str, OLD)))
         schedule = Schedule(**recipe["schedule"])
         for step, steps, _ in fit(
             model,
             _plain,
+            task,
             parts["training"],
             list(model.parameters()),
             schedule,
@@ -158,7 +164,7 @@ def _pretrain(
             cpu,
         ):
             progress("pretraining a small ViT on the digits 0 to 4", step / steps)
-    held_out = accuracy(model, _plain, parts["test"], cpu)
+    held_out = accuracy(model, _plain, task, parts["test"], cpu)
     if recipe["epochs"] >= 20 and held_out < 0.9:
         raise TnadaptError(
             f"the small ViT classifies only {held_out:.0%} of the digits 0 to 4 after pretraining, expected at least "

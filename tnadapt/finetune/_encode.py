@@ -17,29 +17,31 @@ from tnadapt.errors import FileError, TnadaptError
 
 from ._data import Samples
 
-__all__ = ["Images", "Texts"]
+__all__ = ["Images", "Texts", "TokenLists"]
 
 # Images of more bytes than this are not kept in memory but read again for each batch.
 KEPT_BYTES = 2 << 30
 
 
 class Texts:
-    """Tokenized texts, padded batch by batch: a :class:`~tnadapt.finetune.problem.Part`.
+    """Tokenized texts, padded batch by batch: a part of a :class:`~tnadapt.finetune.Problem`.
 
     Parameters
     ----------
-    samples : Samples
+    texts : sequence of str
+    labels : Tensor
+        Their targets.
     tokenizer : transformers tokenizer
-    max_length : int
+    longest : int
         Longer texts are truncated.
-    pad : int
-        The padding token.
     """
 
-    def __init__(self, samples: Samples, tokenizer: Any, max_length: int, pad: int) -> None:
-        encoded = tokenizer(list(samples.inputs), truncation=True, max_length=max_length)["input_ids"]
+    def __init__(self, texts: Sequence[str], labels: Tensor, tokenizer: Any, longest: int) -> None:
+        self._take(tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"], tokenizer.pad_token_id)
+        self.labels = labels
+
+    def _take(self, encoded: Sequence[Sequence[int]], pad: int) -> None:
         self.tokens = [torch.tensor(tokens, dtype=torch.int64) for tokens in encoded]
-        self.labels = torch.from_numpy(samples.labels)
         self.lengths: Tensor | None = torch.tensor([len(tokens) for tokens in encoded])
         self.pad = pad
 
@@ -52,8 +54,27 @@ class Texts:
         return {"input_ids": padded.to(device), "attention_mask": mask.long().to(device)}
 
 
+class TokenLists(Texts):
+    """Texts with a target for each token: a part of a :class:`~tnadapt.finetune.Problem`.
+
+    Parameters
+    ----------
+    tokens, targets : sequence of sequence of int
+        The tokens of each text, and a target for each.
+    pad, ignored : int
+        The token, and the target, of padding.
+    """
+
+    def __init__(
+        self, tokens: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], pad: int, ignored: int
+    ) -> None:
+        self._take(tokens, pad)
+        rows = [torch.tensor(row, dtype=torch.int64) for row in targets]
+        self.labels = pad_sequence(rows, batch_first=True, padding_value=ignored)
+
+
 class Images:
-    """Square images of one size, normalized batch by batch: a :class:`~tnadapt.finetune.problem.Part`.
+    """Square images of one size, normalized batch by batch: a part of a :class:`~tnadapt.finetune.Problem`.
 
     The shorter side is scaled to the size, and the center cropped.
 

@@ -8,7 +8,8 @@ from tnadapt.errors import TnadaptError
 
 from ._digits import digits
 from ._pretrained import pretrained
-from .problem import Problem, Spec
+from ._specification import Spec
+from .problem import Problem
 
 __all__ = ["open_problem"]
 

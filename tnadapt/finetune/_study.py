@@ -16,11 +16,13 @@ from tnadapt.errors import FileError, TnadaptError, safe_repr
 
 from ._best import Proof, prove
 from ._choice import Chooser
+from ._controls import Control, control_of
 from ._problem_loading import open_problem
-from .grid import Method
+from ._specification import Spec
+from .grid import BASE, HEAD, Method
 from .loop import threads
 from .pareto_report import Point, best_point, better_rate, points_of, trained_on
-from .problem import Problem, Spec, base_digest, samples_digest
+from .problem import Problem, base_digest, samples_digest
 from .results import Results
 from .training import Task, Training, checked_rates, train
 from .workers import Do, cores, run_tasks, threads_each
@@ -67,7 +69,7 @@ class Outcome:
     ----------
     points : list of Point
     best : Point, optional
-        The adapter with the best validation accuracy; None if only the head was trained.
+        The adapter with the best validation score; None if only the head was trained.
     adapter : Path, optional
         Its file.
     proof : Proof, optional
@@ -76,6 +78,8 @@ class Outcome:
         None if matplotlib is not installed.
     trained, reused : int
         Number of trainings run now, and found in earlier results.
+    control : Control, optional
+        The best adapter against the head alone, or the untrained base.
     """
 
     points: list[Point]
@@ -85,6 +89,7 @@ class Outcome:
     picture: Path | None
     trained: int
     reused: int
+    control: Control | None = None
 
 
 class Study:
@@ -145,10 +150,18 @@ class Study:
         self.roles = [target.role for target in self.targets]
         self.methods = self._chosen(choice)
         tuning = self.seeds[:tuned_by]
-        self.tasks = [Task(method, seed, rate) for seed in tuning for method in self.methods for rate in self.rates]
+        self.tasks = [
+            Task(method, seed, rate) for seed in tuning for method in self.methods for rate in self._rates(method)
+        ]
+
+    def _rates(self, method: Method) -> list[float]:
+        """Return the rates to train with; for the untrained base one, which is not used."""
+        return self.rates[:1] if method.family == BASE else self.rates
 
     def _chosen(self, choice: Chooser) -> list[Method]:
         methods = choice.methods(self.shapes, len(set(self.layers)))
+        if not (self.problem.task.needs_head or self.problem.keep_trainable):
+            methods = [Method(BASE, "", None) if method.family == HEAD else method for method in methods]
         for method in methods:
             if method.config is not None:
                 try:
@@ -192,6 +205,7 @@ class Study:
             "targets_found": [target.to_list() for target in self.targets],
             "image_size": self.spec.image_size,
             "max_length": self.spec.max_length,
+            **self.problem.task.settings(),
             "data_digest": self._data_digest,
             **self.training.settings(),
         }
@@ -230,20 +244,25 @@ class Study:
             rest = self.seeds[self.tuned_by :] if self.tuned_by else ()
             self.reporter.begins(len(self.tasks) + len(rest) * len(self.methods), found)
             self._train_missing(self.tasks, results, adapters, jobs)
+            metric = self.problem.task.metric
             tuned = {
-                method: better_rate(results.records, method, self.rates, self.seeds[: self.tuned_by])
+                method: better_rate(results.records, method, self.rates, self.seeds[: self.tuned_by], metric)
                 for method in self.methods
             }
             others = [Task(method, seed, rate) for seed in rest for method, rate in tuned.items() if rate is not None]
             self._train_missing(others, results, adapters, jobs)
             trained = len(results.records) - before
-            points = points_of(results.records, self.methods, self.rates, self.seeds, self.tuned_by)
+            points = points_of(results.records, self.methods, self.rates, self.seeds, self.tuned_by, metric)
             best = best_point(points)
+            control = control_of(points, best)
+            if control is not None:
+                results.remark({"control": control.to_dict()})
             adapter, proof = None, None
             if best is not None:
                 adapter, proof = self._saved(best, results, adapters, out, jobs)
         picture = self._draw(points, out / "pareto.png")
-        return Outcome(points, best, adapter, proof, picture, trained, len(self.tasks) + len(others) - trained)
+        reused = len(self.tasks) + len(others) - trained
+        return Outcome(points, best, adapter, proof, picture, trained, reused, control)
 
     def _train_missing(self, tasks: Sequence[Task], results: Results, adapters: Path, jobs: int) -> None:
         missing = [task for task in tasks if task.key not in results.records]
@@ -261,8 +280,9 @@ class Study:
                 self.reporter.finished(task, record)
 
     def _saved(self, best: Point, results: Results, adapters: Path, out: Path, jobs: int) -> tuple[Path, Proof]:
-        # The seed with the best validation accuracy.
-        record = max(best.records, key=lambda one: (one["validation"], -one["seed"]))
+        # The seed with the best validation score.
+        quality = best.metric.quality
+        record = max(best.records, key=lambda one: (quality(one["validation"]), -one["seed"]))
         task = Task(best.method, record["seed"], best.rate)
         if not (adapters / task.file_name()).is_file():
             self.reporter.begins(1, 0)
@@ -275,8 +295,10 @@ class Study:
             return path, prove(self.problem, record, path, self.training)
 
     def _draw(self, points: Sequence[Point], path: Path) -> Path | None:
-        from tnadapt.plot import Mark, pareto
+        from tnadapt.plot import Axis, Mark, pareto
 
+        metric = self.problem.task.metric
+        axis = Axis(f"test {metric.unit}", metric.percent, metric.lower)
         marks = [
             Mark(point.method.family, point.method.label, point.parameters, point.test, point.front) for point in points
         ]
@@ -287,6 +309,7 @@ class Study:
                 path,
                 title=f"Adapting {len(self.targets)} weights to {self.problem.name}",
                 note=trained_on(samples, len(self.seeds), len(self.rates)),
+                axis=axis,
             )
         except ImportError:
             return None

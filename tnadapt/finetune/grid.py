@@ -12,7 +12,7 @@ from tnadapt.algebra.config import Config
 from tnadapt.errors import TnadaptError, safe_repr
 from tnadapt.planning import known_as
 
-__all__ = ["DENSE", "HEAD", "Method", "Shapes", "default_methods", "head_alone", "methods_of"]
+__all__ = ["BASE", "DENSE", "HEAD", "Method", "Shapes", "default_methods", "head_alone", "methods_of"]
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -31,6 +31,8 @@ FAMILIES = {
 _WITH_HEADS = ("cara", "lorta_cp")
 
 HEAD = "head alone"
+#: The same for a model that needs no new head: nothing is trained.
+BASE = "untrained base"
 DENSE = "dense"
 
 
@@ -60,7 +62,7 @@ class Method:
     @property
     def reference(self) -> bool:
         """Whether it is only a reference for comparison rather than a small adapter."""
-        return self.family in (HEAD, DENSE)
+        return self.family in (HEAD, BASE, DENSE)
 
 
 def head_alone() -> Method:

@@ -15,15 +15,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tnadapt.errors import TnadaptError
 
-from .problem import Part
+from ._learning_task import LearningTask
+from ._specification import Part
 
-__all__ = ["Schedule", "accuracy", "evaluate", "fit", "threads"]
+__all__ = ["Schedule", "accuracy", "batches", "evaluate", "fit", "steps_of", "threads"]
 
 Logits = Callable[[nn.Module, Any], Tensor]
 
-# Batch size of evaluation: a multiple of the training's, because no gradients are stored, up to a limit beyond which
-# it gets no faster.
-EVALUATION_FACTOR, EVALUATION_BATCH = 4, 256
+# Evaluation with larger batches gets no faster.
+EVALUATION_BATCH = 256
 
 # Number of batches of texts that are sorted by length together.
 POOL = 16
@@ -95,9 +95,15 @@ class Schedule:
         return optimiser, lr_scheduler.LambdaLR(optimiser, lambda step: self.factor(step, steps))
 
 
+def steps_of(part: Part, epochs: int, batch: int, steps: int | None = None) -> int:
+    """Return the number of steps: ``steps``, or that of ``epochs`` epochs."""
+    return epochs * math.ceil(len(part.labels) / batch) if steps is None else steps
+
+
 def fit(
     model: nn.Module,
     logits: Logits,
+    task: LearningTask,
     part: Part,
     parameters: Sequence[nn.Parameter],
     schedule: Schedule,
@@ -111,16 +117,14 @@ def fit(
     The order of the samples and dropout use torch's global generator, which the caller seeds. A loss that is not finite
     is yielded and ends the training before its step.
     """
-    steps = epochs * math.ceil(len(part.labels) / batch) if steps is None else steps
+    steps = steps_of(part, epochs, batch, steps)
     optimiser, rates = schedule.begin(parameters, steps)
     done = 0
     model.train()
     while done < steps:
-        for indices in _batches(part, batch)[: steps - done]:
+        for indices in batches(part, batch)[: steps - done]:
             optimiser.zero_grad(set_to_none=True)
-            loss = nn.functional.cross_entropy(
-                logits(model, part.batch(indices, device)).float(), part.labels[indices].to(device)
-            )
+            loss = task.loss(logits(model, part.batch(indices, device)), part.labels[indices].to(device))
             value = float(loss.detach())
             done += 1
             if not math.isfinite(value):
@@ -134,7 +138,7 @@ def fit(
             yield done, steps, value
 
 
-def _batches(part: Part, size: int) -> list[Tensor]:
+def batches(part: Part, size: int) -> list[Tensor]:
     """Return random batches of all samples; texts of similar length share a batch, to reduce padding."""
     order = torch.randperm(len(part.labels))
     if part.lengths is None:
@@ -146,25 +150,30 @@ def _batches(part: Part, size: int) -> list[Tensor]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, logits: Logits, part: Part, device: torch.device, batch: int = EVALUATION_BATCH
-) -> Tensor:
-    """Compute the logits of every sample, in the order of the labels: float32 on the CPU, shape (n, classes).
+    model: nn.Module,
+    logits: Logits,
+    task: LearningTask,
+    part: Part,
+    device: torch.device,
+    batch: int = EVALUATION_BATCH,
+) -> list[Tensor]:
+    """Compute what the task keeps of the logits of every sample, in the order of the labels.
 
-    ``batch`` is the training's batch size; evaluation uses larger batches.
+    ``batch`` is the training's batch size; evaluation uses larger batches, because no gradients are stored.
     """
     model.eval()
     order = torch.arange(len(part.labels)) if part.lengths is None else part.lengths.argsort(stable=True)
-    size = min(EVALUATION_BATCH, EVALUATION_FACTOR * batch)
-    pieces = [logits(model, part.batch(some, device)).float().cpu() for some in torch.split(order, size)]
-    found = torch.cat(pieces)
-    back = torch.empty_like(found)
-    back[order] = found
-    return back
+    found: list[Tensor] = [order] * len(order)
+    for some in torch.split(order, min(EVALUATION_BATCH, task.evaluation_factor * batch)):
+        rows = task.rows(logits(model, part.batch(some, device)), part.labels[some])
+        for index, row in zip(some.tolist(), rows, strict=True):
+            found[index] = row
+    return found
 
 
-def accuracy(model: nn.Module, logits: Logits, part: Part, device: torch.device) -> float:
+def accuracy(model: nn.Module, logits: Logits, task: LearningTask, part: Part, device: torch.device) -> float:
     """Return the fraction of samples that a model classifies correctly."""
-    return float((evaluate(model, logits, part, device).argmax(1) == part.labels).float().mean())
+    return task.measure(evaluate(model, logits, task, part, device), part.labels).score
 
 
 @contextlib.contextmanager

@@ -11,8 +11,10 @@ from typing import Any
 
 from tnadapt.algebra.config import Config
 
+from ._score import ACCURACY, Metric
 from .grid import Method
 from .results import read_lines
+from .tasks import TASKS
 from .training import Task
 
 __all__ = [
@@ -31,7 +33,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One method at the rate with the best validation accuracy.
+    """One method at the rate with the best validation score.
 
     Attributes
     ----------
@@ -42,13 +44,15 @@ class Point:
         Number of parameters that are trained in addition: the head.
     rate : float
     validation, test : tuple of float
-        Accuracies, one per seed.
+        Scores, one per seed.
     seconds : float
         Mean duration of a training.
     records : tuple of mapping
         The result lines, one per seed.
     front : bool
-        Whether no other point has at most as many parameters and a better test accuracy.
+        Whether no other point has at most as many parameters and a better test score.
+    metric : Metric
+        What the scores are.
     """
 
     method: Method
@@ -60,10 +64,11 @@ class Point:
     seconds: float
     records: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
     front: bool = False
+    metric: Metric = ACCURACY
 
     @property
-    def accuracy(self) -> float:
-        """The mean test accuracy over seeds."""
+    def score(self) -> float:
+        """The mean test score over seeds."""
         return statistics.fmean(self.test)
 
     @property
@@ -73,7 +78,7 @@ class Point:
 
     @property
     def spread(self) -> float:
-        """The standard deviation of the test accuracy over seeds; 0 for one seed."""
+        """The standard deviation of the test score over seeds; 0 for one seed."""
         return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,8 +103,9 @@ def points_of(
     rates: Sequence[float],
     seeds: Sequence[int],
     tuned_by: int | None = None,
+    metric: Metric = ACCURACY,
 ) -> list[Point]:
-    """Return one point per method, at the rate with the best mean validation accuracy; ties go to the lower loss.
+    """Return one point per method, at the rate with the best mean validation score; ties go to the lower loss.
 
     Rates at which a seed diverged rank after all others.
 
@@ -111,6 +117,8 @@ def points_of(
         Only combinations with results for all seeds are considered.
     tuned_by : int, optional
         The number of seeds by which the rate is chosen; all by default.
+    metric : Metric
+        What the scores are.
 
     Returns
     -------
@@ -119,19 +127,23 @@ def points_of(
     """
     points = []
     for method in methods:
-        rate = better_rate(records, method, rates, seeds[:tuned_by])
+        rate = better_rate(records, method, rates, seeds[:tuned_by], metric)
         if rate is not None and (chosen := _complete(records, method, rate, seeds)):
-            points.append(_point(method, rate, chosen))
-    front = set(pareto_front([(p.parameters, -math.inf if p.diverged else p.accuracy) for p in points]))
+            points.append(_point(method, rate, chosen, metric))
+    front = set(pareto_front([(p.parameters, -math.inf if p.diverged else metric.quality(p.score)) for p in points]))
     return [dataclasses.replace(point, front=index in front) for index, point in enumerate(points)]
 
 
 def better_rate(
-    records: Mapping[str, Mapping[str, Any]], method: Method, rates: Sequence[float], seeds: Sequence[int]
+    records: Mapping[str, Mapping[str, Any]],
+    method: Method,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    metric: Metric = ACCURACY,
 ) -> float | None:
     """Return the best of the rates with results for all these seeds, or None."""
     tried = [(rate, found) for rate in rates if (found := _complete(records, method, rate, seeds))]
-    return max(tried, key=lambda one: _quality(one[1]))[0] if tried else None
+    return max(tried, key=lambda one: _quality(one[1], metric))[0] if tried else None
 
 
 def _complete(
@@ -162,14 +174,17 @@ def points_in(path: str | os.PathLike[str], rates: Sequence[float] = ()) -> list
     OSError, ValueError
         If it cannot be read, or is not a results file.
     """
-    records = {line["key"]: line for line in read_lines(path) if "key" in line}
+    lines = read_lines(path)
+    records = {line["key"]: line for line in lines if "key" in line}
+    task = next((line["study"].get("task") for line in lines if "study" in line), None)
     methods = dict.fromkeys(map(method_in, records.values()))
     every, seeds = (sorted({line[name] for line in records.values()}) for name in ("rate", "seed"))
     rates = rates or every
     # The rate was chosen by the leading seeds that have results for every rate.
     whole = [all(_complete(records, method, rate, [seed]) for method in methods for rate in rates) for seed in seeds]
     tuned_by = whole.index(False) if False in whole else len(whole)
-    return points_of(records, list(methods), rates, seeds, max(1, tuned_by))
+    metric = TASKS.find(task["name"]).metric if task else ACCURACY
+    return points_of(records, list(methods), rates, seeds, max(1, tuned_by), metric)
 
 
 def method_in(line: Mapping[str, Any]) -> Method:
@@ -179,22 +194,28 @@ def method_in(line: Mapping[str, Any]) -> Method:
     return Method(line["family"], line["label"], config)
 
 
-def _quality(records: Sequence[Mapping[str, Any]]) -> tuple[bool, float, float]:
+def _score(record: Mapping[str, Any], part: str, metric: Metric) -> float:
+    """Return a score; one that was not finite is the worst."""
+    return metric.worst if record[part] is None else float(record[part])
+
+
+def _quality(records: Sequence[Mapping[str, Any]], metric: Metric) -> tuple[bool, float, float]:
     sound = not any(one["diverged"] for one in records)
     losses = [math.inf if one["validation_loss"] is None else one["validation_loss"] for one in records]
-    return sound, statistics.fmean(one["validation"] for one in records), -sum(losses)
+    return sound, metric.quality(statistics.fmean(_score(one, "validation", metric) for one in records)), -sum(losses)
 
 
-def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]]) -> Point:
+def _point(method: Method, rate: float, records: Sequence[Mapping[str, Any]], metric: Metric) -> Point:
     return Point(
         method,
         records[0]["parameters"],
         records[0]["kept"],
         rate,
-        tuple(one["validation"] for one in records),
-        tuple(one["test"] for one in records),
+        tuple(_score(one, "validation", metric) for one in records),
+        tuple(_score(one, "test", metric) for one in records),
         statistics.fmean(one["seconds"] for one in records),
         tuple(records),
+        metric=metric,
     )
 
 
@@ -219,12 +240,16 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def best_point(points: Sequence[Point]) -> Point | None:
-    """Return the adapter with the best validation accuracy, the smaller of equals; test results play no role.
+    """Return the adapter with the best validation score, the smaller of equals; test results play no role.
 
     The references, head alone and dense, and diverged trainings are not considered.
     """
     own = [point for point in points if not point.method.reference and not point.diverged]
-    return min(own, key=lambda point: (-statistics.fmean(point.validation), point.parameters), default=None)
+
+    def rank(point: Point) -> tuple[float, int]:
+        return -point.metric.quality(statistics.fmean(point.validation)), point.parameters
+
+    return min(own, key=rank, default=None)
 
 
 def trained_on(samples: Sequence[int], seeds: int, rates: int, at: str = "each at the best of") -> str:
@@ -279,10 +304,7 @@ def rows_of(points: Sequence[Point]) -> list[list[str]]:
     list of list of str
     """
     rows = []
-    for point in sorted(points, key=lambda one: (one.parameters, one.accuracy)):
-        test = f"{point.accuracy:.1%}"
-        if len(point.test) > 1:
-            test += f" ± {100 * point.spread:.1f}"
+    for point in sorted(points, key=lambda one: (one.parameters, one.score)):
         rows.append(
             [
                 "●" if point.front else "",
@@ -290,8 +312,8 @@ def rows_of(points: Sequence[Point]) -> list[list[str]]:
                 point.method.label,
                 f"{point.parameters:,}",
                 f"{point.rate:g}",
-                "diverged" if point.diverged else f"{statistics.fmean(point.validation):.1%}",
-                test,
+                "diverged" if point.diverged else point.metric.show([statistics.fmean(point.validation)]),
+                point.metric.show(point.test),
                 f"{point.seconds:.1f}",
             ]
         )

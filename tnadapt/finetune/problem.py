@@ -6,72 +6,17 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tnadapt.errors import TargetError
 
-from ._data import HOLDOUT
+from ._learning_task import LearningTask
+from ._specification import Part, Spec
 
 __all__ = ["Part", "Problem", "Spec", "base_digest", "free", "samples_digest", "under"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """The specification of a problem: small and picklable, for :func:`~tnadapt.finetune.open_problem` and workers.
-
-    Attributes
-    ----------
-    model, data : str, optional
-        Both None for scikit-learn's digits.
-    text_column, label_column : str, optional
-    label_names : tuple of str
-        Additional names that the label column may have.
-    image_size, max_length, limit : int, optional
-        Pixels per side, tokens per text, and samples from each part of the source.
-    holdout : float
-        The fraction of each class that is held out of training to choose rates.
-    keep_trainable : tuple of str
-        Modules or parameters that are trained along with every adapter; a new head always is.
-    head_rows : tuple of int
-        Instead of a new head, use the checkpoint's head, frozen and cut to these of its classes, one for each class of
-        the data in order.
-    cache : Path, optional
-        Folder for the pretrained model of the digits.
-    pretrain_epochs : int
-        Epochs of pretraining that model.
-    """
-
-    model: str | None = None
-    data: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
-    label_names: tuple[str, ...] = ()
-    image_size: int | None = None
-    max_length: int | None = None
-    limit: int | None = None
-    holdout: float = HOLDOUT
-    keep_trainable: tuple[str, ...] = ()
-    head_rows: tuple[int, ...] = ()
-    cache: Path | None = None
-    pretrain_epochs: int = 60
-
-
-class Part(Protocol):
-    """Training, validation or test samples in the model's input format."""
-
-    labels: Tensor
-    """int64, shape (n,)."""
-
-    lengths: Tensor | None
-    """Lengths of texts in tokens, to batch similar ones together. None if all inputs have the same size."""
-
-    def batch(self, indices: Tensor, device: torch.device) -> Any:
-        """Return the inputs of these samples, as :attr:`Problem.logits` takes them."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +38,16 @@ class Problem:
         Modules or parameters that are trained along with every adapter: all of ``drawn``, and others.
     drawn : tuple of str
         Modules or parameters that ``build`` draws from the seed, such as a new head; the rest is the base.
+    task : LearningTask
+        What is learnt: its loss and metrics.
     threads : int, optional
         Number of threads per training; all if None.
     sketch : callable, optional
         ``sketch()`` returns a model of the same structure, for checks before the base is needed; ``build(0)`` if None.
+    trainer : bool
+        Whether trainings run on transformers' ``Trainer``.
+    source : mapping
+        What a saved adapter needs to encode inputs: name of the tokenizer, lengths, settings of images.
     """
 
     name: str
@@ -107,8 +58,11 @@ class Problem:
     logits: Callable[[nn.Module, Any], Tensor]
     keep_trainable: tuple[str, ...]
     drawn: tuple[str, ...]
+    task: LearningTask
     threads: int | None = None
     sketch: Callable[[], nn.Module] | None = None
+    trainer: bool = False
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def under(name: str, keep: Sequence[str]) -> bool:

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tnadapt import torch as tnt
 from tnadapt.errors import TnadaptError, safe_repr
 
+from ._saved_task import recorded
+from ._trainer_loop import RunReport, train_with_trainer
 from .grid import Method
 from .loop import Schedule, evaluate, fit
 from .problem import Problem, free
 
-__all__ = ["Task", "Training", "checked_rates", "predictions_digest", "train", "usable_device"]
+__all__ = ["Task", "Training", "checked_rates", "train", "usable_device"]
 
 
 # Fields added later. They are left out of a study's settings while they have their defaults, so that the digest of
@@ -45,6 +47,9 @@ class Training:
         Instead of epochs.
     keep_references : bool
         Whether adapters of references, such as the dense update, are saved, too.
+    report_to : str
+        The integration of transformers' Trainer that trainings of the user's own models are reported to, such as
+        ``tensorboard``; ``none`` for no reports.
     """
 
     epochs: int
@@ -58,6 +63,7 @@ class Training:
     shape: str = "cosine"
     steps: int | None = None
     keep_references: bool = False
+    report_to: str = "none"
 
     def schedule(self, rate: float) -> Schedule:
         """Return the schedule for one rate."""
@@ -66,7 +72,7 @@ class Training:
     def settings(self) -> dict[str, Any]:
         """Return the settings that the outcome depends on; fields in ``_LATER`` only if not at their default."""
         found = dataclasses.asdict(self)
-        del found["device"], found["keep_references"]
+        del found["device"], found["keep_references"], found["report_to"]
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: value for name, value in found.items() if name not in _LATER or value != usual[name]}
 
@@ -190,15 +196,8 @@ def train(
             except MemoryError:
                 raise TnadaptError(f"there is not enough memory for the parameters of {task.method.name}") from None
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        value = math.nan if parameters else 0.0
         # With a frozen head and no adapter, there is nothing to train.
-        steps = fit(
-            model, problem.logits, problem.parts["training"], parameters, training.schedule(task.rate),
-            training.epochs, training.batch, device, training.steps,
-        ) if parameters else ()  # fmt: skip
-        for done, all_steps, loss in steps:
-            value = loss
-            progress(done / all_steps)
+        value = _fitted(problem, model, parameters, task, training, adapters, progress) if parameters else 0.0
     own = 0 if adapter is None else adapter.num_parameters
     measured = _measured(problem, model, device, training.batch)
     diverged = not math.isfinite(value) or None in measured.values()
@@ -211,38 +210,57 @@ def train(
         "training_loss": _finite(value),
         **measured,
     }
+    if problem.task.settings():
+        record["metric"] = problem.task.metric.name
     record["seconds"] = round(time.perf_counter() - began, 2)
     kept = training.keep_references or not task.method.reference
     if adapter is not None and adapters is not None and kept and not diverged:
         adapters.mkdir(parents=True, exist_ok=True)
+        if (about := adapter.pretrained) is not None:
+            adapter.pretrained = recorded(about, problem)
         adapter.save(adapters / task.file_name())
         record["adapter"] = task.file_name()
     return record
 
 
+def _fitted(
+    problem: Problem,
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    task: Task,
+    training: Training,
+    adapters: Path | None,
+    progress: Callable[[float], None],
+) -> float:
+    """Train, and return the last loss."""
+    how = (training.schedule(task.rate), training.epochs, training.batch, torch.device(training.device), training.steps)
+    if problem.trainer:
+        name = task.file_name().removesuffix(".safetensors")
+        folder = None if adapters is None else adapters.parent / "logs" / name
+        report = RunReport(training.report_to, name, folder)
+        return train_with_trainer(model, problem, parameters, *how, report, progress)
+    value = math.nan
+    for done, steps, loss in fit(model, problem.logits, problem.task, problem.parts["training"], parameters, *how):
+        value = loss
+        progress(done / steps)
+    return value
+
+
 def _measured(problem: Problem, model: nn.Module, device: torch.device, batch: int) -> dict[str, Any]:
-    """Measure accuracies and losses; losses that are not finite are None."""
+    """Measure scores, losses and other metrics; numbers that are not finite are None."""
     found: dict[str, Any] = {}
     for name in ("validation", "test"):
         part = problem.parts[name]
-        logits = evaluate(model, problem.logits, part, device, batch)
-        found[name] = round(float((logits.argmax(1) == part.labels).double().mean()), 6)
-        found[f"{name}_loss"] = _finite(float(nn.functional.cross_entropy(logits, part.labels)))
-    found["predictions"] = predictions_digest(logits)
+        rows = evaluate(model, problem.logits, problem.task, part, device, batch)
+        measured = problem.task.measure(rows, part.labels)
+        found[name] = _finite(measured.score)
+        found[f"{name}_loss"] = _finite(measured.loss)
+        if measured.more:
+            found[f"{name}_metrics"] = {metric: _finite(value) for metric, value in measured.more.items()}
+    found["predictions"] = problem.task.digest(rows)
     return found
 
 
 def _finite(value: float) -> float | None:
     # JSON has no NaN.
     return round(value, 6) if math.isfinite(value) else None
-
-
-def predictions_digest(logits: Tensor) -> str:
-    """Return the SHA-256 of the predicted classes, in order.
-
-    Examples
-    --------
-    >>> predictions_digest(torch.eye(3)) == predictions_digest(2 * torch.eye(3)) != predictions_digest(torch.ones(3, 3))
-    True
-    """
-    return hashlib.sha256(logits.argmax(1).to(torch.int64).cpu().numpy().astype("<i8").tobytes()).hexdigest()

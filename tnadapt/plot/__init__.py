@@ -1,9 +1,9 @@
 """Plots. matplotlib is imported inside the functions and draws only into files: no window, no global state."""
 
-from ._accuracy import Mark, pareto
+from ._accuracy import Axis, Mark, pareto
 from ._counts import parameters
 from ._group_map import layout
 from ._network_diagram import network
 from .canvas import STYLES
 
-__all__ = ["STYLES", "Mark", "layout", "network", "parameters", "pareto"]
+__all__ = ["STYLES", "Axis", "Mark", "layout", "network", "parameters", "pareto"]

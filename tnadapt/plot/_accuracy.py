@@ -1,4 +1,4 @@
-"""The plot of accuracy against parameters, with the Pareto front."""
+"""The plot of accuracy, or another score, against parameters, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -11,7 +11,40 @@ from typing import Any
 
 from .canvas import INK, OTHERS, PALE, STYLES, figure, quiet, saved
 
-__all__ = ["Mark", "pareto"]
+__all__ = ["Axis", "Mark", "pareto"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The vertical axis of :func:`pareto`: accuracy by default.
+
+    Attributes
+    ----------
+    label : str
+        Without a unit.
+    percent : bool
+        Whether the scores are fractions, which are drawn in percent.
+    lower : bool
+        Whether lower scores are better; they are drawn higher up.
+
+    Examples
+    --------
+    >>> Axis().shown(81.25), Axis("test loss", percent=False, lower=True).shown(1.23456)
+    ('81.2 %', '1.235')
+    """
+
+    label: str = "test accuracy"
+    percent: bool = True
+    lower: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by."""
+        return 100.0 if self.percent else 1.0
+
+    def shown(self, number: float) -> str:
+        """Return a drawn number as text."""
+        return f"{number:.1f} %" if self.percent else f"{number:.4g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +60,11 @@ class Mark:
     parameters : int
         0 is drawn as a reference line, as is the family ``dense``.
     accuracies : tuple of float
-        One per seed, 0 to 1.
+        Scores, one per seed; accuracies go from 0 to 1.
     front : bool
         Whether it is on the Pareto front.
+    factor : float
+        What the scores are multiplied by to be drawn: 100 for percent.
 
     Examples
     --------
@@ -43,19 +78,22 @@ class Mark:
     parameters: int
     accuracies: tuple[float, ...]
     front: bool = False
+    factor: float = 100.0
 
     @property
     def mean(self) -> float:
-        """Mean accuracy in percent."""
-        return 100 * statistics.fmean(self.accuracies)
+        """Mean score, in percent if it is an accuracy."""
+        return self.factor * statistics.fmean(self.accuracies)
 
     @property
     def spread(self) -> float:
-        """Standard deviation over seeds, in percent; 0 for one seed."""
-        return 100 * statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+        """Standard deviation over seeds, in the same unit; 0 for one seed."""
+        return self.factor * statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
-def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "", note: str = "") -> None:
+def pareto(
+    marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "", note: str = "", axis: Axis = Axis()
+) -> None:
     """Draw accuracy against trainable parameters, with the Pareto front as steps, into a file.
 
     Parameters
@@ -65,6 +103,8 @@ def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "",
         Its suffix determines the format: ``.png``, ``.pdf``, ``.svg``.
     title, note : str
         Text above the plot, and small text below.
+    axis : Axis
+        What the scores are.
 
     Raises
     ------
@@ -83,15 +123,19 @@ def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "",
         pareto(marks, "front.png", "two methods")
     """
     drawn, axes = figure(8.6, 5.2)
+    # What diverged has no finite score, and no place.
+    marks = [
+        dataclasses.replace(mark, factor=axis.factor) for mark in marks if all(map(math.isfinite, mark.accuracies))
+    ]
     points = [mark for mark in marks if mark.parameters]
     lines = [mark for mark in marks if not mark.parameters]
-    _axes(axes, points or marks, marks)
+    _axes(axes, points or marks, marks, axis)
     for mark in lines:
-        _line(axes, mark)
+        _line(axes, mark, axis)
     _front(axes, [mark for mark in points if mark.front])
     for family in dict.fromkeys(mark.family for mark in points):
-        _family(axes, family, [mark for mark in points if mark.family == family], points)
-    _labels(axes, points)
+        _family(axes, family, [mark for mark in points if mark.family == family], points, axis)
+    _labels(axes, points, -1.0 if axis.lower else 1.0)
     axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10, parse_math=False)
     if points:
         axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=1.0)
@@ -100,7 +144,7 @@ def pareto(marks: Sequence[Mark], path: str | os.PathLike[str], title: str = "",
     saved(drawn, path)
 
 
-def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark]) -> None:
+def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark], axis: Axis) -> None:
     counts = [max(1, mark.parameters) for mark in points] or [1]
     axes.set_xscale("log")
     span = math.log10(max(counts) / min(counts)) + 0.2
@@ -108,21 +152,25 @@ def _axes(axes: Any, points: Sequence[Mark], marks: Sequence[Mark]) -> None:
     axes.set_xlim(min(counts) / 10 ** (0.16 * span), max(counts) * 10 ** (0.05 * span))
     low = min((mark.mean - mark.spread for mark in marks), default=0.0)
     high = max((mark.mean + mark.spread for mark in marks), default=100.0)
-    margin = max(2.0, 0.08 * (high - low))
-    axes.set_ylim(max(0.0, low - margin), min(101.0, high + 1.6 * margin))
+    if axis.percent:
+        margin = max(2.0, 0.08 * (high - low))
+        axes.set_ylim(max(0.0, low - margin), min(101.0, high + 1.6 * margin))
+    else:
+        margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(*((high + margin, low - 1.6 * margin) if axis.lower else (low - margin, high + 1.6 * margin)))
     axes.set_xlabel("trainable parameters of the adapter", fontsize=9, color=INK)
-    axes.set_ylabel("test accuracy, %", fontsize=9, color=INK)
+    axes.set_ylabel(f"{axis.label}, %" if axis.percent else axis.label, fontsize=9, color=INK)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="both", which="major", color="#E6E6E6", linewidth=0.7)
     quiet(axes)
 
 
-def _line(axes: Any, mark: Mark) -> None:
+def _line(axes: Any, mark: Mark, axis: Axis) -> None:
     axes.axhline(mark.mean, color=PALE, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     if mark.spread:
         axes.axhspan(mark.mean - mark.spread, mark.mean + mark.spread, color=PALE, alpha=0.12, linewidth=0, zorder=0)
     axes.annotate(
-        f"{mark.family}, {mark.mean:.1f} %", (0.005, mark.mean), xycoords=("axes fraction", "data"),
+        f"{mark.family}, {axis.shown(mark.mean)}", (0.005, mark.mean), xycoords=("axes fraction", "data"),
         xytext=(0, 3), textcoords="offset points", fontsize=8, color="#666666",
     )  # fmt: skip
 
@@ -139,10 +187,10 @@ def _front(axes: Any, front: Sequence[Mark]) -> None:
     )  # fmt: skip
 
 
-def _family(axes: Any, family: str, marks: Sequence[Mark], points: Sequence[Mark]) -> None:
+def _family(axes: Any, family: str, marks: Sequence[Mark], points: Sequence[Mark], axis: Axis) -> None:
     if family.startswith("dense"):
         colour, shape = INK, "*"
-        _line(axes, marks[0])
+        _line(axes, marks[0], axis)
     elif family in STYLES:
         colour, shape = STYLES[family]
     else:
@@ -160,16 +208,16 @@ def _family(axes: Any, family: str, marks: Sequence[Mark], points: Sequence[Mark
     axes.plot([], [], markersize=size, markeredgecolor="white", markeredgewidth=0.7, label=family, **style)
 
 
-def _labels(axes: Any, points: Sequence[Mark]) -> None:
+def _labels(axes: Any, points: Sequence[Mark], up: float) -> None:
     """Label the marks on the front at their upper left, where by definition of the front there are no other marks."""
     last = -math.inf
-    low, high = axes.get_ylim()
+    low, high = sorted(axes.get_ylim())
     for mark in sorted((mark for mark in points if mark.front and mark.label), key=lambda mark: mark.parameters):
         # If two are at almost the same height, the second label moves up.
-        height = max(mark.mean + mark.spread, last + 0.028 * (high - low))
+        height = max(up * mark.mean + mark.spread, last + 0.028 * (high - low))
         last = height
         axes.annotate(
-            mark.label, (mark.parameters, height), xytext=(-4, 4), textcoords="offset points",
+            mark.label, (mark.parameters, up * height), xytext=(-4, 4), textcoords="offset points",
             fontsize=7.5, color=INK, ha="right", va="bottom", zorder=6,
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
         )  # fmt: skip

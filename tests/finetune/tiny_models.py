@@ -1,0 +1,121 @@
+"""Small random models with tokenizers, in folders, and data for each task."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WORDS = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "a", "very", "not", "was", "it", "and",
+    "what", "is", "Paris", "Rome", "in", "user", "assistant",
+]  # fmt: skip
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def bert(folder: Path) -> str:
+    """A BERT without a head, with dropout, and a word-level tokenizer."""
+    import torch
+    import transformers
+
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, initializer_range=0.3, **SIZES)
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertTokenizerFast({word: place for place, word in enumerate(WORDS)}).save_pretrained(folder)
+    return str(folder)
+
+
+def gpt2(folder: Path, tokenizer: bool = True, template: str | None = None) -> str:
+    """A GPT-2, and a word-level tokenizer whose last token is the end of a text."""
+    import torch
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=2, n_positions=48, initializer_range=0.3,
+        bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    if tokenizer:
+        words(folder, template)
+    return str(folder)
+
+
+def words(folder: Path, template: str | None = None) -> str:
+    """A tokenizer of words, without special tokens around a text."""
+    import tokenizers
+    import transformers
+
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="[UNK]", eos_token="[SEP]")
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+def vit(folder: Path) -> str:
+    """A ViT for images of 16 x 16."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    transformers.ViTModel(transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)).save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "size": {"height": 16, "width": 16}}))
+    return str(folder)
+
+
+# -- Data --------------------------------------------------------------------------------------
+
+
+def rows(path: Path, found: Sequence[dict[str, Any]]) -> str:
+    """Write a .jsonl."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(path)
+
+
+def films(count: int = 40) -> list[str]:
+    """Texts that are good, bad, both or neither."""
+    pieces = itertools.product(
+        ["the film was", "it was", "a film and it was"], ["good", "bad", "not good", "good and bad"]
+    )
+    texts = [f"{one} {other}" for one, other in pieces]
+    return [f"{texts[i % len(texts)]}{' very' * (i // len(texts))}" for i in range(count)]
+
+
+def classes(path: Path) -> str:
+    return rows(path, [{"text": text, "label": "yes" if "good" in text else "no"} for text in films()])
+
+
+def several(path: Path) -> str:
+    found = [{"text": text, "labels": [one for one in ("good", "bad") if one in text]} for text in films()]
+    return rows(path, found)
+
+
+def numbers(path: Path) -> str:
+    found = [{"text": t, "label": 2.5 * ("good" in t) - 1.25 * ("bad" in t) + 0.1 * t.count("very")} for t in films()]
+    return rows(path, found)
+
+
+def tags(path: Path) -> str:
+    kinds = {"good": "B-POS", "bad": "B-NEG", "film": "B-OBJ"}
+    found = [{"tokens": text.split(), "tags": [kinds.get(word, "O") for word in text.split()]} for text in films()]
+    return rows(path, found)
+
+
+def completions(path: Path) -> str:
+    found = [{"prompt": f"what is {text}", "completion": "good" if "good" in text else "bad"} for text in films()]
+    return rows(path, found)
+
+
+def shades(path: Path) -> str:
+    """Dark and light images as an .npz."""
+    random = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    np.savez(path, x=random.integers(0, 100, (40, 12, 20, 3), np.uint8) + 100 * labels[:, None, None, None], y=labels)
+    return str(path)

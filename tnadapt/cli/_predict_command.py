@@ -1,0 +1,96 @@
+"""The command ``tnadapt predict``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tnadapt import TnadaptError
+from tnadapt.checkpoints.atomic_files import replace_file
+from tnadapt.errors import FileError
+
+from ._finetune_command import job_package
+from ._printing import echo
+
+__all__ = ["predict_command"]
+
+#: Suffixes of files of predictions.
+FORMATS = (".csv", ".jsonl")
+
+
+def predict_command(
+    adapter: Annotated[Path, typer.Argument(help="A file of tnadapt finetune, such as best.safetensors.")],
+    data: Annotated[str, typer.Option(help="As for tnadapt finetune, with labels or without.")],
+    out: Annotated[Path | None, typer.Option(help="A .csv or .jsonl; by default lines of JSON are printed.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or hub name of the base, if it is not where it was.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name, instead of the base's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 32,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length limit of completions; 64, or half of what the model has room for.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of texts, words or prompts.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels, tags or completions.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Between several labels of a text.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+) -> None:
+    """Predict with an adapter that tnadapt finetune saved, on the base that its file names.
+
+    If the data have labels, the task's metrics are printed, too. Exit code: 0, or 2 if it is not possible.
+    """
+    if out is not None:
+        _check(out)
+    if not adapter.is_file():
+        what = "it is a folder" if adapter.is_dir() else "there is no such file"
+        raise FileError(f"no adapter at {adapter}: {what}; give a file such as best.safetensors")
+    job = job_package()
+    try:
+        found = job.predict(
+            adapter, data, base=base, tokenizer=tokenizer, text_column=text_column, label_column=label_column,
+            separator=separator, limit=limit, batch=batch_size, new_tokens=max_new_tokens,
+            device=job.usable_device(device), progress=lambda what: echo(what, err=True),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        echo("stopped; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
+    if out is None:
+        for row in found.rows:
+            echo(json.dumps(row, ensure_ascii=False))
+    else:
+        replace_file(str(out), _written(found.rows, out.suffix.lower()).encode())
+        echo(f"{len(found.rows):,} predictions: {out}")
+    if metrics:
+        echo(f"{found.task}: {metrics}", err=out is None)
+
+
+def _check(out: Path) -> None:
+    """Raise an error if the predictions cannot be written there, before anything is computed."""
+    if out.suffix.lower() not in FORMATS:
+        raise TnadaptError(f"--out must end in {' or '.join(FORMATS)}; got {out}")
+    if out.is_dir() or not out.parent.is_dir():
+        what = "is a folder" if out.is_dir() else "is in a folder that does not exist"
+        raise FileError(f"--out {out} {what}; give the name of a file in a folder that exists")
+
+
+def _written(rows: Sequence[Mapping[str, Any]], suffix: str) -> str:
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Return a value as a cell of a table: labels with bars between them, other lists and dictionaries as JSON."""
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return "|".join(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value

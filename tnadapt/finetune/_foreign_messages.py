@@ -1,0 +1,57 @@
+"""Errors and messages of the libraries that load models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from tnadapt.errors import TnadaptError
+
+from ._data_sources import first_line, quiet
+
+__all__ = ["refused", "silent", "transformers_library"]
+
+
+@contextlib.contextmanager
+def refused(what: str, way: str = "") -> Iterator[None]:
+    """Turn any error of a hub, proxy or loader into a one-line TnadaptError with a way out."""
+    try:
+        yield
+    except TnadaptError:
+        raise
+    except Exception as error:
+        raise TnadaptError(f"{what}: {first_line(error)}{way}") from None
+
+
+@contextlib.contextmanager
+def silent(transformers: Any) -> Iterator[None]:
+    """Silence transformers' messages and progress bars inside ``with``."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with quiet("transformers", "huggingface_hub"):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def transformers_library() -> Any:
+    """Return transformers.
+
+    Raises
+    ------
+    TnadaptError
+        If it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise TnadaptError(
+            "models are loaded with transformers, which is not installed: pip install 'tnadapt[hub]'"
+        ) from None
+    return transformers

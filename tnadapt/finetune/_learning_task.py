@@ -1,0 +1,228 @@
+"""The interface of a task: what fits it, how it is encoded, its loss and its metrics."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from tnadapt.errors import TnadaptError
+
+from ._data import Data, Samples
+from ._encode import Texts
+from ._sample_tables import Table
+from ._score import Metric
+from ._specification import Part, Spec
+
+__all__ = ["Evidence", "LearningTask", "Measured", "Rows"]
+
+Rows = Sequence[Tensor]
+"""What is kept of the logits of each sample, in the order of the samples."""
+
+
+class Evidence(NamedTuple):
+    """Whether data are of a task.
+
+    Attributes
+    ----------
+    level : {"evident", "possible", "allowed", "no"}
+        ``possible`` data are used for the task only if the user names it, and ``allowed`` ones are not even proposed.
+    why : str
+        A clause for messages: what was found, and for ``no`` what would be needed.
+    """
+
+    level: Literal["evident", "possible", "allowed", "no"]
+    why: str
+
+
+class Measured(NamedTuple):
+    """The outcome of :meth:`LearningTask.measure`.
+
+    Attributes
+    ----------
+    score : float
+        Of the task's metric.
+    loss : float
+    more : dict
+        Other metrics by name.
+    """
+
+    score: float
+    loss: float
+    more: Mapping[str, float] = {}
+
+
+class LearningTask(abc.ABC):
+    """One kind of task, such as classification.
+
+    A subclass is a frozen dataclass whose fields are JSON values: all that is needed to predict with a trained model.
+    They are written to the adapter's file.
+    """
+
+    name: ClassVar[str]
+    #: The class of transformers that loads the model.
+    auto: ClassVar[str]
+    kind: ClassVar[Literal["text", "image"]] = "text"
+    metric: ClassVar[Metric]
+    #: Whether labels are numbers of classes, of which every part gets an equal share.
+    stratified: ClassVar[bool] = False
+    #: Options of the user that other tasks do not take, as fields of Spec.
+    options: ClassVar[tuple[str, ...]] = ()
+    #: Whether the model needs a head for the task; else its own output is used.
+    needs_head: ClassVar[bool] = True
+    #: Batch size of evaluation, in batches of training.
+    evaluation_factor: ClassVar[int] = 4
+    #: The numbers in which a merged model may differ from an adapted one, for messages.
+    numbers: ClassVar[str] = "logits"
+
+    # -- Data --------------------------------------------------------------------------------------
+
+    @classmethod
+    @abc.abstractmethod
+    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+        """Return whether the data are of this task."""
+
+    @classmethod
+    @abc.abstractmethod
+    def read(cls, source: Table | Data, spec: Spec) -> Data:
+        """Return samples with targets.
+
+        Raises
+        ------
+        FileError
+            If a row does not fit the task.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, data: Data, training: Samples) -> Self:
+        """Return the task for these data; only the training samples may be measured."""
+
+    @abc.abstractmethod
+    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+        """Return samples to predict, and whether they have targets.
+
+        Raises
+        ------
+        FileError
+            If there are no inputs, or a target is unknown to the task.
+        """
+
+    # -- Model -------------------------------------------------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def outputs(self) -> int | None:
+        """The size of the last axis of the logits; None for that of the model."""
+
+    def targets(self, samples: Samples) -> Tensor:
+        """Return the targets of samples as :attr:`~tnadapt.finetune.Problem.labels`."""
+        return torch.from_numpy(samples.labels)
+
+    def encode(self, samples: Samples, tokenizer: Any, longest: int) -> Part:
+        """Return texts as tokens, at most ``longest`` of each."""
+        return Texts(samples.inputs, self.targets(samples), tokenizer, longest)
+
+    def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
+        """Raise an error if the model's logits for a batch are not those of the task.
+
+        Parameters
+        ----------
+        compute : callable
+            Returns the logits of inputs.
+        inputs : any
+            Those of two samples.
+        model, data : str
+            Names for the message.
+
+        Raises
+        ------
+        TnadaptError
+        """
+        shape = tuple(compute(inputs).shape)
+        if self.outputs is not None and shape[1:] != (self.outputs,):
+            raise TnadaptError(
+                f"{model} returned {shape} logits for two samples of {data}; expected (2, {self.outputs})"
+            )
+
+    @abc.abstractmethod
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss of a batch."""
+
+    # -- Evaluation --------------------------------------------------------------------------------
+
+    def rows(self, logits: Tensor, labels: Tensor) -> Rows:
+        """Return what is kept of the logits of a batch: one tensor per sample, float32 on the CPU."""
+        return list(logits.float().cpu())
+
+    @abc.abstractmethod
+    def measure(self, rows: Rows, labels: Tensor) -> Measured:
+        """Return the metrics of a part."""
+
+    @abc.abstractmethod
+    def predicted(self, row: Tensor) -> Tensor:
+        """Return the prediction for one sample as integers."""
+
+    @abc.abstractmethod
+    def answer(self, row: Tensor) -> dict[str, Any]:
+        """Return the prediction for one sample as the user reads it: JSON values by column."""
+
+    def complete(
+        self,
+        model: Any,
+        tokenizer: Any,
+        samples: Samples,
+        longest: int,
+        batch: int,
+        new_tokens: int | None,
+        device: torch.device,
+    ) -> list[str] | None:
+        """Return what the model writes after each sample; None if the task is not about writing."""
+        return None
+
+    def digest(self, rows: Rows) -> str:
+        """Return the SHA-256 of the predictions, in order."""
+        seen = hashlib.sha256()
+        for row in rows:
+            seen.update(self.predicted(row).to(torch.int64).cpu().numpy().astype("<i8").tobytes())
+        return seen.hexdigest()
+
+    def different(self, rows: Rows, others: Rows) -> int:
+        """Return the number of samples for which two predictions differ."""
+        pairs = zip(rows, others, strict=True)
+        return sum(not torch.equal(self.predicted(one), self.predicted(other)) for one, other in pairs)
+
+    def largest_gap(self, rows: Rows, others: Rows) -> float:
+        """Return the largest difference between two outputs."""
+        return max((float((one - other).abs().max()) for one, other in zip(rows, others, strict=True)), default=0.0)
+
+    # -- Files -------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the task as JSON values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"name": self.name, **{name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """Return the task of :meth:`to_dict`.
+
+        Raises
+        ------
+        TnadaptError
+            If a field is missing or of another type.
+        """
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name != "name"}
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise TnadaptError(f"the description of the task {cls.name!r} is damaged: {error}") from None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a study's settings say about the task."""
+        return {"task": self.to_dict()}

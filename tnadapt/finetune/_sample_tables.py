@@ -1,0 +1,178 @@
+"""Tables of samples: their columns, found by name, and the readers of ``.csv``, ``.tsv``, ``.jsonl`` and ``.json``."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tnadapt.errors import FileError, safe_repr
+
+__all__ = ["TABLES", "Table", "find_column", "needed_column", "read_table"]
+
+#: Suffixes of the files that are read as tables.
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Samples in columns.
+
+    Attributes
+    ----------
+    name : str
+        Name in reports.
+    path : str
+        The source as the user gave it, for messages.
+    columns : mapping of str to sequence
+        The values of each column: strings in a ``.csv``, else any JSON values.
+    tests : tuple of mapping
+        Columns of the parts that could be the test part, best first.
+    lines : tuple of int
+        The line of the file that each row ends in; empty if there are no lines.
+    words : mapping of str to tuple of str
+        Class names of columns that hold the numbers of classes.
+    """
+
+    name: str
+    path: str
+    columns: Mapping[str, Sequence[Any]]
+    tests: tuple[Mapping[str, Sequence[Any]], ...] = ()
+    lines: tuple[int, ...] = ()
+    words: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def place(self, row: int) -> str:
+        """Return where a row is, for messages."""
+        return f"{self.path}, line {self.lines[row]}" if self.lines else f"row {row} of {self.path}"
+
+    def filled(self, columns: Sequence[str]) -> None:
+        """Raise a FileError that names the line if a row of a ``.csv`` has nothing in one of these columns."""
+        if not self.lines:
+            return
+        for row in range(len(self)):
+            for name in columns:
+                if not (self.columns[name][row] or "").strip():
+                    raise FileError(f"{self.place(row)}: nothing in column {name!r}")
+
+    def listed(self) -> str:
+        """Return the names of the columns, for messages."""
+        return ", ".join(map(repr, self.columns))
+
+
+def find_column(given: str | None, usual: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the column that was asked for, or one with a usual name; None if there is none.
+
+    Examples
+    --------
+    >>> find_column(None, ["text", "review"], ["Review", "stars"])
+    'Review'
+    """
+    if given is not None:
+        return given if given in names else None
+    lower = {name.strip().lower(): name for name in reversed(list(names)) if name}
+    return next((lower[name] for name in usual if name in lower), None)
+
+
+def needed_column(source: str, what: str, given: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
+    """Return the column of :func:`find_column`.
+
+    Raises
+    ------
+    FileError
+        If there is none.
+    """
+    found = find_column(given, usual, names)
+    if found is not None:
+        return found
+    listed = ", ".join(map(repr, names))
+    if given is not None:
+        raise FileError(f"{source} has no column {given!r}; its columns are {listed}")
+    raise FileError(
+        f"which column of {source} is the {what}? It has {listed}: give --{what}-column NAME, or call it {what}"
+    )
+
+
+def read_table(path: Path) -> Table:
+    """Read a file with one of the suffixes in :data:`TABLES`.
+
+    Raises
+    ------
+    FileError
+        If it cannot be read, is damaged, or has no rows.
+    """
+    suffix = path.suffix.lower()
+    try:
+        with path.open(encoding="utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None) as file:
+            names, rows, lines = _READERS[suffix](path, file)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FileError(f"cannot read {path} as a table in UTF-8: {error}") from None
+    if not rows:
+        raise FileError(f"{path} has no rows{' under its line of column names' if suffix in ('.csv', '.tsv') else ''}")
+    return Table(path.name, str(path), {name: [row.get(name) for row in rows] for name in names}, (), tuple(lines))
+
+
+_Rows = tuple[Sequence[str], list[dict[str, Any]], list[int]]
+
+
+def _separated(delimiter: str, path: Path, file: Any) -> _Rows:
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    names = reader.fieldnames or []
+    if not names:
+        raise FileError(f"{path} is empty; expected a line of column names and rows of texts and labels")
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise FileError(f"{path} has more than one column {sorted(doubled)[0]!r}")
+    rows, lines = [], []
+    for row in reader:
+        if None in row:
+            raise FileError(
+                f"{path}, line {reader.line_num}: more fields than column names; a text that has "
+                f"{'a tab' if delimiter == chr(9) else 'commas'} in it needs quotes"
+            )
+        rows.append(row)
+        lines.append(reader.line_num)
+    return names, rows, lines
+
+
+def _json_lines(path: Path, file: Any) -> _Rows:
+    found = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    return _objects(path, ((f"line {number}", _parsed(path, f"line {number}", line)) for number, line in found))
+
+
+def _json_list(path: Path, file: Any) -> _Rows:
+    found = _parsed(path, "the file", file.read())
+    if not isinstance(found, list):
+        raise FileError(f"{path} is not a list of objects; expected [{{…}}, …], or one object per line in a .jsonl")
+    return _objects(path, ((f"entry {number}", one) for number, one in enumerate(found, 1)))
+
+
+def _parsed(path: Path, where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}, {where} is not JSON: {error}") from None
+
+
+def _objects(path: Path, found: Iterator[tuple[str, Any]]) -> _Rows:
+    rows: list[dict[str, Any]] = []
+    for where, one in found:
+        if not isinstance(one, dict) or not one:
+            raise FileError(f"{path}, {where} is {safe_repr(one)}; expected an object with one value for each column")
+        if rows and one.keys() != rows[0].keys():
+            other = sorted(one.keys() ^ rows[0].keys())[0]
+            raise FileError(f"{path}, {where}: column {other!r} is not in every row; give each row the same columns")
+        rows.append(one)
+    return list(rows[0]) if rows else [], rows, []
+
+
+_READERS = {
+    ".csv": lambda path, file: _separated(",", path, file),
+    ".tsv": lambda path, file: _separated("\t", path, file),
+    ".jsonl": _json_lines,
+    ".json": _json_list,
+}

@@ -1,0 +1,69 @@
+"""What an adapter's file says about its task: how to encode inputs, and how to read the model's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tnadapt.checkpoints.pretrained_model import Pretrained
+from tnadapt.errors import ConfigError, FileError, TnadaptError, safe_repr
+
+from ._learning_task import LearningTask
+from .problem import Problem
+from .tasks import TASKS
+
+__all__ = ["check_recordable", "recorded", "task_in"]
+
+_CLASSES = "classes"
+_TASK = "task"
+_PREFIX = "task_"
+
+
+def recorded(about: Pretrained, problem: Problem) -> Pretrained:
+    """Return a description of the base with the task, the labels, and the settings of inputs."""
+    fields = problem.task.to_dict()
+    labels = fields.pop(_CLASSES, about.labels)
+    own = {_PREFIX + name: value for name, value in fields.items() if name != "name"}
+    inputs = {_TASK: problem.task.name, **own, **problem.source}
+    return dataclasses.replace(about, labels=labels, inputs=inputs)
+
+
+def check_recordable(problem: Problem) -> None:
+    """Raise an error, before any training, if a file cannot hold the description.
+
+    Raises
+    ------
+    TnadaptError
+        If there are too many classes, or one has a name that is too long.
+    """
+    try:
+        recorded(Pretrained(), problem)
+    except ConfigError as error:
+        raise TnadaptError(f"an adapter's file cannot hold the task of {problem.name}: {error}") from None
+
+
+def task_in(about: Pretrained | None, path: str) -> tuple[LearningTask, Mapping[str, Any]]:
+    """Return the task that a file describes, and the settings of inputs.
+
+    Raises
+    ------
+    FileError
+        If it describes none, or one that is unknown.
+    """
+    name = None if about is None else about.inputs.get(_TASK)
+    if about is None or not isinstance(name, str):
+        raise FileError(
+            f"{path} does not say for which task it was trained; tnadapt predict takes adapters of tnadapt finetune "
+            "--model. For others use tnadapt.torch.load_pretrained"
+        )
+    if name not in TASKS:
+        raise FileError(f"{path} was trained for the task {safe_repr(name)}; known are {', '.join(TASKS)}")
+    cls = TASKS[name]
+    fields = {one.removeprefix(_PREFIX): value for one, value in about.inputs.items() if one.startswith(_PREFIX)}
+    if _CLASSES in {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+        fields[_CLASSES] = about.labels
+    try:
+        return cls.from_dict(fields), about.inputs
+    except TnadaptError as error:
+        raise FileError(f"{path}: {error}") from None

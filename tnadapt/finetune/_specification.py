@@ -1,0 +1,78 @@
+"""What a study is about: the model and data that the user names, and samples in the model's input format."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._data import HOLDOUT
+
+__all__ = ["Part", "Spec"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The specification of a problem: small and picklable, for :func:`~tnadapt.finetune.open_problem` and workers.
+
+    Attributes
+    ----------
+    model, data : str, optional
+        Both None for scikit-learn's digits.
+    text_column, label_column : str, optional
+    label_names : tuple of str
+        Additional names that the label column may have.
+    task : str, optional
+        The name of a :class:`~tnadapt.finetune.tasks.LearningTask`; the one that fits the data if None.
+    separator : str, optional
+        Between several labels of one sample.
+    tokenizer : str, optional
+        A folder or hub name, if the model comes without one.
+    image_size, max_length, limit : int, optional
+        Pixels per side, tokens per text, and samples from each part of the source.
+    holdout : float
+        The fraction of each class that is held out of training to choose rates.
+    keep_trainable : tuple of str
+        Modules or parameters that are trained along with every adapter; a new head always is.
+    head_rows : tuple of int
+        Instead of a new head, use the checkpoint's head, frozen and cut to these of its classes, one for each class of
+        the data in order.
+    cache : Path, optional
+        Folder for the pretrained model of the digits.
+    pretrain_epochs : int
+        Epochs of pretraining that model.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    label_names: tuple[str, ...] = ()
+    task: str | None = None
+    separator: str | None = None
+    tokenizer: str | None = None
+    image_size: int | None = None
+    max_length: int | None = None
+    limit: int | None = None
+    holdout: float = HOLDOUT
+    keep_trainable: tuple[str, ...] = ()
+    head_rows: tuple[int, ...] = ()
+    cache: Path | None = None
+    pretrain_epochs: int = 60
+
+
+class Part(Protocol):
+    """Training, validation or test samples in the model's input format."""
+
+    labels: Tensor
+    """The targets, one row per sample: class numbers of shape (n,) or whatever the task has."""
+
+    lengths: Tensor | None
+    """Lengths of texts in tokens, to batch similar ones together. None if all inputs have the same size."""
+
+    def batch(self, indices: Tensor, device: torch.device) -> Any:
+        """Return the inputs of these samples, as :attr:`Problem.logits` takes them."""
+        ...

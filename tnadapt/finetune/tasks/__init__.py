@@ -1,0 +1,52 @@
+"""The tasks of ``tnadapt finetune``, each a class in a module of its own.
+
+Another one is a subclass of :class:`LearningTask`, made known by :func:`register_task`.
+"""
+
+from tnadapt.finetune._learning_task import Evidence, LearningTask, Measured
+from tnadapt.plugins import Registry
+
+from ._causal_lm import CausalLM
+from ._classification import Classification
+from ._image_classification import ImageClassification
+from ._multi_label import MultiLabel
+from ._regression import Regression
+from ._token_classification import TokenClassification
+
+__all__ = [
+    "TASKS",
+    "CausalLM",
+    "Classification",
+    "Evidence",
+    "ImageClassification",
+    "LearningTask",
+    "Measured",
+    "MultiLabel",
+    "Regression",
+    "TokenClassification",
+    "register_task",
+]
+
+_BUILT_IN = (Classification, MultiLabel, Regression, TokenClassification, CausalLM, ImageClassification)
+
+TASKS: Registry[LearningTask] = Registry(
+    "task",
+    LearningTask,  # type: ignore[type-abstract]  # only to check the classes of plug-ins
+    {one.name: one for one in _BUILT_IN},
+)
+
+
+def register_task(cls: type[LearningTask]) -> None:
+    """Make a task known by its ``name``.
+
+    Parameters
+    ----------
+    cls : type
+        A subclass of :class:`LearningTask`.
+
+    Raises
+    ------
+    ConfigError
+        If its name is built in or of another form, or the class is not such a subclass.
+    """
+    TASKS.register(cls.name, cls)

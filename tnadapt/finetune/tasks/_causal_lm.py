@@ -1,0 +1,298 @@
+"""Causal language modelling: texts, completions of prompts, or the last turn of conversations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tnadapt.errors import FileError, TnadaptError, safe_repr
+
+from .._data import Data, Samples
+from .._encode import TokenLists
+from .._learning_task import Evidence, LearningTask, Measured, Rows
+from .._sample_tables import Table, find_column
+from .._score import Metric
+from .._specification import Part, Spec
+from ._columns import columns_of, test_of
+
+__all__ = ["CausalLM"]
+
+PROMPT_COLUMNS = ("prompt", "instruction", "question")
+COMPLETION_COLUMNS = ("completion", "response", "answer", "output")
+MESSAGES = "messages"
+#: The target of tokens that are not learnt.
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM(LearningTask):
+    """The model continues texts: loss per token, perplexity, and exact matches of completions.
+
+    Of prompts and completions only the completions are learnt, and of conversations the last turn. An exact match is a
+    completion that greedy decoding reproduces up to its end. No text is generated to count them: greedy decoding does
+    so if and only if every token of the completion is the most probable one after those before it.
+
+    Attributes
+    ----------
+    form : {"text", "completion", "messages"}
+    """
+
+    name: ClassVar[str] = "causal-lm"
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    metric: ClassVar[Metric] = Metric("loss per token", lower=True, percent=False)
+    needs_head: ClassVar[bool] = False
+    evaluation_factor: ClassVar[int] = 1
+    numbers: ClassVar[str] = "losses"
+
+    form: str
+
+    @classmethod
+    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+        """Conversations and completions are for this task alone, and so are texts with nothing else."""
+        if isinstance(source, Data):
+            return Evidence("no", f"{source.name} has images")
+        columns = _columns(source, spec)
+        if len(columns) == 2 or columns == [MESSAGES]:
+            return Evidence("evident", f"{' and '.join(map(repr, columns))} are prompts and completions")
+        if columns and len(source.columns) == 1:
+            return Evidence("evident", f"{columns[0]!r} has texts, and there is no other column")
+        if columns:
+            labelled = columns_of(source, spec)[1] is not None
+            return Evidence(
+                "allowed" if labelled else "possible", f"the texts in {columns[0]!r} may be what is to be learnt"
+            )
+        needed = "a column text, columns prompt and completion, or a column messages"
+        return Evidence("no", f"{source.name} has {source.listed()}; it needs {needed}")
+
+    @classmethod
+    def read(cls, source: Table | Data, spec: Spec) -> Data:
+        """Return texts, pairs of prompt and completion, or conversations."""
+        assert isinstance(source, Table)
+        columns = _columns(source, spec)
+        test = test_of(source, columns)
+        source.filled(columns)
+        held = None if test is None else _samples(source, test, columns)
+        return Data(source.name, "text", (), _samples(source, source.columns, columns), held)
+
+    @classmethod
+    def of(cls, data: Data, training: Samples) -> Self:
+        """Return the task with the form of the data."""
+        one = training.inputs[0]
+        return cls("text" if isinstance(one, str) else "completion" if isinstance(one, tuple) else "messages")
+
+    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+        """Return prompts, with what follows them if it is known."""
+        assert isinstance(source, Table)
+        columns = _columns(source, spec, alone=True)
+        known = {"text": True, "completion": len(columns) == 2, "messages": True}[self.form]
+        fits = columns == [MESSAGES] if self.form == MESSAGES else bool(columns) and columns != [MESSAGES]
+        if not fits:
+            needed = {"text": "text", "completion": "prompt", "messages": MESSAGES}[self.form]
+            raise FileError(f"{source.name} has {source.listed()}; the adapter was trained on a column {needed!r}")
+        if self.form == "completion" and not known:
+            prompts = _samples(source, source.columns, columns).inputs
+            return Samples([(prompt, "") for prompt in prompts], np.zeros(len(prompts), np.int64)), False
+        found = _samples(source, source.columns, columns[:1] if self.form == "text" else columns)
+        if self.form == MESSAGES:
+            known = all(some[-1]["role"] == "assistant" for some in found.inputs)
+        return found, known
+
+    @property
+    def outputs(self) -> int | None:
+        """As many as the model has tokens."""
+        return None
+
+    def encode(self, samples: Samples, tokenizer: Any, longest: int) -> Part:
+        """Return tokens; what is not learnt has no target.
+
+        Of a completion that is too long the end is cut off, and of a prompt the beginning.
+        """
+        tokens, targets = [], []
+        for one in samples.inputs:
+            before, after = _split(one, tokenizer)
+            after = after[:longest] if not before else after[: longest - 1]
+            before = before[max(0, len(before) + len(after) - longest) :]
+            tokens.append([*before, *after])
+            targets.append([IGNORED] * len(before) + after)
+        return TokenLists(tokens, targets, tokenizer.pad_token_id, IGNORED)
+
+    def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
+        """Raise an error if logits depend on later tokens, as those of a BERT do."""
+        first = {name: tensor[:1] for name, tensor in inputs.items()}
+        if first["input_ids"].shape[1] < 2:
+            raise TnadaptError(f"the longest of two texts of {data} has one token; there is nothing to continue")
+        other = first["input_ids"].clone()
+        other[:, -1] = (other[:, -1] + 1) % 2
+        one, two = compute(first), compute({**first, "input_ids": other})
+        if not torch.allclose(one[:, :-1], two[:, :-1], rtol=1e-3, atol=1e-4):
+            raise TnadaptError(
+                f"{model} sees the tokens that it is to predict, so it is no causal language model: give --model one, "
+                "such as a GPT-2 or a Llama"
+            )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropy of the next token, the mean over tokens."""
+        some, truth = _next(logits, labels)
+        chosen = truth != IGNORED
+        return nn.functional.cross_entropy(some[chosen].float(), truth[chosen])
+
+    def rows(self, logits: Tensor, labels: Tensor) -> Rows:
+        """Return the loss of each token that is learnt, and the token that the model expected there."""
+        found = []
+        for some, truth in zip(*_next(logits, labels.to(logits.device)), strict=True):
+            chosen = truth != IGNORED
+            here = some[chosen].float()
+            losses = nn.functional.cross_entropy(here, truth[chosen], reduction="none")
+            # Doubles hold any token exactly.
+            found.append(torch.stack([losses.double(), here.argmax(1).double()], 1).cpu())
+        return found
+
+    def measure(self, rows: Rows, labels: Tensor) -> Measured:
+        """Return loss, perplexity, and the fraction of exact matches unless the data are whole texts."""
+        loss = float(torch.cat([row[:, 0] for row in rows]).mean())
+        more = {"perplexity": math.exp(min(loss, 700.0))}
+        if self.form != "text":
+            right = [
+                bool((row[:, 1] == truth[truth != IGNORED]).all())
+                for row, truth in zip(rows, labels[:, 1:], strict=True)
+            ]
+            more["exact match"] = sum(right) / len(right)
+        return Measured(loss, loss, more)
+
+    def predicted(self, row: Tensor) -> Tensor:
+        """Return the tokens that the model expected."""
+        return row[:, 1].long()
+
+    def largest_gap(self, rows: Rows, others: Rows) -> float:
+        """Return the largest difference of the loss of a token."""
+        return super().largest_gap([row[:, 0] for row in rows], [row[:, 0] for row in others])
+
+    def complete(
+        self,
+        model: Any,
+        tokenizer: Any,
+        samples: Samples,
+        longest: int,
+        batch: int,
+        new_tokens: int | None,
+        device: torch.device,
+    ) -> list[str] | None:
+        """Return what greedy decoding writes after each prompt, up to the end of the text or ``new_tokens`` tokens."""
+        room = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        new_tokens = min(64, room // 2) if new_tokens is None else new_tokens
+        if new_tokens >= room:
+            raise TnadaptError(f"--max-new-tokens must be below the {room} positions of the model; got {new_tokens}")
+        prompts = [_given(one, tokenizer)[-min(longest, room - new_tokens) :] for one in samples.inputs]
+        found = [""] * len(prompts)
+        # Prompts of similar length share a batch, to reduce padding.
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        for start in range(0, len(order), batch):
+            some = order[start : start + batch]
+            width = max(len(prompts[index]) for index in some)
+            tokens = torch.full((len(some), width), tokenizer.pad_token_id)
+            for row, index in enumerate(some):
+                tokens[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            lengths = torch.tensor([len(prompts[index]) for index in some])
+            mask = (torch.arange(width) >= width - lengths[:, None]).long()
+            made = model.generate(
+                tokens.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens, do_sample=False,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, use_cache=True,
+            )  # fmt: skip
+            texts = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+            for index, text in zip(some, texts, strict=True):
+                found[index] = text
+        return found
+
+    def answer(self, row: Tensor) -> dict[str, Any]:
+        """Return the loss and the perplexity."""
+        loss = float(row[:, 0].mean())
+        return {"loss": round(loss, 6), "perplexity": round(math.exp(min(loss, 700.0)), 4)}
+
+
+def _given(one: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens after which the model is to continue."""
+    return _plain(one, tokenizer) if isinstance(one, str) else _split(one, tokenizer)[0]
+
+
+def _next(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and targets, those of each token next to each other."""
+    return logits[:, :-1], labels[:, 1 : logits.shape[1]]
+
+
+def _columns(table: Table, spec: Spec, alone: bool = False) -> list[str]:
+    """Return the columns of prompts and completions, of conversations, or of texts; none if there are none.
+
+    With ``alone``, prompts need no completions.
+    """
+    names = list(table.columns)
+    prompt = find_column(spec.text_column, PROMPT_COLUMNS, names)
+    completion = find_column(spec.label_column, COMPLETION_COLUMNS, names)
+    if prompt is not None and completion is not None:
+        return [prompt, completion]
+    if MESSAGES in names and spec.text_column is None:
+        return [MESSAGES]
+    text = columns_of(table, spec)[0] or (prompt if alone else None)
+    return [] if text is None else [text]
+
+
+def _samples(table: Table, columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Samples:
+    found: list[Any] = list(columns[names[0]])
+    if names[0] == MESSAGES:
+        for row, one in enumerate(found):
+            _check_messages(table, row, one)
+    for name in names if names[0] != MESSAGES else ():
+        for row, text in enumerate(columns[name]):
+            if not isinstance(text, str):
+                raise FileError(f"{table.place(row)}: {safe_repr(text)} in {name!r} is no text")
+    if len(names) == 2:
+        found = list(zip(found, columns[names[1]], strict=True))
+    return Samples(found, np.zeros(len(found), np.int64))
+
+
+def _check_messages(table: Table, row: int, turns: Any) -> None:
+    whole = isinstance(turns, list) and turns and all(isinstance(one, dict) for one in turns)
+    if not whole or not all(isinstance(one.get(key), str) for one in turns for key in ("role", "content")):
+        raise FileError(
+            f'{table.place(row)}: {safe_repr(turns)} is no conversation; expected [{{"role": …, "content": …}}, …]'
+        )
+
+
+def _plain(text: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens of the beginning of a text, without a token that ends it."""
+    found: list[int] = tokenizer(text)["input_ids"]
+    return found[:-1] if len(found) > 1 and found[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else found
+
+
+def _split(one: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that are given, and those that are learnt, which end with the token for the end."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if isinstance(one, str):
+        return [], [*_plain(one, tokenizer), *end]
+    if isinstance(one, tuple):
+        return _plain(one[0], tokenizer), [*tokenizer(one[1], add_special_tokens=False)["input_ids"], *end]
+    return _turns(one, tokenizer)
+
+
+def _turns(turns: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    if tokenizer.chat_template is None:
+        raise TnadaptError(
+            "the tokenizer has no chat template, by which conversations become text; give another with --tokenizer, "
+            "or data with columns prompt and completion"
+        )
+    learnt = turns[-1]["role"] == "assistant"
+    given = turns[:-1] if learnt else turns
+    before = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template(turns, tokenize=False) if learnt else before
+    if not whole.startswith(before):
+        raise TnadaptError(
+            "the chat template writes a conversation otherwise once it has an answer, so the answer cannot be told "
+            "apart; give data with columns prompt and completion"
+        )
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, whole[len(before) :]))
+    return first, second

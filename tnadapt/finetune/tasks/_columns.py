@@ -1,0 +1,81 @@
+"""What tasks on tables share: their columns of texts and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tnadapt.errors import FileError, safe_repr
+
+from .._data import Data
+from .._data_sources import LABEL_COLUMNS, TEXT_COLUMNS
+from .._label_facts import LabelFacts, facts_of
+from .._learning_task import Evidence
+from .._sample_tables import Table, find_column, needed_column
+from .._specification import Spec
+
+__all__ = ["columns_of", "label_facts", "labels_of", "missing_columns", "test_of", "texts_of"]
+
+
+def columns_of(table: Table, spec: Spec) -> tuple[str | None, str | None]:
+    """Return the columns of texts and of labels; None for one that is not there."""
+    names = list(table.columns)
+    usual = (*spec.label_names, *LABEL_COLUMNS)
+    return find_column(spec.text_column, TEXT_COLUMNS, names), find_column(spec.label_column, usual, names)
+
+
+def missing_columns(source: Table | Data, spec: Spec) -> Evidence | None:
+    """Return the evidence against a task on labelled texts, or None if there are both columns."""
+    if isinstance(source, Data):
+        return Evidence("no", f"{source.name} has images")
+    text, label = columns_of(source, spec)
+    if text is not None and label is not None:
+        return None
+    what = "texts" if text is None else "labels"
+    return Evidence("no", f"{source.name} has no column of {what}, only {source.listed()}")
+
+
+def label_facts(table: Table, spec: Spec) -> tuple[str, LabelFacts]:
+    """Return the name of the label column, and what is in it."""
+    name = columns_of(table, spec)[1]
+    assert name is not None
+    table.filled([name])
+    return name, facts_of(list(table.columns[name]), spec.separator)
+
+
+def texts_of(table: Table, spec: Spec, columns: Mapping[str, Sequence[Any]] | None = None) -> list[str]:
+    """Return the texts.
+
+    Raises
+    ------
+    FileError
+        If there is no column of texts, or a cell of it holds something else.
+    """
+    name = needed_column(table.path, "text", spec.text_column, TEXT_COLUMNS, list(table.columns))
+    if columns is None:
+        table.filled([name])
+    texts = list((table.columns if columns is None else columns)[name])
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise FileError(f"the text of sample {index} of {table.name} is {safe_repr(text)}")
+    return texts
+
+
+def labels_of(table: Table, spec: Spec, columns: Mapping[str, Sequence[Any]] | None = None) -> list[Any]:
+    """Return the labels.
+
+    Raises
+    ------
+    FileError
+        If there is no column of labels.
+    """
+    usual = (*spec.label_names, *LABEL_COLUMNS)
+    name = needed_column(table.path, "label", spec.label_column, usual, list(table.columns))
+    if columns is None:
+        table.filled([name])
+    return list((table.columns if columns is None else columns)[name])
+
+
+def test_of(table: Table, columns: Sequence[str]) -> Mapping[str, Sequence[Any]] | None:
+    """Return the first test part that has these columns."""
+    return next((part for part in table.tests if all(name in part for name in columns)), None)

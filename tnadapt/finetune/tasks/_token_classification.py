@@ -1,0 +1,199 @@
+"""Token classification: one tag for each word of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tnadapt.errors import FileError, TnadaptError, safe_repr
+
+from .._data import Data, Samples
+from .._encode import TokenLists
+from .._learning_task import Evidence, LearningTask, Measured, Rows
+from .._sample_tables import Table, find_column
+from .._score import Metric
+from .._specification import Part, Spec
+from ._columns import test_of
+
+__all__ = ["TokenClassification"]
+
+WORD_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("tags", "ner_tags", "pos_tags", "labels")
+#: The tag of words that belong to nothing.
+OUTSIDE = "O"
+#: The target of tokens that do not begin a word.
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenClassification(LearningTask):
+    """Each word has a tag: F1 of words over all tags but ``O``, accuracy, macro F1; cross entropy.
+
+    The first token of a word carries its tag. F1 counts words, not whole entities; without a tag ``O`` it equals the
+    accuracy.
+
+    Attributes
+    ----------
+    classes : tuple of str
+    """
+
+    name: ClassVar[str] = "token-classification"
+    auto: ClassVar[str] = "AutoModelForTokenClassification"
+    metric: ClassVar[Metric] = Metric("F1 of words")
+
+    classes: tuple[str, ...]
+
+    @classmethod
+    def fits(cls, source: Table | Data, spec: Spec) -> Evidence:
+        """Columns of words and tags are for this task alone."""
+        if isinstance(source, Data):
+            return Evidence("no", f"{source.name} has images")
+        words, tags = _columns(source, spec)
+        if words is None or tags is None:
+            needed = "columns tokens and tags, lists or words with spaces between them"
+            return Evidence("no", f"{source.name} has {source.listed()}; it needs {needed}")
+        usual = words in WORD_COLUMNS and tags in TAG_COLUMNS
+        return Evidence("evident" if usual else "possible", f"{words!r} has words, and {tags!r} may have their tags")
+
+    @classmethod
+    def read(cls, source: Table | Data, spec: Spec) -> Data:
+        """Return the words with the numbers of their tags."""
+        assert isinstance(source, Table)
+        names = _columns(source, spec)
+        test = test_of(source, [name for name in names if name])
+        words, tags = _both(source, source.columns, names)
+        more = ([], []) if test is None else _both(source, test, names)
+        classes = tuple(sorted({tag for some in (*tags, *more[1]) for tag in some}))
+        if len(classes) < 2:
+            raise FileError(f"{source.name} has the tag {classes[0]!r} alone; --task token-classification needs two")
+        made = cls(classes)
+        held = None if test is None else Samples(more[0], made._numbered(more[1], source.name))
+        return Data(source.name, "text", classes, Samples(words, made._numbered(tags, source.name)), held)
+
+    @classmethod
+    def of(cls, data: Data, training: Samples) -> Self:
+        """Return the task with the tags of the data."""
+        return cls(data.classes)
+
+    def samples(self, source: Table | Data, spec: Spec) -> tuple[Samples, bool]:
+        """Return words, with their tags if there is a column of them."""
+        assert isinstance(source, Table)
+        words, tags = _columns(source, spec)
+        if words is None:
+            raise FileError(f"{source.name} has no column 'tokens', only {source.listed()}: give --text-column NAME")
+        if tags is not None:
+            found = _both(source, source.columns, (words, tags))
+            return Samples(found[0], self._numbered(found[1], source.name)), True
+        lists = [_pieces(source, row, cell, "words") for row, cell in enumerate(source.columns[words])]
+        return Samples(lists, self._numbered([[self.classes[0]] * len(some) for some in lists], source.name)), False
+
+    def _numbered(self, tags: Sequence[Sequence[str]], name: str) -> NDArray[Any]:
+        place = {one: index for index, one in enumerate(self.classes)}
+        found = np.empty(len(tags), object)
+        for row, some in enumerate(tags):
+            if unknown := [tag for tag in some if tag not in place]:
+                known = ", ".join(map(repr, self.classes[:20]))
+                raise FileError(f"{name} has the tag {safe_repr(unknown[0])}; the adapter knows {known}")
+            found[row] = [place[tag] for tag in some]
+        return found
+
+    @property
+    def outputs(self) -> int | None:
+        """The number of tags."""
+        return len(self.classes)
+
+    def encode(self, samples: Samples, tokenizer: Any, longest: int) -> Part:
+        """Return tokens; the first of each word has its tag, and the others none."""
+        if not tokenizer.is_fast:
+            raise TnadaptError(
+                "--task token-classification needs a fast tokenizer, which knows the word of each token; "
+                f"{type(tokenizer).__name__} is none: give another with --tokenizer"
+            )
+        found = tokenizer(list(samples.inputs), is_split_into_words=True, truncation=True, max_length=longest)
+        targets = []
+        for row, tags in enumerate(samples.labels):
+            last, here = None, []
+            for word in found.word_ids(row):
+                here.append(IGNORED if word is None or word == last else tags[word])
+                last = word
+            targets.append(here)
+        return TokenLists(found["input_ids"], targets, tokenizer.pad_token_id, IGNORED)
+
+    def check(self, compute: Callable[[Any], Tensor], inputs: Any, model: str, data: str) -> None:
+        """Raise an error unless there are logits of each tag for each token."""
+        shape, expected = tuple(compute(inputs).shape), (*inputs["input_ids"].shape, len(self.classes))
+        if shape != expected:
+            raise TnadaptError(f"{model} returned {shape} logits for two samples of {data}; expected {expected}")
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropy, the mean over words."""
+        labels = labels[:, : logits.shape[1]]
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+    def rows(self, logits: Tensor, labels: Tensor) -> Rows:
+        """Return the logits of the words of each text."""
+        some = labels[:, : logits.shape[1]].to(logits.device) != IGNORED
+        return [one[chosen].float().cpu() for one, chosen in zip(logits, some, strict=True)]
+
+    def measure(self, rows: Rows, labels: Tensor) -> Measured:
+        """Return F1 of words over all tags but ``O``, accuracy, macro F1 and cross entropy."""
+        logits, truth = torch.cat(list(rows)), labels[labels != IGNORED]
+        if not len(truth) or not bool(logits.isfinite().all()):
+            return Measured(float("nan"), float("nan"))
+        here = logits.argmax(1)
+        hits = torch.bincount(truth[here == truth], minlength=len(self.classes)).double()
+        both = sum(torch.bincount(one, minlength=len(self.classes)).double() for one in (here, truth))
+        assert isinstance(both, Tensor)
+        inside = torch.tensor([name != OUTSIDE for name in self.classes])
+        micro = float(2 * hits[inside].sum() / both[inside].sum().clamp_min(1))
+        there = both > 0
+        more = {"accuracy": float(hits.sum() / len(truth)), "macro F1": float((2 * hits[there] / both[there]).mean())}
+        return Measured(micro, float(nn.functional.cross_entropy(logits, truth)), more)
+
+    def predicted(self, row: Tensor) -> Tensor:
+        """Return the numbers of the tags."""
+        return row.argmax(1)
+
+    def answer(self, row: Tensor) -> dict[str, Any]:
+        """Return the tag of each word."""
+        scores = row.double().softmax(1).amax(1) if len(row) else row.new_zeros(0)
+        return {
+            "prediction": [self.classes[int(one)] for one in self.predicted(row)] if len(row) else [],
+            "scores": [round(one, 6) for one in scores.tolist()],
+        }
+
+
+def _columns(table: Table, spec: Spec) -> tuple[str | None, str | None]:
+    names = list(table.columns)
+    return find_column(spec.text_column, WORD_COLUMNS, names), find_column(spec.label_column, TAG_COLUMNS, names)
+
+
+def _both(
+    table: Table, columns: Mapping[str, Sequence[Any]], names: tuple[str | None, str | None]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Return words and tags."""
+    words_in, tags_in = names
+    assert words_in is not None
+    assert tags_in is not None
+    known, words, tags = table.words.get(tags_in, ()), [], []
+    for row, (cell, marks) in enumerate(zip(columns[words_in], columns[tags_in], strict=True)):
+        words.append(_pieces(table, row, cell, "words"))
+        if known and isinstance(marks, list):
+            marks = [known[one] if isinstance(one, int) else one for one in marks]
+        tags.append(_pieces(table, row, marks, "tags"))
+        if len(words[-1]) != len(tags[-1]):
+            raise FileError(f"{table.place(row)}: {len(words[-1])} words and {len(tags[-1])} tags; each word needs one")
+    return words, tags
+
+
+def _pieces(table: Table, row: int, cell: Any, what: str) -> list[str]:
+    pieces = cell.split() if isinstance(cell, str) else cell
+    if not isinstance(pieces, list) or not pieces or not all(isinstance(one, (str, int)) for one in pieces):
+        raise FileError(f"{table.place(row)}: {safe_repr(cell)} is no list of {what}")
+    return [str(one) for one in pieces]
